@@ -1,0 +1,171 @@
+"""Configurations of the ChatGLM family. One `model_type` "chatglm" stands for two architectures, told apart by their keys.
+
+The field names are the originals', so every published config.json loads and what is saved loads elsewhere.
+"""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+PTUNING_VERSIONS = ("v1", "v2")
+
+
+@strict
+class ChatGLMConfig(PreTrainedConfig):
+    """What both architectures share; `from_dict` and `from_pretrained` return the subclass the keys call for.
+
+    `pre_seq_len` P switches P-Tuning on: `ptuning_version` "v2" puts P key/value vectors in front of every layer,
+    through an MLP if `prefix_projection`; "v1" puts P vectors in front of the first input embedding.
+    """
+
+    model_type = "chatglm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    glm_family: str | None = None  # "glm" | "glm2" | "glm3"; the originals have no such key
+    pre_seq_len: int | None = None
+    prefix_projection: bool = False
+    ptuning_version: str | None = None
+    prefix_dropout: float = 0.1  # fixed in the originals; acts on v2's prefix in training only
+    initializer_range: float = 0.02
+    use_cache: bool = True
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        if cls is ChatGLMConfig:
+            cls = ChatGLM1Config if is_chatglm1(config_dict) else ChatGLM2Config
+        return super(ChatGLMConfig, cls).from_dict(dict(config_dict), **kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The saved form: all fields of the architecture, since other readers do not share our defaults."""
+        full = self.to_dict()
+        own = set(type(self).__annotations__) | set(ChatGLMConfig.__annotations__)
+        # "ChatGLMModel" is the one architecture name that other readers (vLLM, llama.cpp) know the family by.
+        return (
+            super().to_diff_dict()
+            | {k: full[k] for k in own if full.get(k) is not None}
+            | {"architectures": ["ChatGLMModel"]}
+        )
+
+    def validate_prefix(self):
+        if self.pre_seq_len is not None and self.pre_seq_len < 1:
+            raise ValueError(f"pre_seq_len must be at least 1, got {self.pre_seq_len}")
+        if self.ptuning_version not in (None, *PTUNING_VERSIONS):
+            raise ValueError(f"ptuning_version must be one of {PTUNING_VERSIONS}, got {self.ptuning_version!r}")
+
+    @property
+    def prefix_version(self) -> str | None:
+        """"v1", "v2" or None. A prefix checkpoint that names no version is v2: the originals know nothing else."""
+        return (self.ptuning_version or "v2") if self.pre_seq_len else None
+
+
+@strict
+class ChatGLM1Config(ChatGLMConfig):
+    """ChatGLM-6B: 2-D rotary positions, bidirectional context, LayerNorm, tied output layer."""
+
+    attribute_map = {"num_hidden_layers": "num_layers", "max_position_embeddings": "max_sequence_length"}
+
+    vocab_size: int = 150528
+    hidden_size: int = 4096
+    num_layers: int = 28
+    num_attention_heads: int = 32
+    inner_hidden_size: int = 16384
+    layernorm_epsilon: float = 1e-5
+    max_sequence_length: int = 2048
+    position_encoding_2d: bool = True
+    bos_token_id: int | None = 150004  # <sop>
+    eos_token_id: int | list[int] | None = 150005  # <eop>
+    mask_token_id: int | None = None
+    gmask_token_id: int | None = None
+    pad_token_id: int | None = 0
+    tie_word_embeddings: bool = True
+    chat_prompt: str | None = None  # "rounds": chat() always writes [Round n], as the training prompt does
+
+    def __post_init__(self, **kwargs):
+        # The first release's config names neither; both keep their distance from <sop> in every vocabulary.
+        if self.mask_token_id is None:
+            self.mask_token_id = self.bos_token_id - 4
+        if self.gmask_token_id is None:
+            self.gmask_token_id = self.bos_token_id - 3
+        if not self.position_encoding_2d:
+            raise ValueError("position_encoding_2d=false is not supported: no ChatGLM-6B release uses it")
+        self.glm_family = self.glm_family or "glm"
+        self.validate_prefix()
+        super().__post_init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.num_attention_heads
+
+
+@strict
+class ChatGLM2Config(ChatGLMConfig):
+    """ChatGLM2-6B and ChatGLM3-6B, their 32k and 128k variants (`rope_ratio`) included."""
+
+    attribute_map = {
+        "num_hidden_layers": "num_layers",
+        "vocab_size": "padded_vocab_size",
+        "intermediate_size": "ffn_hidden_size",
+        "max_position_embeddings": "seq_length",
+        "head_dim": "kv_channels",
+    }
+
+    num_layers: int = 28
+    padded_vocab_size: int = 65024
+    hidden_size: int = 4096
+    ffn_hidden_size: int = 13696
+    kv_channels: int = 128
+    num_attention_heads: int = 32
+    seq_length: int = 8192
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    layernorm_epsilon: float = 1e-5
+    rmsnorm: bool = True
+    apply_residual_connection_post_layernorm: bool = False
+    post_layer_norm: bool = True
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = True
+    multi_query_attention: bool = True
+    multi_query_group_num: int = 2
+    original_rope: bool = True
+    rope_ratio: float | int = 1.0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = 2
+    pad_token_id: int | None = 0
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        expected = {
+            "rmsnorm": True, "post_layer_norm": True, "original_rope": True,
+            "apply_residual_connection_post_layernorm": False,
+        }  # fmt: skip
+        for name, value in expected.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name}={getattr(self, name)} is not supported: every release has {value}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of multi_query_group_num "
+                f"({self.num_key_value_heads})"
+            )
+        if self.glm_family is None and "chatglm3" in str(kwargs.get("_name_or_path", "")).lower():
+            self.glm_family = "glm3"
+        self.validate_prefix()
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
+
+
+def is_chatglm1(config_dict: dict[str, Any]) -> bool:
+    """ChatGLM-6B by its keys; everything else of model_type "chatglm" is ChatGLM2's architecture."""
+    return config_dict.get("glm_family") == "glm" or any(
+        key in config_dict for key in ("position_encoding_2d", "inner_hidden_size", "max_sequence_length")
+    )
+
+
+AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)

@@ -1,0 +1,437 @@
+"""The three ChatGLM generations: how each lays out a prompt, an answer and a chat, how to tell them apart.
+
+Free of torch and transformers, so that `FAMILIES` can feed `choices=` without an import bill. A `tokenizer`
+here is anything with `encode_text(text) -> list[int]` (ids of plain text, never a control id) and
+`get_command(name) -> int` (the id of a control token).
+"""
+
+import ast
+import copy
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROLES = ("system", "user", "assistant", "observation")
+TOOL_PREAMBLE = "Answer the following questions as best as you can. You have access to the following tools:"
+
+_TRAINING_TIME = "[[训练时间]]"
+_TRAINING_YEAR = "2023年"
+
+
+class EncodedPrompt(NamedTuple):
+    """Ids the model sees before it writes; `truncated` is true where the prompt was cut."""
+
+    input_ids: list[int]
+    truncated: bool
+
+
+class Example(NamedTuple):
+    """One training row: labels are -100 for the first `n_masked` ids and equal to `input_ids` after them.
+
+    `truncated` is true where the prompt or the answer was cut (the rows that a skip rule drops).
+    """
+
+    input_ids: list[int]
+    n_masked: int
+    truncated: bool
+
+    @property
+    def labels(self) -> list[int]:
+        return [-100] * self.n_masked + self.input_ids[self.n_masked :]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One generation of ChatGLM: names, defaults and text/id layouts.
+
+    prompt_text(query) -> str: a training prompt's text (glm3: the query itself; its role and newline are ids)
+    encode_prompt(tokenizer, prompt, max_src_len) -> EncodedPrompt
+    encode_example(tokenizer, prompt, answer, max_len, max_src_len) -> Example
+    encode_chat(tokenizer, query, history=None, role="user") -> list[int]: ids of a chat up to the answer
+    chat_prompt(query, history=None) -> str: text of a chat; None for glm3, whose roles have no text form
+    process_response(text) -> str; glm3: process_response(text, history) -> (content, new history)
+
+    History is [(query, answer), ...] for glm and glm2, message dicts (role, content, metadata, tools) for
+    glm3. Lengths are in tokens.
+    """
+
+    name: str
+    title: str
+    version: int
+    layers_prefix: str
+    tokenizer_file: str
+    lora_target: str
+    end_token: str
+    stop_tokens: tuple[str, ...]
+    prompt_text: Callable[[str], str]
+    encode_prompt: Callable[[Any, str, int], EncodedPrompt]
+    encode_example: Callable[[Any, str, str, int, int], Example]
+    encode_chat: Callable[..., list[int]]
+    chat_prompt: Callable[..., str] | None
+    process_response: Callable[..., Any]
+
+
+# ---- token layouts ----------------------------------------------------------------------------------------
+
+
+class _Layout(NamedTuple):
+    """Ids of one prompt, ready to be followed by an answer: `prefix` is what the model sees, `n_masked` how
+    much of it carries no loss, `reserved` how many of max_len's tokens an answer's text may not use."""
+
+    prefix: list[int]
+    n_masked: int
+    reserved: int
+    truncated: bool
+
+
+def _keep_tail(ids: list[int], limit: int, tail: int) -> tuple[list[int], bool]:
+    """Cut ids to `limit` before the last `tail` ids: "答：" and its newlines tell the model to answer."""
+    if limit < tail:
+        raise ValueError(f"max_src_len={limit} cannot hold the {tail} closing tokens of a prompt")
+    if len(ids) <= limit:
+        return ids, False
+    return ids[: limit - tail] + ids[len(ids) - tail :], True
+
+
+def _glm_text(query: str) -> str:
+    return f"[Round 1]\n问：{query}\n答："
+
+
+def _glm_layout(tokenizer, prompt: str, max_src_len: int) -> _Layout:
+    source, cut = _keep_tail(tokenizer.encode_text(_glm_text(prompt)), max_src_len, tail=3)
+    prefix = source + [tokenizer.get_command("[gMASK]"), tokenizer.get_command("<sop>")]
+    # <sop> itself is a label, as in the original's data set
+    return _Layout(prefix, n_masked=len(source) + 1, reserved=len(source) + 3, truncated=cut)
+
+
+def _glm2_text(query: str) -> str:
+    return f"[Round 1]\n\n问：{query}\n\n答："
+
+
+def _glm2_layout(tokenizer, prompt: str, max_src_len: int) -> _Layout:
+    source, cut = _keep_tail(tokenizer.encode_text(_glm2_text(prompt)), max_src_len, tail=4)
+    prefix = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")] + source
+    return _Layout(prefix, n_masked=len(prefix), reserved=len(source) + 3, truncated=cut)
+
+
+def _glm3_text(query: str) -> str:
+    return query
+
+
+def _glm3_layout(tokenizer, prompt: str, max_src_len: int) -> _Layout:
+    # header and text are encoded apart, so each brings SentencePiece's own leading "▁"
+    newline = tokenizer.encode_text("\n")
+    source = [tokenizer.get_command("<|user|>")] + newline
+    if max_src_len < len(source):
+        raise ValueError(f"max_src_len={max_src_len} cannot hold the {len(source)} tokens of the user header")
+    source += tokenizer.encode_text(prompt)
+    cut = len(source) > max_src_len
+    source = source[:max_src_len]
+    header = [tokenizer.get_command("<|assistant|>")] + newline
+    prefix = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")] + source + header
+    # <|assistant|> and its newline are labels here; the original leaves 6 tokens free, not the 3 it needs
+    return _Layout(prefix, n_masked=2 + len(source), reserved=len(source) + 6 + len(header), truncated=cut)
+
+
+def _encode_prompt(layout, tokenizer, prompt: str, max_src_len: int) -> EncodedPrompt:
+    """Ids before the answer's own text, as `encode_example` with the same `max_src_len` lays them out.
+
+    Raises ValueError where max_src_len cannot hold the family's fixed part of the prompt.
+    """
+    made = layout(tokenizer, prompt, max_src_len)
+    return EncodedPrompt(made.prefix, made.truncated)
+
+
+def _encode_example(
+    layout, end_token, tokenizer, prompt: str, answer: str, max_len: int, max_src_len: int
+) -> Example:
+    """One training row of at most `max_len` ids; the end token is always kept, however long the answer is.
+
+    Raises ValueError where the limits leave no token for the answer.
+    """
+    made = layout(tokenizer, prompt, max_src_len)
+    room = max_len - made.reserved
+    if room < 1:
+        raise ValueError(
+            f"max_len={max_len} leaves no room for an answer after a prompt of {len(made.prefix)} tokens "
+            f"(max_src_len={max_src_len}); raise max_len to at least {made.reserved + 1} or lower max_src_len"
+        )
+    target = tokenizer.encode_text(answer)
+    input_ids = made.prefix + target[:room] + [tokenizer.get_command(end_token)]
+    return Example(input_ids, made.n_masked, made.truncated or len(target) > room)
+
+
+# ---- chats ------------------------------------------------------------------------------------------------
+
+
+def glm_chat_prompt(query: str, history: list[tuple[str, str]] | None = None) -> str:
+    """ChatGLM-6B's chat text: the bare query without history, rounds counted from 0 with it."""
+    if not history:
+        return query
+    rounds = "".join(f"[Round {i}]\n问：{q}\n答：{a}\n" for i, (q, a) in enumerate(history))
+    return f"{rounds}[Round {len(history)}]\n问：{query}\n答："
+
+
+def glm2_build_prompt(query: str, history: list[tuple[str, str]] | None = None) -> str:
+    """ChatGLM2-6B's chat text: rounds counted from 1, also without history."""
+    history = history or []
+    rounds = "".join(f"[Round {i}]\n\n问：{q}\n\n答：{a}\n\n" for i, (q, a) in enumerate(history, 1))
+    return f"{rounds}[Round {len(history) + 1}]\n\n问：{query}\n\n答："
+
+
+def glm3_message(tokenizer, role: str, metadata: str, content: str) -> list[int]:
+    """Ids of one ChatGLM3 message: role token, header line, content. ValueError for an unknown role."""
+    if role not in ROLES:
+        raise ValueError(f"role is one of {', '.join(ROLES)}, got {role!r}")
+    header = tokenizer.encode_text(f"{metadata}\n")
+    return [tokenizer.get_command(f"<|{role}|>")] + header + tokenizer.encode_text(content)
+
+
+def _pairs_only(role: str) -> None:
+    if role != "user":
+        raise ValueError(f"only ChatGLM3 has roles, got role={role!r}")
+
+
+def _glm_chat(tokenizer, query: str, history=None, role: str = "user") -> list[int]:
+    _pairs_only(role)
+    ids = tokenizer.encode_text(glm_chat_prompt(query, history))
+    return ids + [tokenizer.get_command("[gMASK]"), tokenizer.get_command("<sop>")]
+
+
+def _glm2_chat(tokenizer, query: str, history=None, role: str = "user") -> list[int]:
+    _pairs_only(role)
+    ids = tokenizer.encode_text(glm2_build_prompt(query, history))
+    return [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")] + ids
+
+
+def _glm3_chat(tokenizer, query: str, history: list[dict] | None = None, role: str = "user") -> list[int]:
+    ids = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")]
+    for message in history or []:
+        content = message["content"]
+        if message["role"] == "system" and "tools" in message:
+            content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
+        ids += glm3_message(tokenizer, message["role"], message.get("metadata") or "", content)
+    # no newline after the last role: the model writes its own header line
+    return ids + glm3_message(tokenizer, role, "", query) + [tokenizer.get_command("<|assistant|>")]
+
+
+# ---- answers ----------------------------------------------------------------------------------------------
+
+_PUNCTUATION = [(",", "，"), ("!", "！"), (":", "："), (";", "；"), ("?", "？")]
+
+
+def _glm_response(text: str) -> str:
+    """Strip, fill in the training year, and give punctuation beside Chinese characters its full width."""
+    text = _glm2_response(text)
+    for half, full in _PUNCTUATION:
+        mark = re.escape(half)
+        text = re.sub(rf"(?<=[\u4e00-\u9fff]){mark}|{mark}(?=[\u4e00-\u9fff])", full, text)
+    return text
+
+
+def _glm2_response(text: str) -> str:
+    """Strip and fill in the training year."""
+    return text.strip().replace(_TRAINING_TIME, _TRAINING_YEAR)
+
+
+def parse_tool_call(code: str) -> dict[str, Any]:
+    """Keywords of a `tool_call(name=literal, ...)` text, read as literals and never executed.
+
+    Raises ValueError where the text is anything but one such call.
+    """
+    try:
+        call = ast.parse(code.strip(), mode="eval").body
+        if not isinstance(call, ast.Call) or getattr(call.func, "id", None) != "tool_call":
+            raise ValueError("not a call of tool_call")
+        names = [keyword.arg for keyword in call.keywords]
+        if call.args or None in names or len(set(names)) != len(names):
+            raise ValueError("arguments must be distinct keywords")
+        return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    # deep nesting makes the parser run out of stack or memory before it finds a syntax error
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"wanted tool_call(name=literal, ...), got {code[:200]!r}: {error}") from None
+
+
+def _glm3_response(text: str, history: list[dict] | None = None) -> tuple[str | dict, list[dict]]:
+    """Split an answer into its messages; `history` is copied, not changed.
+
+    Returns (content, new history). Content is the last message's text; {name, parameters} for a tool call
+    where the history opens with a system message that has tools; {name, content} for other metadata (code
+    interpreter).
+    Raises ValueError for a tool call that is not a plain `tool_call(k=literal, ...)` in a fence.
+    """
+    history = copy.deepcopy(list(history or []))
+    content: str | dict = ""
+    for response in text.split("<|assistant|>"):
+        metadata, newline, body = response.partition("\n")
+        if not newline:
+            metadata, body = "", response
+        if not metadata.strip():
+            body = body.strip()
+            history.append({"role": "assistant", "metadata": metadata, "content": body})
+            content = body.replace(_TRAINING_TIME, _TRAINING_YEAR)
+            continue
+        history.append({"role": "assistant", "metadata": metadata, "content": body})
+        name = metadata.strip()
+        if history[0]["role"] == "system" and "tools" in history[0]:
+            code = "\n".join(body.split("\n")[1:-1])  # without the fence's first and last line
+            content = {"name": name, "parameters": parse_tool_call(code)}
+        else:
+            content = {"name": name, "content": body}
+    return content, history
+
+
+# ---- which family is in a folder --------------------------------------------------------------------------
+
+
+class _Evidence(NamedTuple):
+    families: frozenset[str]
+    strong: bool  # strong evidence may contradict what a user asks for; names only help to guess
+    sentence: str
+
+
+_NAME_PATTERNS = [(r"glm[-_]?3", "glm3"), (r"glm[-_]?2", "glm2"), (r"chatglm[-_]?6b", "glm")]
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _evidence(folder: str | Path, follow_base: bool = True) -> Iterator[_Evidence]:
+    """What a folder (or a model's name) says about its family, most telling first. Code is read as text only.
+
+    An adapter's base model speaks too, but not the base of a base: two folders may name each other.
+    """
+
+    def sign(sentence: str, *families: str, strong: bool = True) -> _Evidence:
+        return _Evidence(frozenset(families), strong, sentence)
+
+    path = Path(folder)
+    config, tokenizer = _read_json(path / "config.json"), _read_json(path / "tokenizer_config.json")
+    adapter = _read_json(path / "adapter_config.json")
+
+    for file, values in (("config.json", config), ("tokenizer_config.json", tokenizer)):
+        if values.get("glm_family") in FAMILIES:
+            yield sign(f'{file} says "glm_family": "{values["glm_family"]}"', values["glm_family"])
+
+    if (path / "ice_text.model").is_file():
+        yield sign("the folder holds ice_text.model, ChatGLM-6B's tokenizer", "glm")
+    for key in ("position_encoding_2d", "inner_hidden_size"):
+        if key in config:
+            yield sign(f"config.json has {key}, which only ChatGLM-6B has", "glm")
+    for key in ("multi_query_group_num", "padded_vocab_size"):
+        if key in config:
+            yield sign(f"config.json has {key}, which ChatGLM2-6B and ChatGLM3-6B have", "glm2", "glm3")
+
+    keys = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
+    added = [tokenizer.get(key) for key in keys] + [_read_json(path / "added_tokens.json")]
+    template = [tokenizer.get("chat_template"), _read_text(path / "chat_template.jinja")]
+    code = _read_text(path / "tokenization_chatglm.py")
+    for where, text in (
+        ("the added tokens", json.dumps(added, ensure_ascii=False)),
+        ("the chat template", json.dumps(template, ensure_ascii=False)),
+        ("tokenization_chatglm.py", code),
+    ):
+        if "<|user|>" in text:
+            yield sign(f"<|user|>, a role token of ChatGLM3-6B, is in {where}", "glm3")
+    if "ice_text.model" in code:
+        yield sign("tokenization_chatglm.py reads ice_text.model, ChatGLM-6B's tokenizer", "glm")
+    elif code and "<|user|>" not in code:
+        yield sign("tokenization_chatglm.py has no role tokens, so it is ChatGLM2-6B's", "glm2")
+
+    base = adapter.get("base_model_name_or_path")
+    if follow_base and isinstance(base, str) and base:
+        for found in _evidence(base, follow_base=False):
+            yield found._replace(sentence=f"the adapter's base model: {found.sentence}")
+
+    for name in (config.get("_name_or_path"), tokenizer.get("name_or_path"), Path(path.absolute()).name):
+        for pattern, family in _NAME_PATTERNS:
+            if isinstance(name, str) and re.search(pattern, name.lower()):
+                yield sign(f"it is named {name}", family, strong=False)
+                break
+
+
+def infer_family(folder: str | Path) -> str | None:
+    """The family ("glm", "glm2", "glm3") of a checkpoint, tokenizer or adapter folder, None where its files
+    cannot tell (ChatGLM2 and ChatGLM3 share their config format). Never runs code found in the folder."""
+    left = frozenset(FAMILIES)
+    for found in sorted(_evidence(folder), key=lambda found: not found.strong):
+        left = left & found.families or left
+    return next(iter(left)) if len(left) == 1 else None
+
+
+def contradicts(folder: str | Path, family: str) -> str | None:
+    """The sentence of evidence that `family` cannot be right for `folder`, or None where there is none."""
+    for found in _evidence(folder):
+        if found.strong and family not in found.families:
+            return found.sentence
+    return None
+
+
+# ---- the families -----------------------------------------------------------------------------------------
+
+FAMILIES: dict[str, Family] = {
+    "glm": Family(
+        name="glm",
+        title="ChatGLM-6B",
+        version=1,
+        layers_prefix="transformer.layers.",
+        tokenizer_file="ice_text.model",
+        lora_target="query_key_value",
+        end_token="<eop>",
+        stop_tokens=("<eop>",),
+        prompt_text=_glm_text,
+        encode_prompt=partial(_encode_prompt, _glm_layout),
+        encode_example=partial(_encode_example, _glm_layout, "<eop>"),
+        encode_chat=_glm_chat,
+        chat_prompt=glm_chat_prompt,
+        process_response=_glm_response,
+    ),
+    "glm2": Family(
+        name="glm2",
+        title="ChatGLM2-6B",
+        version=2,
+        layers_prefix="transformer.encoder.layers.",
+        tokenizer_file="tokenizer.model",
+        lora_target="query_key_value",
+        end_token="</s>",
+        stop_tokens=("</s>",),
+        prompt_text=_glm2_text,
+        encode_prompt=partial(_encode_prompt, _glm2_layout),
+        encode_example=partial(_encode_example, _glm2_layout, "</s>"),
+        encode_chat=_glm2_chat,
+        chat_prompt=glm2_build_prompt,
+        process_response=_glm2_response,
+    ),
+    "glm3": Family(
+        name="glm3",
+        title="ChatGLM3-6B",
+        version=3,
+        layers_prefix="transformer.encoder.layers.",
+        tokenizer_file="tokenizer.model",
+        lora_target="query_key_value",
+        end_token="</s>",
+        stop_tokens=("</s>", "<|user|>", "<|observation|>"),
+        prompt_text=_glm3_text,
+        encode_prompt=partial(_encode_prompt, _glm3_layout),
+        encode_example=partial(_encode_example, _glm3_layout, "</s>"),
+        encode_chat=_glm3_chat,
+        chat_prompt=None,
+        process_response=_glm3_response,
+    ),
+}

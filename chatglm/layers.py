@@ -1,0 +1,165 @@
+"""What the two ChatGLM architectures share: attention over masks and prefixes, rotary angles, prompt encoders."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+def rotary_angles(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, fp32 in every model dtype: `positions` (...) -> two tensors (..., len(inv_freq)).
+
+    The originals keep half-precision tables, whose angles are wrong past a few hundred positions.
+    """
+    angles = positions[..., None].float() * inv_freq.to(positions.device)
+    return angles.cos(), angles.sin()
+
+
+def inverse_frequencies(rotary_dim: int, base: float = 10000.0) -> Tensor:
+    """(rotary_dim / 2,) fp32. Computed when needed: a buffer would be lost by meta-device loading or ZeRO-3."""
+    return 1.0 / base ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
+
+
+def repeat_kv(x: Tensor, times: int) -> Tensor:
+    """(B, kv_heads, S, D) -> (B, kv_heads * times, S, D), each head repeated consecutively."""
+    return x if times == 1 else x.repeat_interleave(times, dim=1)
+
+
+def eager_attention(module, query, key, value, attention_mask, *, scaling, dropout=0.0, **_):
+    """Attention in plain operations, softmax in fp32; also returns the weights (B, heads, Q, K)."""
+    key, value = (repeat_kv(x, module.num_key_value_groups) for x in (key, value))
+    # ChatGLM-6B in fp16 overflows in q @ k unless it is divided by the layer's number first (its `coeff`).
+    coefficient = getattr(module, "score_coefficient", 1)
+    scores = (query * (scaling / coefficient)) @ key.transpose(2, 3)
+    scores = scores.float() * coefficient
+    if attention_mask is None and query.shape[2] > 1:
+        attention_mask = causal_mask(query.shape[2], key.shape[2], query.device)
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = F.dropout(scores.softmax(-1).to(query.dtype), p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def attend(module, query, key, value, mask, prefix, **kwargs) -> tuple[Tensor, Tensor | None]:
+    """Attention through the library's backends (sdpa, eager, flash).
+
+    Args:
+        query: (B, heads, Q, D). key, value: (B, kv_heads, K, D), rotary already applied.
+        mask: what `attention_visibility` returned.
+        prefix: None or (2, B, kv_heads, P, D), P-Tuning v2's keys and values; keys carry no rotary angle.
+    Returns:
+        (B, Q, heads * D) and the attention weights where the backend gives them.
+    """
+    if prefix is not None:
+        key = torch.cat([prefix[0].to(key.dtype), key], dim=2)
+        value = torch.cat([prefix[1].to(value.dtype), value], dim=2)
+    backend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention)
+    dropout = module.attention_dropout if module.training else 0.0
+    out, weights = backend(module, query, key, value, mask, scaling=module.scaling, dropout=dropout, **kwargs)
+    return out.flatten(2), weights
+
+
+def causal_mask(q_len: int, kv_len: int, device) -> Tensor:
+    """(1, 1, Q, K) bool, True = visible; the queries are the last Q of the K positions."""
+    return torch.ones(q_len, kv_len, dtype=torch.bool, device=device).tril(kv_len - q_len)[None, None]
+
+
+def attention_visibility(
+    *, q_len: int, kv_len: int, device, padding: Tensor | None, context: Tensor | None, prefix_len: int, backend: str
+) -> Tensor | None:
+    """The mask for `attend`: (B or 1, 1, Q, prefix_len + K) bool with True = visible, or None where causality is all.
+
+    Args:
+        padding: (B, K) bool, True = real token, or None when every token is real.
+        context: (B, K) bool, True = column visible to every row (ChatGLM-6B's bidirectional context), or None.
+        prefix_len: P key columns in front that everybody sees and that `padding` and `context` do not count.
+        backend: the attention implementation; flash kernels take the padding itself, (B, prefix_len + K).
+    """
+    if "flash" in backend:
+        if padding is None:
+            return None  # causality is aligned to the last position, so a prefix needs nothing
+        return F.pad(padding, (prefix_len, 0), value=True).long()
+    if padding is None and context is None and (q_len == 1 or (kv_len == q_len and not prefix_len)):
+        return None
+    visible = causal_mask(q_len, kv_len, device)
+    if context is not None and q_len > 1:
+        visible = visible | context[:, None, None, :]
+    if padding is not None:
+        visible = visible & padding[:, None, None, :]
+        # A padding row sees itself: a row that sees nothing would be nan. Nobody reads its output.
+        itself = torch.eye(q_len, kv_len, dtype=torch.bool, device=device).roll(kv_len - q_len, dims=1)
+        visible = visible | itself
+    return F.pad(visible, (prefix_len, 0), value=True) if prefix_len else visible
+
+
+def padding_mask(attention_mask: Tensor | None, kv_len: int) -> Tensor | None:
+    """A caller's 2-D mask (B, K), 1 = real token, as bool; None when it is None or masks nothing."""
+    if attention_mask is None:
+        return None
+    if attention_mask.shape[-1] != kv_len:
+        raise ValueError(
+            f"attention_mask must cover all {kv_len} positions (those in the cache included), "
+            f"got {attention_mask.shape[-1]}"
+        )
+    mask = attention_mask.bool()
+    return None if bool(mask.all()) else mask
+
+
+class PrefixEncoder(nn.Module):
+    """P-Tuning v2 (arXiv 2110.07602): P keys and values for every layer, directly or through an MLP.
+
+    Parameter names and shapes are the originals': `embedding.weight` is (P, 2 * layers * kv_heads * head_dim) when direct;
+    with the MLP it is (P, embedding_dim), followed by `trans.0`, tanh, `trans.2`.
+    """
+
+    def __init__(self, config, embedding_dim: int):
+        super().__init__()
+        self.shape = (config.pre_seq_len, 2 * config.num_layers, config.num_key_value_heads, config.head_dim)
+        kv_size = 2 * config.num_layers * config.num_key_value_heads * config.head_dim
+        if config.prefix_projection:
+            self.embedding = nn.Embedding(config.pre_seq_len, embedding_dim)
+            self.trans = nn.Sequential(
+                nn.Linear(embedding_dim, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, kv_size)
+            )
+        else:
+            self.embedding = nn.Embedding(config.pre_seq_len, kv_size)
+            self.trans = None
+        self.dropout = nn.Dropout(config.prefix_dropout)
+
+    def reset_parameters(self):
+        """torch's defaults, which the originals train from: unit normal embedding, uniform linear layers."""
+        nn.init.normal_(self.embedding.weight)
+        for layer in self.trans or ():
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_uniform_(layer.weight, a=5**0.5)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, batch_size: int) -> Tensor:
+        """(2 * layers, B, kv_heads, P, head_dim): entry 2l holds the keys of layer l, 2l + 1 its values."""
+        # The module is called, not its weight read: under ZeRO-3 the weight is there only during the call.
+        tokens = torch.arange(self.shape[0], device=self.embedding.weight.device)
+        kv = self.embedding(tokens)
+        if self.trans is not None:
+            kv = self.trans(kv)
+        kv = kv.view(self.shape).expand(batch_size, *self.shape)
+        return self.dropout(kv).permute(2, 0, 3, 1, 4)
+
+
+class PromptEncoder(nn.Module):
+    """P-Tuning v1 (arXiv 2103.10385) without its LSTM or MLP: P trainable vectors before the first input embedding."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embedding = nn.Embedding(config.pre_seq_len, config.hidden_size)
+
+    def forward(self, batch_size: int) -> Tensor:
+        """(B, P, hidden_size)."""
+        vectors = self.embedding(torch.arange(self.embedding.num_embeddings, device=self.embedding.weight.device))
+        return vectors.expand(batch_size, -1, -1)
+
+
+def make_prefix_encoder(config, embedding_dim: int) -> nn.Module | None:
+    """The encoder `config` asks for (`pre_seq_len`, `ptuning_version`, `prefix_projection`), or None."""
+    if config.prefix_version is None:
+        return None
+    return PromptEncoder(config) if config.prefix_version == "v1" else PrefixEncoder(config, embedding_dim)

@@ -1,0 +1,234 @@
+"""What both architectures do alike as transformers models: virtual tokens, masks, the language-model head, chat."""
+
+import copy
+from collections.abc import Iterator
+from queue import Queue
+from threading import Thread
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import can_return_tuple
+
+from .configuration import ChatGLMConfig
+from .families import FAMILIES
+from .layers import PrefixEncoder, padding_mask
+
+
+class ChatGLMPreTrainedModel(PreTrainedModel):
+    config: ChatGLMConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """Normal weights of `initializer_range`, zero biases, unit norms; also a prefix encoder added to a checkpoint."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, PrefixEncoder):
+            module.reset_parameters()
+        elif hasattr(module, "weight") and getattr(module.weight, "ndim", 0) == 1:
+            nn.init.ones_(module.weight)
+        if isinstance(getattr(module, "bias", None), Tensor):
+            nn.init.zeros_(module.bias)
+
+
+class ChatGLMBody:
+    """How virtual tokens and masks reach a body. Callers never count virtual tokens: not in masks, not in positions."""
+
+    @property
+    def prefix_length(self) -> int:
+        """v2's key columns, which stand beside the sequence and its cache."""
+        return self.config.pre_seq_len if self.config.prefix_version == "v2" else 0
+
+    @property
+    def prompt_length(self) -> int:
+        """v1's vectors, which are positions of the sequence and enter its cache."""
+        return self.config.pre_seq_len if self.config.prefix_version == "v1" else 0
+
+    def prepend_prompt(self, embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: int):
+        """Put v1's vectors before the first input and make room for them in mask and positions; v2 and none: no change.
+
+        Positions have the sequence last; (B, 2, S) positions of ChatGLM-6B are block positions in their second row.
+        """
+        count = self.prompt_length
+        if not count:
+            return embeds, attention_mask, position_ids
+        if attention_mask is not None:
+            if attention_mask.dim() != 2:
+                raise ValueError("with P-Tuning v1 give a 2-D attention_mask (1 = real token)")
+            attention_mask = F.pad(attention_mask, (count, 0), value=1)
+        if position_ids is not None:
+            shift = torch.tensor([count, 0] if position_ids.dim() == 3 else [count], device=position_ids.device)
+            position_ids = position_ids + (shift[:, None] if position_ids.dim() == 3 else shift)
+            if past == 0:
+                own = torch.arange(count, device=position_ids.device)
+                own = torch.stack([own, torch.zeros_like(own)]) if position_ids.dim() == 3 else own
+                position_ids = torch.cat([own.expand(*position_ids.shape[:-1], count), position_ids], dim=-1)
+        if past == 0:
+            embeds = torch.cat([self.prefix_encoder(embeds.shape[0]).to(embeds.dtype), embeds], dim=1)
+        return embeds, attention_mask, position_ids
+
+    def split_mask(self, attention_mask: Tensor | None, kv_len: int) -> tuple[Tensor | None, Tensor | None]:
+        """(4-D visibility, 2-D padding): the first if the caller built the originals' mask (True = masked), else the second."""
+        if attention_mask is not None and attention_mask.dim() == 4:
+            if "flash" in self.config._attn_implementation:
+                raise ValueError("flash attention takes a 2-D attention_mask (1 = real token), got a 4-D one")
+            return F.pad(~attention_mask.bool(), (self.prefix_length, 0), value=True), None
+        return None, padding_mask(attention_mask, kv_len)
+
+
+class ChatGLMCausalLM:
+    """The head: logits, loss and generation over `self.transformer`. The classes list GenerationMixin themselves:
+    transformers looks for it among the direct bases only.
+    """
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, S, vocabulary) and, with `labels` (B, S), the mean loss of the next token where labels are not -100.
+
+        The other arguments are the body's. `logits_to_keep` > 0 keeps the last so many positions.
+        """
+        outputs = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.get_output_embeddings()(hidden_states)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
+        """transformers' generate; takes the originals' 4-D mask (True = masked) too."""
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 4:
+            # The last row of a prompt sees every real column, so it is the 2-D mask.
+            kwargs["attention_mask"] = (~mask[:, 0, -1].bool()).long()
+        return super().generate(inputs, *args, **kwargs)
+
+    @torch.inference_mode()
+    def chat(self, tokenizer, query: str, history: list | None = None, role: str = "user", **options):
+        """One turn of a conversation: (answer, new history), sampled as the originals sample.
+
+        Args:
+            history: (query, answer) pairs; ChatGLM3: message dicts with role, content and, for system, tools.
+            role: ChatGLM3 only: whose turn `query` is (user, observation, system).
+            options: generate()'s; the defaults are the family's (`chat_defaults`). `max_length` counts the prompt.
+        Returns:
+            ChatGLM3's answer is a dict where it calls a tool or the code interpreter.
+        """
+        inputs, options = self.prepare_chat(tokenizer, query, history, role, options)
+        ids = self.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+        return self.finish_chat(tokenizer, tokenizer.decode(ids.tolist(), skip_special_tokens=True), query, history, role)
+
+    @torch.inference_mode()
+    def stream_chat(self, tokenizer, query: str, history: list | None = None, role: str = "user", **options) -> Iterator:
+        """As `chat`, but yields (answer so far, history so far) while the answer grows."""
+        inputs, options = self.prepare_chat(tokenizer, query, history, role, options)
+        streamer = IdStreamer()
+        failure = []
+
+        def run():
+            try:
+                self.generate(**inputs, **options, streamer=streamer)
+            except BaseException as error:  # a thread must not swallow what its caller should see
+                failure.append(error)
+                streamer.end()
+
+        Thread(target=run, daemon=True).start()
+        ids, stops = [], set(options["eos_token_id"])
+        for token in streamer:
+            if token in stops:
+                continue
+            ids.append(token)
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            if text and not text.endswith("\ufffd"):  # half of a character: wait for the rest
+                yield self.finish_chat(tokenizer, text, query, history, role, partial=True)
+        if failure:
+            raise failure[0]
+        if ids:
+            yield self.finish_chat(tokenizer, tokenizer.decode(ids, skip_special_tokens=True), query, history, role)
+
+    def prepare_chat(self, tokenizer, query, history, role, options) -> tuple[dict, dict]:
+        """(model inputs, generate options) of one turn."""
+        family = FAMILIES[tokenizer.family]
+        if getattr(self.config, "chat_prompt", None) == "rounds" and not history:
+            ids = family.encode_prompt(tokenizer, query, max_src_len=2**31).input_ids
+        else:
+            ids = family.encode_chat(tokenizer, query, history, role)
+        inputs = {"input_ids": torch.tensor([ids], device=self.device)}
+        stops = [tokenizer.get_command(token) for token in family.stop_tokens]
+        defaults = family.chat_defaults | {"eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
+        if "max_new_tokens" in options:
+            del defaults["max_length"]
+        options = defaults | options
+        if not options["do_sample"]:
+            options = {k: v for k, v in options.items() if k not in ("top_p", "temperature")} | {
+                "top_p": None, "temperature": None, "top_k": None
+            }  # fmt: skip
+        return inputs, options
+
+    def finish_chat(self, tokenizer, text, query, history, role, partial=False):
+        """(answer, new history) from the generated text; a partial ChatGLM3 answer may still be half a tool call."""
+        family = FAMILIES[tokenizer.family]
+        history = copy.deepcopy(list(history or []))
+        if family.name != "glm3":
+            answer = family.process_response(text)
+            return answer, history + [(query, answer)]
+        history.append({"role": role, "content": query})
+        try:
+            return family.process_response(text, history)
+        except ValueError:
+            if not partial:
+                raise
+            return text.strip(), history
+
+
+class IdStreamer:
+    """generate()'s streamer protocol as an iterator of token ids, without the prompt's."""
+
+    def __init__(self):
+        self.ids, self.prompt_seen = Queue(), False
+
+    def put(self, value: Tensor):
+        if self.prompt_seen:
+            for token in value.flatten().tolist():
+                self.ids.put(token)
+        self.prompt_seen = True
+
+    def end(self):
+        self.ids.put(None)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.ids.get, None)

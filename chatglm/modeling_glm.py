@@ -1,0 +1,260 @@
+"""ChatGLM-6B: 2-D rotary positions, bidirectional context, LayerNorm, residuals of the normed input.
+
+Layout of a row: context, [gMASK], <sop>, answer, <eop>. The context (all before <sop>) is seen by every position; the
+answer is causal. Positions are pairs: (place, 0) in the context, (place of the mask token, 1, 2, ...) from <sop> on.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration import ChatGLM1Config
+from .layers import attend, attention_visibility, inverse_frequencies, make_prefix_encoder, rotary_angles
+from .modeling_base import ChatGLMBody, ChatGLMCausalLM, ChatGLMPreTrainedModel
+
+# sqrt(2 * 28) whatever the depth: the original's blocks never learn their model's number of layers.
+RESIDUAL_SCALE = 56**0.5
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary on one half of each head, split in halves: x (B, heads, S, D), cos and sin (B, 1, S, D / 2)."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    num_key_value_groups = 1
+    attention_dropout = 0.0
+    is_causal = True
+
+    def __init__(self, config: ChatGLM1Config, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.scaling = self.head_dim**-0.5
+        self.score_coefficient = layer_idx + 1
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states, mask, angles, prefix=None, past_key_values=None, **kwargs):
+        qkv = self.query_key_value(hidden_states).unflatten(-1, (self.heads, 3 * self.head_dim)).transpose(1, 2)
+        query, key, value = qkv.chunk(3, dim=-1)
+        place, block = angles
+        query, key = (
+            torch.cat([rotate(half, *angle) for half, angle in zip(x.chunk(2, dim=-1), (place, block))], dim=-1)
+            for x in (query, key)
+        )
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        out, weights = attend(self, query, key, value, mask, prefix, **kwargs)
+        return self.dense(out), weights
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ChatGLM1Config):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate="tanh"))
+
+
+class ChatGLM1Block(GradientCheckpointingLayer):
+    def __init__(self, config: ChatGLM1Config, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
+        self.attention = SelfAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, hidden_states, mask, angles, prefix=None, past_key_values=None, **kwargs) -> Tensor:
+        # `prefix` is an argument of its own: gradient checkpointing drops whatever comes as past_key_values.
+        normed = self.input_layernorm(hidden_states)
+        out, _ = self.attention(normed, mask, angles, prefix, past_key_values=past_key_values, **kwargs)
+        normed = self.post_attention_layernorm(normed * RESIDUAL_SCALE + out)
+        return normed * RESIDUAL_SCALE + self.mlp(normed)
+
+
+class ChatGLM1PreTrainedModel(ChatGLMPreTrainedModel):
+    config: ChatGLM1Config
+    config_class = ChatGLM1Config
+    _no_split_modules = ["ChatGLM1Block"]
+    _supports_flash_attn = False  # flash kernels cannot express the bidirectional context
+    _can_record_outputs = {"hidden_states": ChatGLM1Block, "attentions": SelfAttention}
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
+
+
+class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
+    """The body."""
+
+    def __init__(self, config: ChatGLM1Config):
+        super().__init__(config)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(ChatGLM1Block(config, i) for i in range(config.num_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
+        self.prefix_encoder = make_prefix_encoder(config, embedding_dim=config.hidden_size)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value):
+        self.word_embeddings = value
+
+    def rotary(self, position_ids: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """(cos, sin) for places and for block positions, each (B, S, head_dim / 4) fp32."""
+        # The released weights were trained with frequencies rounded to fp16.
+        inv_freq = inverse_frequencies(self.config.head_dim // 2).half().float()
+        return tuple(rotary_angles(position_ids[:, row], inv_freq) for row in (0, 1))
+
+    def count_positions(self, input_ids: Tensor, padding: Tensor | None = None) -> Tensor:
+        """(B, 2, S) places and block positions of whole rows. `padding` (B, S): True = real token.
+
+        Raises:
+            ValueError: a row lacks <sop>, or both [gMASK] and [MASK].
+        """
+        config, length = self.config, input_ids.shape[1]
+        real = torch.ones_like(input_ids) if padding is None else padding.long()
+        is_sop = (input_ids == config.bos_token_id) & real.bool()
+        is_gmask = (input_ids == config.gmask_token_id) & real.bool()
+        is_mask = (input_ids == config.mask_token_id) & real.bool()
+        for name, found, wanted in (
+            ("<sop>", is_sop, config.bos_token_id),
+            ("[gMASK] or [MASK]", is_gmask | is_mask, f"{config.gmask_token_id} or {config.mask_token_id}"),
+        ):
+            if not bool(found.any(-1).all()):
+                row = int((~found.any(-1)).nonzero()[0])
+                raise ValueError(f"ChatGLM-6B: row {row} of input_ids has no {name} (id {wanted}); give position_ids")
+        place = (real.cumsum(-1) - 1).clamp(min=0)
+        # argmax finds the first; [gMASK] wins over [MASK] wherever it stands.
+        chosen = torch.where(is_gmask.any(-1, keepdim=True), is_gmask, is_mask).long().argmax(-1, keepdim=True)
+        after = torch.arange(length, device=input_ids.device) >= is_sop.long().argmax(-1, keepdim=True)
+        place = torch.where(after, place.gather(1, chosen), place) * real
+        block = (after & real.bool()).long().cumsum(-1) * real
+        return torch.stack([place, block], dim=1)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states after the final norm.
+
+        Args:
+            input_ids: (B, S) or inputs_embeds (B, S, hidden_size), never with P-Tuning's virtual tokens.
+            attention_mask: (B, cached + S), 1 = real token, padded on either side; or (B, 1, S, cached + S) bool,
+                True = masked, as the originals build it.
+            position_ids: (B, 2, S); by default found from [gMASK] or [MASK] and <sop>, continued from the cache.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = self.default_positions(input_ids, attention_mask, past_key_values if past else None)
+        if past_key_values is not None:
+            past_key_values.last_positions = position_ids[..., -1:]
+
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        text_length = inputs_embeds.shape[1]
+        inputs_embeds, attention_mask, position_ids = self.prepend_prompt(
+            inputs_embeds, attention_mask, position_ids, past
+        )
+        batch, length = inputs_embeds.shape[:2]
+        mask, padding = self.split_mask(attention_mask, past + length)
+        prefix = self.prefix_encoder(batch) if self.config.prefix_version == "v2" else None
+        if mask is None:
+            mask = attention_visibility(
+                q_len=length, kv_len=past + length, device=inputs_embeds.device, padding=padding,
+                context=F.pad(position_ids[:, 1] == 0, (past, 0)),
+                prefix_len=self.prefix_length, backend=self.config._attn_implementation,
+            )  # fmt: skip
+        angles = tuple((cos[:, None], sin[:, None]) for cos, sin in self.rotary(position_ids))
+
+        hidden_states = inputs_embeds
+        for i, block in enumerate(self.layers):
+            layer_prefix = prefix[2 * i : 2 * i + 2] if prefix is not None else None
+            hidden_states = block(
+                hidden_states, mask, angles, layer_prefix, past_key_values=past_key_values, **kwargs
+            )
+        hidden_states = self.final_layernorm(hidden_states)[:, length - text_length :]
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def default_positions(self, input_ids, attention_mask, cache) -> Tensor:
+        """Positions nobody gave: counted in a fresh row, continued after the cache's last ones."""
+        if input_ids is None:
+            raise ValueError("ChatGLM-6B finds positions in input_ids; with inputs_embeds give position_ids (B, 2, S)")
+        if cache is None:
+            if attention_mask is not None and attention_mask.dim() == 4:
+                attention_mask = ~attention_mask[:, 0, -1].bool()
+            return self.count_positions(input_ids, None if attention_mask is None else attention_mask.bool())
+        last = getattr(cache, "last_positions", None)
+        if last is None or last.shape[0] not in (1, input_ids.shape[0]):
+            raise ValueError("ChatGLM-6B: this cache does not know its positions; give position_ids (B, 2, S)")
+        return advance_positions(last, input_ids.shape[1]).expand(input_ids.shape[0], -1, -1)
+
+
+def advance_positions(last: Tensor, count: int) -> Tensor:
+    """(B, 2, count) positions after `last` (B, 2, 1): the place stays, the block position counts on."""
+    steps = torch.arange(1, count + 1, device=last.device)
+    return last + torch.stack([torch.zeros_like(steps), steps])
+
+
+class ChatGLM1ForConditionalGeneration(ChatGLMCausalLM, ChatGLM1PreTrainedModel, GenerationMixin):
+    """The body with its output layer: `forward`, `generate`, `chat`, `stream_chat`."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
+
+    def __init__(self, config: ChatGLM1Config):
+        super().__init__(config)
+        self.transformer = ChatGLM1Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        self.lm_head = value
+
+    # generate() counts positions in one dimension; the next three teach it ChatGLM-6B's pairs.
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError("ChatGLM-6B cannot extend a cache with a new prompt: its context is bidirectional")
+        return self.transformer.count_positions(inputs_tensor, None if mask is None else mask.bool())
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, num_new_tokens=1, **kwargs):
+        positions = model_kwargs.pop("position_ids")
+        model_kwargs = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, num_new_tokens=num_new_tokens, **kwargs
+        )
+        following = advance_positions(positions[..., -1:], num_new_tokens)
+        return model_kwargs | {"position_ids": torch.cat([positions, following], dim=-1)}
+
+    def _expand_inputs_for_generation(self, expand_size=1, position_ids=None, **kwargs):
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+        if position_ids is not None:
+            model_kwargs["position_ids"] = position_ids.repeat_interleave(expand_size, dim=0)
+        return input_ids, model_kwargs
+
+
+AutoModel.register(ChatGLM1Config, ChatGLM1Model, exist_ok=True)
+AutoModelForCausalLM.register(ChatGLM1Config, ChatGLM1ForConditionalGeneration, exist_ok=True)

@@ -1,0 +1,217 @@
+"""ChatGLM2-6B and ChatGLM3-6B: RMSNorm, SwiGLU, grouped queries, interleaved rotary on half of each head."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration import ChatGLM2Config
+from .layers import attend, attention_visibility, inverse_frequencies, make_prefix_encoder, rotary_angles
+from .modeling_base import ChatGLMBody, ChatGLMCausalLM, ChatGLMPreTrainedModel
+
+
+class RMSNorm(nn.Module):
+    """arXiv 1910.07467; variance in fp32, output in the input's dtype."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary on the first 2 * n dims of each head, pairs interleaved: x (B, heads, S, D), cos and sin (B, 1, S, n)."""
+    turned = 2 * cos.shape[-1]
+    a, b = x[..., :turned].float().unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+    return torch.cat([pairs.to(x.dtype), x[..., turned:]], dim=-1)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: ChatGLM2Config, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.kv_channels
+        self.num_key_value_groups = self.heads // self.kv_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        qkv_size = (self.heads + 2 * self.kv_heads) * self.head_dim
+        qkv_bias = config.add_bias_linear or config.add_qkv_bias
+        self.query_key_value = nn.Linear(config.hidden_size, qkv_size, bias=qkv_bias)
+        self.dense = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.add_bias_linear)
+
+    def forward(self, hidden_states, mask, angles, prefix=None, past_key_values=None, **kwargs):
+        qkv = self.query_key_value(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        query, key = rotate(query, *angles), rotate(key, *angles)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        out, weights = attend(self, query, key, value, mask, prefix, **kwargs)
+        return self.dense(out), weights
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ChatGLM2Config):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=config.add_bias_linear)
+        self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=config.add_bias_linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.dense_h_to_4h(x).chunk(2, dim=-1)
+        return self.dense_4h_to_h(F.silu(gate) * up)
+
+
+class ChatGLM2Block(GradientCheckpointingLayer):
+    def __init__(self, config: ChatGLM2Config, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
+        self.self_attention = SelfAttention(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
+        self.mlp = MLP(config)
+        self.hidden_dropout = config.hidden_dropout
+
+    def forward(self, hidden_states, mask, angles, prefix=None, past_key_values=None, **kwargs) -> Tensor:
+        # `prefix` is an argument of its own: gradient checkpointing drops whatever comes as past_key_values.
+        out, _ = self.self_attention(
+            self.input_layernorm(hidden_states), mask, angles, prefix, past_key_values=past_key_values, **kwargs
+        )
+        hidden_states = hidden_states + F.dropout(out, self.hidden_dropout, self.training)
+        out = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + F.dropout(out, self.hidden_dropout, self.training)
+
+
+class Embedding(nn.Module):
+    def __init__(self, config: ChatGLM2Config):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+
+
+class Encoder(nn.Module):
+    """Holds the blocks under the originals' names; ChatGLM2Model runs them."""
+
+    def __init__(self, config: ChatGLM2Config):
+        super().__init__()
+        self.layers = nn.ModuleList(ChatGLM2Block(config, i) for i in range(config.num_layers))
+        self.final_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
+
+
+class ChatGLM2PreTrainedModel(ChatGLMPreTrainedModel):
+    config: ChatGLM2Config
+    config_class = ChatGLM2Config
+    _no_split_modules = ["ChatGLM2Block"]
+    _supports_flash_attn = True
+    _can_record_outputs = {"hidden_states": ChatGLM2Block, "attentions": SelfAttention}
+    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]
+
+
+class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
+    """The body. It also owns `output_layer`, as the originals do; ChatGLM2ForConditionalGeneration applies it."""
+
+    def __init__(self, config: ChatGLM2Config):
+        super().__init__(config)
+        self.embedding = Embedding(config)
+        self.encoder = Encoder(config)
+        self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=config.add_bias_linear)
+        kv_size = 2 * config.num_layers * config.num_key_value_heads * config.kv_channels
+        self.prefix_encoder = make_prefix_encoder(config, embedding_dim=kv_size)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embedding.word_embeddings
+
+    def set_input_embeddings(self, value):
+        self.embedding.word_embeddings = value
+
+    def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, sin (B, S, kv_channels / 4) fp32. `rope_ratio` stretches positions in ChatGLM2, the base in ChatGLM3."""
+        ratio, rotary_dim = self.config.rope_ratio, self.config.kv_channels // 2
+        if self.config.glm_family == "glm2":
+            return rotary_angles(position_ids.float() / ratio, inverse_frequencies(rotary_dim))
+        return rotary_angles(position_ids, inverse_frequencies(rotary_dim, base=10000.0 * ratio))
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states after the final norm.
+
+        Args:
+            input_ids: (B, S) or inputs_embeds (B, S, hidden_size), never with P-Tuning's virtual tokens.
+            attention_mask: (B, cached + S), 1 = real token, padded on either side; or (B, 1, S, cached + S) bool,
+                True = masked, as the originals build it.
+            position_ids: (B, S); by default counted from the mask, or from 0.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embedding.word_embeddings(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        text_length = inputs_embeds.shape[1]
+        inputs_embeds, attention_mask, position_ids = self.prepend_prompt(
+            inputs_embeds, attention_mask, position_ids, past
+        )
+        batch, length = inputs_embeds.shape[:2]
+        mask, padding = self.split_mask(attention_mask, past + length)
+        if position_ids is None and padding is not None:
+            position_ids = (padding.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+        elif position_ids is None:
+            position_ids = torch.arange(past, past + length, device=inputs_embeds.device)[None]
+        prefix = self.prefix_encoder(batch) if self.config.prefix_version == "v2" else None
+        if mask is None:
+            mask = attention_visibility(
+                q_len=length, kv_len=past + length, device=inputs_embeds.device, padding=padding, context=None,
+                prefix_len=self.prefix_length, backend=self.config._attn_implementation,
+            )  # fmt: skip
+        angles = tuple(t[:, None] for t in self.rotary(position_ids))
+
+        hidden_states = inputs_embeds
+        for i, block in enumerate(self.encoder.layers):
+            layer_prefix = prefix[2 * i : 2 * i + 2] if prefix is not None else None
+            hidden_states = block(
+                hidden_states, mask, angles, layer_prefix, past_key_values=past_key_values, **kwargs
+            )
+        hidden_states = self.encoder.final_layernorm(hidden_states)
+        hidden_states = hidden_states[:, length - text_length :]
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+
+class ChatGLM2ForConditionalGeneration(ChatGLMCausalLM, ChatGLM2PreTrainedModel, GenerationMixin):
+    """The body with its output layer: `forward`, `generate`, `chat`, `stream_chat`."""
+
+    _tied_weights_keys = {"transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"}
+
+    def __init__(self, config: ChatGLM2Config):
+        super().__init__(config)
+        self.transformer = ChatGLM2Model(config)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.transformer.output_layer
+
+    def set_output_embeddings(self, value):
+        self.transformer.output_layer = value
+
+
+AutoModel.register(ChatGLM2Config, ChatGLM2Model, exist_ok=True)
+AutoModelForCausalLM.register(ChatGLM2Config, ChatGLM2ForConditionalGeneration, exist_ok=True)

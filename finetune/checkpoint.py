@@ -1,0 +1,293 @@
+"""Checkpoints that are there or not there: written aside, flushed to disk, renamed.
+
+output_dir/epoch-E-step-S/
+    adapter_model.safetensors + adapter_config.json      LoRA
+    model.safetensors (the prefix alone) + config.json   P-Tuning
+    model*.safetensors + config.json                     freeze, all
+    tokenizer files, generation_config.json
+    train_config.json, manifest.json
+    trainer/                                             DeepSpeed's shards: optimizer, schedule, trainable weights
+A folder with a manifest is complete; the newest is found by its step, so there is no pointer file to go stale.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from chatglm.loading import PREFIX, stop_ids
+from finetune.config import TrainConfig
+from finetune.distributed import rank, say, world_size
+
+FORMAT_VERSION = 1
+NAME = re.compile(r"epoch-(\d+)-step-(\d+)$")
+MANIFEST = "manifest.json"
+
+
+def checkpoint_step(folder: Path) -> int:
+    return int(NAME.search(folder.name).group(2))
+
+
+def committed_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Complete checkpoint folders, oldest first."""
+    folders = Path(output_dir).glob("epoch-*-step-*") if Path(output_dir).is_dir() else ()
+    return sorted((p for p in folders if NAME.search(p.name) and (p / MANIFEST).is_file()), key=checkpoint_step)
+
+
+def read_manifest(folder: str | Path) -> dict | None:
+    """The manifest of a checkpoint, or None where there is none.
+
+    Raises:
+        ValueError: it is not readable, or of a newer format.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        found = manifest["format_version"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{path}: not a checkpoint manifest") from None
+    if found > FORMAT_VERSION:
+        raise ValueError(f"{path}: format version {found}, this program reads up to {FORMAT_VERSION}")
+    return manifest
+
+
+def find_resume(resume: str, output_dir: str | Path) -> Path | None:
+    """The folder --resume_from_checkpoint means; None for "auto" where there is none yet.
+
+    Raises:
+        FileNotFoundError: the named folder is no complete checkpoint with a trainer state.
+    """
+    if resume == "auto":
+        found = committed_checkpoints(output_dir)
+        return found[-1] if found else None
+    folder = Path(resume)
+    if not (folder / MANIFEST).is_file() or not (folder / "trainer").is_dir():
+        raise FileNotFoundError(f"--resume_from_checkpoint: {folder} is not a complete checkpoint (manifest.json and trainer/)")
+    return folder
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256_in_blocks(file)
+
+
+def _sha256_in_blocks(file) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def flush_tree(folder: Path):
+    """Force every file and folder below `folder` to disk."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_aside(path: Path, text: str):
+    """Replace a small file in one step."""
+    aside = path.with_name(f".{path.name}.tmp")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def remove_leftovers(output_dir: Path):
+    """Delete what an interrupted save left behind."""
+    for path in output_dir.glob(".epoch-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def gathered_state(model: nn.Module, *, trainable_only: bool) -> dict[str, Tensor]:
+    """name -> CPU tensor, whole also under ZeRO-3, on rank 0 (empty elsewhere). Every rank must call it.
+
+    Raises:
+        RuntimeError: a tensor came out empty.
+    """
+    state = {}
+    for name, parameter in model.named_parameters():
+        if trainable_only and not parameter.requires_grad:
+            continue
+        if hasattr(parameter, "ds_id"):
+            from deepspeed import zero
+
+            with zero.GatheredParameters([parameter]):
+                if rank() == 0:
+                    state[name] = parameter.detach().cpu().clone()
+        elif rank() == 0:
+            state[name] = parameter.detach().cpu()
+        if rank() == 0 and not state[name].numel():
+            raise RuntimeError(f"{name} is empty: it was not gathered")
+    return state
+
+
+def export(model, method, tokenizer, state: dict[str, Tensor], folder: Path):
+    """Write what inference needs of `model`: adapter, prefix or all weights by `method.saves`; tokenizer, config.
+
+    `state`: gathered trainable parameters, or all of them where method.saves is "model".
+    """
+    from safetensors.torch import save_file
+
+    if method.saves == "adapter":
+        model.save_pretrained(str(folder), state_dict=state, safe_serialization=True, save_embedding_layers=False)
+    elif method.saves == "prefix":
+        save_file({k: v.contiguous() for k, v in state.items() if k.startswith(PREFIX)}, folder / "model.safetensors", {"format": "pt"})
+        model.config.save_pretrained(str(folder))
+        config = json.loads((folder / "config.json").read_text())
+        config["_name_or_path"] = model.config.name_or_path  # the base, as the official P-Tuning checkpoints name it
+        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    else:
+        if model.config.tie_word_embeddings:
+            for tied, source in model._tied_weights_keys.items():
+                if source in state:
+                    state.pop(tied, None)
+        model.save_pretrained(str(folder), state_dict=state, max_shard_size="2GB")
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.eos_token_id, generation.pad_token_id = stop_ids(tokenizer), tokenizer.pad_token_id
+        generation.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    return found | {name: version(name) for name in ("torch", "transformers", "deepspeed", "peft", "safetensors")}
+
+
+def check_disk(folder: Path, needed: int):
+    """Raises OSError naming the bytes wanted and free when a save of `needed` bytes would not fit."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{folder}: a checkpoint takes about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
+
+
+def checkpoint_bytes(model: nn.Module, saves: str) -> int:
+    """About how much one checkpoint takes: exported weights, and fp32 master, two moments and a copy per trainable."""
+    sizes = [(p.ds_numel if hasattr(p, "ds_id") else p.numel(), p.element_size(), p.requires_grad) for p in model.parameters()]
+    exported = sum(n * size for n, size, trainable in sizes if trainable or saves == "model")
+    return exported + sum(n * (12 + size) for n, size, trainable in sizes if trainable) + 10_000_000
+
+
+class Checkpointer:
+    """Saves, finds again and prunes the checkpoints of one run."""
+
+    def __init__(self, config: TrainConfig, output_dir: Path, engine, model, method, tokenizer, *, base: dict):
+        self.config, self.output_dir, self.engine = config, output_dir, engine
+        self.model, self.method, self.tokenizer, self.base = model, method, tokenizer, base
+        self.needed = checkpoint_bytes(model, method.saves)
+
+    def save(self, *, epoch: int, step: int, metrics: dict) -> Path:
+        """Write output_dir/epoch-E-step-S on all ranks; when this returns it is committed. Metrics go into its manifest."""
+        final = self.output_dir / f"epoch-{epoch}-step-{step}"
+        if (final / MANIFEST).is_file():
+            return final
+        aside = self.output_dir / f".{final.name}.tmp"
+        if rank() == 0:
+            check_disk(self.output_dir, self.needed)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+        barrier()
+        self.engine.save_checkpoint(str(aside / "trainer"), tag="state", save_latest=False, exclude_frozen_parameters=True)
+        state = gathered_state(self.model, trainable_only=self.method.saves != "model")
+        if rank() == 0:
+            export(self.model, self.method, self.tokenizer, state, aside)
+            self.config.save(aside / "train_config.json")
+            files = sorted(p for p in aside.iterdir() if p.is_file())
+            manifest = {
+                "format_version": FORMAT_VERSION,
+                "family": self.tokenizer.family,
+                "method": self.config.train_type,
+                "base_model": self.base,
+                "epoch": epoch,
+                "step": step,
+                "world_size": world_size(),
+                "metrics": metrics,
+                "versions": versions(),
+                "sha256": {p.name: sha256(p) for p in files},
+            }
+            (aside / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+            flush_tree(aside)
+            if final.exists():  # without a manifest: not ours to trust
+                shutil.rmtree(final)
+            os.replace(aside, final)
+            flush_tree_entry(self.output_dir)
+            self.warn_if_untrained(state)
+        barrier()
+        return final
+
+    def warn_if_untrained(self, state: dict[str, Tensor]):
+        lora_b = [t for name, t in state.items() if "lora_B" in name]
+        if lora_b and not any(t.any() for t in lora_b):
+            say("WARNING: every LoRA B is still zero, so this adapter changes nothing: is the learning rate 0, or every answer empty?")
+
+    def resume(self, folder: Path) -> int:
+        """Load a checkpoint into the engine; returns the number of steps done.
+
+        Raises:
+            ValueError: it was made by other flags, another number of ranks, or its files changed.
+        """
+        manifest = read_manifest(folder)
+        saved = json.loads((folder / "train_config.json").read_text(encoding="utf-8"))
+        if changed := self.config.changed_since(saved):
+            raise ValueError(f"{folder} was made with other flags: {'; '.join(changed)}")
+        if manifest["world_size"] != world_size():
+            raise ValueError(f"{folder} was made by {manifest['world_size']} ranks, this run has {world_size()}")
+        fingerprint = manifest["base_model"].get("fingerprint")
+        if fingerprint and fingerprint != self.base.get("fingerprint"):
+            raise ValueError(f"{folder} was trained on another base model than {self.base['name_or_path']}")
+        path, _ = self.engine.load_checkpoint(str(folder / "trainer"), tag="state", load_module_strict=False)
+        if path is None:
+            raise ValueError(f"{folder}/trainer: DeepSpeed could not load its shards")
+        say(f"resumed from {folder}")
+        return manifest["step"]
+
+    def record_best(self, folder: Path, metric: str, value: float):
+        if rank() == 0:
+            text = json.dumps({"checkpoint": folder.name, "metric": metric, "value": value}, indent=2)
+            write_aside(self.output_dir / "best.json", text + "\n")
+
+    def best(self) -> dict | None:
+        path = self.output_dir / "best.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def prune(self):
+        """Keep the newest --save_total_limit checkpoints, and the best."""
+        if rank() == 0 and self.config.save_total_limit:
+            best = (self.best() or {}).get("checkpoint")
+            for folder in committed_checkpoints(self.output_dir)[: -self.config.save_total_limit]:
+                if folder.name != best:
+                    # Renamed first: a half-deleted folder must not look like a checkpoint.
+                    aside = folder.with_name(f".{folder.name}.tmp")
+                    os.replace(folder, aside)
+                    shutil.rmtree(aside)
+        barrier()
+
+
+def flush_tree_entry(folder: Path):
+    """Force a folder's own list of names to disk, so that a rename in it survives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def barrier():
+    if dist.is_initialized() and world_size() > 1:
+        dist.barrier()

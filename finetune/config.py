@@ -1,0 +1,206 @@
+"""The one configuration of a training run: field = flag, its text = the help, its default written once.
+
+Free of torch, so that `train.py --help` answers at once.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from chatglm.families import FAMILIES
+from finetune.methods import METHODS
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def parse_bool(text: str | bool) -> bool:
+    """True/False/yes/no/1/0 in any case. argparse's `type=bool` would read "False" as True."""
+    if isinstance(text, bool):
+        return text
+    words = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"wanted True or False, got {text!r}")
+    return words[text.lower()]
+
+
+def flag(default, help: str, *, choices=None, positive=False, shapes_training=False):
+    """A field with its help. `shapes_training`: a resumed run must have the same value."""
+    meta = {"help": help, "choices": choices, "positive": positive, "shapes_training": shapes_training}
+    return field(default=default, metadata=meta)
+
+
+def keep(default, help: str, **kwargs):
+    """A field that a resumed run may not change."""
+    return flag(default, help, shapes_training=True, **kwargs)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All flags of train.py, validated. Lengths are in tokens, steps are optimizer steps."""
+
+    # model
+    model_name_or_path: str = keep("", "folder of the base model (required)")
+    mode: str | None = keep(None, "model family; found in the folder when not given, else glm2", choices=tuple(FAMILIES))
+    # data
+    train_path: str = keep("", "training rows: JSON lines or a JSON list of {instruction, input, output} (required)")
+    eval_path: str = flag("", "evaluation rows; gives loss (and F1) during training and a best checkpoint")
+    max_len: int = keep(1024, "longest row in tokens, prompt and answer", positive=True)
+    max_src_len: int = keep(256, "longest prompt in tokens", positive=True)
+    is_skip: bool = keep(False, "drop (and count) rows that would be cut, instead of cutting them")
+    on_bad_row: str = keep("error", "what to do with a malformed row", choices=("error", "skip"))
+    prompt_text: str = keep("", "instruction put before rows of the old form {text, answer}")
+    dataset_length: int | None = keep(None, "use only the first N rows", positive=True)
+    # training
+    train_type: str = keep("lora", "fine-tuning method", choices=tuple(METHODS))
+    per_device_train_batch_size: int = keep(16, "rows per device and forward pass", positive=True)
+    gradient_accumulation_steps: int = keep(1, "forward passes per optimizer step", positive=True)
+    num_train_epochs: int = keep(1, "passes over the training rows", positive=True)
+    max_steps: int | None = keep(None, "stop after so many optimizer steps", positive=True)
+    learning_rate: float = keep(1e-3, "highest learning rate")
+    weight_decay: float = keep(0.1, "AdamW's decoupled weight decay")
+    warmup_ratio: float = keep(0.1, "share of the steps that warms the learning rate up")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
+    precision: str = keep("auto", "arithmetic; overrides the DeepSpeed file's (auto: bf16, else fp16 on GPUs, fp32 on CPU)",
+                          choices=PRECISIONS)  # fmt: skip
+    seed: int = keep(1234, "seed of data order, dropout and new weights")
+    ds_file: str = keep("ds_zero2.json", "DeepSpeed configuration; a bare name is looked up in ds_configs/ too")
+    # methods
+    lora_dim: int = keep(8, "LoRA rank", positive=True)
+    lora_alpha: int = keep(30, "LoRA scale: the update is multiplied by alpha / rank", positive=True)
+    lora_dropout: float = keep(0.1, "dropout on LoRA's input")
+    lora_module_name: str = keep("query_key_value", "comma list of modules that get LoRA")
+    freeze_module_name: str = keep("layers.27.", "comma list of parts of the parameter names that stay trainable")
+    pre_seq_len: int = keep(16, "P-Tuning: number of virtual tokens", positive=True)
+    prefix_projection: bool = keep(True, "P-Tuning v2: prefix through an MLP. Without --ptuning_version: True means v2, False v1")
+    ptuning_version: str | None = keep(None, "v2: keys and values in every layer; v1: vectors before the first embedding",
+                                       choices=("v1", "v2"))  # fmt: skip
+    prefix_dropout: float = keep(0.1, "P-Tuning v2: dropout on the prefix in training")
+    # output
+    output_dir: str | None = flag(None, "where checkpoints go (default: output-MODE-TRAIN_TYPE)")
+    show_loss_step: int = flag(10, "write the loss every so many steps", positive=True)
+    save_model_step: int | None = flag(None, "save every so many steps; an epoch's end always saves", positive=True)
+    save_total_limit: int | None = flag(None, "keep only the newest N checkpoints, and the best one", positive=True)
+    eval_step: int | None = flag(None, "evaluate every so many steps; an epoch's end always does", positive=True)
+    per_device_eval_batch_size: int | None = flag(None, "rows per device in evaluation (default: as in training)", positive=True)
+    eval_f1: bool = flag(False, "also answer the evaluation rows and report the F1 of the triples")
+    eval_max_new_tokens: int = flag(315, "longest answer written for --eval_f1", positive=True)
+    metric_for_best: str = flag("loss", "what makes a checkpoint the best", choices=("loss", "f1"))
+    resume_from_checkpoint: str | None = flag(None, "'auto' for the newest checkpoint in --output_dir, or its path")
+    tensorboard: str | None = flag(None, "TensorBoard folder (default: OUTPUT_DIR/runs)")
+    # launch
+    local_rank: int = flag(-1, "set by the launcher")
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value, meta = getattr(self, f.name), f.metadata
+            if meta["choices"] and value is not None and value not in meta["choices"]:
+                raise ValueError(f"--{f.name} must be one of {', '.join(meta['choices'])}; got {value!r}")
+            if meta["positive"] and value is not None and value < 1:
+                raise ValueError(f"--{f.name} must be at least 1; got {value}")
+        for name in ("lora_dropout", "prefix_dropout", "warmup_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be in [0, 1); got {getattr(self, name)}")
+        for name in ("learning_rate", "weight_decay"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"--{name} must be a number not below 0; got {value}")
+        if not self.model_name_or_path:
+            raise ValueError("--model_name_or_path is required: the folder of the base model")
+        if not self.train_path:
+            raise ValueError("--train_path is required: JSON lines of {instruction, input, output}")
+        if self.max_src_len >= self.max_len:
+            raise ValueError(f"--max_src_len ({self.max_src_len}) must be below --max_len ({self.max_len})")
+        if self.metric_for_best == "f1" and not self.eval_f1:
+            raise ValueError("--metric_for_best f1 needs --eval_f1 True")
+        if self.eval_f1 and not self.eval_path:
+            raise ValueError("--eval_f1 needs --eval_path")
+
+    @property
+    def resolved_ptuning_version(self) -> str:
+        """The seeds' READMEs say: projection True is v2, False is v1; an explicit version wins."""
+        return self.ptuning_version or ("v2" if self.prefix_projection else "v1")
+
+    def save(self, path: Path):
+        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n")
+
+    def changed_since(self, saved: dict) -> list[str]:
+        """The flags that shape training and differ from a checkpoint's, as "--name: was A, is B"."""
+        return [
+            f"--{f.name}: was {saved.get(f.name)!r}, is {getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if f.metadata["shapes_training"] and f.name in saved and saved[f.name] != getattr(self, f.name)
+        ]
+
+
+def flag_type(f: dataclasses.Field):
+    names = {"str": str, "int": int, "float": float, "bool": parse_bool}
+    return names[str(f.type if isinstance(f.type, str) else getattr(f.type, "__name__", f.type)).split(" | ")[0]]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Fine-tune ChatGLM-6B, ChatGLM2-6B or ChatGLM3-6B: deepspeed train.py ..., torchrun ... train.py ... or python train.py ...",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=110),
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of flags; the command line wins")
+    for f in dataclasses.fields(TrainConfig):
+        names = [f"--{f.name}"]
+        if f.name == "local_rank":
+            names.append("--local-rank")
+        shown = "" if f.default in (None, "") else f" [{f.default}]"
+        options = {"help": (f.metadata["help"] + shown).replace("%", "%%"), "default": argparse.SUPPRESS}
+        if f.type in (bool, "bool"):
+            options |= {"nargs": "?", "const": True, "metavar": "True|False"}
+        elif f.metadata["choices"]:
+            options["choices"] = f.metadata["choices"]
+        else:
+            options["metavar"] = str(f.type).split(" | ")[0].upper() if isinstance(f.type, str) else f.name.upper()
+        parser.add_argument(*names, type=flag_type(f), **options)
+    launcher = parser.add_argument_group("DeepSpeed's own flags, accepted as its launcher passes them")
+    launcher.add_argument("--deepspeed", action="store_true", default=argparse.SUPPRESS, help="no effect: always on")
+    launcher.add_argument("--deepspeed_config", default=argparse.SUPPRESS, metavar="FILE", help="same as --ds_file")
+    return parser
+
+
+def parse_config(argv: list[str] | None = None) -> TrainConfig:
+    """Flags, over those of --config, over the defaults. Bad flags end the program with one line and exit code 2."""
+    parser = build_parser()
+    given = vars(parser.parse_args(argv))
+    given.pop("deepspeed", None)
+    if "deepspeed_config" in given:
+        given["ds_file"] = given.pop("deepspeed_config")
+    try:
+        file = given.pop("config", None)
+        return TrainConfig(**((read_config_file(file) if file else {}) | given))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def read_config_file(path: str) -> dict:
+    """Flags from a YAML or JSON mapping, their types checked as on the command line."""
+    import yaml
+
+    if not Path(path).is_file():
+        raise ValueError(f"--config: no such file: {path}")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config: {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
+    if not isinstance(values, dict):
+        raise ValueError(f"--config: {path} must hold a mapping of flags, got {type(values).__name__}")
+    if unknown := sorted(set(values) - set(fields)):
+        raise ValueError(f"--config: {path}: unknown flag {unknown[0]!r}")
+    checked = {}
+    for name, value in values.items():
+        try:
+            checked[name] = value if value is None else flag_type(fields[name])(value)
+        except (ValueError, TypeError, argparse.ArgumentTypeError):
+            raise ValueError(f"--config: {path}: {name} has the wrong type: {value!r}") from None
+    return checked

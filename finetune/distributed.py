@@ -1,0 +1,195 @@
+"""Ranks, ports and DeepSpeed's configuration: everything between the flags and `deepspeed.initialize`."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from finetune.config import ROOT, TrainConfig
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def say(*words):
+    """Print on rank 0."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def allowed_port(port: int) -> int:
+    """`port`, or port + 20000 where ports that low need rights we lack (the well-known --master_port 520).
+
+    Every rank comes to the same answer by itself.
+    """
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except PermissionError:
+            say(f"port {port} needs root rights; using {port + 20000}")
+            return port + 20000
+        except OSError:
+            pass  # in use: by our own rank 0, or its own error will say so
+    return port
+
+
+def init_distributed():
+    """Join the process group that deepspeed or torchrun prepared; alone, make one of a single rank."""
+    import deepspeed
+
+    env = os.environ
+    if "RANK" not in env:
+        env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    env["MASTER_PORT"] = str(allowed_port(int(env["MASTER_PORT"])))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(env.get("LOCAL_RANK", 0)))
+    elif int(env["WORLD_SIZE"]) > 1 and "OMP_NUM_THREADS" not in env:
+        # Ranks that each start a thread per core slow one another several times.
+        local = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or env["WORLD_SIZE"])
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    # Its shared-memory all-reduce for CPUs is compiled for over a minute at first use, or fails; gloo does.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False)
+
+
+def device() -> torch.device:
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def sum_over_ranks(*values: float) -> list[float]:
+    """Each value summed over all ranks, in fp64."""
+    total = torch.tensor(values, dtype=torch.float64, device=device())
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def resolve_precision(precision: str) -> str:
+    if precision != "auto":
+        return precision
+    if not torch.cuda.is_available():
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def find_ds_file(name: str) -> Path:
+    """The file itself, or the one of that name in ds_configs/."""
+    for path in (Path(name), ROOT / "ds_configs" / name):
+        if path.is_file():
+            return path
+    shipped = ", ".join(sorted(p.name for p in (ROOT / "ds_configs").glob("*.json")))
+    raise FileNotFoundError(f"--ds_file: no such file: {name}; ds_configs/ has {shipped}")
+
+
+def deepspeed_config(config: TrainConfig, *, precision: str, adapters: bool, total_steps: int, hidden_size: int, world: int) -> dict:
+    """The DeepSpeed file with batch, optimizer, schedule and precision filled from the flags.
+
+    Args:
+        precision: "fp32", "bf16" or "fp16", resolved.
+        adapters: only fp32 adapters are trained over a frozen model, so bf16 is the frozen weights' dtype, not DeepSpeed's.
+        world: number of ranks.
+    Raises:
+        ValueError: the file is not JSON, or keeps an "auto" that nobody fills.
+    """
+    path = find_ds_file(config.ds_file)
+    try:
+        ds = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--ds_file: {path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    ds["train_micro_batch_size_per_gpu"] = micro
+    ds["gradient_accumulation_steps"] = accumulation
+    ds["train_batch_size"] = micro * accumulation * world
+    ds["steps_per_print"] = 10**9  # the progress bar speaks
+    if ds.get("gradient_clipping", "auto") == "auto":
+        ds["gradient_clipping"] = 1.0
+
+    warmup = max(1, int(config.warmup_ratio * total_steps))
+    ds.setdefault("scheduler", {"type": "WarmupDecayLR", "params": {}})
+    schedule = ds["scheduler"].setdefault("params", {})
+    fill = {"warmup_num_steps": warmup, "warmup_max_lr": config.learning_rate, "warmup_min_lr": 0.1 * config.learning_rate}
+    if ds["scheduler"]["type"] == "WarmupDecayLR":
+        fill["total_num_steps"] = max(total_steps, warmup + 1)
+        if schedule.get("warmup_type") == "cosine":  # in the seeds' files; DeepSpeed knows log and linear only
+            schedule["warmup_type"] = "linear"
+    if ds["scheduler"]["type"] in ("WarmupDecayLR", "WarmupLR"):
+        schedule.update(fill)
+        schedule.pop("last_batch_iteration", None)
+
+    asked = "bf16" if is_on(ds, "bf16") else "fp16" if is_on(ds, "fp16") else None
+    if asked and asked != precision:
+        say(f"precision: {precision} ({path.name} asks for {asked}; --precision decides)")
+    for name in ("fp16", "bf16"):
+        ds.setdefault(name, {})["enabled"] = precision == name and not (adapters and name == "bf16")
+    if not ds["fp16"]["enabled"]:
+        ds["fp16"] = {"enabled": False}
+
+    zero = ds.setdefault("zero_optimization", {"stage": 0})
+    for part in ("offload_optimizer", "offload_param"):
+        if zero.get(part, {}).get("device") in ("auto", "none"):
+            del zero[part]
+    by_size = {
+        "reduce_bucket_size": hidden_size**2,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    zero.update({key: value for key, value in by_size.items() if zero.get(key) == "auto"})
+    ds.pop("gather_16bit_weights_on_save", None)
+
+    optimizer = ds.get("optimizer", {"type": "AdamW"})
+    params = optimizer.setdefault("params", {})
+    params.update(lr=config.learning_rate, weight_decay=config.weight_decay)
+    params.update({k: v for k, v in {"betas": [0.9, 0.95], "eps": 1e-8}.items() if params.get(k, "auto") == "auto"})
+    ds["optimizer"] = optimizer
+    if left := find_auto(ds):
+        raise ValueError(f"--ds_file: {path}: {left} is \"auto\" and no flag fills it; write a value")
+    return ds
+
+
+def is_on(ds: dict, name: str) -> bool:
+    return ds.get(name, {}).get("enabled") is True
+
+
+def find_auto(node, where="") -> str | None:
+    """The dotted place of the first "auto" left in a configuration."""
+    if node == "auto":
+        return where
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return next((found for key, value in items if (found := find_auto(value, f"{where}.{key}".lstrip(".")))), None)
+
+
+def make_optimizer(parameters: list, ds: dict):
+    """Take AdamW out of the DeepSpeed file and build it here: torch's fused one, or DeepSpeed's CPU Adam under offload.
+
+    Any other optimizer stays in the file, for DeepSpeed to build; then None is returned.
+    """
+    if ds["optimizer"]["type"].lower() not in ("adam", "adamw"):
+        return None
+    params = {k: v for k, v in ds.pop("optimizer")["params"].items() if k in ("lr", "betas", "eps", "weight_decay")}
+    params["betas"] = tuple(params["betas"])
+    zero = ds["zero_optimization"]
+    ds["zero_allow_untested_optimizer"] = True
+    if "offload_optimizer" in zero:
+        try:
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            return DeepSpeedCPUAdam(parameters, adamw_mode=True, **params)
+        except Exception as error:  # its C++ part is compiled on first use, and whatever fails there must not stop a run
+            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+            say(f"DeepSpeed's CPU Adam cannot be built ({reason[0]}); using torch's AdamW, which is slower")
+            ds["zero_force_ds_cpu_optimizer"] = False
+    return torch.optim.AdamW(parameters, **params)

@@ -1,0 +1,309 @@
+"""The training loop: one optimizer step at a time, each a pure function of (seed, step) and the weights."""
+
+import json
+import math
+import random
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from chatglm.families import FAMILIES
+from chatglm.loading import base_fingerprint, load_model, load_tokenizer, resolve_mode
+from finetune.checkpoint import Checkpointer, check_disk, find_resume, remove_leftovers
+from finetune.config import TrainConfig
+from finetune.data import collate, encode_rows, epoch_order, read_rows, step_rows
+from finetune.distributed import (
+    deepspeed_config,
+    device,
+    init_distributed,
+    make_optimizer,
+    rank,
+    resolve_precision,
+    say,
+    sum_over_ranks,
+    world_size,
+)
+from finetune.loss import LossModule, count_labels
+from finetune.methods import make_method
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainingFailed(RuntimeError):
+    """The run cannot go on: the loss is not a number, or the like. The message says where."""
+
+
+def seed_step(seed: int, step: int, stream: int):
+    """Set every generator that a step may draw from, so that a resumed step draws the same."""
+    number = int(np.random.SeedSequence([seed, step, stream]).generate_state(1)[0])
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many optimizer steps there are, and which epoch a step belongs to."""
+
+    rows: int
+    global_batch: int
+    epochs: int
+    max_steps: int | None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.rows / self.global_batch)
+
+    @property
+    def total_steps(self) -> int:
+        return min(self.steps_per_epoch * self.epochs, self.max_steps or 2**62)
+
+    def ends_epoch(self, done: int) -> bool:
+        return done % self.steps_per_epoch == 0 or done == self.total_steps
+
+    def epoch_of(self, done: int) -> int:
+        """Epoch, from 1, that the last of `done` steps belonged to."""
+        return (done - 1) // self.steps_per_epoch + 1
+
+
+def train(config: TrainConfig) -> Path:
+    """Run a whole fine-tuning; returns the last checkpoint's folder.
+
+    Raises:
+        ValueError, FileNotFoundError: flags, files or rows that do not fit, before anything is written.
+        TrainingFailed: the loss became nan or infinite; names step and rows.
+    """
+    mode = resolve_mode(config.model_name_or_path, config.mode)
+    family = FAMILIES[mode]
+    tokenizer = load_tokenizer(config.model_name_or_path, mode=mode)
+    output_dir = Path(config.output_dir or f"output-{mode}-{config.train_type}")
+
+    init_distributed()
+    data = load_dataset(config, config.train_path, tokenizer, family, "train")
+    eval_data = load_dataset(config, config.eval_path, tokenizer, family, "eval") if config.eval_path else None
+    schedule = Schedule(
+        len(data),
+        config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size(),
+        config.num_train_epochs,
+        config.max_steps,
+    )
+    engine, model, method, precision = build_engine(config, mode, schedule.total_steps)
+    say(parameter_report(model))
+    base = {"name_or_path": str(Path(config.model_name_or_path).resolve()), "fingerprint": base_fingerprint(config.model_name_or_path)}
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    checkpointer = Checkpointer(config, output_dir, engine, model, method, tokenizer, base=base)
+    if rank() == 0:
+        remove_leftovers(output_dir)
+        check_disk(output_dir, checkpointer.needed)
+    done = 0
+    if config.resume_from_checkpoint:
+        folder = find_resume(config.resume_from_checkpoint, output_dir)
+        done = checkpointer.resume(folder) if folder else say("no checkpoint to resume from: starting anew") or 0
+    elif rank() == 0 and any(output_dir.glob("epoch-*-step-*/manifest.json")):
+        say(f"WARNING: {output_dir} already holds checkpoints; those of the same name are kept, not written again")
+    loop = Loop(config, engine, model, tokenizer, family, data, eval_data, schedule, checkpointer, done)
+    say(
+        f"{family.title}, {config.train_type}, {precision}, {world_size()} rank(s), {len(data)} rows, "
+        f"{schedule.total_steps} steps of {schedule.global_batch} rows"
+    )
+    return loop.run()
+
+
+def load_dataset(config: TrainConfig, path: str, tokenizer, family, name: str):
+    rows, bad = read_rows(
+        path, prompt_text=config.prompt_text, on_bad_row=config.on_bad_row,
+        limit=config.dataset_length if name == "train" else None,
+    )  # fmt: skip
+    limits = {"max_len": config.max_len, "max_src_len": config.max_src_len}
+    if name == "eval":  # a test file may list several answers; the loss is of the first
+        rows = [row.with_first_answer() for row in rows]
+    data = encode_rows(rows, tokenizer, family, **limits, is_skip=config.is_skip and name == "train", progress=rank() == 0)
+    words = [f"{len(data)} {name} rows"]
+    words += [f"{bad} bad ones skipped"] if bad else []
+    words += [f"{data.skipped} too long, skipped"] if data.skipped else [f"{data.truncated} cut"] if data.truncated else []
+    say(", ".join(words))
+    return data
+
+
+def build_engine(config: TrainConfig, mode: str, total_steps: int):
+    """(DeepSpeed engine, model, method, precision): the model prepared by its method and wrapped with the loss."""
+    import deepspeed
+    from transformers import AutoConfig
+    from transformers.integrations import HfDeepSpeedConfig
+
+    method = make_method(config)
+    precision = resolve_precision(config.precision)
+    adapters = method.saves != "model"
+    hidden_size = AutoConfig.from_pretrained(config.model_name_or_path).hidden_size
+    ds = deepspeed_config(
+        config, precision=precision, adapters=adapters, total_steps=total_steps, hidden_size=hidden_size, world=world_size()
+    )
+    if ds["zero_optimization"].get("stage") == 3:
+        # While this object lives, from_pretrained builds the model partitioned. It reads the frozen weights' dtype here.
+        partitioned_loading = HfDeepSpeedConfig(ds | {"bf16": {"enabled": precision == "bf16"}})
+    seed_step(config.seed, 0, stream=0)  # new weights are equal on every rank
+    model = load_model(config.model_name_or_path, mode=mode, dtype=DTYPES[precision], **method.model_options())
+    model = method.prepare(model)
+    if adapters and precision == "bf16":
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(trainable, ds)
+    engine, *_ = deepspeed.initialize(model=LossModule(model), model_parameters=trainable, optimizer=optimizer, config=ds)
+    return engine, model, method, precision
+
+
+def parameter_report(model) -> str:
+    """Names, counts and share of the trainable parameters; whole counts under ZeRO-3 too."""
+    sizes = [(n, p.ds_numel if hasattr(p, "ds_id") else p.numel(), p.requires_grad) for n, p in model.named_parameters()]
+    trainable = [(name, size) for name, size, yes in sizes if yes]
+    part, total = sum(size for _, size in trainable), sum(size for _, size, _ in sizes)
+    shown = [f"  {name} {size:,}" for name, size in trainable]
+    if len(shown) > 8:
+        shown = [*shown[:4], f"  ... {len(shown) - 8} more ...", *shown[-4:]]
+    return "\n".join([f"trainable: {part:,} of {total:,} parameters ({100 * part / total:.4f} %)", *shown])
+
+
+class Loop:
+    """The state of a run between its steps."""
+
+    def __init__(self, config, engine, model, tokenizer, family, data, eval_data, schedule, checkpointer, done):
+        self.config, self.engine, self.model, self.tokenizer, self.family = config, engine, model, tokenizer, family
+        self.data, self.eval_data, self.schedule, self.checkpointer, self.done = data, eval_data, schedule, checkpointer, done
+        self.order_epoch, self.order = None, None
+        self.stop_signal = 0
+        self.last_metrics: dict = {}
+
+    def run(self) -> Path:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+        config, schedule = self.config, self.schedule
+        writer = self.make_writer()
+        bar = tqdm(total=schedule.total_steps, initial=self.done, desc="training", unit="step", disable=rank() != 0)
+        folder = None
+        while self.done < schedule.total_steps:
+            started = time.perf_counter()
+            loss, tokens, stop = self.step()
+            seconds = time.perf_counter() - started
+            lr, norm = self.engine.get_lr()[0], float(self.engine.get_global_grad_norm() or 0)
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4f}", **{"tokens/s": f"{tokens / seconds:.0f}"})
+            values = {"train_loss": loss, "learning_rate": lr, "grad_norm": norm, "tokens_per_second": tokens / seconds}
+            self.write(writer, values | {"memory_gb": peak_memory_gb()})
+            if self.done % config.show_loss_step == 0 or self.done == schedule.total_steps:
+                tqdm.write(
+                    f"epoch {schedule.epoch_of(self.done)} step {self.done} loss {loss:.6f} lr {lr:.3e} "
+                    f"grad_norm {norm:.4f} tokens/s {tokens / seconds:.0f}"
+                ) if rank() == 0 else None
+            epoch_end = schedule.ends_epoch(self.done)
+            improved = False
+            if self.eval_data and (epoch_end or (config.eval_step and self.done % config.eval_step == 0)):
+                improved = self.evaluate(writer)
+            if epoch_end or improved or stop or (config.save_model_step and self.done % config.save_model_step == 0):
+                folder = self.save(improved)
+            if stop:
+                say(f"stopped by signal after step {self.done}; saved {folder}. Go on with --resume_from_checkpoint auto")
+                break
+        bar.close()
+        if writer:
+            writer.close()
+        if folder is None:
+            folder = self.save(improved=False)
+        say(f"last checkpoint: {folder}")
+        return folder
+
+    def step(self) -> tuple[float, int, bool]:
+        """One optimizer step: (mean loss over its labelled tokens on all ranks, real tokens read, stop wanted)."""
+        config, engine = self.config, self.engine
+        epoch, place = divmod(self.done, self.schedule.steps_per_epoch)
+        if epoch != self.order_epoch:
+            self.order_epoch, self.order = epoch, epoch_order(len(self.data), config.seed, epoch)
+        rows = step_rows(
+            self.order, place, micro=config.per_device_train_batch_size,
+            accumulation=config.gradient_accumulation_steps, rank=rank(), world=world_size(),
+        )  # fmt: skip
+        batches = [collate(self.data, chosen, self.tokenizer.pad_token_id) for chosen in rows]
+        tokens = sum(len(self.data.input_ids[r]) for chosen in rows for r in chosen if r >= 0)
+        labelled, tokens, stop = sum_over_ranks(sum(count_labels(b["labels"]) for b in batches), tokens, self.stop_signal)
+
+        engine.train()
+        seed_step(config.seed, self.done + 1, stream=1 + rank())
+        # backward() divides by the passes and DeepSpeed averages over ranks; both undone, so the sum is divided once.
+        scale = len(batches) * world_size() / labelled
+        total = 0.0
+        for batch in batches:
+            nll = engine(**{k: v.to(engine.device) for k, v in batch.items()})
+            engine.backward(nll * scale)
+            engine.step()
+            total += float(nll.detach())
+        self.done += 1
+        loss = sum_over_ranks(total)[0] / labelled
+        if not math.isfinite(loss):
+            where = ", ".join(self.data.places[r] for chosen in rows for r in chosen if r >= 0)
+            raise TrainingFailed(
+                f"the loss is {loss} at step {self.done} (rank {rank()} read {where}); "
+                f"nothing was saved of this step. Try a lower --learning_rate or --precision bf16 or fp32"
+            )
+        return loss, int(tokens), stop > 0
+
+    def evaluate(self, writer) -> bool:
+        """Loss (and F1) on the evaluation rows; True where the chosen metric is the best so far."""
+        from finetune.evaluate import evaluation_loss, generation_f1
+
+        config = self.config
+        self.engine.eval()
+        batch = config.per_device_eval_batch_size or config.per_device_train_batch_size
+        metrics = {"loss": evaluation_loss(self.engine.module, self.eval_data, batch, self.tokenizer.pad_token_id)}
+        if config.eval_f1:
+            metrics["f1"] = generation_f1(
+                self.model, self.tokenizer, config.eval_path, batch_size=batch, max_src_len=config.max_src_len,
+                max_new_tokens=config.eval_max_new_tokens, synced=self.engine.zero_optimization_stage() == 3,
+            )  # fmt: skip
+        self.engine.train()
+        self.last_metrics = metrics
+        self.write(writer, {f"eval_{name}": value for name, value in metrics.items()})
+        say(f"\nstep {self.done} evaluation: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        best, value = self.checkpointer.best(), metrics[config.metric_for_best]
+        return best is None or (value < best["value"] if config.metric_for_best == "loss" else value > best["value"])
+
+    def save(self, improved: bool) -> Path:
+        folder = self.checkpointer.save(
+            epoch=self.schedule.epoch_of(max(self.done, 1)), step=self.done, metrics=self.last_metrics
+        )
+        if improved:
+            self.checkpointer.record_best(folder, self.config.metric_for_best, self.last_metrics[self.config.metric_for_best])
+        self.checkpointer.prune()
+        return folder
+
+    def on_signal(self, number, frame):
+        self.stop_signal = 1  # the step under way ends first; the ranks agree on it in the next one
+
+    def make_writer(self):
+        if rank() != 0:
+            return None
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(self.config.tensorboard or str(self.checkpointer.output_dir / "runs"), purge_step=self.done + 1)
+
+    def write(self, writer, values: dict[str, float]):
+        if writer:
+            for name, value in values.items():
+                writer.add_scalar(name, value, self.done)
+
+
+def peak_memory_gb() -> float:
+    """Peak memory of this rank: the GPU's where there is one, else the process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated(device()) / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,125 @@
+"""The fine-tuning methods: what is trainable, and what of it is saved.
+
+A method is a frozen dataclass of its knobs with three things to say:
+  `model_options(family)`  what load_model needs to know,
+  `prepare(model)`         switch gradients on and off; returns the model to train,
+  `saves`                  "adapter" | "prefix" | "model": what an exported checkpoint holds.
+"""
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+
+def module_names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """Train only the parameters whose names contain one of the given parts."""
+
+    freeze_module_name: str
+    saves: ClassVar[str] = "model"
+
+    def model_options(self) -> dict:
+        return {}
+
+    def prepare(self, model):
+        """Raises ValueError naming the layers when a part matches no parameter."""
+        parts = module_names(self.freeze_module_name)
+        names = [name for name, _ in model.named_parameters()]
+        lost = [part for part in parts if not any(part in name for name in names)]
+        if lost or not parts:
+            blocks = sorted({int(n.split("layers.")[1].split(".")[0]) for n in names if "layers." in n})
+            others = sorted({n for n in names if "layers." not in n})
+            raise ValueError(
+                f"--freeze_module_name: {', '.join(map(repr, lost)) or 'an empty list'} matches no parameter; this model has "
+                f"layers.{blocks[0]}. to layers.{blocks[-1]}. and {', '.join(others)}"
+            )
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(part in name for part in parts))
+        return model
+
+
+@dataclass(frozen=True)
+class PTuning:
+    """Train virtual tokens only: v2 = keys and values of every layer, v1 = vectors before the first embedding."""
+
+    pre_seq_len: int
+    prefix_projection: bool
+    resolved_ptuning_version: str
+    prefix_dropout: float
+    saves: ClassVar[str] = "prefix"
+
+    def model_options(self) -> dict:
+        return {
+            "pre_seq_len": self.pre_seq_len,
+            "prefix_projection": self.prefix_projection and self.resolved_ptuning_version == "v2",
+            "ptuning_version": self.resolved_ptuning_version,
+        }
+
+    def prepare(self, model):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("prefix_encoder" in name)
+        model.config.prefix_dropout = self.prefix_dropout
+        if self.resolved_ptuning_version == "v2":
+            model.transformer.prefix_encoder.dropout.p = self.prefix_dropout
+        return model
+
+
+@dataclass(frozen=True)
+class Lora:
+    """LoRA (arXiv 2106.09685) through peft: W + alpha / r * B A, B zero at the start."""
+
+    lora_dim: int
+    lora_alpha: int
+    lora_dropout: float
+    lora_module_name: str
+    saves: ClassVar[str] = "adapter"
+
+    def model_options(self) -> dict:
+        return {}
+
+    def prepare(self, model):
+        """Raises ValueError naming the linear modules when a name matches none."""
+        from peft import LoraConfig, get_peft_model
+        from torch import nn
+
+        linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        wanted = module_names(self.lora_module_name)
+        if lost := [name for name in wanted if name not in linear] or (not wanted and [""]):
+            raise ValueError(f"--lora_module_name: {lost[0]!r} matches no linear module; this model has {', '.join(linear)}")
+        return get_peft_model(
+            model,
+            LoraConfig(
+                r=self.lora_dim,
+                lora_alpha=self.lora_alpha,
+                lora_dropout=self.lora_dropout,
+                target_modules=wanted,
+                bias="none",
+                task_type="CAUSAL_LM",
+                inference_mode=False,
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class FullParameters:
+    """Train everything; ZeRO-3 is the way to make it fit."""
+
+    saves: ClassVar[str] = "model"
+
+    def model_options(self) -> dict:
+        return {}
+
+    def prepare(self, model):
+        return model.requires_grad_(True)
+
+
+def make_method(config):
+    """The method of `config.train_type`, its knobs taken from the fields of the same names."""
+    method = METHODS[config.train_type]
+    return method(**{name: getattr(config, name) for name in (f.name for f in fields(method))})
+
+
+METHODS = {"freeze": Freeze, "ptuning": PTuning, "lora": Lora, "all": FullParameters}

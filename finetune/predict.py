@@ -1,0 +1,169 @@
+"""Answers of a tuned model, asked with the prompt it was trained on: one prompt, a file in batches, or a conversation.
+
+python -m finetune.predict --model_path output-glm2-lora/epoch-2-step-180 --prompt TEXT
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from chatglm.families import FAMILIES
+from finetune.config import PRECISIONS, parse_bool
+from finetune.data import read_rows
+
+
+def generate_answers(
+    model, tokenizer, prompts: list[str], *, batch_size=8, max_src_len=1024, progress=False, synced=False, **options
+) -> list[str]:
+    """Answers in the order of `prompts`, generated in left-padded batches of similar length.
+
+    Args:
+        max_src_len: longest prompt in tokens; must be training's for cut prompts to look as they did there.
+        synced: ZeRO-3: ranks keep stepping until the slowest has finished.
+        options: generate()'s, e.g. max_new_tokens, do_sample, top_p.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from chatglm.loading import stop_ids
+
+    family = FAMILIES[tokenizer.family]
+    encoded = [family.encode_prompt(tokenizer, prompt, max_src_len).input_ids for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
+    answers = [""] * len(prompts)
+    options = {"do_sample": False, "eos_token_id": stop_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id} | options
+    if not options["do_sample"]:
+        options |= {"top_p": None, "top_k": None, "temperature": None}
+    if synced:
+        options["synced_gpus"] = True
+    for start in tqdm(range(0, len(order), batch_size), desc="answering", unit="batch", disable=not progress):
+        chosen = order[start : start + batch_size]
+        longest = len(encoded[chosen[0]])
+        ids = torch.full((len(chosen), longest), tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(chosen):
+            ids[row, longest - len(encoded[i]) :] = torch.tensor(encoded[i])
+            mask[row, longest - len(encoded[i]) :] = 1
+        with torch.inference_mode():
+            out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **options)
+        for row, i in enumerate(chosen):
+            answers[i] = tokenizer.decode(cut_at_stop(out[row, longest:].tolist(), options["eos_token_id"]), skip_special_tokens=True)
+    return answers
+
+
+def cut_at_stop(ids: list[int], stops: list[int]) -> list[int]:
+    return next((ids[:i] for i, token in enumerate(ids) if token in stops), ids)
+
+
+def add_model_flags(parser: argparse.ArgumentParser):
+    parser.add_argument("--model_path", required=True, help="a model, adapter or prefix folder")
+    parser.add_argument("--base_model", help="base of an adapter or prefix folder (default: the one it names)")
+    parser.add_argument("--mode", choices=tuple(FAMILIES), help="family (default: found in the folder)")
+    parser.add_argument("--device", default="0", help='GPU number, "cpu" or a torch device [0]')
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the weights [auto]")
+    parser.add_argument("--max_src_len", type=int, help="longest prompt in tokens (default: training's, else 1024)")
+    parser.add_argument("--max_new_tokens", type=int, help="longest answer in tokens (default: max_length less the prompt)")
+    parser.add_argument("--max_length", type=int, default=2048, help="longest prompt and answer in tokens [2048]")
+    parser.add_argument("--batch_size", type=int, default=8, help="prompts answered together [8]")
+    parser.add_argument("--do_sample", type=parse_bool, nargs="?", const=True, metavar="True|False", help="sample instead of taking the likeliest token")
+    parser.add_argument("--top_p", type=float, default=0.8, help="with sampling: nucleus [0.8]")
+    parser.add_argument("--temperature", type=float, default=0.8, help="with sampling: temperature [0.8]")
+    parser.add_argument("--seed", type=int, default=1234, help="of sampling [1234]")
+
+
+def load_for_inference(args):
+    """(model on its device, tokenizer, max_src_len, generate options) from the flags of `add_model_flags`."""
+    import torch
+
+    from chatglm import load_model, load_tokenizer
+    from finetune.distributed import resolve_precision
+    from finetune.engine import DTYPES
+
+    torch.manual_seed(args.seed)
+    tokenizer = load_tokenizer(args.model_path, mode=args.mode)
+    dtype = DTYPES[resolve_precision(args.precision)]
+    model = load_model(args.model_path, mode=args.mode, dtype=dtype, base=args.base_model)
+    model = model.to(pick_device(args.device)).eval()
+    trained = Path(args.model_path) / "train_config.json"
+    max_src_len = args.max_src_len or (json.loads(trained.read_text())["max_src_len"] if trained.is_file() else 1024)
+    options = {"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {"max_length": args.max_length}
+    options["do_sample"] = bool(args.do_sample)
+    if args.do_sample:
+        options |= {"top_p": args.top_p, "temperature": args.temperature}
+    return model, tokenizer, max_src_len, options
+
+
+def pick_device(name: str) -> str:
+    import torch
+
+    if name.isdigit():
+        return f"cuda:{name}" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def write_aside(path: str | Path, text: str):
+    """Write a file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="finetune.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", help="answer this prompt (instruction and input together)")
+    what.add_argument("--file", help="answer every row of this JSON-lines file")
+    what.add_argument("--interactive", action="store_true", help="read prompts line by line, until end of input")
+    parser.add_argument("--output", help="with --file: JSON lines of {prompt, answer, reference} (default: standard output)")
+    parser.add_argument("--prompt_text", default="", help="instruction put before rows of the old form {text, answer}")
+    return parser
+
+
+def run(args) -> int:
+    rows = read_rows(args.file, prompt_text=args.prompt_text)[0] if args.file else []
+    model, tokenizer, max_src_len, options = load_for_inference(args)
+    ask = {"batch_size": args.batch_size, "max_src_len": max_src_len, **options}
+    if args.file:
+        answers = generate_answers(model, tokenizer, [row.prompt for row in rows], progress=True, **ask)
+        lines = "".join(
+            json.dumps({"prompt": r.prompt, "answer": a, "reference": list(r.answers)}, ensure_ascii=False) + "\n"
+            for r, a in zip(rows, answers)
+        )
+        if args.output:
+            write_aside(args.output, lines)
+            print(f"{len(rows)} answers written to {args.output}")
+        else:
+            sys.stdout.write(lines)
+    elif args.interactive:
+        prompt = "" if not sys.stdin.isatty() else "> "
+        while True:
+            try:
+                line = input(prompt)
+            except (EOFError, KeyboardInterrupt):
+                break
+            if line.strip():
+                print(generate_answers(model, tokenizer, [line], **ask)[0], flush=True)
+    else:
+        print(generate_answers(model, tokenizer, [args.prompt], **ask)[0])
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not (args.prompt or args.file or args.interactive):
+        parser.error("say what to answer: --prompt TEXT, --file FILE or --interactive")
+    try:
+        return run(args)
+    except (ValueError, OSError) as error:
+        print(f"finetune.predict: error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+#!/usr/bin/env python3
+"""Make a small ChatGLM of a family with random weights, for trials, tests and benchmarks.
+
+    python scripts/prepare_small_model.py --family glm2 --tokenizer DIR --output_dir DIR --hidden_size 256 --num_layers 4
+
+The vocabulary follows the tokenizer, rounded up to a multiple of 64. The folder is a checkpoint like any published one.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from chatglm.families import FAMILIES  # noqa: E402
+
+
+def make_config(family: str, tokenizer, *, hidden_size: int, num_layers: int, heads: int, groups: int, ffn: int, length: int):
+    """A configuration of the family's architecture for the tokenizer's ids."""
+    from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
+
+    vocab = -(-len(tokenizer) // 64) * 64
+    shared = {"hidden_size": hidden_size, "num_layers": num_layers, "num_attention_heads": heads, "glm_family": family,
+              "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}  # fmt: skip
+    if family == "glm":
+        commands = {key: tokenizer.get_command(token) for key, token in
+                    (("bos_token_id", "<sop>"), ("mask_token_id", "[MASK]"), ("gmask_token_id", "[gMASK]"))}  # fmt: skip
+        return ChatGLM1Config(vocab_size=vocab, inner_hidden_size=ffn, max_sequence_length=length, **shared, **commands)
+    return ChatGLM2Config(padded_vocab_size=vocab, ffn_hidden_size=ffn, kv_channels=hidden_size // heads,
+                          multi_query_group_num=groups, seq_length=length, **shared)  # fmt: skip
+
+
+def make_model(family: str, tokenizer_dir: str | Path, output_dir: str | Path, *, hidden_size=256, num_layers=4, heads=8,
+               groups=2, ffn=688, length=2048, seed=1234) -> Path:  # fmt: skip
+    """Write a random model with its tokenizer to `output_dir`, whole or not at all; returns the folder."""
+    import torch
+
+    from chatglm import load_tokenizer
+    from chatglm.loading import stop_ids
+    from chatglm.modeling_glm import ChatGLM1ForConditionalGeneration
+    from chatglm.modeling_glm2 import ChatGLM2ForConditionalGeneration
+
+    tokenizer = load_tokenizer(tokenizer_dir, mode=family)
+    torch.manual_seed(seed)
+    config = make_config(family, tokenizer, hidden_size=hidden_size, num_layers=num_layers, heads=heads, groups=groups,
+                         ffn=ffn, length=length)  # fmt: skip
+    model = (ChatGLM1ForConditionalGeneration if family == "glm" else ChatGLM2ForConditionalGeneration)(config)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = stop_ids(tokenizer), tokenizer.pad_token_id
+    output_dir = Path(output_dir)
+    aside = output_dir.with_name(f".{output_dir.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(str(aside))
+    tokenizer.save_pretrained(str(aside))
+    shutil.rmtree(output_dir, ignore_errors=True)
+    os.replace(aside, output_dir)
+    return output_dir
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=tuple(FAMILIES), default="glm2", help="[glm2]")
+    parser.add_argument("--tokenizer", required=True, help="folder of the tokenizer")
+    parser.add_argument("--output_dir", required=True, help="folder to write; replaced if it is a model already")
+    for name, default, text in (
+        ("hidden_size", 256, "width"), ("num_layers", 4, "blocks"), ("heads", 8, "query heads"), ("groups", 2, "key/value heads (glm2, glm3)"),
+        ("ffn", 688, "width of the MLP"), ("length", 2048, "longest row in tokens"), ("seed", 1234, "of the weights"),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} [{default}]")
+    args = vars(parser.parse_args(argv))
+    output_dir = Path(args.pop("output_dir"))
+    try:
+        if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / "config.json").is_file():
+            raise ValueError(f"--output_dir {output_dir} is not empty and holds no model")
+        folder = make_model(args.pop("family"), args.pop("tokenizer"), output_dir, **args)
+    except (ValueError, OSError) as error:
+        print(f"prepare_small_model: error: {error}", file=sys.stderr)
+        return 1
+    vocabulary = json.loads((folder / "config.json").read_text())
+    print(f"wrote {folder} (vocabulary {vocabulary.get('padded_vocab_size', vocabulary.get('vocab_size'))})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

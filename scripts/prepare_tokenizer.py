@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+"""Train a small SentencePiece tokenizer with ChatGLM2's conventions from instruction rows.
+
+    python scripts/prepare_tokenizer.py --input data/*.json --output_dir DIR --vocab_size 1200
+
+Writes DIR/tokenizer.model and DIR/tokenizer_config.json. Conventions: byte-pair pieces with byte fallback, ids unk 0,
+bos 1, eos 2, no pad; text taken as it is (no NFKC, spaces kept); one piece per digit; a space put before the text.
+Newlines are byte pieces. [MASK], [gMASK], [sMASK], sop and eop are not in the model: the tokenizer class puts them after it.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+# What every ChatGLM2 prompt wraps around a row; a small vocabulary should not spell it in bytes.
+PROMPT_LINES = ("[Round 1]", "问：", "答：")
+PRE_SPLIT = "\t"
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "ChatGLMTokenizer",
+    "glm_family": "glm2",
+    "remove_space": False,
+    "do_lower_case": False,
+}
+
+
+def read_rows(path):
+    """Rows of a JSON-lines file, or of one JSON list; ValueError names the file and line at fault."""
+    text = path.read_text(encoding="utf-8")
+    if text.lstrip().startswith("["):
+        lines = [(1, text)]
+    else:
+        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    rows = []
+    for number, line in lines:
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: line {number} is not JSON: {error.msg}") from None
+        rows.extend(value if isinstance(value, list) else [value])
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: every row must be a JSON object with text values")
+    return rows
+
+
+def training_lines(rows):
+    """Lines of text as a model would meet them: prompt wrapper, instruction with input, output.
+
+    Each starts with a split mark, so that no piece joins the space put before a text to its first word: a word
+    is then the same piece at the start of an answer as inside a sentence.
+    """
+    for row in rows:
+        fields = dict(row)
+        texts = [*PROMPT_LINES, str(fields.pop("instruction", "")) + str(fields.pop("input", ""))]
+        for value in fields.values():
+            texts.extend(str(item) for item in (value if isinstance(value, list) else [value]))
+        for text in texts:
+            for line in text.replace(PRE_SPLIT, " ").split("\n"):
+                if line:
+                    yield PRE_SPLIT + line
+
+
+def train(lines, vocab_size):
+    """The trained model's bytes; one thread, no sampling, so the same lines give the same bytes."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        character_coverage=1.0,
+        split_digits=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=True,
+        remove_extra_whitespaces=False,
+        pretokenization_delimiter=PRE_SPLIT,
+        max_sentencepiece_length=8,
+        max_sentence_length=1 << 20,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,
+        input_sentence_size=0,
+        shuffle_input_sentence=False,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def write_aside(path, content):
+    """Write bytes beside `path`, then rename over it: a reader sees the old file or the new one, never a part."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", type=Path, required=True, metavar="FILE", help="JSON-lines or JSON-list files")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write to; made if missing")
+    parser.add_argument("--vocab_size", type=int, default=1200, help="pieces, special and byte pieces included (default %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        rows = [row for path in args.input for row in read_rows(path)]
+        model = train(training_lines(rows), args.vocab_size)
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        write_aside(args.output_dir / "tokenizer.model", model)
+        config = json.dumps(TOKENIZER_CONFIG, ensure_ascii=False, indent=2) + "\n"
+        write_aside(args.output_dir / "tokenizer_config.json", config.encode("utf-8"))
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"prepare_tokenizer: error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        return 1
+    print(f"wrote {args.output_dir / 'tokenizer.model'} ({len(rows)} rows, {args.vocab_size} pieces)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
