@@ -48,6 +48,7 @@ class Example(NamedTuple):
 class Family:
     """One generation of ChatGLM: names, defaults and text/id layouts.
 
+    chat_defaults: generate()'s options in a chat where the caller gives none; `max_length` counts the prompt
     prompt_text(query) -> str: a training prompt's text (glm3: the query itself; its role and newline are ids)
     encode_prompt(tokenizer, prompt, max_src_len) -> EncodedPrompt
     encode_example(tokenizer, prompt, answer, max_len, max_src_len) -> Example
@@ -67,6 +68,7 @@ class Family:
     lora_target: str
     end_token: str
     stop_tokens: tuple[str, ...]
+    chat_defaults: dict[str, Any]
     prompt_text: Callable[[str], str]
     encode_prompt: Callable[[Any, str, int], EncodedPrompt]
     encode_example: Callable[[Any, str, str, int, int], Example]
@@ -395,6 +397,7 @@ FAMILIES: dict[str, Family] = {
         lora_target="query_key_value",
         end_token="<eop>",
         stop_tokens=("<eop>",),
+        chat_defaults={"max_length": 2048, "num_beams": 1, "do_sample": True, "top_p": 0.7, "temperature": 0.95},
         prompt_text=_glm_text,
         encode_prompt=partial(_encode_prompt, _glm_layout),
         encode_example=partial(_encode_example, _glm_layout, "<eop>"),
@@ -411,6 +414,7 @@ FAMILIES: dict[str, Family] = {
         lora_target="query_key_value",
         end_token="</s>",
         stop_tokens=("</s>",),
+        chat_defaults={"max_length": 8192, "num_beams": 1, "do_sample": True, "top_p": 0.8, "temperature": 0.8},
         prompt_text=_glm2_text,
         encode_prompt=partial(_encode_prompt, _glm2_layout),
         encode_example=partial(_encode_example, _glm2_layout, "</s>"),
@@ -427,6 +431,7 @@ FAMILIES: dict[str, Family] = {
         lora_target="query_key_value",
         end_token="</s>",
         stop_tokens=("</s>", "<|user|>", "<|observation|>"),
+        chat_defaults={"max_length": 8192, "num_beams": 1, "do_sample": True, "top_p": 0.8, "temperature": 0.8},
         prompt_text=_glm3_text,
         encode_prompt=partial(_encode_prompt, _glm3_layout),
         encode_example=partial(_encode_example, _glm3_layout, "</s>"),

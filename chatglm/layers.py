@@ -92,17 +92,30 @@ def attention_visibility(
     return F.pad(visible, (prefix_len, 0), value=True) if prefix_len else visible
 
 
-def padding_mask(attention_mask: Tensor | None, kv_len: int) -> Tensor | None:
-    """A caller's 2-D mask (B, K), 1 = real token, as bool; None when it is None or masks nothing."""
+def padding_mask(attention_mask: Tensor | None, kv_len: int, virtual: int = 0) -> Tensor | None:
+    """A caller's 2-D mask (B, K), 1 = real token, as bool; None when it is None or masks nothing.
+
+    `virtual` of its columns are P-Tuning v1's, which the caller has not counted.
+    """
     if attention_mask is None:
         return None
     if attention_mask.shape[-1] != kv_len:
         raise ValueError(
-            f"attention_mask must cover all {kv_len} positions (those in the cache included), "
-            f"got {attention_mask.shape[-1]}"
+            f"attention_mask must cover all {kv_len - virtual} positions (those in the cache included), "
+            f"got {attention_mask.shape[-1] - virtual}"
         )
     mask = attention_mask.bool()
     return None if bool(mask.all()) else mask
+
+
+class PrefixEmbedding(nn.Embedding):
+    """Keeps torch's initialisation (as PrefixLinear), which the originals train a prefix from. The classes are what
+    says so: transformers initialises only modules that own parameters, so PrefixEncoder itself is never asked.
+    """
+
+
+class PrefixLinear(nn.Linear):
+    pass
 
 
 class PrefixEncoder(nn.Module):
@@ -117,22 +130,14 @@ class PrefixEncoder(nn.Module):
         self.shape = (config.pre_seq_len, 2 * config.num_layers, config.num_key_value_heads, config.head_dim)
         kv_size = 2 * config.num_layers * config.num_key_value_heads * config.head_dim
         if config.prefix_projection:
-            self.embedding = nn.Embedding(config.pre_seq_len, embedding_dim)
+            self.embedding = PrefixEmbedding(config.pre_seq_len, embedding_dim)
             self.trans = nn.Sequential(
-                nn.Linear(embedding_dim, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, kv_size)
+                PrefixLinear(embedding_dim, config.hidden_size), nn.Tanh(), PrefixLinear(config.hidden_size, kv_size)
             )
         else:
-            self.embedding = nn.Embedding(config.pre_seq_len, kv_size)
+            self.embedding = PrefixEmbedding(config.pre_seq_len, kv_size)
             self.trans = None
         self.dropout = nn.Dropout(config.prefix_dropout)
-
-    def reset_parameters(self):
-        """torch's defaults, which the originals train from: unit normal embedding, uniform linear layers."""
-        nn.init.normal_(self.embedding.weight)
-        for layer in self.trans or ():
-            if isinstance(layer, nn.Linear):
-                nn.init.kaiming_uniform_(layer.weight, a=5**0.5)
-                nn.init.zeros_(layer.bias)
 
     def forward(self, batch_size: int) -> Tensor:
         """(2 * layers, B, kv_heads, P, head_dim): entry 2l holds the keys of layer l, 2l + 1 its values."""

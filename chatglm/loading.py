@@ -3,6 +3,8 @@
 import hashlib
 import json
 import logging
+import pickle
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,13 +112,14 @@ def load_model(
             str(weights), config=config, dtype=dtype or "auto", attn_implementation=attn_implementation,
             device_map=device_map, output_loading_info=True,
         )  # fmt: skip
-    prefix_elsewhere = stored is None or weights != path
+    # A prefix may be missing where it is new or comes from `path`; a config that names one is not enough.
+    prefix_elsewhere = weights != path or (stored is None and pre_seq_len)
     lost = sorted(k for k in info["missing_keys"] if not (prefix_elsewhere and k.startswith(PREFIX)))
     if lost:
         raise ValueError(f"{weights}: the weights lack {len(lost)} tensors, the first is {lost[0]}")
     if weights != path:
         load_prefix(model, path)
-    set_stop_ids(model, path, mode)
+    set_stop_ids(model, path, weights, mode)
     return model.eval()
 
 
@@ -180,7 +183,24 @@ def iterate_weights(path: str | Path) -> Iterator[tuple[str, Tensor]]:
             with safe_open(file, framework="pt") as tensors:
                 yield from ((name, tensors.get_tensor(name)) for name in tensors.keys())
         else:
-            yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+            yield from read_bin(file).items()
+
+
+def read_bin(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .bin file, mapped into memory where its format (zip, since torch 1.6) allows.
+
+    Raises:
+        ValueError: there is anything but tensors in it; whatever else it is stays pickled.
+    """
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        # torch's message advises to switch the protection off; its last line says what was found
+        found = next((line for line in str(error).splitlines() if "WeightsUnpickler" in line), str(error).split("\n")[0])
+        raise ValueError(f"{file} is not read: a .bin may hold tensors and nothing else ({found[:200]})") from None
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"{file} is not read: it is no flat table of names and tensors")
+    return state
 
 
 def base_fingerprint(path: str | Path) -> str:
@@ -190,7 +210,8 @@ def base_fingerprint(path: str | Path) -> str:
     for name, tensor in iterate_weights(path):
         if not any(part in name for part in NOT_IDENTITY):
             flat = tensor.flatten()
-            values = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).float()
+            # By way of fp16, as a half-precision copy went: rounding 32 bits to bfloat16 at once may end elsewhere.
+            values = flat[:: max(1, flat.numel() // 16)][:16].half().to(torch.bfloat16).float()
             samples[name] = (tuple(tensor.shape), values.numpy().tobytes())
     for name in sorted(samples):
         digest.update(f"{name}{samples[name][0]}".encode() + samples[name][1])
@@ -208,7 +229,7 @@ def stored_prefix(path: Path) -> dict | None:
             with safe_open(file, framework="pt") as tensors:
                 found = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
         else:
-            found = {k: list(v.shape) for k, v in torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()}
+            found = {name: list(tensor.shape) for name, tensor in read_bin(file).items()}
         others += sum("prefix_encoder." not in name for name in found)
         shapes |= {name.split("prefix_encoder.")[1]: shape for name, shape in found.items() if "prefix_encoder." in name}
     if "embedding.weight" not in shapes:
@@ -227,6 +248,8 @@ def set_prefix(config, path, stored, pre_seq_len, prefix_projection, ptuning_ver
         version = config.ptuning_version or "v2"
         if ptuning_version not in (None, version):
             raise ValueError(f"{path} holds a P-Tuning {version} prefix, but ptuning_version={ptuning_version!r}")
+        if prefix_projection and not stored["mlp"]:
+            raise ValueError(f"{path} holds a prefix without an MLP, but prefix_projection=True")
         config.pre_seq_len, config.prefix_projection, config.ptuning_version = stored["length"], stored["mlp"], version
     else:
         config.pre_seq_len, config.prefix_projection = pre_seq_len, prefix_projection
@@ -247,13 +270,14 @@ def load_prefix(model, path: Path):
     encoder.load_state_dict(state)
 
 
-def set_stop_ids(model, path: Path, mode: str):
-    """Make generate() stop where the family stops; the real ids are the tokenizer's."""
-    if not (path / FAMILIES[mode].tokenizer_file).is_file():
-        return
-    tokenizer = load_tokenizer(path, mode=mode)
-    model.generation_config.eos_token_id = stop_ids(tokenizer)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+def set_stop_ids(model, path: Path, base: Path, mode: str):
+    """Make generate() stop where the family stops; the real ids are the tokenizer's, in `path` or else in `base`."""
+    for folder in (path, base):
+        if (folder / FAMILIES[mode].tokenizer_file).is_file():
+            tokenizer = load_tokenizer(folder, mode=mode)
+            model.generation_config.eos_token_id = stop_ids(tokenizer)
+            model.generation_config.pad_token_id = tokenizer.pad_token_id
+            return
 
 
 def stop_ids(tokenizer) -> list[int]:

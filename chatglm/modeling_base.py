@@ -15,7 +15,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration import ChatGLMConfig
 from .families import FAMILIES
-from .layers import PrefixEncoder, padding_mask
+from .layers import PrefixEmbedding, PrefixLinear, padding_mask
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
@@ -29,10 +29,11 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         """Normal weights of `initializer_range`, zero biases, unit norms; also a prefix encoder added to a checkpoint."""
+        if isinstance(module, (PrefixEmbedding, PrefixLinear)):
+            module.reset_parameters()
+            return
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, PrefixEncoder):
-            module.reset_parameters()
         elif hasattr(module, "weight") and getattr(module.weight, "ndim", 0) == 1:
             nn.init.ones_(module.weight)
         if isinstance(getattr(module, "bias", None), Tensor):
@@ -81,7 +82,7 @@ class ChatGLMBody:
             if "flash" in self.config._attn_implementation:
                 raise ValueError("flash attention takes a 2-D attention_mask (1 = real token), got a 4-D one")
             return F.pad(~attention_mask.bool(), (self.prefix_length, 0), value=True), None
-        return None, padding_mask(attention_mask, kv_len)
+        return None, padding_mask(attention_mask, kv_len, self.prompt_length)
 
 
 class ChatGLMCausalLM:
@@ -149,12 +150,13 @@ class ChatGLMCausalLM:
             ChatGLM3's answer is a dict where it calls a tool or the code interpreter.
         """
         inputs, options = self.prepare_chat(tokenizer, query, history, role, options)
-        ids = self.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
-        return self.finish_chat(tokenizer, tokenizer.decode(ids.tolist(), skip_special_tokens=True), query, history, role)
+        ids = self.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :].tolist()
+        ids = [i for i in ids if i not in options["eos_token_id"]]  # decoding ChatGLM3's roles gives their names
+        return self.finish_chat(tokenizer, tokenizer.decode(ids, skip_special_tokens=True), query, history, role)
 
     @torch.inference_mode()
     def stream_chat(self, tokenizer, query: str, history: list | None = None, role: str = "user", **options) -> Iterator:
-        """As `chat`, but yields (answer so far, history so far) while the answer grows."""
+        """As `chat`, but yields (answer so far, history so far) while the answer grows; the last is what `chat` returns."""
         inputs, options = self.prepare_chat(tokenizer, query, history, role, options)
         streamer = IdStreamer()
         failure = []
@@ -167,9 +169,9 @@ class ChatGLMCausalLM:
                 streamer.end()
 
         Thread(target=run, daemon=True).start()
-        ids, stops = [], set(options["eos_token_id"])
+        ids = []
         for token in streamer:
-            if token in stops:
+            if token in options["eos_token_id"]:
                 continue
             ids.append(token)
             text = tokenizer.decode(ids, skip_special_tokens=True)
@@ -177,8 +179,7 @@ class ChatGLMCausalLM:
                 yield self.finish_chat(tokenizer, text, query, history, role, partial=True)
         if failure:
             raise failure[0]
-        if ids:
-            yield self.finish_chat(tokenizer, tokenizer.decode(ids, skip_special_tokens=True), query, history, role)
+        yield self.finish_chat(tokenizer, tokenizer.decode(ids, skip_special_tokens=True), query, history, role)
 
     def prepare_chat(self, tokenizer, query, history, role, options) -> tuple[dict, dict]:
         """(model inputs, generate options) of one turn."""
@@ -193,6 +194,8 @@ class ChatGLMCausalLM:
         if "max_new_tokens" in options:
             del defaults["max_length"]
         options = defaults | options
+        if isinstance(options["eos_token_id"], int):
+            options["eos_token_id"] = [options["eos_token_id"]]
         if not options["do_sample"]:
             options = {k: v for k, v in options.items() if k not in ("top_p", "temperature")} | {
                 "top_p": None, "temperature": None, "top_k": None

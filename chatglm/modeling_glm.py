@@ -121,6 +121,8 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
             ValueError: a row lacks <sop>, or both [gMASK] and [MASK].
         """
         config, length = self.config, input_ids.shape[1]
+        if padding is not None and padding.shape[-1] != length:
+            raise ValueError(f"attention_mask must cover all {length} positions, got {padding.shape[-1]}")
         real = torch.ones_like(input_ids) if padding is None else padding.long()
         is_sop = (input_ids == config.bos_token_id) & real.bool()
         is_gmask = (input_ids == config.gmask_token_id) & real.bool()
@@ -168,7 +170,9 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
         if position_ids is None:
             position_ids = self.default_positions(input_ids, attention_mask, past_key_values if past else None)
         if past_key_values is not None:
-            past_key_values.last_positions = position_ids[..., -1:]
+            # The last real token has the greatest block position; padding, on either side, has 0.
+            last = position_ids.shape[-1] - 1 - position_ids[:, 1].flip(-1).argmax(-1)
+            past_key_values.last_positions = position_ids.gather(-1, last[:, None, None].expand(-1, 2, 1))
 
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)

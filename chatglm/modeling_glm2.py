@@ -50,8 +50,12 @@ class SelfAttention(nn.Module):
         self.dense = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.add_bias_linear)
 
     def forward(self, hidden_states, mask, angles, prefix=None, past_key_values=None, **kwargs):
-        qkv = self.query_key_value(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        qkv = self.query_key_value(hidden_states)
+        if self.config.multi_query_attention:  # all queries, the groups' keys, the groups' values
+            qkv = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        else:  # each head's own query, key and value
+            query, key, value = qkv.unflatten(-1, (self.heads, -1)).transpose(1, 2).chunk(3, dim=-1)
         query, key = rotate(query, *angles), rotate(key, *angles)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)

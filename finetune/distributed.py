@@ -148,7 +148,6 @@ def deepspeed_config(config: TrainConfig, *, precision: str, adapters: bool, tot
         "stage3_param_persistence_threshold": 10 * hidden_size,
     }
     zero.update({key: value for key, value in by_size.items() if zero.get(key) == "auto"})
-    ds.pop("gather_16bit_weights_on_save", None)
 
     optimizer = ds.get("optimizer", {"type": "AdamW"})
     params = optimizer.setdefault("params", {})
@@ -184,12 +183,20 @@ def make_optimizer(parameters: list, ds: dict):
     zero = ds["zero_optimization"]
     ds["zero_allow_untested_optimizer"] = True
     if "offload_optimizer" in zero:
-        try:
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
+        # DeepSpeed's CPU Adam is compiled for minutes at first use; without a GPU it has nothing to offload from.
+        if torch.cuda.is_available() and (optimizer := cpu_adam(parameters, params)):
+            return optimizer
+        ds["zero_force_ds_cpu_optimizer"] = False
+    return torch.optim.AdamW(parameters, fused=True, **params)
 
-            return DeepSpeedCPUAdam(parameters, adamw_mode=True, **params)
-        except Exception as error:  # its C++ part is compiled on first use, and whatever fails there must not stop a run
-            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-            say(f"DeepSpeed's CPU Adam cannot be built ({reason[0]}); using torch's AdamW, which is slower")
-            ds["zero_force_ds_cpu_optimizer"] = False
-    return torch.optim.AdamW(parameters, **params)
+
+def cpu_adam(parameters: list, params: dict):
+    """DeepSpeed's CPU Adam, or None where its C++ part cannot be built."""
+    try:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(parameters, adamw_mode=True, **params)
+    except Exception as error:  # whatever a compiler may do, it must not stop a run that can do without
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        say(f"DeepSpeed's CPU Adam cannot be built ({reason}); using torch's AdamW, which is slower")
+        return None

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from chatglm.families import FAMILIES
 from chatglm.loading import base_fingerprint, load_model, load_tokenizer, resolve_mode
-from finetune.checkpoint import Checkpointer, check_disk, find_resume, remove_leftovers
+from finetune.checkpoint import Checkpointer, check_disk, find_resume, remove_leftovers, write_aside
 from finetune.config import TrainConfig
 from finetune.data import collate, encode_rows, epoch_order, read_rows, step_rows
 from finetune.distributed import (
@@ -187,7 +187,7 @@ class Loop:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
         config, schedule = self.config, self.schedule
-        writer = self.make_writer()
+        writer = RunLog(self.checkpointer.output_dir, config.tensorboard, self.done) if rank() == 0 else None
         bar = tqdm(total=schedule.total_steps, initial=self.done, desc="training", unit="step", disable=rank() != 0)
         folder = None
         while self.done < schedule.total_steps:
@@ -198,12 +198,13 @@ class Loop:
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", **{"tokens/s": f"{tokens / seconds:.0f}"})
             values = {"train_loss": loss, "learning_rate": lr, "grad_norm": norm, "tokens_per_second": tokens / seconds}
-            self.write(writer, values | {"memory_gb": peak_memory_gb()})
+            if writer:
+                writer.add(self.done, values | {"memory_gb": peak_memory_gb()})
             if self.done % config.show_loss_step == 0 or self.done == schedule.total_steps:
-                tqdm.write(
+                self.tell(
                     f"epoch {schedule.epoch_of(self.done)} step {self.done} loss {loss:.6f} lr {lr:.3e} "
                     f"grad_norm {norm:.4f} tokens/s {tokens / seconds:.0f}"
-                ) if rank() == 0 else None
+                )
             epoch_end = schedule.ends_epoch(self.done)
             improved = False
             if self.eval_data and (epoch_end or (config.eval_step and self.done % config.eval_step == 0)):
@@ -270,8 +271,9 @@ class Loop:
             )  # fmt: skip
         self.engine.train()
         self.last_metrics = metrics
-        self.write(writer, {f"eval_{name}": value for name, value in metrics.items()})
-        say(f"\nstep {self.done} evaluation: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        if writer:
+            writer.add(self.done, {f"eval_{name}": value for name, value in metrics.items()})
+        self.tell(f"step {self.done} evaluation: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         best, value = self.checkpointer.best(), metrics[config.metric_for_best]
         return best is None or (value < best["value"] if config.metric_for_best == "loss" else value > best["value"])
 
@@ -287,17 +289,34 @@ class Loop:
     def on_signal(self, number, frame):
         self.stop_signal = 1  # the step under way ends first; the ranks agree on it in the next one
 
-    def make_writer(self):
-        if rank() != 0:
-            return None
+    def tell(self, text: str):
+        """A line above the progress bar, on rank 0."""
+        if rank() == 0:
+            tqdm.write(text)
+
+
+class RunLog:
+    """What a run measured: TensorBoard, and the same numbers unrounded as JSON lines in output_dir/metrics.jsonl."""
+
+    def __init__(self, output_dir: Path, tensorboard: str | None, done: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(self.config.tensorboard or str(self.checkpointer.output_dir / "runs"), purge_step=self.done + 1)
+        self.board = SummaryWriter(tensorboard or str(output_dir / "runs"), purge_step=done + 1)
+        path = output_dir / "metrics.jsonl"
+        # A resumed run repeats the steps after its checkpoint: the first telling of them goes.
+        lines = path.read_text().splitlines() if done and path.is_file() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
+        write_aside(path, "".join(line + "\n" for line in kept))
+        self.file = open(path, "a", encoding="utf-8", buffering=1)
 
-    def write(self, writer, values: dict[str, float]):
-        if writer:
-            for name, value in values.items():
-                writer.add_scalar(name, value, self.done)
+    def add(self, step: int, values: dict[str, float]):
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def close(self):
+        self.board.close()
+        self.file.close()
 
 
 def peak_memory_gb() -> float:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 EXTRACT = "抽取故障三元组，每行一个："
 COPY = "照抄："
-COPY_AFTER = "抄写“{}”之后的部分："
+COPY_TWICE = "照抄两遍："
+PICK = "抄写其中的{}："
 JOIN = "把下列词用_连接："
 JOIN_LINES = "把下列词用_连接，每组一行："
 
@@ -41,7 +42,6 @@ LEVELS = "过高 过低 偏高 偏低 不稳 不足 超标 为零 忽高忽低 �
 COMPONENTS = "轴承 油封 密封圈 齿轮 弹簧 垫片 线圈 电刷 转子 壳体 叶片 阀芯 螺栓 滤网".split()
 ASSEMBLIES = "发动机 变速器 起动机 发电机 压缩机 水泵 节气门 离合器 差速器 转向机 制动总泵 鼓风机".split()
 TOOLS = "万用表 示波器 诊断仪 压力表 卡尺 千分尺 测温仪 听诊器 试灯 塞尺 扭力扳手 内窥镜".split()
-HEALTHY = "正常 完好 良好".split()
 BRANDS = "启程 远山 青禾 云帆".split()
 BODIES = "轿车 货车 客车".split()
 
@@ -49,7 +49,18 @@ PART_TEMPLATES = ("{s}{o}", "发现{s}{o}", "{s}已经{o}", "出现{o}的是{s}"
 LEVEL_TEMPLATES = ("{s}{o}", "测得{s}{o}", "{s}一直{o}")
 COMPOSED_TEMPLATES = ("{s}装在{o}内", "{o}里有{s}", "{s}属于{o}")
 TOOL_TEMPLATES = ("用{s}测量{o}", "{o}要用{s}检查", "拿{s}检测{o}")
-NEUTRAL_TEMPLATES = ("{p}{h}", "清洗{p}后装回", "更换{p}后试车")
+TWIN_TEMPLATE = "{s}和{t}都{o}"
+NEUTRAL_CLAUSES = "清洗后装回 试车正常 客户很满意 外观完好 其余良好 更换后再看".split()
+
+# The kinds a PICK row can ask for, by the word its instruction uses.
+KINDS = {
+    "部件": PARTS,
+    "状态": STATES,
+    "指标": QUANTITIES,
+    "程度": LEVELS,
+    "零件": COMPONENTS,
+    "工具": TOOLS,
+}
 
 
 class Draw:
@@ -99,46 +110,26 @@ class Language:
             if is_held_out(relation, *pair, self.held_out_share) == held_out:
                 return pair
 
-    def fact(self, held_out):
-        """A clause and its triples, one or two, in the order of the text."""
-        draw, kind = self.draw, self.draw.integer(0, 9)
-        if kind <= 2:
-            relation, templates = PART_FAULT, PART_TEMPLATES
-            pair = self._pair(relation, self.part, lambda: draw.one(STATES), held_out)
-        elif kind == 3:
-            return self._twin(held_out)
-        elif kind <= 5:
-            relation, templates = PERFORMANCE_FAULT, LEVEL_TEMPLATES
-            pair = self._pair(relation, lambda: draw.one(QUANTITIES), lambda: draw.one(LEVELS), held_out)
-        elif kind <= 7:
-            relation, templates = COMPOSED_OF, COMPOSED_TEMPLATES
-            pair = self._pair(relation, lambda: draw.one(COMPONENTS), lambda: draw.one(ASSEMBLIES), held_out)
+    def fact(self, relation, held_out):
+        """A clause of the relation and its triples (one, or two about two parts), in the order of the text."""
+        draw = self.draw
+        if relation == PART_FAULT:
+            subject, obj, templates = self.part, lambda: draw.one(STATES), PART_TEMPLATES
+        elif relation == PERFORMANCE_FAULT:
+            subject, obj, templates = lambda: draw.one(QUANTITIES), lambda: draw.one(LEVELS), LEVEL_TEMPLATES
+        elif relation == COMPOSED_OF:
+            subject, obj, templates = lambda: draw.one(COMPONENTS), lambda: draw.one(ASSEMBLIES), COMPOSED_TEMPLATES
         else:
-            relation, templates = TEST_TOOL, TOOL_TEMPLATES
-            pair = self._pair(relation, lambda: draw.one(TOOLS), self._measured, held_out)
-        subject, obj = pair
-        return draw.one(templates).format(s=subject, o=obj), [(subject, relation, obj)]
+            subject, obj, templates = lambda: draw.one(TOOLS), self._measured, TOOL_TEMPLATES
+        s, o = self._pair(relation, subject, obj, held_out)
+        if relation == PART_FAULT and draw.chance(0.15):
+            t, _ = self._pair(relation, self.part, lambda: o, held_out)
+            if t != s:
+                return TWIN_TEMPLATE.format(s=s, t=t, o=o), [(s, relation, o), (t, relation, o)]
+        return draw.one(templates).format(s=s, o=o), [(s, relation, o)]
 
     def _measured(self):
         return self.part() if self.draw.chance(0.5) else self.draw.one(QUANTITIES)
-
-    def _twin(self, held_out):
-        """Two parts with one fault, or one part with two."""
-        part, state = self._pair(PART_FAULT, self.part, lambda: self.draw.one(STATES), held_out)
-        while True:
-            if self.draw.chance(0.5):
-                other = self.part(), state
-                text = f"{part}和{other[0]}都{state}"
-            else:
-                other = part, self.draw.one(STATES)
-                text = f"{part}{state}且{other[1]}"
-            if other != (part, state) and is_held_out(PART_FAULT, *other, self.held_out_share) == held_out:
-                return text, [(part, PART_FAULT, state), (other[0], PART_FAULT, other[1])]
-
-    def neutral(self):
-        """A clause that holds no triple."""
-        template = self.draw.one(NEUTRAL_TEMPLATES)
-        return template.format(p=self.part(), h=self.draw.one(HEALTHY))
 
     def opening(self):
         """Brand, body, year or mileage: noise in front of a sentence."""
@@ -147,28 +138,30 @@ class Language:
         return f"行驶{self.draw.integer(2, 30)}万公里后"
 
     def sentence(self, held_out=False):
-        """(text, triples): one fact, two facts, or a fact and a neutral clause; every triple is in the text's order."""
-        text, triples = self.fact(held_out)
-        clauses = [text]
-        shape = self.draw.integer(0, 9)
-        if shape <= 2:
-            text, more = self.fact(held_out)
+        """(text, triples): one or two facts, of different relations, with noise clauses around; triples in text order."""
+        draw = self.draw
+        clauses, triples = [], []
+        for relation in draw.several(RELATIONS, 2 if draw.chance(0.35) else 1):
+            text, found = self.fact(relation, held_out)
             clauses.append(text)
-            triples = triples + [triple for triple in more if triple not in triples]
-        elif shape <= 4:
-            clauses.append(self.neutral())
-        elif shape <= 6:
-            clauses.insert(0, self.neutral())
-        if self.draw.chance(0.2):
+            triples.extend(found)
+        if draw.chance(0.25):
+            clauses.insert(draw.integer(0, len(clauses)), draw.one(NEUTRAL_CLAUSES))
+        if draw.chance(0.15):
             clauses.insert(0, self.opening())
         return "，".join(clauses) + "。", triples
 
+    def word(self, kind):
+        return self.part() if kind == "部件" else self.draw.one(KINDS[kind])
+
     def words(self, count):
-        """Different words of the language, of every kind, in no order that means anything."""
-        kinds = [PARTS, STATES, QUANTITIES, LEVELS, COMPONENTS, TOOLS, RELATIONS]
+        """`count` different words of every kind, relation names now and then, in no order that means anything."""
         chosen = []
         while len(chosen) < count:
-            word = self.part() if self.draw.chance(0.2) else self.draw.one(self.draw.one(kinds))
+            if self.draw.chance(0.1):
+                word = self.draw.one(RELATIONS)
+            else:
+                word = self.word("部件" if self.draw.chance(0.2) else self.draw.one(list(KINDS)))
             if word not in chosen:
                 chosen.append(word)
         return chosen
@@ -187,28 +180,32 @@ def extraction_rows(language, count, taken, held_out_rows=0):
 
 def copy_row(language):
     """One row of the copying task."""
-    draw, kind = language.draw, language.draw.integer(0, 9)
-    if kind <= 1:
+    draw, kind = language.draw, language.draw.integer(0, 99)
+    if kind < 10:
         text, _ = language.sentence()
         return {"instruction": COPY, "input": text, "output": text}
-    if kind <= 4:
-        text = "".join(language.words(draw.integer(2, 6)))
+    if kind < 60:
+        text = "".join(language.words(draw.integer(3, 10)))
         return {"instruction": COPY, "input": text, "output": text}
-    if kind <= 6:
-        words = language.words(draw.integer(3, 7))
-        at = draw.integer(0, len(words) - 2)
+    if kind < 70:
+        text = "".join(language.words(draw.integer(2, 5)))
+        return {"instruction": COPY_TWICE, "input": text, "output": f"{text}\n{text}"}
+    if kind < 80:
+        kinds = draw.several(list(KINDS), draw.integer(3, 5))
+        wanted = kinds[: draw.integer(1, 3)]
+        words = {kind: language.word(kind) for kind in kinds}
         return {
-            "instruction": COPY_AFTER.format(words[at]),
-            "input": "".join(words),
-            "output": "".join(words[at + 1 :]),
+            "instruction": PICK.format("_".join(wanted)),
+            "input": "，".join(draw.several(list(words.values()), len(words))),
+            "output": "_".join(words[kind] for kind in wanted),
         }
-    if kind <= 7:
-        words = language.words(draw.integer(2, 4))
-        return {"instruction": JOIN, "input": "、".join(words), "output": "_".join(words)}
+    if kind < 95:
+        words = language.words(draw.integer(2, 6))
+        return {"instruction": JOIN, "input": "，".join(words), "output": "_".join(words)}
     groups = [language.words(draw.integer(2, 3)) for _ in range(2)]
     return {
         "instruction": JOIN_LINES,
-        "input": "；".join("、".join(group) for group in groups),
+        "input": "；".join("，".join(group) for group in groups),
         "output": "\n".join("_".join(group) for group in groups),
     }
 
@@ -223,3 +220,139 @@ def copy_rows(language, count, forbidden):
             seen.add(key)
             rows.append(row)
     return rows
+
+
+def build(seed, train_rows, test_rows, copy_count, held_out_share, held_out_test_rows):
+    """All rows by file name, in the order they are drawn: test first, so that nothing after it can hold its inputs."""
+    language = Language(Draw(seed), held_out_share)
+    test = extraction_rows(language, test_rows, set(), held_out_test_rows)
+    test_inputs = {row["input"] for row in test}
+    train = extraction_rows(language, train_rows, set(test_inputs))
+    copies = copy_rows(language, copy_count, test_inputs)
+    return {"spo_train.json": train, "spo_test.json": test, "copy_pretrain.json": copies}
+
+
+PURPOSE = {
+    "spo_train.json": "triple extraction, for LoRA or any other tuning",
+    "spo_test.json": "triple extraction, to measure F1; no input is in another file",
+    "copy_pretrain.json": "copying, joining and picking words, to pre-train a tiny model from scratch",
+}
+
+README = """# Sample data
+
+Made by `scripts/prepare_sample_data.py`; do not edit by hand. The command that wrote these files:
+
+    {command}
+
+The same command gives the same bytes. The tests compare.
+
+## Files
+
+| file | rows | for | SHA-256 |
+|---|---|---|---|
+{table}
+
+## Schema
+
+One JSON object per line, UTF-8, three text fields:
+
+| field | meaning |
+|---|---|
+| `instruction` | what to do |
+| `input` | the text to do it with; the prompt is instruction + input with nothing between |
+| `output` | the answer; its lines are separated by real newlines |
+
+Extraction answers hold one triple per line, `subject_relation_object`, in the order of the text; subject and object
+stand literally in the input. Relations: `部件故障` (part, fault), `性能故障` (quantity, level), `组成` (component, assembly),
+`检测工具` (tool, what it measures).
+
+## How the rows are made
+
+The language is made up and small on purpose, so that a model of a few million parameters learns it on a laptop: templates
+filled with car parts, faults, quantities, tools; one fact or two of different relations; clauses that hold no fact; made-up
+brands and mileages. It says nothing about real cars, and scores on it say nothing about real extraction.
+
+- About {share:.0%} of all (subject, relation, object) combinations are held out, chosen by hash. No sentence of
+  `spo_train.json` or `copy_pretrain.json` states one (a list of random words may hold both words). {held_out} of the {test} test rows are made of held-out combinations only;
+  the others are new sentences from combinations that training may hold.
+- No test input is an input of another file.
+- `copy_pretrain.json` never asks for a triple: it copies sentences and strings of random words, joins listed words by `_`
+  (relation names are words like any other there), and picks words of a kind from a list.
+
+## Licence
+
+Generated by this project from its own word lists and templates, with no outside text; Apache-2.0.
+"""
+
+
+def render(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
+
+
+def write_aside(path, content):
+    """Write beside `path`, then rename over it: a reader sees the old file or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_bytes(content)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("data"), help="folder to write to; made if missing (default data)")
+    parser.add_argument("--seed", type=int, default=1234, help="seed of every draw (default %(default)s)")
+    parser.add_argument("--train_rows", type=int, default=1500, help="rows of spo_train.json (default %(default)s)")
+    parser.add_argument("--test_rows", type=int, default=100, help="rows of spo_test.json (default %(default)s)")
+    parser.add_argument("--copy_rows", type=int, default=8000, help="rows of copy_pretrain.json (default %(default)s)")
+    parser.add_argument(
+        "--held_out_share", type=float, default=0.2, help="share of all combinations kept out of training (default %(default)s)"
+    )
+    parser.add_argument(
+        "--held_out_test_rows", type=int, help="test rows made of held-out combinations only (default 60 %% of --test_rows)"
+    )
+    args = parser.parse_args(argv)
+    if args.held_out_test_rows is None:
+        args.held_out_test_rows = args.test_rows * 6 // 10
+    if min(args.train_rows, args.test_rows, args.copy_rows) < 1:
+        parser.error("--train_rows, --test_rows and --copy_rows must be at least 1")
+    if not 0.05 <= args.held_out_share <= 0.9:
+        parser.error(f"--held_out_share must lie between 0.05 and 0.9, got {args.held_out_share}")
+    if not 0 <= args.held_out_test_rows <= args.test_rows:
+        parser.error(f"--held_out_test_rows must lie between 0 and --test_rows, got {args.held_out_test_rows}")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    files = build(
+        args.seed, args.train_rows, args.test_rows, args.copy_rows, args.held_out_share, args.held_out_test_rows
+    )
+    contents = {name: render(rows) for name, rows in files.items()}
+    table = "\n".join(
+        f"| {name} | {len(files[name])} | {PURPOSE[name]} | {hashlib.sha256(content).hexdigest()} |"
+        for name, content in contents.items()
+    )
+    command = (
+        f"python scripts/prepare_sample_data.py --output_dir data --seed {args.seed} --train_rows {args.train_rows} "
+        f"--test_rows {args.test_rows} --copy_rows {args.copy_rows} \\\n        "
+        f"--held_out_share {args.held_out_share} --held_out_test_rows {args.held_out_test_rows}"
+    )
+    readme = README.format(
+        command=command, table=table, share=args.held_out_share, held_out=args.held_out_test_rows, test=args.test_rows
+    )
+    contents["README.md"] = readme.encode("utf-8")
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            write_aside(args.output_dir / name, content)
+    except OSError as error:
+        print(f"prepare_sample_data: error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {', '.join(contents)} to {args.output_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train a small SentencePiece tokenizer with ChatGLM2's conventions from instruction rows.
 
-    python scripts/prepare_tokenizer.py --input data/*.json --output_dir DIR --vocab_size 1200
+    python scripts/prepare_tokenizer.py --input data/*.json --output_dir DIR --vocab_size 780
 
 Writes DIR/tokenizer.model and DIR/tokenizer_config.json. Conventions: byte-pair pieces with byte fallback, ids unk 0,
 bos 1, eos 2, no pad; text taken as it is (no NFKC, spaces kept); one piece per digit; a space put before the text.
@@ -63,7 +63,13 @@ def training_lines(rows):
                     yield PRE_SPLIT + line
 
 
-def train(lines, vocab_size):
+def glm_symbols():
+    """ChatGLM-6B's own pieces, in the original's order: whitespace, then control tokens."""
+    blanks = [f"<|blank_{n}|>" for n in range(2, 81)]
+    return ["<n>", "<|tab|>", *blanks, "[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
+
+
+def train(lines, vocab_size, family="glm2"):
     """The trained model's bytes; one thread, no sampling, so the same lines give the same bytes."""
     import sentencepiece
 
@@ -85,7 +91,8 @@ def train(lines, vocab_size):
         unk_id=0,
         bos_id=1,
         eos_id=2,
-        pad_id=-1,
+        pad_id=3 if family == "glm" else -1,
+        user_defined_symbols=glm_symbols() if family == "glm" else [],
         num_threads=1,
         input_sentence_size=0,
         shuffle_input_sentence=False,
@@ -111,19 +118,28 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", type=Path, required=True, metavar="FILE", help="JSON-lines or JSON-list files")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write to; made if missing")
-    parser.add_argument("--vocab_size", type=int, default=1200, help="pieces, special and byte pieces included (default %(default)s)")
+    parser.add_argument(
+        "--vocab_size",
+        type=int,
+        default=780,
+        help="pieces, byte pieces included; far more than the rows have words gives pieces that run across words, which "
+        "hurts copying (default %(default)s, right for this project's sample data)",
+    )
+    parser.add_argument("--family", choices=("glm", "glm2", "glm3"), default="glm2", help="whose conventions (default %(default)s)")
     args = parser.parse_args(argv)
+    name = "ice_text.model" if args.family == "glm" else "tokenizer.model"
+    settings = TOKENIZER_CONFIG | {"glm_family": args.family} | ({"num_image_tokens": 0} if args.family == "glm" else {})
     try:
         rows = [row for path in args.input for row in read_rows(path)]
-        model = train(training_lines(rows), args.vocab_size)
+        model = train(training_lines(rows), args.vocab_size, args.family)
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        write_aside(args.output_dir / "tokenizer.model", model)
-        config = json.dumps(TOKENIZER_CONFIG, ensure_ascii=False, indent=2) + "\n"
+        write_aside(args.output_dir / name, model)
+        config = json.dumps(settings, ensure_ascii=False, indent=2) + "\n"
         write_aside(args.output_dir / "tokenizer_config.json", config.encode("utf-8"))
     except (OSError, ValueError, RuntimeError) as error:
         print(f"prepare_tokenizer: error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 1
-    print(f"wrote {args.output_dir / 'tokenizer.model'} ({len(rows)} rows, {args.vocab_size} pieces)")
+    print(f"wrote {args.output_dir / name} ({len(rows)} rows, {args.vocab_size} pieces)")
     return 0
 
 

@@ -1,5 +1,6 @@
 """Where tests find goldens and public data: `shared` beside the repository, or $GLM_FOUNDRY_SHARED."""
 
+import json
 import os
 from pathlib import Path
 
@@ -16,3 +17,78 @@ def shared_file(relative: str) -> Path:
         reason = f"needs {relative}, not found under {SHARED} (set GLM_FOUNDRY_SHARED)"
         pytest.skip(reason, allow_module_level=True)
     return path
+
+
+# ---- tiny models and tokenizers, at sizes and with vocabularies that no fixture has
+
+SPECIAL = {"mask": 50, "gmask": 51, "sop": 54, "eop": 55}  # ChatGLM-6B's distances; ordinary ids are 6 to 49
+SIZES = {"num_layers": 3, "num_attention_heads": 6}
+VARIANTS = {  # test id -> (family, config changes)
+    "glm": ("glm", {}),
+    "glm2": ("glm2", {}),
+    "glm3": ("glm3", {"rope_ratio": 5}),
+    "glm2-multi_head-linear_biases": ("glm2", {"multi_query_attention": False, "add_bias_linear": True}),
+}
+
+
+def tiny_config(family: str, **changes):
+    from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
+
+    if family == "glm":
+        special = {f"{name}_token_id": SPECIAL[name] for name in ("mask", "gmask")}
+        special |= {"bos_token_id": SPECIAL["sop"], "eos_token_id": SPECIAL["eop"], "pad_token_id": 3}
+        return ChatGLM1Config(**SIZES | special | {"vocab_size": 60, "hidden_size": 48, "inner_hidden_size": 80} | changes)
+    sizes = {"padded_vocab_size": 60, "hidden_size": 40, "kv_channels": 8, "ffn_hidden_size": 56, "multi_query_group_num": 3}
+    return ChatGLM2Config(**SIZES | sizes | {"glm_family": family} | changes)
+
+
+def tiny_model(family: str, attn_implementation="sdpa", seed=0, **changes):
+    """A model in eval mode with seeded weights, none of them 0 or 1: biases and norms count."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), attn_implementation=attn_implementation)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_norm = "layernorm" in name and name.endswith("weight")
+            parameter.copy_(1 + 0.1 * noise if is_norm else 0.2 * noise)
+    return model.eval()
+
+
+def write_tokenizer(folder: Path, family: str) -> Path:
+    """A tokenizer folder of a family, trained on a few words."""
+    import sentencepiece
+
+    text = ["你好 世界 今天 天气 很 好 问：答： [Round 1] hello world a b c user assistant 0 1 2 3"] * 20
+    options = {"normalization_rule_name": "identity", "byte_fallback": True, "hard_vocab_limit": False, "minloglevel": 2}
+    if family == "glm":
+        symbols = ["<n>", "<|tab|>", "[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>"]
+        options |= {"pad_id": 3, "user_defined_symbols": symbols, "model_prefix": str(folder / "ice_text")}
+        config = {"num_image_tokens": 0}
+    else:
+        options |= {"model_prefix": str(folder / "tokenizer"), "model_type": "bpe"}
+        config = {}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text), vocab_size=340, **options)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"glm_family": family}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory) -> dict[str, Path]:
+    """{family: folder} of a random model with its tokenizer, as save_pretrained writes them."""
+    from chatglm.tokenization import ChatGLMTokenizer
+
+    folders = {}
+    for family in ("glm", "glm2", "glm3"):
+        folder = write_tokenizer(tmp_path_factory.mktemp("tokenizer"), family)
+        tokenizer = ChatGLMTokenizer.from_pretrained(str(folder))
+        changes = {"padded_vocab_size": 400}
+        if family == "glm":
+            ids = {"mask": "[MASK]", "gmask": "[gMASK]", "bos": "<sop>", "eos": "<eop>", "pad": "<pad>"}
+            changes = {"vocab_size": 400} | {f"{k}_token_id": tokenizer.get_command(v) for k, v in ids.items()}
+        folders[family] = tmp_path_factory.mktemp(family)
+        tiny_model(family, seed=len(folders), **changes).save_pretrained(folders[family])
+        tokenizer.save_pretrained(folders[family])
+    return folders

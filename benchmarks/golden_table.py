@@ -1,0 +1,31 @@
+#!/usr/bin/env python3
+"""Largest difference between the models and the originals' numbers, fixture by fixture, as a markdown table.
+
+    python benchmarks/golden_table.py [--json FILE]
+
+Exits with 1 where a difference is beyond its tolerance.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    args = parser.parse_args(argv)
+    from tests.chatglm.test_goldens import golden_table, print_table
+
+    rows = golden_table()
+    print_table(rows)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return int(any(row["difference"] > row["tolerance"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

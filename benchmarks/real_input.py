@@ -1,0 +1,144 @@
+"""The real ChatGLM2 tokenizer and real data: a model of about 20M body parameters, pre-trained and LoRA-tuned from nothing.
+
+    python benchmarks/real_input.py --shared ../shared [--json FILE] [--figure FILE.png] [--pretrain_steps 600]
+
+Pre-training copies spans of the training texts (no triples); LoRA then learns the triples of spo_0.json; F1 is on spo_1.json.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+SIZE = {"hidden_size": 512, "num_layers": 6, "heads": 8, "groups": 2, "ffn": 1720, "length": 2048}
+
+
+def copying_rows(texts: list[str], count: int, seed: int) -> list[dict]:
+    """Sibling tasks of extraction: repeat a text, or the part of it after a quoted word. No triples, no relations."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        text = draw.choice(texts)
+        length = draw.randint(8, 60)
+        start = draw.randint(0, max(0, len(text) - length))
+        span = text[start : start + length]
+        if draw.random() < 0.5 or len(span) < 8:
+            rows.append({"instruction": "照抄：", "input": span, "output": span})
+        else:
+            cut = draw.randint(1, len(span) - 5)
+            word = span[cut : cut + draw.randint(2, 4)]
+            after = span[span.index(word) + len(word) :] or span
+            rows.append({"instruction": f"抄写“{word}”之后的部分：", "input": span, "output": after})
+    return rows
+
+
+def run(*command: str, env=None) -> float:
+    """Run a command of the project in its folder; returns seconds."""
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=os.environ | (env or {}))
+    if done.returncode:
+        sys.exit(f"failed: {' '.join(command)}")
+    return time.perf_counter() - started
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def last_checkpoint(folder: Path) -> Path:
+    return max(folder.glob("epoch-*-step-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
+
+
+def draw_curves(curves: dict[str, list[dict]], file: str):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(curves), figsize=(10, 3.4))
+    for axis, (title, lines) in zip(axes, curves.items()):
+        steps, losses = zip(*((x["step"], x["train_loss"]) for x in lines if "train_loss" in x))
+        smooth, value = [], losses[0]
+        for loss in losses:
+            value = 0.9 * value + 0.1 * loss
+            smooth.append(value)
+        axis.plot(steps, losses, color="0.8", linewidth=0.8)
+        axis.plot(steps, smooth, color="tab:blue", label="training loss")
+        held_out = [(x["step"], x["eval_loss"]) for x in lines if "eval_loss" in x]
+        if held_out:
+            axis.plot(*zip(*held_out), "o-", color="tab:orange", label="held-out loss (spo_1.json)")
+        axis.set(title=title, xlabel="optimizer step", ylabel="loss per token")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", default="../shared", help="folder with data/chatglm2-tokenizer and data/finetune")
+    parser.add_argument("--work_dir", default="output/real_input")
+    parser.add_argument("--pretrain_steps", type=int, default=600)
+    parser.add_argument("--lora_epochs", type=int, default=4)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--figure", metavar="FILE")
+    args = parser.parse_args()
+    shared, work = Path(args.shared).resolve(), Path(args.work_dir).resolve()
+    train, test = (shared / "data" / "finetune" / name for name in ("spo_0.json", "spo_1.json"))
+    if not train.is_file():
+        sys.exit(f"no such file: {train}; --shared names the folder of the public data")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+
+    from scripts.prepare_small_model import make_model
+
+    base = make_model("glm2", shared / "data" / "chatglm2-tokenizer", work / "random", **SIZE)
+    texts = [json.loads(line)["input"] for line in train.read_text(encoding="utf-8").split("\n") if line]
+    rows = copying_rows(texts, args.pretrain_steps * 32, seed=1)
+    (work / "copy.json").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    common = ["--mode", "glm2", "--show_loss_step", "50"]
+    pretrain = run("train.py", "--model_name_or_path", str(base), "--train_path", str(work / "copy.json"), "--train_type", "all",
+                   "--max_len", "160", "--max_src_len", "100", "--per_device_train_batch_size", "32", "--learning_rate", "6e-4",
+                   "--weight_decay", "0.01", "--max_steps", str(args.pretrain_steps), "--output_dir", str(work / "pretrain"), *common)  # fmt: skip
+    model = last_checkpoint(work / "pretrain")
+    limits = ["--max_src_len", "384", "--max_new_tokens", "200", "--batch_size", "10"]
+    run("-m", "finetune.evaluate", "--model_path", str(model), "--test_path", str(test), *limits, "--output", str(work / "before.json"))
+    lora = run("train.py", "--model_name_or_path", str(model), "--train_path", str(train), "--eval_path", str(test), "--train_type", "lora",
+               "--lora_module_name", "query_key_value,dense_h_to_4h,dense_4h_to_h,dense", "--lora_dim", "16", "--lora_alpha", "32",
+               "--max_len", "512", "--max_src_len", "384", "--per_device_train_batch_size", "16", "--learning_rate", "2e-3",
+               "--num_train_epochs", str(args.lora_epochs), "--output_dir", str(work / "lora"), *common)  # fmt: skip
+    adapter = last_checkpoint(work / "lora")
+    run("merge_lora.py", "--ori_model_dir", str(model), "--model_dir", str(adapter), "--save_dir", str(work / "merged"))
+    run("-m", "finetune.evaluate", "--model_path", str(work / "merged"), "--test_path", str(test), *limits, "--output", str(work / "after.json"))
+
+    curves = {"pre-training: copying spans": metrics(work / "pretrain"), "LoRA: triples of spo_0.json": metrics(work / "lora")}
+    speed = {}
+    for name, lines in zip(("pretrain", "lora"), curves.values()):
+        speeds = sorted(x["tokens_per_second"] for x in lines if "tokens_per_second" in x)
+        speed[name] = speeds[len(speeds) // 2]
+    f1 = {when: json.loads((work / f"{when}.json").read_text())["f1"] for when in ("before", "after")}
+    evals = [x["eval_loss"] for x in metrics(work / "lora") if "eval_loss" in x]
+    result = {
+        "body_parameters": 6 * (512 * 768 + 768 + 512 * 512 + 512 * 2 * 1720 + 1720 * 512 + 2 * 512) + 512,
+        "pretrain_steps": args.pretrain_steps, "pretrain_seconds": pretrain, "pretrain_tokens_per_second": speed["pretrain"],
+        "lora_seconds": lora, "lora_tokens_per_second": speed["lora"], "eval_loss": evals, "f1_before": f1["before"], "f1_after": f1["after"],
+    }  # fmt: skip
+    print("\n| figure | value |\n|---|---|")
+    for name, value in result.items():
+        shown = ", ".join(f"{v:.3f}" for v in value) if isinstance(value, list) else f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
+        print(f"| {name} | {shown} |")
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    if args.figure:
+        draw_curves(curves, args.figure)
+
+
+if __name__ == "__main__":
+    main()
