@@ -196,7 +196,8 @@ def read_bin(file: Path) -> dict[str, Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         # torch's message advises to switch the protection off; its last line says what was found
-        found = next((line for line in str(error).splitlines() if "WeightsUnpickler" in line), str(error).split("\n")[0])
+        lines = str(error).splitlines() or [""]
+        found = next((line for line in lines if "WeightsUnpickler" in line), lines[0])
         raise ValueError(f"{file} is not read: a .bin may hold tensors and nothing else ({found[:200]})") from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"{file} is not read: it is no flat table of names and tensors")

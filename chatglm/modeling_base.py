@@ -53,6 +53,16 @@ class ChatGLMBody:
         """v1's vectors, which are positions of the sequence and enter its cache."""
         return self.config.pre_seq_len if self.config.prefix_version == "v1" else 0
 
+    @staticmethod
+    def cached_length(cache) -> int:
+        """Positions in a cache, v1's vectors included; 0 for None."""
+        if cache is None:
+            return 0
+        if cache.is_compileable:
+            # generate() would hand over a 4-D mask with it, of the opposite sense to the originals'.
+            raise ValueError("ChatGLM needs a cache that grows, such as DynamicCache; got one of fixed size")
+        return cache.get_seq_length()
+
     def prepend_prompt(self, embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: int):
         """Put v1's vectors before the first input and make room for them in mask and positions; v2 and none: no change.
 
@@ -156,7 +166,7 @@ class ChatGLMCausalLM:
 
     @torch.inference_mode()
     def stream_chat(self, tokenizer, query: str, history: list | None = None, role: str = "user", **options) -> Iterator:
-        """As `chat`, but yields (answer so far, history so far) while the answer grows; the last is what `chat` returns."""
+        """As `chat`, but yields (answer so far, history so far) while the answer grows, and at last chat's result."""
         inputs, options = self.prepare_chat(tokenizer, query, history, role, options)
         streamer = IdStreamer()
         failure = []

@@ -166,9 +166,11 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = self.cached_length(past_key_values)
         if position_ids is None:
             position_ids = self.default_positions(input_ids, attention_mask, past_key_values if past else None)
+        if position_ids.dim() != 3:
+            raise ValueError(f"ChatGLM-6B's position_ids are (B, 2, S), got {list(position_ids.shape)}")
         if past_key_values is not None:
             # The last real token has the greatest block position; padding, on either side, has 0.
             last = position_ids.shape[-1] - 1 - position_ids[:, 1].flip(-1).argmax(-1)

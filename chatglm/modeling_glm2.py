@@ -170,7 +170,7 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = self.cached_length(past_key_values)
         text_length = inputs_embeds.shape[1]
         inputs_embeds, attention_mask, position_ids = self.prepend_prompt(
             inputs_embeds, attention_mask, position_ids, past

@@ -108,6 +108,8 @@ class TrainConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"--{name} must be a number not below 0; got {value}")
+        if self.seed < 0:
+            raise ValueError(f"--seed must not be below 0; got {self.seed}")
         if not self.model_name_or_path:
             raise ValueError("--model_name_or_path is required: the folder of the base model")
         if not self.train_path:
@@ -190,17 +192,22 @@ def read_config_file(path: str) -> dict:
         raise ValueError(f"--config: no such file: {path}")
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config: {path} is not valid YAML: {' '.join(str(error).split())}") from None
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
     if not isinstance(values, dict):
         raise ValueError(f"--config: {path} must hold a mapping of flags, got {type(values).__name__}")
-    if unknown := sorted(set(values) - set(fields)):
+    if unknown := [name for name in values if name not in fields]:
         raise ValueError(f"--config: {path}: unknown flag {unknown[0]!r}")
     checked = {}
     for name, value in values.items():
         try:
-            checked[name] = value if value is None else flag_type(fields[name])(value)
+            if value is None and fields[name].default is None:
+                checked[name] = None
+            elif isinstance(value, (str, int, float)):
+                checked[name] = flag_type(fields[name])(str(value))  # as typed on the command line
+            else:
+                raise TypeError
         except (ValueError, TypeError, argparse.ArgumentTypeError):
             raise ValueError(f"--config: {path}: {name} has the wrong type: {value!r}") from None
     return checked

@@ -48,6 +48,10 @@ def parse_row(item, place: str, prompt_text: str = "") -> Row:
         raise BadRow(f"{place}: the prompt is empty")
     if not any(answers):
         raise BadRow(f'{place}: "{answer_key}" is empty')
+    try:
+        "".join([prompt, *answers]).encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{place}: half a surrogate pair in the text: {error.object[error.start]!a}") from None
     return Row(prompt, tuple(answers), place)
 
 
@@ -56,12 +60,16 @@ def read_json_items(path: str | Path) -> Iterator[tuple[str, object]]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise BadRow(f"{path}:{line}: not UTF-8") from None
     if text.lstrip().startswith("["):
         try:
             items = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise BadRow(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            raise BadRow(f"{path}:{getattr(error, 'lineno', 1)}: not valid JSON: {getattr(error, 'msg', error)}") from None
         yield from ((f"{path}[{i}]", item) for i, item in enumerate(items))
         return
     # Not splitlines(): that also breaks at characters which JSON allows inside a string.
@@ -69,8 +77,8 @@ def read_json_items(path: str | Path) -> Iterator[tuple[str, object]]:
         if line.strip():
             try:
                 yield f"{path}:{number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                yield f"{path}:{number}", BadRow(f"{path}:{number}: not valid JSON: {error.msg}")
+            except (ValueError, RecursionError) as error:  # also numbers and nesting beyond Python's limits
+                yield f"{path}:{number}", BadRow(f"{path}:{number}: not valid JSON: {getattr(error, 'msg', error)}")
 
 
 def read_rows(path: str | Path, *, prompt_text="", on_bad_row="error", limit: int | None = None) -> tuple[list[Row], int]:
@@ -129,11 +137,12 @@ def encode_rows(rows: list[Row], tokenizer, family, *, max_len: int, max_src_len
     table = datasets.Dataset.from_dict(
         {"prompt": [r.prompt for r in rows], "answer": [r.answers[0] for r in rows], "place": [r.place for r in rows]}
     )
+    (datasets.enable_progress_bars if progress else datasets.disable_progress_bars)()
     # The fingerprint would hash the whole tokenizer to name a cache file that an in-memory table does not have.
-    encoded = table.map(encode, new_fingerprint="encoded", desc="encoding" if progress else None, load_from_cache_file=False)
+    encoded = table.map(encode, new_fingerprint="encoded", desc="encoding", load_from_cache_file=False)
     truncated = sum(encoded["truncated"])
     if is_skip:
-        encoded = encoded.filter(lambda cut: not cut, input_columns="truncated", new_fingerprint="kept")
+        encoded = encoded.filter(lambda cut: not cut, input_columns="truncated", new_fingerprint="kept", desc="dropping cut rows")
     if not len(encoded):
         raise ValueError(f"all {len(rows)} rows are longer than --max_len {max_len} / --max_src_len {max_src_len}")
     return Dataset(

@@ -110,6 +110,8 @@ def deepspeed_config(config: TrainConfig, *, precision: str, adapters: bool, tot
         ds = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"--ds_file: {path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(ds, dict):
+        raise ValueError(f"--ds_file: {path} must hold an object, got {type(ds).__name__}")
     micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     ds["train_micro_batch_size_per_gpu"] = micro
     ds["gradient_accumulation_steps"] = accumulation
@@ -152,7 +154,8 @@ def deepspeed_config(config: TrainConfig, *, precision: str, adapters: bool, tot
     optimizer = ds.get("optimizer", {"type": "AdamW"})
     params = optimizer.setdefault("params", {})
     params.update(lr=config.learning_rate, weight_decay=config.weight_decay)
-    params.update({k: v for k, v in {"betas": [0.9, 0.95], "eps": 1e-8}.items() if params.get(k, "auto") == "auto"})
+    absent = "auto" if optimizer["type"].lower() in ("adam", "adamw") else None  # SGD would not know betas
+    params.update({k: v for k, v in {"betas": [0.9, 0.95], "eps": 1e-8}.items() if params.get(k, absent) == "auto"})
     ds["optimizer"] = optimizer
     if left := find_auto(ds):
         raise ValueError(f"--ds_file: {path}: {left} is \"auto\" and no flag fills it; write a value")

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from chatglm.families import FAMILIES
 from chatglm.loading import base_fingerprint, load_model, load_tokenizer, resolve_mode
-from finetune.checkpoint import Checkpointer, check_disk, find_resume, remove_leftovers, write_aside
+from finetune.checkpoint import Checkpointer, check_disk, committed_checkpoints, find_resume, remove_leftovers, write_aside, write_aside
 from finetune.config import TrainConfig
-from finetune.data import collate, encode_rows, epoch_order, read_rows, step_rows
+from finetune.data import Dataset, Row, collate, encode_rows, epoch_order, read_rows, step_rows
 from finetune.distributed import (
     deepspeed_config,
     device,
@@ -82,10 +82,15 @@ def train(config: TrainConfig) -> Path:
     family = FAMILIES[mode]
     tokenizer = load_tokenizer(config.model_name_or_path, mode=mode)
     output_dir = Path(config.output_dir or f"output-{mode}-{config.train_type}")
+    if not config.resume_from_checkpoint and (there := committed_checkpoints(output_dir)):
+        raise ValueError(
+            f"--output_dir {output_dir} already holds {there[-1].name} of an earlier run: go on with "
+            f"--resume_from_checkpoint auto, or name another folder"
+        )
 
     init_distributed()
-    data = load_dataset(config, config.train_path, tokenizer, family, "train")
-    eval_data = load_dataset(config, config.eval_path, tokenizer, family, "eval") if config.eval_path else None
+    data, _ = load_dataset(config, config.train_path, tokenizer, family, "train")
+    eval_data, eval_rows = load_dataset(config, config.eval_path, tokenizer, family, "eval") if config.eval_path else (None, [])
     schedule = Schedule(
         len(data),
         config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size(),
@@ -105,9 +110,7 @@ def train(config: TrainConfig) -> Path:
     if config.resume_from_checkpoint:
         folder = find_resume(config.resume_from_checkpoint, output_dir)
         done = checkpointer.resume(folder) if folder else say("no checkpoint to resume from: starting anew") or 0
-    elif rank() == 0 and any(output_dir.glob("epoch-*-step-*/manifest.json")):
-        say(f"WARNING: {output_dir} already holds checkpoints; those of the same name are kept, not written again")
-    loop = Loop(config, engine, model, tokenizer, family, data, eval_data, schedule, checkpointer, done)
+    loop = Loop(config, engine, model, tokenizer, family, data, eval_data, eval_rows, schedule, checkpointer, done)
     say(
         f"{family.title}, {config.train_type}, {precision}, {world_size()} rank(s), {len(data)} rows, "
         f"{schedule.total_steps} steps of {schedule.global_batch} rows"
@@ -115,7 +118,7 @@ def train(config: TrainConfig) -> Path:
     return loop.run()
 
 
-def load_dataset(config: TrainConfig, path: str, tokenizer, family, name: str):
+def load_dataset(config: TrainConfig, path: str, tokenizer, family, name: str) -> tuple[Dataset, list[Row]]:
     rows, bad = read_rows(
         path, prompt_text=config.prompt_text, on_bad_row=config.on_bad_row,
         limit=config.dataset_length if name == "train" else None,
@@ -128,7 +131,7 @@ def load_dataset(config: TrainConfig, path: str, tokenizer, family, name: str):
     words += [f"{bad} bad ones skipped"] if bad else []
     words += [f"{data.skipped} too long, skipped"] if data.skipped else [f"{data.truncated} cut"] if data.truncated else []
     say(", ".join(words))
-    return data
+    return data, rows
 
 
 def build_engine(config: TrainConfig, mode: str, total_steps: int):
@@ -154,6 +157,8 @@ def build_engine(config: TrainConfig, mode: str, total_steps: int):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+                if hasattr(parameter, "ds_tensor"):  # ZeRO-3: this rank's share is what counts
+                    parameter.ds_tensor.data = parameter.ds_tensor.data.float()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -176,9 +181,10 @@ def parameter_report(model) -> str:
 class Loop:
     """The state of a run between its steps."""
 
-    def __init__(self, config, engine, model, tokenizer, family, data, eval_data, schedule, checkpointer, done):
+    def __init__(self, config, engine, model, tokenizer, family, data, eval_data, eval_rows, schedule, checkpointer, done):
         self.config, self.engine, self.model, self.tokenizer, self.family = config, engine, model, tokenizer, family
-        self.data, self.eval_data, self.schedule, self.checkpointer, self.done = data, eval_data, schedule, checkpointer, done
+        self.data, self.eval_data, self.eval_rows = data, eval_data, eval_rows
+        self.schedule, self.checkpointer, self.done = schedule, checkpointer, done
         self.order_epoch, self.order = None, None
         self.stop_signal = 0
         self.last_metrics: dict = {}
@@ -189,9 +195,24 @@ class Loop:
         config, schedule = self.config, self.schedule
         writer = RunLog(self.checkpointer.output_dir, config.tensorboard, self.done) if rank() == 0 else None
         bar = tqdm(total=schedule.total_steps, initial=self.done, desc="training", unit="step", disable=rank() != 0)
+        try:
+            folder = self.run_steps(bar, writer)
+        finally:  # so that an error gets a line of its own
+            bar.close()
+            if writer:
+                writer.close()
+        if folder is None:
+            folder = self.save(improved=False)
+        say(f"last checkpoint: {folder}")
+        return folder
+
+    def run_steps(self, bar, writer) -> Path | None:
+        """The steps that are left; returns the last checkpoint written."""
+        config, schedule = self.config, self.schedule
         folder = None
         while self.done < schedule.total_steps:
             started = time.perf_counter()
+            self.last_metrics = {}  # a checkpoint carries the evaluation of its own step or none
             loss, tokens, stop = self.step()
             seconds = time.perf_counter() - started
             lr, norm = self.engine.get_lr()[0], float(self.engine.get_global_grad_norm() or 0)
@@ -214,12 +235,6 @@ class Loop:
             if stop:
                 say(f"stopped by signal after step {self.done}; saved {folder}. Go on with --resume_from_checkpoint auto")
                 break
-        bar.close()
-        if writer:
-            writer.close()
-        if folder is None:
-            folder = self.save(improved=False)
-        say(f"last checkpoint: {folder}")
         return folder
 
     def step(self) -> tuple[float, int, bool]:
@@ -248,10 +263,12 @@ class Loop:
             total += float(nll.detach())
         self.done += 1
         loss = sum_over_ranks(total)[0] / labelled
-        if not math.isfinite(loss):
+        norm = float(engine.get_global_grad_norm() or 0)
+        # DeepSpeed skips a step of infinite gradients without a word; only fp16 with its loss scale means it so.
+        if not math.isfinite(loss) or not (math.isfinite(norm) or engine.fp16_enabled()):
             where = ", ".join(self.data.places[r] for chosen in rows for r in chosen if r >= 0)
             raise TrainingFailed(
-                f"the loss is {loss} at step {self.done} (rank {rank()} read {where}); "
+                f"the loss is {loss}, the norm of its gradient {norm} at step {self.done} (rank {rank()} read {where}); "
                 f"nothing was saved of this step. Try a lower --learning_rate or --precision bf16 or fp32"
             )
         return loss, int(tokens), stop > 0
@@ -266,7 +283,7 @@ class Loop:
         metrics = {"loss": evaluation_loss(self.engine.module, self.eval_data, batch, self.tokenizer.pad_token_id)}
         if config.eval_f1:
             metrics["f1"] = generation_f1(
-                self.model, self.tokenizer, config.eval_path, batch_size=batch, max_src_len=config.max_src_len,
+                self.model, self.tokenizer, self.eval_rows, batch_size=batch, max_src_len=config.max_src_len,
                 max_new_tokens=config.eval_max_new_tokens, synced=self.engine.zero_optimization_stage() == 3,
             )  # fmt: skip
         self.engine.train()

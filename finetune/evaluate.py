@@ -8,7 +8,7 @@ import json
 import sys
 import time
 
-from finetune.data import IGNORED, Dataset, collate, read_rows
+from finetune.data import IGNORED, Dataset, Row, collate, read_rows
 from finetune.predict import add_model_flags, generate_answers, load_for_inference, write_aside
 
 
@@ -52,11 +52,10 @@ def evaluation_loss(loss_module, data: Dataset, batch_size: int, pad_id: int) ->
     return total / count
 
 
-def generation_f1(model, tokenizer, path: str, *, batch_size: int, max_src_len: int, max_new_tokens: int, synced: bool) -> float:
-    """Mean triple F1 of greedy answers to a file of rows, shared among the ranks."""
+def generation_f1(model, tokenizer, rows: list[Row], *, batch_size: int, max_src_len: int, max_new_tokens: int, synced: bool) -> float:
+    """Mean triple F1 of greedy answers to rows, shared among the ranks."""
     from finetune.distributed import rank, sum_over_ranks, world_size
 
-    rows = read_rows(path)[0]
     # Every rank generates as often as the others: ZeRO-3 gathers weights in step.
     mine = [i for i in range(rank(), len(rows) + -len(rows) % world_size(), world_size())]
     answers = generate_answers(

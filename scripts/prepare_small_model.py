@@ -18,13 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from chatglm.families import FAMILIES  # noqa: E402
 
 
-def make_config(family: str, tokenizer, *, hidden_size: int, num_layers: int, heads: int, groups: int, ffn: int, length: int):
+def make_config(family: str, tokenizer, *, hidden_size: int, num_layers: int, heads: int, groups: int, ffn: int, length: int, init_std: float):
     """A configuration of the family's architecture for the tokenizer's ids."""
     from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
 
     vocab = -(-len(tokenizer) // 64) * 64
     shared = {"hidden_size": hidden_size, "num_layers": num_layers, "num_attention_heads": heads, "glm_family": family,
-              "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}  # fmt: skip
+              "initializer_range": init_std, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}  # fmt: skip
     if family == "glm":
         commands = {key: tokenizer.get_command(token) for key, token in
                     (("bos_token_id", "<sop>"), ("mask_token_id", "[MASK]"), ("gmask_token_id", "[gMASK]"))}  # fmt: skip
@@ -34,7 +34,7 @@ def make_config(family: str, tokenizer, *, hidden_size: int, num_layers: int, he
 
 
 def make_model(family: str, tokenizer_dir: str | Path, output_dir: str | Path, *, hidden_size=256, num_layers=4, heads=8,
-               groups=2, ffn=688, length=2048, seed=1234) -> Path:  # fmt: skip
+               groups=2, ffn=688, length=2048, init_std=0.02, seed=1234) -> Path:  # fmt: skip
     """Write a random model with its tokenizer to `output_dir`, whole or not at all; returns the folder."""
     import torch
 
@@ -46,7 +46,7 @@ def make_model(family: str, tokenizer_dir: str | Path, output_dir: str | Path, *
     tokenizer = load_tokenizer(tokenizer_dir, mode=family)
     torch.manual_seed(seed)
     config = make_config(family, tokenizer, hidden_size=hidden_size, num_layers=num_layers, heads=heads, groups=groups,
-                         ffn=ffn, length=length)  # fmt: skip
+                         ffn=ffn, length=length, init_std=init_std)  # fmt: skip
     model = (ChatGLM1ForConditionalGeneration if family == "glm" else ChatGLM2ForConditionalGeneration)(config)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = stop_ids(tokenizer), tokenizer.pad_token_id
     output_dir = Path(output_dir)
@@ -66,9 +66,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output_dir", required=True, help="folder to write; replaced if it is a model already")
     for name, default, text in (
         ("hidden_size", 256, "width"), ("num_layers", 4, "blocks"), ("heads", 8, "query heads"), ("groups", 2, "key/value heads (glm2, glm3)"),
-        ("ffn", 688, "width of the MLP"), ("length", 2048, "longest row in tokens"), ("seed", 1234, "of the weights"),
+        ("ffn", 688, "width of the MLP"), ("length", 2048, "longest row in tokens"), ("init_std", 0.02, "deviation of the weights"),
+        ("seed", 1234, "of the weights"),
     ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} [{default}]")
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} [{default}]")
     args = vars(parser.parse_args(argv))
     output_dir = Path(args.pop("output_dir"))
     try:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train a small SentencePiece tokenizer with ChatGLM2's conventions from instruction rows.
 
-    python scripts/prepare_tokenizer.py --input data/*.json --output_dir DIR --vocab_size 780
+    python scripts/prepare_tokenizer.py --input data/*.json --output_dir DIR --vocab_size 760
 
 Writes DIR/tokenizer.model and DIR/tokenizer_config.json. Conventions: byte-pair pieces with byte fallback, ids unk 0,
 bos 1, eos 2, no pad; text taken as it is (no NFKC, spaces kept); one piece per digit; a space put before the text.
@@ -121,7 +121,7 @@ def main(argv=None):
     parser.add_argument(
         "--vocab_size",
         type=int,
-        default=780,
+        default=760,
         help="pieces, byte pieces included; far more than the rows have words gives pieces that run across words, which "
         "hurts copying (default %(default)s, right for this project's sample data)",
     )

@@ -26,24 +26,29 @@ if ! python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; the
     ranks=$(( $(nproc) >= 2 ? 2 : 1 ))
     launch+=(--num_accelerators "$ranks")
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(nproc) / ranks ))}"
-    batch=$(( 32 / ranks ))
+    batch=$(( 16 / ranks ))
 fi
 
 if [ -z "${MODEL:-}" ]; then
     MODEL="$OUT/base"
     step tokenizer python scripts/prepare_tokenizer.py --input data/copy_pretrain.json data/spo_train.json --output_dir "$OUT/tokenizer"
-    step model python scripts/prepare_small_model.py --family glm2 --tokenizer "$OUT/tokenizer" --output_dir "$OUT/random" @MODEL@
+    step model python scripts/prepare_small_model.py --family glm2 --tokenizer "$OUT/tokenizer" --output_dir "$OUT/random" \
+        --hidden_size 320 --num_layers 3 --heads 10 --groups 2 --ffn 880 --init_std 0.05
     # A base model that has learnt to read and copy, but has never seen a triple.
     step pretrain "${launch[@]}" train.py --model_name_or_path "$OUT/random" --train_path data/copy_pretrain.json \
         --train_type all --ds_file ds_zero2.json --max_len 160 --max_src_len 120 \
-        --per_device_train_batch_size "${batch:-32}" @PRETRAIN@ --output_dir "$OUT/pretrain"
+        --per_device_train_batch_size "${batch:-16}" \
+        --learning_rate 2e-3 --weight_decay 0 --num_train_epochs 2 --max_steps 700 --show_loss_step 50 \
+        --save_total_limit 1 --output_dir "$OUT/pretrain"
     mv "$OUT"/pretrain/epoch-*-step-* "$MODEL"
 fi
 evaluate() { python -m finetune.evaluate --model_path "$1" --test_path data/spo_test.json --max_src_len 120 --max_new_tokens 96 --batch_size 25 --output "$2"; }
 step f1_before evaluate "$MODEL" "$OUT/before.json"
 step lora "${launch[@]}" train.py --train_path data/spo_train.json --model_name_or_path "$MODEL" \
-    --train_type lora @LORA@ --lora_module_name "query_key_value,dense_h_to_4h,dense_4h_to_h,dense" \
-    --max_len 160 --max_src_len 120 --per_device_train_batch_size "${batch:-32}" \
+    --train_type lora --lora_dim 16 --lora_alpha 32 --lora_dropout 0 \
+    --lora_module_name "query_key_value,dense_h_to_4h,dense_4h_to_h,dense" \
+    --learning_rate 4e-3 --weight_decay 0 --num_train_epochs 5 --max_steps 400 --show_loss_step 50 \
+    --max_len 160 --max_src_len 120 --per_device_train_batch_size "${batch:-16}" \
     --ds_file ds_zero2_no_offload.json --output_dir "$OUT/lora"
 adapter=$(ls -d "$OUT"/lora/epoch-*-step-* | sort -V | tail -n 1)
 step merge python merge_lora.py --ori_model_dir "$MODEL" --model_dir "$adapter" --save_dir "$OUT/merged"

@@ -37,9 +37,10 @@ def tiny_config(family: str, **changes):
     if family == "glm":
         special = {f"{name}_token_id": SPECIAL[name] for name in ("mask", "gmask")}
         special |= {"bos_token_id": SPECIAL["sop"], "eos_token_id": SPECIAL["eop"], "pad_token_id": 3}
-        return ChatGLM1Config(**SIZES | special | {"vocab_size": 60, "hidden_size": 48, "inner_hidden_size": 80} | changes)
-    sizes = {"padded_vocab_size": 60, "hidden_size": 40, "kv_channels": 8, "ffn_hidden_size": 56, "multi_query_group_num": 3}
-    return ChatGLM2Config(**SIZES | sizes | {"glm_family": family} | changes)
+        sizes = {"vocab_size": 60, "hidden_size": 48, "inner_hidden_size": 80}
+        return ChatGLM1Config(**SIZES | special | sizes | changes)
+    sizes = {"padded_vocab_size": 60, "hidden_size": 40, "kv_channels": 8, "ffn_hidden_size": 56}
+    return ChatGLM2Config(**SIZES | sizes | {"multi_query_group_num": 3, "glm_family": family} | changes)
 
 
 def tiny_model(family: str, attn_implementation="sdpa", seed=0, **changes):
@@ -62,7 +63,8 @@ def write_tokenizer(folder: Path, family: str) -> Path:
     import sentencepiece
 
     text = ["你好 世界 今天 天气 很 好 问：答： [Round 1] hello world a b c user assistant 0 1 2 3"] * 20
-    options = {"normalization_rule_name": "identity", "byte_fallback": True, "hard_vocab_limit": False, "minloglevel": 2}
+    options = {"normalization_rule_name": "identity", "byte_fallback": True, "hard_vocab_limit": False}
+    options["minloglevel"] = 2
     if family == "glm":
         symbols = ["<n>", "<|tab|>", "[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>"]
         options |= {"pad_id": 3, "user_defined_symbols": symbols, "model_prefix": str(folder / "ice_text")}

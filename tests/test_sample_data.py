@@ -139,7 +139,7 @@ def test_copying_never_asks_for_triples():
 def test_tokenizer_follows_the_conventions(tokenizer_dir, pieces):
     assert [pieces.id_to_piece(i) for i in range(3)] == ["<unk>", "<s>", "</s>"]
     assert (pieces.unk_id(), pieces.bos_id(), pieces.eos_id(), pieces.pad_id()) == (0, 1, 2, -1)
-    assert pieces.vocab_size() == 780
+    assert pieces.vocab_size() == 760
     assert pieces.is_byte(3)
     for control in ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"):
         assert pieces.piece_to_id(control) == pieces.unk_id()

@@ -410,7 +410,8 @@ def test_an_answer_ends_at_each_stop_token_and_holds_none(chats, family):
 
 def test_what_the_model_is_shown(chats):
     """chat() shows the model the family's own ids, history and roles included."""
-    for family, history in (("glm", [("a", "b")]), ("glm2", [("a", "b")]), ("glm3", [{"role": "user", "content": "a"}])):
+    pairs, messages = [("a", "b")], [{"role": "user", "content": "a"}]
+    for family, history in (("glm", pairs), ("glm2", pairs), ("glm3", messages)):
         model, tokenizer = chats[family]
         seen = []
         hook = model.get_input_embeddings().register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0]))
@@ -456,7 +457,8 @@ def test_stream_chat_raises_what_generation_raises(chats):
 
 
 def test_defaults_of_a_chat_are_the_originals(chats):
-    for family, top_p, temperature, length in (("glm", 0.7, 0.95, 2048), ("glm2", 0.8, 0.8, 8192), ("glm3", 0.8, 0.8, 8192)):
+    originals = {"glm": (0.7, 0.95, 2048), "glm2": (0.8, 0.8, 8192), "glm3": (0.8, 0.8, 8192)}
+    for family, (top_p, temperature, length) in originals.items():
         model, tokenizer = chats[family]
         _, options = model.prepare_chat(tokenizer, "a", None, "user", {})
         wanted = {"max_length": length, "num_beams": 1, "do_sample": True, "top_p": top_p, "temperature": temperature}

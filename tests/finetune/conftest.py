@@ -1,0 +1,68 @@
+"""Tiny models with tokenizers, and training in this process."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.finetune.runs import METHODS, make_rows, write_rows
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory) -> dict[str, Path]:
+    """{family: folder} of a random model, 2 layers of 64, with its tokenizer; "glm2-seed" and "glm2-wide" are others."""
+    from scripts.prepare_small_model import make_model
+    from scripts.prepare_tokenizer import main as make_tokenizer
+
+    folder = tmp_path_factory.mktemp("bases")
+    rows = write_rows(folder / "rows.json", make_rows(60, seed=9))
+    made = {}
+    for family in ("glm", "glm2", "glm3"):
+        tokenizer = folder / f"tokenizer-{family}"
+        assert make_tokenizer(["--input", str(rows), "--output_dir", str(tokenizer), "--vocab_size", "420", "--family", family]) == 0
+        others = {"glm2-seed": {"seed": 7}, "glm2-wide": {"hidden_size": 128}} if family == "glm2" else {}
+        for name, options in ({family: {}} | others).items():
+            sizes = {"hidden_size": 64, "num_layers": 2, "heads": 4, "ffn": 128} | options
+            made[name] = make_model(family, tokenizer, folder / name, **sizes)
+    return made
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "train.json", make_rows(13))
+
+
+@pytest.fixture(scope="session")
+def flags(bases, rows_file):
+    """The flags of a short run: flags(output_dir, "--more", ..., family="glm2", method="lora")."""
+
+    def make(output_dir, *more, family="glm2", method="lora"):
+        given = ["--model_name_or_path", bases[family], "--train_path", rows_file, "--output_dir", output_dir, "--max_len", 96]
+        given += ["--max_src_len", 64, "--per_device_train_batch_size", 4, "--learning_rate", "1e-2", "--warmup_ratio", 0]
+        return [str(word) for word in [*given, *METHODS[method], *more]]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def train():
+    """train(flags) -> the last checkpoint, in this process; leaves its signal handlers as they were."""
+
+    def run(words) -> Path:
+        from finetune.config import parse_config
+        from finetune.engine import train
+
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            return train(parse_config(words))
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def adapter(flags, train, tmp_path_factory) -> Path:
+    """A LoRA checkpoint of 4 steps that changes what the glm2 base says."""
+    return train(flags(tmp_path_factory.mktemp("adapter") / "out", "--save_model_step", 2))

@@ -1,0 +1,80 @@
+"""What the tests of training share: rows that need no sample data, methods, and the launchers."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = ["水泵", "油封", "火花塞", "节气门", "滤网", "发动机", "轮胎", "灯泡"]
+STATES = ["漏油", "抖动", "异响", "积碳", "松动", "不亮", "过热"]
+METHODS = {
+    "lora": ["--train_type", "lora", "--lora_dropout", "0"],
+    "freeze": ["--train_type", "freeze", "--freeze_module_name", "layers.1."],
+    "ptuning-v1": ["--train_type", "ptuning", "--prefix_projection", "False", "--pre_seq_len", "4"],
+    "ptuning-v2": "--train_type ptuning --ptuning_version v2 --prefix_projection False --pre_seq_len 4 --prefix_dropout 0".split(),
+    "ptuning-v2-mlp": ["--train_type", "ptuning", "--pre_seq_len", "4", "--prefix_dropout", "0"],
+    "all": ["--train_type", "all"],
+}
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def make_rows(count: int, seed: int = 0) -> list[dict]:
+    """Rows of unlike lengths: 1 to 4 triples."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        facts = [(draw.choice(PARTS), draw.choice(STATES)) for _ in range(draw.randint(1, 4))]
+        rows.append({
+            "instruction": "抽取三元组：", "input": "，".join(a + b for a, b in facts) + "。",
+            "output": "\n".join(f"{a}_性能故障_{b}" for a, b in facts),
+        })  # fmt: skip
+    return rows
+
+
+def write_rows(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def child_env(**extra) -> dict[str, str]:
+    """The environment of a command line: without the ranks that training in this process has set."""
+    env = {k: v for k, v in os.environ.items() if k not in LAUNCHED}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
+    return env | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | extra
+
+
+def command(*words, ok: bool | None = True, timeout: float = 300, **options) -> subprocess.CompletedProcess:
+    """Run python with `words`. `ok`: must succeed, must fail, or None for either."""
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=options.pop("cwd", ROOT), env=child_env(), capture_output=True, text=True,
+        timeout=timeout, **options,
+    )  # fmt: skip
+    if ok is not None:
+        assert (done.returncode == 0) == ok, f"{done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(launcher: str, *flags, ok: bool | None = True, ranks: int = 2) -> subprocess.CompletedProcess:
+    """train.py under a launcher: "deepspeed", "torchrun" or "python"."""
+    words = {
+        "python": ["train.py"],
+        "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", free_port(), "train.py"],
+        "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators", ranks, "--master_port", free_port(), "train.py"],
+    }[launcher]
+    return command(*words, *flags, ok=ok)
+
+
+def metrics(output_dir: Path, key: str = "train_loss") -> list[float]:
+    """One number of every step, as metrics.jsonl has it."""
+    lines = [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]

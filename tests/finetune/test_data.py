@@ -1,0 +1,174 @@
+"""Rows in, batches out: parsing with file and line, counting, and an order that ranks and accumulation do not change."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chatglm import load_tokenizer
+from chatglm.families import FAMILIES
+from finetune.data import IGNORED, BadRow, Dataset, Row, collate, encode_rows, epoch_order, parse_row, read_rows, step_rows
+from tests.finetune.runs import make_rows, write_rows
+
+GOOD = '{"instruction": "a", "input": "b", "output": "c"}'
+
+
+@given(st.integers(1, 60), st.integers(0, 2**40), st.integers(0, 50))
+def test_epoch_order(rows, seed, epoch):
+    order = epoch_order(rows, seed, epoch)
+    assert sorted(order) == list(range(rows))
+    assert np.array_equal(order, epoch_order(rows, seed, epoch))
+
+
+def test_epochs_and_seeds_differ():
+    orders = {tuple(epoch_order(40, seed, epoch)) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25
+
+
+@given(st.integers(1, 70), st.sampled_from([1, 2, 3, 4, 8, 12]), st.integers(1, 4), st.integers(0, 3))
+def test_step_rows(rows, product, micro, seed):
+    """Micro batch x accumulation x ranks = one product: every step reads the same rows, each once an epoch."""
+    order = epoch_order(rows, seed, 0)
+    size = product * micro
+    for accumulation in range(1, product + 1):
+        if product % accumulation:
+            continue
+        world, seen = product // accumulation, []
+        for step in range(-(-rows // size)):
+            split = [step_rows(order, step, micro=micro, accumulation=accumulation, rank=r, world=world) for r in range(world)]
+            assert {len(passes) for passes in split} == {accumulation}
+            lengths = {len(places) for passes in split for places in passes}
+            assert len(lengths) == 1 and 1 <= lengths.pop() <= micro
+            real = [row for passes in split for places in passes for row in places if row != -1]
+            assert sorted(real) == sorted(order[step * size : (step + 1) * size])
+            seen += real
+        assert sorted(seen) == list(range(rows))
+
+
+@given(st.sampled_from([(4, 1, 2), (2, 2, 2), (2, 1, 4), (1, 4, 2), (8, 1, 1)]), st.integers(1, 30))
+def test_global_batches_are_the_same_however_cut(cut, rows):
+    micro, accumulation, world = cut
+    order = epoch_order(rows, 1, 2)
+    for step in range(-(-rows // 8)):
+        chosen = [i for r in range(world) for p in step_rows(order, step, micro=micro, accumulation=accumulation, rank=r, world=world) for i in p]
+        assert sorted(i for i in chosen if i >= 0) == sorted(order[step * 8 : (step + 1) * 8])
+
+
+def test_rows_of_both_forms(tmp_path):
+    lines = [GOOD, '{"instruction": "x", "output": "y"}', '{"text": "t", "answer": "u"}', '{"text": "t", "answer": ["u", "v"]}', "", "  "]
+    (tmp_path / "rows.json").write_text("\n".join(lines))
+    rows, bad = read_rows(tmp_path / "rows.json", prompt_text="ask: ")
+    place = str(tmp_path / "rows.json")
+    assert bad == 0 and rows == [
+        Row("ab", ("c",), f"{place}:1"), Row("x", ("y",), f"{place}:2"),
+        Row("ask: t", ("u",), f"{place}:3"), Row("ask: t", ("u", "v"), f"{place}:4"),
+    ]  # fmt: skip
+    assert len(read_rows(tmp_path / "rows.json", limit=2)[0]) == 2
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda rows: json.dumps(rows), lambda rows: "\n [" + ",\n".join(map(json.dumps, rows)) + "]\n",
+    lambda rows: "\ufeff" + "\n".join(map(json.dumps, rows)), lambda rows: "\r\n".join(map(json.dumps, rows)),
+    lambda rows: "\ufeff" + json.dumps(rows), lambda rows: "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
+], ids=["list", "list_over_lines", "bom", "crlf", "bom_list", "bare"])  # fmt: skip
+def test_files_of_every_kind(tmp_path, wrap):
+    """Also U+2028, U+0085 and form feeds inside a string, which are no ends of lines in JSON."""
+    given = [{"instruction": "q", "input": f"a\u2028b\u0085c\x0c\x1c{i}", "output": "r\ns"} for i in range(3)]
+    (tmp_path / "rows.json").write_bytes(wrap(given).encode())
+    rows, _ = read_rows(tmp_path / "rows.json")
+    assert [(r.prompt, r.answers) for r in rows] == [("q" + g["input"], (g["output"],)) for g in given]
+
+
+BAD = {
+    "{": "not valid JSON", "[1]x": "not valid JSON", "3": "wanted an object, got int", "null": "NoneType", "{}": '"text"',
+    '{"instruction": "a", "input": "b"}': '"output"', '{"output": "b"}': '"instruction"', '{"text": "a"}': '"answer"',
+    '{"instruction": 1, "output": "b"}': '"instruction" must be text, got 1', '{"instruction": "a", "output": null}': "null",
+    '{"instruction": "a", "output": ""}': '"output" is empty', '{"instruction": "", "output": "b"}': "prompt is empty",
+    '{"instruction": "a", "output": []}': '"output"', '{"instruction": "a", "output": [1]}': '"output"',
+    '{"instruction": ["a"], "output": "b"}': '"instruction"', '{"instruction": "a", "input": null, "output": "b"}': '"input"',
+    '{"instruction": "a\\ud800", "output": "b"}': "surrogate", "1" * 5000: "not valid JSON", "[" * 100000: "not valid JSON",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", BAD, ids=[line[:40] for line in BAD])
+def test_bad_rows_are_named(tmp_path, line):
+    file = tmp_path / "rows.json"
+    file.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")
+    with pytest.raises(BadRow) as error:
+        read_rows(file)
+    assert str(error.value).startswith(f"{file}:3: ") and BAD[line] in str(error.value) and "\n" not in str(error.value)
+    rows, bad = read_rows(file, on_bad_row="skip")
+    assert (len(rows), bad) == (2, 1)
+
+
+def test_bad_rows_of_a_list(tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text(f"[{GOOD},\n{GOOD},\n3]")
+    with pytest.raises(BadRow, match=r"rows\.json\[2\]: wanted an object"):
+        read_rows(file)
+    file.write_text(f"[{GOOD},\n{GOOD},\n")
+    with pytest.raises(BadRow, match=r"rows\.json:3: not valid JSON"):
+        read_rows(file)
+
+
+@pytest.mark.parametrize("content, said", [(b"", "no rows"), (b"\n \n", "no rows"), (b"[]", "no rows"), (b"{}\n3", "no rows (2 bad ones skipped)")])
+def test_files_without_rows(tmp_path, content, said):
+    (tmp_path / "rows.json").write_bytes(content)
+    with pytest.raises(BadRow) as error:
+        read_rows(tmp_path / "rows.json", on_bad_row="skip")
+    assert said in str(error.value)
+
+
+def test_files_that_are_not_there_or_not_text(tmp_path):
+    for path in (tmp_path / "nowhere.json", tmp_path):
+        with pytest.raises(FileNotFoundError, match=str(path)):
+            read_rows(path)
+    (tmp_path / "gbk.json").write_bytes(f"{GOOD}\n".encode() + '{"instruction": "水", "output": "泵"}'.encode("gbk"))
+    with pytest.raises(ValueError, match=r"gbk\.json:2: not UTF-8"):
+        read_rows(tmp_path / "gbk.json")
+
+
+@pytest.mark.parametrize("family", ["glm", "glm2", "glm3"])
+def test_encode_counts_cuts_and_skips(bases, family):
+    tokenizer, rows = load_tokenizer(bases[family]), [parse_row(r, f"f:{i}") for i, r in enumerate(make_rows(6))]
+    rows += [Row("水泵漏油。" * 40, ("漏油",), "f:prompt"), Row("水泵", ("水泵_性能故障_漏油\n" * 40,), "f:answer")]
+    limits = {"max_len": 80, "max_src_len": 50}
+    data = encode_rows(rows, tokenizer, FAMILIES[family], **limits)
+    cut = [p for p, ids in zip(data.places, data.input_ids) if FAMILIES[family].encode_example(
+        tokenizer, rows[data.places.index(p)].prompt, rows[data.places.index(p)].answers[0], **limits).truncated]  # fmt: skip
+    assert {"f:prompt", "f:answer"} <= set(cut) and (len(data), data.truncated, data.skipped) == (8, len(cut), 0)
+    end = tokenizer.get_command(FAMILIES[family].end_token)
+    assert all(ids[-1] == end and len(ids) <= 80 and 0 < n < len(ids) for ids, n in zip(data.input_ids, data.n_masked))
+    kept = encode_rows(rows, tokenizer, FAMILIES[family], **limits, is_skip=True)
+    assert (kept.truncated, kept.skipped) == (len(cut), len(cut)) and kept.places == [p for p in data.places if p not in cut]
+    with pytest.raises(ValueError, match="all 2 rows"):
+        encode_rows(rows[-2:], tokenizer, FAMILIES[family], **limits, is_skip=True)
+    with pytest.raises(BadRow, match=r"f:9: .*list of 2"):
+        encode_rows([Row("a", ("b", "c"), "f:9")], tokenizer, FAMILIES[family], **limits)
+
+
+@given(st.lists(st.tuples(st.integers(2, 9), st.integers(1, 8)), min_size=1, max_size=6), st.data())
+def test_collate(shapes, draw):
+    ids = [[100 * i + k for k in range(length)] for i, (length, _) in enumerate(shapes)]
+    masked = [min(n, length - 1) for length, n in shapes]
+    data = Dataset(ids, masked, [""] * len(ids), 0, 0)
+    chosen = draw.draw(st.lists(st.integers(-1, len(ids) - 1), min_size=1, max_size=6))
+    batch = collate(data, chosen, pad_id=7)
+    assert batch["input_ids"].shape == batch["labels"].shape and batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+    for row, got, labels in zip(chosen, batch["input_ids"].tolist(), batch["labels"].tolist()):
+        if row == -1:
+            assert set(labels) == {IGNORED} and got[0] in {i[0] for i in ids}
+        else:
+            size, n = len(ids[row]), masked[row]
+            assert got == ids[row] + [7] * (len(got) - size)
+            assert labels == [IGNORED] * n + ids[row][n:] + [IGNORED] * (len(got) - size)
+
+
+def test_skipped_rows_are_said(flags, train, tmp_path, capsys):
+    rows = write_rows(tmp_path / "rows.json", [*make_rows(6), {"instruction": "水" * 90, "output": "泵"}, {"instruction": "", "output": "x"}])
+    words = flags(tmp_path / "out", "--train_path", rows, "--is_skip", "--on_bad_row", "skip", "--max_steps", 1)
+    train(words)
+    assert "6 train rows, 1 bad ones skipped, 1 too long, skipped" in capsys.readouterr().out
