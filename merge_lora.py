@@ -18,11 +18,14 @@ def check_base(base: Path, adapter: Path) -> str | None:
     Raises:
         ValueError: it belongs to another base, by its manifest's fingerprint or by its shapes.
     """
-    from safetensors import safe_open
-
     from chatglm.loading import base_fingerprint, iterate_weights
     from finetune.checkpoint import read_manifest
 
+    changed = adapter_shapes(adapter)
+    try:
+        named = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
+    except ValueError as error:
+        raise ValueError(f"{adapter / 'adapter_config.json'}: not valid JSON: {error}") from None
     made_for = (read_manifest(adapter) or {}).get("base_model", {})
     if made_for.get("fingerprint"):
         if made_for["fingerprint"] != base_fingerprint(base):
@@ -31,11 +34,10 @@ def check_base(base: Path, adapter: Path) -> str | None:
             )
         return None
     shapes = {name: tuple(tensor.shape) for name, tensor in iterate_weights(base)}
-    for name, (out_size, in_size) in adapter_shapes(adapter).items():
+    for name, (out_size, in_size) in changed.items():
         target = name.removeprefix("base_model.model.") + ".weight"
         if target not in shapes or shapes[target] != (out_size, in_size):
             raise ValueError(f"{adapter} does not fit {base}: it changes {target} of {(out_size, in_size)}, found {shapes.get(target)}")
-    named = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path") or ""
     if named and Path(named).name != base.resolve().name:
         return f"{adapter} names {named} as its base and has no manifest; its shapes fit {base}, its weights cannot be compared"
     return f"{adapter} has no manifest: its shapes fit {base}, its weights cannot be compared"
@@ -43,10 +45,18 @@ def check_base(base: Path, adapter: Path) -> str | None:
 
 def adapter_shapes(adapter: Path) -> dict[str, tuple[int, int]]:
     """module name -> (out, in) size of the weight that its A and B change."""
-    from peft.utils.save_and_load import load_peft_weights
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
+    from chatglm.loading import read_bin
+
+    file = adapter_file(adapter)
+    try:
+        tensors = load_file(file) if file.suffix == ".safetensors" else read_bin(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not read: {error}") from None
     pairs: dict[str, dict[str, int]] = {}
-    for name, tensor in load_peft_weights(str(adapter), device="cpu").items():
+    for name, tensor in tensors.items():
         for part, size in ((".lora_A.", tensor.shape[-1]), (".lora_B.", tensor.shape[0])):
             if part in name:
                 pairs.setdefault(name.split(part)[0], {})[part] = size
@@ -100,6 +110,8 @@ def merge(base: Path, adapter: Path, save_dir: Path, mode: str | None = None) ->
     model.generation_config.eos_token_id = stop_ids(tokenizer)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.save_pretrained(str(aside))
+    if (adapter / "train_config.json").is_file():  # prediction cuts prompts as training did
+        shutil.copy(adapter / "train_config.json", aside)
     note = {"base": str(base.resolve()), "adapter": str(adapter.resolve()), "adapter_sha256": adapter_hash(adapter)}
     (aside / MERGED_NOTE).write_text(json.dumps(note, indent=2) + "\n")
     if save_dir.resolve() == adapter.resolve():
@@ -116,13 +128,17 @@ def merge(base: Path, adapter: Path, save_dir: Path, mode: str | None = None) ->
     return difference
 
 
-def adapter_hash(adapter: Path) -> str:
-    from finetune.checkpoint import sha256
-
+def adapter_file(adapter: Path) -> Path:
     files = [adapter / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (adapter / name).is_file()]
     if not files:
         raise ValueError(f"{adapter}: neither adapter_model.safetensors nor adapter_model.bin")
-    return sha256(files[0])
+    return files[0]
+
+
+def adapter_hash(adapter: Path) -> str:
+    from finetune.checkpoint import sha256
+
+    return sha256(adapter_file(adapter))
 
 
 def main(argv: list[str] | None = None) -> int:

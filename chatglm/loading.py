@@ -54,8 +54,9 @@ def load_tokenizer(path: str | Path, *, mode: str | None = None) -> ChatGLMToken
     """
     path = check_folder(path)
     mode = resolve_mode(path, mode)
-    if not (path / FAMILIES[mode].tokenizer_file).is_file() and (base := named_base(path)):
-        path = check_folder(base)
+    base = named_base(path)
+    if not (path / FAMILIES[mode].tokenizer_file).is_file() and base and Path(base).is_dir():
+        path = Path(base)
     return ChatGLMTokenizer.from_pretrained(str(path), family=mode)
 
 

@@ -8,7 +8,7 @@ from threading import Thread
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
@@ -165,9 +165,24 @@ class ChatGLMCausalLM:
         return self.finish_chat(tokenizer, tokenizer.decode(ids, skip_special_tokens=True), query, history, role)
 
     @torch.inference_mode()
-    def stream_chat(self, tokenizer, query: str, history: list | None = None, role: str = "user", **options) -> Iterator:
-        """As `chat`, but yields (answer so far, history so far) while the answer grows, and at last chat's result."""
+    def stream_chat(
+        self, tokenizer, query: str, history: list | None = None, role: str = "user", past_key_values=None,
+        return_past_key_values: bool = False, **options,
+    ) -> Iterator:  # fmt: skip
+        """As `chat`, but yields (answer so far, history so far) while the answer grows, and at last chat's result.
+
+        With `return_past_key_values` a third item is the cache; handed back with the next turn, what the turns share is not
+        computed again. Not for ChatGLM-6B, whose context sees itself both ways, nor for P-Tuning v1.
+        """
         inputs, options = self.prepare_chat(tokenizer, query, history, role, options)
+        prompt = inputs["input_ids"][0].tolist()
+        if return_past_key_values or past_key_values is not None:
+            if tokenizer.family == "glm" or self.config.prefix_version == "v1":
+                raise ValueError("ChatGLM-6B and P-Tuning v1 cannot go on from another turn's cache")
+            options["past_key_values"] = cache = past_key_values or DynamicCache(config=self.config)
+            unshared = cache.get_seq_length() - shared_length(prompt[:-1], getattr(cache, "token_ids", []))
+            if unshared:
+                cache.crop(-unshared)
         streamer = IdStreamer()
         failure = []
 
@@ -178,18 +193,28 @@ class ChatGLMCausalLM:
                 failure.append(error)
                 streamer.end()
 
+        def result(ids, partial):
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            answer = self.finish_chat(tokenizer, text, query, history, role, partial)
+            return (*answer, cache) if return_past_key_values else answer
+
         Thread(target=run, daemon=True).start()
         ids = []
-        for token in streamer:
-            if token in options["eos_token_id"]:
-                continue
-            ids.append(token)
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            if text and not text.endswith("\ufffd"):  # half of a character: wait for the rest
-                yield self.finish_chat(tokenizer, text, query, history, role, partial=True)
+        try:
+            for token in streamer:
+                if token in options["eos_token_id"]:
+                    continue
+                ids.append(token)
+                text = tokenizer.decode(ids, skip_special_tokens=True)
+                if text and not text.endswith("\ufffd"):  # half of a character: wait for the rest
+                    yield result(ids, partial=True)
+        finally:
+            streamer.abandoned = True  # a caller who stops listening stops the generation
         if failure:
             raise failure[0]
-        yield self.finish_chat(tokenizer, tokenizer.decode(ids, skip_special_tokens=True), query, history, role)
+        if "past_key_values" in options:
+            cache.token_ids = (prompt + ids)[: cache.get_seq_length()]
+        yield result(ids, partial=False)
 
     def prepare_chat(self, tokenizer, query, history, role, options) -> tuple[dict, dict]:
         """(model inputs, generate options) of one turn."""
@@ -228,13 +253,20 @@ class ChatGLMCausalLM:
             return text.strip(), history
 
 
+def shared_length(a: list[int], b: list[int]) -> int:
+    """How many ids two sequences begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
 class IdStreamer:
     """generate()'s streamer protocol as an iterator of token ids, without the prompt's."""
 
     def __init__(self):
-        self.ids, self.prompt_seen = Queue(), False
+        self.ids, self.prompt_seen, self.abandoned = Queue(), False, False
 
     def put(self, value: Tensor):
+        if self.abandoned:
+            raise RuntimeError("nobody listens to this stream any more")
         if self.prompt_seen:
             for token in value.flatten().tolist():
                 self.ids.put(token)

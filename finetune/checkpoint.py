@@ -13,9 +13,11 @@ A folder with a manifest is complete; the newest is found by its step, so there 
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -184,6 +186,26 @@ def checkpoint_bytes(model: nn.Module, saves: str) -> int:
     return exported + sum(n * (12 + size) for n, size, trainable in sizes if trainable) + 10_000_000
 
 
+@contextmanager
+def weights_only():
+    """DeepSpeed unpickles its shards whole; in here nothing but tensors and its own few value classes loads."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 class Checkpointer:
     """Saves, finds again and prunes the checkpoints of one run."""
 
@@ -191,6 +213,7 @@ class Checkpointer:
         self.config, self.output_dir, self.engine = config, output_dir, engine
         self.model, self.method, self.tokenizer, self.base = model, method, tokenizer, base
         self.needed = checkpoint_bytes(model, method.saves)
+        self.data = sha256(Path(config.train_path))
 
     def save(self, *, epoch: int, step: int, metrics: dict) -> Path:
         """Write output_dir/epoch-E-step-S on all ranks; when this returns it is committed. Metrics go into its manifest."""
@@ -214,6 +237,7 @@ class Checkpointer:
                 "family": self.tokenizer.family,
                 "method": self.config.train_type,
                 "base_model": self.base,
+                "train_data": self.data,
                 "epoch": epoch,
                 "step": step,
                 "world_size": world_size(),
@@ -240,7 +264,7 @@ class Checkpointer:
         """Load a checkpoint into the engine; returns the number of steps done.
 
         Raises:
-            ValueError: it was made by other flags, another number of ranks, or its files changed.
+            ValueError: it was made by other flags, rows, base model or number of ranks, or its shards are damaged.
         """
         manifest = read_manifest(folder)
         saved = json.loads((folder / "train_config.json").read_text(encoding="utf-8"))
@@ -251,7 +275,14 @@ class Checkpointer:
         fingerprint = manifest["base_model"].get("fingerprint")
         if fingerprint and fingerprint != self.base.get("fingerprint"):
             raise ValueError(f"{folder} was trained on another base model than {self.base['name_or_path']}")
-        path, _ = self.engine.load_checkpoint(str(folder / "trainer"), tag="state", load_module_strict=False)
+        if manifest.get("train_data") not in (None, self.data):
+            raise ValueError(f"--train_path: {self.config.train_path} has changed since {folder} was made")
+        try:
+            with weights_only():
+                path, _ = self.engine.load_checkpoint(str(folder / "trainer"), tag="state", load_module_strict=False)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            found = next((line for line in str(error).splitlines() if "WeightsUnpickler" in line), str(error).split("\n")[0])
+            raise ValueError(f"{folder}/trainer: a shard is torn, or holds more than tensors ({found[:200]})") from None
         if path is None:
             raise ValueError(f"{folder}/trainer: DeepSpeed could not load its shards")
         say(f"resumed from {folder}")

@@ -137,6 +137,7 @@ def load_dataset(config: TrainConfig, path: str, tokenizer, family, name: str) -
 def build_engine(config: TrainConfig, mode: str, total_steps: int):
     """(DeepSpeed engine, model, method, precision): the model prepared by its method and wrapped with the loss."""
     import deepspeed
+    from safetensors import SafetensorError
     from transformers import AutoConfig
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -151,7 +152,10 @@ def build_engine(config: TrainConfig, mode: str, total_steps: int):
         # While this object lives, from_pretrained builds the model partitioned. It reads the frozen weights' dtype here.
         partitioned_loading = HfDeepSpeedConfig(ds | {"bf16": {"enabled": precision == "bf16"}})
     seed_step(config.seed, 0, stream=0)  # new weights are equal on every rank
-    model = load_model(config.model_name_or_path, mode=mode, dtype=DTYPES[precision], **method.model_options())
+    try:
+        model = load_model(config.model_name_or_path, mode=mode, dtype=DTYPES[precision], **method.model_options())
+    except SafetensorError as error:
+        raise ValueError(f"{config.model_name_or_path}: its weights cannot be read: {error}") from None
     model = method.prepare(model)
     if adapters and precision == "bf16":
         for parameter in model.parameters():

@@ -63,10 +63,10 @@ def add_model_flags(parser: argparse.ArgumentParser):
     parser.add_argument("--mode", choices=tuple(FAMILIES), help="family (default: found in the folder)")
     parser.add_argument("--device", default="0", help='GPU number, "cpu" or a torch device [0]')
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the weights [auto]")
-    parser.add_argument("--max_src_len", type=int, help="longest prompt in tokens (default: training's, else 1024)")
-    parser.add_argument("--max_new_tokens", type=int, help="longest answer in tokens (default: max_length less the prompt)")
-    parser.add_argument("--max_length", type=int, default=2048, help="longest prompt and answer in tokens [2048]")
-    parser.add_argument("--batch_size", type=int, default=8, help="prompts answered together [8]")
+    parser.add_argument("--max_src_len", type=positive, help="longest prompt in tokens (default: training's, else 1024)")
+    parser.add_argument("--max_new_tokens", type=positive, help="longest answer in tokens (default: max_length less the prompt)")
+    parser.add_argument("--max_length", type=positive, default=2048, help="longest prompt and answer in tokens [2048]")
+    parser.add_argument("--batch_size", type=positive, default=8, help="prompts answered together [8]")
     parser.add_argument("--do_sample", type=parse_bool, nargs="?", const=True, metavar="True|False", help="sample instead of taking the likeliest token")
     parser.add_argument("--top_p", type=float, default=0.8, help="with sampling: nucleus [0.8]")
     parser.add_argument("--temperature", type=float, default=0.8, help="with sampling: temperature [0.8]")
@@ -76,6 +76,7 @@ def add_model_flags(parser: argparse.ArgumentParser):
 def load_for_inference(args):
     """(model on its device, tokenizer, max_src_len, generate options) from the flags of `add_model_flags`."""
     import torch
+    from safetensors import SafetensorError
 
     from chatglm import load_model, load_tokenizer
     from finetune.distributed import resolve_precision
@@ -84,7 +85,11 @@ def load_for_inference(args):
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model_path, mode=args.mode)
     dtype = DTYPES[resolve_precision(args.precision)]
-    model = load_model(args.model_path, mode=args.mode, dtype=dtype, base=args.base_model)
+    try:
+        model = load_model(args.model_path, mode=args.mode, dtype=dtype, base=args.base_model)
+    except (RuntimeError, SafetensorError) as error:  # shapes that differ, a torn file
+        where = args.model_path + (f" over {args.base_model}" if args.base_model else "")
+        raise ValueError(f"{where} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     model = model.to(pick_device(args.device)).eval()
     trained = Path(args.model_path) / "train_config.json"
     max_src_len = args.max_src_len or (json.loads(trained.read_text())["max_src_len"] if trained.is_file() else 1024)
@@ -100,7 +105,17 @@ def pick_device(name: str) -> str:
 
     if name.isdigit():
         return f"cuda:{name}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"--device: there is no {name!r} here") from None
     return name
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"wanted a whole number from 1, got {text!r}")
+    return int(text)
 
 
 def write_aside(path: str | Path, text: str):

@@ -465,3 +465,30 @@ def test_defaults_of_a_chat_are_the_originals(chats):
         assert options == wanted | {"eos_token_id": stop_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
         _, options = model.prepare_chat(tokenizer, "a", None, "user", {"max_new_tokens": 5})
         assert "max_length" not in options and FAMILIES[family].chat_defaults == wanted
+
+
+@pytest.mark.parametrize("family", ["glm2", "glm3"])
+def test_stream_chat_goes_on_from_its_own_cache(tiny_folders, family):
+    model, tokenizer = load_model(tiny_folders[family], mode=family), load_tokenizer(tiny_folders[family], mode=family)
+    options = {"do_sample": False, "max_new_tokens": 6, "return_past_key_values": True}
+    *_, (answer, history, cache) = model.stream_chat(tokenizer, "你好", history=[], **options)
+    prompt = FAMILIES[family].encode_chat(tokenizer, "你好", [])
+    assert cache.token_ids[: len(prompt)] == prompt and len(cache.token_ids) == cache.get_seq_length()
+    *_, (reused, _, _) = model.stream_chat(tokenizer, "世界", history, past_key_values=cache, **options)
+    fresh, _ = model.chat(tokenizer, "世界", history, do_sample=False, max_new_tokens=6)
+    assert reused == fresh
+
+
+def test_an_abandoned_stream_stops_generating(tiny_folders):
+    import threading
+    import time
+
+    model, tokenizer = load_model(tiny_folders["glm2"], mode="glm2"), load_tokenizer(tiny_folders["glm2"], mode="glm2")
+    before = threading.active_count()
+    stream = model.stream_chat(tokenizer, "你好", do_sample=False, max_new_tokens=1500, eos_token_id=[10**6])
+    next(stream)
+    stream.close()
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert threading.active_count() == before

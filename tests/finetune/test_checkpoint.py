@@ -1,0 +1,261 @@
+"""Whatever kills a run, the last committed checkpoint loads and the repeated steps are the uninterrupted run's, bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train as command_line
+from chatglm import load_model
+from finetune.checkpoint import committed_checkpoints, find_resume, gathered_state, read_manifest
+from tests.finetune.runs import ROOT, child_env, launch, metrics, write_rows
+
+KEPT = ("train_loss", "learning_rate", "grad_norm")
+LONG = ["--num_train_epochs", 3, "--lora_dropout", "0.3", "--show_loss_step", 1000]  # 12 steps
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it, and the files stay as they were."""
+
+
+def lines(output_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_losses(a: Path, b: Path) -> bool:
+    return all(metrics(a, key) == metrics(b, key) for key in KEPT) and [r["step"] for r in lines(a)] == [r["step"] for r in lines(b)]
+
+
+@pytest.fixture(scope="module")
+def whole(flags, train, tmp_path_factory) -> Path:
+    """The output folder of a run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    train(flags(out, *LONG))
+    return out
+
+
+def stop_after(monkeypatch, step: int):
+    """Send this process a SIGTERM while it computes `step`."""
+    from finetune import engine
+
+    collate, seen = engine.collate, []
+
+    def counting(*args):
+        seen.append(1)
+        if len(seen) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return collate(*args)
+
+    monkeypatch.setattr(engine, "collate", counting)
+
+
+@pytest.mark.parametrize("method, ds_file, more", [
+    ("lora", "ds_zero2.json", LONG), ("ptuning-v2-mlp", "ds_zero3_offload.json", [*LONG, "--prefix_dropout", "0.2"]),
+    ("all", "ds_zero3_no_offload.json", [*LONG, "--precision", "bf16"]), ("freeze", "ds_zero2_offload.json", [*LONG, "--gradient_accumulation_steps", 2]),
+])  # fmt: skip
+def test_stop_and_resume_is_bit_identical(flags, train, tmp_path, monkeypatch, capsys, method, ds_file, more):
+    shared = [*more, "--ds_file", ds_file]
+    last = train(flags(tmp_path / "a", *shared, method=method))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        stopped = train(flags(tmp_path / "b", *shared, method=method))
+    steps = len(metrics(tmp_path / "b"))
+    assert 0 < steps < len(metrics(tmp_path / "a")) and stopped.name.endswith(f"-step-{steps}")
+    assert "stopped by signal after step" in capsys.readouterr().out
+    again = train(flags(tmp_path / "b", *shared, "--resume_from_checkpoint", "auto", method=method))
+    assert f"resumed from {stopped}" in capsys.readouterr().out
+    assert same_losses(tmp_path / "a", tmp_path / "b") and again.name == last.name
+    for file in last.glob("*.safetensors"):
+        assert file.read_bytes() == (again / file.name).read_bytes()
+    # once more, with nothing left to do
+    assert train(flags(tmp_path / "b", *shared, "--resume_from_checkpoint", "auto", method=method)) == again
+
+
+PLACES = ["mkdir", "shards", "export", "config", "flush", "rename", "after_rename", "prune"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_killed_at_every_point_of_a_save(flags, train, tmp_path, monkeypatch, whole, place):
+    """The second of the saves dies at `place`; the resumed run ends as the uninterrupted one and leaves no litter."""
+    from finetune import checkpoint
+
+    words = flags(tmp_path / "out", *LONG, "--save_total_limit", 1)
+    count = []
+
+    def dying(real, before=True, at=2):
+        def call(*args, **kwargs):
+            count.append(1)
+            if len(count) >= at:
+                if not before:
+                    real(*args, **kwargs)
+                raise Killed
+            return real(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        if place == "mkdir":
+            patch.setattr(checkpoint, "gathered_state", dying(checkpoint.gathered_state))
+        elif place == "shards":
+            import deepspeed
+
+            patch.setattr(deepspeed.DeepSpeedEngine, "save_checkpoint", dying(deepspeed.DeepSpeedEngine.save_checkpoint))
+        elif place == "config":
+            patch.setattr(checkpoint, "sha256", dying(checkpoint.sha256, at=12))
+        elif place in ("export", "flush"):
+            name = {"export": "export", "flush": "flush_tree"}[place]
+            patch.setattr(checkpoint, name, dying(getattr(checkpoint, name), before=place == "export"))
+        elif place == "prune":
+            patch.setattr(checkpoint.shutil, "rmtree", lambda path, **k: None if k else dying(None, at=1)(path))
+        else:
+            real = os.replace
+
+            def replace(source, target):
+                if str(target).endswith("-step-8"):
+                    if place == "after_rename":
+                        real(source, target)
+                    raise Killed
+                real(source, target)
+
+            patch.setattr(checkpoint.os, "replace", replace)
+        with pytest.raises(Killed):
+            train(words)
+    committed = committed_checkpoints(tmp_path / "out")
+    assert committed and all(load_model(folder) is not None for folder in committed[-1:])
+    train([*words, "--resume_from_checkpoint", "auto"])
+    assert same_losses(tmp_path / "out", whole)
+    assert [p.name for p in (tmp_path / "out").glob("*epoch-*")] == ["epoch-3-step-12"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["inside_a_save", "at_random"])
+def test_kill_9(flags, train, tmp_path, whole, moment):
+    """A real process and a real SIGKILL."""
+    words = flags(tmp_path / "out", *LONG, "--save_model_step", 1, "--save_total_limit", 2)
+    child = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, env=child_env(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait = random.Random().uniform(0, 0.25)
+    try:
+        while child.poll() is None:
+            committed = committed_checkpoints(tmp_path / "out")
+            if committed and moment == "at_random":
+                time.sleep(wait)
+                break
+            if committed and any((tmp_path / "out").glob(".epoch-*/trainer")):
+                break
+    finally:
+        child.kill()
+        child.wait()
+    newest = committed_checkpoints(tmp_path / "out")[-1]
+    print(f"waited {wait:.3f} s, newest {newest.name}, litter {[p.name for p in (tmp_path / 'out').glob('.epoch-*')]}")
+    train([*words, "--resume_from_checkpoint", "auto"])
+    assert same_losses(tmp_path / "out", whole)
+    assert not list((tmp_path / "out").glob(".epoch-*")) and len(committed_checkpoints(tmp_path / "out")) == 2
+
+
+def test_auto_with_nothing_there_starts_anew(flags, train, tmp_path, capsys):
+    (tmp_path / "out" / "epoch-9-step-99").mkdir(parents=True)  # without a manifest: no checkpoint
+    (tmp_path / "out" / ".epoch-1-step-1.tmp").mkdir()
+    train(flags(tmp_path / "out", "--resume_from_checkpoint", "auto", "--max_steps", 1))
+    assert "starting anew" in capsys.readouterr().out and not (tmp_path / "out" / ".epoch-1-step-1.tmp").exists()
+
+
+@pytest.mark.parametrize("words", [
+    "--learning_rate 0.5", "--lora_dim 4", "--seed 7", "--num_train_epochs 9", "--per_device_train_batch_size 2", "--gradient_accumulation_steps 2",
+    "--precision bf16", "--max_len 90", "--weight_decay 0", "--train_type all", "--ds_file ds_zero3_no_offload.json", "--max_steps 40",
+])  # fmt: skip
+def test_changed_flags_are_refused_by_name(flags, whole, capsys, words):
+    assert command_line.main(flags(whole, *LONG, "--resume_from_checkpoint", "auto", *words.split())) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("train.py: error: ") and f"{words.split()[0]}: was " in line
+
+
+def test_flags_that_do_not_matter_may_change(flags, whole, train):
+    assert train(flags(whole, *LONG, "--resume_from_checkpoint", "auto", "--save_total_limit", 5, "--eval_step", 3)).name == "epoch-3-step-12"
+
+
+def test_changed_data_is_refused(flags, whole, tmp_path, capsys, rows_file):
+    """The same path with other rows is another run."""
+    before = rows_file.read_text()
+    try:
+        write_rows(rows_file, [json.loads(line) for line in before.splitlines()][:-2])
+        assert command_line.main(flags(whole, *LONG, "--resume_from_checkpoint", str(whole / "epoch-1-step-4"))) == 1
+        assert "train_path" in capsys.readouterr().err
+    finally:
+        rows_file.write_text(before)
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda m: m | {"world_size": 3}, "3 ranks, this run has 1"), (lambda m: m | {"format_version": 99}, "format version 99"),
+    (lambda m: [], "not a checkpoint manifest"), (lambda m: m | {"base_model": {"fingerprint": "0"}}, "another base model"),
+])  # fmt: skip
+def test_other_manifests_are_refused(flags, train, tmp_path, capsys, change, said):
+    folder = train(flags(tmp_path / "out", "--max_steps", 1))
+    (folder / "manifest.json").write_text(json.dumps(change(read_manifest(folder))))
+    capsys.readouterr()
+    assert command_line.main(flags(tmp_path / "out", "--max_steps", 1, "--resume_from_checkpoint", "auto")) == 1
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("damage", ["torn", "gone", "pickle"])
+def test_damaged_shards_are_one_line(flags, train, tmp_path, capsys, damage):
+    """Also a shard with code in it, which must not run."""
+    folder = train(flags(tmp_path / "out", "--max_steps", 1))
+    shard = next(folder.rglob("*optim_states.pt"))
+    if damage == "torn":
+        shard.write_bytes(shard.read_bytes()[:300])
+    elif damage == "gone":
+        shard.unlink()
+    else:
+        state = torch.load(shard, weights_only=False)
+        torch.save(state | {"x": Bomb(str(tmp_path / "ran"))}, shard)
+    capsys.readouterr()
+    code = command_line.main(flags(tmp_path / "out", "--max_steps", 1, "--resume_from_checkpoint", "auto"))
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "ran").exists()
+    assert code == 1 and line.startswith("train.py: error: ") and "trainer" in line
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (Path(self.path),))
+
+
+def test_find_resume(tmp_path):
+    assert find_resume("auto", tmp_path / "nothing") is None and committed_checkpoints(tmp_path) == []
+    for step in (9, 10, 100):
+        (tmp_path / f"epoch-1-step-{step}" / "trainer").mkdir(parents=True)
+        (tmp_path / f"epoch-1-step-{step}" / "manifest.json").touch()
+    assert find_resume("auto", tmp_path).name == "epoch-1-step-100"  # by number, not by letter
+    assert find_resume(str(tmp_path / "epoch-1-step-9"), "elsewhere").name == "epoch-1-step-9"
+    (tmp_path / "epoch-1-step-9" / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match="epoch-1-step-9 is not a complete checkpoint"):
+        find_resume(str(tmp_path / "epoch-1-step-9"), tmp_path)
+
+
+def test_empty_tensors_are_never_exported():
+    model = torch.nn.Linear(2, 2)
+    model.weight.data = torch.empty(0)
+    with pytest.raises(RuntimeError, match="weight is empty"):
+        gathered_state(model, trainable_only=False)
+
+
+@pytest.mark.slow
+def test_two_ranks_resume_and_refuse_another_count(flags, train, tmp_path, capsys):
+    """ZeRO-3 on 2 ranks: a resume from the middle repeats the steps bit for bit; 1 rank is refused."""
+    words = flags(tmp_path / "out", *LONG, "--per_device_train_batch_size", 2, "--ds_file", "ds_zero3_offload.json", method="freeze")
+    launch("deepspeed", *words)
+    first = [metrics(tmp_path / "out", key) for key in KEPT]
+    launch("torchrun", *words, "--resume_from_checkpoint", tmp_path / "out" / "epoch-1-step-4")
+    assert [metrics(tmp_path / "out", key) for key in KEPT] == first
+    assert command_line.main([*words, "--resume_from_checkpoint", "auto"]) == 1
+    assert "made by 2 ranks, this run has 1" in capsys.readouterr().err

@@ -1,0 +1,158 @@
+"""merge_lora.py: the merged model is the adapted one, the base is the right one, and no adapter goes in twice."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import merge_lora
+from chatglm import load_model, load_tokenizer
+from finetune.predict import build_parser, load_for_inference
+
+
+def merge(capsys, *words) -> tuple[int, str]:
+    """(exit code, the last line said)."""
+    capsys.readouterr()
+    code = merge_lora.main([str(word) for word in words])
+    said = capsys.readouterr()
+    return code, (said.err if code else said.out).strip().splitlines()[-1]
+
+
+def logits(folder, **options) -> torch.Tensor:
+    tokenizer = load_tokenizer(folder)
+    ids = torch.tensor([tokenizer.encode("抽取三元组：水泵漏油，轮胎异响。")])
+    if tokenizer.family == "glm":
+        ids = torch.cat([ids, torch.tensor([[tokenizer.get_command("[gMASK]"), tokenizer.get_command("<sop>")]])], dim=1)
+    with torch.no_grad():
+        return load_model(folder, dtype=torch.float32, **options)(input_ids=ids).logits
+
+
+@pytest.fixture
+def old_adapter(adapter, tmp_path) -> Path:
+    """The adapter as peft 0.5 wrote it: adapter_model.bin, no manifest, no tokenizer."""
+    folder = tmp_path / "old"
+    folder.mkdir()
+    torch.save(load_file(adapter / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    keys = ("base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "peft_type", "task_type",
+            "fan_in_fan_out", "inference_mode", "modules_to_save", "layers_pattern", "layers_to_transform")  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps({k: config.get(k) for k in keys}))
+    return folder
+
+
+@pytest.mark.parametrize("family", ["glm", "glm2", "glm3"])
+def test_merged_is_adapted(flags, train, tmp_path, bases, capsys, family):
+    folder = train(flags(tmp_path / "out", "--lora_module_name", "query_key_value,dense", "--max_len", 90, family=family))
+    code, said = merge(capsys, "--ori_model_dir", bases[family], "--model_dir", folder, "--save_dir", tmp_path / "merged", "--mode", family)
+    assert code == 0 and "largest difference of logits" in said
+    adapted, merged, base = logits(folder), logits(tmp_path / "merged"), logits(bases[family])
+    assert torch.allclose(adapted, merged, atol=1e-4) and not torch.allclose(adapted, base, atol=1e-3)
+    assert load_tokenizer(tmp_path / "merged").family == family
+    names = {p.name for p in (tmp_path / "merged").iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "merged.json"} <= names and "adapter_config.json" not in names
+    assert not list(tmp_path.glob(".*"))
+    assert load_file(tmp_path / "merged" / "model.safetensors").keys() == load_file(bases[family] / "model.safetensors").keys()
+
+
+def test_default_is_in_place(adapter, bases, tmp_path, capsys):
+    """As the old command: weights come into the adapter's folder; the adapter itself moves down and still works."""
+    folder = tmp_path / "epoch-1-step-4"
+    shutil.copytree(adapter, folder)
+    wanted = logits(folder)
+    assert merge(capsys, "--ori_model_dir", bases["glm2"], "--model_dir", folder)[0] == 0
+    assert torch.allclose(logits(folder), wanted, atol=1e-4) and torch.allclose(logits(folder / "adapter"), wanted, atol=1e-6)
+    assert not (folder / "adapter_config.json").exists() and not list(tmp_path.glob(".*"))
+    code, said = merge(capsys, "--ori_model_dir", bases["glm2"], "--model_dir", folder)
+    assert code == 1 and "merged already" in said and "adapter" in said
+
+
+def test_never_twice(adapter, bases, tmp_path, capsys):
+    words = ["--model_dir", adapter, "--save_dir"]
+    assert merge(capsys, "--ori_model_dir", bases["glm2"], *words, tmp_path / "once")[0] == 0
+    code, said = merge(capsys, "--ori_model_dir", tmp_path / "once", *words, tmp_path / "twice")
+    assert code == 1 and "twice" in said and not (tmp_path / "twice").exists()
+    code, said = merge(capsys, "--ori_model_dir", bases["glm2"], *words, tmp_path / "once")
+    assert code == 1 and "not empty" in said
+
+
+def test_another_base_is_refused(adapter, old_adapter, bases, tmp_path, capsys):
+    for folder, base, said in (
+        (adapter, "glm2-seed", "fingerprints differ"), (adapter, "glm2-wide", "fingerprints differ"),
+        (old_adapter, "glm2-wide", "does not fit"), (old_adapter, "glm", "does not fit"),
+    ):  # fmt: skip
+        code, line = merge(capsys, "--ori_model_dir", bases[base], "--model_dir", folder, "--save_dir", tmp_path / "merged")
+        assert code == 1 and said in line and str(bases[base]) in line and not (tmp_path / "merged").exists()
+
+
+def test_copies_of_a_base_are_the_same_base(adapter, bases, tmp_path, capsys):
+    """In fp16 or in shards, under another name; the merged weights keep the copy's dtype."""
+    load_model(bases["glm2"]).half().save_pretrained(tmp_path / "copy", max_shard_size="200KB")
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(bases["glm2"] / name, tmp_path / "copy")
+    assert len(list((tmp_path / "copy").glob("*.safetensors"))) > 1
+    assert merge(capsys, "--ori_model_dir", tmp_path / "copy", "--model_dir", adapter, "--save_dir", tmp_path / "merged")[0] == 0
+    assert {t.dtype for t in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.float16}
+    assert torch.allclose(logits(tmp_path / "merged"), logits(adapter), atol=0.02)
+
+
+def test_peft_05_adapter_is_warned_of(old_adapter, adapter, bases, tmp_path, capsys):
+    capsys.readouterr()
+    words = ["--ori_model_dir", str(bases["glm2"]), "--model_dir", str(old_adapter), "--save_dir", str(tmp_path / "a")]
+    assert merge_lora.main(words) == 0
+    assert "WARNING" in (warned := capsys.readouterr().err) and "has no manifest" in warned
+    assert torch.allclose(logits(tmp_path / "a"), logits(adapter), atol=1e-4)
+    config = json.loads((old_adapter / "adapter_config.json").read_text())
+    (old_adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "THUDM/chatglm2-6b"}))
+    assert merge_lora.main([*words[:-1], str(tmp_path / "b")]) == 0
+    assert "names THUDM/chatglm2-6b as its base" in capsys.readouterr().err
+
+
+class Bomb:
+    def __reduce__(self):
+        return (print, ("this ran",))
+
+
+@pytest.mark.parametrize("damage, said", [
+    ("pickle", "adapter_model.bin"), ("torn", "adapter_model.bin"), ("no_weights", "adapter_model"), ("other_weights", "no LoRA weights"),
+    ("config", "adapter_config.json"), ("no_config", "no LoRA adapter"),
+])  # fmt: skip
+def test_damaged_adapters_are_one_line(old_adapter, bases, tmp_path, capsys, damage, said):
+    file, config = old_adapter / "adapter_model.bin", old_adapter / "adapter_config.json"
+    {
+        "pickle": lambda: torch.save({"x": Bomb()}, file), "torn": lambda: file.write_bytes(file.read_bytes()[:999]), "no_weights": file.unlink,
+        "other_weights": lambda: torch.save({"x": torch.ones(2)}, file), "config": lambda: config.write_text("{"), "no_config": config.unlink,
+    }[damage]()  # fmt: skip
+    capsys.readouterr()
+    code = merge_lora.main(["--ori_model_dir", str(bases["glm2"]), "--model_dir", str(old_adapter), "--save_dir", str(tmp_path / "merged")])
+    out, err = capsys.readouterr()
+    assert code == 1 and "this ran" not in out and not (tmp_path / "merged").exists()
+    assert err.startswith("merge_lora.py: error: ") and len(err.strip().splitlines()) == 1 and said in err
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--model_dir", "{tmp}/none"], "--model_dir: no such folder"), (["--ori_model_dir", "{tmp}/none"], "--ori_model_dir: no such folder"),
+    (["--mode", "glm"], "glm"), (["--save_dir", "{tmp}/file"], "file"), (["--ori_model_dir", "{adapter}"], "model.safetensors"),
+])  # fmt: skip
+def test_wrong_folders(adapter, bases, tmp_path, capsys, words, said):
+    (tmp_path / "file").touch()
+    given = ["--ori_model_dir", bases["glm2"], "--model_dir", adapter, "--save_dir", tmp_path / "merged"]
+    code, line = merge(capsys, *given, *[word.format(tmp=tmp_path, adapter=adapter) for word in words])
+    assert code == 1 and said in line and line.startswith("merge_lora.py: error: ")
+
+
+def test_a_merge_that_changes_the_answer_writes_nothing(adapter, bases, tmp_path, capsys, monkeypatch):
+    from peft import PeftModel
+
+    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
+    code, said = merge(capsys, "--ori_model_dir", bases["glm2"], "--model_dir", adapter, "--save_dir", tmp_path / "merged")
+    assert code == 1 and "differ from adapted ones" in said and not list(tmp_path.iterdir())
+
+
+def test_merged_cuts_prompts_as_training_did(adapter, bases, tmp_path, capsys):
+    """Or long prompts get other answers than from the adapter."""
+    merge(capsys, "--ori_model_dir", bases["glm2"], "--model_dir", adapter, "--save_dir", tmp_path / "merged")
+    for folder in (adapter, tmp_path / "merged"):
+        assert load_for_inference(build_parser().parse_args(["--model_path", str(folder), "--device", "cpu"]))[2] == 64
