@@ -72,6 +72,7 @@ def merge(base: Path, adapter: Path, save_dir: Path, mode: str | None = None) ->
         ValueError: not an adapter, another base's, already merged, or the merged logits differ from the adapted ones.
     """
     import torch
+    from safetensors import SafetensorError
 
     from chatglm import load_model, load_tokenizer
     from chatglm.loading import resolve_mode, stop_ids
@@ -85,7 +86,11 @@ def merge(base: Path, adapter: Path, save_dir: Path, mode: str | None = None) ->
             raise ValueError(f"{base} already holds this adapter ({MERGED_NOTE}); merging twice would apply it twice")
     if save_dir.exists() and any(save_dir.iterdir()) and save_dir.resolve() != adapter.resolve():
         raise ValueError(f"--save_dir {save_dir} is not empty")
-    if word := check_base(base, adapter):
+    try:
+        word = check_base(base, adapter)
+    except SafetensorError as error:
+        raise ValueError(f"{base}: its weights cannot be read: {error}") from None
+    if word:
         print(f"WARNING: {word}", file=sys.stderr)
 
     mode = resolve_mode(base, mode)

@@ -126,7 +126,14 @@ def gathered_state(model: nn.Module, *, trainable_only: bool) -> dict[str, Tenso
     for name, parameter in model.named_parameters():
         if trainable_only and not parameter.requires_grad:
             continue
-        if hasattr(parameter, "ds_id"):
+        if trainable_only and parameter.dtype == torch.float16:
+            # DeepSpeed's fp16 mode halves adapters too; what is kept of them is the fp32 master.
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            master = safe_get_full_fp32_param(parameter)
+            if rank() == 0:
+                state[name] = master.detach().cpu()
+        elif hasattr(parameter, "ds_id"):
             from deepspeed import zero
 
             with zero.GatheredParameters([parameter]):

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import warnings
 from pathlib import Path
 
 import torch
@@ -51,6 +52,8 @@ def init_distributed():
     """Join the process group that deepspeed or torchrun prepared; alone, make one of a single rank."""
     import deepspeed
 
+    # DeepSpeed and transformers call what their own libraries are about to rename, once a step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers")
     env = os.environ
     if "RANK" not in env:
         env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,7 +199,8 @@ class Loop:
             signal.signal(number, self.on_signal)
         config, schedule = self.config, self.schedule
         writer = RunLog(self.checkpointer.output_dir, config.tensorboard, self.done) if rank() == 0 else None
-        bar = tqdm(total=schedule.total_steps, initial=self.done, desc="training", unit="step", disable=rank() != 0)
+        bar = tqdm(total=schedule.total_steps, initial=self.done, desc="training", unit="step", disable=rank() != 0,
+                   mininterval=0.2 if sys.stderr.isatty() else 20)  # fmt: skip
         try:
             folder = self.run_steps(bar, writer)
         finally:  # so that an error gets a line of its own

@@ -1,11 +1,12 @@
 """Tiny models with tokenizers, and training in this process."""
 
+import json
 import signal
 from pathlib import Path
 
 import pytest
 
-from tests.finetune.runs import METHODS, make_rows, write_rows
+from tests.finetune.runs import METHODS, TWO_RANKS, launch, make_rows, write_rows
 
 
 @pytest.fixture(scope="session")
@@ -66,3 +67,19 @@ def train():
 def adapter(flags, train, tmp_path_factory) -> Path:
     """A LoRA checkpoint of 4 steps that changes what the glm2 base says."""
     return train(flags(tmp_path_factory.mktemp("adapter") / "out", "--save_model_step", 2))
+
+
+@pytest.fixture(scope="session")
+def two_ranks(flags, tmp_path_factory) -> list[list[str]]:
+    """The flags of TWO_RANKS, all trained on 2 ranks; a sixth, with dropout, has gone its second half twice, the last
+    time resumed from its middle, and a seventh is the sixth without interruption."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    shared = ["--per_device_train_batch_size", 2, "--num_train_epochs", 2, "--ds_file"]
+    cases = [flags(folder / str(n), *shared, z, family=f, method=m) for n, (_, f, m, z) in enumerate(TWO_RANKS)]
+    dropout = ["ds_zero3_offload.json", "--prefix_dropout", "0.3"]
+    cases += [flags(folder / name, *shared, *dropout, method="ptuning-v2-mlp") for name in ("5", "6")]
+    resumed = [*cases[5], "--resume_from_checkpoint", str(folder / "5" / "epoch-1-step-4")]
+    (folder / "cases.json").write_text(json.dumps([*cases[:4], *cases[5:], resumed]))
+    launch("deepspeed", "tests/finetune/worker.py", folder / "cases.json")
+    assert "2 rank(s)" in launch("torchrun", "train.py", *cases[4]).stdout
+    return cases

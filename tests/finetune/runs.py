@@ -19,6 +19,11 @@ METHODS = {
     "ptuning-v2-mlp": ["--train_type", "ptuning", "--pre_seq_len", "4", "--prefix_dropout", "0"],
     "all": ["--train_type", "all"],
 }
+TWO_RANKS = [  # what is run on 2 ranks: launcher, family, method, ZeRO file
+    ("deepspeed", "glm2", "lora", "ds_zero2.json"), ("deepspeed", "glm2", "all", "ds_zero3_no_offload.json"),
+    ("deepspeed", "glm3", "ptuning-v2", "ds_zero3_offload.json"), ("deepspeed", "glm", "freeze", "ds_zero2_offload.json"),
+    ("torchrun", "glm", "lora", "ds_zero3_no_offload.json"),
+]  # fmt: skip
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -64,14 +69,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(launcher: str, *flags, ok: bool | None = True, ranks: int = 2) -> subprocess.CompletedProcess:
-    """train.py under a launcher: "deepspeed", "torchrun" or "python"."""
-    words = {
-        "python": ["train.py"],
-        "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", free_port(), "train.py"],
-        "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators", ranks, "--master_port", free_port(), "train.py"],
-    }[launcher]
-    return command(*words, *flags, ok=ok)
+def launch(launcher: str, script: str, *words) -> subprocess.CompletedProcess:
+    """A script on 2 ranks, under "deepspeed" or "torchrun"."""
+    start = {"torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", 2], "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators", 2]}
+    return command(*start[launcher], "--master_port", free_port(), script, *words)
 
 
 def metrics(output_dir: Path, key: str = "train_loss") -> list[float]:

@@ -48,15 +48,6 @@ def test_step_rows(rows, product, micro, seed):
         assert sorted(seen) == list(range(rows))
 
 
-@given(st.sampled_from([(4, 1, 2), (2, 2, 2), (2, 1, 4), (1, 4, 2), (8, 1, 1)]), st.integers(1, 30))
-def test_global_batches_are_the_same_however_cut(cut, rows):
-    micro, accumulation, world = cut
-    order = epoch_order(rows, 1, 2)
-    for step in range(-(-rows // 8)):
-        chosen = [i for r in range(world) for p in step_rows(order, step, micro=micro, accumulation=accumulation, rank=r, world=world) for i in p]
-        assert sorted(i for i in chosen if i >= 0) == sorted(order[step * 8 : (step + 1) * 8])
-
-
 def test_rows_of_both_forms(tmp_path):
     lines = [GOOD, '{"instruction": "x", "output": "y"}', '{"text": "t", "answer": "u"}', '{"text": "t", "answer": ["u", "v"]}', "", "  "]
     (tmp_path / "rows.json").write_text("\n".join(lines))

@@ -135,9 +135,12 @@ def test_damaged_adapters_are_one_line(old_adapter, bases, tmp_path, capsys, dam
 @pytest.mark.parametrize("words, said", [
     (["--model_dir", "{tmp}/none"], "--model_dir: no such folder"), (["--ori_model_dir", "{tmp}/none"], "--ori_model_dir: no such folder"),
     (["--mode", "glm"], "glm"), (["--save_dir", "{tmp}/file"], "file"), (["--ori_model_dir", "{adapter}"], "model.safetensors"),
+    (["--ori_model_dir", "{tmp}/torn"], "torn: its weights cannot be read"),
 ])  # fmt: skip
 def test_wrong_folders(adapter, bases, tmp_path, capsys, words, said):
     (tmp_path / "file").touch()
+    shutil.copytree(bases["glm2"], tmp_path / "torn")
+    (tmp_path / "torn" / "model.safetensors").write_bytes((bases["glm2"] / "model.safetensors").read_bytes()[:5000])
     given = ["--ori_model_dir", bases["glm2"], "--model_dir", adapter, "--save_dir", tmp_path / "merged"]
     code, line = merge(capsys, *given, *[word.format(tmp=tmp_path, adapter=adapter) for word in words])
     assert code == 1 and said in line and line.startswith("merge_lora.py: error: ")

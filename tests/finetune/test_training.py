@@ -20,7 +20,7 @@ from finetune.data import epoch_order, read_rows
 from finetune.distributed import deepspeed_config, init_distributed, resolve_precision
 from finetune.engine import TrainingFailed, build_engine, seed_step
 from finetune.methods import make_method
-from tests.finetune.runs import METHODS, ROOT, child_env, launch, make_rows, metrics, write_rows
+from tests.finetune.runs import METHODS, ROOT, TWO_RANKS, child_env, make_rows, metrics, write_rows
 
 FAMILY_METHODS = [(family, method) for family in ("glm", "glm2", "glm3") for method in METHODS]
 ZERO = ["ds_zero2.json", "ds_zero3_no_offload.json", "ds_zero3_offload.json"]
@@ -415,17 +415,13 @@ def test_sigterm_saves_and_exits_0(flags, train, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher, family, method, ds_file", [
-    ("deepspeed", "glm2", "all", "ds_zero3_no_offload.json"), ("torchrun", "glm", "lora", "ds_zero2.json"),
-    ("deepspeed", "glm3", "ptuning-v2", "ds_zero3_offload.json"),
-])  # fmt: skip
-def test_two_ranks(flags, tmp_path, launcher, family, method, ds_file):
+@pytest.mark.parametrize("number", range(len(TWO_RANKS)), ids=["-".join(case) for case in TWO_RANKS])
+def test_two_ranks(two_ranks, number):
     """2 ranks through the launcher give the plain loop's losses and export its model."""
-    shared = ["--per_device_train_batch_size", 2, "--num_train_epochs", 2, "--ds_file", ds_file]
-    words = flags(tmp_path / "out", *shared, "--gradient_accumulation_steps", 1, family=family, method=method)
-    done = launch(launcher, *words)
-    assert "2 rank(s)" in done.stdout
+    words = two_ranks[number]  # run once for all of them
+    out = Path(words[words.index("--output_dir") + 1])
     losses, model = plain_run([*words, "--gradient_accumulation_steps", "2"], 8)
-    assert metrics(tmp_path / "out") == pytest.approx(losses, rel=1e-5)
-    folder = tmp_path / "out" / "epoch-2-step-8"
+    assert metrics(out) == pytest.approx(losses, rel=1e-5)
+    folder = out / "epoch-2-step-8"
+    assert json.loads((folder / "manifest.json").read_text())["world_size"] == 2
     assert torch.allclose(logits_of(load_model(folder, dtype=torch.float32), folder), logits_of(model, folder), atol=2e-4)
