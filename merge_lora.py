@@ -45,18 +45,10 @@ def check_base(base: Path, adapter: Path) -> str | None:
 
 def adapter_shapes(adapter: Path) -> dict[str, tuple[int, int]]:
     """module name -> (out, in) size of the weight that its A and B change."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from chatglm.loading import read_tensors
 
-    from chatglm.loading import read_bin
-
-    file = adapter_file(adapter)
-    try:
-        tensors = load_file(file) if file.suffix == ".safetensors" else read_bin(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not read: {error}") from None
     pairs: dict[str, dict[str, int]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in read_tensors(adapter_file(adapter)):
         for part, size in ((".lora_A.", tensor.shape[-1]), (".lora_B.", tensor.shape[0])):
             if part in name:
                 pairs.setdefault(name.split(part)[0], {})[part] = size
@@ -72,7 +64,6 @@ def merge(base: Path, adapter: Path, save_dir: Path, mode: str | None = None) ->
         ValueError: not an adapter, another base's, already merged, or the merged logits differ from the adapted ones.
     """
     import torch
-    from safetensors import SafetensorError
 
     from chatglm import load_model, load_tokenizer
     from chatglm.loading import resolve_mode, stop_ids
@@ -81,16 +72,12 @@ def merge(base: Path, adapter: Path, save_dir: Path, mode: str | None = None) ->
         raise ValueError(f"{adapter} is merged already ({MERGED_NOTE}); its adapter is in {adapter / 'adapter'}")
     if not (adapter / "adapter_config.json").is_file():
         raise ValueError(f"{adapter} is no LoRA adapter: it has no adapter_config.json")
-    if (base / MERGED_NOTE).is_file():
-        if json.loads((base / MERGED_NOTE).read_text())["adapter_sha256"] == adapter_hash(adapter):
-            raise ValueError(f"{base} already holds this adapter ({MERGED_NOTE}); merging twice would apply it twice")
+    note = base / MERGED_NOTE
+    if note.is_file() and json.loads(note.read_text())["adapter_sha256"] == adapter_hash(adapter):
+        raise ValueError(f"{base} already holds this adapter ({MERGED_NOTE}); merging twice would apply it twice")
     if save_dir.exists() and any(save_dir.iterdir()) and save_dir.resolve() != adapter.resolve():
         raise ValueError(f"--save_dir {save_dir} is not empty")
-    try:
-        word = check_base(base, adapter)
-    except SafetensorError as error:
-        raise ValueError(f"{base}: its weights cannot be read: {error}") from None
-    if word:
+    if word := check_base(base, adapter):
         print(f"WARNING: {word}", file=sys.stderr)
 
     mode = resolve_mode(base, mode)

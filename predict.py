@@ -11,8 +11,11 @@ EXAMPLE = (
 
 if __name__ == "__main__":
     flags = sys.argv[1:]
+    given = {flag.split("=")[0] for flag in flags}
+    flags += [] if "--model_path" in given else ["--model_path", "output_dir/"]
     known, _ = build_parser().parse_known_args(flags)
     if not (known.prompt or known.file or known.interactive):
         flags += ["--prompt", EXAMPLE]
+        flags += [] if "--do_sample" in given else ["--do_sample", "True"]  # as the old program did
         print(f"prompt: {EXAMPLE}")
     sys.exit(main(flags))

@@ -1,6 +1,6 @@
 """The real ChatGLM2 tokenizer and real data: a model of about 20M body parameters, pre-trained and LoRA-tuned from nothing.
 
-    python benchmarks/real_input.py --shared ../shared [--json FILE] [--figure FILE.png] [--pretrain_steps 600]
+    python benchmarks/real_input.py --shared ../shared [--json FILE] [--figure FILE.png] [--pretrain_steps 300]
 
 Pre-training copies spans of the training texts (no triples); LoRA then learns the triples of spo_0.json; F1 is on spo_1.json.
 """
@@ -85,8 +85,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", default="../shared", help="folder with data/chatglm2-tokenizer and data/finetune")
     parser.add_argument("--work_dir", default="output/real_input")
-    parser.add_argument("--pretrain_steps", type=int, default=600)
-    parser.add_argument("--lora_epochs", type=int, default=4)
+    parser.add_argument("--pretrain_steps", type=int, default=300)
+    parser.add_argument("--lora_epochs", type=int, default=2)
+    parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--figure", metavar="FILE")
     args = parser.parse_args()
@@ -103,7 +104,7 @@ def main():
     texts = [json.loads(line)["input"] for line in train.read_text(encoding="utf-8").split("\n") if line]
     rows = copying_rows(texts, args.pretrain_steps * 32, seed=1)
     (work / "copy.json").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
-    common = ["--mode", "glm2", "--show_loss_step", "50"]
+    common = ["--mode", "glm2", "--show_loss_step", "25", "--precision", args.precision]
     pretrain = run("train.py", "--model_name_or_path", str(base), "--train_path", str(work / "copy.json"), "--train_type", "all",
                    "--max_len", "160", "--max_src_len", "100", "--per_device_train_batch_size", "32", "--learning_rate", "6e-4",
                    "--weight_decay", "0.01", "--max_steps", str(args.pretrain_steps), "--output_dir", str(work / "pretrain"), *common)  # fmt: skip
@@ -127,12 +128,12 @@ def main():
     evals = [x["eval_loss"] for x in metrics(work / "lora") if "eval_loss" in x]
     result = {
         "body_parameters": 6 * (512 * 768 + 768 + 512 * 512 + 512 * 2 * 1720 + 1720 * 512 + 2 * 512) + 512,
-        "pretrain_steps": args.pretrain_steps, "pretrain_seconds": pretrain, "pretrain_tokens_per_second": speed["pretrain"],
+        "precision": args.precision, "pretrain_steps": args.pretrain_steps, "pretrain_seconds": pretrain, "pretrain_tokens_per_second": speed["pretrain"],
         "lora_seconds": lora, "lora_tokens_per_second": speed["lora"], "eval_loss": evals, "f1_before": f1["before"], "f1_after": f1["after"],
     }  # fmt: skip
     print("\n| figure | value |\n|---|---|")
     for name, value in result.items():
-        shown = ", ".join(f"{v:.3f}" for v in value) if isinstance(value, list) else f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
+        shown = ", ".join(f"{v:.3f}" for v in value) if isinstance(value, list) else f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
         print(f"| {name} | {shown} |")
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")

@@ -34,7 +34,7 @@ class ChatGLMConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         if cls is ChatGLMConfig:
             cls = ChatGLM1Config if is_chatglm1(config_dict) else ChatGLM2Config
-        return super(ChatGLMConfig, cls).from_dict(dict(config_dict), **kwargs)
+        return super().from_dict(dict(config_dict), **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The saved form: all fields of the architecture, since other readers do not share our defaults."""

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
@@ -94,7 +94,11 @@ def load_model(
     if (path / "adapter_config.json").is_file():
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(load_model(find_base(path, base), **options), str(path)).eval()
+        model = load_model(find_base(path, base), **options)
+        try:
+            return PeftModel.from_pretrained(model, str(path)).eval()
+        except (RuntimeError, SafetensorError) as error:  # other shapes, a torn file
+            raise ValueError(f"{path} cannot be put on {model.name_or_path}: {' '.join(str(error).split())[:300]}") from None
 
     stored = stored_prefix(path)
     config = ChatGLMConfig.from_pretrained(str(path))
@@ -180,11 +184,26 @@ def weight_files(path: str | Path) -> list[Path]:
 def iterate_weights(path: str | Path) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of a folder's weights, read lazily where the format allows; nothing is unpickled but tensors."""
     for file in weight_files(path):
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as tensors:
-                yield from ((name, tensors.get_tensor(name)) for name in tensors.keys())
-        else:
-            yield from read_bin(file).items()
+        yield from read_tensors(file)
+
+
+def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of one .safetensors or .bin file; raises ValueError where it is torn or holds anything else."""
+    if file.suffix == ".safetensors":
+        with open_safetensors(file) as tensors:
+            yield from ((name, tensors.get_tensor(name)) for name in tensors.keys())
+    else:
+        yield from read_bin(file).items()
+
+
+@contextmanager
+def open_safetensors(file: Path):
+    """safetensors' safe_open, its errors a ValueError that names folder and file."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{file.parent}: its weights cannot be read ({file.name}: {error})") from None
 
 
 def read_bin(file: Path) -> dict[str, Tensor]:
@@ -228,7 +247,7 @@ def stored_prefix(path: Path) -> dict | None:
     shapes, others = {}, 0
     for file in weight_files(path):
         if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as tensors:
+            with open_safetensors(file) as tensors:
                 found = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
         else:
             found = {name: list(tensor.shape) for name, tensor in read_bin(file).items()}

@@ -267,7 +267,7 @@ class GLMTokenizer(ChatGLMTokenizer):
     vocab_files_names = {"vocab_file": FAMILIES["glm"].tokenizer_file}
     _not_saved = ()
     _controls = tuple(
-        "<unk> <s> </s> <pad> [MASK] [gMASK] [sMASK] <unused_0> <sop> <eop> <ENC> <dBLOCK>".split()
+        ["<unk>", "<s>", "</s>", "<pad>", "[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
     )
     # the original reads any control piece through SentencePiece; these five also split the text around them
     _readable = ("<sop>", "<eop>", "<unk>", "<pad>", "[MASK]")

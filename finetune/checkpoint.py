@@ -101,7 +101,8 @@ def flush_tree(folder: Path):
 
 
 def write_aside(path: Path, text: str):
-    """Replace a small file in one step."""
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.tmp")
     with open(aside, "w", encoding="utf-8") as file:
         file.write(text)
@@ -110,10 +111,15 @@ def write_aside(path: Path, text: str):
     os.replace(aside, path)
 
 
-def remove_leftovers(output_dir: Path):
-    """Delete what an interrupted save left behind."""
+def remove_leftovers(output_dir: Path, replaced: list[Path]):
+    """Delete what an interrupted save left behind, and the checkpoints of a run that is to be replaced."""
+    for folder in replaced:
+        os.replace(folder, folder.with_name(f".{folder.name}.tmp"))
     for path in output_dir.glob(".epoch-*"):
         shutil.rmtree(path, ignore_errors=True)
+    if replaced:
+        (output_dir / "best.json").unlink(missing_ok=True)
+        shutil.rmtree(output_dir / "runs", ignore_errors=True)
 
 
 def gathered_state(model: nn.Module, *, trainable_only: bool) -> dict[str, Tensor]:
@@ -301,8 +307,14 @@ class Checkpointer:
             write_aside(self.output_dir / "best.json", text + "\n")
 
     def best(self) -> dict | None:
-        path = self.output_dir / "best.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        """The best checkpoint there is, from the manifests: best.json tells people, and may be one save behind after a kill."""
+        metric = self.config.metric_for_best
+        found = ((read_manifest(folder)["metrics"].get(metric), folder.name) for folder in committed_checkpoints(self.output_dir))
+        scored = [(value, name) for value, name in found if value is not None]
+        if not scored:
+            return None
+        value, name = (min if metric == "loss" else max)(scored)
+        return {"checkpoint": name, "value": value}
 
     def prune(self):
         """Keep the newest --save_total_limit checkpoints, and the best."""

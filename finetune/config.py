@@ -81,6 +81,7 @@ class TrainConfig:
     prefix_dropout: float = keep(0.1, "P-Tuning v2: dropout on the prefix in training")
     # output
     output_dir: str | None = flag(None, "where checkpoints go (default: output-MODE-TRAIN_TYPE)")
+    overwrite_output_dir: bool = flag(False, "replace the checkpoints of an earlier run in --output_dir")
     show_loss_step: int = flag(10, "write the loss every so many steps", positive=True)
     save_model_step: int | None = flag(None, "save every so many steps; an epoch's end always saves", positive=True)
     save_total_limit: int | None = flag(None, "keep only the newest N checkpoints, and the best one", positive=True)

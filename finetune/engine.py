@@ -15,7 +15,14 @@ from tqdm import tqdm
 
 from chatglm.families import FAMILIES
 from chatglm.loading import base_fingerprint, load_model, load_tokenizer, resolve_mode
-from finetune.checkpoint import Checkpointer, check_disk, committed_checkpoints, find_resume, remove_leftovers, write_aside, write_aside
+from finetune.checkpoint import (
+    Checkpointer,
+    check_disk,
+    committed_checkpoints,
+    find_resume,
+    remove_leftovers,
+    write_aside,
+)
 from finetune.config import TrainConfig
 from finetune.data import Dataset, Row, collate, encode_rows, epoch_order, read_rows, step_rows
 from finetune.distributed import (
@@ -83,10 +90,11 @@ def train(config: TrainConfig) -> Path:
     family = FAMILIES[mode]
     tokenizer = load_tokenizer(config.model_name_or_path, mode=mode)
     output_dir = Path(config.output_dir or f"output-{mode}-{config.train_type}")
-    if not config.resume_from_checkpoint and (there := committed_checkpoints(output_dir)):
+    there = [] if config.resume_from_checkpoint else committed_checkpoints(output_dir)
+    if there and not config.overwrite_output_dir:
         raise ValueError(
             f"--output_dir {output_dir} already holds {there[-1].name} of an earlier run: go on with "
-            f"--resume_from_checkpoint auto, or name another folder"
+            f"--resume_from_checkpoint auto, replace it with --overwrite_output_dir, or name another folder"
         )
 
     init_distributed()
@@ -105,7 +113,7 @@ def train(config: TrainConfig) -> Path:
     output_dir.mkdir(parents=True, exist_ok=True)
     checkpointer = Checkpointer(config, output_dir, engine, model, method, tokenizer, base=base)
     if rank() == 0:
-        remove_leftovers(output_dir)
+        remove_leftovers(output_dir, there)
         check_disk(output_dir, checkpointer.needed)
     done = 0
     if config.resume_from_checkpoint:
@@ -138,7 +146,6 @@ def load_dataset(config: TrainConfig, path: str, tokenizer, family, name: str) -
 def build_engine(config: TrainConfig, mode: str, total_steps: int):
     """(DeepSpeed engine, model, method, precision): the model prepared by its method and wrapped with the loss."""
     import deepspeed
-    from safetensors import SafetensorError
     from transformers import AutoConfig
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -151,12 +158,9 @@ def build_engine(config: TrainConfig, mode: str, total_steps: int):
     )
     if ds["zero_optimization"].get("stage") == 3:
         # While this object lives, from_pretrained builds the model partitioned. It reads the frozen weights' dtype here.
-        partitioned_loading = HfDeepSpeedConfig(ds | {"bf16": {"enabled": precision == "bf16"}})
+        partitioned_loading = HfDeepSpeedConfig(ds | {"bf16": {"enabled": precision == "bf16"}})  # noqa: F841
     seed_step(config.seed, 0, stream=0)  # new weights are equal on every rank
-    try:
-        model = load_model(config.model_name_or_path, mode=mode, dtype=DTYPES[precision], **method.model_options())
-    except SafetensorError as error:
-        raise ValueError(f"{config.model_name_or_path}: its weights cannot be read: {error}") from None
+    model = load_model(config.model_name_or_path, mode=mode, dtype=DTYPES[precision], **method.model_options())
     model = method.prepare(model)
     if adapters and precision == "bf16":
         for parameter in model.parameters():
@@ -219,9 +223,9 @@ class Loop:
         while self.done < schedule.total_steps:
             started = time.perf_counter()
             self.last_metrics = {}  # a checkpoint carries the evaluation of its own step or none
-            loss, tokens, stop = self.step()
+            lr = self.engine.optimizer.param_groups[0]["lr"]  # of this step; the scheduler moves on inside
+            loss, norm, tokens, stop = self.step()
             seconds = time.perf_counter() - started
-            lr, norm = self.engine.get_lr()[0], float(self.engine.get_global_grad_norm() or 0)
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", **{"tokens/s": f"{tokens / seconds:.0f}"})
             values = {"train_loss": loss, "learning_rate": lr, "grad_norm": norm, "tokens_per_second": tokens / seconds}
@@ -243,8 +247,10 @@ class Loop:
                 break
         return folder
 
-    def step(self) -> tuple[float, int, bool]:
-        """One optimizer step: (mean loss over its labelled tokens on all ranks, real tokens read, stop wanted)."""
+    def step(self) -> tuple[float, float, int, bool]:
+        """One optimizer step: (mean loss over its labelled tokens on all ranks, norm of its gradient before clipping, real
+        tokens read, stop wanted).
+        """
         config, engine = self.config, self.engine
         epoch, place = divmod(self.done, self.schedule.steps_per_epoch)
         if epoch != self.order_epoch:
@@ -277,7 +283,7 @@ class Loop:
                 f"the loss is {loss}, the norm of its gradient {norm} at step {self.done} (rank {rank()} read {where}); "
                 f"nothing was saved of this step. Try a lower --learning_rate or --precision bf16 or fp32"
             )
-        return loss, int(tokens), stop > 0
+        return loss, norm, int(tokens), stop > 0
 
     def evaluate(self, writer) -> bool:
         """Loss (and F1) on the evaluation rows; True where the chosen metric is the best so far."""
@@ -311,6 +317,7 @@ class Loop:
 
     def on_signal(self, number, frame):
         self.stop_signal = 1  # the step under way ends first; the ranks agree on it in the next one
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C is meant
 
     def tell(self, text: str):
         """A line above the progress bar, on rank 0."""

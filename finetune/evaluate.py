@@ -7,9 +7,10 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 
 from finetune.data import IGNORED, Dataset, Row, collate, read_rows
-from finetune.predict import add_model_flags, generate_answers, load_for_inference, write_aside
+from finetune.predict import add_model_flags, generate_answers, load_for_inference
 
 
 def triples(answer: str) -> set[str]:
@@ -97,7 +98,9 @@ def main(argv: list[str] | None = None) -> int:
                 for row, answer, gold in zip(rows, answers, golds)
             ]
             result = {"f1": score, "rows": len(rows), "denominator": args.f1_denominator, "seconds": seconds, "answers": scored}
-            write_aside(args.output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+            from finetune.checkpoint import write_aside
+
+            write_aside(Path(args.output), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     except (ValueError, OSError) as error:
         print(f"finetune.evaluate: error: {error}", file=sys.stderr)
         return 1

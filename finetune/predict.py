@@ -5,7 +5,6 @@ python -m finetune.predict --model_path output-glm2-lora/epoch-2-step-180 --prom
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -76,7 +75,6 @@ def add_model_flags(parser: argparse.ArgumentParser):
 def load_for_inference(args):
     """(model on its device, tokenizer, max_src_len, generate options) from the flags of `add_model_flags`."""
     import torch
-    from safetensors import SafetensorError
 
     from chatglm import load_model, load_tokenizer
     from finetune.distributed import resolve_precision
@@ -85,11 +83,7 @@ def load_for_inference(args):
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model_path, mode=args.mode)
     dtype = DTYPES[resolve_precision(args.precision)]
-    try:
-        model = load_model(args.model_path, mode=args.mode, dtype=dtype, base=args.base_model)
-    except (RuntimeError, SafetensorError) as error:  # shapes that differ, a torn file
-        where = args.model_path + (f" over {args.base_model}" if args.base_model else "")
-        raise ValueError(f"{where} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    model = load_model(args.model_path, mode=args.mode, dtype=dtype, base=args.base_model)
     model = model.to(pick_device(args.device)).eval()
     trained = Path(args.model_path) / "train_config.json"
     max_src_len = args.max_src_len or (json.loads(trained.read_text())["max_src_len"] if trained.is_file() else 1024)
@@ -118,15 +112,6 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def write_aside(path: str | Path, text: str):
-    """Write a file whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="finetune.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
@@ -150,7 +135,9 @@ def run(args) -> int:
             for r, a in zip(rows, answers)
         )
         if args.output:
-            write_aside(args.output, lines)
+            from finetune.checkpoint import write_aside
+
+            write_aside(Path(args.output), lines)
             print(f"{len(rows)} answers written to {args.output}")
         else:
             sys.stdout.write(lines)

@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import tempfile
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 
 import pytest
@@ -334,7 +334,7 @@ GROUPS = {
 }  # fmt: skip
 
 
-@lru_cache(maxsize=None)
+@cache
 def run(family, measure):
     """{fixture: [(difference, tolerance), ...]}"""
     found = {}

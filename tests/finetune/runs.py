@@ -15,7 +15,7 @@ METHODS = {
     "lora": ["--train_type", "lora", "--lora_dropout", "0"],
     "freeze": ["--train_type", "freeze", "--freeze_module_name", "layers.1."],
     "ptuning-v1": ["--train_type", "ptuning", "--prefix_projection", "False", "--pre_seq_len", "4"],
-    "ptuning-v2": "--train_type ptuning --ptuning_version v2 --prefix_projection False --pre_seq_len 4 --prefix_dropout 0".split(),
+    "ptuning-v2": ["--train_type", "ptuning", "--ptuning_version", "v2", "--prefix_projection", "False", "--pre_seq_len", "4", "--prefix_dropout", "0"],
     "ptuning-v2-mlp": ["--train_type", "ptuning", "--pre_seq_len", "4", "--prefix_dropout", "0"],
     "all": ["--train_type", "all"],
 }

@@ -10,7 +10,18 @@ from hypothesis import strategies as st
 
 from chatglm import load_tokenizer
 from chatglm.families import FAMILIES
-from finetune.data import IGNORED, BadRow, Dataset, Row, collate, encode_rows, epoch_order, parse_row, read_rows, step_rows
+from finetune.data import (
+    IGNORED,
+    BadRow,
+    Dataset,
+    Row,
+    collate,
+    encode_rows,
+    epoch_order,
+    parse_row,
+    read_rows,
+    step_rows,
+)
 from tests.finetune.runs import make_rows, write_rows
 
 GOOD = '{"instruction": "a", "input": "b", "output": "c"}'

@@ -18,7 +18,7 @@ from chatglm.families import FAMILIES
 from finetune.config import parse_config
 from finetune.data import epoch_order, read_rows
 from finetune.distributed import deepspeed_config, init_distributed, resolve_precision
-from finetune.engine import TrainingFailed, build_engine, seed_step
+from finetune.engine import build_engine, seed_step
 from finetune.methods import make_method
 from tests.finetune.runs import METHODS, ROOT, TWO_RANKS, child_env, make_rows, metrics, write_rows
 
