@@ -257,3 +257,14 @@ def test_two_ranks_resume_and_refuse_another_count(two_ranks, capsys):
     assert same_losses(resumed, whole) and len(metrics(whole)) == 8
     assert command_line.main([*two_ranks[5], "--resume_from_checkpoint", "auto", "--per_device_train_batch_size", "2"]) == 1
     assert "made by 2 ranks, this run has 1" in capsys.readouterr().err
+
+
+def test_an_earlier_run_is_not_mixed_with(flags, train, tmp_path, capsys):
+    """A second run into the same folder is refused, and replaces the first where it is told to."""
+    train(flags(tmp_path / "out", "--max_steps", 2, "--save_model_step", 1))
+    assert [p.name for p in committed_checkpoints(tmp_path / "out")] == ["epoch-1-step-1", "epoch-1-step-2"]
+    assert command_line.main(flags(tmp_path / "out", "--max_steps", 1)) == 1
+    assert "--resume_from_checkpoint auto" in capsys.readouterr().err
+    train(flags(tmp_path / "out", "--max_steps", 1, "--overwrite_output_dir"))
+    assert [p.name for p in committed_checkpoints(tmp_path / "out")] == ["epoch-1-step-1"]
+    assert [line["step"] for line in lines(tmp_path / "out")] == [1]

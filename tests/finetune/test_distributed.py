@@ -1,0 +1,40 @@
+"""What a machine may refuse: a low port, a compiler."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from finetune.distributed import allowed_port
+from tests.conftest import REPO_ROOT
+
+
+def test_a_port_that_needs_root_falls_back():
+    start = open("/proc/sys/net/ipv4/ip_unprivileged_port_start").read()
+    if int(start) <= 520:
+        pytest.skip(f"ports from {int(start)} on are free for everyone here")
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:  # another user, without root's rights
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        os.write(writer, str(allowed_port(520)).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reader, 20) == b"20520"
+
+
+def test_a_free_port_is_kept():
+    assert allowed_port(29517) == 29517
+
+
+def test_cpu_adam_that_cannot_build_falls_back(tmp_path):
+    code = (
+        "import torch; from finetune.distributed import cpu_adam;"
+        "print(cpu_adam([torch.nn.Parameter(torch.zeros(4))], {'lr': 1e-3, 'betas': (0.9, 0.95), 'eps': 1e-8, 'weight_decay': 0.0}))"
+    )
+    env = os.environ | {"CXX": "/bin/false", "TORCH_EXTENSIONS_DIR": str(tmp_path), "PYTHONPATH": str(REPO_ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == "None", done.stderr[-2000:]
+    assert "CPU Adam cannot be built" in done.stdout and "torch's AdamW" in done.stdout

@@ -1,0 +1,66 @@
+"""What the documents say can be done: links lead somewhere, commands name flags and files that exist, configurations fill."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from finetune.config import build_parser, parse_config
+from tests.conftest import REPO_ROOT
+
+DOCUMENTS = sorted([*REPO_ROOT.glob("*.md"), *(REPO_ROOT / "docs").glob("*.md"), REPO_ROOT / "data" / "README.md"])
+TRAIN_FLAGS = {option for action in build_parser()._actions for option in action.option_strings}
+
+
+def named(path: Path) -> str:
+    return path.relative_to(REPO_ROOT).as_posix()
+
+
+def commands(text: str) -> list[str]:
+    """The shell lines of a document's code blocks, continued lines joined, comments cut."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S) + ["\n".join(re.findall(r"^    (\S.*)$", text, re.M))]
+    lines = "\n".join(blocks).replace("\\\n", " ").split("\n")
+    return [re.sub(r"\s+#.*$", "", line).strip() for line in lines if line.strip()]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=named)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://")):
+            assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=named)
+def test_training_flags_exist(path):
+    text = path.read_text(encoding="utf-8")
+    for line in commands(text) + re.findall(r"`([^`]*train\.py[^`]*)`", text):
+        if "train.py" in line:
+            after = line.split("train.py", 1)[1]
+            assert not set(re.findall(r"--\w+", after)) - TRAIN_FLAGS - {"--help"}, line
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=named)
+def test_named_programs_exist(path):
+    for line in commands(path.read_text(encoding="utf-8")):
+        for program in re.findall(r"(?:bash|python) ((?:scripts|benchmarks)/\S+\.(?:sh|py)|\w+\.py)", line):
+            assert (REPO_ROOT / program).is_file(), line
+
+
+def test_the_first_command_parses():
+    first = next(line for line in commands((REPO_ROOT / "README.md").read_text(encoding="utf-8")) if "deepspeed" in line)
+    words = shlex.split(first)
+    config = parse_config(words[words.index("train.py") + 1 :])
+    assert config.lora_module_name.count(",") == 3 and config.gradient_checkpointing and config.ds_file == "ds_zero2_no_offload.json"
+
+
+@pytest.mark.parametrize("path", sorted((REPO_ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
+def test_shipped_configurations_fill(path):
+    from finetune.distributed import deepspeed_config
+
+    config = parse_config(["--model_name_or_path", "x", "--train_path", "y", "--ds_file", path.name, "--gradient_accumulation_steps", "2"])
+    ds = deepspeed_config(config, precision="bf16", adapters=False, total_steps=100, hidden_size=64, world=3)
+    assert ds["train_batch_size"] == 16 * 2 * 3 and ds["bf16"]["enabled"] and not ds["fp16"]["enabled"]
+    assert ds["scheduler"]["params"] == {
+        "total_num_steps": 100, "warmup_num_steps": 10, "warmup_max_lr": 1e-3, "warmup_min_lr": 1e-4, "warmup_type": "linear"
+    }  # fmt: skip
