@@ -34,7 +34,7 @@ def test_links_lead_somewhere(path):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=named)
 def test_training_flags_exist(path):
     text = path.read_text(encoding="utf-8")
-    for line in commands(text) + re.findall(r"`([^`]*train\.py[^`]*)`", text):
+    for line in commands(text) + re.findall(r"`([^`\n]*train\.py[^`\n]*)`", text):
         if "train.py" in line:
             after = line.split("train.py", 1)[1]
             assert not set(re.findall(r"--\w+", after)) - TRAIN_FLAGS - {"--help"}, line
