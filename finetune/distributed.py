@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 from finetune.config import ROOT, TrainConfig
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))

@@ -26,6 +26,7 @@ from finetune.checkpoint import (
 from finetune.config import TrainConfig
 from finetune.data import Dataset, Row, collate, encode_rows, epoch_order, read_rows, step_rows
 from finetune.distributed import (
+    DTYPES,
     deepspeed_config,
     device,
     init_distributed,
@@ -38,8 +39,6 @@ from finetune.distributed import (
 )
 from finetune.loss import LossModule, count_labels
 from finetune.methods import make_method
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainingFailed(RuntimeError):

@@ -77,8 +77,7 @@ def load_for_inference(args):
     import torch
 
     from chatglm import load_model, load_tokenizer
-    from finetune.distributed import resolve_precision
-    from finetune.engine import DTYPES
+    from finetune.distributed import DTYPES, resolve_precision
 
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model_path, mode=args.mode)
