@@ -12,7 +12,6 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,13 +39,26 @@ def copying_rows(texts: list[str], count: int, seed: int) -> list[dict]:
     return rows
 
 
-def run(*command: str, env=None) -> float:
-    """Run a command of the project in its folder; returns seconds."""
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=os.environ | (env or {}))
+def run(*command: str):
+    """Run a command of the project in its folder."""
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=os.environ)
     if done.returncode:
         sys.exit(f"failed: {' '.join(command)}")
-    return time.perf_counter() - started
+
+
+def pretrain_model(work: Path, shared: Path, train: Path, steps: int, common: list[str]):
+    """A random model, trained for `steps` on copying; lands in work/pretrain."""
+    from scripts.prepare_small_model import make_model
+
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    base = make_model("glm2", shared / "data" / "chatglm2-tokenizer", work / "random", **SIZE)
+    texts = [json.loads(line)["input"] for line in train.read_text(encoding="utf-8").split("\n") if line]
+    rows = copying_rows(texts, steps * 32, seed=1)
+    (work / "copy.json").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    run("train.py", "--model_name_or_path", str(base), "--train_path", str(work / "copy.json"), "--train_type", "all",
+        "--max_len", "160", "--max_src_len", "100", "--per_device_train_batch_size", "32", "--learning_rate", "6e-4",
+        "--weight_decay", "0.01", "--max_steps", str(steps), "--output_dir", str(work / "pretrain"), *common)  # fmt: skip
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -88,6 +100,7 @@ def main():
     parser.add_argument("--pretrain_steps", type=int, default=300)
     parser.add_argument("--lora_epochs", type=int, default=2)
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
+    parser.add_argument("--keep_pretrained", action="store_true", help="go on with the pre-trained model of an earlier run in --work_dir")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--figure", metavar="FILE")
     args = parser.parse_args()
@@ -95,27 +108,18 @@ def main():
     train, test = (shared / "data" / "finetune" / name for name in ("spo_0.json", "spo_1.json"))
     if not train.is_file():
         sys.exit(f"no such file: {train}; --shared names the folder of the public data")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-
-    from scripts.prepare_small_model import make_model
-
-    base = make_model("glm2", shared / "data" / "chatglm2-tokenizer", work / "random", **SIZE)
-    texts = [json.loads(line)["input"] for line in train.read_text(encoding="utf-8").split("\n") if line]
-    rows = copying_rows(texts, args.pretrain_steps * 32, seed=1)
-    (work / "copy.json").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
     common = ["--mode", "glm2", "--show_loss_step", "25", "--precision", args.precision]
-    pretrain = run("train.py", "--model_name_or_path", str(base), "--train_path", str(work / "copy.json"), "--train_type", "all",
-                   "--max_len", "160", "--max_src_len", "100", "--per_device_train_batch_size", "32", "--learning_rate", "6e-4",
-                   "--weight_decay", "0.01", "--max_steps", str(args.pretrain_steps), "--output_dir", str(work / "pretrain"), *common)  # fmt: skip
+    if not args.keep_pretrained:
+        pretrain_model(work, shared, train, args.pretrain_steps, common)
     model = last_checkpoint(work / "pretrain")
     limits = ["--max_src_len", "384", "--max_new_tokens", "200", "--batch_size", "10"]
     run("-m", "finetune.evaluate", "--model_path", str(model), "--test_path", str(test), *limits, "--output", str(work / "before.json"))
-    lora = run("train.py", "--model_name_or_path", str(model), "--train_path", str(train), "--eval_path", str(test), "--train_type", "lora",
+    run("train.py", "--overwrite_output_dir", "--model_name_or_path", str(model), "--train_path", str(train), "--eval_path", str(test), "--train_type", "lora",
                "--lora_module_name", "query_key_value,dense_h_to_4h,dense_4h_to_h,dense", "--lora_dim", "16", "--lora_alpha", "32",
                "--max_len", "512", "--max_src_len", "384", "--per_device_train_batch_size", "16", "--learning_rate", "2e-3",
                "--num_train_epochs", str(args.lora_epochs), "--output_dir", str(work / "lora"), *common)  # fmt: skip
     adapter = last_checkpoint(work / "lora")
+    shutil.rmtree(work / "merged", ignore_errors=True)
     run("merge_lora.py", "--ori_model_dir", str(model), "--model_dir", str(adapter), "--save_dir", str(work / "merged"))
     run("-m", "finetune.evaluate", "--model_path", str(work / "merged"), "--test_path", str(test), *limits, "--output", str(work / "after.json"))
 
@@ -128,8 +132,8 @@ def main():
     evals = [x["eval_loss"] for x in metrics(work / "lora") if "eval_loss" in x]
     result = {
         "body_parameters": 6 * (512 * 768 + 768 + 512 * 512 + 512 * 2 * 1720 + 1720 * 512 + 2 * 512) + 512,
-        "precision": args.precision, "pretrain_steps": args.pretrain_steps, "pretrain_seconds": pretrain, "pretrain_tokens_per_second": speed["pretrain"],
-        "lora_seconds": lora, "lora_tokens_per_second": speed["lora"], "eval_loss": evals, "f1_before": f1["before"], "f1_after": f1["after"],
+        "precision": args.precision, "pretrain_steps": args.pretrain_steps, "pretrain_tokens_per_second": speed["pretrain"],
+        "lora_tokens_per_second": speed["lora"], "eval_loss": evals, "f1_before": f1["before"], "f1_after": f1["after"],
     }  # fmt: skip
     print("\n| figure | value |\n|---|---|")
     for name, value in result.items():

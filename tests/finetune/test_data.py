@@ -22,6 +22,7 @@ from finetune.data import (
     read_rows,
     step_rows,
 )
+from tests.conftest import shared_file
 from tests.finetune.runs import make_rows, write_rows
 
 GOOD = '{"instruction": "a", "input": "b", "output": "c"}'
@@ -88,7 +89,7 @@ BAD = {
     "{": "not valid JSON", "[1]x": "not valid JSON", "3": "wanted an object, got int", "null": "NoneType", "{}": '"text"',
     '{"instruction": "a", "input": "b"}': '"output"', '{"output": "b"}': '"instruction"', '{"text": "a"}': '"answer"',
     '{"instruction": 1, "output": "b"}': '"instruction" must be text, got 1', '{"instruction": "a", "output": null}': "null",
-    '{"instruction": "a", "output": ""}': '"output" is empty', '{"instruction": "", "output": "b"}': "prompt is empty",
+    '{"instruction": "", "output": "b"}': "prompt is empty",
     '{"instruction": "a", "output": []}': '"output"', '{"instruction": "a", "output": [1]}': '"output"',
     '{"instruction": ["a"], "output": "b"}': '"instruction"', '{"instruction": "a", "input": null, "output": "b"}': '"input"',
     '{"instruction": "a\\ud800", "output": "b"}': "surrogate", "1" * 5000: "not valid JSON", "[" * 100000: "not valid JSON",
@@ -174,3 +175,16 @@ def test_skipped_rows_are_said(flags, train, tmp_path, capsys):
     words = flags(tmp_path / "out", "--train_path", rows, "--is_skip", "--on_bad_row", "skip", "--max_steps", 1)
     train(words)
     assert "6 train rows, 1 bad ones skipped, 1 too long, skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, count, empty", [("spo_0.json", 1441, 22), ("spo_1.json", 50, 0), ("d2q_0.json", 3143, 0), ("d2q_1.json", 20, 0)])
+def test_the_seeds_own_files_are_read(name, count, empty):
+    """Also the rows whose answer is empty: "nothing to find" is an answer, and only its end token carries loss."""
+    rows, bad = read_rows(shared_file(f"data/finetune/{name}"))
+    assert (len(rows), bad, sum(not any(row.answers) for row in rows)) == (count, 0, empty)
+    for row in [row for row in rows if not any(row.answers)][:2]:
+        from chatglm import FAMILIES, load_tokenizer
+
+        tokenizer = load_tokenizer(shared_file("data/chatglm2-tokenizer"), mode="glm2")
+        example = FAMILIES["glm2"].encode_example(tokenizer, row.prompt, "", 512, 384)
+        assert example.labels[example.n_masked :] == [tokenizer.eos_token_id]
