@@ -12,11 +12,11 @@ from chatglm.families import FAMILIES
 MERGED_NOTE = "merged.json"
 
 
-def check_base(base: Path, adapter: Path) -> str | None:
+def check_base(base: Path, adapter: Path, other_name: bool = False) -> str | None:
     """None where the adapter is known to belong to the base; a word of warning where nothing can tell.
 
     Raises:
-        ValueError: it belongs to another base, by its manifest's fingerprint or by its shapes.
+        ValueError: it belongs to another base, by its manifest's fingerprint, its shapes, or its base's name unless `other_name`.
     """
     from chatglm.loading import base_fingerprint, iterate_weights
     from finetune.checkpoint import read_manifest
@@ -38,7 +38,9 @@ def check_base(base: Path, adapter: Path) -> str | None:
         target = name.removeprefix("base_model.model.") + ".weight"
         if target not in shapes or shapes[target] != (out_size, in_size):
             raise ValueError(f"{adapter} does not fit {base}: it changes {target} of {(out_size, in_size)}, found {shapes.get(target)}")
-    if named and Path(named).name != base.resolve().name:
+    if named and Path(named).name not in (base.name, base.resolve().name):
+        if not other_name:
+            raise ValueError(f"{adapter} names {named} as its base, not {base.name}; if they are the same model, say --other_name")
         return f"{adapter} names {named} as its base and has no manifest; its shapes fit {base}, its weights cannot be compared"
     return f"{adapter} has no manifest: its shapes fit {base}, its weights cannot be compared"
 
@@ -57,7 +59,7 @@ def adapter_shapes(adapter: Path) -> dict[str, tuple[int, int]]:
     return {name: (sizes[".lora_B."], sizes[".lora_A."]) for name, sizes in pairs.items()}
 
 
-def merge(base: Path, adapter: Path, save_dir: Path, mode: str | None = None) -> float:
+def merge(base: Path, adapter: Path, save_dir: Path, mode: str | None = None, other_name: bool = False) -> float:
     """Write base + adapter to `save_dir`; returns the largest difference of logits between merged and adapted.
 
     Raises:
@@ -66,7 +68,7 @@ def merge(base: Path, adapter: Path, save_dir: Path, mode: str | None = None) ->
     import torch
 
     from chatglm import load_model, load_tokenizer
-    from chatglm.loading import resolve_mode, stop_ids
+    from chatglm.loading import iterate_weights, resolve_mode, stop_ids
 
     if (adapter / MERGED_NOTE).is_file():
         raise ValueError(f"{adapter} is merged already ({MERGED_NOTE}); its adapter is in {adapter / 'adapter'}")
@@ -77,12 +79,11 @@ def merge(base: Path, adapter: Path, save_dir: Path, mode: str | None = None) ->
         raise ValueError(f"{base} already holds this adapter ({MERGED_NOTE}); merging twice would apply it twice")
     if save_dir.exists() and any(save_dir.iterdir()) and save_dir.resolve() != adapter.resolve():
         raise ValueError(f"--save_dir {save_dir} is not empty")
-    if word := check_base(base, adapter):
+    if word := check_base(base, adapter, other_name):
         print(f"WARNING: {word}", file=sys.stderr)
 
     mode = resolve_mode(base, mode)
-    stored = load_model(base, mode=mode)
-    dtype = stored.dtype
+    dtype = next(tensor.dtype for _, tensor in iterate_weights(base))
     model = load_model(adapter, mode=mode, base=base, dtype=torch.float32)
     family, tokenizer = FAMILIES[mode], load_tokenizer(base, mode=mode)
     probe = torch.tensor([family.encode_example(tokenizer, "发动机抖动，怎么办？", "检查火花塞。", 512, 256).input_ids])
@@ -139,6 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model_dir", default="output-glm2/epoch-2-step-3900/", help="the adapter folder")
     parser.add_argument("--mode", choices=tuple(FAMILIES), help="family (default: found in the base folder)")
     parser.add_argument("--save_dir", help="where the merged model goes (default: MODEL_DIR, its adapter moving to MODEL_DIR/adapter)")
+    parser.add_argument("--other_name", action="store_true", help="the base is the adapter's although its folder is named otherwise")
     args = parser.parse_args(argv)
     adapter = Path(args.model_dir)
     save_dir = Path(args.save_dir or args.model_dir)
@@ -146,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         for path, flag in ((Path(args.ori_model_dir), "--ori_model_dir"), (adapter, "--model_dir")):
             if not path.is_dir():
                 raise FileNotFoundError(f"{flag}: no such folder: {path}")
-        difference = merge(Path(args.ori_model_dir), adapter, save_dir, args.mode)
+        difference = merge(Path(args.ori_model_dir), adapter, save_dir, args.mode, args.other_name)
     except (ValueError, OSError) as error:
         print(f"merge_lora.py: error: {error}", file=sys.stderr)
         return 1

@@ -79,7 +79,7 @@ class ChatGLM1Config(ChatGLMConfig):
     gmask_token_id: int | None = None
     pad_token_id: int | None = 0
     tie_word_embeddings: bool = True
-    chat_prompt: str | None = None  # "rounds": chat() always writes [Round n], as the training prompt does
+    chat_prompt: str | None = None  # "rounds": chat() counts [Round n] from 1, as the training prompt does
 
     def __post_init__(self, **kwargs):
         # The first release's config names neither; both keep their distance from <sop> in every vocabulary.

@@ -62,10 +62,8 @@ class Family:
 
     name: str
     title: str
-    version: int
     layers_prefix: str
     tokenizer_file: str
-    lora_target: str
     end_token: str
     stop_tokens: tuple[str, ...]
     chat_defaults: dict[str, Any]
@@ -170,12 +168,16 @@ def _encode_example(
 # ---- chats ------------------------------------------------------------------------------------------------
 
 
-def glm_chat_prompt(query: str, history: list[tuple[str, str]] | None = None) -> str:
-    """ChatGLM-6B's chat text: the bare query without history, rounds counted from 0 with it."""
-    if not history:
+def glm_chat_prompt(query: str, history: list[tuple[str, str]] | None = None, rounds: bool = False) -> str:
+    """ChatGLM-6B's chat text: the bare query without history, rounds counted from 0 with it.
+
+    With `rounds` as models are tuned here: always rounds, counted from 1.
+    """
+    if not (history or rounds):
         return query
-    rounds = "".join(f"[Round {i}]\n问：{q}\n答：{a}\n" for i, (q, a) in enumerate(history))
-    return f"{rounds}[Round {len(history)}]\n问：{query}\n答："
+    history, first = history or [], int(rounds)
+    turns = "".join(f"[Round {i}]\n问：{q}\n答：{a}\n" for i, (q, a) in enumerate(history, first))
+    return f"{turns}[Round {len(history) + first}]\n问：{query}\n答："
 
 
 def glm2_build_prompt(query: str, history: list[tuple[str, str]] | None = None) -> str:
@@ -198,9 +200,9 @@ def _pairs_only(role: str) -> None:
         raise ValueError(f"only ChatGLM3 has roles, got role={role!r}")
 
 
-def _glm_chat(tokenizer, query: str, history=None, role: str = "user") -> list[int]:
+def _glm_chat(tokenizer, query: str, history=None, role: str = "user", rounds: bool = False) -> list[int]:
     _pairs_only(role)
-    ids = tokenizer.encode_text(glm_chat_prompt(query, history))
+    ids = tokenizer.encode_text(glm_chat_prompt(query, history, rounds))
     return ids + [tokenizer.get_command("[gMASK]"), tokenizer.get_command("<sop>")]
 
 
@@ -391,10 +393,8 @@ FAMILIES: dict[str, Family] = {
     "glm": Family(
         name="glm",
         title="ChatGLM-6B",
-        version=1,
         layers_prefix="transformer.layers.",
         tokenizer_file="ice_text.model",
-        lora_target="query_key_value",
         end_token="<eop>",
         stop_tokens=("<eop>",),
         chat_defaults={"max_length": 2048, "num_beams": 1, "do_sample": True, "top_p": 0.7, "temperature": 0.95},
@@ -408,10 +408,8 @@ FAMILIES: dict[str, Family] = {
     "glm2": Family(
         name="glm2",
         title="ChatGLM2-6B",
-        version=2,
         layers_prefix="transformer.encoder.layers.",
         tokenizer_file="tokenizer.model",
-        lora_target="query_key_value",
         end_token="</s>",
         stop_tokens=("</s>",),
         chat_defaults={"max_length": 8192, "num_beams": 1, "do_sample": True, "top_p": 0.8, "temperature": 0.8},
@@ -425,10 +423,8 @@ FAMILIES: dict[str, Family] = {
     "glm3": Family(
         name="glm3",
         title="ChatGLM3-6B",
-        version=3,
         layers_prefix="transformer.encoder.layers.",
         tokenizer_file="tokenizer.model",
-        lora_target="query_key_value",
         end_token="</s>",
         stop_tokens=("</s>", "<|user|>", "<|observation|>"),
         chat_defaults={"max_length": 8192, "num_beams": 1, "do_sample": True, "top_p": 0.8, "temperature": 0.8},

@@ -11,13 +11,13 @@ def rotary_angles(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
 
     The originals keep half-precision tables, whose angles are wrong past a few hundred positions.
     """
-    angles = positions[..., None].float() * inv_freq.to(positions.device)
+    angles = positions[..., None].float() * inv_freq
     return angles.cos(), angles.sin()
 
 
-def inverse_frequencies(rotary_dim: int, base: float = 10000.0) -> Tensor:
-    """(rotary_dim / 2,) fp32. Computed when needed: a buffer would be lost by meta-device loading or ZeRO-3."""
-    return 1.0 / base ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
+def inverse_frequencies(rotary_dim: int, device, base: float = 10000.0) -> Tensor:
+    """(rotary_dim / 2,) fp32 on `device`. Computed when needed: a buffer would be lost by meta-device loading or ZeRO-3."""
+    return 1.0 / base ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim)
 
 
 def repeat_kv(x: Tensor, times: int) -> Tensor:

@@ -284,11 +284,20 @@ def load_prefix(model, path: Path):
     """Put the prefix of a prefix-only folder into a model built for it."""
     state = {name.split("prefix_encoder.")[1]: tensor for name, tensor in iterate_weights(path)}
     encoder = model.transformer.prefix_encoder
+    partitioned = []
     for name, parameter in encoder.named_parameters():
-        if name not in state or state[name].shape != parameter.shape:
+        wanted = getattr(parameter, "ds_shape", parameter.shape)
+        if name not in state or state[name].shape != wanted:
             found = list(state[name].shape) if name in state else "nothing"
-            raise ValueError(f"{path}: prefix_encoder.{name} must be {list(parameter.shape)}, found {found}")
-    encoder.load_state_dict(state)
+            raise ValueError(f"{path}: prefix_encoder.{name} must be {list(wanted)}, found {found}")
+        partitioned += [parameter] if hasattr(parameter, "ds_id") else []
+    if partitioned:  # by ZeRO-3, while the model was built
+        from deepspeed import zero
+
+        with zero.GatheredParameters(partitioned, modifier_rank=0):
+            encoder.load_state_dict(state)
+    else:
+        encoder.load_state_dict(state)
 
 
 def set_stop_ids(model, path: Path, base: Path, mode: str):

@@ -219,10 +219,8 @@ class ChatGLMCausalLM:
     def prepare_chat(self, tokenizer, query, history, role, options) -> tuple[dict, dict]:
         """(model inputs, generate options) of one turn."""
         family = FAMILIES[tokenizer.family]
-        if getattr(self.config, "chat_prompt", None) == "rounds" and not history:
-            ids = family.encode_prompt(tokenizer, query, max_src_len=2**31).input_ids
-        else:
-            ids = family.encode_chat(tokenizer, query, history, role)
+        as_tuned = {"rounds": True} if getattr(self.config, "chat_prompt", None) == "rounds" else {}
+        ids = family.encode_chat(tokenizer, query, history, role, **as_tuned)
         inputs = {"input_ids": torch.tensor([ids], device=self.device)}
         stops = [tokenizer.get_command(token) for token in family.stop_tokens]
         defaults = family.chat_defaults | {"eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}

@@ -111,7 +111,7 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
     def rotary(self, position_ids: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
         """(cos, sin) for places and for block positions, each (B, S, head_dim / 4) fp32."""
         # The released weights were trained with frequencies rounded to fp16.
-        inv_freq = inverse_frequencies(self.config.head_dim // 2).half().float()
+        inv_freq = inverse_frequencies(self.config.head_dim // 2, position_ids.device).half().float()
         return tuple(rotary_angles(position_ids[:, row], inv_freq) for row in (0, 1))
 
     def count_positions(self, input_ids: Tensor, padding: Tensor | None = None) -> Tensor:

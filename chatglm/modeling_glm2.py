@@ -140,8 +140,8 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
         """cos, sin (B, S, kv_channels / 4) fp32. `rope_ratio` stretches positions in ChatGLM2, the base in ChatGLM3."""
         ratio, rotary_dim = self.config.rope_ratio, self.config.kv_channels // 2
         if self.config.glm_family == "glm2":
-            return rotary_angles(position_ids.float() / ratio, inverse_frequencies(rotary_dim))
-        return rotary_angles(position_ids, inverse_frequencies(rotary_dim, base=10000.0 * ratio))
+            return rotary_angles(position_ids.float() / ratio, inverse_frequencies(rotary_dim, position_ids.device))
+        return rotary_angles(position_ids, inverse_frequencies(rotary_dim, position_ids.device, base=10000.0 * ratio))
 
     @merge_with_config_defaults
     @capture_outputs

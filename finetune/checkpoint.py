@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from chatglm.loading import PREFIX, stop_ids
 from finetune.config import TrainConfig
-from finetune.distributed import rank, say, world_size
+from finetune.distributed import agree, rank, say, world_size
 
 FORMAT_VERSION = 1
 NAME = re.compile(r"epoch-(\d+)-step-(\d+)$")
@@ -111,8 +111,9 @@ def write_aside(path: Path, text: str):
     os.replace(aside, path)
 
 
-def remove_leftovers(output_dir: Path, replaced: list[Path]):
-    """Delete what an interrupted save left behind, and the checkpoints of a run that is to be replaced."""
+def remove_leftovers(output_dir: Path, replace: bool):
+    """Delete what an interrupted save left behind and, with `replace`, the checkpoints of an earlier run."""
+    replaced = list(output_dir.glob("epoch-*-step-*")) if replace else []
     for folder in replaced:
         os.replace(folder, folder.with_name(f".{folder.name}.tmp"))
     for path in output_dir.glob(".epoch-*"):
@@ -226,12 +227,12 @@ class Checkpointer:
         self.config, self.output_dir, self.engine = config, output_dir, engine
         self.model, self.method, self.tokenizer, self.base = model, method, tokenizer, base
         self.needed = checkpoint_bytes(model, method.saves)
-        self.data = sha256(Path(config.train_path))
+        self.data = agree(lambda: sha256(Path(config.train_path)))
 
     def save(self, *, epoch: int, step: int, metrics: dict) -> Path:
         """Write output_dir/epoch-E-step-S on all ranks; when this returns it is committed. Metrics go into its manifest."""
         final = self.output_dir / f"epoch-{epoch}-step-{step}"
-        if (final / MANIFEST).is_file():
+        if agree((final / MANIFEST).is_file):
             return final
         aside = self.output_dir / f".{final.name}.tmp"
         if rank() == 0:
@@ -260,8 +261,8 @@ class Checkpointer:
             }
             (aside / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
             flush_tree(aside)
-            if final.exists():  # without a manifest: not ours to trust
-                shutil.rmtree(final)
+            if final.exists():  # no checkpoint, so somebody made something of it: a merged model
+                raise FileExistsError(f"{final} is in the way of a checkpoint and is none itself; move it away")
             os.replace(aside, final)
             flush_tree_entry(self.output_dir)
             self.warn_if_untrained(state)

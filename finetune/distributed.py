@@ -39,6 +39,8 @@ def allowed_port(port: int) -> int:
 
     Every rank comes to the same answer by itself.
     """
+    if port >= 1024:
+        return port
     with socket.socket() as probe:
         try:
             probe.bind(("", port))
@@ -58,6 +60,9 @@ def init_distributed():
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers")
     env = os.environ
     if "RANK" not in env:
+        started_by_mpi = [name for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if int(env.get(name, 1)) > 1]
+        if started_by_mpi:
+            raise ValueError(f"started by MPI ({started_by_mpi[0]}), which gives no RANK: use deepspeed's pdsh launcher or torchrun")
         env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     env["MASTER_PORT"] = str(allowed_port(int(env["MASTER_PORT"])))
     if torch.cuda.is_available():
@@ -75,6 +80,24 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def agree(decide):
+    """What `decide()` returns on rank 0, on every rank: one view of a disk that ranks may see at different times.
+
+    An error on rank 0 is raised on all.
+    """
+    answer: list = [None, None]
+    if rank() == 0:
+        try:
+            answer[0] = decide()
+        except (ValueError, OSError) as error:
+            answer[1] = error
+    if world_size() > 1:
+        dist.broadcast_object_list(answer, src=0, device=device())
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
 def sum_over_ranks(*values: float) -> list[float]:
     """Each value summed over all ranks, in fp64."""
     total = torch.tensor(values, dtype=torch.float64, device=device())
@@ -88,7 +111,7 @@ def resolve_precision(precision: str) -> str:
         return precision
     if not torch.cuda.is_available():
         return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def find_ds_file(name: str) -> Path:
@@ -144,6 +167,8 @@ def deepspeed_config(config: TrainConfig, *, precision: str, adapters: bool, tot
         ds.setdefault(name, {})["enabled"] = precision == name and not (adapters and name == "bf16")
     if not ds["fp16"]["enabled"]:
         ds["fp16"] = {"enabled": False}
+    if ds["bf16"]["enabled"]:
+        ds.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")  # sums of many passes in 8 bits would drift
 
     zero = ds.setdefault("zero_optimization", {"stage": 0})
     for part in ("offload_optimizer", "offload_param"):

@@ -14,11 +14,10 @@ import torch
 from tqdm import tqdm
 
 from chatglm.families import FAMILIES
-from chatglm.loading import base_fingerprint, load_model, load_tokenizer, resolve_mode
+from chatglm.loading import base_fingerprint, load_model, load_tokenizer, resolve_mode, stored_prefix
 from finetune.checkpoint import (
     Checkpointer,
     check_disk,
-    committed_checkpoints,
     find_resume,
     remove_leftovers,
     write_aside,
@@ -27,6 +26,7 @@ from finetune.config import TrainConfig
 from finetune.data import Dataset, Row, collate, encode_rows, epoch_order, read_rows, step_rows
 from finetune.distributed import (
     DTYPES,
+    agree,
     deepspeed_config,
     device,
     init_distributed,
@@ -89,13 +89,7 @@ def train(config: TrainConfig) -> Path:
     family = FAMILIES[mode]
     tokenizer = load_tokenizer(config.model_name_or_path, mode=mode)
     output_dir = Path(config.output_dir or f"output-{mode}-{config.train_type}")
-    there = [] if config.resume_from_checkpoint else committed_checkpoints(output_dir)
-    if there and not config.overwrite_output_dir:
-        raise ValueError(
-            f"--output_dir {output_dir} already holds {there[-1].name} of an earlier run: go on with "
-            f"--resume_from_checkpoint auto, replace it with --overwrite_output_dir, or name another folder"
-        )
-
+    check_start(config, output_dir)
     init_distributed()
     data, _ = load_dataset(config, config.train_path, tokenizer, family, "train")
     eval_data, eval_rows = load_dataset(config, config.eval_path, tokenizer, family, "eval") if config.eval_path else (None, [])
@@ -107,16 +101,17 @@ def train(config: TrainConfig) -> Path:
     )
     engine, model, method, precision = build_engine(config, mode, schedule.total_steps)
     say(parameter_report(model))
-    base = {"name_or_path": str(Path(config.model_name_or_path).resolve()), "fingerprint": base_fingerprint(config.model_name_or_path)}
+    fingerprint = agree(lambda: base_fingerprint(config.model_name_or_path))
+    base = {"name_or_path": str(Path(config.model_name_or_path).resolve()), "fingerprint": fingerprint}
 
     output_dir.mkdir(parents=True, exist_ok=True)
     checkpointer = Checkpointer(config, output_dir, engine, model, method, tokenizer, base=base)
     if rank() == 0:
-        remove_leftovers(output_dir, there)
+        remove_leftovers(output_dir, replace=config.overwrite_output_dir and not config.resume_from_checkpoint)
         check_disk(output_dir, checkpointer.needed)
     done = 0
     if config.resume_from_checkpoint:
-        folder = find_resume(config.resume_from_checkpoint, output_dir)
+        folder = agree(lambda: find_resume(config.resume_from_checkpoint, output_dir))
         done = checkpointer.resume(folder) if folder else say("no checkpoint to resume from: starting anew") or 0
     loop = Loop(config, engine, model, tokenizer, family, data, eval_data, eval_rows, schedule, checkpointer, done)
     say(
@@ -124,6 +119,21 @@ def train(config: TrainConfig) -> Path:
         f"{schedule.total_steps} steps of {schedule.global_batch} rows"
     )
     return loop.run()
+
+
+def check_start(config: TrainConfig, output_dir: Path):
+    """Refuse what would be lost or misread; raises ValueError."""
+    base = Path(config.model_name_or_path)
+    if (base / "adapter_config.json").is_file():
+        raise ValueError(f"--model_name_or_path {base} is a LoRA adapter: merge it first (merge_lora.py --save_dir), then train on the result")
+    if config.train_type != "ptuning" and (stored := stored_prefix(base)) and stored["only"]:
+        raise ValueError(f"--model_name_or_path {base} holds a P-Tuning prefix alone: only --train_type ptuning can go on from it")
+    there = sorted(output_dir.glob("epoch-*-step-*"), key=lambda p: p.stat().st_mtime)
+    if there and not (config.resume_from_checkpoint or config.overwrite_output_dir):
+        raise ValueError(
+            f"--output_dir {output_dir} already holds {there[-1].name} of an earlier run: go on with "
+            f"--resume_from_checkpoint auto, replace it with --overwrite_output_dir, or name another folder"
+        )
 
 
 def load_dataset(config: TrainConfig, path: str, tokenizer, family, name: str) -> tuple[Dataset, list[Row]]:
@@ -302,7 +312,7 @@ class Loop:
         if writer:
             writer.add(self.done, {f"eval_{name}": value for name, value in metrics.items()})
         self.tell(f"step {self.done} evaluation: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-        best, value = self.checkpointer.best(), metrics[config.metric_for_best]
+        best, value = agree(self.checkpointer.best), metrics[config.metric_for_best]
         return best is None or (value < best["value"] if config.metric_for_best == "loss" else value > best["value"])
 
     def save(self, improved: bool) -> Path:

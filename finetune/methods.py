@@ -1,7 +1,7 @@
 """The fine-tuning methods: what is trainable, and what of it is saved.
 
 A method is a frozen dataclass of its knobs with three things to say:
-  `model_options(family)`  what load_model needs to know,
+  `model_options()`        what load_model needs to know,
   `prepare(model)`         switch gradients on and off; returns the model to train,
   `saves`                  "adapter" | "prefix" | "model": what an exported checkpoint holds.
 """

@@ -81,9 +81,10 @@ def load_for_inference(args):
 
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model_path, mode=args.mode)
-    dtype = DTYPES[resolve_precision(args.precision)]
+    device = pick_device(args.device)
+    dtype = DTYPES["fp32" if args.precision == "auto" and device == "cpu" else resolve_precision(args.precision)]
     model = load_model(args.model_path, mode=args.mode, dtype=dtype, base=args.base_model)
-    model = model.to(pick_device(args.device)).eval()
+    model = model.to(device).eval()
     trained = Path(args.model_path) / "train_config.json"
     max_src_len = args.max_src_len or (json.loads(trained.read_text())["max_src_len"] if trained.is_file() else 1024)
     options = {"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {"max_length": args.max_length}
@@ -97,7 +98,10 @@ def pick_device(name: str) -> str:
     import torch
 
     if name.isdigit():
-        return f"cuda:{name}" if torch.cuda.is_available() else "cpu"
+        count = torch.cuda.device_count()
+        if count and int(name) >= count:
+            raise ValueError(f"--device: there is no GPU {name} here, only 0 to {count - 1}")
+        return f"cuda:{name}" if count else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError):

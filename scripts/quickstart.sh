@@ -7,8 +7,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
 OUT="${OUT:-output/quickstart}"
+if [ -e "$OUT" ] && [ ! -e "$OUT/.quickstart" ]; then
+    echo "OUT=$OUT exists and is not an earlier quickstart's folder; name another" >&2
+    exit 1
+fi
 rm -rf "$OUT"
 mkdir -p "$OUT"
+touch "$OUT/.quickstart"
 export TOKENIZERS_PARALLELISM=false
 steps="$OUT/seconds.txt"
 
@@ -20,9 +25,12 @@ step() { # step NAME COMMAND...: run, and note the seconds
     echo "$name $((SECONDS - started))" >> "$steps"
 }
 
+rate=2e-4  # for a real model; the small one below learns at its own
 # Two ranks share two cores better than one rank with two threads; GPUs are counted by the launcher itself.
 launch=(deepspeed --master_port 520)
-if ! python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
+if python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
+    launch+=(--num_gpus 1)
+else
     ranks=$(( $(nproc) >= 2 ? 2 : 1 ))
     launch+=(--num_accelerators "$ranks")
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(nproc) / ranks ))}"
@@ -31,6 +39,7 @@ fi
 
 if [ -z "${MODEL:-}" ]; then
     MODEL="$OUT/base"
+    rate=4e-3
     step tokenizer python scripts/prepare_tokenizer.py --input data/copy_pretrain.json data/spo_train.json --output_dir "$OUT/tokenizer"
     step model python scripts/prepare_small_model.py --family glm2 --tokenizer "$OUT/tokenizer" --output_dir "$OUT/random" \
         --hidden_size 320 --num_layers 3 --heads 10 --groups 2 --ffn 880 --init_std 0.05
@@ -47,7 +56,7 @@ step f1_before evaluate "$MODEL" "$OUT/before.json"
 step lora "${launch[@]}" train.py --train_path data/spo_train.json --model_name_or_path "$MODEL" \
     --train_type lora --lora_dim 16 --lora_alpha 32 --lora_dropout 0 \
     --lora_module_name "query_key_value,dense_h_to_4h,dense_4h_to_h,dense" \
-    --learning_rate 4e-3 --weight_decay 0 --num_train_epochs 5 --max_steps 400 --show_loss_step 50 \
+    --learning_rate "$rate" --weight_decay 0 --num_train_epochs 5 --max_steps 400 --show_loss_step 50 \
     --max_len 160 --max_src_len 120 --per_device_train_batch_size "${batch:-16}" \
     --ds_file ds_zero2_no_offload.json --output_dir "$OUT/lora"
 adapter=$(ls -d "$OUT"/lora/epoch-*-step-* | sort -V | tail -n 1)

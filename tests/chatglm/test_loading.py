@@ -426,6 +426,9 @@ def test_what_the_model_is_shown(chats):
     model.config.chat_prompt = "rounds"
     inputs, _ = model.prepare_chat(tokenizer, "你好", None, "user", {})
     assert inputs["input_ids"][0].tolist() == FAMILIES["glm"].encode_prompt(tokenizer, "你好", 10**6).input_ids
+    asked, _ = model.prepare_chat(tokenizer, "世界", [("你好", "很 好")], "user", {})
+    text = "[Round 1]\n问：你好\n答：很 好\n[Round 2]\n问：世界\n答："
+    assert asked["input_ids"][0].tolist()[:-2] == tokenizer.encode_text(text)
     model.config.chat_prompt = None
     with pytest.raises(ValueError, match="only ChatGLM3 has roles"):
         model.chat(tokenizer, "你好", role="observation")

@@ -372,7 +372,7 @@ def test_half_precision_runs_and_keeps_fp32_angles(variant):
         flat = [t for pair in seen[0] for t in (pair if isinstance(pair, tuple) else (pair,))]
         assert {t.dtype for t in flat} == {torch.float32}
         if family == "glm":
-            inv_freq = inverse_frequencies(4).half().double()  # as the released weights were trained
+            inv_freq = inverse_frequencies(4, "cpu").half().double()  # as the released weights were trained
             tables = [(place[:, None] * inv_freq), (place - 290)[:, None] * inv_freq]
         else:
             base = 10000.0 * (own.get("rope_ratio", 1) if family == "glm3" else 1)

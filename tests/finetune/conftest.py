@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.finetune.runs import METHODS, TWO_RANKS, launch, make_rows, write_rows
+from tests.finetune.runs import METHODS, ROOT, TWO_RANKS, launch, make_rows, write_rows
 
 
 @pytest.fixture(scope="session")
@@ -34,13 +34,24 @@ def rows_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def flags(bases, rows_file):
+def ds_files(tmp_path_factory) -> dict[str, str]:
+    """{name: path} of the ZeRO-3 files with every weight partitioned: by default ZeRO-3 leaves weights as small as ours whole."""
+    folder = tmp_path_factory.mktemp("ds_configs")
+    for file in (ROOT / "ds_configs").glob("ds_zero3*.json"):
+        ds = json.loads(file.read_text())
+        ds["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        (folder / file.name).write_text(json.dumps(ds))
+    return {file.name: str(file) for file in folder.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def flags(bases, rows_file, ds_files):
     """The flags of a short run: flags(output_dir, "--more", ..., family="glm2", method="lora")."""
 
     def make(output_dir, *more, family="glm2", method="lora"):
         given = ["--model_name_or_path", bases[family], "--train_path", rows_file, "--output_dir", output_dir, "--max_len", 96]
         given += ["--max_src_len", 64, "--per_device_train_batch_size", 4, "--learning_rate", "1e-2", "--warmup_ratio", 0]
-        return [str(word) for word in [*given, *METHODS[method], *more]]
+        return [ds_files.get(str(word), str(word)) for word in [*given, *METHODS[method], *more]]
 
     return make
 

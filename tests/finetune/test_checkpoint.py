@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train as command_line
 from chatglm import load_model
@@ -268,3 +269,17 @@ def test_an_earlier_run_is_not_mixed_with(flags, train, tmp_path, capsys):
     train(flags(tmp_path / "out", "--max_steps", 1, "--overwrite_output_dir"))
     assert [p.name for p in committed_checkpoints(tmp_path / "out")] == ["epoch-1-step-1"]
     assert [line["step"] for line in lines(tmp_path / "out")] == [1]
+
+
+@pytest.mark.parametrize("ds_file", ["ds_zero2.json", "ds_zero3_no_offload.json"])
+def test_ptuning_goes_on_from_a_prefix_folder(flags, train, tmp_path, ds_file):
+    """A saved prefix is the next run's start, also where ZeRO-3 partitions it; no other method may drop it silently."""
+    first = train(flags(tmp_path / "a", "--max_steps", 2, method="ptuning-v2"))
+    words = flags(tmp_path / "b", "--max_steps", 1, "--learning_rate", 0, "--weight_decay", 0, "--ds_file", ds_file, method="ptuning-v2")
+    words[words.index("--model_name_or_path") + 1] = str(first)
+    second = train(words)
+    key = "transformer.prefix_encoder.embedding.weight"
+    assert torch.equal(load_file(first / "model.safetensors")[key], load_file(second / "model.safetensors")[key])
+    words = flags(tmp_path / "c")
+    words[words.index("--model_name_or_path") + 1] = str(first)
+    assert command_line.main(words) == 1 and not (tmp_path / "c").exists()

@@ -106,7 +106,9 @@ def test_peft_05_adapter_is_warned_of(old_adapter, adapter, bases, tmp_path, cap
     assert torch.allclose(logits(tmp_path / "a"), logits(adapter), atol=1e-4)
     config = json.loads((old_adapter / "adapter_config.json").read_text())
     (old_adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "THUDM/chatglm2-6b"}))
-    assert merge_lora.main([*words[:-1], str(tmp_path / "b")]) == 0
+    assert merge_lora.main([*words[:-1], str(tmp_path / "b")]) == 1
+    assert "--other_name" in capsys.readouterr().err and not (tmp_path / "b").exists()
+    assert merge_lora.main([*words[:-1], str(tmp_path / "b"), "--other_name"]) == 0
     assert "names THUDM/chatglm2-6b as its base" in capsys.readouterr().err
 
 
