@@ -64,3 +64,8 @@ def test_shipped_configurations_fill(path):
     assert ds["scheduler"]["params"] == {
         "total_num_steps": 100, "warmup_num_steps": 10, "warmup_max_lr": 1e-3, "warmup_min_lr": 1e-4, "warmup_type": "linear"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=named)
+def test_no_blank_was_left_open(path):
+    assert not re.findall(r"@[A-Z_]+@|\bTODO\b|\bTBD\b", path.read_text(encoding="utf-8"))
