@@ -168,7 +168,7 @@ def deepspeed_config(config: TrainConfig, *, precision: str, adapters: bool, tot
     if not ds["fp16"]["enabled"]:
         ds["fp16"] = {"enabled": False}
     if ds["bf16"]["enabled"]:
-        ds.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")  # sums of many passes in 8 bits would drift
+        ds.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")  # sums over passes keep more than bf16's 8 bits
 
     zero = ds.setdefault("zero_optimization", {"stage": 0})
     for part in ("offload_optimizer", "offload_param"):
