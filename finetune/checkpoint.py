@@ -79,25 +79,26 @@ def find_resume(resume: str, output_dir: str | Path) -> Path | None:
 
 
 def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256_in_blocks(file)
-
-
-def _sha256_in_blocks(file) -> str:
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
+
+
+def flush(path: Path):
+    """Force a file, or a folder's own list of names, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def flush_tree(folder: Path):
     """Force every file and folder below `folder` to disk."""
     for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        flush(path)
 
 
 def write_aside(path: Path, text: str):
@@ -264,7 +265,7 @@ class Checkpointer:
             if final.exists():  # no checkpoint, so somebody made something of it: a merged model
                 raise FileExistsError(f"{final} is in the way of a checkpoint and is none itself; move it away")
             os.replace(aside, final)
-            flush_tree_entry(self.output_dir)
+            flush(self.output_dir)  # so that the rename survives a power cut
             self.warn_if_untrained(state)
         barrier()
         return final
@@ -328,15 +329,6 @@ class Checkpointer:
                     os.replace(folder, aside)
                     shutil.rmtree(aside)
         barrier()
-
-
-def flush_tree_entry(folder: Path):
-    """Force a folder's own list of names to disk, so that a rename in it survives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def barrier():

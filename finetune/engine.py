@@ -112,7 +112,10 @@ def train(config: TrainConfig) -> Path:
     done = 0
     if config.resume_from_checkpoint:
         folder = agree(lambda: find_resume(config.resume_from_checkpoint, output_dir))
-        done = checkpointer.resume(folder) if folder else say("no checkpoint to resume from: starting anew") or 0
+        if folder:
+            done = checkpointer.resume(folder)
+        else:
+            say("no checkpoint to resume from: starting anew")
     loop = Loop(config, engine, model, tokenizer, family, data, eval_data, eval_rows, schedule, checkpointer, done)
     say(
         f"{family.title}, {config.train_type}, {precision}, {world_size()} rank(s), {len(data)} rows, "
