@@ -6,13 +6,13 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
-def rotary_angles(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 in every model dtype: `positions` (...) -> two tensors (..., len(inv_freq)).
+def rotary_turns(positions: Tensor, inv_freq: Tensor) -> Tensor:
+    """cos + i sin of each angle, complex64 in every model dtype: `positions` (...) -> (..., len(inv_freq)).
 
     The originals keep half-precision tables, whose angles are wrong past a few hundred positions.
     """
     angles = positions[..., None].float() * inv_freq
-    return angles.cos(), angles.sin()
+    return torch.polar(torch.ones_like(angles), angles)
 
 
 def inverse_frequencies(rotary_dim: int, device, base: float = 10000.0) -> Tensor:
@@ -45,18 +45,25 @@ def attend(module, query, key, value, mask, prefix, **kwargs) -> tuple[Tensor, T
 
     Args:
         query: (B, heads, Q, D). key, value: (B, kv_heads, K, D), rotary already applied.
-        mask: what `attention_visibility` returned.
+        mask: what `attention_visibility` returned, or a Packing.
         prefix: None or (2, B, kv_heads, P, D), P-Tuning v2's keys and values; keys carry no rotary angle.
     Returns:
         (B, Q, heads * D) and the attention weights where the backend gives them.
     """
+    if not (mask is None or isinstance(mask, Tensor)):
+        return mask.attend(module, query, key, value, prefix), None
     if prefix is not None:
         key = torch.cat([prefix[0].to(key.dtype), key], dim=2)
         value = torch.cat([prefix[1].to(value.dtype), value], dim=2)
-    backend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention)
+    backend = attention_backend(module)
     dropout = module.attention_dropout if module.training else 0.0
     out, weights = backend(module, query, key, value, mask, scaling=module.scaling, dropout=dropout, **kwargs)
     return out.flatten(2), weights
+
+
+def attention_backend(module):
+    """The attention function of a module's configuration."""
+    return ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention)
 
 
 def causal_mask(q_len: int, kv_len: int, device) -> Tensor:

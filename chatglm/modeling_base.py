@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from queue import Queue
 from threading import Thread
 
@@ -15,7 +16,8 @@ from transformers.utils import can_return_tuple
 
 from .configuration import ChatGLMConfig
 from .families import FAMILIES
-from .layers import PrefixEmbedding, PrefixLinear, padding_mask
+from .layers import PrefixEmbedding, PrefixLinear, attention_visibility, padding_mask
+from .packing import Packing
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
@@ -85,6 +87,92 @@ class ChatGLMBody:
         if past == 0:
             embeds = torch.cat([self.prefix_encoder(embeds.shape[0]).to(embeds.dtype), embeds], dim=1)
         return embeds, attention_mask, position_ids
+
+    def find_packing(self, position_ids: Tensor | None, alone: bool, batch: int, keep: Tensor | None) -> Packing | None:
+        """The packing that positions tell of, or that `keep` asks for; None where every row is one sequence.
+
+        Args:
+            alone: neither mask nor cache came with the positions; only then can they tell of several sequences.
+        Raises:
+            ValueError: several rows that hold several sequences; `keep` without the positions of one row, or beside mask or cache.
+        """
+        if keep is not None and (position_ids is None or batch > 1 or not alone):
+            raise ValueError("`keep` needs position_ids and one row, without attention_mask or cache")
+        if position_ids is None or not alone:
+            return None
+        if position_ids.shape[0] > 1:
+            if any(len(self.read_packing(row[None]).lengths) > 1 for row in position_ids):
+                raise ValueError("positions fall back: put the sequences in one row, or give an attention_mask for padded rows")
+            return None
+        packing = self.read_packing(position_ids)
+        if len(packing.lengths) == 1 and keep is None:
+            return None
+        if batch > 1 and len(packing.lengths) > 1:
+            raise ValueError("positions fall back: put the sequences in one row")
+        return replace(packing, keep=keep)
+
+    def prepend_prompts(self, embeds: Tensor, position_ids: Tensor, packing: Packing):
+        """`prepend_prompt` in a packed row: v1's vectors before each sequence that sees no trunk.
+
+        Returns:
+            embeds, position_ids and packing with room for them, and (S,) where the row's own tokens now are.
+        """
+        count = self.prompt_length
+        own = torch.arange(count, device=position_ids.device)
+        own = torch.stack([own, torch.zeros_like(own)]) if position_ids.dim() == 3 else own
+        shift = torch.tensor([[count], [0]] if position_ids.dim() == 3 else [count], device=position_ids.device)
+        virtual = self.prefix_encoder(1).to(embeds.dtype)
+        rows, positions = [], []
+        for i, row in enumerate(embeds.split(packing.lengths, dim=1)):
+            rows += [row] if packing.shared[i] else [virtual, row]
+        for i, part in enumerate((position_ids + shift).split(packing.lengths, dim=-1)):
+            positions += [part] if packing.shared[i] else [own.expand(*part.shape[:-1], count), part]
+        packing, where = packing.with_prompt(count)
+        return torch.cat(rows, dim=1), torch.cat(positions, dim=-1), packing, where
+
+    def run_layers(
+        self, layers, hidden_states: Tensor, attention_mask, position_ids: Tensor | None, past_key_values, keep: Tensor | None,
+        **kwargs,
+    ) -> Tensor:  # fmt: skip
+        """From embeddings (B, S, hidden_size) through all blocks, virtual tokens added on the way and taken off again.
+
+        The other arguments are the body's; returns (B, S, hidden_size), or (1, N, hidden_size) of the N places in `keep`.
+        """
+        past = self.cached_length(past_key_values)
+        batch, text_length = hidden_states.shape[:2]
+        text = slice(-text_length, None)
+        packing = self.find_packing(position_ids, attention_mask is None and not past, batch, keep)
+        if packing is not None:
+            if self.prompt_length:
+                hidden_states, position_ids, packing, text = self.prepend_prompts(hidden_states, position_ids, packing)
+            batch, keep = len(packing.lengths), packing.keep
+            mask = packing.masks(self.prefix_length, hidden_states.device)
+        else:
+            hidden_states, attention_mask, position_ids = self.prepend_prompt(
+                hidden_states, attention_mask, position_ids, past
+            )
+            length = hidden_states.shape[1]
+            mask, padding = self.split_mask(attention_mask, past + length)
+            if position_ids is None:
+                position_ids = self.default_positions(padding, past, length, hidden_states.device)
+            if mask is None:
+                mask = attention_visibility(
+                    q_len=length, kv_len=past + length, device=hidden_states.device, padding=padding,
+                    context=self.seen_by_all(position_ids, past),
+                    prefix_len=self.prefix_length, backend=self.config._attn_implementation,
+                )  # fmt: skip
+        prefix = self.prefix_encoder(batch) if self.config.prefix_version == "v2" else None
+        turns = self.rotary(position_ids)[:, :, None]
+        for i, block in enumerate(layers):
+            layer_prefix = prefix[2 * i : 2 * i + 2] if prefix is not None else None
+            if keep is not None and i == len(layers) - 1:
+                mask, kwargs = mask.of_last_layer(), kwargs | {"keep": keep}
+            hidden_states = block(hidden_states, mask, turns, layer_prefix, past_key_values=past_key_values, **kwargs)
+        return hidden_states if keep is not None else hidden_states[:, text]
+
+    def seen_by_all(self, position_ids: Tensor, past: int) -> Tensor | None:
+        """(B, past + S) bool: keys that every row sees, later ones included; None where attention is causal."""
+        return None
 
     def split_mask(self, attention_mask: Tensor | None, kv_len: int) -> tuple[Tensor | None, Tensor | None]:
         """(4-D visibility, 2-D padding): the first if the caller built the originals' mask (True = masked), else the second."""

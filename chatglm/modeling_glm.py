@@ -14,17 +14,13 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration import ChatGLM1Config
-from .layers import attend, attention_visibility, inverse_frequencies, make_prefix_encoder, rotary_angles
+from .kernels import OutputLayer, RotateFunction, turn_halves_
+from .layers import attend, inverse_frequencies, make_prefix_encoder, rotary_turns
 from .modeling_base import ChatGLMBody, ChatGLMCausalLM, ChatGLMPreTrainedModel
+from .packing import Packing
 
 # sqrt(2 * 28) whatever the depth: the original's blocks never learn their model's number of layers.
 RESIDUAL_SCALE = 56**0.5
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary on one half of each head, split in halves: x (B, heads, S, D), cos and sin (B, 1, S, D / 2)."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -41,16 +37,15 @@ class SelfAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states, mask, angles, prefix=None, past_key_values=None, **kwargs):
-        qkv = self.query_key_value(hidden_states).unflatten(-1, (self.heads, 3 * self.head_dim)).transpose(1, 2)
-        query, key, value = qkv.chunk(3, dim=-1)
-        place, block = angles
-        query, key = (
-            torch.cat([rotate(half, *angle) for half, angle in zip(x.chunk(2, dim=-1), (place, block))], dim=-1)
-            for x in (query, key)
-        )
+    def forward(self, hidden_states, mask, turns, prefix=None, past_key_values=None, keep=None, **kwargs):
+        # Each head's own query, key and value: to all queries, all keys, all values.
+        qkv = self.query_key_value(hidden_states).unflatten(-1, (self.heads, 3, self.head_dim)).transpose(2, 3).flatten(2, 3)
+        qkv = RotateFunction.apply(qkv, turns, 2 * self.heads, turn_halves_)
+        query, key, value = qkv.transpose(1, 2).chunk(3, dim=1)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        if keep is not None:
+            query = query[:, :, keep]
         out, weights = attend(self, query, key, value, mask, prefix, **kwargs)
         return self.dense(out), weights
 
@@ -73,10 +68,12 @@ class ChatGLM1Block(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, hidden_states, mask, angles, prefix=None, past_key_values=None, **kwargs) -> Tensor:
+    def forward(self, hidden_states, mask, turns, prefix=None, past_key_values=None, keep=None, **kwargs) -> Tensor:
         # `prefix` is an argument of its own: gradient checkpointing drops whatever comes as past_key_values.
         normed = self.input_layernorm(hidden_states)
-        out, _ = self.attention(normed, mask, angles, prefix, past_key_values=past_key_values, **kwargs)
+        out, _ = self.attention(normed, mask, turns, prefix, past_key_values=past_key_values, keep=keep, **kwargs)
+        if keep is not None:
+            normed = normed[:, keep]
         normed = self.post_attention_layernorm(normed * RESIDUAL_SCALE + out)
         return normed * RESIDUAL_SCALE + self.mlp(normed)
 
@@ -108,11 +105,33 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
     def set_input_embeddings(self, value):
         self.word_embeddings = value
 
-    def rotary(self, position_ids: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-        """(cos, sin) for places and for block positions, each (B, S, head_dim / 4) fp32."""
+    def rotary(self, position_ids: Tensor) -> Tensor:
+        """Turns (B, S, head_dim / 2) complex64: a first half for places, a second for block positions."""
         # The released weights were trained with frequencies rounded to fp16.
         inv_freq = inverse_frequencies(self.config.head_dim // 2, position_ids.device).half().float()
-        return tuple(rotary_angles(position_ids[:, row], inv_freq) for row in (0, 1))
+        return torch.cat([rotary_turns(position_ids[:, row], inv_freq) for row in (0, 1)], dim=-1)
+
+    def read_packing(self, position_ids: Tensor) -> Packing:
+        """The sequences of one row of positions (1, 2, S): one begins where place and block position are both 0."""
+        place, block = position_ids[0]
+        starts = ((place == 0) & (block == 0)).nonzero().flatten().tolist()
+        starts = [0, *(s for s in starts if s)]
+        lengths = [b - a for a, b in zip(starts, [*starts[1:], len(place)])]
+        context = [int((part == 0).sum()) for part in block.split(lengths)]
+        return Packing(lengths, [0] * len(lengths), context)
+
+    def packed_positions(self, input_ids: Tensor, lengths: list[int], shared: list[int]) -> Tensor:
+        """(1, 2, S) positions of sequences end to end in input_ids (1, S).
+
+        Raises:
+            ValueError: a shared trunk, which a context that looks ahead cannot have.
+        """
+        if any(shared):
+            raise ValueError("ChatGLM-6B's context looks ahead: sequences cannot share a beginning")
+        return torch.cat([self.count_positions(ids) for ids in input_ids.split(lengths, dim=1)], dim=-1)
+
+    def seen_by_all(self, position_ids: Tensor, past: int) -> Tensor:
+        return F.pad(position_ids[:, 1] == 0, (past, 0))
 
     def count_positions(self, input_ids: Tensor, padding: Tensor | None = None) -> Tensor:
         """(B, 2, S) places and block positions of whole rows. `padding` (B, S): True = real token.
@@ -152,6 +171,7 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
         past_key_values=None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        keep: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the final norm.
@@ -160,7 +180,9 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
             input_ids: (B, S) or inputs_embeds (B, S, hidden_size), never with P-Tuning's virtual tokens.
             attention_mask: (B, cached + S), 1 = real token, padded on either side; or (B, 1, S, cached + S) bool,
                 True = masked, as the originals build it.
-            position_ids: (B, 2, S); by default found from [gMASK] or [MASK] and <sop>, continued from the cache.
+            position_ids: (B, 2, S); by default found from [gMASK] or [MASK] and <sop>, continued from the cache. Without mask
+                and cache, where both of a single row's are 0 another sequence begins, blind to the others (see packing.py).
+            keep: (N,) ascending places of a single row: the last layer computes these alone, and the result is (1, N, hidden_size).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -168,7 +190,7 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         past = self.cached_length(past_key_values)
         if position_ids is None:
-            position_ids = self.default_positions(input_ids, attention_mask, past_key_values if past else None)
+            position_ids = self.find_positions(input_ids, attention_mask, past_key_values if past else None)
         if position_ids.dim() != 3:
             raise ValueError(f"ChatGLM-6B's position_ids are (B, 2, S), got {list(position_ids.shape)}")
         if past_key_values is not None:
@@ -178,31 +200,13 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
 
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
-        text_length = inputs_embeds.shape[1]
-        inputs_embeds, attention_mask, position_ids = self.prepend_prompt(
-            inputs_embeds, attention_mask, position_ids, past
+        hidden_states = self.run_layers(
+            self.layers, inputs_embeds, attention_mask, position_ids, past_key_values, keep, **kwargs
         )
-        batch, length = inputs_embeds.shape[:2]
-        mask, padding = self.split_mask(attention_mask, past + length)
-        prefix = self.prefix_encoder(batch) if self.config.prefix_version == "v2" else None
-        if mask is None:
-            mask = attention_visibility(
-                q_len=length, kv_len=past + length, device=inputs_embeds.device, padding=padding,
-                context=F.pad(position_ids[:, 1] == 0, (past, 0)),
-                prefix_len=self.prefix_length, backend=self.config._attn_implementation,
-            )  # fmt: skip
-        angles = tuple((cos[:, None], sin[:, None]) for cos, sin in self.rotary(position_ids))
-
-        hidden_states = inputs_embeds
-        for i, block in enumerate(self.layers):
-            layer_prefix = prefix[2 * i : 2 * i + 2] if prefix is not None else None
-            hidden_states = block(
-                hidden_states, mask, angles, layer_prefix, past_key_values=past_key_values, **kwargs
-            )
-        hidden_states = self.final_layernorm(hidden_states)[:, length - text_length :]
+        hidden_states = self.final_layernorm(hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
-    def default_positions(self, input_ids, attention_mask, cache) -> Tensor:
+    def find_positions(self, input_ids, attention_mask, cache) -> Tensor:
         """Positions nobody gave: counted in a fresh row, continued after the cache's last ones."""
         if input_ids is None:
             raise ValueError("ChatGLM-6B finds positions in input_ids; with inputs_embeds give position_ids (B, 2, S)")
@@ -230,7 +234,7 @@ class ChatGLM1ForConditionalGeneration(ChatGLMCausalLM, ChatGLM1PreTrainedModel,
     def __init__(self, config: ChatGLM1Config):
         super().__init__(config)
         self.transformer = ChatGLM1Model(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = OutputLayer(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self):

@@ -10,8 +10,10 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration import ChatGLM2Config
-from .layers import attend, attention_visibility, inverse_frequencies, make_prefix_encoder, rotary_angles
+from .kernels import OutputLayer, RMSNormFunction, RotateFunction, SwiGLUFunction, turn_pairs_
+from .layers import attend, inverse_frequencies, make_prefix_encoder, rotary_turns
 from .modeling_base import ChatGLMBody, ChatGLMCausalLM, ChatGLMPreTrainedModel
+from .packing import Packing, find_sequences
 
 
 class RMSNorm(nn.Module):
@@ -23,15 +25,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary on the first 2 * n dims of each head, pairs interleaved: x (B, heads, S, D), cos and sin (B, 1, S, n)."""
-    turned = 2 * cos.shape[-1]
-    a, b = x[..., :turned].float().unflatten(-1, (-1, 2)).unbind(-1)
-    pairs = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-    return torch.cat([pairs.to(x.dtype), x[..., turned:]], dim=-1)
+        return RMSNormFunction.apply(x, self.weight, self.eps)
 
 
 class SelfAttention(nn.Module):
@@ -49,16 +43,16 @@ class SelfAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, qkv_size, bias=qkv_bias)
         self.dense = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.add_bias_linear)
 
-    def forward(self, hidden_states, mask, angles, prefix=None, past_key_values=None, **kwargs):
-        qkv = self.query_key_value(hidden_states)
-        if self.config.multi_query_attention:  # all queries, the groups' keys, the groups' values
-            qkv = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        else:  # each head's own query, key and value
-            query, key, value = qkv.unflatten(-1, (self.heads, -1)).transpose(1, 2).chunk(3, dim=-1)
-        query, key = rotate(query, *angles), rotate(key, *angles)
+    def forward(self, hidden_states, mask, turns, prefix=None, past_key_values=None, keep=None, **kwargs):
+        qkv = self.query_key_value(hidden_states).unflatten(-1, (-1, self.head_dim))
+        if not self.config.multi_query_attention:  # each head's own query, key and value: to all queries, all keys, all values
+            qkv = qkv.unflatten(2, (self.heads, 3)).transpose(2, 3).flatten(2, 3)
+        qkv = RotateFunction.apply(qkv, turns, self.heads + self.kv_heads, turn_pairs_)
+        query, key, value = qkv.transpose(1, 2).split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        if keep is not None:
+            query = query[:, :, keep]
         out, weights = attend(self, query, key, value, mask, prefix, **kwargs)
         return self.dense(out), weights
 
@@ -70,8 +64,7 @@ class MLP(nn.Module):
         self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=config.add_bias_linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.dense_h_to_4h(x).chunk(2, dim=-1)
-        return self.dense_4h_to_h(F.silu(gate) * up)
+        return self.dense_4h_to_h(SwiGLUFunction.apply(self.dense_h_to_4h(x)))
 
 
 class ChatGLM2Block(GradientCheckpointingLayer):
@@ -83,11 +76,13 @@ class ChatGLM2Block(GradientCheckpointingLayer):
         self.mlp = MLP(config)
         self.hidden_dropout = config.hidden_dropout
 
-    def forward(self, hidden_states, mask, angles, prefix=None, past_key_values=None, **kwargs) -> Tensor:
+    def forward(self, hidden_states, mask, turns, prefix=None, past_key_values=None, keep=None, **kwargs) -> Tensor:
         # `prefix` is an argument of its own: gradient checkpointing drops whatever comes as past_key_values.
         out, _ = self.self_attention(
-            self.input_layernorm(hidden_states), mask, angles, prefix, past_key_values=past_key_values, **kwargs
+            self.input_layernorm(hidden_states), mask, turns, prefix, past_key_values=past_key_values, keep=keep, **kwargs
         )
+        if keep is not None:
+            hidden_states = hidden_states[:, keep]
         hidden_states = hidden_states + F.dropout(out, self.hidden_dropout, self.training)
         out = self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states + F.dropout(out, self.hidden_dropout, self.training)
@@ -124,7 +119,7 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
         super().__init__(config)
         self.embedding = Embedding(config)
         self.encoder = Encoder(config)
-        self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=config.add_bias_linear)
+        self.output_layer = OutputLayer(config.hidden_size, config.padded_vocab_size, bias=config.add_bias_linear)
         kv_size = 2 * config.num_layers * config.num_key_value_heads * config.kv_channels
         self.prefix_encoder = make_prefix_encoder(config, embedding_dim=kv_size)
         self.gradient_checkpointing = False
@@ -136,12 +131,26 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
     def set_input_embeddings(self, value):
         self.embedding.word_embeddings = value
 
-    def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin (B, S, kv_channels / 4) fp32. `rope_ratio` stretches positions in ChatGLM2, the base in ChatGLM3."""
+    def read_packing(self, position_ids: Tensor) -> Packing:
+        """The sequences of one row of positions (1, S)."""
+        return Packing(*find_sequences(position_ids[0]))
+
+    def default_positions(self, padding: Tensor | None, past: int, length: int, device) -> Tensor:
+        """(B or 1, length): counted over real tokens where some are not."""
+        if padding is not None:
+            return (padding.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+        return torch.arange(past, past + length, device=device)[None]
+
+    def packed_positions(self, input_ids: Tensor, lengths: list[int], shared: list[int]) -> Tensor:
+        """(1, S) positions of sequences end to end in input_ids (1, S); those that share a trunk count on from it."""
+        return torch.cat([torch.arange(s, s + n, device=input_ids.device) for n, s in zip(lengths, shared)])[None]
+
+    def rotary(self, position_ids: Tensor) -> Tensor:
+        """Turns (B, S, kv_channels / 4) complex64. `rope_ratio` stretches positions in ChatGLM2, the base in ChatGLM3."""
         ratio, rotary_dim = self.config.rope_ratio, self.config.kv_channels // 2
         if self.config.glm_family == "glm2":
-            return rotary_angles(position_ids.float() / ratio, inverse_frequencies(rotary_dim, position_ids.device))
-        return rotary_angles(position_ids, inverse_frequencies(rotary_dim, position_ids.device, base=10000.0 * ratio))
+            return rotary_turns(position_ids.float() / ratio, inverse_frequencies(rotary_dim, position_ids.device))
+        return rotary_turns(position_ids, inverse_frequencies(rotary_dim, position_ids.device, base=10000.0 * ratio))
 
     @merge_with_config_defaults
     @capture_outputs
@@ -153,6 +162,7 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
         past_key_values=None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        keep: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the final norm.
@@ -161,7 +171,9 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
             input_ids: (B, S) or inputs_embeds (B, S, hidden_size), never with P-Tuning's virtual tokens.
             attention_mask: (B, cached + S), 1 = real token, padded on either side; or (B, 1, S, cached + S) bool,
                 True = masked, as the originals build it.
-            position_ids: (B, S); by default counted from the mask, or from 0.
+            position_ids: (B, S); by default counted from the mask, or from 0. Without mask and cache, where those of a single
+                row fall back another sequence begins, blind to the others (see packing.py).
+            keep: (N,) ascending places of a single row: the last layer computes these alone, and the result is (1, N, hidden_size).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -170,33 +182,10 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        past = self.cached_length(past_key_values)
-        text_length = inputs_embeds.shape[1]
-        inputs_embeds, attention_mask, position_ids = self.prepend_prompt(
-            inputs_embeds, attention_mask, position_ids, past
+        hidden_states = self.run_layers(
+            self.encoder.layers, inputs_embeds, attention_mask, position_ids, past_key_values, keep, **kwargs
         )
-        batch, length = inputs_embeds.shape[:2]
-        mask, padding = self.split_mask(attention_mask, past + length)
-        if position_ids is None and padding is not None:
-            position_ids = (padding.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-        elif position_ids is None:
-            position_ids = torch.arange(past, past + length, device=inputs_embeds.device)[None]
-        prefix = self.prefix_encoder(batch) if self.config.prefix_version == "v2" else None
-        if mask is None:
-            mask = attention_visibility(
-                q_len=length, kv_len=past + length, device=inputs_embeds.device, padding=padding, context=None,
-                prefix_len=self.prefix_length, backend=self.config._attn_implementation,
-            )  # fmt: skip
-        angles = tuple(t[:, None] for t in self.rotary(position_ids))
-
-        hidden_states = inputs_embeds
-        for i, block in enumerate(self.encoder.layers):
-            layer_prefix = prefix[2 * i : 2 * i + 2] if prefix is not None else None
-            hidden_states = block(
-                hidden_states, mask, angles, layer_prefix, past_key_values=past_key_values, **kwargs
-            )
         hidden_states = self.encoder.final_layernorm(hidden_states)
-        hidden_states = hidden_states[:, length - text_length :]
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
 

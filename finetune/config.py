@@ -63,7 +63,11 @@ class TrainConfig:
     learning_rate: float = keep(1e-3, "highest learning rate")
     weight_decay: float = keep(0.1, "AdamW's decoupled weight decay")
     warmup_ratio: float = keep(0.1, "share of the steps that warms the learning rate up")
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
+    batching: str = keep("ragged", "ragged: a pass's rows end to end, no padding; padded: side by side; grouped: padded, rows of like "
+                         "length together", choices=("ragged", "padded", "grouped"))  # fmt: skip
+    share_prefix: bool = keep(True, "ragged: compute a beginning that a pass's rows have in common once, where no dropout acts (not glm)")
+    gradient_checkpointing: str = flag("False", "recompute activations in the backward pass: less memory, slower; selective: all but "
+                                       "matrix products and attention", choices=("False", "True", "selective"))  # fmt: skip
     precision: str = keep("auto", "arithmetic; overrides the DeepSpeed file's (auto: bf16, else fp16 on GPUs, fp32 on CPU)",
                           choices=PRECISIONS)  # fmt: skip
     seed: int = keep(1234, "seed of data order, dropout and new weights")

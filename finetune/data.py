@@ -1,6 +1,7 @@
 """From a file of rows to padded batches. The order of rows is a pure function of (seed, epoch), so a resume needs one number."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 IGNORED = -100  # label of a token that carries no loss
+SHORTEST_TRUNK = 8  # tokens; a shorter common beginning is not worth an attention call
 
 
 @dataclass(frozen=True)
@@ -152,35 +154,59 @@ def encode_rows(rows: list[Row], tokenizer, family, *, max_len: int, max_src_len
     )  # fmt: skip
 
 
-def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of `rows` in an epoch (from 0); the same on every rank and after every resume."""
-    return np.random.default_rng([seed, epoch]).permutation(rows)
+def epoch_order(lengths: np.ndarray, seed: int, epoch: int, *, group: int = 0) -> np.ndarray:
+    """The permutation of the rows in an epoch (from 0); the same on every rank and after every resume.
+
+    With `group`, rows of like length come together in batches of so many: sorted inside windows of 50 batches, the batches
+    then shuffled, the last, incomplete one left last.
+    """
+    draw = np.random.default_rng([seed, epoch])
+    order = draw.permutation(len(lengths))
+    if group:
+        window = 50 * group
+        order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in np.split(order, range(window, len(order), window))])
+        whole = len(order) // group * group
+        batches = order[:whole].reshape(-1, group)
+        order = np.concatenate([batches[draw.permutation(len(batches))].ravel(), order[whole:]])
+    return order
 
 
-def step_rows(order: np.ndarray, step: int, *, micro: int, accumulation: int, rank: int, world: int) -> list[list[int]]:
+def step_rows(
+    order: np.ndarray, step: int, lengths: np.ndarray, *, micro: int, accumulation: int, rank: int, world: int
+) -> list[list[int]]:
     """The rows of one optimizer step on one rank: `accumulation` lists of row numbers, -1 for a place left empty.
 
-    The global batch is cut into forward passes first and ranks second, so its rows do not depend on the number of ranks.
-    Every list is the same length on every rank; an epoch's last step may hold empty places, never an empty list.
+    The step's rows do not depend on the number of ranks. They are dealt to passes and ranks longest first, each to the pass
+    with the fewest tokens so far, so that no rank waits long for another. Every list is the same length on every rank;
+    an epoch's last step may hold empty places, never an empty list.
     """
-    size = micro * accumulation * world
-    chunk = order[step * size : (step + 1) * size]
-    # As even as possible: an epoch's last rows are spread over all ranks and passes.
     passes = accumulation * world
-    micro = -(-len(chunk) // passes)
-    padded = np.full(passes * micro, -1)
-    padded[: len(chunk)] = chunk
-    return padded.reshape(accumulation, world, micro)[:, rank].tolist()
+    chunk = order[step * micro * passes : (step + 1) * micro * passes]
+    room = -(-len(chunk) // passes)
+    dealt: list[list[int]] = [[] for _ in range(passes)]
+    tokens = [0] * passes
+    for row in chunk[np.argsort(-lengths[chunk], kind="stable")].tolist():
+        chosen = min((i for i in range(passes) if len(dealt[i]) < room), key=lambda i: (tokens[i], i))
+        dealt[chosen].append(row)
+        tokens[chosen] += int(lengths[row])
+    return [(rows + [-1] * room)[:room] for rows in dealt[rank::world]]
 
 
-def collate(data: Dataset, rows: list[int], pad_id: int) -> dict[str, torch.Tensor]:
-    """input_ids and labels (B, longest), padded on the right; no attention mask: nothing real looks right.
+def collate(data: Dataset, rows: list[int], *, ragged: bool = True, share: bool = False, multiple: int = 1, pad_id: int = 0) -> dict:
+    """What nll_sum takes, for these rows: a ragged row of all of them, or a batch padded on the right.
 
-    An empty place (-1) becomes the shortest row without labels, so that every rank runs every pass.
+    Nothing real looks right, so padding needs no attention mask. An empty place (-1) becomes the shortest row without labels,
+    so that every rank runs every pass.
+
+    Args:
+        share: let the beginning that all rows have in common, if they have, be computed once (ragged, causal models).
+        multiple: make a ragged row's length and its number of predictions multiples of this, with what is not counted.
     """
     filler = min(range(len(data)), key=lambda i: len(data.input_ids[i])) if -1 in rows else None
     ids = [data.input_ids[filler if r == -1 else r] for r in rows]
     masked = [len(ids[i]) if r == -1 else data.n_masked[r] for i, r in enumerate(rows)]
+    if ragged:
+        return lay_end_to_end(ids, masked, share, multiple)
     longest = max(map(len, ids))
     input_ids = torch.full((len(rows), longest), pad_id)
     labels = torch.full((len(rows), longest), IGNORED)
@@ -188,3 +214,40 @@ def collate(data: Dataset, rows: list[int], pad_id: int) -> dict[str, torch.Tens
         input_ids[i, : len(row)] = torch.tensor(row)
         labels[i, n : len(row)] = torch.tensor(row[n:], dtype=torch.long)
     return {"input_ids": input_ids, "labels": labels}
+
+
+def lay_end_to_end(ids: list[list[int]], masked: list[int], share: bool, multiple: int) -> dict:
+    """A ragged row (1, S) of sequences, without their last tokens, which predict nothing; see nll_sum for the other entries."""
+    # A trunk ends before the first place that predicts, and every sequence keeps a token of its own.
+    heads = [row[: min(n, len(row) - 1) - 1] for row, n in zip(ids, masked)]
+    trunk = len(os.path.commonprefix(heads)) if share and len(ids) > 1 else 0
+    trunk = trunk if trunk >= SHORTEST_TRUNK else 0
+    row, lengths, shared = (list(ids[0][:trunk]), [trunk], [0]) if trunk else ([], [], [])
+    keep, targets = [], []
+    for sequence, n in zip(ids, masked):
+        own = sequence[trunk:-1]
+        predicts = range(n - 1, len(sequence) - 1)
+        if not predicts:  # an empty place: one prediction that is not counted keeps the shapes usual
+            keep.append(len(row))
+            targets.append(IGNORED)
+        keep += [len(row) + place - trunk for place in predicts]
+        targets += [sequence[place + 1] for place in predicts]
+        row += own
+        lengths.append(len(own))
+        shared.append(trunk)
+    spare = -len(keep) % multiple
+    keep += keep[-1:] * spare
+    targets += [IGNORED] * spare
+    spare = -len(row) % multiple
+    row += row[-1:] * spare  # after the last sequence, where nobody looks
+    lengths[-1] += spare
+    return {
+        "input_ids": torch.tensor([row]), "lengths": lengths, "shared": shared,
+        "keep": torch.tensor(keep), "targets": torch.tensor(targets),
+    }  # fmt: skip
+
+
+def count_labels(batch: dict) -> int:
+    """Tokens of a collated batch that carry loss; the first column of labels has nothing that predicts it."""
+    labels = batch["labels"][:, 1:] if "labels" in batch else batch["targets"]
+    return int((labels != IGNORED).sum())

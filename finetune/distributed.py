@@ -80,6 +80,11 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def on_device(batch: dict, device: torch.device) -> dict:
+    """A collated batch with its tensors on `device`."""
+    return {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
 def agree(decide):
     """What `decide()` returns on rank 0, on every rank: one view of a disk that ranks may see at different times.
 

@@ -23,7 +23,7 @@ from finetune.checkpoint import (
     write_aside,
 )
 from finetune.config import TrainConfig
-from finetune.data import Dataset, Row, collate, encode_rows, epoch_order, read_rows, step_rows
+from finetune.data import Dataset, Row, collate, count_labels, encode_rows, epoch_order, read_rows, step_rows
 from finetune.distributed import (
     DTYPES,
     agree,
@@ -31,13 +31,14 @@ from finetune.distributed import (
     device,
     init_distributed,
     make_optimizer,
+    on_device,
     rank,
     resolve_precision,
     say,
     sum_over_ranks,
     world_size,
 )
-from finetune.loss import LossModule, count_labels
+from finetune.loss import LossModule
 from finetune.methods import make_method
 
 
@@ -180,12 +181,35 @@ def build_engine(config: TrainConfig, mode: str, total_steps: int):
                 parameter.data = parameter.data.float()
                 if hasattr(parameter, "ds_tensor"):  # ZeRO-3: this rank's share is what counts
                     parameter.ds_tensor.data = parameter.ds_tensor.data.float()
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    lighten(model)
+    if config.gradient_checkpointing != "False":
+        how = {"use_reentrant": False}
+        if config.gradient_checkpointing == "selective":
+            how["context_fn"] = keep_products
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(trainable, ds)
     engine, *_ = deepspeed.initialize(model=LossModule(model), model_parameters=trainable, optimizer=optimizer, config=ds)
     return engine, model, method, precision
+
+
+def lighten(model):
+    """Let the model run what changes nothing but its speed and memory."""
+    from finetune.lora import use_lean_lora
+
+    use_lean_lora(model)
+
+
+def keep_products():
+    """Selective gradient checkpointing: the results of matrix products and attention stay, all else is computed again."""
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    aten = torch.ops.aten
+    return create_selective_checkpoint_contexts([
+        aten.mm.default, aten.addmm.default, aten.bmm.default, aten.linear.default, aten.mkldnn_linear.default if hasattr(aten, "mkldnn_linear") else aten.mm.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default, aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default,
+    ])  # fmt: skip
 
 
 def parameter_report(model) -> str:
@@ -199,6 +223,15 @@ def parameter_report(model) -> str:
     return "\n".join([f"trainable: {part:,} of {total:,} parameters ({100 * part / total:.4f} %)", *shown])
 
 
+def layout_of(config: TrainConfig, family, tokenizer, dtype: torch.dtype) -> dict:
+    """collate's options: how the rows of a pass are laid out."""
+    # For half precision, oneDNN compiles its products anew for every shape, which takes longer than most products do.
+    multiple = 32 if dtype != torch.float32 and not torch.cuda.is_available() else 1
+    drops = {"lora": config.lora_dropout, "ptuning": config.prefix_dropout if config.resolved_ptuning_version == "v2" else 0}
+    share = config.share_prefix and family.name != "glm" and not drops.get(config.train_type)
+    return {"ragged": config.batching == "ragged", "share": share, "multiple": multiple, "pad_id": tokenizer.pad_token_id}
+
+
 class Loop:
     """The state of a run between its steps."""
 
@@ -207,6 +240,8 @@ class Loop:
         self.data, self.eval_data, self.eval_rows = data, eval_data, eval_rows
         self.schedule, self.checkpointer, self.done = schedule, checkpointer, done
         self.order_epoch, self.order = None, None
+        self.lengths = np.array([len(ids) for ids in data.input_ids])
+        self.layout = layout_of(config, family, tokenizer, next(model.parameters()).dtype)
         self.stop_signal = 0
         self.last_metrics: dict = {}
 
@@ -266,14 +301,15 @@ class Loop:
         config, engine = self.config, self.engine
         epoch, place = divmod(self.done, self.schedule.steps_per_epoch)
         if epoch != self.order_epoch:
-            self.order_epoch, self.order = epoch, epoch_order(len(self.data), config.seed, epoch)
+            group = self.schedule.global_batch if config.batching == "grouped" else 0
+            self.order_epoch, self.order = epoch, epoch_order(self.lengths, config.seed, epoch, group=group)
         rows = step_rows(
-            self.order, place, micro=config.per_device_train_batch_size,
+            self.order, place, self.lengths, micro=config.per_device_train_batch_size,
             accumulation=config.gradient_accumulation_steps, rank=rank(), world=world_size(),
         )  # fmt: skip
-        batches = [collate(self.data, chosen, self.tokenizer.pad_token_id) for chosen in rows]
+        batches = [collate(self.data, chosen, **self.layout) for chosen in rows]
         tokens = sum(len(self.data.input_ids[r]) for chosen in rows for r in chosen if r >= 0)
-        labelled, tokens, stop = sum_over_ranks(sum(count_labels(b["labels"]) for b in batches), tokens, self.stop_signal)
+        labelled, tokens, stop = sum_over_ranks(sum(map(count_labels, batches)), tokens, self.stop_signal)
 
         engine.train()
         seed_step(config.seed, self.done + 1, stream=1 + rank())
@@ -281,10 +317,10 @@ class Loop:
         scale = len(batches) * world_size() / labelled
         total = 0.0
         for batch in batches:
-            nll = engine(**{k: v.to(engine.device) for k, v in batch.items()})
-            engine.backward(nll * scale)
+            loss = engine(scale=scale, **on_device(batch, engine.device))
+            engine.backward(loss)
             engine.step()
-            total += float(nll.detach())
+            total += float(loss.detach()) / scale
         self.done += 1
         loss = sum_over_ranks(total)[0] / labelled
         norm = float(engine.get_global_grad_norm() or 0)
@@ -304,7 +340,7 @@ class Loop:
         config = self.config
         self.engine.eval()
         batch = config.per_device_eval_batch_size or config.per_device_train_batch_size
-        metrics = {"loss": evaluation_loss(self.engine.module, self.eval_data, batch, self.tokenizer.pad_token_id)}
+        metrics = {"loss": evaluation_loss(self.engine.module, self.eval_data, batch, **self.layout)}
         if config.eval_f1:
             metrics["f1"] = generation_f1(
                 self.model, self.tokenizer, self.eval_rows, batch_size=batch, max_src_len=config.max_src_len,

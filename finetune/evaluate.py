@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from finetune.data import IGNORED, Dataset, Row, collate, read_rows
+from finetune.data import Dataset, Row, collate, count_labels, read_rows
 from finetune.predict import add_model_flags, generate_answers, load_for_inference
 
 
@@ -33,11 +33,11 @@ def mean_f1(answers: list[str], golds: list[str], denominator: int | None = None
     return sum(map(triple_f1, answers, golds)) / (denominator or len(golds))
 
 
-def evaluation_loss(loss_module, data: Dataset, batch_size: int, pad_id: int) -> float:
-    """Mean negative log likelihood of the labelled tokens over all rows, shared among the ranks."""
+def evaluation_loss(loss_module, data: Dataset, batch_size: int, **layout) -> float:
+    """Mean negative log likelihood of the labelled tokens over all rows, shared among the ranks; `layout` is collate's."""
     import torch
 
-    from finetune.distributed import rank, sum_over_ranks, world_size
+    from finetune.distributed import on_device, rank, sum_over_ranks, world_size
 
     per_pass = batch_size * world_size()
     total = count = 0.0
@@ -45,10 +45,10 @@ def evaluation_loss(loss_module, data: Dataset, batch_size: int, pad_id: int) ->
     device = next(loss_module.parameters()).device
     for start in range(0, len(by_length), per_pass):
         mine = by_length[start : start + per_pass][rank() :: world_size()]
-        batch = collate(data, mine or [-1], pad_id)  # ZeRO-3: every rank runs every pass
+        batch = collate(data, mine or [-1], **layout)  # ZeRO-3: every rank runs every pass
         with torch.no_grad():
-            total += float(loss_module(**{k: v.to(device) for k, v in batch.items()}))
-        count += int((batch["labels"][:, 1:] != IGNORED).sum())
+            total += float(loss_module(**on_device(batch, device)))
+        count += count_labels(batch)
     total, count = sum_over_ranks(total, count)
     return total / count
 

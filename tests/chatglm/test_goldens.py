@@ -212,15 +212,15 @@ def measure_forward(g):
 def measure_rope(g):
     if g.family == "glm":
         positions = torch.arange(len(g["rope.cos"])).expand(1, 2, -1)
-        for cos, sin in g.model.transformer.rotary(positions):
+        for turns in g.model.transformer.rotary(positions)[0].chunk(2, -1):  # by place, by block position
             # the originals' table holds each angle twice
-            yield "rope.cos", gap(cos[0].repeat(1, 2), g["rope.cos"]), 1e-6
-            yield "rope.sin", gap(sin[0].repeat(1, 2), g["rope.sin"]), 1e-6
-        cos, sin = g.model.transformer.rotary(torch.ones(1, 2, 1, dtype=torch.long))[0]
-        yield "rope.inv_freq", gap(torch.atan2(sin, cos).flatten(), g["rope.inv_freq"]), 1e-6
+            yield "rope.cos", gap(turns.real.repeat(1, 2), g["rope.cos"]), 1e-6
+            yield "rope.sin", gap(turns.imag.repeat(1, 2), g["rope.sin"]), 1e-6
+        turns = g.model.transformer.rotary(torch.ones(1, 2, 1, dtype=torch.long)).chunk(2, -1)[0]
+        yield "rope.inv_freq", gap(turns.angle().flatten(), g["rope.inv_freq"]), 1e-6
     else:
-        angles = g.model.transformer.rotary(torch.arange(len(g["rope.cache"]))[None])
-        yield "rope.cache", gap(torch.stack(angles, -1)[0], g["rope.cache"]), 1e-6
+        turns = g.model.transformer.rotary(torch.arange(len(g["rope.cache"]))[None])
+        yield "rope.cache", gap(torch.view_as_real(turns)[0], g["rope.cache"]), 1e-6
 
 
 def measure_train(g):

@@ -1,0 +1,485 @@
+"""Training speed and memory, ours against its peers, in interleaved runs on the same rows.
+
+    python benchmarks/train_speed.py [--quick] [--json FILE] [--cases lora-glm2,full-glm2] [--threads 1,2] [--shared ../shared]
+
+Each subject is a process of its own that waits for its turn; a turn is a few optimizer steps on the same rows as everybody's.
+    reference     the seeds' loop on the same model: rows padded, full logits, fp32, plain formulas (written below)
+    trainer       transformers' Trainer with peft on GlmForCausalLM of the same size (glm2), at its best precision
+    llamafactory  the same through LLaMA-Factory, with --llamafactory PYTHON, the interpreter of a venv that has it
+    bare          our model and loss in a loop without DeepSpeed
+    ours          what train.py runs; bf16 unless the case's name ends in -fp32
+Tokens are real ones: padding does not count, whatever is computed once for several rows counts for each. Memory is the
+peak of the resident set in the turns above that of the idle process (imports done, no model yet).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+MARK = "@@ "  # begins a worker's answers among whatever its libraries print
+ROWS, BATCH, WARM_STEPS = 400, 4, 16
+GLM_IDS = {"vocab_size": 130528, "bos_token_id": 130004, "eos_token_id": 130005, "mask_token_id": 130000, "gmask_token_id": 130001,
+           "pad_token_id": 3}  # fmt: skip
+
+
+# ---- the rows and the models that every subject gets -------------------------------------------------------------
+
+
+def encode(shared: Path, family: str) -> list[tuple[list[int], int]]:
+    """(ids, number of masked ones) of the rows of spo_0.json. ChatGLM-6B's real tokenizer is not among the data: its rows
+    are those of ChatGLM2's in ChatGLM-6B's layout.
+    """
+    from chatglm import load_tokenizer
+    from chatglm.families import FAMILIES
+    from finetune.data import encode_rows, read_rows
+
+    tokenizer = load_tokenizer(shared / "data" / "chatglm2-tokenizer", mode="glm2")
+    rows, _ = read_rows(shared / "data" / "finetune" / "spo_0.json", limit=ROWS)
+    data = encode_rows(rows, tokenizer, FAMILIES["glm2"], max_len=768, max_src_len=512)
+    pairs = [(ids, n) for ids, n in zip(data.input_ids, data.n_masked)]
+    if family == "glm":
+        pairs = [(ids[2:n] + [130001, 130004] + ids[n:-1] + [130005], n - 1) for ids, n in pairs]
+    return pairs
+
+
+def make_config(family: str, layers: int, hidden: int):
+    """A random model of the family's proportions and its released vocabulary; heads of 64."""
+    from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
+
+    shape = {"hidden_size": hidden, "num_layers": layers, "num_attention_heads": hidden // 64}
+    if family == "glm":
+        return ChatGLM1Config(inner_hidden_size=4 * hidden, **shape, **GLM_IDS)
+    ffn = round(hidden * 13696 / 4096 / 16) * 16
+    return ChatGLM2Config(padded_vocab_size=65024, ffn_hidden_size=ffn, kv_channels=64, multi_query_group_num=2, glm_family="glm2", **shape)
+
+
+def make_model(family: str, layers: int, hidden: int):
+    import torch
+
+    from chatglm.modeling_glm import ChatGLM1ForConditionalGeneration
+    from chatglm.modeling_glm2 import ChatGLM2ForConditionalGeneration
+
+    torch.manual_seed(0)
+    return (ChatGLM1ForConditionalGeneration if family == "glm" else ChatGLM2ForConditionalGeneration)(make_config(family, layers, hidden))
+
+
+def batches(pairs, first_epoch: int = 0):
+    """Row numbers of each step, for ever."""
+    import numpy as np
+
+    for epoch in range(first_epoch, 10**6):
+        order = np.random.default_rng(epoch).permutation(len(pairs))
+        yield from (order[i : i + BATCH].tolist() for i in range(0, len(order) - BATCH + 1, BATCH))
+
+
+# ---- the subjects: each yields the loss of one step after another ----------------------------------------------------
+
+
+def plain_formulas():
+    """Undo our lean operations: norm, rotary and activation as the seeds' modelling code spells them out."""
+    import torch
+    import torch.nn.functional as F
+
+    from chatglm import modeling_glm, modeling_glm2
+
+    class Norm:
+        @staticmethod
+        def apply(x, weight, eps):
+            wide = x.float()
+            return (weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps))).to(x.dtype)
+
+    class SwiGLU:
+        @staticmethod
+        def apply(both):
+            gate, up = both.chunk(2, dim=-1)
+            return F.silu(gate) * up
+
+    class Pairs:
+        @staticmethod
+        def apply(x, turns, heads, turn_):
+            n = 2 * turns.shape[-1]
+            a, b = x[:, :, :heads, :n].unflatten(-1, (-1, 2)).unbind(-1)
+            cos, sin = turns.real, turns.imag
+            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+            turned = torch.cat([turned, x[:, :, :heads, n:]], dim=-1)
+            return torch.cat([turned, x[:, :, heads:]], dim=2)
+
+    class Halves:
+        @staticmethod
+        def apply(x, turns, heads, turn_):
+            parts = []
+            for half, t in zip(x[:, :, :heads].chunk(2, -1), turns.chunk(2, -1)):
+                a, b = half.chunk(2, -1)
+                parts.append(torch.cat([a * t.real - b * t.imag, b * t.real + a * t.imag], dim=-1))
+            return torch.cat([torch.cat(parts, dim=-1), x[:, :, heads:]], dim=2)
+
+    modeling_glm2.RMSNormFunction, modeling_glm2.SwiGLUFunction, modeling_glm2.RotateFunction = Norm, SwiGLU, Pairs
+    modeling_glm.RotateFunction = Halves
+
+
+def pad(pairs, rows, pad_id):
+    """input_ids and labels (B, longest), padded on the right."""
+    import torch
+
+    longest = max(len(pairs[r][0]) for r in rows)
+    ids = torch.tensor([pairs[r][0] + [pad_id] * (longest - len(pairs[r][0])) for r in rows])
+    labels = [[-100] * n + ids_[n:] + [-100] * (longest - len(ids_)) for ids_, n in (pairs[r] for r in rows)]
+    return ids, torch.tensor(labels)
+
+
+def run_reference(spec, pairs):
+    """The seeds' loop: everything in fp32, every position through the output layer, the shifted logits copied."""
+    import peft
+    import torch
+    import torch.nn.functional as F
+
+    plain_formulas()
+    model = make_model(spec["family"], spec["layers"], spec["hidden"])
+    if spec["method"] == "lora":
+        model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=30, target_modules=["query_key_value"]))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    model.train()
+    for rows in batches(pairs):
+        ids, labels = pad(pairs, rows, 3)
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+        shifted, wanted = logits[:, :-1].contiguous(), labels[:, 1:].contiguous()
+        loss = F.cross_entropy(shifted.view(-1, shifted.shape[-1]), wanted.view(-1))
+        del logits, shifted
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield rows, float(loss)
+
+
+def our_dataset(pairs):
+    from finetune.data import Dataset
+
+    return Dataset([ids for ids, _ in pairs], [n for _, n in pairs], [""] * len(pairs), 0, 0)
+
+
+def run_bare(spec, pairs):
+    import torch
+
+    from finetune.data import collate, count_labels
+    from finetune.engine import lighten
+    from finetune.loss import LossModule
+    from finetune.methods import FullParameters, Lora
+
+    model = make_model(spec["family"], spec["layers"], spec["hidden"])
+    lora = spec["method"] == "lora"
+    wide = torch.float32 if spec["precision"] == "fp32" else torch.bfloat16
+    model = (Lora(8, 30, 0.0, "query_key_value") if lora else FullParameters()).prepare(model.to(wide))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    masters = trained
+    if lora:
+        for p in trained:
+            p.data = p.data.float()
+        lighten(model)
+    elif wide != torch.float32:
+        masters = [torch.nn.Parameter(p.detach().float()) for p in trained]
+    optimizer = torch.optim.AdamW(masters, lr=1e-4, fused=True)
+    loss_module, data = LossModule(model).train(), our_dataset(pairs)
+    layout = {"ragged": True, "share": spec["family"] != "glm", "multiple": 32 if wide != torch.float32 else 1}
+    for rows, counted in warmed(pairs):
+        batch = collate(data, rows, **layout)
+        loss = loss_module(scale=1 / count_labels(batch), **batch)
+        loss.backward()
+        if masters is not trained:
+            for master, p in zip(masters, trained):
+                master.grad, p.grad = p.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if masters is not trained:
+            with torch.no_grad():
+                torch._foreach_copy_(trained, masters)
+        yield rows if counted else None, float(loss)
+
+
+def warmed(pairs):
+    """(rows, counted): other rows first, for the kernels that are compiled for new shapes to be there, as soon in any run."""
+    from itertools import islice
+
+    yield from ((rows, False) for rows in islice(batches(pairs, 1), WARM_STEPS))
+    yield from ((rows, True) for rows in batches(pairs))
+
+
+def run_ours(spec, pairs):
+    """train.py's own engine and step, on rows handed to it."""
+    from types import SimpleNamespace
+
+    from chatglm.families import FAMILIES
+    from finetune import engine as engine_module
+    from finetune.config import TrainConfig
+    from finetune.distributed import init_distributed
+
+    folder = Path(spec["folder"])
+    make_config(spec["family"], spec["layers"], spec["hidden"]).save_pretrained(str(folder))
+    engine_module.load_model = lambda path, dtype, **options: make_model(spec["family"], spec["layers"], spec["hidden"]).to(dtype)
+    config = TrainConfig(
+        model_name_or_path=str(folder), train_path="rows", train_type="lora" if spec["method"] == "lora" else "all", mode=spec["family"],
+        per_device_train_batch_size=BATCH, precision=spec["precision"], lora_dropout=0.0, learning_rate=1e-4,
+    )  # fmt: skip
+    init_distributed()
+    engine, model, _, precision = engine_module.build_engine(config, spec["family"], 10**6)
+    schedule = engine_module.Schedule(10**6 * BATCH, BATCH, 1, None)
+    tokenizer = SimpleNamespace(pad_token_id=3)
+    loop = engine_module.Loop(config, engine, model, tokenizer, FAMILIES[spec["family"]], our_dataset(pairs), None, [], schedule, None, 0)
+    for rows, counted in warmed(pairs):
+        engine_module.step_rows = lambda *args, rows=rows, **kwargs: [rows]
+        loss = loop.step()[0]
+        yield rows if counted else None, loss
+
+
+def make_glm(spec):
+    """GlmForCausalLM of the same size, random."""
+    import torch
+    from transformers import GlmConfig, GlmForCausalLM
+
+    ours = make_config("glm2", spec["layers"], spec["hidden"])
+    torch.manual_seed(0)
+    config = GlmConfig(
+        vocab_size=ours.padded_vocab_size, hidden_size=ours.hidden_size, intermediate_size=ours.ffn_hidden_size,
+        num_hidden_layers=ours.num_layers, num_attention_heads=ours.num_attention_heads, num_key_value_heads=2, head_dim=64,
+        partial_rotary_factor=0.5, attention_bias=True, rms_norm_eps=1e-5, pad_token_id=3, eos_token_id=2,
+    )  # fmt: skip
+    return GlmForCausalLM(config)
+
+
+# ---- a worker and its turns ------------------------------------------------------------------------------------------
+
+
+def resident(field: str) -> int:
+    """Bytes of VmRSS or VmHWM of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+class Turns:
+    """The worker's side of the conversation: waits for a number of steps to do, tells what they took."""
+
+    def __init__(self, pairs):
+        self.pairs, self.left, self.idle = pairs, 0, resident("VmRSS")
+        self.tokens, self.started = 0, 0.0
+
+    def tell(self, **values):
+        print(MARK + json.dumps(values), flush=True)
+
+    def before_step(self):
+        if self.left:
+            return
+        if self.started:
+            seconds = time.perf_counter() - self.started
+            self.tell(seconds=seconds, tokens=self.tokens, loss=self.loss, memory=resident("VmHWM") - self.idle)
+        word = sys.stdin.readline().split()
+        if not word or word[0] == "end":
+            os._exit(0)
+        self.left, self.tokens = int(word[0]), 0
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
+        self.started = time.perf_counter()
+
+    def after_step(self, rows, loss):
+        self.left -= 1
+        self.tokens += sum(len(self.pairs[r][0]) for r in rows)
+        self.loss = loss
+
+
+def work(spec):
+    """A worker's whole life."""
+    import peft  # noqa: F401
+    import torch
+    import transformers  # noqa: F401
+
+    torch.set_num_threads(spec["threads"])
+    if spec["subject"] == "ours":
+        import deepspeed  # noqa: F401
+    pairs = json.loads(Path(spec["rows"]).read_text())
+    turns = Turns(pairs)
+    if spec["subject"] in ("trainer", "llamafactory"):
+        return work_trainer(spec, pairs, turns)
+    steps = {"reference": run_reference, "bare": run_bare, "ours": run_ours}[spec["subject"]](spec, pairs)
+    turns.before_step()
+    for rows, loss in steps:
+        if rows is not None:  # a step that only warms up
+            turns.after_step(rows, loss)
+            turns.before_step()
+
+
+def work_trainer(spec, pairs, turns):
+    import peft
+    import torch
+    from torch.utils.data import Dataset
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    model = make_glm(spec)
+    if spec["precision"] == "bf16":
+        model = model.to(torch.bfloat16)
+    if spec["method"] == "lora":
+        model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=30, target_modules=["q_proj", "k_proj", "v_proj"]))
+    steps = batches(pairs)
+    order = []
+
+    class Rows(Dataset):
+        def __len__(self):
+            return 10**7
+
+        def __getitem__(self, i):
+            while len(order) <= i // BATCH:
+                order.append(next(steps))
+            return order[i // BATCH][i % BATCH]
+
+    def collate(rows):
+        ids, labels = pad(pairs, rows, 3)
+        mask = torch.zeros_like(ids)
+        for i, r in enumerate(rows):
+            mask[i, : len(pairs[r][0])] = 1
+        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+    class Sequential(Trainer):
+        def _get_train_sampler(self, *args):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    class Callback(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            turns.before_step()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            turns.after_step(order[state.global_step - 1], 0.0)
+
+    args = TrainingArguments(
+        output_dir=spec["folder"], per_device_train_batch_size=BATCH, max_steps=10**6, report_to=[], save_strategy="no",
+        logging_strategy="no", learning_rate=1e-4, use_cpu=True, remove_unused_columns=False, disable_tqdm=True,
+        bf16=spec["precision"] == "autocast", dataloader_pin_memory=False,
+    )  # fmt: skip
+    Sequential(model=model, args=args, train_dataset=Rows(), data_collator=collate, callbacks=[Callback()]).train()
+
+
+# ---- the parent ------------------------------------------------------------------------------------------------------
+
+
+class Subject:
+    """A worker process."""
+
+    def __init__(self, spec):
+        self.spec = spec
+        env = os.environ | {"OMP_NUM_THREADS": str(spec["threads"]), "TOKENIZERS_PARALLELISM": "false"}
+        if spec["threads"] == 1:
+            env["MKL_NUM_THREADS"] = "1"
+        self.log = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [spec.get("python", sys.executable), __file__, "--worker", json.dumps(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self.log, text=True, env=env, cwd=ROOT,
+        )  # fmt: skip
+
+    def turn(self, steps: int) -> dict:
+        """{seconds, tokens, loss, memory} of so many steps."""
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                return json.loads(line[len(MARK) :])
+        self.log.seek(0)
+        sys.exit(f"{self.spec['subject']} failed:\n{self.log.read()[-3000:]}")
+
+    def end(self):
+        self.process.kill()
+        self.process.wait()
+
+
+def compare(specs: dict[str, dict], steps: int, repetitions: int) -> dict[str, dict]:
+    """{subject: {tokens_per_second: [of each turn], memory_gb}}, the subjects taking turns on the same rows."""
+    subjects = {name: Subject(spec) for name, spec in specs.items()}
+    try:
+        for subject in subjects.values():
+            subject.turn(1)
+        turns = {name: [] for name in subjects}
+        for _ in range(repetitions):
+            for name, subject in subjects.items():
+                turns[name].append(subject.turn(steps))
+    finally:
+        for subject in subjects.values():
+            subject.end()
+    return {
+        name: {"tokens_per_second": [t["tokens"] / t["seconds"] for t in told], "memory_gb": max(t["memory"] for t in told) / 1e9, "loss": told[-1]["loss"]}
+        for name, told in turns.items()
+    }
+
+
+def ratio(ours: dict, theirs: dict) -> tuple[float, float]:
+    """Median over the turns of our speed over theirs, and our memory over theirs."""
+    pairs = zip(ours["tokens_per_second"], theirs["tokens_per_second"])
+    return statistics.median(a / b for a, b in pairs), ours["memory_gb"] / theirs["memory_gb"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--shared", default="../shared", help="folder with data/chatglm2-tokenizer and data/finetune")
+    parser.add_argument("--cases", default="lora-glm2,lora-glm2-fp32,full-glm2,full-glm2-fp32,lora-glm,lora-glm-fp32,full-glm", help="comma list")
+    parser.add_argument("--against", default="reference,trainer,bare", help="comma list of subjects")
+    parser.add_argument("--threads", default="1,2", help="comma list")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps in a turn")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--trainer_precision", default="bf16", choices=("fp32", "bf16", "autocast"))
+    parser.add_argument("--quick", action="store_true", help="one thread, glm2 and glm, 3 repetitions: under 10 minutes")
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    if args.worker:
+        return work(json.loads(args.worker))
+    shared = Path(args.shared).resolve()
+    if not (shared / "data" / "finetune" / "spo_0.json").is_file():
+        sys.exit(f"no rows in {shared}; --shared names the folder of the public data")
+    if args.quick:
+        args.threads, args.repetitions, args.steps, args.cases = "1", 3, 3, "lora-glm2,lora-glm2-fp32,full-glm2,lora-glm"
+    result = []
+    print(f"model {args.layers} x {args.hidden}, batch {BATCH}\n")
+    print("| case | threads | against | ours, tokens/s | theirs | ratio | memory, ours / theirs, GB | ratio |\n|---|---|---|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = {}
+        for family in ("glm2", "glm"):
+            rows[family] = Path(folder) / f"{family}.json"
+            rows[family].write_text(json.dumps(encode(shared, family)))
+        for case in args.cases.split(","):
+            method, family, *fp32 = case.split("-")
+            for threads in map(int, args.threads.split(",")):
+                base = {"family": family, "method": method, "layers": args.layers, "hidden": args.hidden, "threads": threads, "rows": str(rows[family])}
+                precision = "fp32" if fp32 else "bf16"
+                specs = {"ours": base | {"subject": "ours", "precision": precision}}
+                for name in args.against.split(","):
+                    if name == "trainer" and family == "glm":
+                        continue  # transformers has no ChatGLM-6B
+                    theirs = "fp32" if fp32 or name == "reference" else args.trainer_precision if name == "trainer" else precision
+                    specs[name] = base | {"subject": name, "precision": theirs}
+                for name, spec in specs.items():
+                    spec["folder"] = str(Path(folder) / name)
+                told = compare(specs, args.steps, args.repetitions)
+                for name in list(specs)[1:]:
+                    speed, memory = ratio(told["ours"], told[name])
+                    middle = {n: statistics.median(told[n]["tokens_per_second"]) for n in ("ours", name)}
+                    print(f"| {case} | {threads} | {name} | {middle['ours']:,.0f} | {middle[name]:,.0f} | {speed:.2f} | "
+                          f"{told['ours']['memory_gb']:.2f} / {told[name]['memory_gb']:.2f} | {memory:.2f} |", flush=True)  # fmt: skip
+                    result.append({
+                        "name": case, "against": name, "threads": threads, "layers": args.layers, "hidden": args.hidden, "tokens_ratio": speed,
+                        "memory_ratio": memory, "tokens_per_second": middle["ours"], "their_tokens_per_second": middle[name],
+                    })  # fmt: skip
+                    if args.json:
+                        Path(args.json).write_text(json.dumps({"cases": result}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Operations whose plain form wastes memory or passes over it: the same numbers, with the backward written by hand.
+
+Each saves for the backward pass only what cannot be had again cheaply, works in fp32 inside whatever the tensors' dtype,
+and skips the gradients of frozen weights.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LOGITS_BYTES = 64 * 2**20  # at most so much of the logits exists at a time
+QUERY_BLOCK = 128  # queries of attention's backward on a CPU
+CACHED_BYTES = 2**20  # of fp32 scratch: a piece of the logits that stays in a core's cache
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """x / rms(x) * weight, arXiv 1910.07467 eq. 4. Saves x and one number a row."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        # One dtype in each operation: mixed ones are not vectorised on a CPU.
+        wide = x.float()
+        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+        scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        out = wide * scale if wide is x else wide.mul_(scale)
+        return out.mul_(weight.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, scale = ctx.saved_tensors
+        normed = x.float() * scale if x.dtype == torch.float32 else x.float().mul_(scale)
+        wide = grad.float()
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (wide * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            weighted = wide * weight.float() if wide is grad else wide.mul_(weight.float())
+            along = (weighted * normed).sum(-1, keepdim=True).div_(x.shape[-1])
+            grad_x = weighted.addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype)
+        return grad_x, grad_weight, None
+
+
+class SwiGLUFunction(torch.autograd.Function):
+    """silu(gate) * up of (..., 2 F) -> (..., F), arXiv 2002.05202. Saves its input alone."""
+
+    @staticmethod
+    def forward(ctx, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        gate, up = both.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (both,) = ctx.saved_tensors
+        gate, up = both.chunk(2, dim=-1)
+        result = torch.empty_like(both)
+        grad_gate, grad_up = result.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return result
+
+
+class RotateFunction(torch.autograd.Function):
+    """Rotary (arXiv 2104.09864, eq. 34) on the first heads of x (B, S, heads, D) by complex `turns` (B, S, 1, n).
+
+    `turn_` is what turns a tensor in place: `turn_pairs_` or `turn_halves_`. Saves nothing but the turns.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, turns: Tensor, heads: int, turn_) -> Tensor:
+        ctx.turns, ctx.heads, ctx.turn_ = turns, heads, turn_
+        x = x.clone(memory_format=torch.contiguous_format)
+        turn_(x[:, :, :heads], turns)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        ctx.turn_(grad[:, :, : ctx.heads], ctx.turns.conj_physical())
+        return grad, None, None, None
+
+
+def turn_pairs_(x: Tensor, turns: Tensor):
+    """ChatGLM2's way: dims (0, 1), (2, 3), ... of each head up to 2 n."""
+    part = x[..., : 2 * turns.shape[-1]]
+    wide = part.float()  # fp32: the part itself, turned in place
+    torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(turns)
+    if wide is not part:
+        part.copy_(wide)
+
+
+def turn_halves_(x: Tensor, turns: Tensor):
+    """ChatGLM-6B's way: a head's first half by the first half of the turns, its second half by the second; in each half
+    dims (0, D/4), (1, D/4 + 1), ...
+    """
+    cos, sin = (t.unflatten(-1, (2, -1)) for t in (turns.real, turns.imag))
+    a, b = x.unflatten(-1, (2, 2, -1)).unbind(-2)
+    wide = a.float() * cos
+    b_turned = b.float() * cos
+    b_turned.addcmul_(a.float(), sin)
+    a.copy_(wide.addcmul_(b.float(), sin, value=-1))
+    b.copy_(b_turned)
+
+
+class CpuAttentionFunction(torch.autograd.Function):
+    """scaled_dot_product_attention on a CPU, whose own backward is several times slower in bf16 than these few products.
+
+    query (B, heads, Q, D), key and value (B, kv_heads, K, D), mask (1, 1, Q, K) bool, True = visible. `causal`: the mask says
+    that query i sees the first K - Q + i + 1 keys, and is None where Q = K. No dropout. The backward pass takes QUERY_BLOCK queries at a time: scores and softmax in
+    fp32, the heads that share a key head side by side, so that their gradients add up in the products.
+    """
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scaling: float):
+        ctx.save_for_backward(query, key, value, None if causal else mask)
+        ctx.scaling = scaling
+        triangle, grouped = mask is None and query.shape[2] > 1, query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, is_causal=triangle, enable_gqa=grouped)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        query, key, value, mask = ctx.saved_tensors
+        (batch, heads, length, dim), keys, groups = query.shape, key.shape[2], key.shape[1]
+        dtype, kv_shape = query.dtype, key.shape
+        # oneDNN compiles its half-precision products anew for every shape: few shapes, then.
+        unit = 1 if dtype == torch.float32 else 64
+        rows, width = -(-length // unit) * unit, -(-keys // unit) * unit
+        # (batch * kv_heads, heads that share them, Q, D) and (batch * kv_heads, K, D), filled up with zeros
+        query, grad = (F.pad(x.reshape(-1, heads // groups, length, dim), (0, 0, 0, rows - length)) for x in (query, grad))
+        key, value = (F.pad(x.reshape(-1, keys, dim), (0, 0, 0, width - keys)) for x in (key, value))
+        wide_key = key.float()
+        if mask is not None:
+            bias = torch.zeros(rows, width).masked_fill_(~F.pad(mask[0, 0], (0, width - keys, 0, rows - length), value=False), -1e30)
+        grad_query = torch.empty_like(query)
+        grad_key, grad_value = torch.zeros_like(wide_key), torch.zeros_like(wide_key)
+        for start in range(0, rows, QUERY_BLOCK):
+            end = min(start + QUERY_BLOCK, rows)
+            seen = width if mask is not None else min(width, -(-(keys - length + end) // unit) * unit)
+            q, g = (x[:, :, start:end].flatten(1, 2) for x in (query, grad))
+            scores = torch.bmm(q.float(), wide_key[:, :seen].transpose(1, 2)).mul_(ctx.scaling)
+            hidden = bias[start:end, :seen] if mask is not None else later(end - start, seen, keys - length + start + 1)
+            scores.unflatten(1, (-1, end - start)).add_(hidden)
+            weights = torch.softmax(scores, dim=-1)
+            grad_value[:, :seen].add_(torch.bmm(weights.to(dtype).transpose(1, 2), g))
+            scores = torch.bmm(g, value[:, :seen].transpose(1, 2)).float().mul_(weights)
+            # The softmax's backward, dS = P dP - P (sum of P dP)
+            scores = scores.addcmul_(weights, scores.sum(-1, keepdim=True), value=-1).mul_(ctx.scaling).to(dtype)
+            grad_query[:, :, start:end] = torch.bmm(scores, key[:, :seen]).view(-1, heads // groups, end - start, dim)
+            grad_key[:, :seen].add_(torch.bmm(scores.transpose(1, 2), q))
+        grad_query = grad_query[:, :, :length].reshape(batch, heads, length, dim)
+        grad_key, grad_value = (x[:, :keys].reshape(kv_shape).to(dtype) for x in (grad_key, grad_value))
+        return grad_query, grad_key, grad_value, None, None, None
+
+
+@lru_cache(maxsize=256)
+def later(rows: int, keys: int, first: int) -> Tensor:
+    """(rows, keys) fp32 to add to scores: row i is far below zero from key `first` + i on."""
+    return torch.full((rows, keys), -1e30).triu_(first)
+
+
+class CrossEntropyFunction(torch.autograd.Function):
+    """`scale` times the summed cross entropy of hidden (N, H) @ weight.T (V, H) against targets (N,): a scalar, fp32.
+
+    Targets below 0 carry no loss. The logits live in pieces of LOGITS_BYTES, each turned into its own gradient in place and used up at once, so neither
+    the logits nor their gradient is ever whole. The gradients are made in the forward pass for an incoming gradient of 1:
+    hand what the loss will be divided by to `scale`, and the backward pass has nothing to do.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float) -> Tensor:
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        # fp16 has no room for a softmax over thousands of words divided by thousands of tokens: it is scaled afterwards.
+        ctx.left, scale = (scale, 1.0) if hidden.dtype == torch.float16 else (1.0, scale)
+        rows = max(1, LOGITS_BYTES // (weight.shape[0] * hidden.element_size()))
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = grad_bias = None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), rows):
+            part = hidden[start : start + rows]
+            logits = F.linear(part, weight, bias)
+            total += softmax_gradient_(logits, targets[start : start + rows], scale, need_hidden or need_weight or need_bias)
+            if need_hidden:
+                torch.mm(logits, weight, out=grad_hidden[start : start + rows])
+            if need_weight:
+                grad_weight = logits.t() @ part if grad_weight is None else grad_weight.addmm_(logits.t(), part)
+            if need_bias:
+                grad_bias = logits.sum(0) if grad_bias is None else grad_bias.add_(logits.sum(0))
+            del logits
+        ctx.gradients = grad_hidden, grad_weight, grad_bias
+        return total * (scale * ctx.left)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        gradients = ctx.gradients
+        del ctx.gradients  # a second backward is an error, as for any freed graph
+        grad = grad * ctx.left
+        if grad.device.type != "cpu" or grad.item() != 1:
+            gradients = tuple(g if g is None else g.mul_(grad.to(g.dtype)) for g in gradients)
+        return *gradients, None, None
+
+
+def softmax_gradient_(logits: Tensor, targets: Tensor, scale: float, needed: bool) -> Tensor:
+    """The summed cross entropy of logits (N, V), fp32; with `needed`, logits become scale * (softmax - one-hot) in place.
+
+    In pieces that a CPU's cache holds, each in fp32: half-precision logits are exponentiated and summed at full precision.
+    """
+    rows = max(1, CACHED_BYTES // (4 * logits.shape[1])) if logits.device.type == "cpu" else len(logits)
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    for start in range(0, len(logits), rows):
+        piece, wanted = logits[start : start + rows], targets[start : start + rows, None]
+        counted, wanted = (wanted >= 0).float(), wanted.clamp(min=0)
+        wide = piece.float() if needed or piece.dtype != torch.float32 else piece.clone()
+        wide.sub_(wide.amax(-1, keepdim=True))
+        target_logits = wide.gather(-1, wanted)
+        mass = wide.exp_().sum(-1, keepdim=True)
+        total += torch.sum((mass.log() - target_logits) * counted)
+        if needed:
+            wide.mul_(scale * counted / mass).scatter_add_(-1, wanted, -scale * counted)
+            if wide is not piece:
+                piece.copy_(wide)
+    return total
+
+
+class OutputLayer(nn.Linear):
+    """Hidden states to logits; with `targets`, to the loss, which needs no whole logits.
+
+    The loss is reached by calling the module, so that whoever gathers its weight around a call (ZeRO-3) does so here too.
+    """
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """hidden (..., H) -> logits (..., V); or hidden (N, H), targets (N,) -> scale * summed cross entropy, fp32."""
+        if targets is None:
+            return super().forward(hidden)
+        return CrossEntropyFunction.apply(hidden, self.weight, self.bias, targets, scale)

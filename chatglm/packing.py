@@ -1,0 +1,133 @@
+"""Several sequences end to end in one row, each blind to the others: no padding, and no mask over pairs of sequences.
+
+Positions tell the sequences apart: where they fall back to 0, one ends and the next begins. Where they fall back to p > 0,
+the next one shares the row's first p tokens, its *trunk*: a beginning that sequences have in common is computed once.
+(What a causal model computes at a token depends on what stands before it alone, so this changes no number. ChatGLM-6B's
+context looks ahead: its sequences share nothing.)
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .kernels import CpuAttentionFunction
+from .layers import attention_backend, attention_visibility, causal_mask
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The sequences of one row, and attention over them.
+
+    Args:
+        lengths: tokens of each sequence in the row; a shared trunk is counted in the first alone.
+        shared: tokens of the trunk that each one sees before its own; the first sees none.
+        context: per sequence the tokens at its front that all of its tokens see (ChatGLM-6B), or None for causality alone.
+        keep: (N,) ascending places in the row; the last layer computes no others. None for all.
+    """
+
+    lengths: list[int]
+    shared: list[int]
+    context: list[int] | None = None
+    keep: Tensor | None = None
+
+    def with_prompt(self, count: int) -> tuple["Packing", Tensor]:
+        """Room for `count` virtual tokens (P-Tuning v1) before each sequence that sees no trunk; a trunk brings its own.
+
+        Returns the new packing and (S,) where the old tokens are in the new row.
+        """
+        before = [0 if shared else count for shared in self.shared]
+        where, start = [], 0
+        for length, virtual in zip(self.lengths, before):
+            where.append(torch.arange(start + virtual, start + virtual + length))
+            start += virtual + length
+        where = torch.cat(where)
+        packing = Packing(
+            [length + virtual for length, virtual in zip(self.lengths, before)],
+            [shared + count if shared else 0 for shared in self.shared],
+            self.context and [seen + virtual for seen, virtual in zip(self.context, before)],
+            None if self.keep is None else where.to(self.keep.device)[self.keep],
+        )
+        return packing, where
+
+    def masks(self, prefix_len: int, device) -> "PackedMasks":
+        """What all layers but the last share, built once; `prefix_len` keys are seen by all (P-Tuning v2)."""
+        masks = [self.mask(i, prefix_len, device) for i in range(len(self.lengths))]
+        return PackedMasks(self, prefix_len, masks, self.lengths, causal=self.context is None)
+
+    def mask(self, i: int, prefix_len: int, device) -> Tensor | None:
+        """(1, 1, L, keys) bool of sequence i, True = visible; None where causality is all."""
+        length = self.lengths[i]
+        context = self.context and torch.arange(length, device=device)[None] < self.context[i]
+        return attention_visibility(
+            q_len=length, kv_len=length, device=device, padding=None, context=context, prefix_len=prefix_len + self.shared[i],
+            backend="sdpa",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PackedMasks:
+    """Masks of a packed row's sequences, for a layer that computes `queries[i]` of the tokens of sequence i.
+
+    `causal`: the masks say no more than that a sequence's last query sees all keys, the one before it all but one, ...
+    """
+
+    packing: Packing
+    prefix_len: int
+    masks: list[Tensor | None]
+    queries: list[int]
+    causal: bool
+
+    def of_last_layer(self) -> "PackedMasks":
+        """For the kept tokens alone."""
+        keep, lengths = self.packing.keep, self.packing.lengths
+        edges = torch.tensor([0, *lengths]).cumsum(0)
+        places = torch.searchsorted(keep.cpu(), edges).tolist()
+        masks = []
+        for i, (a, b) in enumerate(zip(places, places[1:])):
+            mask = self.masks[i]
+            if mask is None:
+                mask = causal_mask(lengths[i], self.prefix_len + self.packing.shared[i] + lengths[i], keep.device)
+            masks.append(mask[:, :, keep[a:b] - int(edges[i])])
+        return replace(self, masks=masks, queries=[b - a for a, b in zip(places, places[1:])], causal=False)
+
+    def attend(self, module, query: Tensor, key: Tensor, value: Tensor, prefix: Tensor | None) -> Tensor:
+        """(1, Q, heads * D) from query (1, heads, Q, D) and key, value (1, kv_heads, S, D); prefix (2, sequences, kv_heads, P, D)."""
+        backend = attention_backend(module)
+        dropout = module.attention_dropout if module.training else 0.0
+        lean = query.device.type == "cpu" and not dropout and module.config._attn_implementation == "sdpa"
+        lengths, shared = self.packing.lengths, self.packing.shared
+        keys, values = key.split(lengths, dim=2), value.split(lengths, dim=2)
+        outs = []
+        for i, (own, mask) in enumerate(zip(query.split(self.queries, dim=2), self.masks)):
+            if not self.queries[i]:
+                continue
+            k, v = [keys[i]], [values[i]]
+            if shared[i]:
+                k.insert(0, keys[0][:, :, : shared[i]])
+                v.insert(0, values[0][:, :, : shared[i]])
+            if prefix is not None:
+                k.insert(0, prefix[0, i : i + 1].to(key.dtype))
+                v.insert(0, prefix[1, i : i + 1].to(key.dtype))
+            k, v = (x[0] if len(x) == 1 else torch.cat(x, dim=2) for x in (k, v))
+            if lean:
+                out = CpuAttentionFunction.apply(own, k, v, mask, self.causal, module.scaling).transpose(1, 2)
+            else:
+                out = backend(module, own, k, v, mask, scaling=module.scaling, dropout=dropout)[0]
+            outs.append(out.flatten(2))
+        return torch.cat(outs, dim=1)
+
+
+def find_sequences(positions: Tensor) -> tuple[list[int], list[int]]:
+    """(lengths, shared) of the sequences in a row of positions (S,), by the rule at the top of this file.
+
+    Raises:
+        ValueError: a position falls back into a sequence that is not the first.
+    """
+    falls = (positions[1:] <= positions[:-1]).nonzero().flatten() + 1
+    starts = [0, *falls.tolist()]
+    lengths = [b - a for a, b in zip(starts, [*starts[1:], len(positions)])]
+    shared = [0, *positions[falls].tolist()]
+    if any(s > lengths[0] for s in shared):
+        raise ValueError(f"positions fall back to {max(shared)}, but the row's first sequence has {lengths[0]} tokens")
+    return lengths, shared
