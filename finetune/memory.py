@@ -1,12 +1,11 @@
 """How much memory a fine-tuning needs, by part, without weights and without a GPU.
 
     python -m finetune.memory --model chatglm2-6b --train_type lora --max_len 1560 --per_device_train_batch_size 1 --gpu A40
-    python -m finetune.memory --compare_seeds          (the published rows of memory against this formula)
+    python -m finetune.memory --compare_seeds          (the published rows of memory against the formula)
+    python -m finetune.memory --table                  (what each method needs, as in docs/results.md)
+    python train.py --estimate_memory ...              (the run that the other flags describe)
 
-A physical formula over the model's config (finetune/memory_shapes.py counts its tensors). Peak = what stays (weights, optimizer,
-buffers) + the greater of two phases, the forward pass with its activations and logits (F) and the step with its gradients and
-temporaries (S); both times what the allocator cannot hand out again. Three constants are fitted, on the 27 A40 rows in
-finetune/memory_seeds.py; all else is counted. Sizes are bytes unless a name says otherwise; GB in print are GiB, as nvidia-smi's.
+The formula is finetune/memory_formula.py's. GB in print are GiB, as nvidia-smi's. Free of torch.
 """
 
 import argparse
@@ -16,255 +15,20 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 
-from finetune.config import ROOT, TrainConfig, flag_type
-from finetune.memory_shapes import Shape, read_shape, saved_bytes_per_token, working_bytes_per_token
-from finetune.methods import METHODS, module_names
+from finetune.config import ROOT, TrainConfig, add_flag
+from finetune.memory_formula import GIB, MIB, Run, Zero, estimate
+from finetune.memory_shapes import PUBLISHED, read_shape
+from finetune.methods import module_names
 
-GIB, MIB = 2**30, 2**20
-MODES = ("ours", "plain")
-# Memory that nvidia-smi reports, MiB.
+# The whole memory that nvidia-smi reports, MiB.
 CARDS = {
     "T4": 15360, "V100-16G": 16160, "A10": 23028, "RTX3090": 24576, "RTX4090": 24564, "V100-32G": 32510, "A100-40G": 40960,
     "A40": 46068, "L40S": 46068, "A100-80G": 81920, "H100": 81559, "H200": 143771,
 }  # fmt: skip
-CHUNK_ROWS = 256  # logits of so many labelled rows exist at once in this project's loss
 LIMIT = 2**20  # no search for a batch or a length goes further
-
-
-@dataclass(frozen=True)
-class Constants:
-    """What no count gives; `--compare_seeds --fit` finds them again."""
-
-    # The CUDA context with every kernel of torch, cuBLAS's and NCCL's workspaces: 0.4 to 2 GiB by driver and version.
-    context_gib: float = 1.0
-    # Allocated blocks that are larger than asked, or too small for what comes next: 0 to 0.2 of all.
-    reserve: float = 0.07
-    # Share of the smaller phase (F or S) that the other's freed blocks cannot serve: blocks come back in other sizes. 0 to 1.
-    unshared: float = 0.5
-
-
-@dataclass(frozen=True)
-class Zero:
-    """A DeepSpeed file's zero_optimization, as far as memory goes; sizes in elements, DeepSpeed's own defaults."""
-
-    stage: int = 2
-    offload_optimizer: bool = False
-    offload_param: bool = False
-    reduce_bucket: float = 5e8
-    prefetch: float = 5e7
-    live: float = 1e9
-    overlap: bool | None = None  # DeepSpeed: on for stage 3
-
-    @property
-    def overlaps(self) -> bool:
-        return self.stage == 3 if self.overlap is None else self.overlap
-
-
-@dataclass(frozen=True)
-class Run:
-    """A training run: what an estimate depends on. Lengths in tokens. `zero` None: plain torch, one process."""
-
-    shape: Shape
-    train_type: str = "lora"
-    mode: str = "ours"
-    batch: int = 16
-    length: int = 1024
-    checkpointing: bool = False
-    precision: str = "bf16"
-    gpus: int = 1
-    zero: Zero | None = field(default_factory=Zero)
-    accumulation: int = 1
-    lora_dim: int = 8
-    lora_modules: tuple[str, ...] = ("query_key_value",)
-    lora_dropout: float = 0.1
-    freeze_names: tuple[str, ...] = ("layers.27.",)
-    pre_seq_len: int = 16
-    projection: bool = True
-    version: str = "v2"
-    label_share: float = 0.25  # of the real tokens; ours computes logits there only
-    real_tokens: int | None = None  # of a step on one device; all rows at the longest when not given
-    code: str | None = None  # of the model (memory_shapes.CODES): the original's for plain, sdpa for ours
-    cpu: bool = False  # no CUDA context and no caching allocator
-
-    def __post_init__(self):
-        for name in ("batch", "length", "gpus", "accumulation", "lora_dim", "pre_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.label_share <= 1:
-            raise ValueError(f"--label_share must be above 0 and at most 1, got {self.label_share}")
-        if self.real_tokens is not None and not 1 <= self.real_tokens <= self.batch * self.length:
-            raise ValueError(f"--real_tokens must be from 1 to batch x length = {self.batch * self.length}, got {self.real_tokens}")
-
-    @property
-    def ours(self) -> bool:
-        return self.mode == "ours"
-
-    @property
-    def adapters(self) -> bool:
-        return METHODS[self.train_type].saves != "model"
-
-    @cached_property
-    def trained(self) -> dict[str, int]:
-        """{name: elements} of what is trained; raises ValueError where a name matches nothing."""
-        shape = self.shape
-        if self.train_type == "lora":
-            return shape.lora(self.lora_dim, self.lora_modules)
-        if self.train_type == "ptuning":
-            return shape.prefix(self.pre_seq_len, self.projection, self.version)
-        if self.train_type == "all":
-            return shape.parameters
-        lost = [part for part in self.freeze_names if not any(part in name for name in shape.parameters)]
-        if lost or not self.freeze_names:
-            raise ValueError(f"--freeze_module_name: {', '.join(map(repr, lost)) or 'an empty list'} matches no parameter of {shape.layers} layers")
-        return {name: size for name, size in shape.parameters.items() if any(part in name for part in self.freeze_names)}
-
-    @property
-    def tokens(self) -> int:
-        """Token positions of one forward pass: padded rows in `plain`, real tokens in `ours`."""
-        return (self.real_tokens if self.ours else None) or self.batch * self.length
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Bytes by part, summing to `total`; `cache` of them the allocator gives back when the card is full."""
-
-    parts: dict[str, float]
-    host: dict[str, float]
-    cache: float
-
-    @property
-    def total(self) -> float:
-        return sum(self.parts.values())
-
-    @property
-    def needed(self) -> float:
-        """What must fit the card."""
-        return self.total - self.cache
-
-    def reading(self, card: float) -> float:
-        """What nvidia-smi shows on a card of that many bytes."""
-        return max(self.needed, min(self.total, card))
-
-
-def activations(run: Run) -> tuple[float, float, float]:
-    """(kept through the forward pass, one layer's work in backward, logits and loss)."""
-    shape, e = run.shape, 4 if run.precision == "fp32" else 2
-    code = run.code or ("sdpa" if run.ours else "original")
-    virtual = run.pre_seq_len if run.train_type == "ptuning" else 0
-    tokens = run.tokens + (virtual * run.batch if run.version == "v1" else 0)
-    keys = run.length + virtual
-    full = not run.adapters
-    lora = tuple(n.rsplit(".", 1)[-1] for n in shape.linears) if run.lora_modules == ("all",) else run.lora_modules
-    wide = 4 if run.precision == "fp32" or (run.ours and run.precision == "bf16") else 2  # of the adapters' arithmetic
-    layer = tokens * sum(saved_bytes_per_token(
-        shape, code, keys=keys, element=e, trained=full, lora=lora if run.train_type == "lora" else (), lora_rank=run.lora_dim,
-        lora_element=wide, lora_dropout=run.lora_dropout > 0, mask_element=e if run.cpu else 1,
-    ).values())  # fmt: skip
-    work = tokens * working_bytes_per_token(shape, code, keys=keys, element=e)
-    layers = shape.layers
-    if not run.checkpointing and run.train_type == "freeze":  # the graph begins at the first trained weight
-        first = [shape.layer_of(name) for name in run.trained]
-        if None not in first:
-            layers -= min(first)
-        elif all("layernorm" in name or "head" in name or "output_layer" in name for name in run.trained):
-            layers = 0
-    last = run.label_share if run.ours else 1  # ours runs the last layer's MLP and output on labelled positions only
-    if run.checkpointing:
-        kept, work = e * shape.hidden * tokens * layers, layer + work
-    else:
-        kept = layer * (layers - 1 + last) if layers else 0.0
-    if run.ours:
-        labelled = run.label_share * tokens
-        # a chunk's logits, their fp32 and the gradient formed in it; the labelled rows and their gradient
-        head = min(CHUNK_ROWS, labelled) * shape.vocab * (e + 4 + (e if e < 4 else 0)) + 2 * labelled * shape.hidden * e
-    else:
-        # log-softmax, its gradient and the logits' gradient in fp32; the returned logits, which live to the step's end
-        head = run.batch * run.length * shape.vocab * (12 + e)
-    return kept, work, head
-
-
-def estimate(run: Run, constants: Constants | None = None) -> Estimate:
-    """Peak memory of one GPU (or process) by part, and of the host."""
-    constants = constants or FITTED
-    shape, zero, n = run.shape, run.zero, run.gpus
-    e = 4 if run.precision == "fp32" else 2
-    sizes = run.trained
-    count, largest = sum(sizes.values()), max(sizes.values())
-    wide = 4 if e == 4 or (run.ours and run.adapters and run.precision == "bf16") else e  # of a trained weight
-    grad = 4 if wide == 4 or (run.ours and run.precision == "bf16") else e  # ours sums bf16's gradients in fp32
-    stage = zero.stage if zero else 0
-    share = n if stage >= 1 else 1
-    offload = bool(zero and zero.offload_optimizer)
-    base = shape.total + (count if run.adapters else 0)
-
-    weights = e * (base - count) + wide * count
-    masters = 0 if not zero or (stage == 0 and wide == 4) else 4
-    adam = 8 if zero else 2 * wide
-    optimizer = (masters + adam) * count / share
-    gradients = grad * count / (share if stage >= 2 else 1)
-    piece = min(largest, count / share)
-    # Gradients flattened and made fp32 for the step, or DeepSpeed's norm of the largest in fp64; never both.
-    step = max((grad + (4 if grad < 4 else 0)) * count / share, 8 * piece) if zero else wide * largest
-    whole = grad * largest  # a gradient before it is partitioned
-    buffers = cache = 0.0
-    if zero and stage in (1, 2):
-        buffers = zero.reduce_bucket * (wide if run.adapters else e) * (2 if zero.overlaps else 1)
-        if largest > zero.reduce_bucket and n > 1:
-            whole *= 2  # too large for the bucket: reduced from a copy
-    if stage == 3:
-        weights = 0.0 if zero.offload_param else weights / n
-        biggest = max(shape.parameters.values())
-        gathered = e * max(biggest, min(shape.total, zero.live))
-        buffers = zero.reduce_bucket * e + gathered
-        if largest > zero.reduce_bucket or (shape.tied and run.train_type == "all"):
-            whole *= 2  # a tied output layer's gradient waits for the embedding's; then their sum is reduced from a copy
-        step = max((grad + 4) * min(largest / n, count / n), 8 * min(250e6, largest / n))
-        if zero.overlaps:
-            # Gathers and reductions on streams of their own: the host runs ahead of the device, and a block is used again only
-            # when the other stream has passed it. In the end every weight and gradient has had a block (PyTorch's FSDP
-            # limits its gathers for this reason).
-            cache = max(0.0, e * shape.total - gathered) + max(0.0, e * count - whole)
-    if offload:
-        optimizer, gradients = 0.0, 0.0
-        step = 8 * piece if stage < 3 else step
-    kept, work, head = activations(run)
-
-    # Gradients stay through the next forward pass only where several passes make one step.
-    waiting = gradients if run.accumulation > 1 else 0.0
-    forward = kept + max(head, work)
-    backward = (gradients - waiting) + whole + step
-    unshared = 0.0 if run.cpu else constants.unshared
-    parts = {
-        "weights": weights, "gradients": gradients + whole, "optimizer": optimizer, "optimizer step": step,
-        "activations": kept + max(0.0, work - head), "logits and loss": head, "ZeRO buffers": buffers,
-        "reused between phases": -(1 - unshared) * min(forward, backward),
-    }  # fmt: skip
-    if not run.cpu:
-        parts["allocator reserve"] = constants.reserve * sum(parts.values())
-        parts["CUDA context"] = constants.context_gib * GIB
-        parts["ZeRO-3 gather cache"] = cache
-    return Estimate({k: v for k, v in parts.items() if v or k in ("weights", "gradients", "optimizer", "activations")}, host_memory(run, count), cache)
-
-
-# Of a process with torch and DeepSpeed, pinned staging included: G.3's host RAM grows by 5.1 GB with each GPU.
-PROCESS_HOST = 5.0e9
-
-
-def host_memory(run: Run, count: int) -> dict[str, float]:
-    """Of all processes of one machine."""
-    zero, e = run.zero, 4 if run.precision == "fp32" else 2
-    if run.cpu:
-        return {}
-    parts = {"processes": PROCESS_HOST * run.gpus, "loading": float(e * run.shape.total)}
-    if zero and zero.offload_optimizer:
-        parts["offloaded optimizer"] = 18.0 * count  # masters, Adam's two, fp32 gradients; half-precision ones pinned
-    if zero and zero.stage == 3 and zero.offload_param:
-        parts["offloaded weights"] = 2.0 * e * run.shape.total  # partitions, and the pinned buffers they pass through
-    return parts
 
 
 def largest(run: Run, name: str, card: float, step: int = 1) -> int:
@@ -313,8 +77,9 @@ def cheapest_change(run: Run, card: float) -> str:
     if shorter := largest(one, "length", card, step=8):
         changes.append((f"{words} and --max_len {shorter}", replace(one, length=shorter)))
     for text, changed in changes:
-        if changed != run and estimate(changed).needed <= card:
-            return text
+        found = estimate(changed)
+        if changed != run and found.needed <= card:
+            return text + (f" ({sum(found.host.values()) / GIB:.0f} GB of host RAM)" if changed.zero and changed.zero.offload_optimizer else "")
     return "nothing on this card: take a larger one"
 
 
@@ -340,5 +105,161 @@ def read_zero(name: str, hidden: int) -> Zero:
         raise ValueError(f"--ds_file: {path} is no DeepSpeed configuration") from None
 
 
-# As fitted by `python -m finetune.memory --compare_seeds --fit`.
-FITTED = Constants()
+# train.py's flags that an estimate depends on.
+FLAGS = (
+    "train_type", "max_len", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "precision",
+    "ds_file", "lora_dim", "lora_dropout", "lora_module_name", "freeze_module_name", "pre_seq_len", "prefix_projection", "ptuning_version",
+)  # fmt: skip
+METHOD_TITLES = {"lora": "LoRA", "freeze": "freeze", "ptuning": "P-Tuning", "all": "full"}
+
+
+def make_run(config: TrainConfig, *, mode: str = "ours", gpus: int = 1, card: str = "A40", **more) -> Run:
+    """The run that train.py's flags describe; raises ValueError for what does not fit the model."""
+    shape = read_shape(config.model_name_or_path)
+    precision = config.precision
+    if precision == "auto":  # what train.py finds on such a card; the seeds trained in fp16
+        precision = "fp16" if mode == "plain" or card.startswith(("V100", "T4")) else "bf16"
+    run = Run(
+        shape, config.train_type, mode, batch=config.per_device_train_batch_size, length=config.max_len,
+        checkpointing=config.gradient_checkpointing, precision=precision, gpus=gpus, zero=read_zero(config.ds_file, shape.hidden),
+        accumulation=config.gradient_accumulation_steps, lora_dim=config.lora_dim, lora_modules=tuple(module_names(config.lora_module_name)),
+        lora_dropout=config.lora_dropout, freeze_names=tuple(module_names(config.freeze_module_name)), pre_seq_len=config.pre_seq_len,
+        projection=config.prefix_projection, version=config.resolved_ptuning_version, **more,
+    )  # fmt: skip
+    run.trained  # noqa: B018  a name that matches nothing is an error now
+    return run
+
+
+def local_card() -> tuple[str, float] | None:
+    """Name and bytes of this machine's first GPU, asked of nvidia-smi."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    try:
+        query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+        name, mib = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0].rsplit(",", 1)
+        return name.strip(), float(mib) * MIB
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
+        return None
+
+
+def report(run: Run, card: str, size: float) -> dict:
+    """Everything that is printed, in bytes."""
+    found = estimate(run)
+    fits = found.needed <= size
+    return {
+        "run": {k: v for k, v in dataclasses.asdict(run).items() if k != "shape"} | {"trained_parameters": sum(run.trained.values())},
+        "parts": found.parts, "total": found.total, "needed": found.needed, "host": found.host, "card": {"name": card, "bytes": size},
+        "fits": fits, "largest_batch": largest(run, "batch", size), "longest_length": largest(run, "length", size),
+        "cheapest_change": None if fits else cheapest_change(run, size),
+    }  # fmt: skip
+
+
+def show(model: str, run: Run, found: dict):
+    zero = f"ZeRO-{run.zero.stage}" + (", offload" if run.zero.offload_optimizer else "")
+    print(
+        f"{model}, {run.train_type}, {run.mode}, {run.precision}, {zero}, {run.gpus} GPU(s), {run.batch} row(s) of {run.length} tokens, "
+        f"gradient checkpointing {'on' if run.checkpointing else 'off'}; {found['run']['trained_parameters']:,} parameters trained\n"
+    )
+    for title, parts, total in (("per GPU", found["parts"], "peak"), ("host RAM, all processes", found["host"], "total")):
+        print(f"{title:<28}{'GB':>8}")
+        for name, size in (*parts.items(), (total, sum(parts.values()))):
+            print(f"  {name:<26}{size / GIB:8.2f}")
+    card, size = found["card"]["name"], found["card"]["bytes"] / GIB
+    if found["fits"]:
+        print(f"\nfits: {found['needed'] / GIB:.1f} GB of the {size:.1f} GB of a {card}")
+    else:
+        print(f"\ndoes not fit: {found['needed'] / GIB:.1f} GB, and a {card} has {size:.1f}\ncheapest change that fits: {found['cheapest_change']}")
+    for name, value, other in (("batch", found["largest_batch"], f"{run.length} tokens"), ("length", found["longest_length"], f"batch {run.batch}")):
+        shown = "none fits" if value == 0 else f"over {LIMIT // 2}" if value >= LIMIT // 2 else value
+        print(f"{'largest batch' if name == 'batch' else 'longest row'} at {other}: {shown}")
+    if run.ours:
+        print(f"(rows packed, {100 * run.label_share:.0f} % of the tokens labelled; the formula's error on published rows: --compare_seeds)")
+
+
+def estimate_run(config: TrainConfig) -> int:
+    """train.py --estimate_memory: for this machine's GPU, else for an A40, and the launcher's number of ranks."""
+    card, size = local_card() or ("A40", CARDS["A40"] * MIB)
+    try:
+        run = make_run(config, gpus=int(os.environ.get("WORLD_SIZE", 1)), card=card)
+    except ValueError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 1
+    if int(os.environ.get("RANK", 0)) == 0:
+        show(config.model_name_or_path, run, report(run, card, size))
+    return 0
+
+
+def print_table(card: str, size: float) -> dict:
+    """What each method needs of one GPU at 1560 tokens, batch 1, and the longest row on the card."""
+    print(f"| model | method | GPUs | needed at 1560 tokens, GB | with checkpointing | longest row on {card} | with checkpointing |\n|---|---|---|---|---|---|---|")
+    rows = []
+    for model in PUBLISHED:
+        for method, ds_file, gpus in (("lora", "ds_zero2.json", 1), ("ptuning", "ds_zero2.json", 1), ("freeze", "ds_zero2.json", 1),
+                                      ("all", "ds_zero3_no_offload.json", 4), ("all", "ds_zero3_offload.json", 4)):  # fmt: skip
+            config = TrainConfig(model_name_or_path=model, train_path="-", train_type=method, max_len=1560, per_device_train_batch_size=1, ds_file=ds_file)
+            runs = [make_run(replace(config, gradient_checkpointing=on), gpus=gpus) for on in (False, True)]
+            need = [estimate(run).needed / GIB for run in runs]
+            longest = [largest(run, "length", size, step=8) for run in runs]
+            title = METHOD_TITLES[method] + (", offload" if runs[0].zero.offload_optimizer else "")
+            print(f"| {model} | {title} | {gpus} | {need[0]:.1f} | {need[1]:.1f} | {longest[0] or 'none'} | {longest[1] or 'none'} |")
+            rows.append({"model": model, "method": title, "gpus": gpus, "needed_gib": need, "longest": longest})
+    return {"card": card, "rows": rows}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune.memory", description=__doc__.splitlines()[0], allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=110),
+    )  # fmt: skip
+    parser.add_argument("--model", metavar="NAME", help=f"a folder with config.json, or {', '.join(PUBLISHED)}")
+    fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
+    for name in FLAGS:
+        add_flag(parser, fields[name])
+    parser.add_argument("--mode", choices=("ours", "plain"), default="ours", help="this project's loop, or the seeds' (padded rows, full logits) [ours]")
+    parser.add_argument("--gpus", type=int, default=1, metavar="INT", help="GPUs in all [1]")
+    parser.add_argument("--gpu", choices=tuple(CARDS), default="A40", help="the card [A40]")
+    parser.add_argument("--label_share", type=float, default=0.25, metavar="FLOAT", help="share of the tokens that carry loss [0.25]")
+    parser.add_argument("--real_tokens", type=int, metavar="INT", help="real tokens of a step's rows on one GPU [batch x max_len]")
+    parser.add_argument("--compare_seeds", action="store_true", help="the published rows against the formula")
+    parser.add_argument("--fit", action="store_true", help="with --compare_seeds: fit the constants anew")
+    parser.add_argument("--table", action="store_true", help="what each method needs, for the published models")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = vars(parser.parse_args(argv))
+    card, size = args["gpu"], CARDS[args["gpu"]] * MIB
+    if args["json"] and not Path(args["json"]).parent.is_dir():
+        parser.error(f"--json: no such folder: {Path(args['json']).parent}")
+    try:
+        if args["fit"] and not args["compare_seeds"]:
+            raise ValueError("--fit needs --compare_seeds")
+        if args["compare_seeds"]:
+            from finetune.memory_formula import Constants
+            from finetune.memory_seeds import a40_rows, compare, fit, print_report
+
+            figures = compare(fit(a40_rows()) if args["fit"] else Constants())
+            print_report(figures)
+        elif args["table"]:
+            figures = print_table(card, size)
+        else:
+            if not args["model"]:
+                raise ValueError("--model is required: a folder with config.json or a published name")
+            given = {name: args[name] for name in FLAGS if name in args}
+            config = TrainConfig(model_name_or_path=args["model"], train_path="-", max_src_len=1, **given)
+            run = make_run(
+                config, mode=args["mode"], gpus=args["gpus"], card=card, label_share=args["label_share"], real_tokens=args["real_tokens"]
+            )
+            figures = report(run, card, size)
+            show(args["model"], run, figures)
+    except ValueError as error:
+        parser.error(str(error))
+    if args["json"]:
+        Path(args["json"]).write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

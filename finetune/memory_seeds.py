@@ -9,7 +9,8 @@ import itertools
 import statistics
 from dataclasses import dataclass
 
-from finetune.memory import CARDS, GIB, MIB, Constants, Run, Zero, estimate
+from finetune.memory import CARDS
+from finetune.memory_formula import GIB, MIB, Constants, Run, Zero, estimate
 from finetune.memory_shapes import PUBLISHED, make_shape
 
 # method, model, ZeRO stage, offload, gradient checkpointing, max_len, GPUs, GiB
@@ -132,7 +133,7 @@ def lora_rows() -> list[Row]:
 
 
 GRID = {
-    "context_gib": [0.4 + 0.1 * i for i in range(17)],  # to 2.0
+    "context_gib": [0.4 + 0.1 * i for i in range(12)],  # to 1.5
     "reserve": [0.01 * i for i in range(21)],  # to 0.20
     "unshared": [0.1 * i for i in range(11)],  # to 1.0
 }

@@ -90,7 +90,7 @@ class Shape:
         """The layer that a parameter's name belongs to."""
         return int(name.split("layers.")[1].split(".")[0]) if "layers." in name else None
 
-    @property
+    @cached_property
     def total(self) -> int:
         return sum(self.parameters.values())
 
