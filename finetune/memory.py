@@ -32,7 +32,7 @@ LIMIT = 2**20  # no search for a batch or a length goes further
 
 
 def largest(run: Run, name: str, card: float, step: int = 1) -> int:
-    """The largest "batch" or "length" that fits the card with all else as given, in multiples of `step`; 0 where none does."""
+    """The largest "batch" or "length" that fits the card, all rows at their longest, in multiples of `step`; 0 where none does."""
 
     def fits(units: int) -> bool:
         return estimate(replace(run, real_tokens=None, **{name: units * step})).needed <= card
