@@ -201,10 +201,11 @@ def estimate(run: Run, constants: Constants | None = None) -> Estimate:
         weights = 0.0 if zero.offload_param else weights / n
         biggest = max(shape.parameters.values())
         gathered = e * max(biggest, min(shape.total, zero.live))
-        buffers = zero.reduce_bucket * e + gathered
+        buffers = zero.reduce_bucket * (wide if run.adapters else e) + gathered
         if largest > zero.reduce_bucket or (shape.tied and run.train_type == "all"):
             whole *= 2  # a tied output layer's gradient waits for the embedding's; then their sum is reduced from a copy
-        step = max((grad + 4) * min(largest / n, count / n), 8 * min(250e6, largest / n))
+        # fp32 gradients of a sub-group (1e9 elements) for the step, or in backward of one weight; the norm by pieces of 2.5e8.
+        step = max(0 if offload else 4 * min(count / n, 1e9), (grad + 4) * largest / n, 8 * min(250e6, largest / n))
         if zero.overlaps:
             # Gathers and reductions on streams of their own: the host runs ahead of the device, and a block is used again only
             # when the other stream has passed it. In the end every weight and gradient has had a block (PyTorch's FSDP

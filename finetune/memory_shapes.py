@@ -158,10 +158,12 @@ def make_shape(config: dict) -> Shape:
     glm1 = config.get("glm_family") == "glm" or any(k in config for k in ("position_encoding_2d", "inner_hidden_size", "max_sequence_length"))
     base = PUBLISHED["chatglm-6b" if glm1 else "chatglm2-6b"] | {k: v for k, v in config.items() if v is not None}
     heads, hidden = base["num_attention_heads"], base["hidden_size"]
+    if not (isinstance(heads, int) and isinstance(hidden, int) and heads >= 1):
+        raise ValueError(f"config.json: hidden_size and num_attention_heads must be whole numbers, got {hidden!r} and {heads!r}")
     common = {"glm1": glm1, "layers": base["num_layers"], "hidden": hidden, "heads": heads}
     if glm1:
         return Shape(
-            **common, head_dim=hidden // max(heads, 1), kv_heads=heads, ffn=base["inner_hidden_size"],
+            **common, head_dim=hidden // heads, kv_heads=heads, ffn=base["inner_hidden_size"],
             vocab=base["vocab_size"], tied=config.get("tie_word_embeddings", True), qkv_bias=True, linear_bias=True,
         )  # fmt: skip
     return Shape(
@@ -178,7 +180,7 @@ def saved_bytes_per_token(
     """Bytes that autograd keeps of one layer for one token, tensor by tensor. This is the one place to change with the models' code.
 
     Args:
-        code: "original" = the code the seeds ran (attention in plain operations, softmax in fp32, TorchScript GELU); "eager" and
+        code: "original" = the code the seeds ran (attention in plain operations, softmax in fp32, GELU spelt out); "eager" and
             "sdpa" = this project's models with that attention backend.
         keys: key columns a query is scored against (the row's length, P-Tuning's included).
         element: bytes of an activation. trained: the layer's own weights are; a frozen linear keeps no input.
@@ -203,8 +205,8 @@ def saved_bytes_per_token(
         # softmax in fp32 and its copy in the values' dtype; in fp32 the copy is the same tensor
         kept["scores"] = shape.heads * keys * (4 + e if e < 4 else 4)
     if shape.glm1:
-        # 0.5 x (1 + tanh(0.797 x (1 + 0.0447 x x))) under torch.jit.script: its autodiff keeps the operands of every
-        # product and tanh's result: 7 tensors of the MLP's width. F.gelu keeps its input alone.
+        # The original spells GELU out, 0.5 x (1 + tanh(0.797 x (1 + 0.0447 x x))): the operands of its products and tanh's
+        # result are 7 tensors of the MLP's width, under torch.jit.script too. F.gelu keeps its input alone.
         kept["mlp"] = e * ffn * (7 if code == "original" else 1)
     else:
         kept["mlp"] = e * ffn * 3  # the two halves of the first product, silu's result

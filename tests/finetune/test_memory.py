@@ -117,6 +117,51 @@ def test_saved_bytes_are_autograds(name, backend, method):
     assert sum(counted.values()) == pytest.approx(found, rel=0.03)
 
 
+def test_saved_bytes_of_the_originals_arithmetic():
+    """What the original code's lines keep, in half precision, where they differ from ours: written out here and counted."""
+    import torch
+
+    rows, heads, keys, width, ffn = 64, 4, 96, 256, 1024
+    kept = {}
+
+    def keep(tensor):
+        if tensor.numel() > width:  # neither constants nor one number a row
+            kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    def gelu(x):
+        return 0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * x * (1.0 + 0.044715 * x * x)))
+
+    def softmax_in_fp32(scores, mask, values):
+        probabilities = torch.softmax(scores.masked_fill(mask, -1e4).float(), dim=-1).half()
+        return probabilities @ values
+
+    def rms_norm(x, weight):
+        variance = x.float().pow(2).mean(-1, keepdim=True)
+        return (weight * (x * torch.rsqrt(variance + 1e-5))).half()
+
+    def half(*size):
+        return torch.randn(*size).half().requires_grad_() * 1  # not a leaf: a tensor that the layers before it made
+
+    def found(function, *args):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = function(*args)
+        size = sum(size for size, _ in kept.values()) / rows
+        return size if out is not None else 0
+
+    glm = dataclasses.replace(make_shape(TINY["glm"]), hidden=width, heads=heads, ffn=ffn)
+    glm2 = dataclasses.replace(make_shape(TINY["glm2"]), hidden=width, heads=heads, ffn=ffn)
+    counted = [saved_bytes_per_token(s, "original", keys=keys, element=2, trained=False) for s in (glm, glm2)]
+    assert found(gelu, half(rows, ffn)) == counted[0]["mlp"]
+    mask, values = torch.zeros(rows, keys, dtype=torch.bool), half(heads, keys, 8)
+    size = found(softmax_in_fp32, half(heads, rows, keys), mask, values) - values.numel() * 2 / rows - keys
+    assert size == counted[0]["scores"] == counted[1]["scores"]
+    assert 2 * found(rms_norm, half(rows, width), torch.ones(width)) == counted[1]["norms"]
+    trained = saved_bytes_per_token(glm2, "original", keys=keys, element=2, trained=True)
+    assert 2 * found(rms_norm, half(rows, width), torch.ones(width, requires_grad=True)) == trained["norms"]
+
+
 # order between runs
 
 runs = st.builds(
@@ -273,7 +318,7 @@ def test_wrong_flags_are_one_line(argv, words, capsys):
 @pytest.mark.parametrize("text, words", [
     ("{", "not valid JSON"), ("[]", "not a ChatGLM's"), ('{"model_type": "llama"}', "not a ChatGLM's"),
     ('{"model_type": "chatglm", "num_layers": 0}', "layers must be a whole number"),
-    ('{"model_type": "chatglm", "hidden_size": "big"}', "hidden must be a whole number"),
+    ('{"model_type": "chatglm", "hidden_size": "big"}', "hidden_size and num_attention_heads must be whole"),
 ])  # fmt: skip
 def test_wrong_config(tmp_path, text, words):
     (tmp_path / "config.json").write_text(text)
