@@ -23,9 +23,9 @@ class Constants:
     # The CUDA context with every kernel of torch, cuBLAS's and NCCL's workspaces: 0.4 to 2 GiB by driver and version.
     context_gib: float = 1.5
     # Allocated blocks that are larger than asked, or too small for what comes next: 0 to 0.2 of all.
-    reserve: float = 0.14
+    reserve: float = 0.13
     # Share of the smaller phase (F or S) that the other's freed blocks cannot serve: blocks come back in other sizes. 0 to 1.
-    unshared: float = 0.7
+    unshared: float = 0.8
 
 
 @dataclass(frozen=True)
@@ -141,10 +141,14 @@ def activations(run: Run) -> tuple[float, float, float]:
     full = not run.adapters
     lora = tuple(n.rsplit(".", 1)[-1] for n in shape.linears) if run.lora_modules == ("all",) else run.lora_modules
     wide = 4 if run.precision == "fp32" or (run.ours and run.precision == "bf16") else 2  # of the adapters' arithmetic
-    layer = tokens * sum(saved_bytes_per_token(
+    saved = saved_bytes_per_token(
         shape, code, keys=keys, element=e, trained=full, lora=lora if run.train_type == "lora" else (), lora_rank=run.lora_dim,
         lora_element=wide, lora_dropout=run.lora_dropout > 0, mask_element=e if run.cpu else 1,
-    ).values())  # fmt: skip
+    )  # fmt: skip
+    layer = last = tokens * sum(saved.values())
+    if run.ours:  # the last layer's queries, MLP and output run on labelled positions only; its first norm and keys everywhere
+        everywhere = tokens * (saved["attention"] + saved["norms"] / 2)
+        last = everywhere + run.label_share * (layer - everywhere)
     work = tokens * working_bytes_per_token(shape, code, keys=keys, element=e)
     layers = shape.layers
     if run.train_type == "freeze" and (run.ours or not run.checkpointing):
@@ -154,11 +158,10 @@ def activations(run: Run) -> tuple[float, float, float]:
             layers -= min(first)
         elif all("layernorm" in name or "head" in name or "output_layer" in name for name in run.trained):
             layers = 0
-    last = run.label_share if run.ours else 1  # ours runs the last layer's MLP and output on labelled positions only
     if run.checkpointing:
-        kept, work = e * shape.hidden * tokens * layers, layer + work
+        kept, work = e * shape.hidden * tokens * layers, (layer if layers > 1 else last) + work
     else:
-        kept = layer * (layers - 1 + last) if layers else 0.0
+        kept = layer * (layers - 1) + last if layers else 0.0
     if run.ours:
         labelled = run.label_share * tokens
         # a chunk's logits, their fp32 and the gradient formed in it; the labelled rows and their gradient
@@ -195,8 +198,11 @@ def estimate(run: Run, constants: Constants | None = None) -> Estimate:
     buffers = cache = 0.0
     if zero and stage in (1, 2):
         buffers = zero.reduce_bucket * (wide if run.adapters else e) * (2 if zero.overlaps else 1)
-        if largest > zero.reduce_bucket and n > 1:
-            whole *= 2  # too large for the bucket: reduced from a copy
+        if n > 1:
+            # Reduced in a copy that joins the slices of several ranks: a bucket's, or those of a weight too large for it
+            # (collected until they exceed a bucket). One rank's single slice needs no copy.
+            bucket = zero.reduce_bucket
+            whole += grad * max(min(count, bucket), min(largest, bucket + count / n) if largest > bucket else 0)
     if stage == 3:
         weights = 0.0 if zero.offload_param else weights / n
         biggest = max(shape.parameters.values())

@@ -142,7 +142,7 @@ def deepspeed_rows() -> list[Row]:
         bucket = shape.hidden**2 if stage == "3" else 5e8
         zero = Zero(stage=int(stage), offload_optimizer=True, offload_param=stage == "3", overlap=False, reduce_bucket=bucket, **live)
         run = Run(shape, "all", "plain", batch=int(batch), length=512, checkpointing=checkpointing == "yes", precision="fp16", gpus=int(gpus), zero=zero)
-        name = f"all ZeRO-{stage} offload{' ckpt' if checkpointing == 'yes' else ''} live {live.get('live', 'default')} batch {batch} x{gpus}"
+        name = f"all ZeRO-{stage} offload{' ckpt' if checkpointing == 'yes' else ''} live {format(live['live'], 'g') if live else 'default'} batch {batch} x{gpus}"
         found.append(Row(name, "all", run, CARDS["V100-16G"] * MIB, None if mib == "OOM" else float(mib) * MIB, float(host) * 1e9))
     return found
 

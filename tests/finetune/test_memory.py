@@ -162,6 +162,15 @@ def test_saved_bytes_of_the_originals_arithmetic():
     assert 2 * found(rms_norm, half(rows, width), torch.ones(width, requires_grad=True)) == trained["norms"]
 
 
+@pytest.mark.slow
+def test_estimate_is_a_real_runs(tmp_path):
+    """One case of benchmarks/memory_check.py; docs/results.md has them all."""
+    file = tmp_path / "out.json"
+    argv = [sys.executable, "benchmarks/memory_check.py", "--cases", "glm-lora-tiny", "--json", str(file)]
+    subprocess.run(argv, cwd=ROOT, env=child_env(), check=True, stdout=subprocess.DEVNULL)
+    assert json.loads(file.read_text())["max_abs_error"] <= 0.10
+
+
 # order between runs
 
 runs = st.builds(
@@ -187,7 +196,8 @@ def test_more_needs_no_less(run, more):
     needed, slack = estimate(run).needed, 1.0  # a byte, for rounding
     for change in ({"length": run.length + more}, {"batch": run.batch + more}, {"lora_dim": run.lora_dim + more}):
         assert estimate(replace(run, **change)).needed >= needed - slack
-    assert estimate(replace(run, gpus=run.gpus + more)).needed <= needed + slack
+    if run.gpus > 1 or run.zero.stage not in (1, 2):  # from the second rank on ZeRO-1 and 2 reduce in a copy
+        assert estimate(replace(run, gpus=run.gpus + more)).needed <= needed + slack
     if run.train_type != "freeze":  # where one layer is trained, checkpointing keeps its input besides
         assert estimate(replace(run, checkpointing=True)).needed <= estimate(replace(run, checkpointing=False)).needed + slack
     assert estimate(replace(run, zero=replace(run.zero, offload_optimizer=True))).needed <= needed + slack
@@ -247,7 +257,7 @@ def test_published_rows():
     assert a40["rows"] == 27 and a40["median_abs_error"] <= 0.03 and a40["max_abs_error"] <= 0.20
     assert a40["leave_one_method_out_max"] <= 0.20 and len(a40["leave_one_method_out"]) == 4
     assert deepspeed["rows"] == 9 and deepspeed["median_abs_error"] <= 0.10
-    assert (deepspeed["oom_rows"], deepspeed["oom_caught"], deepspeed["oom_false"]) == (5, 3, 0)
+    assert (deepspeed["oom_rows"], deepspeed["oom_caught"], deepspeed["oom_false"]) == (5, 4, 0)
     assert figures()["lora"]["max_abs_error"] <= 0.15 and figures()["v01"]["max_abs_error"] <= 0.10
 
 
