@@ -166,9 +166,9 @@ def show(model: str, run: Run, found: dict):
             print(f"  {name:<26}{size / GIB:8.2f}")
     card, size = found["card"]["name"], found["card"]["bytes"] / GIB
     if found["fits"]:
-        print(f"\nfits: {found['needed'] / GIB:.1f} GB of the {size:.1f} GB of a {card}")
+        print(f"\nfits: {found['needed'] / GIB:.1f} GB of the {card}'s {size:.1f}")
     else:
-        print(f"\ndoes not fit: {found['needed'] / GIB:.1f} GB, and a {card} has {size:.1f}\ncheapest change that fits: {found['cheapest_change']}")
+        print(f"\ndoes not fit: {found['needed'] / GIB:.1f} GB, and the {card} has {size:.1f}\ncheapest change that fits: {found['cheapest_change']}")
     for name, value, other in (("batch", found["largest_batch"], f"{run.length} tokens"), ("length", found["longest_length"], f"batch {run.batch}")):
         shown = "none fits" if value == 0 else f"over {LIMIT // 2}" if value >= LIMIT // 2 else value
         print(f"{'largest batch' if name == 'batch' else 'longest row'} at {other}: {shown}")

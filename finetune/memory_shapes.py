@@ -143,13 +143,13 @@ def read_shape(model: str) -> Shape:
         return make_shape(PUBLISHED[model.lower()])
     path = Path(model) / "config.json"
     if not path.is_file():
-        raise ValueError(f"--model: no such folder with a config.json: {model}; published names are {', '.join(PUBLISHED)}")
+        raise ValueError(f"no such folder with a config.json: {model}; published names are {', '.join(PUBLISHED)}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--model: {path} is not valid JSON: {error}") from None
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict) or config.get("model_type") != "chatglm":
-        raise ValueError(f"--model: {path} is not a ChatGLM's: its model_type must be 'chatglm'")
+        raise ValueError(f"{path} is not a ChatGLM's: its model_type must be 'chatglm'")
     return make_shape(config)
 
 
