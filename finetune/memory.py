@@ -53,11 +53,11 @@ def cheapest_change(run: Run, card: float) -> str:
     def staged(run: Run, **change) -> Run:
         return replace(run, zero=replace(zero, overlap=None, **change))
 
-    changes = [("--gradient_checkpointing", replace(run, checkpointing=True))]
+    changes = [("--gradient_checkpointing", replace(run, checkpointing=True, selective=False))]
     if batch := largest(run, "batch", card):
         changes.append((f"--per_device_train_batch_size {batch} with --gradient_accumulation_steps {-(-run.batch * run.accumulation // batch)}",
                         replace(run, batch=batch, real_tokens=None)))  # fmt: skip
-    both = replace(run, checkpointing=True)
+    both = replace(run, checkpointing=True, selective=False)
     if batch := largest(both, "batch", card):
         changes.append((f"--gradient_checkpointing and --per_device_train_batch_size {batch}", replace(both, batch=batch, real_tokens=None)))
     if not run.ours:
@@ -116,12 +116,12 @@ METHOD_TITLES = {"lora": "LoRA", "freeze": "freeze", "ptuning": "P-Tuning", "all
 def make_run(config: TrainConfig, *, mode: str = "ours", gpus: int = 1, card: str = "A40", **more) -> Run:
     """The run that train.py's flags describe; raises ValueError for what does not fit the model."""
     shape = read_shape(config.model_name_or_path)
-    precision = config.precision
+    precision, checkpointing = config.precision, str(config.gradient_checkpointing)
     if precision == "auto":  # what train.py finds on such a card; the seeds trained in fp16
         precision = "fp16" if mode == "plain" or card.startswith(("V100", "T4")) else "bf16"
     run = Run(
         shape, config.train_type, mode, batch=config.per_device_train_batch_size, length=config.max_len,
-        checkpointing=config.gradient_checkpointing, precision=precision, gpus=gpus, zero=read_zero(config.ds_file, shape.hidden),
+        checkpointing=checkpointing != "False", selective=checkpointing == "selective", precision=precision, gpus=gpus, zero=read_zero(config.ds_file, shape.hidden),
         accumulation=config.gradient_accumulation_steps, lora_dim=config.lora_dim, lora_modules=tuple(module_names(config.lora_module_name)),
         lora_dropout=config.lora_dropout, freeze_names=tuple(module_names(config.freeze_module_name)), pre_seq_len=config.pre_seq_len,
         projection=config.prefix_projection, version=config.resolved_ptuning_version, **more,
@@ -158,7 +158,7 @@ def show(model: str, run: Run, found: dict):
     zero = f"ZeRO-{run.zero.stage}" + (", offload" if run.zero.offload_optimizer else "")
     print(
         f"{model}, {run.train_type}, {run.mode}, {run.precision}, {zero}, {run.gpus} GPU(s), {run.batch} row(s) of {run.length} tokens, "
-        f"gradient checkpointing {'on' if run.checkpointing else 'off'}; {found['run']['trained_parameters']:,} parameters trained\n"
+        f"gradient checkpointing {('selective' if run.selective else 'on') if run.checkpointing else 'off'}; {found['run']['trained_parameters']:,} parameters trained\n"
     )
     for title, parts, total in (("per GPU", found["parts"], "peak"), ("host RAM, all processes", found["host"], "total")):
         print(f"{title:<28}{'GB':>8}")
@@ -197,7 +197,7 @@ def print_table(card: str, size: float) -> dict:
         for method, ds_file, gpus in (("lora", "ds_zero2.json", 1), ("ptuning", "ds_zero2.json", 1), ("freeze", "ds_zero2.json", 1),
                                       ("all", "ds_zero3_no_offload.json", 4), ("all", "ds_zero3_offload.json", 4)):  # fmt: skip
             config = TrainConfig(model_name_or_path=model, train_path="-", train_type=method, max_len=1560, per_device_train_batch_size=1, ds_file=ds_file)
-            runs = [make_run(replace(config, gradient_checkpointing=on), gpus=gpus) for on in (False, True)]
+            runs = [replace(make_run(config, gpus=gpus), checkpointing=on) for on in (False, True)]
             need = [estimate(run).needed / GIB for run in runs]
             longest = [largest(run, "length", size, step=8) for run in runs]
             title = METHOD_TITLES[method] + (", offload" if runs[0].zero.offload_optimizer else "")

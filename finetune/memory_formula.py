@@ -8,7 +8,7 @@ the 27 A40 rows in finetune/memory_seeds.py; all else is counted. Free of torch.
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from finetune.memory_shapes import Shape, saved_bytes_per_token, working_bytes_per_token
+from finetune.memory_shapes import Shape, product_bytes_per_token, saved_bytes_per_token, working_bytes_per_token
 from finetune.methods import METHODS
 
 GIB, MIB = 2**30, 2**20
@@ -55,6 +55,7 @@ class Run:
     batch: int = 16
     length: int = 1024
     checkpointing: bool = False
+    selective: bool = False  # checkpointing that keeps the results of matrix products and of attention
     precision: str = "bf16"
     gpus: int = 1
     zero: Zero | None = field(default_factory=Zero)
@@ -159,7 +160,11 @@ def activations(run: Run) -> tuple[float, float, float]:
         elif all("layernorm" in name or "head" in name or "output_layer" in name for name in run.trained):
             layers = 0
     if run.checkpointing:
-        kept, work = e * shape.hidden * tokens * layers, (layer if layers > 1 else last) + work
+        kept = e * shape.hidden * tokens * layers
+        if run.selective:
+            targets = lora if run.train_type == "lora" else ()
+            kept += tokens * layers * product_bytes_per_token(shape, element=e, lora=targets, lora_rank=run.lora_dim, lora_element=wide)
+        work += layer if layers > 1 else last
     else:
         kept = layer * (layers - 1) + last if layers else 0.0
     if run.ours:

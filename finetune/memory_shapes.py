@@ -226,3 +226,13 @@ def working_bytes_per_token(shape: Shape, code: str, *, keys: int, element: int)
     # gradients of the weights after and before the cast, and of the scores
     attention = e * 4 * shape.query if code == "sdpa" else shape.heads * keys * (8 + e)
     return max(attention, e * (3 if shape.glm1 else 5) * shape.ffn)
+
+
+def product_bytes_per_token(shape: Shape, *, element: int, lora: tuple[str, ...] = (), lora_rank: int = 0, lora_element: int = 2) -> float:
+    """Bytes of one layer's matrix products and attention for one token: what selective checkpointing keeps."""
+    total = element * shape.query + 4 * shape.heads
+    for name, (_, outputs, _) in shape.linears.items():
+        total += element * outputs
+        if name.rsplit(".", 1)[-1] in lora:
+            total += lora_element * (lora_rank + outputs)
+    return total

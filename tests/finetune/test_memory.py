@@ -234,6 +234,16 @@ def test_cheapest_change():
     assert cheapest_change(full, 2 * GIB).startswith("nothing")
 
 
+def test_selective_checkpointing_lies_between():
+    """For frozen weights it may keep more than no checkpointing: those keep no products of their own."""
+    for shape, method in ((GLM, "lora"), (GLM2, "ptuning"), (GLM, "all"), (GLM2, "all")):
+        none = Run(shape, method, batch=4, length=1560)
+        some = replace(none, checkpointing=True, selective=True)
+        assert estimate(replace(some, selective=False)).needed < estimate(some).needed
+        if method == "all":
+            assert estimate(some).needed < estimate(none).needed
+
+
 def test_ours_needs_less_than_plain():
     """Logits at labelled rows in chunks, and no matrix of scores."""
     for shape in (GLM, GLM2):
