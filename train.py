@@ -7,6 +7,10 @@ from finetune.config import parse_config
 
 def main(argv: list[str] | None = None) -> int:
     config = parse_config(argv)
+    if config.estimate_memory:
+        from finetune.memory import estimate_run
+
+        return estimate_run(config)
     from finetune.engine import TrainingFailed, train  # torch, DeepSpeed: seconds, and only once the flags are right
 
     try:

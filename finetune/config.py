@@ -97,6 +97,7 @@ class TrainConfig:
     resume_from_checkpoint: str | None = flag(None, "'auto' for the newest checkpoint in --output_dir, or its path")
     tensorboard: str | None = flag(None, "TensorBoard folder (default: OUTPUT_DIR/runs)")
     # launch
+    estimate_memory: bool = flag(False, "print the memory this run needs, by part, and stop: no weights, no GPU")
     local_rank: int = flag(-1, "set by the launcher")
 
     def __post_init__(self):
@@ -117,7 +118,7 @@ class TrainConfig:
             raise ValueError(f"--seed must not be below 0; got {self.seed}")
         if not self.model_name_or_path:
             raise ValueError("--model_name_or_path is required: the folder of the base model")
-        if not self.train_path:
+        if not (self.train_path or self.estimate_memory):
             raise ValueError("--train_path is required: JSON lines of {instruction, input, output}")
         if self.max_src_len >= self.max_len:
             raise ValueError(f"--max_src_len ({self.max_src_len}) must be below --max_len ({self.max_len})")
@@ -148,6 +149,22 @@ def flag_type(f: dataclasses.Field):
     return names[str(f.type if isinstance(f.type, str) else getattr(f.type, "__name__", f.type)).split(" | ")[0]]
 
 
+def add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field):
+    """A field as its flag, left out of the namespace where it is not given."""
+    names = [f"--{f.name}"]
+    if f.name == "local_rank":
+        names.append("--local-rank")
+    shown = "" if f.default in (None, "") else f" [{f.default}]"
+    options = {"help": (f.metadata["help"] + shown).replace("%", "%%"), "default": argparse.SUPPRESS}
+    if f.type in (bool, "bool"):
+        options |= {"nargs": "?", "const": True, "metavar": "True|False"}
+    elif f.metadata["choices"]:
+        options["choices"] = f.metadata["choices"]
+    else:
+        options["metavar"] = str(f.type).split(" | ")[0].upper() if isinstance(f.type, str) else f.name.upper()
+    parser.add_argument(*names, type=flag_type(f), **options)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py",
@@ -157,18 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of flags; the command line wins")
     for f in dataclasses.fields(TrainConfig):
-        names = [f"--{f.name}"]
-        if f.name == "local_rank":
-            names.append("--local-rank")
-        shown = "" if f.default in (None, "") else f" [{f.default}]"
-        options = {"help": (f.metadata["help"] + shown).replace("%", "%%"), "default": argparse.SUPPRESS}
-        if f.type in (bool, "bool"):
-            options |= {"nargs": "?", "const": True, "metavar": "True|False"}
-        elif f.metadata["choices"]:
-            options["choices"] = f.metadata["choices"]
-        else:
-            options["metavar"] = str(f.type).split(" | ")[0].upper() if isinstance(f.type, str) else f.name.upper()
-        parser.add_argument(*names, type=flag_type(f), **options)
+        add_flag(parser, f)
     launcher = parser.add_argument_group("DeepSpeed's own flags, accepted as its launcher passes them")
     launcher.add_argument("--deepspeed", action="store_true", default=argparse.SUPPRESS, help="no effect: always on")
     launcher.add_argument("--deepspeed_config", default=argparse.SUPPRESS, metavar="FILE", help="same as --ds_file")
