@@ -62,14 +62,19 @@ def make_config(family: str, layers: int, hidden: int):
     return ChatGLM2Config(padded_vocab_size=65024, ffn_hidden_size=ffn, kv_channels=64, multi_query_group_num=2, glm_family="glm2", **shape)
 
 
-def make_model(family: str, layers: int, hidden: int):
+def make_model(spec, dtype=None):
+    """The case's model in `dtype` (fp32), made in it: what another dtype has left behind would count as memory."""
     import torch
 
     from chatglm.modeling_glm import ChatGLM1ForConditionalGeneration
     from chatglm.modeling_glm2 import ChatGLM2ForConditionalGeneration
 
     torch.manual_seed(0)
-    return (ChatGLM1ForConditionalGeneration if family == "glm" else ChatGLM2ForConditionalGeneration)(make_config(family, layers, hidden))
+    torch.set_default_dtype(dtype or torch.float32)
+    kind = ChatGLM1ForConditionalGeneration if spec["family"] == "glm" else ChatGLM2ForConditionalGeneration
+    model = kind(make_config(spec["family"], spec["layers"], spec["hidden"]))
+    torch.set_default_dtype(torch.float32)
+    return model
 
 
 def batches(pairs, first_epoch: int = 0):
@@ -143,7 +148,7 @@ def run_reference(spec, pairs):
     import torch.nn.functional as F
 
     plain_formulas()
-    model = make_model(spec["family"], spec["layers"], spec["hidden"])
+    model = make_model(spec)
     if spec["method"] == "lora":
         model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=30, target_modules=["query_key_value"]))
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -176,10 +181,9 @@ def run_bare(spec, pairs):
     from finetune.loss import LossModule
     from finetune.methods import FullParameters, Lora
 
-    model = make_model(spec["family"], spec["layers"], spec["hidden"])
     lora = spec["method"] == "lora"
     wide = torch.float32 if spec["precision"] == "fp32" else torch.bfloat16
-    model = (Lora(8, 30, 0.0, "query_key_value") if lora else FullParameters()).prepare(model.to(wide))
+    model = (Lora(8, 30, 0.0, "query_key_value") if lora else FullParameters()).prepare(make_model(spec, wide))
     trained = [p for p in model.parameters() if p.requires_grad]
     masters = trained
     if lora:
@@ -190,7 +194,7 @@ def run_bare(spec, pairs):
         masters = [torch.nn.Parameter(p.detach().float()) for p in trained]
     optimizer = torch.optim.AdamW(masters, lr=1e-4, fused=True)
     loss_module, data = LossModule(model).train(), our_dataset(pairs)
-    layout = {"ragged": True, "share": spec["family"] != "glm", "multiple": 32 if wide != torch.float32 else 1}
+    layout = {"ragged": True, "share": spec["family"] != "glm", "multiple": 64 if wide != torch.float32 else 1}
     for rows, counted in warmed(pairs):
         batch = collate(data, rows, **layout)
         loss = loss_module(scale=1 / count_labels(batch), **batch)
@@ -226,10 +230,11 @@ def run_ours(spec, pairs):
 
     folder = Path(spec["folder"])
     make_config(spec["family"], spec["layers"], spec["hidden"]).save_pretrained(str(folder))
-    engine_module.load_model = lambda path, dtype, **options: make_model(spec["family"], spec["layers"], spec["hidden"]).to(dtype)
+    engine_module.load_model = lambda path, dtype, **options: make_model(spec, dtype)
     config = TrainConfig(
         model_name_or_path=str(folder), train_path="rows", train_type="lora" if spec["method"] == "lora" else "all", mode=spec["family"],
         per_device_train_batch_size=BATCH, precision=spec["precision"], lora_dropout=0.0, learning_rate=1e-4,
+        num_workers=0,  # the rows come from here
     )  # fmt: skip
     init_distributed()
     engine, model, _, precision = engine_module.build_engine(config, spec["family"], 10**6)
@@ -254,7 +259,10 @@ def make_glm(spec):
         num_hidden_layers=ours.num_layers, num_attention_heads=ours.num_attention_heads, num_key_value_heads=2, head_dim=64,
         partial_rotary_factor=0.5, attention_bias=True, rms_norm_eps=1e-5, pad_token_id=3, eos_token_id=2,
     )  # fmt: skip
-    return GlmForCausalLM(config)
+    torch.set_default_dtype(torch.bfloat16 if spec["precision"] == "bf16" else torch.float32)
+    model = GlmForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    return model
 
 
 # ---- a worker and its turns ------------------------------------------------------------------------------------------
@@ -325,8 +333,6 @@ def work_trainer(spec, pairs, turns):
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     model = make_glm(spec)
-    if spec["precision"] == "bf16":
-        model = model.to(torch.bfloat16)
     if spec["method"] == "lora":
         model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=30, target_modules=["q_proj", "k_proj", "v_proj"]))
     steps = batches(pairs)

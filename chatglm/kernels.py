@@ -4,8 +4,6 @@ Each saves for the backward pass only what cannot be had again cheaply, works in
 and skips the gradients of frozen weights.
 """
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -155,7 +153,6 @@ class CpuAttentionFunction(torch.autograd.Function):
         return grad_query, grad_key, grad_value, None, None, None
 
 
-@lru_cache(maxsize=256)
 def later(rows: int, keys: int, first: int) -> Tensor:
     """(rows, keys) fp32 to add to scores: row i is far below zero from key `first` + i on."""
     return torch.full((rows, keys), -1e30).triu_(first)
@@ -176,7 +173,8 @@ class CrossEntropyFunction(torch.autograd.Function):
         ctx.left, scale = (scale, 1.0) if hidden.dtype == torch.float16 else (1.0, scale)
         rows = max(1, LOGITS_BYTES // (weight.shape[0] * hidden.element_size()))
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = grad_bias = None
+        grad_weight = torch.zeros_like(weight) if need_weight and not len(hidden) else None
+        grad_bias = torch.zeros_like(bias) if need_bias else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), rows):
             part = hidden[start : start + rows]
@@ -187,7 +185,7 @@ class CrossEntropyFunction(torch.autograd.Function):
             if need_weight:
                 grad_weight = logits.t() @ part if grad_weight is None else grad_weight.addmm_(logits.t(), part)
             if need_bias:
-                grad_bias = logits.sum(0) if grad_bias is None else grad_bias.add_(logits.sum(0))
+                grad_bias += logits.sum(0)
             del logits
         ctx.gradients = grad_hidden, grad_weight, grad_bias
         return total * (scale * ctx.left)

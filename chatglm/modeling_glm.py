@@ -44,8 +44,6 @@ class SelfAttention(nn.Module):
         query, key, value = qkv.transpose(1, 2).chunk(3, dim=1)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        if keep is not None:
-            query = query[:, :, keep]
         out, weights = attend(self, query, key, value, mask, prefix, **kwargs)
         return self.dense(out), weights
 

@@ -70,6 +70,7 @@ class PackedMasks:
     """Masks of a packed row's sequences, for a layer that computes `queries[i]` of the tokens of sequence i.
 
     `causal`: the masks say no more than that a sequence's last query sees all keys, the one before it all but one, ...
+    `keep`: the places of the row whose queries are computed, None for all.
     """
 
     packing: Packing
@@ -77,6 +78,7 @@ class PackedMasks:
     masks: list[Tensor | None]
     queries: list[int]
     causal: bool
+    keep: Tensor | None = None
 
     def of_last_layer(self) -> "PackedMasks":
         """For the kept tokens alone."""
@@ -89,33 +91,56 @@ class PackedMasks:
             if mask is None:
                 mask = causal_mask(lengths[i], self.prefix_len + self.packing.shared[i] + lengths[i], keep.device)
             masks.append(mask[:, :, keep[a:b] - int(edges[i])])
-        return replace(self, masks=masks, queries=[b - a for a, b in zip(places, places[1:])], causal=False)
+        return replace(self, masks=masks, queries=[b - a for a, b in zip(places, places[1:])], causal=False, keep=keep)
 
     def attend(self, module, query: Tensor, key: Tensor, value: Tensor, prefix: Tensor | None) -> Tensor:
-        """(1, Q, heads * D) from query (1, heads, Q, D) and key, value (1, kv_heads, S, D); prefix (2, sequences, kv_heads, P, D)."""
-        backend = attention_backend(module)
-        dropout = module.attention_dropout if module.training else 0.0
-        lean = query.device.type == "cpu" and not dropout and module.config._attn_implementation == "sdpa"
-        lengths, shared = self.packing.lengths, self.packing.shared
-        keys, values = key.split(lengths, dim=2), value.split(lengths, dim=2)
+        """(1, Q, heads * D) from query (1, heads, S, D) and key, value (1, kv_heads, S, D); prefix (2, sequences, kv_heads, P, D).
+
+        Q is the number of kept tokens, or S.
+        """
+        backend, name = attention_backend(module), module.config._attn_implementation
+        options = {"scaling": module.scaling, "dropout": module.attention_dropout if module.training else 0.0}
+        if "flash" in name:  # its kernels know no mask but causality, aligned to the last key: queries are dropped afterwards
+            out = self.attend_flash(module, backend, query, key, value, prefix, options)
+            return out if self.keep is None else out[:, self.keep]
+        lean = query.device.type == "cpu" and not options["dropout"] and name == "sdpa"
+        if self.keep is not None:
+            query = query[:, :, self.keep]
         outs = []
-        for i, (own, mask) in enumerate(zip(query.split(self.queries, dim=2), self.masks)):
-            if not self.queries[i]:
+        for own, k, v, mask in zip(query.split(self.queries, dim=2), *self.keys_and_values(key, value, prefix), self.masks):
+            if not own.shape[2]:
                 continue
-            k, v = [keys[i]], [values[i]]
-            if shared[i]:
-                k.insert(0, keys[0][:, :, : shared[i]])
-                v.insert(0, values[0][:, :, : shared[i]])
-            if prefix is not None:
-                k.insert(0, prefix[0, i : i + 1].to(key.dtype))
-                v.insert(0, prefix[1, i : i + 1].to(key.dtype))
-            k, v = (x[0] if len(x) == 1 else torch.cat(x, dim=2) for x in (k, v))
             if lean:
                 out = CpuAttentionFunction.apply(own, k, v, mask, self.causal, module.scaling).transpose(1, 2)
             else:
-                out = backend(module, own, k, v, mask, scaling=module.scaling, dropout=dropout)[0]
+                out = backend(module, own, k, v, mask, **options)[0]
             outs.append(out.flatten(2))
         return torch.cat(outs, dim=1)
+
+    def keys_and_values(self, key: Tensor, value: Tensor, prefix: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+        """Of each sequence all that it may see: the prefix, the trunk's tokens that it shares, its own."""
+        lengths, shared = self.packing.lengths, self.packing.shared
+        both = []
+        for n, x in enumerate((key, value)):
+            parts = x.split(lengths, dim=2)
+            seen = []
+            for i, own in enumerate(parts):
+                before = [] if prefix is None else [prefix[n, i : i + 1].to(x.dtype)]
+                before += [parts[0][:, :, : shared[i]]] if shared[i] else []
+                seen.append(torch.cat([*before, own], dim=2) if before else own)
+            both.append(seen)
+        return both[0], both[1]
+
+    def attend_flash(self, module, backend, query, key, value, prefix, options) -> Tensor:
+        """All sequences in one call of a kernel for rows of several lengths."""
+        keys, values = self.keys_and_values(key, value, prefix)
+        edges = [torch.tensor([0, *lengths], dtype=torch.int32, device=query.device).cumsum(0, dtype=torch.int32)
+                 for lengths in (self.packing.lengths, [k.shape[2] for k in keys])]  # fmt: skip
+        rows = {
+            "cu_seq_lens_q": edges[0], "cu_seq_lens_k": edges[1],
+            "max_length_q": max(self.packing.lengths), "max_length_k": max(k.shape[2] for k in keys),
+        }  # fmt: skip
+        return backend(module, query, torch.cat(keys, dim=2), torch.cat(values, dim=2), None, **options, **rows)[0].flatten(2)
 
 
 def find_sequences(positions: Tensor) -> tuple[list[int], list[int]]:

@@ -27,6 +27,11 @@ def parse_bool(text: str | bool) -> bool:
     return words[text.lower()]
 
 
+def parse_checkpointing(text: str | bool) -> str:
+    """"True", "False" (in parse_bool's spellings) or "selective"."""
+    return text if text == "selective" else str(parse_bool(text))
+
+
 def flag(default, help: str, *, choices=None, positive=False, shapes_training=False):
     """A field with its help. `shapes_training`: a resumed run must have the same value."""
     meta = {"help": help, "choices": choices, "positive": positive, "shapes_training": shapes_training}
@@ -66,10 +71,12 @@ class TrainConfig:
     batching: str = keep("ragged", "ragged: a pass's rows end to end, no padding; padded: side by side; grouped: padded, rows of like "
                          "length together", choices=("ragged", "padded", "grouped"))  # fmt: skip
     share_prefix: bool = keep(True, "ragged: compute a beginning that a pass's rows have in common once, where no dropout acts (not glm)")
-    gradient_checkpointing: str = flag("False", "recompute activations in the backward pass: less memory, slower; selective: all but "
-                                       "matrix products and attention", choices=("False", "True", "selective"))  # fmt: skip
+    gradient_checkpointing: str = flag("False", "recompute activations in the backward pass: less memory, slower; selective: all but the "
+                                       "results of matrix products and attention", choices=("False", "True", "selective"))  # fmt: skip
     precision: str = keep("auto", "arithmetic; overrides the DeepSpeed file's (auto: bf16, else fp16 on GPUs, fp32 on CPU)",
                           choices=PRECISIONS)  # fmt: skip
+    num_workers: int = flag(1, "threads, each laying out the rows of one of the next steps while this one computes; 0: none")
+    data_cache: str = flag("~/.cache/glm-foundry", "folder of tokenised rows, keyed by content and settings; '' for none")
     seed: int = keep(1234, "seed of data order, dropout and new weights")
     ds_file: str = keep("ds_zero2.json", "DeepSpeed configuration; a bare name is looked up in ds_configs/ too")
     # methods
@@ -114,6 +121,8 @@ class TrainConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"--{name} must be a number not below 0; got {value}")
+        if self.num_workers < 0:
+            raise ValueError(f"--num_workers must not be below 0; got {self.num_workers}")
         if self.seed < 0:
             raise ValueError(f"--seed must not be below 0; got {self.seed}")
         if not self.model_name_or_path:
@@ -145,6 +154,8 @@ class TrainConfig:
 
 
 def flag_type(f: dataclasses.Field):
+    if f.name == "gradient_checkpointing":
+        return parse_checkpointing
     names = {"str": str, "int": int, "float": float, "bool": parse_bool}
     return names[str(f.type if isinstance(f.type, str) else getattr(f.type, "__name__", f.type)).split(" | ")[0]]
 
@@ -160,6 +171,8 @@ def add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field):
         options |= {"nargs": "?", "const": True, "metavar": "True|False"}
     elif f.metadata["choices"]:
         options["choices"] = f.metadata["choices"]
+        if f.name == "gradient_checkpointing":  # once a mere switch
+            options |= {"nargs": "?", "const": "True"}
     else:
         options["metavar"] = str(f.type).split(" | ")[0].upper() if isinstance(f.type, str) else f.name.upper()
     parser.add_argument(*names, type=flag_type(f), **options)

@@ -1,5 +1,6 @@
 """From a file of rows to padded batches. The order of rows is a pure function of (seed, epoch), so a resume needs one number."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -121,37 +122,89 @@ class Dataset:
         return len(self.input_ids)
 
 
-def encode_rows(rows: list[Row], tokenizer, family, *, max_len: int, max_src_len: int, is_skip=False, progress=False) -> Dataset:
+def encode_rows(
+    rows: list[Row], tokenizer, family, *, max_len: int, max_src_len: int, is_skip=False, progress=False, cache: Path | None = None
+) -> Dataset:  # fmt: skip
     """Encode rows as `family` trains on them; cut rows are counted, or dropped with `is_skip`.
+
+    With `cache`, a folder, what was encoded once from the same rows, tokenizer, code and lengths is read from there.
 
     Raises:
         ValueError: nothing is left, or a row has several answers (a test file).
     """
-    import datasets
-
     for row in rows:
         if len(row.answers) != 1:
             raise BadRow(f"{row.place}: a training row has one output, got a list of {len(row.answers)}")
+    file = cache / f"{encoding_key(rows, tokenizer, family, max_len, max_src_len)}.safetensors" if cache else None
+    encoded = read_encoded(file) if file else None
+    if encoded is None:
+        encoded = tokenise(rows, tokenizer, family, max_len, max_src_len, progress)
+        if file:
+            write_encoded(file, encoded)
+    ids, n_masked, cut = encoded
+    kept = [i for i in range(len(rows)) if not (is_skip and cut[i])]
+    if not kept:
+        raise ValueError(f"all {len(rows)} rows are longer than --max_len {max_len} / --max_src_len {max_src_len}")
+    return Dataset([ids[i] for i in kept], [n_masked[i] for i in kept], [rows[i].place for i in kept], sum(cut), len(rows) - len(kept))
+
+
+def tokenise(rows: list[Row], tokenizer, family, max_len: int, max_src_len: int, progress: bool) -> tuple[list, list, list]:
+    """(input_ids, n_masked, truncated) of each row."""
+    import datasets
 
     def encode(row):
         example = family.encode_example(tokenizer, row["prompt"], row["answer"], max_len, max_src_len)
         return {"input_ids": example.input_ids, "n_masked": example.n_masked, "truncated": example.truncated}
 
-    table = datasets.Dataset.from_dict(
-        {"prompt": [r.prompt for r in rows], "answer": [r.answers[0] for r in rows], "place": [r.place for r in rows]}
-    )
+    table = datasets.Dataset.from_dict({"prompt": [r.prompt for r in rows], "answer": [r.answers[0] for r in rows]})
     (datasets.enable_progress_bars if progress else datasets.disable_progress_bars)()
     # The fingerprint would hash the whole tokenizer to name a cache file that an in-memory table does not have.
     encoded = table.map(encode, new_fingerprint="encoded", desc="encoding", load_from_cache_file=False)
-    truncated = sum(encoded["truncated"])
-    if is_skip:
-        encoded = encoded.filter(lambda cut: not cut, input_columns="truncated", new_fingerprint="kept", desc="dropping cut rows")
-    if not len(encoded):
-        raise ValueError(f"all {len(rows)} rows are longer than --max_len {max_len} / --max_src_len {max_src_len}")
-    return Dataset(
-        list(encoded["input_ids"]), list(encoded["n_masked"]), list(encoded["place"]),
-        truncated, truncated if is_skip else 0,
-    )  # fmt: skip
+    return list(encoded["input_ids"]), list(encoded["n_masked"]), list(encoded["truncated"])
+
+
+def encoding_key(rows: list[Row], tokenizer, family, max_len: int, max_src_len: int) -> str:
+    """A name for all that encoded rows depend on: their text, the tokenizer's model, our code, the lengths."""
+    from chatglm import families, tokenization
+
+    digest = hashlib.sha256(f"{family.name} {max_len} {max_src_len} ".encode())
+    for file in (tokenizer.vocab_file, families.__file__, tokenization.__file__):
+        digest.update(hashlib.sha256(Path(file).read_bytes()).digest())
+    for row in rows:
+        digest.update(json.dumps([row.prompt, *row.answers]).encode())
+    return digest.hexdigest()[:32]
+
+
+def read_encoded(file: Path) -> tuple[list, list, list] | None:
+    """What `write_encoded` wrote; None where it is not there or not whole."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        arrays = load_file(file)
+        ids = np.split(arrays["ids"], arrays["lengths"].cumsum()[:-1])
+        return [row.tolist() for row in ids], arrays["n_masked"].tolist(), arrays["truncated"].tolist()
+    except (OSError, SafetensorError, KeyError):
+        return None
+
+
+def write_encoded(file: Path, encoded: tuple[list, list, list]):
+    """Keep encoded rows for the next start; a disk that does not want them is no reason to stop."""
+    from safetensors.numpy import save_file
+
+    ids, n_masked, cut = encoded
+    arrays = {
+        "ids": np.array([i for row in ids for i in row], np.int32), "lengths": np.array([len(row) for row in ids], np.int64),
+        "n_masked": np.array(n_masked, np.int32), "truncated": np.array(cut, bool),
+    }  # fmt: skip
+    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(arrays, aside)
+        os.replace(aside, file)
+    except OSError as error:
+        print(f"--data_cache: {file.parent} cannot be written ({error.strerror}); going on without", flush=True)
+        aside.unlink(missing_ok=True)
 
 
 def epoch_order(lengths: np.ndarray, seed: int, epoch: int, *, group: int = 0) -> np.ndarray:
@@ -200,7 +253,8 @@ def collate(data: Dataset, rows: list[int], *, ragged: bool = True, share: bool 
 
     Args:
         share: let the beginning that all rows have in common, if they have, be computed once (ragged, causal models).
-        multiple: make a ragged row's length and its number of predictions multiples of this, with what is not counted.
+        multiple: make a ragged row's length a multiple of this, its number of predictions one of half of it, with what is
+            not counted.
     """
     filler = min(range(len(data)), key=lambda i: len(data.input_ids[i])) if -1 in rows else None
     ids = [data.input_ids[filler if r == -1 else r] for r in rows]
@@ -235,7 +289,7 @@ def lay_end_to_end(ids: list[list[int]], masked: list[int], share: bool, multipl
         row += own
         lengths.append(len(own))
         shared.append(trunk)
-    spare = -len(keep) % multiple
+    spare = -len(keep) % max(1, multiple // 2)
     keep += keep[-1:] * spare
     targets += [IGNORED] * spare
     spare = -len(row) % multiple

@@ -6,7 +6,9 @@ import random
 import signal
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -148,7 +150,8 @@ def load_dataset(config: TrainConfig, path: str, tokenizer, family, name: str) -
     limits = {"max_len": config.max_len, "max_src_len": config.max_src_len}
     if name == "eval":  # a test file may list several answers; the loss is of the first
         rows = [row.with_first_answer() for row in rows]
-    data = encode_rows(rows, tokenizer, family, **limits, is_skip=config.is_skip and name == "train", progress=rank() == 0)
+    cache = Path(config.data_cache).expanduser() if config.data_cache else None
+    data = encode_rows(rows, tokenizer, family, **limits, is_skip=config.is_skip and name == "train", progress=rank() == 0, cache=cache)
     words = [f"{len(data)} {name} rows"]
     words += [f"{bad} bad ones skipped"] if bad else []
     words += [f"{data.skipped} too long, skipped"] if data.skipped else [f"{data.truncated} cut"] if data.truncated else []
@@ -206,7 +209,7 @@ def keep_products():
 
     aten = torch.ops.aten
     return create_selective_checkpoint_contexts([
-        aten.mm.default, aten.addmm.default, aten.bmm.default, aten.linear.default, aten.mkldnn_linear.default if hasattr(aten, "mkldnn_linear") else aten.mm.default,
+        aten.mm.default, aten.addmm.default, aten.bmm.default, aten.linear.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default, aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default,
     ])  # fmt: skip
@@ -226,7 +229,7 @@ def parameter_report(model) -> str:
 def layout_of(config: TrainConfig, family, tokenizer, dtype: torch.dtype) -> dict:
     """collate's options: how the rows of a pass are laid out."""
     # For half precision, oneDNN compiles its products anew for every shape, which takes longer than most products do.
-    multiple = 32 if dtype != torch.float32 and not torch.cuda.is_available() else 1
+    multiple = 64 if dtype != torch.float32 and not torch.cuda.is_available() else 1
     drops = {"lora": config.lora_dropout, "ptuning": config.prefix_dropout if config.resolved_ptuning_version == "v2" else 0}
     share = config.share_prefix and family.name != "glm" and not drops.get(config.train_type)
     return {"ragged": config.batching == "ragged", "share": share, "multiple": multiple, "pad_id": tokenizer.pad_token_id}
@@ -239,11 +242,13 @@ class Loop:
         self.config, self.engine, self.model, self.tokenizer, self.family = config, engine, model, tokenizer, family
         self.data, self.eval_data, self.eval_rows = data, eval_data, eval_rows
         self.schedule, self.checkpointer, self.done = schedule, checkpointer, done
-        self.order_epoch, self.order = None, None
         self.lengths = np.array([len(ids) for ids in data.input_ids])
         self.layout = layout_of(config, family, tokenizer, next(model.parameters()).dtype)
         self.stop_signal = 0
         self.last_metrics: dict = {}
+        self.workers = ThreadPoolExecutor(config.num_workers) if config.num_workers else None
+        self.ahead: dict[int, Future] = {}  # the batches of the steps to come, in the making
+        self.order_of = lru_cache(2)(self.order_of)
 
     def run(self) -> Path:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -256,6 +261,8 @@ class Loop:
             folder = self.run_steps(bar, writer)
         finally:  # so that an error gets a line of its own
             bar.close()
+            if self.workers:
+                self.workers.shutdown(cancel_futures=True)
             if writer:
                 writer.close()
         if folder is None:
@@ -299,15 +306,7 @@ class Loop:
         tokens read, stop wanted).
         """
         config, engine = self.config, self.engine
-        epoch, place = divmod(self.done, self.schedule.steps_per_epoch)
-        if epoch != self.order_epoch:
-            group = self.schedule.global_batch if config.batching == "grouped" else 0
-            self.order_epoch, self.order = epoch, epoch_order(self.lengths, config.seed, epoch, group=group)
-        rows = step_rows(
-            self.order, place, self.lengths, micro=config.per_device_train_batch_size,
-            accumulation=config.gradient_accumulation_steps, rank=rank(), world=world_size(),
-        )  # fmt: skip
-        batches = [collate(self.data, chosen, **self.layout) for chosen in rows]
+        rows, batches = self.batches()
         tokens = sum(len(self.data.input_ids[r]) for chosen in rows for r in chosen if r >= 0)
         labelled, tokens, stop = sum_over_ranks(sum(map(count_labels, batches)), tokens, self.stop_signal)
 
@@ -332,6 +331,28 @@ class Loop:
                 f"nothing was saved of this step. Try a lower --learning_rate or --precision bf16 or fp32"
             )
         return loss, norm, int(tokens), stop > 0
+
+    def batches(self) -> tuple[list[list[int]], list[dict]]:
+        """Rows and collated batches of the step to come; workers begin with those after it."""
+        last = min(self.done + self.config.num_workers, self.schedule.total_steps - 1)
+        for step in range(self.done + 1, last + 1):
+            if step not in self.ahead:
+                self.ahead[step] = self.workers.submit(self.make_batches, step)
+        made = self.ahead.pop(self.done, None)
+        return made.result() if made else self.make_batches(self.done)
+
+    def make_batches(self, step: int) -> tuple[list[list[int]], list[dict]]:
+        """A pure function of the step, whoever calls it."""
+        epoch, place = divmod(step, self.schedule.steps_per_epoch)
+        rows = step_rows(
+            self.order_of(epoch), place, self.lengths, micro=self.config.per_device_train_batch_size,
+            accumulation=self.config.gradient_accumulation_steps, rank=rank(), world=world_size(),
+        )  # fmt: skip
+        return rows, [collate(self.data, chosen, **self.layout) for chosen in rows]
+
+    def order_of(self, epoch: int) -> np.ndarray:
+        group = self.schedule.global_batch if self.config.batching == "grouped" else 0
+        return epoch_order(self.lengths, self.config.seed, epoch, group=group)
 
     def evaluate(self, writer) -> bool:
         """Loss (and F1) on the evaluation rows; True where the chosen metric is the best so far."""

@@ -17,7 +17,8 @@ class LoraFunction(torch.autograd.Function):
         small_a, small_b = a.to(x.dtype), b.to(x.dtype)
         low = F.linear(seen, small_a)
         out = F.linear(x, weight, bias)
-        out.flatten(0, -2).addmm_(low.flatten(0, -2), small_b.t(), alpha=scaling)
+        # Not in place: selective checkpointing keeps the product itself.
+        out = torch.addmm(out.flatten(0, -2), low.flatten(0, -2), small_b.t(), alpha=scaling).view(out.shape)
         ctx.save_for_backward(seen, low, weight, small_a, small_b)
         ctx.dropped, ctx.scaling, ctx.dtypes = dropped is not None, scaling, (a.dtype, b.dtype)
         return out
@@ -57,7 +58,7 @@ def _lean_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
     base, active = self.base_layer, self.active_adapters
     plain = (
         len(active) == 1 and active[0] in self.lora_A and not (self.disable_adapters or self.merged or self.lora_variant or args or kwargs)
-        and not (base.weight.requires_grad or hasattr(base.weight, "ds_id")) and x.dtype == base.weight.dtype
+        and not (any(p.requires_grad for p in base.parameters()) or hasattr(base.weight, "ds_id")) and x.dtype == base.weight.dtype
         and self.lora_A[active[0]].bias is None and self.lora_B[active[0]].bias is None and torch.is_grad_enabled()
     )  # fmt: skip
     if not plain:

@@ -51,7 +51,7 @@ def test_the_first_command_parses():
     first = next(line for line in commands((REPO_ROOT / "README.md").read_text(encoding="utf-8")) if "deepspeed" in line)
     words = shlex.split(first)
     config = parse_config(words[words.index("train.py") + 1 :])
-    assert config.lora_module_name.count(",") == 3 and config.gradient_checkpointing and config.ds_file == "ds_zero2_no_offload.json"
+    assert config.lora_module_name.count(",") == 3 and config.gradient_checkpointing == "True" and config.ds_file == "ds_zero2_no_offload.json"
 
 
 @pytest.mark.parametrize("path", sorted((REPO_ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)

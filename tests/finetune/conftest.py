@@ -45,12 +45,14 @@ def ds_files(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def flags(bases, rows_file, ds_files):
+def flags(bases, rows_file, ds_files, tmp_path_factory):
     """The flags of a short run: flags(output_dir, "--more", ..., family="glm2", method="lora")."""
+
+    cache = tmp_path_factory.mktemp("cache")
 
     def make(output_dir, *more, family="glm2", method="lora"):
         given = ["--model_name_or_path", bases[family], "--train_path", rows_file, "--output_dir", output_dir, "--max_len", 96]
-        given += ["--max_src_len", 64, "--per_device_train_batch_size", 4, "--learning_rate", "1e-2", "--warmup_ratio", 0]
+        given += ["--max_src_len", 64, "--per_device_train_batch_size", 4, "--learning_rate", "1e-2", "--warmup_ratio", 0, "--data_cache", cache]
         return [ds_files.get(str(word), str(word)) for word in [*given, *METHODS[method], *more]]
 
     return make

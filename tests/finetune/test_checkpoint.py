@@ -48,11 +48,11 @@ def stop_after(monkeypatch, step: int):
 
     collate, seen = engine.collate, []
 
-    def counting(*args):
+    def counting(*args, **options):
         seen.append(1)
         if len(seen) == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return collate(*args)
+        return collate(*args, **options)
 
     monkeypatch.setattr(engine, "collate", counting)
 

@@ -22,7 +22,7 @@ OLD_FLAGS = [
     ("ds_file", "ds_zero2.json", "x.json", "x.json"), ("lora_dim", 8, "16", 16), ("lora_alpha", 30, "64", 64),
     ("lora_dropout", 0.1, "0.05", 0.05), ("lora_module_name", "query_key_value", "a,b", "a,b"),
     ("freeze_module_name", "layers.27.", "layers.27.,layers.26.", "layers.27.,layers.26."), ("pre_seq_len", 16, "8", 8),
-    ("prefix_projection", True, "False", False), ("is_skip", False, None, True), ("gradient_checkpointing", False, None, True),
+    ("prefix_projection", True, "False", False), ("is_skip", False, None, True), ("gradient_checkpointing", "False", None, "True"),
 ]  # fmt: skip
 
 
@@ -60,6 +60,13 @@ def test_booleans(text, value):
     assert parse_bool(value) is value
 
 
+@pytest.mark.parametrize("typed, meant", [("true", "True"), ("yes", "True"), ("1", "True"), ("FALSE", "False"), ("0", "False"), ("selective", "selective")])
+def test_gradient_checkpointing_is_spelt_as_a_boolean_too(tmp_path, typed, meant):
+    assert parse_config([*NEEDED, "--gradient_checkpointing", typed]).gradient_checkpointing == meant
+    (tmp_path / "c.yaml").write_text(f"gradient_checkpointing: {typed}\n")
+    assert parse_config([*NEEDED, "--config", str(tmp_path / "c.yaml")]).gradient_checkpointing == meant
+
+
 @pytest.mark.parametrize("projection, version, resolved", [
     (None, None, "v2"), ("True", None, "v2"), ("False", None, "v1"), ("False", "v2", "v2"), ("True", "v1", "v1"),
 ])  # fmt: skip
@@ -77,7 +84,8 @@ def test_ptuning_version(projection, version, resolved):
     ("--eval_f1 True", "--eval_path"), ("--metric_for_best f1", "--eval_f1"), ("--no_such_flag 1", "--no_such_flag"),
     ("--learn 1", "--learn"), ("--model_name_or_path=", "--model_name_or_path is required"), ("--train_path=", "--train_path is required"),
     ("--config nowhere.yaml", "nowhere.yaml"), ("--save_total_limit 0", "--save_total_limit"), ("--max_steps -3", "--max_steps"),
-    ("--seed -1", "--seed"),
+    ("--seed -1", "--seed"), ("--batching sorted", "sorted"), ("--gradient_checkpointing maybe", "maybe"),
+    ("--num_workers -1", "--num_workers"),
 ])  # fmt: skip
 def test_refused_flags(capsys, words, said):
     assert said in refuse(capsys, *NEEDED, *words.split())

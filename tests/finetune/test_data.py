@@ -12,10 +12,12 @@ from chatglm import load_tokenizer
 from chatglm.families import FAMILIES
 from finetune.data import (
     IGNORED,
+    SHORTEST_TRUNK,
     BadRow,
     Dataset,
     Row,
     collate,
+    count_labels,
     encode_rows,
     epoch_order,
     parse_row,
@@ -28,35 +30,67 @@ from tests.finetune.runs import make_rows, write_rows
 GOOD = '{"instruction": "a", "input": "b", "output": "c"}'
 
 
-@given(st.integers(1, 60), st.integers(0, 2**40), st.integers(0, 50))
-def test_epoch_order(rows, seed, epoch):
-    order = epoch_order(rows, seed, epoch)
-    assert sorted(order) == list(range(rows))
-    assert np.array_equal(order, epoch_order(rows, seed, epoch))
+LENGTHS = st.lists(st.integers(2, 300), min_size=1, max_size=70).map(np.array)
 
 
-def test_epochs_and_seeds_differ():
-    orders = {tuple(epoch_order(40, seed, epoch)) for seed in range(5) for epoch in range(5)}
+@given(LENGTHS, st.integers(0, 2**40), st.integers(0, 50))
+def test_epoch_order(lengths, seed, epoch):
+    order = epoch_order(lengths, seed, epoch)
+    assert sorted(order) == list(range(len(lengths)))
+    assert np.array_equal(order, epoch_order(lengths, seed, epoch))
+    assert np.array_equal(order, epoch_order(lengths[::-1], seed, epoch))  # lengths matter to groups alone
+
+
+@given(st.integers(1, 700), st.integers(1, 9), st.integers(0, 2**40), st.integers(0, 9))
+def test_grouped_epoch_order(rows, group, seed, epoch):
+    """A permutation in batches of neighbours in length, the incomplete batch last."""
+    lengths = np.random.default_rng(seed).integers(2, 300, rows)
+    order = epoch_order(lengths, seed, epoch, group=group)
+    assert sorted(order) == list(range(rows)) and np.array_equal(order, epoch_order(lengths, seed, epoch, group=group))
+    whole = rows // group * group
+    batches = [lengths[order[i : i + group]] for i in range(0, whole, group)]
+    rest = set(order[whole:])
+    assert len(rest) == rows % group
+    # Each window of 50 batches is cut into batches by length, so no two batches of one window overlap.
+    plain = epoch_order(lengths, seed, epoch)
+    windows = [set(plain[i : i + 50 * group]) for i in range(0, rows, 50 * group)]
+    for window in windows:
+        inside = [(b.min(), b.max()) for i, b in enumerate(batches) if order[i * group] in window]
+        assert all(high <= low for (_, high), (low, _) in zip(sorted(inside), sorted(inside)[1:]))
+    for i in range(0, whole, group):
+        assert sum(set(order[i : i + group]) <= window for window in windows) == 1
+    assert rest <= windows[-1]
+
+
+@pytest.mark.parametrize("group", [0, 4])
+def test_epochs_and_seeds_differ(group):
+    lengths = np.arange(40)
+    orders = {tuple(epoch_order(lengths, seed, epoch, group=group)) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
 
 
-@given(st.integers(1, 70), st.sampled_from([1, 2, 3, 4, 8, 12]), st.integers(1, 4), st.integers(0, 3))
-def test_step_rows(rows, product, micro, seed):
-    """Micro batch x accumulation x ranks = one product: every step reads the same rows, each once an epoch."""
-    order = epoch_order(rows, seed, 0)
-    size = product * micro
+@given(LENGTHS, st.sampled_from([1, 2, 3, 4, 8, 12]), st.integers(1, 4), st.integers(0, 3), st.booleans())
+def test_step_rows(lengths, product, micro, seed, grouped):
+    """Micro batch x accumulation x ranks = one product: every step reads the same rows, each once an epoch. No pass has
+    many more tokens than another.
+    """
+    size, rows = product * micro, len(lengths)
+    order = epoch_order(lengths, seed, 0, group=size if grouped else 0)
     for accumulation in range(1, product + 1):
         if product % accumulation:
             continue
         world, seen = product // accumulation, []
         for step in range(-(-rows // size)):
-            split = [step_rows(order, step, micro=micro, accumulation=accumulation, rank=r, world=world) for r in range(world)]
+            options = {"micro": micro, "accumulation": accumulation, "world": world}
+            split = [step_rows(order, step, lengths, rank=r, **options) for r in range(world)]
             assert {len(passes) for passes in split} == {accumulation}
-            lengths = {len(places) for passes in split for places in passes}
-            assert len(lengths) == 1 and 1 <= lengths.pop() <= micro
+            counts = {len(places) for passes in split for places in passes}
+            assert len(counts) == 1 and 1 <= counts.pop() <= micro
             real = [row for passes in split for places in passes for row in places if row != -1]
             assert sorted(real) == sorted(order[step * size : (step + 1) * size])
             seen += real
+            tokens = [sum(lengths[r] for r in places if r != -1) for passes in split for places in passes]
+            assert max(tokens) <= sum(tokens) / len(tokens) + lengths[real].max()
         assert sorted(seen) == list(range(rows))
 
 
@@ -153,13 +187,43 @@ def test_encode_counts_cuts_and_skips(bases, family):
         encode_rows([Row("a", ("b", "c"), "f:9")], tokenizer, FAMILIES[family], **limits)
 
 
+@pytest.mark.parametrize("family", ["glm", "glm2", "glm3"])
+def test_encoded_rows_are_kept(bases, tmp_path, family, monkeypatch):
+    """What is read from the cache is what would be encoded; other rows, lengths or token ids are another file, a broken one none."""
+    from finetune import data as module
+
+    tokenizer, rows = load_tokenizer(bases[family]), [parse_row(r, f"f:{i}") for i, r in enumerate(make_rows(6))]
+    encoded, real = [], module.tokenise
+    monkeypatch.setattr(module, "tokenise", lambda *args: encoded.append(1) or real(*args))
+
+    def encode(rows, tokenizer=tokenizer, max_len=80, cache=tmp_path / "cache", **options):
+        found = encode_rows(rows, tokenizer, FAMILIES[family], max_len=max_len, max_src_len=50, cache=cache, **options)
+        calls, encoded[:] = len(encoded), []
+        assert found == encode_rows(rows, tokenizer, FAMILIES[family], max_len=max_len, max_src_len=50, **options)
+        encoded.clear()
+        return calls
+
+    assert [encode(rows), encode(rows), encode(rows, is_skip=True)] == [1, 0, 0]
+    assert [encode(rows[:-1]), encode(rows, max_len=60), encode(rows[::-1])] == [1, 1, 1]
+    if family == "glm":  # the same model file, other ids
+        from chatglm.tokenization import ChatGLMTokenizer
+
+        other = ChatGLMTokenizer.from_pretrained(str(bases[family]), family=family, num_image_tokens=20000)
+        assert encode(rows, other) == 1
+    for file in (tmp_path / "cache").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    assert [encode(rows), encode(rows)] == [1, 0] and not list((tmp_path / "cache").glob("*.tmp"))
+    (tmp_path / "file").touch()
+    assert encode(rows, cache=tmp_path / "file") == 1  # nowhere to write
+
+
 @given(st.lists(st.tuples(st.integers(2, 9), st.integers(1, 8)), min_size=1, max_size=6), st.data())
 def test_collate(shapes, draw):
     ids = [[100 * i + k for k in range(length)] for i, (length, _) in enumerate(shapes)]
     masked = [min(n, length - 1) for length, n in shapes]
     data = Dataset(ids, masked, [""] * len(ids), 0, 0)
     chosen = draw.draw(st.lists(st.integers(-1, len(ids) - 1), min_size=1, max_size=6))
-    batch = collate(data, chosen, pad_id=7)
+    batch = collate(data, chosen, ragged=False, pad_id=7)
     assert batch["input_ids"].shape == batch["labels"].shape and batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
     for row, got, labels in zip(chosen, batch["input_ids"].tolist(), batch["labels"].tolist()):
         if row == -1:
@@ -168,6 +232,48 @@ def test_collate(shapes, draw):
             size, n = len(ids[row]), masked[row]
             assert got == ids[row] + [7] * (len(got) - size)
             assert labels == [IGNORED] * n + ids[row][n:] + [IGNORED] * (len(got) - size)
+    assert count_labels(batch) == sum(len(ids[row]) - masked[row] for row in chosen if row != -1)
+
+
+@given(st.lists(st.tuples(st.integers(2, 30), st.integers(1, 29)), min_size=1, max_size=6), st.integers(0, 20), st.booleans(),
+       st.sampled_from([1, 8, 32]), st.data())  # fmt: skip
+def test_collate_ragged(shapes, common, share, multiple, draw):
+    """Read backwards: each sequence's tokens, and what predicts what, are the rows'; rows may begin with `common` equal tokens."""
+    ids = [[7] * min(common, length) + [100 * i + k for k in range(common, length)] for i, (length, _) in enumerate(shapes)]
+    masked = [min(n, length - 1) for length, n in shapes]
+    data = Dataset(ids, masked, [""] * len(ids), 0, 0)
+    chosen = draw.draw(st.lists(st.integers(-1, len(ids) - 1), min_size=1, max_size=6))
+    batch = collate(data, chosen, share=share, multiple=multiple)
+    row, lengths, shared = batch["input_ids"][0].tolist(), batch["lengths"], batch["shared"]
+    keep, targets = batch["keep"].tolist(), batch["targets"].tolist()
+    assert len(row) % multiple == len(keep) % max(1, multiple // 2) == 0 and keep == sorted(keep) and min(lengths) > 0 and sum(lengths) == len(row)
+    trunk = max(shared)
+    assert set(shared[1:]) <= {trunk} and (not trunk or (share and trunk == lengths[0] >= SHORTEST_TRUNK))
+    starts, first = np.cumsum([0, *lengths]), 1 if trunk else 0
+    assert len(lengths) - first == len(chosen)
+    predicted = {}
+    for place, target in zip(keep, targets):
+        if target != IGNORED:
+            assert place not in predicted
+            predicted[place] = target
+    shortest = min(map(len, ids))
+    for i, r in enumerate(chosen, first):
+        own = row[starts[i] : starts[i + 1]]
+        sequence = row[:trunk] + own
+        if r == -1:
+            sequence = sequence[: shortest - 1]
+            assert any(sequence == x[:-1] for x in ids) and not set(range(starts[i], starts[i + 1])) & set(predicted)
+            continue
+        wanted = {starts[i] + p - trunk: ids[r][p + 1] for p in range(masked[r] - 1, len(ids[r]) - 1)}
+        assert sequence[: len(ids[r]) - 1] == ids[r][:-1]
+        assert len(sequence) == len(ids[r]) - 1 or i == len(lengths) - 1  # filled up behind the last alone
+        assert {p: t for p, t in predicted.items() if starts[i] <= p < starts[i + 1]} == wanted
+    assert count_labels(batch) == len(predicted) == count_labels(collate(data, chosen, ragged=False))
+    # a beginning that all have in common and that predicts nothing is shared
+    heads = [ids[r][: masked[r] - 1] if r >= 0 else min(ids, key=len)[:-2] for r in chosen]
+    if share and len(chosen) > 1:
+        same = next((k for k, column in enumerate(zip(*heads)) if len(set(column)) > 1), min(map(len, heads)))
+        assert trunk == (same if same >= SHORTEST_TRUNK else 0)
 
 
 def test_skipped_rows_are_said(flags, train, tmp_path, capsys):

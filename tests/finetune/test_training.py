@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -37,12 +38,13 @@ def plain_run(words: list[str], steps: int) -> tuple[list[float], torch.nn.Modul
     optimizer = torch.optim.AdamW(trained, lr=1, betas=(0.9, 0.95), eps=1e-8, weight_decay=config.weight_decay)
     size = config.per_device_train_batch_size * config.gradient_accumulation_steps
     per_epoch = math.ceil(len(rows) / size)
+    encoded = [family.encode_example(tokenizer, row.prompt, row.answers[0], config.max_len, config.max_src_len) for row in rows]
+    lengths, group = np.array([len(e.input_ids) for e in encoded]), size if config.batching == "grouped" else 0
     total = per_epoch * config.num_train_epochs
     losses = []
     for step in range(steps):
         epoch, place = divmod(step, per_epoch)
-        chosen = epoch_order(len(rows), config.seed, epoch)[place * size : (place + 1) * size]
-        made = [family.encode_example(tokenizer, rows[i].prompt, rows[i].answers[0], config.max_len, config.max_src_len) for i in chosen]
+        made = [encoded[i] for i in epoch_order(lengths, config.seed, epoch, group=group)[place * size : (place + 1) * size]]
         longest = max(len(e.input_ids) for e in made)
         ids = torch.tensor([e.input_ids + [tokenizer.pad_token_id] * (longest - len(e.input_ids)) for e in made])
         labels = torch.tensor([e.labels + [-100] * (longest - len(e.labels)) for e in made])
@@ -126,11 +128,11 @@ def test_accumulation_does_not_change_the_loss(flags, train, tmp_path):
 def test_gradient_checkpointing_changes_nothing(flags, train, tmp_path):
     for method in METHODS:
         runs = []
-        for more in ([], ["--gradient_checkpointing"]):
-            out = tmp_path / f"{method}{len(more)}"
-            train(flags(out, "--max_steps", 3, *more, method=method))
-            runs.append(metrics(out))
-        assert runs[0] == pytest.approx(runs[1], rel=1e-6), method
+        for how in ("False", "True", "selective"):
+            out = tmp_path / f"{method}{how}"
+            train(flags(out, "--max_steps", 3, "--gradient_checkpointing", how, method=method))
+            runs.append(metrics(out) + metrics(out, "grad_norm"))
+        assert runs[0] == pytest.approx(runs[1], rel=1e-5) and runs[0] == pytest.approx(runs[2], rel=1e-5), method
 
 
 def test_weight_decay_takes_effect(flags, train, tmp_path):
