@@ -2,16 +2,21 @@
 
     python benchmarks/memory_check.py [--cases lora-glm2] [--json FILE]
 
-Each case is a process of its own: a small random model (this project's code, attention in plain operations), then steps of the
-plain loop, as the seeds train: padded rows, the model's full logits and loss, fp32, LoRA through peft or all parameters, torch's AdamW.
-Measured is VmHWM of /proc/self/status over steps 2 and 3, above the resident memory after a step
+Each case is a process of its own: a small random model of this project's code, then steps of one of two loops.
+    plain   as the seeds train: padded rows, attention in plain operations, full logits and loss, fp32, LoRA through peft or all
+            parameters, torch's AdamW
+    ours    as train.py trains, without DeepSpeed: ragged rows, the lean operations and the lean loss, fused AdamW; fp32, or frozen
+            bf16 weights with fp32 adapters
+Measured is VmHWM of /proc/self/status over the steps after the first (2 and 3; of ours the second), above the resident memory after a step
 of a miniature model (what is loaded at first use belongs to the process). VmHWM is set back through
 /proc/self/clear_refs after step 1, so that building the model, which may take more than a step, does not count; ru_maxrss cannot be
 set back. glibc is told to give every block of 64 KiB and more a mapping of its own (MALLOC_MMAP_THRESHOLD_) and so to return it
-when freed: resident memory is then live tensors, not what the heap happens to keep.
+when freed: resident memory is then live tensors, not what the heap happens to keep. Every step has the same rows: oneDNN keeps about
+half a megabyte for each shape of a bf16 product, so that in bf16 the case itself is trained once before, and only then the idle memory read.
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -37,6 +42,24 @@ CASES = {
     "glm-all-ckpt": ("glm", "all", 512, 8, 10000, 4, 384, True),
     "glm-all-100M": ("glm", "all", 768, 10, 40000, 1, 256, False),
 }
+# The same, with the precision: labels on the last quarter of each row.
+OUR_CASES = {
+    "ours-glm2-lora-tiny": ("glm2", "lora", 256, 4, 10000, 4, 256, "fp32"),
+    "ours-glm2-lora": ("glm2", "lora", 512, 6, 20000, 4, 512, "fp32"),
+    "ours-glm2-lora-long": ("glm2", "lora", 512, 6, 10000, 1, 2048, "fp32"),
+    "ours-glm2-lora-vocabulary": ("glm2", "lora", 512, 4, 65024, 4, 256, "fp32"),
+    "ours-glm2-lora-bf16": ("glm2", "lora", 512, 6, 20000, 4, 512, "bf16"),
+    "ours-glm2-lora-bf16-100M": ("glm2", "lora", 768, 8, 30000, 4, 512, "bf16"),
+    "ours-glm2-all": ("glm2", "all", 512, 6, 20000, 4, 512, "fp32"),
+    "ours-glm2-all-100M": ("glm2", "all", 768, 8, 30000, 1, 256, "fp32"),
+    "ours-glm-lora-tiny": ("glm", "lora", 256, 4, 10000, 4, 256, "fp32"),
+    "ours-glm-lora": ("glm", "lora", 512, 8, 20000, 2, 512, "fp32"),
+    "ours-glm-lora-bf16": ("glm", "lora", 512, 8, 20000, 4, 512, "bf16"),
+    "ours-glm-lora-bf16-100M": ("glm", "lora", 768, 10, 40000, 4, 512, "bf16"),
+    "ours-glm-all": ("glm", "all", 512, 6, 20000, 4, 512, "fp32"),
+    "ours-glm-all-100M": ("glm", "all", 768, 10, 40000, 1, 256, "fp32"),
+}
+OUR_LORA = "query_key_value"
 LORA = {"glm": "query_key_value", "glm2": "query_key_value,dense,dense_h_to_4h,dense_4h_to_h"}
 
 
@@ -55,6 +78,10 @@ def make_run(case: str):
     from finetune.memory_formula import Run
     from finetune.memory_shapes import make_shape
 
+    if case in OUR_CASES:
+        family, method, hidden, layers, vocab, batch, length, precision = OUR_CASES[case]
+        return Run(make_shape(make_config(family, hidden, layers, vocab)), method, batch=batch, length=length, precision=precision,
+                   zero=None, lora_dim=8, lora_modules=(OUR_LORA,), lora_dropout=0.0, cpu=True)  # fmt: skip
     family, method, hidden, layers, vocab, batch, length, checkpointing = CASES[case]
     return Run(make_shape(make_config(family, hidden, layers, vocab)), method, "plain", batch=batch, length=length,
                checkpointing=checkpointing, precision="fp32", zero=None, lora_dim=8, lora_modules=tuple(LORA[family].split(",")),
@@ -65,6 +92,46 @@ def status(name: str) -> int:
     """Bytes of one line of /proc/self/status."""
     line = next(text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith(name))
     return int(line.split()[1]) * 1024
+
+
+def train_ours(case: tuple, steps: int):
+    """Steps of our loop on one batch; VmHWM is set back after the first."""
+    import torch
+
+    from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
+    from chatglm.modeling_glm import ChatGLM1ForConditionalGeneration
+    from chatglm.modeling_glm2 import ChatGLM2ForConditionalGeneration
+    from finetune.data import Dataset, collate, count_labels
+    from finetune.engine import lighten
+    from finetune.loss import LossModule
+    from finetune.methods import FullParameters, Lora
+
+    family, method, hidden, layers, vocab, batch, length, precision = case
+    config = (ChatGLM1Config if family == "glm" else ChatGLM2Config)(**make_config(family, hidden, layers, vocab))
+    torch.set_default_dtype(torch.float32 if precision == "fp32" else torch.bfloat16)
+    model = (ChatGLM1ForConditionalGeneration if family == "glm" else ChatGLM2ForConditionalGeneration)(config)
+    torch.set_default_dtype(torch.float32)
+    model = (Lora(8, 16, 0.0, OUR_LORA) if method == "lora" else FullParameters()).prepare(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if method == "lora":
+        for p in trained:
+            p.data = p.data.float()
+        lighten(model)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    loss_module, predicted = LossModule(model).train(), length // 4
+    ids = torch.randint(0, vocab - 20, (batch, length + 1))  # the last one predicts nothing
+    masked = length + 1 - predicted
+    if family == "glm":
+        ids[:, masked - 2], ids[:, masked - 1] = config.gmask_token_id, config.bos_token_id
+    data = Dataset(ids.tolist(), [masked] * batch, [""] * batch, 0, 0)
+    rows = collate(data, list(range(batch)), share=family != "glm", multiple=1 if precision == "fp32" else 64)
+    for step in range(steps):
+        if step == 1:
+            Path("/proc/self/clear_refs").write_text("5")
+        loss_module(scale=1 / count_labels(rows), **rows).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def worker(case: str):
@@ -102,6 +169,16 @@ def worker(case: str):
             optimizer.step()
             optimizer.zero_grad()
 
+    if case in OUR_CASES:
+        wanted = OUR_CASES[case]
+        train_ours((*wanted[:2], 128, 1, 128, 1, 64, wanted[7]), 2)
+        if wanted[7] == "bf16":
+            train_ours(wanted, 1)
+            gc.collect()
+        idle = status("VmRSS")
+        train_ours(wanted, 2)
+        print(json.dumps({"peak": status("VmHWM") - idle}))
+        return
     wanted = CASES[case]
     # A miniature of the case first: what torch, peft and their kernels load at first use is the process's, not the step's.
     train((*wanted[:2], 128, 1, 128, 1, 16, wanted[7]), 1)
@@ -122,7 +199,7 @@ def main() -> int:
     from finetune.memory_formula import MIB, estimate
     from finetune.memory_seeds import summary
 
-    wanted = [case for case in CASES if not args.cases or any(part in case for part in args.cases.split(","))]
+    wanted = [case for case in (*CASES, *OUR_CASES) if not args.cases or any(part in case for part in args.cases.split(","))]
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     table = []
     print("| case | parameters | measured MiB | estimate | error |\n|---|---|---|---|---|")
@@ -137,6 +214,10 @@ def main() -> int:
         table.append({"case": case, "parameters": run.shape.total, "measured": measured, "estimate": found, "error": found / measured - 1})
         print(f"| {case} | {run.shape.total / 1e6:.1f} M | {measured / MIB:.0f} | {found / MIB:.0f} | {100 * (found / measured - 1):+.1f} % |", flush=True)
     report = summary([row["error"] for row in table])
+    for loop, found in (("plain", [r for r in table if r["case"] in CASES]), ("ours", [r for r in table if r["case"] in OUR_CASES])):
+        if found:
+            report[loop] = summary([row["error"] for row in found])
+            print(f"\n{loop}: {len(found)} cases, median {100 * report[loop]['median_abs_error']:.1f} %, worst {100 * report[loop]['max_abs_error']:.1f} %", end="")
     print(f"\n{report['rows']} cases, median {100 * report['median_abs_error']:.1f} %, worst {100 * report['max_abs_error']:.1f} %")
     if args.json:
         Path(args.json).write_text(json.dumps(report | {"table": table}, indent=2) + "\n")

@@ -5,11 +5,14 @@
 Each subject is a process of its own that waits for its turn; a turn is a few optimizer steps on the same rows as everybody's.
     reference     the seeds' loop on the same model: rows padded, full logits, fp32, plain formulas (written below)
     trainer       transformers' Trainer with peft on GlmForCausalLM of the same size (glm2), at its best precision
-    llamafactory  the same through LLaMA-Factory, with --llamafactory PYTHON, the interpreter of a venv that has it
     bare          our model and loss in a loop without DeepSpeed
+    peak          no training: the 4096 x 4096 x 4096 matrix product, for MFU
     ours          what train.py runs; bf16 unless the case's name ends in -fp32
 Tokens are real ones: padding does not count, whatever is computed once for several rows counts for each. Memory is the
-peak of the resident set in the turns above that of the idle process (imports done, no model yet).
+peak of the resident set in the turns above that of the idle process (imports done, no model yet). MFU counts useful
+multiply-adds alone: 4 N operations a token for LoRA, 6 N for full parameters, of the rows that each layer has to compute.
+
+    python benchmarks/train_speed.py --ranks        1 rank against 2 through torchrun, and the time to the first step
 """
 
 import argparse
@@ -219,6 +222,30 @@ def warmed(pairs):
     yield from ((rows, True) for rows in batches(pairs))
 
 
+def useful_operations(spec, pairs, rows) -> float:
+    """Floating-point operations of a step that its result needs: products with weights, forward and backward."""
+    from finetune.data import lay_end_to_end
+
+    config = make_config(spec["family"], spec["layers"], spec["hidden"])
+    batch = lay_end_to_end([pairs[r][0] for r in rows], [pairs[r][1] for r in rows], spec["family"] != "glm", 1)
+    tokens, kept, hidden = batch["input_ids"].numel(), len(batch["keep"]), spec["hidden"]
+    if spec["family"] == "glm":
+        qkv, rest = 3 * hidden * hidden, hidden * hidden + 2 * hidden * config.inner_hidden_size
+    else:
+        qkv, rest = hidden * (hidden + 2 * 2 * 64), hidden * hidden + 3 * hidden * config.ffn_hidden_size
+    body = (spec["layers"] - 1) * (qkv + rest) * tokens + qkv * tokens + rest * kept
+    return (4 if spec["method"] == "lora" else 6) * (body + config.vocab_size * hidden * kept)
+
+
+def run_peak(spec, pairs):
+    import torch
+
+    a, b = (torch.randn(4096, 4096, dtype=torch.float32 if spec["precision"] == "fp32" else torch.bfloat16) for _ in range(2))
+    while True:
+        a @ b
+        yield [], 0.0
+
+
 def run_ours(spec, pairs):
     """train.py's own engine and step, on rows handed to it."""
     from types import SimpleNamespace
@@ -279,9 +306,9 @@ def resident(field: str) -> int:
 class Turns:
     """The worker's side of the conversation: waits for a number of steps to do, tells what they took."""
 
-    def __init__(self, pairs):
+    def __init__(self, spec, pairs):
         self.pairs, self.left, self.idle = pairs, 0, resident("VmRSS")
-        self.tokens, self.started = 0, 0.0
+        self.tokens, self.started, self.operations, self.spec = 0, 0.0, 0.0, spec
 
     def tell(self, **values):
         print(MARK + json.dumps(values), flush=True)
@@ -291,17 +318,18 @@ class Turns:
             return
         if self.started:
             seconds = time.perf_counter() - self.started
-            self.tell(seconds=seconds, tokens=self.tokens, loss=self.loss, memory=resident("VmHWM") - self.idle)
+            self.tell(seconds=seconds, tokens=self.tokens, operations=self.operations, loss=self.loss, memory=resident("VmHWM") - self.idle)
         word = sys.stdin.readline().split()
         if not word or word[0] == "end":
             os._exit(0)
-        self.left, self.tokens = int(word[0]), 0
+        self.left, self.tokens, self.operations = int(word[0]), 0, 0.0
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
         self.started = time.perf_counter()
 
     def after_step(self, rows, loss):
         self.left -= 1
         self.tokens += sum(len(self.pairs[r][0]) for r in rows)
+        self.operations += useful_operations(self.spec, self.pairs, rows) if rows else 2 * 4096**3
         self.loss = loss
 
 
@@ -315,10 +343,10 @@ def work(spec):
     if spec["subject"] == "ours":
         import deepspeed  # noqa: F401
     pairs = json.loads(Path(spec["rows"]).read_text())
-    turns = Turns(pairs)
-    if spec["subject"] in ("trainer", "llamafactory"):
+    turns = Turns(spec, pairs)
+    if spec["subject"] == "trainer":
         return work_trainer(spec, pairs, turns)
-    steps = {"reference": run_reference, "bare": run_bare, "ours": run_ours}[spec["subject"]](spec, pairs)
+    steps = {"reference": run_reference, "bare": run_bare, "ours": run_ours, "peak": run_peak}[spec["subject"]](spec, pairs)
     turns.before_step()
     for rows, loss in steps:
         if rows is not None:  # a step that only warms up
@@ -386,7 +414,7 @@ class Subject:
             env["MKL_NUM_THREADS"] = "1"
         self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            [spec.get("python", sys.executable), __file__, "--worker", json.dumps(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, __file__, "--worker", json.dumps(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self.log, text=True, env=env, cwd=ROOT,
         )  # fmt: skip
 
@@ -419,7 +447,8 @@ def compare(specs: dict[str, dict], steps: int, repetitions: int) -> dict[str, d
         for subject in subjects.values():
             subject.end()
     return {
-        name: {"tokens_per_second": [t["tokens"] / t["seconds"] for t in told], "memory_gb": max(t["memory"] for t in told) / 1e9, "loss": told[-1]["loss"]}
+        name: {"tokens_per_second": [t["tokens"] / t["seconds"] for t in told], "memory_gb": max(t["memory"] for t in told) / 1e9,
+               "gflops": [t["operations"] / t["seconds"] / 1e9 for t in told], "loss": told[-1]["loss"]}
         for name, told in turns.items()
     }
 
@@ -430,12 +459,50 @@ def ratio(ours: dict, theirs: dict) -> tuple[float, float]:
     return statistics.median(a / b for a, b in pairs), ours["memory_gb"] / theirs["memory_gb"]
 
 
+def run_once(work: Path, model: Path, rows: Path, ranks: int, method: str, name: str) -> tuple[float, float]:
+    """(median tokens/s of train.py's later steps, seconds from the command to the first step), one thread a rank."""
+    out = work / name
+    words = ["train.py", "--model_name_or_path", model, "--train_path", rows, "--train_type", method, "--lora_dropout", "0",
+             "--max_len", 768, "--max_src_len", 512, "--per_device_train_batch_size", BATCH, "--gradient_accumulation_steps", 2 // ranks,
+             "--precision", "bf16", "--max_steps", 40, "--output_dir", out, "--data_cache", work / "cache", "--overwrite_output_dir"]  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"] if ranks == 2 else []
+    started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *map(str, [*launcher, *words])], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    log = out / "metrics.jsonl"
+    while process.poll() is None and not (log.is_file() and log.stat().st_size):
+        time.sleep(0.05)
+    first = time.perf_counter() - started
+    if process.wait():
+        sys.exit(f"failed: {' '.join(map(str, words))}")
+    speeds = [json.loads(line)["tokens_per_second"] for line in log.read_text().splitlines()]
+    return statistics.median(speeds[20:]), first
+
+
+def compare_ranks(shared: Path, args):
+    """The same global batch on 1 rank (2 passes a step) and on 2."""
+    from scripts.prepare_small_model import make_model as make_folder
+
+    print("| method | 1 rank, tokens/s | 2 ranks | ratio | first step after, s: first start, later ones |\n|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        model = make_folder("glm2", shared / "data" / "chatglm2-tokenizer", work / "model", hidden_size=args.hidden, num_layers=args.layers,
+                            heads=args.hidden // 64, ffn=round(args.hidden * 13696 / 4096 / 16) * 16)  # fmt: skip
+        rows = shared / "data" / "finetune" / "spo_0.json"
+        for method in ("lora", "all"):
+            told = [[run_once(work, model, rows, ranks, method, f"{method}-{ranks}") for ranks in (1, 2)] for _ in range(args.repetitions)]
+            speeds = [statistics.median(pair[i][0] for pair in told) for i in (0, 1)]
+            ratios = statistics.median(two[0] / one[0] for one, two in told)
+            starts = ", ".join(f"{one[1]:.1f}" for one, _ in told)
+            print(f"| {method} | {speeds[0]:,.0f} | {speeds[1]:,.0f} | {ratios:.2f} | {starts} |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--shared", default="../shared", help="folder with data/chatglm2-tokenizer and data/finetune")
     parser.add_argument("--cases", default="lora-glm2,lora-glm2-fp32,full-glm2,full-glm2-fp32,lora-glm,lora-glm-fp32,full-glm", help="comma list")
-    parser.add_argument("--against", default="reference,trainer,bare", help="comma list of subjects")
+    parser.add_argument("--against", default="reference,trainer,bare,peak", help="comma list of subjects")
     parser.add_argument("--threads", default="1,2", help="comma list")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=512)
@@ -443,6 +510,7 @@ def main():
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--trainer_precision", default="bf16", choices=("fp32", "bf16", "autocast"))
     parser.add_argument("--quick", action="store_true", help="one thread, glm2 and glm, 3 repetitions: under 10 minutes")
+    parser.add_argument("--ranks", action="store_true", help="instead: 1 rank against 2, and the time from the command to the first step")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     if args.worker:
@@ -450,6 +518,8 @@ def main():
     shared = Path(args.shared).resolve()
     if not (shared / "data" / "finetune" / "spo_0.json").is_file():
         sys.exit(f"no rows in {shared}; --shared names the folder of the public data")
+    if args.ranks:
+        return compare_ranks(shared, args)
     if args.quick:
         args.threads, args.repetitions, args.steps, args.cases = "1", 3, 3, "lora-glm2,lora-glm2-fp32,full-glm2,lora-glm"
     result = []
@@ -474,7 +544,12 @@ def main():
                 for name, spec in specs.items():
                     spec["folder"] = str(Path(folder) / name)
                 told = compare(specs, args.steps, args.repetitions)
-                for name in list(specs)[1:]:
+                if "peak" in told:
+                    mfu = statistics.median(a / b for a, b in zip(told["ours"]["gflops"], told["peak"]["gflops"]))
+                    peak = statistics.median(told["peak"]["gflops"])
+                    print(f"| {case} | {threads} | {precision} GEMM peak | MFU {100 * mfu:.0f} % of {peak:,.0f} GFLOP/s | | | | |", flush=True)
+                    result.append({"name": case, "against": "peak", "threads": threads, "layers": args.layers, "hidden": args.hidden, "mfu": mfu})
+                for name in [n for n in list(specs)[1:] if n != "peak"]:
                     speed, memory = ratio(told["ours"], told[name])
                     middle = {n: statistics.median(told[n]["tokens_per_second"]) for n in ("ours", name)}
                     print(f"| {case} | {threads} | {name} | {middle['ours']:,.0f} | {middle[name]:,.0f} | {speed:.2f} | "

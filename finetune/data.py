@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -168,6 +169,8 @@ def encoding_key(rows: list[Row], tokenizer, family, max_len: int, max_src_len: 
     from chatglm import families, tokenization
 
     digest = hashlib.sha256(f"{family.name} {max_len} {max_src_len} ".encode())
+    settings = {k: v for k, v in tokenizer.init_kwargs.items() if k not in ("vocab_file", "name_or_path")}
+    digest.update(json.dumps([settings, len(tokenizer)], default=str, sort_keys=True).encode())
     for file in (tokenizer.vocab_file, families.__file__, tokenization.__file__):
         digest.update(hashlib.sha256(Path(file).read_bytes()).digest())
     for row in rows:
@@ -204,7 +207,8 @@ def write_encoded(file: Path, encoded: tuple[list, list, list]):
         os.replace(aside, file)
     except OSError as error:
         print(f"--data_cache: {file.parent} cannot be written ({error.strerror}); going on without", flush=True)
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def epoch_order(lengths: np.ndarray, seed: int, epoch: int, *, group: int = 0) -> np.ndarray:

@@ -13,7 +13,7 @@ from finetune.methods import METHODS
 
 GIB, MIB = 2**30, 2**20
 MODES = ("ours", "plain")
-CHUNK_ROWS = 256  # logits of so many labelled rows exist at once in this project's loss
+LOGITS_BYTES, CACHED_BYTES = 64 * MIB, MIB  # chatglm.kernels': of the logits at a time, and of their fp32 copy on a CPU
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Run:
     version: str = "v2"
     label_share: float = 0.25  # of the real tokens; ours computes logits there only
     real_tokens: int | None = None  # of a step on one device; all rows at the longest when not given
-    code: str | None = None  # of the model (memory_shapes.CODES): the original's for plain, sdpa for ours
+    code: str | None = None  # of the model (memory_shapes.CODES): the original's for plain, packed for ours
     cpu: bool = False  # no CUDA context and no caching allocator
 
     def __post_init__(self):
@@ -135,21 +135,28 @@ class Estimate:
 def activations(run: Run) -> tuple[float, float, float]:
     """(kept through the forward pass, one layer's work in backward, logits and loss)."""
     shape, e = run.shape, 4 if run.precision == "fp32" else 2
-    code = run.code or ("sdpa" if run.ours else "original")
+    code = run.code or (("packed-cpu" if run.cpu else "packed") if run.ours else "original")
     virtual = run.pre_seq_len if run.train_type == "ptuning" else 0
     tokens = run.tokens + (virtual * run.batch if run.version == "v1" else 0)
     keys = run.length + virtual
     full = not run.adapters
     lora = tuple(n.rsplit(".", 1)[-1] for n in shape.linears) if run.lora_modules == ("all",) else run.lora_modules
-    wide = 4 if run.precision == "fp32" or (run.ours and run.precision == "bf16") else 2  # of the adapters' arithmetic
+    # Of the adapters' arithmetic. Ours is in the model's dtype (finetune/lora.py), but for ZeRO-3, which peft's own fp32 serves.
+    peft = not run.ours or (run.zero is not None and run.zero.stage == 3)
+    wide = 4 if run.precision == "fp32" or (run.ours and peft and run.precision == "bf16") else e
     saved = saved_bytes_per_token(
         shape, code, keys=keys, element=e, trained=full, lora=lora if run.train_type == "lora" else (), lora_rank=run.lora_dim,
         lora_element=wide, lora_dropout=run.lora_dropout > 0, mask_element=e if run.cpu else 1,
     )  # fmt: skip
     layer = last = tokens * sum(saved.values())
-    if run.ours:  # the last layer's queries, MLP and output run on labelled positions only; its first norm and keys everywhere
-        everywhere = tokens * (saved["attention"] + saved["norms"] / 2)
-        last = everywhere + run.label_share * (layer - everywhere)
+    if run.ours:  # the last layer's queries, MLP and output run on labelled positions only; its first norm, queries and keys everywhere
+        first = saved["norms"] / 2 + e * (shape.query + 2 * shape.kv)
+        if full:
+            first += e * shape.hidden
+        elif run.train_type == "lora" and "query_key_value" in lora:
+            first += (wide + (e if run.cpu else 1) if run.lora_dropout else wide) * shape.hidden + wide * run.lora_dim
+        # The labelled queries are copied out.
+        last = tokens * first + run.label_share * (layer - tokens * first + tokens * e * shape.query)
     work = tokens * working_bytes_per_token(shape, code, keys=keys, element=e)
     layers = shape.layers
     if run.train_type == "freeze" and (run.ours or not run.checkpointing):
@@ -167,10 +174,22 @@ def activations(run: Run) -> tuple[float, float, float]:
         work += layer if layers > 1 else last
     else:
         kept = layer * (layers - 1) + last if layers else 0.0
+        if run.ours and layers > 1:  # when the last layer but one works, what the last one kept is gone
+            work = max(run.label_share * work, work - last)
+    if run.ours and layers == shape.layers:
+        if run.adapters and run.version != "v1" and not run.checkpointing:
+            kept -= tokens * saved["norms"] / 2  # the first norm stands before the first trained weight
+        if shape.glm1:
+            kept += tokens * keys  # bool visibility, once for all layers
     if run.ours:
-        labelled = run.label_share * tokens
-        # a chunk's logits, their fp32 and the gradient formed in it; the labelled rows and their gradient
-        head = min(CHUNK_ROWS, labelled) * shape.vocab * (e + 4 + (e if e < 4 else 0)) + 2 * labelled * shape.hidden * e
+        labelled, vocab = run.label_share * tokens, shape.vocab
+        # A piece of the logits, their gradient formed in it, in fp32: a cache's worth on a CPU. The labelled rows before and after
+        # the final norm and their gradient. The output layer's own gradient, made in the forward pass.
+        rows = min(max(1, LOGITS_BYTES // (e * vocab)), labelled)
+        scratch = min(max(1, CACHED_BYTES // (4 * vocab)), rows) if run.cpu else rows
+        head = rows * vocab * e + (scratch * vocab * 4 if e < 4 else 0) + 3 * labelled * shape.hidden * e
+        if run.train_type == "all" or any(".output_layer." in name or "lm_head" in name for name in run.trained):
+            head += e * vocab * shape.hidden
     else:
         # log-softmax, its gradient and the logits' gradient in fp32; the returned logits, which live to the step's end
         head = run.batch * run.length * shape.vocab * (12 + e)
@@ -198,8 +217,11 @@ def estimate(run: Run, constants: Constants | None = None) -> Estimate:
     gradients = grad * count / (share if stage >= 2 else 1)
     piece = min(largest, count / share)
     # Gradients flattened and made fp32 for the step, or DeepSpeed's norm of the largest in fp64; never both.
-    step = max((grad + (4 if grad < 4 else 0)) * count / share, 8 * piece) if zero else wide * largest
+    # Without DeepSpeed torch's AdamW, which ours asks to be fused.
+    step = max((grad + (4 if grad < 4 else 0)) * count / share, 8 * piece) if zero else 0 if run.ours else wide * largest
     whole = grad * largest  # a gradient before it is partitioned
+    if run.ours and not zero and not (shape.tied and run.train_type == "all"):
+        whole = 0.0  # autograd hands its tensor over; a tied one waits for the other's
     buffers = cache = 0.0
     if zero and stage in (1, 2):
         buffers = zero.reduce_bucket * (wide if run.adapters else e) * (2 if zero.overlaps else 1)
@@ -226,6 +248,8 @@ def estimate(run: Run, constants: Constants | None = None) -> Estimate:
         optimizer, gradients = 0.0, 0.0
         step = 8 * piece if stage < 3 else step
     kept, work, head = activations(run)
+    if run.ours and run.train_type == "lora" and wide > e and stage < 3:
+        kept += e * count  # the adapters in the model's dtype
 
     # Gradients stay through the next forward pass only where several passes make one step.
     waiting = gradients if run.accumulation > 1 else 0.0

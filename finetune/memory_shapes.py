@@ -18,7 +18,7 @@ PUBLISHED = {
     "chatglm2-6b": _GLM2,
     "chatglm3-6b": _GLM2,
 }  # fmt: skip
-CODES = ("original", "eager", "sdpa")
+CODES = ("original", "eager", "sdpa", "packed", "packed-cpu")
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def saved_bytes_per_token(
 
     Args:
         code: "original" = the code the seeds ran (attention in plain operations, softmax in fp32, GELU spelt out); "eager" and
-            "sdpa" = this project's models with that attention backend.
+            "sdpa" = this project's models with that attention backend; "packed" and "packed-cpu" = sdpa in the ragged rows of training.
         keys: key columns a query is scored against (the row's length, P-Tuning's included).
         element: bytes of an activation. trained: the layer's own weights are; a frozen linear keeps no input.
         lora: names of the layer's linears that carry LoRA; `lora_element` bytes of its arithmetic; `mask_element` bytes of a
@@ -190,16 +190,21 @@ def saved_bytes_per_token(
     h, q, kv, ffn, e = shape.hidden, shape.query, shape.kv, shape.ffn, element
     kept: dict[str, float] = {}
     own = 1 if trained else 0
-    # Norms. LayerNorm keeps its input; RMSNorm's arithmetic is fp32: the input's copy, and with a trained weight the normed row.
-    # The original multiplies the half-precision input too, so that is kept besides.
-    norm = e * h if shape.glm1 else 4 * h * (1 + own) + (e * h if code == "original" and e < 4 else 0)
+    # Norms. LayerNorm and this project's RMSNorm keep their input, besides statistics. The original RMSNorm's arithmetic is fp32: the
+    # input's copy, and with a trained weight the normed row; it multiplies the half-precision input too, so that is kept besides.
+    norm = e * h
+    if not shape.glm1:
+        norm = 4 * h * (1 + own) + (e * h if e < 4 else 0) if code == "original" else e * h + 4
     kept["norms"] = 2 * norm
-    # Attention: rotated queries and keys are new tensors; ChatGLM2's originals copy keys and values out to all heads.
-    if code == "sdpa":
-        # Flash keeps q, k, v, its output and a log-sum; v is a view that keeps the whole qkv product alive.
+    # Attention. This project's rotation makes one tensor of queries, keys and values and needs nothing to go back.
+    if code == "packed-cpu":
+        kept["attention"] = e * (q + 2 * kv)  # the backward pass computes the scores again, from views of that tensor
+    elif code in ("sdpa", "packed"):
+        # Flash keeps views of that tensor, its output and a log-sum a head.
         mask = e * keys if shape.glm1 else 0  # ChatGLM-6B's visibility as an additive matrix
-        kept["attention"] = e * (q + kv) + e * (q + 2 * kv) + e * q + 4 * shape.heads + mask
+        kept["attention"] = e * (q + 2 * kv) + e * q + 4 * shape.heads + mask
     else:
+        # Rotated queries and keys are new tensors, or scaled and contiguous ones; ChatGLM2's keys and values are copied out to all heads.
         view = 2 * kv if code == "original" and shape.glm1 else 0  # v is a view of the qkv product: q and k stay with it
         kept["attention"] = e * (3 * q + view) + keys  # a bool mask row
         # softmax in fp32 and its copy in the values' dtype; in fp32 the copy is the same tensor
@@ -209,13 +214,16 @@ def saved_bytes_per_token(
         # result are 7 tensors of the MLP's width, under torch.jit.script too. F.gelu keeps its input alone.
         kept["mlp"] = e * ffn * (7 if code == "original" else 1)
     else:
-        kept["mlp"] = e * ffn * 3  # the two halves of the first product, silu's result
+        # The first product; the original keeps silu's result besides.
+        kept["mlp"] = e * ffn * (3 if code == "original" else 2)
     for name, (inputs, _, _) in shape.linears.items():
         short = name.rsplit(".", 1)[-1]
-        if trained:
+        # Attention's output is kept already; in ragged rows the next layer reads a copy, for the sequences are joined.
+        there = code == "sdpa" and short == "dense"
+        if trained and not there:
             kept["inputs"] = kept.get("inputs", 0) + e * inputs
         if short in lora:
-            dropped = lora_element * inputs + (mask_element * inputs if lora_dropout else 0)
+            dropped = (lora_element + mask_element) * inputs if lora_dropout else 0 if there else lora_element * inputs
             kept["lora"] = kept.get("lora", 0) + dropped + lora_element * lora_rank
     return kept
 
@@ -224,8 +232,11 @@ def working_bytes_per_token(shape: Shape, code: str, *, keys: int, element: int)
     """Gradients alive at once inside one layer's backward pass, for one token: the largest of attention's and the MLP's."""
     e = element
     # gradients of the weights after and before the cast, and of the scores
-    attention = e * 4 * shape.query if code == "sdpa" else shape.heads * keys * (8 + e)
-    return max(attention, e * (3 if shape.glm1 else 5) * shape.ffn)
+    attention = shape.heads * keys * (8 + e) if code in ("original", "eager") else e * 4 * shape.query
+    if code == "original" or shape.glm1:
+        return max(attention, e * (3 if shape.glm1 else 5) * shape.ffn)
+    # SwiGLU's: the incoming gradient, both outgoing ones and a product; besides, the gradient that goes past the MLP.
+    return max(attention, e * (4 * shape.ffn + shape.hidden))
 
 
 def product_bytes_per_token(shape: Shape, *, element: int, lora: tuple[str, ...] = (), lora_rank: int = 0, lora_element: int = 2) -> float:

@@ -91,6 +91,9 @@ def test_step_rows(lengths, product, micro, seed, grouped):
             seen += real
             tokens = [sum(lengths[r] for r in places if r != -1) for passes in split for places in passes]
             assert max(tokens) <= sum(tokens) / len(tokens) + lengths[real].max()
+            for places in (places for passes in split for places in passes):  # dealt longest first
+                own = [lengths[r] for r in places if r != -1]
+                assert own == sorted(own, reverse=True)
         assert sorted(seen) == list(range(rows))
 
 
@@ -246,7 +249,7 @@ def test_collate_ragged(shapes, common, share, multiple, draw):
     batch = collate(data, chosen, share=share, multiple=multiple)
     row, lengths, shared = batch["input_ids"][0].tolist(), batch["lengths"], batch["shared"]
     keep, targets = batch["keep"].tolist(), batch["targets"].tolist()
-    assert len(row) % multiple == len(keep) % max(1, multiple // 2) == 0 and keep == sorted(keep) and min(lengths) > 0 and sum(lengths) == len(row)
+    assert len(row) % multiple == len(keep) % max(1, multiple // 2) == 0 and keep and keep == sorted(keep) and min(lengths) > 0 and sum(lengths) == len(row)
     trunk = max(shared)
     assert set(shared[1:]) <= {trunk} and (not trunk or (share and trunk == lengths[0] >= SHORTEST_TRUNK))
     starts, first = np.cumsum([0, *lengths]), 1 if trunk else 0

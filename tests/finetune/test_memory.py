@@ -58,7 +58,7 @@ def build(name: str, backend: str = "eager", **more):
     from chatglm.modeling_glm import ChatGLM1ForConditionalGeneration
     from chatglm.modeling_glm2 import ChatGLM2ForConditionalGeneration
 
-    config = (ChatGLM1Config if name == "glm" else ChatGLM2Config)(**TINY[name], **more)
+    config = (ChatGLM1Config if name == "glm" else ChatGLM2Config)(**(TINY[name] | more))
     config._attn_implementation = backend
     return (ChatGLM1ForConditionalGeneration if name == "glm" else ChatGLM2ForConditionalGeneration)(config)
 
@@ -76,29 +76,35 @@ def test_prefix_counts_are_the_models(name, version, projection):
     assert sum(make_shape(TINY[name]).prefix(5, projection, version).values()) == found
 
 
-@pytest.mark.parametrize("method", ["all", "frozen", "lora"])
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("method", ["all", "frozen", "lora", "lora without dropout"])
+@pytest.mark.parametrize("code", ["eager", "sdpa", "packed-cpu"])
 @pytest.mark.parametrize("name", ["glm", "glm2"])
-def test_saved_bytes_are_autograds(name, backend, method):
-    """Against the storages that autograd keeps of the last of 2 layers, weights apart. The tiny width makes what is not
-    counted (rotary tables, a norm's statistics) look large: 1.6 % of it.
+def test_saved_bytes_are_autograds(name, code, method):
+    """Against the storages that autograd keeps of the second of 3 layers, weights apart. The tiny width makes what is not
+    counted (rotary tables, a norm's statistics, masks that all layers share) look large: 1.6 % of it.
     """
     import torch
 
+    from finetune.engine import lighten
     from finetune.methods import Lora
 
-    model, shape = build(name, backend), make_shape(TINY[name])
+    packed, dropout = code == "packed-cpu", 0.1 if method == "lora" else 0.0
+    config = TINY[name] | {"num_layers": 3}
+    model, shape = build(name, "sdpa" if packed else code, num_layers=3), make_shape(config)
     model.requires_grad_(method == "all")
     model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_() if method == "frozen" else None)
-    block = model.transformer.layers[1] if name == "glm" else model.transformer.encoder.layers[1]
-    if method == "lora":
-        model = Lora(4, 8, 0.1, ",".join(ALL_LINEAR)).prepare(model)
+    body = model.transformer
+    block = body.layers[1] if name == "glm" else body.encoder.layers[1]
+    if method.startswith("lora"):
+        model = Lora(4, 8, dropout, ",".join(ALL_LINEAR)).prepare(model)
+        if packed:
+            lighten(model)
     rows, length, inside, kept = 2, 160, [False], {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def keep(tensor):
         place = tensor.untyped_storage().data_ptr()
-        if inside[0] and place not in weights:
+        if inside[0] and place not in weights and not (packed and tensor.dtype == torch.bool):
             kept[place] = (tensor.untyped_storage().nbytes(), tensor)
         return tensor
 
@@ -106,15 +112,28 @@ def test_saved_bytes_are_autograds(name, backend, method):
     block.register_forward_hook(lambda *_: inside.__setitem__(0, False))
     ids = torch.randint(0, 500, (rows, length))
     ids[:, 60], ids[:, 61] = (501, 504) if name == "glm" else (1, 1)
+    inputs = {"input_ids": ids}
+    if packed:
+        ids = ids.reshape(1, -1)
+        places = torch.arange(length // 2, length)
+        inputs = {"input_ids": ids, "position_ids": body.packed_positions(ids, [length] * rows, [0] * rows), "keep": places}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = model.train()(input_ids=ids, use_cache=False)
+        model.train()
+        out = (body if packed else model)(**inputs, use_cache=False)
     found = sum(size for size, _ in kept.values()) / (rows * length)
     del out
     counted = saved_bytes_per_token(
-        shape, backend, keys=length, element=4, trained=method == "all", lora=ALL_LINEAR if method == "lora" else (), lora_rank=4,
-        lora_element=4, mask_element=4,
+        shape, code, keys=length, element=4, trained=method == "all", lora=ALL_LINEAR if "lora" in method else (), lora_rank=4,
+        lora_element=4, lora_dropout=dropout > 0, mask_element=4,
     )  # fmt: skip
     assert sum(counted.values()) == pytest.approx(found, rel=0.03)
+
+
+def test_sizes_of_the_losss_pieces_are_the_kernels():
+    from chatglm import kernels
+    from finetune import memory_formula
+
+    assert (memory_formula.LOGITS_BYTES, memory_formula.CACHED_BYTES) == (kernels.LOGITS_BYTES, kernels.CACHED_BYTES)
 
 
 def test_saved_bytes_of_the_originals_arithmetic():
@@ -226,7 +245,7 @@ def test_largest_fits_and_one_more_does_not(run, card):
 
 def test_cheapest_change():
     size = CARDS["RTX3090"] * MIB
-    lora = Run(GLM2, "lora", batch=1, length=2048)
+    lora = Run(GLM2, "lora", batch=1, length=3000)
     assert estimate(lora).needed > size and cheapest_change(lora, size) == "--gradient_checkpointing"
     assert cheapest_change(replace(lora, mode="plain", precision="fp16", length=1024, checkpointing=True, batch=8), size).startswith("--per_device")
     full = Run(GLM2, "all", batch=1, length=1024)
