@@ -354,6 +354,27 @@ def work(spec):
             turns.before_step()
 
 
+def profile(spec):
+    """Print the operations in which 4 steps of a subject spend their time."""
+    import torch
+    from torch.profiler import profile as torch_profile
+
+    torch.set_num_threads(1)
+    pairs = json.loads(Path(spec["rows"]).read_text())
+    steps = {"reference": run_reference, "bare": run_bare}[spec["subject"]](spec, pairs)
+    for rows, _ in steps:  # the first counted step: warm
+        if rows is not None:
+            break
+    with torch_profile() as recorded:
+        for _ in range(4):
+            next(steps)
+    events = [e for e in recorded.key_averages() if e.self_cpu_time_total]
+    total = sum(e.self_cpu_time_total for e in events)
+    print(f"\n{spec['subject']}: {total / 4e6:.2f} s a step\n\n| operation | share | calls a step |\n|---|---|---|")
+    for event in sorted(events, key=lambda e: -e.self_cpu_time_total)[:10]:
+        print(f"| {event.key} | {100 * event.self_cpu_time_total / total:.0f} % | {event.count / 4:.0f} |")
+
+
 def work_trainer(spec, pairs, turns):
     import peft
     import torch
@@ -511,13 +532,24 @@ def main():
     parser.add_argument("--trainer_precision", default="bf16", choices=("fp32", "bf16", "autocast"))
     parser.add_argument("--quick", action="store_true", help="one thread, glm2 and glm, 3 repetitions: under 10 minutes")
     parser.add_argument("--ranks", action="store_true", help="instead: 1 rank against 2, and the time from the command to the first step")
+    parser.add_argument("--profile", action="store_true", help="instead: where the reference's time goes and where ours (lora-glm2, 1 thread)")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     if args.worker:
-        return work(json.loads(args.worker))
+        spec = json.loads(args.worker)
+        return profile(spec) if spec.get("profile") else work(spec)
     shared = Path(args.shared).resolve()
     if not (shared / "data" / "finetune" / "spo_0.json").is_file():
         sys.exit(f"no rows in {shared}; --shared names the folder of the public data")
+    if args.profile:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = Path(folder) / "rows.json"
+            rows.write_text(json.dumps(encode(shared, "glm2")))
+            for subject, precision in (("reference", "fp32"), ("bare", "bf16")):
+                spec = {"subject": subject, "precision": precision, "profile": True, "family": "glm2", "method": "lora", "layers": args.layers,
+                        "hidden": args.hidden, "rows": str(rows)}  # fmt: skip
+                subprocess.run([sys.executable, __file__, "--worker", json.dumps(spec)], env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT)
+        return
     if args.ranks:
         return compare_ranks(shared, args)
     if args.quick:

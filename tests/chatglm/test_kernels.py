@@ -158,13 +158,13 @@ def test_cpu_attention_of_whole_blocks(length, dtype):
         mask = causal_mask(length, length + prefix, "cpu")
 
         def split(qkv):
-            query, key, value = qkv[:, prefix:].transpose(1, 2), qkv[:, :, :2].transpose(1, 2), qkv[:, :, 2:4].transpose(1, 2)
+            query, key, value = qkv[:, prefix:].transpose(1, 2), qkv[:, :, :2].transpose(1, 2), qkv[:, :, 2:4].transpose(1, 2)  # noqa: B023
             return query, key, value
 
         row = torch.cat([noise(2, 1, prefix, 6, 16), qkv], dim=1)
         check(
-            lambda row: CpuAttentionFunction.apply(*split(row), mask if prefix else None, True, 0.25),
-            lambda row: plain_attention(*split(row), mask, 0.25), [row], [True], dtype,
+            lambda row: CpuAttentionFunction.apply(*split(row), mask if prefix else None, True, 0.25),  # noqa: B023
+            lambda row: plain_attention(*split(row), mask, 0.25), [row], [True], dtype,  # noqa: B023
         )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from finetune.engine import keep_products, layout_of
 from finetune.evaluate import evaluation_loss
 from finetune.lora import use_lean_lora
 from finetune.loss import LossModule, nll_sum
-from finetune.methods import Lora, make_method
+from finetune.methods import make_method
 from tests.finetune.runs import METHODS, make_rows, metrics
 from tests.finetune.test_checkpoint import same_losses, stop_after
 from tests.finetune.test_training import plain_run
