@@ -79,11 +79,14 @@ def test_prefix_counts_are_the_models(name, version, projection):
 @pytest.mark.parametrize("method", ["all", "frozen", "lora", "lora without dropout"])
 @pytest.mark.parametrize("code", ["eager", "sdpa", "packed-cpu"])
 @pytest.mark.parametrize("name", ["glm", "glm2"])
-def test_saved_bytes_are_autograds(name, code, method):
+def test_saved_bytes_are_autograds(name, code, method, monkeypatch):
     """Against the storages that autograd keeps of the second of 3 layers, weights apart. The tiny width makes what is not
     counted (rotary tables, a norm's statistics, masks that all layers share) look large: 1.6 % of it.
     """
     import torch
+
+    # DeepSpeed's ZeRO-3, wherever it has run in this process, leaves a linear behind that keeps its input in any case.
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
 
     from finetune.engine import lighten
     from finetune.methods import Lora
