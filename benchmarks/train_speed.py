@@ -530,7 +530,7 @@ def main():
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps in a turn")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--trainer_precision", default="bf16", choices=("fp32", "bf16", "autocast"))
-    parser.add_argument("--quick", action="store_true", help="one thread, glm2 and glm, 3 repetitions: under 10 minutes")
+    parser.add_argument("--quick", action="store_true", help="one thread, four cases, 3 turns of one step, against reference and trainer: under 10 minutes")
     parser.add_argument("--ranks", action="store_true", help="instead: 1 rank against 2, and the time from the command to the first step")
     parser.add_argument("--profile", action="store_true", help="instead: where the reference's time goes and where ours (lora-glm2, 1 thread)")
     parser.add_argument("--json", metavar="FILE")
@@ -553,7 +553,8 @@ def main():
     if args.ranks:
         return compare_ranks(shared, args)
     if args.quick:
-        args.threads, args.repetitions, args.steps, args.cases = "1", 3, 3, "lora-glm2,lora-glm2-fp32,full-glm2,lora-glm"
+        args.threads, args.repetitions, args.steps, args.against = "1", 3, 1, "reference,trainer"
+        args.cases = "lora-glm2,lora-glm2-fp32,full-glm2,lora-glm"
     result = []
     print(f"model {args.layers} x {args.hidden}, batch {BATCH}\n")
     print("| case | threads | against | ours, tokens/s | theirs | ratio | memory, ours / theirs, GB | ratio |\n|---|---|---|---|---|---|---|---|", flush=True)
