@@ -22,70 +22,81 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# family, method, hidden, layers, vocabulary, batch, length, gradient checkpointing
+
+class Case(NamedTuple):
+    """A model, its rows (all of `length` tokens; ours have labels on the last quarter) and the loop that trains it."""
+
+    loop: str
+    family: str
+    method: str
+    hidden: int
+    layers: int
+    vocab: int
+    batch: int
+    length: int
+    checkpointing: bool = False
+    precision: str = "fp32"
+
+    @property
+    def lora(self) -> str:
+        """The modules that carry LoRA."""
+        return ALL_LINEAR if self.loop == "plain" and self.family == "glm2" else "query_key_value"
+
+
+ALL_LINEAR = "query_key_value,dense,dense_h_to_4h,dense_4h_to_h"
 CASES = {
-    "glm2-lora-tiny": ("glm2", "lora", 256, 4, 10000, 4, 256, False),
-    "glm2-lora-ckpt": ("glm2", "lora", 512, 8, 20000, 4, 256, True),
-    "glm2-lora-long": ("glm2", "lora", 512, 6, 10000, 1, 1024, False),
-    "glm2-lora-vocabulary": ("glm2", "lora", 512, 4, 65024, 2, 256, False),
-    "glm2-all": ("glm2", "all", 512, 6, 20000, 2, 256, False),
-    "glm2-all-ckpt": ("glm2", "all", 512, 8, 10000, 4, 384, True),
-    "glm2-all-100M": ("glm2", "all", 768, 8, 30000, 1, 256, False),
-    "glm-lora-tiny": ("glm", "lora", 256, 4, 10000, 4, 256, False),
-    "glm-lora": ("glm", "lora", 512, 8, 20000, 2, 512, False),
-    "glm-lora-ckpt": ("glm", "lora", 512, 8, 20000, 4, 256, True),
-    "glm-all": ("glm", "all", 512, 6, 20000, 4, 256, False),
-    "glm-all-ckpt": ("glm", "all", 512, 8, 10000, 4, 384, True),
-    "glm-all-100M": ("glm", "all", 768, 10, 40000, 1, 256, False),
+    "glm2-lora-tiny": Case("plain", "glm2", "lora", 256, 4, 10000, 4, 256),
+    "glm2-lora-ckpt": Case("plain", "glm2", "lora", 512, 8, 20000, 4, 256, checkpointing=True),
+    "glm2-lora-long": Case("plain", "glm2", "lora", 512, 6, 10000, 1, 1024),
+    "glm2-lora-vocabulary": Case("plain", "glm2", "lora", 512, 4, 65024, 2, 256),
+    "glm2-all": Case("plain", "glm2", "all", 512, 6, 20000, 2, 256),
+    "glm2-all-ckpt": Case("plain", "glm2", "all", 512, 8, 10000, 4, 384, checkpointing=True),
+    "glm2-all-100M": Case("plain", "glm2", "all", 768, 8, 30000, 1, 256),
+    "glm-lora-tiny": Case("plain", "glm", "lora", 256, 4, 10000, 4, 256),
+    "glm-lora": Case("plain", "glm", "lora", 512, 8, 20000, 2, 512),
+    "glm-lora-ckpt": Case("plain", "glm", "lora", 512, 8, 20000, 4, 256, checkpointing=True),
+    "glm-all": Case("plain", "glm", "all", 512, 6, 20000, 4, 256),
+    "glm-all-ckpt": Case("plain", "glm", "all", 512, 8, 10000, 4, 384, checkpointing=True),
+    "glm-all-100M": Case("plain", "glm", "all", 768, 10, 40000, 1, 256),
+    "ours-glm2-lora-tiny": Case("ours", "glm2", "lora", 256, 4, 10000, 4, 256),
+    "ours-glm2-lora": Case("ours", "glm2", "lora", 512, 6, 20000, 4, 512),
+    "ours-glm2-lora-long": Case("ours", "glm2", "lora", 512, 6, 10000, 1, 2048),
+    "ours-glm2-lora-vocabulary": Case("ours", "glm2", "lora", 512, 4, 65024, 4, 256),
+    "ours-glm2-lora-bf16": Case("ours", "glm2", "lora", 512, 6, 20000, 4, 512, precision="bf16"),
+    "ours-glm2-lora-bf16-100M": Case("ours", "glm2", "lora", 768, 8, 30000, 4, 512, precision="bf16"),
+    "ours-glm2-all": Case("ours", "glm2", "all", 512, 6, 20000, 4, 512),
+    "ours-glm2-all-100M": Case("ours", "glm2", "all", 768, 8, 30000, 1, 256),
+    "ours-glm-lora-tiny": Case("ours", "glm", "lora", 256, 4, 10000, 4, 256),
+    "ours-glm-lora": Case("ours", "glm", "lora", 512, 8, 20000, 2, 512),
+    "ours-glm-lora-bf16": Case("ours", "glm", "lora", 512, 8, 20000, 4, 512, precision="bf16"),
+    "ours-glm-lora-bf16-100M": Case("ours", "glm", "lora", 768, 10, 40000, 4, 512, precision="bf16"),
+    "ours-glm-all": Case("ours", "glm", "all", 512, 6, 20000, 4, 512),
+    "ours-glm-all-100M": Case("ours", "glm", "all", 768, 10, 40000, 1, 256),
 }
-# The same, with the precision: labels on the last quarter of each row.
-OUR_CASES = {
-    "ours-glm2-lora-tiny": ("glm2", "lora", 256, 4, 10000, 4, 256, "fp32"),
-    "ours-glm2-lora": ("glm2", "lora", 512, 6, 20000, 4, 512, "fp32"),
-    "ours-glm2-lora-long": ("glm2", "lora", 512, 6, 10000, 1, 2048, "fp32"),
-    "ours-glm2-lora-vocabulary": ("glm2", "lora", 512, 4, 65024, 4, 256, "fp32"),
-    "ours-glm2-lora-bf16": ("glm2", "lora", 512, 6, 20000, 4, 512, "bf16"),
-    "ours-glm2-lora-bf16-100M": ("glm2", "lora", 768, 8, 30000, 4, 512, "bf16"),
-    "ours-glm2-all": ("glm2", "all", 512, 6, 20000, 4, 512, "fp32"),
-    "ours-glm2-all-100M": ("glm2", "all", 768, 8, 30000, 1, 256, "fp32"),
-    "ours-glm-lora-tiny": ("glm", "lora", 256, 4, 10000, 4, 256, "fp32"),
-    "ours-glm-lora": ("glm", "lora", 512, 8, 20000, 2, 512, "fp32"),
-    "ours-glm-lora-bf16": ("glm", "lora", 512, 8, 20000, 4, 512, "bf16"),
-    "ours-glm-lora-bf16-100M": ("glm", "lora", 768, 10, 40000, 4, 512, "bf16"),
-    "ours-glm-all": ("glm", "all", 512, 6, 20000, 4, 512, "fp32"),
-    "ours-glm-all-100M": ("glm", "all", 768, 10, 40000, 1, 256, "fp32"),
-}
-OUR_LORA = "query_key_value"
-LORA = {"glm": "query_key_value", "glm2": "query_key_value,dense,dense_h_to_4h,dense_4h_to_h"}
 
 
-def make_config(family: str, hidden: int, layers: int, vocab: int) -> dict:
+def make_config(case: Case) -> dict:
     """config.json's keys."""
-    heads = hidden // 64
-    if family == "glm":
-        return {"num_layers": layers, "vocab_size": vocab, "hidden_size": hidden, "inner_hidden_size": 4 * hidden,
-                "num_attention_heads": heads, "position_encoding_2d": True, "bos_token_id": vocab - 10, "eos_token_id": vocab - 9}  # fmt: skip
-    return {"num_layers": layers, "padded_vocab_size": vocab, "hidden_size": hidden, "ffn_hidden_size": 3 * hidden,
-            "kv_channels": 64, "num_attention_heads": heads, "multi_query_group_num": 2}  # fmt: skip
+    shared = {"num_layers": case.layers, "hidden_size": case.hidden, "num_attention_heads": case.hidden // 64}
+    if case.family == "glm":
+        return shared | {"vocab_size": case.vocab, "inner_hidden_size": 4 * case.hidden, "position_encoding_2d": True,
+                         "bos_token_id": case.vocab - 10, "eos_token_id": case.vocab - 9}  # fmt: skip
+    return shared | {"padded_vocab_size": case.vocab, "ffn_hidden_size": 3 * case.hidden, "kv_channels": 64, "multi_query_group_num": 2}
 
 
-def make_run(case: str):
+def make_run(case: Case):
     """The case as finetune.memory's Run."""
     from finetune.memory_formula import Run
     from finetune.memory_shapes import make_shape
 
-    if case in OUR_CASES:
-        family, method, hidden, layers, vocab, batch, length, precision = OUR_CASES[case]
-        return Run(make_shape(make_config(family, hidden, layers, vocab)), method, batch=batch, length=length, precision=precision,
-                   zero=None, lora_dim=8, lora_modules=(OUR_LORA,), lora_dropout=0.0, cpu=True)  # fmt: skip
-    family, method, hidden, layers, vocab, batch, length, checkpointing = CASES[case]
-    return Run(make_shape(make_config(family, hidden, layers, vocab)), method, "plain", batch=batch, length=length,
-               checkpointing=checkpointing, precision="fp32", zero=None, lora_dim=8, lora_modules=tuple(LORA[family].split(",")),
-               code="eager", cpu=True)  # fmt: skip
+    own = {"lora_dropout": 0.0} if case.loop == "ours" else {"code": "eager"}
+    return Run(make_shape(make_config(case)), case.method, case.loop, batch=case.batch, length=case.length, checkpointing=case.checkpointing,
+               precision=case.precision, zero=None, lora_dim=8, lora_modules=tuple(case.lora.split(",")), cpu=True, **own)  # fmt: skip
 
 
 def status(name: str) -> int:
@@ -94,96 +105,100 @@ def status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def train_ours(case: tuple, steps: int):
-    """Steps of our loop on one batch; VmHWM is set back after the first."""
+def make_model(case: Case, dropout: float):
+    """The case's random model, made in its precision and prepared by its method, in training mode."""
     import torch
 
     from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
     from chatglm.modeling_glm import ChatGLM1ForConditionalGeneration
     from chatglm.modeling_glm2 import ChatGLM2ForConditionalGeneration
-    from finetune.data import Dataset, collate, count_labels
-    from finetune.engine import lighten
-    from finetune.loss import LossModule
+    from finetune.distributed import DTYPES
     from finetune.methods import FullParameters, Lora
 
-    family, method, hidden, layers, vocab, batch, length, precision = case
-    config = (ChatGLM1Config if family == "glm" else ChatGLM2Config)(**make_config(family, hidden, layers, vocab))
-    torch.set_default_dtype(torch.float32 if precision == "fp32" else torch.bfloat16)
-    model = (ChatGLM1ForConditionalGeneration if family == "glm" else ChatGLM2ForConditionalGeneration)(config)
+    config = (ChatGLM1Config if case.family == "glm" else ChatGLM2Config)(**make_config(case))
+    if case.loop == "plain":
+        config._attn_implementation = "eager"
+    torch.set_default_dtype(DTYPES[case.precision])
+    model = (ChatGLM1ForConditionalGeneration if case.family == "glm" else ChatGLM2ForConditionalGeneration)(config)
     torch.set_default_dtype(torch.float32)
-    model = (Lora(8, 16, 0.0, OUR_LORA) if method == "lora" else FullParameters()).prepare(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if method == "lora":
-        for p in trained:
-            p.data = p.data.float()
-        lighten(model)
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    loss_module, predicted = LossModule(model).train(), length // 4
-    ids = torch.randint(0, vocab - 20, (batch, length + 1))  # the last one predicts nothing
-    masked = length + 1 - predicted
-    if family == "glm":
-        ids[:, masked - 2], ids[:, masked - 1] = config.gmask_token_id, config.bos_token_id
-    data = Dataset(ids.tolist(), [masked] * batch, [""] * batch, 0, 0)
-    rows = collate(data, list(range(batch)), share=family != "glm", multiple=1 if precision == "fp32" else 64)
+    return (Lora(8, 16, dropout, case.lora) if case.method == "lora" else FullParameters()).prepare(model).train()
+
+
+def forget_peak():
+    """Set VmHWM back to what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def train_plain(case: Case, steps: int):
+    """Steps of the seeds' loop."""
+    import torch
+
+    model = make_model(case, dropout=0.1)
+    if case.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    ids = torch.randint(0, case.vocab - 20, (case.batch, case.length))
+    if case.family == "glm":
+        ids[:, case.length // 2], ids[:, case.length // 2 + 1] = model.config.gmask_token_id, model.config.bos_token_id
     for step in range(steps):
         if step == 1:
-            Path("/proc/self/clear_refs").write_text("5")
+            forget_peak()
+        outputs = model(input_ids=ids, use_cache=False)
+        # The originals' own loss: logits in fp32, all positions, the first column of the labels left out.
+        logits = outputs.logits.float()
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, case.vocab), ids[:, 1:].reshape(-1))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def train_ours(case: Case, steps: int):
+    """Steps of our loop on one batch."""
+    import torch
+
+    from finetune.data import Dataset, collate, count_labels
+    from finetune.lora import use_lean_lora
+    from finetune.loss import LossModule
+
+    model = make_model(case, dropout=0.0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if case.method == "lora":
+        for p in trained:
+            p.data = p.data.float()
+        use_lean_lora(model)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    loss_module = LossModule(model)
+    ids = torch.randint(0, case.vocab - 20, (case.batch, case.length + 1))  # the last one predicts nothing
+    masked = case.length + 1 - case.length // 4
+    if case.family == "glm":
+        ids[:, masked - 2], ids[:, masked - 1] = model.config.gmask_token_id, model.config.bos_token_id
+    data = Dataset(ids.tolist(), [masked] * case.batch, [""] * case.batch, 0, 0)
+    rows = collate(data, list(range(case.batch)), share=case.family != "glm", multiple=1 if case.precision == "fp32" else 64)
+    for step in range(steps):
+        if step == 1:
+            forget_peak()
         loss_module(scale=1 / count_labels(rows), **rows).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
 
-def worker(case: str):
+def worker(name: str):
     """Train the case in this process and print {"peak": bytes above idle}."""
     import torch
 
-    from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
-    from chatglm.modeling_glm import ChatGLM1ForConditionalGeneration
-    from chatglm.modeling_glm2 import ChatGLM2ForConditionalGeneration
-    from finetune.methods import FullParameters, Lora
-
     torch.set_num_threads(1)
-
-    def train(case: tuple, steps: int):
-        family, method, hidden, layers, vocab, batch, length, checkpointing = case
-        config = (ChatGLM1Config if family == "glm" else ChatGLM2Config)(**make_config(family, hidden, layers, vocab))
-        config._attn_implementation = "eager"
-        model = (ChatGLM1ForConditionalGeneration if family == "glm" else ChatGLM2ForConditionalGeneration)(config)
-        model = (Lora(8, 16, 0.1, LORA[family]) if method == "lora" else FullParameters()).prepare(model).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            model.enable_input_require_grads()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-        ids = torch.randint(0, vocab - 20, (batch, length))
-        if family == "glm":
-            ids[:, length // 2], ids[:, length // 2 + 1] = config.gmask_token_id, config.bos_token_id
-        for step in range(steps):
-            if step == 1:
-                Path("/proc/self/clear_refs").write_text("5")
-            outputs = model(input_ids=ids, use_cache=False)
-            # The originals' own loss: logits in fp32, all positions, the first column of the labels left out.
-            logits = outputs.logits.float()
-            loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, vocab), ids[:, 1:].reshape(-1))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    if case in OUR_CASES:
-        wanted = OUR_CASES[case]
-        train_ours((*wanted[:2], 128, 1, 128, 1, 64, wanted[7]), 2)
-        if wanted[7] == "bf16":
-            train_ours(wanted, 1)
-            gc.collect()
-        idle = status("VmRSS")
-        train_ours(wanted, 2)
-        print(json.dumps({"peak": status("VmHWM") - idle}))
-        return
-    wanted = CASES[case]
+    case = CASES[name]
+    train, steps, miniature = (train_ours, 2, (64, 2)) if case.loop == "ours" else (train_plain, 3, (16, 1))
     # A miniature of the case first: what torch, peft and their kernels load at first use is the process's, not the step's.
-    train((*wanted[:2], 128, 1, 128, 1, 16, wanted[7]), 1)
+    length, few = miniature
+    train(case._replace(hidden=128, layers=1, vocab=128, batch=1, length=length), few)
+    if case.precision == "bf16":
+        train(case, 1)
+        gc.collect()
     idle = status("VmRSS")
-    train(wanted, 3)
+    train(case, steps)
     print(json.dumps({"peak": status("VmHWM") - idle}))
 
 
@@ -199,12 +214,12 @@ def main() -> int:
     from finetune.memory_formula import MIB, estimate
     from finetune.memory_seeds import summary
 
-    wanted = [case for case in (*CASES, *OUR_CASES) if not args.cases or any(part in case for part in args.cases.split(","))]
+    wanted = [case for case in CASES if not args.cases or any(part in case for part in args.cases.split(","))]
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     table = []
     print("| case | parameters | measured MiB | estimate | error |\n|---|---|---|---|---|")
     for case in wanted:
-        run = make_run(case)
+        run = make_run(CASES[case])
         done = subprocess.run([sys.executable, __file__, "--worker", case], env=env, capture_output=True, text=True)
         if done.returncode:
             print(done.stderr, file=sys.stderr)
@@ -214,8 +229,8 @@ def main() -> int:
         table.append({"case": case, "parameters": run.shape.total, "measured": measured, "estimate": found, "error": found / measured - 1})
         print(f"| {case} | {run.shape.total / 1e6:.1f} M | {measured / MIB:.0f} | {found / MIB:.0f} | {100 * (found / measured - 1):+.1f} % |", flush=True)
     report = summary([row["error"] for row in table])
-    for loop, found in (("plain", [r for r in table if r["case"] in CASES]), ("ours", [r for r in table if r["case"] in OUR_CASES])):
-        if found:
+    for loop in ("plain", "ours"):
+        if found := [r for r in table if CASES[r["case"]].loop == loop]:
             report[loop] = summary([row["error"] for row in found])
             print(f"\n{loop}: {len(found)} cases, median {100 * report[loop]['median_abs_error']:.1f} %, worst {100 * report[loop]['max_abs_error']:.1f} %", end="")
     print(f"\n{report['rows']} cases, median {100 * report['median_abs_error']:.1f} %, worst {100 * report['max_abs_error']:.1f} %")

@@ -134,21 +134,13 @@ def plain_formulas():
     modeling_glm.RotateFunction = Halves
 
 
-def pad(pairs, rows, pad_id):
-    """input_ids and labels (B, longest), padded on the right."""
-    import torch
-
-    longest = max(len(pairs[r][0]) for r in rows)
-    ids = torch.tensor([pairs[r][0] + [pad_id] * (longest - len(pairs[r][0])) for r in rows])
-    labels = [[-100] * n + ids_[n:] + [-100] * (longest - len(ids_)) for ids_, n in (pairs[r] for r in rows)]
-    return ids, torch.tensor(labels)
-
-
 def run_reference(spec, pairs):
     """The seeds' loop: everything in fp32, every position through the output layer, the shifted logits copied."""
     import peft
     import torch
     import torch.nn.functional as F
+
+    from finetune.data import collate
 
     plain_formulas()
     model = make_model(spec)
@@ -157,8 +149,9 @@ def run_reference(spec, pairs):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     model.train()
+    data = our_dataset(pairs)
     for rows in batches(pairs):
-        ids, labels = pad(pairs, rows, 3)
+        ids, labels = collate(data, rows, ragged=False, pad_id=3).values()
         logits = model(input_ids=ids, use_cache=False).logits.float()
         shifted, wanted = logits[:, :-1].contiguous(), labels[:, 1:].contiguous()
         loss = F.cross_entropy(shifted.view(-1, shifted.shape[-1]), wanted.view(-1))
@@ -180,7 +173,7 @@ def run_bare(spec, pairs):
     import torch
 
     from finetune.data import collate, count_labels
-    from finetune.engine import lighten
+    from finetune.lora import use_lean_lora
     from finetune.loss import LossModule
     from finetune.methods import FullParameters, Lora
 
@@ -192,7 +185,7 @@ def run_bare(spec, pairs):
     if lora:
         for p in trained:
             p.data = p.data.float()
-        lighten(model)
+        use_lean_lora(model)
     elif wide != torch.float32:
         masters = [torch.nn.Parameter(p.detach().float()) for p in trained]
     optimizer = torch.optim.AdamW(masters, lr=1e-4, fused=True)
@@ -225,16 +218,14 @@ def warmed(pairs):
 def useful_operations(spec, pairs, rows) -> float:
     """Floating-point operations of a step that its result needs: products with weights, forward and backward."""
     from finetune.data import lay_end_to_end
+    from finetune.memory_shapes import make_shape
 
-    config = make_config(spec["family"], spec["layers"], spec["hidden"])
+    shape = make_shape(make_config(spec["family"], spec["layers"], spec["hidden"]).to_dict())
     batch = lay_end_to_end([pairs[r][0] for r in rows], [pairs[r][1] for r in rows], spec["family"] != "glm", 1)
-    tokens, kept, hidden = batch["input_ids"].numel(), len(batch["keep"]), spec["hidden"]
-    if spec["family"] == "glm":
-        qkv, rest = 3 * hidden * hidden, hidden * hidden + 2 * hidden * config.inner_hidden_size
-    else:
-        qkv, rest = hidden * (hidden + 2 * 2 * 64), hidden * hidden + 3 * hidden * config.ffn_hidden_size
-    body = (spec["layers"] - 1) * (qkv + rest) * tokens + qkv * tokens + rest * kept
-    return (4 if spec["method"] == "lora" else 6) * (body + config.vocab_size * hidden * kept)
+    tokens, kept = batch["input_ids"].numel(), len(batch["keep"])
+    qkv, *rest = (inputs * outputs for inputs, outputs, _ in shape.linears.values())
+    body = (shape.layers - 1) * (qkv + sum(rest)) * tokens + qkv * tokens + sum(rest) * kept
+    return (4 if spec["method"] == "lora" else 6) * (body + shape.vocab * shape.hidden * kept)
 
 
 def run_peak(spec, pairs):
@@ -381,6 +372,8 @@ def work_trainer(spec, pairs, turns):
     from torch.utils.data import Dataset
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
+    from finetune.data import collate
+
     model = make_glm(spec)
     if spec["method"] == "lora":
         model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=30, target_modules=["q_proj", "k_proj", "v_proj"]))
@@ -396,8 +389,10 @@ def work_trainer(spec, pairs, turns):
                 order.append(next(steps))
             return order[i // BATCH][i % BATCH]
 
-    def collate(rows):
-        ids, labels = pad(pairs, rows, 3)
+    data = our_dataset(pairs)
+
+    def with_mask(rows):
+        ids, labels = collate(data, rows, ragged=False, pad_id=3).values()
         mask = torch.zeros_like(ids)
         for i, r in enumerate(rows):
             mask[i, : len(pairs[r][0])] = 1
@@ -419,7 +414,7 @@ def work_trainer(spec, pairs, turns):
         logging_strategy="no", learning_rate=1e-4, use_cpu=True, remove_unused_columns=False, disable_tqdm=True,
         bf16=spec["precision"] == "autocast", dataloader_pin_memory=False,
     )  # fmt: skip
-    Sequential(model=model, args=args, train_dataset=Rows(), data_collator=collate, callbacks=[Callback()]).train()
+    Sequential(model=model, args=args, train_dataset=Rows(), data_collator=with_mask, callbacks=[Callback()]).train()
 
 
 # ---- the parent ------------------------------------------------------------------------------------------------------

@@ -13,29 +13,35 @@ QUERY_BLOCK = 128  # queries of attention's backward on a CPU
 CACHED_BYTES = 2**20  # of fp32 scratch: a piece of the logits that stays in a core's cache
 
 
+def wide_product(x: Tensor, factor: Tensor) -> Tensor:
+    """x * factor as a new fp32 tensor. One dtype in each operation: mixed ones are not vectorised on a CPU."""
+    wide = x.float()
+    return wide * factor if wide is x else wide.mul_(factor)
+
+
+def round_up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
+
+
 class RMSNormFunction(torch.autograd.Function):
     """x / rms(x) * weight, arXiv 1910.07467 eq. 4. Saves x and one number a row."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        # One dtype in each operation: mixed ones are not vectorised on a CPU.
-        wide = x.float()
-        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+        square = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True).square_()
         scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        out = wide * scale if wide is x else wide.mul_(scale)
-        return out.mul_(weight.float()).to(x.dtype)
+        return wide_product(x, scale).mul_(weight.float()).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
-        normed = x.float() * scale if x.dtype == torch.float32 else x.float().mul_(scale)
-        wide = grad.float()
+        normed = wide_product(x, scale)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (wide * normed).flatten(0, -2).sum(0).to(weight.dtype)
+            grad_weight = wide_product(grad, normed).flatten(0, -2).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
-            weighted = wide * weight.float() if wide is grad else wide.mul_(weight.float())
+            weighted = wide_product(grad, weight.float())
             along = (weighted * normed).sum(-1, keepdim=True).div_(x.shape[-1])
             grad_x = weighted.addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype)
         return grad_x, grad_weight, None
@@ -107,8 +113,9 @@ class CpuAttentionFunction(torch.autograd.Function):
     """scaled_dot_product_attention on a CPU, whose own backward is several times slower in bf16 than these few products.
 
     query (B, heads, Q, D), key and value (B, kv_heads, K, D), mask (1, 1, Q, K) bool, True = visible. `causal`: the mask says
-    that query i sees the first K - Q + i + 1 keys, and is None where Q = K. No dropout. The backward pass takes QUERY_BLOCK queries at a time: scores and softmax in
-    fp32, the heads that share a key head side by side, so that their gradients add up in the products.
+    that query i sees the first K - Q + i + 1 keys, and is None where Q = K. No dropout. The backward pass takes QUERY_BLOCK
+    queries at a time: scores and softmax in fp32, the heads that share a key head side by side, so that their gradients add
+    up in the products.
     """
 
     @staticmethod
@@ -125,7 +132,7 @@ class CpuAttentionFunction(torch.autograd.Function):
         dtype, kv_shape = query.dtype, key.shape
         # oneDNN compiles its half-precision products anew for every shape: few shapes, then.
         unit = 1 if dtype == torch.float32 else 64
-        rows, width = -(-length // unit) * unit, -(-keys // unit) * unit
+        rows, width = round_up(length, unit), round_up(keys, unit)
         # (batch * kv_heads, heads that share them, Q, D) and (batch * kv_heads, K, D), filled up with zeros
         query, grad = (F.pad(x.reshape(-1, heads // groups, length, dim), (0, 0, 0, rows - length)) for x in (query, grad))
         key, value = (F.pad(x.reshape(-1, keys, dim), (0, 0, 0, width - keys)) for x in (key, value))
@@ -136,7 +143,7 @@ class CpuAttentionFunction(torch.autograd.Function):
         grad_key, grad_value = torch.zeros_like(wide_key), torch.zeros_like(wide_key)
         for start in range(0, rows, QUERY_BLOCK):
             end = min(start + QUERY_BLOCK, rows)
-            seen = width if mask is not None else min(width, -(-(keys - length + end) // unit) * unit)
+            seen = width if mask is not None else min(width, round_up(keys - length + end, unit))
             q, g = (x[:, :, start:end].flatten(1, 2) for x in (query, grad))
             scores = torch.bmm(q.float(), wide_key[:, :seen].transpose(1, 2)).mul_(ctx.scaling)
             hidden = bias[start:end, :seen] if mask is not None else later(end - start, seen, keys - length + start + 1)

@@ -45,7 +45,7 @@ def attend(module, query, key, value, mask, prefix, **kwargs) -> tuple[Tensor, T
 
     Args:
         query: (B, heads, Q, D). key, value: (B, kv_heads, K, D), rotary already applied.
-        mask: what `attention_visibility` returned, or a Packing.
+        mask: what `attention_visibility` returned, or PackedMasks.
         prefix: None or (2, B, kv_heads, P, D), P-Tuning v2's keys and values; keys carry no rotary angle.
     Returns:
         (B, Q, heads * D) and the attention weights where the backend gives them.

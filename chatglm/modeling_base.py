@@ -88,14 +88,15 @@ class ChatGLMBody:
             embeds = torch.cat([self.prefix_encoder(embeds.shape[0]).to(embeds.dtype), embeds], dim=1)
         return embeds, attention_mask, position_ids
 
-    def find_packing(self, position_ids: Tensor | None, alone: bool, batch: int, keep: Tensor | None) -> Packing | None:
-        """The packing that positions tell of, or that `keep` asks for; None where every row is one sequence.
+    def find_packing(self, position_ids: Tensor | None, attention_mask, past_key_values, batch: int, keep: Tensor | None) -> Packing | None:
+        """The packing that a caller's positions tell of, or that `keep` asks for; None where every row is one sequence.
 
-        Args:
-            alone: neither mask nor cache came with the positions; only then can they tell of several sequences.
+        Positions tell of several sequences only where neither mask nor cache came with them.
+
         Raises:
             ValueError: several rows that hold several sequences; `keep` without the positions of one row, or beside mask or cache.
         """
+        alone = attention_mask is None and not self.cached_length(past_key_values)
         if keep is not None and (position_ids is None or batch > 1 or not alone):
             raise ValueError("`keep` needs position_ids and one row, without attention_mask or cache")
         if position_ids is None or not alone:
@@ -131,22 +132,22 @@ class ChatGLMBody:
         return torch.cat(rows, dim=1), torch.cat(positions, dim=-1), packing, where
 
     def run_layers(
-        self, layers, hidden_states: Tensor, attention_mask, position_ids: Tensor | None, past_key_values, keep: Tensor | None,
-        **kwargs,
+        self, layers, hidden_states: Tensor, attention_mask, position_ids: Tensor | None, past_key_values,
+        packing: Packing | None, **kwargs,
     ) -> Tensor:  # fmt: skip
         """From embeddings (B, S, hidden_size) through all blocks, virtual tokens added on the way and taken off again.
 
-        The other arguments are the body's; returns (B, S, hidden_size), or (1, N, hidden_size) of the N places in `keep`.
+        `packing` is what `find_packing` found, the other arguments are the body's; returns (B, S, hidden_size), or
+        (1, N, hidden_size) of the N places that the packing keeps.
         """
         past = self.cached_length(past_key_values)
         batch, text_length = hidden_states.shape[:2]
-        text = slice(-text_length, None)
-        packing = self.find_packing(position_ids, attention_mask is None and not past, batch, keep)
+        text, keep, backend = slice(-text_length, None), None, self.config._attn_implementation
         if packing is not None:
             if self.prompt_length:
                 hidden_states, position_ids, packing, text = self.prepend_prompts(hidden_states, position_ids, packing)
             batch, keep = len(packing.lengths), packing.keep
-            mask = packing.masks(self.prefix_length, hidden_states.device)
+            mask = packing.masks(self.prefix_length, hidden_states.device, backend)
         else:
             hidden_states, attention_mask, position_ids = self.prepend_prompt(
                 hidden_states, attention_mask, position_ids, past
@@ -158,8 +159,7 @@ class ChatGLMBody:
             if mask is None:
                 mask = attention_visibility(
                     q_len=length, kv_len=past + length, device=hidden_states.device, padding=padding,
-                    context=self.seen_by_all(position_ids, past),
-                    prefix_len=self.prefix_length, backend=self.config._attn_implementation,
+                    context=self.seen_by_all(position_ids, past), prefix_len=self.prefix_length, backend=backend,
                 )  # fmt: skip
         prefix = self.prefix_encoder(batch) if self.config.prefix_version == "v2" else None
         turns = self.rotary(position_ids)[:, :, None]

@@ -187,10 +187,12 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = self.cached_length(past_key_values)
+        if position_ids is not None and position_ids.dim() != 3:
+            raise ValueError(f"ChatGLM-6B's position_ids are (B, 2, S), got {list(position_ids.shape)}")
+        batch = len(inputs_embeds if input_ids is None else input_ids)
+        packing = self.find_packing(position_ids, attention_mask, past_key_values, batch, keep)
         if position_ids is None:
             position_ids = self.find_positions(input_ids, attention_mask, past_key_values if past else None)
-        if position_ids.dim() != 3:
-            raise ValueError(f"ChatGLM-6B's position_ids are (B, 2, S), got {list(position_ids.shape)}")
         if past_key_values is not None:
             # The last real token has the greatest block position; padding, on either side, has 0.
             last = position_ids.shape[-1] - 1 - position_ids[:, 1].flip(-1).argmax(-1)
@@ -199,7 +201,7 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         hidden_states = self.run_layers(
-            self.layers, inputs_embeds, attention_mask, position_ids, past_key_values, keep, **kwargs
+            self.layers, inputs_embeds, attention_mask, position_ids, past_key_values, packing, **kwargs
         )
         hidden_states = self.final_layernorm(hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)

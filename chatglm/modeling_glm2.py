@@ -180,8 +180,9 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
+        packing = self.find_packing(position_ids, attention_mask, past_key_values, len(inputs_embeds), keep)
         hidden_states = self.run_layers(
-            self.encoder.layers, inputs_embeds, attention_mask, position_ids, past_key_values, keep, **kwargs
+            self.encoder.layers, inputs_embeds, attention_mask, position_ids, past_key_values, packing, **kwargs
         )
         hidden_states = self.encoder.final_layernorm(hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)

@@ -50,18 +50,18 @@ class Packing:
         )
         return packing, where
 
-    def masks(self, prefix_len: int, device) -> "PackedMasks":
+    def masks(self, prefix_len: int, device, backend: str) -> "PackedMasks":
         """What all layers but the last share, built once; `prefix_len` keys are seen by all (P-Tuning v2)."""
-        masks = [self.mask(i, prefix_len, device) for i in range(len(self.lengths))]
+        masks = [self.mask(i, prefix_len, device, backend) for i in range(len(self.lengths))]
         return PackedMasks(self, prefix_len, masks, self.lengths, causal=self.context is None)
 
-    def mask(self, i: int, prefix_len: int, device) -> Tensor | None:
-        """(1, 1, L, keys) bool of sequence i, True = visible; None where causality is all."""
+    def mask(self, i: int, prefix_len: int, device, backend: str) -> Tensor | None:
+        """(1, 1, L, keys) bool of sequence i, True = visible; None where causality is all, or all that the backend knows."""
         length = self.lengths[i]
         context = self.context and torch.arange(length, device=device)[None] < self.context[i]
         return attention_visibility(
             q_len=length, kv_len=length, device=device, padding=None, context=context, prefix_len=prefix_len + self.shared[i],
-            backend="sdpa",
+            backend=backend,
         )  # fmt: skip
 
 

@@ -32,9 +32,15 @@ def parse_checkpointing(text: str | bool) -> str:
     return text if text == "selective" else str(parse_bool(text))
 
 
-def flag(default, help: str, *, choices=None, positive=False, shapes_training=False):
-    """A field with its help. `shapes_training`: a resumed run must have the same value."""
-    meta = {"help": help, "choices": choices, "positive": positive, "shapes_training": shapes_training}
+def flag(default, help: str, *, choices=None, positive=False, shapes_training=False, parse=None, bare=None):
+    """A field with its help.
+
+    Args:
+        shapes_training: a resumed run must have the same value.
+        parse: text to value, where the field's type does not say it.
+        bare: what the flag without a value means.
+    """
+    meta = {"help": help, "choices": choices, "positive": positive, "shapes_training": shapes_training, "parse": parse, "bare": bare}
     return field(default=default, metadata=meta)
 
 
@@ -72,7 +78,8 @@ class TrainConfig:
                          "length together", choices=("ragged", "padded", "grouped"))  # fmt: skip
     share_prefix: bool = keep(True, "ragged: compute a beginning that a pass's rows have in common once, where no dropout acts (not glm)")
     gradient_checkpointing: str = flag("False", "recompute activations in the backward pass: less memory, slower; selective: all but the "
-                                       "results of matrix products and attention", choices=("False", "True", "selective"))  # fmt: skip
+                                       "results of matrix products and attention", choices=("False", "True", "selective"),
+                                       parse=parse_checkpointing, bare="True")  # fmt: skip
     precision: str = keep("auto", "arithmetic; overrides the DeepSpeed file's (auto: bf16, else fp16 on GPUs, fp32 on CPU)",
                           choices=PRECISIONS)  # fmt: skip
     num_workers: int = flag(1, "threads, each laying out the rows of one of the next steps while this one computes; 0: none")
@@ -154,10 +161,8 @@ class TrainConfig:
 
 
 def flag_type(f: dataclasses.Field):
-    if f.name == "gradient_checkpointing":
-        return parse_checkpointing
     names = {"str": str, "int": int, "float": float, "bool": parse_bool}
-    return names[str(f.type if isinstance(f.type, str) else getattr(f.type, "__name__", f.type)).split(" | ")[0]]
+    return f.metadata["parse"] or names[str(f.type if isinstance(f.type, str) else getattr(f.type, "__name__", f.type)).split(" | ")[0]]
 
 
 def add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field):
@@ -171,10 +176,10 @@ def add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field):
         options |= {"nargs": "?", "const": True, "metavar": "True|False"}
     elif f.metadata["choices"]:
         options["choices"] = f.metadata["choices"]
-        if f.name == "gradient_checkpointing":  # once a mere switch
-            options |= {"nargs": "?", "const": "True"}
     else:
         options["metavar"] = str(f.type).split(" | ")[0].upper() if isinstance(f.type, str) else f.name.upper()
+    if f.metadata["bare"] is not None:
+        options |= {"nargs": "?", "const": f.metadata["bare"]}
     parser.add_argument(*names, type=flag_type(f), **options)
 
 
@@ -206,6 +211,36 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
         return TrainConfig(**((read_config_file(file) if file else {}) | given))
     except ValueError as error:
         parser.error(str(error))
+
+
+def read_ds_file(name: str) -> tuple[Path, dict]:
+    """A DeepSpeed file and what it holds; a bare name is looked up in ds_configs/ too.
+
+    Raises:
+        FileNotFoundError; ValueError: not a JSON object.
+    """
+    folder = ROOT / "ds_configs"
+    path = next((p for p in (Path(name), folder / name) if p.is_file()), None)
+    if path is None:
+        shipped = ", ".join(sorted(p.name for p in folder.glob("*.json")))
+        raise FileNotFoundError(f"--ds_file: no such file: {name}; ds_configs/ has {shipped}")
+    try:
+        ds = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--ds_file: {path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(ds, dict):
+        raise ValueError(f"--ds_file: {path} must hold an object, got {type(ds).__name__}")
+    return path, ds
+
+
+def fill_sizes(zero: dict, hidden_size: int) -> dict:
+    """zero_optimization with the sizes left to "auto" as transformers chooses them for a model's width."""
+    by_width = {
+        "reduce_bucket_size": hidden_size**2,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    return zero | {key: value for key, value in by_width.items() if zero.get(key) == "auto"}
 
 
 def read_config_file(path: str) -> dict:

@@ -1,4 +1,4 @@
-"""From a file of rows to padded batches. The order of rows is a pure function of (seed, epoch), so a resume needs one number."""
+"""From a file of rows to batches. The order of rows is a pure function of (seed, epoch), so a resume needs one number."""
 
 import hashlib
 import json

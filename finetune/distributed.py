@@ -1,15 +1,13 @@
 """Ranks, ports and DeepSpeed's configuration: everything between the flags and `deepspeed.initialize`."""
 
-import json
 import os
 import socket
 import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from finetune.config import ROOT, TrainConfig
+from finetune.config import TrainConfig, fill_sizes, read_ds_file
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -119,15 +117,6 @@ def resolve_precision(precision: str) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def find_ds_file(name: str) -> Path:
-    """The file itself, or the one of that name in ds_configs/."""
-    for path in (Path(name), ROOT / "ds_configs" / name):
-        if path.is_file():
-            return path
-    shipped = ", ".join(sorted(p.name for p in (ROOT / "ds_configs").glob("*.json")))
-    raise FileNotFoundError(f"--ds_file: no such file: {name}; ds_configs/ has {shipped}")
-
-
 def deepspeed_config(config: TrainConfig, *, precision: str, adapters: bool, total_steps: int, hidden_size: int, world: int) -> dict:
     """The DeepSpeed file with batch, optimizer, schedule and precision filled from the flags.
 
@@ -138,13 +127,7 @@ def deepspeed_config(config: TrainConfig, *, precision: str, adapters: bool, tot
     Raises:
         ValueError: the file is not JSON, or keeps an "auto" that nobody fills.
     """
-    path = find_ds_file(config.ds_file)
-    try:
-        ds = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--ds_file: {path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    if not isinstance(ds, dict):
-        raise ValueError(f"--ds_file: {path} must hold an object, got {type(ds).__name__}")
+    path, ds = read_ds_file(config.ds_file)
     micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     ds["train_micro_batch_size_per_gpu"] = micro
     ds["gradient_accumulation_steps"] = accumulation
@@ -179,12 +162,7 @@ def deepspeed_config(config: TrainConfig, *, precision: str, adapters: bool, tot
     for part in ("offload_optimizer", "offload_param"):
         if zero.get(part, {}).get("device") in ("auto", "none"):
             del zero[part]
-    by_size = {
-        "reduce_bucket_size": hidden_size**2,
-        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
-        "stage3_param_persistence_threshold": 10 * hidden_size,
-    }
-    zero.update({key: value for key, value in by_size.items() if zero.get(key) == "auto"})
+    zero = ds["zero_optimization"] = fill_sizes(zero, hidden_size)
 
     optimizer = ds.get("optimizer", {"type": "AdamW"})
     params = optimizer.setdefault("params", {})

@@ -40,6 +40,7 @@ from finetune.distributed import (
     sum_over_ranks,
     world_size,
 )
+from finetune.lora import use_lean_lora
 from finetune.loss import LossModule
 from finetune.methods import make_method
 
@@ -184,7 +185,7 @@ def build_engine(config: TrainConfig, mode: str, total_steps: int):
                 parameter.data = parameter.data.float()
                 if hasattr(parameter, "ds_tensor"):  # ZeRO-3: this rank's share is what counts
                     parameter.ds_tensor.data = parameter.ds_tensor.data.float()
-    lighten(model)
+    use_lean_lora(model)
     if config.gradient_checkpointing != "False":
         how = {"use_reentrant": False}
         if config.gradient_checkpointing == "selective":
@@ -194,13 +195,6 @@ def build_engine(config: TrainConfig, mode: str, total_steps: int):
     optimizer = make_optimizer(trainable, ds)
     engine, *_ = deepspeed.initialize(model=LossModule(model), model_parameters=trainable, optimizer=optimizer, config=ds)
     return engine, model, method, precision
-
-
-def lighten(model):
-    """Let the model run what changes nothing but its speed and memory."""
-    from finetune.lora import use_lean_lora
-
-    use_lean_lora(model)
 
 
 def keep_products():

@@ -18,7 +18,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from finetune.config import ROOT, TrainConfig, add_flag
+from finetune.config import TrainConfig, add_flag, fill_sizes, read_ds_file
 from finetune.memory_formula import GIB, MIB, Run, Zero, estimate
 from finetune.memory_shapes import PUBLISHED, read_shape
 from finetune.methods import module_names
@@ -84,23 +84,16 @@ def cheapest_change(run: Run, card: float) -> str:
 
 
 def read_zero(name: str, hidden: int) -> Zero:
-    """From a DeepSpeed file, looked up as train.py's --ds_file; "auto" sizes as finetune/distributed.py fills them."""
-    path = next((p for p in (Path(name), ROOT / "ds_configs" / name) if p.is_file()), None)
-    if path is None:
-        raise ValueError(f"--ds_file: no such file: {name}; ds_configs/ has {', '.join(sorted(p.name for p in (ROOT / 'ds_configs').glob('*.json')))}")
+    """From a DeepSpeed file, looked up and filled as train.py does."""
+    path, ds = read_ds_file(name)
     try:
-        ds = json.loads(path.read_text())
-        zero = ds.get("zero_optimization", {"stage": 0})
-        auto = {"reduce_bucket_size": hidden**2, "stage3_prefetch_bucket_size": int(0.9 * hidden**2)}
-        zero = {k: auto.get(k) if v == "auto" else v for k, v in zero.items()}
+        zero = {k: v for k, v in fill_sizes(ds.get("zero_optimization", {"stage": 0}), hidden).items() if v != "auto"}
         sizes = {"reduce_bucket": "reduce_bucket_size", "prefetch": "stage3_prefetch_bucket_size", "live": "stage3_max_live_parameters"}
         return Zero(
             stage=int(zero.get("stage", 0)), overlap=zero.get("overlap_comm"),
             **{f"offload_{k}": (zero.get(f"offload_{k}") or {}).get("device", "none") not in ("none", "auto") for k in ("optimizer", "param")},
             **{field: float(zero[key]) for field, key in sizes.items() if zero.get(key) is not None},
         )  # fmt: skip
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--ds_file: {path}:{error.lineno}: not valid JSON: {error.msg}") from None
     except (AttributeError, TypeError, ValueError):
         raise ValueError(f"--ds_file: {path} is no DeepSpeed configuration") from None
 
@@ -181,7 +174,7 @@ def estimate_run(config: TrainConfig) -> int:
     card, size = local_card() or ("A40", CARDS["A40"] * MIB)
     try:
         run = make_run(config, gpus=int(os.environ.get("WORLD_SIZE", 1)), card=card)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1
     if int(os.environ.get("RANK", 0)) == 0:
@@ -254,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
             )
             figures = report(run, card, size)
             show(args["model"], run, figures)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     if args["json"]:
         Path(args["json"]).write_text(json.dumps(figures, indent=2) + "\n")

@@ -161,9 +161,9 @@ def activations(run: Run) -> tuple[float, float, float]:
     layers = shape.layers
     if run.train_type == "freeze" and (run.ours or not run.checkpointing):
         # The graph begins at the first trained weight; but the seeds, to checkpoint, let it begin at the embeddings.
-        first = [shape.layer_of(name) for name in run.trained]
-        if None not in first:
-            layers -= min(first)
+        blocks = [shape.layer_of(name) for name in run.trained]
+        if None not in blocks:
+            layers -= min(blocks)
         elif all("layernorm" in name or "head" in name or "output_layer" in name for name in run.trained):
             layers = 0
     if run.checkpointing:

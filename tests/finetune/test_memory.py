@@ -88,7 +88,7 @@ def test_saved_bytes_are_autograds(name, code, method, monkeypatch):
     # DeepSpeed's ZeRO-3, wherever it has run in this process, leaves a linear behind that keeps its input in any case.
     monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
 
-    from finetune.engine import lighten
+    from finetune.lora import use_lean_lora
     from finetune.methods import Lora
 
     packed, dropout = code == "packed-cpu", 0.1 if method == "lora" else 0.0
@@ -101,7 +101,7 @@ def test_saved_bytes_are_autograds(name, code, method, monkeypatch):
     if method.startswith("lora"):
         model = Lora(4, 8, dropout, ",".join(ALL_LINEAR)).prepare(model)
         if packed:
-            lighten(model)
+            use_lean_lora(model)
     rows, length, inside, kept = 2, 160, [False], {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
