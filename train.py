@@ -1,20 +1,32 @@
-"""Fine-tune a ChatGLM. `python train.py --help` lists every flag; README.md shows the commands."""
+"""Fine-tune a ChatGLM, or train a predictor of its answers' lengths. `python train.py --help` lists every flag; README.md shows the commands."""
 
 import sys
 
 from finetune.config import parse_config
 
 
+def predictor_config():
+    from predictor.config import PredictorConfig  # numpy: not for the others' --help
+
+    return PredictorConfig
+
+
 def main(argv: list[str] | None = None) -> int:
-    config = parse_config(argv)
+    config = parse_config(argv, {"predictor": predictor_config})
     if config.estimate_memory:
         from finetune.memory import estimate_run
 
         return estimate_run(config)
-    from finetune.engine import TrainingFailed, train  # torch, DeepSpeed: seconds, and only once the flags are right
+    # torch, DeepSpeed: seconds, and only once the flags are right
+    from finetune.engine import TrainingFailed, train
 
     try:
-        train(config)
+        if config.task == "predictor":
+            from predictor.training import train_predictor
+
+            train_predictor(config)
+        else:
+            train(config)
     except (ValueError, OSError, TrainingFailed) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1

@@ -239,30 +239,46 @@ def run_peak(spec, pairs):
 
 def run_ours(spec, pairs):
     """train.py's own engine and step, on rows handed to it."""
-    from types import SimpleNamespace
 
-    from chatglm.families import FAMILIES
     from finetune import engine as engine_module
     from finetune.config import TrainConfig
     from finetune.distributed import init_distributed
 
     folder = Path(spec["folder"])
     make_config(spec["family"], spec["layers"], spec["hidden"]).save_pretrained(str(folder))
-    engine_module.load_model = lambda path, dtype, **options: make_model(spec, dtype)
     config = TrainConfig(
         model_name_or_path=str(folder), train_path="rows", train_type="lora" if spec["method"] == "lora" else "all", mode=spec["family"],
         per_device_train_batch_size=BATCH, precision=spec["precision"], lora_dropout=0.0, learning_rate=1e-4,
         num_workers=0,  # the rows come from here
     )  # fmt: skip
     init_distributed()
-    engine, model, _, precision = engine_module.build_engine(config, spec["family"], 10**6)
+    task = make_task(config, spec, folder, our_dataset(pairs))
+    engine, model, precision = engine_module.build_engine(config, task, 10**6)
     schedule = engine_module.Schedule(10**6 * BATCH, BATCH, 1, None)
-    tokenizer = SimpleNamespace(pad_token_id=3)
-    loop = engine_module.Loop(config, engine, model, tokenizer, FAMILIES[spec["family"]], our_dataset(pairs), None, [], schedule, None, 0)
+    loop = engine_module.Loop(config, engine, model, task, schedule, None, 0)
     for rows, counted in warmed(pairs):
         engine_module.step_rows = lambda *args, rows=rows, **kwargs: [rows]
         loss = loop.step()[0]
         yield rows if counted else None, loss
+
+
+def make_task(config, spec, folder, data):
+    """train.py's task, with a model and rows of our own making."""
+    from types import SimpleNamespace
+
+    from chatglm.families import FAMILIES
+    from finetune.data import collate, count_labels
+    from finetune.distributed import DTYPES, resolve_precision
+    from finetune.loss import LossModule
+    from finetune.methods import make_method
+    from finetune.task import layout_of
+
+    method, dtype = make_method(config), DTYPES[resolve_precision(config.precision)]
+    layout = layout_of(config, FAMILIES[spec["family"]], SimpleNamespace(pad_token_id=3), dtype)
+    return SimpleNamespace(
+        method=method, model_path=str(folder), data=data, build_model=lambda dtype: method.prepare(make_model(spec, dtype)),
+        loss_module=LossModule, count_labels=count_labels, collate=lambda rows: collate(data, rows, **layout), has_evaluation=False,
+    )  # fmt: skip
 
 
 def make_glm(spec):

@@ -32,6 +32,7 @@ from finetune.distributed import agree, rank, say, world_size
 FORMAT_VERSION = 1
 NAME = re.compile(r"epoch-(\d+)-step-(\d+)$")
 MANIFEST = "manifest.json"
+LOWER_IS_BETTER = ("loss", "mae")  # of the metrics; of all others a higher one is better
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -171,7 +172,7 @@ def export(model, method, tokenizer, state: dict[str, Tensor], folder: Path):
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     else:
         if model.config.tie_word_embeddings:
-            for tied, source in model._tied_weights_keys.items():
+            for tied, source in (model._tied_weights_keys or {}).items():
                 if source in state:
                     state.pop(tied, None)
         model.save_pretrained(str(folder), state_dict=state, max_shard_size="2GB")
@@ -224,10 +225,9 @@ def weights_only():
 class Checkpointer:
     """Saves, finds again and prunes the checkpoints of one run."""
 
-    def __init__(self, config: TrainConfig, output_dir: Path, engine, model, method, tokenizer, *, base: dict):
-        self.config, self.output_dir, self.engine = config, output_dir, engine
-        self.model, self.method, self.tokenizer, self.base = model, method, tokenizer, base
-        self.needed = checkpoint_bytes(model, method.saves)
+    def __init__(self, config: TrainConfig, output_dir: Path, engine, model, task, *, base: dict):
+        self.config, self.output_dir, self.engine, self.model, self.task, self.base = config, output_dir, engine, model, task, base
+        self.needed = checkpoint_bytes(model, task.method.saves)
         self.data = agree(lambda: sha256(Path(config.train_path)))
 
     def save(self, *, epoch: int, step: int, metrics: dict) -> Path:
@@ -241,15 +241,17 @@ class Checkpointer:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
         barrier()
+        self.task.before_save(self.engine.module)
         self.engine.save_checkpoint(str(aside / "trainer"), tag="state", save_latest=False, exclude_frozen_parameters=True)
-        state = gathered_state(self.model, trainable_only=self.method.saves != "model")
+        state = gathered_state(self.model, trainable_only=self.task.method.saves != "model")
         if rank() == 0:
-            export(self.model, self.method, self.tokenizer, state, aside)
+            self.task.export(self.model, state, aside)
             self.config.save(aside / "train_config.json")
             files = sorted(p for p in aside.iterdir() if p.is_file())
             manifest = {
                 "format_version": FORMAT_VERSION,
-                "family": self.tokenizer.family,
+                "task": self.config.task,
+                "family": self.task.family and self.task.family.name,
                 "method": self.config.train_type,
                 "base_model": self.base,
                 "train_data": self.data,
@@ -315,7 +317,7 @@ class Checkpointer:
         scored = [(value, name) for value, name in found if value is not None]
         if not scored:
             return None
-        value, name = (min if metric == "loss" else max)(scored)
+        value, name = (min if metric in LOWER_IS_BETTER else max)(scored)
         return {"checkpoint": name, "value": value}
 
     def prune(self):

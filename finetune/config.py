@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +54,8 @@ def keep(default, help: str, **kwargs):
 class TrainConfig:
     """All flags of train.py, validated. Lengths are in tokens, steps are optimizer steps."""
 
+    task: str = keep("finetune", "what is trained: the model, or a predictor of the length of its answers; --task predictor --help "
+                     "shows that one's flags", choices=("finetune", "predictor"))  # fmt: skip
     # model
     model_name_or_path: str = keep("", "folder of the base model (required)")
     mode: str | None = keep(None, "model family; found in the folder when not given, else glm2", choices=tuple(FAMILIES))
@@ -132,7 +135,7 @@ class TrainConfig:
             raise ValueError(f"--num_workers must not be below 0; got {self.num_workers}")
         if self.seed < 0:
             raise ValueError(f"--seed must not be below 0; got {self.seed}")
-        if not self.model_name_or_path:
+        if self.needs_model and not self.model_name_or_path:
             raise ValueError("--model_name_or_path is required: the folder of the base model")
         if not (self.train_path or self.estimate_memory):
             raise ValueError("--train_path is required: JSON lines of {instruction, input, output}")
@@ -142,6 +145,10 @@ class TrainConfig:
             raise ValueError("--metric_for_best f1 needs --eval_f1 True")
         if self.eval_f1 and not self.eval_path:
             raise ValueError("--eval_f1 needs --eval_path")
+
+    @property
+    def needs_model(self) -> bool:
+        return True
 
     @property
     def resolved_ptuning_version(self) -> str:
@@ -183,7 +190,7 @@ def add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field):
     parser.add_argument(*names, type=flag_type(f), **options)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(config_class: type[TrainConfig] = TrainConfig) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Fine-tune ChatGLM-6B, ChatGLM2-6B or ChatGLM3-6B: deepspeed train.py ..., torchrun ... train.py ... or python train.py ...",
@@ -191,7 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of flags; the command line wins")
-    for f in dataclasses.fields(TrainConfig):
+    for f in dataclasses.fields(config_class):
         add_flag(parser, f)
     launcher = parser.add_argument_group("DeepSpeed's own flags, accepted as its launcher passes them")
     launcher.add_argument("--deepspeed", action="store_true", default=argparse.SUPPRESS, help="no effect: always on")
@@ -199,16 +206,30 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_config(argv: list[str] | None = None) -> TrainConfig:
-    """Flags, over those of --config, over the defaults. Bad flags end the program with one line and exit code 2."""
-    parser = build_parser()
+def parse_config(argv: list[str] | None = None, tasks: dict[str, Callable[[], type[TrainConfig]]] | None = None) -> TrainConfig:
+    """Flags, over those of --config, over the defaults. Bad flags end the program with one line and exit code 2.
+
+    Args:
+        tasks: other --tasks than fine-tuning -> what gives the class of their flags.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--task")
+    first.add_argument("--config")
+    chosen, _ = first.parse_known_args(argv)
+    try:
+        in_file = read_mapping(chosen.config).get("task") if chosen.config else None
+    except ValueError as error:
+        build_parser().error(str(error))
+    task = chosen.task or in_file
+    config_class = tasks[task]() if tasks and task in tasks else TrainConfig
+    parser = build_parser(config_class)
     given = vars(parser.parse_args(argv))
     given.pop("deepspeed", None)
     if "deepspeed_config" in given:
         given["ds_file"] = given.pop("deepspeed_config")
     try:
         file = given.pop("config", None)
-        return TrainConfig(**((read_config_file(file) if file else {}) | given))
+        return config_class(**((read_config_file(file, config_class) if file else {}) | given))
     except ValueError as error:
         parser.error(str(error))
 
@@ -243,8 +264,8 @@ def fill_sizes(zero: dict, hidden_size: int) -> dict:
     return zero | {key: value for key, value in by_width.items() if zero.get(key) == "auto"}
 
 
-def read_config_file(path: str) -> dict:
-    """Flags from a YAML or JSON mapping, their types checked as on the command line."""
+def read_mapping(path: str) -> dict:
+    """What a YAML or JSON file of flags holds."""
     import yaml
 
     if not Path(path).is_file():
@@ -253,9 +274,15 @@ def read_config_file(path: str) -> dict:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config: {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
     if not isinstance(values, dict):
         raise ValueError(f"--config: {path} must hold a mapping of flags, got {type(values).__name__}")
+    return values
+
+
+def read_config_file(path: str, config_class: type[TrainConfig] = TrainConfig) -> dict:
+    """Flags from a YAML or JSON mapping, their types checked as on the command line."""
+    values = read_mapping(path)
+    fields = {f.name: f for f in dataclasses.fields(config_class)}
     if unknown := [name for name in values if name not in fields]:
         raise ValueError(f"--config: {path}: unknown flag {unknown[0]!r}")
     checked = {}

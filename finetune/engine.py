@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from chatglm.families import FAMILIES
-from chatglm.loading import base_fingerprint, load_model, load_tokenizer, resolve_mode, stored_prefix
+from chatglm.loading import base_fingerprint, stored_prefix
 from finetune.checkpoint import (
+    LOWER_IS_BETTER,
     Checkpointer,
     check_disk,
     find_resume,
@@ -25,7 +25,7 @@ from finetune.checkpoint import (
     write_aside,
 )
 from finetune.config import TrainConfig
-from finetune.data import Dataset, Row, collate, count_labels, encode_rows, epoch_order, read_rows, step_rows
+from finetune.data import epoch_order, step_rows
 from finetune.distributed import (
     DTYPES,
     agree,
@@ -41,8 +41,7 @@ from finetune.distributed import (
     world_size,
 )
 from finetune.lora import use_lean_lora
-from finetune.loss import LossModule
-from finetune.methods import make_method
+from finetune.task import FineTuning
 
 
 class TrainingFailed(RuntimeError):
@@ -82,34 +81,31 @@ class Schedule:
         return (done - 1) // self.steps_per_epoch + 1
 
 
-def train(config: TrainConfig) -> Path:
-    """Run a whole fine-tuning; returns the last checkpoint's folder.
+def train(config: TrainConfig, make_task=FineTuning) -> Path:
+    """Run a whole training of what `make_task(config)` says; returns the last checkpoint's folder.
 
     Raises:
         ValueError, FileNotFoundError: flags, files or rows that do not fit, before anything is written.
         TrainingFailed: the loss became nan or infinite; names step and rows.
     """
-    mode = resolve_mode(config.model_name_or_path, config.mode)
-    family = FAMILIES[mode]
-    tokenizer = load_tokenizer(config.model_name_or_path, mode=mode)
-    output_dir = Path(config.output_dir or f"output-{mode}-{config.train_type}")
-    check_start(config, output_dir)
+    task = make_task(config)
+    output_dir = Path(config.output_dir or task.default_output_dir)
+    check_start(config, Path(task.model_path), output_dir)
     init_distributed()
-    data, _ = load_dataset(config, config.train_path, tokenizer, family, "train")
-    eval_data, eval_rows = load_dataset(config, config.eval_path, tokenizer, family, "eval") if config.eval_path else (None, [])
+    task.load_rows()
     schedule = Schedule(
-        len(data),
+        len(task.data),
         config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size(),
         config.num_train_epochs,
         config.max_steps,
     )
-    engine, model, method, precision = build_engine(config, mode, schedule.total_steps)
+    engine, model, precision = build_engine(config, task, schedule.total_steps)
     say(parameter_report(model))
-    fingerprint = agree(lambda: base_fingerprint(config.model_name_or_path))
-    base = {"name_or_path": str(Path(config.model_name_or_path).resolve()), "fingerprint": fingerprint}
+    fingerprint = agree(lambda: base_fingerprint(task.model_path))
+    base = {"name_or_path": str(Path(task.model_path).resolve()), "fingerprint": fingerprint}
 
     output_dir.mkdir(parents=True, exist_ok=True)
-    checkpointer = Checkpointer(config, output_dir, engine, model, method, tokenizer, base=base)
+    checkpointer = Checkpointer(config, output_dir, engine, model, task, base=base)
     if rank() == 0:
         remove_leftovers(output_dir, replace=config.overwrite_output_dir and not config.resume_from_checkpoint)
         check_disk(output_dir, checkpointer.needed)
@@ -120,17 +116,16 @@ def train(config: TrainConfig) -> Path:
             done = checkpointer.resume(folder)
         else:
             say("no checkpoint to resume from: starting anew")
-    loop = Loop(config, engine, model, tokenizer, family, data, eval_data, eval_rows, schedule, checkpointer, done)
+    loop = Loop(config, engine, model, task, schedule, checkpointer, done)
     say(
-        f"{family.title}, {config.train_type}, {precision}, {world_size()} rank(s), {len(data)} rows, "
+        f"{task.title}, {config.train_type}, {precision}, {world_size()} rank(s), {len(task.data)} rows, "
         f"{schedule.total_steps} steps of {schedule.global_batch} rows"
     )
     return loop.run()
 
 
-def check_start(config: TrainConfig, output_dir: Path):
+def check_start(config: TrainConfig, base: Path, output_dir: Path):
     """Refuse what would be lost or misread; raises ValueError."""
-    base = Path(config.model_name_or_path)
     if (base / "adapter_config.json").is_file():
         raise ValueError(f"--model_name_or_path {base} is a LoRA adapter: merge it first (merge_lora.py --save_dir), then train on the result")
     if config.train_type != "ptuning" and (stored := stored_prefix(base)) and stored["only"]:
@@ -143,33 +138,15 @@ def check_start(config: TrainConfig, output_dir: Path):
         )
 
 
-def load_dataset(config: TrainConfig, path: str, tokenizer, family, name: str) -> tuple[Dataset, list[Row]]:
-    rows, bad = read_rows(
-        path, prompt_text=config.prompt_text, on_bad_row=config.on_bad_row,
-        limit=config.dataset_length if name == "train" else None,
-    )  # fmt: skip
-    limits = {"max_len": config.max_len, "max_src_len": config.max_src_len}
-    if name == "eval":  # a test file may list several answers; the loss is of the first
-        rows = [row.with_first_answer() for row in rows]
-    cache = Path(config.data_cache).expanduser() if config.data_cache else None
-    data = encode_rows(rows, tokenizer, family, **limits, is_skip=config.is_skip and name == "train", progress=rank() == 0, cache=cache)
-    words = [f"{len(data)} {name} rows"]
-    words += [f"{bad} bad ones skipped"] if bad else []
-    words += [f"{data.skipped} too long, skipped"] if data.skipped else [f"{data.truncated} cut"] if data.truncated else []
-    say(", ".join(words))
-    return data, rows
-
-
-def build_engine(config: TrainConfig, mode: str, total_steps: int):
-    """(DeepSpeed engine, model, method, precision): the model prepared by its method and wrapped with the loss."""
+def build_engine(config: TrainConfig, task: FineTuning, total_steps: int):
+    """(DeepSpeed engine, model, precision): the model prepared by its method and wrapped with the loss."""
     import deepspeed
     from transformers import AutoConfig
     from transformers.integrations import HfDeepSpeedConfig
 
-    method = make_method(config)
     precision = resolve_precision(config.precision)
-    adapters = method.saves != "model"
-    hidden_size = AutoConfig.from_pretrained(config.model_name_or_path).hidden_size
+    adapters = task.method.saves != "model"
+    hidden_size = AutoConfig.from_pretrained(task.model_path).hidden_size
     ds = deepspeed_config(
         config, precision=precision, adapters=adapters, total_steps=total_steps, hidden_size=hidden_size, world=world_size()
     )
@@ -177,8 +154,7 @@ def build_engine(config: TrainConfig, mode: str, total_steps: int):
         # While this object lives, from_pretrained builds the model partitioned. It reads the frozen weights' dtype here.
         partitioned_loading = HfDeepSpeedConfig(ds | {"bf16": {"enabled": precision == "bf16"}})  # noqa: F841
     seed_step(config.seed, 0, stream=0)  # new weights are equal on every rank
-    model = load_model(config.model_name_or_path, mode=mode, dtype=DTYPES[precision], **method.model_options())
-    model = method.prepare(model)
+    model = task.build_model(DTYPES[precision])
     if adapters and precision == "bf16":
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -193,8 +169,8 @@ def build_engine(config: TrainConfig, mode: str, total_steps: int):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(trainable, ds)
-    engine, *_ = deepspeed.initialize(model=LossModule(model), model_parameters=trainable, optimizer=optimizer, config=ds)
-    return engine, model, method, precision
+    engine, *_ = deepspeed.initialize(model=task.loss_module(model), model_parameters=trainable, optimizer=optimizer, config=ds)
+    return engine, model, precision
 
 
 def keep_products():
@@ -220,24 +196,13 @@ def parameter_report(model) -> str:
     return "\n".join([f"trainable: {part:,} of {total:,} parameters ({100 * part / total:.4f} %)", *shown])
 
 
-def layout_of(config: TrainConfig, family, tokenizer, dtype: torch.dtype) -> dict:
-    """collate's options: how the rows of a pass are laid out."""
-    # For half precision, oneDNN compiles its products anew for every shape, which takes longer than most products do.
-    multiple = 64 if dtype != torch.float32 and not torch.cuda.is_available() else 1
-    drops = {"lora": config.lora_dropout, "ptuning": config.prefix_dropout if config.resolved_ptuning_version == "v2" else 0}
-    share = config.share_prefix and family.name != "glm" and not drops.get(config.train_type)
-    return {"ragged": config.batching == "ragged", "share": share, "multiple": multiple, "pad_id": tokenizer.pad_token_id}
-
-
 class Loop:
     """The state of a run between its steps."""
 
-    def __init__(self, config, engine, model, tokenizer, family, data, eval_data, eval_rows, schedule, checkpointer, done):
-        self.config, self.engine, self.model, self.tokenizer, self.family = config, engine, model, tokenizer, family
-        self.data, self.eval_data, self.eval_rows = data, eval_data, eval_rows
+    def __init__(self, config, engine, model, task, schedule, checkpointer, done):
+        self.config, self.engine, self.model, self.task, self.data = config, engine, model, task, task.data
         self.schedule, self.checkpointer, self.done = schedule, checkpointer, done
-        self.lengths = np.array([len(ids) for ids in data.input_ids])
-        self.layout = layout_of(config, family, tokenizer, next(model.parameters()).dtype)
+        self.lengths = np.array([len(ids) for ids in self.data.input_ids])
         self.stop_signal = 0
         self.last_metrics: dict = {}
         self.workers = ThreadPoolExecutor(config.num_workers) if config.num_workers else None
@@ -286,7 +251,7 @@ class Loop:
                 )
             epoch_end = schedule.ends_epoch(self.done)
             improved = False
-            if self.eval_data and (epoch_end or (config.eval_step and self.done % config.eval_step == 0)):
+            if self.task.has_evaluation and (epoch_end or (config.eval_step and self.done % config.eval_step == 0)):
                 improved = self.evaluate(writer)
             if epoch_end or improved or stop or (config.save_model_step and self.done % config.save_model_step == 0):
                 folder = self.save(improved)
@@ -302,7 +267,7 @@ class Loop:
         config, engine = self.config, self.engine
         rows, batches = self.batches()
         tokens = sum(len(self.data.input_ids[r]) for chosen in rows for r in chosen if r >= 0)
-        labelled, tokens, stop = sum_over_ranks(sum(map(count_labels, batches)), tokens, self.stop_signal)
+        labelled, tokens, stop = sum_over_ranks(sum(map(self.task.count_labels, batches)), tokens, self.stop_signal)
 
         engine.train()
         seed_step(config.seed, self.done + 1, stream=1 + rank())
@@ -342,32 +307,24 @@ class Loop:
             self.order_of(epoch), place, self.lengths, micro=self.config.per_device_train_batch_size,
             accumulation=self.config.gradient_accumulation_steps, rank=rank(), world=world_size(),
         )  # fmt: skip
-        return rows, [collate(self.data, chosen, **self.layout) for chosen in rows]
+        return rows, [self.task.collate(chosen) for chosen in rows]
 
     def order_of(self, epoch: int) -> np.ndarray:
         group = self.schedule.global_batch if self.config.batching == "grouped" else 0
         return epoch_order(self.lengths, self.config.seed, epoch, group=group)
 
     def evaluate(self, writer) -> bool:
-        """Loss (and F1) on the evaluation rows; True where the chosen metric is the best so far."""
-        from finetune.evaluate import evaluation_loss, generation_f1
-
+        """The task's metrics; True where the chosen one is the best so far."""
         config = self.config
         self.engine.eval()
-        batch = config.per_device_eval_batch_size or config.per_device_train_batch_size
-        metrics = {"loss": evaluation_loss(self.engine.module, self.eval_data, batch, **self.layout)}
-        if config.eval_f1:
-            metrics["f1"] = generation_f1(
-                self.model, self.tokenizer, self.eval_rows, batch_size=batch, max_src_len=config.max_src_len,
-                max_new_tokens=config.eval_max_new_tokens, synced=self.engine.zero_optimization_stage() == 3,
-            )  # fmt: skip
+        metrics = self.task.evaluate(self.engine.module, self.model, synced=self.engine.zero_optimization_stage() == 3)
         self.engine.train()
         self.last_metrics = metrics
         if writer:
             writer.add(self.done, {f"eval_{name}": value for name, value in metrics.items()})
         self.tell(f"step {self.done} evaluation: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         best, value = agree(self.checkpointer.best), metrics[config.metric_for_best]
-        return best is None or (value < best["value"] if config.metric_for_best == "loss" else value > best["value"])
+        return best is None or (value < best["value"] if config.metric_for_best in LOWER_IS_BETTER else value > best["value"])
 
     def save(self, improved: bool) -> Path:
         folder = self.checkpointer.save(

@@ -23,33 +23,44 @@ def generate_answers(
         synced: ZeRO-3: ranks keep stepping until the slowest has finished.
         options: generate()'s, e.g. max_new_tokens, do_sample, top_p.
     """
-    import torch
     from tqdm import tqdm
-
-    from chatglm.loading import stop_ids
 
     family = FAMILIES[tokenizer.family]
     encoded = [family.encode_prompt(tokenizer, prompt, max_src_len).input_ids for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     answers = [""] * len(prompts)
-    options = {"do_sample": False, "eos_token_id": stop_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id} | options
-    if not options["do_sample"]:
-        options |= {"top_p": None, "top_k": None, "temperature": None}
     if synced:
         options["synced_gpus"] = True
     for start in tqdm(range(0, len(order), batch_size), desc="answering", unit="batch", disable=not progress):
         chosen = order[start : start + batch_size]
-        longest = len(encoded[chosen[0]])
-        ids = torch.full((len(chosen), longest), tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(chosen):
-            ids[row, longest - len(encoded[i]) :] = torch.tensor(encoded[i])
-            mask[row, longest - len(encoded[i]) :] = 1
-        with torch.inference_mode():
-            out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **options)
-        for row, i in enumerate(chosen):
-            answers[i] = tokenizer.decode(cut_at_stop(out[row, longest:].tolist(), options["eos_token_id"]), skip_special_tokens=True)
+        for i, (ids, _) in zip(chosen, generate_batch(model, tokenizer, [encoded[i] for i in chosen], **options)):
+            answers[i] = tokenizer.decode(ids, skip_special_tokens=True)
     return answers
+
+
+def generate_batch(model, tokenizer, encoded: list[list[int]], **options) -> list[tuple[list[int], bool]]:
+    """(ids of its answer without the end token, whether an end token came) of each encoded prompt, padded on the left.
+
+    `options` are generate()'s; without do_sample the likeliest token is taken.
+    """
+    import torch
+
+    from chatglm.loading import stop_ids
+
+    options = {"do_sample": False, "eos_token_id": stop_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id} | options
+    if not options["do_sample"]:
+        options |= {"top_p": None, "top_k": None, "temperature": None}
+    longest = max(map(len, encoded))
+    ids = torch.full((len(encoded), longest), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(encoded):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    with torch.inference_mode():
+        out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **options)
+    written = [row[longest:] for row in out.tolist()]
+    answers = [cut_at_stop(row, options["eos_token_id"]) for row in written]
+    return [(answer, len(answer) < len(row)) for answer, row in zip(answers, written)]
 
 
 def cut_at_stop(ids: list[int], stops: list[int]) -> list[int]:

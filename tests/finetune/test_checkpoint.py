@@ -44,9 +44,9 @@ def whole(flags, train, tmp_path_factory) -> Path:
 
 def stop_after(monkeypatch, step: int):
     """Send this process a SIGTERM while it computes `step`."""
-    from finetune import engine
+    from finetune import task
 
-    collate, seen = engine.collate, []
+    collate, seen = task.collate, []
 
     def counting(*args, **options):
         seen.append(1)
@@ -54,7 +54,7 @@ def stop_after(monkeypatch, step: int):
             os.kill(os.getpid(), signal.SIGTERM)
         return collate(*args, **options)
 
-    monkeypatch.setattr(engine, "collate", counting)
+    monkeypatch.setattr(task, "collate", counting)
 
 
 @pytest.mark.parametrize("method, ds_file, more", [
@@ -85,7 +85,7 @@ PLACES = ["mkdir", "shards", "export", "config", "flush", "rename", "after_renam
 @pytest.mark.parametrize("place", PLACES)
 def test_killed_at_every_point_of_a_save(flags, train, tmp_path, monkeypatch, whole, place):
     """The second of the saves dies at `place`; the resumed run ends as the uninterrupted one and leaves no litter."""
-    from finetune import checkpoint
+    from finetune import checkpoint, task
 
     words = flags(tmp_path / "out", *LONG, "--save_total_limit", 1)
     count = []
@@ -111,8 +111,8 @@ def test_killed_at_every_point_of_a_save(flags, train, tmp_path, monkeypatch, wh
         elif place == "config":
             patch.setattr(checkpoint, "sha256", dying(checkpoint.sha256, at=12))
         elif place in ("export", "flush"):
-            name = {"export": "export", "flush": "flush_tree"}[place]
-            patch.setattr(checkpoint, name, dying(getattr(checkpoint, name), before=place == "export"))
+            module, name = {"export": (task, "export"), "flush": (checkpoint, "flush_tree")}[place]
+            patch.setattr(module, name, dying(getattr(module, name), before=place == "export"))
         elif place == "prune":
             patch.setattr(checkpoint.shutil, "rmtree", lambda path, **k: None if k else dying(None, at=1)(path))
         else:

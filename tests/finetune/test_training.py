@@ -21,6 +21,7 @@ from finetune.data import epoch_order, read_rows
 from finetune.distributed import deepspeed_config, init_distributed, resolve_precision
 from finetune.engine import build_engine, seed_step
 from finetune.methods import make_method
+from finetune.task import FineTuning
 from tests.finetune.runs import METHODS, ROOT, TWO_RANKS, child_env, make_rows, metrics, write_rows
 
 FAMILY_METHODS = [(family, method) for family in ("glm", "glm2", "glm3") for method in METHODS]
@@ -165,7 +166,8 @@ def test_bf16(flags, train, tmp_path, capsys, method, frozen, trained, ds_file):
     """Base in bf16, adapters in fp32; whole models in bf16 over fp32 masters that keep steps bf16 would lose."""
     words = flags(tmp_path / "out", "--precision", "bf16", "--ds_file", ds_file, "--num_train_epochs", 2, method=method)
     init_distributed()
-    engine, model, *_ = build_engine(parse_config(words), "glm2", 8)
+    config = parse_config(words)
+    engine, model, *_ = build_engine(config, FineTuning(config), 8)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {trained}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == ({frozen} - {None})
     masters = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None) or engine.optimizer.single_partition_of_fp32_groups

@@ -1,0 +1,162 @@
+"""BACKBONES: how a prompt becomes a vector. torch and transformers are imported by those that need them, when they do."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class NoBackbone:
+    """`lexical`: no transformer, only what lexical.py sees of a prompt."""
+
+    def load_scorer(self, folder: Path, **options):
+        from predictor.scorers import FrozenScorer
+
+        return FrozenScorer.load(folder, None)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A Hugging Face encoder (BERT, DistilBERT, MiniLM, ModernBERT, ...): means over the prompt of the states after `layers`.
+
+    It is cut after the highest of them; none given is the last alone. A prompt longer than `max_src_len` tokens keeps its
+    beginning and its end, where instructions stand.
+    """
+
+    encoder_path: str
+    max_src_len: int
+    layers: tuple[int, ...] = ()
+
+    def load_tokenizer(self, folder: str | None = None):
+        """Raises ValueError naming the folder where there is no tokenizer."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(folder or self.encoder_path)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"--encoder_path {folder or self.encoder_path}: no tokenizer there ({str(error).splitlines()[0]})") from None
+
+    def load_model(self, dtype, method_options: dict, folder: str | None = None):
+        """The encoder, without a pooler or a task's head."""
+        from transformers import AutoModel
+
+        folder = folder or self.encoder_path
+        try:
+            model = AutoModel.from_pretrained(folder, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--encoder_path {folder}: no encoder there ({str(error).splitlines()[0]})") from None
+        return cut_after(model, max(self.layers)) if self.layers else model
+
+    def encode(self, tokenizer, prompt: str) -> list[int]:
+        from predictor.scorers import keep_ends
+
+        return keep_ends(tokenizer(prompt[: 40 * self.max_src_len], truncation=False, verbose=False)["input_ids"], self.max_src_len)
+
+    def collate(self, rows: list[list[int]], tokenizer, *, multiple: int = 1) -> dict:
+        """Rows of ids side by side, padded on the right."""
+        import torch
+
+        longest = max(map(len, rows))
+        longest += -longest % min(multiple, 16)
+        ids = torch.full((len(rows), longest), tokenizer.pad_token_id or 0)
+        mask = torch.zeros((len(rows), longest), dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def width(self, model) -> int:
+        return model.config.hidden_size * max(1, len(self.layers))
+
+    def vectors(self, model, batch: dict):
+        """(B, width): means of the layers' states over the real tokens, side by side."""
+        import torch
+
+        depth = model.config.num_hidden_layers
+        if set(self.layers) <= {depth}:
+            states = [model(**batch).last_hidden_state]
+        else:
+            found = model(**batch, output_hidden_states=True)
+            states = [found.last_hidden_state if layer == depth else found.hidden_states[layer] for layer in self.layers]
+        mask = batch["attention_mask"].to(states[0].dtype)[:, :, None]
+        return torch.cat([(hidden * mask).sum(dim=1) / mask.sum(dim=1) for hidden in states], dim=1)
+
+    def load_scorer(self, folder: Path, **options):
+        from predictor.scorers import load_transformer
+
+        return load_transformer(self, folder, **options)
+
+
+@dataclass(frozen=True)
+class ChatGLM:
+    """The served model itself, as UELLM has it: its last hidden state where the answer would begin.
+
+    Prompts lie end to end in one ragged row, each blind to the others, and a beginning they share is computed once; the last
+    layer computes the wanted places alone.
+    """
+
+    mode: str
+    max_src_len: int
+    share_prefix: bool
+
+    @property
+    def family(self):
+        from chatglm.families import FAMILIES
+
+        return FAMILIES[self.mode]
+
+    def load_tokenizer(self, folder: str):
+        from chatglm.loading import load_tokenizer
+
+        return load_tokenizer(folder, mode=self.mode)
+
+    def load_model(self, dtype, method_options: dict, folder: str):
+        """The model with its output layer, which no gradient reaches."""
+        from chatglm.loading import load_model
+
+        return load_model(folder, mode=self.mode, dtype=dtype, **method_options)
+
+    def encode(self, tokenizer, prompt: str) -> list[int]:
+        return self.family.encode_prompt(tokenizer, prompt, self.max_src_len).input_ids
+
+    def collate(self, rows: list[list[int]], tokenizer, *, multiple: int = 1) -> dict:
+        from finetune.data import lay_end_to_end
+
+        # As training rows whose last prompt token predicts one more, which is never read.
+        laid = lay_end_to_end([[*row, 0] for row in rows], [len(row) for row in rows], self.share_prefix and self.mode != "glm", multiple)
+        return {name: laid[name] for name in ("input_ids", "lengths", "shared", "keep")} | {"prompts": len(rows)}
+
+    def width(self, model) -> int:
+        return model.config.hidden_size
+
+    def load_scorer(self, folder: Path, **options):
+        from predictor.scorers import load_transformer
+
+        return load_transformer(self, folder, **options)
+
+    def vectors(self, model, batch: dict):
+        """(B, hidden_size): the state after the final norm at each prompt's last token."""
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        positions = model.transformer.packed_positions(batch["input_ids"], batch["lengths"], batch["shared"])
+        states = model.transformer(input_ids=batch["input_ids"], position_ids=positions, keep=batch["keep"], use_cache=False)
+        return states.last_hidden_state[0, : batch["prompts"]]
+
+
+def cut_after(model, depth: int):
+    """An encoder without the layers above `depth`, in place.
+
+    Raises:
+        ValueError: it has fewer layers.
+    """
+    from torch import nn
+
+    whole = model.config.num_hidden_layers
+    if not 1 <= depth <= whole:
+        raise ValueError(f"--encoder_layers: {depth} is none of the encoder's {whole} layers")
+    name, stack = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == whole)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    setattr(parent, name.rpartition(".")[2], stack[:depth])
+    model.config.num_hidden_layers = depth
+    return model
+
+
+BACKBONES = {"lexical": NoBackbone, "encoder": Encoder, "chatglm": ChatGLM}

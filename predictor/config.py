@@ -1,0 +1,105 @@
+"""The flags of `train.py --task predictor`: those of fine-tuning, and what a predictor adds. Free of torch."""
+
+from dataclasses import dataclass
+
+from finetune.config import TrainConfig, flag, keep
+from finetune.methods import METHODS
+from predictor.backbones import BACKBONES
+from predictor.heads import HEADS
+
+TRAIN_TYPES = (*METHODS, "none")
+
+
+@dataclass(frozen=True)
+class PredictorConfig(TrainConfig):
+    """All flags of train.py --task predictor. Lengths are tokens of the served model, without its end token."""
+
+    task: str = keep("predictor", "what is trained", choices=("finetune", "predictor"))
+    model_name_or_path: str = keep("", "folder of the served model: its tokenizer counts lengths; with --backbone chatglm it is the "
+                                   "backbone too (not needed where rows carry output_tokens and the backbone is another)")  # fmt: skip
+    train_path: str = keep("", "comma list of rows: {prompt, output_tokens, served_model?, finished?}, or answers to count: "
+                           "{instruction, input, output} (required)")  # fmt: skip
+    eval_path: str = flag("", "rows for the metrics; else the calibration rows serve")
+    train_type: str | None = keep(None, "how the backbone is trained; none: not at all, a head on its frozen vectors [chatglm: lora; "
+                                  "encoder: all; lexical: none]", choices=TRAIN_TYPES)  # fmt: skip
+    learning_rate: float | None = keep(None, "highest learning rate [all, freeze: 5e-5; else 1e-3]")
+    metric_for_best: str = flag("loss", "what makes a checkpoint the best", choices=("loss", "tau", "mae"))
+    # predictor
+    backbone: str = keep("lexical", "lexical: n-grams and counts, no transformer; encoder: a Hugging Face encoder (--encoder_path); "
+                         "chatglm: the served model itself", choices=tuple(BACKBONES))  # fmt: skip
+    head: str = keep("distribution", "distribution: log-spaced bins; bucket: equal classes; regression: log length; ranking: order only",
+                     choices=tuple(HEADS))  # fmt: skip
+    encoder_path: str = keep("", "folder of a Hugging Face encoder; for --backbone lexical, a teacher for its n-grams")
+    encoder_layers: str = keep("", "comma list of the encoder's layers whose means are read, from 1; it is cut after the highest [the last]")
+    reuse_prefill: bool = keep(False, "--backbone chatglm: a head on the served model's own prompt state, which costs nothing when serving")
+    served_model: str = keep("", "name of the model whose answers are predicted [the folder's name]")
+    other_models_weight: float = keep(0.7, "share of a prompt's weight that lengths of other served models get, where there are any")
+    length_limit: int | None = keep(None, "longest answer in tokens [the served model's context, else 8192]", positive=True)
+    num_bins: int = keep(32, "classes of the distribution, spaced in log length", positive=True)
+    label_width: float = keep(1.0, "distribution: width of a soft label, in bins")
+    crps_weight: float = keep(1.0, "distribution: weight of the ordinal term")
+    num_buckets: int = keep(10, "bucket: number of equal classes", positive=True)
+    ranking_loss: str = keep("pairwise", "ranking: which loss", choices=("pairwise", "listmle"))
+    calibration_share: float = keep(0.15, "share of the prompts that is kept for calibration; a frozen backbone's head calibrates on "
+                                    "all of them, each by a head that has not seen it")  # fmt: skip
+    hash_bits: int = keep(18, "lexical: n-grams are hashed to 2^N rows")
+    student_ridge: float = keep(3.0, "lexical: ridge penalty of the student of n-grams")
+    student_dims: int = keep(64, "lexical with --encoder_path: principal components of the teacher's vectors that the student learns")
+    head_ridge: float = keep(0.5, "frozen backbone: ridge penalty of the kernel head")
+    landmarks: int = keep(1024, "frozen backbone: prompts that the kernel compares with", positive=True)
+    near_duplicates: float = keep(0.8, "prompts at least so alike (Jaccard of 5-grams) stay on one side of every split")
+
+    def __post_init__(self):
+        if not self.train_type:
+            kinds = {"chatglm": "none" if self.reuse_prefill else "lora", "encoder": "all", "lexical": "none"}
+            object.__setattr__(self, "train_type", kinds.get(self.backbone))
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", 5e-5 if self.train_type in ("all", "freeze") else 1e-3)
+        super().__post_init__()
+        if self.reuse_prefill and (self.backbone, self.train_type) != ("chatglm", "none"):
+            raise ValueError("--reuse_prefill needs --backbone chatglm, and no --train_type: the served model stays as it is")
+        if self.backbone == "lexical" and self.train_type != "none":
+            raise ValueError(f"--backbone lexical has no weights for --train_type {self.train_type}")
+        if self.backbone == "encoder" and not self.encoder_path:
+            raise ValueError("--backbone encoder needs --encoder_path: the folder of a Hugging Face encoder")
+        if self.backbone == "encoder" and self.train_type == "ptuning":
+            raise ValueError("--train_type ptuning is for ChatGLM; an encoder takes all, lora, freeze or none")
+        if self.length_limit is not None and self.length_limit < 2:
+            raise ValueError(f"--length_limit must be at least 2; got {self.length_limit}")
+        for name in ("num_bins", "num_buckets"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"--{name} must be at least 2; got {getattr(self, name)}")
+        for name in ("label_width", "crps_weight"):
+            if not 0 <= getattr(self, name) < 1e6:
+                raise ValueError(f"--{name} must not be below 0; got {getattr(self, name)}")
+        for name in ("other_models_weight", "calibration_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be in [0, 1); got {getattr(self, name)}")
+        if not self.calibration_share:
+            raise ValueError("--calibration_share must be above 0: quantiles hold on prompts that were not trained on")
+        for name in ("student_ridge", "head_ridge"):
+            if not 0 < getattr(self, name) < 1e9:
+                raise ValueError(f"--{name} must be above 0; got {getattr(self, name)}")
+        if not 8 <= self.hash_bits <= 24:
+            raise ValueError(f"--hash_bits must be from 8 to 24; got {self.hash_bits}")
+        if self.student_dims < 0:
+            raise ValueError(f"--student_dims must not be below 0; got {self.student_dims}")
+        self.layers  # noqa: B018 - raises where they are no layers
+        if not 0 < self.near_duplicates <= 1:
+            raise ValueError(f"--near_duplicates must be in (0, 1]; got {self.near_duplicates}")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """--encoder_layers, ascending."""
+        try:
+            found = tuple(sorted({int(part) for part in self.encoder_layers.split(",") if part.strip()}))
+        except ValueError:
+            found = (0,)
+        if found and found[0] < 1:
+            raise ValueError(f"--encoder_layers must be whole numbers from 1, separated by commas; got {self.encoder_layers!r}")
+        return found
+
+    @property
+    def needs_model(self) -> bool:
+        """Without the served model's folder nobody counts tokens: rows must bring their lengths."""
+        return self.backbone == "chatglm"

@@ -1,0 +1,123 @@
+"""From a head's outputs to calibrated predictions, and the card that keeps them with a model. numpy only."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from predictor.calibration import Conformal, levels_of
+from predictor.heads import HEADS
+from predictor.prediction import LengthPrediction
+
+CARD = "predictor.json"
+FORMAT = "glm-foundry length predictor"
+FORMAT_VERSION = 1
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A head, its settings fitted to prompts that the model has not seen, and the conformal map after it."""
+
+    head: object
+    settings: dict
+    conformal: Conformal
+    edges: np.ndarray
+
+    @classmethod
+    def fit(cls, head, outputs: np.ndarray, tokens: np.ndarray, finished: np.ndarray, weights: np.ndarray, prompts: np.ndarray) -> "Decoder":
+        """From n labels of unseen prompts.
+
+        Args:
+            outputs: (n, width) of the head; tokens, finished, weights (1 in all for each prompt): (n,).
+            prompts: (n,) the prompt's number: labels of a prompt stay in one of the folds in which settings are fitted to
+                the rest, so that the levels the conformal map learns from are of unseen prompts too.
+        """
+        edges = head_edges(head)
+        levels = np.empty(len(tokens))
+        fold = np.unique(prompts, return_inverse=True)[1] % FOLDS
+        for k in range(FOLDS):
+            held = fold == k
+            rest = ~held if held.any() and not held.all() else np.ones(len(held), bool)
+            if held.any():
+                settings = head.fit(outputs[rest], tokens[rest], finished[rest], weights[rest])
+                levels[held] = levels_of(head.decode(outputs[held], settings, edges)[0], edges, tokens[held])
+        return cls(head, head.fit(outputs, tokens, finished, weights), Conformal.fit(levels, finished, weights), edges)
+
+    def decode(self, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(N, width) -> calibrated probabilities (N, K) over `edges`, rank scores (N,)."""
+        probabilities, ranks = self.head.decode(np.asarray(outputs, np.float64), self.settings, self.edges)
+        return self.conformal.apply(probabilities), ranks
+
+    def predictions(self, outputs: np.ndarray) -> list[LengthPrediction]:
+        probabilities, ranks = self.decode(outputs)
+        return [LengthPrediction(p, self.edges, float(r)) for p, r in zip(probabilities, ranks)]
+
+    def to_dict(self) -> dict:
+        name = next(name for name, kind in HEADS.items() if isinstance(self.head, kind))
+        return {"head": {"name": name, **asdict(self.head)}, "settings": self.settings, "conformal": asdict(self.conformal), "edges": self.edges.tolist()}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Decoder":
+        """Raises KeyError, TypeError, ValueError for what `to_dict` did not write."""
+        knobs = dict(values["head"])
+        head = HEADS[knobs.pop("name")](**knobs)
+        conformal = Conformal(tuple(values["conformal"]["raw"]), tuple(values["conformal"]["calibrated"]))
+        return cls(head, values["settings"], conformal, np.asarray(values["edges"], np.float64))
+
+
+def head_edges(head) -> np.ndarray:
+    """The bins that predictions of a head come in: its own, cut finer where they are few and wide."""
+    edges = head.edges
+    while len(edges) < 21:
+        edges = np.sort(np.concatenate([edges, (edges[:-1] + edges[1:]) / 2]))
+    return edges
+
+
+def write_card(folder: Path, card: dict):
+    """predictor.json, whole or not at all."""
+    aside = Path(folder) / f".{CARD}.tmp"
+    with open(aside, "w", encoding="utf-8") as file:
+        json.dump({"format": FORMAT, "format_version": FORMAT_VERSION} | card, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, Path(folder) / CARD)
+
+
+def read_card(folder: str | Path) -> dict:
+    """What `write_card` wrote.
+
+    Raises:
+        FileNotFoundError: no card there.
+        ValueError: it is unreadable, or of a newer format.
+    """
+    path = Path(folder) / CARD
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no length predictor: there is no {CARD}")
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+        if card["format"] != FORMAT:
+            raise KeyError
+        version = int(card["format_version"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: not the card of a length predictor") from None
+    if version > FORMAT_VERSION:
+        raise ValueError(f"{path}: format version {version}, this program reads up to {FORMAT_VERSION}")
+    return card
+
+
+def tokenizer_hash(folder: str | Path) -> str:
+    """sha256 over the tokenizer's model file (tokenizer.model, ice_text.model or tokenizer.json) of a served model's folder.
+
+    Raises:
+        FileNotFoundError: it has none.
+    """
+    for name in ("tokenizer.model", "ice_text.model", "tokenizer.json"):
+        file = Path(folder) / name
+        if file.is_file():
+            return hashlib.sha256(file.read_bytes()).hexdigest()
+    raise FileNotFoundError(f"{folder}: no tokenizer.model, ice_text.model or tokenizer.json")

@@ -1,0 +1,214 @@
+"""Training over a backbone that stays as it is: features once, then a convex head. Minutes on a CPU, nothing to resume."""
+
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from chatglm.families import FAMILIES
+from finetune.distributed import rank, say
+from predictor.backbones import BACKBONES, Encoder
+from predictor.config import PredictorConfig
+from predictor.decoder import CARD, Decoder, read_card, write_card
+from predictor.heads import make_head
+from predictor.kernel import Kernel, KernelHead
+from predictor.lengths import LengthRows, load_lengths, served_card
+from predictor.lexical import Bag, Lexical, crossed, plain
+from predictor.metrics import metrics_of
+from predictor.scorers import HEAD_FILE, FrozenScorer, LinearScorer, encode_all, load_head
+
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a head learns from: (prompts, D) blocks side by side, and who makes them of new prompts."""
+
+    blocks: list[np.ndarray]
+    weights: tuple[float, ...]
+    lexical: Lexical | None
+    earlier: LinearScorer | None
+
+    @property
+    def matrix(self) -> np.ndarray:
+        return np.concatenate(self.blocks, axis=1)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(block.shape[1] for block in self.blocks)
+
+
+def train_frozen(config: PredictorConfig) -> Path:
+    """Train on rank 0, calibrate, export; returns the predictor's folder.
+
+    Raises:
+        ValueError, FileNotFoundError: flags, files or rows that do not fit, before anything is written.
+    """
+    output = Path(config.output_dir or f"output-predictor-{config.backbone}-{config.head}")
+    if output.exists() and not (output / CARD).is_file() and any(output.iterdir()):
+        raise ValueError(f"--output_dir {output} holds other things than a predictor; name another folder")
+    if (output / CARD).is_file() and not config.overwrite_output_dir:
+        raise ValueError(f"--output_dir {output} already holds a predictor: replace it with --overwrite_output_dir, or name another folder")
+    if rank() > 0:
+        return output
+    started = time.perf_counter()
+    family, tokenizer = None, None
+    if config.model_name_or_path:
+        from chatglm.loading import load_tokenizer, resolve_mode
+
+        family = FAMILIES[resolve_mode(config.model_name_or_path, config.mode)]
+        tokenizer = load_tokenizer(config.model_name_or_path, mode=family.name)
+    rows = load_lengths(config, tokenizer, calibration=False)
+    config = rows.config
+    say(rows.summary())
+    backbone = make_backbone(config, family)
+    scorer, decoder, metrics = fit(config, rows, backbone)
+    say(f"trained in {time.perf_counter() - started:.0f} s; on prompts unseen in {FOLDS} folds: "
+        + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))  # fmt: skip
+    card = {
+        "backbone": {"name": config.backbone, **(asdict(backbone) | ({"encoder_path": ""} if config.backbone == "encoder" else {}))},
+        "served_model": served_card(config, rows), **decoder.to_dict(), "training_data": rows.card(), "metrics": {"folds": metrics},
+    }  # fmt: skip
+    write_predictor(output, config, backbone, scorer, card)
+    say(f"predictor: {output}")
+    return output
+
+
+def make_backbone(config: PredictorConfig, family):
+    knobs = {
+        "lexical": {},
+        "encoder": {"encoder_path": config.encoder_path, "max_src_len": config.max_src_len, "layers": config.layers},
+        "chatglm": {"mode": family and family.name, "max_src_len": config.max_src_len, "share_prefix": config.share_prefix},
+    }
+    return BACKBONES[config.backbone](**knobs[config.backbone])
+
+
+def fit(config: PredictorConfig, rows: LengthRows, backbone) -> tuple[FrozenScorer, Decoder, dict[str, float]]:
+    """(scorer, decoder, metrics on unseen prompts): the decoder is fitted to what heads of FOLDS folds say of prompts they have not seen."""
+    lengths = rows.train
+    own = np.unique(lengths.of_model(rows.own)[0])  # prompts the head learns from; the others teach features alone
+    if len(own) < 2 * FOLDS:
+        raise ValueError(f"only {len(own)} prompts have a length of {config.served_model!r}; at least {2 * FOLDS} are needed")
+    folds = fold_of(rows.groups)
+    features = make_features(config, rows, backbone, own, folds)
+    head = make_head(config)
+    learnt = lengths.condensed(rows.own, config.other_models_weight)
+    matrix, held = features.matrix, folds[own]
+    prompt, tokens, finished, weights = lengths.of_model(rows.own)
+    place = np.searchsorted(own, prompt)
+
+    def fit_on(chosen: np.ndarray) -> KernelHead:
+        kernel = Kernel.fit(matrix[chosen], features.sizes, features.weights, landmarks=config.landmarks, seed=config.seed)
+        inside = np.isin(learnt.prompt, own[chosen])
+        labels = learnt.tokens[inside], learnt.finished[inside], learnt.weights[inside]
+        return KernelHead.fit(kernel, head, matrix[chosen], *labels, np.searchsorted(own[chosen], learnt.prompt[inside]), ridge=config.head_ridge)
+
+    outputs = np.zeros((len(own), head.width))
+    for fold in range(FOLDS):
+        if (held == fold).any():
+            outputs[held == fold] = fit_on(np.flatnonzero(held != fold))(matrix[held == fold])
+    decoder = Decoder.fit(head, outputs[place], tokens, finished, weights, prompt)
+    probabilities, ranks = decoder.decode(outputs[place])
+    metrics = metrics_of(probabilities, decoder.edges, ranks, tokens)
+    top = fit_on(np.arange(len(own)))
+    return FrozenScorer(None, features.earlier, features.lexical, top), decoder, metrics
+
+
+def fold_of(groups: np.ndarray) -> np.ndarray:
+    """(N,) fold of every prompt, 0 to FOLDS - 1: groups whole, shuffled by a fixed draw."""
+    _, number = np.unique(groups, return_inverse=True)
+    return (np.random.default_rng(0).permutation(number.max() + 1) % FOLDS)[number]
+
+
+def make_features(config: PredictorConfig, rows: LengthRows, backbone, own: np.ndarray, folds: np.ndarray) -> Features:
+    """Blocks for the prompts `own`, of students and vectors that know nothing of those prompts' lengths."""
+    prompts = rows.train.prompts
+    mine = [prompts[i] for i in own]
+    if config.backbone == "chatglm":
+        return Features([vectors_of(backbone, config.model_name_or_path, mine)], (1.0,), None, None)
+    if config.backbone == "encoder":
+        vectors, earlier = teacher_of(config, backbone, mine)
+        lexical = plain(mine)
+        width = vectors.shape[1] // max(1, len(backbone.layers))
+        blocks = [vectors[:, i : i + width] for i in range(0, vectors.shape[1], width)]
+        if earlier:
+            blocks.append(earlier.head_of_vectors(vectors[:, -width:]))
+        blocks.append(lexical(mine))
+        return Features(blocks, (1.0,) * len(blocks), lexical, earlier)
+    bag = Bag.of(prompts, bits=config.hash_bits)
+    everyone = np.arange(len(prompts))
+    options = {"ridge": config.student_ridge}
+    if config.encoder_path:
+        targets = teacher_targets(config, prompts)
+        student = bag.fit(targets, everyone, **options)
+        found = bag.outputs(student, own)  # the teacher saw no lengths of these prompts, so neither did its student
+    else:
+        targets = rows.train.mean_scores()[:, None]
+        student, found = crossed(bag, targets, everyone, own, folds, **options)
+    blocks = [found, bag.hand[own]]
+    return Features(blocks, (1.0, 0.5) if config.encoder_path else (1.0, 1.0), student, None)
+
+
+def vectors_of(backbone, folder: str, prompts: list[str]) -> np.ndarray:
+    """(N, D) of a backbone as it lies in its folder."""
+    import torch
+
+    tokenizer = backbone.load_tokenizer(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = backbone.load_model(torch.float32 if device == "cpu" else torch.bfloat16, {}, folder).to(device).eval()
+    return encode_all(backbone, model, tokenizer, [backbone.encode(tokenizer, p) for p in prompts], progress=True)
+
+
+def teacher_of(config: PredictorConfig, backbone: Encoder, prompts: list[str]) -> tuple[np.ndarray, LinearScorer | None]:
+    """(vectors of the encoder, the linear head it was trained with, where --encoder_path is a predictor itself)."""
+    folder = Path(config.encoder_path)
+    earlier = load_head(folder, None) if (folder / CARD).is_file() and (folder / HEAD_FILE).is_file() else None
+    return vectors_of(backbone, config.encoder_path, prompts), earlier
+
+
+def teacher_targets(config: PredictorConfig, prompts: list[str]) -> np.ndarray:
+    """(N, student_dims + outputs): principal components of the teacher's vectors, and its own head's outputs, of unit size."""
+    folder = Path(config.encoder_path)
+    layers = config.layers
+    if not layers and (folder / CARD).is_file():
+        layers = tuple(read_card(folder)["backbone"].get("layers", ()))
+    backbone = Encoder(config.encoder_path, config.max_src_len, layers)
+    vectors, earlier = teacher_of(config, backbone, prompts)
+    parts = []
+    if earlier:
+        guess = earlier.head_of_vectors(vectors[:, -earlier.weight.shape[1] :])
+        parts.append((guess - guess.mean(axis=0)) / (guess.std(axis=0) + 1e-6))
+    standard = (vectors - vectors.mean(axis=0)) / (vectors.std(axis=0) + 1e-6)
+    sample = standard[np.random.default_rng(0).permutation(len(standard))[:6000]]
+    _, _, directions = np.linalg.svd(sample, full_matrices=False)
+    components = standard @ directions[: config.student_dims].T
+    parts.append(components / np.sqrt((components**2).mean()))
+    return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+def write_predictor(output: Path, config: PredictorConfig, backbone, scorer: FrozenScorer, card: dict):
+    """The whole folder, put in place by a rename."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    aside = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    scorer.top.save(aside)
+    if scorer.lexical:
+        scorer.lexical.save(aside)
+    if config.backbone == "encoder":
+        import torch
+
+        backbone.load_model(torch.float32, {}).save_pretrained(str(aside))
+        backbone.load_tokenizer().save_pretrained(str(aside))
+        if scorer.earlier:
+            shutil.copy(Path(config.encoder_path) / HEAD_FILE, aside / HEAD_FILE)
+    if config.backbone == "chatglm":
+        card = card | {"base_model": str(Path(config.model_name_or_path).resolve())}
+    config.save(aside / "train_config.json")
+    write_card(aside, card)
+    if output.exists():
+        shutil.rmtree(output)
+    os.replace(aside, output)

@@ -1,0 +1,228 @@
+"""The rows a predictor is trained on, split and laid out as arrays."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from finetune.data import BadRow
+from predictor.config import PredictorConfig
+from predictor.decoder import tokenizer_hash
+from predictor.labels import Example, data_hash, group_prompts, make_counter, normalise, read_examples, split
+
+DEFAULT_LIMIT = 8192  # tokens; ChatGLM2-6B's context
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Prompts and their labels: those of prompt i are starts[i] to starts[i + 1] of the (M,) arrays.
+
+    Lengths of other served models stand for the predicted one's: log(1 + L) moved and scaled to that model's mean and deviation
+    (`Scale`), so that any head learns from them as they are.
+
+    Attributes:
+        tokens: float64; finished: bool; served: int64, number of the served model; weights: float64, 1 in all for each prompt.
+    """
+
+    prompts: list[str]
+    places: list[str]
+    starts: np.ndarray
+    tokens: np.ndarray
+    finished: np.ndarray
+    served: np.ndarray
+    weights: np.ndarray
+    limit: int
+
+    def __len__(self):
+        return len(self.prompts)
+
+    @classmethod
+    def of(cls, examples: list[Example], served_models: list[str], own: int, other_weight: float, scale: "Scale") -> "Lengths":
+        """`other_weight`: share of a prompt's weight that lengths of other models than `own` have, where it has both."""
+        counts = [len(e.labels) for e in examples]
+        labels = [label for e in examples for label in e.labels]
+        number = {name: i for i, name in enumerate(served_models)}
+        served = np.array([number[label.served_model] for label in labels], np.int64)
+        prompt = np.repeat(np.arange(len(examples)), counts)
+        mine = served == own
+        of_own = np.bincount(prompt, mine, minlength=len(examples))[prompt]
+        of_others = np.repeat(counts, counts) - of_own
+        share = np.where(mine, np.where(of_others > 0, 1 - other_weight, 1.0), np.where(of_own > 0, other_weight, 1.0))
+        return cls(
+            [e.prompt for e in examples], [e.place for e in examples], np.concatenate([[0], np.cumsum(counts)]),
+            scale.apply(np.array([label.tokens for label in labels], float), served), np.array([label.finished for label in labels], bool), served,
+            share / np.where(mine, of_own, of_others), scale.limit,
+        )  # fmt: skip
+
+    @property
+    def prompt_of(self) -> np.ndarray:
+        """(M,): the prompt of each label."""
+        return np.repeat(np.arange(len(self)), np.diff(self.starts))
+
+    def of_model(self, model: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(prompt numbers, tokens, finished, weights: 1 in all for each prompt), (m,), of one served model's labels."""
+        chosen = self.served == model
+        prompt = self.prompt_of[chosen]
+        weights = 1 / np.bincount(prompt, minlength=len(self))[prompt]
+        return prompt, self.tokens[chosen], self.finished[chosen], weights
+
+
+    def mean_scores(self) -> np.ndarray:
+        """(N,): the weighted mean of log(1 + L) over each prompt's labels, standardised over prompts."""
+        prompt = self.prompt_of
+        mean = np.bincount(prompt, self.weights * np.log1p(self.tokens), minlength=len(self)) / np.bincount(prompt, self.weights, minlength=len(self))
+        return (mean - mean.mean()) / (mean.std() or 1.0)
+
+    def condensed(self, own: int, other_weight: float) -> "Labels":
+        """The labels a small head learns from: the served model's own, and for each prompt one that stands for all other models'.
+
+        That is their mean log length, stretched to the deviation of the own ones: a mean of many has lost most of its noise.
+        """
+        prompt, tokens, finished, weights = self.of_model(own)
+        others = self.served != own
+        others &= np.isin(self.prompt_of, prompt)
+        if not others.any() or not other_weight:
+            return Labels(prompt, tokens, finished, weights)
+        owner, logs = self.prompt_of[others], np.log1p(self.tokens[others])
+        counts = np.bincount(owner, minlength=len(self))
+        those = np.flatnonzero(counts)
+        mean = (np.bincount(owner, logs, minlength=len(self))[those]) / counts[those]
+        mine = np.log1p(tokens)
+        stretched = np.average(mine, weights=weights) + (mean - mean.mean()) * (mine.std() / (mean.std() or 1.0))
+        both = np.isin(prompt, those)
+        return Labels(
+            np.concatenate([prompt, those]), np.concatenate([tokens, np.clip(np.expm1(stretched), 0, self.limit)]),
+            np.concatenate([finished, np.ones(len(those), bool)]),
+            np.concatenate([weights * np.where(both, 1 - other_weight, 1.0), np.full(len(those), other_weight)]),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Labels:
+    """(M,) arrays: the prompt, tokens, finished and weight of each label."""
+
+    prompt: np.ndarray
+    tokens: np.ndarray
+    finished: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class Scale:
+    """mean, deviation: (models,) of log(1 + L) of each served model; own: the predicted one's number."""
+
+    mean: np.ndarray
+    deviation: np.ndarray
+    own: int
+    limit: int
+
+    @classmethod
+    def fit(cls, examples: list[Example], served_models: list[str], own: int, limit: int) -> "Scale":
+        """From training rows; a model with fewer than 20 lengths shares the deviation of all."""
+        logs = {name: [] for name in served_models}
+        for e in examples:
+            for label in e.labels:
+                logs[label.served_model].append(np.log1p(min(label.tokens, limit)))
+        every = np.concatenate([np.array(x) - np.mean(x) for x in logs.values() if x])
+        mean = np.array([np.mean(logs[name]) if logs[name] else 0.0 for name in served_models])
+        deviation = np.array([np.std(logs[name]) if len(logs[name]) >= 20 else every.std() for name in served_models])
+        return cls(mean, np.maximum(deviation, 1e-6), own, limit)
+
+    def apply(self, tokens: np.ndarray, served: np.ndarray) -> np.ndarray:
+        """(M,) lengths in the predicted model's manner of speaking; its own come back as they are."""
+        z = (np.log1p(np.minimum(tokens, self.limit)) - self.mean[served]) / self.deviation[served]
+        return np.where(served == self.own, tokens, np.clip(np.expm1(self.mean[self.own] + self.deviation[self.own] * z), 0, self.limit))
+
+
+@dataclass(frozen=True)
+class LengthRows:
+    """Training, calibration and perhaps test rows; own: number in served_models of the one that is predicted.
+
+    `config` is the run's, with names and limits filled in; groups: (training prompts,) which of them are near-duplicates.
+    """
+
+    config: PredictorConfig
+    train: Lengths
+    calibration: Lengths | None
+    groups: np.ndarray
+    test: Lengths | None
+    served_models: list[str]
+    own: int
+    hash: str
+    bad: int
+
+    def summary(self) -> str:
+        sides = [side for side in (self.train, self.calibration) if side]
+        labels = sum(len(side.tokens) for side in sides)
+        cut = sum(int((~side.finished).sum()) for side in sides)
+        words = [f"{len(self.train)} prompts to train on"]
+        words += [f"{len(self.calibration)} to calibrate"] if self.calibration else []
+        words += [f"{len(self.test)} to test"] if self.test else []
+        words += [f"{labels} lengths of {len(self.served_models)} served model(s), predicted: {self.served_models[self.own]}"]
+        words += [f"{cut} answers cut by their cap"] if cut else []
+        words += [f"{self.bad} bad rows skipped"] if self.bad else []
+        return ", ".join(words)
+
+    def card(self) -> dict:
+        calibration = len(self.calibration) if self.calibration else 0
+        return {"sha256": self.hash, "prompts": len(self.train) + calibration, "calibration_prompts": calibration, "served_models": self.served_models}
+
+
+def load_lengths(config: PredictorConfig, tokenizer, *, calibration: bool = True) -> LengthRows:
+    """Read and split the rows of a run. `tokenizer`: the served model's, or None where rows bring their lengths.
+
+    Without `calibration`, all rows are to train on.
+
+    Raises:
+        ValueError: rows that do not fit, or too few of the served model's.
+    """
+    name = config.served_model or (Path(config.model_name_or_path).resolve().name if config.model_name_or_path else "")
+    count = make_counter(tokenizer) if tokenizer else None
+    paths = [path.strip() for path in config.train_path.split(",")]
+    examples, bad = read_examples(paths, served_model=name, count=count, on_bad_row=config.on_bad_row, limit=config.dataset_length)
+    test = read_examples(config.eval_path, served_model=name, count=count, on_bad_row=config.on_bad_row)[0] if config.eval_path else []
+    served_models = sorted({label.served_model for e in examples for label in e.labels})
+    if not config.served_model and len(served_models) == 1:
+        name = served_models[0]
+    if name not in served_models:
+        raise BadRow(f"--served_model {name!r}: no row is of it; {config.train_path} has {', '.join(served_models[:8])}")
+    own = served_models.index(name)
+    config = replace(config, served_model=name, length_limit=config.length_limit or context_length(config))
+    if seen := {normalise(e.prompt) for e in test} & {normalise(e.prompt) for e in examples}:
+        examples = [e for e in examples if normalise(e.prompt) not in seen]  # what is tested is not trained on
+    prompts = [e.prompt for e in examples]
+    groups = group_prompts(prompts, threshold=config.near_duplicates)
+    shares = {"train": 1 - config.calibration_share, "calibration": config.calibration_share}
+    parts = split(groups, prompts, shares) if calibration else {"train": np.arange(len(prompts))}
+    sides = {side: [examples[i] for i in chosen.tolist()] for side, chosen in parts.items()}
+    scale = Scale.fit(sides["train"], served_models, own, config.length_limit)
+    arrays = {side: Lengths.of(part, served_models, own, config.other_models_weight, scale) for side, part in sides.items()}
+    test = [e for e in test if any(label.served_model == name for label in e.labels)]
+    for side, lengths in arrays.items():
+        if len(lengths.of_model(own)[0]) < 2:
+            raise BadRow(f"too few rows of {name!r} to {side.replace('calibration', 'calibrate')} on: {len(lengths.of_model(own)[0])}")
+    tests = None
+    if test:
+        known = [replace(e, labels=tuple(label for label in e.labels if label.served_model in served_models)) for e in test]
+        tests = Lengths.of(known, served_models, own, 0.0, scale)
+    return LengthRows(config, arrays["train"], arrays.get("calibration"), groups[parts["train"]], tests, served_models, own, data_hash(examples), bad)
+
+
+def context_length(config: PredictorConfig) -> int:
+    """The longest text of the served model, from its config.json."""
+    import json
+
+    file = Path(config.model_name_or_path or ".") / "config.json"
+    if not (config.model_name_or_path and file.is_file()):
+        return DEFAULT_LIMIT
+    values = json.loads(file.read_text(encoding="utf-8"))
+    return int(values.get("seq_length") or values.get("max_sequence_length") or DEFAULT_LIMIT)
+
+
+def served_card(config: PredictorConfig, rows: LengthRows) -> dict:
+    """Name and tokenizer of the served model, as a predictor's card has them."""
+    return {
+        "name": rows.config.served_model,
+        "tokenizer_sha256": tokenizer_hash(config.model_name_or_path) if config.model_name_or_path else None,
+        "length_limit": rows.config.length_limit,
+    }

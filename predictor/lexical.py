@@ -1,0 +1,163 @@
+"""The lexical features of a prompt, learnt part included: a linear student of hashed n-grams, numpy to run, scipy to train.
+
+The student says from n-grams what a teacher would say of the prompt: an encoder's vectors and its guess of the length, or, without
+a teacher, the lengths themselves. Its outputs and the counts and cues of features.py are what a head learns from.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from predictor.features import HANDS, Grams
+
+HAND_WEIGHT = 0.3  # of a standardised count or cue beside n-grams in the student
+RARE = 2  # prompts; a gram that fewer have says nothing of others
+CLIPPED = 5.0  # standard deviations
+FILE = "lexical.safetensors"
+
+
+@dataclass(frozen=True)
+class Lexical:
+    """The student and the standardisation of counts and cues.
+
+    Attributes:
+        table: (2^bits, T) float16: what a gram adds to the student's outputs, its rarity included.
+        hand_table: (HANDS, T), bias: (T,): likewise of counts and cues.
+        center, spread: (HANDS,).
+    """
+
+    table: np.ndarray
+    hand_table: np.ndarray
+    bias: np.ndarray
+    center: np.ndarray
+    spread: np.ndarray
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Columns of the student's outputs, and of counts and cues."""
+        return self.table.shape[1], HANDS
+
+    def __call__(self, prompts: list[str]) -> np.ndarray:
+        """(N, T + HANDS) float32."""
+        grams = Grams(prompts)
+        hand = np.clip((grams.hand() - self.center) / self.spread, -CLIPPED, CLIPPED)
+        hashes, texts, weights = grams.all()
+        rows = self.table[hashes & np.uint64(len(self.table) - 1)]
+        # Grams come kind by kind; a text's rows are added up one after the other.
+        order = texts.argsort(kind="stable") if len(prompts) > 1 else slice(None)
+        student = hand @ self.hand_table + self.bias
+        if len(rows):
+            texts = texts[order]
+            first = np.flatnonzero(np.diff(texts, prepend=-1))
+            student[texts[first]] += np.add.reduceat(rows[order].astype(np.float32) * weights[order][:, None], first)
+        return np.concatenate([student, hand], axis=1)
+
+    def save(self, folder: Path):
+        from safetensors.numpy import save_file
+
+        save_file({name: np.ascontiguousarray(value) for name, value in vars(self).items()}, Path(folder) / FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Lexical":
+        """Raises ValueError naming the file where it is not whole."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            return cls(**load_file(Path(folder) / FILE))
+        except (OSError, SafetensorError, TypeError) as error:
+            raise ValueError(f"{Path(folder) / FILE}: cannot be read ({error})") from None
+
+
+@dataclass(frozen=True)
+class Bag:
+    """Prompts as sparse rows of n-grams, with counts and cues: what students are fitted on.
+
+    Attributes:
+        grams: scipy CSR (N, 2^bits), weighted by rarity; hand: (N, HANDS) standardised.
+        rarity: (2^bits,): log(N / prompts with the gram), 0 where fewer than RARE have it.
+    """
+
+    grams: object
+    hand: np.ndarray
+    rarity: np.ndarray
+    center: np.ndarray
+    spread: np.ndarray
+
+    @classmethod
+    def of(cls, prompts: list[str], *, bits: int, chunk: int = 1024) -> "Bag":
+        from scipy.sparse import csr_matrix, diags
+
+        columns, values, ends, hands = [], [], [0], []
+        for start in range(0, len(prompts), chunk):
+            grams = Grams(prompts[start : start + chunk])
+            hashes, texts, weights = grams.all()
+            order = texts.argsort(kind="stable")
+            columns.append((hashes[order] & np.uint64(2**bits - 1)).astype(np.int32))
+            values.append(weights[order])
+            ends.extend((ends[-1] + np.bincount(texts, minlength=len(grams.texts)).cumsum()).tolist())
+            hands.append(grams.hand())
+        matrix = csr_matrix((np.concatenate(values), np.concatenate(columns), ends), shape=(len(prompts), 2**bits))
+        matrix.sum_duplicates()
+        seen = np.bincount(matrix.indices, minlength=2**bits)
+        rarity = np.where(seen >= RARE, np.log(len(prompts) / np.maximum(seen, 1)) + 0.1, 0).astype(np.float32)
+        hand = np.concatenate(hands)
+        center, spread = hand.mean(axis=0), hand.std(axis=0) + 0.05
+        scaled = (matrix @ diags(rarity)).tocsr().astype(np.float32)
+        return cls(scaled, np.clip((hand - center) / spread, -CLIPPED, CLIPPED).astype(np.float32), rarity, center, spread)
+
+    def fit(self, targets: np.ndarray, rows: np.ndarray, *, ridge: float, rounds: int = 15) -> Lexical:
+        """The student of targets (len(rows), T) for the prompts `rows`, by conjugate gradients on the normal equations.
+
+        Args:
+            rounds: of conjugate gradients; stopping early is a ridge too (Hansen 1998).
+        """
+        from scipy.sparse import csr_matrix, hstack
+
+        x = hstack([self.grams[rows], csr_matrix(self.hand[rows] * HAND_WEIGHT)]).tocsr().astype(np.float32)
+        back = x.T.tocsr()
+        bias = targets.mean(axis=0)
+        weight = np.zeros((x.shape[1], targets.shape[1]), np.float32)
+        left = back @ (targets - bias).astype(np.float32)
+        step, size = left.copy(), (left * left).sum(axis=0)
+        for _ in range(rounds):
+            product = back @ (x @ step) + ridge * step
+            along = size / np.maximum((step * product).sum(axis=0), 1e-12)
+            weight += along * step
+            left -= along * product
+            before, size = size, (left * left).sum(axis=0)
+            step = left + (size / np.maximum(before, 1e-12)) * step
+        table = weight[: -HANDS] * self.rarity[:, None]
+        return Lexical(
+            table.astype(np.float16), weight[-HANDS:] * HAND_WEIGHT, bias.astype(np.float32), self.center.astype(np.float32),
+            self.spread.astype(np.float32),
+        )  # fmt: skip
+
+    def outputs(self, student: Lexical, rows: np.ndarray) -> np.ndarray:
+        """What `student` gives for the prompts `rows`, (n, T), without reading them again."""
+        safe = np.where(self.rarity > 0, self.rarity, 1)[:, None]
+        return self.grams[rows] @ (student.table.astype(np.float32) / safe) + self.hand[rows] @ student.hand_table + student.bias
+
+
+def plain(prompts: list[str]) -> Lexical:
+    """No student: counts and cues alone, standardised on `prompts`."""
+    hand = Grams(prompts).hand()
+    nothing = np.zeros((1, 0), np.float16)
+    return Lexical(nothing, np.zeros((HANDS, 0), np.float32), np.zeros(0, np.float32), hand.mean(axis=0), hand.std(axis=0) + 0.05)
+
+
+def crossed(bag: Bag, targets: np.ndarray, known: np.ndarray, wanted: np.ndarray, folds: np.ndarray, **options) -> tuple[Lexical, np.ndarray]:
+    """(student of all `known` prompts, outputs (len(wanted), T) for the `wanted` ones, each by a student that has not seen it).
+
+    Args:
+        targets: (len(known), T); known, wanted: numbers of prompts in the bag; folds: (N,) fold of every prompt.
+    """
+    student = bag.fit(targets, known, **options)
+    found = bag.outputs(student, wanted)
+    inside = np.isin(wanted, known)
+    for fold in np.unique(folds[wanted[inside]]):
+        rest = folds[known] != fold
+        held = inside & (folds[wanted] == fold)
+        found[held] = bag.outputs(bag.fit(targets[rest], known[rest], **options), wanted[held])
+    return student, found

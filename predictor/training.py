@@ -1,0 +1,189 @@
+"""train.py --task predictor: the loop of fine-tuning over prompts and lengths, with another loss and another thing to save."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from chatglm.families import FAMILIES
+from chatglm.loading import load_tokenizer, resolve_mode
+from finetune.checkpoint import export
+from finetune.distributed import on_device, rank, say, world_size
+from finetune.methods import make_method
+from finetune.task import FineTuning, row_multiple
+from predictor.backbones import BACKBONES
+from predictor.config import PredictorConfig
+from predictor.decoder import Decoder, write_card
+from predictor.heads import make_head
+from predictor.lengths import Lengths, load_lengths, served_card
+from predictor.metrics import metrics_of
+from predictor.network import LengthLoss, LengthNetwork, save_head
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """What the loop asks of its rows: `lengths` are the labels, input_ids[i] the ids of prompt i."""
+
+    lengths: Lengths
+    input_ids: list[list[int]]
+    places: list[str]
+
+    def __len__(self):
+        return len(self.input_ids)
+
+
+class LengthTraining(FineTuning):
+    """An encoder, or the served ChatGLM itself, learns how long answers will be."""
+
+    def __init__(self, config: PredictorConfig):
+        self.config, self.dtype = config, torch.float32
+        own = config.backbone == "chatglm"
+        self.family = FAMILIES[resolve_mode(config.model_name_or_path, config.mode)] if config.model_name_or_path else None
+        self.served_tokenizer = load_tokenizer(config.model_name_or_path, mode=self.family.name) if self.family else None
+        self.method = make_method(config)
+        self.model_path = config.model_name_or_path if own else config.encoder_path
+        knobs = {"max_src_len": config.max_src_len}
+        knobs |= {"mode": self.family.name, "share_prefix": shares_prefix(config)} if own else {"encoder_path": config.encoder_path, "layers": config.layers}
+        self.backbone = BACKBONES[config.backbone](**knobs)
+        self.tokenizer = self.served_tokenizer if own else self.backbone.load_tokenizer()
+        self.title = f"length predictor on {self.family.title if own else Path(config.encoder_path).name}"
+        self.default_output_dir = f"output-predictor-{config.backbone}-{config.head}"
+        self.calibrated: tuple[Decoder, dict] | None = None
+
+    def load_rows(self):
+        self.rows = load_lengths(self.config, self.served_tokenizer)
+        say(self.rows.summary())
+        self.head = make_head(self.rows.config)
+        self.data, self.calibration = self.encode(self.rows.train), self.encode(self.rows.calibration)
+        self.eval_data = self.encode(self.rows.test) if self.rows.test else None
+
+    def encode(self, lengths: Lengths) -> EncodedPrompts:
+        ids = [self.backbone.encode(self.tokenizer, prompt) for prompt in lengths.prompts]
+        return EncodedPrompts(lengths, ids, lengths.places)
+
+    def build_model(self, dtype: torch.dtype) -> nn.Module:
+        self.dtype = dtype
+        model = self.method.prepare(self.backbone.load_model(dtype, self.method.model_options(), self.model_path))
+        if self.config.backbone == "chatglm" and not model.config.tie_word_embeddings:
+            model.get_output_embeddings().requires_grad_(False)  # no gradient reaches it
+        bias = torch.tensor(self.head.starting_bias(self.rows.train.tokens), dtype=torch.float32)
+        return LengthNetwork(self.backbone, model, self.backbone.width(model), self.head.width, bias)
+
+    def loss_module(self, model: nn.Module) -> nn.Module:
+        return LengthLoss(model, self.head)
+
+    @staticmethod
+    def count_labels(batch: dict) -> float:
+        return float(batch["weights"].sum())
+
+    def collate(self, rows: list[int]) -> dict:
+        """A batch of prompts and, end to end, all their labels; an empty place (-1) is the shortest prompt without weight."""
+        ids, labels = self.data.input_ids, self.data.lengths
+        filler = min(range(len(ids)), key=lambda i: len(ids[i])) if -1 in rows else None
+        chosen = [filler if r == -1 else r for r in rows]
+        spans = [np.arange(labels.starts[i], labels.starts[i + 1]) for i in chosen]
+        every = np.concatenate(spans)
+        weights = labels.weights[every] * np.repeat([r != -1 for r in rows], [len(s) for s in spans])
+        return self.backbone.collate([ids[i] for i in chosen], self.tokenizer, multiple=row_multiple(self.dtype)) | {
+            "tokens": torch.from_numpy(labels.tokens[every]),
+            "finished": torch.from_numpy(labels.finished[every]),
+            "weights": torch.from_numpy(weights.astype(np.float32)),
+            "served": torch.from_numpy(labels.served[every]),
+            "prompt": torch.from_numpy(np.repeat(np.arange(len(chosen)), [len(s) for s in spans])),
+        }
+
+    has_evaluation = True
+
+    @torch.no_grad()
+    def outputs(self, network: LengthNetwork, data: EncodedPrompts) -> np.ndarray:
+        """(prompts, width) for the served model, computed by all ranks together."""
+        batch = self.config.per_device_eval_batch_size or self.config.per_device_train_batch_size
+        found = torch.zeros(len(data), self.head.width, dtype=torch.float64)
+        order = np.argsort([len(ids) for ids in data.input_ids], kind="stable").tolist()
+        per_pass = batch * world_size()
+        device = network.head.weight.device
+        for start in range(0, len(order), per_pass):
+            mine = order[start : start + per_pass][rank() :: world_size()]
+            # ZeRO-3: every rank runs every pass.
+            laid = self.backbone.collate([data.input_ids[i] for i in mine or order[:1]], self.tokenizer, multiple=row_multiple(self.dtype))
+            rows = network(on_device(laid, device)).double().cpu()
+            if mine:
+                found[mine] = rows
+        if world_size() > 1:
+            total = found.to(device)
+            torch.distributed.all_reduce(total)
+            found = total.cpu()
+        return found.numpy()
+
+    def evaluate(self, loss_module: nn.Module, model: nn.Module, *, synced: bool) -> dict[str, float]:
+        """Loss, tau, MAE and coverage for the served model on the evaluation rows, else on the calibration rows."""
+        decoder, own = self.calibrate(loss_module.network)
+        metrics = own
+        if self.eval_data:
+            outputs = self.outputs(loss_module.network, self.eval_data)
+            metrics = self.measure(decoder, outputs, self.eval_data.lengths)
+        return metrics
+
+    def calibrate(self, network: LengthNetwork) -> tuple[Decoder, dict[str, float]]:
+        """The decoder for the network as it is, and its metrics on the calibration rows."""
+        lengths = self.calibration.lengths
+        outputs = self.outputs(network, self.calibration)
+        decoder = fit_decoder(self.head, outputs, lengths, self.rows.own)
+        return decoder, self.measure(decoder, outputs, lengths)
+
+    def measure(self, decoder: Decoder, outputs: np.ndarray, lengths: Lengths) -> dict[str, float]:
+        prompt, tokens, finished, weights = lengths.of_model(self.rows.own)
+        tensors = [torch.from_numpy(x) for x in (outputs[prompt], tokens, finished, weights)]
+        owners = torch.zeros(len(tokens), dtype=torch.long)
+        loss = float(self.head.loss(*tensors, owners)) / weights.sum()
+        probabilities, ranks = decoder.decode(outputs[prompt])
+        return {"loss": loss} | metrics_of(probabilities, decoder.edges, ranks, tokens)
+
+    def before_save(self, loss_module: nn.Module):
+        """Every rank's part of a save: a checkpoint is a predictor that is calibrated."""
+        loss_module.eval()
+        self.calibrated = self.calibrate(loss_module.network)
+        loss_module.train()
+
+    def export(self, model: LengthNetwork, state: dict[str, Tensor], folder: Path):
+        """A folder that LengthPredictor loads: the backbone as its method saves it, the head, the card."""
+        inner = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+        export(model.model, self.method, self.tokenizer, inner, folder)
+        save_head(state, folder)
+        decoder, metrics = self.calibrated
+        knobs = asdict(self.backbone) | ({"encoder_path": ""} if self.config.backbone == "encoder" else {})
+        write_card(folder, {
+            "backbone": {"name": self.config.backbone, **knobs},
+            "served_model": served_card(self.config, self.rows),
+            **decoder.to_dict(),
+            "training_data": self.rows.card(),
+            "metrics": {"calibration": metrics},
+        })  # fmt: skip
+
+
+def fit_decoder(head, outputs: np.ndarray, lengths: Lengths, own: int) -> Decoder:
+    """Settings and conformal map from outputs (prompts, width) for `lengths`, by the served model's labels."""
+    prompt, tokens, finished, weights = lengths.of_model(own)
+    return Decoder.fit(head, outputs[prompt], tokens, finished, weights, prompt)
+
+
+def shares_prefix(config: PredictorConfig) -> bool:
+    """A shared beginning is computed once where no dropout acts."""
+    drops = {"lora": config.lora_dropout, "ptuning": config.prefix_dropout if config.resolved_ptuning_version == "v2" else 0}
+    return config.share_prefix and not drops.get(config.train_type)
+
+
+def train_predictor(config: PredictorConfig) -> Path:
+    """Train, calibrate and export; returns the predictor's folder.
+
+    Raises: as finetune.engine.train.
+    """
+    if config.train_type == "none":
+        from predictor.frozen import train_frozen
+
+        return train_frozen(config)
+    from finetune.engine import train
+
+    return train(config, LengthTraining)

@@ -1,0 +1,192 @@
+#!/usr/bin/env python3
+"""Measure how long a model's answers are: it answers prompts in batches, and every answer's length is a line of --output.
+
+    python scripts/collect_lengths.py --model_path DIR --prompts FILE --output lengths.jsonl
+
+Prompts are JSON lines (also .gz) or a JSON list of {prompt}, {instruction, input} or {text}; the same prompt is asked once.
+A line has what the predictor is trained on: prompt, output_tokens (without the end token), finished (the end token came
+within --max_new_tokens), served_model. The same command goes on where it was stopped, also with more prompts or samples.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from chatglm.families import FAMILIES  # noqa: E402
+from finetune.data import BadRow  # noqa: E402
+from finetune.predict import add_model_flags, generate_batch, load_for_inference, positive  # noqa: E402
+from predictor.labels import parse_prompt, read_items  # noqa: E402
+
+OPENING = b'{"prompt": '  # of every line written here
+
+
+class RowDraws:
+    """A logits processor after which the likeliest token is a sample, each row's from a generator of its own.
+
+    The maximum of logits plus Gumbel noise is a sample of their softmax. generate() draws for a whole batch from one
+    generator, so that an answer would depend on its neighbours; here it does only as far as padding changes rounding.
+
+    Args:
+        seeds: of each row, below 2**63.
+    """
+
+    def __init__(self, seeds: list[int], temperature: float, top_p: float, device):
+        import torch
+        from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+        self.warpers = [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)]
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids, scores):
+        import torch
+
+        scores = scores.float()
+        for warper in self.warpers:
+            scores = warper(input_ids, scores)
+        noise = torch.empty_like(scores)
+        for row, generator in zip(noise, self.generators):
+            row.exponential_(generator=generator)
+        return scores - noise.clamp_min(1e-30).log()
+
+
+def row_seed(seed: int, prompt: str, sample: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {sample} {prompt}".encode()).digest()[:8], "big") >> 1
+
+
+def read_prompts(path: str, limit: int | None) -> list[str]:
+    """The first `limit` distinct prompts of a file, in its order; raises BadRow for a bad one, or none."""
+    found: dict[str, None] = {}
+    for place, item in read_items(Path(path)):
+        if len(found) == limit:
+            break
+        if isinstance(item, BadRow):
+            raise item
+        found[parse_prompt(item, place)] = None
+    if not found:
+        raise BadRow(f"{path}: no rows")
+    return list(found)
+
+
+def fingerprint(model) -> str:
+    """16 digits over names, shapes and 16 values of every weight, an adapter's too; half-precision copies agree."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in model.named_parameters():
+        flat = tensor.detach().flatten()
+        values = flat[:: max(1, flat.numel() // 16)][:16].half().to(torch.bfloat16).float().cpu()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_done(path: Path, made_with: dict) -> tuple[set[tuple[str, int]], int]:
+    """((prompt, sample) of the lines there are, bytes up to the end of the last whole line).
+
+    Raises:
+        ValueError: a line is not ours, or was made with other settings than `made_with`.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    whole = content.rfind(b"\n") + 1
+    done = set()
+    for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+            theirs = {"served_model": row["served_model"], "seed": row["seed"], **row["settings"]}
+            done.add((row["prompt"], row["sample"]))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError(f"--output {path}:{number}: not a line of collect_lengths; name another file") from None
+        for key in {**made_with, **theirs}:
+            if made_with.get(key) != theirs.get(key):
+                was = f"made with {key} {theirs.get(key)!r}, now it is {made_with.get(key)!r}"
+                raise ValueError(f"--output {path}:{number}: {was}; name another file")
+    torn = content[whole:]
+    if not torn.startswith(OPENING[: len(torn)]):  # nothing of anybody else's is cut away
+        raise ValueError(f"--output {path}: its end is not a line of collect_lengths; name another file")
+    return done, whole
+
+
+def collect(args) -> str:
+    """Ask what is not yet in the output, longest prompts first; returns a line on what was done."""
+    from tqdm import tqdm
+
+    prompts = read_prompts(args.prompts, args.limit)
+    model, tokenizer, max_src_len, options = load_for_inference(args)
+    sampling = {"temperature": args.temperature, "top_p": args.top_p} if options.pop("do_sample") else {}
+    for name in ("temperature", "top_p"):
+        options.pop(name, None)  # RowDraws samples instead
+    settings = {"weights": fingerprint(model), "max_src_len": max_src_len, "max_new_tokens": args.max_new_tokens, **sampling}
+    row_end = {"served_model": args.served_model or Path(args.model_path).resolve().name, "seed": args.seed if sampling else None}
+    output = Path(args.output)
+    done, whole = read_done(output, row_end | settings)
+
+    encoded = [FAMILIES[tokenizer.family].encode_prompt(tokenizer, prompt, max_src_len) for prompt in prompts]
+    if cut := sum(e.truncated for e in encoded):
+        print(f"{cut} of {len(prompts)} prompts are longer than --max_src_len {max_src_len} and asked cut", flush=True)
+    asked = [(i, sample) for i in range(len(prompts)) for sample in range(args.samples) if (prompts[i], sample) not in done]
+    asked.sort(key=lambda one: -len(encoded[one[0]].input_ids))  # what needs most memory comes first
+    tokens = unfinished = 0
+    output.parent.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    with open(output, "ab") as file, tqdm(total=len(asked), desc="answering", unit="answer") as bar:
+        file.truncate(whole)
+        for batch in (asked[n : n + args.batch_size] for n in range(0, len(asked), args.batch_size)):
+            if sampling:
+                seeds = [row_seed(args.seed, prompts[i], sample) for i, sample in batch]
+                options["logits_processor"] = [RowDraws(seeds, **sampling, device=model.device)]
+            lines = []
+            answers = generate_batch(model, tokenizer, [encoded[i].input_ids for i, _ in batch], **options)
+            for (i, sample), (ids, ended) in zip(batch, answers):
+                row = {"prompt": prompts[i], "output_tokens": len(ids), "finished": ended, "sample": sample}
+                row |= row_end | {"settings": settings}
+                if args.keep_answers:
+                    row["answer"] = tokenizer.decode(ids, skip_special_tokens=True)
+                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+                tokens += len(ids)
+                unfinished += not ended
+            file.write("".join(lines).encode())
+            file.flush()
+            bar.update(len(batch))
+            bar.set_postfix_str(f"{tokens / (time.monotonic() - start):.0f} tokens/s")
+        os.fsync(file.fileno())
+    there = f"; {len(done)} were there" if done else ""
+    cut = f"{unfinished} cut at --max_new_tokens {args.max_new_tokens}"
+    return f"{len(asked)} answers of {tokens} tokens, {cut}, written to {output}{there}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    # "resolve": flags of finetune.predict that mean something else here are given anew
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, conflict_handler="resolve")
+    add_model_flags(parser)
+    parser.add_argument("--max_length", help=argparse.SUPPRESS)
+    parser.add_argument("--max_new_tokens", type=positive, default=512, help="an answer is cut here, and then not finished [512]")
+    parser.add_argument("--prompts", required=True, help="file of the prompts")
+    parser.add_argument("--output", required=True, help="JSON lines to write, or to go on with")
+    parser.add_argument("--served_model", help="name of the model in the lines (default: the folder's)")
+    parser.add_argument("--samples", type=positive, default=1, help="answers to each prompt, with --do_sample [1]")
+    parser.add_argument("--limit", type=positive, help="ask only so many prompts, the first of the file")
+    parser.add_argument("--keep_answers", action="store_true", help="write the answers' text too")
+    args = parser.parse_args(argv)
+    if args.samples > 1 and not args.do_sample:
+        parser.error(f"--samples {args.samples} without --do_sample would be the same answer {args.samples} times")
+    if args.max_length:
+        parser.error("--max_length counts the prompt; say --max_new_tokens")
+    try:
+        print(collect(args))
+    except (ValueError, OSError) as error:
+        print(f"collect_lengths: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("collect_lengths: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
