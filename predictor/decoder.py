@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -44,12 +45,16 @@ class Decoder:
             rest = ~held if held.any() and not held.all() else np.ones(len(held), bool)
             if held.any():
                 settings = head.fit(outputs[rest], tokens[rest], finished[rest], weights[rest])
-                levels[held] = levels_of(head.decode(outputs[held], settings, edges)[0], edges, tokens[held])
+                levels[held] = levels_of(head.reader(settings, edges)(outputs[held])[0], edges, tokens[held])
         return cls(head, head.fit(outputs, tokens, finished, weights), Conformal.fit(levels, finished, weights), edges)
+
+    @cached_property
+    def read(self):
+        return self.head.reader(self.settings, self.edges)
 
     def decode(self, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(N, width) -> calibrated probabilities (N, K) over `edges`, rank scores (N,)."""
-        probabilities, ranks = self.head.decode(np.asarray(outputs, np.float64), self.settings, self.edges)
+        probabilities, ranks = self.read(np.asarray(outputs, np.float64))
         return self.conformal.apply(probabilities), ranks
 
     def predictions(self, outputs: np.ndarray) -> list[LengthPrediction]:
