@@ -8,6 +8,7 @@ Data: ../shared/data/length (AlpacaEval answers of 47 models, 53,000 instruction
 """
 
 import argparse
+import csv
 import gzip
 import hashlib
 import json
@@ -262,6 +263,23 @@ def export(args, data: Data, teacher: str) -> dict:
     return found
 
 
+def ceilings(args, data: Data) -> dict[str, float]:
+    """What no predictor from the prompt can be asked to beat by much: other models' true lengths, and another run of the same model."""
+    lengths: dict[str, dict[str, int]] = {}
+    for r in data.answers:
+        lengths.setdefault(r["prompt"], {})[r["served_model"]] = r["output_tokens"]
+    own = np.array([x[args.served_model] for x in lengths.values()])
+    others = np.array([np.mean([np.log1p(min(2048, n)) for m, n in x.items() if m != args.served_model]) for x in lengths.values()])
+    found = {"true lengths of 46 other models": kendall_tau(others, own)}
+    file = args.data.parent / "uellm/length_runs.csv"
+    if file.is_file():
+        with open(file, encoding="utf-8") as rows:
+            runs = np.array([[float(row[f"run_{i}"]) for i in (1, 2, 3)] for row in csv.DictReader(rows)])
+        pairs = [kendall_tau(runs[:, i], runs[:, j]) for i in range(3) for j in range(i)]
+        found["one run by another (UELLM's three runs, 100 Chinese prompts)"] = float(np.mean(pairs))
+    return found
+
+
 def languages(args, data: Data) -> dict[str, list[dict]]:
     """Both languages of one writer, text-davinci-003: a fifth of the prompts tested, per language."""
     sources = ("alpaca_chinese_dataset/translated", STAGE_1_MODEL)
@@ -320,6 +338,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             results = cross_validate(args, data, teacher)
             print(table(results))
+            for name, tau in ceilings(args, data).items():
+                print(f"ceiling, tau of {name}: {tau:.3f}")
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
     return 0

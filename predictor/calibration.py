@@ -98,12 +98,14 @@ class ScoreScale:
         center = float(np.average(scores, weights=weights))
         spread = float(np.sqrt(np.average((scores - center) ** 2, weights=weights))) or 1.0
         z, logs = (scores - center) / spread, np.log1p(tokens)
-        if not finished.all():
-            weights = hand_on(z, logs, finished, weights)
-        mean = np.average(logs, weights=weights)
-        slope = float(np.average(z * (logs - mean), weights=weights) / max(1e-12, np.average(z**2, weights=weights)))
-        slope = max(slope, 1e-6)  # a higher score means longer, or all but nothing
-        intercept = float(mean - slope * np.average(z, weights=weights))
+        given = weights
+        for _ in range(1 if finished.all() else 4):
+            mean, middle = np.average(logs, weights=weights), np.average(z, weights=weights)
+            slope = float(np.average((z - middle) * (logs - mean), weights=weights) / max(1e-12, np.average((z - middle) ** 2, weights=weights)))
+            slope = max(slope, 1e-6)  # a higher score means longer, or all but nothing
+            intercept = float(mean - slope * middle)
+            if not finished.all():
+                weights = hand_on(z, logs - intercept - slope * z, finished, given)
         kept = np.flatnonzero(weights > 0)
         if len(kept) > POINTS:  # a fair sample: every so many-th in the order of scores
             kept = kept[np.argsort(z[kept], kind="stable")][np.linspace(0, len(kept) - 1, POINTS).astype(int)]
@@ -140,11 +142,11 @@ class ScoreScale:
         return read
 
 
-def hand_on(scores: np.ndarray, logs: np.ndarray, finished: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(n,): weights after every cut answer has handed its own on to longer ones of like score (Efron 1967, "redistribution to the
-    right"); where none is longer it counts as if it had ended at its cut."""
+def hand_on(scores: np.ndarray, residuals: np.ndarray, finished: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(n,): weights after every cut answer has handed its own on to larger residuals of like score (Efron 1967, "redistribution to
+    the right"); where none is larger it counts as if it had ended at its cut."""
     weights = weights.astype(float).copy()
-    order = np.lexsort((~finished, logs))  # of equal lengths the cut ones come last, so that they hand on to longer ones only
+    order = np.lexsort((~finished, residuals))  # of equals the cut ones come last: they hand on to larger ones only
     s, w, done = scores[order], weights[order], finished[order]
     for i in np.flatnonzero(~done):
         near = w[i + 1 :] * np.exp(((s[i + 1 :] - s[i]) / NEAR) ** 2 / -2)

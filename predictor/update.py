@@ -211,10 +211,9 @@ def update(predictor: LengthPredictor, examples: list[Example], *, refit: bool =
 
 
 def is_better(new: dict, old: dict) -> bool:
-    """In pinball or in tau, and not worse than by noise in the other: a calibration that bends can make up for a head whose order has
-    turned around, but no scheduler could use that order."""
-    pinball, tau = new["pinball"] / max(old["pinball"], 1e-9), new["tau"] - old["tau"]
-    return (pinball < 1 and tau > -0.01) or (pinball < 1.02 and tau > 0.01)
+    """By pinball and tau together, one percent of the one as good as 0.02 of the other. Not by pinball alone: a calibration that bends
+    makes up for a head whose order has turned around, and no scheduler could use that order."""
+    return new["tau"] - old["tau"] > 2 * np.log(max(new["pinball"], 1e-9) / max(old["pinball"], 1e-9))
 
 
 def fitted_on(card: dict) -> int:

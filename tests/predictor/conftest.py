@@ -84,7 +84,7 @@ def lexical(flags, train, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def trained_encoder(flags, train, tmp_path_factory) -> Path:
     """A checkpoint of an encoder that was trained whole."""
-    return train(flags(tmp_path_factory.mktemp("trained_encoder") / "out", "encoder", "--learning_rate", "2e-3", "--num_train_epochs", 3))
+    return train(flags(tmp_path_factory.mktemp("trained_encoder") / "out", "encoder", "--learning_rate", "3e-3", "--num_train_epochs", 8))
 
 
 @pytest.fixture(scope="session")

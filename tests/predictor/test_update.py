@@ -87,7 +87,8 @@ def test_a_head_learns_what_calibration_cannot(predictor):
     assert better["before"] == plain["before"] and better["before"]["tau"] < 0
     assert better["after"]["tau"] > plain["after"]["tau"] + 0.3
     fresh = examples_of(make_rows(400, seed=6, turned=True))
-    assert 0.85 <= coverage(fitted, fresh, 0.9) <= 0.95 and 0.85 <= coverage(calibrated, fresh, 0.9) <= 0.95
+    # The share of 400 answers within a quantile that 400 others placed: 0.9, give or take 0.02 (one deviation).
+    assert abs(coverage(fitted, fresh, 0.9) - 0.9) < 0.07 and abs(coverage(calibrated, fresh, 0.9) - 0.9) < 0.07
 
 
 def test_other_heads_are_calibrated_alone(predictor):
