@@ -22,7 +22,6 @@ from finetune.checkpoint import (
     check_disk,
     find_resume,
     remove_leftovers,
-    write_aside,
 )
 from finetune.config import TrainConfig
 from finetune.data import epoch_order, step_rows
@@ -40,6 +39,7 @@ from finetune.distributed import (
     sum_over_ranks,
     world_size,
 )
+from finetune.files import write_aside
 from finetune.lora import use_lean_lora
 from finetune.task import FineTuning
 

@@ -1,14 +1,13 @@
 """From a head's outputs to calibrated predictions, and the card that keeps them with a model. numpy only."""
 
-import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from finetune.files import sha256, write_aside
 from predictor.calibration import Conformal, levels_of
 from predictor.heads import HEADS
 from predictor.prediction import LengthPrediction
@@ -84,13 +83,8 @@ def head_edges(head) -> np.ndarray:
 
 def write_card(folder: Path, card: dict):
     """predictor.json, whole or not at all."""
-    aside = Path(folder) / f".{CARD}.tmp"
-    with open(aside, "w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, "format_version": FORMAT_VERSION} | card, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, Path(folder) / CARD)
+    card = {"format": FORMAT, "format_version": FORMAT_VERSION} | card
+    write_aside(Path(folder) / CARD, json.dumps(card, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_card(folder: str | Path) -> dict:
@@ -124,5 +118,5 @@ def tokenizer_hash(folder: str | Path) -> str:
     for name in ("tokenizer.model", "ice_text.model", "tokenizer.json"):
         file = Path(folder) / name
         if file.is_file():
-            return hashlib.sha256(file.read_bytes()).hexdigest()
+            return sha256(file)
     raise FileNotFoundError(f"{folder}: no tokenizer.model, ice_text.model or tokenizer.json")

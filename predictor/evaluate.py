@@ -8,7 +8,6 @@ as covered where the quantile lies beyond the cut. A prompt with several answers
 
 import argparse
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from finetune.files import write_aside
 from predictor.calibration import kaplan_meier, levels_of
 from predictor.labels import Example, data_hash, make_counter, read_examples
 from predictor.metrics import grouped, kendall_tau, metrics_of, quantiles
@@ -225,11 +225,7 @@ def table(report: dict) -> str:
 
 
 def write_json(path: Path, value: dict):
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    write_aside(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def run(args) -> int:

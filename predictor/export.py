@@ -309,7 +309,7 @@ def finish(aside: Path, card: dict, checkpoint: Path, *, exact: bool, again: boo
     Raises:
         ValueError: its predictions are others, where they should be exact.
     """
-    from finetune.checkpoint import sha256
+    from finetune.files import sha256
 
     card = {key: value for key, value in card.items() if value is not None}
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(aside.iterdir())}
@@ -327,7 +327,7 @@ def finish(aside: Path, card: dict, checkpoint: Path, *, exact: bool, again: boo
 
 def put_in_place(aside: Path, output: Path):
     """Flush and rename; what was there goes last."""
-    from finetune.checkpoint import flush, flush_tree
+    from finetune.files import flush, flush_tree
 
     flush_tree(aside)
     old = output.with_name(f".{output.name}.old")

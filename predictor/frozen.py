@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from chatglm.families import FAMILIES
-from finetune.checkpoint import sha256
 from finetune.distributed import rank, say
+from finetune.files import sha256
 from predictor.backbones import BACKBONES, Encoder
 from predictor.config import PredictorConfig
 from predictor.decoder import CARD, Decoder, read_card, write_card
@@ -110,7 +110,7 @@ def fit(config: PredictorConfig, rows: LengthRows, features: Features) -> tuple[
             outputs[held == fold] = fit_on(np.flatnonzero(held != fold))(matrix[held == fold])
     decoder = Decoder.fit(head, outputs[place], tokens, finished, weights, prompt)
     probabilities, ranks = decoder.decode(outputs[place])
-    metrics = metrics_of(probabilities, decoder.edges, ranks, tokens)
+    metrics = metrics_of(probabilities, decoder.edges, ranks, tokens, finished)
     top = fit_on(np.arange(len(own)))
     return FrozenScorer(None, features.earlier, features.lexical, top), decoder, metrics
 

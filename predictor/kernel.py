@@ -140,6 +140,8 @@ class KernelHead:
         def closure():
             optimizer.zero_grad()
             loss = head.loss((before + flat @ inner + bias)[prompt], *labels, owners) + ridge * (inner**2).sum()
+            if start is not None:
+                loss = loss + ridge * ((bias - torch.from_numpy(first)) ** 2).sum()
             loss.backward()
             return loss
 

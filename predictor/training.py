@@ -59,6 +59,9 @@ class LengthTraining(FineTuning):
         self.data, self.calibration = self.encode(self.rows.train), self.encode(self.rows.calibration)
         self.eval_data = self.encode(self.rows.test) if self.rows.test else None
 
+    def data_hash(self) -> str:
+        return self.rows.hash
+
     def encode(self, lengths: Lengths) -> EncodedPrompts:
         ids = [self.backbone.encode(self.tokenizer, prompt) for prompt in lengths.prompts]
         return EncodedPrompts(lengths, ids, lengths.places)
@@ -140,7 +143,7 @@ class LengthTraining(FineTuning):
         owners = torch.zeros(len(tokens), dtype=torch.long)
         loss = float(self.head.loss(*tensors, owners)) / weights.sum()
         probabilities, ranks = decoder.decode(outputs[prompt])
-        return {"loss": loss} | metrics_of(probabilities, decoder.edges, ranks, tokens)
+        return {"loss": loss} | metrics_of(probabilities, decoder.edges, ranks, tokens, finished)
 
     def before_save(self, loss_module: nn.Module):
         """Every rank's part of a save: a checkpoint is a predictor that is calibrated."""

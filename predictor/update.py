@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from finetune.data import BadRow
+from finetune.files import flush
 from predictor.calibration import kaplan_meier, levels_of
 from predictor.decoder import CARD, FOLDS, Decoder, write_card
 from predictor.evaluate import Observed, add_predictor_flags, write_json
@@ -300,15 +301,6 @@ def write_updated(predictor: LengthPredictor, source: Path, output: Path):
         flush(output.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def flush(path: Path):
-    """Force a file, or a folder's own list of names, to disk. (finetune.checkpoint has one too, and seconds of transformers with it.)"""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def exchange(aside: Path, output: Path):

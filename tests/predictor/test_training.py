@@ -20,8 +20,8 @@ PROMPTS = ["hello 0 world", "user 1 a", "b 2", "c 3 hello hello"]
 NO_LORA = pytest.mark.xfail(reason="finetune.methods.Lora asks peft for a causal language model", strict=True)
 CASES = [  # backbone, family, head, --train_type with its knobs
     ("encoder", "", "distribution", ["all", "--learning_rate", "2e-3"]),
-    ("encoder", "", "ranking", ["freeze", "--freeze_module_name", "layer.1.", "--encoder_layers", "1,2", "--learning_rate", "2e-2"]),
-    pytest.param("encoder", "", "regression", ["lora", "--lora_module_name", "query,value", "--learning_rate", "1e-2"], marks=NO_LORA),
+    ("encoder", "", "ranking", ["freeze", "--freeze_module_name", "layer.1.", "--encoder_layers", "1,2", "--learning_rate", "1e-3"]),
+    pytest.param("encoder", "", "regression", ["lora", "--lora_module_name", "query,value", "--learning_rate", "2e-3"], marks=NO_LORA),
     ("encoder", "", "bucket", ["all", "--learning_rate", "2e-3", "--precision", "bf16", "--batching", "grouped"]),
     ("chatglm", "glm", "regression", ["lora", "--learning_rate", "1e-2"]),
     ("chatglm", "glm2", "ranking", ["lora", "--ranking_loss", "listmle", "--learning_rate", "1e-2"]),
