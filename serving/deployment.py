@@ -82,9 +82,9 @@ class Even:
 
 @dataclass(frozen=True)
 class Helr:
-    """UELLM's HELR (arXiv 2409.14961, section on the LLM deployer): dynamic programming over devices x layers under each one's memory.
+    """After UELLM's HELR (arXiv 2409.14961): dynamic programming over devices x layers for least latency under each one's memory.
 
-    With U the devices used, e the last of them and m layers placed,
+    The recurrence is this project's (the paper's repository ships hand-written maps). With U the devices used, e the last of them and m layers placed,
 
         f(U + e, e, m) = min over d in U, k <= room(e) of  f(U, d, m - k) + hop(d, e) + k (layer(e) + cache(e -> first))
 
