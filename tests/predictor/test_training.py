@@ -20,7 +20,8 @@ PROMPTS = ["hello 0 world", "user 1 a", "b 2", "c 3 hello hello"]
 NO_LORA = pytest.mark.xfail(reason="finetune.methods.Lora asks peft for a causal language model", strict=True)
 CASES = [  # backbone, family, head, --train_type with its knobs
     ("encoder", "", "distribution", ["all", "--learning_rate", "2e-3"]),
-    ("encoder", "", "ranking", ["freeze", "--freeze_module_name", "layer.1.", "--encoder_layers", "1,2", "--learning_rate", "1e-3"]),
+    ("encoder", "", "ranking", ["freeze", "--freeze_module_name", "layer.1.", "--encoder_layers", "1,2", "--learning_rate", "3e-3",
+                                       "--num_train_epochs", "8"]),
     pytest.param("encoder", "", "regression", ["lora", "--lora_module_name", "query,value", "--learning_rate", "2e-3"], marks=NO_LORA),
     ("encoder", "", "bucket", ["all", "--learning_rate", "2e-3", "--precision", "bf16", "--batching", "grouped"]),
     ("chatglm", "glm", "regression", ["lora", "--learning_rate", "1e-2"]),
@@ -35,7 +36,7 @@ CASES = [  # backbone, family, head, --train_type with its knobs
 @pytest.mark.parametrize("backbone, family, head, method", CASES, ids=lambda value: value[0] if isinstance(value, list) else value or "-")
 def test_learns(flags, train, tmp_path, backbone, family, head, method):
     """The loss falls, and the saved folder is a predictor that says what the trained network says of unseen prompts."""
-    words = flags(tmp_path / "out", backbone, "--head", head, *HEADS[head], "--train_type", *method, "--num_train_epochs", 3, family=family or "glm2")
+    words = flags(tmp_path / "out", backbone, "--head", head, *HEADS[head], "--num_train_epochs", 3, "--train_type", *method, family=family or "glm2")
     last = train(words)
     losses = metrics(tmp_path / "out")
     third = len(losses) // 3
