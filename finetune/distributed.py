@@ -1,8 +1,10 @@
 """Ranks, ports and DeepSpeed's configuration: everything between the flags and `deepspeed.initialize`."""
 
+import io
 import os
 import socket
 import warnings
+from contextlib import redirect_stdout
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,11 @@ def say(*words):
     """Print on rank 0."""
     if rank() == 0:
         print(*words, flush=True)
+
+
+def without_prints():
+    """Keep to itself what DeepSpeed's BF16_Optimizer prints; its log goes on."""
+    return redirect_stdout(io.StringIO())
 
 
 def free_port() -> int:
@@ -172,7 +179,65 @@ def deepspeed_config(config: TrainConfig, *, precision: str, adapters: bool, tot
     ds["optimizer"] = optimizer
     if left := find_auto(ds):
         raise ValueError(f"--ds_file: {path}: {left} is \"auto\" and no flag fills it; write a value")
+    stage = zero.get("stage", 0)
+    zero["stage"] = stage_for(ds, precision, adapters, world)
+    if zero["stage"] != stage:
+        say(f"ZeRO: stage {zero['stage']} ({path.name} asks for {stage}, which on one rank shares nothing out and costs time)")
     return ds
+
+
+# Keys of zero_optimization that tell how ranks share and talk: without a meaning where there is one.
+BETWEEN_RANKS = {"stage", "allgather_partitions", "allgather_bucket_size", "overlap_comm", "reduce_scatter", "reduce_bucket_size",
+                 "contiguous_gradients", "round_robin_gradients"}  # fmt: skip
+
+
+def stage_for(ds: dict, precision: str, adapters: bool, world: int) -> int:
+    """The file's ZeRO stage; on one rank that trains more than adapters, the cheapest that computes the same.
+
+    ZeRO-2 there still copies every gradient into a bucket, sums it into a new buffer and takes its norm in fp64: two thirds more
+    than the step itself. In bf16 stage 1 gives DeepSpeed's BF16_Optimizer, which adds each gradient to its fp32 sum as backward
+    makes it; in fp32 nothing at all is needed. Files that say more of ZeRO than how ranks talk are left alone.
+    """
+    zero = ds["zero_optimization"]
+    stage = zero["stage"]
+    if world > 1 or adapters or stage > 2 or not zero.keys() <= BETWEEN_RANKS:
+        return stage
+    if precision == "fp32" and ds["gradient_clipping"] and ds["optimizer"]:
+        return 0
+    if precision == "bf16" and ds["data_types"]["grad_accum_dtype"] == "fp32":
+        ds["bf16"].setdefault("immediate_grad_update", True)
+        return 1
+    return stage
+
+
+def fit_to_one_rank(engine, parameters: list):
+    """Take out of an engine that shares nothing out (stage_for) what it still does for other ranks, and put right its norm."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    bf16, plain = isinstance(engine.optimizer, BF16_Optimizer), isinstance(engine.optimizer, torch.optim.Optimizer)
+    if world_size() == 1 and (bf16 or plain):
+        # It would copy all gradients to sum them over one rank, and round their fp32 sums to bf16 on the way.
+        engine.enable_backward_allreduce = False
+    if bf16:
+        whole = engine.optimizer.get_grads_for_norm
+        engine.optimizer.get_grads_for_norm = lambda for_clipping=False: (
+            whole(for_clipping=True) if for_clipping else (pieces(whole()[0]), {})
+        )
+    if plain:  # DeepSpeed clips without ZeRO too, but forgets the norm
+
+        def clip():
+            norm = torch.nn.utils.get_total_norm(pieces(p.grad for p in parameters if p.grad is not None))
+            torch.nn.utils.clip_grads_with_norm_(parameters, engine.gradient_clipping(), norm)
+            engine._global_grad_norm = norm
+
+        engine.clip_fp32_gradients = clip
+
+
+def pieces(tensors) -> list[torch.Tensor]:
+    """The tensors, cut small where a CPU is to sum them up: torch adds in fp32 there, and is off by 0.2 % at 3e7 numbers."""
+    if torch.cuda.is_available():
+        return list(tensors)
+    return [piece for tensor in tensors for piece in tensor.reshape(-1).split(2**18)]
 
 
 def is_on(ds: dict, name: str) -> bool:

@@ -31,6 +31,7 @@ from finetune.distributed import (
     agree,
     deepspeed_config,
     device,
+    fit_to_one_rank,
     init_distributed,
     make_optimizer,
     on_device,
@@ -38,6 +39,7 @@ from finetune.distributed import (
     resolve_precision,
     say,
     sum_over_ranks,
+    without_prints,
     world_size,
 )
 from finetune.lora import use_lean_lora
@@ -193,7 +195,9 @@ def build_engine(config: TrainConfig, mode: str, total_steps: int):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(trainable, ds)
-    engine, *_ = deepspeed.initialize(model=LossModule(model), model_parameters=trainable, optimizer=optimizer, config=ds)
+    with without_prints():
+        engine, *_ = deepspeed.initialize(model=LossModule(model), model_parameters=trainable, optimizer=optimizer, config=ds)
+    fit_to_one_rank(engine, trainable)
     return engine, model, method, precision
 
 
