@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 import torch
 import torch.distributed as dist
 
-from finetune.config import TrainConfig, fill_sizes, read_ds_file
+from finetune.config import TrainConfig, fill_sizes, read_ds_file, stage_for
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -179,35 +179,12 @@ def deepspeed_config(config: TrainConfig, *, precision: str, adapters: bool, tot
     ds["optimizer"] = optimizer
     if left := find_auto(ds):
         raise ValueError(f"--ds_file: {path}: {left} is \"auto\" and no flag fills it; write a value")
-    stage = zero.get("stage", 0)
-    zero["stage"] = stage_for(ds, precision, adapters, world)
-    if zero["stage"] != stage:
-        say(f"ZeRO: stage {zero['stage']} ({path.name} asks for {stage}, which on one rank shares nothing out and costs time)")
-    return ds
-
-
-# Keys of zero_optimization that tell how ranks share and talk: without a meaning where there is one.
-BETWEEN_RANKS = {"stage", "allgather_partitions", "allgather_bucket_size", "overlap_comm", "reduce_scatter", "reduce_bucket_size",
-                 "contiguous_gradients", "round_robin_gradients"}  # fmt: skip
-
-
-def stage_for(ds: dict, precision: str, adapters: bool, world: int) -> int:
-    """The file's ZeRO stage; on one rank that trains more than adapters, the cheapest that computes the same.
-
-    ZeRO-2 there still copies every gradient into a bucket, sums it into a new buffer and takes its norm in fp64: two thirds more
-    than the step itself. In bf16 stage 1 gives DeepSpeed's BF16_Optimizer, which adds each gradient to its fp32 sum as backward
-    makes it; in fp32 nothing at all is needed. Files that say more of ZeRO than how ranks talk are left alone.
-    """
-    zero = ds["zero_optimization"]
-    stage = zero["stage"]
-    if world > 1 or adapters or stage > 2 or not zero.keys() <= BETWEEN_RANKS:
-        return stage
-    if precision == "fp32" and ds["gradient_clipping"] and ds["optimizer"]:
-        return 0
-    if precision == "bf16" and ds["data_types"]["grad_accum_dtype"] == "fp32":
+    stage, zero["stage"] = zero.get("stage", 0), stage_for(ds, precision, adapters, world)
+    if world == 1 and zero["stage"] == 1:
         ds["bf16"].setdefault("immediate_grad_update", True)
-        return 1
-    return stage
+    if zero["stage"] != stage:
+        say(f"ZeRO: stage {zero['stage']} ({path.name} asks for {stage}; one rank has nothing to share out)")
+    return ds
 
 
 def fit_to_one_rank(engine, parameters: list):
