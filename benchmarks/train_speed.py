@@ -172,7 +172,7 @@ def compare_ranks(args):
         model = make_folder("glm2", args.shared / "data" / "chatglm2-tokenizer", work / "model", hidden_size=args.hidden, num_layers=args.layers,
                             heads=args.hidden // 64, ffn=ffn_size(args.hidden))  # fmt: skip
         rows = args.shared / "data" / "finetune" / "spo_0.json"
-        for method in ("lora", "all"):
+        for method in dict.fromkeys("lora" if case.startswith("lora") else "all" for case in args.cases.split(",")):
             told = [[run_once(work, model, rows, ranks, method, f"{method}-{ranks}") for ranks in (1, 2)] for _ in range(args.repetitions)]
             one, two = ([pair[i][0] for pair in told] for i in (0, 1))
             starts = ", ".join(f"{first[1]:.1f}" for first, _ in told)

@@ -194,9 +194,10 @@ def test_one_rank_without_partitions(flags, train, tmp_path, capsys, precision):
             said = f"ZeRO: stage {0 if precision == 'fp32' else 1} (ds_zero2.json asks for 2"
             assert (said in capsys.readouterr().out) == (ds_file != file)
             told[ds_file, accumulation] = metrics(out), metrics(out, "grad_norm")
+    close = 1e-6 if precision == "fp32" else 5e-4  # a weight rounds to the other neighbour in bf16
     for accumulation in (1, 2):
         (losses, norms), (expected, expected_norms) = told["ds_zero2.json", accumulation], told[file, accumulation]
-        assert losses == pytest.approx(expected, rel=1e-6) and norms == pytest.approx(expected_norms, rel=1e-5)
+        assert losses == pytest.approx(expected, rel=close) and norms == pytest.approx(expected_norms, rel=10 * close)
 
 
 def test_stages(tmp_path):
