@@ -25,8 +25,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from chatglm.loading import PREFIX, stop_ids
-from finetune.config import TrainConfig
-from finetune.distributed import agree, rank, say, world_size
+from finetune.config import TrainConfig, read_ds_file
+from finetune.distributed import agree, rank, say, without_prints, world_size
 from finetune.files import flush, flush_tree, sha256, write_aside
 
 FORMAT_VERSION = 1
@@ -224,6 +224,7 @@ class Checkpointer:
                 "epoch": epoch,
                 "step": step,
                 "world_size": world_size(),
+                "zero_stage": self.engine.zero_optimization_stage(),
                 "metrics": metrics,
                 "versions": versions(),
                 "sha256": {p.name: sha256(p) for p in files},
@@ -255,13 +256,17 @@ class Checkpointer:
             raise ValueError(f"{folder} was made with other flags: {'; '.join(changed)}")
         if manifest["world_size"] != world_size():
             raise ValueError(f"{folder} was made by {manifest['world_size']} ranks, this run has {world_size()}")
+        stage = self.engine.zero_optimization_stage()
+        asked = read_ds_file(self.config.ds_file)[1].get("zero_optimization", {}).get("stage", 0)
+        if (before := manifest.get("zero_stage", asked)) != stage:  # as the file said, before manifests knew it
+            raise ValueError(f"{folder} holds a ZeRO-{before} state, this run is on ZeRO-{stage}; its weights can still be a new run's start")
         fingerprint = manifest["base_model"].get("fingerprint")
         if fingerprint and fingerprint != self.base.get("fingerprint"):
             raise ValueError(f"{folder} was trained on another base model than {self.base['name_or_path']}")
         if manifest.get("train_data") not in (None, self.data):
             raise ValueError(f"--train_path: {self.config.train_path} has changed since {folder} was made")
         try:
-            with weights_only():
+            with weights_only(), without_prints():
                 path, _ = self.engine.load_checkpoint(str(folder / "trainer"), tag="state", load_module_strict=False)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             found = next((line for line in str(error).splitlines() if "WeightsUnpickler" in line), str(error).split("\n")[0])
