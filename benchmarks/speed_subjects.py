@@ -304,7 +304,8 @@ def resident(field: str) -> int:
 class Turns:
     """The worker's side of the conversation: waits for a number of steps to do, tells what they took."""
 
-    def __init__(self):
+    def __init__(self, spec):
+        self.clock = time.process_time if spec.get("cpu_time") else time.perf_counter
         self.left, self.idle, self.started = 0, resident("VmRSS"), 0.0
         self.tokens, self.operations, self.loss = 0, 0.0, 0.0
 
@@ -312,7 +313,7 @@ class Turns:
         if self.left:
             return
         if self.started:
-            told = {"seconds": time.perf_counter() - self.started, "tokens": self.tokens, "operations": self.operations, "loss": self.loss,
+            told = {"seconds": self.clock() - self.started, "tokens": self.tokens, "operations": self.operations, "loss": self.loss,
                     "memory": resident("VmHWM") - self.idle}  # fmt: skip
             print(MARK + json.dumps(told), flush=True)
         word = sys.stdin.readline().split()
@@ -320,7 +321,7 @@ class Turns:
             os._exit(0)
         self.left, self.tokens, self.operations = int(word[0]), 0, 0.0
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
-        self.started = time.perf_counter()
+        self.started = self.clock()
 
     def after_step(self, tokens: int, loss: float, operations: float = 0.0):
         self.left -= 1
@@ -347,7 +348,7 @@ def work(spec):
 
     if spec["subject"] == "ours":
         import deepspeed  # noqa: F401
-    pairs, turns = read_rows(spec), Turns()
+    pairs, turns = read_rows(spec), Turns(spec)
     if spec["subject"] == "trainer":
         return work_trainer(spec, pairs, turns)
     steps = {"reference": run_reference, "bare": run_bare, "ours": run_ours, "peak": run_peak}[spec["subject"]](spec, pairs)
@@ -454,7 +455,7 @@ def work_llamafactory(spec):
     from llamafactory.train.tuner import run_exp
     from transformers import TrainerCallback
 
-    turns, folder = Turns(), Path(spec["folder"])
+    turns, folder = Turns(spec), Path(spec["folder"])
     make_glm(spec).save_pretrained(folder / "model")
     make_fast_tokenizer(Path(spec["shared"]) / "data" / "chatglm2-tokenizer" / "tokenizer.model").save_pretrained(folder / "model")
     rows = [json.loads(line) for line in (Path(spec["shared"]) / "data" / "finetune" / "spo_0.json").read_text().splitlines()[:ROWS]]

@@ -92,7 +92,7 @@ def make_specs(case: str, threads: int, folder: Path, args) -> dict[str, dict]:
     method, family, *fp32 = case.split("-")
     precision = "fp32" if fp32 else "bf16"
     base = {"family": family, "method": method, "layers": args.layers, "hidden": args.hidden, "vocab": args.vocab, "threads": threads,
-            "rows": str(folder / f"{family}.json"), "shared": str(args.shared)}  # fmt: skip
+            "rows": str(folder / f"{family}.json"), "shared": str(args.shared), "cpu_time": args.cpu_time}  # fmt: skip
     specs = {}
     for name in ["ours", *args.against.split(",")]:
         if name in ("trainer", "llamafactory") and family == "glm":
@@ -205,6 +205,7 @@ def main():
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--trainer_precision", default="bf16", choices=("fp32", "bf16", "autocast"))
     parser.add_argument("--llamafactory", metavar="PYTHON", help="python of an environment with llamafactory 0.9.5; without it that peer is left out")
+    parser.add_argument("--cpu_time", action="store_true", help="count the CPU's time, not the clock's: one thread on a machine that others use")
     parser.add_argument("--quick", action="store_true", help="one thread, four cases, 3 turns of one step, against reference and trainer: under 10 minutes")
     parser.add_argument("--ranks", action="store_true", help="instead: 1 rank against 2, and the time from the command to the first step")
     parser.add_argument("--profile", action="store_true", help="instead: where a step's time goes")
