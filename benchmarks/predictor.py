@@ -42,6 +42,7 @@ STAGE_1 = [
     "--per_device_train_batch_size", "32", "--max_src_len", "96", "--num_train_epochs", "1", "--precision", "bf16",
     "--length_limit", str(LIMIT), "--calibration_share", "0.03", "--show_loss_step", "100", "--overwrite_output_dir",
 ]  # fmt: skip
+EXPORTED = {"lexical": "distribution", "encoder": "regression"}  # the best head of each in the table
 STAGE_1_MODEL = "alpaca_chinese_dataset/english_original"  # the largest English source; the others are scaled to it
 
 
@@ -251,17 +252,17 @@ print(json.dumps({"load_s": load, "p50_ms": 1e3 * single[len(single) // 2], "p99
     return json.loads(done.stdout)
 
 
-def export(args, data: Data, teacher: str) -> dict:
+def export_all(args, data: Data, teacher: str) -> dict:
     """Train on all answers and pairs, write the predictor into args.export."""
-    from predictor.export import export_predictor
+    from predictor.export import export as export_folder
 
     started = time.perf_counter()
     backbone = args.backbones[0]
-    trained = args.export.rstrip("/") + ".trained" if backbone == "encoder" else args.export
-    head = args.heads[0] if len(args.heads) == 1 else "regression"
+    trained = str(args.work / "trained-encoder") if backbone == "encoder" else args.export
+    head = args.heads[0] if len(args.heads) == 1 else EXPORTED[backbone]
     frozen.train_frozen(make_config(args, data, backbone, data.everything(), teacher, head=head, output_dir=trained))
     if backbone == "encoder":
-        export_predictor(trained, args.export, onnx=True, int8=args.int8, overwrite=True)
+        export_folder(Path(trained), Path(args.export), onnx=True, int8=args.int8, overwrite=True)
     prompts = [r["prompt"] for r in data.answers[:: len(data.answers) // 1024]][:1024]
     found = {"seconds": time.perf_counter() - started} | timings(args.export, prompts)
     print(", ".join(f"{name} {value:.3g}" for name, value in found.items()))
@@ -316,7 +317,7 @@ def replace_test(test: Test, part: np.ndarray) -> Test:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", dest="backbones", action="append", choices=("lexical", "encoder"), help="which [both]")
-    parser.add_argument("--head", dest="heads", action="append", choices=tuple(HEADS), help="which [all; with --export: regression]")
+    parser.add_argument("--head", dest="heads", action="append", choices=tuple(HEADS), help="which [all; with --export the best one]")
     parser.add_argument("--served_model", default="chatglm2-6b", help="whose lengths [chatglm2-6b]")
     parser.add_argument("--splits", type=int, default=SPLITS, help=f"how many of the {SPLITS} splits [{SPLITS}]")
     parser.add_argument("--export", metavar="DIR", help="train on everything and write the predictor there, instead of the table")
@@ -342,7 +343,7 @@ def main(argv: list[str] | None = None) -> int:
         encoder = find_encoder(args)
         teacher = data.tuned_encoder(encoder) if encoder else ""
         if args.export:
-            results = export(args, data, teacher)
+            results = export_all(args, data, teacher)
         else:
             results = cross_validate(args, data, teacher)
             print(table(results))

@@ -6,6 +6,7 @@ A method is a frozen dataclass of its knobs with three things to say:
   `saves`                  "adapter" | "prefix" | "model": what an exported checkpoint holds.
 """
 
+import re
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -30,12 +31,14 @@ class Freeze:
         names = [name for name, _ in model.named_parameters()]
         lost = [part for part in parts if not any(part in name for name in names)]
         if lost or not parts:
-            blocks = sorted({int(n.split("layers.")[1].split(".")[0]) for n in names if "layers." in n})
-            others = sorted({n for n in names if "layers." not in n})
+            found = [re.search(r"\b(layers?)\.(\d+)\.", name) for name in names]
+            blocks = sorted({int(m.group(2)) for m in found if m})
+            stack = next((m.group(1) for m in found if m), "")
+            others = sorted(name for name, m in zip(names, found) if not m)
             raise ValueError(
                 f"--freeze_module_name: {', '.join(map(repr, lost)) or 'an empty list'} matches no parameter; this model has "
-                f"layers.{blocks[0]}. to layers.{blocks[-1]}. and {', '.join(others)}"
-            )
+                + (f"{stack}.{blocks[0]}. to {stack}.{blocks[-1]}. and " if blocks else "") + ", ".join(others)
+            )  # fmt: skip
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(part in name for part in parts))
         return model
@@ -97,7 +100,7 @@ class Lora:
                 lora_dropout=self.lora_dropout,
                 target_modules=wanted,
                 bias="none",
-                task_type="CAUSAL_LM",
+                task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else "FEATURE_EXTRACTION",
                 inference_mode=False,
             ),
         )

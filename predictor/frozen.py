@@ -146,13 +146,14 @@ def make_features(config: PredictorConfig, rows: LengthRows, backbone) -> Featur
         return Features(blocks, (1.0,) * len(blocks), lexical, earlier)
     bag = Bag.of(prompts, bits=config.hash_bits)
     options = {"ridge": config.student_ridge}
+    # Students are crossed even where they learn no lengths: one that has seen a prompt's rare words says more of it than of a new one.
     if config.encoder_path:
-        # The teacher saw no lengths of the prompts `own`, so its student may learn from them as from any other.
         read = np.flatnonzero([config.encoder_language in ("all", language(p)) for p in prompts])
-        student = bag.fit(teacher_targets(config, [prompts[i] for i in read]), read, **options)
-        return Features([bag.outputs(student, own), bag.hand[own]], (1.0, 0.5), student, None)
-    student, found = crossed(bag, rows.train.mean_scores()[:, None], np.arange(len(prompts)), own, folds, **options)
-    return Features([found, bag.hand[own]], (1.0, 1.0), student, None)
+        targets, weights = teacher_targets(config, [prompts[i] for i in read]), (1.0, 0.5)
+    else:
+        read, targets, weights = np.arange(len(prompts)), rows.train.mean_scores()[:, None], (1.0, 1.0)
+    student, found = crossed(bag, targets, read, own, folds, **options)
+    return Features([found, bag.hand[own]], weights, student, None)
 
 
 def vectors_of(backbone, folder: str, prompts: list[str], cache: str = "") -> np.ndarray:

@@ -17,12 +17,11 @@ from tests.finetune.runs import launch, metrics
 from tests.predictor.conftest import HEADS, make_rows, write_rows
 
 PROMPTS = ["hello 0 world", "user 1 a", "b 2", "c 3 hello hello"]
-NO_LORA = pytest.mark.xfail(reason="finetune.methods.Lora asks peft for a causal language model", strict=True)
 CASES = [  # backbone, family, head, --train_type with its knobs
     ("encoder", "", "distribution", ["all", "--learning_rate", "2e-3"]),
     ("encoder", "", "ranking", ["freeze", "--freeze_module_name", "layer.1.", "--encoder_layers", "1,2", "--learning_rate", "3e-3",
                                        "--num_train_epochs", "8"]),
-    pytest.param("encoder", "", "regression", ["lora", "--lora_module_name", "query,value", "--learning_rate", "2e-3"], marks=NO_LORA),
+    ("encoder", "", "regression", ["lora", "--lora_module_name", "query,value", "--learning_rate", "2e-3"]),
     ("encoder", "", "bucket", ["all", "--learning_rate", "2e-3", "--precision", "bf16", "--batching", "grouped"]),
     ("chatglm", "glm", "regression", ["lora", "--learning_rate", "1e-2"]),
     ("chatglm", "glm2", "ranking", ["lora", "--ranking_loss", "listmle", "--learning_rate", "1e-2"]),
@@ -174,7 +173,6 @@ def test_what_does_not_fit_is_one_line(flags, lexical, trained_encoder, encoder,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.xfail(reason="finetune.methods.Freeze names layers.N., which a BERT has not", strict=True)
 def test_a_part_that_an_encoder_has_not_is_one_line(flags, capsys, tmp_path):
     assert "'layers.27.' matches no parameter" in refused(capsys, flags(tmp_path / "out", "encoder", "--train_type", "freeze"), 1)
 
