@@ -1,6 +1,11 @@
 #!/usr/bin/env bash
-# Set up .venv where needed and run the tests. Arguments go to pytest: bash scripts/test.sh tests/chatglm -k lora
+# Set up .venv where needed and run the tests, whole files side by side on up to 4 cores.
+#   bash scripts/test.sh tests/chatglm -k lora      arguments go to pytest, which then runs in one process
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh test
+if [ $# -eq 0 ] && [ "$(nproc)" -ge 2 ]; then
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    set -- -n "$(( $(nproc) < 4 ? $(nproc) : 4 ))" --dist loadfile
+fi
 exec python -m pytest "$@"
