@@ -200,7 +200,9 @@ def cross_validate(args, data: Data, teacher: str) -> dict[str, list[dict]]:
             chosen = frozen.make_backbone(rows.config, None)
             features = frozen.make_features(rows.config, rows, chosen)
             for head in args.heads:
-                scorer, decoder, _ = frozen.fit(replace(rows.config, head=head), rows, features)
+                # S3's and UELLM's classes end at 2,048 tokens; wider ones would only do worse.
+                limit = 2048 if head == "bucket" else LIMIT
+                scorer, decoder, _ = frozen.fit(replace(rows.config, head=head, length_limit=limit), rows, features)
                 if backbone == "encoder":
                     scorer.vectors = lambda prompts, b=chosen, c=rows.config: frozen.vectors_of(b, c.encoder_path, prompts, c.data_cache)
                 results.setdefault(f"{backbone} {head}", []).append(test.measure(decoder, scorer(test.prompts)))
