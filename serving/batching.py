@@ -405,7 +405,7 @@ class Static:
     def length(self, request: Request) -> float:
         return self.batching.length(request)
 
-    def order(self, record: Record, now_s: float, limits: Limits, cost: CostModel) -> tuple[float, float]:
+    def order(self, record: Record, now_s: float, pace_s: float, cost: CostModel) -> tuple[float, float]:
         return record.request.arrival_s, FOREVER
 
     def __call__(self, view: View, cost: CostModel) -> Plan:

@@ -104,7 +104,7 @@ class Fcfs:
     def length(self, request: Request) -> float:
         return self.block_tokens
 
-    def order(self, record: Record, now_s: float, limits: Limits, cost: CostModel) -> tuple[float, float]:
+    def order(self, record: Record, now_s: float, pace_s: float, cost: CostModel) -> tuple[float, float]:
         return record.request.arrival_s, FOREVER
 
     def __call__(self, view: View, cost: CostModel) -> Plan:
@@ -137,7 +137,7 @@ class Sjf:
     def length(self, request: Request) -> float:
         return quantile_tokens(request.prediction, self.reserve_quantile)
 
-    def order(self, record: Record, now_s: float, limits: Limits, cost: CostModel) -> tuple[float, float]:
+    def order(self, record: Record, now_s: float, pace_s: float, cost: CostModel) -> tuple[float, float]:
         return tokens_left(record.request, record.generated), FOREVER
 
     def reserve(self, record: Record, generated: int, limits: Limits) -> int:
@@ -199,8 +199,119 @@ class Srpt(Sjf):
         return draft.plan()
 
 
+@dataclass(frozen=True)
+class Deadline:
+    """Ours: as many answers in time as there can be, and none starves.
+
+    Order. A request of predicted work  work_s = prefill_s(context) + tokens left x pace  can still be in time until its latest
+    start,  arrival + slo - work.  Until then its key is  arrival + slo_weight slo + work_weight work:  among those that can be in
+    time, the urgent first and, the more so the greater work_weight, the cheap first, because in overload whoever takes less
+    leaves more for the others. After it, it is late: the same key, `late_s` later. Keys are fixed but for that one step, so a heap keeps them.
+
+    Ageing. One admission in `turns` goes to whoever came first, and waits for memory to be free for it: a request before which
+    n wait is admitted within turns x (n + 1) admissions, whatever comes after it.
+
+    Memory. prompt + the conformal `admit_quantile` of the answer; an answer that outgrows it gets that quantile of what is left.
+
+    Preemption. A request that must start before a row is likely to end takes the place of a running one that will be late
+    anyhow, if recomputing that one costs less than one deadline: prefill_s(its context) x rows / work_s of the newcomer < 1, the
+    answers the engine could have made meanwhile. Nothing is preempted twice for this, nor is the oldest running request.
+
+    Attributes:
+        truth: count on true lengths (an oracle, for benchmarks).
+    """
+
+    admit_quantile: float = 0.5
+    slo_weight: float = 1.0
+    work_weight: float = 3.0
+    late_s: float = 1000.0
+    turns: int = 16
+    preempts: bool = True
+    truth: bool = False
+    predicts: ClassVar[bool] = True
+
+    def length(self, request: Request) -> float:
+        return request.output_tokens if self.truth else quantile_tokens(request.prediction, self.admit_quantile)
+
+    def left(self, record: Record, generated: int) -> float:
+        if self.truth:
+            return max(record.request.output_tokens - generated, 1)
+        return tokens_left(record.request, generated)
+
+    def reserve(self, record: Record, generated: int, limits: Limits) -> int:
+        if self.truth:
+            left = self.left(record, generated)
+        else:
+            left = quantile_left(record.request.prediction, generated, self.admit_quantile) if generated else record.length
+        return min(record.request.prompt_tokens + generated + math.ceil(left), limits.max_tokens)
+
+    def order(self, record: Record, now_s: float, pace_s: float, cost: CostModel) -> tuple[float, float]:
+        request = record.request
+        context = record.context_tokens
+        work = cost.prefill_s(context) + self.left(record, record.generated) * (pace_s or cost.decode_step_s(1, context))
+        latest = request.arrival_s + request.slo_s - work
+        key = request.arrival_s + self.slo_weight * request.slo_s + self.work_weight * work
+        return (key, latest) if now_s <= latest else (key + self.late_s, FOREVER)
+
+    def __call__(self, view: View, cost: CostModel) -> Plan:
+        draft, limits = Draft(view), view.limits
+        if view.overran:
+            make_room(draft, lambda r, generated: self.reserve(r, generated, limits), lambda: self.victims(view))
+        blocked = None
+        if not draft.preempt and len(view.waiting):
+            blocked = self.fill(draft)
+            if blocked is not None and self.preempts and blocked.until_s < FOREVER:
+                self.displace(draft, blocked, cost)
+        full = draft.rows >= limits.max_batch or blocked is not None
+        return draft.plan(wake_on_arrival=not full or self.preempts)
+
+    def fill(self, draft: Draft) -> Record | None:
+        """Admit in order while there is room; who could not be admitted."""
+        view, limits = draft.view, draft.view.limits
+        for record in view.waiting:
+            if self.turns and (view.admissions + len(draft.admit)) % self.turns == 0:
+                first = view.waiting.oldest()
+                if first.request.id not in draft.reserve and not draft.add(first, self.reserve(first, first.generated, limits)):
+                    return first
+            if record.request.id not in draft.reserve and not draft.add(record, self.reserve(record, record.generated, limits)):
+                return record
+        return None
+
+    def displace(self, draft: Draft, record: Record, cost: CostModel):
+        view = draft.view
+        now, pace = view.now_s, view.pace_s
+        work = record.request.arrival_s + record.request.slo_s - record.until_s
+        soon = now + work / max(draft.rows, 1)  # a row ends about that often
+        if record.until_s > soon:
+            return
+        oldest = min(view.running.values(), key=lambda r: (r.request.arrival_s, r.request.id))
+        best = None
+        for r in view.running.values():
+            if r is oldest or r.preemptions or r.request.id in draft.reserve:
+                continue
+            late = now - r.request.arrival_s - r.request.slo_s
+            if late <= 0 and late + self.left(r, view.generated(r)) * pace <= 0:
+                continue
+            price = cost.prefill_s(r.request.prompt_tokens + view.generated(r))
+            if price * draft.rows < work and (best is None or price < best[0]):
+                best = (price, r)
+        tokens = self.reserve(record, record.generated, view.limits)
+        if best is not None and tokens <= draft.free + best[1].reserved_tokens:
+            draft.drop(best[1])
+            draft.add(record, tokens)
+
+    def victims(self, view: View) -> list[Record]:
+        """Running records by their deadlines, the latest first; the one that came first comes last."""
+        rows = sorted(view.running.values(), key=lambda r: (-r.request.arrival_s - r.request.slo_s, -r.request.id))
+        oldest = min(rows, key=lambda r: (r.request.arrival_s, r.request.id))
+        rows.remove(oldest)
+        return [*rows, oldest]
+
+
 POLICIES = {name: as_policy(batching) for name, batching in BATCH_POLICIES.items()} | {
     "fcfs": Fcfs(),
     "sjf": Sjf(),
     "srpt": Srpt(),
+    "deadline": Deadline(),
+    "deadline_oracle": Deadline(truth=True),
 }

@@ -115,11 +115,14 @@ class View:
     """What a policy may look at. A window on the scheduler's own structures, not a copy: read it, keep nothing of it.
 
     Attributes:
-        waiting: iterates in the order of the policy's keys, at O(log n) an element; .everyone() is all of them in no order; len().
+        waiting: iterates in the order of the policy's keys, at O(log n) an element; .oldest() came first; .everyone() is all of them
+            in no order; len().
         running: records by request id.
         overran: running records whose answers fill what was reserved: the plan must give them more or preempt them.
         kv_free_tokens: not reserved.
         generated: answer tokens that a running record has by now, those kept from before included.
+        pace_s: seconds between two tokens of a running answer, as of late; 0 before there were any.
+        admissions: how many there have been.
     """
 
     now_s: float
@@ -129,11 +132,14 @@ class View:
     kv_free_tokens: int
     limits: Limits
     generated: Callable[[Record], int]
+    pace_s: float = 0.0
+    admissions: int = 0
 
 
 class Waiting(Protocol):
     def __len__(self) -> int: ...
     def __iter__(self): ...
+    def oldest(self) -> Record: ...
     def everyone(self): ...
 
 
@@ -235,7 +241,7 @@ class Policy(Protocol):
     def length(self, request: Request) -> float:
         """Answer tokens to count on."""
 
-    def order(self, record: Record, now_s: float, limits: Limits, cost: CostModel) -> tuple[float, float]:
+    def order(self, record: Record, now_s: float, pace_s: float, cost: CostModel) -> tuple[float, float]:
         """(key, until_s): smaller keys first; asked again once until_s has passed, when the key may only have grown."""
 
     def __call__(self, view: View, cost: CostModel) -> Plan: ...

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from serving.request import FOREVER, Clock, Completion, Engine, Event, Limits, Plan, Policy, Record, Request, View
 
+PACE_MEMORY_S = 5.0
+
 
 class VirtualClock:
     """Time that passes only when told to."""
@@ -52,11 +54,12 @@ class Queue:
     long as keys only grow. Entries of records that left by other ways are skipped when met: each carries its record's version.
     """
 
-    def __init__(self, order: Callable[[Record, float], tuple[float, float]]):
+    def __init__(self, order: Callable[[Record], tuple[float, float]]):
         self._order = order
         self._heap: list[tuple[float, int, int, Record]] = []
         self._members: dict[int, Record] = {}
         self._out: list[tuple[float, int, int, Record]] = []  # handed to the policy, not yet put back
+        self._ages: list[tuple[float, int, Record]] = []  # a second heap, by arrival
         self.now_s = 0.0
 
     def __len__(self) -> int:
@@ -67,13 +70,20 @@ class Queue:
 
     def push(self, record: Record):
         record.waiting, record.version = True, record.version + 1
-        record.key, record.until_s = self._order(record, self.now_s)
-        self._members[record.request.id] = record
+        record.key, record.until_s = self._order(record)
+        if record.request.id not in self._members:
+            self._members[record.request.id] = record
+            heapq.heappush(self._ages, (record.request.arrival_s, record.request.id, record))
         heapq.heappush(self._heap, (record.key, record.request.id, record.version, record))
 
     def remove(self, record: Record):
         record.waiting = False
         del self._members[record.request.id]
+
+    def oldest(self) -> Record:
+        while not self._ages[0][2].waiting:
+            heapq.heappop(self._ages)
+        return self._ages[0][2]
 
     def __iter__(self) -> Iterator[Record]:
         """In order of keys, lazily; what was handed out stays in the queue until it is removed."""
@@ -92,6 +102,9 @@ class Queue:
         if len(self._heap) > 2 * len(self._members) + 64:  # mostly entries of records that were taken past the heap
             self._heap = [e for e in self._heap if e[3].waiting and e[2] == e[3].version]
             heapq.heapify(self._heap)
+        if len(self._ages) > 2 * len(self._members) + 64:
+            self._ages = [e for e in self._ages if e[2].waiting]
+            heapq.heapify(self._ages)
 
     def _pop(self):
         while self._heap:
@@ -123,7 +136,9 @@ def run(policy: Policy, engine: Engine, clock: Clock, arrivals, monitor: Callabl
 
 def _events(policy: Policy, engine: Engine, clock: Clock, arrivals) -> Iterator[Event]:
     limits, cost = engine.limits, engine.cost
-    queue = Queue(lambda record, now_s: policy.order(record, now_s, limits, cost))
+    pace = 0.0
+    admissions = 0
+    queue = Queue(lambda record: policy.order(record, queue.now_s, pace, cost))
     running: dict[int, Record] = {}
     overran: tuple[Record, ...] = ()
     free = limits.kv_tokens
@@ -142,7 +157,7 @@ def _events(policy: Policy, engine: Engine, clock: Clock, arrivals) -> Iterator[
             clock.wait_until(arrivals.next_s())
             continue
 
-        plan = policy(View(now, queue, running, overran, free, limits, engine.generated), cost)
+        plan = policy(View(now, queue, running, overran, free, limits, engine.generated, pace, admissions), cost)
         free = _check(plan, queue, running, overran, free, limits)
         for record in plan.preempt:
             record.generated = engine.generated(record)
@@ -156,6 +171,7 @@ def _events(policy: Policy, engine: Engine, clock: Clock, arrivals) -> Iterator[
                 record.reserved_tokens = tokens
                 record.most_reserved_tokens = max(record.most_reserved_tokens, tokens)
         padded = max((r.context_tokens for r in plan.admit), default=0) if plan.together else 0
+        admissions += len(plan.admit)
         for record in plan.admit:
             queue.remove(record)
             running[record.request.id] = record
@@ -177,6 +193,8 @@ def _events(policy: Policy, engine: Engine, clock: Clock, arrivals) -> Iterator[
             continue
         result = engine.step(plan, wake - now)
         clock.advance(result.elapsed_s)
+        if result.emitted_tokens and result.elapsed_s:
+            pace = paced(pace, result.elapsed_s, result.elapsed_s * len(running) / result.emitted_tokens)
         for request_id, after_s in result.started:
             record = running[request_id]
             if record.first_token_s < 0:
@@ -191,6 +209,14 @@ def _events(policy: Policy, engine: Engine, clock: Clock, arrivals) -> Iterator[
         for record in overran:
             record.overruns += 1
             yield Event(now, "overran", record.request.id, record)
+
+
+def paced(pace_s: float, elapsed_s: float, seen_s: float) -> float:
+    """A running mean of the seconds between two tokens of an answer, that forgets within PACE_MEMORY_S."""
+    if not pace_s:
+        return seen_s
+    weight = min(elapsed_s / PACE_MEMORY_S, 1.0)
+    return pace_s + weight * (seen_s - pace_s)
 
 
 def completion_of(record: Record, now_s: float, tokens: int, cut: bool) -> Completion:

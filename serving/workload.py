@@ -114,18 +114,36 @@ def repeated(count: int, times: np.ndarray, prompts: np.ndarray, outputs: np.nda
 # ---- what is wanted and predicted
 
 
-def slo_by_rule(prompts: np.ndarray, outputs: np.ndarray, cost: CostModel, scale: float, floor_s: float = 1.0) -> np.ndarray:
-    """(n,) slo_s = max(floor_s, scale x the latency of this request alone on the engine).
+@dataclass(frozen=True)
+class SloRule:
+    """By when an answer is wanted: slo_s = max(floor_s, scale x class x latency of a request alone on the engine).
 
-    A stated rule in place of the random objectives of UELLM's data: the same patience in proportion, whatever the length.
-    Alone: prefill_s(prompt) + decode_s(1, prompt + 1, output - 1), here by its straight-line parts so that a million take no time.
+    A stated rule in place of the random objectives of UELLM's data. Alone: prefill_s(prompt) + decode_s(1, prompt + 1, output - 1).
+
+    Attributes:
+        length: "typical": the output is the workload's mean, as a user who waits for an answer has no patience by its length;
+            "own": the request's own, the same patience in proportion for all; but then the objective tells a policy the true length.
+        classes: factors given out at random, equally often: not everyone is in the same hurry.
     """
-    base = cost.decode_step_s(1, 0)
-    slope = (cost.decode_step_s(1, 10_000) - base) / 10_000
-    grid = np.unique(np.geomspace(1, max(int(prompts.max()), 2), 200).astype(np.int64))
-    prefill = np.interp(prompts, grid, [cost.prefill_s(int(p)) for p in grid])
-    steps = np.maximum(outputs - 1, 0)
-    return np.maximum(floor_s, scale * (prefill + steps * (base + slope * (prompts + 1 + (steps - 1) / 2))))
+
+    scale: float = 5.0
+    floor_s: float = 1.0
+    length: str = "typical"
+    classes: tuple[float, ...] = (0.5, 1.0, 2.0)
+
+    def __post_init__(self):
+        if self.length not in ("typical", "own") or self.scale <= 0:
+            raise ValueError(f"wanted length typical or own and a scale above 0; got {self}")
+
+    def __call__(self, prompts: np.ndarray, outputs: np.ndarray, cost: CostModel, rng: np.random.Generator) -> np.ndarray:
+        """(n,) seconds. The cost model is asked at 200 prompt lengths and interpolated, so that a million take no time."""
+        base = cost.decode_step_s(1, 0)
+        slope = (cost.decode_step_s(1, 10_000) - base) / 10_000
+        grid = np.unique(np.geomspace(1, max(int(prompts.max()), 2), 200).astype(np.int64))
+        prefill = np.interp(prompts, grid, [cost.prefill_s(int(p)) for p in grid])
+        steps = np.maximum((outputs if self.length == "own" else np.full(len(outputs), outputs.mean())) - 1, 0)
+        alone = prefill + steps * (base + slope * (prompts + 1 + (steps - 1) / 2))
+        return np.maximum(self.floor_s, self.scale * rng.choice(self.classes, len(prompts)) * alone)
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +204,7 @@ class PredictorModel:
 
 
 def make_workload(
-    name: str, count: int, rate: float, cost: CostModel, *, seed: int = 0, slo_scale: float = 5.0, slo_floor_s: float = 1.0,
+    name: str, count: int, rate: float, cost: CostModel, *, seed: int = 0, slo: SloRule = SloRule(),
     predictor: PredictorModel | None = None, predict_s: float = 1e-3, traces: str | Path = "../shared/data/traces",
     max_tokens: int | None = None,
 ) -> Workload:  # fmt: skip
@@ -210,7 +228,7 @@ def make_workload(
     else:
         prompts, outputs = lognormal_lengths(count, rng, 200, 1.0, 2048), lognormal_lengths(count, rng, 100, 1.0, 2048)
         arrivals = (poisson_arrivals if name == "poisson" else gamma_arrivals)(count, rate, rng)
-    slo = slo_by_rule(prompts, outputs, cost, slo_scale, slo_floor_s)
+    slo_s = slo(prompts, outputs, cost, rng)
     index, predictions = (predictor or PredictorModel.normal(0.8)).predict(outputs, rng)
-    made = Workload(arrivals, prompts, outputs, slo, index, predictions, predict_s)
+    made = Workload(arrivals, prompts, outputs, slo_s, index, predictions, predict_s)
     return made.at_rate(rate) if name in TRACES else made
