@@ -323,7 +323,7 @@ class Annealing:
 
         def seconds(rows: list[Record]) -> float:
             longest, steps = max(r.context_tokens for r in rows), max(lengths[r.request.id] for r in rows) - 1
-            return cost.prefill_s(longest, len(rows)) + cost.decode_s(len(rows), len(rows) * (longest + 1), max(math.ceil(steps), 0))
+            return cost.prefill_s(longest * len(rows), len(rows)) + cost.decode_s(len(rows), len(rows) * (longest + 1), max(math.ceil(steps), 0))
 
         def gain(times: list[float], batches: list[list[Record]]) -> float:
             met, total, now = 0, 0.0, view.now_s

@@ -203,54 +203,64 @@ class Srpt(Sjf):
 class Deadline:
     """Ours: as many answers in time as there can be, and none starves.
 
-    Order. A request of predicted work  work_s = prefill_s(context) + tokens left x pace  can still be in time until its latest
-    start,  arrival + slo - work.  Until then its key is  arrival + slo_weight slo + work_weight work:  among those that can be in
-    time, the urgent first and, the more so the greater work_weight, the cheap first, because in overload whoever takes less
-    leaves more for the others. After it, it is late: the same key, `late_s` later. Keys are fixed but for that one step, so a heap keeps them.
+    Order. A request can be in time until its latest start,  arrival + slo - prefill_s(context) - pace x tokens left,  with tokens
+    left at the hope_quantile: it counts as late only when even a short answer would be. Until then its key is
+    arrival + slo_weight slo + work_weight (prefill_s + pace x mean tokens left):  the urgent first and, the more so the greater
+    work_weight, the cheap first. Once late, its key is late_s more. It changes but that once, so a heap keeps the order.
 
-    Ageing. One admission in `turns` goes to whoever came first, and waits for memory to be free for it: a request before which
-    n wait is admitted within turns x (n + 1) admissions, whatever comes after it.
+    Ageing. ceil(late_share x rows) rows are a lane for the late, by arrival; where memory lacks for the first of them, nobody is
+    admitted until it is there. So whoever is late and has n before it waits for n answers of that lane at most, whatever comes later.
 
-    Memory. prompt + the conformal `admit_quantile` of the answer; an answer that outgrows it gets that quantile of what is left.
+    Memory. prompt + the conformal admit_quantile of the answer; an answer that outgrows it gets that quantile of what is left,
+    at least grow_tokens.
 
-    Preemption. A request that must start before a row is likely to end takes the place of a running one that will be late
-    anyhow, if recomputing that one costs less than one deadline: prefill_s(its context) x rows / work_s of the newcomer < 1, the
-    answers the engine could have made meanwhile. Nothing is preempted twice for this, nor is the oldest running request.
+    Preemption. A request that must start before a row is likely to end takes the place of a running one that will be late anyhow
+    and has much left: the row-seconds this frees, tokens left x pace, less those lost while it is computed again, prefill_s(its
+    context) x rows, must be preempt_gain of the newcomer's work, which is what a deadline costs. None is preempted twice for this,
+    nor is anyone in the lane.
 
     Attributes:
+        admit_quantile, hope_quantile, late_share: in 0..1. preempt_gain: 0 to preempt lightly; inf never to.
         truth: count on true lengths (an oracle, for benchmarks).
     """
 
     admit_quantile: float = 0.5
+    grow_tokens: int = 64
+    hope_quantile: float = 0.07
     slo_weight: float = 1.0
-    work_weight: float = 3.0
+    work_weight: float = 0.5
     late_s: float = 1000.0
-    turns: int = 16
-    preempts: bool = True
+    late_share: float = 0.05
+    preempt_gain: float = 1.0
     truth: bool = False
     predicts: ClassVar[bool] = True
 
     def length(self, request: Request) -> float:
         return request.output_tokens if self.truth else quantile_tokens(request.prediction, self.admit_quantile)
 
-    def left(self, record: Record, generated: int) -> float:
+    def left(self, record: Record, generated: int, q: float | None = None) -> float:
+        """Answer tokens still to come: their mean, or a quantile."""
+        request = record.request
         if self.truth:
-            return max(record.request.output_tokens - generated, 1)
-        return tokens_left(record.request, generated)
+            return max(request.output_tokens - generated, 1)
+        generated -= generated % COARSE
+        return expected_left(request.prediction, generated) if q is None else quantile_left(request.prediction, generated, q)
 
     def reserve(self, record: Record, generated: int, limits: Limits) -> int:
         if self.truth:
             left = self.left(record, generated)
         else:
-            left = quantile_left(record.request.prediction, generated, self.admit_quantile) if generated else record.length
+            left = max(self.left(record, generated, self.admit_quantile), self.grow_tokens) if generated else record.length
         return min(record.request.prompt_tokens + generated + math.ceil(left), limits.max_tokens)
 
     def order(self, record: Record, now_s: float, pace_s: float, cost: CostModel) -> tuple[float, float]:
-        request = record.request
-        context = record.context_tokens
-        work = cost.prefill_s(context) + self.left(record, record.generated) * (pace_s or cost.decode_step_s(1, context))
-        latest = request.arrival_s + request.slo_s - work
-        key = request.arrival_s + self.slo_weight * request.slo_s + self.work_weight * work
+        request, context = record.request, record.context_tokens
+        pace_s = pace_s or cost.decode_step_s(1, context)
+        prefill = cost.prefill_s(context)
+        latest = request.arrival_s + request.slo_s - prefill - pace_s * self.left(record, record.generated, self.hope_quantile)
+        key = request.arrival_s + self.slo_weight * request.slo_s
+        if self.work_weight:
+            key += self.work_weight * (prefill + pace_s * self.left(record, record.generated))
         return (key, latest) if now_s <= latest else (key + self.late_s, FOREVER)
 
     def __call__(self, view: View, cost: CostModel) -> Plan:
@@ -260,44 +270,50 @@ class Deadline:
         blocked = None
         if not draft.preempt and len(view.waiting):
             blocked = self.fill(draft)
-            if blocked is not None and self.preempts and blocked.until_s < FOREVER:
+            if blocked is not None and not self.late(blocked, view.now_s) and self.preempt_gain < FOREVER:
                 self.displace(draft, blocked, cost)
         full = draft.rows >= limits.max_batch or blocked is not None
-        return draft.plan(wake_on_arrival=not full or self.preempts)
+        return draft.plan(wake_on_arrival=not full or self.preempt_gain < FOREVER)
+
+    @staticmethod
+    def late(record: Record, at_s: float) -> bool:
+        return record.until_s == FOREVER or at_s > record.until_s
 
     def fill(self, draft: Draft) -> Record | None:
         """Admit in order while there is room; who could not be admitted."""
         view, limits = draft.view, draft.view.limits
+        if draft.rows >= limits.max_batch:
+            return next(iter(view.waiting))
+        first = view.waiting.oldest()
+        if self.late(first, view.now_s):
+            lane = sum([not r.admitted_s <= r.until_s < FOREVER for r in view.running.values()])  # late when admitted
+            if lane < self.late_share * (draft.rows + 1) and not draft.add(first, self.reserve(first, first.generated, limits)):
+                return first
         for record in view.waiting:
-            if self.turns and (view.admissions + len(draft.admit)) % self.turns == 0:
-                first = view.waiting.oldest()
-                if first.request.id not in draft.reserve and not draft.add(first, self.reserve(first, first.generated, limits)):
-                    return first
             if record.request.id not in draft.reserve and not draft.add(record, self.reserve(record, record.generated, limits)):
                 return record
         return None
 
     def displace(self, draft: Draft, record: Record, cost: CostModel):
-        view = draft.view
+        view, request = draft.view, record.request
         now, pace = view.now_s, view.pace_s
-        work = record.request.arrival_s + record.request.slo_s - record.until_s
-        soon = now + work / max(draft.rows, 1)  # a row ends about that often
-        if record.until_s > soon:
+        work = request.arrival_s + request.slo_s - record.until_s
+        if record.until_s > now + work / max(draft.rows, 1):  # a row ends about that often
             return
-        oldest = min(view.running.values(), key=lambda r: (r.request.arrival_s, r.request.id))
-        best = None
+        best, victim = self.preempt_gain * work, None
         for r in view.running.values():
-            if r is oldest or r.preemptions or r.request.id in draft.reserve:
+            if r.preemptions or r.request.id in draft.reserve or self.late(r, r.admitted_s):
                 continue
-            late = now - r.request.arrival_s - r.request.slo_s
-            if late <= 0 and late + self.left(r, view.generated(r)) * pace <= 0:
+            generated = view.generated(r)
+            left = self.left(r, generated) * pace
+            if now + left <= r.request.arrival_s + r.request.slo_s:
                 continue
-            price = cost.prefill_s(r.request.prompt_tokens + view.generated(r))
-            if price * draft.rows < work and (best is None or price < best[0]):
-                best = (price, r)
+            saved = left - cost.prefill_s(r.request.prompt_tokens + generated) * draft.rows
+            if saved > best:
+                best, victim = saved, r
         tokens = self.reserve(record, record.generated, view.limits)
-        if best is not None and tokens <= draft.free + best[1].reserved_tokens:
-            draft.drop(best[1])
+        if victim is not None and tokens <= draft.free + victim.reserved_tokens:
+            draft.drop(victim)
             draft.add(record, tokens)
 
     def victims(self, view: View) -> list[Record]:

@@ -220,7 +220,8 @@ class Event(NamedTuple):
 
 
 class CostModel(Protocol):
-    """Seconds and bytes of one placed model; serving.cost_model has the calibrated one."""
+    """Seconds and bytes of one placed model; serving.cost_model has the calibrated one. Tokens are sums over the batch, prefill_s(0)
+    is 0, and decode_s is the closed form of steps in which every sequence's context grows by one token a step."""
 
     kv_capacity_tokens: int
 

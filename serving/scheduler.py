@@ -29,7 +29,11 @@ class Replay:
 
     def __init__(self, requests: Iterable[Request]):
         self._requests = iter(requests)
+        self._read()
+
+    def _read(self):
         self._next = next(self._requests, None)
+        self._next_s = FOREVER if self._next is None else self._next.arrival_s + self._next.predict_s
 
     @property
     def closed(self) -> bool:
@@ -37,13 +41,13 @@ class Replay:
 
     def next_s(self) -> float:
         """When the next one can be seen: after its arrival and its prediction."""
-        return FOREVER if self._next is None else self._next.arrival_s + self._next.predict_s
+        return self._next_s
 
     def due(self, now_s: float) -> list[Request]:
         found = []
-        while self.next_s() <= now_s:
+        while self._next_s <= now_s:
             found.append(self._next)
-            self._next = next(self._requests, None)
+            self._read()
         return found
 
 
@@ -95,10 +99,11 @@ class Queue:
 
     def settle(self):
         """Put back what a policy looked at and did not take."""
-        for entry in self._out:
-            if entry[3].waiting:
-                heapq.heappush(self._heap, entry)
-        self._out.clear()
+        if self._out:
+            for entry in self._out:
+                if entry[3].waiting:
+                    heapq.heappush(self._heap, entry)
+            self._out.clear()
         if len(self._heap) > 2 * len(self._members) + 64:  # mostly entries of records that were taken past the heap
             self._heap = [e for e in self._heap if e[3].waiting and e[2] == e[3].version]
             heapq.heapify(self._heap)
@@ -158,7 +163,8 @@ def _events(policy: Policy, engine: Engine, clock: Clock, arrivals) -> Iterator[
             continue
 
         plan = policy(View(now, queue, running, overran, free, limits, engine.generated, pace, admissions), cost)
-        free = _check(plan, queue, running, overran, free, limits)
+        if plan.admit or plan.preempt or plan.reserve_tokens or overran:
+            free = _check(plan, queue, running, overran, free, limits)
         for record in plan.preempt:
             record.generated = engine.generated(record)
             record.preemptions += 1
@@ -166,22 +172,21 @@ def _events(policy: Policy, engine: Engine, clock: Clock, arrivals) -> Iterator[
             del running[record.request.id]
             queue.push(record)
             yield Event(now, "preempted", record.request.id, record)
-        for request_id, tokens in plan.reserve_tokens.items():
-            if (record := running.get(request_id)) is not None:
-                record.reserved_tokens = tokens
-                record.most_reserved_tokens = max(record.most_reserved_tokens, tokens)
         padded = max((r.context_tokens for r in plan.admit), default=0) if plan.together else 0
-        admissions += len(plan.admit)
         for record in plan.admit:
             queue.remove(record)
             running[record.request.id] = record
-            tokens = record.reserved_tokens = plan.reserve_tokens[record.request.id]
-            record.most_reserved_tokens = max(record.most_reserved_tokens, tokens)
             record.base_tokens = padded or record.context_tokens
             record.admitted_s = now
             if record.first_admitted_s < 0:
                 record.first_admitted_s = now
+            admissions += 1
             yield Event(now, "admitted", record.request.id, record)
+        for request_id, tokens in plan.reserve_tokens.items():
+            if (record := running.get(request_id)) is not None:
+                record.reserved_tokens = tokens
+                if tokens > record.most_reserved_tokens:
+                    record.most_reserved_tokens = tokens
         queue.settle()
 
         wake = min(plan.wake_s, arrivals.next_s()) if plan.wake_on_arrival else plan.wake_s
@@ -205,7 +210,7 @@ def _events(policy: Policy, engine: Engine, clock: Clock, arrivals) -> Iterator[
             record = running.pop(request_id)
             free += record.reserved_tokens
             yield Event(now, "finished", request_id, completion_of(record, now, tokens, cut))
-        overran = tuple([running[request_id] for request_id in result.overran])
+        overran = tuple([running[request_id] for request_id in result.overran]) if result.overran else ()
         for record in overran:
             record.overruns += 1
             yield Event(now, "overran", record.request.id, record)

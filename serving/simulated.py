@@ -35,7 +35,7 @@ class LinearCost:
     prompt_token_s: float = 6.5e-5
 
     def prefill_s(self, tokens: int, batch: int = 1) -> float:
-        return self.call_s + self.prompt_token_s * tokens * batch
+        return self.call_s + self.prompt_token_s * tokens if tokens > 0 else 0.0
 
     def decode_step_s(self, batch: int, context_tokens: int) -> float:
         return self.step_s + self.row_s * batch + self.token_s * context_tokens
@@ -45,7 +45,7 @@ class LinearCost:
 
     def batch_s(self, prompt_tokens: list[int], output_tokens: list[int]) -> float:
         rows, longest = len(prompt_tokens), max(prompt_tokens)
-        return self.prefill_s(longest, rows) + self.decode_s(rows, rows * (longest + 1), max(output_tokens) - 1)
+        return self.prefill_s(longest * rows, rows) + self.decode_s(rows, rows * (longest + 1), max(output_tokens) - 1)
 
 
 class Row:
@@ -116,7 +116,8 @@ class SimulatedEngine:
         chunk = plan.prefill_tokens or self.limits.prefill_tokens
         last_step = self.steps + (plan.horizon_steps or MANY)
         while True:
-            self._collect(finished, overran)
+            if (self._ends and self._ends[0][0] <= self.steps) or self._held:
+                self._collect(finished, overran)
             if finished or overran or not self.rows or (elapsed and elapsed >= budget_s) or self.steps >= last_step:
                 break
             ends = self._ends
@@ -148,7 +149,7 @@ class SimulatedEngine:
             if left <= 0:
                 break
             take = min(left, row.base - row.prefilled)
-            seconds += self.cost.prefill_s(row.prefilled + take) - (self.cost.prefill_s(row.prefilled) if row.prefilled else 0.0)
+            seconds += self.cost.prefill_s(row.prefilled + take) - self.cost.prefill_s(row.prefilled)
             left -= take
         return seconds
 
@@ -225,7 +226,7 @@ class SimulatedEngine:
         longest = max(record.context_tokens for record in plan.admit)
         self._together = True
         rows = [Row(r, self.limits, plan.reserve_tokens[r.request.id], longest, plan.stop_tokens) for r in plan.admit]
-        seconds = self.cost.prefill_s(longest, len(rows))
+        seconds = self.cost.prefill_s(longest * len(rows), len(rows))
         self._reserved += sum(row.reserve for row in rows)
         self.rows.update((row.id, row) for row in rows)
         self._advance(0, seconds)
