@@ -338,7 +338,7 @@ class Annealing:
         for order in (by_arrival, lambda r: (lengths[r.request.id], r.request.id)):
             batches = [list(batch.records) for batch in chunks(sorted(chosen, key=order), view)]
             starts.append((gain([seconds(rows) for rows in batches], batches), batches))
-        best = anneal(max(starts, key=lambda s: s[0])[1], fits, seconds, gain, self)
+        best = anneal(starts[starts[1][0] > starts[0][0] * (1 + 1e-9)][1], fits, seconds, gain, self)
         shape = Shape(limits, limits.kv_tokens)
         for record in best[0]:
             shape.takes(record, answers[record.request.id])
@@ -371,9 +371,9 @@ def anneal(batches: list[list], fits, seconds, gain, knobs: Annealing) -> list[l
             del trial[a], trial_times[a]
         then = gain(trial_times, trial)
         heat = knobs.hot * (knobs.cold / knobs.hot) ** (move / knobs.moves)
-        if then >= now or rng.random() < math.exp((then / now - 1) / heat):
+        if then >= now * (1 - 1e-9) or rng.random() < math.exp((then / now - 1) / heat):
             batches, times, now = trial, trial_times, then
-            if now > best_gain:
+            if now > best_gain * (1 + 1e-9):
                 best, best_gain = batches, now
     return best
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import ClassVar
 
 from predictor.prediction import LengthPrediction, remaining
-from serving.batching import BATCH_POLICIES, as_policy, expected_tokens, quantile_tokens
+from serving.batching import BATCH_POLICIES, as_policy, quantile_tokens
 from serving.request import FOREVER, CostModel, Limits, Plan, Record, Request, View
 
 COARSE = 16  # tokens: what is left of an answer is asked for at multiples of it
@@ -214,7 +214,7 @@ class Deadline:
     Memory. prompt + the conformal admit_quantile of the answer; an answer that outgrows it gets that quantile of what is left,
     at least grow_tokens.
 
-    Preemption. A request that must start before a row is likely to end takes the place of a running one that will be late anyhow
+    Preemption. A request that must start before another row is likely to end takes the place of a running one that will be late anyhow
     and has much left: the row-seconds this frees, tokens left x pace, less those lost while it is computed again, prefill_s(its
     context) x rows, must be preempt_gain of the newcomer's work, which is what a deadline costs. None is preempted twice for this,
     nor is anyone in the lane.
@@ -267,13 +267,13 @@ class Deadline:
         draft, limits = Draft(view), view.limits
         if view.overran:
             make_room(draft, lambda r, generated: self.reserve(r, generated, limits), lambda: self.victims(view))
-        blocked = None
+        blocked, wake_s = None, FOREVER
         if not draft.preempt and len(view.waiting):
             blocked = self.fill(draft)
             if blocked is not None and not self.late(blocked, view.now_s) and self.preempt_gain < FOREVER:
-                self.displace(draft, blocked, cost)
+                wake_s = self.displace(draft, blocked, cost)
         full = draft.rows >= limits.max_batch or blocked is not None
-        return draft.plan(wake_on_arrival=not full or self.preempt_gain < FOREVER)
+        return draft.plan(wake_s=wake_s, wake_on_arrival=not full or self.preempt_gain < FOREVER)
 
     @staticmethod
     def late(record: Record, at_s: float) -> bool:
@@ -294,12 +294,14 @@ class Deadline:
                 return record
         return None
 
-    def displace(self, draft: Draft, record: Record, cost: CostModel):
+    def displace(self, draft: Draft, record: Record, cost: CostModel) -> float:
+        """Preempt for a request that must start now; or when to look again."""
         view, request = draft.view, record.request
         now, pace = view.now_s, view.pace_s
-        work = request.arrival_s + request.slo_s - record.until_s
-        if record.until_s > now + work / max(draft.rows, 1):  # a row ends about that often
-            return
+        work = cost.prefill_s(record.context_tokens) + pace * self.left(record, record.generated)
+        must_s = request.arrival_s + request.slo_s - work - work / max(draft.rows, 1)  # a row ends about that often
+        if now < must_s:
+            return must_s
         best, victim = self.preempt_gain * work, None
         for r in view.running.values():
             if r.preemptions or r.request.id in draft.reserve or self.late(r, r.admitted_s):
@@ -315,6 +317,7 @@ class Deadline:
         if victim is not None and tokens <= draft.free + victim.reserved_tokens:
             draft.drop(victim)
             draft.add(record, tokens)
+        return FOREVER
 
     def victims(self, view: View) -> list[Record]:
         """Running records by their deadlines, the latest first; the one that came first comes last."""

@@ -205,7 +205,7 @@ class SimulatedEngine:
                 finished.append(row)
                 self._drop(row)
         if self._held and len(self._held) == len(self.rows):
-            finished += self._held
+            finished += sorted(self._held, key=lambda row: row.id)
             for row in self._held:
                 self._drop(row)
             self._held = []
