@@ -214,8 +214,8 @@ class Deadline:
     Memory. prompt + the conformal admit_quantile of the answer; an answer that outgrows it gets that quantile of what is left,
     at least grow_tokens.
 
-    Preemption. A request that must start before another row is likely to end takes the place of a running one that will be late anyhow
-    and has much left: the row-seconds this frees, tokens left x pace, less those lost while it is computed again, prefill_s(its
+    Preemption. A request that must start before another row is likely to end takes the place of a running one that is late
+    by the same measure and has much left: the row-seconds this frees, tokens left x pace, less those lost while it is computed again, prefill_s(its
     context) x rows, must be preempt_gain of the newcomer's work, which is what a deadline costs. None is preempted twice for this,
     nor is anyone in the lane.
 
@@ -307,10 +307,9 @@ class Deadline:
             if r.preemptions or r.request.id in draft.reserve or self.late(r, r.admitted_s):
                 continue
             generated = view.generated(r)
-            left = self.left(r, generated) * pace
-            if now + left <= r.request.arrival_s + r.request.slo_s:
+            if now + pace * self.left(r, generated, self.hope_quantile) <= r.request.arrival_s + r.request.slo_s:
                 continue
-            saved = left - cost.prefill_s(r.request.prompt_tokens + generated) * draft.rows
+            saved = pace * self.left(r, generated) - cost.prefill_s(r.request.prompt_tokens + generated) * draft.rows
             if saved > best:
                 best, victim = saved, r
         tokens = self.reserve(record, record.generated, view.limits)

@@ -156,3 +156,17 @@ def test_residuals_of_an_exported_predictor(tmp_path):
     (tmp_path / "predictor.json").write_text(json.dumps(card))
     model = PredictorModel.from_card(tmp_path)
     assert model.limit == 512 and model.residuals.tolist() == [-0.5, 0.0, 1.0]
+
+
+def test_a_row_that_comes_back_may_end_where_its_past_did():
+    """Preempted and admitted again, a row can be due at the very step that its former self was: entries tie but for their serial."""
+    from serving.request import Plan, Record
+
+    engine = SimulatedEngine(COST, Limits(prefill_tokens=4096))
+    record = Record(ask(0, 10, 50))
+    engine.step(Plan((record,), (), {0: 200}, horizon_steps=5))
+    for _ in range(3):
+        record.generated = engine.generated(record)
+        engine.step(Plan(preempt=(record,)))
+        result = engine.step(Plan((record,), (), {0: 200}, horizon_steps=1))
+    assert not result.finished and engine.step(Plan()).finished == ((0, 50, False),)
