@@ -42,7 +42,7 @@ SPACES = {  # knobs of a policy that are worth a search, and values to try
     "srpt": {"reserve_quantile": (0.3, 0.5, 0.7, 0.9), "advantage": (1.5, 2.0, 4.0, 8.0)},
     "deadline": {
         "admit_quantile": (0.3, 0.5, 0.7, 0.9), "hope_quantile": (0.02, 0.05, 0.1, 0.2, 0.5), "work_weight": (-0.5, 0.0, 0.5, 1.0, 3.0, 10.0),
-        "preempt_gain": (0.0, 1.0, 3.0, FOREVER), "late_share": (0.02, 0.05, 0.1),
+        "preempt_gain": (1.0, 3.0, 10.0, FOREVER), "late_share": (0.02, 0.05, 0.1),
     },
 }  # fmt: skip
 

@@ -9,7 +9,14 @@ import pytest
 from serving.metrics import Collector, interval, share_of_gain
 from serving.request import Completion
 from serving.workload import (
-    WORKLOADS, PredictorModel, SloRule, gamma_arrivals, make_workload, poisson_arrivals, read_trace, repeated,
+    WORKLOADS,
+    PredictorModel,
+    SloRule,
+    gamma_arrivals,
+    make_workload,
+    poisson_arrivals,
+    read_trace,
+    repeated,
 )  # fmt: skip
 from tests.conftest import shared_file
 from tests.serving.conftest import COST, ask
