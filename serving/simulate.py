@@ -1,0 +1,288 @@
+"""Policies compared on a simulated engine: one table, policy x metric, over seeds and loads.
+
+    python -m serving.simulate --policies fifo,s3,slo_odbs,fcfs,sjf,deadline,oracle --workload azure_conv --rate 4,6,8 --seeds 5
+    python -m serving.simulate --search slo_odbs --workload poisson --rate 8 --seeds 3
+
+`--search` prints the knobs that a coordinate descent over SPACES finds on other seeds than a comparison uses.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from serving.batching import Static
+from serving.continuous import POLICIES
+from serving.metrics import Collector, interval, share_of_gain
+from serving.request import FOREVER, CostModel, Limits, Policy
+from serving.scheduler import Replay, VirtualClock, run
+from serving.simulated import LinearCost, SimulatedEngine
+from serving.workload import WORKLOADS, PredictorModel, SloRule, Workload, make_workload
+
+SHOWN = ("attainment", "goodput_rps", "latency_mean_s", "latency_p99_s", "ttft_mean_s", "tpot_mean_s", "norm_mean_s", "largest_wait_s",
+         "utilisation", "padding_waste", "kv_waste", "preempted")  # fmt: skip
+SEARCH_SEEDS = 1000  # searches look at seeds from here on, comparisons at 0, 1, ...
+SPACES = {  # knobs of a policy that are worth a search, and values to try
+    "odbs": {"threshold": (500, 1000, 2000, 4000, 8000, 15_000, 30_000, 60_000), "reserve_quantile": (0.5, 0.8, 0.9, 0.97)},
+    "slo_dbs": {"threshold": (100, 300, 1000, 3000, 10_000, 30_000, 100_000), "reserve_quantile": (0.5, 0.8, 0.9, 0.97)},
+    "slo_odbs": {
+        "threshold": (500, 1000, 2000, 4000, 8000, 15_000, 30_000, 60_000, 120_000), "sort_by": ("slo", "length", "composite"),
+        "slo_weight": (0.0, 0.3, 1.0, 3.0, 10.0, 30.0), "length_weight": (0.0, 0.1, 0.5, 1.0), "reserve_quantile": (0.5, 0.8, 0.9, 0.97),
+    },
+    "annealing": {"window": (32, 64, 128), "moves": (100, 300), "hot": (0.03, 0.1, 0.3), "reserve_quantile": (0.5, 0.9)},
+    "fcfs": {"block_tokens": (64, 256), "watermark": (0.0, 0.01, 0.05)},
+    "sjf": {"reserve_quantile": (0.3, 0.5, 0.7, 0.9)},
+    "srpt": {"reserve_quantile": (0.3, 0.5, 0.7, 0.9), "advantage": (1.5, 2.0, 4.0, 8.0)},
+    "deadline": {
+        "admit_quantile": (0.3, 0.5, 0.7, 0.9), "hope_quantile": (0.02, 0.05, 0.1, 0.2, 0.5), "work_weight": (-0.5, 0.0, 0.5, 1.0, 3.0, 10.0),
+        "preempt_gain": (1.0, 3.0, 10.0, FOREVER), "late_share": (0.02, 0.05, 0.1),
+    },
+}  # fmt: skip
+
+
+@contextmanager
+def collected_later():
+    """No garbage collection meanwhile: a run makes millions of short-lived objects and no cycles."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def simulate(policy: Policy, workload: Workload, cost: CostModel, limits: Limits, monitor=None) -> tuple[dict[str, float], Collector]:
+    """(metrics, everything kept) of one policy on one workload; deterministic."""
+    engine, collector = SimulatedEngine(cost, limits), Collector()
+    with collected_later():
+        collector.watch(run(policy, engine, VirtualClock(), Replay(workload.requests(policy.predicts)), monitor))
+    return collector.summary(engine), collector
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What policies are compared on, but for rate and seed."""
+
+    workload: str
+    requests: int
+    cost: CostModel
+    limits: Limits
+    slo: SloRule = SloRule()
+    predictor: PredictorModel | None = None
+    predict_s: float = 1e-3
+    traces: str = "../shared/data/traces"
+
+    def make(self, rate: float, seed: int) -> Workload:
+        return make_workload(
+            self.workload, self.requests, rate, self.cost, seed=seed, slo=self.slo, predictor=self.predictor, predict_s=self.predict_s,
+            traces=self.traces, max_tokens=self.limits.max_tokens,
+        )  # fmt: skip
+
+
+def compare(policies: dict[str, Policy], setting: Setting, rates: list[float], seeds: int, first_seed: int = 0) -> list[dict]:
+    """One row a rate and policy: {rate, policy, seconds, metrics: {name: (mean, half width)}, by_seed: {name: [...]}}.
+
+    With fifo and oracle among the policies also share_of_gain: of what the oracle's mean latency is better than FIFO's.
+    """
+    rows = []
+    for rate in rates:
+        made = [setting.make(rate, first_seed + seed) for seed in range(seeds)]
+        found = {}
+        for name, policy in policies.items():
+            started = time.perf_counter()
+            by_seed = [simulate(policy, workload, setting.cost, setting.limits)[0] for workload in made]
+            found[name] = {key: [one[key] for one in by_seed] for key in by_seed[0]}
+            rows.append({"rate": rate, "policy": name, "seconds": time.perf_counter() - started, "by_seed": found[name]})
+        for row in rows[-len(policies) :]:
+            if "fifo" in found and "oracle" in found:
+                triples = zip(row["by_seed"]["latency_mean_s"], found["fifo"]["latency_mean_s"], found["oracle"]["latency_mean_s"])
+                row["by_seed"]["share_of_gain"] = [share_of_gain(*triple) for triple in triples]
+            row["metrics"] = {key: interval(values) for key, values in row["by_seed"].items()}
+    return rows
+
+
+def print_table(rows: list[dict], shown=SHOWN, file=None):
+    shown = [*shown, "share_of_gain"] if any("share_of_gain" in row["metrics"] for row in rows) else list(shown)
+    short = [name.removesuffix("_s").replace("_mean", "") for name in shown]
+    print(f"{'rate':>7} {'policy':<16}" + "".join(f"{name:>17}" for name in short), file=file)
+    for row in rows:
+        cells = [row["metrics"].get(name, (float("nan"), float("nan"))) for name in shown]
+        text = "".join(f"{f'{mean:.4g}' + ('' if np.isnan(half) else f' ±{half:.2g}'):>17}" for mean, half in cells)
+        print(f"{row['rate']:>7g} {row['policy']:<16}{text}", file=file)
+
+
+def search(policy: Policy, space: dict[str, tuple], score, rounds: int = 2) -> Iterator[tuple[Policy, float]]:
+    """Coordinate descent: one knob after the other, each at its best value in `space`, for so many rounds or until nothing gains.
+
+    Args:
+        score: policy -> number, larger is better.
+    Yields:
+        (policy, score) of each better one found, the start first; the last is the result.
+    """
+    inner = policy.batching if isinstance(policy, Static) else policy
+    best = score(policy)
+    yield policy, best
+    tried = set()
+    for _ in range(rounds):
+        before = best
+        for knob, values in space.items():
+            for value in values:
+                other = replace(inner, **{knob: value})
+                if other in tried or other == inner:
+                    continue
+                tried.add(other)
+                wrapped = Static(other) if isinstance(policy, Static) else other
+                if (got := score(wrapped)) > best:
+                    inner, best = other, got
+                    yield wrapped, got
+        if best == before:
+            return
+
+
+def scorer(setting: Setting, rates: list[float], seeds: int):
+    """policy -> mean attainment over rates and seeds, less a millionth of the mean latency to decide between equals."""
+    made = [setting.make(rate, SEARCH_SEEDS + seed) for rate in rates for seed in range(seeds)]
+
+    def score(policy: Policy) -> float:
+        results = [simulate(policy, workload, setting.cost, setting.limits)[0] for workload in made]
+        return float(np.mean([r["attainment"] - 1e-6 * r.get("latency_mean_s", 0.0) for r in results]))
+
+    return score
+
+
+def plot(rows: list[dict], policies: dict[str, Policy], setting: Setting, folder: Path) -> list[Path]:
+    """Attainment against load, and at the highest load the distribution of latency and the queue over time; PNG files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {name: pyplot.subplots(figsize=(7, 4.5)) for name in ("attainment", "latency", "queue")}
+    for name in policies:
+        own = [row for row in rows if row["policy"] == name]
+        figures["attainment"][1].errorbar([r["rate"] for r in own], *zip(*[r["metrics"]["attainment"] for r in own]), label=name, capsize=2)
+        kept = simulate(policies[name], setting.make(max(r["rate"] for r in rows), 0), setting.cost, setting.limits)[1].columns
+        arrived, admitted, finished = (np.asarray(kept[c]) for c in ("arrival_s", "admitted_s", "finish_s"))
+        latency = np.sort(finished - arrived)
+        figures["latency"][1].plot(latency, np.linspace(0, 1, len(latency)), label=name)
+        times = np.sort(np.concatenate([arrived, admitted]))
+        waiting = np.searchsorted(np.sort(arrived), times, "right") - np.searchsorted(np.sort(admitted), times, "right")
+        figures["queue"][1].plot(times, waiting, label=name, linewidth=0.8)
+    labels = {
+        "attainment": ("requests a second", "in time"), "latency": ("latency, s", "share of requests"), "queue": ("time, s", "waiting requests"),
+    }  # fmt: skip
+    written = []
+    for name, (figure, axes) in figures.items():
+        axes.set(xlabel=labels[name][0], ylabel=labels[name][1], title=f"{setting.workload}, {setting.requests} requests")
+        if name == "latency":
+            axes.set_xscale("log")
+        axes.legend(fontsize=7)
+        figure.tight_layout()
+        written.append(folder / f"{name}.png")
+        figure.savefig(written[-1], dpi=120)
+        pyplot.close(figure)
+    return written
+
+
+def make_cost(args) -> CostModel:
+    """--device: the calibrated model of serving.cost_model; without: LinearCost's straight lines."""
+    if not args.device:
+        return LinearCost() if not args.kv_tokens else replace(LinearCost(), kv_capacity_tokens=args.kv_tokens)
+    from serving.cost_model import DATASHEET, CostModel, ModelShape
+    from serving.devices import Cluster
+
+    cluster = Cluster.uniform(args.device, args.devices)
+    return CostModel.of(ModelShape.from_config(args.model), cluster, args.profile or DATASHEET)
+
+
+def make_setting(args) -> Setting:
+    cost = make_cost(args)
+    kv_tokens = args.kv_tokens or cost.kv_capacity_tokens
+    if args.predictor:
+        predictor = PredictorModel.from_card(args.predictor, args.longest_answer)
+    else:
+        predictor = PredictorModel.normal(args.predictor_sigma, args.longest_answer)
+    return Setting(
+        args.workload, args.requests, cost, Limits(args.max_batch, kv_tokens, min(args.max_tokens, kv_tokens), args.prefill_tokens),
+        SloRule(args.slo_scale, args.slo_floor_s, args.slo_length), predictor, args.predict_s, args.traces,
+    )  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m serving.simulate", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--policies", default="fifo,s3,slo_odbs,fcfs,sjf,deadline,oracle", help=f"of {', '.join(POLICIES)}; comma between them")
+    add("--workload", default="poisson", choices=WORKLOADS)
+    add("--rate", default="8", help="requests a second; several with commas make a load sweep")
+    add("--requests", type=int, default=2000, help="of each run")
+    add("--seeds", type=int, default=5)
+    add("--slo_scale", type=float, default=5.0, help="objective: so many times the latency of a request alone on the engine")
+    add("--slo_floor_s", type=float, default=1.0, help="and no less than this")
+    add("--slo_length", default="typical", choices=("typical", "own"), help="alone with an answer of typical length, or of its own")
+    add("--predictor", help="an exported predictor's folder, whose residuals predictions get; default: --predictor_sigma")
+    add("--predictor_sigma", type=float, default=0.8, help="standard deviation of the error of the predicted log length")
+    add("--predict_s", type=float, default=1e-3, help="what a prediction takes, charged to every policy that asks for one")
+    add("--longest_answer", type=int, default=2048, help="tokens, by the predictor's knowledge")
+    add("--max_batch", type=int, default=64)
+    add("--kv_tokens", type=int, help="KV cache in tokens; default: the cost model's capacity")
+    add("--max_tokens", type=int, default=8192, help="prompt and answer of one request; longer ones of a trace are left out")
+    add("--prefill_tokens", type=int, default=2048, help="prompt tokens between two decode steps")
+    add("--device", help="serving.cost_model's device, such as A100-80G; default: straight lines near ChatGLM2-6B on one A100")
+    add("--devices", type=int, default=1, help="how many of them, layers spread evenly")
+    add("--model", default="chatglm2-6b", help="published name or folder, with --device")
+    add("--profile", help="calibration of the cost model, with --device")
+    add("--traces", default="../shared/data/traces", help="folder of the recorded traces")
+    add("--search", choices=sorted(SPACES), help="look for this policy's knobs instead of comparing")
+    add("--json", type=Path, help="write the table here too")
+    add("--plots", type=Path, help="write attainment, latency and queue plots into this folder")
+    return parser
+
+
+def main(argv: list[str] | None = None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    names = [name for name in args.policies.split(",") if name]
+    if unknown := [name for name in names if name not in POLICIES]:
+        parser.error(f"--policies: {', '.join(unknown)} unknown; there are {', '.join(POLICIES)}")
+    try:
+        rates = [float(rate) for rate in args.rate.split(",")]
+    except ValueError:
+        parser.error(f"--rate: numbers with commas between them are wanted; got {args.rate!r}")
+    if args.seeds < 1 or args.requests < 1 or min(rates) <= 0:
+        parser.error("--seeds and --requests must be at least 1, --rate above 0")
+    try:
+        setting = make_setting(args)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    if args.search:
+        for policy, got in search(POLICIES[args.search], SPACES[args.search], scorer(setting, rates, args.seeds)):
+            print(f"{got:.4f}  {policy}", flush=True)
+        return
+    policies = {name: POLICIES[name] for name in names}
+    rows = compare(policies, setting, rates, args.seeds)
+    print_table(rows)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        knobs = {name: {f.name: getattr(p, f.name) for f in fields(p)} if is_dataclass(p) else {} for name, p in inner_of(policies).items()}
+        args.json.write_text(json.dumps({"settings": settings, "policies": knobs, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    if args.plots:
+        for path in plot(rows, policies, setting, args.plots):
+            print(f"wrote {path}", file=sys.stderr)
+
+
+def inner_of(policies: dict[str, Policy]) -> dict:
+    return {name: p.batching if isinstance(p, Static) else p for name, p in policies.items()}
+
+
+if __name__ == "__main__":
+    main()

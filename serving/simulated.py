@@ -1,0 +1,264 @@
+"""An engine that only counts: the cost model says how long decode steps and prefills take, and time jumps from event to event.
+
+One iteration of a continuous engine: every decoding sequence makes a token, and up to prefill_tokens prompt tokens are computed, the
+longest-admitted sequence's first; a sequence whose prompt is done makes its first token at the iteration's end. The iteration takes
+decode_step_s(batch, context) + what those prompt tokens add to prefill_s of their prompt. So k iterations without an event take
+decode_s(batch, context, k) and a telescoping sum of prefills, and need not be taken one by one. A static batch is prefilled padded
+and at once, then decodes with all its rows until the last has ended.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from serving.request import FOREVER, CostModel, Limits, Plan, Record, StepResult
+
+MANY = 1 << 60
+
+
+@dataclass(frozen=True)
+class LinearCost:
+    """Straight lines for trying policies and for tests; the defaults are near ChatGLM2-6B in fp16 on one A100.
+
+    Attributes:
+        step_s: of any decode step: the weights are read once. row_s: more for each sequence, token_s: for each token of context.
+        call_s, prompt_token_s: of a prefill, and for each of its tokens, padding included.
+    """
+
+    kv_capacity_tokens: int = 100_000
+    kv_bytes_per_token: int = 28_672
+    step_s: float = 8e-3
+    row_s: float = 3e-5
+    token_s: float = 2e-8
+    call_s: float = 2e-3
+    prompt_token_s: float = 6.5e-5
+
+    def prefill_s(self, tokens: int, batch: int = 1) -> float:
+        return self.call_s + self.prompt_token_s * tokens if tokens > 0 else 0.0
+
+    def decode_step_s(self, batch: int, context_tokens: int) -> float:
+        return self.step_s + self.row_s * batch + self.token_s * context_tokens
+
+    def decode_s(self, batch: int, context_tokens: int, steps: int) -> float:
+        return steps * (self.step_s + self.row_s * batch + self.token_s * (context_tokens + batch * (steps - 1) / 2))
+
+    def batch_s(self, prompt_tokens: list[int], output_tokens: list[int]) -> float:
+        rows, longest = len(prompt_tokens), max(prompt_tokens)
+        return self.prefill_s(longest * rows, rows) + self.decode_s(rows, rows * (longest + 1), max(output_tokens) - 1)
+
+
+class Row:
+    """A sequence in the engine: `target` answer tokens to make since its admission on `base` tokens of context."""
+
+    __slots__ = ("id", "base", "target", "cut", "kept", "reserve", "joined", "prefilled", "ends_at", "alive", "held")
+
+    def __init__(self, record: Record, limits: Limits, reserve: int, base: int, stop_tokens: int | None):
+        request = record.request
+        whole = request.output_tokens
+        most = limits.max_tokens - request.prompt_tokens
+        if stop_tokens is not None and stop_tokens < most:
+            most = stop_tokens
+        self.id, self.base, self.kept, self.reserve = request.id, base, record.generated, reserve
+        self.cut = whole > most
+        self.target = max((most if self.cut else whole) - record.generated, 1)
+        self.joined = -1  # the step after which its first new token is there
+        self.prefilled, self.ends_at, self.alive, self.held = 0, -1, True, False
+
+
+class SimulatedEngine:
+    """Attributes (sums over the run, for metrics): busy_s; row_s, reserved_token_s, used_token_s: sequences, KV tokens reserved and
+    KV tokens in use, times seconds; prefill_tokens, step_rows: prompt tokens and rows of decode steps computed, padding included."""
+
+    def __init__(self, cost: CostModel, limits: Limits):
+        self.cost, self.limits = cost, limits
+        self.steps = 0
+        self.rows: dict[int, Row] = {}
+        self._decoding = self._context = self._reserved = self._noted = 0
+        self._ends: list[tuple[int, int, int, Row]] = []  # (step at which it ends or is full, id, serial, row); dead rows are skipped when met
+        self._prefills: deque[Row] = deque()
+        self._together = False
+        self._held: list[Row] = []
+        self.busy_s = self.row_s = self.reserved_token_s = self.used_token_s = 0.0
+        self.prefill_tokens = self.step_rows = 0
+
+    def generated(self, record: Record) -> int:
+        row = self.rows[record.request.id]
+        if row.joined < 0:
+            return row.kept
+        return row.kept + min(1 + self.steps - row.joined, row.target)
+
+    # ---- one step
+
+    def step(self, plan: Plan, budget_s: float = FOREVER) -> StepResult:
+        for record in plan.preempt:
+            self._drop(self.rows[record.request.id])
+        if plan.reserve_tokens:
+            for request_id, tokens in plan.reserve_tokens.items():
+                if (row := self.rows.get(request_id)) is not None:
+                    self._reserved += tokens - row.reserve
+                    row.reserve = tokens
+                    if row.joined >= 0 and not row.held:
+                        self._expect(row)
+        started: list[tuple[int, float]] = []
+        finished: list[Row] = []
+        overran: list[Row] = []
+        elapsed, emitted = 0.0, 0
+        if plan.admit:
+            if plan.together:
+                elapsed, emitted = self._start_together(plan, started)
+            else:
+                for record in plan.admit:
+                    row = Row(record, self.limits, plan.reserve_tokens[record.request.id], record.context_tokens, None)
+                    self.rows[row.id] = row
+                    self._reserved += row.reserve
+                    self._prefills.append(row)
+        chunk = plan.prefill_tokens or self.limits.prefill_tokens
+        last_step = self.steps + (plan.horizon_steps or MANY)
+        while True:
+            if (self._ends and self._ends[0][0] <= self.steps) or self._held:
+                self._collect(finished, overran)
+            if finished or overran or not self.rows or (elapsed and elapsed >= budget_s) or self.steps >= last_step:
+                break
+            ends = self._ends
+            while ends and not (ends[0][3].alive and ends[0][0] == ends[0][3].ends_at):
+                heapq.heappop(ends)
+            until = min(ends[0][0], last_step) if ends else last_step
+            if self._prefills:
+                head = self._prefills[0]
+                until = min(until, self.steps + max(1, -(-(head.base - head.prefilled) // chunk)))
+            k = until - self.steps
+            seconds = self._seconds(k, chunk)
+            if elapsed + seconds > budget_s and k > 1:
+                k, seconds = fewest_steps(lambda n: self._seconds(n, chunk), k, seconds, budget_s - elapsed)
+            elapsed += seconds
+            emitted += k * (self._decoding - len(self._held))
+            self._advance(k, seconds)
+            if self._prefills:
+                emitted += self._prefill(k * chunk, elapsed, started)
+        if self._together and not self.rows:
+            self._together = False
+        done = tuple([(row.id, row.kept + row.target, row.cut) for row in finished])
+        return StepResult(elapsed, emitted, tuple(started), done, tuple([row.id for row in overran]))
+
+    def _seconds(self, k: int, chunk: int) -> float:
+        """k iterations without an event."""
+        seconds = self.cost.decode_s(self._decoding, self._context, k) if self._decoding else 0.0
+        left = k * chunk
+        for row in self._prefills:
+            if left <= 0:
+                break
+            take = min(left, row.base - row.prefilled)
+            seconds += self.cost.prefill_s(row.prefilled + take) - self.cost.prefill_s(row.prefilled)
+            left -= take
+        return seconds
+
+    def _advance(self, k: int, seconds: float):
+        grown = k * self._decoding
+        self.busy_s += seconds
+        self.row_s += seconds * len(self.rows)
+        self.reserved_token_s += seconds * self._reserved
+        self.used_token_s += seconds * (self._context + grown / 2)
+        self.step_rows += grown
+        self.steps += k
+        self._context += grown
+
+    def _prefill(self, left: int, now: float, started: list) -> int:
+        """Compute so many prompt tokens; the number of sequences that made their first token."""
+        made = 0
+        while left > 0 and self._prefills:
+            row = self._prefills[0]
+            take = min(left, row.base - row.prefilled)
+            row.prefilled += take
+            self.prefill_tokens += take
+            left -= take
+            if row.prefilled == row.base:
+                self._prefills.popleft()
+                self._join(row)
+                started.append((row.id, now))
+                made += 1
+        return made
+
+    def _join(self, row: Row):
+        row.joined = self.steps
+        self._decoding += 1
+        self._context += row.base + 1
+        self._expect(row)
+
+    def _expect(self, row: Row):
+        """Note the step at which the row has made its last token or fills its reservation."""
+        ends_at = row.joined - 1 + min(row.target, row.reserve - row.base)
+        if ends_at != row.ends_at:
+            row.ends_at = ends_at
+            self._noted += 1  # ties between a row and its own past are broken by it
+            heapq.heappush(self._ends, (ends_at, row.id, self._noted, row))
+
+    def _collect(self, finished: list, overran: list):
+        ends = self._ends
+        while ends and ends[0][0] <= self.steps:
+            step, _, _, row = heapq.heappop(ends)
+            if not row.alive or row.held or step != row.ends_at:
+                continue
+            if row.target > row.reserve - row.base:
+                overran.append(row)
+            elif self._together:
+                row.held = True
+                self._held.append(row)
+            else:
+                finished.append(row)
+                self._drop(row)
+        if self._held and len(self._held) == len(self.rows):
+            finished += sorted(self._held, key=lambda row: row.id)
+            for row in self._held:
+                self._drop(row)
+            self._held = []
+
+    def _drop(self, row: Row):
+        row.alive = False
+        del self.rows[row.id]
+        self._reserved -= row.reserve
+        if row.joined < 0:
+            self._prefills.remove(row)
+        else:
+            self._decoding -= 1
+            self._context -= row.base + 1 + self.steps - row.joined
+
+    # ---- static batches
+
+    def _start_together(self, plan: Plan, started: list) -> tuple[float, int]:
+        longest = max(record.context_tokens for record in plan.admit)
+        self._together = True
+        rows = [Row(r, self.limits, plan.reserve_tokens[r.request.id], longest, plan.stop_tokens) for r in plan.admit]
+        seconds = self.cost.prefill_s(longest * len(rows), len(rows))
+        self._reserved += sum(row.reserve for row in rows)
+        self.rows.update((row.id, row) for row in rows)
+        self._advance(0, seconds)
+        self.prefill_tokens += longest * len(rows)
+        for row in rows:
+            row.prefilled = longest
+            self._join(row)
+            started.append((row.id, seconds))
+        return seconds, len(rows)
+
+
+def fewest_steps(seconds_of: Callable[[int], float], most: int, seconds: float, budget_s: float) -> tuple[int, float]:
+    """(k, seconds_of(k)) for the smallest k >= 1 with seconds_of(k) >= budget_s; seconds_of grows, and seconds_of(most) = seconds > budget_s.
+
+    Interpolates between the ends, and halves where that moves too little.
+    """
+    low, low_s, high, high_s = 0, 0.0, most, seconds
+    halve = False
+    while high - low > 1:
+        if halve:
+            middle = (low + high) // 2
+        else:
+            middle = low + int((high - low) * (budget_s - low_s) / (high_s - low_s)) + 1
+            middle = min(max(middle, low + 1), high - 1)
+        middle_s = seconds_of(middle)
+        if middle_s >= budget_s:
+            halve = high - middle < (high - low) // 4
+            high, high_s = middle, middle_s
+        else:
+            halve = middle - low < (high - low) // 4
+            low, low_s = middle, middle_s
+    return high, high_s
