@@ -209,7 +209,9 @@ def test_cross_entropy(rows, words, biased, trained, size, scale, factor, logits
     for i, (leaf, reference) in enumerate(zip(leaves, exact)):
         assert (leaf.grad is None) == (not trained[i])
         if trained[i]:
-            error = (leaf.grad.double() - reference.grad).norm() / (reference.grad.norm() + 1e-2 * scale)
+            # Rows cancel in a gradient; their rounding in bf16 does not.
+            floor = scale * (1e-2 if dtype == torch.float32 else max(1.0, factor) * 0.1 * rows**0.5)
+            error = (leaf.grad.double() - reference.grad).norm() / (reference.grad.norm() + floor)
             assert leaf.grad.dtype == dtype and error < (2e-5 if dtype == torch.float32 else 0.03)
 
 
