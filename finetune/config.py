@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from chatglm.families import FAMILIES
 from finetune.methods import METHODS
@@ -53,6 +54,9 @@ def keep(default, help: str, **kwargs):
 @dataclass(frozen=True)
 class TrainConfig:
     """All flags of train.py, validated. Lengths are in tokens, steps are optimizer steps."""
+
+    title: ClassVar[str] = "Fine-tune ChatGLM-6B, ChatGLM2-6B or ChatGLM3-6B"
+    unused: ClassVar[tuple[str, ...]] = ()  # fields that mean nothing to a task: they are no flags of it
 
     task: str = keep("finetune", "what is trained: the model, or a predictor of the length of its answers; --task predictor --help "
                      "shows that one's flags", choices=("finetune", "predictor"))  # fmt: skip
@@ -190,15 +194,19 @@ def add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field):
     parser.add_argument(*names, type=flag_type(f), **options)
 
 
+def flags_of(config_class: type[TrainConfig]) -> list[dataclasses.Field]:
+    return [f for f in dataclasses.fields(config_class) if f.name not in config_class.unused]
+
+
 def build_parser(config_class: type[TrainConfig] = TrainConfig) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py",
-        description="Fine-tune ChatGLM-6B, ChatGLM2-6B or ChatGLM3-6B: deepspeed train.py ..., torchrun ... train.py ... or python train.py ...",
+        description=f"{config_class.title}: deepspeed train.py ..., torchrun ... train.py ... or python train.py ...",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=110),
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of flags; the command line wins")
-    for f in dataclasses.fields(config_class):
+    for f in flags_of(config_class):
         add_flag(parser, f)
     launcher = parser.add_argument_group("DeepSpeed's own flags, accepted as its launcher passes them")
     launcher.add_argument("--deepspeed", action="store_true", default=argparse.SUPPRESS, help="no effect: always on")
@@ -309,7 +317,7 @@ def read_mapping(path: str) -> dict:
 def read_config_file(path: str, config_class: type[TrainConfig] = TrainConfig) -> dict:
     """Flags from a YAML or JSON mapping, their types checked as on the command line."""
     values = read_mapping(path)
-    fields = {f.name: f for f in dataclasses.fields(config_class)}
+    fields = {f.name: f for f in flags_of(config_class)}
     if unknown := [name for name in values if name not in fields]:
         raise ValueError(f"--config: {path}: unknown flag {unknown[0]!r}")
     checked = {}

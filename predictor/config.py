@@ -1,6 +1,7 @@
 """The flags of `train.py --task predictor`: those of fine-tuning, and what a predictor adds. Free of torch."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from finetune.config import TrainConfig, flag, keep
 from finetune.methods import METHODS
@@ -14,6 +15,9 @@ TRAIN_TYPES = (*METHODS, "none")
 class PredictorConfig(TrainConfig):
     """All flags of train.py --task predictor. Lengths are tokens of the served model, without its end token."""
 
+    title: ClassVar[str] = "Train a predictor of the length of a served model's answers"
+    unused: ClassVar[tuple[str, ...]] = ("max_len", "is_skip", "prompt_text", "eval_f1", "eval_max_new_tokens", "estimate_memory")
+
     task: str = keep("predictor", "what is trained", choices=("finetune", "predictor"))
     model_name_or_path: str = keep("", "folder of the served model: its tokenizer counts lengths; with --backbone chatglm it is the "
                                    "backbone too (not needed where rows carry output_tokens and the backbone is another)")  # fmt: skip
@@ -24,6 +28,7 @@ class PredictorConfig(TrainConfig):
                                   "encoder: all; lexical: none]", choices=TRAIN_TYPES)  # fmt: skip
     learning_rate: float | None = keep(None, "highest learning rate [all, freeze: 5e-5; else 1e-3]")
     metric_for_best: str = flag("loss", "what makes a checkpoint the best", choices=("loss", "tau", "mae"))
+    batching: str = keep("ragged", "grouped: prompts of like length in one pass, which spares an encoder padding", choices=("ragged", "grouped"))
     # predictor
     backbone: str = keep("lexical", "lexical: n-grams and counts, no transformer; encoder: a Hugging Face encoder (--encoder_path); "
                          "chatglm: the served model itself", choices=tuple(BACKBONES))  # fmt: skip
@@ -54,6 +59,7 @@ class PredictorConfig(TrainConfig):
         if not self.train_type:
             kinds = {"chatglm": "none" if self.reuse_prefill else "lora", "encoder": "all", "lexical": "none"}
             object.__setattr__(self, "train_type", kinds.get(self.backbone))
+        object.__setattr__(self, "max_len", self.max_src_len + 1)  # there is a prompt and no answer
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", 5e-5 if self.train_type in ("all", "freeze") else 1e-3)
         super().__post_init__()
