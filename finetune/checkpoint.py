@@ -10,7 +10,6 @@ output_dir/epoch-E-step-S/
 A folder with a manifest is complete; the newest is found by its step, so there is no pointer file to go stale.
 """
 
-import hashlib
 import json
 import os
 import pickle
@@ -26,8 +25,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from chatglm.loading import PREFIX, stop_ids
-from finetune.config import TrainConfig
-from finetune.distributed import agree, rank, say, world_size
+from finetune.config import TrainConfig, read_ds_file
+from finetune.distributed import agree, rank, say, without_prints, world_size
+from finetune.files import flush, flush_tree, sha256, write_aside
 
 FORMAT_VERSION = 1
 NAME = re.compile(r"epoch-(\d+)-step-(\d+)$")
@@ -77,40 +77,6 @@ def find_resume(resume: str, output_dir: str | Path) -> Path | None:
     if not (folder / MANIFEST).is_file() or not (folder / "trainer").is_dir():
         raise FileNotFoundError(f"--resume_from_checkpoint: {folder} is not a complete checkpoint (manifest.json and trainer/)")
     return folder
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def flush(path: Path):
-    """Force a file, or a folder's own list of names, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def flush_tree(folder: Path):
-    """Force every file and folder below `folder` to disk."""
-    for path in [*folder.rglob("*"), folder]:
-        flush(path)
-
-
-def write_aside(path: Path, text: str):
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def remove_leftovers(output_dir: Path, replace: bool):
@@ -228,7 +194,7 @@ class Checkpointer:
     def __init__(self, config: TrainConfig, output_dir: Path, engine, model, task, *, base: dict):
         self.config, self.output_dir, self.engine, self.model, self.task, self.base = config, output_dir, engine, model, task, base
         self.needed = checkpoint_bytes(model, task.method.saves)
-        self.data = agree(lambda: sha256(Path(config.train_path)))
+        self.data = agree(task.data_hash)
 
     def save(self, *, epoch: int, step: int, metrics: dict) -> Path:
         """Write output_dir/epoch-E-step-S on all ranks; when this returns it is committed. Metrics go into its manifest."""
@@ -258,6 +224,7 @@ class Checkpointer:
                 "epoch": epoch,
                 "step": step,
                 "world_size": world_size(),
+                "zero_stage": self.engine.zero_optimization_stage(),
                 "metrics": metrics,
                 "versions": versions(),
                 "sha256": {p.name: sha256(p) for p in files},
@@ -289,13 +256,17 @@ class Checkpointer:
             raise ValueError(f"{folder} was made with other flags: {'; '.join(changed)}")
         if manifest["world_size"] != world_size():
             raise ValueError(f"{folder} was made by {manifest['world_size']} ranks, this run has {world_size()}")
+        stage = self.engine.zero_optimization_stage()
+        asked = read_ds_file(self.config.ds_file)[1].get("zero_optimization", {}).get("stage", 0)
+        if (before := manifest.get("zero_stage", asked)) != stage:  # as the file said, before manifests knew it
+            raise ValueError(f"{folder} holds a ZeRO-{before} state, this run is on ZeRO-{stage}; its weights can still be a new run's start")
         fingerprint = manifest["base_model"].get("fingerprint")
         if fingerprint and fingerprint != self.base.get("fingerprint"):
             raise ValueError(f"{folder} was trained on another base model than {self.base['name_or_path']}")
         if manifest.get("train_data") not in (None, self.data):
             raise ValueError(f"--train_path: {self.config.train_path} has changed since {folder} was made")
         try:
-            with weights_only():
+            with weights_only(), without_prints():
                 path, _ = self.engine.load_checkpoint(str(folder / "trainer"), tag="state", load_module_strict=False)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             found = next((line for line in str(error).splitlines() if "WeightsUnpickler" in line), str(error).split("\n")[0])

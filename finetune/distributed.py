@@ -1,13 +1,15 @@
 """Ranks, ports and DeepSpeed's configuration: everything between the flags and `deepspeed.initialize`."""
 
+import io
 import os
 import socket
 import warnings
+from contextlib import redirect_stdout
 
 import torch
 import torch.distributed as dist
 
-from finetune.config import TrainConfig, fill_sizes, read_ds_file
+from finetune.config import TrainConfig, fill_sizes, read_ds_file, stage_for
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -24,6 +26,11 @@ def say(*words):
     """Print on rank 0."""
     if rank() == 0:
         print(*words, flush=True)
+
+
+def without_prints():
+    """Keep to itself what DeepSpeed's BF16_Optimizer prints; its log goes on."""
+    return redirect_stdout(io.StringIO())
 
 
 def free_port() -> int:
@@ -172,7 +179,42 @@ def deepspeed_config(config: TrainConfig, *, precision: str, adapters: bool, tot
     ds["optimizer"] = optimizer
     if left := find_auto(ds):
         raise ValueError(f"--ds_file: {path}: {left} is \"auto\" and no flag fills it; write a value")
+    stage, zero["stage"] = zero.get("stage", 0), stage_for(ds, precision, adapters, world)
+    if world == 1 and zero["stage"] == 1:
+        ds["bf16"].setdefault("immediate_grad_update", True)
+    if zero["stage"] != stage:
+        say(f"ZeRO: stage {zero['stage']} ({path.name} asks for {stage}; one rank has nothing to share out)")
     return ds
+
+
+def fit_to_one_rank(engine, parameters: list):
+    """Take out of an engine that shares nothing out (stage_for) what it still does for other ranks, and put right its norm."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    bf16, plain = isinstance(engine.optimizer, BF16_Optimizer), isinstance(engine.optimizer, torch.optim.Optimizer)
+    if world_size() == 1 and (bf16 or plain):
+        # It would copy all gradients to sum them over one rank, and round their fp32 sums to bf16 on the way.
+        engine.enable_backward_allreduce = False
+    if bf16:
+        whole = engine.optimizer.get_grads_for_norm
+        engine.optimizer.get_grads_for_norm = lambda for_clipping=False: (
+            whole(for_clipping=True) if for_clipping else (pieces(whole()[0]), {})
+        )
+    if plain:  # DeepSpeed clips without ZeRO too, but forgets the norm
+
+        def clip():
+            norm = torch.nn.utils.get_total_norm(pieces(p.grad for p in parameters if p.grad is not None))
+            torch.nn.utils.clip_grads_with_norm_(parameters, engine.gradient_clipping(), norm)
+            engine._global_grad_norm = norm
+
+        engine.clip_fp32_gradients = clip
+
+
+def pieces(tensors) -> list[torch.Tensor]:
+    """The tensors, cut small where a CPU is to sum them up: torch adds in fp32 there, and is off by 0.2 % at 3e7 numbers."""
+    if torch.cuda.is_available():
+        return list(tensors)
+    return [piece for tensor in tensors for piece in tensor.reshape(-1).split(2**18)]
 
 
 def is_on(ds: dict, name: str) -> bool:

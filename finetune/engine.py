@@ -22,7 +22,6 @@ from finetune.checkpoint import (
     check_disk,
     find_resume,
     remove_leftovers,
-    write_aside,
 )
 from finetune.config import TrainConfig
 from finetune.data import epoch_order, step_rows
@@ -31,6 +30,7 @@ from finetune.distributed import (
     agree,
     deepspeed_config,
     device,
+    fit_to_one_rank,
     init_distributed,
     make_optimizer,
     on_device,
@@ -38,8 +38,10 @@ from finetune.distributed import (
     resolve_precision,
     say,
     sum_over_ranks,
+    without_prints,
     world_size,
 )
+from finetune.files import write_aside
 from finetune.lora import use_lean_lora
 from finetune.task import FineTuning
 
@@ -169,7 +171,9 @@ def build_engine(config: TrainConfig, task: FineTuning, total_steps: int):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(trainable, ds)
-    engine, *_ = deepspeed.initialize(model=task.loss_module(model), model_parameters=trainable, optimizer=optimizer, config=ds)
+    with without_prints():
+        engine, *_ = deepspeed.initialize(model=task.loss_module(model), model_parameters=trainable, optimizer=optimizer, config=ds)
+    fit_to_one_rank(engine, trainable)
     return engine, model, precision
 
 

@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
                 for row, answer, gold in zip(rows, answers, golds)
             ]
             result = {"f1": score, "rows": len(rows), "denominator": args.f1_denominator, "seconds": seconds, "answers": scored}
-            from finetune.checkpoint import write_aside
+            from finetune.files import write_aside
 
             write_aside(Path(args.output), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     except (ValueError, OSError) as error:

@@ -18,7 +18,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from finetune.config import TrainConfig, add_flag, fill_sizes, read_ds_file
+from finetune.config import BETWEEN_RANKS, TrainConfig, add_flag, fill_sizes, read_ds_file
 from finetune.memory_formula import GIB, MIB, Run, Zero, estimate
 from finetune.memory_shapes import PUBLISHED, read_shape
 from finetune.methods import module_names
@@ -90,7 +90,7 @@ def read_zero(name: str, hidden: int) -> Zero:
         zero = {k: v for k, v in fill_sizes(ds.get("zero_optimization", {"stage": 0}), hidden).items() if v != "auto"}
         sizes = {"reduce_bucket": "reduce_bucket_size", "prefetch": "stage3_prefetch_bucket_size", "live": "stage3_max_live_parameters"}
         return Zero(
-            stage=int(zero.get("stage", 0)), overlap=zero.get("overlap_comm"),
+            stage=int(zero.get("stage", 0)), overlap=zero.get("overlap_comm"), obeyed=not zero.keys() <= BETWEEN_RANKS,
             **{f"offload_{k}": (zero.get(f"offload_{k}") or {}).get("device", "none") not in ("none", "auto") for k in ("optimizer", "param")},
             **{field: float(zero[key]) for field, key in sizes.items() if zero.get(key) is not None},
         )  # fmt: skip

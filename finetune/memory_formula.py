@@ -39,6 +39,7 @@ class Zero:
     prefetch: float = 5e7
     live: float = 1e9
     overlap: bool | None = None  # DeepSpeed: on for stage 3
+    obeyed: bool = False  # says more than how ranks talk, so train.py keeps to its stage on one rank too (config.stage_for)
 
     @property
     def overlaps(self) -> bool:
@@ -88,6 +89,13 @@ class Run:
     @property
     def adapters(self) -> bool:
         return METHODS[self.train_type].saves != "model"
+
+    @property
+    def spared(self) -> bool:
+        """On one rank, as train.py has it (config.stage_for): no partitions, buckets or flattened gradients."""
+        zero = self.zero
+        alone = self.ours and self.gpus == 1 and not self.adapters and self.precision != "fp16"
+        return bool(alone and zero and zero.stage < 3 and not (zero.obeyed or zero.offload_optimizer or zero.offload_param))
 
     @cached_property
     def trained(self) -> dict[str, int]:
@@ -201,6 +209,8 @@ def estimate(run: Run, constants: Constants | None = None) -> Estimate:
     constants = constants or Constants()
     shape, zero, n = run.shape, run.zero, run.gpus
     e = 4 if run.precision == "fp32" else 2
+    if run.spared and e == 4:
+        zero = None  # what remains is torch's optimizer
     sizes = run.trained
     count, largest = sum(sizes.values()), max(sizes.values())
     wide = 4 if e == 4 or (run.ours and run.adapters and run.precision == "bf16") else e  # of a trained weight
@@ -223,7 +233,9 @@ def estimate(run: Run, constants: Constants | None = None) -> Estimate:
     if run.ours and not zero and not (shape.tied and run.train_type == "all"):
         whole = 0.0  # autograd hands its tensor over; a tied one waits for the other's
     buffers = cache = 0.0
-    if zero and stage in (1, 2):
+    if zero and run.spared:
+        step, whole = 0.0, (e + grad) * largest  # BF16_Optimizer: a gradient and its fp32 copy, added to the sum there is
+    elif stage in (1, 2):
         buffers = zero.reduce_bucket * (wide if run.adapters else e) * (2 if zero.overlaps else 1)
         if n > 1:
             # Reduced in a copy that joins the slices of several ranks: a bucket's, or those of a weight too large for it
@@ -251,8 +263,8 @@ def estimate(run: Run, constants: Constants | None = None) -> Estimate:
     if run.ours and run.train_type == "lora" and wide > e and stage < 3:
         kept += e * count  # the adapters in the model's dtype
 
-    # Gradients stay through the next forward pass only where several passes make one step.
-    waiting = gradients if run.accumulation > 1 else 0.0
+    # Gradients stay through the next forward pass only where several passes make one step; BF16_Optimizer's sums always do.
+    waiting = gradients if run.accumulation > 1 or (zero and run.spared) else 0.0
     forward = kept + max(head, work)
     backward = (gradients - waiting) + whole + step
     unshared = 0.0 if run.cpu else constants.unshared

@@ -149,7 +149,7 @@ def run(args) -> int:
             for r, a in zip(rows, answers)
         )
         if args.output:
-            from finetune.checkpoint import write_aside
+            from finetune.files import write_aside
 
             write_aside(Path(args.output), lines)
             print(f"{len(rows)} answers written to {args.output}")

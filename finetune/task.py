@@ -13,6 +13,7 @@ from finetune.config import TrainConfig
 from finetune.data import Dataset, Row, collate, count_labels, encode_rows, read_rows
 from finetune.distributed import rank, say
 from finetune.evaluate import evaluation_loss, generation_f1
+from finetune.files import sha256
 from finetune.loss import LossModule
 from finetune.methods import make_method
 
@@ -42,6 +43,10 @@ class FineTuning:
         self.data, _ = self.load_dataset(self.config.train_path, "train")
         if self.config.eval_path:
             self.eval_data, self.eval_rows = self.load_dataset(self.config.eval_path, "eval")
+
+    def data_hash(self) -> str:
+        """Of the training rows: a resumed run must have the same."""
+        return sha256(Path(self.config.train_path))
 
     def load_dataset(self, path: str, name: str) -> tuple[Dataset, list[Row]]:
         config = self.config

@@ -37,19 +37,45 @@ class Encoder:
 
     def load_model(self, dtype, method_options: dict, folder: str | None = None):
         """The encoder, without a pooler or a task's head."""
+        from safetensors import SafetensorError
         from transformers import AutoModel
 
+        from chatglm.loading import named_base, quiet_transformers
+
         folder = folder or self.encoder_path
+        adapter = Path(folder, "adapter_config.json").is_file()
         try:
-            model = AutoModel.from_pretrained(folder, dtype=dtype)
-        except (OSError, ValueError) as error:
+            with quiet_transformers():  # it would report a pooler as missing; what is really missing is an error below
+                source = named_base(Path(folder)) if adapter else folder
+                model, info = AutoModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"--encoder_path {folder}: no encoder there ({str(error).splitlines()[0]})") from None
-        return cut_after(model, max(self.layers)) if self.layers else model
+        if lost := sorted(name for name in info["missing_keys"] if "pooler." not in name):
+            raise ValueError(f"--encoder_path {folder}: the weights lack {len(lost)} tensors, the first is {lost[0]}")
+        if getattr(model, "pooler", None) is not None:
+            model.pooler = None
+        positions = getattr(model.config, "max_position_embeddings", None) or self.max_src_len
+        if self.max_src_len > positions:
+            raise ValueError(f"--max_src_len {self.max_src_len}: {folder} reads at most {positions} tokens")
+        model = cut_after(model, max(self.layers)) if self.layers else model
+        if adapter:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        return model
+
+    def load_served(self, folder: Path, dtype, **base):
+        """(encoder, tokenizer) of a predictor's folder. Encoders have no base of their own."""
+        return self.load_model(dtype, {}, str(folder)), self.load_tokenizer(str(folder))
+
+    @staticmethod
+    def has_weights(folder: Path) -> bool:
+        return True
 
     def encode(self, tokenizer, prompt: str) -> list[int]:
-        from predictor.scorers import keep_ends
+        from predictor.scorers import clean, keep_ends
 
-        return keep_ends(tokenizer(prompt[: 40 * self.max_src_len], truncation=False, verbose=False)["input_ids"], self.max_src_len)
+        return keep_ends(tokenizer(clean(prompt, self.max_src_len), truncation=False, verbose=False)["input_ids"], self.max_src_len)
 
     def collate(self, rows: list[list[int]], tokenizer, *, multiple: int = 1) -> dict:
         """Rows of ids side by side, padded on the right."""
@@ -115,8 +141,41 @@ class ChatGLM:
 
         return load_model(folder, mode=self.mode, dtype=dtype, **method_options)
 
+    def load_served(self, folder: Path, dtype, *, base_model: str | None = None, base_fingerprint: str | None = None):
+        """(model, tokenizer) of a predictor's folder: its own weights, its adapter or prefix on their base, or the base alone.
+
+        Args:
+            base_model: the base's folder; by default the one that the folder names.
+            base_fingerprint: what `chatglm.loading.base_fingerprint` must give of it.
+        Raises:
+            FileNotFoundError: the base is not there.
+            ValueError: it is another model than the head was trained on.
+        """
+        from chatglm.loading import base_fingerprint as fingerprint_of
+        from chatglm.loading import named_base, stored_prefix
+
+        folder = Path(folder)
+        own = self.has_weights(folder)
+        whole = own and not (folder / "adapter_config.json").is_file() and not (stored_prefix(folder) or {}).get("only")
+        base = None if whole else base_model or named_base(folder)
+        if not whole:
+            if not base or not Path(base).is_dir():
+                raise FileNotFoundError(f"{folder}: its base model ({base}) is not there; give base_model=FOLDER")
+            if base_fingerprint and fingerprint_of(base) != base_fingerprint:
+                raise ValueError(f"{folder} was trained on another model than {base}: their weights differ")
+        model = self.load_model(dtype, {"base": base} if own and base else {}, str(folder if own else base))
+        file = self.family.tokenizer_file
+        return model, self.load_tokenizer(str(folder if (folder / file).is_file() else base))
+
+    @staticmethod
+    def has_weights(folder: Path) -> bool:
+        """Whether a predictor's folder holds more than a head: a model, an adapter or a prefix."""
+        return any((Path(folder) / name).is_file() for name in ("adapter_config.json", "config.json"))
+
     def encode(self, tokenizer, prompt: str) -> list[int]:
-        return self.family.encode_prompt(tokenizer, prompt, self.max_src_len).input_ids
+        from predictor.scorers import clean
+
+        return self.family.encode_prompt(tokenizer, clean(prompt, self.max_src_len), self.max_src_len).input_ids
 
     def collate(self, rows: list[list[int]], tokenizer, *, multiple: int = 1) -> dict:
         from finetune.data import lay_end_to_end

@@ -1,11 +1,17 @@
 """From what a model puts out to probabilities that hold: temperature, score to distribution, conformal levels. numpy only."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 KNOTS = 201  # a calibration map keeps at most so many points
-RESIDUALS = 101
+POINTS = 1024  # labels that a ScoreScale keeps
+NEAR = 0.4  # standard deviations of the score: how far a label speaks for other scores
+GRID = 256  # points at which a residual's distribution is tabulated
+ALL = 0.003  # weight that a label has everywhere
+FURTHEST = 2.5  # standard deviations; scores beyond count as there
+FLOOR = 1e-6
 
 
 @dataclass(frozen=True)
@@ -14,7 +20,8 @@ class Conformal:
 
     Split conformal on the probability integral transform (Chernozhukov, Wuethrich and Zhu 2021, "Distributional conformal
     prediction"): where u_i = F_i(L_i) are what the model gave the lengths of n prompts it has not seen, the k-th smallest u
-    becomes k / (n + 1), so quantile(q) covers a new answer with probability at least q, whatever the model.
+    becomes k / (n + 1), so quantile(q) covers a new answer with probability at least q, whatever the model: up to q = n / (n + 1),
+    where no two levels are the same, and but for the width of a bin, inside which calibrated mass is spread evenly.
 
     Attributes:
         raw, calibrated: (M,) ascending, from 0 to 1.
@@ -26,6 +33,8 @@ class Conformal:
     @classmethod
     def fit(cls, levels: np.ndarray, finished: np.ndarray, weights: np.ndarray) -> "Conformal":
         """levels (n,) in [0, 1]; answers that were cut count as longer than that; weights (n,), 1 in all for each prompt."""
+        if not finished.any():
+            return cls()  # caps alone say nothing of lengths
         raw, share = kaplan_meier(np.clip(levels, 0, 1), finished, weights, never=1.0)
         if len(raw) > KNOTS:
             chosen = np.unique(np.round(np.linspace(0, len(raw) - 1, KNOTS)).astype(int))
@@ -36,15 +45,29 @@ class Conformal:
 
     def apply(self, probabilities: np.ndarray) -> np.ndarray:
         """(N, K) bin masses to calibrated ones."""
-        total = np.cumsum(probabilities, axis=1)
-        total = np.concatenate([np.zeros((len(total), 1)), total / total[:, -1:]], axis=1)
-        return np.diff(np.interp(total, self.raw, self.calibrated), axis=1)
+        found = np.interp(cumulative(probabilities), *self.knots)
+        return found[:, 1:] - found[:, :-1]
+
+    @cached_property
+    def knots(self) -> tuple[np.ndarray, np.ndarray]:
+        """raw and calibrated as arrays."""
+        return np.array(self.raw), np.array(self.calibrated)
+
+
+def cumulative(probabilities: np.ndarray) -> np.ndarray:
+    """(N, K) bin masses -> (N, K + 1), 0 to 1 at the edges, with FLOOR of the mass spread over all bins: where a model that is too
+    sure of itself would give many lengths the level 1, no map of levels could tell them apart."""
+    total = np.zeros((len(probabilities), probabilities.shape[1] + 1))
+    np.cumsum(probabilities, axis=1, out=total[:, 1:])
+    total *= (1 - FLOOR) / total[:, -1:]
+    total += np.linspace(0, FLOOR, total.shape[1])
+    total[:, -1] = 1
+    return total
 
 
 def levels_of(probabilities: np.ndarray, edges: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """(N,): the cumulative probability that each prediction (N, K) gives to what came, (N,) tokens."""
-    total = np.concatenate([np.zeros((len(probabilities), 1)), np.cumsum(probabilities, axis=1)], axis=1)
-    total /= total[:, -1:]
+    total = cumulative(probabilities)
     k = np.clip(np.searchsorted(edges, tokens, side="right") - 1, 0, len(edges) - 2)
     share = np.clip((tokens - edges[k]) / (edges[k + 1] - edges[k]), 0, 1)
     rows = np.arange(len(tokens))
@@ -53,66 +76,85 @@ def levels_of(probabilities: np.ndarray, edges: np.ndarray, tokens: np.ndarray) 
 
 @dataclass(frozen=True)
 class ScoreScale:
-    """From a score to a distribution: log(1 + L) = intercept + slope * score + residual, the residual's spread changing with the score.
+    """From a score to a distribution: log(1 + L) = intercept + slope * score + a residual, distributed as those of like scores were, a
+    kernel estimate of the conditional distribution (Hall, Wolff and Yao 1999). So it may bend, widen and lean as the score grows.
 
     Attributes:
-        spread_at, spread: (M,) location -> standard deviation of the residual there.
-        residuals: (R,) evenly spaced quantiles of the standardised residual.
+        center, spread: of the scores.
+        scores, residuals, weights: (P,) standardised score, residual in log(1 + L) and weight of calibration labels.
     """
 
+    center: float
+    spread: float
     intercept: float
     slope: float
-    spread_at: tuple[float, ...]
-    spread: tuple[float, ...]
+    scores: tuple[float, ...]
     residuals: tuple[float, ...]
+    weights: tuple[float, ...]
 
     @classmethod
     def fit(cls, scores: np.ndarray, tokens: np.ndarray, finished: np.ndarray, weights: np.ndarray) -> "ScoreScale":
-        """scores, tokens, finished, weights: (n,), of prompts that the scoring model has not seen.
-
-        What was cut is filled up with what is expected beyond the cut (Buckley and James 1979).
-        """
-        y, w = np.log1p(tokens), weights
-        filled = y
+        """scores, tokens, finished, weights: (n,), of prompts that the scoring model has not seen."""
+        center = float(np.average(scores, weights=weights))
+        spread = float(np.sqrt(np.average((scores - center) ** 2, weights=weights))) or 1.0
+        z, logs = (scores - center) / spread, np.log1p(tokens)
+        given = weights
         for _ in range(1 if finished.all() else 4):
-            mean_s, mean_y = np.average(scores, weights=w), np.average(filled, weights=w)
-            variance = np.average((scores - mean_s) ** 2, weights=w)
-            slope = float(np.average((scores - mean_s) * (filled - mean_y), weights=w) / variance) if variance > 0 else 0.0
+            mean, middle = np.average(logs, weights=weights), np.average(z, weights=weights)
+            slope = float(np.average((z - middle) * (logs - mean), weights=weights) / max(1e-12, np.average((z - middle) ** 2, weights=weights)))
             slope = max(slope, 1e-6)  # a higher score means longer, or all but nothing
-            location = mean_y + slope * (scores - mean_s)
-            residual = filled - location
-            whole = float(np.sqrt(np.average(residual**2, weights=w))) or 1e-3
-            parts = np.array_split(np.argsort(location), max(1, min(8, len(y) // 100)))
-            # Shrunk to the whole's spread as if 50 prompts more had it.
-            spread = [np.sqrt((w[p] @ residual[p] ** 2 + 50 * whole**2) / (w[p].sum() + 50)) for p in parts]
-            at = [float(np.average(location[p], weights=w[p])) for p in parts]
-            at = np.maximum.accumulate(np.array(at) + 1e-9 * np.arange(len(at)))
-            scale = np.interp(location, at, spread)
-            values, share = kaplan_meier((y - location) / scale, finished, w)
-            steps = np.diff(share, prepend=0.0)
-            beyond = np.cumsum((values * steps)[::-1])[::-1], np.cumsum(steps[::-1])[::-1]
-            place = np.minimum(np.searchsorted(values, (y - location) / scale, side="right"), len(values) - 1)
-            filled = np.where(finished, y, np.maximum(y, location + scale * beyond[0][place] / np.maximum(beyond[1][place], 1e-12)))
-        middle = share - steps / 2
-        residuals = np.interp((np.arange(RESIDUALS) + 0.5) / RESIDUALS, middle / share[-1], values)
-        return cls(float(mean_y - slope * mean_s), slope, tuple(at.tolist()), tuple(map(float, spread)), tuple(residuals.tolist()))
+            intercept = float(mean - slope * middle)
+            if not finished.all():
+                weights = hand_on(z, logs - intercept - slope * z, finished, given)
+        kept = np.flatnonzero(weights > 0)
+        if len(kept) > POINTS:  # a fair sample: every so many-th in the order of scores
+            kept = kept[np.argsort(z[kept], kind="stable")][np.linspace(0, len(kept) - 1, POINTS).astype(int)]
+        columns = (tuple(np.round(column[kept], 6).tolist()) for column in (z, logs - intercept - slope * z, weights))
+        return cls(center, spread, intercept - slope * center / spread, slope / spread, *columns)
 
     def location(self, scores: np.ndarray) -> np.ndarray:
         return self.intercept + self.slope * scores
 
-    def probabilities(self, scores: np.ndarray, edges: np.ndarray) -> np.ndarray:
-        """(N,) scores -> (N, K) bin masses: the residuals, each blurred by a logistic kernel, at every score's place."""
-        location = self.location(scores)
-        spread = np.interp(location, self.spread_at, self.spread)
-        z = (np.log1p(edges[None, 1:-1]) - location[:, None]) / spread[:, None]
-        residuals = np.asarray(self.residuals)
-        blur = 0.6 * len(residuals) ** -0.2  # a tenth or two of a standard deviation
-        # The kernel-smoothed distribution of the residual is one function: tabulated once, looked up for every edge.
-        grid = np.linspace(residuals[0] - 8 * blur, residuals[-1] + 8 * blur, 512)
-        table = (1 / (1 + np.exp(-np.clip((grid[:, None] - residuals) / (blur / 1.8), -40, 40)))).mean(axis=1)
-        total = np.interp(z, grid, table, left=0.0, right=1.0)
-        total = np.concatenate([np.zeros((len(z), 1)), total, np.ones((len(z), 1))], axis=1)
-        return np.diff(total, axis=1)
+    def reader(self, edges: np.ndarray):
+        """scores (N,) -> bin masses (N, K) over `edges`."""
+        points, residuals, weights = np.array(self.scores), np.array(self.residuals), np.array(self.weights)
+        mean = np.average(residuals, weights=weights)
+        deviation = max(float(np.sqrt(np.average((residuals - mean) ** 2, weights=weights))), 0.02)
+        blur = 0.33 * deviation * len(residuals) ** -0.2
+        # Each label's smoothed step, tabulated over the residuals there are: a score's distribution is a mean of the steps near it.
+        low, step = residuals.min() - 12 * blur, (np.ptp(residuals) + 24 * blur) / (GRID - 1)
+        steps = 1 / (1 + np.exp(-np.clip((low + step * np.arange(GRID)[None] - residuals[:, None]) / blur, -40, 40)))
+        logs = np.log1p(edges[1:-1])
+
+        def read(scores: np.ndarray) -> np.ndarray:
+            z = np.clip((scores - self.center) / self.spread, -FURTHEST, FURTHEST)
+            near = (np.exp(((z[:, None] - points) / NEAR) ** 2 / -2) + ALL) * weights
+            curve = (near @ steps) / near.sum(axis=1, keepdims=True)
+            at = np.clip((logs - self.location(scores)[:, None] - low) / step, 0, GRID - 1.001)
+            left = at.astype(int)
+            share = at - left
+            rows = np.arange(len(z))[:, None]
+            total = np.zeros((len(z), len(edges)))
+            total[:, 1:-1] = (1 - share) * curve[rows, left] + share * curve[rows, left + 1]
+            total[:, -1] = 1
+            return np.maximum(total[:, 1:] - total[:, :-1], 0)
+
+        return read
+
+
+def hand_on(scores: np.ndarray, residuals: np.ndarray, finished: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(n,): weights after every cut answer has handed its own on to larger residuals of like score (Efron 1967, "redistribution to
+    the right"); where none is larger it counts as if it had ended at its cut."""
+    weights = weights.astype(float).copy()
+    order = np.lexsort((~finished, residuals))  # of equals the cut ones come last: they hand on to larger ones only
+    s, w, done = scores[order], weights[order], finished[order]
+    for i in np.flatnonzero(~done):
+        near = w[i + 1 :] * np.exp(((s[i + 1 :] - s[i]) / NEAR) ** 2 / -2)
+        if done[i + 1 :].any() and (total := near.sum()) > 0:
+            w[i + 1 :] += w[i] * near / total
+            w[i] = 0
+    weights[order] = w
+    return weights
 
 
 def kaplan_meier(values: np.ndarray, finished: np.ndarray, weights: np.ndarray, never: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -125,8 +167,6 @@ def kaplan_meier(values: np.ndarray, finished: np.ndarray, weights: np.ndarray, 
     leaving = np.bincount(place, weights, minlength=len(distinct))
     at_risk = np.cumsum(leaving[::-1])[::-1] + never
     share = 1 - np.cumprod(1 - ended / at_risk)
-    if not ended.any():  # all were cut: nothing is known beyond
-        ended, share = leaving, np.cumsum(leaving) / (leaving.sum() + never)
     return distinct[ended > 0], share[ended > 0]
 
 

@@ -1,13 +1,13 @@
 """From a head's outputs to calibrated predictions, and the card that keeps them with a model. numpy only."""
 
-import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from finetune.files import sha256, write_aside
 from predictor.calibration import Conformal, levels_of
 from predictor.heads import HEADS
 from predictor.prediction import LengthPrediction
@@ -44,12 +44,16 @@ class Decoder:
             rest = ~held if held.any() and not held.all() else np.ones(len(held), bool)
             if held.any():
                 settings = head.fit(outputs[rest], tokens[rest], finished[rest], weights[rest])
-                levels[held] = levels_of(head.decode(outputs[held], settings, edges)[0], edges, tokens[held])
+                levels[held] = levels_of(head.reader(settings, edges)(outputs[held])[0], edges, tokens[held])
         return cls(head, head.fit(outputs, tokens, finished, weights), Conformal.fit(levels, finished, weights), edges)
+
+    @cached_property
+    def read(self):
+        return self.head.reader(self.settings, self.edges)
 
     def decode(self, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(N, width) -> calibrated probabilities (N, K) over `edges`, rank scores (N,)."""
-        probabilities, ranks = self.head.decode(np.asarray(outputs, np.float64), self.settings, self.edges)
+        probabilities, ranks = self.read(np.asarray(outputs, np.float64))
         return self.conformal.apply(probabilities), ranks
 
     def predictions(self, outputs: np.ndarray) -> list[LengthPrediction]:
@@ -79,13 +83,8 @@ def head_edges(head) -> np.ndarray:
 
 def write_card(folder: Path, card: dict):
     """predictor.json, whole or not at all."""
-    aside = Path(folder) / f".{CARD}.tmp"
-    with open(aside, "w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, "format_version": FORMAT_VERSION} | card, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, Path(folder) / CARD)
+    card = {"format": FORMAT, "format_version": FORMAT_VERSION} | card
+    write_aside(Path(folder) / CARD, json.dumps(card, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_card(folder: str | Path) -> dict:
@@ -119,5 +118,5 @@ def tokenizer_hash(folder: str | Path) -> str:
     for name in ("tokenizer.model", "ice_text.model", "tokenizer.json"):
         file = Path(folder) / name
         if file.is_file():
-            return hashlib.sha256(file.read_bytes()).hexdigest()
+            return sha256(file)
     raise FileNotFoundError(f"{folder}: no tokenizer.model, ice_text.model or tokenizer.json")

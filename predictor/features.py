@@ -55,17 +55,25 @@ CUES = {
     "others": "he she they his her their it its 他 她",
     "yes_no": "is are was were do does did can will has have am 吗",
 }  # fmt: skip
-OPENERS = ["what", "how", "why", "who", "when", "where", "which", "is", "are", "do", "does", "did", "can", "could", "give", "write", "explain", "list", "name", "describe", "create", "generate", "make", "tell", "find", "i", "you", "the", "a", "if", "provide", "suggest", "design", "rewrite", "come", "identify", "classify", "translate", "imagine", "please", "in", "for", "hi"]  # fmt: skip
+OPENERS = [
+    "what", "how", "why", "who", "when", "where", "which", "is", "are", "do", "does", "did", "can", "could", "give", "write",
+    "explain", "list", "name", "describe", "create", "generate", "make", "tell", "find", "i", "you", "the", "a", "if",
+    "provide", "suggest", "design", "rewrite", "come", "identify", "classify", "translate", "imagine", "please", "in", "for",
+    "hi",
+]  # fmt: skip
 EARLY = 8  # words
-NUMBERS = {word: n for n, word in enumerate(["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], 1)}
-NUMBERS |= {"twenty": 20, "两": 2} | {word: n for n, word in enumerate("一二三四五六七八九十", 1)}
+ENGLISH = {word: n for n, word in enumerate(["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], 1)} | {"twenty": 20}
+CHINESE = {word: n for n, word in enumerate("一二三四五六七八九十", 1)} | {"两": 2}
+NUMBERS = ENGLISH | CHINESE
 UNITS = {
     "words": "words?|characters?|字", "lines": "sentences?|lines?|verses?|句话?|行", "paragraphs": "paragraphs?|stanzas?|pages?|段|页|篇",
     "items": "examples?|ways|things|tips|ideas|items|reasons|steps|questions|names|points|bullets?|topics|facts|options|days?|个|点|条|种|首",
 }  # fmt: skip
+# Not inside a longer word or number; Chinese has no spaces around them, and 一个 is an article.
 ASKED = re.compile(
-    rf"(?<![\w.])(\d{{1,5}}|{'|'.join(NUMBERS)})[\s\-+]*(?:\w+ )?(?:" + "|".join(f"(?P<{k}>{v})" for k, v in UNITS.items()) + ")"
-)
+    rf"(?<![a-z\d_.{''.join(CHINESE)}百千万零])(\d{{1,5}}(?!\d)|(?:{'|'.join(ENGLISH)})(?![a-z])|[{''.join(CHINESE)}](?<!一(?=[个篇])))[\s\-+]*"
+    r"(?:[a-z]\w* )?(?:" + "|".join(f"(?P<{k}>{v})" for k, v in UNITS.items()) + ")"
+)  # fmt: skip
 DIGITS, CAPITALS = re.compile(r"\d"), re.compile("[A-Z]")
 PHRASES = {"one_sentence": ("one sentence", "a sentence", "one word", "single", "一句"), "step_by_step": ("step by step", "step-by-step", "一步"),
            "passage": ("the given", "the following", "下面的", "以下")}  # fmt: skip
@@ -221,7 +229,8 @@ class Grams:
         single = np.bincount(self.text_of, self.kinds[self.starts] == SINGLE, minlength=count).tolist()
         letters = np.bincount(self.text_of, self.lengths, minlength=count).tolist()
         rows = zip(self.raw, self.lower, map(len, self.texts), self.word_counts.tolist(), single, letters)
-        features[:, 2 * cues + len(OPENERS) :] = [counts_of(*row) for row in rows]
+        for i, row in enumerate(rows):
+            features[i, 2 * cues + len(OPENERS) :] = counts_of(*row)
         return features
 
 

@@ -1,5 +1,7 @@
-"""Training over a backbone that stays as it is: features once, then a convex head. Minutes on a CPU, nothing to resume."""
+"""Training over a backbone that stays as it is: features once, then a head over a kernel. Minutes on a CPU, nothing to resume."""
 
+import hashlib
+import json
 import os
 import shutil
 import time
@@ -10,6 +12,7 @@ import numpy as np
 
 from chatglm.families import FAMILIES
 from finetune.distributed import rank, say
+from finetune.files import sha256
 from predictor.backbones import BACKBONES, Encoder
 from predictor.config import PredictorConfig
 from predictor.decoder import CARD, Decoder, read_card, write_card
@@ -18,7 +21,7 @@ from predictor.kernel import Kernel, KernelHead
 from predictor.lengths import LengthRows, load_lengths, served_card
 from predictor.lexical import Bag, Lexical, crossed, plain
 from predictor.metrics import metrics_of
-from predictor.scorers import HEAD_FILE, FrozenScorer, LinearScorer, encode_all, load_head
+from predictor.scorers import HEAD_FILE, FrozenScorer, LinearScorer, encode_all
 
 FOLDS = 5
 
@@ -65,7 +68,7 @@ def train_frozen(config: PredictorConfig) -> Path:
     config = rows.config
     say(rows.summary())
     backbone = make_backbone(config, family)
-    scorer, decoder, metrics = fit(config, rows, backbone)
+    scorer, decoder, metrics = fit(config, rows, make_features(config, rows, backbone))
     say(f"trained in {time.perf_counter() - started:.0f} s; on prompts unseen in {FOLDS} folds: "
         + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))  # fmt: skip
     card = {
@@ -86,14 +89,9 @@ def make_backbone(config: PredictorConfig, family):
     return BACKBONES[config.backbone](**knobs[config.backbone])
 
 
-def fit(config: PredictorConfig, rows: LengthRows, backbone) -> tuple[FrozenScorer, Decoder, dict[str, float]]:
+def fit(config: PredictorConfig, rows: LengthRows, features: Features) -> tuple[FrozenScorer, Decoder, dict[str, float]]:
     """(scorer, decoder, metrics on unseen prompts): the decoder is fitted to what heads of FOLDS folds say of prompts they have not seen."""
-    lengths = rows.train
-    own = np.unique(lengths.of_model(rows.own)[0])  # prompts the head learns from; the others teach features alone
-    if len(own) < 2 * FOLDS:
-        raise ValueError(f"only {len(own)} prompts have a length of {config.served_model!r}; at least {2 * FOLDS} are needed")
-    folds = fold_of(rows.groups)
-    features = make_features(config, rows, backbone, own, folds)
+    lengths, own, folds = rows.train, own_prompts(rows), fold_of(rows.groups)
     head = make_head(config)
     learnt = lengths.condensed(rows.own, config.other_models_weight)
     matrix, held = features.matrix, folds[own]
@@ -112,7 +110,7 @@ def fit(config: PredictorConfig, rows: LengthRows, backbone) -> tuple[FrozenScor
             outputs[held == fold] = fit_on(np.flatnonzero(held != fold))(matrix[held == fold])
     decoder = Decoder.fit(head, outputs[place], tokens, finished, weights, prompt)
     probabilities, ranks = decoder.decode(outputs[place])
-    metrics = metrics_of(probabilities, decoder.edges, ranks, tokens)
+    metrics = metrics_of(probabilities, decoder.edges, ranks, tokens, finished)
     top = fit_on(np.arange(len(own)))
     return FrozenScorer(None, features.earlier, features.lexical, top), decoder, metrics
 
@@ -123,12 +121,20 @@ def fold_of(groups: np.ndarray) -> np.ndarray:
     return (np.random.default_rng(0).permutation(number.max() + 1) % FOLDS)[number]
 
 
-def make_features(config: PredictorConfig, rows: LengthRows, backbone, own: np.ndarray, folds: np.ndarray) -> Features:
-    """Blocks for the prompts `own`, of students and vectors that know nothing of those prompts' lengths."""
-    prompts = rows.train.prompts
+def own_prompts(rows: LengthRows) -> np.ndarray:
+    """Numbers of the prompts that the head learns from, those with a length of the predicted model; the others teach features alone."""
+    own = np.unique(rows.train.of_model(rows.own)[0])
+    if len(own) < 2 * FOLDS:
+        raise ValueError(f"only {len(own)} prompts have a length of {rows.config.served_model!r}; at least {2 * FOLDS} are needed")
+    return own
+
+
+def make_features(config: PredictorConfig, rows: LengthRows, backbone) -> Features:
+    """Blocks for the prompts of `own_prompts`, from students and vectors that know nothing of the prompt's own lengths."""
+    prompts, own, folds = rows.train.prompts, own_prompts(rows), fold_of(rows.groups)
     mine = [prompts[i] for i in own]
     if config.backbone == "chatglm":
-        return Features([vectors_of(backbone, config.model_name_or_path, mine)], (1.0,), None, None)
+        return Features([vectors_of(backbone, config.model_name_or_path, mine, config.data_cache)], (1.0,), None, None)
     if config.backbone == "encoder":
         vectors, earlier = teacher_of(config, backbone, mine)
         lexical = plain(mine)
@@ -139,34 +145,89 @@ def make_features(config: PredictorConfig, rows: LengthRows, backbone, own: np.n
         blocks.append(lexical(mine))
         return Features(blocks, (1.0,) * len(blocks), lexical, earlier)
     bag = Bag.of(prompts, bits=config.hash_bits)
-    everyone = np.arange(len(prompts))
     options = {"ridge": config.student_ridge}
     if config.encoder_path:
-        targets = teacher_targets(config, prompts)
-        student = bag.fit(targets, everyone, **options)
-        found = bag.outputs(student, own)  # the teacher saw no lengths of these prompts, so neither did its student
-    else:
-        targets = rows.train.mean_scores()[:, None]
-        student, found = crossed(bag, targets, everyone, own, folds, **options)
-    blocks = [found, bag.hand[own]]
-    return Features(blocks, (1.0, 0.5) if config.encoder_path else (1.0, 1.0), student, None)
+        # The teacher saw no lengths of the prompts `own`, so its student may learn from them as from any other.
+        read = np.flatnonzero([config.encoder_language in ("all", language(p)) for p in prompts])
+        student = bag.fit(teacher_targets(config, [prompts[i] for i in read]), read, **options)
+        return Features([bag.outputs(student, own), bag.hand[own]], (1.0, 0.5), student, None)
+    student, found = crossed(bag, rows.train.mean_scores()[:, None], np.arange(len(prompts)), own, folds, **options)
+    return Features([found, bag.hand[own]], (1.0, 1.0), student, None)
 
 
-def vectors_of(backbone, folder: str, prompts: list[str]) -> np.ndarray:
-    """(N, D) of a backbone as it lies in its folder."""
+def vectors_of(backbone, folder: str, prompts: list[str], cache: str = "") -> np.ndarray:
+    """(N, D) of a backbone as it lies in its folder; with `cache`, a folder, what was read once is read from there."""
     import torch
 
-    tokenizer = backbone.load_tokenizer(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = backbone.load_model(torch.float32 if device == "cpu" else torch.bfloat16, {}, folder).to(device).eval()
-    return encode_all(backbone, model, tokenizer, [backbone.encode(tokenizer, p) for p in prompts], progress=True)
+    keys = [hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest() for prompt in prompts]
+    file = Path(cache).expanduser() / f"vectors-{folder_key(folder, asdict(backbone))}.safetensors" if cache else None
+    known = read_vectors(file) if file else {}
+    new = {key: prompt for key, prompt in zip(keys, prompts) if key not in known}
+    if new:
+        tokenizer = backbone.load_tokenizer(folder)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = backbone.load_model(torch.float32 if device == "cpu" else torch.bfloat16, {}, folder).to(device).eval()
+        found = encode_all(backbone, model, tokenizer, [backbone.encode(tokenizer, p) for p in new.values()], progress=True)
+        known |= dict(zip(new, found.astype(np.float32)))
+        if file:
+            write_vectors(file, known)
+    return np.stack([known[key] for key in keys])
+
+
+def folder_key(folder: str, knobs: dict) -> str:
+    """A name for a model folder's content, and for how it is read."""
+    digest = hashlib.sha256(json.dumps(knobs | {"encoder_path": ""}, sort_keys=True).encode())
+    for file in sorted(Path(folder).glob("*")):
+        if file.suffix in (".safetensors", ".bin") or file.name in ("config.json", "tokenizer.json", "tokenizer.model", "vocab.txt"):
+            digest.update(file.name.encode() + sha256(file).encode())
+    return digest.hexdigest()[:24]
+
+
+def read_vectors(file: Path) -> dict[str, np.ndarray]:
+    """{sha256 of the prompt: vector} that `write_vectors` wrote; empty where it is not there or not whole."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        arrays = load_file(file)
+        return {bytes(key).hex(): vector for key, vector in zip(arrays["keys"], arrays["vectors"])}
+    except (OSError, SafetensorError, KeyError):
+        return {}
+
+
+def write_vectors(file: Path, vectors: dict[str, np.ndarray]):
+    from safetensors.numpy import save_file
+
+    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        keys = np.frombuffer(bytes.fromhex("".join(vectors)), np.uint8).reshape(len(vectors), -1)
+        save_file({"keys": keys, "vectors": np.stack(list(vectors.values()))}, aside)
+        os.replace(aside, file)
+    except OSError as error:
+        say(f"--data_cache: {file.parent} cannot be written ({error.strerror}); going on without")
+
+
+def language(prompt: str) -> str:
+    """"zh" where at least a tenth of the characters are Chinese, else "en"."""
+    chinese = sum("\u3400" <= c <= "\u9fff" for c in prompt)
+    return "zh" if chinese > 0.1 * len(prompt) else "en"
 
 
 def teacher_of(config: PredictorConfig, backbone: Encoder, prompts: list[str]) -> tuple[np.ndarray, LinearScorer | None]:
-    """(vectors of the encoder, the linear head it was trained with, where --encoder_path is a predictor itself)."""
+    """(vectors of the encoder, the linear layers it was trained with, where --encoder_path is a predictor itself)."""
     folder = Path(config.encoder_path)
-    earlier = load_head(folder, None) if (folder / CARD).is_file() and (folder / HEAD_FILE).is_file() else None
-    return vectors_of(backbone, config.encoder_path, prompts), earlier
+    earlier = load_readouts(folder) if (folder / CARD).is_file() and (folder / HEAD_FILE).is_file() else None
+    return vectors_of(backbone, config.encoder_path, prompts, config.data_cache), earlier
+
+
+def load_readouts(folder: Path) -> LinearScorer:
+    """The linear layers of all served models that a checkpoint was trained with, as one."""
+    from safetensors.numpy import load_file
+
+    tensors = load_file(folder / HEAD_FILE)
+    weight = tensors.get("all", tensors["weight"][None])
+    return LinearScorer(None, weight.reshape(-1, weight.shape[-1]), np.tile(tensors["bias"], len(weight)))
 
 
 def teacher_targets(config: PredictorConfig, prompts: list[str]) -> np.ndarray:
@@ -204,7 +265,9 @@ def write_predictor(output: Path, config: PredictorConfig, backbone, scorer: Fro
         backbone.load_model(torch.float32, {}).save_pretrained(str(aside))
         backbone.load_tokenizer().save_pretrained(str(aside))
         if scorer.earlier:
-            shutil.copy(Path(config.encoder_path) / HEAD_FILE, aside / HEAD_FILE)
+            from safetensors.numpy import save_file
+
+            save_file({"weight": scorer.earlier.weight.astype(np.float32), "bias": scorer.earlier.bias.astype(np.float32)}, aside / HEAD_FILE)
     if config.backbone == "chatglm":
         card = card | {"base_model": str(Path(config.model_name_or_path).resolve())}
     config.save(aside / "train_config.json")

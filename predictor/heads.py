@@ -5,6 +5,7 @@ is numpy's, so that a predictor serves without torch where its backbone does.
 """
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -19,8 +20,21 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=1, keepdims=True)
 
 
+def wide(outputs):
+    """A tensor in at least float32: losses of half precision are taken in full, and of float64 as they come, for L-BFGS's sake."""
+    return outputs if outputs.dtype.itemsize > 4 else outputs.float()
+
+
+class Head:
+    """What every head has beside its loss and its `reader`."""
+
+    def decode(self, outputs: np.ndarray, settings: dict, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(N, width) outputs -> probabilities over `edges` (N, K), rank scores (N,)."""
+        return self.reader(settings, edges)(outputs)
+
+
 @dataclass(frozen=True)
-class ClassHead:
+class ClassHead(Head):
     """What heads over length classes share: softmax, temperature, a rank score from the classes themselves."""
 
     length_limit: int
@@ -40,10 +54,14 @@ class ClassHead:
 
         return {"temperature": fit_temperature(outputs, loss)}
 
-    def decode(self, outputs: np.ndarray, settings: dict, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(N, width) outputs -> probabilities over `edges` (N, K), rank scores (N,)."""
-        own = softmax(outputs / settings["temperature"])
-        return spread(own, self.edges, edges), own @ log_middles(self.edges)
+    def reader(self, settings: dict, edges: np.ndarray):
+        """(N, width) outputs -> (probabilities over `edges` (N, K), rank scores (N,))."""
+
+        def read(outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            own = softmax(outputs / settings["temperature"])
+            return spread(own, self.edges, edges), own @ log_middles(self.edges)
+
+        return read
 
     def starting_bias(self, tokens: np.ndarray) -> np.ndarray:
         """(width,): the classes' frequencies, so that training begins at the constant's loss."""
@@ -63,7 +81,7 @@ class Distribution(ClassHead):
     label_width: float
     crps_weight: float
 
-    @property
+    @cached_property
     def edges(self) -> np.ndarray:
         return make_edges(self.num_bins, self.length_limit)
 
@@ -72,7 +90,7 @@ class Distribution(ClassHead):
         import torch
 
         edges = torch.as_tensor(self.edges, dtype=torch.float32, device=outputs.device)
-        log_p = outputs.float().log_softmax(dim=1)
+        log_p = wide(outputs).log_softmax(dim=1)
         # The soft label's cumulative distribution: a normal in log length, label_width times as wide as a bin.
         inner = torch.log1p(edges[1:-1])
         sigma = max(self.label_width, 1e-3) * float((inner[-1] - inner[0]) / max(1, len(inner) - 1)) if len(inner) > 1 else 1.0
@@ -82,8 +100,8 @@ class Distribution(ClassHead):
         cross_entropy = -(soft * log_p).sum(dim=1)
         total = log_p.exp().cumsum(dim=1)[:, :-1]
         ordinal = ((total - target[:, 1:-1]) ** 2).sum(dim=1)
-        # Of a cut answer: what the soft label leaves beyond it.
-        beyond = (1 - target[:, 1:]).clamp_min(1e-6)
+        # Of a cut answer: how much of each class lies beyond it, by the soft label; of the last one all.
+        beyond = target[:, 1:].clamp_min(1e-6)
         survived = -torch.logsumexp(log_p + beyond.log(), dim=1)
         below = ((edges[None, 1:-1] <= tokens[:, None]) * total**2).sum(dim=1)
         plain, cut = cross_entropy + self.crps_weight * ordinal, survived + self.crps_weight * below
@@ -96,7 +114,7 @@ class Bucket(ClassHead):
 
     num_buckets: int
 
-    @property
+    @cached_property
     def edges(self) -> np.ndarray:
         return np.linspace(0, self.length_limit, self.num_buckets + 1)
 
@@ -104,7 +122,7 @@ class Bucket(ClassHead):
         import torch
 
         edges = torch.as_tensor(self.edges, dtype=torch.float32, device=outputs.device)
-        log_p = outputs.float().log_softmax(dim=1)
+        log_p = wide(outputs).log_softmax(dim=1)
         first = (torch.searchsorted(edges, tokens.float(), right=True) - 1).clamp(0, self.width - 1)
         classes = torch.arange(self.width, device=outputs.device)
         mask = torch.where(finished[:, None], classes == first[:, None], classes >= first[:, None])
@@ -112,14 +130,14 @@ class Bucket(ClassHead):
 
 
 @dataclass(frozen=True)
-class ScoreHead:
+class ScoreHead(Head):
     """What heads with one output share: the distribution is the score's place and what the residuals looked like there."""
 
     length_limit: int
     num_bins: int
     width: ClassVar[int] = 1
 
-    @property
+    @cached_property
     def edges(self) -> np.ndarray:
         return make_edges(self.num_bins, self.length_limit)
 
@@ -128,9 +146,11 @@ class ScoreHead:
         scale = ScoreScale.fit(outputs[:, 0], tokens, finished, weights)
         return {name: getattr(scale, name) for name in (f.name for f in fields(scale))}
 
-    def decode(self, outputs, settings, edges):
+    def reader(self, settings: dict, edges: np.ndarray):
+        """As ClassHead's."""
         scale = ScoreScale(**settings)
-        return scale.probabilities(outputs[:, 0], edges), scale.location(outputs[:, 0])
+        read = scale.reader(edges)
+        return lambda outputs: (read(outputs[:, 0]), scale.location(outputs[:, 0]))
 
 
 @dataclass(frozen=True)
@@ -140,7 +160,7 @@ class Regression(ScoreHead):
     def loss(self, outputs, tokens, finished, weights, owners):
         import torch
 
-        error = outputs[:, 0].float() - torch.log1p(tokens.float())
+        error = wide(outputs[:, 0]) - torch.log1p(tokens.float())
         return (weights * torch.where(finished, error, error.clamp_max(0)) ** 2).sum()
 
     def starting_bias(self, tokens):
@@ -160,7 +180,7 @@ class Ranking(ScoreHead):
         """owners: (M,) number of the served model of each label."""
         import torch
 
-        scores = outputs[:, 0].float()
+        scores = wide(outputs[:, 0])
         longer = (tokens[:, None] > tokens[None]) & (owners[:, None] == owners[None]) & finished[None]
         if self.ranking_loss == "pairwise":
             loss = -torch.nn.functional.logsigmoid(scores[:, None] - scores[None]) * longer

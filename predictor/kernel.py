@@ -1,6 +1,7 @@
 """A kernel machine over blocks of features: what a frozen backbone's vectors become before a head. numpy to predict, torch to fit."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +48,28 @@ class Kernel:
         rows = (np.asarray(vectors, np.float32) - self.center) / self.spread
         found = np.zeros((len(rows), len(self.landmarks)), np.float32)
         start = 0
-        for size, weight, scale in zip(self.sizes, self.block_weights, self.scales):
-            found += weight * np.exp(squared_distances(rows[:, start : start + size], self.landmarks[:, start : start + size]) / -scale)
+        for size, weight, scale, (across, norms) in zip(self.sizes, self.block_weights, self.scales, self.prepared):
+            block = rows[:, start : start + size]
+            powers = block @ across
+            powers -= norms
+            powers -= (np.square(block).sum(axis=1) / np.float32(scale))[:, None]
+            np.minimum(powers, 0, out=powers)
+            np.exp(powers, out=powers)
+            powers *= np.float32(weight)
+            found += powers
             start += size
         return found
+
+    @cached_property
+    def prepared(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each block: the landmarks as (size, R) and their squared norms (R,), so that -|x - z|^2 / scale is a product and two
+        differences."""
+        ends = np.cumsum(self.sizes)
+        blocks = [self.landmarks[:, end - size : end] for size, end in zip(self.sizes, ends)]
+        return [
+            (np.ascontiguousarray(z.T) * np.float32(2 / scale), np.square(z).sum(axis=1) / np.float32(scale))
+            for z, scale in zip(blocks, self.scales)
+        ]
 
 
 def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -97,7 +116,7 @@ class KernelHead:
         cls, kernel: Kernel, head, vectors: np.ndarray, tokens, finished, weights, prompt, *, ridge: float, start: "KernelHead | None" = None
     ) -> "KernelHead":  # fmt: skip
         """The least of head.loss(outputs) + ridge * |f|^2, f's norm in the kernel's space; with squared error this is kernel ridge
-        regression. Convex for every head, so L-BFGS finds it from anywhere.
+        regression. Found by L-BFGS; convex but for the distribution's ordinal term and for answers that were cut.
 
         Args:
             vectors: (n, D) of n prompts; tokens, finished, weights, prompt: (M,) of their labels.
@@ -121,6 +140,8 @@ class KernelHead:
         def closure():
             optimizer.zero_grad()
             loss = head.loss((before + flat @ inner + bias)[prompt], *labels, owners) + ridge * (inner**2).sum()
+            if start is not None:
+                loss = loss + ridge * ((bias - torch.from_numpy(first)) ** 2).sum()
             loss.backward()
             return loss
 

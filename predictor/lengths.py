@@ -8,7 +8,7 @@ import numpy as np
 from finetune.data import BadRow
 from predictor.config import PredictorConfig
 from predictor.decoder import tokenizer_hash
-from predictor.labels import Example, data_hash, group_prompts, make_counter, normalise, read_examples, split
+from predictor.labels import Example, data_hash, group_prompts, make_counter, read_examples, split
 
 DEFAULT_LIMIT = 8192  # tokens; ChatGLM2-6B's context
 
@@ -71,12 +71,13 @@ class Lengths:
         """(N,): the weighted mean of log(1 + L) over each prompt's labels, standardised over prompts."""
         prompt = self.prompt_of
         mean = np.bincount(prompt, self.weights * np.log1p(self.tokens), minlength=len(self)) / np.bincount(prompt, self.weights, minlength=len(self))
-        return (mean - mean.mean()) / (mean.std() or 1.0)
+        return (mean - mean.mean()) / max(mean.std(), 1e-6)
 
     def condensed(self, own: int, other_weight: float) -> "Labels":
         """The labels a small head learns from: the served model's own, and for each prompt one that stands for all other models'.
 
-        That is their mean log length, stretched to the deviation of the own ones: a mean of many has lost most of its noise.
+        That is their mean log length, moved and stretched to the own ones' mean and deviation: a mean of many has lost most of its
+        noise. Answers of others that were cut count at their cut.
         """
         prompt, tokens, finished, weights = self.of_model(own)
         others = self.served != own
@@ -88,7 +89,7 @@ class Lengths:
         those = np.flatnonzero(counts)
         mean = (np.bincount(owner, logs, minlength=len(self))[those]) / counts[those]
         mine = np.log1p(tokens)
-        stretched = np.average(mine, weights=weights) + (mean - mean.mean()) * (mine.std() / (mean.std() or 1.0))
+        stretched = np.average(mine, weights=weights) + (mean - mean.mean()) * (mine.std() / max(mean.std(), 1e-6))
         both = np.isin(prompt, those)
         return Labels(
             np.concatenate([prompt, those]), np.concatenate([tokens, np.clip(np.expm1(stretched), 0, self.limit)]),
@@ -126,7 +127,7 @@ class Scale:
         every = np.concatenate([np.array(x) - np.mean(x) for x in logs.values() if x])
         mean = np.array([np.mean(logs[name]) if logs[name] else 0.0 for name in served_models])
         deviation = np.array([np.std(logs[name]) if len(logs[name]) >= 20 else every.std() for name in served_models])
-        return cls(mean, np.maximum(deviation, 1e-6), own, limit)
+        return cls(mean, np.maximum(deviation, 0.01), own, limit)
 
     def apply(self, tokens: np.ndarray, served: np.ndarray) -> np.ndarray:
         """(M,) lengths in the predicted model's manner of speaking; its own come back as they are."""
@@ -165,7 +166,10 @@ class LengthRows:
 
     def card(self) -> dict:
         calibration = len(self.calibration) if self.calibration else 0
-        return {"sha256": self.hash, "prompts": len(self.train) + calibration, "calibration_prompts": calibration, "served_models": self.served_models}
+        return {
+            "sha256": self.hash, "prompts": len(self.train) + calibration, "calibration_prompts": calibration,
+            "median_tokens": float(np.median(self.train.of_model(self.own)[1])), "served_models": self.served_models,
+        }  # fmt: skip
 
 
 def load_lengths(config: PredictorConfig, tokenizer, *, calibration: bool = True) -> LengthRows:
@@ -180,18 +184,21 @@ def load_lengths(config: PredictorConfig, tokenizer, *, calibration: bool = True
     count = make_counter(tokenizer) if tokenizer else None
     paths = [path.strip() for path in config.train_path.split(",")]
     examples, bad = read_examples(paths, served_model=name, count=count, on_bad_row=config.on_bad_row, limit=config.dataset_length)
-    test = read_examples(config.eval_path, served_model=name, count=count, on_bad_row=config.on_bad_row)[0] if config.eval_path else []
     served_models = sorted({label.served_model for e in examples for label in e.labels})
     if not config.served_model and len(served_models) == 1:
         name = served_models[0]
+    test = read_examples(config.eval_path, served_model=name, count=count, on_bad_row=config.on_bad_row)[0] if config.eval_path else []
     if name not in served_models:
         raise BadRow(f"--served_model {name!r}: no row is of it; {config.train_path} has {', '.join(served_models[:8])}")
     own = served_models.index(name)
     config = replace(config, served_model=name, length_limit=config.length_limit or context_length(config))
-    if seen := {normalise(e.prompt) for e in test} & {normalise(e.prompt) for e in examples}:
-        examples = [e for e in examples if normalise(e.prompt) not in seen]  # what is tested is not trained on
+    groups = group_prompts([e.prompt for e in [*examples, *test]], threshold=config.near_duplicates)
+    groups, tested = groups[: len(examples)], set(groups[len(examples) :].tolist())
+    kept = [i for i, group in enumerate(groups.tolist()) if group not in tested]  # what is tested is not trained on, nor its like
+    if not kept:
+        raise BadRow(f"--eval_path {config.eval_path} has every prompt of {config.train_path}: no rows are left to train on")
+    examples, groups = [examples[i] for i in kept], groups[kept]
     prompts = [e.prompt for e in examples]
-    groups = group_prompts(prompts, threshold=config.near_duplicates)
     shares = {"train": 1 - config.calibration_share, "calibration": config.calibration_share}
     parts = split(groups, prompts, shares) if calibration else {"train": np.arange(len(prompts))}
     sides = {side: [examples[i] for i in chosen.tolist()] for side, chosen in parts.items()}

@@ -42,15 +42,18 @@ class Lexical:
         """(N, T + HANDS) float32."""
         grams = Grams(prompts)
         hand = np.clip((grams.hand() - self.center) / self.spread, -CLIPPED, CLIPPED)
-        hashes, texts, weights = grams.all()
-        rows = self.table[hashes & np.uint64(len(self.table) - 1)]
-        # Grams come kind by kind; a text's rows are added up one after the other.
-        order = texts.argsort(kind="stable") if len(prompts) > 1 else slice(None)
         student = hand @ self.hand_table + self.bias
-        if len(rows):
-            texts = texts[order]
-            first = np.flatnonzero(np.diff(texts, prepend=-1))
-            student[texts[first]] += np.add.reduceat(rows[order].astype(np.float32) * weights[order][:, None], first)
+        if student.shape[1]:
+            hashes, texts, weights = grams.all()
+            rows = self.table[hashes & np.uint64(len(self.table) - 1)].astype(np.float32)
+            if len(prompts) == 1:
+                student += weights @ rows
+            elif len(rows):
+                # Grams come kind by kind; a text's rows are added up one after the other.
+                order = texts.argsort(kind="stable")
+                texts = texts[order]
+                first = np.flatnonzero(np.diff(texts, prepend=-1))
+                student[texts[first]] += np.add.reduceat(rows[order] * weights[order][:, None], first)
         return np.concatenate([student, hand], axis=1)
 
     def save(self, folder: Path):

@@ -18,6 +18,8 @@ def quantiles(probabilities: np.ndarray, edges: np.ndarray, q: float) -> np.ndar
 
 def kendall_tau(scores: np.ndarray, tokens: np.ndarray) -> float:
     """Kendall's tau-b: 1 the same order, 0 none, ties corrected for; 0 where all scores are one."""
+    if len(tokens) < 2:
+        return 0.0
     from scipy.stats import kendalltau
 
     value = float(kendalltau(scores, tokens).statistic)
@@ -36,9 +38,23 @@ def ranked_probability(probabilities: np.ndarray, edges: np.ndarray, tokens: np.
     return float(((total - (tokens[:, None] <= edges[None, 1:-1])) ** 2).mean())
 
 
-def metrics_of(probabilities: np.ndarray, edges: np.ndarray, rank_scores: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
+def metrics_of(
+    probabilities: np.ndarray, edges: np.ndarray, rank_scores: np.ndarray, tokens: np.ndarray, finished: np.ndarray | None = None
+) -> dict[str, float]:
     """tau, mae (of the median, tokens), pinball (mean over PINBALL_LEVELS, tokens), crps, coverage_90, coverage_975, under_90 (mean
-    tokens that an answer outgrows its q90 by, where it does), reserved_90 (mean q90)."""
+    tokens that an answer outgrows its q90 by, where it does), reserved_90 (mean q90).
+
+    Args:
+        finished: (N,); answers that were cut count as covered where the quantile lies beyond the cut, and not at all in tau, mae,
+            pinball, crps and under_90 (0 where none finished).
+    """
+    if finished is not None and not finished.all():
+        found = metrics_of(probabilities[finished], edges, rank_scores[finished], tokens[finished]) if finished.any() else {
+            name: 0.0 for name in ("tau", "mae", "pinball", "crps", "under_90")
+        }  # fmt: skip
+        least = np.where(finished, tokens, np.nextafter(tokens, np.inf))
+        q90, q975 = quantiles(probabilities, edges, 0.9), quantiles(probabilities, edges, 0.975)
+        return found | {"coverage_90": float((least <= q90).mean()), "coverage_975": float((least <= q975).mean()), "reserved_90": float(q90.mean())}
     q90 = quantiles(probabilities, edges, 0.9)
     over = tokens > q90
     return {
@@ -53,13 +69,15 @@ def metrics_of(probabilities: np.ndarray, edges: np.ndarray, rank_scores: np.nda
     }
 
 
-def grouped(values: dict[str, np.ndarray], probabilities, edges, rank_scores, tokens, smallest: int = 20) -> dict[str, dict]:
+def grouped(
+    values: dict[str, np.ndarray], probabilities, edges, rank_scores, tokens, finished: np.ndarray | None = None, smallest: int = 20
+) -> dict[str, dict]:
     """{"name=value": metrics} for every value of every grouping (N,) that has at least `smallest` prompts."""
     found = {}
     for name, column in values.items():
         for value in sorted(set(column.tolist())):
             chosen = column == value
             if chosen.sum() >= smallest:
-                part = metrics_of(probabilities[chosen], edges, rank_scores[chosen], tokens[chosen])
+                part = metrics_of(probabilities[chosen], edges, rank_scores[chosen], tokens[chosen], None if finished is None else finished[chosen])
                 found[f"{name}={value}"] = part | {"prompts": int(chosen.sum())}
     return found

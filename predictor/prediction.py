@@ -50,8 +50,9 @@ class LengthPrediction:
         k = min(max(int(np.searchsorted(total, q)), 1), len(total) - 1)
         while k > 1 and total[k - 1] >= total[k]:  # rounding at the very top must not land beyond all mass
             k -= 1
-        share = (q - total[k - 1]) / (total[k] - total[k - 1])
-        return float(self.edges[k - 1] + min(share, 1.0) * (self.edges[k] - self.edges[k - 1]))
+        mass = total[k] - total[k - 1]
+        share = min((q - total[k - 1]) / mass, 1.0) if mass > 0 else 0.0
+        return float(self.edges[k - 1] + share * (self.edges[k] - self.edges[k - 1]))
 
     def probability_within(self, tokens: float) -> float:
         """Probability that the answer has at most so many tokens."""
@@ -71,8 +72,8 @@ class LengthPrediction:
 def remaining(prediction: LengthPrediction, generated: float) -> LengthPrediction:
     """The distribution of what is left of an answer of which `generated` tokens are there and which has not ended.
 
-    P(L - g | L > g): what the answer has outlived goes, the rest is scaled up. remaining(remaining(p, a), b) is remaining(p, a + b),
-    and g plus what is left never gets shorter as g grows. Where an answer outlives all that was thought possible, every
+    P(L - g | L > g): what the answer has outlived goes, the rest is scaled up. For whole tokens remaining(remaining(p, a), b) is
+    remaining(p, a + b), and g plus what is left never gets shorter as g grows. Where an answer outlives all that was thought possible, every
     length up to the limit is as likely; at the limit, one token is left.
 
     Raises:

@@ -59,6 +59,9 @@ class LengthTraining(FineTuning):
         self.data, self.calibration = self.encode(self.rows.train), self.encode(self.rows.calibration)
         self.eval_data = self.encode(self.rows.test) if self.rows.test else None
 
+    def data_hash(self) -> str:
+        return self.rows.hash
+
     def encode(self, lengths: Lengths) -> EncodedPrompts:
         ids = [self.backbone.encode(self.tokenizer, prompt) for prompt in lengths.prompts]
         return EncodedPrompts(lengths, ids, lengths.places)
@@ -69,7 +72,7 @@ class LengthTraining(FineTuning):
         if self.config.backbone == "chatglm" and not model.config.tie_word_embeddings:
             model.get_output_embeddings().requires_grad_(False)  # no gradient reaches it
         bias = torch.tensor(self.head.starting_bias(self.rows.train.tokens), dtype=torch.float32)
-        return LengthNetwork(self.backbone, model, self.backbone.width(model), self.head.width, bias)
+        return LengthNetwork(self.backbone, model, self.backbone.width(model), self.head.width, len(self.rows.served_models), bias)
 
     def loss_module(self, model: nn.Module) -> nn.Module:
         return LengthLoss(model, self.head)
@@ -108,7 +111,8 @@ class LengthTraining(FineTuning):
             mine = order[start : start + per_pass][rank() :: world_size()]
             # ZeRO-3: every rank runs every pass.
             laid = self.backbone.collate([data.input_ids[i] for i in mine or order[:1]], self.tokenizer, multiple=row_multiple(self.dtype))
-            rows = network(on_device(laid, device)).double().cpu()
+            one_each = torch.arange(len(mine) or 1, device=device)
+            rows = network(on_device(laid, device), one_each, torch.full_like(one_each, self.rows.own)).double().cpu()
             if mine:
                 found[mine] = rows
         if world_size() > 1:
@@ -139,7 +143,7 @@ class LengthTraining(FineTuning):
         owners = torch.zeros(len(tokens), dtype=torch.long)
         loss = float(self.head.loss(*tensors, owners)) / weights.sum()
         probabilities, ranks = decoder.decode(outputs[prompt])
-        return {"loss": loss} | metrics_of(probabilities, decoder.edges, ranks, tokens)
+        return {"loss": loss} | metrics_of(probabilities, decoder.edges, ranks, tokens, finished)
 
     def before_save(self, loss_module: nn.Module):
         """Every rank's part of a save: a checkpoint is a predictor that is calibrated."""
@@ -151,7 +155,7 @@ class LengthTraining(FineTuning):
         """A folder that LengthPredictor loads: the backbone as its method saves it, the head, the card."""
         inner = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
         export(model.model, self.method, self.tokenizer, inner, folder)
-        save_head(state, folder)
+        save_head(state, self.rows.own, folder)
         decoder, metrics = self.calibrated
         knobs = asdict(self.backbone) | ({"encoder_path": ""} if self.config.backbone == "encoder" else {})
         write_card(folder, {

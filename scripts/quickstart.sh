@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The main job end to end on a laptop: a small ChatGLM2 learns to extract triples with LoRA.
+# The main job end to end on a laptop: a small ChatGLM2 learns to extract triples with LoRA, then a predictor learns how long
+# that model's answers are.
 #   bash scripts/quickstart.sh
 #   MODEL=/path/to/chatglm2-6b bash scripts/quickstart.sh      a real checkpoint instead of the small model
 # Everything lands in output/quickstart (OUT names another folder); summary.json holds the figures.
@@ -67,14 +68,50 @@ import json, sys
 row = json.load(open(f"{sys.argv[1]}/after.json"))["answers"][0]
 print(f"prompt: {row['prompt']}\nanswer: {row['answer']}\ngold:   {row['gold']}")
 PY
+# How long are the tuned model's answers? Prompts of one to four sentences with as many facts, and some of other tasks: a spread of
+# lengths. The model answers, a quarter of the prompts is held out, the lexical predictor learns from the rest.
+step length_prompts python - "$OUT" <<'PY'
+import json, random, sys
+draw = random.Random(0)
+facts, others = ([json.loads(line) for line in open(f"data/{name}.json")] for name in ("spo_train", "copy_pretrain"))
+rows = [{"instruction": facts[0]["instruction"], "input": "".join(f["input"] for f in draw.sample(facts, 1 + i % 4))} for i in range(260)]
+others = [{name: row[name] for name in ("instruction", "input")} for row in others if not row["instruction"].startswith("照抄")]
+rows += draw.sample(others, 140)
+with open(f"{sys.argv[1]}/length_prompts.jsonl", "w") as file:
+    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+PY
+step lengths python scripts/collect_lengths.py --model_path "$OUT/merged" --prompts "$OUT/length_prompts.jsonl" --output "$OUT/lengths.jsonl" \
+    --served_model quickstart --max_src_len 120 --max_new_tokens 96 --batch_size 50
+step length_split python - "$OUT" <<'PY'
+import json, sys
+from predictor.labels import group_prompts, split
+out = sys.argv[1]
+lines = open(f"{out}/lengths.jsonl").readlines()
+prompts = [json.loads(line)["prompt"] for line in lines]
+for side, chosen in split(group_prompts(prompts), prompts, {"train": 0.75, "test": 0.25}).items():
+    open(f"{out}/lengths_{side}.jsonl", "w").writelines(lines[i] for i in chosen)
+PY
+step predictor python train.py --task predictor --backbone lexical --model_name_or_path "$OUT/merged" --served_model quickstart \
+    --train_path "$OUT/lengths_train.jsonl" --output_dir "$OUT/predictor"
+step predictor_test python -m predictor.evaluate --predictor "$OUT/predictor" --data "$OUT/lengths_test.jsonl" \
+    --json "$OUT/predictor.json" --picture "$OUT/predictor.png"
 python - "$OUT" "$MODEL" <<'PY'
 import json, os, sys
 out, model = sys.argv[1:]
 seconds = {name: int(s) for name, s in (line.split() for line in open(f"{out}/seconds.txt"))}
 f1 = {when: json.load(open(f"{out}/{when}.json"))["f1"] for when in ("before", "after")}
-summary = {"model": model, "f1_before": f1["before"], "f1_after": f1["after"], "seconds": seconds, "seconds_total": sum(seconds.values())}
+lengths = json.load(open(f"{out}/predictor.json"))
+predictor = {name: lengths["all"][name] for name in ("answers", "cut", "tau", "mae", "mae_constant", "coverage_90", "coverage_975", "reserved_90")}
+predictor["milliseconds_p50"] = lengths["milliseconds"]["single_p50"]
+summary = {
+    "model": model, "f1_before": f1["before"], "f1_after": f1["after"], "predictor": predictor, "seconds": seconds,
+    "seconds_total": sum(seconds.values()),
+}
 with open(f"{out}/.summary.tmp", "w") as file:
     json.dump(summary, file, indent=2)
 os.replace(f"{out}/.summary.tmp", f"{out}/summary.json")
 print(f"\nF1 {f1['before']:.3f} before LoRA, {f1['after']:.3f} after; {summary['seconds_total']} s; figures in {out}/summary.json")
+print(f"lengths of its answers, {predictor['answers']} held out: tau-b {predictor['tau']:.3f}, MAE {predictor['mae']:.1f} tokens against the constant's "
+      f"{predictor['mae_constant']:.1f}, q90 covers {predictor['coverage_90']:.0%}, q97.5 {predictor['coverage_975']:.0%}; "
+      f"predictor: {out}/predictor, picture: {out}/predictor.png")
 PY

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from finetune.config import build_parser, parse_config
+from predictor.config import PredictorConfig
 from tests.conftest import REPO_ROOT
 
 DOCUMENTS = sorted([*REPO_ROOT.glob("*.md"), *(REPO_ROOT / "docs").glob("*.md"), REPO_ROOT / "data" / "README.md"])
-TRAIN_FLAGS = {option for action in build_parser()._actions for option in action.option_strings}
+PARSERS = [build_parser(), build_parser(PredictorConfig)]
+TRAIN_FLAGS = {option for parser in PARSERS for action in parser._actions for option in action.option_strings}
 
 
 def named(path: Path) -> str:

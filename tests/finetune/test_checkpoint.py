@@ -59,7 +59,8 @@ def stop_after(monkeypatch, step: int):
 
 @pytest.mark.parametrize("method, ds_file, more", [
     ("lora", "ds_zero2.json", LONG), ("ptuning-v2-mlp", "ds_zero3_offload.json", [*LONG, "--prefix_dropout", "0.2"]),
-    ("all", "ds_zero3_no_offload.json", [*LONG, "--precision", "bf16"]), ("freeze", "ds_zero2_offload.json", [*LONG, "--gradient_accumulation_steps", 2]),
+    ("all", "ds_zero3_no_offload.json", [*LONG, "--precision", "bf16"]), ("all", "ds_zero2.json", LONG),
+    ("all", "ds_zero2.json", [*LONG, "--precision", "bf16", "--gradient_accumulation_steps", 2]), ("freeze", "ds_zero2_offload.json", [*LONG, "--gradient_accumulation_steps", 2]),
 ])  # fmt: skip
 def test_stop_and_resume_is_bit_identical(flags, train, tmp_path, monkeypatch, capsys, method, ds_file, more):
     shared = [*more, "--ds_file", ds_file]
@@ -195,7 +196,7 @@ def test_changed_data_is_refused(flags, whole, tmp_path, capsys, rows_file):
 
 @pytest.mark.parametrize("change, said", [
     (lambda m: m | {"world_size": 3}, "3 ranks, this run has 1"), (lambda m: m | {"format_version": 99}, "format version 99"),
-    (lambda m: [], "not a checkpoint manifest"), (lambda m: m | {"base_model": {"fingerprint": "0"}}, "another base model"),
+    (lambda m: m | {"zero_stage": 3}, "ZeRO-3 state, this run is on ZeRO-2"), (lambda m: [], "not a checkpoint manifest"), (lambda m: m | {"base_model": {"fingerprint": "0"}}, "another base model"),
 ])  # fmt: skip
 def test_other_manifests_are_refused(flags, train, tmp_path, capsys, change, said):
     folder = train(flags(tmp_path / "out", "--max_steps", 1))

@@ -218,11 +218,12 @@ def test_more_needs_no_less(run, more):
     needed, slack = estimate(run).needed, 1.0  # a byte, for rounding
     for change in ({"length": run.length + more}, {"batch": run.batch + more}, {"lora_dim": run.lora_dim + more}):
         assert estimate(replace(run, **change)).needed >= needed - slack
-    if run.gpus > 1 or run.zero.stage not in (1, 2):  # from the second rank on ZeRO-1 and 2 reduce in a copy
+    if run.gpus > 1 or not (run.spared or run.zero.stage in (1, 2)):  # from the second rank on ZeRO-1 and 2 reduce in a copy
         assert estimate(replace(run, gpus=run.gpus + more)).needed <= needed + slack
     if run.train_type != "freeze":  # where one layer is trained, checkpointing keeps its input besides
         assert estimate(replace(run, checkpointing=True)).needed <= estimate(replace(run, checkpointing=False)).needed + slack
-    assert estimate(replace(run, zero=replace(run.zero, offload_optimizer=True))).needed <= needed + slack
+    if not run.spared:  # offloading brings ZeRO-2's buckets with it
+        assert estimate(replace(run, zero=replace(run.zero, offload_optimizer=True))).needed <= needed + slack
 
 
 @settings(max_examples=60, deadline=None)
@@ -311,7 +312,19 @@ def test_zero_files(tmp_path):
     assert found["ds_zero3_offload.json"].overlaps and not found["ds_zero2.json"].overlaps
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "offload_optimizer": {"device": "auto"}}}))
-    assert read_zero(str(file), 64) == Zero(stage=3, reduce_bucket=64 * 64)
+    assert read_zero(str(file), 64) == Zero(stage=3, reduce_bucket=64 * 64, obeyed=True)
+    assert read_zero("ds_zero2.json", 64) == Zero(stage=2, reduce_bucket=2**24) and found["ds_zero2.json"].reduce_bucket == 4096**2
+
+
+def test_one_gpu_is_spared_zero():
+    """As train.py has it: no copies, in fp32 not even of the weights; a file with keys of its own is obeyed."""
+    for precision, bytes_each in (("fp32", 16), ("bf16", 18)):  # weights, gradients, Adam's two; in bf16 masters too
+        run = Run(GLM2, "all", batch=1, length=128, precision=precision)
+        parts = estimate(run).parts
+        assert run.spared and sum(parts[k] for k in ("weights", "gradients", "optimizer")) == pytest.approx(bytes_each * GLM2.total, rel=0.03)
+        assert not parts.get("optimizer step") and not parts.get("ZeRO buffers")
+        others = [replace(run, gpus=2), replace(run, zero=replace(run.zero, obeyed=True)), replace(run, mode="plain"), replace(run, train_type="lora")]
+        assert not any(other.spared for other in others)
 
 
 def test_command(tmp_path, capsys):

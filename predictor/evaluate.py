@@ -1,0 +1,295 @@
+"""How good a predictor is on rows whose lengths are known: one table, by language and by length, with the noise ceiling and timings.
+
+python -m predictor.evaluate --predictor output-predictor-lexical-distribution --data held_out.jsonl --picture picture.png
+
+Lengths are tokens of the served model. An answer that was cut (finished false) is left out of tau, MAE, pinball and CRPS, and counts
+as covered where the quantile lies beyond the cut. A prompt with several answers counts once for each.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from finetune.files import write_aside
+from predictor.calibration import kaplan_meier, levels_of
+from predictor.labels import Example, data_hash, make_counter, read_examples
+from predictor.metrics import grouped, kendall_tau, metrics_of, quantiles
+
+DRAWS = 10  # random choices of the run that is predicted, for the noise ceiling
+TIMED_SECONDS = 2.0  # at most, for single prompts, and again for batches
+WARM_UP = 5  # calls that are not timed
+NOMINAL = tuple(np.round(np.arange(0.05, 1, 0.05), 2).tolist()) + (0.975,)
+COLUMNS = {  # heading -> (metric, format)
+    "answers": ("answers", "d"), "cut": ("cut", "d"), "tau-b": ("tau", ".3f"), "MAE": ("mae", ".1f"), "constant": ("mae_constant", ".1f"),
+    "pinball": ("pinball", ".2f"), "CRPS": ("crps", ".4f"), "in q90": ("coverage_90", ".1%"), "in q97.5": ("coverage_975", ".1%"),
+    "q90 tokens": ("reserved_90", ".1f"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Prompts, and the lengths of a served model's answers to them: (M,) arrays, `prompt` the number of each answer's prompt.
+
+    `others`: answers of other served models that were left out.
+    """
+
+    prompts: list[str]
+    prompt: np.ndarray
+    tokens: np.ndarray
+    finished: np.ndarray
+    others: int
+
+    @classmethod
+    def of(cls, examples: list[Example], served_model: str) -> "Observed":
+        """The labels of one served model; a prompt that comes in several examples is one prompt."""
+        number: dict[str, int] = {}
+        rows, others = [], 0
+        for example in examples:
+            for label in example.labels:
+                if label.served_model == served_model:
+                    rows.append((number.setdefault(example.prompt, len(number)), label.tokens, label.finished))
+                else:
+                    others += 1
+        prompt, tokens, finished = zip(*rows) if rows else ((), (), ())
+        return cls(list(number), np.array(prompt, np.int64), np.array(tokens, float), np.array(finished, bool), others)
+
+    def __len__(self):
+        return len(self.tokens)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """(M,): 1 in all for each prompt."""
+        return 1 / np.bincount(self.prompt, minlength=len(self.prompts))[self.prompt]
+
+
+def evaluate(predictor, examples: list[Example], *, served_model: str = "", batch_size: int = 64) -> dict:
+    """What the module's first lines say, as a dict that JSON takes.
+
+    Args:
+        served_model: whose answers are looked at [the one that the predictor was made for].
+    Raises:
+        ValueError: no answer of it, or none that finished.
+    """
+    card = predictor.card
+    served_model = served_model or card["served_model"]["name"]
+    seen = Observed.of(examples, served_model)
+    if not len(seen):
+        names = sorted({label.served_model for e in examples for label in e.labels})
+        raise ValueError(f"--served_model {served_model!r}: no row is of it; the rows are of {', '.join(names[:8])}")
+    if not seen.finished.any():
+        raise ValueError(f"none of the {len(seen)} answers of {served_model!r} finished: their lengths are not known")
+    probabilities, edges, scores = predict_arrays(predictor, seen.prompts)
+    each = probabilities[seen.prompt], edges, scores[seen.prompt], seen.tokens, seen.finished
+    constant, source = constant_of(card, seen, served_model)
+    groups = groups_of(seen.prompts, quantiles(probabilities, edges, 0.5))
+    groups = {name: column[seen.prompt] for name, column in groups.items()}
+
+    def beside(chosen: np.ndarray) -> dict:
+        done = chosen & seen.finished
+        miss = float(np.abs(seen.tokens[done] - constant).mean()) if done.any() else 0.0
+        return {"mae_constant": miss, "answers": int(chosen.sum()), "cut": int((chosen & ~seen.finished).sum())}
+
+    by_group = {}
+    for name, metrics in grouped(groups, *each).items():
+        key, value = name.split("=", 1)
+        by_group[name] = {k: v for k, v in metrics.items() if k != "prompts"} | beside(groups[key] == value)
+    levels = levels_of(probabilities[seen.prompt], edges, seen.tokens)
+    return {
+        "predictor": {"backbone": card["backbone"]["name"], "head": card["head"]["name"], "served_model": card["served_model"]["name"]},
+        "served_model": served_model, "prompts": len(seen.prompts), "other_models_answers": seen.others,
+        "training_rows": data_hash(examples) == card["training_data"]["sha256"],
+        "constant": {"tokens": constant, "of": source},
+        "all": metrics_of(*each) | beside(np.ones(len(seen), bool)),
+        "groups": by_group,
+        "product_limit": None if seen.finished.all() else product_limit(levels, seen),
+        "calibration": {"nominal": list(NOMINAL), "observed": observed_levels(levels, seen.finished)},
+        "noise_ceiling": noise_ceiling(seen, scores),
+        "milliseconds": timings(predictor, seen.prompts, batch_size),
+    }  # fmt: skip
+
+
+def predict_arrays(predictor, prompts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(probabilities (N, K), edges (K + 1,), rank scores (N,)) of N prompts."""
+    found = predictor.predict(prompts)
+    return np.stack([p.probabilities for p in found]), found[0].edges, np.array([p.rank_score for p in found])
+
+
+def constant_of(card: dict, seen: Observed, served_model: str) -> tuple[float, str]:
+    """(the guess of one who knows no prompt, whose median it is): the training data's, if the card has it and they are of this model."""
+    known = card["training_data"].get("median_tokens")
+    if known is not None and served_model == card["served_model"]["name"]:
+        return float(known), "the training data"
+    return float(np.median(seen.tokens)), "these rows"
+
+
+def groups_of(prompts: list[str], medians: np.ndarray) -> dict[str, np.ndarray]:
+    """{"language", "length"} -> (N,) names: by the share of Chinese characters, and by quarters of the predicted median (N,)."""
+    languages = ["zh" if sum("\u3400" <= c <= "\u9fff" for c in p) > 0.1 * len(p) else "other" for p in prompts]
+    bounds = np.unique(np.quantile(medians, [0.25, 0.5, 0.75]))
+    quarter = np.searchsorted(bounds, medians, side="left")
+    names = [f"{i + 1} (to {np.max(medians[quarter == i]):.0f})" if (quarter == i).any() else "" for i in range(len(bounds) + 1)]
+    return {"language": np.array(languages), "length": np.array([names[i] for i in quarter])}
+
+
+def observed_levels(levels: np.ndarray, finished: np.ndarray) -> list[float]:
+    """Share of answers within each NOMINAL quantile, from the levels (M,) that their predictions gave them."""
+    least = np.where(finished, levels, np.nextafter(levels, 2))
+    return [float((least <= q).mean()) for q in NOMINAL]
+
+
+def product_limit(levels: np.ndarray, seen: Observed) -> dict[str, float]:
+    """Coverage by the estimate of Kaplan and Meier: what a cut answer would have come to is what those that went on came to."""
+    values, share = kaplan_meier(levels, seen.finished, np.ones(len(levels)))
+    at = np.searchsorted(values, [0.9, 0.975], side="right") - 1
+    return {name: float(share[i]) if i >= 0 else 0.0 for name, i in zip(("coverage_90", "coverage_975"), at)}
+
+
+def noise_ceiling(seen: Observed, scores: np.ndarray) -> dict | None:
+    """How well a prompt's finished runs predict one another, where it has two or more: no predictor that sees the prompt alone can
+    be much better. {prompts, tau_of_one_run, tau_of_median_of_others, tau_of_predictor (of `scores` (N,), on the same runs)}."""
+    order = np.flatnonzero(seen.finished)
+    order = order[np.argsort(seen.prompt[order], kind="stable")]
+    prompt, runs = np.unique(seen.prompt[order], return_counts=True)
+    starts = np.cumsum(runs) - runs
+    several = np.flatnonzero(runs >= 2)
+    if len(several) < 2:
+        return None
+    generator = np.random.default_rng(0)
+    found = np.zeros((DRAWS, 3))
+    for draw in range(DRAWS):
+        truth, one, others = (np.zeros(len(several)) for _ in range(3))
+        for i, k in enumerate(several):
+            mixed = seen.tokens[order[starts[k] : starts[k] + runs[k]]][generator.permutation(runs[k])]
+            truth[i], one[i], others[i] = mixed[0], mixed[1], np.median(mixed[1:])
+        found[draw] = kendall_tau(one, truth), kendall_tau(others, truth), kendall_tau(scores[prompt[several]], truth)
+    names = ("tau_of_one_run", "tau_of_median_of_others", "tau_of_predictor")
+    return {"prompts": len(several), **dict(zip(names, found.mean(axis=0).tolist()))}
+
+
+def timings(predictor, prompts: list[str], batch_size: int) -> dict:
+    """Milliseconds a prompt, from text to prediction, one by one and in batches, and prompts a second in batches."""
+
+    def measure(size: int) -> np.ndarray:
+        batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+        batches = [b for b in batches if len(b) == size] or batches  # a last, smaller batch would look slow
+        seconds, begun, calls = [], time.perf_counter(), 0
+        while calls < WARM_UP + max(20, len(batches)) and (calls <= WARM_UP or time.perf_counter() - begun < TIMED_SECONDS):
+            batch = batches[calls % len(batches)]
+            start = time.perf_counter()
+            predictor.predict(batch)
+            seconds.append((time.perf_counter() - start) / len(batch))
+            calls += 1
+        return 1000 * np.array(seconds[WARM_UP:])
+
+    single, batched = measure(1), measure(min(batch_size, len(prompts)))
+    return {
+        "single_p50": float(np.median(single)), "single_p99": float(np.quantile(single, 0.99)), "batch_size": min(batch_size, len(prompts)),
+        "batch_p50": float(np.median(batched)), "batch_p99": float(np.quantile(batched, 0.99)), "prompts_a_second": float(1000 / batched.mean()),
+    }  # fmt: skip
+
+
+def table(report: dict) -> str:
+    """The report in words and columns."""
+    rows = {"all": report["all"], **report["groups"]}
+    lines = [["", *COLUMNS]]
+    lines += [[name, *(format(metrics[key], form) for key, form in COLUMNS.values())] for name, metrics in rows.items()]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:]))]) for line in lines]
+    made, constant, ms = report["predictor"], report["constant"], report["milliseconds"]
+    head = f"{made['backbone']} predictor with head {made['head']}: {report['prompts']} prompts, answers of {report['served_model']}"
+    if report["other_models_answers"]:
+        head += f" ({report['other_models_answers']} of other served models left out)"
+    if report["training_rows"]:
+        head += "\nThese are the rows it was trained on: figures on unseen rows are worse."
+    text = [head, *text, f"MAE, pinball in tokens; constant: always {constant['tokens']:g} tokens, the median of {constant['of']}"]
+    if limit := report["product_limit"]:
+        text.append(
+            f"{report['all']['cut']} answers were cut: not in tau, MAE, pinball, CRPS; covered where the quantile lies beyond the cut. By the "
+            f"product-limit estimate q90 covers {limit['coverage_90']:.1%}, q97.5 {limit['coverage_975']:.1%}"
+        )
+    if ceiling := report["noise_ceiling"]:
+        text.append(
+            f"noise ceiling, {ceiling['prompts']} prompts with several runs: tau of one run {ceiling['tau_of_one_run']:.3f}, of the median of "
+            f"the others {ceiling['tau_of_median_of_others']:.3f}; the predictor's there {ceiling['tau_of_predictor']:.3f}"
+        )
+    text.append(
+        f"ms a prompt: single p50 {ms['single_p50']:.2f}, p99 {ms['single_p99']:.2f}; in batches of {ms['batch_size']} "
+        f"p50 {ms['batch_p50']:.3f}, p99 {ms['batch_p99']:.3f} ({ms['prompts_a_second']:.0f} prompts/s)"
+    )
+    return "\n".join(text)
+
+
+def write_json(path: Path, value: dict):
+    write_aside(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def run(args) -> int:
+    from predictor.runtime import LengthPredictor
+
+    predictor = LengthPredictor.from_pretrained(
+        args.predictor, served_model=args.model_path, allow_other_tokenizer=args.allow_other_tokenizer, base_model=args.base_model,
+        device=args.device, threads=args.threads,
+    )  # fmt: skip
+    count = None
+    if args.model_path:
+        from chatglm.loading import load_tokenizer
+
+        count = make_counter(load_tokenizer(args.model_path))
+    served_model = args.served_model or predictor.card["served_model"]["name"]
+    paths = [path.strip() for path in args.data.split(",")]
+    examples, bad = read_examples(paths, served_model=served_model, count=count, on_bad_row=args.on_bad_row)
+    report = evaluate(predictor, examples, served_model=served_model, batch_size=args.batch_size) | {"bad_rows": bad}
+    print(table(report) + (f"\n{bad} bad rows skipped" if bad else ""), flush=True)
+    if args.json:
+        write_json(Path(args.json), report)
+    if args.picture:
+        from predictor.pictures import draw
+
+        seen = Observed.of(examples, served_model)
+        probabilities, edges, _ = predict_arrays(predictor, seen.prompts)
+        draw(Path(args.picture), probabilities[seen.prompt], edges, seen.tokens, seen.finished, report)
+    return 0
+
+
+def add_predictor_flags(parser: argparse.ArgumentParser):
+    """What it takes to load a predictor; also of predictor.update."""
+    parser.add_argument("--predictor", required=True, metavar="DIR", help="folder of the predictor")
+    parser.add_argument("--base_model", metavar="DIR", help="of a ChatGLM backbone whose folder holds an adapter alone (default: the one it names)")
+    parser.add_argument("--device", default="cpu", help="torch device of a transformer in it [cpu]")
+
+
+def main(argv: list[str] | None = None) -> int:
+    from finetune.config import parse_bool
+    from finetune.predict import positive
+
+    parser = argparse.ArgumentParser(prog="predictor.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_predictor_flags(parser)
+    parser.add_argument("--data", required=True, metavar="FILE[,FILE]", help="rows with output_tokens, or with answers to count (--model_path)")
+    parser.add_argument("--served_model", metavar="NAME", help="whose answers are looked at, and whose the rows are that do not say (default: the predictor's)")
+    parser.add_argument("--model_path", metavar="DIR", help="the served model's folder: its tokenizer counts answers, and must be the predictor's")
+    parser.add_argument(
+        "--allow_other_tokenizer", type=parse_bool, nargs="?", const=True, default=False, metavar="True|False",
+        help="take a --model_path of another tokenizer all the same",
+    )  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="write all figures there")
+    parser.add_argument("--picture", metavar="FILE.png", help="predicted against real lengths, and the calibration curve")
+    parser.add_argument("--batch_size", type=positive, default=64, help="prompts predicted together when batches are timed [64]")
+    parser.add_argument("--threads", type=positive, help="of a transformer's arithmetic (default: as many as it likes)")
+    parser.add_argument("--on_bad_row", choices=("error", "skip"), default="error", help="what to do with a malformed row [error]")
+    args = parser.parse_args(argv)
+    if args.picture and Path(args.picture).suffix not in (".png", ".svg", ".pdf"):
+        parser.error(f"--picture {args.picture}: wanted a name that ends in .png, .svg or .pdf")
+    try:
+        return run(args)
+    except (ValueError, OSError) as error:
+        print(f"predictor.evaluate: error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

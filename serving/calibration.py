@@ -1,0 +1,327 @@
+"""Measurements -> the cost model's profile, by robust least squares on relative errors; the command line of serving.cost_model.
+
+A file of measurements is CSV with a header. Columns (others are ignored):
+    seconds, batch_size, output_tokens (of the padded batch)    needed
+    gpus (1), placement (even), prompt_tokens (35), model (chatglm2-6b: a published name or a folder)
+    phase: "" a process's first batch, "batch" a later one, "prefill" prompt_tokens in all, "decode" output_tokens steps from context_tokens
+
+Placements: "" and "even", "single", "alternate" (even layers on the second device), "14,14" layers device by device, and the names in
+the measured runs, where "lr" and "helr" are one device under a device map and "he" is "alternate".
+"""
+
+import argparse
+import csv
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from serving.cost_model import COEFFICIENTS, CostModel, ModelShape, Profile, even_stages, read_profile
+
+PROMPT_TOKENS = 35  # of the measured batches: the longest ran to 2,048 tokens with 2,013 new ones
+HUBER = 0.03  # relative errors beyond it count linearly: some runs were slowed by what else the machine did
+PRIOR = 0.01  # a coefficient one spread off its start costs as much as one row off by this
+# How far from its start a coefficient may be believed to lie; only counts where rows do not tell.
+SPREADS = {
+    "weight_passes": 0.2, "compute_passes": 0.5, "kv_passes": 0.3, "attention_passes": 3.0, "layer_overhead_s": 2e-4,
+    "mapped_overhead_s": 2e-4, "hop_overhead_s": 1e-3, "cache_link_passes": 4.0, "step_overhead_s": 1e-3,
+    "sequence_overhead_s": 1e-3, "batch_overhead_s": 5e-3, "startup_s": 2.0, "startup_device_s": 1.0,
+}  # fmt: skip
+PHASES = ("", "batch", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. `group`: what may be held out together with it (its experiment)."""
+
+    seconds: float
+    batch: int
+    output_tokens: int
+    gpus: int = 1
+    placement: str = ""
+    prompt_tokens: int = PROMPT_TOKENS
+    context_tokens: int = 0
+    phase: str = ""
+    model: str = "chatglm2-6b"
+    experiment: str = ""
+    query: str = ""
+
+
+def read_rows(path: str | Path) -> tuple[list[Row], list[str]]:
+    """The rows of a file that can be used, and a line for each that lacks a time or a length.
+
+    Raises:
+        ValueError: no such file, a needed column or every row is missing, or a value is no number of the right kind.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            if lost := [c for c in ("seconds", "batch_size", "output_tokens") if c not in (reader.fieldnames or [])]:
+                raise ValueError(f"{path}: column {lost[0]!r} is missing; needed are seconds, batch_size, output_tokens")
+            given = [(reader.line_num, {k: (v or "").strip() for k, v in r.items() if isinstance(k, str) and not isinstance(v, list)}) for r in reader]
+    except FileNotFoundError:
+        raise ValueError(f"no such file: {path}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a CSV file in UTF-8: {error}") from None
+    rows, left_out = [], []
+    for line, values in given:
+        phase = values.get("phase", "")
+        needed = ("seconds", "batch_size") + (("prompt_tokens",) if phase == "prefill" else ("output_tokens",))
+        if lost := [c for c in needed if not values.get(c)]:
+            left_out.append(f"{path}, line {line}: left out, no {lost[0]}")
+            continue
+        rows.append(_row(f"{path}, line {line}", values))
+    if not rows:
+        raise ValueError(f"{path} holds no row with a time and a length")
+    return rows, left_out
+
+
+def _row(where: str, values: dict) -> Row:
+    def number(column: str, default: float, least: float, whole: bool = True):
+        text = values.get(column) or default
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value >= least and (not whole or value == int(value))):
+            kind = f"a whole number of at least {least:g}" if whole else "a number above 0"
+            raise ValueError(f"{where}: {column} must be {kind}, got {text!r}")
+        return int(value) if whole else value
+
+    row = Row(
+        seconds=number("seconds", 0, 1e-12, whole=False), batch=number("batch_size", 1, 1), output_tokens=number("output_tokens", 1, 1),
+        gpus=number("gpus", 1, 1), placement=values.get("placement", ""), prompt_tokens=number("prompt_tokens", PROMPT_TOKENS, 1),
+        context_tokens=number("context_tokens", 0, 0), phase=values.get("phase", ""), model=values.get("model") or "chatglm2-6b",
+        experiment=values.get("experiment", ""), query=values.get("query", ""),
+    )  # fmt: skip
+    if row.phase not in PHASES:
+        raise ValueError(f"{where}: phase must be one of {', '.join(PHASES[1:])} or empty, got {row.phase!r}")
+    try:
+        named_stages(row.placement, row.gpus, shape_of(row.model).layers)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return row
+
+
+@lru_cache
+def shape_of(model: str) -> ModelShape:
+    return ModelShape.from_config(model)
+
+
+def named_stages(placement: str, gpus: int, layers: int) -> tuple[tuple[tuple[int, int], ...], bool | None]:
+    """(stages, whether a device map is in force; None: where several devices are) of a placement's name in a file or flag."""
+    if placement in ("", "even"):
+        return even_stages(layers, gpus), None
+    if placement in ("single", "lr", "helr"):
+        return ((0, layers),), placement != "single"
+    if placement in ("alternate", "he"):
+        if gpus < 2:
+            raise ValueError(f"placement {placement!r} alternates between 2 devices, gpus is {gpus}")
+        return tuple(((i + 1) % 2, 1) for i in range(layers)), True
+    counts = placement.split(",")
+    if not all(c.strip().isdecimal() for c in counts):
+        raise ValueError(f"placement must be even, single, alternate, lr, he, helr or layers such as 14,14, got {placement!r}")
+    stages = tuple((i, int(c)) for i, c in enumerate(counts))
+    if sum(n for _, n in stages) != layers or len(stages) > gpus:
+        raise ValueError(f"placement {placement!r} must give the model's {layers} layers to at most gpus = {gpus} devices")
+    return tuple(s for s in stages if s[1]), None
+
+
+def row_seconds(row: Row, profile: Profile) -> float:
+    """What the cost model expects of a row."""
+    shape = shape_of(row.model)
+    stages, mapped = named_stages(row.placement, row.gpus, shape.layers)
+    model = CostModel(shape, profile.cluster(max(row.gpus, 1 + max(d for d, _ in stages))), stages, profile, mapped)
+    if row.phase == "prefill":
+        return model.prefill_s(row.prompt_tokens, row.batch)
+    if row.phase == "decode":
+        return model.decode_s(row.batch, row.context_tokens, row.output_tokens)
+    warm = model.batch_s([row.prompt_tokens] * row.batch, [row.output_tokens] * row.batch)
+    return warm + (model.startup_s if row.phase == "" else 0.0)
+
+
+def errors(rows: Sequence[Row], profile: Profile) -> np.ndarray:
+    """Predicted over measured, less 1."""
+    return np.array([row_seconds(row, profile) / row.seconds - 1 for row in rows])
+
+
+def fit(rows: Sequence[Row], start: Profile) -> Profile:
+    """The profile that minimises Huber's loss of relative errors, with coefficients of at least 0.
+
+    Seconds are linear in the coefficients but for the larger of weights and products, so columns are differences at the current
+    coefficients, and a few rounds settle both that choice and Huber's weights (iteratively reweighted least squares). What the
+    rows do not tell apart stays near `start` (SPREADS, PRIOR).
+    """
+    measured = np.array([row.seconds for row in rows])
+    spreads = np.array([SPREADS[name] for name in COEFFICIENTS])
+    begin = now = np.array([getattr(start, name) for name in COEFFICIENTS], float)
+    columns = None
+    for rounds in range(40):
+        if rounds % 10 == 0:
+            columns = _columns(rows, replace(start, **dict(zip(COEFFICIENTS, now.tolist()))), spreads)
+            predicted = np.array([row_seconds(row, replace(start, **dict(zip(COEFFICIENTS, now.tolist())))) for row in rows])
+            fixed = predicted - columns @ now  # of link latencies and transfers, which no coefficient scales
+        off = np.abs((columns @ now + fixed) / measured - 1)
+        weights = np.sqrt(HUBER / np.maximum(off, HUBER))
+        left = np.vstack([columns * (weights / measured)[:, None], np.diag(PRIOR / spreads)])
+        right = np.concatenate([weights * (1 - fixed / measured), PRIOR / spreads * begin])
+        now = _least_squares(left, right, spreads)
+    return replace(start, **{name: float(f"{value:.6g}") for name, value in zip(COEFFICIENTS, now)})
+
+
+def vague(rows: Sequence[Row], profile: Profile) -> list[str]:
+    """Coefficients of which the rows leave more than half of the prior's spread: other values would fit them nearly as well."""
+    spreads = np.array([SPREADS[name] for name in COEFFICIENTS])
+    scaled = _columns(rows, profile, spreads) / np.array([row.seconds for row in rows])[:, None] * spreads / PRIOR
+    left = np.sqrt(np.diag(np.linalg.inv(scaled.T @ scaled * (PRIOR / HUBER) ** 2 + np.eye(len(spreads)))))
+    return [name for name, share in zip(COEFFICIENTS, left) if share > 0.5]
+
+
+def _columns(rows: Sequence[Row], profile: Profile, spreads: np.ndarray) -> np.ndarray:
+    at = np.array([row_seconds(row, profile) for row in rows])
+    found = []
+    for name, spread in zip(COEFFICIENTS, spreads):
+        moved = replace(profile, **{name: getattr(profile, name) + 1e-4 * spread})
+        found.append((np.array([row_seconds(row, moved) for row in rows]) - at) / (1e-4 * spread))
+    return np.array(found).T
+
+
+def _least_squares(left: np.ndarray, right: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """argmin |left x - right|, x >= 0: Lawson and Hanson's active set, with variables in units of `scale`."""
+    left = left * scale
+    x, free = np.zeros(len(scale)), np.zeros(len(scale), bool)
+    for _ in range(3 * len(scale)):
+        gradient = left.T @ (right - left @ x)
+        if not (~free & (gradient > 1e-10)).any():
+            break
+        free[np.argmax(np.where(free, -np.inf, gradient))] = True
+        while True:
+            trial = np.zeros_like(x)
+            trial[free] = np.linalg.lstsq(left[:, free], right, rcond=None)[0]
+            if (trial[free] > 0).all():
+                break
+            below = free & (trial <= 0)
+            x = x + np.min(x[below] / (x[below] - trial[below])) * (trial - x)
+            free &= x > 1e-12
+        x = trial
+    return x * scale
+
+
+def held_out_errors(rows: Sequence[Row], start: Profile, group_of: Callable[[int, Row], object]) -> np.ndarray:
+    """Each row's error under the profile fitted without the rows of its group."""
+    groups = [group_of(i, row) for i, row in enumerate(rows)]
+    found = np.zeros(len(rows))
+    for group in sorted(set(groups), key=str):
+        out = [i for i, g in enumerate(groups) if g == group]
+        profile = fit([row for row, g in zip(rows, groups) if g != group], start)
+        found[out] = errors([rows[i] for i in out], profile)
+    return found
+
+
+def summary(found: np.ndarray) -> dict:
+    size = np.abs(found)
+    return {"rows": len(size), "median_abs_error": round(float(np.median(size)), 6), "p90_abs_error": round(float(np.quantile(size, 0.9)), 6)}
+
+
+def report(rows: Sequence[Row], start: Profile) -> dict:
+    """In sample, 5 folds, and with each experiment, number of devices, and query or batch size left out whole."""
+    shuffled = np.random.default_rng(0).permutation(len(rows)) % 5
+    found = {"in_sample": summary(errors(rows, fit(rows, start)))}
+    ways = {
+        "5_folds": lambda i, row: shuffled[i], "without_its_experiment": lambda i, row: row.experiment,
+        "without_its_number_of_gpus": lambda i, row: row.gpus, "without_its_query_or_batch": lambda i, row: row.query or (row.experiment, row.batch, row.placement),
+    }  # fmt: skip
+    for name, way in ways.items():
+        if len({way(i, row) for i, row in enumerate(rows)}) > 1:
+            found[name] = summary(held_out_errors(rows, start, way))
+    return found
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def run_predict(args) -> None:
+    """Prints seconds, one number."""
+    profile = read_profile(args.profile)
+    row = Row(1.0, args.batch, args.output_tokens, args.gpus, args.placement, args.prompt_tokens, phase="batch" if args.warm else "", model=args.model)
+    print(f"{row_seconds(row, profile):.4f}")
+
+
+def run_evaluate(args) -> None:
+    rows, left_out = read_rows(args.rows)
+    print(*left_out, sep="\n", end="\n" if left_out else "", file=sys.stderr)
+    found = summary(errors(rows, read_profile(args.profile)))
+    print(f"{found['rows']} rows: median {100 * found['median_abs_error']:.2f} %, P90 {100 * found['p90_abs_error']:.2f} % absolute relative error")
+    if args.json:
+        write_json(args.json, found)
+
+
+def run_fit(args) -> None:
+    rows, left_out = read_rows(args.rows)
+    print(*left_out, sep="\n", end="\n" if left_out else "", file=sys.stderr)
+    start = read_profile(args.start)
+    start = replace(start, name=Path(args.output).stem, device=args.device or start.device, link=args.link or start.link)
+    found = report(rows, start)
+    chosen = "".join(f" --{name} {value}" for name in ("start", "device", "link") if (value := getattr(args, name)))
+    profile = fit(rows, start)
+    made = {
+        "command": f"python -m serving.cost_model fit --rows {Path(args.rows).name} --output {Path(args.output).name}{chosen}",
+        "from": args.about or Path(args.rows).name, "errors": found, "not_told_apart_by_the_rows": vague(rows, profile),
+    }  # fmt: skip
+    replace(profile, made=made).save(args.output)
+    for name, figures in found.items():
+        print(f"{name:28} {figures['rows']:4} rows   median {100 * figures['median_abs_error']:5.2f} %   P90 {100 * figures['p90_abs_error']:5.2f} %")
+
+
+def at_least(least: int):
+    def whole(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        return int(text)
+
+    return whole
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m serving.cost_model", description="seconds of serving, from a calibrated profile")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verb = verbs.add_parser("predict", help="seconds of one batch, run to its longest answer")
+    verb.add_argument("--gpus", type=at_least(1), default=1, help="number of the profile's devices")
+    verb.add_argument("--batch", type=at_least(1), default=1, help="sequences in the batch")
+    verb.add_argument("--output-tokens", type=at_least(1), required=True, help="new tokens of the longest answer")
+    verb.add_argument("--prompt-tokens", type=at_least(1), default=PROMPT_TOKENS, help=f"of the longest prompt (default {PROMPT_TOKENS})")
+    verb.add_argument("--placement", default="even", help="even, single, alternate, lr, he, helr, or layers by device: 14,14")
+    verb.add_argument("--model", default="chatglm2-6b", help="a published name or a folder with a config.json")
+    verb.add_argument("--warm", action="store_true", help="not the first batch of its process: without start-up")
+    verb.set_defaults(run=run_predict)
+    evaluate = verbs.add_parser("evaluate", help="a profile against measured rows")
+    evaluate.add_argument("--json", help="file for {rows, median_abs_error, p90_abs_error}")
+    evaluate.set_defaults(run=run_evaluate)
+    fitting = verbs.add_parser("fit", help="measured rows -> a profile, with its errors on rows left out of the fit")
+    fitting.add_argument("--output", required=True, help="profile to write, .json")
+    fitting.add_argument("--start", default="datasheet", help="profile that decides what the rows do not")
+    fitting.add_argument("--device", help="the rows' device: a name of serving/devices.py or a .json file")
+    fitting.add_argument("--link", help="the link between the rows' devices, by name")
+    fitting.add_argument("--about", help="where the rows are from, kept in the profile")
+    fitting.set_defaults(run=run_fit)
+    for with_rows in (evaluate, fitting):
+        with_rows.add_argument("--rows", required=True, help="CSV file of measurements (columns: serving/calibration.py)")
+    for with_profile in (verb, evaluate):
+        with_profile.add_argument("--profile", default="rtx3090", help="a name in serving/profiles, datasheet, or a .json file")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
