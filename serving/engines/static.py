@@ -15,7 +15,6 @@ from transformers import LogitsProcessor, StoppingCriteria
 from serving.engines.answers import Answer, TextEngine, choose, most_tokens
 from serving.request import FOREVER, CostModel, Limits, Plan, StepResult
 
-
 NOWHERE = 1 << 30  # an id that no vocabulary has: told none, generate would take the model's own stop ids
 
 
