@@ -13,8 +13,8 @@ from serving.continuous import POLICIES
 from serving.engines import ENGINES, Inbox, Sampling, WallClock, make_engine
 from serving.engines.arena import Arena, class_of
 from serving.request import FOREVER, Limits, Plan, Record, Request
-from serving.scheduler import Replay, run
-from serving.simulated import LinearCost
+from serving.scheduler import Replay, VirtualClock, run
+from serving.simulated import LinearCost, SimulatedEngine
 from tests.conftest import SPECIAL, VARIANTS, tiny_model
 
 STOPS = [7, 13, 21, 30]
@@ -138,6 +138,23 @@ def test_tokens_are_those_made_alone(variant, prefix, seed):
     assert kinds.count("finished") == 14 and kinds.count("preempted") > 3 and kinds.count("overran") > 3
     assert engine.runner.arena.migrations and not engine.rows and not engine._answers
     assert all(not slab.rows and not slab.decoding for slab in engine.runner.arena.slabs.values())
+
+
+@pytest.mark.parametrize("name, together", [("continuous", False), ("continuous", True), ("static", True)])
+@pytest.mark.parametrize("seed", range(3))
+def test_events_are_the_simulated_engines(name, together, seed):
+    """The same policy sees the same story, event by event, from the engine that only counts."""
+    model = model_of("glm2")
+    asked = {i: (prompt, Sampling(s.max_new_tokens, ignore_stops=True)) for i, (prompt, s) in some(model, 12, 20 + seed).items()}
+    requests = [Request(i, len(p), 0.0, 100.0, output_tokens=s.max_new_tokens) for i, (p, s) in asked.items()]
+    stories = []
+    for engine in (engine_of(name, model), SimulatedEngine(LinearCost(), SMALL)):
+        if hasattr(engine, "submit"):
+            for request in requests:
+                engine.submit(request, *asked[request.id])
+        events = run(Chaos(seed, together), engine, VirtualClock(), Replay(requests))
+        stories.append([(e.kind, e.id, e.what.output_tokens if e.kind == "finished" else None) for e in events])
+    assert stories[0] == stories[1]
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -272,6 +289,44 @@ def test_a_failed_model_harms_nobody_else():
         assert answers[0].reason == "failed" and answers[0].tokens == [] and answers[1].tokens == expected[0]
         answers, _ = serve(engine, POLICIES[policy], {2: (prompt, Sampling(10)), 3: (other, Sampling(10))})
         assert [answers[2].tokens, answers[3].tokens] == expected
+
+
+def test_lora_and_bf16():
+    """An adapter's layers take part. In bf16 each token is one that the model, alone, holds to be as good as the best."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model("glm2", seed=4), LoraConfig(target_modules=["query_key_value"], r=2, init_lora_weights=False))
+    prompts = [prompt_of(model, n, n) for n in (5, 9, 12)]
+    asked = {i: (prompt, Sampling(10)) for i, prompt in enumerate(prompts)}
+    answers, _ = serve(engine_of("continuous", model), Chaos(2), asked)
+    assert [answers[i].tokens for i in asked] == [alone(model, prompt, 10) for prompt in prompts]
+
+    for variant in ("glm", "glm2"):
+        model = tiny_model(VARIANTS[variant][0], **VARIANTS[variant][1]).bfloat16()
+        asked = {i: (prompt_of(model, n, n), Sampling(10)) for i, n in enumerate((5, 9, 12))}
+        answers, _ = serve(engine_of("continuous", model), Chaos(2), asked)
+        for i, (prompt, _) in asked.items():
+            made = answers[i].tokens
+            with torch.inference_mode():
+                logits = model(torch.tensor([prompt + made[:-1]])).logits[0, len(prompt) - 1 :].float()
+            best = logits.max(-1).values
+            assert (best - logits.gather(-1, torch.tensor(made)[:, None])[:, 0]).max() < 0.02 * logits.std() * 10
+
+
+def test_static_on_a_model_spread_by_accelerate(tmp_path):
+    from accelerate import dispatch_model
+
+    model = tiny_model("glm2", seed=6)
+    prompts = [prompt_of(model, n, n) for n in (5, 9)]
+    expected = [alone(model, prompt, 8) for prompt in prompts]
+    places = {name: "cpu" for name in ("transformer.embedding", "transformer.encoder.layers.0", "transformer.encoder.layers.1",
+                                       "transformer.encoder.final_layernorm", "transformer.output_layer")}  # fmt: skip
+    model = dispatch_model(model, places | {"transformer.encoder.layers.2": "disk"}, main_device="cpu", offload_dir=str(tmp_path))
+    answers, _ = serve(engine_of("static", model), POLICIES["fifo"], {i: (p, Sampling(8)) for i, p in enumerate(prompts)})
+    assert [answers[i].tokens for i in range(2)] == expected
+    with pytest.raises(ValueError, match="one device"):
+        engine_of("continuous", model)
 
 
 def test_refusals():
