@@ -8,29 +8,11 @@ with length() and order() beside it (serving.request.Policy): the queue keeps th
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
-from predictor.prediction import LengthPrediction, remaining
-from serving.batching import BATCH_POLICIES, as_policy, expected_tokens, quantile_tokens
+from serving.batching import BATCH_POLICIES, as_policy
+from serving.lengths import COARSE, expected_left, quantile_left, quantile_tokens, tokens_left
 from serving.request import FOREVER, CostModel, Limits, Plan, Record, Request, View
-
-COARSE = 16  # tokens: what is left of an answer is asked for at multiples of it
-
-
-@lru_cache(maxsize=1 << 18)
-def expected_left(prediction: LengthPrediction, generated: int) -> float:
-    return max(remaining(prediction, generated).expected_tokens, 1.0)
-
-
-@lru_cache(maxsize=1 << 18)
-def quantile_left(prediction: LengthPrediction, generated: int, q: float) -> float:
-    return max(remaining(prediction, generated).quantile(q), 1.0)
-
-
-def tokens_left(request: Request, generated: int) -> float:
-    """Predicted mean of the tokens still to come."""
-    return expected_left(request.prediction, generated - generated % COARSE)
 
 
 class Draft:
@@ -214,24 +196,28 @@ class Deadline:
     Memory. prompt + the conformal admit_quantile of the answer; an answer that outgrows it gets that quantile of what is left,
     at least grow_tokens.
 
-    Preemption. A request that must start before a row is likely to end takes the place of a running one that will be late anyhow
-    and has much left: the row-seconds this frees, tokens left x pace, less those lost while it is computed again, prefill_s(its
+    Preemption. A request that must start before another row is likely to end takes the place of a running one that is late
+    by the same measure and has much left: the row-seconds this frees, tokens left x pace, less those lost while it is computed again, prefill_s(its
     context) x rows, must be preempt_gain of the newcomer's work, which is what a deadline costs. None is preempted twice for this,
     nor is anyone in the lane.
 
     Attributes:
-        admit_quantile, hope_quantile, late_share: in 0..1. preempt_gain: 0 to preempt lightly; inf never to.
+        admit_quantile, hope_quantile, late_share: in 0..1.
+        preempt_gain: 0 preempts lightly, inf never. Below about 3 it costs more objectives than it saves wherever the machine is
+            full: what is freed is only put off, and computing a prompt again holds up every row.
+        look_s: where all is full, arrivals are looked at this often at least, for one to preempt for.
         truth: count on true lengths (an oracle, for benchmarks).
     """
 
-    admit_quantile: float = 0.5
+    admit_quantile: float = 0.4
     grow_tokens: int = 64
     hope_quantile: float = 0.07
     slo_weight: float = 1.0
     work_weight: float = 0.5
     late_s: float = 1000.0
     late_share: float = 0.05
-    preempt_gain: float = 1.0
+    preempt_gain: float = 10.0
+    look_s: float = 0.25
     truth: bool = False
     predicts: ClassVar[bool] = True
 
@@ -267,13 +253,15 @@ class Deadline:
         draft, limits = Draft(view), view.limits
         if view.overran:
             make_room(draft, lambda r, generated: self.reserve(r, generated, limits), lambda: self.victims(view))
-        blocked = None
+        blocked, wake_s = None, FOREVER
         if not draft.preempt and len(view.waiting):
             blocked = self.fill(draft)
             if blocked is not None and not self.late(blocked, view.now_s) and self.preempt_gain < FOREVER:
-                self.displace(draft, blocked, cost)
+                wake_s = self.displace(draft, blocked, cost)
         full = draft.rows >= limits.max_batch or blocked is not None
-        return draft.plan(wake_on_arrival=not full or self.preempt_gain < FOREVER)
+        if full and self.preempt_gain < FOREVER:
+            wake_s = min(wake_s, view.now_s + self.look_s)
+        return draft.plan(wake_s=wake_s, wake_on_arrival=not full)
 
     @staticmethod
     def late(record: Record, at_s: float) -> bool:
@@ -294,27 +282,32 @@ class Deadline:
                 return record
         return None
 
-    def displace(self, draft: Draft, record: Record, cost: CostModel):
+    def displace(self, draft: Draft, record: Record, cost: CostModel) -> float:
+        """Preempt for a request that must start now; or when to look again."""
         view, request = draft.view, record.request
         now, pace = view.now_s, view.pace_s
-        work = request.arrival_s + request.slo_s - record.until_s
-        if record.until_s > now + work / max(draft.rows, 1):  # a row ends about that often
-            return
+        work = cost.prefill_s(record.context_tokens) + pace * self.left(record, record.generated)
+        must_s = request.arrival_s + request.slo_s - work - work / max(draft.rows, 1)  # a row ends about that often
+        if now < must_s:
+            return must_s
         best, victim = self.preempt_gain * work, None
         for r in view.running.values():
             if r.preemptions or r.request.id in draft.reserve or self.late(r, r.admitted_s):
                 continue
-            generated = view.generated(r)
-            left = self.left(r, generated) * pace
-            if now + left <= r.request.arrival_s + r.request.slo_s:
+            slack = r.request.arrival_s + r.request.slo_s - now
+            if slack >= pace * r.length:  # most are: the rest need not be asked for
                 continue
-            saved = left - cost.prefill_s(r.request.prompt_tokens + generated) * draft.rows
+            generated = view.generated(r)
+            if slack >= pace * self.left(r, generated, self.hope_quantile):
+                continue
+            saved = pace * self.left(r, generated) - cost.prefill_s(r.request.prompt_tokens + generated) * draft.rows
             if saved > best:
                 best, victim = saved, r
         tokens = self.reserve(record, record.generated, view.limits)
         if victim is not None and tokens <= draft.free + victim.reserved_tokens:
             draft.drop(victim)
             draft.add(record, tokens)
+        return FOREVER
 
     def victims(self, view: View) -> list[Record]:
         """Running records by their deadlines, the latest first; the one that came first comes last."""

@@ -42,7 +42,7 @@ SPACES = {  # knobs of a policy that are worth a search, and values to try
     "srpt": {"reserve_quantile": (0.3, 0.5, 0.7, 0.9), "advantage": (1.5, 2.0, 4.0, 8.0)},
     "deadline": {
         "admit_quantile": (0.3, 0.5, 0.7, 0.9), "hope_quantile": (0.02, 0.05, 0.1, 0.2, 0.5), "work_weight": (-0.5, 0.0, 0.5, 1.0, 3.0, 10.0),
-        "preempt_gain": (0.0, 1.0, 3.0, FOREVER), "late_share": (0.02, 0.05, 0.1),
+        "preempt_gain": (1.0, 3.0, 10.0, FOREVER), "late_share": (0.02, 0.05, 0.1),
     },
 }  # fmt: skip
 
@@ -204,6 +204,19 @@ def make_cost(args) -> CostModel:
     return CostModel.of(ModelShape.from_config(args.model), cluster, args.profile or DATASHEET)
 
 
+def make_setting(args) -> Setting:
+    cost = make_cost(args)
+    kv_tokens = args.kv_tokens or cost.kv_capacity_tokens
+    if args.predictor:
+        predictor = PredictorModel.from_card(args.predictor, args.longest_answer)
+    else:
+        predictor = PredictorModel.normal(args.predictor_sigma, args.longest_answer)
+    return Setting(
+        args.workload, args.requests, cost, Limits(args.max_batch, kv_tokens, min(args.max_tokens, kv_tokens), args.prefill_tokens),
+        SloRule(args.slo_scale, args.slo_floor_s, args.slo_length), predictor, args.predict_s, args.traces,
+    )  # fmt: skip
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m serving.simulate", description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -223,7 +236,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--kv_tokens", type=int, help="KV cache in tokens; default: the cost model's capacity")
     add("--max_tokens", type=int, default=8192, help="prompt and answer of one request; longer ones of a trace are left out")
     add("--prefill_tokens", type=int, default=2048, help="prompt tokens between two decode steps")
-    add("--device", help="serving.cost_model's device, such as a100; default: straight lines near ChatGLM2-6B on one A100")
+    add("--device", help="serving.cost_model's device, such as A100-80G; default: straight lines near ChatGLM2-6B on one A100")
     add("--devices", type=int, default=1, help="how many of them, layers spread evenly")
     add("--model", default="chatglm2-6b", help="published name or folder, with --device")
     add("--profile", help="calibration of the cost model, with --device")
@@ -246,16 +259,10 @@ def main(argv: list[str] | None = None):
         parser.error(f"--rate: numbers with commas between them are wanted; got {args.rate!r}")
     if args.seeds < 1 or args.requests < 1 or min(rates) <= 0:
         parser.error("--seeds and --requests must be at least 1, --rate above 0")
-    cost = make_cost(args)
-    kv_tokens = args.kv_tokens or cost.kv_capacity_tokens
-    if args.predictor:
-        predictor = PredictorModel.from_card(args.predictor, args.longest_answer)
-    else:
-        predictor = PredictorModel.normal(args.predictor_sigma, args.longest_answer)
-    setting = Setting(
-        args.workload, args.requests, cost, Limits(args.max_batch, kv_tokens, min(args.max_tokens, kv_tokens), args.prefill_tokens),
-        SloRule(args.slo_scale, args.slo_floor_s, args.slo_length), predictor, args.predict_s, args.traces,
-    )  # fmt: skip
+    try:
+        setting = make_setting(args)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
     if args.search:
         for policy, got in search(POLICIES[args.search], SPACES[args.search], scorer(setting, rates, args.seeds)):
             print(f"{got:.4f}  {policy}", flush=True)

@@ -63,7 +63,7 @@ class Row:
         self.cut = whole > most
         self.target = max((most if self.cut else whole) - record.generated, 1)
         self.joined = -1  # the step after which its first new token is there
-        self.prefilled, self.ends_at, self.alive, self.held = 0, 0, True, False
+        self.prefilled, self.ends_at, self.alive, self.held = 0, -1, True, False
 
 
 class SimulatedEngine:
@@ -74,8 +74,8 @@ class SimulatedEngine:
         self.cost, self.limits = cost, limits
         self.steps = 0
         self.rows: dict[int, Row] = {}
-        self._decoding = self._context = self._reserved = 0
-        self._ends: list[tuple[int, int, Row]] = []  # (step at which it ends or is full, id, row); dead rows are skipped when met
+        self._decoding = self._context = self._reserved = self._noted = 0
+        self._ends: list[tuple[int, int, int, Row]] = []  # (step at which it ends or is full, id, serial, row); dead rows are skipped when met
         self._prefills: deque[Row] = deque()
         self._together = False
         self._held: list[Row] = []
@@ -121,7 +121,7 @@ class SimulatedEngine:
             if finished or overran or not self.rows or (elapsed and elapsed >= budget_s) or self.steps >= last_step:
                 break
             ends = self._ends
-            while ends and not (ends[0][2].alive and ends[0][0] == ends[0][2].ends_at):
+            while ends and not (ends[0][3].alive and ends[0][0] == ends[0][3].ends_at):
                 heapq.heappop(ends)
             until = min(ends[0][0], last_step) if ends else last_step
             if self._prefills:
@@ -187,13 +187,16 @@ class SimulatedEngine:
 
     def _expect(self, row: Row):
         """Note the step at which the row has made its last token or fills its reservation."""
-        row.ends_at = row.joined - 1 + min(row.target, row.reserve - row.base)
-        heapq.heappush(self._ends, (row.ends_at, row.id, row))
+        ends_at = row.joined - 1 + min(row.target, row.reserve - row.base)
+        if ends_at != row.ends_at:
+            row.ends_at = ends_at
+            self._noted += 1  # ties between a row and its own past are broken by it
+            heapq.heappush(self._ends, (ends_at, row.id, self._noted, row))
 
     def _collect(self, finished: list, overran: list):
         ends = self._ends
         while ends and ends[0][0] <= self.steps:
-            step, _, row = heapq.heappop(ends)
+            step, _, _, row = heapq.heappop(ends)
             if not row.alive or row.held or step != row.ends_at:
                 continue
             if row.target > row.reserve - row.base:
@@ -205,7 +208,7 @@ class SimulatedEngine:
                 finished.append(row)
                 self._drop(row)
         if self._held and len(self._held) == len(self.rows):
-            finished += self._held
+            finished += sorted(self._held, key=lambda row: row.id)
             for row in self._held:
                 self._drop(row)
             self._held = []

@@ -12,13 +12,13 @@ LAYERS = {"chatglm": 0, "finetune": 1, "predictor": 2, "serving": 3}  # everythi
 HEAVY = {"torch", "transformers", "deepspeed", "peft", "numpy", "datasets", "safetensors"}
 TORCH_FREE = ["chatglm/__init__.py", "chatglm/families.py", "finetune/__init__.py", "finetune/config.py", "finetune/methods.py",
               "finetune/memory.py", "finetune/memory_formula.py", "finetune/memory_seeds.py", "finetune/memory_shapes.py", "train.py"]  # fmt: skip
+LEAN = ("request", "lengths", "batching", "continuous", "scheduler", "simulated", "simulate", "workload", "metrics")  # of serving/
 LONGEST = {"chatglm/tokenization.py": 600}  # lines; 450 for every other file
 SOURCES = sorted(p for d in (".", "chatglm", "finetune", "predictor", "serving", "serving/engines", "scripts", "benchmarks") for p in (ROOT / d).glob("*.py"))
 
 
 # What the simulator runs and what people read to understand a policy: an engine and a clock are handed to it.
-PURE = ("request", "batching", "continuous", "scheduler", "workload", "metrics", "simulate", "cost_model", "calibration", "devices", "placement",
-        "deployment")  # fmt: skip
+PURE = (*LEAN, "cost_model", "calibration", "devices", "placement", "deployment")
 IMPURE = HEAVY - {"numpy"} | {"fastapi", "uvicorn", "starlette", "scipy", "onnxruntime"}
 
 
@@ -63,6 +63,16 @@ def test_serving_loads_no_training_code(name):
     code = f"import sys, {name}; print([m for m in ('torch', 'transformers', 'deepspeed', 'peft', 'scipy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", LEAN)
+def test_serving_is_pure(name):
+    """numpy and the standard library, inside functions too; of the predictor only what needs no more. matplotlib draws plots."""
+    tree = ast.parse((ROOT / "serving" / f"{name}.py").read_text(encoding="utf-8"))
+    found = {package for package, _ in imports(tree)} - set(sys.stdlib_module_names)
+    assert found <= {"numpy", "serving", "predictor"} | ({"matplotlib"} if name == "simulate" else set())
+    from_predictor = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module.startswith("predictor")}
+    assert from_predictor <= {"predictor.prediction"} | ({"predictor.decoder"} if name == "workload" else set())
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=named)

@@ -148,12 +148,13 @@ class StaticEngine(TextEngine):
         started: list[tuple[int, float]] = []
         overran: list[int] = []
         emitted = made = 0
+        last = plan.horizon_steps + bool(plan.admit) if plan.horizon_steps else FOREVER  # a prefill's tokens are no decode step's
         while True:
             for row in self.rows.values():
                 row.out = row.out or row.answer.reason is not None
             going = [row for row in self.rows.values() if not row.out]
             overran = [row.id for row in going if row.full]
-            if not going or overran or (plan.horizon_steps and made >= plan.horizon_steps):
+            if not going or overran or made >= last:
                 break
             if made and (time.perf_counter() - begin >= budget_s or (self._woken and plan.wake_on_arrival)):
                 break

@@ -1,0 +1,143 @@
+"""The loop, its queue and its checks."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.continuous import POLICIES, Fcfs
+from serving.request import FOREVER, Limits, Plan, Record
+from serving.scheduler import Queue, Replay, VirtualClock, paced, run
+from serving.simulated import SimulatedEngine
+from tests.serving.conftest import COST, ask, serve
+
+LIMITS = Limits(4, 400, 300)
+
+
+@given(st.lists(st.tuples(st.sampled_from("papo"), st.integers(0, 20)), max_size=60))
+def test_queue_is_an_ordered_set(moves):
+    """Against a sorted list: push with any key, look at the front, take from the front or from anywhere."""
+    keys, inside, count = {}, {}, 0
+    queue = Queue(lambda record: (keys[record.request.id], FOREVER))
+    for move, value in moves:
+        if move == "p":
+            keys[count] = value
+            inside[count] = Record(ask(count, arrival=float(count)))
+            queue.push(inside[count])
+            count += 1
+        elif move == "a" and inside:
+            chosen = list(inside)[value % len(inside)]
+            queue.remove(inside.pop(chosen))
+        elif move == "o" and inside:
+            front = [record for record, _ in zip(queue, range(value % 5))]
+            assert [r.request.id for r in front] == sorted(inside, key=lambda i: (keys[i], i))[: len(front)]
+            if front:
+                queue.remove(front[-1])
+                del inside[front[-1].request.id]
+        queue.settle()
+        assert len(queue) == len(inside) and {r.request.id for r in queue.everyone()} == set(inside)
+        if inside:
+            assert queue.oldest().request.id == min(inside)
+    assert [r.request.id for r in queue] == sorted(inside, key=lambda i: (keys[i], i))
+
+
+def test_a_key_that_has_run_out_is_asked_for_again():
+    queue = Queue(lambda record: (1.0, 5.0) if queue.now_s <= 5 and record.request.id == 0 else (2.0, FOREVER) if record.request.id else (9.0, FOREVER))
+    for i in range(2):
+        queue.push(Record(ask(i)))
+    assert [r.request.id for r in queue] == [0, 1]
+    queue.settle()
+    queue.now_s = 6.0
+    assert [r.request.id for r in queue] == [1, 0]
+
+
+def test_a_record_that_comes_back_is_there_once():
+    queue = Queue(lambda record: (record.preemptions, FOREVER))
+    record = Record(ask(0))
+    for _ in range(300):
+        queue.push(record)
+        queue.remove(record)
+        queue.settle()
+    queue.push(record)
+    assert list(queue) == [record] and len(queue._heap) + len(queue._out) <= 70
+
+
+def test_arrivals_are_seen_after_their_prediction():
+    arrivals = Replay([ask(0, arrival=1.0, predict_s=0.5), ask(1, arrival=2.0)])
+    assert arrivals.next_s() == 1.5 and not arrivals.due(1.4)
+    assert [r.id for r in arrivals.due(1.5)] == [0] and not arrivals.closed
+    assert [r.id for r in arrivals.due(9)] == [1] and arrivals.closed and arrivals.next_s() == FOREVER
+
+
+class Bad(Fcfs):
+    """Fcfs whose plans are spoilt by `spoil(view, plan)`."""
+
+    def __init__(self, spoil):
+        object.__setattr__(self, "spoil", spoil)
+
+    block_tokens, watermark = 64, 0.0
+
+    def __call__(self, view, cost):
+        return self.spoil(view, Fcfs.__call__(self, view, cost))
+
+
+def first_waiting(view):
+    return next(iter(view.waiting.everyone()))
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda view, plan: Plan(), "admits none"),
+    (lambda view, plan: Plan((first_waiting(view),), (), {first_waiting(view).request.id: 5}), "no KV memory"),
+    (lambda view, plan: Plan((first_waiting(view),), (), {first_waiting(view).request.id: 401}), "KV tokens"),
+    (lambda view, plan: Plan((first_waiting(view),) * 2, (), {first_waiting(view).request.id: 100}), "twice"),
+    (lambda view, plan: Plan((), (first_waiting(view),), {}), "does not run"),
+    (lambda view, plan: plan if not view.overran else Plan(), "fills its KV memory"),
+])  # fmt: skip
+def test_a_plan_that_breaks_a_limit_is_an_error(spoil, message):
+    with pytest.raises(RuntimeError, match=message):
+        serve(Bad(spoil), [ask(0, 20, 200)], LIMITS)
+
+
+def test_too_many_rows_is_an_error():
+    def all_of_them(view, plan):
+        everyone = tuple(view.waiting.everyone())
+        return Plan(everyone, (), {r.request.id: 30 for r in everyone})
+
+    with pytest.raises(RuntimeError, match="5 sequences"):
+        serve(Bad(all_of_them), [ask(i, 20, 5) for i in range(5)], LIMITS)
+
+
+def test_limits_are_validated():
+    for knobs in ({"max_batch": 0}, {"max_tokens": 500, "kv_tokens": 400}, {"prefill_tokens": 0}):
+        with pytest.raises(ValueError, match="wanted"):
+            Limits(**knobs)
+
+
+def test_a_monitor_sees_every_event_first():
+    seen = []
+    engine = SimulatedEngine(COST, LIMITS)
+    for event in run(POLICIES["deadline"], engine, VirtualClock(), Replay([ask(i, arrival=0.1 * i) for i in range(5)]), seen.append):
+        assert seen[-1] is event
+    assert [e.kind for e in seen].count("finished") == 5
+
+
+def test_the_clock_jumps_over_idle_time_and_an_answer_never_begins_before_its_request():
+    requests = [ask(0, arrival=3.0), ask(1, arrival=500.0)]
+    events, _, engine = serve(POLICIES["fcfs"], requests, LIMITS)
+    assert engine.steps < 30 and events[-1].time_s > 500
+    assert all(e.time_s >= requests[e.id].arrival_s for e in events)
+
+
+def test_preempted_answers_keep_their_text():
+    limits = Limits(4, 200, 190)
+    requests = [ask(i, 20, 100, 0.0, 50.0, 100) for i in range(4)]
+    events, _, _ = serve(POLICIES["fcfs"], requests, limits)
+    done = [e.what for e in events if e.kind == "finished"]
+    assert sum(c.preemptions for c in done) > 0 and {c.output_tokens for c in done} == {100}
+    for c in done:
+        assert c.first_token_s <= c.finish_s
+
+
+def test_pace_forgets():
+    assert paced(0.0, 1.0, 0.5) == 0.5
+    assert paced(0.5, 100.0, 0.1) == pytest.approx(0.1)
+    assert paced(0.5, 0.5, 0.1) == pytest.approx(0.46)

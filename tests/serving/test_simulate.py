@@ -1,0 +1,172 @@
+"""The simulated engine against one that takes every iteration; conservation; the command."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving.continuous import POLICIES, Deadline
+from serving.request import Limits
+from serving.simulate import SEARCH_SEEDS, SPACES, Setting, compare, main, scorer, search, simulate
+from serving.simulated import LinearCost, SimulatedEngine, fewest_steps
+from serving.workload import PredictorModel, make_workload
+from tests.serving.conftest import COST, TokenByToken, ask, serve
+
+TIGHT = Limits(max_batch=5, kv_tokens=600, max_tokens=300, prefill_tokens=64)
+
+
+def mixed(count, seed, gap=0.02):
+    rng = np.random.default_rng(seed)
+    times = np.cumsum(rng.exponential(gap, count))
+    return [
+        ask(i, int(rng.integers(1, 150)), int(rng.geometric(1 / 30)), float(times[i]), float(rng.uniform(0.2, 4)), float(rng.integers(2, 60)))
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("seed", range(3))
+def test_events_equal_those_of_every_iteration(name, seed):
+    fast, _, _ = serve(POLICIES[name], mixed(60, seed), TIGHT)
+    slow, _, _ = serve(POLICIES[name], mixed(60, seed), TIGHT, TokenByToken(COST, TIGHT))
+    assert [(e.kind, e.id) for e in fast] == [(e.kind, e.id) for e in slow]
+    np.testing.assert_allclose([e.time_s for e in fast], [e.time_s for e in slow], rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_tokens_in_are_tokens_out(name):
+    requests = mixed(80, 5)
+    events, collector, engine = serve(POLICIES[name], requests, TIGHT)
+    done = {e.id: e.what for e in events if e.kind == "finished"}
+    assert sorted(done) == list(range(80))
+    for request in requests:
+        whole = min(request.output_tokens, TIGHT.max_tokens - request.prompt_tokens)
+        assert done[request.id].output_tokens == whole
+        assert done[request.id].cut == (whole < request.output_tokens)
+    summary = collector.summary(engine)
+    useful = sum(r.prompt_tokens + done[r.id].output_tokens - 1 for r in requests)
+    assert engine.prefill_tokens + engine.step_rows >= useful - 1e-6
+    assert 0 <= summary["padding_waste"] < 1 and 0 <= summary["kv_waste"] < 1 and 0 < summary["utilisation"] <= 1 + 1e-9
+    assert not engine.rows and engine._decoding == engine._context == engine._reserved == 0
+
+
+def test_one_request_alone_takes_what_the_cost_model_says():
+    limits = Limits(4, 1000, 500, prefill_tokens=16)
+    for name in ("fifo", "fcfs", "deadline", "sjf"):
+        _, collector, _ = serve(POLICIES[name], [ask(0, 50, 20)], limits)
+        wanted = COST.prefill_s(50) + COST.decode_s(1, 51, 19)
+        assert collector.columns["finish_s"][0] == pytest.approx(wanted, rel=1e-9)
+        assert collector.columns["first_token_s"][0] == pytest.approx(COST.prefill_s(50), rel=1e-9)
+
+
+@given(st.floats(1e-4, 1), st.floats(0, 0.01), st.integers(2, 5000), st.floats(0.001, 0.999))
+def test_fewest_steps_is_the_first_to_reach_the_budget(base, growth, most, share):
+    def seconds(k):
+        return k * base + growth * k * (k - 1) / 2
+
+    budget = share * seconds(most)
+    k, took = fewest_steps(seconds, most, seconds(most), budget)
+    assert took == seconds(k) >= budget and (k == 1 or seconds(k - 1) < budget)
+
+
+def test_horizon_and_wake_are_kept():
+    from serving.request import Plan, Record
+
+    engine = SimulatedEngine(COST, Limits())
+    record = Record(ask(0, 10, 100))
+    result = engine.step(Plan((record,), (), {0: 200}, horizon_steps=5))
+    assert result.emitted_tokens == 5 and engine.generated(record) == 5 and not result.finished
+    before = engine.steps
+    result = engine.step(Plan(), budget_s=0.0101)
+    assert engine.steps == before + 2 and result.elapsed_s >= 0.0101
+
+
+def test_a_simulation_is_deterministic_and_ordered():
+    workload = make_workload("gamma", 300, 12.0, COST, seed=3)
+    one, kept = simulate(POLICIES["deadline"], workload, COST, Limits())
+    two, _ = simulate(POLICIES["deadline"], workload, COST, Limits())
+    assert one == two
+    assert np.all(np.diff(kept.columns["finish_s"]) >= 0)
+
+
+def test_predictions_are_charged_to_those_that_ask():
+    workload = make_workload("poisson", 50, 0.5, COST, seed=1, predict_s=0.25)
+    with_it, _ = simulate(POLICIES["deadline"], workload, COST, Limits())
+    without, _ = simulate(POLICIES["fcfs"], workload, COST, Limits())
+    assert with_it["ttft_p50_s"] - without["ttft_p50_s"] == pytest.approx(0.25, abs=0.02)
+
+
+def test_the_command_writes_its_table(tmp_path, capsys):
+    out = tmp_path / "deep" / "table.json"
+    main(["--policies", "fifo,deadline,oracle", "--rate", "4,30", "--requests", "60", "--seeds", "2", "--json", str(out)])
+    printed = capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert [(r["rate"], r["policy"]) for r in found["rows"]] == [(r, p) for r in (4.0, 30.0) for p in ("fifo", "deadline", "oracle")]
+    assert found["rows"][3]["metrics"]["share_of_gain"][0] == 0 and found["rows"][5]["metrics"]["share_of_gain"][0] == 1
+    assert found["policies"]["deadline"]["admit_quantile"] == Deadline().admit_quantile
+    assert printed.count("\n") == 7 and "share_of_gain" in printed
+
+
+@pytest.mark.parametrize("flags, word", [(["--policies", "fastest"], "fastest"), (["--rate", "x"], "--rate"), (["--seeds", "0"], "--seeds")])
+def test_the_command_refuses(flags, word, capsys):
+    with pytest.raises(SystemExit):
+        main(flags)
+    assert word in capsys.readouterr().err
+
+
+def test_search_only_goes_up_and_uses_other_seeds():
+    setting = Setting("poisson", 80, COST, Limits(16, 20_000, 4096))
+    seen = list(search(POLICIES["slo_odbs"], {"threshold": (100, 1e9), "sort_by": ("composite",)}, scorer(setting, [20.0], 1)))
+    assert [score for _, score in seen] == sorted(score for _, score in seen)
+    assert SEARCH_SEEDS > 100
+    assert compare({"fifo": POLICIES["fifo"]}, setting, [5.0], 1)[0]["by_seed"]["requests"] == [80]
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_search_spaces_name_knobs(name):
+    policy = POLICIES[name]
+    inner = getattr(policy, "batching", policy)
+    assert set(SPACES[name]) <= set(inner.__dataclass_fields__)
+
+
+def test_linear_cost_closed_form():
+    cost = LinearCost()
+    for batch, context, steps in ((1, 10, 1), (7, 500, 40)):
+        one_by_one = sum(cost.decode_step_s(batch, context + batch * s) for s in range(steps))
+        assert cost.decode_s(batch, context, steps) == pytest.approx(one_by_one, rel=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(sorted(POLICIES)))
+def test_random_settings_agree_with_every_iteration(seed, name):
+    rng = np.random.default_rng(seed)
+    most = int(rng.integers(160, 400))
+    limits = Limits(int(rng.integers(1, 8)), most + int(rng.integers(0, 600)), most, int(rng.integers(1, 200)))
+    requests = mixed(int(rng.integers(1, 25)), seed, float(rng.uniform(0.001, 0.2)))
+    fast, _, _ = serve(POLICIES[name], requests, limits)
+    slow, _, _ = serve(POLICIES[name], requests, limits, TokenByToken(COST, limits))
+    assert [(e.kind, e.id) for e in fast] == [(e.kind, e.id) for e in slow]
+
+
+def test_residuals_of_an_exported_predictor(tmp_path):
+    card = {"format": "glm-foundry length predictor", "format_version": 1, "served_model": {"length_limit": 512}}
+    card["settings"] = {"residuals": [-1.0, 0.0, 2.0], "spread": [0.5, 0.5]}
+    (tmp_path / "predictor.json").write_text(json.dumps(card))
+    model = PredictorModel.from_card(tmp_path)
+    assert model.limit == 512 and model.residuals.tolist() == [-0.5, 0.0, 1.0]
+
+
+def test_a_row_that_comes_back_may_end_where_its_past_did():
+    """Preempted and admitted again, a row can be due at the very step that its former self was: entries tie but for their serial."""
+    from serving.request import Plan, Record
+
+    engine = SimulatedEngine(COST, Limits(prefill_tokens=4096))
+    record = Record(ask(0, 10, 50))
+    engine.step(Plan((record,), (), {0: 200}, horizon_steps=5))
+    for _ in range(3):
+        record.generated = engine.generated(record)
+        engine.step(Plan(preempt=(record,)))
+        result = engine.step(Plan((record,), (), {0: 200}, horizon_steps=1))
+    assert not result.finished and engine.step(Plan()).finished == ((0, 50, False),)
