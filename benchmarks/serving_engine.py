@@ -83,7 +83,7 @@ def peer(rows: int, kv_tokens: int):
     torch.manual_seed(0)
     model = GlmForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
     block = 32
-    settings = ContinuousBatchingConfig(num_blocks=kv_tokens // block, block_size=block, max_batch_tokens=512)
+    settings = ContinuousBatchingConfig(num_blocks=kv_tokens // block, page_size=block, max_batch_tokens=512)
     manager = model.init_continuous_batching(
         generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=512),
         continuous_batching_config=settings,
@@ -101,7 +101,22 @@ def peer(rows: int, kv_tokens: int):
             assert result is not None or manager.is_running(), "transformers' manager has died"
         return time.perf_counter() - begin
 
+    subject.close = manager.stop  # its thread would keep the process
     return subject
+
+
+def measure(subjects, count: int, cap: int, repetitions: int, args) -> dict[str, list[float]]:
+    """Useful tokens a second of each subject, by repetition."""
+    rates = {name: [] for name in subjects}
+    for subject in subjects.values():  # shapes are compiled, memory is there
+        subject(workload(args.rows, min(cap, 96), 1))
+    for repetition in range(repetitions):
+        work = workload(count, cap, args.seed + 2 + repetition)
+        tokens = sum(length for _, length in work)
+        for name, subject in subjects.items():
+            rates[name].append(tokens / subject(work))
+            print(f"{repetition + 1}/{repetitions} {name:12} {rates[name][-1]:8.1f} tokens/s", file=sys.stderr, flush=True)
+    return rates
 
 
 def main(argv=None) -> dict:
@@ -133,15 +148,11 @@ def main(argv=None) -> dict:
     }
     if args.peer:
         subjects["peer"] = peer(args.rows, args.rows * whole)
-    rates = {name: [] for name in subjects}
-    for subject in subjects.values():  # shapes are compiled, memory is there
-        subject(workload(args.rows, min(cap, 96), 1))
-    for repetition in range(repetitions):
-        work = workload(count, cap, args.seed + 2 + repetition)
-        tokens = sum(length for _, length in work)
-        for name, subject in subjects.items():
-            rates[name].append(tokens / subject(work))
-            print(f"{repetition + 1}/{repetitions} {name:12} {rates[name][-1]:8.1f} tokens/s", file=sys.stderr, flush=True)
+    try:
+        rates = measure(subjects, count, cap, repetitions, args)
+    finally:
+        if args.peer:
+            subjects["peer"].close()
     result = {"threads": args.threads, "requests": count, "rates": rates, "ratios": {}}
     print(f"{'engine':12} {'tokens/s':>9} {'x static':>9}")
     for name, found in rates.items():

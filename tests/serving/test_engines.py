@@ -125,7 +125,7 @@ def some(model, count, seed):
     return {i: (prompt_of(model, rng.randint(4, 25), 1000 * seed + i), Sampling(max_new_tokens=rng.randint(1, 30))) for i in range(count)}
 
 
-@pytest.mark.parametrize("variant, prefix", CASES, ids="-".join)
+@pytest.mark.parametrize("variant, prefix", CASES, ids=["-".join(case) for case in CASES])
 @pytest.mark.parametrize("seed", range(3))
 def test_tokens_are_those_made_alone(variant, prefix, seed):
     model = model_of(variant, prefix)
