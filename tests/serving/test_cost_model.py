@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SPECIAL, shared_file, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.calibration import Row, errors, fit, main, named_stages, read_rows, row_seconds, summary
 from serving.cost_model import DATASHEET, CostModel, ModelShape, Profile, even_stages, read_profile
 from serving.devices import DEVICES, GIB, Cluster, Device, Link, find_device, read_device
+from tests.conftest import SPECIAL, shared_file, tiny_config, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 GLM2 = ModelShape.from_config("chatglm2-6b")

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +23,7 @@ from serving.deployment import (
 )
 from serving.devices import GIB, MIB, Cluster, Device, Link
 from serving.placement import Infeasible, Need, Pieces, make_placement
+from tests.conftest import tiny_config, tiny_model
 
 GLM2 = ModelShape.from_config("chatglm2-6b")
 NEED = Need(kv_tokens_q90=8000, batch=8, prompt_tokens=35, output_tokens=300)
