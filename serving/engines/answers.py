@@ -145,6 +145,11 @@ class TextEngine:
         if answer is not None:
             answer.add(None, reason)
 
+    def end_all(self, reason: str = "cancelled"):
+        """End whatever is being answered, so that nobody waits for it: after step has raised, or at a shutdown."""
+        for request_id in list(self._answers):
+            self.forget(request_id, reason)
+
     def wake(self):
         """Make a running step return after its iteration, if its plan wants to hear of arrivals."""
         self._woken = True
@@ -172,7 +177,7 @@ class TextEngine:
     def finished(self, answer: Answer) -> tuple[int, int, bool]:
         """The line of a StepResult; the engine knows the request no longer. An answer as long as was asked for is not cut."""
         with self._lock:
-            del self._answers[answer.id]
+            self._answers.pop(answer.id, None)
         return answer.id, len(answer.tokens), answer.reason not in ("stop", "length")
 
 

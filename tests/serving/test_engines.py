@@ -350,6 +350,9 @@ def test_refusals():
         engine.submit(request, prompt_of(model, 4, 0))
     engine.forget(5)
     assert answer.wait(1) and answer.reason == "refused"
+    answer = engine.submit(request, prompt_of(model, 4, 0))
+    engine.end_all("failed")
+    assert list(answer) == [] and answer.reason == "failed"
     with pytest.raises(ValueError, match="static, continuous"):
         make_engine("vllm")
     with pytest.raises(ValueError, match="Linear"):
@@ -397,6 +400,18 @@ def test_arena_keeps_what_rows_wrote(seed):
             joined.discard(chosen)
         check()
     assert arena.migrations
+
+
+def test_the_benchmark_runs(monkeypatch, tmp_path):
+    from benchmarks import serving_engine
+
+    for name, value in {"LAYERS": 1, "HIDDEN": 64, "FFN": 64, "OMP_NUM_THREADS": 1, "MKL_NUM_THREADS": 1}.items():
+        if hasattr(serving_engine, name):
+            monkeypatch.setattr(serving_engine, name, value)
+        else:
+            monkeypatch.setenv(name, str(value))  # which main() sets
+    result = serving_engine.main(["--quick", "--threads", str(torch.get_num_threads()), "--json", str(tmp_path / "out.json")])
+    assert result["ratios"]["continuous"] > 0 and (tmp_path / "out.json").is_file()
 
 
 def test_wall_clock_sleeps_until_there_is_news():
