@@ -1,0 +1,42 @@
+"""The engines that run a model. Each carries out plans as `serving.request.Engine` says; the simulated one is serving.simulated.
+
+    engine = make_engine("continuous", model, Limits(max_batch=16, kv_tokens=8192, max_tokens=2048), cost)
+    answer = engine.submit(request, prompt_ids, Sampling(temperature=0.8), listener)     # from any thread
+    for event in run(policy, engine, clock, inbox): ...                                  # in one thread of its own
+
+Nothing of torch is imported before an engine is made.
+"""
+
+from serving.engines.answers import Answer, Sampling, TextEngine
+from serving.engines.live import Inbox, WallClock
+
+__all__ = ["ENGINES", "Answer", "Inbox", "Sampling", "TextEngine", "WallClock", "make_engine"]
+
+
+def static(*args, **options):
+    from serving.engines.static import StaticEngine
+
+    return StaticEngine(*args, **options)
+
+
+def continuous(*args, **options):
+    from serving.engines.continuous import ContinuousEngine
+
+    return ContinuousEngine(*args, **options)
+
+
+def make_engine(name: str, *args, **options) -> TextEngine:
+    """An engine by its name in ENGINES: (model, limits, cost, stop_ids=None).
+
+    Raises:
+        ValueError: no such engine.
+    """
+    if name not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {name!r}")
+    return ENGINES[name](*args, **options)
+
+
+ENGINES = {
+    "static": static,  # transformers' generate, a batch at once; models spread over devices
+    "continuous": continuous,  # iterations over a KV arena; one device
+}

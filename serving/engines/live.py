@@ -1,0 +1,83 @@
+"""The scheduler under real time: a clock, and arrivals that come from other threads."""
+
+import threading
+import time
+from collections import deque
+
+from serving.request import Request
+
+IDLE_S = 1.0  # an open inbox promises to be looked at again within this time
+
+
+class WallClock:
+    """Seconds since it was made. Engines take their real time themselves, so advance() does nothing.
+
+    `news` is what wait_until sleeps on; an Inbox of the same clock notifies it.
+    """
+
+    def __init__(self):
+        self._zero_s = time.perf_counter()
+        self.news = threading.Condition()
+        self.unseen = False
+
+    def now_s(self) -> float:
+        return time.perf_counter() - self._zero_s
+
+    def advance(self, seconds: float):
+        pass
+
+    def wait_until(self, time_s: float):
+        """Sleep until then, or until there is news."""
+        with self.news:
+            self.news.wait_for(lambda: self.unseen, max(time_s - self.now_s(), 0.0))
+            self.unseen = False
+
+    def notify(self):
+        with self.news:
+            self.unseen = True
+            self.news.notify_all()
+
+
+class Inbox:
+    """Arrivals of a live system, as the scheduler asks for them: due(now_s), next_s(), closed.
+
+    put() may come from any thread, after the engine's submit() of the same request; it wakes the clock and the engine. A request is due
+    once it is there: its prediction was made before.
+    """
+
+    def __init__(self, clock: WallClock, engine=None):
+        self._clock, self._engine = clock, engine
+        self._waiting: deque[Request] = deque()
+        self._shut = False
+
+    @property
+    def closed(self) -> bool:
+        return self._shut and not self._waiting
+
+    def put(self, request: Request):
+        """Raises RuntimeError when it is shut."""
+        if self._shut:
+            raise RuntimeError(f"request {request.id} comes too late: the inbox is shut")
+        self._waiting.append(request)
+        self._tell()
+
+    def shut(self):
+        """No more arrivals: the scheduler ends when all are served."""
+        self._shut = True
+        self._tell()
+
+    def next_s(self) -> float:
+        if self._waiting:
+            return 0.0
+        return float("inf") if self._shut else self._clock.now_s() + IDLE_S
+
+    def due(self, now_s: float) -> list[Request]:
+        found = []
+        while self._waiting:
+            found.append(self._waiting.popleft())
+        return found
+
+    def _tell(self):
+        self._clock.notify()
+        if self._engine is not None:
+            self._engine.wake()
