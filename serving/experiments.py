@@ -8,7 +8,7 @@ Both print tables and return them as {title: [row, ...]}.
 
 import csv
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -208,6 +208,7 @@ FAIR = {  # the same stopping rule (an answer's own end), predictions, arrivals,
     "deadline (ours)": POLICIES["deadline"],
     "deadline, true lengths": POLICIES["deadline_oracle"],
 }
+OURS = "deadline (ours)"
 RIVALS = ("baseline, Morphling (10 by arrival)", "S3")
 
 
@@ -246,8 +247,12 @@ class Fair:
             low, high = (rate, high) if got > wanted else (low, rate)
         return float(np.sqrt(low * high))
 
-    def bounds(self, workload: Workload) -> dict[str, float]:
-        """What no policy can beat: each request alone on an idle engine, and an engine whose rows are always all full."""
+    def bounds(self, seeds: int) -> dict[str, float]:
+        found = [self.bounds_of(self.workload(None, seed)) for seed in range(seeds)]
+        return {key: float(np.mean([one[key] for one in found])) for key in found[0]}
+
+    def bounds_of(self, workload: Workload) -> dict[str, float]:
+        """What no policy can beat: each request alone on an idle engine; an engine whose rows are always all useful, prefill left out."""
         cost, rows, prompts, outputs = self.cost, self.limits.max_batch, workload.prompt_tokens, workload.output_tokens
         alone = np.array([cost.prefill_s(int(p)) + cost.decode_s(1, int(p) + 1, int(o) - 1) for p, o in zip(prompts, outputs)])
         steps = (outputs - 1).sum()
@@ -271,7 +276,7 @@ def fair_rows(setting: Fair, policies: dict, rate: float | None, seeds: int) -> 
     return rows
 
 
-def targets(load: list[dict], full: list[dict], bounds: dict[str, float], ours: str = "deadline (ours)") -> list[dict]:
+def targets(load: list[dict], full: list[dict], bounds: dict[str, float], ours: str = OURS) -> list[dict]:
     """The wanted gains over each rival: reached, and the most that physics allows over the same rival."""
     at, sat = ({row["system"]: row for row in rows} for rows in (load, full))
     rows = []
@@ -317,17 +322,18 @@ def uellm(args) -> dict[str, list[dict]]:
     show(f"Fair, {rate:.2f} requests/s, where FIFO attains 50 %; {what}", load)
     heavy = fair.rate_at(FAIR["fcfs (continuous)"], args.seeds)
     show(f"Fair, {heavy:.2f} requests/s, where fcfs (continuous) attains 50 %; {what}", fair_rows(fair, FAIR, heavy, args.seeds))
-    full = fair_rows(fair, FAIR, None, args.seeds)
-    show(f"Fair, all at once (saturation); {what}", full)
-    show("Targets and bounds, same placement", targets(load, full, fair.bounds(fair.workload(rate, 0))))
-    chain = {name: FAIR[name] for name in (*RIVALS, "fcfs (continuous)", "deadline (ours)")}
+    many = {name: replace(one, count=4 * one.count) for name, one in settings.items()}  # so that the last long answers weigh little
+    full = fair_rows(many["helr"], FAIR, None, args.seeds)
+    show(f"Fair, {4 * args.requests} requests all at once (saturation), {args.seeds} seeds, the same placement", full)
+    bounds = fair.bounds(args.seeds) | {"tokens_s": many["helr"].bounds(args.seeds)["tokens_s"]}
+    show("Targets and bounds, same placement", targets(load, full, bounds))
+    chain = {name: FAIR[name] for name in (*RIVALS, "fcfs (continuous)", OURS)}
     own_load = fair_rows(settings["even"], chain, rate, args.seeds)
-    own_full = fair_rows(settings["even"], chain, None, args.seeds)
-    show(f"Each rival on its own placement (even: one chain of 4 GPUs), {rate:.2f} requests/s", own_load)
-    show("Each rival on its own placement, all at once", own_full)
-    ours = "deadline (ours)"
-    mixed = [[row for row in rows if row["system"] != ours] + [row for row in best if row["system"] == ours] for rows, best in ((own_load, load), (own_full, full))]
-    show("Targets, rivals on 4 GPUs in a chain, ours on helr", targets(*mixed, fair.bounds(fair.workload(rate, 0))))
+    own_full = fair_rows(many["even"], chain, None, args.seeds)
+    show(f"All on one chain of 4 GPUs (even), {rate:.2f} requests/s", own_load)
+    show(f"All on one chain of 4 GPUs (even), {4 * args.requests} requests all at once", own_full)
+    mixed = [[row for row in rows if row["system"] != OURS] + [row for row in best if row["system"] == OURS] for rows, best in ((own_load, load), (own_full, full))]
+    show("Targets and bounds, rivals on one chain of 4 GPUs, ours on helr", targets(*mixed, bounds))
     return tables
 
 
@@ -337,43 +343,49 @@ CLUSTERS = {"1 A100": {"A100-80G": 1}, "8 A100": {"A100-80G": 8}, "64 A100": {"A
 TRACE_POLICIES = ("s3", "slo_odbs", "fcfs", "sjf", "deadline")
 
 
-def trace(args, clusters: dict = CLUSTERS, per_device: int = 300) -> dict[str, list[dict]]:
-    """Largest rate at which 90 and 99 % of the requests are in time, and the goodput there (in requests a second)."""
+def trace(args, clusters: dict = CLUSTERS, per_device: int = 150, least: int = 600) -> dict[str, list[dict]]:
+    """The largest load, in requests a second, at which 90 and 99 % of the requests are in time, and the goodput there."""
     model, profile = ModelShape.from_config("chatglm2-6b"), read_profile("datasheet")
+    predictor = PredictorModel.from_card(args.predictor, LONGEST) if args.predictor else PredictorModel(np.array(RESIDUALS), LONGEST)
     tables = {}
     for name in ("azure_conv", "azure_code"):
         rows = []
         for title, devices in clusters.items():
             costs = [CostModel.of(model, Cluster.uniform(d, 1), profile) for d, n in devices.items() for _ in range(n)]
-            limits = [Limits(64, cost.kv_capacity_tokens, 8192) for cost in costs]
+            pairs = [(cost, Limits(64, cost.kv_capacity_tokens, 8192)) for cost in costs]
             speeds = [1 / (cost.decode_step_s(32, 32 * 1000) / 32 * 200 + cost.prefill_s(1000)) for cost in costs]
-            count = per_device * len(costs)
             made = [
-                make_workload(name, count, 1.0, costs[0], seed=k, traces=args.traces, predictor=PredictorModel(np.array(RESIDUALS), LONGEST), predict_s=PREDICT_S, max_tokens=8192)
-                for k in range(args.seeds)
+                make_workload(name, max(least, per_device * len(costs)), 1.0, costs[0], seed=seed, traces=args.traces, predictor=predictor,
+                              predict_s=PREDICT_S, max_tokens=8192)
+                for seed in range(args.seeds)
             ]  # fmt: skip
             for policy in TRACE_POLICIES:
                 row = {"cluster": title, "policy": policy}
-
-                def runs(rate, policy=policy, made=made, costs=costs, limits=limits, speeds=speeds):
-                    return [serve(POLICIES[policy], w.at_rate(rate), [SimulatedEngine(*pair) for pair in zip(costs, limits)], speeds)[0] for w in made]
-
-                for wanted in (0.9, 0.99):
-                    low, high = 0.05 * len(costs), 40.0 * len(costs)
-                    best = None
-                    for _ in range(7):
-                        rate = float(np.sqrt(low * high))
-                        found = runs(rate)
-                        if np.mean([r["attainment"] for r in found]) >= wanted:
-                            low, best = rate, found
-                        else:
-                            high = rate
-                    row[f"goodput at {wanted:.0%}, requests/s"] = interval([r["goodput_rps"] for r in best]) if best else "none"
-                    row[f"load at {wanted:.0%}, requests/s"] = low if best else "none"
+                for wanted, (load, goodput) in sweep(POLICIES[policy], made, pairs, speeds).items():
+                    row |= {f"load at {wanted:.0%}": load, f"goodput at {wanted:.0%}": goodput}
                 rows.append(row)
         tables[name] = rows
-        print_rows(f"{name}: ChatGLM2-6B, one replica a device, {per_device} requests a device, {args.seeds} seeds", rows)
+        requests = f"{per_device} requests a device (at least {least})"
+        print_rows(f"{name}: ChatGLM2-6B, one replica a device, {requests}, {args.seeds} seeds, requests/s", rows)
     return tables
+
+
+def sweep(policy, workloads: list[Workload], pairs: list, speeds: list[float], rounds: int = 7) -> dict[float, tuple]:
+    """{share in time: (largest load with it, goodput there)} by bisection of the logarithm from 0.1 to 30 requests/s a device; "none" below."""
+    seen: dict[float, list[dict]] = {}
+    found: dict[float, tuple] = {}
+    for wanted in (0.9, 0.99):
+        low, high, best = 0.1 * len(pairs), 30.0 * len(pairs), None
+        for _ in range(rounds):
+            rate = float(np.sqrt(low * high))
+            if rate not in seen:
+                seen[rate] = [serve(policy, w.at_rate(rate), [SimulatedEngine(*pair) for pair in pairs], speeds)[0] for w in workloads]
+            if np.mean([one["attainment"] for one in seen[rate]]) >= wanted:
+                low, best = rate, seen[rate]
+            else:
+                high = rate
+        found[wanted] = (low, interval([one["goodput_rps"] for one in best])) if best else ("none", "none")
+    return found
 
 
 EXPERIMENTS = {"uellm": uellm, "trace": trace}
