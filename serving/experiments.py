@@ -38,13 +38,13 @@ RESIDUALS = (-2.85, -1.09, -0.75, -0.51, -0.39, -0.26, -0.15, -0.11, -0.04, 0.01
 
 def print_rows(title: str, rows: list[dict], notes: tuple[str, ...] = ()):
     """As a Markdown table."""
-    print(f"\n{title}\n")
+    print(f"\n{title}\n", flush=True)
     names = list(rows[0])
     print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
     for row in rows:
         print("| " + " | ".join(shown(row[name]) for name in names) + " |")
     for note in notes:
-        print(f"\n{note}")
+        print(f"\n{note}", flush=True)
 
 
 def shown(value) -> str:
@@ -322,16 +322,16 @@ def uellm(args) -> dict[str, list[dict]]:
     show(f"Fair, {rate:.2f} requests/s, where FIFO attains 50 %; {what}", load)
     heavy = fair.rate_at(FAIR["fcfs (continuous)"], args.seeds)
     show(f"Fair, {heavy:.2f} requests/s, where fcfs (continuous) attains 50 %; {what}", fair_rows(fair, FAIR, heavy, args.seeds))
-    many = {name: replace(one, count=4 * one.count) for name, one in settings.items()}  # so that the last long answers weigh little
+    many = {name: replace(one, count=2 * one.count) for name, one in settings.items()}  # so that the last long answers weigh little
     full = fair_rows(many["helr"], FAIR, None, args.seeds)
-    show(f"Fair, {4 * args.requests} requests all at once (saturation), {args.seeds} seeds, the same placement", full)
+    show(f"Fair, {2 * args.requests} requests all at once (saturation), {args.seeds} seeds, the same placement", full)
     bounds = fair.bounds(args.seeds) | {"tokens_s": many["helr"].bounds(args.seeds)["tokens_s"]}
     show("Targets and bounds, same placement", targets(load, full, bounds))
     chain = {name: FAIR[name] for name in (*RIVALS, "fcfs (continuous)", OURS)}
     own_load = fair_rows(settings["even"], chain, rate, args.seeds)
     own_full = fair_rows(many["even"], chain, None, args.seeds)
     show(f"All on one chain of 4 GPUs (even), {rate:.2f} requests/s", own_load)
-    show(f"All on one chain of 4 GPUs (even), {4 * args.requests} requests all at once", own_full)
+    show(f"All on one chain of 4 GPUs (even), {2 * args.requests} requests all at once", own_full)
     mixed = [[row for row in rows if row["system"] != OURS] + [row for row in best if row["system"] == OURS] for rows, best in ((own_load, load), (own_full, full))]
     show("Targets and bounds, rivals on one chain of 4 GPUs, ours on helr", targets(*mixed, bounds))
     return tables
@@ -343,7 +343,7 @@ CLUSTERS = {"1 A100": {"A100-80G": 1}, "8 A100": {"A100-80G": 8}, "64 A100": {"A
 TRACE_POLICIES = ("s3", "slo_odbs", "fcfs", "sjf", "deadline")
 
 
-def trace(args, clusters: dict = CLUSTERS, per_device: int = 150, least: int = 600) -> dict[str, list[dict]]:
+def trace(args, clusters: dict = CLUSTERS, per_device: int = 100, least: int = 600) -> dict[str, list[dict]]:
     """The largest load, in requests a second, at which 90 and 99 % of the requests are in time, and the goodput there."""
     model, profile = ModelShape.from_config("chatglm2-6b"), read_profile("datasheet")
     predictor = PredictorModel.from_card(args.predictor, LONGEST) if args.predictor else PredictorModel(np.array(RESIDUALS), LONGEST)
