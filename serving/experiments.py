@@ -66,14 +66,16 @@ class Chunks:
     """The batching of UELLM's scripts: sort, then cut where a batch has `rows` rows or its predicted lengths sum to `most_tokens`.
 
     Attributes:
-        sort: arrival; length (its S3: by predicted length); slo (its UELLM: by SLO + 0.5 predicted length).
-        extra_tokens: prompt and answer of a batch end at its largest predicted length + this; None: at 2,048.
+        sort: arrival; length (its S3: by predicted length); slo (its UELLM: by SLO + length_weight x predicted length).
+        extra_tokens: prompt and answer of a batch end at its largest predicted length + this; None: at 2,048. longest_tokens: and no later.
     """
 
     sort: str = "arrival"
     rows: int = 10
     most_tokens: float = float("inf")
     extra_tokens: int | None = None
+    longest_tokens: int = LONGEST
+    length_weight: float = 0.5
     predicts: ClassVar[bool] = True
 
     def length(self, request: Request) -> float:
@@ -81,7 +83,7 @@ class Chunks:
 
     def key(self, record: Record):
         request = record.request
-        first = {"arrival": 0.0, "length": record.length, "slo": request.slo_s + 0.5 * record.length}[self.sort]
+        first = {"arrival": 0.0, "length": record.length, "slo": request.slo_s + self.length_weight * record.length}[self.sort]
         return first, request.arrival_s, request.id
 
     def __call__(self, view: View, cost: CostModel) -> list[Batch]:
@@ -98,7 +100,7 @@ class Chunks:
             shape, prompt = Shape(view.limits, view.limits.kv_tokens), max(r.context_tokens for r in records)
             for record in records:
                 shape.takes(record, LONGEST - prompt)
-            stop = None if self.extra_tokens is None else max(1, round(max(r.length for r in records)) + self.extra_tokens - prompt)
+            stop = None if self.extra_tokens is None else max(1, min(round(max(r.length for r in records)) + self.extra_tokens, self.longest_tokens) - prompt)
             batches.append(shape.batch(stop))
         return batches
 
@@ -115,7 +117,7 @@ class System:
 
 PUBLISHED = {
     "UELLM-all": System(Chunks("slo", extra_tokens=50), 1, "UELM/UELM-all/"),
-    "UELLM-batch": System(Chunks("slo"), 4, "UELM/UELM-batch/"),
+    "UELLM-batch": System(Chunks("slo", extra_tokens=500, longest_tokens=1024, length_weight=0.3), 4, "UELM/UELM-batch/"),
     "UELLM-deploy": System(Chunks(), 1, "UELM/UELM-deploy/"),
     "S3": System(Chunks("length", 20, 1024), 4, "UELM/S3/"),
     "Morphling": System(Chunks(), 1, "UELM/Morphing/", stress_gpus=2),
