@@ -1,6 +1,8 @@
 """Policies compared on a simulated engine: one table, policy x metric, over seeds and loads.
 
     python -m serving.simulate --policies fifo,s3,slo_odbs,fcfs,sjf,deadline,oracle --workload azure_conv --rate 4,6,8 --seeds 5
+    python -m serving.simulate --profile rtx3090 --gpus 4 --deployer even --rate 2
+    python -m serving.simulate --experiment uellm --seeds 5 --json uellm.json
     python -m serving.simulate --search slo_odbs --workload poisson --rate 8 --seeds 3
 
 `--search` prints the knobs that a coordinate descent over SPACES finds on other seeds than a comparison uses.
@@ -15,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -59,12 +62,39 @@ def collected_later():
             gc.enable()
 
 
-def simulate(policy: Policy, workload: Workload, cost: CostModel, limits: Limits, monitor=None) -> tuple[dict[str, float], Collector]:
+def simulate(policy: Policy, workload: Workload, cost: CostModel, limits: Limits, monitor=None, replicas: int = 1) -> tuple[dict[str, float], Collector]:
     """(metrics, everything kept) of one policy on one workload; deterministic."""
-    engine, collector = SimulatedEngine(cost, limits), Collector()
+    found, collector, _ = serve(policy, workload, [SimulatedEngine(cost, limits) for _ in range(replicas)], monitor=monitor)
+    return found, collector
+
+
+def serve(
+    policy: Policy, workload: Workload, engines: list[SimulatedEngine], speeds: list[float] | None = None, monitor=None,
+) -> tuple[dict[str, float], Collector, list[SimulatedEngine]]:  # fmt: skip
+    """Several replicas, each with a queue of its own; requests are dealt out in turn, by the speeds. As `simulate`, and the engines."""
+    collector = Collector()
+    which = deal(len(workload), speeds or [1.0] * len(engines))
     with collected_later():
-        collector.watch(run(policy, engine, VirtualClock(), Replay(workload.requests(policy.predicts)), monitor))
-    return collector.summary(engine), collector
+        for k, engine in enumerate(engines):
+            part = workload.part(which == k) if len(engines) > 1 else workload
+            collector.watch(run(policy, engine, VirtualClock(), Replay(part.requests(policy.predicts)), monitor))
+    return collector.summary(total_of(engines)), collector, engines
+
+
+def deal(count: int, speeds: list[float]) -> np.ndarray:
+    """(count,) index of the replica of each request: each replica's share is its speed's, and its requests are evenly apart."""
+    share = np.asarray(speeds, float) / np.sum(speeds)
+    made = [(np.arange(int(np.ceil(count * s)) + 1) + 0.5) / s for s in share]
+    owner = np.repeat(np.arange(len(speeds)), [len(m) for m in made])
+    return owner[np.argsort(np.concatenate(made), kind="stable")][:count]
+
+
+def total_of(engines: list[SimulatedEngine]) -> SimpleNamespace:
+    """What metrics read of an engine, of all: seconds are means over replicas, tokens sums."""
+    n = len(engines)
+    seconds = {name: sum(getattr(e, name) for e in engines) / n for name in ("busy_s", "row_s")}
+    sums = {name: sum(getattr(e, name) for e in engines) for name in ("reserved_token_s", "used_token_s", "prefill_tokens", "step_rows", "steps")}
+    return SimpleNamespace(**seconds, **sums, limits=SimpleNamespace(kv_tokens=sum(e.limits.kv_tokens for e in engines)))
 
 
 @dataclass(frozen=True)
@@ -79,6 +109,7 @@ class Setting:
     predictor: PredictorModel | None = None
     predict_s: float = 1e-3
     traces: str = "../shared/data/traces"
+    replicas: int = 1
 
     def make(self, rate: float, seed: int) -> Workload:
         return make_workload(
@@ -98,7 +129,7 @@ def compare(policies: dict[str, Policy], setting: Setting, rates: list[float], s
         found = {}
         for name, policy in policies.items():
             started = time.perf_counter()
-            by_seed = [simulate(policy, workload, setting.cost, setting.limits)[0] for workload in made]
+            by_seed = [simulate(policy, workload, setting.cost, setting.limits, replicas=setting.replicas)[0] for workload in made]
             found[name] = {key: [one[key] for one in by_seed] for key in by_seed[0]}
             rows.append({"rate": rate, "policy": name, "seconds": time.perf_counter() - started, "by_seed": found[name]})
         for row in rows[-len(policies) :]:
@@ -152,7 +183,7 @@ def scorer(setting: Setting, rates: list[float], seeds: int):
     made = [setting.make(rate, SEARCH_SEEDS + seed) for rate in rates for seed in range(seeds)]
 
     def score(policy: Policy) -> float:
-        results = [simulate(policy, workload, setting.cost, setting.limits)[0] for workload in made]
+        results = [simulate(policy, workload, setting.cost, setting.limits, replicas=setting.replicas)[0] for workload in made]
         return float(np.mean([r["attainment"] - 1e-6 * r.get("latency_mean_s", 0.0) for r in results]))
 
     return score
@@ -170,7 +201,7 @@ def plot(rows: list[dict], policies: dict[str, Policy], setting: Setting, folder
     for name in policies:
         own = [row for row in rows if row["policy"] == name]
         figures["attainment"][1].errorbar([r["rate"] for r in own], *zip(*[r["metrics"]["attainment"] for r in own]), label=name, capsize=2)
-        kept = simulate(policies[name], setting.make(max(r["rate"] for r in rows), 0), setting.cost, setting.limits)[1].columns
+        kept = simulate(policies[name], setting.make(max(r["rate"] for r in rows), 0), setting.cost, setting.limits, replicas=setting.replicas)[1].columns
         arrived, admitted, finished = (np.asarray(kept[c]) for c in ("arrival_s", "admitted_s", "finish_s"))
         latency = np.sort(finished - arrived)
         figures["latency"][1].plot(latency, np.linspace(0, 1, len(latency)), label=name)
@@ -193,19 +224,26 @@ def plot(rows: list[dict], policies: dict[str, Policy], setting: Setting, folder
     return written
 
 
-def make_cost(args) -> CostModel:
-    """--device: the calibrated model of serving.cost_model; without: LinearCost's straight lines."""
-    if not args.device:
-        return LinearCost() if not args.kv_tokens else replace(LinearCost(), kv_capacity_tokens=args.kv_tokens)
-    from serving.cost_model import DATASHEET, CostModel, ModelShape
+def make_cost(args) -> tuple[CostModel, int]:
+    """(--profile or --device: the calibrated model of serving.cost_model, placed by --deployer; else LinearCost's lines, replicas)."""
+    if not args.device and not args.profile:
+        for flag in ("gpus", "deployer"):
+            if getattr(args, flag) != build_parser().get_default(flag):
+                raise ValueError(f"--{flag} goes with --profile or --device")
+        return LinearCost() if not args.kv_tokens else replace(LinearCost(), kv_capacity_tokens=args.kv_tokens), 1
+    from serving.cost_model import CostModel, ModelShape, read_profile
+    from serving.deployment import DEPLOYERS
     from serving.devices import Cluster
+    from serving.placement import Need
 
-    cluster = Cluster.uniform(args.device, args.devices)
-    return CostModel.of(ModelShape.from_config(args.model), cluster, args.profile or DATASHEET)
+    profile = read_profile(args.profile or "datasheet")
+    cluster = Cluster.uniform(args.device, args.gpus) if args.device else profile.cluster(args.gpus)
+    placement = DEPLOYERS[args.deployer].place(ModelShape.from_config(args.model), cluster, Need(args.need_tokens), profile)
+    return CostModel.of(placement.model, placement, profile), placement.replicas
 
 
 def make_setting(args) -> Setting:
-    cost = make_cost(args)
+    cost, replicas = make_cost(args)
     kv_tokens = args.kv_tokens or cost.kv_capacity_tokens
     if args.predictor:
         predictor = PredictorModel.from_card(args.predictor, args.longest_answer)
@@ -213,7 +251,7 @@ def make_setting(args) -> Setting:
         predictor = PredictorModel.normal(args.predictor_sigma, args.longest_answer)
     return Setting(
         args.workload, args.requests, cost, Limits(args.max_batch, kv_tokens, min(args.max_tokens, kv_tokens), args.prefill_tokens),
-        SloRule(args.slo_scale, args.slo_floor_s, args.slo_length), predictor, args.predict_s, args.traces,
+        SloRule(args.slo_scale, args.slo_floor_s, args.slo_length), predictor, args.predict_s, args.traces, replicas,
     )  # fmt: skip
 
 
@@ -236,11 +274,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--kv_tokens", type=int, help="KV cache in tokens; default: the cost model's capacity")
     add("--max_tokens", type=int, default=8192, help="prompt and answer of one request; longer ones of a trace are left out")
     add("--prefill_tokens", type=int, default=2048, help="prompt tokens between two decode steps")
-    add("--device", help="serving.cost_model's device, such as A100-80G; default: straight lines near ChatGLM2-6B on one A100")
-    add("--devices", type=int, default=1, help="how many of them, layers spread evenly")
-    add("--model", default="chatglm2-6b", help="published name or folder, with --device")
-    add("--profile", help="calibration of the cost model, with --device")
+    add("--profile", help="calibrated cost model, such as rtx3090, or a file; default: straight lines near ChatGLM2-6B on one A100")
+    add("--device", help="serving.cost_model's device, such as A100-80G; default: the profile's")
+    add("--gpus", type=int, default=1, help="how many of them")
+    add("--deployer", default="helr", choices=("even", "single", "he", "lr", "helr", "morphling"), help="places the layers; room for more chains makes replicas")
+    add("--need_tokens", type=int, default=20_000, help="KV tokens at the predicted q90 that a placement must hold")
+    add("--model", default="chatglm2-6b", help="published name, folder or config.json")
     add("--traces", default="../shared/data/traces", help="folder of the recorded traces")
+    add("--uellm_data", default="../shared/data/uellm", help="folder of UELLM's recorded lengths and logs")
+    add("--experiment", choices=("uellm", "trace"), help="run this one of serving.experiments; of the other flags it reads --seeds, --requests, --predictor and folders")
     add("--search", choices=sorted(SPACES), help="look for this policy's knobs instead of comparing")
     add("--json", type=Path, help="write the table here too")
     add("--plots", type=Path, help="write attainment, latency and queue plots into this folder")
@@ -263,6 +305,13 @@ def main(argv: list[str] | None = None):
         setting = make_setting(args)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
+    if args.experiment:
+        from serving.experiments import EXPERIMENTS
+
+        tables = EXPERIMENTS[args.experiment](args)
+        if args.json:
+            write_json(args.json, {"settings": printable(args), "tables": tables})
+        return
     if args.search:
         for policy, got in search(POLICIES[args.search], SPACES[args.search], scorer(setting, rates, args.seeds)):
             print(f"{got:.4f}  {policy}", flush=True)
@@ -271,13 +320,20 @@ def main(argv: list[str] | None = None):
     rows = compare(policies, setting, rates, args.seeds)
     print_table(rows)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         knobs = {name: {f.name: getattr(p, f.name) for f in fields(p)} if is_dataclass(p) else {} for name, p in inner_of(policies).items()}
-        args.json.write_text(json.dumps({"settings": settings, "policies": knobs, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, {"settings": printable(args), "policies": knobs, "rows": rows})
     if args.plots:
         for path in plot(rows, policies, setting, args.plots):
             print(f"wrote {path}", file=sys.stderr)
+
+
+def printable(args) -> dict:
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+
+
+def write_json(path: Path, content: dict):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def inner_of(policies: dict[str, Policy]) -> dict:

@@ -79,6 +79,7 @@ class SimulatedEngine:
         self._prefills: deque[Row] = deque()
         self._together = False
         self._held: list[Row] = []
+        self._startup_s = getattr(cost, "startup_s", 0.0)  # what a process's first call takes besides
         self.busy_s = self.row_s = self.reserved_token_s = self.used_token_s = 0.0
         self.prefill_tokens = self.step_rows = 0
 
@@ -138,6 +139,9 @@ class SimulatedEngine:
                 emitted += self._prefill(k * chunk, elapsed, started)
         if self._together and not self.rows:
             self._together = False
+        if plan.admit and self._startup_s:
+            elapsed, started = elapsed + self._startup_s, [(i, after_s + self._startup_s) for i, after_s in started]
+            self._startup_s = 0.0
         done = tuple([(row.id, row.kept + row.target, row.cut) for row in finished])
         return StepResult(elapsed, emitted, tuple(started), done, tuple([row.id for row in overran]))
 

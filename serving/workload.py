@@ -57,6 +57,12 @@ class Workload:
                 known = None if k is None else self.predictions[k]
                 yield Request(i, prompt, arrival, slo, known, output, self.predict_s if predicted else 0.0)
 
+    def part(self, mask: np.ndarray) -> "Workload":
+        """The requests of a mask or index; predictions stay shared."""
+        which = None if self.prediction is None else self.prediction[mask]
+        columns = {name: getattr(self, name)[mask] for name in ("arrival_s", "prompt_tokens", "output_tokens", "slo_s")}
+        return replace(self, **columns, prediction=which)
+
     def at_rate(self, requests_per_s: float) -> "Workload":
         """The same requests, their gaps stretched to this mean rate."""
         span = float(self.arrival_s[-1] - self.arrival_s[0]) if len(self) > 1 else 1.0
@@ -165,11 +171,10 @@ class PredictorModel:
 
     @classmethod
     def from_card(cls, path: str | Path, limit: int | None = None) -> "PredictorModel":
-        """The residuals of an exported predictor (its folder or predictor.json): those of a regression head's settings, else the
-        spread of the log length that its cross-validated pinball loss implies.
+        """The residuals of an exported predictor (its folder or predictor.json).
 
         Raises:
-            ValueError: the card has neither.
+            ValueError: the card keeps none: only a regression head's does; distribution and bucket heads keep a temperature.
         """
         from predictor.decoder import read_card
 
@@ -179,7 +184,8 @@ class PredictorModel:
         settings = card.get("settings", {})
         if "residuals" in settings and "spread" in settings:
             return cls(np.sort(np.asarray(settings["residuals"], float)) * float(np.mean(settings["spread"])), longest)
-        raise ValueError(f"{path}: a card with a regression head's residuals is wanted")
+        name = card.get("head", {}).get("name", "unknown")
+        raise ValueError(f"{path}: its {name} head keeps no residuals; export one with --head regression, or give --predictor_sigma")
 
     @classmethod
     def normal(cls, sigma: float, limit: int = 2048) -> "PredictorModel":

@@ -170,3 +170,10 @@ def test_a_row_that_comes_back_may_end_where_its_past_did():
         engine.step(Plan(preempt=(record,)))
         result = engine.step(Plan((record,), (), {0: 200}, horizon_steps=1))
     assert not result.finished and engine.step(Plan()).finished == ((0, 50, False),)
+
+
+def test_a_card_without_residuals_says_so(tmp_path):
+    card = {"format": "glm-foundry length predictor", "format_version": 1, "served_model": {"length_limit": 512}}
+    (tmp_path / "predictor.json").write_text(json.dumps(card | {"head": {"name": "bucket"}, "settings": {"temperature": 1.0}}))
+    with pytest.raises(ValueError, match="bucket head keeps no residuals"):
+        PredictorModel.from_card(tmp_path)
