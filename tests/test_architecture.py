@@ -18,7 +18,7 @@ SOURCES = sorted(p for d in (".", "chatglm", "finetune", "predictor", "serving",
 
 # What the simulator runs and what people read to understand a policy: an engine and a clock are handed to it.
 PURE = ("request", "batching", "continuous", "scheduler", "workload", "metrics", "simulate", "cost_model", "calibration", "devices", "placement",
-        "deployment")  # fmt: skip
+        "deployment", "monitor", "chat")  # fmt: skip
 IMPURE = HEAVY - {"numpy"} | {"fastapi", "uvicorn", "starlette", "scipy", "onnxruntime"}
 
 
