@@ -10,11 +10,13 @@ from fastapi import FastAPI
 from fastapi import Request as Http
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from serving.chat import ChatRequest, TextStream, parse_body
 from serving.service import Closed, Exchange, Service, TooLong
 
 BODY_BYTES = 8 * 2**20
+GONE = 499  # for the access log; nobody reads it
 FINISH = {"stop": "stop", "length": "length", "cut": "length"}
 
 
@@ -72,6 +74,8 @@ def make_app(service: Service) -> FastAPI:
             asked = parse_body(await read_json(http))
             check_model(service, asked.model)
             exchange = await service.ask(asked)
+        except ClientDisconnect:
+            return Response(status_code=GONE)
         except Closed as error:
             raise ApiError(503, str(error), "unavailable") from None
         except TooLong as error:
@@ -160,7 +164,7 @@ class Talk:
         async with aclosing(self.texts()) as texts:
             text = "".join([piece async for piece in texts])
         if self.gone:
-            return Response(status_code=499)  # nobody reads it
+            return Response(status_code=GONE)
         self.check()
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": self.finish_reason(), "logprobs": None}
         report = self.service.report(self.exchange)

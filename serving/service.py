@@ -61,9 +61,13 @@ class Service:
         self._thread.start()
 
     def stop(self, timeout_s: float = 10.0):
-        """Let what is under way end, and end the engine's thread."""
+        """End the engine's thread; nobody listens any more to what is under way."""
         self.draining = True
         self.inbox.shut()
+        with self._lock:
+            live = list(self._live)
+        for request_id in live:
+            self.engine.cancel(request_id)
         self._thread.join(timeout_s)
         self.monitor.close()
 
