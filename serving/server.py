@@ -6,6 +6,7 @@ python -m serving.server --model DIR --predictor DIR --policy deadline
 import argparse
 import logging
 import signal
+import socket
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,8 +99,20 @@ def cost_device(device: str) -> str:
     return min(alike or ["A100-80G"], key=lambda name: abs(DEVICES[name].memory_bytes - found.total_memory))
 
 
-def serve(service: Service, host: str, port: int, drain_s: int) -> int:
-    """Until SIGTERM or SIGINT; then no new requests, and those under way end. A second signal ends them."""
+def bind(host: str, port: int) -> socket.socket:
+    """Before the model is loaded, so that nobody waits for that in vain. Raises ValueError where it cannot be."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+    except (OSError, OverflowError) as error:
+        sock.close()
+        raise ValueError(f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}") from None
+    return sock
+
+
+def serve(service: Service, sock: socket.socket, drain_s: int) -> int:
+    """At that address, until SIGTERM or SIGINT; then no new requests, and those under way end. A second signal ends them."""
     import uvicorn
 
     from serving.api import make_app
@@ -122,13 +135,13 @@ def serve(service: Service, host: str, port: int, drain_s: int) -> int:
         async def startup(self, sockets=None):
             await super().startup(sockets)
             if self.started:
-                port = self.servers[0].sockets[0].getsockname()[1]
-                print(f"serving {service.name} at http://{host}:{port}/v1", flush=True)
+                host, port = sock.getsockname()[:2]
+                print(f"serving {service.name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
 
-    config = uvicorn.Config(make_app(service), host, port, log_level="warning", lifespan="off", timeout_graceful_shutdown=drain_s)
+    config = uvicorn.Config(make_app(service), log_level="warning", lifespan="off", timeout_graceful_shutdown=drain_s)
     service.start()
     server = Server(config)
-    server.run()
+    server.run(sockets=[sock])
     service.stop()
     return 0 if server.started and not service.failure else 1
 
@@ -143,11 +156,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f'serving.server: error: {error.name} is not installed; pip install "glm-foundry[serve]"', file=sys.stderr)
         return 1
     try:
+        sock = bind(args.host, args.port)
         service = load_service(args)
     except (ValueError, OSError) as error:
         print(f"serving.server: error: {error}", file=sys.stderr)
         return 1
-    return serve(service, args.host, args.port, args.drain_s)
+    return serve(service, sock, args.drain_s)
 
 
 if __name__ == "__main__":

@@ -216,9 +216,10 @@ def test_metrics_and_a_log_that_updates_the_predictor(server, folders, tmp_path,
     (["--policy", "fcfs", "--max_tokens", "99999"], "max_tokens <= kv_tokens"),
     (["--policy", "fcfs", "--slo_s", "0"], "--slo_s must be above 0"),
     (["--policy", "fcfs", "--model", "/nowhere"], "/nowhere"),
+    (["--policy", "fcfs", "--port", "99999"], "--port 99999: bind"),
 ])  # fmt: skip
 def test_flags_that_do_not_fit(folders, words, message, capsys):
-    assert main(["--model", str(folders[0]), *words]) == 1
+    assert main(["--model", str(folders[0]), "--port", "0", *words]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
