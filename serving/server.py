@@ -1,0 +1,168 @@
+"""Serve a model over OpenAI's chat API, scheduled by predicted length.
+
+python -m serving.server --model DIR --predictor DIR --policy deadline
+"""
+
+import argparse
+import logging
+import signal
+import socket
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from chatglm.families import FAMILIES
+from finetune.config import PRECISIONS
+from predictor.runtime import LengthPredictor
+from serving.continuous import POLICIES
+from serving.cost_model import CostModel, ModelShape
+from serving.devices import DEVICES
+from serving.engines import ENGINES, make_engine
+from serving.monitor import Monitor
+from serving.request import Limits
+from serving.service import Service
+
+log = logging.getLogger(__name__)
+
+SERVED = [name for name in POLICIES if "oracle" not in name]  # an oracle wants true lengths
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="serving.server", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a model, adapter or prefix folder")
+    parser.add_argument("--predictor", help="folder of a length predictor; without one: policies that ask for none")
+    parser.add_argument("--policy", choices=SERVED, default="deadline", help="who is served when [deadline]")
+    parser.add_argument("--engine", choices=tuple(ENGINES), default="continuous", help="what runs the model [continuous]")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at [127.0.0.1]")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen at [8000]")
+    parser.add_argument("--max_batch", type=int, default=16, help="answers made at once [16]")
+    parser.add_argument("--kv_tokens", type=int, default=16384, help="KV cache, in tokens of all answers under way [16384]")
+    parser.add_argument("--max_tokens", type=int, default=2048, help="longest prompt and answer, in tokens [2048]")
+    parser.add_argument("--slo_s", type=float, default=30.0, help="seconds to a whole answer, of requests that do not say [30]")
+    parser.add_argument("--log", help="append a JSON line for every answer to this file")
+    parser.add_argument("--log_prompts", action="store_true", help="with --log: prompts too, which predictor.update needs")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the weights [auto]")
+    parser.add_argument("--device", default="0", help='GPU number, "cpu" or a torch device [0]')
+    parser.add_argument("--base_model", help="base of an adapter or prefix folder (default: the one it names)")
+    parser.add_argument("--mode", choices=tuple(FAMILIES), help="family (default: found in the folder)")
+    parser.add_argument("--served_model_name", help="the model's name in the API (default: the predictor's served model, or the folder's name)")
+    parser.add_argument("--drain_s", type=int, default=60, help="after SIGTERM, seconds for answers under way to end [60]")
+    return parser
+
+
+def load_service(args) -> Service:
+    """Everything but HTTP, from the flags.
+
+    Raises:
+        ValueError, OSError: in one line, what does not fit or is not there.
+    """
+    policy = POLICIES[args.policy]
+    if policy.predicts and not args.predictor:
+        free = ", ".join(name for name in SERVED if not POLICIES[name].predicts)
+        raise ValueError(f"--policy {args.policy} goes by predicted lengths and wants --predictor DIR; without one choose from {free}")
+    if not args.slo_s > 0:
+        raise ValueError(f"--slo_s must be above 0, got {args.slo_s:g}")
+    try:
+        limits = Limits(max_batch=args.max_batch, kv_tokens=args.kv_tokens, max_tokens=args.max_tokens)
+    except ValueError as error:
+        raise ValueError(f"--max_batch, --kv_tokens, --max_tokens: {error}") from None
+
+    from chatglm import load_model, load_tokenizer
+    from finetune.distributed import DTYPES, resolve_precision
+    from finetune.predict import pick_device
+
+    tokenizer = load_tokenizer(args.model, mode=args.mode)
+    predictor = LengthPredictor.from_pretrained(args.predictor, served_model=tokenizer.name_or_path) if args.predictor else None
+    device = pick_device(args.device)
+    dtype = DTYPES["fp32" if args.precision == "auto" and device == "cpu" else resolve_precision(args.precision)]
+    model = load_model(args.model, mode=args.mode, dtype=dtype, base=args.base_model).to(device).eval()
+    cost = CostModel.of(ModelShape.from_config(model.config.to_dict(), dtype.itemsize), cost_device(device))
+    family = FAMILIES[tokenizer.family]
+    name = args.served_model_name or (predictor.card["served_model"]["name"] if predictor else Path(args.model).resolve().name)
+    if predictor and name != predictor.card["served_model"]["name"]:
+        log.warning("the predictor is of %r: predictor.update will take the log's %r for another model", predictor.card["served_model"]["name"], name)
+    return Service(
+        make_engine(args.engine, model, limits, cost), tokenizer, policy, predictor, Monitor(name, limits, args.log, args.log_prompts),
+        name=name, slo_s=args.slo_s, defaults={key: family.chat_defaults[key] for key in ("temperature", "top_p")},
+        as_tuned={"rounds": True} if getattr(model.config, "chat_prompt", None) == "rounds" else {},
+    )  # fmt: skip
+
+
+def cost_device(device: str) -> str:
+    """The table's device that is most like this one; what is measured while serving soon counts more."""
+    if not device.startswith("cuda"):
+        return "CPU"
+    import torch
+
+    found = torch.cuda.get_device_properties(device)
+    alike = [name for name in DEVICES if name.split("-")[0].removeprefix("RTX") in found.name.replace(" ", "")]
+    return min(alike or ["A100-80G"], key=lambda name: abs(DEVICES[name].memory_bytes - found.total_memory))
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Before the model is loaded, so that nobody waits for that in vain. Raises ValueError where it cannot be."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+    except (OSError, OverflowError) as error:
+        sock.close()
+        raise ValueError(f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}") from None
+    return sock
+
+
+def serve(service: Service, sock: socket.socket, drain_s: int) -> int:
+    """At that address, until SIGTERM or SIGINT; then no new requests, and those under way end. A second signal ends them."""
+    import uvicorn
+
+    from serving.api import make_app
+
+    class Server(uvicorn.Server):
+        @contextmanager
+        def capture_signals(self):
+            """As uvicorn's, but the signal is not raised again: a drained server has done what it was told."""
+            before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+        def handle_exit(self, number, frame):
+            service.draining = True
+            super().handle_exit(number, frame)
+
+        async def startup(self, sockets=None):
+            await super().startup(sockets)
+            if self.started:
+                host, port = sock.getsockname()[:2]
+                print(f"serving {service.name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
+
+    config = uvicorn.Config(make_app(service), log_level="warning", lifespan="off", timeout_graceful_shutdown=drain_s)
+    service.start()
+    server = Server(config)
+    server.run(sockets=[sock])
+    service.stop()
+    return 0 if server.started and not service.failure else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(levelname)s: %(message)s")
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        print(f'serving.server: error: {error.name} is not installed; pip install "glm-foundry[serve]"', file=sys.stderr)
+        return 1
+    try:
+        sock = bind(args.host, args.port)
+        service = load_service(args)
+    except (ValueError, OSError) as error:
+        print(f"serving.server: error: {error}", file=sys.stderr)
+        return 1
+    return serve(service, sock, args.drain_s)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
