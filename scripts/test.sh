@@ -4,8 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh test
-if [ $# -eq 0 ] && [ "$(nproc)" -ge 2 ]; then
+cores="$(nproc)"  # before OMP_NUM_THREADS is set, which nproc obeys
+if [ $# -eq 0 ] && [ "$cores" -ge 2 ]; then
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-    set -- -n "$(( $(nproc) < 4 ? $(nproc) : 4 ))" --dist loadfile
+    set -- -n "$(( cores < 4 ? cores : 4 ))" --dist loadfile
 fi
 exec python -m pytest "$@"
