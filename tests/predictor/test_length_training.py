@@ -146,7 +146,6 @@ def refused(capsys, words, code: int) -> str:
 @pytest.mark.parametrize("backbone, more, said", [
     ("lexical", ["--train_type", "lora"], "--backbone lexical has no weights for --train_type lora"),
     ("lexical", ["--head", "guess"], "--head"), ("lexical", ["--num_bins", 1], "--num_bins must be at least 2; got 1"),
-    ("lexical", ["--hash_bits", 40], "--hash_bits must be from 8 to 24; got 40"), ("lexical", ["--eval_f1", "True"], "--eval_f1 needs --eval_path"),
     ("lexical", ["--calibration_share", 0], "--calibration_share must be above 0"), ("lexical", ["--near_duplicates", 0], "--near_duplicates"),
     ("lexical", ["--other_models_weight", 1], "--other_models_weight must be in [0, 1); got 1.0"), ("lexical", ["--length_limit", 1], "--length_limit"),
     ("lexical", ["--label_width", "nan"], "--label_width"), ("lexical", ["--student_dims", -1], "--student_dims"),
