@@ -153,6 +153,7 @@ def refused(capsys, words, code: int) -> str:
     ("chatglm", ["--model_name_or_path", ""], "--model_name_or_path is required"), ("encoder", ["--encoder_path", ""], "--encoder_path"),
     ("encoder", ["--train_type", "ptuning"], "--train_type ptuning is for ChatGLM"), ("encoder", ["--encoder_layers", "0,x"], "--encoder_layers"),
     ("chatglm", ["--reuse_prefill", "True", "--train_type", "lora"], "--reuse_prefill needs"), ("lexical", ["--nonsense", 1], "--nonsense"),
+    ("lexical", ["--hash_bits", 40], "--hash_bits must be from 8 to 24; got 40"),
 ])  # fmt: skip
 def test_bad_flags_are_one_line(flags, capsys, tmp_path, backbone, more, said):
     assert said in refused(capsys, flags(tmp_path / "out", backbone, *more), 2)
