@@ -28,7 +28,7 @@ from predictor import frozen  # noqa: E402
 from predictor.config import PredictorConfig  # noqa: E402
 from predictor.decoder import Decoder  # noqa: E402
 from predictor.heads import HEADS, Regression, class_of  # noqa: E402
-from predictor.labels import normalise, read_examples  # noqa: E402
+from predictor.labels import language, normalise, read_examples  # noqa: E402
 from predictor.lengths import load_lengths  # noqa: E402
 from predictor.metrics import PINBALL_LEVELS, kendall_tau, metrics_of, pinball  # noqa: E402
 
@@ -303,7 +303,7 @@ def languages(args, data: Data) -> dict[str, list[dict]]:
     scorer, decoder, _ = frozen.fit(loaded.config, loaded, frozen.make_features(loaded.config, loaded, frozen.make_backbone(config, None)))
     test = Test.of(train, tested, "text-davinci-003")
     outputs = np.concatenate([scorer(test.prompts[i : i + 256]) for i in range(0, len(test.prompts), 256)])
-    spoken = np.array([frozen.language(p) for p in test.prompts])
+    spoken = np.array([language(p) for p in test.prompts])
     found = {}
     for name in ("en", "zh"):
         part = spoken == name

@@ -4,12 +4,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from finetune.files import cache_arrays, read_arrays
 
 IGNORED = -100  # label of a token that carries no loss
 SHORTEST_TRUNK = 8  # tokens; a shorter common beginning is not worth an attention call
@@ -180,35 +181,20 @@ def encoding_key(rows: list[Row], tokenizer, family, max_len: int, max_src_len: 
 
 def read_encoded(file: Path) -> tuple[list, list, list] | None:
     """What `write_encoded` wrote; None where it is not there or not whole."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
+    arrays = read_arrays(file)
     try:
-        arrays = load_file(file)
         ids = np.split(arrays["ids"], arrays["lengths"].cumsum()[:-1])
         return [row.tolist() for row in ids], arrays["n_masked"].tolist(), arrays["truncated"].tolist()
-    except (OSError, SafetensorError, KeyError):
+    except KeyError:
         return None
 
 
 def write_encoded(file: Path, encoded: tuple[list, list, list]):
-    """Keep encoded rows for the next start; a disk that does not want them is no reason to stop."""
-    from safetensors.numpy import save_file
-
     ids, n_masked, cut = encoded
-    arrays = {
+    cache_arrays(file, {
         "ids": np.array([i for row in ids for i in row], np.int32), "lengths": np.array([len(row) for row in ids], np.int64),
         "n_masked": np.array(n_masked, np.int32), "truncated": np.array(cut, bool),
-    }  # fmt: skip
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, aside)
-        os.replace(aside, file)
-    except OSError as error:
-        print(f"--data_cache: {file.parent} cannot be written ({error.strerror}); going on without", flush=True)
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
+    })  # fmt: skip
 
 
 def epoch_order(lengths: np.ndarray, seed: int, epoch: int, *, group: int = 0) -> np.ndarray:

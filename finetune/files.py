@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -28,12 +29,41 @@ def flush_tree(folder: Path):
         flush(path)
 
 
-def write_aside(path: Path, text: str):
-    """Write a file whole or not at all."""
+def write_aside(path: Path, content: str | bytes):
+    """Write a file whole or not at all; text as UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_arrays(file: Path) -> dict:
+    """Arrays by name that `cache_arrays` wrote; empty where the file is not there or not whole."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError):
+        return {}
+
+
+def cache_arrays(file: Path, arrays: dict):
+    """Keep numpy arrays for the next start; a disk that does not want them is no reason to stop."""
+    from safetensors.numpy import save_file
+
+    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(arrays, aside)
+        os.replace(aside, file)
+    except OSError as error:
+        print(f"--data_cache: {file.parent} cannot be written ({error.strerror}); going on without", flush=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)

@@ -108,9 +108,14 @@ class FineTuning:
 
 def layout_of(config: TrainConfig, family, tokenizer, dtype: torch.dtype) -> dict:
     """collate's options: how the rows of a pass are laid out."""
-    drops = {"lora": config.lora_dropout, "ptuning": config.prefix_dropout if config.resolved_ptuning_version == "v2" else 0}
-    share = config.share_prefix and family.name != "glm" and not drops.get(config.train_type)
+    share = family.name != "glm" and shares_prefix(config)
     return {"ragged": config.batching == "ragged", "share": share, "multiple": row_multiple(dtype), "pad_id": tokenizer.pad_token_id}
+
+
+def shares_prefix(config: TrainConfig) -> bool:
+    """A beginning that rows share is computed once where no dropout acts, which would tie the rows' noise."""
+    drops = {"lora": config.lora_dropout, "ptuning": config.prefix_dropout if config.resolved_ptuning_version == "v2" else 0}
+    return config.share_prefix and not drops.get(config.train_type)
 
 
 def row_multiple(dtype: torch.dtype) -> int:

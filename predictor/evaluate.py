@@ -17,7 +17,7 @@ import numpy as np
 
 from finetune.files import write_aside
 from predictor.calibration import kaplan_meier, levels_of
-from predictor.labels import Example, data_hash, make_counter, read_examples
+from predictor.labels import Example, data_hash, language, make_counter, read_examples
 from predictor.metrics import grouped, kendall_tau, metrics_of, quantiles
 
 DRAWS = 10  # random choices of the run that is predicted, for the noise ceiling
@@ -129,7 +129,7 @@ def constant_of(card: dict, seen: Observed, served_model: str) -> tuple[float, s
 
 def groups_of(prompts: list[str], medians: np.ndarray) -> dict[str, np.ndarray]:
     """{"language", "length"} -> (N,) names: by the share of Chinese characters, and by quarters of the predicted median (N,)."""
-    languages = ["zh" if sum("\u3400" <= c <= "\u9fff" for c in p) > 0.1 * len(p) else "other" for p in prompts]
+    languages = ["zh" if language(p) == "zh" else "other" for p in prompts]
     bounds = np.unique(np.quantile(medians, [0.25, 0.5, 0.75]))
     quarter = np.searchsorted(bounds, medians, side="left")
     names = [f"{i + 1} (to {np.max(medians[quarter == i]):.0f})" if (quarter == i).any() else "" for i in range(len(bounds) + 1)]

@@ -121,7 +121,7 @@ def cue_tables() -> tuple[tuple[np.ndarray, np.ndarray], dict[int, int]]:
     return (np.array([h for h, _ in found], np.uint64), np.array([i for _, i in found])), openers
 
 
-def mix(values: np.ndarray) -> np.ndarray:
+def finalise(values: np.ndarray) -> np.ndarray:
     """A 64-bit hash of each number (the finaliser of splitmix64)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -163,7 +163,7 @@ class Grams:
         characters = inner.nonzero()[0]
         within = characters - starts.repeat(lengths)
         self.values = (codes[characters] + np.uint64(1)) * powers[within]
-        self.words = mix(np.add.reduceat(self.values, begins)) if len(starts) else np.empty(0, np.uint64)
+        self.words = finalise(np.add.reduceat(self.values, begins)) if len(starts) else np.empty(0, np.uint64)
         self.text_starts = np.array([0, *map(len, self.lower)]).cumsum() + np.arange(len(texts) + 1)
         if len(texts) == 1:
             self.text_of = np.zeros(len(starts), np.int64)
@@ -195,7 +195,7 @@ class Grams:
         sizes = np.array([len(v) for v in values])
         kind = np.arange(len(KINDS)).repeat(sizes)
         owners = np.concatenate(of)
-        hashes = mix(np.concatenate(values) + SALTS[kind])
+        hashes = finalise(np.concatenate(values) + SALTS[kind])
         cell = owners * len(KINDS) + kind
         shares = KIND_WEIGHTS / np.sqrt(np.maximum(np.bincount(cell, minlength=len(self.texts) * len(KINDS)), 1).reshape(-1, len(KINDS)))
         return hashes, owners, shares.ravel()[cell].astype(np.float32)

@@ -12,18 +12,17 @@ import numpy as np
 
 from chatglm.families import FAMILIES
 from finetune.distributed import rank, say
-from finetune.files import sha256
+from finetune.files import cache_arrays, read_arrays, sha256
 from predictor.backbones import BACKBONES, Encoder
 from predictor.config import PredictorConfig
-from predictor.decoder import CARD, Decoder, read_card, write_card
+from predictor.decoder import CARD, FOLDS, Decoder, read_card, write_card
 from predictor.heads import make_head
 from predictor.kernel import Kernel, KernelHead
+from predictor.labels import language
 from predictor.lengths import LengthRows, load_lengths, served_card
 from predictor.lexical import Bag, Lexical, crossed, plain
 from predictor.metrics import metrics_of
 from predictor.scorers import HEAD_FILE, FrozenScorer, LinearScorer, encode_all
-
-FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -186,33 +185,13 @@ def folder_key(folder: str, knobs: dict) -> str:
 
 def read_vectors(file: Path) -> dict[str, np.ndarray]:
     """{sha256 of the prompt: vector} that `write_vectors` wrote; empty where it is not there or not whole."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        arrays = load_file(file)
-        return {bytes(key).hex(): vector for key, vector in zip(arrays["keys"], arrays["vectors"])}
-    except (OSError, SafetensorError, KeyError):
-        return {}
+    arrays = read_arrays(file)
+    return {bytes(key).hex(): vector for key, vector in zip(arrays.get("keys", ()), arrays.get("vectors", ()))}
 
 
 def write_vectors(file: Path, vectors: dict[str, np.ndarray]):
-    from safetensors.numpy import save_file
-
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        keys = np.frombuffer(bytes.fromhex("".join(vectors)), np.uint8).reshape(len(vectors), -1)
-        save_file({"keys": keys, "vectors": np.stack(list(vectors.values()))}, aside)
-        os.replace(aside, file)
-    except OSError as error:
-        say(f"--data_cache: {file.parent} cannot be written ({error.strerror}); going on without")
-
-
-def language(prompt: str) -> str:
-    """"zh" where at least a tenth of the characters are Chinese, else "en"."""
-    chinese = sum("\u3400" <= c <= "\u9fff" for c in prompt)
-    return "zh" if chinese > 0.1 * len(prompt) else "en"
+    keys = np.frombuffer(bytes.fromhex("".join(vectors)), np.uint8).reshape(len(vectors), -1)
+    cache_arrays(file, {"keys": keys, "vectors": np.stack(list(vectors.values()))})
 
 
 def teacher_of(config: PredictorConfig, backbone: Encoder, prompts: list[str]) -> tuple[np.ndarray, LinearScorer | None]:

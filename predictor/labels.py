@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from finetune.data import BadRow, parse_row, read_json_items
+from predictor.features import BASE, finalise
 
 log = logging.getLogger(__name__)
 
@@ -158,6 +159,12 @@ def make_counter(tokenizer) -> Callable[[str], int]:
     return lambda answer: len(tokenizer.encode_text(answer))
 
 
+def language(prompt: str) -> str:
+    """"zh" where more than a tenth of the characters are Chinese, else "en"."""
+    chinese = sum("\u3400" <= c <= "\u9fff" for c in prompt)
+    return "zh" if chinese > 0.1 * len(prompt) else "en"
+
+
 def normalise(prompt: str) -> str:
     """What of a prompt's text tells prompts apart: NFKC, no case, one space for a run of anything but word characters."""
     return re.sub(r"\W+", " ", unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", prompt).casefold())).strip()
@@ -249,11 +256,8 @@ def shingle_hashes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of each number (the finaliser of splitmix64: Steele et al. 2014)."""
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    """A step of splitmix64 (Steele et al. 2014): also 0 becomes a hash."""
+    return finalise(values + np.uint64(BASE))
 
 
 def split(groups: np.ndarray, prompts: list[str], shares: dict[str, float], *, salt: str = "") -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from chatglm.loading import load_tokenizer, resolve_mode
 from finetune.checkpoint import export
 from finetune.distributed import on_device, rank, say, world_size
 from finetune.methods import make_method
-from finetune.task import FineTuning, row_multiple
+from finetune.task import FineTuning, row_multiple, shares_prefix
 from predictor.backbones import BACKBONES
 from predictor.config import PredictorConfig
 from predictor.decoder import Decoder, write_card
@@ -171,12 +171,6 @@ def fit_decoder(head, outputs: np.ndarray, lengths: Lengths, own: int) -> Decode
     """Settings and conformal map from outputs (prompts, width) for `lengths`, by the served model's labels."""
     prompt, tokens, finished, weights = lengths.of_model(own)
     return Decoder.fit(head, outputs[prompt], tokens, finished, weights, prompt)
-
-
-def shares_prefix(config: PredictorConfig) -> bool:
-    """A shared beginning is computed once where no dropout acts."""
-    drops = {"lora": config.lora_dropout, "ptuning": config.prefix_dropout if config.resolved_ptuning_version == "v2" else 0}
-    return config.share_prefix and not drops.get(config.train_type)
 
 
 def train_predictor(config: PredictorConfig) -> Path:

@@ -11,10 +11,12 @@ Newlines are byte pieces. [MASK], [gMASK], [sMASK], sop and eop are not in the m
 import argparse
 import io
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from finetune.files import write_aside  # noqa: E402
 
 # What every ChatGLM2 prompt wraps around a row; a small vocabulary should not spell it in bytes.
 PROMPT_LINES = ("[Round 1]", "问：", "答：")
@@ -99,19 +101,6 @@ def train(lines, vocab_size, family="glm2"):
         minloglevel=2,
     )
     return model.getvalue()
-
-
-def write_aside(path, content):
-    """Write bytes beside `path`, then rename over it: a reader sees the old file or the new one, never a part."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def main(argv=None):
