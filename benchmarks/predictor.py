@@ -27,10 +27,11 @@ sys.path.insert(0, str(ROOT))
 from predictor import frozen  # noqa: E402
 from predictor.config import PredictorConfig  # noqa: E402
 from predictor.decoder import Decoder  # noqa: E402
-from predictor.heads import HEADS, Regression, class_of  # noqa: E402
+from predictor.heads import HEADS, Regression  # noqa: E402
 from predictor.labels import language, normalise, read_examples  # noqa: E402
 from predictor.lengths import load_lengths  # noqa: E402
 from predictor.metrics import PINBALL_LEVELS, kendall_tau, metrics_of, pinball  # noqa: E402
+from predictor.prediction import class_of  # noqa: E402
 
 SPLITS = 5
 LIMIT = 8192  # tokens; ChatGLM2-6B's context

@@ -207,7 +207,7 @@ class Checkpointer:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
         barrier()
-        self.task.before_save(self.engine.module)
+        self.task.before_save(self.engine.module, evaluated=bool(metrics))
         self.engine.save_checkpoint(str(aside / "trainer"), tag="state", save_latest=False, exclude_frozen_parameters=True)
         state = gathered_state(self.model, trainable_only=self.task.method.saves != "model")
         if rank() == 0:

@@ -110,9 +110,10 @@ def agree(decide):
 
 def sum_over_ranks(*values: float) -> list[float]:
     """Each value summed over all ranks, in fp64."""
+    if world_size() == 1:  # nothing to wait for a device for
+        return [float(value) for value in values]
     total = torch.tensor(values, dtype=torch.float64, device=device())
-    if world_size() > 1:
-        dist.all_reduce(total)
+    dist.all_reduce(total)
     return total.tolist()
 
 

@@ -243,8 +243,8 @@ class Loop:
             lr = self.engine.optimizer.param_groups[0]["lr"]  # of this step; the scheduler moves on inside
             loss, norm, tokens, stop = self.step()
             seconds = time.perf_counter() - started
+            bar.set_postfix(refresh=False, loss=f"{loss:.4f}", **{"tokens/s": f"{tokens / seconds:.0f}"})
             bar.update()
-            bar.set_postfix(loss=f"{loss:.4f}", **{"tokens/s": f"{tokens / seconds:.0f}"})
             values = {"train_loss": loss, "learning_rate": lr, "grad_norm": norm, "tokens_per_second": tokens / seconds}
             if writer:
                 writer.add(self.done, values | {"memory_gb": peak_memory_gb()})

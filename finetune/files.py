@@ -1,5 +1,6 @@
 """Files that are there whole or not at all. Free of torch, so that small programs may use it."""
 
+import ctypes
 import hashlib
 import os
 from contextlib import suppress
@@ -27,6 +28,32 @@ def flush_tree(folder: Path):
     """Force every file and folder below `folder` to disk."""
     for path in [*folder.rglob("*"), folder]:
         flush(path)
+
+
+def put_in_place(aside: Path, output: Path):
+    """Flush the folder `aside` and put it at `output`, at once where the system can; what was there lies at `aside` then."""
+    flush_tree(aside)
+    if output.exists():
+        exchange(aside, output)
+    else:
+        os.replace(aside, output)
+    flush(output.parent)
+
+
+def exchange(aside: Path, output: Path):
+    """Swap two folders in one step where the system can (renameat2 of Linux), else in two renames."""
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    with suppress(OSError, AttributeError):
+        if ctypes.CDLL(None).renameat2(here, os.fsencode(aside), here, os.fsencode(output), swap) == 0:
+            return
+    old = aside.with_name(f"{aside.name}.old")
+    os.replace(output, old)
+    try:
+        os.replace(aside, output)
+    except OSError:
+        os.replace(old, output)
+        raise
+    os.replace(old, aside)
 
 
 def write_aside(path: Path, content: str | bytes):

@@ -98,8 +98,8 @@ class FineTuning:
             )  # fmt: skip
         return metrics
 
-    def before_save(self, loss_module: nn.Module):
-        """What of a save every rank must take part in; rank 0 alone exports."""
+    def before_save(self, loss_module: nn.Module, *, evaluated: bool):
+        """What of a save every rank must take part in; rank 0 alone exports. `evaluated`: `evaluate` has just seen these weights."""
 
     def export(self, model: nn.Module, state: dict[str, Tensor], folder: Path):
         """Write what inference needs; `state` as checkpoint.export takes it."""

@@ -164,8 +164,18 @@ class ChatGLM:
             if base_fingerprint and fingerprint_of(base) != base_fingerprint:
                 raise ValueError(f"{folder} was trained on another model than {base}: their weights differ")
         model = self.load_model(dtype, {"base": base} if own and base else {}, str(folder if own else base))
-        file = self.family.tokenizer_file
-        return model, self.load_tokenizer(str(folder if (folder / file).is_file() else base))
+        return model, self.tokenizer_of(folder, base)
+
+    def tokenizer_of(self, folder: Path, base: str | None):
+        """A predictor folder's own tokenizer, else its base's."""
+        return self.load_tokenizer(str(folder if (folder / self.family.tokenizer_file).is_file() else base))
+
+    @classmethod
+    def is_whole(cls, folder: Path) -> bool:
+        """Whether a predictor's folder holds a model that needs no base."""
+        from chatglm.loading import stored_prefix
+
+        return cls.has_weights(folder) and not (folder / "adapter_config.json").is_file() and not (stored_prefix(folder) or {}).get("only")
 
     @staticmethod
     def has_weights(folder: Path) -> bool:

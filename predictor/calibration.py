@@ -5,6 +5,8 @@ from functools import cached_property
 
 import numpy as np
 
+from predictor.prediction import class_of
+
 KNOTS = 201  # a calibration map keeps at most so many points
 POINTS = 1024  # labels that a ScoreScale keeps
 NEAR = 0.4  # standard deviations of the score: how far a label speaks for other scores
@@ -68,7 +70,7 @@ def cumulative(probabilities: np.ndarray) -> np.ndarray:
 def levels_of(probabilities: np.ndarray, edges: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """(N,): the cumulative probability that each prediction (N, K) gives to what came, (N,) tokens."""
     total = cumulative(probabilities)
-    k = np.clip(np.searchsorted(edges, tokens, side="right") - 1, 0, len(edges) - 2)
+    k = class_of(edges, tokens)
     share = np.clip((tokens - edges[k]) / (edges[k + 1] - edges[k]), 0, 1)
     rows = np.arange(len(tokens))
     return total[rows, k] + share * (total[rows, k + 1] - total[rows, k])

@@ -56,6 +56,11 @@ class Decoder:
         probabilities, ranks = self.read(np.asarray(outputs, np.float64))
         return self.conformal.apply(probabilities), ranks
 
+    def judge(self, outputs: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(probabilities (N, K), rank scores (N,), levels (N,) of the lengths `tokens` in them, exact at the conformal map's knots)."""
+        raw, ranks = self.read(np.asarray(outputs, np.float64))
+        return self.conformal.apply(raw), ranks, np.interp(levels_of(raw, self.edges, tokens), *self.conformal.knots)
+
     def predictions(self, outputs: np.ndarray) -> list[LengthPrediction]:
         probabilities, ranks = self.decode(outputs)
         return [LengthPrediction(p, self.edges, float(r)) for p, r in zip(probabilities, ranks)]
@@ -71,6 +76,12 @@ class Decoder:
         head = HEADS[knobs.pop("name")](**knobs)
         conformal = Conformal(tuple(values["conformal"]["raw"]), tuple(values["conformal"]["calibrated"]))
         return cls(head, values["settings"], conformal, np.asarray(values["edges"], np.float64))
+
+
+def fold_of(groups: np.ndarray) -> np.ndarray:
+    """(N,) fold of every prompt, 0 to FOLDS - 1: groups whole, shuffled by a fixed draw."""
+    _, number = np.unique(groups, return_inverse=True)
+    return (np.random.default_rng(0).permutation(number.max() + 1) % FOLDS)[number]
 
 
 def head_edges(head) -> np.ndarray:

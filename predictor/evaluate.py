@@ -67,11 +67,12 @@ class Observed:
         return 1 / np.bincount(self.prompt, minlength=len(self.prompts))[self.prompt]
 
 
-def evaluate(predictor, examples: list[Example], *, served_model: str = "", batch_size: int = 64) -> dict:
+def evaluate(predictor, examples: list[Example], *, served_model: str = "", batch_size: int = 64, predicted: tuple | None = None) -> dict:
     """What the module's first lines say, as a dict that JSON takes.
 
     Args:
         served_model: whose answers are looked at [the one that the predictor was made for].
+        predicted: what `predict_arrays` gives for their prompts, where it is there already.
     Raises:
         ValueError: no answer of it, or none that finished.
     """
@@ -83,7 +84,7 @@ def evaluate(predictor, examples: list[Example], *, served_model: str = "", batc
         raise ValueError(f"--served_model {served_model!r}: no row is of it; the rows are of {', '.join(names[:8])}")
     if not seen.finished.any():
         raise ValueError(f"none of the {len(seen)} answers of {served_model!r} finished: their lengths are not known")
-    probabilities, edges, scores = predict_arrays(predictor, seen.prompts)
+    probabilities, edges, scores = predicted or predict_arrays(predictor, seen.prompts)
     each = probabilities[seen.prompt], edges, scores[seen.prompt], seen.tokens, seen.finished
     constant, source = constant_of(card, seen, served_model)
     groups = groups_of(seen.prompts, quantiles(probabilities, edges, 0.5))
@@ -243,15 +244,16 @@ def run(args) -> int:
     served_model = args.served_model or predictor.card["served_model"]["name"]
     paths = [path.strip() for path in args.data.split(",")]
     examples, bad = read_examples(paths, served_model=served_model, count=count, on_bad_row=args.on_bad_row)
-    report = evaluate(predictor, examples, served_model=served_model, batch_size=args.batch_size) | {"bad_rows": bad}
+    seen = Observed.of(examples, served_model)
+    predicted = predict_arrays(predictor, seen.prompts) if args.picture and seen.finished.any() else None
+    report = evaluate(predictor, examples, served_model=served_model, batch_size=args.batch_size, predicted=predicted) | {"bad_rows": bad}
     print(table(report) + (f"\n{bad} bad rows skipped" if bad else ""), flush=True)
     if args.json:
         write_json(Path(args.json), report)
     if args.picture:
         from predictor.pictures import draw
 
-        seen = Observed.of(examples, served_model)
-        probabilities, edges, _ = predict_arrays(predictor, seen.prompts)
+        probabilities, edges, _ = predicted
         draw(Path(args.picture), probabilities[seen.prompt], edges, seen.tokens, seen.finished, report)
     return 0
 

@@ -6,7 +6,6 @@ it counts; of a ChatGLM its adapter, prefix or head with the base's name, or wit
 
 import argparse
 import logging
-import os
 import shutil
 import sys
 import warnings
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from finetune.config import parse_bool
+from finetune.files import put_in_place, sha256
 from predictor.backbones import BACKBONES
 from predictor.decoder import CARD, read_card, write_card
 from predictor.kernel import FILE as KERNEL_FILE
@@ -263,19 +263,18 @@ def export_chatglm(backbone, checkpoint: Path, aside: Path, base: str | None, me
     Raises:
         ValueError: the merged model's vectors are others.
     """
-    from chatglm.loading import named_base, stored_prefix
+    from chatglm.loading import named_base
     from finetune.checkpoint import read_manifest
 
-    own = backbone.has_weights(checkpoint)
+    own, whole = backbone.has_weights(checkpoint), backbone.is_whole(checkpoint)
     adapter = (checkpoint / "adapter_config.json").is_file()
-    whole = own and not adapter and not (stored_prefix(checkpoint) or {}).get("only")
     trained_on = (read_manifest(checkpoint) or {}).get("base_model", {})
     base = None if whole else base or trained_on.get("name_or_path") or named_base(checkpoint)
     base = base and str(Path(base).resolve())
     if merge and not whole:
         merge_into(backbone, checkpoint, aside, base)
         base, own = None, False
-    tokenizer = backbone.load_tokenizer(str(checkpoint if (checkpoint / backbone.family.tokenizer_file).is_file() else base))
+    tokenizer = backbone.tokenizer_of(checkpoint, base)
     if own or merge:
         tokenizer.save_pretrained(str(aside))
     if own:
@@ -309,8 +308,6 @@ def finish(aside: Path, card: dict, checkpoint: Path, *, exact: bool, again: boo
     Raises:
         ValueError: its predictions are others, where they should be exact.
     """
-    from finetune.files import sha256
-
     card = {key: value for key, value in card.items() if value is not None}
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(aside.iterdir())}
     card["export"]["files"] = files
@@ -323,20 +320,6 @@ def finish(aside: Path, card: dict, checkpoint: Path, *, exact: bool, again: boo
         raise ValueError(f"the exported predictor's probabilities differ by {max(moved):.1e} from those of {checkpoint}; nothing was written")
     card["export"]["probabilities_moved"] = float(max(moved))
     write_card(aside, card)
-
-
-def put_in_place(aside: Path, output: Path):
-    """Flush and rename; what was there goes last."""
-    from finetune.files import flush, flush_tree
-
-    flush_tree(aside)
-    old = output.with_name(f".{output.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        os.replace(output, old)
-    os.replace(aside, output)
-    flush(output.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def build_parser() -> argparse.ArgumentParser:

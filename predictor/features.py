@@ -111,14 +111,21 @@ def tables() -> tuple[np.ndarray, np.ndarray]:
 @cache
 def cue_tables() -> tuple[tuple[np.ndarray, np.ndarray], dict[int, int]]:
     """((hashes of words and bigrams ascending, number of the cue), {hash of an opening word: its number})."""
-    found = []
-    for i, words in enumerate(CUES.values()):
-        for word in words.split():
-            grams = Grams([word])
-            found += [(int(h), i) for h in (grams.words if len(grams.words) == 1 else grams.pairs[0]).tolist()]
-    found.sort()
-    openers = {int(Grams([word]).words[0]): i for i, word in enumerate(OPENERS)}
-    return (np.array([h for h, _ in found], np.uint64), np.array([i for _, i in found])), openers
+    cues = [(word, i) for i, words in enumerate(CUES.values()) for word in words.split()]
+    hashes, texts = cue_hashes([word for word, _ in cues])
+    numbers = np.array([i for _, i in cues])[texts]
+    order = np.lexsort((numbers, hashes))
+    return (hashes[order], numbers[order]), {int(h): i for i, h in enumerate(cue_hashes(OPENERS)[0])}
+
+
+def cue_hashes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(hashes, texts): of a text of one word its hash, of a longer one those of its pairs."""
+    grams = Grams(texts)
+    single = grams.word_counts[grams.text_of] == 1
+    pairs, first = grams.pairs
+    hashes, owners = np.concatenate([grams.words[single], pairs]), np.concatenate([grams.text_of[single], grams.text_of[first]])
+    order = owners.argsort(kind="stable")
+    return hashes[order], owners[order]
 
 
 def finalise(values: np.ndarray) -> np.ndarray:

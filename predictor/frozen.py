@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -12,17 +11,17 @@ import numpy as np
 
 from chatglm.families import FAMILIES
 from finetune.distributed import rank, say
-from finetune.files import cache_arrays, read_arrays, sha256
+from finetune.files import cache_arrays, put_in_place, read_arrays, sha256
 from predictor.backbones import BACKBONES, Encoder
 from predictor.config import PredictorConfig
-from predictor.decoder import CARD, FOLDS, Decoder, read_card, write_card
+from predictor.decoder import CARD, FOLDS, Decoder, fold_of, read_card, write_card
 from predictor.heads import make_head
 from predictor.kernel import Kernel, KernelHead
 from predictor.labels import language
 from predictor.lengths import LengthRows, load_lengths, served_card
 from predictor.lexical import Bag, Lexical, crossed, plain
 from predictor.metrics import metrics_of
-from predictor.scorers import HEAD_FILE, FrozenScorer, LinearScorer, encode_all
+from predictor.scorers import HEAD_FILE, FrozenScorer, LinearScorer, encode_all, load_head
 
 
 @dataclass(frozen=True)
@@ -114,12 +113,6 @@ def fit(config: PredictorConfig, rows: LengthRows, features: Features) -> tuple[
     return FrozenScorer(None, features.earlier, features.lexical, top), decoder, metrics
 
 
-def fold_of(groups: np.ndarray) -> np.ndarray:
-    """(N,) fold of every prompt, 0 to FOLDS - 1: groups whole, shuffled by a fixed draw."""
-    _, number = np.unique(groups, return_inverse=True)
-    return (np.random.default_rng(0).permutation(number.max() + 1) % FOLDS)[number]
-
-
 def own_prompts(rows: LengthRows) -> np.ndarray:
     """Numbers of the prompts that the head learns from, those with a length of the predicted model; the others teach features alone."""
     own = np.unique(rows.train.of_model(rows.own)[0])
@@ -197,17 +190,8 @@ def write_vectors(file: Path, vectors: dict[str, np.ndarray]):
 def teacher_of(config: PredictorConfig, backbone: Encoder, prompts: list[str]) -> tuple[np.ndarray, LinearScorer | None]:
     """(vectors of the encoder, the linear layers it was trained with, where --encoder_path is a predictor itself)."""
     folder = Path(config.encoder_path)
-    earlier = load_readouts(folder) if (folder / CARD).is_file() and (folder / HEAD_FILE).is_file() else None
+    earlier = load_head(folder, None, every=True) if (folder / CARD).is_file() and (folder / HEAD_FILE).is_file() else None
     return vectors_of(backbone, config.encoder_path, prompts, config.data_cache), earlier
-
-
-def load_readouts(folder: Path) -> LinearScorer:
-    """The linear layers of all served models that a checkpoint was trained with, as one."""
-    from safetensors.numpy import load_file
-
-    tensors = load_file(folder / HEAD_FILE)
-    weight = tensors.get("all", tensors["weight"][None])
-    return LinearScorer(None, weight.reshape(-1, weight.shape[-1]), np.tile(tensors["bias"], len(weight)))
 
 
 def teacher_targets(config: PredictorConfig, prompts: list[str]) -> np.ndarray:
@@ -252,6 +236,5 @@ def write_predictor(output: Path, config: PredictorConfig, backbone, scorer: Fro
         card = card | {"base_model": str(Path(config.model_name_or_path).resolve())}
     config.save(aside / "train_config.json")
     write_card(aside, card)
-    if output.exists():
-        shutil.rmtree(output)
-    os.replace(aside, output)
+    put_in_place(aside, output)
+    shutil.rmtree(aside, ignore_errors=True)

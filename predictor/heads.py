@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from predictor.calibration import ScoreScale, fit_temperature
-from predictor.prediction import log_middles, make_edges
+from predictor.prediction import class_of, log_middles, make_edges
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -25,16 +25,8 @@ def wide(outputs):
     return outputs if outputs.dtype.itemsize > 4 else outputs.float()
 
 
-class Head:
-    """What every head has beside its loss and its `reader`."""
-
-    def decode(self, outputs: np.ndarray, settings: dict, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(N, width) outputs -> probabilities over `edges` (N, K), rank scores (N,)."""
-        return self.reader(settings, edges)(outputs)
-
-
 @dataclass(frozen=True)
-class ClassHead(Head):
+class ClassHead:
     """What heads over length classes share: softmax, temperature, a rank score from the classes themselves."""
 
     length_limit: int
@@ -130,7 +122,7 @@ class Bucket(ClassHead):
 
 
 @dataclass(frozen=True)
-class ScoreHead(Head):
+class ScoreHead:
     """What heads with one output share: the distribution is the score's place and what the residuals looked like there."""
 
     length_limit: int
@@ -144,7 +136,7 @@ class ScoreHead(Head):
     def fit(self, outputs, tokens, finished, weights) -> dict:
         """As ClassHead's: where scores lie in log length, and how far off they are."""
         scale = ScoreScale.fit(outputs[:, 0], tokens, finished, weights)
-        return {name: getattr(scale, name) for name in (f.name for f in fields(scale))}
+        return {f.name: getattr(scale, f.name) for f in fields(scale)}
 
     def reader(self, settings: dict, edges: np.ndarray):
         """As ClassHead's."""
@@ -193,17 +185,12 @@ class Ranking(ScoreHead):
         return np.zeros(1)
 
 
-def class_of(edges: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """(n,): the class that each length falls into; what lies beyond the last edge falls into the last."""
-    return np.clip(np.searchsorted(edges, tokens, side="right") - 1, 0, len(edges) - 2)
-
-
 def spread(probabilities: np.ndarray, own: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """(N, k) masses over `own` edges -> (N, K) masses over `edges`, mass lying evenly inside a class."""
     if len(own) == len(edges) and np.array_equal(own, edges):
         return probabilities
     total = np.concatenate([np.zeros((len(probabilities), 1)), np.cumsum(probabilities, axis=1)], axis=1)
-    k = np.clip(np.searchsorted(own, edges, side="right") - 1, 0, len(own) - 2)
+    k = class_of(own, edges)
     share = np.clip((edges - own[k]) / (own[k + 1] - own[k]), 0, 1)
     return np.diff(total[:, k] + share * (total[:, k + 1] - total[:, k]), axis=1)
 
@@ -211,7 +198,7 @@ def spread(probabilities: np.ndarray, own: np.ndarray, edges: np.ndarray) -> np.
 def make_head(config):
     """The head of `config.head`, its knobs taken from the fields of the same names."""
     head = HEADS[config.head]
-    return head(**{name: getattr(config, name) for name in (f.name for f in fields(head))})
+    return head(**{f.name: getattr(config, f.name) for f in fields(head)})
 
 
 HEADS = {"distribution": Distribution, "bucket": Bucket, "regression": Regression, "ranking": Ranking}

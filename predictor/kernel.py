@@ -71,6 +71,14 @@ class Kernel:
             for z, scale in zip(blocks, self.scales)
         ]
 
+    @cached_property
+    def basis(self) -> np.ndarray:
+        """(R, r): combinations of the landmarks on which a function's norm in the kernel's space is that of its weights."""
+        gram = self(self.landmarks * self.spread + self.center).astype(np.float64)
+        values, vectors = np.linalg.eigh((gram + gram.T) / 2)
+        kept = values > 1e-7 * values[-1]
+        return vectors[:, kept] / np.sqrt(values[kept])
+
 
 def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """(N, D), (R, D) -> (N, R)."""
@@ -124,15 +132,12 @@ class KernelHead:
         """
         import torch
 
-        gram = kernel(kernel.landmarks * kernel.spread + kernel.center).astype(np.float64)
-        values, basis = np.linalg.eigh((gram + gram.T) / 2)
-        kept = values > 1e-7 * values[-1]
-        to_flat = basis[:, kept] / np.sqrt(values[kept])  # f's norm is that of its weights here
-        flat = torch.from_numpy(kernel(vectors).astype(np.float64) @ to_flat)
+        to_flat, at = kernel.basis, kernel(vectors).astype(np.float64)
+        flat = torch.from_numpy(at @ to_flat)
         labels = [torch.as_tensor(x) for x in (tokens, finished, weights)]
         prompt, owners = torch.as_tensor(prompt), torch.zeros(len(tokens), dtype=torch.long)
         first = head.starting_bias(np.asarray(tokens)) if start is None else start.bias.astype(np.float64)
-        before = 0 if start is None else torch.from_numpy(kernel(vectors).astype(np.float64) @ start.weight)
+        before = 0 if start is None else torch.from_numpy(at @ start.weight)
         inner = torch.zeros(flat.shape[1], len(first), dtype=torch.float64, requires_grad=True)
         bias = torch.tensor(first, dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS([inner, bias], max_iter=200, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=1e-6)

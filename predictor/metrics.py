@@ -55,15 +55,16 @@ def metrics_of(
         least = np.where(finished, tokens, np.nextafter(tokens, np.inf))
         q90, q975 = quantiles(probabilities, edges, 0.9), quantiles(probabilities, edges, 0.975)
         return found | {"coverage_90": float((least <= q90).mean()), "coverage_975": float((least <= q975).mean()), "reserved_90": float(q90.mean())}
-    q90 = quantiles(probabilities, edges, 0.9)
+    at = {q: quantiles(probabilities, edges, q) for q in PINBALL_LEVELS}
+    q90 = at[0.9]
     over = tokens > q90
     return {
         "tau": kendall_tau(rank_scores, tokens),
-        "mae": float(np.abs(quantiles(probabilities, edges, 0.5) - tokens).mean()),
-        "pinball": float(np.mean([pinball(quantiles(probabilities, edges, q), tokens, q) for q in PINBALL_LEVELS])),
+        "mae": float(np.abs(at[0.5] - tokens).mean()),
+        "pinball": float(np.mean([pinball(guess, tokens, q) for q, guess in at.items()])),
         "crps": ranked_probability(probabilities, edges, tokens),
         "coverage_90": float((~over).mean()),
-        "coverage_975": float((tokens <= quantiles(probabilities, edges, 0.975)).mean()),
+        "coverage_975": float((tokens <= at[0.975]).mean()),
         "under_90": float((tokens - q90)[over].mean()) if over.any() else 0.0,
         "reserved_90": float(q90.mean()),
     }

@@ -106,6 +106,11 @@ def log_middles(edges: np.ndarray) -> np.ndarray:
     return np.log(np.maximum((edges[:-1] + edges[1:]) / 2, 1.0))
 
 
+def class_of(edges: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """(n,): the class that each length falls into; what lies beyond the last edge falls into the last."""
+    return np.clip(np.searchsorted(edges, tokens, side="right") - 1, 0, len(edges) - 2)
+
+
 def make_edges(bins: int, limit: int) -> np.ndarray:
     """(K + 1,): 0, then whole numbers spaced evenly in the logarithm up to `limit` tokens; K <= bins where those would coincide.
 

@@ -1,11 +1,11 @@
 """The exported predictor at work. Lexical and ONNX folders load without torch; nothing here loads training code."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from finetune.files import sha256
 from predictor.backbones import BACKBONES
 from predictor.decoder import Decoder, read_card, tokenizer_hash
 from predictor.prediction import LengthPrediction
@@ -116,5 +116,5 @@ def check_files(folder: Path, files: dict[str, dict]):
             raise DamagedFile(f"{path}: missing")
         if (found := path.stat().st_size) != wanted["bytes"]:
             raise DamagedFile(f"{path}: torn: {found:,} bytes of {wanted['bytes']:,}")
-        if found <= HASHED_BYTES and hashlib.sha256(path.read_bytes()).hexdigest() != wanted["sha256"]:
+        if found <= HASHED_BYTES and sha256(path) != wanted["sha256"]:
             raise DamagedFile(f"{path}: changed since it was exported (its sha256 is another)")

@@ -158,7 +158,7 @@ class FrozenScorer:
         return np.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0]
 
     def __call__(self, prompts: list[str]) -> np.ndarray:
-        return self.top(self.checked(self.features(prompts)))
+        return self.head_of_vectors(self.features(prompts))
 
     def head_of_vectors(self, vectors: np.ndarray) -> np.ndarray:
         """(N, D) of all features -> (N, width)."""
@@ -186,14 +186,20 @@ def load_transformer(backbone, folder: Path, *, device: str = "cpu", threads: in
     return FrozenScorer.load(folder, vectors) if (folder / KERNEL_FILE).is_file() else load_head(folder, vectors)
 
 
-def load_head(folder: Path, vectors) -> LinearScorer:
-    """Raises ValueError naming the file where it is not whole."""
+def load_head(folder: Path, vectors, *, every: bool = False) -> LinearScorer:
+    """The linear head of a folder; with `every`, the layers of all served models that it was trained with, as one.
+
+    Raises ValueError naming the file where it is not whole.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
         tensors = load_file(folder / HEAD_FILE)
-        return LinearScorer(vectors, tensors["weight"], tensors["bias"])
+        weight, bias = tensors["weight"], tensors["bias"]
+        if every and "all" in tensors:
+            weight, bias = tensors["all"].reshape(-1, weight.shape[1]), np.tile(bias, len(tensors["all"]))
+        return LinearScorer(vectors, weight, bias)
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(f"{folder / HEAD_FILE}: cannot be read ({error})") from None
 

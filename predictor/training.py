@@ -28,7 +28,10 @@ class EncodedPrompts:
 
     lengths: Lengths
     input_ids: list[list[int]]
-    places: list[str]
+
+    @property
+    def places(self) -> list[str]:
+        return self.lengths.places
 
     def __len__(self):
         return len(self.input_ids)
@@ -64,7 +67,7 @@ class LengthTraining(FineTuning):
 
     def encode(self, lengths: Lengths) -> EncodedPrompts:
         ids = [self.backbone.encode(self.tokenizer, prompt) for prompt in lengths.prompts]
-        return EncodedPrompts(lengths, ids, lengths.places)
+        return EncodedPrompts(lengths, ids)
 
     def build_model(self, dtype: torch.dtype) -> nn.Module:
         self.dtype = dtype
@@ -123,18 +126,17 @@ class LengthTraining(FineTuning):
 
     def evaluate(self, loss_module: nn.Module, model: nn.Module, *, synced: bool) -> dict[str, float]:
         """Loss, tau, MAE and coverage for the served model on the evaluation rows, else on the calibration rows."""
-        decoder, own = self.calibrate(loss_module.network)
-        metrics = own
+        self.calibrated = decoder, metrics = self.calibrate(loss_module.network)
         if self.eval_data:
-            outputs = self.outputs(loss_module.network, self.eval_data)
-            metrics = self.measure(decoder, outputs, self.eval_data.lengths)
+            metrics = self.measure(decoder, self.outputs(loss_module.network, self.eval_data), self.eval_data.lengths)
         return metrics
 
     def calibrate(self, network: LengthNetwork) -> tuple[Decoder, dict[str, float]]:
         """The decoder for the network as it is, and its metrics on the calibration rows."""
         lengths = self.calibration.lengths
         outputs = self.outputs(network, self.calibration)
-        decoder = fit_decoder(self.head, outputs, lengths, self.rows.own)
+        prompt, tokens, finished, weights = lengths.of_model(self.rows.own)
+        decoder = Decoder.fit(self.head, outputs[prompt], tokens, finished, weights, prompt)
         return decoder, self.measure(decoder, outputs, lengths)
 
     def measure(self, decoder: Decoder, outputs: np.ndarray, lengths: Lengths) -> dict[str, float]:
@@ -145,11 +147,12 @@ class LengthTraining(FineTuning):
         probabilities, ranks = decoder.decode(outputs[prompt])
         return {"loss": loss} | metrics_of(probabilities, decoder.edges, ranks, tokens, finished)
 
-    def before_save(self, loss_module: nn.Module):
+    def before_save(self, loss_module: nn.Module, *, evaluated: bool):
         """Every rank's part of a save: a checkpoint is a predictor that is calibrated."""
-        loss_module.eval()
-        self.calibrated = self.calibrate(loss_module.network)
-        loss_module.train()
+        if not evaluated:
+            loss_module.eval()
+            self.calibrated = self.calibrate(loss_module.network)
+            loss_module.train()
 
     def export(self, model: LengthNetwork, state: dict[str, Tensor], folder: Path):
         """A folder that LengthPredictor loads: the backbone as its method saves it, the head, the card."""
@@ -165,12 +168,6 @@ class LengthTraining(FineTuning):
             "training_data": self.rows.card(),
             "metrics": {"calibration": metrics},
         })  # fmt: skip
-
-
-def fit_decoder(head, outputs: np.ndarray, lengths: Lengths, own: int) -> Decoder:
-    """Settings and conformal map from outputs (prompts, width) for `lengths`, by the served model's labels."""
-    prompt, tokens, finished, weights = lengths.of_model(own)
-    return Decoder.fit(head, outputs[prompt], tokens, finished, weights, prompt)
 
 
 def train_predictor(config: PredictorConfig) -> Path:

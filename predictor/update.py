@@ -7,7 +7,6 @@ was served by (LengthPrediction.to_dict()); other keys are ignored. Lengths are 
 """
 
 import argparse
-import ctypes
 import json
 import os
 import shutil
@@ -20,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from finetune.data import BadRow
-from finetune.files import flush
-from predictor.calibration import kaplan_meier, levels_of
-from predictor.decoder import CARD, FOLDS, Decoder, write_card
+from finetune.files import put_in_place
+from predictor.calibration import kaplan_meier
+from predictor.decoder import CARD, FOLDS, Decoder, fold_of, write_card
 from predictor.evaluate import Observed, add_predictor_flags, write_json
 from predictor.labels import Example, parse_example, read_items
 from predictor.metrics import kendall_tau, metrics_of, quantiles
@@ -97,10 +96,8 @@ def drift(decoder: Decoder, outputs: np.ndarray, seen: Observed, fitted_on: int)
     Returns:
         ks, p, coverage_90, coverage_975, tau, mae, pinball, mean_log_ratio: of (1 + length) over (1 + median), of what finished.
     """
-    raw = decoder.head.decode(np.asarray(outputs, np.float64), decoder.settings, decoder.edges)[0]
-    levels = np.interp(levels_of(raw[seen.prompt], decoder.edges, seen.tokens), decoder.conformal.raw, decoder.conformal.calibrated)
-    probabilities, ranks = decoder.decode(outputs)
-    return summary(levels, np.array(decoder.conformal.calibrated), probabilities[seen.prompt], decoder.edges, ranks[seen.prompt], seen, fitted_on)
+    probabilities, ranks, levels = decoder.judge(outputs[seen.prompt], seen.tokens)
+    return summary(levels, decoder.conformal.knots[1], probabilities, decoder.edges, ranks, seen, fitted_on)
 
 
 def summary(levels, knots, probabilities, edges, ranks, seen: Observed, fitted_on: int) -> dict:
@@ -227,11 +224,6 @@ def in_chunks(function, prompts: list[str]) -> np.ndarray:
     return np.concatenate([function(prompts[i : i + CHUNK]) for i in range(0, len(prompts), CHUNK)])
 
 
-def folds_of(seen: Observed) -> np.ndarray:
-    """(prompts,) 0 to FOLDS - 1, by a fixed draw."""
-    return np.random.default_rng(0).permutation(len(seen.prompts)) % FOLDS
-
-
 def refitted(top, head, features: np.ndarray, seen: Observed, ridge: float):
     """(the kernel head `top` moved to the rows, outputs (prompts, width) of heads that were moved without the prompt)."""
 
@@ -241,7 +233,7 @@ def refitted(top, head, features: np.ndarray, seen: Observed, ridge: float):
         labels = seen.tokens[inside], seen.finished[inside], seen.weights[inside], number[seen.prompt[inside]]
         return type(top).fit(top.kernel, head, features[chosen], *labels, ridge=ridge, start=top)
 
-    fold = folds_of(seen)
+    fold = fold_of(np.arange(len(seen.prompts)))
     unseen = np.zeros((len(features), top.weight.shape[1]))
     for k in range(FOLDS):
         unseen[fold == k] = moved(fold != k)(features[fold == k])
@@ -256,19 +248,17 @@ def recalibrated(head, outputs: np.ndarray, seen: Observed) -> tuple[Decoder, di
         return Decoder.fit(head, outputs[prompt], seen.tokens[chosen], seen.finished[chosen], seen.weights[chosen], prompt)
 
     everything = fit(np.ones(len(seen), bool))
-    fold = folds_of(seen)[seen.prompt]
+    fold = fold_of(np.arange(len(seen.prompts)))[seen.prompt]
     levels, ranks, taus = np.zeros(len(seen)), np.zeros(len(seen)), []
     probabilities = np.zeros((len(seen), len(everything.edges) - 1))
     for k in range(FOLDS):
         held = fold == k
         # Where nothing but this fold finished, the rest cannot tell lengths.
         decoder = fit(~held) if seen.finished[~held].any() else everything
-        raw = head.decode(np.asarray(outputs[seen.prompt[held]], np.float64), decoder.settings, decoder.edges)[0]
-        levels[held] = np.interp(levels_of(raw, decoder.edges, seen.tokens[held]), decoder.conformal.raw, decoder.conformal.calibrated)
-        probabilities[held], ranks[held] = decoder.decode(outputs[seen.prompt[held]])
+        probabilities[held], ranks[held], levels[held] = decoder.judge(outputs[seen.prompt[held]], seen.tokens[held])
         done = held & seen.finished
         taus.append((kendall_tau(ranks[done], seen.tokens[done]), done.sum()))
-    found = summary(levels, np.array(everything.conformal.calibrated), probabilities, everything.edges, ranks, seen, len(seen.prompts))
+    found = summary(levels, everything.conformal.knots[1], probabilities, everything.edges, ranks, seen, len(seen.prompts))
     found["tau"] = float(np.average([t for t, _ in taus], weights=[n for _, n in taus]))  # inside folds: ranks of different fits are not one order
     del found["p"]  # folds make up for one another: as a test it would never reject
     return everything, found
@@ -292,31 +282,9 @@ def write_updated(predictor: LengthPredictor, source: Path, output: Path):
         if hasattr(predictor.score, "top"):
             predictor.score.top.save(aside)
         write_card(aside, {k: v for k, v in predictor.card.items() if k not in ("format", "format_version")})
-        for path in [*aside.rglob("*"), aside]:
-            flush(path)
-        if output.exists():
-            exchange(aside, output)
-        else:
-            os.replace(aside, output)
-        flush(output.parent)
+        put_in_place(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def exchange(aside: Path, output: Path):
-    """Swap two folders in one step where the system can (renameat2 of Linux), else in two renames."""
-    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    with suppress(OSError, AttributeError):
-        if ctypes.CDLL(None).renameat2(here, os.fsencode(aside), here, os.fsencode(output), swap) == 0:
-            return
-    old = aside.with_name(f"{aside.name}.old")
-    os.replace(output, old)
-    try:
-        os.replace(aside, output)
-    except OSError:
-        os.replace(old, output)
-        raise
-    os.replace(old, aside)
 
 
 def describe(report: dict) -> str:

@@ -151,8 +151,8 @@ def collect(args) -> str:
                 unfinished += not ended
             file.write("".join(lines).encode())
             file.flush()
+            bar.set_postfix_str(f"{tokens / (time.monotonic() - start):.0f} tokens/s", refresh=False)
             bar.update(len(batch))
-            bar.set_postfix_str(f"{tokens / (time.monotonic() - start):.0f} tokens/s")
         os.fsync(file.fileno())
     there = f"; {len(done)} were there" if done else ""
     cut = f"{unfinished} cut at --max_new_tokens {args.max_new_tokens}"

@@ -278,7 +278,7 @@ def test_decoding_gives_distributions(name):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             for raw in (outputs, outputs * 30, outputs * 0, outputs[:1], outputs[:0]):
-                probabilities, ranks = head.decode(raw, settings, edges)
+                probabilities, ranks = head.reader(settings, edges)(raw)
                 assert probabilities.shape == (len(raw), len(edges) - 1) and ranks.shape == (len(raw),)
                 np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-9)
                 assert (probabilities >= -1e-15).all() and np.isfinite(ranks).all()
@@ -291,7 +291,7 @@ def test_longer_outputs_rank_higher_and_lie_further_right(name):
         steps = [-0.5 * (log_middles(head.edges) - place) ** 2 for place in np.linspace(2, 7, 12)]
     else:
         steps = [[x] for x in np.linspace(0, 12, 12)]
-    probabilities, ranks = head.decode(np.array(steps), settings, head.edges)
+    probabilities, ranks = head.reader(settings, head.edges)(np.array(steps))
     assert (np.diff(ranks) > 0).all()
     means = probabilities @ (head.edges[:-1] + head.edges[1:])
     assert (np.diff(means) > 0).all()
@@ -302,7 +302,7 @@ def test_longer_outputs_rank_higher_and_lie_further_right(name):
 @every
 def test_decoded_distributions_know_the_data(name):
     head, outputs, settings, tokens = fitted(name, count=3000)
-    probabilities, _ = head.decode(outputs, settings, head.edges)
+    probabilities, _ = head.reader(settings, head.edges)(outputs)
     at = class_of(head.edges, tokens)
     gain = np.log(probabilities[np.arange(len(at)), at] + 1e-12) - np.log(np.bincount(at, minlength=probabilities.shape[1])[at] / len(at))
     assert gain.mean() > 0.15  # nats above the frequencies alone
@@ -314,7 +314,7 @@ def test_settings_survive_json(name):
 
     head, outputs, settings, _ = fitted(name)
     back = json.loads(json.dumps(settings))
-    for a, b in zip(head.decode(outputs, settings, head.edges), head.decode(outputs, back, head.edges)):
+    for a, b in zip(head.reader(settings, head.edges)(outputs), head.reader(back, head.edges)(outputs)):
         np.testing.assert_array_equal(a, b)
 
 

@@ -117,7 +117,7 @@ def test_heads_learn_and_a_greater_ridge_learns_less(name):
     for ridge in (0.5, 30.0):
         outputs = KernelHead.fit(kernel, head, vectors, *labels, ridge=ridge)(vectors)
         settings = head.fit(outputs.astype(float), *labels[:3])
-        _, ranks = head.decode(outputs.astype(float), settings, head.edges)
+        _, ranks = head.reader(settings, head.edges)(outputs.astype(float))
         assert outputs.shape == (40, head.width) and np.isfinite(outputs).all()
         assert ridge > 1 or np.corrcoef(ranks, np.log(labels[0]))[0, 1] > 0.5
         spread.append(outputs.std(axis=0).mean())

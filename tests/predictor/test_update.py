@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from finetune import files
 from finetune.data import BadRow
 from predictor import LengthPrediction, LengthPredictor
 from predictor import update as module
@@ -199,7 +200,7 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path, folder, shifted_update, 
     if one_step:  # the disk is full while the card is written
         monkeypatch.setattr(module, "write_card", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
     else:  # no renameat2, and the second rename fails
-        monkeypatch.setattr(module.ctypes, "CDLL", lambda _: object())
+        monkeypatch.setattr(files.ctypes, "CDLL", lambda _: object())
         real = os.replace
         monkeypatch.setattr(module.os, "replace", lambda a, b: real(a, b) if not (str(a).endswith(".tmp") and b == target) else (_ for _ in ()).throw(OSError("gone")))
     with pytest.raises(OSError, match="No space left|gone"):
@@ -212,7 +213,7 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path, folder, shifted_update, 
 def test_two_renames_do_where_one_step_cannot(tmp_path, folder, shifted_update, monkeypatch):
     target = tmp_path / "there"
     write_updated(LengthPredictor.from_pretrained(folder), folder, target)
-    monkeypatch.setattr(module.ctypes, "CDLL", lambda _: object())
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda _: object())
     write_updated(shifted_update[0], folder, target)
     assert read_card(target)["updated"]["updates"] == 1 and [p.name for p in tmp_path.iterdir()] == ["there"]
 
