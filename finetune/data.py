@@ -79,10 +79,15 @@ def read_json_items(path: str | Path) -> Iterator[tuple[str, object]]:
         yield from ((f"{path}[{i}]", item) for i, item in enumerate(items))
         return
     # Not splitlines(): that also breaks at characters which JSON allows inside a string.
-    for number, line in enumerate(text.split("\n"), 1):
+    yield from parse_lines(path, text.split("\n"))
+
+
+def parse_lines(path: Path, lines: list[str] | list[bytes]) -> Iterator[tuple[str, object]]:
+    """(place, value) of the lines of a file, text or UTF-8; one that does not parse comes as BadRow."""
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                yield f"{path}:{number}", json.loads(line)
+                yield f"{path}:{number}", json.loads(line if isinstance(line, str) else line.decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:  # also numbers and nesting beyond Python's limits
                 yield f"{path}:{number}", BadRow(f"{path}:{number}: not valid JSON: {getattr(error, 'msg', error)}")
 

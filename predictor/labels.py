@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.data import BadRow, parse_row, read_json_items
+from finetune.data import BadRow, parse_lines, parse_row, read_json_items
 from predictor.features import BASE, finalise
 
 log = logging.getLogger(__name__)
@@ -100,12 +100,7 @@ def read_items(path: Path) -> Iterator[tuple[str, object]]:
         lines = gzip.decompress(path.read_bytes()).split(b"\n")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise BadRow(f"{path}: not a whole gzip file ({error})") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                yield f"{path}:{number}", json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-                yield f"{path}:{number}", BadRow(f"{path}:{number}: not valid JSON: {getattr(error, 'msg', error)}")
+    yield from parse_lines(path, lines)
 
 
 def parse_prompt(item, place: str) -> str:
