@@ -184,7 +184,7 @@ def quantise(file: Path):
 
     A weight has one scale for each output, an activation one for each token (as in LLM.int8, arXiv 2208.07339): a token's outputs
     depend on nothing else in the batch, and one large value spoils its own token's precision alone. onnxruntime's quantize_dynamic
-    has one scale for all that lies in a batch; docs/results.md compares them.
+    has one scale for all that lies in a batch, so that a prompt's vector would depend on its neighbours.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
