@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from finetune.files import sha256, write_aside
-from predictor.calibration import Conformal, levels_of
+from predictor.calibration import Conformal, kaplan_meier, levels_of
 from predictor.heads import HEADS
 from predictor.prediction import LengthPrediction
 
@@ -16,16 +16,23 @@ CARD = "predictor.json"
 FORMAT = "glm-foundry length predictor"
 FORMAT_VERSION = 1
 FOLDS = 5
+RESIDUALS = 199
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A head, its settings fitted to prompts that the model has not seen, and the conformal map after it."""
+    """A head, its settings fitted to prompts that the model has not seen, and the conformal map after it.
+
+    Attributes:
+        residuals: RESIDUALS equally likely values of log(length / predicted median), of labels that settings were not fitted to; what a
+            simulator makes a predictor's errors of.
+    """
 
     head: object
     settings: dict
     conformal: Conformal
     edges: np.ndarray
+    residuals: tuple[float, ...] = ()
 
     @classmethod
     def fit(cls, head, outputs: np.ndarray, tokens: np.ndarray, finished: np.ndarray, weights: np.ndarray, prompts: np.ndarray) -> "Decoder":
@@ -37,15 +44,17 @@ class Decoder:
                 the rest, so that the levels the conformal map learns from are of unseen prompts too.
         """
         edges = head_edges(head)
-        levels = np.empty(len(tokens))
+        raw = np.empty((len(tokens), len(edges) - 1))
         fold = np.unique(prompts, return_inverse=True)[1] % FOLDS
         for k in range(FOLDS):
             held = fold == k
             rest = ~held if held.any() and not held.all() else np.ones(len(held), bool)
             if held.any():
                 settings = head.fit(outputs[rest], tokens[rest], finished[rest], weights[rest])
-                levels[held] = levels_of(head.reader(settings, edges)(outputs[held])[0], edges, tokens[held])
-        return cls(head, head.fit(outputs, tokens, finished, weights), Conformal.fit(levels, finished, weights), edges)
+                raw[held] = head.reader(settings, edges)(outputs[held])[0]
+        conformal = Conformal.fit(levels_of(raw, edges, tokens), finished, weights)
+        errors = residuals_of(conformal.apply(raw), edges, tokens, finished, weights)
+        return cls(head, head.fit(outputs, tokens, finished, weights), conformal, edges, errors)
 
     @cached_property
     def read(self):
@@ -67,7 +76,10 @@ class Decoder:
 
     def to_dict(self) -> dict:
         name = next(name for name, kind in HEADS.items() if isinstance(self.head, kind))
-        return {"head": {"name": name, **asdict(self.head)}, "settings": self.settings, "conformal": asdict(self.conformal), "edges": self.edges.tolist()}
+        return {
+            "head": {"name": name, **asdict(self.head)}, "settings": self.settings, "conformal": asdict(self.conformal), "edges": self.edges.tolist(),
+            "residuals": self.residuals,
+        }  # fmt: skip
 
     @classmethod
     def from_dict(cls, values: dict) -> "Decoder":
@@ -75,7 +87,16 @@ class Decoder:
         knobs = dict(values["head"])
         head = HEADS[knobs.pop("name")](**knobs)
         conformal = Conformal(tuple(values["conformal"]["raw"]), tuple(values["conformal"]["calibrated"]))
-        return cls(head, values["settings"], conformal, np.asarray(values["edges"], np.float64))
+        return cls(head, values["settings"], conformal, np.asarray(values["edges"], np.float64), tuple(values.get("residuals", ())))
+
+
+def residuals_of(probabilities: np.ndarray, edges: np.ndarray, tokens: np.ndarray, finished: np.ndarray, weights: np.ndarray) -> tuple[float, ...]:
+    """RESIDUALS quantiles of log(length / median of its prediction), ascending; cut answers count as longer than that. () if all were cut."""
+    if not finished.any():
+        return ()
+    medians = np.array([LengthPrediction(p, edges, 0.0).median_tokens for p in probabilities])
+    values, share = kaplan_meier(np.log(np.maximum(tokens, 1) / np.maximum(medians, 1)), finished, weights)
+    return tuple(np.round(np.interp((np.arange(RESIDUALS) + 0.5) / RESIDUALS, share, values), 4).tolist())
 
 
 def fold_of(groups: np.ndarray) -> np.ndarray:

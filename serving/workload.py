@@ -154,7 +154,7 @@ class SloRule:
 
 @dataclass(frozen=True, eq=False)
 class PredictorModel:
-    """Predictions as a calibrated predictor would make them: residuals (log true length - predicted centre), sorted, (R,).
+    """Predictions as a calibrated predictor would make them: residuals, log(true length / predicted centre), ascending, (R,).
 
     A request's residual is drawn from the table, its centre is log(truth) - residual, and its prediction the whole table around that
     centre: so the truth's quantile in its prediction is uniform, and the errors are the real predictor's. Centres are rounded to
@@ -174,18 +174,15 @@ class PredictorModel:
         """The residuals of an exported predictor (its folder or predictor.json).
 
         Raises:
-            ValueError: the card keeps none: only a regression head's does; distribution and bucket heads keep a temperature.
+            ValueError: the card keeps none.
         """
         from predictor.decoder import read_card
 
         folder = Path(path)
         card = read_card(folder.parent if folder.is_file() else folder)
-        longest = limit or int(card["served_model"]["length_limit"])
-        settings = card.get("settings", {})
-        if "residuals" in settings and "spread" in settings:
-            return cls(np.sort(np.asarray(settings["residuals"], float)) * float(np.mean(settings["spread"])), longest)
-        name = card.get("head", {}).get("name", "unknown")
-        raise ValueError(f"{path}: its {name} head keeps no residuals; export one with --head regression, or give --predictor_sigma")
+        if not card.get("residuals"):
+            raise ValueError(f"{path}: its card keeps no residuals; make it anew with train.py or predictor.update, or give --predictor_sigma")
+        return cls(np.asarray(card["residuals"], float), limit or int(card["served_model"]["length_limit"]))
 
     @classmethod
     def normal(cls, sigma: float, limit: int = 2048) -> "PredictorModel":

@@ -291,6 +291,19 @@ def test_decoders_survive_their_card(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name in HEADS])
+def test_decoders_keep_their_errors(name):
+    """Quantiles of log(length / median), cut answers taken for longer: as those of new prompts are."""
+    rng = np.random.default_rng(1)
+    outputs, lengths = world(name, rng, 800)
+    finished = rng.random(800) > 0.2
+    decoder = Decoder.fit(KINDS[name], outputs, np.where(finished, lengths, np.maximum(lengths // 2, 1)), finished, np.ones(800), np.arange(800))
+    outputs, lengths = world(name, rng, 2000)
+    errors = np.log(np.maximum(lengths, 1) / np.maximum([p.median_tokens for p in decoder.predictions(outputs)], 1))
+    for q in (0.25, 0.5, 0.75):
+        assert abs(np.quantile(decoder.residuals, q) - np.quantile(errors, q)) < 0.12, q
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name in HEADS])
 @pytest.mark.parametrize("count", [1, 2, 6])
 def test_decoders_of_few_prompts(name, count):
     outputs, lengths = world(name, np.random.default_rng(0), count)
