@@ -49,21 +49,22 @@ class LinearCost:
 
 
 class Row:
-    """A sequence in the engine: `target` answer tokens to make since its admission on `base` tokens of context."""
+    """A sequence in the engine: `target` answer tokens to make since its admission on `base` tokens of context; 0 of one that had ended
+    in a static batch when it was preempted."""
 
-    __slots__ = ("id", "base", "target", "cut", "kept", "reserve", "joined", "prefilled", "ends_at", "alive", "held")
+    __slots__ = ("id", "base", "target", "cut", "kept", "reserve", "joined", "prefilled", "ends_at", "alive")
 
     def __init__(self, record: Record, limits: Limits, reserve: int, base: int, stop_tokens: int | None):
         request = record.request
         whole = request.output_tokens
-        most = limits.max_tokens - request.prompt_tokens
+        limit = most = limits.max_tokens - request.prompt_tokens
         if stop_tokens is not None and stop_tokens < most:
             most = stop_tokens
         self.id, self.base, self.kept, self.reserve = request.id, base, record.generated, reserve
         self.cut = whole > most
-        self.target = max((most if self.cut else whole) - record.generated, 1)
+        self.target = max((most if self.cut else whole) - record.generated, int(record.generated < min(whole, limit)))
         self.joined = -1  # the step after which its first new token is there
-        self.prefilled, self.ends_at, self.alive, self.held = 0, -1, True, False
+        self.prefilled, self.ends_at, self.alive = 0, -1, True
 
 
 class SimulatedEngine:
@@ -78,7 +79,7 @@ class SimulatedEngine:
         self._ends: list[tuple[int, int, int, Row]] = []  # (step at which it ends or is full, id, serial, row); dead rows are skipped when met
         self._prefills: deque[Row] = deque()
         self._together = False
-        self._held: list[Row] = []
+        self._held: dict[int, Row] = {}  # ended rows of a static batch, waiting for its others
         self._startup_s = getattr(cost, "startup_s", 0.0)  # what a process's first call takes besides
         self.busy_s = self.row_s = self.reserved_token_s = self.used_token_s = 0.0
         self.prefill_tokens = self.step_rows = 0
@@ -99,7 +100,7 @@ class SimulatedEngine:
                 if (row := self.rows.get(request_id)) is not None:
                     self._reserved += tokens - row.reserve
                     row.reserve = tokens
-                    if row.joined >= 0 and not row.held:
+                    if row.joined >= 0 and request_id not in self._held:
                         self._expect(row)
         started: list[tuple[int, float]] = []
         finished: list[Row] = []
@@ -179,8 +180,9 @@ class SimulatedEngine:
             if row.prefilled == row.base:
                 self._prefills.popleft()
                 self._join(row)
-                started.append((row.id, now))
-                made += 1
+                if row.target:
+                    started.append((row.id, now))
+                    made += 1
         return made
 
     def _join(self, row: Row):
@@ -201,25 +203,25 @@ class SimulatedEngine:
         ends = self._ends
         while ends and ends[0][0] <= self.steps:
             step, _, _, row = heapq.heappop(ends)
-            if not row.alive or row.held or step != row.ends_at:
+            if not row.alive or row.id in self._held or step != row.ends_at:
                 continue
             if row.target > row.reserve - row.base:
                 overran.append(row)
             elif self._together:
-                row.held = True
-                self._held.append(row)
+                self._held[row.id] = row
             else:
                 finished.append(row)
                 self._drop(row)
         if self._held and len(self._held) == len(self.rows):
-            finished += sorted(self._held, key=lambda row: row.id)
-            for row in self._held:
+            ended = [self._held[i] for i in sorted(self._held)]
+            finished += ended
+            for row in ended:
                 self._drop(row)
-            self._held = []
 
     def _drop(self, row: Row):
         row.alive = False
         del self.rows[row.id]
+        self._held.pop(row.id, None)
         self._reserved -= row.reserve
         if row.joined < 0:
             self._prefills.remove(row)
@@ -241,8 +243,9 @@ class SimulatedEngine:
         for row in rows:
             row.prefilled = longest
             self._join(row)
-            started.append((row.id, seconds))
-        return seconds, len(rows)
+            if row.target:
+                started.append((row.id, seconds))
+        return seconds, len(started)
 
 
 def fewest_steps(seconds_of: Callable[[int], float], most: int, seconds: float, budget_s: float) -> tuple[int, float]:

@@ -33,7 +33,7 @@ class ContinuousEngine(TextEngine):
         self.rows: dict[int, Sequence] = {}
         self._prefills: deque[Sequence] = deque()
         self._together = False
-        self._held: list[Sequence] = []
+        self._held: dict[int, Sequence] = {}  # ended rows of a static batch, waiting for its others
         self.steps = self.prefill_tokens = self.step_rows = 0
         self.busy_s = 0.0
 
@@ -70,10 +70,8 @@ class ContinuousEngine(TextEngine):
     def _carry_out(self, plan: Plan, begin: float, started: list) -> int:
         """Preempt, reserve, admit; a static batch's prompts at once. Returns the first tokens that this made."""
         for record in plan.preempt:
-            if (row := self.rows.get(record.request.id)) is not None:
-                self._drop(row)
-            else:  # it has ended and waits for its batch
-                self._held = [row for row in self._held if row.id != record.request.id]
+            if self._held.pop(record.request.id, None) is None:
+                self._drop(self.rows[record.request.id])
         for request_id, tokens in plan.reserve_tokens.items():
             if (row := self.rows.get(request_id)) is not None:
                 row.reserve = tokens
@@ -147,10 +145,11 @@ class ContinuousEngine(TextEngine):
             self._drop(row)
         if not self._together:
             return sorted(ended, key=lambda row: row.id)
-        self._held += ended
+        self._held |= {row.id: row for row in ended}
         if self.rows:
             return []
-        self._together, ended, self._held = False, sorted(self._held, key=lambda row: row.id), []
+        ended = [self._held[i] for i in sorted(self._held)]
+        self._together, self._held = False, {}
         return ended
 
     def _drop(self, row: Sequence):

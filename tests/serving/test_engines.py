@@ -77,8 +77,7 @@ class Chaos:
         for record in view.running.values():
             more = min(rng.randint(1, 9), limits.max_tokens - record.reserved_tokens if not self.together else 9)
             full = record in view.overran
-            # Of a static batch only who overruns: others may have ended and wait for it.
-            if (rng.random() < 0.1 and not self.together) or (full and (more > free or more < 1 or rng.random() < 0.3)):
+            if rng.random() < 0.1 or (full and (more > free or more < 1 or rng.random() < 0.3)):
                 preempt.append(record)
                 free += record.reserved_tokens
                 rows -= 1

@@ -171,6 +171,23 @@ def test_a_row_that_comes_back_may_end_where_its_past_did():
     assert not result.finished and engine.step(Plan()).finished == ((0, 50, False),)
 
 
+@pytest.mark.parametrize("prompt, output", [(10, 3), (67, 90)], ids=["whole", "cut"])
+def test_an_ended_row_of_a_static_batch_can_be_preempted(prompt, output):
+    """It waits for the others; put out and admitted again it has nothing left to make."""
+    from serving.request import Plan, Record
+
+    engine = SimulatedEngine(COST, Limits(max_tokens=70))
+    records = [Record(ask(0, prompt, output)), Record(ask(1, 10, 50)), Record(ask(2, 10, 60))]
+    engine.step(Plan(tuple(records), (), {0: 130, 1: 130, 2: 130}, together=True, horizon_steps=10))
+    first = records[0]
+    first.generated = engine.generated(first)
+    assert first.generated == 3
+    assert engine.step(Plan(preempt=(first,))).finished == ((1, 50, False), (2, 60, False))
+    result = engine.step(Plan((first,), (), {0: 130}, together=True))
+    assert result.finished == ((0, 3, output > 3),) and result.emitted_tokens == 0 and not result.started
+    assert not engine.rows and engine._decoding == engine._context == engine._reserved == 0
+
+
 def test_a_card_without_residuals_says_so(tmp_path):
     card = {"format": "glm-foundry length predictor", "format_version": 1, "served_model": {"length_limit": 512}}
     (tmp_path / "predictor.json").write_text(json.dumps(card))
