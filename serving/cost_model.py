@@ -271,6 +271,16 @@ class CostModel:
         """Seconds to read `tokens` prompt tokens in all, of `batch` equal prompts, up to each one's first new token."""
         return self._pass(tokens, batch) + self._attention * tokens * tokens / batch if tokens > 0 else 0.0
 
+    def chunk_s(self, tokens: int, start: int = 0, rows: int = 0) -> float:
+        """Seconds that `tokens` tokens of a prompt, after `start` others of it, add to a pass with `rows` tokens in it: weights are read once."""
+        if not rows:
+            total = self._pass(tokens, 1)
+        else:
+            total = self._per_row * tokens + self.profile.sequence_overhead_s
+            for read, multiply in self._products:
+                total += max(read, multiply * (rows + tokens)) - max(read, multiply * rows)
+        return total + self._attention * tokens * (tokens + 2 * start)
+
     def decode_step_s(self, batch: int, context_tokens: float) -> float:
         """Seconds of one decode step of `batch` sequences whose caches hold `context_tokens` in all."""
         if batch <= 0:

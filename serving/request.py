@@ -221,11 +221,13 @@ class Event(NamedTuple):
 
 class CostModel(Protocol):
     """Seconds and bytes of one placed model; serving.cost_model has the calibrated one. Tokens are sums over the batch, prefill_s(0)
-    is 0, and decode_s is the closed form of steps in which every sequence's context grows by one token a step."""
+    is 0, and decode_s is the closed form of steps in which every sequence's context grows by one token a step. chunk_s: what `tokens` of a
+    prompt, after `start` others of it, add to a pass with `rows` tokens in it; prefill_s(tokens) where they are its first and only ones."""
 
     kv_capacity_tokens: int
 
     def prefill_s(self, tokens: int, batch: int = 1) -> float: ...
+    def chunk_s(self, tokens: int, start: int = 0, rows: int = 0) -> float: ...
     def decode_step_s(self, batch: int, context_tokens: int) -> float: ...
     def decode_s(self, batch: int, context_tokens: int, steps: int) -> float: ...
 

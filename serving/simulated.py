@@ -1,10 +1,10 @@
 """An engine that only counts: the cost model says how long decode steps and prefills take, and time jumps from event to event.
 
-One iteration of a continuous engine: every decoding sequence makes a token, and up to prefill_tokens prompt tokens are computed, the
-longest-admitted sequence's first; a sequence whose prompt is done makes its first token at the iteration's end. The iteration takes
-decode_step_s(batch, context) + what those prompt tokens add to prefill_s of their prompt. So k iterations without an event take
-decode_s(batch, context, k) and a telescoping sum of prefills, and need not be taken one by one. A static batch is prefilled padded
-and at once, then decodes with all its rows until the last has ended.
+One iteration of a continuous engine is one pass: every decoding sequence makes a token, and up to prefill_tokens prompt tokens are
+computed, the longest-admitted sequence's first; a sequence whose prompt is done makes its first token at the iteration's end. It
+takes decode_step_s(batch, context) + chunk_s of those prompt tokens. So k iterations without an event take decode_s(batch, context, k)
+and the prompts' chunks, and need not be taken one by one. A static batch is prefilled padded and at once, then decodes with all its
+rows until the last has ended; or, not `padded`, as the continuous engine runs it: in chunks, and without the rows that have ended.
 """
 
 import heapq
@@ -37,6 +37,9 @@ class LinearCost:
     def prefill_s(self, tokens: int, batch: int = 1) -> float:
         return self.call_s + self.prompt_token_s * tokens if tokens > 0 else 0.0
 
+    def chunk_s(self, tokens: int, start: int = 0, rows: int = 0) -> float:
+        return self.prompt_token_s * tokens + (0.0 if rows else self.call_s)
+
     def decode_step_s(self, batch: int, context_tokens: int) -> float:
         return self.step_s + self.row_s * batch + self.token_s * context_tokens
 
@@ -49,18 +52,18 @@ class LinearCost:
 
 
 class Row:
-    """A sequence in the engine: `target` answer tokens to make since its admission on `base` tokens of context; 0 of one that had ended
-    in a static batch when it was preempted."""
+    """A sequence in the engine: `target` answer tokens to make since its admission; 0 of one that had ended in a static batch when it
+    was preempted. `base`: tokens before them, those of padding included; `context`: those that are computed."""
 
-    __slots__ = ("id", "base", "target", "cut", "kept", "reserve", "joined", "prefilled", "ends_at", "alive")
+    __slots__ = ("id", "base", "context", "target", "cut", "kept", "reserve", "joined", "prefilled", "ends_at", "alive")
 
-    def __init__(self, record: Record, limits: Limits, reserve: int, base: int, stop_tokens: int | None):
+    def __init__(self, record: Record, limits: Limits, reserve: int, base: int, context: int, stop_tokens: int | None):
         request = record.request
         whole = request.output_tokens
         limit = most = limits.max_tokens - request.prompt_tokens
         if stop_tokens is not None and stop_tokens < most:
             most = stop_tokens
-        self.id, self.base, self.kept, self.reserve = request.id, base, record.generated, reserve
+        self.id, self.base, self.context, self.kept, self.reserve = request.id, base, context, record.generated, reserve
         self.cut = whole > most
         self.target = max((most if self.cut else whole) - record.generated, int(record.generated < min(whole, limit)))
         self.joined = -1  # the step after which its first new token is there
@@ -69,10 +72,14 @@ class Row:
 
 class SimulatedEngine:
     """Attributes (sums over the run, for metrics): busy_s; row_s, reserved_token_s, used_token_s: sequences, KV tokens reserved and
-    KV tokens in use, times seconds; prefill_tokens, step_rows: prompt tokens and rows of decode steps computed, padding included."""
+    KV tokens in use, times seconds; prefill_tokens, step_rows: prompt tokens and rows of decode steps computed, padding included.
 
-    def __init__(self, cost: CostModel, limits: Limits):
-        self.cost, self.limits = cost, limits
+    Args:
+        padded: static batches are padded and compute on rows that have ended, as transformers' generate does.
+    """
+
+    def __init__(self, cost: CostModel, limits: Limits, padded: bool = True):
+        self.cost, self.limits, self.padded = cost, limits, padded
         self.steps = 0
         self.rows: dict[int, Row] = {}
         self._decoding = self._context = self._reserved = self._noted = 0
@@ -111,7 +118,7 @@ class SimulatedEngine:
                 elapsed, emitted = self._start_together(plan, started)
             else:
                 for record in plan.admit:
-                    row = Row(record, self.limits, plan.reserve_tokens[record.request.id], record.context_tokens, None)
+                    row = Row(record, self.limits, plan.reserve_tokens[record.request.id], record.context_tokens, record.context_tokens, None)
                     self.rows[row.id] = row
                     self._reserved += row.reserve
                     self._prefills.append(row)
@@ -128,13 +135,13 @@ class SimulatedEngine:
             until = min(ends[0][0], last_step) if ends else last_step
             if self._prefills:
                 head = self._prefills[0]
-                until = min(until, self.steps + max(1, -(-(head.base - head.prefilled) // chunk)))
+                until = min(until, self.steps + max(1, -(-(head.context - head.prefilled) // chunk)))
             k = until - self.steps
             seconds = self._seconds(k, chunk)
             if elapsed + seconds > budget_s and k > 1:
                 k, seconds = fewest_steps(lambda n: self._seconds(n, chunk), k, seconds, budget_s - elapsed)
             elapsed += seconds
-            emitted += k * (self._decoding - len(self._held))
+            emitted += k * (self._decoding - (len(self._held) if self.padded else 0))
             self._advance(k, seconds)
             if self._prefills:
                 emitted += self._prefill(k * chunk, elapsed, started)
@@ -149,13 +156,20 @@ class SimulatedEngine:
     def _seconds(self, k: int, chunk: int) -> float:
         """k iterations without an event."""
         seconds = self.cost.decode_s(self._decoding, self._context, k) if self._decoding else 0.0
-        left = k * chunk
-        for row in self._prefills:
-            if left <= 0:
-                break
-            take = min(left, row.base - row.prefilled)
-            seconds += self.cost.prefill_s(row.prefilled + take) - self.cost.prefill_s(row.prefilled)
-            left -= take
+        if not self._prefills:
+            return seconds
+        prompts = iter(self._prefills)
+        row = next(prompts)
+        done = row.prefilled
+        for _ in range(k):
+            left, rows = chunk, self._decoding
+            while left > 0 and row is not None:
+                take = min(left, row.context - done)
+                seconds += self.cost.chunk_s(take, done, rows)
+                left, rows, done = left - take, rows + take, done + take
+                if done == row.context:
+                    row = next(prompts, None)
+                    done = row.prefilled if row else 0
         return seconds
 
     def _advance(self, k: int, seconds: float):
@@ -173,11 +187,11 @@ class SimulatedEngine:
         made = 0
         while left > 0 and self._prefills:
             row = self._prefills[0]
-            take = min(left, row.base - row.prefilled)
+            take = min(left, row.context - row.prefilled)
             row.prefilled += take
             self.prefill_tokens += take
             left -= take
-            if row.prefilled == row.base:
+            if row.prefilled == row.context:
                 self._prefills.popleft()
                 self._join(row)
                 if row.target:
@@ -188,7 +202,7 @@ class SimulatedEngine:
     def _join(self, row: Row):
         row.joined = self.steps
         self._decoding += 1
-        self._context += row.base + 1
+        self._context += row.context + 1
         self._expect(row)
 
     def _expect(self, row: Row):
@@ -209,6 +223,8 @@ class SimulatedEngine:
                 overran.append(row)
             elif self._together:
                 self._held[row.id] = row
+                if not self.padded:
+                    self._leave(row)
             else:
                 finished.append(row)
                 self._drop(row)
@@ -221,27 +237,36 @@ class SimulatedEngine:
     def _drop(self, row: Row):
         row.alive = False
         del self.rows[row.id]
-        self._held.pop(row.id, None)
+        held = self._held.pop(row.id, None)
         self._reserved -= row.reserve
         if row.joined < 0:
             self._prefills.remove(row)
-        else:
-            self._decoding -= 1
-            self._context -= row.base + 1 + self.steps - row.joined
+        elif self.padded or not held:
+            self._leave(row)
+
+    def _leave(self, row: Row):
+        """No more of its tokens are computed."""
+        self._decoding -= 1
+        self._context -= row.context + 1 + self.steps - row.joined
 
     # ---- static batches
 
     def _start_together(self, plan: Plan, started: list) -> tuple[float, int]:
         longest = max(record.context_tokens for record in plan.admit)
         self._together = True
-        rows = [Row(r, self.limits, plan.reserve_tokens[r.request.id], longest, plan.stop_tokens) for r in plan.admit]
-        seconds = self.cost.prefill_s(longest * len(rows), len(rows))
+        rows = [
+            Row(r, self.limits, plan.reserve_tokens[r.request.id], longest, longest if self.padded else r.context_tokens, plan.stop_tokens)
+            for r in plan.admit
+        ]
+        tokens = sum(row.context for row in rows)
+        passes = 1 if self.padded else -(-tokens // self.limits.prefill_tokens)
+        seconds = passes * self.cost.prefill_s(-(-tokens // passes), -(-len(rows) // passes))
         self._reserved += sum(row.reserve for row in rows)
         self.rows.update((row.id, row) for row in rows)
         self._advance(0, seconds)
-        self.prefill_tokens += longest * len(rows)
+        self.prefill_tokens += tokens
         for row in rows:
-            row.prefilled = longest
+            row.prefilled = row.context
             self._join(row)
             if row.target:
                 started.append((row.id, seconds))

@@ -96,12 +96,13 @@ class TokenByToken:
                 return StepResult(elapsed, emitted, tuple(started), tuple(finished), tuple(overran))
             decoding = [row for row in self.rows.values() if row["made"]]
             seconds = self.cost.decode_step_s(len(decoding), sum(r["base"] + r["made"] for r in decoding)) if decoding else 0.0
-            left, done = plan.prefill_tokens or self.limits.prefill_tokens, []
+            left, done, rows = plan.prefill_tokens or self.limits.prefill_tokens, [], len(decoding)
             while left and self.queue:
                 row = self.rows[self.queue[0]]
                 take = min(left, row["base"] - row["done"])
-                seconds += self.cost.prefill_s(row["done"] + take) - self.cost.prefill_s(row["done"])
+                seconds += self.cost.chunk_s(take, row["done"], rows)
                 row["done"] += take
+                rows += take
                 left -= take
                 if row["done"] == row["base"]:
                     done.append(self.queue.pop(0))

@@ -99,6 +99,18 @@ def test_decode_is_the_sum_of_its_steps(names, batch, context, steps, model):
     assert cost.decode_s(batch, context, steps) == pytest.approx(total, rel=1e-9)
 
 
+@given(chains, st.integers(1, 3000), st.integers(0, 3000), st.integers(1, 500), st.sampled_from([GLM1, GLM2]))
+@settings(max_examples=60, deadline=None)
+def test_chunks_share_their_pass(names, tokens, start, rows, model):
+    """Alone a chunk is a prefill; beside others it costs less, and however a pass is cut into chunks, it costs the same."""
+    cost = on(*names, model=model)
+    assert cost.chunk_s(tokens) == pytest.approx(cost.prefill_s(tokens))
+    assert 0 < cost.chunk_s(tokens, start, rows) <= cost.chunk_s(tokens, start)
+    overhead = cost.profile.sequence_overhead_s
+    apart = cost.chunk_s(tokens, start, rows) + cost.chunk_s(7, start + tokens, rows + tokens) - overhead
+    assert cost.chunk_s(tokens + 7, start, rows) == pytest.approx(apart)
+
+
 @given(chains, st.integers(1, 64), st.integers(1, 4000), st.integers(1, 500), st.integers(1, 50))
 @settings(max_examples=60, deadline=None)
 def test_more_is_never_sooner(names, batch, prompt, answer, extra):

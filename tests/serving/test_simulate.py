@@ -56,9 +56,9 @@ def test_one_request_alone_takes_what_the_cost_model_says():
     limits = Limits(4, 1000, 500, prefill_tokens=16)
     for name in ("fifo", "fcfs", "deadline", "sjf"):
         _, collector, _ = serve(POLICIES[name], [ask(0, 50, 20)], limits)
-        wanted = COST.prefill_s(50) + COST.decode_s(1, 51, 19)
-        assert collector.columns["finish_s"][0] == pytest.approx(wanted, rel=1e-9)
-        assert collector.columns["first_token_s"][0] == pytest.approx(COST.prefill_s(50), rel=1e-9)
+        prefill = COST.prefill_s(50) if name == "fifo" else sum(COST.chunk_s(n, start) for start, n in ((0, 16), (16, 16), (32, 16), (48, 2)))
+        assert collector.columns["finish_s"][0] == pytest.approx(prefill + COST.decode_s(1, 51, 19), rel=1e-9)
+        assert collector.columns["first_token_s"][0] == pytest.approx(prefill, rel=1e-9)
 
 
 @given(st.floats(1e-4, 1), st.floats(0, 0.01), st.integers(2, 5000), st.floats(0.001, 0.999))
@@ -69,6 +69,17 @@ def test_fewest_steps_is_the_first_to_reach_the_budget(base, growth, most, share
     budget = share * seconds(most)
     k, took = fewest_steps(seconds, most, seconds(most), budget)
     assert took == seconds(k) >= budget and (k == 1 or seconds(k - 1) < budget)
+
+
+def test_static_batches_as_the_continuous_engine_runs_them():
+    """Nothing is padded, prompts come in chunks, and rows that have ended cost no more: only their batch holds them."""
+    limits = Limits(4, 2000, 500, prefill_tokens=64)
+    requests = [ask(0, 60, 3), ask(1, 20, 8), ask(2, 10, 5)]
+    _, collector, engine = serve(POLICIES["fifo"], requests, limits, SimulatedEngine(COST, limits, padded=False))
+    wanted = 2 * COST.prefill_s(45, 2) + COST.decode_s(3, 93, 2) + COST.decode_s(2, 30 + 6, 2) + COST.decode_s(1, 25, 3)
+    assert list(collector.columns["finish_s"]) == pytest.approx([wanted] * 3, rel=1e-9)
+    assert engine.prefill_tokens == 90 and engine.step_rows == 2 + 7 + 4
+    assert not engine.rows and engine._decoding == engine._context == engine._reserved == 0
 
 
 def test_horizon_and_wake_are_kept():
