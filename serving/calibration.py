@@ -2,7 +2,7 @@
 
 A file of measurements is CSV with a header. Columns (others are ignored):
     seconds, batch_size, output_tokens (of the padded batch)    needed
-    gpus (1), placement (even), prompt_tokens (35), model (chatglm2-6b: a published name or a folder)
+    gpus (1), placement (even), prompt_tokens (35), model (chatglm2-6b: a published name or a folder), element_bytes (2: of a weight)
     phase: "" a process's first batch, "batch" a later one, "prefill" prompt_tokens in all, "decode" output_tokens steps from context_tokens
 
 Placements: "" and "even", "single", "alternate" (even layers on the second device), "14,14" layers device by device, and the names in
@@ -48,6 +48,7 @@ class Row:
     context_tokens: int = 0
     phase: str = ""
     model: str = "chatglm2-6b"
+    element_bytes: int = 2
     experiment: str = ""
     query: str = ""
 
@@ -97,20 +98,20 @@ def _row(where: str, values: dict) -> Row:
         seconds=number("seconds", 0, 1e-12, whole=False), batch=number("batch_size", 1, 1), output_tokens=number("output_tokens", 1, 1),
         gpus=number("gpus", 1, 1), placement=values.get("placement", ""), prompt_tokens=number("prompt_tokens", PROMPT_TOKENS, 1),
         context_tokens=number("context_tokens", 0, 0), phase=values.get("phase", ""), model=values.get("model") or "chatglm2-6b",
-        experiment=values.get("experiment", ""), query=values.get("query", ""),
+        element_bytes=number("element_bytes", 2, 1), experiment=values.get("experiment", ""), query=values.get("query", ""),
     )  # fmt: skip
     if row.phase not in PHASES:
         raise ValueError(f"{where}: phase must be one of {', '.join(PHASES[1:])} or empty, got {row.phase!r}")
     try:
-        named_stages(row.placement, row.gpus, shape_of(row.model).layers)
+        named_stages(row.placement, row.gpus, shape_of(row.model, row.element_bytes).layers)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return row
 
 
 @lru_cache
-def shape_of(model: str) -> ModelShape:
-    return ModelShape.from_config(model)
+def shape_of(model: str, element_bytes: int) -> ModelShape:
+    return ModelShape.from_config(model, element_bytes)
 
 
 def named_stages(placement: str, gpus: int, layers: int) -> tuple[tuple[tuple[int, int], ...], bool | None]:
@@ -134,7 +135,7 @@ def named_stages(placement: str, gpus: int, layers: int) -> tuple[tuple[tuple[in
 
 def row_seconds(row: Row, profile: Profile) -> float:
     """What the cost model expects of a row."""
-    shape = shape_of(row.model)
+    shape = shape_of(row.model, row.element_bytes)
     stages, mapped = named_stages(row.placement, row.gpus, shape.layers)
     model = CostModel(shape, profile.cluster(max(row.gpus, 1 + max(d for d, _ in stages))), stages, profile, mapped)
     if row.phase == "prefill":
@@ -150,7 +151,7 @@ def errors(rows: Sequence[Row], profile: Profile) -> np.ndarray:
     return np.array([row_seconds(row, profile) / row.seconds - 1 for row in rows])
 
 
-def fit(rows: Sequence[Row], start: Profile) -> Profile:
+def fit(rows: Sequence[Row], start: Profile, prior: float = PRIOR) -> Profile:
     """The profile that minimises Huber's loss of relative errors, with coefficients of at least 0.
 
     Seconds are linear in the coefficients but for the larger of weights and products, so columns are differences at the current
@@ -168,8 +169,8 @@ def fit(rows: Sequence[Row], start: Profile) -> Profile:
             fixed = predicted - columns @ now  # of link latencies and transfers, which no coefficient scales
         off = np.abs((columns @ now + fixed) / measured - 1)
         weights = np.sqrt(HUBER / np.maximum(off, HUBER))
-        left = np.vstack([columns * (weights / measured)[:, None], np.diag(PRIOR / spreads)])
-        right = np.concatenate([weights * (1 - fixed / measured), PRIOR / spreads * begin])
+        left = np.vstack([columns * (weights / measured)[:, None], np.diag(prior / spreads)])
+        right = np.concatenate([weights * (1 - fixed / measured), prior / spreads * begin])
         now = _least_squares(left, right, spreads)
     return replace(start, **{name: float(f"{value:.6g}") for name, value in zip(COEFFICIENTS, now)})
 
@@ -212,13 +213,13 @@ def _least_squares(left: np.ndarray, right: np.ndarray, scale: np.ndarray) -> np
     return x * scale
 
 
-def held_out_errors(rows: Sequence[Row], start: Profile, group_of: Callable[[int, Row], object]) -> np.ndarray:
+def held_out_errors(rows: Sequence[Row], start: Profile, group_of: Callable[[int, Row], object], prior: float = PRIOR) -> np.ndarray:
     """Each row's error under the profile fitted without the rows of its group."""
     groups = [group_of(i, row) for i, row in enumerate(rows)]
     found = np.zeros(len(rows))
     for group in sorted(set(groups), key=str):
         out = [i for i, g in enumerate(groups) if g == group]
-        profile = fit([row for row, g in zip(rows, groups) if g != group], start)
+        profile = fit([row for row, g in zip(rows, groups) if g != group], start, prior)
         found[out] = errors([rows[i] for i in out], profile)
     return found
 

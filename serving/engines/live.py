@@ -10,18 +10,18 @@ IDLE_S = 1.0  # an open inbox promises to be looked at again within this time
 
 
 class WallClock:
-    """Seconds since it was made. Engines take their real time themselves, so advance() does nothing.
+    """Seconds since it was made, at `zero_s` of time.perf_counter. Engines take their real time themselves, so advance() does nothing.
 
     `news` is what wait_until sleeps on; an Inbox of the same clock notifies it.
     """
 
     def __init__(self):
-        self._zero_s = time.perf_counter()
+        self.zero_s = time.perf_counter()
         self.news = threading.Condition()
         self.unseen = False
 
     def now_s(self) -> float:
-        return time.perf_counter() - self._zero_s
+        return time.perf_counter() - self.zero_s
 
     def advance(self, seconds: float):
         pass

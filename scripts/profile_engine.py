@@ -1,0 +1,85 @@
+"""Measure what serving a model costs on this machine, as a profile for the simulator, the deployers and the server.
+
+    python scripts/profile_engine.py --model output/quickstart/merged --output output/quickstart/engine.json
+    python -m serving.simulate --profile output/quickstart/engine.json --model output/quickstart/merged --element_bytes 4 --rate 20
+
+Times decode steps of the real engine by rows and context, and prompts by length, in turns, and fits the cost model to the means.
+--rows keeps them as the CSV file that `python -m serving.cost_model fit` reads.
+"""
+
+import argparse
+import csv
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from chatglm.families import FAMILIES
+from finetune.config import PRECISIONS
+from serving.calibration import Row
+from serving.engines import ENGINES
+from serving.request import Limits
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a model, adapter or prefix folder")
+    parser.add_argument("--output", required=True, type=Path, help="profile to write, .json")
+    parser.add_argument("--rows", type=Path, help="also write the timings here, .csv")
+    parser.add_argument("--engine", choices=tuple(ENGINES), default="continuous", help="[continuous]")
+    parser.add_argument("--max_batch", type=int, default=16, help="most answers at once [16]")
+    parser.add_argument("--max_tokens", type=int, default=2048, help="longest prompt and answer [2048]")
+    parser.add_argument("--kv_tokens", type=int, default=16384, help="KV cache in tokens [16384]")
+    parser.add_argument("--repetitions", type=int, default=5, help="timings of each setting; their mean counts [5]")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the weights [auto]")
+    parser.add_argument("--device", default="0", help='GPU number, "cpu" or a torch device [0]')
+    parser.add_argument("--base_model", help="base of an adapter or prefix folder (default: the one it names)")
+    parser.add_argument("--mode", choices=tuple(FAMILIES), help="family (default: found in the folder)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        limits = Limits(args.max_batch, args.kv_tokens, args.max_tokens)
+        if args.repetitions < 1:
+            raise ValueError(f"--repetitions must be at least 1, got {args.repetitions}")
+        run(args, limits)
+    except (ValueError, OSError) as error:
+        print(f"profile_engine: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(args, limits: Limits):
+    from tqdm import tqdm
+
+    from chatglm import load_model, load_tokenizer
+    from finetune.distributed import DTYPES, resolve_precision
+    from finetune.predict import pick_device
+    from serving.engines.profiling import profile_engine
+    from serving.server import cost_device
+
+    tokenizer = load_tokenizer(args.model, mode=args.mode)
+    device = pick_device(args.device)
+    dtype = DTYPES["fp32" if args.precision == "auto" and device == "cpu" else resolve_precision(args.precision)]
+    model = load_model(args.model, mode=args.mode, dtype=dtype, base=args.base_model).to(device).eval()
+    profile, rows = profile_engine(
+        args.engine, model, tokenizer, args.model, limits, cost_device(device), args.repetitions,
+        lambda timings, total: tqdm(timings, total=total, desc="timing", unit="timing"),
+    )  # fmt: skip
+    replace(profile, name=args.output.stem).save(args.output)
+    if args.rows:
+        with open(args.rows, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            names = ["batch_size" if f.name == "batch" else f.name for f in fields(Row)]
+            writer.writerow(names)
+            writer.writerows(asdict(row).values() for row in rows)
+    for name, found in profile.made["errors"].items():
+        print(f"{name:10} {found['rows']} timings: median {100 * found['median_abs_error']:.1f} %, P90 {100 * found['p90_abs_error']:.1f} %")
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
