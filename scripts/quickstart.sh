@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The main job end to end on a laptop: a small ChatGLM2 learns to extract triples with LoRA, then a predictor learns how long
-# that model's answers are.
+# The main job end to end on a laptop: a small ChatGLM2 learns to extract triples with LoRA, a predictor learns how long that
+# model's answers are, a server answers by those predictions, and first come first served is compared with it on the real engine.
 #   bash scripts/quickstart.sh
 #   MODEL=/path/to/chatglm2-6b bash scripts/quickstart.sh      a real checkpoint instead of the small model
 # Everything lands in output/quickstart (OUT names another folder); summary.json holds the figures.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source scripts/setup.sh
+source scripts/setup.sh serve
 OUT="${OUT:-output/quickstart}"
 if [ -e "$OUT" ] && [ ! -e "$OUT/.quickstart" ]; then
     echo "OUT=$OUT exists and is not an earlier quickstart's folder; name another" >&2
@@ -95,6 +95,21 @@ step predictor python train.py --task predictor --backbone lexical --model_name_
     --train_path "$OUT/lengths_train.jsonl" --output_dir "$OUT/predictor"
 step predictor_test python -m predictor.evaluate --predictor "$OUT/predictor" --data "$OUT/lengths_test.jsonl" \
     --json "$OUT/predictor.json" --picture "$OUT/predictor.png"
+# Served by predicted length: 8 clients ask the held-out prompts; the server says what it expected of each answer's length and what came.
+serve() {
+    python -u -m serving.server --model "$OUT/merged" --predictor "$OUT/predictor" --policy deadline --port 0 --max_tokens 512 \
+        --log "$OUT/served.jsonl" --log_prompts > "$OUT/server.txt" &
+    local server=$!
+    trap 'kill $server 2>/dev/null || true' EXIT
+    python scripts/ask_server.py --server "$OUT/server.txt" --prompts "$OUT/lengths_test.jsonl" --clients 8 --json "$OUT/asked.json"
+    kill $server
+    wait $server
+    trap - EXIT
+}
+step serve serve
+step predictor_drift python -m predictor.update --predictor "$OUT/predictor" --log "$OUT/served.jsonl" --dry_run
+step policies python benchmarks/serving_real.py --folder "$OUT" --policies fifo,deadline --at fifo --requests 150 --repetitions 2 \
+    --profile_repetitions 2 --json "$OUT/policies.json"
 python - "$OUT" "$MODEL" <<'PY'
 import json, os, sys
 out, model = sys.argv[1:]
@@ -103,8 +118,14 @@ f1 = {when: json.load(open(f"{out}/{when}.json"))["f1"] for when in ("before", "
 lengths = json.load(open(f"{out}/predictor.json"))
 predictor = {name: lengths["all"][name] for name in ("answers", "cut", "tau", "mae", "mae_constant", "coverage_90", "coverage_975", "reserved_90")}
 predictor["milliseconds_p50"] = lengths["milliseconds"]["single_p50"]
+asked = json.load(open(f"{out}/asked.json"))
+(load,) = json.load(open(f"{out}/policies.json"))["loads"]
+policies = {
+    row["policy"]: {name: sum(values) / len(values) for name, values in row["measured"].items()} for row in load["rows"]
+}
 summary = {
-    "model": model, "f1_before": f1["before"], "f1_after": f1["after"], "predictor": predictor, "seconds": seconds,
+    "model": model, "f1_before": f1["before"], "f1_after": f1["after"], "predictor": predictor,
+    "served": {name: asked[name] for name in ("answers", "in_time", "within_q90")}, "requests_s": load["rate"], "policies": policies, "seconds": seconds,
     "seconds_total": sum(seconds.values()),
 }
 with open(f"{out}/.summary.tmp", "w") as file:
@@ -114,4 +135,7 @@ print(f"\nF1 {f1['before']:.3f} before LoRA, {f1['after']:.3f} after; {summary['
 print(f"lengths of its answers, {predictor['answers']} held out: tau-b {predictor['tau']:.3f}, MAE {predictor['mae']:.1f} tokens against the constant's "
       f"{predictor['mae_constant']:.1f}, q90 covers {predictor['coverage_90']:.0%}, q97.5 {predictor['coverage_975']:.0%}; "
       f"predictor: {out}/predictor, picture: {out}/predictor.png")
+fifo, ours = policies["fifo"], policies["deadline"]
+print(f"served by deadline: {asked['in_time']:.0%} of {asked['answers']} answers in time; at {load['rate']:.1f} requests/s on the real engine: mean latency "
+      f"{ours['latency_mean_s']:.2f} s against FIFO's {fifo['latency_mean_s']:.2f} s, {ours['attainment']:.0%} in time against {fifo['attainment']:.0%}")
 PY

@@ -1,0 +1,79 @@
+"""Ask a server over its chat API: predicted and actual lengths, side by side.
+
+    python scripts/ask_server.py --server http://127.0.0.1:8000/v1 --prompts lengths_test.jsonl [--clients 8] [--slo_s 10] [--json FILE]
+
+--server may also name a file that the server's output goes to: its address is read from there once it stands. Greedy answers.
+"""
+
+import argparse
+import json
+import re
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SHOWN = 6  # answers that are printed
+
+
+def address(server: str, patience_s: float = 120.0) -> str:
+    """The server's address, waited for where `server` is a file. Raises TimeoutError."""
+    if server.startswith("http"):
+        return server.rstrip("/")
+    until = time.monotonic() + patience_s
+    while time.monotonic() < until:
+        if Path(server).is_file() and (found := re.search(r"at (http\S+)", Path(server).read_text(encoding="utf-8"))):
+            return found[1]
+        time.sleep(0.1)
+    raise TimeoutError(f"{server} names no address after {patience_s:.0f} s")
+
+
+def ask(url: str, prompt: str, slo_s: float) -> dict:
+    """{answer, output_tokens, predicted_tokens, in_time, latency_s, ...}, as the server reports them."""
+    body = {"model": name_of(url), "messages": [{"role": "user", "content": prompt}], "temperature": 0, "slo_s": slo_s}
+    request = urllib.request.Request(f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as response:
+        found = json.load(response)
+    return {"prompt": prompt, "answer": found["choices"][0]["message"]["content"], **found["glm_foundry"]}
+
+
+def name_of(url: str) -> str:
+    with urllib.request.urlopen(f"{url}/models") as response:
+        return json.load(response)["data"][0]["id"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server", required=True, help="its address, or the file its output goes to")
+    parser.add_argument("--prompts", required=True, help="JSON lines with a prompt each")
+    parser.add_argument("--clients", type=int, default=8, help="requests under way at once [8]")
+    parser.add_argument("--slo_s", type=float, default=10.0, help="seconds within which a whole answer is wanted [10]")
+    parser.add_argument("--json", type=Path, help="write all answers here")
+    args = parser.parse_args(argv)
+    try:
+        url = address(args.server)
+        prompts = [json.loads(line)["prompt"] for line in open(args.prompts, encoding="utf-8")]
+        with ThreadPoolExecutor(args.clients) as pool:
+            answers = list(pool.map(lambda prompt: ask(url, prompt, args.slo_s), prompts))
+    except (OSError, KeyError, ValueError) as error:
+        said = error.read().decode() if isinstance(error, urllib.error.HTTPError) else error
+        print(f"ask_server: error: {said}", file=sys.stderr)
+        return 1
+    print("  actual  predicted: median     q90  latency s  prompt")
+    for a in answers[:SHOWN]:
+        known = a.get("predicted_tokens") or {"median": float("nan"), "q90": float("nan")}
+        print(f"{a['output_tokens']:8} {known['median']:18.0f} {known['q90']:7.0f} {a['latency_s']:10.2f}  {a['prompt'][:40]}")
+    known = [a for a in answers if a.get("predicted_tokens") and a["finished"]]
+    within = sum(a["output_tokens"] <= a["predicted_tokens"]["q90"] for a in known) / max(len(known), 1)
+    in_time = sum(a["in_time"] for a in answers) / len(answers)
+    print(f"{len(answers)} answers, {in_time:.0%} within {args.slo_s:g} s, {within:.0%} within their predicted q90")
+    if args.json:
+        content = {"answers": len(answers), "in_time": in_time, "within_q90": within, "all": answers}
+        args.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
