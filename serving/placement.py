@@ -114,7 +114,7 @@ class Placement:
         for _ in range(self.replicas):
             chosen: dict[int, int] = {}
             for device in dict.fromkeys(self.devices):
-                group = next(g for g in self.cluster.groups() if device in g)
+                group = next(g for g in self.cluster.groups if device in g)
                 free = [d for d in ([device] + group) if d not in taken and d not in chosen.values()]
                 chosen[device] = free[0]
             taken |= set(chosen.values())
@@ -232,7 +232,7 @@ class Pieces:
 def count_replicas(cluster: Cluster, devices: Sequence[int]) -> int:
     """Chains on different devices, each with as many of every group as this one."""
     found = []
-    for group in cluster.groups():
+    for group in cluster.groups:
         if used := len(set(devices) & set(group)):
             found.append(len(group) // used)
     return min(found)
