@@ -7,7 +7,6 @@ as covered where the quantile lies beyond the cut. A prompt with several answers
 """
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.files import write_aside
+from finetune.files import write_json
 from predictor.calibration import kaplan_meier, levels_of
 from predictor.labels import Example, data_hash, language, make_counter, read_examples
 from predictor.metrics import grouped, kendall_tau, metrics_of, quantiles
@@ -225,10 +224,6 @@ def table(report: dict) -> str:
     return "\n".join(text)
 
 
-def write_json(path: Path, value: dict):
-    write_aside(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
 def run(args) -> int:
     from predictor.runtime import LengthPredictor
 
@@ -249,7 +244,7 @@ def run(args) -> int:
     report = evaluate(predictor, examples, served_model=served_model, batch_size=args.batch_size, predicted=predicted) | {"bad_rows": bad}
     print(table(report) + (f"\n{bad} bad rows skipped" if bad else ""), flush=True)
     if args.json:
-        write_json(Path(args.json), report)
+        write_json(args.json, report)
     if args.picture:
         from predictor.pictures import draw
 

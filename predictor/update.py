@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from finetune.data import BadRow
-from finetune.files import put_in_place
+from finetune.files import put_in_place, write_json
 from predictor.calibration import kaplan_meier
 from predictor.decoder import CARD, FOLDS, Decoder, fold_of, write_card
-from predictor.evaluate import Observed, add_predictor_flags, write_json
+from predictor.evaluate import Observed, add_predictor_flags
 from predictor.labels import Example, parse_example, read_items
 from predictor.metrics import kendall_tau, metrics_of, quantiles
 from predictor.prediction import LengthPrediction
@@ -324,7 +324,7 @@ def run(args) -> int:
         report["output"] = str(output)
         print(f"predictor: {output}, update {report['updates']}")
     if args.json:
-        write_json(Path(args.json), report)
+        write_json(args.json, report)
     return 0
 
 

@@ -11,7 +11,6 @@ the measured runs, where "lr" and "helr" are one device under a device map and "
 
 import argparse
 import csv
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from finetune.files import write_json
 from serving.cost_model import COEFFICIENTS, CostModel, ModelShape, Profile, even_stages, read_profile
 
 PROMPT_TOKENS = 35  # of the measured batches: the longest ran to 2,048 tokens with 2,013 new ones
@@ -240,10 +240,6 @@ def report(rows: Sequence[Row], start: Profile) -> dict:
         if len({way(i, row) for i, row in enumerate(rows)}) > 1:
             found[name] = summary(held_out_errors(rows, start, way))
     return found
-
-
-def write_json(path: str | Path, content: dict) -> None:
-    Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def run_predict(args) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from finetune.files import write_json
 from finetune.memory_shapes import make_shape, read_shape
 from serving.devices import Cluster, Device, Link, find_device
 
@@ -128,10 +129,7 @@ class Profile:
         return Cluster.uniform(device, count, link=self.link if isinstance(self.link, str) else Link(**self.link))
 
     def save(self, path: str | Path) -> None:
-        path = Path(path)
-        aside = path.with_name(f".{path.name}.tmp")
-        aside.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        aside.replace(path)
+        write_json(path, asdict(self))
 
 
 COEFFICIENTS = tuple(f.name for f in fields(Profile) if f.name not in ("name", "device", "link", "made"))

@@ -10,7 +10,6 @@
 
 import argparse
 import gc
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from finetune.files import write_json
 from serving.batching import Static
 from serving.continuous import POLICIES
 from serving.metrics import Collector, interval, share_of_gain
@@ -329,11 +329,6 @@ def main(argv: list[str] | None = None):
 
 def printable(args) -> dict:
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-
-
-def write_json(path: Path, content: dict):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def inner_of(policies: dict[str, Policy]) -> dict:
