@@ -87,15 +87,11 @@ def load_for_inference(args):
     """(model on its device, tokenizer, max_src_len, generate options) from the flags of `add_model_flags`."""
     import torch
 
-    from chatglm import load_model, load_tokenizer
-    from finetune.distributed import DTYPES, resolve_precision
+    from chatglm import load_tokenizer
 
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model_path, mode=args.mode)
-    device = pick_device(args.device)
-    dtype = DTYPES["fp32" if args.precision == "auto" and device == "cpu" else resolve_precision(args.precision)]
-    model = load_model(args.model_path, mode=args.mode, dtype=dtype, base=args.base_model)
-    model = model.to(device).eval()
+    model = load_ready(args.model_path, mode=args.mode, base=args.base_model, device=args.device, precision=args.precision)
     trained = Path(args.model_path) / "train_config.json"
     max_src_len = args.max_src_len or (json.loads(trained.read_text())["max_src_len"] if trained.is_file() else 1024)
     options = {"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {"max_length": args.max_length}
@@ -103,6 +99,16 @@ def load_for_inference(args):
     if args.do_sample:
         options |= {"top_p": args.top_p, "temperature": args.temperature}
     return model, tokenizer, max_src_len, options
+
+
+def load_ready(path: str, *, mode: str | None = None, base: str | None = None, device: str = "0", precision: str = "auto"):
+    """A model that may answer, on its device; arguments as the flags of `add_model_flags` say. "auto" is fp32 on a CPU."""
+    from chatglm import load_model
+    from finetune.distributed import DTYPES, resolve_precision
+
+    device = pick_device(device)
+    dtype = DTYPES["fp32" if precision == "auto" and device == "cpu" else resolve_precision(precision)]
+    return load_model(path, mode=mode, dtype=dtype, base=base).to(device).eval()
 
 
 def pick_device(name: str) -> str:
