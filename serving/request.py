@@ -54,6 +54,11 @@ class Limits:
         if min(self.max_batch, self.max_tokens, self.prefill_tokens) < 1 or self.max_tokens > self.kv_tokens:
             raise ValueError(f"wanted max_batch, prefill_tokens >= 1 and 1 <= max_tokens <= kv_tokens; got {self}")
 
+    def most_tokens(self, request: Request, stop_tokens: int | None = None) -> int:
+        """Answer tokens after which an answer is cut."""
+        most = self.max_tokens - request.prompt_tokens
+        return most if stop_tokens is None else min(most, stop_tokens)
+
     def refusal(self, request: Request) -> str | None:
         """Why this request can never be served; None where it can."""
         if request.prompt_tokens < self.max_tokens:

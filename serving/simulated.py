@@ -56,13 +56,11 @@ class Row:
 
     def __init__(self, record: Record, limits: Limits, reserve: int, base: int, stop_tokens: int | None):
         request = record.request
-        whole = request.output_tokens
-        limit = most = limits.max_tokens - request.prompt_tokens
-        if stop_tokens is not None and stop_tokens < most:
-            most = stop_tokens
+        whole, most = request.output_tokens, limits.most_tokens(request, stop_tokens)
         self.id, self.base, self.kept, self.reserve = request.id, base, record.generated, reserve
-        self.cut = whole > most
-        self.target = max((most if self.cut else whole) - record.generated, int(record.generated < min(whole, limit)))
+        ended = record.generated >= min(whole, limits.most_tokens(request))
+        self.target = 0 if ended else max(min(whole, most) - record.generated, 1)
+        self.cut = record.generated + self.target < whole
         self.joined = -1  # the step after which its first new token is there
         self.prefilled, self.ends_at, self.alive = 0, -1, True
 

@@ -189,12 +189,6 @@ class TextEngine:
         return answer.id, len(answer.tokens), answer.reason not in ("stop", "length")
 
 
-def most_tokens(limits: Limits, request: Request, stop_tokens: int | None) -> int:
-    """Answer tokens after which an answer is cut."""
-    most = limits.max_tokens - request.prompt_tokens
-    return most if stop_tokens is None else min(most, stop_tokens)
-
-
 def choose(logits, answers: Sequence[Answer]) -> list[int | None]:
     """The next token of each answer from logits (at least len(answers), V); None where they are not finite."""
     best = logits[: len(answers)].max(-1)  # not argmax, which takes nine times as long in bf16 on a CPU

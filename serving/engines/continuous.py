@@ -11,7 +11,7 @@ from collections import deque
 
 import torch
 
-from serving.engines.answers import TextEngine, choose, most_tokens
+from serving.engines.answers import TextEngine, choose
 from serving.engines.passes import Runner, Sequence
 from serving.request import FOREVER, CostModel, Limits, Plan, StepResult
 
@@ -85,7 +85,7 @@ class ContinuousEngine(TextEngine):
             positions = self.runner.positions(answer.prompt)
             row = Sequence(
                 answer, record, longest if plan.together else record.context_tokens, plan.reserve_tokens[record.request.id],
-                most_tokens(self.limits, record.request, plan.stop_tokens if plan.together else None),
+                self.limits.most_tokens(record.request, plan.stop_tokens if plan.together else None),
                 positions, self.runner.context(positions),
             )  # fmt: skip
             self.rows[row.id] = row

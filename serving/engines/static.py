@@ -12,7 +12,7 @@ import time
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
-from serving.engines.answers import Answer, TextEngine, choose, most_tokens
+from serving.engines.answers import Answer, TextEngine, choose
 from serving.request import FOREVER, CostModel, Limits, Plan, StepResult
 
 NOWHERE = 1 << 30  # an id that no vocabulary has: told none, generate would take the model's own stop ids
@@ -192,7 +192,7 @@ class StaticEngine(TextEngine):
         self._end()
         longest = max(record.context_tokens for record in plan.admit)
         for record in plan.admit:
-            most = most_tokens(self.limits, record.request, plan.stop_tokens)
+            most = self.limits.most_tokens(record.request, plan.stop_tokens)
             row = Row(self.answer_of(record), plan.reserve_tokens[record.request.id], longest, most)
             self.rows[row.id] = row
         self.prefill_tokens += longest * len(self.rows)
