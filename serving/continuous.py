@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from serving.batching import BATCH_POLICIES, as_policy
+from serving.batching import BATCH_POLICIES, Static
 from serving.lengths import COARSE, expected_left, quantile_left, quantile_tokens, tokens_left
 from serving.request import FOREVER, CostModel, Limits, Plan, Record, Request, View
 
@@ -317,7 +317,7 @@ class Deadline:
         return [*rows, oldest]
 
 
-POLICIES = {name: as_policy(batching) for name, batching in BATCH_POLICIES.items()} | {
+POLICIES = {name: Static(batching) for name, batching in BATCH_POLICIES.items()} | {
     "fcfs": Fcfs(),
     "sjf": Sjf(),
     "srpt": Srpt(),

@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from predictor.prediction import from_bins
-from serving.batching import Shape, as_policy
+from serving.batching import Shape, Static
 from serving.continuous import POLICIES
 from serving.cost_model import CostModel, ModelShape, read_profile
 from serving.deployment import DEPLOYERS
@@ -97,7 +97,7 @@ class Chunks:
             total += record.length
         batches = []
         for records in found:
-            shape, prompt = Shape(view.limits, view.limits.kv_tokens), max(r.context_tokens for r in records)
+            shape, prompt = Shape(view.limits), max(r.context_tokens for r in records)
             for record in records:
                 shape.takes(record, LONGEST - prompt)
             stop = None if self.extra_tokens is None else max(1, min(round(max(r.length for r in records)) + self.extra_tokens, self.longest_tokens) - prompt)
@@ -169,13 +169,13 @@ def published(recorded: Recorded, logs: list[dict], count: int, seeds: int) -> l
         found = []
         for seed in range(seeds):
             workload = published_workload(recorded, count, seed)
-            _, collector, engines = serve(as_policy(system.policy), workload, [SimulatedEngine(cost, limits)])
+            _, collector, engines = serve(Static(system.policy), workload, [SimulatedEngine(cost, limits)])
             kept = {key: np.asarray(column) for key, column in collector.columns.items()}
             seconds = kept["finish_s"].max()
             if system.stress_gpus:  # reported in its time, not in its objectives
                 stress = CostModel.of(model, profile.cluster(system.stress_gpus), profile)
                 half = workload.part(np.arange(count // 2))
-                seconds += serve(as_policy(system.policy), half, [SimulatedEngine(stress, limits)])[0]["span_s"] + 7.0  # and the second loading
+                seconds += serve(Static(system.policy), half, [SimulatedEngine(stress, limits)])[0]["span_s"] + 7.0  # and the second loading
             padded = engines[0].step_rows + count
             late = kept["finish_s"] > kept["slo_s"]
             found.append((seconds, kept["finish_s"].mean(), late.mean() * 100, padded / seconds, kept["output"].sum() / seconds, kept["cut"].mean() * 100))
@@ -197,7 +197,7 @@ def published(recorded: Recorded, logs: list[dict], count: int, seeds: int) -> l
 # ---- uellm, fair
 
 FAIR = {  # the same stopping rule (an answer's own end), predictions, arrivals, placement and limits for all
-    "baseline, Morphling (10 by arrival)": as_policy(Chunks()),
+    "baseline, Morphling (10 by arrival)": Static(Chunks()),
     "FIFO (64 by arrival)": POLICIES["fifo"],
     "S3": POLICIES["s3"],
     "UELLM released (sort, chunks of 10)": POLICIES["uellm_released"],
