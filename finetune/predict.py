@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from chatglm.families import FAMILIES
-from finetune.config import PRECISIONS, parse_bool
+from finetune.config import PRECISIONS, parse_bool, parse_positive
 from finetune.data import read_rows
 
 
@@ -73,10 +73,10 @@ def add_model_flags(parser: argparse.ArgumentParser):
     parser.add_argument("--mode", choices=tuple(FAMILIES), help="family (default: found in the folder)")
     parser.add_argument("--device", default="0", help='GPU number, "cpu" or a torch device [0]')
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the weights [auto]")
-    parser.add_argument("--max_src_len", type=positive, help="longest prompt in tokens (default: training's, else 1024)")
-    parser.add_argument("--max_new_tokens", type=positive, help="longest answer in tokens (default: max_length less the prompt)")
-    parser.add_argument("--max_length", type=positive, default=2048, help="longest prompt and answer in tokens [2048]")
-    parser.add_argument("--batch_size", type=positive, default=8, help="prompts answered together [8]")
+    parser.add_argument("--max_src_len", type=parse_positive, help="longest prompt in tokens (default: training's, else 1024)")
+    parser.add_argument("--max_new_tokens", type=parse_positive, help="longest answer in tokens (default: max_length less the prompt)")
+    parser.add_argument("--max_length", type=parse_positive, default=2048, help="longest prompt and answer in tokens [2048]")
+    parser.add_argument("--batch_size", type=parse_positive, default=8, help="prompts answered together [8]")
     parser.add_argument("--do_sample", type=parse_bool, nargs="?", const=True, metavar="True|False", help="sample instead of taking the likeliest token")
     parser.add_argument("--top_p", type=float, default=0.8, help="with sampling: nucleus [0.8]")
     parser.add_argument("--temperature", type=float, default=0.8, help="with sampling: temperature [0.8]")
@@ -124,12 +124,6 @@ def pick_device(name: str) -> str:
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"--device: there is no {name!r} here") from None
     return name
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"wanted a whole number from 1, got {text!r}")
-    return int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -261,8 +261,7 @@ def add_predictor_flags(parser: argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    from finetune.config import parse_bool
-    from finetune.predict import positive
+    from finetune.config import parse_bool, parse_positive
 
     parser = argparse.ArgumentParser(prog="predictor.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_predictor_flags(parser)
@@ -275,8 +274,8 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     parser.add_argument("--picture", metavar="FILE.png", help="predicted against real lengths, and the calibration curve")
-    parser.add_argument("--batch_size", type=positive, default=64, help="prompts predicted together when batches are timed [64]")
-    parser.add_argument("--threads", type=positive, help="of a transformer's arithmetic (default: as many as it likes)")
+    parser.add_argument("--batch_size", type=parse_positive, default=64, help="prompts predicted together when batches are timed [64]")
+    parser.add_argument("--threads", type=parse_positive, help="of a transformer's arithmetic (default: as many as it likes)")
     parser.add_argument("--on_bad_row", choices=("error", "skip"), default="error", help="what to do with a malformed row [error]")
     args = parser.parse_args(argv)
     if args.picture and Path(args.picture).suffix not in (".png", ".svg", ".pdf"):

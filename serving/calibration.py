@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from finetune.config import parse_positive
 from finetune.files import write_json
 from serving.cost_model import COEFFICIENTS, CostModel, ModelShape, Profile, even_stages, read_profile
 
@@ -275,23 +276,14 @@ def run_fit(args) -> None:
         print(f"{name:28} {figures['rows']:4} rows   median {100 * figures['median_abs_error']:5.2f} %   P90 {100 * figures['p90_abs_error']:5.2f} %")
 
 
-def at_least(least: int):
-    def whole(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
-        return int(text)
-
-    return whole
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m serving.cost_model", description="seconds of serving, from a calibrated profile")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("predict", help="seconds of one batch, run to its longest answer")
-    verb.add_argument("--gpus", type=at_least(1), default=1, help="number of the profile's devices")
-    verb.add_argument("--batch", type=at_least(1), default=1, help="sequences in the batch")
-    verb.add_argument("--output-tokens", type=at_least(1), required=True, help="new tokens of the longest answer")
-    verb.add_argument("--prompt-tokens", type=at_least(1), default=PROMPT_TOKENS, help=f"of the longest prompt (default {PROMPT_TOKENS})")
+    verb.add_argument("--gpus", type=parse_positive, default=1, help="number of the profile's devices")
+    verb.add_argument("--batch", type=parse_positive, default=1, help="sequences in the batch")
+    verb.add_argument("--output-tokens", type=parse_positive, required=True, help="new tokens of the longest answer")
+    verb.add_argument("--prompt-tokens", type=parse_positive, default=PROMPT_TOKENS, help=f"of the longest prompt (default {PROMPT_TOKENS})")
     verb.add_argument("--placement", default="even", help="even, single, alternate, lr, he, helr, or layers by device: 14,14")
     verb.add_argument("--model", default="chatglm2-6b", help="a published name or a folder with a config.json")
     verb.add_argument("--warm", action="store_true", help="not the first batch of its process: without start-up")

@@ -241,7 +241,6 @@ def count_replicas(cluster: Cluster, devices: Sequence[int]) -> int:
 def make_placement(pieces: Pieces, stages: Sequence[tuple[int, int]], profile: Profile, steps: int, deployer: str) -> Placement:
     """With latency from the cost model. Raises Infeasible where a device would hold more than it has."""
     model, cluster, need = pieces.model, pieces.cluster, pieces.need
-    stages = tuple((int(d), int(n)) for d, n in stages if n)
     cost = CostModel(model, cluster, stages, profile)
     layers = cm.layers_by_device(cost.stages)
     memory = {d: cost.weight_bytes_on(d) + n * kv_layer_bytes(model, need) for d, n in sorted(layers.items())}
@@ -251,8 +250,8 @@ def make_placement(pieces: Pieces, stages: Sequence[tuple[int, int]], profile: P
             raise infeasible(model, cluster, need, message)
     latency = cost.batch_s([need.prompt_tokens] * need.batch, [need.output_tokens] * need.batch)
     return Placement(
-        model, cluster, need, stages, expected_latency_s=latency,
-        utilisation=min(1.0, pieces.busy([d for d, _ in stages], [n for _, n in stages]) / latency / len(layers)),
+        model, cluster, need, cost.stages, expected_latency_s=latency,
+        utilisation=min(1.0, pieces.busy(*zip(*cost.stages)) / latency / len(layers)),
         replicas=count_replicas(cluster, list(layers)), memory_bytes=memory, search_steps=int(steps), deployer=deployer,
     )  # fmt: skip
 

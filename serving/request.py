@@ -127,7 +127,6 @@ class View:
         kv_free_tokens: not reserved.
         generated: answer tokens that a running record has by now, those kept from before included.
         pace_s: seconds between two tokens of a running answer, as of late; 0 before there were any.
-        admissions: how many there have been.
     """
 
     now_s: float
@@ -138,7 +137,6 @@ class View:
     limits: Limits
     generated: Callable[[Record], int]
     pace_s: float = 0.0
-    admissions: int = 0
 
 
 class Waiting(Protocol):

@@ -62,14 +62,14 @@ def collected_later():
             gc.enable()
 
 
-def simulate(policy: Policy, workload: Workload, cost: CostModel, limits: Limits, monitor=None, replicas: int = 1) -> tuple[dict[str, float], Collector]:
+def simulate(policy: Policy, workload: Workload, cost: CostModel, limits: Limits, replicas: int = 1) -> tuple[dict[str, float], Collector]:
     """(metrics, everything kept) of one policy on one workload; deterministic."""
-    found, collector, _ = serve(policy, workload, [SimulatedEngine(cost, limits) for _ in range(replicas)], monitor=monitor)
+    found, collector, _ = serve(policy, workload, [SimulatedEngine(cost, limits) for _ in range(replicas)])
     return found, collector
 
 
 def serve(
-    policy: Policy, workload: Workload, engines: list[SimulatedEngine], speeds: list[float] | None = None, monitor=None,
+    policy: Policy, workload: Workload, engines: list[SimulatedEngine], speeds: list[float] | None = None
 ) -> tuple[dict[str, float], Collector, list[SimulatedEngine]]:  # fmt: skip
     """Several replicas, each with a queue of its own; requests are dealt out in turn, by the speeds. As `simulate`, and the engines."""
     collector = Collector()
@@ -77,7 +77,7 @@ def serve(
     with collected_later():
         for k, engine in enumerate(engines):
             part = workload.part(which == k) if len(engines) > 1 else workload
-            collector.watch(run(policy, engine, VirtualClock(), Replay(part.requests(policy.predicts)), monitor))
+            collector.watch(run(policy, engine, VirtualClock(), Replay(part.requests(policy.predicts))))
     return collector.summary(total_of(engines)), collector, engines
 
 

@@ -27,7 +27,6 @@ class LinearCost:
     """
 
     kv_capacity_tokens: int = 100_000
-    kv_bytes_per_token: int = 28_672
     step_s: float = 8e-3
     row_s: float = 3e-5
     token_s: float = 2e-8
@@ -42,10 +41,6 @@ class LinearCost:
 
     def decode_s(self, batch: int, context_tokens: int, steps: int) -> float:
         return steps * (self.step_s + self.row_s * batch + self.token_s * (context_tokens + batch * (steps - 1) / 2))
-
-    def batch_s(self, prompt_tokens: list[int], output_tokens: list[int]) -> float:
-        rows, longest = len(prompt_tokens), max(prompt_tokens)
-        return self.prefill_s(longest * rows, rows) + self.decode_s(rows, rows * (longest + 1), max(output_tokens) - 1)
 
 
 class Row:

@@ -128,8 +128,6 @@ class StaticEngine(TextEngine):
         super().__init__(model.eval(), limits, cost, stop_ids)
         self.rows: dict[int, Row] = {}
         self._generation: Generation | None = None
-        self.steps = self.prefill_tokens = self.step_rows = 0
-        self.busy_s = 0.0
 
     def check_prompt(self, prompt: list[int]):
         super().check_prompt(prompt)
@@ -166,8 +164,6 @@ class StaticEngine(TextEngine):
             started += [(row.id, now) for row in fresh if len(row.answer.tokens) == row.kept + 1]
             emitted += len(fresh)
             made += 1
-            self.steps += 1
-            self.step_rows += len(self.rows)
         finished = []
         if not going:
             finished = [self.finished(row.answer) for row in sorted(self.rows.values(), key=lambda row: row.id)]
@@ -175,9 +171,7 @@ class StaticEngine(TextEngine):
             self._end()
         if plan.wake_on_arrival:
             self._woken = False
-        elapsed = time.perf_counter() - begin
-        self.busy_s += elapsed
-        return StepResult(elapsed, emitted, tuple(started), tuple(finished), tuple(overran))
+        return StepResult(time.perf_counter() - begin, emitted, tuple(started), tuple(finished), tuple(overran))
 
     def _carry_out(self, plan: Plan):
         for record in plan.preempt:
@@ -195,7 +189,6 @@ class StaticEngine(TextEngine):
             most = self.limits.most_tokens(record.request, plan.stop_tokens)
             row = Row(self.answer_of(record), plan.reserve_tokens[record.request.id], longest, most)
             self.rows[row.id] = row
-        self.prefill_tokens += longest * len(self.rows)
         waiting = [row for row in self.rows.values() if row.answer.reason is None]
         if waiting:
             self._generation = Generation(self, waiting)
@@ -204,7 +197,3 @@ class StaticEngine(TextEngine):
         if self._generation is not None:
             self._generation.end()
             self._generation = None
-
-    def close(self):
-        """Let a batch that was left unfinished go."""
-        self._end()
