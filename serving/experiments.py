@@ -36,6 +36,11 @@ PREDICT_S = 7.7e-3  # the encoder, p50 (docs/results.md)
 RESIDUALS = (-2.85, -1.09, -0.75, -0.51, -0.39, -0.26, -0.15, -0.11, -0.04, 0.01, 0.06, 0.11, 0.17, 0.2, 0.26, 0.31, 0.37, 0.46, 0.6, 0.79, 3.54)  # fmt: skip
 
 
+def predictor_of(args) -> PredictorModel:
+    """With the residuals of --predictor, else RESIDUALS."""
+    return PredictorModel.from_card(args.predictor, LONGEST) if args.predictor else PredictorModel(np.array(RESIDUALS), LONGEST)
+
+
 def print_rows(title: str, rows: list[dict], notes: tuple[str, ...] = ()):
     """As a Markdown table."""
     print(f"\n{title}\n", flush=True)
@@ -311,7 +316,7 @@ def uellm(args) -> dict[str, list[dict]]:
     for count in (100, 300):
         show(f"As published, {count} requests, all at once", published(recorded, logs, count, args.seeds))
     model, profile = ModelShape.from_config("chatglm2-6b"), read_profile("rtx3090")
-    predictor = PredictorModel.from_card(args.predictor, LONGEST) if args.predictor else PredictorModel(np.array(RESIDUALS), LONGEST)
+    predictor = predictor_of(args)
     settings = {}
     for deployer in ("helr", "even"):
         placement = DEPLOYERS[deployer].place(model, profile.cluster(4), Need(20_000, 10), profile)
@@ -348,7 +353,7 @@ TRACE_POLICIES = ("s3", "slo_odbs", "fcfs", "sjf", "deadline")
 def trace(args, clusters: dict = CLUSTERS, per_device: int = 100, least: int = 600) -> dict[str, list[dict]]:
     """The largest load, in requests a second, at which 90 and 99 % of the requests are in time, and the goodput there."""
     model, profile = ModelShape.from_config("chatglm2-6b"), read_profile("datasheet")
-    predictor = PredictorModel.from_card(args.predictor, LONGEST) if args.predictor else PredictorModel(np.array(RESIDUALS), LONGEST)
+    predictor = predictor_of(args)
     tables = {}
     for name in ("azure_conv", "azure_code"):
         rows = []
