@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from chatglm.loading import PREFIX, stop_ids
 from finetune.config import TrainConfig, read_ds_file
 from finetune.distributed import agree, rank, say, without_prints, world_size
-from finetune.files import flush, flush_tree, sha256, write_aside
+from finetune.files import flush, flush_tree, sha256, write_json
 
 FORMAT_VERSION = 1
 NAME = re.compile(r"epoch-(\d+)-step-(\d+)$")
@@ -278,8 +278,7 @@ class Checkpointer:
 
     def record_best(self, folder: Path, metric: str, value: float):
         if rank() == 0:
-            text = json.dumps({"checkpoint": folder.name, "metric": metric, "value": value}, indent=2)
-            write_aside(self.output_dir / "best.json", text + "\n")
+            write_json(self.output_dir / "best.json", {"checkpoint": folder.name, "metric": metric, "value": value})
 
     def best(self) -> dict | None:
         """The best checkpoint there is, from the manifests: best.json tells people, and may be one save behind after a kill."""

@@ -29,6 +29,12 @@ def parse_bool(text: str | bool) -> bool:
     return words[text.lower()]
 
 
+def parse_positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"wanted a whole number from 1, got {text!r}")
+    return int(text)
+
+
 def parse_checkpointing(text: str | bool) -> str:
     """"True", "False" (in parse_bool's spellings) or "selective"."""
     return text if text == "selective" else str(parse_bool(text))

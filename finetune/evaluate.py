@@ -4,12 +4,11 @@ python -m finetune.evaluate --model_path output-glm2-lora/epoch-2-step-180 --tes
 """
 
 import argparse
-import json
 import sys
 import time
-from pathlib import Path
 
 from finetune.data import Dataset, Row, collate, count_labels, read_rows
+from finetune.files import write_json
 from finetune.predict import add_model_flags, generate_answers, load_for_inference
 
 
@@ -98,9 +97,7 @@ def main(argv: list[str] | None = None) -> int:
                 for row, answer, gold in zip(rows, answers, golds)
             ]
             result = {"f1": score, "rows": len(rows), "denominator": args.f1_denominator, "seconds": seconds, "answers": scored}
-            from finetune.files import write_aside
-
-            write_aside(Path(args.output), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+            write_json(args.output, result)
     except (ValueError, OSError) as error:
         print(f"finetune.evaluate: error: {error}", file=sys.stderr)
         return 1

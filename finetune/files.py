@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import json
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -68,6 +69,11 @@ def write_aside(path: Path, content: str | bytes):
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content):
+    """As `write_aside`, what `content` is in JSON."""
+    write_aside(Path(path), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_arrays(file: Path) -> dict:

@@ -10,7 +10,6 @@ The formula is finetune/memory_formula.py's. GB in print are GiB, as nvidia-smi'
 
 import argparse
 import dataclasses
-import json
 import os
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from finetune.config import BETWEEN_RANKS, TrainConfig, add_flag, fill_sizes, read_ds_file
+from finetune.files import write_json
 from finetune.memory_formula import GIB, MIB, Run, Zero, estimate
 from finetune.memory_shapes import PUBLISHED, read_shape
 from finetune.methods import module_names
@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     if args["json"]:
-        Path(args["json"]).write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(args["json"], figures)
     return 0
 
 

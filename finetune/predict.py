@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from chatglm.families import FAMILIES
-from finetune.config import PRECISIONS, parse_bool
+from finetune.config import PRECISIONS, parse_bool, parse_positive
 from finetune.data import read_rows
 
 
@@ -73,10 +73,10 @@ def add_model_flags(parser: argparse.ArgumentParser):
     parser.add_argument("--mode", choices=tuple(FAMILIES), help="family (default: found in the folder)")
     parser.add_argument("--device", default="0", help='GPU number, "cpu" or a torch device [0]')
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the weights [auto]")
-    parser.add_argument("--max_src_len", type=positive, help="longest prompt in tokens (default: training's, else 1024)")
-    parser.add_argument("--max_new_tokens", type=positive, help="longest answer in tokens (default: max_length less the prompt)")
-    parser.add_argument("--max_length", type=positive, default=2048, help="longest prompt and answer in tokens [2048]")
-    parser.add_argument("--batch_size", type=positive, default=8, help="prompts answered together [8]")
+    parser.add_argument("--max_src_len", type=parse_positive, help="longest prompt in tokens (default: training's, else 1024)")
+    parser.add_argument("--max_new_tokens", type=parse_positive, help="longest answer in tokens (default: max_length less the prompt)")
+    parser.add_argument("--max_length", type=parse_positive, default=2048, help="longest prompt and answer in tokens [2048]")
+    parser.add_argument("--batch_size", type=parse_positive, default=8, help="prompts answered together [8]")
     parser.add_argument("--do_sample", type=parse_bool, nargs="?", const=True, metavar="True|False", help="sample instead of taking the likeliest token")
     parser.add_argument("--top_p", type=float, default=0.8, help="with sampling: nucleus [0.8]")
     parser.add_argument("--temperature", type=float, default=0.8, help="with sampling: temperature [0.8]")
@@ -87,15 +87,11 @@ def load_for_inference(args):
     """(model on its device, tokenizer, max_src_len, generate options) from the flags of `add_model_flags`."""
     import torch
 
-    from chatglm import load_model, load_tokenizer
-    from finetune.distributed import DTYPES, resolve_precision
+    from chatglm import load_tokenizer
 
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model_path, mode=args.mode)
-    device = pick_device(args.device)
-    dtype = DTYPES["fp32" if args.precision == "auto" and device == "cpu" else resolve_precision(args.precision)]
-    model = load_model(args.model_path, mode=args.mode, dtype=dtype, base=args.base_model)
-    model = model.to(device).eval()
+    model = load_ready(args.model_path, mode=args.mode, base=args.base_model, device=args.device, precision=args.precision)
     trained = Path(args.model_path) / "train_config.json"
     max_src_len = args.max_src_len or (json.loads(trained.read_text())["max_src_len"] if trained.is_file() else 1024)
     options = {"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {"max_length": args.max_length}
@@ -103,6 +99,16 @@ def load_for_inference(args):
     if args.do_sample:
         options |= {"top_p": args.top_p, "temperature": args.temperature}
     return model, tokenizer, max_src_len, options
+
+
+def load_ready(path: str, *, mode: str | None = None, base: str | None = None, device: str = "0", precision: str = "auto"):
+    """A model that may answer, on its device; arguments as the flags of `add_model_flags` say. "auto" is fp32 on a CPU."""
+    from chatglm import load_model
+    from finetune.distributed import DTYPES, resolve_precision
+
+    device = pick_device(device)
+    dtype = DTYPES["fp32" if precision == "auto" and device == "cpu" else resolve_precision(precision)]
+    return load_model(path, mode=mode, dtype=dtype, base=base).to(device).eval()
 
 
 def pick_device(name: str) -> str:
@@ -118,12 +124,6 @@ def pick_device(name: str) -> str:
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"--device: there is no {name!r} here") from None
     return name
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"wanted a whole number from 1, got {text!r}")
-    return int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:

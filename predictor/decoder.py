@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.files import sha256, write_aside
+from finetune.files import sha256, write_json
 from predictor.calibration import Conformal, kaplan_meier, levels_of
 from predictor.heads import HEADS
 from predictor.prediction import LengthPrediction
@@ -116,7 +116,7 @@ def head_edges(head) -> np.ndarray:
 def write_card(folder: Path, card: dict):
     """predictor.json, whole or not at all."""
     card = {"format": FORMAT, "format_version": FORMAT_VERSION} | card
-    write_aside(Path(folder) / CARD, json.dumps(card, indent=1, ensure_ascii=False) + "\n")
+    write_json(Path(folder) / CARD, card)
 
 
 def read_card(folder: str | Path) -> dict:

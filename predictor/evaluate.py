@@ -7,7 +7,6 @@ as covered where the quantile lies beyond the cut. A prompt with several answers
 """
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.files import write_aside
+from finetune.files import write_json
 from predictor.calibration import kaplan_meier, levels_of
 from predictor.labels import Example, data_hash, language, make_counter, read_examples
 from predictor.metrics import grouped, kendall_tau, metrics_of, quantiles
@@ -225,10 +224,6 @@ def table(report: dict) -> str:
     return "\n".join(text)
 
 
-def write_json(path: Path, value: dict):
-    write_aside(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
 def run(args) -> int:
     from predictor.runtime import LengthPredictor
 
@@ -249,7 +244,7 @@ def run(args) -> int:
     report = evaluate(predictor, examples, served_model=served_model, batch_size=args.batch_size, predicted=predicted) | {"bad_rows": bad}
     print(table(report) + (f"\n{bad} bad rows skipped" if bad else ""), flush=True)
     if args.json:
-        write_json(Path(args.json), report)
+        write_json(args.json, report)
     if args.picture:
         from predictor.pictures import draw
 
@@ -266,8 +261,7 @@ def add_predictor_flags(parser: argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    from finetune.config import parse_bool
-    from finetune.predict import positive
+    from finetune.config import parse_bool, parse_positive
 
     parser = argparse.ArgumentParser(prog="predictor.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_predictor_flags(parser)
@@ -280,8 +274,8 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     parser.add_argument("--picture", metavar="FILE.png", help="predicted against real lengths, and the calibration curve")
-    parser.add_argument("--batch_size", type=positive, default=64, help="prompts predicted together when batches are timed [64]")
-    parser.add_argument("--threads", type=positive, help="of a transformer's arithmetic (default: as many as it likes)")
+    parser.add_argument("--batch_size", type=parse_positive, default=64, help="prompts predicted together when batches are timed [64]")
+    parser.add_argument("--threads", type=parse_positive, help="of a transformer's arithmetic (default: as many as it likes)")
     parser.add_argument("--on_bad_row", choices=("error", "skip"), default="error", help="what to do with a malformed row [error]")
     args = parser.parse_args(argv)
     if args.picture and Path(args.picture).suffix not in (".png", ".svg", ".pdf"):

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from finetune.data import BadRow
-from finetune.files import put_in_place
+from finetune.files import put_in_place, write_json
 from predictor.calibration import kaplan_meier
 from predictor.decoder import CARD, FOLDS, Decoder, fold_of, write_card
-from predictor.evaluate import Observed, add_predictor_flags, write_json
+from predictor.evaluate import Observed, add_predictor_flags
 from predictor.labels import Example, parse_example, read_items
 from predictor.metrics import kendall_tau, metrics_of, quantiles
 from predictor.prediction import LengthPrediction
@@ -324,7 +324,7 @@ def run(args) -> int:
         report["output"] = str(output)
         print(f"predictor: {output}, update {report['updates']}")
     if args.json:
-        write_json(Path(args.json), report)
+        write_json(args.json, report)
     return 0
 
 
@@ -336,8 +336,7 @@ def ridge_of(folder: Path) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from finetune.config import parse_bool
-    from finetune.predict import positive
+    from finetune.config import parse_bool, parse_positive
 
     parser = argparse.ArgumentParser(prog="predictor.update", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_predictor_flags(parser)
@@ -346,8 +345,8 @@ def main(argv: list[str] | None = None) -> int:
     boolean = {"type": parse_bool, "nargs": "?", "const": True, "metavar": "True|False"}
     parser.add_argument("--refit", default=True, **boolean, help="fit a kernel head anew near the old one; False: calibration alone [True]")
     parser.add_argument("--dry_run", default=False, **boolean, help="report, and write no predictor [False]")
-    parser.add_argument("--min_rows", type=positive, default=MIN_ROWS, help=f"refuse fewer rows of different prompts [{MIN_ROWS}]")
-    parser.add_argument("--newest", type=positive, default=NEWEST, help=f"look at so many rows of the served model, the last ones [{NEWEST}]")
+    parser.add_argument("--min_rows", type=parse_positive, default=MIN_ROWS, help=f"refuse fewer rows of different prompts [{MIN_ROWS}]")
+    parser.add_argument("--newest", type=parse_positive, default=NEWEST, help=f"look at so many rows of the served model, the last ones [{NEWEST}]")
     parser.add_argument("--json", metavar="FILE", help="write the report there")
     parser.add_argument(
         "--on_bad_row", choices=("error", "skip"), default="skip",

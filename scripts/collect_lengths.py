@@ -19,8 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from chatglm.families import FAMILIES  # noqa: E402
+from finetune.config import parse_positive  # noqa: E402
 from finetune.data import BadRow  # noqa: E402
-from finetune.predict import add_model_flags, generate_batch, load_for_inference, positive  # noqa: E402
+from finetune.predict import add_model_flags, generate_batch, load_for_inference  # noqa: E402
 from predictor.labels import parse_prompt, read_items  # noqa: E402
 
 OPENING = b'{"prompt": '  # of every line written here
@@ -165,12 +166,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, conflict_handler="resolve")
     add_model_flags(parser)
     parser.add_argument("--max_length", help=argparse.SUPPRESS)
-    parser.add_argument("--max_new_tokens", type=positive, default=512, help="an answer is cut here, and then not finished [512]")
+    parser.add_argument("--max_new_tokens", type=parse_positive, default=512, help="an answer is cut here, and then not finished [512]")
     parser.add_argument("--prompts", required=True, help="file of the prompts")
     parser.add_argument("--output", required=True, help="JSON lines to write, or to go on with")
     parser.add_argument("--served_model", help="name of the model in the lines (default: the folder's)")
-    parser.add_argument("--samples", type=positive, default=1, help="answers to each prompt, with --do_sample [1]")
-    parser.add_argument("--limit", type=positive, help="ask only so many prompts, the first of the file")
+    parser.add_argument("--samples", type=parse_positive, default=1, help="answers to each prompt, with --do_sample [1]")
+    parser.add_argument("--limit", type=parse_positive, help="ask only so many prompts, the first of the file")
     parser.add_argument("--keep_answers", action="store_true", help="write the answers' text too")
     args = parser.parse_args(argv)
     if args.samples > 1 and not args.do_sample:

@@ -1,13 +1,14 @@
 """Static batches: which waiting requests run together, padded to one shape, until the last of them has ended.
 
-    BatchPolicy = Callable[[View, CostModel], list[Batch]]
+    BatchPolicy = Callable[[View, CostModel], Iterable[Batch]]
 
-makes batches of all that waits, the one to run first first. `as_policy` makes a Policy of it: it starts a batch when nothing runs.
+makes batches of all that waits, the one to run first first. `Static` makes a Policy of it: it starts the first when nothing runs, so
+those that need not see all to know the first make the others only when asked.
 """
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,19 +30,19 @@ def answer_room(record: Record, limits: Limits) -> int:
 class Shape:
     """A padded batch that grows: rows x (longest prompt + longest answer) KV tokens."""
 
-    __slots__ = ("records", "prompt", "answer", "limits", "room")
+    __slots__ = ("records", "prompt", "answer", "limits")
 
-    def __init__(self, limits: Limits, room: int):
+    def __init__(self, limits: Limits):
         self.records: list[Record] = []
         self.prompt = self.answer = 0
-        self.limits, self.room = limits, room
+        self.limits = limits
 
     def takes(self, record: Record, answer: int) -> bool:
         """Add the record if the batch stays within the limits; an empty batch takes any."""
         rows = len(self.records) + 1
         prompt = max(self.prompt, record.context_tokens)
         longest = max(self.answer, answer)
-        if rows > 1 and (rows > self.limits.max_batch or rows * (prompt + longest) > self.room):
+        if rows > 1 and (rows > self.limits.max_batch or rows * (prompt + longest) > self.limits.kv_tokens):
             return False
         self.records.append(record)
         self.prompt, self.answer = prompt, longest
@@ -51,16 +52,17 @@ class Shape:
         return Batch(tuple(self.records), (self.prompt + self.answer,) * len(self.records), stop_tokens)
 
 
-def chunks(records: Iterable[Record], view: View, most: int | None = None) -> list[Batch]:
-    """Consecutive batches of records in their order, each as large as memory and limits (and `most` rows) allow."""
-    limits, room = view.limits, view.limits.kv_tokens
-    shapes = [Shape(limits, room)]
+def chunks(records: Iterable[Record], limits: Limits) -> Iterator[Batch]:
+    """Consecutive batches of records in their order, each as large as the limits allow."""
+    shape = Shape(limits)
     for record in records:
         answer = answer_room(record, limits)
-        if (most and len(shapes[-1].records) >= most) or not shapes[-1].takes(record, answer):
-            shapes.append(Shape(limits, room))
-            shapes[-1].takes(record, answer)
-    return [shape.batch() for shape in shapes if shape.records]
+        if not shape.takes(record, answer):
+            yield shape.batch()
+            shape = Shape(limits)
+            shape.takes(record, answer)
+    if shape.records:
+        yield shape.batch()
 
 
 def by_arrival(record: Record) -> tuple[float, int]:
@@ -81,8 +83,8 @@ class Fifo:
     def length(self, request: Request) -> float:
         return self.reserve_tokens
 
-    def __call__(self, view: View, cost: CostModel) -> list[Batch]:
-        return chunks(sorted(view.waiting.everyone(), key=by_arrival), view)
+    def __call__(self, view: View, cost: CostModel) -> Iterator[Batch]:
+        return chunks(sorted(view.waiting.everyone(), key=by_arrival), view.limits)
 
 
 @dataclass(frozen=True)
@@ -214,14 +216,14 @@ class SloOdbs:
             rows.append((first, request.arrival_s, request.id, slo, length, composite, record))
         rows.sort()
         limits = view.limits
-        shape, largest, found = Shape(limits, limits.kv_tokens), (0.0, 0.0, 0.0), []
+        shape, largest, found = Shape(limits), (0.0, 0.0, 0.0), []
         slo_sum = length_sum = 0.0
         for _, _, _, slo, length, composite, record in rows:
             n, answer = len(shape.records), answer_room(record, limits)
             slo_term, length_term = self.terms(n, slo_sum + slo, length_sum + length, largest if n else (composite, slo, length))
             if n and (w1 * slo_term + w2 * length_term > self.threshold or not shape.takes(record, answer)):
                 found.append((largest[0], len(found), shape))
-                shape, largest, slo_sum, length_sum, n = Shape(limits, limits.kv_tokens), (0.0, 0.0, 0.0), 0.0, 0.0, 0
+                shape, largest, slo_sum, length_sum, n = Shape(limits), (0.0, 0.0, 0.0), 0.0, 0.0, 0
             if not n:
                 shape.takes(record, answer)
             slo_sum, length_sum, largest = slo_sum + slo, length_sum + length, max(largest, (composite, slo, length))
@@ -259,22 +261,26 @@ class UellmReleased:
     def length(self, request: Request) -> float:
         return expected_tokens(request.prediction)
 
-    def __call__(self, view: View, cost: CostModel) -> list[Batch]:
+    def __call__(self, view: View, cost: CostModel) -> Iterator[Batch]:
         def composite(record: Record):
             return self.slo_weight * record.request.slo_s + self.length_weight * record.length, *by_arrival(record)
 
-        limits, found, largest = view.limits, [], 0.0
+        def batch() -> Batch:
+            return shape.batch(None if self.extra_tokens is None else math.ceil(largest) + self.extra_tokens)
+
+        limits = view.limits
+        shape, largest = Shape(limits), 0.0
         for record in sorted(view.waiting.everyone(), key=composite):
-            answer, n = answer_room(record, limits), len(found[-1].records) if found else 0
+            answer, n = answer_room(record, limits), len(shape.records)
             far = (record.length - largest) * (n + 1) * self.overhead > self.threshold
-            if not found or n >= self.rows or far or not found[-1].takes(record, answer):
-                found.append(Shape(limits, limits.kv_tokens))
-                found[-1].takes(record, answer)
-                largest = 0.0
+            if n and (n >= self.rows or far or not shape.takes(record, answer)):
+                yield batch()
+                shape, largest, n = Shape(limits), 0.0, 0
+            if not n:
+                shape.takes(record, answer)
             largest = max(largest, record.length)
-        if self.extra_tokens is None:
-            return [shape.batch() for shape in found]
-        return [shape.batch(math.ceil(max(r.length for r in shape.records)) + self.extra_tokens) for shape in found]
+        if shape.records:
+            yield batch()
 
 
 @dataclass(frozen=True)
@@ -329,10 +335,10 @@ class Annealing:
 
         starts = []
         for order in (by_arrival, lambda r: (lengths[r.request.id], r.request.id)):
-            batches = [list(batch.records) for batch in chunks(sorted(chosen, key=order), view)]
+            batches = [list(batch.records) for batch in chunks(sorted(chosen, key=order), limits)]
             starts.append((gain([seconds(rows) for rows in batches], batches), batches))
         best = anneal(starts[starts[1][0] > starts[0][0] * (1 + 1e-9)][1], fits, seconds, gain, self)
-        shape = Shape(limits, limits.kv_tokens)
+        shape = Shape(limits)
         for record in best[0]:
             shape.takes(record, answers[record.request.id])
         return [shape.batch()]
@@ -380,8 +386,8 @@ class Oracle:
     def length(self, request: Request) -> float:
         return request.output_tokens
 
-    def __call__(self, view: View, cost: CostModel) -> list[Batch]:
-        return chunks(sorted(view.waiting.everyone(), key=lambda r: (r.length - r.generated, *by_arrival(r))), view)
+    def __call__(self, view: View, cost: CostModel) -> Iterator[Batch]:
+        return chunks(sorted(view.waiting.everyone(), key=lambda r: (r.length - r.generated, *by_arrival(r))), view.limits)
 
 
 @dataclass(frozen=True)
@@ -404,10 +410,9 @@ class Static:
     def __call__(self, view: View, cost: CostModel) -> Plan:
         if view.running:
             return self.supervise(view)
-        batches = self.batching(view, cost)
-        if not batches:
+        first = next(iter(self.batching(view, cost)), None)
+        if first is None:
             return Plan()
-        first = batches[0]
         reserve = {record.request.id: tokens for record, tokens in zip(first.records, first.reserve_tokens)}
         return Plan(first.records, (), reserve, together=True, stop_tokens=first.stop_tokens, wake_on_arrival=False)
 
@@ -423,9 +428,6 @@ class Static:
                 preempt.append(record)
                 free += record.reserved_tokens
         return Plan(preempt=tuple(preempt), reserve_tokens=reserve, wake_on_arrival=False)
-
-
-as_policy = Static
 
 
 # Knobs of odbs, slo_dbs and slo_odbs: `python -m serving.simulate --search NAME --workload poisson --rate 1.5,2.5,4 --seeds 2

@@ -11,7 +11,6 @@ the measured runs, where "lr" and "helr" are one device under a device map and "
 
 import argparse
 import csv
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from finetune.config import parse_positive
+from finetune.files import write_json
 from serving.cost_model import COEFFICIENTS, CostModel, ModelShape, Profile, even_stages, read_profile
 
 PROMPT_TOKENS = 35  # of the measured batches: the longest ran to 2,048 tokens with 2,013 new ones
@@ -243,10 +244,6 @@ def report(rows: Sequence[Row], start: Profile) -> dict:
     return found
 
 
-def write_json(path: str | Path, content: dict) -> None:
-    Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def run_predict(args) -> None:
     """Prints seconds, one number."""
     profile = read_profile(args.profile)
@@ -280,23 +277,14 @@ def run_fit(args) -> None:
         print(f"{name:28} {figures['rows']:4} rows   median {100 * figures['median_abs_error']:5.2f} %   P90 {100 * figures['p90_abs_error']:5.2f} %")
 
 
-def at_least(least: int):
-    def whole(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
-        return int(text)
-
-    return whole
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m serving.cost_model", description="seconds of serving, from a calibrated profile")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("predict", help="seconds of one batch, run to its longest answer")
-    verb.add_argument("--gpus", type=at_least(1), default=1, help="number of the profile's devices")
-    verb.add_argument("--batch", type=at_least(1), default=1, help="sequences in the batch")
-    verb.add_argument("--output-tokens", type=at_least(1), required=True, help="new tokens of the longest answer")
-    verb.add_argument("--prompt-tokens", type=at_least(1), default=PROMPT_TOKENS, help=f"of the longest prompt (default {PROMPT_TOKENS})")
+    verb.add_argument("--gpus", type=parse_positive, default=1, help="number of the profile's devices")
+    verb.add_argument("--batch", type=parse_positive, default=1, help="sequences in the batch")
+    verb.add_argument("--output-tokens", type=parse_positive, required=True, help="new tokens of the longest answer")
+    verb.add_argument("--prompt-tokens", type=parse_positive, default=PROMPT_TOKENS, help=f"of the longest prompt (default {PROMPT_TOKENS})")
     verb.add_argument("--placement", default="even", help="even, single, alternate, lr, he, helr, or layers by device: 14,14")
     verb.add_argument("--model", default="chatglm2-6b", help="a published name or a folder with a config.json")
     verb.add_argument("--warm", action="store_true", help="not the first batch of its process: without start-up")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from serving.batching import BATCH_POLICIES, as_policy
+from serving.batching import BATCH_POLICIES, Static
 from serving.lengths import COARSE, expected_left, quantile_left, quantile_tokens, tokens_left
 from serving.request import FOREVER, CostModel, Limits, Plan, Record, Request, View
 
@@ -128,12 +128,17 @@ class Sjf:
         return min(record.request.prompt_tokens + generated + math.ceil(left), limits.max_tokens)
 
     def __call__(self, view: View, cost: CostModel) -> Plan:
+        draft = self.draft(view)
+        return draft.plan(wake_on_arrival=draft.rows < view.limits.max_batch)
+
+    def draft(self, view: View) -> Draft:
+        """Overruns answered; where that preempted nobody, filled."""
         draft = Draft(view)
         if view.overran:
             make_room(draft, lambda r, generated: self.reserve(r, generated, view.limits), lambda: self.victims(view))
         if not draft.preempt:
             self.fill(draft)
-        return draft.plan(wake_on_arrival=draft.rows < view.limits.max_batch)
+        return draft
 
     def fill(self, draft: Draft):
         limits = draft.view.limits
@@ -159,26 +164,24 @@ class Srpt(Sjf):
     advantage: float = 2.0
 
     def __call__(self, view: View, cost: CostModel) -> Plan:
-        draft = Draft(view)
-        if view.overran:
-            make_room(draft, lambda r, generated: self.reserve(r, generated, view.limits), lambda: self.victims(view))
-        if draft.preempt:
-            return draft.plan()
-        self.fill(draft)
-        if len(draft.admit) < len(view.waiting):
-            victims = None
-            for record in view.waiting:
-                if record.request.id in draft.reserve:
-                    continue
-                victims = iter(self.victims(view)) if victims is None else victims
-                victim = next((v for v in victims if v.request.id not in draft.reserve), None)
-                left = tokens_left(record.request, record.generated)
-                if victim is None or tokens_left(victim.request, view.generated(victim)) < self.advantage * left:
-                    break
-                draft.drop(victim)
-                if not draft.add(record, self.reserve(record, record.generated, view.limits)):
-                    break
-        return draft.plan()
+        return self.draft(view).plan()
+
+    def fill(self, draft: Draft):
+        super().fill(draft)
+        view, victims = draft.view, None
+        if len(draft.admit) == len(view.waiting):
+            return
+        for record in view.waiting:
+            if record.request.id in draft.reserve:
+                continue
+            victims = iter(self.victims(view)) if victims is None else victims
+            victim = next((v for v in victims if v.request.id not in draft.reserve), None)
+            left = tokens_left(record.request, record.generated)
+            if victim is None or tokens_left(victim.request, view.generated(victim)) < self.advantage * left:
+                break
+            draft.drop(victim)
+            if not draft.add(record, self.reserve(record, record.generated, view.limits)):
+                break
 
 
 @dataclass(frozen=True)
@@ -284,10 +287,10 @@ class Deadline:
 
     def displace(self, draft: Draft, record: Record, cost: CostModel) -> float:
         """Preempt for a request that must start now; or when to look again."""
-        view, request = draft.view, record.request
+        view = draft.view
         now, pace = view.now_s, view.pace_s
         work = cost.prefill_s(record.context_tokens) + pace * self.left(record, record.generated)
-        must_s = request.arrival_s + request.slo_s - work - work / max(draft.rows, 1)  # a row ends about that often
+        must_s = record.request.deadline_s - work - work / max(draft.rows, 1)  # a row ends about that often
         if now < must_s:
             return must_s
         best, victim = self.preempt_gain * work, None
@@ -311,13 +314,13 @@ class Deadline:
 
     def victims(self, view: View) -> list[Record]:
         """Running records by their deadlines, the latest first; the one that came first comes last."""
-        rows = sorted(view.running.values(), key=lambda r: (-r.request.arrival_s - r.request.slo_s, -r.request.id))
+        rows = sorted(view.running.values(), key=lambda r: (-r.request.deadline_s, -r.request.id))
         oldest = min(rows, key=lambda r: (r.request.arrival_s, r.request.id))
         rows.remove(oldest)
         return [*rows, oldest]
 
 
-POLICIES = {name: as_policy(batching) for name, batching in BATCH_POLICIES.items()} | {
+POLICIES = {name: Static(batching) for name, batching in BATCH_POLICIES.items()} | {
     "fcfs": Fcfs(),
     "sjf": Sjf(),
     "srpt": Srpt(),

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from finetune.files import write_json
 from finetune.memory_shapes import make_shape, read_shape
 from serving.devices import Cluster, Device, Link, find_device
 
@@ -128,10 +129,7 @@ class Profile:
         return Cluster.uniform(device, count, link=self.link if isinstance(self.link, str) else Link(**self.link))
 
     def save(self, path: str | Path) -> None:
-        path = Path(path)
-        aside = path.with_name(f".{path.name}.tmp")
-        aside.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        aside.replace(path)
+        write_json(path, asdict(self))
 
 
 COEFFICIENTS = tuple(f.name for f in fields(Profile) if f.name not in ("name", "device", "link", "made"))
@@ -209,7 +207,6 @@ class CostModel:
         stages: ((device, layers), ...) in the order in which tokens go through them.
         mapped: whether a device map's overhead is charged (default: a chain of several devices).
         startup_s: what a process's first call costs besides; in no other figure.
-        kv_bytes_per_token: bytes of one token's keys and values over the whole chain.
         kv_capacity_tokens: tokens of KV that fit beside the weights; 0 where the weights do not fit.
     """
 
@@ -226,7 +223,6 @@ class CostModel:
         self.used = sorted({d for d, _ in self.stages})
         self.mapped = len(self.used) > 1 if mapped is None else mapped
         self.startup_s = profile.startup_s + profile.startup_device_s * (len(self.used) - 1)
-        self.kv_bytes_per_token = model.kv_bytes_per_token
         self.output_device = self.first if model.tied else self.last
         self._base: dict[int, float] = {}
         self._add_up()

@@ -120,7 +120,7 @@ class ChainSearch:
 
     def __init__(self, pieces: Pieces, weight: float):
         self.layers, self.pieces, self.steps = pieces.model.layers, pieces, 0
-        self.groups = pieces.cluster.groups()
+        self.groups = pieces.cluster.groups
         weight = min(weight, 1 - TIE)
         self.latency_weight, self.device_price = 1 - weight, weight * pieces.scale
         self.sizes = np.array([len(group) for group in self.groups])

@@ -10,6 +10,7 @@ Figures are the vendors' (dense half-precision products with fp32 accumulation);
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 MIB, GIB = 2**20, 2**30
@@ -83,12 +84,14 @@ class Cluster:
         devices = tuple(find_device(d) if isinstance(d, str) else d for d in listed)
         return cls(devices, tuple(tuple(None if i == j else link for j in range(len(devices))) for i in range(len(devices))))
 
+    @cached_property
     def groups(self) -> list[list[int]]:
         """Devices that nothing tells apart: equal, and with equal links inside the group and to everything outside it. In order."""
         found: list[list[int]] = []
         for i in range(len(self.devices)):
             for group in found:
-                if all(self._alike(i, j) for j in group) and self._one_link(group + [i]):
+                first = group[0]  # whoever is like it is like the others: their links to all but each other are its links
+                if self._alike(i, first) and (len(group) == 1 or self.links[i][first] == self.links[first][group[1]]):
                     group.append(i)
                     break
             else:
@@ -99,9 +102,6 @@ class Cluster:
         others = [k for k in range(len(self.devices)) if k not in (i, j)]
         same = all(self.links[i][k] == self.links[j][k] and self.links[k][i] == self.links[k][j] for k in others)
         return self.devices[i] == self.devices[j] and self.links[i][j] == self.links[j][i] and same
-
-    def _one_link(self, group: list[int]) -> bool:
-        return len({self.links[i][j] for i in group for j in group if i != j}) == 1
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Cluster":

@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from predictor.prediction import from_bins
-from serving.batching import Shape, as_policy
+from serving.batching import Shape, Static
 from serving.continuous import POLICIES
 from serving.cost_model import CostModel, ModelShape, read_profile
 from serving.deployment import DEPLOYERS
@@ -34,6 +34,11 @@ PREDICT_S = 7.7e-3  # the encoder, p50 (docs/results.md)
 # Residuals of the log length, 21 quantiles, cross-validated: the encoder of `python benchmarks/predictor.py` with a regression head on
 # ChatGLM2-6B's answers to 644 instructions (tau 0.46). --predictor DIR takes those of another exported predictor.
 RESIDUALS = (-2.85, -1.09, -0.75, -0.51, -0.39, -0.26, -0.15, -0.11, -0.04, 0.01, 0.06, 0.11, 0.17, 0.2, 0.26, 0.31, 0.37, 0.46, 0.6, 0.79, 3.54)  # fmt: skip
+
+
+def predictor_of(args) -> PredictorModel:
+    """With the residuals of --predictor, else RESIDUALS."""
+    return PredictorModel.from_card(args.predictor, LONGEST) if args.predictor else PredictorModel(np.array(RESIDUALS), LONGEST)
 
 
 def print_rows(title: str, rows: list[dict], notes: tuple[str, ...] = ()):
@@ -97,7 +102,7 @@ class Chunks:
             total += record.length
         batches = []
         for records in found:
-            shape, prompt = Shape(view.limits, view.limits.kv_tokens), max(r.context_tokens for r in records)
+            shape, prompt = Shape(view.limits), max(r.context_tokens for r in records)
             for record in records:
                 shape.takes(record, LONGEST - prompt)
             stop = None if self.extra_tokens is None else max(1, min(round(max(r.length for r in records)) + self.extra_tokens, self.longest_tokens) - prompt)
@@ -169,13 +174,13 @@ def published(recorded: Recorded, logs: list[dict], count: int, seeds: int) -> l
         found = []
         for seed in range(seeds):
             workload = published_workload(recorded, count, seed)
-            _, collector, engines = serve(as_policy(system.policy), workload, [SimulatedEngine(cost, limits)])
+            _, collector, engines = serve(Static(system.policy), workload, [SimulatedEngine(cost, limits)])
             kept = {key: np.asarray(column) for key, column in collector.columns.items()}
             seconds = kept["finish_s"].max()
             if system.stress_gpus:  # reported in its time, not in its objectives
                 stress = CostModel.of(model, profile.cluster(system.stress_gpus), profile)
                 half = workload.part(np.arange(count // 2))
-                seconds += serve(as_policy(system.policy), half, [SimulatedEngine(stress, limits)])[0]["span_s"] + 7.0  # and the second loading
+                seconds += serve(Static(system.policy), half, [SimulatedEngine(stress, limits)])[0]["span_s"] + 7.0  # and the second loading
             padded = engines[0].step_rows + count
             late = kept["finish_s"] > kept["slo_s"]
             found.append((seconds, kept["finish_s"].mean(), late.mean() * 100, padded / seconds, kept["output"].sum() / seconds, kept["cut"].mean() * 100))
@@ -197,7 +202,7 @@ def published(recorded: Recorded, logs: list[dict], count: int, seeds: int) -> l
 # ---- uellm, fair
 
 FAIR = {  # the same stopping rule (an answer's own end), predictions, arrivals, placement and limits for all
-    "baseline, Morphling (10 by arrival)": as_policy(Chunks()),
+    "baseline, Morphling (10 by arrival)": Static(Chunks()),
     "FIFO (64 by arrival)": POLICIES["fifo"],
     "S3": POLICIES["s3"],
     "UELLM released (sort, chunks of 10)": POLICIES["uellm_released"],
@@ -311,7 +316,7 @@ def uellm(args) -> dict[str, list[dict]]:
     for count in (100, 300):
         show(f"As published, {count} requests, all at once", published(recorded, logs, count, args.seeds))
     model, profile = ModelShape.from_config("chatglm2-6b"), read_profile("rtx3090")
-    predictor = PredictorModel.from_card(args.predictor, LONGEST) if args.predictor else PredictorModel(np.array(RESIDUALS), LONGEST)
+    predictor = predictor_of(args)
     settings = {}
     for deployer in ("helr", "even"):
         placement = DEPLOYERS[deployer].place(model, profile.cluster(4), Need(20_000, 10), profile)
@@ -348,7 +353,7 @@ TRACE_POLICIES = ("s3", "slo_odbs", "fcfs", "sjf", "deadline")
 def trace(args, clusters: dict = CLUSTERS, per_device: int = 100, least: int = 600) -> dict[str, list[dict]]:
     """The largest load, in requests a second, at which 90 and 99 % of the requests are in time, and the goodput there."""
     model, profile = ModelShape.from_config("chatglm2-6b"), read_profile("datasheet")
-    predictor = PredictorModel.from_card(args.predictor, LONGEST) if args.predictor else PredictorModel(np.array(RESIDUALS), LONGEST)
+    predictor = predictor_of(args)
     tables = {}
     for name in ("azure_conv", "azure_code"):
         rows = []

@@ -114,7 +114,7 @@ class Placement:
         for _ in range(self.replicas):
             chosen: dict[int, int] = {}
             for device in dict.fromkeys(self.devices):
-                group = next(g for g in self.cluster.groups() if device in g)
+                group = next(g for g in self.cluster.groups if device in g)
                 free = [d for d in ([device] + group) if d not in taken and d not in chosen.values()]
                 chosen[device] = free[0]
             taken |= set(chosen.values())
@@ -232,7 +232,7 @@ class Pieces:
 def count_replicas(cluster: Cluster, devices: Sequence[int]) -> int:
     """Chains on different devices, each with as many of every group as this one."""
     found = []
-    for group in cluster.groups():
+    for group in cluster.groups:
         if used := len(set(devices) & set(group)):
             found.append(len(group) // used)
     return min(found)
@@ -241,7 +241,6 @@ def count_replicas(cluster: Cluster, devices: Sequence[int]) -> int:
 def make_placement(pieces: Pieces, stages: Sequence[tuple[int, int]], profile: Profile, steps: int, deployer: str) -> Placement:
     """With latency from the cost model. Raises Infeasible where a device would hold more than it has."""
     model, cluster, need = pieces.model, pieces.cluster, pieces.need
-    stages = tuple((int(d), int(n)) for d, n in stages if n)
     cost = CostModel(model, cluster, stages, profile)
     layers = cm.layers_by_device(cost.stages)
     memory = {d: cost.weight_bytes_on(d) + n * kv_layer_bytes(model, need) for d, n in sorted(layers.items())}
@@ -251,8 +250,8 @@ def make_placement(pieces: Pieces, stages: Sequence[tuple[int, int]], profile: P
             raise infeasible(model, cluster, need, message)
     latency = cost.batch_s([need.prompt_tokens] * need.batch, [need.output_tokens] * need.batch)
     return Placement(
-        model, cluster, need, stages, expected_latency_s=latency,
-        utilisation=min(1.0, pieces.busy([d for d, _ in stages], [n for _, n in stages]) / latency / len(layers)),
+        model, cluster, need, cost.stages, expected_latency_s=latency,
+        utilisation=min(1.0, pieces.busy(*zip(*cost.stages)) / latency / len(layers)),
         replicas=count_replicas(cluster, list(layers)), memory_bytes=memory, search_steps=int(steps), deployer=deployer,
     )  # fmt: skip
 

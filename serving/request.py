@@ -54,6 +54,11 @@ class Limits:
         if min(self.max_batch, self.max_tokens, self.prefill_tokens) < 1 or self.max_tokens > self.kv_tokens:
             raise ValueError(f"wanted max_batch, prefill_tokens >= 1 and 1 <= max_tokens <= kv_tokens; got {self}")
 
+    def most_tokens(self, request: Request, stop_tokens: int | None = None) -> int:
+        """Answer tokens after which an answer is cut."""
+        most = self.max_tokens - request.prompt_tokens
+        return most if stop_tokens is None else min(most, stop_tokens)
+
     def refusal(self, request: Request) -> str | None:
         """Why this request can never be served; None where it can."""
         if request.prompt_tokens < self.max_tokens:
@@ -122,7 +127,6 @@ class View:
         kv_free_tokens: not reserved.
         generated: answer tokens that a running record has by now, those kept from before included.
         pace_s: seconds between two tokens of a running answer, as of late; 0 before there were any.
-        admissions: how many there have been.
     """
 
     now_s: float
@@ -133,7 +137,6 @@ class View:
     limits: Limits
     generated: Callable[[Record], int]
     pace_s: float = 0.0
-    admissions: int = 0
 
 
 class Waiting(Protocol):

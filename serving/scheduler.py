@@ -142,7 +142,6 @@ def run(policy: Policy, engine: Engine, clock: Clock, arrivals, monitor: Callabl
 def _events(policy: Policy, engine: Engine, clock: Clock, arrivals) -> Iterator[Event]:
     limits, cost = engine.limits, engine.cost
     pace = 0.0
-    admissions = 0
     queue = Queue(lambda record: policy.order(record, queue.now_s, pace, cost))
     running: dict[int, Record] = {}
     overran: tuple[Record, ...] = ()
@@ -162,7 +161,7 @@ def _events(policy: Policy, engine: Engine, clock: Clock, arrivals) -> Iterator[
             clock.wait_until(arrivals.next_s())
             continue
 
-        plan = policy(View(now, queue, running, overran, free, limits, engine.generated, pace, admissions), cost)
+        plan = policy(View(now, queue, running, overran, free, limits, engine.generated, pace), cost)
         if plan.admit or plan.preempt or plan.reserve_tokens or overran:
             free = _check(plan, queue, running, overran, free, limits)
         for record in plan.preempt:
@@ -180,7 +179,6 @@ def _events(policy: Policy, engine: Engine, clock: Clock, arrivals) -> Iterator[
             record.admitted_s = now
             if record.first_admitted_s < 0:
                 record.first_admitted_s = now
-            admissions += 1
             yield Event(now, "admitted", record.request.id, record)
         for request_id, tokens in plan.reserve_tokens.items():
             if (record := running.get(request_id)) is not None:

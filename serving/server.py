@@ -67,16 +67,14 @@ def load_service(args) -> Service:
     except ValueError as error:
         raise ValueError(f"--max_batch, --kv_tokens, --max_tokens: {error}") from None
 
-    from chatglm import load_model, load_tokenizer
-    from finetune.distributed import DTYPES, resolve_precision
-    from finetune.predict import pick_device
+    from chatglm import load_tokenizer
+    from finetune.predict import load_ready
 
     tokenizer = load_tokenizer(args.model, mode=args.mode)
     predictor = LengthPredictor.from_pretrained(args.predictor, served_model=tokenizer.name_or_path) if args.predictor else None
-    device = pick_device(args.device)
-    dtype = DTYPES["fp32" if args.precision == "auto" and device == "cpu" else resolve_precision(args.precision)]
-    model = load_model(args.model, mode=args.mode, dtype=dtype, base=args.base_model).to(device).eval()
-    cost = CostModel.of(ModelShape.from_config(model.config.to_dict(), dtype.itemsize), cost_device(device))
+    model = load_ready(args.model, mode=args.mode, base=args.base_model, device=args.device, precision=args.precision)
+    weight = model.get_input_embeddings().weight
+    cost = CostModel.of(ModelShape.from_config(model.config.to_dict(), weight.itemsize), cost_device(weight.device))
     family = FAMILIES[tokenizer.family]
     name = args.served_model_name or (predictor.card["served_model"]["name"] if predictor else Path(args.model).resolve().name)
     if predictor and name != predictor.card["served_model"]["name"]:
@@ -88,9 +86,9 @@ def load_service(args) -> Service:
     )  # fmt: skip
 
 
-def cost_device(device: str) -> str:
-    """The table's device that is most like this one; what is measured while serving soon counts more."""
-    if not device.startswith("cuda"):
+def cost_device(device) -> str:
+    """The table's device that is most like this torch.device; what is measured while serving soon counts more."""
+    if device.type != "cuda":
         return "CPU"
     import torch
 

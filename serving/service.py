@@ -53,8 +53,6 @@ class Service:
         self.clock = WallClock()
         self.inbox = Inbox(self.clock, engine)
         self._ids = itertools.count()
-        self._live: set[int] = set()
-        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
 
     def start(self):
@@ -64,10 +62,7 @@ class Service:
         """End the engine's thread; nobody listens any more to what is under way."""
         self.draining = True
         self.inbox.shut()
-        with self._lock:
-            live = list(self._live)
-        for request_id in live:
-            self.engine.cancel(request_id)
+        self.engine.cancel_all()
         self._thread.join(timeout_s)
         self.monitor.close()
 
@@ -76,17 +71,11 @@ class Service:
             for event in run(self.policy, self.engine, self.clock, self.inbox, self.monitor):
                 if event.kind == "refused":
                     self.engine.forget(event.id)
-                if event.kind in ("refused", "finished"):
-                    with self._lock:
-                        self._live.discard(event.id)
         except Exception as error:  # out of memory, a bug: nobody may wait for ever
             log.exception("the engine has failed")
-            with self._lock:
-                self.failure = f"the engine has failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                live, self._live = self._live, set()
-            self.inbox.shut()
-            for request_id in live:
-                self.engine.forget(request_id, "failed")
+            self.failure = f"the engine has failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            self.inbox.shut()  # first: whoever comes later is refused by it, all others the engine knows
+            self.engine.end_all("failed")
 
     def check_open(self):
         """Raises Closed."""
@@ -101,7 +90,8 @@ class Service:
         """
         self.check_open()
         arrival_s = self.clock.now_s()
-        ids, prediction = await asyncio.to_thread(self._prepare, asked)
+        prompt = prompt_of(asked.messages)
+        ids, prediction = await asyncio.to_thread(self._prepare, asked, prompt)
         self.check_open()
         slo_s = self.slo_s if asked.slo_s is None else asked.slo_s
         request = Request(next(self._ids), len(ids), arrival_s, slo_s, prediction, predict_s=self.clock.now_s() - arrival_s)
@@ -119,33 +109,22 @@ class Service:
                 loop.call_soon_threadsafe(tokens.put_nowait, None)
 
         answer = self.engine.submit(request, ids, sampling, listener)
-        self.monitor.watch(request, prompt_of(asked.messages), answer)
-        with self._lock:
-            failed = self.failure
-            self._live.add(request.id)
+        self.monitor.watch(request, prompt, answer)
         try:
-            if failed:
-                raise Closed(failed)
             self.inbox.put(request)
         except RuntimeError as error:  # it was shut in between
-            self.drop(request.id)
+            self.engine.forget(request.id)
+            self.monitor.forget(request.id)
             raise Closed(str(self.failure or error)) from None
         return Exchange(request, answer, tokens)
-
-    def drop(self, request_id: int):
-        self.engine.forget(request_id)
-        self.monitor.forget(request_id)
-        with self._lock:
-            self._live.discard(request_id)
 
     def cancel(self, exchange: Exchange):
         """Nobody listens any more; nothing, where the answer has ended."""
         self.engine.cancel(exchange.request.id)
 
-    def _prepare(self, asked: ChatRequest):
+    def _prepare(self, asked: ChatRequest, prompt: str):
         ids = encode_messages(self.tokenizer, asked.messages, **self.as_tuned)
-        prediction = self.predictor.predict(prompt_of(asked.messages))[0] if self.predictor is not None else None
-        return ids, prediction
+        return ids, None if self.predictor is None else self.predictor.predict(prompt)[0]
 
     def report(self, exchange: Exchange) -> dict:
         """Predicted and actual length of an ended answer; the `glm_foundry` field of a response."""

@@ -10,7 +10,6 @@
 
 import argparse
 import gc
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from finetune.files import write_json
 from serving.batching import Static
 from serving.continuous import POLICIES
 from serving.metrics import Collector, interval, share_of_gain
@@ -62,14 +62,14 @@ def collected_later():
             gc.enable()
 
 
-def simulate(policy: Policy, workload: Workload, cost: CostModel, limits: Limits, monitor=None, replicas: int = 1) -> tuple[dict[str, float], Collector]:
+def simulate(policy: Policy, workload: Workload, cost: CostModel, limits: Limits, replicas: int = 1) -> tuple[dict[str, float], Collector]:
     """(metrics, everything kept) of one policy on one workload; deterministic."""
-    found, collector, _ = serve(policy, workload, [SimulatedEngine(cost, limits) for _ in range(replicas)], monitor=monitor)
+    found, collector, _ = serve(policy, workload, [SimulatedEngine(cost, limits) for _ in range(replicas)])
     return found, collector
 
 
 def serve(
-    policy: Policy, workload: Workload, engines: list[SimulatedEngine], speeds: list[float] | None = None, monitor=None,
+    policy: Policy, workload: Workload, engines: list[SimulatedEngine], speeds: list[float] | None = None
 ) -> tuple[dict[str, float], Collector, list[SimulatedEngine]]:  # fmt: skip
     """Several replicas, each with a queue of its own; requests are dealt out in turn, by the speeds. As `simulate`, and the engines."""
     collector = Collector()
@@ -77,7 +77,7 @@ def serve(
     with collected_later():
         for k, engine in enumerate(engines):
             part = workload.part(which == k) if len(engines) > 1 else workload
-            collector.watch(run(policy, engine, VirtualClock(), Replay(part.requests(policy.predicts)), monitor))
+            collector.watch(run(policy, engine, VirtualClock(), Replay(part.requests(policy.predicts))))
     return collector.summary(total_of(engines)), collector, engines
 
 
@@ -329,11 +329,6 @@ def main(argv: list[str] | None = None):
 
 def printable(args) -> dict:
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-
-
-def write_json(path: Path, content: dict):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def inner_of(policies: dict[str, Policy]) -> dict:

@@ -27,7 +27,6 @@ class LinearCost:
     """
 
     kv_capacity_tokens: int = 100_000
-    kv_bytes_per_token: int = 28_672
     step_s: float = 8e-3
     row_s: float = 3e-5
     token_s: float = 2e-8
@@ -46,10 +45,6 @@ class LinearCost:
     def decode_s(self, batch: int, context_tokens: int, steps: int) -> float:
         return steps * (self.step_s + self.row_s * batch + self.token_s * (context_tokens + batch * (steps - 1) / 2))
 
-    def batch_s(self, prompt_tokens: list[int], output_tokens: list[int]) -> float:
-        rows, longest = len(prompt_tokens), max(prompt_tokens)
-        return self.prefill_s(longest * rows, rows) + self.decode_s(rows, rows * (longest + 1), max(output_tokens) - 1)
-
 
 class Row:
     """A sequence in the engine: `target` answer tokens to make since its admission; 0 of one that had ended in a static batch when it
@@ -59,13 +54,11 @@ class Row:
 
     def __init__(self, record: Record, limits: Limits, reserve: int, base: int, context: int, stop_tokens: int | None):
         request = record.request
-        whole = request.output_tokens
-        limit = most = limits.max_tokens - request.prompt_tokens
-        if stop_tokens is not None and stop_tokens < most:
-            most = stop_tokens
+        whole, most = request.output_tokens, limits.most_tokens(request, stop_tokens)
         self.id, self.base, self.context, self.kept, self.reserve = request.id, base, context, record.generated, reserve
-        self.cut = whole > most
-        self.target = max((most if self.cut else whole) - record.generated, int(record.generated < min(whole, limit)))
+        ended = record.generated >= min(whole, limits.most_tokens(request))
+        self.target = 0 if ended else max(min(whole, most) - record.generated, 1)
+        self.cut = record.generated + self.target < whole
         self.joined = -1  # the step after which its first new token is there
         self.prefilled, self.ends_at, self.alive = 0, -1, True
 

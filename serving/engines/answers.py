@@ -90,7 +90,7 @@ class Answer:
 class TextEngine:
     """What both real engines do alike: who asked what, and when an answer ends.
 
-    submit, cancel, forget and wake may come from any thread; step and generated belong to the scheduler's.
+    submit, wake, and what cancels or forgets may come from any thread; step and generated belong to the scheduler's.
     """
 
     def __init__(self, model, limits: Limits, cost: CostModel, stop_ids: Sequence[int] | None = None):
@@ -145,10 +145,18 @@ class TextEngine:
         if answer is not None:
             answer.add(None, reason)
 
+    def cancel_all(self):
+        for request_id in self._known():
+            self.cancel(request_id)
+
     def end_all(self, reason: str = "cancelled"):
-        """End whatever is being answered, so that nobody waits for it: after step has raised, or at a shutdown."""
-        for request_id in list(self._answers):
+        """End whatever is being answered, so that nobody waits for it, after step has raised."""
+        for request_id in self._known():
             self.forget(request_id, reason)
+
+    def _known(self) -> list[int]:
+        with self._lock:
+            return list(self._answers)
 
     def wake(self):
         """Make a running step return after its iteration, if its plan wants to hear of arrivals."""
@@ -179,12 +187,6 @@ class TextEngine:
         with self._lock:
             self._answers.pop(answer.id, None)
         return answer.id, len(answer.tokens), answer.reason not in ("stop", "length")
-
-
-def most_tokens(limits: Limits, request: Request, stop_tokens: int | None) -> int:
-    """Answer tokens after which an answer is cut."""
-    most = limits.max_tokens - request.prompt_tokens
-    return most if stop_tokens is None else min(most, stop_tokens)
 
 
 def choose(logits, answers: Sequence[Answer]) -> list[int | None]:

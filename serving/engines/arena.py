@@ -87,14 +87,13 @@ class Arena:
 
     Attributes:
         tokens: what the reservations add up to at most.
-        held, most_held: tokens in slabs, now and at most.
+        held: tokens in slabs. migrations: rows that moved to a larger class.
     """
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, tokens: int):
         self.shape = (layers, kv_heads, head_dim, dtype, device)
         self.tokens = tokens
         self.slabs: dict[int, Slab] = {}
-        self.most_held = 0
         self.migrations = 0
 
     @property
@@ -158,7 +157,6 @@ class Arena:
                 if self.held + (wanted - slab.slots) * slab.size > 2 * self.tokens:
                     wanted = slab.slots + 1
             slab.resize(wanted)
-            self.most_held = max(self.most_held, self.held)
         row.slab, row.slot = slab, len(slab.rows)
         slab.rows.append(row)
 

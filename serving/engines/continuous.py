@@ -11,13 +11,13 @@ from collections import deque
 
 import torch
 
-from serving.engines.answers import TextEngine, choose, most_tokens
+from serving.engines.answers import TextEngine, choose
 from serving.engines.passes import Runner, Sequence
 from serving.request import FOREVER, CostModel, Limits, Plan, StepResult
 
 
 class ContinuousEngine(TextEngine):
-    """Attributes (sums over its life): steps, busy_s; prefill_tokens, step_rows: prompt tokens and decoding rows computed.
+    """Takes any plan.
 
     Args:
         model: a ChatGLM with its output layer, on one device; adapters and P-Tuning prefixes included.
@@ -34,8 +34,6 @@ class ContinuousEngine(TextEngine):
         self._prefills: deque[Sequence] = deque()
         self._together = False
         self._held: dict[int, Sequence] = {}  # ended rows of a static batch, waiting for its others
-        self.steps = self.prefill_tokens = self.step_rows = 0
-        self.busy_s = 0.0
 
     def check_prompt(self, prompt: list[int]):
         super().check_prompt(prompt)
@@ -48,24 +46,21 @@ class ContinuousEngine(TextEngine):
         ended: list[Sequence] = []
         emitted = self._carry_out(plan, begin, started)
         chunk = plan.prefill_tokens or self.limits.prefill_tokens
-        last_step = self.steps + plan.horizon_steps if plan.horizon_steps else FOREVER
-        first = self.steps
+        steps, last_step = 0, plan.horizon_steps or FOREVER
         while True:
             ended += self._take_ended()
             overran = [row.id for row in self.rows.values() if row.full and not row.left and row.answer.reason is None]
-            if ended or overran or not self.rows or self.steps >= last_step:
+            if ended or overran or not self.rows or steps >= last_step:
                 break
-            if (self.steps > first or emitted) and time.perf_counter() - begin >= budget_s:
+            if (steps or emitted) and time.perf_counter() - begin >= budget_s:
                 break
-            if self._woken and plan.wake_on_arrival and self.steps > first:
+            if self._woken and plan.wake_on_arrival and steps:
                 break
             emitted += self._iterate(chunk, begin, started)
-            self.steps += 1
+            steps += 1
         if plan.wake_on_arrival:
             self._woken = False
-        elapsed = time.perf_counter() - begin
-        self.busy_s += elapsed
-        return StepResult(elapsed, emitted, tuple(started), tuple(self.finished(row.answer) for row in ended), tuple(overran))
+        return StepResult(time.perf_counter() - begin, emitted, tuple(started), tuple(self.finished(row.answer) for row in ended), tuple(overran))
 
     def _carry_out(self, plan: Plan, begin: float, started: list) -> int:
         """Preempt, reserve, admit; a static batch's prompts at once. Returns the first tokens that this made."""
@@ -77,15 +72,13 @@ class ContinuousEngine(TextEngine):
                 row.reserve = tokens
                 if row.slab is not None:
                     self.runner.arena.reserve(row, tokens + self.runner.virtual)
-        if plan.together and plan.admit and self.rows:
-            raise RuntimeError("a static batch can only start on an empty engine")
         longest = max((record.context_tokens for record in plan.admit), default=0)
         for record in plan.admit:
             answer = self.answer_of(record)
             positions = self.runner.positions(answer.prompt)
             row = Sequence(
                 answer, record, longest if plan.together else record.context_tokens, plan.reserve_tokens[record.request.id],
-                most_tokens(self.limits, record.request, plan.stop_tokens if plan.together else None),
+                self.limits.most_tokens(record.request, plan.stop_tokens if plan.together else None),
                 positions, self.runner.context(positions),
             )  # fmt: skip
             self.rows[row.id] = row
@@ -103,7 +96,6 @@ class ContinuousEngine(TextEngine):
         """One forward pass with at most `left` prompt tokens; the number of tokens made."""
         slabs = [slab for slab in self.runner.arena.slabs.values() if slab.decoding] if decode else []
         rows = [row for slab in slabs for row in slab.rows[: slab.decoding]]
-        self.step_rows += len(rows)
         chunks: list[tuple[Sequence, int]] = []
         for row in self._prefills:
             take = min(left, row.left)
@@ -119,7 +111,6 @@ class ContinuousEngine(TextEngine):
         if not rows and not chunks:
             return 0
         logits = self.runner.run(slabs, chunks)
-        self.prefill_tokens += sum(count for _, count in chunks)
         first = []
         while self._prefills and not self._prefills[0].left:
             row = self._prefills.popleft()

@@ -12,7 +12,7 @@ import time
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
-from serving.engines.answers import Answer, TextEngine, choose, most_tokens
+from serving.engines.answers import Answer, TextEngine, choose
 from serving.request import FOREVER, CostModel, Limits, Plan, StepResult
 
 NOWHERE = 1 << 30  # an id that no vocabulary has: told none, generate would take the model's own stop ids
@@ -128,8 +128,6 @@ class StaticEngine(TextEngine):
         super().__init__(model.eval(), limits, cost, stop_ids)
         self.rows: dict[int, Row] = {}
         self._generation: Generation | None = None
-        self.steps = self.prefill_tokens = self.step_rows = 0
-        self.busy_s = 0.0
 
     def check_prompt(self, prompt: list[int]):
         super().check_prompt(prompt)
@@ -166,8 +164,6 @@ class StaticEngine(TextEngine):
             started += [(row.id, now) for row in fresh if len(row.answer.tokens) == row.kept + 1]
             emitted += len(fresh)
             made += 1
-            self.steps += 1
-            self.step_rows += len(self.rows)
         finished = []
         if not going:
             finished = [self.finished(row.answer) for row in sorted(self.rows.values(), key=lambda row: row.id)]
@@ -175,9 +171,7 @@ class StaticEngine(TextEngine):
             self._end()
         if plan.wake_on_arrival:
             self._woken = False
-        elapsed = time.perf_counter() - begin
-        self.busy_s += elapsed
-        return StepResult(elapsed, emitted, tuple(started), tuple(finished), tuple(overran))
+        return StepResult(time.perf_counter() - begin, emitted, tuple(started), tuple(finished), tuple(overran))
 
     def _carry_out(self, plan: Plan):
         for record in plan.preempt:
@@ -192,10 +186,9 @@ class StaticEngine(TextEngine):
         self._end()
         longest = max(record.context_tokens for record in plan.admit)
         for record in plan.admit:
-            most = most_tokens(self.limits, record.request, plan.stop_tokens)
+            most = self.limits.most_tokens(record.request, plan.stop_tokens)
             row = Row(self.answer_of(record), plan.reserve_tokens[record.request.id], longest, most)
             self.rows[row.id] = row
-        self.prefill_tokens += longest * len(self.rows)
         waiting = [row for row in self.rows.values() if row.answer.reason is None]
         if waiting:
             self._generation = Generation(self, waiting)
@@ -204,7 +197,3 @@ class StaticEngine(TextEngine):
         if self._generation is not None:
             self._generation.end()
             self._generation = None
-
-    def close(self):
-        """Let a batch that was left unfinished go."""
-        self._end()

@@ -165,7 +165,7 @@ def test_own_devices(tmp_path):
     cluster = Cluster.uniform([str(path), "A40", "A40"])
     (tmp_path / "cluster.json").write_text(json.dumps(cluster.to_json()))
     assert Cluster.from_json(tmp_path / "cluster.json") == cluster
-    assert cluster.groups() == [[0], [1, 2]]
+    assert cluster.groups == [[0], [1, 2]]
     for text, message in (("[]", "JSON object"), ("{", "not valid JSON"), ('{"colour": 1}', "unknown field 'colour'"), ("{}", "not a device")):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):

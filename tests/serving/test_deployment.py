@@ -152,7 +152,7 @@ def test_eight_and_sixty_four_devices_in_time():
     many = Cluster(
         tuple(kinds[g] for g in group), tuple(tuple(None if i == j else wires[group[i]][group[j]] for j in range(64)) for i in range(64))
     )
-    assert [len(g) for g in many.groups()] == [16] * 4
+    assert [len(g) for g in many.groups] == [16] * 4
     for cluster, limit in ((Cluster(tuple(eight), links), 1.0), (many, 10.0)):
         took = []
         for _ in range(2):
@@ -167,7 +167,7 @@ def test_groups_change_nothing():
     device = Device("d", 5 * GIB, 1e12, 1e14)
     alike = Cluster.uniform([device] * 3 + [replace(device, bandwidth_bytes_s=5e11)] * 2)
     apart = Cluster.uniform([replace(d, name=f"d{i}") for i, d in enumerate(alike.devices)])
-    assert [len(c.groups()) for c in (alike, apart)] == [2, 5]
+    assert [len(c.groups) for c in (alike, apart)] == [2, 5]
     for weight in (0.0, 0.4, 1.0):
         a, b = (Helr(weight).place(GLM2, c, NEED, DATASHEET) for c in (alike, apart))
         assert a.expected_latency_s == pytest.approx(b.expected_latency_s) and len(a.stages) == len(b.stages)

@@ -350,6 +350,10 @@ def test_refusals():
     engine.forget(5)
     assert answer.wait(1) and answer.reason == "refused"
     answer = engine.submit(request, prompt_of(model, 4, 0))
+    engine.cancel_all()
+    assert answer.wait(1) and answer.reason == "cancelled"
+    engine.forget(5)
+    answer = engine.submit(request, prompt_of(model, 4, 0))
     engine.end_all("failed")
     assert list(answer) == [] and answer.reason == "failed"
     with pytest.raises(ValueError, match="static, continuous"):

@@ -6,7 +6,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 
-from serving.batching import as_policy
+from serving.batching import Static
 from serving.continuous import POLICIES
 from serving.cost_model import CostModel, ModelShape, read_profile
 from serving.experiments import FAIR, RESIDUALS, Chunks, Fair, Recorded, published_workload, shown, trace
@@ -57,7 +57,7 @@ def test_published_objectives_follow_the_place_in_the_file(recorded):
 def test_chunks_by_rows_and_by_sum(chunks, sizes):
     lengths = [5, 8, 10, 15, 20, 25, 30, 40, 50, 60]
     requests = [ask(i, 10, n, predicted=n) for i, n in enumerate(lengths)]
-    policy = as_policy(chunks)
+    policy = Static(chunks)
     events, _, _ = run_all(policy, requests, Limits(64, 100_000, 4096))
     starts: dict[float, int] = {}
     for event in events:
@@ -77,7 +77,7 @@ def test_chunks_by_rows_and_by_sum(chunks, sizes):
 
 
 def test_a_stop_counts_the_prompt():
-    policy = as_policy(Chunks("slo", extra_tokens=50))
+    policy = Static(Chunks("slo", extra_tokens=50))
     request = ask(0, 30, 500, predicted=100)
     events, _, _ = run_all(policy, [request], Limits(8, 10_000, 2048))
     done = next(e.what for e in events if e.kind == "finished")

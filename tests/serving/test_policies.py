@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.batching import BATCH_POLICIES, SloOdbs, as_policy, decreasing_first_fit
+from serving.batching import BATCH_POLICIES, SloOdbs, Static, decreasing_first_fit
 from serving.continuous import POLICIES, Deadline, Sjf
 from serving.request import FOREVER, Limits, Record, Request, View
 from serving.scheduler import Queue
@@ -181,16 +181,16 @@ def test_slo_odbs_by_hand():
     requests = [ask(0, 10, 100, slo=10), ask(1, 10, 50, slo=20), ask(2, 10, 200, slo=30)]
     limits = Limits(10, 10_000, 1000)
     for threshold, wanted in ((1494.01, [[0, 1, 2]]), (1493.9, [[0, 1], [2]]), (540.1, [[0, 1], [2]]), (539.9, [[1], [0], [2]])):
-        policy = as_policy(replace(knobs, threshold=threshold))
+        policy = Static(replace(knobs, threshold=threshold))
         assert ids(policy.batching(view_of(requests, policy, limits), COST)) == wanted, threshold
 
 
 def test_its_halves_and_what_is_left_of_an_objective():
     requests = [ask(0, 10, 100, slo=10), ask(1, 10, 50, slo=20), ask(2, 10, 200, slo=30)]
     limits = Limits(10, 10_000, 1000)
-    by_length = as_policy(replace(BATCH_POLICIES["odbs"], truth=True, threshold=1.2 * 0.5 * 2 * 250))
+    by_length = Static(replace(BATCH_POLICIES["odbs"], truth=True, threshold=1.2 * 0.5 * 2 * 250))
     assert ids(by_length.batching(view_of(requests, by_length, limits), COST)) == [[1, 0], [2]]  # T_o of {50, 100}: (100 + 150) x 2 x 1.2
-    by_slo = as_policy(replace(BATCH_POLICIES["slo_dbs"], truth=True, threshold=1.2 * 2 * 10))
+    by_slo = Static(replace(BATCH_POLICIES["slo_dbs"], truth=True, threshold=1.2 * 2 * 10))
     batches = by_slo.batching(view_of(requests, by_slo, limits, now=15.0), COST)  # 0, 5 and 15 s are left
     assert ids(batches) == [[0, 1], [2]]
 
@@ -198,8 +198,8 @@ def test_its_halves_and_what_is_left_of_an_objective():
 def test_released_uellm_sorts_and_cuts_into_tens():
     rng = np.random.default_rng(0)
     requests = [ask(i, 10, int(rng.integers(5, 300)), slo=float(rng.integers(90, 300))) for i in range(34)]
-    policy = as_policy(replace(BATCH_POLICIES["uellm_released"], extra_tokens=50))
-    batches = policy.batching(view_of(requests, policy, Limits(64, 100_000, 2000)), COST)
+    policy = Static(replace(BATCH_POLICIES["uellm_released"], extra_tokens=50))
+    batches = list(policy.batching(view_of(requests, policy, Limits(64, 100_000, 2000)), COST))
     assert [len(b.records) for b in batches] == [10, 10, 10, 4]
     keys = [r.request.slo_s + 0.5 * r.length for b in batches for r in b.records]
     assert keys == sorted(keys)
@@ -207,7 +207,7 @@ def test_released_uellm_sorts_and_cuts_into_tens():
 
 
 def test_cutting_answers_is_counted_as_not_served():
-    policy = as_policy(replace(BATCH_POLICIES["uellm_released"], extra_tokens=5))
+    policy = Static(replace(BATCH_POLICIES["uellm_released"], extra_tokens=5))
     requests = [ask(0, 10, 200, predicted=10), ask(1, 10, 8, predicted=10)]
     events, collector, _ = serve(policy, requests, Limits(8, 10_000, 2000))
     done = {e.id: e.what for e in events if e.kind == "finished"}
@@ -236,7 +236,7 @@ def test_decreasing_first_fit(items, capacity, most):
 
 def test_s3_preempts_and_doubles():
     """Bucket 20 of ten up to 200; the answer has 75 tokens: 20, then 40, then 80 reserved."""
-    policy = as_policy(replace(BATCH_POLICIES["s3"], longest_tokens=200))
+    policy = Static(replace(BATCH_POLICIES["s3"], longest_tokens=200))
     events, _, _ = serve(policy, [ask(0, 10, 75, predicted=12)], Limits(8, 2000, 500))
     kinds = [e.kind for e in events]
     assert kinds.count("preempted") == kinds.count("overran") == 2
@@ -249,7 +249,7 @@ def test_annealing_gains_over_where_it_starts():
     limits = Limits(6, 3000, 400)
     got = {}
     for moves in (0, 600):
-        policy = as_policy(replace(BATCH_POLICIES["annealing"], moves=moves))
+        policy = Static(replace(BATCH_POLICIES["annealing"], moves=moves))
         got[moves] = serve(policy, requests, limits)[1].summary()["attainment"]
     assert got[600] > got[0]
 
