@@ -58,13 +58,14 @@ class Bench:
     """
 
     def __init__(self, model: str, predictor: str, lengths: str, limits: Limits, max_src_len: int, max_new_tokens: int):
-        from chatglm import load_model, load_tokenizer
+        from chatglm import load_tokenizer
         from chatglm.families import FAMILIES
+        from finetune.predict import load_ready
         from predictor.runtime import LengthPredictor
         from serving.engines import make_engine
 
         self.folder, self.limits, self.longest = model, limits, max_new_tokens
-        self.tokenizer, self.model = load_tokenizer(model), load_model(model, dtype="float32").eval()
+        self.tokenizer, self.model = load_tokenizer(model), load_ready(model, device="cpu")
         self.predictor = LengthPredictor.from_pretrained(predictor, served_model=model)
         family = FAMILIES[self.tokenizer.family]
         rows = [json.loads(line) for line in open(lengths, encoding="utf-8")]

@@ -55,18 +55,15 @@ def main(argv: list[str] | None = None) -> int:
 def run(args, limits: Limits):
     from tqdm import tqdm
 
-    from chatglm import load_model, load_tokenizer
-    from finetune.distributed import DTYPES, resolve_precision
-    from finetune.predict import pick_device
+    from chatglm import load_tokenizer
+    from finetune.predict import load_ready
     from serving.engines.profiling import profile_engine
     from serving.server import cost_device
 
     tokenizer = load_tokenizer(args.model, mode=args.mode)
-    device = pick_device(args.device)
-    dtype = DTYPES["fp32" if args.precision == "auto" and device == "cpu" else resolve_precision(args.precision)]
-    model = load_model(args.model, mode=args.mode, dtype=dtype, base=args.base_model).to(device).eval()
+    model = load_ready(args.model, mode=args.mode, base=args.base_model, device=args.device, precision=args.precision)
     profile, rows = profile_engine(
-        args.engine, model, tokenizer, args.model, limits, cost_device(device), args.repetitions,
+        args.engine, model, tokenizer, args.model, limits, cost_device(model.device), args.repetitions,
         lambda timings, total: tqdm(timings, total=total, desc="timing", unit="timing"),
     )  # fmt: skip
     replace(profile, name=args.output.stem).save(args.output)
