@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from transformers import Glm4Config, Glm4ForCausalLM, GlmConfig, GlmForCausalLM
 
 import serving.engines.arena
 from predictor.prediction import from_bins
@@ -15,11 +16,12 @@ from serving.engines.arena import Arena, class_of
 from serving.request import FOREVER, Limits, Plan, Record, Request
 from serving.scheduler import Replay, VirtualClock, run
 from serving.simulated import LinearCost, SimulatedEngine
-from tests.conftest import SPECIAL, VARIANTS, tiny_model
+from tests.conftest import SPECIAL, VARIANTS, tiny_config, tiny_model
 
 STOPS = [7, 13, 21, 30]
 PREFIXES = {"plain": {}, "v2": {"pre_seq_len": 4, "ptuning_version": "v2"}, "v1": {"pre_seq_len": 4, "ptuning_version": "v1"}}
-CASES = [(v, "plain") for v in VARIANTS] + [(v, p) for v in ("glm", "glm2") for p in ("v2", "v1")]
+NATIVE = {"native-glm2": "glm2", "native-glm3": "glm3", "native-glm4": None}  # transformers' GLM; whose weights it has
+CASES = [(v, "plain") for v in (*VARIANTS, *NATIVE)] + [(v, p) for v in ("glm", "glm2") for p in ("v2", "v1")]
 SMALL = Limits(max_batch=6, kv_tokens=200, max_tokens=60, prefill_tokens=16)
 MODELS, KNOWN = {}, {}
 
@@ -33,28 +35,66 @@ def prediction_of(tokens: float):
     return from_bins(np.array([0.3, 0.4, 0.3]), np.array([0, tokens / 2, tokens * 1.5, tokens * 3]))
 
 
+def native_glm(model=None):
+    """GlmForCausalLM with the weights of a ChatGLM2 or 3; without one a random Glm4ForCausalLM, which has two norms more in each layer."""
+    config = tiny_config("glm2") if model is None else model.config
+    sizes = {
+        "vocab_size": config.padded_vocab_size, "hidden_size": config.hidden_size, "intermediate_size": config.ffn_hidden_size,
+        "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_attention_heads, "head_dim": config.kv_channels,
+        "num_key_value_heads": config.num_key_value_heads, "rms_norm_eps": config.layernorm_epsilon, "attention_bias": config.add_qkv_bias,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0 * config.rope_ratio, "partial_rotary_factor": 0.5},
+        "pad_token_id": 0, "eos_token_id": STOPS,
+    }  # fmt: skip
+    if model is None:
+        torch.manual_seed(0)
+        native = Glm4ForCausalLM(Glm4Config(**sizes, initializer_range=0.2)).eval()
+        with torch.no_grad():
+            for name, parameter in native.named_parameters():
+                if "norm" in name or "bias" in name:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        return native
+    state, queries, keys = {}, config.num_attention_heads * config.kv_channels, config.num_key_value_heads * config.kv_channels
+    names = {"embedding.word_embeddings": "embed_tokens", "encoder.layers": "layers", "encoder.final_layernorm": "norm", "self_attention": "self_attn",
+             "dense_h_to_4h": "gate_up_proj", "dense_4h_to_h": "down_proj", "attn.dense": "attn.o_proj", "model.output_layer": "lm_head"}  # fmt: skip
+    for name, tensor in model.state_dict().items():
+        name = name.replace("transformer.", "model.")
+        for old, new in names.items():
+            name = name.replace(old, new)
+        if "query_key_value" in name:
+            parts = zip(("q_proj", "k_proj", "v_proj"), tensor.split([queries, keys, keys]))
+            state |= {name.replace("query_key_value", part): piece.clone() for part, piece in parts}
+        else:
+            state[name] = tensor
+    native = GlmForCausalLM(GlmConfig(**sizes)).eval()
+    native.load_state_dict(state)
+    return native
+
+
 def model_of(variant, prefix="plain"):
     if (variant, prefix) not in MODELS:
-        family, own = VARIANTS[variant]
-        MODELS[variant, prefix] = tiny_model(family, **own | PREFIXES[prefix])
+        if variant in NATIVE:
+            MODELS[variant, prefix] = native_glm(NATIVE[variant] and model_of(NATIVE[variant]))
+        else:
+            family, own = VARIANTS[variant]
+            MODELS[variant, prefix] = tiny_model(family, **own | PREFIXES[prefix])
     return MODELS[variant, prefix]
 
 
 def prompt_of(model, length: int, seed: int) -> list[int]:
     rng = random.Random(seed)
     ids = [rng.randrange(31, 50) for _ in range(length)]
-    return ids[:-2] + [SPECIAL["gmask"], SPECIAL["sop"]] if model.config.glm_family == "glm" else ids
+    return ids[:-2] + [SPECIAL["gmask"], SPECIAL["sop"]] if getattr(model.config, "glm_family", None) == "glm" else ids
 
 
 def alone(model, prompt, most: int, stops=STOPS) -> list[int]:
     """Greedy tokens of one prompt, by transformers' generate."""
-    key = (id(model), tuple(prompt), tuple(stops))
+    key = (id(model), tuple(prompt), most, tuple(stops))
     if key not in KNOWN:
         with torch.inference_mode():
             out = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
-                                 max_new_tokens=60, eos_token_id=stops or [99], pad_token_id=0)  # fmt: skip
+                                 max_new_tokens=most, eos_token_id=stops or [99], pad_token_id=0)  # fmt: skip
         KNOWN[key] = out[0, len(prompt) :].tolist()
-    return KNOWN[key][:most]
+    return KNOWN[key]
 
 
 class Chaos:
@@ -135,6 +175,8 @@ def test_tokens_are_those_made_alone(variant, prefix, seed):
     for i, (prompt, sampling) in asked.items():
         assert answers[i].tokens == alone(model, prompt, sampling.max_new_tokens)
         assert answers[i].reason == ("stop" if answers[i].tokens[-1] in STOPS else "length")
+        if NATIVE.get(variant):
+            assert answers[i].tokens == alone(model_of(NATIVE[variant]), prompt, sampling.max_new_tokens)
     kinds = [event.kind for event in events]
     assert kinds.count("finished") == 14 and kinds.count("preempted") > 3 and kinds.count("overran") > 3
     assert engine.runner.arena.migrations and not engine.rows and not engine._answers
