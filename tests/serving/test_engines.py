@@ -1,12 +1,13 @@
 """The real engines make the tokens that a model makes one prompt at a time, whatever plans do to them on the way."""
 
+import copy
+import json
 import random
 import threading
 
 import numpy as np
 import pytest
 import torch
-from transformers import Glm4Config, Glm4ForCausalLM, GlmConfig, GlmForCausalLM
 
 import serving.engines.arena
 from predictor.prediction import from_bins
@@ -16,7 +17,8 @@ from serving.engines.arena import Arena, class_of
 from serving.request import FOREVER, Limits, Plan, Record, Request
 from serving.scheduler import Replay, VirtualClock, run
 from serving.simulated import LinearCost, SimulatedEngine
-from tests.conftest import SPECIAL, VARIANTS, tiny_config, tiny_model
+from tests.conftest import SPECIAL, VARIANTS, tiny_model
+from tests.serving.conftest import native_glm
 
 STOPS = [7, 13, 21, 30]
 PREFIXES = {"plain": {}, "v2": {"pre_seq_len": 4, "ptuning_version": "v2"}, "v1": {"pre_seq_len": 4, "ptuning_version": "v1"}}
@@ -33,41 +35,6 @@ def small_classes(monkeypatch):
 
 def prediction_of(tokens: float):
     return from_bins(np.array([0.3, 0.4, 0.3]), np.array([0, tokens / 2, tokens * 1.5, tokens * 3]))
-
-
-def native_glm(model=None):
-    """GlmForCausalLM with the weights of a ChatGLM2 or 3; without one a random Glm4ForCausalLM, which has two norms more in each layer."""
-    config = tiny_config("glm2") if model is None else model.config
-    sizes = {
-        "vocab_size": config.padded_vocab_size, "hidden_size": config.hidden_size, "intermediate_size": config.ffn_hidden_size,
-        "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_attention_heads, "head_dim": config.kv_channels,
-        "num_key_value_heads": config.num_key_value_heads, "rms_norm_eps": config.layernorm_epsilon, "attention_bias": config.add_qkv_bias,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0 * config.rope_ratio, "partial_rotary_factor": 0.5},
-        "pad_token_id": 0, "eos_token_id": STOPS,
-    }  # fmt: skip
-    if model is None:
-        torch.manual_seed(0)
-        native = Glm4ForCausalLM(Glm4Config(**sizes, initializer_range=0.2)).eval()
-        with torch.no_grad():
-            for name, parameter in native.named_parameters():
-                if "norm" in name or "bias" in name:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-        return native
-    state, queries, keys = {}, config.num_attention_heads * config.kv_channels, config.num_key_value_heads * config.kv_channels
-    names = {"embedding.word_embeddings": "embed_tokens", "encoder.layers": "layers", "encoder.final_layernorm": "norm", "self_attention": "self_attn",
-             "dense_h_to_4h": "gate_up_proj", "dense_4h_to_h": "down_proj", "attn.dense": "attn.o_proj", "model.output_layer": "lm_head"}  # fmt: skip
-    for name, tensor in model.state_dict().items():
-        name = name.replace("transformer.", "model.")
-        for old, new in names.items():
-            name = name.replace(old, new)
-        if "query_key_value" in name:
-            parts = zip(("q_proj", "k_proj", "v_proj"), tensor.split([queries, keys, keys]))
-            state |= {name.replace("query_key_value", part): piece.clone() for part, piece in parts}
-        else:
-            state[name] = tensor
-    native = GlmForCausalLM(GlmConfig(**sizes)).eval()
-    native.load_state_dict(state)
-    return native
 
 
 def model_of(variant, prefix="plain"):
@@ -201,7 +168,7 @@ def test_events_are_the_simulated_engines(name, together, seed):
 
 
 @pytest.mark.parametrize("name", ENGINES)
-@pytest.mark.parametrize("variant", ["glm", "glm2"])
+@pytest.mark.parametrize("variant", ["glm", "glm2", "native-glm2"])
 @pytest.mark.parametrize("seed", range(2))
 def test_static_batches(name, variant, seed):
     model = model_of(variant)
@@ -338,15 +305,15 @@ def test_lora_and_bf16():
     """An adapter's layers take part. In bf16 each token is one that the model, alone, holds to be as good as the best."""
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(0)
-    model = get_peft_model(tiny_model("glm2", seed=4), LoraConfig(target_modules=["query_key_value"], r=2, init_lora_weights=False))
-    prompts = [prompt_of(model, n, n) for n in (5, 9, 12)]
-    asked = {i: (prompt, Sampling(10)) for i, prompt in enumerate(prompts)}
-    answers, _ = serve(engine_of("continuous", model), Chaos(2), asked)
-    assert [answers[i].tokens for i in asked] == [alone(model, prompt, 10) for prompt in prompts]
+    for base, layer in ((tiny_model("glm2", seed=4), "query_key_value"), (native_glm(tiny_model("glm2", seed=4)), "q_proj")):
+        torch.manual_seed(0)
+        model = get_peft_model(base, LoraConfig(target_modules=[layer], r=2, init_lora_weights=False))
+        asked = {i: (prompt_of(model, n, n), Sampling(10)) for i, n in enumerate((5, 9, 12))}
+        answers, _ = serve(engine_of("continuous", model), Chaos(2), asked)
+        assert [answers[i].tokens for i in asked] == [alone(model, prompt, 10) for prompt, _ in asked.values()]
 
-    for variant in ("glm", "glm2"):
-        model = tiny_model(VARIANTS[variant][0], **VARIANTS[variant][1]).bfloat16()
+    for variant in ("glm", "glm2", "native-glm3"):
+        model = copy.deepcopy(model_of(variant)).bfloat16()
         asked = {i: (prompt_of(model, n, n), Sampling(10)) for i, n in enumerate((5, 9, 12))}
         answers, _ = serve(engine_of("continuous", model), Chaos(2), asked)
         for i, (prompt, _) in asked.items():
@@ -399,6 +366,10 @@ def test_refusals():
         make_engine("vllm")
     with pytest.raises(ValueError, match="Linear"):
         engine_of("continuous", torch.nn.Linear(2, 2))
+    native = copy.deepcopy(model_of("native-glm2"))
+    native.model.rotary_emb.rope_type = "dynamic"
+    with pytest.raises(ValueError, match="rope_type 'dynamic'"):
+        engine_of("continuous", native)
 
 
 class Row:
@@ -447,13 +418,14 @@ def test_arena_keeps_what_rows_wrote(seed):
 def test_the_benchmark_runs(monkeypatch, tmp_path):
     from benchmarks import serving_engine
 
-    for name, value in {"LAYERS": 1, "HIDDEN": 64, "FFN": 64, "OMP_NUM_THREADS": 1, "MKL_NUM_THREADS": 1}.items():
-        if hasattr(serving_engine, name):
-            monkeypatch.setattr(serving_engine, name, value)
-        else:
-            monkeypatch.setenv(name, str(value))  # which main() sets
-    result = serving_engine.main(["--quick", "--threads", str(torch.get_num_threads()), "--json", str(tmp_path / "out.json")])
-    assert result["ratios"]["continuous"] > 0 and (tmp_path / "out.json").is_file()
+    for name, value in {"LAYERS": 1, "HIDDEN": 64, "FFN": 64, "VOCABULARY": 128}.items():
+        monkeypatch.setattr(serving_engine, name, value)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")  # main() sets them
+    result = serving_engine.main(["--quick", "--peer", "--rows", "4", "--threads", str(torch.get_num_threads()), "--json", str(tmp_path / "out.json")])
+    assert result == json.loads((tmp_path / "out.json").read_text())
+    assert set(result["ratios"]) == {"static", "continuous", "peer", "continuous-glm"}
+    assert result["ratios"]["peer"]["x_peer"] == 1 and result["ratios"]["continuous-glm"]["x_peer"] > 0
 
 
 def test_wall_clock_sleeps_until_there_is_news():
