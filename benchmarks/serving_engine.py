@@ -1,13 +1,15 @@
-"""Tokens a second of the engines: static batches in order of arrival against continuous batching, in interleaved runs.
+"""Tokens a second of the engines: static batches in order of arrival, continuous batching, and transformers' own, in interleaved runs.
 
-    python benchmarks/serving_engine.py [--quick] [--json FILE] [--repetitions 5] [--threads 1] [--static 8] [--rows 16] [--peer]
+    python benchmarks/serving_engine.py [--peer] [--quick] [--json FILE] [--repetitions 5] [--threads 1] [--static 8] [--rows 16]
 
 The model has 6 layers of 512, ChatGLM2's proportions and its vocabulary, random weights in bf16. Such a model never stops, so each
 request asks for its own number of tokens: log-normal, median 100, at most 512; all are there from the start. Useful tokens are those
 asked for; what a static batch computes after a row has ended is not.
-    static        transformers' generate, batches of --static in order of arrival (serving.engines.static under `fifo`)
-    continuous    --rows sequences at once (serving.engines.continuous under `fcfs`)
-    peer          with --peer: transformers' own continuous batching on GlmForCausalLM of the same size
+    static           transformers' generate, batches of --static in order of arrival (serving.engines.static under `fifo`)
+    continuous       --rows sequences at once (serving.engines.continuous under `fcfs`)
+With --peer also, on one GlmForCausalLM of the same size:
+    peer             transformers' continuous batching (paged cache, sdpa): as many sequences at once, KV and prompt tokens as ours has
+    continuous-glm   the continuous engine
 A ratio is taken within each repetition, whose subjects follow one another; the table shows medians. On a machine that others use too, the
 ratio by CPU seconds (of all threads; --threads 1) says more than the one by the clock.
 """
@@ -24,15 +26,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 LAYERS, HIDDEN, VOCABULARY, FFN = 6, 512, 65024, 1712
+CAP, LONGEST_PROMPT, PREFILL = 512, 96, 256  # tokens: of an answer, of a prompt, of prompts in one pass
 
 
 def workload(count: int, cap: int, seed: int) -> list[tuple[list[int], int]]:
-    """(prompt ids, answer tokens) of requests: prompts of 16 to 96 ids."""
+    """(prompt ids, answer tokens) of requests: prompts of 16 to LONGEST_PROMPT ids."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
     lengths = np.clip(np.round(rng.lognormal(np.log(100), 1.0, count)), 1, cap).astype(int).tolist()
-    return [(rng.integers(1000, 60000, rng.integers(16, 97)).tolist(), length) for length in lengths]
+    return [(rng.integers(0, VOCABULARY, rng.integers(16, LONGEST_PROMPT + 1)).tolist(), length) for length in lengths]
 
 
 def make_model():
@@ -49,8 +52,31 @@ def make_model():
     return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
 
 
+def make_glm():
+    """GlmForCausalLM with the parameters of make_model's, in other names."""
+    import torch
+    from transformers import GlmConfig, GlmForCausalLM
+
+    config = GlmConfig(
+        num_hidden_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=8, num_key_value_heads=2, head_dim=64, intermediate_size=FFN,
+        vocab_size=VOCABULARY, attention_bias=True, rms_norm_eps=1e-5, pad_token_id=0, max_position_embeddings=32768,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return GlmForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+
+
+class Clock:
+    """Seconds by the clock and of this process's threads together, from its making to stop()."""
+
+    def __init__(self):
+        self._begin = time.perf_counter(), time.process_time()
+
+    def stop(self) -> tuple[float, float]:
+        return time.perf_counter() - self._begin[0], time.process_time() - self._begin[1]
+
+
 def ours(name: str, policy: str, model, limits):
-    """A subject: work -> seconds, through the scheduler with a wall clock."""
+    """A subject: work -> seconds and CPU seconds, through the scheduler with a wall clock."""
     from serving.continuous import POLICIES
     from serving.engines import Sampling, WallClock, make_engine
     from serving.request import Request
@@ -59,51 +85,48 @@ def ours(name: str, policy: str, model, limits):
 
     engine = make_engine(name, model, limits, LinearCost(), [])
 
-    def subject(work) -> float:
+    def subject(work) -> tuple[float, float]:
+        clock = Clock()
         requests = [Request(i, len(prompt), 0.0, 1e9) for i, (prompt, _) in enumerate(work)]
         answers = [engine.submit(r, prompt, Sampling(length)) for r, (prompt, length) in zip(requests, work)]
-        begin = time.perf_counter()
         for _ in run(POLICIES[policy], engine, WallClock(), Replay(requests)):
             pass
-        seconds = time.perf_counter() - begin
+        found = clock.stop()
         assert [len(a.tokens) for a in answers] == [length for _, length in work]
-        return seconds
+        return found
 
     return subject
 
 
-def peer(rows: int, kv_tokens: int):
-    """transformers' continuous batching, a manager for each turn."""
-    import torch
-    from transformers import ContinuousBatchingConfig, GenerationConfig, GlmConfig, GlmForCausalLM
+def peer(model, rows: int, kv_tokens: int):
+    """transformers' continuous batching; its cache is made once, its thread lives for a turn."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    config = GlmConfig(
-        num_hidden_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=8, num_key_value_heads=2, head_dim=64, intermediate_size=FFN,
-        vocab_size=VOCABULARY, attention_bias=True, eos_token_id=None, pad_token_id=0,
+    page = 32
+    settings = ContinuousBatchingConfig(
+        page_size=page, num_blocks=kv_tokens // page, max_batch_tokens=PREFILL + rows, max_requests_per_batch=rows,
+        allow_block_sharing=False, auto_switch_to_flash=False,
     )  # fmt: skip
-    torch.manual_seed(0)
-    model = GlmForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
-    block = 32
-    settings = ContinuousBatchingConfig(num_blocks=kv_tokens // block, page_size=block, max_batch_tokens=512)
+    nothing_stops = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=CAP)
+    manager = model.init_continuous_batching(generation_config=nothing_stops, continuous_batching_config=settings)
 
-    def subject(work) -> float:
-        # Started for its turn alone: its thread would take time from the others' turns.
-        manager = model.init_continuous_batching(
-            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=512),
-            continuous_batching_config=settings,
-        )
+    def subject(work) -> tuple[float, float]:
         manager.start()
-        begin = time.perf_counter()
-        for prompt, length in work:
-            manager.add_request(prompt, max_new_tokens=length)
-        left = len(work)
-        while left:
-            result = manager.get_result(timeout=1)
-            left -= result is not None and result.is_finished()
-            assert result is not None or manager.is_running(), "transformers' manager has died"
-        seconds = time.perf_counter() - begin
-        manager.stop()
-        return seconds
+        try:
+            clock = Clock()
+            wanted = {manager.add_request(prompt, max_new_tokens=length): length for prompt, length in work}
+            made = {}
+            while len(made) < len(work):
+                result = manager.get_result(timeout=1)
+                if result is None and not manager.is_running():
+                    raise RuntimeError("transformers' continuous batching has died")
+                if result is not None and result.is_finished():
+                    made[result.request_id] = len(result.generated_tokens)
+            found = clock.stop()
+        finally:
+            manager.stop(keep_for_next_session=True)
+        assert made == wanted
+        return found
 
     return subject
 
@@ -117,11 +140,11 @@ def measure(subjects, count: int, cap: int, repetitions: int, args) -> tuple[dic
         work = workload(count, cap, args.seed + 2 + repetition)
         tokens = sum(length for _, length in work)
         for name, subject in subjects.items():
-            begin = time.process_time()
-            rates[name].append(tokens / subject(work))
-            cpu_rates[name].append(tokens / (time.process_time() - begin))
+            seconds, cpu_seconds = subject(work)
+            rates[name].append(tokens / seconds)
+            cpu_rates[name].append(tokens / cpu_seconds)
             found = f"{rates[name][-1]:8.1f} tokens/s {cpu_rates[name][-1]:8.1f} tokens/CPU s"
-            print(f"{repetition + 1}/{repetitions} {name:12} {found}", file=sys.stderr, flush=True)
+            print(f"{repetition + 1}/{repetitions} {name:14} {found}", file=sys.stderr, flush=True)
     return rates, cpu_rates
 
 
@@ -134,7 +157,7 @@ def main(argv=None) -> dict:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--static", type=int, default=8, help="rows of a static batch [8]")
     parser.add_argument("--rows", type=int, default=16, help="sequences of the continuous engine [16]")
-    parser.add_argument("--peer", action="store_true", help="transformers' continuous batching too")
+    parser.add_argument("--peer", action="store_true", help="transformers' continuous batching too, and ours on the same GlmForCausalLM")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -144,24 +167,25 @@ def main(argv=None) -> dict:
     from serving.request import Limits
 
     torch.set_num_threads(args.threads)
-    count, cap, repetitions = (16, 64, 1) if args.quick else (args.requests, 512, args.repetitions)
+    count, cap, repetitions = (16, 64, 1) if args.quick else (args.requests, CAP, args.repetitions)
     model = make_model()
-    whole = 96 + 512 + 1
-    sizes = {"max_tokens": 4096, "prefill_tokens": 256}
-    subjects = {
-        "static": ours("static", "fifo", model, Limits(max_batch=args.static, kv_tokens=args.static * 4096, **sizes)),
-        "continuous": ours("continuous", "fcfs", model, Limits(max_batch=args.rows, kv_tokens=max(args.rows * whole, 4096), **sizes)),
-    }
+    sizes = {"max_tokens": 4096, "prefill_tokens": PREFILL}
+    static = Limits(max_batch=args.static, kv_tokens=args.static * 4096, **sizes)
+    continuous = Limits(max_batch=args.rows, kv_tokens=max(args.rows * (LONGEST_PROMPT + CAP + 1), 4096), **sizes)
+    subjects = {"static": ours("static", "fifo", model, static), "continuous": ours("continuous", "fcfs", model, continuous)}
     if args.peer:
-        subjects["peer"] = peer(args.rows, args.rows * whole)
+        glm = make_glm()
+        subjects |= {"peer": peer(glm, args.rows, continuous.kv_tokens), "continuous-glm": ours("continuous", "fcfs", glm, continuous)}
     rates, cpu_rates = measure(subjects, count, cap, repetitions, args)
     result = {"threads": args.threads, "requests": count, "rates": rates, "cpu_rates": cpu_rates, "ratios": {}, "cpu_ratios": {}}
-    print(f"{'engine':12} {'tokens/s':>9} {'x static':>9} {'a CPU s':>9} {'x static':>9}")
+    against = [name for name in ("static", "peer") if name in subjects]
+    print(f"{'engine':14}" + "".join(f"{title:>10}" for unit in ("tokens/s", "a CPU s") for title in (unit, *(f"x {other}" for other in against))))
     for name in subjects:
-        line = f"{name:12}"
-        for found, ratios in ((rates, "ratios"), (cpu_rates, "cpu_ratios")):
-            result[ratios][name] = statistics.median(a / b for a, b in zip(found[name], found["static"]))
-            line += f" {statistics.median(found[name]):9.1f} {result[ratios][name]:9.2f}"
+        line = f"{name:14}"
+        for found, key in ((rates, "ratios"), (cpu_rates, "cpu_ratios")):
+            ratios = {other: statistics.median(a / b for a, b in zip(found[name], found[other])) for other in against}
+            result[key][name] = {f"x_{other}": ratio for other, ratio in ratios.items()}
+            line += f"{statistics.median(found[name]):10.1f}" + "".join(f"{ratio:10.2f}" for ratio in ratios.values())
         print(line)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

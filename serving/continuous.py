@@ -294,18 +294,20 @@ class Deadline:
         if now < must_s:
             return must_s
         best, victim = self.preempt_gain * work, None
+        rows, prefill_s, generated_of = draft.rows, cost.prefill_s, view.generated
         for r in view.running.values():
-            if r.preemptions or r.request.id in draft.reserve or self.late(r, r.admitted_s):
+            if r.preemptions or r.until_s == FOREVER or r.admitted_s > r.until_s or r.request.id in draft.reserve:
                 continue
-            slack = r.request.arrival_s + r.request.slo_s - now
+            request = r.request
+            slack = request.arrival_s + request.slo_s - now
             if slack >= pace * r.length:  # most are: the rest need not be asked for
                 continue
-            generated = view.generated(r)
-            if slack >= pace * self.left(r, generated, self.hope_quantile):
-                continue
-            saved = pace * self.left(r, generated) - cost.prefill_s(r.request.prompt_tokens + generated) * draft.rows
-            if saved > best:
-                best, victim = saved, r
+            generated = generated_of(r)
+            saved = pace * self.left(r, generated)  # at most
+            if saved > best and slack < pace * self.left(r, generated, self.hope_quantile):
+                saved -= prefill_s(request.prompt_tokens + generated) * rows
+                if saved > best:
+                    best, victim = saved, r
         tokens = self.reserve(record, record.generated, view.limits)
         if victim is not None and tokens <= draft.free + victim.reserved_tokens:
             draft.drop(victim)

@@ -1,4 +1,4 @@
-"""The continuous engine: iteration-level batching (Orca, OSDI 2022) over a KV arena in length classes, for the ChatGLM families.
+"""The continuous engine: iteration-level batching (Orca, OSDI 2022) over a KV arena in length classes, for ChatGLM and GLM.
 
 One iteration is one forward pass: every decoding sequence's last token and up to prefill_tokens prompt tokens, the longest-admitted
 sequence's first; a sequence whose prompt is complete makes its first token in that pass. These are the iterations that the
@@ -20,9 +20,9 @@ class ContinuousEngine(TextEngine):
     """Takes any plan.
 
     Args:
-        model: a ChatGLM with its output layer, on one device; adapters and P-Tuning prefixes included.
+        model: a ChatGLM, or transformers' GlmForCausalLM or Glm4ForCausalLM, on one device; adapters and P-Tuning prefixes included.
         cost: what policies are told; nothing here reads it.
-        stop_ids: what ends an answer; None for the model's own (chatglm.loading sets them).
+        stop_ids: what ends an answer; None for those of its generation_config.
     Raises:
         ValueError: not such a model.
     """
@@ -37,7 +37,7 @@ class ContinuousEngine(TextEngine):
 
     def check_prompt(self, prompt: list[int]):
         super().check_prompt(prompt)
-        self.runner.positions(prompt)
+        self.runner.body.positions(prompt)
 
     @torch.inference_mode()
     def step(self, plan: Plan, budget_s: float = FOREVER) -> StepResult:
@@ -75,11 +75,11 @@ class ContinuousEngine(TextEngine):
         longest = max((record.context_tokens for record in plan.admit), default=0)
         for record in plan.admit:
             answer = self.answer_of(record)
-            positions = self.runner.positions(answer.prompt)
+            positions = self.runner.body.positions(answer.prompt)
             row = Sequence(
                 answer, record, longest if plan.together else record.context_tokens, plan.reserve_tokens[record.request.id],
                 self.limits.most_tokens(record.request, plan.stop_tokens if plan.together else None),
-                positions, self.runner.context(positions),
+                positions, self.runner.body.context(positions),
             )  # fmt: skip
             self.rows[row.id] = row
             if answer.reason is None:

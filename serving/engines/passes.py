@@ -2,7 +2,7 @@
 
 All sequences' new tokens stand in one row (1, N, hidden): first those of decoding sequences, one each, in the order of their slabs;
 then chunks of prompts. Projections, norms and MLPs do not care whose tokens they are, so the weights are read once. A Pass goes
-through the blocks in the place of their mask (chatglm.layers.attend hands over to it) and does what depends on the sequence.
+through the blocks in the place of their mask and does what depends on the sequence. serving.engines.bodies says what the blocks are.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from chatglm.layers import causal_mask
 from serving.engines.arena import Arena, Slab
+from serving.engines.bodies import body_of
 
 
 class Sequence:
@@ -123,59 +124,36 @@ class Pass:
 
 
 class Runner:
-    """A model's parts and an arena that fits them.
+    """A model's body and an arena that fits it.
 
     Raises:
-        ValueError: the model is none of this project's, or lies on several devices.
+        ValueError: the continuous engine does not know such a model, or it lies on several devices.
     """
 
     def __init__(self, model, kv_tokens: int):
         model = model.get_base_model() if hasattr(model, "get_base_model") else model  # LoRA's layers are in it
-        body = getattr(model, "transformer", None)
-        if body is None or not hasattr(body, "prefix_length"):
-            raise ValueError(f"the continuous engine runs ChatGLM models, got {type(model).__name__}; try --engine static")
         devices = {parameter.device for parameter in model.parameters()}
         if len(devices) > 1 or "meta" in str(devices):
             raise ValueError(f"the continuous engine wants the model on one device, found {sorted(map(str, devices))}; try --engine static")
-        self.model, self.body, self.config = model, body, model.config
-        self.device, self.dtype = devices.pop(), model.dtype
-        self.blocks = body.encoder.layers if hasattr(body, "encoder") else body.layers
-        self.norm = body.encoder.final_layernorm if hasattr(body, "encoder") else body.final_layernorm
-        self.two_dimensional = model.config.glm_family == "glm"
-        self.virtual = body.prefix_length + body.prompt_length
-        with torch.inference_mode():
-            virtual = body.prefix_encoder(1).to(self.dtype) if self.virtual else None
-        self.prompt = virtual if body.prompt_length else None  # (1, P, hidden)
-        self.prefix = virtual if body.prefix_length else None  # (2 * layers, 1, kv_heads, P, D)
-        self.arena = Arena(len(self.blocks), self.config.num_key_value_heads, self.config.head_dim, self.dtype, self.device, kv_tokens)
-
-    def positions(self, prompt: list[int]) -> Tensor:
-        """(1, S) or, for ChatGLM-6B, (2, S): of a prompt's tokens, virtual ones not counted.
-
-        Raises:
-            ValueError: ChatGLM-6B's prompt lacks [gMASK] or <sop>.
-        """
-        if self.two_dimensional:
-            return self.body.count_positions(torch.tensor([prompt]))[0]
-        return torch.arange(len(prompt))[None]
-
-    def context(self, positions: Tensor) -> int:
-        return int((positions[1] == 0).sum()) if self.two_dimensional else 0
+        self.model, self.body, self.device = model, body_of(model), devices.pop()
+        self.virtual = self.body.prefix_length + self.body.prompt_length
+        self.arena = Arena(len(self.body.blocks), self.body.kv_heads, self.body.head_dim, model.dtype, self.device, kv_tokens)
 
     def admit(self, row: Sequence):
         """A slot for the sequence, P-Tuning v2's keys and values in it."""
         self.arena.admit(row, row.reserve + self.virtual)
-        if self.prefix is not None:
+        if (prefix := self.body.prefix) is not None:
             row.length = self.body.prefix_length
-            for layer in range(len(self.blocks)):
-                row.slab.keys[layer][row.slot, :, : row.length] = self.prefix[2 * layer, 0]
-                row.slab.values[layer][row.slot, :, : row.length] = self.prefix[2 * layer + 1, 0]
+            for layer in range(len(prefix) // 2):
+                row.slab.keys[layer][row.slot, :, : row.length] = prefix[2 * layer, 0]
+                row.slab.values[layer][row.slot, :, : row.length] = prefix[2 * layer + 1, 0]
 
     def run(self, decoding: list[Slab], chunks: list[tuple[Sequence, int]]) -> Tensor | None:
         """Logits (at least K, V) of the K tokens after which another comes: of each decoding row, slab by slab, then of each
         sequence whose prompt is complete with its chunk of so many tokens. None where K is 0."""
         ids, positions, parts, pieces, ends, firsts = [], [[], []], [], [], [], []
-        virtual = self.body.prompt_length  # P-Tuning v1's vectors, positions before the text
+        body = self.body
+        virtual = body.prompt_length  # P-Tuning v1's vectors, positions before the text
         for slab in decoding:
             rows = slab.rows[: slab.decoding]
             parts.append(self.decode_part(slab, rows))
@@ -200,22 +178,19 @@ class Runner:
             pieces.append(Chunk(row, start, row.length, self.chunk_mask(row, start)))
         wanted, padding = len(kept), rounded(len(ids)) - len(ids)
         keep = torch.tensor(kept + [0] * (rounded(wanted) - wanted), device=self.device) if chunks else None
-        one_pass = Pass(parts, pieces, len(self.blocks) - 1, keep, ends)
+        one_pass = Pass(parts, pieces, len(body.blocks) - 1, keep, ends)
 
-        positions = torch.tensor([row + [0] * padding for row in positions[: 1 + self.two_dimensional]], device=self.device)
-        turns = self.body.rotary(positions[None] if self.two_dimensional else positions)[:, :, None]
-        hidden = self.model.get_input_embeddings()(torch.tensor(ids + [0] * padding, device=self.device))[None]
+        turns = body.turns(torch.tensor([row + [0] * padding for row in positions[: body.axes]], device=self.device))
+        hidden = body.embed(torch.tensor(ids + [0] * padding, device=self.device))[None]
         for first in firsts:
-            hidden[:, first : first + virtual] = self.prompt
-        for block in self.blocks[:-1]:
+            hidden[:, first : first + virtual] = body.prompt
+        for block in body.blocks[:-1]:
             hidden = block(hidden, one_pass, turns)
-        hidden = self.blocks[-1](hidden, one_pass, turns, keep=keep)
+        hidden = body.blocks[-1](hidden, one_pass, turns, keep=keep)
         for slab in decoding:
             for row in slab.rows[: slab.decoding]:
                 row.length += 1
-        if not wanted:
-            return None
-        return self.model.get_output_embeddings()(self.norm(hidden))[0]
+        return body.head(body.norm(hidden))[0] if wanted else None
 
     def decode_part(self, slab: Slab, rows: list[Sequence]) -> Decoding:
         lengths = [row.length for row in rows]

@@ -1,4 +1,4 @@
-"""Small engines, workloads and a slow engine that takes every iteration by itself."""
+"""Small engines, workloads, a native GLM and a slow engine that takes every iteration by itself."""
 
 import pytest
 
@@ -35,6 +35,46 @@ def serve(policy, requests, limits: Limits, engine=None):
     collector = Collector()
     events = list(run(policy, engine, VirtualClock(), Replay(requests), collector))
     return events, collector, engine
+
+
+def native_glm(model=None):
+    """GlmForCausalLM with the weights of a ChatGLM2 or 3; without one a random Glm4ForCausalLM, which has two norms more in each layer."""
+    import torch
+    from transformers import Glm4Config, Glm4ForCausalLM, GlmConfig, GlmForCausalLM
+
+    from tests.conftest import tiny_config
+
+    config = tiny_config("glm2") if model is None else model.config
+    sizes = {
+        "vocab_size": config.padded_vocab_size, "hidden_size": config.hidden_size, "intermediate_size": config.ffn_hidden_size,
+        "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_attention_heads, "head_dim": config.kv_channels,
+        "num_key_value_heads": config.num_key_value_heads, "rms_norm_eps": config.layernorm_epsilon, "attention_bias": config.add_qkv_bias,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0 * config.rope_ratio, "partial_rotary_factor": 0.5},
+        "pad_token_id": 0,
+    }  # fmt: skip
+    if model is None:
+        torch.manual_seed(0)
+        native = Glm4ForCausalLM(Glm4Config(**sizes, initializer_range=0.2)).eval()
+        with torch.no_grad():
+            for name, parameter in native.named_parameters():
+                if "norm" in name or "bias" in name:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        return native
+    state, queries, keys = {}, config.num_attention_heads * config.kv_channels, config.num_key_value_heads * config.kv_channels
+    names = {"embedding.word_embeddings": "embed_tokens", "encoder.layers": "layers", "encoder.final_layernorm": "norm", "self_attention": "self_attn",
+             "dense_h_to_4h": "gate_up_proj", "dense_4h_to_h": "down_proj", "attn.dense": "attn.o_proj", "model.output_layer": "lm_head"}  # fmt: skip
+    for name, tensor in model.state_dict().items():
+        name = name.replace("transformer.", "model.")
+        for old, new in names.items():
+            name = name.replace(old, new)
+        if "query_key_value" in name:
+            parts = zip(("q_proj", "k_proj", "v_proj"), tensor.split([queries, keys, keys]))
+            state |= {name.replace("query_key_value", part): piece.clone() for part, piece in parts}
+        else:
+            state[name] = tensor
+    native = GlmForCausalLM(GlmConfig(**sizes)).eval()
+    native.load_state_dict(state)
+    return native
 
 
 class TokenByToken:

@@ -1,5 +1,7 @@
 """The real engines make the tokens that a model makes one prompt at a time, whatever plans do to them on the way."""
 
+import copy
+import json
 import random
 import threading
 
@@ -16,10 +18,12 @@ from serving.request import FOREVER, Limits, Plan, Record, Request
 from serving.scheduler import Replay, VirtualClock, run
 from serving.simulated import LinearCost, SimulatedEngine
 from tests.conftest import SPECIAL, VARIANTS, tiny_model
+from tests.serving.conftest import native_glm
 
 STOPS = [7, 13, 21, 30]
 PREFIXES = {"plain": {}, "v2": {"pre_seq_len": 4, "ptuning_version": "v2"}, "v1": {"pre_seq_len": 4, "ptuning_version": "v1"}}
-CASES = [(v, "plain") for v in VARIANTS] + [(v, p) for v in ("glm", "glm2") for p in ("v2", "v1")]
+NATIVE = {"native-glm2": "glm2", "native-glm3": "glm3", "native-glm4": None}  # transformers' GLM; whose weights it has
+CASES = [(v, "plain") for v in (*VARIANTS, *NATIVE)] + [(v, p) for v in ("glm", "glm2") for p in ("v2", "v1")]
 SMALL = Limits(max_batch=6, kv_tokens=200, max_tokens=60, prefill_tokens=16)
 MODELS, KNOWN = {}, {}
 
@@ -35,26 +39,29 @@ def prediction_of(tokens: float):
 
 def model_of(variant, prefix="plain"):
     if (variant, prefix) not in MODELS:
-        family, own = VARIANTS[variant]
-        MODELS[variant, prefix] = tiny_model(family, **own | PREFIXES[prefix])
+        if variant in NATIVE:
+            MODELS[variant, prefix] = native_glm(NATIVE[variant] and model_of(NATIVE[variant]))
+        else:
+            family, own = VARIANTS[variant]
+            MODELS[variant, prefix] = tiny_model(family, **own | PREFIXES[prefix])
     return MODELS[variant, prefix]
 
 
 def prompt_of(model, length: int, seed: int) -> list[int]:
     rng = random.Random(seed)
     ids = [rng.randrange(31, 50) for _ in range(length)]
-    return ids[:-2] + [SPECIAL["gmask"], SPECIAL["sop"]] if model.config.glm_family == "glm" else ids
+    return ids[:-2] + [SPECIAL["gmask"], SPECIAL["sop"]] if getattr(model.config, "glm_family", None) == "glm" else ids
 
 
 def alone(model, prompt, most: int, stops=STOPS) -> list[int]:
     """Greedy tokens of one prompt, by transformers' generate."""
-    key = (id(model), tuple(prompt), tuple(stops))
+    key = (id(model), tuple(prompt), most, tuple(stops))
     if key not in KNOWN:
         with torch.inference_mode():
             out = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
-                                 max_new_tokens=60, eos_token_id=stops or [99], pad_token_id=0)  # fmt: skip
+                                 max_new_tokens=most, eos_token_id=stops or [99], pad_token_id=0)  # fmt: skip
         KNOWN[key] = out[0, len(prompt) :].tolist()
-    return KNOWN[key][:most]
+    return KNOWN[key]
 
 
 class Chaos:
@@ -134,6 +141,8 @@ def test_tokens_are_those_made_alone(variant, prefix, seed):
     for i, (prompt, sampling) in asked.items():
         assert answers[i].tokens == alone(model, prompt, sampling.max_new_tokens)
         assert answers[i].reason == ("stop" if answers[i].tokens[-1] in STOPS else "length")
+        if NATIVE.get(variant):
+            assert answers[i].tokens == alone(model_of(NATIVE[variant]), prompt, sampling.max_new_tokens)
     kinds = [event.kind for event in events]
     assert kinds.count("finished") == 14 and kinds.count("preempted") > 3 and kinds.count("overran") > 3
     assert engine.runner.arena.migrations and not engine.rows and not engine._answers
@@ -158,7 +167,7 @@ def test_events_are_the_simulated_engines(name, together, seed):
 
 
 @pytest.mark.parametrize("name", ENGINES)
-@pytest.mark.parametrize("variant", ["glm", "glm2"])
+@pytest.mark.parametrize("variant", ["glm", "glm2", "native-glm2"])
 @pytest.mark.parametrize("seed", range(2))
 def test_static_batches(name, variant, seed):
     model = model_of(variant)
@@ -295,15 +304,15 @@ def test_lora_and_bf16():
     """An adapter's layers take part. In bf16 each token is one that the model, alone, holds to be as good as the best."""
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(0)
-    model = get_peft_model(tiny_model("glm2", seed=4), LoraConfig(target_modules=["query_key_value"], r=2, init_lora_weights=False))
-    prompts = [prompt_of(model, n, n) for n in (5, 9, 12)]
-    asked = {i: (prompt, Sampling(10)) for i, prompt in enumerate(prompts)}
-    answers, _ = serve(engine_of("continuous", model), Chaos(2), asked)
-    assert [answers[i].tokens for i in asked] == [alone(model, prompt, 10) for prompt in prompts]
+    for base, layer in ((tiny_model("glm2", seed=4), "query_key_value"), (native_glm(tiny_model("glm2", seed=4)), "q_proj")):
+        torch.manual_seed(0)
+        model = get_peft_model(base, LoraConfig(target_modules=[layer], r=2, init_lora_weights=False))
+        asked = {i: (prompt_of(model, n, n), Sampling(10)) for i, n in enumerate((5, 9, 12))}
+        answers, _ = serve(engine_of("continuous", model), Chaos(2), asked)
+        assert [answers[i].tokens for i in asked] == [alone(model, prompt, 10) for prompt, _ in asked.values()]
 
-    for variant in ("glm", "glm2"):
-        model = tiny_model(VARIANTS[variant][0], **VARIANTS[variant][1]).bfloat16()
+    for variant in ("glm", "glm2", "native-glm3"):
+        model = copy.deepcopy(model_of(variant)).bfloat16()
         asked = {i: (prompt_of(model, n, n), Sampling(10)) for i, n in enumerate((5, 9, 12))}
         answers, _ = serve(engine_of("continuous", model), Chaos(2), asked)
         for i, (prompt, _) in asked.items():
@@ -360,6 +369,10 @@ def test_refusals():
         make_engine("vllm")
     with pytest.raises(ValueError, match="Linear"):
         engine_of("continuous", torch.nn.Linear(2, 2))
+    native = copy.deepcopy(model_of("native-glm2"))
+    native.model.rotary_emb.rope_type = "dynamic"
+    with pytest.raises(ValueError, match="rope_type 'dynamic'"):
+        engine_of("continuous", native)
 
 
 class Row:
@@ -408,13 +421,14 @@ def test_arena_keeps_what_rows_wrote(seed):
 def test_the_benchmark_runs(monkeypatch, tmp_path):
     from benchmarks import serving_engine
 
-    for name, value in {"LAYERS": 1, "HIDDEN": 64, "FFN": 64, "OMP_NUM_THREADS": 1, "MKL_NUM_THREADS": 1}.items():
-        if hasattr(serving_engine, name):
-            monkeypatch.setattr(serving_engine, name, value)
-        else:
-            monkeypatch.setenv(name, str(value))  # which main() sets
-    result = serving_engine.main(["--quick", "--threads", str(torch.get_num_threads()), "--json", str(tmp_path / "out.json")])
-    assert result["ratios"]["continuous"] > 0 and (tmp_path / "out.json").is_file()
+    for name, value in {"LAYERS": 1, "HIDDEN": 64, "FFN": 64, "VOCABULARY": 128}.items():
+        monkeypatch.setattr(serving_engine, name, value)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")  # main() sets them
+    result = serving_engine.main(["--quick", "--peer", "--rows", "4", "--threads", str(torch.get_num_threads()), "--json", str(tmp_path / "out.json")])
+    assert result == json.loads((tmp_path / "out.json").read_text())
+    assert set(result["ratios"]) == {"static", "continuous", "peer", "continuous-glm"}
+    assert result["ratios"]["peer"]["x_peer"] == 1 and result["ratios"]["continuous-glm"]["x_peer"] > 0
 
 
 def test_wall_clock_sleeps_until_there_is_news():
