@@ -2,11 +2,13 @@
 
     placement = DEPLOYERS["helr"].place(model, cluster, Need(kv_tokens_q90=20_000, batch=8), read_profile("rtx3090"))
     AutoModelForCausalLM.from_pretrained(folder, device_map=placement.to_device_map())
+    python -m serving.deployment --model chatglm2-6b --device RTX3090 --gpus 4 --deployer helr       (prints all of it)
 
 Every deployer is deterministic, gives each layer to one device, and breaks no device's memory with the KV at the predicted q90; where it
 finds no such placement it raises Infeasible (a ValueError). Free of torch.
 """
 
+import argparse
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +16,9 @@ from itertools import combinations, permutations
 
 import numpy as np
 
-from serving.cost_model import CostModel, ModelShape, Profile
+from finetune.config import parse_positive
+from finetune.files import write_json
+from serving.cost_model import CostModel, ModelShape, Profile, read_profile
 from serving.devices import Cluster
 from serving.placement import Infeasible, Need, Pieces, Placement, infeasible, layers_that_fit, make_placement
 
@@ -409,3 +413,38 @@ DEPLOYERS = {
     "morphling": Morphling(),
     "exhaustive": Exhaustive(),
 }
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(prog="serving.deployment", description="where a model's layers go, and what that costs")
+    add = parser.add_argument
+    add("--model", default="chatglm2-6b", help="published name, folder or config.json [chatglm2-6b]")
+    add("--device", help="of serving/devices.py, or a .json file (default: the profile's)")
+    add("--gpus", type=parse_positive, help="how many of them [1]")
+    add("--cluster", help="instead of --device and --gpus: a .json file of devices and links")
+    add("--profile", default="datasheet", help="calibrated coefficients: a name of serving/profiles, or a .json file [datasheet]")
+    add("--deployer", default="helr", choices=tuple(DEPLOYERS))
+    add("--need_tokens", type=parse_positive, default=20_000, help="KV tokens at the predicted q90 that must fit [20000]")
+    for name, default in (("batch", 1), ("prompt_tokens", 35), ("output_tokens", 256)):
+        add(f"--{name}", type=parse_positive, default=default, help=f"of the batch whose latency counts [{default}]")
+    add("--picture", help="draw each device's memory into this file")
+    add("--json", help="write what is printed here too")
+    args = parser.parse_args(argv)
+    if args.cluster and (args.device or args.gpus):
+        parser.error("--cluster says which devices there are: leave out --device and --gpus")
+    try:
+        profile, count = read_profile(args.profile), args.gpus or 1
+        cluster = Cluster.from_json(args.cluster) if args.cluster else Cluster.uniform(args.device, count) if args.device else profile.cluster(count)
+        need = Need(args.need_tokens, args.batch, args.prompt_tokens, args.output_tokens)
+        placement = DEPLOYERS[args.deployer].place(ModelShape.from_config(args.model), cluster, need, profile)
+        print(placement.describe())
+        if args.json:
+            write_json(args.json, placement.report())
+        if args.picture:
+            placement.picture(args.picture)
+    except (ValueError, OSError, ImportError) as error:
+        parser.exit(1, f"serving.deployment: error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,8 +3,9 @@
 A placement is a chain: tokens pass its stages in order, and return to its first device. Free of torch.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -121,6 +122,44 @@ class Placement:
             found.append(tuple(chosen[d] for d in self.devices))
         return found
 
+    def layers_of(self) -> dict[int, list[str]]:
+        """Each device's layers, by runs: {0: ["0-13"], 1: ["14-27"]}."""
+        found: dict[int, list[str]] = {}
+        start = 0
+        for d, n in self.stages:
+            found.setdefault(d, []).append(f"{start}-{start + n - 1}" if n > 1 else f"{start}")
+            start += n
+        return found
+
+    def report(self) -> dict:
+        """What can be said of it, for JSON; latency_per_token_s is of an answer of the need's batch."""
+        devices = [
+            {"device": d, "name": self.cluster.devices[d].name, "layers": ",".join(runs), "needed_bytes": self.memory_bytes[d],
+             "there_bytes": self.cluster.devices[d].usable_bytes}
+            for d, runs in self.layers_of().items()
+        ]  # fmt: skip
+        return {
+            "deployer": self.deployer, "need": asdict(self.need), "devices": devices, "replicas": self.replica_devices(),
+            "latency_s": self.expected_latency_s, "latency_per_token_s": self.expected_latency_s / self.need.output_tokens,
+            "utilisation": self.utilisation, "device_map": self.to_device_map(), "pipeline_partition": self.to_pipeline_partition(),
+        }  # fmt: skip
+
+    def describe(self) -> str:
+        """`report` in lines."""
+        said, need = self.report(), self.need
+        lines = [
+            f"device {x['device']} {x['name']}: layers {x['layers']}; {x['needed_bytes']:,} bytes needed, {x['there_bytes']:,} there"
+            for x in said["devices"]
+        ]
+        return "\n".join([
+            f"{self.deployer}: {self.model.layers} layers on {len(lines)} of {len(self.cluster.devices)} device(s), {self.replicas} replica(s)", *lines,
+            f"replicas on devices: {' | '.join(','.join(map(str, chain)) for chain in said['replicas'])}",
+            f"latency: {said['latency_s']:.4g} s a batch of {need.batch} ({need.prompt_tokens} + {need.output_tokens} tokens), "
+            f"{1000 * said['latency_per_token_s']:.4g} ms a token; utilisation {self.utilisation:.1%}",
+            f"device_map: {json.dumps(said['device_map'])}",
+            f"vLLM: VLLM_PP_LAYER_PARTITION={said['pipeline_partition']} --pipeline-parallel-size {len(self.stages)}",
+        ])  # fmt: skip
+
     def picture(self, path: str | Path) -> None:
         """Memory of each device as a bar: weights, KV, free; which layers; replicas in the title. Wants matplotlib."""
         from matplotlib.figure import Figure
@@ -134,12 +173,7 @@ class Placement:
         axes.barh(names, [d.memory_bytes / GIB for d in devices], color="0.92", label="there")
         axes.barh(names, weights, color="tab:blue", label="weights")
         axes.barh(names, kv, left=weights, color="tab:orange", label="KV at q90")
-        start = 0
-        texts: dict[int, list[str]] = {}
-        for d, n in self.stages:
-            texts.setdefault(d, []).append(f"{start}-{start + n - 1}" if n > 1 else f"{start}")
-            start += n
-        for d, parts in texts.items():
+        for d, parts in self.layers_of().items():
             words = ", ".join(parts[:4]) + (" ..." if len(parts) > 4 else "")
             axes.text(self.memory_bytes[d] / GIB, d, f"  layers {words}", va="center", fontsize=8)
         axes.invert_yaxis()

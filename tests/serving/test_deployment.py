@@ -1,5 +1,8 @@
 """The deployers: one contract for all, helr against the exhaustive search, and placements as accelerate and vLLM take them."""
 
+import json
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -18,12 +21,13 @@ from serving.deployment import (
     compositions,
     divide,
     fill,
+    main,
     objective,
     window_min,
 )
 from serving.devices import GIB, MIB, Cluster, Device, Link
 from serving.placement import Infeasible, Need, Pieces, make_placement
-from tests.conftest import tiny_config, tiny_model
+from tests.conftest import REPO_ROOT, tiny_config, tiny_model
 
 GLM2 = ModelShape.from_config("chatglm2-6b")
 NEED = Need(kv_tokens_q90=8000, batch=8, prompt_tokens=35, output_tokens=300)
@@ -292,3 +296,33 @@ def test_no_deployer_beats_lr(seed, devices, layers):
     for name in ("even", "single", "he", "helr", "morphling"):
         other = placed(name, case)
         assert other is None or (best and best.expected_latency_s <= other.expected_latency_s * (1 + 1e-9))
+
+
+def run(*words) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "serving.deployment", *map(str, words)], cwd=REPO_ROOT, capture_output=True, text=True)
+
+
+def test_the_command_says_where_layers_go(tmp_path, capsys):
+    cluster, out, picture = tmp_path / "cluster.json", tmp_path / "out.json", tmp_path / "out.png"
+    cluster.write_text(json.dumps({"devices": ["RTX3090", "RTX3090", "RTX3090", "RTX3090"], "link": "pcie3"}))
+    words = ["--model", "chatglm-6b", "--cluster", cluster, "--need_tokens", 30_000, "--batch", 4, "--json", out, "--picture", picture]
+    done = run(*words)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(out.read_text())
+    need = Need(30_000, 4)
+    placement = DEPLOYERS["helr"].place(ModelShape.from_config("chatglm-6b"), Cluster.from_json(cluster), need, DATASHEET)
+    assert len(placement.stages) == placement.replicas == 2  # or the test has nothing to tell apart
+    assert said["device_map"] == placement.to_device_map() and said["replicas"] == [[0, 1], [2, 3]]
+    assert said["latency_per_token_s"] == pytest.approx(placement.expected_latency_s / 256)
+    assert [(x["device"], x["needed_bytes"]) for x in said["devices"]] == list(placement.memory_bytes.items())
+    assert all(x["needed_bytes"] <= x["there_bytes"] == 23 * GIB for x in said["devices"])
+    for piece in ("28 layers on 2 of 4 device(s), 2 replica(s)", "0,1 | 2,3", f"VLLM_PP_LAYER_PARTITION={placement.to_pipeline_partition()} ",
+                  f"device_map: {json.dumps(said['device_map'])}", f"utilisation {placement.utilisation:.1%}"):  # fmt: skip
+        assert piece in done.stdout, piece
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    done = run(*words, "--deployer", "single")
+    assert done.returncode == 1 and "no device holds the model" in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout
+    for more, code, message in ((("--profile", "nope"), 1, "no profile 'nope'"), (("--gpus", 2), 2, "leave out --device and --gpus")):
+        with pytest.raises(SystemExit) as end:
+            main([str(word) for word in (*words, *more)])
+        assert end.value.code == code and message in capsys.readouterr().err
