@@ -30,9 +30,10 @@ def address(server: str, patience_s: float = 120.0) -> str:
     raise TimeoutError(f"{server} names no address after {patience_s:.0f} s")
 
 
-def ask(url: str, prompt: str, slo_s: float) -> dict:
+def ask(url: str, prompt: str, slo_s: float, max_tokens: int | None) -> dict:
     """{answer, output_tokens, predicted_tokens, in_time, latency_s, ...}, as the server reports them."""
     body = {"model": name_of(url), "messages": [{"role": "user", "content": prompt}], "temperature": 0, "slo_s": slo_s}
+    body |= {"max_tokens": max_tokens} if max_tokens else {}
     request = urllib.request.Request(f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request) as response:
         found = json.load(response)
@@ -50,13 +51,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", required=True, help="JSON lines with a prompt each")
     parser.add_argument("--clients", type=int, default=8, help="requests under way at once [8]")
     parser.add_argument("--slo_s", type=float, default=10.0, help="seconds within which a whole answer is wanted [10]")
+    parser.add_argument("--max_tokens", type=int, help="cut answers after so many tokens (default: as long as they are)")
     parser.add_argument("--json", type=Path, help="write all answers here")
     args = parser.parse_args(argv)
     try:
         url = address(args.server)
         prompts = [json.loads(line)["prompt"] for line in open(args.prompts, encoding="utf-8")]
         with ThreadPoolExecutor(args.clients) as pool:
-            answers = list(pool.map(lambda prompt: ask(url, prompt, args.slo_s), prompts))
+            answers = list(pool.map(lambda prompt: ask(url, prompt, args.slo_s, args.max_tokens), prompts))
     except (OSError, KeyError, ValueError) as error:
         said = error.read().decode() if isinstance(error, urllib.error.HTTPError) else error
         print(f"ask_server: error: {said}", file=sys.stderr)

@@ -15,7 +15,7 @@ from chatglm.families import FAMILIES
 from finetune.config import PRECISIONS
 from predictor.runtime import LengthPredictor
 from serving.continuous import POLICIES
-from serving.cost_model import CostModel, ModelShape
+from serving.cost_model import CostModel, ModelShape, read_profile
 from serving.devices import DEVICES
 from serving.engines import ENGINES, make_engine
 from serving.monitor import Monitor
@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--kv_tokens", type=int, default=16384, help="KV cache, in tokens of all answers under way [16384]")
     parser.add_argument("--max_tokens", type=int, default=2048, help="longest prompt and answer, in tokens [2048]")
     parser.add_argument("--slo_s", type=float, default=30.0, help="seconds to a whole answer, of requests that do not say [30]")
+    parser.add_argument("--profile", help="what this engine's steps take (scripts/profile_engine.py), for policies (default: the device's datasheet)")
     parser.add_argument("--log", help="append a JSON line for every answer to this file")
     parser.add_argument("--log_prompts", action="store_true", help="with --log: prompts too, which predictor.update needs")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the weights [auto]")
@@ -62,6 +63,7 @@ def load_service(args) -> Service:
         raise ValueError(f"--policy {args.policy} goes by predicted lengths and wants --predictor DIR; without one choose from {free}")
     if not args.slo_s > 0:
         raise ValueError(f"--slo_s must be above 0, got {args.slo_s:g}")
+    profile = read_profile(args.profile or "datasheet")
     try:
         limits = Limits(max_batch=args.max_batch, kv_tokens=args.kv_tokens, max_tokens=args.max_tokens)
     except ValueError as error:
@@ -74,7 +76,7 @@ def load_service(args) -> Service:
     predictor = LengthPredictor.from_pretrained(args.predictor, served_model=tokenizer.name_or_path) if args.predictor else None
     model = load_ready(args.model, mode=args.mode, base=args.base_model, device=args.device, precision=args.precision)
     weight = model.get_input_embeddings().weight
-    cost = CostModel.of(ModelShape.from_config(model.config.to_dict(), weight.itemsize), cost_device(weight.device))
+    cost = CostModel.of(ModelShape.from_config(model.config.to_dict(), weight.itemsize), cost_device(weight.device), profile)
     family = FAMILIES[tokenizer.family]
     name = args.served_model_name or (predictor.card["served_model"]["name"] if predictor else Path(args.model).resolve().name)
     if predictor and name != predictor.card["served_model"]["name"]:

@@ -238,7 +238,7 @@ def make_cost(args) -> tuple[CostModel, int]:
 
     profile = read_profile(args.profile or "datasheet")
     cluster = Cluster.uniform(args.device, args.gpus) if args.device else profile.cluster(args.gpus)
-    placement = DEPLOYERS[args.deployer].place(ModelShape.from_config(args.model), cluster, Need(args.need_tokens), profile)
+    placement = DEPLOYERS[args.deployer].place(ModelShape.from_config(args.model, args.element_bytes), cluster, Need(args.need_tokens), profile)
     return CostModel.of(placement.model, placement, profile), placement.replicas
 
 
@@ -280,6 +280,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--deployer", default="helr", choices=("even", "single", "he", "lr", "helr", "morphling"), help="places the layers; room for more chains makes replicas")
     add("--need_tokens", type=int, default=20_000, help="KV tokens at the predicted q90 that a placement must hold")
     add("--model", default="chatglm2-6b", help="published name, folder or config.json")
+    add("--element_bytes", type=int, default=2, help="of a weight: 2 in half precision, 4 in fp32")
     add("--traces", default="../shared/data/traces", help="folder of the recorded traces")
     add("--uellm_data", default="../shared/data/uellm", help="folder of UELLM's recorded lengths and logs")
     add("--experiment", choices=("uellm", "trace"), help="run this one of serving.experiments; of the other flags it reads --seeds, --requests, --predictor and folders")

@@ -99,6 +99,48 @@ def wait_for(what, seconds=60):
         time.sleep(0.02)
 
 
+def test_asked_by_its_script(server, tmp_path, capsys):
+    from scripts.ask_server import main as ask_all
+
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"list river {i}"}) + "\n" for i in range(3)))
+    words = ["--prompts", tmp_path / "prompts.jsonl", "--json", tmp_path / "asked.json", "--clients", 2, "--max_tokens", 9]
+    assert ask_all(["--server", server.url, *map(str, words)]) == 0
+    found = json.loads((tmp_path / "asked.json").read_text())
+    assert found["answers"] == 3 and [a["output_tokens"] for a in found["all"]] == [9] * 3 and found["in_time"] == 1
+    assert "3 answers" in capsys.readouterr().out
+    assert ask_all(["--server", "http://127.0.0.1:9", "--prompts", str(tmp_path / "prompts.jsonl")]) == 1
+    assert capsys.readouterr().err.startswith("ask_server: error: ")
+
+
+def test_profiled_and_compared_with_its_simulation(folders, tmp_path, capsys):
+    """scripts/profile_engine.py's file fits a server and a simulator; benchmarks/serving_real.py runs both on the same requests."""
+    from benchmarks.serving_real import main as compare
+    from scripts.profile_engine import main as profile
+    from serving.cost_model import CostModel, ModelShape, read_profile
+    from serving.server import build_parser, load_service
+
+    model, predictor = folders
+    words = ["--model", model, "--device", "cpu", "--max_batch", 2, "--max_tokens", 128, "--kv_tokens", 256]
+    assert profile([*map(str, words), "--output", str(tmp_path / "p.json"), "--rows", str(tmp_path / "p.csv"), "--repetitions", "1"]) == 0
+    cost = CostModel.of(ModelShape.from_config(model, 4), "CPU", read_profile(tmp_path / "p.json"))
+    assert 0 < cost.decode_step_s(1, 30) < 1 and 0 < cost.prefill_s(30) < 1
+    phases = [line.split(",")[7] for line in (tmp_path / "p.csv").read_text().splitlines()[1:]]
+    assert set(phases) == {"decode", "prefill"}
+    service = load_service(build_parser().parse_args([*map(str, words), "--predictor", str(predictor), "--profile", str(tmp_path / "p.json")]))
+    assert service.engine.cost.decode_step_s(1, 30) == pytest.approx(cost.decode_step_s(1, 30))
+
+    (tmp_path / "merged").symlink_to(model)
+    (tmp_path / "predictor").symlink_to(predictor)
+    rows = [{"prompt": f"list river {i}", "output_tokens": 96, "finished": False} for i in range(4)]
+    (tmp_path / "lengths_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--folder", tmp_path, "--policies", "fifo,deadline", "--at", "fifo", "--requests", 6, "--repetitions", 1, "--profile_repetitions", 1]
+    result = compare([*map(str, words), "--max_batch", "4", "--threads", "1", "--json", str(tmp_path / "out.json")])
+    [load] = result["loads"]
+    assert [row["policy"] for row in load["rows"]] == ["fifo", "deadline"] and all(row["other_answers"] == 0 for row in load["rows"])
+    assert all(0 < row[side]["latency_mean_s"][0] < 60 for row in load["rows"] for side in ("measured", "simulated"))
+    assert "deadline" in capsys.readouterr().out and (tmp_path / "out.json").is_file()
+
+
 def test_plain_and_streaming_say_the_same(server):
     plain = ask(server)
     text, chunks = streamed(ask(server, stream=True, stream_options={"include_usage": True}))
