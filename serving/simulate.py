@@ -197,26 +197,38 @@ def plot(rows: list[dict], policies: dict[str, Policy], setting: Setting, folder
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {name: pyplot.subplots(figsize=(7, 4.5)) for name in ("attainment", "latency", "queue")}
-    for name in policies:
-        own = [row for row in rows if row["policy"] == name]
-        figures["attainment"][1].errorbar([r["rate"] for r in own], *zip(*[r["metrics"]["attainment"] for r in own]), label=name, capsize=2)
-        kept = simulate(policies[name], setting.make(max(r["rate"] for r in rows), 0), setting.cost, setting.limits, replicas=setting.replicas)[1].columns
+    highest = max(row["rate"] for row in rows)
+    figures = {name: pyplot.subplots(figsize=(7, 4)) for name in ("attainment", "latency", "queue")}
+    for name, policy in policies.items():
+        style = {"label": name, "linestyle": "--" if isinstance(policy, Static) else "-", "linewidth": 1.4}
+        own = sorted((row for row in rows if row["policy"] == name), key=lambda row: row["rate"])
+        rates, seen = [row["rate"] for row in own], np.array([row["by_seed"]["attainment"] for row in own])
+        (line,) = figures["attainment"][1].plot(rates, seen.mean(axis=1), marker="o", markersize=3, **style)
+        figures["attainment"][1].fill_between(rates, seen.min(axis=1), seen.max(axis=1), color=line.get_color(), alpha=0.15, linewidth=0)
+        kept = simulate(policy, setting.make(highest, 0), setting.cost, setting.limits, replicas=setting.replicas)[1].columns
         arrived, admitted, finished = (np.asarray(kept[c]) for c in ("arrival_s", "admitted_s", "finish_s"))
         latency = np.sort(finished - arrived)
-        figures["latency"][1].plot(latency, np.linspace(0, 1, len(latency)), label=name)
+        figures["latency"][1].plot(latency, np.linspace(0, 1, len(latency)), **style)
         times = np.sort(np.concatenate([arrived, admitted]))
         waiting = np.searchsorted(np.sort(arrived), times, "right") - np.searchsorted(np.sort(admitted), times, "right")
-        figures["queue"][1].plot(times, waiting, label=name, linewidth=0.8)
+        figures["queue"][1].plot(times, waiting, **style | {"linewidth": 0.9})
     labels = {
-        "attainment": ("requests a second", "in time"), "latency": ("latency, s", "share of requests"), "queue": ("time, s", "waiting requests"),
+        "attainment": ("requests a second", "share answered in time; band: all seeds", "Attainment against load"),
+        "latency": ("latency, s", "share of requests", f"Latency at {highest:g} requests/s"),
+        "queue": ("time, s", "waiting requests", f"Queue at {highest:g} requests/s"),
     }  # fmt: skip
     written = []
     for name, (figure, axes) in figures.items():
-        axes.set(xlabel=labels[name][0], ylabel=labels[name][1], title=f"{setting.workload}, {setting.requests} requests")
-        if name == "latency":
-            axes.set_xscale("log")
-        axes.legend(fontsize=7)
+        across, up, title = labels[name]
+        axes.set(xlabel=across, ylabel=up, title=f"{title}: {setting.workload}, {setting.requests} requests")
+        if name != "queue":
+            axes.set(xscale="log", ylim=(0, 1.02))
+        if name == "attainment":
+            axes.set_xticks(rates, [f"{rate:g}" for rate in rates], minor=False)
+            axes.minorticks_off()
+        axes.grid(alpha=0.25, linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1), title="dashed: static batches", title_fontsize=7)
         figure.tight_layout()
         written.append(folder / f"{name}.png")
         figure.savefig(written[-1], dpi=120)
