@@ -402,7 +402,7 @@ def test_evaluation_best_and_save_limit(flags, train, tmp_path):
     )  # fmt: skip
     folder = train(words)
     losses, steps = metrics(out, "eval_loss"), [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines() if "eval_loss" in line]
-    assert steps == [2, 4, 6, 8, 10, 12, 14, 16] and metrics(out, "eval_f1") == [0.0] * 8
+    assert steps == [2, 4, 6, 8, 10, 12, 14, 16] and metrics(out, "eval_triple_f1") == [0.0] * 8
     best = json.loads((out / "best.json").read_text())
     assert best["value"] == min(losses) and best["checkpoint"].endswith(f"step-{steps[losses.index(min(losses))]}")
     assert {p.name for p in out.glob("*epoch-*")} == {best["checkpoint"], folder.name}
@@ -421,7 +421,7 @@ def test_evaluation_rows_of_the_old_form_and_bad_ones(flags, train, tmp_path):
     """--prompt_text and --on_bad_row hold for the answers of --eval_f1 too."""
     rows = write_rows(tmp_path / "eval.json", [{"text": "水泵漏油。", "answer": "a_b_c"}, {"text": 3}, {"text": "油封松动。", "answer": ["a_b_c", "x"]}])
     train(flags(tmp_path / "out", "--eval_path", rows, "--eval_f1", "--on_bad_row", "skip", "--prompt_text", "抽取：", "--eval_max_new_tokens", 2, "--max_steps", 1))
-    assert metrics(tmp_path / "out", "eval_f1") == [0.0]
+    assert metrics(tmp_path / "out", "eval_triple_f1") == [0.0]
 
 
 def test_unevaluated_checkpoints_carry_no_old_metrics(flags, train, tmp_path, rows_file):
