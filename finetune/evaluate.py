@@ -17,6 +17,7 @@ from finetune.data import Dataset, Row, collate, count_labels, read_rows
 from finetune.files import write_aside
 from finetune.metrics import GROUPS, METRICS, check_packages, mean, parse_metrics, score_rows
 from finetune.predict import add_model_flags, answers_by_batch, generate_answers, load_for_inference, positive
+from finetune.record import print_table
 
 
 def evaluation_loss(loss_module, data: Dataset, batch_size: int, **layout) -> float:
@@ -155,13 +156,6 @@ def probe_rows(args):
     print(sentence)
     if args.output:
         write_aside(Path(args.output), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-
-
-def print_table(heads: list[str], lines: list[list[str]]):
-    """The first column on the left, numbers on the right."""
-    widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
-    for line in [heads, *lines]:
-        print("  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -144,6 +144,15 @@ def read_run(folder: Path) -> dict:
     return run
 
 
+def print_table(heads: list[str], lines: list[list[str]]):
+    """Columns of numbers on the right, others on the left."""
+    columns = list(zip(heads, *lines))
+    right = [all(cell[:1] in "+-0123456789" for cell in cells) for _, *cells in columns]
+    padded = [[cell.rjust(max(map(len, cells))) if r else cell.ljust(max(map(len, cells))) for cell in cells] for r, cells in zip(right, columns)]
+    for line in zip(*padded):
+        print("  ".join(line).rstrip())
+
+
 def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
