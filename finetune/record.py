@@ -188,7 +188,12 @@ class RunLog:
         lines = self.path.read_text().splitlines() if done and self.path.is_file() else []
         write_aside(self.path, "".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= done))
         self.file = open(self.path, "a", encoding="utf-8", buffering=1)
-        self.loggers = [LOGGERS[name](config, output_dir, self.record["id"], done) for name in config.loggers]
+        self.loggers = []
+        for name in config.loggers:
+            try:
+                self.loggers.append(LOGGERS[name](config, output_dir, self.record["id"], done))
+            except Exception as error:  # no account, no network: each package has errors of its own
+                raise ValueError(f"--report_to {name}: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
         self.write()
 
     def add(self, step: int, values: dict[str, float]):

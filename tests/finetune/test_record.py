@@ -1,4 +1,4 @@
-"""Evaluation in training: metrics and predictions, early stopping, run.json and loggers, through a resume and on two ranks."""
+"""Evaluation in training: metrics and predictions, early stopping, run.json and loggers, through a resume."""
 
 import json
 import math
@@ -11,10 +11,7 @@ from finetune import record
 from finetune.config import parse_config
 from finetune.engine import Patience
 from finetune.record import is_better, read_run
-from tests.finetune.runs import ROOT, launch, make_rows, metrics, write_rows
-
-# The loss falls at every step, soon by less than this in three.
-STOPS = ["--num_train_epochs", 6, "--eval_step", 1, "--early_stopping_patience", 3, "--early_stopping_min_delta", "0.5"]
+from tests.finetune.runs import ROOT, STOPS, make_rows, metrics, write_rows
 
 
 def steps_of(folder: Path) -> int:
@@ -74,21 +71,6 @@ def test_early_stopping_survives_a_resume(stopped, train, tmp_path):
     assert [line.get("train_loss") for line in run["steps"]] == [line.get("train_loss") for line in before["steps"]]
     assert run["id"] == before["id"] and run["started"] == before["started"] and len(run["sittings"]) == 3
     assert run["seconds"] > before["seconds"] and run["best"] == before["best"] and run["status"] == "stopped early"
-
-
-@pytest.mark.slow
-def test_two_ranks_stop_where_one_does(stopped, tmp_path, rows_file):
-    words, out, folder = stopped
-    (tmp_path / "cases.json").write_text(json.dumps([[
-        *[word if word != str(out) else str(tmp_path / "out") for word in words], "--per_device_train_batch_size", "2",
-        "--eval_metrics", "exact_match,f1", "--eval_max_new_tokens", "3", "--metric_for_best", "loss",
-    ]]))  # fmt: skip
-    launch("torchrun", "tests/finetune/worker.py", tmp_path / "cases.json")
-    two = tmp_path / "out"
-    assert metrics(two, "eval_loss") == pytest.approx(metrics(out, "eval_loss"), rel=1e-3)
-    assert len(metrics(two)) == len(metrics(out)) and read_run(two)["world_size"] == 2 and read_run(two)["status"] == "stopped early"
-    lines = [json.loads(line) for line in (two / "predictions" / "step-1.jsonl").read_text().splitlines()]
-    assert [line["reference"] for line in lines] == [[row["output"]] for row in make_rows(13)]  # each row once, in order
 
 
 def test_metrics_and_predictions_of_each_evaluation(flags, train, tmp_path):

@@ -54,9 +54,9 @@ def test_what_is_drawn(runs):
 
 
 def test_small_parts(tmp_path):
-    assert smooth([2, 2, 2], 7) == pytest.approx([2, 2, 2]) and smooth([1, 5, 3], 1) == [1, 5, 3]
-    # width 2: halves; (1/2 * 1) / (1/2), then (1/4 * 1 + 1/2 * 4) / (3/4)
-    assert smooth([1, 4], 2) == pytest.approx([1, 3])
+    # reach 1: (1+4+1)/3 in the middle, the ends alone; reach 5 has room for 2 on each side of the middle of five
+    assert smooth([1, 4, 1], 1) == pytest.approx([1, 2, 1]) and smooth([1, 5], 0) == [1, 5] and smooth([], 3) == []
+    assert smooth([1, 2, 6, 4, 5], 5) == pytest.approx([1, 3, 18 / 5, 5, 5])
     assert [clock(s) for s in (0.4, 59.6, 7325)] == ["0:00:00", "0:01:00", "2:02:05"]
     assert names_of([tmp_path / "a" / "x", tmp_path / "b" / "x"]) == ["a/x", "b/x"] and names_of([tmp_path / "x"]) == ["x"]
 
