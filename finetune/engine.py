@@ -247,8 +247,7 @@ class Loop:
                    mininterval=0.2 if sys.stderr.isatty() else 20)  # fmt: skip
         status = "failed"
         try:
-            folder = self.run_steps(bar, writer)
-            status = "finished" if self.done == schedule.total_steps else "stopped by signal" if self.stop_signal else "stopped early"
+            folder, status = self.run_steps(bar, writer)
         finally:  # so that an error gets a line of its own
             bar.close()
             if self.workers:
@@ -260,8 +259,8 @@ class Loop:
         say(f"last checkpoint: {folder}")
         return folder
 
-    def run_steps(self, bar, writer) -> Path | None:
-        """The steps that are left; returns the last checkpoint written."""
+    def run_steps(self, bar, writer) -> tuple[Path | None, str]:
+        """The steps that are left; returns the last checkpoint written, and how it ended, as run.json says it."""
         config, schedule = self.config, self.schedule
         folder = None
         while self.done < schedule.total_steps and not self.patience.ended(config.early_stopping_patience):
@@ -292,11 +291,12 @@ class Loop:
                 writer.write()
             if stop:
                 say(f"stopped by signal after step {self.done}; saved {folder}. Go on with --resume_from_checkpoint auto")
-                return folder
-        if self.patience.ended(config.early_stopping_patience):
-            say(f"stopped early after step {self.done}: {self.patience.metric} has not been better than {self.patience.best:.4f} "
+                return folder, "stopped by signal"
+        if self.done < schedule.total_steps:
+            say(f"stopped early after step {self.done}: {self.patience.metric} has not been better than {self.patience.best} "
                 f"for {self.patience.since} evaluations")  # fmt: skip
-        return folder
+            return folder, "stopped early"
+        return folder, "finished"
 
     def step(self) -> tuple[float, float, int, bool]:
         """One optimizer step: (mean loss over its labelled tokens on all ranks, norm of its gradient before clipping, real
@@ -398,7 +398,7 @@ class Patience:
 
     def see(self, metrics: dict[str, float]):
         value = agree(lambda: metrics[self.metric])
-        if self.best is None or is_better(self.metric, value, self.best, self.min_delta):
+        if not math.isnan(value) and (self.best is None or is_better(self.metric, value, self.best, self.min_delta)):
             self.best, self.since = value, 0
         else:
             self.since += 1

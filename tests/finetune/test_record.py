@@ -21,7 +21,7 @@ def steps_of(folder: Path) -> int:
 @pytest.mark.parametrize("metric, values, min_delta, since", [
     ("loss", [3, 2, 1, 1, 2], 0, [0, 0, 0, 1, 2]), ("rougeL", [0.1, 0.3, 0.2, 0.4], 0, [0, 0, 1, 0]),
     # each step is better than the last, but by 0.3 alone none but the third is better than the best that counted
-    ("loss", [1, 0.8, 0.6, 0.5], 0.3, [0, 1, 0, 1]), ("loss", [1, math.nan, 0.9], 0, [0, 1, 0]),
+    ("loss", [1, 0.8, 0.6, 0.5], 0.3, [0, 1, 0, 1]), ("loss", [1, math.nan, 0.9], 0, [0, 1, 0]), ("bleu4", [math.nan, 0.1, 0.2], 0, [1, 0, 0]),
 ])  # fmt: skip
 def test_patience_by_hand(metric, values, min_delta, since):
     patience = Patience(metric, min_delta, None)

@@ -457,6 +457,7 @@ def test_sigterm_saves_and_exits_0(flags, train, tmp_path):
         child.kill()
     assert child.returncode == 0, said[-2000:]
     stopped = len(metrics(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "stopped by signal"
     assert "stopped by signal after step" in said and list((tmp_path / "out").glob(f"epoch-*-step-{stopped}/manifest.json"))
     assert 5 < stopped < 400
     assert load_model(next((tmp_path / "out").glob(f"epoch-*-step-{stopped}"))) is not None
