@@ -15,9 +15,7 @@ import os
 import pickle
 import re
 import shutil
-import sys
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -28,11 +26,12 @@ from chatglm.loading import PREFIX, stop_ids
 from finetune.config import TrainConfig, read_ds_file
 from finetune.distributed import agree, rank, say, without_prints, world_size
 from finetune.files import flush, flush_tree, sha256, write_json
+from finetune.record import LOWER_IS_BETTER, RUN, versions
 
 FORMAT_VERSION = 1
 NAME = re.compile(r"epoch-(\d+)-step-(\d+)$")
 MANIFEST = "manifest.json"
-LOWER_IS_BETTER = ("loss", "mae")  # of the metrics; of all others a higher one is better
+PREDICTIONS = "predictions"  # of each evaluation, in the output folder
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -87,8 +86,10 @@ def remove_leftovers(output_dir: Path, replace: bool):
     for path in output_dir.glob(".epoch-*"):
         shutil.rmtree(path, ignore_errors=True)
     if replaced:
-        (output_dir / "best.json").unlink(missing_ok=True)
-        shutil.rmtree(output_dir / "runs", ignore_errors=True)
+        for name in ("best.json", RUN):
+            (output_dir / name).unlink(missing_ok=True)
+        for name in ("runs", PREDICTIONS):
+            shutil.rmtree(output_dir / name, ignore_errors=True)
 
 
 def gathered_state(model: nn.Module, *, trainable_only: bool) -> dict[str, Tensor]:
@@ -149,11 +150,6 @@ def export(model, method, tokenizer, state: dict[str, Tensor], folder: Path):
     tokenizer.save_pretrained(str(folder))
 
 
-def versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    return found | {name: version(name) for name in ("torch", "transformers", "deepspeed", "peft", "safetensors")}
-
-
 def check_disk(folder: Path, needed: int):
     """Raises OSError naming the bytes wanted and free when a save of `needed` bytes would not fit."""
     free = shutil.disk_usage(folder).free
@@ -196,8 +192,11 @@ class Checkpointer:
         self.needed = checkpoint_bytes(model, task.method.saves)
         self.data = agree(task.data_hash)
 
-    def save(self, *, epoch: int, step: int, metrics: dict) -> Path:
-        """Write output_dir/epoch-E-step-S on all ranks; when this returns it is committed. Metrics go into its manifest."""
+    def save(self, *, epoch: int, step: int, metrics: dict, patience: dict) -> Path:
+        """Write output_dir/epoch-E-step-S on all ranks; when this returns it is committed.
+
+        Metrics, and the state of early stopping, go into its manifest.
+        """
         final = self.output_dir / f"epoch-{epoch}-step-{step}"
         if agree((final / MANIFEST).is_file):
             return final
@@ -226,6 +225,7 @@ class Checkpointer:
                 "world_size": world_size(),
                 "zero_stage": self.engine.zero_optimization_stage(),
                 "metrics": metrics,
+                "early_stopping": patience,
                 "versions": versions(),
                 "sha256": {p.name: sha256(p) for p in files},
             }
@@ -244,8 +244,8 @@ class Checkpointer:
         if lora_b and not any(t.any() for t in lora_b):
             say("WARNING: every LoRA B is still zero, so this adapter changes nothing: is the learning rate 0, or every answer empty?")
 
-    def resume(self, folder: Path) -> int:
-        """Load a checkpoint into the engine; returns the number of steps done.
+    def resume(self, folder: Path) -> dict:
+        """Load a checkpoint into the engine; returns its manifest.
 
         Raises:
             ValueError: it was made by other flags, rows, base model or number of ranks, or its shards are damaged.
@@ -274,7 +274,7 @@ class Checkpointer:
         if path is None:
             raise ValueError(f"{folder}/trainer: DeepSpeed could not load its shards")
         say(f"resumed from {folder}")
-        return manifest["step"]
+        return manifest
 
     def record_best(self, folder: Path, metric: str, value: float):
         if rank() == 0:

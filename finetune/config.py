@@ -14,6 +14,8 @@ from typing import ClassVar
 
 from chatglm.families import FAMILIES
 from finetune.methods import METHODS
+from finetune.metrics import GROUPS, parse_metrics
+from finetune.record import LOGGERS
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,10 +120,15 @@ class TrainConfig:
     save_total_limit: int | None = flag(None, "keep only the newest N checkpoints, and the best one", positive=True)
     eval_step: int | None = flag(None, "evaluate every so many steps; an epoch's end always does", positive=True)
     per_device_eval_batch_size: int | None = flag(None, "rows per device in evaluation (default: as in training)", positive=True)
-    eval_f1: bool = flag(False, "also answer the evaluation rows and report the F1 of the triples")
-    eval_max_new_tokens: int = flag(315, "longest answer written for --eval_f1", positive=True)
-    metric_for_best: str = flag("loss", "what makes a checkpoint the best", choices=("loss", "f1"))
+    eval_metrics: str = flag("", "answer the evaluation rows too and score the answers: comma list of rouge, bleu, exact_match, triple_f1, d2q "
+                             "or single metrics (docs/evaluation.md)")  # fmt: skip
+    eval_f1: bool = flag(False, "the old spelling of --eval_metrics triple_f1")
+    eval_max_new_tokens: int = flag(315, "longest answer written for --eval_metrics", positive=True)
+    metric_for_best: str = flag("loss", "what makes a checkpoint the best: loss or one of --eval_metrics")
+    early_stopping_patience: int | None = flag(None, "stop after so many evaluations in a row without a better --metric_for_best", positive=True)
+    early_stopping_min_delta: float = flag(0.0, "what an evaluation must be better by to count as better for --early_stopping_patience")
     resume_from_checkpoint: str | None = flag(None, "'auto' for the newest checkpoint in --output_dir, or its path")
+    report_to: str = flag("tensorboard", "comma list of where measurements also go: tensorboard, wandb, swanlab; '' for none")
     tensorboard: str | None = flag(None, "TensorBoard folder (default: OUTPUT_DIR/runs)")
     # launch
     estimate_memory: bool = flag(False, "print the memory this run needs, by part, and stop: no weights, no GPU")
@@ -151,10 +158,39 @@ class TrainConfig:
             raise ValueError("--train_path is required: JSON lines of {instruction, input, output}")
         if self.max_src_len >= self.max_len:
             raise ValueError(f"--max_src_len ({self.max_src_len}) must be below --max_len ({self.max_len})")
-        if self.metric_for_best == "f1" and not self.eval_f1:
-            raise ValueError("--metric_for_best f1 needs --eval_f1 True")
-        if self.eval_f1 and not self.eval_path:
-            raise ValueError("--eval_f1 needs --eval_path")
+        if self.answer_metrics and not self.eval_path:
+            raise ValueError(f"--{'eval_metrics' if self.eval_metrics else 'eval_f1'} needs --eval_path")
+        if self.metric_for_best in GROUPS and len(GROUPS[self.metric_for_best]) == 1:  # f1, bleu
+            object.__setattr__(self, "metric_for_best", GROUPS[self.metric_for_best][0])
+        if self.metric_for_best not in self.evaluated:
+            raise ValueError(
+                f"--metric_for_best must be one of {', '.join(self.evaluated)}; got {self.metric_for_best!r} "
+                f"(--eval_metrics, or --eval_f1, adds others)"
+            )
+        if self.early_stopping_patience and not self.has_evaluation:
+            raise ValueError("--early_stopping_patience needs --eval_path")
+        if not (math.isfinite(self.early_stopping_min_delta) and self.early_stopping_min_delta >= 0):
+            raise ValueError(f"--early_stopping_min_delta must be a number not below 0; got {self.early_stopping_min_delta}")
+        if unknown := [name for name in self.loggers if name not in LOGGERS]:
+            raise ValueError(f"--report_to: wanted some of {', '.join(LOGGERS)}; got {unknown[0]!r}")
+
+    @property
+    def answer_metrics(self) -> tuple[str, ...]:
+        """The metrics of written answers that an evaluation gives."""
+        return parse_metrics(self.eval_metrics + (",f1" if self.eval_f1 else ""), "--eval_metrics")
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """All that an evaluation gives."""
+        return ("loss", *self.answer_metrics)
+
+    @property
+    def has_evaluation(self) -> bool:
+        return bool(self.eval_path)
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(filter(None, (name.strip() for name in self.report_to.split(",")))))
 
     @property
     def needs_model(self) -> bool:

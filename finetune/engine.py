@@ -1,6 +1,5 @@
 """The training loop: one optimizer step at a time, each a pure function of (seed, step) and the weights."""
 
-import json
 import math
 import random
 import signal
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from chatglm.loading import base_fingerprint, stored_prefix
 from finetune.checkpoint import (
-    LOWER_IS_BETTER,
+    PREDICTIONS,
     Checkpointer,
     check_disk,
     find_resume,
@@ -41,8 +40,10 @@ from finetune.distributed import (
     without_prints,
     world_size,
 )
-from finetune.files import write_aside
+from finetune.files import sha256
 from finetune.lora import use_lean_lora
+from finetune.metrics import check_packages
+from finetune.record import RunLog, check_loggers, is_better, processor
 from finetune.task import FineTuning
 
 
@@ -102,7 +103,8 @@ def train(config: TrainConfig, make_task=FineTuning) -> Path:
         config.max_steps,
     )
     engine, model, precision = build_engine(config, task, schedule.total_steps)
-    say(parameter_report(model))
+    sizes = parameter_sizes(model)
+    say(parameter_report(sizes))
     fingerprint = agree(lambda: base_fingerprint(task.model_path))
     base = {"name_or_path": str(Path(task.model_path).resolve()), "fingerprint": fingerprint}
 
@@ -111,14 +113,20 @@ def train(config: TrainConfig, make_task=FineTuning) -> Path:
     if rank() == 0:
         remove_leftovers(output_dir, replace=config.overwrite_output_dir and not config.resume_from_checkpoint)
         check_disk(output_dir, checkpointer.needed)
-    done = 0
+    resumed = {}
     if config.resume_from_checkpoint:
         folder = agree(lambda: find_resume(config.resume_from_checkpoint, output_dir))
         if folder:
-            done = checkpointer.resume(folder)
+            resumed = checkpointer.resume(folder)
         else:
             say("no checkpoint to resume from: starting anew")
-    loop = Loop(config, engine, model, task, schedule, checkpointer, done)
+    facts = {
+        "title": task.title, "base_model": base, "data": data_facts(config, checkpointer.data), "world_size": world_size(),
+        "device": torch.cuda.get_device_name(device()) if torch.cuda.is_available() else processor(), "precision": precision,
+        "rows": len(task.data), "rows_per_step": schedule.global_batch, "total_steps": schedule.total_steps,
+        "parameters": {"trainable": sum(size for _, size, yes in sizes if yes), "all": sum(size for _, size, _ in sizes)},
+    }  # fmt: skip
+    loop = Loop(config, engine, model, task, schedule, checkpointer, resumed, facts)
     say(
         f"{task.title}, {config.train_type}, {precision}, {world_size()} rank(s), {len(task.data)} rows, "
         f"{schedule.total_steps} steps of {schedule.global_batch} rows"
@@ -127,7 +135,9 @@ def train(config: TrainConfig, make_task=FineTuning) -> Path:
 
 
 def check_start(config: TrainConfig, base: Path, output_dir: Path):
-    """Refuse what would be lost or misread; raises ValueError."""
+    """Refuse what would be lost or misread, or fail later; raises ValueError."""
+    check_loggers(config.loggers)
+    check_packages(config.answer_metrics)
     if (base / "adapter_config.json").is_file():
         raise ValueError(f"--model_name_or_path {base} is a LoRA adapter: merge it first (merge_lora.py --save_dir), then train on the result")
     if config.train_type != "ptuning" and (stored := stored_prefix(base)) and stored["only"]:
@@ -189,9 +199,13 @@ def keep_products():
     ])  # fmt: skip
 
 
-def parameter_report(model) -> str:
-    """Names, counts and share of the trainable parameters; whole counts under ZeRO-3 too."""
-    sizes = [(n, p.ds_numel if hasattr(p, "ds_id") else p.numel(), p.requires_grad) for n, p in model.named_parameters()]
+def parameter_sizes(model) -> list[tuple[str, int, bool]]:
+    """(name, count, whether it is trained) of each parameter; whole counts under ZeRO-3 too."""
+    return [(n, p.ds_numel if hasattr(p, "ds_id") else p.numel(), p.requires_grad) for n, p in model.named_parameters()]
+
+
+def parameter_report(sizes: list[tuple[str, int, bool]]) -> str:
+    """Names, counts and share of the trainable parameters."""
     trainable = [(name, size) for name, size, yes in sizes if yes]
     part, total = sum(size for _, size in trainable), sum(size for _, size, _ in sizes)
     shown = [f"  {name} {size:,}" for name, size in trainable]
@@ -200,12 +214,23 @@ def parameter_report(model) -> str:
     return "\n".join([f"trainable: {part:,} of {total:,} parameters ({100 * part / total:.4f} %)", *shown])
 
 
+def data_facts(config: TrainConfig, train_hash: str) -> dict:
+    """Paths and hashes of a run's rows."""
+    found = {"train": {"path": config.train_path, "sha256": train_hash}}
+    if config.eval_path and Path(config.eval_path).is_file():
+        found["eval"] = {"path": config.eval_path, "sha256": agree(lambda: sha256(Path(config.eval_path)))}
+    return found
+
+
 class Loop:
     """The state of a run between its steps."""
 
-    def __init__(self, config, engine, model, task, schedule, checkpointer, done):
+    def __init__(self, config, engine, model, task, schedule, checkpointer, resumed: dict, facts: dict):
+        """`resumed`: the manifest of the checkpoint that was loaded, if one was; `facts`: what run.json says of the run."""
         self.config, self.engine, self.model, self.task, self.data = config, engine, model, task, task.data
-        self.schedule, self.checkpointer, self.done = schedule, checkpointer, done
+        self.schedule, self.checkpointer, self.facts = schedule, checkpointer, facts
+        self.done = resumed.get("step", 0)
+        self.patience = Patience(config.metric_for_best, config.early_stopping_min_delta, resumed.get("early_stopping"))
         self.lengths = np.array([len(ids) for ids in self.data.input_ids])
         self.stop_signal = 0
         self.last_metrics: dict = {}
@@ -217,27 +242,28 @@ class Loop:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
         config, schedule = self.config, self.schedule
-        writer = RunLog(self.checkpointer.output_dir, config.tensorboard, self.done) if rank() == 0 else None
+        writer = RunLog(config, self.checkpointer.output_dir, self.done, self.facts) if rank() == 0 else None
         bar = tqdm(total=schedule.total_steps, initial=self.done, desc="training", unit="step", disable=rank() != 0,
                    mininterval=0.2 if sys.stderr.isatty() else 20)  # fmt: skip
+        status = "failed"
         try:
-            folder = self.run_steps(bar, writer)
+            folder, status = self.run_steps(bar, writer)
         finally:  # so that an error gets a line of its own
             bar.close()
             if self.workers:
                 self.workers.shutdown(cancel_futures=True)
             if writer:
-                writer.close()
+                writer.close(status)
         if folder is None:
             folder = self.save(improved=False)
         say(f"last checkpoint: {folder}")
         return folder
 
-    def run_steps(self, bar, writer) -> Path | None:
-        """The steps that are left; returns the last checkpoint written."""
+    def run_steps(self, bar, writer) -> tuple[Path | None, str]:
+        """The steps that are left; returns the last checkpoint written, and how it ended, as run.json says it."""
         config, schedule = self.config, self.schedule
         folder = None
-        while self.done < schedule.total_steps:
+        while self.done < schedule.total_steps and not self.patience.ended(config.early_stopping_patience):
             started = time.perf_counter()
             self.last_metrics = {}  # a checkpoint carries the evaluation of its own step or none
             lr = self.engine.optimizer.param_groups[0]["lr"]  # of this step; the scheduler moves on inside
@@ -255,14 +281,22 @@ class Loop:
                 )
             epoch_end = schedule.ends_epoch(self.done)
             improved = False
-            if self.task.has_evaluation and (epoch_end or (config.eval_step and self.done % config.eval_step == 0)):
+            if config.has_evaluation and (epoch_end or (config.eval_step and self.done % config.eval_step == 0)):
                 improved = self.evaluate(writer)
-            if epoch_end or improved or stop or (config.save_model_step and self.done % config.save_model_step == 0):
+            ended = self.patience.ended(config.early_stopping_patience)
+            saves = epoch_end or improved or stop or ended or (config.save_model_step and self.done % config.save_model_step == 0)
+            if saves:
                 folder = self.save(improved)
+            if writer and (saves or self.last_metrics):
+                writer.write()
             if stop:
                 say(f"stopped by signal after step {self.done}; saved {folder}. Go on with --resume_from_checkpoint auto")
-                break
-        return folder
+                return folder, "stopped by signal"
+        if self.done < schedule.total_steps:
+            say(f"stopped early after step {self.done}: {self.patience.metric} has not been better than {self.patience.best} "
+                f"for {self.patience.since} evaluations")  # fmt: skip
+            return folder, "stopped early"
+        return folder, "finished"
 
     def step(self) -> tuple[float, float, int, bool]:
         """One optimizer step: (mean loss over its labelled tokens on all ranks, norm of its gradient before clipping, real
@@ -321,19 +355,23 @@ class Loop:
         """The task's metrics; True where the chosen one is the best so far."""
         config = self.config
         self.engine.eval()
-        metrics = self.task.evaluate(self.engine.module, self.model, synced=self.engine.zero_optimization_stage() == 3)
+        metrics = self.task.evaluate(
+            self.engine.module, self.model, synced=self.engine.zero_optimization_stage() == 3,
+            predictions=self.checkpointer.output_dir / PREDICTIONS / f"step-{self.done}.jsonl",
+        )  # fmt: skip
         self.engine.train()
         self.last_metrics = metrics
+        self.patience.see(metrics)
         if writer:
             writer.add(self.done, {f"eval_{name}": value for name, value in metrics.items()})
         self.tell(f"step {self.done} evaluation: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         best, value = agree(self.checkpointer.best), metrics[config.metric_for_best]
-        return best is None or (value < best["value"] if config.metric_for_best in LOWER_IS_BETTER else value > best["value"])
+        return best is None or is_better(config.metric_for_best, value, best["value"])
 
     def save(self, improved: bool) -> Path:
         folder = self.checkpointer.save(
-            epoch=self.schedule.epoch_of(max(self.done, 1)), step=self.done, metrics=self.last_metrics
-        )
+            epoch=self.schedule.epoch_of(max(self.done, 1)), step=self.done, metrics=self.last_metrics, patience=self.patience.state(),
+        )  # fmt: skip
         if improved:
             self.checkpointer.record_best(folder, self.config.metric_for_best, self.last_metrics[self.config.metric_for_best])
         self.checkpointer.prune()
@@ -349,28 +387,27 @@ class Loop:
             tqdm.write(text)
 
 
-class RunLog:
-    """What a run measured: TensorBoard, and the same numbers unrounded as JSON lines in output_dir/metrics.jsonl."""
+class Patience:
+    """Early stopping: the best value of a metric, and how many evaluations came since without one better by more than `min_delta`."""
 
-    def __init__(self, output_dir: Path, tensorboard: str | None, done: int):
-        from torch.utils.tensorboard import SummaryWriter
+    def __init__(self, metric: str, min_delta: float, saved: dict | None):
+        """`saved`: the `state()` of a checkpoint; of another metric it says nothing."""
+        self.metric, self.min_delta = metric, min_delta
+        same = saved and saved["metric"] == metric
+        self.best, self.since = (saved["best"], saved["since"]) if same else (None, 0)
 
-        self.board = SummaryWriter(tensorboard or str(output_dir / "runs"), purge_step=done + 1)
-        path = output_dir / "metrics.jsonl"
-        # A resumed run repeats the steps after its checkpoint: the first telling of them goes.
-        lines = path.read_text().splitlines() if done and path.is_file() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
-        write_aside(path, "".join(line + "\n" for line in kept))
-        self.file = open(path, "a", encoding="utf-8", buffering=1)
+    def see(self, metrics: dict[str, float]):
+        value = agree(lambda: metrics[self.metric])
+        if not math.isnan(value) and (self.best is None or is_better(self.metric, value, self.best, self.min_delta)):
+            self.best, self.since = value, 0
+        else:
+            self.since += 1
 
-    def add(self, step: int, values: dict[str, float]):
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+    def ended(self, patience: int | None) -> bool:
+        return bool(patience) and self.since >= patience
 
-    def close(self):
-        self.board.close()
-        self.file.close()
+    def state(self) -> dict:
+        return {"metric": self.metric, "best": self.best, "since": self.since}
 
 
 def peak_memory_gb() -> float:

@@ -6,6 +6,7 @@ python -m finetune.predict --model_path output-glm2-lora/epoch-2-step-180 --prom
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from chatglm.families import FAMILIES
@@ -13,29 +14,43 @@ from finetune.config import PRECISIONS, parse_bool, parse_positive
 from finetune.data import read_rows
 
 
-def generate_answers(
-    model, tokenizer, prompts: list[str], *, batch_size=8, max_src_len=1024, progress=False, synced=False, **options
-) -> list[str]:
-    """Answers in the order of `prompts`, generated in left-padded batches of similar length.
+def generate_answers(model, tokenizer, prompts: list[str], **options) -> list[str]:
+    """Answers in the order of `prompts`; `options` are `answers_by_batch`'s."""
+    answers = [""] * len(prompts)
+    for batch in answers_by_batch(model, tokenizer, prompts, **options):
+        for i, answer in batch.items():
+            answers[i] = answer
+    return answers
+
+
+def answers_by_batch(
+    model, tokenizer, prompts: list[str], *, batch_size=8, max_src_len=1024, progress=False, synced=False, done=(), seed=None, **options
+) -> Iterator[dict[int, str]]:
+    """{number of a prompt: its answer} of one left-padded batch after the other, the longest prompts first.
 
     Args:
         max_src_len: longest prompt in tokens; must be training's for cut prompts to look as they did there.
         synced: ZeRO-3: ranks keep stepping until the slowest has finished.
+        done: prompts answered before; a batch that has only such is left out, the others are what they would be without it.
+        seed: set anew for each batch, so that sampled answers do not depend on `done`.
         options: generate()'s, e.g. max_new_tokens, do_sample, top_p.
     """
+    import torch
     from tqdm import tqdm
 
     family = FAMILIES[tokenizer.family]
     encoded = [family.encode_prompt(tokenizer, prompt, max_src_len).input_ids for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
-    answers = [""] * len(prompts)
     if synced:
         options["synced_gpus"] = True
     for start in tqdm(range(0, len(order), batch_size), desc="answering", unit="batch", disable=not progress):
         chosen = order[start : start + batch_size]
-        for i, (ids, _) in zip(chosen, generate_batch(model, tokenizer, [encoded[i] for i in chosen], **options)):
-            answers[i] = tokenizer.decode(ids, skip_special_tokens=True)
-    return answers
+        if all(i in done for i in chosen):
+            continue
+        if seed is not None:
+            torch.manual_seed(seed + start)
+        written = generate_batch(model, tokenizer, [encoded[i] for i in chosen], **options)
+        yield {i: tokenizer.decode(ids, skip_special_tokens=True) for i, (ids, _) in zip(chosen, written)}
 
 
 def generate_batch(model, tokenizer, encoded: list[list[int]], **options) -> list[tuple[list[int], bool]]:

@@ -11,11 +11,12 @@ from chatglm.loading import load_model, load_tokenizer, resolve_mode
 from finetune.checkpoint import export
 from finetune.config import TrainConfig
 from finetune.data import Dataset, Row, collate, count_labels, encode_rows, read_rows
-from finetune.distributed import rank, say
-from finetune.evaluate import evaluation_loss, generation_f1
-from finetune.files import sha256
+from finetune.distributed import agree, rank, say
+from finetune.evaluate import answers_of_ranks, evaluation_loss, prediction_lines
+from finetune.files import sha256, write_aside
 from finetune.loss import LossModule
 from finetune.methods import make_method
+from finetune.metrics import mean, score_rows
 
 
 class FineTuning:
@@ -54,11 +55,11 @@ class FineTuning:
             path, prompt_text=config.prompt_text, on_bad_row=config.on_bad_row,
             limit=config.dataset_length if name == "train" else None,
         )  # fmt: skip
-        if name == "eval":  # a test file may list several answers; the loss is of the first
-            rows = [row.with_first_answer() for row in rows]
+        # A test file may list several answers; the loss is of the first.
+        encoded = [row.with_first_answer() for row in rows] if name == "eval" else rows
         cache = Path(config.data_cache).expanduser() if config.data_cache else None
         data = encode_rows(
-            rows, self.tokenizer, self.family, max_len=config.max_len, max_src_len=config.max_src_len,
+            encoded, self.tokenizer, self.family, max_len=config.max_len, max_src_len=config.max_src_len,
             is_skip=config.is_skip and name == "train", progress=rank() == 0, cache=cache,
         )  # fmt: skip
         words = [f"{len(data)} {name} rows"]
@@ -82,21 +83,30 @@ class FineTuning:
     def collate(self, rows: list[int]) -> dict:
         return collate(self.data, rows, **self.layout)
 
-    @property
-    def has_evaluation(self) -> bool:
-        return bool(self.config.eval_path)
+    def evaluate(self, loss_module: nn.Module, model: nn.Module, *, synced: bool, predictions: Path) -> dict[str, float]:
+        """Loss, and --eval_metrics of greedy answers, on the evaluation rows.
 
-    def evaluate(self, loss_module: nn.Module, model: nn.Module, *, synced: bool) -> dict[str, float]:
-        """Loss (and F1) on the evaluation rows. `synced`: ZeRO-3, ranks must step together."""
+        Args:
+            synced: ZeRO-3, ranks must step together.
+            predictions: file that gets the answers, where there are any.
+        """
         config = self.config
         batch = config.per_device_eval_batch_size or config.per_device_train_batch_size
         metrics = {"loss": evaluation_loss(loss_module, self.eval_data, batch, **self.layout)}
-        if config.eval_f1:
-            metrics["f1"] = generation_f1(
+        if config.answer_metrics:
+            answers = answers_of_ranks(
                 model, self.tokenizer, self.eval_rows, batch_size=batch, max_src_len=config.max_src_len,
                 max_new_tokens=config.eval_max_new_tokens, synced=synced,
             )  # fmt: skip
+            metrics |= agree(lambda: self.score(answers, predictions))
         return metrics
+
+    def score(self, answers: list[str], predictions: Path) -> dict[str, float]:
+        """The means of --eval_metrics; answers and scores of every row go to `predictions`."""
+        rows = self.eval_rows
+        scores = score_rows(self.config.answer_metrics, [[answer] for answer in answers], [row.answers for row in rows])
+        write_aside(predictions, prediction_lines(rows, answers, scores))
+        return {name: mean(values) for name, values in scores.items()}
 
     def before_save(self, loss_module: nn.Module, *, evaluated: bool):
         """What of a save every rank must take part in; rank 0 alone exports. `evaluated`: `evaluate` has just seen these weights."""

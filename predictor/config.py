@@ -16,7 +16,7 @@ class PredictorConfig(TrainConfig):
     """All flags of train.py --task predictor. Lengths are tokens of the served model, without its end token."""
 
     title: ClassVar[str] = "Train a predictor of the length of a served model's answers"
-    unused: ClassVar[tuple[str, ...]] = ("max_len", "is_skip", "prompt_text", "eval_f1", "eval_max_new_tokens", "estimate_memory")
+    unused: ClassVar[tuple[str, ...]] = ("max_len", "is_skip", "prompt_text", "eval_metrics", "eval_f1", "eval_max_new_tokens", "estimate_memory")
 
     task: str = keep("predictor", "what is trained", choices=("finetune", "predictor"))
     model_name_or_path: str = keep("", "folder of the served model: its tokenizer counts lengths; with --backbone chatglm it is the "
@@ -54,6 +54,9 @@ class PredictorConfig(TrainConfig):
     head_ridge: float = keep(0.5, "frozen backbone: ridge penalty of the kernel head")
     landmarks: int = keep(1024, "frozen backbone: prompts that the kernel compares with", positive=True)
     near_duplicates: float = keep(0.8, "prompts at least so alike (Jaccard of 5-grams) stay on one side of every split")
+
+    has_evaluation: ClassVar[bool] = True
+    evaluated: ClassVar[tuple[str, ...]] = ("loss", "tau", "mae")
 
     def __post_init__(self):
         if not self.train_type:

@@ -100,8 +100,6 @@ class LengthTraining(FineTuning):
             "prompt": torch.from_numpy(np.repeat(np.arange(len(chosen)), [len(s) for s in spans])),
         }
 
-    has_evaluation = True
-
     @torch.no_grad()
     def outputs(self, network: LengthNetwork, data: EncodedPrompts) -> np.ndarray:
         """(prompts, width) for the served model, computed by all ranks together."""
@@ -124,8 +122,8 @@ class LengthTraining(FineTuning):
             found = total.cpu()
         return found.numpy()
 
-    def evaluate(self, loss_module: nn.Module, model: nn.Module, *, synced: bool) -> dict[str, float]:
-        """Loss, tau, MAE and coverage for the served model on the evaluation rows, else on the calibration rows."""
+    def evaluate(self, loss_module: nn.Module, model: nn.Module, *, synced: bool, predictions: Path) -> dict[str, float]:
+        """Loss, tau, MAE and coverage for the served model on the evaluation rows, else on the calibration rows; writes no predictions."""
         self.calibrated = decoder, metrics = self.calibrate(loss_module.network)
         if self.eval_data:
             metrics = self.measure(decoder, self.outputs(loss_module.network, self.eval_data), self.eval_data.lengths)

@@ -71,7 +71,7 @@ def test_generator_refuses_sizes_it_cannot_make(tmp_path, flag, value):
 
 def test_readme_states_the_hash_and_row_count_of_each_file():
     readme = (DATA / "README.md").read_text(encoding="utf-8")
-    for name in FILES:
+    for name in (*FILES, "probe.jsonl"):
         content = (DATA / name).read_bytes()
         line = next(line for line in readme.splitlines() if line.startswith(f"| {name} "))
         assert hashlib.sha256(content).hexdigest() in line
@@ -87,6 +87,12 @@ def test_every_row_has_the_three_text_fields(name):
     for row in read_rows(name):
         assert list(row) == ["instruction", "input", "output"]
         assert all(isinstance(value, str) and value for value in row.values())
+
+
+def test_the_probe_asks_for_nothing_that_is_trained():
+    rows, trained = read_rows("probe.jsonl"), {row["instruction"] for name in FILES for row in read_rows(name)}
+    assert all(list(row) == ["instruction", "input", "output"] and row["instruction"] and row["output"] for row in rows)
+    assert len({row["instruction"] + row["input"] for row in rows}) == len(rows) and not trained & {row["instruction"] for row in rows}
 
 
 @pytest.mark.parametrize("name", ["spo_train.json", "spo_test.json"])

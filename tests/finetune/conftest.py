@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.finetune.runs import METHODS, ROOT, TWO_RANKS, launch, make_rows, write_rows
+from tests.finetune.runs import METHODS, ROOT, STOPS, TWO_RANKS, launch, make_rows, write_rows
 
 
 @pytest.fixture(scope="session")
@@ -83,14 +83,16 @@ def adapter(flags, train, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def two_ranks(flags, tmp_path_factory) -> list[list[str]]:
+def two_ranks(flags, rows_file, tmp_path_factory) -> list[list[str]]:
     """The flags of TWO_RANKS, all trained on 2 ranks; a sixth, with dropout, has gone its second half twice, the last
-    time resumed from its middle, and a seventh is the sixth without interruption."""
+    time resumed from its middle, and a seventh is the sixth without interruption; an eighth stops early."""
     folder = tmp_path_factory.mktemp("two_ranks")
     shared = ["--per_device_train_batch_size", 2, "--num_train_epochs", 2, "--ds_file"]
     cases = [flags(folder / str(n), *shared, z, family=f, method=m) for n, (_, f, m, z) in enumerate(TWO_RANKS)]
     dropout = ["ds_zero3_offload.json", "--prefix_dropout", "0.3"]
     cases += [flags(folder / name, *shared, *dropout, method="ptuning-v2-mlp") for name in ("5", "6")]
+    answers = ["--eval_path", rows_file, "--eval_metrics", "exact_match,f1", "--eval_max_new_tokens", 3]
+    cases.append(flags(folder / "7", "--per_device_train_batch_size", 2, "--ds_file", "ds_zero3_no_offload.json", *STOPS, *answers, method="all"))
     resumed = [*cases[5], "--resume_from_checkpoint", str(folder / "5" / "epoch-1-step-4")]
     (folder / "cases.json").write_text(json.dumps([*cases[:4], *cases[5:], resumed]))
     launch("deepspeed", "tests/finetune/worker.py", folder / "cases.json")

@@ -24,6 +24,8 @@ TWO_RANKS = [  # what is run on 2 ranks: launcher, family, method, ZeRO file
     ("deepspeed", "glm3", "ptuning-v2", "ds_zero3_offload.json"), ("deepspeed", "glm", "freeze", "ds_zero2_offload.json"),
     ("torchrun", "glm", "lora", "ds_zero3_no_offload.json"),
 ]  # fmt: skip
+# The loss falls at every step, soon by less than this in three.
+STOPS = ["--num_train_epochs", 6, "--eval_step", 1, "--early_stopping_patience", 3, "--early_stopping_min_delta", "0.5"]
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

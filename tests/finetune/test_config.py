@@ -76,6 +76,11 @@ def test_ptuning_version(projection, version, resolved):
     assert parse_config([*NEEDED, *words]).resolved_ptuning_version == resolved
 
 
+def test_metrics_of_an_evaluation():
+    config = parse_config([*NEEDED, "--eval_path", "e", "--eval_metrics", "rouge,triple_f1", "--eval_f1", "--metric_for_best", "f1"])
+    assert config.evaluated == ("loss", "rouge1", "rouge2", "rougeL", "triple_f1") and config.metric_for_best == "triple_f1"
+
+
 @pytest.mark.parametrize("words, said", [
     ("--train_type qlora", "qlora"), ("--mode glm4", "glm4"), ("--precision int8", "int8"), ("--prefix_projection maybe", "maybe"),
     ("--max_len many", "--max_len"), ("--lora_dim 0", "--lora_dim must be at least 1; got 0"), ("--lora_dropout 1", "--lora_dropout"),
@@ -85,7 +90,10 @@ def test_ptuning_version(projection, version, resolved):
     ("--learn 1", "--learn"), ("--model_name_or_path=", "--model_name_or_path is required"), ("--train_path=", "--train_path is required"),
     ("--config nowhere.yaml", "nowhere.yaml"), ("--save_total_limit 0", "--save_total_limit"), ("--max_steps -3", "--max_steps"),
     ("--seed -1", "--seed"), ("--batching sorted", "sorted"), ("--gradient_checkpointing maybe", "maybe"),
-    ("--num_workers -1", "--num_workers"),
+    ("--num_workers -1", "--num_workers"), ("--eval_metrics meteor", "meteor"), ("--eval_metrics rouge", "--eval_metrics needs --eval_path"),
+    ("--eval_path e --metric_for_best rougeL", "must be one of loss; got 'rougeL'"), ("--early_stopping_patience 2", "--eval_path"),
+    ("--eval_path e --early_stopping_patience 0", "--early_stopping_patience"), ("--early_stopping_min_delta nan", "min_delta"),
+    ("--report_to tensorbord", "wanted some of tensorboard, wandb, swanlab; got 'tensorbord'"),
 ])  # fmt: skip
 def test_refused_flags(capsys, words, said):
     assert said in refuse(capsys, *NEEDED, *words.split())

@@ -22,7 +22,7 @@ from finetune.distributed import deepspeed_config, init_distributed, pieces, res
 from finetune.engine import build_engine, seed_step
 from finetune.methods import make_method
 from finetune.task import FineTuning
-from tests.finetune.runs import METHODS, ROOT, TWO_RANKS, child_env, make_rows, metrics, write_rows
+from tests.finetune.runs import METHODS, ROOT, STOPS, TWO_RANKS, child_env, make_rows, metrics, write_rows
 
 FAMILY_METHODS = [(family, method) for family in ("glm", "glm2", "glm3") for method in METHODS]
 ZERO = ["ds_zero2.json", "ds_zero3_no_offload.json", "ds_zero3_offload.json"]
@@ -402,7 +402,7 @@ def test_evaluation_best_and_save_limit(flags, train, tmp_path):
     )  # fmt: skip
     folder = train(words)
     losses, steps = metrics(out, "eval_loss"), [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines() if "eval_loss" in line]
-    assert steps == [2, 4, 6, 8, 10, 12, 14, 16] and metrics(out, "eval_f1") == [0.0] * 8
+    assert steps == [2, 4, 6, 8, 10, 12, 14, 16] and metrics(out, "eval_triple_f1") == [0.0] * 8
     best = json.loads((out / "best.json").read_text())
     assert best["value"] == min(losses) and best["checkpoint"].endswith(f"step-{steps[losses.index(min(losses))]}")
     assert {p.name for p in out.glob("*epoch-*")} == {best["checkpoint"], folder.name}
@@ -421,7 +421,7 @@ def test_evaluation_rows_of_the_old_form_and_bad_ones(flags, train, tmp_path):
     """--prompt_text and --on_bad_row hold for the answers of --eval_f1 too."""
     rows = write_rows(tmp_path / "eval.json", [{"text": "水泵漏油。", "answer": "a_b_c"}, {"text": 3}, {"text": "油封松动。", "answer": ["a_b_c", "x"]}])
     train(flags(tmp_path / "out", "--eval_path", rows, "--eval_f1", "--on_bad_row", "skip", "--prompt_text", "抽取：", "--eval_max_new_tokens", 2, "--max_steps", 1))
-    assert metrics(tmp_path / "out", "eval_f1") == [0.0]
+    assert metrics(tmp_path / "out", "eval_triple_f1") == [0.0]
 
 
 def test_unevaluated_checkpoints_carry_no_old_metrics(flags, train, tmp_path, rows_file):
@@ -457,6 +457,7 @@ def test_sigterm_saves_and_exits_0(flags, train, tmp_path):
         child.kill()
     assert child.returncode == 0, said[-2000:]
     stopped = len(metrics(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "stopped by signal"
     assert "stopped by signal after step" in said and list((tmp_path / "out").glob(f"epoch-*-step-{stopped}/manifest.json"))
     assert 5 < stopped < 400
     assert load_model(next((tmp_path / "out").glob(f"epoch-*-step-{stopped}"))) is not None
@@ -473,3 +474,15 @@ def test_two_ranks(two_ranks, number):
     folder = out / "epoch-2-step-8"
     assert json.loads((folder / "manifest.json").read_text())["world_size"] == 2
     assert torch.allclose(logits_of(load_model(folder, dtype=torch.float32), folder), logits_of(model, folder), atol=2e-4)
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_early_where_one_does(two_ranks, flags, train, rows_file, tmp_path):
+    """The same losses, the same last step; the answers of both ranks are one file, each row once and in order."""
+    words = two_ranks[7]
+    two, one = Path(words[words.index("--output_dir") + 1]), tmp_path / "out"
+    train(flags(one, "--eval_path", rows_file, *STOPS, method="all"))
+    assert metrics(two, "eval_loss") == pytest.approx(metrics(one, "eval_loss"), rel=1e-3) and len(metrics(two)) == len(metrics(one)) < 24
+    assert [json.loads((out / "run.json").read_text())["status"] for out in (one, two)] == ["stopped early"] * 2
+    lines = [json.loads(line) for line in (two / "predictions" / "step-1.jsonl").read_text().splitlines()]
+    assert [line["reference"] for line in lines] == [list(row.answers) for row in read_rows(rows_file)[0]]

@@ -1,0 +1,230 @@
+"""What a run measured: output_dir/run.json and metrics.jsonl, and the LOGGERS that --report_to names. Free of torch."""
+
+import json
+import math
+import platform
+import subprocess
+import time
+import uuid
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from finetune.files import write_aside
+
+RUN = "run.json"
+METRICS_FILE = "metrics.jsonl"
+FORMAT_VERSION = 1
+LOWER_IS_BETTER = ("loss", "mae")  # of the metrics; of all others a higher one is better
+RECORD_SECONDS = 60  # between two writings of run.json where nothing else asks for one
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class TensorBoard:
+    """Events in --tensorboard, else output_dir/runs; what an interrupted run told after its checkpoint is dropped."""
+
+    package = "tensorboard"
+
+    def __init__(self, config, output_dir: Path, run_id: str, done: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.board = SummaryWriter(config.tensorboard or str(output_dir / "runs"), purge_step=done + 1)
+
+    def add(self, step: int, values: dict[str, float]):
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def close(self):
+        self.board.close()
+
+
+class WandB:
+    """Weights & Biases; its own environment variables say where to (WANDB_MODE=offline, WANDB_PROJECT). A resumed run keeps its page."""
+
+    package = "wandb"
+
+    def __init__(self, config, output_dir: Path, run_id: str, done: int):
+        import os
+
+        import wandb
+
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "glm-foundry"), name=output_dir.name, id=run_id, resume="allow", dir=str(output_dir),
+            config=asdict(config),
+        )  # fmt: skip
+        self.run.define_metric("*", step_metric="step")  # its own counter never goes back; ours does after a resume
+
+    def add(self, step: int, values: dict[str, float]):
+        self.run.log({"step": step, **values})
+
+    def close(self):
+        self.run.finish()
+
+
+class SwanLab:
+    """SwanLab; its own environment variables say where to (SWANLAB_MODE=local). A resumed run keeps its page."""
+
+    package = "swanlab"
+
+    def __init__(self, config, output_dir: Path, run_id: str, done: int):
+        import swanlab
+
+        self.run = swanlab.init(
+            project="glm-foundry", experiment_name=output_dir.name, id=run_id[:21], resume="allow", logdir=str(output_dir / "swanlog"),
+            config=asdict(config),
+        )  # fmt: skip
+
+    def add(self, step: int, values: dict[str, float]):
+        self.run.log(values, step=step)
+
+    def close(self):
+        self.run.finish()
+
+
+LOGGERS = {"tensorboard": TensorBoard, "wandb": WandB, "swanlab": SwanLab}
+
+
+def check_loggers(names):
+    """Raises ValueError where a logger's package is not installed."""
+    for name in names:
+        if find_spec(package := LOGGERS[name].package) is None:
+            raise ValueError(f'--report_to {name} needs the package {package}: pip install -e ".[{name}]"')
+
+
+def versions() -> dict[str, str]:
+    """Of all that may change a run's numbers."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "deepspeed", "peft", "safetensors", "glm-foundry"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from its folder
+            found[name] = "not installed"
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of this code, with "+changes" where files differ from it; None outside of a repository."""
+    def git(*words):
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def processor() -> str:
+    """Name of this machine's CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def is_better(metric: str, value: float, than: float, by: float = 0.0) -> bool:
+    """`value` of a metric is better than another one by more than `by`; nan never is."""
+    return (than - value if metric in LOWER_IS_BETTER else value - than) > by
+
+
+def read_run(folder: Path) -> dict:
+    """The record of a run; raises ValueError where there is none, or none that can be read."""
+    path = Path(folder) / RUN
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no {RUN}: wanted the --output_dir of a run")
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        found = run["format_version"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: not a run's record") from None
+    if found > FORMAT_VERSION:
+        raise ValueError(f"{path}: format version {found}, this program reads up to {FORMAT_VERSION}")
+    return run
+
+
+def print_table(heads: list[str], lines: list[list[str]]):
+    """Columns of numbers on the right, others on the left."""
+    columns = list(zip(heads, *lines))
+    right = [all(cell[:1] in "+-0123456789" for cell in cells) for _, *cells in columns]
+    padded = [[cell.rjust(max(map(len, cells))) if r else cell.ljust(max(map(len, cells))) for cell in cells] for r, cells in zip(right, columns)]
+    for line in zip(*padded):
+        print("  ".join(line).rstrip())
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+class RunLog:
+    """Writes a run's measurements; rank 0 alone has one.
+
+    Every step goes to metrics.jsonl at once, unrounded; run.json has the same lines under "steps" and all else that is known of the
+    run, and is written whole at each evaluation and save, at the end, and otherwise once a minute.
+    """
+
+    def __init__(self, config, output_dir: Path, done: int, facts: dict):
+        """`facts`: what of run.json the caller knows. `done`: steps that a resumed run has behind it."""
+        self.config, self.output_dir, self.started = config, output_dir, time.monotonic()
+        try:
+            before = read_run(output_dir) if done else {}
+        except ValueError:
+            before = {}
+        self.seconds_before = before.get("seconds", 0.0)
+        self.record = {
+            "format_version": FORMAT_VERSION,
+            "id": before.get("id", uuid.uuid4().hex),
+            "status": "running",
+            "started": before.get("started", now()),
+            "sittings": [*before.get("sittings", []), {"started": now(), "first_step": done + 1}],
+            **facts,
+            "flags": asdict(config),
+            "versions": versions(),
+            "git_commit": git_commit(),
+        }
+        self.path = output_dir / METRICS_FILE
+        # A resumed run repeats the steps after its checkpoint: the first telling of them goes.
+        lines = self.path.read_text().splitlines() if done and self.path.is_file() else []
+        write_aside(self.path, "".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= done))
+        self.file = open(self.path, "a", encoding="utf-8", buffering=1)
+        self.loggers = []
+        for name in config.loggers:
+            try:
+                self.loggers.append(LOGGERS[name](config, output_dir, self.record["id"], done))
+            except Exception as error:  # no account, no network: each package has errors of its own
+                raise ValueError(f"--report_to {name}: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
+        self.write()
+
+    def add(self, step: int, values: dict[str, float]):
+        for logger in self.loggers:
+            logger.add(step, values)
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        if time.monotonic() - self.written > RECORD_SECONDS:
+            self.write()
+
+    def write(self):
+        """Put the record as it is now in run.json."""
+        steps = [json.loads(line) for line in self.path.read_text().splitlines()]
+        seconds = time.monotonic() - self.started
+        self.record["sittings"][-1]["seconds"] = round(seconds, 1)
+        record = self.record | {"updated": now(), "seconds": round(self.seconds_before + seconds, 1), "best": self.best(steps)}
+        head = json.dumps(record, indent=2, ensure_ascii=False)[:-2]
+        write_aside(self.output_dir / RUN, f'{head},\n  "steps": [\n' + ",\n".join(f"    {json.dumps(line)}" for line in steps) + "\n  ]\n}\n")
+        self.written = time.monotonic()
+
+    def best(self, steps: list[dict]) -> dict | None:
+        """Step and value of the best evaluation so far, the first of equals."""
+        metric, found = self.config.metric_for_best, None
+        for line in steps:
+            value = line.get(f"eval_{metric}")
+            if value is not None and not math.isnan(value) and (found is None or is_better(metric, value, found["value"])):
+                found = {"step": line["step"], "metric": metric, "value": value}
+        return found
+
+    def close(self, status: str):
+        self.record["status"] = status
+        self.write()
+        self.file.close()
+        for logger in self.loggers:
+            logger.close()
