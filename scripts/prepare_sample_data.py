@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from finetune.files import write_aside  # noqa: E402
+from scripts.sample_formats import render_samples  # noqa: E402
 
 EXTRACT = "抽取故障三元组，每行一个："
 COPY = "照抄："
@@ -249,9 +250,15 @@ The same command gives the same bytes. The tests compare.
 |---|---|---|---|
 {table}
 
+Three rows of each format that training reads, written by hand (`scripts/sample_formats.py`); docs/data.md shows the schema of each:
+
+| file | rows | SHA-256 |
+|---|---|---|
+{formats}
+
 ## Schema
 
-One JSON object per line, UTF-8, three text fields:
+One JSON object per line, UTF-8; the three files above have three text fields:
 
 | field | meaning |
 |---|---|
@@ -326,10 +333,12 @@ def main(argv=None):
         f"--test_rows {args.test_rows} --copy_rows {args.copy_rows} \\\n        "
         f"--held_out_share {args.held_out_share} --held_out_test_rows {args.held_out_test_rows}"
     )
+    samples = render_samples()
+    formats = "\n".join(f"| {name} | {len(content.splitlines())} | {hashlib.sha256(content).hexdigest()} |" for name, content in samples.items())
     readme = README.format(
-        command=command, table=table, share=args.held_out_share, held_out=args.held_out_test_rows, test=args.test_rows
+        command=command, table=table, formats=formats, share=args.held_out_share, held_out=args.held_out_test_rows, test=args.test_rows
     )
-    contents["README.md"] = readme.encode("utf-8")
+    contents |= samples | {"README.md": readme.encode("utf-8")}
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
