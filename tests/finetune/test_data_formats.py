@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.format_table import learnt_answers, load_tokenizers, wanted_answers
+from benchmarks.format_table import main as print_table
 from chatglm import load_tokenizer
 from chatglm.conversations import IGNORED, Turn
 from chatglm.families import FAMILIES, TOOL_PREAMBLE
-from chatglm.tokenization import TOKENIZERS
 from finetune.data import Dataset, EncodedRow, Encoder, collate, dataset_of, encode_rows, join
 from finetune.formats import FORMATS, BadRow, Row, find_format, parse_columns, parse_row, refused_by
 from finetune.sources import RowReader, read_file_items, read_rows
@@ -17,7 +18,6 @@ from tests.conftest import shared_file
 from tests.finetune.runs import ROOT, make_rows, metrics, write_rows
 
 SAMPLES = ROOT / "data" / "formats"
-LIMITS = {"max_len": 4000, "max_src_len": 3000}
 
 
 def sample(name: str) -> list[Row]:
@@ -27,49 +27,15 @@ def sample(name: str) -> list[Row]:
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
     """The real ChatGLM2 tokenizer, as ChatGLM3's too; ChatGLM-6B's layout on a stand-in."""
-    import shutil
-
-    glm3 = tmp_path_factory.mktemp("glm3")
-    shutil.copy(shared_file("data/chatglm2-tokenizer/tokenizer.model"), glm3)
-    folders = {"glm": shared_file("golden/tokenizer/glm_standin"), "glm2": shared_file("data/chatglm2-tokenizer"), "glm3": glm3}
-    return {name: TOKENIZERS[name].from_pretrained(folder) for name, folder in folders.items()}
-
-
-def learnt_texts(family: str, tokenizer, rows: list[EncodedRow]) -> list[list[int]]:
-    """The labels of each answer, without what starts and ends one."""
-    starts = {"glm": ["<sop>"], "glm2": [], "glm3": ["<|assistant|>"]}[family]
-    ends = {"glm": ["<eop>"], "glm2": ["</s>"], "glm3": ["</s>", "<|user|>", "<|observation|>"]}[family]
-    marks = {tokenizer.get_command(name) for name in starts + ends}
-    found: list[list[int]] = []
-    for row in rows:
-        labels = row.labels or [IGNORED] * row.n_masked + row.input_ids[row.n_masked :]
-        part: list[int] | None = None
-        for label in labels:
-            if label == IGNORED or label in marks:
-                if part is not None:
-                    found.append(part)
-                part = [] if label != IGNORED and tokenizer.get_command(starts[0] if starts else ends[0]) == label and starts else None
-            else:
-                part = [*(part or []), label]
-        assert part is None, "an answer without its end"
-    return found
-
-
-def wanted_texts(family: str, row: Row) -> list[str]:
-    """The answers that carry loss; in ChatGLM3's rows with their header lines."""
-    turns = row.turns or (Turn("user", row.prompt), Turn("assistant", row.answers[0]))
-    return [(turn.metadata, turn.content) for turn in turns if turn.role == "assistant" and turn.loss]
+    shared_file("data/chatglm2-tokenizer/tokenizer.model")
+    return load_tokenizers(shared_file("golden").parent, tmp_path_factory.mktemp("glm3"))
 
 
 def check_labels(family, tokenizer, row):
     """The labelled ids are the answers', each encoded by itself, whatever stands around them."""
     encoder = Encoder(tokenizer, FAMILIES[family], 100_000, 90_000)
-    found = learnt_texts(family, tokenizer, encoder.encode(row))
-    if family == "glm3":
-        wanted = [tokenizer.encode_text(f"{metadata}\n") + tokenizer.encode_text(content) for metadata, content in wanted_texts(family, row)]
-    else:
-        wanted = [ids for _, content in wanted_texts(family, row) if (ids := tokenizer.encode_text(content)) or family == "glm"]
-    assert found == wanted, row.place
+    wanted = [[i for text in texts for i in tokenizer.encode_text(text)] for texts in wanted_answers(family, row)]
+    assert learnt_answers(family, tokenizer, encoder.encode(row)) == wanted, row.place
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -243,3 +209,20 @@ def test_samples_are_our_own():
 
 def test_make_rows_are_instruction_rows():
     assert {find_format(row) for row in make_rows(2)} == {"instruction"}
+
+
+def test_the_table_of_formats(tmp_path, monkeypatch, capsys):
+    """Over the samples alone: every answer of every family that can say it is learnt exactly."""
+    import benchmarks.format_table as table
+
+    shared = tmp_path / "shared"
+    (shared / "data" / "finetune").mkdir(parents=True)
+    monkeypatch.setattr(table, "load_tokenizers", lambda *_: load_tokenizers(shared_file("golden").parent, tmp_path))
+    assert print_table(["--shared", str(shared), "--output", str(tmp_path / "table.json")]) == 0
+    lines = json.loads((tmp_path / "table.json").read_text())
+    assert [line["format"] for line in lines] == list(FORMATS) and len(capsys.readouterr().out.splitlines()) == 2 + 3 * len(lines)
+    for line in lines:
+        for name in FAMILIES:
+            cell = line[name]
+            assert cell["same_ids"] == cell["answers"] >= cell["encoded"] > 0 and (name == "glm" or cell["same_text"] == cell["answers"])
+            assert cell["encoded"] == 3 - (name != "glm3" and line["format"] in ("openai", "sharegpt", "chatglm3"))
