@@ -226,3 +226,14 @@ def test_the_table_of_formats(tmp_path, monkeypatch, capsys):
             cell = line[name]
             assert cell["same_ids"] == cell["answers"] >= cell["encoded"] > 0 and (name == "glm" or cell["same_text"] == cell["answers"])
             assert cell["encoded"] == 3 - (name != "glm3" and line["format"] in ("openai", "sharegpt", "chatglm3"))
+
+
+def test_the_guide_shows_every_format():
+    """docs/data.md has a row of each, under its name."""
+    import re
+
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\*\*(\w+)\*\*:.*?```json\n(.*?)\n```", text, re.DOTALL | re.MULTILINE)
+    assert {name for name, _ in shown} == FORMATS.keys() and len(shown) == len(FORMATS)
+    for name, row in shown:
+        assert find_format(json.loads(row)) == name and parse_row(json.loads(row), "docs/data.md:1").prompt
