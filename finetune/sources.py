@@ -157,7 +157,7 @@ def parse_line(line: str | bytes, place: str):
 
 
 def read_table(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, object]]:
-    """Rows of text by the header's names; an empty cell of a column that not every format needs is as if it were not there."""
+    """Rows of text by the header's names."""
     csv.field_size_limit(2**30)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     while True:
@@ -175,9 +175,11 @@ def read_table(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, obj
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, object]]:
-    import pyarrow
-    import pyarrow.parquet
-
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{path} needs the library pyarrow: pip install pyarrow") from None
     try:
         batches = pyarrow.parquet.ParquetFile(path).iter_batches()
         rows = (row for batch in batches for row in batch.to_pylist())
@@ -209,7 +211,8 @@ def read_hub(name: str) -> Iterator[tuple[str, object]]:
 
             rows = MsDataset.load(data_set, split=split or "train")
     except ImportError as error:
-        raise ValueError(f"{name} needs the library {error.name}: pip install {(error.name or '').split('.')[0]}") from None
+        needed = "datasets" if name.startswith("hf://") else "modelscope[datasets]"
+        raise ValueError(f'{name} needs a library that is not here ({error.name}): pip install "{needed}"') from None
     except Exception as error:  # whatever a hub, a proxy or a lack of network raises
         raise ValueError(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}") from None
     yield from ((f"{name}[{i}]", drop_nulls(dict(row))) for i, row in enumerate(rows))

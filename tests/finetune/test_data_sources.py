@@ -89,7 +89,7 @@ def test_names_and_weights(tmp_path):
         assert str(error.value).startswith("--train_path: ")
 
 
-def test_hubs(monkeypatch):
+def test_hubs(monkeypatch, tmp_path):
     """Through the libraries' own loaders; a library that is missing and a hub that does not answer are one line."""
     import datasets
 
@@ -106,8 +106,14 @@ def test_hubs(monkeypatch):
     assert rows == [Row("q", ("a",), "hf://owner/name#test[0]")] and asked == [("owner/name", "test")]
     with pytest.raises(ValueError, match=r"^hf://gone: ConnectionError: no network$"):
         read_rows(parse_sources("hf://gone")[0])
-    with pytest.raises(ValueError, match=r"^ms://x/y needs the library modelscope: pip install modelscope$"):
+    with pytest.raises(ValueError, match=r'^ms://x/y needs a library that is not here \(modelscope\): pip install "modelscope\[datasets\]"$'):
         read_rows(parse_sources("ms://x/y")[0])
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "datasets", None)
+        patch.setitem(sys.modules, "pyarrow", None)
+        for name, library in (("hf://owner/name", "datasets"), (str(write_rows(tmp_path / "a.parquet", [])), "pyarrow")):
+            with pytest.raises(ValueError, match=rf'^{name} needs .*pip install "?{library}"?$'):
+                read_rows(parse_sources(name)[0])
     fake = ModuleType("modelscope.msdatasets")
     fake.MsDataset = type("MsDataset", (), {"load": staticmethod(load)})
     monkeypatch.setitem(sys.modules, "modelscope", ModuleType("modelscope"))
