@@ -118,7 +118,10 @@ def train(config: TrainConfig, make_task=FineTuning) -> Path:
         f"{task.title}, {config.train_type}, {precision}, {world_size()} rank(s), {schedule.rows} rows, "
         f"{schedule.total_steps} steps of {schedule.global_batch} rows"
     )
-    return loop.run()
+    last = loop.run()
+    if task.stream and task.stream.dropped:
+        say(f"{len(task.stream.dropped)} rows of the stream were bad or too long, and dropped")
+    return last
 
 
 def check_start(config: TrainConfig, base: Path, output_dir: Path):

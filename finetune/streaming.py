@@ -111,6 +111,7 @@ class Stream:
         self.next_block = 0
         self.blocks: dict[int, list[Line]] = {}
         self.kept = 2
+        self.dropped: set[str] = set()  # places of rows that were met and not used
 
     def all_lines(self) -> Iterator[Line]:
         lines = endless(self.sources, self.seed)
@@ -134,7 +135,7 @@ class Stream:
                 order = np.random.default_rng([self.seed, number]).permutation(self.size)
                 self.blocks[number] = [lines[i] for i in order]
                 while len(self.blocks) > self.kept:
-                    self.blocks.pop(min(self.blocks))
+                    self.blocks.pop(min(self.blocks.keys() - {number}))
             return self.blocks[number]
 
     def row(self, number: int) -> tuple[str, EncodedRow]:
@@ -151,10 +152,12 @@ class Stream:
                 if not self.skip_bad:
                     raise
                 refusal = error
+                self.dropped.add(place)
                 continue
             made = [row for row in made if row.learns and not (self.skip_long and row.truncated)]
             if made:  # of a conversation that makes several rows (ChatGLM-6B), one
                 return place, made[number // self.size % len(made)]
+            self.dropped.add(place)
             refusal = BadRow(f"{place}: longer than --max_len {self.encoder.max_len} / --max_src_len {self.encoder.max_src_len}")
         raise BadRow(f"{refusal}; nor is any other of the {self.size} rows around it of use")
 

@@ -93,13 +93,17 @@ def test_threads_share_a_stream(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         parts = list(pool.map(lambda i: read(stream, i, i + 6), range(0, 120, 6)))
     assert sum(parts, []) == wanted and len(stream.blocks) <= stream.kept
+    for start in (90, 0, 60, 30, 3):  # back to blocks that are gone
+        assert read(stream, start, start + 6) == wanted[start : start + 6]
 
 
 def test_dropped_rows_give_their_turn_away(tmp_path):
     rows = [{"prompt": str(n), "response": "x"} for n in range(6)]
     lines = [json.dumps(row) for row in rows] + ["{", json.dumps({"prompt": "0123456789", "response": "y"})]
     (tmp_path / "a.jsonl").write_text("\ufeff" + "\n\n".join(lines))
-    read_rows = read(stream_of(tmp_path, 8, skip_bad=True, skip_long=True), 0, 80)
+    stream = stream_of(tmp_path, 8, skip_bad=True, skip_long=True)
+    read_rows = read(stream, 0, 80)
+    assert stream.dropped == {f"{tmp_path}/a.jsonl:13", f"{tmp_path}/a.jsonl:15"}
     assert set(read_rows) == {str(n) for n in range(6)} and min(collections.Counter(read_rows).values()) >= 10
     with pytest.raises(BadRow, match=r"a\.jsonl:13: not valid JSON"):
         read(stream_of(tmp_path, 8), 0, 8)
@@ -193,6 +197,7 @@ def test_accumulation_and_epochs_of_a_stream(flags, train, tmp_path, stream_word
         out = tmp_path / str(micro)
         last = train(flags(out, *plain, "--per_device_train_batch_size", micro, "--gradient_accumulation_steps", 4 // micro, "--num_train_epochs", 2))
         losses.append(metrics(out))
+    assert "1 rows of the stream were bad" in capsys.readouterr().out
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     steps = len(losses[0]) // 2
     assert last.name == f"epoch-2-step-{2 * steps}" and 7 <= steps <= 9  # 18 + about 6, and a fifth of it replay
