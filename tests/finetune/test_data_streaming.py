@@ -78,6 +78,8 @@ def test_files_take_turns_and_blocks_are_shuffled(tmp_path):
         assert 2 <= sum(int(x) >= 500 for x in rows[start : start + 33]) <= 4
     assert rows != sorted(rows) and sorted(rows[:33]) != sorted(rows[33:66])
     assert rows != read(stream_of(tmp_path, 33, seed=2), 0, 330)
+    again = read(stream_of(tmp_path / "a.jsonl", 300), 0, 600)
+    assert sorted(again[:300]) == sorted(again[300:]) and again[:300] != again[300:]  # another order in each pass
     with_many = stream_of(tmp_path, 33)
     streaming_files, streaming.OPEN_FILES = streaming.OPEN_FILES, 1
     try:
