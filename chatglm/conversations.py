@@ -6,6 +6,7 @@ directions and a row has one [gMASK]: each answer is a row of its own, after the
 """
 
 import json
+import keyword
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ def tool_call(parameters: dict[str, Any]) -> str:
 
     Raises ValueError for a parameter whose name is no Python name.
     """
-    if bad := next((name for name in parameters if not name.isidentifier()), None):
+    if bad := next((name for name in parameters if not name.isidentifier() or keyword.iskeyword(name)), None):
         raise ValueError(f"a tool's parameter must have a Python name, got {bad!r}")
     return f"```python\ntool_call({', '.join(f'{name}={value!r}' for name, value in parameters.items())})\n```"
 

@@ -70,6 +70,8 @@ class FineTuning:
                 raise ValueError(f"--eval_path takes no weights, got {weighted.name}:{weighted.weight:g}")
             parts = [self.load_source(source, "eval") for source in held_out]
             self.eval_data, self.eval_rows = join([data for data, _ in parts]), [row for _, rows in parts for row in rows]
+            if config.eval_f1 and (talk := next((row for row in self.eval_rows if row.turns), None)):
+                raise ValueError(f"{talk.place}: --eval_f1 asks single questions, this row is a conversation; without it rows give their loss")
 
     def data_hash(self) -> str:
         """Of the training rows: a resumed run must have the same."""

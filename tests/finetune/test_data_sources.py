@@ -15,7 +15,7 @@ from finetune.config import parse_config
 from finetune.formats import BadRow, Row
 from finetune.sources import Source, draw_rows, hash_sources, parse_sources, read_file_items, read_rows, replay_count
 from finetune.task import FineTuning
-from tests.finetune.runs import make_rows, metrics, write_rows
+from tests.finetune.runs import ROOT, make_rows, metrics, write_rows
 
 ITEMS = [{"prompt": "水，泵", "response": 'a "b"\nc'}, {"prompt": "x", "response": ""}]
 
@@ -196,6 +196,7 @@ def test_training_on_weighted_files(flags, train, tmp_path, three_files):
 @pytest.mark.parametrize("words, said", [
     (["--eval_path", "{a}:2"], "--eval_path takes no weights"), (["--replay_path", "nowhere"], "--replay_path: no such file"),
     (["--train_path", "{a}:x"], "--train_path: no such file"),
+    (["--eval_path", str(ROOT / "data" / "formats" / "prompt.jsonl"), "--eval_f1", "True"], "prompt.jsonl:2: --eval_f1 asks single questions"),
 ])  # fmt: skip
 def test_refusals(flags, tmp_path, three_files, words, said):
     with pytest.raises((ValueError, FileNotFoundError), match=said):
