@@ -6,7 +6,6 @@ directions and a row has one [gMASK]: each answer is a row of its own, after the
 """
 
 import json
-import keyword
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,9 +39,10 @@ def learns(turn: Turn) -> bool:
 def tool_call(parameters: dict[str, Any]) -> str:
     """The text of a ChatGLM3 tool call, as `families.parse_tool_call` reads it back.
 
+    A parameter named like a keyword (from, class) is written as ChatGLM3's demo writes it, and is not read back.
     Raises ValueError for a parameter whose name is no Python name.
     """
-    if bad := next((name for name in parameters if not name.isidentifier() or keyword.iskeyword(name)), None):
+    if bad := next((name for name in parameters if not name.isidentifier()), None):
         raise ValueError(f"a tool's parameter must have a Python name, got {bad!r}")
     return f"```python\ntool_call({', '.join(f'{name}={value!r}' for name, value in parameters.items())})\n```"
 
