@@ -1,204 +1,193 @@
-"""From a file of rows to batches. The order of rows is a pure function of (seed, epoch), so a resume needs one number."""
+"""From rows to encodings to batches. The order of rows is a pure function of (seed, epoch), so a resume needs one number."""
 
 import hashlib
 import json
+import multiprocessing
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from chatglm.conversations import CONVERSATIONS, GLM3_LABELS, IGNORED
 from finetune.files import cache_arrays, read_arrays
+from finetune.formats import BadRow, Row
+from finetune.sources import read_rows as read_rows
 
-IGNORED = -100  # label of a token that carries no loss
 SHORTEST_TRUNK = 8  # tokens; a shorter common beginning is not worth an attention call
+CHUNK = 64  # rows that a process of tokenise takes at a time
 
 
-@dataclass(frozen=True)
-class Row:
-    """One question and its answer(s); `place` is "file:line" for messages."""
+class EncodedRow(NamedTuple):
+    """One training row: its first `n_masked` ids carry no loss; `labels`, where the ids after them are not simply their labels."""
 
-    prompt: str
-    answers: tuple[str, ...]
-    place: str
+    input_ids: list[int]
+    n_masked: int
+    truncated: bool
+    labels: list[int] | None = None
 
-    def with_first_answer(self) -> "Row":
-        return replace(self, answers=self.answers[:1])
-
-
-class BadRow(ValueError):
-    """A row that is not {instruction, input, output} or {text, answer}."""
-
-
-def parse_row(item, place: str, prompt_text: str = "") -> Row:
-    """A JSON value to a Row; raises BadRow saying what was wanted, what came, and where.
-
-    An empty answer is one: "nothing", and the end token is learnt (spo_0.json has such rows).
-    """
-    if not isinstance(item, dict):
-        raise BadRow(f"{place}: wanted an object, got {type(item).__name__}")
-    if "instruction" in item or "output" in item:
-        wanted, answer_key = ("instruction", "input", "output"), "output"
-        item = {"input": "", **item}
-    else:
-        wanted, answer_key = ("text", "answer"), "answer"
-    for key in wanted:
-        if key not in item:
-            raise BadRow(f'{place}: no key "{key}"; wanted instruction, input, output (or text, answer)')
-        is_list = isinstance(item[key], list) and item[key] and all(isinstance(x, str) for x in item[key])
-        if not (isinstance(item[key], str) or (key == answer_key and is_list)):
-            raise BadRow(f'{place}: "{key}" must be text, got {json.dumps(item[key], ensure_ascii=False)[:60]}')
-    answers = item[answer_key] if isinstance(item[answer_key], list) else [item[answer_key]]
-    prompt = item["instruction"] + item["input"] if answer_key == "output" else prompt_text + item["text"]
-    if not prompt:
-        raise BadRow(f"{place}: the prompt is empty")
-    try:
-        "".join([prompt, *answers]).encode()
-    except UnicodeEncodeError as error:
-        raise BadRow(f"{place}: half a surrogate pair in the text: {error.object[error.start]!a}") from None
-    return Row(prompt, tuple(answers), place)
-
-
-def read_json_items(path: str | Path) -> Iterator[tuple[str, object]]:
-    """(place, value) of a JSON-lines file or a JSON list; a value that does not parse comes as BadRow."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise BadRow(f"{path}:{line}: not UTF-8") from None
-    if text.lstrip().startswith("["):
-        try:
-            items = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise BadRow(f"{path}:{getattr(error, 'lineno', 1)}: not valid JSON: {getattr(error, 'msg', error)}") from None
-        yield from ((f"{path}[{i}]", item) for i, item in enumerate(items))
-        return
-    # Not splitlines(): that also breaks at characters which JSON allows inside a string.
-    yield from parse_lines(path, text.split("\n"))
-
-
-def parse_lines(path: Path, lines: list[str] | list[bytes]) -> Iterator[tuple[str, object]]:
-    """(place, value) of the lines of a file, text or UTF-8; one that does not parse comes as BadRow."""
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                yield f"{path}:{number}", json.loads(line if isinstance(line, str) else line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:  # also numbers and nesting beyond Python's limits
-                yield f"{path}:{number}", BadRow(f"{path}:{number}: not valid JSON: {getattr(error, 'msg', error)}")
-
-
-def read_rows(path: str | Path, *, prompt_text="", on_bad_row="error", limit: int | None = None) -> tuple[list[Row], int]:
-    """All rows of a file and the number of bad ones skipped.
-
-    Raises:
-        BadRow: the first bad row, with on_bad_row "error"; or no good row at all.
-    """
-    rows, bad = [], 0
-    for place, item in read_json_items(path):
-        if limit is not None and len(rows) == limit:
-            break
-        try:
-            if isinstance(item, BadRow):
-                raise item
-            rows.append(parse_row(item, place, prompt_text))
-        except BadRow:
-            if on_bad_row == "error":
-                raise
-            bad += 1
-    if not rows:
-        raise BadRow(f"{path}: no rows" + (f" ({bad} bad ones skipped)" if bad else ""))
-    return rows, bad
+    @property
+    def learns(self) -> bool:
+        return self.n_masked < len(self.input_ids)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Encoded rows. `input_ids[i]` is a list of ids whose first `n_masked[i]` carry no loss."""
+    """Encoded rows. `input_ids[i]` is a list of ids whose first `n_masked[i]` carry no loss.
+
+    labels: of the rows (by number) of several answers: as long as the ids, IGNORED where there is no loss.
+    """
 
     input_ids: list[list[int]]
     n_masked: list[int]
     places: list[str]
     truncated: int
     skipped: int
+    labels: dict[int, list[int]] = field(default_factory=dict)
 
     def __len__(self):
         return len(self.input_ids)
 
 
-def encode_rows(
-    rows: list[Row], tokenizer, family, *, max_len: int, max_src_len: int, is_skip=False, progress=False, cache: Path | None = None
-) -> Dataset:  # fmt: skip
-    """Encode rows as `family` trains on them; cut rows are counted, or dropped with `is_skip`.
+@dataclass(frozen=True)
+class Encoder:
+    """Rows to ids as a family is trained. Lengths are in tokens; role_labels as `chatglm.conversations` has it."""
 
-    With `cache`, a folder, what was encoded once from the same rows, tokenizer, code and lengths is read from there.
+    tokenizer: object
+    family: object
+    max_len: int
+    max_src_len: int
+    glm3_labels: str = GLM3_LABELS[0]
+
+    def encode(self, row: Row) -> list[EncodedRow]:
+        """One row; of a conversation in ChatGLM-6B's layout, one an answer. A row cut so short that no answer is left learns nothing.
+
+        Raises ValueError: several answers (a test file), or limits that leave no room.
+        """
+        if len(row.answers) != 1:
+            raise BadRow(f"{row.place}: a training row has one output, got a list of {len(row.answers)}")
+        role_labels = self.glm3_labels == GLM3_LABELS[0]
+        if not row.turns:
+            made = self.family.encode_example(self.tokenizer, row.prompt, row.answers[0], self.max_len, self.max_src_len)
+            return [EncodedRow(made.input_ids, made.n_masked + (self.family.name == "glm3" and not role_labels), made.truncated)]
+        encoded = []
+        for ids, labels, cut in CONVERSATIONS[self.family.name](self.tokenizer, list(row.turns), self.max_len, self.max_src_len, role_labels):
+            first = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
+            encoded.append(EncodedRow(ids, first, cut, None if labels[first:] == ids[first:] else labels))
+        return encoded
+
+    def key(self, rows: list[Row]) -> str:
+        """A name for all that encoded rows depend on: their text, the tokenizer's model, our code, the settings."""
+        from chatglm import conversations, families, tokenization
+
+        tokenizer = self.tokenizer
+        digest = hashlib.sha256(f"{self.family.name} {self.max_len} {self.max_src_len} {self.glm3_labels} ".encode())
+        settings = {k: v for k, v in tokenizer.init_kwargs.items() if k not in ("vocab_file", "name_or_path")}
+        digest.update(json.dumps([settings, len(tokenizer)], default=str, sort_keys=True).encode())
+        for file in (tokenizer.vocab_file, families.__file__, conversations.__file__, tokenization.__file__, __file__):
+            digest.update(hashlib.sha256(Path(file).read_bytes()).digest())
+        for row in rows:
+            digest.update(json.dumps([row.prompt, *row.answers, *row.turns]).encode())
+        return digest.hexdigest()[:32]
+
+
+def encode_rows(
+    rows: list[Row], tokenizer, family, *, max_len: int, max_src_len: int, glm3_labels=GLM3_LABELS[0], is_skip=False, progress=False,
+    cache: Path | None = None, workers: int = 1,
+) -> Dataset:  # fmt: skip
+    """Encode rows as `family` trains on them; cut rows are counted, or dropped with `is_skip`. Rows without a label are dropped.
+
+    With `cache`, a folder, what was encoded once from the same rows, tokenizer, code and settings is read from there.
 
     Raises:
         ValueError: nothing is left, or a row has several answers (a test file).
     """
-    for row in rows:
-        if len(row.answers) != 1:
-            raise BadRow(f"{row.place}: a training row has one output, got a list of {len(row.answers)}")
-    file = cache / f"{encoding_key(rows, tokenizer, family, max_len, max_src_len)}.safetensors" if cache else None
+    encoder = Encoder(tokenizer, family, max_len, max_src_len, glm3_labels)
+    file = cache / f"{encoder.key(rows)}.safetensors" if cache else None
     encoded = read_encoded(file) if file else None
     if encoded is None:
-        encoded = tokenise(rows, tokenizer, family, max_len, max_src_len, progress)
+        encoded = tokenise(encoder, rows, progress, workers)
         if file:
             write_encoded(file, encoded)
-    ids, n_masked, cut = encoded
-    kept = [i for i in range(len(rows)) if not (is_skip and cut[i])]
+    pairs = [(place.place, row) for place, made in zip(rows, encoded) for row in made]
+    kept = [(place, row) for place, row in pairs if row.learns and not (is_skip and row.truncated)]
     if not kept:
         raise ValueError(f"all {len(rows)} rows are longer than --max_len {max_len} / --max_src_len {max_src_len}")
-    return Dataset([ids[i] for i in kept], [n_masked[i] for i in kept], [rows[i].place for i in kept], sum(cut), len(rows) - len(kept))
+    return dataset_of(kept, sum(row.truncated for _, row in pairs), len(pairs) - len(kept))
 
 
-def tokenise(rows: list[Row], tokenizer, family, max_len: int, max_src_len: int, progress: bool) -> tuple[list, list, list]:
-    """(input_ids, n_masked, truncated) of each row."""
-    import datasets
-
-    def encode(row):
-        example = family.encode_example(tokenizer, row["prompt"], row["answer"], max_len, max_src_len)
-        return {"input_ids": example.input_ids, "n_masked": example.n_masked, "truncated": example.truncated}
-
-    table = datasets.Dataset.from_dict({"prompt": [r.prompt for r in rows], "answer": [r.answers[0] for r in rows]})
-    (datasets.enable_progress_bars if progress else datasets.disable_progress_bars)()
-    # The fingerprint would hash the whole tokenizer to name a cache file that an in-memory table does not have.
-    encoded = table.map(encode, new_fingerprint="encoded", desc="encoding", load_from_cache_file=False)
-    return list(encoded["input_ids"]), list(encoded["n_masked"]), list(encoded["truncated"])
+def dataset_of(rows: list[tuple[str, EncodedRow]], truncated: int = 0, skipped: int = 0) -> Dataset:
+    """A Dataset of (place, encoded row)."""
+    labels = {i: row.labels for i, (_, row) in enumerate(rows) if row.labels is not None}
+    return Dataset([row.input_ids for _, row in rows], [row.n_masked for _, row in rows], [place for place, _ in rows], truncated, skipped, labels)
 
 
-def encoding_key(rows: list[Row], tokenizer, family, max_len: int, max_src_len: int) -> str:
-    """A name for all that encoded rows depend on: their text, the tokenizer's model, our code, the lengths."""
-    from chatglm import families, tokenization
-
-    digest = hashlib.sha256(f"{family.name} {max_len} {max_src_len} ".encode())
-    settings = {k: v for k, v in tokenizer.init_kwargs.items() if k not in ("vocab_file", "name_or_path")}
-    digest.update(json.dumps([settings, len(tokenizer)], default=str, sort_keys=True).encode())
-    for file in (tokenizer.vocab_file, families.__file__, tokenization.__file__):
-        digest.update(hashlib.sha256(Path(file).read_bytes()).digest())
-    for row in rows:
-        digest.update(json.dumps([row.prompt, *row.answers]).encode())
-    return digest.hexdigest()[:32]
+def join(parts: list[Dataset]) -> Dataset:
+    """Several as one, in this order."""
+    rows = [
+        (place, EncodedRow(ids, n, False, part.labels.get(i)))
+        for part in parts for i, (ids, n, place) in enumerate(zip(part.input_ids, part.n_masked, part.places))
+    ]  # fmt: skip
+    return dataset_of(rows, sum(part.truncated for part in parts), sum(part.skipped for part in parts))
 
 
-def read_encoded(file: Path) -> tuple[list, list, list] | None:
+def tokenise(encoder: Encoder, rows: list[Row], progress: bool, workers: int = 1) -> list[list[EncodedRow]]:
+    """What `encoder` makes of each row, in their order; over `workers` processes. A bar shows where it takes seconds."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(rows), desc="encoding", unit="row", disable=not progress, delay=2) as bar:
+        encoded: list[list[EncodedRow]] = []
+        for part in encode_chunks(encoder, rows, workers):
+            encoded += part
+            bar.update(len(part))
+    return encoded
+
+
+def encode_chunks(encoder: Encoder, rows: list[Row], workers: int) -> Iterator[list[list[EncodedRow]]]:
+    chunks = [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
+    if min(workers, len(chunks)) < 2:
+        yield from ([encoder.encode(row) for row in chunk] for chunk in chunks)
+        return
+    # Forked, so that the tokenizer needs no pickling and transformers no second import.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (encoder,)) as pool:
+        yield from pool.map(_encode_chunk, chunks)
+
+
+def _start_worker(encoder: Encoder):
+    global _encoder
+    _encoder = encoder
+
+
+def _encode_chunk(rows: list[Row]) -> list[list[EncodedRow]]:
+    return [_encoder.encode(row) for row in rows]
+
+
+def read_encoded(file: Path) -> list[list[EncodedRow]] | None:
     """What `write_encoded` wrote; None where it is not there or not whole."""
     arrays = read_arrays(file)
     try:
-        ids = np.split(arrays["ids"], arrays["lengths"].cumsum()[:-1])
-        return [row.tolist() for row in ids], arrays["n_masked"].tolist(), arrays["truncated"].tolist()
+        ids, labels = (np.split(arrays[name], arrays[lengths].cumsum()[:-1]) for name, lengths in (("ids", "lengths"), ("labels", "label_lengths")))
+        rows = iter([
+            EncodedRow(i.tolist(), n, cut, own.tolist() if len(own) else None)
+            for i, n, cut, own in zip(ids, arrays["n_masked"].tolist(), arrays["truncated"].tolist(), labels)
+        ])  # fmt: skip
+        return [[next(rows) for _ in range(count)] for count in arrays["made"].tolist()]
     except KeyError:
         return None
 
 
-def write_encoded(file: Path, encoded: tuple[list, list, list]):
-    ids, n_masked, cut = encoded
+def write_encoded(file: Path, encoded: list[list[EncodedRow]]):
+    rows = [row for made in encoded for row in made]
+    labels = [row.labels or [] for row in rows]
     cache_arrays(file, {
-        "ids": np.array([i for row in ids for i in row], np.int32), "lengths": np.array([len(row) for row in ids], np.int64),
-        "n_masked": np.array(n_masked, np.int32), "truncated": np.array(cut, bool),
+        "ids": np.array([i for row in rows for i in row.input_ids], np.int32), "lengths": np.array([len(row.input_ids) for row in rows], np.int64),
+        "labels": np.array([i for own in labels for i in own], np.int32), "label_lengths": np.array([len(own) for own in labels], np.int64),
+        "n_masked": np.array([row.n_masked for row in rows], np.int32), "truncated": np.array([row.truncated for row in rows], bool),
+        "made": np.array([len(made) for made in encoded], np.int32),
     })  # fmt: skip
 
 
@@ -254,33 +243,37 @@ def collate(data: Dataset, rows: list[int], *, ragged: bool = True, share: bool 
     filler = min(range(len(data)), key=lambda i: len(data.input_ids[i])) if -1 in rows else None
     ids = [data.input_ids[filler if r == -1 else r] for r in rows]
     masked = [len(ids[i]) if r == -1 else data.n_masked[r] for i, r in enumerate(rows)]
+    known = [data.labels.get(r) for r in rows]
     if ragged:
-        return lay_end_to_end(ids, masked, share, multiple)
+        return lay_end_to_end(ids, masked, share, multiple, known)
     longest = max(map(len, ids))
     input_ids = torch.full((len(rows), longest), pad_id)
     labels = torch.full((len(rows), longest), IGNORED)
-    for i, (row, n) in enumerate(zip(ids, masked)):
+    for i, (row, n, own) in enumerate(zip(ids, masked, known)):
         input_ids[i, : len(row)] = torch.tensor(row)
-        labels[i, n : len(row)] = torch.tensor(row[n:], dtype=torch.long)
+        labels[i, n : len(row)] = torch.tensor((own or row)[n:], dtype=torch.long)
     return {"input_ids": input_ids, "labels": labels}
 
 
-def lay_end_to_end(ids: list[list[int]], masked: list[int], share: bool, multiple: int) -> dict:
-    """A ragged row (1, S) of sequences, without their last tokens, which predict nothing; see nll_sum for the other entries."""
+def lay_end_to_end(ids: list[list[int]], masked: list[int], share: bool, multiple: int, labels: list | None = None) -> dict:
+    """A ragged row (1, S) of sequences, without their last tokens, which predict nothing; see nll_sum for the other entries.
+
+    `labels`: of each sequence, None where they are its ids after the first `masked`.
+    """
     # A trunk ends before the first place that predicts, and every sequence keeps a token of its own.
     heads = [row[: min(n, len(row) - 1) - 1] for row, n in zip(ids, masked)]
     trunk = len(os.path.commonprefix(heads)) if share and len(ids) > 1 else 0
     trunk = trunk if trunk >= SHORTEST_TRUNK else 0
     row, lengths, shared = (list(ids[0][:trunk]), [trunk], [0]) if trunk else ([], [], [])
     keep, targets = [], []
-    for sequence, n in zip(ids, masked):
+    for sequence, n, known in zip(ids, masked, labels or [None] * len(ids)):
         own = sequence[trunk:-1]
-        predicts = range(n - 1, len(sequence) - 1)
+        predicts = [place for place in range(n - 1, len(sequence) - 1) if not known or known[place + 1] != IGNORED]
         if not predicts:  # an empty place: one prediction that is not counted keeps the shapes usual
             keep.append(len(row))
             targets.append(IGNORED)
         keep += [len(row) + place - trunk for place in predicts]
-        targets += [sequence[place + 1] for place in predicts]
+        targets += [(known or sequence)[place + 1] for place in predicts]
         row += own
         lengths.append(len(own))
         shared.append(trunk)

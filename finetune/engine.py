@@ -7,7 +7,6 @@ import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from finetune.checkpoint import (
     remove_leftovers,
 )
 from finetune.config import TrainConfig
-from finetune.data import epoch_order, step_rows
+from finetune.data import step_rows
 from finetune.distributed import (
     DTYPES,
     agree,
@@ -96,12 +95,8 @@ def train(config: TrainConfig, make_task=FineTuning) -> Path:
     check_start(config, Path(task.model_path), output_dir)
     init_distributed()
     task.load_rows()
-    schedule = Schedule(
-        len(task.data),
-        config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size(),
-        config.num_train_epochs,
-        config.max_steps,
-    )
+    global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
+    schedule = Schedule(task.rows_per_epoch(config.max_steps, global_batch), global_batch, config.num_train_epochs, config.max_steps)
     engine, model, precision = build_engine(config, task, schedule.total_steps)
     sizes = parameter_sizes(model)
     say(parameter_report(sizes))
@@ -123,15 +118,18 @@ def train(config: TrainConfig, make_task=FineTuning) -> Path:
     facts = {
         "title": task.title, "base_model": base, "data": data_facts(config, checkpointer.data), "world_size": world_size(),
         "device": torch.cuda.get_device_name(device()) if torch.cuda.is_available() else processor(), "precision": precision,
-        "rows": len(task.data), "rows_per_step": schedule.global_batch, "total_steps": schedule.total_steps,
+        "rows": schedule.rows, "rows_per_step": schedule.global_batch, "total_steps": schedule.total_steps,
         "parameters": {"trainable": sum(size for _, size, yes in sizes if yes), "all": sum(size for _, size, _ in sizes)},
     }  # fmt: skip
     loop = Loop(config, engine, model, task, schedule, checkpointer, resumed, facts)
     say(
-        f"{task.title}, {config.train_type}, {precision}, {world_size()} rank(s), {len(task.data)} rows, "
+        f"{task.title}, {config.train_type}, {precision}, {world_size()} rank(s), {schedule.rows} rows, "
         f"{schedule.total_steps} steps of {schedule.global_batch} rows"
     )
-    return loop.run()
+    last = loop.run()
+    if task.stream and task.stream.dropped:
+        say(f"{len(task.stream.dropped)} rows of the stream were bad or too long, and dropped")
+    return last
 
 
 def check_start(config: TrainConfig, base: Path, output_dir: Path):
@@ -227,16 +225,14 @@ class Loop:
 
     def __init__(self, config, engine, model, task, schedule, checkpointer, resumed: dict, facts: dict):
         """`resumed`: the manifest of the checkpoint that was loaded, if one was; `facts`: what run.json says of the run."""
-        self.config, self.engine, self.model, self.task, self.data = config, engine, model, task, task.data
+        self.config, self.engine, self.model, self.task = config, engine, model, task
         self.schedule, self.checkpointer, self.facts = schedule, checkpointer, facts
         self.done = resumed.get("step", 0)
         self.patience = Patience(config.metric_for_best, config.early_stopping_min_delta, resumed.get("early_stopping"))
-        self.lengths = np.array([len(ids) for ids in self.data.input_ids])
         self.stop_signal = 0
         self.last_metrics: dict = {}
         self.workers = ThreadPoolExecutor(config.num_workers) if config.num_workers else None
         self.ahead: dict[int, Future] = {}  # the batches of the steps to come, in the making
-        self.order_of = lru_cache(2)(self.order_of)
 
     def run(self) -> Path:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -303,8 +299,7 @@ class Loop:
         tokens read, stop wanted).
         """
         config, engine = self.config, self.engine
-        rows, batches = self.batches()
-        tokens = sum(len(self.data.input_ids[r]) for chosen in rows for r in chosen if r >= 0)
+        places, tokens, batches = self.batches()
         labelled, tokens, stop = sum_over_ranks(sum(map(self.task.count_labels, batches)), tokens, self.stop_signal)
 
         engine.train()
@@ -322,15 +317,14 @@ class Loop:
         norm = float(engine.get_global_grad_norm() or 0)
         # DeepSpeed skips a step of infinite gradients without a word; only fp16 with its loss scale means it so.
         if not math.isfinite(loss) or not (math.isfinite(norm) or engine.fp16_enabled()):
-            where = ", ".join(self.data.places[r] for chosen in rows for r in chosen if r >= 0)
             raise TrainingFailed(
-                f"the loss is {loss}, the norm of its gradient {norm} at step {self.done} (rank {rank()} read {where}); "
+                f"the loss is {loss}, the norm of its gradient {norm} at step {self.done} (rank {rank()} read {', '.join(places)}); "
                 f"nothing was saved of this step. Try a lower --learning_rate or --precision bf16 or fp32"
             )
         return loss, norm, int(tokens), stop > 0
 
-    def batches(self) -> tuple[list[list[int]], list[dict]]:
-        """Rows and collated batches of the step to come; workers begin with those after it."""
+    def batches(self) -> tuple[list[str], int, list[dict]]:
+        """What make_batches makes of the step to come; workers begin with those after it."""
         last = min(self.done + self.config.num_workers, self.schedule.total_steps - 1)
         for step in range(self.done + 1, last + 1):
             if step not in self.ahead:
@@ -338,18 +332,17 @@ class Loop:
         made = self.ahead.pop(self.done, None)
         return made.result() if made else self.make_batches(self.done)
 
-    def make_batches(self, step: int) -> tuple[list[list[int]], list[dict]]:
-        """A pure function of the step, whoever calls it."""
+    def make_batches(self, step: int) -> tuple[list[str], int, list[dict]]:
+        """Places and tokens of this rank's rows, and its collated batches: a pure function of the step, whoever calls it."""
         epoch, place = divmod(step, self.schedule.steps_per_epoch)
-        rows = step_rows(
-            self.order_of(epoch), place, self.lengths, micro=self.config.per_device_train_batch_size,
+        data, order, place = self.task.rows_of_step(epoch, place, self.schedule.steps_per_epoch, self.schedule.global_batch)
+        lengths = self.task.lengths if data is self.task.data else np.array([len(ids) for ids in data.input_ids])
+        passes = step_rows(
+            order, place, lengths, micro=self.config.per_device_train_batch_size,
             accumulation=self.config.gradient_accumulation_steps, rank=rank(), world=world_size(),
         )  # fmt: skip
-        return rows, [self.task.collate(chosen) for chosen in rows]
-
-    def order_of(self, epoch: int) -> np.ndarray:
-        group = self.schedule.global_batch if self.config.batching == "grouped" else 0
-        return epoch_order(self.lengths, self.config.seed, epoch, group=group)
+        rows = [row for chosen in passes for row in chosen if row >= 0]
+        return [data.places[row] for row in rows], int(lengths[rows].sum()), [self.task.collate(data, chosen) for chosen in passes]
 
     def evaluate(self, writer) -> bool:
         """The task's metrics; True where the chosen one is the best so far."""

@@ -1,8 +1,9 @@
 """What the loop trains: rows and how they are laid out, a model and its loss, metrics, and what is saved of it."""
 
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -10,20 +11,23 @@ from chatglm.families import FAMILIES
 from chatglm.loading import load_model, load_tokenizer, resolve_mode
 from finetune.checkpoint import export
 from finetune.config import TrainConfig
-from finetune.data import Dataset, Row, collate, count_labels, encode_rows, read_rows
+from finetune.data import Dataset, Encoder, collate, count_labels, encode_rows, epoch_order, join
 from finetune.distributed import agree, rank, say
 from finetune.evaluate import answers_of_ranks, evaluation_loss, prediction_lines
-from finetune.files import sha256, write_aside
+from finetune.files import write_aside
+from finetune.formats import Row, parse_columns
 from finetune.loss import LossModule
 from finetune.methods import make_method
 from finetune.metrics import mean, score_rows
+from finetune.sources import RowReader, Source, draw_rows, hash_sources, parse_sources, read_rows, replay_count
+from finetune.streaming import Stream
 
 
 class FineTuning:
     """A ChatGLM learns to answer. predictor/training.py has the other task: how long the answer will be.
 
     Attributes:
-        data: the training rows: a Dataset, or what has `input_ids`, `places` and a length like one.
+        data: the training rows: a Dataset, or what has `input_ids`, `places` and a length like one; None where `stream` reads them.
         count_labels(batch) -> int: what a batch's summed loss is divided by.
     """
 
@@ -41,32 +45,97 @@ class FineTuning:
 
     def load_rows(self):
         """Raises ValueError, FileNotFoundError for rows that do not fit."""
-        self.data, _ = self.load_dataset(self.config.train_path, "train")
-        if self.config.eval_path:
-            self.eval_data, self.eval_rows = self.load_dataset(self.config.eval_path, "eval")
+        config = self.config
+        sources = parse_sources(config.train_path)
+        replay = parse_sources(config.replay_path, "--replay_path") if config.replay_path else []
+        if config.streaming:
+            self.stream = Stream(
+                sources, self.reader, Encoder(self.tokenizer, self.family, config.max_len, config.max_src_len, config.glm3_labels),
+                seed=config.seed, block=config.shuffle_buffer, skip_bad=config.on_bad_row == "skip", skip_long=config.is_skip,
+                replay=replay, replay_ratio=config.replay_ratio,
+            )  # fmt: skip
+        else:
+            parts = [self.load_source(source, "train") for source in sources] + [self.load_source(source, "replay") for source in replay]
+            self.data = join([data for data, _ in parts]) if len(parts) > 1 else parts[0][0]
+            self.hash = hash_sources([*sources, *replay], [row for _, rows in parts for row in rows])
+            if len(parts) > 1 or sources[0].weight != 1:
+                sizes = [len(data) for data, _ in parts]
+                shares = [size * source.weight for size, source in zip(sizes, [*sources, *replay])]
+                counts = [max(1, round(share)) for share in shares[: len(sources)]]
+                wanted, given = replay_count(sum(counts), config.replay_ratio), sum(shares[len(sources) :])
+                counts += [max(1, round(wanted * share / given)) for share in shares[len(sources) :]]
+                self.draws = tuple(zip(sizes, counts))
+                say("an epoch reads " + ", ".join(f"{n} rows of {source.name}" for n, source in zip(counts, [*sources, *replay])))
+        if config.eval_path:
+            held_out = parse_sources(config.eval_path, "--eval_path")
+            if weighted := next((source for source in held_out if source.weight != 1), None):
+                raise ValueError(f"--eval_path takes no weights, got {weighted.name}:{weighted.weight:g}")
+            parts = [self.load_source(source, "eval") for source in held_out]
+            self.eval_data, self.eval_rows = join([data for data, _ in parts]), [row for _, rows in parts for row in rows]
+            if config.answer_metrics and (talk := next((row for row in self.eval_rows if row.turns), None)):
+                raise ValueError(f"{talk.place}: --eval_metrics ask single questions, this row is a conversation; without them rows give their loss")
 
     def data_hash(self) -> str:
         """Of the training rows: a resumed run must have the same."""
-        return sha256(Path(self.config.train_path))
+        return self.stream.data_hash() if self.stream else self.hash
 
-    def load_dataset(self, path: str, name: str) -> tuple[Dataset, list[Row]]:
+    @property
+    def reader(self) -> RowReader:
         config = self.config
-        rows, bad = read_rows(
-            path, prompt_text=config.prompt_text, on_bad_row=config.on_bad_row,
-            limit=config.dataset_length if name == "train" else None,
-        )  # fmt: skip
+        return RowReader(config.prompt_text, config.data_format, parse_columns(config.columns), self.family.name)
+
+    def load_source(self, source: Source, name: str) -> tuple[Dataset, list[Row]]:
+        config = self.config
+        limit = config.dataset_length if name == "train" else None
+        rows, bad = read_rows(source, on_bad_row=config.on_bad_row, limit=limit, reader=self.reader)
         # A test file may list several answers; the loss is of the first.
         encoded = [row.with_first_answer() for row in rows] if name == "eval" else rows
         cache = Path(config.data_cache).expanduser() if config.data_cache else None
         data = encode_rows(
-            encoded, self.tokenizer, self.family, max_len=config.max_len, max_src_len=config.max_src_len,
-            is_skip=config.is_skip and name == "train", progress=rank() == 0, cache=cache,
+            encoded, self.tokenizer, self.family, max_len=config.max_len, max_src_len=config.max_src_len, glm3_labels=config.glm3_labels,
+            is_skip=config.is_skip and name != "eval", progress=rank() == 0, cache=cache, workers=config.preprocessing_num_workers,
         )  # fmt: skip
         words = [f"{len(data)} {name} rows"]
         words += [f"{bad} bad ones skipped"] if bad else []
         words += [f"{data.skipped} too long, skipped"] if data.skipped else [f"{data.truncated} cut"] if data.truncated else []
         say(", ".join(words))
         return data, rows
+
+    # ---- which rows a step reads
+
+    data: Dataset | None = None
+    stream: Stream | None = None
+    draws: tuple[tuple[int, int], ...] = ()  # (rows, rows drawn an epoch) of each source; none: every row once
+
+    def rows_per_epoch(self, steps: int | None, step_rows: int) -> int:
+        """With --streaming, as many as `steps` steps read, or where it is None, as one pass counts."""
+        if self.stream:
+            return steps * step_rows if steps else self.stream.count()
+        return sum(drawn for _, drawn in self.draws) or len(self.data)
+
+    def rows_of_step(self, epoch: int, place: int, steps_per_epoch: int, step_rows: int) -> tuple[Dataset, np.ndarray, int]:
+        """(rows, their order, number of the step in that order) for step `place` of an epoch: a pure function of these numbers."""
+        if self.stream:
+            first = (epoch * steps_per_epoch + place) * step_rows
+            return self.stream.rows(first, first + step_rows), np.arange(step_rows), 0
+        return self.data, self.order(epoch, step_rows if self.config.batching == "grouped" else 0), place
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(ids) for ids in self.data.input_ids])
+
+    @cached_property
+    def order(self):
+        return lru_cache(2)(self.make_order)
+
+    def make_order(self, epoch: int, group: int) -> np.ndarray:
+        if not self.draws:
+            return epoch_order(self.lengths, self.config.seed, epoch, group=group)
+        starts = np.cumsum([0, *(rows for rows, _ in self.draws)])
+        drawn = np.concatenate([
+            start + draw_rows(rows, count, self.config.seed, number, epoch) for number, (start, (rows, count)) in enumerate(zip(starts, self.draws))
+        ])  # fmt: skip
+        return drawn[epoch_order(self.lengths[drawn], self.config.seed, epoch, group=group)]
 
     def build_model(self, dtype: torch.dtype) -> nn.Module:
         """The model, prepared by its method: what trains requires a gradient."""
@@ -80,8 +149,8 @@ class FineTuning:
     def layout(self) -> dict:
         return layout_of(self.config, self.family, self.tokenizer, self.dtype)
 
-    def collate(self, rows: list[int]) -> dict:
-        return collate(self.data, rows, **self.layout)
+    def collate(self, data: Dataset, rows: list[int]) -> dict:
+        return collate(data, rows, **self.layout)
 
     def evaluate(self, loss_module: nn.Module, model: nn.Module, *, synced: bool, predictions: Path) -> dict[str, float]:
         """Loss, and --eval_metrics of greedy answers, on the evaluation rows.

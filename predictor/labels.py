@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.data import BadRow, parse_lines, parse_row, read_json_items
+from finetune.formats import BadRow, parse_row
+from finetune.sources import parse_lines, read_json_items
 from predictor.features import BASE, finalise
 
 log = logging.getLogger(__name__)

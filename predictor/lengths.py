@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.data import BadRow
+from finetune.formats import BadRow
 from predictor.config import PredictorConfig
 from predictor.decoder import tokenizer_hash
 from predictor.labels import Example, data_hash, group_prompts, make_counter, read_examples, split

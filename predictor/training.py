@@ -84,9 +84,9 @@ class LengthTraining(FineTuning):
     def count_labels(batch: dict) -> float:
         return float(batch["weights"].sum())
 
-    def collate(self, rows: list[int]) -> dict:
+    def collate(self, data: EncodedPrompts, rows: list[int]) -> dict:
         """A batch of prompts and, end to end, all their labels; an empty place (-1) is the shortest prompt without weight."""
-        ids, labels = self.data.input_ids, self.data.lengths
+        ids, labels = data.input_ids, data.lengths
         filler = min(range(len(ids)), key=lambda i: len(ids[i])) if -1 in rows else None
         chosen = [filler if r == -1 else r for r in rows]
         spans = [np.arange(labels.starts[i], labels.starts[i + 1]) for i in chosen]

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.data import BadRow
 from finetune.files import put_in_place, write_json
+from finetune.formats import BadRow
 from predictor.calibration import kaplan_meier
 from predictor.decoder import CARD, FOLDS, Decoder, fold_of, write_card
 from predictor.evaluate import Observed, add_predictor_flags

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from chatglm.families import FAMILIES  # noqa: E402
 from finetune.config import parse_positive  # noqa: E402
-from finetune.data import BadRow  # noqa: E402
+from finetune.formats import BadRow  # noqa: E402
 from finetune.predict import add_model_flags, generate_batch, load_for_inference  # noqa: E402
 from predictor.labels import parse_prompt, read_items  # noqa: E402
 

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from finetune.files import write_aside  # noqa: E402
+from scripts.sample_formats import render_samples  # noqa: E402
 
 EXTRACT = "抽取故障三元组，每行一个："
 COPY = "照抄："
@@ -251,9 +252,15 @@ The same command gives the same bytes. The tests compare.
 {table}
 | probe.jsonl | {probe_rows} | general prompts, to see what tuning made a model forget (docs/evaluation.md); written by hand | {probe_hash} |
 
+Three rows of each format that training reads, written by hand (`scripts/sample_formats.py`); docs/data.md shows the schema of each:
+
+| file | rows | SHA-256 |
+|---|---|---|
+{formats}
+
 ## Schema
 
-One JSON object per line, UTF-8, three text fields:
+One JSON object per line, UTF-8; the three files above have three text fields:
 
 | field | meaning |
 |---|---|
@@ -332,16 +339,19 @@ def main(argv=None):
         f"--held_out_share {args.held_out_share} --held_out_test_rows {args.held_out_test_rows}"
     )
     probe = PROBE.read_bytes()
+    samples = render_samples()
+    formats = "\n".join(f"| {name} | {len(content.splitlines())} | {hashlib.sha256(content).hexdigest()} |" for name, content in samples.items())
     readme = README.format(
         probe_rows=probe.count(b"\n"),
         probe_hash=hashlib.sha256(probe).hexdigest(),
         command=command,
         table=table,
+        formats=formats,
         share=args.held_out_share,
         held_out=args.held_out_test_rows,
         test=args.test_rows,
     )
-    contents["README.md"] = readme.encode("utf-8")
+    contents |= samples | {"README.md": readme.encode("utf-8")}
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():

@@ -51,7 +51,9 @@ def pieces(tokenizer_dir):
 def test_generator_writes_the_committed_bytes(tmp_path):
     result = run_script("prepare_sample_data.py", "--output_dir", tmp_path)
     assert result.returncode == 0, result.stderr
-    for name in (*FILES, "README.md"):
+    written = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file())
+    assert written == sorted(p.relative_to(DATA).as_posix() for p in DATA.rglob("*") if p.is_file())
+    for name in written:
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes(), name
 
 
@@ -71,7 +73,7 @@ def test_generator_refuses_sizes_it_cannot_make(tmp_path, flag, value):
 
 def test_readme_states_the_hash_and_row_count_of_each_file():
     readme = (DATA / "README.md").read_text(encoding="utf-8")
-    for name in (*FILES, "probe.jsonl"):
+    for name in (*FILES, "probe.jsonl", *(f"formats/{p.name}" for p in (DATA / "formats").iterdir())):
         content = (DATA / name).read_bytes()
         line = next(line for line in readme.splitlines() if line.startswith(f"| {name} "))
         assert hashlib.sha256(content).hexdigest() in line

@@ -13,17 +13,15 @@ from chatglm.families import FAMILIES
 from finetune.data import (
     IGNORED,
     SHORTEST_TRUNK,
-    BadRow,
     Dataset,
-    Row,
     collate,
     count_labels,
     encode_rows,
     epoch_order,
-    parse_row,
-    read_rows,
     step_rows,
 )
+from finetune.formats import BadRow, Row, parse_row
+from finetune.sources import read_rows
 from tests.conftest import shared_file
 from tests.finetune.runs import make_rows, write_rows
 

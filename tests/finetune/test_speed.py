@@ -10,9 +10,10 @@ from chatglm import load_model, load_tokenizer
 from chatglm.families import FAMILIES
 from finetune import lora as lora_module
 from finetune.config import parse_config
-from finetune.data import IGNORED, collate, count_labels, encode_rows, parse_row
+from finetune.data import IGNORED, collate, count_labels, encode_rows
 from finetune.engine import keep_products
 from finetune.evaluate import evaluation_loss
+from finetune.formats import parse_row
 from finetune.lora import use_lean_lora
 from finetune.loss import LossModule, nll_sum
 from finetune.methods import make_method

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from chatglm import load_tokenizer
 from chatglm.families import FAMILIES
-from finetune.data import BadRow
+from finetune.formats import BadRow
 from predictor.labels import (
     Example,
     Label,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from finetune import files
-from finetune.data import BadRow
+from finetune.formats import BadRow
 from predictor import LengthPrediction, LengthPredictor
 from predictor import update as module
 from predictor.decoder import read_card

@@ -1,0 +1,292 @@
+"""Where rows come from: files, folders, patterns and hubs, each with a weight; how many rows of each an epoch reads.
+
+Free of torch.
+"""
+
+import ast
+import csv
+import gzip
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from finetune.files import sha256
+from finetune.formats import BadRow, Row, parse_row, refused_by
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+HUBS = ("hf://", "ms://")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one entry of --train_path names: files, or a data set of a hub.
+
+    weight: how often an epoch reads each of its rows; 0.3: three of ten, others in the next epoch.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    weight: float = 1.0
+
+    @property
+    def is_hub(self) -> bool:
+        return self.name.startswith(HUBS)
+
+
+def parse_sources(text: str, flag: str = "--train_path") -> list[Source]:
+    """"a.json,b.jsonl:0.3,folder,part-*.jsonl,hf://owner/name:2" -> sources.
+
+    Raises:
+        FileNotFoundError; ValueError: a weight that is not above 0, nothing in a folder.
+    """
+    names = [text] if Path(text).exists() else [part.strip() for part in text.split(",") if part.strip()]
+    return [parse_source(name, flag) for name in names]
+
+
+def parse_source(name: str, flag: str) -> Source:
+    if not Path(name).exists():
+        path, colon, weight = name.rpartition(":")
+        try:
+            number = float(weight) if colon else None
+        except ValueError:
+            number = None  # a colon of the name's own
+        if number is not None:
+            if not 0 < number < float("inf"):
+                raise ValueError(f"{flag}: a weight must be above 0, got {name}")
+            return Source(path, find_files(path, flag), number)
+    return Source(name, find_files(name, flag))
+
+
+def find_files(name: str, flag: str) -> tuple[Path, ...]:
+    """The files of a name, sorted: itself, all of a folder, or all that a pattern fits."""
+    path = Path(name)
+    if name.startswith(HUBS):
+        return ()
+    if path.is_file():
+        return (path,)
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.removesuffix(".gz").endswith(SUFFIXES) and not p.name.startswith("."))
+        if not found:
+            raise FileNotFoundError(f"{flag}: no {', '.join(SUFFIXES)} (or .gz) in {path}")
+        return tuple(found)
+    if any(mark in name for mark in "*?["):
+        found = sorted(p for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if p.is_file())
+        if found:
+            return tuple(found)
+    raise FileNotFoundError(f"{flag}: no such file: {name}")
+
+
+# ---- files to JSON values
+
+
+def read_items(source: Source) -> Iterator[tuple[str, object]]:
+    """(place, value) of every row; a value that does not parse comes as BadRow."""
+    if source.is_hub:
+        yield from read_hub(source.name)
+    for path in source.files:
+        yield from read_file_items(path)
+
+
+def read_file_items(path: str | Path) -> Iterator[tuple[str, object]]:
+    """(place, value) of a file: JSON lines, a JSON list, csv or tsv with a header, parquet; all but parquet also as .gz."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    kind = Path(path.name.removesuffix(".gz")).suffix
+    if kind == ".parquet":
+        yield from read_parquet(path)
+    elif kind in (".csv", ".tsv"):
+        yield from read_table(path, read_text(path), "\t" if kind == ".tsv" else ",")
+    else:
+        yield from read_json_items(path)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, unpacked; raises BadRow where it is not UTF-8 or not a whole gzip file."""
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise BadRow(f"{path}: not a whole gzip file ({error})") from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise BadRow(f"{path}:{line}: not UTF-8") from None
+
+
+def read_json_items(path: str | Path) -> Iterator[tuple[str, object]]:
+    """(place, value) of a JSON-lines file or a JSON list; a value that does not parse comes as BadRow."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        try:
+            items = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BadRow(f"{path}:{getattr(error, 'lineno', 1)}: not valid JSON: {getattr(error, 'msg', error)}") from None
+        yield from ((f"{path}[{i}]", item) for i, item in enumerate(items))
+        return
+    # Not splitlines(): that also breaks at characters which JSON allows inside a string.
+    yield from parse_lines(path, text.split("\n"))
+
+
+def parse_lines(path: Path, lines: list[str] | list[bytes]) -> Iterator[tuple[str, object]]:
+    """(place, value) of the lines of a file, text or UTF-8; one that does not parse comes as BadRow."""
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield f"{path}:{number}", parse_line(line, f"{path}:{number}")
+
+
+def parse_line(line: str | bytes, place: str):
+    """The JSON value of a line, or a BadRow. Belle's lines are Python literals, which no JSON begins like."""
+    try:
+        text = line if isinstance(line, str) else line.decode("utf-8-sig")
+        return ast.literal_eval(text.strip()) if text.lstrip().startswith("{'") else json.loads(text)
+    # numbers and nesting beyond Python's limits, too
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+        return BadRow(f"{place}: not valid JSON: {getattr(error, 'msg', error)}")
+
+
+def read_table(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, object]]:
+    """Rows of text by the header's names."""
+    csv.field_size_limit(2**30)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise BadRow(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
+        if row is None:
+            return
+        place = f"{path}:{reader.line_num}"
+        if None in row or None in row.values():
+            yield place, BadRow(f"{place}: wanted {len(reader.fieldnames)} cells, as the header has")
+        else:
+            yield place, row
+
+
+def read_parquet(path: Path) -> Iterator[tuple[str, object]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{path} needs the library pyarrow: pip install pyarrow") from None
+    try:
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from ((f"{path}[{i}]", drop_nulls(row)) for i, row in enumerate(rows))
+    except pyarrow.ArrowException as error:
+        raise BadRow(f"{path}: not a parquet file: {str(error).splitlines()[0]}") from None
+
+
+def drop_nulls(value):
+    """Tables fill keys that a row does not have with null."""
+    if isinstance(value, dict):
+        return {key: drop_nulls(x) for key, x in value.items() if x is not None}
+    return [drop_nulls(x) for x in value] if isinstance(value, list) else value
+
+
+def read_hub(name: str) -> Iterator[tuple[str, object]]:
+    """Rows of "hf://owner/name" or "ms://owner/name"; "#test" names another split than train.
+
+    Raises ValueError where the library is missing or the hub does not give the data set.
+    """
+    data_set, _, split = name.split("://", 1)[1].partition("#")
+    try:
+        if name.startswith("hf://"):
+            from datasets import load_dataset
+
+            rows = load_dataset(data_set, split=split or "train")
+        else:
+            from modelscope.msdatasets import MsDataset
+
+            rows = MsDataset.load(data_set, split=split or "train")
+    except ImportError as error:
+        needed = "datasets" if name.startswith("hf://") else "modelscope[datasets]"
+        raise ValueError(f'{name} needs a library that is not here ({error.name}): pip install "{needed}"') from None
+    except Exception as error:  # whatever a hub, a proxy or a lack of network raises
+        raise ValueError(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}") from None
+    yield from ((f"{name}[{i}]", drop_nulls(dict(row))) for i, row in enumerate(rows))
+
+
+# ---- values to rows
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """How values become rows: parse_row's options, and what a family can say."""
+
+    prompt_text: str = ""
+    data_format: str = "auto"
+    columns: dict[str, str] | None = None
+    family: str | None = None
+
+    def row(self, item, place: str) -> Row:
+        """Raises BadRow."""
+        if isinstance(item, BadRow):
+            raise item
+        row = parse_row(item, place, self.prompt_text, self.data_format, self.columns)
+        if self.family and (refusal := refused_by(row, self.family)):
+            raise BadRow(refusal)
+        return row
+
+
+def read_rows(
+    path: str | Path | Source, *, on_bad_row="error", limit: int | None = None, reader: RowReader | None = None, prompt_text=""
+) -> tuple[list[Row], int]:  # fmt: skip
+    """All rows of a file or source and the number of bad ones skipped.
+
+    Raises:
+        BadRow: the first bad row, with on_bad_row "error"; or no good row at all.
+    """
+    reader = reader or RowReader(prompt_text)
+    rows, bad = [], 0
+    for place, item in read_items(path) if isinstance(path, Source) else read_file_items(path):
+        if limit is not None and len(rows) == limit:
+            break
+        try:
+            rows.append(reader.row(item, place))
+        except BadRow:
+            if on_bad_row == "error":
+                raise
+            bad += 1
+    if not rows:
+        name = path.name if isinstance(path, Source) else path
+        raise BadRow(f"{name}: no rows" + (f" ({bad} bad ones skipped)" if bad else ""))
+    return rows, bad
+
+
+def hash_sources(sources: list[Source], rows: list[Row] = ()) -> str:
+    """Of all files' content (of one file: its SHA-256), and of the rows of a hub."""
+    digests = [sha256(file) for source in sources for file in source.files]
+    if any(source.is_hub for source in sources):
+        digests.append(hashlib.sha256(repr([(row.prompt, row.answers, row.turns) for row in rows]).encode("utf-8")).hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+# ---- which rows an epoch reads
+
+
+def replay_count(others: int, ratio: float) -> int:
+    """Rows of replay that are `ratio` of an epoch with `others` other rows."""
+    return round(others * ratio / (1 - ratio))
+
+
+def draw_rows(rows: int, drawn: int, seed: int, stream: int, epoch: int) -> np.ndarray:
+    """The `drawn` of `rows` row numbers that an epoch (from 0) reads of a source; equal drawn and rows: each once.
+
+    Epochs walk on through one permutation after another, so over all epochs no row is read more than once more often than another.
+    """
+    start, stop = epoch * drawn, (epoch + 1) * drawn
+    cycles = range(start // rows, -(-stop // rows))
+    walk = np.concatenate([np.random.default_rng([seed, stream, cycle]).permutation(rows) for cycle in cycles])
+    return walk[start - cycles.start * rows : stop - cycles.start * rows]

@@ -1,0 +1,179 @@
+"""Rows of files larger than memory, read, shuffled and encoded on the way. Row n of the stream is a pure function of (seed, n).
+
+The lines of all files, pass after pass, are cut into blocks of --shuffle_buffer lines, and block b is permuted by (seed, b). So a run
+goes on at any row by counting lines up to its block: nothing of an iterator need be kept.
+"""
+
+import gzip
+import hashlib
+import heapq
+import threading
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from finetune.data import Dataset, EncodedRow, Encoder, dataset_of
+from finetune.formats import BadRow
+from finetune.sources import RowReader, Source, parse_line
+
+OPEN_FILES = 64
+KEPT_STEPS = 4  # steps whose blocks stay in memory: workers read ahead
+Line = tuple[str, bytes]  # place, text
+
+
+def file_lines(path: Path) -> Iterator[tuple[float, Line]]:
+    """(share of the file that was read, line) of each line that is not blank. Of a packed file the share is a guess."""
+    size = path.stat().st_size * (4 if path.suffix == ".gz" else 1)
+    seen = 0
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            seen += len(line)
+            if line.strip():
+                if number == 1 and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                    raise BadRow(f"{path}: --streaming reads JSON lines, not a JSON list")
+                yield seen / size, (f"{path}:{number}", line)
+
+
+def copies(weight: float, place: str, seed: int, turn: int) -> int:
+    """How often pass `turn` reads a line: `weight` on average."""
+    whole = int(weight)
+    if whole == weight:
+        return whole
+    number = hashlib.blake2b(f"{seed} {turn} {place}".encode(), digest_size=8).digest()
+    return whole + (int.from_bytes(number, "big") / 2**64 < weight - whole)
+
+
+def one_pass(sources: list[Source], seed: int, turn: int) -> Iterator[Line]:
+    """All lines once, by weight. OPEN_FILES files at a time take turns, so that they end together."""
+    files = [(source.weight, file) for source in sources for file in source.files]
+    order = iter(np.random.default_rng([seed, turn, 0]).permutation(len(files)).tolist())
+    readers: list = []
+    while True:
+        while len(readers) < OPEN_FILES and (number := next(order, None)) is not None:
+            heapq.heappush(readers, (0.0, number, file_lines(files[number][1])))
+        if not readers:
+            return
+        _, number, lines = readers[0]
+        found = next(lines, None)
+        if found is None:
+            heapq.heappop(readers)
+            continue
+        share, line = found
+        heapq.heapreplace(readers, (share, number, lines))
+        for _ in range(copies(files[number][0], line[0], seed, turn)):
+            yield line
+
+
+def endless(sources: list[Source], seed: int) -> Iterator[Line]:
+    """Pass after pass. Raises BadRow where there is nothing in the files."""
+    turn = 0
+    while True:
+        empty = True
+        for line in one_pass(sources, seed, turn):
+            empty = False
+            yield line
+        if empty:
+            raise BadRow(f"{', '.join(source.name for source in sources)}: no rows")
+        turn += 1
+
+
+def mixed(lines: Iterator[Line], replay: Iterator[Line], ratio: float) -> Iterator[Line]:
+    """Two endless streams as one, `ratio` of it from the second at even distances."""
+    n = 0
+    while True:
+        yield next(replay if int((n + 1) * ratio) > int(n * ratio) else lines)
+        n += 1
+
+
+class Stream:
+    """Encoded rows by number. Threads may share it.
+
+    Args:
+        skip_bad: take another row of its block for one that does not parse, else raise BadRow.
+        skip_long: the same for one that would be cut.
+    """
+
+    def __init__(
+        self, sources: list[Source], reader: RowReader, encoder: Encoder, *, seed: int, block: int, skip_bad=False, skip_long=False,
+        replay: tuple[Source, ...] = (), replay_ratio: float = 0.0,
+    ):  # fmt: skip
+        for source in (*sources, *replay):
+            wrong = next((p for p in source.files if not p.name.removesuffix(".gz").endswith((".json", ".jsonl"))), None)
+            if wrong or source.is_hub:
+                raise ValueError(f"--streaming reads JSON lines (.json, .jsonl, or those as .gz), got {wrong or source.name}")
+        self.sources, self.replay, self.ratio = sources, list(replay), replay_ratio
+        self.reader, self.encoder, self.seed, self.size = reader, encoder, seed, block
+        self.skip_bad, self.skip_long = skip_bad, skip_long
+        self.lock = threading.Lock()
+        self.lines: Iterator[Line] | None = None
+        self.next_block = 0
+        self.blocks: dict[int, list[Line]] = {}
+        self.kept = 2
+        self.dropped: set[str] = set()  # places of rows that were met and not used
+
+    def all_lines(self) -> Iterator[Line]:
+        lines = endless(self.sources, self.seed)
+        return mixed(lines, endless(self.replay, self.seed), self.ratio) if self.replay else lines
+
+    def count(self) -> int:
+        """Rows of the first pass, those of replay included; reads every file once."""
+        lines = sum(1 for _ in one_pass(self.sources, self.seed, 0))
+        return round(lines / (1 - self.ratio)) if self.replay else lines
+
+    def block(self, number: int) -> list[Line]:
+        """The lines of a block, shuffled."""
+        with self.lock:
+            if number not in self.blocks:
+                if self.lines is None or number < self.next_block:
+                    self.lines, self.next_block = self.all_lines(), 0
+                for _ in islice(self.lines, (number - self.next_block) * self.size):  # lines before it, not parsed
+                    pass
+                lines = list(islice(self.lines, self.size))
+                self.next_block = number + 1
+                order = np.random.default_rng([self.seed, number]).permutation(self.size)
+                self.blocks[number] = [lines[i] for i in order]
+                while len(self.blocks) > self.kept:
+                    self.blocks.pop(min(self.blocks.keys() - {number}))
+            return self.blocks[number]
+
+    def row(self, number: int) -> tuple[str, EncodedRow]:
+        """(place, encoded row). One that is dropped gives its turn to the next of its block that is not.
+
+        Raises BadRow: it is malformed, without skip_bad; or none of its block is left.
+        """
+        block = self.block(number // self.size)
+        start, refusal = number % self.size, None
+        for place, line in (block[(start + i) % self.size] for i in range(self.size)):
+            try:
+                made = self.encoder.encode(self.reader.row(parse_line(line, place), place))
+            except BadRow as error:
+                if not self.skip_bad:
+                    raise
+                refusal = error
+                self.dropped.add(place)
+                continue
+            made = [row for row in made if row.learns and not (self.skip_long and row.truncated)]
+            if made:  # of a conversation that makes several rows (ChatGLM-6B), one
+                return place, made[number // self.size % len(made)]
+            self.dropped.add(place)
+            refusal = BadRow(f"{place}: longer than --max_len {self.encoder.max_len} / --max_src_len {self.encoder.max_src_len}")
+        raise BadRow(f"{refusal}; nor is any other of the {self.size} rows around it of use")
+
+    def rows(self, start: int, stop: int) -> Dataset:
+        """The rows of these numbers."""
+        self.kept = max(self.kept, 2 + KEPT_STEPS * (stop - start) // self.size)
+        return dataset_of([self.row(number) for number in range(start, stop)])
+
+    def data_hash(self) -> str:
+        """Of the files' names, sizes, beginnings and ends: reading them whole would take long."""
+        digest = hashlib.sha256()
+        for file in (file for source in (*self.sources, *self.replay) for file in source.files):
+            with open(file, "rb") as content:
+                size = content.seek(0, 2)
+                content.seek(0)
+                digest.update(f"{file.name} {size} ".encode() + content.read(1 << 20))
+                content.seek(max(0, size - (1 << 20)))
+                digest.update(content.read(1 << 20))
+        return digest.hexdigest()

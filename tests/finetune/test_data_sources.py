@@ -1,0 +1,217 @@
+"""Files of every kind, folders, hubs; weights and replay: which rows an epoch reads is a pure function of (seed, epoch)."""
+
+import collections
+import gzip
+import json
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.config import parse_config
+from finetune.formats import BadRow, Row
+from finetune.sources import Source, draw_rows, hash_sources, parse_sources, read_file_items, read_rows, replay_count
+from finetune.task import FineTuning
+from tests.finetune.runs import ROOT, make_rows, metrics, write_rows
+
+ITEMS = [{"prompt": "水，泵", "response": 'a "b"\nc'}, {"prompt": "x", "response": ""}]
+
+
+def pairs(rows: list[Row]) -> list[tuple[str, str]]:
+    return [(row.prompt, *row.answers) for row in rows]
+
+
+def write_kind(folder, kind: str):
+    import csv
+    import io
+
+    import pyarrow
+    import pyarrow.parquet
+
+    file = folder / f"rows{kind}"
+    text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in ITEMS)
+    if kind.startswith(".json.gz"):
+        text = json.dumps(ITEMS)
+    if kind.startswith((".csv", ".tsv")):
+        out = io.StringIO(newline="")
+        writer = csv.DictWriter(out, ["prompt", "response"], delimiter="\t" if kind == ".tsv" else ",")
+        writer.writeheader()
+        writer.writerows(ITEMS)
+        text = "\ufeff" + out.getvalue()
+    if kind == ".parquet":
+        # a column that only some rows have is null in the others
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ITEMS[0] | {"history": None}, ITEMS[1] | {"history": [["q", "a"]]}]), file)
+    else:
+        file.write_bytes(gzip.compress(text.encode()) if kind.endswith(".gz") else text.encode())
+    return file
+
+
+@pytest.mark.parametrize("kind", [".json", ".jsonl", ".jsonl.gz", ".json.gz", ".csv", ".csv.gz", ".tsv", ".parquet"])
+def test_kinds_of_files(tmp_path, kind):
+    file = write_kind(tmp_path, kind)
+    rows, _ = read_rows(file)
+    assert pairs(rows) == [(item["prompt"], item["response"]) for item in ITEMS]
+    assert all(row.place.startswith(str(file)) for row in rows) and len({row.place for row in rows}) == 2
+    if kind == ".parquet":
+        assert rows[0].turns == () and len(rows[1].turns) == 4
+    # the same through a folder and through a pattern
+    assert [source.files for source in parse_sources(f"{tmp_path},{tmp_path}/r*s{kind}")] == [(file,), (file,)]
+
+
+def test_broken_files_are_named(tmp_path):
+    for name, content, said in [
+        ("a.jsonl.gz", b"not gzip", "not a whole gzip file"), ("b.jsonl.gz", gzip.compress(b"{}" * 999)[:-9], "not a whole gzip file"),
+        ("c.csv", b'prompt,response\n"x,y\n', "c.csv:1: not valid CSV"), ("d.csv", b"prompt,response\na,b,c\n", "d.csv:2: wanted 2 cells"),
+        ("e.parquet", b"PAR1", "not a parquet file"), ("f.csv", b"\xff\xfe\n", "f.csv:1: not UTF-8"),
+        ("g.jsonl", b"{'input': __import__('os')}\n", "g.jsonl:1: not valid JSON"),
+    ]:  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BadRow, match=said) as error:
+            read_rows(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_names_and_weights(tmp_path):
+    for name in ("a.json", "b.jsonl", "c:2.json", "x,y.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "empty").mkdir()
+    given = parse_sources(f"{tmp_path}/a.json, {tmp_path}/b.jsonl:0.3,{tmp_path}/c:2.json,hf://owner/name:2,ms://x/y#test")
+    assert [(source.name.removeprefix(str(tmp_path)), len(source.files), source.weight) for source in given] == [
+        ("/a.json", 1, 1), ("/b.jsonl", 1, 0.3), ("/c:2.json", 1, 1), ("hf://owner/name", 0, 2), ("ms://x/y#test", 0, 1)]  # fmt: skip
+    assert parse_sources(str(tmp_path / "x,y.json"))[0].files == (tmp_path / "x,y.json",)
+    for name, said in [("nowhere.json", "no such file: nowhere.json"), (f"{tmp_path}/a.json:0", "above 0"), (f"{tmp_path}/a.json:-1", "above 0"),
+                       (f"{tmp_path}/*.csv", "no such file"), (f"{tmp_path}/empty", "no .json"), (f"{tmp_path}/a.json:nan", "above 0")]:  # fmt: skip
+        with pytest.raises((ValueError, FileNotFoundError), match=said) as error:
+            parse_sources(name)
+        assert str(error.value).startswith("--train_path: ")
+
+
+def test_hubs(monkeypatch, tmp_path):
+    """Through the libraries' own loaders; a library that is missing and a hub that does not answer are one line."""
+    import datasets
+
+    asked = []
+
+    def load(name, split):
+        asked.append((name, split))
+        if name == "gone":
+            raise ConnectionError("no network\nmore")
+        return [{"prompt": "q", "response": "a", "history": None}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows, _ = read_rows(parse_sources("hf://owner/name#test")[0])
+    assert rows == [Row("q", ("a",), "hf://owner/name#test[0]")] and asked == [("owner/name", "test")]
+    with pytest.raises(ValueError, match=r"^hf://gone: ConnectionError: no network$"):
+        read_rows(parse_sources("hf://gone")[0])
+    with pytest.raises(ValueError, match=r'^ms://x/y needs a library that is not here \(modelscope\): pip install "modelscope\[datasets\]"$'):
+        read_rows(parse_sources("ms://x/y")[0])
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "datasets", None)
+        patch.setitem(sys.modules, "pyarrow", None)
+        for name, library in (("hf://owner/name", "datasets"), (str(write_rows(tmp_path / "a.parquet", [])), "pyarrow")):
+            with pytest.raises(ValueError, match=rf'^{name} needs .*pip install "?{library}"?$'):
+                read_rows(parse_sources(name)[0])
+    fake = ModuleType("modelscope.msdatasets")
+    fake.MsDataset = type("MsDataset", (), {"load": staticmethod(load)})
+    monkeypatch.setitem(sys.modules, "modelscope", ModuleType("modelscope"))
+    monkeypatch.setitem(sys.modules, "modelscope.msdatasets", fake)
+    assert pairs(read_rows(parse_sources("ms://x/y")[0])[0]) == [("q", "a")] and asked[-1] == ("x/y", "train")
+    sources = [Source("hf://a", ())]
+    assert hash_sources(sources, rows) == hash_sources(sources, rows) != hash_sources(sources, [])
+
+
+def test_hash_of_files(tmp_path):
+    """One file's is its own SHA-256, as checkpoints have it; of several, any change is seen."""
+    import hashlib
+
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    one, both = parse_sources(str(tmp_path / "a")), parse_sources(f"{tmp_path}/a,{tmp_path}/b")
+    before = hash_sources(both)
+    assert hash_sources(one) == hashlib.sha256(b"a").hexdigest() != before
+    (tmp_path / "b").write_text("c")
+    assert hash_sources(both) != before
+
+
+@given(st.integers(1, 40), st.integers(1, 90), st.integers(0, 2**40), st.integers(0, 3), st.integers(1, 6))
+def test_drawn_rows(rows, drawn, seed, stream, epochs):
+    """Every epoch alone knows its rows; over all epochs every row is read as often as any other, or once more."""
+    parts = [draw_rows(rows, drawn, seed, stream, epoch) for epoch in range(epochs)]
+    counts = np.bincount(np.concatenate(parts), minlength=rows)
+    assert {len(part) for part in parts} == {drawn} and len(counts) == rows and counts.max() - counts.min() <= 1
+    assert np.array_equal(draw_rows(rows, drawn, seed, stream, epochs - 1), parts[-1])
+    if drawn == rows:
+        assert all(sorted(part) == list(range(rows)) for part in parts)
+
+
+def test_draws_differ_by_seed_source_and_epoch():
+    assert len({tuple(draw_rows(30, 9, seed, stream, epoch)) for seed in range(3) for stream in range(3) for epoch in range(3)}) == 27
+
+
+@given(st.integers(20, 10_000), st.floats(0.01, 0.9))
+def test_replay_is_its_share(others, ratio):
+    count = replay_count(others, ratio)
+    assert abs(count - ratio * (others + count)) <= 0.5
+
+
+@pytest.fixture
+def three_files(tmp_path):
+    """20, 10 and 6 rows, all different; places tell them apart."""
+    rows = make_rows(36, seed=5)
+    return [write_rows(tmp_path / f"{name}.jsonl", part) for name, part in zip("abr", (rows[:20], rows[20:30], rows[30:]))]
+
+
+def task_of(words) -> FineTuning:
+    task = FineTuning(parse_config(words))
+    task.load_rows()
+    return task
+
+
+def test_an_epoch_of_weighted_files_and_replay(flags, tmp_path, three_files, capsys):
+    a, b, replay = three_files
+    words = flags(tmp_path / "out", "--train_path", f"{a},{b}:0.3", "--replay_path", replay, "--replay_ratio", "0.25")
+    task = task_of(words)
+    assert task.rows_per_epoch(None, 4) == 31 and "20 rows of" in capsys.readouterr().out  # 20 + 3, and 8 of 31 are replay
+    read = collections.Counter()
+    for epoch in range(10):
+        order = task.order(epoch, 0)
+        files = [task.data.places[row].split(":")[0][-7] for row in order]
+        assert collections.Counter(files) == {"a": 20, "b": 3, "r": 8}
+        assert np.array_equal(order, task_of(words).make_order(epoch, 0)) if epoch in (0, 9) else True
+        assert sorted(task.order(epoch, 4)) == sorted(order)  # grouped: the same rows
+        read.update(order.tolist())
+    assert {read[i] for i in range(20)} == {10} and {read[i] for i in range(20, 30)} == {3} and {read[i] for i in range(30, 36)} <= {13, 14}
+
+
+def test_training_on_weighted_files(flags, train, tmp_path, three_files):
+    a, b, replay = three_files
+    words = ["--train_path", f"{a},{b}:0.3", "--replay_path", replay, "--replay_ratio", "0.25", "--num_train_epochs", 1]
+    last = train(flags(tmp_path / "out", *words))
+    assert last.name == "epoch-1-step-8" and len(metrics(tmp_path / "out")) == 8  # 31 rows, 4 a step
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--eval_path", "{a}:2"], "--eval_path takes no weights"), (["--replay_path", "nowhere"], "--replay_path: no such file"),
+    (["--train_path", "{a}:x"], "--train_path: no such file"),
+    (["--eval_path", str(ROOT / "data" / "formats" / "prompt.jsonl"), "--eval_f1", "True"], "prompt.jsonl:2: --eval_metrics ask single questions"),
+])  # fmt: skip
+def test_refusals(flags, tmp_path, three_files, words, said):
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        task_of(flags(tmp_path / "out", *(word.format(a=three_files[0]) for word in words)))
+
+
+@pytest.mark.parametrize("words", [["--replay_ratio", "1"], ["--columns", "x"], ["--data_format", "yaml"], ["--streaming", "--batching", "grouped"],
+                                   ["--preprocessing_num_workers", "0"], ["--glm3_labels", "x"]])  # fmt: skip
+def test_flags_that_mean_nothing(flags, tmp_path, words, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(flags(tmp_path / "out", *words))
+    assert words[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_places_of_gzip_lines(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'\n{"text": "a", "answer": "b"}\n{\n'))
+    found = list(read_file_items(tmp_path / "a.jsonl.gz"))
+    assert [place.rsplit(":", 1)[1] for place, _ in found] == ["2", "3"] and isinstance(found[1][1], BadRow)
