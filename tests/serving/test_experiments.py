@@ -147,6 +147,7 @@ def test_trace_finds_a_load(tmp_path):
     assert set(tables) == {"azure_conv", "azure_code"}
     for row in tables["azure_conv"]:
         assert row["load at 99%"] == "none" or row["load at 99%"] <= row["load at 90%"]
+        assert 0 <= row["goodput in overload"][0] <= row["overload"]
 
 
 def test_shown():
