@@ -172,7 +172,7 @@ def print_rows(rate: float, rows: list[dict]):
 
 def shown(values: list[float], by: float = 1) -> str:
     mean, half = interval([by * v for v in values])
-    return f"{mean:.3g}" + (f" ± {half:.2g}" if len(values) > 2 else "")  # of two values an interval says nothing
+    return f"{mean:.3g}" + ("" if np.isnan(half) else f" ± {half:.2g}")
 
 
 def off_by(row: dict) -> float:

@@ -352,7 +352,7 @@ TRACE_POLICIES = ("s3", "slo_odbs", "fcfs", "sjf", "deadline")
 TRACE_SLO = SloRule(scale=15.0)  # below it the longest answers of the most hurried class are late even alone, and nobody reaches 99 %
 
 
-def trace(args, clusters: dict = CLUSTERS, per_device: int = 300, least: int = 1500, most: int = 6400) -> dict[str, list[dict]]:
+def trace(args, clusters: dict = CLUSTERS, per_device: int = 300, least: int = 1500) -> dict[str, list[dict]]:
     """The largest load, in requests a second, at which 90 and 99 % of the requests are in time, goodput (load x share in time) there and in
     overload: 1.5 times the largest load at which any policy has 90 %."""
     model, profile = ModelShape.from_config("chatglm2-6b"), read_profile("datasheet")
@@ -364,7 +364,7 @@ def trace(args, clusters: dict = CLUSTERS, per_device: int = 300, least: int = 1
             costs = [CostModel.of(model, Cluster.uniform(d, 1), profile) for d, n in devices.items() for _ in range(n)]
             pairs = [(cost, Limits(64, cost.kv_capacity_tokens, 8192)) for cost in costs]
             speeds = [1 / (cost.decode_step_s(32, 32 * 1000) / 32 * 200 + cost.prefill_s(1000)) for cost in costs]
-            count = max(least, min(per_device * len(costs), most))
+            count = max(least, per_device * len(costs))
             made = [
                 make_workload(name, count, 1.0, costs[0], seed=seed, slo=TRACE_SLO, traces=args.traces, predictor=predictor, predict_s=PREDICT_S, max_tokens=8192)
                 for seed in range(args.seeds)

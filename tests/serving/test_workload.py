@@ -127,4 +127,4 @@ def test_gain_and_interval():
     assert share_of_gain(3.0, 5.0, 1.0) == 0.5 and np.isnan(share_of_gain(1, 2, 2))
     mean, half = interval([1.0, 2.0, 3.0])
     assert mean == 2.0 and half == pytest.approx(4.30 / np.sqrt(3))
-    assert np.isnan(interval([1.0])[1])
+    assert np.isnan(interval([1.0])[1]) and interval([1.0, 2.0])[0] == 1.5 and np.isnan(interval([1.0, 2.0])[1])
