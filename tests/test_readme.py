@@ -10,7 +10,9 @@ from finetune.config import build_parser, parse_config
 from predictor.config import PredictorConfig
 from tests.conftest import REPO_ROOT
 
-DOCUMENTS = sorted([*REPO_ROOT.glob("*.md"), *(REPO_ROOT / "docs").glob("*.md"), REPO_ROOT / "data" / "README.md"])
+DOCUMENTS = sorted([*REPO_ROOT.glob("*.md"), *(REPO_ROOT / "docs").rglob("*.md"), REPO_ROOT / "data" / "README.md"])
+CHINESE = {"README_zh.md": "README.md"} | {f"docs/zh/{path.name}": f"docs/{path.name}" for path in sorted((REPO_ROOT / "docs" / "zh").glob("*.md"))}
+PARTS = ("docs/zh/serving.md",)  # Chinese versions of a part of the English document
 PARSERS = [build_parser(), build_parser(PredictorConfig)]
 TRAIN_FLAGS = {option for parser in PARSERS for action in parser._actions for option in action.option_strings}
 
@@ -71,3 +73,29 @@ def test_shipped_configurations_fill(path):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=named)
 def test_no_blank_was_left_open(path):
     assert not re.findall(r"@[A-Z_]+@|\bTODO\b|\bTBD\b", path.read_text(encoding="utf-8"))
+
+
+def code(text: str) -> list[str]:
+    """The lines of a document's code blocks, of any language; comments cut."""
+    blocks = re.findall(r"```\w*\n(.*?)```", text, re.S) + ["\n".join(re.findall(r"^    (\S.*)$", text, re.M))]
+    return [line for line in (re.sub(r"\s+#.*$", "", line).rstrip() for line in "\n".join(blocks).split("\n")) if line]
+
+
+@pytest.mark.parametrize("chinese", CHINESE)
+def test_the_chinese_document_says_the_same(chinese):
+    """The same commands in the same order, the same figures and flags; each names the other in its first lines."""
+    texts = {path: (REPO_ROOT / path).read_text(encoding="utf-8") for path in (chinese, CHINESE[chinese])}
+    ours, english = texts.values()
+    lines = code(english)
+    if chinese in PARTS:
+        rest = iter(lines)
+        assert all(line in rest for line in code(ours))  # in order
+    else:
+        assert code(ours) == lines
+        figures = [sorted(re.findall(r"\d+(?:[.,]\d+)*", re.sub(r"\]\([^)]*\)", "]", text))) for text in texts.values()]
+        assert figures[0] == figures[1]
+        flags = [set(re.findall(r"--\w+", text)) for text in texts.values()]
+        assert flags[0] == flags[1]
+    for path, other in ((chinese, CHINESE[chinese]), (CHINESE[chinese], chinese)):
+        links = re.findall(r"\]\(([^)#]+)\)", "\n".join(texts[path].split("\n")[:4]))
+        assert any(((REPO_ROOT / path).parent / link).resolve() == REPO_ROOT / other for link in links), path
