@@ -24,10 +24,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from chatglm.loading import PREFIX, stop_ids
+from chatglm.loading import PREFIX, read_tensors, stop_ids
 from finetune.config import TrainConfig, read_ds_file
 from finetune.distributed import agree, rank, say, without_prints, world_size
 from finetune.files import flush, flush_tree, sha256, write_json
+from finetune.lora import check_start, on_original_base
 
 FORMAT_VERSION = 1
 NAME = re.compile(r"epoch-(\d+)-step-(\d+)$")
@@ -129,11 +130,13 @@ def export(model, method, tokenizer, state: dict[str, Tensor], folder: Path):
     from safetensors.torch import save_file
 
     if method.saves == "adapter":
-        model.save_pretrained(str(folder), state_dict=state, safe_serialization=True, save_embedding_layers=False)
+        with on_original_base(model, state) as state:
+            model.save_pretrained(str(folder), state_dict=state, safe_serialization=True, save_embedding_layers=False)
     elif method.saves == "prefix":
         save_file({k: v.contiguous() for k, v in state.items() if k.startswith(PREFIX)}, folder / "model.safetensors", {"format": "pt"})
         model.config.save_pretrained(str(folder))
         config = json.loads((folder / "config.json").read_text())
+        config.pop("quantization_config", None)  # how this run held the base
         config["_name_or_path"] = model.config.name_or_path  # the base, as the official P-Tuning checkpoints name it
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     else:
@@ -265,6 +268,8 @@ class Checkpointer:
             raise ValueError(f"{folder} was trained on another base model than {self.base['name_or_path']}")
         if manifest.get("train_data") not in (None, self.data):
             raise ValueError(f"--train_path: {self.config.train_path} has changed since {folder} was made")
+        if hasattr(self.model, "lora_start"):
+            check_start(self.model, dict(read_tensors(folder / "adapter_model.safetensors")))
         try:
             with weights_only(), without_prints():
                 path, _ = self.engine.load_checkpoint(str(folder / "trainer"), tag="state", load_module_strict=False)

@@ -16,7 +16,8 @@ class PredictorConfig(TrainConfig):
     """All flags of train.py --task predictor. Lengths are tokens of the served model, without its end token."""
 
     title: ClassVar[str] = "Train a predictor of the length of a served model's answers"
-    unused: ClassVar[tuple[str, ...]] = ("max_len", "is_skip", "prompt_text", "eval_f1", "eval_max_new_tokens", "estimate_memory")
+    unused: ClassVar[tuple[str, ...]] = ("max_len", "is_skip", "prompt_text", "eval_f1", "eval_max_new_tokens", "estimate_memory",
+                                         "label_smoothing", "neftune_noise_alpha", "quantization_bit")  # fmt: skip
 
     task: str = keep("predictor", "what is trained", choices=("finetune", "predictor"))
     model_name_or_path: str = keep("", "folder of the served model: its tokenizer counts lengths; with --backbone chatglm it is the "
