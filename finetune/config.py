@@ -203,12 +203,12 @@ class TrainConfig:
     def save(self, path: Path):
         Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n")
 
-    def changed_since(self, saved: dict) -> list[str]:
-        """The flags that shape training and differ from a checkpoint's, as "--name: was A, is B"."""
+    def changed_since(self, saved: dict, but: tuple[str, ...] = ()) -> list[str]:
+        """The flags that shape training and differ from a checkpoint's, all but some, as "--name: was A, is B"."""
         return [
             f"--{f.name}: was {saved.get(f.name)!r}, is {getattr(self, f.name)!r}"
             for f in dataclasses.fields(self)
-            if f.metadata["shapes_training"] and f.name in saved and saved[f.name] != getattr(self, f.name)
+            if f.metadata["shapes_training"] and f.name in saved and f.name not in but and saved[f.name] != getattr(self, f.name)
         ]
 
 
