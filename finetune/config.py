@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -278,7 +279,9 @@ def parse_config(argv: list[str] | None = None, tasks: dict[str, Callable[[], ty
         given["ds_file"] = given.pop("deepspeed_config")
     try:
         file = given.pop("config", None)
-        return config_class(**((read_config_file(file, config_class) if file else {}) | given))
+        launched = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")  # how `accelerate launch` hands its DeepSpeed file on
+        told = {"ds_file": launched} if launched else {}
+        return config_class(**(told | (read_config_file(file, config_class) if file else {}) | given))
     except ValueError as error:
         parser.error(str(error))
 
