@@ -250,8 +250,9 @@ class Checkpointer:
             raise ValueError(f"{folder} was trained on another base model than {self.base['name_or_path']}")
         if manifest.get("train_data") not in (None, self.data):
             raise ValueError(f"--train_path: {self.config.train_path} has changed since {folder} was made")
-        if hasattr(self.model, "lora_start"):
-            check_start(self.model, dict(read_tensors(folder / "adapter_model.safetensors")))
+        for module in self.model.modules():  # a predictor's backbone is a part of its model
+            if "lora_start" in vars(module):
+                check_start(module, dict(read_tensors(folder / "adapter_model.safetensors")))
         try:
             if elastic:
                 with weights_only():

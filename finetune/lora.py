@@ -112,7 +112,7 @@ def check_start(model: nn.Module, adapter: dict[str, Tensor]):
 
     Only products count: the factors of an SVD may turn up with other signs on another machine.
     """
-    start = getattr(model, "lora_start", {})
+    start = model.lora_start
     for name in (n for n in start if ".lora_A." in n):
         a, b = start[name], start[name.replace(".lora_A.", ".lora_B.")]
         rank, stored = len(a), name.replace(".default.", ".")

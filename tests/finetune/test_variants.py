@@ -18,6 +18,7 @@ from finetune.data import collate, encode_rows, parse_row
 from finetune.engine import build_engine
 from finetune.loss import LossModule, nll_sum, sequence_lengths
 from finetune.methods import make_method
+from finetune.predict import load_ready
 from finetune.recompute import recompute
 from finetune.task import FineTuning, shares_prefix
 from tests.finetune.runs import make_rows, metrics
@@ -119,6 +120,7 @@ def test_quantised_base(flags, train, tmp_path, bases, bits, method):
     plain = logits_of(load_model(bases["glm2"], dtype=torch.float32), folder)
     quantised, whole = (logits_of(load_model(folder, dtype=torch.float32, quantization_bit=b), folder) for b in (bits, None))
     change = (whole - plain).norm()
+    assert torch.equal(logits_of(load_ready(str(folder), device="cpu", precision="fp32", quantization_bit=bits), folder), quantised)
     assert (quantised - whole).norm() < 0.3 * change and change > 0.1 * plain.norm()
     again = train(flags(tmp_path / "b", "--quantization_bit", bits, "--num_train_epochs", 4, "--resume_from_checkpoint", folder.parent / "epoch-2-step-8", method=method))
     assert again.name == folder.name and metrics(tmp_path / "b") == found[8:]
