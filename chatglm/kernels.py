@@ -168,13 +168,14 @@ def later(rows: int, keys: int, first: int) -> Tensor:
 class CrossEntropyFunction(torch.autograd.Function):
     """`scale` times the summed cross entropy of hidden (N, H) @ weight.T (V, H) against targets (N,): a scalar, fp32.
 
-    Targets below 0 carry no loss. The logits live in pieces of LOGITS_BYTES, each turned into its own gradient in place and used up at once, so neither
+    With `smoothing` the wanted distribution is 1 - smoothing on the target plus smoothing spread evenly over all V words, as in
+    F.cross_entropy(label_smoothing=). Targets below 0 carry no loss. The logits live in pieces of LOGITS_BYTES, each turned into its own gradient in place and used up at once, so neither
     the logits nor their gradient is ever whole. The gradients are made in the forward pass for an incoming gradient of 1:
     hand what the loss will be divided by to `scale`, and the backward pass has nothing to do.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, smoothing: float = 0.0) -> Tensor:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         # fp16 has no room for a softmax over thousands of words divided by thousands of tokens: it is scaled afterwards.
         ctx.left, scale = (scale, 1.0) if hidden.dtype == torch.float16 else (1.0, scale)
@@ -186,7 +187,7 @@ class CrossEntropyFunction(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = hidden[start : start + rows]
             logits = F.linear(part, weight, bias)
-            total += softmax_gradient_(logits, targets[start : start + rows], scale, need_hidden or need_weight or need_bias)
+            total += softmax_gradient_(logits, targets[start : start + rows], scale, need_hidden or need_weight or need_bias, smoothing)
             if need_hidden:
                 torch.mm(logits, weight, out=grad_hidden[start : start + rows])
             if need_weight:
@@ -204,11 +205,11 @@ class CrossEntropyFunction(torch.autograd.Function):
         grad = grad * ctx.left
         if grad.device.type != "cpu" or grad.item() != 1:
             gradients = tuple(g if g is None else g.mul_(grad.to(g.dtype)) for g in gradients)
-        return *gradients, None, None
+        return *gradients, None, None, None
 
 
-def softmax_gradient_(logits: Tensor, targets: Tensor, scale: float, needed: bool) -> Tensor:
-    """The summed cross entropy of logits (N, V), fp32; with `needed`, logits become scale * (softmax - one-hot) in place.
+def softmax_gradient_(logits: Tensor, targets: Tensor, scale: float, needed: bool, smoothing: float = 0.0) -> Tensor:
+    """The summed cross entropy of logits (N, V), fp32; with `needed`, logits become scale * (softmax - wanted) in place.
 
     In pieces that a CPU's cache holds, each in fp32: half-precision logits are exponentiated and summed at full precision.
     """
@@ -220,10 +221,14 @@ def softmax_gradient_(logits: Tensor, targets: Tensor, scale: float, needed: boo
         wide = piece.float() if needed or piece.dtype != torch.float32 else piece.clone()
         wide.sub_(wide.amax(-1, keepdim=True))
         target_logits = wide.gather(-1, wanted)
+        if smoothing:
+            target_logits = torch.lerp(target_logits, wide.mean(-1, keepdim=True), smoothing)
         mass = wide.exp_().sum(-1, keepdim=True)
         total += torch.sum((mass.log() - target_logits) * counted)
         if needed:
-            wide.mul_(scale * counted / mass).scatter_add_(-1, wanted, -scale * counted)
+            wide.mul_(scale * counted / mass).scatter_add_(-1, wanted, -scale * (1 - smoothing) * counted)
+            if smoothing:
+                wide.sub_(scale * smoothing / wide.shape[-1] * counted)
             if wide is not piece:
                 piece.copy_(wide)
     return total
@@ -235,8 +240,8 @@ class OutputLayer(nn.Linear):
     The loss is reached by calling the module, so that whoever gathers its weight around a call (ZeRO-3) does so here too.
     """
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, scale: float = 1.0, smoothing: float = 0.0) -> Tensor:
         """hidden (..., H) -> logits (..., V); or hidden (N, H), targets (N,) -> scale * summed cross entropy, fp32."""
         if targets is None:
             return super().forward(hidden)
-        return CrossEntropyFunction.apply(hidden, self.weight, self.bias, targets, scale)
+        return CrossEntropyFunction.apply(hidden, self.weight, self.bias, targets, scale, smoothing)

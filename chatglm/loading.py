@@ -71,6 +71,7 @@ def load_model(
     attn_implementation: str = "sdpa",
     device_map=None,
     base: str | Path | None = None,
+    quantization_bit: int | None = None,
 ):
     """A ChatGLM with its output layer, in eval mode.
 
@@ -82,6 +83,8 @@ def load_model(
         pre_seq_len, prefix_projection, ptuning_version: a new P-Tuning prefix of so many virtual tokens; a folder that
             has a prefix needs none of them, and any that is given must agree with it.
         base: the base model of an adapter or prefix folder; by default the one that it names.
+        quantization_bit: 4 (nf4, double quantisation) or 8 (int8) bits for the linear layers but the output layer and a prefix's
+            own; computed in `dtype`. Needs bitsandbytes.
     Returns:
         ChatGLM1ForConditionalGeneration or ChatGLM2ForConditionalGeneration; for an adapter folder, that in a PeftModel.
     Raises:
@@ -91,6 +94,7 @@ def load_model(
     path = check_folder(path)
     mode = resolve_mode(path, mode)
     options = {"mode": mode, "dtype": dtype, "attn_implementation": attn_implementation, "device_map": device_map}
+    options["quantization_bit"] = quantization_bit
     if (path / "adapter_config.json").is_file():
         from peft import PeftModel
 
@@ -115,7 +119,7 @@ def load_model(
     with quiet_transformers():  # it would report a new prefix as missing; what is really missing is an error below
         model, info = model_class.from_pretrained(
             str(weights), config=config, dtype=dtype or "auto", attn_implementation=attn_implementation,
-            device_map=device_map, output_loading_info=True,
+            device_map=device_map, output_loading_info=True, **quantization(quantization_bit, dtype),
         )  # fmt: skip
     # A prefix may be missing where it is new or comes from `path`; a config that names one is not enough.
     prefix_elsewhere = weights != path or (stored is None and pre_seq_len)
@@ -126,6 +130,30 @@ def load_model(
         load_prefix(model, path)
     set_stop_ids(model, path, weights, mode)
     return model.eval()
+
+
+def quantization(bits: int | None, dtype) -> dict:
+    """from_pretrained's options for frozen weights in 4 or 8 bits (QLoRA, arXiv 2305.14314; LLM.int8(), arXiv 2208.07339).
+
+    Raises:
+        ValueError: bits is neither, or bitsandbytes is not installed.
+    """
+    if bits is None:
+        return {}
+    if bits not in (4, 8):
+        raise ValueError(f"quantization_bit must be 4 or 8; got {bits}")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f'quantization_bit needs bitsandbytes: pip install -e ".[qlora]" ({error})') from None
+    from transformers import BitsAndBytesConfig
+
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # says at every product that int8 rounds by way of fp16
+    compute = dtype if isinstance(dtype, torch.dtype) else torch.float32 if not torch.cuda.is_available() else torch.bfloat16
+    return {"quantization_config": BitsAndBytesConfig(
+        load_in_4bit=bits == 4, load_in_8bit=bits == 8, llm_int8_skip_modules=["lm_head", "output_layer", "prefix_encoder"],
+        bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute,
+    )}  # fmt: skip
 
 
 @contextmanager

@@ -15,17 +15,18 @@ import os
 import pickle
 import re
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from chatglm.loading import PREFIX, stop_ids
+from chatglm.loading import PREFIX, read_tensors, stop_ids
 from finetune.config import TrainConfig, read_ds_file
 from finetune.distributed import agree, rank, say, without_prints, world_size
+from finetune.elastic import read_shards, restore, weights_only
 from finetune.files import flush, flush_tree, sha256, write_json
+from finetune.lora import check_start, on_original_base
 from finetune.record import LOWER_IS_BETTER, RUN, versions
 
 FORMAT_VERSION = 1
@@ -130,11 +131,13 @@ def export(model, method, tokenizer, state: dict[str, Tensor], folder: Path):
     from safetensors.torch import save_file
 
     if method.saves == "adapter":
-        model.save_pretrained(str(folder), state_dict=state, safe_serialization=True, save_embedding_layers=False)
+        with on_original_base(model, state) as state:
+            model.save_pretrained(str(folder), state_dict=state, safe_serialization=True, save_embedding_layers=False)
     elif method.saves == "prefix":
         save_file({k: v.contiguous() for k, v in state.items() if k.startswith(PREFIX)}, folder / "model.safetensors", {"format": "pt"})
         model.config.save_pretrained(str(folder))
         config = json.loads((folder / "config.json").read_text())
+        config.pop("quantization_config", None)  # how this run held the base
         config["_name_or_path"] = model.config.name_or_path  # the base, as the official P-Tuning checkpoints name it
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     else:
@@ -162,26 +165,6 @@ def checkpoint_bytes(model: nn.Module, saves: str) -> int:
     sizes = [(p.ds_numel if hasattr(p, "ds_id") else p.numel(), p.element_size(), p.requires_grad) for p in model.parameters()]
     exported = sum(n * size for n, size, trainable in sizes if trainable or saves == "model")
     return exported + sum(n * (12 + size) for n, size, trainable in sizes if trainable) + 10_000_000
-
-
-@contextmanager
-def weights_only():
-    """DeepSpeed unpickles its shards whole; in here nothing but tensors and its own few value classes loads."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
-            yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 class Checkpointer:
@@ -248,24 +231,34 @@ class Checkpointer:
         """Load a checkpoint into the engine; returns its manifest.
 
         Raises:
-            ValueError: it was made by other flags, rows, base model or number of ranks, or its shards are damaged.
+            ValueError: it was made by other flags, rows or base model, or in steps of other sizes, or its shards are damaged.
         """
         manifest = read_manifest(folder)
         saved = json.loads((folder / "train_config.json").read_text(encoding="utf-8"))
-        if changed := self.config.changed_since(saved):
+        elastic = manifest["world_size"] != world_size()
+        if changed := self.config.changed_since(saved, but=("per_device_train_batch_size", "gradient_accumulation_steps") if elastic else ()):
             raise ValueError(f"{folder} was made with other flags: {'; '.join(changed)}")
-        if manifest["world_size"] != world_size():
-            raise ValueError(f"{folder} was made by {manifest['world_size']} ranks, this run has {world_size()}")
+        if elastic:
+            self.check_batch(folder, manifest["world_size"], saved)
         stage = self.engine.zero_optimization_stage()
         asked = read_ds_file(self.config.ds_file)[1].get("zero_optimization", {}).get("stage", 0)
-        if (before := manifest.get("zero_stage", asked)) != stage:  # as the file said, before manifests knew it
+        # before manifests knew it: as the file said
+        if not elastic and (before := manifest.get("zero_stage", asked)) != stage:
             raise ValueError(f"{folder} holds a ZeRO-{before} state, this run is on ZeRO-{stage}; its weights can still be a new run's start")
         fingerprint = manifest["base_model"].get("fingerprint")
         if fingerprint and fingerprint != self.base.get("fingerprint"):
             raise ValueError(f"{folder} was trained on another base model than {self.base['name_or_path']}")
         if manifest.get("train_data") not in (None, self.data):
             raise ValueError(f"--train_path: {self.config.train_path} has changed since {folder} was made")
+        for module in self.model.modules():  # a predictor's backbone is a part of its model
+            if "lora_start" in vars(module):
+                check_start(module, dict(read_tensors(folder / "adapter_model.safetensors")))
         try:
+            if elastic:
+                with weights_only():
+                    restore(self.engine, read_shards(folder / "trainer" / "state"))
+                say(f"resumed from {folder}, made by {manifest['world_size']} rank(s), on {world_size()}")
+                return manifest
             with weights_only(), without_prints():
                 path, _ = self.engine.load_checkpoint(str(folder / "trainer"), tag="state", load_module_strict=False)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -275,6 +268,19 @@ class Checkpointer:
             raise ValueError(f"{folder}/trainer: DeepSpeed could not load its shards")
         say(f"resumed from {folder}")
         return manifest
+
+    def check_batch(self, folder: Path, ranks: int, saved: dict):
+        """Raises ValueError where another number of ranks would change how many rows a step has."""
+        here, flags = self.config, ("per_device_train_batch_size", "gradient_accumulation_steps")
+        rows = ranks * saved[flags[0]] * saved[flags[1]]
+        per_pass = world_size() * here.per_device_train_batch_size
+        if rows == per_pass * here.gradient_accumulation_steps:
+            return
+        fit = f"--gradient_accumulation_steps {rows // per_pass}" if rows % per_pass == 0 else f"--{flags[0]} x --{flags[1]} = {rows / world_size():g}"
+        raise ValueError(
+            f"{folder} was made by {ranks} ranks in steps of {rows} rows, this run has {world_size()} and steps of "
+            f"{per_pass * here.gradient_accumulation_steps}: go on with {fit}"
+        )
 
     def record_best(self, folder: Path, metric: str, value: float):
         if rank() == 0:

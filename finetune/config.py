@@ -7,6 +7,8 @@ import argparse
 import dataclasses
 import json
 import math
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,8 @@ from finetune.metrics import GROUPS, parse_metrics
 from finetune.record import LOGGERS
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+LORA_STARTS = re.compile(r"default|gaussian|orthogonal|olora|pissa|pissa_niter_\d+")
+CHECKPOINTED_LAYERS = re.compile(r"[1-9]\d*|\d+-\d+")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -107,6 +111,9 @@ class TrainConfig:
     gradient_checkpointing: str = flag("False", "recompute activations in the backward pass: less memory, slower; selective: all but the "
                                        "results of matrix products and attention", choices=("False", "True", "selective"),
                                        parse=parse_checkpointing, bare="True")  # fmt: skip
+    gradient_checkpointing_layers: str = flag("", "recompute in so many layers only: N, the first N; a-b, from layer a to b (from 0) [all]")
+    label_smoothing: float = keep(0.0, "share of the wanted probability spread over all words, in training")
+    neftune_noise_alpha: float = keep(0.0, "NEFTune: noise on the embeddings in training; 5 to 15 are usual, 0 is none")
     precision: str = keep("auto", "arithmetic; overrides the DeepSpeed file's (auto: bf16, else fp16 on GPUs, fp32 on CPU)",
                           choices=PRECISIONS)  # fmt: skip
     num_workers: int = flag(1, "threads, each laying out the rows of one of the next steps while this one computes; 0: none")
@@ -117,7 +124,14 @@ class TrainConfig:
     lora_dim: int = keep(8, "LoRA rank", positive=True)
     lora_alpha: int = keep(30, "LoRA scale: the update is multiplied by alpha / rank", positive=True)
     lora_dropout: float = keep(0.1, "dropout on LoRA's input")
-    lora_module_name: str = keep("query_key_value", "comma list of modules that get LoRA")
+    lora_module_name: str = keep("query_key_value", "comma list of modules that get LoRA, or all-linear")
+    use_rslora: bool = keep(False, "LoRA: scale by alpha / sqrt(rank), for high ranks")
+    use_dora: bool = keep(False, "LoRA: weight magnitudes trained apart from directions (not on ZeRO-3)")
+    init_lora_weights: str = keep("default", "LoRA's start: default (B zero), gaussian, orthogonal, olora, pissa, or pissa_niter_N, the "
+                                  "fast SVD of N iterations")  # fmt: skip
+    loraplus_lr_ratio: float = keep(1.0, "LoRA+: B's learning rate is this times A's (the paper: about 16)")
+    quantization_bit: int | None = keep(None, "QLoRA: frozen linear layers in 4 (nf4) or 8 (int8) bits; needs bitsandbytes; lora, ptuning",
+                                        choices=(4, 8))  # fmt: skip
     freeze_module_name: str = keep("layers.27.", "comma list of parts of the parameter names that stay trainable")
     pre_seq_len: int = keep(16, "P-Tuning: number of virtual tokens", positive=True)
     prefix_projection: bool = keep(True, "P-Tuning v2: prefix through an MLP. Without --ptuning_version: True means v2, False v1")
@@ -150,13 +164,13 @@ class TrainConfig:
         for f in dataclasses.fields(self):
             value, meta = getattr(self, f.name), f.metadata
             if meta["choices"] and value is not None and value not in meta["choices"]:
-                raise ValueError(f"--{f.name} must be one of {', '.join(meta['choices'])}; got {value!r}")
+                raise ValueError(f"--{f.name} must be one of {', '.join(map(str, meta['choices']))}; got {value!r}")
             if meta["positive"] and value is not None and value < 1:
                 raise ValueError(f"--{f.name} must be at least 1; got {value}")
-        for name in ("lora_dropout", "prefix_dropout", "warmup_ratio"):
+        for name in ("lora_dropout", "prefix_dropout", "warmup_ratio", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be in [0, 1); got {getattr(self, name)}")
-        for name in ("learning_rate", "weight_decay"):
+        for name in ("learning_rate", "weight_decay", "neftune_noise_alpha"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"--{name} must be a number not below 0; got {value}")
@@ -164,6 +178,7 @@ class TrainConfig:
             raise ValueError(f"--num_workers must not be below 0; got {self.num_workers}")
         if self.seed < 0:
             raise ValueError(f"--seed must not be below 0; got {self.seed}")
+        self.check_method()
         if self.needs_model and not self.model_name_or_path:
             raise ValueError("--model_name_or_path is required: the folder of the base model")
         if not (self.train_path or self.estimate_memory):
@@ -209,6 +224,27 @@ class TrainConfig:
     def loggers(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(filter(None, (name.strip() for name in self.report_to.split(",")))))
 
+    def check_method(self):
+        """Raises ValueError for flags of methods, and of recomputing, that do not fit one another."""
+        if not LORA_STARTS.fullmatch(self.init_lora_weights):
+            raise ValueError(f"--init_lora_weights must be default, gaussian, orthogonal, olora, pissa or pissa_niter_N; got "
+                             f"{self.init_lora_weights!r}")  # fmt: skip
+        if not 0 < self.loraplus_lr_ratio < math.inf:
+            raise ValueError(f"--loraplus_lr_ratio must be above 0; got {self.loraplus_lr_ratio}")
+        if self.init_lora_weights == "orthogonal" and self.lora_dim % 2:
+            raise ValueError(f"--init_lora_weights orthogonal needs an even --lora_dim; got {self.lora_dim}")
+        residual = self.init_lora_weights.startswith(("pissa", "olora"))
+        if self.quantization_bit:
+            if self.train_type not in ("lora", "ptuning"):
+                raise ValueError(f"--quantization_bit is for frozen weights: --train_type lora or ptuning; got {self.train_type}")
+            if residual:
+                raise ValueError(f"--init_lora_weights {self.init_lora_weights} needs whole weights; leave --quantization_bit out")
+        if self.gradient_checkpointing_layers:
+            if not CHECKPOINTED_LAYERS.fullmatch(self.gradient_checkpointing_layers):
+                raise ValueError(f"--gradient_checkpointing_layers must be N or a-b, such as 8 or 4-11; got {self.gradient_checkpointing_layers!r}")
+            if self.gradient_checkpointing == "False":
+                raise ValueError("--gradient_checkpointing_layers needs --gradient_checkpointing True or selective")
+
     @property
     def needs_model(self) -> bool:
         return True
@@ -221,12 +257,12 @@ class TrainConfig:
     def save(self, path: Path):
         Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n")
 
-    def changed_since(self, saved: dict) -> list[str]:
-        """The flags that shape training and differ from a checkpoint's, as "--name: was A, is B"."""
+    def changed_since(self, saved: dict, but: tuple[str, ...] = ()) -> list[str]:
+        """The flags that shape training and differ from a checkpoint's, all but some, as "--name: was A, is B"."""
         return [
             f"--{f.name}: was {saved.get(f.name)!r}, is {getattr(self, f.name)!r}"
             for f in dataclasses.fields(self)
-            if f.metadata["shapes_training"] and f.name in saved and saved[f.name] != getattr(self, f.name)
+            if f.metadata["shapes_training"] and f.name in saved and f.name not in but and saved[f.name] != getattr(self, f.name)
         ]
 
 
@@ -296,7 +332,9 @@ def parse_config(argv: list[str] | None = None, tasks: dict[str, Callable[[], ty
         given["ds_file"] = given.pop("deepspeed_config")
     try:
         file = given.pop("config", None)
-        return config_class(**((read_config_file(file, config_class) if file else {}) | given))
+        launched = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")  # how `accelerate launch` hands its DeepSpeed file on
+        told = {"ds_file": launched} if launched else {}
+        return config_class(**(told | (read_config_file(file, config_class) if file else {}) | given))
     except ValueError as error:
         parser.error(str(error))
 

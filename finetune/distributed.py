@@ -133,7 +133,7 @@ def deepspeed_config(config: TrainConfig, *, precision: str, adapters: bool, tot
         adapters: only fp32 adapters are trained over a frozen model, so bf16 is the frozen weights' dtype, not DeepSpeed's.
         world: number of ranks.
     Raises:
-        ValueError: the file is not JSON, or keeps an "auto" that nobody fills.
+        ValueError: the file is not JSON, keeps an "auto" that nobody fills, or asks ZeRO-3 for what it cannot do.
     """
     path, ds = read_ds_file(config.ds_file)
     micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
@@ -147,7 +147,9 @@ def deepspeed_config(config: TrainConfig, *, precision: str, adapters: bool, tot
     warmup = max(1, int(config.warmup_ratio * total_steps))
     ds.setdefault("scheduler", {"type": "WarmupDecayLR", "params": {}})
     schedule = ds["scheduler"].setdefault("params", {})
-    fill = {"warmup_num_steps": warmup, "warmup_max_lr": config.learning_rate, "warmup_min_lr": 0.1 * config.learning_rate}
+    rates = [config.learning_rate * ratio for ratio in lr_ratios(config)]
+    highest, lowest = (rates, [0.1 * rate for rate in rates]) if len(rates) > 1 else (rates[0], 0.1 * rates[0])
+    fill = {"warmup_num_steps": warmup, "warmup_max_lr": highest, "warmup_min_lr": lowest}
     if ds["scheduler"]["type"] == "WarmupDecayLR":
         fill["total_num_steps"] = max(total_steps, warmup + 1)
         if schedule.get("warmup_type") == "cosine":  # in the seeds' files; DeepSpeed knows log and linear only
@@ -155,6 +157,8 @@ def deepspeed_config(config: TrainConfig, *, precision: str, adapters: bool, tot
     if ds["scheduler"]["type"] in ("WarmupDecayLR", "WarmupLR"):
         schedule.update(fill)
         schedule.pop("last_batch_iteration", None)
+    elif len(rates) > 1:
+        raise ValueError(f"--loraplus_lr_ratio needs the schedule WarmupDecayLR or WarmupLR; {path} has {ds['scheduler']['type']}")
 
     asked = "bf16" if is_on(ds, "bf16") else "fp16" if is_on(ds, "fp16") else None
     if asked and asked != precision:
@@ -181,11 +185,30 @@ def deepspeed_config(config: TrainConfig, *, precision: str, adapters: bool, tot
     if left := find_auto(ds):
         raise ValueError(f"--ds_file: {path}: {left} is \"auto\" and no flag fills it; write a value")
     stage, zero["stage"] = zero.get("stage", 0), stage_for(ds, precision, adapters, world)
+    if stage == 3 and config.train_type == "lora" and config.use_dora:
+        raise ValueError(f"--use_dora reads whole base weights, which ZeRO-3 takes apart ({path.name}): use ZeRO-2, ds_zero2.json")
+    if stage == 3 and config.quantization_bit:
+        raise ValueError(f"--quantization_bit: ZeRO-3 cannot take quantised weights apart ({path.name}): use ZeRO-2, ds_zero2.json")
     if world == 1 and zero["stage"] == 1:
         ds["bf16"].setdefault("immediate_grad_update", True)
     if zero["stage"] != stage:
         say(f"ZeRO: stage {zero['stage']} ({path.name} asks for {stage}; one rank has nothing to share out)")
     return ds
+
+
+def lr_ratios(config: TrainConfig) -> list[float]:
+    """The learning rates of the parameter groups over --learning_rate."""
+    return [1.0, config.loraplus_lr_ratio] if config.train_type == "lora" and config.loraplus_lr_ratio != 1 else [1.0]
+
+
+def parameter_groups(model: torch.nn.Module, config: TrainConfig) -> list:
+    """What the optimizer gets: the trainable parameters; under LoRA+ (arXiv 2402.12354) two groups, B with a rate of its own."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    ratios = lr_ratios(config)
+    if len(ratios) == 1:
+        return list(trained.values())
+    groups = [[p for name, p in trained.items() if (".lora_B." in name) == second] for second in (False, True)]
+    return [{"params": group, "lr": config.learning_rate * ratio} for group, ratio in zip(groups, ratios)]
 
 
 def fit_to_one_rank(engine, parameters: list):

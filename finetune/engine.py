@@ -32,6 +32,7 @@ from finetune.distributed import (
     init_distributed,
     make_optimizer,
     on_device,
+    parameter_groups,
     rank,
     resolve_precision,
     say,
@@ -42,6 +43,7 @@ from finetune.distributed import (
 from finetune.files import sha256
 from finetune.lora import use_lean_lora
 from finetune.metrics import check_packages
+from finetune.recompute import recompute
 from finetune.record import RunLog, check_loggers, is_better, processor
 from finetune.task import FineTuning
 
@@ -172,34 +174,19 @@ def build_engine(config: TrainConfig, task: FineTuning, total_steps: int):
                 if hasattr(parameter, "ds_tensor"):  # ZeRO-3: this rank's share is what counts
                     parameter.ds_tensor.data = parameter.ds_tensor.data.float()
     use_lean_lora(model)
-    if config.gradient_checkpointing != "False":
-        how = {"use_reentrant": False}
-        if config.gradient_checkpointing == "selective":
-            how["context_fn"] = keep_products
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+    recompute(model, config.gradient_checkpointing, config.gradient_checkpointing_layers)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(trainable, ds)
+    groups = parameter_groups(model, config)
+    optimizer = make_optimizer(groups, ds)
     with without_prints():
-        engine, *_ = deepspeed.initialize(model=task.loss_module(model), model_parameters=trainable, optimizer=optimizer, config=ds)
+        engine, *_ = deepspeed.initialize(model=task.loss_module(model), model_parameters=groups, optimizer=optimizer, config=ds)
     fit_to_one_rank(engine, trainable)
     return engine, model, precision
 
 
-def keep_products():
-    """Selective gradient checkpointing: the results of matrix products and attention stay, all else is computed again."""
-    from torch.utils.checkpoint import create_selective_checkpoint_contexts
-
-    aten = torch.ops.aten
-    return create_selective_checkpoint_contexts([
-        aten.mm.default, aten.addmm.default, aten.bmm.default, aten.linear.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default, aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default,
-    ])  # fmt: skip
-
-
 def parameter_sizes(model) -> list[tuple[str, int, bool]]:
-    """(name, count, whether it is trained) of each parameter; whole counts under ZeRO-3 too."""
-    return [(n, p.ds_numel if hasattr(p, "ds_id") else p.numel(), p.requires_grad) for n, p in model.named_parameters()]
+    """(name, count, whether it is trained) of each parameter."""
+    return [(n, full_size(p), p.requires_grad) for n, p in model.named_parameters()]
 
 
 def parameter_report(sizes: list[tuple[str, int, bool]]) -> str:
@@ -210,6 +197,14 @@ def parameter_report(sizes: list[tuple[str, int, bool]]) -> str:
     if len(shown) > 8:
         shown = [*shown[:4], f"  ... {len(shown) - 8} more ...", *shown[-4:]]
     return "\n".join([f"trainable: {part:,} of {total:,} parameters ({100 * part / total:.4f} %)", *shown])
+
+
+def full_size(parameter) -> int:
+    """Elements of a parameter; of the whole where ZeRO-3 has taken it apart or 4 bits have packed it."""
+    if hasattr(parameter, "ds_id"):
+        return parameter.ds_numel
+    packed = getattr(parameter, "quant_state", None)
+    return packed.shape.numel() if packed else parameter.numel()
 
 
 def data_facts(config: TrainConfig, train_hash: str) -> dict:

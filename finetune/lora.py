@@ -1,4 +1,9 @@
-"""LoRA's linear layer in two small products beside the frozen one. peft's own forward copies inputs and outputs to fp32 on the way."""
+"""LoRA's linear layer in two small products beside the frozen one (peft's own forward copies inputs and outputs to fp32 on the way);
+adapters that began by taking their start out of the base, told as changes of the original base.
+"""
+
+import copy
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -67,3 +72,52 @@ def _lean_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
     dropout = self.lora_dropout[name]
     dropped = dropout(x) if isinstance(dropout, nn.Dropout) and dropout.p and self.training else None
     return LoraFunction.apply(x, dropped, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+
+
+def remember_start(model: nn.Module):
+    """Keep the A and B that a start such as PiSSA's has just taken out of the base weights: W = rest + scaling * B0 A0."""
+    model.lora_start = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            model.lora_start[name] = parameter.detach().float().cpu().clone()
+
+
+@contextmanager
+def on_original_base(model: nn.Module, state: dict[str, Tensor]):
+    """The trained state of a peft model as an adapter of the original base; inside, peft's configuration is that adapter's.
+
+    rest + scaling * B A = W + scaling * [B, -B0] [A; A0]: a plain adapter of twice the rank. Any other model: its state as it is.
+    """
+    start = getattr(model, "lora_start", None)
+    if start is None:
+        yield state
+        return
+    signs = {".lora_A.": (1, 0), ".lora_B.": (-1, 1)}
+    told = dict(state)
+    for name, first in start.items():
+        sign, axis = next(value for part, value in signs.items() if part in name)
+        told[name] = torch.cat([state[name].float(), sign * first], dim=axis)
+    own = model.peft_config["default"]
+    model.peft_config["default"] = config = copy.deepcopy(own)
+    config.r, config.init_lora_weights = 2 * own.r, True
+    config.lora_alpha = own.lora_alpha * (2**0.5 if own.use_rslora else 2)  # the same scaling
+    try:
+        yield told
+    finally:
+        model.peft_config["default"] = own
+
+
+def check_start(model: nn.Module, adapter: dict[str, Tensor]):
+    """Raises ValueError where this model's start is not the one that an exported adapter holds: its base would lack another part.
+
+    Only products count: the factors of an SVD may turn up with other signs on another machine.
+    """
+    start = model.lora_start
+    for name in (n for n in start if ".lora_A." in n):
+        a, b = start[name], start[name.replace(".lora_A.", ".lora_B.")]
+        rank, stored = len(a), name.replace(".default.", ".")
+        old_a, old_b = adapter[stored][rank:], -adapter[stored.replace(".lora_A.", ".lora_B.")][:, rank:]
+        probe = torch.randn(a.shape[1], 1, generator=torch.Generator().manual_seed(0))
+        here, there = b @ (a @ probe), old_b @ (old_a @ probe)
+        if not (here - there).norm() <= 1e-3 * there.norm():
+            raise ValueError(f"{stored}: --init_lora_weights gives another start here than in the checkpoint (its SVD is drawn at random)")

@@ -108,14 +108,19 @@ METHOD_TITLES = {"lora": "LoRA", "freeze": "freeze", "ptuning": "P-Tuning", "all
 
 def make_run(config: TrainConfig, *, mode: str = "ours", gpus: int = 1, card: str = "A40", **more) -> Run:
     """The run that train.py's flags describe; raises ValueError for what does not fit the model."""
+    if unknown := [name for name in ("quantization_bit", "use_dora", "gradient_checkpointing_layers") if getattr(config, name)]:
+        raise ValueError(f"the estimate does not know --{unknown[0]}: leave it out to see the run without it")
     shape = read_shape(config.model_name_or_path)
+    modules = tuple(module_names(config.lora_module_name))
+    if modules == ("all-linear",):
+        modules = tuple(name.rsplit(".", 1)[-1] for name in shape.linears)
     precision, checkpointing = config.precision, str(config.gradient_checkpointing)
     if precision == "auto":  # what train.py finds on such a card; the seeds trained in fp16
         precision = "fp16" if mode == "plain" or card.startswith(("V100", "T4")) else "bf16"
     run = Run(
         shape, config.train_type, mode, batch=config.per_device_train_batch_size, length=config.max_len,
         checkpointing=checkpointing != "False", selective=checkpointing == "selective", precision=precision, gpus=gpus, zero=read_zero(config.ds_file, shape.hidden),
-        accumulation=config.gradient_accumulation_steps, lora_dim=config.lora_dim, lora_modules=tuple(module_names(config.lora_module_name)),
+        accumulation=config.gradient_accumulation_steps, lora_dim=config.lora_dim, lora_modules=modules,
         lora_dropout=config.lora_dropout, freeze_names=tuple(module_names(config.freeze_module_name)), pre_seq_len=config.pre_seq_len,
         projection=config.prefix_projection, version=config.resolved_ptuning_version, **more,
     )  # fmt: skip

@@ -15,6 +15,11 @@ def module_names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def quantization(bits: int | None) -> dict:
+    """load_model's option for --quantization_bit."""
+    return {"quantization_bit": bits} if bits else {}
+
+
 @dataclass(frozen=True)
 class Freeze:
     """Train only the parameters whose names contain one of the given parts."""
@@ -52,10 +57,11 @@ class PTuning:
     prefix_projection: bool
     resolved_ptuning_version: str
     prefix_dropout: float
+    quantization_bit: int | None = None
     saves: ClassVar[str] = "prefix"
 
     def model_options(self) -> dict:
-        return {
+        return quantization(self.quantization_bit) | {
             "pre_seq_len": self.pre_seq_len,
             "prefix_projection": self.prefix_projection and self.resolved_ptuning_version == "v2",
             "ptuning_version": self.resolved_ptuning_version,
@@ -72,38 +78,52 @@ class PTuning:
 
 @dataclass(frozen=True)
 class Lora:
-    """LoRA (arXiv 2106.09685) through peft: W + alpha / r * B A, B zero at the start."""
+    """LoRA (arXiv 2106.09685) through peft: W + alpha / r * B A, B zero at the start; and its variants (docs/methods.md)."""
 
     lora_dim: int
     lora_alpha: int
     lora_dropout: float
     lora_module_name: str
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: str = "default"
+    quantization_bit: int | None = None
     saves: ClassVar[str] = "adapter"
 
     def model_options(self) -> dict:
-        return {}
+        return quantization(self.quantization_bit)
 
     def prepare(self, model):
         """Raises ValueError naming the linear modules when a name matches none."""
         from peft import LoraConfig, get_peft_model
         from torch import nn
 
+        from finetune.lora import remember_start
+
         linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         wanted = module_names(self.lora_module_name)
-        if lost := [name for name in wanted if name not in linear] or (not wanted and [""]):
+        if wanted == ["all-linear"]:
+            wanted = "all-linear"  # peft's word for all but the output layer
+        elif lost := [name for name in wanted if name not in linear] or (not wanted and [""]):
             raise ValueError(f"--lora_module_name: {lost[0]!r} matches no linear module; this model has {', '.join(linear)}")
-        return get_peft_model(
+        model = get_peft_model(
             model,
             LoraConfig(
                 r=self.lora_dim,
                 lora_alpha=self.lora_alpha,
                 lora_dropout=self.lora_dropout,
                 target_modules=wanted,
+                use_rslora=self.use_rslora,
+                use_dora=self.use_dora,
+                init_lora_weights=True if self.init_lora_weights == "default" else self.init_lora_weights,
                 bias="none",
                 task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else "FEATURE_EXTRACTION",
                 inference_mode=False,
             ),
         )
+        if self.init_lora_weights.startswith(("pissa", "olora")):
+            remember_start(model)
+        return model
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ class FineTuning:
         return self.method.prepare(load_model(self.model_path, mode=self.family.name, dtype=dtype, **self.method.model_options()))
 
     def loss_module(self, model: nn.Module) -> nn.Module:
-        return LossModule(model)
+        return LossModule(model, smoothing=self.config.label_smoothing, noise_alpha=self.config.neftune_noise_alpha)
 
     @cached_property
     def layout(self) -> dict:
@@ -192,9 +192,9 @@ def layout_of(config: TrainConfig, family, tokenizer, dtype: torch.dtype) -> dic
 
 
 def shares_prefix(config: TrainConfig) -> bool:
-    """A beginning that rows share is computed once where no dropout acts, which would tie the rows' noise."""
+    """A beginning that rows share is computed once where neither dropout nor NEFTune acts, which would tie the rows' noise."""
     drops = {"lora": config.lora_dropout, "ptuning": config.prefix_dropout if config.resolved_ptuning_version == "v2" else 0}
-    return config.share_prefix and not drops.get(config.train_type)
+    return config.share_prefix and not drops.get(config.train_type) and not config.neftune_noise_alpha
 
 
 def row_multiple(dtype: torch.dtype) -> int:

@@ -18,7 +18,8 @@ class PredictorConfig(TrainConfig):
     title: ClassVar[str] = "Train a predictor of the length of a served model's answers"
     unused: ClassVar[tuple[str, ...]] = (
         "max_len", "is_skip", "prompt_text", "data_format", "columns", "glm3_labels", "replay_path", "replay_ratio", "streaming", "shuffle_buffer",
-        "preprocessing_num_workers", "eval_metrics", "eval_f1", "eval_max_new_tokens", "estimate_memory",
+        "preprocessing_num_workers", "eval_metrics", "eval_f1", "eval_max_new_tokens", "estimate_memory", "label_smoothing", "neftune_noise_alpha",
+        "quantization_bit",
     )  # fmt: skip
 
     task: str = keep("predictor", "what is trained", choices=("finetune", "predictor"))

@@ -171,9 +171,9 @@ def test_cpu_attention_of_whole_blocks(length, dtype):
 # ---- the loss
 
 
-def plain_loss(hidden, weight, bias, targets, scale):
+def plain_loss(hidden, weight, bias, targets, scale, smoothing=0.0):
     logits = hidden @ weight.T + (0 if bias is None else bias)
-    return scale * F.cross_entropy(logits, targets.clamp(min=-1), reduction="sum", ignore_index=-1)
+    return scale * F.cross_entropy(logits, targets.clamp(min=-1), reduction="sum", ignore_index=-1, label_smoothing=smoothing)
 
 
 def loss_inputs(rows: int, words: int, biased: bool, size=1.0):
@@ -186,21 +186,21 @@ def loss_inputs(rows: int, words: int, biased: bool, size=1.0):
 @settings(max_examples=200, deadline=None, database=None)
 @given(st.integers(1, 30), st.integers(2, 40), st.booleans(), st.lists(st.booleans(), min_size=3, max_size=3), st.sampled_from([1.0, 20.0]),
        st.sampled_from([1.0, 1 / 7, 1 / 30000]), st.sampled_from([1.0, -2.5]), st.sampled_from([1, 300, 2**26]), st.sampled_from([1, 500, 2**20]),
-       DTYPES)  # fmt: skip
-def test_cross_entropy(rows, words, biased, trained, size, scale, factor, logits_bytes, cached_bytes, dtype):
+       DTYPES, st.sampled_from([0.0, 0.1, 0.7]))  # fmt: skip
+def test_cross_entropy(rows, words, biased, trained, size, scale, factor, logits_bytes, cached_bytes, dtype, smoothing):
     """In one piece and in many, for every choice of what trains; also where the loss is multiplied afterwards."""
     inputs, targets = loss_inputs(rows, words, biased, size if dtype == torch.float32 else 1)  # large logits in bf16 are other logits
     trained = trained[: len(inputs)]
 
     def function(hidden, weight, bias=None):
-        return CrossEntropyFunction.apply(hidden, weight, bias, targets, scale)
+        return CrossEntropyFunction.apply(hidden, weight, bias, targets, scale, smoothing)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "LOGITS_BYTES", logits_bytes)
         patch.setattr(kernels, "CACHED_BYTES", cached_bytes)
         leaves = [x.to(dtype).requires_grad_(wanted) for x, wanted in zip(inputs, trained)]
         exact = [x.detach().double().requires_grad_(wanted) for x, wanted in zip(leaves, trained)]
-        found, wanted = function(*leaves), plain_loss(*exact, *[None] * (not biased), targets, scale)
+        found, wanted = function(*leaves), plain_loss(*exact, *[None] * (not biased), targets, scale, smoothing)
     close = {"rel": 1e-5, "abs": 1e-5 * scale} if dtype == torch.float32 else {"rel": 2e-2, "abs": 2e-2 * scale * rows}
     assert found.dtype == torch.float32 and found.item() == pytest.approx(wanted.item(), **close)
     if any(trained):

@@ -195,7 +195,7 @@ def test_changed_data_is_refused(flags, whole, tmp_path, capsys, rows_file):
 
 
 @pytest.mark.parametrize("change, said", [
-    (lambda m: m | {"world_size": 3}, "3 ranks, this run has 1"), (lambda m: m | {"format_version": 99}, "format version 99"),
+    (lambda m: m | {"world_size": 3}, "3 ranks in steps of 12 rows, this run has 1 and steps of 4: go on with --gradient_accumulation_steps 3"), (lambda m: m | {"format_version": 99}, "format version 99"),
     (lambda m: m | {"zero_stage": 3}, "ZeRO-3 state, this run is on ZeRO-2"), (lambda m: [], "not a checkpoint manifest"), (lambda m: m | {"base_model": {"fingerprint": "0"}}, "another base model"),
 ])  # fmt: skip
 def test_other_manifests_are_refused(flags, train, tmp_path, capsys, change, said):
@@ -254,11 +254,11 @@ def test_empty_tensors_are_never_exported():
 
 @pytest.mark.slow
 def test_two_ranks_resume_and_refuse_another_count(two_ranks, capsys):
-    """ZeRO-3 on 2 ranks: a resume from the middle repeats the steps bit for bit; 1 rank is refused."""
+    """ZeRO-3 on 2 ranks: a resume from the middle repeats the steps bit for bit; 1 rank is refused where its steps are smaller."""
     resumed, whole = (Path(words[words.index("--output_dir") + 1]) for words in two_ranks[5:7])
     assert same_losses(resumed, whole) and len(metrics(whole)) == 8
     assert command_line.main([*two_ranks[5], "--resume_from_checkpoint", "auto", "--per_device_train_batch_size", "2"]) == 1
-    assert "made by 2 ranks, this run has 1" in capsys.readouterr().err
+    assert "made by 2 ranks in steps of 4 rows, this run has 1 and steps of 2: go on with --gradient_accumulation_steps 2" in capsys.readouterr().err
 
 
 def test_an_earlier_run_is_not_mixed_with(flags, train, tmp_path, capsys):

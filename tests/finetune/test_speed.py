@@ -11,12 +11,12 @@ from chatglm.families import FAMILIES
 from finetune import lora as lora_module
 from finetune.config import parse_config
 from finetune.data import IGNORED, collate, count_labels, encode_rows
-from finetune.engine import keep_products
 from finetune.evaluate import evaluation_loss
 from finetune.formats import parse_row
 from finetune.lora import use_lean_lora
 from finetune.loss import LossModule, nll_sum
 from finetune.methods import make_method
+from finetune.recompute import keep_products
 from finetune.task import layout_of
 from tests.finetune.runs import METHODS, make_rows, metrics
 from tests.finetune.test_checkpoint import same_losses, stop_after

@@ -1,0 +1,91 @@
+"""Launchers but deepspeed and torchrun, which the tests of training use: accelerate's files, SLURM; several seeds of a run."""
+
+import json
+import os
+import re
+import subprocess
+
+import pytest
+import yaml
+
+from finetune import seeds
+from finetune.checkpoint import committed_checkpoints, read_manifest
+from finetune.config import parse_config
+from tests.finetune.runs import ROOT, child_env, command, free_port, metrics
+
+FILES = sorted((ROOT / "ds_configs" / "accelerate").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_accelerate_files(path, monkeypatch):
+    """Each names a DeepSpeed file of ours, which train.py takes from the launcher unless it is told another."""
+    deepspeed = yaml.safe_load(path.read_text())["deepspeed_config"]
+    file = ROOT / deepspeed["deepspeed_config_file"]
+    zero = json.loads(file.read_text())["zero_optimization"]
+    assert path.stem == f"zero{zero['stage']}" + ("_offload" if "offload_optimizer" in zero else "")
+    assert deepspeed["zero3_init_flag"] == (zero["stage"] == 3) and f"accelerate/{path.name} " in path.read_text()
+    words = ["--model_name_or_path", "m", "--train_path", "t"]
+    assert parse_config(words).ds_file == "ds_zero2.json"
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    assert parse_config(words).ds_file == str(file) and parse_config([*words, "--ds_file", "x.json"]).ds_file == "x.json"
+
+
+def test_there_is_a_file_for_each_kind():
+    assert [path.stem for path in FILES] == ["zero2", "zero2_offload", "zero3", "zero3_offload"]
+
+
+@pytest.mark.slow
+def test_accelerate_launches_two_ranks(flags, train, tmp_path):
+    start = ["-m", "accelerate.commands.launch", "--config_file", "ds_configs/accelerate/zero3.yaml", "--num_processes", 2, "--main_process_port", free_port()]
+    command(*start, "train.py", *flags(tmp_path / "two", "--per_device_train_batch_size", 2, "--max_steps", 2))
+    manifest = read_manifest(committed_checkpoints(tmp_path / "two")[-1])
+    assert (manifest["world_size"], manifest["zero_stage"]) == (2, 3)
+    train(flags(tmp_path / "one", "--max_steps", 2))
+    assert metrics(tmp_path / "two") == pytest.approx(metrics(tmp_path / "one"), rel=1e-5)
+
+
+def slurm(tmp_path, *words, **extra) -> subprocess.CompletedProcess:
+    """The script as SLURM would run it: srun and torchrun tell what they were given."""
+    tools = tmp_path / "bin"
+    tools.mkdir(exist_ok=True)
+    for name, line in {"scontrol": "printf 'node-a\\nnode-b\\n'", "srun": 'shift; "$@"', "torchrun": 'printf "%s\\n" "$@"'}.items():
+        (tools / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tools / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "40123", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    env = child_env(**job | extra)
+    env["PATH"] = f"{tools}{os.pathsep}/usr/bin{os.pathsep}/bin"
+    return subprocess.run(["bash", str(ROOT / "scripts" / "launch_slurm.sh"), *words], env=env, capture_output=True, text=True, cwd=tmp_path)
+
+
+def test_slurm_script(tmp_path):
+    subprocess.run(["bash", "-n", ROOT / "scripts" / "launch_slurm.sh"], check=True)
+    lost = slurm(tmp_path)
+    assert lost.returncode == 1 and f"no train.py in {tmp_path}" in lost.stderr
+    (tmp_path / "train.py").touch()
+    done = slurm(tmp_path, "--train_path", "a b.json", SLURM_GPUS_ON_NODE="8")
+    words = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert words[words.index("train.py") :] == ["train.py", "--resume_from_checkpoint", "auto", "--train_path", "a b.json"]
+    told = dict(zip(words[::2], words[1::2]))
+    assert (told["--nnodes"], told["--nproc_per_node"], told["--rdzv_id"], told["--rdzv_endpoint"]) == ("2", "8", "40123", "node-a:20123")
+
+
+def test_seeds(flags, train, tmp_path, capsys, rows_file):
+    for seed in (3, 20):
+        train(flags(tmp_path / f"seed-{seed}", "--seed", seed, "--max_steps", 2, "--eval_path", rows_file))
+    capsys.readouterr()
+    assert seeds.main([str(tmp_path)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows] == ["run", "seed-3", "seed-20", "mean", "deviation"] and rows[0][1] == "train_loss" and "eval_loss" in rows[0]
+    for column in range(1, len(rows[0])):
+        a, b, mean, deviation = (float(row[column]) for row in rows[1:])
+        assert mean == pytest.approx((a + b) / 2, abs=1e-6) and deviation == pytest.approx(abs(a - b) / 2**0.5, abs=2e-6)
+    assert float(rows[1][1]) == pytest.approx(metrics(tmp_path / "seed-3")[-1], abs=1e-6) != float(rows[2][1])
+    train(flags(tmp_path / "seed-4", "--max_steps", 1, "--eval_path", rows_file))
+    for folder, said in ((tmp_path, "seed-4 ended at step 1"), (tmp_path / "none", "no folder seed-N")):
+        assert seeds.main([str(folder)]) == 1 and said in capsys.readouterr().err
+
+
+def test_the_documented_loop_names_flags_that_exist():
+    text = (ROOT / "docs" / "launching.md").read_text()
+    assert re.search(r"for seed in 1 2 3; do.*--seed \$seed --output_dir out/seed-\$seed", text, re.S) and "python -m finetune.seeds out" in text
