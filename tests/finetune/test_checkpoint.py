@@ -252,15 +252,6 @@ def test_empty_tensors_are_never_exported():
         gathered_state(model, trainable_only=False)
 
 
-@pytest.mark.slow
-def test_two_ranks_resume_and_refuse_another_count(two_ranks, capsys):
-    """ZeRO-3 on 2 ranks: a resume from the middle repeats the steps bit for bit; 1 rank is refused where its steps are smaller."""
-    resumed, whole = (Path(words[words.index("--output_dir") + 1]) for words in two_ranks[5:7])
-    assert same_losses(resumed, whole) and len(metrics(whole)) == 8
-    assert command_line.main([*two_ranks[5], "--resume_from_checkpoint", "auto", "--per_device_train_batch_size", "2"]) == 1
-    assert "made by 2 ranks in steps of 4 rows, this run has 1 and steps of 2: go on with --gradient_accumulation_steps 2" in capsys.readouterr().err
-
-
 def test_an_earlier_run_is_not_mixed_with(flags, train, tmp_path, capsys):
     """A second run into the same folder is refused, and replaces the first where it is told to."""
     train(flags(tmp_path / "out", "--max_steps", 2, "--save_model_step", 1))

@@ -41,7 +41,7 @@ COVERED = {  # pain -> tests of it elsewhere: file::function, under tests/
         "chatglm/test_models.py::test_half_precision_runs_and_keeps_fp32_angles"],
     6: ["chatglm/test_families.py::test_truncation_laws", "chatglm/test_loading.py::test_an_answer_ends_at_each_stop_token_and_holds_none",
         "finetune/test_training.py::test_what_a_checkpoint_holds"],
-    7: ["finetune/test_checkpoint.py::test_empty_tensors_are_never_exported", "finetune/test_training.py::test_two_ranks"],
+    7: ["finetune/test_checkpoint.py::test_empty_tensors_are_never_exported", "finetune/test_ranks.py::test_two_ranks"],
     8: ["chatglm/test_loading.py::test_prefix_folders", "chatglm/test_loading.py::test_a_config_with_a_prefix_needs_one_in_the_weights",
         "finetune/test_checkpoint.py::test_ptuning_goes_on_from_a_prefix_folder"],
     9: ["chatglm/test_models.py::test_gradient_checkpointing_changes_no_gradient", "finetune/test_training.py::test_gradient_checkpointing_changes_nothing"],

@@ -22,7 +22,7 @@ from finetune.distributed import deepspeed_config, init_distributed, pieces, res
 from finetune.engine import build_engine, seed_step
 from finetune.methods import make_method
 from finetune.task import FineTuning
-from tests.finetune.runs import METHODS, ROOT, STOPS, TWO_RANKS, child_env, make_rows, metrics, write_rows
+from tests.finetune.runs import METHODS, ROOT, child_env, make_rows, metrics, write_rows
 
 FAMILY_METHODS = [(family, method) for family in ("glm", "glm2", "glm3") for method in METHODS]
 ZERO = ["ds_zero2.json", "ds_zero3_no_offload.json", "ds_zero3_offload.json"]
@@ -461,28 +461,3 @@ def test_sigterm_saves_and_exits_0(flags, train, tmp_path):
     assert "stopped by signal after step" in said and list((tmp_path / "out").glob(f"epoch-*-step-{stopped}/manifest.json"))
     assert 5 < stopped < 400
     assert load_model(next((tmp_path / "out").glob(f"epoch-*-step-{stopped}"))) is not None
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(len(TWO_RANKS)), ids=["-".join(case) for case in TWO_RANKS])
-def test_two_ranks(two_ranks, number):
-    """2 ranks through the launcher give the plain loop's losses and export its model."""
-    words = two_ranks[number]  # run once for all of them
-    out = Path(words[words.index("--output_dir") + 1])
-    losses, model = plain_run([*words, "--gradient_accumulation_steps", "2"], 8)
-    assert metrics(out) == pytest.approx(losses, rel=1e-5)
-    folder = out / "epoch-2-step-8"
-    assert json.loads((folder / "manifest.json").read_text())["world_size"] == 2
-    assert torch.allclose(logits_of(load_model(folder, dtype=torch.float32), folder), logits_of(model, folder), atol=2e-4)
-
-
-@pytest.mark.slow
-def test_two_ranks_stop_early_where_one_does(two_ranks, flags, train, rows_file, tmp_path):
-    """The same losses, the same last step; the answers of both ranks are one file, each row once and in order."""
-    words = two_ranks[7]
-    two, one = Path(words[words.index("--output_dir") + 1]), tmp_path / "out"
-    train(flags(one, "--eval_path", rows_file, *STOPS, method="all"))
-    assert metrics(two, "eval_loss") == pytest.approx(metrics(one, "eval_loss"), rel=1e-3) and len(metrics(two)) == len(metrics(one)) < 24
-    assert [json.loads((out / "run.json").read_text())["status"] for out in (one, two)] == ["stopped early"] * 2
-    lines = [json.loads(line) for line in (two / "predictions" / "step-1.jsonl").read_text().splitlines()]
-    assert [line["reference"] for line in lines] == [list(row.answers) for row in read_rows(rows_file)[0]]
