@@ -27,7 +27,7 @@ from finetune.distributed import agree, rank, say, without_prints, world_size
 from finetune.elastic import read_shards, restore, weights_only
 from finetune.files import flush, flush_tree, sha256, write_json
 from finetune.lora import check_start, on_original_base
-from finetune.record import LOWER_IS_BETTER, RUN, versions
+from finetune.record import RUN, is_better, versions
 
 FORMAT_VERSION = 1
 NAME = re.compile(r"epoch-(\d+)-step-(\d+)$")
@@ -289,12 +289,12 @@ class Checkpointer:
     def best(self) -> dict | None:
         """The best checkpoint there is, from the manifests: best.json tells people, and may be one save behind after a kill."""
         metric = self.config.metric_for_best
-        found = ((read_manifest(folder)["metrics"].get(metric), folder.name) for folder in committed_checkpoints(self.output_dir))
-        scored = [(value, name) for value, name in found if value is not None]
-        if not scored:
-            return None
-        value, name = (min if metric in LOWER_IS_BETTER else max)(scored)
-        return {"checkpoint": name, "value": value}
+        found = None
+        for folder in committed_checkpoints(self.output_dir):  # the oldest first: of equals the first is the best, as everywhere
+            value = read_manifest(folder)["metrics"].get(metric)
+            if value is not None and is_better(metric, value, found and found["value"]):
+                found = {"checkpoint": folder.name, "value": value}
+        return found
 
     def prune(self):
         """Keep the newest --save_total_limit checkpoints, and the best."""

@@ -101,6 +101,8 @@ def read_plain(model: dict) -> dict:
     """A run without ZeRO: torch's optimizer numbers the trained parameters in their order (fp32, so they are their own masters)."""
     names = [name for group in model["param_shapes"] for name in group] if model.get("param_shapes") else list(model["module"])
     numbers = [number for group in model["optimizer"]["param_groups"] for number in group["params"]]
+    if len(model["optimizer"]["param_groups"]) > 1:  # LoRA+: A's before B's (distributed.parameter_groups)
+        names.sort(key=lambda name: ".lora_B." in name)
     if len(names) != len(numbers):
         raise ValueError(f"{len(numbers)} parameters in the optimizer, {len(names)} in the model")
     states = model["optimizer"]["state"]

@@ -40,7 +40,6 @@ from finetune.distributed import (
     without_prints,
     world_size,
 )
-from finetune.files import sha256
 from finetune.lora import use_lean_lora
 from finetune.metrics import check_packages
 from finetune.recompute import recompute
@@ -118,7 +117,7 @@ def train(config: TrainConfig, make_task=FineTuning) -> Path:
         else:
             say("no checkpoint to resume from: starting anew")
     facts = {
-        "title": task.title, "base_model": base, "data": data_facts(config, checkpointer.data), "world_size": world_size(),
+        "title": task.title, "base_model": base, "data": data_facts(config, task, checkpointer.data), "world_size": world_size(),
         "device": torch.cuda.get_device_name(device()) if torch.cuda.is_available() else processor(), "precision": precision,
         "rows": schedule.rows, "rows_per_step": schedule.global_batch, "total_steps": schedule.total_steps,
         "parameters": {"trainable": sum(size for _, size, yes in sizes if yes), "all": sum(size for _, size, _ in sizes)},
@@ -207,11 +206,11 @@ def full_size(parameter) -> int:
     return packed.shape.numel() if packed else parameter.numel()
 
 
-def data_facts(config: TrainConfig, train_hash: str) -> dict:
+def data_facts(config: TrainConfig, task, train_hash: str) -> dict:
     """Paths and hashes of a run's rows."""
     found = {"train": {"path": config.train_path, "sha256": train_hash}}
-    if config.eval_path and Path(config.eval_path).is_file():
-        found["eval"] = {"path": config.eval_path, "sha256": agree(lambda: sha256(Path(config.eval_path)))}
+    if config.eval_path:
+        found["eval"] = {"path": config.eval_path, "sha256": agree(lambda: task.eval_hash)}
     return found
 
 
@@ -285,7 +284,7 @@ class Loop:
                 return folder, "stopped by signal"
         if self.done < schedule.total_steps:
             say(f"stopped early after step {self.done}: {self.patience.metric} has not been better than {self.patience.best} "
-                f"for {self.patience.since} evaluations")  # fmt: skip
+                f"by more than {self.patience.min_delta:g} for {self.patience.since} evaluations")  # fmt: skip
             return folder, "stopped early"
         return folder, "finished"
 
@@ -353,8 +352,8 @@ class Loop:
         if writer:
             writer.add(self.done, {f"eval_{name}": value for name, value in metrics.items()})
         self.tell(f"step {self.done} evaluation: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-        best, value = agree(self.checkpointer.best), metrics[config.metric_for_best]
-        return best is None or is_better(config.metric_for_best, value, best["value"])
+        best = agree(self.checkpointer.best)
+        return is_better(config.metric_for_best, metrics[config.metric_for_best], best and best["value"])
 
     def save(self, improved: bool) -> Path:
         folder = self.checkpointer.save(
@@ -386,7 +385,7 @@ class Patience:
 
     def see(self, metrics: dict[str, float]):
         value = agree(lambda: metrics[self.metric])
-        if not math.isnan(value) and (self.best is None or is_better(self.metric, value, self.best, self.min_delta)):
+        if is_better(self.metric, value, self.best, self.min_delta):
             self.best, self.since = value, 0
         else:
             self.since += 1

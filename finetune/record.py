@@ -124,8 +124,10 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def is_better(metric: str, value: float, than: float, by: float = 0.0) -> bool:
-    """`value` of a metric is better than another one by more than `by`; nan never is."""
+def is_better(metric: str, value: float, than: float | None, by: float = 0.0) -> bool:
+    """`value` of a metric is better than another one (None: than nothing) by more than `by`; nan never is."""
+    if than is None:
+        return not math.isnan(value)
     return (than - value if metric in LOWER_IS_BETTER else value - than) > by
 
 
@@ -218,7 +220,7 @@ class RunLog:
         metric, found = self.config.metric_for_best, None
         for line in steps:
             value = line.get(f"eval_{metric}")
-            if value is not None and not math.isnan(value) and (found is None or is_better(metric, value, found["value"])):
+            if value is not None and is_better(metric, value, found and found["value"]):
                 found = {"step": line["step"], "metric": metric, "value": value}
         return found
 

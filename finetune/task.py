@@ -72,6 +72,7 @@ class FineTuning:
                 raise ValueError(f"--eval_path takes no weights, got {weighted.name}:{weighted.weight:g}")
             parts = [self.load_source(source, "eval") for source in held_out]
             self.eval_data, self.eval_rows = join([data for data, _ in parts]), [row for _, rows in parts for row in rows]
+            self.eval_hash = hash_sources(held_out, self.eval_rows)
             if config.answer_metrics and (talk := next((row for row in self.eval_rows if row.turns), None)):
                 raise ValueError(f"{talk.place}: --eval_metrics ask single questions, this row is a conversation; without them rows give their loss")
 

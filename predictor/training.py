@@ -11,6 +11,7 @@ from chatglm.families import FAMILIES
 from chatglm.loading import load_tokenizer, resolve_mode
 from finetune.checkpoint import export
 from finetune.distributed import on_device, rank, say, world_size
+from finetune.files import sha256
 from finetune.methods import make_method
 from finetune.task import FineTuning, row_multiple, shares_prefix
 from predictor.backbones import BACKBONES
@@ -61,6 +62,7 @@ class LengthTraining(FineTuning):
         self.head = make_head(self.rows.config)
         self.data, self.calibration = self.encode(self.rows.train), self.encode(self.rows.calibration)
         self.eval_data = self.encode(self.rows.test) if self.rows.test else None
+        self.eval_hash = sha256(Path(self.config.eval_path)) if self.config.eval_path else None
 
     def data_hash(self) -> str:
         return self.rows.hash

@@ -9,25 +9,28 @@ from safetensors.torch import load_file
 
 import train as command_line
 from finetune.checkpoint import read_manifest
-from tests.finetune.runs import launch, metrics
+from tests.finetune.runs import ROOT, launch, metrics
 
 CASES = {  # method, flags; on one rank ZeRO-2 becomes no ZeRO where all is trained in fp32, and ZeRO-1 in bf16
     "lora-zero2": ("lora", ["--ds_file", "ds_zero2.json"]),
     "pissa-zero3": ("lora", ["--ds_file", "ds_zero3_offload.json", "--init_lora_weights", "pissa", "--lora_dim", "3", "--loraplus_lr_ratio", "4"]),
     "all-zero2": ("all", ["--ds_file", "ds_zero2.json"]),
+    "loraplus-none": ("lora", ["--ds_file", "{none}", "--loraplus_lr_ratio", "4", "--lora_module_name", "dense"]),
     "all-zero2-bf16": ("all", ["--ds_file", "ds_zero2.json", "--precision", "bf16"]),
     "all-zero3-bf16": ("all", ["--ds_file", "ds_zero3_no_offload.json", "--precision", "bf16"]),
 }
-STAGES = {"all-zero2": 0, "all-zero2-bf16": 1, "lora-zero2": 2}  # on one rank; the others: 3
+STAGES = {"all-zero2": 0, "loraplus-none": 0, "all-zero2-bf16": 1, "lora-zero2": 2}  # on one rank; the others: 3
 
 
 @pytest.fixture(scope="module")
 def runs(flags, tmp_path_factory) -> dict[str, tuple[Path, Path, Path]]:
     """{case: output folders of the run on 2 ranks, of its second quarter and on on 1, of that run's second half on 2 again}."""
     folder = tmp_path_factory.mktemp("elastic")
+    (folder / "none.json").write_text(json.dumps(json.loads((ROOT / "ds_configs" / "ds_zero2.json").read_text()) | {"zero_optimization": {"stage": 0}}))
 
     def words(name: str, part: str, *more) -> list[str]:
         method, own = CASES[name]
+        own = [str(folder / "none.json") if word == "{none}" else word for word in own]
         shared = ["--per_device_train_batch_size", 2, "--num_train_epochs", 2, "--save_model_step", 2, *own]
         return flags(folder / name / part, *shared, *more, method=method)
 

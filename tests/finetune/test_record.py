@@ -55,6 +55,23 @@ def test_a_run_stops_early(stopped):
     assert json.loads((out / "best.json").read_text())["checkpoint"].endswith(f"step-{best}")
 
 
+def test_of_equal_checkpoints_the_first_is_the_best(flags, train, rows_file, tmp_path):
+    """best.json, run.json and pruning agree, also where every score is the same."""
+    words = ["--eval_path", rows_file, "--eval_metrics", "exact_match", "--metric_for_best", "exact_match", "--eval_max_new_tokens", 1]
+    train(flags(tmp_path / "out", *words, "--num_train_epochs", 3, "--save_total_limit", 1))
+    best = json.loads((tmp_path / "out" / "best.json").read_text())["checkpoint"]
+    there = sorted(p.name for p in (tmp_path / "out").glob("epoch-*"))
+    assert best in there and len(there) == 2 and read_run(tmp_path / "out")["best"]["step"] == steps_of(tmp_path / "out" / best)
+
+
+def test_nan_is_never_the_best(tmp_path):
+    found = None
+    for value in (float("nan"), 0.9, 0.5, float("nan"), 0.5):
+        if is_better("loss", value, found):
+            found = value
+    assert found == 0.5 and is_better("f1", 0.1, None) and not is_better("f1", float("nan"), None) and not is_better("f1", 0.6, 0.5, by=0.2)
+
+
 def test_early_stopping_survives_a_resume(stopped, train, tmp_path):
     """Resumed in the middle of its patience, a run stops where the uninterrupted one did; stopped, it does not go on."""
     words, out, folder = stopped
