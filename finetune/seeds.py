@@ -45,7 +45,7 @@ def summary(runs: dict[str, dict[str, float]], early: set[str] = frozenset()) ->
     for name, found in runs.items():
         if found.keys() != names.keys() or name not in early and found["step"] != names["step"]:
             raise ValueError(f"{name} ended at step {found['step']} with {', '.join(found)}; {first} at step {names['step']} with {', '.join(names)}")
-    rows = [["run", *names]] + [[name, *(str(v) if c == "step" else f"{v:.6f}" for c, v in found.items())] for name, found in runs.items()]
+    rows = [["run", *names]] + [[name, str(found["step"]), *(f"{found[c]:.6f}" for c in names if c != "step")] for name, found in runs.items()]
     values = [[found[c] for found in runs.values()] for c in names]
     rows.append(["mean", *(f"{statistics.mean(v):.6f}" for v in values)])
     if len(runs) > 1:
