@@ -186,6 +186,8 @@ class TrainConfig:
         parse_columns(self.columns)
         if not 0 < self.replay_ratio < 1:
             raise ValueError(f"--replay_ratio must be between 0 and 1; got {self.replay_ratio}")
+        if self.streaming and self.preprocessing_num_workers > 1:
+            raise ValueError("--streaming takes no --preprocessing_num_workers: rows are encoded as they are read")
         if self.streaming and (self.batching == "grouped" or self.dataset_length):
             raise ValueError("--streaming takes no --batching grouped and no --dataset_length: rows come as they are read")
         if self.max_src_len >= self.max_len:
@@ -203,6 +205,8 @@ class TrainConfig:
             raise ValueError("--early_stopping_patience needs --eval_path")
         if not (math.isfinite(self.early_stopping_min_delta) and self.early_stopping_min_delta >= 0):
             raise ValueError(f"--early_stopping_min_delta must be a number not below 0; got {self.early_stopping_min_delta}")
+        if self.early_stopping_min_delta and not self.early_stopping_patience:
+            raise ValueError("--early_stopping_min_delta needs --early_stopping_patience")
         if unknown := [name for name in self.loggers if name not in LOGGERS]:
             raise ValueError(f"--report_to: wanted some of {', '.join(LOGGERS)}; got {unknown[0]!r}")
 
@@ -233,6 +237,8 @@ class TrainConfig:
             raise ValueError(f"--loraplus_lr_ratio must be above 0; got {self.loraplus_lr_ratio}")
         if self.init_lora_weights == "orthogonal" and self.lora_dim % 2:
             raise ValueError(f"--init_lora_weights orthogonal needs an even --lora_dim; got {self.lora_dim}")
+        if self.train_type != "lora" and (given := self.changed("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio")):
+            raise ValueError(f"--{given[0]} needs --train_type lora; got {self.train_type}")
         residual = self.init_lora_weights.startswith(("pissa", "olora"))
         if self.quantization_bit:
             if self.train_type not in ("lora", "ptuning"):
@@ -253,6 +259,10 @@ class TrainConfig:
     def resolved_ptuning_version(self) -> str:
         """The seeds' READMEs say: projection True is v2, False is v1; an explicit version wins."""
         return self.ptuning_version or ("v2" if self.prefix_projection else "v1")
+
+    def changed(self, *names: str) -> list[str]:
+        """Those of some flags that differ from their defaults."""
+        return [f.name for f in dataclasses.fields(self) if f.name in names and getattr(self, f.name) != f.default]
 
     def save(self, path: Path):
         Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n")
@@ -324,7 +334,7 @@ def parse_config(argv: list[str] | None = None, tasks: dict[str, Callable[[], ty
     except ValueError as error:
         build_parser().error(str(error))
     task = chosen.task or in_file
-    config_class = tasks[task]() if tasks and task in tasks else TrainConfig
+    config_class = tasks[task]() if tasks and isinstance(task, str) and task in tasks else TrainConfig
     parser = build_parser(config_class)
     given = vars(parser.parse_args(argv))
     given.pop("deepspeed", None)

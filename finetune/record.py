@@ -155,6 +155,32 @@ def print_table(heads: list[str], lines: list[list[str]]):
         print("  ".join(line).rstrip())
 
 
+def to_json(value, **options) -> str:
+    """JSON text with null for inf and nan, which JSON has no word for."""
+    def finite(value):
+        if isinstance(value, dict):
+            return {key: finite(v) for key, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), **options)
+
+
+def read_steps(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl but a last one that a killed run left unfinished; raises ValueError where another is no step's."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append({"step": (told := json.loads(line))["step"]} | told)
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines) and not line.endswith("}"):
+                return found
+            raise ValueError(f"{path}:{number}: wanted an object with a step, got {line[:60]!r}") from None
+    return found
+
+
 def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
@@ -187,8 +213,8 @@ class RunLog:
         }
         self.path = output_dir / METRICS_FILE
         # A resumed run repeats the steps after its checkpoint: the first telling of them goes.
-        lines = self.path.read_text().splitlines() if done and self.path.is_file() else []
-        write_aside(self.path, "".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= done))
+        lines = read_steps(self.path) if done and self.path.is_file() else []
+        write_aside(self.path, "".join(to_json(line) + "\n" for line in lines if line["step"] <= done))
         self.file = open(self.path, "a", encoding="utf-8", buffering=1)
         self.loggers = []
         for name in config.loggers:
@@ -201,18 +227,18 @@ class RunLog:
     def add(self, step: int, values: dict[str, float]):
         for logger in self.loggers:
             logger.add(step, values)
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.write(to_json({"step": step, **values}) + "\n")
         if time.monotonic() - self.written > RECORD_SECONDS:
             self.write()
 
     def write(self):
         """Put the record as it is now in run.json."""
-        steps = [json.loads(line) for line in self.path.read_text().splitlines()]
+        steps = read_steps(self.path)
         seconds = time.monotonic() - self.started
         self.record["sittings"][-1]["seconds"] = round(seconds, 1)
         record = self.record | {"updated": now(), "seconds": round(self.seconds_before + seconds, 1), "best": self.best(steps)}
-        head = json.dumps(record, indent=2, ensure_ascii=False)[:-2]
-        write_aside(self.output_dir / RUN, f'{head},\n  "steps": [\n' + ",\n".join(f"    {json.dumps(line)}" for line in steps) + "\n  ]\n}\n")
+        head = to_json(record, indent=2, ensure_ascii=False)[:-2]
+        write_aside(self.output_dir / RUN, f'{head},\n  "steps": [\n' + ",\n".join(f"    {to_json(line)}" for line in steps) + "\n  ]\n}\n")
         self.written = time.monotonic()
 
     def best(self, steps: list[dict]) -> dict | None:

@@ -1,43 +1,52 @@
 """Several seeds of one run: mean and deviation of what they ended with. python -m finetune.seeds OUTPUT_DIR reads OUTPUT_DIR/seed-*."""
 
 import argparse
-import json
+import math
 import re
 import statistics
 import sys
 from pathlib import Path
 
 from finetune.checkpoint import committed_checkpoints, read_manifest
+from finetune.record import METRICS_FILE, read_run, read_steps
 
 
 def final_metrics(output_dir: Path) -> dict[str, float]:
-    """The last training loss of a run, and its last checkpoint's evaluation where it had one, as eval_loss and so on.
+    """The last step and training loss of a run, and its last checkpoint's evaluation where it had one, as eval_loss and so on.
 
     Raises:
-        ValueError: the folder holds no checkpoint.
+        ValueError: the folder holds no checkpoint, or its files do not tell these numbers.
     """
     folders = committed_checkpoints(output_dir)
     if not folders:
         raise ValueError(f"{output_dir} holds no checkpoint: did this run end?")
-    manifest = read_manifest(folders[-1])
-    told = (json.loads(line) for line in (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    losses = {line["step"]: line["train_loss"] for line in told if "train_loss" in line}
-    return {"step": manifest["step"], "train_loss": losses[manifest["step"]]} | {f"eval_{k}": v for k, v in manifest["metrics"].items()}
+    manifest, path = read_manifest(folders[-1]), output_dir / METRICS_FILE
+    if missing := {"step", "metrics"} - manifest.keys():
+        raise ValueError(f"{folders[-1]}: its manifest has no {min(missing)!r}")
+    losses = {line["step"]: line["train_loss"] for line in read_steps(path) if "train_loss" in line}
+    if manifest["step"] not in losses:
+        raise ValueError(f"{path}: no train_loss of step {manifest['step']}, that of the last checkpoint")
+    found = {"step": manifest["step"], "train_loss": losses[manifest["step"]]} | {f"eval_{k}": v for k, v in manifest["metrics"].items()}
+    if unfit := [name for name, value in found.items() if value is None or not math.isfinite(value)]:
+        raise ValueError(f"{output_dir}: {unfit[0]} of step {found['step']} is no finite number")
+    return found
 
 
-def summary(runs: dict[str, dict[str, float]]) -> list[list[str]]:
+def summary(runs: dict[str, dict[str, float]], early: set[str] = frozenset()) -> list[list[str]]:
     """Rows of text: a head, one run a row, mean, and sample deviation where there are two runs and more.
 
+    Args:
+        early: the runs that stopped early, each at a step of its own.
     Raises:
-        ValueError: the runs ended at different steps or with different metrics.
+        ValueError: other runs ended at different steps, or any with different metrics.
     """
-    first, names = next(iter(runs.items()))
+    first = next((name for name in runs if name not in early), next(iter(runs)))
+    names = runs[first]
     for name, found in runs.items():
-        if found.keys() != names.keys() or found["step"] != names["step"]:
+        if found.keys() != names.keys() or name not in early and found["step"] != names["step"]:
             raise ValueError(f"{name} ended at step {found['step']} with {', '.join(found)}; {first} at step {names['step']} with {', '.join(names)}")
-    columns = [name for name in names if name != "step"]
-    rows = [["run", *columns]] + [[name, *(f"{found[c]:.6f}" for c in columns)] for name, found in runs.items()]
-    values = [[found[c] for found in runs.values()] for c in columns]
+    rows = [["run", *names]] + [[name, str(found["step"]), *(f"{found[c]:.6f}" for c in names if c != "step")] for name, found in runs.items()]
+    values = [[found[c] for found in runs.values()] for c in names]
     rows.append(["mean", *(f"{statistics.mean(v):.6f}" for v in values)])
     if len(runs) > 1:
         rows.append(["deviation", *(f"{statistics.stdev(v):.6f}" for v in values)])
@@ -52,8 +61,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not found:
             raise ValueError(f"{folder} holds no folder seed-N")
-        rows = summary({found[seed].name: final_metrics(found[seed]) for seed in sorted(found)})
-    except (ValueError, OSError, KeyError) as error:
+        runs = {found[seed].name: final_metrics(found[seed]) for seed in sorted(found)}
+        rows = summary(runs, {path.name for path in found.values() if read_run(path).get("status") == "stopped early"})
+    except (ValueError, OSError) as error:
         print(f"finetune.seeds: error: {error}", file=sys.stderr)
         return 1
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

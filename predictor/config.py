@@ -72,6 +72,8 @@ class PredictorConfig(TrainConfig):
         super().__post_init__()
         if self.reuse_prefill and (self.backbone, self.train_type) != ("chatglm", "none"):
             raise ValueError("--reuse_prefill needs --backbone chatglm, and no --train_type: the served model stays as it is")
+        if self.train_type == "none" and (given := self.changed("early_stopping_patience", "resume_from_checkpoint", "report_to")):
+            raise ValueError(f"--{given[0]} is for a backbone that is trained in steps; with --train_type none (as for --backbone lexical) it does nothing")
         if self.backbone == "lexical" and self.train_type != "none":
             raise ValueError(f"--backbone lexical has no weights for --train_type {self.train_type}")
         if self.backbone == "encoder" and not self.encoder_path:

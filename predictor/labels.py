@@ -3,15 +3,13 @@
 Lengths are tokens of the served model, without its end token. numpy only, but for what finetune.data brings.
 """
 
-import gzip
 import hashlib
 import json
 import logging
 import re
 import unicodedata
-import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from finetune.formats import BadRow, parse_row
-from finetune.sources import parse_lines, read_json_items
+from finetune.sources import read_json_items
 from predictor.features import BASE, finalise
 
 log = logging.getLogger(__name__)
@@ -72,7 +70,7 @@ def read_examples(
     rows = bad = 0
     paths = [paths] if isinstance(paths, (str, Path)) else paths
     for path in map(Path, paths):
-        for place, item in read_items(path):
+        for place, item in read_json_items(path):
             if rows == limit:
                 break
             try:
@@ -90,18 +88,6 @@ def read_examples(
     if not found:
         raise BadRow(f"{', '.join(map(str, paths))}: no rows" + (f" ({bad} bad ones skipped)" if bad else ""))
     return list(found.values()), bad
-
-
-def read_items(path: Path) -> Iterator[tuple[str, object]]:
-    """`read_json_items`, also of gzipped JSON lines."""
-    if path.suffix != ".gz" or not path.is_file():
-        yield from read_json_items(path)
-        return
-    try:
-        lines = gzip.decompress(path.read_bytes()).split(b"\n")
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise BadRow(f"{path}: not a whole gzip file ({error})") from None
-    yield from parse_lines(path, lines)
 
 
 def parse_prompt(item, place: str) -> str:

@@ -20,10 +20,11 @@ import numpy as np
 
 from finetune.files import put_in_place, write_json
 from finetune.formats import BadRow
+from finetune.sources import read_json_items
 from predictor.calibration import kaplan_meier
 from predictor.decoder import CARD, FOLDS, Decoder, fold_of, write_card
 from predictor.evaluate import Observed, add_predictor_flags
-from predictor.labels import Example, parse_example, read_items
+from predictor.labels import Example, parse_example
 from predictor.metrics import kendall_tau, metrics_of, quantiles
 from predictor.prediction import LengthPrediction
 from predictor.runtime import CHUNK, LengthPredictor
@@ -51,7 +52,7 @@ def read_log(paths: list[str], served_model: str, on_bad_row: str = "skip") -> L
     """
     examples, said, bad = [], [], 0
     for path in map(Path, paths):
-        for place, item in read_items(path):
+        for place, item in read_json_items(path):
             try:
                 if isinstance(item, BadRow):
                     raise item

@@ -22,7 +22,8 @@ from chatglm.families import FAMILIES  # noqa: E402
 from finetune.config import parse_positive  # noqa: E402
 from finetune.formats import BadRow  # noqa: E402
 from finetune.predict import add_model_flags, generate_batch, load_for_inference  # noqa: E402
-from predictor.labels import parse_prompt, read_items  # noqa: E402
+from finetune.sources import read_json_items  # noqa: E402
+from predictor.labels import parse_prompt  # noqa: E402
 
 OPENING = b'{"prompt": '  # of every line written here
 
@@ -63,7 +64,7 @@ def row_seed(seed: int, prompt: str, sample: int) -> int:
 def read_prompts(path: str, limit: int | None) -> list[str]:
     """The first `limit` distinct prompts of a file, in its order; raises BadRow for a bad one, or none."""
     found: dict[str, None] = {}
-    for place, item in read_items(Path(path)):
+    for place, item in read_json_items(path):
         if len(found) == limit:
             break
         if isinstance(item, BadRow):

@@ -29,7 +29,7 @@ OLD_FLAGS = [
 def refuse(capsys, *argv) -> str:
     """The one line that a refused command line ends with."""
     with pytest.raises(SystemExit) as stop:
-        parse_config(list(argv))
+        parse_config(list(argv), {"another": TrainConfig})
     assert stop.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(lines) == 1 and lines[0].startswith("train.py: error: ")
@@ -93,10 +93,20 @@ def test_metrics_of_an_evaluation():
     ("--num_workers -1", "--num_workers"), ("--eval_metrics meteor", "meteor"), ("--eval_metrics rouge", "--eval_metrics needs --eval_path"),
     ("--eval_path e --metric_for_best rougeL", "must be one of loss; got 'rougeL'"), ("--early_stopping_patience 2", "--eval_path"),
     ("--eval_path e --early_stopping_patience 0", "--early_stopping_patience"), ("--early_stopping_min_delta nan", "min_delta"),
+    ("--early_stopping_min_delta 0.1", "--early_stopping_min_delta needs --early_stopping_patience"),
+    ("--train_type all --use_dora", "--use_dora needs --train_type lora; got all"), ("--train_type freeze --use_rslora", "--use_rslora needs"),
+    ("--train_type ptuning --loraplus_lr_ratio 16", "--loraplus_lr_ratio needs"), ("--train_type all --init_lora_weights pissa", "--init_lora_weights needs"),
+    ("--streaming --preprocessing_num_workers 2", "--streaming takes no --preprocessing_num_workers"),
     ("--report_to tensorbord", "wanted some of tensorboard, wandb, swanlab; got 'tensorbord'"),
 ])  # fmt: skip
 def test_refused_flags(capsys, words, said):
     assert said in refuse(capsys, *NEEDED, *words.split())
+
+
+def test_flags_that_change_nothing_may_be_given():
+    for words in ("--early_stopping_min_delta 0", "--train_type all --loraplus_lr_ratio 1", "--train_type all --use_dora False --init_lora_weights default",
+                  "--streaming --preprocessing_num_workers 1", "--eval_path e --early_stopping_patience 1 --early_stopping_min_delta 0.1"):  # fmt: skip
+        parse_config([*NEEDED, *words.split()])
 
 
 def test_config_file(tmp_path):
@@ -116,6 +126,7 @@ def test_config_file(tmp_path):
     ("is_skip: 2", "is_skip"), ("is_skip: [1]", "is_skip"), ("max_len: 3000.7", "wrong type"), ("max_len: true", "wrong type"),
     ("learning_rate: null", "learning_rate"), ("train_type: null", "train_type"), ("lora_module_name: [a, b]", "lora_module_name"),
     ("learning_rate: true", "learning_rate"), ("train_type: qlora", "qlora"), ("1: 2\nx: 3", "unknown flag"), ("max_len: -1", "max_len"),
+    ("task: [a]", "task has the wrong type: ['a']"), ("task: {a: 1}", "task has the wrong type"),
     ("a: !!python/object/apply:os.getcwd []", "not valid YAML"), (b"\xff\xfe\xff", "c.yaml"),
 ])  # fmt: skip
 def test_refused_config_file(tmp_path, capsys, text, said):

@@ -76,14 +76,48 @@ def test_seeds(flags, train, tmp_path, capsys, rows_file):
     capsys.readouterr()
     assert seeds.main([str(tmp_path)]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [row[0] for row in rows] == ["run", "seed-3", "seed-20", "mean", "deviation"] and rows[0][1] == "train_loss" and "eval_loss" in rows[0]
+    assert [row[0] for row in rows] == ["run", "seed-3", "seed-20", "mean", "deviation"] and rows[0][1:3] == ["step", "train_loss"] and "eval_loss" in rows[0]
     for column in range(1, len(rows[0])):
         a, b, mean, deviation = (float(row[column]) for row in rows[1:])
         assert mean == pytest.approx((a + b) / 2, abs=1e-6) and deviation == pytest.approx(abs(a - b) / 2**0.5, abs=2e-6)
-    assert float(rows[1][1]) == pytest.approx(metrics(tmp_path / "seed-3")[-1], abs=1e-6) != float(rows[2][1])
+    assert float(rows[1][2]) == pytest.approx(metrics(tmp_path / "seed-3")[-1], abs=1e-6) != float(rows[2][2])
     train(flags(tmp_path / "seed-4", "--max_steps", 1, "--eval_path", rows_file))
     for folder, said in ((tmp_path, "seed-4 ended at step 1"), (tmp_path / "none", "no folder seed-N")):
         assert seeds.main([str(folder)]) == 1 and said in capsys.readouterr().err
+
+
+def made_run(folder, step: int, status: str, lines: str, manifest: dict):
+    checkpoint = folder / f"epoch-1-step-{step}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text(json.dumps({"format_version": 1, **manifest}))
+    (folder / "run.json").write_text(json.dumps({"format_version": 1, "status": status}))
+    (folder / "metrics.jsonl").write_text(lines)
+
+
+def test_seeds_that_stop_early_end_where_they_end(tmp_path, capsys):
+    """What is after the last checkpoint, or torn, is not read."""
+    told = '{"step": 4, "train_loss": 3.0}\n{"step": 6, "train_loss": 1.0}\n{"step": 7, "tr'
+    made_run(tmp_path / "seed-1", 4, "stopped early", told, {"step": 4, "metrics": {"loss": 0.5}})
+    made_run(tmp_path / "seed-2", 6, "finished", told, {"step": 6, "metrics": {"loss": 0.25}})
+    assert seeds.main([str(tmp_path)]) == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["run", "step", "train_loss", "eval_loss"], ["seed-1", "4", "3.000000", "0.500000"], ["seed-2", "6", "1.000000", "0.250000"],
+        ["mean", "5.000000", "2.000000", "0.375000"], ["deviation", "1.414214", "1.414214", "0.176777"],
+    ]  # fmt: skip
+    (tmp_path / "seed-1" / "run.json").write_text('{"format_version": 1, "status": "stopped by signal"}')
+    assert seeds.main([str(tmp_path)]) == 1 and "ended at step 6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lines, manifest, said", [
+    ('{"step": 1}\n', {"step": 4, "metrics": {}}, "metrics.jsonl: no train_loss of step 4"), ("", {"step": 4}, "step-4: its manifest has no 'metrics'"),
+    ('{"step": 1, \n{"step": 4, "train_loss": 1.0}\n', {"step": 4, "metrics": {}}, "metrics.jsonl:1: wanted an object with a step"),
+    ('{"step": 4, "train_loss": null}\n', {"step": 4, "metrics": {}}, "train_loss of step 4 is no finite number"),
+])  # fmt: skip
+def test_seeds_whose_files_do_not_tell(tmp_path, capsys, lines, manifest, said):
+    made_run(tmp_path / "seed-1", 4, "finished", lines, manifest)
+    assert seeds.main([str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line and str(tmp_path / "seed-1") in line
 
 
 def test_the_documented_loop_names_flags_that_exist():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune import record
+from finetune import record, report
 from finetune.config import parse_config
 from finetune.engine import Patience
 from finetune.record import is_better, read_run
@@ -126,6 +126,42 @@ def test_a_run_that_fails_says_so(flags, train, tmp_path):
     with pytest.raises(TrainingFailed):
         train(flags(tmp_path / "out", "--learning_rate", "1e30", "--num_train_epochs", 3, "--lora_alpha", 10**9))
     assert read_run(tmp_path / "out")["status"] == "failed"
+
+
+def strict(text: str):
+    """The JSON value of a text that has neither Infinity nor NaN."""
+    def refuse(word):
+        raise ValueError(word)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    """In lines told now and in lines of an earlier sitting; none is the best, and the table takes the run."""
+    def told(done):
+        config = parse_config(["--model_name_or_path", "m", "--train_path", "t", "--report_to="])
+        return record.RunLog(config, tmp_path, done, {"total_steps": 3, "more": [math.inf, {"deep": math.nan}]})
+
+    log = told(0)
+    log.add(1, {"train_loss": 2.0, "grad_norm": math.inf, "eval_loss": -math.inf})
+    log.close("failed")
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "train_loss": NaN}\n{"step": 3, "train_l')  # torn by kill -9
+    log = told(2)
+    log.add(3, {"train_loss": 1.0, "eval_loss": math.nan})
+    log.close("finished")
+    wanted = [{"step": 1, "train_loss": 2.0, "grad_norm": None, "eval_loss": None}, {"step": 2, "train_loss": None}, {"step": 3, "train_loss": 1.0, "eval_loss": None}]
+    run = strict((tmp_path / "run.json").read_text())
+    assert [strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == wanted == run["steps"]
+    assert run["best"] is None and run["more"] == [None, {"deep": None}]
+    assert report.table({"a": read_run(tmp_path)})[1][0][3:6] == ["3/3", "1.0000", "-"] and report.series(run, "train_loss") == ([1, 3], [2.0, 1.0])
+
+
+@pytest.mark.parametrize("content", ['{"step": 1}\n{"st\n{"step": 3}\n', '{"step": 1}\n{"train_loss": 1}\n', '{"step": 1}\n[{}\n{"step": 3}\n'])
+def test_a_line_that_is_no_steps_is_named(tmp_path, content):
+    (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2: wanted an object with a step"):
+        record.read_steps(tmp_path / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("content, said", [(None, "holds no run.json"), ("{", "not a run's record"), ('{"format_version": 99}', "format version 99")])

@@ -112,10 +112,16 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "c.json").write_text("\n")
     with pytest.raises(BadRow, match="c.json: no rows"):
         read_examples(tmp_path / "c.json", served_model="m")
-    (tmp_path / "d.gz").write_bytes(gzip.compress(b'{"prompt": "x", "output_tokens": 1}\n{"prompt": \xff\n{]\n'))
+    (tmp_path / "d.gz").write_bytes(gzip.compress(b'{"prompt": "x", "output_tokens": 1}\n{"prompt": \n{]\n'))
     with pytest.raises(BadRow, match="d.gz:2: not valid JSON"):
         read_examples(tmp_path / "d.gz", served_model="m")
     assert read_examples(tmp_path / "d.gz", served_model="m", on_bad_row="skip")[1] == 2
+    (tmp_path / "e.gz").write_bytes(gzip.compress(b'[{"prompt": "x", "output_tokens": 1}]'))
+    assert len(read_examples(tmp_path / "e.gz", served_model="m")[0]) == 1
+    for name, content in (("f.jsonl", b"\n\xff\n"), ("f.gz", gzip.compress(b"\n\xff\n"))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BadRow, match=f"{name}:2: not UTF-8"):
+            read_examples(tmp_path / name, served_model="m")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

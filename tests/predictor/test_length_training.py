@@ -153,6 +153,9 @@ def refused(capsys, words, code: int) -> str:
     ("chatglm", ["--model_name_or_path", ""], "--model_name_or_path is required"), ("encoder", ["--encoder_path", ""], "--encoder_path"),
     ("encoder", ["--train_type", "ptuning"], "--train_type ptuning is for ChatGLM"), ("encoder", ["--encoder_layers", "0,x"], "--encoder_layers"),
     ("chatglm", ["--reuse_prefill", "True", "--train_type", "lora"], "--reuse_prefill needs"), ("lexical", ["--nonsense", 1], "--nonsense"),
+    ("lexical", ["--early_stopping_patience", 2], "--early_stopping_patience is for a backbone that is trained"),
+    ("lexical", ["--report_to", "wandb"], "--report_to is for"), ("lexical", ["--resume_from_checkpoint", "auto"], "--resume_from_checkpoint is for"),
+    ("encoder", ["--train_type", "none", "--report_to="], "--report_to is for"), ("encoder", ["--use_dora"], "--use_dora needs --train_type lora; got all"),
     ("lexical", ["--hash_bits", 40], "--hash_bits must be from 8 to 24; got 40"),
 ])  # fmt: skip
 def test_bad_flags_are_one_line(flags, capsys, tmp_path, backbone, more, said):
