@@ -52,7 +52,7 @@ class FineTuning:
             self.stream = Stream(
                 sources, self.reader, Encoder(self.tokenizer, self.family, config.max_len, config.max_src_len, config.glm3_labels),
                 seed=config.seed, block=config.shuffle_buffer, skip_bad=config.on_bad_row == "skip", skip_long=config.is_skip,
-                replay=replay, replay_ratio=config.replay_ratio,
+                replay=replay, replay_ratio=config.replay_ratio, workers=config.num_workers,
             )  # fmt: skip
         else:
             parts = [self.load_source(source, "train") for source in sources] + [self.load_source(source, "replay") for source in replay]
