@@ -147,10 +147,11 @@ def parse_lines(path: Path, lines: list[str] | list[bytes]) -> Iterator[tuple[st
 
 
 def parse_line(line: str | bytes, place: str):
-    """The JSON value of a line, or a BadRow. Belle's lines are Python literals, which no JSON begins like."""
+    """The JSON value of a line, or a BadRow. Belle's lines are Python literals of JSON values, which no JSON begins like."""
     try:
         text = line if isinstance(line, str) else line.decode("utf-8-sig")
-        return ast.literal_eval(text.strip()) if text.lstrip().startswith("{'") else json.loads(text)
+        # A literal's sets, bytes and tuples as keys are refused here, so formats see JSON alone.
+        return json.loads(json.dumps(ast.literal_eval(text.strip())) if text.lstrip().startswith("{'") else text)
     # numbers and nesting beyond Python's limits, too
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         return BadRow(f"{place}: not valid JSON: {getattr(error, 'msg', error)}")

@@ -120,7 +120,7 @@ def test_everybody_meets_the_error(tmp_path):
     for name, content in (("torn", packed[: len(packed) // 2]), ("broken", packed[:5000] + b"\xff" * 200 + packed[5200:]), ("other", b"no gzip\n")):
         file = tmp_path / f"{name}.jsonl.gz"
         file.write_bytes(content)
-        stream = stream_of(file, 3000)
+        stream = stream_of(file, 4000)  # beyond its end, where the checksum is
         for _ in range(3):
             with pytest.raises(BadRow, match=rf"{name}\.jsonl\.gz: not a whole gzip file"):
                 read(stream, 0, 1)
