@@ -328,3 +328,10 @@ def refused_by(row: Row, family_name: str) -> str | None:
         except ValueError as error:
             return f"{row.place}: {error}"
     return None
+
+
+def single_questions(rows: list[Row], flag: str) -> list[Row]:
+    """The rows, for who asks each its prompt alone. Raises ValueError at a conversation, whose history would be lost."""
+    if talk := next((row for row in rows if row.turns), None):
+        raise ValueError(f"{talk.place}: {flag} asks single questions, this row is a conversation")
+    return rows
