@@ -48,7 +48,10 @@ def row_losses(model, data: Dataset) -> list[tuple[float, int]]:
 
 
 def examine(args, rows: list[Row], names: tuple[str, ...]) -> dict:
-    """One model's side of the comparison, of rows that are single questions: {"means": {name: value}, "loss": per row, "answer": per row, where metrics are wanted}."""
+    """One model's side of the comparison: {"means": {name: value}, "loss": per row, "answer": per row, where metrics are wanted}.
+
+    `rows` are single questions.
+    """
     import torch
 
     from chatglm.families import FAMILIES
