@@ -30,6 +30,7 @@ def file_lines(path: Path) -> Iterator[tuple[float, Line]]:
     """
     size = path.stat().st_size * (4 if path.suffix == ".gz" else 1)
     seen = 0
+    broken = (gzip.BadGzipFile, EOFError, zlib.error)  # by a local name: a stream may be closed when Python ends, after the modules
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -38,7 +39,7 @@ def file_lines(path: Path) -> Iterator[tuple[float, Line]]:
                     if number == 1 and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
                         raise BadRow(f"{path}: --streaming reads JSON lines, not a JSON list")
                     yield seen / size, (f"{path}:{number}", line)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except broken as error:
         raise BadRow(f"{path}: not a whole gzip file ({error})") from None
 
 
