@@ -14,11 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.config import parse_positive
-from finetune.data import Dataset, Row, collate, count_labels, read_rows
+from finetune.data import Dataset, Row, collate, count_labels
 from finetune.files import write_aside, write_json
 from finetune.metrics import GROUPS, METRICS, check_packages, mean, parse_metrics, score_rows
-from finetune.predict import add_model_flags, answers_by_batch, generate_answers, load_for_inference
+from finetune.predict import (
+    add_model_flags,
+    add_row_flags,
+    answers_by_batch,
+    generate_answers,
+    load_for_inference,
+    reader_of,
+)
 from finetune.record import print_table
+from finetune.sources import read_questions
 
 
 def evaluation_loss(loss_module, data: Dataset, batch_size: int, **layout) -> float:
@@ -97,10 +105,11 @@ class KeptAnswers:
 
 
 def dependencies(args, prompts: list[str], options: dict) -> dict:
-    """What answers depend on: the model's files, the prompts, and how they are asked."""
+    """What answers depend on: the model's files and how they are loaded, the prompts, and how they are asked."""
     weights = sorted(p for p in Path(args.model_path).iterdir() if p.suffix in (".safetensors", ".bin"))
     return {
         "model": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights], "base_model": args.base_model,
+        "mode": args.mode, "precision": args.precision, "quantization_bit": args.quantization_bit,
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(), "options": options,
     }  # fmt: skip
 
@@ -109,7 +118,7 @@ def evaluate_rows(args):
     """Answer --test_path's rows, score them, print and write what was asked for."""
     names = parse_metrics(args.metrics or "triple_f1")
     check_packages(names)
-    rows, n = read_rows(args.test_path, prompt_text=args.prompt_text)[0], args.num_answers
+    rows, n = read_questions(args.test_path, "--test_path", reader_of(args)), args.num_answers
     model, tokenizer, max_src_len, options = load_for_inference(args)
     options |= {"batch_size": args.batch_size, "max_src_len": max_src_len, "seed": args.seed}
     prompts = [row.prompt for row in rows for _ in range(n)]
@@ -151,7 +160,7 @@ def probe_rows(args):
 
     names = parse_metrics(args.metrics or "")
     check_packages(names)
-    result = compare(args, read_rows(args.probe, prompt_text=args.prompt_text)[0], names)
+    result = compare(args, read_questions(args.probe, "--probe", reader_of(args)), names)
     lines, sentence = summary(result)
     print_table([f"{result['rows']} prompts", "before", "after", "change"], lines)
     print(sentence)
@@ -165,12 +174,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_model_flags(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--test_path", help="rows with the right answers (one or a list) as output")
+    what.add_argument("--test_path", help="files (a comma list, as --eval_path takes) of rows with the right answers (one or a list) as output")
     what.add_argument("--probe", help="rows of general prompts: their loss, and --metrics, before and after tuning (data/probe.jsonl)")
     parser.add_argument("--metrics", help=f"comma list of {', '.join((*METRICS, *GROUPS))} [triple_f1; with --probe the loss alone]")
     parser.add_argument("--predictions", help="JSON lines of every answer; written as they come, and an interrupted command goes on")
     parser.add_argument("--num_answers", type=parse_positive, default=1, help="answers to each prompt, with --do_sample [1]")
-    parser.add_argument("--prompt_text", default="", help="instruction put before rows of the old form {text, answer}")
+    add_row_flags(parser)
     parser.add_argument(
         "--f1_denominator", choices=("n", "50"), default="n",
         help="divide the summed F1 by the number of rows, or by ChatGLM-Finetuning's constant 50 [n]",

@@ -44,7 +44,10 @@ class Format:
 
 
 def _shown(value) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)[:60]
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)[:60]
+    except TypeError:  # a key that JSON has not
+        return repr(value)[:60]
 
 
 def _text(row: dict, key: str, default: str | None = None) -> str:
@@ -112,6 +115,8 @@ def _finish(turns: list[Turn], row: dict) -> list[Turn]:
             tools = json.loads(tools)
         except ValueError:
             raise ValueError(f'"tools" is not valid JSON: {_shown(tools)}') from None
+    if tools:
+        _json_text(tools, "tools")
     return with_tools(turns, tools) if tools else turns
 
 
@@ -135,8 +140,18 @@ def _calls(text: str | list | dict, loss: bool = True) -> list[Turn]:
     return turns
 
 
-def _json_text(value) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _json_text(value, key: str) -> str:
+    try:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except TypeError:
+        raise ValueError(f'"{key}" must be text or JSON, got {_shown(value)}') from None
+
+
+def _role(turn: dict, key: str, names: dict[str, str], number: int) -> str:
+    value = turn.get(key)
+    if not isinstance(value, str) or value not in names:
+        raise ValueError(f'turn {number}: "{key}" is one of {", ".join(names)}, got {_shown(value)}')
+    return names[value]
 
 
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "system": "system",
@@ -146,9 +161,7 @@ SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "a
 def _sharegpt(row, prompt_text):
     turns: list[Turn] = []
     for number, turn in enumerate(_list_of(row, "conversations"), 1):
-        role = SPEAKERS.get(turn.get("from"))
-        if role is None:
-            raise ValueError(f'turn {number}: "from" is one of {", ".join(SPEAKERS)}, got {_shown(turn.get("from"))}')
+        role = _role(turn, "from", SPEAKERS, number)
         turns += _calls(turn.get("value")) if role == "call" else [Turn(role, _text(turn, "value"))]
     return _finish(turns, row)
 
@@ -163,7 +176,7 @@ def _chatglm3(row, prompt_text):
             if not isinstance(turn.get("parameters"), dict):
                 raise ValueError(f'"parameters" of a tool turn must be an object, got {_shown(turn.get("parameters"))}')
             turns.append(Turn("assistant", tool_call(turn["parameters"]), _text(turn, "name"), loss))
-            turns.append(Turn("observation", _json_text(turn.get("observation"))))
+            turns.append(Turn("observation", _json_text(turn.get("observation"), "observation")))
         else:
             turns.append(Turn(_text(turn, "role"), _text(turn, "content"), loss=loss))
     return _finish(turns, row)
@@ -175,11 +188,12 @@ ROLE_NAMES = {"system": "system", "developer": "system", "user": "user", "assist
 def _openai(row, prompt_text):
     turns: list[Turn] = []
     for number, message in enumerate(_list_of(row, "messages"), 1):
-        role = ROLE_NAMES.get(message.get("role"))
-        if role is None:
-            raise ValueError(f'turn {number}: "role" is one of {", ".join(ROLE_NAMES)}, got {_shown(message.get("role"))}')
+        role = _role(message, "role", ROLE_NAMES, number)
         text, calls = _parts(message.get("content"))
-        calls += [call.get("function", call) if isinstance(call, dict) else call for call in message.get("tool_calls") or []]
+        asked = message.get("tool_calls") or []
+        if not isinstance(asked, list):
+            raise ValueError(f'"tool_calls" must be a list, got {_shown(asked)}')
+        calls += [call.get("function", call) if isinstance(call, dict) else call for call in asked]
         calls += [message["function_call"]] if message.get("function_call") else []
         if text or not calls:
             turns.append(Turn(role, text))
@@ -197,7 +211,7 @@ def _parts(content) -> tuple[str, list]:
     texts, calls = [], []
     for part in content:
         kind = part.get("type")
-        value = part.get("value", part.get(kind))
+        value = part.get("value", part.get(kind) if isinstance(kind, str) else None)
         if kind == "text" and isinstance(value, str):
             texts.append(value)
         elif kind == "tool_call":
@@ -314,3 +328,10 @@ def refused_by(row: Row, family_name: str) -> str | None:
         except ValueError as error:
             return f"{row.place}: {error}"
     return None
+
+
+def single_questions(rows: list[Row], flag: str) -> list[Row]:
+    """The rows, for who asks each its prompt alone. Raises ValueError at a conversation, whose history would be lost."""
+    if talk := next((row for row in rows if row.turns), None):
+        raise ValueError(f"{talk.place}: {flag} asks single questions, this row is a conversation")
+    return rows

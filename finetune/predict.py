@@ -11,7 +11,8 @@ from pathlib import Path
 
 from chatglm.families import FAMILIES
 from finetune.config import PRECISIONS, parse_bool, parse_positive
-from finetune.data import read_rows
+from finetune.formats import FORMATS, parse_columns
+from finetune.sources import RowReader, read_questions
 
 
 def generate_answers(model, tokenizer, prompts: list[str], **options) -> list[str]:
@@ -99,6 +100,17 @@ def add_model_flags(parser: argparse.ArgumentParser):
     parser.add_argument("--seed", type=int, default=1234, help="of sampling [1234]")
 
 
+def add_row_flags(parser: argparse.ArgumentParser):
+    parser.add_argument("--prompt_text", default="", help="instruction put before rows of the old form {text, answer}")
+    parser.add_argument("--data_format", choices=("auto", *FORMATS), default="auto", help="of the rows [auto: found from their keys]")
+    parser.add_argument("--columns", default="", help='our names for the rows\' columns: "prompt=question,response=answer"')
+
+
+def reader_of(args) -> RowReader:
+    """From the flags of `add_row_flags`. Raises ValueError."""
+    return RowReader(args.prompt_text, args.data_format, parse_columns(args.columns))
+
+
 def load_for_inference(args):
     """(model on its device, tokenizer, max_src_len, generate options) from the flags of `add_model_flags`."""
     import torch
@@ -153,15 +165,15 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_flags(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", help="answer this prompt (instruction and input together)")
-    what.add_argument("--file", help="answer every row of this JSON-lines file")
+    what.add_argument("--file", help="answer every row of these files (a comma list, as --train_path takes), each a single question")
     what.add_argument("--interactive", action="store_true", help="read prompts line by line, until end of input")
     parser.add_argument("--output", help="with --file: JSON lines of {prompt, answer, reference} (default: standard output)")
-    parser.add_argument("--prompt_text", default="", help="instruction put before rows of the old form {text, answer}")
+    add_row_flags(parser)
     return parser
 
 
 def run(args) -> int:
-    rows = read_rows(args.file, prompt_text=args.prompt_text)[0] if args.file else []
+    rows = read_questions(args.file, "--file", reader_of(args)) if args.file else []
     model, tokenizer, max_src_len, options = load_for_inference(args)
     ask = {"batch_size": args.batch_size, "max_src_len": max_src_len, **options}
     if args.file:

@@ -48,12 +48,16 @@ def row_losses(model, data: Dataset) -> list[tuple[float, int]]:
 
 
 def examine(args, rows: list[Row], names: tuple[str, ...]) -> dict:
-    """One model's side of the comparison: {"means": {name: value}, "loss": per row, "answer": per row, where metrics are wanted}."""
+    """One model's side of the comparison: {"means": {name: value}, "loss": per row, "answer": per row, where metrics are wanted}.
+
+    `rows` are single questions.
+    """
     import torch
 
     from chatglm.families import FAMILIES
 
     model, tokenizer, max_src_len, options = load_for_inference(args)
+    # A single question may be cut, but keeps its end token: no row is dropped.
     data = encode_rows(
         [row.with_first_answer() for row in rows], tokenizer, FAMILIES[tokenizer.family], max_len=args.max_length,
         max_src_len=min(max_src_len, args.max_length - 1),

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from finetune.files import sha256
-from finetune.formats import BadRow, Row, parse_row, refused_by
+from finetune.formats import BadRow, Row, parse_row, refused_by, single_questions
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 HUBS = ("hf://", "ms://")
@@ -39,14 +39,20 @@ class Source:
         return self.name.startswith(HUBS)
 
 
-def parse_sources(text: str, flag: str = "--train_path") -> list[Source]:
+def parse_sources(text: str, flag: str = "--train_path", *, weights: bool = True) -> list[Source]:
     """"a.json,b.jsonl:0.3,folder,part-*.jsonl,hf://owner/name:2" -> sources.
 
     Raises:
-        FileNotFoundError; ValueError: a weight that is not above 0, nothing in a folder.
+        FileNotFoundError: nothing of that name, or nothing in a folder.
+        ValueError: no name at all, a weight that is not above 0, or one where `weights` are not taken.
     """
     names = [text] if Path(text).exists() else [part.strip() for part in text.split(",") if part.strip()]
-    return [parse_source(name, flag) for name in names]
+    if not names:
+        raise ValueError(f"{flag}: no file in {text!r}")
+    sources = [parse_source(name, flag) for name in names]
+    if weighted := next((source for source in sources if source.weight != 1 and not weights), None):
+        raise ValueError(f"{flag} takes no weights, got {weighted.name}:{weighted.weight:g}")
+    return sources
 
 
 def parse_source(name: str, flag: str) -> Source:
@@ -147,10 +153,11 @@ def parse_lines(path: Path, lines: list[str] | list[bytes]) -> Iterator[tuple[st
 
 
 def parse_line(line: str | bytes, place: str):
-    """The JSON value of a line, or a BadRow. Belle's lines are Python literals, which no JSON begins like."""
+    """The JSON value of a line, or a BadRow. Belle's lines are Python literals of JSON values, which no JSON begins like."""
     try:
         text = line if isinstance(line, str) else line.decode("utf-8-sig")
-        return ast.literal_eval(text.strip()) if text.lstrip().startswith("{'") else json.loads(text)
+        # A literal's sets, bytes and tuples as keys are refused here, so formats see JSON alone.
+        return json.loads(json.dumps(ast.literal_eval(text.strip())) if text.lstrip().startswith("{'") else text)
     # numbers and nesting beyond Python's limits, too
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         return BadRow(f"{place}: not valid JSON: {getattr(error, 'msg', error)}")
@@ -263,6 +270,11 @@ def read_rows(
         name = path.name if isinstance(path, Source) else path
         raise BadRow(f"{name}: no rows" + (f" ({bad} bad ones skipped)" if bad else ""))
     return rows, bad
+
+
+def read_questions(text: str, flag: str, reader: RowReader) -> list[Row]:
+    """The rows of what `text` names, each a single question. Raises ValueError, FileNotFoundError as its parts do."""
+    return single_questions([row for source in parse_sources(text, flag, weights=False) for row in read_rows(source, reader=reader)[0]], flag)
 
 
 def hash_sources(sources: list[Source], rows: list[Row] = ()) -> str:

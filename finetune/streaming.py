@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import heapq
 import threading
+import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -19,21 +20,27 @@ from finetune.formats import BadRow
 from finetune.sources import RowReader, Source, parse_line
 
 OPEN_FILES = 64
-KEPT_STEPS = 4  # steps whose blocks stay in memory: workers read ahead
 Line = tuple[str, bytes]  # place, text
 
 
 def file_lines(path: Path) -> Iterator[tuple[float, Line]]:
-    """(share of the file that was read, line) of each line that is not blank. Of a packed file the share is a guess."""
+    """(share of the file that was read, line) of each line that is not blank. Of a packed file the share is a guess.
+
+    Raises BadRow: a JSON list, or not a whole gzip file.
+    """
     size = path.stat().st_size * (4 if path.suffix == ".gz" else 1)
     seen = 0
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            seen += len(line)
-            if line.strip():
-                if number == 1 and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-                    raise BadRow(f"{path}: --streaming reads JSON lines, not a JSON list")
-                yield seen / size, (f"{path}:{number}", line)
+    broken = (gzip.BadGzipFile, EOFError, zlib.error)  # by a local name: a stream may be closed when Python ends, after the modules
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                seen += len(line)
+                if line.strip():
+                    if number == 1 and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                        raise BadRow(f"{path}: --streaming reads JSON lines, not a JSON list")
+                    yield seen / size, (f"{path}:{number}", line)
+    except broken as error:
+        raise BadRow(f"{path}: not a whole gzip file ({error})") from None
 
 
 def copies(weight: float, place: str, seed: int, turn: int) -> int:
@@ -93,11 +100,12 @@ class Stream:
     Args:
         skip_bad: take another row of its block for one that does not parse, else raise BadRow.
         skip_long: the same for one that would be cut.
+        workers: threads that read so many steps ahead, in any order.
     """
 
     def __init__(
         self, sources: list[Source], reader: RowReader, encoder: Encoder, *, seed: int, block: int, skip_bad=False, skip_long=False,
-        replay: tuple[Source, ...] = (), replay_ratio: float = 0.0,
+        replay: tuple[Source, ...] = (), replay_ratio: float = 0.0, workers: int = 1,
     ):  # fmt: skip
         for source in (*sources, *replay):
             wrong = next((p for p in source.files if not p.name.removesuffix(".gz").endswith((".json", ".jsonl"))), None)
@@ -105,7 +113,7 @@ class Stream:
                 raise ValueError(f"--streaming reads JSON lines (.json, .jsonl, or those as .gz), got {wrong or source.name}")
         self.sources, self.replay, self.ratio = sources, list(replay), replay_ratio
         self.reader, self.encoder, self.seed, self.size = reader, encoder, seed, block
-        self.skip_bad, self.skip_long = skip_bad, skip_long
+        self.skip_bad, self.skip_long, self.workers = skip_bad, skip_long, workers
         self.lock = threading.Lock()
         self.lines: Iterator[Line] | None = None
         self.next_block = 0
@@ -126,17 +134,27 @@ class Stream:
         """The lines of a block, shuffled."""
         with self.lock:
             if number not in self.blocks:
-                if self.lines is None or number < self.next_block:
-                    self.lines, self.next_block = self.all_lines(), 0
-                for _ in islice(self.lines, (number - self.next_block) * self.size):  # lines before it, not parsed
-                    pass
-                lines = list(islice(self.lines, self.size))
-                self.next_block = number + 1
-                order = np.random.default_rng([self.seed, number]).permutation(self.size)
-                self.blocks[number] = [lines[i] for i in order]
-                while len(self.blocks) > self.kept:
-                    self.blocks.pop(min(self.blocks.keys() - {number}))
+                try:
+                    self.read_to(number)
+                except BaseException:
+                    self.lines = None  # a generator that raised has ended: who asks next must meet the error too
+                    raise
             return self.blocks[number]
+
+    def read_to(self, number: int):
+        """Read on to a block. Those before it are kept: a slower thread may ask for them yet."""
+        if self.lines is None or number < self.next_block:
+            self.lines, self.next_block, self.blocks = self.all_lines(), 0, {}
+        passed = max(0, number + 1 - self.kept - self.next_block)
+        for _ in islice(self.lines, passed * self.size):  # lines of no block that is kept
+            pass
+        for block in range(self.next_block + passed, number + 1):
+            lines = list(islice(self.lines, self.size))
+            order = np.random.default_rng([self.seed, block]).permutation(self.size)
+            self.blocks[block] = [lines[i] for i in order]
+            self.next_block = block + 1
+            while len(self.blocks) > self.kept:
+                self.blocks.pop(min(self.blocks))
 
     def row(self, number: int) -> tuple[str, EncodedRow]:
         """(place, encoded row). One that is dropped gives its turn to the next of its block that is not.
@@ -162,8 +180,8 @@ class Stream:
         raise BadRow(f"{refusal}; nor is any other of the {self.size} rows around it of use")
 
     def rows(self, start: int, stop: int) -> Dataset:
-        """The rows of these numbers."""
-        self.kept = max(self.kept, 2 + KEPT_STEPS * (stop - start) // self.size)
+        """The rows of these numbers: a step's. Blocks are kept for the step that is due and those that workers read ahead."""
+        self.kept = max(self.kept, 2 + (self.workers + 1) * (stop - start) // self.size)
         return dataset_of([self.row(number) for number in range(start, stop)])
 
     def data_hash(self) -> str:

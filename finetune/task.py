@@ -15,7 +15,7 @@ from finetune.data import Dataset, Encoder, collate, count_labels, encode_rows, 
 from finetune.distributed import agree, rank, say
 from finetune.evaluate import answers_of_ranks, evaluation_loss, prediction_lines
 from finetune.files import write_aside
-from finetune.formats import Row, parse_columns
+from finetune.formats import Row, parse_columns, single_questions
 from finetune.loss import LossModule
 from finetune.methods import make_method
 from finetune.metrics import mean, score_rows
@@ -52,7 +52,7 @@ class FineTuning:
             self.stream = Stream(
                 sources, self.reader, Encoder(self.tokenizer, self.family, config.max_len, config.max_src_len, config.glm3_labels),
                 seed=config.seed, block=config.shuffle_buffer, skip_bad=config.on_bad_row == "skip", skip_long=config.is_skip,
-                replay=replay, replay_ratio=config.replay_ratio,
+                replay=replay, replay_ratio=config.replay_ratio, workers=config.num_workers,
             )  # fmt: skip
         else:
             parts = [self.load_source(source, "train") for source in sources] + [self.load_source(source, "replay") for source in replay]
@@ -67,14 +67,12 @@ class FineTuning:
                 self.draws = tuple(zip(sizes, counts))
                 say("an epoch reads " + ", ".join(f"{n} rows of {source.name}" for n, source in zip(counts, [*sources, *replay])))
         if config.eval_path:
-            held_out = parse_sources(config.eval_path, "--eval_path")
-            if weighted := next((source for source in held_out if source.weight != 1), None):
-                raise ValueError(f"--eval_path takes no weights, got {weighted.name}:{weighted.weight:g}")
+            held_out = parse_sources(config.eval_path, "--eval_path", weights=False)
             parts = [self.load_source(source, "eval") for source in held_out]
             self.eval_data, self.eval_rows = join([data for data, _ in parts]), [row for _, rows in parts for row in rows]
             self.eval_hash = hash_sources(held_out, self.eval_rows)
-            if config.answer_metrics and (talk := next((row for row in self.eval_rows if row.turns), None)):
-                raise ValueError(f"{talk.place}: --eval_metrics ask single questions, this row is a conversation; without them rows give their loss")
+            if config.answer_metrics:  # without them a conversation gives its loss
+                single_questions(self.eval_rows, "--eval_metrics")
 
     def data_hash(self) -> str:
         """Of the training rows: a resumed run must have the same."""

@@ -125,6 +125,13 @@ BAD = [
     ({"prompt": "x", "response": "y", "history": [["a"]]}, '"history" must be'), ({"prompt": "", "response": "y"}, "the prompt is empty"),
     ({"question": "x"}, 'no format has these keys: question; wanted "messages"'), ({"prompt": "x"}, 'no key "response"; a row with "prompt" has prompt, response'),
     ({"prompt": "x", "response": "y", "history": [["\ud800", "b"]]}, "half a surrogate pair"),
+    ({"messages": [{"role": ["user"], "content": "x"}]}, 'turn 1: "role" is one of'), ({"conversations": [{"from": ["x"]}]}, 'turn 1: "from" is one of'),
+    ({"messages": [{"role": "user", "content": [{"type": ["text"], "text": "x"}]}]}, 'got {"type": ["text"]'),
+    ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": 5}]}, '"tool_calls" must be a list, got 5'),
+    ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": True}]}, '"tool_calls" must be a list, got true'),
+    ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "tools": {1, 2}}, '"tools" must be text or JSON, got'),
+    ({"conversations": [{"role": "user", "content": "x"}, {"role": "tool", "name": "f", "parameters": {}, "observation": b"x"}]}, '"observation" must be text or'),
+    ({"input": {("a", "b"): 1}, "target": "x"}, '"input" must be text, got {(\'a\', \'b\')'),
 ]  # fmt: skip
 
 
@@ -133,6 +140,16 @@ def test_bad_rows_say_what_is_wrong(item, said):
     with pytest.raises(BadRow) as error:
         parse_row(item, "f:7")
     assert str(error.value).startswith("f:7: ") and said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_literals_are_json_values(tmp_path):
+    """Belle's Python literals: what JSON has not is a bad row of one line, and can be skipped."""
+    file = tmp_path / "rows.json"
+    lines = ["{'input': 'a ', 'target': 'b'}"] + [f"{{'input': {value}, 'target': 'x'}}" for value in ("{('a', 'b'): 1}", "{1, 2}", "b'x'", "...")]
+    file.write_text("\n".join([*lines, "{'messages': [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}], 'tools': {1}}"]))
+    assert read_rows(file, on_bad_row="skip") == ([Row("a", ("b",), f"{file}:1")], 5)
+    with pytest.raises(BadRow, match=r"^[^\n]*:2: not valid JSON: [^\n]*$"):
+        read_rows(file)
 
 
 def test_columns(tmp_path):

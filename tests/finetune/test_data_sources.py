@@ -195,8 +195,9 @@ def test_training_on_weighted_files(flags, train, tmp_path, three_files):
 
 @pytest.mark.parametrize("words, said", [
     (["--eval_path", "{a}:2"], "--eval_path takes no weights"), (["--replay_path", "nowhere"], "--replay_path: no such file"),
-    (["--train_path", "{a}:x"], "--train_path: no such file"),
-    (["--eval_path", str(ROOT / "data" / "formats" / "prompt.jsonl"), "--eval_f1", "True"], "prompt.jsonl:2: --eval_metrics ask single questions"),
+    (["--train_path", "{a}:x"], "--train_path: no such file"), (["--train_path", ","], "--train_path: no file in ','"),
+    (["--eval_path", ", "], "--eval_path: no file in ', '"), (["--replay_path", ","], "--replay_path: no file in ','"),
+    (["--eval_path", str(ROOT / "data" / "formats" / "prompt.jsonl"), "--eval_f1", "True"], "prompt.jsonl:2: --eval_metrics asks single questions"),
 ])  # fmt: skip
 def test_refusals(flags, tmp_path, three_files, words, said):
     with pytest.raises((ValueError, FileNotFoundError), match=said):

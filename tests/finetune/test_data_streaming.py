@@ -99,6 +99,33 @@ def test_threads_share_a_stream(tmp_path):
         assert read(stream, start, start + 6) == wanted[start : start + 6]
 
 
+@pytest.mark.parametrize("block, workers", [(3, 1), (3, 4), (16, 4), (100, 2)])
+def test_workers_in_any_order_read_files_once(tmp_path, monkeypatch, block, workers):
+    """Of the step that is due and those ahead of it any may come first, the last of them before the first one too."""
+    numbered(tmp_path / "a.jsonl", range(1000))
+    wanted = read(stream_of(tmp_path, block), 0, 400)
+    begun, all_lines = [], Stream.all_lines
+    monkeypatch.setattr(Stream, "all_lines", lambda self: begun.append(self) or all_lines(self))
+    stream, found = stream_of(tmp_path, block, workers=workers), {}
+    for first in range(0, 50, workers + 1):
+        for step in reversed(range(first, min(50, first + workers + 1))):
+            found[step] = read(stream, 8 * step, 8 * step + 8)
+    assert sum((found[step] for step in range(50)), []) == wanted and len(begun) == 1
+
+
+def test_everybody_meets_the_error(tmp_path):
+    """A torn file is said in one line, to the threads that come after the first one too."""
+    plain = numbered(tmp_path / "a.jsonl", random.Random(0).sample(range(10**6), 3000))
+    packed = gzip.compress(plain.read_bytes())
+    for name, content in (("torn", packed[: len(packed) // 2]), ("broken", packed[:5000] + b"\xff" * 200 + packed[5200:]), ("other", b"no gzip\n")):
+        file = tmp_path / f"{name}.jsonl.gz"
+        file.write_bytes(content)
+        stream = stream_of(file, 4000)  # beyond its end, where the checksum is
+        for _ in range(3):
+            with pytest.raises(BadRow, match=rf"{name}\.jsonl\.gz: not a whole gzip file"):
+                read(stream, 0, 1)
+
+
 def test_dropped_rows_give_their_turn_away(tmp_path):
     rows = [{"prompt": str(n), "response": "x"} for n in range(6)]
     lines = [json.dumps(row) for row in rows] + ["{", json.dumps({"prompt": "0123456789", "response": "y"})]

@@ -1,5 +1,6 @@
 """python -m finetune.evaluate: metrics in a table, answers that survive an interruption, a probe before and after tuning."""
 
+import argparse
 import json
 import math
 
@@ -8,7 +9,7 @@ import torch
 
 from chatglm import load_model, load_tokenizer
 from chatglm.families import FAMILIES
-from finetune import evaluate
+from finetune import evaluate, predict
 from finetune.probe import base_of
 from tests.finetune.runs import make_rows, write_rows
 
@@ -72,6 +73,49 @@ def test_kept_answers_of_another_command_are_not_used(adapter, rows, tmp_path, m
     kept.file.close()
     assert evaluate.main([*words, "--predictions", str(file)]) == 0
     assert all(line["answer"] != "wrong" for line in lines_of(file))
+
+
+@pytest.mark.parametrize("changed", [{"precision": "bf16"}, {"quantization_bit": 4}, {"mode": "glm3"}])
+def test_kept_answers_depend_on_how_the_model_is_loaded(tmp_path, changed):
+    args = {"model_path": str(tmp_path), "base_model": None, "mode": None, "precision": "fp32", "quantization_bit": None}
+    depends = [evaluate.dependencies(argparse.Namespace(**args | more), ["x"], {}) for more in ({}, {}, changed)]
+    assert depends[0] == depends[1] != depends[2]
+
+
+def test_several_files_and_columns(adapter, tmp_path):
+    """Rows of other column names, of two files in their order."""
+    files = [write_rows(tmp_path / f"{i}.json", [{"q": row["input"], "a": row["output"]} for row in make_rows(3)[i : i + 2]]) for i in range(2)]
+    more, out = ["--columns", "prompt=q,response=a", "--data_format", "prompt"], tmp_path / "out.json"
+    wanted = [make_rows(3)[i]["input"] for i in (0, 1, 1, 2)]
+    words = ["--model_path", str(adapter), *ASK, *more, "--output", str(out)]
+    assert evaluate.main([*words, "--test_path", f"{files[0]},{files[1]}", "--metrics", "exact_match"]) == 0
+    assert [row["prompt"] for row in json.loads(out.read_text())["answers"]] == wanted
+    assert predict.main([*words, "--file", f"{files[0]},{files[1]}"]) == 0
+    assert [line["prompt"] for line in lines_of(out)] == wanted
+
+
+def test_conversations_are_refused(adapter, rows, tmp_path, capsys):
+    """Each row is asked alone, so one with a history has no place here."""
+    talk = write_rows(tmp_path / "talk.json", [{"prompt": "q", "response": "a"}, {"prompt": "q", "response": "a", "history": [["b", "c"]]}])
+    for main, flag in ((evaluate.main, "--test_path"), (evaluate.main, "--probe"), (predict.main, "--file")):
+        assert main(["--model_path", str(adapter), *ASK, flag, str(talk)]) == 1
+        assert capsys.readouterr().err.splitlines()[-1].endswith(f"{talk}:2: {flag} asks single questions, this row is a conversation")
+        assert main(["--model_path", str(adapter), *ASK, flag, f"{rows}:2"]) == 1
+        assert f"{flag} takes no weights" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_probe_of_rows_that_are_cut(adapter, tmp_path, capsys):
+    """A cut row keeps its loss in its own place; limits that leave no room for an answer are refused."""
+    plain = make_rows(2)
+    out, words = tmp_path / "out.json", ["--model_path", str(adapter), *ASK, "--max_length", "64", "--probe"]
+    cut = plain[0] | {"output": plain[0]["output"] * 40}
+    assert evaluate.main([*words, str(write_rows(tmp_path / "cut.json", [cut, plain[1]])), "--output", str(out)]) == 0
+    answers = json.loads(out.read_text())["answers"]
+    assert len(answers) == 2 and answers[1]["loss_before"] == pytest.approx(loss_of(base_of(adapter, None), plain[1:]), rel=1e-5)
+    capsys.readouterr()
+    file = write_rows(tmp_path / "long.json", [plain[0], plain[1] | {"input": "水泵漏油" * 60}])
+    assert evaluate.main([*words, str(file), "--max_src_len", "63"]) == 1
+    assert "leaves no room for an answer" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_several_answers_to_a_document(adapter, rows, tmp_path):
