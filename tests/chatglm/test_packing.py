@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.engine import keep_products
+from finetune.recompute import keep_products
 from tests.chatglm.test_models import CLOSE, PREFIXES, family_of, model_of, row
 from tests.conftest import VARIANTS, tiny_model
 
