@@ -15,7 +15,6 @@ ratio by CPU seconds (of all threads; --threads 1) says more than the one by the
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -164,6 +163,7 @@ def main(argv=None) -> dict:
         os.environ[name] = str(args.threads)
     import torch
 
+    from finetune.files import write_json
     from serving.request import Limits
 
     torch.set_num_threads(args.threads)
@@ -188,7 +188,7 @@ def main(argv=None) -> dict:
             line += f"{statistics.median(found[name]):10.1f}" + "".join(f"{ratio:10.2f}" for ratio in ratios.values())
         print(line)
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, result)
     return result
 
 

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
+from finetune.files import write_json
 from serving.continuous import POLICIES
 from serving.cost_model import CostModel, ModelShape
 from serving.devices import find_device
@@ -235,7 +236,7 @@ def main(argv: list[str] | None = None) -> dict:
               f"answers of another length than recorded: {sum(row['other_answers'] for row in rows)}")  # fmt: skip
         result["loads"].append({"at": name, "rate": rate, "rows": rows, "wrong": wrong})
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, result)
     return result
 
 

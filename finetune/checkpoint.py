@@ -26,7 +26,7 @@ from finetune.config import TrainConfig, read_ds_file
 from finetune.distributed import agree, rank, say, without_prints, world_size
 from finetune.elastic import read_shards, restore, weights_only
 from finetune.files import flush, flush_tree, sha256, write_json
-from finetune.lora import check_start, on_original_base
+from finetune.lora import check_lora_start, on_original_base
 from finetune.record import RUN, is_better, versions
 
 FORMAT_VERSION = 1
@@ -252,7 +252,7 @@ class Checkpointer:
             raise ValueError(f"--train_path: {self.config.train_path} has changed since {folder} was made")
         for module in self.model.modules():  # a predictor's backbone is a part of its model
             if "lora_start" in vars(module):
-                check_start(module, dict(read_tensors(folder / "adapter_model.safetensors")))
+                check_lora_start(module, dict(read_tensors(folder / "adapter_model.safetensors")))
         try:
             if elastic:
                 with weights_only():

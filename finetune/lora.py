@@ -107,7 +107,7 @@ def on_original_base(model: nn.Module, state: dict[str, Tensor]):
         model.peft_config["default"] = own
 
 
-def check_start(model: nn.Module, adapter: dict[str, Tensor]):
+def check_lora_start(model: nn.Module, adapter: dict[str, Tensor]):
     """Raises ValueError where this model's start is not the one that an exported adapter holds: its base would lack another part.
 
     Only products count: the factors of an SVD may turn up with other signs on another machine.

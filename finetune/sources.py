@@ -142,12 +142,7 @@ def read_json_items(path: str | Path) -> Iterator[tuple[str, object]]:
         yield from ((f"{path}[{i}]", item) for i, item in enumerate(items))
         return
     # Not splitlines(): that also breaks at characters which JSON allows inside a string.
-    yield from parse_lines(path, text.split("\n"))
-
-
-def parse_lines(path: Path, lines: list[str] | list[bytes]) -> Iterator[tuple[str, object]]:
-    """(place, value) of the lines of a file, text or UTF-8; one that does not parse comes as BadRow."""
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield f"{path}:{number}", parse_line(line, f"{path}:{number}")
 

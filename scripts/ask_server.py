@@ -15,6 +15,10 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from finetune.files import write_json
+
 SHOWN = 6  # answers that are printed
 
 
@@ -30,9 +34,9 @@ def address(server: str, patience_s: float = 120.0) -> str:
     raise TimeoutError(f"{server} names no address after {patience_s:.0f} s")
 
 
-def ask(url: str, prompt: str, slo_s: float, max_tokens: int | None) -> dict:
+def ask(url: str, name: str, prompt: str, slo_s: float, max_tokens: int | None) -> dict:
     """{answer, output_tokens, predicted_tokens, in_time, latency_s, ...}, as the server reports them."""
-    body = {"model": name_of(url), "messages": [{"role": "user", "content": prompt}], "temperature": 0, "slo_s": slo_s}
+    body = {"model": name, "messages": [{"role": "user", "content": prompt}], "temperature": 0, "slo_s": slo_s}
     body |= {"max_tokens": max_tokens} if max_tokens else {}
     request = urllib.request.Request(f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request) as response:
@@ -58,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         url = address(args.server)
         prompts = [json.loads(line)["prompt"] for line in open(args.prompts, encoding="utf-8")]
         with ThreadPoolExecutor(args.clients) as pool:
-            answers = list(pool.map(lambda prompt: ask(url, prompt, args.slo_s, args.max_tokens), prompts))
+            name = name_of(url)
+            answers = list(pool.map(lambda prompt: ask(url, name, prompt, args.slo_s, args.max_tokens), prompts))
     except (OSError, KeyError, ValueError) as error:
         said = error.read().decode() if isinstance(error, urllib.error.HTTPError) else error
         print(f"ask_server: error: {said}", file=sys.stderr)
@@ -73,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(answers)} answers, {in_time:.0%} within {args.slo_s:g} s, {within:.0%} within their predicted q90")
     if args.json:
         content = {"answers": len(answers), "in_time": in_time, "within_q90": within, "all": answers}
-        args.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(args.json, content)
     return 0
 
 

@@ -9,6 +9,7 @@ Times decode steps of the real engine by rows and context, and prompts by length
 
 import argparse
 import csv
+import io
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from chatglm.families import FAMILIES
 from finetune.config import PRECISIONS
+from finetune.files import write_aside
 from serving.calibration import Row
 from serving.engines import ENGINES
 from serving.request import Limits
@@ -68,11 +70,11 @@ def run(args, limits: Limits):
     )  # fmt: skip
     replace(profile, name=args.output.stem).save(args.output)
     if args.rows:
-        with open(args.rows, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            names = ["batch_size" if f.name == "batch" else f.name for f in fields(Row)]
-            writer.writerow(names)
-            writer.writerows(asdict(row).values() for row in rows)
+        table = io.StringIO()
+        writer = csv.writer(table)
+        writer.writerow("batch_size" if f.name == "batch" else f.name for f in fields(Row))
+        writer.writerows(asdict(row).values() for row in rows)
+        write_aside(args.rows, table.getvalue())
     for name, found in profile.made["errors"].items():
         print(f"{name:10} {found['rows']} timings: median {100 * found['median_abs_error']:.1f} %, P90 {100 * found['p90_abs_error']:.1f} %")
     print(f"wrote {args.output}")
