@@ -38,7 +38,7 @@ from chatglm.files import LFS_POINTER  # noqa: E402
 from finetune.commands import Parser, run_command  # noqa: E402
 from finetune.files import write_json  # noqa: E402
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 30.0
 LITTER = (".tmp", ".old")
 FULL_DISK_KIB = 64
 
@@ -309,7 +309,8 @@ def run(args) -> int:
             kept = [case for case in cases if case.kind not in NEEDS_ROOT]
             print(f"{len(cases) - len(kept)} cases left out: they need root")
             cases = kept
-        cases = [case for case in cases if args.command in case.command.name]
+        wanted = args.command.split(",")
+        cases = [case for case in cases if any(part in case.command.name for part in wanted)]
         cases = [case for case in cases if args.kind in ("", case.kind)]
         cases = [case for case in cases if args.path in case.path]
         cases = cases[:: args.every]
@@ -324,7 +325,8 @@ def run(args) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="failures.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--command", default="", help="only commands with this in their name")
+    parser.add_argument("--command", default="", metavar="PART[,PART]",
+                        help="only commands with one of these in their name")
     parser.add_argument("--kind", default="", choices=("", *KINDS), help="only this kind of fault")
     parser.add_argument("--path", default="", help="only files with this in their path")
     parser.add_argument("--every", type=int, default=1, help="only each so manieth case [1]")
