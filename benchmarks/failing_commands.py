@@ -74,6 +74,7 @@ SERVE = (
     "--port 0 --drain_s 1"
 )
 SIMULATE = "--requests 20 --seeds 1 --rate 2 --policies fifo,fcfs --traces traces"
+ANY = ("*",)
 # What may be missing; a folder in a file's place is taken for a missing file.
 OPTIONAL = ("missing", "folder")
 NO_CONFIG = {"model/tokenizer_config.json": OPTIONAL}
@@ -95,8 +96,10 @@ COMMANDS = [
             "adapter_model.safetensors", "adapter_config.json", "train_config.json",
             "trainer/state/mp_rank_00_model_states.pt",
             "trainer/state/zero_pp_rank_0_mp_rank_00_optim_states.pt",
-        ) | prefixed("run", "--output_dir", "run.json", "metrics.jsonl", "best.json"),
-        keeps=("run/", "cache"),
+        ) | prefixed("run", "--output_dir", "run.json", "metrics.jsonl"),
+        fine={"run": ("missing", "empty"), "run/run.json": ANY, "run/metrics.jsonl": ANY,
+              "run/epoch-1-step-1/train_config.json": OPTIONAL},
+        keeps=("run", "cache"),
     ),
     Command(
         "train.py --task predictor", "train", "train.py", LENGTHS,
@@ -137,8 +140,8 @@ COMMANDS = [
     Command(
         "finetune.evaluate --predictions", "finetune.evaluate", "finetune.evaluate",
         "--model_path model --test_path eval.json --predictions predictions.jsonl --max_new_tokens 2",
-        reads={"predictions.jsonl": "--predictions"},
-        fine={"predictions.jsonl": ("missing", "truncated", "empty")},
+        reads={".predictions.jsonl.partial": "--predictions"},
+        fine={".predictions.jsonl.partial": ANY},
     ),
     Command(
         "finetune.evaluate --probe", "finetune.evaluate", "finetune.evaluate",
@@ -155,7 +158,7 @@ COMMANDS = [
     ),
     Command(
         "finetune.report", "finetune.report", "finetune.report", "run seeds/seed-1 --output curves.png",
-        reads=prefixed("run", "RUN_DIR", "run.json", "metrics.jsonl"),
+        reads=prefixed("run", "RUN_DIR", "run.json"),
         writes={"curves.png": "--output"},
     ),
     Command(
@@ -163,6 +166,7 @@ COMMANDS = [
         reads={"seeds": "output_dir"} | prefixed(
             "seeds/seed-1", "output_dir", "run.json", "metrics.jsonl",
             "epoch-1-step-2/manifest.json"),
+        fine={"seeds/seed-1": ("missing",)},
     ),
     Command(
         "predictor.evaluate", "predictor.evaluate", "predictor.evaluate",
@@ -182,7 +186,7 @@ COMMANDS = [
         reads=predictor_files("predictor", "--predictor")
         | {"log.jsonl": "--log", "predictor/train_config.json": "--predictor"},
         writes={"updated/": "--output", "report.json": "--json"},
-        fine={"log.jsonl": ("truncated",)},
+        fine={"log.jsonl": ("truncated",), "predictor/train_config.json": ANY},
     ),
     Command(
         "serving.server", "serving.server", "serving.server", SERVE,
@@ -325,7 +329,7 @@ def make_world(world: Path):
     write_lines(world / "rows.json", make_rows(12, 1))
     write_lines(world / "eval.json", make_rows(4, 2))
     write_lines(world / "lengths.jsonl", make_lengths(80))
-    write_lines(world / "log.jsonl", make_lengths(80))
+    write_lines(world / "log.jsonl", make_lengths(130))
     do("scripts.prepare_tokenizer", "--input rows.json --output_dir tokenizer --vocab_size 330")
     do("scripts.prepare_small_model", "--tokenizer tokenizer --output_dir model --hidden_size 32 "
        "--num_layers 2 --heads 2 --groups 2 --ffn 48 --length 256")  # fmt: skip
@@ -341,6 +345,7 @@ def make_world(world: Path):
     answer = "--model_path model --max_new_tokens 2"
     do("finetune.evaluate", f"{answer} --test_path eval.json --predictions predictions.jsonl")
     do("scripts.collect_lengths", f"{answer} --prompts eval.json --output answered.jsonl")
+    (world / "predictions.jsonl").rename(world / ".predictions.jsonl.partial")
     make_serving_files(world)
 
 

@@ -25,7 +25,9 @@ MODULES = (
     "scripts.prepare_sample_data", "scripts.profile_engine", "scripts.ask_server",
 )  # fmt: skip
 # A logger's line begins with its name and level, or as DeepSpeed's does.
-ASIDE = re.compile(r"WARNING|[\w.]+: (WARNING|INFO): |\[[^]]*\] \[(INFO|WARNING)\]|\[rank\d+\]:")
+ASIDE = re.compile(
+    r"WARNING|[\w.]+: (WARNING|INFO): |\[[^]]*\] \[(INFO|WARNING)\]|\S+:\d+: \w*Warning: |  warnings\.warn\("
+)
 
 
 def import_everything():

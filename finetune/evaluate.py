@@ -87,7 +87,7 @@ class KeptAnswers:
     def __init__(self, final: Path, depends_on: dict):
         self.final, self.path = final, final.with_name(f".{final.name}.partial")
         head = json.dumps(depends_on, ensure_ascii=False, sort_keys=True)
-        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.is_file() else []
+        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n") if self.path.is_file() else []
         whole = lines[1:-1] if lines[:1] == [head] else []  # what follows the last line's end was torn
         self.found: dict[int, str] = dict(map(json.loads, whole))
         write_aside(self.path, "".join(line + "\n" for line in [head, *whole]))

@@ -15,7 +15,7 @@ import numpy as np
 
 from finetune.commands import Parser, run_command
 from finetune.config import parse_bool
-from finetune.files import put_in_place, sha256
+from finetune.files import put_in_place, sha256, writing
 from predictor.backbones import BACKBONES
 from predictor.decoder import CARD, read_card, write_card
 from predictor.kernel import FILE as KERNEL_FILE
@@ -56,14 +56,12 @@ def export(checkpoint: Path, output: Path, *, onnx: bool | None = None, int8: bo
         raise ValueError(f"--checkpoint {checkpoint} is an ONNX export already; export what it was made of")
     check_output(checkpoint, output, overwrite)
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    aside = make_aside(output)
     try:
         for file in OURS:
             if (checkpoint / file).is_file():
-                shutil.copyfile(checkpoint / file, aside / file)
+                with writing(output):
+                    shutil.copyfile(checkpoint / file, aside / file)
         card = {key: value for key, value in card.items() if key not in ("format", "format_version", "export")}
         knobs = dict(card["backbone"])
         backbone = BACKBONES[knobs.pop("name")](**knobs)
@@ -77,6 +75,16 @@ def export(checkpoint: Path, output: Path, *, onnx: bool | None = None, int8: bo
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return read_card(output)
+
+
+def make_aside(output: Path) -> Path:
+    """An empty folder beside the output. Raises OSError."""
+    aside = output.with_name(f".{output.name}.tmp")
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+    return aside
 
 
 def read_card_of(checkpoint: Path) -> dict:

@@ -7,7 +7,6 @@ was served by (LengthPrediction.to_dict()); other keys are ignored. Lengths are 
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from chatglm.files import read_json
 from finetune.commands import Parser, run_command
 from finetune.files import put_in_place, write_json
 from finetune.formats import BadRow
@@ -333,7 +333,7 @@ def run(args) -> int:
 def ridge_of(folder: Path) -> float:
     """--head_ridge of the training run, as its folder keeps it."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return float(json.loads((folder / "train_config.json").read_text(encoding="utf-8"))["head_ridge"])
+        return float(read_json(folder / "train_config.json")["head_ridge"])
     return RIDGE
 
 

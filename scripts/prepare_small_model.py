@@ -7,7 +7,6 @@ The vocabulary follows the tokenizer, rounded up to a multiple of 64. The folder
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from chatglm.families import FAMILIES  # noqa: E402
+from chatglm.files import read_json  # noqa: E402
 from finetune.commands import Parser, run_command  # noqa: E402
 
 
@@ -80,7 +80,7 @@ def run(family: str, tokenizer: str, output_dir: str, **sizes):
     if output.exists() and any(output.iterdir()) and not (output / "config.json").is_file():
         raise ValueError(f"--output_dir {output} is not empty and holds no model")
     folder = make_model(family, tokenizer, output, **sizes)
-    vocabulary = json.loads((folder / "config.json").read_text())
+    vocabulary = read_json(folder / "config.json")
     print(f"wrote {folder} (vocabulary {vocabulary.get('padded_vocab_size', vocabulary.get('vocab_size'))})")
 
 

@@ -10,6 +10,7 @@
 
 import argparse
 import gc
+import io
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from finetune.commands import Parser, run_command
-from finetune.files import write_json
+from finetune.files import write_aside, write_json
 from serving.batching import Static
 from serving.continuous import POLICIES
 from serving.metrics import Collector, interval, share_of_gain
@@ -197,7 +198,6 @@ def plot(rows: list[dict], policies: dict[str, Policy], setting: Setting, folder
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    folder.mkdir(parents=True, exist_ok=True)
     highest = max(row["rate"] for row in rows)
     figures = {name: pyplot.subplots(figsize=(7, 4)) for name in ("attainment", "latency", "queue")}
     for name, policy in policies.items():
@@ -232,7 +232,9 @@ def plot(rows: list[dict], policies: dict[str, Policy], setting: Setting, folder
         axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1), title="dashed: static batches", title_fontsize=7)
         figure.tight_layout()
         written.append(folder / f"{name}.png")
-        figure.savefig(written[-1], dpi=120)
+        image = io.BytesIO()
+        figure.savefig(image, dpi=120)
+        write_aside(written[-1], image.getvalue())
         pyplot.close(figure)
     return written
 
