@@ -1,10 +1,12 @@
 """Files that are there whole or not at all. Free of torch, so that small programs may use it."""
 
 import ctypes
+import errno
 import hashlib
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -57,18 +59,40 @@ def exchange(aside: Path, output: Path):
     os.replace(old, aside)
 
 
-def write_aside(path: Path, content: str | bytes):
-    """Write a file whole or not at all; text as UTF-8."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the disk refuses while `path` is written is an OSError of that name.
+
+    The error of a temporary file, or of a library that says no name, tells a user nothing.
+    """
+    from safetensors import SafetensorError
+
+    said = "cannot be written: "
     try:
-        with open(aside, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+        yield
+    except SafetensorError as error:
+        raise OSError(errno.EIO, said + str(error), str(path)) from None
+    except OSError as error:
+        reason = (error.strerror or str(error)).removeprefix(said)
+        if error.filename and Path(os.fsdecode(error.filename)) in path.parents:
+            reason = f"{os.fsdecode(error.filename)}: {reason}"
+        raise OSError(error.errno or errno.EIO, said + reason, str(path)) from None
+
+
+def write_aside(path: Path, content: str | bytes):
+    """Write a file whole or not at all; text as UTF-8. Raises OSError with its name."""
+    aside = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(aside, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, content):

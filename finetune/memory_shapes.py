@@ -3,10 +3,11 @@
 Free of torch. Counts are elements, widths are elements of one token.
 """
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+from chatglm.files import read_json
 
 # The published config.json's, as far as sizes go (chatglm/configuration.py has them as defaults, but needs transformers).
 _GLM2 = {"num_layers": 28, "padded_vocab_size": 65024, "hidden_size": 4096, "ffn_hidden_size": 13696, "kv_channels": 128,
@@ -144,10 +145,7 @@ def read_shape(model: str) -> Shape:
     path = Path(model) / "config.json"
     if not path.is_file():
         raise ValueError(f"no such folder with a config.json: {model}; published names are {', '.join(PUBLISHED)}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    config = read_json(path, object)
     if not isinstance(config, dict) or config.get("model_type") != "chatglm":
         raise ValueError(f"{path} is not a ChatGLM's: its model_type must be 'chatglm'")
     return make_shape(config)

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from chatglm.files import read_json
 from finetune.files import write_aside
 
 RUN = "run.json"
@@ -136,11 +137,10 @@ def read_run(folder: Path) -> dict:
     path = Path(folder) / RUN
     if not path.is_file():
         raise ValueError(f"{folder} holds no {RUN}: wanted the --output_dir of a run")
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        found = run["format_version"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: not a run's record") from None
+    run = read_json(path)
+    found = run.get("format_version")
+    if not isinstance(found, int):
+        raise ValueError(f"{path}: not a run's record")
     if found > FORMAT_VERSION:
         raise ValueError(f"{path}: format version {found}, this program reads up to {FORMAT_VERSION}")
     return run
@@ -174,7 +174,7 @@ def read_steps(path: Path) -> list[dict]:
     for number, line in enumerate(lines, 1):
         try:
             found.append({"step": (told := json.loads(line))["step"]} | told)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(lines) and not line.endswith("}"):
                 return found
             raise ValueError(f"{path}:{number}: wanted an object with a step, got {line[:60]!r}") from None

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from finetune.commands import Parser, run_command
 from finetune.config import parse_bool
-from finetune.files import put_in_place, sha256
+from finetune.files import put_in_place, sha256, writing
 from predictor.backbones import BACKBONES
 from predictor.decoder import CARD, read_card, write_card
 from predictor.kernel import FILE as KERNEL_FILE
@@ -55,14 +56,12 @@ def export(checkpoint: Path, output: Path, *, onnx: bool | None = None, int8: bo
         raise ValueError(f"--checkpoint {checkpoint} is an ONNX export already; export what it was made of")
     check_output(checkpoint, output, overwrite)
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    aside = make_aside(output)
     try:
         for file in OURS:
             if (checkpoint / file).is_file():
-                shutil.copyfile(checkpoint / file, aside / file)
+                with writing(output):
+                    shutil.copyfile(checkpoint / file, aside / file)
         card = {key: value for key, value in card.items() if key not in ("format", "format_version", "export")}
         knobs = dict(card["backbone"])
         backbone = BACKBONES[knobs.pop("name")](**knobs)
@@ -76,6 +75,16 @@ def export(checkpoint: Path, output: Path, *, onnx: bool | None = None, int8: bo
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return read_card(output)
+
+
+def make_aside(output: Path) -> Path:
+    """An empty folder beside the output. Raises OSError."""
+    aside = output.with_name(f".{output.name}.tmp")
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+    return aside
 
 
 def read_card_of(checkpoint: Path) -> dict:
@@ -323,7 +332,7 @@ def finish(aside: Path, card: dict, checkpoint: Path, *, exact: bool, again: boo
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m predictor.export", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="predictor.export", description=__doc__.split("\n")[0], allow_abbrev=False)
     yes_no = {"type": parse_bool, "nargs": "?", "const": True, "metavar": "True|False"}
     parser.add_argument("--checkpoint", required=True, help="what train.py --task predictor wrote: epoch-E-step-S, or a frozen backbone's folder")
     parser.add_argument("--output", required=True, help="folder to write")
@@ -335,18 +344,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = vars(build_parser().parse_args(argv))
-    checkpoint, output = Path(args.pop("checkpoint")), Path(args.pop("output"))
-    try:
-        card = export(checkpoint, output, **args)
-    except (ValueError, OSError) as error:
-        print(f"python -m predictor.export: error: {error}", file=sys.stderr)
-        return 1
+    parser = build_parser()
+    args = vars(parser.parse_args(argv))
+    return run_command(parser.prog, lambda: run(**args))
+
+
+def run(checkpoint: str, output: str, **choices):
+    card = export(Path(checkpoint), Path(output), **choices)
     made = card["export"]
     size = sum(file["bytes"] for file in made["files"].values())
     words = [f"{card['backbone']['name']}", f"{size / 1e6:.1f} MB"] + [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in made.items() if k not in ("files", "made_of")]
     print(f"exported to {output}: {', '.join(words)}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 
 from chatglm.families import FAMILIES
 from finetune.distributed import rank, say
-from finetune.files import cache_arrays, put_in_place, read_arrays, sha256
+from finetune.files import cache_arrays, put_in_place, read_arrays, sha256, writing
 from predictor.backbones import BACKBONES, Encoder
 from predictor.config import PredictorConfig
 from predictor.decoder import CARD, FOLDS, Decoder, fold_of, read_card, write_card
@@ -215,11 +215,21 @@ def teacher_targets(config: PredictorConfig, prompts: list[str]) -> np.ndarray:
 
 
 def write_predictor(output: Path, config: PredictorConfig, backbone, scorer: FrozenScorer, card: dict):
-    """The whole folder, put in place by a rename."""
-    output.parent.mkdir(parents=True, exist_ok=True)
+    """The whole folder, put in place by a rename; an OSError of its name, and nothing there, where it cannot be."""
     aside = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            aside.mkdir()
+            fill_folder(aside, config, backbone, scorer, card)
+            put_in_place(aside, output)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def fill_folder(aside: Path, config: PredictorConfig, backbone, scorer: FrozenScorer, card: dict):
+    """Write head, backbone, flags and card."""
     scorer.top.save(aside)
     if scorer.lexical:
         scorer.lexical.save(aside)
@@ -236,5 +246,3 @@ def write_predictor(output: Path, config: PredictorConfig, backbone, scorer: Fro
         card = card | {"base_model": str(Path(config.model_name_or_path).resolve())}
     config.save(aside / "train_config.json")
     write_card(aside, card)
-    put_in_place(aside, output)
-    shutil.rmtree(aside, ignore_errors=True)

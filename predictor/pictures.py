@@ -1,10 +1,11 @@
 """Pictures of how good a predictor is. matplotlib is imported when one is drawn."""
 
-import os
+import io
 from pathlib import Path
 
 import numpy as np
 
+from finetune.files import write_aside
 from predictor.metrics import quantiles
 
 STEPS = 12  # groups of prompts that the band's ends are averaged over
@@ -49,7 +50,6 @@ def draw(path: Path, probabilities: np.ndarray, edges: np.ndarray, tokens: np.nd
     right.set(xlim=(0, 1), ylim=(0, 1), xlabel="quantile", ylabel="share of answers within it")
     right.set_title(f"q90 covers {figures['coverage_90']:.1%}, q97.5 {figures['coverage_975']:.1%}")
     figure.suptitle(f"{report['prompts']} prompts, answers of {report['served_model']}".replace("$", r"\$"), fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    figure.savefig(aside, format=path.suffix[1:], dpi=110)
-    os.replace(aside, path)
+    image = io.BytesIO()
+    figure.savefig(image, format=path.suffix[1:], dpi=110)
+    write_aside(path, image.getvalue())

@@ -7,7 +7,6 @@ was served by (LengthPrediction.to_dict()); other keys are ignored. Lengths are 
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -18,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from chatglm.files import read_json
+from finetune.commands import Parser, run_command
 from finetune.files import put_in_place, write_json
 from finetune.formats import BadRow
 from finetune.sources import read_json_items
@@ -332,14 +333,14 @@ def run(args) -> int:
 def ridge_of(folder: Path) -> float:
     """--head_ridge of the training run, as its folder keeps it."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return float(json.loads((folder / "train_config.json").read_text(encoding="utf-8"))["head_ridge"])
+        return float(read_json(folder / "train_config.json")["head_ridge"])
     return RIDGE
 
 
 def main(argv: list[str] | None = None) -> int:
     from finetune.config import parse_bool, parse_positive
 
-    parser = argparse.ArgumentParser(prog="predictor.update", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="predictor.update", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_predictor_flags(parser)
     parser.add_argument("--log", required=True, metavar="FILE[,FILE]", help="the serving monitor's JSON lines, the newest last")
     parser.add_argument("--output", metavar="DIR", help="write the predictor there (default: in place of --predictor)")
@@ -354,11 +355,7 @@ def main(argv: list[str] | None = None) -> int:
         help="what to do with a malformed row; the last one of a log that is being written is one [skip]",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        print(f"predictor.update: error: {error}", file=sys.stderr)
-        return 1
+    return run_command(parser.prog, lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 A placement is a chain: tokens pass its stages in order, and return to its first device. Free of torch.
 """
 
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from finetune.files import write_aside
 from serving import cost_model as cm
 from serving.cost_model import CostModel, ModelShape, Profile
 from serving.devices import GIB, Cluster, Device
@@ -180,7 +182,9 @@ class Placement:
         axes.set_xlabel("GiB")
         axes.legend(fontsize=8, loc="lower right")
         axes.set_title(f"{self.deployer or 'placement'}: {self.expected_latency_s:.3g} s, utilisation {self.utilisation:.0%}, x {self.replicas}", fontsize=10)
-        figure.savefig(path, dpi=120)
+        image = io.BytesIO()
+        figure.savefig(image, dpi=120, format=Path(path).suffix[1:] or "png")
+        write_aside(Path(path), image.getvalue())
 
 
 def kv_layer_bytes(model: ModelShape, need: Need) -> int:

@@ -10,6 +10,7 @@
 
 import argparse
 import gc
+import io
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from finetune.files import write_json
+from finetune.commands import Parser, run_command
+from finetune.files import write_aside, write_json
 from serving.batching import Static
 from serving.continuous import POLICIES
 from serving.metrics import Collector, interval, share_of_gain
@@ -196,7 +198,6 @@ def plot(rows: list[dict], policies: dict[str, Policy], setting: Setting, folder
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    folder.mkdir(parents=True, exist_ok=True)
     highest = max(row["rate"] for row in rows)
     figures = {name: pyplot.subplots(figsize=(7, 4)) for name in ("attainment", "latency", "queue")}
     for name, policy in policies.items():
@@ -231,7 +232,9 @@ def plot(rows: list[dict], policies: dict[str, Policy], setting: Setting, folder
         axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1), title="dashed: static batches", title_fontsize=7)
         figure.tight_layout()
         written.append(folder / f"{name}.png")
-        figure.savefig(written[-1], dpi=120)
+        image = io.BytesIO()
+        figure.savefig(image, dpi=120)
+        write_aside(written[-1], image.getvalue())
         pyplot.close(figure)
     return written
 
@@ -268,7 +271,7 @@ def make_setting(args) -> Setting:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m serving.simulate", description=__doc__.split("\n")[0])
+    parser = Parser(prog="serving.simulate", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--policies", default="fifo,s3,slo_odbs,fcfs,sjf,deadline,oracle", help=f"of {', '.join(POLICIES)}; comma between them")
     add("--workload", default="poisson", choices=WORKLOADS)
@@ -302,7 +305,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None):
+def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     names = [name for name in args.policies.split(",") if name]
@@ -314,10 +317,11 @@ def main(argv: list[str] | None = None):
         parser.error(f"--rate: numbers with commas between them are wanted; got {args.rate!r}")
     if args.seeds < 1 or args.requests < 1 or min(rates) <= 0:
         parser.error("--seeds and --requests must be at least 1, --rate above 0")
-    try:
-        setting = make_setting(args)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
+    return run_command(parser.prog, lambda: run_simulation(args, names, rates))
+
+
+def run_simulation(args, names: list[str], rates: list[float]):
+    setting = make_setting(args)
     if args.experiment:
         from serving.experiments import EXPERIMENTS
 
@@ -349,4 +353,4 @@ def inner_of(policies: dict[str, Policy]) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,350 @@
+#!/usr/bin/env python3
+"""Every command with every kind of wrong file: does it fail in one line, and leave nothing behind?
+
+    python benchmarks/failures.py [--command train.py] [--kind empty] [--json FILE] [--show]
+
+Each case is a command that works, with one of its files replaced by a wrong one, or one of its
+outputs put where it cannot be written. The command is forked from a process that has imported it
+already, in a folder of its own. A case is right where
+
+- the exit code is 1 or 2;
+- stderr has exactly one line, which begins with the command's name, besides progress bars and
+  lines that begin with WARNING: or a logger's name and level;
+- that line has the file's name or its flag in it;
+- every file of the folder is as before, nothing is new but what the command documents to leave
+  (a run's record in --output_dir), and no temporary file is left.
+
+Some files may be missing or wrong without harm; those are in the table as `fine`, and right is
+exit code 0 then. Root, who may read and write everything, gives that right up in the fork. A full disk is a small tmpfs,
+which needs root: other users' runs leave those cases out.
+"""
+
+import gzip
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.failing_commands import COMMANDS, Command, make_world  # noqa: E402
+from benchmarks.forking import Outcome, import_everything, run_forked  # noqa: E402
+from chatglm.files import LFS_POINTER  # noqa: E402
+from finetune.commands import Parser, run_command  # noqa: E402
+from finetune.files import write_json  # noqa: E402
+
+TIMEOUT_S = 30.0
+LITTER = (".tmp", ".old")
+FULL_DISK_KIB = 64
+
+# ---- what is wrong with a file that is read
+
+
+def remove(path: Path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def make_folder(path: Path):
+    remove(path)
+    path.mkdir()
+
+
+def make_file(path: Path):
+    remove(path)
+    path.write_text("a file\n")
+
+
+def make_empty_folder(path: Path):
+    remove(path)
+    path.mkdir()
+
+
+def keep_half(path: Path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def put(content: bytes):
+    return lambda path: path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def make_pointer(path: Path):
+    path.write_bytes(LFS_POINTER + b"\noid sha256:" + b"0" * 64 + b"\nsize 1234567\n")
+
+
+def make_empty(path: Path):
+    path.write_bytes(b"")
+
+
+def deny(path: Path):
+    path.chmod(0)
+
+
+FILE_KINDS = {
+    "missing": remove,
+    "folder": make_folder,
+    "truncated": keep_half,
+    "empty": make_empty,
+    "list": put(b"[1, 2]\n"),
+    "text": put(b'"text"\n'),
+    "number": put(b"3\n"),
+    "null": put(b"null\n"),
+    "deep": put(b"[" * 100_000 + b"]" * 100_000),
+    "not_utf8": put('{"键": "值"}\n'.encode("gbk")),
+    "utf16": put('{"a": 1}\n'.encode("utf-16")),
+    "pointer": make_pointer,
+    "denied": deny,
+}
+FOLDER_KINDS = {
+    "missing": remove,
+    "file": make_file,
+    "empty": make_empty_folder,
+    "denied": deny,
+}
+
+# ---- what is wrong with a place that is written
+
+
+def fill_disk(case: Path, output: Path, is_folder: bool) -> Path:
+    """A file system of a few KiB under `case`; the place of the output in it."""
+    disk = case / "disk"
+    disk.mkdir()
+    options = f"size={FULL_DISK_KIB}k,mode=777"
+    if os.system(f"mount -t tmpfs -o {options} tmpfs '{disk}'"):
+        raise OSError("no tmpfs can be mounted")
+    with suppress(OSError), open(disk / "filler", "wb", buffering=0) as filler:
+        while filler.write(b"x" * 4096):
+            pass
+    return disk / output.name
+
+
+def read_only(case: Path, output: Path, is_folder: bool) -> Path:
+    """A folder that nobody may write in."""
+    (case / "read_only").mkdir(mode=0o555)
+    return case / "read_only" / output.name
+
+
+def in_a_file(case: Path, output: Path, is_folder: bool) -> Path:
+    """A folder that is a file."""
+    (case / "not_a_folder").write_text("a file\n")
+    return case / "not_a_folder" / output.name
+
+
+def of_other_type(case: Path, output: Path, is_folder: bool) -> Path:
+    """A file where a folder is written, a folder where a file is."""
+    place = case / "taken" / output.name
+    place.parent.mkdir()
+    if is_folder:
+        place.write_text("a file\n")
+    else:
+        place.mkdir()
+    return place
+
+
+OUTPUT_KINDS = {
+    "full_disk": fill_disk,
+    "read_only": read_only,
+    "in_a_file": in_a_file,
+    "other_type": of_other_type,
+}
+NEEDS_ROOT = ("full_disk",)
+KINDS = tuple(dict.fromkeys((*FILE_KINDS, *FOLDER_KINDS, *OUTPUT_KINDS)))
+
+
+# ---- a case
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command, which of its files is wrong, and how."""
+
+    command: Command
+    flag: str
+    path: str
+    kind: str
+    written: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.command.name} {self.flag} {self.path} {self.kind}"
+
+    @property
+    def is_fine(self) -> bool:
+        """The command may go on as if nothing were wrong."""
+        return bool({self.kind, "*"} & {*self.command.fine.get(self.path, ())})
+
+    @property
+    def names(self) -> set[str]:
+        """What its error may name: the file, its folder where that is one of several, or the flag."""
+        path = Path(self.path)
+        return {path.name, self.flag} | ({path.parent.name} if len(path.parts) > 2 else set())
+
+
+def list_cases(world: Path) -> list[Case]:
+    cases = []
+    for command in COMMANDS:
+        for path, flag in command.reads.items():
+            kinds = FOLDER_KINDS if (world / path).is_dir() else FILE_KINDS
+            cases += [Case(command, flag, path, kind, False) for kind in kinds]
+        for path, flag in command.writes.items():
+            cases += [Case(command, flag, path, kind, True) for kind in OUTPUT_KINDS]
+    return cases
+
+
+def listing(folder: Path) -> dict[str, tuple]:
+    """{path: what may not change of it} of every file below a folder, folders too."""
+    found = {}
+    for path in folder.rglob("*"):
+        state = path.lstat()
+        whole = () if path.is_dir() else (state.st_size, state.st_mtime_ns)
+        found[str(path.relative_to(folder))] = whole
+    return found
+
+
+def run_case(world: Path, case: Case, folder: Path) -> list[str]:
+    """What is wrong with how the command fails: nothing where all is right. `folder` is made."""
+    shutil.copytree(world, folder)
+    argv = case.command.argv
+    place = folder / case.path
+    if case.written:
+        place = OUTPUT_KINDS[case.kind](folder, Path(case.path), case.path.endswith("/"))
+        argv = [str(place) if word == case.path.rstrip("/") else word for word in argv]
+    else:
+        kinds = FOLDER_KINDS if place.is_dir() else FILE_KINDS
+        kinds[case.kind](place)
+    try:
+        before = listing(folder)
+        done = run_forked(case.command.module, argv, folder, timeout_s=TIMEOUT_S, stop_at=case.command.stop_at)
+        if case.kind == "denied" and place.exists():
+            place.chmod(0o755)
+        after = listing(folder)
+    finally:
+        if case.kind == "full_disk":
+            os.system(f"umount '{folder / 'disk'}'")
+    return judge(case, done, left_behind(before, after, case))
+
+
+def left_behind(before: dict, after: dict, case: Case) -> list[str]:
+    """What a failed command has changed, removed or left."""
+    keeps = case.command.keeps
+    if case.written:  # another output may be there, whole
+        keeps = (*keeps, *(path.rstrip("/") for path in case.command.writes if path != case.path))
+    changed = [f"removed {path}" for path in before.keys() - after.keys()]
+    for path, state in after.items():
+        if Path(path).name.endswith(LITTER):
+            changed.append(f"left {path}")
+        elif before.get(path) != state and not any(part in path for part in keeps):
+            changed.append(f"{'changed' if path in before else 'new'} {path}")
+    return sorted(changed)
+
+
+def judge(case: Case, done: Outcome, left: list[str]) -> list[str]:
+    lines = done.error_lines()
+    if case.is_fine and done.code == 0:
+        return []
+    wrong = []
+    if done.timed_out:
+        wrong.append(f"not done after {TIMEOUT_S:.0f} s")
+    elif done.code not in (1, 2):
+        wrong.append(f"exit code {done.code}")
+    begins = f"{case.command.prog}: error: "
+    if len(lines) != 1 or not lines[0].startswith(begins):
+        shown = " / ".join(lines[-2:])[-300:]
+        wrong.append(f"{len(lines)} lines on stderr: {shown}" if lines else "nothing on stderr")
+    elif not any(name in lines[0] for name in case.names):
+        wrong.append(f"names none of {', '.join(sorted(case.names))}: {lines[0]}")
+    return wrong + left[:4]
+
+
+# ---- all of them
+
+
+def run_all(cases: list[Case], world: Path, scratch: Path, show: bool) -> list[dict]:
+    found = []
+    for number, case in enumerate(cases):
+        folder = scratch / str(number)
+        started = time.monotonic()
+        wrong = run_case(world, case, folder)
+        seconds = time.monotonic() - started
+        shutil.rmtree(folder)
+        if wrong or show:
+            print(f"{case.name}: {'; '.join(wrong) or 'right'} ({seconds:.1f} s)", flush=True)
+        row = {"command": case.command.name, "flag": case.flag, "path": case.path}
+        found.append(row | {"kind": case.kind, "wrong": wrong, "seconds": seconds})
+    return found
+
+
+def check_controls(commands: dict[str, Command], world: Path, scratch: Path):
+    """Raises ValueError where a command fails though nothing is wrong."""
+    for name, command in commands.items():
+        folder = scratch / "control"
+        shutil.copytree(world, folder)
+        done = run_forked(command.module, command.argv, folder, stop_at=command.stop_at)
+        shutil.rmtree(folder)
+        if done.code:
+            raise ValueError(f"{name} fails with right files: exit code {done.code}: {done.err[-300:]}")
+
+
+def print_totals(found: list[dict]):
+    count = Counter((row["command"], row["kind"]) for row in found)
+    other = Counter((row["command"], row["kind"]) for row in found if row["wrong"])
+    print("\n| command | kind | cases | one line | other |\n|---|---|---|---|---|")
+    for (command, kind), cases in sorted(count.items()):
+        wrong = other[command, kind]
+        print(f"| {command} | {kind} | {cases} | {cases - wrong} | {wrong} |")
+    wrong = other.total()
+    print(f"| all | | {len(found)} | {len(found) - wrong} | {wrong} |")
+
+
+def run(args) -> int:
+    import_everything()
+    with tempfile.TemporaryDirectory(prefix="failures-") as temporary:
+        scratch = Path(temporary)
+        scratch.chmod(0o755)
+        world = scratch / "world"
+        started = time.monotonic()
+        make_world(world)
+        print(f"what the commands work on was made in {time.monotonic() - started:.0f} s", flush=True)
+        cases = list_cases(world)
+        if os.geteuid():
+            kept = [case for case in cases if case.kind not in NEEDS_ROOT]
+            print(f"{len(cases) - len(kept)} cases left out: they need root")
+            cases = kept
+        wanted = args.command.split(",")
+        cases = [case for case in cases if any(part in case.command.name for part in wanted)]
+        cases = [case for case in cases if args.kind in ("", case.kind)]
+        cases = [case for case in cases if args.path in case.path]
+        cases = cases[:: args.every]
+        check_controls({case.command.name: case.command for case in cases}, world, scratch)
+        found = run_all(cases, world, scratch, args.show)
+    print_totals(found)
+    print(f"{time.monotonic() - started:.0f} s")
+    if args.json:
+        write_json(args.json, found)
+    return int(any(row["wrong"] for row in found))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="failures.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--command", default="", metavar="PART[,PART]",
+                        help="only commands with one of these in their name")
+    parser.add_argument("--kind", default="", choices=("", *KINDS), help="only this kind of fault")
+    parser.add_argument("--path", default="", help="only files with this in their path")
+    parser.add_argument("--every", type=int, default=1, help="only each so manieth case [1]")
+    parser.add_argument("--show", action="store_true", help="print cases that are right, too")
+    parser.add_argument("--json", metavar="FILE", help="write all cases there")
+    args = parser.parse_args(argv)
+    return run_command(parser.prog, lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
