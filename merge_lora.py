@@ -1,6 +1,5 @@
 """Fold a LoRA adapter into its base model: python merge_lora.py --ori_model_dir BASE --model_dir ADAPTER --mode glm2."""
 
-import argparse
 import json
 import os
 import shutil
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 
 from chatglm.families import FAMILIES
+from finetune.commands import Parser, run_command
 
 MERGED_NOTE = "merged.json"
 
@@ -135,23 +135,23 @@ def adapter_hash(adapter: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="merge_lora.py", description=__doc__)
+    parser = Parser(prog="merge_lora.py", description=__doc__)
     parser.add_argument("--ori_model_dir", default="ChatGLM2-6B", help="the base model [ChatGLM2-6B]")
     parser.add_argument("--model_dir", default="output-glm2/epoch-2-step-3900/", help="the adapter folder")
     parser.add_argument("--mode", choices=tuple(FAMILIES), help="family (default: found in the base folder)")
     parser.add_argument("--save_dir", help="where the merged model goes (default: MODEL_DIR, its adapter moving to MODEL_DIR/adapter)")
     parser.add_argument("--other_name", action="store_true", help="the base is the adapter's although its folder is named otherwise")
     args = parser.parse_args(argv)
+    return run_command(parser.prog, lambda: run(args))
+
+
+def run(args) -> int:
     adapter = Path(args.model_dir)
     save_dir = Path(args.save_dir or args.model_dir)
-    try:
-        for path, flag in ((Path(args.ori_model_dir), "--ori_model_dir"), (adapter, "--model_dir")):
-            if not path.is_dir():
-                raise FileNotFoundError(f"{flag}: no such folder: {path}")
-        difference = merge(Path(args.ori_model_dir), adapter, save_dir, args.mode, args.other_name)
-    except (ValueError, OSError) as error:
-        print(f"merge_lora.py: error: {error}", file=sys.stderr)
-        return 1
+    for path, flag in ((Path(args.ori_model_dir), "--ori_model_dir"), (adapter, "--model_dir")):
+        if not path.is_dir():
+            raise FileNotFoundError(f"{flag}: no such folder: {path}")
+    difference = merge(Path(args.ori_model_dir), adapter, save_dir, args.mode, args.other_name)
     print(f"merged into {save_dir} (largest difference of logits, merged against adapted: {difference:.1e})")
     return 0
 

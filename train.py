@@ -2,7 +2,8 @@
 
 import sys
 
-from finetune.config import parse_config
+from finetune.commands import run_command
+from finetune.config import TrainConfig, parse_config
 
 
 def predictor_config():
@@ -13,10 +14,15 @@ def predictor_config():
 
 def main(argv: list[str] | None = None) -> int:
     config = parse_config(argv, {"predictor": predictor_config})
+    return run_command("train.py", lambda: run(config))
+
+
+def run(config: TrainConfig):
     if config.estimate_memory:
         from finetune.memory import estimate_run
 
-        return estimate_run(config)
+        estimate_run(config)
+        return
     # torch, DeepSpeed: seconds, and only once the flags are right
     from finetune.engine import TrainingFailed, train
 
@@ -27,10 +33,8 @@ def main(argv: list[str] | None = None) -> int:
             train_predictor(config)
         else:
             train(config)
-    except (ValueError, OSError, TrainingFailed) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    except TrainingFailed as error:
+        raise ValueError(error) from None
 
 
 if __name__ == "__main__":

@@ -2,34 +2,51 @@
 
 import argparse
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
+
+FIRST_RANK_SPEAKS_S = 3.0
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag is one line; the usage is for --help."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        """Print one line to stderr and leave with exit code 2."""
+        sys.exit(fail(self.prog, f"error: {one_line(message)} (--help lists the flags)", 2))
 
 
 def run_command(prog: str, work: Callable[[], int | None]) -> int:
     """Run a command's work and return its exit code; what a user can mend becomes one line on stderr.
 
     Returns:
-        What `work` returns (0 for None); 1 after a ValueError, OSError, MemoryError or a missing package; 130 after Ctrl-C.
+        What `work` returns (0 for None); 1 after a ValueError, OSError, MemoryError or a missing
+        package; 130 after Ctrl-C.
     """
     try:
         return work() or 0
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        return fail(prog, str(stop) or "interrupted", 130)
     except (ValueError, OSError, MemoryError, ImportError) as error:
-        print(f"{prog}: error: {describe(error)}", file=sys.stderr)
-        return 1
+        return fail(prog, f"error: {describe(error)}", 1)
+
+
+def fail(prog: str, message: str, code: int) -> int:
+    """Print a command's last line to stderr and return `code`.
+
+    Of ranks that all fail alike one line is printed. Rank 0 is the first to print and to leave, and
+    the launcher ends the others while they wait; a rank that fails alone prints after the wait.
+    """
+    if int(os.environ.get("RANK") or 0):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(FIRST_RANK_SPEAKS_S)
+    print(f"{prog}: {message}", file=sys.stderr, flush=True)
+    return code
 
 
 def describe(error: BaseException) -> str:
@@ -38,4 +55,8 @@ def describe(error: BaseException) -> str:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
     if isinstance(error, MemoryError):
         return f"out of memory{f': {error}' if str(error) else ''}"
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(str(error)) or type(error).__name__
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -16,6 +16,7 @@ from typing import ClassVar
 
 from chatglm.conversations import GLM3_LABELS
 from chatglm.families import FAMILIES
+from finetune.commands import Parser
 from finetune.formats import FORMATS, parse_columns
 from finetune.methods import METHODS
 from finetune.metrics import GROUPS, parse_metrics
@@ -304,7 +305,7 @@ def flags_of(config_class: type[TrainConfig]) -> list[dataclasses.Field]:
 
 
 def build_parser(config_class: type[TrainConfig] = TrainConfig) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="train.py",
         description=f"{config_class.title}: deepspeed train.py ..., torchrun ... train.py ... or python train.py ...",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=110),
@@ -325,7 +326,7 @@ def parse_config(argv: list[str] | None = None, tasks: dict[str, Callable[[], ty
     Args:
         tasks: other --tasks than fine-tuning -> what gives the class of their flags.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(prog="train.py", add_help=False, allow_abbrev=False)
     first.add_argument("--task")
     first.add_argument("--config")
     chosen, _ = first.parse_known_args(argv)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from finetune.commands import Parser, run_command
 from finetune.config import parse_positive
 from finetune.data import Dataset, Row, collate, count_labels
 from finetune.files import write_aside, write_json
@@ -169,7 +170,7 @@ def probe_rows(args):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetune.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_flags(parser)
@@ -190,12 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--num_answers needs --do_sample: the likeliest answer is always the same")
     if args.probe and (args.predictions or args.num_answers > 1):
         parser.error("--probe writes its answers to --output, and one for each prompt: no --predictions, no --num_answers")
-    try:
-        (probe_rows if args.probe else evaluate_rows)(args)
-    except (ValueError, OSError) as error:
-        print(f"finetune.evaluate: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(parser.prog, lambda: (probe_rows if args.probe else evaluate_rows)(args))
 
 
 if __name__ == "__main__":

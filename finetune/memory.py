@@ -17,6 +17,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from finetune.commands import Parser, run_command
 from finetune.config import BETWEEN_RANKS, TrainConfig, add_flag, fill_sizes, read_ds_file
 from finetune.files import write_json
 from finetune.memory_formula import GIB, MIB, Run, Zero, estimate
@@ -174,17 +175,12 @@ def show(model: str, run: Run, found: dict):
         print(f"(rows packed, {100 * run.label_share:.0f} % of the tokens labelled; the formula's error on published rows: --compare_seeds)")
 
 
-def estimate_run(config: TrainConfig) -> int:
+def estimate_run(config: TrainConfig):
     """train.py --estimate_memory: for this machine's GPU, else for an A40, and the launcher's number of ranks."""
     card, size = local_card() or ("A40", CARDS["A40"] * MIB)
-    try:
-        run = make_run(config, gpus=int(os.environ.get("WORLD_SIZE", 1)), card=card)
-    except (ValueError, OSError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 1
+    run = make_run(config, gpus=int(os.environ.get("WORLD_SIZE", 1)), card=card)
     if int(os.environ.get("RANK", 0)) == 0:
         show(config.model_name_or_path, run, report(run, card, size))
-    return 0
 
 
 def print_table(card: str, size: float) -> dict:
@@ -205,8 +201,8 @@ def print_table(card: str, size: float) -> dict:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m finetune.memory", description=__doc__.splitlines()[0], allow_abbrev=False,
+    parser = Parser(
+        prog="finetune.memory", description=__doc__.splitlines()[0], allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=110),
     )  # fmt: skip
     parser.add_argument("--model", metavar="NAME", help=f"a folder with config.json, or {', '.join(PUBLISHED)}")
@@ -228,35 +224,35 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = vars(parser.parse_args(argv))
+    if args["fit"] and not args["compare_seeds"]:
+        parser.error("--fit needs --compare_seeds")
+    if not (args["compare_seeds"] or args["table"] or args["model"]):
+        parser.error("--model is required: a folder with config.json or a published name")
+    return run_command(parser.prog, lambda: run(args))
+
+
+def run(args: dict):
     card, size = args["gpu"], CARDS[args["gpu"]] * MIB
     if args["json"] and not Path(args["json"]).parent.is_dir():
-        parser.error(f"--json: no such folder: {Path(args['json']).parent}")
-    try:
-        if args["fit"] and not args["compare_seeds"]:
-            raise ValueError("--fit needs --compare_seeds")
-        if args["compare_seeds"]:
-            from finetune.memory_formula import Constants
-            from finetune.memory_seeds import a40_rows, compare, fit, print_report
+        raise ValueError(f"--json: no such folder: {Path(args['json']).parent}")
+    if args["compare_seeds"]:
+        from finetune.memory_formula import Constants
+        from finetune.memory_seeds import a40_rows, compare, fit, print_report
 
-            figures = compare(fit(a40_rows()) if args["fit"] else Constants())
-            print_report(figures)
-        elif args["table"]:
-            figures = print_table(card, size)
-        else:
-            if not args["model"]:
-                raise ValueError("--model is required: a folder with config.json or a published name")
-            given = {name: args[name] for name in FLAGS if name in args}
-            config = TrainConfig(model_name_or_path=args["model"], train_path="-", max_src_len=1, **given)
-            run = make_run(
-                config, mode=args["mode"], gpus=args["gpus"], card=card, label_share=args["label_share"], real_tokens=args["real_tokens"]
-            )
-            figures = report(run, card, size)
-            show(args["model"], run, figures)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
+        figures = compare(fit(a40_rows()) if args["fit"] else Constants())
+        print_report(figures)
+    elif args["table"]:
+        figures = print_table(card, size)
+    else:
+        given = {name: args[name] for name in FLAGS if name in args}
+        config = TrainConfig(model_name_or_path=args["model"], train_path="-", max_src_len=1, **given)
+        described = make_run(
+            config, mode=args["mode"], gpus=args["gpus"], card=card, label_share=args["label_share"], real_tokens=args["real_tokens"]
+        )
+        figures = report(described, card, size)
+        show(args["model"], described, figures)
     if args["json"]:
         write_json(args["json"], figures)
-    return 0
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from chatglm.families import FAMILIES
+from finetune.commands import Parser, run_command
 from finetune.config import PRECISIONS, parse_bool, parse_positive
 from finetune.formats import FORMATS, parse_columns
 from finetune.sources import RowReader, read_questions
@@ -161,7 +162,7 @@ def pick_device(name: str) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="finetune.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="finetune.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", help="answer this prompt (instruction and input together)")
@@ -208,11 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not (args.prompt or args.file or args.interactive):
         parser.error("say what to answer: --prompt TEXT, --file FILE or --interactive")
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        print(f"finetune.predict: error: {error}", file=sys.stderr)
-        return 1
+    return run_command(parser.prog, lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import sys
 from itertools import accumulate
 from pathlib import Path
 
+from finetune.commands import Parser, run_command
 from finetune.files import write_aside
 from finetune.record import print_table, read_run
 
@@ -128,23 +129,22 @@ def draw_panel(axes, key: str, runs: dict[str, dict], colours: dict[str, str]):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="finetune.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="finetune.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="--output_dir of a run, under way or done")
     parser.add_argument("--output", type=Path, help="PNG of the curves")
     args = parser.parse_args(argv)
-    try:
-        if args.output and args.output.suffix != ".png":
-            raise ValueError(f"--output: wanted a name that ends in .png, got {args.output}")
-        if len({folder.resolve() for folder in args.runs}) < len(args.runs):
-            raise ValueError("a run is named twice")
-        runs = {name: read_run(folder) for name, folder in zip(names_of(args.runs), args.runs)}
-        print_table(*table(runs))
-        if args.output:
-            write_aside(args.output, draw(runs))
-    except (ValueError, OSError) as error:
-        print(f"finetune.report: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    if args.output and args.output.suffix != ".png":
+        parser.error(f"--output: wanted a name that ends in .png, got {args.output}")
+    return run_command(parser.prog, lambda: run(args))
+
+
+def run(args):
+    if len({folder.resolve() for folder in args.runs}) < len(args.runs):
+        raise ValueError("a run is named twice")
+    runs = {name: read_run(folder) for name, folder in zip(names_of(args.runs), args.runs)}
+    print_table(*table(runs))
+    if args.output:
+        write_aside(args.output, draw(runs))
 
 
 if __name__ == "__main__":

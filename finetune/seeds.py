@@ -1,6 +1,5 @@
 """Several seeds of one run: mean and deviation of what they ended with. python -m finetune.seeds OUTPUT_DIR reads OUTPUT_DIR/seed-*."""
 
-import argparse
 import math
 import re
 import statistics
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 
 from finetune.checkpoint import committed_checkpoints, read_manifest
+from finetune.commands import Parser, run_command
 from finetune.record import METRICS_FILE, read_run, read_steps
 
 
@@ -54,21 +54,20 @@ def summary(runs: dict[str, dict[str, float]], early: set[str] = frozenset()) ->
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m finetune.seeds", description=__doc__)
+    parser = Parser(prog="finetune.seeds", description=__doc__)
     parser.add_argument("output_dir", type=Path, help="the folder of the folders seed-N")
     folder = parser.parse_args(argv).output_dir
+    return run_command(parser.prog, lambda: run(folder))
+
+
+def run(folder: Path):
     found = {int(match.group(1)): path for path in folder.glob("seed-*") if (match := re.fullmatch(r"seed-(\d+)", path.name))}
-    try:
-        if not found:
-            raise ValueError(f"{folder} holds no folder seed-N")
-        runs = {found[seed].name: final_metrics(found[seed]) for seed in sorted(found)}
-        rows = summary(runs, {path.name for path in found.values() if read_run(path).get("status") == "stopped early"})
-    except (ValueError, OSError) as error:
-        print(f"finetune.seeds: error: {error}", file=sys.stderr)
-        return 1
+    if not found:
+        raise ValueError(f"{folder} holds no folder seed-N")
+    runs = {found[seed].name: final_metrics(found[seed]) for seed in sorted(found)}
+    rows = summary(runs, {path.name for path in found.values() if read_run(path).get("status") == "stopped early"})
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     print("\n".join("  ".join(cell.ljust(width) if not i else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))) for row in rows))
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from finetune.commands import Parser, run_command
 from finetune.files import write_json
 from predictor.calibration import kaplan_meier, levels_of
 from predictor.labels import Example, data_hash, language, make_counter, read_examples
@@ -263,7 +264,7 @@ def add_predictor_flags(parser: argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     from finetune.config import parse_bool, parse_positive
 
-    parser = argparse.ArgumentParser(prog="predictor.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="predictor.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_predictor_flags(parser)
     parser.add_argument("--data", required=True, metavar="FILE[,FILE]", help="rows with output_tokens, or with answers to count (--model_path)")
     parser.add_argument("--served_model", metavar="NAME", help="whose answers are looked at, and whose the rows are that do not say (default: the predictor's)")
@@ -280,11 +281,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.picture and Path(args.picture).suffix not in (".png", ".svg", ".pdf"):
         parser.error(f"--picture {args.picture}: wanted a name that ends in .png, .svg or .pdf")
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        print(f"predictor.evaluate: error: {error}", file=sys.stderr)
-        return 1
+    return run_command(parser.prog, lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from finetune.commands import Parser, run_command
 from finetune.config import parse_bool
 from finetune.files import put_in_place, sha256
 from predictor.backbones import BACKBONES
@@ -323,7 +324,7 @@ def finish(aside: Path, card: dict, checkpoint: Path, *, exact: bool, again: boo
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m predictor.export", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="predictor.export", description=__doc__.split("\n")[0], allow_abbrev=False)
     yes_no = {"type": parse_bool, "nargs": "?", "const": True, "metavar": "True|False"}
     parser.add_argument("--checkpoint", required=True, help="what train.py --task predictor wrote: epoch-E-step-S, or a frozen backbone's folder")
     parser.add_argument("--output", required=True, help="folder to write")
@@ -335,18 +336,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = vars(build_parser().parse_args(argv))
-    checkpoint, output = Path(args.pop("checkpoint")), Path(args.pop("output"))
-    try:
-        card = export(checkpoint, output, **args)
-    except (ValueError, OSError) as error:
-        print(f"python -m predictor.export: error: {error}", file=sys.stderr)
-        return 1
+    parser = build_parser()
+    args = vars(parser.parse_args(argv))
+    return run_command(parser.prog, lambda: run(**args))
+
+
+def run(checkpoint: str, output: str, **choices):
+    card = export(Path(checkpoint), Path(output), **choices)
     made = card["export"]
     size = sum(file["bytes"] for file in made["files"].values())
     words = [f"{card['backbone']['name']}", f"{size / 1e6:.1f} MB"] + [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in made.items() if k not in ("files", "made_of")]
     print(f"exported to {output}: {', '.join(words)}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from chatglm.files import read_json
+from finetune.commands import Parser, run_command
 from finetune.files import put_in_place, sha256, write_json
 from finetune.formats import BadRow
 from finetune.sources import read_json_items
@@ -379,7 +380,7 @@ def ridge_of(folder: Path) -> float:
 def main(argv: list[str] | None = None) -> int:
     from finetune.config import parse_bool, parse_positive
 
-    parser = argparse.ArgumentParser(prog="predictor.update", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="predictor.update", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_predictor_flags(parser)
     parser.add_argument("--log", required=True, metavar="FILE[,FILE]", help="the serving monitor's JSON lines, the newest last")
     parser.add_argument("--output", metavar="DIR", help="write the predictor there (default: in place of --predictor)")
@@ -394,11 +395,7 @@ def main(argv: list[str] | None = None) -> int:
         help="what to do with a malformed row; the last one of a log that is being written is one [skip]",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        print(f"predictor.update: error: {error}", file=sys.stderr)
-        return 1
+    return run_command(parser.prog, lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from chatglm.files import read_text, shorten
+from finetune.commands import Parser, run_command
 from finetune.files import write_json
 
 SHOWN = 6  # answers that are printed
@@ -50,7 +52,7 @@ def name_of(url: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="ask_server.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", required=True, help="its address, or the file its output goes to")
     parser.add_argument("--prompts", required=True, help="JSON lines with a prompt each")
     parser.add_argument("--clients", type=int, default=8, help="requests under way at once [8]")
@@ -58,16 +60,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max_tokens", type=int, help="cut answers after so many tokens (default: as long as they are)")
     parser.add_argument("--json", type=Path, help="write all answers here")
     args = parser.parse_args(argv)
+    return run_command(parser.prog, lambda: run(args))
+
+
+def run(args):
+    url = address(args.server)
+    prompts = read_prompts(args.prompts)
     try:
-        url = address(args.server)
-        prompts = [json.loads(line)["prompt"] for line in open(args.prompts, encoding="utf-8")]
         with ThreadPoolExecutor(args.clients) as pool:
             name = name_of(url)
             answers = list(pool.map(lambda prompt: ask(url, name, prompt, args.slo_s, args.max_tokens), prompts))
-    except (OSError, KeyError, ValueError) as error:
-        said = error.read().decode() if isinstance(error, urllib.error.HTTPError) else error
-        print(f"ask_server: error: {said}", file=sys.stderr)
-        return 1
+    except urllib.error.HTTPError as error:
+        raise ValueError(f"{url}: {error.read().decode(errors='replace')}") from None
+    except urllib.error.URLError as error:
+        raise ValueError(f"{url}: {error.reason}") from None
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise ValueError(f"{url}: its answer is not that of a GLM Foundry server") from None
     print("  actual  predicted: median     q90  latency s  prompt")
     for a in answers[:SHOWN]:
         known = a.get("predicted_tokens") or {"median": float("nan"), "q90": float("nan")}
@@ -79,7 +87,16 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         content = {"answers": len(answers), "in_time": in_time, "within_q90": within, "all": answers}
         write_json(args.json, content)
-    return 0
+
+
+def read_prompts(path: str) -> list[str]:
+    prompts = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        try:
+            prompts.append(json.loads(line)["prompt"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError(f"{path}:{number}: wanted a JSON object with a prompt, got {shorten(line)}") from None
+    return prompts
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from chatglm.families import FAMILIES  # noqa: E402
+from finetune.commands import Parser, run_command  # noqa: E402
 from finetune.config import parse_positive  # noqa: E402
 from finetune.formats import BadRow  # noqa: E402
 from finetune.predict import add_model_flags, generate_batch, load_for_inference  # noqa: E402
@@ -164,7 +165,7 @@ def collect(args) -> str:
 def main(argv: list[str] | None = None) -> int:
     # "resolve": flags of finetune.predict that mean something else here are given anew
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, conflict_handler="resolve")
+    parser = Parser(prog="collect_lengths.py", description=__doc__, formatter_class=layout, conflict_handler="resolve")
     add_model_flags(parser)
     parser.add_argument("--max_length", help=argparse.SUPPRESS)
     parser.add_argument("--max_new_tokens", type=parse_positive, default=512, help="an answer is cut here, and then not finished [512]")
@@ -179,15 +180,14 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--samples {args.samples} without --do_sample would be the same answer {args.samples} times")
     if args.max_length:
         parser.error("--max_length counts the prompt; say --max_new_tokens")
+    return run_command(parser.prog, lambda: run(args))
+
+
+def run(args):
     try:
         print(collect(args))
-    except (ValueError, OSError) as error:
-        print(f"collect_lengths: error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print("collect_lengths: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+        raise KeyboardInterrupt("stopped; the same command goes on from here") from None
 
 
 if __name__ == "__main__":

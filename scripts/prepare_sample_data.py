@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from finetune.commands import Parser, run_command  # noqa: E402
 from finetune.files import write_aside  # noqa: E402
 from scripts.sample_formats import render_samples  # noqa: E402
 
@@ -299,7 +300,7 @@ def render(rows):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="prepare_sample_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("data"), help="folder to write to; made if missing (default data)")
     parser.add_argument("--seed", type=int, default=1234, help="seed of every draw (default %(default)s)")
     parser.add_argument("--train_rows", type=int, default=1500, help="rows of spo_train.json (default %(default)s)")
@@ -325,6 +326,10 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    return run_command("prepare_sample_data.py", lambda: run(args))
+
+
+def run(args):
     files = build(
         args.seed, args.train_rows, args.test_rows, args.copy_rows, args.held_out_share, args.held_out_test_rows
     )
@@ -352,15 +357,9 @@ def main(argv=None):
         test=args.test_rows,
     )
     contents |= samples | {"README.md": readme.encode("utf-8")}
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            write_aside(args.output_dir / name, content)
-    except OSError as error:
-        print(f"prepare_sample_data: error: {error}", file=sys.stderr)
-        return 1
+    for name, content in contents.items():
+        write_aside(args.output_dir / name, content)
     print(f"wrote {', '.join(contents)} to {args.output_dir}")
-    return 0
 
 
 if __name__ == "__main__":

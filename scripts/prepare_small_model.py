@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from chatglm.families import FAMILIES  # noqa: E402
+from finetune.commands import Parser, run_command  # noqa: E402
 
 
 def make_config(family: str, tokenizer, *, hidden_size: int, num_layers: int, heads: int, groups: int, ffn: int, length: int, init_std: float):
@@ -60,7 +61,7 @@ def make_model(family: str, tokenizer_dir: str | Path, output_dir: str | Path, *
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="prepare_small_model.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=tuple(FAMILIES), default="glm2", help="[glm2]")
     parser.add_argument("--tokenizer", required=True, help="folder of the tokenizer")
     parser.add_argument("--output_dir", required=True, help="folder to write; replaced if it is a model already")
@@ -71,17 +72,16 @@ def main(argv: list[str] | None = None) -> int:
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} [{default}]")
     args = vars(parser.parse_args(argv))
-    output_dir = Path(args.pop("output_dir"))
-    try:
-        if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / "config.json").is_file():
-            raise ValueError(f"--output_dir {output_dir} is not empty and holds no model")
-        folder = make_model(args.pop("family"), args.pop("tokenizer"), output_dir, **args)
-    except (ValueError, OSError) as error:
-        print(f"prepare_small_model: error: {error}", file=sys.stderr)
-        return 1
+    return run_command(parser.prog, lambda: run(**args))
+
+
+def run(family: str, tokenizer: str, output_dir: str, **sizes):
+    output = Path(output_dir)
+    if output.exists() and any(output.iterdir()) and not (output / "config.json").is_file():
+        raise ValueError(f"--output_dir {output} is not empty and holds no model")
+    folder = make_model(family, tokenizer, output, **sizes)
     vocabulary = json.loads((folder / "config.json").read_text())
     print(f"wrote {folder} (vocabulary {vocabulary.get('padded_vocab_size', vocabulary.get('vocab_size'))})")
-    return 0
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from finetune.commands import Parser, run_command  # noqa: E402
 from finetune.files import write_aside  # noqa: E402
 
 # What every ChatGLM2 prompt wraps around a row; a small vocabulary should not spell it in bytes.
@@ -104,7 +105,7 @@ def train(lines, vocab_size, family="glm2"):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="prepare_tokenizer.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", type=Path, required=True, metavar="FILE", help="JSON-lines or JSON-list files")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write to; made if missing")
     parser.add_argument(
@@ -116,20 +117,21 @@ def main(argv=None):
     )
     parser.add_argument("--family", choices=("glm", "glm2", "glm3"), default="glm2", help="whose conventions (default %(default)s)")
     args = parser.parse_args(argv)
+    return run_command(parser.prog, lambda: run(args))
+
+
+def run(args):
     name = "ice_text.model" if args.family == "glm" else "tokenizer.model"
     settings = TOKENIZER_CONFIG | {"glm_family": args.family} | ({"num_image_tokens": 0} if args.family == "glm" else {})
+    rows = [row for path in args.input for row in read_rows(path)]
     try:
-        rows = [row for path in args.input for row in read_rows(path)]
         model = train(training_lines(rows), args.vocab_size, args.family)
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        write_aside(args.output_dir / name, model)
-        config = json.dumps(settings, ensure_ascii=False, indent=2) + "\n"
-        write_aside(args.output_dir / "tokenizer_config.json", config.encode("utf-8"))
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"prepare_tokenizer: error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
-        return 1
+    except RuntimeError as error:  # sentencepiece: the last line says what is wrong
+        raise ValueError(str(error).strip().splitlines()[-1]) from None
+    write_aside(args.output_dir / name, model)
+    config = json.dumps(settings, ensure_ascii=False, indent=2) + "\n"
+    write_aside(args.output_dir / "tokenizer_config.json", config.encode("utf-8"))
     print(f"wrote {args.output_dir / name} ({len(rows)} rows, {args.vocab_size} pieces)")
-    return 0
 
 
 if __name__ == "__main__":

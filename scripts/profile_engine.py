@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from chatglm.families import FAMILIES
+from finetune.commands import Parser, run_command
 from finetune.config import PRECISIONS
 from finetune.files import write_aside
 from serving.calibration import Row
@@ -25,7 +26,7 @@ from serving.request import Limits
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="profile_engine.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a model, adapter or prefix folder")
     parser.add_argument("--output", required=True, type=Path, help="profile to write, .json")
     parser.add_argument("--rows", type=Path, help="also write the timings here, .csv")
@@ -42,19 +43,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    try:
-        limits = Limits(args.max_batch, args.kv_tokens, args.max_tokens)
-        if args.repetitions < 1:
-            raise ValueError(f"--repetitions must be at least 1, got {args.repetitions}")
-        run(args, limits)
-    except (ValueError, OSError) as error:
-        print(f"profile_engine: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.repetitions < 1:
+        parser.error(f"--repetitions must be at least 1, got {args.repetitions}")
+    return run_command(parser.prog, lambda: run(args))
 
 
-def run(args, limits: Limits):
+def run(args):
+    limits = Limits(args.max_batch, args.kv_tokens, args.max_tokens)
     from tqdm import tqdm
 
     from chatglm import load_tokenizer

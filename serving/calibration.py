@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from finetune.commands import Parser, run_command
 from finetune.config import parse_positive
 from finetune.files import write_json
 from serving.cost_model import COEFFICIENTS, CostModel, ModelShape, Profile, even_stages, read_profile
@@ -278,7 +279,7 @@ def run_fit(args) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m serving.cost_model", description="seconds of serving, from a calibrated profile")
+    parser = Parser(prog="serving.cost_model", description="seconds of serving, from a calibrated profile")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("predict", help="seconds of one batch, run to its longest answer")
     verb.add_argument("--gpus", type=parse_positive, default=1, help="number of the profile's devices")
@@ -307,10 +308,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
-    try:
-        args.run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    return run_command(parser.prog, lambda: args.run(args))

@@ -8,14 +8,15 @@ Every deployer is deterministic, gives each layer to one device, and breaks no d
 finds no such placement it raises Infeasible (a ValueError). Free of torch.
 """
 
-import argparse
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, permutations
 
 import numpy as np
 
+from finetune.commands import Parser, run_command
 from finetune.config import parse_positive
 from finetune.files import write_json
 from serving.cost_model import CostModel, ModelShape, Profile, read_profile
@@ -415,8 +416,8 @@ DEPLOYERS = {
 }
 
 
-def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(prog="serving.deployment", description="where a model's layers go, and what that costs")
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="serving.deployment", description="where a model's layers go, and what that costs")
     add = parser.add_argument
     add("--model", default="chatglm2-6b", help="published name, folder or config.json [chatglm2-6b]")
     add("--device", help="of serving/devices.py, or a .json file (default: the profile's)")
@@ -432,19 +433,20 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     if args.cluster and (args.device or args.gpus):
         parser.error("--cluster says which devices there are: leave out --device and --gpus")
-    try:
-        profile, count = read_profile(args.profile), args.gpus or 1
-        cluster = Cluster.from_json(args.cluster) if args.cluster else Cluster.uniform(args.device, count) if args.device else profile.cluster(count)
-        need = Need(args.need_tokens, args.batch, args.prompt_tokens, args.output_tokens)
-        placement = DEPLOYERS[args.deployer].place(ModelShape.from_config(args.model), cluster, need, profile)
-        print(placement.describe())
-        if args.json:
-            write_json(args.json, placement.report())
-        if args.picture:
-            placement.picture(args.picture)
-    except (ValueError, OSError, ImportError) as error:
-        parser.exit(1, f"serving.deployment: error: {error}\n")
+    return run_command(parser.prog, lambda: run(args))
+
+
+def run(args):
+    profile, count = read_profile(args.profile), args.gpus or 1
+    cluster = Cluster.from_json(args.cluster) if args.cluster else Cluster.uniform(args.device, count) if args.device else profile.cluster(count)
+    need = Need(args.need_tokens, args.batch, args.prompt_tokens, args.output_tokens)
+    placement = DEPLOYERS[args.deployer].place(ModelShape.from_config(args.model), cluster, need, profile)
+    print(placement.describe())
+    if args.json:
+        write_json(args.json, placement.report())
+    if args.picture:
+        placement.picture(args.picture)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from chatglm.families import FAMILIES
+from finetune.commands import Parser, run_command
 from finetune.config import PRECISIONS
 from predictor.runtime import LengthPredictor
 from serving.continuous import POLICIES
@@ -28,7 +29,7 @@ SERVED = [name for name in POLICIES if "oracle" not in name]  # an oracle wants 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="serving.server", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="serving.server", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a model, adapter or prefix folder")
     parser.add_argument("--predictor", help="folder of a length predictor; without one: policies that ask for none")
     parser.add_argument("--policy", choices=SERVED, default="deadline", help="who is served when [deadline]")
@@ -147,20 +148,20 @@ def serve(service: Service, sock: socket.socket, drain_s: int) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    return run_command(parser.prog, lambda: run(args))
+
+
+def run(args) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(levelname)s: %(message)s")
     try:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        print(f'serving.server: error: {error.name} is not installed; pip install "glm-foundry[serve]"', file=sys.stderr)
-        return 1
-    try:
-        sock = bind(args.host, args.port)
-        service = load_service(args)
-    except (ValueError, OSError) as error:
-        print(f"serving.server: error: {error}", file=sys.stderr)
-        return 1
+        raise ImportError(f'{error.name} is not installed; pip install "glm-foundry[serve]"') from None
+    sock = bind(args.host, args.port)
+    service = load_service(args)
     return serve(service, sock, args.drain_s)
 
 

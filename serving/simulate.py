@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from finetune.commands import Parser, run_command
 from finetune.files import write_json
 from serving.batching import Static
 from serving.continuous import POLICIES
@@ -268,7 +269,7 @@ def make_setting(args) -> Setting:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m serving.simulate", description=__doc__.split("\n")[0])
+    parser = Parser(prog="serving.simulate", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--policies", default="fifo,s3,slo_odbs,fcfs,sjf,deadline,oracle", help=f"of {', '.join(POLICIES)}; comma between them")
     add("--workload", default="poisson", choices=WORKLOADS)
@@ -302,7 +303,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None):
+def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     names = [name for name in args.policies.split(",") if name]
@@ -314,10 +315,11 @@ def main(argv: list[str] | None = None):
         parser.error(f"--rate: numbers with commas between them are wanted; got {args.rate!r}")
     if args.seeds < 1 or args.requests < 1 or min(rates) <= 0:
         parser.error("--seeds and --requests must be at least 1, --rate above 0")
-    try:
-        setting = make_setting(args)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
+    return run_command(parser.prog, lambda: run_simulation(args, names, rates))
+
+
+def run_simulation(args, names: list[str], rates: list[float]):
+    setting = make_setting(args)
     if args.experiment:
         from serving.experiments import EXPERIMENTS
 
@@ -349,4 +351,4 @@ def inner_of(policies: dict[str, Policy]) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -144,7 +144,7 @@ def test_lines_of_other_settings_are_refused(collect, tiny_folders, capsys, more
     capsys.readouterr()
     assert collect(*(word.format(**tiny_folders) for word in more)) == (1, content)
     err = capsys.readouterr().err.splitlines()
-    assert err[-1].startswith("collect_lengths: error: --output ") and said in err[-1]
+    assert err[-1].startswith("collect_lengths.py: error: --output ") and said in err[-1]
 
 
 @pytest.mark.parametrize("content", [b'{"prompt": "x", "output_tokens": 3}\n', b"text\n", b"text", b"[1]\n", b'{"prompt": "x"}\n{"prompt'])

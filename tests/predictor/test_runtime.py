@@ -270,7 +270,7 @@ def test_refusals_of_export(folders, trained_encoder, trained_chatglm, lexical, 
     def refused(checkpoint, output, *more) -> str:
         assert run_export(checkpoint, output, *more) == 1
         said = capsys.readouterr().err
-        assert said.startswith("python -m predictor.export: error: ") and said.count("\n") == 1
+        assert said.startswith("predictor.export: error: ") and said.count("\n") == 1
         return said
 
     out = tmp_path / "out"

@@ -109,7 +109,7 @@ def test_asked_by_its_script(server, tmp_path, capsys):
     assert found["answers"] == 3 and [a["output_tokens"] for a in found["all"]] == [9] * 3 and found["in_time"] == 1
     assert "3 answers" in capsys.readouterr().out
     assert ask_all(["--server", "http://127.0.0.1:9", "--prompts", str(tmp_path / "prompts.jsonl")]) == 1
-    assert capsys.readouterr().err.startswith("ask_server: error: ")
+    assert capsys.readouterr().err.startswith("ask_server.py: error: ")
 
 
 def test_profiled_and_compared_with_its_simulation(folders, tmp_path, capsys):
