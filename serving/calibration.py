@@ -195,24 +195,10 @@ def _columns(rows: Sequence[Row], profile: Profile, spreads: np.ndarray) -> np.n
 
 
 def _least_squares(left: np.ndarray, right: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """argmin |left x - right|, x >= 0: Lawson and Hanson's active set, with variables in units of `scale`."""
-    left = left * scale
-    x, free = np.zeros(len(scale)), np.zeros(len(scale), bool)
-    for _ in range(3 * len(scale)):
-        gradient = left.T @ (right - left @ x)
-        if not (~free & (gradient > 1e-10)).any():
-            break
-        free[np.argmax(np.where(free, -np.inf, gradient))] = True
-        while True:
-            trial = np.zeros_like(x)
-            trial[free] = np.linalg.lstsq(left[:, free], right, rcond=None)[0]
-            if (trial[free] > 0).all():
-                break
-            below = free & (trial <= 0)
-            x = x + np.min(x[below] / (x[below] - trial[below])) * (trial - x)
-            free &= x > 1e-12
-        x = trial
-    return x * scale
+    """argmin |left x - right|, x >= 0, with variables in units of `scale`."""
+    from scipy.optimize import nnls
+
+    return nnls(left * scale, right)[0] * scale
 
 
 def held_out_errors(rows: Sequence[Row], start: Profile, group_of: Callable[[int, Row], object], prior: float = PRIOR) -> np.ndarray:

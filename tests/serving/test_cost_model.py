@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.calibration import Row, errors, fit, main, named_stages, read_rows, row_seconds, summary
-from serving.cost_model import DATASHEET, CostModel, ModelShape, Profile, even_stages, read_profile
+from serving.cost_model import COEFFICIENTS, DATASHEET, CostModel, ModelShape, Profile, even_stages, read_profile
 from serving.devices import DEVICES, GIB, Cluster, Device, Link, find_device, read_device
 from tests.conftest import SPECIAL, shared_file, tiny_config, tiny_model
 
@@ -209,6 +209,14 @@ def test_profile_on_the_measured_rows(tmp_path):
     profile = fit([row for row, out in zip(usable, held) if not out], start)
     unseen = summary(errors([row for row, out in zip(usable, held) if out], profile))
     assert unseen["rows"] == 37 and unseen["median_abs_error"] <= 0.03 and unseen["p90_abs_error"] <= 0.10
+
+
+def test_p3_the_fit_gives_the_shipped_profile():
+    """scipy's non-negative least squares, on the rows that serving/profiles/rtx3090.json was fitted to."""
+    rows, _ = read_rows(shared_file("data/uellm/measured_3090.csv"))
+    found, shipped = fit(rows, replace(DATASHEET, device="RTX3090", link="pcie3")), read_profile("rtx3090")
+    for name in COEFFICIENTS:
+        assert getattr(found, name) == pytest.approx(getattr(shipped, name), rel=1e-4, abs=1e-12), name
 
 
 def test_profile_on_whole_runs():
