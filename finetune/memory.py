@@ -228,10 +228,15 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--fit needs --compare_seeds")
     if not (args["compare_seeds"] or args["table"] or args["model"]):
         parser.error("--model is required: a folder with config.json or a published name")
-    return run_command(parser.prog, lambda: run(args))
+    given = {name: args[name] for name in FLAGS if name in args}
+    try:
+        config = TrainConfig(model_name_or_path=args["model"] or "-", train_path="-", max_src_len=1, **given)
+    except ValueError as error:
+        parser.error(str(error))
+    return run_command(parser.prog, lambda: run(args, config))
 
 
-def run(args: dict):
+def run(args: dict, config: TrainConfig):
     card, size = args["gpu"], CARDS[args["gpu"]] * MIB
     if args["json"] and not Path(args["json"]).parent.is_dir():
         raise ValueError(f"--json: no such folder: {Path(args['json']).parent}")
@@ -244,8 +249,6 @@ def run(args: dict):
     elif args["table"]:
         figures = print_table(card, size)
     else:
-        given = {name: args[name] for name in FLAGS if name in args}
-        config = TrainConfig(model_name_or_path=args["model"], train_path="-", max_src_len=1, **given)
         described = make_run(
             config, mode=args["mode"], gpus=args["gpus"], card=card, label_share=args["label_share"], real_tokens=args["real_tokens"]
         )

@@ -1,4 +1,4 @@
-"""Which device gets which layers: the deployers.
+"""Which device gets which layers, and what that costs: the deployers.
 
     placement = DEPLOYERS["helr"].place(model, cluster, Need(kv_tokens_q90=20_000, batch=8), read_profile("rtx3090"))
     AutoModelForCausalLM.from_pretrained(folder, device_map=placement.to_device_map())
@@ -9,7 +9,6 @@ finds no such placement it raises Infeasible (a ValueError). Free of torch.
 """
 
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, permutations
@@ -404,11 +403,10 @@ def fill(room: np.ndarray, total: int) -> list[int] | None:
     return layers if left == 0 else None
 
 
-# The choices. he and lr are helr's two ends.
 DEPLOYERS = {
     "even": Even(),
     "single": Single(),
-    "he": Helr(1.0, "he"),
+    "he": Helr(1.0, "he"),  # he and lr are helr's two ends
     "lr": Helr(0.0, "lr"),
     "helr": Helr(),
     "morphling": Morphling(),
@@ -417,7 +415,7 @@ DEPLOYERS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="serving.deployment", description="where a model's layers go, and what that costs")
+    parser = Parser(prog="serving.deployment", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", default="chatglm2-6b", help="published name, folder or config.json [chatglm2-6b]")
     add("--device", help="of serving/devices.py, or a .json file (default: the profile's)")
@@ -449,4 +447,4 @@ def run(args):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

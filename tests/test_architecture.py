@@ -57,7 +57,7 @@ def test_serving_is_pure(name):
     found = {package for package, _ in imports(tree)} - set(sys.stdlib_module_names)
     assert found <= {"numpy", "scipy", "serving", "predictor", "finetune"} | ({"matplotlib"} if name in ("simulate", "placement") else set())
     ours = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module.startswith(("predictor", "finetune"))}
-    assert ours <= {"predictor.prediction", "finetune.config", "finetune.files", "finetune.memory_shapes"} | ({"predictor.decoder"} if name == "workload" else set())
+    assert ours <= {"predictor.prediction", "finetune.commands", "finetune.config", "finetune.files", "finetune.memory_shapes"} | ({"predictor.decoder"} if name == "workload" else set())
 
 
 @pytest.mark.parametrize("name", ["predictor.runtime", "predictor.prediction", "serving.deployment"])
