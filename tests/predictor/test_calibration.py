@@ -321,7 +321,7 @@ def test_predictions_come_in_fine_bins_up_to_the_limit(name):
     assert np.isin(KINDS[name].edges, edges).all()
 
 
-@pytest.mark.parametrize("text, said", [("", "not the card"), ("[]", "not the card"), ('{"format": "x"}', "not the card"),
+@pytest.mark.parametrize("text, said", [("", "not valid JSON"), ("[]", "wanted an object"), ('{"format": "x"}', "not the card"),
                                         ('{"format": "glm-foundry length predictor", "format_version": 2}', "format version 2")])  # fmt: skip
 def test_cards_that_are_none(tmp_path, text, said):
     (tmp_path / "predictor.json").write_text(text)

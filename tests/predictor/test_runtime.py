@@ -241,7 +241,7 @@ def test_no_card(tmp_path, lexical):
         LengthPredictor.from_pretrained(tmp_path)
     for text in ("", "[]", "{", "{}", "\x00"):
         (tmp_path / "predictor.json").write_text(text)
-        with pytest.raises(ValueError, match="not the card of a length predictor"):
+        with pytest.raises(ValueError, match="not the card of a length predictor|not valid JSON|wanted an object"):
             LengthPredictor.from_pretrained(tmp_path)
 
 
