@@ -14,7 +14,7 @@ GRID = 256  # points at which a residual's distribution is tabulated
 ALL = 0.003  # weight that a label has everywhere
 FURTHEST = 2.5  # standard deviations; scores beyond count as there
 FLOOR = 1e-6
-LEAST_INDEX, MOST_INDEX = 1.0, 20.0  # of a tail: below 1 the limit alone would decide the mean
+LEAST_INDEX, MOST_INDEX = 2.0, 20.0  # of a tail: at 2 an answer beyond its start is twice as long on average; below, the limit decides the mean
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class Conformal:
 
 @dataclass(frozen=True)
 class Tail:
-    """Where mass beyond the longest answer seen lies: P(L > x | L > start) = (x / start)^-index, cut at the longest answer there can be.
+    """How far beyond the longest answer seen mass may lie: P(L > x | L > start) <= (x / start)^-index.
 
     How much mass lies there is the conformal map's business and stays; where it lies no data say, and a head that has seen
-    nothing there spreads it up to the limit, so that the mean is the limit's and not the answers'. The index is the
+    nothing there may spread it up to the limit, so that the mean is the limit's and not the answers'. The index is the
     maximum-likelihood estimate of a Pareto tail (Hill 1975, "A simple general approach to inference about the tail of a
     distribution") from the longest quarter of the answers, of which those that were cut count as longer than that.
 
@@ -90,13 +90,14 @@ class Tail:
         return cls(max(float(tokens.max()), 1.0), float(np.clip(index, LEAST_INDEX, MOST_INDEX)))
 
     def apply(self, probabilities: np.ndarray, edges: np.ndarray) -> np.ndarray:
-        """(N, K) masses over `edges`, those of the bins wholly beyond `start` spread anew."""
+        """(N, K) masses over `edges`, those of the bins wholly beyond `start` drawn in as far as the bound says."""
         first = int(np.searchsorted(edges, self.start))
         if first >= len(edges) - 2:
             return probabilities
-        share = -np.diff((edges[first:] / edges[first]) ** -self.index)
-        beyond = probabilities[:, first:].sum(axis=1, keepdims=True)
-        return np.concatenate([probabilities[:, :first], beyond * (share / share.sum())], axis=1)
+        longer = np.cumsum(probabilities[:, :first - 1 : -1], axis=1)[:, ::-1]  # than edges first, first + 1, ...
+        bound = longer[:, :1] * (edges[first:-1] / edges[first]) ** -self.index
+        drawn = np.concatenate([np.minimum(longer, bound), np.zeros((len(longer), 1))], axis=1)
+        return np.concatenate([probabilities[:, :first], drawn[:, :-1] - drawn[:, 1:]], axis=1)
 
 
 def cumulative(probabilities: np.ndarray) -> np.ndarray:

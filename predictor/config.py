@@ -44,7 +44,7 @@ class PredictorConfig(TrainConfig):
     encoder_language: str = keep("all", "lexical: prompts that the teacher reads", choices=("all", "en", "zh"))
     encoder_layers: str = keep("", "comma list of the encoder's layers whose means are read, from 1; it is cut after the highest [the last]")
     reuse_prefill: bool = keep(False, "--backbone chatglm: a head on the served model's own prompt state, which costs nothing when serving")
-    served_model: str = keep("", "name of the model whose answers are predicted [the folder's name]")
+    served_model: str = keep("", "name of the model whose answers are predicted [the folder's, of a checkpoint with its run's]")
     other_models_weight: float = keep(0.85, "share of a prompt's weight that lengths of other served models get, where there are any")
     length_limit: int | None = keep(None, "longest answer in tokens [the served model's context, else 8192]", positive=True)
     num_bins: int = keep(32, "classes of the distribution, spaced in log length", positive=True)

@@ -26,7 +26,7 @@ class Decoder:
     Attributes:
         residuals: RESIDUALS equally likely values of log(length / predicted median), of labels that settings were not fitted to; what a
             simulator makes a predictor's errors of.
-        tail: how mass beyond the longest answer seen is spread; None for as the head has it.
+        tail: how far mass beyond the longest answer seen may lie; None for as the head has it.
     """
 
     head: object

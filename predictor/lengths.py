@@ -9,7 +9,7 @@ from chatglm.files import read_json, shorten
 from finetune.formats import BadRow
 from predictor.config import PredictorConfig
 from predictor.decoder import tokenizer_hash
-from predictor.labels import LONGEST, Example, data_hash, group_prompts, make_counter, read_examples, split
+from predictor.labels import LONGEST, Example, data_hash, group_prompts, make_counter, read_examples, served_name, split
 
 DEFAULT_LIMIT = 8192  # tokens; ChatGLM2-6B's context
 
@@ -183,7 +183,7 @@ def load_lengths(config: PredictorConfig, tokenizer, *, calibration: bool = True
     Raises:
         ValueError: rows that do not fit, or too few of the served model's.
     """
-    name = config.served_model or (Path(config.model_name_or_path).resolve().name if config.model_name_or_path else "")
+    name = config.served_model or (served_name(config.model_name_or_path) if config.model_name_or_path else "")
     count = make_counter(tokenizer) if tokenizer else None
     paths = [path.strip() for path in config.train_path.split(",")]
     examples, bad = read_examples(paths, served_model=name, count=count, on_bad_row=config.on_bad_row, limit=config.dataset_length)
