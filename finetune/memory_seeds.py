@@ -13,8 +13,9 @@ import itertools
 import statistics
 from dataclasses import dataclass
 
-from finetune.memory import CARDS
-from finetune.memory_formula import GIB, MIB, Constants, Run, Zero, estimate
+from finetune.memory_cards import CARDS, GIB, MIB
+from finetune.memory_formula import Constants, estimate
+from finetune.memory_run import Run, Zero
 from finetune.memory_shapes import PUBLISHED, make_shape
 
 # method, model, ZeRO stage, offload, gradient checkpointing, max_len, GPUs, GiB
