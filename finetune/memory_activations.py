@@ -6,8 +6,8 @@ time; here they are multiplied by the run's positions and layers. Free of torch.
 
 from finetune.memory_cards import MIB
 from finetune.memory_layers import (
-    keys_side_kept,
     kept_bytes_per_token,
+    keys_side_kept,
     norms_kept,
     products_kept,
     working_bytes_per_token,

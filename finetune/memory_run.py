@@ -77,9 +77,7 @@ class Run:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.label_share <= 1:
-            raise ValueError(
-                f"--label_share must be above 0 and at most 1, got {self.label_share}"
-            )
+            raise ValueError(f"--label_share must be above 0 and at most 1, got {self.label_share}")
         most = self.batch * self.length
         if self.real_tokens is not None and not 1 <= self.real_tokens <= most:
             raise ValueError(
@@ -252,7 +250,5 @@ def matching(shape: Shape, names: tuple[str, ...]) -> dict[str, int]:
             f"--freeze_module_name: {unmatched} matches no parameter of {shape.layers} layers"
         )
     return {
-        name: size
-        for name, size in shape.parameters.items()
-        if any(part in name for part in names)
+        name: size for name, size in shape.parameters.items() if any(part in name for part in names)
     }
