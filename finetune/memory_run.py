@@ -17,7 +17,7 @@ class Zero:
         reduce_bucket, live: reduce_bucket_size and stage3_max_live_parameters, in elements.
         overlap: overlap_comm; None for DeepSpeed's choice, which is on for stage 3.
         obeyed: the file says more than how ranks talk, so that train.py keeps to its stage on one
-            rank too (finetune.config.stage_for).
+            rank too (stage_for).
     """
 
     stage: int = 2
@@ -159,7 +159,7 @@ class Run:
 
     @property
     def zero_dropped(self) -> bool:
-        """train.py leaves ZeRO out on one rank (finetune.config.stage_for): no partitions, buckets
+        """train.py leaves ZeRO out on one rank (stage_for): no partitions, buckets
         or flattened gradients."""
         zero = self.zero
         if zero is None or zero.stage == 3 or zero.obeyed:
