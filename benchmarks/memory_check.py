@@ -91,7 +91,7 @@ def make_config(case: Case) -> dict:
 
 def make_run(case: Case):
     """The case as finetune.memory's Run."""
-    from finetune.memory_formula import Run
+    from finetune.memory_run import Run
     from finetune.memory_shapes import make_shape
 
     own = {"lora_dropout": 0.0} if case.loop == "ours" else {"code": "eager"}
@@ -211,7 +211,8 @@ def main() -> int:
     if args.worker:
         worker(args.worker)
         return 0
-    from finetune.memory_formula import MIB, estimate
+    from finetune.memory_cards import MIB
+    from finetune.memory_formula import estimate
     from finetune.memory_seeds import summary
 
     wanted = [case for case in CASES if not args.cases or any(part in case for part in args.cases.split(","))]

@@ -143,53 +143,98 @@ def restore(engine, saved: TrainerState):
     Raises:
         ValueError: a trained parameter is not in it.
     """
-    outer, trained = engine.optimizer, {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    outer = engine.optimizer
+    trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
     if lost := [name for name in trained if name not in saved.pieces]:
         raise ValueError(f"the shards hold nothing of {lost[0]}")
-    plain = isinstance(outer, torch.optim.Optimizer)
-    inner = outer if plain else outer.optimizer
     keys = [key for key in next(iter(saved.pieces.values())) if key != MASTER]
-
-    def empty_state(vector: Tensor) -> dict:
-        step = saved.step.clone().to(vector.device) if torch.is_tensor(saved.step) else saved.step
-        state = {} if step is None else {"step": step}
-        return state | {key: torch.zeros_like(vector) for key in keys}
-
-    if plain:
-        for parameter in trained.values():
-            inner.state[parameter] = empty_state(parameter)
-    else:
-        names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")  # ZeRO-3, 2, BF16_Optimizer
-        flats = next(getattr(outer, name) for name in names if hasattr(outer, name))
-        for vector in flats:
-            inner.state[vector] = empty_state(vector)
+    inner = outer if is_plain(outer) else outer.optimizer
+    for vector in trained.values() if is_plain(outer) else flat_groups(outer):
+        inner.state[vector] = empty_state(vector, saved.step, keys)
     with torch.no_grad():
         for name, parameter in trained.items():
-            partitioned = hasattr(parameter, "ds_id")
-            size = parameter.ds_numel if partitioned else parameter.numel()
+            size = parameter.ds_numel if is_partitioned(parameter) else parameter.numel()
             for key in (MASTER, *keys):
-                whole = saved.whole(name, key, size)
-                if partitioned:
-                    place, _ = outer._get_fp32_opt_state_partition(parameter, False, None if key == MASTER else key)
-                    part = whole.new_zeros(place.numel() * world_size())
-                    part[:size] = whole
-                    part = part.narrow(0, place.numel() * rank(), place.numel())
-                    place.copy_(part)
-                    if key == MASTER:
-                        parameter.ds_tensor.copy_(part)
-                elif not plain and (mapping := parameter._hp_mapping) is not None:
-                    here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-                    vector = flats[mapping.param_group_index]
-                    vector = vector if key == MASTER else inner.state[vector][key]
-                    vector.narrow(0, here.start, here.numel).copy_(whole.narrow(0, there.start, there.numel))
-                elif plain and key != MASTER:
-                    inner.state[parameter][key].copy_(whole.view_as(parameter))
-                if key == MASTER and parameter.numel() == size:  # there whole; under ZeRO-3 the small ones are
-                    parameter.data.copy_(whole.view_as(parameter))
+                copy_part(outer, parameter, key, saved.whole(name, key, size))
+    restore_counters(engine, inner, saved)
+
+
+def is_plain(optimizer) -> bool:
+    """torch's own optimizer, without DeepSpeed's around it."""
+    return isinstance(optimizer, torch.optim.Optimizer)
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """ZeRO-3 has cut the parameter."""
+    return hasattr(parameter, "ds_id")
+
+
+def flat_groups(optimizer) -> list[Tensor]:
+    """This rank's part of each parameter group in fp32, one vector a group: what DeepSpeed's
+    optimizers give to torch's."""
+    names = (
+        "fp32_partitioned_groups_flat",  # ZeRO-3
+        "single_partition_of_fp32_groups",  # ZeRO-1 and 2
+        "fp32_groups_flat_partition",  # BF16_Optimizer
+    )
+    return next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))
+
+
+def empty_state(vector: Tensor, step: Tensor | int | None, keys: list[str]) -> dict:
+    """An optimizer's state of one tensor: zeros under each key, and the count of steps."""
+    if torch.is_tensor(step):
+        step = step.clone().to(vector.device)
+    state = {} if step is None else {"step": step}
+    return state | {key: torch.zeros_like(vector) for key in keys}
+
+
+def copy_part(optimizer, parameter: Tensor, key: str, whole: Tensor):
+    """Copy what this rank holds of a parameter's master or of what the optimizer keeps of it.
+
+    Args:
+        whole: (numel,) of the whole parameter.
+    """
+    if is_partitioned(parameter):
+        copy_partition(optimizer, parameter, key, whole)
+    elif not is_plain(optimizer):
+        copy_fragment(optimizer, parameter, key, whole)
+    elif key != MASTER:
+        optimizer.state[parameter][key].copy_(whole.view_as(parameter))
+    # There whole: without ZeRO-3, and the small ones under it.
+    if key == MASTER and parameter.numel() == whole.numel():
+        parameter.data.copy_(whole.view_as(parameter))
+
+
+def copy_partition(optimizer, parameter: Tensor, key: str, whole: Tensor):
+    """ZeRO-3: the rank's one of world-size equal parts, the last padded with zeros."""
+    state_key = None if key == MASTER else key
+    place, _ = optimizer._get_fp32_opt_state_partition(parameter, False, state_key)
+    padded = whole.new_zeros(place.numel() * world_size())
+    padded[: whole.numel()] = whole
+    part = padded.narrow(0, place.numel() * rank(), place.numel())
+    place.copy_(part)
+    if key == MASTER:
+        parameter.ds_tensor.copy_(part)
+
+
+def copy_fragment(optimizer, parameter: Tensor, key: str, whole: Tensor):
+    """ZeRO-1 and 2, BF16_Optimizer: the part that lies in this rank's flat vector, if any does."""
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return
+    here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+    vector = flat_groups(optimizer)[mapping.param_group_index]
+    if key != MASTER:
+        vector = optimizer.optimizer.state[vector][key]
+    vector.narrow(0, here.start, here.numel).copy_(whole.narrow(0, there.start, there.numel))
+
+
+def restore_counters(engine, inner: torch.optim.Optimizer, saved: TrainerState):
+    """Learning rates, the loss scale, the schedule, and the engine's counts of steps."""
     for group, rate in zip(inner.param_groups, saved.rates):
         group["lr"] = rate
     if saved.scaler is not None and engine.fp16_enabled():
-        outer.loss_scaler = saved.scaler
+        engine.optimizer.loss_scaler = saved.scaler
     engine.lr_scheduler.load_state_dict(saved.counters["lr_scheduler"])
     for name in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine, name, saved.counters[name])

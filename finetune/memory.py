@@ -20,15 +20,12 @@ from pathlib import Path
 from finetune.commands import Parser, run_command
 from finetune.config import BETWEEN_RANKS, TrainConfig, add_flag, fill_sizes, read_ds_file
 from finetune.files import write_json
-from finetune.memory_formula import GIB, MIB, Run, Zero, estimate
+from finetune.memory_cards import CARDS, GIB, MIB
+from finetune.memory_formula import estimate
+from finetune.memory_run import Run, Zero
 from finetune.memory_shapes import PUBLISHED, read_shape
 from finetune.methods import module_names
 
-# The whole memory that nvidia-smi reports, MiB.
-CARDS = {
-    "T4": 15360, "V100-16G": 16160, "A10": 23028, "RTX3090": 24576, "RTX4090": 24564, "V100-32G": 32510, "A100-40G": 40960,
-    "A40": 46068, "L40S": 46068, "A100-80G": 81920, "H100": 81559, "H200": 143771,
-}  # fmt: skip
 LIMIT = 2**20  # no search for a batch or a length goes further
 
 
@@ -89,7 +86,7 @@ def read_zero(name: str, hidden: int) -> Zero:
     path, ds = read_ds_file(name)
     try:
         zero = {k: v for k, v in fill_sizes(ds.get("zero_optimization", {"stage": 0}), hidden).items() if v != "auto"}
-        sizes = {"reduce_bucket": "reduce_bucket_size", "prefetch": "stage3_prefetch_bucket_size", "live": "stage3_max_live_parameters"}
+        sizes = {"reduce_bucket": "reduce_bucket_size", "live": "stage3_max_live_parameters"}
         return Zero(
             stage=int(zero.get("stage", 0)), overlap=zero.get("overlap_comm"), obeyed=not zero.keys() <= BETWEEN_RANKS,
             **{f"offload_{k}": (zero.get(f"offload_{k}") or {}).get("device", "none") not in ("none", "auto") for k in ("optimizer", "param")},

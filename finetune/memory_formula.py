@@ -1,126 +1,56 @@
-"""Peak memory of a training run by part: a physical formula over what finetune/memory_shapes.py counts.
+"""Peak memory of a training run: a sum of named parts, each a function of the run.
 
-Peak = what stays (weights, optimizer, buffers) + the greater of two phases, the forward pass with its activations and logits (F) and
-the step with its gradients and temporaries (S); both times what the allocator cannot hand out again. Three constants are fitted, on
-the 27 A40 rows in finetune/memory_seeds.py; all else is counted. Free of torch. Bytes, unless a name says otherwise.
+Peak = what stays (weights, optimizer, buffers) + the larger of two phases, the forward pass
+(activations and logits) and the step (gradients and temporaries); both times what the allocator
+cannot hand out again. Three constants are fitted, on the 27 A40 rows in finetune/memory_seeds.py;
+all else is counted. docs/results.md (Memory) has one run's parts side by side.
+
+Every part is bytes on one GPU (or of one process). In the formulas N is the number of trained
+elements and L that of the largest trained parameter; e, w and g are the bytes of an activation, of
+a trained weight and of a gradient (Run.element, weight_element, gradient_element). DeepSpeed's
+terms are those of ZeRO (Rajbhandari et al., 2020), sizes those of its code. Free of torch.
 """
 
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 
-from finetune.memory_shapes import Shape, product_bytes_per_token, saved_bytes_per_token, working_bytes_per_token
-from finetune.methods import METHODS
+from finetune.memory_activations import activations, backward_work, logits_and_loss
+from finetune.memory_cards import GIB
+from finetune.memory_run import Run
 
-GIB, MIB = 2**30, 2**20
-MODES = ("ours", "plain")
-LOGITS_BYTES, CACHED_BYTES = 64 * MIB, MIB  # chatglm.kernels': of the logits at a time, and of their fp32 copy on a CPU
+# Elements that DeepSpeed's ZeRO-3 steps at a time (sub_group_size), and takes a norm of.
+SUB_GROUP, NORM_PIECE = 1e9, 250e6
+# Of a process with torch and DeepSpeed, pinned staging included: the published host RAM grows by
+# 5.1 GB with each GPU.
+PROCESS_HOST = 5.0e9
+ALWAYS_SHOWN = ("weights", "gradients", "optimizer", "activations")
 
 
 @dataclass(frozen=True)
 class Constants:
-    """What no count gives; `--compare_seeds --fit` finds them again."""
+    """What no count gives; `--compare_seeds --fit` finds them again.
 
-    # The CUDA context with every kernel of torch, cuBLAS's and NCCL's workspaces: 0.4 to 2 GiB by driver and version.
+    Attributes:
+        context_gib: the CUDA context with every kernel of torch, cuBLAS's and NCCL's workspaces:
+            0.4 to 2 GiB by driver and version.
+        reserve: allocated blocks that are larger than asked, or too small for what comes next: 0 to
+            0.2 of all.
+        unshared: share of the smaller phase that the other's freed blocks cannot serve, for blocks
+            come back in other sizes: 0 to 1.
+    """
+
     context_gib: float = 1.5
-    # Allocated blocks that are larger than asked, or too small for what comes next: 0 to 0.2 of all.
     reserve: float = 0.13
-    # Share of the smaller phase (F or S) that the other's freed blocks cannot serve: blocks come back in other sizes. 0 to 1.
     unshared: float = 0.8
 
 
 @dataclass(frozen=True)
-class Zero:
-    """A DeepSpeed file's zero_optimization, as far as memory goes; sizes in elements, DeepSpeed's own defaults."""
-
-    stage: int = 2
-    offload_optimizer: bool = False
-    offload_param: bool = False
-    reduce_bucket: float = 5e8
-    prefetch: float = 5e7
-    live: float = 1e9
-    overlap: bool | None = None  # DeepSpeed: on for stage 3
-    obeyed: bool = False  # says more than how ranks talk, so train.py keeps to its stage on one rank too (config.stage_for)
-
-    @property
-    def overlaps(self) -> bool:
-        return self.stage == 3 if self.overlap is None else self.overlap
-
-
-@dataclass(frozen=True)
-class Run:
-    """A training run: what an estimate depends on. Lengths in tokens. `zero` None: plain torch, one process."""
-
-    shape: Shape
-    train_type: str = "lora"
-    mode: str = "ours"
-    batch: int = 16
-    length: int = 1024
-    checkpointing: bool = False
-    selective: bool = False  # checkpointing that keeps the results of matrix products and of attention
-    precision: str = "bf16"
-    gpus: int = 1
-    zero: Zero | None = field(default_factory=Zero)
-    accumulation: int = 1
-    lora_dim: int = 8
-    lora_modules: tuple[str, ...] = ("query_key_value",)
-    lora_dropout: float = 0.1
-    freeze_names: tuple[str, ...] = ("layers.27.",)
-    pre_seq_len: int = 16
-    projection: bool = True
-    version: str = "v2"
-    label_share: float = 0.25  # of the real tokens; ours computes logits there only
-    real_tokens: int | None = None  # of a step on one device; all rows at the longest when not given
-    code: str | None = None  # of the model (memory_shapes.CODES): the original's for plain, packed for ours
-    cpu: bool = False  # no CUDA context and no caching allocator
-
-    def __post_init__(self):
-        for name in ("batch", "length", "gpus", "accumulation", "lora_dim", "pre_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.label_share <= 1:
-            raise ValueError(f"--label_share must be above 0 and at most 1, got {self.label_share}")
-        if self.real_tokens is not None and not 1 <= self.real_tokens <= self.batch * self.length:
-            raise ValueError(f"--real_tokens must be from 1 to batch x length = {self.batch * self.length}, got {self.real_tokens}")
-
-    @property
-    def ours(self) -> bool:
-        return self.mode == "ours"
-
-    @property
-    def adapters(self) -> bool:
-        return METHODS[self.train_type].saves != "model"
-
-    @property
-    def spared(self) -> bool:
-        """On one rank, as train.py has it (config.stage_for): no partitions, buckets or flattened gradients."""
-        zero = self.zero
-        alone = self.ours and self.gpus == 1 and not self.adapters and self.precision != "fp16"
-        return bool(alone and zero and zero.stage < 3 and not (zero.obeyed or zero.offload_optimizer or zero.offload_param))
-
-    @cached_property
-    def trained(self) -> dict[str, int]:
-        """{name: elements} of what is trained; raises ValueError where a name matches nothing."""
-        shape = self.shape
-        if self.train_type == "lora":
-            return shape.lora(self.lora_dim, self.lora_modules)
-        if self.train_type == "ptuning":
-            return shape.prefix(self.pre_seq_len, self.projection, self.version)
-        if self.train_type == "all":
-            return shape.parameters
-        lost = [part for part in self.freeze_names if not any(part in name for name in shape.parameters)]
-        if lost or not self.freeze_names:
-            raise ValueError(f"--freeze_module_name: {', '.join(map(repr, lost)) or 'an empty list'} matches no parameter of {shape.layers} layers")
-        return {name: size for name, size in shape.parameters.items() if any(part in name for part in self.freeze_names)}
-
-    @property
-    def tokens(self) -> int:
-        """Token positions of one forward pass: padded rows in `plain`, real tokens in `ours`."""
-        return (self.real_tokens if self.ours else None) or self.batch * self.length
-
-
-@dataclass(frozen=True)
 class Estimate:
-    """Bytes by part, summing to `total`; `cache` of them the allocator gives back when the card is full."""
+    """Bytes by part, summing to `total`.
+
+    Attributes:
+        host: bytes of all processes on the host.
+        cache: of the total, what the allocator gives back when the card is full.
+    """
 
     parts: dict[str, float]
     host: dict[str, float]
@@ -140,158 +70,211 @@ class Estimate:
         return max(self.needed, min(self.total, card))
 
 
-def activations(run: Run) -> tuple[float, float, float]:
-    """(kept through the forward pass, one layer's work in backward, logits and loss)."""
-    shape, e = run.shape, 4 if run.precision == "fp32" else 2
-    code = run.code or (("packed-cpu" if run.cpu else "packed") if run.ours else "original")
-    virtual = run.pre_seq_len if run.train_type == "ptuning" else 0
-    tokens = run.tokens + (virtual * run.batch if run.version == "v1" else 0)
-    keys = run.length + virtual
-    full = not run.adapters
-    lora = tuple(n.rsplit(".", 1)[-1] for n in shape.linears) if run.lora_modules == ("all",) else run.lora_modules
-    # Of the adapters' arithmetic. Ours is in the model's dtype (finetune/lora.py), but for ZeRO-3, which peft's own fp32 serves.
-    peft = not run.ours or (run.zero is not None and run.zero.stage == 3)
-    wide = 4 if run.precision == "fp32" or (run.ours and peft and run.precision == "bf16") else e
-    saved = saved_bytes_per_token(
-        shape, code, keys=keys, element=e, trained=full, lora=lora if run.train_type == "lora" else (), lora_rank=run.lora_dim,
-        lora_element=wide, lora_dropout=run.lora_dropout > 0, mask_element=e if run.cpu else 1,
-    )  # fmt: skip
-    layer = last = tokens * sum(saved.values())
-    if run.ours:  # the last layer's queries, MLP and output run on labelled positions only; its first norm, queries and keys everywhere
-        first = saved["norms"] / 2 + e * (shape.query + 2 * shape.kv)
-        if full:
-            first += e * shape.hidden
-        elif run.train_type == "lora" and "query_key_value" in lora:
-            first += (wide + (e if run.cpu else 1) if run.lora_dropout else wide) * shape.hidden + wide * run.lora_dim
-        # The labelled queries are copied out.
-        last = tokens * first + run.label_share * (layer - tokens * first + tokens * e * shape.query)
-    work = tokens * working_bytes_per_token(shape, code, keys=keys, element=e)
-    layers = shape.layers
-    if run.train_type == "freeze" and (run.ours or not run.checkpointing):
-        # The graph begins at the first trained weight; but the seeds, to checkpoint, let it begin at the embeddings.
-        blocks = [shape.layer_of(name) for name in run.trained]
-        if None not in blocks:
-            layers -= min(blocks)
-        elif all("layernorm" in name or "head" in name or "output_layer" in name for name in run.trained):
-            layers = 0
-    if run.checkpointing:
-        kept = e * shape.hidden * tokens * layers
-        if run.selective:
-            targets = lora if run.train_type == "lora" else ()
-            kept += tokens * layers * product_bytes_per_token(shape, element=e, lora=targets, lora_rank=run.lora_dim, lora_element=wide)
-        work += layer if layers > 1 else last
-    else:
-        kept = layer * (layers - 1) + last if layers else 0.0
-        if run.ours and layers > 1:  # when the last layer but one works, what the last one kept is gone
-            work = max(run.label_share * work, work - last)
-    if run.ours and layers == shape.layers:
-        if run.adapters and run.version != "v1" and not run.checkpointing:
-            kept -= tokens * saved["norms"] / 2  # the first norm stands before the first trained weight
-        if shape.glm1:
-            kept += tokens * keys  # bool visibility, once for all layers
-    if run.ours:
-        labelled, vocab = run.label_share * tokens, shape.vocab
-        # A piece of the logits, their gradient formed in it, in fp32: a cache's worth on a CPU. The labelled rows before and after
-        # the final norm and their gradient. The output layer's own gradient, made in the forward pass.
-        rows = min(max(1, LOGITS_BYTES // (e * vocab)), labelled)
-        scratch = min(max(1, CACHED_BYTES // (4 * vocab)), rows) if run.cpu else rows
-        head = rows * vocab * e + (scratch * vocab * 4 if e < 4 else 0) + 3 * labelled * shape.hidden * e
-        if run.train_type == "all" or any(".output_layer." in name or "lm_head" in name for name in run.trained):
-            head += e * vocab * shape.hidden
-    else:
-        # log-softmax, its gradient and the logits' gradient in fp32; the returned logits, which live to the step's end
-        head = run.batch * run.length * shape.vocab * (12 + e)
-    return kept, work, head
-
-
 def estimate(run: Run, constants: Constants | None = None) -> Estimate:
-    """Peak memory of one GPU (or process) by part, and of the host."""
+    """Peak memory of one GPU (or process) by part, and of the host.
+
+    Raises:
+        ValueError: the run trains what the model does not have.
+    """
     constants = constants or Constants()
-    shape, zero, n = run.shape, run.zero, run.gpus
-    e = 4 if run.precision == "fp32" else 2
-    if run.spared and e == 4:
-        zero = None  # what remains is torch's optimizer
-    sizes = run.trained
-    count, largest = sum(sizes.values()), max(sizes.values())
-    wide = 4 if e == 4 or (run.ours and run.adapters and run.precision == "bf16") else e  # of a trained weight
-    grad = 4 if wide == 4 or (run.ours and run.precision == "bf16") else e  # ours sums bf16's gradients in fp32
-    stage = zero.stage if zero else 0
-    share = n if stage >= 1 else 1
-    offload = bool(zero and zero.offload_optimizer)
-    base = shape.total + (count if run.adapters else 0)
-
-    weights = e * (base - count) + wide * count
-    masters = 0 if not zero or (stage == 0 and wide == 4) else 4
-    adam = 8 if zero else 2 * wide
-    optimizer = (masters + adam) * count / share
-    gradients = grad * count / (share if stage >= 2 else 1)
-    piece = min(largest, count / share)
-    # Gradients flattened and made fp32 for the step, or DeepSpeed's norm of the largest in fp64; never both.
-    # Without DeepSpeed torch's AdamW, which ours asks to be fused.
-    step = max((grad + (4 if grad < 4 else 0)) * count / share, 8 * piece) if zero else 0 if run.ours else wide * largest
-    whole = grad * largest  # a gradient before it is partitioned
-    if run.ours and not zero and not (shape.tied and run.train_type == "all"):
-        whole = 0.0  # autograd hands its tensor over; a tied one waits for the other's
-    buffers = cache = 0.0
-    if zero and run.spared:
-        step, whole = 0.0, (e + grad) * largest  # BF16_Optimizer: a gradient and its fp32 copy, added to the sum there is
-    elif stage in (1, 2):
-        buffers = zero.reduce_bucket * (wide if run.adapters else e) * (2 if zero.overlaps else 1)
-        if n > 1:
-            # Reduced in a copy that joins the slices of several ranks: a bucket's, or those of a weight too large for it
-            # (collected until they exceed a bucket). One rank's single slice needs no copy.
-            bucket = zero.reduce_bucket
-            whole += grad * max(min(count, bucket), min(largest, bucket + count / n) if largest > bucket else 0)
-    if stage == 3:
-        weights = 0.0 if zero.offload_param else weights / n
-        biggest = max(shape.parameters.values())
-        gathered = e * max(biggest, min(shape.total, zero.live))
-        buffers = zero.reduce_bucket * (wide if run.adapters else e) + gathered
-        if largest > zero.reduce_bucket or (shape.tied and run.train_type == "all"):
-            whole *= 2  # a tied output layer's gradient waits for the embedding's; then their sum is reduced from a copy
-        # fp32 gradients of a sub-group (1e9 elements) for the step, or in backward of one weight; the norm by pieces of 2.5e8.
-        step = max(0 if offload else 4 * min(count / n, 1e9), (grad + 4) * largest / n, 8 * min(250e6, largest / n))
-        if zero.overlaps:
-            # Gathers and reductions on streams of their own: the host runs ahead of the device, and a block is used again only
-            # when the other stream has passed it. In the end every weight and gradient has had a block (PyTorch's FSDP
-            # limits its gathers for this reason).
-            cache = max(0.0, e * shape.total - gathered) + max(0.0, e * count - whole)
-    if offload:
-        optimizer, gradients = 0.0, 0.0
-        step = 8 * piece if stage < 3 else step
-    kept, work, head = activations(run)
-    if run.ours and run.train_type == "lora" and wide > e and stage < 3:
-        kept += e * count  # the adapters in the model's dtype
-
-    # Gradients stay through the next forward pass only where several passes make one step; BF16_Optimizer's sums always do.
-    waiting = gradients if run.accumulation > 1 or (zero and run.spared) else 0.0
-    forward = kept + max(head, work)
-    backward = (gradients - waiting) + whole + step
-    unshared = 0.0 if run.cpu else constants.unshared
-    parts = {
-        "weights": weights, "gradients": gradients + whole, "optimizer": optimizer, "optimizer step": step,
-        "activations": kept + max(0.0, work - head), "logits and loss": head, "ZeRO buffers": buffers,
-        "reused between phases": -(1 - unshared) * min(forward, backward),
-    }  # fmt: skip
+    parts = counted_parts(run)
+    parts["reused between phases"] = -reused(run, parts, constants)
     if not run.cpu:
         parts["allocator reserve"] = constants.reserve * sum(parts.values())
         parts["CUDA context"] = constants.context_gib * GIB
-        parts["ZeRO-3 gather cache"] = cache
-    return Estimate({k: v for k, v in parts.items() if v or k in ("weights", "gradients", "optimizer", "activations")}, host_memory(run, count), cache)
+        parts["ZeRO-3 gather cache"] = gather_cache(run)
+    shown = {name: size for name, size in parts.items() if size or name in ALWAYS_SHOWN}
+    return Estimate(shown, host_memory(run), gather_cache(run))
 
 
-# Of a process with torch and DeepSpeed, pinned staging included: G.3's host RAM grows by 5.1 GB with each GPU.
-PROCESS_HOST = 5.0e9
+def counted_parts(run: Run) -> dict[str, float]:
+    """{part: bytes} of all that is counted, as if nothing were freed."""
+    logits = logits_and_loss(run)
+    return {
+        "weights": weights(run),
+        "gradients": gradients(run) + passing_gradient(run),
+        "optimizer": optimizer_states(run),
+        "optimizer step": step_temporaries(run),
+        "activations": activations(run) + max(0.0, backward_work(run) - logits),
+        "logits and loss": logits,
+        "ZeRO buffers": zero_buffers(run),
+    }
 
 
-def host_memory(run: Run, count: int) -> dict[str, float]:
-    """Of all processes of one machine."""
-    zero, e = run.zero, 4 if run.precision == "fp32" else 2
+def reused(run: Run, parts: dict[str, float], constants: Constants) -> float:
+    """Bytes of the smaller of the two phases that the larger one's blocks serve: (1 - unshared) of
+    it, all on a CPU."""
+    staying = waiting_gradients(run)
+    forward = activations(run) + max(logits_and_loss(run), backward_work(run))
+    step = (gradients(run) - staying) + passing_gradient(run) + parts["optimizer step"]
+    unshared = 0.0 if run.cpu else constants.unshared
+    return (1 - unshared) * min(forward, step)
+
+
+# ---- weights, gradients, optimizer
+
+
+def weights(run: Run) -> float:
+    """Bytes of all weights: e of a frozen one, w of a trained one; a rank's part under ZeRO-3, none
+    where it is offloaded."""
+    added = run.trained_count if run.adapters else 0
+    frozen = run.shape.total + added - run.trained_count
+    whole = run.element * frozen + run.weight_element * run.trained_count
+    if run.stage < 3:
+        return whole
+    return 0.0 if run.deepspeed.offload_param else whole / run.gpus
+
+
+def gradients(run: Run) -> float:
+    """Bytes of the gradients that are there when backward ends: g N, a rank's part from ZeRO-2 on;
+    0 where the optimizer is offloaded, which takes them as they come."""
+    if run.offloads_optimizer:
+        return 0.0
+    return run.gradient_element * run.trained_count / run.gradient_ranks
+
+
+def waiting_gradients(run: Run) -> float:
+    """Bytes of the gradients that stay through the next forward pass: all, where several passes
+    make one step, and BF16_Optimizer's sums always."""
+    return gradients(run) if run.accumulation > 1 or run.bf16_optimizer else 0.0
+
+
+def passing_gradient(run: Run) -> float:
+    """Bytes of one weight's whole gradient, on its way into the sum or to the ranks: g L.
+
+    BF16_Optimizer: (e + g) L, the gradient and its fp32 copy. Torch's optimizer in ours: 0, for
+    autograd hands its tensor over; a tied weight's waits for the other's.
+    """
+    whole = run.gradient_element * run.largest_trained
+    if run.bf16_optimizer:
+        return (run.element + run.gradient_element) * run.largest_trained
+    if run.deepspeed is None:
+        return 0.0 if run.ours and not run.trains_tied else whole
+    if run.stage == 3:
+        return whole * (2 if reduces_copy(run) else 1)
+    return whole + reduce_copies(run)
+
+
+def reduces_copy(run: Run) -> bool:
+    """ZeRO-3 reduces a copy of the largest gradient: one too large for a bucket, or a tied output
+    layer's, which waits for the embedding's until their sum is reduced."""
+    return run.largest_trained > run.deepspeed.reduce_bucket or run.trains_tied
+
+
+def reduce_copies(run: Run) -> float:
+    """Bytes of the copy in which ZeRO-1 and 2 reduce gradients on several ranks.
+
+    It joins the slices of several ranks: a bucket's, g min(N, bucket), or those of a weight too
+    large for it, which are collected until they exceed a bucket: g min(L, bucket + N / ranks). One
+    rank's single slice needs no copy.
+    """
+    if run.stage == 0 or run.gpus == 1:
+        return 0
+    count, largest, bucket = run.trained_count, run.largest_trained, run.deepspeed.reduce_bucket
+    outgrown = min(largest, bucket + count / run.gpus) if largest > bucket else 0
+    return run.gradient_element * max(min(count, bucket), outgrown)
+
+
+def optimizer_states(run: Run) -> float:
+    """Bytes of Adam's two states and of fp32 masters: 2 w N with torch's optimizer; (8 + 4) N with
+    DeepSpeed, a rank's part from ZeRO-1 on; 0 where they are offloaded.
+
+    Stage 0 keeps no masters of fp32 weights.
+    """
+    if run.offloads_optimizer:
+        return 0.0
+    if run.deepspeed is None:
+        return 2 * run.weight_element * run.trained_count / run.optimizer_ranks
+    masters = 0 if run.stage == 0 and run.weight_element == 4 else 4
+    return (masters + 8) * run.trained_count / run.optimizer_ranks
+
+
+def step_temporaries(run: Run) -> float:
+    """Bytes that the optimizer's step takes and gives back.
+
+    Torch's AdamW: w L, 0 in ours, which asks for the fused one. BF16_Optimizer: 0. ZeRO: the larger
+    of the gradients, flattened and made fp32, and of the norm of the largest in fp64, 8 L; never
+    both. Offloaded, the norm alone.
+    """
+    if run.bf16_optimizer:
+        return 0.0
+    if run.deepspeed is None:
+        return 0 if run.ours else run.weight_element * run.largest_trained
+    if run.stage == 3:
+        return stage3_temporaries(run)
+    count = run.trained_count / run.optimizer_ranks
+    norm = 8 * min(run.largest_trained, count)
+    if run.offloads_optimizer:
+        return norm
+    widened = 4 if run.gradient_element < 4 else 0
+    return max((run.gradient_element + widened) * run.trained_count / run.optimizer_ranks, norm)
+
+
+def stage3_temporaries(run: Run) -> float:
+    """Bytes of ZeRO-3's step: the largest of the fp32 gradients of a sub-group, 4 min(N / ranks,
+    1e9), not offloaded; of one weight's in backward, (g + 4) L / ranks; of the norm in fp64, by
+    pieces of 2.5e8, 8 L / ranks."""
+    grouped = 4 * min(run.trained_count / run.gpus, SUB_GROUP)
+    return max(
+        0 if run.offloads_optimizer else grouped,
+        (run.gradient_element + 4) * run.largest_trained / run.gpus,
+        8 * min(NORM_PIECE, run.largest_trained / run.gpus),
+    )
+
+
+# ---- ZeRO's buffers
+
+
+def zero_buffers(run: Run) -> float:
+    """Bytes of ZeRO's communication buffers: from stage 1 on a bucket of gradients, two where they
+    overlap with backward; in stage 3 one, and the gathered weights."""
+    if run.stage == 0 or run.bf16_optimizer:
+        return 0.0
+    element = run.weight_element if run.adapters else run.element
+    bucket = run.deepspeed.reduce_bucket * element
+    if run.stage == 3:
+        return bucket + gathered_weights(run)
+    return bucket * (2 if run.deepspeed.overlaps else 1)
+
+
+def gathered_weights(run: Run) -> float:
+    """Bytes of the weights that ZeRO-3 has gathered at once: e x max_live_parameters, at least the
+    largest parameter and at most all."""
+    live = min(run.shape.total, run.deepspeed.live)
+    return run.element * max(max(run.shape.parameters.values()), live)
+
+
+def gather_cache(run: Run) -> float:
+    """Bytes of blocks that ZeRO-3's overlapping streams leave behind: e of every weight beyond the
+    gathered ones, and e of every gradient beyond the passing one.
+
+    Gathers and reductions run on streams of their own: the host runs ahead of the device, and a
+    block is used again only when the other stream has passed it. In the end every weight and
+    gradient has had a block (PyTorch's FSDP limits its gathers for this reason).
+    """
+    if run.stage != 3 or not run.deepspeed.overlaps:
+        return 0.0
+    weights_left = run.element * run.shape.total - gathered_weights(run)
+    gradients_left = run.element * run.trained_count - passing_gradient(run)
+    return max(0.0, weights_left) + max(0.0, gradients_left)
+
+
+# ---- the host
+
+
+def host_memory(run: Run) -> dict[str, float]:
+    """{part: bytes} of all processes of one machine; empty on a CPU.
+
+    Offloaded: 18 N of masters, Adam's two, fp32 gradients and pinned half-precision ones; ZeRO-3's
+    weights twice, as partitions and in the pinned buffers that they pass through.
+    """
+    zero = run.zero
     if run.cpu:
         return {}
-    parts = {"processes": PROCESS_HOST * run.gpus, "loading": float(e * run.shape.total)}
+    model = float(run.element * run.shape.total)
+    parts = {"processes": PROCESS_HOST * run.gpus, "loading": model}
     if zero and zero.offload_optimizer:
-        parts["offloaded optimizer"] = 18.0 * count  # masters, Adam's two, fp32 gradients; half-precision ones pinned
+        parts["offloaded optimizer"] = 18.0 * run.trained_count
     if zero and zero.stage == 3 and zero.offload_param:
-        parts["offloaded weights"] = 2.0 * e * run.shape.total  # partitions, and the pinned buffers they pass through
+        parts["offloaded weights"] = 2.0 * model
     return parts

@@ -1,15 +1,18 @@
-"""An engine that only counts: the cost model says how long decode steps and prefills take, and time jumps from event to event.
+"""An engine that only counts: the cost model says how long decode steps and prefills take, and time
+jumps from event to event.
 
-One iteration of a continuous engine is one pass: every decoding sequence makes a token, and up to prefill_tokens prompt tokens are
-computed, the longest-admitted sequence's first; a sequence whose prompt is done makes its first token at the iteration's end. It
-takes decode_step_s(batch, context) + chunk_s of those prompt tokens. So k iterations without an event take decode_s(batch, context, k)
-and the prompts' chunks, and need not be taken one by one. A static batch is prefilled padded and at once, then decodes with all its
-rows until the last has ended; or, not `padded`, as the continuous engine runs it: in chunks, and without the rows that have ended.
+One iteration of a continuous engine is one pass: every decoding sequence makes a token, and up to
+prefill_tokens prompt tokens are computed, the longest-admitted sequence's first; a sequence whose
+prompt is done makes its first token at the iteration's end. It takes decode_step_s(batch, context)
++ chunk_s of those prompt tokens. So k iterations without an event take decode_s(batch, context, k)
+and the prompts' chunks, and need not be taken one by one. A static batch is prefilled padded and at
+once, then decodes with all its rows until the last has ended; or, not `padded`, as the continuous
+engine runs it: in chunks, and without the rows that have ended.
 """
 
 import heapq
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from serving.request import FOREVER, CostModel, Limits, Plan, Record, StepResult
@@ -19,10 +22,12 @@ MANY = 1 << 60
 
 @dataclass(frozen=True)
 class LinearCost:
-    """Straight lines for trying policies and for tests; the defaults are near ChatGLM2-6B in fp16 on one A100.
+    """Straight lines for trying policies and for tests; the defaults are near ChatGLM2-6B in fp16
+    on one A100.
 
     Attributes:
-        step_s: of any decode step: the weights are read once. row_s: more for each sequence, token_s: for each token of context.
+        step_s: of any decode step: the weights are read once. row_s: more for each sequence,
+            token_s: for each token of context.
         call_s, prompt_token_s: of a prefill, and for each of its tokens, padding included.
     """
 
@@ -43,32 +48,102 @@ class LinearCost:
         return self.step_s + self.row_s * batch + self.token_s * context_tokens
 
     def decode_s(self, batch: int, context_tokens: int, steps: int) -> float:
-        return steps * (self.step_s + self.row_s * batch + self.token_s * (context_tokens + batch * (steps - 1) / 2))
+        mean_context = context_tokens + batch * (steps - 1) / 2
+        return steps * (self.step_s + self.row_s * batch + self.token_s * mean_context)
 
 
 class Row:
-    """A sequence in the engine: `target` answer tokens to make since its admission; 0 of one that had ended in a static batch when it
-    was preempted. `base`: tokens before them, those of padding included; `context`: those that are computed."""
+    """A sequence in the engine.
 
-    __slots__ = ("id", "base", "context", "target", "cut", "kept", "reserve", "joined", "prefilled", "ends_at", "alive")
+    Attributes:
+        base: tokens before its new ones, those of padding included.
+        context: of them, those that are computed.
+        target: answer tokens to make since its admission; 0 of one that had ended in a static batch
+            when it was preempted.
+        cut: its answer stops before its own end.
+        kept: answer tokens made before its admission.
+        reserve: KV tokens held for it.
+        joined: the step after which its first new token is there; -1 before.
+        prefilled: prompt tokens computed so far.
+        ends_at: the step at which it has made its last token or fills its reservation.
+        alive: it is in the engine.
+    """
 
-    def __init__(self, record: Record, limits: Limits, reserve: int, base: int, context: int, stop_tokens: int | None):
+    __slots__ = (
+        "id",
+        "base",
+        "context",
+        "target",
+        "cut",
+        "kept",
+        "reserve",
+        "joined",
+        "prefilled",
+        "ends_at",
+        "alive",
+    )
+
+    def __init__(
+        self,
+        record: Record,
+        limits: Limits,
+        reserve: int,
+        base: int,
+        context: int,
+        stop_tokens: int | None,
+    ):
         request = record.request
         whole, most = request.output_tokens, limits.most_tokens(request, stop_tokens)
-        self.id, self.base, self.context, self.kept, self.reserve = request.id, base, context, record.generated, reserve
+        self.id, self.base, self.context = request.id, base, context
+        self.kept, self.reserve = record.generated, reserve
         ended = record.generated >= min(whole, limits.most_tokens(request))
         self.target = 0 if ended else max(min(whole, most) - record.generated, 1)
         self.cut = record.generated + self.target < whole
-        self.joined = -1  # the step after which its first new token is there
+        self.joined = -1
         self.prefilled, self.ends_at, self.alive = 0, -1, True
 
 
+class Made:
+    """What a step has done so far.
+
+    Attributes:
+        elapsed: seconds. emitted: answer tokens.
+        started: (request id, seconds from the step's start) of first tokens.
+        finished, overran: rows that have ended, and that fill their reservation.
+    """
+
+    __slots__ = ("elapsed", "emitted", "started", "finished", "overran")
+
+    def __init__(self):
+        self.elapsed, self.emitted = 0.0, 0
+        self.started: list[tuple[int, float]] = []
+        self.finished: list[Row] = []
+        self.overran: list[Row] = []
+
+    def postpone(self, seconds: float):
+        """The step begins with so many seconds more."""
+        self.elapsed += seconds
+        self.started = [(i, after_s + seconds) for i, after_s in self.started]
+
+    def result(self) -> StepResult:
+        done = tuple([(row.id, row.kept + row.target, row.cut) for row in self.finished])
+        full = tuple([row.id for row in self.overran])
+        return StepResult(self.elapsed, self.emitted, tuple(self.started), done, full)
+
+
 class SimulatedEngine:
-    """Attributes (sums over the run, for metrics): busy_s; row_s, reserved_token_s, used_token_s: sequences, KV tokens reserved and
-    KV tokens in use, times seconds; prefill_tokens, step_rows: prompt tokens and rows of decode steps computed, padding included.
+    """An engine whose time is a cost model's.
+
+    Attributes (sums over the run, for metrics):
+        busy_s: seconds at work.
+        row_s, reserved_token_s, used_token_s: sequences, KV tokens reserved and KV tokens in use,
+            times seconds.
+        prefill_tokens, step_rows: prompt tokens and rows of decode steps computed, padding
+            included.
 
     Args:
-        padded: static batches are padded and compute on rows that have ended, as transformers' generate does.
+        padded: static batches are padded and compute on rows that have ended, as transformers'
+            generate does.
     """
 
     def __init__(self, cost: CostModel, limits: Limits, padded: bool = True):
@@ -76,11 +151,14 @@ class SimulatedEngine:
         self.steps = 0
         self.rows: dict[int, Row] = {}
         self._decoding = self._context = self._reserved = self._noted = 0
-        self._ends: list[tuple[int, int, int, Row]] = []  # (step at which it ends or is full, id, serial, row); dead rows are skipped when met
+        # (step at which it ends or is full, id, serial, row); dead rows are skipped when met
+        self._ends: list[tuple[int, int, int, Row]] = []
         self._prefills: deque[Row] = deque()
         self._together = False
-        self._held: dict[int, Row] = {}  # ended rows of a static batch, waiting for its others
-        self._startup_s = getattr(cost, "startup_s", 0.0)  # what a process's first call takes besides
+        # Ended rows of a static batch, waiting for its others.
+        self._held: dict[int, Row] = {}
+        # What a process's first call takes besides.
+        self._startup_s = getattr(cost, "startup_s", 0.0)
         self.busy_s = self.row_s = self.reserved_token_s = self.used_token_s = 0.0
         self.prefill_tokens = self.step_rows = 0
 
@@ -93,58 +171,81 @@ class SimulatedEngine:
     # ---- one step
 
     def step(self, plan: Plan, budget_s: float = FOREVER) -> StepResult:
+        """Preempt, reserve and admit what the plan says, then decode until a row ends or fills its
+        reservation, the plan's horizon is reached, or budget_s seconds have gone by."""
         for record in plan.preempt:
             self._drop(self.rows[record.request.id])
         if plan.reserve_tokens:
-            for request_id, tokens in plan.reserve_tokens.items():
-                if (row := self.rows.get(request_id)) is not None:
-                    self._reserved += tokens - row.reserve
-                    row.reserve = tokens
-                    if row.joined >= 0 and request_id not in self._held:
-                        self._expect(row)
-        started: list[tuple[int, float]] = []
-        finished: list[Row] = []
-        overran: list[Row] = []
-        elapsed, emitted = 0.0, 0
+            self._reserve(plan.reserve_tokens)
+        made = Made()
         if plan.admit:
-            if plan.together:
-                elapsed, emitted = self._start_together(plan, started)
-            else:
-                for record in plan.admit:
-                    row = Row(record, self.limits, plan.reserve_tokens[record.request.id], record.context_tokens, record.context_tokens, None)
-                    self.rows[row.id] = row
-                    self._reserved += row.reserve
-                    self._prefills.append(row)
-        chunk = plan.prefill_tokens or self.limits.prefill_tokens
-        last_step = self.steps + (plan.horizon_steps or MANY)
-        while True:
-            if (self._ends and self._ends[0][0] <= self.steps) or self._held:
-                self._collect(finished, overran)
-            if finished or overran or not self.rows or (elapsed and elapsed >= budget_s) or self.steps >= last_step:
-                break
-            ends = self._ends
-            while ends and not (ends[0][3].alive and ends[0][0] == ends[0][3].ends_at):
-                heapq.heappop(ends)
-            until = min(ends[0][0], last_step) if ends else last_step
-            if self._prefills:
-                head = self._prefills[0]
-                until = min(until, self.steps + max(1, -(-(head.context - head.prefilled) // chunk)))
-            k = until - self.steps
-            seconds = self._seconds(k, chunk)
-            if elapsed + seconds > budget_s and k > 1:
-                k, seconds = fewest_steps(lambda n: self._seconds(n, chunk), k, seconds, budget_s - elapsed)
-            elapsed += seconds
-            emitted += k * (self._decoding - (len(self._held) if self.padded else 0))
-            self._advance(k, seconds)
-            if self._prefills:
-                emitted += self._prefill(k * chunk, elapsed, started)
+            self._admit(plan, made)
+        self._decode(plan, budget_s, made)
         if self._together and not self.rows:
             self._together = False
         if plan.admit and self._startup_s:
-            elapsed, started = elapsed + self._startup_s, [(i, after_s + self._startup_s) for i, after_s in started]
+            made.postpone(self._startup_s)
             self._startup_s = 0.0
-        done = tuple([(row.id, row.kept + row.target, row.cut) for row in finished])
-        return StepResult(elapsed, emitted, tuple(started), done, tuple([row.id for row in overran]))
+        return made.result()
+
+    def _reserve(self, reserve_tokens: Mapping[int, int]):
+        """Change the reservations of rows that are in the engine already."""
+        for request_id, tokens in reserve_tokens.items():
+            row = self.rows.get(request_id)
+            if row is None:
+                continue
+            self._reserved += tokens - row.reserve
+            row.reserve = tokens
+            if row.joined >= 0 and request_id not in self._held:
+                self._expect(row)
+
+    def _admit(self, plan: Plan, made: Made):
+        if plan.together:
+            self._start_together(plan, made)
+            return
+        for record in plan.admit:
+            reserve, context = plan.reserve_tokens[record.request.id], record.context_tokens
+            row = Row(record, self.limits, reserve, context, context, None)
+            self.rows[row.id] = row
+            self._reserved += row.reserve
+            self._prefills.append(row)
+
+    def _decode(self, plan: Plan, budget_s: float, made: Made):
+        """Iterate from event to event, until one is the scheduler's or the budget is spent."""
+        chunk = plan.prefill_tokens or self.limits.prefill_tokens
+        last_step = self.steps + (plan.horizon_steps or MANY)
+        self._collect(made)
+        while self._goes_on(made, budget_s) and self.steps < last_step:
+            k = self._next_event(last_step, chunk) - self.steps
+            seconds = self._seconds(k, chunk)
+            if made.elapsed + seconds > budget_s and k > 1:
+                left = budget_s - made.elapsed
+                k, seconds = fewest_steps(lambda n: self._seconds(n, chunk), k, seconds, left)
+            made.elapsed += seconds
+            made.emitted += k * (self._decoding - (len(self._held) if self.padded else 0))
+            self._advance(k, seconds)
+            if self._prefills:
+                self._prefill(k * chunk, made)
+            self._collect(made)
+
+    def _goes_on(self, made: Made, budget_s: float) -> bool:
+        """No row has stopped, and the budget is not spent; a step that has taken no time goes on
+        in any case."""
+        if made.finished or made.overran or not self.rows:
+            return False
+        return not made.elapsed or made.elapsed < budget_s
+
+    def _next_event(self, last_step: int, chunk: int) -> int:
+        """The step, at most last_step, at which a row ends or fills its reservation, or at which
+        the prompt at the queue's head is done."""
+        ends = self._ends
+        while ends and not (ends[0][3].alive and ends[0][0] == ends[0][3].ends_at):
+            heapq.heappop(ends)
+        until = min(ends[0][0], last_step) if ends else last_step
+        if self._prefills:
+            head = self._prefills[0]
+            until = min(until, self.steps + max(1, -(-(head.context - head.prefilled) // chunk)))
+        return until
 
     def _seconds(self, k: int, chunk: int) -> float:
         """k iterations without an event."""
@@ -175,9 +276,8 @@ class SimulatedEngine:
         self.steps += k
         self._context += grown
 
-    def _prefill(self, left: int, now: float, started: list) -> int:
-        """Compute so many prompt tokens; the number of sequences that made their first token."""
-        made = 0
+    def _prefill(self, left: int, made: Made):
+        """Compute so many prompt tokens; a prompt that is done makes its first answer token."""
         while left > 0 and self._prefills:
             row = self._prefills[0]
             take = min(left, row.context - row.prefilled)
@@ -186,11 +286,13 @@ class SimulatedEngine:
             left -= take
             if row.prefilled == row.context:
                 self._prefills.popleft()
-                self._join(row)
-                if row.target:
-                    started.append((row.id, now))
-                    made += 1
-        return made
+                self._start(row, made)
+
+    def _start(self, row: Row, made: Made):
+        self._join(row)
+        if row.target:
+            made.started.append((row.id, made.elapsed))
+            made.emitted += 1
 
     def _join(self, row: Row):
         row.joined = self.steps
@@ -206,26 +308,30 @@ class SimulatedEngine:
             self._noted += 1  # ties between a row and its own past are broken by it
             heapq.heappush(self._ends, (ends_at, row.id, self._noted, row))
 
-    def _collect(self, finished: list, overran: list):
+    def _collect(self, made: Made):
+        """Note the rows that end or fill their reservation at this step."""
         ends = self._ends
         while ends and ends[0][0] <= self.steps:
             step, _, _, row = heapq.heappop(ends)
-            if not row.alive or row.id in self._held or step != row.ends_at:
-                continue
-            if row.target > row.reserve - row.base:
-                overran.append(row)
-            elif self._together:
-                self._held[row.id] = row
-                if not self.padded:
-                    self._leave(row)
-            else:
-                finished.append(row)
-                self._drop(row)
+            if row.alive and step == row.ends_at and row.id not in self._held:
+                self._stop(row, made)
         if self._held and len(self._held) == len(self.rows):
             ended = [self._held[i] for i in sorted(self._held)]
-            finished += ended
+            made.finished += ended
             for row in ended:
                 self._drop(row)
+
+    def _stop(self, row: Row, made: Made):
+        """A row has filled its reservation, or made its last token."""
+        if row.target > row.reserve - row.base:
+            made.overran.append(row)
+        elif self._together:
+            self._held[row.id] = row
+            if not self.padded:
+                self._leave(row)
+        else:
+            made.finished.append(row)
+            self._drop(row)
 
     def _drop(self, row: Row):
         row.alive = False
@@ -244,30 +350,37 @@ class SimulatedEngine:
 
     # ---- static batches
 
-    def _start_together(self, plan: Plan, started: list) -> tuple[float, int]:
-        longest = max(record.context_tokens for record in plan.admit)
+    def _start_together(self, plan: Plan, made: Made):
+        """Prefill a static batch at once; every row makes its first token."""
         self._together = True
-        rows = [
-            Row(r, self.limits, plan.reserve_tokens[r.request.id], longest, longest if self.padded else r.context_tokens, plan.stop_tokens)
-            for r in plan.admit
-        ]
+        rows = self._batch_rows(plan)
         tokens = sum(row.context for row in rows)
         passes = 1 if self.padded else -(-tokens // self.limits.prefill_tokens)
-        seconds = passes * self.cost.prefill_s(-(-tokens // passes), -(-len(rows) // passes))
+        made.elapsed = passes * self.cost.prefill_s(-(-tokens // passes), -(-len(rows) // passes))
         self._reserved += sum(row.reserve for row in rows)
         self.rows.update((row.id, row) for row in rows)
-        self._advance(0, seconds)
+        self._advance(0, made.elapsed)
         self.prefill_tokens += tokens
         for row in rows:
             row.prefilled = row.context
-            self._join(row)
-            if row.target:
-                started.append((row.id, seconds))
-        return seconds, len(started)
+            self._start(row, made)
+
+    def _batch_rows(self, plan: Plan) -> list[Row]:
+        """The rows of a static batch: as long as its longest, computed so far where padded."""
+        longest = max(record.context_tokens for record in plan.admit)
+        rows = []
+        for record in plan.admit:
+            reserve = plan.reserve_tokens[record.request.id]
+            context = longest if self.padded else record.context_tokens
+            rows.append(Row(record, self.limits, reserve, longest, context, plan.stop_tokens))
+        return rows
 
 
-def fewest_steps(seconds_of: Callable[[int], float], most: int, seconds: float, budget_s: float) -> tuple[int, float]:
-    """(k, seconds_of(k)) for the smallest k >= 1 with seconds_of(k) >= budget_s; seconds_of grows, and seconds_of(most) = seconds > budget_s.
+def fewest_steps(
+    seconds_of: Callable[[int], float], most: int, seconds: float, budget_s: float
+) -> tuple[int, float]:
+    """(k, seconds_of(k)) for the smallest k >= 1 with seconds_of(k) >= budget_s; seconds_of grows,
+    and seconds_of(most) = seconds > budget_s.
 
     Interpolates between the ends, and halves where that moves too little.
     """

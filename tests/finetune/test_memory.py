@@ -12,10 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune import memory
-from finetune.memory import CARDS, cheapest_change, largest, main, make_run, read_zero
-from finetune.memory_formula import GIB, MIB, Constants, Run, Zero, estimate
+from finetune.memory import cheapest_change, largest, main, make_run, read_zero
+from finetune.memory_cards import CARDS, GIB, MIB
+from finetune.memory_formula import Constants, estimate
+from finetune.memory_layers import Layer, kept_bytes_per_token
+from finetune.memory_run import Run, Zero
 from finetune.memory_seeds import a40_rows, compare, fit
-from finetune.memory_shapes import PUBLISHED, make_shape, read_shape, saved_bytes_per_token
+from finetune.memory_shapes import PUBLISHED, make_shape, read_shape
 from tests.finetune.runs import ROOT, child_env
 
 SHAPES = {name: make_shape(config) for name, config in PUBLISHED.items()}
@@ -125,18 +128,27 @@ def test_saved_bytes_are_autograds(name, code, method, monkeypatch):
         out = (body if packed else model)(**inputs, use_cache=False)
     found = sum(size for size, _ in kept.values()) / (rows * length)
     del out
-    counted = saved_bytes_per_token(
-        shape, code, keys=length, element=4, trained=method == "all", lora=ALL_LINEAR if "lora" in method else (), lora_rank=4,
-        lora_element=4, lora_dropout=dropout > 0, mask_element=4,
-    )  # fmt: skip
-    assert sum(counted.values()) == pytest.approx(found, rel=0.03)
+    lora = ALL_LINEAR if "lora" in method else ()
+    layer = Layer(
+        shape,
+        code,
+        keys=length,
+        element=4,
+        trained=method == "all",
+        lora=lora,
+        lora_rank=4,
+        lora_element=4,
+        lora_dropout=dropout > 0,
+        mask_element=4,
+    )
+    assert sum(kept_bytes_per_token(layer).values()) == pytest.approx(found, rel=0.03)
 
 
 def test_sizes_of_the_losss_pieces_are_the_kernels():
     from chatglm import kernels
-    from finetune import memory_formula
+    from finetune import memory_activations
 
-    assert (memory_formula.LOGITS_BYTES, memory_formula.CACHED_BYTES) == (kernels.LOGITS_BYTES, kernels.CACHED_BYTES)
+    assert (memory_activations.LOGITS_BYTES, memory_activations.CACHED_BYTES) == (kernels.LOGITS_BYTES, kernels.CACHED_BYTES)
 
 
 def test_saved_bytes_of_the_originals_arithmetic():
@@ -174,13 +186,14 @@ def test_saved_bytes_of_the_originals_arithmetic():
 
     glm = dataclasses.replace(make_shape(TINY["glm"]), hidden=width, heads=heads, ffn=ffn)
     glm2 = dataclasses.replace(make_shape(TINY["glm2"]), hidden=width, heads=heads, ffn=ffn)
-    counted = [saved_bytes_per_token(s, "original", keys=keys, element=2, trained=False) for s in (glm, glm2)]
+    layers = [Layer(shape, "original", keys, element=2) for shape in (glm, glm2)]
+    counted = [kept_bytes_per_token(layer) for layer in layers]
     assert found(gelu, half(rows, ffn)) == counted[0]["mlp"]
     mask, values = torch.zeros(rows, keys, dtype=torch.bool), half(heads, keys, 8)
     size = found(softmax_in_fp32, half(heads, rows, keys), mask, values) - values.numel() * 2 / rows - keys
     assert size == counted[0]["scores"] == counted[1]["scores"]
     assert 2 * found(rms_norm, half(rows, width), torch.ones(width)) == counted[1]["norms"]
-    trained = saved_bytes_per_token(glm2, "original", keys=keys, element=2, trained=True)
+    trained = kept_bytes_per_token(replace(layers[1], trained=True))
     assert 2 * found(rms_norm, half(rows, width), torch.ones(width, requires_grad=True)) == trained["norms"]
 
 
@@ -218,11 +231,11 @@ def test_more_needs_no_less(run, more):
     needed, slack = estimate(run).needed, 1.0  # a byte, for rounding
     for change in ({"length": run.length + more}, {"batch": run.batch + more}, {"lora_dim": run.lora_dim + more}):
         assert estimate(replace(run, **change)).needed >= needed - slack
-    if run.gpus > 1 or not (run.spared or run.zero.stage in (1, 2)):  # from the second rank on ZeRO-1 and 2 reduce in a copy
+    if run.gpus > 1 or not (run.zero_dropped or run.zero.stage in (1, 2)):  # from the second rank on ZeRO-1 and 2 reduce in a copy
         assert estimate(replace(run, gpus=run.gpus + more)).needed <= needed + slack
     if run.train_type != "freeze":  # where one layer is trained, checkpointing keeps its input besides
         assert estimate(replace(run, checkpointing=True)).needed <= estimate(replace(run, checkpointing=False)).needed + slack
-    if not run.spared:  # offloading brings ZeRO-2's buckets with it
+    if not run.zero_dropped:  # offloading brings ZeRO-2's buckets with it
         assert estimate(replace(run, zero=replace(run.zero, offload_optimizer=True))).needed <= needed + slack
 
 
@@ -321,10 +334,10 @@ def test_one_gpu_is_spared_zero():
     for precision, bytes_each in (("fp32", 16), ("bf16", 18)):  # weights, gradients, Adam's two; in bf16 masters too
         run = Run(GLM2, "all", batch=1, length=128, precision=precision)
         parts = estimate(run).parts
-        assert run.spared and sum(parts[k] for k in ("weights", "gradients", "optimizer")) == pytest.approx(bytes_each * GLM2.total, rel=0.03)
+        assert run.zero_dropped and sum(parts[k] for k in ("weights", "gradients", "optimizer")) == pytest.approx(bytes_each * GLM2.total, rel=0.03)
         assert not parts.get("optimizer step") and not parts.get("ZeRO buffers")
         others = [replace(run, gpus=2), replace(run, zero=replace(run.zero, obeyed=True)), replace(run, mode="plain"), replace(run, train_type="lora")]
-        assert not any(other.spared for other in others)
+        assert not any(other.zero_dropped for other in others)
 
 
 def test_command(tmp_path, capsys):
