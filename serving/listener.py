@@ -4,13 +4,15 @@ import asyncio
 import json
 import signal
 import socket
+import threading
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from serving.api import RETRY_S, make_app
+from serving.api import CLIENT_S, RETRY_S, make_app
 from serving.door import ApiError, Keys
 from serving.service import Service
 
@@ -40,22 +42,42 @@ class Server(uvicorn.Server):
 
     Args:
         drain_s: after a signal, for answers under way to end; then they and those that wait are told 503. A second signal ends it.
-        client_s: for a client to send a request's header, and to read what was sent to it.
+        client_s: for a client to send a request's header, its body, and to read what was sent to it.
+        max_connections: open at once.
+        keys, cors_origins, access_log: as of serving.api.make_app.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service, closing: asyncio.Event, drain_s: float, client_s: float):
+    def __init__(
+        self, service: Service, *, drain_s: float = 60.0, client_s: float = CLIENT_S, max_connections: int = 1024,
+        keys: Keys | None = None, cors_origins: Sequence[str] = (), access_log: bool = False,
+    ):  # fmt: skip
+        app = make_app(service, keys, cors_origins, access_log, client_s)
+        config = uvicorn.Config(
+            app, http=type("Limited", (Connection,), {"most": max_connections}), ws="none", log_level="error", access_log=False,
+            lifespan="off", timeout_graceful_shutdown=int(drain_s + FLUSH_S + GRACE_S),
+        )  # fmt: skip
         super().__init__(config)
-        self.service, self.closing, self.drain_s, self.client_s = service, closing, drain_s, client_s
+        self.service, self.closing, self.drain_s, self.client_s = service, app.state.closing, drain_s, client_s
         self.hurry = False
         self._since: dict[Connection, float] = {}  # when a connection was first seen waiting for its client
         service.on_failure = self._engine_failed
 
+    def serve_at(self, sock: socket.socket) -> int:
+        """Serve at a listening socket; the process's exit code: 1 where the engine failed, so that a supervisor starts it anew."""
+        self.service.start()
+        self.run(sockets=[sock])
+        self.service.stop()
+        return 0 if self.started and not self.service.failure else 1
+
     def _engine_failed(self):
-        self.should_exit = True
+        self.hurry = self.should_exit = True  # all have been answered
 
     @contextmanager
     def capture_signals(self):
         """As uvicorn's, but the signal is not raised again: a drained server has done what it was told."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
@@ -109,21 +131,3 @@ def waits_for_client(connection: Connection) -> bool:
     """For a request, or its header's rest, or for room to write."""
     cycle = connection.cycle
     return cycle is None or cycle.response_complete or connection.flow.write_paused
-
-
-def listen(
-    service: Service, sock: socket.socket, *, drain_s: float, client_s: float, max_connections: int, keys: Keys | None,
-    cors_origins: tuple[str, ...] = (), access_log: bool = False,
-) -> int:  # fmt: skip
-    """Serve at that socket; the process's exit code: 1 where the engine failed, so that a supervisor starts it anew."""
-    app = make_app(service, keys, cors_origins, access_log, client_s)
-    protocol = type("Limited", (Connection,), {"most": max_connections})
-    config = uvicorn.Config(
-        app, http=protocol, ws="none", log_level="error", access_log=False, lifespan="off",
-        timeout_graceful_shutdown=int(drain_s + FLUSH_S + GRACE_S),
-    )  # fmt: skip
-    service.start()
-    server = Server(config, service, app.state.closing, drain_s, client_s)
-    server.run(sockets=[sock])
-    service.stop()
-    return 0 if server.started and not service.failure else 1

@@ -150,12 +150,12 @@ def keys_of(args, sock: socket.socket) -> Keys:
     return Keys(key)
 
 
-def serve(service: Service, sock: socket.socket, keys: Keys, args) -> int:
-    """At that address, until SIGTERM or SIGINT; then no new requests, and those under way end. A second signal ends them."""
-    from serving.listener import listen
+def make_server(service: Service, keys: Keys, args):
+    """The serving.listener.Server of a service, from the flags."""
+    from serving.listener import Server
 
-    return listen(
-        service, sock, drain_s=args.drain_s, client_s=args.client_s, max_connections=args.max_connections, keys=keys,
+    return Server(
+        service, drain_s=args.drain_s, client_s=args.client_s, max_connections=args.max_connections, keys=keys,
         cors_origins=tuple(origin.strip() for origin in args.cors_origins.split(",") if origin.strip()), access_log=args.access_log,
     )  # fmt: skip
 
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"serving.server: error: {error}", file=sys.stderr)
         return 1
-    return serve(service, sock, keys, args)
+    return make_server(service, keys, args).serve_at(sock)
 
 
 if __name__ == "__main__":
