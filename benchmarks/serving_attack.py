@@ -13,6 +13,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -137,6 +138,14 @@ def leave(port: int, draw: random.Random) -> tuple[int, bytes]:
     return 0, b""
 
 
+def ahead(port: int) -> tuple[int, bytes]:
+    """Requests without end, and no reply read."""
+    with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as client:
+        for _ in range(40):
+            client.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 500)
+    return 0, b""
+
+
 def oddities(port: int, draw: random.Random) -> tuple[int, bytes]:
     """Requests that are odd outside their bodies."""
     body = json.dumps(legal(draw)).encode()
@@ -146,6 +155,7 @@ def oddities(port: int, draw: random.Random) -> tuple[int, bytes]:
         lambda: post(port, b"", method=draw.choice(["HEAD", "PUT", "DELETE", "OPTIONS", "PATCH"])),
         lambda: post(port, b"", method="GET", path=draw.choice(["/", "/v1/models/%00%ff%ed%a0%80", "/../etc/passwd", "/v1/models/" + "x" * 9000])),
         lambda: post(port, body, {"Origin": "http://evil.example", "Authorization": "Bearer \xff", "Accept": "x" * 9000}),
+        lambda: ahead(port),
         lambda: post(port, body, {"Transfer-Encoding": "chunked"}) if draw.random() < 0.1 else post(port, b"", method="TRACE"),
     ])()  # fmt: skip
 

