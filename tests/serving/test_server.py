@@ -257,7 +257,9 @@ def test_metrics_and_a_log_that_updates_the_predictor(server, folders, tmp_path,
 @pytest.mark.parametrize("words, message", [
     (["--policy", "deadline"], "wants --predictor DIR; without one choose from"),
     (["--policy", "fcfs", "--max_tokens", "99999"], "max_tokens <= kv_tokens"),
-    (["--policy", "fcfs", "--slo_s", "0"], "--slo_s must be above 0"),
+    (["--policy", "fcfs", "--slo_s", "0"], "--slo_s must be above 0"), (["--policy", "fcfs", "--client_s", "nan"], "--client_s must be above 0"),
+    (["--policy", "fcfs", "--drain_s", "-1"], "--drain_s must be at least 0"), (["--policy", "fcfs", "--max_queue", "-1"], "--max_queue must be"),
+    (["--policy", "fcfs", "--max_connections", "0"], "--max_connections must be at least 1"),
     (["--policy", "fcfs", "--model", "/nowhere"], "/nowhere"),
     (["--policy", "fcfs", "--port", "99999"], "--port 99999: bind"),
 ])  # fmt: skip

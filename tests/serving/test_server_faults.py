@@ -18,10 +18,13 @@ from hypothesis import strategies as st
 from benchmarks.serving_attack import BODIES, legal
 from benchmarks.serving_attack import main as attack
 from serving.chat import parse_body
-from serving.engines import Sampling
+from serving.engines import Sampling, make_engine
 from serving.engines import answers as sampling_code
 from serving.fields import FIELDS, REFUSED, Number, body_schema
+from serving.request import Limits, Plan, Record, Request
 from serving.server import bind, build_parser, keys_of, load_service, main, make_server
+from serving.simulated import LinearCost
+from tests.conftest import tiny_model
 
 ENDLESS = 250  # tokens of an answer that is under way for a while
 JSON = {"Content-Type": "application/json"}
@@ -563,27 +566,24 @@ def test_an_engine_that_is_lost_answers_everybody_and_ends_the_process(tiny_fold
         assert "the engine has failed" in json.loads(last)["error"]["message"] and reply.status_code in (200, 500, 503)
 
 
-def test_s10_a_static_engines_thread_ends_with_its_failed_step(tiny_folders):
-    def threads():
-        return [thread for thread in threading.enumerate() if thread.name == "generate" and thread.is_alive()]
+@pytest.mark.parametrize("by", ["step", "end_all"])
+def test_s10_a_static_engines_thread_ends_with_its_failed_step(by):
+    def generating():
+        return [thread for thread in threading.enumerate() if thread.name == "generate"]
 
-    broken = threading.Event()
-
-    def prepare(service):
-        service.engine._carry_out = failing(service.engine._carry_out, lambda *_: broken.is_set(), RuntimeError("no"))
-
-    with running(tiny_folders["glm2"], "--engine", "static", "--policy", "fifo", prepare=prepare) as server:
-        asked = Together(server, {"max_tokens": ENDLESS})
-        wait_for(threads)
-        broken.set()
-        wait_for(lambda: server.service.engine.rows)
-        server.service.engine.step.__self__._woken = True
-        server.service.cancel_all()
-        asked.replies
-        ask(server)
-        server.thread.join(20)
-    wait_for(lambda: not threads(), 5)
-    assert server.code == 1
+    engine = make_engine("static", tiny_model("glm2"), Limits(max_batch=2, kv_tokens=400, max_tokens=100), LinearCost(), [])
+    records = [Record(Request(i, 3, 0.0, 10.0)) for i in range(2)]
+    for record in records:
+        engine.submit(record.request, [31, 32, 33], Sampling(50))
+    plans = [Plan((record,), reserve_tokens={i: 90}, together=True, horizon_steps=2) for i, record in enumerate(records)]
+    engine.step(plans[0])
+    assert len(generating()) == 1
+    if by == "step":
+        with pytest.raises(RuntimeError, match="admits whole batches, when it is empty"):
+            engine.step(plans[1])
+    else:
+        engine.end_all("failed")
+    wait_for(lambda: not generating(), 5)
 
 
 def test_s10_a_monitor_is_closed_last(tiny_folders, tmp_path, caplog):
