@@ -163,4 +163,6 @@ def check_names(folder: Path, base: str, fit: Fit):
 def check_shapes(folder: Path, base: str, fit: Fit):
     """Raises ValueError for the first tensor of another shape than the model's."""
     for name, found, wanted in fit.misshapen:
-        raise ValueError(f"{adapter_file(folder)} does not fit {base}: {name} has shape {found}, wanted {wanted}")
+        raise ValueError(
+            f"{adapter_file(folder)} does not fit {base}: {name} has shape {found}, wanted {wanted}"
+        ) from None

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .families import FAMILIES
 from .files import read_json, read_text, shorten
 
 JSON_FILES = (
@@ -21,6 +22,11 @@ JSON_FILES = (
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 PASSED_ON = (MemoryError, ImportError)  # no fault of the folder
 LONGEST_REASON = 300  # characters
+GENERATION = {  # of generation_config.json, which transformers believes until it generates
+    "max_length": int, "max_new_tokens": int, "min_length": int, "top_k": int, "num_beams": int, "do_sample": bool, "use_cache": bool,
+    "temperature": (int, float), "top_p": (int, float), "repetition_penalty": (int, float), "bos_token_id": int, "pad_token_id": int,
+    "eos_token_id": (int, list),
+}  # fmt: skip
 
 
 @contextmanager
@@ -65,10 +71,20 @@ def check_folder(path: str | Path) -> Path:
 
 
 def check_json_files(folder: Path):
-    """Raises ValueError, OSError for the first JSON file of a model folder that holds no JSON object."""
+    """Raises ValueError, OSError for the first JSON file of a model folder that holds no JSON object, or a wrong value."""
     for name in (*JSON_FILES, *INDICES):
         if (folder / name).is_file():
-            read_json(folder / name)
+            values = read_json(folder / name)
+            if name == "generation_config.json":
+                check_generation(folder / name, values)
+
+
+def check_generation(path: Path, values: dict):
+    for name, kind in GENERATION.items():
+        value = values.get(name)
+        if value is None or (isinstance(value, kind) and isinstance(value, bool) == (kind is bool)):
+            continue
+        raise ValueError(f"{path}: {name} cannot be {shorten(value)}")
 
 
 @contextmanager
@@ -111,6 +127,8 @@ def read_model_config(folder: Path) -> dict:
     values = read_json(path)
     if (model_type := values.get("model_type", "chatglm")) != "chatglm":
         raise ValueError(f'{path}: wanted "model_type": "chatglm", got {shorten(model_type)}{code_word(values)}')
+    if (family := values.get("glm_family")) not in (None, *FAMILIES):
+        raise ValueError(f'{path}: "glm_family" is one of {", ".join(FAMILIES)}, got {shorten(family)}')
     return values
 
 

@@ -54,7 +54,7 @@ def shard_names(index: Path) -> list[str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: wanted a weight_map of tensors and their files, got {shorten(weight_map)}")
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name:
+        if not isinstance(name, str) or PurePosixPath(name).name != name or name in ("", "..") or "\\" in name:
             raise ValueError(f"{index}: {shorten(tensor)} must lie in a file of this folder, got {shorten(name)}")
     return sorted(set(weight_map.values()))
 
