@@ -450,7 +450,7 @@ def test_chatglm3_tools_and_roles(chats):
     (content, longer), stream = conversation(
         chats, "glm3", ["weather\n", "```python\nimport a\n```", "<|observation|>"], history=history
     )
-    assert content == {"name": "weather", "content": "```python\nimport a\n```"}
+    assert content["name"] == "weather" and content["content"].strip() == "```python\nimport a\n```"
     assert stream[-1] == (content, longer) and longer[-1]["content"] == content["content"]
     with pytest.raises(ValueError, match="role is one of"):
         model.chat(tokenizer, "a", role="tool")
@@ -460,9 +460,10 @@ def test_chatglm3_tools_and_roles(chats):
 def test_a10_a_chat_goes_on_from_either_form(chats, family):
     pairs = [("你好", "世界")]
     messages = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "世界"}]
-    (from_pairs, longer), stream = conversation(chats, family, ["好"], history=pairs)
+    answer = ["好", FAMILIES[family].end_token]
+    (from_pairs, longer), stream = conversation(chats, family, answer, history=pairs)
     assert stream[-1] == (from_pairs, longer) and pairs == [("你好", "世界")]
-    (from_messages, later), stream = conversation(chats, family, ["好"], history=messages)
+    (from_messages, later), stream = conversation(chats, family, answer, history=messages)
     assert from_pairs == from_messages == "好" and stream[-1][1] == later and len(messages) == 2
     asked, said = {"role": "user", "content": "你好"}, {"role": "assistant", "content": "好"}
     if family == "glm3":
