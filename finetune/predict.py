@@ -120,7 +120,7 @@ def load_for_inference(args):
     from chatglm import load_tokenizer
 
     torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(args.model_path, mode=args.mode)
+    tokenizer = load_tokenizer(args.model_path, mode=args.mode, base=args.base_model)
     model = load_ready(
         args.model_path, mode=args.mode, base=args.base_model, device=args.device, precision=args.precision, quantization_bit=args.quantization_bit
     )  # fmt: skip
@@ -139,7 +139,7 @@ def trained_length(config: Path) -> int | None:
         return None
     value = read_json(config).get("max_src_len")
     if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{config}: max_src_len must be a whole number from 1, got {shorten(value)}")
+        raise ValueError(f"{config}: max_src_len must be a whole number above 0, got {shorten(value)}; say --max_src_len")
     return value
 
 
