@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
         return estimate_run(config)
     # torch, DeepSpeed: seconds, and only once the flags are right
     from finetune.engine import TrainingFailed, train
+    from finetune.stopping import StoppedBySignal
 
     try:
         if config.task == "predictor":
@@ -27,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
             train_predictor(config)
         else:
             train(config)
+    except StoppedBySignal as stopped:  # its line is said
+        return stopped.exit_code
     except (ValueError, OSError, TrainingFailed) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from .checksums import check_folder_files, checks_folder, is_small, is_top
 from .configuration import ChatGLM1Config, ChatGLMConfig
 from .families import FAMILIES, contradicts, infer_family
 from .modeling_glm import ChatGLM1ForConditionalGeneration
@@ -45,6 +46,7 @@ def resolve_mode(path: str | Path, mode: str | None = None) -> str:
     return mode
 
 
+@checks_folder(is_small)
 def load_tokenizer(path: str | Path, *, mode: str | None = None) -> ChatGLMTokenizer:
     """The tokenizer of a folder; of the base model, where an adapter folder has none of its own.
 
@@ -60,6 +62,7 @@ def load_tokenizer(path: str | Path, *, mode: str | None = None) -> ChatGLMToken
     return ChatGLMTokenizer.from_pretrained(str(path), family=mode)
 
 
+@checks_folder()
 def load_model(
     path: str | Path,
     *,
@@ -85,6 +88,7 @@ def load_model(
         base: the base model of an adapter or prefix folder; by default the one that it names.
         quantization_bit: 4 (nf4, double quantisation) or 8 (int8) bits for the linear layers but the output layer and a prefix's
             own; computed in `dtype`. Needs bitsandbytes.
+        verify: how files are compared with the folder's checksums.json: fast, full or off.
     Returns:
         ChatGLM1ForConditionalGeneration or ChatGLM2ForConditionalGeneration; for an adapter folder, that in a PeftModel.
     Raises:
@@ -111,6 +115,7 @@ def load_model(
     weights = path
     if stored and stored["only"]:
         weights = check_folder(find_base(path, base))
+        check_folder_files(weights, wanted=is_top)
     config.glm_family = mode
     config.name_or_path = str(weights)
     if "flash" in attn_implementation and isinstance(config, ChatGLM1Config):

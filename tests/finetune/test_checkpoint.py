@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import train as command_line
 from chatglm import load_model
+from chatglm.checksums import write_checksums
 from finetune.checkpoint import committed_checkpoints, find_resume, gathered_state, read_manifest
 from tests.finetune.runs import ROOT, child_env, metrics, write_rows
 
@@ -110,7 +111,7 @@ def test_killed_at_every_point_of_a_save(flags, train, tmp_path, monkeypatch, wh
 
             patch.setattr(deepspeed.DeepSpeedEngine, "save_checkpoint", dying(deepspeed.DeepSpeedEngine.save_checkpoint))
         elif place == "config":
-            patch.setattr(checkpoint, "sha256", dying(checkpoint.sha256, at=12))
+            patch.setattr(checkpoint, "write_checksums", dying(checkpoint.write_checksums))
         elif place in ("export", "flush"):
             module, name = {"export": (task, "export"), "flush": (checkpoint, "flush_tree")}[place]
             patch.setattr(module, name, dying(getattr(module, name), before=place == "export"))
@@ -201,6 +202,7 @@ def test_changed_data_is_refused(flags, whole, tmp_path, capsys, rows_file):
 def test_other_manifests_are_refused(flags, train, tmp_path, capsys, change, said):
     folder = train(flags(tmp_path / "out", "--max_steps", 1))
     (folder / "manifest.json").write_text(json.dumps(change(read_manifest(folder))))
+    write_checksums(folder)
     capsys.readouterr()
     assert command_line.main(flags(tmp_path / "out", "--max_steps", 1, "--resume_from_checkpoint", "auto")) == 1
     assert said in capsys.readouterr().err.strip().splitlines()[-1]
@@ -219,10 +221,11 @@ def test_damaged_shards_are_one_line(flags, train, tmp_path, capsys, damage):
         state = torch.load(shard, weights_only=False)
         torch.save(state | {"x": Bomb(str(tmp_path / "ran"))}, shard)
     capsys.readouterr()
-    code = command_line.main(flags(tmp_path / "out", "--max_steps", 1, "--resume_from_checkpoint", "auto"))
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert not (tmp_path / "ran").exists()
-    assert code == 1 and line.startswith("train.py: error: ") and "trainer" in line
+    for verify in ([], ["--verify", "off"]):
+        code = command_line.main(flags(tmp_path / "out", "--max_steps", 1, "--resume_from_checkpoint", "auto", *verify))
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert not (tmp_path / "ran").exists()
+        assert code == 1 and line.startswith("train.py: error: ") and "trainer" in line
 
 
 class Bomb:

@@ -47,7 +47,7 @@ def old_adapter(adapter, tmp_path) -> Path:
 def test_merged_is_adapted(flags, train, tmp_path, bases, capsys, family):
     folder = train(flags(tmp_path / "out", "--lora_module_name", "query_key_value,dense", "--max_len", 90, family=family))
     code, said = merge(capsys, "--ori_model_dir", bases[family], "--model_dir", folder, "--save_dir", tmp_path / "merged", "--mode", family)
-    assert code == 0 and "largest difference of logits" in said
+    assert code == 0 and "largest difference of outputs" in said
     adapted, merged, base = logits(folder), logits(tmp_path / "merged"), logits(bases[family])
     assert torch.allclose(adapted, merged, atol=1e-4) and not torch.allclose(adapted, base, atol=1e-3)
     assert load_tokenizer(tmp_path / "merged").family == family
@@ -149,9 +149,9 @@ def test_wrong_folders(adapter, bases, tmp_path, capsys, words, said):
 
 
 def test_a_merge_that_changes_the_answer_writes_nothing(adapter, bases, tmp_path, capsys, monkeypatch):
-    from peft import PeftModel
+    from peft.tuners.lora import Linear
 
-    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: self.lora_B[name].weight @ self.lora_A[name].weight)  # unscaled
     code, said = merge(capsys, "--ori_model_dir", bases["glm2"], "--model_dir", adapter, "--save_dir", tmp_path / "merged")
     assert code == 1 and "differ from adapted ones" in said and not list(tmp_path.iterdir())
 
