@@ -75,7 +75,7 @@ def merge(
         OSError: no room on the disk, or it cannot be written.
     """
     from chatglm import load_tokenizer
-    from chatglm.checksums import check_folder_files, is_top, write_checksums
+    from chatglm.checksums import check_folder_files, is_top
     from chatglm.loading import resolve_mode
     from chatglm.runs import check_not_run
     from finetune.files import put_in_place
@@ -109,7 +109,6 @@ def merge(
         if in_place:
             # As the old command does it. The adapter moves down: a folder with both would be ambiguous.
             shutil.copytree(adapter, aside / "adapter", copy_function=link_or_copy)
-        write_checksums(aside)
         put_in_place(aside, save_dir)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from chatglm.checksums import write_checksums
+
 LOCK = ".lock"
 
 
@@ -140,8 +142,9 @@ def set_modes(folder: Path):
 
 
 def put_in_place(aside: Path, output: Path):
-    """Flush the folder `aside` and put it at `output`, at once where the system can; what was there lies at `aside` then."""
+    """Give the folder `aside` its checksums, flush it and put it at `output`, at once where the system can; what was there lies at `aside` then."""
     set_modes(aside)
+    write_checksums(aside)
     flush_tree(aside)
     if output.exists():
         exchange(aside, output)

@@ -84,6 +84,7 @@ def adapted_model(model: nn.Module, adapter: Path, file: Path):
         ValueError: the adapter's file and its configuration do not fit each other or the model.
     """
     from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
 
     config = PeftConfig.from_pretrained(str(adapter))
     if not isinstance(config, LoraConfig):
@@ -95,6 +96,10 @@ def adapted_model(model: nn.Module, adapter: Path, file: Path):
     config.inference_mode = True
     try:
         adapted = PeftModel(model, config, low_cpu_mem_usage=True)
+        for module in adapted.modules():
+            if isinstance(module, LoraLayer):  # peft moves an adapter to where its base lies: that must not be "meta"
+                inner = module.get_base_layer()
+                inner.weight = nn.Parameter(torch.zeros(()).expand(inner.weight.shape), requires_grad=False)
         found = set_peft_model_state_dict(adapted, state, low_cpu_mem_usage=True)
     except (RuntimeError, KeyError, ValueError) as error:
         raise ValueError(f"{adapter} does not fit its base: {' '.join(str(error).split())[:300]}") from None
@@ -158,7 +163,7 @@ class Merger:
         inner = layer.get_base_layer()
         parts = [part for part, _ in inner.named_parameters(recurse=False)]
         for part in parts:
-            if getattr(inner, part).is_meta:  # a bias may have come with the adapter
+            if part == "weight" or getattr(inner, part).is_meta:  # a bias may have come with the adapter
                 setattr(inner, part, nn.Parameter(self.base[f"{name}.{part}"].float(), requires_grad=False))
         layer.to(self.device)
         if isinstance(inner, nn.Embedding):

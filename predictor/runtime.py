@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from chatglm.checksums import check_folder_files, is_top
 from finetune.files import sha256
 from predictor.backbones import BACKBONES
 from predictor.decoder import Decoder, read_card, tokenizer_hash
@@ -45,6 +46,7 @@ class LengthPredictor:
             ValueError: it is unreadable, of a newer format, or counts another tokenizer's tokens.
         """
         folder = Path(folder)
+        check_folder_files(folder, wanted=is_top)
         card = read_card(folder)
         try:
             decoder = Decoder.from_dict(card)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from chatglm.checksums import CHECKSUMS
 from finetune.files import put_in_place, write_json
 from finetune.formats import BadRow
 from finetune.sources import read_json_items
@@ -280,6 +281,7 @@ def write_updated(predictor: LengthPredictor, source: Path, output: Path):
     aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         shutil.copytree(source, aside)
+        (aside / CHECKSUMS).unlink(missing_ok=True)  # of the old head and card
         if hasattr(predictor.score, "top"):
             predictor.score.top.save(aside)
         write_card(aside, {k: v for k, v in predictor.card.items() if k not in ("format", "format_version")})
