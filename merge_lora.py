@@ -23,6 +23,7 @@ def check_base(base: Path, adapter: Path, other_name: bool = False, verify: str 
     """
     from chatglm.loading import base_fingerprint, iterate_weights
     from finetune.checkpoint import read_manifest
+    from finetune.merging import base_name
 
     changed = adapter_shapes(adapter)
     named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
@@ -35,7 +36,7 @@ def check_base(base: Path, adapter: Path, other_name: bool = False, verify: str 
         return None
     shapes = {name: tuple(tensor.shape) for name, tensor in iterate_weights(base)}
     for name, (out_size, in_size) in changed.items():
-        target = name.removeprefix("base_model.model.") + ".weight"
+        target = base_name(name) + ".weight"
         if target not in shapes or shapes[target] != (out_size, in_size):
             raise ValueError(f"{adapter} does not fit {base}: it changes {target} of {(out_size, in_size)}, found {shapes.get(target)}")
     if named and Path(named).name not in (base.name, base.resolve().name):

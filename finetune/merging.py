@@ -114,9 +114,14 @@ def adapted_model(model: nn.Module, adapter: Path, file: Path):
 
 def peft_name(name: str) -> str:
     """A tensor's name as peft reads it."""
+    return f"base_model.model.{base_name(name)}"
+
+
+def base_name(name: str) -> str:
+    """The same as the base would name it."""
     while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
         name = name.removeprefix(prefix)
-    return f"base_model.model.{name}"
+    return name
 
 
 def is_adapters(name: str) -> bool:

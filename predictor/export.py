@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.config import parse_bool
 from chatglm.checksums import check_folder_files, is_top
+from finetune.config import parse_bool
 from finetune.files import put_in_place, sha256
 from predictor.backbones import BACKBONES
 from predictor.decoder import CARD, read_card, write_card

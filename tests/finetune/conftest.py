@@ -1,6 +1,8 @@
 """Tiny models with tokenizers, and training in this process."""
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,15 @@ def two_ranks(flags, rows_file, tmp_path_factory) -> list[list[str]]:
     launch("deepspeed", "tests/finetune/worker.py", folder / "cases.json")
     assert "2 rank(s)" in launch("torchrun", "train.py", *cases[4]).stdout
     return cases
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Path:
+    """A file system of 24 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from chatglm import load_model
 from finetune.checkpoint import committed_checkpoints
 from finetune.files import LastingStream, LineFile, locked_folder
 from finetune.record import read_run
-from tests.finetune.runs import ROOT, child_env, metrics
+from tests.finetune.runs import ROOT, child_env, fill_disk, metrics
 from tests.finetune.test_checkpoint import stop_after
 
 HOLDER = "import sys; from pathlib import Path; from finetune.files import locked_folder\nwith locked_folder(Path(sys.argv[1]), 'x'): print('held', flush=True); sys.stdin.read()"
@@ -77,27 +76,6 @@ def test_t1_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeyp
 
 
 # ---- full disks
-
-
-@pytest.fixture
-def small_disk(tmp_path) -> Path:
-    """A file system of 24 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    if not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill_disk(folder: Path):
-    with open(folder / "filler", "wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(1 << 12))
-        except OSError:
-            pass
 
 
 def at_steps(monkeypatch, acts: dict):
