@@ -43,6 +43,7 @@ def make_model(family: str, tokenizer_dir: str | Path, output_dir: str | Path, *
     from chatglm.loading import stop_ids
     from chatglm.modeling_glm import ChatGLM1ForConditionalGeneration
     from chatglm.modeling_glm2 import ChatGLM2ForConditionalGeneration
+    from finetune.files import set_modes
 
     tokenizer = load_tokenizer(tokenizer_dir, mode=family)
     torch.manual_seed(seed)
@@ -55,6 +56,7 @@ def make_model(family: str, tokenizer_dir: str | Path, output_dir: str | Path, *
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(str(aside))
     tokenizer.save_pretrained(str(aside))
+    set_modes(aside)
     shutil.rmtree(output_dir, ignore_errors=True)
     os.replace(aside, output_dir)
     return output_dir

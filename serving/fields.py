@@ -253,7 +253,7 @@ REFUSED: Mapping[str, tuple] = {
 }
 # Fields that change no answer: neither refused nor named as ignored.
 HARMLESS = frozenset(
-    "user metadata store service_tier safety_identifier prompt_cache_key parallel_tool_calls".split()
+    ["user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"]
 )
 SHOWN = 16  # names of ignored fields that a reply has
 
