@@ -16,9 +16,11 @@ from tests.finetune.runs import child_env
 
 FILES = sorted(p for folder in ("scripts", "benchmarks") for p in (REPO_ROOT / folder).iterdir() if p.suffix in (".py", ".sh"))
 ELSEWHERE = {  # file -> the test that runs it
+    "benchmarks/byte_flips.py": "tests/finetune/test_checksums.py::test_a2_flipped_bytes_are_refused_or_without_effect",
     "benchmarks/format_table.py": "tests/finetune/test_data_formats.py::test_the_table_of_formats",
     "benchmarks/memory_check.py": "tests/finetune/test_memory.py::test_estimate_is_a_real_runs",
     "benchmarks/serving_real.py": "tests/serving/test_server.py::test_profiled_and_compared_with_its_simulation",
+    "benchmarks/serving_attack.py": "tests/serving/test_server_faults.py::test_the_attack_in_miniature",
     "benchmarks/speed_subjects.py": "tests/test_miniatures.py::test_b1_train_speed",
     "scripts/ask_server.py": "tests/serving/test_server.py::test_asked_by_its_script",
     "scripts/collect_lengths.py": "tests/predictor/test_collect.py::test_lengths_are_those_of_predict",
