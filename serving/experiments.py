@@ -226,7 +226,8 @@ FAIR = {  # the same stopping rule (an answer's own end), predictions, arrivals,
     "deadline, true lengths": POLICIES["deadline_oracle"],
 }
 OURS = "deadline (ours)"
-RIVALS = ("baseline, Morphling (10 by arrival)", "S3")
+RIVALS = ("baseline, Morphling (10 by arrival)", "S3")  # of UELLM's paper, in static batches
+CONTINUOUS = "fcfs (continuous)"  # what a server such as vLLM does without predictions
 
 
 @dataclass(frozen=True, eq=False)
@@ -297,7 +298,7 @@ def targets(load: list[dict], full: list[dict], bounds: dict[str, float], ours: 
     """The wanted gains over each rival: reached, and the most that physics allows over the same rival."""
     at, sat = ({row["system"]: row for row in rows} for rows in (load, full))
     rows = []
-    for rival in RIVALS:
+    for rival in (*RIVALS, CONTINUOUS):
         latency, ours_latency = at[rival]["mean latency s"][0], at[ours]["mean latency s"][0]
         tokens, slots = sat[rival]["useful tokens/s"][0], sat[rival]["useful share of rows %"][0]
         rows += [
@@ -343,7 +344,7 @@ def uellm(args) -> dict[str, list[dict]]:
     show(f"Fair, {2 * args.requests} requests all at once (saturation), {args.seeds} seeds, the same placement", full)
     bounds = fair.bounds(args.seeds) | {"tokens_s": many["helr"].bounds(args.seeds)["tokens_s"]}
     show("Targets and bounds, same placement", targets(load, full, bounds))
-    chain = {name: FAIR[name] for name in (*RIVALS, "fcfs (continuous)", OURS)}
+    chain = {name: FAIR[name] for name in (*RIVALS, CONTINUOUS, OURS)}
     own_load = fair_rows(settings["even"], chain, rate, args.seeds)
     own_full = fair_rows(many["even"], chain, None, args.seeds)
     show(f"All on one chain of 4 GPUs (even), {rate:.2f} requests/s", own_load)

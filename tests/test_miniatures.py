@@ -15,9 +15,11 @@ from tests.finetune.runs import child_env
 
 FILES = sorted(p for folder in ("scripts", "benchmarks") for p in (REPO_ROOT / folder).iterdir() if p.suffix in (".py", ".sh"))
 ELSEWHERE = {  # file -> the test that runs it
+    "benchmarks/byte_flips.py": "tests/finetune/test_checksums.py::test_a2_flipped_bytes_are_refused_or_without_effect",
     "benchmarks/format_table.py": "tests/finetune/test_data_formats.py::test_the_table_of_formats",
     "benchmarks/memory_check.py": "tests/finetune/test_memory.py::test_estimate_is_a_real_runs",
     "benchmarks/serving_real.py": "tests/serving/test_server.py::test_profiled_and_compared_with_its_simulation",
+    "benchmarks/serving_attack.py": "tests/serving/test_server_faults.py::test_the_attack_in_miniature",
     "benchmarks/speed_subjects.py": "tests/test_miniatures.py::test_b1_train_speed",
     "scripts/ask_server.py": "tests/serving/test_server.py::test_asked_by_its_script",
     "scripts/collect_lengths.py": "tests/predictor/test_collect.py::test_lengths_are_those_of_predict",
@@ -82,7 +84,7 @@ def test_golden_table(tmp_path):
     assert done.stdout.count("\n") == 4 and len(json.loads((tmp_path / "out.json").read_text())) == 2
 
 
-@pytest.mark.launch
+@pytest.mark.slow
 def test_kill9(tmp_path):
     run("benchmarks/kill9.py", "--kills", 1, "--steps", 4, "--json", tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())
@@ -208,11 +210,9 @@ def venv(tmp_path) -> Path:
 def test_setup_and_test_sh(venv):
     done = run("bash", "-c", "source scripts/setup.sh && command -v python", VENV=str(venv))
     assert done.stdout.split() == [str(venv / "bin" / "python")]
-    done = run("bash", "scripts/test.sh", "tests/test_files.py", "--collect-only", "-q", VENV=str(venv))
-    assert "test_files.py" in done.stdout
     for slow, selected in (("", False), ("1", True)):
-        done = run_any("bash", "scripts/test.sh", "tests/test_miniatures.py", "--collect-only", "-q", VENV=str(venv), SLOW=slow)
-        assert ("test_quickstart" in done.stdout) == selected
+        done = run("bash", "scripts/test.sh", "tests/test_miniatures.py", "--collect-only", VENV=str(venv), SLOW=slow)
+        assert "::test_method_matrix" in done.stdout and ("::test_quickstart" in done.stdout) == selected
 
 
 def test_verify_6b_says_what_it_wants():
