@@ -14,13 +14,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from finetune.config import BETWEEN_RANKS, TrainConfig, add_flag, fill_sizes, read_ds_file
 from finetune.files import write_json
 from finetune.memory_cards import CARDS, GIB, MIB
-from finetune.memory_formula import estimate
+from finetune.memory_formula import Estimate, estimate
 from finetune.memory_run import Run, Zero
 from finetune.memory_shapes import PUBLISHED, read_shape
 from finetune.methods import module_names
@@ -29,7 +30,8 @@ LIMIT = 2**20  # no search for a batch or a length goes further
 
 
 def largest(run: Run, name: str, card: float, step: int = 1) -> int:
-    """The largest "batch" or "length" that fits the card, all rows at their longest, in multiples of `step`; 0 where none does."""
+    """The largest "batch" or "length" that fits the card, all rows at their longest, in multiples of
+    `step`; 0 where none does."""
 
     def fits(units: int) -> bool:
         return estimate(replace(run, real_tokens=None, **{name: units * step})).needed <= card
@@ -43,41 +45,76 @@ def largest(run: Run, name: str, card: float, step: int = 1) -> int:
     return low * step
 
 
+Change = tuple[str, Run]  # what to change, in words and flags, and the run then
+
+
 def cheapest_change(run: Run, card: float) -> str:
-    """The first change that makes a run fit, from those that cost little to those that cost machines."""
+    """The first change that makes a run fit, from those that cost little to those that cost
+    machines."""
+    for text, changed in changes_by_cost(run, card):
+        found = estimate(changed)
+        if changed != run and found.needed <= card:
+            return text + host_note(changed, found)
+    return "nothing on this card: take a larger one"
+
+
+def host_note(run: Run, found: Estimate) -> str:
+    """What of the host's memory an offloaded optimizer takes."""
+    if run.zero is None or not run.zero.offload_optimizer:
+        return ""
+    return f" ({sum(found.host.values()) / GIB:.0f} GB of host RAM)"
+
+
+def changes_by_cost(run: Run, card: float) -> Iterator[Change]:
+    """Steps that are kept, then one row at a time with ZeRO, then shorter rows."""
+    yield from changes_of_batch(run, card)
+    if not run.ours:
+        packed = replace(run, mode="ours", precision="bf16")
+        yield "this project's packed loop (--mode ours)", packed
+    one = replace(checkpointed(run), batch=1, real_tokens=None)
+    words = "--gradient_checkpointing, --per_device_train_batch_size 1"
+    for text, changed in changes_of_zero(one):
+        yield f"{words} and {text}", changed
+    if shorter := largest(one, "length", card, step=8):
+        yield f"{words} and --max_len {shorter}", replace(one, length=shorter)
+
+
+def checkpointed(run: Run) -> Run:
+    return replace(run, checkpointing=True, selective=False)
+
+
+def changes_of_batch(run: Run, card: float) -> Iterator[Change]:
+    """The same step, in smaller passes or with layers computed again."""
+    yield "--gradient_checkpointing", checkpointed(run)
+    if batch := largest(run, "batch", card):
+        passes = -(-run.batch * run.accumulation // batch)
+        flags = f"--per_device_train_batch_size {batch} with --gradient_accumulation_steps {passes}"
+        yield flags, replace(run, batch=batch, real_tokens=None)
+    both = checkpointed(run)
+    if batch := largest(both, "batch", card):
+        flags = f"--gradient_checkpointing and --per_device_train_batch_size {batch}"
+        yield flags, replace(both, batch=batch, real_tokens=None)
+
+
+def changes_of_zero(run: Run) -> Iterator[Change]:
+    """Smaller buckets, an offloaded optimizer, weights cut among this and more GPUs."""
     zero = run.zero or Zero(stage=0)
 
     def staged(run: Run, **change) -> Run:
         return replace(run, zero=replace(zero, overlap=None, **change))
 
-    changes = [("--gradient_checkpointing", replace(run, checkpointing=True, selective=False))]
-    if batch := largest(run, "batch", card):
-        changes.append((f"--per_device_train_batch_size {batch} with --gradient_accumulation_steps {-(-run.batch * run.accumulation // batch)}",
-                        replace(run, batch=batch, real_tokens=None)))  # fmt: skip
-    both = replace(run, checkpointing=True, selective=False)
-    if batch := largest(both, "batch", card):
-        changes.append((f"--gradient_checkpointing and --per_device_train_batch_size {batch}", replace(both, batch=batch, real_tokens=None)))
-    if not run.ours:
-        changes.append(("this project's packed loop (--mode ours)", replace(run, mode="ours", precision="bf16")))
-    one = replace(both, batch=1, real_tokens=None)
-    words = "--gradient_checkpointing, --per_device_train_batch_size 1"
     if zero.reduce_bucket > 5e7:
-        changes.append((f"{words} and a reduce_bucket_size of 5e7 in the --ds_file", staged(one, reduce_bucket=5e7)))
-    offload = {"stage": max(2, zero.stage), "offload_optimizer": True}
-    changes.append((f"{words} and --ds_file ds_zero2_offload.json", staged(one, **offload)))
+        yield "a reduce_bucket_size of 5e7 in the --ds_file", staged(run, reduce_bucket=5e7)
+    two = staged(run, stage=max(2, zero.stage), offload_optimizer=True)
+    yield "--ds_file ds_zero2_offload.json", two
     for gpus in (run.gpus, 2, 4, 8):
-        if gpus >= run.gpus:
-            more = f" on {gpus} GPUs" if gpus > run.gpus else ""
-            changes.append((f"{words} and --ds_file ds_zero3_no_offload.json{more}", staged(replace(one, gpus=gpus), stage=3)))
-            changes.append((f"{words} and --ds_file ds_zero3_offload.json{more}",
-                            staged(replace(one, gpus=gpus), stage=3, offload_optimizer=True, offload_param=True)))  # fmt: skip
-    if shorter := largest(one, "length", card, step=8):
-        changes.append((f"{words} and --max_len {shorter}", replace(one, length=shorter)))
-    for text, changed in changes:
-        found = estimate(changed)
-        if changed != run and found.needed <= card:
-            return text + (f" ({sum(found.host.values()) / GIB:.0f} GB of host RAM)" if changed.zero and changed.zero.offload_optimizer else "")
-    return "nothing on this card: take a larger one"
+        if gpus < run.gpus:
+            continue
+        on_gpus = f" on {gpus} GPUs" if gpus > run.gpus else ""
+        three = staged(replace(run, gpus=gpus), stage=3)
+        yield f"--ds_file ds_zero3_no_offload.json{on_gpus}", three
+        offloaded = replace(three.zero, offload_optimizer=True, offload_param=True)
+        yield f"--ds_file ds_zero3_offload.json{on_gpus}", replace(three, zero=offloaded)
 
 
 def read_zero(name: str, hidden: int) -> Zero:

@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {"chatglm": 0, "finetune": 1, "predictor": 2, "serving": 3}  # everything else of ours stands above them
 HEAVY = {"torch", "transformers", "deepspeed", "peft", "numpy", "datasets", "safetensors"}
 TORCH_FREE = ["chatglm/__init__.py", "chatglm/conversations.py", "chatglm/families.py", "chatglm/files.py", "finetune/__init__.py", "finetune/commands.py", "finetune/config.py",
-              "finetune/files.py", "finetune/formats.py", "finetune/methods.py", "finetune/memory.py", "finetune/memory_activations.py",
-              "finetune/memory_cards.py", "finetune/memory_formula.py", "finetune/memory_layers.py", "finetune/memory_run.py",
+              "finetune/files.py", "finetune/formats.py", "finetune/methods.py", "finetune/memory.py", "finetune/memory_formula.py",
               "finetune/memory_seeds.py", "finetune/memory_shapes.py", "finetune/metrics.py", "finetune/record.py", "finetune/report.py",
+              "finetune/memory_activations.py", "finetune/memory_cards.py", "finetune/memory_layers.py", "finetune/memory_run.py",
               "train.py"]  # fmt: skip
 PURE = ["request", "lengths", "batching", "continuous", "scheduler", "simulated", "simulate", "experiments", "workload", "metrics", "cost_model",
         "calibration", "devices", "placement", "deployment"]  # of serving/; fmt: skip
