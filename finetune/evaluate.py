@@ -115,44 +115,80 @@ def dependencies(args, prompts: list[str], options: dict) -> dict:
     }  # fmt: skip
 
 
-def evaluate_rows(args):
+def evaluate_rows(args: argparse.Namespace):
     """Answer --test_path's rows, score them, print and write what was asked for."""
     names = parse_metrics(args.metrics or "triple_f1")
     check_packages(names)
-    rows, n = read_questions(args.test_path, "--test_path", reader_of(args)), args.num_answers
+    rows = read_questions(args.test_path, "--test_path", reader_of(args))
+    answers, seconds, kept = answer_questions(args, rows)
+    scores = score_rows(names, answers, [row.answers for row in rows])
+    shown = [answer[0] if args.num_answers == 1 else answer for answer in answers]
+    if kept:
+        kept.replace_by(prediction_lines(rows, shown, scores))
+    result: dict = {
+        "rows": len(rows),
+        "denominator": args.f1_denominator,
+        "seconds": seconds,
+        "metrics": {name: mean(values) for name, values in scores.items()},
+    }
+    if "triple_f1" in names:
+        divisor = 50 if args.f1_denominator == "50" else len(rows)
+        result["f1"] = math.fsum(scores["triple_f1"]) / divisor
+    print_scores(result, args.num_answers)
+    if args.output:
+        write_json(args.output, result | {"answers": scored_answers(rows, shown, scores)})
+
+
+def answer_questions(
+    args: argparse.Namespace, rows: list[Row]
+) -> tuple[list[list[str]], float, KeptAnswers | None]:
+    """(--num_answers answers to each row, seconds, the answers on disk with --predictions).
+
+    Answers that an interrupted command has kept are not made again.
+    """
+    n = args.num_answers
     model, tokenizer, max_src_len, options = load_for_inference(args)
     options |= {"batch_size": args.batch_size, "max_src_len": max_src_len, "seed": args.seed}
     prompts = [row.prompt for row in rows for _ in range(n)]
-    kept = KeptAnswers(Path(args.predictions), dependencies(args, prompts, options)) if args.predictions else None
+    kept = None
+    if args.predictions:
+        kept = KeptAnswers(Path(args.predictions), dependencies(args, prompts, options))
     found = dict(kept.found) if kept else {}
     if found:
         print(f"{len(found)} of {len(prompts)} answers are there from before", flush=True)
     started = time.perf_counter()
-    for batch in answers_by_batch(model, tokenizer, prompts, progress=True, done=set(found), **options):
+    done = set(found)
+    for batch in answers_by_batch(model, tokenizer, prompts, progress=True, done=done, **options):
         found |= batch
         if kept:
             kept.add(batch)
     seconds = time.perf_counter() - started
-    answers = [[found[i * n + j] for j in range(n)] for i in range(len(rows))]
-    scores = score_rows(names, answers, [row.answers for row in rows])
-    means = {name: mean(values) for name, values in scores.items()}
-    shown = [answer[0] if n == 1 else answer for answer in answers]
-    if kept:
-        kept.replace_by(prediction_lines(rows, shown, scores))
-    result: dict = {"rows": len(rows), "denominator": args.f1_denominator, "seconds": seconds, "metrics": means}
-    if names != ("triple_f1",):
+    return [[found[i * n + j] for j in range(n)] for i in range(len(rows))], seconds, kept
+
+
+def print_scores(result: dict, num_answers: int):
+    """The means, and the line of the F1 where it was asked for; of nothing else, the line alone."""
+    rows, seconds, means = result["rows"], result["seconds"], result["metrics"]
+    if list(means) != ["triple_f1"]:
         print_table(["metric", "mean"], [[name, f"{value:.4f}"] for name, value in means.items()])
-        print(f"over {len(rows)} rows, {n} answer(s) each, {seconds:.1f} s")
-    if "triple_f1" in names:
-        result["f1"] = math.fsum(scores["triple_f1"]) / (50 if args.f1_denominator == "50" else len(rows))
-        print(f"F1 {result['f1']:.4f} over {len(rows)} rows (denominator {args.f1_denominator}), {seconds:.1f} s")
-    if args.output:
-        result["answers"] = [
-            {"prompt": row.prompt, "answer": answer, "gold": row.answers[0]}
-            | {"f1" if name == "triple_f1" else name: values[i] for name, values in scores.items()}
-            for i, (row, answer) in enumerate(zip(rows, shown))
-        ]
-        write_json(args.output, result)
+        print(f"over {rows} rows, {num_answers} answer(s) each, {seconds:.1f} s")
+    if "f1" in result:
+        denominator = result["denominator"]
+        f1 = f"F1 {result['f1']:.4f} over {rows} rows (denominator {denominator})"
+        print(f"{f1}, {seconds:.1f} s")
+
+
+def scored_answers(
+    rows: list[Row], answers: Sequence[str | list[str]], scores: dict[str, list[float]]
+) -> list[dict]:
+    """{prompt, answer, gold, a score of each metric} of every row; triple_f1 is called f1."""
+    found = []
+    for i, (row, answer) in enumerate(zip(rows, answers)):
+        entry = {"prompt": row.prompt, "answer": answer, "gold": row.answers[0]}
+        for name, values in scores.items():
+            entry["f1" if name == "triple_f1" else name] = values[i]
+        found.append(entry)
+    return found
 
 
 def probe_rows(args):

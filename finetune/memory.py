@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,16 +23,19 @@ from finetune.config import TrainConfig, add_flag
 from finetune.ds_file import BETWEEN_RANKS, fill_sizes, read_ds_file
 from finetune.files import write_json
 from finetune.memory_cards import CARDS, GIB, MIB
-from finetune.memory_formula import estimate
+from finetune.memory_formula import Estimate, estimate
 from finetune.memory_run import Run, Zero
-from finetune.memory_shapes import PUBLISHED, read_shape
+from finetune.memory_shapes import PUBLISHED, read_shape, short_name
 from finetune.methods import module_names
 
 LIMIT = 2**20  # no search for a batch or a length goes further
 
 
 def largest(run: Run, name: str, card: float, step: int = 1) -> int:
-    """The largest "batch" or "length" that fits the card, all rows at their longest, in multiples of `step`; 0 where none does."""
+    """The largest "batch" or "length" that fits the card, all rows at their longest.
+
+    In multiples of `step`; 0 where none fits.
+    """
 
     def fits(units: int) -> bool:
         return estimate(replace(run, real_tokens=None, **{name: units * step})).needed <= card
@@ -45,86 +49,170 @@ def largest(run: Run, name: str, card: float, step: int = 1) -> int:
     return low * step
 
 
+Change = tuple[str, Run]  # what to change, in words and flags, and the run then
+
+
 def cheapest_change(run: Run, card: float) -> str:
-    """The first change that makes a run fit, from those that cost little to those that cost machines."""
+    """The first change that makes a run fit, from those that cost little to those that cost
+    machines."""
+    for text, changed in changes_by_cost(run, card):
+        found = estimate(changed)
+        if changed != run and found.needed <= card:
+            return text + host_note(changed, found)
+    return "nothing on this card: take a larger one"
+
+
+def host_note(run: Run, found: Estimate) -> str:
+    """What of the host's memory an offloaded optimizer takes."""
+    if run.zero is None or not run.zero.offload_optimizer:
+        return ""
+    return f" ({sum(found.host.values()) / GIB:.0f} GB of host RAM)"
+
+
+def changes_by_cost(run: Run, card: float) -> Iterator[Change]:
+    """Steps that are kept, then one row at a time with ZeRO, then shorter rows."""
+    yield from changes_of_batch(run, card)
+    if not run.ours:
+        packed = replace(run, mode="ours", precision="bf16")
+        yield "this project's packed loop (--mode ours)", packed
+    one = replace(checkpointed(run), batch=1, real_tokens=None)
+    words = "--gradient_checkpointing, --per_device_train_batch_size 1"
+    for text, changed in changes_of_zero(one):
+        yield f"{words} and {text}", changed
+    if shorter := largest(one, "length", card, step=8):
+        yield f"{words} and --max_len {shorter}", replace(one, length=shorter)
+
+
+def checkpointed(run: Run) -> Run:
+    return replace(run, checkpointing=True, selective=False)
+
+
+def changes_of_batch(run: Run, card: float) -> Iterator[Change]:
+    """The same step, in smaller passes or with layers computed again."""
+    yield "--gradient_checkpointing", checkpointed(run)
+    if batch := largest(run, "batch", card):
+        passes = -(-run.batch * run.accumulation // batch)
+        flags = f"--per_device_train_batch_size {batch} with --gradient_accumulation_steps {passes}"
+        yield flags, replace(run, batch=batch, real_tokens=None)
+    both = checkpointed(run)
+    if batch := largest(both, "batch", card):
+        flags = f"--gradient_checkpointing and --per_device_train_batch_size {batch}"
+        yield flags, replace(both, batch=batch, real_tokens=None)
+
+
+def changes_of_zero(run: Run) -> Iterator[Change]:
+    """Smaller buckets, an offloaded optimizer, weights cut among this and more GPUs."""
     zero = run.zero or Zero(stage=0)
 
     def staged(run: Run, **change) -> Run:
         return replace(run, zero=replace(zero, overlap=None, **change))
 
-    changes = [("--gradient_checkpointing", replace(run, checkpointing=True, selective=False))]
-    if batch := largest(run, "batch", card):
-        changes.append((f"--per_device_train_batch_size {batch} with --gradient_accumulation_steps {-(-run.batch * run.accumulation // batch)}",
-                        replace(run, batch=batch, real_tokens=None)))  # fmt: skip
-    both = replace(run, checkpointing=True, selective=False)
-    if batch := largest(both, "batch", card):
-        changes.append((f"--gradient_checkpointing and --per_device_train_batch_size {batch}", replace(both, batch=batch, real_tokens=None)))
-    if not run.ours:
-        changes.append(("this project's packed loop (--mode ours)", replace(run, mode="ours", precision="bf16")))
-    one = replace(both, batch=1, real_tokens=None)
-    words = "--gradient_checkpointing, --per_device_train_batch_size 1"
     if zero.reduce_bucket > 5e7:
-        changes.append((f"{words} and a reduce_bucket_size of 5e7 in the --ds_file", staged(one, reduce_bucket=5e7)))
-    offload = {"stage": max(2, zero.stage), "offload_optimizer": True}
-    changes.append((f"{words} and --ds_file ds_zero2_offload.json", staged(one, **offload)))
+        yield "a reduce_bucket_size of 5e7 in the --ds_file", staged(run, reduce_bucket=5e7)
+    two = staged(run, stage=max(2, zero.stage), offload_optimizer=True)
+    yield "--ds_file ds_zero2_offload.json", two
     for gpus in (run.gpus, 2, 4, 8):
-        if gpus >= run.gpus:
-            more = f" on {gpus} GPUs" if gpus > run.gpus else ""
-            changes.append((f"{words} and --ds_file ds_zero3_no_offload.json{more}", staged(replace(one, gpus=gpus), stage=3)))
-            changes.append((f"{words} and --ds_file ds_zero3_offload.json{more}",
-                            staged(replace(one, gpus=gpus), stage=3, offload_optimizer=True, offload_param=True)))  # fmt: skip
-    if shorter := largest(one, "length", card, step=8):
-        changes.append((f"{words} and --max_len {shorter}", replace(one, length=shorter)))
-    for text, changed in changes:
-        found = estimate(changed)
-        if changed != run and found.needed <= card:
-            return text + (f" ({sum(found.host.values()) / GIB:.0f} GB of host RAM)" if changed.zero and changed.zero.offload_optimizer else "")
-    return "nothing on this card: take a larger one"
+        if gpus < run.gpus:
+            continue
+        on_gpus = f" on {gpus} GPUs" if gpus > run.gpus else ""
+        three = staged(replace(run, gpus=gpus), stage=3)
+        yield f"--ds_file ds_zero3_no_offload.json{on_gpus}", three
+        offloaded = replace(three.zero, offload_optimizer=True, offload_param=True)
+        yield f"--ds_file ds_zero3_offload.json{on_gpus}", replace(three, zero=offloaded)
 
 
 def read_zero(name: str, hidden: int) -> Zero:
     """From a DeepSpeed file, looked up and filled as train.py does."""
     path, ds = read_ds_file(name)
     try:
-        zero = {k: v for k, v in fill_sizes(ds.get("zero_optimization", {"stage": 0}), hidden).items() if v != "auto"}
-        sizes = {"reduce_bucket": "reduce_bucket_size", "live": "stage3_max_live_parameters"}
-        return Zero(
-            stage=int(zero.get("stage", 0)), overlap=zero.get("overlap_comm"), obeyed=not zero.keys() <= BETWEEN_RANKS,
-            **{f"offload_{k}": (zero.get(f"offload_{k}") or {}).get("device", "none") not in ("none", "auto") for k in ("optimizer", "param")},
-            **{field: float(zero[key]) for field, key in sizes.items() if zero.get(key) is not None},
-        )  # fmt: skip
+        return make_zero(fill_sizes(ds.get("zero_optimization", {"stage": 0}), hidden))
     except (AttributeError, TypeError, ValueError):
         raise ValueError(f"--ds_file: {path} is no DeepSpeed configuration") from None
 
 
+def make_zero(section: dict) -> Zero:
+    """From a zero_optimization section; "auto" is DeepSpeed's choice."""
+    given = {key: value for key, value in section.items() if value != "auto"}
+
+    def offloads(key: str) -> bool:
+        return (given.get(key) or {}).get("device", "none") not in ("none", "auto")
+
+    keys = {"reduce_bucket": "reduce_bucket_size", "live": "stage3_max_live_parameters"}
+    sizes = {name: float(given[key]) for name, key in keys.items() if given.get(key) is not None}
+    return Zero(
+        stage=int(given.get("stage", 0)),
+        offload_optimizer=offloads("offload_optimizer"),
+        offload_param=offloads("offload_param"),
+        overlap=given.get("overlap_comm"),
+        obeyed=not given.keys() <= BETWEEN_RANKS,
+        **sizes,
+    )
+
+
 # train.py's flags that an estimate depends on.
 FLAGS = (
-    "train_type", "max_len", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "precision",
-    "ds_file", "lora_dim", "lora_dropout", "lora_module_name", "freeze_module_name", "pre_seq_len", "prefix_projection", "ptuning_version",
-)  # fmt: skip
+    "train_type",
+    "max_len",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "precision",
+    "ds_file",
+    "lora_dim",
+    "lora_dropout",
+    "lora_module_name",
+    "freeze_module_name",
+    "pre_seq_len",
+    "prefix_projection",
+    "ptuning_version",
+)
+UNKNOWN_FLAGS = ("quantization_bit", "use_dora", "gradient_checkpointing_layers")
 METHOD_TITLES = {"lora": "LoRA", "freeze": "freeze", "ptuning": "P-Tuning", "all": "full"}
 
 
-def make_run(config: TrainConfig, *, mode: str = "ours", gpus: int = 1, card: str = "A40", **more) -> Run:
+def make_run(
+    config: TrainConfig, *, mode: str = "ours", gpus: int = 1, card: str = "A40", **more
+) -> Run:
     """The run that train.py's flags describe; raises ValueError for what does not fit the model."""
-    if unknown := [name for name in ("quantization_bit", "use_dora", "gradient_checkpointing_layers") if getattr(config, name)]:
-        raise ValueError(f"the estimate does not know --{unknown[0]}: leave it out to see the run without it")
+    if unknown := [name for name in UNKNOWN_FLAGS if getattr(config, name)]:
+        raise ValueError(
+            f"the estimate does not know --{unknown[0]}: leave it out to see the run without it"
+        )
     shape = read_shape(config.model_name_or_path)
     modules = tuple(module_names(config.lora_module_name))
     if modules == ("all-linear",):
-        modules = tuple(name.rsplit(".", 1)[-1] for name in shape.linears)
-    precision, checkpointing = config.precision, str(config.gradient_checkpointing)
-    if precision == "auto":  # what train.py finds on such a card; the seeds trained in fp16
-        precision = "fp16" if mode == "plain" or card.startswith(("V100", "T4")) else "bf16"
+        modules = tuple(short_name(name) for name in shape.linears)
+    checkpointing = str(config.gradient_checkpointing)
     run = Run(
-        shape, config.train_type, mode, batch=config.per_device_train_batch_size, length=config.max_len,
-        checkpointing=checkpointing != "False", selective=checkpointing == "selective", precision=precision, gpus=gpus, zero=read_zero(config.ds_file, shape.hidden),
-        accumulation=config.gradient_accumulation_steps, lora_dim=config.lora_dim, lora_modules=modules,
-        lora_dropout=config.lora_dropout, freeze_names=tuple(module_names(config.freeze_module_name)), pre_seq_len=config.pre_seq_len,
-        projection=config.prefix_projection, version=config.resolved_ptuning_version, **more,
-    )  # fmt: skip
+        shape,
+        config.train_type,
+        mode,
+        batch=config.per_device_train_batch_size,
+        length=config.max_len,
+        checkpointing=checkpointing != "False",
+        selective=checkpointing == "selective",
+        precision=resolve_precision(config.precision, mode, card),
+        gpus=gpus,
+        zero=read_zero(config.ds_file, shape.hidden),
+        accumulation=config.gradient_accumulation_steps,
+        lora_dim=config.lora_dim,
+        lora_modules=modules,
+        lora_dropout=config.lora_dropout,
+        freeze_names=tuple(module_names(config.freeze_module_name)),
+        pre_seq_len=config.pre_seq_len,
+        projection=config.prefix_projection,
+        version=config.resolved_ptuning_version,
+        **more,
+    )
     run.trained  # noqa: B018  a name that matches nothing is an error now
     return run
+
+
+def resolve_precision(precision: str, mode: str, card: str) -> str:
+    """What "auto" is: what train.py finds on such a card; the published runs trained in fp16."""
+    if precision != "auto":
+        return precision
+    return "fp16" if mode == "plain" or card.startswith(("V100", "T4")) else "bf16"
 
 
 def local_card() -> tuple[str, float] | None:
@@ -133,7 +221,8 @@ def local_card() -> tuple[str, float] | None:
         return None
     try:
         query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-        name, mib = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0].rsplit(",", 1)
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        name, mib = done.stdout.splitlines()[0].rsplit(",", 1)
         return name.strip(), float(mib) * MIB
     except (OSError, ValueError, IndexError, subprocess.SubprocessError):
         return None
@@ -143,34 +232,63 @@ def report(run: Run, card: str, size: float) -> dict:
     """Everything that is printed, in bytes."""
     found = estimate(run)
     fits = found.needed <= size
+    described = {key: value for key, value in dataclasses.asdict(run).items() if key != "shape"}
     return {
-        "run": {k: v for k, v in dataclasses.asdict(run).items() if k != "shape"} | {"trained_parameters": sum(run.trained.values())},
-        "parts": found.parts, "total": found.total, "needed": found.needed, "host": found.host, "card": {"name": card, "bytes": size},
-        "fits": fits, "largest_batch": largest(run, "batch", size), "longest_length": largest(run, "length", size),
+        "run": described | {"trained_parameters": run.trained_count},
+        "parts": found.parts,
+        "total": found.total,
+        "needed": found.needed,
+        "host": found.host,
+        "card": {"name": card, "bytes": size},
+        "fits": fits,
+        "largest_batch": largest(run, "batch", size),
+        "longest_length": largest(run, "length", size),
         "cheapest_change": None if fits else cheapest_change(run, size),
-    }  # fmt: skip
+    }
 
 
 def show(model: str, run: Run, found: dict):
-    zero = f"ZeRO-{run.zero.stage}" + (", offload" if run.zero.offload_optimizer else "")
-    print(
-        f"{model}, {run.train_type}, {run.mode}, {run.precision}, {zero}, {run.gpus} GPU(s), {run.batch} row(s) of {run.length} tokens, "
-        f"gradient checkpointing {('selective' if run.selective else 'on') if run.checkpointing else 'off'}; {found['run']['trained_parameters']:,} parameters trained\n"
-    )
-    for title, parts, total in (("per GPU", found["parts"], "peak"), ("host RAM, all processes", found["host"], "total")):
-        print(f"{title:<28}{'GB':>8}")
-        for name, size in (*parts.items(), (total, sum(parts.values()))):
-            print(f"  {name:<26}{round(size / GIB, 2) + 0.0:8.2f}")  # never -0.00
+    """Print a report."""
+    print(f"{describe_run(model, run)}; {run.trained_count:,} parameters trained\n")
+    show_parts("per GPU", found["parts"], "peak")
+    show_parts("host RAM, all processes", found["host"], "total")
     card, size = found["card"]["name"], found["card"]["bytes"] / GIB
+    needed = f"{found['needed'] / GIB:.1f} GB"
     if found["fits"]:
-        print(f"\nfits: {found['needed'] / GIB:.1f} GB of the {card}'s {size:.1f}")
+        print(f"\nfits: {needed} of the {card}'s {size:.1f}")
     else:
-        print(f"\ndoes not fit: {found['needed'] / GIB:.1f} GB, and the {card} has {size:.1f}\ncheapest change that fits: {found['cheapest_change']}")
-    for name, value, other in (("batch", found["largest_batch"], f"{run.length} tokens"), ("length", found["longest_length"], f"batch {run.batch}")):
-        shown = "none fits" if value == 0 else f"over {LIMIT // 2}" if value >= LIMIT // 2 else value
-        print(f"{'largest batch' if name == 'batch' else 'longest row'} at {other}: {shown}")
+        print(f"\ndoes not fit: {needed}, and the {card} has {size:.1f}")
+        print(f"cheapest change that fits: {found['cheapest_change']}")
+    print(f"largest batch at {run.length} tokens: {show_largest(found['largest_batch'])}")
+    print(f"longest row at batch {run.batch}: {show_largest(found['longest_length'])}")
     if run.ours:
-        print(f"(rows packed, {100 * run.label_share:.0f} % of the tokens labelled; the formula's error on published rows: --compare_seeds)")
+        labelled = f"{100 * run.label_share:.0f} % of the tokens labelled"
+        error = "the formula's error on published rows: --compare_seeds"
+        print(f"(rows packed, {labelled}; {error})")
+
+
+def describe_run(model: str, run: Run) -> str:
+    offload = ", offload" if run.zero.offload_optimizer else ""
+    kind = "selective" if run.selective else "on"
+    checkpointing = kind if run.checkpointing else "off"
+    return (
+        f"{model}, {run.train_type}, {run.mode}, {run.precision}, ZeRO-{run.zero.stage}{offload}, "
+        f"{run.gpus} GPU(s), {run.batch} row(s) of {run.length} tokens, "
+        f"gradient checkpointing {checkpointing}"
+    )
+
+
+def show_parts(title: str, parts: dict[str, float], total: str):
+    print(f"{title:<28}{'GB':>8}")
+    for name, size in (*parts.items(), (total, sum(parts.values()))):
+        print(f"  {name:<26}{round(size / GIB, 2) + 0.0:8.2f}")  # never -0.00
+
+
+def show_largest(value: int) -> str:
+    """A batch or a length that fits."""
+    if value == 0:
+        return "none fits"
+    return f"over {LIMIT // 2}" if value >= LIMIT // 2 else str(value)
 
 
 def estimate_run(config: TrainConfig):
@@ -181,21 +299,54 @@ def estimate_run(config: TrainConfig):
         show(config.model_name_or_path, run, report(run, card, size))
 
 
+# method, --ds_file and GPUs of the table's runs.
+TABLE_RUNS = (
+    ("lora", "ds_zero2.json", 1),
+    ("ptuning", "ds_zero2.json", 1),
+    ("freeze", "ds_zero2.json", 1),
+    ("all", "ds_zero3_no_offload.json", 4),
+    ("all", "ds_zero3_offload.json", 4),
+)
+
+
 def print_table(card: str, size: float) -> dict:
-    """What each method needs of one GPU at 1560 tokens, batch 1, and the longest row on the card."""
-    print(f"| model | method | GPUs | needed at 1560 tokens, GB | with checkpointing | longest row on {card} | with checkpointing |\n|---|---|---|---|---|---|---|")
+    """What each method needs of one GPU at 1560 tokens, batch 1; the longest row on the card."""
+    print(
+        "| model | method | GPUs | needed at 1560 tokens, GB | with checkpointing | "
+        f"longest row on {card} | with checkpointing |\n|---|---|---|---|---|---|---|"
+    )
     rows = []
     for model in PUBLISHED:
-        for method, ds_file, gpus in (("lora", "ds_zero2.json", 1), ("ptuning", "ds_zero2.json", 1), ("freeze", "ds_zero2.json", 1),
-                                      ("all", "ds_zero3_no_offload.json", 4), ("all", "ds_zero3_offload.json", 4)):  # fmt: skip
-            config = TrainConfig(model_name_or_path=model, train_path="-", train_type=method, max_len=1560, per_device_train_batch_size=1, ds_file=ds_file)
-            runs = [replace(make_run(config, gpus=gpus), checkpointing=on) for on in (False, True)]
-            need = [estimate(run).needed / GIB for run in runs]
-            longest = [largest(run, "length", size, step=8) for run in runs]
-            title = METHOD_TITLES[method] + (", offload" if runs[0].zero.offload_optimizer else "")
-            print(f"| {model} | {title} | {gpus} | {need[0]:.1f} | {need[1]:.1f} | {longest[0] or 'none'} | {longest[1] or 'none'} |")
-            rows.append({"model": model, "method": title, "gpus": gpus, "needed_gib": need, "longest": longest})
+        for method, ds_file, gpus in TABLE_RUNS:
+            row = table_row(model, method, ds_file, gpus, size)
+            need, longest = row["needed_gib"], [value or "none" for value in row["longest"]]
+            print(
+                f"| {model} | {row['method']} | {gpus} | {need[0]:.1f} | {need[1]:.1f} | "
+                f"{longest[0]} | {longest[1]} |"
+            )
+            rows.append(row)
     return {"card": card, "rows": rows}
+
+
+def table_row(model: str, method: str, ds_file: str, gpus: int, size: float) -> dict:
+    """Figures of one run without and with checkpointing, on a card of `size` bytes."""
+    config = TrainConfig(
+        model_name_or_path=model,
+        train_path="-",
+        train_type=method,
+        max_len=1560,
+        per_device_train_batch_size=1,
+        ds_file=ds_file,
+    )
+    run = make_run(config, gpus=gpus)
+    runs = [replace(run, checkpointing=on) for on in (False, True)]
+    return {
+        "model": model,
+        "method": METHOD_TITLES[method] + (", offload" if run.zero.offload_optimizer else ""),
+        "gpus": gpus,
+        "needed_gib": [estimate(each).needed / GIB for each in runs],
+        "longest": [largest(each, "length", size, step=8) for each in runs],
+    }
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -49,30 +49,54 @@ class FineTuning:
         sources = parse_sources(config.train_path)
         replay = parse_sources(config.replay_path, "--replay_path") if config.replay_path else []
         if config.streaming:
-            self.stream = Stream(
-                sources, self.reader, Encoder(self.tokenizer, self.family, config.max_len, config.max_src_len, config.glm3_labels),
-                seed=config.seed, block=config.shuffle_buffer, skip_bad=config.on_bad_row == "skip", skip_long=config.is_skip,
-                replay=replay, replay_ratio=config.replay_ratio, workers=config.num_workers,
-            )  # fmt: skip
+            self.stream = self.open_stream(sources, replay)
         else:
-            parts = [self.load_source(source, "train") for source in sources] + [self.load_source(source, "replay") for source in replay]
-            self.data = join([data for data, _ in parts]) if len(parts) > 1 else parts[0][0]
-            self.hash = hash_sources([*sources, *replay], [row for _, rows in parts for row in rows])
-            if len(parts) > 1 or sources[0].weight != 1:
-                sizes = [len(data) for data, _ in parts]
-                shares = [size * source.weight for size, source in zip(sizes, [*sources, *replay])]
-                counts = [max(1, round(share)) for share in shares[: len(sources)]]
-                wanted, given = replay_count(sum(counts), config.replay_ratio), sum(shares[len(sources) :])
-                counts += [max(1, round(wanted * share / given)) for share in shares[len(sources) :]]
-                self.draws = tuple(zip(sizes, counts))
-                say("an epoch reads " + ", ".join(f"{n} rows of {source.name}" for n, source in zip(counts, [*sources, *replay])))
+            self.load_training_rows(sources, replay)
         if config.eval_path:
-            held_out = parse_sources(config.eval_path, "--eval_path", weights=False)
-            parts = [self.load_source(source, "eval") for source in held_out]
-            self.eval_data, self.eval_rows = join([data for data, _ in parts]), [row for _, rows in parts for row in rows]
-            self.eval_hash = hash_sources(held_out, self.eval_rows)
-            if config.answer_metrics:  # without them a conversation gives its loss
-                single_questions(self.eval_rows, "--eval_metrics")
+            self.load_eval_rows()
+
+    def open_stream(self, sources: list[Source], replay: list[Source]) -> Stream:
+        config = self.config
+        encoder = Encoder(
+            self.tokenizer, self.family, config.max_len, config.max_src_len, config.glm3_labels
+        )
+        return Stream(
+            sources,
+            self.reader,
+            encoder,
+            seed=config.seed,
+            block=config.shuffle_buffer,
+            skip_bad=config.on_bad_row == "skip",
+            skip_long=config.is_skip,
+            replay=replay,
+            replay_ratio=config.replay_ratio,
+            workers=config.num_workers,
+        )
+
+    def load_training_rows(self, sources: list[Source], replay: list[Source]):
+        """Read every source; where there are several, or one has a weight, an epoch draws rows."""
+        parts = [self.load_source(source, "train") for source in sources]
+        parts += [self.load_source(source, "replay") for source in replay]
+        self.data = join([data for data, _ in parts]) if len(parts) > 1 else parts[0][0]
+        together = [*sources, *replay]
+        self.hash = hash_sources(together, [row for _, rows in parts for row in rows])
+        if len(parts) == 1 and sources[0].weight == 1:
+            return
+        sizes = [len(data) for data, _ in parts]
+        shares = [size * source.weight for size, source in zip(sizes, together)]
+        counts = draw_counts(shares, len(sources), self.config.replay_ratio)
+        self.draws = tuple(zip(sizes, counts))
+        words = [f"{count} rows of {source.name}" for count, source in zip(counts, together)]
+        say("an epoch reads " + ", ".join(words))
+
+    def load_eval_rows(self):
+        held_out = parse_sources(self.config.eval_path, "--eval_path", weights=False)
+        parts = [self.load_source(source, "eval") for source in held_out]
+        self.eval_data = join([data for data, _ in parts])
+        self.eval_rows = [row for _, rows in parts for row in rows]
+        self.eval_hash = hash_sources(held_out, self.eval_rows)
+        if self.config.answer_metrics:  # without them a conversation gives its loss
+            single_questions(self.eval_rows, "--eval_metrics")
 
     def data_hash(self) -> str:
         """Of the training rows: a resumed run must have the same."""
@@ -185,6 +209,19 @@ class FineTuning:
     def export(self, model: nn.Module, state: dict[str, Tensor], folder: Path):
         """Write what inference needs; `state` as checkpoint.export takes it."""
         export(model, self.method, self.tokenizer, state, folder)
+
+
+def draw_counts(shares: list[float], own: int, replay_ratio: float) -> list[int]:
+    """Rows that an epoch draws of each source, at least 1 of each.
+
+    Args:
+        shares: rows x weight of each source. The first `own` are --train_path's and count as they
+            are; the others are --replay_path's and share what --replay_ratio gives them.
+    """
+    counts = [max(1, round(share)) for share in shares[:own]]
+    replayed = shares[own:]
+    wanted, given = replay_count(sum(counts), replay_ratio), sum(replayed)
+    return counts + [max(1, round(wanted * share / given)) for share in replayed]
 
 
 def layout_of(config: TrainConfig, family, tokenizer, dtype: torch.dtype) -> dict:
