@@ -4,6 +4,7 @@ peft itself warns of tensors that a file lacks and drops those that it does not 
 """
 
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,7 +122,7 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: no adapter weights there.
-        ValueError: a file is damaged, or not all of its tensors are read, or some are missing.
+        ValueError: a file is damaged, not all of its tensors are read, some are missing, or the model is partly on disk.
     """
     from peft import PeftModel, set_peft_model_state_dict
     from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
@@ -129,8 +130,17 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     folder = Path(folder)
     config, state = read_adapter_config(folder), read_adapter(folder)
     peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-    name = model.name_or_path
-    with reading(folder, f"does its adapter belong to {name}?"):
+    name, remedy = model.name_or_path, f"does its adapter belong to {model.name_or_path}?"
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    if "disk" in places:
+        raise ValueError(f"{folder}: an adapter cannot be put on a base that is partly on disk; merge it (merge_lora.py)")
+    if "cpu" in places and len(places) > 1:  # peft spreads base and adapter over the devices anew, and reads the file itself
+        with reading(folder, remedy), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(model, str(folder), config=config)
+        check_names(folder, name, fit_adapter(model, state))
+        return model.eval()
+    with reading(folder, remedy):
         model = peft_class(model, config)
     fit = fit_adapter(model, state)
     check_names(folder, name, fit)

@@ -1,7 +1,9 @@
 """Folders and adapters as people bring them: what is read all the same, and one line for what is not."""
 
+import ast
 import json
 import logging
+import re
 import shutil
 
 import pytest
@@ -13,6 +15,7 @@ from chatglm import load_model, load_tokenizer
 from chatglm.families import FAMILIES
 from chatglm.folders import reading
 from chatglm.loading import base_fingerprint, read_config
+from tests.conftest import REPO_ROOT
 from tests.chatglm.test_loading import WEIGHTS, edit_config, logits_of, prefix_folder, write_bin
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1018370\n"
@@ -392,3 +395,21 @@ def test_a8_an_encoder_with_code_of_its_own_is_refused(model_folder, monkeypatch
     encoder = Encoder(str(model_folder), max_src_len=8)
     for load in (encoder.load_tokenizer, lambda: encoder.load_model(torch.float32, {})):
         assert "is never run" in refusal(load)
+
+
+def test_a8_every_auto_class_is_told_to_run_no_code():
+    folders = (REPO_ROOT / name for name in ("chatglm", "finetune", "predictor", "serving", "scripts", "benchmarks"))
+    calls = 0
+    for path in (path for folder in folders for path in folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and re.fullmatch(r"Auto\w+\.from_pretrained", ast.unparse(node.func)):
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert given.get("trust_remote_code") == "False", f"{path}:{node.lineno}"
+                calls += 1
+    assert calls >= 3
+
+
+def test_a1_an_adapter_is_not_put_on_a_base_on_disk(adapter_folder):
+    """peft would copy its tensors to nowhere."""
+    places = {"transformer.embedding": "cpu", "transformer.encoder": "disk", "transformer.output_layer": "cpu"}
+    assert "partly on disk; merge it" in refusal(load_model, adapter_folder, device_map=places)
