@@ -11,17 +11,48 @@ from transformers.utils import logging as transformers_logging
 from .adapters import adapter_file, fit_adapter, load_adapter, peft_name, read_adapter
 from .configuration import ChatGLM1Config, ChatGLMConfig, untold_family
 from .families import FAMILIES, contradicts, infer_family
-from .folders import check_folder, check_json_files, find_base, named_base, read_model_config, reading, refuse_unknown_type
+from .folders import (
+    check_folder,
+    check_json_files,
+    find_base,
+    named_base,
+    read_model_config,
+    reading,
+    refuse_unknown_type,
+)
 from .modeling_glm import ChatGLM1ForConditionalGeneration
 from .modeling_glm2 import ChatGLM2ForConditionalGeneration
 from .tokenization import ChatGLMTokenizer
 from .weights import PREFIX, iterate_weights, open_safetensors, read_bin, read_tensors, stored_prefix, weight_files
 
 __all__ = [
-    "PREFIX", "adapter_file", "base_fingerprint", "check_folder", "find_base", "fit_adapter", "iterate_weights", "load_adapter", "load_model",
-    "load_prefix", "load_tokenizer", "named_base", "open_safetensors", "peft_name", "quantization", "quiet_transformers", "read_adapter",
-    "read_bin", "read_config", "read_tensors", "resolve_mode", "set_prefix", "set_stop_ids", "stop_ids", "stored_prefix", "weight_files",
-]  # fmt: skip
+    "PREFIX",
+    "adapter_file",
+    "base_fingerprint",
+    "check_folder",
+    "find_base",
+    "fit_adapter",
+    "iterate_weights",
+    "load_adapter",
+    "load_model",
+    "load_prefix",
+    "load_tokenizer",
+    "named_base",
+    "open_safetensors",
+    "peft_name",
+    "quantization",
+    "quiet_transformers",
+    "read_adapter",
+    "read_bin",
+    "read_config",
+    "read_tensors",
+    "resolve_mode",
+    "set_prefix",
+    "set_stop_ids",
+    "stop_ids",
+    "stored_prefix",
+    "weight_files",
+]
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from chatglm import load_model, load_tokenizer
 from chatglm.families import FAMILIES
 from chatglm.folders import reading
 from chatglm.loading import base_fingerprint, read_config
-from tests.conftest import REPO_ROOT
 from tests.chatglm.test_loading import WEIGHTS, edit_config, logits_of, prefix_folder, write_bin
+from tests.conftest import REPO_ROOT
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1018370\n"
 ADAPTER = "adapter_model.safetensors"
@@ -287,7 +287,7 @@ def test_a7_json_files_that_hold_no_object(model_folder, content):
     [
         ("config.json", {"num_layers": "28"}), ("config.json", {"hidden_size": None}), ("config.json", {"rope_ratio": 0}),
         ("config.json", {"multi_query_group_num": 0}), ("config.json", {"glm_family": "glm9"}), ("config.json", {"model_type": ["chatglm"]}),
-        ("config.json", {"kv_channels": [8]}), ("config.json", {"dtype": "float99"}), ("config.json", {"dtype": 5}),
+        ("config.json", {"attn_implementation": 1.5}), ("config.json", {"cache_implementation": {}}), ("config.json", {"kv_channels": [8]}), ("config.json", {"dtype": "float99"}), ("config.json", {"dtype": 5}),
         ("generation_config.json", {"max_length": "x"}), ("generation_config.json", {"temperature": {}}),
         ("tokenizer_config.json", {"added_tokens_decoder": [1]}), ("tokenizer_config.json", {"added_tokens_decoder": {"a": "b"}}),
         ("tokenizer_config.json", {"extra_special_tokens": 5}), ("tokenizer_config.json", {"pad_token": ["a"]}),
@@ -324,16 +324,13 @@ def test_a7_torn_files_are_one_line(model_folder):
 
 
 def test_a7_errors_of_unknown_cause_keep_their_type():
-    with pytest.raises(ValueError, match="^here cannot be read: AttributeError: 'int' object has no attribute 'x'$"):
-        with reading("here"):
-            (5).x  # noqa: B018
-    with pytest.raises(ValueError, match=r"^here cannot be read: KeyError: 'x{200,}\.\.\.$"):
-        with reading("here"):
-            {}["x" * 1000]
+    with pytest.raises(ValueError, match="^here cannot be read: AttributeError: 'int' object has no attribute 'x'$"), reading("here"):
+        (5).x  # noqa: B018
+    with pytest.raises(ValueError, match=r"^here cannot be read: KeyError: 'x{200,}\.\.\.$"), reading("here"):
+        {}["x" * 1000]
     for error in (MemoryError(), ImportError("a"), FileNotFoundError(2, "No such file", "x"), ValueError("here: a line")):
-        with pytest.raises(type(error)) as caught:
-            with reading("here"):
-                raise error
+        with pytest.raises(type(error)) as caught, reading("here"):
+            raise error
         assert caught.value is error
 
 
@@ -413,3 +410,9 @@ def test_a1_an_adapter_is_not_put_on_a_base_on_disk(adapter_folder):
     """peft would copy its tensors to nowhere."""
     places = {"transformer.embedding": "cpu", "transformer.encoder": "disk", "transformer.output_layer": "cpu"}
     assert "partly on disk; merge it" in refusal(load_model, adapter_folder, device_map=places)
+
+
+def test_a_runs_folder_names_a_checkpoint(tmp_path):
+    (tmp_path / "run" / "epoch-1-step-40").mkdir(parents=True)
+    for load in (load_model, load_tokenizer):
+        assert f"such as {tmp_path / 'run' / 'epoch-1-step-40'}" in refusal(load, tmp_path / "run")
