@@ -79,6 +79,8 @@ def read_adapter_config(folder: Path):
     path = folder / "adapter_config.json"
     values = read_json(path)
     values.pop("runtime_config", None)  # of the machine that saved it
+    if values.get("megatron_config") is not None:  # peft would import the module that megatron_core names
+        raise ValueError(f"{path}: an adapter of Megatron's layers (megatron_config) is not read here")
     kind = values.get("peft_type")
     if kind is None:
         raise ValueError(f"{path} has no peft_type, such as LORA: it is no adapter's configuration")
@@ -127,8 +129,8 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: no adapter weights there.
-        ValueError: a file is damaged, tensors are missing or would not be read, or the model is partly
-            on disk.
+        ValueError: a file is damaged, tensors are missing or would not be read, or the model is
+            partly on disk.
     """
     from peft import PeftModel, set_peft_model_state_dict
     from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING

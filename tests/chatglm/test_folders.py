@@ -416,3 +416,12 @@ def test_a_runs_folder_names_a_checkpoint(tmp_path):
     (tmp_path / "run" / "epoch-1-step-40").mkdir(parents=True)
     for load in (load_model, load_tokenizer):
         assert f"such as {tmp_path / 'run' / 'epoch-1-step-40'}" in refusal(load, tmp_path / "run")
+
+
+def test_a8_an_adapter_names_no_module_to_import(adapter_folder, monkeypatch):
+    """peft imports what megatron_core says, which may lie in the folder that a command is started in."""
+    (adapter_folder / "evil_layers.py").write_text(f"open({str(adapter_folder / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(str(adapter_folder))
+    edit_config(adapter_folder, "adapter_config.json", megatron_config={"a": 1}, megatron_core="evil_layers")
+    assert "adapter_config.json: an adapter of Megatron's layers" in refusal(load_model, adapter_folder)
+    assert not (adapter_folder / "ran").exists()
