@@ -1,4 +1,4 @@
-"""peft's adapters: which tensors of an adapter file are read, and an error wherever some would not be.
+"""peft's adapters: which tensors of a file are read, and an error where some would not be.
 
 peft itself warns of tensors that a file lacks and drops those that it does not know.
 """
@@ -27,7 +27,9 @@ class Fit(NamedTuple):
     state: dict[str, Tensor]  # what the file holds
     missing: list[str]
     unexpected: list[str]
-    misshapen: list[tuple[str, list[int], list[int]]]  # (name, shape in the file, shape in the model)
+    misshapen: list[
+        tuple[str, list[int], list[int]]
+    ]  # (name, shape in the file, shape in the model)
 
 
 def adapter_file(folder: Path) -> Path:
@@ -39,7 +41,7 @@ def adapter_file(folder: Path) -> Path:
 
 
 def peft_name(name: str) -> str | None:
-    """The name under which peft saves a tensor that another saver named so; None for TRL's value head."""
+    """peft's name of a tensor that another saver named so; None for TRL's value head."""
     if name.startswith(VALUE_HEAD):
         return None
     prefix = next((p for p in SAVED_PREFIXES if name.startswith(p)), "")
@@ -77,6 +79,8 @@ def read_adapter_config(folder: Path):
     path = folder / "adapter_config.json"
     values = read_json(path)
     values.pop("runtime_config", None)  # of the machine that saved it
+    if values.get("megatron_config") is not None:  # peft would import the module that megatron_core names
+        raise ValueError(f"{path}: an adapter of Megatron's layers (megatron_config) is not read here")
     kind = values.get("peft_type")
     if kind is None:
         raise ValueError(f"{path} has no peft_type, such as LORA: it is no adapter's configuration")
@@ -86,8 +90,9 @@ def read_adapter_config(folder: Path):
         config = PeftConfig.from_peft_type(**values)
     if config.is_prompt_learning or config.is_adaption_prompt or kind == "XLORA":
         raise ValueError(
-            f"{path}: peft_type {kind} cannot be put on a ChatGLM here, wanted LORA or another kind that changes "
-            "weights; for virtual tokens train with --train_type ptuning"
+            f"{path}: peft_type {kind} cannot be put on a ChatGLM here, wanted LORA "
+            "or another kind that changes weights; virtual tokens are trained by "
+            "--train_type ptuning"
         )
     config.inference_mode = True
     return config
@@ -100,11 +105,13 @@ def peft_version() -> str:
 
 
 def fit_adapter(model: nn.Module, state: dict[str, Tensor]) -> Fit:
-    """How the tensors of `read_adapter` fit a PeftModel that has a new adapter of their configuration."""
+    """How the tensors of `read_adapter` fit a PeftModel with a new adapter of their kind."""
     from peft import get_peft_model_state_dict
 
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
-    others = model.state_dict().keys()  # a file may hold weights of the base, such as a trained embedding
+    others = (
+        model.state_dict().keys()
+    )  # a file may hold weights of the base, such as a trained embedding
     return Fit(
         state=state,
         missing=[name for name in wanted if name not in state],
@@ -122,7 +129,8 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: no adapter weights there.
-        ValueError: a file is damaged, not all of its tensors are read, some are missing, or the model is partly on disk.
+        ValueError: a file is damaged, tensors are missing or would not be read, or the model is
+            partly on disk.
     """
     from peft import PeftModel, set_peft_model_state_dict
     from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
@@ -133,8 +141,13 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     name, remedy = model.name_or_path, f"does its adapter belong to {model.name_or_path}?"
     places = set((getattr(model, "hf_device_map", None) or {}).values())
     if "disk" in places:
-        raise ValueError(f"{folder}: an adapter cannot be put on a base that is partly on disk; merge it (merge_lora.py)")
-    if "cpu" in places and len(places) > 1:  # peft spreads base and adapter over the devices anew, and reads the file itself
+        raise ValueError(
+            f"{folder}: an adapter cannot be put on a base that is partly on disk; "
+            "merge it (merge_lora.py)"
+        )
+    if (
+        "cpu" in places and len(places) > 1
+    ):  # peft spreads base and adapter over the devices anew, and reads the file itself
         with reading(folder, remedy), warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(model, str(folder), config=config)
@@ -159,14 +172,18 @@ def check_names(folder: Path, base: str, fit: Fit):
     if fit.missing:
         count = len(fit.missing) + len(fit.state) - len(fit.unexpected)
         raise ValueError(
-            f"{len(fit.missing)} of the {count} tensors that {folder / 'adapter_config.json'} asks for "
-            f"are not in {file.name}, the first is {fit.missing[0]}"
-            + (f"; {file.name} names it otherwise, such as {fit.unexpected[0]}" if fit.unexpected else "")
+            f"{len(fit.missing)} of the {count} tensors that {folder / 'adapter_config.json'} asks "
+            f"for are not in {file.name}, the first is {fit.missing[0]}"
+            + (
+                f"; {file.name} names it otherwise, such as {fit.unexpected[0]}"
+                if fit.unexpected
+                else ""
+            )
         )
     if fit.unexpected:
         raise ValueError(
-            f"{file}: {len(fit.unexpected)} of its {len(fit.state)} tensors have no place in {base} by "
-            f"adapter_config.json, the first is {fit.unexpected[0]}"
+            f"{file}: {len(fit.unexpected)} of its {len(fit.state)} tensors have no place "
+            f"in {base} by adapter_config.json, the first is {fit.unexpected[0]}"
         )
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from .families import infer_family
 
 PTUNING_VERSIONS = ("v1", "v2")
-MOST_LAYERS = 1000  # the largest release has 40; building 10**8 would take all memory before weights are missed
+MOST_LAYERS = 1000  # the largest release has 40; 10**8 would be built before weights are missed
 LARGEST_SIZE = 2**24  # of any other dimension of a weight
 
 
@@ -97,7 +97,7 @@ class ChatGLM1Config(ChatGLMConfig):
     def __post_init__(self, **kwargs):
         self.check_sizes(
             "vocab_size", "hidden_size", "num_layers", "num_attention_heads", "inner_hidden_size"
-        )  # fmt: skip
+        )
         # The first release's config names neither; both keep their distance from <sop> in every vocabulary.
         if self.mask_token_id is None:
             self.mask_token_id = self.bos_token_id - 4
@@ -163,9 +163,14 @@ class ChatGLM2Config(ChatGLMConfig):
             if getattr(self, name) != value:
                 raise ValueError(f"{name}={getattr(self, name)} is not supported: every release has {value}")
         self.check_sizes(
-            "num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "kv_channels", "num_attention_heads",
+            "num_layers",
+            "padded_vocab_size",
+            "hidden_size",
+            "ffn_hidden_size",
+            "kv_channels",
+            "num_attention_heads",
             "multi_query_group_num",
-        )  # fmt: skip
+        )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of multi_query_group_num "

@@ -1,4 +1,4 @@
-"""Model folders as people have them: what is checked before a library reads one, and its errors in one line. Free of torch."""
+"""Model folders: checks before a library reads one, and its errors in one line. Free of torch."""
 
 import os
 import tempfile
@@ -22,11 +22,15 @@ JSON_FILES = (
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 PASSED_ON = (MemoryError, ImportError)  # no fault of the folder
 LONGEST_REASON = 300  # characters
-GENERATION = {  # of generation_config.json, which transformers believes until it generates
-    "max_length": int, "max_new_tokens": int, "min_length": int, "top_k": int, "num_beams": int, "do_sample": bool, "use_cache": bool,
-    "temperature": (int, float), "top_p": (int, float), "repetition_penalty": (int, float), "bos_token_id": int, "pad_token_id": int,
+# of generation_config.json, which transformers believes until it generates
+NUMBERS = ("temperature", "top_p", "repetition_penalty")
+WHOLE_NUMBERS = ("max_length", "max_new_tokens", "min_length", "top_k", "num_beams", "pad_token_id")
+GENERATION = {
+    **dict.fromkeys(NUMBERS, (int, float)),
+    **dict.fromkeys(WHOLE_NUMBERS, int),
     "eos_token_id": (int, list),
-}  # fmt: skip
+    "do_sample": bool,
+}
 
 
 @contextmanager
@@ -59,19 +63,36 @@ def is_explained(error: Exception, place: str | Path) -> bool:
     if isinstance(error, OSError) and error.filename is not None:
         return True
     text = str(error)
-    return type(error) in (ValueError, FileNotFoundError) and str(place) in text and "\n" not in text
+    return (
+        type(error) in (ValueError, FileNotFoundError) and str(place) in text and "\n" not in text
+    )
 
 
 def check_folder(path: str | Path) -> Path:
-    """`path`, which is a folder. Raises FileNotFoundError."""
+    """`path`, which is a folder.
+
+    Raises:
+        FileNotFoundError: it is none, or the folder of a run, whose checkpoints are the models.
+    """
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no such model folder: {path}")
+    if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+        checkpoints = sorted(path.glob("epoch-*-step-*"), key=lambda found: found.stat().st_mtime)
+        if checkpoints:
+            raise FileNotFoundError(
+                f"{path} is a run's folder, no model: take a checkpoint in it, "
+                f"such as {checkpoints[-1]}"
+            )
     return path
 
 
 def check_json_files(folder: Path):
-    """Raises ValueError, OSError for the first JSON file of a model folder that holds no JSON object, or a wrong value."""
+    """Look at every JSON file of a model folder.
+
+    Raises:
+        ValueError, OSError: one cannot be read, holds no object, or a value that cannot be.
+    """
     for name in (*JSON_FILES, *INDICES):
         if (folder / name).is_file():
             values = read_json(folder / name)
@@ -89,7 +110,7 @@ def check_generation(path: Path, values: dict):
 
 @contextmanager
 def without_marks(folder: Path) -> Iterator[Path]:
-    """The folder as transformers can read it, which refuses JSON that begins with a byte order mark.
+    """The folder as transformers reads it, which refuses JSON that begins with a byte order mark.
 
     Without such files the folder itself; else a temporary one: those files without their marks, and
     links to all the others.
@@ -126,14 +147,18 @@ def read_model_config(folder: Path) -> dict:
         raise FileNotFoundError(f"{folder} has no config.json: it is no model folder")
     values = read_json(path)
     if (model_type := values.get("model_type", "chatglm")) != "chatglm":
-        raise ValueError(f'{path}: wanted "model_type": "chatglm", got {shorten(model_type)}{code_word(values)}')
+        raise ValueError(
+            f'{path}: wanted "model_type": "chatglm", got {shorten(model_type)}{code_word(values)}'
+        )
     if (family := values.get("glm_family")) not in (None, *FAMILIES):
-        raise ValueError(f'{path}: "glm_family" is one of {", ".join(FAMILIES)}, got {shorten(family)}')
+        raise ValueError(
+            f'{path}: "glm_family" is one of {", ".join(FAMILIES)}, got {shorten(family)}'
+        )
     return values
 
 
 def refuse_unknown_type(folder: str | Path):
-    """Raises ValueError where only code that lies in a folder could read its model: such code is never run."""
+    """Raises ValueError where only a folder's own code could read its model: it is never run."""
     from transformers import CONFIG_MAPPING
 
     path = Path(folder, "config.json")
@@ -142,7 +167,9 @@ def refuse_unknown_type(folder: str | Path):
     values = read_json(path)
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise ValueError(f"{path}: model_type {shorten(model_type)} is not known{code_word(values)}")
+        raise ValueError(
+            f"{path}: model_type {shorten(model_type)} is not known{code_word(values)}"
+        )
 
 
 def code_word(values: dict) -> str:
@@ -155,7 +182,10 @@ def named_base(path: Path) -> str | None:
     Raises:
         ValueError: it names one by something else than text.
     """
-    for file, key in (("adapter_config.json", "base_model_name_or_path"), ("config.json", "_name_or_path")):
+    for file, key in (
+        ("adapter_config.json", "base_model_name_or_path"),
+        ("config.json", "_name_or_path"),
+    ):
         if (path / file).is_file() and (name := read_json(path / file).get(key)):
             if not isinstance(name, str):
                 raise ValueError(f"{path / file}: {key} must be text, got {shorten(name)}")
@@ -171,7 +201,9 @@ def find_base(path: Path, base: str | Path | None) -> Path:
     """
     found = base or named_base(path)
     if not found:
-        raise ValueError(f"{path} holds an adapter or a prefix and names no base model; give base=FOLDER")
+        raise ValueError(
+            f"{path} holds an adapter or a prefix and names no base model; give base=FOLDER"
+        )
     if not os.path.isdir(found):
         raise FileNotFoundError(f"{path}: its base model {found} is not there; give base=FOLDER")
     return Path(found)

@@ -1,4 +1,4 @@
-"""Histories of a chat, in the form of every family: (query, answer) pairs, or messages with roles. Pure.
+"""Histories of a chat in both forms: (query, answer) pairs, and messages with roles. Pure.
 
 What was not said is None: the answer of a round that waits for one, the content of a message.
 """
@@ -9,12 +9,14 @@ from collections.abc import Iterable
 from .files import shorten
 
 ROLES = ("system", "user", "assistant", "observation")
-TOOL_PREAMBLE = "Answer the following questions as best as you can. You have access to the following tools:"
+TOOL_PREAMBLE = (
+    "Answer the following questions as best as you can. You have access to the following tools:"
+)
 FORMS = '[(query, answer), ...] or [{"role": ..., "content": ...}, ...]'
 
 
 def history_messages(history: Iterable | None) -> list[dict]:
-    """New messages (role, content, perhaps metadata and tools) that say what a history in either form says.
+    """New messages (role, content, perhaps metadata and tools) of a history in either form.
 
     Raises:
         ValueError: it has neither form.
@@ -26,7 +28,11 @@ def history_messages(history: Iterable | None) -> list[dict]:
             messages.append(dict(turn))
             continue
         pair = check_pair(turn, f"history[{number}]")
-        messages += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair) if text is not None]
+        messages += [
+            {"role": role, "content": text}
+            for role, text in zip(("user", "assistant"), pair)
+            if text is not None
+        ]
     return messages
 
 
@@ -56,7 +62,7 @@ def check_pair(turn, place: str) -> tuple[str | None, str | None]:
 
 
 def message_text(message: dict) -> str | None:
-    """What ChatGLM3 is shown of a message, the tools of a system message below its text; None where nothing was said."""
+    """What ChatGLM3 is shown of a message, its tools below its text; None where it says nothing."""
     content = message.get("content")
     if message["role"] == "system" and "tools" in message:
         tools = json.dumps(message["tools"], indent=4, ensure_ascii=False)
@@ -64,8 +70,12 @@ def message_text(message: dict) -> str | None:
     return content
 
 
-def history_rounds(history: Iterable | None, query: str, title: str) -> tuple[list[tuple[str, str]], str]:
-    """((question, answer) rounds, query) for a family without roles; a system's text stands before the next question.
+def history_rounds(
+    history: Iterable | None, query: str, title: str
+) -> tuple[list[tuple[str, str]], str]:
+    """((question, answer) rounds, query) for a family without roles.
+
+    A system's text stands before the next question.
 
     Args:
         title: the family's, for errors.

@@ -27,10 +27,33 @@ from .tokenization import ChatGLMTokenizer
 from .weights import PREFIX, iterate_weights, open_safetensors, read_bin, read_tensors, stored_prefix, weight_files
 
 __all__ = [
-    "PREFIX", "adapter_file", "base_fingerprint", "check_folder", "find_base", "fit_adapter", "iterate_weights", "load_adapter", "load_model",
-    "load_prefix", "load_tokenizer", "named_base", "open_safetensors", "peft_name", "quantization", "quiet_transformers", "read_adapter",
-    "read_bin", "read_config", "read_tensors", "resolve_mode", "set_prefix", "set_stop_ids", "stop_ids", "stored_prefix", "weight_files",
-]  # fmt: skip
+    "PREFIX",
+    "adapter_file",
+    "base_fingerprint",
+    "check_folder",
+    "find_base",
+    "fit_adapter",
+    "iterate_weights",
+    "load_adapter",
+    "load_model",
+    "load_prefix",
+    "load_tokenizer",
+    "named_base",
+    "open_safetensors",
+    "peft_name",
+    "quantization",
+    "quiet_transformers",
+    "read_adapter",
+    "read_bin",
+    "read_config",
+    "read_tensors",
+    "resolve_mode",
+    "set_prefix",
+    "set_stop_ids",
+    "stop_ids",
+    "stored_prefix",
+    "weight_files",
+]
 
 log = logging.getLogger(__name__)
 

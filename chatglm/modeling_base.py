@@ -69,7 +69,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
                 f"{folder} holds a P-Tuning prefix alone, no model: chatglm.load_model({str(folder)!r}) puts it on its base"
             )
         if getattr(config, "quantization_config", None) is None:  # bitsandbytes' own files hold other shapes
-            with torch.device("meta"):
+            with reading(folder / "config.json"), torch.device("meta"):
                 model = cls(copy.deepcopy(config))
             check_fit(folder, model, shapes, ignored="prefix_encoder.")
         return files

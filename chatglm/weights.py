@@ -1,4 +1,4 @@
-"""Weight files: which of a folder count, their tensors, and whether these fit a model that is about to be built."""
+"""Weight files: which of a folder count, their tensors, whether these fit a model to be built."""
 
 import logging
 import zipfile
@@ -21,7 +21,7 @@ SCALE = "weight_scale"  # ends the names of the scales in the published int4 and
 
 
 def weight_files(path: str | Path) -> list[Path]:
-    """The files of a checkpoint: safetensors if there are any, else .bin; shards as their index lists them.
+    """The files of a checkpoint: safetensors if there are any, else .bin; shards as listed.
 
     Raises:
         FileNotFoundError: there are none, or some are not there.
@@ -36,7 +36,8 @@ def weight_files(path: str | Path) -> list[Path]:
             files = [path / shard for shard in shard_names(index)]
             if missing := [file.name for file in files if not file.is_file()]:
                 lost = lost or FileNotFoundError(
-                    f"{path}: {index.name} names {missing[0]}, which is not there; fetch it, or delete {index.name}"
+                    f"{path}: {index.name} names {missing[0]}, which is not there; "
+                    f"fetch it, or delete {index.name}"
                 )
                 continue
         else:
@@ -44,28 +45,43 @@ def weight_files(path: str | Path) -> list[Path]:
         if lost:
             log.warning("%s; reading %s", lost, files[0].name)
         return files
-    raise lost or FileNotFoundError(f"{path}: no model.safetensors and no pytorch_model.bin, whole or in shards")
+    raise lost or FileNotFoundError(
+        f"{path}: no model.safetensors and no pytorch_model.bin, whole or in shards"
+    )
 
 
 def shard_names(index: Path) -> list[str]:
-    """The files that an index names, sorted. Raises ValueError where they are no files beside it."""
+    """The files that an index names, sorted. Raises ValueError for one that is not beside it."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: wanted a weight_map of tensors and their files, got {shorten(weight_map)}")
+        raise ValueError(
+            f"{index}: wanted a weight_map of tensors and their files, got {shorten(weight_map)}"
+        )
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or PurePosixPath(name).name != name or name in ("", "..") or "\\" in name:
-            raise ValueError(f"{index}: {shorten(tensor)} must lie in a file of this folder, got {shorten(name)}")
+        if (
+            not isinstance(name, str)
+            or PurePosixPath(name).name != name
+            or name in ("", "..")
+            or "\\" in name
+        ):
+            raise ValueError(
+                f"{index}: {shorten(tensor)} must lie in a file of this folder, got {shorten(name)}"
+            )
     return sorted(set(weight_map.values()))
 
 
 def iterate_weights(path: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a folder's weights, read lazily where the format allows; nothing is unpickled but tensors."""
+    """(name, tensor) of a folder's weights, read lazily if possible; only tensors are unpickled."""
     for file in weight_files(path):
         yield from read_tensors(file)
 
 
 def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of one .safetensors or .bin file; raises ValueError where it is torn or holds anything else."""
+    """(name, tensor) of one .safetensors or .bin file.
+
+    Raises:
+        ValueError: it is torn or holds anything else.
+    """
     if file.suffix == ".safetensors":
         with open_safetensors(file) as tensors:
             yield from ((name, tensors.get_tensor(name)) for name in tensors.keys())
@@ -82,7 +98,8 @@ def open_safetensors(file: Path):
             yield tensors
     except SafetensorError as error:
         raise ValueError(
-            f"{file.parent}: its weights cannot be read ({file.name}: {error}); fetch {file.name} again"
+            f"{file.parent}: its weights cannot be read ({file.name}: {error}); "
+            f"fetch {file.name} again"
         ) from None
 
 
@@ -92,10 +109,10 @@ def refuse_pointer(file: Path):
 
 
 def read_bin(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .bin file, mapped into memory where its format (zip, since torch 1.6) allows.
+    """The tensors of a .bin file, mapped into memory if it is a zip (since torch 1.6).
 
     Raises:
-        ValueError: it is torn, or there is anything but tensors in it; whatever else it is stays pickled.
+        ValueError: it is torn, or holds anything but tensors; whatever else it is stays pickled.
     """
     refuse_pointer(file)
     zipped = zipfile.is_zipfile(file)
@@ -115,7 +132,9 @@ def read_bin(file: Path) -> dict[str, Tensor]:
             f"{file} is not read: it is damaged, or holds something else than tensors "
             f"({type(error).__name__}: {found[:200]})"
         ) from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(tensor, Tensor) for tensor in state.values()
+    ):
         raise ValueError(f"{file} is not read: it is no flat table of names and tensors")
     return state
 
@@ -139,18 +158,30 @@ def stored_prefix(path: Path, shapes: dict[str, list[int]] | None = None) -> dic
     `shapes`: `stored_shapes` of the folder, if they are read already.
     """
     shapes = stored_shapes(path) if shapes is None else shapes
-    prefix = {name.split("prefix_encoder.")[1]: s for name, s in shapes.items() if "prefix_encoder." in name}
+    prefix = {
+        name.split("prefix_encoder.")[1]: s
+        for name, s in shapes.items()
+        if "prefix_encoder." in name
+    }
     if "embedding.weight" not in prefix:
         return None
     if len(prefix["embedding.weight"]) != 2:
         raise ValueError(
-            f"{path}: prefix_encoder.embedding.weight must have 2 dimensions, found {prefix['embedding.weight']}"
+            f"{path}: prefix_encoder.embedding.weight must have 2 dimensions, "
+            f"found {prefix['embedding.weight']}"
         )
     length, width = prefix["embedding.weight"]
-    return {"length": length, "width": width, "mlp": "trans.0.weight" in prefix, "only": len(prefix) == len(shapes)}
+    return {
+        "length": length,
+        "width": width,
+        "mlp": "trans.0.weight" in prefix,
+        "only": len(prefix) == len(shapes),
+    }
 
 
-def check_fit(path: str | Path, model: nn.Module, shapes: dict[str, list[int]], ignored: str | None = None):
+def check_fit(
+    path: str | Path, model: nn.Module, shapes: dict[str, list[int]], ignored: str | None = None
+):
     """Compare what a folder's weights hold with what a model wants, before any of it is read.
 
     Args:
@@ -164,12 +195,16 @@ def check_fit(path: str | Path, model: nn.Module, shapes: dict[str, list[int]], 
         bits = getattr(model.config, "quantization_bit", None)
         said = f" (quantization_bit {bits})" if bits else ""
         raise ValueError(
-            f"{path} holds weights quantised to 4 or 8 bits{said}, such as {scales[0]}: take the fp16 release "
-            "of the model; --quantization_bit 4 or 8 quantises that while it loads"
+            f"{path} holds weights quantised to 4 or 8 bits{said}, such as {scales[0]}: take the "
+            "fp16 release of the model; --quantization_bit 4 or 8 quantises that while it loads"
         )
     tied = model.all_tied_weights_keys
-    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-    stored = {name.removeprefix(BODY): shape for name, shape in shapes.items()}  # a body may be saved alone
+    wanted = {
+        name: list(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied
+    }
+    stored = {
+        name.removeprefix(BODY): shape for name, shape in shapes.items()
+    }  # a body may be saved alone
     for name, shape in wanted.items():
         found = stored.get(name.removeprefix(BODY), shape)
         if found != shape:

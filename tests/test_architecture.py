@@ -14,7 +14,6 @@ TORCH_FREE = ["chatglm/__init__.py", "chatglm/conversations.py", "chatglm/famili
               "finetune/files.py", "finetune/formats.py", "finetune/methods.py", "finetune/memory.py", "finetune/memory_activations.py",
               "finetune/memory_cards.py", "finetune/memory_formula.py", "finetune/memory_layers.py", "finetune/memory_run.py",
               "finetune/memory_seeds.py", "finetune/memory_shapes.py", "finetune/metrics.py", "finetune/record.py", "finetune/report.py",
-              "finetune/memory_activations.py", "finetune/memory_cards.py", "finetune/memory_layers.py", "finetune/memory_run.py",
               "train.py"]  # fmt: skip
 PURE = ["request", "lengths", "batching", "continuous", "scheduler", "simulated", "simulate", "experiments", "workload", "metrics", "cost_model",
         "calibration", "devices", "placement", "deployment"]  # of serving/; fmt: skip

@@ -287,7 +287,7 @@ def test_a7_json_files_that_hold_no_object(model_folder, content):
     [
         ("config.json", {"num_layers": "28"}), ("config.json", {"hidden_size": None}), ("config.json", {"rope_ratio": 0}),
         ("config.json", {"multi_query_group_num": 0}), ("config.json", {"glm_family": "glm9"}), ("config.json", {"model_type": ["chatglm"]}),
-        ("config.json", {"kv_channels": [8]}), ("config.json", {"dtype": "float99"}), ("config.json", {"dtype": 5}),
+        ("config.json", {"attn_implementation": 1.5}), ("config.json", {"cache_implementation": {}}), ("config.json", {"kv_channels": [8]}), ("config.json", {"dtype": "float99"}), ("config.json", {"dtype": 5}),
         ("generation_config.json", {"max_length": "x"}), ("generation_config.json", {"temperature": {}}),
         ("tokenizer_config.json", {"added_tokens_decoder": [1]}), ("tokenizer_config.json", {"added_tokens_decoder": {"a": "b"}}),
         ("tokenizer_config.json", {"extra_special_tokens": 5}), ("tokenizer_config.json", {"pad_token": ["a"]}),
@@ -324,9 +324,8 @@ def test_a7_torn_files_are_one_line(model_folder):
 
 
 def test_a7_errors_of_unknown_cause_keep_their_type():
-    with pytest.raises(ValueError, match="^here cannot be read: AttributeError: 'int' object has no attribute 'x'$"):
-        with reading("here"):
-            (5).x  # noqa: B018
+    with pytest.raises(ValueError, match="^here cannot be read: AttributeError: 'int' object has no attribute 'x'$"), reading("here"):
+        (5).x  # noqa: B018
     with pytest.raises(ValueError, match=r"^here cannot be read: KeyError: 'x{200,}\.\.\.$"), reading("here"):
         {}["x" * 1000]
     for error in (MemoryError(), ImportError("a"), FileNotFoundError(2, "No such file", "x"), ValueError("here: a line")):
@@ -411,3 +410,18 @@ def test_a1_an_adapter_is_not_put_on_a_base_on_disk(adapter_folder):
     """peft would copy its tensors to nowhere."""
     places = {"transformer.embedding": "cpu", "transformer.encoder": "disk", "transformer.output_layer": "cpu"}
     assert "partly on disk; merge it" in refusal(load_model, adapter_folder, device_map=places)
+
+
+def test_a_runs_folder_names_a_checkpoint(tmp_path):
+    (tmp_path / "run" / "epoch-1-step-40").mkdir(parents=True)
+    for load in (load_model, load_tokenizer):
+        assert f"such as {tmp_path / 'run' / 'epoch-1-step-40'}" in refusal(load, tmp_path / "run")
+
+
+def test_a8_an_adapter_names_no_module_to_import(adapter_folder, monkeypatch):
+    """peft imports what megatron_core says, which may lie in the folder that a command is started in."""
+    (adapter_folder / "evil_layers.py").write_text(f"open({str(adapter_folder / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(str(adapter_folder))
+    edit_config(adapter_folder, "adapter_config.json", megatron_config={"a": 1}, megatron_core="evil_layers")
+    assert "adapter_config.json: an adapter of Megatron's layers" in refusal(load_model, adapter_folder)
+    assert not (adapter_folder / "ran").exists()
