@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .families import FAMILIES
 from .files import read_json, read_text, shorten
+from .runs import check_not_run
 
 JSON_FILES = (
     "config.json",
@@ -72,18 +73,13 @@ def check_folder(path: str | Path) -> Path:
     """`path`, which is a folder.
 
     Raises:
-        FileNotFoundError: it is none, or the folder of a run, whose checkpoints are the models.
+        FileNotFoundError: it is none.
+        ValueError: it is the folder of a run, whose checkpoints are the models.
     """
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no such model folder: {path}")
-    if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-        checkpoints = sorted(path.glob("epoch-*-step-*"), key=lambda found: found.stat().st_mtime)
-        if checkpoints:
-            raise FileNotFoundError(
-                f"{path} is a run's folder, no model: take a checkpoint in it, "
-                f"such as {checkpoints[-1]}"
-            )
+    check_not_run(path)
     return path
 
 

@@ -414,8 +414,9 @@ def test_a1_an_adapter_is_not_put_on_a_base_on_disk(adapter_folder):
 
 def test_a_runs_folder_names_a_checkpoint(tmp_path):
     (tmp_path / "run" / "epoch-1-step-40").mkdir(parents=True)
+    (tmp_path / "run" / "epoch-1-step-40" / "manifest.json").write_text("{}")
     for load in (load_model, load_tokenizer):
-        assert f"such as {tmp_path / 'run' / 'epoch-1-step-40'}" in refusal(load, tmp_path / "run")
+        assert f"{tmp_path / 'run' / 'epoch-1-step-40'} (the last)" in refusal(load, tmp_path / "run")
 
 
 def test_a8_an_adapter_names_no_module_to_import(adapter_folder, monkeypatch):
