@@ -19,7 +19,10 @@ RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.33, 2, 4, 10)
 
 
 class LogFile:
-    """Lines appended to a file. What cannot be written is dropped with one warning; each later line tries again, on a line of its own."""
+    """Lines appended to a file.
+
+    What cannot be written is dropped with one warning; each later line tries again, on a line of its own.
+    """
 
     def __init__(self, path: str | Path):
         """Raises OSError where it cannot be opened."""
@@ -44,7 +47,8 @@ class LogFile:
             self._torn = self._torn or written > 0
             self.lost += 1
             if self.lost == 1:
-                log.error("the log %s: %s; lines are lost until it can be written again", self._file.name, error)
+                name = self._file.name
+                log.error("the log %s: %s; lines are lost until it can be written", name, error)
             return
         self._torn = False
         if self.lost:

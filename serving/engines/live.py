@@ -79,7 +79,10 @@ class Inbox:
         return found
 
     def withdraw(self, request_id: int):
-        """Nobody waits for this one any more: if it is queued, the scheduler drops it. From any thread, after put()."""
+        """Nobody waits for this one any more: if it is queued, the scheduler drops it.
+
+        From any thread, after put().
+        """
         self._withdrawn.append(request_id)
         self.tell()
 
