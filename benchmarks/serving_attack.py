@@ -2,9 +2,9 @@
 
     python benchmarks/serving_attack.py --bodies 4000 --seconds 600
 
-starts serving.server on a tiny random model (or on --model) and sends it legal and illegal requests:
-subnormal and huge numbers, wrong types, half-sent bodies, deep nesting, broken Unicode, clients that
-go away. Meanwhile a probe asks greedily and /health is timed. Exit code 1 where a reply was 5xx, a
+starts serving.server on a tiny random model (or on --model) and sends it legal and illegal
+requests: subnormal and huge numbers, wrong types, half-sent bodies, deep nesting, broken Unicode,
+clients that go away. Meanwhile a probe asks greedily and /health is timed. Exit code 1 where a reply was 5xx, a
 probe's answer was not what it is alone, /health took longer than --health_s, something kept memory
 reserved, or the server did not end well on SIGTERM.
 """
@@ -239,7 +239,7 @@ def post(
 
 
 def leave(port: int, draw: random.Random) -> tuple[int, bytes]:
-    """Go away while a body is half sent, while an answer is waited for, or in the middle of a stream."""
+    """Go away while a body is half sent, while an answer is waited for, or within a stream."""
     body = json.dumps(legal(draw) | {"stream": draw.random() < 0.5, "max_tokens": 200}).encode()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
     try:
@@ -320,7 +320,10 @@ def oddities(port: int, draw: random.Random) -> tuple[int, bytes]:
 
 
 class Attack:
-    """Senders, a probe and a watch over /health, against the server at a port. Figures grow while it runs."""
+    """Senders, a probe and a watch over /health, against the server at a port.
+
+    Its figures grow while it runs.
+    """
 
     def __init__(self, port: int, seed: int):
         self.port, self.seed = port, seed
@@ -540,9 +543,8 @@ def attack(args) -> int:
         found.bad.append(f"/health took {found.slowest_s:.2f} s")
     total = sum(found.sent.values())
     print(table(found.sent))
-    print(
-        f"{total} requests in {took:.0f} s; {found.probes} probe answers compared; slowest /health {found.slowest_s * 1000:.0f} ms"
-    )
+    print(f"{total} requests in {took:.0f} s; {found.probes} probe answers compared")
+    print(f"slowest /health {found.slowest_s * 1000:.0f} ms")
     print(f"faults: {len(found.bad)}")
     for line in found.bad[:10]:
         print(f"  {line}", file=sys.stderr)

@@ -39,7 +39,7 @@ def make_app(
     access_log: bool = False,
     client_s: float = CLIENT_S,
 ) -> FastAPI:
-    """The application; `app.state.closing` is an asyncio.Event that ends the wait for half-sent bodies.
+    """The application; its state.closing is an asyncio.Event that ends the wait for half-sent bodies.
 
     Args:
         keys: who may come in; None for everybody.
@@ -133,7 +133,7 @@ def check_model(service: Service, name: str | None):
 
 
 def check_json(http: Http):
-    """Raises ApiError where the body is not declared as JSON, as what any web page may send is not."""
+    """Raises ApiError where the body is not declared as JSON; what any page may send is not."""
     declared = http.headers.get("content-type", "")
     if declared.split(";")[0].strip().lower() != "application/json":
         wanted = "wanted the header Content-Type: application/json"

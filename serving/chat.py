@@ -102,7 +102,7 @@ def ending(text: str, one: str) -> int:
 
 @lru_cache(64)
 def borders_of(one: str) -> tuple[int, ...]:
-    """Of each beginning of a text, the length of its longest proper ending that begins the text too.
+    """Of each beginning of a text, the length of its longest proper ending that begins it too.
 
     Knuth, Morris and Pratt, 1977.
     """

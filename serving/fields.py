@@ -56,11 +56,10 @@ class Number:
             and self.least <= value <= self.most
         )
         if not fits or (self.above and value == self.least):
+            kind = "whole number" if self.kind is int else "number"
             low = f"{'above' if self.above else 'at least'} {self.least}"
             most = self.most if self.kind is int else f"{self.most:g}"
-            raise ValueError(
-                f"{name} must be a {'whole ' if self.kind is int else ''}number {low} and at most {most}"
-            )
+            raise ValueError(f"{name} must be a {kind} {low} and at most {most}")
         return self.kind(value)
 
     def schema(self) -> dict:
@@ -262,7 +261,7 @@ FIELDS: Mapping[str, Field] = {
     "stream_options": StreamOptions("Of a stream."),
     "slo_s": Number(float, 0, 1e9, "Seconds within which the whole answer is wanted.", above=True),
 }
-# Fields that would change an answer and are not obeyed: refused, but for the values that ask for nothing.
+# Would change an answer and are not obeyed: refused, but for the values that ask for nothing.
 REFUSED: Mapping[str, tuple] = {
     "n": (1,),
     "best_of": (1,),
@@ -355,8 +354,9 @@ def ignored(body: dict) -> tuple[str, ...]:
 
 
 def body_schema() -> dict:
-    """JSON Schema of the body of /v1/chat/completions; what is REFUSED stands in its description."""
-    text = f"Not obeyed, so refused with 400: {', '.join(REFUSED)}. Unknown fields are named in glm_foundry.ignored."
+    """JSON Schema of a chat request's body; what is REFUSED stands in its description."""
+    text = f"Not obeyed, so refused with 400: {', '.join(REFUSED)}. "
+    text += "Unknown fields are named in glm_foundry.ignored."
     properties = {name: field.schema() for name, field in FIELDS.items()}
     return {
         "type": "object",

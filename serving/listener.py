@@ -43,7 +43,8 @@ class Connection(H11Protocol):
         body = json.dumps(
             ApiError(503, f"{self.most} connections are open (--max_connections)", "busy").body()
         )
-        head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n"
         transport.write(f"{head}Retry-After: {RETRY_S}\r\nConnection: close\r\n\r\n{body}".encode())
         transport.set_protocol(asyncio.Protocol())
         transport.close()

@@ -49,7 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--base_model", help="base of an adapter or prefix folder (default: the one it names)")
     parser.add_argument("--mode", choices=tuple(FAMILIES), help="family (default: found in the folder)")
     parser.add_argument("--served_model_name", help="the model's name in the API (default: the predictor's served model, or the folder's name)")
-    parser.add_argument("--drain_s", type=float, default=60, help="after SIGTERM, seconds for answers under way to end; then they get 503 [60]")
+    drain = "after SIGTERM, seconds for answers under way to end; then they get 503 [60]"
+    parser.add_argument("--drain_s", type=float, default=60, help=drain)
     queue = "requests that may wait beside those served; more get 429 [256]"
     parser.add_argument("--max_queue", type=int, default=256, help=queue)
     connections = "connections open at once [1024]"
@@ -58,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--client_s", type=float, default=30.0, help=client)
     key = f"key that all but /health must bring (better: the environment's {KEY_VARIABLE})"
     parser.add_argument("--api_key", help=key)
-    hosts = "names, with commas, that the header Host may have (default on loopback: its own; else any)"
+    hosts = "names, with commas, that the header Host may have (default on loopback: its own)"
     parser.add_argument("--allowed_hosts", default="", help=hosts)
     origins = 'origins, with commas, of web pages that may ask; "*" for all (default: none)'
     parser.add_argument("--cors_origins", default="", help=origins)

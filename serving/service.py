@@ -67,12 +67,12 @@ class Service:
         as_tuned: options of the family's encode_chat.
         max_queue: requests that may wait beside the max_batch that run.
         draining: no new requests are taken. failure: why the engine has ended, or None.
-        on_failure: called in the engine's thread once the engine has failed and all under way have heard of it.
+        on_failure: called in the engine's thread, once the engine has failed and all have heard of it.
     """
 
     def __init__(
-        self, engine, tokenizer, policy: Policy, predictor, monitor: Monitor, *, name: str, slo_s: float, defaults: dict, as_tuned: dict,
-        max_queue: int = 256,
+        self, engine, tokenizer, policy: Policy, predictor, monitor: Monitor, *, name: str, slo_s: float, defaults: dict,
+        as_tuned: dict, max_queue: int = 256,
     ):  # fmt: skip
         self.engine, self.tokenizer, self.policy, self.predictor, self.monitor = engine, tokenizer, policy, predictor, monitor
         self.name, self.slo_s, self.defaults, self.as_tuned = name, slo_s, defaults, as_tuned

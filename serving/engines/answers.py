@@ -69,7 +69,7 @@ class Answer:
     Attributes:
         tokens: ids so far, the stop id included where one came.
         reason: None while it grows; then "stop" (a stop id), "length" (max_new_tokens), "cut" (the engine's limits, or a plan's),
-            "cancelled", "refused" or "failed" (the model's output was not finite, or could not be sampled).
+            "cancelled", "refused" or "failed" (the model's output was not finite, or sampling failed).
     """
 
     def __init__(self, id: int, prompt: list[int], sampling: Sampling, listener: Callable[["Answer", int | None], None] | None):

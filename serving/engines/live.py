@@ -39,7 +39,7 @@ class WallClock:
 
 
 class Inbox:
-    """Arrivals of a live system, as the scheduler asks for them: due(now_s), withdrawn(), next_s(), closed.
+    """Arrivals of a live system, as the scheduler asks for them.
 
     put() may come from any thread, after the engine's submit() of the same request; it wakes the clock and the engine. A request is due
     once it is there: its prediction was made before.
