@@ -1,6 +1,7 @@
-"""The HTTP face of a Service: OpenAI's chat completions, models, health, metrics; errors as OpenAI's error objects.
+"""The HTTP face of a Service: OpenAI's chat completions and models, health, metrics.
 
-serving.door says who may come in, serving.fields what a request may say, serving.openapi what /openapi.json says of both.
+Errors are OpenAI's error objects. serving.door says who may come in, serving.fields what a request
+may say, serving.openapi what /openapi.json says of both.
 """
 
 import asyncio
@@ -32,9 +33,13 @@ FINISH = {"stop": "stop", "length": "length", "cut": "length"}
 
 
 def make_app(
-    service: Service, keys: Keys | None = None, cors_origins: Sequence[str] = (), access_log: bool = False, client_s: float = CLIENT_S
+    service: Service,
+    keys: Keys | None = None,
+    cors_origins: Sequence[str] = (),
+    access_log: bool = False,
+    client_s: float = CLIENT_S,
 ) -> FastAPI:
-    """The application; `app.state.closing` is an asyncio.Event that ends the wait for bodies that are half sent.
+    """The application; its state.closing is an asyncio.Event that ends the wait for half-sent bodies.
 
     Args:
         keys: who may come in; None for everybody.
@@ -48,7 +53,12 @@ def make_app(
     if keys is not None:
         app.add_middleware(Door, keys=keys)
     if cors_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["GET", "HEAD", "POST"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],
+        )
     if access_log:
         app.add_middleware(AccessLog)
     get = partial(app.api_route, methods=["GET", "HEAD"])
@@ -123,21 +133,29 @@ def check_model(service: Service, name: str | None):
 
 
 def check_json(http: Http):
-    """Raises ApiError where the body is not declared as JSON: what a form or a page of any origin can send without asking is not."""
+    """Raises ApiError where the body is not declared as JSON; what any page may send is not."""
     declared = http.headers.get("content-type", "")
     if declared.split(";")[0].strip().lower() != "application/json":
-        raise ApiError(415, f"wanted the header Content-Type: application/json (curl -H content-type:application/json), got {declared[:64]!r}")
+        wanted = "wanted the header Content-Type: application/json"
+        remedy = "(curl -H content-type:application/json)"
+        raise ApiError(415, f"{wanted} {remedy}, got {declared[:64]!r}")
 
 
 async def read_json(http: Http, closing: asyncio.Event, client_s: float):
-    """The body's JSON. Raises ApiError where it is too large or too late, or when `closing` comes first; ValueError where it is no JSON."""
+    """The body's JSON.
+
+    Raises:
+        ApiError: it is too large or too late, or `closing` came first.
+        ValueError: it is no JSON.
+    """
     reading, ending = asyncio.create_task(read_body(http)), asyncio.create_task(closing.wait())
     try:
         await asyncio.wait({reading, ending}, timeout=client_s, return_when=asyncio.FIRST_COMPLETED)
         if not reading.done():
             if closing.is_set():
                 raise ApiError(503, CLOSING, "unavailable", {"Connection": "close"})
-            raise ApiError(408, f"the body did not come within {client_s:g} s", None, {"Connection": "close"})
+            late = f"the body did not come within {client_s:g} s"
+            raise ApiError(408, late, None, {"Connection": "close"})
         body = reading.result()
     finally:
         reading.cancel()
@@ -147,7 +165,8 @@ async def read_json(http: Http, closing: asyncio.Event, client_s: float):
     except RecursionError:
         raise ValueError("the body is not valid JSON: nested too deep") from None
     except ValueError as error:
-        raise ValueError(f"the body is not valid JSON: {getattr(error, 'msg', None) or str(error)[:100]}") from None
+        why = getattr(error, "msg", None) or str(error)[:100]
+        raise ValueError(f"the body is not valid JSON: {why}") from None
 
 
 async def read_body(http: Http) -> bytearray:
@@ -196,7 +215,8 @@ class Talk:
                     yield new
                 if self.stream.stopped:
                     break
-            if not self.stream.stopped and (self.token_stopped or answer.reason in FINISH) and (new := self.stream.end()):
+            whole = self.token_stopped or answer.reason in FINISH
+            if whole and not self.stream.stopped and (new := self.stream.end()):
                 yield new
             if self.stopped:
                 self.service.monitor.stopped(answer.id)
@@ -209,7 +229,8 @@ class Talk:
         reason = self.exchange.answer.reason
         if not self.stopped and reason not in FINISH:
             if reason == "failed":
-                raise ApiError(500, self.service.failure or "the model's output was not finite, or could not be sampled", "failed")
+                why = "the model's output was not finite, or could not be sampled"
+                raise ApiError(500, self.service.failure or why, "failed")
             if self.service.draining:
                 raise ApiError(503, f"{CLOSING}; the answer was {reason}", "unavailable")
             raise ApiError(500, f"the answer was {reason}", reason)
@@ -260,7 +281,8 @@ class EventStream(StreamingResponse):
     """A Talk's events. However it ends, be it before its first event, so does its answer."""
 
     def __init__(self, talk: Talk):
-        super().__init__(talk.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        headers = {"Cache-Control": "no-cache"}
+        super().__init__(talk.events(), media_type="text/event-stream", headers=headers)
         self.talk = talk
 
     async def __call__(self, scope, receive, send):

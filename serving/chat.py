@@ -84,7 +84,10 @@ def prompt_of(messages: tuple[tuple[str, str], ...]) -> str:
 
 
 def held(text: str, whole: tuple[str, ...]) -> int:
-    """How long the longest ending of `text` is that begins, but is not, one of `whole`; one pass over as much of it as each is long."""
+    """How long the longest ending of `text` is that begins, but is not, one of `whole`.
+
+    One pass for each over as much of the text as it is long.
+    """
     return max((ending(text, one) for one in whole), default=0)
 
 
@@ -99,7 +102,10 @@ def ending(text: str, one: str) -> int:
 
 @lru_cache(64)
 def borders_of(one: str) -> tuple[int, ...]:
-    """Of each beginning of a text, the length of its longest proper ending that begins the text too (Knuth, Morris, Pratt, 1977)."""
+    """Of each beginning of a text, the length of its longest proper ending that begins it too.
+
+    Knuth, Morris and Pratt, 1977.
+    """
     borders, length = [0], 0
     for character in one[1:]:
         while length and one[length] != character:

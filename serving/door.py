@@ -1,4 +1,7 @@
-"""Who may come in, before a request reaches the application: host, key; and a log line a request. ASGI middleware, free of torch."""
+"""Who may come in, before a request reaches the application: host, key; and a log line a request.
+
+ASGI middleware, free of torch.
+"""
 
 import hmac
 import ipaddress
@@ -15,7 +18,13 @@ OPEN = ("/health",)  # a supervisor's probe has no key
 class ApiError(Exception):
     """An answer of HTTP status `status` with one line of what is wrong, and headers."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
         super().__init__(message)
         self.status, self.message, self.code, self.headers = status, message, code, headers
 
@@ -40,11 +49,15 @@ class Keys:
         """Raises ApiError."""
         host = host_name(headers.get(b"host", b"").decode("latin-1"))
         if self.hosts is not None and host not in self.hosts and not is_loopback(host):
-            raise ApiError(403, f"this server is not {host[:64]!r} (--allowed_hosts)", "host_not_allowed")
+            raise ApiError(
+                403, f"this server is not {host[:64]!r} (--allowed_hosts)", "host_not_allowed"
+            )
         if self.api_key is None or path in OPEN:
             return
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.api_key.encode()):
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(
+            key.strip(), self.api_key.encode()
+        ):
             wanted = "wanted the header Authorization: Bearer KEY, with the key of --api_key"
             raise ApiError(401, wanted, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
 
@@ -57,7 +70,7 @@ def host_name(host: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """localhost, or an address of this machine to itself: a name that somebody else's DNS answers is neither."""
+    """localhost, or an address of this machine to itself; no name that somebody's DNS answers."""
     if host == "localhost":
         return True
     try:
@@ -84,14 +97,21 @@ class Door:
 
 async def refuse(error: ApiError, send):
     body = json.dumps(error.body()).encode()
-    headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **(error.headers or {})}
+    headers = {
+        "Content-Type": "application/json",
+        "Content-Length": str(len(body)),
+        **(error.headers or {}),
+    }
     found = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": found})
     await send({"type": "http.response.body", "body": body})
 
 
 class AccessLog:
-    """A line for each request when it has ended: client, method, path, status and seconds. Nothing of headers, queries or bodies."""
+    """A line for each request when it has ended: client, method, path, status and seconds.
+
+    Nothing of headers, queries or bodies.
+    """
 
     def __init__(self, app):
         self.app = app
@@ -114,4 +134,11 @@ class AccessLog:
             client = (scope.get("client") or ("-",))[0]
             # As it was sent, so percent-encoded: a path cannot forge a line.
             path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:200]
-            access.info("%s %s %s %d %.3f s", client, scope["method"], path, status or 500, time.perf_counter() - begin)
+            access.info(
+                "%s %s %s %d %.3f s",
+                client,
+                scope["method"],
+                path,
+                status or 500,
+                time.perf_counter() - begin,
+            )

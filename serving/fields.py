@@ -1,4 +1,7 @@
-"""The fields of a chat request: one table that checks bodies and writes their JSON schema. Free of torch and of HTTP."""
+"""The fields of a chat request: one table that checks bodies and writes their JSON schema.
+
+Free of torch and of HTTP.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,12 +23,18 @@ class Field(Protocol):
 
 
 def check_characters(name: str, text: str) -> str:
-    """The text. Raises ValueError where it holds half of a surrogate pair, which no tokenizer and no reply can encode."""
+    """The text.
+
+    Raises:
+        ValueError: it holds half of a surrogate pair, which no tokenizer and no reply can encode.
+    """
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{name} holds half of a surrogate pair, which is no character") from None
+            raise ValueError(
+                f"{name} holds half of a surrogate pair, which is no character"
+            ) from None
     return text
 
 
@@ -41,17 +50,27 @@ class Number:
 
     def read(self, name: str, value: Any) -> float:
         whole = type(value) is int or (type(value) is float and value.is_integer())
-        fits = (whole or self.kind is float) and type(value) in (int, float) and self.least <= value <= self.most
+        fits = (
+            (whole or self.kind is float)
+            and type(value) in (int, float)
+            and self.least <= value <= self.most
+        )
         if not fits or (self.above and value == self.least):
+            kind = "whole number" if self.kind is int else "number"
             low = f"{'above' if self.above else 'at least'} {self.least}"
             most = self.most if self.kind is int else f"{self.most:g}"
-            raise ValueError(f"{name} must be a {'whole ' if self.kind is int else ''}number {low} and at most {most}")
+            raise ValueError(f"{name} must be a {kind} {low} and at most {most}")
         return self.kind(value)
 
     def schema(self) -> dict:
         low = "exclusiveMinimum" if self.above else "minimum"
         kind = "integer" if self.kind is int else "number"
-        return {"type": [kind, "null"], low: self.least, "maximum": self.most, "description": self.text}
+        return {
+            "type": [kind, "null"],
+            low: self.least,
+            "maximum": self.most,
+            "description": self.text,
+        }
 
 
 @dataclass(frozen=True)
@@ -76,7 +95,9 @@ class Text:
         if not isinstance(value, str):
             raise ValueError(f"{name} must be text")
         if len(value) > self.longest:
-            raise ValueError(f"{name} must have at most {self.longest} characters, got {len(value)}")
+            raise ValueError(
+                f"{name} must have at most {self.longest} characters, got {len(value)}"
+            )
         return check_characters(name, value)
 
     def schema(self) -> dict:
@@ -89,10 +110,16 @@ class Stops:
 
     def read(self, name: str, value: Any) -> tuple[str, ...]:
         stops = [value] if isinstance(value, str) else value
-        if not isinstance(stops, list) or len(stops) > STOPS or not all(isinstance(s, str) for s in stops):
+        if (
+            not isinstance(stops, list)
+            or len(stops) > STOPS
+            or not all(isinstance(s, str) for s in stops)
+        ):
             raise ValueError(f"{name} must be a text or at most {STOPS} texts, none of them empty")
         if not all(0 < len(stop) <= STOP_CHARACTERS for stop in stops):
-            raise ValueError(f"{name} must be texts of 1 to {STOP_CHARACTERS} characters, none of them empty")
+            raise ValueError(
+                f"{name} must be texts of 1 to {STOP_CHARACTERS} characters, none of them empty"
+            )
         return tuple(check_characters(name, stop) for stop in stops)
 
     def schema(self) -> dict:
@@ -108,12 +135,19 @@ class TokenIds:
     def read(self, name: str, value: Any) -> frozenset[int]:
         ids = value if isinstance(value, list) and len(value) <= STOP_IDS else [None]
         if not all(type(token) is int and 0 <= token <= MOST for token in ids):
-            raise ValueError(f"{name} must be a list of at most {STOP_IDS} token ids from 0 to {MOST}")
+            raise ValueError(
+                f"{name} must be a list of at most {STOP_IDS} token ids from 0 to {MOST}"
+            )
         return frozenset(ids)
 
     def schema(self) -> dict:
         one = {"type": "integer", "minimum": 0, "maximum": MOST}
-        return {"type": ["array", "null"], "items": one, "maxItems": STOP_IDS, "description": self.text}
+        return {
+            "type": ["array", "null"],
+            "items": one,
+            "maxItems": STOP_IDS,
+            "description": self.text,
+        }
 
 
 @dataclass(frozen=True)
@@ -168,16 +202,30 @@ class Messages:
         content = {"anyOf": [{"type": "string"}, {"type": "array", "items": part}]}
         nothing = {"anyOf": [*content["anyOf"], {"type": "null"}]}
         message = {"type": "object", "required": ["role", "content"]}
-        others = message | {"properties": {"role": {"enum": [r for r in ROLES if r != "assistant"]}, "content": content}}
+        others = message | {
+            "properties": {
+                "role": {"enum": [r for r in ROLES if r != "assistant"]},
+                "content": content,
+            }
+        }
         answer = {"type": "object", "required": ["role"]}
         answer["properties"] = {"role": {"const": "assistant"}, "content": nothing}
-        return {"type": "array", "items": {"anyOf": [others, answer]}, "minItems": 1, "description": self.text}
+        return {
+            "type": "array",
+            "items": {"anyOf": [others, answer]},
+            "minItems": 1,
+            "description": self.text,
+        }
 
 
 def joined(parts: list) -> str | None:
     """The text of a content in parts; None where one is no text."""
     for part in parts:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        if (
+            not isinstance(part, dict)
+            or part.get("type") != "text"
+            or not isinstance(part.get("text"), str)
+        ):
             return None
     return "".join(part["text"] for part in parts)
 
@@ -188,13 +236,23 @@ FIELDS: Mapping[str, Field] = {
     "max_tokens": Number(int, 1, MOST, "Tokens of the answer, at most."),
     "max_completion_tokens": Number(int, 1, MOST, "As max_tokens, and goes before it."),
     "max_length": Number(int, 1, MOST, "Tokens of prompt and answer together, at most."),
-    "temperature": Number(float, 0, 2, "0, and what is too small to matter, takes the likeliest token."),
-    "top_p": Number(float, 0, 1, "Sample among the likeliest tokens of this much probability.", above=True),
+    "temperature": Number(
+        float, 0, 2, "0, and what is too small to matter, takes the likeliest token."
+    ),
+    "top_p": Number(
+        float, 0, 1, "Sample among the likeliest tokens of this much probability.", above=True
+    ),
     "top_k": Number(int, -1, MOST, "Sample among so many likeliest tokens; 0 or -1 for all."),
-    "min_p": Number(float, 0, 1, "Leave out tokens below this share of the likeliest one's probability."),
+    "min_p": Number(
+        float, 0, 1, "Leave out tokens below this share of the likeliest one's probability."
+    ),
     "do_sample": Flag("false takes the likeliest token, as temperature 0 does."),
-    "repetition_penalty": Number(float, 0.01, 100, "Divides the logits of tokens that prompt or answer hold."),
-    "presence_penalty": Number(float, -2, 2, "Taken from the logits of tokens that the answer holds."),
+    "repetition_penalty": Number(
+        float, 0.01, 100, "Divides the logits of tokens that prompt or answer hold."
+    ),
+    "presence_penalty": Number(
+        float, -2, 2, "Taken from the logits of tokens that the answer holds."
+    ),
     "frequency_penalty": Number(float, -2, 2, "Taken from them for each time that they came."),
     "seed": Number(int, -(2**63), 2**63 - 1, "Of this answer's sampling."),
     "stop": Stops("Texts that end the answer and are no part of it."),
@@ -203,7 +261,7 @@ FIELDS: Mapping[str, Field] = {
     "stream_options": StreamOptions("Of a stream."),
     "slo_s": Number(float, 0, 1e9, "Seconds within which the whole answer is wanted.", above=True),
 }
-# Fields that would change an answer and are not obeyed: refused, but for the values that ask for nothing.
+# Would change an answer and are not obeyed: refused, but for the values that ask for nothing.
 REFUSED: Mapping[str, tuple] = {
     "n": (1,),
     "best_of": (1,),
@@ -272,17 +330,29 @@ def read_fields(body: Any) -> dict:
             raise ValueError(f"{name} is not supported here{remedy}")
     if body.get("messages") is None:
         raise ValueError("messages must be a list of at least one message")
-    return {name: field.read(name, body[name]) for name, field in FIELDS.items() if body.get(name) is not None}
+    return {
+        name: field.read(name, body[name])
+        for name, field in FIELDS.items()
+        if body.get(name) is not None
+    }
 
 
 def ignored(body: dict) -> tuple[str, ...]:
     """Names of fields that nothing here knows, the first SHOWN, cut to 64 characters."""
-    unknown = [name for name in body if name not in FIELDS and name not in REFUSED and name not in HARMLESS]
+    unknown = [
+        name for name in body if name not in FIELDS and name not in REFUSED and name not in HARMLESS
+    ]
     return tuple(name.encode("utf-8", "replace").decode()[:64] for name in unknown[:SHOWN])
 
 
 def body_schema() -> dict:
-    """JSON Schema of the body of /v1/chat/completions. What the schema cannot say (REFUSED) stands in its description."""
-    text = f"Not obeyed, so refused with 400: {', '.join(REFUSED)}. Unknown fields are named in glm_foundry.ignored."
+    """JSON Schema of a chat request's body; what is REFUSED stands in its description."""
+    text = f"Not obeyed, so refused with 400: {', '.join(REFUSED)}. "
+    text += "Unknown fields are named in glm_foundry.ignored."
     properties = {name: field.schema() for name, field in FIELDS.items()}
-    return {"type": "object", "required": ["messages"], "properties": properties, "description": text}
+    return {
+        "type": "object",
+        "required": ["messages"],
+        "properties": properties,
+        "description": text,
+    }

@@ -1,4 +1,7 @@
-"""uvicorn with limits on connections and slow clients, a drain that answers everybody, and an end when the engine fails."""
+"""uvicorn with limits on connections and slow clients, and a drain that answers everybody.
+
+It ends, too, when the engine fails.
+"""
 
 import asyncio
 import json
@@ -25,8 +28,9 @@ GRACE_S = 5  # beyond both, before uvicorn cancels what is left
 class Connection(H11Protocol):
     """One more than `most` connections is told so and closed.
 
-    uvicorn reads on after each response, whatever already waits in its buffer: a client that sends requests without waiting for
-    their replies fills memory and slows everybody. One that is EARLY_BYTES ahead is dropped.
+    uvicorn reads on after each response, whatever already waits in its buffer: a client that sends
+    requests without waiting for their replies fills memory and slows everybody. One that is
+    EARLY_BYTES ahead is dropped.
     """
 
     most = 1024
@@ -36,8 +40,11 @@ class Connection(H11Protocol):
         if len(self.connections) < self.most:
             super().connection_made(transport)
             return
-        body = json.dumps(ApiError(503, f"{self.most} connections are open (--max_connections)", "busy").body())
-        head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        body = json.dumps(
+            ApiError(503, f"{self.most} connections are open (--max_connections)", "busy").body()
+        )
+        head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n"
         transport.write(f"{head}Retry-After: {RETRY_S}\r\nConnection: close\r\n\r\n{body}".encode())
         transport.set_protocol(asyncio.Protocol())
         transport.close()
@@ -58,29 +65,53 @@ class Server(uvicorn.Server):
     """Serves until SIGTERM, SIGINT or a failure of the engine.
 
     Args:
-        drain_s: after a signal, for answers under way to end; then they and those that wait are told 503. A second signal ends it.
-        client_s: for a client to send a request's header, its body, and to read what was sent to it.
+        drain_s: after a signal, for answers under way to end; then they and those that wait are
+            told 503. A second signal ends it.
+        client_s: for a client to send a request's header, its body, and to read what was sent.
         max_connections: open at once.
         keys, cors_origins, access_log: as of serving.api.make_app.
     """
 
     def __init__(
-        self, service: Service, *, drain_s: float = 60.0, client_s: float = CLIENT_S, max_connections: int = 1024,
-        keys: Keys | None = None, cors_origins: Sequence[str] = (), access_log: bool = False,
-    ):  # fmt: skip
+        self,
+        service: Service,
+        *,
+        drain_s: float = 60.0,
+        client_s: float = CLIENT_S,
+        max_connections: int = 1024,
+        keys: Keys | None = None,
+        cors_origins: Sequence[str] = (),
+        access_log: bool = False,
+    ):
         app = make_app(service, keys, cors_origins, access_log, client_s)
         config = uvicorn.Config(
-            app, http=type("Limited", (Connection,), {"most": max_connections}), ws="none", log_level="error", access_log=False,
-            lifespan="off", timeout_graceful_shutdown=int(drain_s + FLUSH_S + GRACE_S),
-        )  # fmt: skip
+            app,
+            http=type("Limited", (Connection,), {"most": max_connections}),
+            ws="none",
+            log_level="error",
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=int(drain_s + FLUSH_S + GRACE_S),
+        )
         super().__init__(config)
-        self.service, self.closing, self.drain_s, self.client_s = service, app.state.closing, drain_s, client_s
+        self.service, self.closing, self.drain_s, self.client_s = (
+            service,
+            app.state.closing,
+            drain_s,
+            client_s,
+        )
         self.hurry = False
-        self._since: dict[Connection, float] = {}  # when a connection was first seen waiting for its client
+        self._since: dict[
+            Connection, float
+        ] = {}  # when a connection was first seen waiting for its client
         service.on_failure = self._engine_failed
 
     def serve_at(self, sock: socket.socket) -> int:
-        """Serve at a listening socket; the process's exit code: 1 where the engine failed, so that a supervisor starts it anew."""
+        """Serve at a listening socket.
+
+        Returns:
+            The process's exit code: 1 where the engine failed, so that a supervisor starts it anew.
+        """
         self.service.start()
         self.run(sockets=[sock])
         self.service.stop()
@@ -91,11 +122,14 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self):
-        """As uvicorn's, but the signal is not raised again: a drained server has done what it was told."""
+        """As uvicorn's, but the signal is not raised again: a drained server has done its work."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {
+            number: signal.signal(number, self.handle_exit)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
         try:
             yield
         finally:
@@ -134,7 +168,7 @@ class Server(uvicorn.Server):
         ending.cancel()
 
     async def _end_drain(self):
-        """Wait for answers under way; then end them, and those that wait, and whoever does not read what was sent."""
+        """Wait for answers under way; then end them, those that wait, and whoever does not read."""
         until = time.monotonic() + self.drain_s
         while time.monotonic() < until and not self.hurry:
             await asyncio.sleep(TICK_S)

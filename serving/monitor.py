@@ -19,7 +19,10 @@ RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.33, 2, 4, 10)
 
 
 class LogFile:
-    """Lines appended to a file. What cannot be written is dropped with one warning; each later line tries again, on a line of its own."""
+    """Lines appended to a file.
+
+    What cannot be written is dropped with one warning; each later line tries again, on its own line.
+    """
 
     def __init__(self, path: str | Path):
         """Raises OSError where it cannot be opened."""
@@ -28,7 +31,7 @@ class LogFile:
         self.lost = 0
 
     def _ends_torn(self) -> bool:
-        """Whether a process that wrote to it ended, or its disk was full, in the middle of a line."""
+        """Whether who wrote to it last was ended, or its disk full, in the middle of a line."""
         if not self._file.seekable() or not self._file.seek(0, os.SEEK_END):
             return False
         self._file.seek(-1, os.SEEK_END)
@@ -44,7 +47,8 @@ class LogFile:
             self._torn = self._torn or written > 0
             self.lost += 1
             if self.lost == 1:
-                log.error("the log %s: %s; lines are lost until it can be written again", self._file.name, error)
+                name = self._file.name
+                log.error("the log %s: %s; lines are lost until it can be written", name, error)
             return
         self._torn = False
         if self.lost:

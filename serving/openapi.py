@@ -1,4 +1,4 @@
-"""/openapi.json: what serving.api serves, with the request's schema from the table that checks it."""
+"""/openapi.json: what serving.api serves; the request's schema is the table that checks it."""
 
 from serving.fields import body_schema
 
@@ -18,7 +18,12 @@ ERRORS = {
 
 def error_schema() -> dict:
     nullable = {"type": ["string", "null"]}
-    inside = {"message": {"type": "string"}, "type": {"type": "string"}, "param": nullable, "code": nullable}
+    inside = {
+        "message": {"type": "string"},
+        "type": {"type": "string"},
+        "param": nullable,
+        "code": nullable,
+    }
     error = {"type": "object", "required": list(inside), "properties": inside}
     return {"type": "object", "required": ["error"], "properties": {"error": error}}
 
@@ -43,40 +48,74 @@ def completion_schema() -> dict:
         "model": {"type": "string"},
         "choices": {"type": "array", "items": choice, "minItems": 1, "maxItems": 1},
         "usage": usage,
-        "glm_foundry": {"type": "object", "description": "Predicted and actual length, and names of ignored fields."},
+        "glm_foundry": {
+            "type": "object",
+            "description": "Predicted and actual length, and names of ignored fields.",
+        },
     }
     return {"type": "object", "required": list(properties), "properties": properties}
 
 
 def document(model: str, guarded: bool) -> dict:
     """An OpenAPI 3.1 document; `guarded`: a key is wanted."""
-    schemas = {"ChatRequest": body_schema(), "ChatCompletion": completion_schema(), "Error": error_schema()}
-    card = {"type": "object", "required": ["id", "object"], "properties": {"id": {"type": "string"}, "object": {"const": "model"}}}
+    schemas = {
+        "ChatRequest": body_schema(),
+        "ChatCompletion": completion_schema(),
+        "Error": error_schema(),
+    }
+    card = {
+        "type": "object",
+        "required": ["id", "object"],
+        "properties": {"id": {"type": "string"}, "object": {"const": "model"}},
+    }
     cards = {"type": "object", "required": ["object", "data"]}
     cards["properties"] = {"object": {"const": "list"}, "data": {"type": "array", "items": card}}
-    status = {"type": "object", "required": ["status"], "properties": {"status": {"type": "string"}}}
+    status = {
+        "type": "object",
+        "required": ["status"],
+        "properties": {"status": {"type": "string"}},
+    }
     chat = {
         "summary": "Answer a chat",
         "requestBody": {"required": True, "content": json_of(ref("ChatRequest"))},
-        "responses": answers("The answer; with stream, server-sent events", ref("ChatCompletion"), *ERRORS),
+        "responses": answers(
+            "The answer; with stream, server-sent events", ref("ChatCompletion"), *ERRORS
+        ),
     }
     chat["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     named = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     health = answers("It serves", status, 403)
-    health["503"] = {"description": "It drains, or its engine has failed", "content": json_of(status)}
+    health["503"] = {
+        "description": "It drains, or its engine has failed",
+        "content": json_of(status),
+    }
     metrics = answers("Prometheus' text format", {}, 401, 403, 501)
     metrics["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
     found = {
         "openapi": "3.1.0",
-        "info": {"title": "GLM Foundry", "version": "1", "description": f"OpenAI's chat completions for the model {model}."},
+        "info": {
+            "title": "GLM Foundry",
+            "version": "1",
+            "description": f"OpenAI's chat completions for the model {model}.",
+        },
         "paths": {
             "/v1/chat/completions": {"post": chat},
-            "/v1/models": {"get": {"summary": "The served model", "responses": answers("A list of one", cards, 401, 403)}},
+            "/v1/models": {
+                "get": {
+                    "summary": "The served model",
+                    "responses": answers("A list of one", cards, 401, 403),
+                }
+            },
             "/v1/models/{name}": {
                 "parameters": [named],
-                "get": {"summary": "The served model", "responses": answers("The model", card, 401, 403, 404)},
+                "get": {
+                    "summary": "The served model",
+                    "responses": answers("The model", card, 401, 403, 404),
+                },
             },
-            "/health": {"get": {"summary": "Whether it serves", "security": [], "responses": health}},
+            "/health": {
+                "get": {"summary": "Whether it serves", "security": [], "responses": health}
+            },
             "/metrics": {"get": {"summary": "Figures for Prometheus", "responses": metrics}},
         },
         "components": {"schemas": schemas},
@@ -98,5 +137,8 @@ def json_of(schema: dict) -> dict:
 def answers(text: str, schema: dict, *errors: int) -> dict:
     found = {"200": {"description": text, "content": json_of(schema)}}
     for status in errors:
-        found[str(status)] = {"description": ERRORS.get(status, "Not here"), "content": json_of(ref("Error"))}
+        found[str(status)] = {
+            "description": ERRORS.get(status, "Not here"),
+            "content": json_of(ref("Error")),
+        }
     return found

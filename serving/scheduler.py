@@ -166,7 +166,8 @@ def _events(policy: Policy, engine: Engine, clock: Clock, arrivals) -> Iterator[
         for request_id in withdrawn:
             if (record := queue.get(request_id)) is not None:
                 queue.remove(record)
-                yield Event(now, "withdrawn", request_id, completion_of(record, now, record.generated, True))
+                completion = completion_of(record, now, record.generated, cut=True)
+                yield Event(now, "withdrawn", request_id, completion)
         if not running and not len(queue):
             if arrivals.closed:
                 return

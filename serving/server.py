@@ -50,14 +50,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--base_model", help="base of an adapter or prefix folder (default: the one it names)")
     parser.add_argument("--mode", choices=tuple(FAMILIES), help="family (default: found in the folder)")
     parser.add_argument("--served_model_name", help="the model's name in the API (default: the predictor's served model, or the folder's name)")
-    parser.add_argument("--drain_s", type=float, default=60, help="after SIGTERM, seconds for answers under way to end; then they get 503 [60]")
-    parser.add_argument("--max_queue", type=int, default=256, help="requests that may wait beside those served; more get 429 [256]")
-    parser.add_argument("--max_connections", type=int, default=1024, help="connections open at once [1024]")
-    parser.add_argument("--client_s", type=float, default=30.0, help="seconds for a client to send a header, a body, or to read what was sent [30]")
-    parser.add_argument("--api_key", help=f'key that every request but /health must bring (better: the environment\'s {KEY_VARIABLE})')
-    parser.add_argument("--allowed_hosts", default="", help="names, with commas, that the header Host may have (default on loopback: its own; else any)")
-    parser.add_argument("--cors_origins", default="", help='origins, with commas, of web pages that may ask; "*" for all (default: none)')
-    parser.add_argument("--access_log", action="store_true", help="a line for each request on the standard error output")
+    drain = "after SIGTERM, seconds for answers under way to end; then they get 503 [60]"
+    parser.add_argument("--drain_s", type=float, default=60, help=drain)
+    queue = "requests that may wait beside those served; more get 429 [256]"
+    parser.add_argument("--max_queue", type=int, default=256, help=queue)
+    connections = "connections open at once [1024]"
+    parser.add_argument("--max_connections", type=int, default=1024, help=connections)
+    client = "seconds for a client to send a header, a body, or to read what was sent [30]"
+    parser.add_argument("--client_s", type=float, default=30.0, help=client)
+    key = f"key that all but /health must bring (better: the environment's {KEY_VARIABLE})"
+    parser.add_argument("--api_key", help=key)
+    hosts = "names, with commas, that the header Host may have (default on loopback: its own)"
+    parser.add_argument("--allowed_hosts", default="", help=hosts)
+    origins = 'origins, with commas, of web pages that may ask; "*" for all (default: none)'
+    parser.add_argument("--cors_origins", default="", help=origins)
+    lines = "a line for each request on the standard error output"
+    parser.add_argument("--access_log", action="store_true", help=lines)
     return parser
 
 
@@ -144,7 +152,8 @@ def keys_of(args, sock: socket.socket) -> Keys:
     """
     key = args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE)
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
-        raise ValueError(f"--api_key (or {KEY_VARIABLE}) must be printable ASCII characters, not empty, without spaces around them")
+        wanted = "printable ASCII characters, not empty, without spaces around them"
+        raise ValueError(f"--api_key (or {KEY_VARIABLE}) must be {wanted}")
     named = {host_name(host.strip()) for host in args.allowed_hosts.split(",") if host.strip()}
     if named or is_loopback(sock.getsockname()[0]):
         return Keys(key, frozenset(named | {args.host.lower()}))
@@ -155,10 +164,16 @@ def make_server(service: Service, keys: Keys, args):
     """The serving.listener.Server of a service, from the flags."""
     from serving.listener import Server
 
+    origins = [origin.strip() for origin in args.cors_origins.split(",")]
     return Server(
-        service, drain_s=args.drain_s, client_s=args.client_s, max_connections=args.max_connections, keys=keys,
-        cors_origins=tuple(origin.strip() for origin in args.cors_origins.split(",") if origin.strip()), access_log=args.access_log,
-    )  # fmt: skip
+        service,
+        drain_s=args.drain_s,
+        client_s=args.client_s,
+        max_connections=args.max_connections,
+        keys=keys,
+        cors_origins=tuple(filter(None, origins)),
+        access_log=args.access_log,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,8 +16,15 @@ from serving.scheduler import run
 
 log = logging.getLogger(__name__)
 
-CHARACTERS = 100  # a token; a prompt of more than that is not tokenized to learn that it is too long
-OBEYED = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")  # as Sampling has them
+CHARACTERS = 100  # a token; a prompt of more than that is too long without being tokenized
+OBEYED = (  # as Sampling has them
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
 
 
 class TooLong(ValueError):
@@ -38,7 +45,12 @@ class Closed(RuntimeError):
 
 @dataclass(frozen=True)
 class Exchange:
-    """One request under way; `tokens` yields each token as it comes, and None when there is no more. `ignored`: its unknown fields."""
+    """One request under way.
+
+    Attributes:
+        tokens: yields each token as it comes, and None when there is no more.
+        ignored: names of its unknown fields.
+    """
 
     request: Request
     answer: Answer
@@ -55,12 +67,12 @@ class Service:
         as_tuned: options of the family's encode_chat.
         max_queue: requests that may wait beside the max_batch that run.
         draining: no new requests are taken. failure: why the engine has ended, or None.
-        on_failure: called in the engine's thread once the engine has failed and all under way have heard of it.
+        on_failure: called in the engine's thread, once the engine has failed and all have heard of it.
     """
 
     def __init__(
-        self, engine, tokenizer, policy: Policy, predictor, monitor: Monitor, *, name: str, slo_s: float, defaults: dict, as_tuned: dict,
-        max_queue: int = 256,
+        self, engine, tokenizer, policy: Policy, predictor, monitor: Monitor, *, name: str, slo_s: float, defaults: dict,
+        as_tuned: dict, max_queue: int = 256,
     ):  # fmt: skip
         self.engine, self.tokenizer, self.policy, self.predictor, self.monitor = engine, tokenizer, policy, predictor, monitor
         self.name, self.slo_s, self.defaults, self.as_tuned = name, slo_s, defaults, as_tuned
@@ -121,7 +133,9 @@ class Service:
         """Tokenize, predict, and hand over to the engine.
 
         Raises:
-            ValueError: messages that the family has no form for. TooLong: they leave no room for an answer. Closed, Busy, Unpredicted.
+            ValueError: messages that the family has no form for.
+            TooLong: they leave no room for an answer.
+            Closed, Busy, Unpredicted: none is made.
         """
         self.check_open()
         limits = self.engine.limits
@@ -167,19 +181,24 @@ class Service:
         most = [asked.max_tokens] if asked.max_tokens is not None else []
         if asked.max_length is not None:
             if asked.max_length <= prompt_tokens:
-                raise TooLong(f"max_length ({asked.max_length}) counts the prompt too, which has {prompt_tokens} tokens; say max_tokens")
+                counts = f"counts the prompt too, which has {prompt_tokens} tokens"
+                raise TooLong(f"max_length ({asked.max_length}) {counts}; say max_tokens")
             most.append(asked.max_length - prompt_tokens)
-        options = self.defaults | {name: getattr(asked, name) for name in OBEYED if getattr(asked, name) is not None}
+        said = {name: getattr(asked, name) for name in OBEYED}
+        options = self.defaults | {name: value for name, value in said.items() if value is not None}
         if asked.do_sample is False:
             options["temperature"] = 0.0
-        return Sampling(max_new_tokens=min(most, default=None), seed=asked.seed, top_k=max(asked.top_k or 0, 0), **options)
+        top_k = max(asked.top_k or 0, 0)
+        most_tokens = min(most, default=None)
+        return Sampling(max_new_tokens=most_tokens, seed=asked.seed, top_k=top_k, **options)
 
     def _prepare(self, asked: ChatRequest, prompt: str):
         """(prompt ids, prediction or None). Raises TooLong, ValueError, Unpredicted."""
         most = self.engine.limits.max_tokens
         room = f"which leaves no room for an answer within {most} tokens (--max_tokens)"
-        if (characters := sum(len(text) for _, text in asked.messages)) > CHARACTERS * most or len(asked.messages) > most:
-            raise TooLong(f"the prompt has {len(asked.messages)} messages and {characters} characters, {room}")
+        count, characters = len(asked.messages), sum(len(text) for _, text in asked.messages)
+        if characters > CHARACTERS * most or count > most:
+            raise TooLong(f"the prompt has {count} messages and {characters} characters, {room}")
         ids = encode_messages(self.tokenizer, asked.messages, **self.as_tuned)
         if len(ids) >= most:
             raise TooLong(f"the prompt has {len(ids)} tokens, {room}")
@@ -189,7 +208,8 @@ class Service:
             return ids, self.predictor.predict(prompt)[0]
         except Exception as error:  # whatever a predictor raises is no fault of the request
             log.exception("the predictor failed")
-            raise Unpredicted(f"the answer's length could not be predicted: {type(error).__name__}") from None
+            why = type(error).__name__
+            raise Unpredicted(f"the answer's length could not be predicted: {why}") from None
 
     def report(self, exchange: Exchange) -> dict:
         """Predicted and actual length of an ended answer; the `glm_foundry` field of a response."""

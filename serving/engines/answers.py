@@ -25,9 +25,10 @@ class Sampling:
         ignore_stops: go on past stop ids (benchmarks).
         top_k: sample among so many likeliest tokens; 0 for all.
         min_p: leave out tokens below this share of the likeliest one's probability.
-        repetition_penalty: divides the logits of tokens in prompt or answer where they are above 0, else multiplies them
-            (arXiv 1909.05858).
-        presence_penalty, frequency_penalty: taken from the logits of the answer's tokens, once and for each time that they came.
+        repetition_penalty: divides the logits of tokens in prompt or answer where they are above 0,
+            else multiplies them (arXiv 1909.05858).
+        presence_penalty, frequency_penalty: taken from the logits of the answer's tokens, once and
+            for each time that they came.
     """
 
     max_new_tokens: int | None = None
@@ -43,7 +44,8 @@ class Sampling:
 
     def __post_init__(self):
         if not (self.top_k >= 0 and 0 <= self.min_p <= 1 and self.repetition_penalty > 0):
-            raise ValueError(f"wanted top_k >= 0, 0 <= min_p <= 1 and repetition_penalty > 0; got {self}")
+            wanted = "top_k >= 0, 0 <= min_p <= 1 and repetition_penalty > 0"
+            raise ValueError(f"wanted {wanted}; got {self}")
         if not (self.temperature >= 0 and 0 < self.top_p <= 1 and (self.max_new_tokens is None or self.max_new_tokens >= 1)):
             raise ValueError(f"wanted temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1; got {self}")
 
@@ -53,7 +55,7 @@ class Sampling:
 
     @property
     def penalizes(self) -> bool:
-        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
 
     @property
     def plain(self) -> bool:
@@ -67,7 +69,7 @@ class Answer:
     Attributes:
         tokens: ids so far, the stop id included where one came.
         reason: None while it grows; then "stop" (a stop id), "length" (max_new_tokens), "cut" (the engine's limits, or a plan's),
-            "cancelled", "refused" or "failed" (the model's output was not finite, or could not be sampled).
+            "cancelled", "refused" or "failed" (the model's output was not finite, or sampling failed).
     """
 
     def __init__(self, id: int, prompt: list[int], sampling: Sampling, listener: Callable[["Answer", int | None], None] | None):
@@ -223,7 +225,10 @@ class TextEngine:
 
 
 def choose(logits, answers: Sequence[Answer]) -> list[int | None]:
-    """The next token of each answer from logits (at least len(answers), V); None where they are not finite or sampling fails."""
+    """The next token of each answer from logits (at least len(answers), V).
+
+    None where they are not finite, or sampling fails.
+    """
     best = logits[: len(answers)].max(-1)  # not argmax, which takes nine times as long in bf16 on a CPU
     tokens = [token if finite else None for token, finite in zip(best.indices.tolist(), best.values.isfinite().tolist())]
     for i, answer in enumerate(answers):
@@ -247,8 +252,8 @@ def penalized(logits, answer: Answer):
     logits = logits.to(torch.float32, copy=True)
     if sampling.repetition_penalty != 1:
         seen = torch.tensor(answer.prompt + answer.tokens, device=logits.device).unique()
-        had = logits[seen]
-        logits[seen] = torch.where(had > 0, had / sampling.repetition_penalty, had * sampling.repetition_penalty)
+        had, penalty = logits[seen], sampling.repetition_penalty
+        logits[seen] = torch.where(had > 0, had / penalty, had * penalty)
     if answer.tokens:
         made, times = torch.tensor(answer.tokens, device=logits.device).unique(return_counts=True)
         logits[made] -= sampling.presence_penalty + sampling.frequency_penalty * times
@@ -256,7 +261,10 @@ def penalized(logits, answer: Answer):
 
 
 def sample(logits, answer: Answer) -> int:
-    """One token from logits (V,): penalties, temperature, top-k, top-p (arXiv 1904.09751), min-p (arXiv 2407.01082), in this order."""
+    """One token from logits (V,): penalties, temperature, top-k, top-p, min-p, in this order.
+
+    Top-p: arXiv 1904.09751; min-p: arXiv 2407.01082.
+    """
     import torch
 
     sampling = answer.sampling
@@ -282,6 +290,7 @@ def sample(logits, answer: Answer) -> int:
         beyond[0] = False  # though top_p be 0 in fp32
         probabilities = probabilities.masked_fill(beyond, 0.0)
     if sampling.min_p:
-        probabilities = probabilities.masked_fill(probabilities < sampling.min_p * probabilities.max(), 0.0)
+        least = sampling.min_p * probabilities.max()
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
     drawn = int(torch.multinomial(probabilities, 1, generator=answer.generator))
     return drawn if ids is None else int(ids[drawn])

@@ -39,7 +39,7 @@ class WallClock:
 
 
 class Inbox:
-    """Arrivals of a live system, as the scheduler asks for them: due(now_s), withdrawn(), next_s(), closed.
+    """Arrivals of a live system, as the scheduler asks for them.
 
     put() may come from any thread, after the engine's submit() of the same request; it wakes the clock and the engine. A request is due
     once it is there: its prediction was made before.
@@ -79,7 +79,10 @@ class Inbox:
         return found
 
     def withdraw(self, request_id: int):
-        """Nobody waits for this one any more: if it is queued, the scheduler drops it. From any thread, after put()."""
+        """Nobody waits for this one any more: if it is queued, the scheduler drops it.
+
+        From any thread, after put().
+        """
         self._withdrawn.append(request_id)
         self.tell()
 
