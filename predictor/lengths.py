@@ -1,5 +1,6 @@
 """The rows a predictor is trained on, split and laid out as arrays."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from predictor.decoder import tokenizer_hash
 from predictor.labels import LONGEST, Example, data_hash, group_prompts, make_counter, read_examples, served_name, split
 
 DEFAULT_LIMIT = 8192  # tokens; ChatGLM2-6B's context
+SIDES = {"train": "train", "calibration": "calibrate"}  # what is done with their rows
 
 
 @dataclass(frozen=True)
@@ -190,32 +192,99 @@ def load_lengths(config: PredictorConfig, tokenizer, *, calibration: bool = True
     served_models = sorted({label.served_model for e in examples for label in e.labels})
     if not config.served_model and len(served_models) == 1:
         name = served_models[0]
-    test = read_examples(config.eval_path, served_model=name, count=count, on_bad_row=config.on_bad_row)[0] if config.eval_path else []
+    test = read_tests(config, name, count)
     if name not in served_models:
-        raise BadRow(f"--served_model {name!r}: no row is of it; {config.train_path} has {', '.join(served_models[:8])}")
+        raise BadRow(
+            f"--served_model {name!r}: no row is of it; "
+            f"{config.train_path} has {', '.join(served_models[:8])}"
+        )
     own = served_models.index(name)
-    config = replace(config, served_model=name, length_limit=config.length_limit or context_length(config))
-    groups = group_prompts([e.prompt for e in [*examples, *test]], threshold=config.near_duplicates)
-    groups, tested = groups[: len(examples)], set(groups[len(examples) :].tolist())
-    kept = [i for i, group in enumerate(groups.tolist()) if group not in tested]  # what is tested is not trained on, nor its like
-    if not kept:
-        raise BadRow(f"--eval_path {config.eval_path} has every prompt of {config.train_path}: no rows are left to train on")
-    examples, groups = [examples[i] for i in kept], groups[kept]
-    prompts = [e.prompt for e in examples]
-    shares = {"train": 1 - config.calibration_share, "calibration": config.calibration_share}
-    parts = split(groups, prompts, shares) if calibration else {"train": np.arange(len(prompts))}
+    limit = config.length_limit or context_length(config)
+    config = replace(config, served_model=name, length_limit=limit)
+    examples, groups = leave_out_tests(config, examples, test)
+    parts = split_sides(config, examples, groups, calibration=calibration)
     sides = {side: [examples[i] for i in chosen.tolist()] for side, chosen in parts.items()}
-    scale = Scale.fit(sides["train"], served_models, own, config.length_limit)
-    arrays = {side: Lengths.of(part, served_models, own, config.other_models_weight, scale) for side, part in sides.items()}
-    test = [e for e in test if any(label.served_model == name for label in e.labels)]
+    scale = Scale.fit(sides["train"], served_models, own, limit)
+    arrays = {}
+    for side, chosen in sides.items():
+        weight = config.other_models_weight
+        arrays[side] = Lengths.of(chosen, served_models, own, weight, scale)
     for side, lengths in arrays.items():
-        if len(lengths.of_model(own)[0]) < 2:
-            raise BadRow(f"too few rows of {name!r} to {side.replace('calibration', 'calibrate')} on: {len(lengths.of_model(own)[0])}")
-    tests = None
-    if test:
-        known = [replace(e, labels=tuple(label for label in e.labels if label.served_model in served_models)) for e in test]
-        tests = Lengths.of(known, served_models, own, 0.0, scale)
-    return LengthRows(config, arrays["train"], arrays.get("calibration"), groups[parts["train"]], tests, served_models, own, data_hash(examples), bad)
+        check_enough(lengths, own, f"{name!r} to {SIDES[side]} on")
+    return LengthRows(
+        config,
+        arrays["train"],
+        arrays.get("calibration"),
+        groups[parts["train"]],
+        lengths_to_test(test, served_models, own, scale),
+        served_models,
+        own,
+        data_hash(examples),
+        bad,
+    )
+
+
+def read_tests(
+    config: PredictorConfig, name: str, count: Callable[[str], int] | None
+) -> list[Example]:
+    """The rows of --eval_path; `name`: the model of those that name none."""
+    path, on_bad_row = config.eval_path, config.on_bad_row
+    if not path:
+        return []
+    return read_examples(path, served_model=name, count=count, on_bad_row=on_bad_row)[0]
+
+
+def leave_out_tests(
+    config: PredictorConfig, examples: list[Example], test: list[Example]
+) -> tuple[list[Example], np.ndarray]:
+    """(the rows to train on, (rows,) their groups of near-duplicates): what is tested is not
+    trained on, nor its like.
+
+    Raises:
+        BadRow: none is left.
+    """
+    prompts = [e.prompt for e in [*examples, *test]]
+    groups = group_prompts(prompts, threshold=config.near_duplicates)
+    groups, tested = groups[: len(examples)], set(groups[len(examples) :].tolist())
+    kept = [i for i, group in enumerate(groups.tolist()) if group not in tested]
+    if not kept:
+        raise BadRow(
+            f"--eval_path {config.eval_path} has every prompt of {config.train_path}: "
+            "no rows are left to train on"
+        )
+    return [examples[i] for i in kept], groups[kept]
+
+
+def split_sides(
+    config: PredictorConfig, examples: list[Example], groups: np.ndarray, *, calibration: bool
+) -> dict[str, np.ndarray]:
+    """{side: numbers of its rows}: "train", and with `calibration` also "calibration"."""
+    if not calibration:
+        return {"train": np.arange(len(examples))}
+    share = config.calibration_share
+    shares = {"train": 1 - share, "calibration": share}
+    return split(groups, [e.prompt for e in examples], shares)
+
+
+def check_enough(lengths: Lengths, own: int, purpose: str):
+    """Raises BadRow where fewer than two labels are of the predicted model."""
+    count = len(lengths.of_model(own)[0])
+    if count < 2:
+        raise BadRow(f"too few rows of {purpose}: {count}")
+
+
+def lengths_to_test(
+    test: list[Example], served_models: list[str], own: int, scale: Scale
+) -> Lengths | None:
+    """The test rows of the predicted model, with their labels of all models that are trained on."""
+    of_own = [e for e in test if any(label.served_model == served_models[own] for label in e.labels)]
+    if not of_own:
+        return None
+    known = []
+    for example in of_own:
+        labels = tuple(label for label in example.labels if label.served_model in served_models)
+        known.append(replace(example, labels=labels))
+    return Lengths.of(known, served_models, own, 0.0, scale)
 
 
 def context_length(config: PredictorConfig) -> int:

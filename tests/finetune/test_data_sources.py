@@ -24,7 +24,7 @@ from finetune.sources import (
     read_rows,
     replay_count,
 )
-from finetune.task import FineTuning
+from finetune.task import FineTuning, draw_counts
 from tests.conftest import shared_file
 from tests.finetune.runs import ROOT, child_env, make_rows, metrics, write_rows
 
@@ -166,6 +166,12 @@ def test_draws_differ_by_seed_source_and_epoch():
 def test_replay_is_its_share(others, ratio):
     count = replay_count(others, ratio)
     assert abs(count - ratio * (others + count)) <= 0.5
+
+
+def test_counts_of_an_epoch():
+    """Own sources count as they are; replay is a quarter of all, 50 of 200, cut 3 to 1; never 0."""
+    assert draw_counts([100, 50, 30, 10], 2, 0.25) == [100, 50, 38, 12]
+    assert draw_counts([0.2], 1, 0.1) == [1]
 
 
 @pytest.fixture
