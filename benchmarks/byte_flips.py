@@ -213,23 +213,41 @@ def run(folder: Path, *, flips: int, seed: int = 1, methods: tuple[str, ...] = t
     return table
 
 
-def time_loads(folder: Path, loads: int, size_mb: int) -> dict[str, list[float]]:
-    """{level: seconds of each load} of a model of about `size_mb` MB in fp32, the levels taking turns."""
+def time_loads(folder: Path, loads: int, size_mb: int) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """{what is timed: {level: (seconds, CPU seconds) of each load}} of a model of about `size_mb` MB in fp32, the levels taking turns.
+
+    transformers maps the weights into memory: a load alone reads next to none of them, the first logits read them all.
+    """
+    import torch
+
     from chatglm import load_model
     from chatglm.checksums import write_checksums
 
     rows, _ = make_rows(folder)
-    layers = max(1, round(size_mb / 50))  # a layer of these sizes has 12.6 million weights
+    layers = max(1, round(size_mb / 43.5))  # MB of a layer of these sizes
     base = make_base(folder, rows, hidden_size=1024, num_layers=layers, heads=16, ffn=2752)
     write_checksums(base)
     print(f"{sum(p.stat().st_size for p in base.glob('*.safetensors')) / 1e6:.0f} MB of weights, {layers} layers")
-    found: dict[str, list[float]] = {"off": [], "fast": []}
+    found = {what: {"off": [], "fast": []} for what in ("load alone", "load and first logits")}
     for _ in range(loads + 1):
-        for level, seconds in found.items():
-            started = time.perf_counter()
-            load_model(base, verify=level)
-            seconds.append(time.perf_counter() - started)
-    return {level: seconds[1:] for level, seconds in found.items()}  # the first of each warms up
+        for what, levels in found.items():
+            for level, seconds in levels.items():
+                started, cpu = time.perf_counter(), time.process_time()
+                model = load_model(base, verify=level)
+                if what == "load and first logits":
+                    with torch.inference_mode():
+                        model(input_ids=torch.tensor([[1, 2, 3]]))
+                seconds.append((time.perf_counter() - started, time.process_time() - cpu))
+                del model
+    return {what: {level: seconds[1:] for level, seconds in levels.items()} for what, levels in found.items()}  # the first warms up
+
+
+def print_loads(found: dict[str, dict[str, list[tuple[float, float]]]]):
+    print("| timed | unchecked, s | checked, s | ratio of pairs | ratio of CPU time |\n|---|---|---|---|---|")
+    for what, levels in found.items():
+        wall = {level: statistics.median(seconds for seconds, _ in values) for level, values in levels.items()}
+        ratios = [statistics.median(a[i] / b[i] for a, b in zip(levels["fast"], levels["off"])) for i in (0, 1)]
+        print(f"| {what} | {wall['off']:.3f} | {wall['fast']:.3f} | {ratios[0]:.3f} | {ratios[1]:.3f} |")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -252,10 +270,8 @@ def main(argv: list[str] | None = None) -> int:
         shutil.rmtree(Path(name) / "base", ignore_errors=True)
         shutil.rmtree(Path(name) / "tokenizer", ignore_errors=True)
         if args.loads:
-            results["loads"] = seconds = time_loads(Path(name), args.loads, args.size_mb)
-            medians = {level: statistics.median(values) for level, values in seconds.items()}
-            ratio = statistics.median(fast / off for fast, off in zip(seconds["fast"], seconds["off"]))
-            print(f"load: {medians['off']:.3f} s unchecked, {medians['fast']:.3f} s checked (medians of {args.loads}), ratio of pairs {ratio:.3f}")
+            results["loads"] = time_loads(Path(name), args.loads, args.size_mb)
+            print_loads(results["loads"])
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
     return 1 if wrong else 0

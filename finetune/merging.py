@@ -140,6 +140,7 @@ class Merger:
         self.layers = {name: module for name, module in named.items() if isinstance(module, LoraLayer)}
         self.replaced = {name: module for name, module in named.items() if isinstance(module, ModulesToSaveWrapper)}
         self.difference, self.changed = 0.0, 0
+        self.wanted: dict[str, list[str]] = {}  # layer -> its tensors that are the base's
         self.latest: tuple[str, dict[str, Tensor]] = ("", {})
 
     def __getitem__(self, name: str) -> Tensor:
@@ -167,9 +168,10 @@ class Merger:
         layer = self.layers[name]
         inner = layer.get_base_layer()
         parts = [part for part, _ in inner.named_parameters(recurse=False)]
-        for part in parts:
-            if part == "weight" or getattr(inner, part).is_meta:  # a bias may have come with the adapter
-                setattr(inner, part, nn.Parameter(self.base[f"{name}.{part}"].float(), requires_grad=False))
+        # A bias may have come with the adapter; a layer is merged twice where its weight and bias lie in two files.
+        wanted = self.wanted.setdefault(name, [part for part in parts if part == "weight" or getattr(inner, part).is_meta])
+        for part in wanted:
+            setattr(inner, part, nn.Parameter(self.base[f"{name}.{part}"].float(), requires_grad=False))
         layer.to(self.device)
         if isinstance(inner, nn.Embedding):
             probe = torch.arange(min(8, inner.num_embeddings), device=self.device)
@@ -185,7 +187,8 @@ class Merger:
         merged = {part: getattr(inner, part).detach() for part in parts}
         base = self.base[f"{name}.weight"].to(self.device)
         self.changed += bool((merged["weight"].to(self.dtype) != base.to(self.dtype)).any())
-        layer.to("meta")
+        layer.merged_adapters.clear()
+        inner.weight = nn.Parameter(torch.zeros(()).expand(inner.weight.shape), requires_grad=False)
         return merged
 
 
