@@ -193,7 +193,7 @@ COMMANDS = [
         reads=model_files("model", "--model") | predictor_files("predictor", "--predictor")
         | {"profile.json": "--profile"},
         writes={"served.jsonl": "--log"},
-        fine=NO_CONFIG,
+        fine=NO_CONFIG | {"served.jsonl": ("full_disk",)},
         stop_at="serving ",
     ),
     Command(

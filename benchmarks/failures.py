@@ -26,8 +26,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,7 +189,8 @@ class Case:
     def names(self) -> set[str]:
         """What its error may name: the file, its folder where that is one of several, or the flag."""
         path = Path(self.path)
-        return {path.name, self.flag} | ({path.parent.name} if len(path.parts) > 2 else set())
+        names = {path.name, self.flag} | ({path.parent.name} if len(path.parts) > 2 else set())
+        return names | ({"not_a_folder"} if self.kind == "in_a_file" else set())
 
 
 def list_cases(world: Path) -> list[Case]:
@@ -268,19 +272,25 @@ def judge(case: Case, done: Outcome, left: list[str]) -> list[str]:
 # ---- all of them
 
 
-def run_all(cases: list[Case], world: Path, scratch: Path, show: bool) -> list[dict]:
-    found = []
-    for number, case in enumerate(cases):
-        folder = scratch / str(number)
-        started = time.monotonic()
-        wrong = run_case(world, case, folder)
-        seconds = time.monotonic() - started
-        shutil.rmtree(folder)
-        if wrong or show:
-            print(f"{case.name}: {'; '.join(wrong) or 'right'} ({seconds:.1f} s)", flush=True)
-        row = {"command": case.command.name, "flag": case.flag, "path": case.path}
-        found.append(row | {"kind": case.kind, "wrong": wrong, "seconds": seconds})
-    return found
+def run_one(world: Path, scratch: Path, show: bool, case: Case) -> dict:
+    """A case as a row of the result."""
+    folder = Path(tempfile.mkdtemp(dir=scratch)) / "case"
+    started = time.monotonic()
+    wrong = run_case(world, case, folder)
+    seconds = time.monotonic() - started
+    shutil.rmtree(folder.parent)
+    if wrong or show:
+        print(f"{case.name}: {'; '.join(wrong) or 'right'} ({seconds:.1f} s)", flush=True)
+    row = {"command": case.command.name, "flag": case.flag, "path": case.path}
+    return row | {"kind": case.kind, "wrong": wrong, "seconds": seconds}
+
+
+def run_all(cases: list[Case], world: Path, scratch: Path, args) -> list[dict]:
+    one = partial(run_one, world, scratch, args.show)
+    if args.jobs == 1:
+        return [one(case) for case in cases]
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("fork")) as pool:
+        return list(pool.map(one, cases))
 
 
 def check_controls(commands: dict[str, Command], world: Path, scratch: Path):
@@ -325,7 +335,7 @@ def run(args) -> int:
         cases = [case for case in cases if args.path in case.path]
         cases = cases[:: args.every]
         check_controls({case.command.name: case.command for case in cases}, world, scratch)
-        found = run_all(cases, world, scratch, args.show)
+        found = run_all(cases, world, scratch, args)
     print_totals(found)
     print(f"{time.monotonic() - started:.0f} s")
     if args.json:
@@ -340,6 +350,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kind", default="", choices=("", *KINDS), help="only this kind of fault")
     parser.add_argument("--path", default="", help="only files with this in their path")
     parser.add_argument("--every", type=int, default=1, help="only each so manieth case [1]")
+    parser.add_argument("--jobs", type=int, default=2, help="cases under way at once [2]")
     parser.add_argument("--show", action="store_true", help="print cases that are right, too")
     parser.add_argument("--json", metavar="FILE", help="write all cases there")
     args = parser.parse_args(argv)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from chatglm.families import FAMILIES
-from chatglm.files import read_json, shorten
 from finetune.commands import Parser, run_command
 from finetune.config import PRECISIONS, parse_bool, parse_positive
 from finetune.formats import FORMATS, parse_columns
@@ -125,22 +124,12 @@ def load_for_inference(args):
         args.model_path, mode=args.mode, base=args.base_model, device=args.device, precision=args.precision, quantization_bit=args.quantization_bit
     )  # fmt: skip
     trained = Path(args.model_path) / "train_config.json"
-    max_src_len = args.max_src_len or trained_length(trained) or 1024
+    max_src_len = args.max_src_len or (json.loads(trained.read_text())["max_src_len"] if trained.is_file() else 1024)
     options = {"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {"max_length": args.max_length}
     options["do_sample"] = bool(args.do_sample)
     if args.do_sample:
         options |= {"top_p": args.top_p, "temperature": args.temperature}
     return model, tokenizer, max_src_len, options
-
-
-def trained_length(config: Path) -> int | None:
-    """--max_src_len of training, as a checkpoint's train_config.json has it; None where there is no such file."""
-    if not config.is_file():
-        return None
-    value = read_json(config).get("max_src_len")
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{config}: max_src_len must be a whole number from 1, got {shorten(value)}")
-    return value
 
 
 def load_ready(

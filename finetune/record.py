@@ -137,10 +137,11 @@ def read_run(folder: Path) -> dict:
     path = Path(folder) / RUN
     if not path.is_file():
         raise ValueError(f"{folder} holds no {RUN}: wanted the --output_dir of a run")
-    run = read_json(path)
-    found = run.get("format_version")
-    if not isinstance(found, int):
-        raise ValueError(f"{path}: not a run's record")
+    try:
+        run = read_json(path)
+        found = run["format_version"] + 0
+    except (KeyError, TypeError):
+        raise ValueError(f"{path}: not a run's record") from None
     if found > FORMAT_VERSION:
         raise ValueError(f"{path}: format version {found}, this program reads up to {FORMAT_VERSION}")
     return run
