@@ -7,6 +7,7 @@ was served by (LengthPrediction.to_dict()); other keys are ignored. Lengths are 
 """
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -19,16 +20,18 @@ import numpy as np
 
 from chatglm.files import read_json
 from finetune.commands import Parser, run_command
-from finetune.files import put_in_place, write_json
+from finetune.files import put_in_place, sha256, write_json
 from finetune.formats import BadRow
 from finetune.sources import read_json_items
 from predictor.calibration import kaplan_meier
 from predictor.decoder import CARD, FOLDS, Decoder, fold_of, write_card
 from predictor.evaluate import Observed, add_predictor_flags
+from predictor.kernel import FILE as KERNEL_FILE
+from predictor.kernel import KernelHead
 from predictor.labels import Example, parse_example
 from predictor.metrics import kendall_tau, metrics_of, quantiles
 from predictor.prediction import LengthPrediction
-from predictor.runtime import CHUNK, LengthPredictor
+from predictor.runtime import CHUNK, LengthPredictor, read_predictor
 
 MIN_ROWS = 50
 NEWEST = 2000  # rows; fitting a head takes time in proportion
@@ -268,10 +271,10 @@ def recalibrated(head, outputs: np.ndarray, seen: Observed) -> tuple[Decoder, di
 
 def write_updated(predictor: LengthPredictor, source: Path, output: Path):
     """The folder `source` as it is now with the predictor's head and card, put at `output` at once: whoever opens a file there finds
-    the old one or the new one.
+    the old one or the new one. It has been loaded before it takes the old one's place.
 
     Raises:
-        ValueError: `output` holds something that is no predictor.
+        ValueError: `output` holds something that is no predictor, or the new folder does not load. Nothing has changed then.
         OSError: it cannot be written; nothing has changed then.
     """
     source, output = source.resolve(), output.resolve()  # what a link leads to is replaced, not the link
@@ -283,10 +286,47 @@ def write_updated(predictor: LengthPredictor, source: Path, output: Path):
         shutil.copytree(source, aside)
         if hasattr(predictor.score, "top"):
             predictor.score.top.save(aside)
-        write_card(aside, {k: v for k, v in predictor.card.items() if k not in ("format", "format_version")})
+        card = {key: value for key, value in predictor.card.items() if key not in ("format", "format_version")}
+        write_card(aside, with_new_sums(card, aside))
+        renew_manifest(aside)
+        check_loads(aside, predictor)
         put_in_place(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def with_new_sums(card: dict, folder: Path) -> dict:
+    """The card of an exported predictor with the size and sha256 of the head that an update wrote; others as they are."""
+    files = card.get("export", {}).get("files", {})
+    if KERNEL_FILE not in files:
+        return card
+    path = folder / KERNEL_FILE
+    written = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return card | {"export": card["export"] | {"files": files | {KERNEL_FILE: written}}}
+
+
+def renew_manifest(folder: Path):
+    """In a checkpoint's folder: the sums of what an update wrote, in its manifest."""
+    from finetune.checkpoint import MANIFEST
+
+    path = folder / MANIFEST
+    if not path.is_file():
+        return
+    manifest = read_json(path)
+    sums = manifest.get("sha256")
+    if isinstance(sums, dict):
+        written = [name for name in (CARD, KERNEL_FILE) if name in sums and (folder / name).is_file()]
+        write_json(path, manifest | {"sha256": sums | {name: sha256(folder / name) for name in written}})
+
+
+def check_loads(folder: Path, predictor: LengthPredictor):
+    """Raises ValueError where a folder that was just written is not a predictor that loads."""
+    if predictor.card["backbone"]["name"] != "chatglm":
+        LengthPredictor.from_pretrained(folder)
+        return
+    read_predictor(folder)  # a served model's weights are copies: they are not read a second time
+    if hasattr(predictor.score, "top"):
+        KernelHead.load(folder)
 
 
 def describe(report: dict) -> str:
@@ -333,7 +373,7 @@ def run(args) -> int:
 def ridge_of(folder: Path) -> float:
     """--head_ridge of the training run, as its folder keeps it."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return float(read_json(folder / "train_config.json")["head_ridge"])
+        return float(json.loads((folder / "train_config.json").read_text(encoding="utf-8"))["head_ridge"])
     return RIDGE
 
 
