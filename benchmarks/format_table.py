@@ -83,7 +83,15 @@ def measure(path: Path, tokenizers: dict) -> dict:
     return line
 
 
+def need(shared: Path, *folders: str):
+    """Leave with one line where a folder of the public data is not there."""
+    for folder in folders:
+        if not (shared / folder).is_dir():
+            sys.exit(f"format_table.py: no such folder: {shared / folder}; --shared names the folder of the public data")
+
+
 def load_tokenizers(shared: Path, folder: Path) -> dict:
+    need(shared, "data/chatglm2-tokenizer", "golden/tokenizer/glm_standin")
     from chatglm.tokenization import TOKENIZERS
 
     shutil.copy(shared / "data" / "chatglm2-tokenizer" / "tokenizer.model", folder)
@@ -96,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder of the public data and tokenizers")
     parser.add_argument("--output", type=Path, help="JSON file of the table")
     args = parser.parse_args(argv)
+    need(args.shared, "data/finetune")
     files = [ROOT / "data" / "formats" / f"{name}.jsonl" for name in FORMATS]
     files += [path for path in sorted((args.shared / "data" / "finetune").iterdir()) if not path.name.startswith("toolalpaca")]
     with tempfile.TemporaryDirectory() as folder:

@@ -34,6 +34,7 @@ def losses(folder: Path) -> dict[int, float]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=40, help="of the run that is killed [40]")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
@@ -43,9 +44,8 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, ["glm2"])
-        steps = 40
         command = [sys.executable, "train.py", "--model_name_or_path", str(folder / "glm2"), "--train_path", "data/spo_train.json",
-                   "--dataset_length", "64", "--max_steps", str(steps), "--num_train_epochs", "100", "--per_device_train_batch_size", "8",
+                   "--dataset_length", "64", "--max_steps", str(args.steps), "--num_train_epochs", "100", "--per_device_train_batch_size", "8",
                    "--max_len", "160", "--max_src_len", "120", "--save_model_step", "2", "--save_total_limit", "3"]  # fmt: skip
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": ROOT}
         subprocess.run([*command, "--output_dir", str(folder / "whole")], check=True, **quiet)

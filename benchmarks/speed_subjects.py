@@ -230,6 +230,7 @@ def run_peak(spec, pairs):
 
 def run_ours(spec, pairs):
     """train.py's own engine and step, on rows handed to it."""
+    import numpy as np
 
     from finetune import engine as engine_module
     from finetune.config import TrainConfig
@@ -246,9 +247,9 @@ def run_ours(spec, pairs):
     task = make_task(config, spec, folder, our_dataset(pairs))
     engine, model, _ = engine_module.build_engine(config, task, 10**6)
     schedule = engine_module.Schedule(10**6 * BATCH, BATCH, 1, None)
-    loop = engine_module.Loop(config, engine, model, task, schedule, None, 0)
+    loop = engine_module.Loop(config, engine, model, task, schedule, None, resumed={}, facts={})
     for rows, counted in warmed(pairs):
-        engine_module.step_rows = lambda *args, rows=rows, **kwargs: [rows]
+        task.chosen = np.array(rows)
         loss = loop.step()[0]
         yield rows if counted else None, loss
 
@@ -256,6 +257,8 @@ def run_ours(spec, pairs):
 def make_task(config, spec, folder, data):
     """train.py's task, with a model and rows of our own making."""
     from types import SimpleNamespace
+
+    import numpy as np
 
     from chatglm.families import FAMILIES
     from finetune.data import collate, count_labels
@@ -266,10 +269,12 @@ def make_task(config, spec, folder, data):
 
     method, dtype = make_method(config), DTYPES[resolve_precision(config.precision)]
     layout = layout_of(config, FAMILIES[spec["family"]], SimpleNamespace(pad_token_id=3), dtype)
-    return SimpleNamespace(
-        method=method, model_path=str(folder), data=data, build_model=lambda dtype: method.prepare(make_model(spec, dtype)),
-        loss_module=LossModule, count_labels=count_labels, collate=lambda rows: collate(data, rows, **layout),
+    task = SimpleNamespace(
+        method=method, model_path=str(folder), data=data, lengths=np.array([len(ids) for ids in data.input_ids]), build_model=lambda dtype: method.prepare(make_model(spec, dtype)),
+        loss_module=LossModule, count_labels=count_labels, collate=lambda data, rows: collate(data, rows, **layout),
     )  # fmt: skip
+    task.rows_of_step = lambda *place: (data, task.chosen, 0)  # the rows of the step to come
+    return task
 
 
 def make_glm(spec):

@@ -176,14 +176,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for rows, models and checkpoints (default: a temporary one)")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     parser.add_argument("--show", action="store_true", help="print every question, call wanted and answer")
+    parser.add_argument("--questions", type=int, help="ask only so many held-out questions [all]")
     args = parser.parse_args(argv)
+    for file in FILES:
+        if not (SHARED / "data" / "finetune" / file).is_file():
+            sys.exit(f"tool_calling.py: no such file: {SHARED / 'data' / 'finetune' / file}; GLM_FOUNDRY_SHARED names the folder of the public data")
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.out or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         train, held_out = divide([call for file in FILES for call in read_calls(SHARED / "data" / "finetune" / file)])
         draw, values = random.Random(args.seed + 1), values_of(train)
-        asked = [call if n == 0 else with_other_values(call, values, draw) for call in held_out for n in range(VARIANTS)]
+        asked = [call if n == 0 else with_other_values(call, values, draw) for call in held_out for n in range(VARIANTS)][: args.questions]
         base = prepare(folder, train, args.seed)
         rates = ask(learn(folder / "calls.jsonl", base, args.steps, args.seed), asked, args.show)
     figures = {"learnt_from": len(train), "held_out": len(held_out), "asked": len(asked), "steps": args.steps, **rates,

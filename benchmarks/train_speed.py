@@ -204,7 +204,7 @@ def main():
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps in a turn")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--trainer_precision", default="bf16", choices=("fp32", "bf16", "autocast"))
-    parser.add_argument("--llamafactory", metavar="PYTHON", help="python of an environment with llamafactory 0.9.5; without it that peer is left out")
+    parser.add_argument("--llamafactory", metavar="PYTHON", help="python of an environment with llamafactory 0.9.5 (pip install llamafactory==0.9.5); without it that peer is left out")
     parser.add_argument("--cpu_time", action="store_true", help="count the CPU's time, not the clock's: one thread on a machine that others use")
     parser.add_argument("--quick", action="store_true", help="one thread, four cases, 3 turns of one step, against reference and trainer: under 10 minutes")
     parser.add_argument("--ranks", action="store_true", help="instead: 1 rank against 2, and the time from the command to the first step")
@@ -212,13 +212,14 @@ def main():
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     args.shared = Path(args.shared).resolve()
-    if not (args.shared / "data" / "finetune" / "spo_0.json").is_file():
-        sys.exit(f"no rows in {args.shared}; --shared names the folder of the public data")
+    for needed in ("data/finetune/spo_0.json", "data/chatglm2-tokenizer"):
+        if not (args.shared / needed).exists():
+            sys.exit(f"train_speed.py: no such file: {args.shared / needed}; --shared names the folder of the public data")
     if args.quick:
         args.threads, args.repetitions, args.steps, args.against = "1", 3, 1, "reference,trainer"
         args.cases = "lora-glm2,lora-glm2-fp32,full-glm2,lora-glm"
     if "llamafactory" in args.against and not args.llamafactory:
-        print("llamafactory is left out: --llamafactory names the python of its environment")
+        print("llamafactory is left out: --llamafactory names the python of an environment with it (pip install llamafactory==0.9.5)")
         args.against = ",".join(name for name in args.against.split(",") if name != "llamafactory")
     (profile if args.profile else compare_ranks if args.ranks else compare_all)(args)
 

@@ -147,12 +147,18 @@ def find_sequences(positions: Tensor) -> tuple[list[int], list[int]]:
     """(lengths, shared) of the sequences in a row of positions (S,), by the rule at the top of this file.
 
     Raises:
-        ValueError: a position falls back into a sequence that is not the first.
+        ValueError: a position jumps upward, or falls back into a sequence that is not the first.
     """
-    falls = (positions[1:] <= positions[:-1]).nonzero().flatten() + 1
+    steps = positions[1:] - positions[:-1]
+    if len(jumps := (steps > 1).nonzero().flatten()):
+        before, after = positions[jumps[0]], positions[jumps[0] + 1]
+        raise ValueError(f"positions jump from {before} to {after}: within a sequence they count up by one")
+    falls = (steps <= 0).nonzero().flatten() + 1
     starts = [0, *falls.tolist()]
     lengths = [b - a for a, b in zip(starts, [*starts[1:], len(positions)])]
     shared = [0, *positions[falls].tolist()]
     if any(s > lengths[0] for s in shared):
         raise ValueError(f"positions fall back to {max(shared)}, but the row's first sequence has {lengths[0]} tokens")
+    if any(shared) and positions[0] != 0:
+        raise ValueError(f"a shared beginning has the positions from 0, this row begins at {positions[0]}")
     return lengths, shared

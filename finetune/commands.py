@@ -1,6 +1,7 @@
 """What every command does alike: flags with one-line errors, and failures in one line. Free of torch."""
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -60,3 +61,34 @@ def describe(error: BaseException) -> str:
 
 def one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def whole(least: int = 1, most: int = 10**9) -> Callable[[str], int]:
+    """What argparse takes as `type`: a whole number from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"wanted a whole number from {least:,} to {most:,}, got {text[:40]!r}")
+        return value
+
+    return parse
+
+
+def number(least: float = 0.0, most: float = 1e9, *, above: bool = False) -> Callable[[str], float]:
+    """What argparse takes as `type`: a finite number from `least` (with `above`: above it) to `most`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most or (above and value == least):
+            start = "above" if above else "from"
+            raise argparse.ArgumentTypeError(f"wanted a number {start} {least:g} to {most:g}, got {text[:40]!r}")
+        return value
+
+    return parse

@@ -162,7 +162,7 @@ def show(model: str, run: Run, found: dict):
     for title, parts, total in (("per GPU", found["parts"], "peak"), ("host RAM, all processes", found["host"], "total")):
         print(f"{title:<28}{'GB':>8}")
         for name, size in (*parts.items(), (total, sum(parts.values()))):
-            print(f"  {name:<26}{size / GIB:8.2f}")
+            print(f"  {name:<26}{round(size / GIB, 2) + 0.0:8.2f}")  # never -0.00
     card, size = found["card"]["name"], found["card"]["bytes"] / GIB
     if found["fits"]:
         print(f"\nfits: {found['needed'] / GIB:.1f} GB of the {card}'s {size:.1f}")

@@ -14,6 +14,7 @@ GRID = 256  # points at which a residual's distribution is tabulated
 ALL = 0.003  # weight that a label has everywhere
 FURTHEST = 2.5  # standard deviations; scores beyond count as there
 FLOOR = 1e-6
+LEAST_INDEX, MOST_INDEX = 2.0, 20.0  # of a tail: at 2 an answer beyond its start is twice as long on average; below, the limit decides the mean
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,49 @@ class Conformal:
     def knots(self) -> tuple[np.ndarray, np.ndarray]:
         """raw and calibrated as arrays."""
         return np.array(self.raw), np.array(self.calibrated)
+
+
+@dataclass(frozen=True)
+class Tail:
+    """How far beyond the longest answer seen mass may lie: P(L > x | L > start) <= (x / start)^-index.
+
+    How much mass lies there is the conformal map's business and stays; where it lies no data say, and a head that has seen
+    nothing there may spread it up to the limit, so that the mean is the limit's and not the answers'. The index is the
+    maximum-likelihood estimate of a Pareto tail (Hill 1975, "A simple general approach to inference about the tail of a
+    distribution") from the longest quarter of the answers, of which those that were cut count as longer than that.
+
+    Attributes:
+        start: tokens of the longest answer seen, cut or not.
+    """
+
+    start: float
+    index: float
+
+    def __post_init__(self):
+        if not (1 <= self.start < np.inf and LEAST_INDEX <= self.index <= MOST_INDEX):
+            raise ValueError(f"no tail: {self}")
+
+    @classmethod
+    def fit(cls, tokens: np.ndarray, finished: np.ndarray, weights: np.ndarray) -> "Tail":
+        """tokens, finished, weights: (n,) of the labels."""
+        order = np.argsort(tokens, kind="stable")
+        share = np.cumsum(weights[order]) / weights.sum()
+        threshold = max(float(tokens[order][np.searchsorted(share, 0.75)]), 1.0)
+        above = tokens > threshold
+        excess = float(weights[above] @ np.log(tokens[above] / threshold))
+        ended = float(weights[above & finished].sum())
+        index = ended / excess if excess > 0 else MOST_INDEX
+        return cls(max(float(tokens.max()), 1.0), float(np.clip(index, LEAST_INDEX, MOST_INDEX)))
+
+    def apply(self, probabilities: np.ndarray, edges: np.ndarray) -> np.ndarray:
+        """(N, K) masses over `edges`, those of the bins wholly beyond `start` drawn in as far as the bound says."""
+        first = int(np.searchsorted(edges, self.start))
+        if first >= len(edges) - 2:
+            return probabilities
+        longer = np.cumsum(probabilities[:, :first - 1 : -1], axis=1)[:, ::-1]  # than edges first, first + 1, ...
+        bound = longer[:, :1] * (edges[first:-1] / edges[first]) ** -self.index
+        drawn = np.concatenate([np.minimum(longer, bound), np.zeros((len(longer), 1))], axis=1)
+        return np.concatenate([probabilities[:, :first], drawn[:, :-1] - drawn[:, 1:]], axis=1)
 
 
 def cumulative(probabilities: np.ndarray) -> np.ndarray:

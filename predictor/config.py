@@ -7,7 +7,9 @@ from finetune.config import TrainConfig, flag, keep
 from finetune.methods import METHODS
 from predictor.backbones import BACKBONES
 from predictor.heads import HEADS
+from predictor.labels import LONGEST
 
+MOST_BINS = 10_000  # of a head, each an output
 TRAIN_TYPES = (*METHODS, "none")
 
 
@@ -42,7 +44,7 @@ class PredictorConfig(TrainConfig):
     encoder_language: str = keep("all", "lexical: prompts that the teacher reads", choices=("all", "en", "zh"))
     encoder_layers: str = keep("", "comma list of the encoder's layers whose means are read, from 1; it is cut after the highest [the last]")
     reuse_prefill: bool = keep(False, "--backbone chatglm: a head on the served model's own prompt state, which costs nothing when serving")
-    served_model: str = keep("", "name of the model whose answers are predicted [the folder's name]")
+    served_model: str = keep("", "name of the model whose answers are predicted [the folder's, of a checkpoint with its run's]")
     other_models_weight: float = keep(0.85, "share of a prompt's weight that lengths of other served models get, where there are any")
     length_limit: int | None = keep(None, "longest answer in tokens [the served model's context, else 8192]", positive=True)
     num_bins: int = keep(32, "classes of the distribution, spaced in log length", positive=True)
@@ -80,11 +82,10 @@ class PredictorConfig(TrainConfig):
             raise ValueError("--backbone encoder needs --encoder_path: the folder of a Hugging Face encoder")
         if self.backbone == "encoder" and self.train_type == "ptuning":
             raise ValueError("--train_type ptuning is for ChatGLM; an encoder takes all, lora, freeze or none")
-        if self.length_limit is not None and self.length_limit < 2:
-            raise ValueError(f"--length_limit must be at least 2; got {self.length_limit}")
-        for name in ("num_bins", "num_buckets"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"--{name} must be at least 2; got {getattr(self, name)}")
+        for name, most in (("length_limit", LONGEST), ("num_bins", MOST_BINS), ("num_buckets", MOST_BINS)):
+            value = getattr(self, name)
+            if value is not None and not 2 <= value <= most:
+                raise ValueError(f"--{name} must be from 2 to {most:,}; got {value}")
         for name in ("label_width", "crps_weight"):
             if not 0 <= getattr(self, name) < 1e6:
                 raise ValueError(f"--{name} must not be below 0; got {getattr(self, name)}")

@@ -1,14 +1,14 @@
 """From a head's outputs to calibrated predictions, and the card that keeps them with a model. numpy only."""
 
-import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from chatglm.files import read_json
 from finetune.files import sha256, write_json
-from predictor.calibration import Conformal, kaplan_meier, levels_of
+from predictor.calibration import Conformal, Tail, kaplan_meier, levels_of
 from predictor.heads import HEADS
 from predictor.prediction import LengthPrediction
 
@@ -26,6 +26,7 @@ class Decoder:
     Attributes:
         residuals: RESIDUALS equally likely values of log(length / predicted median), of labels that settings were not fitted to; what a
             simulator makes a predictor's errors of.
+        tail: how far mass beyond the longest answer seen may lie; None for as the head has it.
     """
 
     head: object
@@ -33,6 +34,7 @@ class Decoder:
     conformal: Conformal
     edges: np.ndarray
     residuals: tuple[float, ...] = ()
+    tail: Tail | None = None
 
     @classmethod
     def fit(cls, head, outputs: np.ndarray, tokens: np.ndarray, finished: np.ndarray, weights: np.ndarray, prompts: np.ndarray) -> "Decoder":
@@ -54,7 +56,7 @@ class Decoder:
                 raw[held] = head.reader(settings, edges)(outputs[held])[0]
         conformal = Conformal.fit(levels_of(raw, edges, tokens), finished, weights)
         errors = residuals_of(conformal.apply(raw), edges, tokens, finished, weights)
-        return cls(head, head.fit(outputs, tokens, finished, weights), conformal, edges, errors)
+        return cls(head, head.fit(outputs, tokens, finished, weights), conformal, edges, errors, Tail.fit(tokens, finished, weights))
 
     @cached_property
     def read(self):
@@ -63,12 +65,17 @@ class Decoder:
     def decode(self, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(N, width) -> calibrated probabilities (N, K) over `edges`, rank scores (N,)."""
         probabilities, ranks = self.read(np.asarray(outputs, np.float64))
-        return self.conformal.apply(probabilities), ranks
+        return self.calibrated(probabilities), ranks
+
+    def calibrated(self, raw: np.ndarray) -> np.ndarray:
+        """(N, K) masses as the head reads them -> those of predictions."""
+        found = self.conformal.apply(raw)
+        return self.tail.apply(found, self.edges) if self.tail else found
 
     def judge(self, outputs: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(probabilities (N, K), rank scores (N,), levels (N,) of the lengths `tokens` in them, exact at the conformal map's knots)."""
         raw, ranks = self.read(np.asarray(outputs, np.float64))
-        return self.conformal.apply(raw), ranks, np.interp(levels_of(raw, self.edges, tokens), *self.conformal.knots)
+        return self.calibrated(raw), ranks, np.interp(levels_of(raw, self.edges, tokens), *self.conformal.knots)
 
     def predictions(self, outputs: np.ndarray) -> list[LengthPrediction]:
         probabilities, ranks = self.decode(outputs)
@@ -78,7 +85,7 @@ class Decoder:
         name = next(name for name, kind in HEADS.items() if isinstance(self.head, kind))
         return {
             "head": {"name": name, **asdict(self.head)}, "settings": self.settings, "conformal": asdict(self.conformal), "edges": self.edges.tolist(),
-            "residuals": self.residuals,
+            "residuals": self.residuals, "tail": self.tail and asdict(self.tail),
         }  # fmt: skip
 
     @classmethod
@@ -87,7 +94,8 @@ class Decoder:
         knobs = dict(values["head"])
         head = HEADS[knobs.pop("name")](**knobs)
         conformal = Conformal(tuple(values["conformal"]["raw"]), tuple(values["conformal"]["calibrated"]))
-        return cls(head, values["settings"], conformal, np.asarray(values["edges"], np.float64), tuple(values.get("residuals", ())))
+        tail = Tail(**values["tail"]) if values.get("tail") else None
+        return cls(head, values["settings"], conformal, np.asarray(values["edges"], np.float64), tuple(values.get("residuals", ())), tail)
 
 
 def residuals_of(probabilities: np.ndarray, edges: np.ndarray, tokens: np.ndarray, finished: np.ndarray, weights: np.ndarray) -> tuple[float, ...]:
@@ -129,12 +137,12 @@ def read_card(folder: str | Path) -> dict:
     path = Path(folder) / CARD
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no length predictor: there is no {CARD}")
+    card = read_json(path)
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
         if card["format"] != FORMAT:
             raise KeyError
         version = int(card["format_version"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise ValueError(f"{path}: not the card of a length predictor") from None
     if version > FORMAT_VERSION:
         raise ValueError(f"{path}: format version {version}, this program reads up to {FORMAT_VERSION}")

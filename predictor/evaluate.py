@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.commands import Parser, run_command
+from finetune.commands import Parser, run_command, whole
 from finetune.files import write_json
 from predictor.calibration import kaplan_meier, levels_of
 from predictor.labels import Example, data_hash, language, make_counter, read_examples
@@ -262,7 +262,7 @@ def add_predictor_flags(parser: argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    from finetune.config import parse_bool, parse_positive
+    from finetune.config import parse_bool
 
     parser = Parser(prog="predictor.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_predictor_flags(parser)
@@ -275,8 +275,8 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     parser.add_argument("--picture", metavar="FILE.png", help="predicted against real lengths, and the calibration curve")
-    parser.add_argument("--batch_size", type=parse_positive, default=64, help="prompts predicted together when batches are timed [64]")
-    parser.add_argument("--threads", type=parse_positive, help="of a transformer's arithmetic (default: as many as it likes)")
+    parser.add_argument("--batch_size", type=whole(), default=64, help="prompts predicted together when batches are timed [64]")
+    parser.add_argument("--threads", type=whole(1, 1024), help="of a transformer's arithmetic (default: as many as it likes)")
     parser.add_argument("--on_bad_row", choices=("error", "skip"), default="error", help="what to do with a malformed row [error]")
     args = parser.parse_args(argv)
     if args.picture and Path(args.picture).suffix not in (".png", ".svg", ".pdf"):

@@ -26,6 +26,7 @@ LONGEST = 10_000_000  # tokens; a longer answer is a mistake of whoever counted
 WANTED = "wanted prompt (or instruction, input) and output_tokens, or a prompt and its answer"
 SHINGLE = 5  # characters
 HASHES = 64  # minima kept of a text
+CHECKPOINT = re.compile(r"epoch-\d+-step-\d+")  # of a run
 BUCKET = 256  # leaders in one bucket
 VERIFIED = 8  # candidates of a text whose shingles are compared
 
@@ -134,6 +135,20 @@ def checked(value, kind: type, key: str, wanted: str, place: str):
     if type(value) is not kind:
         raise BadRow(f'{place}: "{key}" must be {wanted}, got {json.dumps(value, ensure_ascii=True)[:60]}')
     return value
+
+
+def served_name(folder: str | Path) -> str:
+    """The name of a folder's model in rows of lengths, logs and the API: of a checkpoint with its run's, "lora/epoch-5-step-400"."""
+    path = Path(folder).resolve()
+    return f"{path.parent.name}/{path.name}" if CHECKPOINT.fullmatch(path.name) and path.parent.name else path.name
+
+
+def name_warning(predicted: str, folder: str | Path) -> str | None:
+    """A line for the log where a predictor was made for a model of another name than the one in the folder; None where not."""
+    served = served_name(folder)
+    if predicted == served:
+        return None
+    return f"the predictor was made for {predicted!r}, the model served is {served!r} ({folder}): its predictions hold if that is the same model"
 
 
 def make_counter(tokenizer) -> Callable[[str], int]:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from chatglm.files import read_json, shorten
 from finetune.formats import BadRow
 from predictor.config import PredictorConfig
 from predictor.decoder import tokenizer_hash
-from predictor.labels import Example, data_hash, group_prompts, make_counter, read_examples, split
+from predictor.labels import LONGEST, Example, data_hash, group_prompts, make_counter, read_examples, served_name, split
 
 DEFAULT_LIMIT = 8192  # tokens; ChatGLM2-6B's context
 
@@ -65,7 +66,6 @@ class Lengths:
         prompt = self.prompt_of[chosen]
         weights = 1 / np.bincount(prompt, minlength=len(self))[prompt]
         return prompt, self.tokens[chosen], self.finished[chosen], weights
-
 
     def mean_scores(self) -> np.ndarray:
         """(N,): the weighted mean of log(1 + L) over each prompt's labels, standardised over prompts."""
@@ -162,6 +162,9 @@ class LengthRows:
         words += [f"{labels} lengths of {len(self.served_models)} served model(s), predicted: {self.served_models[self.own]}"]
         words += [f"{cut} answers cut by their cap"] if cut else []
         words += [f"{self.bad} bad rows skipped"] if self.bad else []
+        longest = int(max(side.of_model(self.own)[1].max() for side in sides))
+        if 2 * longest < self.config.length_limit:
+            words += [f"longest answer {longest} tokens: beyond it, up to the limit of {self.config.length_limit}, lengths are extrapolated"]
         return ", ".join(words)
 
     def card(self) -> dict:
@@ -180,7 +183,7 @@ def load_lengths(config: PredictorConfig, tokenizer, *, calibration: bool = True
     Raises:
         ValueError: rows that do not fit, or too few of the served model's.
     """
-    name = config.served_model or (Path(config.model_name_or_path).resolve().name if config.model_name_or_path else "")
+    name = config.served_model or (served_name(config.model_name_or_path) if config.model_name_or_path else "")
     count = make_counter(tokenizer) if tokenizer else None
     paths = [path.strip() for path in config.train_path.split(",")]
     examples, bad = read_examples(paths, served_model=name, count=count, on_bad_row=config.on_bad_row, limit=config.dataset_length)
@@ -217,13 +220,16 @@ def load_lengths(config: PredictorConfig, tokenizer, *, calibration: bool = True
 
 def context_length(config: PredictorConfig) -> int:
     """The longest text of the served model, from its config.json."""
-    import json
-
     file = Path(config.model_name_or_path or ".") / "config.json"
     if not (config.model_name_or_path and file.is_file()):
         return DEFAULT_LIMIT
-    values = json.loads(file.read_text(encoding="utf-8"))
-    return int(values.get("seq_length") or values.get("max_sequence_length") or DEFAULT_LIMIT)
+    values = read_json(file)
+    for name in ("seq_length", "max_sequence_length"):
+        if length := values.get(name):
+            if type(length) is not int or not 2 <= length <= LONGEST:
+                raise ValueError(f"{file}: {name} must be a whole number from 2 to {LONGEST:,}, got {shorten(length)}; or give --length_limit")
+            return length
+    return DEFAULT_LIMIT
 
 
 def served_card(config: PredictorConfig, rows: LengthRows) -> dict:

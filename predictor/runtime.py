@@ -45,18 +45,8 @@ class LengthPredictor:
             ValueError: it is unreadable, of a newer format, or counts another tokenizer's tokens.
         """
         folder = Path(folder)
-        card = read_card(folder)
-        try:
-            decoder = Decoder.from_dict(card)
-            decoder.predictions(np.zeros((1, decoder.head.width)))  # settings that do not fit the head show here
-            knobs = dict(card["backbone"])
-            backbone = BACKBONES[knobs.pop("name")](**knobs)
-            counted, name = card["served_model"]["tokenizer_sha256"], card["served_model"]["name"]
-            check_files(folder, card.get("export", {}).get("files", {}))
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            if isinstance(error, DamagedFile):
-                raise
-            raise ValueError(f"{folder}/predictor.json: damaged ({type(error).__name__}: {error})") from None
+        card, decoder, backbone = read_predictor(folder)
+        counted, name = card["served_model"]["tokenizer_sha256"], card["served_model"]["name"]
         if served_model and counted and not allow_other_tokenizer and tokenizer_hash(served_model) != counted:
             raise ValueError(
                 f"{folder} predicts lengths in tokens of {name}; {served_model} has another tokenizer (allow_other_tokenizer takes it all the same)"
@@ -98,6 +88,28 @@ class LengthPredictor:
         if vectors.ndim != 2 or vectors.shape[1] != wanted:
             raise ValueError(f"vectors must be (N, {wanted}), got {vectors.shape}")
         return self.decoder.predictions(self.score.head_of_vectors(vectors))
+
+
+def read_predictor(folder: Path) -> tuple[dict, Decoder, object]:
+    """(card, decoder, backbone) of a predictor's folder, its files as they were exported; no model is loaded.
+
+    Raises:
+        FileNotFoundError: no predictor there.
+        ValueError: the card or a file is damaged, or of a newer format.
+    """
+    card = read_card(folder)
+    try:
+        decoder = Decoder.from_dict(card)
+        decoder.predictions(np.zeros((1, decoder.head.width)))  # settings that do not fit the head show here
+        knobs = dict(card["backbone"])
+        backbone = BACKBONES[knobs.pop("name")](**knobs)
+        card["served_model"]["tokenizer_sha256"], card["served_model"]["name"]  # noqa: B018 - both must be there
+        check_files(folder, card.get("export", {}).get("files", {}))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        if isinstance(error, DamagedFile):
+            raise
+        raise ValueError(f"{folder}/predictor.json: damaged ({type(error).__name__}: {error})") from None
+    return card, decoder, backbone
 
 
 class DamagedFile(ValueError):

@@ -27,6 +27,9 @@ class TorchVectors:
         """`base`: as the backbone's `load_served` takes it. Raises ValueError, FileNotFoundError for what cannot be loaded."""
         import torch
 
+        from finetune.predict import pick_device
+
+        device = pick_device(device)
         if threads:
             torch.set_num_threads(threads)
         self.backbone, self.lock = backbone, threading.Lock()

@@ -7,7 +7,6 @@ was served by (LengthPrediction.to_dict()); other keys are ignored. Lengths are 
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from chatglm.files import read_json
-from finetune.commands import Parser, run_command
+from finetune.commands import Parser, run_command, whole
 from finetune.files import put_in_place, sha256, write_json
 from finetune.formats import BadRow
 from finetune.sources import read_json_items
@@ -373,12 +372,14 @@ def run(args) -> int:
 def ridge_of(folder: Path) -> float:
     """--head_ridge of the training run, as its folder keeps it."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return float(json.loads((folder / "train_config.json").read_text(encoding="utf-8"))["head_ridge"])
+        ridge = float(read_json(folder / "train_config.json")["head_ridge"])
+        if 0 < ridge < 1e9:
+            return ridge
     return RIDGE
 
 
 def main(argv: list[str] | None = None) -> int:
-    from finetune.config import parse_bool, parse_positive
+    from finetune.config import parse_bool
 
     parser = Parser(prog="predictor.update", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_predictor_flags(parser)
@@ -387,8 +388,8 @@ def main(argv: list[str] | None = None) -> int:
     boolean = {"type": parse_bool, "nargs": "?", "const": True, "metavar": "True|False"}
     parser.add_argument("--refit", default=True, **boolean, help="fit a kernel head anew near the old one; False: calibration alone [True]")
     parser.add_argument("--dry_run", default=False, **boolean, help="report, and write no predictor [False]")
-    parser.add_argument("--min_rows", type=parse_positive, default=MIN_ROWS, help=f"refuse fewer rows of different prompts [{MIN_ROWS}]")
-    parser.add_argument("--newest", type=parse_positive, default=NEWEST, help=f"look at so many rows of the served model, the last ones [{NEWEST}]")
+    parser.add_argument("--min_rows", type=whole(), default=MIN_ROWS, help=f"refuse fewer rows of different prompts [{MIN_ROWS}]")
+    parser.add_argument("--newest", type=whole(), default=NEWEST, help=f"look at so many rows of the served model, the last ones [{NEWEST}]")
     parser.add_argument("--json", metavar="FILE", help="write the report there")
     parser.add_argument(
         "--on_bad_row", choices=("error", "skip"), default="skip",

@@ -25,7 +25,7 @@ from finetune.files import writing  # noqa: E402
 from finetune.formats import BadRow  # noqa: E402
 from finetune.predict import add_model_flags, generate_batch, load_for_inference  # noqa: E402
 from finetune.sources import read_json_items  # noqa: E402
-from predictor.labels import parse_prompt  # noqa: E402
+from predictor.labels import parse_prompt, served_name  # noqa: E402
 
 OPENING = b'{"prompt": '  # of every line written here
 
@@ -130,7 +130,7 @@ def collect(args) -> str:
     for name in ("temperature", "top_p"):
         options.pop(name, None)  # RowDraws samples instead
     settings = {"weights": fingerprint(model), "max_src_len": max_src_len, "max_new_tokens": args.max_new_tokens, **sampling}
-    row_end = {"served_model": args.served_model or Path(args.model_path).resolve().name, "seed": args.seed if sampling else None}
+    row_end = {"served_model": args.served_model or served_name(args.model_path), "seed": args.seed if sampling else None}
     output = Path(args.output)
     done, whole = read_done(output, row_end | settings)
 
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max_new_tokens", type=parse_positive, default=512, help="an answer is cut here, and then not finished [512]")
     parser.add_argument("--prompts", required=True, help="file of the prompts")
     parser.add_argument("--output", required=True, help="JSON lines to write, or to go on with")
-    parser.add_argument("--served_model", help="name of the model in the lines (default: the folder's)")
+    parser.add_argument("--served_model", help="name of the model in the lines (default: the folder's, of a checkpoint with its run's)")
     parser.add_argument("--samples", type=parse_positive, default=1, help="answers to each prompt, with --do_sample [1]")
     parser.add_argument("--limit", type=parse_positive, help="ask only so many prompts, the first of the file")
     parser.add_argument("--keep_answers", action="store_true", help="write the answers' text too")

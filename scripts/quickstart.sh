@@ -108,7 +108,7 @@ serve() {
 }
 step serve serve
 step predictor_drift python -m predictor.update --predictor "$OUT/predictor" --log "$OUT/served.jsonl" --dry_run
-step policies python benchmarks/serving_real.py --folder "$OUT" --policies fifo,deadline --at fifo --requests 150 --repetitions 2 \
+step policies python benchmarks/serving_real.py --folder "$OUT" --policies fifo,fcfs,deadline --at fifo,fcfs --requests 150 --repetitions 2 \
     --profile_repetitions 2 --json "$OUT/policies.json"
 python - "$OUT" "$MODEL" <<'PY'
 import json, os, sys
@@ -119,13 +119,19 @@ lengths = json.load(open(f"{out}/predictor.json"))
 predictor = {name: lengths["all"][name] for name in ("answers", "cut", "tau", "mae", "mae_constant", "coverage_90", "coverage_975", "reserved_90")}
 predictor["milliseconds_p50"] = lengths["milliseconds"]["single_p50"]
 asked = json.load(open(f"{out}/asked.json"))
-(load,) = json.load(open(f"{out}/policies.json"))["loads"]
-policies = {
-    row["policy"]: {name: sum(values) / len(values) for name, values in row["measured"].items()} for row in load["rows"]
-}
+loads = [
+    {
+        "at": load["at"],
+        "requests_s": load["rate"],
+        "policies": {
+            row["policy"]: {name: sum(values) / len(values) for name, values in row["measured"].items()} for row in load["rows"]
+        },
+    }
+    for load in json.load(open(f"{out}/policies.json"))["loads"]
+]
 summary = {
     "model": model, "f1_before": f1["before"], "f1_after": f1["after"], "predictor": predictor,
-    "served": {name: asked[name] for name in ("answers", "in_time", "within_q90")}, "requests_s": load["rate"], "policies": policies, "seconds": seconds,
+    "served": {name: asked[name] for name in ("answers", "in_time", "within_q90")}, "loads": loads, "seconds": seconds,
     "seconds_total": sum(seconds.values()),
 }
 with open(f"{out}/.summary.tmp", "w") as file:
@@ -135,7 +141,12 @@ print(f"\nF1 {f1['before']:.3f} before LoRA, {f1['after']:.3f} after; {summary['
 print(f"lengths of its answers, {predictor['answers']} held out: tau-b {predictor['tau']:.3f}, MAE {predictor['mae']:.1f} tokens against the constant's "
       f"{predictor['mae_constant']:.1f}, q90 covers {predictor['coverage_90']:.0%}, q97.5 {predictor['coverage_975']:.0%}; "
       f"predictor: {out}/predictor, picture: {out}/predictor.png")
-fifo, ours = policies["fifo"], policies["deadline"]
-print(f"served by deadline: {asked['in_time']:.0%} of {asked['answers']} answers in time; at {load['rate']:.1f} requests/s on the real engine: mean latency "
-      f"{ours['latency_mean_s']:.2f} s against FIFO's {fifo['latency_mean_s']:.2f} s, {ours['attainment']:.0%} in time against {fifo['attainment']:.0%}")
+print(f"served by deadline: {asked['in_time']:.0%} of {asked['answers']} answers in time")
+what = {"fifo": "static batches", "fcfs": "continuous, as vLLM", "deadline": "continuous, by predicted length"}
+for load in loads:
+    print(f"\nreal engine, {load['requests_s']:.1f} requests/s, where {load['at']} answers half in time by simulation:")
+    print(f"{'policy':<10} {'':<32} {'in time, %':>10} {'mean latency, s':>16} {'p99, s':>8}")
+    for name, of in load["policies"].items():
+        figures = f"{100 * of['attainment']:>10.0f} {of['latency_mean_s']:>16.2f} {of['latency_p99_s']:>8.2f}"
+        print(f"{name:<10} {what[name]:<32} {figures}")
 PY

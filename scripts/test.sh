@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Set up .venv where needed and run the tests, whole files side by side on up to 4 cores.
 #   bash scripts/test.sh tests/chatglm -k lora      arguments go to pytest, which then runs in one process
+#   SLOW=1 bash scripts/test.sh                     also the tests that take minutes, such as the whole quickstart
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh test

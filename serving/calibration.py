@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.commands import Parser, run_command
-from finetune.config import parse_positive
+from finetune.commands import Parser, run_command, whole
 from finetune.files import write_json
 from serving.cost_model import COEFFICIENTS, CostModel, ModelShape, Profile, even_stages, read_profile
+from serving.devices import MOST_DEVICES
 
 PROMPT_TOKENS = 35  # of the measured batches: the longest ran to 2,048 tokens with 2,013 new ones
 HUBER = 0.03  # relative errors beyond it count linearly: some runs were slowed by what else the machine did
@@ -85,22 +85,22 @@ def read_rows(path: str | Path) -> tuple[list[Row], list[str]]:
 
 
 def _row(where: str, values: dict) -> Row:
-    def number(column: str, default: float, least: float, whole: bool = True):
+    def number(column: str, default: float, least: float, integer: bool = True, most: float = 1e9):
         text = values.get(column) or default
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and value >= least and (not whole or value == int(value))):
-            kind = f"a whole number of at least {least:g}" if whole else "a number above 0"
+        if not (math.isfinite(value) and least <= value <= most and (not integer or value == int(value))):
+            kind = f"a whole number from {least:g} to {most:g}" if integer else "a number above 0"
             raise ValueError(f"{where}: {column} must be {kind}, got {text!r}")
-        return int(value) if whole else value
+        return int(value) if integer else value
 
     row = Row(
-        seconds=number("seconds", 0, 1e-12, whole=False), batch=number("batch_size", 1, 1), output_tokens=number("output_tokens", 1, 1),
-        gpus=number("gpus", 1, 1), placement=values.get("placement", ""), prompt_tokens=number("prompt_tokens", PROMPT_TOKENS, 1),
+        seconds=number("seconds", 0, 1e-12, integer=False), batch=number("batch_size", 1, 1), output_tokens=number("output_tokens", 1, 1),
+        gpus=number("gpus", 1, 1, most=MOST_DEVICES), placement=values.get("placement", ""), prompt_tokens=number("prompt_tokens", PROMPT_TOKENS, 1),
         context_tokens=number("context_tokens", 0, 0), phase=values.get("phase", ""), model=values.get("model") or "chatglm2-6b",
-        element_bytes=number("element_bytes", 2, 1), experiment=values.get("experiment", ""), query=values.get("query", ""),
+        element_bytes=number("element_bytes", 2, 1, most=8), experiment=values.get("experiment", ""), query=values.get("query", ""),
     )  # fmt: skip
     if row.phase not in PHASES:
         raise ValueError(f"{where}: phase must be one of {', '.join(PHASES[1:])} or empty, got {row.phase!r}")
@@ -144,7 +144,7 @@ def row_seconds(row: Row, profile: Profile) -> float:
         return model.prefill_s(row.prompt_tokens, row.batch)
     if row.phase == "decode":
         return model.decode_s(row.batch, row.context_tokens, row.output_tokens)
-    warm = model.batch_s([row.prompt_tokens] * row.batch, [row.output_tokens] * row.batch)
+    warm = model.equal_batch_s(row.batch, row.prompt_tokens, row.output_tokens)
     return warm + (model.startup_s if row.phase == "" else 0.0)
 
 
@@ -195,24 +195,10 @@ def _columns(rows: Sequence[Row], profile: Profile, spreads: np.ndarray) -> np.n
 
 
 def _least_squares(left: np.ndarray, right: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """argmin |left x - right|, x >= 0: Lawson and Hanson's active set, with variables in units of `scale`."""
-    left = left * scale
-    x, free = np.zeros(len(scale)), np.zeros(len(scale), bool)
-    for _ in range(3 * len(scale)):
-        gradient = left.T @ (right - left @ x)
-        if not (~free & (gradient > 1e-10)).any():
-            break
-        free[np.argmax(np.where(free, -np.inf, gradient))] = True
-        while True:
-            trial = np.zeros_like(x)
-            trial[free] = np.linalg.lstsq(left[:, free], right, rcond=None)[0]
-            if (trial[free] > 0).all():
-                break
-            below = free & (trial <= 0)
-            x = x + np.min(x[below] / (x[below] - trial[below])) * (trial - x)
-            free &= x > 1e-12
-        x = trial
-    return x * scale
+    """argmin |left x - right|, x >= 0, with variables in units of `scale`."""
+    from scipy.optimize import nnls
+
+    return nnls(left * scale, right)[0] * scale
 
 
 def held_out_errors(rows: Sequence[Row], start: Profile, group_of: Callable[[int, Row], object], prior: float = PRIOR) -> np.ndarray:
@@ -246,10 +232,13 @@ def report(rows: Sequence[Row], start: Profile) -> dict:
 
 
 def run_predict(args) -> None:
-    """Prints seconds, one number."""
+    """Prints the seconds, and of what."""
     profile = read_profile(args.profile)
     row = Row(1.0, args.batch, args.output_tokens, args.gpus, args.placement, args.prompt_tokens, phase="batch" if args.warm else "", model=args.model)
-    print(f"{row_seconds(row, profile):.4f}")
+    seconds = row_seconds(row, profile)
+    start = "" if args.warm else ", start-up included"
+    what = f"{args.batch} x ({args.prompt_tokens} + {args.output_tokens}) tokens of {args.model} on {args.gpus} x {profile.device_name}"
+    print(f"{seconds:.4f} s: {what}, {args.placement}{start}")
 
 
 def run_evaluate(args) -> None:
@@ -282,10 +271,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="serving.cost_model", description="seconds of serving, from a calibrated profile")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("predict", help="seconds of one batch, run to its longest answer")
-    verb.add_argument("--gpus", type=parse_positive, default=1, help="number of the profile's devices")
-    verb.add_argument("--batch", type=parse_positive, default=1, help="sequences in the batch")
-    verb.add_argument("--output-tokens", type=parse_positive, required=True, help="new tokens of the longest answer")
-    verb.add_argument("--prompt-tokens", type=parse_positive, default=PROMPT_TOKENS, help=f"of the longest prompt (default {PROMPT_TOKENS})")
+    verb.add_argument("--gpus", type=whole(1, MOST_DEVICES), default=1, help="number of the profile's devices")
+    verb.add_argument("--batch", type=whole(), default=1, help="sequences in the batch")
+    verb.add_argument("--output-tokens", type=whole(), required=True, help="new tokens of the longest answer")
+    verb.add_argument("--prompt-tokens", type=whole(), default=PROMPT_TOKENS, help=f"of the longest prompt (default {PROMPT_TOKENS})")
     verb.add_argument("--placement", default="even", help="even, single, alternate, lr, he, helr, or layers by device: 14,14")
     verb.add_argument("--model", default="chatglm2-6b", help="a published name or a folder with a config.json")
     verb.add_argument("--warm", action="store_true", help="not the first batch of its process: without start-up")

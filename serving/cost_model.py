@@ -14,12 +14,12 @@ With context fixed by batch and step this is linear in the step, so that any num
 The coefficients (Profile) are fitted to measurements by serving/calibration.py. Free of torch.
 """
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from chatglm.files import read_json
 from finetune.files import write_json
 from finetune.memory_shapes import make_shape, read_shape
 from serving.devices import Cluster, Device, Link, find_device
@@ -118,6 +118,8 @@ class Profile:
     made: dict = field(default_factory=dict, compare=False)
 
     def __post_init__(self):
+        if not isinstance(self.name, str) or not isinstance(self.device, str | dict) or not isinstance(self.link, str | dict):
+            raise ValueError("a profile's name is text, its device and link are text or an object")
         for name in COEFFICIENTS:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
@@ -125,8 +127,16 @@ class Profile:
 
     def cluster(self, count: int) -> Cluster:
         """`count` of the device it was measured on."""
-        device = find_device(self.device) if isinstance(self.device, str) else Device(**self.device)
-        return Cluster.uniform(device, count, link=self.link if isinstance(self.link, str) else Link(**self.link))
+        try:
+            device = find_device(self.device) if isinstance(self.device, str) else Device(**self.device)
+            link = self.link if isinstance(self.link, str) else Link(**self.link)
+        except TypeError as error:
+            raise ValueError(f"profile {self.name!r}: not a device or link: {error}") from None
+        return Cluster.uniform(device, count, link=link)
+
+    @property
+    def device_name(self) -> str:
+        return self.device if isinstance(self.device, str) else str(self.device.get("name"))
 
     def save(self, path: str | Path) -> None:
         write_json(path, asdict(self))
@@ -147,9 +157,10 @@ def read_profile(name: str | Path) -> Profile:
     path = Path(name) if str(name).endswith(".json") else PROFILE_FOLDER / f"{name}.json"
     if not path.is_file():
         raise ValueError(f"no profile {str(name)!r}; known are {', '.join(list_profiles())}, or a .json file")
+    given = read_json(path)
     try:
-        return Profile(**json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        return Profile(**given)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a profile: {error}") from None
 
 
@@ -298,10 +309,11 @@ class CostModel:
         if batch != len(output_tokens):
             raise ValueError(f"a batch needs as many output lengths as prompts, got {len(output_tokens)} for {batch}")
         steps = max(output_tokens, default=0)
-        if steps <= 0:
-            return 0.0
-        prompt = max(1, max(prompt_tokens))
-        return self.prefill_s(batch * prompt, batch) + self.decode_s(batch, batch * (prompt + 1), steps - 1)
+        return self.equal_batch_s(batch, max(1, max(prompt_tokens)), steps) if steps > 0 else 0.0
+
+    def equal_batch_s(self, batch: int, prompt_tokens: int, output_tokens: int) -> float:
+        """Seconds of a static batch of equal prompts and answers."""
+        return self.prefill_s(batch * prompt_tokens, batch) + self.decode_s(batch, batch * (prompt_tokens + 1), output_tokens - 1)
 
     @property
     def kv_capacity_tokens(self) -> int:

@@ -15,11 +15,10 @@ from itertools import combinations, permutations
 
 import numpy as np
 
-from finetune.commands import Parser, run_command
-from finetune.config import parse_positive
+from finetune.commands import Parser, run_command, whole
 from finetune.files import write_json
 from serving.cost_model import CostModel, ModelShape, Profile, read_profile
-from serving.devices import Cluster
+from serving.devices import MOST_DEVICES, Cluster
 from serving.placement import Infeasible, Need, Pieces, Placement, infeasible, layers_that_fit, make_placement
 
 TABLE_BYTES = 2 * 2**30  # no search keeps a larger table
@@ -419,13 +418,13 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--model", default="chatglm2-6b", help="published name, folder or config.json [chatglm2-6b]")
     add("--device", help="of serving/devices.py, or a .json file (default: the profile's)")
-    add("--gpus", type=parse_positive, help="how many of them [1]")
+    add("--gpus", type=whole(1, MOST_DEVICES), help="how many of them [1]")
     add("--cluster", help="instead of --device and --gpus: a .json file of devices and links")
     add("--profile", default="datasheet", help="calibrated coefficients: a name of serving/profiles, or a .json file [datasheet]")
     add("--deployer", default="helr", choices=tuple(DEPLOYERS))
-    add("--need_tokens", type=parse_positive, default=20_000, help="KV tokens at the predicted q90 that must fit [20000]")
+    add("--need_tokens", type=whole(), default=20_000, help="KV tokens at the predicted q90 that must fit [20000]")
     for name, default in (("batch", 1), ("prompt_tokens", 35), ("output_tokens", 256)):
-        add(f"--{name}", type=parse_positive, default=default, help=f"of the batch whose latency counts [{default}]")
+        add(f"--{name}", type=whole(), default=default, help=f"of the batch whose latency counts [{default}]")
     add("--picture", help="draw each device's memory into this file")
     add("--json", help="write what is printed here too")
     args = parser.parse_args(argv)

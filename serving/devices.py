@@ -7,13 +7,16 @@ Figures are the vendors' (dense half-precision products with fp32 accumulation);
      "links": [[null, {"bandwidth_bytes_s": 2.4e10, "latency_s": 1e-5}], ...]}     (or "link": one for all pairs)
 """
 
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
+from chatglm.files import read_json
+
 MIB, GIB = 2**20, 2**30
+MOST_DEVICES = 1024  # of a cluster, whose links are a matrix
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Device:
     kind: str = "cuda"
 
     def __post_init__(self):
+        if not isinstance(self.name, str):
+            raise ValueError(f"device: name must be text, got {self.name!r}")
         for field in ("memory_bytes", "bandwidth_bytes_s", "flops_s"):
             if not _is_number(getattr(self, field)) or not getattr(self, field) > 0:
                 raise ValueError(f"device {self.name!r}: {field} must be a number above 0, got {getattr(self, field)!r}")
@@ -68,8 +73,8 @@ class Cluster:
 
     def __post_init__(self):
         n = len(self.devices)
-        if n == 0:
-            raise ValueError("a cluster needs at least one device")
+        if not 0 < n <= MOST_DEVICES:
+            raise ValueError(f"a cluster needs from 1 to {MOST_DEVICES} devices, got {n}")
         if len(self.links) != n or any(len(row) != n for row in self.links):
             raise ValueError(f"links must be a matrix of {n} x {n}, a row for each device")
         for i, row in enumerate(self.links):
@@ -79,8 +84,10 @@ class Cluster:
     @classmethod
     def uniform(cls, device: Device | str | Sequence[Device | str], count: int | None = None, link: "Link | str" = "pcie4") -> "Cluster":
         """`count` equal devices, or the listed ones, with the same link between any two."""
+        if count is not None and not 0 < count <= MOST_DEVICES:
+            raise ValueError(f"a cluster needs from 1 to {MOST_DEVICES} devices, got {count}")
         listed = [device] * (1 if count is None else count) if isinstance(device, Device | str) else list(device)
-        link = LINKS[link] if isinstance(link, str) else link
+        link = find_link(link) if isinstance(link, str) else link
         devices = tuple(find_device(d) if isinstance(d, str) else d for d in listed)
         return cls(devices, tuple(tuple(None if i == j else link for j in range(len(devices))) for i in range(len(devices))))
 
@@ -106,7 +113,7 @@ class Cluster:
     @classmethod
     def from_json(cls, path: str | Path) -> "Cluster":
         """Devices by name or in full, and "links" or one "link" (see above). Raises ValueError with the file's name."""
-        given = _read(path)
+        given = read_json(path)
         try:
             devices = [find_device(d) if isinstance(d, str) else Device(**d) for d in given["devices"]]
             if "links" not in given:
@@ -124,24 +131,12 @@ class Cluster:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _read(path: str | Path) -> dict:
-    try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"no such file: {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(given, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(given).__name__}")
-    return given
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) < 1e18
 
 
 def read_device(path: str | Path, **changes) -> Device:
     """One device from its own JSON file."""
-    given = _read(path)
+    given = read_json(path)
     known = {f.name for f in fields(Device)}
     if unknown := sorted(set(given) - known):
         raise ValueError(f"{path}: unknown field {unknown[0]!r} of a device; known are {', '.join(sorted(known))}")
@@ -149,6 +144,13 @@ def read_device(path: str | Path, **changes) -> Device:
         return replace(Device(**given), **changes)
     except TypeError as error:
         raise ValueError(f"{path}: not a device: {error}") from None
+
+
+def find_link(name: str) -> Link:
+    """Of the table. Raises ValueError for none of it."""
+    if name not in LINKS:
+        raise ValueError(f"no link {name!r}; known are {', '.join(LINKS)}")
+    return LINKS[name]
 
 
 def find_device(name: str) -> Device:

@@ -7,7 +7,6 @@ Both print tables and return them as {title: [row, ...]}.
 """
 
 import csv
-import json
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from chatglm.files import read_json, read_text
 from predictor.prediction import from_bins
 from serving.batching import Shape, Static
 from serving.continuous import POLICIES
@@ -141,16 +141,25 @@ class Recorded:
 
     @classmethod
     def read(cls, folder: str | Path) -> "Recorded":
-        """Raises FileNotFoundError where the folder is not that of the recorded runs."""
+        """Raises FileNotFoundError where the folder is not that of the recorded runs, ValueError for other files of these names."""
         folder = Path(folder)
-        with open(folder / "length_runs.csv", encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        outputs = [row["output"] for row in json.loads((folder / "alpaca_data_zh_output.json").read_text(encoding="utf-8"))]
-        return cls(
-            np.array([int(row["prompt_tokens_chatglm2"]) + TEMPLATE_TOKENS for row in rows]),
-            np.array([[int(row[f"run_{k}"]) for k in (1, 2, 3)] for row in rows]),
-            np.array([x if isinstance(x, int) else len(x) for x in outputs]),
-        )
+        rows, reference = read_csv(folder / "length_runs.csv"), folder / "alpaca_data_zh_output.json"
+        try:
+            outputs = [row["output"] for row in read_json(reference, list)]
+            return cls(
+                np.array([int(row["prompt_tokens_chatglm2"]) + TEMPLATE_TOKENS for row in rows]),
+                np.array([[int(row[f"run_{k}"]) for k in (1, 2, 3)] for row in rows]),
+                np.array([x if isinstance(x, int) else len(x) for x in outputs]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"--uellm_data {folder}: length_runs.csv or {reference.name} has no {error}") from None
+
+
+def read_csv(path: Path) -> list[dict]:
+    """The rows of a recorded table; raises FileNotFoundError with the flag that names the folder."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}; --uellm_data names the folder of the recorded runs")
+    return list(csv.DictReader(read_text(path).splitlines()))
 
 
 def published_workload(recorded: Recorded, count: int, seed: int) -> Workload:
@@ -217,7 +226,8 @@ FAIR = {  # the same stopping rule (an answer's own end), predictions, arrivals,
     "deadline, true lengths": POLICIES["deadline_oracle"],
 }
 OURS = "deadline (ours)"
-RIVALS = ("baseline, Morphling (10 by arrival)", "S3")
+RIVALS = ("baseline, Morphling (10 by arrival)", "S3")  # of UELLM's paper, in static batches
+CONTINUOUS = "fcfs (continuous)"  # what a server such as vLLM does without predictions
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,7 +298,7 @@ def targets(load: list[dict], full: list[dict], bounds: dict[str, float], ours: 
     """The wanted gains over each rival: reached, and the most that physics allows over the same rival."""
     at, sat = ({row["system"]: row for row in rows} for rows in (load, full))
     rows = []
-    for rival in RIVALS:
+    for rival in (*RIVALS, CONTINUOUS):
         latency, ours_latency = at[rival]["mean latency s"][0], at[ours]["mean latency s"][0]
         tokens, slots = sat[rival]["useful tokens/s"][0], sat[rival]["useful share of rows %"][0]
         rows += [
@@ -306,8 +316,7 @@ def targets(load: list[dict], full: list[dict], bounds: dict[str, float], ours: 
 
 def uellm(args) -> dict[str, list[dict]]:
     recorded = Recorded.read(args.uellm_data)
-    with open(Path(args.uellm_data) / "measured.csv", encoding="utf-8", newline="") as file:
-        logs = list(csv.DictReader(file))
+    logs = read_csv(Path(args.uellm_data) / "measured.csv")
     tables = {}
 
     def show(title: str, rows: list[dict], *notes: str):
@@ -335,7 +344,7 @@ def uellm(args) -> dict[str, list[dict]]:
     show(f"Fair, {2 * args.requests} requests all at once (saturation), {args.seeds} seeds, the same placement", full)
     bounds = fair.bounds(args.seeds) | {"tokens_s": many["helr"].bounds(args.seeds)["tokens_s"]}
     show("Targets and bounds, same placement", targets(load, full, bounds))
-    chain = {name: FAIR[name] for name in (*RIVALS, "fcfs (continuous)", OURS)}
+    chain = {name: FAIR[name] for name in (*RIVALS, CONTINUOUS, OURS)}
     own_load = fair_rows(settings["even"], chain, rate, args.seeds)
     own_full = fair_rows(many["even"], chain, None, args.seeds)
     show(f"All on one chain of 4 GPUs (even), {rate:.2f} requests/s", own_load)

@@ -101,8 +101,9 @@ def share_of_gain(value: float, fifo: float, oracle: float) -> float:
 
 def interval(values: list[float]) -> tuple[float, float]:
     """(mean, half the width of its 95 % confidence interval, Student's t) over seeds; nan for that where they are fewer than 3."""
+    from scipy.stats import t
+
     x = np.asarray(values, float)
     if len(x) < 3:
         return float(x.mean()), float("nan")
-    t = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}.get(len(x), 2.0)
-    return float(x.mean()), float(t * x.std(ddof=1) / np.sqrt(len(x)))
+    return float(x.mean()), float(t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))

@@ -286,7 +286,7 @@ def make_placement(pieces: Pieces, stages: Sequence[tuple[int, int]], profile: P
         if size > cluster.devices[d].usable_bytes:
             message = f"{deployer}: {layers[d]} layers on device {d} need {size:,} bytes, it has {cluster.devices[d].usable_bytes:,}"
             raise infeasible(model, cluster, need, message)
-    latency = cost.batch_s([need.prompt_tokens] * need.batch, [need.output_tokens] * need.batch)
+    latency = cost.equal_batch_s(need.batch, need.prompt_tokens, need.output_tokens)
     return Placement(
         model, cluster, need, cost.stages, expected_latency_s=latency,
         utilisation=min(1.0, pieces.busy(*zip(*cost.stages)) / latency / len(layers)),

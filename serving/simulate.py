@@ -21,18 +21,32 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from finetune.commands import Parser, run_command
+from finetune.commands import Parser, number, run_command, whole
 from finetune.files import write_aside, write_json
 from serving.batching import Static
 from serving.continuous import POLICIES
+from serving.devices import MOST_DEVICES
 from serving.metrics import Collector, interval, share_of_gain
 from serving.request import FOREVER, CostModel, Limits, Policy
 from serving.scheduler import Replay, VirtualClock, run
 from serving.simulated import LinearCost, SimulatedEngine
 from serving.workload import WORKLOADS, PredictorModel, SloRule, Workload, make_workload
 
-SHOWN = ("attainment", "goodput_rps", "latency_mean_s", "latency_p99_s", "ttft_mean_s", "tpot_mean_s", "norm_mean_s", "largest_wait_s",
-         "utilisation", "padding_waste", "kv_waste", "preempted")  # fmt: skip
+COLUMNS = {  # metric -> (heading, unit, factor)
+    "attainment": ("in time", "%", 100),
+    "goodput_rps": ("goodput", "1/s", 1),
+    "latency_mean_s": ("latency", "s", 1),
+    "latency_p99_s": ("p99", "s", 1),
+    "ttft_mean_s": ("first token", "s", 1),
+    "tpot_mean_s": ("a token", "ms", 1000),
+    "norm_mean_s": ("latency/token", "ms", 1000),
+    "largest_wait_s": ("longest wait", "s", 1),
+    "utilisation": ("busy", "%", 100),
+    "padding_waste": ("padding", "%", 100),
+    "kv_waste": ("KV unused", "%", 100),
+    "preempted": ("preempted", "", 1),
+    "share_of_gain": ("share of gain", "%", 100),
+}
 SEARCH_SEEDS = 1000  # searches look at seeds from here on, comparisons at 0, 1, ...
 SPACES = {  # knobs of a policy that are worth a search, and values to try
     "odbs": {"threshold": (500, 1000, 2000, 4000, 8000, 15_000, 30_000, 60_000), "reserve_quantile": (0.5, 0.8, 0.9, 0.97)},
@@ -114,10 +128,14 @@ class Setting:
     replicas: int = 1
 
     def make(self, rate: float, seed: int) -> Workload:
-        return make_workload(
+        """Raises ValueError where no request of it can be served."""
+        made = make_workload(
             self.workload, self.requests, rate, self.cost, seed=seed, slo=self.slo, predictor=self.predictor, predict_s=self.predict_s,
             traces=self.traces, max_tokens=self.limits.max_tokens,
         )  # fmt: skip
+        if (shortest := int(made.prompt_tokens.min())) >= self.limits.max_tokens:
+            raise ValueError(f"--max_tokens {self.limits.max_tokens}: no request fits, the shortest prompt of {self.workload} has {shortest} tokens")
+        return made
 
 
 def compare(policies: dict[str, Policy], setting: Setting, rates: list[float], seeds: int, first_seed: int = 0) -> list[dict]:
@@ -142,14 +160,33 @@ def compare(policies: dict[str, Policy], setting: Setting, rates: list[float], s
     return rows
 
 
-def print_table(rows: list[dict], shown=SHOWN, file=None):
-    shown = [*shown, "share_of_gain"] if any("share_of_gain" in row["metrics"] for row in rows) else list(shown)
-    short = [name.removesuffix("_s").replace("_mean", "") for name in shown]
-    print(f"{'rate':>7} {'policy':<16}" + "".join(f"{name:>17}" for name in short), file=file)
+def print_table(rows: list[dict], file=None):
+    """A line for each rate and policy, the mean and, of 3 seeds or more, half of its 95 % interval; units in the second line."""
+    found = [name for name in COLUMNS if any(name in row["metrics"] for row in rows)]
+    lines = [["rate", "policy", *(COLUMNS[name][0] for name in found)], ["1/s", "", *(COLUMNS[name][1] for name in found)]]
     for row in rows:
-        cells = [row["metrics"].get(name, (float("nan"), float("nan"))) for name in shown]
-        text = "".join(f"{f'{mean:.4g}' + ('' if np.isnan(half) else f' ±{half:.2g}'):>17}" for mean, half in cells)
-        print(f"{row['rate']:>7g} {row['policy']:<16}{text}", file=file)
+        cells = [cell(*row["metrics"].get(name, (np.nan, np.nan)), COLUMNS[name][2]) for name in found]
+        lines.append([f"{row['rate']:g}", row["policy"], *cells])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for line in lines:
+        aligned = [text.ljust(width) if i == 1 else text.rjust(width) for i, (text, width) in enumerate(zip(line, widths))]
+        print("  ".join(aligned).rstrip(), file=file)
+
+
+def cell(mean: float, half: float, factor: float) -> str:
+    """A mean to 4 digits, never in powers of ten; "-" where there is none."""
+    if np.isnan(mean):
+        return "-"
+    return digits(mean * factor, 4) + ("" if np.isnan(half) else f" ±{digits(half * factor, 2)}")
+
+
+def digits(value: float, count: int) -> str:
+    """A number to `count` significant digits, whole ones as they are."""
+    if value == 0 or not np.isfinite(value):
+        return f"{value:g}"
+    after = count - 1 - int(np.floor(np.log10(abs(value))))
+    text = f"{value:.{min(max(after, 0), 9)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def search(policy: Policy, space: dict[str, tuple], score, rounds: int = 2) -> Iterator[tuple[Policy, float]]:
@@ -239,6 +276,12 @@ def plot(rows: list[dict], policies: dict[str, Policy], setting: Setting, folder
     return written
 
 
+def parse_rates(text: str) -> list[float]:
+    """Requests a second, with commas between them."""
+    parse = number(1e-6, 1e6)
+    return [parse(part) for part in text.split(",")]
+
+
 def make_cost(args) -> tuple[CostModel, int]:
     """(--profile or --device: the calibrated model of serving.cost_model, placed by --deployer; else LinearCost's lines, replicas)."""
     if not args.device and not args.profile:
@@ -275,27 +318,27 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--policies", default="fifo,s3,slo_odbs,fcfs,sjf,deadline,oracle", help=f"of {', '.join(POLICIES)}; comma between them")
     add("--workload", default="poisson", choices=WORKLOADS)
-    add("--rate", default="8", help="requests a second; several with commas make a load sweep")
-    add("--requests", type=int, default=2000, help="of each run")
-    add("--seeds", type=int, default=5)
-    add("--slo_scale", type=float, default=5.0, help="objective: so many times the latency of a request alone on the engine")
-    add("--slo_floor_s", type=float, default=1.0, help="and no less than this")
+    add("--rate", type=parse_rates, default="8", help="requests a second; several with commas make a load sweep")
+    add("--requests", type=whole(1, 10_000_000), default=2000, help="of each run")
+    add("--seeds", type=whole(1, 10_000), default=5)
+    add("--slo_scale", type=number(0, above=True), default=5.0, help="objective: so many times the latency of a request alone on the engine")
+    add("--slo_floor_s", type=number(0), default=1.0, help="and no less than this")
     add("--slo_length", default="typical", choices=("typical", "own"), help="alone with an answer of typical length, or of its own")
     add("--predictor", help="an exported predictor's folder, whose residuals predictions get; default: --predictor_sigma")
-    add("--predictor_sigma", type=float, default=0.8, help="standard deviation of the error of the predicted log length")
-    add("--predict_s", type=float, default=1e-3, help="what a prediction takes, charged to every policy that asks for one")
-    add("--longest_answer", type=int, default=2048, help="tokens, by the predictor's knowledge")
-    add("--max_batch", type=int, default=64)
-    add("--kv_tokens", type=int, help="KV cache in tokens; default: the cost model's capacity")
-    add("--max_tokens", type=int, default=8192, help="prompt and answer of one request; longer ones of a trace are left out")
-    add("--prefill_tokens", type=int, default=2048, help="prompt tokens between two decode steps")
+    add("--predictor_sigma", type=number(0, 10), default=0.8, help="standard deviation of the error of the predicted log length")
+    add("--predict_s", type=number(0, 1e6), default=1e-3, help="what a prediction takes, charged to every policy that asks for one")
+    add("--longest_answer", type=whole(2, 10_000_000), default=2048, help="tokens, by the predictor's knowledge")
+    add("--max_batch", type=whole(), default=64)
+    add("--kv_tokens", type=whole(2), help="KV cache in tokens; default: the cost model's capacity")
+    add("--max_tokens", type=whole(2), default=8192, help="prompt and answer of one request; longer ones of a trace are left out")
+    add("--prefill_tokens", type=whole(), default=2048, help="prompt tokens between two decode steps")
     add("--profile", help="calibrated cost model, such as rtx3090, or a file; default: straight lines near ChatGLM2-6B on one A100")
     add("--device", help="serving.cost_model's device, such as A100-80G; default: the profile's")
-    add("--gpus", type=int, default=1, help="how many of them")
+    add("--gpus", type=whole(1, MOST_DEVICES), default=1, help="how many of them")
     add("--deployer", default="helr", choices=("even", "single", "he", "lr", "helr", "morphling"), help="places the layers; room for more chains makes replicas")
-    add("--need_tokens", type=int, default=20_000, help="KV tokens at the predicted q90 that a placement must hold")
+    add("--need_tokens", type=whole(0), default=20_000, help="KV tokens at the predicted q90 that a placement must hold")
     add("--model", default="chatglm2-6b", help="published name, folder or config.json")
-    add("--element_bytes", type=int, default=2, help="of a weight: 2 in half precision, 4 in fp32")
+    add("--element_bytes", type=whole(1, 8), default=2, help="of a weight: 2 in half precision, 4 in fp32")
     add("--traces", default="../shared/data/traces", help="folder of the recorded traces")
     add("--uellm_data", default="../shared/data/uellm", help="folder of UELLM's recorded lengths and logs")
     add("--experiment", choices=("uellm", "trace"), help="run this one of serving.experiments; of the other flags it reads --seeds, --requests, --predictor and folders")
@@ -311,17 +354,13 @@ def main(argv: list[str] | None = None) -> int:
     names = [name for name in args.policies.split(",") if name]
     if unknown := [name for name in names if name not in POLICIES]:
         parser.error(f"--policies: {', '.join(unknown)} unknown; there are {', '.join(POLICIES)}")
-    try:
-        rates = [float(rate) for rate in args.rate.split(",")]
-    except ValueError:
-        parser.error(f"--rate: numbers with commas between them are wanted; got {args.rate!r}")
-    if args.seeds < 1 or args.requests < 1 or min(rates) <= 0:
-        parser.error("--seeds and --requests must be at least 1, --rate above 0")
-    return run_command(parser.prog, lambda: run_simulation(args, names, rates))
+    if not names:
+        parser.error(f"--policies: name at least one of {', '.join(POLICIES)}")
+    return run_command(parser.prog, lambda: run_simulation(args, names))
 
 
-def run_simulation(args, names: list[str], rates: list[float]):
-    setting = make_setting(args)
+def run_simulation(args, names: list[str]):
+    setting, rates = make_setting(args), args.rate
     if args.experiment:
         from serving.experiments import EXPERIMENTS
 

@@ -6,6 +6,8 @@ Columns first (numpy), requests one by one when they are due: a million of them 
 import csv
 import gzip
 import json
+import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from chatglm.files import is_lfs_pointer, pointer_error
 from predictor.prediction import LengthPrediction, from_bins, make_edges
 from serving.request import CostModel, Request
 
@@ -96,17 +99,34 @@ def read_trace(name: str, folder: str | Path) -> tuple[np.ndarray, np.ndarray, n
 
     Raises:
         FileNotFoundError: the trace is not in the folder.
+        ValueError: the file is not a trace.
     """
     path = Path(folder) / TRACES[name]
     if not path.is_file():
-        raise FileNotFoundError(f"the trace {path} is not there; --traces names the folder it is in")
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        if path.name.endswith(".csv.gz"):
-            rows = [(datetime.fromisoformat(t[:26]).timestamp(), int(p), int(o)) for t, p, o in list(csv.reader(file))[1:]]
-        else:
-            rows = [(r["timestamp"] / 1000, r["input_length"], r["output_length"]) for r in map(json.loads, file)]
+        raise FileNotFoundError(f"no such trace: {path}; --traces names the folder it is in")
+    if is_lfs_pointer(path):
+        raise pointer_error(path)
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            rows = list(parse_trace(file, path.name))
+    except (EOFError, zlib.error, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: not a recorded trace: {' '.join(str(error).split())[:100]}") from None
+    if not rows:
+        raise ValueError(f"{path}: no requests in it")
     times, prompts, outputs = (np.array(column) for column in zip(*sorted(rows)))
     return times - times[0], np.maximum(prompts, 1), np.maximum(outputs, 1)
+
+
+def parse_trace(file, name: str) -> Iterator[tuple[float, int, int]]:
+    """(seconds, prompt tokens, answer tokens) of each row; raises what parsing raises where one is something else."""
+    if name.endswith(".csv.gz"):
+        lines = csv.reader(file)
+        next(lines, None)  # the heading
+        for time, prompt, output in lines:
+            yield datetime.fromisoformat(time[:26]).timestamp(), int(prompt), int(output)
+        return
+    for row in map(json.loads, file):
+        yield float(row["timestamp"]) / 1000, int(row["input_length"]), int(row["output_length"])
 
 
 def repeated(count: int, times: np.ndarray, prompts: np.ndarray, outputs: np.ndarray, rng: np.random.Generator):
@@ -138,8 +158,9 @@ class SloRule:
     classes: tuple[float, ...] = (0.5, 1.0, 2.0)
 
     def __post_init__(self):
-        if self.length not in ("typical", "own") or self.scale <= 0:
-            raise ValueError(f"wanted length typical or own and a scale above 0; got {self}")
+        finite = math.isfinite(self.scale) and math.isfinite(self.floor_s)
+        if self.length not in ("typical", "own") or not finite or self.scale <= 0 or self.floor_s < 0:
+            raise ValueError(f"wanted length typical or own, a scale above 0 and a floor of at least 0 s; got {self}")
 
     def __call__(self, prompts: np.ndarray, outputs: np.ndarray, cost: CostModel, rng: np.random.Generator) -> np.ndarray:
         """(n,) seconds. The cost model is asked at 200 prompt lengths and interpolated, so that a million take no time."""
@@ -169,12 +190,16 @@ class PredictorModel:
     bins: int = 40
     step: float = 0.02
 
+    def __post_init__(self):
+        if self.limit < 2:
+            raise ValueError(f"the longest answer must be at least 2 tokens, got {self.limit}")
+
     @classmethod
     def from_card(cls, path: str | Path, limit: int | None = None) -> "PredictorModel":
         """The residuals of an exported predictor (its folder or predictor.json).
 
         Raises:
-            ValueError: the card keeps none.
+            ValueError: the card keeps none, or they are no residuals.
         """
         from predictor.decoder import read_card
 
@@ -182,13 +207,21 @@ class PredictorModel:
         card = read_card(folder.parent if folder.is_file() else folder)
         if not card.get("residuals"):
             raise ValueError(f"{path}: its card keeps no residuals; make it anew with train.py or predictor.update, or give --predictor_sigma")
-        return cls(np.asarray(card["residuals"], float), limit or int(card["served_model"]["length_limit"]))
+        try:
+            residuals, limit = np.asarray(card["residuals"], float), limit or int(card["served_model"]["length_limit"])
+        except (KeyError, TypeError, ValueError, OverflowError):
+            residuals = np.array([np.nan])
+        if residuals.ndim != 1 or not (np.abs(residuals) < 100).all() or (np.diff(residuals) < 0).any():
+            raise ValueError(f"{path}: its card's residuals are no ascending list of numbers; make it anew with train.py or predictor.update")
+        return cls(residuals, limit)
 
     @classmethod
     def normal(cls, sigma: float, limit: int = 2048) -> "PredictorModel":
         """Errors with this standard deviation of the log length; an exported predictor's is 0.7 to 1, a perfect one's 0."""
         from statistics import NormalDist
 
+        if not 0 <= sigma <= 10:
+            raise ValueError(f"--predictor_sigma: wanted a standard deviation of the log length from 0 to 10, got {sigma}")
         return cls(np.array([NormalDist(0, max(sigma, 1e-3)).inv_cdf((i + 0.5) / 199) for i in range(199)]), limit)
 
     def predict(self, outputs: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, tuple[LengthPrediction, ...]]:
@@ -219,13 +252,15 @@ def make_workload(
     Raises:
         ValueError: another name, no requests, or a rate of 0 or less.
     """
-    if name not in WORKLOADS or count < 1 or rate <= 0:
+    if name not in WORKLOADS or count < 1 or not 0 < rate < math.inf:
         raise ValueError(f"wanted a workload of {WORKLOADS}, at least 1 request and a rate above 0; got {name}, {count}, {rate}")
     rng = np.random.default_rng(seed)
     if name in TRACES:
         times, prompts, outputs = read_trace(name, traces)
         if max_tokens:
             kept = prompts + outputs < max_tokens
+            if not kept.any():
+                raise ValueError(f"--max_tokens {max_tokens}: no request of {name} is so short")
             times, prompts, outputs = times[kept], prompts[kept], outputs[kept]
         arrivals, prompts, outputs = repeated(count, times, prompts, outputs, rng)
     else:

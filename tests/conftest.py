@@ -19,6 +19,16 @@ def shared_file(relative: str) -> Path:
     return path
 
 
+def pytest_collection_modifyitems(config, items):
+    """Tests marked slow run only with SLOW=1."""
+    if os.environ.get("SLOW", "0") not in ("", "0"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
 # ---- tiny models and tokenizers, at sizes and with vocabularies that no fixture has
 
 SPECIAL = {"mask": 50, "gmask": 51, "sop": 54, "eop": 55}  # ChatGLM-6B's distances; ordinary ids are 6 to 49

@@ -52,10 +52,10 @@ def test_module_level_is_free_of_torch(name):
 
 @pytest.mark.parametrize("name", PURE)
 def test_serving_is_pure(name):
-    """numpy and the standard library, inside functions too; of the floors below only what needs no more. matplotlib draws plots."""
+    """numpy, scipy and the standard library, inside functions too; of the floors below only what needs no more. matplotlib draws plots."""
     tree = ast.parse((ROOT / "serving" / f"{name}.py").read_text(encoding="utf-8"))
     found = {package for package, _ in imports(tree)} - set(sys.stdlib_module_names)
-    assert found <= {"numpy", "serving", "predictor", "finetune"} | ({"matplotlib"} if name in ("simulate", "placement") else set())
+    assert found <= {"numpy", "scipy", "serving", "predictor", "finetune"} | ({"matplotlib"} if name in ("simulate", "placement") else set())
     ours = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module.startswith(("predictor", "finetune"))}
     assert ours <= {"predictor.prediction", "finetune.commands", "finetune.config", "finetune.files", "finetune.memory_shapes"} | ({"predictor.decoder"} if name == "workload" else set())
 

@@ -365,10 +365,10 @@ def test_parameter_names_are_the_checkpoints(family):
     assert {name: tensor.shape for name, tensor in golden(family).model.state_dict().items()} == wanted
 
 
-def golden_table() -> list[dict]:
-    """family, fixture, difference (the largest of all ways to compute it) and tolerance of every fixture."""
+def golden_table(count: int | None = None) -> list[dict]:
+    """family, fixture, difference (the largest of all ways to compute it) and tolerance of every fixture, or of the first `count`."""
     rows = []
-    for param in fixtures():
+    for param in list(fixtures())[:count]:
         family, name = param.values
         difference, tolerance = max(measured(family, name), key=lambda r: (r[0] > r[1], r[0]))
         rows.append({"family": family, "fixture": name, "difference": difference, "tolerance": tolerance})

@@ -220,10 +220,31 @@ def test_what_is_refused(variant, prefix):
     else:  # ChatGLM-6B finds its own
         with pytest.raises(ValueError, match="`keep` needs position_ids"):
             hidden(model, input_ids=packed["input_ids"], keep=keep)
-        with pytest.raises(ValueError, match="fall back to 7, but the row's first sequence has 3 tokens"):
-            hidden(model, input_ids=packed["input_ids"][:, :8], position_ids=torch.tensor([[0, 1, 2, 0, 1, 7, 7, 8]]))
+        with pytest.raises(ValueError, match="fall back to 3, but the row's first sequence has 2 tokens"):
+            hidden(model, input_ids=packed["input_ids"][:, :8], position_ids=torch.tensor([[0, 1, 0, 1, 2, 3, 3, 4]]))
     # one sequence a row, in several rows, is what it always was
     same = [torch.stack([ids, ids.flip(0)]) if family_of(model) != "glm" else torch.stack([ids, ids]) for ids in rows]
     for ids in same:
         positions = torch.cat([pack(model, [x])["position_ids"] for x in ids])
         torch.testing.assert_close(hidden(model, input_ids=ids, position_ids=positions), hidden(model, input_ids=ids), **CLOSE)
+
+
+@pytest.mark.parametrize("positions, said", [
+    ([0, 1, 2, 0, 1, 7, 8], "positions jump from 1 to 7"),
+    ([0, 1, 3], "positions jump from 1 to 3"),
+    ([0, 1, 2, 5, 0, 1], "positions jump from 2 to 5"),
+    ([2, 3, 4, 1, 2], "this row begins at 2"),
+])  # fmt: skip
+def test_p6_positions_that_jump_are_refused(positions, said):
+    from chatglm.packing import find_sequences
+
+    with pytest.raises(ValueError, match=said):
+        find_sequences(torch.tensor(positions))
+
+
+def test_p6_sequences_that_count_up_are_found():
+    from chatglm.packing import find_sequences
+
+    assert find_sequences(torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4, 0])) == ([4, 5, 1], [0, 0, 0])
+    assert find_sequences(torch.tensor([0, 1, 2, 3, 2, 3, 4, 2, 3])) == ([4, 3, 2], [0, 2, 2])
+    assert find_sequences(torch.tensor([5, 6, 7])) == ([3], [0])

@@ -136,7 +136,7 @@ def test_killed_at_every_point_of_a_save(flags, train, tmp_path, monkeypatch, wh
     assert [p.name for p in (tmp_path / "out").glob("*epoch-*")] == ["epoch-3-step-12"]
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 @pytest.mark.parametrize("moment", ["inside_a_save", "at_random"])
 def test_kill_9(flags, train, tmp_path, whole, moment):
     """A real process and a real SIGKILL."""

@@ -196,7 +196,7 @@ def stream_words(tmp_path):
     return [*words, "--streaming", "True", "--shuffle_buffer", 7, "--on_bad_row", "skip", "--max_steps", 12, "--lora_dropout", "0.3", "--show_loss_step", 1000]
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 def test_killed_and_resumed_is_bit_identical(flags, train, tmp_path, stream_words):
     """train.py killed by SIGKILL after a checkpoint ends, once resumed, as a run that nothing interrupted."""
     whole = train(flags(tmp_path / "whole", *stream_words))

@@ -46,7 +46,7 @@ def runs(flags, tmp_path_factory) -> dict[str, tuple[Path, Path, Path]]:
     return {name: tuple(folder / name / part for part in ("whole", "one", "two")) for name in CASES}
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_to_one_and_back(runs, name):
     whole, one, two = runs[name]
@@ -66,7 +66,7 @@ def test_two_ranks_to_one_and_back(runs, name):
     assert [m["world_size"] for m in (read_manifest(one / "epoch-1-step-4"), read_manifest(whole / "epoch-1-step-4"))] == [1, 2]
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 def test_a_missing_shard_is_one_line(runs, flags, tmp_path, capsys):
     whole, *_ = runs["lora-zero2"]
     folder = whole / "epoch-1-step-4"

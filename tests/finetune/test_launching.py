@@ -34,7 +34,7 @@ def test_there_is_a_file_for_each_kind():
     assert [path.stem for path in FILES] == ["zero2", "zero2_offload", "zero3", "zero3_offload"]
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 def test_accelerate_launches_two_ranks(flags, train, tmp_path):
     start = ["-m", "accelerate.commands.launch", "--config_file", "ds_configs/accelerate/zero3.yaml", "--num_processes", 2, "--main_process_port", free_port()]
     command(*start, "train.py", *flags(tmp_path / "two", "--per_device_train_batch_size", 2, "--max_steps", 2))

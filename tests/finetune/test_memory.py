@@ -184,7 +184,7 @@ def test_saved_bytes_of_the_originals_arithmetic():
     assert 2 * found(rms_norm, half(rows, width), torch.ones(width, requires_grad=True)) == trained["norms"]
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 def test_estimate_is_a_real_runs(tmp_path):
     """One case of benchmarks/memory_check.py; docs/results.md has them all."""
     file = tmp_path / "out.json"

@@ -86,7 +86,7 @@ def test_interactive(adapter, capsys, monkeypatch):
     assert out == "".join(plain_answer(adapter, prompt, 6) + "\n" for prompt in ("水泵漏油。", "轮胎异响。"))
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 def test_old_command(adapter, tmp_path, capsys, monkeypatch):
     """predict.py, from any folder: standard input through a pipe, and by itself the well-known example."""
     done = command(ROOT / "predict.py", "--model_path", adapter, "--mode", "glm2", *ASK, "--interactive", cwd=tmp_path, input="水泵漏油。\n")

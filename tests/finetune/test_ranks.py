@@ -14,7 +14,7 @@ from tests.finetune.test_checkpoint import same_losses
 from tests.finetune.test_training import logits_of, plain_run
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 @pytest.mark.parametrize("number", range(len(TWO_RANKS)), ids=["-".join(case) for case in TWO_RANKS])
 def test_two_ranks(two_ranks, number):
     """2 ranks through the launcher give the plain loop's losses and export its model."""
@@ -27,7 +27,7 @@ def test_two_ranks(two_ranks, number):
     assert torch.allclose(logits_of(load_model(folder, dtype=torch.float32), folder), logits_of(model, folder), atol=2e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 def test_two_ranks_stop_early_where_one_does(two_ranks, flags, train, rows_file, tmp_path):
     """The same losses, the same last step; the answers of both ranks are one file, each row once and in order."""
     words = two_ranks[7]
@@ -39,7 +39,7 @@ def test_two_ranks_stop_early_where_one_does(two_ranks, flags, train, rows_file,
     assert [line["reference"] for line in lines] == [list(row.answers) for row in read_rows(rows_file)[0]]
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 def test_two_ranks_resume_and_refuse_another_count(two_ranks, capsys):
     """ZeRO-3 on 2 ranks: a resume from the middle repeats the steps bit for bit; 1 rank is refused where its steps are smaller."""
     resumed, whole = (Path(words[words.index("--output_dir") + 1]) for words in two_ranks[5:7])

@@ -442,7 +442,7 @@ def test_a_second_run_in_the_same_folder_does_not_lose_its_weights(flags, tmp_pa
     assert code == 1 or any(not torch.equal(before[k], after[k]) for k in before)
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 def test_sigterm_saves_and_exits_0(flags, train, tmp_path):
     """A real process; what it leaves goes on to the uninterrupted losses."""
     words = ["--num_train_epochs", 100, "--save_total_limit", 2, "--lora_dropout", "0.2"]

@@ -1,16 +1,21 @@
 """Calibration on synthetic data of known distribution: coverage over many repetitions, with and without cut answers."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtr
 
-from predictor.calibration import KNOTS, Conformal, ScoreScale, fit_temperature, kaplan_meier, levels_of
+from predictor import LengthPredictor
+from predictor.calibration import KNOTS, Conformal, ScoreScale, Tail, fit_temperature, kaplan_meier, levels_of
 from predictor.decoder import Decoder, head_edges, read_card, write_card
 from predictor.heads import HEADS, softmax
 from predictor.metrics import quantiles
-from predictor.prediction import log_middles, make_edges
+from predictor.prediction import from_bins, log_middles, make_edges
+from tests.predictor.synthetic import make_rows, train
 from tests.predictor.test_heads import CLASSES, KINDS, LIMIT
 
 quick = settings(deadline=None, max_examples=40)
@@ -321,7 +326,7 @@ def test_predictions_come_in_fine_bins_up_to_the_limit(name):
     assert np.isin(KINDS[name].edges, edges).all()
 
 
-@pytest.mark.parametrize("text, said", [("", "not the card"), ("[]", "not the card"), ('{"format": "x"}', "not the card"),
+@pytest.mark.parametrize("text, said", [("", "not valid JSON"), ("[]", "wanted an object"), ('{"format": "x"}', "not the card"),
                                         ('{"format": "glm-foundry length predictor", "format_version": 2}', "format version 2")])  # fmt: skip
 def test_cards_that_are_none(tmp_path, text, said):
     (tmp_path / "predictor.json").write_text(text)
@@ -329,3 +334,64 @@ def test_cards_that_are_none(tmp_path, text, said):
         read_card(tmp_path)
     with pytest.raises(FileNotFoundError, match="no length predictor"):
         read_card(tmp_path / "elsewhere")
+
+
+# ---- mass beyond the longest answer
+
+
+def test_newcomer_4_the_mean_is_the_answers_not_the_limits():
+    """39 answers, one of them cut at 512 tokens, under a limit of 8,192: 0.0015 in each bin above the cap made the mean larger than the q90."""
+    tokens = np.concatenate([np.random.default_rng(0).lognormal(np.log(6.6), 1.2, 38), [512.0]])
+    tail = Tail.fit(tokens, tokens < 512, np.ones(39))
+    inner = ndtr(np.log(EDGES[1:] / 6.6) / 1.2)
+    mass = np.diff(np.concatenate([[0.0], inner]))
+    above = EDGES[:-1] >= 512
+    mass[above] = 0.0015
+    mass[~above] *= (1 - mass[above].sum()) / mass[~above].sum()
+    before, after = (from_bins(m, EDGES) for m in (mass, tail.apply(mass[None], EDGES)[0]))
+    assert before.expected_tokens > before.quantile(0.9) > after.expected_tokens
+    edge = EDGES[np.searchsorted(EDGES, 512)]
+    assert after.probability_within(edge) == pytest.approx(before.probability_within(edge))
+    assert [after.quantile(q) for q in (0.1, 0.5, 0.9)] == pytest.approx([before.quantile(q) for q in (0.1, 0.5, 0.9)])
+
+
+def test_newcomer_4_a_trained_predictor_has_its_tail(tmp_path, capsys):
+    rows = make_rows(39, seed=0)
+    rows[3] |= {"output_tokens": 512, "finished": False}
+    predictor = LengthPredictor.from_pretrained(train(tmp_path, rows, head="distribution", length_limit=8192))
+    assert predictor.decoder.tail.start == 512 and "longest answer 512 tokens: beyond it, up to the limit of 8192" in capsys.readouterr().out
+    plain = replace(predictor.decoder, tail=None)
+    for prompt in ("name river", "list lamp train", "essay history of the city"):
+        said, before = predictor.predict(prompt)[0], plain.predictions(predictor.score([prompt]))[0]
+        assert (said.cumulative >= before.cumulative - 1e-12).all() and said.expected_tokens <= before.expected_tokens + 1e-9
+        assert abs(said.probabilities.sum() - 1) < 1e-9 and (said.probabilities >= 0).all()
+    loaded = Decoder.from_dict(json.loads(json.dumps(predictor.decoder.to_dict())))
+    assert loaded.tail == predictor.decoder.tail
+
+
+@pytest.mark.parametrize("index", [2.5, 4.0])
+@pytest.mark.parametrize("cut", [False, True])
+def test_newcomer_4_a_tail_is_found_though_answers_are_cut(index, cut):
+    """Of a Pareto distribution: its index, from whole answers and from a third of the longest quarter cut by a cap."""
+    tokens = 20 * np.random.default_rng(0).random(20_000) ** (-1 / index)
+    cap = np.quantile(tokens, 0.92) if cut else np.inf
+    found = Tail.fit(np.minimum(tokens, cap), tokens <= cap, np.ones(len(tokens)))
+    assert found.index == pytest.approx(index, rel=0.05) and found.start == min(cap, tokens.max())
+    edges = found.start * np.array([0.0, 0.25, 0.5, 0.75, 1, 1.5, 2, 4])
+    mass = np.full((1, 7), 1 / 7)
+    drawn = found.apply(mass, edges)[0]
+    longer = 1 - np.cumsum(drawn)
+    assert drawn[:4] == pytest.approx(mass[0, :4]) and drawn.sum() == pytest.approx(1)
+    assert longer[4:6] / longer[3] == pytest.approx(np.array([1.5, 2.0]) ** -found.index)
+    short = np.array([[0.1, 0.1, 0.1, 0.1, 0.6, 0.0, 0.0]])
+    assert found.apply(short, edges) == pytest.approx(short), "what lies nearer than the bound stays"
+
+
+def test_a_tail_of_a_few_odd_answers():
+    for tokens, finished in (([0.0], [True]), ([5.0, 5.0], [True, False]), ([1.0, 900.0], [False, False])):
+        tail = Tail.fit(np.array(tokens), np.array(finished), np.ones(len(tokens)))
+        assert 2 <= tail.index <= 20 and tail.start == max(1.0, *tokens)
+    whole = np.full((2, 3), 1 / 3)
+    assert Tail(100.0, 2.0).apply(whole, np.array([0.0, 10, 50, 100])) is whole
+    with pytest.raises(ValueError, match="no tail"):
+        Tail(0.0, 2.0)

@@ -1,6 +1,7 @@
 """Lengths of a tiny model's answers: as predict answers, stopped and gone on with, and refused where lines would not fit."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from transformers import TopPLogitsWarper
 
 from chatglm import load_model, load_tokenizer
 from finetune.predict import generate_answers
-from predictor.labels import read_examples
+from predictor.labels import name_warning, read_examples, served_name
 from scripts.collect_lengths import RowDraws, main
 
 WORDS = ["你好", "世界", "今天", "天气", "很", "好", "hello", "world", "a", "b", "c"]
@@ -48,6 +49,16 @@ def collect(folder, prompts_file, tmp_path):
         return code, (tmp_path / output).read_bytes() if (tmp_path / output).exists() else b""
 
     return run
+
+
+def test_newcomer_6_a_checkpoint_is_named_with_its_run(collect, folder, tmp_path):
+    """Two runs' epoch-5-step-400 are two models; a predictor of another name than the served model's is told of."""
+    checkpoint = tmp_path / "lora" / "epoch-5-step-400"
+    shutil.copytree(folder, checkpoint)
+    code, content = collect("--limit", 1, model=checkpoint)
+    assert code == 0 and rows_of(content)[0]["served_model"] == "lora/epoch-5-step-400"
+    assert served_name(folder) == folder.name and name_warning("lora/epoch-5-step-400", checkpoint) is None
+    assert "made for 'other/epoch-5-step-400', the model served is 'lora/epoch-5-step-400'" in name_warning("other/epoch-5-step-400", checkpoint)
 
 
 def rows_of(content: bytes) -> list[dict]:

@@ -11,13 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from finetune.files import sha256
 from predictor import LengthPredictor
 from predictor import export as exporting
+from predictor import update as updating
 from predictor.decoder import tokenizer_hash
+from predictor.labels import Example, Label
 from predictor.prediction import LengthPrediction
 from predictor.runtime import CHUNK
 from predictor.scorers import clean, keep_ends
+from predictor.update import update, write_updated
 from tests.finetune.runs import ROOT, child_env
+from tests.predictor.conftest import make_rows
 
 PROMPTS = ["hello 0 world", "a b c 3", "", "user 2", "你好 世界 3", "hello " * 300 + "1", "  \n\t ", "日本語 한국어 🎉 é", "1 2 3 0"]
 STRANGE = ["", "\ud800 hello \udfff", "\0", "x" * 1_000_000, "你好" * 300_000, "\u202e\u200b", "\n" * 5000]
@@ -55,6 +60,12 @@ FILES = {
 }
 
 
+def turned_examples() -> list[Example]:
+    """Words that meant long mean short: a frozen backbone's head is fitted anew."""
+    rows = make_rows(80, seed=3)
+    return [Example(row["prompt"], (Label(round(2500 / row["output_tokens"]), "tiny"),), "log", "") for row in rows]
+
+
 def difference(a: list[LengthPrediction], b: list[LengthPrediction]) -> float:
     assert len(a) == len(b)
     return max(max(np.abs(x.cumulative - y.cumulative).max(), abs(x.rank_score - y.rank_score)) for x, y in zip(a, b))
@@ -70,6 +81,42 @@ def test_export_says_what_was_trained(folders, name):
     assert set(card["export"]["files"]) == FILES[name] and card["training_data"]["sha256"] and card["served_model"]["name"] == "tiny"
     assert ("base_model" in card) == (name == "adapter")
     assert not list(exported.parent.glob(".*"))  # nothing is left lying about
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_p1_an_export_is_updated_and_loads(folders, name, tmp_path):
+    """Every kind of export: the sums of what an update writes are renewed, and the old folder goes only for one that loads."""
+    folder = tmp_path / "served"
+    shutil.copytree(folders[name][1], folder)
+    old = LengthPredictor.from_pretrained(folder)
+    new, report = update(old, turned_examples())
+    assert (report["head"] == "fitted anew") == (name in ("lexical", "int8", "torch"))
+    write_updated(new, folder, folder)
+    loaded = LengthPredictor.from_pretrained(folder)
+    assert loaded.card["updated"]["updates"] == 1
+    assert difference(new.predict(PROMPTS), loaded.predict(PROMPTS)) < 1e-6 < difference(new.predict(PROMPTS), old.predict(PROMPTS))
+    assert [p.name for p in tmp_path.iterdir()] == ["served"]
+
+
+def test_p1_an_update_that_does_not_load_replaces_nothing(folders, tmp_path, monkeypatch):
+    folder = tmp_path / "served"
+    shutil.copytree(folders["lexical"][1], folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    new, _ = update(LengthPredictor.from_pretrained(folder), turned_examples())
+    monkeypatch.setattr(updating, "with_new_sums", lambda card, _: card)
+    with pytest.raises(ValueError, match="kernel.safetensors: (torn|changed since it was exported)"):
+        write_updated(new, folder, folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["served"]
+
+
+def test_p1_a_checkpoint_keeps_true_sums(trained_encoder, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(trained_encoder, folder)
+    new, _ = update(LengthPredictor.from_pretrained(folder), turned_examples())
+    write_updated(new, folder, folder)
+    sums = json.loads((folder / "manifest.json").read_text())["sha256"]
+    assert "predictor.json" in sums and all(sha256(folder / name) == value for name, value in sums.items())
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -194,7 +241,7 @@ def test_no_card(tmp_path, lexical):
         LengthPredictor.from_pretrained(tmp_path)
     for text in ("", "[]", "{", "{}", "\x00"):
         (tmp_path / "predictor.json").write_text(text)
-        with pytest.raises(ValueError, match="not the card of a length predictor"):
+        with pytest.raises(ValueError, match="not the card of a length predictor|not valid JSON|wanted an object"):
             LengthPredictor.from_pretrained(tmp_path)
 
 

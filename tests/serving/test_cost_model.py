@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.calibration import Row, errors, fit, main, named_stages, read_rows, row_seconds, summary
-from serving.cost_model import DATASHEET, CostModel, ModelShape, Profile, even_stages, read_profile
+from serving.cost_model import COEFFICIENTS, DATASHEET, CostModel, ModelShape, Profile, even_stages, read_profile
 from serving.devices import DEVICES, GIB, Cluster, Device, Link, find_device, read_device
 from tests.conftest import SPECIAL, shared_file, tiny_config, tiny_model
 
@@ -166,7 +166,7 @@ def test_own_devices(tmp_path):
     (tmp_path / "cluster.json").write_text(json.dumps(cluster.to_json()))
     assert Cluster.from_json(tmp_path / "cluster.json") == cluster
     assert cluster.groups == [[0], [1, 2]]
-    for text, message in (("[]", "JSON object"), ("{", "not valid JSON"), ('{"colour": 1}', "unknown field 'colour'"), ("{}", "not a device")):
+    for text, message in (("[]", "wanted an object"), ("{", "not valid JSON"), ('{"colour": 1}', "unknown field 'colour'"), ("{}", "not a device")):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_device(path)
@@ -211,6 +211,14 @@ def test_profile_on_the_measured_rows(tmp_path):
     assert unseen["rows"] == 37 and unseen["median_abs_error"] <= 0.03 and unseen["p90_abs_error"] <= 0.10
 
 
+def test_p3_the_fit_gives_the_shipped_profile():
+    """scipy's non-negative least squares, on the rows that serving/profiles/rtx3090.json was fitted to."""
+    rows, _ = read_rows(shared_file("data/uellm/measured_3090.csv"))
+    found, shipped = fit(rows, replace(DATASHEET, device="RTX3090", link="pcie3")), read_profile("rtx3090")
+    for name in COEFFICIENTS:
+        assert getattr(found, name) == pytest.approx(getattr(shipped, name), rel=1e-4, abs=1e-12), name
+
+
 def test_profile_on_whole_runs():
     """Runs of 10 to 30 batches in one process, none of them fitted: start-up comes once, and the rest adds up."""
     profile, found = read_profile("rtx3090"), []
@@ -234,9 +242,11 @@ HEAD = "gpus,batch_size,placement,seconds,output_tokens\n"
         (HEAD, "holds no row"),
         (HEAD + "1,1,,,200\n", "holds no row"),
         (HEAD + "1,1,,5.0,200\n1,1,,abc,200\n", "line 3: seconds must be a number above 0, got 'abc'"),
-        (HEAD + "0,1,,5.0,200\n", "line 2: gpus must be a whole number of at least 1, got '0'"),
+        (HEAD + "0,1,,5.0,200\n", "line 2: gpus must be a whole number from 1 to 1024, got '0'"),
         (HEAD + "1,1,,nan,200\n", "line 2: seconds must be a number above 0, got 'nan'"),
         (HEAD + "1,2.5,,5.0,200\n", "line 2: batch_size must be a whole number"),
+        (HEAD + "1,1e30,,5.0,200\n", "line 2: batch_size must be a whole number from 1 to 1e+09, got '1e30'"),
+        (HEAD + "1000000,1,,5.0,200\n", "line 2: gpus must be a whole number from 1 to 1024, got '1000000'"),
         (HEAD + "1,1,sideways,5.0,200\n", "line 2: placement must be"),
     ],
 )
@@ -247,13 +257,42 @@ def test_bad_rows_are_one_clear_line(tmp_path, capsys, text, message):
     assert message in said and len(said.splitlines()) == 1 and not (tmp_path / "out.json").exists()
 
 
-@pytest.mark.parametrize("content, message", [("{", "not a profile"), ('{"speed": 1}', "not a profile"), ('{"kv_passes": -1}', "at least 0"), (None, "no profile")])  # fmt: skip
+@pytest.mark.parametrize("content, message", [("{", "not valid JSON"), ("[]", "wanted an object"), ('{"speed": 1}', "not a profile"), ('{"kv_passes": -1}', "at least 0"), (None, "no profile")])  # fmt: skip
 def test_bad_profiles(tmp_path, capsys, content, message):
     path = tmp_path / "profile.json"
     if content:
         path.write_text(content)
     assert main(["predict", "--profile", str(path), "--output-tokens", "10"]) == 1
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("content, message", [
+    ('{"device": "none"}', "no device 'none'"), ('{"device": 3}', "device and link are text or an object"), ('{"device": {"name": "x"}}', "not a device or link"),
+    ('{"link": "string"}', "no link 'string'; known are pcie3"), ('{"link": []}', "device and link are text or an object"), ('{"kv_passes": NaN}', "at least 0"),
+    ('{"device": {"name": ["x"], "memory_bytes": 1, "bandwidth_bytes_s": 1, "flops_s": 1}}', "name must be text"),
+    ('{"device": {"name": "x", "memory_bytes": 1e400, "bandwidth_bytes_s": 1, "flops_s": 1}}', "memory_bytes must be a number above 0"),
+    ("[" * 100_000, "not JSON that can be read"),
+])  # fmt: skip
+def test_p2_profiles_that_are_none(tmp_path, capsys, content, message):
+    (tmp_path / "profile.json").write_text(content)
+    assert main(["predict", "--profile", str(tmp_path / "profile.json"), "--output-tokens", "10"]) == 1
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "1.5", "x", "9" * 400])
+@pytest.mark.parametrize("flag", ["--gpus", "--batch", "--output-tokens", "--prompt-tokens"])
+def test_p2_numbers_that_are_none(flag, value, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["predict", "--output-tokens", "10", flag, value])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1 and f"{flag}: wanted a whole number from 1" in said
+
+
+def test_p2_large_numbers_take_no_memory(capsys):
+    assert main(["predict", "--output-tokens", "1000000000", "--batch", "1000000000", "--prompt-tokens", "1000000000"]) == 0
+    assert float(capsys.readouterr().out.split()[0]) > 1e9
 
 
 def run(*args: str) -> subprocess.CompletedProcess:
@@ -264,7 +303,8 @@ def test_command_line(tmp_path):
     def seconds(*more: str) -> float:
         done = run("predict", "--gpus", "2", "--batch", "8", "--output-tokens", "256", *more)
         assert done.returncode == 0, done.stderr
-        return float(done.stdout)
+        assert "8 x (35 + 256) tokens of chatglm2-6b on 2 x RTX3090" in done.stdout and done.stdout.split()[1] == "s:"
+        return float(done.stdout.split()[0])
 
     assert 5 < seconds("--warm") < seconds() < seconds("--placement", "he") < 60
     with open(tmp_path / "rows.csv", "w") as file:

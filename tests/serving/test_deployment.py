@@ -327,3 +327,27 @@ def test_the_command_says_where_layers_go(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main([*map(str, words), "--gpus", "2"])
     assert end.value.code == 2 and "leave out --device and --gpus" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "1.5", "x", "9" * 400])
+@pytest.mark.parametrize("flag", ["--gpus", "--need_tokens", "--batch", "--prompt_tokens", "--output_tokens"])
+def test_p2_numbers_that_are_none(flag, value, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([flag, value])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1 and f"{flag}: wanted a whole number from 1" in said
+
+
+@pytest.mark.parametrize("content, said", [
+    ("", "not valid JSON"), ("[]", "wanted an object"), ("{}", "not a cluster: 'devices'"), ('{"devices": []}', "from 1 to 1024 devices, got 0"),
+    ('{"devices": 5}', "not a cluster"), ('{"devices": ["x"]}', "no device 'x'"), ('{"devices": [5]}', "not a cluster"),
+    ('{"devices": ["A40"], "link": "string"}', "no link 'string'"), ('{"devices": ["A40"], "links": 5}', "not a cluster"),
+    ('{"devices": ["A40", "A40"], "links": [[null, null], [null, null]]}', "there is none from device 0 to device 1"),
+    ('{"devices": ["A40"], "link": {"bandwidth_bytes_s": NaN, "latency_s": 0}}', "a link needs bandwidth_bytes_s above 0"),
+    ('{"devices": [{"name": "x", "memory_bytes": Infinity, "bandwidth_bytes_s": 1, "flops_s": 1}]}', "memory_bytes must be a number above 0"),
+])  # fmt: skip
+def test_p2_clusters_that_are_none(content, said, tmp_path, capsys):
+    (tmp_path / "cluster.json").write_text(content)
+    assert main(["--cluster", str(tmp_path / "cluster.json")]) == 1
+    printed = capsys.readouterr().err
+    assert said in printed and printed.count("\n") == 1 and "cluster.json" in printed

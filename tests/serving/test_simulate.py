@@ -1,6 +1,9 @@
 """The simulated engine against one that takes every iteration; conservation; the command."""
 
+import gzip
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 
 from serving.continuous import POLICIES, Deadline
 from serving.request import Limits
-from serving.simulate import SEARCH_SEEDS, SPACES, Setting, compare, main, scorer, search, simulate
+from serving.simulate import SEARCH_SEEDS, SPACES, Setting, build_parser, compare, main, scorer, search, simulate
 from serving.simulated import LinearCost, SimulatedEngine, fewest_steps
 from serving.workload import PredictorModel, make_workload
 from tests.serving.conftest import COST, TokenByToken, ask, serve
@@ -117,14 +120,81 @@ def test_the_command_writes_its_table(tmp_path, capsys):
     assert [(r["rate"], r["policy"]) for r in found["rows"]] == [(r, p) for r in (4.0, 30.0) for p in ("fifo", "deadline", "oracle")]
     assert found["rows"][3]["metrics"]["share_of_gain"][0] == 0 and found["rows"][5]["metrics"]["share_of_gain"][0] == 1
     assert found["policies"]["deadline"]["admit_quantile"] == Deadline().admit_quantile
-    assert printed.count("\n") == 7 and "share_of_gain" in printed
+    assert printed.count("\n") == 8 and "share of gain" in printed
 
 
-@pytest.mark.parametrize("flags, word", [(["--policies", "fastest"], "fastest"), (["--rate", "x"], "--rate"), (["--seeds", "0"], "--seeds")])
-def test_the_command_refuses(flags, word, capsys):
-    with pytest.raises(SystemExit):
-        main(flags)
-    assert word in capsys.readouterr().err
+def refusal(capsys, *flags: str) -> str:
+    """The one line that a run which must not succeed leaves on stderr; nothing is printed."""
+    try:
+        code = main([*map(str, flags), "--requests", "20", "--seeds", "1"])
+    except SystemExit as stopped:
+        code = stopped.code
+    out, err = capsys.readouterr()
+    assert code in (1, 2) and out == "" and err.count("\n") == 1 and err.startswith("serving.simulate: error: "), (code, out, err)
+    return err
+
+
+NUMBERS = ["rate", "requests", "seeds", "slo_scale", "slo_floor_s", "predictor_sigma", "predict_s", "longest_answer", "max_batch", "kv_tokens",
+           "max_tokens", "prefill_tokens", "gpus", "need_tokens", "element_bytes"]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "x", "", "1e400", "9" * 5000])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_p2_numbers_that_are_none(name, value, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([f"--{name}", value])
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == "" and err.count("\n") == 1 and f"--{name}: wanted a" in err and len(err) < 250
+
+
+def test_p2_every_number_of_the_command_is_tried():
+    wanted = {action.dest for action in build_parser()._actions if action.type not in (None, Path)}
+    assert wanted == set(NUMBERS)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--policies", "fastest"], "fastest unknown"), (["--policies", ","], "--policies: name at least one of"), (["--rate", "4,0"], "--rate"),
+    (["--seeds", "0"], "--seeds"), (["--longest_answer", "1"], "--longest_answer: wanted a whole number from 2"), (["--gpus", "2000000"], "--gpus"),
+    (["--max_tokens", "2"], "--max_tokens 2: no request fits, the shortest prompt of poisson has"),
+    (["--workload", "azure_conv", "--traces", "/nowhere"], "/nowhere/AzureLLMInferenceTrace_conv.csv.gz; --traces names the folder"),
+    (["--experiment", "uellm", "--uellm_data", "/nowhere"], "/nowhere/length_runs.csv; --uellm_data names the folder"),
+    (["--experiment", "trace", "--traces", "/nowhere"], "--traces names the folder"),
+    (["--predictor", "/nowhere"], "/nowhere is no length predictor"), (["--profile", "none"], "no profile 'none'"),
+    (["--device", "none"], "no device 'none'"), (["--device", "A40", "--model", "/nowhere"], "/nowhere"),
+    (["--gpus", "2"], "--gpus goes with --profile or --device"), (["--kv_tokens", "9", "--max_tokens", "9"], "no request fits"),
+])  # fmt: skip
+def test_p2_one_line_each(flags, said, capsys):
+    assert said in refusal(capsys, *flags)
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"no gzip", gzip.compress(b"TIMESTAMP,ContextTokens,GeneratedTokens\n"), gzip.compress(b"a,b,c\n1,2,3\n"), gzip.compress(b"a\n\xff\n"),
+    gzip.compress(b"a,b,c\n2023-11-16 18:15:46.6805900,374\n"), gzip.compress(b"a,b,c\n2023-11-16 18:15:46.6805900,1,2\n")[:-12],
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
+])  # fmt: skip
+def test_p2_traces_that_are_none(content, tmp_path, capsys):
+    (tmp_path / "AzureLLMInferenceTrace_conv.csv.gz").write_bytes(content)
+    assert "AzureLLMInferenceTrace_conv.csv.gz" in refusal(capsys, "--workload", "azure_conv", "--traces", tmp_path)
+
+
+@pytest.mark.parametrize("change", [
+    {"residuals": ["a"]}, {"residuals": [1.0, 0.0]}, {"residuals": [float("nan")]}, {"residuals": [[0.0]]}, {"residuals": 3}, {"residuals": {"a": 1}},
+])  # fmt: skip
+def test_p2_cards_whose_residuals_are_none(change, tmp_path, capsys):
+    card = {"format": "glm-foundry length predictor", "format_version": 1, "served_model": {"length_limit": 512}}
+    (tmp_path / "predictor.json").write_text(json.dumps(card | change))
+    assert "residuals are no ascending list of numbers" in refusal(capsys, "--predictor", tmp_path)
+
+
+def test_the_table_is_aligned_and_has_units(capsys):
+    assert main(["--policies", "fifo,slo_odbs,deadline", "--rate", "4,100", "--requests", "40", "--seeds", "3"]) == 0
+    heads, units, *lines = capsys.readouterr().out.splitlines()
+    assert heads.split()[:4] == ["rate", "policy", "in", "time"] and units.split()[:5] == ["1/s", "%", "1/s", "s", "s"]
+    ends = [m.end() for m in re.finditer(r"\S+(?: \S+)*", heads)][2:]  # of the columns after the policy
+    assert len(lines) == 6 and len(ends) == 12
+    for line in lines:
+        assert not re.search(r"\de[+-]\d", line)
+        assert all(end >= len(line) or (line[end - 1] != " " and line[end] == " ") for end in ends)
 
 
 def test_search_only_goes_up_and_uses_other_seeds():

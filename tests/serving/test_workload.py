@@ -126,5 +126,13 @@ def test_metrics_by_hand():
 def test_gain_and_interval():
     assert share_of_gain(3.0, 5.0, 1.0) == 0.5 and np.isnan(share_of_gain(1, 2, 2))
     mean, half = interval([1.0, 2.0, 3.0])
-    assert mean == 2.0 and half == pytest.approx(4.30 / np.sqrt(3))
+    assert mean == 2.0 and half == pytest.approx(4.303 / np.sqrt(3), rel=1e-3)
     assert np.isnan(interval([1.0])[1]) and interval([1.0, 2.0])[0] == 1.5 and np.isnan(interval([1.0, 2.0])[1])
+
+
+def test_p3_intervals_hold_for_any_number_of_seeds():
+    """The factor of the standard error is that of Student's printed table, beyond 10 seeds too."""
+    x = np.array([0.0, 1.0] * 40)
+    for count, factor in ((3, 4.303), (10, 2.262), (11, 2.228), (12, 2.201), (15, 2.145), (31, 2.042), (61, 2.0)):
+        half = interval(list(x[:count]))[1]
+        assert half / (x[:count].std(ddof=1) / np.sqrt(count)) == pytest.approx(factor, abs=1e-3)
