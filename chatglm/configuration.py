@@ -3,12 +3,17 @@
 The field names are the originals', so every published config.json loads and what is saved loads elsewhere.
 """
 
+import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+from .families import infer_family
+
 PTUNING_VERSIONS = ("v1", "v2")
+MOST_LAYERS = 1000  # the largest release has 40; building 10**8 would take all memory before weights are missed
+LARGEST_SIZE = 2**24  # of any other dimension of a weight
 
 
 @strict
@@ -34,7 +39,8 @@ class ChatGLMConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         if cls is ChatGLMConfig:
             cls = ChatGLM1Config if is_chatglm1(config_dict) else ChatGLM2Config
-        return super().from_dict(dict(config_dict), **kwargs)
+        asked = {"glm_family": family} if (family := kwargs.pop("glm_family", None)) else {}
+        return super().from_dict(dict(config_dict) | asked, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The saved form: all fields of the architecture, since other readers do not share our defaults."""
@@ -47,9 +53,16 @@ class ChatGLMConfig(PreTrainedConfig):
             | {"architectures": ["ChatGLMModel"]}
         )
 
+    def check_sizes(self, *names: str):
+        """Raises ValueError where a field cannot be the dimension of a weight, or `num_layers` a number of layers."""
+        for name in names:
+            most = MOST_LAYERS if name == "num_layers" else LARGEST_SIZE
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must be 1 to {most}, got {getattr(self, name)}")
+
     def validate_prefix(self):
-        if self.pre_seq_len is not None and self.pre_seq_len < 1:
-            raise ValueError(f"pre_seq_len must be at least 1, got {self.pre_seq_len}")
+        if self.pre_seq_len is not None and not 1 <= self.pre_seq_len <= LARGEST_SIZE:
+            raise ValueError(f"pre_seq_len must be at least 1 and at most {LARGEST_SIZE}, got {self.pre_seq_len}")
         if self.ptuning_version not in (None, *PTUNING_VERSIONS):
             raise ValueError(f"ptuning_version must be one of {PTUNING_VERSIONS}, got {self.ptuning_version!r}")
 
@@ -82,6 +95,9 @@ class ChatGLM1Config(ChatGLMConfig):
     chat_prompt: str | None = None  # "rounds": chat() counts [Round n] from 1, as the training prompt does
 
     def __post_init__(self, **kwargs):
+        self.check_sizes(
+            "vocab_size", "hidden_size", "num_layers", "num_attention_heads", "inner_hidden_size"
+        )  # fmt: skip
         # The first release's config names neither; both keep their distance from <sop> in every vocabulary.
         if self.mask_token_id is None:
             self.mask_token_id = self.bos_token_id - 4
@@ -146,19 +162,43 @@ class ChatGLM2Config(ChatGLMConfig):
         for name, value in expected.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name}={getattr(self, name)} is not supported: every release has {value}")
+        self.check_sizes(
+            "num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "kv_channels", "num_attention_heads",
+            "multi_query_group_num",
+        )  # fmt: skip
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of multi_query_group_num "
                 f"({self.num_key_value_heads})"
             )
-        if self.glm_family is None and "chatglm3" in str(kwargs.get("_name_or_path", "")).lower():
-            self.glm_family = "glm3"
+        self.glm_family = self.glm_family or self.find_family(kwargs)
+        if self.glm_family not in (None, "glm2", "glm3"):
+            raise ValueError(f"glm_family must be glm2 or glm3 for these weights, got {self.glm_family!r}")
+        if not 0 < self.rope_ratio < float("inf"):
+            raise ValueError(f"rope_ratio must be above 0, got {self.rope_ratio}")
+        if self.glm_family is None and self.rope_ratio != 1:
+            raise ValueError(untold_family(self.rope_ratio))
         self.validate_prefix()
         super().__post_init__(**kwargs)
+
+    def find_family(self, kwargs: dict[str, Any]) -> str | None:
+        """What the folder that this configuration comes from tells, as the tokenizer and `load_model` have it."""
+        told = {"rope_ratio": self.rope_ratio, "padded_vocab_size": self.padded_vocab_size}
+        folder = kwargs.get("name_or_path") or os.devnull  # not the working folder, which is another's
+        family = infer_family(str(folder), config=told | {"_name_or_path": kwargs.get("_name_or_path")})
+        return family if family in ("glm2", "glm3") else None
 
     @property
     def num_key_value_heads(self) -> int:
         return self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
+
+
+def untold_family(ratio: float) -> str:
+    """The message where nothing tells how to read `rope_ratio`."""
+    return (
+        f"rope_ratio {ratio} divides positions in ChatGLM2 and multiplies the base in ChatGLM3, and nothing tells "
+        'which of them this is: say mode="glm2" or "glm3", or set "glm_family" in config.json'
+    )
 
 
 def is_chatglm1(config_dict: dict[str, Any]) -> bool:

@@ -6,17 +6,17 @@ here is anything with `encode_text(text) -> list[int]` (ids of plain text, never
 """
 
 import ast
-import copy
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROLES = ("system", "user", "assistant", "observation")
-TOOL_PREAMBLE = "Answer the following questions as best as you can. You have access to the following tools:"
+from .files import read_json
+from .histories import ROLES, TOOL_PREAMBLE, history_messages, history_rounds, message_text  # noqa: F401
 
 _TRAINING_TIME = "[[训练时间]]"
 _TRAINING_YEAR = "2023年"
@@ -56,8 +56,8 @@ class Family:
     chat_prompt(query, history=None) -> str: text of a chat; None for glm3, whose roles have no text form
     process_response(text) -> str; glm3: process_response(text, history) -> (content, new history)
 
-    History is [(query, answer), ...] for glm and glm2, message dicts (role, content, metadata, tools) for
-    glm3. Lengths are in tokens.
+    History is [(query, answer), ...] or message dicts (role, content; glm3: metadata, tools); ValueError for
+    any other form. Lengths are in tokens.
     """
 
     name: str
@@ -168,21 +168,22 @@ def _encode_example(
 # ---- chats ------------------------------------------------------------------------------------------------
 
 
-def glm_chat_prompt(query: str, history: list[tuple[str, str]] | None = None, rounds: bool = False) -> str:
+def glm_chat_prompt(query: str, history: list | None = None, rounds: bool = False) -> str:
     """ChatGLM-6B's chat text: the bare query without history, rounds counted from 0 with it.
 
     With `rounds` as models are tuned here: always rounds, counted from 1.
     """
+    history, query = history_rounds(history, query, "ChatGLM-6B")
     if not (history or rounds):
         return query
-    history, first = history or [], int(rounds)
+    first = int(rounds)
     turns = "".join(f"[Round {i}]\n问：{q}\n答：{a}\n" for i, (q, a) in enumerate(history, first))
     return f"{turns}[Round {len(history) + first}]\n问：{query}\n答："
 
 
-def glm2_build_prompt(query: str, history: list[tuple[str, str]] | None = None) -> str:
+def glm2_build_prompt(query: str, history: list | None = None) -> str:
     """ChatGLM2-6B's chat text: rounds counted from 1, also without history."""
-    history = history or []
+    history, query = history_rounds(history, query, "ChatGLM2-6B")
     rounds = "".join(f"[Round {i}]\n\n问：{q}\n\n答：{a}\n\n" for i, (q, a) in enumerate(history, 1))
     return f"{rounds}[Round {len(history) + 1}]\n\n问：{query}\n\n答："
 
@@ -212,13 +213,11 @@ def _glm2_chat(tokenizer, query: str, history=None, role: str = "user") -> list[
     return [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")] + ids
 
 
-def _glm3_chat(tokenizer, query: str, history: list[dict] | None = None, role: str = "user") -> list[int]:
+def _glm3_chat(tokenizer, query: str, history: list | None = None, role: str = "user") -> list[int]:
     ids = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")]
-    for message in history or []:
-        content = message["content"]
-        if message["role"] == "system" and "tools" in message:
-            content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
-        ids += glm3_message(tokenizer, message["role"], message.get("metadata") or "", content)
+    for message in history_messages(history):
+        if (content := message_text(message)) is not None:
+            ids += glm3_message(tokenizer, message["role"], message.get("metadata") or "", content)
     # no newline after the last role: the model writes its own header line
     return ids + glm3_message(tokenizer, role, "", query) + [tokenizer.get_command("<|assistant|>")]
 
@@ -260,15 +259,15 @@ def parse_tool_call(code: str) -> dict[str, Any]:
         raise ValueError(f"wanted tool_call(name=literal, ...), got {code[:200]!r}: {error}") from None
 
 
-def _glm3_response(text: str, history: list[dict] | None = None) -> tuple[str | dict, list[dict]]:
+def _glm3_response(text: str, history: list | None = None) -> tuple[str | dict, list[dict]]:
     """Split an answer into its messages; `history` is copied, not changed.
 
     Returns (content, new history). Content is the last message's text; {name, parameters} for a tool call
     where the history opens with a system message that has tools; {name, content} for other metadata (code
-    interpreter).
-    Raises ValueError for a tool call that is not a plain `tool_call(k=literal, ...)` in a fence.
+    interpreter) and for what should be a tool call but is no plain `tool_call(k=literal, ...)` in a fence.
     """
-    history = copy.deepcopy(list(history or []))
+    history = history_messages(history)
+    has_tools = bool(history) and history[0]["role"] == "system" and "tools" in history[0]
     content: str | dict = ""
     for response in text.split("<|assistant|>"):
         metadata, newline, body = response.partition("\n")
@@ -280,12 +279,11 @@ def _glm3_response(text: str, history: list[dict] | None = None) -> tuple[str | 
             content = body.replace(_TRAINING_TIME, _TRAINING_YEAR)
             continue
         history.append({"role": "assistant", "metadata": metadata, "content": body})
-        name = metadata.strip()
-        if history[0]["role"] == "system" and "tools" in history[0]:
-            code = "\n".join(body.split("\n")[1:-1])  # without the fence's first and last line
-            content = {"name": name, "parameters": parse_tool_call(code)}
-        else:
-            content = {"name": name, "content": body}
+        content = {"name": metadata.strip(), "content": body}
+        if has_tools:
+            code = "\n".join(body.strip().split("\n")[1:-1])  # without the fence's first and last line
+            with suppress(ValueError):
+                content = {"name": metadata.strip(), "parameters": parse_tool_call(code)}
     return content, history
 
 
@@ -303,10 +301,9 @@ _NAME_PATTERNS = [(r"glm[-_]?3", "glm3"), (r"glm[-_]?2", "glm2"), (r"chatglm[-_]
 
 def _read_json(path: Path) -> dict:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _read_text(path: Path) -> str:
@@ -316,21 +313,25 @@ def _read_text(path: Path) -> str:
         return ""
 
 
-def _evidence(folder: str | Path, follow_base: bool = True) -> Iterator[_Evidence]:
+def _evidence(
+    folder: str | Path, base: str | Path | None = None, config: dict | None = None, follow: bool = True
+) -> Iterator[_Evidence]:
     """What a folder (or a model's name) says about its family, most telling first. Code is read as text only.
 
-    An adapter's base model speaks too, but not the base of a base: two folders may name each other.
+    An adapter's or prefix's base model, which `base` may name, speaks too, but not the base of a base: two
+    folders may name each other.
     """
 
     def sign(sentence: str, *families: str, strong: bool = True) -> _Evidence:
         return _Evidence(frozenset(families), strong, sentence)
 
     path = Path(folder)
-    config, tokenizer = _read_json(path / "config.json"), _read_json(path / "tokenizer_config.json")
+    config = _read_json(path / "config.json") if config is None else config
+    tokenizer = _read_json(path / "tokenizer_config.json")
     adapter = _read_json(path / "adapter_config.json")
 
     for file, values in (("config.json", config), ("tokenizer_config.json", tokenizer)):
-        if values.get("glm_family") in FAMILIES:
+        if isinstance(values.get("glm_family"), str) and values["glm_family"] in FAMILIES:
             yield sign(f'{file} says "glm_family": "{values["glm_family"]}"', values["glm_family"])
 
     if (path / "ice_text.model").is_file():
@@ -358,9 +359,9 @@ def _evidence(folder: str | Path, follow_base: bool = True) -> Iterator[_Evidenc
     elif code and "<|user|>" not in code:
         yield sign("tokenization_chatglm.py has no role tokens, so it is ChatGLM2-6B's", "glm2")
 
-    base = adapter.get("base_model_name_or_path")
-    if follow_base and isinstance(base, str) and base:
-        for found in _evidence(base, follow_base=False):
+    base = base or adapter.get("base_model_name_or_path")
+    if follow and isinstance(base, (str, Path)) and base:
+        for found in _evidence(base, follow=False):
             yield found._replace(sentence=f"the adapter's base model: {found.sentence}")
 
     for name in (config.get("_name_or_path"), tokenizer.get("name_or_path"), Path(path.absolute()).name):
@@ -370,18 +371,27 @@ def _evidence(folder: str | Path, follow_base: bool = True) -> Iterator[_Evidenc
                 break
 
 
-def infer_family(folder: str | Path) -> str | None:
+    # The two families read this field differently; these are the published values.
+    if (ratio := config.get("rope_ratio")) in (16, 50, 500):
+        yield sign(f"config.json has rope_ratio {ratio}", "glm2" if ratio == 16 else "glm3", strong=False)
+
+
+def infer_family(
+    folder: str | Path, base: str | Path | None = None, config: dict | None = None
+) -> str | None:
     """The family ("glm", "glm2", "glm3") of a checkpoint, tokenizer or adapter folder, None where its files
-    cannot tell (ChatGLM2 and ChatGLM3 share their config format). Never runs code found in the folder."""
+    cannot tell (ChatGLM2 and ChatGLM3 share their config format). Never runs code found in the folder.
+    `base` is the base model of an adapter or prefix folder, by default the one that it names; `config` takes
+    the place of the folder's config.json."""
     left = frozenset(FAMILIES)
-    for found in sorted(_evidence(folder), key=lambda found: not found.strong):
+    for found in sorted(_evidence(folder, base, config), key=lambda found: not found.strong):
         left = left & found.families or left
     return next(iter(left)) if len(left) == 1 else None
 
 
-def contradicts(folder: str | Path, family: str) -> str | None:
+def contradicts(folder: str | Path, family: str, base: str | Path | None = None) -> str | None:
     """The sentence of evidence that `family` cannot be right for `folder`, or None where there is none."""
-    for found in _evidence(folder):
+    for found in _evidence(folder, base):
         if found.strong and family not in found.families:
             return found.sentence
     return None

@@ -1,60 +1,84 @@
 """Folders to models and tokenizers: published checkpoints, our own, LoRA adapters and P-Tuning prefixes."""
 
 import hashlib
-import json
 import logging
-import pickle
-import zipfile
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from .configuration import ChatGLM1Config, ChatGLMConfig
+from .adapters import adapter_file, fit_adapter, load_adapter, peft_name, read_adapter
+from .configuration import ChatGLM1Config, ChatGLMConfig, untold_family
 from .families import FAMILIES, contradicts, infer_family
+from .folders import check_folder, check_json_files, find_base, named_base, read_model_config, reading, refuse_unknown_type
 from .modeling_glm import ChatGLM1ForConditionalGeneration
 from .modeling_glm2 import ChatGLM2ForConditionalGeneration
 from .tokenization import ChatGLMTokenizer
+from .weights import PREFIX, iterate_weights, open_safetensors, read_bin, read_tensors, stored_prefix, weight_files
+
+__all__ = [
+    "PREFIX", "adapter_file", "base_fingerprint", "check_folder", "find_base", "fit_adapter", "iterate_weights", "load_adapter", "load_model",
+    "load_prefix", "load_tokenizer", "named_base", "open_safetensors", "peft_name", "quantization", "quiet_transformers", "read_adapter",
+    "read_bin", "read_config", "read_tensors", "resolve_mode", "set_prefix", "set_stop_ids", "stop_ids", "stored_prefix", "weight_files",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
-PREFIX = "transformer.prefix_encoder."
 # Tensors that say nothing about which model a folder holds: tables, tied copies, P-Tuning's own.
 NOT_IDENTITY = ("inv_freq", "lm_head.weight", "prefix_encoder.")
 
 
-def resolve_mode(path: str | Path, mode: str | None = None) -> str:
-    """The family of a folder: as asked, else as found in it, else glm2 with a warning.
+def resolve_mode(path: str | Path, mode: str | None = None, base: str | Path | None = None) -> str:
+    """The family of a folder: as asked, else as found in it or in its base, else glm2 with a warning.
 
+    Args:
+        base: the base model of an adapter or prefix folder; by default the one that it names.
     Raises:
-        ValueError: `mode` is no family, or the folder's files say that it cannot be that family.
+        ValueError: `mode` is no family, the folder's files say that it cannot be that family, or its
+            config.json is no ChatGLM's.
     """
+    folder = Path(path)
+    config = read_model_config(folder) if (folder / "config.json").is_file() else {}
     if mode is None:
-        mode = infer_family(path)
+        mode = infer_family(path, base)
         if mode is None:
+            if (ratio := config.get("rope_ratio", 1)) != 1:
+                raise ValueError(f"{path}/config.json: {untold_family(ratio)}")
             log.warning("%s does not tell its family; taking glm2 (say mode=\"glm3\" for ChatGLM3)", path)
             mode = "glm2"
     elif mode not in FAMILIES:
         raise ValueError(f"mode must be one of {', '.join(FAMILIES)}; got {mode!r}")
-    elif evidence := contradicts(path, mode):
+    elif evidence := contradicts(path, mode, base):
         raise ValueError(f"mode {mode!r} does not fit {path}: {evidence}")
     return mode
 
 
-def load_tokenizer(path: str | Path, *, mode: str | None = None) -> ChatGLMTokenizer:
-    """The tokenizer of a folder; of the base model, where an adapter folder has none of its own.
+def read_config(path: str | Path):
+    """The transformers configuration of a model, ours or another; code that comes with it is never run.
 
     Raises:
-        ValueError: `mode` contradicts the folder.
+        ValueError: it cannot be read, or its model_type is not known.
+    """
+    from transformers import AutoConfig
+
+    refuse_unknown_type(path)
+    with reading(path):
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def load_tokenizer(path: str | Path, *, mode: str | None = None, base: str | Path | None = None) -> ChatGLMTokenizer:
+    """The tokenizer of a folder; of the base model, where an adapter folder has none of its own.
+
+    Args:
+        base: the base model of an adapter or prefix folder; by default the one that it names.
+    Raises:
+        ValueError: `mode` contradicts the folder, or a file of the tokenizer is damaged.
         FileNotFoundError: no tokenizer model there.
     """
     path = check_folder(path)
-    mode = resolve_mode(path, mode)
-    base = named_base(path)
+    mode = resolve_mode(path, mode, base)
+    base = base or named_base(path)
     if not (path / FAMILIES[mode].tokenizer_file).is_file() and base and Path(base).is_dir():
         path = Path(base)
     return ChatGLMTokenizer.from_pretrained(str(path), family=mode)
@@ -88,30 +112,28 @@ def load_model(
     Returns:
         ChatGLM1ForConditionalGeneration or ChatGLM2ForConditionalGeneration; for an adapter folder, that in a PeftModel.
     Raises:
-        ValueError: mode, prefix or base contradict the folder, or the weights lack tensors.
+        ValueError: mode, prefix or base contradict the folder, a file is damaged, or the weights do not fit.
         FileNotFoundError: no such folder, or no weights in it.
     """
     path = check_folder(path)
-    mode = resolve_mode(path, mode)
+    check_json_files(path)
+    mode = resolve_mode(path, mode, base)
     options = {"mode": mode, "dtype": dtype, "attn_implementation": attn_implementation, "device_map": device_map}
     options["quantization_bit"] = quantization_bit
     if (path / "adapter_config.json").is_file():
-        from peft import PeftModel
-
-        model = load_model(find_base(path, base), **options)
-        try:
-            return PeftModel.from_pretrained(model, str(path)).eval()
-        except (RuntimeError, SafetensorError) as error:  # other shapes, a torn file
-            raise ValueError(f"{path} cannot be put on {model.name_or_path}: {' '.join(str(error).split())[:300]}") from None
+        base = find_base(path, base)
+        if (base / "adapter_config.json").is_file():
+            raise ValueError(f"{path}: its base model {base} is an adapter itself; merge that one first (merge_lora.py)")
+        return load_adapter(load_model(base, **options), path)
 
     stored = stored_prefix(path)
-    config = ChatGLMConfig.from_pretrained(str(path))
+    with reading(path / "config.json"):
+        config = ChatGLMConfig.from_dict(read_model_config(path) | {"glm_family": mode})
     if stored or pre_seq_len:
         set_prefix(config, path, stored, pre_seq_len, prefix_projection, ptuning_version)
     weights = path
     if stored and stored["only"]:
         weights = check_folder(find_base(path, base))
-    config.glm_family = mode
     config.name_or_path = str(weights)
     if "flash" in attn_implementation and isinstance(config, ChatGLM1Config):
         raise ValueError("ChatGLM-6B's bidirectional context has no flash kernel; use attn_implementation=\"sdpa\"")
@@ -170,88 +192,6 @@ def quiet_transformers():
             transformers_logging.enable_progress_bar()
 
 
-def check_folder(path: str | Path) -> Path:
-    path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"no such model folder: {path}")
-    return path
-
-
-def named_base(path: Path) -> str | None:
-    """The base model that an adapter or prefix folder names."""
-    for file, key in (("adapter_config.json", "base_model_name_or_path"), ("config.json", "_name_or_path")):
-        if (path / file).is_file() and (name := json.loads((path / file).read_text(encoding="utf-8")).get(key)):
-            return name
-    return None
-
-
-def find_base(path: Path, base: str | Path | None) -> Path:
-    found = base or named_base(path)
-    if not found:
-        raise ValueError(f"{path} holds an adapter or a prefix and names no base model; give base=FOLDER")
-    if not Path(found).is_dir():
-        raise FileNotFoundError(f"{path}: its base model {found} is not there; give base=FOLDER")
-    return Path(found)
-
-
-def weight_files(path: str | Path) -> list[Path]:
-    """The files of a checkpoint: safetensors if there are any, else .bin; shards as their index lists them."""
-    path = Path(path)
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = path / f"{name}.index.json"
-        if (path / name).is_file():
-            return [path / name]
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            if lost := [n for n in names if not (path / n).is_file()]:
-                raise FileNotFoundError(f"{path}: {index.name} names {lost[0]}, which is not there")
-            return [path / n for n in names]
-    raise FileNotFoundError(f"{path}: no model.safetensors and no pytorch_model.bin, whole or in shards")
-
-
-def iterate_weights(path: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a folder's weights, read lazily where the format allows; nothing is unpickled but tensors."""
-    for file in weight_files(path):
-        yield from read_tensors(file)
-
-
-def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of one .safetensors or .bin file; raises ValueError where it is torn or holds anything else."""
-    if file.suffix == ".safetensors":
-        with open_safetensors(file) as tensors:
-            yield from ((name, tensors.get_tensor(name)) for name in tensors.keys())
-    else:
-        yield from read_bin(file).items()
-
-
-@contextmanager
-def open_safetensors(file: Path):
-    """safetensors' safe_open, its errors a ValueError that names folder and file."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        raise ValueError(f"{file.parent}: its weights cannot be read ({file.name}: {error})") from None
-
-
-def read_bin(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .bin file, mapped into memory where its format (zip, since torch 1.6) allows.
-
-    Raises:
-        ValueError: there is anything but tensors in it; whatever else it is stays pickled.
-    """
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        # torch's message advises to switch the protection off; its last line says what was found
-        lines = str(error).splitlines() or [""]
-        found = next((line for line in lines if "WeightsUnpickler" in line), lines[0])
-        raise ValueError(f"{file} is not read: a .bin may hold tensors and nothing else ({found[:200]})") from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"{file} is not read: it is no flat table of names and tensors")
-    return state
-
-
 def base_fingerprint(path: str | Path) -> str:
     """sha256 over names, shapes and 16 values of every weight: the same for fp32, fp16 and resharded copies of a model."""
     digest = hashlib.sha256()
@@ -265,26 +205,6 @@ def base_fingerprint(path: str | Path) -> str:
     for name in sorted(samples):
         digest.update(f"{name}{samples[name][0]}".encode() + samples[name][1])
     return digest.hexdigest()
-
-
-def stored_prefix(path: Path) -> dict | None:
-    """What P-Tuning prefix a folder's weights hold: {"length", "width", "mlp", "only"}, or None.
-
-    `only`: nothing but the prefix is there (the official P-Tuning checkpoints, and ours).
-    """
-    shapes, others = {}, 0
-    for file in weight_files(path):
-        if file.suffix == ".safetensors":
-            with open_safetensors(file) as tensors:
-                found = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
-        else:
-            found = {name: list(tensor.shape) for name, tensor in read_bin(file).items()}
-        others += sum("prefix_encoder." not in name for name in found)
-        shapes |= {name.split("prefix_encoder.")[1]: shape for name, shape in found.items() if "prefix_encoder." in name}
-    if "embedding.weight" not in shapes:
-        return None
-    length, width = shapes["embedding.weight"]
-    return {"length": length, "width": width, "mlp": "trans.0.weight" in shapes, "only": not others}
 
 
 def set_prefix(config, path, stored, pre_seq_len, prefix_projection, ptuning_version):

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from queue import Queue
 from threading import Thread
 
@@ -16,8 +17,11 @@ from transformers.utils import can_return_tuple
 
 from .configuration import ChatGLMConfig
 from .families import FAMILIES
+from .folders import check_json_files, read_model_config, reading, without_marks
+from .histories import new_round
 from .layers import PrefixEmbedding, PrefixLinear, attention_visibility, padding_mask
 from .packing import Packing
+from .weights import check_fit, stored_prefix, stored_shapes, weight_files
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
@@ -27,6 +31,48 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """transformers' from_pretrained, which reads a folder's weights only where they fit.
+
+        Raises:
+            ValueError: in one line, what a folder's files hold instead, such as a P-Tuning prefix alone,
+                quantised weights or a tensor of another shape.
+        """
+        folder = Path(pretrained_model_name_or_path or "")
+        elsewhere = ("state_dict", "subfolder", "variant", "gguf_file")  # than in the files of a folder
+        if pretrained_model_name_or_path is None or not folder.is_dir() or any(map(kwargs.get, elsewhere)):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        check_json_files(folder)
+        config = kwargs.get("config")
+        if not isinstance(config, ChatGLMConfig):
+            config = cls.config_class.from_dict(read_model_config(folder))
+        files = cls.check_weights(folder, config)
+        kwargs.setdefault("use_safetensors", files[0].suffix == ".safetensors")
+        with reading(folder), without_marks(folder) as readable:
+            loaded = super().from_pretrained(str(readable), *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = model.config.name_or_path = str(folder)
+        return loaded
+
+    @classmethod
+    def check_weights(cls, folder: Path, config: ChatGLMConfig) -> list[Path]:
+        """The weight files of a folder, which fit a model of this class; a new prefix may be missing.
+
+        Raises:
+            ValueError: they do not fit. FileNotFoundError: there are none.
+        """
+        files, shapes = weight_files(folder), stored_shapes(folder)
+        if (stored_prefix(folder, shapes) or {}).get("only"):
+            raise ValueError(
+                f"{folder} holds a P-Tuning prefix alone, no model: chatglm.load_model({str(folder)!r}) puts it on its base"
+            )
+        if getattr(config, "quantization_config", None) is None:  # bitsandbytes' own files hold other shapes
+            with torch.device("meta"):
+                model = cls(copy.deepcopy(config))
+            check_fit(folder, model, shapes, ignored="prefix_encoder.")
+        return files
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -241,11 +287,14 @@ class ChatGLMCausalLM:
         """One turn of a conversation: (answer, new history), sampled as the originals sample.
 
         Args:
-            history: (query, answer) pairs; ChatGLM3: message dicts with role, content and, for system, tools.
+            history: (query, answer) pairs or message dicts with role, content and, for ChatGLM3's system, tools.
             role: ChatGLM3 only: whose turn `query` is (user, observation, system).
             options: generate()'s; the defaults are the family's (`chat_defaults`). `max_length` counts the prompt.
         Returns:
-            ChatGLM3's answer is a dict where it calls a tool or the code interpreter.
+            ChatGLM3's answer is a dict where it calls a tool or the code interpreter, its history messages;
+            the others' history has the form of the given one, pairs where there is none.
+        Raises:
+            ValueError: the history has another form, or says what the family cannot.
         """
         inputs, options = self.prepare_chat(tokenizer, query, history, role, options)
         ids = self.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :].tolist()
@@ -281,9 +330,9 @@ class ChatGLMCausalLM:
                 failure.append(error)
                 streamer.end()
 
-        def result(ids, partial):
+        def result(ids):
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            answer = self.finish_chat(tokenizer, text, query, history, role, partial)
+            answer = self.finish_chat(tokenizer, text, query, history, role)
             return (*answer, cache) if return_past_key_values else answer
 
         Thread(target=run, daemon=True).start()
@@ -295,14 +344,14 @@ class ChatGLMCausalLM:
                 ids.append(token)
                 text = tokenizer.decode(ids, skip_special_tokens=True)
                 if text and not text.endswith("\ufffd"):  # half of a character: wait for the rest
-                    yield result(ids, partial=True)
+                    yield result(ids)
         finally:
             streamer.abandoned = True  # a caller who stops listening stops the generation
         if failure:
             raise failure[0]
         if "past_key_values" in options:
             cache.token_ids = (prompt + ids)[: cache.get_seq_length()]
-        yield result(ids, partial=False)
+        yield result(ids)
 
     def prepare_chat(self, tokenizer, query, history, role, options) -> tuple[dict, dict]:
         """(model inputs, generate options) of one turn."""
@@ -323,20 +372,14 @@ class ChatGLMCausalLM:
             }  # fmt: skip
         return inputs, options
 
-    def finish_chat(self, tokenizer, text, query, history, role, partial=False):
-        """(answer, new history) from the generated text; a partial ChatGLM3 answer may still be half a tool call."""
+    def finish_chat(self, tokenizer, text, query, history, role):
+        """(answer, new history) from the generated text."""
         family = FAMILIES[tokenizer.family]
         history = copy.deepcopy(list(history or []))
-        if family.name != "glm3":
-            answer = family.process_response(text)
-            return answer, history + [(query, answer)]
-        history.append({"role": role, "content": query})
-        try:
-            return family.process_response(text, history)
-        except ValueError:
-            if not partial:
-                raise
-            return text.strip(), history
+        if family.name == "glm3":
+            return family.process_response(text, [*history, {"role": role, "content": query}])
+        answer = family.process_response(text)
+        return answer, history + new_round(history, query, answer)
 
 
 def shared_length(a: list[int], b: list[int]) -> int:

@@ -26,6 +26,8 @@ from .families import (
     glm_chat_prompt,
     infer_family,
 )
+from .files import is_lfs_pointer, pointer_error
+from .folders import check_json_files, reading, without_marks
 
 _TOKENIZER_CLASS = "ChatGLMTokenizer"  # the originals' class name, so that a saved folder loads elsewhere too
 _SAVED_BY_LIBRARY = (
@@ -67,10 +69,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             raise FileNotFoundError(
                 f"no SentencePiece model {FAMILIES[self.family].tokenizer_file} at {vocab_file}"
             )
+        if is_lfs_pointer(vocab_file):
+            raise pointer_error(vocab_file)
         try:
             self.sp_model = sentencepiece.SentencePieceProcessor(str(vocab_file))
         except RuntimeError as error:
-            raise ValueError(f"{vocab_file} is not a SentencePiece model: {error}") from None
+            raise ValueError(f"{vocab_file} is not a SentencePiece model, or damaged: {error}") from None
         self.vocab_file = str(vocab_file)
         self.encode_special_tokens = encode_special_tokens
         self._commands = self._control_ids()
@@ -112,7 +116,14 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             kwargs["vocab_file"] = str(wanted)
         kwargs.setdefault("encode_special_tokens", False)  # a folder must not open this door by itself
         kwargs.pop("trust_remote_code", None)
-        return super().from_pretrained(folder, *inputs, **kwargs)
+        if not place.is_dir():
+            return super().from_pretrained(folder, *inputs, **kwargs)
+        check_json_files(place)
+        kwargs.pop("subfolder", None)
+        with reading(place), without_marks(place) as readable:
+            tokenizer = super().from_pretrained(str(readable), *inputs, **kwargs)
+        tokenizer.name_or_path = str(folder)
+        return tokenizer
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> tuple[str, ...]:
         """Write tokenizer_config.json (original class name, "glm_family") and the model; returns paths."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from chatglm.loading import base_fingerprint, stored_prefix
+from chatglm.loading import base_fingerprint, read_config, stored_prefix
 from finetune.checkpoint import (
     PREDICTIONS,
     Checkpointer,
@@ -152,12 +152,11 @@ def check_start(config: TrainConfig, base: Path, output_dir: Path):
 def build_engine(config: TrainConfig, task: FineTuning, total_steps: int):
     """(DeepSpeed engine, model, precision): the model prepared by its method and wrapped with the loss."""
     import deepspeed
-    from transformers import AutoConfig
     from transformers.integrations import HfDeepSpeedConfig
 
     precision = resolve_precision(config.precision)
     adapters = task.method.saves != "model"
-    hidden_size = AutoConfig.from_pretrained(task.model_path).hidden_size
+    hidden_size = read_config(task.model_path).hidden_size
     ds = deepspeed_config(
         config, precision=precision, adapters=adapters, total_steps=total_steps, hidden_size=hidden_size, world=world_size()
     )

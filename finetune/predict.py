@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from chatglm.families import FAMILIES
+from chatglm.files import read_json, shorten
 from finetune.commands import Parser, run_command
 from finetune.config import PRECISIONS, parse_bool, parse_positive
 from finetune.formats import FORMATS, parse_columns
@@ -119,17 +120,25 @@ def load_for_inference(args):
     from chatglm import load_tokenizer
 
     torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(args.model_path, mode=args.mode)
+    tokenizer = load_tokenizer(args.model_path, mode=args.mode, base=args.base_model)
     model = load_ready(
         args.model_path, mode=args.mode, base=args.base_model, device=args.device, precision=args.precision, quantization_bit=args.quantization_bit
     )  # fmt: skip
     trained = Path(args.model_path) / "train_config.json"
-    max_src_len = args.max_src_len or (json.loads(trained.read_text())["max_src_len"] if trained.is_file() else 1024)
+    max_src_len = args.max_src_len or (read_max_src_len(trained) if trained.is_file() else 1024)
     options = {"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {"max_length": args.max_length}
     options["do_sample"] = bool(args.do_sample)
     if args.do_sample:
         options |= {"top_p": args.top_p, "temperature": args.temperature}
     return model, tokenizer, max_src_len, options
+
+
+def read_max_src_len(path: Path) -> int:
+    """Training's --max_src_len, from its train_config.json. Raises ValueError where it says no such number."""
+    length = read_json(path).get("max_src_len")
+    if type(length) is not int or length < 1:
+        raise ValueError(f"{path}: max_src_len must be a whole number above 0, got {shorten(length)}; say --max_src_len")
+    return length
 
 
 def load_ready(

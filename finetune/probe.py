@@ -4,14 +4,13 @@ python -m finetune.evaluate --probe data/probe.jsonl --model_path TUNED is its c
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
 from finetune.checkpoint import read_manifest
 from finetune.data import Dataset, Row, collate, count_labels, encode_rows
 from finetune.metrics import mean, score_rows
-from finetune.predict import generate_answers, load_for_inference
+from finetune.predict import generate_answers, load_for_inference, read_max_src_len
 
 
 def base_of(folder: Path, given: str | None) -> Path:
@@ -87,7 +86,7 @@ def compare(args, rows: list[Row], names: tuple[str, ...]) -> dict:
     tuned = Path(args.model_path)
     base = base_of(tuned, args.base_model)
     trained = tuned / "train_config.json"
-    cut = args.max_src_len or (json.loads(trained.read_text(encoding="utf-8"))["max_src_len"] if trained.is_file() else None)
+    cut = args.max_src_len or (read_max_src_len(trained) if trained.is_file() else None)
     sides = {
         "before": examine(argparse.Namespace(**vars(args) | {"model_path": str(base), "base_model": None, "max_src_len": cut}), rows, names),
         "after": examine(argparse.Namespace(**vars(args) | {"max_src_len": cut}), rows, names),

@@ -1,5 +1,6 @@
 """BACKBONES: how a prompt becomes a vector. torch and transformers are imported by those that need them, when they do."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,29 +28,33 @@ class Encoder:
     layers: tuple[int, ...] = ()
 
     def load_tokenizer(self, folder: str | None = None):
-        """Raises ValueError naming the folder where there is no tokenizer."""
+        """Raises ValueError naming the folder where there is no tokenizer, or one that only code of its own could read."""
         from transformers import AutoTokenizer
 
-        try:
-            return AutoTokenizer.from_pretrained(folder or self.encoder_path)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"--encoder_path {folder or self.encoder_path}: no tokenizer there ({str(error).splitlines()[0]})") from None
+        from chatglm.folders import reading
+
+        folder = folder or self.encoder_path
+        with self.checked(folder) as readable, reading(f"--encoder_path {folder}: its tokenizer"):
+            return AutoTokenizer.from_pretrained(str(readable), trust_remote_code=False)
 
     def load_model(self, dtype, method_options: dict, folder: str | None = None):
         """The encoder, without a pooler or a task's head."""
-        from safetensors import SafetensorError
         from transformers import AutoModel
 
-        from chatglm.loading import named_base, quiet_transformers
+        from chatglm.folders import reading
+        from chatglm.loading import load_adapter, named_base, quiet_transformers
 
         folder = folder or self.encoder_path
         adapter = Path(folder, "adapter_config.json").is_file()
-        try:
-            with quiet_transformers():  # it would report a pooler as missing; what is really missing is an error below
-                source = named_base(Path(folder)) if adapter else folder
-                model, info = AutoModel.from_pretrained(source, dtype=dtype, output_loading_info=True)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(f"--encoder_path {folder}: no encoder there ({str(error).splitlines()[0]})") from None
+        source = named_base(Path(folder)) if adapter else folder
+        if source is None:
+            raise ValueError(f"--encoder_path {folder}: adapter_config.json names no base model")
+        # transformers would report a pooler as missing; what is really missing is an error below
+        with self.checked(source) as readable, reading(f"--encoder_path {source}"), quiet_transformers():
+            model, info = AutoModel.from_pretrained(
+                str(readable), dtype=dtype, output_loading_info=True, trust_remote_code=False
+            )
+        model.name_or_path = model.config.name_or_path = str(source)
         if lost := sorted(name for name in info["missing_keys"] if "pooler." not in name):
             raise ValueError(f"--encoder_path {folder}: the weights lack {len(lost)} tensors, the first is {lost[0]}")
         if getattr(model, "pooler", None) is not None:
@@ -58,11 +63,21 @@ class Encoder:
         if self.max_src_len > positions:
             raise ValueError(f"--max_src_len {self.max_src_len}: {folder} reads at most {positions} tokens")
         model = cut_after(model, max(self.layers)) if self.layers else model
-        if adapter:
-            from peft import PeftModel
+        return load_adapter(model, Path(folder)).merge_and_unload() if adapter else model
 
-            model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
-        return model
+    @staticmethod
+    @contextmanager
+    def checked(folder: str):
+        """A local folder as transformers can read it, a hub's name as it is. Raises ValueError for what no library here reads."""
+        from chatglm.folders import check_json_files, refuse_unknown_type, without_marks
+
+        if not Path(folder).is_dir():
+            yield folder
+            return
+        check_json_files(Path(folder))
+        refuse_unknown_type(folder)
+        with without_marks(Path(folder)) as readable:
+            yield readable
 
     def load_served(self, folder: Path, dtype, **base):
         """(encoder, tokenizer) of a predictor's folder. Encoders have no base of their own."""
@@ -168,7 +183,7 @@ class ChatGLM:
 
     def tokenizer_of(self, folder: Path, base: str | None):
         """A predictor folder's own tokenizer, else its base's."""
-        return self.load_tokenizer(str(folder if (folder / self.family.tokenizer_file).is_file() else base))
+        return self.load_tokenizer(str(folder if (folder / self.family.tokenizer_file).is_file() or not base else base))
 
     @classmethod
     def is_whole(cls, folder: Path) -> bool:

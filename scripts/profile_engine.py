@@ -59,7 +59,7 @@ def run(args):
     from serving.engines.profiling import profile_engine
     from serving.server import cost_device
 
-    tokenizer = load_tokenizer(args.model, mode=args.mode)
+    tokenizer = load_tokenizer(args.model, mode=args.mode, base=args.base_model)
     model = load_ready(args.model, mode=args.mode, base=args.base_model, device=args.device, precision=args.precision)
     profile, rows = profile_engine(
         args.engine, model, tokenizer, args.model, limits, cost_device(model.device), args.repetitions,

@@ -73,7 +73,7 @@ def load_service(args) -> Service:
     from chatglm import load_tokenizer
     from finetune.predict import load_ready
 
-    tokenizer = load_tokenizer(args.model, mode=args.mode)
+    tokenizer = load_tokenizer(args.model, mode=args.mode, base=args.base_model)
     predictor = LengthPredictor.from_pretrained(args.predictor, served_model=tokenizer.name_or_path) if args.predictor else None
     model = load_ready(args.model, mode=args.mode, base=args.base_model, device=args.device, precision=args.precision)
     weight = model.get_input_embeddings().weight

@@ -446,11 +446,33 @@ def test_chatglm3_tools_and_roles(chats):
     model, tokenizer = chats["glm3"]
     _, after = model.chat(tokenizer, "12", longer, role="observation", do_sample=False, max_new_tokens=3)
     assert after[3] == {"role": "observation", "content": "12"}
-    # what is no tool call raises at the end, in both
-    with pytest.raises(ValueError, match="tool_call"):
-        conversation(chats, "glm3", ["weather\n", "```python\nimport a\n```", "<|observation|>"], history=history)
+    # what is no tool call comes back as text, in both (A11)
+    (content, longer), stream = conversation(
+        chats, "glm3", ["weather\n", "```python\nimport a\n```", "<|observation|>"], history=history
+    )
+    assert content["name"] == "weather" and content["content"].strip() == "```python\nimport a\n```"
+    assert stream[-1] == (content, longer) and longer[-1]["content"] == content["content"]
     with pytest.raises(ValueError, match="role is one of"):
         model.chat(tokenizer, "a", role="tool")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a10_a_chat_goes_on_from_either_form(chats, family):
+    pairs = [("你好", "世界")]
+    messages = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "世界"}]
+    answer = ["好", FAMILIES[family].end_token]
+    (from_pairs, longer), stream = conversation(chats, family, answer, history=pairs)
+    assert stream[-1] == (from_pairs, longer) and pairs == [("你好", "世界")]
+    (from_messages, later), stream = conversation(chats, family, answer, history=messages)
+    assert from_pairs == from_messages == "好" and stream[-1][1] == later and len(messages) == 2
+    asked, said = {"role": "user", "content": "你好"}, {"role": "assistant", "content": "好"}
+    if family == "glm3":
+        assert longer == later == [*messages, asked, said | {"metadata": ""}]
+    else:
+        assert longer == [*pairs, ("你好", "好")] and later == [*messages, asked, said]
+    model, tokenizer = chats[family]
+    with pytest.raises(ValueError, match=r"history\[0\]: history must be \[\(query, answer\), ...\] or .*got \"你好\""):
+        model.chat(tokenizer, "你好", ["你好"])
 
 
 def test_stream_chat_raises_what_generation_raises(chats):

@@ -3,12 +3,14 @@
 import io
 import json
 import runpy
+import shutil
 
 import pytest
 import torch
 
 from chatglm import load_model, load_tokenizer
 from chatglm.families import FAMILIES
+from chatglm.loading import resolve_mode
 from finetune import evaluate, predict
 from finetune.metrics import triple_f1, triples
 from tests.finetune.runs import ROOT, command, make_rows, write_rows
@@ -104,6 +106,51 @@ def test_sampling_follows_its_seed(adapter, capsys):
         predict.main(["--model_path", str(adapter), *ASK, "--prompt", "水泵漏油。", "--do_sample", "True", "--temperature", "2", "--top_p", "1", "--seed", seed])
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] != said[2]
+
+
+def bare_adapter(adapter, folder):
+    """An adapter as peft alone saves it: of a base with a hub's name, without a tokenizer."""
+    folder.mkdir()
+    shutil.copy(adapter / "adapter_model.safetensors", folder)
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "THUDM/chatglm2-6b"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a5_the_base_gives_tokenizer_and_family(adapter, bases, tmp_path, capsys):
+    folder = bare_adapter(adapter, tmp_path / "bare")
+    base, ask = ["--base_model", str(bases["glm2"])], [*ASK, "--max_src_len", "64", "--prompt", "水泵漏油。"]
+    capsys.readouterr()
+    assert predict.main(["--model_path", str(adapter), *ask]) == 0
+    answer = capsys.readouterr().out
+    assert predict.main(["--model_path", str(folder), *base, *ask]) == 0
+    assert capsys.readouterr().out == answer
+    assert evaluate.main(["--model_path", str(folder), *base, *ASK, "--test_path", str(write_rows(tmp_path / "t.json", make_rows(1)))]) == 0
+    # the base that is given tells the family, not the one that is named
+    assert resolve_mode(folder, base=bases["glm3"]) == "glm3"
+    assert predict.main(["--model_path", str(folder), "--base_model", str(bases["glm"]), "--mode", "glm2", *ask]) == 1
+    assert "the adapter's base model" in capsys.readouterr().err
+
+
+def test_a5_the_server_takes_the_bases_tokenizer(adapter, bases, tmp_path):
+    from serving.server import build_parser, load_service
+
+    folder = bare_adapter(adapter, tmp_path / "bare")
+    words = ["--model", folder, "--base_model", bases["glm2"], "--device", "cpu", "--policy", "fcfs", "--max_tokens", 64]
+    service = load_service(build_parser().parse_args([*map(str, words)]))
+    assert service.tokenizer.name_or_path == str(bases["glm2"]) and service.tokenizer.family == "glm2"
+
+
+@pytest.mark.parametrize("content, said", [("[]", "wanted an object"), ('{"max_src_len": "64"}', "whole number above 0"), ("{}", "got null")])
+def test_a7_a_train_config_that_says_no_length_is_one_line(adapter, tmp_path, capsys, content, said):
+    folder = shutil.copytree(adapter, tmp_path / "adapter", ignore=shutil.ignore_patterns("trainer"))
+    (folder / "train_config.json").write_text(content)
+    for name in ("manifest.json", "checksums.json"):
+        (folder / name).unlink(missing_ok=True)
+    capsys.readouterr()
+    assert predict.main(["--model_path", str(folder), *ASK, "--prompt", "x"]) == 1
+    err = capsys.readouterr().err
+    assert f"{folder / 'train_config.json'}: " in err and said in err
 
 
 @pytest.mark.parametrize("words, said", [

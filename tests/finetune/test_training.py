@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -461,3 +462,16 @@ def test_sigterm_saves_and_exits_0(flags, train, tmp_path):
     assert "stopped by signal after step" in said and list((tmp_path / "out").glob(f"epoch-*-step-{stopped}/manifest.json"))
     assert 5 < stopped < 400
     assert load_model(next((tmp_path / "out").glob(f"epoch-*-step-{stopped}"))) is not None
+
+
+def test_a8_training_never_asks_to_run_a_folders_code(bases, flags, train, tmp_path, monkeypatch):
+    base = shutil.copytree(bases["glm2"], tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    words = [str(base) if word == str(bases["glm2"]) else word for word in flags(tmp_path / "out")]
+    with pytest.raises(ValueError, match=f"{base}/config.json: wanted .*chatglm.*got \"evil\"; code that comes with a model .* is never run"):
+        train(words)
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()

@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_one_line(flags, lexical, trained_encoder, encoder,
     few = write_rows(tmp_path / "few.jsonl", make_rows(6))
     for backbone, more, said in (
         ("lexical", ["--train_path", tmp_path / "nowhere.jsonl"], "nowhere.jsonl"), ("lexical", ["--served_model", "gpt"], "no row is of it"),
-        ("lexical", ["--train_path", few], "at least 10 are needed"), ("encoder", ["--encoder_path", tmp_path], "no tokenizer there"),
+        ("lexical", ["--train_path", few], "at least 10 are needed"), ("encoder", ["--encoder_path", tmp_path], "its tokenizer cannot be read"),
         ("encoder", ["--encoder_layers", 9], "9 is none of the encoder's 3 layers"), ("encoder", ["--max_src_len", 200], "reads at most 128 tokens"),
         ("lexical", ["--output_dir", lexical], "--overwrite_output_dir"),
         ("lexical", ["--output_dir", tmp_path], "holds other things than a predictor"),

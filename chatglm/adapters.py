@@ -1,0 +1,178 @@
+"""peft's adapters: which tensors of an adapter file are read, and an error wherever some would not be.
+
+peft itself warns of tensors that a file lacks and drops those that it does not know.
+"""
+
+import re
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from .files import read_json, shorten
+from .folders import reading
+from .weights import read_tensors
+
+PEFT = "base_model.model."
+# What savers put before a module's name: peft's own, TRL's of a model with a value head, none.
+SAVED_PREFIXES = (f"{PEFT}pretrained_model.", "pretrained_model.", PEFT)
+VALUE_HEAD = "v_head."  # TRL's: of a reward, no part of a language model
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+class Fit(NamedTuple):
+    """How an adapter file fits a model: names as peft saves them."""
+
+    state: dict[str, Tensor]  # what the file holds
+    missing: list[str]
+    unexpected: list[str]
+    misshapen: list[tuple[str, list[int], list[int]]]  # (name, shape in the file, shape in the model)
+
+
+def adapter_file(folder: Path) -> Path:
+    """The weights of an adapter folder. Raises FileNotFoundError."""
+    for name in ADAPTER_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{folder} has no adapter weights: wanted {' or '.join(ADAPTER_FILES)}")
+
+
+def peft_name(name: str) -> str | None:
+    """The name under which peft saves a tensor that another saver named so; None for TRL's value head."""
+    if name.startswith(VALUE_HEAD):
+        return None
+    prefix = next((p for p in SAVED_PREFIXES if name.startswith(p)), "")
+    name = name.removeprefix(prefix)
+    # a whole model's state names the adapter, too
+    return PEFT + re.sub(r"(\.lora_[A-Za-z_]+)\.default(?=\.|$)", r"\1", name)
+
+
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """{name as peft saves it: tensor} of an adapter folder's weights.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: they cannot be read, or two tensors have one name.
+    """
+    state: dict[str, Tensor] = {}
+    for stored, tensor in read_tensors(adapter_file(folder)):
+        name = peft_name(stored)
+        if name in state:
+            raise ValueError(f"{adapter_file(folder)} holds two tensors for {name}")
+        if name:
+            state[name] = tensor
+    return state
+
+
+def read_adapter_config(folder: Path):
+    """peft's configuration of an adapter folder.
+
+    Raises:
+        ValueError: it is none, or of a kind that a ChatGLM here cannot be given.
+    """
+    from peft import PeftConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    path = folder / "adapter_config.json"
+    values = read_json(path)
+    values.pop("runtime_config", None)  # of the machine that saved it
+    kind = values.get("peft_type")
+    if kind is None:
+        raise ValueError(f"{path} has no peft_type, such as LORA: it is no adapter's configuration")
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(f"{path}: peft {peft_version()} knows no peft_type {shorten(kind)}")
+    with reading(path):
+        config = PeftConfig.from_peft_type(**values)
+    if config.is_prompt_learning or config.is_adaption_prompt or kind == "XLORA":
+        raise ValueError(
+            f"{path}: peft_type {kind} cannot be put on a ChatGLM here, wanted LORA or another kind that changes "
+            "weights; for virtual tokens train with --train_type ptuning"
+        )
+    config.inference_mode = True
+    return config
+
+
+def peft_version() -> str:
+    import peft
+
+    return peft.__version__
+
+
+def fit_adapter(model: nn.Module, state: dict[str, Tensor]) -> Fit:
+    """How the tensors of `read_adapter` fit a PeftModel that has a new adapter of their configuration."""
+    from peft import get_peft_model_state_dict
+
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    others = model.state_dict().keys()  # a file may hold weights of the base, such as a trained embedding
+    return Fit(
+        state=state,
+        missing=[name for name in wanted if name not in state],
+        unexpected=[name for name in state if name not in wanted and name not in others],
+        misshapen=[
+            (name, list(state[name].shape), list(tensor.shape))
+            for name, tensor in wanted.items()
+            if name in state and state[name].shape != tensor.shape
+        ],
+    )
+
+
+def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """The model in a PeftModel with the adapter of `folder`, in eval mode.
+
+    Raises:
+        FileNotFoundError: no adapter weights there.
+        ValueError: a file is damaged, not all of its tensors are read, some are missing, or the model is partly on disk.
+    """
+    from peft import PeftModel, set_peft_model_state_dict
+    from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+    folder = Path(folder)
+    config, state = read_adapter_config(folder), read_adapter(folder)
+    peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+    name, remedy = model.name_or_path, f"does its adapter belong to {model.name_or_path}?"
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    if "disk" in places:
+        raise ValueError(f"{folder}: an adapter cannot be put on a base that is partly on disk; merge it (merge_lora.py)")
+    if "cpu" in places and len(places) > 1:  # peft spreads base and adapter over the devices anew, and reads the file itself
+        with reading(folder, remedy), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(model, str(folder), config=config)
+        check_names(folder, name, fit_adapter(model, state))
+        return model.eval()
+    with reading(folder, remedy):
+        model = peft_class(model, config)
+    fit = fit_adapter(model, state)
+    check_names(folder, name, fit)
+    with reading(adapter_file(folder)):
+        try:
+            set_peft_model_state_dict(model, state)
+        except RuntimeError:  # shapes; some kinds of adapter change their own to the file's
+            check_shapes(folder, name, fit)
+            raise
+    return model.eval()
+
+
+def check_names(folder: Path, base: str, fit: Fit):
+    """Raises ValueError where tensors are missing, or would not be read."""
+    file = adapter_file(folder)
+    if fit.missing:
+        count = len(fit.missing) + len(fit.state) - len(fit.unexpected)
+        raise ValueError(
+            f"{len(fit.missing)} of the {count} tensors that {folder / 'adapter_config.json'} asks for "
+            f"are not in {file.name}, the first is {fit.missing[0]}"
+            + (f"; {file.name} names it otherwise, such as {fit.unexpected[0]}" if fit.unexpected else "")
+        )
+    if fit.unexpected:
+        raise ValueError(
+            f"{file}: {len(fit.unexpected)} of its {len(fit.state)} tensors have no place in {base} by "
+            f"adapter_config.json, the first is {fit.unexpected[0]}"
+        )
+
+
+def check_shapes(folder: Path, base: str, fit: Fit):
+    """Raises ValueError for the first tensor of another shape than the model's."""
+    for name, found, wanted in fit.misshapen:
+        raise ValueError(
+            f"{adapter_file(folder)} does not fit {base}: {name} has shape {found}, wanted {wanted}"
+        ) from None

@@ -1,0 +1,177 @@
+"""Model folders as people have them: what is checked before a library reads one, and its errors in one line. Free of torch."""
+
+import os
+import tempfile
+from codecs import BOM_UTF8
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .families import FAMILIES
+from .files import read_json, read_text, shorten
+
+JSON_FILES = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.json",
+)
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+PASSED_ON = (MemoryError, ImportError)  # no fault of the folder
+LONGEST_REASON = 300  # characters
+GENERATION = {  # of generation_config.json, which transformers believes until it generates
+    "max_length": int, "max_new_tokens": int, "min_length": int, "top_k": int, "num_beams": int, "do_sample": bool, "use_cache": bool,
+    "temperature": (int, float), "top_p": (int, float), "repetition_penalty": (int, float), "bos_token_id": int, "pad_token_id": int,
+    "eos_token_id": (int, list),
+}  # fmt: skip
+
+
+@contextmanager
+def reading(place: str | Path, remedy: str = "") -> Iterator[None]:
+    """What a library raises while it reads `place` becomes one line that names it.
+
+    Errors that name the place already, files that cannot be opened, and a lack of memory or of a
+    package pass through. The type of any other is named, because it may be a bug of ours.
+
+    Raises:
+        ValueError: for all the others.
+    """
+    try:
+        yield
+    except PASSED_ON:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if type(error).__name__ == "OutOfMemoryError" or is_explained(error, place):
+            raise
+        if type(error) not in (ValueError, OSError) or not reason:
+            reason = f"{type(error).__name__}: {reason}"
+        if len(reason) > LONGEST_REASON:
+            reason = f"{reason[: LONGEST_REASON - 3]}..."
+        raise ValueError(f"{place} cannot be read: {reason}{remedy and f'; {remedy}'}") from None
+
+
+def is_explained(error: Exception, place: str | Path) -> bool:
+    """Whether an error names its file already, in one line."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return True
+    text = str(error)
+    return type(error) in (ValueError, FileNotFoundError) and str(place) in text and "\n" not in text
+
+
+def check_folder(path: str | Path) -> Path:
+    """`path`, which is a folder. Raises FileNotFoundError."""
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"no such model folder: {path}")
+    return path
+
+
+def check_json_files(folder: Path):
+    """Raises ValueError, OSError for the first JSON file of a model folder that holds no JSON object, or a wrong value."""
+    for name in (*JSON_FILES, *INDICES):
+        if (folder / name).is_file():
+            values = read_json(folder / name)
+            if name == "generation_config.json":
+                check_generation(folder / name, values)
+
+
+def check_generation(path: Path, values: dict):
+    for name, kind in GENERATION.items():
+        value = values.get(name)
+        if value is None or (isinstance(value, kind) and isinstance(value, bool) == (kind is bool)):
+            continue
+        raise ValueError(f"{path}: {name} cannot be {shorten(value)}")
+
+
+@contextmanager
+def without_marks(folder: Path) -> Iterator[Path]:
+    """The folder as transformers can read it, which refuses JSON that begins with a byte order mark.
+
+    Without such files the folder itself; else a temporary one: those files without their marks, and
+    links to all the others.
+    """
+    marked = [path for name in (*JSON_FILES, *INDICES) if begins_with_mark(path := folder / name)]
+    if not marked:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="chatglm-") as made:
+        for path in folder.iterdir():
+            if path in marked:
+                Path(made, path.name).write_text(read_text(path), encoding="utf-8")
+            else:
+                Path(made, path.name).symlink_to(path.absolute())
+        yield Path(made)
+
+
+def begins_with_mark(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(BOM_UTF8)) == BOM_UTF8
+
+
+def read_model_config(folder: Path) -> dict:
+    """config.json of a ChatGLM folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not a ChatGLM's.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json: it is no model folder")
+    values = read_json(path)
+    if (model_type := values.get("model_type", "chatglm")) != "chatglm":
+        raise ValueError(f'{path}: wanted "model_type": "chatglm", got {shorten(model_type)}{code_word(values)}')
+    if (family := values.get("glm_family")) not in (None, *FAMILIES):
+        raise ValueError(f'{path}: "glm_family" is one of {", ".join(FAMILIES)}, got {shorten(family)}')
+    return values
+
+
+def refuse_unknown_type(folder: str | Path):
+    """Raises ValueError where only code that lies in a folder could read its model: such code is never run."""
+    from transformers import CONFIG_MAPPING
+
+    path = Path(folder, "config.json")
+    if not path.is_file():
+        return
+    values = read_json(path)
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise ValueError(f"{path}: model_type {shorten(model_type)} is not known{code_word(values)}")
+
+
+def code_word(values: dict) -> str:
+    return "; code that comes with a model (auto_map) is never run" if "auto_map" in values else ""
+
+
+def named_base(path: Path) -> str | None:
+    """The base model that an adapter or prefix folder names.
+
+    Raises:
+        ValueError: it names one by something else than text.
+    """
+    for file, key in (("adapter_config.json", "base_model_name_or_path"), ("config.json", "_name_or_path")):
+        if (path / file).is_file() and (name := read_json(path / file).get(key)):
+            if not isinstance(name, str):
+                raise ValueError(f"{path / file}: {key} must be text, got {shorten(name)}")
+            return name
+    return None
+
+
+def find_base(path: Path, base: str | Path | None) -> Path:
+    """The folder of the base of an adapter or prefix folder: `base`, else the one that it names.
+
+    Raises:
+        ValueError: it names none. FileNotFoundError: the base is not there.
+    """
+    found = base or named_base(path)
+    if not found:
+        raise ValueError(f"{path} holds an adapter or a prefix and names no base model; give base=FOLDER")
+    if not os.path.isdir(found):
+        raise FileNotFoundError(f"{path}: its base model {found} is not there; give base=FOLDER")
+    return Path(found)

@@ -1,0 +1,104 @@
+"""Histories of a chat, in the form of every family: (query, answer) pairs, or messages with roles. Pure.
+
+What was not said is None: the answer of a round that waits for one, the content of a message.
+"""
+
+import json
+from collections.abc import Iterable
+
+from .files import shorten
+
+ROLES = ("system", "user", "assistant", "observation")
+TOOL_PREAMBLE = "Answer the following questions as best as you can. You have access to the following tools:"
+FORMS = '[(query, answer), ...] or [{"role": ..., "content": ...}, ...]'
+
+
+def history_messages(history: Iterable | None) -> list[dict]:
+    """New messages (role, content, perhaps metadata and tools) that say what a history in either form says.
+
+    Raises:
+        ValueError: it has neither form.
+    """
+    messages: list[dict] = []
+    for number, turn in enumerate(turns_of(history)):
+        if isinstance(turn, dict):
+            check_message(turn, f"history[{number}]")
+            messages.append(dict(turn))
+            continue
+        pair = check_pair(turn, f"history[{number}]")
+        messages += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair) if text is not None]
+    return messages
+
+
+def turns_of(history: Iterable | None) -> list:
+    if isinstance(history, (str, bytes, dict)) or not isinstance(history, (Iterable, type(None))):
+        raise ValueError(f"history must be {FORMS}, got {shorten(history)}")
+    return list(history or [])
+
+
+def check_message(turn: dict, place: str):
+    """Raises ValueError where a turn is no message."""
+    role, content = turn.get("role"), turn.get("content")
+    if not isinstance(role, str) or role not in ROLES:
+        raise ValueError(f"{place}: role is one of {', '.join(ROLES)}, got {shorten(role)}")
+    if not isinstance(content, (str, type(None))):
+        raise ValueError(f"{place}: content must be text, got {shorten(content)}")
+    if not isinstance(turn.get("metadata"), (str, type(None))):
+        raise ValueError(f"{place}: metadata must be text, got {shorten(turn['metadata'])}")
+
+
+def check_pair(turn, place: str) -> tuple[str | None, str | None]:
+    """The query and answer of a turn. Raises ValueError where it is no pair."""
+    pair = tuple(turn) if isinstance(turn, (tuple, list)) else ()
+    if len(pair) != 2 or not all(isinstance(text, (str, type(None))) for text in pair):
+        raise ValueError(f"{place}: history must be {FORMS}, got {shorten(turn)}")
+    return pair
+
+
+def message_text(message: dict) -> str | None:
+    """What ChatGLM3 is shown of a message, the tools of a system message below its text; None where nothing was said."""
+    content = message.get("content")
+    if message["role"] == "system" and "tools" in message:
+        tools = json.dumps(message["tools"], indent=4, ensure_ascii=False)
+        return f"{TOOL_PREAMBLE if content is None else content}\n{tools}"
+    return content
+
+
+def history_rounds(history: Iterable | None, query: str, title: str) -> tuple[list[tuple[str, str]], str]:
+    """((question, answer) rounds, query) for a family without roles; a system's text stands before the next question.
+
+    Args:
+        title: the family's, for errors.
+    Raises:
+        ValueError: the history has neither form, or holds tools, which only ChatGLM3 knows.
+    """
+    rounds: list[tuple[str, str]] = []
+    system = ""
+    for number, turn in enumerate(turns_of(history)):
+        if not isinstance(turn, dict):
+            question, answer = (text or "" for text in check_pair(turn, f"history[{number}]"))
+            rounds.append((system + question, answer))
+            system = ""
+            continue
+        check_message(turn, f"history[{number}]")
+        role, content = turn["role"], turn.get("content")
+        if role == "observation" or turn.get("metadata") or turn.get("tools"):
+            raise ValueError(f"history[{number}]: {title} knows no tools; only ChatGLM3 does")
+        if role == "system":
+            system += f"{content}\n" if content else ""
+        elif role == "user":
+            rounds.append((system + (content or ""), ""))
+            system = ""
+        elif not rounds:
+            rounds.append(("", content or ""))
+        else:
+            question, said = rounds[-1]
+            rounds[-1] = (question, "\n".join(filter(None, (said, content))))
+    return rounds, system + query
+
+
+def new_round(history: list, query: str, answer: str) -> list:
+    """What a round adds to a history, in the form of what it holds; pairs where it is empty."""
+    if history and isinstance(history[-1], dict):
+        return [{"role": "user", "content": query}, {"role": "assistant", "content": answer}]
+    return [(query, answer)]

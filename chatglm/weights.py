@@ -1,0 +1,180 @@
+"""Weight files: which of a folder count, their tensors, and whether these fit a model that is about to be built."""
+
+import logging
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .files import is_lfs_pointer, pointer_error, read_json, shorten
+
+log = logging.getLogger(__name__)
+
+PREFIX = "transformer.prefix_encoder."
+WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
+BODY = "transformer."
+SCALE = "weight_scale"  # ends the names of the scales in the published int4 and int8 folders
+
+
+def weight_files(path: str | Path) -> list[Path]:
+    """The files of a checkpoint: safetensors if there are any, else .bin; shards as their index lists them.
+
+    Raises:
+        FileNotFoundError: there are none, or some are not there.
+        ValueError: an index is no index, or names a file outside the folder.
+    """
+    path = Path(path)
+    lost = None
+    for name in WHOLE_FILES:
+        if (path / name).is_file():
+            files = [path / name]
+        elif (index := path / f"{name}.index.json").is_file():
+            files = [path / shard for shard in shard_names(index)]
+            if missing := [file.name for file in files if not file.is_file()]:
+                lost = lost or FileNotFoundError(
+                    f"{path}: {index.name} names {missing[0]}, which is not there; fetch it, or delete {index.name}"
+                )
+                continue
+        else:
+            continue
+        if lost:
+            log.warning("%s; reading %s", lost, files[0].name)
+        return files
+    raise lost or FileNotFoundError(f"{path}: no model.safetensors and no pytorch_model.bin, whole or in shards")
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index names, sorted. Raises ValueError where they are no files beside it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: wanted a weight_map of tensors and their files, got {shorten(weight_map)}")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or PurePosixPath(name).name != name or name in ("", "..") or "\\" in name:
+            raise ValueError(f"{index}: {shorten(tensor)} must lie in a file of this folder, got {shorten(name)}")
+    return sorted(set(weight_map.values()))
+
+
+def iterate_weights(path: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a folder's weights, read lazily where the format allows; nothing is unpickled but tensors."""
+    for file in weight_files(path):
+        yield from read_tensors(file)
+
+
+def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of one .safetensors or .bin file; raises ValueError where it is torn or holds anything else."""
+    if file.suffix == ".safetensors":
+        with open_safetensors(file) as tensors:
+            yield from ((name, tensors.get_tensor(name)) for name in tensors.keys())
+    else:
+        yield from read_bin(file).items()
+
+
+@contextmanager
+def open_safetensors(file: Path):
+    """safetensors' safe_open, its errors a ValueError that names folder and file."""
+    refuse_pointer(file)
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file.parent}: its weights cannot be read ({file.name}: {error}); fetch {file.name} again"
+        ) from None
+
+
+def refuse_pointer(file: Path):
+    if is_lfs_pointer(file):
+        raise pointer_error(file)
+
+
+def read_bin(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .bin file, mapped into memory where its format (zip, since torch 1.6) allows.
+
+    Raises:
+        ValueError: it is torn, or there is anything but tensors in it; whatever else it is stays pickled.
+    """
+    refuse_pointer(file)
+    zipped = zipfile.is_zipfile(file)
+    with open(file, "rb") as opened:
+        begins_as_zip = opened.read(2) == b"PK"
+    if begins_as_zip and not zipped:  # a zip's table of contents stands at its end
+        raise ValueError(f"{file} is cut short or damaged: fetch it again")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:  # damaged bytes make torch's unpickler raise almost anything
+        # torch's message advises to switch the protection off; its last line says what was found
+        lines = str(error).splitlines() or [""]
+        found = next((line for line in lines if "WeightsUnpickler" in line), lines[0])
+        raise ValueError(
+            f"{file} is not read: it is damaged, or holds something else than tensors "
+            f"({type(error).__name__}: {found[:200]})"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"{file} is not read: it is no flat table of names and tensors")
+    return state
+
+
+def stored_shapes(path: str | Path) -> dict[str, list[int]]:
+    """{name: shape} of the tensors in a folder's weights."""
+    shapes: dict[str, list[int]] = {}
+    for file in weight_files(path):
+        if file.suffix == ".safetensors":
+            with open_safetensors(file) as tensors:
+                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
+        else:
+            shapes |= {name: list(tensor.shape) for name, tensor in read_bin(file).items()}
+    return shapes
+
+
+def stored_prefix(path: Path, shapes: dict[str, list[int]] | None = None) -> dict | None:
+    """What P-Tuning prefix a folder's weights hold: {"length", "width", "mlp", "only"}, or None.
+
+    `only`: nothing but the prefix is there (the official P-Tuning checkpoints, and ours).
+    `shapes`: `stored_shapes` of the folder, if they are read already.
+    """
+    shapes = stored_shapes(path) if shapes is None else shapes
+    prefix = {name.split("prefix_encoder.")[1]: s for name, s in shapes.items() if "prefix_encoder." in name}
+    if "embedding.weight" not in prefix:
+        return None
+    if len(prefix["embedding.weight"]) != 2:
+        raise ValueError(
+            f"{path}: prefix_encoder.embedding.weight must have 2 dimensions, found {prefix['embedding.weight']}"
+        )
+    length, width = prefix["embedding.weight"]
+    return {"length": length, "width": width, "mlp": "trans.0.weight" in prefix, "only": len(prefix) == len(shapes)}
+
+
+def check_fit(path: str | Path, model: nn.Module, shapes: dict[str, list[int]], ignored: str | None = None):
+    """Compare what a folder's weights hold with what a model wants, before any of it is read.
+
+    Args:
+        model: built on the meta device.
+        shapes: `stored_shapes` of the folder.
+        ignored: part of the names that may be missing.
+    Raises:
+        ValueError: the weights are quantised, a tensor has another shape, or is missing.
+    """
+    if scales := [name for name in shapes if name.endswith(SCALE)]:
+        bits = getattr(model.config, "quantization_bit", None)
+        said = f" (quantization_bit {bits})" if bits else ""
+        raise ValueError(
+            f"{path} holds weights quantised to 4 or 8 bits{said}, such as {scales[0]}: take the fp16 release "
+            "of the model; --quantization_bit 4 or 8 quantises that while it loads"
+        )
+    tied = model.all_tied_weights_keys
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    stored = {name.removeprefix(BODY): shape for name, shape in shapes.items()}  # a body may be saved alone
+    for name, shape in wanted.items():
+        found = stored.get(name.removeprefix(BODY), shape)
+        if found != shape:
+            raise ValueError(f"{path}: {name} has shape {found}, config.json asks for {shape}")
+    lost = [name for name in wanted if name.removeprefix(BODY) not in stored]
+    lost = sorted(name for name in lost if ignored is None or ignored not in name)
+    if lost:
+        raise ValueError(f"{path}: the weights lack {len(lost)} tensors, the first is {lost[0]}")
