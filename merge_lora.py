@@ -6,13 +6,15 @@ import shutil
 import sys
 from pathlib import Path
 
+from chatglm.checksums import add_verify_flag
 from chatglm.families import FAMILIES
+from chatglm.files import read_json
 from finetune.commands import Parser, run_command
 
 MERGED_NOTE = "merged.json"
 
 
-def check_base(base: Path, adapter: Path, other_name: bool = False) -> str | None:
+def check_base(base: Path, adapter: Path, other_name: bool = False, verify: str | None = None) -> str | None:
     """None where the adapter is known to belong to the base; a word of warning where nothing can tell.
 
     Raises:
@@ -20,13 +22,11 @@ def check_base(base: Path, adapter: Path, other_name: bool = False) -> str | Non
     """
     from chatglm.loading import base_fingerprint, iterate_weights
     from finetune.checkpoint import read_manifest
+    from finetune.merging import base_name
 
     changed = adapter_shapes(adapter)
-    try:
-        named = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
-    except ValueError as error:
-        raise ValueError(f"{adapter / 'adapter_config.json'}: not valid JSON: {error}") from None
-    made_for = (read_manifest(adapter) or {}).get("base_model", {})
+    named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
+    made_for = (read_manifest(adapter, verify) or {}).get("base_model", {})
     if made_for.get("fingerprint"):
         if made_for["fingerprint"] != base_fingerprint(base):
             raise ValueError(
@@ -35,7 +35,7 @@ def check_base(base: Path, adapter: Path, other_name: bool = False) -> str | Non
         return None
     shapes = {name: tuple(tensor.shape) for name, tensor in iterate_weights(base)}
     for name, (out_size, in_size) in changed.items():
-        target = name.removeprefix("base_model.model.") + ".weight"
+        target = base_name(name) + ".weight"
         if target not in shapes or shapes[target] != (out_size, in_size):
             raise ValueError(f"{adapter} does not fit {base}: it changes {target} of {(out_size, in_size)}, found {shapes.get(target)}")
     if named and Path(named).name not in (base.name, base.resolve().name):
@@ -59,66 +59,85 @@ def adapter_shapes(adapter: Path) -> dict[str, tuple[int, int]]:
     return {name: (sizes[".lora_B."], sizes[".lora_A."]) for name, sizes in pairs.items()}
 
 
-def merge(base: Path, adapter: Path, save_dir: Path, mode: str | None = None, other_name: bool = False) -> float:
-    """Write base + adapter to `save_dir`; returns the largest difference of logits between merged and adapted.
+def merge(
+    base: Path, adapter: Path, save_dir: Path, mode: str | None = None, other_name: bool = False, *,
+    dtype=None, device: str = "cpu", verify: str | None = None,
+):  # fmt: skip
+    """Write base + adapter to `save_dir`, which is there whole or as it was; returns what merging.Merged says.
 
+    Args:
+        dtype: of the merged weights; None keeps the base's.
+        device: where the products are computed, in fp32.
+        verify: how both folders are compared with their checksums, one of checksums.LEVELS; None: by SHA-256.
     Raises:
-        ValueError: not an adapter, another base's, already merged, or the merged logits differ from the adapted ones.
+        ValueError: not an adapter, another base's, already merged, damaged, without effect, or a merged layer differs from the
+            adapted one.
+        OSError: no room on the disk, or it cannot be written.
     """
-    import torch
+    from chatglm import load_tokenizer
+    from chatglm.checksums import check_folder_files, is_top
+    from chatglm.loading import resolve_mode
+    from chatglm.runs import check_not_run
+    from finetune.files import put_in_place
+    from finetune.merging import merge_weights
 
-    from chatglm import load_model, load_tokenizer
-    from chatglm.loading import iterate_weights, resolve_mode, stop_ids
-
+    base, adapter, save_dir = base.resolve(), adapter.resolve(), save_dir.resolve()
+    check_not_run(adapter, "--model_dir")
     if (adapter / MERGED_NOTE).is_file():
         raise ValueError(f"{adapter} is merged already ({MERGED_NOTE}); its adapter is in {adapter / 'adapter'}")
     if not (adapter / "adapter_config.json").is_file():
         raise ValueError(f"{adapter} is no LoRA adapter: it has no adapter_config.json")
     note = base / MERGED_NOTE
-    if note.is_file() and json.loads(note.read_text())["adapter_sha256"] == adapter_hash(adapter):
+    if note.is_file() and read_json(note).get("adapter_sha256") == adapter_hash(adapter):
         raise ValueError(f"{base} already holds this adapter ({MERGED_NOTE}); merging twice would apply it twice")
-    if save_dir.exists() and any(save_dir.iterdir()) and save_dir.resolve() != adapter.resolve():
+    in_place = save_dir == adapter
+    if not in_place and save_dir.exists() and (not save_dir.is_dir() or any(save_dir.iterdir())):
         raise ValueError(f"--save_dir {save_dir} is not empty")
-    if word := check_base(base, adapter, other_name):
+    for folder in (base, adapter):
+        check_folder_files(folder, verify, default="full", wanted=is_top)
+    if word := check_base(base, adapter, other_name, verify):
         print(f"WARNING: {word}", file=sys.stderr)
 
     mode = resolve_mode(base, mode)
-    dtype = next(tensor.dtype for _, tensor in iterate_weights(base))
-    model = load_model(adapter, mode=mode, base=base, dtype=torch.float32)
-    family, tokenizer = FAMILIES[mode], load_tokenizer(base, mode=mode)
-    probe = torch.tensor([family.encode_example(tokenizer, "发动机抖动，怎么办？", "检查火花塞。", 512, 256).input_ids])
-    with torch.inference_mode():
-        adapted = model(input_ids=probe).logits
-        model = model.merge_and_unload()
-        merged = model(input_ids=probe).logits
-    difference = float((adapted - merged).abs().max())
-    bound = 1e-4 * max(1.0, float(adapted.abs().max()))
-    if not difference <= bound:
-        raise ValueError(f"merged logits differ from adapted ones by {difference:.2e} (allowed {bound:.2e}); nothing was written")
-
+    tokenizer = load_tokenizer(base, mode=mode, verify=verify)
     aside = save_dir.with_name(f".{save_dir.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    model.to(dtype).save_pretrained(str(aside), max_shard_size="2GB")
-    tokenizer.save_pretrained(str(aside))
-    model.generation_config.eos_token_id = stop_ids(tokenizer)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.save_pretrained(str(aside))
+    try:
+        aside.mkdir(parents=True)
+        merged = merge_weights(base, adapter, adapter_file(adapter), aside, mode=mode, dtype=dtype, device=device)
+        write_others(tokenizer, base, adapter, aside)
+        if in_place:
+            # As the old command does it. The adapter moves down: a folder with both would be ambiguous.
+            shutil.copytree(adapter, aside / "adapter", copy_function=link_or_copy)
+        put_in_place(aside, save_dir)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return merged
+
+
+def write_others(tokenizer, base: Path, adapter: Path, folder: Path):
+    """What belongs to a merged model besides its weights and config.json."""
+    from transformers import GenerationConfig
+
+    from chatglm.loading import stop_ids
+
+    tokenizer.save_pretrained(str(folder))
+    there = (base / "generation_config.json").is_file()
+    generation = GenerationConfig.from_pretrained(str(base)) if there else GenerationConfig()
+    generation.eos_token_id, generation.pad_token_id = stop_ids(tokenizer), tokenizer.pad_token_id
+    generation.save_pretrained(str(folder))
     if (adapter / "train_config.json").is_file():  # prediction cuts prompts as training did
-        shutil.copy(adapter / "train_config.json", aside)
-    note = {"base": str(base.resolve()), "adapter": str(adapter.resolve()), "adapter_sha256": adapter_hash(adapter)}
-    (aside / MERGED_NOTE).write_text(json.dumps(note, indent=2) + "\n")
-    if save_dir.resolve() == adapter.resolve():
-        # In place, as the old command does it. The adapter moves down: a folder with both would be ambiguous.
-        shutil.copytree(adapter, aside / "adapter")
-        replaced = adapter.with_name(f".{adapter.name}.old")
-        os.replace(adapter, replaced)
-        os.replace(aside, save_dir)
-        shutil.rmtree(replaced)
-    else:
-        if save_dir.exists():
-            save_dir.rmdir()
-        os.replace(aside, save_dir)
-    return difference
+        shutil.copyfile(adapter / "train_config.json", folder / "train_config.json")
+    note = {"base": str(base), "adapter": str(adapter), "adapter_sha256": adapter_hash(adapter)}
+    (folder / MERGED_NOTE).write_text(json.dumps(note, indent=2) + "\n")
+
+
+def link_or_copy(source: str, target: str):
+    """A second name for a file, which takes no room; a copy where the file system has no such names."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def adapter_file(adapter: Path) -> Path:
@@ -129,7 +148,7 @@ def adapter_file(adapter: Path) -> Path:
 
 
 def adapter_hash(adapter: Path) -> str:
-    from finetune.checkpoint import sha256
+    from finetune.files import sha256
 
     return sha256(adapter_file(adapter))
 
@@ -140,20 +159,33 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model_dir", default="output-glm2/epoch-2-step-3900/", help="the adapter folder")
     parser.add_argument("--mode", choices=tuple(FAMILIES), help="family (default: found in the base folder)")
     parser.add_argument("--save_dir", help="where the merged model goes (default: MODEL_DIR, its adapter moving to MODEL_DIR/adapter)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the merged weights (default: the base's)")
+    parser.add_argument("--device", default="cpu", help='where the products are computed: GPU number, "cpu" or a torch device [cpu]')
+    add_verify_flag(parser, "full")
     parser.add_argument("--other_name", action="store_true", help="the base is the adapter's although its folder is named otherwise")
     args = parser.parse_args(argv)
     return run_command(parser.prog, lambda: run(args))
 
 
-def run(args) -> int:
-    adapter = Path(args.model_dir)
-    save_dir = Path(args.save_dir or args.model_dir)
+def run(args):
+    adapter, save_dir = Path(args.model_dir), Path(args.model_dir if args.save_dir is None else args.save_dir)
+    if args.save_dir == "":
+        raise ValueError("--save_dir is empty: name a folder, or leave the flag out to merge in place of --model_dir")
     for path, flag in ((Path(args.ori_model_dir), "--ori_model_dir"), (adapter, "--model_dir")):
         if not path.is_dir():
             raise FileNotFoundError(f"{flag}: no such folder: {path}")
-    difference = merge(Path(args.ori_model_dir), adapter, save_dir, args.mode, args.other_name)
-    print(f"merged into {save_dir} (largest difference of logits, merged against adapted: {difference:.1e})")
-    return 0
+    # torch: seconds, and only once the flags are right
+    from finetune.distributed import DTYPES
+    from finetune.predict import pick_device
+
+    merged = merge(
+        Path(args.ori_model_dir), adapter, save_dir, args.mode, args.other_name,
+        dtype=args.dtype and DTYPES[args.dtype], device=pick_device(args.device), verify=args.verify,
+    )  # fmt: skip
+    print(
+        f"merged {merged.layers} layers into {save_dir}, {str(merged.dtype).removeprefix('torch.')} "
+        f"(largest difference of outputs, merged against adapted: {merged.difference:.1e})"
+    )
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ def run(config: TrainConfig):
         return
     # torch, DeepSpeed: seconds, and only once the flags are right
     from finetune.engine import TrainingFailed, train
+    from finetune.stopping import StoppedBySignal
 
     try:
         if config.task == "predictor":
@@ -33,6 +34,8 @@ def run(config: TrainConfig):
             train_predictor(config)
         else:
             train(config)
+    except StoppedBySignal as stopped:  # its line is said
+        return stopped.exit_code
     except TrainingFailed as error:
         raise ValueError(error) from None
 

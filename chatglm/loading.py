@@ -9,9 +9,18 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from .adapters import adapter_file, fit_adapter, load_adapter, peft_name, read_adapter
+from .checksums import check_folder_files, checks_folder, is_small, is_top
 from .configuration import ChatGLM1Config, ChatGLMConfig, untold_family
 from .families import FAMILIES, contradicts, infer_family
-from .folders import check_folder, check_json_files, find_base, named_base, read_model_config, reading, refuse_unknown_type
+from .folders import (
+    check_folder,
+    check_json_files,
+    find_base,
+    named_base,
+    read_model_config,
+    reading,
+    refuse_unknown_type,
+)
 from .modeling_glm import ChatGLM1ForConditionalGeneration
 from .modeling_glm2 import ChatGLM2ForConditionalGeneration
 from .tokenization import ChatGLMTokenizer
@@ -67,6 +76,7 @@ def read_config(path: str | Path):
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
+@checks_folder(is_small)
 def load_tokenizer(path: str | Path, *, mode: str | None = None, base: str | Path | None = None) -> ChatGLMTokenizer:
     """The tokenizer of a folder; of the base model, where an adapter folder has none of its own.
 
@@ -84,6 +94,7 @@ def load_tokenizer(path: str | Path, *, mode: str | None = None, base: str | Pat
     return ChatGLMTokenizer.from_pretrained(str(path), family=mode)
 
 
+@checks_folder()
 def load_model(
     path: str | Path,
     *,
@@ -109,6 +120,7 @@ def load_model(
         base: the base model of an adapter or prefix folder; by default the one that it names.
         quantization_bit: 4 (nf4, double quantisation) or 8 (int8) bits for the linear layers but the output layer and a prefix's
             own; computed in `dtype`. Needs bitsandbytes.
+        verify: how files are compared with the folder's checksums.json: fast, full or off.
     Returns:
         ChatGLM1ForConditionalGeneration or ChatGLM2ForConditionalGeneration; for an adapter folder, that in a PeftModel.
     Raises:
@@ -134,6 +146,7 @@ def load_model(
     weights = path
     if stored and stored["only"]:
         weights = check_folder(find_base(path, base))
+        check_folder_files(weights, wanted=is_top)
     config.name_or_path = str(weights)
     if "flash" in attn_implementation and isinstance(config, ChatGLM1Config):
         raise ValueError("ChatGLM-6B's bidirectional context has no flash kernel; use attn_implementation=\"sdpa\"")

@@ -7,61 +7,87 @@ output_dir/epoch-E-step-S/
     tokenizer files, generation_config.json
     train_config.json, manifest.json
     trainer/                                             DeepSpeed's shards: optimizer, schedule, trainable weights
+    checksums.json                                       of all these files (chatglm/checksums.py)
 A folder with a manifest is complete; the newest is found by its step, so there is no pointer file to go stale.
 """
 
 import json
 import os
 import pickle
-import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from chatglm.checksums import CHECKSUMS, check_folder_files, write_checksums
+from chatglm.files import read_json
 from chatglm.loading import PREFIX, read_tensors, stop_ids
+from chatglm.runs import MANIFEST, check_not_run, committed_checkpoints, step_of
 from finetune.config import TrainConfig, read_ds_file
+from finetune.contents import path_contents
 from finetune.distributed import agree, rank, say, without_prints, world_size
 from finetune.elastic import read_shards, restore, weights_only
-from finetune.files import flush, flush_tree, sha256, write_json
+from finetune.files import flush, flush_tree, set_modes, sha256, write_json
 from finetune.lora import check_lora_start, on_original_base
 from finetune.record import RUN, is_better, versions
 
 FORMAT_VERSION = 1
-NAME = re.compile(r"epoch-(\d+)-step-(\d+)$")
-MANIFEST = "manifest.json"
 PREDICTIONS = "predictions"  # of each evaluation, in the output folder
+SET_ASIDE = "set-aside"  # folders of checkpoints that a resumed run makes again
 
 
-def checkpoint_step(folder: Path) -> int:
-    return int(NAME.search(folder.name).group(2))
+class NoRoom(OSError):
+    """A checkpoint would not fit on the disk; every rank gets it."""
 
 
-def committed_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Complete checkpoint folders, oldest first."""
-    folders = Path(output_dir).glob("epoch-*-step-*") if Path(output_dir).is_dir() else ()
-    return sorted((p for p in folders if NAME.search(p.name) and (p / MANIFEST).is_file()), key=checkpoint_step)
-
-
-def read_manifest(folder: str | Path) -> dict | None:
+def read_manifest(folder: str | Path, verify: str | None = None) -> dict | None:
     """The manifest of a checkpoint, or None where there is none.
 
+    Args:
+        verify: how it is compared with the folder's checksums, one of checksums.LEVELS.
     Raises:
-        ValueError: it is not readable, or of a newer format.
+        ValueError: it is not readable, damaged, or of a newer format.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         return None
+    check_folder_files(folder, verify, wanted=lambda name: name == MANIFEST)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        found = manifest["format_version"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        manifest = read_json(path)
+        found = manifest["format_version"] + 0
+    except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: not a checkpoint manifest") from None
     if found > FORMAT_VERSION:
         raise ValueError(f"{path}: format version {found}, this program reads up to {FORMAT_VERSION}")
     return manifest
+
+
+def check_checkpoint(folder: Path, verify: str | None = None):
+    """Compare every file of a checkpoint with its checksums, by default with SHA-256.
+
+    Raises:
+        ValueError: one has changed; the message names it and the newest other checkpoint.
+    """
+    try:
+        check_folder_files(folder, verify, default="full")
+        if not (folder / CHECKSUMS).is_file() and verify != "off":
+            check_old_sums(folder)
+    except ValueError as error:
+        others = [other for other in committed_checkpoints(folder.parent) if other.resolve() != folder.resolve()]
+        hint = f" The newest other checkpoint is {others[-1]}." if others else ""
+        raise ValueError(f"{error}.{hint}" if hint else str(error)) from None
+
+
+def check_old_sums(folder: Path):
+    """Checkpoints of earlier versions have the sums of their exported files in the manifest alone."""
+    for name, expected in ((read_manifest(folder) or {}).get("sha256") or {}).items():
+        if not (folder / name).is_file() or sha256(folder / name) != expected:
+            raise ValueError(f"{folder / name}: changed since it was written (its SHA-256 is not the manifest's); --verify off takes it as it is")
 
 
 def find_resume(resume: str, output_dir: str | Path) -> Path | None:
@@ -74,6 +100,7 @@ def find_resume(resume: str, output_dir: str | Path) -> Path | None:
         found = committed_checkpoints(output_dir)
         return found[-1] if found else None
     folder = Path(resume)
+    check_not_run(folder, "--resume_from_checkpoint")
     if not (folder / MANIFEST).is_file() or not (folder / "trainer").is_dir():
         raise FileNotFoundError(f"--resume_from_checkpoint: {folder} is not a complete checkpoint (manifest.json and trainer/)")
     return folder
@@ -89,7 +116,7 @@ def remove_leftovers(output_dir: Path, replace: bool):
     if replaced:
         for name in ("best.json", RUN):
             (output_dir / name).unlink(missing_ok=True)
-        for name in ("runs", PREDICTIONS):
+        for name in ("runs", PREDICTIONS, *(p.name for p in output_dir.glob(f"{SET_ASIDE}-*"))):
             shutil.rmtree(output_dir / name, ignore_errors=True)
 
 
@@ -136,7 +163,7 @@ def export(model, method, tokenizer, state: dict[str, Tensor], folder: Path):
     elif method.saves == "prefix":
         save_file({k: v.contiguous() for k, v in state.items() if k.startswith(PREFIX)}, folder / "model.safetensors", {"format": "pt"})
         model.config.save_pretrained(str(folder))
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
         config.pop("quantization_config", None)  # how this run held the base
         config["_name_or_path"] = model.config.name_or_path  # the base, as the official P-Tuning checkpoints name it
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
@@ -153,11 +180,11 @@ def export(model, method, tokenizer, state: dict[str, Tensor], folder: Path):
     tokenizer.save_pretrained(str(folder))
 
 
-def check_disk(folder: Path, needed: int):
-    """Raises OSError naming the bytes wanted and free when a save of `needed` bytes would not fit."""
+def check_disk(folder: Path, needed: int, what: str = "a checkpoint"):
+    """Raises NoRoom naming the bytes wanted and free when `needed` bytes would not fit."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(f"{folder}: a checkpoint takes about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
+        raise NoRoom(f"{folder}: {what} takes about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
 
 
 def checkpoint_bytes(model: nn.Module, saves: str) -> int:
@@ -167,6 +194,18 @@ def checkpoint_bytes(model: nn.Module, saves: str) -> int:
     return exported + sum(n * (12 + size) for n, size, trainable in sizes if trainable) + 10_000_000
 
 
+@contextmanager
+def one_kind_of_error(folder: Path) -> Iterator[None]:
+    """A disk's errors as OSError: torch and safetensors have others of their own for them."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, SafetensorError) or "PytorchStreamWriter" in text or "iostream" in text:
+            raise OSError(f"{folder}: cannot be written ({text[:200]})") from error
+        raise
+
+
 class Checkpointer:
     """Saves, finds again and prunes the checkpoints of one run."""
 
@@ -174,53 +213,82 @@ class Checkpointer:
         self.config, self.output_dir, self.engine, self.model, self.task, self.base = config, output_dir, engine, model, task, base
         self.needed = checkpoint_bytes(model, task.method.saves)
         self.data = agree(task.data_hash)
+        self.eval_data = agree(self.identify_evaluation)
+        self.contents = agree(
+            lambda: path_contents(config, fingerprint=base.get("fingerprint"), data=self.data, model_path=task.model_path)
+        )
+
+    def identify_evaluation(self) -> str | None:
+        """What makes two values of --metric_for_best comparable: the rows, and for written answers their longest."""
+        config = self.config
+        if not config.eval_path:
+            return None
+        return self.task.eval_hash if config.metric_for_best == "loss" else f"{self.task.eval_hash} {config.eval_max_new_tokens}"
 
     def save(self, *, epoch: int, step: int, metrics: dict, patience: dict) -> Path:
         """Write output_dir/epoch-E-step-S on all ranks; when this returns it is committed.
 
         Metrics, and the state of early stopping, go into its manifest.
+
+        Raises:
+            NoRoom: on every rank, before anything is written. OSError: on the rank that could not write.
         """
         final = self.output_dir / f"epoch-{epoch}-step-{step}"
         if agree((final / MANIFEST).is_file):
             return final
         aside = self.output_dir / f".{final.name}.tmp"
-        if rank() == 0:
-            check_disk(self.output_dir, self.needed)
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
+        agree(lambda: self.make_room(aside))
+        try:
+            with one_kind_of_error(final):
+                self.write(aside, final, epoch=epoch, step=step, metrics=metrics, patience=patience)
+        except OSError:
+            if rank() == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
         barrier()
+        return final
+
+    def make_room(self, aside: Path):
+        shutil.rmtree(aside, ignore_errors=True)
+        check_disk(self.output_dir, self.needed)
+        aside.mkdir()
+
+    def write(self, aside: Path, final: Path, *, epoch: int, step: int, metrics: dict, patience: dict):
+        """Every rank's part of `save`."""
         self.task.before_save(self.engine.module, evaluated=bool(metrics))
         self.engine.save_checkpoint(str(aside / "trainer"), tag="state", save_latest=False, exclude_frozen_parameters=True)
         state = gathered_state(self.model, trainable_only=self.task.method.saves != "model")
-        if rank() == 0:
-            self.task.export(self.model, state, aside)
-            self.config.save(aside / "train_config.json")
-            files = sorted(p for p in aside.iterdir() if p.is_file())
-            manifest = {
-                "format_version": FORMAT_VERSION,
-                "task": self.config.task,
-                "family": self.task.family and self.task.family.name,
-                "method": self.config.train_type,
-                "base_model": self.base,
-                "train_data": self.data,
-                "epoch": epoch,
-                "step": step,
-                "world_size": world_size(),
-                "zero_stage": self.engine.zero_optimization_stage(),
-                "metrics": metrics,
-                "early_stopping": patience,
-                "versions": versions(),
-                "sha256": {p.name: sha256(p) for p in files},
-            }
-            (aside / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-            flush_tree(aside)
-            if final.exists():  # no checkpoint, so somebody made something of it: a merged model
-                raise FileExistsError(f"{final} is in the way of a checkpoint and is none itself; move it away")
-            os.replace(aside, final)
-            flush(self.output_dir)  # so that the rename survives a power cut
-            self.warn_if_untrained(state)
-        barrier()
-        return final
+        barrier()  # every rank's shards are there
+        if rank() != 0:
+            return
+        self.task.export(self.model, state, aside)
+        self.config.save(aside / "train_config.json")
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "task": self.config.task,
+            "family": self.task.family and self.task.family.name,
+            "method": self.config.train_type,
+            "base_model": self.base,
+            "train_data": self.data,
+            "eval_data": self.eval_data,
+            "contents": self.contents,
+            "epoch": epoch,
+            "step": step,
+            "world_size": world_size(),
+            "zero_stage": self.engine.zero_optimization_stage(),
+            "metrics": metrics,
+            "early_stopping": patience,
+            "versions": versions(),
+        }
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        set_modes(aside)
+        write_checksums(aside)
+        flush_tree(aside)
+        if final.exists():  # no checkpoint, so somebody made something of it: a merged model
+            raise FileExistsError(f"{final} is in the way of a checkpoint and is none itself; move it away")
+        os.replace(aside, final)
+        flush(self.output_dir)  # so that the rename survives a power cut
+        self.warn_if_untrained(state)
 
     def warn_if_untrained(self, state: dict[str, Tensor]):
         lora_b = [t for name, t in state.items() if "lora_B" in name]
@@ -233,11 +301,10 @@ class Checkpointer:
         Raises:
             ValueError: it was made by other flags, rows or base model, or in steps of other sizes, or its shards are damaged.
         """
-        manifest = read_manifest(folder)
-        saved = json.loads((folder / "train_config.json").read_text(encoding="utf-8"))
+        manifest = read_manifest(folder, self.config.verify)
+        saved = read_json(folder / "train_config.json")
         elastic = manifest["world_size"] != world_size()
-        if changed := self.config.changed_since(saved, but=("per_device_train_batch_size", "gradient_accumulation_steps") if elastic else ()):
-            raise ValueError(f"{folder} was made with other flags: {'; '.join(changed)}")
+        self.check_flags(folder, saved, manifest.get("contents", {}), elastic)
         if elastic:
             self.check_batch(folder, manifest["world_size"], saved)
         stage = self.engine.zero_optimization_stage()
@@ -250,6 +317,9 @@ class Checkpointer:
             raise ValueError(f"{folder} was trained on another base model than {self.base['name_or_path']}")
         if manifest.get("train_data") not in (None, self.data):
             raise ValueError(f"--train_path: {self.config.train_path} has changed since {folder} was made")
+        for name, content in manifest.get("contents", {}).items():
+            if self.contents.get(name) != content:
+                raise ValueError(f"--{name}: {getattr(self.config, name, '')} has changed since {folder} was made")
         for module in self.model.modules():  # a predictor's backbone is a part of its model
             if "lora_start" in vars(module):
                 check_lora_start(module, dict(read_tensors(folder / "adapter_model.safetensors")))
@@ -269,6 +339,48 @@ class Checkpointer:
         say(f"resumed from {folder}")
         return manifest
 
+    def check_flags(self, folder: Path, saved: dict, contents: dict[str, str], elastic: bool):
+        """Raises ValueError where flags that shape training differ; paths to the same content are the same."""
+        same = [name for name, content in contents.items() if self.contents.get(name) == content]
+        sizes = ["per_device_train_batch_size", "gradient_accumulation_steps"] if elastic else []
+        if not (changed := self.config.changed_since(saved, but=(*same, *sizes))):
+            return
+        way = ""
+        if all(text.startswith(("--max_steps:", "--num_train_epochs:")) for text in changed):
+            way = (
+                ". The learning rates of all its steps follow from how many there are, so it cannot be made longer; "
+                f"train on from its result instead, in another --output_dir: {self.next_start(folder)}"
+            )
+        raise ValueError(f"{folder} was made with other flags: {'; '.join(changed)}{way}")
+
+    def next_start(self, folder: Path) -> str:
+        if self.task.method.saves == "adapter":
+            base = self.config.model_name_or_path
+            return f"merge_lora.py --ori_model_dir {base} --model_dir {folder} --save_dir MERGED, then --model_name_or_path MERGED"
+        return f"--model_name_or_path {folder}"
+
+    def set_later_aside(self, folder: Path):
+        """Move what a run resumed from `folder` makes again out of its way: later checkpoints, and their predictions."""
+        if rank() == 0:
+            done = step_of(folder) if folder.parent.resolve() == self.output_dir.resolve() else read_manifest(folder, self.config.verify)["step"]
+            later = [path for path in committed_checkpoints(self.output_dir) if step_of(path) > done]
+            answers = [path for path in (self.output_dir / PREDICTIONS).glob("step-*.jsonl") if int(path.stem.split("-")[1]) > done]
+            if later:
+                numbers = [int(path.name.rsplit("-", 1)[1]) for path in self.output_dir.glob(f"{SET_ASIDE}-*")]
+                aside = self.output_dir / f"{SET_ASIDE}-{max(numbers, default=0) + 1}"
+                (aside / PREDICTIONS).mkdir(parents=True)
+                for path in later:
+                    os.replace(path, aside / path.name)
+                for path in answers:
+                    os.replace(path, aside / PREDICTIONS / path.name)
+                say(f"{len(later)} checkpoints of later steps are set aside: they lie in {aside}")
+                if best := self.best():
+                    best = {"checkpoint": best["checkpoint"], "metric": self.config.metric_for_best, "value": best["value"]}
+                    write_json(self.output_dir / "best.json", best)
+                else:
+                    (self.output_dir / "best.json").unlink(missing_ok=True)
+        barrier()
+
     def check_batch(self, folder: Path, ranks: int, saved: dict):
         """Raises ValueError where another number of ranks would change how many rows a step has."""
         here, flags = self.config, ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -284,14 +396,24 @@ class Checkpointer:
 
     def record_best(self, folder: Path, metric: str, value: float):
         if rank() == 0:
-            write_json(self.output_dir / "best.json", {"checkpoint": folder.name, "metric": metric, "value": value})
+            try:
+                write_json(self.output_dir / "best.json", {"checkpoint": folder.name, "metric": metric, "value": value})
+            except OSError as error:  # the manifests know it too
+                say(f"WARNING: {self.output_dir / 'best.json'} cannot be written ({error.strerror or error}); going on")
 
     def best(self) -> dict | None:
-        """The best checkpoint there is, from the manifests: best.json tells people, and may be one save behind after a kill."""
+        """The best checkpoint by the evaluation rows of this run, from the manifests: best.json may be one save behind after a kill."""
         metric = self.config.metric_for_best
         found = None
         for folder in committed_checkpoints(self.output_dir):  # the oldest first: of equals the first is the best, as everywhere
-            value = read_manifest(folder)["metrics"].get(metric)
+            try:
+                manifest = read_manifest(folder, self.config.verify)
+            except ValueError as error:  # an old checkpoint's damage is no reason to end this run
+                say(f"WARNING: {error}")
+                continue
+            if manifest.get("eval_data", self.eval_data) != self.eval_data:
+                continue
+            value = manifest["metrics"].get(metric)
             if value is not None and is_better(metric, value, found and found["value"]):
                 found = {"checkpoint": folder.name, "value": value}
         return found

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from chatglm.checksums import LEVELS
 from chatglm.conversations import GLM3_LABELS
 from chatglm.families import FAMILIES
 from finetune.commands import Parser
@@ -155,6 +156,8 @@ class TrainConfig:
     early_stopping_patience: int | None = flag(None, "stop after so many evaluations in a row without a better --metric_for_best", positive=True)
     early_stopping_min_delta: float = flag(0.0, "what an evaluation must be better by to count as better for --early_stopping_patience")
     resume_from_checkpoint: str | None = flag(None, "'auto' for the newest checkpoint in --output_dir, or its path")
+    verify: str | None = flag(None, "compare a checkpoint's files with its checksums.json: full (SHA-256), fast (XXH3) or off "
+                              "(resuming: full; loading: fast; or what GLM_FOUNDRY_VERIFY says)", choices=LEVELS)  # fmt: skip
     report_to: str = flag("tensorboard", "comma list of where measurements also go: tensorboard, wandb, swanlab; '' for none")
     tensorboard: str | None = flag(None, "TensorBoard folder (default: OUTPUT_DIR/runs)")
     # launch

@@ -2,12 +2,13 @@
 
 import math
 import random
-import signal
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGTERM
 
 import numpy as np
 import torch
@@ -17,10 +18,13 @@ from chatglm.loading import base_fingerprint, read_config, stored_prefix
 from finetune.checkpoint import (
     PREDICTIONS,
     Checkpointer,
+    NoRoom,
+    check_checkpoint,
     check_disk,
     find_resume,
     remove_leftovers,
 )
+from finetune.commands import describe
 from finetune.config import TrainConfig
 from finetune.data import step_rows
 from finetune.distributed import (
@@ -40,10 +44,12 @@ from finetune.distributed import (
     without_prints,
     world_size,
 )
+from finetune.files import LastingStream, locked_folder
 from finetune.lora import use_lean_lora
 from finetune.metrics import check_packages
 from finetune.recompute import recompute
 from finetune.record import RunLog, check_loggers, is_better, processor
+from finetune.stopping import STOPPED, SignalWatch, StoppedBySignal
 from finetune.task import FineTuning
 
 
@@ -90,11 +96,28 @@ def train(config: TrainConfig, make_task=FineTuning) -> Path:
     Raises:
         ValueError, FileNotFoundError: flags, files or rows that do not fit, before anything is written.
         TrainingFailed: the loss became nan or infinite; names step and rows.
+        StoppedBySignal: SIGTERM, SIGHUP or SIGINT came before the last step; what was done is saved.
     """
     task = make_task(config)
     output_dir = Path(config.output_dir or task.default_output_dir)
-    check_start(config, Path(task.model_path), output_dir)
+    check_start(config, Path(task.model_path))
     init_distributed()
+    lock = locked_folder(output_dir, "--output_dir") if rank() == 0 else nullcontext()
+    agree(lock.__enter__)
+    try:
+        return train_locked(config, task, output_dir)
+    finally:
+        lock.__exit__(None, None, None)
+
+
+def train_locked(config: TrainConfig, task, output_dir: Path) -> Path:
+    """`train` in an output folder that is this run's alone."""
+    agree(lambda: check_output_dir(config, output_dir))
+    folder = None
+    if config.resume_from_checkpoint:
+        folder = agree(lambda: find_resume(config.resume_from_checkpoint, output_dir))
+        if folder:
+            agree(lambda: check_checkpoint(folder, config.verify))
     task.load_rows()
     global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
     schedule = Schedule(task.rows_per_epoch(config.max_steps, global_batch), global_batch, config.num_train_epochs, config.max_steps)
@@ -104,18 +127,16 @@ def train(config: TrainConfig, make_task=FineTuning) -> Path:
     fingerprint = agree(lambda: base_fingerprint(task.model_path))
     base = {"name_or_path": str(Path(task.model_path).resolve()), "fingerprint": fingerprint}
 
-    output_dir.mkdir(parents=True, exist_ok=True)
     checkpointer = Checkpointer(config, output_dir, engine, model, task, base=base)
     if rank() == 0:
         remove_leftovers(output_dir, replace=config.overwrite_output_dir and not config.resume_from_checkpoint)
-        check_disk(output_dir, checkpointer.needed)
+    agree(lambda: check_disk(output_dir, checkpointer.needed))
     resumed = {}
-    if config.resume_from_checkpoint:
-        folder = agree(lambda: find_resume(config.resume_from_checkpoint, output_dir))
-        if folder:
-            resumed = checkpointer.resume(folder)
-        else:
-            say("no checkpoint to resume from: starting anew")
+    if folder:
+        resumed = checkpointer.resume(folder)
+        checkpointer.set_later_aside(folder)
+    elif config.resume_from_checkpoint:
+        say("no checkpoint to resume from: starting anew")
     facts = {
         "title": task.title, "base_model": base, "data": data_facts(config, task, checkpointer.data), "world_size": world_size(),
         "device": torch.cuda.get_device_name(device()) if torch.cuda.is_available() else processor(), "precision": precision,
@@ -133,7 +154,7 @@ def train(config: TrainConfig, make_task=FineTuning) -> Path:
     return last
 
 
-def check_start(config: TrainConfig, base: Path, output_dir: Path):
+def check_start(config: TrainConfig, base: Path):
     """Refuse what would be lost or misread, or fail later; raises ValueError."""
     check_loggers(config.loggers)
     check_packages(config.answer_metrics)
@@ -141,6 +162,10 @@ def check_start(config: TrainConfig, base: Path, output_dir: Path):
         raise ValueError(f"--model_name_or_path {base} is a LoRA adapter: merge it first (merge_lora.py --save_dir), then train on the result")
     if config.train_type != "ptuning" and (stored := stored_prefix(base)) and stored["only"]:
         raise ValueError(f"--model_name_or_path {base} holds a P-Tuning prefix alone: only --train_type ptuning can go on from it")
+
+
+def check_output_dir(config: TrainConfig, output_dir: Path):
+    """Raises ValueError where an earlier run's checkpoints lie and no flag says what becomes of them."""
     there = sorted(output_dir.glob("epoch-*-step-*"), key=lambda p: p.stat().st_mtime)
     if there and not (config.resume_from_checkpoint or config.overwrite_output_dir):
         raise ValueError(
@@ -221,31 +246,36 @@ class Loop:
         self.config, self.engine, self.model, self.task = config, engine, model, task
         self.schedule, self.checkpointer, self.facts = schedule, checkpointer, facts
         self.done = resumed.get("step", 0)
-        self.patience = Patience(config.metric_for_best, config.early_stopping_min_delta, resumed.get("early_stopping"))
-        self.stop_signal = 0
+        same_rows = resumed.get("eval_data", checkpointer.eval_data) == checkpointer.eval_data
+        self.patience = Patience(config.metric_for_best, config.early_stopping_min_delta, resumed.get("early_stopping") if same_rows else None)
+        self.signals = SignalWatch()
         self.last_metrics: dict = {}
         self.workers = ThreadPoolExecutor(config.num_workers) if config.num_workers else None
         self.ahead: dict[int, Future] = {}  # the batches of the steps to come, in the making
 
     def run(self) -> Path:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.on_signal)
-        config, schedule = self.config, self.schedule
-        writer = RunLog(config, self.checkpointer.output_dir, self.done, self.facts) if rank() == 0 else None
+        with self.signals:
+            return self.run_whole()
+
+    def run_whole(self) -> Path:
+        config, schedule, checkpointer = self.config, self.schedule, self.checkpointer
+        writer = RunLog(config, checkpointer.output_dir, self.done, self.facts, checkpointer.eval_data) if rank() == 0 else None
         bar = tqdm(total=schedule.total_steps, initial=self.done, desc="training", unit="step", disable=rank() != 0,
-                   mininterval=0.2 if sys.stderr.isatty() else 20)  # fmt: skip
+                   file=LastingStream(sys.stderr), mininterval=0.2 if sys.stderr.isatty() else 20)  # fmt: skip
         status = "failed"
         try:
             folder, status = self.run_steps(bar, writer)
+            if folder is None:
+                folder = self.save(improved=False)
         finally:  # so that an error gets a line of its own
             bar.close()
             if self.workers:
                 self.workers.shutdown(cancel_futures=True)
             if writer:
                 writer.close(status)
-        if folder is None:
-            folder = self.save(improved=False)
         say(f"last checkpoint: {folder}")
+        if status == STOPPED:
+            raise StoppedBySignal(folder, self.signals.number or SIGTERM)
         return folder
 
     def run_steps(self, bar, writer) -> tuple[Path | None, str]:
@@ -275,12 +305,12 @@ class Loop:
             ended = self.patience.ended(config.early_stopping_patience)
             saves = epoch_end or improved or stop or ended or (config.save_model_step and self.done % config.save_model_step == 0)
             if saves:
-                folder = self.save(improved)
+                folder = self.save(improved, needed=stop or ended or self.done == schedule.total_steps) or folder
             if writer and (saves or self.last_metrics):
                 writer.write()
-            if stop:
+            if stop and self.done < schedule.total_steps:
                 say(f"stopped by signal after step {self.done}; saved {folder}. Go on with --resume_from_checkpoint auto")
-                return folder, "stopped by signal"
+                return folder, STOPPED
         if self.done < schedule.total_steps:
             say(f"stopped early after step {self.done}: {self.patience.metric} has not been better than {self.patience.best} "
                 f"by more than {self.patience.min_delta:g} for {self.patience.since} evaluations")  # fmt: skip
@@ -293,7 +323,7 @@ class Loop:
         """
         config, engine = self.config, self.engine
         places, tokens, batches = self.batches()
-        labelled, tokens, stop = sum_over_ranks(sum(map(self.task.count_labels, batches)), tokens, self.stop_signal)
+        labelled, tokens, stop = sum_over_ranks(sum(map(self.task.count_labels, batches)), tokens, bool(self.signals.number))
 
         engine.train()
         seed_step(config.seed, self.done + 1, stream=1 + rank())
@@ -354,23 +384,30 @@ class Loop:
         best = agree(self.checkpointer.best)
         return is_better(config.metric_for_best, metrics[config.metric_for_best], best and best["value"])
 
-    def save(self, improved: bool) -> Path:
-        folder = self.checkpointer.save(
-            epoch=self.schedule.epoch_of(max(self.done, 1)), step=self.done, metrics=self.last_metrics, patience=self.patience.state(),
-        )  # fmt: skip
+    def save(self, improved: bool, needed: bool = True) -> Path | None:
+        """The checkpoint of this step. Where the disk has no room for it and the run goes on without (not `needed`), None.
+
+        Raises:
+            OSError: it cannot be written; always where only this rank of several failed.
+        """
+        try:
+            folder = self.checkpointer.save(
+                epoch=self.schedule.epoch_of(max(self.done, 1)), step=self.done, metrics=self.last_metrics, patience=self.patience.state(),
+            )  # fmt: skip
+        except OSError as error:
+            if needed or not (isinstance(error, NoRoom) or world_size() == 1) or isinstance(error, FileExistsError):
+                raise
+            self.tell(f"WARNING: no checkpoint of step {self.done}: {describe(error)}; training goes on, the next save tries again")
+            return None
         if improved:
             self.checkpointer.record_best(folder, self.config.metric_for_best, self.last_metrics[self.config.metric_for_best])
         self.checkpointer.prune()
         return folder
 
-    def on_signal(self, number, frame):
-        self.stop_signal = 1  # the step under way ends first; the ranks agree on it in the next one
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C is meant
-
     def tell(self, text: str):
         """A line above the progress bar, on rank 0."""
         if rank() == 0:
-            tqdm.write(text)
+            tqdm.write(text, file=LastingStream(sys.stdout))
 
 
 class Patience:

@@ -5,9 +5,14 @@ import errno
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from chatglm.checksums import write_checksums
+
+LOCK = ".lock"
 
 
 def sha256(path: Path) -> str:
@@ -33,8 +38,114 @@ def flush_tree(folder: Path):
         flush(path)
 
 
+@contextmanager
+def locked_folder(folder: Path, flag: str) -> Iterator[None]:
+    """Make `folder` and keep other programs that ask for this lock out of it; a killed process keeps nothing locked.
+
+    On NFS the lock holds between machines too, unless it is mounted with local_lock or nolock. A file system that has no locks
+    is used without one, after a warning.
+
+    Raises:
+        ValueError: another process has it; the message names `flag`, process and machine.
+    """
+    import fcntl
+
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: a forked worker must not inherit it
+        except (BlockingIOError, PermissionError):
+            owner = os.read(handle, 200).decode(errors="replace").strip()
+            os.close(handle)
+            raise ValueError(f"{flag} {folder} is in use by another run ({owner or 'just started'}); wait for it or name another folder") from None
+        except OSError as error:
+            print(f"WARNING: {folder} cannot be locked ({error.strerror}): start no second run in it", flush=True)
+        with suppress(OSError):
+            if os.stat(path).st_ino == os.fstat(handle).st_ino:
+                break
+        os.close(handle)  # its owner has just ended and removed it
+    with suppress(OSError):  # a full disk
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+        with suppress(OSError):  # nothing came of it: no trace stays
+            for made in new:
+                made.rmdir()
+
+
+class LastingStream:
+    """A text stream that goes on where its file cannot be written: a log on a full disk ends no run."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+class LineFile:
+    """Appends lines to a file. What the disk does not take waits in memory and is written, in order, as soon as it does."""
+
+    def __init__(self, path: Path):
+        self.path, self.waiting = path, b""
+        self.handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+    def add(self, line: str):
+        """Raises OSError where the line still waits."""
+        self.waiting += line.encode() + b"\n"
+        self.flush()
+
+    def flush(self):
+        while self.waiting:
+            count = os.write(self.handle, self.waiting)
+            self.waiting = self.waiting[count:]
+
+    def close(self):
+        os.close(self.handle)
+
+
+def overwrite(path: Path, content: str):
+    """Write over a file that is at least as long, which needs no room on the disk; raises OSError where it is not."""
+    data = content.encode()
+    if path.stat().st_size < len(data):
+        raise OSError(f"{path}: {len(data)} bytes do not fit over it")
+    with open(path, "r+b", buffering=0) as file:
+        file.write(data)
+        file.truncate()
+        os.fsync(file.fileno())
+
+
+def set_modes(folder: Path):
+    """Give the files below `folder` the mode that the umask asks for: safetensors writes 0600."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
 def put_in_place(aside: Path, output: Path):
-    """Flush the folder `aside` and put it at `output`, at once where the system can; what was there lies at `aside` then."""
+    """Give the folder `aside` its checksums, flush it and put it at `output`, at once where the system can; what was there lies at `aside` then."""
+    set_modes(aside)
+    write_checksums(aside)
     flush_tree(aside)
     if output.exists():
         exchange(aside, output)
@@ -121,7 +232,10 @@ def cache_arrays(file: Path, arrays: dict):
     aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        aside.touch()
+        mode = aside.stat().st_mode & 0o777
         save_file(arrays, aside)
+        aside.chmod(mode)  # safetensors leaves 0600
         os.replace(aside, file)
     except OSError as error:
         print(f"--data_cache: {file.parent} cannot be written ({error.strerror}); going on without", flush=True)

@@ -9,8 +9,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from chatglm.checksums import add_verify_flag
 from chatglm.families import FAMILIES
 from chatglm.files import read_json, shorten
+from chatglm.runs import check_not_run
 from finetune.commands import Parser, run_command
 from finetune.config import PRECISIONS, parse_bool, parse_positive
 from finetune.formats import FORMATS, parse_columns
@@ -92,6 +94,7 @@ def add_model_flags(parser: argparse.ArgumentParser):
     parser.add_argument("--device", default="0", help='GPU number, "cpu" or a torch device [0]')
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the weights [auto]")
     parser.add_argument("--quantization_bit", type=int, choices=(4, 8), help="hold the frozen linear layers in so many bits, as QLoRA trains over them")
+    add_verify_flag(parser, "fast")
     parser.add_argument("--max_src_len", type=parse_positive, help="longest prompt in tokens (default: training's, else 1024)")
     parser.add_argument("--max_new_tokens", type=parse_positive, help="longest answer in tokens (default: max_length less the prompt)")
     parser.add_argument("--max_length", type=parse_positive, default=2048, help="longest prompt and answer in tokens [2048]")
@@ -120,9 +123,11 @@ def load_for_inference(args):
     from chatglm import load_tokenizer
 
     torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(args.model_path, mode=args.mode, base=args.base_model)
+    check_not_run(args.model_path, "--model_path")
+    tokenizer = load_tokenizer(args.model_path, mode=args.mode, base=args.base_model, verify=args.verify)
     model = load_ready(
-        args.model_path, mode=args.mode, base=args.base_model, device=args.device, precision=args.precision, quantization_bit=args.quantization_bit
+        args.model_path, mode=args.mode, base=args.base_model, device=args.device, precision=args.precision,
+        quantization_bit=args.quantization_bit, verify=args.verify,
     )  # fmt: skip
     trained = Path(args.model_path) / "train_config.json"
     max_src_len = args.max_src_len or (read_max_src_len(trained) if trained.is_file() else 1024)
@@ -142,7 +147,8 @@ def read_max_src_len(path: Path) -> int:
 
 
 def load_ready(
-    path: str, *, mode: str | None = None, base: str | None = None, device: str = "0", precision: str = "auto", quantization_bit: int | None = None
+    path: str, *, mode: str | None = None, base: str | None = None, device: str = "0", precision: str = "auto",
+    quantization_bit: int | None = None, verify: str | None = None,
 ):  # fmt: skip
     """A model that may answer, on its device; arguments as the flags of `add_model_flags` say. "auto" is fp32 on a CPU."""
     from chatglm import load_model
@@ -151,8 +157,8 @@ def load_ready(
     device = pick_device(device)
     dtype = DTYPES["fp32" if precision == "auto" and device == "cpu" else resolve_precision(precision)]
     if quantization_bit:  # quantised on its device, where it stays
-        return load_model(path, mode=mode, dtype=dtype, base=base, quantization_bit=quantization_bit, device_map={"": device}).eval()
-    return load_model(path, mode=mode, dtype=dtype, base=base).to(device).eval()
+        return load_model(path, mode=mode, dtype=dtype, base=base, quantization_bit=quantization_bit, device_map={"": device}, verify=verify).eval()
+    return load_model(path, mode=mode, dtype=dtype, base=base, verify=verify).to(device).eval()
 
 
 def pick_device(name: str) -> str:

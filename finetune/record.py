@@ -4,6 +4,7 @@ import json
 import math
 import platform
 import subprocess
+import sys
 import time
 import uuid
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from chatglm.files import read_json
-from finetune.files import write_aside
+from finetune.files import LastingStream, LineFile, overwrite, write_aside
 
 RUN = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -144,6 +145,9 @@ def read_run(folder: Path) -> dict:
         raise ValueError(f"{path}: not a run's record") from None
     if found > FORMAT_VERSION:
         raise ValueError(f"{path}: format version {found}, this program reads up to {FORMAT_VERSION}")
+    steps = path.with_name(METRICS_FILE)
+    if not run.get("steps") and steps.is_file():  # the disk was full when the run ended (RunLog.write_over)
+        run["steps"] = read_steps(steps)
     return run
 
 
@@ -190,12 +194,15 @@ class RunLog:
     """Writes a run's measurements; rank 0 alone has one.
 
     Every step goes to metrics.jsonl at once, unrounded; run.json has the same lines under "steps" and all else that is known of the
-    run, and is written whole at each evaluation and save, at the end, and otherwise once a minute.
+    run, and is written whole at each evaluation and save, at the end, and otherwise once a minute. Where one of these cannot be
+    written, or a logger fails, a warning says so once and the run goes on.
     """
 
-    def __init__(self, config, output_dir: Path, done: int, facts: dict):
-        """`facts`: what of run.json the caller knows. `done`: steps that a resumed run has behind it."""
+    def __init__(self, config, output_dir: Path, done: int, facts: dict, eval_data: str | None = None):
+        """`facts`: what of run.json the caller knows. `done`: steps that a resumed run has behind it. `eval_data`: tells one set
+        of evaluation rows from another; only values of the same set are compared."""
         self.config, self.output_dir, self.started = config, output_dir, time.monotonic()
+        self.failing: set[str] = set()
         try:
             before = read_run(output_dir) if done else {}
         except ValueError:
@@ -206,7 +213,7 @@ class RunLog:
             "id": before.get("id", uuid.uuid4().hex),
             "status": "running",
             "started": before.get("started", now()),
-            "sittings": [*before.get("sittings", []), {"started": now(), "first_step": done + 1}],
+            "sittings": [*before.get("sittings", []), {"started": now(), "first_step": done + 1, "eval_data": eval_data}],
             **facts,
             "flags": asdict(config),
             "versions": versions(),
@@ -216,44 +223,84 @@ class RunLog:
         # A resumed run repeats the steps after its checkpoint: the first telling of them goes.
         lines = read_steps(self.path) if done and self.path.is_file() else []
         write_aside(self.path, "".join(to_json(line) + "\n" for line in lines if line["step"] <= done))
-        self.file = open(self.path, "a", encoding="utf-8", buffering=1)
-        self.loggers = []
+        self.file = LineFile(self.path)
+        self.loggers = {}
         for name in config.loggers:
             try:
-                self.loggers.append(LOGGERS[name](config, output_dir, self.record["id"], done))
+                self.loggers[name] = LOGGERS[name](config, output_dir, self.record["id"], done)
             except Exception as error:  # no account, no network: each package has errors of its own
                 raise ValueError(f"--report_to {name}: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
         self.write()
 
     def add(self, step: int, values: dict[str, float]):
-        for logger in self.loggers:
-            logger.add(step, values)
-        self.file.write(to_json({"step": step, **values}) + "\n")
+        for name, logger in list(self.loggers.items()):
+            try:
+                logger.add(step, values)
+            except Exception as error:
+                self.warn(f"--report_to {name}", error)
+                del self.loggers[name]
+        self.attempt(self.path, lambda: self.file.add(to_json({"step": step, **values})))
         if time.monotonic() - self.written > RECORD_SECONDS:
             self.write()
 
+    def attempt(self, path: Path, write) -> bool:
+        """Whether `write()` could write; the first failure of a row of them is a warning, and so is their end."""
+        try:
+            write()
+        except OSError as error:
+            self.warn(str(path), error)
+            return False
+        if str(path) in self.failing:
+            self.failing.remove(str(path))
+            print(f"{path} can be written again", file=LastingStream(sys.stdout), flush=True)
+        return True
+
+    def warn(self, what: str, error: Exception):
+        if what not in self.failing:
+            self.failing.add(what)
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
+            print(f"WARNING: {what} cannot be written ({reason}); training goes on", file=LastingStream(sys.stdout), flush=True)
+
     def write(self):
         """Put the record as it is now in run.json."""
-        steps = read_steps(self.path)
+        self.written = time.monotonic()
+        self.attempt(self.output_dir / RUN, lambda: write_aside(self.output_dir / RUN, self.render()))
+
+    def render(self, steps: list[dict] | None = None) -> str:
+        """run.json with these steps, by default all."""
+        every = read_steps(self.path)
         seconds = time.monotonic() - self.started
         self.record["sittings"][-1]["seconds"] = round(seconds, 1)
-        record = self.record | {"updated": now(), "seconds": round(self.seconds_before + seconds, 1), "best": self.best(steps)}
+        record = self.record | {"updated": now(), "seconds": round(self.seconds_before + seconds, 1), "best": self.best(every)}
         head = to_json(record, indent=2, ensure_ascii=False)[:-2]
-        write_aside(self.output_dir / RUN, f'{head},\n  "steps": [\n' + ",\n".join(f"    {to_json(line)}" for line in steps) + "\n  ]\n}\n")
-        self.written = time.monotonic()
+        lines = ",\n".join(f"    {to_json(line)}" for line in (every if steps is None else steps))
+        return f'{head},\n  "steps": [\n{lines}\n  ]\n}}\n'
 
     def best(self, steps: list[dict]) -> dict | None:
-        """Step and value of the best evaluation so far, the first of equals."""
+        """Step and value of the best evaluation on the present rows so far, the first of equals."""
         metric, found = self.config.metric_for_best, None
+        sittings = self.record["sittings"]
         for line in steps:
             value = line.get(f"eval_{metric}")
-            if value is not None and is_better(metric, value, found and found["value"]):
+            sitting = next((s for s in reversed(sittings) if s["first_step"] <= line["step"]), sittings[-1])
+            if value is None or sitting.get("eval_data") != sittings[-1]["eval_data"]:
+                continue
+            if is_better(metric, value, found and found["value"]):
                 found = {"step": line["step"], "metric": metric, "value": value}
         return found
 
     def close(self, status: str):
         self.record["status"] = status
-        self.write()
+        self.attempt(self.path, self.file.flush)
         self.file.close()
-        for logger in self.loggers:
-            logger.close()
+        if not self.attempt(self.output_dir / RUN, lambda: write_aside(self.output_dir / RUN, self.render())):
+            self.attempt(self.output_dir / RUN, self.write_over)
+        for name, logger in self.loggers.items():
+            try:
+                logger.close()
+            except Exception as error:
+                self.warn(f"--report_to {name}", error)
+
+    def write_over(self):
+        """The record without steps, which metrics.jsonl has, over the last one: how the run ended must be true on a full disk too."""
+        overwrite(self.output_dir / RUN, to_json(json.loads(self.render(steps=[])), ensure_ascii=False) + "\n")

@@ -173,7 +173,10 @@ class FineTuning:
         """The means of --eval_metrics; answers and scores of every row go to `predictions`."""
         rows = self.eval_rows
         scores = score_rows(self.config.answer_metrics, [[answer] for answer in answers], [row.answers for row in rows])
-        write_aside(predictions, prediction_lines(rows, answers, scores))
+        try:
+            write_aside(predictions, prediction_lines(rows, answers, scores))
+        except OSError as error:  # the scores are known all the same
+            say(f"WARNING: {predictions} cannot be written ({error.strerror or error}); going on")
         return {name: mean(values) for name, values in scores.items()}
 
     def before_save(self, loss_module: nn.Module, *, evaluated: bool):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from chatglm.checksums import check_folder_files, is_top
 from finetune.commands import Parser, run_command
 from finetune.config import parse_bool
 from finetune.files import put_in_place, sha256, writing
@@ -43,6 +44,7 @@ def export(checkpoint: Path, output: Path, *, onnx: bool | None = None, int8: bo
         FileNotFoundError: no predictor there, or no base model.
         ValueError: options that do not fit it, an output that is in use, or a model that comes out different.
     """
+    check_folder_files(checkpoint, default="full", wanted=is_top)
     card = read_card_of(checkpoint)
     name = card["backbone"]["name"]
     onnx = name == "encoder" if onnx is None else onnx

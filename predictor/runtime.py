@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from chatglm.checksums import check_folder_files, is_top
 from finetune.files import sha256
 from predictor.backbones import BACKBONES
 from predictor.decoder import Decoder, read_card, tokenizer_hash
@@ -45,6 +46,7 @@ class LengthPredictor:
             ValueError: it is unreadable, of a newer format, or counts another tokenizer's tokens.
         """
         folder = Path(folder)
+        check_folder_files(folder, wanted=is_top)
         card, decoder, backbone = read_predictor(folder)
         counted, name = card["served_model"]["tokenizer_sha256"], card["served_model"]["name"]
         if served_model and counted and not allow_other_tokenizer and tokenizer_hash(served_model) != counted:

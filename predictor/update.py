@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from chatglm.checksums import CHECKSUMS
 from chatglm.files import read_json
 from finetune.commands import Parser, run_command, whole
 from finetune.files import put_in_place, sha256, write_json
@@ -283,6 +284,7 @@ def write_updated(predictor: LengthPredictor, source: Path, output: Path):
     aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         shutil.copytree(source, aside)
+        (aside / CHECKSUMS).unlink(missing_ok=True)  # of the old head and card
         if hasattr(predictor.score, "top"):
             predictor.score.top.save(aside)
         card = {key: value for key, value in predictor.card.items() if key not in ("format", "format_version")}

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from chatglm.families import FAMILIES  # noqa: E402
 from chatglm.files import read_json  # noqa: E402
 from finetune.commands import Parser, run_command  # noqa: E402
-from finetune.files import writing  # noqa: E402
+from finetune.files import set_modes, writing  # noqa: E402
 
 
 def make_config(family: str, tokenizer, *, hidden_size: int, num_layers: int, heads: int, groups: int, ffn: int, length: int, init_std: float):
@@ -58,6 +58,7 @@ def make_model(family: str, tokenizer_dir: str | Path, output_dir: str | Path, *
         with writing(output_dir):
             model.save_pretrained(str(aside))
             tokenizer.save_pretrained(str(aside))
+            set_modes(aside)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)
         raise

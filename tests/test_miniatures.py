@@ -3,7 +3,6 @@
 import ast
 import gzip
 import json
-import os
 import random
 import subprocess
 import sys

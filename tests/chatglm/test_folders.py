@@ -15,8 +15,8 @@ from chatglm import load_model, load_tokenizer
 from chatglm.families import FAMILIES
 from chatglm.folders import reading
 from chatglm.loading import base_fingerprint, read_config
-from tests.conftest import REPO_ROOT
 from tests.chatglm.test_loading import WEIGHTS, edit_config, logits_of, prefix_folder, write_bin
+from tests.conftest import REPO_ROOT
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1018370\n"
 ADAPTER = "adapter_model.safetensors"
@@ -327,13 +327,11 @@ def test_a7_errors_of_unknown_cause_keep_their_type():
     with pytest.raises(ValueError, match="^here cannot be read: AttributeError: 'int' object has no attribute 'x'$"):
         with reading("here"):
             (5).x  # noqa: B018
-    with pytest.raises(ValueError, match=r"^here cannot be read: KeyError: 'x{200,}\.\.\.$"):
-        with reading("here"):
-            {}["x" * 1000]
+    with pytest.raises(ValueError, match=r"^here cannot be read: KeyError: 'x{200,}\.\.\.$"), reading("here"):
+        {}["x" * 1000]
     for error in (MemoryError(), ImportError("a"), FileNotFoundError(2, "No such file", "x"), ValueError("here: a line")):
-        with pytest.raises(type(error)) as caught:
-            with reading("here"):
-                raise error
+        with pytest.raises(type(error)) as caught, reading("here"):
+            raise error
         assert caught.value is error
 
 

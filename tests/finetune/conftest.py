@@ -1,7 +1,8 @@
 """Tiny models with tokenizers, and training in this process."""
 
 import json
-import signal
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -60,18 +61,17 @@ def flags(bases, rows_file, ds_files, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def train():
-    """train(flags) -> the last checkpoint, in this process; leaves its signal handlers as they were."""
+    """train(flags) -> the last checkpoint, in this process, also where a signal stopped it."""
 
     def run(words) -> Path:
         from finetune.config import parse_config
         from finetune.engine import train
+        from finetune.stopping import StoppedBySignal
 
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             return train(parse_config(words))
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        except StoppedBySignal as stopped:
+            return stopped.folder
 
     return run
 
@@ -98,3 +98,15 @@ def two_ranks(flags, rows_file, tmp_path_factory) -> list[list[str]]:
     launch("deepspeed", "tests/finetune/worker.py", folder / "cases.json")
     assert "2 rank(s)" in launch("torchrun", "train.py", *cases[4]).stdout
     return cases
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Path:
+    """A file system of 24 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

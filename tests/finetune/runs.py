@@ -81,3 +81,13 @@ def metrics(output_dir: Path, key: str = "train_loss") -> list[float]:
     """One number of every step, as metrics.jsonl has it."""
     lines = [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
     return [line[key] for line in lines if key in line]
+
+
+def fill_disk(folder: Path):
+    """Write a file `filler` until the disk of `folder` is full."""
+    with open(folder / "filler", "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(1 << 12))
+        except OSError:
+            pass

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 import train as command_line
 from chatglm import load_model
+from chatglm.checksums import write_checksums
 from finetune.checkpoint import committed_checkpoints, find_resume, gathered_state, read_manifest
 from tests.finetune.runs import ROOT, child_env, metrics, write_rows
 
@@ -110,7 +112,7 @@ def test_killed_at_every_point_of_a_save(flags, train, tmp_path, monkeypatch, wh
 
             patch.setattr(deepspeed.DeepSpeedEngine, "save_checkpoint", dying(deepspeed.DeepSpeedEngine.save_checkpoint))
         elif place == "config":
-            patch.setattr(checkpoint, "sha256", dying(checkpoint.sha256, at=12))
+            patch.setattr(checkpoint, "write_checksums", dying(checkpoint.write_checksums))
         elif place in ("export", "flush"):
             module, name = {"export": (task, "export"), "flush": (checkpoint, "flush_tree")}[place]
             patch.setattr(module, name, dying(getattr(module, name), before=place == "export"))
@@ -201,6 +203,7 @@ def test_changed_data_is_refused(flags, whole, tmp_path, capsys, rows_file):
 def test_other_manifests_are_refused(flags, train, tmp_path, capsys, change, said):
     folder = train(flags(tmp_path / "out", "--max_steps", 1))
     (folder / "manifest.json").write_text(json.dumps(change(read_manifest(folder))))
+    write_checksums(folder)
     capsys.readouterr()
     assert command_line.main(flags(tmp_path / "out", "--max_steps", 1, "--resume_from_checkpoint", "auto")) == 1
     assert said in capsys.readouterr().err.strip().splitlines()[-1]
@@ -219,10 +222,11 @@ def test_damaged_shards_are_one_line(flags, train, tmp_path, capsys, damage):
         state = torch.load(shard, weights_only=False)
         torch.save(state | {"x": Bomb(str(tmp_path / "ran"))}, shard)
     capsys.readouterr()
-    code = command_line.main(flags(tmp_path / "out", "--max_steps", 1, "--resume_from_checkpoint", "auto"))
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert not (tmp_path / "ran").exists()
-    assert code == 1 and line.startswith("train.py: error: ") and "trainer" in line
+    for verify in ([], ["--verify", "off"]):
+        code = command_line.main(flags(tmp_path / "out", "--max_steps", 1, "--resume_from_checkpoint", "auto", *verify))
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert not (tmp_path / "ran").exists()
+        assert code == 1 and line.startswith("train.py: error: ") and "trainer" in line
 
 
 class Bomb:
@@ -231,6 +235,74 @@ class Bomb:
 
     def __reduce__(self):
         return (Path.touch, (Path(self.path),))
+
+
+def test_t3_later_checkpoints_are_set_aside_on_an_explicit_resume(flags, train, tmp_path, rows_file, capsys):
+    """Their weights and metrics are another run's; best.json names one of this run, by its own evaluation rows."""
+    out = tmp_path / "out"
+    words = flags(out, *LONG, "--lora_dropout", 0, "--report_to", "")
+    train([*words, "--eval_path", str(rows_file)])
+    best = json.loads((out / "best.json").read_text())
+    assert [p.name for p in committed_checkpoints(out)] == ["epoch-1-step-4", "epoch-2-step-8", "epoch-3-step-12"]
+    first = out / "epoch-1-step-4"
+    other = write_rows(tmp_path / "other.jsonl", [{"instruction": "你好", "input": "", "output": "水泵"}])
+    capsys.readouterr()
+    train([*words, "--resume_from_checkpoint", str(first), "--eval_path", str(other)])
+    assert f"2 checkpoints of later steps are set aside: they lie in {out / 'set-aside-1'}" in capsys.readouterr().out
+    assert sorted(p.name for p in (out / "set-aside-1").glob("epoch-*")) == ["epoch-2-step-8", "epoch-3-step-12"]
+    assert [p.name for p in committed_checkpoints(out)] == ["epoch-1-step-4", "epoch-2-step-8", "epoch-3-step-12"]
+    now = json.loads((out / "best.json").read_text())
+    manifests = [read_manifest(p) for p in committed_checkpoints(out)]
+    assert manifests[0]["eval_data"] != manifests[1]["eval_data"] == manifests[2]["eval_data"]
+    assert now["value"] == min(m["metrics"]["loss"] for m in manifests[1:]) != best["value"] and now["checkpoint"] != first.name
+    run = json.loads((out / "run.json").read_text())
+    assert run["best"]["value"] == now["value"]
+    # and with the same evaluation rows again, the first checkpoint counts, and the newest is resumed
+    assert train([*words, "--resume_from_checkpoint", str(first), "--eval_path", str(rows_file)]).name == "epoch-3-step-12"
+    assert json.loads((out / "best.json").read_text()) == best and (out / "set-aside-2" / "epoch-3-step-12").is_dir()
+    train([*words, "--overwrite_output_dir", "--max_steps", "1"])
+    assert not list(out.glob("set-aside-*"))
+
+
+def test_t5_paths_are_compared_by_content(flags, train, tmp_path, bases, rows_file, ds_files, capsys):
+    """The base, the rows and the DeepSpeed file at other paths are the same; other content at the same path is not."""
+    out = tmp_path / "out"
+    shared = ["--max_steps", 2, "--save_model_step", 1]
+    train(flags(out, *shared, "--ds_file", ROOT / "ds_configs" / "ds_zero2.json"))
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    shutil.copytree(bases["glm2"], moved / "glm2")
+    shutil.copy(rows_file, moved / "rows.json")
+    shutil.copy(ROOT / "ds_configs" / "ds_zero2.json", moved / "ds.json")
+    there = {"--model_name_or_path": moved / "glm2", "--train_path": moved / "rows.json", "--ds_file": moved / "ds.json"}
+
+    def words(**changes) -> list[str]:
+        given = flags(out, *shared, "--resume_from_checkpoint", out / "epoch-1-step-1", "--ds_file", "ds_zero2.json")
+        for name, path in (there | changes).items():
+            given[given.index(name) + 1] = str(path)
+        return given
+
+    assert train(words()).name == "epoch-1-step-2"
+    for name, path, said in (
+        ("--model_name_or_path", bases["glm2-seed"], "--model_name_or_path: was "), ("--train_path", f"{moved}/rows.json:0.5", "--train_path: was "),
+    ):  # fmt: skip
+        capsys.readouterr()
+        assert command_line.main(words(**{name: path})) == 1
+        assert said in capsys.readouterr().err.strip().splitlines()[-1]
+    train(flags(tmp_path / "b", *shared, "--ds_file", moved / "ds.json"))
+    ds = json.loads((moved / "ds.json").read_text())
+    again = flags(tmp_path / "b", *shared, "--ds_file", moved / "ds.json", "--resume_from_checkpoint", "auto")
+    (moved / "ds.json").write_text(json.dumps(ds))  # other white space
+    assert command_line.main(again) == 0
+    (moved / "ds.json").write_text(json.dumps(ds | {"gradient_clipping": 0.5}))
+    capsys.readouterr()
+    assert command_line.main(again) == 1 and "ds.json has changed since" in capsys.readouterr().err
+
+
+def test_training_longer_names_the_way(flags, whole, capsys):
+    assert command_line.main(flags(whole, *LONG, "--resume_from_checkpoint", "auto", "--num_train_epochs", 9)) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "cannot be made longer; train on from its result instead" in line and "merge_lora.py --ori_model_dir" in line
 
 
 def test_find_resume(tmp_path):

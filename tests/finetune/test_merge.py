@@ -1,16 +1,18 @@
 """merge_lora.py: the merged model is the adapted one, the base is the right one, and no adapter goes in twice."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import merge_lora
 from chatglm import load_model, load_tokenizer
 from finetune.predict import build_parser, load_for_inference
+from tests.finetune.runs import fill_disk
 
 
 def merge(capsys, *words) -> tuple[int, str]:
@@ -47,7 +49,7 @@ def old_adapter(adapter, tmp_path) -> Path:
 def test_merged_is_adapted(flags, train, tmp_path, bases, capsys, family):
     folder = train(flags(tmp_path / "out", "--lora_module_name", "query_key_value,dense", "--max_len", 90, family=family))
     code, said = merge(capsys, "--ori_model_dir", bases[family], "--model_dir", folder, "--save_dir", tmp_path / "merged", "--mode", family)
-    assert code == 0 and "largest difference of logits" in said
+    assert code == 0 and "largest difference of outputs" in said
     adapted, merged, base = logits(folder), logits(tmp_path / "merged"), logits(bases[family])
     assert torch.allclose(adapted, merged, atol=1e-4) and not torch.allclose(adapted, base, atol=1e-3)
     assert load_tokenizer(tmp_path / "merged").family == family
@@ -149,9 +151,9 @@ def test_wrong_folders(adapter, bases, tmp_path, capsys, words, said):
 
 
 def test_a_merge_that_changes_the_answer_writes_nothing(adapter, bases, tmp_path, capsys, monkeypatch):
-    from peft import PeftModel
+    from peft.tuners.lora import Linear
 
-    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: self.lora_B[name].weight @ self.lora_A[name].weight)  # unscaled
     code, said = merge(capsys, "--ori_model_dir", bases["glm2"], "--model_dir", adapter, "--save_dir", tmp_path / "merged")
     assert code == 1 and "differ from adapted ones" in said and not list(tmp_path.iterdir())
 
@@ -161,3 +163,123 @@ def test_merged_cuts_prompts_as_training_did(adapter, bases, tmp_path, capsys):
     merge(capsys, "--ori_model_dir", bases["glm2"], "--model_dir", adapter, "--save_dir", tmp_path / "merged")
     for folder in (adapter, tmp_path / "merged"):
         assert load_for_inference(build_parser().parse_args(["--model_path", str(folder), "--device", "cpu"]))[2] == 64
+
+
+# ---- where it goes, what it needs
+
+
+def test_a12_one_folder_under_two_names_is_one(adapter, bases, tmp_path, capsys):
+    folder = tmp_path / "runs" / "adapter"
+    shutil.copytree(adapter, folder)
+    wanted = logits(folder)
+    assert merge(capsys, "--ori_model_dir", bases["glm2"], "--model_dir", f"{folder}/../adapter", "--save_dir", f"{tmp_path}/runs/../runs/adapter")[0] == 0
+    assert torch.allclose(logits(folder), wanted, atol=1e-4) and torch.allclose(logits(folder / "adapter"), wanted, atol=1e-6)
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["adapter"]
+
+
+def test_a12_an_empty_save_dir_is_an_error(adapter, bases, tmp_path, capsys):
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter, folder)
+    code, said = merge(capsys, "--ori_model_dir", bases["glm2"], "--model_dir", folder, "--save_dir", "")
+    assert code == 1 and "--save_dir is empty" in said and (folder / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a12_a_full_disk_leaves_nothing(adapter, bases, small_disk, capsys, monkeypatch, checked):
+    """Found before the first byte, and where it fills up on the way."""
+    from finetune import merging
+
+    if not checked:
+        monkeypatch.setattr(merging, "check_disk", lambda *_: None)
+    fill_disk(small_disk)
+    code, said = merge(capsys, "--ori_model_dir", bases["glm2"], "--model_dir", adapter, "--save_dir", small_disk / "merged")
+    assert code == 1 and ("GB are free" if checked else "merged") in said and [p.name for p in small_disk.iterdir()] == ["filler"]
+
+
+def test_a12_shards_and_dtype(adapter, bases, tmp_path, capsys, monkeypatch):
+    """Small shards give the tensors of one file; --dtype rounds them."""
+    from finetune import merging
+
+    words = ["--ori_model_dir", bases["glm2"], "--model_dir", adapter, "--save_dir"]
+    assert merge(capsys, *words, tmp_path / "whole")[0] == 0
+    monkeypatch.setattr(merging, "SHARD_BYTES", 100_000)
+    code, said = merge(capsys, *words, tmp_path / "half", "--dtype", "bf16", "--device", "cpu")
+    assert code == 0 and "bfloat16" in said
+    files = sorted((tmp_path / "half").glob("model-*.safetensors"))
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    shards = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert len(files) > 2 and whole.keys() == shards.keys()
+    assert all(torch.equal(whole[name].bfloat16(), shards[name]) for name in whole)
+    assert load_model(tmp_path / "half").dtype == torch.bfloat16
+    index = json.loads((tmp_path / "half" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.numel() * 2 for t in shards.values())
+
+
+VARIANTS = {
+    "dora": {"use_dora": True},
+    "rslora_all_linear": {"use_rslora": True, "target_modules": "all-linear", "rank_pattern": {"dense": 2}},
+    "biases": {"target_modules": ["query_key_value", "dense"], "bias": "lora_only"},
+    "modules_to_save": {"modules_to_save": ["output_layer"]},
+    "embedding": {"target_modules": ["word_embeddings", "dense_4h_to_h"]},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a12_every_kind_of_lora_is_merged_as_peft_merges_it(bases, tmp_path, capsys, variant):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["query_key_value"], "task_type": "CAUSAL_LM"} | VARIANTS[variant]
+    model = get_peft_model(load_model(bases["glm2"], dtype=torch.float32), LoraConfig(**options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    code, said = merge(capsys, "--ori_model_dir", bases["glm2"], "--model_dir", tmp_path / "adapter", "--save_dir", tmp_path / "merged")
+    assert code == 0, said
+    wanted, found = model.merge_and_unload().state_dict(), load_file(tmp_path / "merged" / "model.safetensors")
+    assert wanted.keys() == found.keys() and all(torch.allclose(wanted[name], found[name], atol=1e-5) for name in wanted)
+
+
+def test_a1_a_merge_that_changes_nothing_is_an_error(adapter, bases, tmp_path, capsys):
+    folder = copy_with_weights(adapter, tmp_path, lambda state: {k: v * 0 if "lora_B" in k else v for k, v in state.items()})
+    code, said = merge(capsys, "--ori_model_dir", bases["glm2"], "--model_dir", folder, "--save_dir", tmp_path / "merged")
+    assert code == 1 and "changes nothing" in said and sorted(p.name for p in tmp_path.iterdir()) == ["changed"]
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model.pretrained_model."])
+def test_a1_keys_with_other_prefixes_are_merged(adapter, bases, tmp_path, capsys, prefix):
+    """As hand-written savers and TRL write them."""
+    folder = copy_with_weights(adapter, tmp_path, lambda state: {k.replace("base_model.model.", prefix): v for k, v in state.items()})
+    code, said = merge(capsys, "--ori_model_dir", bases["glm2"], "--model_dir", folder, "--save_dir", tmp_path / "merged")
+    assert code == 0, said
+    assert torch.allclose(logits(tmp_path / "merged"), logits(adapter), atol=1e-4)
+
+
+def test_a1_a_part_of_the_keys_is_refused(adapter, bases, tmp_path, capsys):
+    folder = copy_with_weights(adapter, tmp_path, lambda state: {k: v for k, v in state.items() if ".layers.1." not in k})
+    code, said = merge(capsys, "--ori_model_dir", bases["glm2"], "--model_dir", folder, "--save_dir", tmp_path / "merged")
+    assert code == 1 and "2 tensors that adapter_config.json names are not in it" in said and "layers.1." in said
+    assert not (tmp_path / "merged").exists()
+
+
+def copy_with_weights(adapter, tmp_path, change) -> Path:
+    """The adapter without manifest and checksums, its tensors changed."""
+    folder = tmp_path / "changed"
+    folder.mkdir()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(change(load_file(adapter / "adapter_model.safetensors")), folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_a13_files_have_the_mode_of_the_umask(flags, train, bases, tmp_path, capsys):
+    before = os.umask(0o027)
+    try:
+        folder = train(flags(tmp_path / "out", "--max_steps", 2))
+        assert merge(capsys, "--ori_model_dir", bases["glm2"], "--model_dir", folder, "--save_dir", tmp_path / "merged")[0] == 0
+    finally:
+        os.umask(before)
+    for file in [p for place in (folder, tmp_path / "merged") for p in place.rglob("*") if p.is_file()]:
+        assert file.stat().st_mode & 0o777 == 0o640, file

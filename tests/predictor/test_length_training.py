@@ -76,7 +76,7 @@ def test_reuse_prefill(flags, train, tiny_folders, tmp_path, family):
     folder = train(flags(tmp_path / "out", "chatglm", "--reuse_prefill", "True", "--head", "regression", family=family))
     exported = tmp_path / "exported"
     assert exporting.main(["--checkpoint", str(folder), "--output", str(exported)]) == 0
-    assert {p.name for p in exported.iterdir()} == {"kernel.safetensors", "predictor.json"}
+    assert {p.name for p in exported.iterdir()} == {"kernel.safetensors", "predictor.json", "checksums.json"}
     predictor = LengthPredictor.from_pretrained(exported)
     vectors = predictor.score.vectors(PROMPTS)
     assert vectors.shape[0] == len(PROMPTS)

@@ -74,7 +74,7 @@ def difference(a: list[LengthPrediction], b: list[LengthPrediction]) -> float:
 @pytest.mark.parametrize("name", FILES)
 def test_export_says_what_was_trained(folders, name):
     source, exported = folders[name]
-    assert {p.name for p in exported.iterdir()} == FILES[name] | {"predictor.json"}
+    assert {p.name for p in exported.iterdir()} == FILES[name] | {"predictor.json", "checksums.json"}
     before, after = (LengthPredictor.from_pretrained(folder).predict(PROMPTS) for folder in (source, exported))
     assert difference(before, after) < (0.2 if name == "int8" else 1e-3 if name == "onnx" else 1e-4)
     card = json.loads((exported / "predictor.json").read_text())
@@ -191,10 +191,15 @@ def damage(folder: Path, name: str, how: str):
 @pytest.mark.parametrize("how, said", [("missing", "missing"), ("torn", "torn: "), ("changed", "changed since it was exported")])
 @pytest.mark.parametrize("name", ["lexical", "onnx", "adapter"])
 def test_damaged_files_are_named(folders, tmp_path, name, how, said):
+    """By checksums.json; by the card alone in exports of before there was one."""
     for file in FILES[name]:
         copy = tmp_path / file
         shutil.copytree(folders[name][1], copy)
         damage(copy, file, how)
+        with pytest.raises(ValueError, match=f"{file}: {'missing' if how == 'missing' else 'changed since it was written'}") as caught:
+            LengthPredictor.from_pretrained(copy)
+        assert "\n" not in str(caught.value)
+        (copy / "checksums.json").unlink()
         with pytest.raises(ValueError, match=f"{file}: {said}") as caught:
             LengthPredictor.from_pretrained(copy)
         assert "\n" not in str(caught.value)
@@ -203,7 +208,7 @@ def test_damaged_files_are_named(folders, tmp_path, name, how, said):
 @pytest.mark.parametrize("name, file", [("lexical", "lexical.safetensors"), ("lexical", "kernel.safetensors"), ("onnx", "model.onnx"),
                                         ("onnx", "tokenizer.json"), ("onnx", "head.safetensors"), ("adapter", "adapter_model.safetensors")])  # fmt: skip
 def test_torn_files_without_a_manifest(folders, tmp_path, name, file):
-    """A folder that training wrote has no sums: what reads the file says so."""
+    """A folder without sums: what reads the file says so."""
     copy = tmp_path / "copy"
     shutil.copytree(folders[name][1], copy)
     change_card(copy, lambda card: card.pop("export"))
@@ -217,6 +222,7 @@ def change_card(folder: Path, change):
     card = json.loads((folder / "predictor.json").read_text())
     change(card)
     (folder / "predictor.json").write_text(json.dumps(card))
+    (folder / "checksums.json").unlink()
 
 
 @pytest.mark.parametrize("change, said", [

@@ -1,0 +1,265 @@
+"""One byte of a checkpoint changes: every such change must be refused in one line, or be without effect on logits and losses.
+
+    python benchmarks/byte_flips.py --flips 200 [--seed 1] [--json FILE]
+    python benchmarks/byte_flips.py --loads 11 --size_mb 500      what the checks cost a load
+
+Tiny checkpoints of every method, a merged model and a predictor; a flip is loaded and resumed from in this process.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import random
+import re
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+METHODS = {
+    "lora": ["--train_type", "lora", "--lora_dropout", "0"],
+    "freeze": ["--train_type", "freeze", "--freeze_module_name", "layers.1."],
+    "all": ["--train_type", "all"],
+    "ptuning-v2": ["--train_type", "ptuning", "--pre_seq_len", "4", "--prefix_projection", "False", "--ptuning_version", "v2", "--prefix_dropout", "0"],
+    "predictor": ["--task", "predictor", "--backbone", "chatglm", "--train_type", "lora", "--lora_dropout", "0", "--num_bins", "12"],
+}
+MERGED = "merged"
+KINDS = (
+    "safetensors header", "tensor", "JSON key", "JSON number", "JSON, other", "tokenizer", "trainer shard", "manifest", "checksums",
+    "no program reads it",
+)  # fmt: skip
+KEY, NUMBER = re.compile(rb'"[^"\n]*"(?=:)'), re.compile(rb"(?<=[ \[])-?\d[\d.e+-]*(?=[,\n\]}])")
+
+
+@dataclass
+class Row:
+    """Flips of one kind of byte. `wrong`: read without a word and with an effect, or refused in another way than one line."""
+
+    flipped: int = 0
+    refused: int = 0
+    without_effect: int = 0
+    wrong: int = 0
+
+
+@dataclass(frozen=True)
+class Target:
+    """Bytes of one kind in one file: `places` are spans (start, end)."""
+
+    subject: "Subject"
+    file: Path
+    kind: str
+    places: tuple[tuple[int, int], ...]
+
+
+class Subject:
+    """A folder that is damaged, and what it gives undamaged: outputs of the loaded model, losses of the resumed run."""
+
+    def __init__(self, name: str, folder: Path, flags: list[str] | None):
+        self.name, self.folder, self.flags = name, folder, flags
+        self.outputs, self.losses = self.load(), self.resume()
+
+    def load(self) -> bytes:
+        import torch
+
+        from chatglm import load_model, load_tokenizer
+
+        if self.name == "predictor":
+            from predictor.runtime import LengthPredictor
+
+            found = LengthPredictor.from_pretrained(self.folder).predict(["抽取三元组：水泵漏油。", "hello"])
+            return b"".join(p.probabilities.tobytes() for p in found)
+        tokenizer = load_tokenizer(self.folder)
+        ids = torch.tensor([tokenizer.encode("抽取三元组：水泵漏油，轮胎异响。")])
+        with torch.inference_mode():
+            model = load_model(self.folder, dtype=torch.float32)
+            return model(input_ids=ids).logits.numpy().tobytes() + repr(model.generation_config.eos_token_id).encode()
+
+    def resume(self) -> list[float]:
+        """Losses of the steps after the checkpoint, in an output folder that holds nothing else."""
+        if self.flags is None:
+            return []
+        with tempfile.TemporaryDirectory(dir=self.folder.parent.parent) as other:
+            train(self.flags, Path(other), "--resume_from_checkpoint", str(self.folder))
+            lines = [json.loads(line) for line in (Path(other) / "metrics.jsonl").read_text().splitlines()]
+            return [value for line in lines for name, value in line.items() if name.endswith("_loss")]
+
+    def targets(self) -> Iterator[Target]:
+        for file in sorted(p for p in self.folder.rglob("*") if p.is_file()):
+            for kind, places in kinds_of(file):
+                if places:
+                    yield Target(self, file, kind, tuple(places))
+
+    def outcome(self, damaged: Path, content: bytes) -> str:
+        """What becomes of `damaged` holding `content`: the name of Row's field."""
+        before = damaged.read_bytes()
+        damaged.write_bytes(content)
+        results = []
+        try:
+            for act, wanted in ((self.load, self.outputs), (self.resume, self.losses)):
+                try:
+                    results.append("without_effect" if act() == wanted else "wrong")
+                except (ValueError, OSError) as error:
+                    one_line = "\n" not in str(error) and self.folder.name in str(error)
+                    results.append("refused" if one_line else "wrong")
+                except Exception:
+                    results.append("wrong")
+        finally:
+            damaged.write_bytes(before)
+        return next(result for result in ("wrong", "refused", "without_effect") if result in results)
+
+
+def kinds_of(file: Path) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+    """(kind, spans of bytes) of a file."""
+    content = file.read_bytes()
+    whole = [(0, len(content))]
+    if file.suffix == ".safetensors":
+        head = 8 + int.from_bytes(content[:8], "little")
+        yield from (("safetensors header", [(0, head)]), ("tensor", [(head, len(content))]))
+    elif file.name in ("manifest.json", "checksums.json"):
+        yield file.name.removesuffix(".json"), whole
+    elif file.suffix == ".json":
+        yield from (("JSON key", [m.span() for m in KEY.finditer(content)]), ("JSON number", [m.span() for m in NUMBER.finditer(content)]))
+        yield "JSON, other", whole
+    elif file.suffix == ".pt":
+        yield "trainer shard", whole
+    elif file.suffix == ".md":
+        yield "no program reads it", whole
+    else:
+        yield "tokenizer", whole
+
+
+def train(flags: list[str], output_dir: Path, *more: str) -> Path:
+    """A training in this process, without its output; returns the checkpoint."""
+    import train as command_line
+    from finetune.config import parse_config
+    from finetune.engine import train as fine_tune
+    from predictor.training import train_predictor
+
+    config = parse_config([*flags, "--output_dir", str(output_dir), *more], {"predictor": command_line.predictor_config})
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return train_predictor(config) if config.task == "predictor" else fine_tune(config)
+
+
+def make_rows(folder: Path) -> tuple[Path, Path]:
+    """Files of rows: to answer, and of prompts with the lengths of their answers."""
+    parts, states = ("水泵", "油封", "火花塞", "节气门", "轮胎"), ("漏油", "抖动", "异响", "松动")
+    pairs = [(part, state) for part in parts for state in states]
+    rows = [{"instruction": "抽取三元组：", "input": f"{a}{b}。", "output": f"{a}_性能故障_{b}"} for a, b in pairs]
+    lengths = [{"prompt": f"抽取三元组：{a}{b}。{n}", "output_tokens": 5 + 3 * n, "served_model": "tiny"} for n, (a, b) in enumerate(pairs)]
+    for name, content in (("rows.jsonl", rows), ("lengths.jsonl", lengths)):
+        (folder / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content), encoding="utf-8")
+    return folder / "rows.jsonl", folder / "lengths.jsonl"
+
+
+def make_base(folder: Path, rows: Path, **sizes) -> Path:
+    """A random ChatGLM2, by default of 2 layers of 64, with a tokenizer of its own."""
+    from scripts.prepare_small_model import make_model
+    from scripts.prepare_tokenizer import main as make_tokenizer
+
+    tokenizer = folder / "tokenizer"
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        make_tokenizer(["--input", str(rows), "--output_dir", str(tokenizer), "--vocab_size", "340", "--family", "glm2"])
+        return make_model("glm2", tokenizer, folder / "base", **({"hidden_size": 64, "num_layers": 2, "heads": 4, "ffn": 128} | sizes))
+
+
+def make_subjects(folder: Path, methods: tuple[str, ...]) -> list[Subject]:
+    """A checkpoint of step 2 of each method, and a merged LoRA."""
+    import merge_lora
+
+    rows, lengths = make_rows(folder)
+    base, subjects = make_base(folder, rows), []
+    for method in methods:
+        flags = ["--model_name_or_path", str(base), "--train_path", str(lengths if method == "predictor" else rows), "--report_to", ""]
+        flags += ["--max_src_len", "64", "--per_device_train_batch_size", "4", "--max_steps", "4", "--save_model_step", "2", "--data_cache", ""]
+        flags += [*METHODS[method], *(["--calibration_share", "0.3"] if method == "predictor" else ["--max_len", "96"])]
+        output = folder / method
+        train(flags, output)
+        found = output / "epoch-1-step-2"
+        subjects.append(Subject(method, found, flags))
+        if method == "lora":
+            merge_lora.merge(base, found, folder / MERGED / MERGED)
+            subjects.append(Subject(MERGED, folder / MERGED / MERGED, None))
+    return subjects
+
+
+def run(folder: Path, *, flips: int, seed: int = 1, methods: tuple[str, ...] = tuple(METHODS)) -> dict[str, Row]:
+    """{kind of byte: Row} of `flips` changes, spread evenly over kinds and, of a kind, over the files of all methods."""
+    draw = random.Random(seed)
+    targets = [target for subject in make_subjects(folder, methods) for target in subject.targets()]
+    draw.shuffle(targets)
+    table = {kind: Row() for kind in KINDS}
+    seen: dict[Path, int] = dict.fromkeys((target.file for target in targets), 0)
+    for number in range(flips):
+        kind = KINDS[number % len(KINDS)]
+        target = min((t for t in targets if t.kind == kind), key=lambda t: seen[t.file])
+        seen[target.file] += 1
+        content = bytearray(target.file.read_bytes())
+        start, end = draw.choice(target.places)
+        content[draw.randrange(start, end)] ^= draw.randrange(1, 256)
+        outcome = target.subject.outcome(target.file, bytes(content))
+        table[kind].flipped += 1
+        setattr(table[kind], outcome, getattr(table[kind], outcome) + 1)
+        if outcome == "wrong":
+            print(f"WRONG: {target.subject.name}: {target.file} ({kind})")
+    return table
+
+
+def time_loads(folder: Path, loads: int, size_mb: int) -> dict[str, list[float]]:
+    """{level: seconds of each load} of a model of about `size_mb` MB in fp32, the levels taking turns."""
+    from chatglm import load_model
+    from chatglm.checksums import write_checksums
+
+    rows, _ = make_rows(folder)
+    layers = max(1, round(size_mb / 50))  # a layer of these sizes has 12.6 million weights
+    base = make_base(folder, rows, hidden_size=1024, num_layers=layers, heads=16, ffn=2752)
+    write_checksums(base)
+    print(f"{sum(p.stat().st_size for p in base.glob('*.safetensors')) / 1e6:.0f} MB of weights, {layers} layers")
+    found: dict[str, list[float]] = {"off": [], "fast": []}
+    for _ in range(loads + 1):
+        for level, seconds in found.items():
+            started = time.perf_counter()
+            load_model(base, verify=level)
+            seconds.append(time.perf_counter() - started)
+    return {level: seconds[1:] for level, seconds in found.items()}  # the first of each warms up
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--flips", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--loads", type=int, default=0, help="time so many loads with and without the checks")
+    parser.add_argument("--size_mb", type=int, default=500, help="of the model that is loaded [500]")
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args(argv)
+    wrong, results = 0, {}
+    with tempfile.TemporaryDirectory() as name:
+        if args.flips:
+            table = run(Path(name), flips=args.flips, seed=args.seed)
+            results["flips"] = {kind: dataclasses.asdict(row) for kind, row in table.items()}
+            print("| byte in | flipped | refused | without effect | wrong |\n|---|---|---|---|---|")
+            for kind, row in table.items():
+                print(f"| {kind} | {row.flipped} | {row.refused} | {row.without_effect} | {row.wrong} |")
+                wrong += row.wrong
+        shutil.rmtree(Path(name) / "base", ignore_errors=True)
+        shutil.rmtree(Path(name) / "tokenizer", ignore_errors=True)
+        if args.loads:
+            results["loads"] = seconds = time_loads(Path(name), args.loads, args.size_mb)
+            medians = {level: statistics.median(values) for level, values in seconds.items()}
+            ratio = statistics.median(fast / off for fast, off in zip(seconds["fast"], seconds["off"]))
+            print(f"load: {medians['off']:.3f} s unchecked, {medians['fast']:.3f} s checked (medians of {args.loads}), ratio of pairs {ratio:.3f}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

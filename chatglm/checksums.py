@@ -1,0 +1,230 @@
+"""Checksums of every file of a folder that this toolkit writes, in its checksums.json. Free of torch.
+
+python -m chatglm.checksums FOLDER            compare every file with its SHA-256
+python -m chatglm.checksums FOLDER --renew    take the files as they are now, after a deliberate change
+
+Loading compares XXH3, which takes a fraction of the time that reading the weights takes; resuming and merging compare SHA-256.
+A folder without checksums.json is somebody else's and loads as it is.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+from .files import read_bytes, read_json
+
+CHECKSUMS = "checksums.json"
+FORMAT_VERSION = 1
+LEVELS = ("fast", "full", "off")  # XXH3, SHA-256, nothing
+ENVIRONMENT = "GLM_FOUNDRY_VERIFY"  # one of LEVELS, for commands without a flag for it
+UNREAD = ("README.md",)  # model cards: people edit them and no program reads them
+WEIGHTS = (".safetensors", ".bin", ".pt", ".onnx", ".npz")
+BLOCK = 1 << 22  # bytes
+THREADS = min(8, os.cpu_count() or 1)
+asked_level: ContextVar[str | None] = ContextVar("asked_level", default=None)  # of the load under way: its base is a load too
+
+
+def hash_file(path: Path, *, fast: bool = True, strong: bool = True) -> dict:
+    """{"bytes", "xxh3", "sha256"} of a file, read once; without the hash that is not asked for."""
+    import xxhash
+
+    hashes = ({"xxh3": xxhash.xxh3_64()} if fast else {}) | ({"sha256": hashlib.sha256()} if strong else {})
+    size, block = 0, bytearray(BLOCK)
+    view = memoryview(block)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            size += count
+            for digest in hashes.values():
+                digest.update(view[:count])
+    return {"bytes": size} | {name: digest.hexdigest() for name, digest in hashes.items()}
+
+
+def write_checksums(folder: Path):
+    """Write checksums.json for the files that lie in `folder` and below it; it checks itself too."""
+    folder = Path(folder)
+    found = (p for p in folder.rglob("*") if p.is_file() and p.name not in UNREAD)
+    names = sorted(p.relative_to(folder).as_posix() for p in found)
+    names = [name for name in names if name != CHECKSUMS]
+    with ThreadPoolExecutor(THREADS) as pool:
+        hashes = list(pool.map(lambda name: hash_file(folder / name), names))
+    aside = folder / f".{CHECKSUMS}.tmp"
+    aside.write_bytes(render(dict(zip(names, hashes))))
+    os.replace(aside, folder / CHECKSUMS)
+
+
+def render(files: dict) -> bytes:
+    """The content of checksums.json: the last entry is the XXH3 of all the others."""
+    import xxhash
+
+    content = {"format_version": FORMAT_VERSION, "files": files}
+    own = xxhash.xxh3_64_hexdigest(json.dumps(content).encode())
+    return (json.dumps(content | {"self": own}, indent=1) + "\n").encode()
+
+
+def read_checksums(folder: Path) -> dict[str, dict] | None:
+    """{name: its hashes} as `write_checksums` wrote them, None where there are none.
+
+    Raises:
+        ValueError: any byte of the file has changed, or it is of a newer format.
+    """
+    path = folder / CHECKSUMS
+    if not path.is_file():
+        return None
+    try:
+        content = read_json(path)
+        if (version := content["format_version"]) == FORMAT_VERSION and render(content["files"]) == read_bytes(path):
+            return content["files"]
+    except (ValueError, KeyError, TypeError):
+        raise damaged(path, folder) from None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ValueError(f"{path}: format version {version}, this program reads up to {FORMAT_VERSION}")
+    raise damaged(path, folder)
+
+
+def damaged(path: Path, folder: Path, what: str = "changed since it was written") -> ValueError:
+    return ValueError(
+        f"{path}: {what}; take an undamaged copy of it. If it was changed on purpose: "
+        f"python -m chatglm.checksums {folder} --renew, or {ENVIRONMENT}=off"
+    )
+
+
+def level_of(verify: str | None, default: str = "fast") -> str:
+    """One of LEVELS: what a flag says, else the environment, else `default`.
+
+    Raises:
+        ValueError: the environment says something else.
+    """
+    level = verify or asked_level.get() or os.environ.get(ENVIRONMENT) or default
+    if level not in LEVELS:
+        raise ValueError(f"{ENVIRONMENT} must be one of {', '.join(LEVELS)}; got {level!r}")
+    return level
+
+
+def check_folder_files(
+    folder: str | Path, verify: str | None = None, *, default: str = "fast", wanted: Callable[[str], bool] = lambda name: True
+):
+    """Compare the files of a folder that this toolkit wrote with its checksums.
+
+    Args:
+        verify: one of LEVELS; None: as the environment says, else `default`.
+        wanted: of a file's name inside the folder, whether it is compared.
+    Raises:
+        ValueError: a file changed, is gone or cannot be read.
+    """
+    folder, level = Path(folder), level_of(verify, default)
+    if level == "off" or (files := read_checksums(folder)) is None:
+        return
+    chosen = [name for name in files if wanted(name)]
+    compare_all(folder, {name: files[name] for name in chosen}, "xxh3" if level == "fast" else "sha256")
+
+
+def compare_all(folder: Path, files: dict[str, dict], kind: str):
+    """Raises ValueError for the first of `files`, {name: hashes}, whose hash of that kind is another; large files in threads."""
+
+    def compare(name: str):
+        path, expected = folder / name, files[name]
+        try:
+            size = path.stat().st_size
+            same = size == expected.get("bytes", size) and hash_file(path, fast=kind == "xxh3", strong=kind == "sha256")[kind] == expected[kind]
+        except FileNotFoundError:
+            raise damaged(path, folder, "missing, though checksums.json lists it") from None
+        if not same:
+            raise damaged(path, folder)
+
+    if len(files) == 1:
+        compare(*files)
+        return
+    with ThreadPoolExecutor(THREADS) as pool:
+        for done in [pool.submit(compare, name) for name in files]:
+            done.result()
+
+
+def is_top(name: str) -> bool:
+    """What loading reads; below lies what only training reads."""
+    return "/" not in name
+
+
+def is_small(name: str) -> bool:
+    return is_top(name) and not name.endswith(WEIGHTS)
+
+
+@contextmanager
+def verified(folder: str | Path, verify: str | None = None, wanted: Callable[[str], bool] = is_top):
+    """Compare a folder's checksums: of small files before the block, of weights in a thread while the block reads them.
+
+    The block's result counts only if they agree: leaving it raises what `check_folder_files` raises, also in place of an
+    error of the block, which damage may have caused.
+    """
+    token = asked_level.set(verify or asked_level.get())
+    try:
+        if level_of(None) == "off" or not (Path(folder) / CHECKSUMS).is_file():
+            yield
+            return
+        level = level_of(None)
+        check_folder_files(folder, level, wanted=lambda name: wanted(name) and is_small(name))
+        with ThreadPoolExecutor(1) as pool:
+            check = pool.submit(check_folder_files, folder, level, wanted=lambda name: wanted(name) and not is_small(name))
+            try:
+                yield
+            finally:
+                if error := check.exception():
+                    raise error from None
+    finally:
+        asked_level.reset(token)
+
+
+def checks_folder(wanted: Callable[[str], bool] = is_top):
+    """Decorator of a loader whose first argument is a folder: adds `verify`, one of LEVELS, and checks what it reads."""
+
+    def decorate(load):
+        @functools.wraps(load)
+        def loading(path, *args, verify: str | None = None, **options):
+            with verified(path, verify, wanted):
+                return load(path, *args, **options)
+
+        return loading
+
+    return decorate
+
+
+def add_verify_flag(parser: argparse.ArgumentParser, default: str):
+    """--verify, for commands that read our folders."""
+    parser.add_argument(
+        "--verify", choices=LEVELS,
+        help=f"compare files with their checksums.json: fast (XXH3), full (SHA-256) or off [{ENVIRONMENT}, else {default}]",
+    )  # fmt: skip
+
+
+def main(argv: Iterable[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="chatglm.checksums", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="a checkpoint, merged model or predictor that this toolkit wrote")
+    parser.add_argument("--renew", action="store_true", help="write the checksums anew for the files as they are now")
+    args = parser.parse_args(argv)
+    try:
+        if not args.folder.is_dir():
+            raise FileNotFoundError(f"no such folder: {args.folder}")
+        if not args.renew and not (args.folder / CHECKSUMS).is_file():
+            raise ValueError(f"{args.folder} has no {CHECKSUMS}: there is nothing to compare with")
+        if args.renew:
+            write_checksums(args.folder)
+            print(f"{args.folder}: {len(read_checksums(args.folder))} files, checksums written")
+        else:
+            # trainer/ may be deleted to save room
+            check_folder_files(args.folder, "full", wanted=lambda name: is_top(name) or (args.folder / name).parent.exists())
+            print(f"{args.folder}: every file is as it was written")
+    except (ValueError, OSError) as error:
+        print(f"chatglm.checksums: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""The folders that a training run leaves: output_dir/epoch-E-step-S. Free of torch."""
+
+import re
+from pathlib import Path
+
+from .files import read_json
+
+CHECKPOINT = re.compile(r"epoch-(\d+)-step-(\d+)$")
+MANIFEST = "manifest.json"
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(CHECKPOINT.search(folder.name).group(2))
+
+
+def committed_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Complete checkpoint folders of a run, oldest first."""
+    folders = Path(output_dir).glob("epoch-*-step-*") if Path(output_dir).is_dir() else ()
+    return sorted((p for p in folders if CHECKPOINT.search(p.name) and (p / MANIFEST).is_file()), key=step_of)
+
+
+def check_not_run(path: str | Path, flag: str = ""):
+    """Raises ValueError that names the checkpoints in `path` where it is a run's folder instead of one of them."""
+    path = Path(path)
+    if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
+        return
+    if not (checkpoints := committed_checkpoints(path)):
+        return
+    last = checkpoints[-1]
+    try:
+        best = path / read_json(path / "best.json")["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        best = None
+    names = [f"{last} (the last)"]
+    if best == last:
+        names = [f"{last} (the last and the best)"]
+    elif best in checkpoints:
+        names = [f"{best} (the best)", *names]
+    raise ValueError(f"{flag and f'{flag}: '}{path} is a run's folder; give one of its {len(checkpoints)} checkpoints: {', '.join(names)}")
