@@ -28,9 +28,10 @@ from chatglm.checksums import CHECKSUMS, check_folder_files, write_checksums
 from chatglm.files import read_json
 from chatglm.loading import PREFIX, read_tensors, stop_ids
 from chatglm.runs import MANIFEST, check_not_run, committed_checkpoints, step_of
-from finetune.config import TrainConfig, read_ds_file
+from finetune.config import TrainConfig
 from finetune.contents import path_contents
 from finetune.distributed import agree, rank, say, without_prints, world_size
+from finetune.ds_file import read_ds_file
 from finetune.elastic import read_shards, restore, weights_only
 from finetune.files import flush, flush_tree, set_modes, sha256, write_json
 from finetune.lora import check_lora_start, on_original_base

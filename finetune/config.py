@@ -26,7 +26,6 @@ from finetune.record import LOGGERS
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 LORA_STARTS = re.compile(r"default|gaussian|orthogonal|olora|pissa|pissa_niter_\d+")
 CHECKPOINTED_LAYERS = re.compile(r"[1-9]\d*|\d+-\d+")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse_bool(text: str | bool) -> bool:
@@ -351,63 +350,6 @@ def parse_config(argv: list[str] | None = None, tasks: dict[str, Callable[[], ty
         return config_class(**(told | (read_config_file(file, config_class) if file else {}) | given))
     except ValueError as error:
         parser.error(str(error))
-
-
-def read_ds_file(name: str) -> tuple[Path, dict]:
-    """A DeepSpeed file and what it holds; a bare name is looked up in ds_configs/ too.
-
-    Raises:
-        FileNotFoundError; ValueError: not a JSON object.
-    """
-    folder = ROOT / "ds_configs"
-    path = next((p for p in (Path(name), folder / name) if p.is_file()), None)
-    if path is None:
-        shipped = ", ".join(sorted(p.name for p in folder.glob("*.json")))
-        raise FileNotFoundError(f"--ds_file: no such file: {name}; ds_configs/ has {shipped}")
-    try:
-        ds = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--ds_file: {path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    if not isinstance(ds, dict):
-        raise ValueError(f"--ds_file: {path} must hold an object, got {type(ds).__name__}")
-    return path, ds
-
-
-def fill_sizes(zero: dict, hidden_size: int) -> dict:
-    """zero_optimization with the sizes left to "auto" as transformers chooses them for a model's width.
-
-    ZeRO-1 and 2 get buckets of at least 2**24 elements, 64 MiB in fp32: small models would wait for many small messages.
-    """
-    square = hidden_size**2
-    by_width = {
-        "reduce_bucket_size": square if zero.get("stage") == 3 else max(square, 2**24),
-        "stage3_prefetch_bucket_size": int(0.9 * square),
-        "stage3_param_persistence_threshold": 10 * hidden_size,
-    }
-    return zero | {key: value for key, value in by_width.items() if zero.get(key) == "auto"}
-
-
-# Keys of zero_optimization that tell how ranks share and talk: without a meaning where there is one.
-BETWEEN_RANKS = {"stage", "allgather_partitions", "allgather_bucket_size", "overlap_comm", "reduce_scatter", "reduce_bucket_size",
-                 "contiguous_gradients", "round_robin_gradients"}  # fmt: skip
-
-
-def stage_for(ds: dict, precision: str, adapters: bool, world: int) -> int:
-    """A DeepSpeed file's ZeRO stage; on one rank that trains more than adapters, the cheapest that computes the same.
-
-    ZeRO-2 there still copies every gradient into a bucket, sums it into a new buffer and takes its norm in fp64: two thirds of
-    a step's time again. In bf16 stage 1 gives DeepSpeed's BF16_Optimizer, which adds each gradient to its fp32 sum as backward
-    makes it; in fp32 nothing at all is needed. Files that say more of ZeRO than how ranks talk are obeyed.
-    """
-    zero = ds["zero_optimization"]
-    stage = zero.get("stage", 0)
-    if world > 1 or adapters or stage > 2 or not zero.keys() <= BETWEEN_RANKS:
-        return stage
-    if precision == "fp32" and ds.get("gradient_clipping", 1.0) != 0:
-        return 0
-    if precision == "bf16" and ds.get("data_types", {}).get("grad_accum_dtype", "fp32") == "fp32":
-        return 1
-    return stage
 
 
 def read_mapping(path: str) -> dict:

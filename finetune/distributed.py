@@ -9,7 +9,8 @@ from contextlib import redirect_stdout
 import torch
 import torch.distributed as dist
 
-from finetune.config import TrainConfig, fill_sizes, read_ds_file, stage_for
+from finetune.config import TrainConfig
+from finetune.ds_file import fill_sizes, read_ds_file, stage_for
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -18,7 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from finetune.commands import Parser, run_command
-from finetune.config import BETWEEN_RANKS, TrainConfig, add_flag, fill_sizes, read_ds_file
+from finetune.config import TrainConfig, add_flag
+from finetune.ds_file import BETWEEN_RANKS, fill_sizes, read_ds_file
 from finetune.files import write_json
 from finetune.memory_formula import GIB, MIB, Run, Zero, estimate
 from finetune.memory_shapes import PUBLISHED, read_shape

@@ -126,7 +126,7 @@ BAD = {
     '{"instruction": 1, "output": "b"}': '"instruction" must be text, got 1', '{"instruction": "a", "output": null}': "null",
     '{"instruction": "", "output": "b"}': "prompt is empty",
     '{"instruction": "a", "output": []}': '"output"', '{"instruction": "a", "output": [1]}': '"output"',
-    '{"instruction": ["a"], "output": "b"}': '"instruction"', '{"instruction": "a", "input": null, "output": "b"}': '"input"',
+    '{"instruction": ["a"], "output": "b"}': '"instruction"', '{"instruction": "a", "input": 1, "output": "b"}': '"input"',
     '{"instruction": "a\\ud800", "output": "b"}': "surrogate", "1" * 5000: "not valid JSON", "[" * 100000: "not valid JSON",
 }  # fmt: skip
 
