@@ -4,7 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from finetune.config import TrainConfig, read_ds_file
+from finetune.config import TrainConfig
+from finetune.ds_file import read_ds_file
 from finetune.files import sha256
 from finetune.sources import parse_sources
 

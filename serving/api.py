@@ -1,43 +1,61 @@
-"""The HTTP face of a Service: OpenAI's chat completions, models, health, metrics; errors as OpenAI's error objects."""
+"""The HTTP face of a Service: OpenAI's chat completions, models, health, metrics; errors as OpenAI's error objects.
+
+serving.door says who may come in, serving.fields what a request may say, serving.openapi what /openapi.json says of both.
+"""
 
 import asyncio
 import json
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import aclosing
+from functools import partial
 
 from fastapi import FastAPI
 from fastapi import Request as Http
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from serving.chat import ChatRequest, TextStream, parse_body
-from serving.service import Closed, Exchange, Service, TooLong
+from serving.door import AccessLog, ApiError, Door, Keys
+from serving.openapi import document
+from serving.service import Busy, Closed, Exchange, Service, TooLong, Unpredicted
 
-BODY_BYTES = 8 * 2**20
+BODY_BYTES = 2 * 2**20
+CLIENT_S = 30.0  # for a whole body
+RETRY_S = 2  # what a busy server tells its clients to wait
+CLOSING = "the server is shutting down"
 GONE = 499  # for the access log; nobody reads it
 FINISH = {"stop": "stop", "length": "length", "cut": "length"}
 
 
-class ApiError(Exception):
-    """An answer of HTTP status `status` with one line of what is wrong."""
+def make_app(
+    service: Service, keys: Keys | None = None, cors_origins: Sequence[str] = (), access_log: bool = False, client_s: float = CLIENT_S
+) -> FastAPI:
+    """The application; `app.state.closing` is an asyncio.Event that ends the wait for bodies that are half sent.
 
-    def __init__(self, status: int, message: str, code: str | None = None):
-        super().__init__(message)
-        self.status, self.message, self.code = status, message, code
-
-    def body(self) -> dict:
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
-
-
-def make_app(service: Service) -> FastAPI:
-    app = FastAPI(title="GLM Foundry", openapi_url=None)
+    Args:
+        keys: who may come in; None for everybody.
+        cors_origins: origins of web pages that may ask; "*" for all.
+        access_log: log a line for each request.
+        client_s: within which a client must have sent its body.
+    """
+    app = FastAPI(title="GLM Foundry", docs_url=None, redoc_url=None)
+    app.openapi = lambda: document(service.name, guarded=bool(keys and keys.api_key))
+    app.state.closing = asyncio.Event()
+    if keys is not None:
+        app.add_middleware(Door, keys=keys)
+    if cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["GET", "HEAD", "POST"], allow_headers=["*"])
+    if access_log:
+        app.add_middleware(AccessLog)
+    get = partial(app.api_route, methods=["GET", "HEAD"])
 
     @app.exception_handler(ApiError)
     async def api_error(http: Http, error: ApiError):
-        return JSONResponse(error.body(), error.status)
+        return JSONResponse(error.body(), error.status, headers=error.headers)
 
     @app.exception_handler(HTTPException)
     async def http_error(http: Http, error: HTTPException):
@@ -48,21 +66,21 @@ def make_app(service: Service) -> FastAPI:
     async def our_error(http: Http, error: Exception):
         return JSONResponse(ApiError(500, f"internal error: {type(error).__name__}").body(), 500)
 
-    @app.get("/health")
+    @get("/health")
     async def health():
         state = service.failure or ("draining" if service.draining else "ok")
         return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
-    @app.get("/v1/models")
+    @get("/v1/models")
     async def models():
         return {"object": "list", "data": [model_card(service)]}
 
-    @app.get("/v1/models/{name:path}")
+    @get("/v1/models/{name:path}")
     async def model(name: str):
         check_model(service, name)
         return model_card(service)
 
-    @app.get("/metrics")
+    @get("/metrics")
     async def metrics():
         if service.monitor.registry is None:
             raise ApiError(501, "metrics need the package prometheus-client")
@@ -71,20 +89,25 @@ def make_app(service: Service) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat_completions(http: Http):
         try:
-            asked = parse_body(await read_json(http))
+            check_json(http)
+            asked = parse_body(await read_json(http, app.state.closing, client_s))
             check_model(service, asked.model)
             exchange = await service.ask(asked)
         except ClientDisconnect:
             return Response(status_code=GONE)
         except Closed as error:
             raise ApiError(503, str(error), "unavailable") from None
+        except Busy as error:
+            raise ApiError(429, str(error), "busy", {"Retry-After": str(RETRY_S)}) from None
+        except Unpredicted as error:
+            raise ApiError(500, str(error), "failed") from None
         except TooLong as error:
             raise ApiError(400, str(error), "context_length_exceeded") from None
         except ValueError as error:
             raise ApiError(400, str(error)) from None
         talk = Talk(service, asked, exchange, http)
         if asked.stream:
-            return StreamingResponse(talk.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            return EventStream(talk)
         return await talk.whole()
 
     return app
@@ -99,17 +122,45 @@ def check_model(service: Service, name: str | None):
         raise ApiError(404, f"there is no model {name!r} here, only {service.name!r}", "model_not_found")
 
 
-async def read_json(http: Http):
-    """Raises ApiError where the body is too large, ValueError where it is no JSON."""
+def check_json(http: Http):
+    """Raises ApiError where the body is not declared as JSON: what a form or a page of any origin can send without asking is not."""
+    declared = http.headers.get("content-type", "")
+    if declared.split(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, f"wanted the header Content-Type: application/json (curl -H content-type:application/json), got {declared[:64]!r}")
+
+
+async def read_json(http: Http, closing: asyncio.Event, client_s: float):
+    """The body's JSON. Raises ApiError where it is too large or too late, or when `closing` comes first; ValueError where it is no JSON."""
+    reading, ending = asyncio.create_task(read_body(http)), asyncio.create_task(closing.wait())
+    try:
+        await asyncio.wait({reading, ending}, timeout=client_s, return_when=asyncio.FIRST_COMPLETED)
+        if not reading.done():
+            if closing.is_set():
+                raise ApiError(503, CLOSING, "unavailable", {"Connection": "close"})
+            raise ApiError(408, f"the body did not come within {client_s:g} s", None, {"Connection": "close"})
+        body = reading.result()
+    finally:
+        reading.cancel()
+        ending.cancel()
+    try:
+        return json.loads(body.decode(), parse_constant=not_a_number)
+    except RecursionError:
+        raise ValueError("the body is not valid JSON: nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"the body is not valid JSON: {getattr(error, 'msg', None) or str(error)[:100]}") from None
+
+
+async def read_body(http: Http) -> bytearray:
     body = bytearray()
     async for piece in http.stream():
         body += piece
         if len(body) > BODY_BYTES:
             raise ApiError(413, f"the body is larger than {BODY_BYTES:,} bytes")
-    try:
-        return json.loads(body.decode())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the body is not valid JSON: {getattr(error, 'msg', None) or 'not UTF-8, or nested too deep'}") from None
+    return body
+
+
+def not_a_number(name: str):
+    raise ValueError(f"{name} is no JSON number")
 
 
 class Talk:
@@ -119,7 +170,12 @@ class Talk:
         self.service, self.asked, self.exchange, self.http = service, asked, exchange, http
         self.stream = TextStream(service.tokenizer, asked.stop)
         self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
-        self.gone = False
+        self.gone = self.token_stopped = False
+
+    @property
+    def stopped(self) -> bool:
+        """The client's stop string or stop token has come."""
+        return self.stream.stopped or self.token_stopped
 
     async def _watch(self):
         while (await self.http.receive())["type"] != "http.disconnect":
@@ -133,13 +189,16 @@ class Talk:
         answer, stops = self.exchange.answer, self.service.engine.stop_ids
         try:
             while (token := await self.exchange.tokens.get()) is not None:
+                if token in self.asked.stop_token_ids:
+                    self.token_stopped = True
+                    break
                 if token not in stops and (new := self.stream.add(token)):
                     yield new
                 if self.stream.stopped:
                     break
-            if not self.stream.stopped and answer.reason in FINISH and (new := self.stream.end()):
+            if not self.stream.stopped and (self.token_stopped or answer.reason in FINISH) and (new := self.stream.end()):
                 yield new
-            if self.stream.stopped:
+            if self.stopped:
                 self.service.monitor.stopped(answer.id)
         finally:
             watcher.cancel()
@@ -148,13 +207,15 @@ class Talk:
     def check(self):
         """Raises ApiError where the answer did not come to an end of its own."""
         reason = self.exchange.answer.reason
-        if not self.stream.stopped and reason not in FINISH:
+        if not self.stopped and reason not in FINISH:
             if reason == "failed":
-                raise ApiError(500, self.service.failure or "the model's output was not finite", "failed")
-            raise ApiError(503 if self.service.draining else 500, f"the answer was {reason}", reason)
+                raise ApiError(500, self.service.failure or "the model's output was not finite, or could not be sampled", "failed")
+            if self.service.draining:
+                raise ApiError(503, f"{CLOSING}; the answer was {reason}", "unavailable")
+            raise ApiError(500, f"the answer was {reason}", reason)
 
     def finish_reason(self) -> str:
-        return "stop" if self.stream.stopped else FINISH[self.exchange.answer.reason]
+        return "stop" if self.stopped else FINISH[self.exchange.answer.reason]
 
     def usage(self) -> dict:
         prompt, made = self.exchange.request.prompt_tokens, self.service.length(self.exchange.answer)
@@ -193,6 +254,20 @@ class Talk:
         if self.asked.include_usage:
             yield event(self.head | {"object": "chat.completion.chunk", "choices": [], "usage": self.usage()})
         yield "data: [DONE]\n\n"
+
+
+class EventStream(StreamingResponse):
+    """A Talk's events. However it ends, be it before its first event, so does its answer."""
+
+    def __init__(self, talk: Talk):
+        super().__init__(talk.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.talk = talk
+
+    async def __call__(self, scope, receive, send):
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.talk.service.cancel(self.talk.exchange)
 
 
 def event(body: dict) -> str:

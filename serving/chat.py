@@ -1,16 +1,11 @@
 """Chats as OpenAI's clients write them, for the ChatGLM families: bodies to requests, messages to prompts, tokens to text. Free of torch."""
 
-import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from chatglm.families import FAMILIES
+from serving.fields import ignored, read_fields
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-NOT_HERE = {  # what is refused, unless it says what happens anyhow
-    "n": (1,), "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "logprobs": (False,), "top_logprobs": (0,), "logit_bias": ({},),
-    "presence_penalty": (0,), "frequency_penalty": (0,), "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (),
-}  # fmt: skip
-STOPS = 4  # stop strings, as OpenAI has it
 MARKS = ",!:;?"  # whose width ChatGLM-6B's answers settle by the character that follows
 YEAR = "[[训练时间]]"
 CLEANED = 4  # characters within which decoding may yet remove a space (" n't")
@@ -23,89 +18,43 @@ class ChatRequest:
 
     Attributes:
         messages: (role, text), role one of system, user, assistant; the last is the user's.
-        stop: texts that end the answer and are no part of it.
+        max_length: tokens of prompt and answer together.
+        stop, stop_token_ids: texts and tokens that end the answer and are no part of it.
+        ignored: names of fields that nothing here knows.
     """
 
     messages: tuple[tuple[str, str], ...]
     model: str | None = None
     max_tokens: int | None = None
+    max_length: int | None = None
     temperature: float | None = None
     top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    do_sample: bool | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
     stream: bool = False
     include_usage: bool = False
     slo_s: float | None = None
+    ignored: tuple[str, ...] = ()
 
 
 def parse_body(body) -> ChatRequest:
-    """Raises ValueError, in one line, where a field is not what it should be or is not supported; unknown fields are ignored."""
-    if not isinstance(body, dict):
-        raise ValueError(f"the body must be a JSON object, got {type(body).__name__}")
-    for name, harmless in NOT_HERE.items():
-        if body.get(name) is not None and body[name] not in harmless:
-            raise ValueError(f"{name} is not supported here")
-    options = body.get("stream_options") or {}
-    if not isinstance(options, dict):
-        raise ValueError("stream_options must be an object")
-    return ChatRequest(
-        messages=parse_messages(body.get("messages")),
-        model=checked(body, "model", str, "text"),
-        max_tokens=number(body, "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens", int, 1),
-        temperature=number(body, "temperature", float, 0, 2),
-        top_p=number(body, "top_p", float, 0, 1, above=True),
-        seed=number(body, "seed", int, -(2**63), 2**63 - 1),
-        stop=parse_stop(body.get("stop")),
-        stream=bool(checked(body, "stream", bool, "true or false")),
-        include_usage=bool(checked(options, "include_usage", bool, "true or false")),
-        slo_s=number(body, "slo_s", float, 0, 1e9, above=True),
-    )
+    """The request that a body's JSON says.
 
-
-def checked(body: dict, name: str, kind: type, wanted: str):
-    value = body.get(name)
-    if value is not None and type(value) is not kind:
-        raise ValueError(f"{name} must be {wanted}")
-    return value
-
-
-def number(body: dict, name: str, kind: type, least: float, most: float = math.inf, above: bool = False):
-    """The field as int or float, or None; `above`: `least` itself is too little."""
-    value = body.get(name)
-    if value is None:
-        return None
-    fits = type(value) in ((int,) if kind is int else (int, float)) and least <= value <= most and not (above and value == least)
-    if not fits:
-        bounds = f"{'above' if above else 'at least'} {least}" + (f" and at most {most:g}" if most < math.inf else "")
-        raise ValueError(f"{name} must be a {'whole ' if kind is int else ''}number {bounds}")
-    return kind(value)
-
-
-def parse_stop(stop) -> tuple[str, ...]:
-    stops = [stop] if isinstance(stop, str) else stop or []
-    if not isinstance(stops, list) or len(stops) > STOPS or not all(isinstance(text, str) and text for text in stops):
-        raise ValueError(f"stop must be a text or at most {STOPS} texts, none of them empty")
-    return tuple(stops)
-
-
-def parse_messages(messages) -> tuple[tuple[str, str], ...]:
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("messages must be a list of at least one message")
-    found = []
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise ValueError(f"messages[{i}] must be an object with a role of {', '.join(ROLES)}")
-        content = message.get("content")
-        if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
-            content = "".join(part["text"] for part in content)
-        if content is None and message["role"] == "assistant":
-            content = ""
-        if not isinstance(content, str):
-            raise ValueError(f"messages[{i}].content must be text")
-        found.append((ROLES[message["role"]], content))
-    if found[-1][0] != "user":
-        raise ValueError("the last message must be the user's")
-    return tuple(found)
+    Raises:
+        ValueError: in one line, where a field is not what serving.fields wants or is not obeyed.
+    """
+    found = read_fields(body)
+    if (most := found.pop("max_completion_tokens", None)) is not None:
+        found["max_tokens"] = most
+    found["include_usage"] = found.pop("stream_options", False)
+    return ChatRequest(**found, ignored=ignored(body))
 
 
 def encode_messages(tokenizer, messages: tuple[tuple[str, str], ...], **as_tuned) -> list[int]:
@@ -135,8 +84,29 @@ def prompt_of(messages: tuple[tuple[str, str], ...]) -> str:
 
 
 def held(text: str, whole: tuple[str, ...]) -> int:
-    """How long the longest ending of `text` is that begins, but is not, one of `whole`."""
-    return max((n for w in whole for n in range(1, len(w)) if text.endswith(w[:n])), default=0)
+    """How long the longest ending of `text` is that begins, but is not, one of `whole`; one pass over as much of it as each is long."""
+    return max((ending(text, one) for one in whole), default=0)
+
+
+def ending(text: str, one: str) -> int:
+    borders, matched = borders_of(one), 0
+    for character in text[max(len(text) - len(one) + 1, 0) :]:
+        while matched and one[matched] != character:
+            matched = borders[matched - 1]
+        matched += one[matched] == character
+    return matched
+
+
+@lru_cache(64)
+def borders_of(one: str) -> tuple[int, ...]:
+    """Of each beginning of a text, the length of its longest proper ending that begins the text too (Knuth, Morris, Pratt, 1977)."""
+    borders, length = [0], 0
+    for character in one[1:]:
+        while length and one[length] != character:
+            length = borders[length - 1]
+        length += one[length] == character
+        borders.append(length)
+    return tuple(borders)
 
 
 class TextStream:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from collections import deque
 from contextlib import suppress
@@ -15,6 +16,44 @@ log = logging.getLogger(__name__)
 RECENT = 1000  # answers over which attainment is taken
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)
 RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.33, 2, 4, 10)
+
+
+class LogFile:
+    """Lines appended to a file. What cannot be written is dropped with one warning; each later line tries again, on a line of its own."""
+
+    def __init__(self, path: str | Path):
+        """Raises OSError where it cannot be opened."""
+        self._file = open(path, "a+b", buffering=0)
+        self._torn = self._ends_torn()
+        self.lost = 0
+
+    def _ends_torn(self) -> bool:
+        """Whether a process that wrote to it ended, or its disk was full, in the middle of a line."""
+        if not self._file.seekable() or not self._file.seek(0, os.SEEK_END):
+            return False
+        self._file.seek(-1, os.SEEK_END)
+        return self._file.read(1) != b"\n"
+
+    def write(self, text: str):
+        data = (b"\n" if self._torn else b"") + text.encode() + b"\n"
+        written = 0
+        try:
+            while written < len(data):
+                written += self._file.write(data[written:]) or 0
+        except OSError as error:
+            self._torn = self._torn or written > 0
+            self.lost += 1
+            if self.lost == 1:
+                log.error("the log %s: %s; lines are lost until it can be written again", self._file.name, error)
+            return
+        self._torn = False
+        if self.lost:
+            log.warning("the log %s goes on; lines lost: %d", self._file.name, self.lost)
+            self.lost = 0
+
+    def close(self):
+        with suppress(OSError):
+            self._file.close()
 
 
 @dataclass
@@ -45,7 +84,7 @@ class Monitor:
     def __init__(self, served_model: str, limits: Limits, path: str | Path | None = None, log_prompts: bool = False):
         """Raises OSError where the log cannot be written."""
         self.served_model, self.limits, self.log_prompts = served_model, limits, log_prompts
-        self._file = open(path, "a", encoding="utf-8", buffering=1) if path else None
+        self._file = LogFile(path) if path else None
         self._watched: dict[int, Watched] = {}
         self._waiting: set[int] = set()
         self._running: dict[int, Record] = {}
@@ -91,9 +130,10 @@ class Monitor:
             self.forget(event.id)
         if self.registry is not None and kind in ("preempted", "overran"):
             self.events.labels(kind).inc()
-        if kind in ("finished", "refused") and self.registry is not None:
+        if kind in ("finished", "withdrawn", "refused") and self.registry is not None:
             self.requests.labels(self._reason(event)).inc()
-        if kind == "finished":
+        if kind in ("finished", "withdrawn"):
+            self._waiting.discard(event.id)
             self._running.pop(event.id, None)
             self._finish(event.what, self._watched.pop(event.id, None))
 
@@ -128,13 +168,7 @@ class Monitor:
             "latency_s": round(done.latency_s, 4), "preemptions": done.preemptions, "overruns": done.overruns,
             "prediction": request.prediction.to_dict() if request.prediction is not None else None,
         }  # fmt: skip
-        try:
-            self._file.write(json.dumps(row) + "\n")
-        except OSError as error:  # a full disk must not end the serving
-            log.error("the log ends here: %s", error)
-            with suppress(OSError):
-                self.close()
-            self._file = None
+        self._file.write(json.dumps(row))
 
     def _count(self, done: Completion, tokens: int, reason: str, in_time: bool):
         request = done.request

@@ -213,8 +213,8 @@ class Completion:
 
 
 class Event(NamedTuple):
-    """One line of a run's log: kind is arrived, refused, admitted, preempted, overran, started or finished; `what` is the record,
-    or for refused the reason and for finished the completion."""
+    """One line of a run's log: kind is arrived, refused, withdrawn (while it waited), admitted, preempted, overran, started or finished;
+    `what` is the record, or for refused the reason and for withdrawn and finished the completion."""
 
     time_s: float
     kind: str

@@ -50,6 +50,10 @@ class Replay:
             self._read()
         return found
 
+    def withdrawn(self) -> tuple[int, ...]:
+        """Ids of requests that nobody waits for any more: none."""
+        return ()
+
 
 class Queue:
     """Waiting records in a heap of their policy's keys.
@@ -71,6 +75,9 @@ class Queue:
 
     def everyone(self):
         return self._members.values()
+
+    def get(self, request_id: int) -> Record | None:
+        return self._members.get(request_id)
 
     def push(self, record: Record):
         record.waiting, record.version = True, record.version + 1
@@ -128,7 +135,7 @@ def run(policy: Policy, engine: Engine, clock: Clock, arrivals, monitor: Callabl
     """Serve all arrivals; every event as it happens, in order of time.
 
     Args:
-        arrivals: has due(now_s), next_s() and closed, as Replay has.
+        arrivals: has due(now_s), withdrawn(), next_s() and closed, as Replay has.
         monitor: sees every event before it is yielded.
     Raises:
         RuntimeError: the policy broke a limit, admitted what does not wait, left an overrun without an answer, or stands still.
@@ -148,6 +155,7 @@ def _events(policy: Policy, engine: Engine, clock: Clock, arrivals) -> Iterator[
     free = limits.kv_tokens
     while True:
         now = queue.now_s = clock.now_s()
+        withdrawn = arrivals.withdrawn()  # before due(): what it names has been put by then
         for request in arrivals.due(now):
             if reason := limits.refusal(request):
                 yield Event(now, "refused", request.id, reason)
@@ -155,6 +163,10 @@ def _events(policy: Policy, engine: Engine, clock: Clock, arrivals) -> Iterator[
             record = Record(request, policy.length(request))
             queue.push(record)
             yield Event(now, "arrived", request.id, record)
+        for request_id in withdrawn:
+            if (record := queue.get(request_id)) is not None:
+                queue.remove(record)
+                yield Event(now, "withdrawn", request_id, completion_of(record, now, record.generated, True))
         if not running and not len(queue):
             if arrivals.closed:
                 return

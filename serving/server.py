@@ -5,10 +5,9 @@ python -m serving.server --model DIR --predictor DIR --policy deadline
 
 import argparse
 import logging
-import signal
+import os
 import socket
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 from chatglm.families import FAMILIES
@@ -18,6 +17,7 @@ from predictor.runtime import LengthPredictor
 from serving.continuous import POLICIES
 from serving.cost_model import CostModel, ModelShape, read_profile
 from serving.devices import DEVICES
+from serving.door import Keys, host_name, is_loopback
 from serving.engines import ENGINES, make_engine
 from serving.monitor import Monitor
 from serving.request import Limits
@@ -25,6 +25,8 @@ from serving.service import Service
 
 log = logging.getLogger(__name__)
 
+BACKLOG = 2048
+KEY_VARIABLE = "GLM_API_KEY"
 SERVED = [name for name in POLICIES if "oracle" not in name]  # an oracle wants true lengths
 
 
@@ -48,8 +50,29 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--base_model", help="base of an adapter or prefix folder (default: the one it names)")
     parser.add_argument("--mode", choices=tuple(FAMILIES), help="family (default: found in the folder)")
     parser.add_argument("--served_model_name", help="the model's name in the API (default: the predictor's served model, or the folder's name)")
-    parser.add_argument("--drain_s", type=int, default=60, help="after SIGTERM, seconds for answers under way to end [60]")
+    parser.add_argument("--drain_s", type=float, default=60, help="after SIGTERM, seconds for answers under way to end; then they get 503 [60]")
+    parser.add_argument("--max_queue", type=int, default=256, help="requests that may wait beside those served; more get 429 [256]")
+    parser.add_argument("--max_connections", type=int, default=1024, help="connections open at once [1024]")
+    parser.add_argument("--client_s", type=float, default=30.0, help="seconds for a client to send a header, a body, or to read what was sent [30]")
+    parser.add_argument("--api_key", help=f'key that every request but /health must bring (better: the environment\'s {KEY_VARIABLE})')
+    parser.add_argument("--allowed_hosts", default="", help="names, with commas, that the header Host may have (default on loopback: its own; else any)")
+    parser.add_argument("--cors_origins", default="", help='origins, with commas, of web pages that may ask; "*" for all (default: none)')
+    parser.add_argument("--access_log", action="store_true", help="a line for each request on the standard error output")
     return parser
+
+
+def check_bounds(args):
+    """Raises ValueError for a number of the flags that no server can work with."""
+    if not args.slo_s > 0:
+        raise ValueError(f"--slo_s must be above 0, got {args.slo_s:g}")
+    if not 0 < args.client_s < 1e6:
+        raise ValueError(f"--client_s must be above 0 and below 1e6, got {args.client_s:g}")
+    if not 0 <= args.drain_s < 1e6:
+        raise ValueError(f"--drain_s must be at least 0 and below 1e6, got {args.drain_s:g}")
+    if args.max_queue < 0:
+        raise ValueError(f"--max_queue must be at least 0, got {args.max_queue}")
+    if args.max_connections < 1:
+        raise ValueError(f"--max_connections must be at least 1, got {args.max_connections}")
 
 
 def load_service(args) -> Service:
@@ -62,8 +85,7 @@ def load_service(args) -> Service:
     if policy.predicts and not args.predictor:
         free = ", ".join(name for name in SERVED if not POLICIES[name].predicts)
         raise ValueError(f"--policy {args.policy} goes by predicted lengths and wants --predictor DIR; without one choose from {free}")
-    if not args.slo_s > 0:
-        raise ValueError(f"--slo_s must be above 0, got {args.slo_s:g}")
+    check_bounds(args)
     profile = read_profile(args.profile or "datasheet")
     try:
         limits = Limits(max_batch=args.max_batch, kv_tokens=args.kv_tokens, max_tokens=args.max_tokens)
@@ -86,6 +108,7 @@ def load_service(args) -> Service:
         make_engine(args.engine, model, limits, cost), tokenizer, policy, predictor, Monitor(name, limits, args.log, args.log_prompts),
         name=name, slo_s=args.slo_s, defaults={key: family.chat_defaults[key] for key in ("temperature", "top_p")},
         as_tuned={"rounds": True} if getattr(model.config, "chat_prompt", None) == "rounds" else {},
+        max_queue=args.max_queue,
     )  # fmt: skip
 
 
@@ -106,45 +129,36 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
+        sock.listen(BACKLOG)  # two sockets that do not listen may share a port
     except (OSError, OverflowError) as error:
         sock.close()
         raise ValueError(f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}") from None
     return sock
 
 
-def serve(service: Service, sock: socket.socket, drain_s: int) -> int:
-    """At that address, until SIGTERM or SIGINT; then no new requests, and those under way end. A second signal ends them."""
-    import uvicorn
+def keys_of(args, sock: socket.socket) -> Keys:
+    """Who may come in, from the flags and the environment.
 
-    from serving.api import make_app
+    Raises:
+        ValueError: a key that no header can hold.
+    """
+    key = args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE)
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
+        raise ValueError(f"--api_key (or {KEY_VARIABLE}) must be printable ASCII characters, not empty, without spaces around them")
+    named = {host_name(host.strip()) for host in args.allowed_hosts.split(",") if host.strip()}
+    if named or is_loopback(sock.getsockname()[0]):
+        return Keys(key, frozenset(named | {args.host.lower()}))
+    return Keys(key)
 
-    class Server(uvicorn.Server):
-        @contextmanager
-        def capture_signals(self):
-            """As uvicorn's, but the signal is not raised again: a drained server has done what it was told."""
-            before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
-            try:
-                yield
-            finally:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
 
-        def handle_exit(self, number, frame):
-            service.draining = True
-            super().handle_exit(number, frame)
+def make_server(service: Service, keys: Keys, args):
+    """The serving.listener.Server of a service, from the flags."""
+    from serving.listener import Server
 
-        async def startup(self, sockets=None):
-            await super().startup(sockets)
-            if self.started:
-                host, port = sock.getsockname()[:2]
-                print(f"serving {service.name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
-
-    config = uvicorn.Config(make_app(service), log_level="warning", lifespan="off", timeout_graceful_shutdown=drain_s)
-    service.start()
-    server = Server(config)
-    server.run(sockets=[sock])
-    service.stop()
-    return 0 if server.started and not service.failure else 1
+    return Server(
+        service, drain_s=args.drain_s, client_s=args.client_s, max_connections=args.max_connections, keys=keys,
+        cors_origins=tuple(origin.strip() for origin in args.cors_origins.split(",") if origin.strip()), access_log=args.access_log,
+    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -155,14 +169,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(levelname)s: %(message)s")
+    if args.access_log:
+        logging.getLogger("serving.access").setLevel(logging.INFO)
     try:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ImportError(f'{error.name} is not installed; pip install "glm-foundry[serve]"') from None
     sock = bind(args.host, args.port)
+    keys = keys_of(args, sock)
     service = load_service(args)
-    return serve(service, sock, args.drain_s)
+    return make_server(service, keys, args).serve_at(sock)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from serving.request import CostModel, Limits, Record, Request
 
 log = logging.getLogger(__name__)
 
+COLDEST = 1e-5  # a temperature below takes the likeliest token; fp32 has no room for much less
 NUCLEUS = 256  # top-p looks among so many likeliest tokens before it sorts a whole vocabulary
 
 
@@ -18,10 +19,15 @@ class Sampling:
 
     Attributes:
         max_new_tokens: it ends there, by its own wish; None leaves that to the engine's limits.
-        temperature: 0 takes the likeliest token.
+        temperature: 0, or less than COLDEST, takes the likeliest token.
         top_p: sample among the likeliest tokens that have this much probability together.
         seed: of its own generator; None draws one.
         ignore_stops: go on past stop ids (benchmarks).
+        top_k: sample among so many likeliest tokens; 0 for all.
+        min_p: leave out tokens below this share of the likeliest one's probability.
+        repetition_penalty: divides the logits of tokens in prompt or answer where they are above 0, else multiplies them
+            (arXiv 1909.05858).
+        presence_penalty, frequency_penalty: taken from the logits of the answer's tokens, once and for each time that they came.
     """
 
     max_new_tokens: int | None = None
@@ -29,10 +35,30 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
     ignore_stops: bool = False
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     def __post_init__(self):
+        if not (self.top_k >= 0 and 0 <= self.min_p <= 1 and self.repetition_penalty > 0):
+            raise ValueError(f"wanted top_k >= 0, 0 <= min_p <= 1 and repetition_penalty > 0; got {self}")
         if not (self.temperature >= 0 and 0 < self.top_p <= 1 and (self.max_new_tokens is None or self.max_new_tokens >= 1)):
             raise ValueError(f"wanted temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1; got {self}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < COLDEST
+
+    @property
+    def penalizes(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def plain(self) -> bool:
+        """The likeliest token, of the model's logits as they are."""
+        return self.greedy and not self.penalizes
 
 
 class Answer:
@@ -41,7 +67,7 @@ class Answer:
     Attributes:
         tokens: ids so far, the stop id included where one came.
         reason: None while it grows; then "stop" (a stop id), "length" (max_new_tokens), "cut" (the engine's limits, or a plan's),
-            "cancelled", "refused" or "failed" (the model's output was not finite).
+            "cancelled", "refused" or "failed" (the model's output was not finite, or could not be sampled).
     """
 
     def __init__(self, id: int, prompt: list[int], sampling: Sampling, listener: Callable[["Answer", int | None], None] | None):
@@ -145,14 +171,21 @@ class TextEngine:
         if answer is not None:
             answer.add(None, reason)
 
-    def cancel_all(self):
-        for request_id in self._known():
+    def cancel_all(self) -> list[int]:
+        """The ids of all that were known."""
+        known = self._known()
+        for request_id in known:
             self.cancel(request_id)
+        return known
 
     def end_all(self, reason: str = "cancelled"):
         """End whatever is being answered, so that nobody waits for it, after step has raised."""
         for request_id in self._known():
             self.forget(request_id, reason)
+
+    def count(self) -> int:
+        """Answers that it knows: waiting or running, and cancelled ones that have not left yet."""
+        return len(self._answers)
 
     def _known(self) -> list[int]:
         with self._lock:
@@ -190,29 +223,65 @@ class TextEngine:
 
 
 def choose(logits, answers: Sequence[Answer]) -> list[int | None]:
-    """The next token of each answer from logits (at least len(answers), V); None where they are not finite."""
+    """The next token of each answer from logits (at least len(answers), V); None where they are not finite or sampling fails."""
     best = logits[: len(answers)].max(-1)  # not argmax, which takes nine times as long in bf16 on a CPU
     tokens = [token if finite else None for token, finite in zip(best.indices.tolist(), best.values.isfinite().tolist())]
     for i, answer in enumerate(answers):
-        if answer.sampling.temperature > 0 and tokens[i] is not None:
+        if tokens[i] is None or answer.sampling.plain:
+            continue
+        try:
             tokens[i] = sample(logits[i], answer)
+        except Exception:  # one row's sampling must not end everybody's answers
+            log.exception("request %s: sampling failed", answer.id)
+            tokens[i] = None
     return tokens
 
 
-def sample(logits, answer: Answer) -> int:
-    """One token by temperature, then top-p (arXiv 1904.09751), from logits (V,)."""
+def penalized(logits, answer: Answer):
+    """fp32 logits (V,) under the answer's penalties; a copy where there are any."""
     import torch
 
     sampling = answer.sampling
+    if not sampling.penalizes:
+        return logits.float()
+    logits = logits.to(torch.float32, copy=True)
+    if sampling.repetition_penalty != 1:
+        seen = torch.tensor(answer.prompt + answer.tokens, device=logits.device).unique()
+        had = logits[seen]
+        logits[seen] = torch.where(had > 0, had / sampling.repetition_penalty, had * sampling.repetition_penalty)
+    if answer.tokens:
+        made, times = torch.tensor(answer.tokens, device=logits.device).unique(return_counts=True)
+        logits[made] -= sampling.presence_penalty + sampling.frequency_penalty * times
+    return logits
+
+
+def sample(logits, answer: Answer) -> int:
+    """One token from logits (V,): penalties, temperature, top-k, top-p (arXiv 1904.09751), min-p (arXiv 2407.01082), in this order."""
+    import torch
+
+    sampling = answer.sampling
+    logits = penalized(logits, answer)
+    if sampling.greedy:
+        return int(logits.argmax())
     if answer.generator is None:
         answer.generator = torch.Generator(logits.device)
         answer.generator.seed() if sampling.seed is None else answer.generator.manual_seed(sampling.seed)
-    probabilities = torch.softmax(logits.float() / sampling.temperature, dim=-1)
-    if sampling.top_p == 1:
-        return int(torch.multinomial(probabilities, 1, generator=answer.generator))
-    likeliest, ids = probabilities.topk(min(NUCLEUS, len(probabilities)))
-    if float(likeliest.sum()) < sampling.top_p:
-        likeliest, ids = probabilities.sort(descending=True)
-    before = likeliest.cumsum(0) - likeliest
-    likeliest = likeliest.masked_fill(before >= sampling.top_p, 0.0)
-    return int(ids[torch.multinomial(likeliest, 1, generator=answer.generator)])
+    # Less their largest, so that none becomes infinite by a small temperature.
+    probabilities = torch.softmax((logits - logits.max()) / sampling.temperature, dim=-1)
+    ids = None
+    if sampling.top_k:
+        probabilities, ids = probabilities.topk(min(sampling.top_k, len(probabilities)))
+        probabilities = probabilities / probabilities.sum()
+    if sampling.top_p < 1:
+        if ids is None:
+            everything = probabilities
+            probabilities, ids = everything.topk(min(NUCLEUS, len(everything)))
+            if float(probabilities.sum()) < sampling.top_p:
+                probabilities, ids = everything.sort(descending=True)
+        beyond = probabilities.cumsum(0) - probabilities >= sampling.top_p
+        beyond[0] = False  # though top_p be 0 in fp32
+        probabilities = probabilities.masked_fill(beyond, 0.0)
+    if sampling.min_p:
+        probabilities = probabilities.masked_fill(probabilities < sampling.min_p * probabilities.max(), 0.0)
+    drawn = int(torch.multinomial(probabilities, 1, generator=answer.generator))
+    return drawn if ids is None else int(ids[drawn])

@@ -39,7 +39,7 @@ class WallClock:
 
 
 class Inbox:
-    """Arrivals of a live system, as the scheduler asks for them: due(now_s), next_s(), closed.
+    """Arrivals of a live system, as the scheduler asks for them: due(now_s), withdrawn(), next_s(), closed.
 
     put() may come from any thread, after the engine's submit() of the same request; it wakes the clock and the engine. A request is due
     once it is there: its prediction was made before.
@@ -48,6 +48,7 @@ class Inbox:
     def __init__(self, clock: WallClock, engine=None):
         self._clock, self._engine = clock, engine
         self._waiting: deque[Request] = deque()
+        self._withdrawn: deque[int] = deque()
         self._shut = False
 
     @property
@@ -59,12 +60,12 @@ class Inbox:
         if self._shut:
             raise RuntimeError(f"request {request.id} comes too late: the inbox is shut")
         self._waiting.append(request)
-        self._tell()
+        self.tell()
 
     def shut(self):
         """No more arrivals: the scheduler ends when all are served."""
         self._shut = True
-        self._tell()
+        self.tell()
 
     def next_s(self) -> float:
         if self._waiting:
@@ -77,7 +78,17 @@ class Inbox:
             found.append(self._waiting.popleft())
         return found
 
-    def _tell(self):
+    def withdraw(self, request_id: int):
+        """Nobody waits for this one any more: if it is queued, the scheduler drops it. From any thread, after put()."""
+        self._withdrawn.append(request_id)
+        self.tell()
+
+    def withdrawn(self) -> list[int]:
+        """Ids withdrawn since the last call."""
+        return [self._withdrawn.popleft() for _ in range(len(self._withdrawn))]
+
+    def tell(self):
+        """Wake the scheduler."""
         self._clock.notify()
         if self._engine is not None:
             self._engine.wake()

@@ -105,12 +105,14 @@ class Chooser(LogitsProcessor):
         for i, row in enumerate(self._rows):
             if row.out:
                 continue
-            if row.answer.sampling.temperature > 0:
+            if row.answer.sampling.plain:
+                token = 0 if bool(scores[i].max().isfinite()) else None
+            else:
                 (token,) = choose(scores[i : i + 1], [row.answer])
                 if token is not None:
                     scores[i] = -torch.inf
                     scores[i, token] = 0
-            if not bool(scores[i].max().isfinite()):
+            if token is None:
                 row.answer.add(None, "failed")
         return scores
 
@@ -141,6 +143,17 @@ class StaticEngine(TextEngine):
         Raises:
             RuntimeError: the plan admits to a batch that runs, or not as a batch.
         """
+        try:
+            return self._step(plan, budget_s)
+        except BaseException:
+            self._end()  # its thread would wait for ever
+            raise
+
+    def end_all(self, reason: str = "cancelled"):
+        super().end_all(reason)
+        self._end()
+
+    def _step(self, plan: Plan, budget_s: float) -> StepResult:
         begin = time.perf_counter()
         self._carry_out(plan)
         started: list[tuple[int, float]] = []

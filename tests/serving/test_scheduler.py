@@ -141,3 +141,18 @@ def test_pace_forgets():
     assert paced(0.0, 1.0, 0.5) == 0.5
     assert paced(0.5, 100.0, 0.1) == pytest.approx(0.1)
     assert paced(0.5, 0.5, 0.1) == pytest.approx(0.46)
+
+
+def test_s3_who_waits_may_withdraw():
+    """A withdrawn request leaves the queue at the next look and is never served; ids that do not wait are nothing."""
+    from serving.engines import Inbox, WallClock
+
+    inbox = Inbox(WallClock())
+    for i in range(4):
+        inbox.put(ask(i, prompt=10, output=20))
+    for i in (0, 2, 7):
+        inbox.withdraw(i)
+    inbox.shut()
+    events = list(run(POLICIES["fcfs"], SimulatedEngine(COST, LIMITS), VirtualClock(), inbox))
+    assert [event.id for event in events if event.kind == "withdrawn"] == [0, 2]
+    assert [event.id for event in events if event.kind == "finished"] == [1, 3]

@@ -25,6 +25,7 @@ from serving.simulated import LinearCost, SimulatedEngine
 from tests.finetune.runs import ROOT, child_env, make_rows, write_rows
 from tests.predictor import synthetic
 
+JSON = {"Content-Type": "application/json"}
 LIMITS = {"--max_batch": 4, "--kv_tokens": 4096, "--max_tokens": 1024}
 
 
@@ -202,7 +203,7 @@ def test_a_client_that_goes_away_ends_its_answer(server):
     stream.close()
     wait_for(lambda: metric(server, "glm_requests_total", reason="cancelled") == before + 1)
     plain = http.client.HTTPConnection(server.root.removeprefix("http://"))
-    plain.request("POST", "/v1/chat/completions", json.dumps({"messages": [{"role": "user", "content": "x"}], "max_tokens": 900, "temperature": 0}))
+    plain.request("POST", "/v1/chat/completions", json.dumps({"messages": [{"role": "user", "content": "x"}], "max_tokens": 900, "temperature": 0}), JSON)
     wait_for(lambda: metric(server, "glm_running_requests") == 1)
     plain.close()
     wait_for(lambda: metric(server, "glm_requests_total", reason="cancelled") == before + 2)
@@ -221,7 +222,7 @@ def test_a_client_that_goes_away_ends_its_answer(server):
     ({"messages": [{"role": "user", "content": "x" * 5000}]}, "leaves no room for an answer within 1024 tokens"),
 ])  # fmt: skip
 def test_bad_bodies(server, body, message):
-    reply = httpx.post(f"{server.url}/chat/completions", content=body if isinstance(body, bytes) else json.dumps(body))
+    reply = httpx.post(f"{server.url}/chat/completions", content=body if isinstance(body, bytes) else json.dumps(body), headers=JSON)
     error = reply.json()["error"]
     assert reply.status_code == 400 and message in error["message"] and "\n" not in error["message"]
     assert error["type"] == "invalid_request_error"
@@ -234,7 +235,7 @@ def test_other_paths(server):
         server.client.chat.completions.create(model="x", messages=[{"role": "user", "content": "x"}])
     reply = httpx.get(f"{server.url}/nothing")
     assert reply.status_code == 404 and "nothing" in reply.json()["error"]["message"]
-    reply = httpx.post(f"{server.url}/chat/completions", content=b" " * (9 * 2**20))
+    reply = httpx.post(f"{server.url}/chat/completions", content=b" " * (9 * 2**20), headers=JSON)
     assert reply.status_code == 413 and "larger" in reply.json()["error"]["message"]
 
 
@@ -256,7 +257,9 @@ def test_metrics_and_a_log_that_updates_the_predictor(server, folders, tmp_path,
 @pytest.mark.parametrize("words, message", [
     (["--policy", "deadline"], "wants --predictor DIR; without one choose from"),
     (["--policy", "fcfs", "--max_tokens", "99999"], "max_tokens <= kv_tokens"),
-    (["--policy", "fcfs", "--slo_s", "0"], "--slo_s must be above 0"),
+    (["--policy", "fcfs", "--slo_s", "0"], "--slo_s must be above 0"), (["--policy", "fcfs", "--client_s", "nan"], "--client_s must be above 0"),
+    (["--policy", "fcfs", "--drain_s", "-1"], "--drain_s must be at least 0"), (["--policy", "fcfs", "--max_queue", "-1"], "--max_queue must be"),
+    (["--policy", "fcfs", "--max_connections", "0"], "--max_connections must be at least 1"),
     (["--policy", "fcfs", "--model", "/nowhere"], "/nowhere"),
     (["--policy", "fcfs", "--port", "99999"], "--port 99999: bind"),
 ])  # fmt: skip

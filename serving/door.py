@@ -1,0 +1,117 @@
+"""Who may come in, before a request reaches the application: host, key; and a log line a request. ASGI middleware, free of torch."""
+
+import hmac
+import ipaddress
+import json
+import logging
+import time
+from dataclasses import dataclass
+
+access = logging.getLogger("serving.access")
+
+OPEN = ("/health",)  # a supervisor's probe has no key
+
+
+class ApiError(Exception):
+    """An answer of HTTP status `status` with one line of what is wrong, and headers."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None):
+        super().__init__(message)
+        self.status, self.message, self.code, self.headers = status, message, code, headers
+
+    def body(self) -> dict:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Who may come in.
+
+    Attributes:
+        api_key: wanted as "Authorization: Bearer KEY" for all but OPEN; None for no key.
+        hosts: names that the header Host may have, beside loopback's own; None for any.
+    """
+
+    api_key: str | None = None
+    hosts: frozenset[str] | None = None
+
+    def check(self, path: str, headers: dict[bytes, bytes]):
+        """Raises ApiError."""
+        host = host_name(headers.get(b"host", b"").decode("latin-1"))
+        if self.hosts is not None and host not in self.hosts and not is_loopback(host):
+            raise ApiError(403, f"this server is not {host[:64]!r} (--allowed_hosts)", "host_not_allowed")
+        if self.api_key is None or path in OPEN:
+            return
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.api_key.encode()):
+            wanted = "wanted the header Authorization: Bearer KEY, with the key of --api_key"
+            raise ApiError(401, wanted, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
+
+
+def host_name(host: str) -> str:
+    """Of a Host header, without the port and an IPv6 address's brackets."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.partition(":")[0].lower().rstrip(".")
+
+
+def is_loopback(host: str) -> bool:
+    """localhost, or an address of this machine to itself: a name that somebody else's DNS answers is neither."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Door:
+    """Lets in whom `keys` let in."""
+
+    def __init__(self, app, keys: Keys):
+        self.app, self.keys = app, keys
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "http":
+            try:
+                self.keys.check(scope["path"], dict(scope["headers"]))
+            except ApiError as error:
+                await refuse(error, send)
+                return
+        await self.app(scope, receive, send)
+
+
+async def refuse(error: ApiError, send):
+    body = json.dumps(error.body()).encode()
+    headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **(error.headers or {})}
+    found = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": found})
+    await send({"type": "http.response.body", "body": body})
+
+
+class AccessLog:
+    """A line for each request when it has ended: client, method, path, status and seconds. Nothing of headers, queries or bodies."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begin, status = time.perf_counter(), 0
+
+        async def noting(message):
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        finally:
+            client = (scope.get("client") or ("-",))[0]
+            # As it was sent, so percent-encoded: a path cannot forge a line.
+            path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:200]
+            access.info("%s %s %s %d %.3f s", client, scope["method"], path, status or 500, time.perf_counter() - begin)
