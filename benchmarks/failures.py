@@ -242,7 +242,8 @@ def left_behind(before: dict, after: dict, case: Case) -> list[str]:
     keeps = case.command.keeps
     if case.written:  # another output may be there, whole
         keeps = (*keeps, *(path.rstrip("/") for path in case.command.writes if path != case.path))
-    changed = [f"removed {path}" for path in before.keys() - after.keys()]
+    lost = before.keys() - after.keys()
+    changed = [f"removed {path}" for path in lost if not any(part in path for part in keeps)]
     for path, state in after.items():
         if Path(path).name.endswith(LITTER):
             changed.append(f"left {path}")
