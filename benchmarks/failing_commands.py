@@ -126,7 +126,8 @@ COMMANDS = [
         "--model_path adapter --base_model model --prompt 水泵 --max_new_tokens 2",
         reads=adapter_files("adapter", "--model_path") | model_files("model", "--base_model")
         | {"adapter/train_config.json": "--model_path"},
-        fine=NO_CONFIG | NO_MANIFEST | {"adapter/train_config.json": OPTIONAL},
+        fine=NO_CONFIG | NO_MANIFEST
+        | {"adapter/train_config.json": OPTIONAL, "model/tokenizer.model": OPTIONAL},
     ),
     Command(
         "finetune.evaluate", "finetune.evaluate", "finetune.evaluate",
