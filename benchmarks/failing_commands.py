@@ -203,7 +203,8 @@ COMMANDS = [
         "--predictor predictor --model model --json table.json --plots plots",
         reads={"traces": "--traces", "traces/AzureLLMInferenceTrace_conv.csv.gz": "--traces",
                "profile.json": "--profile", "device.json": "--device", "model": "--model",
-               "model/config.json": "--model", **predictor_files("predictor", "--predictor")},
+               "model/config.json": "--model", "predictor": "--predictor",
+               "predictor/predictor.json": "--predictor"},
         writes={"table.json": "--json", "plots/": "--plots"},
     ),
     Command(

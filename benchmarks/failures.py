@@ -22,6 +22,7 @@ which needs root: other users' runs leave those cases out.
 import gzip
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -122,8 +123,8 @@ def fill_disk(case: Path, output: Path, is_folder: bool) -> Path:
     disk = case / "disk"
     disk.mkdir()
     options = f"size={FULL_DISK_KIB}k,mode=777"
-    if os.system(f"mount -t tmpfs -o {options} tmpfs '{disk}'"):
-        raise OSError("no tmpfs can be mounted")
+    words = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
+    subprocess.run(words, check=True)
     with suppress(OSError), open(disk / "filler", "wb", buffering=0) as filler:
         while filler.write(b"x" * 4096):
             pass
@@ -189,7 +190,7 @@ class Case:
     def names(self) -> set[str]:
         """What its error may name: the file, its folder where that is one of several, or the flag."""
         path = Path(self.path)
-        names = {path.name, self.flag} | ({path.parent.name} if len(path.parts) > 2 else set())
+        names = {path.name, self.flag, *path.parts[1:]}
         return names | ({"not_a_folder"} if self.kind == "in_a_file" else set())
 
 
@@ -233,7 +234,7 @@ def run_case(world: Path, case: Case, folder: Path) -> list[str]:
         after = listing(folder)
     finally:
         if case.kind == "full_disk":
-            os.system(f"umount '{folder / 'disk'}'")
+            subprocess.run(["umount", str(folder / "disk")], check=True)
     return judge(case, done, left_behind(before, after, case))
 
 

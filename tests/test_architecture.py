@@ -55,9 +55,9 @@ def test_serving_is_pure(name):
     """numpy, scipy and the standard library, inside functions too; of the floors below only what needs no more. matplotlib draws plots."""
     tree = ast.parse((ROOT / "serving" / f"{name}.py").read_text(encoding="utf-8"))
     found = {package for package, _ in imports(tree)} - set(sys.stdlib_module_names)
-    assert found <= {"numpy", "scipy", "serving", "predictor", "finetune"} | ({"matplotlib"} if name in ("simulate", "placement") else set())
-    ours = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module.startswith(("predictor", "finetune"))}
-    assert ours <= {"predictor.prediction", "finetune.commands", "finetune.config", "finetune.files", "finetune.memory_shapes"} | ({"predictor.decoder"} if name == "workload" else set())
+    assert found <= {"numpy", "scipy", "serving", "predictor", "finetune", "chatglm"} | ({"matplotlib"} if name in ("simulate", "placement") else set())
+    ours = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module.startswith(("predictor", "finetune", "chatglm"))}
+    assert ours <= {"predictor.prediction", "chatglm.files", "finetune.commands", "finetune.config", "finetune.files", "finetune.memory_shapes"} | ({"predictor.decoder"} if name == "workload" else set())
 
 
 @pytest.mark.parametrize("name", ["predictor.runtime", "predictor.prediction", "serving.deployment"])
