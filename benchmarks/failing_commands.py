@@ -126,7 +126,8 @@ COMMANDS = [
         "--model_path adapter --base_model model --prompt 水泵 --max_new_tokens 2",
         reads=adapter_files("adapter", "--model_path") | model_files("model", "--base_model")
         | {"adapter/train_config.json": "--model_path"},
-        fine=NO_CONFIG | NO_MANIFEST | {"adapter/train_config.json": OPTIONAL},
+        fine=NO_CONFIG | NO_MANIFEST
+        | {"adapter/train_config.json": OPTIONAL, "model/tokenizer.model": OPTIONAL},
     ),
     Command(
         "finetune.evaluate", "finetune.evaluate", "finetune.evaluate",
@@ -193,7 +194,7 @@ COMMANDS = [
         reads=model_files("model", "--model") | predictor_files("predictor", "--predictor")
         | {"profile.json": "--profile"},
         writes={"served.jsonl": "--log"},
-        fine=NO_CONFIG,
+        fine=NO_CONFIG | {"served.jsonl": ("full_disk",)},
         stop_at="serving ",
     ),
     Command(
@@ -202,7 +203,8 @@ COMMANDS = [
         "--predictor predictor --model model --json table.json --plots plots",
         reads={"traces": "--traces", "traces/AzureLLMInferenceTrace_conv.csv.gz": "--traces",
                "profile.json": "--profile", "device.json": "--device", "model": "--model",
-               "model/config.json": "--model", **predictor_files("predictor", "--predictor")},
+               "model/config.json": "--model", "predictor": "--predictor",
+               "predictor/predictor.json": "--predictor"},
         writes={"table.json": "--json", "plots/": "--plots"},
     ),
     Command(

@@ -22,12 +22,16 @@ which needs root: other users' runs leave those cases out.
 import gzip
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,8 +123,8 @@ def fill_disk(case: Path, output: Path, is_folder: bool) -> Path:
     disk = case / "disk"
     disk.mkdir()
     options = f"size={FULL_DISK_KIB}k,mode=777"
-    if os.system(f"mount -t tmpfs -o {options} tmpfs '{disk}'"):
-        raise OSError("no tmpfs can be mounted")
+    words = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
+    subprocess.run(words, check=True)
     with suppress(OSError), open(disk / "filler", "wb", buffering=0) as filler:
         while filler.write(b"x" * 4096):
             pass
@@ -186,7 +190,8 @@ class Case:
     def names(self) -> set[str]:
         """What its error may name: the file, its folder where that is one of several, or the flag."""
         path = Path(self.path)
-        return {path.name, self.flag} | ({path.parent.name} if len(path.parts) > 2 else set())
+        names = {path.name, self.flag, *path.parts[1:]}
+        return names | ({"not_a_folder"} if self.kind == "in_a_file" else set())
 
 
 def list_cases(world: Path) -> list[Case]:
@@ -229,7 +234,7 @@ def run_case(world: Path, case: Case, folder: Path) -> list[str]:
         after = listing(folder)
     finally:
         if case.kind == "full_disk":
-            os.system(f"umount '{folder / 'disk'}'")
+            subprocess.run(["umount", str(folder / "disk")], check=True)
     return judge(case, done, left_behind(before, after, case))
 
 
@@ -238,7 +243,8 @@ def left_behind(before: dict, after: dict, case: Case) -> list[str]:
     keeps = case.command.keeps
     if case.written:  # another output may be there, whole
         keeps = (*keeps, *(path.rstrip("/") for path in case.command.writes if path != case.path))
-    changed = [f"removed {path}" for path in before.keys() - after.keys()]
+    lost = before.keys() - after.keys()
+    changed = [f"removed {path}" for path in lost if not any(part in path for part in keeps)]
     for path, state in after.items():
         if Path(path).name.endswith(LITTER):
             changed.append(f"left {path}")
@@ -268,19 +274,25 @@ def judge(case: Case, done: Outcome, left: list[str]) -> list[str]:
 # ---- all of them
 
 
-def run_all(cases: list[Case], world: Path, scratch: Path, show: bool) -> list[dict]:
-    found = []
-    for number, case in enumerate(cases):
-        folder = scratch / str(number)
-        started = time.monotonic()
-        wrong = run_case(world, case, folder)
-        seconds = time.monotonic() - started
-        shutil.rmtree(folder)
-        if wrong or show:
-            print(f"{case.name}: {'; '.join(wrong) or 'right'} ({seconds:.1f} s)", flush=True)
-        row = {"command": case.command.name, "flag": case.flag, "path": case.path}
-        found.append(row | {"kind": case.kind, "wrong": wrong, "seconds": seconds})
-    return found
+def run_one(world: Path, scratch: Path, show: bool, case: Case) -> dict:
+    """A case as a row of the result."""
+    folder = Path(tempfile.mkdtemp(dir=scratch)) / "case"
+    started = time.monotonic()
+    wrong = run_case(world, case, folder)
+    seconds = time.monotonic() - started
+    shutil.rmtree(folder.parent)
+    if wrong or show:
+        print(f"{case.name}: {'; '.join(wrong) or 'right'} ({seconds:.1f} s)", flush=True)
+    row = {"command": case.command.name, "flag": case.flag, "path": case.path}
+    return row | {"kind": case.kind, "wrong": wrong, "seconds": seconds}
+
+
+def run_all(cases: list[Case], world: Path, scratch: Path, args) -> list[dict]:
+    one = partial(run_one, world, scratch, args.show)
+    if args.jobs == 1:
+        return [one(case) for case in cases]
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("fork")) as pool:
+        return list(pool.map(one, cases))
 
 
 def check_controls(commands: dict[str, Command], world: Path, scratch: Path):
@@ -325,7 +337,7 @@ def run(args) -> int:
         cases = [case for case in cases if args.path in case.path]
         cases = cases[:: args.every]
         check_controls({case.command.name: case.command for case in cases}, world, scratch)
-        found = run_all(cases, world, scratch, args.show)
+        found = run_all(cases, world, scratch, args)
     print_totals(found)
     print(f"{time.monotonic() - started:.0f} s")
     if args.json:
@@ -340,6 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kind", default="", choices=("", *KINDS), help="only this kind of fault")
     parser.add_argument("--path", default="", help="only files with this in their path")
     parser.add_argument("--every", type=int, default=1, help="only each so manieth case [1]")
+    parser.add_argument("--jobs", type=int, default=2, help="cases under way at once [2]")
     parser.add_argument("--show", action="store_true", help="print cases that are right, too")
     parser.add_argument("--json", metavar="FILE", help="write all cases there")
     args = parser.parse_args(argv)

@@ -11,9 +11,12 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
-os.environ |= {"HF_HUB_OFFLINE": "1"}
-
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "Agg",
+    "HF_HUB_OFFLINE": "1",
+}
 MODULES = (
     "torch", "transformers", "peft", "deepspeed", "sentencepiece", "matplotlib.pyplot", "uvicorn",
     "fastapi", "scipy.optimize", "train", "merge_lora", "finetune.engine", "finetune.predict",
@@ -31,6 +34,8 @@ ASIDE = re.compile(
 
 
 def import_everything():
+    """What the forks share. Sets environment variables: not for a process with other work."""
+    os.environ |= ENVIRONMENT
     for name in MODULES:
         importlib.import_module(name)
 

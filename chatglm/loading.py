@@ -69,8 +69,9 @@ def resolve_mode(path: str | Path, mode: str | None = None, base: str | Path | N
     Raises:
         ValueError: `mode` is no family, the folder's files say that it cannot be that family, or its
             config.json is no ChatGLM's.
+        FileNotFoundError: there is no such folder.
     """
-    folder = Path(path)
+    folder = check_folder(path)
     config = read_model_config(folder) if (folder / "config.json").is_file() else {}
     if mode is None:
         mode = infer_family(path, base)

@@ -113,6 +113,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
                     f"{place} has no {wanted.name}, {FAMILIES[cls.family].title}'s SentencePiece model"
                 )
             # not left to the library, which prefers any file named tokenizer.model
+            open(wanted, "rb").close()  # what the disk says; the library would hide it
             kwargs["vocab_file"] = str(wanted)
         kwargs.setdefault("encode_special_tokens", False)  # a folder must not open this door by itself
         kwargs.pop("trust_remote_code", None)

@@ -1,6 +1,7 @@
 """What every command does alike: flags with one-line errors, and failures in one line. Free of torch."""
 
 import argparse
+import logging
 import math
 import os
 import signal
@@ -26,6 +27,7 @@ def run_command(prog: str, work: Callable[[], int | None]) -> int:
         What `work` returns (0 for None); 1 after a ValueError, OSError, MemoryError or a missing
         package; 130 after Ctrl-C.
     """
+    logging.lastResort.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     try:
         return work() or 0
     except BrokenPipeError:  # `| head` has read enough

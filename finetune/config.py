@@ -17,7 +17,7 @@ from typing import ClassVar
 from chatglm.checksums import LEVELS
 from chatglm.conversations import GLM3_LABELS
 from chatglm.families import FAMILIES
-from finetune.commands import Parser
+from finetune.commands import Parser, describe
 from finetune.formats import FORMATS, parse_columns
 from finetune.methods import METHODS
 from finetune.metrics import GROUPS, parse_metrics
@@ -334,8 +334,8 @@ def parse_config(argv: list[str] | None = None, tasks: dict[str, Callable[[], ty
     chosen, _ = first.parse_known_args(argv)
     try:
         in_file = read_mapping(chosen.config).get("task") if chosen.config else None
-    except ValueError as error:
-        build_parser().error(str(error))
+    except (ValueError, OSError) as error:
+        build_parser().error(describe(error))
     task = chosen.task or in_file
     config_class = tasks[task]() if tasks and isinstance(task, str) and task in tasks else TrainConfig
     parser = build_parser(config_class)
@@ -348,8 +348,8 @@ def parse_config(argv: list[str] | None = None, tasks: dict[str, Callable[[], ty
         launched = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")  # how `accelerate launch` hands its DeepSpeed file on
         told = {"ds_file": launched} if launched else {}
         return config_class(**(told | (read_config_file(file, config_class) if file else {}) | given))
-    except ValueError as error:
-        parser.error(str(error))
+    except (ValueError, OSError) as error:
+        parser.error(describe(error))
 
 
 def read_mapping(path: str) -> dict:

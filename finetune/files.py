@@ -191,11 +191,12 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_aside(path: Path, content: str | bytes):
-    """Write a file whole or not at all; text as UTF-8. Raises OSError with its name."""
+    """Write a file whole or not at all, its folders with it; text as UTF-8. Raises OSError with its name."""
     aside = path.with_name(f".{path.name}.tmp")
+    new = [folder for folder in path.parents if not folder.exists()]
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with open(aside, "wb") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
@@ -204,6 +205,8 @@ def write_aside(path: Path, content: str | bytes):
         finally:
             with suppress(OSError):
                 aside.unlink(missing_ok=True)
+                for folder in new:  # those that hold nothing
+                    folder.rmdir()
 
 
 def write_json(path: str | Path, content):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from chatglm.configuration import ChatGLM1Config, ChatGLMConfig
+from chatglm.folders import read_model_config
 from chatglm.loading import open_safetensors, read_bin, read_tensors, set_prefix, stored_prefix, weight_files
 from chatglm.modeling_glm import ChatGLM1ForConditionalGeneration
 from chatglm.modeling_glm2 import ChatGLM2ForConditionalGeneration
@@ -66,6 +67,7 @@ class BaseWeights:
 
 def empty_model(base: Path, mode: str) -> nn.Module:
     """The model of a folder without memory for its weights."""
+    read_model_config(base)  # the library takes defaults where there is none
     config = ChatGLMConfig.from_pretrained(str(base))
     if stored := stored_prefix(base):
         if stored["only"]:

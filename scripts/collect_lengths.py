@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from chatglm.families import FAMILIES  # noqa: E402
 from finetune.commands import Parser, run_command  # noqa: E402
 from finetune.config import parse_positive  # noqa: E402
+from finetune.files import writing  # noqa: E402
 from finetune.formats import BadRow  # noqa: E402
 from finetune.predict import add_model_flags, generate_batch, load_for_inference  # noqa: E402
 from finetune.sources import read_json_items  # noqa: E402
@@ -114,6 +115,11 @@ def read_done(path: Path, made_with: dict) -> tuple[set[tuple[str, int]], int]:
     return done, whole
 
 
+def open_to_append(path: Path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return open(path, "ab")
+
+
 def collect(args) -> str:
     """Ask what is not yet in the output, longest prompts first; returns a line on what was done."""
     from tqdm import tqdm
@@ -134,9 +140,8 @@ def collect(args) -> str:
     asked = [(i, sample) for i in range(len(prompts)) for sample in range(args.samples) if (prompts[i], sample) not in done]
     asked.sort(key=lambda one: -len(encoded[one[0]].input_ids))  # what needs most memory comes first
     tokens = unfinished = 0
-    output.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    with open(output, "ab") as file, tqdm(total=len(asked), desc="answering", unit="answer") as bar:
+    with writing(output), open_to_append(output) as file, tqdm(total=len(asked), desc="answering", unit="answer") as bar:
         file.truncate(whole)
         for batch in (asked[n : n + args.batch_size] for n in range(0, len(asked), args.batch_size)):
             if sampling:

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from chatglm.families import FAMILIES  # noqa: E402
 from chatglm.files import read_json  # noqa: E402
 from finetune.commands import Parser, run_command  # noqa: E402
+from finetune.files import set_modes, writing  # noqa: E402
 
 
 def make_config(family: str, tokenizer, *, hidden_size: int, num_layers: int, heads: int, groups: int, ffn: int, length: int, init_std: float):
@@ -43,7 +44,6 @@ def make_model(family: str, tokenizer_dir: str | Path, output_dir: str | Path, *
     from chatglm.loading import stop_ids
     from chatglm.modeling_glm import ChatGLM1ForConditionalGeneration
     from chatglm.modeling_glm2 import ChatGLM2ForConditionalGeneration
-    from finetune.files import set_modes
 
     tokenizer = load_tokenizer(tokenizer_dir, mode=family)
     torch.manual_seed(seed)
@@ -54,9 +54,14 @@ def make_model(family: str, tokenizer_dir: str | Path, output_dir: str | Path, *
     output_dir = Path(output_dir)
     aside = output_dir.with_name(f".{output_dir.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(str(aside))
-    tokenizer.save_pretrained(str(aside))
-    set_modes(aside)
+    try:
+        with writing(output_dir):
+            model.save_pretrained(str(aside))
+            tokenizer.save_pretrained(str(aside))
+            set_modes(aside)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     shutil.rmtree(output_dir, ignore_errors=True)
     os.replace(aside, output_dir)
     return output_dir

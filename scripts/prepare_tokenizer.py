@@ -124,6 +124,8 @@ def run(args):
     name = "ice_text.model" if args.family == "glm" else "tokenizer.model"
     settings = TOKENIZER_CONFIG | {"glm_family": args.family} | ({"num_image_tokens": 0} if args.family == "glm" else {})
     rows = [row for path in args.input for row in read_rows(path)]
+    if not rows:
+        raise ValueError(f"--input {', '.join(map(str, args.input))}: no rows")
     try:
         model = train(training_lines(rows), args.vocab_size, args.family)
     except RuntimeError as error:  # sentencepiece: the last line says what is wrong

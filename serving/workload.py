@@ -109,7 +109,7 @@ def read_trace(name: str, folder: str | Path) -> tuple[np.ndarray, np.ndarray, n
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             rows = list(parse_trace(file, path.name))
-    except (EOFError, zlib.error, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (EOFError, zlib.error, csv.Error, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: not a recorded trace: {' '.join(str(error).split())[:100]}") from None
     if not rows:
         raise ValueError(f"{path}: no requests in it")
