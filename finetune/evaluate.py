@@ -16,6 +16,7 @@ from pathlib import Path
 from finetune.config import parse_positive
 from finetune.data import Dataset, Row, collate, count_labels
 from finetune.files import write_aside, write_json
+from finetune.flag_effects import EVALUATING, check_given
 from finetune.metrics import GROUPS, METRICS, check_packages, mean, parse_metrics, score_rows
 from finetune.predict import (
     add_model_flags,
@@ -186,10 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--output", help="JSON file of the scores and every answer")
     args = parser.parse_args(argv)
-    if args.num_answers > 1 and not args.do_sample:
-        parser.error("--num_answers needs --do_sample: the likeliest answer is always the same")
-    if args.probe and (args.predictions or args.num_answers > 1):
-        parser.error("--probe writes its answers to --output, and one for each prompt: no --predictions, no --num_answers")
+    check_given(parser, args, EVALUATING)
     try:
         (probe_rows if args.probe else evaluate_rows)(args)
     except (ValueError, OSError) as error:
