@@ -25,6 +25,7 @@ from finetune.methods import METHODS
 from finetune.metrics import GROUPS, parse_metrics
 from finetune.record import LOGGERS
 
+CONFIG_LIMIT = 2**16  # bytes of a --config
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 LORA_STARTS = re.compile(r"default|gaussian|orthogonal|olora|pissa|pissa_niter_\d+")
 CHECKPOINTED_LAYERS = re.compile(r"[1-9]\d*|\d+-\d+")
@@ -176,7 +177,7 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be in [0, 1); got {getattr(self, name)}")
         if self.max_src_len is None:
-            object.__setattr__(self, "max_src_len", 256 if self.max_len > 256 else self.max_len // 2)
+            object.__setattr__(self, "max_src_len", 256 if self.max_len > 256 else max(1, self.max_len // 2))
         if not self.data_cache_gb > 0:
             raise ValueError(f"--data_cache_gb must be above 0; got {self.data_cache_gb}")
         for name in ("learning_rate", "weight_decay", "neftune_noise_alpha"):
@@ -366,6 +367,8 @@ def read_mapping(path: str) -> dict:
 
     if not Path(path).is_file():
         raise ValueError(f"--config: no such file: {path}")
+    if (size := Path(path).stat().st_size) > CONFIG_LIMIT:
+        raise ValueError(f"--config: {path}: wanted a file of flags, of at most {CONFIG_LIMIT:,} bytes; it has {size:,}")
     try:
         text = read_text(path)
     except ValueError as error:

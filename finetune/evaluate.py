@@ -18,6 +18,7 @@ from finetune.data import Dataset, Row, collate, count_labels
 from finetune.files import write_aside, write_json
 from finetune.flag_effects import EVALUATING, check_given
 from finetune.metrics import GROUPS, METRICS, check_packages, mean, parse_metrics, score_rows
+from finetune.out_of_memory import explained, inference_advice
 from finetune.predict import (
     add_model_flags,
     add_row_flags,
@@ -169,6 +170,12 @@ def probe_rows(args):
         write_json(args.output, result)
 
 
+def evaluate(args):
+    """Raises ValueError, OSError; MemoryError that says what would make it fit."""
+    with explained(lambda: inference_advice(args)):
+        (probe_rows if args.probe else evaluate_rows)(args)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="finetune.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -189,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     check_given(parser, args, EVALUATING)
     try:
-        (probe_rows if args.probe else evaluate_rows)(args)
+        evaluate(args)
     except (ValueError, OSError) as error:
         print(f"finetune.evaluate: error: {error}", file=sys.stderr)
         return 1

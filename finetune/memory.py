@@ -22,7 +22,7 @@ from finetune.ds_file import BETWEEN_RANKS, fill_sizes, read_ds_file
 from finetune.files import write_json
 from finetune.flag_effects import ESTIMATING, ONE_RUN, TRAINING, check_given, refuse_without_effect
 from finetune.memory_formula import GIB, MIB, Run, Zero, estimate
-from finetune.memory_shapes import PUBLISHED, read_shape
+from finetune.memory_shapes import PUBLISHED, read_shape, shape_source
 from finetune.methods import module_names
 
 # The whole memory that nvidia-smi reports, MiB.
@@ -158,7 +158,7 @@ def show(model: str, run: Run, found: dict):
     zero = f"ZeRO-{run.zero.stage}" + (", offload" if run.zero.offload_optimizer else "")
     print(
         f"{model}, {run.train_type}, {run.mode}, {run.precision}, {zero}, {run.gpus} GPU(s), {run.batch} row(s) of {run.length} tokens, "
-        f"gradient checkpointing {('selective' if run.selective else 'on') if run.checkpointing else 'off'}; {found['run']['trained_parameters']:,} parameters trained\n"
+        f"gradient checkpointing {('selective' if run.selective else 'on') if run.checkpointing else 'off'}; {found['run']['trained_parameters']:,} parameters trained; {shape_source(model)}\n"
     )
     for title, parts, total in (("per GPU", found["parts"], "peak"), ("host RAM, all processes", found["host"], "total")):
         print(f"{title:<28}{'GB':>8}")

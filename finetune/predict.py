@@ -13,6 +13,7 @@ from chatglm.families import FAMILIES
 from finetune.config import PRECISIONS, parse_bool, parse_positive
 from finetune.flag_effects import PREDICTING, check_given
 from finetune.formats import FORMATS, parse_columns
+from finetune.out_of_memory import explained, inference_advice
 from finetune.sources import RowReader, read_questions
 
 
@@ -171,6 +172,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args) -> int:
+    """Raises ValueError, OSError; MemoryError that says what would make it fit."""
+    with explained(lambda: inference_advice(args)):
+        return answer(args)
+
+
+def answer(args) -> int:
     rows = read_questions(args.file, "--file", reader_of(args)) if args.file else []
     model, tokenizer, max_src_len, options = load_for_inference(args)
     # The seed is set at each batch: what loading draws, such as an adapter's first weights, changes no answer.
