@@ -1,6 +1,7 @@
 """Model folders: checks before a library reads one, and its errors in one line. Free of torch."""
 
 import os
+import re
 import tempfile
 from codecs import BOM_UTF8
 from collections.abc import Iterator
@@ -69,6 +70,14 @@ def is_explained(error: Exception, place: str | Path) -> bool:
     )
 
 
+def download_hint(name: str) -> str:
+    """How to get a model that a hub's name, such as THUDM/chatglm2-6b, stands for; else nothing."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        return ""
+    command = f"hf download {name} --local-dir {name.split('/')[1]}"
+    return f"; to get it from a hub: `{command}`, then give that folder"
+
+
 def check_folder(path: str | Path) -> Path:
     """`path`, which is a folder.
 
@@ -78,7 +87,7 @@ def check_folder(path: str | Path) -> Path:
     """
     path = Path(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"no such model folder: {path}")
+        raise FileNotFoundError(f"no such model folder: {path}{download_hint(str(path))}")
     check_not_run(path)
     return path
 

@@ -17,12 +17,16 @@ from typing import ClassVar
 from chatglm.checksums import LEVELS
 from chatglm.conversations import GLM3_LABELS
 from chatglm.families import FAMILIES
+from chatglm.files import read_text, shorten
 from finetune.commands import Parser, describe
+from finetune.files import CACHE_GB
+from finetune.flag_effects import TRAINING, Effect, refuse_without_effect
 from finetune.formats import FORMATS, parse_columns
 from finetune.methods import METHODS
 from finetune.metrics import GROUPS, parse_metrics
 from finetune.record import LOGGERS
 
+CONFIG_LIMIT = 2**16  # bytes of a --config
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 LORA_STARTS = re.compile(r"default|gaussian|orthogonal|olora|pissa|pissa_niter_\d+")
 CHECKPOINTED_LAYERS = re.compile(r"[1-9]\d*|\d+-\d+")
@@ -71,6 +75,7 @@ class TrainConfig:
     """All flags of train.py, validated. Lengths are in tokens, steps are optimizer steps."""
 
     title: ClassVar[str] = "Fine-tune ChatGLM-6B, ChatGLM2-6B or ChatGLM3-6B"
+    effects: ClassVar[dict[str, Effect]] = TRAINING
     unused: ClassVar[tuple[str, ...]] = ()  # fields that mean nothing to a task: they are no flags of it
 
     task: str = keep("finetune", "what is trained: the model, or a predictor of the length of its answers; --task predictor --help "
@@ -92,7 +97,7 @@ class TrainConfig:
     shuffle_buffer: int = keep(10_000, "streaming: rows that are shuffled together", positive=True)
     preprocessing_num_workers: int = flag(1, "processes that tokenise", positive=True)
     max_len: int = keep(1024, "longest row in tokens, prompt and answer", positive=True)
-    max_src_len: int = keep(256, "longest prompt in tokens", positive=True)
+    max_src_len: int | None = keep(None, "longest prompt in tokens [256, or half of a --max_len that is not above 256]", positive=True)
     is_skip: bool = keep(False, "drop (and count) rows that would be cut, instead of cutting them")
     on_bad_row: str = keep("error", "what to do with a malformed row", choices=("error", "skip"))
     prompt_text: str = keep("", "instruction put before rows of the old form {text, answer}")
@@ -119,6 +124,7 @@ class TrainConfig:
                           choices=PRECISIONS)  # fmt: skip
     num_workers: int = flag(1, "threads, each laying out the rows of one of the next steps while this one computes; 0: none")
     data_cache: str = flag("~/.cache/glm-foundry", "folder of tokenised rows, keyed by content and settings; '' for none")
+    data_cache_gb: float = flag(CACHE_GB, "GB that --data_cache may take; what was not used for the longest time is deleted")
     seed: int = keep(1234, "seed of data order, dropout and new weights")
     ds_file: str = keep("ds_zero2.json", "DeepSpeed configuration; a bare name is looked up in ds_configs/ too")
     # methods
@@ -173,6 +179,10 @@ class TrainConfig:
         for name in ("lora_dropout", "prefix_dropout", "warmup_ratio", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be in [0, 1); got {getattr(self, name)}")
+        if self.max_src_len is None:
+            object.__setattr__(self, "max_src_len", 256 if self.max_len > 256 else max(1, self.max_len // 2))
+        if not self.data_cache_gb > 0:
+            raise ValueError(f"--data_cache_gb must be above 0; got {self.data_cache_gb}")
         for name in ("learning_rate", "weight_decay", "neftune_noise_alpha"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -189,14 +199,10 @@ class TrainConfig:
         parse_columns(self.columns)
         if not 0 < self.replay_ratio < 1:
             raise ValueError(f"--replay_ratio must be between 0 and 1; got {self.replay_ratio}")
-        if self.streaming and self.preprocessing_num_workers > 1:
-            raise ValueError("--streaming takes no --preprocessing_num_workers: rows are encoded as they are read")
         if self.streaming and (self.batching == "grouped" or self.dataset_length):
             raise ValueError("--streaming takes no --batching grouped and no --dataset_length: rows come as they are read")
         if self.max_src_len >= self.max_len:
             raise ValueError(f"--max_src_len ({self.max_src_len}) must be below --max_len ({self.max_len})")
-        if self.answer_metrics and not self.eval_path:
-            raise ValueError(f"--{'eval_metrics' if self.eval_metrics else 'eval_f1'} needs --eval_path")
         if self.metric_for_best in GROUPS and len(GROUPS[self.metric_for_best]) == 1:  # f1, bleu
             object.__setattr__(self, "metric_for_best", GROUPS[self.metric_for_best][0])
         if self.metric_for_best not in self.evaluated:
@@ -204,12 +210,8 @@ class TrainConfig:
                 f"--metric_for_best must be one of {', '.join(self.evaluated)}; got {self.metric_for_best!r} "
                 f"(--eval_metrics, or --eval_f1, adds others)"
             )
-        if self.early_stopping_patience and not self.has_evaluation:
-            raise ValueError("--early_stopping_patience needs --eval_path")
         if not (math.isfinite(self.early_stopping_min_delta) and self.early_stopping_min_delta >= 0):
             raise ValueError(f"--early_stopping_min_delta must be a number not below 0; got {self.early_stopping_min_delta}")
-        if self.early_stopping_min_delta and not self.early_stopping_patience:
-            raise ValueError("--early_stopping_min_delta needs --early_stopping_patience")
         if unknown := [name for name in self.loggers if name not in LOGGERS]:
             raise ValueError(f"--report_to: wanted some of {', '.join(LOGGERS)}; got {unknown[0]!r}")
 
@@ -240,19 +242,12 @@ class TrainConfig:
             raise ValueError(f"--loraplus_lr_ratio must be above 0; got {self.loraplus_lr_ratio}")
         if self.init_lora_weights == "orthogonal" and self.lora_dim % 2:
             raise ValueError(f"--init_lora_weights orthogonal needs an even --lora_dim; got {self.lora_dim}")
-        if self.train_type != "lora" and (given := self.changed("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio")):
-            raise ValueError(f"--{given[0]} needs --train_type lora; got {self.train_type}")
-        residual = self.init_lora_weights.startswith(("pissa", "olora"))
-        if self.quantization_bit:
-            if self.train_type not in ("lora", "ptuning"):
-                raise ValueError(f"--quantization_bit is for frozen weights: --train_type lora or ptuning; got {self.train_type}")
-            if residual:
-                raise ValueError(f"--init_lora_weights {self.init_lora_weights} needs whole weights; leave --quantization_bit out")
-        if self.gradient_checkpointing_layers:
-            if not CHECKPOINTED_LAYERS.fullmatch(self.gradient_checkpointing_layers):
-                raise ValueError(f"--gradient_checkpointing_layers must be N or a-b, such as 8 or 4-11; got {self.gradient_checkpointing_layers!r}")
-            if self.gradient_checkpointing == "False":
-                raise ValueError("--gradient_checkpointing_layers needs --gradient_checkpointing True or selective")
+        needs_whole_weights = self.train_type == "lora" and self.init_lora_weights.startswith(("pissa", "olora"))
+        if self.quantization_bit and needs_whole_weights:
+            raise ValueError(f"--init_lora_weights {self.init_lora_weights} needs whole weights; leave --quantization_bit out")
+        layers = self.gradient_checkpointing_layers
+        if layers and not CHECKPOINTED_LAYERS.fullmatch(layers):
+            raise ValueError(f"--gradient_checkpointing_layers must be N or a-b, such as 8 or 4-11; got {layers!r}")
 
     @property
     def needs_model(self) -> bool:
@@ -302,6 +297,11 @@ def add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field):
     parser.add_argument(*names, type=flag_type(f), **options)
 
 
+def changed_flags(config_class: type[TrainConfig], given: dict) -> list[str]:
+    """Those of the given flags that do not have their defaults, which change nothing."""
+    return [f.name for f in flags_of(config_class) if given.get(f.name, f.default) != f.default]
+
+
 def flags_of(config_class: type[TrainConfig]) -> list[dataclasses.Field]:
     return [f for f in dataclasses.fields(config_class) if f.name not in config_class.unused]
 
@@ -347,7 +347,10 @@ def parse_config(argv: list[str] | None = None, tasks: dict[str, Callable[[], ty
         file = given.pop("config", None)
         launched = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")  # how `accelerate launch` hands its DeepSpeed file on
         told = {"ds_file": launched} if launched else {}
-        return config_class(**(told | (read_config_file(file, config_class) if file else {}) | given))
+        given = (read_config_file(file, config_class) if file else {}) | given
+        config = config_class(**(told | given))
+        refuse_without_effect(config, changed_flags(config_class, given), config_class.effects)
+        return config
     except (ValueError, OSError) as error:
         parser.error(describe(error))
 
@@ -356,12 +359,28 @@ def read_mapping(path: str) -> dict:
     """What a YAML or JSON file of flags holds."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Aliases stand for single values alone: of lists of lists of aliases a few lines make billions of values."""
+
+        def compose_node(self, parent, index):
+            alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None
+            if alias and isinstance(self.anchors.get(alias.anchor), yaml.CollectionNode):
+                raise yaml.YAMLError(f"the alias *{alias.anchor} stands for more than one value")
+            return super().compose_node(parent, index)
+
     if not Path(path).is_file():
         raise ValueError(f"--config: no such file: {path}")
+    if (size := Path(path).stat().st_size) > CONFIG_LIMIT:
+        raise ValueError(f"--config: {path}: wanted a file of flags, of at most {CONFIG_LIMIT:,} bytes; it has {size:,}")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config: {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        text = read_text(path)
+    except ValueError as error:
+        raise ValueError(f"--config: {error}") from None
+    try:
+        values = Loader(text).get_single_data() or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"--config: {path} is not valid YAML: {reason}") from None
     if not isinstance(values, dict):
         raise ValueError(f"--config: {path} must hold a mapping of flags, got {type(values).__name__}")
     return values
@@ -372,7 +391,7 @@ def read_config_file(path: str, config_class: type[TrainConfig] = TrainConfig) -
     values = read_mapping(path)
     fields = {f.name: f for f in flags_of(config_class)}
     if unknown := [name for name in values if name not in fields]:
-        raise ValueError(f"--config: {path}: unknown flag {unknown[0]!r}")
+        raise ValueError(f"--config: {path}: unknown flag {shorten(unknown[0])}")
     checked = {}
     for name, value in values.items():
         try:
@@ -383,5 +402,5 @@ def read_config_file(path: str, config_class: type[TrainConfig] = TrainConfig) -
             else:
                 raise TypeError
         except (ValueError, TypeError, argparse.ArgumentTypeError):
-            raise ValueError(f"--config: {path}: {name} has the wrong type: {value!r}") from None
+            raise ValueError(f"--config: {path}: {name} has the wrong type: {shorten(value)}") from None
     return checked

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from chatglm.conversations import CONVERSATIONS, GLM3_LABELS, IGNORED
-from finetune.files import cache_arrays, read_arrays
+from finetune.files import CACHE_GB, cache_arrays, read_arrays
 from finetune.formats import BadRow, Row
 from finetune.sources import read_rows as read_rows
 
 SHORTEST_TRUNK = 8  # tokens; a shorter common beginning is not worth an attention call
+CACHE_FORMAT = 1  # of --data_cache; raised where the same rows and settings give other ids than before
 CHUNK = 64  # rows that a process of tokenise takes at a time
 
 
@@ -81,15 +82,12 @@ class Encoder:
         return encoded
 
     def key(self, rows: list[Row]) -> str:
-        """A name for all that encoded rows depend on: their text, the tokenizer's model, our code, the settings."""
-        from chatglm import conversations, families, tokenization
-
+        """A name for all that encoded rows depend on: their text, the tokenizer's model, the settings and CACHE_FORMAT."""
         tokenizer = self.tokenizer
-        digest = hashlib.sha256(f"{self.family.name} {self.max_len} {self.max_src_len} {self.glm3_labels} ".encode())
+        digest = hashlib.sha256(f"{CACHE_FORMAT} {self.family.name} {self.max_len} {self.max_src_len} {self.glm3_labels} ".encode())
         settings = {k: v for k, v in tokenizer.init_kwargs.items() if k not in ("vocab_file", "name_or_path")}
         digest.update(json.dumps([settings, len(tokenizer)], default=str, sort_keys=True).encode())
-        for file in (tokenizer.vocab_file, families.__file__, conversations.__file__, tokenization.__file__, __file__):
-            digest.update(hashlib.sha256(Path(file).read_bytes()).digest())
+        digest.update(hashlib.sha256(Path(tokenizer.vocab_file).read_bytes()).digest())
         for row in rows:
             digest.update(json.dumps([row.prompt, *row.answers, *row.turns]).encode())
         return digest.hexdigest()[:32]
@@ -97,11 +95,12 @@ class Encoder:
 
 def encode_rows(
     rows: list[Row], tokenizer, family, *, max_len: int, max_src_len: int, glm3_labels=GLM3_LABELS[0], is_skip=False, progress=False,
-    cache: Path | None = None, workers: int = 1,
+    cache: Path | None = None, cache_gb: float = CACHE_GB, workers: int = 1,
 ) -> Dataset:  # fmt: skip
     """Encode rows as `family` trains on them; cut rows are counted, or dropped with `is_skip`. Rows without a label are dropped.
 
-    With `cache`, a folder, what was encoded once from the same rows, tokenizer, code and settings is read from there.
+    With `cache`, a folder, what was encoded once from the same rows, tokenizer and settings is read from there. It holds at most
+    `cache_gb` GB: what was not used for the longest time goes.
 
     Raises:
         ValueError: nothing is left, or a row has several answers (a test file).
@@ -112,7 +111,7 @@ def encode_rows(
     if encoded is None:
         encoded = tokenise(encoder, rows, progress, workers)
         if file:
-            write_encoded(file, encoded)
+            write_encoded(file, encoded, cache_gb)
     pairs = [(place.place, row) for place, made in zip(rows, encoded) for row in made]
     kept = [(place, row) for place, row in pairs if row.learns and not (is_skip and row.truncated)]
     if not kept:
@@ -180,7 +179,7 @@ def read_encoded(file: Path) -> list[list[EncodedRow]] | None:
         return None
 
 
-def write_encoded(file: Path, encoded: list[list[EncodedRow]]):
+def write_encoded(file: Path, encoded: list[list[EncodedRow]], limit_gb: float = CACHE_GB):
     rows = [row for made in encoded for row in made]
     labels = [row.labels or [] for row in rows]
     cache_arrays(file, {
@@ -188,7 +187,7 @@ def write_encoded(file: Path, encoded: list[list[EncodedRow]]):
         "labels": np.array([i for own in labels for i in own], np.int32), "label_lengths": np.array([len(own) for own in labels], np.int64),
         "n_masked": np.array([row.n_masked for row in rows], np.int32), "truncated": np.array([row.truncated for row in rows], bool),
         "made": np.array([len(made) for made in encoded], np.int32),
-    })  # fmt: skip
+    }, limit_gb)  # fmt: skip
 
 
 def epoch_order(lengths: np.ndarray, seed: int, epoch: int, *, group: int = 0) -> np.ndarray:

@@ -13,6 +13,7 @@ from pathlib import Path
 from chatglm.checksums import write_checksums
 
 LOCK = ".lock"
+CACHE_GB = 20.0  # what --data_cache may take
 
 
 def sha256(path: Path) -> str:
@@ -215,18 +216,24 @@ def write_json(path: str | Path, content):
 
 
 def read_arrays(file: Path) -> dict:
-    """Arrays by name that `cache_arrays` wrote; empty where the file is not there or not whole."""
+    """Arrays by name that `cache_arrays` wrote; empty where the file is not there or not whole. It counts as used now."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
-        return load_file(file)
+        arrays = load_file(file)
+        with suppress(OSError):  # another user's cache can be read too
+            os.utime(file)
+        return arrays
     except (OSError, SafetensorError):
         return {}
 
 
-def cache_arrays(file: Path, arrays: dict):
-    """Keep numpy arrays for the next start; a disk that does not want them is no reason to stop."""
+def cache_arrays(file: Path, arrays: dict, limit_gb: float = CACHE_GB):
+    """Keep numpy arrays for the next start; a disk that does not want them is no reason to stop.
+
+    The .safetensors files of the folder take at most `limit_gb` GB afterwards.
+    """
     from safetensors.numpy import save_file
 
     aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
@@ -237,7 +244,22 @@ def cache_arrays(file: Path, arrays: dict):
         save_file(arrays, aside)
         aside.chmod(mode)  # safetensors leaves 0600
         os.replace(aside, file)
+        prune(file.parent, limit_gb * 1e9)
     except OSError as error:
         print(f"--data_cache: {file.parent} cannot be written ({error.strerror}); going on without", flush=True)
         with suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def prune(folder: Path, limit: float):
+    """Delete the .safetensors files of a cache that were not used for the longest time, until the others take `limit` bytes."""
+    found = []
+    for path in folder.glob("[!.]*.safetensors"):
+        with suppress(FileNotFoundError):  # another run prunes too
+            stat = path.stat()
+            found.append((stat.st_mtime_ns, stat.st_size, path))
+    total = 0
+    for _, size, path in sorted(found, reverse=True):
+        total += size
+        if total > limit:
+            path.unlink(missing_ok=True)

@@ -19,13 +19,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from finetune.commands import Parser, run_command
-from finetune.config import TrainConfig, add_flag
+from finetune.config import TrainConfig, add_flag, changed_flags
 from finetune.ds_file import BETWEEN_RANKS, fill_sizes, read_ds_file
 from finetune.files import write_json
+from finetune.flag_effects import ESTIMATING, ONE_RUN, TRAINING, check_given, refuse_without_effect
 from finetune.memory_cards import CARDS, GIB, MIB
 from finetune.memory_formula import Estimate, estimate
 from finetune.memory_run import Run, Zero
-from finetune.memory_shapes import PUBLISHED, read_shape, short_name
+from finetune.memory_shapes import PUBLISHED, read_shape, shape_source, short_name
 from finetune.methods import module_names
 
 LIMIT = 2**20  # no search for a batch or a length goes further
@@ -249,7 +250,7 @@ def report(run: Run, card: str, size: float) -> dict:
 
 def show(model: str, run: Run, found: dict):
     """Print a report."""
-    print(f"{describe_run(model, run)}; {run.trained_count:,} parameters trained\n")
+    print(f"{describe_run(model, run)}; {run.trained_count:,} parameters trained; {shape_source(model)}\n")
     show_parts("per GPU", found["parts"], "peak")
     show_parts("host RAM, all processes", found["host"], "total")
     card, size = found["card"]["name"], found["card"]["bytes"] / GIB
@@ -370,6 +371,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_flags(parser: argparse.ArgumentParser, args: dict) -> TrainConfig:
+    """The run that the flags describe; leave by `parser.error` where a flag has no effect beside the others."""
+    check_given(parser, argparse.Namespace(**args), ESTIMATING | dict.fromkeys(FLAGS, ONE_RUN))
+    given = {name: args[name] for name in FLAGS if name in args}
+    try:
+        config = TrainConfig(model_name_or_path=args["model"] or "-", train_path="-", max_src_len=1, **given)
+        refuse_without_effect(config, changed_flags(TrainConfig, given), TRAINING)
+        return config
+    except ValueError as error:
+        parser.error(str(error))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = vars(parser.parse_args(argv))
@@ -377,11 +390,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--fit needs --compare_seeds")
     if not (args["compare_seeds"] or args["table"] or args["model"]):
         parser.error("--model is required: a folder with config.json or a published name")
-    given = {name: args[name] for name in FLAGS if name in args}
-    try:
-        config = TrainConfig(model_name_or_path=args["model"] or "-", train_path="-", max_src_len=1, **given)
-    except ValueError as error:
-        parser.error(str(error))
+    config = check_flags(parser, args)
     return run_command(parser.prog, lambda: run(args, config))
 
 

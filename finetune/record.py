@@ -18,7 +18,7 @@ from finetune.files import LastingStream, LineFile, overwrite, write_aside
 
 RUN = "run.json"
 METRICS_FILE = "metrics.jsonl"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had the steps of metrics.jsonl in run.json too
 LOWER_IS_BETTER = ("loss", "mae")  # of the metrics; of all others a higher one is better
 RECORD_SECONDS = 60  # between two writings of run.json where nothing else asks for one
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,7 +134,7 @@ def is_better(metric: str, value: float, than: float | None, by: float = 0.0) ->
 
 
 def read_run(folder: Path) -> dict:
-    """The record of a run; raises ValueError where there is none, or none that can be read."""
+    """The record of a run with its "steps"; raises ValueError where there is none, or none that can be read."""
     path = Path(folder) / RUN
     if not path.is_file():
         raise ValueError(f"{folder} holds no {RUN}: wanted the --output_dir of a run")
@@ -144,9 +144,9 @@ def read_run(folder: Path) -> dict:
         raise ValueError(f"{path}: not a run's record")
     if found > FORMAT_VERSION:
         raise ValueError(f"{path}: format version {found}, this program reads up to {FORMAT_VERSION}")
-    steps = path.with_name(METRICS_FILE)
-    if not run.get("steps") and steps.is_file():  # the disk was full when the run ended (RunLog.write_over)
-        run["steps"] = read_steps(steps)
+    if not run.get("steps"):
+        metrics = path.with_name(METRICS_FILE)
+        run["steps"] = read_steps(metrics) if metrics.is_file() else []
     return run
 
 
@@ -192,8 +192,8 @@ def now() -> str:
 class RunLog:
     """Writes a run's measurements; rank 0 alone has one.
 
-    Every step goes to metrics.jsonl at once, unrounded; run.json has the same lines under "steps" and all else that is known of the
-    run, and is written whole at each evaluation and save, at the end, and otherwise once a minute. Where one of these cannot be
+    Every step goes to metrics.jsonl at once, unrounded. run.json has all else that is known of the run, and is written whole at each
+    evaluation and save, at the end, and otherwise once a minute; its size does not grow with the steps. Where one of these cannot be
     written, or a logger fails, a warning says so once and the run goes on.
     """
 
@@ -221,7 +221,12 @@ class RunLog:
         self.path = output_dir / METRICS_FILE
         # A resumed run repeats the steps after its checkpoint: the first telling of them goes.
         lines = read_steps(self.path) if done and self.path.is_file() else []
-        write_aside(self.path, "".join(to_json(line) + "\n" for line in lines if line["step"] <= done))
+        lines = [line for line in lines if line["step"] <= done]
+        write_aside(self.path, "".join(to_json(line) + "\n" for line in lines))
+        self.best: dict | None = None  # step and value of the best evaluation on the present rows so far, the first of equals
+        for line in lines:
+            if self.sitting_of(line["step"]).get("eval_data") == eval_data:
+                self.note_best(line)
         self.file = LineFile(self.path)
         self.loggers = {}
         for name in config.loggers:
@@ -239,6 +244,7 @@ class RunLog:
                 self.warn(f"--report_to {name}", error)
                 del self.loggers[name]
         self.attempt(self.path, lambda: self.file.add(to_json({"step": step, **values})))
+        self.note_best({"step": step, **values})
         if time.monotonic() - self.written > RECORD_SECONDS:
             self.write()
 
@@ -265,28 +271,24 @@ class RunLog:
         self.written = time.monotonic()
         self.attempt(self.output_dir / RUN, lambda: write_aside(self.output_dir / RUN, self.render()))
 
-    def render(self, steps: list[dict] | None = None) -> str:
-        """run.json with these steps, by default all."""
-        every = read_steps(self.path)
+    def render(self) -> str:
+        """run.json as it is now."""
         seconds = time.monotonic() - self.started
         self.record["sittings"][-1]["seconds"] = round(seconds, 1)
-        record = self.record | {"updated": now(), "seconds": round(self.seconds_before + seconds, 1), "best": self.best(every)}
-        head = to_json(record, indent=2, ensure_ascii=False)[:-2]
-        lines = ",\n".join(f"    {to_json(line)}" for line in (every if steps is None else steps))
-        return f'{head},\n  "steps": [\n{lines}\n  ]\n}}\n'
+        record = self.record | {"updated": now(), "seconds": round(self.seconds_before + seconds, 1), "best": self.best}
+        return to_json(record, indent=2, ensure_ascii=False) + "\n"
 
-    def best(self, steps: list[dict]) -> dict | None:
-        """Step and value of the best evaluation on the present rows so far, the first of equals."""
-        metric, found = self.config.metric_for_best, None
+    def sitting_of(self, step: int) -> dict:
+        """The sitting that made a step."""
         sittings = self.record["sittings"]
-        for line in steps:
-            value = line.get(f"eval_{metric}")
-            sitting = next((s for s in reversed(sittings) if s["first_step"] <= line["step"]), sittings[-1])
-            if value is None or sitting.get("eval_data") != sittings[-1]["eval_data"]:
-                continue
-            if is_better(metric, value, found and found["value"]):
-                found = {"step": line["step"], "metric": metric, "value": value}
-        return found
+        return next((s for s in reversed(sittings) if s["first_step"] <= step), sittings[-1])
+
+    def note_best(self, line: dict):
+        """Keep the step and value of a line of metrics.jsonl, where its evaluation is better than those before."""
+        metric = self.config.metric_for_best
+        value = line.get(f"eval_{metric}")
+        if value is not None and is_better(metric, value, self.best and self.best["value"]):
+            self.best = {"step": line["step"], "metric": metric, "value": value}
 
     def close(self, status: str):
         self.record["status"] = status
@@ -301,5 +303,5 @@ class RunLog:
                 self.warn(f"--report_to {name}", error)
 
     def write_over(self):
-        """The record without steps, which metrics.jsonl has, over the last one: how the run ended must be true on a full disk too."""
-        overwrite(self.output_dir / RUN, to_json(json.loads(self.render(steps=[])), ensure_ascii=False) + "\n")
+        """The record, in less room, over the last one: how the run ended must be true on a full disk too."""
+        overwrite(self.output_dir / RUN, to_json(json.loads(self.render()), ensure_ascii=False) + "\n")

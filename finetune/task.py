@@ -116,7 +116,8 @@ class FineTuning:
         cache = Path(config.data_cache).expanduser() if config.data_cache else None
         data = encode_rows(
             encoded, self.tokenizer, self.family, max_len=config.max_len, max_src_len=config.max_src_len, glm3_labels=config.glm3_labels,
-            is_skip=config.is_skip and name != "eval", progress=rank() == 0, cache=cache, workers=config.preprocessing_num_workers,
+            is_skip=config.is_skip and name != "eval", progress=rank() == 0, cache=cache,
+            cache_gb=config.data_cache_gb, workers=config.preprocessing_num_workers,
         )  # fmt: skip
         words = [f"{len(data)} {name} rows"]
         words += [f"{bad} bad ones skipped"] if bad else []

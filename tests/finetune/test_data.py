@@ -14,6 +14,7 @@ from finetune.data import (
     IGNORED,
     SHORTEST_TRUNK,
     Dataset,
+    Encoder,
     collate,
     count_labels,
     encode_rows,
@@ -295,3 +296,34 @@ def test_the_seeds_own_files_are_read(name, count, empty):
         tokenizer = load_tokenizer(shared_file("data/chatglm2-tokenizer"), mode="glm2")
         example = FAMILIES["glm2"].encode_example(tokenizer, row.prompt, "", 512, 384)
         assert example.labels[example.n_masked :] == [tokenizer.eos_token_id]
+
+
+def test_t11_the_cache_keeps_what_was_used_last(tmp_path):
+    """Of three files of 80 KB a limit of 200 KB keeps the two used last; other files of the folder stay."""
+    import os
+
+    from finetune.files import cache_arrays, read_arrays
+
+    (tmp_path / "jieba.cache").write_bytes(b"x" * 10**6)
+    arrays = {"x": np.zeros(10_000, np.int64)}
+    for number, name in enumerate(("a", "b")):
+        cache_arrays(tmp_path / f"{name}.safetensors", arrays, 2e-4)
+        os.utime(tmp_path / f"{name}.safetensors", (number, number))
+    assert len(read_arrays(tmp_path / "a.safetensors")["x"]) == 10_000  # a is used now
+    cache_arrays(tmp_path / "c.safetensors", arrays, 2e-4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "c.safetensors", "jieba.cache"]
+    cache_arrays(tmp_path / "d.safetensors", {"x": np.zeros(10**6)}, 2e-4)  # larger than the limit
+    assert not list(tmp_path.glob("d.*"))
+
+
+def test_t11_the_key_of_the_cache(tokenizers, monkeypatch):
+    """Its format, the settings and the text of the rows; not the text of our programs."""
+    from finetune import data
+
+    rows = [Row("a", ("b",), "f:1")]
+    key = Encoder(tokenizers["glm2"], FAMILIES["glm2"], 64, 32).key(rows)
+    others = [Encoder(tokenizers["glm2"], FAMILIES["glm2"], 64, 31).key(rows), Encoder(tokenizers["glm2"], FAMILIES["glm2"], 64, 32).key([Row("a", ("c",), "f:1")])]
+    monkeypatch.setattr(data, "__file__", "/nowhere")
+    assert Encoder(tokenizers["glm2"], FAMILIES["glm2"], 64, 32).key(rows) == key
+    monkeypatch.setattr(data, "CACHE_FORMAT", 99)
+    assert len({key, *others, Encoder(tokenizers["glm2"], FAMILIES["glm2"], 64, 32).key(rows)}) == 4
