@@ -14,6 +14,7 @@ GRID = 256  # points at which a residual's distribution is tabulated
 ALL = 0.003  # weight that a label has everywhere
 FURTHEST = 2.5  # standard deviations; scores beyond count as there
 FLOOR = 1e-6
+MOST_CUT = 0.1  # share of the labels
 LEAST_INDEX, MOST_INDEX = 2.0, 20.0  # of a tail: at 2 an answer beyond its start is twice as long on average; below, the limit decides the mean
 
 
@@ -78,15 +79,17 @@ class Tail:
             raise ValueError(f"no tail: {self}")
 
     @classmethod
-    def fit(cls, tokens: np.ndarray, finished: np.ndarray, weights: np.ndarray) -> "Tail":
-        """tokens, finished, weights: (n,) of the labels."""
+    def fit(cls, tokens: np.ndarray, finished: np.ndarray, weights: np.ndarray) -> "Tail | None":
+        """tokens, finished, weights: (n,) of the labels. None where many were cut: quantiles then lie beyond what was seen."""
+        if weights[~finished].sum() > MOST_CUT * weights.sum():
+            return None
         order = np.argsort(tokens, kind="stable")
         share = np.cumsum(weights[order]) / weights.sum()
         threshold = max(float(tokens[order][np.searchsorted(share, 0.75)]), 1.0)
         above = tokens > threshold
         excess = float(weights[above] @ np.log(tokens[above] / threshold))
         ended = float(weights[above & finished].sum())
-        index = ended / excess if excess > 0 else MOST_INDEX
+        index = ended / excess if excess > 0 else LEAST_INDEX
         return cls(max(float(tokens.max()), 1.0), float(np.clip(index, LEAST_INDEX, MOST_INDEX)))
 
     def apply(self, probabilities: np.ndarray, edges: np.ndarray) -> np.ndarray:
