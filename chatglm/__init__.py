@@ -28,13 +28,34 @@ WITH_AUTO_MODULE = {
     "transformers.models.auto.tokenization_auto": ("chatglm.tokenization",),
     "transformers.models.auto.modeling_auto": ("chatglm.modeling_glm", "chatglm.modeling_glm2"),
 }
+# Our models need it, and it imports modeling_auto itself: while it is half done, it goes first.
+LAYERS = "transformers.modeling_layers"
+
+
+def is_half_done(name: str) -> bool:
+    """A module that is being imported right now."""
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return getattr(spec, "_initializing", False)
+
+
+def import_ours(name: str):
+    """What belongs to transformers' module `name`, which has just run."""
+    auto = "transformers.models.auto.modeling_auto"
+    if name == LAYERS:
+        if auto not in sys.modules:
+            return
+        name = auto
+    elif name == auto and is_half_done(LAYERS):
+        return
+    for ours in WITH_AUTO_MODULE[name]:
+        importlib.import_module(ours)
 
 
 class AutoClassHook(importlib.abc.MetaPathFinder):
-    """Lets the other finders find an auto module, and imports ours after it has run."""
+    """Lets the other finders find an auto module or LAYERS, and imports ours after it has run."""
 
     def find_spec(self, name, path, target=None):
-        if name not in WITH_AUTO_MODULE:
+        if name not in WITH_AUTO_MODULE and name != LAYERS:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
@@ -44,8 +65,7 @@ class AutoClassHook(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             run(module)
-            for ours in WITH_AUTO_MODULE[name]:
-                importlib.import_module(ours)
+            import_ours(name)
 
         spec.loader.exec_module = exec_module
         return spec

@@ -13,6 +13,7 @@ from pathlib import Path
 from chatglm.families import FAMILIES
 from finetune.commands import Parser, run_command
 from finetune.config import PRECISIONS
+from predictor.labels import name_warning, served_name
 from predictor.runtime import LengthPredictor
 from serving.continuous import POLICIES
 from serving.cost_model import CostModel, ModelShape, read_profile
@@ -109,9 +110,12 @@ def load_service(args) -> Service:
     weight = model.get_input_embeddings().weight
     cost = CostModel.of(ModelShape.from_config(model.config.to_dict(), weight.itemsize), cost_device(weight.device), profile)
     family = FAMILIES[tokenizer.family]
-    name = args.served_model_name or (predictor.card["served_model"]["name"] if predictor else Path(args.model).resolve().name)
-    if predictor and name != predictor.card["served_model"]["name"]:
-        log.warning("the predictor is of %r: predictor.update will take the log's %r for another model", predictor.card["served_model"]["name"], name)
+    name = args.served_model_name or (predictor.card["served_model"]["name"] if predictor else served_name(args.model))
+    predicted = predictor.card["served_model"]["name"] if predictor else name
+    if name != predicted:
+        log.warning("the predictor is of %r: predictor.update will take the log's %r for another model", predicted, name)
+    elif predictor and not args.served_model_name and (warning := name_warning(predicted, args.model)):
+        log.warning(warning)
     return Service(
         make_engine(args.engine, model, limits, cost), tokenizer, policy, predictor, Monitor(name, limits, args.log, args.log_prompts),
         name=name, slo_s=args.slo_s, defaults={key: family.chat_defaults[key] for key in ("temperature", "top_p")},

@@ -15,6 +15,9 @@ from tests.finetune.runs import child_env
 
 FILES = sorted(p for folder in ("scripts", "benchmarks") for p in (REPO_ROOT / folder).iterdir() if p.suffix in (".py", ".sh"))
 ELSEWHERE = {  # file -> the test that runs it
+    "benchmarks/failing_commands.py": "tests/test_failures.py::test_every_failure_is_one_line",
+    "benchmarks/failures.py": "tests/test_failures.py::test_every_failure_is_one_line",
+    "benchmarks/forking.py": "tests/test_failures.py::test_every_failure_is_one_line",
     "benchmarks/byte_flips.py": "tests/finetune/test_checksums.py::test_a2_flipped_bytes_are_refused_or_without_effect",
     "benchmarks/format_table.py": "tests/finetune/test_data_formats.py::test_the_table_of_formats",
     "benchmarks/memory_check.py": "tests/finetune/test_memory.py::test_estimate_is_a_real_runs",

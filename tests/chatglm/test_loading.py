@@ -517,3 +517,18 @@ def test_an_abandoned_stream_stops_generating(tiny_folders):
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import chatglm; import transformers.modeling_layers",
+        "import chatglm; import transformers.models.auto.modeling_auto",
+        "import transformers.modeling_layers; import chatglm",
+    ],
+)
+def test_our_models_are_registered_whatever_is_imported_first(code):
+    """transformers.modeling_layers imports the auto module, and our models import it."""
+    check = "import sys; from transformers import AutoModel; assert 'chatglm.modeling_glm2' in sys.modules"
+    done = subprocess.run([sys.executable, "-c", f"{code}; {check}"], cwd=REPO_ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -74,7 +74,7 @@ def test_kinds_of_files(tmp_path, kind):
 
 def test_broken_files_are_named(tmp_path):
     for name, content, said in [
-        ("a.jsonl.gz", b"not gzip", "not a whole gzip file"), ("b.jsonl.gz", gzip.compress(b"{}" * 999)[:-9], "not a whole gzip file"),
+        ("a.jsonl.gz", b"not gzip", "not a whole gzip file"), ("b.jsonl.gz", gzip.compress(b"{}" * 999, mtime=0)[:-9], "not a whole gzip file"),
         ("c.csv", b'prompt,response\n"x,y\n', "c.csv:1: not valid CSV"), ("d.csv", b"prompt,response\na,b,c\n", "d.csv:2: wanted 2 cells"),
         ("e.parquet", b"PAR1", "not a parquet file"), ("f.csv", b"\xff\xfe\n", "f.csv:1: not UTF-8"),
         ("g.jsonl", b"{'input': __import__('os')}\n", "g.jsonl:1: not valid JSON"),

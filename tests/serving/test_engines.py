@@ -181,23 +181,20 @@ def test_static_batches(name, variant, seed):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_policy_drives_it(policy):
+def test_p4_every_policy_answers_whole(policy):
     model = model_of("glm2")
     engine = engine_of("continuous", model, Limits(max_batch=4, kv_tokens=160, max_tokens=60, prefill_tokens=16))
     asked = some(model, 10, 5)
     answers, events = serve(engine, POLICIES[policy], asked)
-    cut = {e.id for e in events if e.kind == "finished" and e.what.cut}
+    assert not any(e.what.cut for e in events if e.kind == "finished")
     for i, (prompt, sampling) in asked.items():
-        whole = alone(model, prompt, sampling.max_new_tokens)
-        assert answers[i].tokens == whole[: len(answers[i].tokens)]
-        assert (answers[i].tokens == whole) == (i not in cut)
-    assert not cut or policy in ("odbs", "slo_dbs", "slo_odbs", "uellm_released")  # those that cut batches short
+        assert answers[i].tokens == alone(model, prompt, sampling.max_new_tokens)
     times = [event.time_s for event in events if event.kind != "started"]
     assert times == sorted(times)
 
 
 @pytest.mark.parametrize("variant", ["glm", "glm2"])
-def test_cancellation(variant):
+def test_p4_cancellation(variant):
     """From another thread, from a listener, while waiting, and by a listener that fails: the others' tokens stay."""
     model = model_of(variant)
     engine = engine_of("continuous", model)
@@ -221,8 +218,8 @@ def test_cancellation(variant):
         assert answers[i].tokens == whole[:most]
     ended = {e.id: e.what for e in events if e.kind == "finished"}
     assert len(ended) == 12 and answers[11].reason == "cancelled" and ended[11].cut and ended[11].output_tokens == 0
-    if len(alone(model, asked[0][0], 30)) > 5:
-        assert answers[0].reason == "cancelled" and ended[0].cut
+    assert len(alone(model, asked[0][0], 30)) > 5  # so that there is something to cancel
+    assert answers[0].reason == "cancelled" and ended[0].cut
 
 
 def test_sampling_is_each_requests_own():

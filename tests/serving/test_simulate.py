@@ -168,8 +168,8 @@ def test_p2_one_line_each(flags, said, capsys):
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"no gzip", gzip.compress(b"TIMESTAMP,ContextTokens,GeneratedTokens\n"), gzip.compress(b"a,b,c\n1,2,3\n"), gzip.compress(b"a\n\xff\n"),
-    gzip.compress(b"a,b,c\n2023-11-16 18:15:46.6805900,374\n"), gzip.compress(b"a,b,c\n2023-11-16 18:15:46.6805900,1,2\n")[:-12],
+    b"", b"no gzip", gzip.compress(b"TIMESTAMP,ContextTokens,GeneratedTokens\n", mtime=0), gzip.compress(b"a,b,c\n1,2,3\n", mtime=0), gzip.compress(b"a\n\xff\n", mtime=0),
+    gzip.compress(b"a,b,c\n2023-11-16 18:15:46.6805900,374\n", mtime=0), gzip.compress(b"a,b,c\n2023-11-16 18:15:46.6805900,1,2\n", mtime=0)[:-12],
     b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
 ])  # fmt: skip
 def test_p2_traces_that_are_none(content, tmp_path, capsys):
