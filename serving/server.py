@@ -8,7 +8,6 @@ import logging
 import os
 import socket
 import sys
-from pathlib import Path
 
 from chatglm.families import FAMILIES
 from finetune.commands import Parser, run_command
