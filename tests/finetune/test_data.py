@@ -316,14 +316,15 @@ def test_t11_the_cache_keeps_what_was_used_last(tmp_path):
     assert not list(tmp_path.glob("d.*"))
 
 
-def test_t11_the_key_of_the_cache(tokenizers, monkeypatch):
+def test_t11_the_key_of_the_cache(bases, monkeypatch):
     """Its format, the settings and the text of the rows; not the text of our programs."""
     from finetune import data
 
-    rows = [Row("a", ("b",), "f:1")]
-    key = Encoder(tokenizers["glm2"], FAMILIES["glm2"], 64, 32).key(rows)
-    others = [Encoder(tokenizers["glm2"], FAMILIES["glm2"], 64, 31).key(rows), Encoder(tokenizers["glm2"], FAMILIES["glm2"], 64, 32).key([Row("a", ("c",), "f:1")])]
+    rows, tokenizer = [Row("a", ("b",), "f:1")], load_tokenizer(bases["glm2"])
+    key = Encoder(tokenizer, FAMILIES["glm2"], 64, 32).key(rows)
+    others = [Encoder(tokenizer, FAMILIES["glm2"], 64, 31).key(rows)]
+    others.append(Encoder(tokenizer, FAMILIES["glm2"], 64, 32).key([Row("a", ("c",), "f:1")]))
     monkeypatch.setattr(data, "__file__", "/nowhere")
-    assert Encoder(tokenizers["glm2"], FAMILIES["glm2"], 64, 32).key(rows) == key
+    assert Encoder(tokenizer, FAMILIES["glm2"], 64, 32).key(rows) == key
     monkeypatch.setattr(data, "CACHE_FORMAT", 99)
-    assert len({key, *others, Encoder(tokenizers["glm2"], FAMILIES["glm2"], 64, 32).key(rows)}) == 4
+    assert len({key, *others, Encoder(tokenizer, FAMILIES["glm2"], 64, 32).key(rows)}) == 4
