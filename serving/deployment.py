@@ -63,7 +63,6 @@ class Even:
     """
 
     ends_as_layers: int = 2
-
     def place(self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile) -> Placement:
         pieces = Pieces(model, cluster, need, profile_of(cost))
         count = len(cluster.devices)
