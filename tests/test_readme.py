@@ -99,3 +99,23 @@ def test_the_chinese_document_says_the_same(chinese):
     for path, other in ((chinese, CHINESE[chinese]), (CHINESE[chinese], chinese)):
         links = re.findall(r"\]\(([^)#]+)\)", "\n".join(texts[path].split("\n")[:4]))
         assert any(((REPO_ROOT / path).parent / link).resolve() == REPO_ROOT / other for link in links), path
+
+
+def test_p5_gains_are_shown_beside_fcfs():
+    """Continuous batching alone beats static batches: wherever fifo is compared with deadline, fcfs stands beside them."""
+    for name in ("README.md", "README_zh.md", "scripts/quickstart.sh"):
+        text = (REPO_ROOT / name).read_text(encoding="utf-8")
+        assert "deadline" in text and "fcfs" in text, name
+
+
+def test_the_table_of_faults_names_its_tests():
+    """docs/faults.md names every test of a fault's row, and no other."""
+    table = (REPO_ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| ([SATPB]\d+) \| [^|]+ \| (.+) \|$", table, re.M))
+    named_tests = {name for names in rows.values() for name in re.findall(r"`(test_\w+)`", names)}
+    pattern = re.compile(r"^def (test_(?:" + "|".join(row.lower() for row in rows) + r")_\w+)", re.M)
+    written = set()
+    for path in (REPO_ROOT / "tests").rglob("test_*.py"):
+        written.update(pattern.findall(path.read_text(encoding="utf-8")))
+    assert len(rows) == 43 and all(rows.values())
+    assert named_tests == written

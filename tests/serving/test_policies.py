@@ -234,7 +234,7 @@ def test_decreasing_first_fit(items, capacity, most):
     assert decreasing_first_fit(prompts, answers, capacity, most) == naive_first_fit(prompts, answers, capacity, most)
 
 
-def test_s3_preempts_and_doubles():
+def test_the_policy_s3_preempts_and_doubles():
     """Bucket 20 of ten up to 200; the answer has 75 tokens: 20, then 40, then 80 reserved."""
     policy = Static(replace(BATCH_POLICIES["s3"], longest_tokens=200))
     events, _, _ = serve(policy, [ask(0, 10, 75, predicted=12)], Limits(8, 2000, 500))
