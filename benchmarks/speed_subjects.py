@@ -230,6 +230,8 @@ def run_peak(spec, pairs):
 
 def run_ours(spec, pairs):
     """train.py's own engine and step, on rows handed to it."""
+    from types import SimpleNamespace
+
     import numpy as np
 
     from finetune import engine as engine_module
@@ -247,7 +249,7 @@ def run_ours(spec, pairs):
     task = make_task(config, spec, folder, our_dataset(pairs))
     engine, model, _ = engine_module.build_engine(config, task, 10**6)
     schedule = engine_module.Schedule(10**6 * BATCH, BATCH, 1, None)
-    loop = engine_module.Loop(config, engine, model, task, schedule, None, resumed={}, facts={})
+    loop = engine_module.Loop(config, engine, model, task, schedule, SimpleNamespace(eval_data=None), resumed={}, facts={})
     for rows, counted in warmed(pairs):
         task.chosen = np.array(rows)
         loss = loop.step()[0]

@@ -12,6 +12,7 @@ from predictor.config import PredictorConfig
 NEEDED = ["--model_name_or_path", "m", "--train_path", "t"]
 # Flags that change every run, whatever the others say.
 GLOBAL = {
+    "verify",
     "task", "model_name_or_path", "mode", "train_path", "eval_path", "data_format", "columns", "replay_path", "streaming", "max_len",
     "max_src_len", "is_skip", "on_bad_row", "dataset_length", "train_type", "per_device_train_batch_size", "gradient_accumulation_steps",
     "num_train_epochs", "max_steps", "learning_rate", "weight_decay", "warmup_ratio", "batching", "gradient_checkpointing",
@@ -128,7 +129,7 @@ def test_t10_other_commands(capsys, main, words, said):
 
 def test_t10_every_flag_of_the_other_commands():
     """Those of a model and of loading, and what says what to do, are global."""
-    loading = {"help", "model_path", "base_model", "mode", "device", "precision", "quantization_bit", "max_src_len", "max_new_tokens", "do_sample"}
+    loading = {"help", "model_path", "base_model", "mode", "device", "precision", "quantization_bit", "max_src_len", "max_new_tokens", "do_sample", "verify"}
 
     def names(parser: argparse.ArgumentParser) -> set[str]:
         return vars(parser.parse_args(["--model_path", "m"])).keys() | {"help"}

@@ -65,10 +65,14 @@ def flags(tiny_folders, encoder, rows_file):
 
     def make(output_dir, backbone, *more, family="glm2") -> list[str]:
         given = ["--task", "predictor", "--backbone", backbone, "--train_path", rows_file, "--output_dir", output_dir]
-        given += ["--served_model", "tiny", "--length_limit", 1024, "--max_src_len", 48, "--calibration_share", 0.25]
+        given += ["--served_model", "tiny", "--length_limit", 1024, "--max_src_len", 48]
         given += {"chatglm": ["--model_name_or_path", tiny_folders[family]], "encoder": ["--encoder_path", encoder], "lexical": ["--hash_bits", 10]}[backbone]
         if backbone != "lexical":
-            given += ["--per_device_train_batch_size", 16, "--warmup_ratio", 0, "--weight_decay", 0, "--landmarks", 64, "--show_loss_step", 1000]
+            given += ["--per_device_train_batch_size", 16]
+            if "none" in more or "--reuse_prefill" in more:
+                given += ["--landmarks", 64]
+            else:
+                given += ["--calibration_share", 0.25, "--warmup_ratio", 0, "--weight_decay", 0, "--show_loss_step", 1000]
         return [str(word) for word in [*given, *more]]
 
     return make

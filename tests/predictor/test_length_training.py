@@ -145,7 +145,7 @@ def refused(capsys, words, code: int) -> str:
 
 @pytest.mark.parametrize("backbone, more, said", [
     ("lexical", ["--train_type", "lora"], "--backbone lexical has no weights for --train_type lora"),
-    ("lexical", ["--head", "guess"], "--head"), ("lexical", ["--num_bins", 1], "--num_bins must be at least 2; got 1"),
+    ("lexical", ["--head", "guess"], "--head"), ("lexical", ["--num_bins", 1], "--num_bins must be from 2 to 10,000; got 1"),
     ("lexical", ["--calibration_share", 0], "--calibration_share must be above 0"), ("lexical", ["--near_duplicates", 0], "--near_duplicates"),
     ("lexical", ["--other_models_weight", 1], "--other_models_weight must be in [0, 1); got 1.0"), ("lexical", ["--length_limit", 1], "--length_limit"),
     ("lexical", ["--label_width", "nan"], "--label_width"), ("lexical", ["--student_dims", -1], "--student_dims"),
@@ -153,9 +153,9 @@ def refused(capsys, words, code: int) -> str:
     ("chatglm", ["--model_name_or_path", ""], "--model_name_or_path is required"), ("encoder", ["--encoder_path", ""], "--encoder_path"),
     ("encoder", ["--train_type", "ptuning"], "--train_type ptuning is for ChatGLM"), ("encoder", ["--encoder_layers", "0,x"], "--encoder_layers"),
     ("chatglm", ["--reuse_prefill", "True", "--train_type", "lora"], "--reuse_prefill needs"), ("lexical", ["--nonsense", 1], "--nonsense"),
-    ("lexical", ["--early_stopping_patience", 2], "--early_stopping_patience is for a backbone that is trained"),
-    ("lexical", ["--report_to", "wandb"], "--report_to is for"), ("lexical", ["--resume_from_checkpoint", "auto"], "--resume_from_checkpoint is for"),
-    ("encoder", ["--train_type", "none", "--report_to="], "--report_to is for"), ("encoder", ["--use_dora"], "--use_dora needs --train_type lora; got all"),
+    ("lexical", ["--early_stopping_patience", 2], "--early_stopping_patience needs a backbone that is trained"),
+    ("lexical", ["--report_to", "wandb"], "--report_to needs"), ("lexical", ["--resume_from_checkpoint", "auto"], "--resume_from_checkpoint needs"),
+    ("encoder", ["--train_type", "none", "--report_to="], "--report_to needs"), ("encoder", ["--use_dora"], "--use_dora needs --train_type lora; got all"),
     ("lexical", ["--hash_bits", 40], "--hash_bits must be from 8 to 24; got 40"),
 ])  # fmt: skip
 def test_bad_flags_are_one_line(flags, capsys, tmp_path, backbone, more, said):
