@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.config import parse_positive
-from finetune.data import Dataset, Row, collate, count_labels
+from finetune.arrays import Dataset
+from finetune.data import collate, count_labels
 from finetune.files import write_aside, write_json
+from finetune.formats import Row
 from finetune.metrics import GROUPS, METRICS, check_packages, mean, parse_metrics, score_rows
 from finetune.predict import (
     add_model_flags,
@@ -37,7 +39,7 @@ def evaluation_loss(loss_module, data: Dataset, batch_size: int, **layout) -> fl
 
     per_pass = batch_size * world_size()
     total = count = 0.0
-    by_length = sorted(range(len(data)), key=lambda i: len(data.input_ids[i]))
+    by_length = data.row_lengths.argsort(kind="stable").tolist()
     device = next(loss_module.parameters()).device
     for start in range(0, len(by_length), per_pass):
         mine = by_length[start : start + per_pass][rank() :: world_size()]

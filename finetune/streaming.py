@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.data import Dataset, EncodedRow, Encoder, dataset_of
+from finetune.arrays import Dataset, EncodedRow, dataset_of
+from finetune.encoding import Encoder
 from finetune.formats import BadRow
 from finetune.sources import RowReader, Source, parse_line
 
