@@ -1,0 +1,215 @@
+"""Memory and time of a run's rows: bytes a token over all ranks, seconds of a cold and a warm start, how often rows are tokenised.
+
+    python benchmarks/data_memory.py [--tokens 50000000] [--warm_tokens 10000000] [--ranks 1,2] [--kind rows] [--json FILE]
+
+Rows are drawn at random and trained on by nobody: each rank loads them as train.py does and lays out the batches of a whole
+epoch. Memory is the proportional set size (Pss of /proc/self/smaps_rollup) above that of the process before it loads, summed over the
+ranks: a page that ranks share counts once. Seconds are those of the slowest rank. Exits with 1 where a goal is missed: at most 6 bytes a
+token, every row tokenised once with a cold cache and never with a warm one, a warm start of --warm_tokens under 2 s.
+"""
+
+import argparse
+import gc
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+BYTES_A_TOKEN, WARM_SECONDS = 6.0, 2.0
+BATCH = 16
+PARTS = ["水泵", "油封", "火花塞", "节气门", "滤网", "发动机", "轮胎", "灯泡"]
+STATES = ["漏油", "抖动", "异响", "积碳", "松动", "不亮", "过热"]
+FLAGS = ["--max_len", "1024", "--max_src_len", "512", "--lora_dropout", "0", "--per_device_train_batch_size", str(BATCH)]
+
+
+# ---- a rank
+
+
+def proportional_memory() -> int:
+    """Bytes; pages that processes share count in part."""
+    gc.collect()
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("no Pss in /proc/self/smaps_rollup: the kernel is older than 4.14")
+
+
+def run_rank(words: list[str]):
+    """Load rows, lay out an epoch, print what it took."""
+    import torch.distributed as dist
+
+    from finetune.config import parse_config
+    from finetune.data import step_rows
+    from finetune.distributed import rank, wait_for_all, world_size
+    from finetune.encoding import Encoder
+    from finetune.task import FineTuning
+
+    if int(os.environ["WORLD_SIZE"]) > 1:
+        dist.init_process_group("gloo")
+    task, tokenised, encode = FineTuning(parse_config(words)), [0], Encoder.encode
+
+    def counted(*args):
+        tokenised[0] += 1
+        return encode(*args)
+
+    Encoder.encode = counted
+    task.layout  # noqa: B018 - made here, as it is no part of the rows
+    wait_for_all()
+    before, started = proportional_memory(), time.perf_counter()
+    task.load_rows()
+    seconds = time.perf_counter() - started
+    size = BATCH * world_size()
+    steps = -(-len(task.data) // size)
+    for step in range(steps):
+        data, order, place = task.rows_of_step(0, step, steps, size)
+        (rows,) = step_rows(order, place, data.row_lengths, micro=BATCH, accumulation=1, rank=rank(), world=world_size())
+        task.collate(data, rows)
+    wait_for_all()
+    memory = proportional_memory() - before
+    wait_for_all()  # all have measured before one lets go
+    tokens = int(task.data.row_lengths.sum())
+    print(json.dumps({"rows": len(task.data), "tokens": tokens, "bytes": memory, "seconds": seconds, "tokenised": tokenised[0]}))
+
+
+def run_ranks(count: int, words: list[str]) -> dict:
+    """What the ranks of one start say, together."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    env = os.environ | {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--rank", *words], stdout=subprocess.PIPE, text=True,
+            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+        ) for rank in range(count)
+    ]  # fmt: skip
+    said = [rank.communicate()[0] for rank in ranks]
+    if any(rank.returncode for rank in ranks):
+        sys.exit("a rank failed")
+    found = [json.loads(text.splitlines()[-1]) for text in said]
+    first = found[0]
+    return {
+        "ranks": count,
+        "tokens": first["tokens"],
+        "bytes_a_token": sum(rank["bytes"] for rank in found) / first["tokens"],
+        "seconds": max(rank["seconds"] for rank in found),
+        "times_tokenised": sum(rank["tokenised"] for rank in found) / first["rows"],
+    }
+
+
+# ---- the corpus
+
+
+def make_row(draw: random.Random, kind: str) -> dict:
+    def sentence():
+        return "，".join(draw.choice(PARTS) + draw.choice(STATES) for _ in range(draw.randint(2, 12)))
+
+    if kind == "rows":
+        return {"instruction": f"抽取{draw.randint(0, 10**6)}：", "input": sentence(), "output": sentence()}
+    speakers = ("user", "assistant") * draw.randint(2, 3)
+    return {"messages": [{"role": role, "content": sentence()} for role in speakers]}
+
+
+def prepare_model(folder: Path, kind: str) -> Path:
+    """A tiny ChatGLM2 whose tokenizer knows the corpus."""
+    from scripts.prepare_small_model import make_model
+    from scripts.prepare_tokenizer import main as make_tokenizer
+
+    rows = [make_row(random.Random(seed), "rows") for seed in range(200)]
+    write_rows(folder / "sample.jsonl", rows)
+    arguments = ["--input", str(folder / "sample.jsonl"), "--output_dir", str(folder / "tokenizer"), "--vocab_size", "420"]
+    if make_tokenizer(arguments):
+        sys.exit("the tokenizer could not be made")
+    return make_model("glm2", folder / "tokenizer", folder / "model", hidden_size=64, num_layers=1, heads=4, ffn=64)
+
+
+def write_rows(path: Path, rows) -> Path:
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return path
+
+
+def make_corpus(path: Path, model: Path, tokens: int, kind: str) -> Path:
+    """JSON lines of about so many tokens."""
+    from chatglm import load_tokenizer
+    from chatglm.families import FAMILIES
+    from finetune.encoding import encode_rows
+    from finetune.formats import parse_row
+
+    draw = random.Random(1)
+    sample = [parse_row(make_row(draw, kind), "sample") for _ in range(300)]
+    data = encode_rows(sample, load_tokenizer(str(model)), FAMILIES["glm2"], max_len=1024, max_src_len=512)
+    count = max(1, round(tokens / data.row_lengths.mean()))
+    return write_rows(path, (make_row(draw, kind) for _ in range(count)))
+
+
+# ---- the table
+
+
+def measure(folder: Path, model: Path, tokens: int, ranks: list[int], kind: str) -> list[dict]:
+    """Cold, warm and without a cache, for each number of ranks."""
+    corpus = make_corpus(folder / f"{tokens}.jsonl", model, tokens, kind)
+    words = ["--model_name_or_path", str(model), "--train_path", str(corpus), "--output_dir", str(folder / "out"), *FLAGS]
+    found = []
+    for count in ranks:
+        cache = folder / f"cache-{tokens}-{count}"
+        for state, where in (("cold", cache), ("warm", cache), ("off", "")):
+            found.append({"cache": state} | run_ranks(count, [*words, "--data_cache", str(where)]))
+            print_line(found[-1])
+    return found
+
+
+def print_line(row: dict):
+    print(f"{row['ranks']:5} {row['cache']:>5} {row['tokens']:>12,} {row['bytes_a_token']:>14.2f} {row['seconds']:>9.2f} "
+          f"{row['times_tokenised']:>10.2f}", flush=True)  # fmt: skip
+
+
+def missed(row: dict, warm_tokens: int) -> list[str]:
+    """The goals that a line of the table does not reach."""
+    goals = {
+        f"more than {BYTES_A_TOKEN:g} bytes a token": row["bytes_a_token"] > BYTES_A_TOKEN,
+        "rows were not tokenised once": row["times_tokenised"] != (row["cache"] != "warm"),
+        f"a warm start took more than {WARM_SECONDS:g} s": (
+            row["cache"] == "warm" and row["tokens"] <= 1.1 * warm_tokens and row["seconds"] > WARM_SECONDS
+        ),
+    }
+    return [f"{row['ranks']} rank(s), cache {row['cache']}: {goal}" for goal, no in goals.items() if no]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=50_000_000, help="tokens of the corpus whose memory counts [50000000]")
+    parser.add_argument("--warm_tokens", type=int, default=10_000_000, help="tokens of the corpus whose warm start is timed [10000000]")
+    parser.add_argument("--ranks", default="1,2", help="comma list [1,2]")
+    parser.add_argument("--kind", choices=("rows", "conversations"), default="rows", help="conversations: labels of several answers [rows]")
+    parser.add_argument("--json", metavar="FILE", help="where the figures also go")
+    args = parser.parse_args(argv)
+    ranks = [int(count) for count in args.ranks.split(",")]
+    found = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = prepare_model(folder, args.kind)
+        print("ranks cache       tokens  bytes a token   seconds  tokenised", flush=True)
+        for tokens in sorted({args.tokens, args.warm_tokens}):
+            found += measure(folder, model, tokens, ranks, args.kind)
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=2) + "\n")
+    small = [goal for row in found if row["tokens"] < args.tokens / 2 for goal in missed(row, args.warm_tokens) if "bytes" not in goal]
+    goals = small + [goal for row in found if row["tokens"] >= args.tokens / 2 for goal in missed(row, args.warm_tokens)]
+    print("\n".join(goals) or "every goal is reached")
+    return 1 if goals else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--rank"]:
+        run_rank(sys.argv[2:])
+    else:
+        sys.exit(main())
