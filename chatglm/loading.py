@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -170,10 +171,17 @@ def quiet_transformers():
             transformers_logging.enable_progress_bar()
 
 
+def download_hint(name: str) -> str:
+    """How to get a model that a hub's name, such as THUDM/chatglm2-6b, stands for; nothing for other names."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        return ""
+    return f"; to get it from a hub: `hf download {name} --local-dir {name.split('/')[1]}`, then give that folder"
+
+
 def check_folder(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"no such model folder: {path}")
+        raise FileNotFoundError(f"no such model folder: {path}{download_hint(str(path))}")
     return path
 
 

@@ -41,6 +41,11 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         if isinstance(getattr(module, "bias", None), Tensor):
             nn.init.zeros_(module.bias)
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """As transformers has it, without its FutureWarning at every load of an adapter: peft asks by the old name."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+
 
 class ChatGLMBody:
     """How virtual tokens and masks reach a body. Callers never count virtual tokens: not in masks, not in positions."""

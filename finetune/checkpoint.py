@@ -22,8 +22,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from chatglm.loading import PREFIX, read_tensors, stop_ids
-from finetune.config import TrainConfig, read_ds_file
+from finetune.config import TrainConfig
 from finetune.distributed import agree, rank, say, without_prints, world_size
+from finetune.ds_file import read_ds_file
 from finetune.elastic import read_shards, restore, weights_only
 from finetune.files import flush, flush_tree, sha256, write_json
 from finetune.lora import check_lora_start, on_original_base

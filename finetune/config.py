@@ -16,15 +16,19 @@ from typing import ClassVar
 
 from chatglm.conversations import GLM3_LABELS
 from chatglm.families import FAMILIES
+from chatglm.files import read_text, shorten
+from finetune.commands import Parser
+from finetune.files import CACHE_GB
+from finetune.flag_effects import TRAINING, Effect, refuse_without_effect
 from finetune.formats import FORMATS, parse_columns
 from finetune.methods import METHODS
 from finetune.metrics import GROUPS, parse_metrics
 from finetune.record import LOGGERS
 
+CONFIG_LIMIT = 2**16  # bytes of a --config
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 LORA_STARTS = re.compile(r"default|gaussian|orthogonal|olora|pissa|pissa_niter_\d+")
 CHECKPOINTED_LAYERS = re.compile(r"[1-9]\d*|\d+-\d+")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse_bool(text: str | bool) -> bool:
@@ -70,6 +74,7 @@ class TrainConfig:
     """All flags of train.py, validated. Lengths are in tokens, steps are optimizer steps."""
 
     title: ClassVar[str] = "Fine-tune ChatGLM-6B, ChatGLM2-6B or ChatGLM3-6B"
+    effects: ClassVar[dict[str, Effect]] = TRAINING
     unused: ClassVar[tuple[str, ...]] = ()  # fields that mean nothing to a task: they are no flags of it
 
     task: str = keep("finetune", "what is trained: the model, or a predictor of the length of its answers; --task predictor --help "
@@ -91,7 +96,7 @@ class TrainConfig:
     shuffle_buffer: int = keep(10_000, "streaming: rows that are shuffled together", positive=True)
     preprocessing_num_workers: int = flag(1, "processes that tokenise", positive=True)
     max_len: int = keep(1024, "longest row in tokens, prompt and answer", positive=True)
-    max_src_len: int = keep(256, "longest prompt in tokens", positive=True)
+    max_src_len: int | None = keep(None, "longest prompt in tokens [256, or half of a --max_len that is not above 256]", positive=True)
     is_skip: bool = keep(False, "drop (and count) rows that would be cut, instead of cutting them")
     on_bad_row: str = keep("error", "what to do with a malformed row", choices=("error", "skip"))
     prompt_text: str = keep("", "instruction put before rows of the old form {text, answer}")
@@ -118,6 +123,7 @@ class TrainConfig:
                           choices=PRECISIONS)  # fmt: skip
     num_workers: int = flag(1, "threads, each laying out the rows of one of the next steps while this one computes; 0: none")
     data_cache: str = flag("~/.cache/glm-foundry", "folder of tokenised rows, keyed by content and settings; '' for none")
+    data_cache_gb: float = flag(CACHE_GB, "GB that --data_cache may take; what was not used for the longest time is deleted")
     seed: int = keep(1234, "seed of data order, dropout and new weights")
     ds_file: str = keep("ds_zero2.json", "DeepSpeed configuration; a bare name is looked up in ds_configs/ too")
     # methods
@@ -170,6 +176,10 @@ class TrainConfig:
         for name in ("lora_dropout", "prefix_dropout", "warmup_ratio", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be in [0, 1); got {getattr(self, name)}")
+        if self.max_src_len is None:
+            object.__setattr__(self, "max_src_len", 256 if self.max_len > 256 else max(1, self.max_len // 2))
+        if not self.data_cache_gb > 0:
+            raise ValueError(f"--data_cache_gb must be above 0; got {self.data_cache_gb}")
         for name in ("learning_rate", "weight_decay", "neftune_noise_alpha"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -186,14 +196,10 @@ class TrainConfig:
         parse_columns(self.columns)
         if not 0 < self.replay_ratio < 1:
             raise ValueError(f"--replay_ratio must be between 0 and 1; got {self.replay_ratio}")
-        if self.streaming and self.preprocessing_num_workers > 1:
-            raise ValueError("--streaming takes no --preprocessing_num_workers: rows are encoded as they are read")
         if self.streaming and (self.batching == "grouped" or self.dataset_length):
             raise ValueError("--streaming takes no --batching grouped and no --dataset_length: rows come as they are read")
         if self.max_src_len >= self.max_len:
             raise ValueError(f"--max_src_len ({self.max_src_len}) must be below --max_len ({self.max_len})")
-        if self.answer_metrics and not self.eval_path:
-            raise ValueError(f"--{'eval_metrics' if self.eval_metrics else 'eval_f1'} needs --eval_path")
         if self.metric_for_best in GROUPS and len(GROUPS[self.metric_for_best]) == 1:  # f1, bleu
             object.__setattr__(self, "metric_for_best", GROUPS[self.metric_for_best][0])
         if self.metric_for_best not in self.evaluated:
@@ -201,12 +207,8 @@ class TrainConfig:
                 f"--metric_for_best must be one of {', '.join(self.evaluated)}; got {self.metric_for_best!r} "
                 f"(--eval_metrics, or --eval_f1, adds others)"
             )
-        if self.early_stopping_patience and not self.has_evaluation:
-            raise ValueError("--early_stopping_patience needs --eval_path")
         if not (math.isfinite(self.early_stopping_min_delta) and self.early_stopping_min_delta >= 0):
             raise ValueError(f"--early_stopping_min_delta must be a number not below 0; got {self.early_stopping_min_delta}")
-        if self.early_stopping_min_delta and not self.early_stopping_patience:
-            raise ValueError("--early_stopping_min_delta needs --early_stopping_patience")
         if unknown := [name for name in self.loggers if name not in LOGGERS]:
             raise ValueError(f"--report_to: wanted some of {', '.join(LOGGERS)}; got {unknown[0]!r}")
 
@@ -237,19 +239,12 @@ class TrainConfig:
             raise ValueError(f"--loraplus_lr_ratio must be above 0; got {self.loraplus_lr_ratio}")
         if self.init_lora_weights == "orthogonal" and self.lora_dim % 2:
             raise ValueError(f"--init_lora_weights orthogonal needs an even --lora_dim; got {self.lora_dim}")
-        if self.train_type != "lora" and (given := self.changed("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio")):
-            raise ValueError(f"--{given[0]} needs --train_type lora; got {self.train_type}")
-        residual = self.init_lora_weights.startswith(("pissa", "olora"))
-        if self.quantization_bit:
-            if self.train_type not in ("lora", "ptuning"):
-                raise ValueError(f"--quantization_bit is for frozen weights: --train_type lora or ptuning; got {self.train_type}")
-            if residual:
+        if self.quantization_bit and self.train_type == "lora":
+            if self.init_lora_weights.startswith(("pissa", "olora")):
                 raise ValueError(f"--init_lora_weights {self.init_lora_weights} needs whole weights; leave --quantization_bit out")
         if self.gradient_checkpointing_layers:
             if not CHECKPOINTED_LAYERS.fullmatch(self.gradient_checkpointing_layers):
                 raise ValueError(f"--gradient_checkpointing_layers must be N or a-b, such as 8 or 4-11; got {self.gradient_checkpointing_layers!r}")
-            if self.gradient_checkpointing == "False":
-                raise ValueError("--gradient_checkpointing_layers needs --gradient_checkpointing True or selective")
 
     @property
     def needs_model(self) -> bool:
@@ -299,12 +294,17 @@ def add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field):
     parser.add_argument(*names, type=flag_type(f), **options)
 
 
+def changed_flags(config_class: type[TrainConfig], given: dict) -> list[str]:
+    """Those of the given flags that do not have their defaults, which change nothing."""
+    return [f.name for f in flags_of(config_class) if given.get(f.name, f.default) != f.default]
+
+
 def flags_of(config_class: type[TrainConfig]) -> list[dataclasses.Field]:
     return [f for f in dataclasses.fields(config_class) if f.name not in config_class.unused]
 
 
 def build_parser(config_class: type[TrainConfig] = TrainConfig) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="train.py",
         description=f"{config_class.title}: deepspeed train.py ..., torchrun ... train.py ... or python train.py ...",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=110),
@@ -325,7 +325,7 @@ def parse_config(argv: list[str] | None = None, tasks: dict[str, Callable[[], ty
     Args:
         tasks: other --tasks than fine-tuning -> what gives the class of their flags.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(prog="train.py", add_help=False, allow_abbrev=False)
     first.add_argument("--task")
     first.add_argument("--config")
     chosen, _ = first.parse_known_args(argv)
@@ -344,78 +344,40 @@ def parse_config(argv: list[str] | None = None, tasks: dict[str, Callable[[], ty
         file = given.pop("config", None)
         launched = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")  # how `accelerate launch` hands its DeepSpeed file on
         told = {"ds_file": launched} if launched else {}
-        return config_class(**(told | (read_config_file(file, config_class) if file else {}) | given))
+        given = (read_config_file(file, config_class) if file else {}) | given
+        config = config_class(**(told | given))
+        refuse_without_effect(config, changed_flags(config_class, given), config_class.effects)
+        return config
     except ValueError as error:
         parser.error(str(error))
-
-
-def read_ds_file(name: str) -> tuple[Path, dict]:
-    """A DeepSpeed file and what it holds; a bare name is looked up in ds_configs/ too.
-
-    Raises:
-        FileNotFoundError; ValueError: not a JSON object.
-    """
-    folder = ROOT / "ds_configs"
-    path = next((p for p in (Path(name), folder / name) if p.is_file()), None)
-    if path is None:
-        shipped = ", ".join(sorted(p.name for p in folder.glob("*.json")))
-        raise FileNotFoundError(f"--ds_file: no such file: {name}; ds_configs/ has {shipped}")
-    try:
-        ds = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--ds_file: {path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    if not isinstance(ds, dict):
-        raise ValueError(f"--ds_file: {path} must hold an object, got {type(ds).__name__}")
-    return path, ds
-
-
-def fill_sizes(zero: dict, hidden_size: int) -> dict:
-    """zero_optimization with the sizes left to "auto" as transformers chooses them for a model's width.
-
-    ZeRO-1 and 2 get buckets of at least 2**24 elements, 64 MiB in fp32: small models would wait for many small messages.
-    """
-    square = hidden_size**2
-    by_width = {
-        "reduce_bucket_size": square if zero.get("stage") == 3 else max(square, 2**24),
-        "stage3_prefetch_bucket_size": int(0.9 * square),
-        "stage3_param_persistence_threshold": 10 * hidden_size,
-    }
-    return zero | {key: value for key, value in by_width.items() if zero.get(key) == "auto"}
-
-
-# Keys of zero_optimization that tell how ranks share and talk: without a meaning where there is one.
-BETWEEN_RANKS = {"stage", "allgather_partitions", "allgather_bucket_size", "overlap_comm", "reduce_scatter", "reduce_bucket_size",
-                 "contiguous_gradients", "round_robin_gradients"}  # fmt: skip
-
-
-def stage_for(ds: dict, precision: str, adapters: bool, world: int) -> int:
-    """A DeepSpeed file's ZeRO stage; on one rank that trains more than adapters, the cheapest that computes the same.
-
-    ZeRO-2 there still copies every gradient into a bucket, sums it into a new buffer and takes its norm in fp64: two thirds of
-    a step's time again. In bf16 stage 1 gives DeepSpeed's BF16_Optimizer, which adds each gradient to its fp32 sum as backward
-    makes it; in fp32 nothing at all is needed. Files that say more of ZeRO than how ranks talk are obeyed.
-    """
-    zero = ds["zero_optimization"]
-    stage = zero.get("stage", 0)
-    if world > 1 or adapters or stage > 2 or not zero.keys() <= BETWEEN_RANKS:
-        return stage
-    if precision == "fp32" and ds.get("gradient_clipping", 1.0) != 0:
-        return 0
-    if precision == "bf16" and ds.get("data_types", {}).get("grad_accum_dtype", "fp32") == "fp32":
-        return 1
-    return stage
 
 
 def read_mapping(path: str) -> dict:
     """What a YAML or JSON file of flags holds."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Aliases stand for single values alone: of lists of lists of aliases a few lines make billions of values."""
+
+        def compose_node(self, parent, index):
+            alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None
+            if alias and isinstance(self.anchors.get(alias.anchor), yaml.CollectionNode):
+                raise yaml.YAMLError(f"the alias *{alias.anchor} stands for more than one value")
+            return super().compose_node(parent, index)
+
     if not Path(path).is_file():
         raise ValueError(f"--config: no such file: {path}")
+    if (size := Path(path).stat().st_size) > CONFIG_LIMIT:
+        raise ValueError(f"--config: {path}: wanted a file of flags, of at most {CONFIG_LIMIT:,} bytes; it has {size:,}")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config: {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        text = read_text(path)
+    except ValueError as error:
+        raise ValueError(f"--config: {error}") from None
+    try:
+        values = Loader(text).get_single_data() or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"--config: {path} is not valid YAML: {reason}") from None
     if not isinstance(values, dict):
         raise ValueError(f"--config: {path} must hold a mapping of flags, got {type(values).__name__}")
     return values
@@ -426,7 +388,7 @@ def read_config_file(path: str, config_class: type[TrainConfig] = TrainConfig) -
     values = read_mapping(path)
     fields = {f.name: f for f in flags_of(config_class)}
     if unknown := [name for name in values if name not in fields]:
-        raise ValueError(f"--config: {path}: unknown flag {unknown[0]!r}")
+        raise ValueError(f"--config: {path}: unknown flag {shorten(unknown[0])}")
     checked = {}
     for name, value in values.items():
         try:
@@ -437,5 +399,5 @@ def read_config_file(path: str, config_class: type[TrainConfig] = TrainConfig) -
             else:
                 raise TypeError
         except (ValueError, TypeError, argparse.ArgumentTypeError):
-            raise ValueError(f"--config: {path}: {name} has the wrong type: {value!r}") from None
+            raise ValueError(f"--config: {path}: {name} has the wrong type: {shorten(value)}") from None
     return checked

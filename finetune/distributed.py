@@ -13,7 +13,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from finetune.config import TrainConfig, fill_sizes, read_ds_file, stage_for
+from finetune.config import TrainConfig
+from finetune.ds_file import fill_sizes, read_ds_file, stage_for
 
 T = TypeVar("T")
 BARRIERS = itertools.count()  # their numbers, the same on every rank

@@ -1,7 +1,7 @@
 """Going on with another number of ranks: DeepSpeed's shards read as whole parameters, and put into the engine of this run.
 
 DeepSpeed's own way, ds_to_universal, writes every parameter and moment into files of their own first; here each rank maps the shards
-into memory and copies what is its own, one parameter at a time. A stage may turn into another on the way (config.stage_for).
+into memory and copies what is its own, one parameter at a time. A stage may turn into another on the way (ds_file.stage_for).
 """
 
 import os

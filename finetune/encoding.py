@@ -19,10 +19,11 @@ from typing import BinaryIO, NamedTuple
 
 from chatglm.conversations import CONVERSATIONS, GLM3_LABELS, IGNORED
 from finetune.arrays import Dataset, EncodedRow, Place, RowArrays, RowWriter, choose, map_rows
-from finetune.files import sha256, written_whole
+from finetune.files import CACHE_GB, prune, sha256, written_whole
 from finetune.formats import BadRow, Row
 from finetune.sources import RowReader, Source, hash_rows, no_rows, parse_items, read_parts
 
+CACHE_FORMAT = 2  # of --data_cache; raised where the same files and settings give other ids or places than before
 CHUNK = 64  # rows that a process takes at a time
 AHEAD = 4  # chunks a process that wait for their turn
 
@@ -59,16 +60,11 @@ class Encoder:
         return encoded
 
     def settings(self) -> list:
-        """All that encoded rows depend on but the rows: the tokenizer's model, our code, the lengths; as JSON."""
-        from chatglm import conversations, families, tokenization
-        from finetune import arrays, formats, sources
-
+        """All that encoded rows depend on but the rows: the tokenizer's model, the settings and CACHE_FORMAT; as JSON."""
         tokenizer = self.tokenizer
         options = {k: v for k, v in tokenizer.init_kwargs.items() if k not in ("vocab_file", "name_or_path")}
-        modules = (families, conversations, tokenization, formats, sources, arrays)
-        files = [tokenizer.vocab_file, __file__, *(module.__file__ for module in modules)]
-        content = [sha256(Path(file)) for file in files]
-        return [self.family.name, self.max_len, self.max_src_len, self.glm3_labels, options, len(tokenizer), content]
+        lengths = [self.max_len, self.max_src_len]
+        return [CACHE_FORMAT, self.family.name, lengths, self.glm3_labels, options, len(tokenizer), sha256(Path(tokenizer.vocab_file))]
 
 
 @dataclass(frozen=True)
@@ -108,7 +104,7 @@ class Preparation:
 
     def key(self, source: Source, hashes: list[str]) -> str:
         """A name for what the encoded rows depend on: content of the files and what kinds they are, and all settings."""
-        kinds = [file.suffixes[-2:] for file in source.files]
+        kinds = [Path(file.name.removesuffix(".gz")).suffix for file in source.files]
         options = [asdict(self.reader), self.on_bad_row, self.limit, self.first_answer]
         content = json.dumps([self.encoder.settings(), options, kinds, hashes], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()[:32]
@@ -133,6 +129,14 @@ class Prepared(NamedTuple):
         if rows is None:
             raise OSError(f"--data_cache: {self.path} went away before it was read; start again")
         return rows
+
+    def release(self, cache_gb: float = CACHE_GB):
+        """Who needs the rows has mapped them: a temporary file goes, and from the cache what exceeds its limit."""
+        if self.temporary:
+            self.path.unlink(missing_ok=True)
+        elif self.path:
+            with suppress(OSError):
+                prune(self.path.parent, cache_gb * 1e9)
 
 
 def names_of(source: Source) -> tuple[str, ...]:

@@ -42,6 +42,7 @@ from finetune.distributed import (
 )
 from finetune.lora import use_lean_lora
 from finetune.metrics import check_packages
+from finetune.out_of_memory import explained, training_advice
 from finetune.recompute import recompute
 from finetune.record import RunLog, check_loggers, is_better, processor
 from finetune.task import FineTuning, RowSet
@@ -90,7 +91,14 @@ def train(config: TrainConfig, make_task=FineTuning) -> Path:
     Raises:
         ValueError, FileNotFoundError: flags, files or rows that do not fit, before anything is written.
         TrainingFailed: the loss became nan or infinite; names step and rows.
+        MemoryError: says what is needed, what there is, and what would make it fit.
     """
+    with explained(lambda: training_advice(config)):
+        return run_training(config, make_task)
+
+
+def run_training(config: TrainConfig, make_task) -> Path:
+    """As `train`, but what runs out of memory raises what it raises."""
     task = make_task(config)
     output_dir = Path(config.output_dir or task.default_output_dir)
     check_start(config, Path(task.model_path), output_dir)

@@ -17,8 +17,10 @@ from finetune.config import parse_positive
 from finetune.arrays import Dataset
 from finetune.data import collate, count_labels
 from finetune.files import write_aside, write_json
+from finetune.flag_effects import EVALUATING, check_given
 from finetune.formats import Row
 from finetune.metrics import GROUPS, METRICS, check_packages, mean, parse_metrics, score_rows
+from finetune.out_of_memory import explained, inference_advice
 from finetune.predict import (
     add_model_flags,
     add_row_flags,
@@ -170,6 +172,12 @@ def probe_rows(args):
         write_json(args.output, result)
 
 
+def evaluate(args):
+    """Raises ValueError, OSError; MemoryError that says what would make it fit."""
+    with explained(lambda: inference_advice(args)):
+        (probe_rows if args.probe else evaluate_rows)(args)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="finetune.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -188,12 +196,9 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--output", help="JSON file of the scores and every answer")
     args = parser.parse_args(argv)
-    if args.num_answers > 1 and not args.do_sample:
-        parser.error("--num_answers needs --do_sample: the likeliest answer is always the same")
-    if args.probe and (args.predictions or args.num_answers > 1):
-        parser.error("--probe writes its answers to --output, and one for each prompt: no --predictions, no --num_answers")
+    check_given(parser, args, EVALUATING)
     try:
-        (probe_rows if args.probe else evaluate_rows)(args)
+        evaluate(args)
     except (ValueError, OSError) as error:
         print(f"finetune.evaluate: error: {error}", file=sys.stderr)
         return 1

@@ -4,11 +4,14 @@ import ctypes
 import hashlib
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+CACHE_GB = 20.0  # what --data_cache may take
 
 
 def sha256(path: Path) -> str:
@@ -95,18 +98,24 @@ def write_json(path: str | Path, content):
 
 
 def read_arrays(file: Path) -> dict:
-    """Arrays by name that `cache_arrays` wrote; empty where the file is not there or not whole."""
+    """Arrays by name that `cache_arrays` wrote; empty where the file is not there or not whole. It counts as used now."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
-        return load_file(file)
+        arrays = load_file(file)
+        with suppress(OSError):  # another user's cache can be read too
+            os.utime(file)
+        return arrays
     except (OSError, SafetensorError):
         return {}
 
 
-def cache_arrays(file: Path, arrays: dict):
-    """Keep numpy arrays for the next start; a disk that does not want them is no reason to stop."""
+def cache_arrays(file: Path, arrays: dict, limit_gb: float = CACHE_GB):
+    """Keep numpy arrays for the next start; a disk that does not want them is no reason to stop.
+
+    The .safetensors files of the folder take at most `limit_gb` GB afterwards.
+    """
     from safetensors.numpy import save_file
 
     aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
@@ -114,7 +123,29 @@ def cache_arrays(file: Path, arrays: dict):
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(arrays, aside)
         os.replace(aside, file)
+        prune(file.parent, limit_gb * 1e9)
     except OSError as error:
         print(f"--data_cache: {file.parent} cannot be written ({error.strerror}); going on without", flush=True)
         with suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def prune(folder: Path, limit: float):
+    """Delete the .safetensors files of a cache that were not used for the longest time, until the others take `limit` bytes.
+
+    What a run that was killed left half-written goes after a day.
+    """
+    for path in folder.glob(".*.safetensors.*.tmp"):
+        with suppress(FileNotFoundError):
+            if path.stat().st_mtime < time.time() - 86400:
+                path.unlink()
+    found = []
+    for path in folder.glob("[!.]*.safetensors"):
+        with suppress(FileNotFoundError):  # another run prunes too
+            stat = path.stat()
+            found.append((stat.st_mtime_ns, stat.st_size, path))
+    total = 0
+    for _, size, path in sorted(found, reverse=True):
+        total += size
+        if total > limit:
+            path.unlink(missing_ok=True)

@@ -50,6 +50,16 @@ def _shown(value) -> str:
         return repr(value)[:60]
 
 
+def is_missing(value) -> bool:
+    """Null, or the NaN that stands for it in tables."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def without_missing(row: dict) -> dict:
+    """A row without the keys whose value is missing: tables give every row every key."""
+    return {key: value for key, value in row.items() if not is_missing(value)}
+
+
 def _text(row: dict, key: str, default: str | None = None) -> str:
     value = row.get(key, default)
     if not isinstance(value, str):
@@ -100,7 +110,7 @@ def _list_of(row: dict, key: str) -> list[dict]:
     turns = row[key]
     if not (isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns)):
         raise ValueError(f'"{key}" must be a list of turns, got {_shown(turns)}')
-    return turns
+    return [without_missing(turn) for turn in turns]
 
 
 def _finish(turns: list[Turn], row: dict) -> list[Turn]:
@@ -237,16 +247,22 @@ FORMATS: dict[str, Format] = {
     "prompt": Format(("prompt", "response"), _prompt, ("history",)),
     "alpaca": Format(("instruction", "output"), _alpaca, ("input", "system", "history"), lambda row: "history" in row or "system" in row),
     "instruction": Format(("instruction", "output"), _instruction, ("input",)),
+    "question": Format(("question", "answer"), lambda row, prompt_text: (_text(row, "question"), _answers(row, "answer"))),
     "text": Format(("text", "answer"), lambda row, prompt_text: (prompt_text + _text(row, "text"), _answers(row, "answer"))),
     "advertisegen": Format(("content", "summary"), lambda row, prompt_text: (_text(row, "content"), _answers(row, "summary"))),
     "belle": Format(("input", "target"), _belle),
     "context": Format(("context", "target"), lambda row, prompt_text: (_text(row, "context"), _answers(row, "target"))),
 }
+COLUMNS_REMEDY = "; columns of other names are read with --columns, such as prompt=title,response=body"
 COLUMN_NAMES = tuple(dict.fromkeys(name for f in FORMATS.values() for name in f.keys + f.optional))
 
 
-def find_format(row: dict) -> str:
-    """The format of a row. Raises ValueError naming the keys that are missing."""
+def find_format(row: dict, remedy: str = "") -> str:
+    """The format of a row; a key without a value is no key.
+
+    Raises ValueError naming the keys that are missing, followed by `remedy`.
+    """
+    given, row = row, without_missing(row)
     for name, form in FORMATS.items():
         if all(key in row for key in form.keys) and form.also(row):
             return name
@@ -254,9 +270,16 @@ def find_format(row: dict) -> str:
         raise ValueError(f'"conversations" must be a list of {{from, value}} or {{role, content}}, got {_shown(row["conversations"])}')
     near = max(FORMATS.values(), key=lambda form: sum(key in row for key in form.keys))
     if missing := [key for key in near.keys if key not in row] if any(key in row for key in near.keys) else []:
-        raise ValueError(f'no key "{missing[0]}"; a row with "{next(k for k in near.keys if k in row)}" has {", ".join(near.keys)}')
+        check_present(given, missing[0])
+        raise ValueError(f'no key "{missing[0]}"; a row with "{next(k for k in near.keys if k in row)}" has {", ".join(near.keys)}{remedy}')
     wanted = " or ".join(dict.fromkeys(", ".join(f'"{key}"' for key in form.keys) for form in FORMATS.values()))
-    raise ValueError(f"no format has these keys: {', '.join(map(str, row))[:200] or 'none'}; wanted {wanted}")
+    raise ValueError(f"no format has these keys: {', '.join(map(str, row))[:200] or 'none'}; wanted {wanted}{remedy}")
+
+
+def check_present(row: dict, key: str):
+    """Raises ValueError where a key that a format needs has no value."""
+    if key in row:
+        raise ValueError(f'"{key}" must be text, got {_shown(row[key])}')
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -278,7 +301,7 @@ def parse_row(item, place: str, prompt_text: str = "", data_format: str = "auto"
     Args:
         prompt_text: stands before the text of {text, answer}.
         data_format: a name of FORMATS, or "auto": found from the keys.
-        columns: our names -> the file's; other columns are not read.
+        columns: our names -> the file's; other columns are not read. None: the caller has no --columns.
     Raises:
         BadRow: saying what was wanted, what came, and where.
     """
@@ -287,8 +310,11 @@ def parse_row(item, place: str, prompt_text: str = "", data_format: str = "auto"
             raise ValueError(f"wanted an object, got {type(item).__name__}")
         if columns:
             item = rename(item, columns)
-        form = FORMATS[find_format(item) if data_format == "auto" else data_format]
+        remedy = COLUMNS_REMEDY if columns == {} else ""
+        form = FORMATS[find_format(item, remedy) if data_format == "auto" else data_format]
+        given, item = item, without_missing(item)
         if missing := [key for key in form.keys if key not in item]:
+            check_present(given, missing[0])
             raise ValueError(f'no key "{missing[0]}"; --data_format {data_format} has {", ".join(form.keys)}')
         made = form.read(item, prompt_text)
         row = from_turns(made, place) if isinstance(made, list) else Row(made[0], tuple(made[1]), place)

@@ -17,10 +17,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from finetune.config import BETWEEN_RANKS, TrainConfig, add_flag, fill_sizes, read_ds_file
+from finetune.config import TrainConfig, add_flag, changed_flags
+from finetune.ds_file import BETWEEN_RANKS, fill_sizes, read_ds_file
 from finetune.files import write_json
+from finetune.flag_effects import ESTIMATING, ONE_RUN, TRAINING, check_given, refuse_without_effect
 from finetune.memory_formula import GIB, MIB, Run, Zero, estimate
-from finetune.memory_shapes import PUBLISHED, read_shape
+from finetune.memory_shapes import PUBLISHED, read_shape, shape_source
 from finetune.methods import module_names
 
 # The whole memory that nvidia-smi reports, MiB.
@@ -156,7 +158,7 @@ def show(model: str, run: Run, found: dict):
     zero = f"ZeRO-{run.zero.stage}" + (", offload" if run.zero.offload_optimizer else "")
     print(
         f"{model}, {run.train_type}, {run.mode}, {run.precision}, {zero}, {run.gpus} GPU(s), {run.batch} row(s) of {run.length} tokens, "
-        f"gradient checkpointing {('selective' if run.selective else 'on') if run.checkpointing else 'off'}; {found['run']['trained_parameters']:,} parameters trained\n"
+        f"gradient checkpointing {('selective' if run.selective else 'on') if run.checkpointing else 'off'}; {found['run']['trained_parameters']:,} parameters trained; {shape_source(model)}\n"
     )
     for title, parts, total in (("per GPU", found["parts"], "peak"), ("host RAM, all processes", found["host"], "total")):
         print(f"{title:<28}{'GB':>8}")
@@ -225,9 +227,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_flags(parser: argparse.ArgumentParser, args: dict):
+    """Leave by `parser.error` where a flag has no effect beside the others."""
+    check_given(parser, argparse.Namespace(**args), ESTIMATING | dict.fromkeys(FLAGS, ONE_RUN))
+    given = {name: args[name] for name in FLAGS if name in args}
+    try:
+        config = TrainConfig(model_name_or_path=args["model"] or "-", train_path="-", max_src_len=1, **given)
+        refuse_without_effect(config, changed_flags(TrainConfig, given), TRAINING)
+    except ValueError as error:
+        parser.error(str(error))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = vars(parser.parse_args(argv))
+    check_flags(parser, args)
     card, size = args["gpu"], CARDS[args["gpu"]] * MIB
     if args["json"] and not Path(args["json"]).parent.is_dir():
         parser.error(f"--json: no such folder: {Path(args['json']).parent}")

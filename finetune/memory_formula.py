@@ -39,7 +39,7 @@ class Zero:
     prefetch: float = 5e7
     live: float = 1e9
     overlap: bool | None = None  # DeepSpeed: on for stage 3
-    obeyed: bool = False  # says more than how ranks talk, so train.py keeps to its stage on one rank too (config.stage_for)
+    obeyed: bool = False  # says more than how ranks talk, so train.py keeps to its stage on one rank too (ds_file.stage_for)
 
     @property
     def overlaps(self) -> bool:
@@ -92,7 +92,7 @@ class Run:
 
     @property
     def spared(self) -> bool:
-        """On one rank, as train.py has it (config.stage_for): no partitions, buckets or flattened gradients."""
+        """On one rank, as train.py has it (ds_file.stage_for): no partitions, buckets or flattened gradients."""
         zero = self.zero
         alone = self.ours and self.gpus == 1 and not self.adapters and self.precision != "fp16"
         return bool(alone and zero and zero.stage < 3 and not (zero.obeyed or zero.offload_optimizer or zero.offload_param))

@@ -134,15 +134,15 @@ class Shape:
 
 
 def read_shape(model: str) -> Shape:
-    """Of a published name or of a folder with a config.json.
+    """Of a folder with a config.json, else of a published name, in any case of letters.
 
     Raises:
         ValueError: neither, or the file is not a ChatGLM's.
     """
-    if model.lower() in PUBLISHED:
-        return make_shape(PUBLISHED[model.lower()])
     path = Path(model) / "config.json"
     if not path.is_file():
+        if model.lower() in PUBLISHED:
+            return make_shape(PUBLISHED[model.lower()])
         raise ValueError(f"no such folder with a config.json: {model}; published names are {', '.join(PUBLISHED)}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -151,6 +151,13 @@ def read_shape(model: str) -> Shape:
     if not isinstance(config, dict) or config.get("model_type") != "chatglm":
         raise ValueError(f"{path} is not a ChatGLM's: its model_type must be 'chatglm'")
     return make_shape(config)
+
+
+def shape_source(model: str) -> str:
+    """In words, what `read_shape` reads a model's sizes from."""
+    path = Path(model)
+    path = path if path.name == "config.json" else path / "config.json"
+    return f"sizes of {path}" if path.is_file() else f"sizes of the published {model.lower()}, as there is no folder {model} here"
 
 
 def make_shape(config: dict) -> Shape:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from chatglm.families import FAMILIES
 from finetune.config import PRECISIONS, parse_bool, parse_positive
+from finetune.flag_effects import PREDICTING, check_given
 from finetune.formats import FORMATS, parse_columns
+from finetune.out_of_memory import explained, inference_advice
 from finetune.sources import RowReader, read_questions
 
 
@@ -113,11 +115,8 @@ def reader_of(args) -> RowReader:
 
 def load_for_inference(args):
     """(model on its device, tokenizer, max_src_len, generate options) from the flags of `add_model_flags`."""
-    import torch
-
     from chatglm import load_tokenizer
 
-    torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model_path, mode=args.mode)
     model = load_ready(
         args.model_path, mode=args.mode, base=args.base_model, device=args.device, precision=args.precision, quantization_bit=args.quantization_bit
@@ -173,9 +172,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args) -> int:
+    """Raises ValueError, OSError; MemoryError that says what would make it fit."""
+    with explained(lambda: inference_advice(args)):
+        return answer(args)
+
+
+def answer(args) -> int:
     rows = read_questions(args.file, "--file", reader_of(args)) if args.file else []
     model, tokenizer, max_src_len, options = load_for_inference(args)
-    ask = {"batch_size": args.batch_size, "max_src_len": max_src_len, **options}
+    # The seed is set at each batch: what loading draws, such as an adapter's first weights, changes no answer.
+    ask = {"batch_size": args.batch_size, "max_src_len": max_src_len, "seed": args.seed, **options}
     if args.file:
         answers = generate_answers(model, tokenizer, [row.prompt for row in rows], progress=True, **ask)
         lines = "".join(
@@ -198,6 +204,7 @@ def run(args) -> int:
                 break
             if line.strip():
                 print(generate_answers(model, tokenizer, [line], **ask)[0], flush=True)
+                ask["seed"] += 1  # asked again, a question may get another answer
     else:
         print(generate_answers(model, tokenizer, [args.prompt], **ask)[0])
     return 0
@@ -206,6 +213,7 @@ def run(args) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
+    check_given(parser, args, PREDICTING)
     if not (args.prompt or args.file or args.interactive):
         parser.error("say what to answer: --prompt TEXT, --file FILE or --interactive")
     try:

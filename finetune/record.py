@@ -16,7 +16,7 @@ from finetune.files import write_aside
 
 RUN = "run.json"
 METRICS_FILE = "metrics.jsonl"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had the steps of metrics.jsonl in run.json too
 LOWER_IS_BETTER = ("loss", "mae")  # of the metrics; of all others a higher one is better
 RECORD_SECONDS = 60  # between two writings of run.json where nothing else asks for one
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,7 +132,7 @@ def is_better(metric: str, value: float, than: float | None, by: float = 0.0) ->
 
 
 def read_run(folder: Path) -> dict:
-    """The record of a run; raises ValueError where there is none, or none that can be read."""
+    """The record of a run with its "steps"; raises ValueError where there is none, or none that can be read."""
     path = Path(folder) / RUN
     if not path.is_file():
         raise ValueError(f"{folder} holds no {RUN}: wanted the --output_dir of a run")
@@ -143,6 +143,9 @@ def read_run(folder: Path) -> dict:
         raise ValueError(f"{path}: not a run's record") from None
     if found > FORMAT_VERSION:
         raise ValueError(f"{path}: format version {found}, this program reads up to {FORMAT_VERSION}")
+    if "steps" not in run:
+        metrics = Path(folder) / METRICS_FILE
+        run["steps"] = read_steps(metrics) if metrics.is_file() else []
     return run
 
 
@@ -188,8 +191,8 @@ def now() -> str:
 class RunLog:
     """Writes a run's measurements; rank 0 alone has one.
 
-    Every step goes to metrics.jsonl at once, unrounded; run.json has the same lines under "steps" and all else that is known of the
-    run, and is written whole at each evaluation and save, at the end, and otherwise once a minute.
+    Every step goes to metrics.jsonl at once, unrounded. run.json has all else that is known of the run, and is written whole at each
+    evaluation and save, at the end, and otherwise once a minute; its size does not grow with the steps.
     """
 
     def __init__(self, config, output_dir: Path, done: int, facts: dict):
@@ -214,7 +217,11 @@ class RunLog:
         self.path = output_dir / METRICS_FILE
         # A resumed run repeats the steps after its checkpoint: the first telling of them goes.
         lines = read_steps(self.path) if done and self.path.is_file() else []
-        write_aside(self.path, "".join(to_json(line) + "\n" for line in lines if line["step"] <= done))
+        lines = [line for line in lines if line["step"] <= done]
+        write_aside(self.path, "".join(to_json(line) + "\n" for line in lines))
+        self.best: dict | None = None  # step and value of the best evaluation so far, the first of equals
+        for line in lines:
+            self.note_best(line)
         self.file = open(self.path, "a", encoding="utf-8", buffering=1)
         self.loggers = []
         for name in config.loggers:
@@ -228,27 +235,24 @@ class RunLog:
         for logger in self.loggers:
             logger.add(step, values)
         self.file.write(to_json({"step": step, **values}) + "\n")
+        self.note_best({"step": step, **values})
         if time.monotonic() - self.written > RECORD_SECONDS:
             self.write()
 
     def write(self):
         """Put the record as it is now in run.json."""
-        steps = read_steps(self.path)
         seconds = time.monotonic() - self.started
         self.record["sittings"][-1]["seconds"] = round(seconds, 1)
-        record = self.record | {"updated": now(), "seconds": round(self.seconds_before + seconds, 1), "best": self.best(steps)}
-        head = to_json(record, indent=2, ensure_ascii=False)[:-2]
-        write_aside(self.output_dir / RUN, f'{head},\n  "steps": [\n' + ",\n".join(f"    {to_json(line)}" for line in steps) + "\n  ]\n}\n")
+        record = self.record | {"updated": now(), "seconds": round(self.seconds_before + seconds, 1), "best": self.best}
+        write_aside(self.output_dir / RUN, to_json(record, indent=2, ensure_ascii=False) + "\n")
         self.written = time.monotonic()
 
-    def best(self, steps: list[dict]) -> dict | None:
-        """Step and value of the best evaluation so far, the first of equals."""
-        metric, found = self.config.metric_for_best, None
-        for line in steps:
-            value = line.get(f"eval_{metric}")
-            if value is not None and is_better(metric, value, found and found["value"]):
-                found = {"step": line["step"], "metric": metric, "value": value}
-        return found
+    def note_best(self, line: dict):
+        """Keep the step and value of a line of metrics.jsonl, where its evaluation is better than those before."""
+        metric = self.config.metric_for_best
+        value = line.get(f"eval_{metric}")
+        if value is not None and is_better(metric, value, self.best and self.best["value"]):
+            self.best = {"step": line["step"], "metric": metric, "value": value}
 
     def close(self, status: str):
         self.record["status"] = status

@@ -9,17 +9,25 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
+from chatglm.files import is_lfs_pointer, pointer_error
 from finetune.formats import BadRow, Row, parse_row, refused_by, single_questions
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 HUBS = ("hf://", "ms://")
+LINE_LIMIT = 2**26  # bytes of a line: no row is as long, and a packed file may unpack to a line of any length
+WHOLE_LIMIT = 2**30  # bytes that a packed JSON file may unpack to where it is not read line by line
+BROKEN_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)
+BOM = b"\xef\xbb\xbf"
+SPACE = re.compile("[ \t\r\n\ufeff]*")
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,7 @@ def read_items(source: Source) -> Iterator[tuple[str, object]]:
 
 
 def read_file_items(path: str | Path) -> Iterator[tuple[str, object]]:
-    """(place, value) of a file: JSON lines, a JSON list, csv or tsv with a header, parquet; all but parquet also as .gz."""
+    """(place, value) of a file: JSON, csv or tsv with a header, parquet; all but parquet also as .gz."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
@@ -113,43 +121,139 @@ def read_file_items(path: str | Path) -> Iterator[tuple[str, object]]:
     if kind == ".parquet":
         yield from read_parquet(path)
     elif kind in (".csv", ".tsv"):
-        yield from read_table(path, read_text(path), "\t" if kind == ".tsv" else ",")
+        yield from read_table(path, "\t" if kind == ".tsv" else ",")
     else:
         yield from read_json_items(path)
 
 
-def read_text(path: Path) -> str:
-    """The text of a file, unpacked; raises BadRow where it is not UTF-8 or not a whole gzip file."""
-    content = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            content = gzip.decompress(content)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise BadRow(f"{path}: not a whole gzip file ({error})") from None
+def open_data(path: Path):
+    """The file, its bytes unpacked as they are read. Raises ValueError where it is a Git LFS pointer."""
+    if is_lfs_pointer(path):
+        raise pointer_error(path)
+    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line without a byte order mark) of every line; one line at a time is in memory.
+
+    Raises BadRow: a line of more than LINE_LIMIT bytes, or not a whole gzip file.
+    """
+    # Local names: a generator may be closed when Python ends, after the modules.
+    broken, number = BROKEN_GZIP, 0
+    try:
+        with open_data(path) as file:
+            while line := file.readline(LINE_LIMIT + 1):
+                number += 1
+                if len(line) > LINE_LIMIT:
+                    raise BadRow(f"{path}:{number}: a line of more than {LINE_LIMIT:,} bytes, which no row is")
+                yield number, line.removeprefix(BOM)
+    except broken as error:
+        raise BadRow(f"{path}: not a whole gzip file ({error})") from None
+
+
+def read_whole(path: Path) -> str:
+    """The text of a file, unpacked.
+
+    Raises BadRow: not UTF-8, not a whole gzip file, or one that unpacks to more than WHOLE_LIMIT bytes.
+    """
+    packed = path.suffix == ".gz"
+    try:
+        with open_data(path) as file:
+            content = file.read(WHOLE_LIMIT + 1) if packed else file.read()
+    except BROKEN_GZIP as error:
+        raise BadRow(f"{path}: not a whole gzip file ({error})") from None
+    if packed and len(content) > WHOLE_LIMIT:
+        raise BadRow(f"{path}: unpacks to more than {WHOLE_LIMIT:,} bytes; write one JSON object a line, or unpack it")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise BadRow(f"{path}:{line}: not UTF-8") from None
+        line = content[: error.start].count(b"\n") + 1
+        raise BadRow(f"{path}:{line}: not UTF-8; save it as UTF-8") from None
 
 
 def read_json_items(path: str | Path) -> Iterator[tuple[str, object]]:
-    """(place, value) of a JSON-lines file or a JSON list; a value that does not parse comes as BadRow."""
+    """(place, value) of each row of a JSON file; a line that does not parse comes as BadRow.
+
+    Read are JSON lines, a JSON list, objects one after the other over several lines each, and {"data": [rows]}.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    text = read_text(path)
-    if text.lstrip().startswith("["):
-        try:
-            items = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise BadRow(f"{path}:{getattr(error, 'lineno', 1)}: not valid JSON: {getattr(error, 'msg', error)}") from None
-        yield from ((f"{path}[{i}]", item) for i, item in enumerate(items))
+    if begins_list(path):
+        yield from ((f"{path}[{i}]", item) for i, item in enumerate(read_list(path)))
         return
-    # Not splitlines(): that also breaks at characters which JSON allows inside a string.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
+    lines = ((number, line) for number, line in read_lines(path) if line.strip())
+    first, second = next(lines, None), next(lines, None)
+    if first is None:
+        return
+    number, line = first
+    item = parse_line(line, f"{path}:{number}")
+    if isinstance(item, BadRow) and over_several_lines(line):
+        yield from read_values(path)
+    elif second is None and (rows := wrapped_rows(item)):
+        yield from ((f"{path}:data[{i}]", row) for i, row in enumerate(rows))
+    else:
+        yield f"{path}:{number}", item
+        for number, line in chain([second] if second else [], lines):
             yield f"{path}:{number}", parse_line(line, f"{path}:{number}")
+
+
+def begins_list(path: Path) -> bool:
+    """The first character of a JSON file is "["."""
+    try:
+        with open_data(path) as file:
+            while block := file.read(1 << 16):
+                if content := block.lstrip(BOM + b" \t\r\n"):
+                    return content.startswith(b"[")
+    except BROKEN_GZIP as error:
+        raise BadRow(f"{path}: not a whole gzip file ({error})") from None
+    return False
+
+
+def read_list(path: Path) -> list:
+    """Raises BadRow: the file is no JSON list."""
+    text = read_whole(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
+        message = getattr(error, "msg", error)
+        raise BadRow(f"{path}:{getattr(error, 'lineno', 1)}: not valid JSON: {message}") from None
+
+
+def over_several_lines(line: bytes) -> bool:
+    """A file's first line begins a JSON object that goes on in the next line, as with `indent`."""
+    text = line.strip()
+    return text.startswith(b"{") and text.endswith((b"{", b"[", b",")) and not text.endswith(b"},")
+
+
+def read_values(path: Path) -> Iterator[tuple[str, object]]:
+    """(place, value) of JSON objects one after the other, or of the rows of one {"data": [rows]}.
+
+    Raises BadRow: what is there is neither.
+    """
+    text, decoder, values = read_whole(path), json.JSONDecoder(), []
+    start, number = SPACE.match(text).end(), 1
+    while start < len(text):
+        try:
+            value, stop = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError) as error:
+            line, message = getattr(error, "lineno", 1), getattr(error, "msg", error)
+            wanted = "wanted one JSON object a line, objects one after the other, or a JSON list"
+            raise BadRow(f"{path}:{line}: not valid JSON: {message}; {wanted}") from None
+        number += text.count("\n", values[-1][0] if values else 0, start)
+        values.append((start, number, value))
+        start = SPACE.match(text, stop).end()
+    rows = wrapped_rows(values[0][2]) if len(values) == 1 else None
+    if rows:
+        yield from ((f"{path}:data[{i}]", row) for i, row in enumerate(rows))
+    else:
+        yield from ((f"{path}:{number}", value) for _, number, value in values)
+
+
+def wrapped_rows(value) -> list[dict] | None:
+    """The rows of {"data": [rows]}; None where a value is no such thing."""
+    rows = value.get("data") if isinstance(value, dict) else None
+    return rows if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else None
 
 
 def parse_line(line: str | bytes, place: str):
@@ -158,15 +262,26 @@ def parse_line(line: str | bytes, place: str):
         text = line if isinstance(line, str) else line.decode("utf-8-sig")
         # A literal's sets, bytes and tuples as keys are refused here, so formats see JSON alone.
         return json.loads(json.dumps(ast.literal_eval(text.strip())) if text.lstrip().startswith("{'") else text)
+    except UnicodeDecodeError:
+        return BadRow(f"{place}: not UTF-8; save it as UTF-8")
     # numbers and nesting beyond Python's limits, too
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         return BadRow(f"{place}: not valid JSON: {getattr(error, 'msg', error)}")
 
 
-def read_table(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, object]]:
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, whichever characters end them."""
+    for number, line in read_lines(path):
+        try:
+            yield from io.StringIO(line.decode("utf-8"), newline="")
+        except UnicodeDecodeError:
+            raise BadRow(f"{path}:{number}: not UTF-8; save it as UTF-8") from None
+
+
+def read_table(path: Path, delimiter: str) -> Iterator[tuple[str, object]]:
     """Rows of text by the header's names."""
-    csv.field_size_limit(2**30)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    csv.field_size_limit(LINE_LIMIT)
+    reader = csv.DictReader(text_lines(path), delimiter=delimiter, strict=True)
     while True:
         try:
             row = next(reader, None)
@@ -182,6 +297,8 @@ def read_table(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, obj
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, object]]:
+    if is_lfs_pointer(path):
+        raise pointer_error(path)
     try:
         import pyarrow
         import pyarrow.parquet

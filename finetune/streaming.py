@@ -4,11 +4,9 @@ The lines of all files, pass after pass, are cut into blocks of --shuffle_buffer
 goes on at any row by counting lines up to its block: nothing of an iterator need be kept.
 """
 
-import gzip
 import hashlib
 import heapq
 import threading
-import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,35 +15,37 @@ import numpy as np
 
 from finetune.arrays import Dataset, EncodedRow, dataset_of
 from finetune.encoding import Encoder
+from finetune.files import sha256
 from finetune.formats import BadRow
-from finetune.sources import RowReader, Source, parse_line
+from finetune.sources import RowReader, Source, over_several_lines, parse_line, read_lines
 
 OPEN_FILES = 64
+HASHED_WHOLE = 2**30  # bytes of a file; a larger one takes longer than a few seconds
+PIECES, PIECE = 1024, 2**16  # what of a larger one is hashed, and their size in bytes
 Line = tuple[str, bytes]  # place, text
 
 
 def file_lines(path: Path) -> Iterator[tuple[float, Line]]:
     """(share of the file that was read, line) of each line that is not blank. Of a packed file the share is a guess.
 
-    Raises BadRow: a JSON list, or not a whole gzip file.
+    Raises BadRow: JSON that is no JSON lines, or as `read_lines`.
     """
     size = path.stat().st_size * (4 if path.suffix == ".gz" else 1)
-    seen = 0
-    broken = (gzip.BadGzipFile, EOFError, zlib.error)  # by a local name: a stream may be closed when Python ends, after the modules
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                seen += len(line)
-                if line.strip():
-                    if number == 1 and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-                        raise BadRow(f"{path}: --streaming reads JSON lines, not a JSON list")
-                    yield seen / size, (f"{path}:{number}", line)
-    except broken as error:
-        raise BadRow(f"{path}: not a whole gzip file ({error})") from None
+    seen, begun = 0, False
+    for number, line in read_lines(path):
+        seen += len(line)
+        if not line.strip():
+            continue
+        if not begun and line.lstrip().startswith(b"["):
+            raise BadRow(f"{path}: --streaming reads JSON lines, not a JSON list")
+        if not begun and over_several_lines(line):
+            raise BadRow(f"{path}: --streaming reads JSON lines, not objects over several lines")
+        begun = True
+        yield seen / size, (f"{path}:{number}", line)
 
 
 def copies(weight: float, place: str, seed: int, turn: int) -> int:
-    """How often pass `turn` reads a line: `weight` on average."""
+    """How often pass `turn` reads a line: `weight` on average. `place`: number of its file, and of the line in it."""
     whole = int(weight)
     if whole == weight:
         return whole
@@ -70,7 +70,8 @@ def one_pass(sources: list[Source], seed: int, turn: int) -> Iterator[Line]:
             continue
         share, line = found
         heapq.heapreplace(readers, (share, number, lines))
-        for _ in range(copies(files[number][0], line[0], seed, turn)):
+        place = f"{number}:{line[0].rpartition(':')[2]}"  # not the path: the same files elsewhere are the same rows
+        for _ in range(copies(files[number][0], place, seed, turn)):
             yield line
 
 
@@ -186,13 +187,21 @@ class Stream:
         return dataset_of([self.row(number) for number in range(start, stop)])
 
     def data_hash(self) -> str:
-        """Of the files' names, sizes, beginnings and ends: reading them whole would take long."""
+        """Of the content of the files up to HASHED_WHOLE bytes; of larger ones, the size, mtime and pieces all over."""
         digest = hashlib.sha256()
         for file in (file for source in (*self.sources, *self.replay) for file in source.files):
-            with open(file, "rb") as content:
-                size = content.seek(0, 2)
-                content.seek(0)
-                digest.update(f"{file.name} {size} ".encode() + content.read(1 << 20))
-                content.seek(max(0, size - (1 << 20)))
-                digest.update(content.read(1 << 20))
+            digest.update(fingerprint(file).encode())
         return digest.hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """Of a file's content, without reading a large one whole."""
+    stat = path.stat()
+    if stat.st_size <= HASHED_WHOLE:
+        return sha256(path)
+    digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns} ".encode())
+    with open(path, "rb") as content:
+        for place in np.linspace(0, stat.st_size - PIECE, PIECES, dtype=np.int64).tolist():
+            content.seek(place)
+            digest.update(content.read(PIECE))
+    return digest.hexdigest()

@@ -118,8 +118,8 @@ class FineTuning:
             rows = prepared.load(source)
             wait_for_all()
         finally:
-            if prepared.temporary and local_rank() == 0:
-                prepared.path.unlink(missing_ok=True)
+            if local_rank() == 0:
+                prepared.release(config.data_cache_gb)
         data = choose_rows(rows, preparation.encoder, config.is_skip and name != "eval")
         bad = rows.facts["bad"]
         words = [f"{len(data)} {name} rows"]

@@ -1,5 +1,6 @@
 """BACKBONES: how a prompt becomes a vector. torch and transformers are imported by those that need them, when they do."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class Encoder:
         """Raises ValueError naming the folder where there is no tokenizer."""
         from transformers import AutoTokenizer
 
+        check_reachable(folder or self.encoder_path)
         try:
             return AutoTokenizer.from_pretrained(folder or self.encoder_path)
         except (OSError, ValueError, KeyError) as error:
@@ -43,6 +45,7 @@ class Encoder:
         from chatglm.loading import named_base, quiet_transformers
 
         folder = folder or self.encoder_path
+        check_reachable(folder)
         adapter = Path(folder, "adapter_config.json").is_file()
         try:
             with quiet_transformers():  # it would report a pooler as missing; what is really missing is an error below
@@ -208,6 +211,33 @@ class ChatGLM:
         positions = model.transformer.packed_positions(batch["input_ids"], batch["lengths"], batch["shared"])
         states = model.transformer(input_ids=batch["input_ids"], position_ids=positions, keep=batch["keep"], use_cache=False)
         return states.last_hidden_state[0, : batch["prompts"]]
+
+
+def check_reachable(name: str):
+    """Raises ValueError at once where an encoder is no folder, not in the hub's cache, and the hub does not answer."""
+    if Path(name).is_dir():
+        return
+    import socket
+    from urllib.parse import urlsplit
+
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+    except HFValidationError:
+        raise ValueError(f"--encoder_path {name}: no such folder") from None
+    remedy = f"download it where there is a network (hf download {name} --local-dir FOLDER) and give the folder"
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(f"--encoder_path {name}: no such folder, and HF_HUB_OFFLINE is set: {remedy}")
+    if any(os.environ.get(proxy) for proxy in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return  # only the proxy knows the hub's name
+    url = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=5).close()
+    except OSError as error:
+        raise ValueError(f"--encoder_path {name}: no such folder, and {url.hostname} does not answer ({error}): {remedy}") from None
 
 
 def cut_after(model, depth: int):

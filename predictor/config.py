@@ -4,11 +4,47 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from finetune.config import TrainConfig, flag, keep
+from finetune.flag_effects import TRAINING, Effect, drops
 from finetune.methods import METHODS
 from predictor.backbones import BACKBONES
 from predictor.heads import HEADS
 
 TRAIN_TYPES = (*METHODS, "none")
+
+STEPS = Effect("a backbone that is trained in steps, not --train_type none", lambda c: c.train_type != "none")
+LEXICAL = Effect("--backbone lexical; got {c.backbone}", lambda c: c.backbone == "lexical")
+FROZEN = Effect("--train_type none; got {c.train_type}", lambda c: c.train_type == "none")
+DISTRIBUTION = Effect("--head distribution; got {c.head}", lambda c: c.head == "distribution")
+IN_STEPS = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "learning_rate", "weight_decay",
+    "warmup_ratio", "batching", "gradient_checkpointing", "num_workers", "precision", "ds_file", "show_loss_step", "save_model_step",
+    "save_total_limit", "eval_step", "per_device_eval_batch_size", "metric_for_best", "early_stopping_patience", "resume_from_checkpoint",
+    "report_to", "tensorboard",
+)  # fmt: skip
+# When a flag of --task predictor has an effect, beside finetune.flag_effects.TRAINING.
+EFFECTS: dict[str, Effect] = {
+    **dict.fromkeys(IN_STEPS, STEPS),
+    "tensorboard": Effect(
+        "--report_to tensorboard, and not --train_type none",
+        lambda c: c.train_type != "none" and "tensorboard" in c.loggers,
+    ),
+    "share_prefix": Effect(
+        "--backbone chatglm, a --mode other than glm, and no dropout",
+        lambda c: c.backbone == "chatglm" and c.mode != "glm" and not drops(c),
+    ),
+    "data_cache": FROZEN,
+    "data_cache_gb": Effect("--data_cache and --train_type none", lambda c: bool(c.data_cache) and c.train_type == "none"),
+    "encoder_path": Effect("--backbone encoder or lexical; got {c.backbone}", lambda c: c.backbone != "chatglm"),
+    "encoder_language": Effect("--backbone lexical with --encoder_path", lambda c: c.backbone == "lexical" and bool(c.encoder_path)),
+    "encoder_layers": Effect("--encoder_path", lambda c: bool(c.encoder_path)),
+    "student_dims": Effect("--backbone lexical with --encoder_path", lambda c: c.backbone == "lexical" and bool(c.encoder_path)),
+    **dict.fromkeys(("hash_bits", "student_ridge"), LEXICAL),
+    **dict.fromkeys(("head_ridge", "landmarks"), FROZEN),
+    "calibration_share": STEPS,
+    **dict.fromkeys(("num_bins", "label_width", "crps_weight"), DISTRIBUTION),
+    "num_buckets": Effect("--head bucket; got {c.head}", lambda c: c.head == "bucket"),
+    "ranking_loss": Effect("--head ranking; got {c.head}", lambda c: c.head == "ranking"),
+}
 
 
 @dataclass(frozen=True)
@@ -16,6 +52,7 @@ class PredictorConfig(TrainConfig):
     """All flags of train.py --task predictor. Lengths are tokens of the served model, without its end token."""
 
     title: ClassVar[str] = "Train a predictor of the length of a served model's answers"
+    effects: ClassVar[dict[str, Effect]] = TRAINING | EFFECTS
     unused: ClassVar[tuple[str, ...]] = (
         "max_len", "is_skip", "prompt_text", "data_format", "columns", "glm3_labels", "replay_path", "replay_ratio", "streaming", "shuffle_buffer",
         "preprocessing_num_workers", "eval_metrics", "eval_f1", "eval_max_new_tokens", "estimate_memory", "label_smoothing", "neftune_noise_alpha",
@@ -66,14 +103,14 @@ class PredictorConfig(TrainConfig):
         if not self.train_type:
             kinds = {"chatglm": "none" if self.reuse_prefill else "lora", "encoder": "all", "lexical": "none"}
             object.__setattr__(self, "train_type", kinds.get(self.backbone))
+        if self.max_src_len is None:
+            object.__setattr__(self, "max_src_len", 256)
         object.__setattr__(self, "max_len", self.max_src_len + 1)  # there is a prompt and no answer
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", 5e-5 if self.train_type in ("all", "freeze") else 1e-3)
         super().__post_init__()
         if self.reuse_prefill and (self.backbone, self.train_type) != ("chatglm", "none"):
             raise ValueError("--reuse_prefill needs --backbone chatglm, and no --train_type: the served model stays as it is")
-        if self.train_type == "none" and (given := self.changed("early_stopping_patience", "resume_from_checkpoint", "report_to")):
-            raise ValueError(f"--{given[0]} is for a backbone that is trained in steps; with --train_type none (as for --backbone lexical) it does nothing")
         if self.backbone == "lexical" and self.train_type != "none":
             raise ValueError(f"--backbone lexical has no weights for --train_type {self.train_type}")
         if self.backbone == "encoder" and not self.encoder_path:

@@ -11,7 +11,7 @@ import numpy as np
 
 from chatglm.families import FAMILIES
 from finetune.distributed import rank, say
-from finetune.files import cache_arrays, put_in_place, read_arrays, sha256
+from finetune.files import CACHE_GB, cache_arrays, put_in_place, read_arrays, sha256
 from predictor.backbones import BACKBONES, Encoder
 from predictor.config import PredictorConfig
 from predictor.decoder import CARD, FOLDS, Decoder, fold_of, read_card, write_card
@@ -126,7 +126,7 @@ def make_features(config: PredictorConfig, rows: LengthRows, backbone) -> Featur
     prompts, own, folds = rows.train.prompts, own_prompts(rows), fold_of(rows.groups)
     mine = [prompts[i] for i in own]
     if config.backbone == "chatglm":
-        return Features([vectors_of(backbone, config.model_name_or_path, mine, config.data_cache)], (1.0,), None, None)
+        return Features([vectors_of(backbone, config.model_name_or_path, mine, config.data_cache, config.data_cache_gb)], (1.0,), None, None)
     if config.backbone == "encoder":
         vectors, earlier = teacher_of(config, backbone, mine)
         lexical = plain(mine)
@@ -148,7 +148,9 @@ def make_features(config: PredictorConfig, rows: LengthRows, backbone) -> Featur
     return Features([found, bag.hand[own]], weights, student, None)
 
 
-def vectors_of(backbone, folder: str, prompts: list[str], cache: str = "") -> np.ndarray:
+def vectors_of(
+    backbone, folder: str, prompts: list[str], cache: str = "", cache_gb: float = CACHE_GB
+) -> np.ndarray:
     """(N, D) of a backbone as it lies in its folder; with `cache`, a folder, what was read once is read from there."""
     import torch
 
@@ -163,7 +165,7 @@ def vectors_of(backbone, folder: str, prompts: list[str], cache: str = "") -> np
         found = encode_all(backbone, model, tokenizer, [backbone.encode(tokenizer, p) for p in new.values()], progress=True)
         known |= dict(zip(new, found.astype(np.float32)))
         if file:
-            write_vectors(file, known)
+            write_vectors(file, known, cache_gb)
     return np.stack([known[key] for key in keys])
 
 
@@ -182,16 +184,16 @@ def read_vectors(file: Path) -> dict[str, np.ndarray]:
     return {bytes(key).hex(): vector for key, vector in zip(arrays.get("keys", ()), arrays.get("vectors", ()))}
 
 
-def write_vectors(file: Path, vectors: dict[str, np.ndarray]):
+def write_vectors(file: Path, vectors: dict[str, np.ndarray], limit_gb: float = CACHE_GB):
     keys = np.frombuffer(bytes.fromhex("".join(vectors)), np.uint8).reshape(len(vectors), -1)
-    cache_arrays(file, {"keys": keys, "vectors": np.stack(list(vectors.values()))})
+    cache_arrays(file, {"keys": keys, "vectors": np.stack(list(vectors.values()))}, limit_gb)
 
 
 def teacher_of(config: PredictorConfig, backbone: Encoder, prompts: list[str]) -> tuple[np.ndarray, LinearScorer | None]:
     """(vectors of the encoder, the linear layers it was trained with, where --encoder_path is a predictor itself)."""
     folder = Path(config.encoder_path)
     earlier = load_head(folder, None, every=True) if (folder / CARD).is_file() and (folder / HEAD_FILE).is_file() else None
-    return vectors_of(backbone, config.encoder_path, prompts, config.data_cache), earlier
+    return vectors_of(backbone, config.encoder_path, prompts, config.data_cache, config.data_cache_gb), earlier
 
 
 def teacher_targets(config: PredictorConfig, prompts: list[str]) -> np.ndarray:

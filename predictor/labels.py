@@ -16,12 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.formats import BadRow, parse_row
+from finetune.formats import BadRow, is_missing, parse_row
 from finetune.sources import read_json_items
 from predictor.features import BASE, finalise
 
 log = logging.getLogger(__name__)
 
+OPTIONAL = ("finished", "served_model", "source")  # null in them says nothing
 LONGEST = 10_000_000  # tokens; a longer answer is a mistake of whoever counted
 WANTED = "wanted prompt (or instruction, input) and output_tokens, or a prompt and its answer"
 SHINGLE = 5  # characters
@@ -97,7 +98,9 @@ def parse_prompt(item, place: str) -> str:
     key = next((key for key in ("prompt", "instruction", "text") if key in item), None)
     if key is None:
         raise BadRow(f'{place}: no key "prompt"; {WANTED}')
-    parts = {key: item[key]} | ({"input": item["input"]} if key == "instruction" and "input" in item else {})
+    parts = {key: item[key]}
+    if key == "instruction" and not is_missing(item.get("input")):
+        parts["input"] = item["input"]
     for name, value in parts.items():
         checked(value, str, name, "text", place)
     prompt = parse_row({"text": "".join(parts.values()), "answer": ""}, place).prompt
@@ -109,6 +112,8 @@ def parse_prompt(item, place: str) -> str:
 def parse_example(item, place: str, served_model: str, count: Callable[[str], int] | None, source: str) -> Example:
     """A JSON value to the Example of its row alone; raises BadRow saying what was wanted, what came, and where."""
     prompt = parse_prompt(item, place)
+    absent = {key for key in OPTIONAL if is_missing(item.get(key))}
+    item = {key: value for key, value in item.items() if key not in absent}
     served_model = checked(item.get("served_model", served_model), str, "served_model", "text", place)
     finished = checked(item.get("finished", True), bool, "finished", "true or false", place)
     source = checked(item.get("source", source), str, "source", "text", place)

@@ -14,6 +14,7 @@ from finetune.checkpoint import export
 from finetune.distributed import on_device, rank, say, world_size
 from finetune.files import sha256
 from finetune.methods import make_method
+from finetune.out_of_memory import explained, training_advice
 from finetune.task import FineTuning, row_multiple, shares_prefix
 from predictor.backbones import BACKBONES
 from predictor.config import PredictorConfig
@@ -183,7 +184,8 @@ def train_predictor(config: PredictorConfig) -> Path:
     if config.train_type == "none":
         from predictor.frozen import train_frozen
 
-        return train_frozen(config)
+        with explained(lambda: training_advice(config)):
+            return train_frozen(config)
     from finetune.engine import train
 
     return train(config, LengthTraining)

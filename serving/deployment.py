@@ -18,6 +18,7 @@ import numpy as np
 
 from finetune.config import parse_positive
 from finetune.files import write_json
+from finetune.memory_shapes import shape_source
 from serving.cost_model import CostModel, ModelShape, Profile, read_profile
 from serving.devices import Cluster
 from serving.placement import Infeasible, Need, Pieces, Placement, infeasible, layers_that_fit, make_placement
@@ -437,6 +438,7 @@ def main(argv: list[str] | None = None):
         cluster = Cluster.from_json(args.cluster) if args.cluster else Cluster.uniform(args.device, count) if args.device else profile.cluster(count)
         need = Need(args.need_tokens, args.batch, args.prompt_tokens, args.output_tokens)
         placement = DEPLOYERS[args.deployer].place(ModelShape.from_config(args.model), cluster, need, profile)
+        print(f"model: {shape_source(args.model)}")
         print(placement.describe())
         if args.json:
             write_json(args.json, placement.report())

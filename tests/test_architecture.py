@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {"chatglm": 0, "finetune": 1, "predictor": 2, "serving": 3}  # everything else of ours stands above them
 HEAVY = {"torch", "transformers", "deepspeed", "peft", "numpy", "datasets", "safetensors"}
-TORCH_FREE = ["chatglm/__init__.py", "chatglm/conversations.py", "chatglm/families.py", "chatglm/files.py", "finetune/__init__.py", "finetune/commands.py", "finetune/config.py",
+TORCH_FREE = ["chatglm/__init__.py", "chatglm/conversations.py", "chatglm/families.py", "chatglm/files.py", "finetune/__init__.py", "finetune/commands.py", "finetune/config.py", "finetune/ds_file.py", "finetune/flag_effects.py",
               "finetune/files.py", "finetune/formats.py", "finetune/methods.py", "finetune/memory.py", "finetune/memory_formula.py",
               "finetune/memory_seeds.py", "finetune/memory_shapes.py", "finetune/metrics.py", "finetune/record.py", "finetune/report.py",
               "train.py"]  # fmt: skip

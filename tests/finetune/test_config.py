@@ -12,6 +12,10 @@ from finetune.config import TrainConfig, parse_bool, parse_config
 from tests.finetune.runs import ROOT, child_env
 
 NEEDED = ["--model_name_or_path", "m", "--train_path", "t"]
+BESIDE = {  # what some flags need to have an effect
+    "freeze_module_name": ["--train_type", "freeze"], "pre_seq_len": ["--train_type", "ptuning"],
+    "prefix_projection": ["--train_type", "ptuning"], "share_prefix": ["--lora_dropout", "0"],
+}  # fmt: skip
 # ChatGLM-Finetuning's train.py: flag, its default, a value as typed, the value meant
 OLD_FLAGS = [
     ("max_len", 1024, "77", 77), ("max_src_len", 256, "66", 66), ("per_device_train_batch_size", 16, "2", 2),
@@ -41,7 +45,7 @@ def test_old_flag(name, default, typed, meant):
     found = getattr(parse_config(NEEDED), name)
     # --mode: the default is to look, and glm2 where the folder does not tell
     assert found == (None if name == "mode" else default)
-    config = parse_config([*NEEDED, "--max_src_len", "64", f"--{name}"] + ([typed] if typed else []))
+    config = parse_config([*NEEDED, *BESIDE.get(name, []), "--max_src_len", "64", f"--{name}"] + ([typed] if typed else []))
     assert getattr(config, name) == meant and type(getattr(config, name)) is type(meant)
 
 
@@ -55,8 +59,8 @@ def test_launchers_own_flags():
 def test_booleans(text, value):
     for f in dataclasses.fields(TrainConfig):
         if f.type in (bool, "bool") and f.name != "eval_f1":
-            assert getattr(parse_config([*NEEDED, f"--{f.name}", text]), f.name) is value
-            assert getattr(parse_config([*NEEDED, f"--{f.name}={text}"]), f.name) is value
+            assert getattr(parse_config([*NEEDED, *BESIDE.get(f.name, []), f"--{f.name}", text]), f.name) is value
+            assert getattr(parse_config([*NEEDED, *BESIDE.get(f.name, []), f"--{f.name}={text}"]), f.name) is value
     assert parse_bool(value) is value
 
 
@@ -71,7 +75,7 @@ def test_gradient_checkpointing_is_spelt_as_a_boolean_too(tmp_path, typed, meant
     (None, None, "v2"), ("True", None, "v2"), ("False", None, "v1"), ("False", "v2", "v2"), ("True", "v1", "v1"),
 ])  # fmt: skip
 def test_ptuning_version(projection, version, resolved):
-    words = ["--prefix_projection", projection] if projection else []
+    words = ["--train_type", "ptuning"] + (["--prefix_projection", projection] if projection else [])
     words += ["--ptuning_version", version] if version else []
     assert parse_config([*NEEDED, *words]).resolved_ptuning_version == resolved
 
@@ -96,7 +100,7 @@ def test_metrics_of_an_evaluation():
     ("--early_stopping_min_delta 0.1", "--early_stopping_min_delta needs --early_stopping_patience"),
     ("--train_type all --use_dora", "--use_dora needs --train_type lora; got all"), ("--train_type freeze --use_rslora", "--use_rslora needs"),
     ("--train_type ptuning --loraplus_lr_ratio 16", "--loraplus_lr_ratio needs"), ("--train_type all --init_lora_weights pissa", "--init_lora_weights needs"),
-    ("--streaming --preprocessing_num_workers 2", "--streaming takes no --preprocessing_num_workers"),
+    ("--streaming --preprocessing_num_workers 2", "--preprocessing_num_workers needs a run without --streaming"),
     ("--report_to tensorbord", "wanted some of tensorboard, wandb, swanlab; got 'tensorbord'"),
 ])  # fmt: skip
 def test_refused_flags(capsys, words, said):
@@ -111,9 +115,9 @@ def test_flags_that_change_nothing_may_be_given():
 
 def test_config_file(tmp_path):
     file = tmp_path / "c.yaml"
-    file.write_text("learning_rate: 1e-4\nis_skip: yes\nprefix_projection: 'False'\nmax_steps: 7\nlora_dim: 4\nmode:\nlora_dropout: 0\n")
+    file.write_text("learning_rate: 1e-4\nis_skip: yes\nshare_prefix: 'False'\nmax_steps: 7\nlora_dim: 4\nmode:\nlora_dropout: 0\n")
     config = parse_config([*NEEDED, "--config", str(file), "--lora_dim", "2"])
-    assert (config.learning_rate, config.is_skip, config.prefix_projection, config.max_steps, config.lora_dim) == (1e-4, True, False, 7, 2)
+    assert (config.learning_rate, config.is_skip, config.share_prefix, config.max_steps, config.lora_dim) == (1e-4, True, False, 7, 2)
     assert config.mode is None and isinstance(config.lora_dropout, float)
     (tmp_path / "c.json").write_text(json.dumps({"max_len": 55, "max_src_len": 44}))
     assert parse_config([*NEEDED, "--config", str(tmp_path / "c.json")]).max_len == 55
@@ -126,7 +130,7 @@ def test_config_file(tmp_path):
     ("is_skip: 2", "is_skip"), ("is_skip: [1]", "is_skip"), ("max_len: 3000.7", "wrong type"), ("max_len: true", "wrong type"),
     ("learning_rate: null", "learning_rate"), ("train_type: null", "train_type"), ("lora_module_name: [a, b]", "lora_module_name"),
     ("learning_rate: true", "learning_rate"), ("train_type: qlora", "qlora"), ("1: 2\nx: 3", "unknown flag"), ("max_len: -1", "max_len"),
-    ("task: [a]", "task has the wrong type: ['a']"), ("task: {a: 1}", "task has the wrong type"),
+    ("task: [a]", 'task has the wrong type: ["a"]'), ("task: {a: 1}", "task has the wrong type"),
     ("a: !!python/object/apply:os.getcwd []", "not valid YAML"), (b"\xff\xfe\xff", "c.yaml"),
 ])  # fmt: skip
 def test_refused_config_file(tmp_path, capsys, text, said):
@@ -156,3 +160,30 @@ def test_changed_flags_are_named():
     old = dataclasses.asdict(parse_config(NEEDED))
     new = parse_config([*NEEDED, "--learning_rate", "0.5", "--show_loss_step", "1", "--output_dir", "x", "--save_total_limit", "2"])
     assert new.changed_since(old) == ["--learning_rate: was 0.001, is 0.5"]
+
+
+def test_t9_hostile_yaml_is_refused_quickly(tmp_path, capsys):
+    """An alias bomb, deep nesting and a value of a megabyte: one short line each, and an alias of one value is read."""
+    file, lines = tmp_path / "c.yaml", ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]" for before, name in zip("abcdefgh", "bcdefghi")]
+    merged = ["a: &a {x: 1}", *(f"{name}: &{name} {{<<: [{', '.join([f'*{before}'] * 9)}]}}" for before, name in zip("abcdefgh", "bcdefghi"))]
+    for text in ("\n".join(lines), "\n".join(merged), "max_len: &a [*a]", "[" * 60_000, f"max_len: {'9' * 10**4}", f"max_len: [{'1, ' * 9000}]",
+                 f"{'x' * 10**4}: 1", " " * 10**6, "max_len: 2020-99-99"):  # fmt: skip
+        file.write_text(text)
+        started = time.perf_counter()
+        line = refuse(capsys, *NEEDED, "--config", str(file))
+        assert "c.yaml" in line and len(line) < 700 and time.perf_counter() - started < 20
+    file.write_text("save_model_step: &steps 7\nmax_steps: *steps\n")
+    assert parse_config([*NEEDED, "--config", str(file)]).max_steps == 7
+
+
+@pytest.mark.parametrize("given, follows", [(None, 256), (257, 256), (256, 128), (160, 80), (2, 1)])
+def test_newcomers_prompt_limit_follows(given, follows):
+    assert parse_config([*NEEDED, *(["--max_len", str(given)] if given else [])]).max_src_len == follows
+
+
+def test_newcomers_flag_errors_are_one_line(capsys):
+    for words in (["--max_len", "x"], ["--max_src_len", "2000"], ["--no_such"], ["--max_len", "1"]):
+        with pytest.raises(SystemExit):
+            parse_config([*NEEDED, *words])
+        assert len(capsys.readouterr().err.splitlines()) == 1

@@ -126,7 +126,7 @@ BAD = {
     '{"instruction": 1, "output": "b"}': '"instruction" must be text, got 1', '{"instruction": "a", "output": null}': "null",
     '{"instruction": "", "output": "b"}': "prompt is empty",
     '{"instruction": "a", "output": []}': '"output"', '{"instruction": "a", "output": [1]}': '"output"',
-    '{"instruction": ["a"], "output": "b"}': '"instruction"', '{"instruction": "a", "input": null, "output": "b"}': '"input"',
+    '{"instruction": ["a"], "output": "b"}': '"instruction"', '{"instruction": "a", "input": 1, "output": "b"}': '"input"',
     '{"instruction": "a\\ud800", "output": "b"}': "surrogate", "1" * 5000: "not valid JSON", "[" * 100000: "not valid JSON",
 }  # fmt: skip
 
@@ -266,3 +266,21 @@ def test_the_seeds_own_files_are_read(name, count, empty):
         tokenizer = load_tokenizer(shared_file("data/chatglm2-tokenizer"), mode="glm2")
         example = FAMILIES["glm2"].encode_example(tokenizer, row.prompt, "", 512, 384)
         assert example.labels[example.n_masked :] == [tokenizer.eos_token_id]
+
+
+def test_t11_the_cache_keeps_what_was_used_last(tmp_path):
+    """Of three files of 80 KB a limit of 200 KB keeps the two used last; other files of the folder stay."""
+    import os
+
+    from finetune.files import cache_arrays, read_arrays
+
+    (tmp_path / "jieba.cache").write_bytes(b"x" * 10**6)
+    arrays = {"x": np.zeros(10_000, np.int64)}
+    for number, name in enumerate(("a", "b")):
+        cache_arrays(tmp_path / f"{name}.safetensors", arrays, 2e-4)
+        os.utime(tmp_path / f"{name}.safetensors", (number, number))
+    assert len(read_arrays(tmp_path / "a.safetensors")["x"]) == 10_000  # a is used now
+    cache_arrays(tmp_path / "c.safetensors", arrays, 2e-4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "c.safetensors", "jieba.cache"]
+    cache_arrays(tmp_path / "d.safetensors", {"x": np.zeros(10**6)}, 2e-4)  # larger than the limit
+    assert not list(tmp_path.glob("d.*"))

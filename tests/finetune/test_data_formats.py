@@ -125,7 +125,7 @@ BAD = [
     ({"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}, "no answer"),
     ({"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}, {"role": "assistant", "content": "z"}]}, "turn 2: user cannot follow user"),
     ({"prompt": "x", "response": "y", "history": [["a"]]}, '"history" must be'), ({"prompt": "", "response": "y"}, "the prompt is empty"),
-    ({"question": "x"}, 'no format has these keys: question; wanted "messages"'), ({"prompt": "x"}, 'no key "response"; a row with "prompt" has prompt, response'),
+    ({"title": "x"}, 'no format has these keys: title; wanted "messages"'), ({"prompt": "x"}, 'no key "response"; a row with "prompt" has prompt, response'),
     ({"prompt": "x", "response": "y", "history": [["\ud800", "b"]]}, "half a surrogate pair"),
     ({"messages": [{"role": ["user"], "content": "x"}]}, 'turn 1: "role" is one of'), ({"conversations": [{"from": ["x"]}]}, 'turn 1: "from" is one of'),
     ({"messages": [{"role": "user", "content": [{"type": ["text"], "text": "x"}]}]}, 'got {"type": ["text"]'),

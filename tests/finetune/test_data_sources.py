@@ -4,6 +4,7 @@ import collections
 import gzip
 import hashlib
 import json
+import subprocess
 import sys
 from types import ModuleType
 
@@ -17,7 +18,8 @@ from finetune.encoding import Preparation
 from finetune.formats import BadRow, Row
 from finetune.sources import RowReader, draw_rows, hash_rows, join_hashes, parse_sources, read_file_items, read_rows, replay_count
 from finetune.task import FineTuning
-from tests.finetune.runs import ROOT, make_rows, metrics, write_rows
+from tests.conftest import shared_file
+from tests.finetune.runs import ROOT, child_env, make_rows, metrics, write_rows
 
 ITEMS = [{"prompt": "水，泵", "response": 'a "b"\nc'}, {"prompt": "x", "response": ""}]
 
@@ -220,3 +222,110 @@ def test_places_of_gzip_lines(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'\n{"text": "a", "answer": "b"}\n{\n'))
     found = list(read_file_items(tmp_path / "a.jsonl.gz"))
     assert [place.rsplit(":", 1)[1] for place, _ in found] == ["2", "3"] and isinstance(found[1][1], BadRow)
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+@pytest.mark.parametrize("row", [
+    {"instruction": "a", "input": ..., "output": "b"}, {"instruction": "a", "output": "b", "system": ..., "history": ...},
+    {"prompt": "a", "response": "b", "history": ...}, {"messages": ..., "prompt": "a", "response": "b"},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": ...}], "system": ..., "tools": ...},
+    {"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "loss": ...}], "tools": ...},
+    {"messages": [{"role": "user", "content": "a", "tool_calls": ...}, {"role": "assistant", "content": "b"}], "tools": ..., "system": ...},
+])  # fmt: skip
+def test_t6_a_missing_value_is_an_absent_key(tmp_path, row, missing):
+    """In JSON, JSON lines and parquet alike, at the row and at each of its turns."""
+    import pyarrow
+    import pyarrow.parquet
+
+    def fill(value, missing):
+        if isinstance(value, dict):
+            return {key: fill(x, missing) for key, x in value.items()}
+        return [fill(x, missing) for x in value] if isinstance(value, list) else missing if value is ... else value
+
+    (tmp_path / "a.jsonl").write_text(json.dumps(fill(row, missing)) + "\n")
+    (tmp_path / "b.json").write_text(json.dumps([fill(row, missing)]))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([fill(row, None)]), tmp_path / "c.parquet")
+    found = [read_rows(file)[0] for file in sorted(tmp_path.iterdir())]
+    assert [pairs(rows) for rows in found] == [[("a", "b")]] * 3 and not any(rows[0].turns for rows in found)
+
+
+def test_t6_the_fault_rows():
+    """The rows that pandas and datasets write, as they were sent in."""
+    rows, _ = read_rows(shared_file("faults/06-null-in-json-rows/rows.jsonl"))
+    assert pairs(rows) == [("翻译", "hello"), ("总结今天下雨", "雨")]
+    assert pairs(read_rows(shared_file("faults/06-null-in-json-rows/rows_sharegpt.jsonl"))[0]) == [("你好", "你好！")]
+    assert pairs(read_rows(shared_file("faults/13-pretty-printed-json/one.json"))[0]) == [("翻译", "hello")]
+    assert pairs(read_rows(shared_file("faults/15-bom-outside-first-line/two_files_joined.jsonl"))[0]) == [("a", "b"), ("c", "d")]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".json.gz"])
+@pytest.mark.parametrize("text, places", [
+    (json.dumps(ITEMS[0], indent=2), [":1"]), ("\n".join(json.dumps(item, indent=2) for item in ITEMS), [":1", ":5"]),
+    (json.dumps({"data": ITEMS}), [":data[0]", ":data[1]"]), (json.dumps({"version": 1, "data": ITEMS}, indent=1), [":data[0]", ":data[1]"]),
+    ("\ufeff\n" + "\n\ufeff".join(map(json.dumps, ITEMS)), [":2", ":3"]), ("\ufeff" + json.dumps(ITEMS, indent=4), ["[0]", "[1]"]),
+    ("\ufeff" + "\n\ufeff".join(json.dumps(item, indent=2) for item in ITEMS), [":1", ":5"]),
+])  # fmt: skip
+def test_t6_json_over_several_lines(tmp_path, suffix, text, places):
+    file = tmp_path / f"a{suffix}"
+    file.write_bytes(gzip.compress(text.encode()) if suffix.endswith(".gz") else text.encode())
+    rows, _ = read_rows(file)
+    assert pairs(rows) == [(item["prompt"], item["response"]) for item in ITEMS][: len(rows)]
+    assert [row.place for row in rows] == [f"{file}{place}" for place in places]
+
+
+@pytest.mark.parametrize("text, said", [
+    ('{\n "a": 1,\n "b"\n}\n', "a.json:4: not valid JSON"), ('{\n "a": 1\n},\n{\n"a": 2\n}', "a.json:3: .*wanted one JSON object a line"),
+    ('{"a": 1},\n{"a": 2}', "a.json:1: not valid JSON: Extra data"), ("{\n" * 3, "a.json:2: not valid JSON"),
+])  # fmt: skip
+def test_t6_the_line_that_is_wrong_is_named(tmp_path, text, said):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(BadRow, match=said):
+        read_rows(tmp_path / "a.json")
+
+
+def test_t9_a_packed_file_takes_no_more_memory_than_its_rows(tmp_path):
+    """600 MB of blanks, of one line, of a list and of a table's cell, in a process that may have 500 MB more than it has."""
+    words = """if True:
+        import resource, sys
+        from finetune import sources
+        sources.LINE_LIMIT, sources.WHOLE_LIMIT = 2**20, 2**20
+        pages = int(open("/proc/self/statm").read().split()[0])
+        limit = pages * resource.getpagesize() + 3 * 10**8
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        for name in sys.argv[1:]:
+            try:
+                print(len(sources.read_rows(name)[0]))
+            except ValueError as error:
+                print(error)
+    """
+    row = b'{"prompt": "a", "response": "b"}\n'
+    contents = [("blank.jsonl", row, b" " * 9999 + b"\n"), ("line.jsonl", row, b"0"), ("list.json", b"[", b"0"), ("cell.csv", b"prompt,response\n", b"0")]
+    for name, head, filler in contents:
+        with gzip.open(tmp_path / f"{name}.gz", "wb", compresslevel=1) as file:
+            file.write(head)
+            for _ in range(60):
+                file.write(filler * (10**7 // len(filler)))
+    files = [str(tmp_path / f"{name}.gz") for name, *_ in contents]
+    done = subprocess.run([sys.executable, "-c", words, *files], cwd=ROOT, env=child_env(), capture_output=True, text=True)
+    said = done.stdout.splitlines()
+    assert said[0] == "1" and len(said) == 4, done.stderr
+    assert "line.jsonl.gz:2: a line of more than 1,048,576 bytes" in said[1]
+    assert "list.json.gz: unpacks to more than 1,048,576 bytes" in said[2] and "cell.csv.gz:2: a line of more" in said[3]
+
+
+def test_a_pointer_of_git_lfs_says_what_to_do(tmp_path):
+    for name in ("a.jsonl", "b.csv", "c.jsonl.gz", "d.parquet"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+        with pytest.raises(ValueError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
+            read_rows(tmp_path / name)
+
+
+def test_newcomers_question_rows_and_columns(tmp_path):
+    """Rows of question and answer are read; of other names the remedy is said, and it works."""
+    (tmp_path / "a.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    assert pairs(read_rows(tmp_path / "a.jsonl")[0]) == [("a", "b")]
+    (tmp_path / "b.jsonl").write_text('{"title": "a", "answer": "b"}\n')
+    with pytest.raises(BadRow, match=r"no key .*--columns, such as prompt=title,response=body"):
+        read_rows(tmp_path / "b.jsonl", reader=RowReader(columns={}))
+    rows, _ = read_rows(tmp_path / "b.jsonl", reader=RowReader(columns={"prompt": "title", "response": "answer"}))
+    assert pairs(rows) == [("a", "b")]

@@ -138,7 +138,7 @@ def test_dropped_rows_give_their_turn_away(tmp_path):
     with pytest.raises(BadRow, match=r"a\.jsonl:13: not valid JSON"):
         read(stream_of(tmp_path, 8), 0, 8)
     assert "012345678" in read(stream_of(tmp_path, 8, skip_bad=True), 0, 8)  # cut
-    (tmp_path / "a.jsonl").write_text("{\n3\n")
+    (tmp_path / "a.jsonl").write_text("{]\n3\n")
     with pytest.raises(BadRow, match=r"nor is any other of the 4 rows around it"):
         read(stream_of(tmp_path, skip_bad=True), 0, 1)
     (tmp_path / "a.jsonl").write_text("\n")
@@ -153,7 +153,7 @@ def test_weights(tmp_path, weight):
     assert all(sum(found) / 2000 == pytest.approx(weight, abs=0.06) and {int(weight)} <= set(found) <= {int(weight), int(weight) + 1} for found in passes)
     assert (passes[0] == passes[1]) == (weight == int(weight))
     numbered(tmp_path / "a.jsonl", range(2000))
-    assert stream_of(f"{tmp_path}/a.jsonl:{weight}").count() == sum(copies(weight, f"{tmp_path}/a.jsonl:{n}", 1, 0) for n in range(1, 2001))
+    assert stream_of(f"{tmp_path}/a.jsonl:{weight}").count() == sum(copies(weight, f"0:{n}", 1, 0) for n in range(1, 2001))
 
 
 def test_replay_is_mixed_in_evenly(tmp_path):
@@ -234,3 +234,47 @@ def test_accumulation_and_epochs_of_a_stream(flags, train, tmp_path, stream_word
     # another buffer, another order; and a run does not go on with it
     words = flags(tmp_path / "4", *plain, "--num_train_epochs", 2, "--shuffle_buffer", 5, "--resume_from_checkpoint", "auto")
     assert command_line.main(words) == 1 and "--shuffle_buffer: was 7, is 5" in capsys.readouterr().err
+
+
+def test_t5_the_same_files_elsewhere_are_the_same_stream(tmp_path):
+    """Neither the rows that a weight chooses nor the fingerprint know the path."""
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        numbered(tmp_path / name / "a.jsonl", range(40))
+    streams = [stream_of(f"{tmp_path}/{name}/a.jsonl:0.5") for name in ("here", "there")]
+    assert read(streams[0], 0, 60) == read(streams[1], 0, 60) and streams[0].data_hash() == streams[1].data_hash()
+
+
+def test_t9_a_changed_middle_is_seen(tmp_path, monkeypatch):
+    """Of a small file by its content; of a large one by its time, where the change falls between the pieces."""
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b"x" * 3_000_000)
+    seen = []
+    for whole in (2**30, 0):
+        monkeypatch.setattr(streaming, "HASHED_WHOLE", whole)
+        monkeypatch.setattr(streaming, "PIECES", 3)
+        before = streaming.fingerprint(file)
+        assert streaming.fingerprint(file) == before
+        with open(file, "r+b") as content:
+            content.seek(700_000)
+            content.write(b"changed" if whole else b"again")
+        seen += [before, streaming.fingerprint(file)]
+    assert len(set(seen)) == 4
+
+
+def test_t9_a_bomb_in_a_stream_is_one_line(tmp_path, monkeypatch):
+    from finetune import sources
+
+    monkeypatch.setattr(sources, "LINE_LIMIT", 1000)
+    file = tmp_path / "a.jsonl.gz"
+    file.write_bytes(gzip.compress(b'{"prompt": "a", "response": "b"}\n' + b"0" * 1001))
+    with pytest.raises(BadRow, match=r"a\.jsonl\.gz:2: a line of more than 1,000 bytes"):
+        read(stream_of(file), 0, 1)
+
+
+def test_t6_objects_over_several_lines_are_no_stream(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"prompt": "a", "response": "b"}, indent=2))
+    with pytest.raises(BadRow, match=r"a\.json: --streaming reads JSON lines, not objects over several lines"):
+        read(stream_of(tmp_path / "a.json"), 0, 1)
+    (tmp_path / "b.jsonl").write_text("\n".join(["\ufeff" + json.dumps({"prompt": "a", "response": "b", "history": None})] * 3))
+    assert read(stream_of(tmp_path / "b.jsonl"), 0, 3) == ["a"] * 3

@@ -1,6 +1,8 @@
 """Sources to encoded rows: tokenised once, found again by content and settings, and as they would be without a cache."""
 
+import hashlib
 import json
+import os
 import resource
 import shutil
 import signal
@@ -11,9 +13,13 @@ import pytest
 
 from chatglm import load_tokenizer
 from chatglm.families import FAMILIES
-from finetune.encoding import Encoder, Preparation, choose_rows, encode_rows, prepare
+from finetune import encoding
+from finetune.config import parse_config
+from finetune.encoding import CACHE_FORMAT, Encoder, Preparation, choose_rows, encode_rows, prepare
 from finetune.formats import BadRow
 from finetune.sources import RowReader, parse_sources, read_rows
+from finetune.task import FineTuning
+from tests.conftest import shared_file
 from tests.finetune.runs import ROOT, make_rows, rows_of, write_rows
 
 SAMPLES = ROOT / "data" / "formats"
@@ -107,6 +113,52 @@ def test_nowhere_to_keep_them(load, tmp_path, capsys):
         signal.signal(signal.SIGXFSZ, handler)
     assert "cannot be written (File too large); going on without" in capsys.readouterr().out
     assert not list((tmp_path / "cache").iterdir()) and found == load(file)[0]
+
+
+def test_t11_the_key_of_the_cache(bases, tmp_path, monkeypatch):
+    """Its format, the settings and the content of the files; not the text of our programs."""
+    (source,) = parse_sources(str(write_rows(tmp_path / "rows.json", make_rows(2))))
+    tokenizer = load_tokenizer(bases["glm2"])
+
+    def key(max_src_len=32, hashes=("x",)):
+        return Preparation(RowReader(), Encoder(tokenizer, FAMILIES["glm2"], 64, max_src_len)).key(source, list(hashes))
+
+    found = {key(), key(31), key(hashes=("y",))}
+    monkeypatch.setattr(encoding, "__file__", "/nowhere")
+    assert key() in found
+    monkeypatch.setattr(encoding, "CACHE_FORMAT", 99)
+    assert len(found | {key()}) == 4
+
+
+def test_t11_a_cache_within_its_limit(flags, tmp_path):
+    """The rows that were used last stay; what a killed run left goes after a day. A run whose rows alone are more goes on."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    stale, fresh = cache / ".a.safetensors.1.tmp", cache / ".b.safetensors.2.tmp"
+    for path in (stale, fresh):
+        path.touch()
+    os.utime(stale, (1, 1))
+    counts = []
+    for number, gb in enumerate(("7e-6", "7e-6", "1e-8")):
+        rows = write_rows(tmp_path / f"{number}.json", make_rows(4, seed=number))
+        task = FineTuning(parse_config(flags(tmp_path / "out", "--train_path", rows, "--data_cache", cache, "--data_cache_gb", gb)))
+        task.load_rows()
+        assert len(task.data) == 4 and len(task.data.ids(3))
+        counts.append(len(list(cache.glob("*.safetensors"))))
+    assert counts == [1, 1, 0] and fresh.exists() and not stale.exists()
+
+
+def test_t11_a_new_format_of_the_cache_where_encodings_change():
+    """Fails where the same files give other encoded rows than before: raise CACHE_FORMAT and write the new digest here."""
+    folder = shared_file("data/chatglm2-tokenizer")
+    digest = hashlib.sha256()
+    for family in ("glm2", "glm3"):
+        preparation = Preparation(RowReader(family=family), Encoder(load_tokenizer(folder, mode=family), FAMILIES[family], 120, 80), "skip")
+        for name in ("sharegpt", "openai", "chatglm3", "alpaca", "prompt", "instruction", "belle"):
+            (source,) = parse_sources(str(SAMPLES / f"{name}.jsonl"))
+            rows = rows_of(prepare(source, preparation).load(source))
+            digest.update(json.dumps([[place.removeprefix(source.name), *row] for place, *row in rows]).encode())
+    assert (CACHE_FORMAT, digest.hexdigest()[:16]) == (2, "3de3fb34a950b0c0")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

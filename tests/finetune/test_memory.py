@@ -414,3 +414,16 @@ def test_precision_follows_the_card():
     config = TrainConfig(model_name_or_path="chatglm2-6b", train_path="-")
     assert [make_run(config, card=card).precision for card in ("A40", "V100-16G")] == ["bf16", "fp16"]
     assert make_run(config, mode="plain").precision == "fp16"
+
+
+def test_newcomers_folder_wins_over_a_published_name(tmp_path, monkeypatch, capsys):
+    """A folder ./chatglm2-6b of another shape is what is estimated, and which was taken is said."""
+    from finetune.memory_shapes import read_shape, shape_source
+
+    monkeypatch.chdir(tmp_path)
+    assert read_shape("chatglm2-6b").layers == 28 and "published chatglm2-6b" in shape_source("chatglm2-6b")
+    (tmp_path / "chatglm2-6b").mkdir()
+    (tmp_path / "chatglm2-6b" / "config.json").write_text('{"model_type": "chatglm", "num_layers": 3}')
+    assert read_shape("chatglm2-6b").layers == 3
+    assert memory.main(["--model", "chatglm2-6b"]) == 0
+    assert "sizes of chatglm2-6b/config.json" in capsys.readouterr().out

@@ -129,3 +129,23 @@ def test_wrong_flags(adapter, capsys, words):
     with pytest.raises(SystemExit) as stop:
         predict.main(["--model_path", str(adapter), *words.split()])
     assert stop.value.code == 2 and "error: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_t12_an_adapter_and_its_merged_folder_sample_alike(adapter, tmp_path, capsys):
+    """The seed is set at the batch: what loading draws, more of it for an adapter, changes no answer."""
+    import merge_lora
+
+    merged = tmp_path / "merged"
+    assert merge_lora.main(["--model_dir", str(adapter), "--save_dir", str(merged)]) == 0
+    answers = []
+    for folder in (adapter, merged):
+        capsys.readouterr()
+        words = ["--model_path", str(folder), "--prompt", "水泵", "--do_sample", "--seed", "7", "--max_new_tokens", "12", "--temperature", "2"]
+        assert predict.main([*words, "--top_p", "1"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != ""
+
+
+def test_newcomers_an_adapter_loads_without_a_warning(adapter, recwarn):
+    load_model(str(adapter))
+    assert not [warning for warning in recwarn if "gradient_checkpointing" in str(warning.message)]

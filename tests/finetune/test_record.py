@@ -216,3 +216,21 @@ def test_a_missing_logger_or_metric_is_named_before_anything_is_written(flags, t
         ["--report_to=", "--eval_path", rows_file, "--eval_metrics", "bleu"], "the metric bleu4 needs nltk and jieba")):  # fmt: skip
         assert command_line.main(flags(tmp_path / "out", *words)) == 1
         assert said in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+def test_t11_run_json_does_not_grow_with_the_steps(flags, train, tmp_path, monkeypatch):
+    """The steps are in metrics.jsonl alone; who reads the run gets them, and nobody reads them to write run.json."""
+    out = tmp_path / "out"
+    train(flags(out, "--max_steps", 2))
+    assert "steps" not in json.loads((out / "run.json").read_text())
+    assert [line["step"] for line in read_run(out)["steps"]] == [1, 2]
+    log = record.RunLog(parse_config(flags(tmp_path / "long")), tmp_path, 0, {})
+    monkeypatch.setattr(record, "read_steps", None)
+    sizes = []
+    for step in range(1, 2001):
+        log.add(step, {"train_loss": 1.0, "eval_loss": abs(step - 700)})
+        if step in (1000, 2000):
+            log.write()
+            sizes.append((tmp_path / "run.json").stat().st_size)
+    log.close("finished")
+    assert abs(sizes[1] - sizes[0]) < 20 and json.loads((tmp_path / "run.json").read_text())["best"] == {"step": 700, "metric": "loss", "value": 0}

@@ -34,7 +34,7 @@ def test_a_call_is_learnt_where_a_chat_asks_for_it(bases):
     asked = family.encode_chat(tokenizer, TIP.question, history)
     assert ids[: len(asked)] == asked and n_masked == len(asked) - 1  # the role token of the answer is learnt too
     learnt = ids[len(asked) :]
-    assert not data.labels and learnt[-1] in [tokenizer.get_command(token) for token in family.stop_tokens]
+    assert data.labels(0) is None and learnt[-1] in [tokenizer.get_command(token) for token in family.stop_tokens]
     answer, after = family.process_response(tokenizer.decode(learnt[:-1]), [*history, {"role": "user", "content": TIP.question}])
     assert answer == {"name": TIP.name, "parameters": TIP.arguments} and after[-1]["role"] == "assistant"
 

@@ -73,7 +73,7 @@ def test_row_forms(tmp_path, name, row, prompt, labels):
     ({"prompt": "p", "output_tokens": 10_000_001}, "got 10000001"), ({"prompt": "p", "output_tokens": True}, "got true"),
     ({"prompt": "p", "output_tokens": 3.0}, "got 3.0"), ({"prompt": "p", "output_tokens": "3"}, 'got "3"'), ({"prompt": "p", "output_tokens": None}, "got null"),
     ({"prompt": "p", "output_tokens": 3, "finished": 1}, '"finished" must be true or false, got 1'),
-    ({"prompt": "p", "output_tokens": 3, "served_model": None}, '"served_model" must be text, got null'),
+    ({"prompt": "p", "output_tokens": 3, "served_model": 1}, '"served_model" must be text, got 1'),
     ({"prompt": "p"}, 'no "output_tokens" and no "response"'), ({"instruction": "p", "input": "q"}, 'no "output"'),
     ({"instruction": "p", "output": None}, '"output" must be text, got null'), ({"instruction": "p", "input": 1, "output": "x"}, '"input" must be text, got 1'),
     ({"text": "p", "answer": "x"}, "served model's tokenizer"), ({"prompt": "\ud800", "output_tokens": 1}, "half a surrogate pair"),

@@ -1,0 +1,111 @@
+"""DeepSpeed files: found, read, checked, and what train.py makes of their ZeRO section. Free of torch."""
+
+from pathlib import Path
+
+from chatglm.files import read_json, shorten
+
+ROOT = Path(__file__).resolve().parent.parent
+NUMBER = (int, float)
+EXAMPLES = {"optimizer": "AdamW", "scheduler": "WarmupDecayLR"}
+# What a key must hold wherever train.py or DeepSpeed reads on in it: dotted path -> (type, in words).
+OBJECTS = (
+    "fp16", "bf16", "data_types", "optimizer", "optimizer.params", "scheduler", "scheduler.params", "zero_optimization",
+    "zero_optimization.offload_optimizer", "zero_optimization.offload_param", "activation_checkpointing", "aio", "amp",
+    "comms_logger", "flops_profiler", "tensorboard", "wandb", "csv_monitor", "elasticity", "autotuning", "data_efficiency",
+    "compression_training", "checkpoint", "curriculum_learning",
+)  # fmt: skip
+KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    **{path: (dict, "an object") for path in OBJECTS},
+    "optimizer.type": (str, "text"),
+    "optimizer.params.betas": (list, "a list of two numbers"),
+    "optimizer.params.eps": (NUMBER, "a number"),
+    "scheduler.type": (str, "text"),
+    "zero_optimization.stage": (int, "a whole number from 0 to 3"),
+    "zero_optimization.offload_optimizer.device": (str, "text"),
+    "zero_optimization.offload_param.device": (str, "text"),
+    "gradient_clipping": (NUMBER, "a number"),
+}
+
+
+def read_ds_file(name: str) -> tuple[Path, dict]:
+    """A DeepSpeed file and what it holds, without what is null; a bare name is looked up in ds_configs/ too.
+
+    Raises:
+        FileNotFoundError; ValueError: not a JSON object, or a section in it that is none.
+    """
+    folder = ROOT / "ds_configs"
+    path = next((p for p in (Path(name), folder / name) if p.is_file()), None)
+    if path is None:
+        shipped = ", ".join(sorted(p.name for p in folder.glob("*.json")))
+        raise FileNotFoundError(f"--ds_file: no such file: {name}; ds_configs/ has {shipped}")
+    try:
+        ds = without_nulls(read_json(path))
+        check_kinds(ds)
+    except ValueError as error:
+        where = "" if str(path) in str(error) else f"{path}: "
+        raise ValueError(f"--ds_file: {where}{error}") from None
+    return path, ds
+
+
+def without_nulls(value):
+    """JSON without the keys whose value is null: such a section is not there."""
+    if isinstance(value, dict):
+        return {key: without_nulls(found) for key, found in value.items() if found is not None}
+    return value
+
+
+def check_kinds(ds: dict):
+    """Raises ValueError naming the first key of a DeepSpeed configuration that holds another kind of value than KINDS says."""
+    for path, (kind, wanted) in KINDS.items():
+        found = ds
+        for key in path.split("."):
+            found = found.get(key) if isinstance(found, dict) else None
+        if found is None or (found == "auto" and kind is not dict):
+            continue
+        if not isinstance(found, kind) or (isinstance(found, bool) and kind is not dict):
+            raise ValueError(f"{path} must be {wanted}, got {shorten(found)}")
+    betas = ds.get("optimizer", {}).get("params", {}).get("betas", "auto")
+    if betas != "auto" and [type(beta) in NUMBER for beta in betas] != [True, True]:
+        raise ValueError(f"optimizer.params.betas must be a list of two numbers, got {shorten(betas)}")
+    stage = ds.get("zero_optimization", {}).get("stage", 0)
+    if stage != "auto" and not 0 <= stage <= 3:
+        raise ValueError(f"zero_optimization.stage must be a whole number from 0 to 3, got {shorten(stage)}")
+    for section in ("optimizer", "scheduler"):
+        if "type" not in ds.get(section, {"type": ""}):
+            raise ValueError(f'{section} needs a "type", such as {EXAMPLES[section]}')
+
+def fill_sizes(zero: dict, hidden_size: int) -> dict:
+    """zero_optimization with the sizes left to "auto" as transformers chooses them for a model's width.
+
+    ZeRO-1 and 2 get buckets of at least 2**24 elements, 64 MiB in fp32: small models would wait for many small messages.
+    """
+    square = hidden_size**2
+    by_width = {
+        "reduce_bucket_size": square if zero.get("stage") == 3 else max(square, 2**24),
+        "stage3_prefetch_bucket_size": int(0.9 * square),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    return zero | {key: value for key, value in by_width.items() if zero.get(key) == "auto"}
+
+
+# Keys of zero_optimization that tell how ranks share and talk: without a meaning where there is one.
+BETWEEN_RANKS = {"stage", "allgather_partitions", "allgather_bucket_size", "overlap_comm", "reduce_scatter", "reduce_bucket_size",
+                 "contiguous_gradients", "round_robin_gradients"}  # fmt: skip
+
+
+def stage_for(ds: dict, precision: str, adapters: bool, world: int) -> int:
+    """A DeepSpeed file's ZeRO stage; on one rank that trains more than adapters, the cheapest that computes the same.
+
+    ZeRO-2 there still copies every gradient into a bucket, sums it into a new buffer and takes its norm in fp64: two thirds of
+    a step's time again. In bf16 stage 1 gives DeepSpeed's BF16_Optimizer, which adds each gradient to its fp32 sum as backward
+    makes it; in fp32 nothing at all is needed. Files that say more of ZeRO than how ranks talk are obeyed.
+    """
+    zero = ds["zero_optimization"]
+    stage = zero.get("stage", 0)
+    if world > 1 or adapters or stage > 2 or not zero.keys() <= BETWEEN_RANKS:
+        return stage
+    if precision == "fp32" and ds.get("gradient_clipping", 1.0) != 0:
+        return 0
+    if precision == "bf16" and ds.get("data_types", {}).get("grad_accum_dtype", "fp32") == "fp32":
+        return 1
+    return stage

@@ -1,0 +1,123 @@
+"""When a flag has an effect: a table for each program, and the one rule that refuses a flag without one. Free of torch."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Effect:
+    """`holds(config)` where a flag has an effect; `needs` says in words what that takes."""
+
+    needs: str
+    holds: Callable[[object], bool]
+
+
+def refuse_without_effect(config, given: Iterable[str], effects: dict[str, Effect]):
+    """Raises ValueError for the first of the given flags that has no effect beside the others.
+
+    A flag that `effects` does not name always has one.
+    """
+    for name in given:
+        effect = effects.get(name)
+        if effect and not effect.holds(config):
+            raise ValueError(f"--{name} needs {effect.needs.format(c=config)}: it has no effect otherwise")
+
+
+def drops(c) -> bool:
+    """Dropout or NEFTune's noise acts, so that no beginning is shared (finetune.task.shares_prefix)."""
+    prefix = c.prefix_dropout if c.resolved_ptuning_version == "v2" else 0
+    return bool({"lora": c.lora_dropout, "ptuning": prefix}.get(c.train_type) or c.neftune_noise_alpha)
+
+
+LORA = Effect("--train_type lora; got {c.train_type}", lambda c: c.train_type == "lora")
+PTUNING = Effect("--train_type ptuning; got {c.train_type}", lambda c: c.train_type == "ptuning")
+EVALUATION = Effect("--eval_path", lambda c: c.has_evaluation)
+EVAL_PATH = Effect("--eval_path", lambda c: bool(c.eval_path))
+WHOLE_ROWS = Effect("a run without --streaming", lambda c: not c.streaming)
+
+# Of train.py. A flag that is not here has an effect in every run.
+TRAINING: dict[str, Effect] = {
+    "glm3_labels": Effect("--mode glm3, or none; got {c.mode}", lambda c: c.mode in (None, "glm3")),
+    "prompt_text": Effect(
+        "--data_format text or auto; got {c.data_format}", lambda c: c.data_format in ("auto", "text")
+    ),
+    "replay_ratio": Effect("--replay_path", lambda c: bool(c.replay_path)),
+    "shuffle_buffer": Effect("--streaming", lambda c: c.streaming),
+    "preprocessing_num_workers": WHOLE_ROWS,
+    "data_cache": WHOLE_ROWS,
+    "data_cache_gb": Effect(
+        "--data_cache and a run without --streaming", lambda c: bool(c.data_cache) and not c.streaming
+    ),
+    "share_prefix": Effect(
+        "--batching ragged, a --mode other than glm, and neither dropout nor --neftune_noise_alpha",
+        lambda c: c.batching == "ragged" and c.mode != "glm" and not drops(c),
+    ),
+    "gradient_checkpointing_layers": Effect(
+        "--gradient_checkpointing True or selective", lambda c: c.gradient_checkpointing != "False"
+    ),
+    **dict.fromkeys(("lora_dim", "lora_alpha", "lora_dropout", "lora_module_name"), LORA),
+    **dict.fromkeys(("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio"), LORA),
+    "quantization_bit": Effect(
+        "frozen weights, --train_type lora or ptuning; got {c.train_type}", lambda c: c.train_type in ("lora", "ptuning")
+    ),
+    "freeze_module_name": Effect("--train_type freeze; got {c.train_type}", lambda c: c.train_type == "freeze"),
+    **dict.fromkeys(("pre_seq_len", "prefix_projection", "ptuning_version"), PTUNING),
+    "prefix_dropout": Effect(
+        "--train_type ptuning of version v2",
+        lambda c: c.train_type == "ptuning" and c.resolved_ptuning_version == "v2",
+    ),
+    "overwrite_output_dir": Effect(
+        "a run without --resume_from_checkpoint", lambda c: not c.resume_from_checkpoint
+    ),
+    **dict.fromkeys(("eval_step", "per_device_eval_batch_size", "metric_for_best"), EVALUATION),
+    "early_stopping_patience": EVALUATION,
+    "early_stopping_min_delta": Effect("--early_stopping_patience", lambda c: bool(c.early_stopping_patience)),
+    **dict.fromkeys(("eval_metrics", "eval_f1"), EVAL_PATH),
+    "eval_max_new_tokens": Effect("--eval_metrics", lambda c: bool(c.answer_metrics)),
+    "tensorboard": Effect("--report_to tensorboard", lambda c: "tensorboard" in c.loggers),
+}
+
+SAMPLING = Effect("--do_sample", lambda c: bool(c.do_sample))
+FILE = Effect("--file", lambda c: bool(c.file))
+TEST_PATH = Effect("--test_path", lambda c: bool(c.test_path))
+
+# Of finetune.predict.
+PREDICTING: dict[str, Effect] = {
+    **dict.fromkeys(("top_p", "temperature", "seed"), SAMPLING),
+    "max_length": Effect("a run without --max_new_tokens", lambda c: not c.max_new_tokens),
+    **dict.fromkeys(("batch_size", "output", "prompt_text", "data_format", "columns"), FILE),
+}
+
+# Of finetune.evaluate.
+EVALUATING: dict[str, Effect] = {
+    **dict.fromkeys(("top_p", "temperature", "seed"), SAMPLING),
+    "max_length": PREDICTING["max_length"],
+    "num_answers": Effect("--test_path and --do_sample", lambda c: bool(c.test_path and c.do_sample)),
+    "predictions": TEST_PATH,
+    "f1_denominator": Effect(
+        "--test_path and --metrics triple_f1",
+        lambda c: bool(c.test_path) and (not c.metrics or "f1" in c.metrics),
+    ),
+}
+
+FITTED = Effect("--compare_seeds", lambda c: bool(c.compare_seeds))
+ONE_RUN = Effect(
+    "--model, without --compare_seeds or --table", lambda c: bool(c.model and not (c.compare_seeds or c.table))
+)
+
+# Of finetune.memory, beside those of TRAINING.
+ESTIMATING: dict[str, Effect] = {
+    "fit": FITTED,
+    "gpu": Effect("--model or --table, without --compare_seeds", lambda c: not c.compare_seeds),
+    **dict.fromkeys(("mode", "gpus", "label_share", "real_tokens"), ONE_RUN),
+    "model": Effect("a run without --compare_seeds or --table", lambda c: not (c.compare_seeds or c.table)),
+}
+
+
+def check_given(parser, args, effects: dict[str, Effect]):
+    """Leave by `parser.error` where a parsed flag that is not at its default has no effect beside the others."""
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    try:
+        refuse_without_effect(args, given, effects)
+    except ValueError as error:
+        parser.error(str(error))
