@@ -64,7 +64,6 @@ class Even:
     """
 
     ends_as_layers: int = 2
-
     def place(self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile) -> Placement:
         pieces = Pieces(model, cluster, need, profile_of(cost))
         count = len(cluster.devices)
@@ -438,8 +437,7 @@ def main(argv: list[str] | None = None):
         cluster = Cluster.from_json(args.cluster) if args.cluster else Cluster.uniform(args.device, count) if args.device else profile.cluster(count)
         need = Need(args.need_tokens, args.batch, args.prompt_tokens, args.output_tokens)
         placement = DEPLOYERS[args.deployer].place(ModelShape.from_config(args.model), cluster, need, profile)
-        print(f"model: {shape_source(args.model)}")
-        print(placement.describe())
+        print(f"model: {shape_source(args.model)}\n{placement.describe()}")
         if args.json:
             write_json(args.json, placement.report())
         if args.picture:

@@ -131,12 +131,12 @@ def test_wrong_flags(adapter, capsys, words):
     assert stop.value.code == 2 and "error: " in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_t12_an_adapter_and_its_merged_folder_sample_alike(adapter, tmp_path, capsys):
+def test_t12_an_adapter_and_its_merged_folder_sample_alike(adapter, bases, tmp_path, capsys):
     """The seed is set at the batch: what loading draws, more of it for an adapter, changes no answer."""
     import merge_lora
 
     merged = tmp_path / "merged"
-    assert merge_lora.main(["--model_dir", str(adapter), "--save_dir", str(merged)]) == 0
+    assert merge_lora.main(["--ori_model_dir", str(bases["glm2"]), "--model_dir", str(adapter), "--save_dir", str(merged)]) == 0
     answers = []
     for folder in (adapter, merged):
         capsys.readouterr()
