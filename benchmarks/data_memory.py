@@ -1,6 +1,7 @@
 """Memory and time of a run's rows: bytes a token over all ranks, seconds of a cold and a warm start, how often rows are tokenised.
 
     python benchmarks/data_memory.py [--tokens 10000000,50000000] [--ranks 1,2] [--kind rows] [--json FILE]
+    python benchmarks/data_memory.py --batches
 
 Rows are drawn at random. Each rank loads them as train.py does and lays out the batches of a whole epoch, without a model. Memory is
 the proportional set size (Pss of /proc/self/smaps_rollup) above that of the process before it loads, summed over the ranks: a page
@@ -96,7 +97,11 @@ def run_ranks(count: int, words: list[str]) -> dict:
     said = [rank.communicate()[0] for rank in ranks]
     if any(rank.returncode for rank in ranks):
         sys.exit("a rank failed")
-    found = [json.loads(text.splitlines()[-1]) for text in said]
+    return together(count, [json.loads(text.splitlines()[-1]) for text in said])
+
+
+def together(count: int, found: list[dict]) -> dict:
+    """A line of the table, of what each rank says."""
     first = found[0]
     return {
         "ranks": count,
@@ -156,16 +161,50 @@ def make_corpus(path: Path, model: Path, tokens: int, kind: str) -> Path:
 # ---- the table
 
 
+def flags_of(folder: Path, model: Path, corpus: Path) -> list[str]:
+    return ["--model_name_or_path", str(model), "--train_path", str(corpus), "--output_dir", str(folder / "out"), *FLAGS]
+
+
 def measure(folder: Path, model: Path, tokens: int, ranks: list[int], kind: str) -> list[dict]:
     """Cold, warm and without a cache, for each number of ranks."""
     corpus = make_corpus(folder / f"{tokens}.jsonl", model, tokens, kind)
-    words = ["--model_name_or_path", str(model), "--train_path", str(corpus), "--output_dir", str(folder / "out"), *FLAGS]
-    found = []
+    words, found = flags_of(folder, model, corpus), []
     for count in ranks:
         cache = folder / f"cache-{tokens}-{count}"
         for state, where in (("cold", cache), ("warm", cache), ("off", "")):
             found.append({"cache": state} | run_ranks(count, [*words, "--data_cache", str(where)]))
             print_line(found[-1])
+    return found
+
+
+def batch_times(repetitions: int = 7) -> dict[str, float]:
+    """{rows and layout: ms that 16 rows take to be laid out, the best of some repetitions}."""
+    import numpy as np
+
+    from chatglm.conversations import IGNORED
+    from finetune.arrays import EncodedRow, dataset_of
+    from finetune.data import collate
+
+    draw = np.random.default_rng(0)
+    begin = [7] * 30
+    plain = [(begin + draw.integers(8, 60_000, int(n)).tolist(), int(n) // 2) for n in draw.integers(60, 400, 128)]
+    talks = [begin + draw.integers(8, 60_000, 600).tolist() for _ in range(128)]
+    labels = [[IGNORED] * 90 + [x if (i // 50) % 2 else IGNORED for i, x in enumerate(ids[90:])] for ids in talks]
+    data = {
+        "single answers": dataset_of(("", EncodedRow(ids, n, False)) for ids, n in plain),
+        "several answers": dataset_of(("", EncodedRow(ids, 140, False, own)) for ids, own in zip(talks, labels)),
+    }
+    layouts = {"ragged": {}, "ragged, shared beginning": {"share": True, "multiple": 64}, "padded": {"ragged": False}}
+    found = {}
+    for kind, rows in data.items():
+        for layout, options in layouts.items():
+            times = []
+            for _ in range(repetitions):
+                started = time.perf_counter()
+                for first in range(0, 128, BATCH):
+                    collate(rows, list(range(first, first + BATCH)), **options)
+                times.append((time.perf_counter() - started) / (128 / BATCH) * 1000)
+            found[f"{kind}, {layout}"] = min(times)
     return found
 
 
@@ -191,7 +230,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ranks", default="1,2", help="comma list [1,2]")
     parser.add_argument("--kind", choices=("rows", "conversations"), default="rows", help="conversations: labels of several answers [rows]")
     parser.add_argument("--json", metavar="FILE", help="where the figures also go")
+    parser.add_argument("--batches", action="store_true", help="time the laying out of batches instead")
     args = parser.parse_args(argv)
+    if args.batches:
+        print("\n".join(f"{ms:8.3f} ms  {name}" for name, ms in batch_times().items()))
+        return 0
     ranks, found = [int(count) for count in args.ranks.split(",")], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
