@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT))
 
 from chatglm.conversations import IGNORED, Turn  # noqa: E402
 from chatglm.families import FAMILIES  # noqa: E402
-from finetune.data import EncodedRow, Encoder  # noqa: E402
+from finetune.arrays import EncodedRow  # noqa: E402
+from finetune.encoding import Encoder  # noqa: E402
 from finetune.files import write_aside  # noqa: E402
 from finetune.formats import FORMATS, Row, find_format, refused_by  # noqa: E402
 from finetune.sources import read_file_items, read_rows  # noqa: E402

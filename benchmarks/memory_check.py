@@ -157,7 +157,8 @@ def train_ours(case: Case, steps: int):
     """Steps of our loop on one batch."""
     import torch
 
-    from finetune.data import Dataset, collate, count_labels
+    from finetune.arrays import EncodedRow, dataset_of
+    from finetune.data import collate, count_labels
     from finetune.lora import use_lean_lora
     from finetune.loss import LossModule
 
@@ -173,7 +174,7 @@ def train_ours(case: Case, steps: int):
     masked = case.length + 1 - case.length // 4
     if case.family == "glm":
         ids[:, masked - 2], ids[:, masked - 1] = model.config.gmask_token_id, model.config.bos_token_id
-    data = Dataset(ids.tolist(), [masked] * case.batch, [""] * case.batch, 0, 0)
+    data = dataset_of(("", EncodedRow(row, masked, False)) for row in ids.tolist())
     rows = collate(data, list(range(case.batch)), share=case.family != "glm", multiple=1 if case.precision == "fp32" else 64)
     for step in range(steps):
         if step == 1:

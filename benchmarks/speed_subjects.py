@@ -27,12 +27,13 @@ def encode(shared: Path, family: str) -> list[tuple[list[int], int]]:
     """
     from chatglm import load_tokenizer
     from chatglm.families import FAMILIES
-    from finetune.data import encode_rows, read_rows
+    from finetune.encoding import encode_rows
+    from finetune.sources import read_rows
 
     tokenizer = load_tokenizer(shared / "data" / "chatglm2-tokenizer", mode="glm2")
     rows, _ = read_rows(shared / "data" / "finetune" / "spo_0.json", limit=ROWS)
     data = encode_rows(rows, tokenizer, FAMILIES["glm2"], max_len=768, max_src_len=512)
-    pairs = [(ids, n) for ids, n in zip(data.input_ids, data.n_masked)]
+    pairs = [(data.ids(row).tolist(), data.n_masked(row)) for row in range(len(data))]
     if family == "glm":
         pairs = [(ids[2:n] + [130001, 130004] + ids[n:-1] + [130005], n - 1) for ids, n in pairs]
     return pairs
@@ -155,9 +156,9 @@ def run_reference(spec, pairs):
 
 
 def our_dataset(pairs):
-    from finetune.data import Dataset
+    from finetune.arrays import EncodedRow, dataset_of
 
-    return Dataset([ids for ids, _ in pairs], [n for _, n in pairs], [""] * len(pairs), 0, 0)
+    return dataset_of(("", EncodedRow(ids, n, False)) for ids, n in pairs)
 
 
 def run_bare(spec, pairs):

@@ -1,10 +1,14 @@
 """Ranks, ports and DeepSpeed's configuration: everything between the flags and `deepspeed.initialize`."""
 
 import io
+import itertools
 import os
 import socket
+import time
 import warnings
+from collections.abc import Callable
 from contextlib import redirect_stdout
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +16,8 @@ import torch.distributed as dist
 from finetune.config import TrainConfig
 from finetune.ds_file import fill_sizes, read_ds_file, stage_for
 
+T = TypeVar("T")
+BARRIERS = itertools.count()  # their numbers, the same on every rank
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -27,6 +33,11 @@ def say(*words):
     """Print on rank 0."""
     if rank() == 0:
         print(*words, flush=True)
+
+
+def local_rank() -> int:
+    """The number of this rank on its node."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def without_prints():
@@ -107,6 +118,39 @@ def agree(decide):
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
+
+
+def first_of_node(make: Callable[[], T]) -> T:
+    """What `make()` returns on the first rank of a node, on all ranks of it, however long it takes.
+
+    An error on one node is raised on all.
+    """
+    answer: tuple = (False, None, None)
+    if local_rank() == 0:
+        try:
+            answer = (True, make(), None)
+        except (ValueError, OSError, MemoryError, ImportError) as error:
+            answer = (True, None, error)
+    of_rank = [answer]
+    if world_size() > 1:
+        wait_for_all()
+        of_rank = [None] * world_size()
+        dist.all_gather_object(of_rank, answer)
+    if error := next((error for _, _, error in of_rank if error is not None), None):
+        raise error
+    return next(made for first, made, _ in reversed(of_rank[: rank() + 1]) if first)
+
+
+def wait_for_all():
+    """A barrier without a time limit, for work of hours on some ranks; collective operations give up after minutes."""
+    if world_size() == 1:
+        return
+    store = dist.PrefixStore(f"barrier {next(BARRIERS)}", dist.distributed_c10d._get_default_store())
+    store.set(str(rank()), "")
+    ranks, pause = list(map(str, range(world_size()))), 0.002
+    while not store.check(ranks):
+        time.sleep(pause)
+        pause = min(0.5, 1.5 * pause)
 
 
 def sum_over_ranks(*values: float) -> list[float]:

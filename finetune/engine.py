@@ -51,7 +51,7 @@ from finetune.out_of_memory import explained, training_advice
 from finetune.recompute import recompute
 from finetune.record import RunLog, check_loggers, is_better, processor
 from finetune.stopping import STOPPED, SignalWatch, StoppedBySignal
-from finetune.task import FineTuning
+from finetune.task import FineTuning, RowSet
 
 
 class TrainingFailed(RuntimeError):
@@ -330,7 +330,7 @@ class Loop:
         tokens read, stop wanted).
         """
         config, engine = self.config, self.engine
-        places, tokens, batches = self.batches()
+        data, rows, tokens, batches = self.batches()
         labelled, tokens, stop = sum_over_ranks(sum(map(self.task.count_labels, batches)), tokens, bool(self.signals.number))
 
         engine.train()
@@ -348,13 +348,14 @@ class Loop:
         norm = float(engine.get_global_grad_norm() or 0)
         # DeepSpeed skips a step of infinite gradients without a word; only fp16 with its loss scale means it so.
         if not math.isfinite(loss) or not (math.isfinite(norm) or engine.fp16_enabled()):
+            places = [data.place(row) for row in rows]
             raise TrainingFailed(
                 f"the loss is {loss}, the norm of its gradient {norm} at step {self.done} (rank {rank()} read {', '.join(places)}); "
                 f"nothing was saved of this step. Try a lower --learning_rate or --precision bf16 or fp32"
             )
         return loss, norm, int(tokens), stop > 0
 
-    def batches(self) -> tuple[list[str], int, list[dict]]:
+    def batches(self) -> tuple[RowSet, list[int], int, list[dict]]:
         """What make_batches makes of the step to come; workers begin with those after it."""
         last = min(self.done + self.config.num_workers, self.schedule.total_steps - 1)
         for step in range(self.done + 1, last + 1):
@@ -363,17 +364,16 @@ class Loop:
         made = self.ahead.pop(self.done, None)
         return made.result() if made else self.make_batches(self.done)
 
-    def make_batches(self, step: int) -> tuple[list[str], int, list[dict]]:
-        """Places and tokens of this rank's rows, and its collated batches: a pure function of the step, whoever calls it."""
+    def make_batches(self, step: int) -> tuple[RowSet, list[int], int, list[dict]]:
+        """The rows and which are this rank's, their tokens, and its collated batches: a pure function of the step, whoever calls it."""
         epoch, place = divmod(step, self.schedule.steps_per_epoch)
         data, order, place = self.task.rows_of_step(epoch, place, self.schedule.steps_per_epoch, self.schedule.global_batch)
-        lengths = self.task.lengths if data is self.task.data else np.array([len(ids) for ids in data.input_ids])
         passes = step_rows(
-            order, place, lengths, micro=self.config.per_device_train_batch_size,
+            order, place, data.row_lengths, micro=self.config.per_device_train_batch_size,
             accumulation=self.config.gradient_accumulation_steps, rank=rank(), world=world_size(),
         )  # fmt: skip
         rows = [row for chosen in passes for row in chosen if row >= 0]
-        return [data.places[row] for row in rows], int(lengths[rows].sum()), [self.task.collate(data, chosen) for chosen in passes]
+        return data, rows, int(data.row_lengths[rows].sum()), [self.task.collate(data, chosen) for chosen in passes]
 
     def evaluate(self, writer) -> bool:
         """The task's metrics; True where the chosen one is the best so far."""

@@ -13,11 +13,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from finetune.arrays import Dataset
 from finetune.commands import Parser, run_command
 from finetune.config import parse_positive
-from finetune.data import Dataset, Row, collate, count_labels
+from finetune.data import collate, count_labels
 from finetune.files import write_aside, write_json
 from finetune.flag_effects import EVALUATING, check_given
+from finetune.formats import Row
 from finetune.metrics import GROUPS, METRICS, check_packages, mean, parse_metrics, score_rows
 from finetune.out_of_memory import explained, inference_advice
 from finetune.predict import (
@@ -40,7 +42,7 @@ def evaluation_loss(loss_module, data: Dataset, batch_size: int, **layout) -> fl
 
     per_pass = batch_size * world_size()
     total = count = 0.0
-    by_length = sorted(range(len(data)), key=lambda i: len(data.input_ids[i]))
+    by_length = data.row_lengths.argsort(kind="stable").tolist()
     device = next(loss_module.parameters()).device
     for start in range(0, len(by_length), per_pass):
         mine = by_length[start : start + per_pass][rank() :: world_size()]

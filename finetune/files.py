@@ -6,9 +6,12 @@ import hashlib
 import json
 import os
 import socket
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from chatglm.checksums import write_checksums
 
@@ -210,6 +213,21 @@ def write_aside(path: Path, content: str | bytes):
                     folder.rmdir()
 
 
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that stands at `path` when the block ends, whole and on disk, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with open(aside, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def write_json(path: str | Path, content):
     """As `write_aside`, what `content` is in JSON."""
     write_aside(Path(path), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -252,7 +270,14 @@ def cache_arrays(file: Path, arrays: dict, limit_gb: float = CACHE_GB):
 
 
 def prune(folder: Path, limit: float):
-    """Delete the .safetensors files of a cache that were not used for the longest time, until the others take `limit` bytes."""
+    """Delete the .safetensors files of a cache that were not used for the longest time, until the others take `limit` bytes.
+
+    What a run that was killed left half-written goes after a day.
+    """
+    for path in folder.glob(".*.safetensors.*.tmp"):
+        with suppress(FileNotFoundError):
+            if path.stat().st_mtime < time.time() - 86400:
+                path.unlink()
     found = []
     for path in folder.glob("[!.]*.safetensors"):
         with suppress(FileNotFoundError):  # another run prunes too

@@ -7,8 +7,11 @@ import argparse
 import math
 from pathlib import Path
 
+from finetune.arrays import Dataset
 from finetune.checkpoint import read_manifest
-from finetune.data import Dataset, Row, collate, count_labels, encode_rows
+from finetune.data import collate, count_labels
+from finetune.encoding import encode_rows
+from finetune.formats import Row
 from finetune.metrics import mean, score_rows
 from finetune.predict import generate_answers, load_for_inference, trained_length
 

@@ -11,7 +11,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 
 from chatglm.files import is_lfs_pointer, pointer_error
-from finetune.files import sha256
 from finetune.formats import BadRow, Row, parse_row, refused_by, single_questions
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
@@ -99,12 +98,18 @@ def find_files(name: str, flag: str) -> tuple[Path, ...]:
 # ---- files to JSON values
 
 
+def read_parts(source: Source) -> Iterator[tuple[str, Iterator[tuple[str, object]]]]:
+    """(name, its (place, value) of every row) of each file, or of the hub; a place begins with that name."""
+    if source.is_hub:
+        yield source.name, read_hub(source.name)
+    for path in source.files:
+        yield str(path), read_file_items(path)
+
+
 def read_items(source: Source) -> Iterator[tuple[str, object]]:
     """(place, value) of every row; a value that does not parse comes as BadRow."""
-    if source.is_hub:
-        yield from read_hub(source.name)
-    for path in source.files:
-        yield from read_file_items(path)
+    for _, items in read_parts(source):
+        yield from items
 
 
 def read_file_items(path: str | Path) -> Iterator[tuple[str, object]]:
@@ -359,28 +364,41 @@ class RowReader:
         return row
 
 
+def parse_items(items: Iterable[tuple[str, object]], reader: RowReader, on_bad_row: str) -> Iterator[tuple[str, Row | BadRow]]:
+    """(place, row) of each value; bad rows are raised with on_bad_row "error", else they come as BadRow."""
+    for place, item in items:
+        try:
+            row: Row | BadRow = reader.row(item, place)
+        except BadRow as error:
+            if on_bad_row == "error":
+                raise
+            row = error
+        yield place, row
+
+
+def no_rows(name: str | Path, bad: int) -> BadRow:
+    return BadRow(f"{name}: no rows" + (f" ({bad} bad ones skipped)" if bad else ""))
+
+
 def read_rows(
     path: str | Path | Source, *, on_bad_row="error", limit: int | None = None, reader: RowReader | None = None, prompt_text=""
 ) -> tuple[list[Row], int]:  # fmt: skip
-    """All rows of a file or source and the number of bad ones skipped.
+    """All rows of a file or source, at most `limit`, and the number of bad ones skipped.
 
     Raises:
         BadRow: the first bad row, with on_bad_row "error"; or no good row at all.
     """
-    reader = reader or RowReader(prompt_text)
+    items = read_items(path) if isinstance(path, Source) else read_file_items(path)
     rows, bad = [], 0
-    for place, item in read_items(path) if isinstance(path, Source) else read_file_items(path):
-        if limit is not None and len(rows) == limit:
-            break
-        try:
-            rows.append(reader.row(item, place))
-        except BadRow:
-            if on_bad_row == "error":
-                raise
+    for _, row in parse_items(items, reader or RowReader(prompt_text), on_bad_row):
+        if isinstance(row, BadRow):
             bad += 1
+            continue
+        rows.append(row)
+        if len(rows) == limit:
+            break
     if not rows:
-        name = path.name if isinstance(path, Source) else path
-        raise BadRow(f"{name}: no rows" + (f" ({bad} bad ones skipped)" if bad else ""))
+        raise no_rows(path.name if isinstance(path, Source) else path, bad)
     return rows, bad
 
 
@@ -389,11 +407,18 @@ def read_questions(text: str, flag: str, reader: RowReader) -> list[Row]:
     return single_questions([row for source in parse_sources(text, flag, weights=False) for row in read_rows(source, reader=reader)[0]], flag)
 
 
-def hash_sources(sources: list[Source], rows: list[Row] = ()) -> str:
-    """Of all files' content (of one file: its SHA-256), and of the rows of a hub."""
-    digests = [sha256(file) for source in sources for file in source.files]
-    if any(source.is_hub for source in sources):
-        digests.append(hashlib.sha256(repr([(row.prompt, row.answers, row.turns) for row in rows]).encode("utf-8")).hexdigest())
+def hash_rows(rows: Iterable[Row]) -> str:
+    """Of the rows of a hub, which has no files to hash."""
+    digest, before = hashlib.sha256(b"["), b""
+    for row in rows:
+        digest.update(before + repr((row.prompt, row.answers, row.turns)).encode())
+        before = b", "
+    digest.update(b"]")
+    return digest.hexdigest()
+
+
+def join_hashes(digests: list[str]) -> str:
+    """One for the hashes of several files and hubs; of one its own."""
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 

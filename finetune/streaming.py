@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.data import Dataset, EncodedRow, Encoder, dataset_of
+from finetune.arrays import Dataset, EncodedRow, dataset_of
+from finetune.encoding import Encoder
 from finetune.files import sha256
 from finetune.formats import BadRow
 from finetune.sources import RowReader, Source, over_several_lines, parse_line, read_lines

@@ -2,6 +2,7 @@
 
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -9,25 +10,40 @@ from torch import Tensor, nn
 
 from chatglm.families import FAMILIES
 from chatglm.loading import load_model, load_tokenizer, resolve_mode
+from finetune.arrays import Dataset, join
 from finetune.checkpoint import export
 from finetune.config import TrainConfig
-from finetune.data import Dataset, Encoder, collate, count_labels, encode_rows, epoch_order, join
-from finetune.distributed import agree, rank, say
+from finetune.data import collate, count_labels, epoch_order
+from finetune.distributed import agree, first_of_node, local_rank, rank, say, wait_for_all, world_size
+from finetune.encoding import Encoder, Preparation, choose_rows, prepare
 from finetune.evaluate import answers_of_ranks, evaluation_loss, prediction_lines
 from finetune.files import write_aside
-from finetune.formats import Row, parse_columns, single_questions
+from finetune.formats import parse_columns, single_questions
 from finetune.loss import LossModule
 from finetune.methods import make_method
 from finetune.metrics import mean, score_rows
-from finetune.sources import RowReader, Source, draw_rows, hash_sources, parse_sources, read_rows, replay_count
+from finetune.sources import RowReader, Source, draw_rows, join_hashes, parse_sources, read_rows, replay_count
 from finetune.streaming import Stream
+
+
+class RowSet(Protocol):
+    """What the loop asks of its rows: a Dataset has it, and the prompts of a length predictor."""
+
+    @property
+    def row_lengths(self) -> np.ndarray:
+        """(rows,) tokens of each."""
+
+    def __len__(self) -> int: ...
+
+    def place(self, row: int) -> str:
+        """"file:line", for messages."""
 
 
 class FineTuning:
     """A ChatGLM learns to answer. predictor/training.py has the other task: how long the answer will be.
 
     Attributes:
-        data: the training rows: a Dataset, or what has `input_ids`, `places` and a length like one; None where `stream` reads them.
+        data: the training rows; None where `stream` reads them.
         count_labels(batch) -> int: what a batch's summed loss is divided by.
     """
 
@@ -48,22 +64,20 @@ class FineTuning:
         config = self.config
         sources = parse_sources(config.train_path)
         replay = parse_sources(config.replay_path, "--replay_path") if config.replay_path else []
+        held_out = parse_sources(config.eval_path, "--eval_path", weights=False) if config.eval_path else []
         if config.streaming:
             self.stream = self.open_stream(sources, replay)
         else:
             self.load_training_rows(sources, replay)
-        if config.eval_path:
-            self.load_eval_rows()
+        if held_out:
+            self.load_eval_rows(held_out)
 
     def open_stream(self, sources: list[Source], replay: list[Source]) -> Stream:
         config = self.config
-        encoder = Encoder(
-            self.tokenizer, self.family, config.max_len, config.max_src_len, config.glm3_labels
-        )
         return Stream(
             sources,
             self.reader,
-            encoder,
+            self.encoder,
             seed=config.seed,
             block=config.shuffle_buffer,
             skip_bad=config.on_bad_row == "skip",
@@ -75,28 +89,30 @@ class FineTuning:
 
     def load_training_rows(self, sources: list[Source], replay: list[Source]):
         """Read every source; where there are several, or one has a weight, an epoch draws rows."""
-        parts = [self.load_source(source, "train") for source in sources]
-        parts += [self.load_source(source, "replay") for source in replay]
-        self.data = join([data for data, _ in parts]) if len(parts) > 1 else parts[0][0]
-        together = [*sources, *replay]
-        self.hash = hash_sources(together, [row for _, rows in parts for row in rows])
-        if len(parts) == 1 and sources[0].weight == 1:
+        loaded = [self.load_source(source, "train") for source in sources]
+        loaded += [self.load_source(source, "replay") for source in replay]
+        self.data = join([data for data, _ in loaded])
+        self.hash = join_hashes([found for _, hashes in loaded for found in hashes])
+        if len(loaded) == 1 and sources[0].weight == 1:
             return
-        sizes = [len(data) for data, _ in parts]
+        together = [*sources, *replay]
+        sizes = [len(data) for data, _ in loaded]
         shares = [size * source.weight for size, source in zip(sizes, together)]
         counts = draw_counts(shares, len(sources), self.config.replay_ratio)
         self.draws = tuple(zip(sizes, counts))
         words = [f"{count} rows of {source.name}" for count, source in zip(counts, together)]
         say("an epoch reads " + ", ".join(words))
 
-    def load_eval_rows(self):
-        held_out = parse_sources(self.config.eval_path, "--eval_path", weights=False)
-        parts = [self.load_source(source, "eval") for source in held_out]
-        self.eval_data = join([data for data, _ in parts])
-        self.eval_rows = [row for _, rows in parts for row in rows]
-        self.eval_hash = hash_sources(held_out, self.eval_rows)
-        if self.config.answer_metrics:  # without them a conversation gives its loss
-            single_questions(self.eval_rows, "--eval_metrics")
+    def load_eval_rows(self, held_out: list[Source]):
+        config = self.config
+        if config.answer_metrics:  # without them a conversation gives its loss
+            rows = []
+            for source in held_out:
+                rows += read_rows(source, on_bad_row=config.on_bad_row, reader=self.reader)[0]
+            self.eval_rows = single_questions(rows, "--eval_metrics")
+        loaded = [self.load_source(source, "eval") for source in held_out]
+        self.eval_data = join([data for data, _ in loaded])
+        self.eval_hash = join_hashes([found for _, hashes in loaded for found in hashes])
 
     def data_hash(self) -> str:
         """Of the training rows: a resumed run must have the same."""
@@ -107,23 +123,34 @@ class FineTuning:
         config = self.config
         return RowReader(config.prompt_text, config.data_format, parse_columns(config.columns), self.family.name)
 
-    def load_source(self, source: Source, name: str) -> tuple[Dataset, list[Row]]:
+    @property
+    def encoder(self) -> Encoder:
+        config = self.config
+        return Encoder(self.tokenizer, self.family, config.max_len, config.max_src_len, config.glm3_labels)
+
+    def load_source(self, source: Source, name: str) -> tuple[Dataset, list[str]]:
+        """(rows, hashes of the files): encoded by the first rank of each node, mapped by the others."""
         config = self.config
         limit = config.dataset_length if name == "train" else None
-        rows, bad = read_rows(source, on_bad_row=config.on_bad_row, limit=limit, reader=self.reader)
         # A test file may list several answers; the loss is of the first.
-        encoded = [row.with_first_answer() for row in rows] if name == "eval" else rows
+        preparation = Preparation(self.reader, self.encoder, config.on_bad_row, limit, first_answer=name == "eval")
         cache = Path(config.data_cache).expanduser() if config.data_cache else None
-        data = encode_rows(
-            encoded, self.tokenizer, self.family, max_len=config.max_len, max_src_len=config.max_src_len, glm3_labels=config.glm3_labels,
-            is_skip=config.is_skip and name != "eval", progress=rank() == 0, cache=cache,
-            cache_gb=config.data_cache_gb, workers=config.preprocessing_num_workers,
-        )  # fmt: skip
+        prepared = first_of_node(lambda: prepare(
+            source, preparation, cache=cache, workers=config.preprocessing_num_workers, progress=rank() == 0, shared=world_size() > 1,
+        ))  # fmt: skip
+        try:
+            rows = prepared.load(source)
+            wait_for_all()
+        finally:
+            if local_rank() == 0:
+                prepared.release(config.data_cache_gb)
+        data = choose_rows(rows, preparation.encoder, config.is_skip and name != "eval")
+        bad = rows.facts["bad"]
         words = [f"{len(data)} {name} rows"]
         words += [f"{bad} bad ones skipped"] if bad else []
         words += [f"{data.skipped} too long, skipped"] if data.skipped else [f"{data.truncated} cut"] if data.truncated else []
         say(", ".join(words))
-        return data, rows
+        return data, prepared.hashes
 
     # ---- which rows a step reads
 
@@ -145,21 +172,17 @@ class FineTuning:
         return self.data, self.order(epoch, step_rows if self.config.batching == "grouped" else 0), place
 
     @cached_property
-    def lengths(self) -> np.ndarray:
-        return np.array([len(ids) for ids in self.data.input_ids])
-
-    @cached_property
     def order(self):
         return lru_cache(2)(self.make_order)
 
     def make_order(self, epoch: int, group: int) -> np.ndarray:
         if not self.draws:
-            return epoch_order(self.lengths, self.config.seed, epoch, group=group)
+            return epoch_order(self.data.row_lengths, self.config.seed, epoch, group=group).astype(np.int32)
         starts = np.cumsum([0, *(rows for rows, _ in self.draws)])
         drawn = np.concatenate([
             start + draw_rows(rows, count, self.config.seed, number, epoch) for number, (start, (rows, count)) in enumerate(zip(starts, self.draws))
         ])  # fmt: skip
-        return drawn[epoch_order(self.lengths[drawn], self.config.seed, epoch, group=group)]
+        return drawn[epoch_order(self.data.row_lengths[drawn], self.config.seed, epoch, group=group)].astype(np.int32)
 
     def build_model(self, dtype: torch.dtype) -> nn.Module:
         """The model, prepared by its method: what trains requires a gradient."""

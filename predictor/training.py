@@ -1,6 +1,7 @@
 """train.py --task predictor: the loop of fine-tuning over prompts and lengths, with another loss and another thing to save."""
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,13 @@ class EncodedPrompts:
     lengths: Lengths
     input_ids: list[list[int]]
 
-    @property
-    def places(self) -> list[str]:
-        return self.lengths.places
+    def place(self, row: int) -> str:
+        return self.lengths.places[row]
+
+    @cached_property
+    def row_lengths(self) -> np.ndarray:
+        """(prompts,) tokens of each."""
+        return np.array([len(ids) for ids in self.input_ids])
 
     def __len__(self):
         return len(self.input_ids)
@@ -90,7 +95,7 @@ class LengthTraining(FineTuning):
     def collate(self, data: EncodedPrompts, rows: list[int]) -> dict:
         """A batch of prompts and, end to end, all their labels; an empty place (-1) is the shortest prompt without weight."""
         ids, labels = data.input_ids, data.lengths
-        filler = min(range(len(ids)), key=lambda i: len(ids[i])) if -1 in rows else None
+        filler = int(data.row_lengths.argmin()) if -1 in rows else None
         chosen = [filler if r == -1 else r for r in rows]
         spans = [np.arange(labels.starts[i], labels.starts[i + 1]) for i in chosen]
         every = np.concatenate(spans)
@@ -108,7 +113,7 @@ class LengthTraining(FineTuning):
         """(prompts, width) for the served model, computed by all ranks together."""
         batch = self.config.per_device_eval_batch_size or self.config.per_device_train_batch_size
         found = torch.zeros(len(data), self.head.width, dtype=torch.float64)
-        order = np.argsort([len(ids) for ids in data.input_ids], kind="stable").tolist()
+        order = data.row_lengths.argsort(kind="stable").tolist()
         per_pass = batch * world_size()
         device = network.head.weight.device
         for start in range(0, len(order), per_pass):

@@ -47,6 +47,15 @@ def write_rows(path: Path, rows: list) -> Path:
     return path
 
 
+def rows_of(data) -> list[tuple[str, list[int], int, list[int] | None]]:
+    """(place, ids, how many are masked, labels of its own) of every row of a Dataset."""
+    labels = [data.labels(row) for row in range(len(data))]
+    return [
+        (data.place(row), data.ids(row).tolist(), data.n_masked(row), None if own is None else own.tolist())
+        for row, own in enumerate(labels)
+    ]
+
+
 def child_env(**extra) -> dict[str, str]:
     """The environment of a command line: without the ranks that training in this process has set."""
     env = {k: v for k, v in os.environ.items() if k not in LAUNCHED}

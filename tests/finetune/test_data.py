@@ -10,21 +10,20 @@ from hypothesis import strategies as st
 
 from chatglm import load_tokenizer
 from chatglm.families import FAMILIES
+from finetune.arrays import EncodedRow, dataset_of
 from finetune.data import (
     IGNORED,
     SHORTEST_TRUNK,
-    Dataset,
-    Encoder,
     collate,
     count_labels,
-    encode_rows,
     epoch_order,
     step_rows,
 )
+from finetune.encoding import encode_rows
 from finetune.formats import BadRow, Row, parse_row
 from finetune.sources import read_rows
 from tests.conftest import shared_file
-from tests.finetune.runs import make_rows, write_rows
+from tests.finetune.runs import make_rows, rows_of, write_rows
 
 GOOD = '{"instruction": "a", "input": "b", "output": "c"}'
 
@@ -176,54 +175,25 @@ def test_encode_counts_cuts_and_skips(bases, family):
     rows += [Row("水泵漏油。" * 40, ("漏油",), "f:prompt"), Row("水泵", ("水泵_性能故障_漏油\n" * 40,), "f:answer")]
     limits = {"max_len": 80, "max_src_len": 50}
     data = encode_rows(rows, tokenizer, FAMILIES[family], **limits)
-    cut = [p for p, ids in zip(data.places, data.input_ids) if FAMILIES[family].encode_example(
-        tokenizer, rows[data.places.index(p)].prompt, rows[data.places.index(p)].answers[0], **limits).truncated]  # fmt: skip
+    encode = FAMILIES[family].encode_example
+    cut = [row.place for row in rows if encode(tokenizer, row.prompt, row.answers[0], **limits).truncated]
     assert {"f:prompt", "f:answer"} <= set(cut) and (len(data), data.truncated, data.skipped) == (8, len(cut), 0)
     end = tokenizer.get_command(FAMILIES[family].end_token)
-    assert all(ids[-1] == end and len(ids) <= 80 and 0 < n < len(ids) for ids, n in zip(data.input_ids, data.n_masked))
+    assert [place for place, *_ in rows_of(data)] == [row.place for row in rows]
+    assert all(ids[-1] == end and len(ids) <= 80 and 0 < n < len(ids) for _, ids, n, _ in rows_of(data))
     kept = encode_rows(rows, tokenizer, FAMILIES[family], **limits, is_skip=True)
-    assert (kept.truncated, kept.skipped) == (len(cut), len(cut)) and kept.places == [p for p in data.places if p not in cut]
+    assert (kept.truncated, kept.skipped) == (len(cut), len(cut)) and rows_of(kept) == [row for row in rows_of(data) if row[0] not in cut]
     with pytest.raises(ValueError, match="all 2 rows"):
         encode_rows(rows[-2:], tokenizer, FAMILIES[family], **limits, is_skip=True)
     with pytest.raises(BadRow, match=r"f:9: .*list of 2"):
         encode_rows([Row("a", ("b", "c"), "f:9")], tokenizer, FAMILIES[family], **limits)
 
 
-@pytest.mark.parametrize("family", ["glm", "glm2", "glm3"])
-def test_encoded_rows_are_kept(bases, tmp_path, family, monkeypatch):
-    """What is read from the cache is what would be encoded; other rows, lengths or token ids are another file, a broken one none."""
-    from finetune import data as module
-
-    tokenizer, rows = load_tokenizer(bases[family]), [parse_row(r, f"f:{i}") for i, r in enumerate(make_rows(6))]
-    encoded, real = [], module.tokenise
-    monkeypatch.setattr(module, "tokenise", lambda *args: encoded.append(1) or real(*args))
-
-    def encode(rows, tokenizer=tokenizer, max_len=80, cache=tmp_path / "cache", **options):
-        found = encode_rows(rows, tokenizer, FAMILIES[family], max_len=max_len, max_src_len=50, cache=cache, **options)
-        calls, encoded[:] = len(encoded), []
-        assert found == encode_rows(rows, tokenizer, FAMILIES[family], max_len=max_len, max_src_len=50, **options)
-        encoded.clear()
-        return calls
-
-    assert [encode(rows), encode(rows), encode(rows, is_skip=True)] == [1, 0, 0]
-    assert [encode(rows[:-1]), encode(rows, max_len=60), encode(rows[::-1])] == [1, 1, 1]
-    if family == "glm":  # the same model file, other ids
-        from chatglm.tokenization import ChatGLMTokenizer
-
-        other = ChatGLMTokenizer.from_pretrained(str(bases[family]), family=family, num_image_tokens=20000)
-        assert encode(rows, other) == 1
-    for file in (tmp_path / "cache").iterdir():
-        file.write_bytes(file.read_bytes()[:100])
-    assert [encode(rows), encode(rows)] == [1, 0] and not list((tmp_path / "cache").glob("*.tmp"))
-    (tmp_path / "file").touch()
-    assert encode(rows, cache=tmp_path / "file") == 1  # nowhere to write
-
-
 @given(st.lists(st.tuples(st.integers(2, 9), st.integers(1, 8)), min_size=1, max_size=6), st.data())
 def test_collate(shapes, draw):
     ids = [[100 * i + k for k in range(length)] for i, (length, _) in enumerate(shapes)]
     masked = [min(n, length - 1) for length, n in shapes]
-    data = Dataset(ids, masked, [""] * len(ids), 0, 0)
+    data = dataset_of(("", EncodedRow(row, n, False)) for row, n in zip(ids, masked))
     chosen = draw.draw(st.lists(st.integers(-1, len(ids) - 1), min_size=1, max_size=6))
     batch = collate(data, chosen, ragged=False, pad_id=7)
     assert batch["input_ids"].shape == batch["labels"].shape and batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
@@ -243,7 +213,7 @@ def test_collate_ragged(shapes, common, share, multiple, draw):
     """Read backwards: each sequence's tokens, and what predicts what, are the rows'; rows may begin with `common` equal tokens."""
     ids = [[7] * min(common, length) + [100 * i + k for k in range(common, length)] for i, (length, _) in enumerate(shapes)]
     masked = [min(n, length - 1) for length, n in shapes]
-    data = Dataset(ids, masked, [""] * len(ids), 0, 0)
+    data = dataset_of(("", EncodedRow(row, n, False)) for row, n in zip(ids, masked))
     chosen = draw.draw(st.lists(st.integers(-1, len(ids) - 1), min_size=1, max_size=6))
     batch = collate(data, chosen, share=share, multiple=multiple)
     row, lengths, shared = batch["input_ids"][0].tolist(), batch["lengths"], batch["shared"]
@@ -314,17 +284,3 @@ def test_t11_the_cache_keeps_what_was_used_last(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "c.safetensors", "jieba.cache"]
     cache_arrays(tmp_path / "d.safetensors", {"x": np.zeros(10**6)}, 2e-4)  # larger than the limit
     assert not list(tmp_path.glob("d.*"))
-
-
-def test_t11_the_key_of_the_cache(bases, monkeypatch):
-    """Its format, the settings and the text of the rows; not the text of our programs."""
-    from finetune import data
-
-    rows, tokenizer = [Row("a", ("b",), "f:1")], load_tokenizer(bases["glm2"])
-    key = Encoder(tokenizer, FAMILIES["glm2"], 64, 32).key(rows)
-    others = [Encoder(tokenizer, FAMILIES["glm2"], 64, 31).key(rows)]
-    others.append(Encoder(tokenizer, FAMILIES["glm2"], 64, 32).key([Row("a", ("c",), "f:1")]))
-    monkeypatch.setattr(data, "__file__", "/nowhere")
-    assert Encoder(tokenizer, FAMILIES["glm2"], 64, 32).key(rows) == key
-    monkeypatch.setattr(data, "CACHE_FORMAT", 99)
-    assert len({key, *others, Encoder(tokenizer, FAMILIES["glm2"], 64, 32).key(rows)}) == 4

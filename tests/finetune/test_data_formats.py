@@ -11,11 +11,13 @@ from benchmarks.format_table import main as print_table
 from chatglm import load_tokenizer
 from chatglm.conversations import IGNORED, Turn
 from chatglm.families import FAMILIES, TOOL_PREAMBLE
-from finetune.data import Dataset, EncodedRow, Encoder, collate, dataset_of, encode_rows, join
+from finetune.arrays import EncodedRow, dataset_of, join
+from finetune.data import collate
+from finetune.encoding import Encoder
 from finetune.formats import FORMATS, BadRow, Row, find_format, parse_columns, parse_row, refused_by
 from finetune.sources import RowReader, read_file_items, read_rows
 from tests.conftest import shared_file
-from tests.finetune.runs import ROOT, make_rows, metrics, write_rows
+from tests.finetune.runs import ROOT, make_rows, metrics, rows_of, write_rows
 
 SAMPLES = ROOT / "data" / "formats"
 
@@ -171,29 +173,12 @@ def test_several_answers_in_a_batch():
     row = EncodedRow([1, 2, 3, 4, 5, 6, 7], 2, False, [IGNORED, IGNORED, 3, 99, IGNORED, 6, 7])
     plain = EncodedRow([8, 9, 10], 1, False)
     data = join([dataset_of([("a", plain)]), dataset_of([("b", row), ("c", plain)])])
-    assert data == Dataset([plain.input_ids, row.input_ids, plain.input_ids], [1, 2, 1], ["a", "b", "c"], 0, 0, {1: row.labels})
+    assert rows_of(data) == [("a", [8, 9, 10], 1, None), ("b", row.input_ids, 2, row.labels), ("c", [8, 9, 10], 1, None)]
     made = collate(data, [1, 0, -1])
     keep, targets = made["keep"].tolist(), made["targets"].tolist()
     assert [(k, t) for k, t in zip(keep, targets) if t != IGNORED] == [(1, 3), (2, 99), (4, 6), (5, 7), (6, 9), (7, 10)]
     padded = collate(data, [1, 0, -1], ragged=False)
     assert padded["labels"].tolist() == [row.labels, [IGNORED, 9, 10] + [IGNORED] * 4, [IGNORED] * 7]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_conversations_are_cached_and_shared_out(bases, tmp_path, family):
-    """Read back from the cache, or tokenised by 2 processes, encodings are the same; rows that lost every answer are dropped."""
-    tokenizer = load_tokenizer(bases[family])
-    rows = [row for name in FORMATS for row in sample(name) if not refused_by(row, family)] * 4
-    limits = {"max_len": 400, "max_src_len": 300}
-    encode = lambda **more: encode_rows(rows, tokenizer, FAMILIES[family], **limits, **more)  # noqa: E731
-    plain = encode()
-    assert encode(cache=tmp_path, workers=2) == plain == encode(cache=tmp_path) and len(list(tmp_path.iterdir())) == 1
-    assert bool(plain.labels) == (family != "glm") and len(rows) > 64
-    if family == "glm3":
-        assert len(plain) < len(rows) and plain.skipped == len(rows) - len(plain) > 0  # the tools alone are longer
-        demo = encode(glm3_labels="chatglm3_demo")
-        assert demo.input_ids == plain.input_ids
-        assert all(a == b + 1 for i, (a, b) in enumerate(zip(demo.n_masked, plain.n_masked)) if i not in plain.labels)
 
 
 def test_training_on_conversations(flags, train, tmp_path, bases):

@@ -2,6 +2,7 @@
 
 import collections
 import gzip
+import hashlib
 import json
 import subprocess
 import sys
@@ -13,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.config import parse_config
+from finetune.encoding import Preparation
 from finetune.formats import BadRow, Row
 from finetune.sources import (
     RowReader,
-    Source,
     draw_rows,
-    hash_sources,
+    hash_rows,
+    join_hashes,
     parse_sources,
     read_file_items,
     read_rows,
@@ -130,13 +132,15 @@ def test_hubs(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "modelscope", ModuleType("modelscope"))
     monkeypatch.setitem(sys.modules, "modelscope.msdatasets", fake)
     assert pairs(read_rows(parse_sources("ms://x/y")[0])[0]) == [("q", "a")] and asked[-1] == ("x/y", "train")
-    sources = [Source("hf://a", ())]
-    assert hash_sources(sources, rows) == hash_sources(sources, rows) != hash_sources(sources, [])
+    content = repr([(row.prompt, row.answers, row.turns) for row in rows])
+    assert hash_rows(rows) == hashlib.sha256(content.encode()).hexdigest() != hash_rows([])
 
 
 def test_hash_of_files(tmp_path):
     """One file's is its own SHA-256, as checkpoints have it; of several, any change is seen."""
-    import hashlib
+
+    def hash_sources(sources):
+        return join_hashes([found for source in sources for found in Preparation(RowReader(), None).hashes(source)])
 
     for name in "ab":
         (tmp_path / name).write_text(name)
@@ -195,7 +199,7 @@ def test_an_epoch_of_weighted_files_and_replay(flags, tmp_path, three_files, cap
     read = collections.Counter()
     for epoch in range(10):
         order = task.order(epoch, 0)
-        files = [task.data.places[row].split(":")[0][-7] for row in order]
+        files = [task.data.place(row).split(":")[0][-7] for row in order]
         assert collections.Counter(files) == {"a": 20, "b": 3, "r": 8}
         assert np.array_equal(order, task_of(words).make_order(epoch, 0)) if epoch in (0, 9) else True
         assert sorted(task.order(epoch, 4)) == sorted(order)  # grouped: the same rows

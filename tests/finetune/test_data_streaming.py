@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 import train as command_line
 from finetune import streaming
+from finetune.arrays import EncodedRow
 from finetune.checkpoint import committed_checkpoints
-from finetune.data import EncodedRow
 from finetune.formats import BadRow
 from finetune.sources import RowReader, parse_sources
 from finetune.streaming import Stream, copies
@@ -45,7 +45,8 @@ def numbered(file, numbers):
 
 
 def read(stream, start, stop) -> list[str]:
-    return ["".join(map(chr, ids[:-1])) for ids in stream.rows(start, stop).input_ids]
+    data = stream.rows(start, stop)
+    return ["".join(map(chr, data.ids(row)[:-1])) for row in range(len(data))]
 
 
 @settings(max_examples=40, deadline=None)

@@ -8,7 +8,7 @@ import torch
 
 import train as command_line
 from chatglm import load_model
-from finetune.data import read_rows
+from finetune.sources import read_rows
 from tests.finetune.runs import STOPS, TWO_RANKS, metrics
 from tests.finetune.test_checkpoint import same_losses
 from tests.finetune.test_training import logits_of, plain_run

@@ -10,7 +10,8 @@ from chatglm import load_model, load_tokenizer
 from chatglm.families import FAMILIES
 from finetune import lora as lora_module
 from finetune.config import parse_config
-from finetune.data import IGNORED, collate, count_labels, encode_rows
+from finetune.data import IGNORED, collate, count_labels
+from finetune.encoding import encode_rows
 from finetune.evaluate import evaluation_loss
 from finetune.formats import parse_row
 from finetune.lora import use_lean_lora
@@ -63,12 +64,12 @@ def gradient(model, loss) -> torch.Tensor:
 def plain(model, data, rows) -> tuple[float, torch.Tensor]:
     """Mean loss and its gradient the textbook's way: a batch padded on the right, all logits, F.cross_entropy."""
     rows = [row for row in rows if row >= 0]
-    longest = max(len(data.input_ids[row]) for row in rows)
+    longest = max(len(data.ids(row)) for row in rows)
     ids, labels = torch.zeros(len(rows), longest, dtype=torch.long), torch.full((len(rows), longest), IGNORED)
     for i, row in enumerate(rows):
-        one = torch.tensor(data.input_ids[row])
+        one = torch.tensor(data.ids(row))
         ids[i, : len(one)] = one
-        labels[i, data.n_masked[row] : len(one)] = one[data.n_masked[row] :]
+        labels[i, data.n_masked(row) : len(one)] = one[data.n_masked(row) :]
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
     return loss.item(), gradient(model, loss)

@@ -18,7 +18,7 @@ from benchmarks.tool_calling import (
 )
 from chatglm import load_tokenizer
 from chatglm.families import FAMILIES, TOOL_PREAMBLE
-from finetune.data import encode_rows
+from finetune.encoding import encode_rows
 from finetune.formats import parse_row
 from tests.conftest import shared_file
 
@@ -29,12 +29,12 @@ def test_a_call_is_learnt_where_a_chat_asks_for_it(bases):
     """The ids of a row up to its call are those of the chat, and what is learnt after them is read back as the call."""
     tokenizer, family = load_tokenizer(bases["glm3"]), FAMILIES["glm3"]
     data = encode_rows([parse_row(as_row(TIP), "row:1")], tokenizer, family, max_len=2000, max_src_len=1000)
-    (ids,), (n_masked,) = data.input_ids, data.n_masked
+    ids, n_masked = data.ids(0).tolist(), data.n_masked(0)
     history = [{"role": "system", "content": TOOL_PREAMBLE, "tools": shown_tools(TIP.tools)}]
     asked = family.encode_chat(tokenizer, TIP.question, history)
     assert ids[: len(asked)] == asked and n_masked == len(asked) - 1  # the role token of the answer is learnt too
     learnt = ids[len(asked) :]
-    assert not data.labels and learnt[-1] in [tokenizer.get_command(token) for token in family.stop_tokens]
+    assert data.labels(0) is None and learnt[-1] in [tokenizer.get_command(token) for token in family.stop_tokens]
     answer, after = family.process_response(tokenizer.decode(learnt[:-1]), [*history, {"role": "user", "content": TIP.question}])
     assert answer == {"name": TIP.name, "parameters": TIP.arguments} and after[-1]["role"] == "assistant"
 

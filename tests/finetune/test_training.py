@@ -20,10 +20,11 @@ from chatglm import load_model, load_tokenizer
 from chatglm.checksums import CHECKSUMS, read_checksums
 from chatglm.families import FAMILIES
 from finetune.config import parse_config
-from finetune.data import epoch_order, read_rows
+from finetune.data import epoch_order
 from finetune.distributed import deepspeed_config, init_distributed, pieces, resolve_precision
 from finetune.engine import build_engine, seed_step
 from finetune.methods import make_method
+from finetune.sources import read_rows
 from finetune.task import FineTuning
 from tests.finetune.runs import METHODS, ROOT, child_env, make_rows, metrics, write_rows
 

@@ -15,7 +15,8 @@ from chatglm.checksums import write_checksums
 from chatglm.families import FAMILIES
 from finetune.checkpoint import Checkpointer, read_manifest
 from finetune.config import parse_config
-from finetune.data import collate, encode_rows
+from finetune.data import collate
+from finetune.encoding import encode_rows
 from finetune.engine import build_engine
 from finetune.formats import parse_row
 from finetune.loss import LossModule, nll_sum, sequence_lengths
@@ -170,11 +171,12 @@ def test_label_smoothing(flags, bases, data, lora):
     """torch's own loss over all words, also where LoRA wraps the output layer; none in evaluation."""
     config = parse_config(flags("x", "--lora_module_name", lora))
     model = make_method(config).prepare(load_model(bases["glm2"], dtype=torch.float32)).eval()
-    found, ids = [], [torch.tensor(row) for row in data.input_ids]
+    found, ids = [], [torch.tensor(data.ids(row)).long() for row in range(len(data))]
+    masked = [data.n_masked(row) for row in range(len(data))]
     for smoothing in (0.0, 0.2):
         with torch.no_grad():
-            logits = [model(input_ids=row[None]).logits[0, n - 1 : -1] for row, n in zip(ids, data.n_masked)]
-        targets = torch.cat([row[n:] for row, n in zip(ids, data.n_masked)])
+            logits = [model(input_ids=row[None]).logits[0, n - 1 : -1] for row, n in zip(ids, masked)]
+        targets = torch.cat([row[n:] for row, n in zip(ids, masked)])
         wanted = F.cross_entropy(torch.cat(logits), targets, reduction="sum", label_smoothing=smoothing)
         for layout in LAYOUTS:
             module = LossModule(model, smoothing=smoothing).train()
@@ -191,7 +193,7 @@ def test_neftune_noise(bases, data):
     model.get_input_embeddings().register_forward_hook(lambda m, args, out: seen.append(out))
     read = []
     model.transformer.encoder.layers[0].register_forward_pre_hook(lambda m, args: read.append(args[0]))
-    lengths = [len(row) - 1 for row in data.input_ids[:3]]
+    lengths = (data.row_lengths[:3] - 1).tolist()
     for layout in LAYOUTS:
         batch = collate(data, [0, 1, 2], **layout)
         module = LossModule(model, noise_alpha=5).train()
