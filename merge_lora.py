@@ -14,7 +14,9 @@ from finetune.commands import Parser, run_command
 MERGED_NOTE = "merged.json"
 
 
-def check_base(base: Path, adapter: Path, other_name: bool = False, verify: str | None = None) -> str | None:
+def check_base(
+    base: Path, adapter: Path, other_name: bool = False, verify: str | None = None
+) -> str | None:
     """None where the adapter is known to belong to the base; a word of warning where nothing can tell.
 
     Raises:
@@ -37,10 +39,14 @@ def check_base(base: Path, adapter: Path, other_name: bool = False, verify: str 
     for name, (out_size, in_size) in changed.items():
         target = base_name(name) + ".weight"
         if target not in shapes or shapes[target] != (out_size, in_size):
-            raise ValueError(f"{adapter} does not fit {base}: it changes {target} of {(out_size, in_size)}, found {shapes.get(target)}")
+            raise ValueError(
+                f"{adapter} does not fit {base}: it changes {target} of {(out_size, in_size)}, found {shapes.get(target)}"
+            )
     if named and Path(named).name not in (base.name, base.resolve().name):
         if not other_name:
-            raise ValueError(f"{adapter} names {named} as its base, not {base.name}; if they are the same model, say --other_name")
+            raise ValueError(
+                f"{adapter} names {named} as its base, not {base.name}; if they are the same model, say --other_name"
+            )
         return f"{adapter} names {named} as its base and has no manifest; its shapes fit {base}, its weights cannot be compared"
     return f"{adapter} has no manifest: its shapes fit {base}, its weights cannot be compared"
 
@@ -60,9 +66,16 @@ def adapter_shapes(adapter: Path) -> dict[str, tuple[int, int]]:
 
 
 def merge(
-    base: Path, adapter: Path, save_dir: Path, mode: str | None = None, other_name: bool = False, *,
-    dtype=None, device: str = "cpu", verify: str | None = None,
-):  # fmt: skip
+    base: Path,
+    adapter: Path,
+    save_dir: Path,
+    mode: str | None = None,
+    other_name: bool = False,
+    *,
+    dtype=None,
+    device: str = "cpu",
+    verify: str | None = None,
+):
     """Write base + adapter to `save_dir`, which is there whole or as it was; returns what merging.Merged says.
 
     Args:
@@ -84,12 +97,16 @@ def merge(
     base, adapter, save_dir = base.resolve(), adapter.resolve(), save_dir.resolve()
     check_not_run(adapter, "--model_dir")
     if (adapter / MERGED_NOTE).is_file():
-        raise ValueError(f"{adapter} is merged already ({MERGED_NOTE}); its adapter is in {adapter / 'adapter'}")
+        raise ValueError(
+            f"{adapter} is merged already ({MERGED_NOTE}); its adapter is in {adapter / 'adapter'}"
+        )
     if not (adapter / "adapter_config.json").is_file():
         raise ValueError(f"{adapter} is no LoRA adapter: it has no adapter_config.json")
     note = base / MERGED_NOTE
     if note.is_file() and read_json(note).get("adapter_sha256") == adapter_hash(adapter):
-        raise ValueError(f"{base} already holds this adapter ({MERGED_NOTE}); merging twice would apply it twice")
+        raise ValueError(
+            f"{base} already holds this adapter ({MERGED_NOTE}); merging twice would apply it twice"
+        )
     in_place = save_dir == adapter
     if not in_place and save_dir.exists() and (not save_dir.is_dir() or any(save_dir.iterdir())):
         raise ValueError(f"--save_dir {save_dir} is not empty")
@@ -104,7 +121,9 @@ def merge(
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        merged = merge_weights(base, adapter, adapter_file(adapter), aside, mode=mode, dtype=dtype, device=device)
+        merged = merge_weights(
+            base, adapter, adapter_file(adapter), aside, mode=mode, dtype=dtype, device=device
+        )
         write_others(tokenizer, base, adapter, aside)
         if in_place:
             # As the old command does it. The adapter moves down: a folder with both would be ambiguous.
@@ -141,7 +160,11 @@ def link_or_copy(source: str, target: str):
 
 
 def adapter_file(adapter: Path) -> Path:
-    files = [adapter / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (adapter / name).is_file()]
+    files = [
+        adapter / name
+        for name in ("adapter_model.safetensors", "adapter_model.bin")
+        if (adapter / name).is_file()
+    ]
     if not files:
         raise ValueError(f"{adapter}: neither adapter_model.safetensors nor adapter_model.bin")
     return files[0]
@@ -155,33 +178,65 @@ def adapter_hash(adapter: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="merge_lora.py", description=__doc__)
-    parser.add_argument("--ori_model_dir", default="ChatGLM2-6B", help="the base model [ChatGLM2-6B]")
-    parser.add_argument("--model_dir", default="output-glm2/epoch-2-step-3900/", help="the adapter folder")
-    parser.add_argument("--mode", choices=tuple(FAMILIES), help="family (default: found in the base folder)")
-    parser.add_argument("--save_dir", help="where the merged model goes (default: MODEL_DIR, its adapter moving to MODEL_DIR/adapter)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the merged weights (default: the base's)")
-    parser.add_argument("--device", default="cpu", help='where the products are computed: GPU number, "cpu" or a torch device [cpu]')
+    parser.add_argument(
+        "--ori_model_dir", default="ChatGLM2-6B", help="the base model [ChatGLM2-6B]"
+    )
+    parser.add_argument(
+        "--model_dir", default="output-glm2/epoch-2-step-3900/", help="the adapter folder"
+    )
+    parser.add_argument(
+        "--mode", choices=tuple(FAMILIES), help="family (default: found in the base folder)"
+    )
+    parser.add_argument(
+        "--save_dir",
+        help="where the merged model goes (default: MODEL_DIR, its adapter moving to MODEL_DIR/adapter)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        help="of the merged weights (default: the base's)",
+    )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help='where the products are computed: GPU number, "cpu" or a torch device [cpu]',
+    )
     add_verify_flag(parser, "full")
-    parser.add_argument("--other_name", action="store_true", help="the base is the adapter's although its folder is named otherwise")
+    parser.add_argument(
+        "--other_name",
+        action="store_true",
+        help="the base is the adapter's although its folder is named otherwise",
+    )
     args = parser.parse_args(argv)
     return run_command(parser.prog, lambda: run(args))
 
 
 def run(args) -> int:
-    adapter, save_dir = Path(args.model_dir), Path(args.model_dir if args.save_dir is None else args.save_dir)
+    adapter, save_dir = (
+        Path(args.model_dir),
+        Path(args.model_dir if args.save_dir is None else args.save_dir),
+    )
     if args.save_dir == "":
-        raise ValueError("--save_dir is empty: name a folder, or leave the flag out to merge in place of --model_dir")
+        raise ValueError(
+            "--save_dir is empty: name a folder, or leave the flag out to merge in place of --model_dir"
+        )
     for path, flag in ((Path(args.ori_model_dir), "--ori_model_dir"), (adapter, "--model_dir")):
         if not path.is_dir():
             raise FileNotFoundError(f"{flag}: no such folder: {path}")
     # torch: seconds, and only once the flags are right
     from finetune.distributed import DTYPES
-    from finetune.predict import pick_device
+    from finetune.evaluation.predict import pick_device
 
     merged = merge(
-        Path(args.ori_model_dir), adapter, save_dir, args.mode, args.other_name,
-        dtype=args.dtype and DTYPES[args.dtype], device=pick_device(args.device), verify=args.verify,
-    )  # fmt: skip
+        Path(args.ori_model_dir),
+        adapter,
+        save_dir,
+        args.mode,
+        args.other_name,
+        dtype=args.dtype and DTYPES[args.dtype],
+        device=pick_device(args.device),
+        verify=args.verify,
+    )
     print(
         f"merged {merged.layers} layers into {save_dir}, {str(merged.dtype).removeprefix('torch.')} "
         f"(largest difference of outputs, merged against adapted: {merged.difference:.1e})"

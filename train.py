@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: TrainConfig):
     if config.estimate_memory:
-        from finetune.memory import estimate_run
+        from finetune.memory.command import estimate_run
 
         estimate_run(config)
         return

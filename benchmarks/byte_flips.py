@@ -29,14 +29,44 @@ METHODS = {
     "lora": ["--train_type", "lora", "--lora_dropout", "0"],
     "freeze": ["--train_type", "freeze", "--freeze_module_name", "layers.1."],
     "all": ["--train_type", "all"],
-    "ptuning-v2": ["--train_type", "ptuning", "--pre_seq_len", "4", "--prefix_projection", "False", "--ptuning_version", "v2", "--prefix_dropout", "0"],
-    "predictor": ["--task", "predictor", "--backbone", "chatglm", "--train_type", "lora", "--lora_dropout", "0", "--num_bins", "12"],
+    "ptuning-v2": [
+        "--train_type",
+        "ptuning",
+        "--pre_seq_len",
+        "4",
+        "--prefix_projection",
+        "False",
+        "--ptuning_version",
+        "v2",
+        "--prefix_dropout",
+        "0",
+    ],
+    "predictor": [
+        "--task",
+        "predictor",
+        "--backbone",
+        "chatglm",
+        "--train_type",
+        "lora",
+        "--lora_dropout",
+        "0",
+        "--num_bins",
+        "12",
+    ],
 }
 MERGED = "merged"
 KINDS = (
-    "safetensors header", "tensor", "JSON key", "JSON number", "JSON, other", "tokenizer", "trainer shard", "manifest", "checksums",
+    "safetensors header",
+    "tensor",
+    "JSON key",
+    "JSON number",
+    "JSON, other",
+    "tokenizer",
+    "trainer shard",
+    "manifest",
+    "checksums",
     "no program reads it",
-)  # fmt: skip
+)
 KEY, NUMBER = re.compile(rb'"[^"\n]*"(?=:)'), re.compile(rb"(?<=[ \[])-?\d[\d.e+-]*(?=[,\n\]}])")
 
 
@@ -75,13 +105,18 @@ class Subject:
         if self.name == "predictor":
             from predictor.runtime import LengthPredictor
 
-            found = LengthPredictor.from_pretrained(self.folder).predict(["抽取三元组：水泵漏油。", "hello"])
+            found = LengthPredictor.from_pretrained(self.folder).predict(
+                ["抽取三元组：水泵漏油。", "hello"]
+            )
             return b"".join(p.probabilities.tobytes() for p in found)
         tokenizer = load_tokenizer(self.folder)
         ids = torch.tensor([tokenizer.encode("抽取三元组：水泵漏油，轮胎异响。")])
         with torch.inference_mode():
             model = load_model(self.folder, dtype=torch.float32)
-            return model(input_ids=ids).logits.numpy().tobytes() + repr(model.generation_config.eos_token_id).encode()
+            return (
+                model(input_ids=ids).logits.numpy().tobytes()
+                + repr(model.generation_config.eos_token_id).encode()
+            )
 
     def resume(self) -> list[float]:
         """Losses of the steps after the checkpoint, in an output folder that holds nothing else."""
@@ -89,8 +124,13 @@ class Subject:
             return []
         with tempfile.TemporaryDirectory(dir=self.folder.parent.parent) as other:
             train(self.flags, Path(other), "--resume_from_checkpoint", str(self.folder))
-            lines = [json.loads(line) for line in (Path(other) / "metrics.jsonl").read_text().splitlines()]
-            return [value for line in lines for name, value in line.items() if name.endswith("_loss")]
+            lines = [
+                json.loads(line)
+                for line in (Path(other) / "metrics.jsonl").read_text().splitlines()
+            ]
+            return [
+                value for line in lines for name, value in line.items() if name.endswith("_loss")
+            ]
 
     def targets(self) -> Iterator[Target]:
         for file in sorted(p for p in self.folder.rglob("*") if p.is_file()):
@@ -114,7 +154,9 @@ class Subject:
                     results.append("wrong")
         finally:
             damaged.write_bytes(before)
-        return next(result for result in ("wrong", "refused", "without_effect") if result in results)
+        return next(
+            result for result in ("wrong", "refused", "without_effect") if result in results
+        )
 
 
 def kinds_of(file: Path) -> Iterator[tuple[str, list[tuple[int, int]]]]:
@@ -127,7 +169,10 @@ def kinds_of(file: Path) -> Iterator[tuple[str, list[tuple[int, int]]]]:
     elif file.name in ("manifest.json", "checksums.json"):
         yield file.name.removesuffix(".json"), whole
     elif file.suffix == ".json":
-        yield from (("JSON key", [m.span() for m in KEY.finditer(content)]), ("JSON number", [m.span() for m in NUMBER.finditer(content)]))
+        yield from (
+            ("JSON key", [m.span() for m in KEY.finditer(content)]),
+            ("JSON number", [m.span() for m in NUMBER.finditer(content)]),
+        )
         yield "JSON, other", whole
     elif file.suffix == ".pt":
         yield "trainer shard", whole
@@ -144,7 +189,10 @@ def train(flags: list[str], output_dir: Path, *more: str) -> Path:
     from finetune.engine import train as fine_tune
     from predictor.training import train_predictor
 
-    config = parse_config([*flags, "--output_dir", str(output_dir), *more], {"predictor": command_line.predictor_config})
+    config = parse_config(
+        [*flags, "--output_dir", str(output_dir), *more],
+        {"predictor": command_line.predictor_config},
+    )
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return train_predictor(config) if config.task == "predictor" else fine_tune(config)
 
@@ -153,10 +201,18 @@ def make_rows(folder: Path) -> tuple[Path, Path]:
     """Files of rows: to answer, and of prompts with the lengths of their answers."""
     parts, states = ("水泵", "油封", "火花塞", "节气门", "轮胎"), ("漏油", "抖动", "异响", "松动")
     pairs = [(part, state) for part in parts for state in states]
-    rows = [{"instruction": "抽取三元组：", "input": f"{a}{b}。", "output": f"{a}_性能故障_{b}"} for a, b in pairs]
-    lengths = [{"prompt": f"抽取三元组：{a}{b}。{n}", "output_tokens": 5 + 3 * n, "served_model": "tiny"} for n, (a, b) in enumerate(pairs)]
+    rows = [
+        {"instruction": "抽取三元组：", "input": f"{a}{b}。", "output": f"{a}_性能故障_{b}"}
+        for a, b in pairs
+    ]
+    lengths = [
+        {"prompt": f"抽取三元组：{a}{b}。{n}", "output_tokens": 5 + 3 * n, "served_model": "tiny"}
+        for n, (a, b) in enumerate(pairs)
+    ]
     for name, content in (("rows.jsonl", rows), ("lengths.jsonl", lengths)):
-        (folder / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content), encoding="utf-8")
+        (folder / name).write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content), encoding="utf-8"
+        )
     return folder / "rows.jsonl", folder / "lengths.jsonl"
 
 
@@ -167,8 +223,24 @@ def make_base(folder: Path, rows: Path, **sizes) -> Path:
 
     tokenizer = folder / "tokenizer"
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        make_tokenizer(["--input", str(rows), "--output_dir", str(tokenizer), "--vocab_size", "340", "--family", "glm2"])
-        return make_model("glm2", tokenizer, folder / "base", **({"hidden_size": 64, "num_layers": 2, "heads": 4, "ffn": 128} | sizes))
+        make_tokenizer(
+            [
+                "--input",
+                str(rows),
+                "--output_dir",
+                str(tokenizer),
+                "--vocab_size",
+                "340",
+                "--family",
+                "glm2",
+            ]
+        )
+        return make_model(
+            "glm2",
+            tokenizer,
+            folder / "base",
+            **({"hidden_size": 64, "num_layers": 2, "heads": 4, "ffn": 128} | sizes),
+        )
 
 
 def make_subjects(folder: Path, methods: tuple[str, ...]) -> list[Subject]:
@@ -178,9 +250,30 @@ def make_subjects(folder: Path, methods: tuple[str, ...]) -> list[Subject]:
     rows, lengths = make_rows(folder)
     base, subjects = make_base(folder, rows), []
     for method in methods:
-        flags = ["--model_name_or_path", str(base), "--train_path", str(lengths if method == "predictor" else rows), "--report_to", ""]
-        flags += ["--max_src_len", "64", "--per_device_train_batch_size", "4", "--max_steps", "4", "--save_model_step", "2", "--data_cache", ""]
-        flags += [*METHODS[method], *(["--calibration_share", "0.3"] if method == "predictor" else ["--max_len", "96"])]
+        flags = [
+            "--model_name_or_path",
+            str(base),
+            "--train_path",
+            str(lengths if method == "predictor" else rows),
+            "--report_to",
+            "",
+        ]
+        flags += [
+            "--max_src_len",
+            "64",
+            "--per_device_train_batch_size",
+            "4",
+            "--max_steps",
+            "4",
+            "--save_model_step",
+            "2",
+            "--data_cache",
+            "",
+        ]
+        flags += [
+            *METHODS[method],
+            *(["--calibration_share", "0.3"] if method == "predictor" else ["--max_len", "96"]),
+        ]
         output = folder / method
         train(flags, output)
         found = output / "epoch-1-step-2"
@@ -191,7 +284,9 @@ def make_subjects(folder: Path, methods: tuple[str, ...]) -> list[Subject]:
     return subjects
 
 
-def run(folder: Path, *, flips: int, seed: int = 1, methods: tuple[str, ...] = tuple(METHODS)) -> dict[str, Row]:
+def run(
+    folder: Path, *, flips: int, seed: int = 1, methods: tuple[str, ...] = tuple(METHODS)
+) -> dict[str, Row]:
     """{kind of byte: Row} of `flips` changes, spread evenly over kinds and, of a kind, over the files of all methods."""
     draw = random.Random(seed)
     targets = [target for subject in make_subjects(folder, methods) for target in subject.targets()]
@@ -213,7 +308,9 @@ def run(folder: Path, *, flips: int, seed: int = 1, methods: tuple[str, ...] = t
     return table
 
 
-def time_loads(folder: Path, loads: int, size_mb: int) -> dict[str, dict[str, list[tuple[float, float]]]]:
+def time_loads(
+    folder: Path, loads: int, size_mb: int
+) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """{what is timed: {level: (seconds, CPU seconds) of each load}} of a model of about `size_mb` MB in fp32, the levels taking turns.
 
     transformers maps the weights into memory: a load alone reads next to none of them, the first logits read them all.
@@ -227,7 +324,9 @@ def time_loads(folder: Path, loads: int, size_mb: int) -> dict[str, dict[str, li
     layers = max(1, round(size_mb / 43.5))  # MB of a layer of these sizes
     base = make_base(folder, rows, hidden_size=1024, num_layers=layers, heads=16, ffn=2752)
     write_checksums(base)
-    print(f"{sum(p.stat().st_size for p in base.glob('*.safetensors')) / 1e6:.0f} MB of weights, {layers} layers")
+    print(
+        f"{sum(p.stat().st_size for p in base.glob('*.safetensors')) / 1e6:.0f} MB of weights, {layers} layers"
+    )
     found = {what: {"off": [], "fast": []} for what in ("load alone", "load and first logits")}
     for _ in range(loads + 1):
         for what, levels in found.items():
@@ -239,23 +338,42 @@ def time_loads(folder: Path, loads: int, size_mb: int) -> dict[str, dict[str, li
                         model(input_ids=torch.tensor([[1, 2, 3]]))
                 seconds.append((time.perf_counter() - started, time.process_time() - cpu))
                 del model
-    return {what: {level: seconds[1:] for level, seconds in levels.items()} for what, levels in found.items()}  # the first warms up
+    return {
+        what: {level: seconds[1:] for level, seconds in levels.items()}
+        for what, levels in found.items()
+    }  # the first warms up
 
 
 def print_loads(found: dict[str, dict[str, list[tuple[float, float]]]]):
-    print("| timed | unchecked, s | checked, s | ratio of pairs | ratio of CPU time |\n|---|---|---|---|---|")
+    print(
+        "| timed | unchecked, s | checked, s | ratio of pairs | ratio of CPU time |\n|---|---|---|---|---|"
+    )
     for what, levels in found.items():
-        wall = {level: statistics.median(seconds for seconds, _ in values) for level, values in levels.items()}
-        ratios = [statistics.median(a[i] / b[i] for a, b in zip(levels["fast"], levels["off"])) for i in (0, 1)]
-        print(f"| {what} | {wall['off']:.3f} | {wall['fast']:.3f} | {ratios[0]:.3f} | {ratios[1]:.3f} |")
+        wall = {
+            level: statistics.median(seconds for seconds, _ in values)
+            for level, values in levels.items()
+        }
+        ratios = [
+            statistics.median(a[i] / b[i] for a, b in zip(levels["fast"], levels["off"]))
+            for i in (0, 1)
+        ]
+        print(
+            f"| {what} | {wall['off']:.3f} | {wall['fast']:.3f} | {ratios[0]:.3f} | {ratios[1]:.3f} |"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--flips", type=int, default=0)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--loads", type=int, default=0, help="time so many loads with and without the checks")
-    parser.add_argument("--size_mb", type=int, default=500, help="of the model that is loaded [500]")
+    parser.add_argument(
+        "--loads", type=int, default=0, help="time so many loads with and without the checks"
+    )
+    parser.add_argument(
+        "--size_mb", type=int, default=500, help="of the model that is loaded [500]"
+    )
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args(argv)
     wrong, results = 0, {}
@@ -265,7 +383,9 @@ def main(argv: list[str] | None = None) -> int:
             results["flips"] = {kind: dataclasses.asdict(row) for kind, row in table.items()}
             print("| byte in | flipped | refused | without effect | wrong |\n|---|---|---|---|---|")
             for kind, row in table.items():
-                print(f"| {kind} | {row.flipped} | {row.refused} | {row.without_effect} | {row.wrong} |")
+                print(
+                    f"| {kind} | {row.flipped} | {row.refused} | {row.without_effect} | {row.wrong} |"
+                )
                 wrong += row.wrong
         shutil.rmtree(Path(name) / "base", ignore_errors=True)
         shutil.rmtree(Path(name) / "tokenizer", ignore_errors=True)

@@ -78,7 +78,9 @@ def keep_half(path: Path):
 
 
 def put(content: bytes):
-    return lambda path: path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return lambda path: path.write_bytes(
+        gzip.compress(content) if path.suffix == ".gz" else content
+    )
 
 
 def make_pointer(path: Path):
@@ -228,7 +230,9 @@ def run_case(world: Path, case: Case, folder: Path) -> list[str]:
         kinds[case.kind](place)
     try:
         before = listing(folder)
-        done = run_forked(case.command.module, argv, folder, timeout_s=TIMEOUT_S, stop_at=case.command.stop_at)
+        done = run_forked(
+            case.command.module, argv, folder, timeout_s=TIMEOUT_S, stop_at=case.command.stop_at
+        )
         if case.kind == "denied" and place.exists():
             place.chmod(0o755)
         after = listing(folder)
@@ -303,7 +307,9 @@ def check_controls(commands: dict[str, Command], world: Path, scratch: Path):
         done = run_forked(command.module, command.argv, folder, stop_at=command.stop_at)
         shutil.rmtree(folder)
         if done.code:
-            raise ValueError(f"{name} fails with right files: exit code {done.code}: {done.err[-300:]}")
+            raise ValueError(
+                f"{name} fails with right files: exit code {done.code}: {done.err[-300:]}"
+            )
 
 
 def print_totals(found: list[dict]):
@@ -325,7 +331,9 @@ def run(args) -> int:
         world = scratch / "world"
         started = time.monotonic()
         make_world(world)
-        print(f"what the commands work on was made in {time.monotonic() - started:.0f} s", flush=True)
+        print(
+            f"what the commands work on was made in {time.monotonic() - started:.0f} s", flush=True
+        )
         cases = list_cases(world)
         if os.geteuid():
             kept = [case for case in cases if case.kind not in NEEDS_ROOT]
@@ -347,8 +355,12 @@ def run(args) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="failures.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--command", default="", metavar="PART[,PART]",
-                        help="only commands with one of these in their name")
+    parser.add_argument(
+        "--command",
+        default="",
+        metavar="PART[,PART]",
+        help="only commands with one of these in their name",
+    )
     parser.add_argument("--kind", default="", choices=("", *KINDS), help="only this kind of fault")
     parser.add_argument("--path", default="", help="only files with this in their path")
     parser.add_argument("--every", type=int, default=1, help="only each so manieth case [1]")

@@ -19,11 +19,11 @@ sys.path.insert(0, str(ROOT))
 
 from chatglm.conversations import IGNORED, Turn  # noqa: E402
 from chatglm.families import FAMILIES  # noqa: E402
-from finetune.arrays import EncodedRow  # noqa: E402
-from finetune.encoding import Encoder  # noqa: E402
 from finetune.files import write_aside  # noqa: E402
-from finetune.formats import FORMATS, Row, find_format, refused_by  # noqa: E402
-from finetune.sources import read_file_items, read_rows  # noqa: E402
+from finetune.rows.arrays import EncodedRow  # noqa: E402
+from finetune.rows.encoding import Encoder  # noqa: E402
+from finetune.rows.formats import FORMATS, Row, find_format, refused_by  # noqa: E402
+from finetune.rows.sources import read_file_items, read_rows  # noqa: E402
 
 STARTS = {"glm": ("<sop>",), "glm2": (), "glm3": ("<|assistant|>",)}
 ENDS = {"glm": ("<eop>",), "glm2": ("</s>",), "glm3": ("</s>", "<|user|>", "<|observation|>")}
@@ -31,7 +31,9 @@ ENDS = {"glm": ("<eop>",), "glm2": ("</s>",), "glm3": ("</s>", "<|user|>", "<|ob
 
 def learnt_answers(family: str, tokenizer, rows: list[EncodedRow]) -> list[list[int]]:
     """The labelled ids of every answer, without the tokens that start and end one. Raises ValueError for an answer without its end."""
-    starts, ends = ({tokenizer.get_command(name) for name in names[family]} for names in (STARTS, ENDS))
+    starts, ends = (
+        {tokenizer.get_command(name) for name in names[family]} for names in (STARTS, ENDS)
+    )
     found = []
     for row in rows:
         part: list[int] | None = None
@@ -56,13 +58,20 @@ def wanted_answers(family: str, row: Row) -> list[tuple[str, ...]]:
     """The texts that are encoded one by one into each answer that carries loss: ChatGLM3's have a header line."""
     turns = row.turns or (Turn("user", row.prompt), Turn("assistant", row.answers[0]))
     answers = [turn for turn in turns if turn.role == "assistant" and turn.loss]
-    return [(f"{turn.metadata}\n", turn.content) if family == "glm3" else (turn.content,) for turn in answers]
+    return [
+        (f"{turn.metadata}\n", turn.content) if family == "glm3" else (turn.content,)
+        for turn in answers
+    ]
 
 
 def measure(path: Path, tokenizers: dict) -> dict:
     """One line of the table."""
     rows = [row.with_first_answer() for row in read_rows(path)[0]]
-    line = {"file": path.name, "format": ", ".join(sorted({find_format(item) for _, item in read_file_items(path)})), "rows": len(rows)}
+    line = {
+        "file": path.name,
+        "format": ", ".join(sorted({find_format(item) for _, item in read_file_items(path)})),
+        "rows": len(rows),
+    }
     for name, tokenizer in tokenizers.items():
         encoder = Encoder(tokenizer, FAMILIES[name], 1_000_000, 900_000)
         cell = {"encoded": 0, "labelled": 0, "answers": 0, "exact": 0}
@@ -74,12 +83,21 @@ def measure(path: Path, tokenizers: dict) -> dict:
             if len(found) != len(wanted):
                 raise ValueError(f"{row.place}: {len(wanted)} answers, {len(found)} learnt")
             cell["encoded"] += 1
-            cell["labelled"] += sum(sum(label != IGNORED for label in one.labels) if one.labels else len(one.input_ids) - one.n_masked for one in made)
+            cell["labelled"] += sum(
+                sum(label != IGNORED for label in one.labels)
+                if one.labels
+                else len(one.input_ids) - one.n_masked
+                for one in made
+            )
             for ids, texts in zip(found, wanted):
                 head = len(tokenizer.encode_text(texts[0])) if len(texts) > 1 else 0
                 cell["answers"] += 1
                 same_ids = ids == [i for text in texts for i in tokenizer.encode_text(text)]
-                cell["exact"] += same_ids and tokenizer.decode(ids[head:], clean_up_tokenization_spaces=False) == texts[-1]
+                cell["exact"] += (
+                    same_ids
+                    and tokenizer.decode(ids[head:], clean_up_tokenization_spaces=False)
+                    == texts[-1]
+                )
         line[name] = cell
     return line
 
@@ -88,7 +106,9 @@ def need(shared: Path, *folders: str):
     """Leave with one line where a folder of the public data is not there."""
     for folder in folders:
         if not (shared / folder).is_dir():
-            sys.exit(f"format_table.py: no such folder: {shared / folder}; --shared names the folder of the public data")
+            sys.exit(
+                f"format_table.py: no such folder: {shared / folder}; --shared names the folder of the public data"
+            )
 
 
 def load_tokenizers(shared: Path, folder: Path) -> dict:
@@ -96,30 +116,52 @@ def load_tokenizers(shared: Path, folder: Path) -> dict:
     from chatglm.tokenization import TOKENIZERS
 
     shutil.copy(shared / "data" / "chatglm2-tokenizer" / "tokenizer.model", folder)
-    folders = {"glm": shared / "golden" / "tokenizer" / "glm_standin", "glm2": shared / "data" / "chatglm2-tokenizer", "glm3": folder}
+    folders = {
+        "glm": shared / "golden" / "tokenizer" / "glm_standin",
+        "glm2": shared / "data" / "chatglm2-tokenizer",
+        "glm3": folder,
+    }
     return {name: TOKENIZERS[name].from_pretrained(path) for name, path in folders.items()}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder of the public data and tokenizers")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shared",
+        type=Path,
+        default=ROOT.parent / "shared",
+        help="folder of the public data and tokenizers",
+    )
     parser.add_argument("--output", type=Path, help="JSON file of the table")
     args = parser.parse_args(argv)
     need(args.shared, "data/finetune")
     files = [ROOT / "data" / "formats" / f"{name}.jsonl" for name in FORMATS]
-    files += [path for path in sorted((args.shared / "data" / "finetune").iterdir()) if not path.name.startswith("toolalpaca")]
+    files += [
+        path
+        for path in sorted((args.shared / "data" / "finetune").iterdir())
+        if not path.name.startswith("toolalpaca")
+    ]
     with tempfile.TemporaryDirectory() as folder:
         tokenizers = load_tokenizers(args.shared, Path(folder))
         lines = [measure(path, tokenizers) for path in files]
-    print("rows encoded / labelled tokens / answers whose labels are exactly their ids and decode to exactly their text\n")
+    print(
+        "rows encoded / labelled tokens / answers whose labels are exactly their ids and decode to exactly their text\n"
+    )
     print(f"| file | format | rows | {' | '.join(tokenizers)} |")
     print("|---|---|---|" + "---|" * len(tokenizers))
     for line in lines:
-        cells = [f"{c['encoded']:,} / {c['labelled']:,} / {c['exact']:,} of {c['answers']:,}" for c in (line[name] for name in tokenizers)]
+        cells = [
+            f"{c['encoded']:,} / {c['labelled']:,} / {c['exact']:,} of {c['answers']:,}"
+            for c in (line[name] for name in tokenizers)
+        ]
         print(f"| {line['file']} | {line['format']} | {line['rows']:,} | {' | '.join(cells)} |")
     if args.output:
         write_aside(args.output, json.dumps(lines, indent=2) + "\n")
-    return int(any(line[name]["exact"] < line[name]["answers"] for line in lines for name in tokenizers))
+    return int(
+        any(line[name]["exact"] < line[name]["answers"] for line in lines for name in tokenizers)
+    )
 
 
 if __name__ == "__main__":

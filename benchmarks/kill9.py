@@ -24,7 +24,11 @@ sys.path.insert(0, str(ROOT))
 def losses(folder: Path) -> dict[int, float]:
     """{step: loss}; a killed process may leave half a line at the end."""
     found = {}
-    for line in (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").is_file() else ():
+    for line in (
+        (folder / "metrics.jsonl").read_text().splitlines()
+        if (folder / "metrics.jsonl").is_file()
+        else ()
+    ):
         if line.endswith("}"):
             values = json.loads(line)
             found[values["step"]] = values["train_loss"]
@@ -32,7 +36,9 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--steps", type=int, default=40, help="of the run that is killed [40]")
     parser.add_argument("--seed", type=int, default=1)
@@ -44,9 +50,30 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, ["glm2"])
-        command = [sys.executable, "train.py", "--model_name_or_path", str(folder / "glm2"), "--train_path", "data/spo_train.json",
-                   "--dataset_length", "64", "--max_steps", str(args.steps), "--num_train_epochs", "100", "--per_device_train_batch_size", "8",
-                   "--max_len", "160", "--max_src_len", "120", "--save_model_step", "2", "--save_total_limit", "3"]  # fmt: skip
+        command = [
+            sys.executable,
+            "train.py",
+            "--model_name_or_path",
+            str(folder / "glm2"),
+            "--train_path",
+            "data/spo_train.json",
+            "--dataset_length",
+            "64",
+            "--max_steps",
+            str(args.steps),
+            "--num_train_epochs",
+            "100",
+            "--per_device_train_batch_size",
+            "8",
+            "--max_len",
+            "160",
+            "--max_src_len",
+            "120",
+            "--save_model_step",
+            "2",
+            "--save_total_limit",
+            "3",
+        ]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": ROOT}
         subprocess.run([*command, "--output_dir", str(folder / "whole")], check=True, **quiet)
         whole = losses(folder / "whole")
@@ -61,7 +88,9 @@ def main():
             # Half of the kills wait for a save under way, half for a step and then a random moment.
             while run.poll() is None:
                 saving = any(out.glob(".epoch-*")) if out.is_dir() else False
-                if (target is None and saving) or (target is not None and max(losses(out), default=0) >= target):
+                if (target is None and saving) or (
+                    target is not None and max(losses(out), default=0) >= target
+                ):
                     time.sleep(draw.random() * (0.02 if target is None else 0.1))
                     break
                 time.sleep(0.001)
@@ -70,17 +99,34 @@ def main():
                 os.killpg(run.pid, signal.SIGKILL)
             run.wait()
             in_save += caught
-            committed = sorted(int(p.parent.name.rsplit("-", 1)[1]) for p in out.glob("epoch-*-step-*/manifest.json"))
-            rows.append({"kill": kill + 1, "in_save": caught, "last_loss_step": max(losses(out), default=0), "last_committed_step": committed[-1] if committed else 0})
+            committed = sorted(
+                int(p.parent.name.rsplit("-", 1)[1])
+                for p in out.glob("epoch-*-step-*/manifest.json")
+            )
+            rows.append(
+                {
+                    "kill": kill + 1,
+                    "in_save": caught,
+                    "last_loss_step": max(losses(out), default=0),
+                    "last_committed_step": committed[-1] if committed else 0,
+                }
+            )
         subprocess.run(resume, check=True, **quiet)
         finished = losses(out)
         different = [step for step in whole if finished.get(step) != whole[step]]
     print("| kill | inside a save | last step told | last committed step |\n|---|---|---|---|")
     for r in rows:
-        print(f"| {r['kill']} | {'yes' if r['in_save'] else 'no'} | {r['last_loss_step']} | {r['last_committed_step']} |")
-    print(f"\n{args.kills} kills ({in_save} inside a save); {len(whole) - len(different)} of {len(whole)} losses bit-identical to the uninterrupted run")
+        print(
+            f"| {r['kill']} | {'yes' if r['in_save'] else 'no'} | {r['last_loss_step']} | {r['last_committed_step']} |"
+        )
+    print(
+        f"\n{args.kills} kills ({in_save} inside a save); {len(whole) - len(different)} of {len(whole)} losses bit-identical to the uninterrupted run"
+    )
     if args.json:
-        Path(args.json).write_text(json.dumps({"kills": rows, "steps": len(whole), "different": different}, indent=2) + "\n")
+        Path(args.json).write_text(
+            json.dumps({"kills": rows, "steps": len(whole), "different": different}, indent=2)
+            + "\n"
+        )
     return 1 if different else 0
 
 

@@ -68,13 +68,17 @@ CASES = {
     "ours-glm2-lora-long": Case("ours", "glm2", "lora", 512, 6, 10000, 1, 2048),
     "ours-glm2-lora-vocabulary": Case("ours", "glm2", "lora", 512, 4, 65024, 4, 256),
     "ours-glm2-lora-bf16": Case("ours", "glm2", "lora", 512, 6, 20000, 4, 512, precision="bf16"),
-    "ours-glm2-lora-bf16-100M": Case("ours", "glm2", "lora", 768, 8, 30000, 4, 512, precision="bf16"),
+    "ours-glm2-lora-bf16-100M": Case(
+        "ours", "glm2", "lora", 768, 8, 30000, 4, 512, precision="bf16"
+    ),
     "ours-glm2-all": Case("ours", "glm2", "all", 512, 6, 20000, 4, 512),
     "ours-glm2-all-100M": Case("ours", "glm2", "all", 768, 8, 30000, 1, 256),
     "ours-glm-lora-tiny": Case("ours", "glm", "lora", 256, 4, 10000, 4, 256),
     "ours-glm-lora": Case("ours", "glm", "lora", 512, 8, 20000, 2, 512),
     "ours-glm-lora-bf16": Case("ours", "glm", "lora", 512, 8, 20000, 4, 512, precision="bf16"),
-    "ours-glm-lora-bf16-100M": Case("ours", "glm", "lora", 768, 10, 40000, 4, 512, precision="bf16"),
+    "ours-glm-lora-bf16-100M": Case(
+        "ours", "glm", "lora", 768, 10, 40000, 4, 512, precision="bf16"
+    ),
     "ours-glm-all": Case("ours", "glm", "all", 512, 6, 20000, 4, 512),
     "ours-glm-all-100M": Case("ours", "glm", "all", 768, 10, 40000, 1, 256),
 }
@@ -82,26 +86,54 @@ CASES = {
 
 def make_config(case: Case) -> dict:
     """config.json's keys."""
-    shared = {"num_layers": case.layers, "hidden_size": case.hidden, "num_attention_heads": case.hidden // 64}
+    shared = {
+        "num_layers": case.layers,
+        "hidden_size": case.hidden,
+        "num_attention_heads": case.hidden // 64,
+    }
     if case.family == "glm":
-        return shared | {"vocab_size": case.vocab, "inner_hidden_size": 4 * case.hidden, "position_encoding_2d": True,
-                         "bos_token_id": case.vocab - 10, "eos_token_id": case.vocab - 9}  # fmt: skip
-    return shared | {"padded_vocab_size": case.vocab, "ffn_hidden_size": 3 * case.hidden, "kv_channels": 64, "multi_query_group_num": 2}
+        return shared | {
+            "vocab_size": case.vocab,
+            "inner_hidden_size": 4 * case.hidden,
+            "position_encoding_2d": True,
+            "bos_token_id": case.vocab - 10,
+            "eos_token_id": case.vocab - 9,
+        }
+    return shared | {
+        "padded_vocab_size": case.vocab,
+        "ffn_hidden_size": 3 * case.hidden,
+        "kv_channels": 64,
+        "multi_query_group_num": 2,
+    }
 
 
 def make_run(case: Case):
     """The case as finetune.memory's Run."""
-    from finetune.memory_run import Run
-    from finetune.memory_shapes import make_shape
+    from finetune.memory.run import Run
+    from finetune.memory.shapes import make_shape
 
     own = {"lora_dropout": 0.0} if case.loop == "ours" else {"code": "eager"}
-    return Run(make_shape(make_config(case)), case.method, case.loop, batch=case.batch, length=case.length, checkpointing=case.checkpointing,
-               precision=case.precision, zero=None, lora_dim=8, lora_modules=tuple(case.lora.split(",")), cpu=True, **own)  # fmt: skip
+    return Run(
+        make_shape(make_config(case)),
+        case.method,
+        case.loop,
+        batch=case.batch,
+        length=case.length,
+        checkpointing=case.checkpointing,
+        precision=case.precision,
+        zero=None,
+        lora_dim=8,
+        lora_modules=tuple(case.lora.split(",")),
+        cpu=True,
+        **own,
+    )
 
 
 def status(name: str) -> int:
     """Bytes of one line of /proc/self/status."""
-    line = next(text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith(name))
+    line = next(
+        text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith(name)
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -119,9 +151,17 @@ def make_model(case: Case, dropout: float):
     if case.loop == "plain":
         config._attn_implementation = "eager"
     torch.set_default_dtype(DTYPES[case.precision])
-    model = (ChatGLM1ForConditionalGeneration if case.family == "glm" else ChatGLM2ForConditionalGeneration)(config)
+    model = (
+        ChatGLM1ForConditionalGeneration
+        if case.family == "glm"
+        else ChatGLM2ForConditionalGeneration
+    )(config)
     torch.set_default_dtype(torch.float32)
-    return (Lora(8, 16, dropout, case.lora) if case.method == "lora" else FullParameters()).prepare(model).train()
+    return (
+        (Lora(8, 16, dropout, case.lora) if case.method == "lora" else FullParameters())
+        .prepare(model)
+        .train()
+    )
 
 
 def forget_peak():
@@ -140,14 +180,19 @@ def train_plain(case: Case, steps: int):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(0, case.vocab - 20, (case.batch, case.length))
     if case.family == "glm":
-        ids[:, case.length // 2], ids[:, case.length // 2 + 1] = model.config.gmask_token_id, model.config.bos_token_id
+        ids[:, case.length // 2], ids[:, case.length // 2 + 1] = (
+            model.config.gmask_token_id,
+            model.config.bos_token_id,
+        )
     for step in range(steps):
         if step == 1:
             forget_peak()
         outputs = model(input_ids=ids, use_cache=False)
         # The originals' own loss: logits in fp32, all positions, the first column of the labels left out.
         logits = outputs.logits.float()
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, case.vocab), ids[:, 1:].reshape(-1))
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].reshape(-1, case.vocab), ids[:, 1:].reshape(-1)
+        )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -157,10 +202,10 @@ def train_ours(case: Case, steps: int):
     """Steps of our loop on one batch."""
     import torch
 
-    from finetune.arrays import EncodedRow, dataset_of
-    from finetune.data import collate, count_labels
     from finetune.lora import use_lean_lora
     from finetune.loss import LossModule
+    from finetune.rows.arrays import EncodedRow, dataset_of
+    from finetune.rows.batches import collate, count_labels
 
     model = make_model(case, dropout=0.0)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -170,12 +215,22 @@ def train_ours(case: Case, steps: int):
         use_lean_lora(model)
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     loss_module = LossModule(model)
-    ids = torch.randint(0, case.vocab - 20, (case.batch, case.length + 1))  # the last one predicts nothing
+    ids = torch.randint(
+        0, case.vocab - 20, (case.batch, case.length + 1)
+    )  # the last one predicts nothing
     masked = case.length + 1 - case.length // 4
     if case.family == "glm":
-        ids[:, masked - 2], ids[:, masked - 1] = model.config.gmask_token_id, model.config.bos_token_id
+        ids[:, masked - 2], ids[:, masked - 1] = (
+            model.config.gmask_token_id,
+            model.config.bos_token_id,
+        )
     data = dataset_of(("", EncodedRow(row, masked, False)) for row in ids.tolist())
-    rows = collate(data, list(range(case.batch)), share=case.family != "glm", multiple=1 if case.precision == "fp32" else 64)
+    rows = collate(
+        data,
+        list(range(case.batch)),
+        share=case.family != "glm",
+        multiple=1 if case.precision == "fp32" else 64,
+    )
     for step in range(steps):
         if step == 1:
             forget_peak()
@@ -191,7 +246,9 @@ def worker(name: str):
 
     torch.set_num_threads(1)
     case = CASES[name]
-    train, steps, miniature = (train_ours, 2, (64, 2)) if case.loop == "ours" else (train_plain, 3, (16, 1))
+    train, steps, miniature = (
+        (train_ours, 2, (64, 2)) if case.loop == "ours" else (train_plain, 3, (16, 1))
+    )
     # A miniature of the case first: what torch, peft and their kernels load at first use is the process's, not the step's.
     length, few = miniature
     train(case._replace(hidden=128, layers=1, vocab=128, batch=1, length=length), few)
@@ -204,7 +261,9 @@ def worker(name: str):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", help="comma list of parts of names; all when not given")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -212,30 +271,57 @@ def main() -> int:
     if args.worker:
         worker(args.worker)
         return 0
-    from finetune.memory_cards import MIB
-    from finetune.memory_formula import estimate
-    from finetune.memory_seeds import summary
+    from finetune.memory.cards import MIB
+    from finetune.memory.formula import estimate
+    from finetune.memory.published import summary
 
-    wanted = [case for case in CASES if not args.cases or any(part in case for part in args.cases.split(","))]
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    wanted = [
+        case
+        for case in CASES
+        if not args.cases or any(part in case for part in args.cases.split(","))
+    ]
+    env = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     table = []
     print("| case | parameters | measured MiB | estimate | error |\n|---|---|---|---|---|")
     for case in wanted:
         run = make_run(CASES[case])
-        done = subprocess.run([sys.executable, __file__, "--worker", case], env=env, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--worker", case], env=env, capture_output=True, text=True
+        )
         if done.returncode:
             print(done.stderr, file=sys.stderr)
             return 1
         measured = json.loads(done.stdout.splitlines()[-1])["peak"]
         found = estimate(run).total
-        table.append({"case": case, "parameters": run.shape.total, "measured": measured, "estimate": found, "error": found / measured - 1})
-        print(f"| {case} | {run.shape.total / 1e6:.1f} M | {measured / MIB:.0f} | {found / MIB:.0f} | {100 * (found / measured - 1):+.1f} % |", flush=True)
+        table.append(
+            {
+                "case": case,
+                "parameters": run.shape.total,
+                "measured": measured,
+                "estimate": found,
+                "error": found / measured - 1,
+            }
+        )
+        print(
+            f"| {case} | {run.shape.total / 1e6:.1f} M | {measured / MIB:.0f} | {found / MIB:.0f} | {100 * (found / measured - 1):+.1f} % |",
+            flush=True,
+        )
     report = summary([row["error"] for row in table])
     for loop in ("plain", "ours"):
         if found := [r for r in table if CASES[r["case"]].loop == loop]:
             report[loop] = summary([row["error"] for row in found])
-            print(f"\n{loop}: {len(found)} cases, median {100 * report[loop]['median_abs_error']:.1f} %, worst {100 * report[loop]['max_abs_error']:.1f} %", end="")
-    print(f"\n{report['rows']} cases, median {100 * report['median_abs_error']:.1f} %, worst {100 * report['max_abs_error']:.1f} %")
+            print(
+                f"\n{loop}: {len(found)} cases, median {100 * report[loop]['median_abs_error']:.1f} %, worst {100 * report[loop]['max_abs_error']:.1f} %",
+                end="",
+            )
+    print(
+        f"\n{report['rows']} cases, median {100 * report['median_abs_error']:.1f} %, worst {100 * report['max_abs_error']:.1f} %"
+    )
     if args.json:
         Path(args.json).write_text(json.dumps(report | {"table": table}, indent=2) + "\n")
     return 0

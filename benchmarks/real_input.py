@@ -46,7 +46,9 @@ def copying_rows(texts: list[str], count: int, seed: int) -> list[dict]:
             cut = draw.randint(1, len(span) - 5)
             word = span[cut : cut + draw.randint(2, 4)]
             after = span[span.index(word) + len(word) :] or span
-            rows.append({"instruction": f"抄写“{word}”之后的部分：", "input": span, "output": after})
+            rows.append(
+                {"instruction": f"抄写“{word}”之后的部分：", "input": span, "output": after}
+            )
     return rows
 
 
@@ -64,12 +66,37 @@ def pretrain_model(work: Path, shared: Path, train: Path, steps: int, common: li
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     base = make_model("glm2", shared / "data" / "chatglm2-tokenizer", work / "random", **SIZE)
-    texts = [json.loads(line)["input"] for line in train.read_text(encoding="utf-8").split("\n") if line]
+    texts = [
+        json.loads(line)["input"] for line in train.read_text(encoding="utf-8").split("\n") if line
+    ]
     rows = copying_rows(texts, steps * 32, seed=1)
-    (work / "copy.json").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
-    run("train.py", "--model_name_or_path", str(base), "--train_path", str(work / "copy.json"), "--train_type", "all",
-        "--max_len", "160", "--max_src_len", "100", "--per_device_train_batch_size", "32", "--learning_rate", "6e-4",
-        "--weight_decay", "0.01", "--max_steps", str(steps), "--output_dir", str(work / "pretrain"), *common)  # fmt: skip
+    (work / "copy.json").write_text(
+        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8"
+    )
+    run(
+        "train.py",
+        "--model_name_or_path",
+        str(base),
+        "--train_path",
+        str(work / "copy.json"),
+        "--train_type",
+        "all",
+        "--max_len",
+        "160",
+        "--max_src_len",
+        "100",
+        "--per_device_train_batch_size",
+        "32",
+        "--learning_rate",
+        "6e-4",
+        "--weight_decay",
+        "0.01",
+        "--max_steps",
+        str(steps),
+        "--output_dir",
+        str(work / "pretrain"),
+        *common,
+    )
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -105,14 +132,28 @@ def draw_curves(curves: dict[str, list[dict]], file: str):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", default="../shared", help="folder with data/chatglm2-tokenizer and data/finetune")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shared",
+        default="../shared",
+        help="folder with data/chatglm2-tokenizer and data/finetune",
+    )
     parser.add_argument("--work_dir", default="output/real_input")
     parser.add_argument("--pretrain_steps", type=int, default=300)
     parser.add_argument("--lora_epochs", type=int, default=2)
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
-    parser.add_argument("--keep_pretrained", action="store_true", help="go on with the pre-trained model of an earlier run in --work_dir")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, 2 steps, 16 rows: that it runs, no figures worth keeping")
+    parser.add_argument(
+        "--keep_pretrained",
+        action="store_true",
+        help="go on with the pre-trained model of an earlier run in --work_dir",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a tiny model, 2 steps, 16 rows: that it runs, no figures worth keeping",
+    )
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--figure", metavar="FILE")
     args = parser.parse_args()
@@ -120,42 +161,120 @@ def main():
     train, test = (shared / "data" / "finetune" / name for name in ("spo_0.json", "spo_1.json"))
     for needed in (train, test, shared / "data" / "chatglm2-tokenizer"):
         if not needed.exists():
-            sys.exit(f"real_input.py: no such file: {needed}; --shared names the folder of the public data")
+            sys.exit(
+                f"real_input.py: no such file: {needed}; --shared names the folder of the public data"
+            )
     if args.quick:
         SIZE.update(QUICK)
         args.pretrain_steps = 2
         shutil.rmtree(work, ignore_errors=True)
-        train, test = (first_rows(path, work.parent / f"{work.name}-rows") for path in (train, test))
+        train, test = (
+            first_rows(path, work.parent / f"{work.name}-rows") for path in (train, test)
+        )
     common = ["--mode", "glm2", "--show_loss_step", "25", "--precision", args.precision]
     if not args.keep_pretrained:
         pretrain_model(work, shared, train, args.pretrain_steps, common)
     model = last_checkpoint(work / "pretrain")
     limits = ["--max_src_len", "384", "--max_new_tokens", "200", "--batch_size", "10"]
-    run("-m", "finetune.evaluate", "--model_path", str(model), "--test_path", str(test), *limits, "--output", str(work / "before.json"))
-    run("train.py", "--overwrite_output_dir", "--model_name_or_path", str(model), "--train_path", str(train), "--eval_path", str(test), "--train_type", "lora",
-               "--lora_module_name", "query_key_value,dense_h_to_4h,dense_4h_to_h,dense", "--lora_dim", "16", "--lora_alpha", "32",
-               "--max_len", "512", "--max_src_len", "384", "--per_device_train_batch_size", "16", "--learning_rate", "2e-3",
-               "--num_train_epochs", str(args.lora_epochs), "--output_dir", str(work / "lora"), *common)  # fmt: skip
+    run(
+        "-m",
+        "finetune.evaluate",
+        "--model_path",
+        str(model),
+        "--test_path",
+        str(test),
+        *limits,
+        "--output",
+        str(work / "before.json"),
+    )
+    run(
+        "train.py",
+        "--overwrite_output_dir",
+        "--model_name_or_path",
+        str(model),
+        "--train_path",
+        str(train),
+        "--eval_path",
+        str(test),
+        "--train_type",
+        "lora",
+        "--lora_module_name",
+        "query_key_value,dense_h_to_4h,dense_4h_to_h,dense",
+        "--lora_dim",
+        "16",
+        "--lora_alpha",
+        "32",
+        "--max_len",
+        "512",
+        "--max_src_len",
+        "384",
+        "--per_device_train_batch_size",
+        "16",
+        "--learning_rate",
+        "2e-3",
+        "--num_train_epochs",
+        str(args.lora_epochs),
+        "--output_dir",
+        str(work / "lora"),
+        *common,
+    )
     adapter = last_checkpoint(work / "lora")
     shutil.rmtree(work / "merged", ignore_errors=True)
-    run("merge_lora.py", "--ori_model_dir", str(model), "--model_dir", str(adapter), "--save_dir", str(work / "merged"))
-    run("-m", "finetune.evaluate", "--model_path", str(work / "merged"), "--test_path", str(test), *limits, "--output", str(work / "after.json"))
+    run(
+        "merge_lora.py",
+        "--ori_model_dir",
+        str(model),
+        "--model_dir",
+        str(adapter),
+        "--save_dir",
+        str(work / "merged"),
+    )
+    run(
+        "-m",
+        "finetune.evaluate",
+        "--model_path",
+        str(work / "merged"),
+        "--test_path",
+        str(test),
+        *limits,
+        "--output",
+        str(work / "after.json"),
+    )
 
-    curves = {"pre-training: copying spans": metrics(work / "pretrain"), "LoRA: triples of spo_0.json": metrics(work / "lora")}
+    curves = {
+        "pre-training: copying spans": metrics(work / "pretrain"),
+        "LoRA: triples of spo_0.json": metrics(work / "lora"),
+    }
     speed = {}
     for name, lines in zip(("pretrain", "lora"), curves.values()):
         speeds = sorted(x["tokens_per_second"] for x in lines if "tokens_per_second" in x)
         speed[name] = speeds[len(speeds) // 2]
-    f1 = {when: json.loads((work / f"{when}.json").read_text())["f1"] for when in ("before", "after")}
+    f1 = {
+        when: json.loads((work / f"{when}.json").read_text())["f1"] for when in ("before", "after")
+    }
     evals = [x["eval_loss"] for x in metrics(work / "lora") if "eval_loss" in x]
     result = {
-        "body_parameters": 6 * (512 * 768 + 768 + 512 * 512 + 512 * 2 * 1720 + 1720 * 512 + 2 * 512) + 512,
-        "precision": args.precision, "pretrain_steps": args.pretrain_steps, "pretrain_tokens_per_second": speed["pretrain"],
-        "lora_tokens_per_second": speed["lora"], "eval_loss": evals, "f1_before": f1["before"], "f1_after": f1["after"],
-    }  # fmt: skip
+        "body_parameters": 6 * (512 * 768 + 768 + 512 * 512 + 512 * 2 * 1720 + 1720 * 512 + 2 * 512)
+        + 512,
+        "precision": args.precision,
+        "pretrain_steps": args.pretrain_steps,
+        "pretrain_tokens_per_second": speed["pretrain"],
+        "lora_tokens_per_second": speed["lora"],
+        "eval_loss": evals,
+        "f1_before": f1["before"],
+        "f1_after": f1["after"],
+    }
     print("\n| figure | value |\n|---|---|")
     for name, value in result.items():
-        shown = ", ".join(f"{v:.3f}" for v in value) if isinstance(value, list) else f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+        shown = (
+            ", ".join(f"{v:.3f}" for v in value)
+            if isinstance(value, list)
+            else f"{value:,.4g}"
+            if isinstance(value, float)
+            else f"{value:,}"
+            if isinstance(value, int)
+            else value
+        )
         print(f"| {name} | {shown} |")
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetune.commands import run_command  # noqa: E402
 from finetune.files import write_json  # noqa: E402
-from serving.fields import FIELDS, REFUSED, Number  # noqa: E402
+from serving.server.fields import FIELDS, REFUSED, Number  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBES = ("水泵漏油", "list river lamp", "你好", "a b c")

@@ -5,8 +5,8 @@
 The model has 6 layers of 512, ChatGLM2's proportions and its vocabulary, random weights in bf16. Such a model never stops, so each
 request asks for its own number of tokens: log-normal, median 100, at most 512; all are there from the start. Useful tokens are those
 asked for; what a static batch computes after a row has ended is not.
-    static           transformers' generate, batches of --static in order of arrival (serving.engines.static under `fifo`)
-    continuous       --rows sequences at once (serving.engines.continuous under `fcfs`)
+    static           transformers' generate, batches of --static in order of arrival (serving.engines.static_engine under `fifo`)
+    continuous       --rows sequences at once (serving.engines.continuous_engine under `fcfs`)
 With --peer also, on one GlmForCausalLM of the same size:
     peer             transformers' continuous batching (paged cache, sdpa): as many sequences at once, KV and prompt tokens as ours has
     continuous-glm   the continuous engine
@@ -25,7 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 LAYERS, HIDDEN, VOCABULARY, FFN = 6, 512, 65024, 1712
-CAP, LONGEST_PROMPT, PREFILL = 512, 96, 256  # tokens: of an answer, of a prompt, of prompts in one pass
+CAP, LONGEST_PROMPT, PREFILL = (
+    512,
+    96,
+    256,
+)  # tokens: of an answer, of a prompt, of prompts in one pass
 
 
 def workload(count: int, cap: int, seed: int) -> list[tuple[list[int], int]]:
@@ -34,7 +38,10 @@ def workload(count: int, cap: int, seed: int) -> list[tuple[list[int], int]]:
 
     rng = np.random.default_rng(seed)
     lengths = np.clip(np.round(rng.lognormal(np.log(100), 1.0, count)), 1, cap).astype(int).tolist()
-    return [(rng.integers(0, VOCABULARY, rng.integers(16, LONGEST_PROMPT + 1)).tolist(), length) for length in lengths]
+    return [
+        (rng.integers(0, VOCABULARY, rng.integers(16, LONGEST_PROMPT + 1)).tolist(), length)
+        for length in lengths
+    ]
 
 
 def make_model():
@@ -44,11 +51,19 @@ def make_model():
     from chatglm.configuration import ChatGLM2Config
 
     config = ChatGLM2Config(
-        num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=8, kv_channels=64, multi_query_group_num=2,
-        ffn_hidden_size=FFN, padded_vocab_size=VOCABULARY, glm_family="glm2",
-    )  # fmt: skip
+        num_layers=LAYERS,
+        hidden_size=HIDDEN,
+        num_attention_heads=8,
+        kv_channels=64,
+        multi_query_group_num=2,
+        ffn_hidden_size=FFN,
+        padded_vocab_size=VOCABULARY,
+        glm_family="glm2",
+    )
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    return AutoModelForCausalLM.from_config(
+        config, dtype=torch.bfloat16, attn_implementation="sdpa"
+    ).eval()
 
 
 def make_glm():
@@ -57,11 +72,22 @@ def make_glm():
     from transformers import GlmConfig, GlmForCausalLM
 
     config = GlmConfig(
-        num_hidden_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=8, num_key_value_heads=2, head_dim=64, intermediate_size=FFN,
-        vocab_size=VOCABULARY, attention_bias=True, rms_norm_eps=1e-5, pad_token_id=0, max_position_embeddings=32768,
-    )  # fmt: skip
+        num_hidden_layers=LAYERS,
+        hidden_size=HIDDEN,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=FFN,
+        vocab_size=VOCABULARY,
+        attention_bias=True,
+        rms_norm_eps=1e-5,
+        pad_token_id=0,
+        max_position_embeddings=32768,
+    )
     torch.manual_seed(0)
-    return GlmForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    return GlmForCausalLM._from_config(
+        config, dtype=torch.bfloat16, attn_implementation="sdpa"
+    ).eval()
 
 
 class Clock:
@@ -76,18 +102,21 @@ class Clock:
 
 def ours(name: str, policy: str, model, limits):
     """A subject: work -> seconds and CPU seconds, through the scheduler with a wall clock."""
-    from serving.continuous import POLICIES
     from serving.engines import Sampling, WallClock, make_engine
+    from serving.policies.continuous import POLICIES
     from serving.request import Request
     from serving.scheduler import Replay, run
-    from serving.simulated import LinearCost
+    from serving.simulate.engine import LinearCost
 
     engine = make_engine(name, model, limits, LinearCost(), [])
 
     def subject(work) -> tuple[float, float]:
         clock = Clock()
         requests = [Request(i, len(prompt), 0.0, 1e9) for i, (prompt, _) in enumerate(work)]
-        answers = [engine.submit(r, prompt, Sampling(length)) for r, (prompt, length) in zip(requests, work)]
+        answers = [
+            engine.submit(r, prompt, Sampling(length))
+            for r, (prompt, length) in zip(requests, work)
+        ]
         for _ in run(POLICIES[policy], engine, WallClock(), Replay(requests)):
             pass
         found = clock.stop()
@@ -103,17 +132,28 @@ def peer(model, rows: int, kv_tokens: int):
 
     page = 32
     settings = ContinuousBatchingConfig(
-        page_size=page, num_blocks=kv_tokens // page, max_batch_tokens=PREFILL + rows, max_requests_per_batch=rows,
-        allow_block_sharing=False, auto_switch_to_flash=False,
-    )  # fmt: skip
-    nothing_stops = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=CAP)
-    manager = model.init_continuous_batching(generation_config=nothing_stops, continuous_batching_config=settings)
+        page_size=page,
+        num_blocks=kv_tokens // page,
+        max_batch_tokens=PREFILL + rows,
+        max_requests_per_batch=rows,
+        allow_block_sharing=False,
+        auto_switch_to_flash=False,
+    )
+    nothing_stops = GenerationConfig(
+        do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=CAP
+    )
+    manager = model.init_continuous_batching(
+        generation_config=nothing_stops, continuous_batching_config=settings
+    )
 
     def subject(work) -> tuple[float, float]:
         manager.start()
         try:
             clock = Clock()
-            wanted = {manager.add_request(prompt, max_new_tokens=length): length for prompt, length in work}
+            wanted = {
+                manager.add_request(prompt, max_new_tokens=length): length
+                for prompt, length in work
+            }
             made = {}
             while len(made) < len(work):
                 result = manager.get_result(timeout=1)
@@ -149,14 +189,22 @@ def measure(subjects, count: int, cap: int, repetitions: int, args) -> tuple[dic
 
 def main(argv=None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="16 requests of at most 64 tokens, once")
+    parser.add_argument(
+        "--quick", action="store_true", help="16 requests of at most 64 tokens, once"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--static", type=int, default=8, help="rows of a static batch [8]")
-    parser.add_argument("--rows", type=int, default=16, help="sequences of the continuous engine [16]")
-    parser.add_argument("--peer", action="store_true", help="transformers' continuous batching too, and ours on the same GlmForCausalLM")
+    parser.add_argument(
+        "--rows", type=int, default=16, help="sequences of the continuous engine [16]"
+    )
+    parser.add_argument(
+        "--peer",
+        action="store_true",
+        help="transformers' continuous batching too, and ours on the same GlmForCausalLM",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -171,21 +219,48 @@ def main(argv=None) -> dict:
     model = make_model()
     sizes = {"max_tokens": 4096, "prefill_tokens": PREFILL}
     static = Limits(max_batch=args.static, kv_tokens=args.static * 4096, **sizes)
-    continuous = Limits(max_batch=args.rows, kv_tokens=max(args.rows * (LONGEST_PROMPT + CAP + 1), 4096), **sizes)
-    subjects = {"static": ours("static", "fifo", model, static), "continuous": ours("continuous", "fcfs", model, continuous)}
+    continuous = Limits(
+        max_batch=args.rows, kv_tokens=max(args.rows * (LONGEST_PROMPT + CAP + 1), 4096), **sizes
+    )
+    subjects = {
+        "static": ours("static", "fifo", model, static),
+        "continuous": ours("continuous", "fcfs", model, continuous),
+    }
     if args.peer:
         glm = make_glm()
-        subjects |= {"peer": peer(glm, args.rows, continuous.kv_tokens), "continuous-glm": ours("continuous", "fcfs", glm, continuous)}
+        subjects |= {
+            "peer": peer(glm, args.rows, continuous.kv_tokens),
+            "continuous-glm": ours("continuous", "fcfs", glm, continuous),
+        }
     rates, cpu_rates = measure(subjects, count, cap, repetitions, args)
-    result = {"threads": args.threads, "requests": count, "rates": rates, "cpu_rates": cpu_rates, "ratios": {}, "cpu_ratios": {}}
+    result = {
+        "threads": args.threads,
+        "requests": count,
+        "rates": rates,
+        "cpu_rates": cpu_rates,
+        "ratios": {},
+        "cpu_ratios": {},
+    }
     against = [name for name in ("static", "peer") if name in subjects]
-    print(f"{'engine':14}" + "".join(f"{title:>10}" for unit in ("tokens/s", "a CPU s") for title in (unit, *(f"x {other}" for other in against))))
+    print(
+        f"{'engine':14}"
+        + "".join(
+            f"{title:>10}"
+            for unit in ("tokens/s", "a CPU s")
+            for title in (unit, *(f"x {other}" for other in against))
+        )
+    )
     for name in subjects:
         line = f"{name:14}"
         for found, key in ((rates, "ratios"), (cpu_rates, "cpu_ratios")):
-            ratios = {other: statistics.median(a / b for a, b in zip(found[name], found[other])) for other in against}
+            ratios = {
+                other: statistics.median(a / b for a, b in zip(found[name], found[other]))
+                for other in against
+            }
             result[key][name] = {f"x_{other}": ratio for other, ratio in ratios.items()}
-            line += f"{statistics.median(found[name]):10.1f}" + "".join(f"{ratio:10.2f}" for ratio in ratios.values())
+            line += f"{statistics.median(found[name]):10.1f}" + "".join(
+                f"{ratio:10.2f}" for ratio in ratios.values()
+            )
         print(line)
     if args.json:
         write_json(args.json, result)

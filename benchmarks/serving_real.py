@@ -24,14 +24,14 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 
 from finetune.files import write_json
-from serving.continuous import POLICIES
-from serving.cost_model import CostModel, ModelShape
-from serving.devices import find_device
-from serving.metrics import Collector, interval
+from serving.cost_model.devices import find_device
+from serving.cost_model.model import CostModel, ModelShape
+from serving.policies.continuous import POLICIES
 from serving.request import Limits, Request
 from serving.scheduler import Replay, VirtualClock, run
-from serving.simulated import SimulatedEngine
-from serving.workload import SloRule, poisson_arrivals
+from serving.simulate.engine import SimulatedEngine
+from serving.simulate.statistics import Collector, interval
+from serving.simulate.workload import SloRule, poisson_arrivals
 
 SHOWN = ("attainment", "latency_mean_s", "latency_p99_s", "throughput_tps")
 
@@ -58,10 +58,18 @@ class Bench:
         asked: [(text, ids, answer tokens with the end token, prediction)].
     """
 
-    def __init__(self, model: str, predictor: str, lengths: str, limits: Limits, max_src_len: int, max_new_tokens: int):
+    def __init__(
+        self,
+        model: str,
+        predictor: str,
+        lengths: str,
+        limits: Limits,
+        max_src_len: int,
+        max_new_tokens: int,
+    ):
         from chatglm import load_tokenizer
         from chatglm.families import FAMILIES
-        from finetune.predict import load_ready
+        from finetune.evaluation.predict import load_ready
         from predictor.runtime import LengthPredictor
         from serving.engines import make_engine
 
@@ -70,11 +78,19 @@ class Bench:
         self.predictor = LengthPredictor.from_pretrained(predictor, served_model=model)
         family = FAMILIES[self.tokenizer.family]
         rows = [json.loads(line) for line in open(lengths, encoding="utf-8")]
-        ids = [family.encode_prompt(self.tokenizer, row["prompt"], max_src_len).input_ids for row in rows]
+        ids = [
+            family.encode_prompt(self.tokenizer, row["prompt"], max_src_len).input_ids
+            for row in rows
+        ]
         known = self.predictor.predict([row["prompt"] for row in rows])
-        self.asked = [(r["prompt"], i, r["output_tokens"] + r["finished"], p) for r, i, p in zip(rows, ids, known)]
+        self.asked = [
+            (r["prompt"], i, r["output_tokens"] + r["finished"], p)
+            for r, i, p in zip(rows, ids, known)
+        ]
         self.engine = make_engine("continuous", self.model, limits, CostModel.of(self.shape, "CPU"))
-        self.objective_cost: CostModel | None = None  # of the first profile: objectives stay the same
+        self.objective_cost: CostModel | None = (
+            None  # of the first profile: objectives stay the same
+        )
         begin = time.perf_counter()
         for row in rows:
             self.predictor.predict(row["prompt"])
@@ -91,34 +107,82 @@ class Bench:
         """Measure the engine; policies and simulator go by it from then on."""
         from serving.engines.profiling import profile_engine
 
-        profile, _ = profile_engine("continuous", self.model, self.tokenizer, self.folder, self.limits, "CPU", repetitions, progress)
+        profile, _ = profile_engine(
+            "continuous",
+            self.model,
+            self.tokenizer,
+            self.folder,
+            self.limits,
+            "CPU",
+            repetitions,
+            progress,
+        )
         self.engine.cost = CostModel.of(self.shape, find_device("CPU"), profile)
         self.objective_cost = self.objective_cost or self.engine.cost
         return profile
 
-    def requests(self, count: int, rate: float, seed: int, slo: SloRule) -> list[tuple[Request, int]]:
+    def requests(
+        self, count: int, rate: float, seed: int, slo: SloRule
+    ) -> list[tuple[Request, int]]:
         """(request, which of `asked`) by arrival."""
         rng = np.random.default_rng(seed)
         which = rng.integers(0, len(self.asked), count)
-        prompts, outputs = np.array([len(self.asked[i][1]) for i in which]), np.array([self.asked[i][2] for i in which])
+        prompts, outputs = (
+            np.array([len(self.asked[i][1]) for i in which]),
+            np.array([self.asked[i][2] for i in which]),
+        )
         slo_s = slo(prompts, outputs, self.objective_cost, rng)
         arrivals = poisson_arrivals(count, rate, rng)
         rows = zip(arrivals.tolist(), slo_s.tolist(), which.tolist())
-        return [(Request(n, len(self.asked[i][1]), at, s, self.asked[i][3], self.asked[i][2], self.predict_s), i) for n, (at, s, i) in enumerate(rows)]
+        return [
+            (
+                Request(
+                    n,
+                    len(self.asked[i][1]),
+                    at,
+                    s,
+                    self.asked[i][3],
+                    self.asked[i][2],
+                    self.predict_s,
+                ),
+                i,
+            )
+            for n, (at, s, i) in enumerate(rows)
+        ]
 
     def simulate(self, name: str, requests: list[tuple[Request, int]]) -> dict[str, float]:
-        policy, engine = POLICIES[name], SimulatedEngine(self.engine.cost, self.limits, padded=False)
-        shown = (r for r, _ in requests) if policy.predicts else (Request(r.id, r.prompt_tokens, r.arrival_s, r.slo_s, None, r.output_tokens) for r, _ in requests)
+        policy, engine = (
+            POLICIES[name],
+            SimulatedEngine(self.engine.cost, self.limits, padded=False),
+        )
+        shown = (
+            (r for r, _ in requests)
+            if policy.predicts
+            else (
+                Request(r.id, r.prompt_tokens, r.arrival_s, r.slo_s, None, r.output_tokens)
+                for r, _ in requests
+            )
+        )
         return Collector().watch(run(policy, engine, VirtualClock(), Replay(shown))).summary()
 
-    def serve(self, name: str, requests: list[tuple[Request, int]]) -> tuple[dict[str, float], list[int]]:
+    def serve(
+        self, name: str, requests: list[tuple[Request, int]]
+    ) -> tuple[dict[str, float], list[int]]:
         """(metrics, answer tokens by request) of the real engine."""
         from serving.engines import Inbox, Sampling, WallClock
 
         policy, clock = POLICIES[name], WallClock()
         inbox = Inbox(clock, self.engine)
         answers = []
-        self._pipe.send((clock.zero_s, [(r.arrival_s, self.asked[which][0] if policy.predicts else None) for r, which in requests]))
+        self._pipe.send(
+            (
+                clock.zero_s,
+                [
+                    (r.arrival_s, self.asked[which][0] if policy.predicts else None)
+                    for r, which in requests
+                ],
+            )
+        )
 
         def feed():
             for request, which in requests:
@@ -134,40 +198,71 @@ class Bench:
         feeder.join()
         return found.summary(), [len(a.tokens) for a in answers]
 
-    def rate_at(self, name: str, count: int, slo: SloRule, wanted: float = 0.5, rounds: int = 9) -> float:
+    def rate_at(
+        self, name: str, count: int, slo: SloRule, wanted: float = 0.5, rounds: int = 9
+    ) -> float:
         """Requests a second at which the policy attains `wanted`, by simulation: bisection of the logarithm over 3 seeds."""
         low, high = 0.1, 1000.0
         for _ in range(rounds):
             rate = float(np.sqrt(low * high))
-            got = np.mean([self.simulate(name, self.requests(count, rate, 100 + seed, slo))["attainment"] for seed in range(3)])
+            got = np.mean(
+                [
+                    self.simulate(name, self.requests(count, rate, 100 + seed, slo))["attainment"]
+                    for seed in range(3)
+                ]
+            )
             low, high = (rate, high) if got > wanted else (low, rate)
         return float(np.sqrt(low * high))
 
 
-def compare(bench: Bench, policies: list[str], rate: float, args, slo: SloRule, log=print) -> list[dict]:
+def compare(
+    bench: Bench, policies: list[str], rate: float, args, slo: SloRule, log=print
+) -> list[dict]:
     """One row a policy: {policy, measured: {metric: [by repetition]}, simulated: the same, other_answers: answers of another length than recorded}."""
-    rows = [{"policy": name, "measured": {key: [] for key in SHOWN}, "simulated": {key: [] for key in SHOWN}, "other_answers": 0} for name in policies]
+    rows = [
+        {
+            "policy": name,
+            "measured": {key: [] for key in SHOWN},
+            "simulated": {key: [] for key in SHOWN},
+            "other_answers": 0,
+        }
+        for name in policies
+    ]
     for repetition in range(args.repetitions):
         bench.profile(args.profile_repetitions)
         requests = bench.requests(args.requests, rate, repetition, slo)
         for row in rows:
             simulated = bench.simulate(row["policy"], requests)
             measured, lengths = bench.serve(row["policy"], requests)
-            row["other_answers"] += sum(n != r.output_tokens for n, (r, _) in zip(lengths, requests))
+            row["other_answers"] += sum(
+                n != r.output_tokens for n, (r, _) in zip(lengths, requests)
+            )
             for key in SHOWN:
                 row["measured"][key].append(measured[key])
                 row["simulated"][key].append(simulated[key])
-            log(f"{rate:.1f}/s {repetition + 1}/{args.repetitions} {row['policy']:15} {measured['latency_mean_s']:8.3f} s, simulated {simulated['latency_mean_s']:8.3f} s")
+            log(
+                f"{rate:.1f}/s {repetition + 1}/{args.repetitions} {row['policy']:15} {measured['latency_mean_s']:8.3f} s, simulated {simulated['latency_mean_s']:8.3f} s"
+            )
     return rows
 
 
 def print_rows(rate: float, rows: list[dict]):
-    print(f"\n{rate:.1f} requests/s\n\n| policy | in time %, measured | simulated | mean latency s, measured | simulated | off by | p99 s, measured | simulated | tokens/s |")
+    print(
+        f"\n{rate:.1f} requests/s\n\n| policy | in time %, measured | simulated | mean latency s, measured | simulated | off by | p99 s, measured | simulated | tokens/s |"
+    )
     print("|---" * 9 + "|")
     for row in rows:
         seen, told = row["measured"], row["simulated"]
-        cells = [shown(seen["attainment"], 100), shown(told["attainment"], 100), shown(seen["latency_mean_s"]), shown(told["latency_mean_s"]),
-                 f"{100 * off_by(row):+.1f} %", shown(seen["latency_p99_s"]), shown(told["latency_p99_s"]), shown(seen["throughput_tps"])]  # fmt: skip
+        cells = [
+            shown(seen["attainment"], 100),
+            shown(told["attainment"], 100),
+            shown(seen["latency_mean_s"]),
+            shown(told["latency_mean_s"]),
+            f"{100 * off_by(row):+.1f} %",
+            shown(seen["latency_p99_s"]),
+            shown(told["latency_p99_s"]),
+            shown(seen["throughput_tps"]),
+        ]
         print(f"| {row['policy']} | " + " | ".join(cells) + " |")
 
 
@@ -178,11 +273,15 @@ def shown(values: list[float], by: float = 1) -> str:
 
 def off_by(row: dict) -> float:
     """Simulated over measured mean latency, less 1."""
-    return float(np.mean(row["simulated"]["latency_mean_s"]) / np.mean(row["measured"]["latency_mean_s"]) - 1)
+    return float(
+        np.mean(row["simulated"]["latency_mean_s"]) / np.mean(row["measured"]["latency_mean_s"]) - 1
+    )
 
 
 def order_of(rows: list[dict], side: str) -> list[str]:
-    return [row["policy"] for row in sorted(rows, key=lambda row: np.mean(row[side]["latency_mean_s"]))]
+    return [
+        row["policy"] for row in sorted(rows, key=lambda row: np.mean(row[side]["latency_mean_s"]))
+    ]
 
 
 def contradictions(rows: list[dict]) -> list[str]:
@@ -191,21 +290,43 @@ def contradictions(rows: list[dict]) -> list[str]:
     for i, a in enumerate(rows):
         for b in rows[i + 1 :]:
             seen = np.subtract(a["measured"]["latency_mean_s"], b["measured"]["latency_mean_s"])
-            told = np.mean(a["simulated"]["latency_mean_s"]) - np.mean(b["simulated"]["latency_mean_s"])
+            told = np.mean(a["simulated"]["latency_mean_s"]) - np.mean(
+                b["simulated"]["latency_mean_s"]
+            )
             if ((seen > 0).all() and told < 0) or ((seen < 0).all() and told > 0):
                 found.append(f"{a['policy']} and {b['policy']}")
     return found
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("output/quickstart"), help="the quickstart's: merged, predictor, lengths_test.jsonl [output/quickstart]")
-    parser.add_argument("--policies", default="fifo,s3,uellm_released,slo_odbs,fcfs,sjf,srpt,deadline", help="comma between them")
-    parser.add_argument("--at", default="fifo,fcfs", help="load: where each of these attains half of its objectives, by simulation [fifo,fcfs]")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("output/quickstart"),
+        help="the quickstart's: merged, predictor, lengths_test.jsonl [output/quickstart]",
+    )
+    parser.add_argument(
+        "--policies",
+        default="fifo,s3,uellm_released,slo_odbs,fcfs,sjf,srpt,deadline",
+        help="comma between them",
+    )
+    parser.add_argument(
+        "--at",
+        default="fifo,fcfs",
+        help="load: where each of these attains half of its objectives, by simulation [fifo,fcfs]",
+    )
     parser.add_argument("--requests", type=int, default=300, help="of each run [300]")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--max_batch", type=int, default=16, help="answers made at once [16]")
-    parser.add_argument("--slo_scale", type=float, default=5.0, help="objective: so many times the latency alone [5]")
+    parser.add_argument(
+        "--slo_scale",
+        type=float,
+        default=5.0,
+        help="objective: so many times the latency alone [5]",
+    )
     parser.add_argument("--profile_repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -216,28 +337,51 @@ def main(argv: list[str] | None = None) -> dict:
 
     for needed in ("merged", "predictor", "lengths_test.jsonl"):
         if not (args.folder / needed).exists():
-            sys.exit(f"serving_real.py: no such file: {args.folder / needed}; --folder names what scripts/quickstart.sh wrote")
+            sys.exit(
+                f"serving_real.py: no such file: {args.folder / needed}; --folder names what scripts/quickstart.sh wrote"
+            )
 
     import torch
     from tqdm import tqdm
 
     torch.set_num_threads(args.threads)
     limits = Limits(args.max_batch, args.max_batch * 256, 256)
-    bench = Bench(str(args.folder / "merged"), str(args.folder / "predictor"), str(args.folder / "lengths_test.jsonl"), limits, 120, 96)
-    profile = bench.profile(args.profile_repetitions, lambda timings, total: tqdm(timings, total=total, desc="profile", disable=None))
+    bench = Bench(
+        str(args.folder / "merged"),
+        str(args.folder / "predictor"),
+        str(args.folder / "lengths_test.jsonl"),
+        limits,
+        120,
+        96,
+    )
+    profile = bench.profile(
+        args.profile_repetitions,
+        lambda timings, total: tqdm(timings, total=total, desc="profile", disable=None),
+    )
     errors = profile.made["errors"]["5_folds"]
-    print(f"engine profile: median {100 * errors['median_abs_error']:.1f} %, P90 {100 * errors['p90_abs_error']:.1f} % off in 5 folds; a prediction takes {1e3 * bench.predict_s:.2f} ms")
+    print(
+        f"engine profile: median {100 * errors['median_abs_error']:.1f} %, P90 {100 * errors['p90_abs_error']:.1f} % off in 5 folds; a prediction takes {1e3 * bench.predict_s:.2f} ms"
+    )
     slo = SloRule(args.slo_scale, 0.05)
     bench.serve("fcfs", bench.requests(40, 40.0, 999, slo))  # warm
-    result = {"settings": vars(args) | {"folder": str(args.folder), "json": str(args.json)}, "profile": errors, "predict_s": bench.predict_s, "loads": []}
+    result = {
+        "settings": vars(args) | {"folder": str(args.folder), "json": str(args.json)},
+        "profile": errors,
+        "predict_s": bench.predict_s,
+        "loads": [],
+    }
     for name in at:
         rate = bench.rate_at(name, args.requests, slo)
-        rows = compare(bench, policies, rate, args, slo, lambda line: print(line, file=sys.stderr, flush=True))
+        rows = compare(
+            bench, policies, rate, args, slo, lambda line: print(line, file=sys.stderr, flush=True)
+        )
         print_rows(rate, rows)
         wrong = contradictions(rows)
-        print(f"\nlongest off by {100 * max(abs(off_by(row)) for row in rows):.1f} %; measured: {' < '.join(order_of(rows, 'measured'))}; "
-              f"simulated: {' < '.join(order_of(rows, 'simulated'))}; pairs told the wrong way round: {', '.join(wrong) or 'none'}; "
-              f"answers of another length than recorded: {sum(row['other_answers'] for row in rows)}")  # fmt: skip
+        print(
+            f"\nlongest off by {100 * max(abs(off_by(row)) for row in rows):.1f} %; measured: {' < '.join(order_of(rows, 'measured'))}; "
+            f"simulated: {' < '.join(order_of(rows, 'simulated'))}; pairs told the wrong way round: {', '.join(wrong) or 'none'}; "
+            f"answers of another length than recorded: {sum(row['other_answers'] for row in rows)}"
+        )
         result["loads"].append({"at": name, "rate": rate, "rows": rows, "wrong": wrong})
     if args.json:
         write_json(args.json, result)

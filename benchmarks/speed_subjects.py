@@ -14,8 +14,14 @@ sys.path.insert(0, str(ROOT))
 
 MARK = "@@ "  # begins a worker's answers among whatever its libraries print
 ROWS, BATCH, WARM_STEPS = 400, 4, 16
-GLM_IDS = {"vocab_size": 130528, "bos_token_id": 130004, "eos_token_id": 130005, "mask_token_id": 130000, "gmask_token_id": 130001,
-           "pad_token_id": 3}  # fmt: skip
+GLM_IDS = {
+    "vocab_size": 130528,
+    "bos_token_id": 130004,
+    "eos_token_id": 130005,
+    "mask_token_id": 130000,
+    "gmask_token_id": 130001,
+    "pad_token_id": 3,
+}
 
 
 # ---- the rows and the models that every subject gets -------------------------------------------------------------
@@ -27,8 +33,8 @@ def encode(shared: Path, family: str) -> list[tuple[list[int], int]]:
     """
     from chatglm import load_tokenizer
     from chatglm.families import FAMILIES
-    from finetune.encoding import encode_rows
-    from finetune.sources import read_rows
+    from finetune.rows.encoding import encode_rows
+    from finetune.rows.sources import read_rows
 
     tokenizer = load_tokenizer(shared / "data" / "chatglm2-tokenizer", mode="glm2")
     rows, _ = read_rows(shared / "data" / "finetune" / "spo_0.json", limit=ROWS)
@@ -49,11 +55,20 @@ def make_config(spec):
     from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
 
     hidden = spec["hidden"]
-    shape = {"hidden_size": hidden, "num_layers": spec["layers"], "num_attention_heads": hidden // 64}
+    shape = {
+        "hidden_size": hidden,
+        "num_layers": spec["layers"],
+        "num_attention_heads": hidden // 64,
+    }
     if spec["family"] == "glm":
         return ChatGLM1Config(inner_hidden_size=4 * hidden, **shape, **GLM_IDS)
     return ChatGLM2Config(
-        padded_vocab_size=spec["vocab"], ffn_hidden_size=ffn_size(hidden), kv_channels=64, multi_query_group_num=2, glm_family="glm2", **shape
+        padded_vocab_size=spec["vocab"],
+        ffn_hidden_size=ffn_size(hidden),
+        kv_channels=64,
+        multi_query_group_num=2,
+        glm_family="glm2",
+        **shape,
     )
 
 
@@ -66,7 +81,11 @@ def make_model(spec, dtype=None):
 
     torch.manual_seed(0)
     torch.set_default_dtype(dtype or torch.float32)
-    kind = ChatGLM1ForConditionalGeneration if spec["family"] == "glm" else ChatGLM2ForConditionalGeneration
+    kind = (
+        ChatGLM1ForConditionalGeneration
+        if spec["family"] == "glm"
+        else ChatGLM2ForConditionalGeneration
+    )
     model = kind(make_config(spec))
     torch.set_default_dtype(torch.float32)
     return model
@@ -95,7 +114,9 @@ def plain_formulas():
         @staticmethod
         def apply(x, weight, eps):
             wide = x.float()
-            return (weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps))).to(x.dtype)
+            return (weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps))).to(
+                x.dtype
+            )
 
     class SwiGLU:
         @staticmethod
@@ -122,7 +143,11 @@ def plain_formulas():
                 parts.append(torch.cat([a * t.real - b * t.imag, b * t.real + a * t.imag], dim=-1))
             return torch.cat([torch.cat(parts, dim=-1), x[:, :, heads:]], dim=2)
 
-    modeling_glm2.RMSNormFunction, modeling_glm2.SwiGLUFunction, modeling_glm2.RotateFunction = Norm, SwiGLU, Pairs
+    modeling_glm2.RMSNormFunction, modeling_glm2.SwiGLUFunction, modeling_glm2.RotateFunction = (
+        Norm,
+        SwiGLU,
+        Pairs,
+    )
     modeling_glm.RotateFunction = Halves
 
 
@@ -132,12 +157,14 @@ def run_reference(spec, pairs):
     import torch
     import torch.nn.functional as F
 
-    from finetune.data import collate
+    from finetune.rows.batches import collate
 
     plain_formulas()
     model = make_model(spec)
     if spec["method"] == "lora":
-        model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=30, target_modules=["query_key_value"]))
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(r=8, lora_alpha=30, target_modules=["query_key_value"])
+        )
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     model.train()
@@ -156,7 +183,7 @@ def run_reference(spec, pairs):
 
 
 def our_dataset(pairs):
-    from finetune.arrays import EncodedRow, dataset_of
+    from finetune.rows.arrays import EncodedRow, dataset_of
 
     return dataset_of(("", EncodedRow(ids, n, False)) for ids, n in pairs)
 
@@ -164,14 +191,16 @@ def our_dataset(pairs):
 def run_bare(spec, pairs):
     import torch
 
-    from finetune.data import collate, count_labels
     from finetune.lora import use_lean_lora
     from finetune.loss import LossModule
     from finetune.methods import FullParameters, Lora
+    from finetune.rows.batches import collate, count_labels
 
     lora = spec["method"] == "lora"
     wide = torch.float32 if spec["precision"] == "fp32" else torch.bfloat16
-    model = (Lora(8, 30, 0.0, "query_key_value") if lora else FullParameters()).prepare(make_model(spec, wide))
+    model = (Lora(8, 30, 0.0, "query_key_value") if lora else FullParameters()).prepare(
+        make_model(spec, wide)
+    )
     trained = [p for p in model.parameters() if p.requires_grad]
     masters = trained
     if lora:
@@ -182,7 +211,11 @@ def run_bare(spec, pairs):
         masters = [torch.nn.Parameter(p.detach().float()) for p in trained]
     optimizer = torch.optim.AdamW(masters, lr=1e-4, fused=True)
     loss_module, data = LossModule(model).train(), our_dataset(pairs)
-    layout = {"ragged": True, "share": spec["family"] != "glm", "multiple": 64 if wide != torch.float32 else 1}
+    layout = {
+        "ragged": True,
+        "share": spec["family"] != "glm",
+        "multiple": 64 if wide != torch.float32 else 1,
+    }
     for rows, counted in warmed(pairs):
         batch = collate(data, rows, **layout)
         loss = loss_module(scale=1 / count_labels(batch), **batch)
@@ -209,11 +242,13 @@ def warmed(pairs):
 
 def useful_operations(spec, pairs, rows) -> float:
     """Floating-point operations of a step that its result needs: products with weights, forward and backward."""
-    from finetune.data import lay_end_to_end
-    from finetune.memory_shapes import make_shape
+    from finetune.memory.shapes import make_shape
+    from finetune.rows.batches import lay_end_to_end
 
     shape = make_shape(make_config(spec).to_dict())
-    batch = lay_end_to_end([pairs[r][0] for r in rows], [pairs[r][1] for r in rows], spec["family"] != "glm", 1)
+    batch = lay_end_to_end(
+        [pairs[r][0] for r in rows], [pairs[r][1] for r in rows], spec["family"] != "glm", 1
+    )
     tokens, kept = batch["input_ids"].numel(), len(batch["keep"])
     qkv, *rest = (inputs * outputs for inputs, outputs, _ in shape.linears.values())
     body = (shape.layers - 1) * (qkv + sum(rest)) * tokens + qkv * tokens + sum(rest) * kept
@@ -223,7 +258,12 @@ def useful_operations(spec, pairs, rows) -> float:
 def run_peak(spec, pairs):
     import torch
 
-    a, b = (torch.randn(4096, 4096, dtype=torch.float32 if spec["precision"] == "fp32" else torch.bfloat16) for _ in range(2))
+    a, b = (
+        torch.randn(
+            4096, 4096, dtype=torch.float32 if spec["precision"] == "fp32" else torch.bfloat16
+        )
+        for _ in range(2)
+    )
     while True:
         a @ b
         yield [], 0.0
@@ -242,15 +282,23 @@ def run_ours(spec, pairs):
     folder = Path(spec["folder"])
     make_config(spec).save_pretrained(str(folder))
     config = TrainConfig(
-        model_name_or_path=str(folder), train_path="rows", train_type="lora" if spec["method"] == "lora" else "all", mode=spec["family"],
-        per_device_train_batch_size=BATCH, precision=spec["precision"], lora_dropout=0.0, learning_rate=1e-4,
+        model_name_or_path=str(folder),
+        train_path="rows",
+        train_type="lora" if spec["method"] == "lora" else "all",
+        mode=spec["family"],
+        per_device_train_batch_size=BATCH,
+        precision=spec["precision"],
+        lora_dropout=0.0,
+        learning_rate=1e-4,
         num_workers=0,  # the rows come from here
-    )  # fmt: skip
+    )
     init_distributed()
     task = make_task(config, spec, folder, our_dataset(pairs))
     engine, model, _ = engine_module.build_engine(config, task, 10**6)
     schedule = engine_module.Schedule(10**6 * BATCH, BATCH, 1, None)
-    loop = engine_module.Loop(config, engine, model, task, schedule, SimpleNamespace(eval_data=None), resumed={}, facts={})
+    loop = engine_module.Loop(
+        config, engine, model, task, schedule, SimpleNamespace(eval_data=None), resumed={}, facts={}
+    )
     for rows, counted in warmed(pairs):
         task.chosen = np.array(rows)
         loss = loop.step()[0]
@@ -264,18 +312,24 @@ def make_task(config, spec, folder, data):
     import numpy as np
 
     from chatglm.families import FAMILIES
-    from finetune.data import collate, count_labels
     from finetune.distributed import DTYPES, resolve_precision
     from finetune.loss import LossModule
     from finetune.methods import make_method
+    from finetune.rows.batches import collate, count_labels
     from finetune.task import layout_of
 
     method, dtype = make_method(config), DTYPES[resolve_precision(config.precision)]
     layout = layout_of(config, FAMILIES[spec["family"]], SimpleNamespace(pad_token_id=3), dtype)
     task = SimpleNamespace(
-        method=method, model_path=str(folder), data=data, lengths=np.array([len(ids) for ids in data.input_ids]), build_model=lambda dtype: method.prepare(make_model(spec, dtype)),
-        loss_module=LossModule, count_labels=count_labels, collate=lambda data, rows: collate(data, rows, **layout),
-    )  # fmt: skip
+        method=method,
+        model_path=str(folder),
+        data=data,
+        lengths=np.array([len(ids) for ids in data.input_ids]),
+        build_model=lambda dtype: method.prepare(make_model(spec, dtype)),
+        loss_module=LossModule,
+        count_labels=count_labels,
+        collate=lambda data, rows: collate(data, rows, **layout),
+    )
     task.rows_of_step = lambda *place: (data, task.chosen, 0)  # the rows of the step to come
     return task
 
@@ -288,10 +342,19 @@ def make_glm(spec):
     hidden = spec["hidden"]
     torch.manual_seed(0)
     config = GlmConfig(
-        vocab_size=spec["vocab"], hidden_size=hidden, intermediate_size=ffn_size(hidden), num_hidden_layers=spec["layers"],
-        num_attention_heads=hidden // 64, num_key_value_heads=2, head_dim=64,
-        partial_rotary_factor=0.5, attention_bias=True, rms_norm_eps=1e-5, pad_token_id=3, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=spec["vocab"],
+        hidden_size=hidden,
+        intermediate_size=ffn_size(hidden),
+        num_hidden_layers=spec["layers"],
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=2,
+        head_dim=64,
+        partial_rotary_factor=0.5,
+        attention_bias=True,
+        rms_norm_eps=1e-5,
+        pad_token_id=3,
+        eos_token_id=2,
+    )
     torch.set_default_dtype(torch.bfloat16 if spec["precision"] == "bf16" else torch.float32)
     model = GlmForCausalLM(config)
     torch.set_default_dtype(torch.float32)
@@ -321,14 +384,21 @@ class Turns:
         if self.left:
             return
         if self.started:
-            told = {"seconds": self.clock() - self.started, "tokens": self.tokens, "operations": self.operations, "loss": self.loss,
-                    "memory": resident("VmHWM") - self.idle}  # fmt: skip
+            told = {
+                "seconds": self.clock() - self.started,
+                "tokens": self.tokens,
+                "operations": self.operations,
+                "loss": self.loss,
+                "memory": resident("VmHWM") - self.idle,
+            }
             print(MARK + json.dumps(told), flush=True)
         word = sys.stdin.readline().split()
         if not word:
             os._exit(0)
         self.left, self.tokens, self.operations = int(word[0]), 0, 0.0
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # the peak starts again at what is resident now
         self.started = self.clock()
 
     def after_step(self, tokens: int, loss: float, operations: float = 0.0):
@@ -341,7 +411,11 @@ class Turns:
 def read_rows(spec) -> list[tuple[list[int], int]]:
     """encode()'s pairs; words beyond a smaller vocabulary become others, so that lengths stay."""
     pairs = json.loads(Path(spec["rows"]).read_text())
-    return [([i % spec["vocab"] for i in ids], n) for ids, n in pairs] if spec["family"] == "glm2" else pairs
+    return (
+        [([i % spec["vocab"] for i in ids], n) for ids, n in pairs]
+        if spec["family"] == "glm2"
+        else pairs
+    )
 
 
 def work(spec):
@@ -359,11 +433,17 @@ def work(spec):
     pairs, turns = read_rows(spec), Turns(spec)
     if spec["subject"] == "trainer":
         return work_trainer(spec, pairs, turns)
-    steps = {"reference": run_reference, "bare": run_bare, "ours": run_ours, "peak": run_peak}[spec["subject"]](spec, pairs)
+    steps = {"reference": run_reference, "bare": run_bare, "ours": run_ours, "peak": run_peak}[
+        spec["subject"]
+    ](spec, pairs)
     turns.before_step()
     for rows, loss in steps:
         if rows is not None:  # a step that only warms up
-            turns.after_step(sum(len(pairs[r][0]) for r in rows), loss, useful_operations(spec, pairs, rows) if rows else 2 * 4096**3)
+            turns.after_step(
+                sum(len(pairs[r][0]) for r in rows),
+                loss,
+                useful_operations(spec, pairs, rows) if rows else 2 * 4096**3,
+            )
             turns.before_step()
 
 
@@ -374,7 +454,9 @@ def profile(spec):
 
     torch.set_num_threads(1)
     pairs = read_rows(spec)
-    steps = {"reference": run_reference, "bare": run_bare, "ours": run_ours}[spec["subject"]](spec, pairs)
+    steps = {"reference": run_reference, "bare": run_bare, "ours": run_ours}[spec["subject"]](
+        spec, pairs
+    )
     for rows, _ in steps:  # the first counted step: warm
         if rows is not None:
             break
@@ -383,9 +465,13 @@ def profile(spec):
             next(steps)
     events = [e for e in recorded.key_averages() if e.self_cpu_time_total]
     total = sum(e.self_cpu_time_total for e in events)
-    print(f"\n{spec['subject']}: {total / 4e6:.2f} s a step\n\n| operation | share | calls a step |\n|---|---|---|")
+    print(
+        f"\n{spec['subject']}: {total / 4e6:.2f} s a step\n\n| operation | share | calls a step |\n|---|---|---|"
+    )
     for event in sorted(events, key=lambda e: -e.self_cpu_time_total)[:10]:
-        print(f"| {event.key} | {100 * event.self_cpu_time_total / total:.0f} % | {event.count / 4:.0f} |")
+        print(
+            f"| {event.key} | {100 * event.self_cpu_time_total / total:.0f} % | {event.count / 4:.0f} |"
+        )
 
 
 def work_trainer(spec, pairs, turns):
@@ -394,11 +480,14 @@ def work_trainer(spec, pairs, turns):
     from torch.utils.data import Dataset
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from finetune.data import collate
+    from finetune.rows.batches import collate
 
     model = make_glm(spec)
     if spec["method"] == "lora":
-        model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=30, target_modules=["q_proj", "k_proj", "v_proj"]))
+        model = peft.get_peft_model(
+            model,
+            peft.LoraConfig(r=8, lora_alpha=30, target_modules=["q_proj", "k_proj", "v_proj"]),
+        )
     steps = batches(pairs)
     order = []
 
@@ -432,11 +521,26 @@ def work_trainer(spec, pairs, turns):
             turns.after_step(sum(len(pairs[r][0]) for r in order[state.global_step - 1]), 0.0)
 
     args = TrainingArguments(
-        output_dir=spec["folder"], per_device_train_batch_size=BATCH, max_steps=10**6, report_to=[], save_strategy="no",
-        logging_strategy="no", learning_rate=1e-4, use_cpu=True, remove_unused_columns=False, disable_tqdm=True,
-        bf16=spec["precision"] == "autocast", dataloader_pin_memory=False,
-    )  # fmt: skip
-    Sequential(model=model, args=args, train_dataset=Rows(), data_collator=with_mask, callbacks=[Callback()]).train()
+        output_dir=spec["folder"],
+        per_device_train_batch_size=BATCH,
+        max_steps=10**6,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        learning_rate=1e-4,
+        use_cpu=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        bf16=spec["precision"] == "autocast",
+        dataloader_pin_memory=False,
+    )
+    Sequential(
+        model=model,
+        args=args,
+        train_dataset=Rows(),
+        data_collator=with_mask,
+        callbacks=[Callback()],
+    ).train()
 
 
 def make_fast_tokenizer(model: Path):
@@ -447,8 +551,12 @@ def make_fast_tokenizer(model: Path):
 
     extractor = SentencePieceExtractor(str(model))
     parts = extractor.extract(BPE)
-    tokenizer = SpmConverter.build_tokenizer_from_spm_proto(extractor.proto, parts["vocab"], parts["merges"])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<unk>", unk_token="<unk>")
+    tokenizer = SpmConverter.build_tokenizer_from_spm_proto(
+        extractor.proto, parts["vocab"], parts["merges"]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<unk>", unk_token="<unk>"
+    )
 
 
 def work_llamafactory(spec):
@@ -465,8 +573,15 @@ def work_llamafactory(spec):
 
     turns, folder = Turns(spec), Path(spec["folder"])
     make_glm(spec).save_pretrained(folder / "model")
-    make_fast_tokenizer(Path(spec["shared"]) / "data" / "chatglm2-tokenizer" / "tokenizer.model").save_pretrained(folder / "model")
-    rows = [json.loads(line) for line in (Path(spec["shared"]) / "data" / "finetune" / "spo_0.json").read_text().splitlines()[:ROWS]]
+    make_fast_tokenizer(
+        Path(spec["shared"]) / "data" / "chatglm2-tokenizer" / "tokenizer.model"
+    ).save_pretrained(folder / "model")
+    rows = [
+        json.loads(line)
+        for line in (Path(spec["shared"]) / "data" / "finetune" / "spo_0.json")
+        .read_text()
+        .splitlines()[:ROWS]
+    ]
     order = [r for _, step in zip(range(10**3), batches(rows)) for r in step]
     (folder / "rows.json").write_text(json.dumps([rows[r] for r in order]))
     (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
@@ -484,14 +599,39 @@ def work_llamafactory(spec):
 
     method = {"finetuning_type": "full"}
     if spec["method"] == "lora":
-        method = {"finetuning_type": "lora", "lora_rank": 8, "lora_alpha": 30, "lora_dropout": 0.0, "lora_target": "q_proj,k_proj,v_proj"}
-    run_exp({
-        "stage": "sft", "do_train": True, "model_name_or_path": str(folder / "model"), "dataset": "rows", "dataset_dir": str(folder),
-        "template": "empty", "cutoff_len": 768, "disable_shuffling": True, "overwrite_cache": True, "output_dir": str(folder / "out"),
-        "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1, "max_steps": 10**3, "learning_rate": 1e-4,
-        "bf16": spec["precision"] == "bf16", "disable_gradient_checkpointing": True, "use_cpu": True, "save_strategy": "no",
-        "logging_strategy": "no", "report_to": "none", **method,
-    }, callbacks=[Callback()])  # fmt: skip
+        method = {
+            "finetuning_type": "lora",
+            "lora_rank": 8,
+            "lora_alpha": 30,
+            "lora_dropout": 0.0,
+            "lora_target": "q_proj,k_proj,v_proj",
+        }
+    run_exp(
+        {
+            "stage": "sft",
+            "do_train": True,
+            "model_name_or_path": str(folder / "model"),
+            "dataset": "rows",
+            "dataset_dir": str(folder),
+            "template": "empty",
+            "cutoff_len": 768,
+            "disable_shuffling": True,
+            "overwrite_cache": True,
+            "output_dir": str(folder / "out"),
+            "per_device_train_batch_size": BATCH,
+            "gradient_accumulation_steps": 1,
+            "max_steps": 10**3,
+            "learning_rate": 1e-4,
+            "bf16": spec["precision"] == "bf16",
+            "disable_gradient_checkpointing": True,
+            "use_cpu": True,
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "report_to": "none",
+            **method,
+        },
+        callbacks=[Callback()],
+    )
 
 
 if __name__ == "__main__":

@@ -48,7 +48,10 @@ def read_calls(file: Path) -> list[Call]:
     calls = []
     for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        tools = {t["name"]: {k: p.get("type") for k, p in t["parameters"].get("properties", {}).items()} for t in json.loads(row["tools"])}
+        tools = {
+            t["name"]: {k: p.get("type") for k, p in t["parameters"].get("properties", {}).items()}
+            for t in json.loads(row["tools"])
+        }
         for before, turn in zip(row["conversations"], row["conversations"][1:]):
             if turn["from"] != "function_call" or before["from"] != "human":
                 continue
@@ -62,11 +65,27 @@ def read_calls(file: Path) -> list[Call]:
 def can_be_copied(call: Call) -> bool:
     values = [str(value) for value in call.arguments.values()]
     # A word is spelt otherwise after a quote than after a space, which is more than a small model learns in minutes.
-    plain = all(type(value) in (str, int, float) and not re.search("[A-Za-z ]", str(value)) for value in call.arguments.values())
-    once = all(0 < len(value) <= LONGEST_VALUE and len(places(value, call.question)) == 1 for value in values)
-    apart = not any(a != b and a in b for a in values for b in values) and len(set(values)) == len(values)
+    plain = all(
+        type(value) in (str, int, float) and not re.search("[A-Za-z ]", str(value))
+        for value in call.arguments.values()
+    )
+    once = all(
+        0 < len(value) <= LONGEST_VALUE and len(places(value, call.question)) == 1
+        for value in values
+    )
+    apart = not any(a != b and a in b for a in values for b in values) and len(set(values)) == len(
+        values
+    )
     names = all(name.isidentifier() for name in call.arguments)
-    return bool(values) and plain and once and apart and names and len(call.question) <= LONGEST_QUESTION and call.name in call.tools
+    return (
+        bool(values)
+        and plain
+        and once
+        and apart
+        and names
+        and len(call.question) <= LONGEST_QUESTION
+        and call.name in call.tools
+    )
 
 
 def places(value: str, text: str) -> list[re.Match]:
@@ -83,7 +102,9 @@ def values_of(calls: list[Call]) -> dict[type, list]:
 
 def with_other_values(call: Call, values: dict[type, list], draw: random.Random) -> Call:
     """The same question with other values, of the same types."""
-    new = {name: draw.choice(values[type(value)] or [value]) for name, value in call.arguments.items()}
+    new = {
+        name: draw.choice(values[type(value)] or [value]) for name, value in call.arguments.items()
+    }
     question = call.question
     spots = {name: places(str(value), question)[0] for name, value in call.arguments.items()}
     for name in sorted(spots, key=lambda name: -spots[name].start()):
@@ -107,7 +128,9 @@ def divide(calls: list[Call], share: float = 0.25) -> tuple[list[Call], list[Cal
     from predictor.labels import group_prompts, split
 
     questions = [call.question for call in calls]
-    sides = split(group_prompts(questions), questions, {"train": 1 - share, "test": share}, salt="tools")
+    sides = split(
+        group_prompts(questions), questions, {"train": 1 - share, "test": share}, salt="tools"
+    )
     held_out = {calls[i].question: calls[i] for i in sides["test"]}
     return [calls[i] for i in sides["train"]], list(held_out.values())
 
@@ -119,31 +142,87 @@ def prepare(folder: Path, train: list[Call], seed: int) -> Path:
     from scripts.prepare_tokenizer import main as make_tokenizer
 
     draw, values = random.Random(seed), values_of(train)
-    rows = [*train, *(with_other_values(call, values, draw) for call in train for _ in range(COPIES))]
+    rows = [
+        *train,
+        *(with_other_values(call, values, draw) for call in train for _ in range(COPIES)),
+    ]
     write_rows(folder / "calls.jsonl", map(as_row, rows))
-    write_rows(folder / "texts.jsonl", (
-        {"input": call.question, "output": f"{call.name}\n{tool_call(call.arguments)}", "tools": json.dumps(shown_tools(call.tools), indent=4)}
-        for call in train
-    ))  # fmt: skip
-    code = make_tokenizer(["--input", str(folder / "texts.jsonl"), "--output_dir", str(folder / "tokenizer"), "--vocab_size", "1100", "--family", "glm3"])
+    write_rows(
+        folder / "texts.jsonl",
+        (
+            {
+                "input": call.question,
+                "output": f"{call.name}\n{tool_call(call.arguments)}",
+                "tools": json.dumps(shown_tools(call.tools), indent=4),
+            }
+            for call in train
+        ),
+    )
+    code = make_tokenizer(
+        [
+            "--input",
+            str(folder / "texts.jsonl"),
+            "--output_dir",
+            str(folder / "tokenizer"),
+            "--vocab_size",
+            "1100",
+            "--family",
+            "glm3",
+        ]
+    )
     assert code == 0
     sizes = {"hidden_size": 256, "num_layers": 2, "heads": 4, "groups": 2, "ffn": 512}
     return make_model("glm3", folder / "tokenizer", folder / "random", **sizes)
 
 
 def write_rows(file: Path, rows: Iterable[dict]):
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    file.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
 
 
 def learn(rows: Path, base: Path, steps: int, seed: int) -> Path:
     """Train all weights with train.py; returns the checkpoint."""
     out = rows.with_suffix("")
-    subprocess.run([
-        sys.executable, "train.py", "--train_path", rows, "--model_name_or_path", base, "--train_type", "all", "--ds_file", "ds_zero2.json",
-        "--max_len", str(MAX_LEN), "--max_src_len", str(MAX_LEN // 2), "--per_device_train_batch_size", "16", "--learning_rate", "2e-3",
-        "--weight_decay", "0", "--num_train_epochs", "1000", "--max_steps", str(steps), "--show_loss_step", "50",
-        "--seed", str(seed), "--output_dir", out, "--overwrite_output_dir", "--save_total_limit", "1",
-    ], cwd=ROOT, check=True)  # fmt: skip
+    subprocess.run(
+        [
+            sys.executable,
+            "train.py",
+            "--train_path",
+            rows,
+            "--model_name_or_path",
+            base,
+            "--train_type",
+            "all",
+            "--ds_file",
+            "ds_zero2.json",
+            "--max_len",
+            str(MAX_LEN),
+            "--max_src_len",
+            str(MAX_LEN // 2),
+            "--per_device_train_batch_size",
+            "16",
+            "--learning_rate",
+            "2e-3",
+            "--weight_decay",
+            "0",
+            "--num_train_epochs",
+            "1000",
+            "--max_steps",
+            str(steps),
+            "--show_loss_step",
+            "50",
+            "--seed",
+            str(seed),
+            "--output_dir",
+            out,
+            "--overwrite_output_dir",
+            "--save_total_limit",
+            "1",
+        ],
+        cwd=ROOT,
+        check=True,
+    )
     return max(out.glob("epoch-*-step-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
 
 
@@ -157,7 +236,9 @@ def ask(checkpoint: Path, calls: list[Call], show: bool) -> dict[str, float]:
     for call in calls:
         history = [{"role": "system", "content": TOOL_PREAMBLE, "tools": shown_tools(call.tools)}]
         try:
-            answer, _ = model.chat(tokenizer, call.question, history, do_sample=False, max_new_tokens=96)
+            answer, _ = model.chat(
+                tokenizer, call.question, history, do_sample=False, max_new_tokens=96
+            )
         except ValueError as error:  # not one plain tool_call(name=literal, ...)
             answer = str(error)
         if isinstance(answer, dict):
@@ -165,36 +246,79 @@ def ask(checkpoint: Path, calls: list[Call], show: bool) -> dict[str, float]:
             named += answer["name"] == call.name
             right += answer == {"name": call.name, "parameters": call.arguments}
         if show:
-            print(json.dumps({"question": call.question, "wanted": [call.name, call.arguments], "got": answer}, ensure_ascii=False))
-    return {"parsed": parsed / len(calls), "right_name": named / len(calls), "right_call": right / len(calls)}
+            print(
+                json.dumps(
+                    {
+                        "question": call.question,
+                        "wanted": [call.name, call.arguments],
+                        "got": answer,
+                    },
+                    ensure_ascii=False,
+                )
+            )
+    return {
+        "parsed": parsed / len(calls),
+        "right_name": named / len(calls),
+        "right_call": right / len(calls),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=500, help="of 16 calls [500]")
-    parser.add_argument("--seed", type=int, default=1234, help="of values, weights and order [1234]")
-    parser.add_argument("--out", type=Path, help="folder for rows, models and checkpoints (default: a temporary one)")
+    parser.add_argument(
+        "--seed", type=int, default=1234, help="of values, weights and order [1234]"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for rows, models and checkpoints (default: a temporary one)",
+    )
     parser.add_argument("--json", type=Path, help="write the figures there too")
-    parser.add_argument("--show", action="store_true", help="print every question, call wanted and answer")
+    parser.add_argument(
+        "--show", action="store_true", help="print every question, call wanted and answer"
+    )
     parser.add_argument("--questions", type=int, help="ask only so many held-out questions [all]")
     args = parser.parse_args(argv)
     for file in FILES:
         if not (SHARED / "data" / "finetune" / file).is_file():
-            sys.exit(f"tool_calling.py: no such file: {SHARED / 'data' / 'finetune' / file}; GLM_FOUNDRY_SHARED names the folder of the public data")
+            sys.exit(
+                f"tool_calling.py: no such file: {SHARED / 'data' / 'finetune' / file}; GLM_FOUNDRY_SHARED names the folder of the public data"
+            )
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.out or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        train, held_out = divide([call for file in FILES for call in read_calls(SHARED / "data" / "finetune" / file)])
+        train, held_out = divide(
+            [call for file in FILES for call in read_calls(SHARED / "data" / "finetune" / file)]
+        )
         draw, values = random.Random(args.seed + 1), values_of(train)
-        asked = [call if n == 0 else with_other_values(call, values, draw) for call in held_out for n in range(VARIANTS)][: args.questions]
+        asked = [
+            call if n == 0 else with_other_values(call, values, draw)
+            for call in held_out
+            for n in range(VARIANTS)
+        ][: args.questions]
         base = prepare(folder, train, args.seed)
         rates = ask(learn(folder / "calls.jsonl", base, args.steps, args.seed), asked, args.show)
-    figures = {"learnt_from": len(train), "held_out": len(held_out), "asked": len(asked), "steps": args.steps, **rates,
-               "seconds": time.perf_counter() - started}  # fmt: skip
-    print("| questions learnt from | held out | asked | steps | parses | right name | right name and arguments | seconds |\n" + "|---" * 8 + "|")
+    figures = {
+        "learnt_from": len(train),
+        "held_out": len(held_out),
+        "asked": len(asked),
+        "steps": args.steps,
+        **rates,
+        "seconds": time.perf_counter() - started,
+    }
+    print(
+        "| questions learnt from | held out | asked | steps | parses | right name | right name and arguments | seconds |\n"
+        + "|---" * 8
+        + "|"
+    )
     shares = " | ".join(f"{rate:.0%}" for rate in rates.values())
-    print(f"| {len(train)} | {len(held_out)} | {len(asked)} | {args.steps} | {shares} | {figures['seconds']:.0f} |")
+    print(
+        f"| {len(train)} | {len(held_out)} | {len(asked)} | {args.steps} | {shares} | {figures['seconds']:.0f} |"
+    )
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
     return 0

@@ -42,10 +42,21 @@ class Subject:
     def __init__(self, spec):
         self.spec = spec
         threads = str(spec["threads"])
-        env = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+        env = os.environ | {
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         self.log = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen([spec.get("python", sys.executable), SUBJECTS, json.dumps(spec)], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=self.log, text=True, env=env, cwd=ROOT)  # fmt: skip
+        self.process = subprocess.Popen(
+            [spec.get("python", sys.executable), SUBJECTS, json.dumps(spec)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=env,
+            cwd=ROOT,
+        )
 
     def turn(self, steps: int) -> dict:
         """{seconds, tokens, operations, loss, memory} of so many steps."""
@@ -76,10 +87,14 @@ def compare(specs: dict[str, dict], steps: int, repetitions: int) -> dict[str, d
         for subject in subjects.values():
             subject.end()
     return {
-        name: {"tokens_per_second": [t["tokens"] / t["seconds"] for t in told], "memory_gb": max(t["memory"] for t in told) / 1e9,
-               "gflops": [t["operations"] / t["seconds"] / 1e9 for t in told], "loss": told[-1]["loss"]}
+        name: {
+            "tokens_per_second": [t["tokens"] / t["seconds"] for t in told],
+            "memory_gb": max(t["memory"] for t in told) / 1e9,
+            "gflops": [t["operations"] / t["seconds"] / 1e9 for t in told],
+            "loss": told[-1]["loss"],
+        }
         for name, told in turns.items()
-    }  # fmt: skip
+    }
 
 
 def middle_ratio(a: list[float], b: list[float]) -> float:
@@ -91,14 +106,33 @@ def make_specs(case: str, threads: int, folder: Path, args) -> dict[str, dict]:
     """{subject: what its worker needs to know}, ours first."""
     method, family, *fp32 = case.split("-")
     precision = "fp32" if fp32 else "bf16"
-    base = {"family": family, "method": method, "layers": args.layers, "hidden": args.hidden, "vocab": args.vocab, "threads": threads,
-            "rows": str(folder / f"{family}.json"), "shared": str(args.shared), "cpu_time": args.cpu_time}  # fmt: skip
+    base = {
+        "family": family,
+        "method": method,
+        "layers": args.layers,
+        "hidden": args.hidden,
+        "vocab": args.vocab,
+        "threads": threads,
+        "rows": str(folder / f"{family}.json"),
+        "shared": str(args.shared),
+        "cpu_time": args.cpu_time,
+    }
     specs = {}
     for name in ["ours", *args.against.split(",")]:
         if name in ("trainer", "llamafactory") and family == "glm":
             continue  # transformers has no ChatGLM-6B
-        theirs = "fp32" if fp32 or name == "reference" else args.trainer_precision if name == "trainer" else precision
-        specs[name] = base | {"subject": name, "precision": theirs, "folder": str(folder / f"{case}-{threads}-{name}")}
+        theirs = (
+            "fp32"
+            if fp32 or name == "reference"
+            else args.trainer_precision
+            if name == "trainer"
+            else precision
+        )
+        specs[name] = base | {
+            "subject": name,
+            "precision": theirs,
+            "folder": str(folder / f"{case}-{threads}-{name}"),
+        }
         Path(specs[name]["folder"]).mkdir()
     if "llamafactory" in specs:
         specs["llamafactory"]["python"] = args.llamafactory
@@ -110,27 +144,57 @@ def compare_case(case: str, threads: int, folder: Path, args) -> list[dict]:
     specs = make_specs(case, threads, folder, args)
     told = compare(specs, args.steps, args.repetitions)
     ours, result = told.pop("ours"), []
-    same = {"name": case, "threads": threads, "layers": args.layers, "hidden": args.hidden, "vocab": args.vocab}
+    same = {
+        "name": case,
+        "threads": threads,
+        "layers": args.layers,
+        "hidden": args.hidden,
+        "vocab": args.vocab,
+    }
     if peak := told.pop("peak", None):
         mfu, flops = middle_ratio(ours["gflops"], peak["gflops"]), statistics.median(peak["gflops"])
         precision = specs["ours"]["precision"]
-        print(f"| {case} | {threads} | {precision} GEMM peak | MFU {100 * mfu:.0f} % of {flops:,.0f} GFLOP/s | | | | |", flush=True)
+        print(
+            f"| {case} | {threads} | {precision} GEMM peak | MFU {100 * mfu:.0f} % of {flops:,.0f} GFLOP/s | | | | |",
+            flush=True,
+        )
         result.append(same | {"against": "peak", "mfu": mfu})
     for name, theirs in told.items():
-        speed, memory = middle_ratio(ours["tokens_per_second"], theirs["tokens_per_second"]), ours["memory_gb"] / theirs["memory_gb"]
+        speed, memory = (
+            middle_ratio(ours["tokens_per_second"], theirs["tokens_per_second"]),
+            ours["memory_gb"] / theirs["memory_gb"],
+        )
         mine, others = (statistics.median(x["tokens_per_second"]) for x in (ours, theirs))
-        print(f"| {case} | {threads} | {name} | {mine:,.0f} | {others:,.0f} | {speed:.2f} | "
-              f"{ours['memory_gb']:.2f} / {theirs['memory_gb']:.2f} | {memory:.2f} |", flush=True)  # fmt: skip
-        result.append(same | {"against": name, "tokens_ratio": speed, "memory_ratio": memory, "tokens_per_second": mine,
-                              "their_tokens_per_second": others})  # fmt: skip
+        print(
+            f"| {case} | {threads} | {name} | {mine:,.0f} | {others:,.0f} | {speed:.2f} | "
+            f"{ours['memory_gb']:.2f} / {theirs['memory_gb']:.2f} | {memory:.2f} |",
+            flush=True,
+        )
+        result.append(
+            same
+            | {
+                "against": name,
+                "tokens_ratio": speed,
+                "memory_ratio": memory,
+                "tokens_per_second": mine,
+                "their_tokens_per_second": others,
+            }
+        )
     return result
 
 
 def compare_all(args):
     """Every case against every subject."""
     result = []
-    print(f"model {args.layers} x {args.hidden}, batch {BATCH}" + (f", vocabulary {args.vocab:,}" if args.vocab != 65024 else "") + "\n")
-    print("| case | threads | against | ours, tokens/s | theirs | ratio | memory, ours / theirs, GB | ratio |\n|---|---|---|---|---|---|---|---|", flush=True)
+    print(
+        f"model {args.layers} x {args.hidden}, batch {BATCH}"
+        + (f", vocabulary {args.vocab:,}" if args.vocab != 65024 else "")
+        + "\n"
+    )
+    print(
+        "| case | threads | against | ours, tokens/s | theirs | ratio | memory, ours / theirs, GB | ratio |\n|---|---|---|---|---|---|---|---|",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for family in ("glm2", "glm"):
@@ -142,16 +206,52 @@ def compare_all(args):
                     Path(args.json).write_text(json.dumps({"cases": result}, indent=2) + "\n")
 
 
-def run_once(work: Path, model: Path, rows: Path, ranks: int, method: str, name: str) -> tuple[float, float]:
+def run_once(
+    work: Path, model: Path, rows: Path, ranks: int, method: str, name: str
+) -> tuple[float, float]:
     """(median tokens/s of train.py's later steps, seconds from the command to the first step), one thread a rank."""
     out = work / name
-    words = ["train.py", "--model_name_or_path", model, "--train_path", rows, "--train_type", method, "--lora_dropout", "0",
-             "--max_len", 768, "--max_src_len", 512, "--per_device_train_batch_size", BATCH, "--gradient_accumulation_steps", 2 // ranks,
-             "--precision", "bf16", "--max_steps", 40, "--output_dir", out, "--data_cache", work / "cache", "--overwrite_output_dir"]  # fmt: skip
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"] if ranks == 2 else []
+    words = [
+        "train.py",
+        "--model_name_or_path",
+        model,
+        "--train_path",
+        rows,
+        "--train_type",
+        method,
+        "--lora_dropout",
+        "0",
+        "--max_len",
+        768,
+        "--max_src_len",
+        512,
+        "--per_device_train_batch_size",
+        BATCH,
+        "--gradient_accumulation_steps",
+        2 // ranks,
+        "--precision",
+        "bf16",
+        "--max_steps",
+        40,
+        "--output_dir",
+        out,
+        "--data_cache",
+        work / "cache",
+        "--overwrite_output_dir",
+    ]
+    launcher = (
+        ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
+        if ranks == 2
+        else []
+    )
     started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *map(str, [*launcher, *words])], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, *map(str, [*launcher, *words])],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     log = out / "metrics.jsonl"
     while process.poll() is None and not (log.is_file() and log.stat().st_size):
         time.sleep(0.05)
@@ -166,17 +266,38 @@ def compare_ranks(args):
     """The same global batch on 1 rank (2 passes a step) and on 2."""
     from scripts.prepare_small_model import make_model as make_folder
 
-    print("| method | 1 rank, tokens/s | 2 ranks | ratio | first step after, s: first start, later ones |\n|---|---|---|---|---|", flush=True)
+    print(
+        "| method | 1 rank, tokens/s | 2 ranks | ratio | first step after, s: first start, later ones |\n|---|---|---|---|---|",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        model = make_folder("glm2", args.shared / "data" / "chatglm2-tokenizer", work / "model", hidden_size=args.hidden, num_layers=args.layers,
-                            heads=args.hidden // 64, ffn=ffn_size(args.hidden))  # fmt: skip
+        model = make_folder(
+            "glm2",
+            args.shared / "data" / "chatglm2-tokenizer",
+            work / "model",
+            hidden_size=args.hidden,
+            num_layers=args.layers,
+            heads=args.hidden // 64,
+            ffn=ffn_size(args.hidden),
+        )
         rows = args.shared / "data" / "finetune" / "spo_0.json"
-        for method in dict.fromkeys("lora" if case.startswith("lora") else "all" for case in args.cases.split(",")):
-            told = [[run_once(work, model, rows, ranks, method, f"{method}-{ranks}") for ranks in (1, 2)] for _ in range(args.repetitions)]
+        for method in dict.fromkeys(
+            "lora" if case.startswith("lora") else "all" for case in args.cases.split(",")
+        ):
+            told = [
+                [
+                    run_once(work, model, rows, ranks, method, f"{method}-{ranks}")
+                    for ranks in (1, 2)
+                ]
+                for _ in range(args.repetitions)
+            ]
             one, two = ([pair[i][0] for pair in told] for i in (0, 1))
             starts = ", ".join(f"{first[1]:.1f}" for first, _ in told)
-            print(f"| {method} | {statistics.median(one):,.0f} | {statistics.median(two):,.0f} | {middle_ratio(two, one):.2f} | {starts} |", flush=True)
+            print(
+                f"| {method} | {statistics.median(one):,.0f} | {statistics.median(two):,.0f} | {middle_ratio(two, one):.2f} | {starts} |",
+                flush=True,
+            )
 
 
 def profile(args):
@@ -189,37 +310,80 @@ def profile(args):
         specs = make_specs(case, 1, folder, args)
         for subject in ("reference", "bare", "ours"):
             spec = specs[subject] | {"profile": True}
-            subprocess.run([sys.executable, SUBJECTS, json.dumps(spec)], env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT)
+            subprocess.run(
+                [sys.executable, SUBJECTS, json.dumps(spec)],
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                cwd=ROOT,
+            )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", default="../shared", help="folder with data/chatglm2-tokenizer and data/finetune")
-    parser.add_argument("--cases", default="lora-glm2,lora-glm2-fp32,full-glm2,full-glm2-fp32,lora-glm,lora-glm-fp32,full-glm", help="comma list")
-    parser.add_argument("--against", default="reference,trainer,llamafactory,bare,peak", help="comma list of subjects")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shared",
+        default="../shared",
+        help="folder with data/chatglm2-tokenizer and data/finetune",
+    )
+    parser.add_argument(
+        "--cases",
+        default="lora-glm2,lora-glm2-fp32,full-glm2,full-glm2-fp32,lora-glm,lora-glm-fp32,full-glm",
+        help="comma list",
+    )
+    parser.add_argument(
+        "--against",
+        default="reference,trainer,llamafactory,bare,peak",
+        help="comma list of subjects",
+    )
     parser.add_argument("--threads", default="1,2", help="comma list")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--vocab", type=int, default=65024, help="words of the ChatGLM2 models; fewer give the body more of a step")
+    parser.add_argument(
+        "--vocab",
+        type=int,
+        default=65024,
+        help="words of the ChatGLM2 models; fewer give the body more of a step",
+    )
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps in a turn")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--trainer_precision", default="bf16", choices=("fp32", "bf16", "autocast"))
-    parser.add_argument("--llamafactory", metavar="PYTHON", help="python of an environment with llamafactory 0.9.5 (pip install llamafactory==0.9.5); without it that peer is left out")
-    parser.add_argument("--cpu_time", action="store_true", help="count the CPU's time, not the clock's: one thread on a machine that others use")
-    parser.add_argument("--quick", action="store_true", help="one thread, four cases, 3 turns of one step, against reference and trainer: under 10 minutes")
-    parser.add_argument("--ranks", action="store_true", help="instead: 1 rank against 2, and the time from the command to the first step")
+    parser.add_argument(
+        "--llamafactory",
+        metavar="PYTHON",
+        help="python of an environment with llamafactory 0.9.5 (pip install llamafactory==0.9.5); without it that peer is left out",
+    )
+    parser.add_argument(
+        "--cpu_time",
+        action="store_true",
+        help="count the CPU's time, not the clock's: one thread on a machine that others use",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one thread, four cases, 3 turns of one step, against reference and trainer: under 10 minutes",
+    )
+    parser.add_argument(
+        "--ranks",
+        action="store_true",
+        help="instead: 1 rank against 2, and the time from the command to the first step",
+    )
     parser.add_argument("--profile", action="store_true", help="instead: where a step's time goes")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     args.shared = Path(args.shared).resolve()
     for needed in ("data/finetune/spo_0.json", "data/chatglm2-tokenizer"):
         if not (args.shared / needed).exists():
-            sys.exit(f"train_speed.py: no such file: {args.shared / needed}; --shared names the folder of the public data")
+            sys.exit(
+                f"train_speed.py: no such file: {args.shared / needed}; --shared names the folder of the public data"
+            )
     if args.quick:
         args.threads, args.repetitions, args.steps, args.against = "1", 3, 1, "reference,trainer"
         args.cases = "lora-glm2,lora-glm2-fp32,full-glm2,lora-glm"
     if "llamafactory" in args.against and not args.llamafactory:
-        print("llamafactory is left out: --llamafactory names the python of an environment with it (pip install llamafactory==0.9.5)")
+        print(
+            "llamafactory is left out: --llamafactory names the python of an environment with it (pip install llamafactory==0.9.5)"
+        )
         args.against = ",".join(name for name in args.against.split(",") if name != "llamafactory")
     (profile if args.profile else compare_ranks if args.ranks else compare_all)(args)
 

@@ -79,8 +79,12 @@ def read_adapter_config(folder: Path):
     path = folder / "adapter_config.json"
     values = read_json(path)
     values.pop("runtime_config", None)  # of the machine that saved it
-    if values.get("megatron_config") is not None:  # peft would import the module that megatron_core names
-        raise ValueError(f"{path}: an adapter of Megatron's layers (megatron_config) is not read here")
+    if (
+        values.get("megatron_config") is not None
+    ):  # peft would import the module that megatron_core names
+        raise ValueError(
+            f"{path}: an adapter of Megatron's layers (megatron_config) is not read here"
+        )
     kind = values.get("peft_type")
     if kind is None:
         raise ValueError(f"{path} has no peft_type, such as LORA: it is no adapter's configuration")

@@ -30,7 +30,9 @@ UNREAD = ("README.md",)  # model cards: people edit them and no program reads th
 WEIGHTS = (".safetensors", ".bin", ".pt", ".onnx", ".npz")
 BLOCK = 1 << 24  # bytes, 2 ms of XXH3
 THREADS = min(8, os.cpu_count() or 1)
-asked_level: ContextVar[str | None] = ContextVar("asked_level", default=None)  # of the load under way: its base is a load too
+asked_level: ContextVar[str | None] = ContextVar(
+    "asked_level", default=None
+)  # of the load under way: its base is a load too
 
 
 def hash_file(path: Path, *, fast: bool = True, strong: bool = True) -> dict:
@@ -45,7 +47,11 @@ def hash_file(path: Path, *, fast: bool = True, strong: bool = True) -> dict:
         blocks, digest = [], hashlib.sha256()
     else:
         # Mapped: a thread that reads into a buffer waits for Python's lock at every block, and loading holds it.
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as content:
+        with (
+            open(path, "rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+            memoryview(mapped) as content,
+        ):
             spans = [content[start : start + BLOCK] for start in range(0, size, BLOCK)]
             try:
                 blocks = in_threads(xxhash.xxh3_64_digest, spans) if fast else []
@@ -97,12 +103,16 @@ def read_checksums(folder: Path) -> dict[str, dict] | None:
         return None
     try:
         content = read_json(path)
-        if (version := content["format_version"]) == FORMAT_VERSION and render(content["files"]) == read_bytes(path):
+        if (version := content["format_version"]) == FORMAT_VERSION and render(
+            content["files"]
+        ) == read_bytes(path):
             return content["files"]
     except (ValueError, KeyError, TypeError):
         raise damaged(path, folder) from None
     if isinstance(version, int) and version > FORMAT_VERSION:
-        raise ValueError(f"{path}: format version {version}, this program reads up to {FORMAT_VERSION}")
+        raise ValueError(
+            f"{path}: format version {version}, this program reads up to {FORMAT_VERSION}"
+        )
     raise damaged(path, folder)
 
 
@@ -126,7 +136,11 @@ def level_of(verify: str | None, default: str = "fast") -> str:
 
 
 def check_folder_files(
-    folder: str | Path, verify: str | None = None, *, default: str = "fast", wanted: Callable[[str], bool] = lambda name: True
+    folder: str | Path,
+    verify: str | None = None,
+    *,
+    default: str = "fast",
+    wanted: Callable[[str], bool] = lambda name: True,
 ):
     """Compare the files of a folder that this toolkit wrote with its checksums.
 
@@ -140,7 +154,9 @@ def check_folder_files(
     if level == "off" or (files := read_checksums(folder)) is None:
         return
     chosen = [name for name in files if wanted(name)]
-    compare_all(folder, {name: files[name] for name in chosen}, "xxh3" if level == "fast" else "sha256")
+    compare_all(
+        folder, {name: files[name] for name in chosen}, "xxh3" if level == "fast" else "sha256"
+    )
 
 
 def compare_all(folder: Path, files: dict[str, dict], kind: str):
@@ -150,7 +166,11 @@ def compare_all(folder: Path, files: dict[str, dict], kind: str):
         path, expected = folder / name, files[name]
         try:
             size = path.stat().st_size
-            same = size == expected.get("bytes", size) and hash_file(path, fast=kind == "xxh3", strong=kind == "sha256")[kind] == expected[kind]
+            same = (
+                size == expected.get("bytes", size)
+                and hash_file(path, fast=kind == "xxh3", strong=kind == "sha256")[kind]
+                == expected[kind]
+            )
         except FileNotFoundError:
             raise damaged(path, folder, "missing, though checksums.json lists it") from None
         if not same:
@@ -187,7 +207,12 @@ def verified(folder: str | Path, verify: str | None = None, wanted: Callable[[st
         level = level_of(None)
         check_folder_files(folder, level, wanted=lambda name: wanted(name) and is_small(name))
         with ThreadPoolExecutor(1) as pool:
-            check = pool.submit(check_folder_files, folder, level, wanted=lambda name: wanted(name) and not is_small(name))
+            check = pool.submit(
+                check_folder_files,
+                folder,
+                level,
+                wanted=lambda name: wanted(name) and not is_small(name),
+            )
             try:
                 yield
             finally:
@@ -214,15 +239,26 @@ def checks_folder(wanted: Callable[[str], bool] = is_top):
 def add_verify_flag(parser: argparse.ArgumentParser, default: str):
     """--verify, for commands that read our folders."""
     parser.add_argument(
-        "--verify", choices=LEVELS,
+        "--verify",
+        choices=LEVELS,
         help=f"compare files with their checksums.json: fast (XXH3), full (SHA-256) or off [{ENVIRONMENT}, else {default}]",
-    )  # fmt: skip
+    )
 
 
 def main(argv: Iterable[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="chatglm.checksums", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a checkpoint, merged model or predictor that this toolkit wrote")
-    parser.add_argument("--renew", action="store_true", help="write the checksums anew for the files as they are now")
+    parser = argparse.ArgumentParser(
+        prog="chatglm.checksums",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "folder", type=Path, help="a checkpoint, merged model or predictor that this toolkit wrote"
+    )
+    parser.add_argument(
+        "--renew",
+        action="store_true",
+        help="write the checksums anew for the files as they are now",
+    )
     args = parser.parse_args(argv)
     try:
         if not args.folder.is_dir():
@@ -234,7 +270,11 @@ def main(argv: Iterable[str] | None = None) -> int:
             print(f"{args.folder}: {len(read_checksums(args.folder))} files, checksums written")
         else:
             # trainer/ may be deleted to save room
-            check_folder_files(args.folder, "full", wanted=lambda name: is_top(name) or (args.folder / name).parent.exists())
+            check_folder_files(
+                args.folder,
+                "full",
+                wanted=lambda name: is_top(name) or (args.folder / name).parent.exists(),
+            )
             print(f"{args.folder}: every file is as it was written")
     except (ValueError, OSError) as error:
         print(f"chatglm.checksums: error: {error}", file=sys.stderr)

@@ -62,13 +62,17 @@ class ChatGLMConfig(PreTrainedConfig):
 
     def validate_prefix(self):
         if self.pre_seq_len is not None and not 1 <= self.pre_seq_len <= LARGEST_SIZE:
-            raise ValueError(f"pre_seq_len must be at least 1 and at most {LARGEST_SIZE}, got {self.pre_seq_len}")
+            raise ValueError(
+                f"pre_seq_len must be at least 1 and at most {LARGEST_SIZE}, got {self.pre_seq_len}"
+            )
         if self.ptuning_version not in (None, *PTUNING_VERSIONS):
-            raise ValueError(f"ptuning_version must be one of {PTUNING_VERSIONS}, got {self.ptuning_version!r}")
+            raise ValueError(
+                f"ptuning_version must be one of {PTUNING_VERSIONS}, got {self.ptuning_version!r}"
+            )
 
     @property
     def prefix_version(self) -> str | None:
-        """"v1", "v2" or None. A prefix checkpoint that names no version is v2: the originals know nothing else."""
+        """ "v1", "v2" or None. A prefix checkpoint that names no version is v2: the originals know nothing else."""
         return (self.ptuning_version or "v2") if self.pre_seq_len else None
 
 
@@ -76,7 +80,10 @@ class ChatGLMConfig(PreTrainedConfig):
 class ChatGLM1Config(ChatGLMConfig):
     """ChatGLM-6B: 2-D rotary positions, bidirectional context, LayerNorm, tied output layer."""
 
-    attribute_map = {"num_hidden_layers": "num_layers", "max_position_embeddings": "max_sequence_length"}
+    attribute_map = {
+        "num_hidden_layers": "num_layers",
+        "max_position_embeddings": "max_sequence_length",
+    }
 
     vocab_size: int = 150528
     hidden_size: int = 4096
@@ -92,7 +99,9 @@ class ChatGLM1Config(ChatGLMConfig):
     gmask_token_id: int | None = None
     pad_token_id: int | None = 0
     tie_word_embeddings: bool = True
-    chat_prompt: str | None = None  # "rounds": chat() counts [Round n] from 1, as the training prompt does
+    chat_prompt: str | None = (
+        None  # "rounds": chat() counts [Round n] from 1, as the training prompt does
+    )
 
     def __post_init__(self, **kwargs):
         self.check_sizes(
@@ -104,7 +113,9 @@ class ChatGLM1Config(ChatGLMConfig):
         if self.gmask_token_id is None:
             self.gmask_token_id = self.bos_token_id - 3
         if not self.position_encoding_2d:
-            raise ValueError("position_encoding_2d=false is not supported: no ChatGLM-6B release uses it")
+            raise ValueError(
+                "position_encoding_2d=false is not supported: no ChatGLM-6B release uses it"
+            )
         self.glm_family = self.glm_family or "glm"
         self.validate_prefix()
         super().__post_init__(**kwargs)
@@ -156,12 +167,16 @@ class ChatGLM2Config(ChatGLMConfig):
 
     def __post_init__(self, **kwargs):
         expected = {
-            "rmsnorm": True, "post_layer_norm": True, "original_rope": True,
+            "rmsnorm": True,
+            "post_layer_norm": True,
+            "original_rope": True,
             "apply_residual_connection_post_layernorm": False,
-        }  # fmt: skip
+        }
         for name, value in expected.items():
             if getattr(self, name) != value:
-                raise ValueError(f"{name}={getattr(self, name)} is not supported: every release has {value}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is not supported: every release has {value}"
+                )
         self.check_sizes(
             "num_layers",
             "padded_vocab_size",
@@ -178,7 +193,9 @@ class ChatGLM2Config(ChatGLMConfig):
             )
         self.glm_family = self.glm_family or self.find_family(kwargs)
         if self.glm_family not in (None, "glm2", "glm3"):
-            raise ValueError(f"glm_family must be glm2 or glm3 for these weights, got {self.glm_family!r}")
+            raise ValueError(
+                f"glm_family must be glm2 or glm3 for these weights, got {self.glm_family!r}"
+            )
         if not 0 < self.rope_ratio < float("inf"):
             raise ValueError(f"rope_ratio must be above 0, got {self.rope_ratio}")
         if self.glm_family is None and self.rope_ratio != 1:
@@ -189,13 +206,19 @@ class ChatGLM2Config(ChatGLMConfig):
     def find_family(self, kwargs: dict[str, Any]) -> str | None:
         """What the folder that this configuration comes from tells, as the tokenizer and `load_model` have it."""
         told = {"rope_ratio": self.rope_ratio, "padded_vocab_size": self.padded_vocab_size}
-        folder = kwargs.get("name_or_path") or os.devnull  # not the working folder, which is another's
-        family = infer_family(str(folder), config=told | {"_name_or_path": kwargs.get("_name_or_path")})
+        folder = (
+            kwargs.get("name_or_path") or os.devnull
+        )  # not the working folder, which is another's
+        family = infer_family(
+            str(folder), config=told | {"_name_or_path": kwargs.get("_name_or_path")}
+        )
         return family if family in ("glm2", "glm3") else None
 
     @property
     def num_key_value_heads(self) -> int:
-        return self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
+        return (
+            self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
+        )
 
 
 def untold_family(ratio: float) -> str:
@@ -209,7 +232,8 @@ def untold_family(ratio: float) -> str:
 def is_chatglm1(config_dict: dict[str, Any]) -> bool:
     """ChatGLM-6B by its keys; everything else of model_type "chatglm" is ChatGLM2's architecture."""
     return config_dict.get("glm_family") == "glm" or any(
-        key in config_dict for key in ("position_encoding_2d", "inner_hidden_size", "max_sequence_length")
+        key in config_dict
+        for key in ("position_encoding_2d", "inner_hidden_size", "max_sequence_length")
     )
 
 

@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 from .families import ROLES, TOOL_PREAMBLE, _keep_tail, glm3_message, glm_chat_prompt
 
 IGNORED = -100
-GLM3_LABELS = ("chatglm_finetuning", "chatglm3_demo")  # whether the role token <|assistant|> of an answer is a label; the demo: no
+GLM3_LABELS = (
+    "chatglm_finetuning",
+    "chatglm3_demo",
+)  # whether the role token <|assistant|> of an answer is a label; the demo: no
 
 
 class Turn(NamedTuple):
@@ -54,7 +57,10 @@ def with_tools(turns: list[Turn], tools: Any) -> list[Turn]:
     """
     has_system = bool(turns) and turns[0].role == "system"
     text = turns[0].content if has_system else TOOL_PREAMBLE
-    return [Turn("system", f"{text}\n{json.dumps(tools, indent=4, ensure_ascii=False)}"), *turns[has_system:]]
+    return [
+        Turn("system", f"{text}\n{json.dumps(tools, indent=4, ensure_ascii=False)}"),
+        *turns[has_system:],
+    ]
 
 
 def check_turns(turns: list[Turn]):
@@ -63,8 +69,12 @@ def check_turns(turns: list[Turn]):
     for number, turn in enumerate(turns, 1):
         if turn.role not in ROLES:
             raise ValueError(f"turn {number}: role is one of {', '.join(ROLES)}, got {turn.role!r}")
-        allowed = {"system": (None,), "user": (None, "system", "assistant"), "assistant": ("user", "assistant", "observation"),
-                   "observation": ("assistant", "observation")}  # fmt: skip
+        allowed = {
+            "system": (None,),
+            "user": (None, "system", "assistant"),
+            "assistant": ("user", "assistant", "observation"),
+            "observation": ("assistant", "observation"),
+        }
         if before not in allowed[turn.role]:
             raise ValueError(f"turn {number}: {turn.role} cannot follow {before or 'nothing'}")
         before = turn.role
@@ -98,7 +108,9 @@ def _cut(ids: list[int], labels: list[int], max_len: int) -> EncodedTurns:
     return EncodedTurns(ids[:max_len], labels[:max_len], len(ids) > max_len)
 
 
-def _glm(tokenizer, turns: list[Turn], max_len: int, max_src_len: int, role_labels: bool) -> list[EncodedTurns]:
+def _glm(
+    tokenizer, turns: list[Turn], max_len: int, max_src_len: int, role_labels: bool
+) -> list[EncodedTurns]:
     """One row an answer; the oldest rounds go where its prompt is longer than max_src_len."""
     rounds = rounds_of(turns)
     rows = []
@@ -113,7 +125,9 @@ def _glm(tokenizer, turns: list[Turn], max_len: int, max_src_len: int, role_labe
         source, cut = _keep_tail(source, max_src_len, tail=3)
         room = max_len - len(source) - 3
         if room < 1:
-            raise ValueError(f"max_len={max_len} leaves no room for an answer after max_src_len={max_src_len}")
+            raise ValueError(
+                f"max_len={max_len} leaves no room for an answer after max_src_len={max_src_len}"
+            )
         target = tokenizer.encode_text(answer)
         learnt = [tokenizer.get_command("<sop>"), *target[:room], tokenizer.get_command("<eop>")]
         ids = source + [tokenizer.get_command("[gMASK]")] + learnt
@@ -122,7 +136,9 @@ def _glm(tokenizer, turns: list[Turn], max_len: int, max_src_len: int, role_labe
     return rows
 
 
-def _glm2(tokenizer, turns: list[Turn], max_len: int, max_src_len: int, role_labels: bool) -> list[EncodedTurns]:
+def _glm2(
+    tokenizer, turns: list[Turn], max_len: int, max_src_len: int, role_labels: bool
+) -> list[EncodedTurns]:
     """One row, cut at max_len."""
     end = tokenizer.get_command("</s>")
     # SentencePiece begins every text with one. An answer's is learnt, as in rows of one round; a chat's later rounds have none.
@@ -131,17 +147,25 @@ def _glm2(tokenizer, turns: list[Turn], max_len: int, max_src_len: int, role_lab
     labels = [IGNORED, IGNORED]
     follows = IGNORED  # the label of what comes after an answer
     for number, (query, answer, loss) in enumerate(rounds_of(turns), 1):
-        source = tokenizer.encode_text(f"{'' if number == 1 else chr(10) * 2}[Round {number}]\n\n问：{query}\n\n答：")
+        source = tokenizer.encode_text(
+            f"{'' if number == 1 else chr(10) * 2}[Round {number}]\n\n问：{query}\n\n答："
+        )
         if number > 1 and source[: len(space)] == space:
             source = source[len(space) :]
         target = tokenizer.encode_text(answer)
         ids += source + target
-        labels += [follows] + [IGNORED] * (len(source) - 1) + (target if loss else [IGNORED] * len(target))
+        labels += (
+            [follows]
+            + [IGNORED] * (len(source) - 1)
+            + (target if loss else [IGNORED] * len(target))
+        )
         follows = end if loss else IGNORED
     return [_cut([*ids, end], [*labels, follows], max_len)]
 
 
-def _glm3(tokenizer, turns: list[Turn], max_len: int, max_src_len: int, role_labels: bool) -> list[EncodedTurns]:
+def _glm3(
+    tokenizer, turns: list[Turn], max_len: int, max_src_len: int, role_labels: bool
+) -> list[EncodedTurns]:
     """One row, cut at max_len. An answer's header and text are labels, and the first token after it, which ends it."""
     ids = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")]
     labels = [IGNORED, IGNORED]
@@ -149,7 +173,9 @@ def _glm3(tokenizer, turns: list[Turn], max_len: int, max_src_len: int, role_lab
     for turn in turns:
         message = glm3_message(tokenizer, turn.role, turn.metadata, turn.content)
         first = follows or (role_labels and learns(turn))
-        labels += [message[0] if first else IGNORED] + (message[1:] if learns(turn) else [IGNORED] * (len(message) - 1))
+        labels += [message[0] if first else IGNORED] + (
+            message[1:] if learns(turn) else [IGNORED] * (len(message) - 1)
+        )
         ids += message
         follows = learns(turn)
     end = tokenizer.get_command("</s>")
@@ -158,4 +184,8 @@ def _glm3(tokenizer, turns: list[Turn], max_len: int, max_src_len: int, role_lab
 
 # (tokenizer, turns, max_len, max_src_len, role_labels) -> rows, by the family's name. `turns` pass check_turns.
 # role_labels: the token <|assistant|> is a label too (GLM3_LABELS). Raises ValueError for turns that the family cannot say.
-CONVERSATIONS: dict[str, Callable[..., list[EncodedTurns]]] = {"glm": _glm, "glm2": _glm2, "glm3": _glm3}
+CONVERSATIONS: dict[str, Callable[..., list[EncodedTurns]]] = {
+    "glm": _glm,
+    "glm2": _glm2,
+    "glm3": _glm3,
+}

@@ -127,14 +127,18 @@ def _glm3_layout(tokenizer, prompt: str, max_src_len: int) -> _Layout:
     newline = tokenizer.encode_text("\n")
     source = [tokenizer.get_command("<|user|>")] + newline
     if max_src_len < len(source):
-        raise ValueError(f"max_src_len={max_src_len} cannot hold the {len(source)} tokens of the user header")
+        raise ValueError(
+            f"max_src_len={max_src_len} cannot hold the {len(source)} tokens of the user header"
+        )
     source += tokenizer.encode_text(prompt)
     cut = len(source) > max_src_len
     source = source[:max_src_len]
     header = [tokenizer.get_command("<|assistant|>")] + newline
     prefix = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")] + source + header
     # <|assistant|> and its newline are labels here; the original leaves 6 tokens free, not the 3 it needs
-    return _Layout(prefix, n_masked=2 + len(source), reserved=len(source) + 6 + len(header), truncated=cut)
+    return _Layout(
+        prefix, n_masked=2 + len(source), reserved=len(source) + 6 + len(header), truncated=cut
+    )
 
 
 def _encode_prompt(layout, tokenizer, prompt: str, max_src_len: int) -> EncodedPrompt:
@@ -184,7 +188,9 @@ def glm_chat_prompt(query: str, history: list | None = None, rounds: bool = Fals
 def glm2_build_prompt(query: str, history: list | None = None) -> str:
     """ChatGLM2-6B's chat text: rounds counted from 1, also without history."""
     history, query = history_rounds(history, query, "ChatGLM2-6B")
-    rounds = "".join(f"[Round {i}]\n\n问：{q}\n\n答：{a}\n\n" for i, (q, a) in enumerate(history, 1))
+    rounds = "".join(
+        f"[Round {i}]\n\n问：{q}\n\n答：{a}\n\n" for i, (q, a) in enumerate(history, 1)
+    )
     return f"{rounds}[Round {len(history) + 1}]\n\n问：{query}\n\n答："
 
 
@@ -201,7 +207,9 @@ def _pairs_only(role: str) -> None:
         raise ValueError(f"only ChatGLM3 has roles, got role={role!r}")
 
 
-def _glm_chat(tokenizer, query: str, history=None, role: str = "user", rounds: bool = False) -> list[int]:
+def _glm_chat(
+    tokenizer, query: str, history=None, role: str = "user", rounds: bool = False
+) -> list[int]:
     _pairs_only(role)
     ids = tokenizer.encode_text(glm_chat_prompt(query, history, rounds))
     return ids + [tokenizer.get_command("[gMASK]"), tokenizer.get_command("<sop>")]
@@ -256,7 +264,9 @@ def parse_tool_call(code: str) -> dict[str, Any]:
         return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     # deep nesting makes the parser run out of stack or memory before it finds a syntax error
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
-        raise ValueError(f"wanted tool_call(name=literal, ...), got {code[:200]!r}: {error}") from None
+        raise ValueError(
+            f"wanted tool_call(name=literal, ...), got {code[:200]!r}: {error}"
+        ) from None
 
 
 def _glm3_response(text: str, history: list | None = None) -> tuple[str | dict, list[dict]]:
@@ -281,7 +291,9 @@ def _glm3_response(text: str, history: list | None = None) -> tuple[str | dict, 
         history.append({"role": "assistant", "metadata": metadata, "content": body})
         content = {"name": metadata.strip(), "content": body}
         if has_tools:
-            code = "\n".join(body.strip().split("\n")[1:-1])  # without the fence's first and last line
+            code = "\n".join(
+                body.strip().split("\n")[1:-1]
+            )  # without the fence's first and last line
             with suppress(ValueError):
                 content = {"name": metadata.strip(), "parameters": parse_tool_call(code)}
     return content, history
@@ -314,7 +326,10 @@ def _read_text(path: Path) -> str:
 
 
 def _evidence(
-    folder: str | Path, base: str | Path | None = None, config: dict | None = None, follow: bool = True
+    folder: str | Path,
+    base: str | Path | None = None,
+    config: dict | None = None,
+    follow: bool = True,
 ) -> Iterator[_Evidence]:
     """What a folder (or a model's name) says about its family, most telling first. Code is read as text only.
 
@@ -341,7 +356,9 @@ def _evidence(
             yield sign(f"config.json has {key}, which only ChatGLM-6B has", "glm")
     for key in ("multi_query_group_num", "padded_vocab_size"):
         if key in config:
-            yield sign(f"config.json has {key}, which ChatGLM2-6B and ChatGLM3-6B have", "glm2", "glm3")
+            yield sign(
+                f"config.json has {key}, which ChatGLM2-6B and ChatGLM3-6B have", "glm2", "glm3"
+            )
 
     keys = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
     added = [tokenizer.get(key) for key in keys] + [_read_json(path / "added_tokens.json")]
@@ -364,16 +381,21 @@ def _evidence(
         for found in _evidence(base, follow=False):
             yield found._replace(sentence=f"the adapter's base model: {found.sentence}")
 
-    for name in (config.get("_name_or_path"), tokenizer.get("name_or_path"), Path(path.absolute()).name):
+    for name in (
+        config.get("_name_or_path"),
+        tokenizer.get("name_or_path"),
+        Path(path.absolute()).name,
+    ):
         for pattern, family in _NAME_PATTERNS:
             if isinstance(name, str) and re.search(pattern, name.lower()):
                 yield sign(f"it is named {name}", family, strong=False)
                 break
 
-
     # The two families read this field differently; these are the published values.
     if (ratio := config.get("rope_ratio")) in (16, 50, 500):
-        yield sign(f"config.json has rope_ratio {ratio}", "glm2" if ratio == 16 else "glm3", strong=False)
+        yield sign(
+            f"config.json has rope_ratio {ratio}", "glm2" if ratio == 16 else "glm3", strong=False
+        )
 
 
 def infer_family(
@@ -407,7 +429,13 @@ FAMILIES: dict[str, Family] = {
         tokenizer_file="ice_text.model",
         end_token="<eop>",
         stop_tokens=("<eop>",),
-        chat_defaults={"max_length": 2048, "num_beams": 1, "do_sample": True, "top_p": 0.7, "temperature": 0.95},
+        chat_defaults={
+            "max_length": 2048,
+            "num_beams": 1,
+            "do_sample": True,
+            "top_p": 0.7,
+            "temperature": 0.95,
+        },
         prompt_text=_glm_text,
         encode_prompt=partial(_encode_prompt, _glm_layout),
         encode_example=partial(_encode_example, _glm_layout, "<eop>"),
@@ -422,7 +450,13 @@ FAMILIES: dict[str, Family] = {
         tokenizer_file="tokenizer.model",
         end_token="</s>",
         stop_tokens=("</s>",),
-        chat_defaults={"max_length": 8192, "num_beams": 1, "do_sample": True, "top_p": 0.8, "temperature": 0.8},
+        chat_defaults={
+            "max_length": 8192,
+            "num_beams": 1,
+            "do_sample": True,
+            "top_p": 0.8,
+            "temperature": 0.8,
+        },
         prompt_text=_glm2_text,
         encode_prompt=partial(_encode_prompt, _glm2_layout),
         encode_example=partial(_encode_example, _glm2_layout, "</s>"),
@@ -437,7 +471,13 @@ FAMILIES: dict[str, Family] = {
         tokenizer_file="tokenizer.model",
         end_token="</s>",
         stop_tokens=("</s>", "<|user|>", "<|observation|>"),
-        chat_defaults={"max_length": 8192, "num_beams": 1, "do_sample": True, "top_p": 0.8, "temperature": 0.8},
+        chat_defaults={
+            "max_length": 8192,
+            "num_beams": 1,
+            "do_sample": True,
+            "top_p": 0.8,
+            "temperature": 0.8,
+        },
         prompt_text=_glm3_text,
         encode_prompt=partial(_encode_prompt, _glm3_layout),
         encode_example=partial(_encode_example, _glm3_layout, "</s>"),

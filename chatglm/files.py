@@ -50,7 +50,9 @@ def read_json(path: str | Path, wanted: type = dict):
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
         raise ValueError(f"{path}: not JSON that can be read: {error}") from None
     if not isinstance(value, wanted):
-        raise ValueError(f"{path}: wanted {JSON_TYPES.get(wanted, wanted.__name__)}, got {shorten(value)}")
+        raise ValueError(
+            f"{path}: wanted {JSON_TYPES.get(wanted, wanted.__name__)}, got {shorten(value)}"
+        )
     return value
 
 
@@ -60,7 +62,9 @@ def is_lfs_pointer(path: str | Path) -> bool:
 
 
 def pointer_error(path: str | Path) -> ValueError:
-    return ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in {Path(path).parent}")
+    return ValueError(
+        f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in {Path(path).parent}"
+    )
 
 
 def shorten(value, length: int = 60) -> str:

@@ -119,11 +119,21 @@ class CpuAttentionFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scaling: float):
+    def forward(
+        ctx,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scaling: float,
+    ):
         ctx.save_for_backward(query, key, value, None if causal else mask)
         ctx.scaling = scaling
         triangle, grouped = mask is None and query.shape[2] > 1, query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, is_causal=triangle, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, scale=scaling, is_causal=triangle, enable_gqa=grouped
+        )
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -134,11 +144,18 @@ class CpuAttentionFunction(torch.autograd.Function):
         unit = 1 if dtype == torch.float32 else 64
         rows, width = round_up(length, unit), round_up(keys, unit)
         # (batch * kv_heads, heads that share them, Q, D) and (batch * kv_heads, K, D), filled up with zeros
-        query, grad = (F.pad(x.reshape(-1, heads // groups, length, dim), (0, 0, 0, rows - length)) for x in (query, grad))
-        key, value = (F.pad(x.reshape(-1, keys, dim), (0, 0, 0, width - keys)) for x in (key, value))
+        query, grad = (
+            F.pad(x.reshape(-1, heads // groups, length, dim), (0, 0, 0, rows - length))
+            for x in (query, grad)
+        )
+        key, value = (
+            F.pad(x.reshape(-1, keys, dim), (0, 0, 0, width - keys)) for x in (key, value)
+        )
         wide_key = key.float()
         if mask is not None:
-            bias = torch.zeros(rows, width).masked_fill_(~F.pad(mask[0, 0], (0, width - keys, 0, rows - length), value=False), -1e30)
+            bias = torch.zeros(rows, width).masked_fill_(
+                ~F.pad(mask[0, 0], (0, width - keys, 0, rows - length), value=False), -1e30
+            )
         grad_query = torch.empty_like(query)
         grad_key, grad_value = torch.zeros_like(wide_key), torch.zeros_like(wide_key)
         for start in range(0, rows, QUERY_BLOCK):
@@ -146,17 +163,29 @@ class CpuAttentionFunction(torch.autograd.Function):
             seen = width if mask is not None else min(width, round_up(keys - length + end, unit))
             q, g = (x[:, :, start:end].flatten(1, 2) for x in (query, grad))
             scores = torch.bmm(q.float(), wide_key[:, :seen].transpose(1, 2)).mul_(ctx.scaling)
-            hidden = bias[start:end, :seen] if mask is not None else later(end - start, seen, keys - length + start + 1)
+            hidden = (
+                bias[start:end, :seen]
+                if mask is not None
+                else later(end - start, seen, keys - length + start + 1)
+            )
             scores.unflatten(1, (-1, end - start)).add_(hidden)
             weights = torch.softmax(scores, dim=-1)
             grad_value[:, :seen].add_(torch.bmm(weights.to(dtype).transpose(1, 2), g))
             scores = torch.bmm(g, value[:, :seen].transpose(1, 2)).float().mul_(weights)
             # The softmax's backward, dS = P dP - P (sum of P dP)
-            scores = scores.addcmul_(weights, scores.sum(-1, keepdim=True), value=-1).mul_(ctx.scaling).to(dtype)
-            grad_query[:, :, start:end] = torch.bmm(scores, key[:, :seen]).view(-1, heads // groups, end - start, dim)
+            scores = (
+                scores.addcmul_(weights, scores.sum(-1, keepdim=True), value=-1)
+                .mul_(ctx.scaling)
+                .to(dtype)
+            )
+            grad_query[:, :, start:end] = torch.bmm(scores, key[:, :seen]).view(
+                -1, heads // groups, end - start, dim
+            )
             grad_key[:, :seen].add_(torch.bmm(scores.transpose(1, 2), q))
         grad_query = grad_query[:, :, :length].reshape(batch, heads, length, dim)
-        grad_key, grad_value = (x[:, :keys].reshape(kv_shape).to(dtype) for x in (grad_key, grad_value))
+        grad_key, grad_value = (
+            x[:, :keys].reshape(kv_shape).to(dtype) for x in (grad_key, grad_value)
+        )
         return grad_query, grad_key, grad_value, None, None, None
 
 
@@ -175,7 +204,15 @@ class CrossEntropyFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, smoothing: float = 0.0) -> Tensor:
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        smoothing: float = 0.0,
+    ) -> Tensor:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         # fp16 has no room for a softmax over thousands of words divided by thousands of tokens: it is scaled afterwards.
         ctx.left, scale = (scale, 1.0) if hidden.dtype == torch.float16 else (1.0, scale)
@@ -187,11 +224,21 @@ class CrossEntropyFunction(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = hidden[start : start + rows]
             logits = F.linear(part, weight, bias)
-            total += softmax_gradient_(logits, targets[start : start + rows], scale, need_hidden or need_weight or need_bias, smoothing)
+            total += softmax_gradient_(
+                logits,
+                targets[start : start + rows],
+                scale,
+                need_hidden or need_weight or need_bias,
+                smoothing,
+            )
             if need_hidden:
                 torch.mm(logits, weight, out=grad_hidden[start : start + rows])
             if need_weight:
-                grad_weight = logits.t() @ part if grad_weight is None else grad_weight.addmm_(logits.t(), part)
+                grad_weight = (
+                    logits.t() @ part
+                    if grad_weight is None
+                    else grad_weight.addmm_(logits.t(), part)
+                )
             if need_bias:
                 grad_bias += logits.sum(0)
             del logits
@@ -208,12 +255,18 @@ class CrossEntropyFunction(torch.autograd.Function):
         return *gradients, None, None, None
 
 
-def softmax_gradient_(logits: Tensor, targets: Tensor, scale: float, needed: bool, smoothing: float = 0.0) -> Tensor:
+def softmax_gradient_(
+    logits: Tensor, targets: Tensor, scale: float, needed: bool, smoothing: float = 0.0
+) -> Tensor:
     """The summed cross entropy of logits (N, V), fp32; with `needed`, logits become scale * (softmax - wanted) in place.
 
     In pieces that a CPU's cache holds, each in fp32: half-precision logits are exponentiated and summed at full precision.
     """
-    rows = max(1, CACHED_BYTES // (4 * logits.shape[1])) if logits.device.type == "cpu" else len(logits)
+    rows = (
+        max(1, CACHED_BYTES // (4 * logits.shape[1]))
+        if logits.device.type == "cpu"
+        else len(logits)
+    )
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
     for start in range(0, len(logits), rows):
         piece, wanted = logits[start : start + rows], targets[start : start + rows, None]
@@ -226,7 +279,9 @@ def softmax_gradient_(logits: Tensor, targets: Tensor, scale: float, needed: boo
         mass = wide.exp_().sum(-1, keepdim=True)
         total += torch.sum((mass.log() - target_logits) * counted)
         if needed:
-            wide.mul_(scale * counted / mass).scatter_add_(-1, wanted, -scale * (1 - smoothing) * counted)
+            wide.mul_(scale * counted / mass).scatter_add_(
+                -1, wanted, -scale * (1 - smoothing) * counted
+            )
             if smoothing:
                 wide.sub_(scale * smoothing / wide.shape[-1] * counted)
             if wide is not piece:
@@ -240,7 +295,13 @@ class OutputLayer(nn.Linear):
     The loss is reached by calling the module, so that whoever gathers its weight around a call (ZeRO-3) does so here too.
     """
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, scale: float = 1.0, smoothing: float = 0.0) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        scale: float = 1.0,
+        smoothing: float = 0.0,
+    ) -> Tensor:
         """hidden (..., H) -> logits (..., V); or hidden (N, H), targets (N,) -> scale * summed cross entropy, fp32."""
         if targets is None:
             return super().forward(hidden)

@@ -17,7 +17,9 @@ def rotary_turns(positions: Tensor, inv_freq: Tensor) -> Tensor:
 
 def inverse_frequencies(rotary_dim: int, device, base: float = 10000.0) -> Tensor:
     """(rotary_dim / 2,) fp32 on `device`. Computed when needed: a buffer would be lost by meta-device loading or ZeRO-3."""
-    return 1.0 / base ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim)
+    return 1.0 / base ** (
+        torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
+    )
 
 
 def repeat_kv(x: Tensor, times: int) -> Tensor:
@@ -57,22 +59,35 @@ def attend(module, query, key, value, mask, prefix, **kwargs) -> tuple[Tensor, T
         value = torch.cat([prefix[1].to(value.dtype), value], dim=2)
     backend = attention_backend(module)
     dropout = module.attention_dropout if module.training else 0.0
-    out, weights = backend(module, query, key, value, mask, scaling=module.scaling, dropout=dropout, **kwargs)
+    out, weights = backend(
+        module, query, key, value, mask, scaling=module.scaling, dropout=dropout, **kwargs
+    )
     return out.flatten(2), weights
 
 
 def attention_backend(module):
     """The attention function of a module's configuration."""
-    return ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(
+        module.config._attn_implementation, eager_attention
+    )
 
 
 def causal_mask(q_len: int, kv_len: int, device) -> Tensor:
     """(1, 1, Q, K) bool, True = visible; the queries are the last Q of the K positions."""
-    return torch.ones(q_len, kv_len, dtype=torch.bool, device=device).tril(kv_len - q_len)[None, None]
+    return torch.ones(q_len, kv_len, dtype=torch.bool, device=device).tril(kv_len - q_len)[
+        None, None
+    ]
 
 
 def attention_visibility(
-    *, q_len: int, kv_len: int, device, padding: Tensor | None, context: Tensor | None, prefix_len: int, backend: str
+    *,
+    q_len: int,
+    kv_len: int,
+    device,
+    padding: Tensor | None,
+    context: Tensor | None,
+    prefix_len: int,
+    backend: str,
 ) -> Tensor | None:
     """The mask for `attend`: (B or 1, 1, Q, prefix_len + K) bool with True = visible, or None where causality is all.
 
@@ -94,7 +109,9 @@ def attention_visibility(
     if padding is not None:
         visible = visible & padding[:, None, None, :]
         # A padding row sees itself: a row that sees nothing would be nan. Nobody reads its output.
-        itself = torch.eye(q_len, kv_len, dtype=torch.bool, device=device).roll(kv_len - q_len, dims=1)
+        itself = torch.eye(q_len, kv_len, dtype=torch.bool, device=device).roll(
+            kv_len - q_len, dims=1
+        )
         visible = visible | itself
     return F.pad(visible, (prefix_len, 0), value=True) if prefix_len else visible
 
@@ -134,12 +151,19 @@ class PrefixEncoder(nn.Module):
 
     def __init__(self, config, embedding_dim: int):
         super().__init__()
-        self.shape = (config.pre_seq_len, 2 * config.num_layers, config.num_key_value_heads, config.head_dim)
+        self.shape = (
+            config.pre_seq_len,
+            2 * config.num_layers,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         kv_size = 2 * config.num_layers * config.num_key_value_heads * config.head_dim
         if config.prefix_projection:
             self.embedding = PrefixEmbedding(config.pre_seq_len, embedding_dim)
             self.trans = nn.Sequential(
-                PrefixLinear(embedding_dim, config.hidden_size), nn.Tanh(), PrefixLinear(config.hidden_size, kv_size)
+                PrefixLinear(embedding_dim, config.hidden_size),
+                nn.Tanh(),
+                PrefixLinear(config.hidden_size, kv_size),
             )
         else:
             self.embedding = PrefixEmbedding(config.pre_seq_len, kv_size)
@@ -166,7 +190,9 @@ class PromptEncoder(nn.Module):
 
     def forward(self, batch_size: int) -> Tensor:
         """(B, P, hidden_size)."""
-        vectors = self.embedding(torch.arange(self.embedding.num_embeddings, device=self.embedding.weight.device))
+        vectors = self.embedding(
+            torch.arange(self.embedding.num_embeddings, device=self.embedding.weight.device)
+        )
         return vectors.expand(batch_size, -1, -1)
 
 
@@ -174,4 +200,8 @@ def make_prefix_encoder(config, embedding_dim: int) -> nn.Module | None:
     """The encoder `config` asks for (`pre_seq_len`, `ptuning_version`, `prefix_projection`), or None."""
     if config.prefix_version is None:
         return None
-    return PromptEncoder(config) if config.prefix_version == "v1" else PrefixEncoder(config, embedding_dim)
+    return (
+        PromptEncoder(config)
+        if config.prefix_version == "v1"
+        else PrefixEncoder(config, embedding_dim)
+    )

@@ -24,7 +24,15 @@ from .folders import (
 from .modeling_glm import ChatGLM1ForConditionalGeneration
 from .modeling_glm2 import ChatGLM2ForConditionalGeneration
 from .tokenization import ChatGLMTokenizer
-from .weights import PREFIX, iterate_weights, open_safetensors, read_bin, read_tensors, stored_prefix, weight_files
+from .weights import (
+    PREFIX,
+    iterate_weights,
+    open_safetensors,
+    read_bin,
+    read_tensors,
+    stored_prefix,
+    weight_files,
+)
 
 __all__ = [
     "PREFIX",
@@ -78,7 +86,9 @@ def resolve_mode(path: str | Path, mode: str | None = None, base: str | Path | N
         if mode is None:
             if (ratio := config.get("rope_ratio", 1)) != 1:
                 raise ValueError(f"{path}/config.json: {untold_family(ratio)}")
-            log.warning("%s does not tell its family; taking glm2 (say mode=\"glm3\" for ChatGLM3)", path)
+            log.warning(
+                '%s does not tell its family; taking glm2 (say mode="glm3" for ChatGLM3)', path
+            )
             mode = "glm2"
     elif mode not in FAMILIES:
         raise ValueError(f"mode must be one of {', '.join(FAMILIES)}; got {mode!r}")
@@ -101,7 +111,9 @@ def read_config(path: str | Path):
 
 
 @checks_folder(is_small)
-def load_tokenizer(path: str | Path, *, mode: str | None = None, base: str | Path | None = None) -> ChatGLMTokenizer:
+def load_tokenizer(
+    path: str | Path, *, mode: str | None = None, base: str | Path | None = None
+) -> ChatGLMTokenizer:
     """The tokenizer of a folder; of the base model, where an adapter folder has none of its own.
 
     Args:
@@ -154,12 +166,19 @@ def load_model(
     path = check_folder(path)
     check_json_files(path)
     mode = resolve_mode(path, mode, base)
-    options = {"mode": mode, "dtype": dtype, "attn_implementation": attn_implementation, "device_map": device_map}
+    options = {
+        "mode": mode,
+        "dtype": dtype,
+        "attn_implementation": attn_implementation,
+        "device_map": device_map,
+    }
     options["quantization_bit"] = quantization_bit
     if (path / "adapter_config.json").is_file():
         base = find_base(path, base)
         if (base / "adapter_config.json").is_file():
-            raise ValueError(f"{path}: its base model {base} is an adapter itself; merge that one first (merge_lora.py)")
+            raise ValueError(
+                f"{path}: its base model {base} is an adapter itself; merge that one first (merge_lora.py)"
+            )
         return load_adapter(load_model(base, **options), path)
 
     stored = stored_prefix(path)
@@ -173,16 +192,31 @@ def load_model(
         check_folder_files(weights, wanted=is_top)
     config.name_or_path = str(weights)
     if "flash" in attn_implementation and isinstance(config, ChatGLM1Config):
-        raise ValueError("ChatGLM-6B's bidirectional context has no flash kernel; use attn_implementation=\"sdpa\"")
-    model_class = ChatGLM1ForConditionalGeneration if isinstance(config, ChatGLM1Config) else ChatGLM2ForConditionalGeneration
-    with quiet_transformers():  # it would report a new prefix as missing; what is really missing is an error below
+        raise ValueError(
+            'ChatGLM-6B\'s bidirectional context has no flash kernel; use attn_implementation="sdpa"'
+        )
+    model_class = (
+        ChatGLM1ForConditionalGeneration
+        if isinstance(config, ChatGLM1Config)
+        else ChatGLM2ForConditionalGeneration
+    )
+    with (
+        quiet_transformers()
+    ):  # it would report a new prefix as missing; what is really missing is an error below
         model, info = model_class.from_pretrained(
-            str(weights), config=config, dtype=dtype or "auto", attn_implementation=attn_implementation,
-            device_map=device_map, output_loading_info=True, **quantization(quantization_bit, dtype),
-        )  # fmt: skip
+            str(weights),
+            config=config,
+            dtype=dtype or "auto",
+            attn_implementation=attn_implementation,
+            device_map=device_map,
+            output_loading_info=True,
+            **quantization(quantization_bit, dtype),
+        )
     # A prefix may be missing where it is new or comes from `path`; a config that names one is not enough.
     prefix_elsewhere = weights != path or (stored is None and pre_seq_len)
-    lost = sorted(k for k in info["missing_keys"] if not (prefix_elsewhere and k.startswith(PREFIX)))
+    lost = sorted(
+        k for k in info["missing_keys"] if not (prefix_elsewhere and k.startswith(PREFIX))
+    )
     if lost:
         raise ValueError(f"{weights}: the weights lack {len(lost)} tensors, the first is {lost[0]}")
     if weights != path:
@@ -204,21 +238,40 @@ def quantization(bits: int | None, dtype) -> dict:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise ValueError(f'quantization_bit needs bitsandbytes: pip install -e ".[qlora]" ({error})') from None
+        raise ValueError(
+            f'quantization_bit needs bitsandbytes: pip install -e ".[qlora]" ({error})'
+        ) from None
     from transformers import BitsAndBytesConfig
 
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # says at every product that int8 rounds by way of fp16
-    compute = dtype if isinstance(dtype, torch.dtype) else torch.float32 if not torch.cuda.is_available() else torch.bfloat16
-    return {"quantization_config": BitsAndBytesConfig(
-        load_in_4bit=bits == 4, load_in_8bit=bits == 8, llm_int8_skip_modules=["lm_head", "output_layer", "prefix_encoder"],
-        bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute,
-    )}  # fmt: skip
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(
+        logging.ERROR
+    )  # says at every product that int8 rounds by way of fp16
+    compute = (
+        dtype
+        if isinstance(dtype, torch.dtype)
+        else torch.float32
+        if not torch.cuda.is_available()
+        else torch.bfloat16
+    )
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=bits == 4,
+            load_in_8bit=bits == 8,
+            llm_int8_skip_modules=["lm_head", "output_layer", "prefix_encoder"],
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        )
+    }
 
 
 @contextmanager
 def quiet_transformers():
     """No progress bars and no loading report from transformers inside."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    level, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -248,15 +301,27 @@ def set_prefix(config, path, stored, pre_seq_len, prefix_projection, ptuning_ver
     """Settle the config's prefix between what the caller asks, what the config says and what the weights hold."""
     asked = pre_seq_len or config.pre_seq_len
     if stored and asked and asked != stored["length"]:
-        source = f"pre_seq_len={pre_seq_len}" if pre_seq_len else f"its config.json says pre_seq_len {config.pre_seq_len}"
-        raise ValueError(f"{path} holds a prefix of {stored['length']} virtual tokens, but {source}")
+        source = (
+            f"pre_seq_len={pre_seq_len}"
+            if pre_seq_len
+            else f"its config.json says pre_seq_len {config.pre_seq_len}"
+        )
+        raise ValueError(
+            f"{path} holds a prefix of {stored['length']} virtual tokens, but {source}"
+        )
     if stored:
         version = config.ptuning_version or "v2"
         if ptuning_version not in (None, version):
-            raise ValueError(f"{path} holds a P-Tuning {version} prefix, but ptuning_version={ptuning_version!r}")
+            raise ValueError(
+                f"{path} holds a P-Tuning {version} prefix, but ptuning_version={ptuning_version!r}"
+            )
         if prefix_projection and not stored["mlp"]:
             raise ValueError(f"{path} holds a prefix without an MLP, but prefix_projection=True")
-        config.pre_seq_len, config.prefix_projection, config.ptuning_version = stored["length"], stored["mlp"], version
+        config.pre_seq_len, config.prefix_projection, config.ptuning_version = (
+            stored["length"],
+            stored["mlp"],
+            version,
+        )
     else:
         config.pre_seq_len, config.prefix_projection = pre_seq_len, prefix_projection
         config.ptuning_version = ptuning_version or "v2"

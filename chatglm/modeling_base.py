@@ -41,8 +41,17 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
                 quantised weights or a tensor of another shape.
         """
         folder = Path(pretrained_model_name_or_path or "")
-        elsewhere = ("state_dict", "subfolder", "variant", "gguf_file")  # than in the files of a folder
-        if pretrained_model_name_or_path is None or not folder.is_dir() or any(map(kwargs.get, elsewhere)):
+        elsewhere = (
+            "state_dict",
+            "subfolder",
+            "variant",
+            "gguf_file",
+        )  # than in the files of a folder
+        if (
+            pretrained_model_name_or_path is None
+            or not folder.is_dir()
+            or any(map(kwargs.get, elsewhere))
+        ):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         check_json_files(folder)
         config = kwargs.get("config")
@@ -68,7 +77,9 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 f"{folder} holds a P-Tuning prefix alone, no model: chatglm.load_model({str(folder)!r}) puts it on its base"
             )
-        if getattr(config, "quantization_config", None) is None:  # bitsandbytes' own files hold other shapes
+        if (
+            getattr(config, "quantization_config", None) is None
+        ):  # bitsandbytes' own files hold other shapes
             with reading(folder / "config.json"), torch.device("meta"):
                 model = cls(copy.deepcopy(config))
             check_fit(folder, model, shapes, ignored="prefix_encoder.")
@@ -113,10 +124,14 @@ class ChatGLMBody:
             return 0
         if cache.is_compileable:
             # generate() would hand over a 4-D mask with it, of the opposite sense to the originals'.
-            raise ValueError("ChatGLM needs a cache that grows, such as DynamicCache; got one of fixed size")
+            raise ValueError(
+                "ChatGLM needs a cache that grows, such as DynamicCache; got one of fixed size"
+            )
         return cache.get_seq_length()
 
-    def prepend_prompt(self, embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: int):
+    def prepend_prompt(
+        self, embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: int
+    ):
         """Put v1's vectors before the first input and make room for them in mask and positions; v2 and none: no change.
 
         Positions have the sequence last; (B, 2, S) positions of ChatGLM-6B are block positions in their second row.
@@ -129,17 +144,30 @@ class ChatGLMBody:
                 raise ValueError("with P-Tuning v1 give a 2-D attention_mask (1 = real token)")
             attention_mask = F.pad(attention_mask, (count, 0), value=1)
         if position_ids is not None:
-            shift = torch.tensor([count, 0] if position_ids.dim() == 3 else [count], device=position_ids.device)
+            shift = torch.tensor(
+                [count, 0] if position_ids.dim() == 3 else [count], device=position_ids.device
+            )
             position_ids = position_ids + (shift[:, None] if position_ids.dim() == 3 else shift)
             if past == 0:
                 own = torch.arange(count, device=position_ids.device)
                 own = torch.stack([own, torch.zeros_like(own)]) if position_ids.dim() == 3 else own
-                position_ids = torch.cat([own.expand(*position_ids.shape[:-1], count), position_ids], dim=-1)
+                position_ids = torch.cat(
+                    [own.expand(*position_ids.shape[:-1], count), position_ids], dim=-1
+                )
         if past == 0:
-            embeds = torch.cat([self.prefix_encoder(embeds.shape[0]).to(embeds.dtype), embeds], dim=1)
+            embeds = torch.cat(
+                [self.prefix_encoder(embeds.shape[0]).to(embeds.dtype), embeds], dim=1
+            )
         return embeds, attention_mask, position_ids
 
-    def find_packing(self, position_ids: Tensor | None, attention_mask, past_key_values, batch: int, keep: Tensor | None) -> Packing | None:
+    def find_packing(
+        self,
+        position_ids: Tensor | None,
+        attention_mask,
+        past_key_values,
+        batch: int,
+        keep: Tensor | None,
+    ) -> Packing | None:
         """The packing that a caller's positions tell of, or that `keep` asks for; None where every row is one sequence.
 
         Positions tell of several sequences only where neither mask nor cache came with them.
@@ -149,12 +177,16 @@ class ChatGLMBody:
         """
         alone = attention_mask is None and not self.cached_length(past_key_values)
         if keep is not None and (position_ids is None or batch > 1 or not alone):
-            raise ValueError("`keep` needs position_ids and one row, without attention_mask or cache")
+            raise ValueError(
+                "`keep` needs position_ids and one row, without attention_mask or cache"
+            )
         if position_ids is None or not alone:
             return None
         if position_ids.shape[0] > 1:
             if any(len(self.read_packing(row[None]).lengths) > 1 for row in position_ids):
-                raise ValueError("positions fall back: put the sequences in one row, or give an attention_mask for padded rows")
+                raise ValueError(
+                    "positions fall back: put the sequences in one row, or give an attention_mask for padded rows"
+                )
             return None
         packing = self.read_packing(position_ids)
         if len(packing.lengths) == 1 and keep is None:
@@ -172,20 +204,30 @@ class ChatGLMBody:
         count = self.prompt_length
         own = torch.arange(count, device=position_ids.device)
         own = torch.stack([own, torch.zeros_like(own)]) if position_ids.dim() == 3 else own
-        shift = torch.tensor([[count], [0]] if position_ids.dim() == 3 else [count], device=position_ids.device)
+        shift = torch.tensor(
+            [[count], [0]] if position_ids.dim() == 3 else [count], device=position_ids.device
+        )
         virtual = self.prefix_encoder(1).to(embeds.dtype)
         rows, positions = [], []
         for i, row in enumerate(embeds.split(packing.lengths, dim=1)):
             rows += [row] if packing.shared[i] else [virtual, row]
         for i, part in enumerate((position_ids + shift).split(packing.lengths, dim=-1)):
-            positions += [part] if packing.shared[i] else [own.expand(*part.shape[:-1], count), part]
+            positions += (
+                [part] if packing.shared[i] else [own.expand(*part.shape[:-1], count), part]
+            )
         packing, where = packing.with_prompt(count)
         return torch.cat(rows, dim=1), torch.cat(positions, dim=-1), packing, where
 
     def run_layers(
-        self, layers, hidden_states: Tensor, attention_mask, position_ids: Tensor | None, past_key_values,
-        packing: Packing | None, **kwargs,
-    ) -> Tensor:  # fmt: skip
+        self,
+        layers,
+        hidden_states: Tensor,
+        attention_mask,
+        position_ids: Tensor | None,
+        past_key_values,
+        packing: Packing | None,
+        **kwargs,
+    ) -> Tensor:
         """From embeddings (B, S, hidden_size) through all blocks, virtual tokens added on the way and taken off again.
 
         `packing` is what `find_packing` found, the other arguments are the body's; returns (B, S, hidden_size), or
@@ -196,7 +238,9 @@ class ChatGLMBody:
         text, keep, backend = slice(-text_length, None), None, self.config._attn_implementation
         if packing is not None:
             if self.prompt_length:
-                hidden_states, position_ids, packing, text = self.prepend_prompts(hidden_states, position_ids, packing)
+                hidden_states, position_ids, packing, text = self.prepend_prompts(
+                    hidden_states, position_ids, packing
+                )
             batch, keep = len(packing.lengths), packing.keep
             mask = packing.masks(self.prefix_length, hidden_states.device, backend)
         else:
@@ -209,27 +253,38 @@ class ChatGLMBody:
                 position_ids = self.default_positions(padding, past, length, hidden_states.device)
             if mask is None:
                 mask = attention_visibility(
-                    q_len=length, kv_len=past + length, device=hidden_states.device, padding=padding,
-                    context=self.seen_by_all(position_ids, past), prefix_len=self.prefix_length, backend=backend,
-                )  # fmt: skip
+                    q_len=length,
+                    kv_len=past + length,
+                    device=hidden_states.device,
+                    padding=padding,
+                    context=self.seen_by_all(position_ids, past),
+                    prefix_len=self.prefix_length,
+                    backend=backend,
+                )
         prefix = self.prefix_encoder(batch) if self.config.prefix_version == "v2" else None
         turns = self.rotary(position_ids)[:, :, None]
         for i, block in enumerate(layers):
             layer_prefix = prefix[2 * i : 2 * i + 2] if prefix is not None else None
             if keep is not None and i == len(layers) - 1:
                 mask, kwargs = mask.of_last_layer(), kwargs | {"keep": keep}
-            hidden_states = block(hidden_states, mask, turns, layer_prefix, past_key_values=past_key_values, **kwargs)
+            hidden_states = block(
+                hidden_states, mask, turns, layer_prefix, past_key_values=past_key_values, **kwargs
+            )
         return hidden_states if keep is not None else hidden_states[:, text]
 
     def seen_by_all(self, position_ids: Tensor, past: int) -> Tensor | None:
         """(B, past + S) bool: keys that every row sees, later ones included; None where attention is causal."""
         return None
 
-    def split_mask(self, attention_mask: Tensor | None, kv_len: int) -> tuple[Tensor | None, Tensor | None]:
+    def split_mask(
+        self, attention_mask: Tensor | None, kv_len: int
+    ) -> tuple[Tensor | None, Tensor | None]:
         """(4-D visibility, 2-D padding): the first if the caller built the originals' mask (True = masked), else the second."""
         if attention_mask is not None and attention_mask.dim() == 4:
             if "flash" in self.config._attn_implementation:
-                raise ValueError("flash attention takes a 2-D attention_mask (1 = real token), got a 4-D one")
+                raise ValueError(
+                    "flash attention takes a 2-D attention_mask (1 = real token), got a 4-D one"
+                )
             return F.pad(~attention_mask.bool(), (self.prefix_length, 0), value=True), None
         return None, padding_mask(attention_mask, kv_len, self.prompt_length)
 
@@ -269,7 +324,9 @@ class ChatGLMCausalLM:
         logits = self.get_output_embeddings()(hidden_states)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -288,7 +345,9 @@ class ChatGLMCausalLM:
         return super().generate(inputs, *args, **kwargs)
 
     @torch.inference_mode()
-    def chat(self, tokenizer, query: str, history: list | None = None, role: str = "user", **options):
+    def chat(
+        self, tokenizer, query: str, history: list | None = None, role: str = "user", **options
+    ):
         """One turn of a conversation: (answer, new history), sampled as the originals sample.
 
         Args:
@@ -303,14 +362,24 @@ class ChatGLMCausalLM:
         """
         inputs, options = self.prepare_chat(tokenizer, query, history, role, options)
         ids = self.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :].tolist()
-        ids = [i for i in ids if i not in options["eos_token_id"]]  # decoding ChatGLM3's roles gives their names
-        return self.finish_chat(tokenizer, tokenizer.decode(ids, skip_special_tokens=True), query, history, role)
+        ids = [
+            i for i in ids if i not in options["eos_token_id"]
+        ]  # decoding ChatGLM3's roles gives their names
+        return self.finish_chat(
+            tokenizer, tokenizer.decode(ids, skip_special_tokens=True), query, history, role
+        )
 
     @torch.inference_mode()
     def stream_chat(
-        self, tokenizer, query: str, history: list | None = None, role: str = "user", past_key_values=None,
-        return_past_key_values: bool = False, **options,
-    ) -> Iterator:  # fmt: skip
+        self,
+        tokenizer,
+        query: str,
+        history: list | None = None,
+        role: str = "user",
+        past_key_values=None,
+        return_past_key_values: bool = False,
+        **options,
+    ) -> Iterator:
         """As `chat`, but yields (answer so far, history so far) while the answer grows, and at last chat's result.
 
         With `return_past_key_values` a third item is the cache; handed back with the next turn, what the turns share is not
@@ -320,9 +389,13 @@ class ChatGLMCausalLM:
         prompt = inputs["input_ids"][0].tolist()
         if return_past_key_values or past_key_values is not None:
             if tokenizer.family == "glm" or self.config.prefix_version == "v1":
-                raise ValueError("ChatGLM-6B and P-Tuning v1 cannot go on from another turn's cache")
+                raise ValueError(
+                    "ChatGLM-6B and P-Tuning v1 cannot go on from another turn's cache"
+                )
             options["past_key_values"] = cache = past_key_values or DynamicCache(config=self.config)
-            unshared = cache.get_seq_length() - shared_length(prompt[:-1], getattr(cache, "token_ids", []))
+            unshared = cache.get_seq_length() - shared_length(
+                prompt[:-1], getattr(cache, "token_ids", [])
+            )
             if unshared:
                 cache.crop(-unshared)
         streamer = IdStreamer()
@@ -365,7 +438,10 @@ class ChatGLMCausalLM:
         ids = family.encode_chat(tokenizer, query, history, role, **as_tuned)
         inputs = {"input_ids": torch.tensor([ids], device=self.device)}
         stops = [tokenizer.get_command(token) for token in family.stop_tokens]
-        defaults = family.chat_defaults | {"eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
+        defaults = family.chat_defaults | {
+            "eos_token_id": stops,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
         if "max_new_tokens" in options:
             del defaults["max_length"]
         options = defaults | options
@@ -373,8 +449,10 @@ class ChatGLMCausalLM:
             options["eos_token_id"] = [options["eos_token_id"]]
         if not options["do_sample"]:
             options = {k: v for k, v in options.items() if k not in ("top_p", "temperature")} | {
-                "top_p": None, "temperature": None, "top_k": None
-            }  # fmt: skip
+                "top_p": None,
+                "temperature": None,
+                "top_k": None,
+            }
         return inputs, options
 
     def finish_chat(self, tokenizer, text, query, history, role):

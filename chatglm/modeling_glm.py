@@ -37,9 +37,16 @@ class SelfAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states, mask, turns, prefix=None, past_key_values=None, keep=None, **kwargs):
+    def forward(
+        self, hidden_states, mask, turns, prefix=None, past_key_values=None, keep=None, **kwargs
+    ):
         # Each head's own query, key and value: to all queries, all keys, all values.
-        qkv = self.query_key_value(hidden_states).unflatten(-1, (self.heads, 3, self.head_dim)).transpose(2, 3).flatten(2, 3)
+        qkv = (
+            self.query_key_value(hidden_states)
+            .unflatten(-1, (self.heads, 3, self.head_dim))
+            .transpose(2, 3)
+            .flatten(2, 3)
+        )
         qkv = RotateFunction.apply(qkv, turns, 2 * self.heads, turn_halves_)
         query, key, value = qkv.transpose(1, 2).chunk(3, dim=1)
         if past_key_values is not None:
@@ -66,10 +73,14 @@ class ChatGLM1Block(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, hidden_states, mask, turns, prefix=None, past_key_values=None, keep=None, **kwargs) -> Tensor:
+    def forward(
+        self, hidden_states, mask, turns, prefix=None, past_key_values=None, keep=None, **kwargs
+    ) -> Tensor:
         # `prefix` is an argument of its own: gradient checkpointing drops whatever comes as past_key_values.
         normed = self.input_layernorm(hidden_states)
-        out, _ = self.attention(normed, mask, turns, prefix, past_key_values=past_key_values, keep=keep, **kwargs)
+        out, _ = self.attention(
+            normed, mask, turns, prefix, past_key_values=past_key_values, keep=keep, **kwargs
+        )
         if keep is not None:
             normed = normed[:, keep]
         normed = self.post_attention_layernorm(normed * RESIDUAL_SCALE + out)
@@ -106,7 +117,9 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
     def rotary(self, position_ids: Tensor) -> Tensor:
         """Turns (B, S, head_dim / 2) complex64: a first half for places, a second for block positions."""
         # The released weights were trained with frequencies rounded to fp16.
-        inv_freq = inverse_frequencies(self.config.head_dim // 2, position_ids.device).half().float()
+        inv_freq = (
+            inverse_frequencies(self.config.head_dim // 2, position_ids.device).half().float()
+        )
         return torch.cat([rotary_turns(position_ids[:, row], inv_freq) for row in (0, 1)], dim=-1)
 
     def read_packing(self, position_ids: Tensor) -> Packing:
@@ -126,7 +139,9 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
         """
         if any(shared):
             raise ValueError("ChatGLM-6B's context looks ahead: sequences cannot share a beginning")
-        return torch.cat([self.count_positions(ids) for ids in input_ids.split(lengths, dim=1)], dim=-1)
+        return torch.cat(
+            [self.count_positions(ids) for ids in input_ids.split(lengths, dim=1)], dim=-1
+        )
 
     def seen_by_all(self, position_ids: Tensor, past: int) -> Tensor:
         return F.pad(position_ids[:, 1] == 0, (past, 0))
@@ -139,22 +154,36 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
         """
         config, length = self.config, input_ids.shape[1]
         if padding is not None and padding.shape[-1] != length:
-            raise ValueError(f"attention_mask must cover all {length} positions, got {padding.shape[-1]}")
+            raise ValueError(
+                f"attention_mask must cover all {length} positions, got {padding.shape[-1]}"
+            )
         real = torch.ones_like(input_ids) if padding is None else padding.long()
         is_sop = (input_ids == config.bos_token_id) & real.bool()
         is_gmask = (input_ids == config.gmask_token_id) & real.bool()
         is_mask = (input_ids == config.mask_token_id) & real.bool()
         for name, found, wanted in (
             ("<sop>", is_sop, config.bos_token_id),
-            ("[gMASK] or [MASK]", is_gmask | is_mask, f"{config.gmask_token_id} or {config.mask_token_id}"),
+            (
+                "[gMASK] or [MASK]",
+                is_gmask | is_mask,
+                f"{config.gmask_token_id} or {config.mask_token_id}",
+            ),
         ):
             if not bool(found.any(-1).all()):
                 row = int((~found.any(-1)).nonzero()[0])
-                raise ValueError(f"ChatGLM-6B: row {row} of input_ids has no {name} (id {wanted}); give position_ids")
+                raise ValueError(
+                    f"ChatGLM-6B: row {row} of input_ids has no {name} (id {wanted}); give position_ids"
+                )
         place = (real.cumsum(-1) - 1).clamp(min=0)
         # argmax finds the first; [gMASK] wins over [MASK] wherever it stands.
-        chosen = torch.where(is_gmask.any(-1, keepdim=True), is_gmask, is_mask).long().argmax(-1, keepdim=True)
-        after = torch.arange(length, device=input_ids.device) >= is_sop.long().argmax(-1, keepdim=True)
+        chosen = (
+            torch.where(is_gmask.any(-1, keepdim=True), is_gmask, is_mask)
+            .long()
+            .argmax(-1, keepdim=True)
+        )
+        after = torch.arange(length, device=input_ids.device) >= is_sop.long().argmax(
+            -1, keepdim=True
+        )
         place = torch.where(after, place.gather(1, chosen), place) * real
         block = (after & real.bool()).long().cumsum(-1) * real
         return torch.stack([place, block], dim=1)
@@ -188,35 +217,55 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         past = self.cached_length(past_key_values)
         if position_ids is not None and position_ids.dim() != 3:
-            raise ValueError(f"ChatGLM-6B's position_ids are (B, 2, S), got {list(position_ids.shape)}")
+            raise ValueError(
+                f"ChatGLM-6B's position_ids are (B, 2, S), got {list(position_ids.shape)}"
+            )
         batch = len(inputs_embeds if input_ids is None else input_ids)
         packing = self.find_packing(position_ids, attention_mask, past_key_values, batch, keep)
         if position_ids is None:
-            position_ids = self.find_positions(input_ids, attention_mask, past_key_values if past else None)
+            position_ids = self.find_positions(
+                input_ids, attention_mask, past_key_values if past else None
+            )
         if past_key_values is not None:
             # The last real token has the greatest block position; padding, on either side, has 0.
             last = position_ids.shape[-1] - 1 - position_ids[:, 1].flip(-1).argmax(-1)
-            past_key_values.last_positions = position_ids.gather(-1, last[:, None, None].expand(-1, 2, 1))
+            past_key_values.last_positions = position_ids.gather(
+                -1, last[:, None, None].expand(-1, 2, 1)
+            )
 
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         hidden_states = self.run_layers(
-            self.layers, inputs_embeds, attention_mask, position_ids, past_key_values, packing, **kwargs
+            self.layers,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            packing,
+            **kwargs,
         )
         hidden_states = self.final_layernorm(hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states, past_key_values=past_key_values
+        )
 
     def find_positions(self, input_ids, attention_mask, cache) -> Tensor:
         """Positions nobody gave: counted in a fresh row, continued after the cache's last ones."""
         if input_ids is None:
-            raise ValueError("ChatGLM-6B finds positions in input_ids; with inputs_embeds give position_ids (B, 2, S)")
+            raise ValueError(
+                "ChatGLM-6B finds positions in input_ids; with inputs_embeds give position_ids (B, 2, S)"
+            )
         if cache is None:
             if attention_mask is not None and attention_mask.dim() == 4:
                 attention_mask = ~attention_mask[:, 0, -1].bool()
-            return self.count_positions(input_ids, None if attention_mask is None else attention_mask.bool())
+            return self.count_positions(
+                input_ids, None if attention_mask is None else attention_mask.bool()
+            )
         last = getattr(cache, "last_positions", None)
         if last is None or last.shape[0] not in (1, input_ids.shape[0]):
-            raise ValueError("ChatGLM-6B: this cache does not know its positions; give position_ids (B, 2, S)")
+            raise ValueError(
+                "ChatGLM-6B: this cache does not know its positions; give position_ids (B, 2, S)"
+            )
         return advance_positions(last, input_ids.shape[1]).expand(input_ids.shape[0], -1, -1)
 
 
@@ -248,10 +297,16 @@ class ChatGLM1ForConditionalGeneration(ChatGLMCausalLM, ChatGLM1PreTrainedModel,
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
-            raise ValueError("ChatGLM-6B cannot extend a cache with a new prompt: its context is bidirectional")
-        return self.transformer.count_positions(inputs_tensor, None if mask is None else mask.bool())
+            raise ValueError(
+                "ChatGLM-6B cannot extend a cache with a new prompt: its context is bidirectional"
+            )
+        return self.transformer.count_positions(
+            inputs_tensor, None if mask is None else mask.bool()
+        )
 
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, num_new_tokens=1, **kwargs):
+    def _update_model_kwargs_for_generation(
+        self, outputs, model_kwargs, num_new_tokens=1, **kwargs
+    ):
         positions = model_kwargs.pop("position_ids")
         model_kwargs = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, num_new_tokens=num_new_tokens, **kwargs
@@ -260,7 +315,9 @@ class ChatGLM1ForConditionalGeneration(ChatGLMCausalLM, ChatGLM1PreTrainedModel,
         return model_kwargs | {"position_ids": torch.cat([positions, following], dim=-1)}
 
     def _expand_inputs_for_generation(self, expand_size=1, position_ids=None, **kwargs):
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, **kwargs
+        )
         if position_ids is not None:
             model_kwargs["position_ids"] = position_ids.repeat_interleave(expand_size, dim=0)
         return input_ids, model_kwargs

@@ -41,14 +41,22 @@ class SelfAttention(nn.Module):
         qkv_size = (self.heads + 2 * self.kv_heads) * self.head_dim
         qkv_bias = config.add_bias_linear or config.add_qkv_bias
         self.query_key_value = nn.Linear(config.hidden_size, qkv_size, bias=qkv_bias)
-        self.dense = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.add_bias_linear)
+        self.dense = nn.Linear(
+            self.heads * self.head_dim, config.hidden_size, bias=config.add_bias_linear
+        )
 
-    def forward(self, hidden_states, mask, turns, prefix=None, past_key_values=None, keep=None, **kwargs):
+    def forward(
+        self, hidden_states, mask, turns, prefix=None, past_key_values=None, keep=None, **kwargs
+    ):
         qkv = self.query_key_value(hidden_states).unflatten(-1, (-1, self.head_dim))
-        if not self.config.multi_query_attention:  # each head's own query, key and value: to all queries, all keys, all values
+        if (
+            not self.config.multi_query_attention
+        ):  # each head's own query, key and value: to all queries, all keys, all values
             qkv = qkv.unflatten(2, (self.heads, 3)).transpose(2, 3).flatten(2, 3)
         qkv = RotateFunction.apply(qkv, turns, self.heads + self.kv_heads, turn_pairs_)
-        query, key, value = qkv.transpose(1, 2).split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        query, key, value = qkv.transpose(1, 2).split(
+            [self.heads, self.kv_heads, self.kv_heads], dim=1
+        )
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         out, weights = attend(self, query, key, value, mask, prefix, **kwargs)
@@ -58,8 +66,12 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: ChatGLM2Config):
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=config.add_bias_linear)
-        self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=config.add_bias_linear)
+        self.dense_h_to_4h = nn.Linear(
+            config.hidden_size, 2 * config.ffn_hidden_size, bias=config.add_bias_linear
+        )
+        self.dense_4h_to_h = nn.Linear(
+            config.ffn_hidden_size, config.hidden_size, bias=config.add_bias_linear
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dense_4h_to_h(SwiGLUFunction.apply(self.dense_h_to_4h(x)))
@@ -74,10 +86,18 @@ class ChatGLM2Block(GradientCheckpointingLayer):
         self.mlp = MLP(config)
         self.hidden_dropout = config.hidden_dropout
 
-    def forward(self, hidden_states, mask, turns, prefix=None, past_key_values=None, keep=None, **kwargs) -> Tensor:
+    def forward(
+        self, hidden_states, mask, turns, prefix=None, past_key_values=None, keep=None, **kwargs
+    ) -> Tensor:
         # `prefix` is an argument of its own: gradient checkpointing drops whatever comes as past_key_values.
         out, _ = self.self_attention(
-            self.input_layernorm(hidden_states), mask, turns, prefix, past_key_values=past_key_values, keep=keep, **kwargs
+            self.input_layernorm(hidden_states),
+            mask,
+            turns,
+            prefix,
+            past_key_values=past_key_values,
+            keep=keep,
+            **kwargs,
         )
         if keep is not None:
             hidden_states = hidden_states[:, keep]
@@ -117,7 +137,9 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
         super().__init__(config)
         self.embedding = Embedding(config)
         self.encoder = Encoder(config)
-        self.output_layer = OutputLayer(config.hidden_size, config.padded_vocab_size, bias=config.add_bias_linear)
+        self.output_layer = OutputLayer(
+            config.hidden_size, config.padded_vocab_size, bias=config.add_bias_linear
+        )
         kv_size = 2 * config.num_layers * config.num_key_value_heads * config.kv_channels
         self.prefix_encoder = make_prefix_encoder(config, embedding_dim=kv_size)
         self.gradient_checkpointing = False
@@ -141,14 +163,20 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
 
     def packed_positions(self, input_ids: Tensor, lengths: list[int], shared: list[int]) -> Tensor:
         """(1, S) positions of sequences end to end in input_ids (1, S); those that share a trunk count on from it."""
-        return torch.cat([torch.arange(s, s + n, device=input_ids.device) for n, s in zip(lengths, shared)])[None]
+        return torch.cat(
+            [torch.arange(s, s + n, device=input_ids.device) for n, s in zip(lengths, shared)]
+        )[None]
 
     def rotary(self, position_ids: Tensor) -> Tensor:
         """Turns (B, S, kv_channels / 4) complex64. `rope_ratio` stretches positions in ChatGLM2, the base in ChatGLM3."""
         ratio, rotary_dim = self.config.rope_ratio, self.config.kv_channels // 2
         if self.config.glm_family == "glm2":
-            return rotary_turns(position_ids.float() / ratio, inverse_frequencies(rotary_dim, position_ids.device))
-        return rotary_turns(position_ids, inverse_frequencies(rotary_dim, position_ids.device, base=10000.0 * ratio))
+            return rotary_turns(
+                position_ids.float() / ratio, inverse_frequencies(rotary_dim, position_ids.device)
+            )
+        return rotary_turns(
+            position_ids, inverse_frequencies(rotary_dim, position_ids.device, base=10000.0 * ratio)
+        )
 
     @merge_with_config_defaults
     @capture_outputs
@@ -180,18 +208,30 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        packing = self.find_packing(position_ids, attention_mask, past_key_values, len(inputs_embeds), keep)
+        packing = self.find_packing(
+            position_ids, attention_mask, past_key_values, len(inputs_embeds), keep
+        )
         hidden_states = self.run_layers(
-            self.encoder.layers, inputs_embeds, attention_mask, position_ids, past_key_values, packing, **kwargs
+            self.encoder.layers,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            packing,
+            **kwargs,
         )
         hidden_states = self.encoder.final_layernorm(hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states, past_key_values=past_key_values
+        )
 
 
 class ChatGLM2ForConditionalGeneration(ChatGLMCausalLM, ChatGLM2PreTrainedModel, GenerationMixin):
     """The body with its output layer: `forward`, `generate`, `chat`, `stream_chat`."""
 
-    _tied_weights_keys = {"transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"}
+    _tied_weights_keys = {
+        "transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"
+    }
 
     def __init__(self, config: ChatGLM2Config):
         super().__init__(config)

@@ -60,9 +60,14 @@ class Packing:
         length = self.lengths[i]
         context = self.context and torch.arange(length, device=device)[None] < self.context[i]
         return attention_visibility(
-            q_len=length, kv_len=length, device=device, padding=None, context=context, prefix_len=prefix_len + self.shared[i],
+            q_len=length,
+            kv_len=length,
+            device=device,
+            padding=None,
+            context=context,
+            prefix_len=prefix_len + self.shared[i],
             backend=backend,
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
@@ -89,35 +94,56 @@ class PackedMasks:
         for i, (a, b) in enumerate(zip(places, places[1:])):
             mask = self.masks[i]
             if mask is None:
-                mask = causal_mask(lengths[i], self.prefix_len + self.packing.shared[i] + lengths[i], keep.device)
+                mask = causal_mask(
+                    lengths[i], self.prefix_len + self.packing.shared[i] + lengths[i], keep.device
+                )
             masks.append(mask[:, :, keep[a:b] - int(edges[i])])
-        return replace(self, masks=masks, queries=[b - a for a, b in zip(places, places[1:])], causal=False, keep=keep)
+        return replace(
+            self,
+            masks=masks,
+            queries=[b - a for a, b in zip(places, places[1:])],
+            causal=False,
+            keep=keep,
+        )
 
-    def attend(self, module, query: Tensor, key: Tensor, value: Tensor, prefix: Tensor | None) -> Tensor:
+    def attend(
+        self, module, query: Tensor, key: Tensor, value: Tensor, prefix: Tensor | None
+    ) -> Tensor:
         """(1, Q, heads * D) from query (1, heads, S, D) and key, value (1, kv_heads, S, D); prefix (2, sequences, kv_heads, P, D).
 
         Q is the number of kept tokens, or S.
         """
         backend, name = attention_backend(module), module.config._attn_implementation
-        options = {"scaling": module.scaling, "dropout": module.attention_dropout if module.training else 0.0}
-        if "flash" in name:  # its kernels know no mask but causality, aligned to the last key: queries are dropped afterwards
+        options = {
+            "scaling": module.scaling,
+            "dropout": module.attention_dropout if module.training else 0.0,
+        }
+        if (
+            "flash" in name
+        ):  # its kernels know no mask but causality, aligned to the last key: queries are dropped afterwards
             out = self.attend_flash(module, backend, query, key, value, prefix, options)
             return out if self.keep is None else out[:, self.keep]
         lean = query.device.type == "cpu" and not options["dropout"] and name == "sdpa"
         if self.keep is not None:
             query = query[:, :, self.keep]
         outs = []
-        for own, k, v, mask in zip(query.split(self.queries, dim=2), *self.keys_and_values(key, value, prefix), self.masks):
+        for own, k, v, mask in zip(
+            query.split(self.queries, dim=2), *self.keys_and_values(key, value, prefix), self.masks
+        ):
             if not own.shape[2]:
                 continue
             if lean:
-                out = CpuAttentionFunction.apply(own, k, v, mask, self.causal, module.scaling).transpose(1, 2)
+                out = CpuAttentionFunction.apply(
+                    own, k, v, mask, self.causal, module.scaling
+                ).transpose(1, 2)
             else:
                 out = backend(module, own, k, v, mask, **options)[0]
             outs.append(out.flatten(2))
         return torch.cat(outs, dim=1)
 
-    def keys_and_values(self, key: Tensor, value: Tensor, prefix: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+    def keys_and_values(
+        self, key: Tensor, value: Tensor, prefix: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Of each sequence all that it may see: the prefix, the trunk's tokens that it shares, its own."""
         lengths, shared = self.packing.lengths, self.packing.shared
         both = []
@@ -134,13 +160,21 @@ class PackedMasks:
     def attend_flash(self, module, backend, query, key, value, prefix, options) -> Tensor:
         """All sequences in one call of a kernel for rows of several lengths."""
         keys, values = self.keys_and_values(key, value, prefix)
-        edges = [torch.tensor([0, *lengths], dtype=torch.int32, device=query.device).cumsum(0, dtype=torch.int32)
-                 for lengths in (self.packing.lengths, [k.shape[2] for k in keys])]  # fmt: skip
+        edges = [
+            torch.tensor([0, *lengths], dtype=torch.int32, device=query.device).cumsum(
+                0, dtype=torch.int32
+            )
+            for lengths in (self.packing.lengths, [k.shape[2] for k in keys])
+        ]
         rows = {
-            "cu_seq_lens_q": edges[0], "cu_seq_lens_k": edges[1],
-            "max_length_q": max(self.packing.lengths), "max_length_k": max(k.shape[2] for k in keys),
-        }  # fmt: skip
-        return backend(module, query, torch.cat(keys, dim=2), torch.cat(values, dim=2), None, **options, **rows)[0].flatten(2)
+            "cu_seq_lens_q": edges[0],
+            "cu_seq_lens_k": edges[1],
+            "max_length_q": max(self.packing.lengths),
+            "max_length_k": max(k.shape[2] for k in keys),
+        }
+        return backend(
+            module, query, torch.cat(keys, dim=2), torch.cat(values, dim=2), None, **options, **rows
+        )[0].flatten(2)
 
 
 def find_sequences(positions: Tensor) -> tuple[list[int], list[int]]:
@@ -152,13 +186,19 @@ def find_sequences(positions: Tensor) -> tuple[list[int], list[int]]:
     steps = positions[1:] - positions[:-1]
     if len(jumps := (steps > 1).nonzero().flatten()):
         before, after = positions[jumps[0]], positions[jumps[0] + 1]
-        raise ValueError(f"positions jump from {before} to {after}: within a sequence they count up by one")
+        raise ValueError(
+            f"positions jump from {before} to {after}: within a sequence they count up by one"
+        )
     falls = (steps <= 0).nonzero().flatten() + 1
     starts = [0, *falls.tolist()]
     lengths = [b - a for a, b in zip(starts, [*starts[1:], len(positions)])]
     shared = [0, *positions[falls].tolist()]
     if any(s > lengths[0] for s in shared):
-        raise ValueError(f"positions fall back to {max(shared)}, but the row's first sequence has {lengths[0]} tokens")
+        raise ValueError(
+            f"positions fall back to {max(shared)}, but the row's first sequence has {lengths[0]} tokens"
+        )
     if any(shared) and positions[0] != 0:
-        raise ValueError(f"a shared beginning has the positions from 0, this row begins at {positions[0]}")
+        raise ValueError(
+            f"a shared beginning has the positions from 0, this row begins at {positions[0]}"
+        )
     return lengths, shared

@@ -17,7 +17,9 @@ def step_of(folder: Path) -> int:
 def committed_checkpoints(output_dir: str | Path) -> list[Path]:
     """Complete checkpoint folders of a run, oldest first."""
     folders = Path(output_dir).glob("epoch-*-step-*") if Path(output_dir).is_dir() else ()
-    return sorted((p for p in folders if CHECKPOINT.search(p.name) and (p / MANIFEST).is_file()), key=step_of)
+    return sorted(
+        (p for p in folders if CHECKPOINT.search(p.name) and (p / MANIFEST).is_file()), key=step_of
+    )
 
 
 def check_not_run(path: str | Path, flag: str = ""):
@@ -37,4 +39,6 @@ def check_not_run(path: str | Path, flag: str = ""):
         names = [f"{last} (the last and the best)"]
     elif best in checkpoints:
         names = [f"{best} (the best)", *names]
-    raise ValueError(f"{flag and f'{flag}: '}{path} is a run's folder; give one of its {len(checkpoints)} checkpoints: {', '.join(names)}")
+    raise ValueError(
+        f"{flag and f'{flag}: '}{path} is a run's folder; give one of its {len(checkpoints)} checkpoints: {', '.join(names)}"
+    )

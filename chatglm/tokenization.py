@@ -29,7 +29,9 @@ from .families import (
 from .files import is_lfs_pointer, pointer_error
 from .folders import check_json_files, reading, without_marks
 
-_TOKENIZER_CLASS = "ChatGLMTokenizer"  # the originals' class name, so that a saved folder loads elsewhere too
+_TOKENIZER_CLASS = (
+    "ChatGLMTokenizer"  # the originals' class name, so that a saved folder loads elsewhere too
+)
 _SAVED_BY_LIBRARY = (
     "added_tokens_decoder",
     "backend",
@@ -74,7 +76,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         try:
             self.sp_model = sentencepiece.SentencePieceProcessor(str(vocab_file))
         except RuntimeError as error:
-            raise ValueError(f"{vocab_file} is not a SentencePiece model, or damaged: {error}") from None
+            raise ValueError(
+                f"{vocab_file} is not a SentencePiece model, or damaged: {error}"
+            ) from None
         self.vocab_file = str(vocab_file)
         self.encode_special_tokens = encode_special_tokens
         self._commands = self._control_ids()
@@ -115,7 +119,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             # not left to the library, which prefers any file named tokenizer.model
             open(wanted, "rb").close()  # what the disk says; the library would hide it
             kwargs["vocab_file"] = str(wanted)
-        kwargs.setdefault("encode_special_tokens", False)  # a folder must not open this door by itself
+        kwargs.setdefault(
+            "encode_special_tokens", False
+        )  # a folder must not open this door by itself
         kwargs.pop("trust_remote_code", None)
         if not place.is_dir():
             return super().from_pretrained(folder, *inputs, **kwargs)
@@ -130,20 +136,25 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Write tokenizer_config.json (original class name, "glm_family") and the model; returns paths."""
         files = super().save_pretrained(save_directory, *args, **kwargs)
         prefix = kwargs.get("filename_prefix")
-        path = Path(save_directory, f"{prefix}-tokenizer_config.json" if prefix else "tokenizer_config.json")
+        path = Path(
+            save_directory, f"{prefix}-tokenizer_config.json" if prefix else "tokenizer_config.json"
+        )
         config = json.loads(path.read_text(encoding="utf-8"))
         for key in (*_SAVED_BY_LIBRARY, *self._not_saved, "encode_special_tokens"):
             config.pop(key, None)
         config.update(tokenizer_class=_TOKENIZER_CLASS, glm_family=self.family)
         path.write_text(
-            json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+            json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
+            encoding="utf-8",
         )
         return files
 
     # the originals of ChatGLM2/3 have these as read-only properties and fail on a config that sets them
     _not_saved = ("bos_token", "eos_token", "pad_token", "unk_token")
 
-    def save_vocabulary(self, save_directory, filename_prefix: str | None = None) -> tuple[str, ...]:
+    def save_vocabulary(
+        self, save_directory, filename_prefix: str | None = None
+    ) -> tuple[str, ...]:
         """Copy the SentencePiece model into `save_directory`; returns its path."""
         name = FAMILIES[self.family].tokenizer_file
         target = Path(save_directory, f"{filename_prefix}-{name}" if filename_prefix else name)
@@ -190,7 +201,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         # the vocabulary: a checkpoint's spare rows are not this tokenizer's to name.
         for token in map(str, new_tokens):
             if token and token not in self._commands and not self._has_piece(token):
-                raise ValueError(f"{token!r} is not in the vocabulary, and ChatGLM's vocabulary is fixed")
+                raise ValueError(
+                    f"{token!r} is not in the vocabulary, and ChatGLM's vocabulary is fixed"
+                )
         return 0
 
     def _has_piece(self, token: str) -> bool:
@@ -239,7 +252,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Names of the pieces of `text`; takes `encode_special_tokens` like a call."""
         special = kwargs.get("encode_special_tokens", self.encode_special_tokens)
         return [
-            self._name(i) for i in self._ids(text, special and not kwargs.get("split_special_tokens", False))
+            self._name(i)
+            for i in self._ids(text, special and not kwargs.get("split_special_tokens", False))
         ]
 
     def apply_chat_template(self, *args, **kwargs):
@@ -279,7 +293,20 @@ class GLMTokenizer(ChatGLMTokenizer):
     vocab_files_names = {"vocab_file": FAMILIES["glm"].tokenizer_file}
     _not_saved = ()
     _controls = tuple(
-        ["<unk>", "<s>", "</s>", "<pad>", "[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
+        [
+            "<unk>",
+            "<s>",
+            "</s>",
+            "<pad>",
+            "[MASK]",
+            "[gMASK]",
+            "[sMASK]",
+            "<unused_0>",
+            "<sop>",
+            "<eop>",
+            "<ENC>",
+            "<dBLOCK>",
+        ]
     )
     # the original reads any control piece through SentencePiece; these five also split the text around them
     _readable = ("<sop>", "<eop>", "<unk>", "<pad>", "[MASK]")
@@ -293,13 +320,22 @@ class GLMTokenizer(ChatGLMTokenizer):
         own = {"end_token": "</s>", "gmask_token": "[gMASK]"}
         own |= kwargs.pop("model_specific_special_tokens", None) or {}
         super().__init__(
-            vocab_file, num_image_tokens=num_image_tokens, model_specific_special_tokens=own, **kwargs
+            vocab_file,
+            num_image_tokens=num_image_tokens,
+            model_specific_special_tokens=own,
+            **kwargs,
         )
         # a folder may name other pieces as its special tokens
-        self._commands |= {token: self._convert_token_to_id(token) for token in self.all_special_tokens}
+        self._commands |= {
+            token: self._convert_token_to_id(token) for token in self.all_special_tokens
+        }
 
     def _control_ids(self) -> dict[str, int]:
-        return {name: self._convert_token_to_id(name) for name in self._controls if self._has_piece(name)}
+        return {
+            name: self._convert_token_to_id(name)
+            for name in self._controls
+            if self._has_piece(name)
+        }
 
     @cached_property
     def _control_pieces(self) -> dict[int, list[int]]:
@@ -313,7 +349,10 @@ class GLMTokenizer(ChatGLMTokenizer):
             ids = []
             for char in name:
                 as_bytes = [f"<0x{byte:02X}>" for byte in char.encode()]
-                ids += [sp.piece_to_id(piece) for piece in ([char] if self._has_piece(char) else as_bytes)]
+                ids += [
+                    sp.piece_to_id(piece)
+                    for piece in ([char] if self._has_piece(char) else as_bytes)
+                ]
             spelled[index - self.num_image_tokens] = ids
         return spelled
 
@@ -331,7 +370,9 @@ class GLMTokenizer(ChatGLMTokenizer):
         if 0 <= index < self.num_image_tokens:
             return f"<image_{index}>"
         return (
-            self.sp_model.id_to_piece(index - self.num_image_tokens) if 0 <= index < self.vocab_size else ""
+            self.sp_model.id_to_piece(index - self.num_image_tokens)
+            if 0 <= index < self.vocab_size
+            else ""
         )
 
     _convert_id_to_token = _name
@@ -376,19 +417,25 @@ class GLMTokenizer(ChatGLMTokenizer):
 
     def _decode(self, token_ids, skip_special_tokens: bool = False, **kwargs) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        hidden = {self.pad_token_id} | (set(self._commands.values()) if skip_special_tokens else set())
+        hidden = {self.pad_token_id} | (
+            set(self._commands.values()) if skip_special_tokens else set()
+        )
         return super()._decode([i for i in ids if i not in hidden], **kwargs)
 
     def pad(self, encoded_inputs, *args, **kwargs) -> BatchEncoding:
         """As the library's; masks and positions follow from the padded ids, so earlier ones are made anew."""
         made = ("attention_mask", "position_ids")
         if isinstance(encoded_inputs, (list, tuple)):
-            encoded_inputs = [{k: v for k, v in row.items() if k not in made} for row in encoded_inputs]
+            encoded_inputs = [
+                {k: v for k, v in row.items() if k not in made} for row in encoded_inputs
+            ]
         else:
             encoded_inputs = {k: v for k, v in encoded_inputs.items() if k not in made}
         return super().pad(encoded_inputs, *args, **kwargs)
 
-    def _pad(self, encoded_inputs: dict, *args, return_attention_mask: bool | None = None, **kwargs) -> dict:
+    def _pad(
+        self, encoded_inputs: dict, *args, return_attention_mask: bool | None = None, **kwargs
+    ) -> dict:
         encoded_inputs = super()._pad(encoded_inputs, *args, return_attention_mask=False, **kwargs)
         ids = encoded_inputs["input_ids"]
         span = self._span(ids)
@@ -439,7 +486,9 @@ class GLM2Tokenizer(ChatGLMTokenizer):
     def __init__(self, vocab_file: str, clean_up_tokenization_spaces: bool = True, **kwargs):
         for name, token in {"eos": "</s>", "pad": "<unk>", "unk": "<unk>"}.items():
             kwargs.setdefault(f"{name}_token", token)
-        super().__init__(vocab_file, clean_up_tokenization_spaces=clean_up_tokenization_spaces, **kwargs)
+        super().__init__(
+            vocab_file, clean_up_tokenization_spaces=clean_up_tokenization_spaces, **kwargs
+        )
 
     def _control_ids(self) -> dict[str, int]:
         first = self.sp_model.get_piece_size()
@@ -469,7 +518,9 @@ class GLM2Tokenizer(ChatGLMTokenizer):
         return "" if hidden else self.sp_model.id_to_piece(index)
 
     def _convert_token_to_id(self, token: str) -> int:
-        return self._commands[token] if token in self._commands else self.sp_model.piece_to_id(token)
+        return (
+            self._commands[token] if token in self._commands else self.sp_model.piece_to_id(token)
+        )
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return super().convert_tokens_to_string([token for token in tokens if token])

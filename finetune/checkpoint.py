@@ -64,7 +64,9 @@ def read_manifest(folder: str | Path, verify: str | None = None) -> dict | None:
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: not a checkpoint manifest") from None
     if found > FORMAT_VERSION:
-        raise ValueError(f"{path}: format version {found}, this program reads up to {FORMAT_VERSION}")
+        raise ValueError(
+            f"{path}: format version {found}, this program reads up to {FORMAT_VERSION}"
+        )
     return manifest
 
 
@@ -79,7 +81,11 @@ def check_checkpoint(folder: Path, verify: str | None = None):
         if not (folder / CHECKSUMS).is_file() and verify != "off":
             check_old_sums(folder)
     except ValueError as error:
-        others = [other for other in committed_checkpoints(folder.parent) if other.resolve() != folder.resolve()]
+        others = [
+            other
+            for other in committed_checkpoints(folder.parent)
+            if other.resolve() != folder.resolve()
+        ]
         hint = f" The newest other checkpoint is {others[-1]}." if others else ""
         raise ValueError(f"{error}.{hint}" if hint else str(error)) from None
 
@@ -88,7 +94,9 @@ def check_old_sums(folder: Path):
     """Checkpoints of earlier versions have the sums of their exported files in the manifest alone."""
     for name, expected in ((read_manifest(folder) or {}).get("sha256") or {}).items():
         if not (folder / name).is_file() or sha256(folder / name) != expected:
-            raise ValueError(f"{folder / name}: changed since it was written (its SHA-256 is not the manifest's); --verify off takes it as it is")
+            raise ValueError(
+                f"{folder / name}: changed since it was written (its SHA-256 is not the manifest's); --verify off takes it as it is"
+            )
 
 
 def find_resume(resume: str, output_dir: str | Path) -> Path | None:
@@ -103,7 +111,9 @@ def find_resume(resume: str, output_dir: str | Path) -> Path | None:
     folder = Path(resume)
     check_not_run(folder, "--resume_from_checkpoint")
     if not (folder / MANIFEST).is_file() or not (folder / "trainer").is_dir():
-        raise FileNotFoundError(f"--resume_from_checkpoint: {folder} is not a complete checkpoint (manifest.json and trainer/)")
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint: {folder} is not a complete checkpoint (manifest.json and trainer/)"
+        )
     return folder
 
 
@@ -160,13 +170,21 @@ def export(model, method, tokenizer, state: dict[str, Tensor], folder: Path):
 
     if method.saves == "adapter":
         with on_original_base(model, state) as state:
-            model.save_pretrained(str(folder), state_dict=state, safe_serialization=True, save_embedding_layers=False)
+            model.save_pretrained(
+                str(folder), state_dict=state, safe_serialization=True, save_embedding_layers=False
+            )
     elif method.saves == "prefix":
-        save_file({k: v.contiguous() for k, v in state.items() if k.startswith(PREFIX)}, folder / "model.safetensors", {"format": "pt"})
+        save_file(
+            {k: v.contiguous() for k, v in state.items() if k.startswith(PREFIX)},
+            folder / "model.safetensors",
+            {"format": "pt"},
+        )
         model.config.save_pretrained(str(folder))
         config = read_json(folder / "config.json")
         config.pop("quantization_config", None)  # how this run held the base
-        config["_name_or_path"] = model.config.name_or_path  # the base, as the official P-Tuning checkpoints name it
+        config["_name_or_path"] = (
+            model.config.name_or_path
+        )  # the base, as the official P-Tuning checkpoints name it
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     else:
         if model.config.tie_word_embeddings:
@@ -176,7 +194,10 @@ def export(model, method, tokenizer, state: dict[str, Tensor], folder: Path):
         model.save_pretrained(str(folder), state_dict=state, max_shard_size="2GB")
     generation = getattr(model, "generation_config", None)
     if generation is not None:
-        generation.eos_token_id, generation.pad_token_id = stop_ids(tokenizer), tokenizer.pad_token_id
+        generation.eos_token_id, generation.pad_token_id = (
+            stop_ids(tokenizer),
+            tokenizer.pad_token_id,
+        )
         generation.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
 
@@ -185,12 +206,17 @@ def check_disk(folder: Path, needed: int, what: str = "a checkpoint"):
     """Raises NoRoom naming the bytes wanted and free when `needed` bytes would not fit."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise NoRoom(f"{folder}: {what} takes about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
+        raise NoRoom(
+            f"{folder}: {what} takes about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+        )
 
 
 def checkpoint_bytes(model: nn.Module, saves: str) -> int:
     """About how much one checkpoint takes: exported weights, and fp32 master, two moments and a copy per trainable."""
-    sizes = [(p.ds_numel if hasattr(p, "ds_id") else p.numel(), p.element_size(), p.requires_grad) for p in model.parameters()]
+    sizes = [
+        (p.ds_numel if hasattr(p, "ds_id") else p.numel(), p.element_size(), p.requires_grad)
+        for p in model.parameters()
+    ]
     exported = sum(n * size for n, size, trainable in sizes if trainable or saves == "model")
     return exported + sum(n * (12 + size) for n, size, trainable in sizes if trainable) + 10_000_000
 
@@ -202,7 +228,11 @@ def one_kind_of_error(folder: Path) -> Iterator[None]:
         yield
     except (RuntimeError, SafetensorError) as error:
         text = " ".join(str(error).split())
-        if isinstance(error, SafetensorError) or "PytorchStreamWriter" in text or "iostream" in text:
+        if (
+            isinstance(error, SafetensorError)
+            or "PytorchStreamWriter" in text
+            or "iostream" in text
+        ):
             raise OSError(f"{folder}: cannot be written ({text[:200]})") from error
         raise
 
@@ -211,12 +241,24 @@ class Checkpointer:
     """Saves, finds again and prunes the checkpoints of one run."""
 
     def __init__(self, config: TrainConfig, output_dir: Path, engine, model, task, *, base: dict):
-        self.config, self.output_dir, self.engine, self.model, self.task, self.base = config, output_dir, engine, model, task, base
+        self.config, self.output_dir, self.engine, self.model, self.task, self.base = (
+            config,
+            output_dir,
+            engine,
+            model,
+            task,
+            base,
+        )
         self.needed = checkpoint_bytes(model, task.method.saves)
         self.data = agree(task.data_hash)
         self.eval_data = agree(self.identify_evaluation)
         self.contents = agree(
-            lambda: path_contents(config, fingerprint=base.get("fingerprint"), data=self.data, model_path=task.model_path)
+            lambda: path_contents(
+                config,
+                fingerprint=base.get("fingerprint"),
+                data=self.data,
+                model_path=task.model_path,
+            )
         )
 
     def identify_evaluation(self) -> str | None:
@@ -224,7 +266,11 @@ class Checkpointer:
         config = self.config
         if not config.eval_path:
             return None
-        return self.task.eval_hash if config.metric_for_best == "loss" else f"{self.task.eval_hash} {config.eval_max_new_tokens}"
+        return (
+            self.task.eval_hash
+            if config.metric_for_best == "loss"
+            else f"{self.task.eval_hash} {config.eval_max_new_tokens}"
+        )
 
     def save(self, *, epoch: int, step: int, metrics: dict, patience: dict) -> Path:
         """Write output_dir/epoch-E-step-S on all ranks; when this returns it is committed.
@@ -254,10 +300,14 @@ class Checkpointer:
         check_disk(self.output_dir, self.needed)
         aside.mkdir()
 
-    def write(self, aside: Path, final: Path, *, epoch: int, step: int, metrics: dict, patience: dict):
+    def write(
+        self, aside: Path, final: Path, *, epoch: int, step: int, metrics: dict, patience: dict
+    ):
         """Every rank's part of `save`."""
         self.task.before_save(self.engine.module, evaluated=bool(metrics))
-        self.engine.save_checkpoint(str(aside / "trainer"), tag="state", save_latest=False, exclude_frozen_parameters=True)
+        self.engine.save_checkpoint(
+            str(aside / "trainer"), tag="state", save_latest=False, exclude_frozen_parameters=True
+        )
         state = gathered_state(self.model, trainable_only=self.task.method.saves != "model")
         barrier()  # every rank's shards are there
         if rank() != 0:
@@ -286,7 +336,9 @@ class Checkpointer:
         write_checksums(aside)
         flush_tree(aside)
         if final.exists():  # no checkpoint, so somebody made something of it: a merged model
-            raise FileExistsError(f"{final} is in the way of a checkpoint and is none itself; move it away")
+            raise FileExistsError(
+                f"{final} is in the way of a checkpoint and is none itself; move it away"
+            )
         os.replace(aside, final)
         flush(self.output_dir)  # so that the rename survives a power cut
         self.warn_if_untrained(state)
@@ -294,7 +346,9 @@ class Checkpointer:
     def warn_if_untrained(self, state: dict[str, Tensor]):
         lora_b = [t for name, t in state.items() if "lora_B" in name]
         if lora_b and not any(t.any() for t in lora_b):
-            say("WARNING: every LoRA B is still zero, so this adapter changes nothing: is the learning rate 0, or every answer empty?")
+            say(
+                "WARNING: every LoRA B is still zero, so this adapter changes nothing: is the learning rate 0, or every answer empty?"
+            )
 
     def resume(self, folder: Path) -> dict:
         """Load a checkpoint into the engine; returns its manifest.
@@ -312,15 +366,23 @@ class Checkpointer:
         asked = read_ds_file(self.config.ds_file)[1].get("zero_optimization", {}).get("stage", 0)
         # before manifests knew it: as the file said
         if not elastic and (before := manifest.get("zero_stage", asked)) != stage:
-            raise ValueError(f"{folder} holds a ZeRO-{before} state, this run is on ZeRO-{stage}; its weights can still be a new run's start")
+            raise ValueError(
+                f"{folder} holds a ZeRO-{before} state, this run is on ZeRO-{stage}; its weights can still be a new run's start"
+            )
         fingerprint = manifest["base_model"].get("fingerprint")
         if fingerprint and fingerprint != self.base.get("fingerprint"):
-            raise ValueError(f"{folder} was trained on another base model than {self.base['name_or_path']}")
+            raise ValueError(
+                f"{folder} was trained on another base model than {self.base['name_or_path']}"
+            )
         if manifest.get("train_data") not in (None, self.data):
-            raise ValueError(f"--train_path: {self.config.train_path} has changed since {folder} was made")
+            raise ValueError(
+                f"--train_path: {self.config.train_path} has changed since {folder} was made"
+            )
         for name, content in manifest.get("contents", {}).items():
             if self.contents.get(name) != content:
-                raise ValueError(f"--{name}: {getattr(self.config, name, '')} has changed since {folder} was made")
+                raise ValueError(
+                    f"--{name}: {getattr(self.config, name, '')} has changed since {folder} was made"
+                )
         for module in self.model.modules():  # a predictor's backbone is a part of its model
             if "lora_start" in vars(module):
                 check_lora_start(module, dict(read_tensors(folder / "adapter_model.safetensors")))
@@ -328,13 +390,22 @@ class Checkpointer:
             if elastic:
                 with weights_only():
                     restore(self.engine, read_shards(folder / "trainer" / "state"))
-                say(f"resumed from {folder}, made by {manifest['world_size']} rank(s), on {world_size()}")
+                say(
+                    f"resumed from {folder}, made by {manifest['world_size']} rank(s), on {world_size()}"
+                )
                 return manifest
             with weights_only(), without_prints():
-                path, _ = self.engine.load_checkpoint(str(folder / "trainer"), tag="state", load_module_strict=False)
+                path, _ = self.engine.load_checkpoint(
+                    str(folder / "trainer"), tag="state", load_module_strict=False
+                )
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            found = next((line for line in str(error).splitlines() if "WeightsUnpickler" in line), str(error).split("\n")[0])
-            raise ValueError(f"{folder}/trainer: a shard is torn, or holds more than tensors ({found[:200]})") from None
+            found = next(
+                (line for line in str(error).splitlines() if "WeightsUnpickler" in line),
+                str(error).split("\n")[0],
+            )
+            raise ValueError(
+                f"{folder}/trainer: a shard is torn, or holds more than tensors ({found[:200]})"
+            ) from None
         if path is None:
             raise ValueError(f"{folder}/trainer: DeepSpeed could not load its shards")
         say(f"resumed from {folder}")
@@ -363,11 +434,24 @@ class Checkpointer:
     def set_later_aside(self, folder: Path):
         """Move what a run resumed from `folder` makes again out of its way: later checkpoints, and their predictions."""
         if rank() == 0:
-            done = step_of(folder) if folder.parent.resolve() == self.output_dir.resolve() else read_manifest(folder, self.config.verify)["step"]
-            later = [path for path in committed_checkpoints(self.output_dir) if step_of(path) > done]
-            answers = [path for path in (self.output_dir / PREDICTIONS).glob("step-*.jsonl") if int(path.stem.split("-")[1]) > done]
+            done = (
+                step_of(folder)
+                if folder.parent.resolve() == self.output_dir.resolve()
+                else read_manifest(folder, self.config.verify)["step"]
+            )
+            later = [
+                path for path in committed_checkpoints(self.output_dir) if step_of(path) > done
+            ]
+            answers = [
+                path
+                for path in (self.output_dir / PREDICTIONS).glob("step-*.jsonl")
+                if int(path.stem.split("-")[1]) > done
+            ]
             if later:
-                numbers = [int(path.name.rsplit("-", 1)[1]) for path in self.output_dir.glob(f"{SET_ASIDE}-*")]
+                numbers = [
+                    int(path.name.rsplit("-", 1)[1])
+                    for path in self.output_dir.glob(f"{SET_ASIDE}-*")
+                ]
                 aside = self.output_dir / f"{SET_ASIDE}-{max(numbers, default=0) + 1}"
                 (aside / PREDICTIONS).mkdir(parents=True)
                 for path in later:
@@ -376,7 +460,11 @@ class Checkpointer:
                     os.replace(path, aside / PREDICTIONS / path.name)
                 say(f"{len(later)} checkpoints of later steps are set aside: they lie in {aside}")
                 if best := self.best():
-                    best = {"checkpoint": best["checkpoint"], "metric": self.config.metric_for_best, "value": best["value"]}
+                    best = {
+                        "checkpoint": best["checkpoint"],
+                        "metric": self.config.metric_for_best,
+                        "value": best["value"],
+                    }
                     write_json(self.output_dir / "best.json", best)
                 else:
                     (self.output_dir / "best.json").unlink(missing_ok=True)
@@ -389,7 +477,11 @@ class Checkpointer:
         per_pass = world_size() * here.per_device_train_batch_size
         if rows == per_pass * here.gradient_accumulation_steps:
             return
-        fit = f"--gradient_accumulation_steps {rows // per_pass}" if rows % per_pass == 0 else f"--{flags[0]} x --{flags[1]} = {rows / world_size():g}"
+        fit = (
+            f"--gradient_accumulation_steps {rows // per_pass}"
+            if rows % per_pass == 0
+            else f"--{flags[0]} x --{flags[1]} = {rows / world_size():g}"
+        )
         raise ValueError(
             f"{folder} was made by {ranks} ranks in steps of {rows} rows, this run has {world_size()} and steps of "
             f"{per_pass * here.gradient_accumulation_steps}: go on with {fit}"
@@ -398,15 +490,22 @@ class Checkpointer:
     def record_best(self, folder: Path, metric: str, value: float):
         if rank() == 0:
             try:
-                write_json(self.output_dir / "best.json", {"checkpoint": folder.name, "metric": metric, "value": value})
+                write_json(
+                    self.output_dir / "best.json",
+                    {"checkpoint": folder.name, "metric": metric, "value": value},
+                )
             except OSError as error:  # the manifests know it too
-                say(f"WARNING: {self.output_dir / 'best.json'} cannot be written ({error.strerror or error}); going on")
+                say(
+                    f"WARNING: {self.output_dir / 'best.json'} cannot be written ({error.strerror or error}); going on"
+                )
 
     def best(self) -> dict | None:
         """The best checkpoint by the evaluation rows of this run, from the manifests: best.json may be one save behind after a kill."""
         metric = self.config.metric_for_best
         found = None
-        for folder in committed_checkpoints(self.output_dir):  # the oldest first: of equals the first is the best, as everywhere
+        for folder in committed_checkpoints(
+            self.output_dir
+        ):  # the oldest first: of equals the first is the best, as everywhere
             try:
                 manifest = read_manifest(folder, self.config.verify)
             except ValueError as error:  # an old checkpoint's damage is no reason to end this run

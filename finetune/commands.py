@@ -74,7 +74,9 @@ def whole(least: int = 1, most: int = 10**9) -> Callable[[str], int]:
         except ValueError:
             value = least - 1
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"wanted a whole number from {least:,} to {most:,}, got {text[:40]!r}")
+            raise argparse.ArgumentTypeError(
+                f"wanted a whole number from {least:,} to {most:,}, got {text[:40]!r}"
+            )
         return value
 
     return parse
@@ -90,7 +92,9 @@ def number(least: float = 0.0, most: float = 1e9, *, above: bool = False) -> Cal
             value = math.nan
         if not least <= value <= most or (above and value == least):
             start = "above" if above else "from"
-            raise argparse.ArgumentTypeError(f"wanted a number {start} {least:g} to {most:g}, got {text[:40]!r}")
+            raise argparse.ArgumentTypeError(
+                f"wanted a number {start} {least:g} to {most:g}, got {text[:40]!r}"
+            )
         return value
 
     return parse

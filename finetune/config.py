@@ -19,12 +19,12 @@ from chatglm.conversations import GLM3_LABELS
 from chatglm.families import FAMILIES
 from chatglm.files import read_text, shorten
 from finetune.commands import Parser, describe
+from finetune.evaluation.metrics import GROUPS, parse_metrics
 from finetune.files import CACHE_GB
 from finetune.flag_effects import TRAINING, Effect, refuse_without_effect
-from finetune.formats import FORMATS, parse_columns
 from finetune.methods import METHODS
-from finetune.metrics import GROUPS, parse_metrics
 from finetune.record import LOGGERS
+from finetune.rows.formats import FORMATS, parse_columns
 
 CONFIG_LIMIT = 2**16  # bytes of a --config
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -36,7 +36,16 @@ def parse_bool(text: str | bool) -> bool:
     """True/False/yes/no/1/0 in any case. argparse's `type=bool` would read "False" as True."""
     if isinstance(text, bool):
         return text
-    words = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
+    words = {
+        "true": True,
+        "yes": True,
+        "1": True,
+        "on": True,
+        "false": False,
+        "no": False,
+        "0": False,
+        "off": False,
+    }
     if text.lower() not in words:
         raise argparse.ArgumentTypeError(f"wanted True or False, got {text!r}")
     return words[text.lower()]
@@ -49,11 +58,20 @@ def parse_positive(text: str) -> int:
 
 
 def parse_checkpointing(text: str | bool) -> str:
-    """"True", "False" (in parse_bool's spellings) or "selective"."""
+    """ "True", "False" (in parse_bool's spellings) or "selective"."""
     return text if text == "selective" else str(parse_bool(text))
 
 
-def flag(default, help: str, *, choices=None, positive=False, shapes_training=False, parse=None, bare=None):
+def flag(
+    default,
+    help: str,
+    *,
+    choices=None,
+    positive=False,
+    shapes_training=False,
+    parse=None,
+    bare=None,
+):
     """A field with its help.
 
     Args:
@@ -61,7 +79,14 @@ def flag(default, help: str, *, choices=None, positive=False, shapes_training=Fa
         parse: text to value, where the field's type does not say it.
         bare: what the flag without a value means.
     """
-    meta = {"help": help, "choices": choices, "positive": positive, "shapes_training": shapes_training, "parse": parse, "bare": bare}
+    meta = {
+        "help": help,
+        "choices": choices,
+        "positive": positive,
+        "shapes_training": shapes_training,
+        "parse": parse,
+        "bare": bare,
+    }
     return field(default=default, metadata=meta)
 
 
@@ -76,32 +101,61 @@ class TrainConfig:
 
     title: ClassVar[str] = "Fine-tune ChatGLM-6B, ChatGLM2-6B or ChatGLM3-6B"
     effects: ClassVar[dict[str, Effect]] = TRAINING
-    unused: ClassVar[tuple[str, ...]] = ()  # fields that mean nothing to a task: they are no flags of it
+    unused: ClassVar[
+        tuple[str, ...]
+    ] = ()  # fields that mean nothing to a task: they are no flags of it
 
-    task: str = keep("finetune", "what is trained: the model, or a predictor of the length of its answers; --task predictor --help "
-                     "shows that one's flags", choices=("finetune", "predictor"))  # fmt: skip
+    task: str = keep(
+        "finetune",
+        "what is trained: the model, or a predictor of the length of its answers; --task predictor --help "
+        "shows that one's flags",
+        choices=("finetune", "predictor"),
+    )
     # model
     model_name_or_path: str = keep("", "folder of the base model (required)")
-    mode: str | None = keep(None, "model family; found in the folder when not given, else glm2", choices=tuple(FAMILIES))
+    mode: str | None = keep(
+        None, "model family; found in the folder when not given, else glm2", choices=tuple(FAMILIES)
+    )
     # data
-    train_path: str = keep("", "training rows (required): comma list of files (.json, .jsonl, .csv, .parquet, .gz), folders, patterns, "
-                           "hf://NAME or ms://NAME; FILE:0.3 reads 0.3 of its rows an epoch")  # fmt: skip
-    eval_path: str = flag("", "evaluation rows; gives loss (and F1) during training and a best checkpoint")
-    data_format: str = keep("auto", "what the rows look like; auto: found from each row's keys", choices=("auto", *FORMATS))
+    train_path: str = keep(
+        "",
+        "training rows (required): comma list of files (.json, .jsonl, .csv, .parquet, .gz), folders, patterns, "
+        "hf://NAME or ms://NAME; FILE:0.3 reads 0.3 of its rows an epoch",
+    )
+    eval_path: str = flag(
+        "", "evaluation rows; gives loss (and F1) during training and a best checkpoint"
+    )
+    data_format: str = keep(
+        "auto",
+        "what the rows look like; auto: found from each row's keys",
+        choices=("auto", *FORMATS),
+    )
     columns: str = keep("", 'our names for the rows\' columns: "prompt=question,response=answer"')
-    glm3_labels: str = keep(GLM3_LABELS[0], "ChatGLM3: the role token of an answer carries loss, as in ChatGLM-Finetuning, or does not, "
-                            "as in ChatGLM3's demo", choices=GLM3_LABELS)  # fmt: skip
+    glm3_labels: str = keep(
+        GLM3_LABELS[0],
+        "ChatGLM3: the role token of an answer carries loss, as in ChatGLM-Finetuning, or does not, "
+        "as in ChatGLM3's demo",
+        choices=GLM3_LABELS,
+    )
     replay_path: str = keep("", "rows of what the model should not forget, mixed in")
     replay_ratio: float = keep(0.1, "share of each epoch's rows that are drawn from --replay_path")
-    streaming: bool = keep(False, "read, shuffle and encode JSON lines on the way, for files larger than memory")
+    streaming: bool = keep(
+        False, "read, shuffle and encode JSON lines on the way, for files larger than memory"
+    )
     shuffle_buffer: int = keep(10_000, "streaming: rows that are shuffled together", positive=True)
     preprocessing_num_workers: int = flag(1, "processes that tokenise", positive=True)
     max_len: int = keep(1024, "longest row in tokens, prompt and answer", positive=True)
-    max_src_len: int | None = keep(None, "longest prompt in tokens [256, or half of a --max_len that is not above 256]", positive=True)
+    max_src_len: int | None = keep(
+        None,
+        "longest prompt in tokens [256, or half of a --max_len that is not above 256]",
+        positive=True,
+    )
     is_skip: bool = keep(False, "drop (and count) rows that would be cut, instead of cutting them")
     on_bad_row: str = keep("error", "what to do with a malformed row", choices=("error", "skip"))
     prompt_text: str = keep("", "instruction put before rows of the old form {text, answer}")
-    dataset_length: int | None = keep(None, "use only the first N rows of each entry of --train_path", positive=True)
+    dataset_length: int | None = keep(
+        None, "use only the first N rows of each entry of --train_path", positive=True
+    )
     # training
     train_type: str = keep("lora", "fine-tuning method", choices=tuple(METHODS))
     per_device_train_batch_size: int = keep(16, "rows per device and forward pass", positive=True)
@@ -111,76 +165,166 @@ class TrainConfig:
     learning_rate: float = keep(1e-3, "highest learning rate")
     weight_decay: float = keep(0.1, "AdamW's decoupled weight decay")
     warmup_ratio: float = keep(0.1, "share of the steps that warms the learning rate up")
-    batching: str = keep("ragged", "ragged: a pass's rows end to end, no padding; padded: side by side; grouped: padded, rows of like "
-                         "length together", choices=("ragged", "padded", "grouped"))  # fmt: skip
-    share_prefix: bool = keep(True, "ragged: compute a beginning that a pass's rows have in common once, where no dropout acts (not glm)")
-    gradient_checkpointing: str = flag("False", "recompute activations in the backward pass: less memory, slower; selective: all but the "
-                                       "results of matrix products and attention", choices=("False", "True", "selective"),
-                                       parse=parse_checkpointing, bare="True")  # fmt: skip
-    gradient_checkpointing_layers: str = flag("", "recompute in so many layers only: N, the first N; a-b, from layer a to b (from 0) [all]")
-    label_smoothing: float = keep(0.0, "share of the wanted probability spread over all words, in training")
-    neftune_noise_alpha: float = keep(0.0, "NEFTune: noise on the embeddings in training; 5 to 15 are usual, 0 is none")
-    precision: str = keep("auto", "arithmetic; overrides the DeepSpeed file's (auto: bf16, else fp16 on GPUs, fp32 on CPU)",
-                          choices=PRECISIONS)  # fmt: skip
-    num_workers: int = flag(1, "threads, each laying out the rows of one of the next steps while this one computes; 0: none")
-    data_cache: str = flag("~/.cache/glm-foundry", "folder of tokenised rows, keyed by content and settings; '' for none")
-    data_cache_gb: float = flag(CACHE_GB, "GB that --data_cache may take; what was not used for the longest time is deleted")
+    batching: str = keep(
+        "ragged",
+        "ragged: a pass's rows end to end, no padding; padded: side by side; grouped: padded, rows of like "
+        "length together",
+        choices=("ragged", "padded", "grouped"),
+    )
+    share_prefix: bool = keep(
+        True,
+        "ragged: compute a beginning that a pass's rows have in common once, where no dropout acts (not glm)",
+    )
+    gradient_checkpointing: str = flag(
+        "False",
+        "recompute activations in the backward pass: less memory, slower; selective: all but the "
+        "results of matrix products and attention",
+        choices=("False", "True", "selective"),
+        parse=parse_checkpointing,
+        bare="True",
+    )
+    gradient_checkpointing_layers: str = flag(
+        "",
+        "recompute in so many layers only: N, the first N; a-b, from layer a to b (from 0) [all]",
+    )
+    label_smoothing: float = keep(
+        0.0, "share of the wanted probability spread over all words, in training"
+    )
+    neftune_noise_alpha: float = keep(
+        0.0, "NEFTune: noise on the embeddings in training; 5 to 15 are usual, 0 is none"
+    )
+    precision: str = keep(
+        "auto",
+        "arithmetic; overrides the DeepSpeed file's (auto: bf16, else fp16 on GPUs, fp32 on CPU)",
+        choices=PRECISIONS,
+    )
+    num_workers: int = flag(
+        1,
+        "threads, each laying out the rows of one of the next steps while this one computes; 0: none",
+    )
+    data_cache: str = flag(
+        "~/.cache/glm-foundry",
+        "folder of tokenised rows, keyed by content and settings; '' for none",
+    )
+    data_cache_gb: float = flag(
+        CACHE_GB, "GB that --data_cache may take; what was not used for the longest time is deleted"
+    )
     seed: int = keep(1234, "seed of data order, dropout and new weights")
-    ds_file: str = keep("ds_zero2.json", "DeepSpeed configuration; a bare name is looked up in ds_configs/ too")
+    ds_file: str = keep(
+        "ds_zero2.json", "DeepSpeed configuration; a bare name is looked up in ds_configs/ too"
+    )
     # methods
     lora_dim: int = keep(8, "LoRA rank", positive=True)
-    lora_alpha: int = keep(30, "LoRA scale: the update is multiplied by alpha / rank", positive=True)
+    lora_alpha: int = keep(
+        30, "LoRA scale: the update is multiplied by alpha / rank", positive=True
+    )
     lora_dropout: float = keep(0.1, "dropout on LoRA's input")
-    lora_module_name: str = keep("query_key_value", "comma list of modules that get LoRA, or all-linear")
+    lora_module_name: str = keep(
+        "query_key_value", "comma list of modules that get LoRA, or all-linear"
+    )
     use_rslora: bool = keep(False, "LoRA: scale by alpha / sqrt(rank), for high ranks")
-    use_dora: bool = keep(False, "LoRA: weight magnitudes trained apart from directions (not on ZeRO-3)")
-    init_lora_weights: str = keep("default", "LoRA's start: default (B zero), gaussian, orthogonal, olora, pissa, or pissa_niter_N, the "
-                                  "fast SVD of N iterations")  # fmt: skip
-    loraplus_lr_ratio: float = keep(1.0, "LoRA+: B's learning rate is this times A's (the paper: about 16)")
-    quantization_bit: int | None = keep(None, "QLoRA: frozen linear layers in 4 (nf4) or 8 (int8) bits; needs bitsandbytes; lora, ptuning",
-                                        choices=(4, 8))  # fmt: skip
-    freeze_module_name: str = keep("layers.27.", "comma list of parts of the parameter names that stay trainable")
+    use_dora: bool = keep(
+        False, "LoRA: weight magnitudes trained apart from directions (not on ZeRO-3)"
+    )
+    init_lora_weights: str = keep(
+        "default",
+        "LoRA's start: default (B zero), gaussian, orthogonal, olora, pissa, or pissa_niter_N, the "
+        "fast SVD of N iterations",
+    )
+    loraplus_lr_ratio: float = keep(
+        1.0, "LoRA+: B's learning rate is this times A's (the paper: about 16)"
+    )
+    quantization_bit: int | None = keep(
+        None,
+        "QLoRA: frozen linear layers in 4 (nf4) or 8 (int8) bits; needs bitsandbytes; lora, ptuning",
+        choices=(4, 8),
+    )
+    freeze_module_name: str = keep(
+        "layers.27.", "comma list of parts of the parameter names that stay trainable"
+    )
     pre_seq_len: int = keep(16, "P-Tuning: number of virtual tokens", positive=True)
-    prefix_projection: bool = keep(True, "P-Tuning v2: prefix through an MLP. Without --ptuning_version: True means v2, False v1")
-    ptuning_version: str | None = keep(None, "v2: keys and values in every layer; v1: vectors before the first embedding",
-                                       choices=("v1", "v2"))  # fmt: skip
+    prefix_projection: bool = keep(
+        True,
+        "P-Tuning v2: prefix through an MLP. Without --ptuning_version: True means v2, False v1",
+    )
+    ptuning_version: str | None = keep(
+        None,
+        "v2: keys and values in every layer; v1: vectors before the first embedding",
+        choices=("v1", "v2"),
+    )
     prefix_dropout: float = keep(0.1, "P-Tuning v2: dropout on the prefix in training")
     # output
     output_dir: str | None = flag(None, "where checkpoints go (default: output-MODE-TRAIN_TYPE)")
-    overwrite_output_dir: bool = flag(False, "replace the checkpoints of an earlier run in --output_dir")
+    overwrite_output_dir: bool = flag(
+        False, "replace the checkpoints of an earlier run in --output_dir"
+    )
     show_loss_step: int = flag(10, "write the loss every so many steps", positive=True)
-    save_model_step: int | None = flag(None, "save every so many steps; an epoch's end always saves", positive=True)
-    save_total_limit: int | None = flag(None, "keep only the newest N checkpoints, and the best one", positive=True)
-    eval_step: int | None = flag(None, "evaluate every so many steps; an epoch's end always does", positive=True)
-    per_device_eval_batch_size: int | None = flag(None, "rows per device in evaluation (default: as in training)", positive=True)
-    eval_metrics: str = flag("", "answer the evaluation rows too and score the answers: comma list of rouge, bleu, exact_match, triple_f1, d2q "
-                             "or single metrics (docs/evaluation.md)")  # fmt: skip
+    save_model_step: int | None = flag(
+        None, "save every so many steps; an epoch's end always saves", positive=True
+    )
+    save_total_limit: int | None = flag(
+        None, "keep only the newest N checkpoints, and the best one", positive=True
+    )
+    eval_step: int | None = flag(
+        None, "evaluate every so many steps; an epoch's end always does", positive=True
+    )
+    per_device_eval_batch_size: int | None = flag(
+        None, "rows per device in evaluation (default: as in training)", positive=True
+    )
+    eval_metrics: str = flag(
+        "",
+        "answer the evaluation rows too and score the answers: comma list of rouge, bleu, exact_match, triple_f1, d2q "
+        "or single metrics (docs/evaluation.md)",
+    )
     eval_f1: bool = flag(False, "the old spelling of --eval_metrics triple_f1")
     eval_max_new_tokens: int = flag(315, "longest answer written for --eval_metrics", positive=True)
-    metric_for_best: str = flag("loss", "what makes a checkpoint the best: loss or one of --eval_metrics")
-    early_stopping_patience: int | None = flag(None, "stop after so many evaluations in a row without a better --metric_for_best", positive=True)
-    early_stopping_min_delta: float = flag(0.0, "what an evaluation must be better by to count as better for --early_stopping_patience")
-    resume_from_checkpoint: str | None = flag(None, "'auto' for the newest checkpoint in --output_dir, or its path")
-    verify: str | None = flag(None, "compare a checkpoint's files with its checksums.json: full (SHA-256), fast (XXH3) or off "
-                              "(resuming: full; loading: fast; or what GLM_FOUNDRY_VERIFY says)", choices=LEVELS)  # fmt: skip
-    report_to: str = flag("tensorboard", "comma list of where measurements also go: tensorboard, wandb, swanlab; '' for none")
+    metric_for_best: str = flag(
+        "loss", "what makes a checkpoint the best: loss or one of --eval_metrics"
+    )
+    early_stopping_patience: int | None = flag(
+        None,
+        "stop after so many evaluations in a row without a better --metric_for_best",
+        positive=True,
+    )
+    early_stopping_min_delta: float = flag(
+        0.0, "what an evaluation must be better by to count as better for --early_stopping_patience"
+    )
+    resume_from_checkpoint: str | None = flag(
+        None, "'auto' for the newest checkpoint in --output_dir, or its path"
+    )
+    verify: str | None = flag(
+        None,
+        "compare a checkpoint's files with its checksums.json: full (SHA-256), fast (XXH3) or off "
+        "(resuming: full; loading: fast; or what GLM_FOUNDRY_VERIFY says)",
+        choices=LEVELS,
+    )
+    report_to: str = flag(
+        "tensorboard",
+        "comma list of where measurements also go: tensorboard, wandb, swanlab; '' for none",
+    )
     tensorboard: str | None = flag(None, "TensorBoard folder (default: OUTPUT_DIR/runs)")
     # launch
-    estimate_memory: bool = flag(False, "print the memory this run needs, by part, and stop: no weights, no GPU")
+    estimate_memory: bool = flag(
+        False, "print the memory this run needs, by part, and stop: no weights, no GPU"
+    )
     local_rank: int = flag(-1, "set by the launcher")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value, meta = getattr(self, f.name), f.metadata
             if meta["choices"] and value is not None and value not in meta["choices"]:
-                raise ValueError(f"--{f.name} must be one of {', '.join(map(str, meta['choices']))}; got {value!r}")
+                raise ValueError(
+                    f"--{f.name} must be one of {', '.join(map(str, meta['choices']))}; got {value!r}"
+                )
             if meta["positive"] and value is not None and value < 1:
                 raise ValueError(f"--{f.name} must be at least 1; got {value}")
         for name in ("lora_dropout", "prefix_dropout", "warmup_ratio", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be in [0, 1); got {getattr(self, name)}")
         if self.max_src_len is None:
-            object.__setattr__(self, "max_src_len", 256 if self.max_len > 256 else max(1, self.max_len // 2))
+            object.__setattr__(
+                self, "max_src_len", 256 if self.max_len > 256 else max(1, self.max_len // 2)
+            )
         if not self.data_cache_gb > 0:
             raise ValueError(f"--data_cache_gb must be above 0; got {self.data_cache_gb}")
         for name in ("learning_rate", "weight_decay", "neftune_noise_alpha"):
@@ -195,14 +339,20 @@ class TrainConfig:
         if self.needs_model and not self.model_name_or_path:
             raise ValueError("--model_name_or_path is required: the folder of the base model")
         if not (self.train_path or self.estimate_memory):
-            raise ValueError("--train_path is required: files of rows, e.g. JSON lines of {instruction, input, output}")
+            raise ValueError(
+                "--train_path is required: files of rows, e.g. JSON lines of {instruction, input, output}"
+            )
         parse_columns(self.columns)
         if not 0 < self.replay_ratio < 1:
             raise ValueError(f"--replay_ratio must be between 0 and 1; got {self.replay_ratio}")
         if self.streaming and (self.batching == "grouped" or self.dataset_length):
-            raise ValueError("--streaming takes no --batching grouped and no --dataset_length: rows come as they are read")
+            raise ValueError(
+                "--streaming takes no --batching grouped and no --dataset_length: rows come as they are read"
+            )
         if self.max_src_len >= self.max_len:
-            raise ValueError(f"--max_src_len ({self.max_src_len}) must be below --max_len ({self.max_len})")
+            raise ValueError(
+                f"--max_src_len ({self.max_src_len}) must be below --max_len ({self.max_len})"
+            )
         if self.metric_for_best in GROUPS and len(GROUPS[self.metric_for_best]) == 1:  # f1, bleu
             object.__setattr__(self, "metric_for_best", GROUPS[self.metric_for_best][0])
         if self.metric_for_best not in self.evaluated:
@@ -210,10 +360,16 @@ class TrainConfig:
                 f"--metric_for_best must be one of {', '.join(self.evaluated)}; got {self.metric_for_best!r} "
                 f"(--eval_metrics, or --eval_f1, adds others)"
             )
-        if not (math.isfinite(self.early_stopping_min_delta) and self.early_stopping_min_delta >= 0):
-            raise ValueError(f"--early_stopping_min_delta must be a number not below 0; got {self.early_stopping_min_delta}")
+        if not (
+            math.isfinite(self.early_stopping_min_delta) and self.early_stopping_min_delta >= 0
+        ):
+            raise ValueError(
+                f"--early_stopping_min_delta must be a number not below 0; got {self.early_stopping_min_delta}"
+            )
         if unknown := [name for name in self.loggers if name not in LOGGERS]:
-            raise ValueError(f"--report_to: wanted some of {', '.join(LOGGERS)}; got {unknown[0]!r}")
+            raise ValueError(
+                f"--report_to: wanted some of {', '.join(LOGGERS)}; got {unknown[0]!r}"
+            )
 
     @property
     def answer_metrics(self) -> tuple[str, ...]:
@@ -231,23 +387,35 @@ class TrainConfig:
 
     @property
     def loggers(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(filter(None, (name.strip() for name in self.report_to.split(",")))))
+        return tuple(
+            dict.fromkeys(filter(None, (name.strip() for name in self.report_to.split(","))))
+        )
 
     def check_method(self):
         """Raises ValueError for flags of methods, and of recomputing, that do not fit one another."""
         if not LORA_STARTS.fullmatch(self.init_lora_weights):
-            raise ValueError(f"--init_lora_weights must be default, gaussian, orthogonal, olora, pissa or pissa_niter_N; got "
-                             f"{self.init_lora_weights!r}")  # fmt: skip
+            raise ValueError(
+                f"--init_lora_weights must be default, gaussian, orthogonal, olora, pissa or pissa_niter_N; got "
+                f"{self.init_lora_weights!r}"
+            )
         if not 0 < self.loraplus_lr_ratio < math.inf:
             raise ValueError(f"--loraplus_lr_ratio must be above 0; got {self.loraplus_lr_ratio}")
         if self.init_lora_weights == "orthogonal" and self.lora_dim % 2:
-            raise ValueError(f"--init_lora_weights orthogonal needs an even --lora_dim; got {self.lora_dim}")
-        needs_whole_weights = self.train_type == "lora" and self.init_lora_weights.startswith(("pissa", "olora"))
+            raise ValueError(
+                f"--init_lora_weights orthogonal needs an even --lora_dim; got {self.lora_dim}"
+            )
+        needs_whole_weights = self.train_type == "lora" and self.init_lora_weights.startswith(
+            ("pissa", "olora")
+        )
         if self.quantization_bit and needs_whole_weights:
-            raise ValueError(f"--init_lora_weights {self.init_lora_weights} needs whole weights; leave --quantization_bit out")
+            raise ValueError(
+                f"--init_lora_weights {self.init_lora_weights} needs whole weights; leave --quantization_bit out"
+            )
         layers = self.gradient_checkpointing_layers
         if layers and not CHECKPOINTED_LAYERS.fullmatch(layers):
-            raise ValueError(f"--gradient_checkpointing_layers must be N or a-b, such as 8 or 4-11; got {layers!r}")
+            raise ValueError(
+                f"--gradient_checkpointing_layers must be N or a-b, such as 8 or 4-11; got {layers!r}"
+            )
 
     @property
     def needs_model(self) -> bool:
@@ -260,23 +428,39 @@ class TrainConfig:
 
     def changed(self, *names: str) -> list[str]:
         """Those of some flags that differ from their defaults."""
-        return [f.name for f in dataclasses.fields(self) if f.name in names and getattr(self, f.name) != f.default]
+        return [
+            f.name
+            for f in dataclasses.fields(self)
+            if f.name in names and getattr(self, f.name) != f.default
+        ]
 
     def save(self, path: Path):
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n")
+        Path(path).write_text(
+            json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+        )
 
     def changed_since(self, saved: dict, but: tuple[str, ...] = ()) -> list[str]:
         """The flags that shape training and differ from a checkpoint's, all but some, as "--name: was A, is B"."""
         return [
             f"--{f.name}: was {saved.get(f.name)!r}, is {getattr(self, f.name)!r}"
             for f in dataclasses.fields(self)
-            if f.metadata["shapes_training"] and f.name in saved and f.name not in but and saved[f.name] != getattr(self, f.name)
+            if f.metadata["shapes_training"]
+            and f.name in saved
+            and f.name not in but
+            and saved[f.name] != getattr(self, f.name)
         ]
 
 
 def flag_type(f: dataclasses.Field):
     names = {"str": str, "int": int, "float": float, "bool": parse_bool}
-    return f.metadata["parse"] or names[str(f.type if isinstance(f.type, str) else getattr(f.type, "__name__", f.type)).split(" | ")[0]]
+    return (
+        f.metadata["parse"]
+        or names[
+            str(f.type if isinstance(f.type, str) else getattr(f.type, "__name__", f.type)).split(
+                " | "
+            )[0]
+        ]
+    )
 
 
 def add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field):
@@ -285,13 +469,18 @@ def add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field):
     if f.name == "local_rank":
         names.append("--local-rank")
     shown = "" if f.default in (None, "") else f" [{f.default}]"
-    options = {"help": (f.metadata["help"] + shown).replace("%", "%%"), "default": argparse.SUPPRESS}
+    options = {
+        "help": (f.metadata["help"] + shown).replace("%", "%%"),
+        "default": argparse.SUPPRESS,
+    }
     if f.type in (bool, "bool"):
         options |= {"nargs": "?", "const": True, "metavar": "True|False"}
     elif f.metadata["choices"]:
         options["choices"] = f.metadata["choices"]
     else:
-        options["metavar"] = str(f.type).split(" | ")[0].upper() if isinstance(f.type, str) else f.name.upper()
+        options["metavar"] = (
+            str(f.type).split(" | ")[0].upper() if isinstance(f.type, str) else f.name.upper()
+        )
     if f.metadata["bare"] is not None:
         options |= {"nargs": "?", "const": f.metadata["bare"]}
     parser.add_argument(*names, type=flag_type(f), **options)
@@ -313,16 +502,26 @@ def build_parser(config_class: type[TrainConfig] = TrainConfig) -> argparse.Argu
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=110),
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of flags; the command line wins")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML or JSON file of flags; the command line wins"
+    )
     for f in flags_of(config_class):
         add_flag(parser, f)
-    launcher = parser.add_argument_group("DeepSpeed's own flags, accepted as its launcher passes them")
-    launcher.add_argument("--deepspeed", action="store_true", default=argparse.SUPPRESS, help="no effect: always on")
-    launcher.add_argument("--deepspeed_config", default=argparse.SUPPRESS, metavar="FILE", help="same as --ds_file")
+    launcher = parser.add_argument_group(
+        "DeepSpeed's own flags, accepted as its launcher passes them"
+    )
+    launcher.add_argument(
+        "--deepspeed", action="store_true", default=argparse.SUPPRESS, help="no effect: always on"
+    )
+    launcher.add_argument(
+        "--deepspeed_config", default=argparse.SUPPRESS, metavar="FILE", help="same as --ds_file"
+    )
     return parser
 
 
-def parse_config(argv: list[str] | None = None, tasks: dict[str, Callable[[], type[TrainConfig]]] | None = None) -> TrainConfig:
+def parse_config(
+    argv: list[str] | None = None, tasks: dict[str, Callable[[], type[TrainConfig]]] | None = None
+) -> TrainConfig:
     """Flags, over those of --config, over the defaults. Bad flags end the program with one line and exit code 2.
 
     Args:
@@ -337,7 +536,9 @@ def parse_config(argv: list[str] | None = None, tasks: dict[str, Callable[[], ty
     except (ValueError, OSError) as error:
         build_parser().error(describe(error))
     task = chosen.task or in_file
-    config_class = tasks[task]() if tasks and isinstance(task, str) and task in tasks else TrainConfig
+    config_class = (
+        tasks[task]() if tasks and isinstance(task, str) and task in tasks else TrainConfig
+    )
     parser = build_parser(config_class)
     given = vars(parser.parse_args(argv))
     given.pop("deepspeed", None)
@@ -345,7 +546,9 @@ def parse_config(argv: list[str] | None = None, tasks: dict[str, Callable[[], ty
         given["ds_file"] = given.pop("deepspeed_config")
     try:
         file = given.pop("config", None)
-        launched = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")  # how `accelerate launch` hands its DeepSpeed file on
+        launched = os.environ.get(
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+        )  # how `accelerate launch` hands its DeepSpeed file on
         told = {"ds_file": launched} if launched else {}
         given = (read_config_file(file, config_class) if file else {}) | given
         config = config_class(**(told | given))
@@ -371,7 +574,9 @@ def read_mapping(path: str) -> dict:
     if not Path(path).is_file():
         raise ValueError(f"--config: no such file: {path}")
     if (size := Path(path).stat().st_size) > CONFIG_LIMIT:
-        raise ValueError(f"--config: {path}: wanted a file of flags, of at most {CONFIG_LIMIT:,} bytes; it has {size:,}")
+        raise ValueError(
+            f"--config: {path}: wanted a file of flags, of at most {CONFIG_LIMIT:,} bytes; it has {size:,}"
+        )
     try:
         text = read_text(path)
     except ValueError as error:
@@ -382,7 +587,9 @@ def read_mapping(path: str) -> dict:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"--config: {path} is not valid YAML: {reason}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"--config: {path} must hold a mapping of flags, got {type(values).__name__}")
+        raise ValueError(
+            f"--config: {path} must hold a mapping of flags, got {type(values).__name__}"
+        )
     return values
 
 
@@ -402,5 +609,7 @@ def read_config_file(path: str, config_class: type[TrainConfig] = TrainConfig) -
             else:
                 raise TypeError
         except (ValueError, TypeError, argparse.ArgumentTypeError):
-            raise ValueError(f"--config: {path}: {name} has the wrong type: {shorten(value)}") from None
+            raise ValueError(
+                f"--config: {path}: {name} has the wrong type: {shorten(value)}"
+            ) from None
     return checked

@@ -7,12 +7,14 @@ from pathlib import Path
 from finetune.config import TrainConfig
 from finetune.ds_file import read_ds_file
 from finetune.files import sha256
-from finetune.sources import parse_sources
+from finetune.rows.sources import parse_sources
 
 TOKENIZERS = ("tokenizer.model", "ice_text.model", "tokenizer.json", "vocab.txt")
 
 
-def path_contents(config: TrainConfig, *, fingerprint: str | None, data: str, model_path: str) -> dict[str, str]:
+def path_contents(
+    config: TrainConfig, *, fingerprint: str | None, data: str, model_path: str
+) -> dict[str, str]:
     """{flag: a text that is the same for the same content}, of the flags that are given and name a file or folder.
 
     Args:
@@ -29,7 +31,9 @@ def path_contents(config: TrainConfig, *, fingerprint: str | None, data: str, mo
             weights = fingerprint if folder == model_path else None
             found[name] = f"{weights} {hash_tokenizer(Path(folder))}"
     if config.task == "predictor" and config.model_name_or_path:
-        found["model_name_or_path"] += f" {Path(config.model_name_or_path).name}"  # the served model's name by default
+        found["model_name_or_path"] += (
+            f" {Path(config.model_name_or_path).name}"  # the served model's name by default
+        )
     return found
 
 

@@ -74,13 +74,25 @@ def init_distributed():
     import deepspeed
 
     # DeepSpeed and transformers call what their own libraries are about to rename, once a step.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"torch\.distributed|transformers"
+    )
     env = os.environ
     if "RANK" not in env:
-        started_by_mpi = [name for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if int(env.get(name, 1)) > 1]
+        started_by_mpi = [
+            name for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if int(env.get(name, 1)) > 1
+        ]
         if started_by_mpi:
-            raise ValueError(f"started by MPI ({started_by_mpi[0]}), which gives no RANK: use deepspeed's pdsh launcher or torchrun")
-        env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+            raise ValueError(
+                f"started by MPI ({started_by_mpi[0]}), which gives no RANK: use deepspeed's pdsh launcher or torchrun"
+            )
+        env.update(
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(free_port()),
+        )
     env["MASTER_PORT"] = str(allowed_port(int(env["MASTER_PORT"])))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(env.get("LOCAL_RANK", 0)))
@@ -90,16 +102,25 @@ def init_distributed():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     # Its shared-memory all-reduce for CPUs is compiled for over a minute at first use, or fails; gloo does.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False
+    )
 
 
 def device() -> torch.device:
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def on_device(batch: dict, device: torch.device) -> dict:
     """A collated batch with its tensors on `device`."""
-    return {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
 
 
 def agree(decide):
@@ -145,7 +166,9 @@ def wait_for_all():
     """A barrier without a time limit, for work of hours on some ranks; collective operations give up after minutes."""
     if world_size() == 1:
         return
-    store = dist.PrefixStore(f"barrier {next(BARRIERS)}", dist.distributed_c10d._get_default_store())
+    store = dist.PrefixStore(
+        f"barrier {next(BARRIERS)}", dist.distributed_c10d._get_default_store()
+    )
     store.set(str(rank()), "")
     ranks, pause = list(map(str, range(world_size()))), 0.002
     while not store.check(ranks):
@@ -170,7 +193,15 @@ def resolve_precision(precision: str) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def deepspeed_config(config: TrainConfig, *, precision: str, adapters: bool, total_steps: int, hidden_size: int, world: int) -> dict:
+def deepspeed_config(
+    config: TrainConfig,
+    *,
+    precision: str,
+    adapters: bool,
+    total_steps: int,
+    hidden_size: int,
+    world: int,
+) -> dict:
     """The DeepSpeed file with batch, optimizer, schedule and precision filled from the flags.
 
     Args:
@@ -193,17 +224,23 @@ def deepspeed_config(config: TrainConfig, *, precision: str, adapters: bool, tot
     ds.setdefault("scheduler", {"type": "WarmupDecayLR", "params": {}})
     schedule = ds["scheduler"].setdefault("params", {})
     rates = [config.learning_rate * ratio for ratio in lr_ratios(config)]
-    highest, lowest = (rates, [0.1 * rate for rate in rates]) if len(rates) > 1 else (rates[0], 0.1 * rates[0])
+    highest, lowest = (
+        (rates, [0.1 * rate for rate in rates]) if len(rates) > 1 else (rates[0], 0.1 * rates[0])
+    )
     fill = {"warmup_num_steps": warmup, "warmup_max_lr": highest, "warmup_min_lr": lowest}
     if ds["scheduler"]["type"] == "WarmupDecayLR":
         fill["total_num_steps"] = max(total_steps, warmup + 1)
-        if schedule.get("warmup_type") == "cosine":  # in the seeds' files; DeepSpeed knows log and linear only
+        if (
+            schedule.get("warmup_type") == "cosine"
+        ):  # in the seeds' files; DeepSpeed knows log and linear only
             schedule["warmup_type"] = "linear"
     if ds["scheduler"]["type"] in ("WarmupDecayLR", "WarmupLR"):
         schedule.update(fill)
         schedule.pop("last_batch_iteration", None)
     elif len(rates) > 1:
-        raise ValueError(f"--loraplus_lr_ratio needs the schedule WarmupDecayLR or WarmupLR; {path} has {ds['scheduler']['type']}")
+        raise ValueError(
+            f"--loraplus_lr_ratio needs the schedule WarmupDecayLR or WarmupLR; {path} has {ds['scheduler']['type']}"
+        )
 
     asked = "bf16" if is_on(ds, "bf16") else "fp16" if is_on(ds, "fp16") else None
     if asked and asked != precision:
@@ -213,7 +250,9 @@ def deepspeed_config(config: TrainConfig, *, precision: str, adapters: bool, tot
     if not ds["fp16"]["enabled"]:
         ds["fp16"] = {"enabled": False}
     if ds["bf16"]["enabled"]:
-        ds.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")  # sums over passes keep more than bf16's 8 bits
+        ds.setdefault("data_types", {}).setdefault(
+            "grad_accum_dtype", "fp32"
+        )  # sums over passes keep more than bf16's 8 bits
 
     zero = ds.setdefault("zero_optimization", {"stage": 0})
     for part in ("offload_optimizer", "offload_param"):
@@ -224,26 +263,44 @@ def deepspeed_config(config: TrainConfig, *, precision: str, adapters: bool, tot
     optimizer = ds.get("optimizer", {"type": "AdamW"})
     params = optimizer.setdefault("params", {})
     params.update(lr=config.learning_rate, weight_decay=config.weight_decay)
-    absent = "auto" if optimizer["type"].lower() in ("adam", "adamw") else None  # SGD would not know betas
-    params.update({k: v for k, v in {"betas": [0.9, 0.95], "eps": 1e-8}.items() if params.get(k, absent) == "auto"})
+    absent = (
+        "auto" if optimizer["type"].lower() in ("adam", "adamw") else None
+    )  # SGD would not know betas
+    params.update(
+        {
+            k: v
+            for k, v in {"betas": [0.9, 0.95], "eps": 1e-8}.items()
+            if params.get(k, absent) == "auto"
+        }
+    )
     ds["optimizer"] = optimizer
     if left := find_auto(ds):
-        raise ValueError(f"--ds_file: {path}: {left} is \"auto\" and no flag fills it; write a value")
+        raise ValueError(f'--ds_file: {path}: {left} is "auto" and no flag fills it; write a value')
     stage, zero["stage"] = zero.get("stage", 0), stage_for(ds, precision, adapters, world)
     if stage == 3 and config.train_type == "lora" and config.use_dora:
-        raise ValueError(f"--use_dora reads whole base weights, which ZeRO-3 takes apart ({path.name}): use ZeRO-2, ds_zero2.json")
+        raise ValueError(
+            f"--use_dora reads whole base weights, which ZeRO-3 takes apart ({path.name}): use ZeRO-2, ds_zero2.json"
+        )
     if stage == 3 and config.quantization_bit:
-        raise ValueError(f"--quantization_bit: ZeRO-3 cannot take quantised weights apart ({path.name}): use ZeRO-2, ds_zero2.json")
+        raise ValueError(
+            f"--quantization_bit: ZeRO-3 cannot take quantised weights apart ({path.name}): use ZeRO-2, ds_zero2.json"
+        )
     if world == 1 and zero["stage"] == 1:
         ds["bf16"].setdefault("immediate_grad_update", True)
     if zero["stage"] != stage:
-        say(f"ZeRO: stage {zero['stage']} ({path.name} asks for {stage}; one rank has nothing to share out)")
+        say(
+            f"ZeRO: stage {zero['stage']} ({path.name} asks for {stage}; one rank has nothing to share out)"
+        )
     return ds
 
 
 def lr_ratios(config: TrainConfig) -> list[float]:
     """The learning rates of the parameter groups over --learning_rate."""
-    return [1.0, config.loraplus_lr_ratio] if config.train_type == "lora" and config.loraplus_lr_ratio != 1 else [1.0]
+    return (
+        [1.0, config.loraplus_lr_ratio]
+        if config.train_type == "lora" and config.loraplus_lr_ratio != 1
+        else [1.0]
+    )
 
 
 def parameter_groups(model: torch.nn.Module, config: TrainConfig) -> list:
@@ -252,15 +309,24 @@ def parameter_groups(model: torch.nn.Module, config: TrainConfig) -> list:
     ratios = lr_ratios(config)
     if len(ratios) == 1:
         return list(trained.values())
-    groups = [[p for name, p in trained.items() if (".lora_B." in name) == second] for second in (False, True)]
-    return [{"params": group, "lr": config.learning_rate * ratio} for group, ratio in zip(groups, ratios)]
+    groups = [
+        [p for name, p in trained.items() if (".lora_B." in name) == second]
+        for second in (False, True)
+    ]
+    return [
+        {"params": group, "lr": config.learning_rate * ratio}
+        for group, ratio in zip(groups, ratios)
+    ]
 
 
 def fit_to_one_rank(engine, parameters: list):
     """Take out of an engine that shares nothing out (stage_for) what it still does for other ranks, and put right its norm."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
-    bf16, plain = isinstance(engine.optimizer, BF16_Optimizer), isinstance(engine.optimizer, torch.optim.Optimizer)
+    bf16, plain = (
+        isinstance(engine.optimizer, BF16_Optimizer),
+        isinstance(engine.optimizer, torch.optim.Optimizer),
+    )
     if world_size() == 1 and (bf16 or plain):
         # It would copy all gradients to sum them over one rank, and round their fp32 sums to bf16 on the way.
         engine.enable_backward_allreduce = False
@@ -272,7 +338,9 @@ def fit_to_one_rank(engine, parameters: list):
     if plain:  # DeepSpeed clips without ZeRO too, but forgets the norm
 
         def clip():
-            norm = torch.nn.utils.get_total_norm(pieces(p.grad for p in parameters if p.grad is not None))
+            norm = torch.nn.utils.get_total_norm(
+                pieces(p.grad for p in parameters if p.grad is not None)
+            )
             torch.nn.utils.clip_grads_with_norm_(parameters, engine.gradient_clipping(), norm)
             engine._global_grad_norm = norm
 
@@ -294,8 +362,21 @@ def find_auto(node, where="") -> str | None:
     """The dotted place of the first "auto" left in a configuration."""
     if node == "auto":
         return where
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    return next((found for key, value in items if (found := find_auto(value, f"{where}.{key}".lstrip(".")))), None)
+    items = (
+        node.items()
+        if isinstance(node, dict)
+        else enumerate(node)
+        if isinstance(node, list)
+        else ()
+    )
+    return next(
+        (
+            found
+            for key, value in items
+            if (found := find_auto(value, f"{where}.{key}".lstrip(".")))
+        ),
+        None,
+    )
 
 
 def make_optimizer(parameters: list, ds: dict):
@@ -305,7 +386,11 @@ def make_optimizer(parameters: list, ds: dict):
     """
     if ds["optimizer"]["type"].lower() not in ("adam", "adamw"):
         return None
-    params = {k: v for k, v in ds.pop("optimizer")["params"].items() if k in ("lr", "betas", "eps", "weight_decay")}
+    params = {
+        k: v
+        for k, v in ds.pop("optimizer")["params"].items()
+        if k in ("lr", "betas", "eps", "weight_decay")
+    }
     params["betas"] = tuple(params["betas"])
     zero = ds["zero_optimization"]
     ds["zero_allow_untested_optimizer"] = True
@@ -323,7 +408,11 @@ def cpu_adam(parameters: list, params: dict):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(parameters, adamw_mode=True, **params)
-    except Exception as error:  # whatever a compiler may do, it must not stop a run that can do without
+    except (
+        Exception
+    ) as error:  # whatever a compiler may do, it must not stop a run that can do without
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        say(f"DeepSpeed's CPU Adam cannot be built ({reason}); using torch's AdamW, which is slower")
+        say(
+            f"DeepSpeed's CPU Adam cannot be built ({reason}); using torch's AdamW, which is slower"
+        )
         return None

@@ -9,11 +9,31 @@ NUMBER = (int, float)
 EXAMPLES = {"optimizer": "AdamW", "scheduler": "WarmupDecayLR"}
 # What a key must hold wherever train.py or DeepSpeed reads on in it: dotted path -> (type, in words).
 OBJECTS = (
-    "fp16", "bf16", "data_types", "optimizer", "optimizer.params", "scheduler", "scheduler.params", "zero_optimization",
-    "zero_optimization.offload_optimizer", "zero_optimization.offload_param", "activation_checkpointing", "aio", "amp",
-    "comms_logger", "flops_profiler", "tensorboard", "wandb", "csv_monitor", "elasticity", "autotuning", "data_efficiency",
-    "compression_training", "checkpoint", "curriculum_learning",
-)  # fmt: skip
+    "fp16",
+    "bf16",
+    "data_types",
+    "optimizer",
+    "optimizer.params",
+    "scheduler",
+    "scheduler.params",
+    "zero_optimization",
+    "zero_optimization.offload_optimizer",
+    "zero_optimization.offload_param",
+    "activation_checkpointing",
+    "aio",
+    "amp",
+    "comms_logger",
+    "flops_profiler",
+    "tensorboard",
+    "wandb",
+    "csv_monitor",
+    "elasticity",
+    "autotuning",
+    "data_efficiency",
+    "compression_training",
+    "checkpoint",
+    "curriculum_learning",
+)
 KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     **{path: (dict, "an object") for path in OBJECTS},
     "optimizer.type": (str, "text"),
@@ -66,13 +86,18 @@ def check_kinds(ds: dict):
             raise ValueError(f"{path} must be {wanted}, got {shorten(found)}")
     betas = ds.get("optimizer", {}).get("params", {}).get("betas", "auto")
     if betas != "auto" and [type(beta) in NUMBER for beta in betas] != [True, True]:
-        raise ValueError(f"optimizer.params.betas must be a list of two numbers, got {shorten(betas)}")
+        raise ValueError(
+            f"optimizer.params.betas must be a list of two numbers, got {shorten(betas)}"
+        )
     stage = ds.get("zero_optimization", {}).get("stage", 0)
     if stage != "auto" and not 0 <= stage <= 3:
-        raise ValueError(f"zero_optimization.stage must be a whole number from 0 to 3, got {shorten(stage)}")
+        raise ValueError(
+            f"zero_optimization.stage must be a whole number from 0 to 3, got {shorten(stage)}"
+        )
     for section in ("optimizer", "scheduler"):
         if "type" not in ds.get(section, {"type": ""}):
             raise ValueError(f'{section} needs a "type", such as {EXAMPLES[section]}')
+
 
 def fill_sizes(zero: dict, hidden_size: int) -> dict:
     """zero_optimization with the sizes left to "auto" as transformers chooses them for a model's width.
@@ -89,8 +114,16 @@ def fill_sizes(zero: dict, hidden_size: int) -> dict:
 
 
 # Keys of zero_optimization that tell how ranks share and talk: without a meaning where there is one.
-BETWEEN_RANKS = {"stage", "allgather_partitions", "allgather_bucket_size", "overlap_comm", "reduce_scatter", "reduce_bucket_size",
-                 "contiguous_gradients", "round_robin_gradients"}  # fmt: skip
+BETWEEN_RANKS = {
+    "stage",
+    "allgather_partitions",
+    "allgather_bucket_size",
+    "overlap_comm",
+    "reduce_scatter",
+    "reduce_bucket_size",
+    "contiguous_gradients",
+    "round_robin_gradients",
+}
 
 
 def stage_for(ds: dict, precision: str, adapters: bool, world: int) -> int:

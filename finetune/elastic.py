@@ -29,7 +29,9 @@ def weights_only():
     before = os.environ.get(name)
     os.environ[name] = "1"
     try:
-        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+        with torch.serialization.safe_globals(
+            [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+        ):
             yield
     finally:
         if before is None:
@@ -71,7 +73,10 @@ def read_shards(folder: Path) -> TrainerState:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
     def by_rank(pattern: str) -> list[Path]:
-        found = {int(number.group(1)) if (number := re.search(r"zero_pp_rank_(\d+)_", p.name)) else 0: p for p in folder.glob(pattern)}
+        found = {
+            int(number.group(1)) if (number := re.search(r"zero_pp_rank_(\d+)_", p.name)) else 0: p
+            for p in folder.glob(pattern)
+        }
         return [found[number] for number in sorted(found)]
 
     models = by_rank("*model_states.pt")
@@ -80,16 +85,23 @@ def read_shards(folder: Path) -> TrainerState:
     model = load(models[0])
     shards = [load(path)["optimizer_state_dict"] for path in by_rank("*optim_states.pt")]
     if shards and len(shards) != model["dp_world_size"]:
-        raise ValueError(f"{folder}: {model['dp_world_size']} ranks wrote it, shards of {len(shards)} are there")
+        raise ValueError(
+            f"{folder}: {model['dp_world_size']} ranks wrote it, shards of {len(shards)} are there"
+        )
     if not shards:
         optimizer, pieces = model["optimizer"], read_plain(model)
     elif "param_slice_mappings" in shards[0]:
         optimizer, pieces = shards[0]["base_optimizer_state"], read_flat(shards)
     else:
-        optimizer, pieces = shards[0]["optimizer_state_dict"], read_partitioned(shards, model["param_shapes"])
+        optimizer, pieces = (
+            shards[0]["optimizer_state_dict"],
+            read_partitioned(shards, model["param_shapes"]),
+        )
     step = next((state["step"] for state in optimizer["state"].values() if "step" in state), None)
     rates = [group["lr"] for group in optimizer["param_groups"]]
-    return TrainerState(pieces, step, rates, model, shards[0].get("loss_scaler") if shards else None)
+    return TrainerState(
+        pieces, step, rates, model, shards[0].get("loss_scaler") if shards else None
+    )
 
 
 def kept(state: dict) -> dict[str, Tensor]:
@@ -99,14 +111,26 @@ def kept(state: dict) -> dict[str, Tensor]:
 
 def read_plain(model: dict) -> dict:
     """A run without ZeRO: torch's optimizer numbers the trained parameters in their order (fp32, so they are their own masters)."""
-    names = [name for group in model["param_shapes"] for name in group] if model.get("param_shapes") else list(model["module"])
+    names = (
+        [name for group in model["param_shapes"] for name in group]
+        if model.get("param_shapes")
+        else list(model["module"])
+    )
     numbers = [number for group in model["optimizer"]["param_groups"] for number in group["params"]]
-    if len(model["optimizer"]["param_groups"]) > 1:  # LoRA+: A's before B's (distributed.parameter_groups)
+    if (
+        len(model["optimizer"]["param_groups"]) > 1
+    ):  # LoRA+: A's before B's (distributed.parameter_groups)
         names.sort(key=lambda name: ".lora_B." in name)
     if len(names) != len(numbers):
         raise ValueError(f"{len(numbers)} parameters in the optimizer, {len(names)} in the model")
     states = model["optimizer"]["state"]
-    return {name: {key: [value] for key, value in ({MASTER: model["module"][name]} | kept(states.get(i, {}))).items()} for name, i in zip(names, numbers)}
+    return {
+        name: {
+            key: [value]
+            for key, value in ({MASTER: model["module"][name]} | kept(states.get(i, {}))).items()
+        }
+        for name, i in zip(names, numbers)
+    }
 
 
 def read_flat(shards: list[dict]) -> dict:
@@ -114,10 +138,14 @@ def read_flat(shards: list[dict]) -> dict:
     pieces: dict = {}
     for shard in shards:
         for number, mapping in enumerate(shard["param_slice_mappings"]):
-            flat = {MASTER: shard["single_partition_of_fp32_groups"][number]} | kept(shard["base_optimizer_state"]["state"].get(number, {}))
+            flat = {MASTER: shard["single_partition_of_fp32_groups"][number]} | kept(
+                shard["base_optimizer_state"]["state"].get(number, {})
+            )
             for name, place in mapping.items():
                 for key, vector in flat.items():
-                    pieces.setdefault(name, {}).setdefault(key, []).append(vector.narrow(0, place.start, place.numel))
+                    pieces.setdefault(name, {}).setdefault(key, []).append(
+                        vector.narrow(0, place.start, place.numel)
+                    )
     return pieces
 
 
@@ -131,8 +159,12 @@ def read_partitioned(shards: list[dict], shapes: list[dict]) -> dict:
             size = -(-shape.numel() // len(shards))
             if start == shard["fp32_flat_groups"][group].numel():
                 group, start = group + 1, 0
-            for key, vector in ({MASTER: shard["fp32_flat_groups"][group]} | kept(states.get(group, {}))).items():
-                pieces.setdefault(name, {}).setdefault(key, []).append(vector.narrow(0, start, size))
+            for key, vector in (
+                {MASTER: shard["fp32_flat_groups"][group]} | kept(states.get(group, {}))
+            ).items():
+                pieces.setdefault(name, {}).setdefault(key, []).append(
+                    vector.narrow(0, start, size)
+                )
             start += size
     return pieces
 

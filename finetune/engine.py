@@ -26,7 +26,6 @@ from finetune.checkpoint import (
 )
 from finetune.commands import describe
 from finetune.config import TrainConfig
-from finetune.data import step_rows
 from finetune.distributed import (
     DTYPES,
     agree,
@@ -44,12 +43,13 @@ from finetune.distributed import (
     without_prints,
     world_size,
 )
+from finetune.evaluation.metrics import check_packages
 from finetune.files import LastingStream, locked_folder
 from finetune.lora import use_lean_lora
-from finetune.metrics import check_packages
 from finetune.out_of_memory import explained, training_advice
 from finetune.recompute import recompute
 from finetune.record import RunLog, check_loggers, is_better, processor
+from finetune.rows.batches import step_rows
 from finetune.stopping import STOPPED, SignalWatch, StoppedBySignal
 from finetune.task import FineTuning, RowSet
 
@@ -127,8 +127,15 @@ def train_locked(config: TrainConfig, task, output_dir: Path) -> Path:
         if folder:
             agree(lambda: check_checkpoint(folder, config.verify))
     task.load_rows()
-    global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
-    schedule = Schedule(task.rows_per_epoch(config.max_steps, global_batch), global_batch, config.num_train_epochs, config.max_steps)
+    global_batch = (
+        config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
+    )
+    schedule = Schedule(
+        task.rows_per_epoch(config.max_steps, global_batch),
+        global_batch,
+        config.num_train_epochs,
+        config.max_steps,
+    )
     engine, model, precision = build_engine(config, task, schedule.total_steps)
     sizes = parameter_sizes(model)
     say(parameter_report(sizes))
@@ -137,7 +144,9 @@ def train_locked(config: TrainConfig, task, output_dir: Path) -> Path:
 
     checkpointer = Checkpointer(config, output_dir, engine, model, task, base=base)
     if rank() == 0:
-        remove_leftovers(output_dir, replace=config.overwrite_output_dir and not config.resume_from_checkpoint)
+        remove_leftovers(
+            output_dir, replace=config.overwrite_output_dir and not config.resume_from_checkpoint
+        )
     agree(lambda: check_disk(output_dir, checkpointer.needed))
     resumed = {}
     if folder:
@@ -146,11 +155,22 @@ def train_locked(config: TrainConfig, task, output_dir: Path) -> Path:
     elif config.resume_from_checkpoint:
         say("no checkpoint to resume from: starting anew")
     facts = {
-        "title": task.title, "base_model": base, "data": data_facts(config, task, checkpointer.data), "world_size": world_size(),
-        "device": torch.cuda.get_device_name(device()) if torch.cuda.is_available() else processor(), "precision": precision,
-        "rows": schedule.rows, "rows_per_step": schedule.global_batch, "total_steps": schedule.total_steps,
-        "parameters": {"trainable": sum(size for _, size, yes in sizes if yes), "all": sum(size for _, size, _ in sizes)},
-    }  # fmt: skip
+        "title": task.title,
+        "base_model": base,
+        "data": data_facts(config, task, checkpointer.data),
+        "world_size": world_size(),
+        "device": torch.cuda.get_device_name(device())
+        if torch.cuda.is_available()
+        else processor(),
+        "precision": precision,
+        "rows": schedule.rows,
+        "rows_per_step": schedule.global_batch,
+        "total_steps": schedule.total_steps,
+        "parameters": {
+            "trainable": sum(size for _, size, yes in sizes if yes),
+            "all": sum(size for _, size, _ in sizes),
+        },
+    }
     loop = Loop(config, engine, model, task, schedule, checkpointer, resumed, facts)
     say(
         f"{task.title}, {config.train_type}, {precision}, {world_size()} rank(s), {schedule.rows} rows, "
@@ -167,9 +187,13 @@ def check_start(config: TrainConfig, base: Path):
     check_loggers(config.loggers)
     check_packages(config.answer_metrics)
     if (base / "adapter_config.json").is_file():
-        raise ValueError(f"--model_name_or_path {base} is a LoRA adapter: merge it first (merge_lora.py --save_dir), then train on the result")
+        raise ValueError(
+            f"--model_name_or_path {base} is a LoRA adapter: merge it first (merge_lora.py --save_dir), then train on the result"
+        )
     if config.train_type != "ptuning" and (stored := stored_prefix(base)) and stored["only"]:
-        raise ValueError(f"--model_name_or_path {base} holds a P-Tuning prefix alone: only --train_type ptuning can go on from it")
+        raise ValueError(
+            f"--model_name_or_path {base} holds a P-Tuning prefix alone: only --train_type ptuning can go on from it"
+        )
 
 
 def check_output_dir(config: TrainConfig, output_dir: Path):
@@ -191,7 +215,12 @@ def build_engine(config: TrainConfig, task: FineTuning, total_steps: int):
     adapters = task.method.saves != "model"
     hidden_size = read_config(task.model_path).hidden_size
     ds = deepspeed_config(
-        config, precision=precision, adapters=adapters, total_steps=total_steps, hidden_size=hidden_size, world=world_size()
+        config,
+        precision=precision,
+        adapters=adapters,
+        total_steps=total_steps,
+        hidden_size=hidden_size,
+        world=world_size(),
     )
     if ds["zero_optimization"].get("stage") == 3:
         # While this object lives, from_pretrained builds the model partitioned. It reads the frozen weights' dtype here.
@@ -210,7 +239,9 @@ def build_engine(config: TrainConfig, task: FineTuning, total_steps: int):
     groups = parameter_groups(model, config)
     optimizer = make_optimizer(groups, ds)
     with without_prints():
-        engine, *_ = deepspeed.initialize(model=task.loss_module(model), model_parameters=groups, optimizer=optimizer, config=ds)
+        engine, *_ = deepspeed.initialize(
+            model=task.loss_module(model), model_parameters=groups, optimizer=optimizer, config=ds
+        )
     fit_to_one_rank(engine, trainable)
     return engine, model, precision
 
@@ -227,7 +258,9 @@ def parameter_report(sizes: list[tuple[str, int, bool]]) -> str:
     shown = [f"  {name} {size:,}" for name, size in trainable]
     if len(shown) > 8:
         shown = [*shown[:4], f"  ... {len(shown) - 8} more ...", *shown[-4:]]
-    return "\n".join([f"trainable: {part:,} of {total:,} parameters ({100 * part / total:.4f} %)", *shown])
+    return "\n".join(
+        [f"trainable: {part:,} of {total:,} parameters ({100 * part / total:.4f} %)", *shown]
+    )
 
 
 def full_size(parameter) -> int:
@@ -249,13 +282,19 @@ def data_facts(config: TrainConfig, task, train_hash: str) -> dict:
 class Loop:
     """The state of a run between its steps."""
 
-    def __init__(self, config, engine, model, task, schedule, checkpointer, resumed: dict, facts: dict):
+    def __init__(
+        self, config, engine, model, task, schedule, checkpointer, resumed: dict, facts: dict
+    ):
         """`resumed`: the manifest of the checkpoint that was loaded, if one was; `facts`: what run.json says of the run."""
         self.config, self.engine, self.model, self.task = config, engine, model, task
         self.schedule, self.checkpointer, self.facts = schedule, checkpointer, facts
         self.done = resumed.get("step", 0)
         same_rows = resumed.get("eval_data", checkpointer.eval_data) == checkpointer.eval_data
-        self.patience = Patience(config.metric_for_best, config.early_stopping_min_delta, resumed.get("early_stopping") if same_rows else None)
+        self.patience = Patience(
+            config.metric_for_best,
+            config.early_stopping_min_delta,
+            resumed.get("early_stopping") if same_rows else None,
+        )
         self.signals = SignalWatch()
         self.last_metrics: dict = {}
         self.workers = ThreadPoolExecutor(config.num_workers) if config.num_workers else None
@@ -267,9 +306,20 @@ class Loop:
 
     def run_whole(self) -> Path:
         config, schedule, checkpointer = self.config, self.schedule, self.checkpointer
-        writer = RunLog(config, checkpointer.output_dir, self.done, self.facts, checkpointer.eval_data) if rank() == 0 else None
-        bar = tqdm(total=schedule.total_steps, initial=self.done, desc="training", unit="step", disable=rank() != 0,
-                   file=LastingStream(sys.stderr), mininterval=0.2 if sys.stderr.isatty() else 20)  # fmt: skip
+        writer = (
+            RunLog(config, checkpointer.output_dir, self.done, self.facts, checkpointer.eval_data)
+            if rank() == 0
+            else None
+        )
+        bar = tqdm(
+            total=schedule.total_steps,
+            initial=self.done,
+            desc="training",
+            unit="step",
+            disable=rank() != 0,
+            file=LastingStream(sys.stderr),
+            mininterval=0.2 if sys.stderr.isatty() else 20,
+        )
         status = "failed"
         try:
             folder, status = self.run_steps(bar, writer)
@@ -290,15 +340,26 @@ class Loop:
         """The steps that are left; returns the last checkpoint written, and how it ended, as run.json says it."""
         config, schedule = self.config, self.schedule
         folder = None
-        while self.done < schedule.total_steps and not self.patience.ended(config.early_stopping_patience):
+        while self.done < schedule.total_steps and not self.patience.ended(
+            config.early_stopping_patience
+        ):
             started = time.perf_counter()
             self.last_metrics = {}  # a checkpoint carries the evaluation of its own step or none
-            lr = self.engine.optimizer.param_groups[0]["lr"]  # of this step; the scheduler moves on inside
+            lr = self.engine.optimizer.param_groups[0][
+                "lr"
+            ]  # of this step; the scheduler moves on inside
             loss, norm, tokens, stop = self.step()
             seconds = time.perf_counter() - started
-            bar.set_postfix(refresh=False, loss=f"{loss:.4f}", **{"tokens/s": f"{tokens / seconds:.0f}"})
+            bar.set_postfix(
+                refresh=False, loss=f"{loss:.4f}", **{"tokens/s": f"{tokens / seconds:.0f}"}
+            )
             bar.update()
-            values = {"train_loss": loss, "learning_rate": lr, "grad_norm": norm, "tokens_per_second": tokens / seconds}
+            values = {
+                "train_loss": loss,
+                "learning_rate": lr,
+                "grad_norm": norm,
+                "tokens_per_second": tokens / seconds,
+            }
             if writer:
                 writer.add(self.done, values | {"memory_gb": peak_memory_gb()})
             if self.done % config.show_loss_step == 0 or self.done == schedule.total_steps:
@@ -308,20 +369,35 @@ class Loop:
                 )
             epoch_end = schedule.ends_epoch(self.done)
             improved = False
-            if config.has_evaluation and (epoch_end or (config.eval_step and self.done % config.eval_step == 0)):
+            if config.has_evaluation and (
+                epoch_end or (config.eval_step and self.done % config.eval_step == 0)
+            ):
                 improved = self.evaluate(writer)
             ended = self.patience.ended(config.early_stopping_patience)
-            saves = epoch_end or improved or stop or ended or (config.save_model_step and self.done % config.save_model_step == 0)
+            saves = (
+                epoch_end
+                or improved
+                or stop
+                or ended
+                or (config.save_model_step and self.done % config.save_model_step == 0)
+            )
             if saves:
-                folder = self.save(improved, needed=stop or ended or self.done == schedule.total_steps) or folder
+                folder = (
+                    self.save(improved, needed=stop or ended or self.done == schedule.total_steps)
+                    or folder
+                )
             if writer and (saves or self.last_metrics):
                 writer.write()
             if stop and self.done < schedule.total_steps:
-                say(f"stopped by signal after step {self.done}; saved {folder}. Go on with --resume_from_checkpoint auto")
+                say(
+                    f"stopped by signal after step {self.done}; saved {folder}. Go on with --resume_from_checkpoint auto"
+                )
                 return folder, STOPPED
         if self.done < schedule.total_steps:
-            say(f"stopped early after step {self.done}: {self.patience.metric} has not been better than {self.patience.best} "
-                f"by more than {self.patience.min_delta:g} for {self.patience.since} evaluations")  # fmt: skip
+            say(
+                f"stopped early after step {self.done}: {self.patience.metric} has not been better than {self.patience.best} "
+                f"by more than {self.patience.min_delta:g} for {self.patience.since} evaluations"
+            )
             return folder, "stopped early"
         return folder, "finished"
 
@@ -331,7 +407,9 @@ class Loop:
         """
         config, engine = self.config, self.engine
         data, rows, tokens, batches = self.batches()
-        labelled, tokens, stop = sum_over_ranks(sum(map(self.task.count_labels, batches)), tokens, bool(self.signals.number))
+        labelled, tokens, stop = sum_over_ranks(
+            sum(map(self.task.count_labels, batches)), tokens, bool(self.signals.number)
+        )
 
         engine.train()
         seed_step(config.seed, self.done + 1, stream=1 + rank())
@@ -367,30 +445,49 @@ class Loop:
     def make_batches(self, step: int) -> tuple[RowSet, list[int], int, list[dict]]:
         """The rows and which are this rank's, their tokens, and its collated batches: a pure function of the step, whoever calls it."""
         epoch, place = divmod(step, self.schedule.steps_per_epoch)
-        data, order, place = self.task.rows_of_step(epoch, place, self.schedule.steps_per_epoch, self.schedule.global_batch)
+        data, order, place = self.task.rows_of_step(
+            epoch, place, self.schedule.steps_per_epoch, self.schedule.global_batch
+        )
         passes = step_rows(
-            order, place, data.row_lengths, micro=self.config.per_device_train_batch_size,
-            accumulation=self.config.gradient_accumulation_steps, rank=rank(), world=world_size(),
-        )  # fmt: skip
+            order,
+            place,
+            data.row_lengths,
+            micro=self.config.per_device_train_batch_size,
+            accumulation=self.config.gradient_accumulation_steps,
+            rank=rank(),
+            world=world_size(),
+        )
         rows = [row for chosen in passes for row in chosen if row >= 0]
-        return data, rows, int(data.row_lengths[rows].sum()), [self.task.collate(data, chosen) for chosen in passes]
+        return (
+            data,
+            rows,
+            int(data.row_lengths[rows].sum()),
+            [self.task.collate(data, chosen) for chosen in passes],
+        )
 
     def evaluate(self, writer) -> bool:
         """The task's metrics; True where the chosen one is the best so far."""
         config = self.config
         self.engine.eval()
         metrics = self.task.evaluate(
-            self.engine.module, self.model, synced=self.engine.zero_optimization_stage() == 3,
+            self.engine.module,
+            self.model,
+            synced=self.engine.zero_optimization_stage() == 3,
             predictions=self.checkpointer.output_dir / PREDICTIONS / f"step-{self.done}.jsonl",
-        )  # fmt: skip
+        )
         self.engine.train()
         self.last_metrics = metrics
         self.patience.see(metrics)
         if writer:
             writer.add(self.done, {f"eval_{name}": value for name, value in metrics.items()})
-        self.tell(f"step {self.done} evaluation: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        self.tell(
+            f"step {self.done} evaluation: "
+            + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        )
         best = agree(self.checkpointer.best)
-        return is_better(config.metric_for_best, metrics[config.metric_for_best], best and best["value"])
+        return is_better(
+            config.metric_for_best, metrics[config.metric_for_best], best and best["value"]
+        )
 
     def save(self, improved: bool, needed: bool = True) -> Path | None:
         """The checkpoint of this step. Where the disk has no room for it and the run goes on without (not `needed`), None.
@@ -400,15 +497,26 @@ class Loop:
         """
         try:
             folder = self.checkpointer.save(
-                epoch=self.schedule.epoch_of(max(self.done, 1)), step=self.done, metrics=self.last_metrics, patience=self.patience.state(),
-            )  # fmt: skip
+                epoch=self.schedule.epoch_of(max(self.done, 1)),
+                step=self.done,
+                metrics=self.last_metrics,
+                patience=self.patience.state(),
+            )
         except OSError as error:
-            if needed or not (isinstance(error, NoRoom) or world_size() == 1) or isinstance(error, FileExistsError):
+            if (
+                needed
+                or not (isinstance(error, NoRoom) or world_size() == 1)
+                or isinstance(error, FileExistsError)
+            ):
                 raise
-            self.tell(f"WARNING: no checkpoint of step {self.done}: {describe(error)}; training goes on, the next save tries again")
+            self.tell(
+                f"WARNING: no checkpoint of step {self.done}: {describe(error)}; training goes on, the next save tries again"
+            )
             return None
         if improved:
-            self.checkpointer.record_best(folder, self.config.metric_for_best, self.last_metrics[self.config.metric_for_best])
+            self.checkpointer.record_best(
+                folder, self.config.metric_for_best, self.last_metrics[self.config.metric_for_best]
+            )
         self.checkpointer.prune()
         return folder
 

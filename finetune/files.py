@@ -60,13 +60,20 @@ def locked_folder(folder: Path, flag: str) -> Iterator[None]:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: a forked worker must not inherit it
+            fcntl.lockf(
+                handle, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # not flock: a forked worker must not inherit it
         except (BlockingIOError, PermissionError):
             owner = os.read(handle, 200).decode(errors="replace").strip()
             os.close(handle)
-            raise ValueError(f"{flag} {folder} is in use by another run ({owner or 'just started'}); wait for it or name another folder") from None
+            raise ValueError(
+                f"{flag} {folder} is in use by another run ({owner or 'just started'}); wait for it or name another folder"
+            ) from None
         except OSError as error:
-            print(f"WARNING: {folder} cannot be locked ({error.strerror}): start no second run in it", flush=True)
+            print(
+                f"WARNING: {folder} cannot be locked ({error.strerror}): start no second run in it",
+                flush=True,
+            )
         with suppress(OSError):
             if os.stat(path).st_ino == os.fstat(handle).st_ino:
                 break
@@ -162,7 +169,10 @@ def exchange(aside: Path, output: Path):
     """Swap two folders in one step where the system can (renameat2 of Linux), else in two renames."""
     here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     with suppress(OSError, AttributeError):
-        if ctypes.CDLL(None).renameat2(here, os.fsencode(aside), here, os.fsencode(output), swap) == 0:
+        if (
+            ctypes.CDLL(None).renameat2(here, os.fsencode(aside), here, os.fsencode(output), swap)
+            == 0
+        ):
             return
     old = aside.with_name(f"{aside.name}.old")
     os.replace(output, old)
@@ -264,7 +274,10 @@ def cache_arrays(file: Path, arrays: dict, limit_gb: float = CACHE_GB):
         os.replace(aside, file)
         prune(file.parent, limit_gb * 1e9)
     except OSError as error:
-        print(f"--data_cache: {file.parent} cannot be written ({error.strerror}); going on without", flush=True)
+        print(
+            f"--data_cache: {file.parent} cannot be written ({error.strerror}); going on without",
+            flush=True,
+        )
         with suppress(OSError):
             aside.unlink(missing_ok=True)
 

@@ -20,13 +20,17 @@ def refuse_without_effect(config, given: Iterable[str], effects: dict[str, Effec
     for name in given:
         effect = effects.get(name)
         if effect and not effect.holds(config):
-            raise ValueError(f"--{name} needs {effect.needs.format(c=config)}: it has no effect otherwise")
+            raise ValueError(
+                f"--{name} needs {effect.needs.format(c=config)}: it has no effect otherwise"
+            )
 
 
 def drops(c) -> bool:
     """Dropout or NEFTune's noise acts, so that no beginning is shared (finetune.task.shares_prefix)."""
     prefix = c.prefix_dropout if c.resolved_ptuning_version == "v2" else 0
-    return bool({"lora": c.lora_dropout, "ptuning": prefix}.get(c.train_type) or c.neftune_noise_alpha)
+    return bool(
+        {"lora": c.lora_dropout, "ptuning": prefix}.get(c.train_type) or c.neftune_noise_alpha
+    )
 
 
 LORA = Effect("--train_type lora; got {c.train_type}", lambda c: c.train_type == "lora")
@@ -39,14 +43,16 @@ WHOLE_ROWS = Effect("a run without --streaming", lambda c: not c.streaming)
 TRAINING: dict[str, Effect] = {
     "glm3_labels": Effect("--mode glm3, or none; got {c.mode}", lambda c: c.mode in (None, "glm3")),
     "prompt_text": Effect(
-        "--data_format text or auto; got {c.data_format}", lambda c: c.data_format in ("auto", "text")
+        "--data_format text or auto; got {c.data_format}",
+        lambda c: c.data_format in ("auto", "text"),
     ),
     "replay_ratio": Effect("--replay_path", lambda c: bool(c.replay_path)),
     "shuffle_buffer": Effect("--streaming", lambda c: c.streaming),
     "preprocessing_num_workers": WHOLE_ROWS,
     "data_cache": WHOLE_ROWS,
     "data_cache_gb": Effect(
-        "--data_cache and a run without --streaming", lambda c: bool(c.data_cache) and not c.streaming
+        "--data_cache and a run without --streaming",
+        lambda c: bool(c.data_cache) and not c.streaming,
     ),
     "share_prefix": Effect(
         "--batching ragged, a --mode other than glm, and neither dropout nor --neftune_noise_alpha",
@@ -58,9 +64,12 @@ TRAINING: dict[str, Effect] = {
     **dict.fromkeys(("lora_dim", "lora_alpha", "lora_dropout", "lora_module_name"), LORA),
     **dict.fromkeys(("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio"), LORA),
     "quantization_bit": Effect(
-        "frozen weights, --train_type lora or ptuning; got {c.train_type}", lambda c: c.train_type in ("lora", "ptuning")
+        "frozen weights, --train_type lora or ptuning; got {c.train_type}",
+        lambda c: c.train_type in ("lora", "ptuning"),
     ),
-    "freeze_module_name": Effect("--train_type freeze; got {c.train_type}", lambda c: c.train_type == "freeze"),
+    "freeze_module_name": Effect(
+        "--train_type freeze; got {c.train_type}", lambda c: c.train_type == "freeze"
+    ),
     **dict.fromkeys(("pre_seq_len", "prefix_projection", "ptuning_version"), PTUNING),
     "prefix_dropout": Effect(
         "--train_type ptuning of version v2",
@@ -71,7 +80,9 @@ TRAINING: dict[str, Effect] = {
     ),
     **dict.fromkeys(("eval_step", "per_device_eval_batch_size", "metric_for_best"), EVALUATION),
     "early_stopping_patience": EVALUATION,
-    "early_stopping_min_delta": Effect("--early_stopping_patience", lambda c: bool(c.early_stopping_patience)),
+    "early_stopping_min_delta": Effect(
+        "--early_stopping_patience", lambda c: bool(c.early_stopping_patience)
+    ),
     **dict.fromkeys(("eval_metrics", "eval_f1"), EVAL_PATH),
     "eval_max_new_tokens": Effect("--eval_metrics", lambda c: bool(c.answer_metrics)),
     "tensorboard": Effect("--report_to tensorboard", lambda c: "tensorboard" in c.loggers),
@@ -92,7 +103,9 @@ PREDICTING: dict[str, Effect] = {
 EVALUATING: dict[str, Effect] = {
     **dict.fromkeys(("top_p", "temperature", "seed"), SAMPLING),
     "max_length": PREDICTING["max_length"],
-    "num_answers": Effect("--test_path and --do_sample", lambda c: bool(c.test_path and c.do_sample)),
+    "num_answers": Effect(
+        "--test_path and --do_sample", lambda c: bool(c.test_path and c.do_sample)
+    ),
     "predictions": TEST_PATH,
     "f1_denominator": Effect(
         "--test_path and --metrics triple_f1",
@@ -102,7 +115,8 @@ EVALUATING: dict[str, Effect] = {
 
 FITTED = Effect("--compare_seeds", lambda c: bool(c.compare_seeds))
 ONE_RUN = Effect(
-    "--model, without --compare_seeds or --table", lambda c: bool(c.model and not (c.compare_seeds or c.table))
+    "--model, without --compare_seeds or --table",
+    lambda c: bool(c.model and not (c.compare_seeds or c.table)),
 )
 
 # Of finetune.memory, beside those of TRAINING.
@@ -110,7 +124,9 @@ ESTIMATING: dict[str, Effect] = {
     "fit": FITTED,
     "gpu": Effect("--model or --table, without --compare_seeds", lambda c: not c.compare_seeds),
     **dict.fromkeys(("mode", "gpus", "label_share", "real_tokens"), ONE_RUN),
-    "model": Effect("a run without --compare_seeds or --table", lambda c: not (c.compare_seeds or c.table)),
+    "model": Effect(
+        "a run without --compare_seeds or --table", lambda c: not (c.compare_seeds or c.table)
+    ),
 }
 
 

@@ -17,13 +17,24 @@ class LoraFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float):
+    def forward(
+        ctx,
+        x: Tensor,
+        dropped: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+    ):
         seen = x if dropped is None else dropped
         small_a, small_b = a.to(x.dtype), b.to(x.dtype)
         low = F.linear(seen, small_a)
         out = F.linear(x, weight, bias)
         # Not in place: selective checkpointing keeps the product itself.
-        out = torch.addmm(out.flatten(0, -2), low.flatten(0, -2), small_b.t(), alpha=scaling).view(out.shape)
+        out = torch.addmm(out.flatten(0, -2), low.flatten(0, -2), small_b.t(), alpha=scaling).view(
+            out.shape
+        )
         ctx.save_for_backward(seen, low, weight, small_a, small_b)
         ctx.dropped, ctx.scaling, ctx.dtypes = dropped is not None, scaling, (a.dtype, b.dtype)
         return out
@@ -62,16 +73,31 @@ def use_lean_lora(model: nn.Module) -> nn.Module:
 def _lean_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
     base, active = self.base_layer, self.active_adapters
     plain = (
-        len(active) == 1 and active[0] in self.lora_A and not (self.disable_adapters or self.merged or self.lora_variant or args or kwargs)
-        and not (any(p.requires_grad for p in base.parameters()) or hasattr(base.weight, "ds_id")) and x.dtype == base.weight.dtype
-        and self.lora_A[active[0]].bias is None and self.lora_B[active[0]].bias is None and torch.is_grad_enabled()
-    )  # fmt: skip
+        len(active) == 1
+        and active[0] in self.lora_A
+        and not (self.disable_adapters or self.merged or self.lora_variant or args or kwargs)
+        and not (any(p.requires_grad for p in base.parameters()) or hasattr(base.weight, "ds_id"))
+        and x.dtype == base.weight.dtype
+        and self.lora_A[active[0]].bias is None
+        and self.lora_B[active[0]].bias is None
+        and torch.is_grad_enabled()
+    )
     if not plain:
         return type(self).forward(self, x, *args, **kwargs)
     name = active[0]
     dropout = self.lora_dropout[name]
-    dropped = dropout(x) if isinstance(dropout, nn.Dropout) and dropout.p and self.training else None
-    return LoraFunction.apply(x, dropped, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+    dropped = (
+        dropout(x) if isinstance(dropout, nn.Dropout) and dropout.p and self.training else None
+    )
+    return LoraFunction.apply(
+        x,
+        dropped,
+        base.weight,
+        base.bias,
+        self.lora_A[name].weight,
+        self.lora_B[name].weight,
+        self.scaling[name],
+    )
 
 
 def remember_start(model: nn.Module):
@@ -116,8 +142,13 @@ def check_lora_start(model: nn.Module, adapter: dict[str, Tensor]):
     for name in (n for n in start if ".lora_A." in n):
         a, b = start[name], start[name.replace(".lora_A.", ".lora_B.")]
         rank, stored = len(a), name.replace(".default.", ".")
-        old_a, old_b = adapter[stored][rank:], -adapter[stored.replace(".lora_A.", ".lora_B.")][:, rank:]
+        old_a, old_b = (
+            adapter[stored][rank:],
+            -adapter[stored.replace(".lora_A.", ".lora_B.")][:, rank:],
+        )
         probe = torch.randn(a.shape[1], 1, generator=torch.Generator().manual_seed(0))
         here, there = b @ (a @ probe), old_b @ (old_a @ probe)
         if not (here - there).norm() <= 1e-3 * there.norm():
-            raise ValueError(f"{stored}: --init_lora_weights gives another start here than in the checkpoint (its SVD is drawn at random)")
+            raise ValueError(
+                f"{stored}: --init_lora_weights gives another start here than in the checkpoint (its SVD is drawn at random)"
+            )

@@ -7,12 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chatglm.kernels import OutputLayer
-from finetune.data import IGNORED
+from finetune.rows.batches import IGNORED
 
 
 def nll_sum(
-    model: nn.Module, input_ids: Tensor, scale: float = 1.0, *, labels=None, lengths=None, shared=None, keep=None, targets=None, smoothing: float = 0.0
-) -> Tensor:  # fmt: skip
+    model: nn.Module,
+    input_ids: Tensor,
+    scale: float = 1.0,
+    *,
+    labels=None,
+    lengths=None,
+    shared=None,
+    keep=None,
+    targets=None,
+    smoothing: float = 0.0,
+) -> Tensor:
     """`scale` times the negative log likelihood summed over labelled tokens: a scalar, fp32.
 
     The output layer runs on positions whose next token is labelled and on no other, the last block of a ragged row likewise.
@@ -28,7 +37,9 @@ def nll_sum(
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     if labels is None:
         positions = model.transformer.packed_positions(input_ids, lengths, shared)
-        hidden = model.transformer(input_ids=input_ids, position_ids=positions, keep=keep, use_cache=False).last_hidden_state[0]
+        hidden = model.transformer(
+            input_ids=input_ids, position_ids=positions, keep=keep, use_cache=False
+        ).last_hidden_state[0]
     else:
         hidden = model.transformer(input_ids=input_ids, use_cache=False).last_hidden_state
         targets = labels[:, 1:]
@@ -38,7 +49,13 @@ def nll_sum(
     if isinstance(output_layer, OutputLayer):
         return output_layer(hidden, targets, scale, smoothing)
     # An output layer that LoRA wraps knows no loss of its own.
-    return scale * F.cross_entropy(output_layer(hidden).float(), targets, reduction="sum", ignore_index=IGNORED, label_smoothing=smoothing)
+    return scale * F.cross_entropy(
+        output_layer(hidden).float(),
+        targets,
+        reduction="sum",
+        ignore_index=IGNORED,
+        label_smoothing=smoothing,
+    )
 
 
 def sequence_lengths(input_ids: Tensor, *, labels=None, lengths=None, keep=None, **_) -> Tensor:
@@ -61,7 +78,9 @@ def noisy_embeddings(model: nn.Module, alpha: float, batch: dict):
 
     def add_noise(module, args, embeds):
         bound = alpha / (sequence_lengths(**batch)[..., None] * embeds.shape[-1]).sqrt()
-        return embeds + (torch.rand_like(embeds, dtype=torch.float32) * 2 - 1).mul_(bound).to(embeds.dtype)
+        return embeds + (torch.rand_like(embeds, dtype=torch.float32) * 2 - 1).mul_(bound).to(
+            embeds.dtype
+        )
 
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     hook = model.get_input_embeddings().register_forward_hook(add_noise)

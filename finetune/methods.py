@@ -42,8 +42,9 @@ class Freeze:
             others = sorted(name for name, m in zip(names, found) if not m)
             raise ValueError(
                 f"--freeze_module_name: {', '.join(map(repr, lost)) or 'an empty list'} matches no parameter; this model has "
-                + (f"{stack}.{blocks[0]}. to {stack}.{blocks[-1]}. and " if blocks else "") + ", ".join(others)
-            )  # fmt: skip
+                + (f"{stack}.{blocks[0]}. to {stack}.{blocks[-1]}. and " if blocks else "")
+                + ", ".join(others)
+            )
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(part in name for part in parts))
         return model
@@ -100,12 +101,20 @@ class Lora:
 
         from finetune.lora import remember_start
 
-        linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        linear = sorted(
+            {
+                name.rsplit(".", 1)[-1]
+                for name, m in model.named_modules()
+                if isinstance(m, nn.Linear)
+            }
+        )
         wanted = module_names(self.lora_module_name)
         if wanted == ["all-linear"]:
             wanted = "all-linear"  # peft's word for all but the output layer
         elif lost := [name for name in wanted if name not in linear] or (not wanted and [""]):
-            raise ValueError(f"--lora_module_name: {lost[0]!r} matches no linear module; this model has {', '.join(linear)}")
+            raise ValueError(
+                f"--lora_module_name: {lost[0]!r} matches no linear module; this model has {', '.join(linear)}"
+            )
         model = get_peft_model(
             model,
             LoraConfig(
@@ -115,9 +124,13 @@ class Lora:
                 target_modules=wanted,
                 use_rslora=self.use_rslora,
                 use_dora=self.use_dora,
-                init_lora_weights=True if self.init_lora_weights == "default" else self.init_lora_weights,
+                init_lora_weights=True
+                if self.init_lora_weights == "default"
+                else self.init_lora_weights,
                 bias="none",
-                task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else "FEATURE_EXTRACTION",
+                task_type="CAUSAL_LM"
+                if hasattr(model, "prepare_inputs_for_generation")
+                else "FEATURE_EXTRACTION",
                 inference_mode=False,
             ),
         )

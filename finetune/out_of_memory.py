@@ -9,7 +9,13 @@ from dataclasses import replace
 
 GIB = 2**30
 # What torch, CUDA's libraries and C++ say where memory runs out and no type says so.
-SAID = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "bad_alloc")
+SAID = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "alloc_failed",
+    "bad_alloc",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -44,8 +50,8 @@ def memory_there() -> tuple[str, float]:
 def training_advice(config, there: tuple[str, float] | None = None) -> str:
     """For a run of train.py that ran out of memory. `there`: as `memory_there` gives it."""
     from finetune.distributed import resolve_precision, world_size
-    from finetune.memory import cheapest_change, make_run
-    from finetune.memory_formula import estimate
+    from finetune.memory.command import cheapest_change, make_run
+    from finetune.memory.formula import estimate
 
     where, size = there or memory_there()
     has = f"this {where} has {size / GIB:.1f} GB"

@@ -13,15 +13,23 @@ def recompute(model: nn.Module, how: str, layers: str = ""):
     """
     if how == "False":
         return
-    options = {"use_reentrant": False} | ({"context_fn": keep_products} if how == "selective" else {})
+    options = {"use_reentrant": False} | (
+        {"context_fn": keep_products} if how == "selective" else {}
+    )
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     if not layers:
         return
     first, last = map(int, layers.split("-")) if "-" in layers else (0, int(layers) - 1)
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    blocks = [
+        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
     if not first <= last < len(blocks):
-        raise ValueError(f"--gradient_checkpointing_layers {layers}: this model has {len(blocks)} layers, 0 to {len(blocks) - 1}")
-    for i, block in enumerate(blocks):  # of N the first: backward frees what the others keep before it comes to recompute
+        raise ValueError(
+            f"--gradient_checkpointing_layers {layers}: this model has {len(blocks)} layers, 0 to {len(blocks) - 1}"
+        )
+    for i, block in enumerate(
+        blocks
+    ):  # of N the first: backward frees what the others keep before it comes to recompute
         block.gradient_checkpointing = first <= i <= last
 
 
@@ -30,8 +38,15 @@ def keep_products():
     from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
     aten = torch.ops.aten
-    return create_selective_checkpoint_contexts([
-        aten.mm.default, aten.addmm.default, aten.bmm.default, aten.linear.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default, aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default,
-    ])  # fmt: skip
+    return create_selective_checkpoint_contexts(
+        [
+            aten.mm.default,
+            aten.addmm.default,
+            aten.bmm.default,
+            aten.linear.default,
+            aten._scaled_dot_product_flash_attention_for_cpu.default,
+            aten._scaled_dot_product_flash_attention.default,
+            aten._scaled_dot_product_efficient_attention.default,
+            aten._scaled_dot_product_cudnn_attention.default,
+        ]
+    )

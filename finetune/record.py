@@ -32,7 +32,9 @@ class TensorBoard:
     def __init__(self, config, output_dir: Path, run_id: str, done: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.board = SummaryWriter(config.tensorboard or str(output_dir / "runs"), purge_step=done + 1)
+        self.board = SummaryWriter(
+            config.tensorboard or str(output_dir / "runs"), purge_step=done + 1
+        )
 
     def add(self, step: int, values: dict[str, float]):
         for name, value in values.items():
@@ -53,10 +55,16 @@ class WandB:
         import wandb
 
         self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "glm-foundry"), name=output_dir.name, id=run_id, resume="allow", dir=str(output_dir),
+            project=os.environ.get("WANDB_PROJECT", "glm-foundry"),
+            name=output_dir.name,
+            id=run_id,
+            resume="allow",
+            dir=str(output_dir),
             config=asdict(config),
-        )  # fmt: skip
-        self.run.define_metric("*", step_metric="step")  # its own counter never goes back; ours does after a resume
+        )
+        self.run.define_metric(
+            "*", step_metric="step"
+        )  # its own counter never goes back; ours does after a resume
 
     def add(self, step: int, values: dict[str, float]):
         self.run.log({"step": step, **values})
@@ -74,9 +82,13 @@ class SwanLab:
         import swanlab
 
         self.run = swanlab.init(
-            project="glm-foundry", experiment_name=output_dir.name, id=run_id[:21], resume="allow", logdir=str(output_dir / "swanlog"),
+            project="glm-foundry",
+            experiment_name=output_dir.name,
+            id=run_id[:21],
+            resume="allow",
+            logdir=str(output_dir / "swanlog"),
             config=asdict(config),
-        )  # fmt: skip
+        )
 
     def add(self, step: int, values: dict[str, float]):
         self.run.log(values, step=step)
@@ -92,7 +104,9 @@ def check_loggers(names):
     """Raises ValueError where a logger's package is not installed."""
     for name in names:
         if find_spec(package := LOGGERS[name].package) is None:
-            raise ValueError(f'--report_to {name} needs the package {package}: pip install -e ".[{name}]"')
+            raise ValueError(
+                f'--report_to {name} needs the package {package}: pip install -e ".[{name}]"'
+            )
 
 
 def versions() -> dict[str, str]:
@@ -108,11 +122,16 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """Commit of this code, with "+changes" where files differ from it; None outside of a repository."""
+
     def git(*words):
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=20, check=True
+        ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + (
+            "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -121,7 +140,9 @@ def processor() -> str:
     """Name of this machine's CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -143,7 +164,9 @@ def read_run(folder: Path) -> dict:
     if not isinstance(found, int):
         raise ValueError(f"{path}: not a run's record")
     if found > FORMAT_VERSION:
-        raise ValueError(f"{path}: format version {found}, this program reads up to {FORMAT_VERSION}")
+        raise ValueError(
+            f"{path}: format version {found}, this program reads up to {FORMAT_VERSION}"
+        )
     if not run.get("steps"):
         metrics = path.with_name(METRICS_FILE)
         run["steps"] = read_steps(metrics) if metrics.is_file() else []
@@ -154,13 +177,20 @@ def print_table(heads: list[str], lines: list[list[str]]):
     """Columns of numbers on the right, others on the left."""
     columns = list(zip(heads, *lines))
     right = [all(cell[:1] in "+-0123456789" for cell in cells) for _, *cells in columns]
-    padded = [[cell.rjust(max(map(len, cells))) if r else cell.ljust(max(map(len, cells))) for cell in cells] for r, cells in zip(right, columns)]
+    padded = [
+        [
+            cell.rjust(max(map(len, cells))) if r else cell.ljust(max(map(len, cells)))
+            for cell in cells
+        ]
+        for r, cells in zip(right, columns)
+    ]
     for line in zip(*padded):
         print("  ".join(line).rstrip())
 
 
 def to_json(value, **options) -> str:
     """JSON text with null for inf and nan, which JSON has no word for."""
+
     def finite(value):
         if isinstance(value, dict):
             return {key: finite(v) for key, v in value.items()}
@@ -181,7 +211,9 @@ def read_steps(path: Path) -> list[dict]:
         except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(lines) and not line.endswith("}"):
                 return found
-            raise ValueError(f"{path}:{number}: wanted an object with a step, got {line[:60]!r}") from None
+            raise ValueError(
+                f"{path}:{number}: wanted an object with a step, got {line[:60]!r}"
+            ) from None
     return found
 
 
@@ -197,7 +229,9 @@ class RunLog:
     written, or a logger fails, a warning says so once and the run goes on.
     """
 
-    def __init__(self, config, output_dir: Path, done: int, facts: dict, eval_data: str | None = None):
+    def __init__(
+        self, config, output_dir: Path, done: int, facts: dict, eval_data: str | None = None
+    ):
         """`facts`: what of run.json the caller knows. `done`: steps that a resumed run has behind it. `eval_data`: tells one set
         of evaluation rows from another; only values of the same set are compared."""
         self.config, self.output_dir, self.started = config, output_dir, time.monotonic()
@@ -212,7 +246,10 @@ class RunLog:
             "id": before.get("id", uuid.uuid4().hex),
             "status": "running",
             "started": before.get("started", now()),
-            "sittings": [*before.get("sittings", []), {"started": now(), "first_step": done + 1, "eval_data": eval_data}],
+            "sittings": [
+                *before.get("sittings", []),
+                {"started": now(), "first_step": done + 1, "eval_data": eval_data},
+            ],
             **facts,
             "flags": asdict(config),
             "versions": versions(),
@@ -223,7 +260,9 @@ class RunLog:
         lines = read_steps(self.path) if done and self.path.is_file() else []
         lines = [line for line in lines if line["step"] <= done]
         write_aside(self.path, "".join(to_json(line) + "\n" for line in lines))
-        self.best: dict | None = None  # step and value of the best evaluation on the present rows so far, the first of equals
+        self.best: dict | None = (
+            None  # step and value of the best evaluation on the present rows so far, the first of equals
+        )
         for line in lines:
             if self.sitting_of(line["step"]).get("eval_data") == eval_data:
                 self.note_best(line)
@@ -233,7 +272,9 @@ class RunLog:
             try:
                 self.loggers[name] = LOGGERS[name](config, output_dir, self.record["id"], done)
             except Exception as error:  # no account, no network: each package has errors of its own
-                raise ValueError(f"--report_to {name}: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
+                raise ValueError(
+                    f"--report_to {name}: {' '.join(str(error).split())[:300] or type(error).__name__}"
+                ) from error
         self.write()
 
     def add(self, step: int, values: dict[str, float]):
@@ -263,19 +304,33 @@ class RunLog:
     def warn(self, what: str, error: Exception):
         if what not in self.failing:
             self.failing.add(what)
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
-            print(f"WARNING: {what} cannot be written ({reason}); training goes on", file=LastingStream(sys.stdout), flush=True)
+            reason = (
+                getattr(error, "strerror", None)
+                or " ".join(str(error).split())[:200]
+                or type(error).__name__
+            )
+            print(
+                f"WARNING: {what} cannot be written ({reason}); training goes on",
+                file=LastingStream(sys.stdout),
+                flush=True,
+            )
 
     def write(self):
         """Put the record as it is now in run.json."""
         self.written = time.monotonic()
-        self.attempt(self.output_dir / RUN, lambda: write_aside(self.output_dir / RUN, self.render()))
+        self.attempt(
+            self.output_dir / RUN, lambda: write_aside(self.output_dir / RUN, self.render())
+        )
 
     def render(self) -> str:
         """run.json as it is now."""
         seconds = time.monotonic() - self.started
         self.record["sittings"][-1]["seconds"] = round(seconds, 1)
-        record = self.record | {"updated": now(), "seconds": round(self.seconds_before + seconds, 1), "best": self.best}
+        record = self.record | {
+            "updated": now(),
+            "seconds": round(self.seconds_before + seconds, 1),
+            "best": self.best,
+        }
         return to_json(record, indent=2, ensure_ascii=False) + "\n"
 
     def sitting_of(self, step: int) -> dict:
@@ -294,7 +349,9 @@ class RunLog:
         self.record["status"] = status
         self.attempt(self.path, self.file.flush)
         self.file.close()
-        if not self.attempt(self.output_dir / RUN, lambda: write_aside(self.output_dir / RUN, self.render())):
+        if not self.attempt(
+            self.output_dir / RUN, lambda: write_aside(self.output_dir / RUN, self.render())
+        ):
             self.attempt(self.output_dir / RUN, self.write_over)
         for name, logger in self.loggers.items():
             try:
@@ -304,4 +361,6 @@ class RunLog:
 
     def write_over(self):
         """The record, in less room, over the last one: how the run ended must be true on a full disk too."""
-        overwrite(self.output_dir / RUN, to_json(json.loads(self.render()), ensure_ascii=False) + "\n")
+        overwrite(
+            self.output_dir / RUN, to_json(json.loads(self.render()), ensure_ascii=False) + "\n"
+        )

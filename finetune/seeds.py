@@ -25,9 +25,15 @@ def final_metrics(output_dir: Path) -> dict[str, float]:
         raise ValueError(f"{folders[-1]}: its manifest has no {min(missing)!r}")
     losses = {line["step"]: line["train_loss"] for line in read_steps(path) if "train_loss" in line}
     if manifest["step"] not in losses:
-        raise ValueError(f"{path}: no train_loss of step {manifest['step']}, that of the last checkpoint")
-    found = {"step": manifest["step"], "train_loss": losses[manifest["step"]]} | {f"eval_{k}": v for k, v in manifest["metrics"].items()}
-    if unfit := [name for name, value in found.items() if value is None or not math.isfinite(value)]:
+        raise ValueError(
+            f"{path}: no train_loss of step {manifest['step']}, that of the last checkpoint"
+        )
+    found = {"step": manifest["step"], "train_loss": losses[manifest["step"]]} | {
+        f"eval_{k}": v for k, v in manifest["metrics"].items()
+    }
+    if unfit := [
+        name for name, value in found.items() if value is None or not math.isfinite(value)
+    ]:
         raise ValueError(f"{output_dir}: {unfit[0]} of step {found['step']} is no finite number")
     return found
 
@@ -44,8 +50,13 @@ def summary(runs: dict[str, dict[str, float]], early: set[str] = frozenset()) ->
     names = runs[first]
     for name, found in runs.items():
         if found.keys() != names.keys() or name not in early and found["step"] != names["step"]:
-            raise ValueError(f"{name} ended at step {found['step']} with {', '.join(found)}; {first} at step {names['step']} with {', '.join(names)}")
-    rows = [["run", *names]] + [[name, str(found["step"]), *(f"{found[c]:.6f}" for c in names if c != "step")] for name, found in runs.items()]
+            raise ValueError(
+                f"{name} ended at step {found['step']} with {', '.join(found)}; {first} at step {names['step']} with {', '.join(names)}"
+            )
+    rows = [["run", *names]] + [
+        [name, str(found["step"]), *(f"{found[c]:.6f}" for c in names if c != "step")]
+        for name, found in runs.items()
+    ]
     values = [[found[c] for found in runs.values()] for c in names]
     rows.append(["mean", *(f"{statistics.mean(v):.6f}" for v in values)])
     if len(runs) > 1:
@@ -61,13 +72,28 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(folder: Path):
-    found = {int(match.group(1)): path for path in folder.glob("seed-*") if (match := re.fullmatch(r"seed-(\d+)", path.name))}
+    found = {
+        int(match.group(1)): path
+        for path in folder.glob("seed-*")
+        if (match := re.fullmatch(r"seed-(\d+)", path.name))
+    }
     if not found:
         raise ValueError(f"{folder} holds no folder seed-N")
     runs = {found[seed].name: final_metrics(found[seed]) for seed in sorted(found)}
-    rows = summary(runs, {path.name for path in found.values() if read_run(path).get("status") == "stopped early"})
+    rows = summary(
+        runs,
+        {path.name for path in found.values() if read_run(path).get("status") == "stopped early"},
+    )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    print("\n".join("  ".join(cell.ljust(width) if not i else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))) for row in rows))
+    print(
+        "\n".join(
+            "  ".join(
+                cell.ljust(width) if not i else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths))
+            )
+            for row in rows
+        )
+    )
 
 
 if __name__ == "__main__":

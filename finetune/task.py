@@ -10,20 +10,36 @@ from torch import Tensor, nn
 
 from chatglm.families import FAMILIES
 from chatglm.loading import load_model, load_tokenizer, resolve_mode
-from finetune.arrays import Dataset, join
 from finetune.checkpoint import export
 from finetune.config import TrainConfig
-from finetune.data import collate, count_labels, epoch_order
-from finetune.distributed import agree, first_of_node, local_rank, rank, say, wait_for_all, world_size
-from finetune.encoding import Encoder, Preparation, choose_rows, prepare
-from finetune.evaluate import answers_of_ranks, evaluation_loss, prediction_lines
+from finetune.distributed import (
+    agree,
+    first_of_node,
+    local_rank,
+    rank,
+    say,
+    wait_for_all,
+    world_size,
+)
+from finetune.evaluation.evaluate import answers_of_ranks, evaluation_loss, prediction_lines
+from finetune.evaluation.metrics import mean, score_rows
 from finetune.files import write_aside
-from finetune.formats import parse_columns, single_questions
 from finetune.loss import LossModule
 from finetune.methods import make_method
-from finetune.metrics import mean, score_rows
-from finetune.sources import RowReader, Source, draw_rows, join_hashes, parse_sources, read_rows, replay_count
-from finetune.streaming import Stream
+from finetune.rows.arrays import Dataset, join
+from finetune.rows.batches import collate, count_labels, epoch_order
+from finetune.rows.encoding import Encoder, Preparation, choose_rows, prepare
+from finetune.rows.formats import parse_columns, single_questions
+from finetune.rows.sources import (
+    RowReader,
+    Source,
+    draw_rows,
+    join_hashes,
+    parse_sources,
+    read_rows,
+    replay_count,
+)
+from finetune.rows.streaming import Stream
 
 
 class RowSet(Protocol):
@@ -36,7 +52,7 @@ class RowSet(Protocol):
     def __len__(self) -> int: ...
 
     def place(self, row: int) -> str:
-        """"file:line", for messages."""
+        """ "file:line", for messages."""
 
 
 class FineTuning:
@@ -64,7 +80,11 @@ class FineTuning:
         config = self.config
         sources = parse_sources(config.train_path)
         replay = parse_sources(config.replay_path, "--replay_path") if config.replay_path else []
-        held_out = parse_sources(config.eval_path, "--eval_path", weights=False) if config.eval_path else []
+        held_out = (
+            parse_sources(config.eval_path, "--eval_path", weights=False)
+            if config.eval_path
+            else []
+        )
         if config.streaming:
             self.stream = self.open_stream(sources, replay)
         else:
@@ -121,23 +141,36 @@ class FineTuning:
     @property
     def reader(self) -> RowReader:
         config = self.config
-        return RowReader(config.prompt_text, config.data_format, parse_columns(config.columns), self.family.name)
+        return RowReader(
+            config.prompt_text, config.data_format, parse_columns(config.columns), self.family.name
+        )
 
     @property
     def encoder(self) -> Encoder:
         config = self.config
-        return Encoder(self.tokenizer, self.family, config.max_len, config.max_src_len, config.glm3_labels)
+        return Encoder(
+            self.tokenizer, self.family, config.max_len, config.max_src_len, config.glm3_labels
+        )
 
     def load_source(self, source: Source, name: str) -> tuple[Dataset, list[str]]:
         """(rows, hashes of the files): encoded by the first rank of each node, mapped by the others."""
         config = self.config
         limit = config.dataset_length if name == "train" else None
         # A test file may list several answers; the loss is of the first.
-        preparation = Preparation(self.reader, self.encoder, config.on_bad_row, limit, first_answer=name == "eval")
+        preparation = Preparation(
+            self.reader, self.encoder, config.on_bad_row, limit, first_answer=name == "eval"
+        )
         cache = Path(config.data_cache).expanduser() if config.data_cache else None
-        prepared = first_of_node(lambda: prepare(
-            source, preparation, cache=cache, workers=config.preprocessing_num_workers, progress=rank() == 0, shared=world_size() > 1,
-        ))  # fmt: skip
+        prepared = first_of_node(
+            lambda: prepare(
+                source,
+                preparation,
+                cache=cache,
+                workers=config.preprocessing_num_workers,
+                progress=rank() == 0,
+                shared=world_size() > 1,
+            )
+        )
         try:
             rows = prepared.load(source)
             wait_for_all()
@@ -148,7 +181,13 @@ class FineTuning:
         bad = rows.facts["bad"]
         words = [f"{len(data)} {name} rows"]
         words += [f"{bad} bad ones skipped"] if bad else []
-        words += [f"{data.skipped} too long, skipped"] if data.skipped else [f"{data.truncated} cut"] if data.truncated else []
+        words += (
+            [f"{data.skipped} too long, skipped"]
+            if data.skipped
+            else [f"{data.truncated} cut"]
+            if data.truncated
+            else []
+        )
         say(", ".join(words))
         return data, prepared.hashes
 
@@ -156,7 +195,9 @@ class FineTuning:
 
     data: Dataset | None = None
     stream: Stream | None = None
-    draws: tuple[tuple[int, int], ...] = ()  # (rows, rows drawn an epoch) of each source; none: every row once
+    draws: tuple[
+        tuple[int, int], ...
+    ] = ()  # (rows, rows drawn an epoch) of each source; none: every row once
 
     def rows_per_epoch(self, steps: int | None, step_rows: int) -> int:
         """With --streaming, as many as `steps` steps read, or where it is None, as one pass counts."""
@@ -164,12 +205,18 @@ class FineTuning:
             return steps * step_rows if steps else self.stream.count()
         return sum(drawn for _, drawn in self.draws) or len(self.data)
 
-    def rows_of_step(self, epoch: int, place: int, steps_per_epoch: int, step_rows: int) -> tuple[Dataset, np.ndarray, int]:
+    def rows_of_step(
+        self, epoch: int, place: int, steps_per_epoch: int, step_rows: int
+    ) -> tuple[Dataset, np.ndarray, int]:
         """(rows, their order, number of the step in that order) for step `place` of an epoch: a pure function of these numbers."""
         if self.stream:
             first = (epoch * steps_per_epoch + place) * step_rows
             return self.stream.rows(first, first + step_rows), np.arange(step_rows), 0
-        return self.data, self.order(epoch, step_rows if self.config.batching == "grouped" else 0), place
+        return (
+            self.data,
+            self.order(epoch, step_rows if self.config.batching == "grouped" else 0),
+            place,
+        )
 
     @cached_property
     def order(self):
@@ -177,20 +224,35 @@ class FineTuning:
 
     def make_order(self, epoch: int, group: int) -> np.ndarray:
         if not self.draws:
-            return epoch_order(self.data.row_lengths, self.config.seed, epoch, group=group).astype(np.int32)
+            return epoch_order(self.data.row_lengths, self.config.seed, epoch, group=group).astype(
+                np.int32
+            )
         starts = np.cumsum([0, *(rows for rows, _ in self.draws)])
-        drawn = np.concatenate([
-            start + draw_rows(rows, count, self.config.seed, number, epoch) for number, (start, (rows, count)) in enumerate(zip(starts, self.draws))
-        ])  # fmt: skip
-        return drawn[epoch_order(self.data.row_lengths[drawn], self.config.seed, epoch, group=group)].astype(np.int32)
+        drawn = np.concatenate(
+            [
+                start + draw_rows(rows, count, self.config.seed, number, epoch)
+                for number, (start, (rows, count)) in enumerate(zip(starts, self.draws))
+            ]
+        )
+        return drawn[
+            epoch_order(self.data.row_lengths[drawn], self.config.seed, epoch, group=group)
+        ].astype(np.int32)
 
     def build_model(self, dtype: torch.dtype) -> nn.Module:
         """The model, prepared by its method: what trains requires a gradient."""
         self.dtype = dtype
-        return self.method.prepare(load_model(self.model_path, mode=self.family.name, dtype=dtype, **self.method.model_options()))
+        return self.method.prepare(
+            load_model(
+                self.model_path, mode=self.family.name, dtype=dtype, **self.method.model_options()
+            )
+        )
 
     def loss_module(self, model: nn.Module) -> nn.Module:
-        return LossModule(model, smoothing=self.config.label_smoothing, noise_alpha=self.config.neftune_noise_alpha)
+        return LossModule(
+            model,
+            smoothing=self.config.label_smoothing,
+            noise_alpha=self.config.neftune_noise_alpha,
+        )
 
     @cached_property
     def layout(self) -> dict:
@@ -199,7 +261,9 @@ class FineTuning:
     def collate(self, data: Dataset, rows: list[int]) -> dict:
         return collate(data, rows, **self.layout)
 
-    def evaluate(self, loss_module: nn.Module, model: nn.Module, *, synced: bool, predictions: Path) -> dict[str, float]:
+    def evaluate(
+        self, loss_module: nn.Module, model: nn.Module, *, synced: bool, predictions: Path
+    ) -> dict[str, float]:
         """Loss, and --eval_metrics of greedy answers, on the evaluation rows.
 
         Args:
@@ -211,16 +275,25 @@ class FineTuning:
         metrics = {"loss": evaluation_loss(loss_module, self.eval_data, batch, **self.layout)}
         if config.answer_metrics:
             answers = answers_of_ranks(
-                model, self.tokenizer, self.eval_rows, batch_size=batch, max_src_len=config.max_src_len,
-                max_new_tokens=config.eval_max_new_tokens, synced=synced,
-            )  # fmt: skip
+                model,
+                self.tokenizer,
+                self.eval_rows,
+                batch_size=batch,
+                max_src_len=config.max_src_len,
+                max_new_tokens=config.eval_max_new_tokens,
+                synced=synced,
+            )
             metrics |= agree(lambda: self.score(answers, predictions))
         return metrics
 
     def score(self, answers: list[str], predictions: Path) -> dict[str, float]:
         """The means of --eval_metrics; answers and scores of every row go to `predictions`."""
         rows = self.eval_rows
-        scores = score_rows(self.config.answer_metrics, [[answer] for answer in answers], [row.answers for row in rows])
+        scores = score_rows(
+            self.config.answer_metrics,
+            [[answer] for answer in answers],
+            [row.answers for row in rows],
+        )
         try:
             write_aside(predictions, prediction_lines(rows, answers, scores))
         except OSError as error:  # the scores are known all the same
@@ -251,13 +324,23 @@ def draw_counts(shares: list[float], own: int, replay_ratio: float) -> list[int]
 def layout_of(config: TrainConfig, family, tokenizer, dtype: torch.dtype) -> dict:
     """collate's options: how the rows of a pass are laid out."""
     share = family.name != "glm" and shares_prefix(config)
-    return {"ragged": config.batching == "ragged", "share": share, "multiple": row_multiple(dtype), "pad_id": tokenizer.pad_token_id}
+    return {
+        "ragged": config.batching == "ragged",
+        "share": share,
+        "multiple": row_multiple(dtype),
+        "pad_id": tokenizer.pad_token_id,
+    }
 
 
 def shares_prefix(config: TrainConfig) -> bool:
     """A beginning that rows share is computed once where neither dropout nor NEFTune acts, which would tie the rows' noise."""
-    drops = {"lora": config.lora_dropout, "ptuning": config.prefix_dropout if config.resolved_ptuning_version == "v2" else 0}
-    return config.share_prefix and not drops.get(config.train_type) and not config.neftune_noise_alpha
+    drops = {
+        "lora": config.lora_dropout,
+        "ptuning": config.prefix_dropout if config.resolved_ptuning_version == "v2" else 0,
+    }
+    return (
+        config.share_prefix and not drops.get(config.train_type) and not config.neftune_noise_alpha
+    )
 
 
 def row_multiple(dtype: torch.dtype) -> int:

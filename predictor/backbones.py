@@ -53,18 +53,26 @@ class Encoder:
         if source is None:
             raise ValueError(f"--encoder_path {folder}: adapter_config.json names no base model")
         # transformers would report a pooler as missing; what is really missing is an error below
-        with self.checked(source) as readable, reading(f"--encoder_path {source}"), quiet_transformers():
+        with (
+            self.checked(source) as readable,
+            reading(f"--encoder_path {source}"),
+            quiet_transformers(),
+        ):
             model, info = AutoModel.from_pretrained(
                 str(readable), dtype=dtype, output_loading_info=True, trust_remote_code=False
             )
         model.name_or_path = model.config.name_or_path = str(source)
         if lost := sorted(name for name in info["missing_keys"] if "pooler." not in name):
-            raise ValueError(f"--encoder_path {folder}: the weights lack {len(lost)} tensors, the first is {lost[0]}")
+            raise ValueError(
+                f"--encoder_path {folder}: the weights lack {len(lost)} tensors, the first is {lost[0]}"
+            )
         if getattr(model, "pooler", None) is not None:
             model.pooler = None
         positions = getattr(model.config, "max_position_embeddings", None) or self.max_src_len
         if self.max_src_len > positions:
-            raise ValueError(f"--max_src_len {self.max_src_len}: {folder} reads at most {positions} tokens")
+            raise ValueError(
+                f"--max_src_len {self.max_src_len}: {folder} reads at most {positions} tokens"
+            )
         model = cut_after(model, max(self.layers)) if self.layers else model
         return load_adapter(model, Path(folder)).merge_and_unload() if adapter else model
 
@@ -93,7 +101,12 @@ class Encoder:
     def encode(self, tokenizer, prompt: str) -> list[int]:
         from predictor.scorers import clean, keep_ends
 
-        return keep_ends(tokenizer(clean(prompt, self.max_src_len), truncation=False, verbose=False)["input_ids"], self.max_src_len)
+        return keep_ends(
+            tokenizer(clean(prompt, self.max_src_len), truncation=False, verbose=False)[
+                "input_ids"
+            ],
+            self.max_src_len,
+        )
 
     def collate(self, rows: list[list[int]], tokenizer, *, multiple: int = 1) -> dict:
         """Rows of ids side by side, padded on the right."""
@@ -120,7 +133,10 @@ class Encoder:
             states = [model(**batch).last_hidden_state]
         else:
             found = model(**batch, output_hidden_states=True)
-            states = [found.last_hidden_state if layer == depth else found.hidden_states[layer] for layer in self.layers]
+            states = [
+                found.last_hidden_state if layer == depth else found.hidden_states[layer]
+                for layer in self.layers
+            ]
         mask = batch["attention_mask"].to(states[0].dtype)[:, :, None]
         return torch.cat([(hidden * mask).sum(dim=1) / mask.sum(dim=1) for hidden in states], dim=1)
 
@@ -159,7 +175,14 @@ class ChatGLM:
 
         return load_model(folder, mode=self.mode, dtype=dtype, **method_options)
 
-    def load_served(self, folder: Path, dtype, *, base_model: str | None = None, base_fingerprint: str | None = None):
+    def load_served(
+        self,
+        folder: Path,
+        dtype,
+        *,
+        base_model: str | None = None,
+        base_fingerprint: str | None = None,
+    ):
         """(model, tokenizer) of a predictor's folder: its own weights, its adapter or prefix on their base, or the base alone.
 
         Args:
@@ -174,43 +197,70 @@ class ChatGLM:
 
         folder = Path(folder)
         own = self.has_weights(folder)
-        whole = own and not (folder / "adapter_config.json").is_file() and not (stored_prefix(folder) or {}).get("only")
+        whole = (
+            own
+            and not (folder / "adapter_config.json").is_file()
+            and not (stored_prefix(folder) or {}).get("only")
+        )
         base = None if whole else base_model or named_base(folder)
         if not whole:
             if not base or not Path(base).is_dir():
-                raise FileNotFoundError(f"{folder}: its base model ({base}) is not there; give base_model=FOLDER")
+                raise FileNotFoundError(
+                    f"{folder}: its base model ({base}) is not there; give base_model=FOLDER"
+                )
             if base_fingerprint and fingerprint_of(base) != base_fingerprint:
-                raise ValueError(f"{folder} was trained on another model than {base}: their weights differ")
-        model = self.load_model(dtype, {"base": base} if own and base else {}, str(folder if own else base))
+                raise ValueError(
+                    f"{folder} was trained on another model than {base}: their weights differ"
+                )
+        model = self.load_model(
+            dtype, {"base": base} if own and base else {}, str(folder if own else base)
+        )
         return model, self.tokenizer_of(folder, base)
 
     def tokenizer_of(self, folder: Path, base: str | None):
         """A predictor folder's own tokenizer, else its base's."""
-        return self.load_tokenizer(str(folder if (folder / self.family.tokenizer_file).is_file() or not base else base))
+        return self.load_tokenizer(
+            str(folder if (folder / self.family.tokenizer_file).is_file() or not base else base)
+        )
 
     @classmethod
     def is_whole(cls, folder: Path) -> bool:
         """Whether a predictor's folder holds a model that needs no base."""
         from chatglm.loading import stored_prefix
 
-        return cls.has_weights(folder) and not (folder / "adapter_config.json").is_file() and not (stored_prefix(folder) or {}).get("only")
+        return (
+            cls.has_weights(folder)
+            and not (folder / "adapter_config.json").is_file()
+            and not (stored_prefix(folder) or {}).get("only")
+        )
 
     @staticmethod
     def has_weights(folder: Path) -> bool:
         """Whether a predictor's folder holds more than a head: a model, an adapter or a prefix."""
-        return any((Path(folder) / name).is_file() for name in ("adapter_config.json", "config.json"))
+        return any(
+            (Path(folder) / name).is_file() for name in ("adapter_config.json", "config.json")
+        )
 
     def encode(self, tokenizer, prompt: str) -> list[int]:
         from predictor.scorers import clean
 
-        return self.family.encode_prompt(tokenizer, clean(prompt, self.max_src_len), self.max_src_len).input_ids
+        return self.family.encode_prompt(
+            tokenizer, clean(prompt, self.max_src_len), self.max_src_len
+        ).input_ids
 
     def collate(self, rows: list[list[int]], tokenizer, *, multiple: int = 1) -> dict:
-        from finetune.data import lay_end_to_end
+        from finetune.rows.batches import lay_end_to_end
 
         # As training rows whose last prompt token predicts one more, which is never read.
-        laid = lay_end_to_end([[*row, 0] for row in rows], [len(row) for row in rows], self.share_prefix and self.mode != "glm", multiple)
-        return {name: laid[name] for name in ("input_ids", "lengths", "shared", "keep")} | {"prompts": len(rows)}
+        laid = lay_end_to_end(
+            [[*row, 0] for row in rows],
+            [len(row) for row in rows],
+            self.share_prefix and self.mode != "glm",
+            multiple,
+        )
+        return {name: laid[name] for name in ("input_ids", "lengths", "shared", "keep")} | {
+            "prompts": len(rows)
+        }
 
     def width(self, model) -> int:
         return model.config.hidden_size
@@ -223,8 +273,15 @@ class ChatGLM:
     def vectors(self, model, batch: dict):
         """(B, hidden_size): the state after the final norm at each prompt's last token."""
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        positions = model.transformer.packed_positions(batch["input_ids"], batch["lengths"], batch["shared"])
-        states = model.transformer(input_ids=batch["input_ids"], position_ids=positions, keep=batch["keep"], use_cache=False)
+        positions = model.transformer.packed_positions(
+            batch["input_ids"], batch["lengths"], batch["shared"]
+        )
+        states = model.transformer(
+            input_ids=batch["input_ids"],
+            position_ids=positions,
+            keep=batch["keep"],
+            use_cache=False,
+        )
         return states.last_hidden_state[0, : batch["prompts"]]
 
 
@@ -245,14 +302,22 @@ def check_reachable(name: str):
         raise ValueError(f"--encoder_path {name}: no such folder") from None
     remedy = f"download it where there is a network (hf download {name} --local-dir FOLDER) and give the folder"
     if constants.HF_HUB_OFFLINE:
-        raise ValueError(f"--encoder_path {name}: no such folder, and HF_HUB_OFFLINE is set: {remedy}")
-    if any(os.environ.get(proxy) for proxy in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        raise ValueError(
+            f"--encoder_path {name}: no such folder, and HF_HUB_OFFLINE is set: {remedy}"
+        )
+    if any(
+        os.environ.get(proxy) for proxy in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+    ):
         return  # only the proxy knows the hub's name
     url = urlsplit(constants.ENDPOINT)
     try:
-        socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=5).close()
+        socket.create_connection(
+            (url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=5
+        ).close()
     except OSError as error:
-        raise ValueError(f"--encoder_path {name}: no such folder, and {url.hostname} does not answer ({error}): {remedy}") from None
+        raise ValueError(
+            f"--encoder_path {name}: no such folder, and {url.hostname} does not answer ({error}): {remedy}"
+        ) from None
 
 
 def cut_after(model, depth: int):
@@ -266,7 +331,9 @@ def cut_after(model, depth: int):
     whole = model.config.num_hidden_layers
     if not 1 <= depth <= whole:
         raise ValueError(f"--encoder_layers: {depth} is none of the encoder's {whole} layers")
-    name, stack = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == whole)
+    name, stack = next(
+        (n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == whole
+    )
     parent = model.get_submodule(name.rpartition(".")[0])
     setattr(parent, name.rpartition(".")[2], stack[:depth])
     model.config.num_hidden_layers = depth

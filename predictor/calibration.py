@@ -15,7 +15,10 @@ ALL = 0.003  # weight that a label has everywhere
 FURTHEST = 2.5  # standard deviations; scores beyond count as there
 FLOOR = 1e-6
 MOST_CUT = 0.1  # share of the labels
-LEAST_INDEX, MOST_INDEX = 2.0, 20.0  # of a tail: at 2 an answer beyond its start is twice as long on average; below, the limit decides the mean
+LEAST_INDEX, MOST_INDEX = (
+    2.0,
+    20.0,
+)  # of a tail: at 2 an answer beyond its start is twice as long on average; below, the limit decides the mean
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,9 @@ class Tail:
         first = int(np.searchsorted(edges, self.start))
         if first >= len(edges) - 2:
             return probabilities
-        longer = np.cumsum(probabilities[:, :first - 1 : -1], axis=1)[:, ::-1]  # than edges first, first + 1, ...
+        longer = np.cumsum(probabilities[:, : first - 1 : -1], axis=1)[
+            :, ::-1
+        ]  # than edges first, first + 1, ...
         bound = longer[:, :1] * (edges[first:-1] / edges[first]) ** -self.index
         drawn = np.concatenate([np.minimum(longer, bound), np.zeros((len(longer), 1))], axis=1)
         return np.concatenate([probabilities[:, :first], drawn[:, :-1] - drawn[:, 1:]], axis=1)
@@ -142,7 +147,9 @@ class ScoreScale:
     weights: tuple[float, ...]
 
     @classmethod
-    def fit(cls, scores: np.ndarray, tokens: np.ndarray, finished: np.ndarray, weights: np.ndarray) -> "ScoreScale":
+    def fit(
+        cls, scores: np.ndarray, tokens: np.ndarray, finished: np.ndarray, weights: np.ndarray
+    ) -> "ScoreScale":
         """scores, tokens, finished, weights: (n,), of prompts that the scoring model has not seen."""
         center = float(np.average(scores, weights=weights))
         spread = float(np.sqrt(np.average((scores - center) ** 2, weights=weights))) or 1.0
@@ -150,15 +157,23 @@ class ScoreScale:
         given = weights
         for _ in range(1 if finished.all() else 4):
             mean, middle = np.average(logs, weights=weights), np.average(z, weights=weights)
-            slope = float(np.average((z - middle) * (logs - mean), weights=weights) / max(1e-12, np.average((z - middle) ** 2, weights=weights)))
+            slope = float(
+                np.average((z - middle) * (logs - mean), weights=weights)
+                / max(1e-12, np.average((z - middle) ** 2, weights=weights))
+            )
             slope = max(slope, 1e-6)  # a higher score means longer, or all but nothing
             intercept = float(mean - slope * middle)
             if not finished.all():
                 weights = hand_on(z, logs - intercept - slope * z, finished, given)
         kept = np.flatnonzero(weights > 0)
         if len(kept) > POINTS:  # a fair sample: every so many-th in the order of scores
-            kept = kept[np.argsort(z[kept], kind="stable")][np.linspace(0, len(kept) - 1, POINTS).astype(int)]
-        columns = (tuple(np.round(column[kept], 6).tolist()) for column in (z, logs - intercept - slope * z, weights))
+            kept = kept[np.argsort(z[kept], kind="stable")][
+                np.linspace(0, len(kept) - 1, POINTS).astype(int)
+            ]
+        columns = (
+            tuple(np.round(column[kept], 6).tolist())
+            for column in (z, logs - intercept - slope * z, weights)
+        )
         return cls(center, spread, intercept - slope * center / spread, slope / spread, *columns)
 
     def location(self, scores: np.ndarray) -> np.ndarray:
@@ -166,13 +181,22 @@ class ScoreScale:
 
     def reader(self, edges: np.ndarray):
         """scores (N,) -> bin masses (N, K) over `edges`."""
-        points, residuals, weights = np.array(self.scores), np.array(self.residuals), np.array(self.weights)
+        points, residuals, weights = (
+            np.array(self.scores),
+            np.array(self.residuals),
+            np.array(self.weights),
+        )
         mean = np.average(residuals, weights=weights)
         deviation = max(float(np.sqrt(np.average((residuals - mean) ** 2, weights=weights))), 0.02)
         blur = 0.33 * deviation * len(residuals) ** -0.2
         # Each label's smoothed step, tabulated over the residuals there are: a score's distribution is a mean of the steps near it.
         low, step = residuals.min() - 12 * blur, (np.ptp(residuals) + 24 * blur) / (GRID - 1)
-        steps = 1 / (1 + np.exp(-np.clip((low + step * np.arange(GRID)[None] - residuals[:, None]) / blur, -40, 40)))
+        steps = 1 / (
+            1
+            + np.exp(
+                -np.clip((low + step * np.arange(GRID)[None] - residuals[:, None]) / blur, -40, 40)
+            )
+        )
         logs = np.log1p(edges[1:-1])
 
         def read(scores: np.ndarray) -> np.ndarray:
@@ -191,11 +215,15 @@ class ScoreScale:
         return read
 
 
-def hand_on(scores: np.ndarray, residuals: np.ndarray, finished: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def hand_on(
+    scores: np.ndarray, residuals: np.ndarray, finished: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
     """(n,): weights after every cut answer has handed its own on to larger residuals of like score (Efron 1967, "redistribution to
     the right"); where none is larger it counts as if it had ended at its cut."""
     weights = weights.astype(float).copy()
-    order = np.lexsort((~finished, residuals))  # of equals the cut ones come last: they hand on to larger ones only
+    order = np.lexsort(
+        (~finished, residuals)
+    )  # of equals the cut ones come last: they hand on to larger ones only
     s, w, done = scores[order], weights[order], finished[order]
     for i in np.flatnonzero(~done):
         near = w[i + 1 :] * np.exp(((s[i + 1 :] - s[i]) / NEAR) ** 2 / -2)
@@ -206,7 +234,9 @@ def hand_on(scores: np.ndarray, residuals: np.ndarray, finished: np.ndarray, wei
     return weights
 
 
-def kaplan_meier(values: np.ndarray, finished: np.ndarray, weights: np.ndarray, never: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+def kaplan_meier(
+    values: np.ndarray, finished: np.ndarray, weights: np.ndarray, never: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
     """(distinct values (m,) ascending, share of the weight at or below each): the product-limit estimate (Kaplan and Meier 1958).
 
     Values that are not `finished` are only known to be larger. `never`: weight of what is larger than all.

@@ -13,16 +13,36 @@ from predictor.labels import LONGEST
 MOST_BINS = 10_000  # of a head, each an output
 TRAIN_TYPES = (*METHODS, "none")
 
-STEPS = Effect("a backbone that is trained in steps, not --train_type none", lambda c: c.train_type != "none")
+STEPS = Effect(
+    "a backbone that is trained in steps, not --train_type none", lambda c: c.train_type != "none"
+)
 LEXICAL = Effect("--backbone lexical; got {c.backbone}", lambda c: c.backbone == "lexical")
 FROZEN = Effect("--train_type none; got {c.train_type}", lambda c: c.train_type == "none")
 DISTRIBUTION = Effect("--head distribution; got {c.head}", lambda c: c.head == "distribution")
 IN_STEPS = (
-    "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "learning_rate", "weight_decay",
-    "warmup_ratio", "batching", "gradient_checkpointing", "num_workers", "precision", "ds_file", "show_loss_step", "save_model_step",
-    "save_total_limit", "eval_step", "per_device_eval_batch_size", "metric_for_best", "early_stopping_patience", "resume_from_checkpoint",
-    "report_to", "tensorboard",
-)  # fmt: skip
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "weight_decay",
+    "warmup_ratio",
+    "batching",
+    "gradient_checkpointing",
+    "num_workers",
+    "precision",
+    "ds_file",
+    "show_loss_step",
+    "save_model_step",
+    "save_total_limit",
+    "eval_step",
+    "per_device_eval_batch_size",
+    "metric_for_best",
+    "early_stopping_patience",
+    "resume_from_checkpoint",
+    "report_to",
+    "tensorboard",
+)
 # When a flag of --task predictor has an effect, beside finetune.flag_effects.TRAINING.
 EFFECTS: dict[str, Effect] = {
     **dict.fromkeys(IN_STEPS, STEPS),
@@ -35,11 +55,22 @@ EFFECTS: dict[str, Effect] = {
         lambda c: c.backbone == "chatglm" and c.mode != "glm" and not drops(c),
     ),
     "data_cache": FROZEN,
-    "data_cache_gb": Effect("--data_cache and --train_type none", lambda c: bool(c.data_cache) and c.train_type == "none"),
-    "encoder_path": Effect("--backbone encoder or lexical; got {c.backbone}", lambda c: c.backbone != "chatglm"),
-    "encoder_language": Effect("--backbone lexical with --encoder_path", lambda c: c.backbone == "lexical" and bool(c.encoder_path)),
+    "data_cache_gb": Effect(
+        "--data_cache and --train_type none",
+        lambda c: bool(c.data_cache) and c.train_type == "none",
+    ),
+    "encoder_path": Effect(
+        "--backbone encoder or lexical; got {c.backbone}", lambda c: c.backbone != "chatglm"
+    ),
+    "encoder_language": Effect(
+        "--backbone lexical with --encoder_path",
+        lambda c: c.backbone == "lexical" and bool(c.encoder_path),
+    ),
     "encoder_layers": Effect("--encoder_path", lambda c: bool(c.encoder_path)),
-    "student_dims": Effect("--backbone lexical with --encoder_path", lambda c: c.backbone == "lexical" and bool(c.encoder_path)),
+    "student_dims": Effect(
+        "--backbone lexical with --encoder_path",
+        lambda c: c.backbone == "lexical" and bool(c.encoder_path),
+    ),
     **dict.fromkeys(("hash_bits", "student_ridge"), LEXICAL),
     **dict.fromkeys(("head_ridge", "landmarks"), FROZEN),
     "calibration_share": STEPS,
@@ -56,70 +87,154 @@ class PredictorConfig(TrainConfig):
     title: ClassVar[str] = "Train a predictor of the length of a served model's answers"
     effects: ClassVar[dict[str, Effect]] = TRAINING | EFFECTS
     unused: ClassVar[tuple[str, ...]] = (
-        "max_len", "is_skip", "prompt_text", "data_format", "columns", "glm3_labels", "replay_path", "replay_ratio", "streaming", "shuffle_buffer",
-        "preprocessing_num_workers", "eval_metrics", "eval_f1", "eval_max_new_tokens", "estimate_memory", "label_smoothing", "neftune_noise_alpha",
+        "max_len",
+        "is_skip",
+        "prompt_text",
+        "data_format",
+        "columns",
+        "glm3_labels",
+        "replay_path",
+        "replay_ratio",
+        "streaming",
+        "shuffle_buffer",
+        "preprocessing_num_workers",
+        "eval_metrics",
+        "eval_f1",
+        "eval_max_new_tokens",
+        "estimate_memory",
+        "label_smoothing",
+        "neftune_noise_alpha",
         "quantization_bit",
-    )  # fmt: skip
+    )
 
     task: str = keep("predictor", "what is trained", choices=("finetune", "predictor"))
-    model_name_or_path: str = keep("", "folder of the served model: its tokenizer counts lengths; with --backbone chatglm it is the "
-                                   "backbone too (not needed where rows carry output_tokens and the backbone is another)")  # fmt: skip
-    train_path: str = keep("", "comma list of rows: {prompt, output_tokens, served_model?, finished?}, or answers to count: "
-                           "{instruction, input, output} (required)")  # fmt: skip
+    model_name_or_path: str = keep(
+        "",
+        "folder of the served model: its tokenizer counts lengths; with --backbone chatglm it is the "
+        "backbone too (not needed where rows carry output_tokens and the backbone is another)",
+    )
+    train_path: str = keep(
+        "",
+        "comma list of rows: {prompt, output_tokens, served_model?, finished?}, or answers to count: "
+        "{instruction, input, output} (required)",
+    )
     eval_path: str = flag("", "rows for the metrics; else the calibration rows serve")
-    train_type: str | None = keep(None, "how the backbone is trained; none: not at all, a head on its frozen vectors [chatglm: lora; "
-                                  "encoder: all; lexical: none]", choices=TRAIN_TYPES)  # fmt: skip
+    train_type: str | None = keep(
+        None,
+        "how the backbone is trained; none: not at all, a head on its frozen vectors [chatglm: lora; "
+        "encoder: all; lexical: none]",
+        choices=TRAIN_TYPES,
+    )
     learning_rate: float | None = keep(None, "highest learning rate [all, freeze: 5e-5; else 1e-3]")
-    metric_for_best: str = flag("loss", "what makes a checkpoint the best", choices=("loss", "tau", "mae"))
-    batching: str = keep("ragged", "grouped: prompts of like length in one pass, which spares an encoder padding", choices=("ragged", "grouped"))
+    metric_for_best: str = flag(
+        "loss", "what makes a checkpoint the best", choices=("loss", "tau", "mae")
+    )
+    batching: str = keep(
+        "ragged",
+        "grouped: prompts of like length in one pass, which spares an encoder padding",
+        choices=("ragged", "grouped"),
+    )
     # predictor
-    backbone: str = keep("lexical", "lexical: n-grams and counts, no transformer; encoder: a Hugging Face encoder (--encoder_path); "
-                         "chatglm: the served model itself", choices=tuple(BACKBONES))  # fmt: skip
-    head: str = keep("distribution", "distribution: log-spaced bins; bucket: equal classes; regression: log length; ranking: order only",
-                     choices=tuple(HEADS))  # fmt: skip
-    encoder_path: str = keep("", "folder of a Hugging Face encoder; for --backbone lexical, a teacher for its n-grams")
-    encoder_language: str = keep("all", "lexical: prompts that the teacher reads", choices=("all", "en", "zh"))
-    encoder_layers: str = keep("", "comma list of the encoder's layers whose means are read, from 1; it is cut after the highest [the last]")
-    reuse_prefill: bool = keep(False, "--backbone chatglm: a head on the served model's own prompt state, which costs nothing when serving")
-    served_model: str = keep("", "name of the model whose answers are predicted [the folder's, of a checkpoint with its run's]")
-    other_models_weight: float = keep(0.85, "share of a prompt's weight that lengths of other served models get, where there are any")
-    length_limit: int | None = keep(None, "longest answer in tokens [the served model's context, else 8192]", positive=True)
+    backbone: str = keep(
+        "lexical",
+        "lexical: n-grams and counts, no transformer; encoder: a Hugging Face encoder (--encoder_path); "
+        "chatglm: the served model itself",
+        choices=tuple(BACKBONES),
+    )
+    head: str = keep(
+        "distribution",
+        "distribution: log-spaced bins; bucket: equal classes; regression: log length; ranking: order only",
+        choices=tuple(HEADS),
+    )
+    encoder_path: str = keep(
+        "", "folder of a Hugging Face encoder; for --backbone lexical, a teacher for its n-grams"
+    )
+    encoder_language: str = keep(
+        "all", "lexical: prompts that the teacher reads", choices=("all", "en", "zh")
+    )
+    encoder_layers: str = keep(
+        "",
+        "comma list of the encoder's layers whose means are read, from 1; it is cut after the highest [the last]",
+    )
+    reuse_prefill: bool = keep(
+        False,
+        "--backbone chatglm: a head on the served model's own prompt state, which costs nothing when serving",
+    )
+    served_model: str = keep(
+        "",
+        "name of the model whose answers are predicted [the folder's, of a checkpoint with its run's]",
+    )
+    other_models_weight: float = keep(
+        0.85,
+        "share of a prompt's weight that lengths of other served models get, where there are any",
+    )
+    length_limit: int | None = keep(
+        None, "longest answer in tokens [the served model's context, else 8192]", positive=True
+    )
     num_bins: int = keep(32, "classes of the distribution, spaced in log length", positive=True)
     label_width: float = keep(1.0, "distribution: width of a soft label, in bins")
     crps_weight: float = keep(1.0, "distribution: weight of the ordinal term")
     num_buckets: int = keep(10, "bucket: number of equal classes", positive=True)
     ranking_loss: str = keep("pairwise", "ranking: which loss", choices=("pairwise", "listmle"))
-    calibration_share: float = keep(0.15, "share of the prompts that is kept for calibration; a frozen backbone's head calibrates on "
-                                    "all of them, each by a head that has not seen it")  # fmt: skip
+    calibration_share: float = keep(
+        0.15,
+        "share of the prompts that is kept for calibration; a frozen backbone's head calibrates on "
+        "all of them, each by a head that has not seen it",
+    )
     hash_bits: int = keep(18, "lexical: n-grams are hashed to 2^N rows")
     student_ridge: float = keep(3.0, "lexical: ridge penalty of the student of n-grams")
-    student_dims: int = keep(64, "lexical with --encoder_path: principal components of the teacher's vectors that the student learns")
+    student_dims: int = keep(
+        64,
+        "lexical with --encoder_path: principal components of the teacher's vectors that the student learns",
+    )
     head_ridge: float = keep(0.5, "frozen backbone: ridge penalty of the kernel head")
-    landmarks: int = keep(1024, "frozen backbone: prompts that the kernel compares with", positive=True)
-    near_duplicates: float = keep(0.8, "prompts at least so alike (Jaccard of 5-grams) stay on one side of every split")
+    landmarks: int = keep(
+        1024, "frozen backbone: prompts that the kernel compares with", positive=True
+    )
+    near_duplicates: float = keep(
+        0.8, "prompts at least so alike (Jaccard of 5-grams) stay on one side of every split"
+    )
 
     has_evaluation: ClassVar[bool] = True
     evaluated: ClassVar[tuple[str, ...]] = ("loss", "tau", "mae")
 
     def __post_init__(self):
         if not self.train_type:
-            kinds = {"chatglm": "none" if self.reuse_prefill else "lora", "encoder": "all", "lexical": "none"}
+            kinds = {
+                "chatglm": "none" if self.reuse_prefill else "lora",
+                "encoder": "all",
+                "lexical": "none",
+            }
             object.__setattr__(self, "train_type", kinds.get(self.backbone))
         if self.max_src_len is None:
             object.__setattr__(self, "max_src_len", 256)
         object.__setattr__(self, "max_len", self.max_src_len + 1)  # there is a prompt and no answer
         if self.learning_rate is None:
-            object.__setattr__(self, "learning_rate", 5e-5 if self.train_type in ("all", "freeze") else 1e-3)
+            object.__setattr__(
+                self, "learning_rate", 5e-5 if self.train_type in ("all", "freeze") else 1e-3
+            )
         super().__post_init__()
         if self.reuse_prefill and (self.backbone, self.train_type) != ("chatglm", "none"):
-            raise ValueError("--reuse_prefill needs --backbone chatglm, and no --train_type: the served model stays as it is")
+            raise ValueError(
+                "--reuse_prefill needs --backbone chatglm, and no --train_type: the served model stays as it is"
+            )
         if self.backbone == "lexical" and self.train_type != "none":
-            raise ValueError(f"--backbone lexical has no weights for --train_type {self.train_type}")
+            raise ValueError(
+                f"--backbone lexical has no weights for --train_type {self.train_type}"
+            )
         if self.backbone == "encoder" and not self.encoder_path:
-            raise ValueError("--backbone encoder needs --encoder_path: the folder of a Hugging Face encoder")
+            raise ValueError(
+                "--backbone encoder needs --encoder_path: the folder of a Hugging Face encoder"
+            )
         if self.backbone == "encoder" and self.train_type == "ptuning":
-            raise ValueError("--train_type ptuning is for ChatGLM; an encoder takes all, lora, freeze or none")
-        for name, most in (("length_limit", LONGEST), ("num_bins", MOST_BINS), ("num_buckets", MOST_BINS)):
+            raise ValueError(
+                "--train_type ptuning is for ChatGLM; an encoder takes all, lora, freeze or none"
+            )
+        for name, most in (
+            ("length_limit", LONGEST),
+            ("num_bins", MOST_BINS),
+            ("num_buckets", MOST_BINS),
+        ):
             value = getattr(self, name)
             if value is not None and not 2 <= value <= most:
                 raise ValueError(f"--{name} must be from 2 to {most:,}; got {value}")
@@ -130,7 +245,9 @@ class PredictorConfig(TrainConfig):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be in [0, 1); got {getattr(self, name)}")
         if not self.calibration_share:
-            raise ValueError("--calibration_share must be above 0: quantiles hold on prompts that were not trained on")
+            raise ValueError(
+                "--calibration_share must be above 0: quantiles hold on prompts that were not trained on"
+            )
         for name in ("student_ridge", "head_ridge"):
             if not 0 < getattr(self, name) < 1e9:
                 raise ValueError(f"--{name} must be above 0; got {getattr(self, name)}")
@@ -146,11 +263,15 @@ class PredictorConfig(TrainConfig):
     def layers(self) -> tuple[int, ...]:
         """--encoder_layers, ascending."""
         try:
-            found = tuple(sorted({int(part) for part in self.encoder_layers.split(",") if part.strip()}))
+            found = tuple(
+                sorted({int(part) for part in self.encoder_layers.split(",") if part.strip()})
+            )
         except ValueError:
             found = (0,)
         if found and found[0] < 1:
-            raise ValueError(f"--encoder_layers must be whole numbers from 1, separated by commas; got {self.encoder_layers!r}")
+            raise ValueError(
+                f"--encoder_layers must be whole numbers from 1, separated by commas; got {self.encoder_layers!r}"
+            )
         return found
 
     @property

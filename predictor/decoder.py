@@ -37,7 +37,15 @@ class Decoder:
     tail: Tail | None = None
 
     @classmethod
-    def fit(cls, head, outputs: np.ndarray, tokens: np.ndarray, finished: np.ndarray, weights: np.ndarray, prompts: np.ndarray) -> "Decoder":
+    def fit(
+        cls,
+        head,
+        outputs: np.ndarray,
+        tokens: np.ndarray,
+        finished: np.ndarray,
+        weights: np.ndarray,
+        prompts: np.ndarray,
+    ) -> "Decoder":
         """From n labels of unseen prompts.
 
         Args:
@@ -56,7 +64,14 @@ class Decoder:
                 raw[held] = head.reader(settings, edges)(outputs[held])[0]
         conformal = Conformal.fit(levels_of(raw, edges, tokens), finished, weights)
         errors = residuals_of(conformal.apply(raw), edges, tokens, finished, weights)
-        return cls(head, head.fit(outputs, tokens, finished, weights), conformal, edges, errors, Tail.fit(tokens, finished, weights))
+        return cls(
+            head,
+            head.fit(outputs, tokens, finished, weights),
+            conformal,
+            edges,
+            errors,
+            Tail.fit(tokens, finished, weights),
+        )
 
     @cached_property
     def read(self):
@@ -72,10 +87,16 @@ class Decoder:
         found = self.conformal.apply(raw)
         return self.tail.apply(found, self.edges) if self.tail else found
 
-    def judge(self, outputs: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def judge(
+        self, outputs: np.ndarray, tokens: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(probabilities (N, K), rank scores (N,), levels (N,) of the lengths `tokens` in them, exact at the conformal map's knots)."""
         raw, ranks = self.read(np.asarray(outputs, np.float64))
-        return self.calibrated(raw), ranks, np.interp(levels_of(raw, self.edges, tokens), *self.conformal.knots)
+        return (
+            self.calibrated(raw),
+            ranks,
+            np.interp(levels_of(raw, self.edges, tokens), *self.conformal.knots),
+        )
 
     def predictions(self, outputs: np.ndarray) -> list[LengthPrediction]:
         probabilities, ranks = self.decode(outputs)
@@ -84,27 +105,50 @@ class Decoder:
     def to_dict(self) -> dict:
         name = next(name for name, kind in HEADS.items() if isinstance(self.head, kind))
         return {
-            "head": {"name": name, **asdict(self.head)}, "settings": self.settings, "conformal": asdict(self.conformal), "edges": self.edges.tolist(),
-            "residuals": self.residuals, "tail": self.tail and asdict(self.tail),
-        }  # fmt: skip
+            "head": {"name": name, **asdict(self.head)},
+            "settings": self.settings,
+            "conformal": asdict(self.conformal),
+            "edges": self.edges.tolist(),
+            "residuals": self.residuals,
+            "tail": self.tail and asdict(self.tail),
+        }
 
     @classmethod
     def from_dict(cls, values: dict) -> "Decoder":
         """Raises KeyError, TypeError, ValueError for what `to_dict` did not write."""
         knobs = dict(values["head"])
         head = HEADS[knobs.pop("name")](**knobs)
-        conformal = Conformal(tuple(values["conformal"]["raw"]), tuple(values["conformal"]["calibrated"]))
+        conformal = Conformal(
+            tuple(values["conformal"]["raw"]), tuple(values["conformal"]["calibrated"])
+        )
         tail = Tail(**values["tail"]) if values.get("tail") else None
-        return cls(head, values["settings"], conformal, np.asarray(values["edges"], np.float64), tuple(values.get("residuals", ())), tail)
+        return cls(
+            head,
+            values["settings"],
+            conformal,
+            np.asarray(values["edges"], np.float64),
+            tuple(values.get("residuals", ())),
+            tail,
+        )
 
 
-def residuals_of(probabilities: np.ndarray, edges: np.ndarray, tokens: np.ndarray, finished: np.ndarray, weights: np.ndarray) -> tuple[float, ...]:
+def residuals_of(
+    probabilities: np.ndarray,
+    edges: np.ndarray,
+    tokens: np.ndarray,
+    finished: np.ndarray,
+    weights: np.ndarray,
+) -> tuple[float, ...]:
     """RESIDUALS quantiles of log(length / median of its prediction), ascending; cut answers count as longer than that. () if all were cut."""
     if not finished.any():
         return ()
     medians = np.array([LengthPrediction(p, edges, 0.0).median_tokens for p in probabilities])
-    values, share = kaplan_meier(np.log(np.maximum(tokens, 1) / np.maximum(medians, 1)), finished, weights)
-    return tuple(np.round(np.interp((np.arange(RESIDUALS) + 0.5) / RESIDUALS, share, values), 4).tolist())
+    values, share = kaplan_meier(
+        np.log(np.maximum(tokens, 1) / np.maximum(medians, 1)), finished, weights
+    )
+    return tuple(
+        np.round(np.interp((np.arange(RESIDUALS) + 0.5) / RESIDUALS, share, values), 4).tolist()
+    )
 
 
 def fold_of(groups: np.ndarray) -> np.ndarray:
@@ -145,7 +189,9 @@ def read_card(folder: str | Path) -> dict:
     except (ValueError, KeyError, TypeError, OverflowError):
         raise ValueError(f"{path}: not the card of a length predictor") from None
     if version > FORMAT_VERSION:
-        raise ValueError(f"{path}: format version {version}, this program reads up to {FORMAT_VERSION}")
+        raise ValueError(
+            f"{path}: format version {version}, this program reads up to {FORMAT_VERSION}"
+        )
     return card
 
 

@@ -18,17 +18,24 @@ from finetune.commands import Parser, run_command, whole
 from finetune.files import write_json
 from predictor.calibration import kaplan_meier, levels_of
 from predictor.labels import Example, data_hash, language, make_counter, read_examples
-from predictor.metrics import grouped, kendall_tau, metrics_of, quantiles
+from predictor.scores import grouped, kendall_tau, metrics_of, quantiles
 
 DRAWS = 10  # random choices of the run that is predicted, for the noise ceiling
 TIMED_SECONDS = 2.0  # at most, for single prompts, and again for batches
 WARM_UP = 5  # calls that are not timed
 NOMINAL = tuple(np.round(np.arange(0.05, 1, 0.05), 2).tolist()) + (0.975,)
 COLUMNS = {  # heading -> (metric, format)
-    "answers": ("answers", "d"), "cut": ("cut", "d"), "tau-b": ("tau", ".3f"), "MAE": ("mae", ".1f"), "constant": ("mae_constant", ".1f"),
-    "pinball": ("pinball", ".2f"), "CRPS": ("crps", ".4f"), "in q90": ("coverage_90", ".1%"), "in q97.5": ("coverage_975", ".1%"),
+    "answers": ("answers", "d"),
+    "cut": ("cut", "d"),
+    "tau-b": ("tau", ".3f"),
+    "MAE": ("mae", ".1f"),
+    "constant": ("mae_constant", ".1f"),
+    "pinball": ("pinball", ".2f"),
+    "CRPS": ("crps", ".4f"),
+    "in q90": ("coverage_90", ".1%"),
+    "in q97.5": ("coverage_975", ".1%"),
     "q90 tokens": ("reserved_90", ".1f"),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -52,11 +59,23 @@ class Observed:
         for example in examples:
             for label in example.labels:
                 if label.served_model == served_model:
-                    rows.append((number.setdefault(example.prompt, len(number)), label.tokens, label.finished))
+                    rows.append(
+                        (
+                            number.setdefault(example.prompt, len(number)),
+                            label.tokens,
+                            label.finished,
+                        )
+                    )
                 else:
                     others += 1
         prompt, tokens, finished = zip(*rows) if rows else ((), (), ())
-        return cls(list(number), np.array(prompt, np.int64), np.array(tokens, float), np.array(finished, bool), others)
+        return cls(
+            list(number),
+            np.array(prompt, np.int64),
+            np.array(tokens, float),
+            np.array(finished, bool),
+            others,
+        )
 
     def __len__(self):
         return len(self.tokens)
@@ -67,7 +86,14 @@ class Observed:
         return 1 / np.bincount(self.prompt, minlength=len(self.prompts))[self.prompt]
 
 
-def evaluate(predictor, examples: list[Example], *, served_model: str = "", batch_size: int = 64, predicted: tuple | None = None) -> dict:
+def evaluate(
+    predictor,
+    examples: list[Example],
+    *,
+    served_model: str = "",
+    batch_size: int = 64,
+    predicted: tuple | None = None,
+) -> dict:
     """What the module's first lines say, as a dict that JSON takes.
 
     Args:
@@ -81,9 +107,13 @@ def evaluate(predictor, examples: list[Example], *, served_model: str = "", batc
     seen = Observed.of(examples, served_model)
     if not len(seen):
         names = sorted({label.served_model for e in examples for label in e.labels})
-        raise ValueError(f"--served_model {served_model!r}: no row is of it; the rows are of {', '.join(names[:8])}")
+        raise ValueError(
+            f"--served_model {served_model!r}: no row is of it; the rows are of {', '.join(names[:8])}"
+        )
     if not seen.finished.any():
-        raise ValueError(f"none of the {len(seen)} answers of {served_model!r} finished: their lengths are not known")
+        raise ValueError(
+            f"none of the {len(seen)} answers of {served_model!r} finished: their lengths are not known"
+        )
     probabilities, edges, scores = predicted or predict_arrays(predictor, seen.prompts)
     each = probabilities[seen.prompt], edges, scores[seen.prompt], seen.tokens, seen.finished
     constant, source = constant_of(card, seen, served_model)
@@ -93,31 +123,50 @@ def evaluate(predictor, examples: list[Example], *, served_model: str = "", batc
     def beside(chosen: np.ndarray) -> dict:
         done = chosen & seen.finished
         miss = float(np.abs(seen.tokens[done] - constant).mean()) if done.any() else 0.0
-        return {"mae_constant": miss, "answers": int(chosen.sum()), "cut": int((chosen & ~seen.finished).sum())}
+        return {
+            "mae_constant": miss,
+            "answers": int(chosen.sum()),
+            "cut": int((chosen & ~seen.finished).sum()),
+        }
 
     by_group = {}
     for name, metrics in grouped(groups, *each).items():
         key, value = name.split("=", 1)
-        by_group[name] = {k: v for k, v in metrics.items() if k != "prompts"} | beside(groups[key] == value)
+        by_group[name] = {k: v for k, v in metrics.items() if k != "prompts"} | beside(
+            groups[key] == value
+        )
     levels = levels_of(probabilities[seen.prompt], edges, seen.tokens)
     return {
-        "predictor": {"backbone": card["backbone"]["name"], "head": card["head"]["name"], "served_model": card["served_model"]["name"]},
-        "served_model": served_model, "prompts": len(seen.prompts), "other_models_answers": seen.others,
+        "predictor": {
+            "backbone": card["backbone"]["name"],
+            "head": card["head"]["name"],
+            "served_model": card["served_model"]["name"],
+        },
+        "served_model": served_model,
+        "prompts": len(seen.prompts),
+        "other_models_answers": seen.others,
         "training_rows": data_hash(examples) == card["training_data"]["sha256"],
         "constant": {"tokens": constant, "of": source},
         "all": metrics_of(*each) | beside(np.ones(len(seen), bool)),
         "groups": by_group,
         "product_limit": None if seen.finished.all() else product_limit(levels, seen),
-        "calibration": {"nominal": list(NOMINAL), "observed": observed_levels(levels, seen.finished)},
+        "calibration": {
+            "nominal": list(NOMINAL),
+            "observed": observed_levels(levels, seen.finished),
+        },
         "noise_ceiling": noise_ceiling(seen, scores),
         "milliseconds": timings(predictor, seen.prompts, batch_size),
-    }  # fmt: skip
+    }
 
 
 def predict_arrays(predictor, prompts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(probabilities (N, K), edges (K + 1,), rank scores (N,)) of N prompts."""
     found = predictor.predict(prompts)
-    return np.stack([p.probabilities for p in found]), found[0].edges, np.array([p.rank_score for p in found])
+    return (
+        np.stack([p.probabilities for p in found]),
+        found[0].edges,
+        np.array([p.rank_score for p in found]),
+    )
 
 
 def constant_of(card: dict, seen: Observed, served_model: str) -> tuple[float, str]:
@@ -133,7 +182,10 @@ def groups_of(prompts: list[str], medians: np.ndarray) -> dict[str, np.ndarray]:
     languages = ["zh" if language(p) == "zh" else "other" for p in prompts]
     bounds = np.unique(np.quantile(medians, [0.25, 0.5, 0.75]))
     quarter = np.searchsorted(bounds, medians, side="left")
-    names = [f"{i + 1} (to {np.max(medians[quarter == i]):.0f})" if (quarter == i).any() else "" for i in range(len(bounds) + 1)]
+    names = [
+        f"{i + 1} (to {np.max(medians[quarter == i]):.0f})" if (quarter == i).any() else ""
+        for i in range(len(bounds) + 1)
+    ]
     return {"language": np.array(languages), "length": np.array([names[i] for i in quarter])}
 
 
@@ -147,7 +199,10 @@ def product_limit(levels: np.ndarray, seen: Observed) -> dict[str, float]:
     """Coverage by the estimate of Kaplan and Meier: what a cut answer would have come to is what those that went on came to."""
     values, share = kaplan_meier(levels, seen.finished, np.ones(len(levels)))
     at = np.searchsorted(values, [0.9, 0.975], side="right") - 1
-    return {name: float(share[i]) if i >= 0 else 0.0 for name, i in zip(("coverage_90", "coverage_975"), at)}
+    return {
+        name: float(share[i]) if i >= 0 else 0.0
+        for name, i in zip(("coverage_90", "coverage_975"), at)
+    }
 
 
 def noise_ceiling(seen: Observed, scores: np.ndarray) -> dict | None:
@@ -165,9 +220,15 @@ def noise_ceiling(seen: Observed, scores: np.ndarray) -> dict | None:
     for draw in range(DRAWS):
         truth, one, others = (np.zeros(len(several)) for _ in range(3))
         for i, k in enumerate(several):
-            mixed = seen.tokens[order[starts[k] : starts[k] + runs[k]]][generator.permutation(runs[k])]
+            mixed = seen.tokens[order[starts[k] : starts[k] + runs[k]]][
+                generator.permutation(runs[k])
+            ]
             truth[i], one[i], others[i] = mixed[0], mixed[1], np.median(mixed[1:])
-        found[draw] = kendall_tau(one, truth), kendall_tau(others, truth), kendall_tau(scores[prompt[several]], truth)
+        found[draw] = (
+            kendall_tau(one, truth),
+            kendall_tau(others, truth),
+            kendall_tau(scores[prompt[several]], truth),
+        )
     names = ("tau_of_one_run", "tau_of_median_of_others", "tau_of_predictor")
     return {"prompts": len(several), **dict(zip(names, found.mean(axis=0).tolist()))}
 
@@ -177,9 +238,13 @@ def timings(predictor, prompts: list[str], batch_size: int) -> dict:
 
     def measure(size: int) -> np.ndarray:
         batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-        batches = [b for b in batches if len(b) == size] or batches  # a last, smaller batch would look slow
+        batches = [
+            b for b in batches if len(b) == size
+        ] or batches  # a last, smaller batch would look slow
         seconds, begun, calls = [], time.perf_counter(), 0
-        while calls < WARM_UP + max(20, len(batches)) and (calls <= WARM_UP or time.perf_counter() - begun < TIMED_SECONDS):
+        while calls < WARM_UP + max(20, len(batches)) and (
+            calls <= WARM_UP or time.perf_counter() - begun < TIMED_SECONDS
+        ):
             batch = batches[calls % len(batches)]
             start = time.perf_counter()
             predictor.predict(batch)
@@ -189,25 +254,41 @@ def timings(predictor, prompts: list[str], batch_size: int) -> dict:
 
     single, batched = measure(1), measure(min(batch_size, len(prompts)))
     return {
-        "single_p50": float(np.median(single)), "single_p99": float(np.quantile(single, 0.99)), "batch_size": min(batch_size, len(prompts)),
-        "batch_p50": float(np.median(batched)), "batch_p99": float(np.quantile(batched, 0.99)), "prompts_a_second": float(1000 / batched.mean()),
-    }  # fmt: skip
+        "single_p50": float(np.median(single)),
+        "single_p99": float(np.quantile(single, 0.99)),
+        "batch_size": min(batch_size, len(prompts)),
+        "batch_p50": float(np.median(batched)),
+        "batch_p99": float(np.quantile(batched, 0.99)),
+        "prompts_a_second": float(1000 / batched.mean()),
+    }
 
 
 def table(report: dict) -> str:
     """The report in words and columns."""
     rows = {"all": report["all"], **report["groups"]}
     lines = [["", *COLUMNS]]
-    lines += [[name, *(format(metrics[key], form) for key, form in COLUMNS.values())] for name, metrics in rows.items()]
+    lines += [
+        [name, *(format(metrics[key], form) for key, form in COLUMNS.values())]
+        for name, metrics in rows.items()
+    ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:]))]) for line in lines]
+    text = [
+        "  ".join(
+            [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:]))]
+        )
+        for line in lines
+    ]
     made, constant, ms = report["predictor"], report["constant"], report["milliseconds"]
     head = f"{made['backbone']} predictor with head {made['head']}: {report['prompts']} prompts, answers of {report['served_model']}"
     if report["other_models_answers"]:
         head += f" ({report['other_models_answers']} of other served models left out)"
     if report["training_rows"]:
         head += "\nThese are the rows it was trained on: figures on unseen rows are worse."
-    text = [head, *text, f"MAE, pinball in tokens; constant: always {constant['tokens']:g} tokens, the median of {constant['of']}"]
+    text = [
+        head,
+        *text,
+        f"MAE, pinball in tokens; constant: always {constant['tokens']:g} tokens, the median of {constant['of']}",
+    ]
     if limit := report["product_limit"]:
         text.append(
             f"{report['all']['cut']} answers were cut: not in tau, MAE, pinball, CRPS; covered where the quantile lies beyond the cut. By the "
@@ -229,9 +310,13 @@ def run(args) -> int:
     from predictor.runtime import LengthPredictor
 
     predictor = LengthPredictor.from_pretrained(
-        args.predictor, served_model=args.model_path, allow_other_tokenizer=args.allow_other_tokenizer, base_model=args.base_model,
-        device=args.device, threads=args.threads,
-    )  # fmt: skip
+        args.predictor,
+        served_model=args.model_path,
+        allow_other_tokenizer=args.allow_other_tokenizer,
+        base_model=args.base_model,
+        device=args.device,
+        threads=args.threads,
+    )
     count = None
     if args.model_path:
         from chatglm.loading import load_tokenizer
@@ -239,10 +324,20 @@ def run(args) -> int:
         count = make_counter(load_tokenizer(args.model_path))
     served_model = args.served_model or predictor.card["served_model"]["name"]
     paths = [path.strip() for path in args.data.split(",")]
-    examples, bad = read_examples(paths, served_model=served_model, count=count, on_bad_row=args.on_bad_row)
+    examples, bad = read_examples(
+        paths, served_model=served_model, count=count, on_bad_row=args.on_bad_row
+    )
     seen = Observed.of(examples, served_model)
-    predicted = predict_arrays(predictor, seen.prompts) if args.picture and seen.finished.any() else None
-    report = evaluate(predictor, examples, served_model=served_model, batch_size=args.batch_size, predicted=predicted) | {"bad_rows": bad}
+    predicted = (
+        predict_arrays(predictor, seen.prompts) if args.picture and seen.finished.any() else None
+    )
+    report = evaluate(
+        predictor,
+        examples,
+        served_model=served_model,
+        batch_size=args.batch_size,
+        predicted=predicted,
+    ) | {"bad_rows": bad}
     print(table(report) + (f"\n{bad} bad rows skipped" if bad else ""), flush=True)
     if args.json:
         write_json(args.json, report)
@@ -250,34 +345,85 @@ def run(args) -> int:
         from predictor.pictures import draw
 
         probabilities, edges, _ = predicted
-        draw(Path(args.picture), probabilities[seen.prompt], edges, seen.tokens, seen.finished, report)
+        draw(
+            Path(args.picture),
+            probabilities[seen.prompt],
+            edges,
+            seen.tokens,
+            seen.finished,
+            report,
+        )
     return 0
 
 
 def add_predictor_flags(parser: argparse.ArgumentParser):
     """What it takes to load a predictor; also of predictor.update."""
     parser.add_argument("--predictor", required=True, metavar="DIR", help="folder of the predictor")
-    parser.add_argument("--base_model", metavar="DIR", help="of a ChatGLM backbone whose folder holds an adapter alone (default: the one it names)")
+    parser.add_argument(
+        "--base_model",
+        metavar="DIR",
+        help="of a ChatGLM backbone whose folder holds an adapter alone (default: the one it names)",
+    )
     parser.add_argument("--device", default="cpu", help="torch device of a transformer in it [cpu]")
 
 
 def main(argv: list[str] | None = None) -> int:
     from finetune.config import parse_bool
 
-    parser = Parser(prog="predictor.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="predictor.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_predictor_flags(parser)
-    parser.add_argument("--data", required=True, metavar="FILE[,FILE]", help="rows with output_tokens, or with answers to count (--model_path)")
-    parser.add_argument("--served_model", metavar="NAME", help="whose answers are looked at, and whose the rows are that do not say (default: the predictor's)")
-    parser.add_argument("--model_path", metavar="DIR", help="the served model's folder: its tokenizer counts answers, and must be the predictor's")
     parser.add_argument(
-        "--allow_other_tokenizer", type=parse_bool, nargs="?", const=True, default=False, metavar="True|False",
+        "--data",
+        required=True,
+        metavar="FILE[,FILE]",
+        help="rows with output_tokens, or with answers to count (--model_path)",
+    )
+    parser.add_argument(
+        "--served_model",
+        metavar="NAME",
+        help="whose answers are looked at, and whose the rows are that do not say (default: the predictor's)",
+    )
+    parser.add_argument(
+        "--model_path",
+        metavar="DIR",
+        help="the served model's folder: its tokenizer counts answers, and must be the predictor's",
+    )
+    parser.add_argument(
+        "--allow_other_tokenizer",
+        type=parse_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="True|False",
         help="take a --model_path of another tokenizer all the same",
-    )  # fmt: skip
+    )
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
-    parser.add_argument("--picture", metavar="FILE.png", help="predicted against real lengths, and the calibration curve")
-    parser.add_argument("--batch_size", type=whole(), default=64, help="prompts predicted together when batches are timed [64]")
-    parser.add_argument("--threads", type=whole(1, 1024), help="of a transformer's arithmetic (default: as many as it likes)")
-    parser.add_argument("--on_bad_row", choices=("error", "skip"), default="error", help="what to do with a malformed row [error]")
+    parser.add_argument(
+        "--picture",
+        metavar="FILE.png",
+        help="predicted against real lengths, and the calibration curve",
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=whole(),
+        default=64,
+        help="prompts predicted together when batches are timed [64]",
+    )
+    parser.add_argument(
+        "--threads",
+        type=whole(1, 1024),
+        help="of a transformer's arithmetic (default: as many as it likes)",
+    )
+    parser.add_argument(
+        "--on_bad_row",
+        choices=("error", "skip"),
+        default="error",
+        help="what to do with a malformed row [error]",
+    )
     args = parser.parse_args(argv)
     if args.picture and Path(args.picture).suffix not in (".png", ".svg", ".pdf"):
         parser.error(f"--picture {args.picture}: wanted a name that ends in .png, .svg or .pdf")

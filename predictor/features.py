@@ -22,21 +22,21 @@ PREFIX, INSIDE, FIRST, LAST = 5, 4, 4, 3  # characters, characters, words, words
 CUES = {
     "list": "list lists bullet bullets enumerate items 列出 列举 清单 罗列",
     "explain": "explain describe discuss detail detailed elaborate analyze analyse analysis explanation thorough comprehensive "
-               "解释 说明 描述 详细 分析 阐述 讨论 论述",
+    "解释 说明 描述 详细 分析 阐述 讨论 论述",
     "write": "write compose create generate draft produce develop design structure 写 撰写 创作 生成 编写 设计 起草 制作",
     "summary": "summarize summarise summary tldr shorten condense headline title caption slogan tagline 总结 概括 摘要 标题 口号 缩写",
     "rewrite": "translate translation convert rewrite rephrase paraphrase reword edit correct grammar fix replace "
-               "翻译 改写 转换 改成 重写 纠正 修改 替换",
+    "翻译 改写 转换 改成 重写 纠正 修改 替换",
     "classify": "classify categorize identify determine decide detect whether sentiment label choose select pick match true false "
-                "分类 判断 识别 确定 选择 是否 情感 哪个",
+    "分类 判断 识别 确定 选择 是否 情感 哪个",
     "story": "story tale novel narrative backstory scene chapter fiction plot screenplay script dialogue monologue episode "
-             "故事 小说 剧本 对话 童话",
+    "故事 小说 剧本 对话 童话",
     "poem": "poem song lyrics verse haiku rap limerick sonnet rhyme joke pun 诗 诗歌 歌词 笑话 对联 绝句",
     "essay": "essay article blog report paper speech proposal letter email post review section outline curriculum itinerary plan "
-             "presentation guide tutorial 文章 论文 作文 报告 演讲 邮件 信 博客 计划 方案 大纲 攻略 指南",
+    "presentation guide tutorial 文章 论文 作文 报告 演讲 邮件 信 博客 计划 方案 大纲 攻略 指南",
     "recipe": "recipe cook bake dish ingredients cake meal 食谱 菜 做法 烹饪",
     "code": "code python java javascript function sql html css algorithm class implement api regex bash array program "
-            "代码 程序 函数 算法 编程 脚本 实现",
+    "代码 程序 函数 算法 编程 脚本 实现",
     "maths": "calculate compute sum solve equation probability average multiply divided area percent 计算 求 方程 概率 多少",
     "brief": "short brief briefly concise concisely single word quick simple simply only just 简短 简要 简洁 仅 只",
     "long": "long in-depth complete full every each step steps thoroughly extensive 完整 全面 步骤 每个 深入 长",
@@ -45,7 +45,7 @@ CUES = {
     "why": "why 为何 原因",
     "who": "who when where which whose whom name 谁 哪里 哪年 何时 地点",
     "many": "ways tips ideas examples reasons benefits advantages disadvantages pros cons options strategies suggestions differences "
-            "types kinds methods 方法 建议 例子 理由 好处 优点 缺点 区别 种类 措施 特点",
+    "types kinds methods 方法 建议 例子 理由 好处 优点 缺点 区别 种类 措施 特点",
     "best": "best good better recommend suggest advice should could would 推荐 最好 应该 可以",
     "compare": "compare contrast difference between relationship impact role history effect importance 比较 关系 影响 历史 作用",
     "given": "given following below above this provided input text sentence passage paragraph 给定 以下 下面 上述 这段 句子 段落",
@@ -54,38 +54,108 @@ CUES = {
     "you": "you your 你 您",
     "others": "he she they his her their it its 他 她",
     "yes_no": "is are was were do does did can will has have am 吗",
-}  # fmt: skip
+}
 OPENERS = [
-    "what", "how", "why", "who", "when", "where", "which", "is", "are", "do", "does", "did", "can", "could", "give", "write",
-    "explain", "list", "name", "describe", "create", "generate", "make", "tell", "find", "i", "you", "the", "a", "if",
-    "provide", "suggest", "design", "rewrite", "come", "identify", "classify", "translate", "imagine", "please", "in", "for",
+    "what",
+    "how",
+    "why",
+    "who",
+    "when",
+    "where",
+    "which",
+    "is",
+    "are",
+    "do",
+    "does",
+    "did",
+    "can",
+    "could",
+    "give",
+    "write",
+    "explain",
+    "list",
+    "name",
+    "describe",
+    "create",
+    "generate",
+    "make",
+    "tell",
+    "find",
+    "i",
+    "you",
+    "the",
+    "a",
+    "if",
+    "provide",
+    "suggest",
+    "design",
+    "rewrite",
+    "come",
+    "identify",
+    "classify",
+    "translate",
+    "imagine",
+    "please",
+    "in",
+    "for",
     "hi",
-]  # fmt: skip
+]
 EARLY = 8  # words
-ENGLISH = {word: n for n, word in enumerate(["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], 1)} | {"twenty": 20}
+ENGLISH = {
+    word: n
+    for n, word in enumerate(
+        ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], 1
+    )
+} | {"twenty": 20}
 CHINESE = {word: n for n, word in enumerate("一二三四五六七八九十", 1)} | {"两": 2}
 NUMBERS = ENGLISH | CHINESE
 UNITS = {
-    "words": "words?|characters?|字", "lines": "sentences?|lines?|verses?|句话?|行", "paragraphs": "paragraphs?|stanzas?|pages?|段|页|篇",
+    "words": "words?|characters?|字",
+    "lines": "sentences?|lines?|verses?|句话?|行",
+    "paragraphs": "paragraphs?|stanzas?|pages?|段|页|篇",
     "items": "examples?|ways|things|tips|ideas|items|reasons|steps|questions|names|points|bullets?|topics|facts|options|days?|个|点|条|种|首",
-}  # fmt: skip
+}
 # Not inside a longer word or number; Chinese has no spaces around them, and 一个 is an article.
 ASKED = re.compile(
     rf"(?<![a-z\d_.{''.join(CHINESE)}百千万零])(\d{{1,5}}(?!\d)|(?:{'|'.join(ENGLISH)})(?![a-z])|[{''.join(CHINESE)}](?<!一(?=[个篇])))[\s\-+]*"
     r"(?:[a-z]\w* )?(?:" + "|".join(f"(?P<{k}>{v})" for k, v in UNITS.items()) + ")"
-)  # fmt: skip
+)
 DIGITS, CAPITALS = re.compile(r"\d"), re.compile("[A-Z]")
-PHRASES = {"one_sentence": ("one sentence", "a sentence", "one word", "single", "一句"), "step_by_step": ("step by step", "step-by-step", "一步"),
-           "passage": ("the given", "the following", "下面的", "以下")}  # fmt: skip
+PHRASES = {
+    "one_sentence": ("one sentence", "a sentence", "one word", "single", "一句"),
+    "step_by_step": ("step by step", "step-by-step", "一步"),
+    "passage": ("the given", "the following", "下面的", "以下"),
+}
 COUNTS = (
-    "log words", "log characters", "log all characters", "log lines", "log rest", "has rest", "question marks", "ends in question",
-    "full stops", "commas", "quotes", "code marks", "colon", "chinese share", "mean word", "words <= 6", "words <= 12", "words > 60",
-    "digits", "capitals",
-)  # fmt: skip
+    "log words",
+    "log characters",
+    "log all characters",
+    "log lines",
+    "log rest",
+    "has rest",
+    "question marks",
+    "ends in question",
+    "full stops",
+    "commas",
+    "quotes",
+    "code marks",
+    "colon",
+    "chinese share",
+    "mean word",
+    "words <= 6",
+    "words <= 12",
+    "words > 60",
+    "digits",
+    "capitals",
+)
 HAND_NAMES = (
-    [f"cue {name}" for name in CUES] + [f"early {name}" for name in CUES] + [f"opens {word}" for word in OPENERS]
-    + list(COUNTS) + [f"asks {name}" for name in UNITS] + list(PHRASES)
-)  # fmt: skip
+    [f"cue {name}" for name in CUES]
+    + [f"early {name}" for name in CUES]
+    + [f"opens {word}" for word in OPENERS]
+    + list(COUNTS)
+    + [f"asks {name}" for name in UNITS]
+    + list(PHRASES)
+)
 HANDS = len(HAND_NAMES)
 
 BASE = 0x9E3779B97F4A7C15
@@ -100,8 +170,20 @@ def tables() -> tuple[np.ndarray, np.ndarray]:
     classes = np.zeros(0x30000, np.uint8)
     for code in range(0x3000):
         character = chr(code)
-        classes[code] = LETTER if character.isalpha() or character == "'" else DIGIT if unicodedata.category(character) == "Nd" else 0
-    for first, last in ((0x3040, 0x3100), (0x3400, 0xA000), (0xAC00, 0xD7A4), (0xF900, 0xFB00), (0x20000, 0x30000)):
+        classes[code] = (
+            LETTER
+            if character.isalpha() or character == "'"
+            else DIGIT
+            if unicodedata.category(character) == "Nd"
+            else 0
+        )
+    for first, last in (
+        (0x3040, 0x3100),
+        (0x3400, 0xA000),
+        (0xAC00, 0xD7A4),
+        (0xF900, 0xFB00),
+        (0x20000, 0x30000),
+    ):
         classes[first:last] = SINGLE
     powers = np.full(HEAD + TAIL + 4, BASE, np.uint64)
     powers[0] = 1
@@ -115,7 +197,9 @@ def cue_tables() -> tuple[tuple[np.ndarray, np.ndarray], dict[int, int]]:
     hashes, texts = cue_hashes([word for word, _ in cues])
     numbers = np.array([i for _, i in cues])[texts]
     order = np.lexsort((numbers, hashes))
-    return (hashes[order], numbers[order]), {int(h): i for i, h in enumerate(cue_hashes(OPENERS)[0])}
+    return (hashes[order], numbers[order]), {
+        int(h): i for i, h in enumerate(cue_hashes(OPENERS)[0])
+    }
 
 
 def cue_hashes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -123,7 +207,10 @@ def cue_hashes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     grams = Grams(texts)
     single = grams.word_counts[grams.text_of] == 1
     pairs, first = grams.pairs
-    hashes, owners = np.concatenate([grams.words[single], pairs]), np.concatenate([grams.text_of[single], grams.text_of[first]])
+    hashes, owners = (
+        np.concatenate([grams.words[single], pairs]),
+        np.concatenate([grams.text_of[single], grams.text_of[first]]),
+    )
     order = owners.argsort(kind="stable")
     return hashes[order], owners[order]
 
@@ -170,14 +257,21 @@ class Grams:
         characters = inner.nonzero()[0]
         within = characters - starts.repeat(lengths)
         self.values = (codes[characters] + np.uint64(1)) * powers[within]
-        self.words = finalise(np.add.reduceat(self.values, begins)) if len(starts) else np.empty(0, np.uint64)
+        self.words = (
+            finalise(np.add.reduceat(self.values, begins))
+            if len(starts)
+            else np.empty(0, np.uint64)
+        )
         self.text_starts = np.array([0, *map(len, self.lower)]).cumsum() + np.arange(len(texts) + 1)
         if len(texts) == 1:
             self.text_of = np.zeros(len(starts), np.int64)
             self.place = np.arange(len(starts))
         else:
             self.text_of = self.text_starts.searchsorted(starts, side="right") - 1
-            self.place = np.arange(len(starts)) - self.text_of.searchsorted(np.arange(len(texts)))[self.text_of]
+            self.place = (
+                np.arange(len(starts))
+                - self.text_of.searchsorted(np.arange(len(texts)))[self.text_of]
+            )
         self.word_counts = np.bincount(self.text_of, minlength=len(texts))
 
     @cached_property
@@ -194,17 +288,33 @@ class Grams:
         prefix = np.add.reduce(self.values[self.begins[long][:, None] + np.arange(PREFIX)], axis=1)
         early = (place < FIRST).nonzero()[0]
         opening = words[early]
-        opening = np.concatenate([opening, (opening * np.uint64(3) + words[early - 1] * (place[early] > 0)) * np.uint64(7)])
+        opening = np.concatenate(
+            [
+                opening,
+                (opening * np.uint64(3) + words[early - 1] * (place[early] > 0)) * np.uint64(7),
+            ]
+        )
         late = (self.word_counts[texts] - place <= LAST).nonzero()[0]
         inside, of_inside = self.inside()
         values = (words, pairs, prefix, inside, opening, words[late])
-        of = (texts, texts[first], texts[long], of_inside, np.concatenate([texts[early]] * 2), texts[late])
+        of = (
+            texts,
+            texts[first],
+            texts[long],
+            of_inside,
+            np.concatenate([texts[early]] * 2),
+            texts[late],
+        )
         sizes = np.array([len(v) for v in values])
         kind = np.arange(len(KINDS)).repeat(sizes)
         owners = np.concatenate(of)
         hashes = finalise(np.concatenate(values) + SALTS[kind])
         cell = owners * len(KINDS) + kind
-        shares = KIND_WEIGHTS / np.sqrt(np.maximum(np.bincount(cell, minlength=len(self.texts) * len(KINDS)), 1).reshape(-1, len(KINDS)))
+        shares = KIND_WEIGHTS / np.sqrt(
+            np.maximum(np.bincount(cell, minlength=len(self.texts) * len(KINDS)), 1).reshape(
+                -1, len(KINDS)
+            )
+        )
         return hashes, owners, shares.ravel()[cell].astype(np.float32)
 
     def inside(self) -> tuple[np.ndarray, np.ndarray]:
@@ -233,15 +343,21 @@ class Grams:
         for i in (self.place == 0).nonzero()[0].tolist():
             if (opener := openers.get(int(self.words[i]))) is not None:
                 features[self.text_of[i], 2 * cues + opener] = 1
-        single = np.bincount(self.text_of, self.kinds[self.starts] == SINGLE, minlength=count).tolist()
+        single = np.bincount(
+            self.text_of, self.kinds[self.starts] == SINGLE, minlength=count
+        ).tolist()
         letters = np.bincount(self.text_of, self.lengths, minlength=count).tolist()
-        rows = zip(self.raw, self.lower, map(len, self.texts), self.word_counts.tolist(), single, letters)
+        rows = zip(
+            self.raw, self.lower, map(len, self.texts), self.word_counts.tolist(), single, letters
+        )
         for i, row in enumerate(rows):
             features[i, 2 * cues + len(OPENERS) :] = counts_of(*row)
         return features
 
 
-def look_up(table: tuple[np.ndarray, np.ndarray], hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def look_up(
+    table: tuple[np.ndarray, np.ndarray], hashes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """(place in hashes, feature number) of every hash that the table knows; a hash may stand there several times."""
     keys, numbers = table
     left = keys.searchsorted(hashes)
@@ -249,21 +365,41 @@ def look_up(table: tuple[np.ndarray, np.ndarray], hashes: np.ndarray) -> tuple[n
     left = left[known]
     times = keys.searchsorted(hashes[known], side="right") - left
     row = known.repeat(times)
-    return row, numbers[left.repeat(times) + np.arange(len(row)) - (times.cumsum() - times).repeat(times)]
+    return row, numbers[
+        left.repeat(times) + np.arange(len(row)) - (times.cumsum() - times).repeat(times)
+    ]
 
 
-def counts_of(text: str, low: str, whole: int, words: int, single: float, letters: float) -> list[float]:
+def counts_of(
+    text: str, low: str, whole: int, words: int, single: float, letters: float
+) -> list[float]:
     """COUNTS, UNITS and PHRASES of one text; see HAND_NAMES."""
     words = words - 0.4 * single  # Chinese words have nearly two characters
     head, _, rest = low.partition("\n")
     questions = low.count("?") + low.count("？")
     stripped = rest.strip()
     values = [
-        words, len(low), whole, low.count("\n"), len(rest), bool(stripped), questions, low.rstrip().endswith(("?", "？")),
-        low.count(".") + low.count("。"), low.count(",") + low.count("，"), '"' in low or "“" in low, any(m in low for m in ("`", "{", "()", "</")),
-        ":" in low or "：" in low, single / max(1, letters), letters / max(1, words), 0 < words <= 6, words <= 12, words > 60,
-        DIGITS.search(low) is not None, CAPITALS.subn("", text[:400])[1] / (min(len(text), 400) + 1),
-    ]  # fmt: skip
+        words,
+        len(low),
+        whole,
+        low.count("\n"),
+        len(rest),
+        bool(stripped),
+        questions,
+        low.rstrip().endswith(("?", "？")),
+        low.count(".") + low.count("。"),
+        low.count(",") + low.count("，"),
+        '"' in low or "“" in low,
+        any(m in low for m in ("`", "{", "()", "</")),
+        ":" in low or "：" in low,
+        single / max(1, letters),
+        letters / max(1, words),
+        0 < words <= 6,
+        words <= 12,
+        words > 60,
+        DIGITS.search(low) is not None,
+        CAPITALS.subn("", text[:400])[1] / (min(len(text), 400) + 1),
+    ]
     for i in (0, 1, 2, 3, 4, 6, 8, 9):
         values[i] = log1p(values[i])
     asked = dict.fromkeys(UNITS, 0.0)
@@ -271,4 +407,8 @@ def counts_of(text: str, low: str, whole: int, words: int, single: float, letter
         number = match.group(1)
         value = NUMBERS.get(number) or int(number)
         asked[match.lastgroup] = max(asked[match.lastgroup], log1p(value))
-    return [*values, *asked.values(), *(any(p in low for p in phrases) for phrases in PHRASES.values())]
+    return [
+        *values,
+        *asked.values(),
+        *(any(p in low for p in phrases) for phrases in PHRASES.values()),
+    ]

@@ -20,8 +20,8 @@ from predictor.kernel import Kernel, KernelHead
 from predictor.labels import language
 from predictor.lengths import LengthRows, load_lengths, served_card
 from predictor.lexical import Bag, Lexical, crossed, plain
-from predictor.metrics import metrics_of
 from predictor.scorers import HEAD_FILE, FrozenScorer, LinearScorer, encode_all, load_head
+from predictor.scores import metrics_of
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,13 @@ def train_frozen(config: PredictorConfig) -> Path:
     """
     output = Path(config.output_dir or f"output-predictor-{config.backbone}-{config.head}")
     if output.exists() and not (output / CARD).is_file() and any(output.iterdir()):
-        raise ValueError(f"--output_dir {output} holds other things than a predictor; name another folder")
+        raise ValueError(
+            f"--output_dir {output} holds other things than a predictor; name another folder"
+        )
     if (output / CARD).is_file() and not config.overwrite_output_dir:
-        raise ValueError(f"--output_dir {output} already holds a predictor: replace it with --overwrite_output_dir, or name another folder")
+        raise ValueError(
+            f"--output_dir {output} already holds a predictor: replace it with --overwrite_output_dir, or name another folder"
+        )
     if rank() > 0:
         return output
     started = time.perf_counter()
@@ -67,12 +71,20 @@ def train_frozen(config: PredictorConfig) -> Path:
     say(rows.summary())
     backbone = make_backbone(config, family)
     scorer, decoder, metrics = fit(config, rows, make_features(config, rows, backbone))
-    say(f"trained in {time.perf_counter() - started:.0f} s; on prompts unseen in {FOLDS} folds: "
-        + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))  # fmt: skip
+    say(
+        f"trained in {time.perf_counter() - started:.0f} s; on prompts unseen in {FOLDS} folds: "
+        + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    )
     card = {
-        "backbone": {"name": config.backbone, **(asdict(backbone) | ({"encoder_path": ""} if config.backbone == "encoder" else {}))},
-        "served_model": served_card(config, rows), **decoder.to_dict(), "training_data": rows.card(), "metrics": {"folds": metrics},
-    }  # fmt: skip
+        "backbone": {
+            "name": config.backbone,
+            **(asdict(backbone) | ({"encoder_path": ""} if config.backbone == "encoder" else {})),
+        },
+        "served_model": served_card(config, rows),
+        **decoder.to_dict(),
+        "training_data": rows.card(),
+        "metrics": {"folds": metrics},
+    }
     write_predictor(output, config, backbone, scorer, card)
     say(f"predictor: {output}")
     return output
@@ -81,13 +93,23 @@ def train_frozen(config: PredictorConfig) -> Path:
 def make_backbone(config: PredictorConfig, family):
     knobs = {
         "lexical": {},
-        "encoder": {"encoder_path": config.encoder_path, "max_src_len": config.max_src_len, "layers": config.layers},
-        "chatglm": {"mode": family and family.name, "max_src_len": config.max_src_len, "share_prefix": config.share_prefix},
+        "encoder": {
+            "encoder_path": config.encoder_path,
+            "max_src_len": config.max_src_len,
+            "layers": config.layers,
+        },
+        "chatglm": {
+            "mode": family and family.name,
+            "max_src_len": config.max_src_len,
+            "share_prefix": config.share_prefix,
+        },
     }
     return BACKBONES[config.backbone](**knobs[config.backbone])
 
 
-def fit(config: PredictorConfig, rows: LengthRows, features: Features) -> tuple[FrozenScorer, Decoder, dict[str, float]]:
+def fit(
+    config: PredictorConfig, rows: LengthRows, features: Features
+) -> tuple[FrozenScorer, Decoder, dict[str, float]]:
     """(scorer, decoder, metrics on unseen prompts): the decoder is fitted to what heads of FOLDS folds say of prompts they have not seen."""
     lengths, own, folds = rows.train, own_prompts(rows), fold_of(rows.groups)
     head = make_head(config)
@@ -97,10 +119,23 @@ def fit(config: PredictorConfig, rows: LengthRows, features: Features) -> tuple[
     place = np.searchsorted(own, prompt)
 
     def fit_on(chosen: np.ndarray) -> KernelHead:
-        kernel = Kernel.fit(matrix[chosen], features.sizes, features.weights, landmarks=config.landmarks, seed=config.seed)
+        kernel = Kernel.fit(
+            matrix[chosen],
+            features.sizes,
+            features.weights,
+            landmarks=config.landmarks,
+            seed=config.seed,
+        )
         inside = np.isin(learnt.prompt, own[chosen])
         labels = learnt.tokens[inside], learnt.finished[inside], learnt.weights[inside]
-        return KernelHead.fit(kernel, head, matrix[chosen], *labels, np.searchsorted(own[chosen], learnt.prompt[inside]), ridge=config.head_ridge)
+        return KernelHead.fit(
+            kernel,
+            head,
+            matrix[chosen],
+            *labels,
+            np.searchsorted(own[chosen], learnt.prompt[inside]),
+            ridge=config.head_ridge,
+        )
 
     outputs = np.zeros((len(own), head.width))
     for fold in range(FOLDS):
@@ -117,7 +152,9 @@ def own_prompts(rows: LengthRows) -> np.ndarray:
     """Numbers of the prompts that the head learns from, those with a length of the predicted model; the others teach features alone."""
     own = np.unique(rows.train.of_model(rows.own)[0])
     if len(own) < 2 * FOLDS:
-        raise ValueError(f"only {len(own)} prompts have a length of {rows.config.served_model!r}; at least {2 * FOLDS} are needed")
+        raise ValueError(
+            f"only {len(own)} prompts have a length of {rows.config.served_model!r}; at least {2 * FOLDS} are needed"
+        )
     return own
 
 
@@ -126,7 +163,20 @@ def make_features(config: PredictorConfig, rows: LengthRows, backbone) -> Featur
     prompts, own, folds = rows.train.prompts, own_prompts(rows), fold_of(rows.groups)
     mine = [prompts[i] for i in own]
     if config.backbone == "chatglm":
-        return Features([vectors_of(backbone, config.model_name_or_path, mine, config.data_cache, config.data_cache_gb)], (1.0,), None, None)
+        return Features(
+            [
+                vectors_of(
+                    backbone,
+                    config.model_name_or_path,
+                    mine,
+                    config.data_cache,
+                    config.data_cache_gb,
+                )
+            ],
+            (1.0,),
+            None,
+            None,
+        )
     if config.backbone == "encoder":
         vectors, earlier = teacher_of(config, backbone, mine)
         lexical = plain(mine)
@@ -143,7 +193,11 @@ def make_features(config: PredictorConfig, rows: LengthRows, backbone) -> Featur
         read = np.flatnonzero([config.encoder_language in ("all", language(p)) for p in prompts])
         targets, weights = teacher_targets(config, [prompts[i] for i in read]), (1.0, 0.5)
     else:
-        read, targets, weights = np.arange(len(prompts)), rows.train.mean_scores()[:, None], (1.0, 1.0)
+        read, targets, weights = (
+            np.arange(len(prompts)),
+            rows.train.mean_scores()[:, None],
+            (1.0, 1.0),
+        )
     student, found = crossed(bag, targets, read, own, folds, **options)
     return Features([found, bag.hand[own]], weights, student, None)
 
@@ -154,15 +208,31 @@ def vectors_of(
     """(N, D) of a backbone as it lies in its folder; with `cache`, a folder, what was read once is read from there."""
     import torch
 
-    keys = [hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest() for prompt in prompts]
-    file = Path(cache).expanduser() / f"vectors-{folder_key(folder, asdict(backbone))}.safetensors" if cache else None
+    keys = [
+        hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest() for prompt in prompts
+    ]
+    file = (
+        Path(cache).expanduser() / f"vectors-{folder_key(folder, asdict(backbone))}.safetensors"
+        if cache
+        else None
+    )
     known = read_vectors(file) if file else {}
     new = {key: prompt for key, prompt in zip(keys, prompts) if key not in known}
     if new:
         tokenizer = backbone.load_tokenizer(folder)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = backbone.load_model(torch.float32 if device == "cpu" else torch.bfloat16, {}, folder).to(device).eval()
-        found = encode_all(backbone, model, tokenizer, [backbone.encode(tokenizer, p) for p in new.values()], progress=True)
+        model = (
+            backbone.load_model(torch.float32 if device == "cpu" else torch.bfloat16, {}, folder)
+            .to(device)
+            .eval()
+        )
+        found = encode_all(
+            backbone,
+            model,
+            tokenizer,
+            [backbone.encode(tokenizer, p) for p in new.values()],
+            progress=True,
+        )
         known |= dict(zip(new, found.astype(np.float32)))
         if file:
             write_vectors(file, known, cache_gb)
@@ -173,7 +243,12 @@ def folder_key(folder: str, knobs: dict) -> str:
     """A name for a model folder's content, and for how it is read."""
     digest = hashlib.sha256(json.dumps(knobs | {"encoder_path": ""}, sort_keys=True).encode())
     for file in sorted(Path(folder).glob("*")):
-        if file.suffix in (".safetensors", ".bin") or file.name in ("config.json", "tokenizer.json", "tokenizer.model", "vocab.txt"):
+        if file.suffix in (".safetensors", ".bin") or file.name in (
+            "config.json",
+            "tokenizer.json",
+            "tokenizer.model",
+            "vocab.txt",
+        ):
             digest.update(file.name.encode() + sha256(file).encode())
     return digest.hexdigest()[:24]
 
@@ -181,7 +256,10 @@ def folder_key(folder: str, knobs: dict) -> str:
 def read_vectors(file: Path) -> dict[str, np.ndarray]:
     """{sha256 of the prompt: vector} that `write_vectors` wrote; empty where it is not there or not whole."""
     arrays = read_arrays(file)
-    return {bytes(key).hex(): vector for key, vector in zip(arrays.get("keys", ()), arrays.get("vectors", ()))}
+    return {
+        bytes(key).hex(): vector
+        for key, vector in zip(arrays.get("keys", ()), arrays.get("vectors", ()))
+    }
 
 
 def write_vectors(file: Path, vectors: dict[str, np.ndarray], limit_gb: float = CACHE_GB):
@@ -189,11 +267,19 @@ def write_vectors(file: Path, vectors: dict[str, np.ndarray], limit_gb: float = 
     cache_arrays(file, {"keys": keys, "vectors": np.stack(list(vectors.values()))}, limit_gb)
 
 
-def teacher_of(config: PredictorConfig, backbone: Encoder, prompts: list[str]) -> tuple[np.ndarray, LinearScorer | None]:
+def teacher_of(
+    config: PredictorConfig, backbone: Encoder, prompts: list[str]
+) -> tuple[np.ndarray, LinearScorer | None]:
     """(vectors of the encoder, the linear layers it was trained with, where --encoder_path is a predictor itself)."""
     folder = Path(config.encoder_path)
-    earlier = load_head(folder, None, every=True) if (folder / CARD).is_file() and (folder / HEAD_FILE).is_file() else None
-    return vectors_of(backbone, config.encoder_path, prompts, config.data_cache, config.data_cache_gb), earlier
+    earlier = (
+        load_head(folder, None, every=True)
+        if (folder / CARD).is_file() and (folder / HEAD_FILE).is_file()
+        else None
+    )
+    return vectors_of(
+        backbone, config.encoder_path, prompts, config.data_cache, config.data_cache_gb
+    ), earlier
 
 
 def teacher_targets(config: PredictorConfig, prompts: list[str]) -> np.ndarray:
@@ -216,7 +302,9 @@ def teacher_targets(config: PredictorConfig, prompts: list[str]) -> np.ndarray:
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
-def write_predictor(output: Path, config: PredictorConfig, backbone, scorer: FrozenScorer, card: dict):
+def write_predictor(
+    output: Path, config: PredictorConfig, backbone, scorer: FrozenScorer, card: dict
+):
     """The whole folder, put in place by a rename; an OSError of its name, and nothing there, where it cannot be."""
     aside = output.with_name(f".{output.name}.tmp")
     with writing(output):
@@ -243,7 +331,13 @@ def fill_folder(aside: Path, config: PredictorConfig, backbone, scorer: FrozenSc
         if scorer.earlier:
             from safetensors.numpy import save_file
 
-            save_file({"weight": scorer.earlier.weight.astype(np.float32), "bias": scorer.earlier.bias.astype(np.float32)}, aside / HEAD_FILE)
+            save_file(
+                {
+                    "weight": scorer.earlier.weight.astype(np.float32),
+                    "bias": scorer.earlier.bias.astype(np.float32),
+                },
+                aside / HEAD_FILE,
+            )
     if config.backbone == "chatglm":
         card = card | {"base_model": str(Path(config.model_name_or_path).resolve())}
     config.save(aside / "train_config.json")

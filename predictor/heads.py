@@ -35,14 +35,18 @@ class ClassHead:
     def width(self) -> int:
         return len(self.edges) - 1
 
-    def fit(self, outputs: np.ndarray, tokens: np.ndarray, finished: np.ndarray, weights: np.ndarray) -> dict:
+    def fit(
+        self, outputs: np.ndarray, tokens: np.ndarray, finished: np.ndarray, weights: np.ndarray
+    ) -> dict:
         """Decoding settings from outputs (n, width) for prompts that the model has not seen: the temperature of least log loss."""
         first = class_of(self.edges, tokens)
         beyond = np.arange(self.width)[None] >= first[:, None]  # a cut answer is at least that long
         mask = np.where(finished[:, None], np.arange(self.width)[None] == first[:, None], beyond)
 
         def loss(logits):
-            return -(weights * np.log(np.maximum((softmax(logits) * mask).sum(axis=1), 1e-12))).sum()
+            return -(
+                weights * np.log(np.maximum((softmax(logits) * mask).sum(axis=1), 1e-12))
+            ).sum()
 
         return {"temperature": fit_temperature(outputs, loss)}
 
@@ -85,9 +89,15 @@ class Distribution(ClassHead):
         log_p = wide(outputs).log_softmax(dim=1)
         # The soft label's cumulative distribution: a normal in log length, label_width times as wide as a bin.
         inner = torch.log1p(edges[1:-1])
-        sigma = max(self.label_width, 1e-3) * float((inner[-1] - inner[0]) / max(1, len(inner) - 1)) if len(inner) > 1 else 1.0
+        sigma = (
+            max(self.label_width, 1e-3) * float((inner[-1] - inner[0]) / max(1, len(inner) - 1))
+            if len(inner) > 1
+            else 1.0
+        )
         target = torch.special.ndtr((inner[None] - torch.log1p(tokens.float())[:, None]) / sigma)
-        target = torch.cat([torch.zeros_like(target[:, :1]), target, torch.ones_like(target[:, :1])], dim=1)
+        target = torch.cat(
+            [torch.zeros_like(target[:, :1]), target, torch.ones_like(target[:, :1])], dim=1
+        )
         soft = target.diff(dim=1)
         cross_entropy = -(soft * log_p).sum(dim=1)
         total = log_p.exp().cumsum(dim=1)[:, :-1]
@@ -173,13 +183,18 @@ class Ranking(ScoreHead):
         import torch
 
         scores = wide(outputs[:, 0])
-        longer = (tokens[:, None] > tokens[None]) & (owners[:, None] == owners[None]) & finished[None]
+        longer = (
+            (tokens[:, None] > tokens[None]) & (owners[:, None] == owners[None]) & finished[None]
+        )
         if self.ranking_loss == "pairwise":
             loss = -torch.nn.functional.logsigmoid(scores[:, None] - scores[None]) * longer
             return (weights * loss.sum(dim=1) / longer.sum(dim=1).clamp_min(1)).sum()
         # The longest first: each place's score against all that come after it.
         after = longer | torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-        return (weights * (scores.expand(len(scores), -1).masked_fill(~after, -1e9).logsumexp(dim=1) - scores)).sum()
+        return (
+            weights
+            * (scores.expand(len(scores), -1).masked_fill(~after, -1e9).logsumexp(dim=1) - scores)
+        ).sum()
 
     def starting_bias(self, tokens):
         return np.zeros(1)
@@ -189,7 +204,9 @@ def spread(probabilities: np.ndarray, own: np.ndarray, edges: np.ndarray) -> np.
     """(N, k) masses over `own` edges -> (N, K) masses over `edges`, mass lying evenly inside a class."""
     if len(own) == len(edges) and np.array_equal(own, edges):
         return probabilities
-    total = np.concatenate([np.zeros((len(probabilities), 1)), np.cumsum(probabilities, axis=1)], axis=1)
+    total = np.concatenate(
+        [np.zeros((len(probabilities), 1)), np.cumsum(probabilities, axis=1)], axis=1
+    )
     k = class_of(own, edges)
     share = np.clip((edges - own[k]) / (own[k + 1] - own[k]), 0, 1)
     return np.diff(total[:, k] + share * (total[:, k + 1] - total[:, k]), axis=1)
@@ -201,4 +218,9 @@ def make_head(config):
     return head(**{f.name: getattr(config, f.name) for f in fields(head)})
 
 
-HEADS = {"distribution": Distribution, "bucket": Bucket, "regression": Regression, "ranking": Ranking}
+HEADS = {
+    "distribution": Distribution,
+    "bucket": Bucket,
+    "regression": Regression,
+    "ranking": Ranking,
+}

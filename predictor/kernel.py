@@ -29,7 +29,15 @@ class Kernel:
     landmarks: np.ndarray
 
     @classmethod
-    def fit(cls, vectors: np.ndarray, sizes: tuple[int, ...], block_weights: tuple[float, ...], *, landmarks: int = 1024, seed: int = 0) -> "Kernel":
+    def fit(
+        cls,
+        vectors: np.ndarray,
+        sizes: tuple[int, ...],
+        block_weights: tuple[float, ...],
+        *,
+        landmarks: int = 1024,
+        seed: int = 0,
+    ) -> "Kernel":
         """vectors (n, D) = the blocks side by side; `landmarks` of them are kept, all where there are no more."""
         center, spread = vectors.mean(axis=0), vectors.std(axis=0)
         spread = np.where(spread > 1e-6, spread, 1.0)
@@ -37,18 +45,29 @@ class Kernel:
         rows = ((vectors - center) / spread)[np.sort(chosen)].astype(np.float32)
         scales = []
         for start, size in zip(np.cumsum((0, *sizes[:-1])), sizes):
-            distances = squared_distances(rows[:, start : start + size], rows[:, start : start + size])
+            distances = squared_distances(
+                rows[:, start : start + size], rows[:, start : start + size]
+            )
             between = distances[np.triu_indices(len(rows), 1)]
             scales.append(float(np.median(between)) or 1.0 if len(between) else 1.0)
         total = sum(block_weights)
-        return cls(tuple(sizes), tuple(w / total for w in block_weights), center.astype(np.float32), spread.astype(np.float32), tuple(scales), rows)
+        return cls(
+            tuple(sizes),
+            tuple(w / total for w in block_weights),
+            center.astype(np.float32),
+            spread.astype(np.float32),
+            tuple(scales),
+            rows,
+        )
 
     def __call__(self, vectors: np.ndarray) -> np.ndarray:
         """(N, D) -> (N, R)."""
         rows = (np.asarray(vectors, np.float32) - self.center) / self.spread
         found = np.zeros((len(rows), len(self.landmarks)), np.float32)
         start = 0
-        for size, weight, scale, (across, norms) in zip(self.sizes, self.block_weights, self.scales, self.prepared):
+        for size, weight, scale, (across, norms) in zip(
+            self.sizes, self.block_weights, self.scales, self.prepared
+        ):
             block = rows[:, start : start + size]
             powers = block @ across
             powers -= norms
@@ -67,7 +86,10 @@ class Kernel:
         ends = np.cumsum(self.sizes)
         blocks = [self.landmarks[:, end - size : end] for size, end in zip(self.sizes, ends)]
         return [
-            (np.ascontiguousarray(z.T) * np.float32(2 / scale), np.square(z).sum(axis=1) / np.float32(scale))
+            (
+                np.ascontiguousarray(z.T) * np.float32(2 / scale),
+                np.square(z).sum(axis=1) / np.float32(scale),
+            )
             for z, scale in zip(blocks, self.scales)
         ]
 
@@ -101,9 +123,20 @@ class KernelHead:
         from safetensors.numpy import save_file
 
         kernel = self.kernel
-        arrays = {"center": kernel.center, "spread": kernel.spread, "landmarks": kernel.landmarks, "weight": self.weight, "bias": self.bias,
-                  "sizes": np.array(kernel.sizes), "block_weights": np.array(kernel.block_weights), "scales": np.array(kernel.scales)}  # fmt: skip
-        save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, Path(folder) / FILE)
+        arrays = {
+            "center": kernel.center,
+            "spread": kernel.spread,
+            "landmarks": kernel.landmarks,
+            "weight": self.weight,
+            "bias": self.bias,
+            "sizes": np.array(kernel.sizes),
+            "block_weights": np.array(kernel.block_weights),
+            "scales": np.array(kernel.scales),
+        }
+        save_file(
+            {name: np.ascontiguousarray(value) for name, value in arrays.items()},
+            Path(folder) / FILE,
+        )
 
     @classmethod
     def load(cls, folder: Path) -> "KernelHead":
@@ -114,15 +147,28 @@ class KernelHead:
         try:
             arrays = load_file(Path(folder) / FILE)
             weight, bias = arrays.pop("weight"), arrays.pop("bias")
-            lists = {name: tuple(arrays.pop(name).tolist()) for name in ("sizes", "block_weights", "scales")}
+            lists = {
+                name: tuple(arrays.pop(name).tolist())
+                for name in ("sizes", "block_weights", "scales")
+            }
             return cls(Kernel(**lists, **arrays), weight, bias)
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             raise ValueError(f"{Path(folder) / FILE}: cannot be read ({error})") from None
 
     @classmethod
     def fit(
-        cls, kernel: Kernel, head, vectors: np.ndarray, tokens, finished, weights, prompt, *, ridge: float, start: "KernelHead | None" = None
-    ) -> "KernelHead":  # fmt: skip
+        cls,
+        kernel: Kernel,
+        head,
+        vectors: np.ndarray,
+        tokens,
+        finished,
+        weights,
+        prompt,
+        *,
+        ridge: float,
+        start: "KernelHead | None" = None,
+    ) -> "KernelHead":
         """The least of head.loss(outputs) + ridge * |f|^2, f's norm in the kernel's space; with squared error this is kernel ridge
         regression. Found by L-BFGS; convex but for the distribution's ordinal term and for answers that were cut.
 
@@ -136,15 +182,28 @@ class KernelHead:
         flat = torch.from_numpy(at @ to_flat)
         labels = [torch.as_tensor(x) for x in (tokens, finished, weights)]
         prompt, owners = torch.as_tensor(prompt), torch.zeros(len(tokens), dtype=torch.long)
-        first = head.starting_bias(np.asarray(tokens)) if start is None else start.bias.astype(np.float64)
+        first = (
+            head.starting_bias(np.asarray(tokens))
+            if start is None
+            else start.bias.astype(np.float64)
+        )
         before = 0 if start is None else torch.from_numpy(at @ start.weight)
         inner = torch.zeros(flat.shape[1], len(first), dtype=torch.float64, requires_grad=True)
         bias = torch.tensor(first, dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.LBFGS([inner, bias], max_iter=200, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=1e-6)
+        optimizer = torch.optim.LBFGS(
+            [inner, bias],
+            max_iter=200,
+            history_size=20,
+            line_search_fn="strong_wolfe",
+            tolerance_grad=1e-6,
+        )
 
         def closure():
             optimizer.zero_grad()
-            loss = head.loss((before + flat @ inner + bias)[prompt], *labels, owners) + ridge * (inner**2).sum()
+            loss = (
+                head.loss((before + flat @ inner + bias)[prompt], *labels, owners)
+                + ridge * (inner**2).sum()
+            )
             if start is not None:
                 loss = loss + ridge * ((bias - torch.from_numpy(first)) ** 2).sum()
             loss.backward()

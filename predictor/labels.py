@@ -1,6 +1,6 @@
 """What a predictor learns from: prompts with measured answer lengths, and which prompts may not be split apart.
 
-Lengths are tokens of the served model, without its end token. numpy only, but for what finetune.data brings.
+Lengths are tokens of the served model, without its end token. numpy only, but for what finetune.rows.batches brings.
 """
 
 import hashlib
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.formats import BadRow, is_missing, parse_row
-from finetune.sources import read_json_items
+from finetune.rows.formats import BadRow, is_missing, parse_row
+from finetune.rows.sources import read_json_items
 from predictor.features import BASE, finalise
 
 log = logging.getLogger(__name__)
@@ -52,9 +52,13 @@ class Example:
 
 
 def read_examples(
-    paths: str | Path | list, *, served_model: str, count: Callable[[str], int] | None = None,
-    on_bad_row="error", limit: int | None = None,
-) -> tuple[list[Example], int]:  # fmt: skip
+    paths: str | Path | list,
+    *,
+    served_model: str,
+    count: Callable[[str], int] | None = None,
+    on_bad_row="error",
+    limit: int | None = None,
+) -> tuple[list[Example], int]:
     """The examples of JSON-lines files (also .gz) or JSON lists, by first appearance, and the number of bad rows skipped.
 
     A row is measured ({prompt} or {instruction, input}, with output_tokens and perhaps finished) or an answer
@@ -86,9 +90,13 @@ def read_examples(
                 continue
             rows += 1
             earlier = found.get(made.prompt)
-            found[made.prompt] = replace(earlier, labels=earlier.labels + made.labels) if earlier else made
+            found[made.prompt] = (
+                replace(earlier, labels=earlier.labels + made.labels) if earlier else made
+            )
     if not found:
-        raise BadRow(f"{', '.join(map(str, paths))}: no rows" + (f" ({bad} bad ones skipped)" if bad else ""))
+        raise BadRow(
+            f"{', '.join(map(str, paths))}: no rows" + (f" ({bad} bad ones skipped)" if bad else "")
+        )
     return list(found.values()), bad
 
 
@@ -110,42 +118,64 @@ def parse_prompt(item, place: str) -> str:
     return prompt
 
 
-def parse_example(item, place: str, served_model: str, count: Callable[[str], int] | None, source: str) -> Example:
+def parse_example(
+    item, place: str, served_model: str, count: Callable[[str], int] | None, source: str
+) -> Example:
     """A JSON value to the Example of its row alone; raises BadRow saying what was wanted, what came, and where."""
     prompt = parse_prompt(item, place)
     absent = {key for key in OPTIONAL if is_missing(item.get(key))}
     item = {key: value for key, value in item.items() if key not in absent}
-    served_model = checked(item.get("served_model", served_model), str, "served_model", "text", place)
+    served_model = checked(
+        item.get("served_model", served_model), str, "served_model", "text", place
+    )
     finished = checked(item.get("finished", True), bool, "finished", "true or false", place)
     source = checked(item.get("source", source), str, "source", "text", place)
     if "output_tokens" in item:
-        tokens = [checked(item["output_tokens"], int, "output_tokens", f"a whole number from 0 to {LONGEST:,}", place)]
+        tokens = [
+            checked(
+                item["output_tokens"],
+                int,
+                "output_tokens",
+                f"a whole number from 0 to {LONGEST:,}",
+                place,
+            )
+        ]
     else:
         keys = {"prompt": "response", "instruction": "output", "text": "answer"}
         key = keys[next(key for key in keys if key in item)]
         if key not in item:
             raise BadRow(f'{place}: no "output_tokens" and no "{key}"; {WANTED}')
         if count is None:
-            raise BadRow(f'{place}: no "output_tokens"; counting the answer wants the served model\'s tokenizer')
+            raise BadRow(
+                f'{place}: no "output_tokens"; counting the answer wants the served model\'s tokenizer'
+            )
         answers = parse_row({"instruction": prompt, "output": item[key]}, place).answers
         tokens = [count(answer) for answer in answers]
     for n in tokens:
         if not 0 <= n <= LONGEST:
-            raise BadRow(f'{place}: "output_tokens" must be a whole number from 0 to {LONGEST:,}, got {n}')
+            raise BadRow(
+                f'{place}: "output_tokens" must be a whole number from 0 to {LONGEST:,}, got {n}'
+            )
     return Example(prompt, tuple(Label(n, served_model, finished) for n in tokens), source, place)
 
 
 def checked(value, kind: type, key: str, wanted: str, place: str):
     """The value, if it is of the kind (a bool is no number); raises BadRow otherwise."""
     if type(value) is not kind:
-        raise BadRow(f'{place}: "{key}" must be {wanted}, got {json.dumps(value, ensure_ascii=True)[:60]}')
+        raise BadRow(
+            f'{place}: "{key}" must be {wanted}, got {json.dumps(value, ensure_ascii=True)[:60]}'
+        )
     return value
 
 
 def served_name(folder: str | Path) -> str:
     """The name of a folder's model in rows of lengths, logs and the API: of a checkpoint with its run's, "lora/epoch-5-step-400"."""
     path = Path(folder).resolve()
-    return f"{path.parent.name}/{path.name}" if CHECKPOINT.fullmatch(path.name) and path.parent.name else path.name
+    return (
+        f"{path.parent.name}/{path.name}"
+        if CHECKPOINT.fullmatch(path.name) and path.parent.name
+        else path.name
+    )
 
 
 def name_warning(predicted: str, folder: str | Path) -> str | None:
@@ -162,14 +192,16 @@ def make_counter(tokenizer) -> Callable[[str], int]:
 
 
 def language(prompt: str) -> str:
-    """"zh" where more than a tenth of the characters are Chinese, else "en"."""
+    """ "zh" where more than a tenth of the characters are Chinese, else "en"."""
     chinese = sum("\u3400" <= c <= "\u9fff" for c in prompt)
     return "zh" if chinese > 0.1 * len(prompt) else "en"
 
 
 def normalise(prompt: str) -> str:
     """What of a prompt's text tells prompts apart: NFKC, no case, one space for a run of anything but word characters."""
-    return re.sub(r"\W+", " ", unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", prompt).casefold())).strip()
+    return re.sub(
+        r"\W+", " ", unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", prompt).casefold())
+    ).strip()
 
 
 def group_prompts(prompts: list[str], *, threshold: float = 0.8) -> np.ndarray:
@@ -189,11 +221,17 @@ def group_prompts(prompts: list[str], *, threshold: float = 0.8) -> np.ndarray:
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be above 0 and at most 1; got {threshold}")
-    texts, of_prompt = np.unique(np.array([normalise(prompt) for prompt in prompts], object), return_inverse=True)
+    texts, of_prompt = np.unique(
+        np.array([normalise(prompt) for prompt in prompts], object), return_inverse=True
+    )
     leaders = lead(list(texts), threshold) if len(texts) > 1 else np.zeros(len(texts), int)
     largest = np.bincount(leaders).max(initial=0)
     if len(texts) >= 20 and largest > len(texts) / 4:
-        log.warning("%d of %d prompts are much alike, as with one instruction; only the same are grouped", largest, len(texts))
+        log.warning(
+            "%d of %d prompts are much alike, as with one instruction; only the same are grouped",
+            largest,
+            len(texts),
+        )
         leaders = np.arange(len(texts))
     _, first, group = np.unique(leaders[of_prompt], return_index=True, return_inverse=True)
     return first[group]
@@ -207,7 +245,9 @@ def lead(texts: list[str], threshold: float) -> np.ndarray:
     """
     shingles, starts = shingle_hashes(texts)
     signatures = np.empty((len(texts), HASHES), np.uint32)
-    for k in range(HASHES):  # the upper half of a product with an odd number hashes well enough (multiply-shift)
+    for k in range(
+        HASHES
+    ):  # the upper half of a product with an odd number hashes well enough (multiply-shift)
         factor, shift = mix(np.array([2 * k, 2 * k + 1], np.uint64))
         hashed = (shingles * (factor | np.uint64(1)) + shift) >> np.uint64(32)
         signatures[:, k] = np.minimum.reduceat(hashed.astype(np.uint32), starts)
@@ -216,7 +256,9 @@ def lead(texts: list[str], threshold: float) -> np.ndarray:
     keys = np.zeros((len(texts), HASHES // rows), np.uint64)
     for column in range(rows):
         keys = mix(keys + signatures[:, column::rows])
-    keys = mix(keys + np.arange(HASHES // rows, dtype=np.uint64)).tolist()  # a band's keys are its own
+    keys = mix(
+        keys + np.arange(HASHES // rows, dtype=np.uint64)
+    ).tolist()  # a band's keys are its own
     ends = [*starts[1:].tolist(), len(shingles)]
 
     @cache
@@ -230,7 +272,9 @@ def lead(texts: list[str], threshold: float) -> np.ndarray:
         if candidates := sorted({j for key in own for j in buckets.get(key, ())}):
             alike = (signatures[candidates] == signatures[i]).sum(1)
             order = np.argsort(-alike, kind="stable")[:VERIFIED]
-            likely = [candidates[k] for k in order if alike[k] >= (threshold - 0.2) * HASHES]  # 0.2: four standard errors
+            likely = [
+                candidates[k] for k in order if alike[k] >= (threshold - 0.2) * HASHES
+            ]  # 0.2: four standard errors
         for j in likely:
             common = len(shingle_set(i) & shingle_set(j))
             if common >= threshold * (len(shingle_set(i)) + len(shingle_set(j)) - common):
@@ -246,7 +290,9 @@ def lead(texts: list[str], threshold: float) -> np.ndarray:
 def shingle_hashes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """(hashes of all texts' 5-grams end to end, (T,) where each text's begin); a shorter text is one shingle."""
     padded = [text.ljust(SHINGLE, "\0") for text in texts]
-    codes = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
+    codes = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), np.uint32).astype(
+        np.uint64
+    )
     windows = len(codes) - SHINGLE + 1
     hashes = np.zeros(windows, np.uint64)
     for k in range(SHINGLE):
@@ -262,7 +308,9 @@ def mix(values: np.ndarray) -> np.ndarray:
     return finalise(values + np.uint64(BASE))
 
 
-def split(groups: np.ndarray, prompts: list[str], shares: dict[str, float], *, salt: str = "") -> dict[str, np.ndarray]:
+def split(
+    groups: np.ndarray, prompts: list[str], shares: dict[str, float], *, salt: str = ""
+) -> dict[str, np.ndarray]:
     """{side: indices (n,) of its prompts, ascending}: all of a group on one side, chosen by a hash of its smallest text.
 
     A prompt without near-duplicates lands on the same side in any data set. Shares are of groups; what they leave of 1
@@ -282,16 +330,23 @@ def split(groups: np.ndarray, prompts: list[str], shares: dict[str, float], *, s
     side = {}
     for group, text in smallest.items():
         digest = hashlib.sha256(f"{salt}\n{text}".encode("utf-8", "surrogatepass")).digest()
-        side[group] = int(np.searchsorted(bounds, int.from_bytes(digest[:8], "big") / 2**64, side="right"))
+        side[group] = int(
+            np.searchsorted(bounds, int.from_bytes(digest[:8], "big") / 2**64, side="right")
+        )
     chosen = (np.array([side[group] for group in groups.tolist()], int) + 1) % len(names)
     parts = {name: np.flatnonzero(chosen == n) for n, name in enumerate(names)}
     if empty := [name for name in names if not len(parts[name])]:
         sizes = ", ".join(f"{name} {len(part)}" for name, part in parts.items())
-        raise ValueError(f"{len(prompts)} prompts in {len(side)} groups leave nothing for {empty[0]} of {shares} ({sizes})")
+        raise ValueError(
+            f"{len(prompts)} prompts in {len(side)} groups leave nothing for {empty[0]} of {shares} ({sizes})"
+        )
     return parts
 
 
 def data_hash(examples: list[Example]) -> str:
     """sha256 over prompts and labels, whatever their order; where they came from does not count."""
-    rows = [[e.prompt, sorted([x.served_model, x.tokens, x.finished] for x in e.labels)] for e in examples]
+    rows = [
+        [e.prompt, sorted([x.served_model, x.tokens, x.finished] for x in e.labels)]
+        for e in examples
+    ]
     return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()

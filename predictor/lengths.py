@@ -7,10 +7,19 @@ from pathlib import Path
 import numpy as np
 
 from chatglm.files import read_json, shorten
-from finetune.formats import BadRow
+from finetune.rows.formats import BadRow
 from predictor.config import PredictorConfig
 from predictor.decoder import tokenizer_hash
-from predictor.labels import LONGEST, Example, data_hash, group_prompts, make_counter, read_examples, served_name, split
+from predictor.labels import (
+    LONGEST,
+    Example,
+    data_hash,
+    group_prompts,
+    make_counter,
+    read_examples,
+    served_name,
+    split,
+)
 
 DEFAULT_LIMIT = 8192  # tokens; ChatGLM2-6B's context
 SIDES = {"train": "train", "calibration": "calibrate"}  # what is done with their rows
@@ -40,7 +49,14 @@ class Lengths:
         return len(self.prompts)
 
     @classmethod
-    def of(cls, examples: list[Example], served_models: list[str], own: int, other_weight: float, scale: "Scale") -> "Lengths":
+    def of(
+        cls,
+        examples: list[Example],
+        served_models: list[str],
+        own: int,
+        other_weight: float,
+        scale: "Scale",
+    ) -> "Lengths":
         """`other_weight`: share of a prompt's weight that lengths of other models than `own` have, where it has both."""
         counts = [len(e.labels) for e in examples]
         labels = [label for e in examples for label in e.labels]
@@ -50,12 +66,21 @@ class Lengths:
         mine = served == own
         of_own = np.bincount(prompt, mine, minlength=len(examples))[prompt]
         of_others = np.repeat(counts, counts) - of_own
-        share = np.where(mine, np.where(of_others > 0, 1 - other_weight, 1.0), np.where(of_own > 0, other_weight, 1.0))
+        share = np.where(
+            mine,
+            np.where(of_others > 0, 1 - other_weight, 1.0),
+            np.where(of_own > 0, other_weight, 1.0),
+        )
         return cls(
-            [e.prompt for e in examples], [e.place for e in examples], np.concatenate([[0], np.cumsum(counts)]),
-            scale.apply(np.array([label.tokens for label in labels], float), served), np.array([label.finished for label in labels], bool), served,
-            share / np.where(mine, of_own, of_others), scale.limit,
-        )  # fmt: skip
+            [e.prompt for e in examples],
+            [e.place for e in examples],
+            np.concatenate([[0], np.cumsum(counts)]),
+            scale.apply(np.array([label.tokens for label in labels], float), served),
+            np.array([label.finished for label in labels], bool),
+            served,
+            share / np.where(mine, of_own, of_others),
+            scale.limit,
+        )
 
     @property
     def prompt_of(self) -> np.ndarray:
@@ -72,7 +97,9 @@ class Lengths:
     def mean_scores(self) -> np.ndarray:
         """(N,): the weighted mean of log(1 + L) over each prompt's labels, standardised over prompts."""
         prompt = self.prompt_of
-        mean = np.bincount(prompt, self.weights * np.log1p(self.tokens), minlength=len(self)) / np.bincount(prompt, self.weights, minlength=len(self))
+        mean = np.bincount(
+            prompt, self.weights * np.log1p(self.tokens), minlength=len(self)
+        ) / np.bincount(prompt, self.weights, minlength=len(self))
         return (mean - mean.mean()) / max(mean.std(), 1e-6)
 
     def condensed(self, own: int, other_weight: float) -> "Labels":
@@ -91,13 +118,18 @@ class Lengths:
         those = np.flatnonzero(counts)
         mean = (np.bincount(owner, logs, minlength=len(self))[those]) / counts[those]
         mine = np.log1p(tokens)
-        stretched = np.average(mine, weights=weights) + (mean - mean.mean()) * (mine.std() / max(mean.std(), 1e-6))
+        stretched = np.average(mine, weights=weights) + (mean - mean.mean()) * (
+            mine.std() / max(mean.std(), 1e-6)
+        )
         both = np.isin(prompt, those)
         return Labels(
-            np.concatenate([prompt, those]), np.concatenate([tokens, np.clip(np.expm1(stretched), 0, self.limit)]),
+            np.concatenate([prompt, those]),
+            np.concatenate([tokens, np.clip(np.expm1(stretched), 0, self.limit)]),
             np.concatenate([finished, np.ones(len(those), bool)]),
-            np.concatenate([weights * np.where(both, 1 - other_weight, 1.0), np.full(len(those), other_weight)]),
-        )  # fmt: skip
+            np.concatenate(
+                [weights * np.where(both, 1 - other_weight, 1.0), np.full(len(those), other_weight)]
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -120,7 +152,9 @@ class Scale:
     limit: int
 
     @classmethod
-    def fit(cls, examples: list[Example], served_models: list[str], own: int, limit: int) -> "Scale":
+    def fit(
+        cls, examples: list[Example], served_models: list[str], own: int, limit: int
+    ) -> "Scale":
         """From training rows; a model with fewer than 20 lengths shares the deviation of all."""
         logs = {name: [] for name in served_models}
         for e in examples:
@@ -128,13 +162,19 @@ class Scale:
                 logs[label.served_model].append(np.log1p(min(label.tokens, limit)))
         every = np.concatenate([np.array(x) - np.mean(x) for x in logs.values() if x])
         mean = np.array([np.mean(logs[name]) if logs[name] else 0.0 for name in served_models])
-        deviation = np.array([np.std(logs[name]) if len(logs[name]) >= 20 else every.std() for name in served_models])
+        deviation = np.array(
+            [np.std(logs[name]) if len(logs[name]) >= 20 else every.std() for name in served_models]
+        )
         return cls(mean, np.maximum(deviation, 0.01), own, limit)
 
     def apply(self, tokens: np.ndarray, served: np.ndarray) -> np.ndarray:
         """(M,) lengths in the predicted model's manner of speaking; its own come back as they are."""
         z = (np.log1p(np.minimum(tokens, self.limit)) - self.mean[served]) / self.deviation[served]
-        return np.where(served == self.own, tokens, np.clip(np.expm1(self.mean[self.own] + self.deviation[self.own] * z), 0, self.limit))
+        return np.where(
+            served == self.own,
+            tokens,
+            np.clip(np.expm1(self.mean[self.own] + self.deviation[self.own] * z), 0, self.limit),
+        )
 
 
 @dataclass(frozen=True)
@@ -161,20 +201,27 @@ class LengthRows:
         words = [f"{len(self.train)} prompts to train on"]
         words += [f"{len(self.calibration)} to calibrate"] if self.calibration else []
         words += [f"{len(self.test)} to test"] if self.test else []
-        words += [f"{labels} lengths of {len(self.served_models)} served model(s), predicted: {self.served_models[self.own]}"]
+        words += [
+            f"{labels} lengths of {len(self.served_models)} served model(s), predicted: {self.served_models[self.own]}"
+        ]
         words += [f"{cut} answers cut by their cap"] if cut else []
         words += [f"{self.bad} bad rows skipped"] if self.bad else []
         longest = int(max(side.of_model(self.own)[1].max() for side in sides))
         if 2 * longest < self.config.length_limit:
-            words += [f"longest answer {longest} tokens: beyond it, up to the limit of {self.config.length_limit}, lengths are extrapolated"]
+            words += [
+                f"longest answer {longest} tokens: beyond it, up to the limit of {self.config.length_limit}, lengths are extrapolated"
+            ]
         return ", ".join(words)
 
     def card(self) -> dict:
         calibration = len(self.calibration) if self.calibration else 0
         return {
-            "sha256": self.hash, "prompts": len(self.train) + calibration, "calibration_prompts": calibration,
-            "median_tokens": float(np.median(self.train.of_model(self.own)[1])), "served_models": self.served_models,
-        }  # fmt: skip
+            "sha256": self.hash,
+            "prompts": len(self.train) + calibration,
+            "calibration_prompts": calibration,
+            "median_tokens": float(np.median(self.train.of_model(self.own)[1])),
+            "served_models": self.served_models,
+        }
 
 
 def load_lengths(config: PredictorConfig, tokenizer, *, calibration: bool = True) -> LengthRows:
@@ -185,10 +232,18 @@ def load_lengths(config: PredictorConfig, tokenizer, *, calibration: bool = True
     Raises:
         ValueError: rows that do not fit, or too few of the served model's.
     """
-    name = config.served_model or (served_name(config.model_name_or_path) if config.model_name_or_path else "")
+    name = config.served_model or (
+        served_name(config.model_name_or_path) if config.model_name_or_path else ""
+    )
     count = make_counter(tokenizer) if tokenizer else None
     paths = [path.strip() for path in config.train_path.split(",")]
-    examples, bad = read_examples(paths, served_model=name, count=count, on_bad_row=config.on_bad_row, limit=config.dataset_length)
+    examples, bad = read_examples(
+        paths,
+        served_model=name,
+        count=count,
+        on_bad_row=config.on_bad_row,
+        limit=config.dataset_length,
+    )
     served_models = sorted({label.served_model for e in examples for label in e.labels})
     if not config.served_model and len(served_models) == 1:
         name = served_models[0]
@@ -277,7 +332,9 @@ def lengths_to_test(
     test: list[Example], served_models: list[str], own: int, scale: Scale
 ) -> Lengths | None:
     """The test rows of the predicted model, with their labels of all models that are trained on."""
-    of_own = [e for e in test if any(label.served_model == served_models[own] for label in e.labels)]
+    of_own = [
+        e for e in test if any(label.served_model == served_models[own] for label in e.labels)
+    ]
     if not of_own:
         return None
     known = []
@@ -296,7 +353,9 @@ def context_length(config: PredictorConfig) -> int:
     for name in ("seq_length", "max_sequence_length"):
         if length := values.get(name):
             if type(length) is not int or not 2 <= length <= LONGEST:
-                raise ValueError(f"{file}: {name} must be a whole number from 2 to {LONGEST:,}, got {shorten(length)}; or give --length_limit")
+                raise ValueError(
+                    f"{file}: {name} must be a whole number from 2 to {LONGEST:,}, got {shorten(length)}; or give --length_limit"
+                )
             return length
     return DEFAULT_LIMIT
 
@@ -305,6 +364,8 @@ def served_card(config: PredictorConfig, rows: LengthRows) -> dict:
     """Name and tokenizer of the served model, as a predictor's card has them."""
     return {
         "name": rows.config.served_model,
-        "tokenizer_sha256": tokenizer_hash(config.model_name_or_path) if config.model_name_or_path else None,
+        "tokenizer_sha256": tokenizer_hash(config.model_name_or_path)
+        if config.model_name_or_path
+        else None,
         "length_limit": rows.config.length_limit,
     }

@@ -53,13 +53,18 @@ class Lexical:
                 order = texts.argsort(kind="stable")
                 texts = texts[order]
                 first = np.flatnonzero(np.diff(texts, prepend=-1))
-                student[texts[first]] += np.add.reduceat(rows[order] * weights[order][:, None], first)
+                student[texts[first]] += np.add.reduceat(
+                    rows[order] * weights[order][:, None], first
+                )
         return np.concatenate([student, hand], axis=1)
 
     def save(self, folder: Path):
         from safetensors.numpy import save_file
 
-        save_file({name: np.ascontiguousarray(value) for name, value in vars(self).items()}, Path(folder) / FILE)
+        save_file(
+            {name: np.ascontiguousarray(value) for name, value in vars(self).items()},
+            Path(folder) / FILE,
+        )
 
     @classmethod
     def load(cls, folder: Path) -> "Lexical":
@@ -99,18 +104,32 @@ class Bag:
             order = texts.argsort(kind="stable")
             columns.append((hashes[order] & np.uint64(2**bits - 1)).astype(np.int32))
             values.append(weights[order])
-            ends.extend((ends[-1] + np.bincount(texts, minlength=len(grams.texts)).cumsum()).tolist())
+            ends.extend(
+                (ends[-1] + np.bincount(texts, minlength=len(grams.texts)).cumsum()).tolist()
+            )
             hands.append(grams.hand())
-        matrix = csr_matrix((np.concatenate(values), np.concatenate(columns), ends), shape=(len(prompts), 2**bits))
+        matrix = csr_matrix(
+            (np.concatenate(values), np.concatenate(columns), ends), shape=(len(prompts), 2**bits)
+        )
         matrix.sum_duplicates()
         seen = np.bincount(matrix.indices, minlength=2**bits)
-        rarity = np.where(seen >= RARE, np.log(len(prompts) / np.maximum(seen, 1)) + 0.1, 0).astype(np.float32)
+        rarity = np.where(seen >= RARE, np.log(len(prompts) / np.maximum(seen, 1)) + 0.1, 0).astype(
+            np.float32
+        )
         hand = np.concatenate(hands)
         center, spread = hand.mean(axis=0), hand.std(axis=0) + 0.05
         scaled = (matrix @ diags(rarity)).tocsr().astype(np.float32)
-        return cls(scaled, np.clip((hand - center) / spread, -CLIPPED, CLIPPED).astype(np.float32), rarity, center, spread)
+        return cls(
+            scaled,
+            np.clip((hand - center) / spread, -CLIPPED, CLIPPED).astype(np.float32),
+            rarity,
+            center,
+            spread,
+        )
 
-    def fit(self, targets: np.ndarray, rows: np.ndarray, *, ridge: float, rounds: int = 15) -> Lexical:
+    def fit(
+        self, targets: np.ndarray, rows: np.ndarray, *, ridge: float, rounds: int = 15
+    ) -> Lexical:
         """The student of targets (len(rows), T) for the prompts `rows`, by conjugate gradients on the normal equations.
 
         Args:
@@ -118,7 +137,11 @@ class Bag:
         """
         from scipy.sparse import csr_matrix, hstack
 
-        x = hstack([self.grams[rows], csr_matrix(self.hand[rows] * HAND_WEIGHT)]).tocsr().astype(np.float32)
+        x = (
+            hstack([self.grams[rows], csr_matrix(self.hand[rows] * HAND_WEIGHT)])
+            .tocsr()
+            .astype(np.float32)
+        )
         back = x.T.tocsr()
         bias = targets.mean(axis=0)
         weight = np.zeros((x.shape[1], targets.shape[1]), np.float32)
@@ -131,26 +154,46 @@ class Bag:
             left -= along * product
             before, size = size, (left * left).sum(axis=0)
             step = left + (size / np.maximum(before, 1e-12)) * step
-        table = weight[: -HANDS] * self.rarity[:, None]
+        table = weight[:-HANDS] * self.rarity[:, None]
         return Lexical(
-            table.astype(np.float16), weight[-HANDS:] * HAND_WEIGHT, bias.astype(np.float32), self.center.astype(np.float32),
+            table.astype(np.float16),
+            weight[-HANDS:] * HAND_WEIGHT,
+            bias.astype(np.float32),
+            self.center.astype(np.float32),
             self.spread.astype(np.float32),
-        )  # fmt: skip
+        )
 
     def outputs(self, student: Lexical, rows: np.ndarray) -> np.ndarray:
         """What `student` gives for the prompts `rows`, (n, T), without reading them again."""
         safe = np.where(self.rarity > 0, self.rarity, 1)[:, None]
-        return self.grams[rows] @ (student.table.astype(np.float32) / safe) + self.hand[rows] @ student.hand_table + student.bias
+        return (
+            self.grams[rows] @ (student.table.astype(np.float32) / safe)
+            + self.hand[rows] @ student.hand_table
+            + student.bias
+        )
 
 
 def plain(prompts: list[str]) -> Lexical:
     """No student: counts and cues alone, standardised on `prompts`."""
     hand = Grams(prompts).hand()
     nothing = np.zeros((1, 0), np.float16)
-    return Lexical(nothing, np.zeros((HANDS, 0), np.float32), np.zeros(0, np.float32), hand.mean(axis=0), hand.std(axis=0) + 0.05)
+    return Lexical(
+        nothing,
+        np.zeros((HANDS, 0), np.float32),
+        np.zeros(0, np.float32),
+        hand.mean(axis=0),
+        hand.std(axis=0) + 0.05,
+    )
 
 
-def crossed(bag: Bag, targets: np.ndarray, known: np.ndarray, wanted: np.ndarray, folds: np.ndarray, **options) -> tuple[Lexical, np.ndarray]:
+def crossed(
+    bag: Bag,
+    targets: np.ndarray,
+    known: np.ndarray,
+    wanted: np.ndarray,
+    folds: np.ndarray,
+    **options,
+) -> tuple[Lexical, np.ndarray]:
     """(student of all `known` prompts, outputs (len(wanted), T) for the `wanted` ones, each by a student that has not seen it).
 
     Args:

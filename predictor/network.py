@@ -16,7 +16,9 @@ class LengthNetwork(nn.Module):
     `backbone` is one of BACKBONES, `model` the module it computes vectors with; `models` is the number of served models.
     """
 
-    def __init__(self, backbone, model: nn.Module, hidden_size: int, width: int, models: int, bias: Tensor):
+    def __init__(
+        self, backbone, model: nn.Module, hidden_size: int, width: int, models: int, bias: Tensor
+    ):
         super().__init__()
         self.backbone, self.model = backbone, model
         self.head = nn.Linear(hidden_size, width)
@@ -52,7 +54,9 @@ class LengthLoss(nn.Module):
         super().__init__()
         self.network, self.length_head = network, head
 
-    def forward(self, scale: float = 1.0, *, tokens, finished, weights, served, prompt, **batch) -> Tensor:
+    def forward(
+        self, scale: float = 1.0, *, tokens, finished, weights, served, prompt, **batch
+    ) -> Tensor:
         """tokens, finished, weights: (M,) of the labels; prompt, served as LengthNetwork takes them."""
         outputs = self.network(batch, prompt, served)
         return scale * self.length_head.loss(outputs, tokens, finished, weights, served)
@@ -69,4 +73,8 @@ def save_head(state: dict[str, Tensor], own: int, folder: Path):
     if "apart.weight" in state:
         apart = HEAD_GAIN * state["apart.weight"].float().view(-1, *weight.shape)
         tensors |= {"weight": weight + apart[own], "all": torch.cat([weight[None], weight + apart])}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(folder) / HEAD_FILE, {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        Path(folder) / HEAD_FILE,
+        {"format": "pt"},
+    )

@@ -48,7 +48,9 @@ class LengthPrediction:
             raise ValueError(f"a quantile is wanted between 0 and 1; got {q}")
         total = self.cumulative
         k = min(max(int(np.searchsorted(total, q)), 1), len(total) - 1)
-        while k > 1 and total[k - 1] >= total[k]:  # rounding at the very top must not land beyond all mass
+        while (
+            k > 1 and total[k - 1] >= total[k]
+        ):  # rounding at the very top must not land beyond all mass
             k -= 1
         mass = total[k] - total[k - 1]
         share = min((q - total[k - 1]) / mass, 1.0) if mass > 0 else 0.0
@@ -59,11 +61,19 @@ class LengthPrediction:
         return float(np.interp(tokens, self.edges, self.cumulative))
 
     def to_dict(self) -> dict:
-        return {"probabilities": self.probabilities.tolist(), "edges": self.edges.tolist(), "rank_score": self.rank_score}
+        return {
+            "probabilities": self.probabilities.tolist(),
+            "edges": self.edges.tolist(),
+            "rank_score": self.rank_score,
+        }
 
     @classmethod
     def from_dict(cls, values: dict) -> "LengthPrediction":
-        return cls(np.asarray(values["probabilities"], float), np.asarray(values["edges"], float), float(values["rank_score"]))
+        return cls(
+            np.asarray(values["probabilities"], float),
+            np.asarray(values["edges"], float),
+            float(values["rank_score"]),
+        )
 
     def __repr__(self):
         return f"LengthPrediction(expected {self.expected_tokens:.0f}, median {self.median_tokens:.0f}, 90 % within {self.quantile(0.9):.0f} tokens)"
@@ -119,4 +129,6 @@ def make_edges(bins: int, limit: int) -> np.ndarray:
     """
     if bins < 2 or limit < 2:
         raise ValueError(f"wanted at least 2 bins and a limit of 2 tokens; got {bins} and {limit}")
-    return np.concatenate([[0.0], np.unique(np.round(np.geomspace(min(4, limit / 2), limit, bins)))])
+    return np.concatenate(
+        [[0.0], np.unique(np.round(np.geomspace(min(4, limit / 2), limit, bins)))]
+    )

@@ -29,9 +29,15 @@ class LengthPredictor:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, served_model: str | Path | None = None, allow_other_tokenizer: bool = False,
-        base_model: str | None = None, device: str = "cpu", threads: int | None = None,
-    ) -> "LengthPredictor":  # fmt: skip
+        cls,
+        folder: str | Path,
+        *,
+        served_model: str | Path | None = None,
+        allow_other_tokenizer: bool = False,
+        base_model: str | None = None,
+        device: str = "cpu",
+        threads: int | None = None,
+    ) -> "LengthPredictor":
         """A predictor from its folder: an exported one, or one that training wrote.
 
         Args:
@@ -49,15 +55,25 @@ class LengthPredictor:
         check_folder_files(folder, wanted=is_top)
         card, decoder, backbone = read_predictor(folder)
         counted, name = card["served_model"]["tokenizer_sha256"], card["served_model"]["name"]
-        if served_model and counted and not allow_other_tokenizer and tokenizer_hash(served_model) != counted:
+        if (
+            served_model
+            and counted
+            and not allow_other_tokenizer
+            and tokenizer_hash(served_model) != counted
+        ):
             raise ValueError(
                 f"{folder} predicts lengths in tokens of {name}; {served_model} has another tokenizer (allow_other_tokenizer takes it all the same)"
             )
         options = {"device": device, "threads": threads}
-        options |= {"base_model": base_model or card.get("base_model"), "base_fingerprint": card.get("base_fingerprint")}
+        options |= {
+            "base_model": base_model or card.get("base_model"),
+            "base_fingerprint": card.get("base_fingerprint"),
+        }
         score = backbone.load_scorer(folder, **options)
         if score.width != decoder.head.width:
-            raise ValueError(f"{folder}: its head has {score.width} outputs, predictor.json speaks of {decoder.head.width}")
+            raise ValueError(
+                f"{folder}: its head has {score.width} outputs, predictor.json speaks of {decoder.head.width}"
+            )
         return cls(score, decoder, card)
 
     def predict(self, prompts: str | Sequence[str]) -> list[LengthPrediction]:
@@ -73,7 +89,11 @@ class LengthPredictor:
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise TypeError(f"prompts must be texts, got {type(prompt).__name__}")
-        return [p for start in range(0, len(prompts), CHUNK) for p in self.decoder.predictions(self.score(prompts[start : start + CHUNK]))]
+        return [
+            p
+            for start in range(0, len(prompts), CHUNK)
+            for p in self.decoder.predictions(self.score(prompts[start : start + CHUNK]))
+        ]
 
     def predict_vectors(self, vectors: np.ndarray) -> list[LengthPrediction]:
         """From the served model's own states at the prompts' last tokens (N, hidden_size): a --reuse_prefill predictor's way.
@@ -83,8 +103,12 @@ class LengthPredictor:
         Raises:
             ValueError: the predictor is of another kind, or the vectors of another size.
         """
-        if self.card["backbone"]["name"] != "chatglm" or not getattr(self.score, "reads_vectors", False):
-            raise ValueError(f"only a predictor trained with --reuse_prefill reads vectors; this one's backbone is {self.card['backbone']['name']}")
+        if self.card["backbone"]["name"] != "chatglm" or not getattr(
+            self.score, "reads_vectors", False
+        ):
+            raise ValueError(
+                f"only a predictor trained with --reuse_prefill reads vectors; this one's backbone is {self.card['backbone']['name']}"
+            )
         vectors = np.asarray(vectors)
         wanted = sum(self.score.top.kernel.sizes)
         if vectors.ndim != 2 or vectors.shape[1] != wanted:
@@ -102,7 +126,9 @@ def read_predictor(folder: Path) -> tuple[dict, Decoder, object]:
     card = read_card(folder)
     try:
         decoder = Decoder.from_dict(card)
-        decoder.predictions(np.zeros((1, decoder.head.width)))  # settings that do not fit the head show here
+        decoder.predictions(
+            np.zeros((1, decoder.head.width))
+        )  # settings that do not fit the head show here
         knobs = dict(card["backbone"])
         backbone = BACKBONES[knobs.pop("name")](**knobs)
         card["served_model"]["tokenizer_sha256"], card["served_model"]["name"]  # noqa: B018 - both must be there
@@ -110,7 +136,9 @@ def read_predictor(folder: Path) -> tuple[dict, Decoder, object]:
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         if isinstance(error, DamagedFile):
             raise
-        raise ValueError(f"{folder}/predictor.json: damaged ({type(error).__name__}: {error})") from None
+        raise ValueError(
+            f"{folder}/predictor.json: damaged ({type(error).__name__}: {error})"
+        ) from None
     return card, decoder, backbone
 
 

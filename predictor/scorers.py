@@ -23,17 +23,21 @@ LONGEST_TOKEN = 40  # characters; what lies further from both ends of a prompt t
 class TorchVectors:
     """Prompts -> vectors of a backbone in torch. `threads` are those of the whole process: torch has no others."""
 
-    def __init__(self, backbone, folder: Path, *, device: str = "cpu", threads: int | None = None, **base):
+    def __init__(
+        self, backbone, folder: Path, *, device: str = "cpu", threads: int | None = None, **base
+    ):
         """`base`: as the backbone's `load_served` takes it. Raises ValueError, FileNotFoundError for what cannot be loaded."""
         import torch
 
-        from finetune.predict import pick_device
+        from finetune.evaluation.predict import pick_device
 
         device = pick_device(device)
         if threads:
             torch.set_num_threads(threads)
         self.backbone, self.lock = backbone, threading.Lock()
-        self.model, self.tokenizer = backbone.load_served(folder, torch.float32 if device == "cpu" else None, **base)
+        self.model, self.tokenizer = backbone.load_served(
+            folder, torch.float32 if device == "cpu" else None, **base
+        )
         self.model = self.model.to(device).eval()
 
     def __call__(self, prompts: list[str]) -> np.ndarray:
@@ -64,11 +68,15 @@ class OnnxVectors:
         try:
             import onnxruntime
         except ImportError:
-            raise ValueError(f"{folder} needs onnxruntime: pip install 'glm-foundry[onnx]'") from None
+            raise ValueError(
+                f"{folder} needs onnxruntime: pip install 'glm-foundry[onnx]'"
+            ) from None
         try:
             self.tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
         except Exception as error:  # tokenizers raises nothing narrower
-            raise ValueError(f"{folder / TOKENIZER_FILE}: cannot be read ({str(error)[:200]})") from None
+            raise ValueError(
+                f"{folder / TOKENIZER_FILE}: cannot be read ({str(error)[:200]})"
+            ) from None
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.max_src_len = max_src_len
@@ -76,12 +84,18 @@ class OnnxVectors:
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3
         try:
-            self.session = onnxruntime.InferenceSession(str(folder / ONNX_FILE), options, providers=["CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(
+                str(folder / ONNX_FILE), options, providers=["CPUExecutionProvider"]
+            )
         except Exception as error:  # onnxruntime's own kinds
-            raise ValueError(f"{folder / ONNX_FILE}: cannot be read ({str(error).splitlines()[0][:200]})") from None
+            raise ValueError(
+                f"{folder / ONNX_FILE}: cannot be read ({str(error).splitlines()[0][:200]})"
+            ) from None
 
     def ids(self, prompt: str) -> list[int]:
-        return keep_ends(self.tokenizer.encode(clean(prompt, self.max_src_len)).ids, self.max_src_len)
+        return keep_ends(
+            self.tokenizer.encode(clean(prompt, self.max_src_len)).ids, self.max_src_len
+        )
 
     def __call__(self, prompts: list[str]) -> np.ndarray:
         rows = [self.ids(prompt) for prompt in prompts]
@@ -92,7 +106,9 @@ class OnnxVectors:
             for row, i in enumerate(chosen):
                 ids[row, : len(rows[i])] = rows[i]
                 mask[row, : len(rows[i])] = 1
-            for i, vector in zip(chosen, self.session.run(None, {"input_ids": ids, "attention_mask": mask})[0]):
+            for i, vector in zip(
+                chosen, self.session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
+            ):
                 found[i] = vector
         return np.stack(found)
 
@@ -101,7 +117,11 @@ class LinearScorer:
     """A backbone that was trained, and its linear head."""
 
     def __init__(self, vectors, weight: np.ndarray, bias: np.ndarray):
-        self.vectors, self.weight, self.bias = vectors, weight.astype(np.float64), bias.astype(np.float64)
+        self.vectors, self.weight, self.bias = (
+            vectors,
+            weight.astype(np.float64),
+            bias.astype(np.float64),
+        )
 
     def __call__(self, prompts: list[str]) -> np.ndarray:
         return self.head_of_vectors(self.vectors(prompts))
@@ -121,7 +141,9 @@ class FrozenScorer:
     Any of the first three may be None.
     """
 
-    def __init__(self, vectors, earlier: LinearScorer | None, lexical: Lexical | None, top: KernelHead):
+    def __init__(
+        self, vectors, earlier: LinearScorer | None, lexical: Lexical | None, top: KernelHead
+    ):
         self.vectors, self.earlier, self.lexical, self.top = vectors, earlier, lexical, top
 
     @property
@@ -145,7 +167,9 @@ class FrozenScorer:
         known = (sum(lexical.sizes) if lexical else 0) + (earlier.width if earlier else 0)
         wanted = sum(found.top.kernel.sizes)
         if wanted < known or (wanted > known and not vectors):
-            raise ValueError(f"{folder / KERNEL_FILE} wants {wanted} features, {folder / LEXICAL_FILE} gives {known}: they are of two predictors")
+            raise ValueError(
+                f"{folder / KERNEL_FILE} wants {wanted} features, {folder / LEXICAL_FILE} gives {known}: they are of two predictors"
+            )
         return found
 
     def features(self, prompts: list[str]) -> np.ndarray:
@@ -155,7 +179,9 @@ class FrozenScorer:
             blocks.append(self.vectors(prompts))
         if self.earlier:
             # The earlier head reads the last layer, which comes last.
-            blocks.append(self.earlier.head_of_vectors(blocks[0][:, -self.earlier.weight.shape[1] :]))
+            blocks.append(
+                self.earlier.head_of_vectors(blocks[0][:, -self.earlier.weight.shape[1] :])
+            )
         if self.lexical:
             blocks.append(self.lexical(prompts))
         return np.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0]
@@ -170,11 +196,15 @@ class FrozenScorer:
     def checked(self, features: np.ndarray) -> np.ndarray:
         """Raises ValueError where features are not as many as the kernel compares."""
         if features.shape[1] != (wanted := sum(self.top.kernel.sizes)):
-            raise ValueError(f"{KERNEL_FILE} wants {wanted} features a prompt, got {features.shape[1]}: a file of the predictor is missing or another's")
+            raise ValueError(
+                f"{KERNEL_FILE} wants {wanted} features a prompt, got {features.shape[1]}: a file of the predictor is missing or another's"
+            )
         return features
 
 
-def load_transformer(backbone, folder: Path, *, device: str = "cpu", threads: int | None = None, **base):
+def load_transformer(
+    backbone, folder: Path, *, device: str = "cpu", threads: int | None = None, **base
+):
     """The scorer of a folder with a transformer, in ONNX where there is one.
 
     A head on a model that lies elsewhere, as --reuse_prefill makes it, loads that model only when it is asked for prompts.
@@ -185,8 +215,14 @@ def load_transformer(backbone, folder: Path, *, device: str = "cpu", threads: in
     elif backbone.has_weights(folder):
         vectors = TorchVectors(backbone, folder, device=device, threads=threads, **base)
     else:
-        vectors = Later(lambda: TorchVectors(backbone, folder, device=device, threads=threads, **base))
-    return FrozenScorer.load(folder, vectors) if (folder / KERNEL_FILE).is_file() else load_head(folder, vectors)
+        vectors = Later(
+            lambda: TorchVectors(backbone, folder, device=device, threads=threads, **base)
+        )
+    return (
+        FrozenScorer.load(folder, vectors)
+        if (folder / KERNEL_FILE).is_file()
+        else load_head(folder, vectors)
+    )
 
 
 def load_head(folder: Path, vectors, *, every: bool = False) -> LinearScorer:
@@ -201,7 +237,10 @@ def load_head(folder: Path, vectors, *, every: bool = False) -> LinearScorer:
         tensors = load_file(folder / HEAD_FILE)
         weight, bias = tensors["weight"], tensors["bias"]
         if every and "all" in tensors:
-            weight, bias = tensors["all"].reshape(-1, weight.shape[1]), np.tile(bias, len(tensors["all"]))
+            weight, bias = (
+                tensors["all"].reshape(-1, weight.shape[1]),
+                np.tile(bias, len(tensors["all"])),
+            )
         return LinearScorer(vectors, weight, bias)
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(f"{folder / HEAD_FILE}: cannot be read ({error})") from None
@@ -230,17 +269,25 @@ def passes(lengths: list[int]):
         order = order[:-size]
 
 
-def encode_all(backbone, model, tokenizer, rows: list[list[int]], progress: bool = False) -> np.ndarray:
+def encode_all(
+    backbone, model, tokenizer, rows: list[list[int]], progress: bool = False
+) -> np.ndarray:
     """(N, D) vectors of N rows of ids."""
     import torch
     from tqdm import tqdm
 
     found: list = [None] * len(rows)
     device = next(model.parameters()).device
-    with torch.inference_mode(), tqdm(total=len(rows), desc="reading", unit="prompt", disable=not progress) as bar:
+    with (
+        torch.inference_mode(),
+        tqdm(total=len(rows), desc="reading", unit="prompt", disable=not progress) as bar,
+    ):
         for chosen in passes([len(row) for row in rows]):
             batch = backbone.collate([rows[i] for i in chosen], tokenizer)
-            batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+            batch = {
+                name: value.to(device) if isinstance(value, torch.Tensor) else value
+                for name, value in batch.items()
+            }
             for i, vector in zip(chosen, backbone.vectors(model, batch).float().cpu().numpy()):
                 found[i] = vector
             bar.update(len(chosen))

@@ -21,8 +21,8 @@ from predictor.config import PredictorConfig
 from predictor.decoder import Decoder, write_card
 from predictor.heads import make_head
 from predictor.lengths import Lengths, load_lengths, served_card
-from predictor.metrics import metrics_of
 from predictor.network import LengthLoss, LengthNetwork, save_head
+from predictor.scores import metrics_of
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,29 @@ class LengthTraining(FineTuning):
     def __init__(self, config: PredictorConfig):
         self.config, self.dtype = config, torch.float32
         own = config.backbone == "chatglm"
-        self.family = FAMILIES[resolve_mode(config.model_name_or_path, config.mode)] if config.model_name_or_path else None
-        self.served_tokenizer = load_tokenizer(config.model_name_or_path, mode=self.family.name) if self.family else None
+        self.family = (
+            FAMILIES[resolve_mode(config.model_name_or_path, config.mode)]
+            if config.model_name_or_path
+            else None
+        )
+        self.served_tokenizer = (
+            load_tokenizer(config.model_name_or_path, mode=self.family.name)
+            if self.family
+            else None
+        )
         self.method = make_method(config)
         self.model_path = config.model_name_or_path if own else config.encoder_path
         knobs = {"max_src_len": config.max_src_len}
-        knobs |= {"mode": self.family.name, "share_prefix": shares_prefix(config)} if own else {"encoder_path": config.encoder_path, "layers": config.layers}
+        knobs |= (
+            {"mode": self.family.name, "share_prefix": shares_prefix(config)}
+            if own
+            else {"encoder_path": config.encoder_path, "layers": config.layers}
+        )
         self.backbone = BACKBONES[config.backbone](**knobs)
         self.tokenizer = self.served_tokenizer if own else self.backbone.load_tokenizer()
-        self.title = f"length predictor on {self.family.title if own else Path(config.encoder_path).name}"
+        self.title = (
+            f"length predictor on {self.family.title if own else Path(config.encoder_path).name}"
+        )
         self.default_output_dir = f"output-predictor-{config.backbone}-{config.head}"
         self.calibrated: tuple[Decoder, dict] | None = None
 
@@ -66,7 +80,10 @@ class LengthTraining(FineTuning):
         self.rows = load_lengths(self.config, self.served_tokenizer)
         say(self.rows.summary())
         self.head = make_head(self.rows.config)
-        self.data, self.calibration = self.encode(self.rows.train), self.encode(self.rows.calibration)
+        self.data, self.calibration = (
+            self.encode(self.rows.train),
+            self.encode(self.rows.calibration),
+        )
         self.eval_data = self.encode(self.rows.test) if self.rows.test else None
         self.eval_hash = sha256(Path(self.config.eval_path)) if self.config.eval_path else None
 
@@ -79,11 +96,20 @@ class LengthTraining(FineTuning):
 
     def build_model(self, dtype: torch.dtype) -> nn.Module:
         self.dtype = dtype
-        model = self.method.prepare(self.backbone.load_model(dtype, self.method.model_options(), self.model_path))
+        model = self.method.prepare(
+            self.backbone.load_model(dtype, self.method.model_options(), self.model_path)
+        )
         if self.config.backbone == "chatglm" and not model.config.tie_word_embeddings:
             model.get_output_embeddings().requires_grad_(False)  # no gradient reaches it
         bias = torch.tensor(self.head.starting_bias(self.rows.train.tokens), dtype=torch.float32)
-        return LengthNetwork(self.backbone, model, self.backbone.width(model), self.head.width, len(self.rows.served_models), bias)
+        return LengthNetwork(
+            self.backbone,
+            model,
+            self.backbone.width(model),
+            self.head.width,
+            len(self.rows.served_models),
+            bias,
+        )
 
     def loss_module(self, model: nn.Module) -> nn.Module:
         return LengthLoss(model, self.head)
@@ -99,8 +125,12 @@ class LengthTraining(FineTuning):
         chosen = [filler if r == -1 else r for r in rows]
         spans = [np.arange(labels.starts[i], labels.starts[i + 1]) for i in chosen]
         every = np.concatenate(spans)
-        weights = labels.weights[every] * np.repeat([r != -1 for r in rows], [len(s) for s in spans])
-        return self.backbone.collate([ids[i] for i in chosen], self.tokenizer, multiple=row_multiple(self.dtype)) | {
+        weights = labels.weights[every] * np.repeat(
+            [r != -1 for r in rows], [len(s) for s in spans]
+        )
+        return self.backbone.collate(
+            [ids[i] for i in chosen], self.tokenizer, multiple=row_multiple(self.dtype)
+        ) | {
             "tokens": torch.from_numpy(labels.tokens[every]),
             "finished": torch.from_numpy(labels.finished[every]),
             "weights": torch.from_numpy(weights.astype(np.float32)),
@@ -119,9 +149,17 @@ class LengthTraining(FineTuning):
         for start in range(0, len(order), per_pass):
             mine = order[start : start + per_pass][rank() :: world_size()]
             # ZeRO-3: every rank runs every pass.
-            laid = self.backbone.collate([data.input_ids[i] for i in mine or order[:1]], self.tokenizer, multiple=row_multiple(self.dtype))
+            laid = self.backbone.collate(
+                [data.input_ids[i] for i in mine or order[:1]],
+                self.tokenizer,
+                multiple=row_multiple(self.dtype),
+            )
             one_each = torch.arange(len(mine) or 1, device=device)
-            rows = network(on_device(laid, device), one_each, torch.full_like(one_each, self.rows.own)).double().cpu()
+            rows = (
+                network(on_device(laid, device), one_each, torch.full_like(one_each, self.rows.own))
+                .double()
+                .cpu()
+            )
             if mine:
                 found[mine] = rows
         if world_size() > 1:
@@ -130,11 +168,15 @@ class LengthTraining(FineTuning):
             found = total.cpu()
         return found.numpy()
 
-    def evaluate(self, loss_module: nn.Module, model: nn.Module, *, synced: bool, predictions: Path) -> dict[str, float]:
+    def evaluate(
+        self, loss_module: nn.Module, model: nn.Module, *, synced: bool, predictions: Path
+    ) -> dict[str, float]:
         """Loss, tau, MAE and coverage for the served model on the evaluation rows, else on the calibration rows; writes no predictions."""
         self.calibrated = decoder, metrics = self.calibrate(loss_module.network)
         if self.eval_data:
-            metrics = self.measure(decoder, self.outputs(loss_module.network, self.eval_data), self.eval_data.lengths)
+            metrics = self.measure(
+                decoder, self.outputs(loss_module.network, self.eval_data), self.eval_data.lengths
+            )
         return metrics
 
     def calibrate(self, network: LengthNetwork) -> tuple[Decoder, dict[str, float]]:
@@ -162,18 +204,27 @@ class LengthTraining(FineTuning):
 
     def export(self, model: LengthNetwork, state: dict[str, Tensor], folder: Path):
         """A folder that LengthPredictor loads: the backbone as its method saves it, the head, the card."""
-        inner = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+        inner = {
+            name.removeprefix("model."): tensor
+            for name, tensor in state.items()
+            if name.startswith("model.")
+        }
         export(model.model, self.method, self.tokenizer, inner, folder)
         save_head(state, self.rows.own, folder)
         decoder, metrics = self.calibrated
-        knobs = asdict(self.backbone) | ({"encoder_path": ""} if self.config.backbone == "encoder" else {})
-        write_card(folder, {
-            "backbone": {"name": self.config.backbone, **knobs},
-            "served_model": served_card(self.config, self.rows),
-            **decoder.to_dict(),
-            "training_data": self.rows.card(),
-            "metrics": {"calibration": metrics},
-        })  # fmt: skip
+        knobs = asdict(self.backbone) | (
+            {"encoder_path": ""} if self.config.backbone == "encoder" else {}
+        )
+        write_card(
+            folder,
+            {
+                "backbone": {"name": self.config.backbone, **knobs},
+                "served_model": served_card(self.config, self.rows),
+                **decoder.to_dict(),
+                "training_data": self.rows.card(),
+                "metrics": {"calibration": metrics},
+            },
+        )
 
 
 def train_predictor(config: PredictorConfig) -> Path:

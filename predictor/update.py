@@ -21,17 +21,17 @@ from chatglm.checksums import CHECKSUMS
 from chatglm.files import read_json
 from finetune.commands import Parser, run_command, whole
 from finetune.files import put_in_place, sha256, write_json
-from finetune.formats import BadRow
-from finetune.sources import read_json_items
+from finetune.rows.formats import BadRow
+from finetune.rows.sources import read_json_items
 from predictor.calibration import kaplan_meier
 from predictor.decoder import CARD, FOLDS, Decoder, fold_of, write_card
 from predictor.evaluate import Observed, add_predictor_flags
 from predictor.kernel import FILE as KERNEL_FILE
 from predictor.kernel import KernelHead
 from predictor.labels import Example, parse_example
-from predictor.metrics import kendall_tau, metrics_of, quantiles
 from predictor.prediction import LengthPrediction
 from predictor.runtime import CHUNK, LengthPredictor, read_predictor
+from predictor.scores import kendall_tau, metrics_of, quantiles
 
 MIN_ROWS = 50
 NEWEST = 2000  # rows; fitting a head takes time in proportion
@@ -70,7 +70,9 @@ def read_log(paths: list[str], served_model: str, on_bad_row: str = "skip") -> L
             examples.append(example)
             said.append(prediction)
     if not examples:
-        raise BadRow(f"--log {', '.join(paths)}: no rows" + (f" ({bad} bad ones skipped)" if bad else ""))
+        raise BadRow(
+            f"--log {', '.join(paths)}: no rows" + (f" ({bad} bad ones skipped)" if bad else "")
+        )
     return Log(examples, said, bad)
 
 
@@ -79,8 +81,17 @@ def parse_prediction(item: dict, place: str) -> LengthPrediction | None:
         return None
     try:
         found = LengthPrediction.from_dict(item["prediction"])
-        fits = found.probabilities.ndim == 1 and len(found.edges) == len(found.probabilities) + 1 and np.isfinite(found.probabilities).all()
-        if fits and (found.probabilities >= 0).all() and found.probabilities.sum() > 0 and (np.diff(found.edges) > 0).all():
+        fits = (
+            found.probabilities.ndim == 1
+            and len(found.edges) == len(found.probabilities) + 1
+            and np.isfinite(found.probabilities).all()
+        )
+        if (
+            fits
+            and (found.probabilities >= 0).all()
+            and found.probabilities.sum() > 0
+            and (np.diff(found.edges) > 0).all()
+        ):
             return found
     except (KeyError, TypeError, ValueError):
         pass
@@ -102,7 +113,9 @@ def drift(decoder: Decoder, outputs: np.ndarray, seen: Observed, fitted_on: int)
         ks, p, coverage_90, coverage_975, tau, mae, pinball, mean_log_ratio: of (1 + length) over (1 + median), of what finished.
     """
     probabilities, ranks, levels = decoder.judge(outputs[seen.prompt], seen.tokens)
-    return summary(levels, decoder.conformal.knots[1], probabilities, decoder.edges, ranks, seen, fitted_on)
+    return summary(
+        levels, decoder.conformal.knots[1], probabilities, decoder.edges, ranks, seen, fitted_on
+    )
 
 
 def summary(levels, knots, probabilities, edges, ranks, seen: Observed, fitted_on: int) -> dict:
@@ -110,25 +123,36 @@ def summary(levels, knots, probabilities, edges, ranks, seen: Observed, fitted_o
     from scipy.stats import kstwo
 
     values, share = kaplan_meier(levels, seen.finished, seen.weights)
-    if seen.finished.sum() < len(seen):  # nothing is known beyond the longest of those that were cut
+    if seen.finished.sum() < len(
+        seen
+    ):  # nothing is known beyond the longest of those that were cut
         knots = knots[knots <= levels.max()]
     at = np.searchsorted(values, knots, side="right")
     apart = np.abs(np.concatenate([[0.0], share])[at] - knots)
     ks = float(apart.max(initial=0.0))
     # Where answers were cut, less is known of the longer ones, and distances there count less (Hall and Wellner 1980).
     enough = len(seen.prompts) * fitted_on / (len(seen.prompts) + fitted_on)
-    far = float((apart * np.concatenate([[1.0], certainty(values, share, levels, seen)])[at]).max(initial=0.0))
+    far = float(
+        (apart * np.concatenate([[1.0], certainty(values, share, levels, seen)])[at]).max(
+            initial=0.0
+        )
+    )
     metrics = metrics_of(probabilities, edges, ranks, seen.tokens, seen.finished)
     median = quantiles(probabilities, edges, 0.5)
     ratio = np.log1p(seen.tokens) - np.log1p(median)
     return {
-        "ks": ks, "p": float(kstwo.sf(far, max(1, round(enough)))),
-        **{name: metrics[name] for name in ("coverage_90", "coverage_975", "tau", "mae", "pinball")},
+        "ks": ks,
+        "p": float(kstwo.sf(far, max(1, round(enough)))),
+        **{
+            name: metrics[name] for name in ("coverage_90", "coverage_975", "tau", "mae", "pinball")
+        },
         "mean_log_ratio": float(ratio[seen.finished].mean()) if seen.finished.any() else 0.0,
-    }  # fmt: skip
+    }
 
 
-def certainty(values: np.ndarray, share: np.ndarray, levels: np.ndarray, seen: Observed) -> np.ndarray:
+def certainty(
+    values: np.ndarray, share: np.ndarray, levels: np.ndarray, seen: Observed
+) -> np.ndarray:
     """(m,) 1 where nothing was cut, less after cuts: what makes the product-limit estimate's distance from the truth a Brownian
     bridge's, as that of the empirical distribution is."""
     weights = seen.weights
@@ -138,23 +162,43 @@ def certainty(values: np.ndarray, share: np.ndarray, levels: np.ndarray, seen: O
     left = np.concatenate([[1.0], 1 - share])
     ended = (1 - left[1:] / left[:-1]) * at_risk
     sure = at_risk - ended > 1e-9  # not the very last one
-    spread = weights.sum() * np.cumsum(np.where(sure, ended / np.maximum(at_risk * (at_risk - ended), 1e-12), 0.0))
+    spread = weights.sum() * np.cumsum(
+        np.where(sure, ended / np.maximum(at_risk * (at_risk - ended), 1e-12), 0.0)
+    )
     found = 1 / ((1 + spread) * np.maximum(left[1:], 1e-12))
     return np.where(sure, found, found[sure][-1] if sure.any() else 1.0)
 
 
 def as_served(log: Log, served_model: str) -> dict | None:
     """Coverage of the predictions that the requests were really served by, where the log has them."""
-    rows = [(p, e.labels[0]) for p, e in zip(log.said, log.examples) if p is not None and e.labels[0].served_model == served_model]
+    rows = [
+        (p, e.labels[0])
+        for p, e in zip(log.said, log.examples)
+        if p is not None and e.labels[0].served_model == served_model
+    ]
     if not rows:
         return None
     within = {}
     for name, q in (("coverage_90", 0.9), ("coverage_975", 0.975)):
-        within[name] = float(np.mean([x.tokens <= p.quantile(q) if x.finished else x.tokens < p.quantile(q) for p, x in rows]))
+        within[name] = float(
+            np.mean(
+                [
+                    x.tokens <= p.quantile(q) if x.finished else x.tokens < p.quantile(q)
+                    for p, x in rows
+                ]
+            )
+        )
     return {"rows": len(rows)} | within
 
 
-def update(predictor: LengthPredictor, examples: list[Example], *, refit: bool = True, min_rows: int = MIN_ROWS, ridge: float = RIDGE) -> tuple[LengthPredictor, dict]:
+def update(
+    predictor: LengthPredictor,
+    examples: list[Example],
+    *,
+    refit: bool = True,
+    min_rows: int = MIN_ROWS,
+    ridge: float = RIDGE,
+) -> tuple[LengthPredictor, dict]:
     """(a predictor that knows of `examples`, a report); the old one stays as it is and may go on serving.
 
     Head settings and conformal map are fitted to these rows alone. With `refit`, so is a kernel head, as a difference from the
@@ -178,7 +222,9 @@ def update(predictor: LengthPredictor, examples: list[Example], *, refit: bool =
             f"{len(seen.prompts)} prompts{others}"
         )
     if not seen.finished.any():
-        raise ValueError(f"none of the {len(seen)} answers of {name!r} finished: their lengths are not known")
+        raise ValueError(
+            f"none of the {len(seen)} answers of {name!r} finished: their lengths are not known"
+        )
     old, scorer = predictor.decoder, predictor.score
     before_on = fitted_on(predictor.card)
     features = None
@@ -187,7 +233,13 @@ def update(predictor: LengthPredictor, examples: list[Example], *, refit: bool =
         outputs = scorer.top(features)
     else:
         outputs = in_chunks(scorer, seen.prompts)
-    report = {"served_model": name, "rows": len(seen), "prompts": len(seen.prompts), "cut": int((~seen.finished).sum()), "other_models_rows": seen.others}
+    report = {
+        "served_model": name,
+        "rows": len(seen),
+        "prompts": len(seen.prompts),
+        "cut": int((~seen.finished).sum()),
+        "other_models_rows": seen.others,
+    }
     report["before"] = drift(old, outputs, seen, before_on)
     report["drifted"] = report["before"]["p"] < SIGNIFICANT
     new = scorer
@@ -206,23 +258,33 @@ def update(predictor: LengthPredictor, examples: list[Example], *, refit: bool =
     report["after"] = after
     updates = predictor.card.get("updated", {}).get("updates", 0) + 1
     entry = {
-        "updates": updates, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "rows": len(seen), "prompts": len(seen.prompts),
-        "head": report["head"], "drift": {"before": report["before"], "after": after},
-    }  # fmt: skip
+        "updates": updates,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "rows": len(seen),
+        "prompts": len(seen.prompts),
+        "head": report["head"],
+        "drift": {"before": report["before"], "after": after},
+    }
     report["updates"] = updates
-    return LengthPredictor(new, decoder, predictor.card | decoder.to_dict() | {"updated": entry}), report
+    return LengthPredictor(
+        new, decoder, predictor.card | decoder.to_dict() | {"updated": entry}
+    ), report
 
 
 def is_better(new: dict, old: dict) -> bool:
     """By pinball and tau together, one percent of the one as good as 0.02 of the other. Not by pinball alone: a calibration that bends
     makes up for a head whose order has turned around, and no scheduler could use that order."""
-    return new["tau"] - old["tau"] > 2 * np.log(max(new["pinball"], 1e-9) / max(old["pinball"], 1e-9))
+    return new["tau"] - old["tau"] > 2 * np.log(
+        max(new["pinball"], 1e-9) / max(old["pinball"], 1e-9)
+    )
 
 
 def fitted_on(card: dict) -> int:
     """Prompts that a predictor's calibration knows."""
     data = card["training_data"]
-    return max(1, card.get("updated", {}).get("prompts") or data["calibration_prompts"] or data["prompts"])
+    return max(
+        1, card.get("updated", {}).get("prompts") or data["calibration_prompts"] or data["prompts"]
+    )
 
 
 def in_chunks(function, prompts: list[str]) -> np.ndarray:
@@ -235,7 +297,12 @@ def refitted(top, head, features: np.ndarray, seen: Observed, ridge: float):
     def moved(chosen: np.ndarray):
         inside = chosen[seen.prompt]
         number = np.cumsum(chosen) - 1
-        labels = seen.tokens[inside], seen.finished[inside], seen.weights[inside], number[seen.prompt[inside]]
+        labels = (
+            seen.tokens[inside],
+            seen.finished[inside],
+            seen.weights[inside],
+            number[seen.prompt[inside]],
+        )
         return type(top).fit(top.kernel, head, features[chosen], *labels, ridge=ridge, start=top)
 
     fold = fold_of(np.arange(len(seen.prompts)))
@@ -250,7 +317,14 @@ def recalibrated(head, outputs: np.ndarray, seen: Observed) -> tuple[Decoder, di
 
     def fit(chosen: np.ndarray) -> Decoder:
         prompt = seen.prompt[chosen]
-        return Decoder.fit(head, outputs[prompt], seen.tokens[chosen], seen.finished[chosen], seen.weights[chosen], prompt)
+        return Decoder.fit(
+            head,
+            outputs[prompt],
+            seen.tokens[chosen],
+            seen.finished[chosen],
+            seen.weights[chosen],
+            prompt,
+        )
 
     everything = fit(np.ones(len(seen), bool))
     fold = fold_of(np.arange(len(seen.prompts)))[seen.prompt]
@@ -260,11 +334,23 @@ def recalibrated(head, outputs: np.ndarray, seen: Observed) -> tuple[Decoder, di
         held = fold == k
         # Where nothing but this fold finished, the rest cannot tell lengths.
         decoder = fit(~held) if seen.finished[~held].any() else everything
-        probabilities[held], ranks[held], levels[held] = decoder.judge(outputs[seen.prompt[held]], seen.tokens[held])
+        probabilities[held], ranks[held], levels[held] = decoder.judge(
+            outputs[seen.prompt[held]], seen.tokens[held]
+        )
         done = held & seen.finished
         taus.append((kendall_tau(ranks[done], seen.tokens[done]), done.sum()))
-    found = summary(levels, everything.conformal.knots[1], probabilities, everything.edges, ranks, seen, len(seen.prompts))
-    found["tau"] = float(np.average([t for t, _ in taus], weights=[n for _, n in taus]))  # inside folds: ranks of different fits are not one order
+    found = summary(
+        levels,
+        everything.conformal.knots[1],
+        probabilities,
+        everything.edges,
+        ranks,
+        seen,
+        len(seen.prompts),
+    )
+    found["tau"] = float(
+        np.average([t for t, _ in taus], weights=[n for _, n in taus])
+    )  # inside folds: ranks of different fits are not one order
     del found["p"]  # folds make up for one another: as a test it would never reject
     return everything, found
 
@@ -277,9 +363,18 @@ def write_updated(predictor: LengthPredictor, source: Path, output: Path):
         ValueError: `output` holds something that is no predictor, or the new folder does not load. Nothing has changed then.
         OSError: it cannot be written; nothing has changed then.
     """
-    source, output = source.resolve(), output.resolve()  # what a link leads to is replaced, not the link
-    if output.exists() and not (output / CARD).is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output {output} holds other things than a predictor; name another folder")
+    source, output = (
+        source.resolve(),
+        output.resolve(),
+    )  # what a link leads to is replaced, not the link
+    if (
+        output.exists()
+        and not (output / CARD).is_file()
+        and (not output.is_dir() or any(output.iterdir()))
+    ):
+        raise ValueError(
+            f"--output {output} holds other things than a predictor; name another folder"
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
@@ -287,7 +382,11 @@ def write_updated(predictor: LengthPredictor, source: Path, output: Path):
         (aside / CHECKSUMS).unlink(missing_ok=True)  # of the old head and card
         if hasattr(predictor.score, "top"):
             predictor.score.top.save(aside)
-        card = {key: value for key, value in predictor.card.items() if key not in ("format", "format_version")}
+        card = {
+            key: value
+            for key, value in predictor.card.items()
+            if key not in ("format", "format_version")
+        }
         write_card(aside, with_new_sums(card, aside))
         renew_manifest(aside)
         check_loads(aside, predictor)
@@ -316,8 +415,12 @@ def renew_manifest(folder: Path):
     manifest = read_json(path)
     sums = manifest.get("sha256")
     if isinstance(sums, dict):
-        written = [name for name in (CARD, KERNEL_FILE) if name in sums and (folder / name).is_file()]
-        write_json(path, manifest | {"sha256": sums | {name: sha256(folder / name) for name in written}})
+        written = [
+            name for name in (CARD, KERNEL_FILE) if name in sums and (folder / name).is_file()
+        ]
+        write_json(
+            path, manifest | {"sha256": sums | {name: sha256(folder / name) for name in written}}
+        )
 
 
 def check_loads(folder: Path, predictor: LengthPredictor):
@@ -331,19 +434,28 @@ def check_loads(folder: Path, predictor: LengthPredictor):
 
 
 def describe(report: dict) -> str:
-    words = f"{report['rows']} rows of {report['prompts']} prompts answered by {report['served_model']}"
+    words = (
+        f"{report['rows']} rows of {report['prompts']} prompts answered by {report['served_model']}"
+    )
     words += f", {report['cut']} cut" if report["cut"] else ""
-    words += f"; {report['other_models_rows']} of other served models left out" if report["other_models_rows"] else ""
+    words += (
+        f"; {report['other_models_rows']} of other served models left out"
+        if report["other_models_rows"]
+        else ""
+    )
     words += f"; {report['bad_rows']} bad rows skipped" if report.get("bad_rows") else ""
     lines = [words]
     for when in ("before", "after"):
         if d := report.get(when):
             lines.append(
                 f"{when:6}  q90 covers {d['coverage_90']:.1%}, q97.5 {d['coverage_975']:.1%}, tau-b {d['tau']:.3f}, MAE {d['mae']:.1f}, mean log "
-                f"ratio {d['mean_log_ratio']:+.3f}, KS {d['ks']:.3f}" + (f" (p {d['p']:.2g})" if "p" in d else "")
+                f"ratio {d['mean_log_ratio']:+.3f}, KS {d['ks']:.3f}"
+                + (f" (p {d['p']:.2g})" if "p" in d else "")
             )
     if served := report.get("as_served"):
-        lines.append(f"served  {served['rows']} rows with the prediction of their time: q90 covered {served['coverage_90']:.1%}, q97.5 {served['coverage_975']:.1%}")
+        lines.append(
+            f"served  {served['rows']} rows with the prediction of their time: q90 covered {served['coverage_90']:.1%}, q97.5 {served['coverage_975']:.1%}"
+        )
     lines.append("lengths have drifted" if report["drifted"] else "no significant drift")
     if "head" in report:
         lines[-1] += f"; calibration fitted anew, head {report['head']}"
@@ -352,13 +464,19 @@ def describe(report: dict) -> str:
 
 def run(args) -> int:
     folder = Path(args.predictor)
-    predictor = LengthPredictor.from_pretrained(folder, base_model=args.base_model, device=args.device)
+    predictor = LengthPredictor.from_pretrained(
+        folder, base_model=args.base_model, device=args.device
+    )
     name = predictor.card["served_model"]["name"]
     log = read_log([path.strip() for path in args.log.split(",")], name, args.on_bad_row)
-    mine = [i for i, e in enumerate(log.examples) if e.labels[0].served_model == name][-args.newest :]
+    mine = [i for i, e in enumerate(log.examples) if e.labels[0].served_model == name][
+        -args.newest :
+    ]
     first = mine[0] if mine else 0
     log = replace(log, examples=log.examples[first:], said=log.said[first:])
-    new, report = update(predictor, log.examples, refit=args.refit, min_rows=args.min_rows, ridge=ridge_of(folder))
+    new, report = update(
+        predictor, log.examples, refit=args.refit, min_rows=args.min_rows, ridge=ridge_of(folder)
+    )
     report |= {"bad_rows": log.bad, "as_served": as_served(log, name)}
     print(describe(report))
     if not args.dry_run:
@@ -383,20 +501,52 @@ def ridge_of(folder: Path) -> float:
 def main(argv: list[str] | None = None) -> int:
     from finetune.config import parse_bool
 
-    parser = Parser(prog="predictor.update", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="predictor.update",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_predictor_flags(parser)
-    parser.add_argument("--log", required=True, metavar="FILE[,FILE]", help="the serving monitor's JSON lines, the newest last")
-    parser.add_argument("--output", metavar="DIR", help="write the predictor there (default: in place of --predictor)")
+    parser.add_argument(
+        "--log",
+        required=True,
+        metavar="FILE[,FILE]",
+        help="the serving monitor's JSON lines, the newest last",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="write the predictor there (default: in place of --predictor)",
+    )
     boolean = {"type": parse_bool, "nargs": "?", "const": True, "metavar": "True|False"}
-    parser.add_argument("--refit", default=True, **boolean, help="fit a kernel head anew near the old one; False: calibration alone [True]")
-    parser.add_argument("--dry_run", default=False, **boolean, help="report, and write no predictor [False]")
-    parser.add_argument("--min_rows", type=whole(), default=MIN_ROWS, help=f"refuse fewer rows of different prompts [{MIN_ROWS}]")
-    parser.add_argument("--newest", type=whole(), default=NEWEST, help=f"look at so many rows of the served model, the last ones [{NEWEST}]")
+    parser.add_argument(
+        "--refit",
+        default=True,
+        **boolean,
+        help="fit a kernel head anew near the old one; False: calibration alone [True]",
+    )
+    parser.add_argument(
+        "--dry_run", default=False, **boolean, help="report, and write no predictor [False]"
+    )
+    parser.add_argument(
+        "--min_rows",
+        type=whole(),
+        default=MIN_ROWS,
+        help=f"refuse fewer rows of different prompts [{MIN_ROWS}]",
+    )
+    parser.add_argument(
+        "--newest",
+        type=whole(),
+        default=NEWEST,
+        help=f"look at so many rows of the served model, the last ones [{NEWEST}]",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the report there")
     parser.add_argument(
-        "--on_bad_row", choices=("error", "skip"), default="skip",
+        "--on_bad_row",
+        choices=("error", "skip"),
+        default="skip",
         help="what to do with a malformed row; the last one of a log that is being written is one [skip]",
-    )  # fmt: skip
+    )
     args = parser.parse_args(argv)
     return run_command(parser.prog, lambda: run(args))
 

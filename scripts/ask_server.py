@@ -30,7 +30,9 @@ def address(server: str, patience_s: float = 120.0) -> str:
         return server.rstrip("/")
     until = time.monotonic() + patience_s
     while time.monotonic() < until:
-        if Path(server).is_file() and (found := re.search(r"at (http\S+)", Path(server).read_text(encoding="utf-8"))):
+        if Path(server).is_file() and (
+            found := re.search(r"at (http\S+)", Path(server).read_text(encoding="utf-8"))
+        ):
             return found[1]
         time.sleep(0.1)
     raise TimeoutError(f"{server} names no address after {patience_s:.0f} s")
@@ -38,12 +40,23 @@ def address(server: str, patience_s: float = 120.0) -> str:
 
 def ask(url: str, name: str, prompt: str, slo_s: float, max_tokens: int | None) -> dict:
     """{answer, output_tokens, predicted_tokens, in_time, latency_s, ...}, as the server reports them."""
-    body = {"model": name, "messages": [{"role": "user", "content": prompt}], "temperature": 0, "slo_s": slo_s}
+    body = {
+        "model": name,
+        "messages": [{"role": "user", "content": prompt}],
+        "temperature": 0,
+        "slo_s": slo_s,
+    }
     body |= {"max_tokens": max_tokens} if max_tokens else {}
-    request = urllib.request.Request(f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request) as response:
         found = json.load(response)
-    return {"prompt": prompt, "answer": found["choices"][0]["message"]["content"], **found["glm_foundry"]}
+    return {
+        "prompt": prompt,
+        "answer": found["choices"][0]["message"]["content"],
+        **found["glm_foundry"],
+    }
 
 
 def name_of(url: str) -> str:
@@ -52,12 +65,27 @@ def name_of(url: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="ask_server.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--server", required=True, help="its address, or the file its output goes to")
+    parser = Parser(
+        prog="ask_server.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--server", required=True, help="its address, or the file its output goes to"
+    )
     parser.add_argument("--prompts", required=True, help="JSON lines with a prompt each")
     parser.add_argument("--clients", type=int, default=8, help="requests under way at once [8]")
-    parser.add_argument("--slo_s", type=float, default=10.0, help="seconds within which a whole answer is wanted [10]")
-    parser.add_argument("--max_tokens", type=int, help="cut answers after so many tokens (default: as long as they are)")
+    parser.add_argument(
+        "--slo_s",
+        type=float,
+        default=10.0,
+        help="seconds within which a whole answer is wanted [10]",
+    )
+    parser.add_argument(
+        "--max_tokens",
+        type=int,
+        help="cut answers after so many tokens (default: as long as they are)",
+    )
     parser.add_argument("--json", type=Path, help="write all answers here")
     args = parser.parse_args(argv)
     return run_command(parser.prog, lambda: run(args))
@@ -69,7 +97,11 @@ def run(args):
     try:
         with ThreadPoolExecutor(args.clients) as pool:
             name = name_of(url)
-            answers = list(pool.map(lambda prompt: ask(url, name, prompt, args.slo_s, args.max_tokens), prompts))
+            answers = list(
+                pool.map(
+                    lambda prompt: ask(url, name, prompt, args.slo_s, args.max_tokens), prompts
+                )
+            )
     except urllib.error.HTTPError as error:
         raise ValueError(f"{url}: {error.read().decode(errors='replace')}") from None
     except urllib.error.URLError as error:
@@ -79,13 +111,24 @@ def run(args):
     print("  actual  predicted: median     q90  latency s  prompt")
     for a in answers[:SHOWN]:
         known = a.get("predicted_tokens") or {"median": float("nan"), "q90": float("nan")}
-        print(f"{a['output_tokens']:8} {known['median']:18.0f} {known['q90']:7.0f} {a['latency_s']:10.2f}  {a['prompt'][:40]}")
+        print(
+            f"{a['output_tokens']:8} {known['median']:18.0f} {known['q90']:7.0f} {a['latency_s']:10.2f}  {a['prompt'][:40]}"
+        )
     known = [a for a in answers if a.get("predicted_tokens") and a["finished"]]
-    within = sum(a["output_tokens"] <= a["predicted_tokens"]["q90"] for a in known) / max(len(known), 1)
+    within = sum(a["output_tokens"] <= a["predicted_tokens"]["q90"] for a in known) / max(
+        len(known), 1
+    )
     in_time = sum(a["in_time"] for a in answers) / len(answers)
-    print(f"{len(answers)} answers, {in_time:.0%} within {args.slo_s:g} s, {within:.0%} within their predicted q90")
+    print(
+        f"{len(answers)} answers, {in_time:.0%} within {args.slo_s:g} s, {within:.0%} within their predicted q90"
+    )
     if args.json:
-        content = {"answers": len(answers), "in_time": in_time, "within_q90": within, "all": answers}
+        content = {
+            "answers": len(answers),
+            "in_time": in_time,
+            "within_q90": within,
+            "all": answers,
+        }
         write_json(args.json, content)
 
 
@@ -95,7 +138,9 @@ def read_prompts(path: str) -> list[str]:
         try:
             prompts.append(json.loads(line)["prompt"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError(f"{path}:{number}: wanted a JSON object with a prompt, got {shorten(line)}") from None
+            raise ValueError(
+                f"{path}:{number}: wanted a JSON object with a prompt, got {shorten(line)}"
+            ) from None
     return prompts
 
 

@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from chatglm.families import FAMILIES  # noqa: E402
 from finetune.commands import Parser, run_command  # noqa: E402
 from finetune.config import parse_positive  # noqa: E402
+from finetune.evaluation.predict import add_model_flags, generate_batch, load_for_inference  # noqa: E402
 from finetune.files import writing  # noqa: E402
-from finetune.formats import BadRow  # noqa: E402
-from finetune.predict import add_model_flags, generate_batch, load_for_inference  # noqa: E402
-from finetune.sources import read_json_items  # noqa: E402
+from finetune.rows.formats import BadRow  # noqa: E402
+from finetune.rows.sources import read_json_items  # noqa: E402
 from predictor.labels import parse_prompt, served_name  # noqa: E402
 
 OPENING = b'{"prompt": '  # of every line written here
@@ -60,7 +60,10 @@ class RowDraws:
 
 
 def row_seed(seed: int, prompt: str, sample: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {sample} {prompt}".encode()).digest()[:8], "big") >> 1
+    return (
+        int.from_bytes(hashlib.sha256(f"{seed} {sample} {prompt}".encode()).digest()[:8], "big")
+        >> 1
+    )
 
 
 def read_prompts(path: str, limit: int | None) -> list[str]:
@@ -104,14 +107,18 @@ def read_done(path: Path, made_with: dict) -> tuple[set[tuple[str, int]], int]:
             theirs = {"served_model": row["served_model"], "seed": row["seed"], **row["settings"]}
             done.add((row["prompt"], row["sample"]))
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError(f"--output {path}:{number}: not a line of collect_lengths; name another file") from None
+            raise ValueError(
+                f"--output {path}:{number}: not a line of collect_lengths; name another file"
+            ) from None
         for key in {**made_with, **theirs}:
             if made_with.get(key) != theirs.get(key):
                 was = f"made with {key} {theirs.get(key)!r}, now it is {made_with.get(key)!r}"
                 raise ValueError(f"--output {path}:{number}: {was}; name another file")
     torn = content[whole:]
     if not torn.startswith(OPENING[: len(torn)]):  # nothing of anybody else's is cut away
-        raise ValueError(f"--output {path}: its end is not a line of collect_lengths; name another file")
+        raise ValueError(
+            f"--output {path}: its end is not a line of collect_lengths; name another file"
+        )
     return done, whole
 
 
@@ -126,31 +133,67 @@ def collect(args) -> str:
 
     prompts = read_prompts(args.prompts, args.limit)
     model, tokenizer, max_src_len, options = load_for_inference(args)
-    sampling = {"temperature": args.temperature, "top_p": args.top_p} if options.pop("do_sample") else {}
+    sampling = (
+        {"temperature": args.temperature, "top_p": args.top_p} if options.pop("do_sample") else {}
+    )
     for name in ("temperature", "top_p"):
         options.pop(name, None)  # RowDraws samples instead
-    settings = {"weights": fingerprint(model), "max_src_len": max_src_len, "max_new_tokens": args.max_new_tokens, **sampling}
-    row_end = {"served_model": args.served_model or served_name(args.model_path), "seed": args.seed if sampling else None}
+    settings = {
+        "weights": fingerprint(model),
+        "max_src_len": max_src_len,
+        "max_new_tokens": args.max_new_tokens,
+        **sampling,
+    }
+    row_end = {
+        "served_model": args.served_model or served_name(args.model_path),
+        "seed": args.seed if sampling else None,
+    }
     output = Path(args.output)
     done, whole = read_done(output, row_end | settings)
 
-    encoded = [FAMILIES[tokenizer.family].encode_prompt(tokenizer, prompt, max_src_len) for prompt in prompts]
+    encoded = [
+        FAMILIES[tokenizer.family].encode_prompt(tokenizer, prompt, max_src_len)
+        for prompt in prompts
+    ]
     if cut := sum(e.truncated for e in encoded):
-        print(f"{cut} of {len(prompts)} prompts are longer than --max_src_len {max_src_len} and asked cut", flush=True)
-    asked = [(i, sample) for i in range(len(prompts)) for sample in range(args.samples) if (prompts[i], sample) not in done]
-    asked.sort(key=lambda one: -len(encoded[one[0]].input_ids))  # what needs most memory comes first
+        print(
+            f"{cut} of {len(prompts)} prompts are longer than --max_src_len {max_src_len} and asked cut",
+            flush=True,
+        )
+    asked = [
+        (i, sample)
+        for i in range(len(prompts))
+        for sample in range(args.samples)
+        if (prompts[i], sample) not in done
+    ]
+    asked.sort(
+        key=lambda one: -len(encoded[one[0]].input_ids)
+    )  # what needs most memory comes first
     tokens = unfinished = 0
     start = time.monotonic()
-    with writing(output), open_to_append(output) as file, tqdm(total=len(asked), desc="answering", unit="answer") as bar:
+    with (
+        writing(output),
+        open_to_append(output) as file,
+        tqdm(total=len(asked), desc="answering", unit="answer") as bar,
+    ):
         file.truncate(whole)
-        for batch in (asked[n : n + args.batch_size] for n in range(0, len(asked), args.batch_size)):
+        for batch in (
+            asked[n : n + args.batch_size] for n in range(0, len(asked), args.batch_size)
+        ):
             if sampling:
                 seeds = [row_seed(args.seed, prompts[i], sample) for i, sample in batch]
                 options["logits_processor"] = [RowDraws(seeds, **sampling, device=model.device)]
             lines = []
-            answers = generate_batch(model, tokenizer, [encoded[i].input_ids for i, _ in batch], **options)
+            answers = generate_batch(
+                model, tokenizer, [encoded[i].input_ids for i, _ in batch], **options
+            )
             for (i, sample), (ids, ended) in zip(batch, answers):
-                row = {"prompt": prompts[i], "output_tokens": len(ids), "finished": ended, "sample": sample}
+                row = {
+                    "prompt": prompts[i],
+                    "output_tokens": len(ids),
+                    "finished": ended,
+                    "sample": sample,
+                }
                 row |= row_end | {"settings": settings}
                 if args.keep_answers:
                     row["answer"] = tokenizer.decode(ids, skip_special_tokens=True)
@@ -159,7 +202,9 @@ def collect(args) -> str:
                 unfinished += not ended
             file.write("".join(lines).encode())
             file.flush()
-            bar.set_postfix_str(f"{tokens / (time.monotonic() - start):.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(
+                f"{tokens / (time.monotonic() - start):.0f} tokens/s", refresh=False
+            )
             bar.update(len(batch))
         os.fsync(file.fileno())
     there = f"; {len(done)} were there" if done else ""
@@ -170,19 +215,41 @@ def collect(args) -> str:
 def main(argv: list[str] | None = None) -> int:
     # "resolve": flags of finetune.predict that mean something else here are given anew
     layout = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="collect_lengths.py", description=__doc__, formatter_class=layout, conflict_handler="resolve")
+    parser = Parser(
+        prog="collect_lengths.py",
+        description=__doc__,
+        formatter_class=layout,
+        conflict_handler="resolve",
+    )
     add_model_flags(parser)
     parser.add_argument("--max_length", help=argparse.SUPPRESS)
-    parser.add_argument("--max_new_tokens", type=parse_positive, default=512, help="an answer is cut here, and then not finished [512]")
+    parser.add_argument(
+        "--max_new_tokens",
+        type=parse_positive,
+        default=512,
+        help="an answer is cut here, and then not finished [512]",
+    )
     parser.add_argument("--prompts", required=True, help="file of the prompts")
     parser.add_argument("--output", required=True, help="JSON lines to write, or to go on with")
-    parser.add_argument("--served_model", help="name of the model in the lines (default: the folder's, of a checkpoint with its run's)")
-    parser.add_argument("--samples", type=parse_positive, default=1, help="answers to each prompt, with --do_sample [1]")
-    parser.add_argument("--limit", type=parse_positive, help="ask only so many prompts, the first of the file")
+    parser.add_argument(
+        "--served_model",
+        help="name of the model in the lines (default: the folder's, of a checkpoint with its run's)",
+    )
+    parser.add_argument(
+        "--samples",
+        type=parse_positive,
+        default=1,
+        help="answers to each prompt, with --do_sample [1]",
+    )
+    parser.add_argument(
+        "--limit", type=parse_positive, help="ask only so many prompts, the first of the file"
+    )
     parser.add_argument("--keep_answers", action="store_true", help="write the answers' text too")
     args = parser.parse_args(argv)
     if args.samples > 1 and not args.do_sample:
-        parser.error(f"--samples {args.samples} without --do_sample would be the same answer {args.samples} times")
+        parser.error(
+            f"--samples {args.samples} without --do_sample would be the same answer {args.samples} times"
+        )
     if args.max_length:
         parser.error("--max_length counts the prompt; say --max_new_tokens")
     return run_command(parser.prog, lambda: run(args))

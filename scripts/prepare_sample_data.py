@@ -30,17 +30,137 @@ PICK = "抄写其中的{}："
 JOIN = "把下列词用_连接："
 JOIN_LINES = "把下列词用_连接，每组一行："
 
-PART_FAULT, PERFORMANCE_FAULT, COMPOSED_OF, TEST_TOOL = RELATIONS = ("部件故障", "性能故障", "组成", "检测工具")
+PART_FAULT, PERFORMANCE_FAULT, COMPOSED_OF, TEST_TOOL = RELATIONS = (
+    "部件故障",
+    "性能故障",
+    "组成",
+    "检测工具",
+)
 
-PARTS = ["水泵", "发动机", "变速器", "起动机", "发电机", "压缩机", "节气门", "喷油嘴", "火花塞", "蓄电池", "散热器", "膨胀阀", "曲轴", "活塞", "皮带", "离合器", "传动轴", "差速器", "转向机", "方向盘", "雨刮", "喇叭", "仪表盘", "保险丝", "天窗", "鼓风机", "排气管", "油箱"]
+PARTS = [
+    "水泵",
+    "发动机",
+    "变速器",
+    "起动机",
+    "发电机",
+    "压缩机",
+    "节气门",
+    "喷油嘴",
+    "火花塞",
+    "蓄电池",
+    "散热器",
+    "膨胀阀",
+    "曲轴",
+    "活塞",
+    "皮带",
+    "离合器",
+    "传动轴",
+    "差速器",
+    "转向机",
+    "方向盘",
+    "雨刮",
+    "喇叭",
+    "仪表盘",
+    "保险丝",
+    "天窗",
+    "鼓风机",
+    "排气管",
+    "油箱",
+]
 CORNERS = ["左前", "右前", "左后", "右后"]
 CORNER_PARTS = ["车门", "轮胎", "减震器"]
-STATES = ["损坏", "松动", "磨损", "断裂", "异响", "变形", "老化", "卡死", "烧坏", "发烫", "脱落", "堵塞", "进水", "锈蚀", "接触不良", "不工作", "漏油", "抖动"]
-QUANTITIES = ["水温", "油压", "怠速", "油耗", "电压", "电流", "转速", "胎压", "制动力", "噪音", "流量", "真空度", "电阻", "扭矩"]
-LEVELS = ["过高", "过低", "偏高", "偏低", "不稳", "不足", "超标", "为零", "忽高忽低", "波动大", "下降快"]
-COMPONENTS = ["轴承", "油封", "密封圈", "齿轮", "弹簧", "垫片", "线圈", "电刷", "转子", "壳体", "叶片", "阀芯", "螺栓", "滤网"]
-ASSEMBLIES = ["发动机", "变速器", "起动机", "发电机", "压缩机", "水泵", "节气门", "离合器", "差速器", "转向机", "鼓风机"]
-TOOLS = ["万用表", "示波器", "诊断仪", "压力表", "卡尺", "千分尺", "测温仪", "听诊器", "试灯", "塞尺", "扭力扳手", "内窥镜"]
+STATES = [
+    "损坏",
+    "松动",
+    "磨损",
+    "断裂",
+    "异响",
+    "变形",
+    "老化",
+    "卡死",
+    "烧坏",
+    "发烫",
+    "脱落",
+    "堵塞",
+    "进水",
+    "锈蚀",
+    "接触不良",
+    "不工作",
+    "漏油",
+    "抖动",
+]
+QUANTITIES = [
+    "水温",
+    "油压",
+    "怠速",
+    "油耗",
+    "电压",
+    "电流",
+    "转速",
+    "胎压",
+    "制动力",
+    "噪音",
+    "流量",
+    "真空度",
+    "电阻",
+    "扭矩",
+]
+LEVELS = [
+    "过高",
+    "过低",
+    "偏高",
+    "偏低",
+    "不稳",
+    "不足",
+    "超标",
+    "为零",
+    "忽高忽低",
+    "波动大",
+    "下降快",
+]
+COMPONENTS = [
+    "轴承",
+    "油封",
+    "密封圈",
+    "齿轮",
+    "弹簧",
+    "垫片",
+    "线圈",
+    "电刷",
+    "转子",
+    "壳体",
+    "叶片",
+    "阀芯",
+    "螺栓",
+    "滤网",
+]
+ASSEMBLIES = [
+    "发动机",
+    "变速器",
+    "起动机",
+    "发电机",
+    "压缩机",
+    "水泵",
+    "节气门",
+    "离合器",
+    "差速器",
+    "转向机",
+    "鼓风机",
+]
+TOOLS = [
+    "万用表",
+    "示波器",
+    "诊断仪",
+    "压力表",
+    "卡尺",
+    "千分尺",
+    "测温仪",
+    "听诊器",
+    "试灯",
+    "塞尺",
+    "扭力扳手",
+    "内窥镜",
+]
 BRANDS = ["启程", "远山", "青禾", "云帆"]
 BODIES = ["轿车", "货车", "客车"]
 
@@ -115,9 +235,17 @@ class Language:
         if relation == PART_FAULT:
             subject, obj, templates = self.part, lambda: draw.one(STATES), PART_TEMPLATES
         elif relation == PERFORMANCE_FAULT:
-            subject, obj, templates = lambda: draw.one(QUANTITIES), lambda: draw.one(LEVELS), LEVEL_TEMPLATES
+            subject, obj, templates = (
+                lambda: draw.one(QUANTITIES),
+                lambda: draw.one(LEVELS),
+                LEVEL_TEMPLATES,
+            )
         elif relation == COMPOSED_OF:
-            subject, obj, templates = lambda: draw.one(COMPONENTS), lambda: draw.one(ASSEMBLIES), COMPOSED_TEMPLATES
+            subject, obj, templates = (
+                lambda: draw.one(COMPONENTS),
+                lambda: draw.one(ASSEMBLIES),
+                COMPOSED_TEMPLATES,
+            )
         else:
             subject, obj, templates = lambda: draw.one(TOOLS), self._measured, TOOL_TEMPLATES
         s, o = self._pair(relation, subject, obj, held_out)
@@ -133,7 +261,9 @@ class Language:
     def opening(self):
         """Brand, body, year or mileage: noise in front of a sentence."""
         if self.draw.chance(0.5):
-            return f"{self.draw.integer(2010, 2024)}年{self.draw.one(BRANDS)}{self.draw.one(BODIES)}"
+            return (
+                f"{self.draw.integer(2010, 2024)}年{self.draw.one(BRANDS)}{self.draw.one(BODIES)}"
+            )
         return f"行驶{self.draw.integer(2, 30)}万公里后"
 
     def sentence(self, held_out=False):
@@ -173,7 +303,13 @@ def extraction_rows(language, count, taken, held_out_rows=0):
         text, triples = language.sentence(held_out=len(rows) < held_out_rows)
         if text not in taken:
             taken.add(text)
-            rows.append({"instruction": EXTRACT, "input": text, "output": "\n".join("_".join(t) for t in triples)})
+            rows.append(
+                {
+                    "instruction": EXTRACT,
+                    "input": text,
+                    "output": "\n".join("_".join(t) for t in triples),
+                }
+            )
     return rows
 
 
@@ -300,17 +436,42 @@ def render(rows):
 
 
 def parse_args(argv=None):
-    parser = Parser(prog="prepare_sample_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("data"), help="folder to write to; made if missing (default data)")
-    parser.add_argument("--seed", type=int, default=1234, help="seed of every draw (default %(default)s)")
-    parser.add_argument("--train_rows", type=int, default=1500, help="rows of spo_train.json (default %(default)s)")
-    parser.add_argument("--test_rows", type=int, default=100, help="rows of spo_test.json (default %(default)s)")
-    parser.add_argument("--copy_rows", type=int, default=8000, help="rows of copy_pretrain.json (default %(default)s)")
-    parser.add_argument(
-        "--held_out_share", type=float, default=0.2, help="share of all combinations kept out of training (default %(default)s)"
+    parser = Parser(
+        prog="prepare_sample_data.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--held_out_test_rows", type=int, help="test rows made of held-out combinations only (default 60 %% of --test_rows)"
+        "--output_dir",
+        type=Path,
+        default=Path("data"),
+        help="folder to write to; made if missing (default data)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1234, help="seed of every draw (default %(default)s)"
+    )
+    parser.add_argument(
+        "--train_rows", type=int, default=1500, help="rows of spo_train.json (default %(default)s)"
+    )
+    parser.add_argument(
+        "--test_rows", type=int, default=100, help="rows of spo_test.json (default %(default)s)"
+    )
+    parser.add_argument(
+        "--copy_rows",
+        type=int,
+        default=8000,
+        help="rows of copy_pretrain.json (default %(default)s)",
+    )
+    parser.add_argument(
+        "--held_out_share",
+        type=float,
+        default=0.2,
+        help="share of all combinations kept out of training (default %(default)s)",
+    )
+    parser.add_argument(
+        "--held_out_test_rows",
+        type=int,
+        help="test rows made of held-out combinations only (default 60 %% of --test_rows)",
     )
     args = parser.parse_args(argv)
     if args.held_out_test_rows is None:
@@ -320,7 +481,9 @@ def parse_args(argv=None):
     if not 0.05 <= args.held_out_share <= 0.9:
         parser.error(f"--held_out_share must lie between 0.05 and 0.9, got {args.held_out_share}")
     if not 0 <= args.held_out_test_rows <= args.test_rows:
-        parser.error(f"--held_out_test_rows must lie between 0 and --test_rows, got {args.held_out_test_rows}")
+        parser.error(
+            f"--held_out_test_rows must lie between 0 and --test_rows, got {args.held_out_test_rows}"
+        )
     return args
 
 
@@ -331,7 +494,12 @@ def main(argv=None):
 
 def run(args):
     files = build(
-        args.seed, args.train_rows, args.test_rows, args.copy_rows, args.held_out_share, args.held_out_test_rows
+        args.seed,
+        args.train_rows,
+        args.test_rows,
+        args.copy_rows,
+        args.held_out_share,
+        args.held_out_test_rows,
     )
     contents = {name: render(rows) for name, rows in files.items()}
     table = "\n".join(
@@ -345,7 +513,10 @@ def run(args):
     )
     probe = PROBE.read_bytes()
     samples = render_samples()
-    formats = "\n".join(f"| {name} | {len(content.splitlines())} | {hashlib.sha256(content).hexdigest()} |" for name, content in samples.items())
+    formats = "\n".join(
+        f"| {name} | {len(content.splitlines())} | {hashlib.sha256(content).hexdigest()} |"
+        for name, content in samples.items()
+    )
     readme = README.format(
         probe_rows=probe.count(b"\n"),
         probe_hash=hashlib.sha256(probe).hexdigest(),

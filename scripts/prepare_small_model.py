@@ -20,23 +20,71 @@ from finetune.commands import Parser, run_command  # noqa: E402
 from finetune.files import set_modes, writing  # noqa: E402
 
 
-def make_config(family: str, tokenizer, *, hidden_size: int, num_layers: int, heads: int, groups: int, ffn: int, length: int, init_std: float):
+def make_config(
+    family: str,
+    tokenizer,
+    *,
+    hidden_size: int,
+    num_layers: int,
+    heads: int,
+    groups: int,
+    ffn: int,
+    length: int,
+    init_std: float,
+):
     """A configuration of the family's architecture for the tokenizer's ids."""
     from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
 
     vocab = -(-len(tokenizer) // 64) * 64
-    shared = {"hidden_size": hidden_size, "num_layers": num_layers, "num_attention_heads": heads, "glm_family": family,
-              "initializer_range": init_std, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}  # fmt: skip
+    shared = {
+        "hidden_size": hidden_size,
+        "num_layers": num_layers,
+        "num_attention_heads": heads,
+        "glm_family": family,
+        "initializer_range": init_std,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     if family == "glm":
-        commands = {key: tokenizer.get_command(token) for key, token in
-                    (("bos_token_id", "<sop>"), ("mask_token_id", "[MASK]"), ("gmask_token_id", "[gMASK]"))}  # fmt: skip
-        return ChatGLM1Config(vocab_size=vocab, inner_hidden_size=ffn, max_sequence_length=length, **shared, **commands)
-    return ChatGLM2Config(padded_vocab_size=vocab, ffn_hidden_size=ffn, kv_channels=hidden_size // heads,
-                          multi_query_group_num=groups, seq_length=length, **shared)  # fmt: skip
+        commands = {
+            key: tokenizer.get_command(token)
+            for key, token in (
+                ("bos_token_id", "<sop>"),
+                ("mask_token_id", "[MASK]"),
+                ("gmask_token_id", "[gMASK]"),
+            )
+        }
+        return ChatGLM1Config(
+            vocab_size=vocab,
+            inner_hidden_size=ffn,
+            max_sequence_length=length,
+            **shared,
+            **commands,
+        )
+    return ChatGLM2Config(
+        padded_vocab_size=vocab,
+        ffn_hidden_size=ffn,
+        kv_channels=hidden_size // heads,
+        multi_query_group_num=groups,
+        seq_length=length,
+        **shared,
+    )
 
 
-def make_model(family: str, tokenizer_dir: str | Path, output_dir: str | Path, *, hidden_size=256, num_layers=4, heads=8,
-               groups=2, ffn=688, length=2048, init_std=0.02, seed=1234) -> Path:  # fmt: skip
+def make_model(
+    family: str,
+    tokenizer_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    hidden_size=256,
+    num_layers=4,
+    heads=8,
+    groups=2,
+    ffn=688,
+    length=2048,
+    init_std=0.02,
+    seed=1234,
+) -> Path:
     """Write a random model with its tokenizer to `output_dir`, whole or not at all; returns the folder."""
     import torch
 
@@ -47,10 +95,24 @@ def make_model(family: str, tokenizer_dir: str | Path, output_dir: str | Path, *
 
     tokenizer = load_tokenizer(tokenizer_dir, mode=family)
     torch.manual_seed(seed)
-    config = make_config(family, tokenizer, hidden_size=hidden_size, num_layers=num_layers, heads=heads, groups=groups,
-                         ffn=ffn, length=length, init_std=init_std)  # fmt: skip
-    model = (ChatGLM1ForConditionalGeneration if family == "glm" else ChatGLM2ForConditionalGeneration)(config)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = stop_ids(tokenizer), tokenizer.pad_token_id
+    config = make_config(
+        family,
+        tokenizer,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        heads=heads,
+        groups=groups,
+        ffn=ffn,
+        length=length,
+        init_std=init_std,
+    )
+    model = (
+        ChatGLM1ForConditionalGeneration if family == "glm" else ChatGLM2ForConditionalGeneration
+    )(config)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = (
+        stop_ids(tokenizer),
+        tokenizer.pad_token_id,
+    )
     output_dir = Path(output_dir)
     aside = output_dir.with_name(f".{output_dir.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -68,16 +130,29 @@ def make_model(family: str, tokenizer_dir: str | Path, output_dir: str | Path, *
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="prepare_small_model.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="prepare_small_model.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--family", choices=tuple(FAMILIES), default="glm2", help="[glm2]")
     parser.add_argument("--tokenizer", required=True, help="folder of the tokenizer")
-    parser.add_argument("--output_dir", required=True, help="folder to write; replaced if it is a model already")
+    parser.add_argument(
+        "--output_dir", required=True, help="folder to write; replaced if it is a model already"
+    )
     for name, default, text in (
-        ("hidden_size", 256, "width"), ("num_layers", 4, "blocks"), ("heads", 8, "query heads"), ("groups", 2, "key/value heads (glm2, glm3)"),
-        ("ffn", 688, "width of the MLP"), ("length", 2048, "longest row in tokens"), ("init_std", 0.02, "deviation of the weights"),
+        ("hidden_size", 256, "width"),
+        ("num_layers", 4, "blocks"),
+        ("heads", 8, "query heads"),
+        ("groups", 2, "key/value heads (glm2, glm3)"),
+        ("ffn", 688, "width of the MLP"),
+        ("length", 2048, "longest row in tokens"),
+        ("init_std", 0.02, "deviation of the weights"),
         ("seed", 1234, "of the weights"),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} [{default}]")
+    ):
+        parser.add_argument(
+            f"--{name}", type=type(default), default=default, help=f"{text} [{default}]"
+        )
     args = vars(parser.parse_args(argv))
     return run_command(parser.prog, lambda: run(**args))
 
@@ -88,7 +163,9 @@ def run(family: str, tokenizer: str, output_dir: str, **sizes):
         raise ValueError(f"--output_dir {output} is not empty and holds no model")
     folder = make_model(family, tokenizer, output, **sizes)
     vocabulary = read_json(folder / "config.json")
-    print(f"wrote {folder} (vocabulary {vocabulary.get('padded_vocab_size', vocabulary.get('vocab_size'))})")
+    print(
+        f"wrote {folder} (vocabulary {vocabulary.get('padded_vocab_size', vocabulary.get('vocab_size'))})"
+    )
 
 
 if __name__ == "__main__":

@@ -69,7 +69,19 @@ def training_lines(rows):
 def glm_symbols():
     """ChatGLM-6B's own pieces, in the original's order: whitespace, then control tokens."""
     blanks = [f"<|blank_{n}|>" for n in range(2, 81)]
-    return ["<n>", "<|tab|>", *blanks, "[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
+    return [
+        "<n>",
+        "<|tab|>",
+        *blanks,
+        "[MASK]",
+        "[gMASK]",
+        "[sMASK]",
+        "<unused_0>",
+        "<sop>",
+        "<eop>",
+        "<ENC>",
+        "<dBLOCK>",
+    ]
 
 
 def train(lines, vocab_size, family="glm2"):
@@ -105,9 +117,22 @@ def train(lines, vocab_size, family="glm2"):
 
 
 def main(argv=None):
-    parser = Parser(prog="prepare_tokenizer.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", type=Path, required=True, metavar="FILE", help="JSON-lines or JSON-list files")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write to; made if missing")
+    parser = Parser(
+        prog="prepare_tokenizer.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSON-lines or JSON-list files",
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="folder to write to; made if missing"
+    )
     parser.add_argument(
         "--vocab_size",
         type=int,
@@ -115,14 +140,23 @@ def main(argv=None):
         help="pieces, byte pieces included; far more than the rows have words gives pieces that run across words, which "
         "hurts copying (default %(default)s, right for this project's sample data)",
     )
-    parser.add_argument("--family", choices=("glm", "glm2", "glm3"), default="glm2", help="whose conventions (default %(default)s)")
+    parser.add_argument(
+        "--family",
+        choices=("glm", "glm2", "glm3"),
+        default="glm2",
+        help="whose conventions (default %(default)s)",
+    )
     args = parser.parse_args(argv)
     return run_command(parser.prog, lambda: run(args))
 
 
 def run(args):
     name = "ice_text.model" if args.family == "glm" else "tokenizer.model"
-    settings = TOKENIZER_CONFIG | {"glm_family": args.family} | ({"num_image_tokens": 0} if args.family == "glm" else {})
+    settings = (
+        TOKENIZER_CONFIG
+        | {"glm_family": args.family}
+        | ({"num_image_tokens": 0} if args.family == "glm" else {})
+    )
     rows = [row for path in args.input for row in read_rows(path)]
     if not rows:
         raise ValueError(f"--input {', '.join(map(str, args.input))}: no rows")

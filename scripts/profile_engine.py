@@ -20,25 +20,41 @@ from chatglm.families import FAMILIES
 from finetune.commands import Parser, run_command
 from finetune.config import PRECISIONS
 from finetune.files import write_aside
-from serving.calibration import Row
+from serving.cost_model.fit import Row
 from serving.engines import ENGINES
 from serving.request import Limits
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="profile_engine.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="profile_engine.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--model", required=True, help="a model, adapter or prefix folder")
     parser.add_argument("--output", required=True, type=Path, help="profile to write, .json")
     parser.add_argument("--rows", type=Path, help="also write the timings here, .csv")
-    parser.add_argument("--engine", choices=tuple(ENGINES), default="continuous", help="[continuous]")
+    parser.add_argument(
+        "--engine", choices=tuple(ENGINES), default="continuous", help="[continuous]"
+    )
     parser.add_argument("--max_batch", type=int, default=16, help="most answers at once [16]")
-    parser.add_argument("--max_tokens", type=int, default=2048, help="longest prompt and answer [2048]")
+    parser.add_argument(
+        "--max_tokens", type=int, default=2048, help="longest prompt and answer [2048]"
+    )
     parser.add_argument("--kv_tokens", type=int, default=16384, help="KV cache in tokens [16384]")
-    parser.add_argument("--repetitions", type=int, default=5, help="timings of each setting; their mean counts [5]")
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the weights [auto]")
+    parser.add_argument(
+        "--repetitions", type=int, default=5, help="timings of each setting; their mean counts [5]"
+    )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="auto", help="of the weights [auto]"
+    )
     parser.add_argument("--device", default="0", help='GPU number, "cpu" or a torch device [0]')
-    parser.add_argument("--base_model", help="base of an adapter or prefix folder (default: the one it names)")
-    parser.add_argument("--mode", choices=tuple(FAMILIES), help="family (default: found in the folder)")
+    parser.add_argument(
+        "--base_model", help="base of an adapter or prefix folder (default: the one it names)"
+    )
+    parser.add_argument(
+        "--mode", choices=tuple(FAMILIES), help="family (default: found in the folder)"
+    )
     return parser
 
 
@@ -55,16 +71,28 @@ def run(args):
     from tqdm import tqdm
 
     from chatglm import load_tokenizer
-    from finetune.predict import load_ready
+    from finetune.evaluation.predict import load_ready
     from serving.engines.profiling import profile_engine
-    from serving.server import cost_device
+    from serving.server.command import cost_device
 
     tokenizer = load_tokenizer(args.model, mode=args.mode, base=args.base_model)
-    model = load_ready(args.model, mode=args.mode, base=args.base_model, device=args.device, precision=args.precision)
+    model = load_ready(
+        args.model,
+        mode=args.mode,
+        base=args.base_model,
+        device=args.device,
+        precision=args.precision,
+    )
     profile, rows = profile_engine(
-        args.engine, model, tokenizer, args.model, limits, cost_device(model.device), args.repetitions,
+        args.engine,
+        model,
+        tokenizer,
+        args.model,
+        limits,
+        cost_device(model.device),
+        args.repetitions,
         lambda timings, total: tqdm(timings, total=total, desc="timing", unit="timing"),
-    )  # fmt: skip
+    )
     replace(profile, name=args.output.stem).save(args.output)
     if args.rows:
         table = io.StringIO()
@@ -73,7 +101,9 @@ def run(args):
         writer.writerows(asdict(row).values() for row in rows)
         write_aside(args.rows, table.getvalue())
     for name, found in profile.made["errors"].items():
-        print(f"{name:10} {found['rows']} timings: median {100 * found['median_abs_error']:.1f} %, P90 {100 * found['p90_abs_error']:.1f} %")
+        print(
+            f"{name:10} {found['rows']} timings: median {100 * found['median_abs_error']:.1f} %, P90 {100 * found['p90_abs_error']:.1f} %"
+        )
     print(f"wrote {args.output}")
 
 

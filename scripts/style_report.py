@@ -171,7 +171,17 @@ def largest_complexity(package: str) -> int:
 
 
 def print_figures(rows: dict[str, Figures]):
-    heads = ("package", "lines", "over 100", "compr.", "nested", "p95", "complexity", "untyped", "circles")
+    heads = (
+        "package",
+        "lines",
+        "over 100",
+        "compr.",
+        "nested",
+        "p95",
+        "complexity",
+        "untyped",
+        "circles",
+    )
     print("".join(head.ljust(12) if not i else head.rjust(11) for i, head in enumerate(heads)))
     for name, row in rows.items():
         cells = (
@@ -199,7 +209,9 @@ def report(packages: list[str], output: str | None) -> int:
         raise ImportError('radon is not installed: pip install -e ".[dev]"') from None
     print_figures(rows)
     if output:
-        Path(output).write_text(json.dumps({name: asdict(row) for name, row in rows.items()}, indent=2) + "\n")
+        Path(output).write_text(
+            json.dumps({name: asdict(row) for name, row in rows.items()}, indent=2) + "\n"
+        )
     return 0
 
 

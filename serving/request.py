@@ -51,8 +51,13 @@ class Limits:
     prefill_tokens: int = 2048
 
     def __post_init__(self):
-        if min(self.max_batch, self.max_tokens, self.prefill_tokens) < 1 or self.max_tokens > self.kv_tokens:
-            raise ValueError(f"wanted max_batch, prefill_tokens >= 1 and 1 <= max_tokens <= kv_tokens; got {self}")
+        if (
+            min(self.max_batch, self.max_tokens, self.prefill_tokens) < 1
+            or self.max_tokens > self.kv_tokens
+        ):
+            raise ValueError(
+                f"wanted max_batch, prefill_tokens >= 1 and 1 <= max_tokens <= kv_tokens; got {self}"
+            )
 
     def most_tokens(self, request: Request, stop_tokens: int | None = None) -> int:
         """Answer tokens after which an answer is cut."""
@@ -248,7 +253,9 @@ class Policy(Protocol):
     def length(self, request: Request) -> float:
         """Answer tokens to count on."""
 
-    def order(self, record: Record, now_s: float, pace_s: float, cost: CostModel) -> tuple[float, float]:
+    def order(
+        self, record: Record, now_s: float, pace_s: float, cost: CostModel
+    ) -> tuple[float, float]:
         """(key, until_s): smaller keys first; asked again once until_s has passed, when the key may only have grown."""
 
     def __call__(self, view: View, cost: CostModel) -> Plan: ...

@@ -3,7 +3,19 @@
 import heapq
 from collections.abc import Callable, Iterable, Iterator
 
-from serving.request import FOREVER, Clock, Completion, Engine, Event, Limits, Plan, Policy, Record, Request, View
+from serving.request import (
+    FOREVER,
+    Clock,
+    Completion,
+    Engine,
+    Event,
+    Limits,
+    Plan,
+    Policy,
+    Record,
+    Request,
+    View,
+)
 
 PACE_MEMORY_S = 5.0
 
@@ -33,7 +45,9 @@ class Replay:
 
     def _read(self):
         self._next = next(self._requests, None)
-        self._next_s = FOREVER if self._next is None else self._next.arrival_s + self._next.predict_s
+        self._next_s = (
+            FOREVER if self._next is None else self._next.arrival_s + self._next.predict_s
+        )
 
     @property
     def closed(self) -> bool:
@@ -66,7 +80,9 @@ class Queue:
         self._order = order
         self._heap: list[tuple[float, int, int, Record]] = []
         self._members: dict[int, Record] = {}
-        self._out: list[tuple[float, int, int, Record]] = []  # handed to the policy, not yet put back
+        self._out: list[
+            tuple[float, int, int, Record]
+        ] = []  # handed to the policy, not yet put back
         self._ages: list[tuple[float, int, Record]] = []  # a second heap, by arrival
         self.now_s = 0.0
 
@@ -111,7 +127,9 @@ class Queue:
                 if entry[3].waiting:
                     heapq.heappush(self._heap, entry)
             self._out.clear()
-        if len(self._heap) > 2 * len(self._members) + 64:  # mostly entries of records that were taken past the heap
+        if (
+            len(self._heap) > 2 * len(self._members) + 64
+        ):  # mostly entries of records that were taken past the heap
             self._heap = [e for e in self._heap if e[3].waiting and e[2] == e[3].version]
             heapq.heapify(self._heap)
         if len(self._ages) > 2 * len(self._members) + 64:
@@ -131,7 +149,13 @@ class Queue:
         return None
 
 
-def run(policy: Policy, engine: Engine, clock: Clock, arrivals, monitor: Callable[[Event], None] | None = None) -> Iterator[Event]:
+def run(
+    policy: Policy,
+    engine: Engine,
+    clock: Clock,
+    arrivals,
+    monitor: Callable[[Event], None] | None = None,
+) -> Iterator[Event]:
     """Serve all arrivals; every event as it happens, in order of time.
 
     Args:
@@ -174,7 +198,9 @@ def _events(policy: Policy, engine: Engine, clock: Clock, arrivals) -> Iterator[
             clock.wait_until(arrivals.next_s())
             continue
 
-        plan = policy(View(now, queue, running, overran, free, limits, engine.generated, pace), cost)
+        plan = policy(
+            View(now, queue, running, overran, free, limits, engine.generated, pace), cost
+        )
         if plan.admit or plan.preempt or plan.reserve_tokens or overran:
             free = _check(plan, queue, running, overran, free, limits)
         for record in plan.preempt:
@@ -204,13 +230,17 @@ def _events(policy: Policy, engine: Engine, clock: Clock, arrivals) -> Iterator[
         if not running and not plan.preempt:
             wake = min(wake, arrivals.next_s())
             if wake == FOREVER or wake <= now:
-                raise RuntimeError(f"{policy} admits none of {len(queue)} waiting requests to an empty engine and names no time to look again")
+                raise RuntimeError(
+                    f"{policy} admits none of {len(queue)} waiting requests to an empty engine and names no time to look again"
+                )
             clock.wait_until(wake)
             continue
         result = engine.step(plan, wake - now)
         clock.advance(result.elapsed_s)
         if result.emitted_tokens and result.elapsed_s:
-            pace = paced(pace, result.elapsed_s, result.elapsed_s * len(running) / result.emitted_tokens)
+            pace = paced(
+                pace, result.elapsed_s, result.elapsed_s * len(running) / result.emitted_tokens
+            )
         for request_id, after_s in result.started:
             record = running[request_id]
             if record.first_token_s < 0:
@@ -221,7 +251,9 @@ def _events(policy: Policy, engine: Engine, clock: Clock, arrivals) -> Iterator[
             record = running.pop(request_id)
             free += record.reserved_tokens
             yield Event(now, "finished", request_id, completion_of(record, now, tokens, cut))
-        overran = tuple([running[request_id] for request_id in result.overran]) if result.overran else ()
+        overran = (
+            tuple([running[request_id] for request_id in result.overran]) if result.overran else ()
+        )
         for record in overran:
             record.overruns += 1
             yield Event(now, "overran", record.request.id, record)
@@ -237,12 +269,21 @@ def paced(pace_s: float, elapsed_s: float, seen_s: float) -> float:
 
 def completion_of(record: Record, now_s: float, tokens: int, cut: bool) -> Completion:
     return Completion(
-        record.request, record.first_admitted_s, record.first_token_s, now_s, tokens,
-        record.most_reserved_tokens, record.preemptions, record.overruns, cut,
-    )  # fmt: skip
+        record.request,
+        record.first_admitted_s,
+        record.first_token_s,
+        now_s,
+        tokens,
+        record.most_reserved_tokens,
+        record.preemptions,
+        record.overruns,
+        cut,
+    )
 
 
-def _check(plan: Plan, queue: Queue, running: dict[int, Record], overran: tuple, free: int, limits: Limits) -> int:
+def _check(
+    plan: Plan, queue: Queue, running: dict[int, Record], overran: tuple, free: int, limits: Limits
+) -> int:
     """KV tokens free under the plan; RuntimeError where it breaks a limit, so that no policy can by mistake."""
     gone = set()
     for record in plan.preempt:
@@ -257,18 +298,31 @@ def _check(plan: Plan, queue: Queue, running: dict[int, Record], overran: tuple,
         elif request_id in running and request_id not in gone:
             free -= tokens - running[request_id].reserved_tokens
             if tokens < running[request_id].reserved_tokens:
-                raise RuntimeError(f"the plan takes KV memory from request {request_id} while it runs")
+                raise RuntimeError(
+                    f"the plan takes KV memory from request {request_id} while it runs"
+                )
     padded = max((r.context_tokens for r in plan.admit), default=0) if plan.together else 0
     for record in plan.admit:
         if not record.waiting or len(admitted) != len(plan.admit):
-            raise RuntimeError(f"the plan admits request {record.request.id}, which does not wait, or admits it twice")
+            raise RuntimeError(
+                f"the plan admits request {record.request.id}, which does not wait, or admits it twice"
+            )
         if plan.reserve_tokens.get(record.request.id, 0) <= max(padded, record.context_tokens):
-            raise RuntimeError(f"the plan reserves no KV memory for an answer to request {record.request.id}")
+            raise RuntimeError(
+                f"the plan reserves no KV memory for an answer to request {record.request.id}"
+            )
     for record in overran:
-        if record.request.id not in gone and plan.reserve_tokens.get(record.request.id, 0) <= record.reserved_tokens:
-            raise RuntimeError(f"request {record.request.id} fills its KV memory; the plan neither gives it more nor preempts it")
+        if (
+            record.request.id not in gone
+            and plan.reserve_tokens.get(record.request.id, 0) <= record.reserved_tokens
+        ):
+            raise RuntimeError(
+                f"request {record.request.id} fills its KV memory; the plan neither gives it more nor preempts it"
+            )
     if free < 0 or len(running) - len(gone) + len(admitted) > limits.max_batch:
-        raise RuntimeError(f"the plan is {-free} KV tokens or {len(running) - len(gone) + len(admitted)} sequences large; {limits}")
+        raise RuntimeError(
+            f"the plan is {-free} KV tokens or {len(running) - len(gone) + len(admitted)} sequences large; {limits}"
+        )
     if plan.together and plan.admit and len(running) > len(gone):
         raise RuntimeError("a static batch can only start on an empty engine")
     return free

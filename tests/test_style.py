@@ -31,7 +31,10 @@ def test_untyped_arguments_are_those_of_public_functions():
     [
         ({"a": {"b"}, "b": {"c"}, "c": set()}, []),
         ({"a": {"b"}, "b": {"a"}, "c": {"a"}}, [["a", "b"]]),
-        ({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"d2"}, "d2": {"d"}}, [["a", "b", "c"], ["d", "d2"]]),
+        (
+            {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"d2"}, "d2": {"d"}},
+            [["a", "b", "c"], ["d", "d2"]],
+        ),
     ],
 )
 def test_circles(graph, circles):

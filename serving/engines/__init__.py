@@ -1,4 +1,4 @@
-"""The engines that run a model. Each carries out plans as `serving.request.Engine` says; the simulated one is serving.simulated.
+"""The engines that run a model. Each carries out plans as `serving.request.Engine` says; the simulated one is serving.simulate.engine.
 
     engine = make_engine("continuous", model, Limits(max_batch=16, kv_tokens=8192, max_tokens=2048), cost)
     answer = engine.submit(request, prompt_ids, Sampling(temperature=0.8), listener)     # from any thread
@@ -14,13 +14,13 @@ __all__ = ["ENGINES", "Answer", "Inbox", "Sampling", "TextEngine", "WallClock", 
 
 
 def static(*args, **options):
-    from serving.engines.static import StaticEngine
+    from serving.engines.static_engine import StaticEngine
 
     return StaticEngine(*args, **options)
 
 
 def continuous(*args, **options):
-    from serving.engines.continuous import ContinuousEngine
+    from serving.engines.continuous_engine import ContinuousEngine
 
     return ContinuousEngine(*args, **options)
 

@@ -46,8 +46,14 @@ class Sampling:
         if not (self.top_k >= 0 and 0 <= self.min_p <= 1 and self.repetition_penalty > 0):
             wanted = "top_k >= 0, 0 <= min_p <= 1 and repetition_penalty > 0"
             raise ValueError(f"wanted {wanted}; got {self}")
-        if not (self.temperature >= 0 and 0 < self.top_p <= 1 and (self.max_new_tokens is None or self.max_new_tokens >= 1)):
-            raise ValueError(f"wanted temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1; got {self}")
+        if not (
+            self.temperature >= 0
+            and 0 < self.top_p <= 1
+            and (self.max_new_tokens is None or self.max_new_tokens >= 1)
+        ):
+            raise ValueError(
+                f"wanted temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1; got {self}"
+            )
 
     @property
     def greedy(self) -> bool:
@@ -72,11 +78,19 @@ class Answer:
             "cancelled", "refused" or "failed" (the model's output was not finite, or sampling failed).
     """
 
-    def __init__(self, id: int, prompt: list[int], sampling: Sampling, listener: Callable[["Answer", int | None], None] | None):
+    def __init__(
+        self,
+        id: int,
+        prompt: list[int],
+        sampling: Sampling,
+        listener: Callable[["Answer", int | None], None] | None,
+    ):
         self.id, self.prompt, self.sampling = id, prompt, sampling
         self.tokens: list[int] = []
         self.reason: str | None = None
-        self.generator = None  # made when first needed, on the model's device; a preemption does not rewind it
+        self.generator = (
+            None  # made when first needed, on the model's device; a preemption does not rewind it
+        )
         self._listener = listener
         self._changed = threading.Condition()
 
@@ -121,10 +135,14 @@ class TextEngine:
     submit, wake, and what cancels or forgets may come from any thread; step and generated belong to the scheduler's.
     """
 
-    def __init__(self, model, limits: Limits, cost: CostModel, stop_ids: Sequence[int] | None = None):
+    def __init__(
+        self, model, limits: Limits, cost: CostModel, stop_ids: Sequence[int] | None = None
+    ):
         if stop_ids is None:
             stop_ids = model.generation_config.eos_token_id
-            stop_ids = [] if stop_ids is None else [stop_ids] if isinstance(stop_ids, int) else stop_ids
+            stop_ids = (
+                [] if stop_ids is None else [stop_ids] if isinstance(stop_ids, int) else stop_ids
+            )
         self.model, self.limits, self.cost = model, limits, cost
         self.stop_ids = frozenset(stop_ids)
         self._answers: dict[int, Answer] = {}
@@ -132,9 +150,12 @@ class TextEngine:
         self._lock = threading.Lock()
 
     def submit(
-        self, request: Request, prompt_ids: Sequence[int], sampling: Sampling | None = None,
+        self,
+        request: Request,
+        prompt_ids: Sequence[int],
+        sampling: Sampling | None = None,
         listener: Callable[[Answer, int | None], None] | None = None,
-    ) -> Answer:  # fmt: skip
+    ) -> Answer:
         """Make a request's text known, before the scheduler hears of the request.
 
         Args:
@@ -145,7 +166,9 @@ class TextEngine:
         """
         prompt = list(prompt_ids)
         if len(prompt) != request.prompt_tokens or not prompt:
-            raise ValueError(f"request {request.id} says {request.prompt_tokens} prompt tokens (at least 1), its prompt has {len(prompt)}")
+            raise ValueError(
+                f"request {request.id} says {request.prompt_tokens} prompt tokens (at least 1), its prompt has {len(prompt)}"
+            )
         self.check_prompt(prompt)
         answer = Answer(request.id, prompt, sampling or Sampling(), listener)
         with self._lock:
@@ -158,7 +181,9 @@ class TextEngine:
         """Raises ValueError where the model cannot read it."""
         vocabulary = self.model.get_input_embeddings().num_embeddings
         if min(prompt) < 0 or max(prompt) >= vocabulary:
-            raise ValueError(f"prompt ids must be from 0 to {vocabulary - 1}; got {min(prompt)} to {max(prompt)}")
+            raise ValueError(
+                f"prompt ids must be from 0 to {vocabulary - 1}; got {min(prompt)} to {max(prompt)}"
+            )
 
     def cancel(self, request_id: int):
         """End an answer now; its sequence leaves at the next iteration. One that waits leaves when it is admitted. Unknown ids: nothing."""
@@ -204,7 +229,9 @@ class TextEngine:
         try:
             return self._answers[record.request.id]
         except KeyError:
-            raise RuntimeError(f"request {record.request.id} was admitted before its prompt was submitted") from None
+            raise RuntimeError(
+                f"request {record.request.id} was admitted before its prompt was submitted"
+            ) from None
 
     def give(self, answer: Answer, token: int, most: int) -> bool:
         """Add a token; whether the answer has ended, by this token or by somebody's wish. `most` tokens are the engine's limit."""
@@ -229,8 +256,13 @@ def choose(logits, answers: Sequence[Answer]) -> list[int | None]:
 
     None where they are not finite, or sampling fails.
     """
-    best = logits[: len(answers)].max(-1)  # not argmax, which takes nine times as long in bf16 on a CPU
-    tokens = [token if finite else None for token, finite in zip(best.indices.tolist(), best.values.isfinite().tolist())]
+    best = logits[: len(answers)].max(
+        -1
+    )  # not argmax, which takes nine times as long in bf16 on a CPU
+    tokens = [
+        token if finite else None
+        for token, finite in zip(best.indices.tolist(), best.values.isfinite().tolist())
+    ]
     for i, answer in enumerate(answers):
         if tokens[i] is None or answer.sampling.plain:
             continue
@@ -273,7 +305,9 @@ def sample(logits, answer: Answer) -> int:
         return int(logits.argmax())
     if answer.generator is None:
         answer.generator = torch.Generator(logits.device)
-        answer.generator.seed() if sampling.seed is None else answer.generator.manual_seed(sampling.seed)
+        answer.generator.seed() if sampling.seed is None else answer.generator.manual_seed(
+            sampling.seed
+        )
     # Less their largest, so that none becomes infinite by a small temperature.
     probabilities = torch.softmax((logits - logits.max()) / sampling.temperature, dim=-1)
     ids = None

@@ -22,8 +22,20 @@ class Slab:
         rows: those there, in the order of their slots; the first `decoding` of them decode, the others wait for their prompts.
     """
 
-    def __init__(self, size: int, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
-        self.size, self.shape, self.like = size, (kv_heads, size, head_dim), {"dtype": dtype, "device": device}
+    def __init__(
+        self,
+        size: int,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self.size, self.shape, self.like = (
+            size,
+            (kv_heads, size, head_dim),
+            {"dtype": dtype, "device": device},
+        )
         self.keys = [torch.zeros(0, *self.shape, **self.like) for _ in range(layers)]
         self.values = [torch.zeros(0, *self.shape, **self.like) for _ in range(layers)]
         self.rows: list = []
@@ -90,7 +102,15 @@ class Arena:
         held: tokens in slabs. migrations: rows that moved to a larger class.
     """
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, tokens: int):
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        tokens: int,
+    ):
         self.shape = (layers, kv_heads, head_dim, dtype, device)
         self.tokens = tokens
         self.slabs: dict[int, Slab] = {}

@@ -31,7 +31,11 @@ class ChatGLM:
         self.axes = 2 if config.glm_family == "glm" else 1
         self.prompt_length, self.prefix_length = self.body.prompt_length, self.body.prefix_length
         with torch.inference_mode():
-            virtual = self.body.prefix_encoder(1).to(model.dtype) if self.prompt_length or self.prefix_length else None
+            virtual = (
+                self.body.prefix_encoder(1).to(model.dtype)
+                if self.prompt_length or self.prefix_length
+                else None
+            )
         self.prompt = virtual if self.prompt_length else None
         self.prefix = virtual if self.prefix_length else None
 
@@ -41,7 +45,11 @@ class ChatGLM:
         Raises:
             ValueError: ChatGLM-6B's prompt lacks [gMASK] or <sop>.
         """
-        return self.body.count_positions(torch.tensor([prompt]))[0] if self.axes == 2 else torch.arange(len(prompt))[None]
+        return (
+            self.body.count_positions(torch.tensor([prompt]))[0]
+            if self.axes == 2
+            else torch.arange(len(prompt))[None]
+        )
 
     def context(self, positions: Tensor) -> int:
         """How many tokens, the first ones, see each other both ways."""
@@ -64,10 +72,15 @@ class NativeGLM:
     def __init__(self, model):
         body, self.rotary = model.model, model.model.rotary_emb
         if self.rotary.rope_type in ("dynamic", "longrope"):
-            raise ValueError(f"the continuous engine wants rotary angles that depend on positions alone, got rope_type {self.rotary.rope_type!r}")
+            raise ValueError(
+                f"the continuous engine wants rotary angles that depend on positions alone, got rope_type {self.rotary.rope_type!r}"
+            )
         self.blocks, self.norm = [NativeBlock(layer) for layer in body.layers], body.norm
         self.embed, self.head = body.embed_tokens, model.lm_head
-        self.kv_heads, self.head_dim = model.config.num_key_value_heads, body.layers[0].self_attn.head_dim
+        self.kv_heads, self.head_dim = (
+            model.config.num_key_value_heads,
+            body.layers[0].self_attn.head_dim,
+        )
 
     def positions(self, prompt: list[int]) -> Tensor:
         return torch.arange(len(prompt))[None]
@@ -88,14 +101,20 @@ class NativeBlock:
     def __init__(self, layer):
         self.layer, self.attention = layer, layer.self_attn
         # GLM-4-0414 norms what comes out of attention and MLP too.
-        self.norms = [getattr(layer, name, torch.nn.Identity()) for name in ("post_self_attn_layernorm", "post_mlp_layernorm")]
+        self.norms = [
+            getattr(layer, name, torch.nn.Identity())
+            for name in ("post_self_attn_layernorm", "post_mlp_layernorm")
+        ]
 
-    def __call__(self, hidden: Tensor, one_pass, turns: Tensor, keep: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, hidden: Tensor, one_pass, turns: Tensor, keep: Tensor | None = None
+    ) -> Tensor:
         layer, attention = self.layer, self.attention
         normed = layer.input_layernorm(hidden)
         # (1, N, heads, D) of tensors that the projections have just made, so they can be turned where they are
         query, key, value = (
-            project(normed).unflatten(-1, (-1, attention.head_dim)) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            project(normed).unflatten(-1, (-1, attention.head_dim))
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         turn_pairs_(query, turns)
         turn_pairs_(key, turns)
@@ -116,4 +135,6 @@ def body_of(model) -> ChatGLM | NativeGLM:
         return ChatGLM(model)
     if isinstance(model, (GlmForCausalLM, Glm4ForCausalLM)):
         return NativeGLM(model)
-    raise ValueError(f"the continuous engine runs ChatGLM and GLM models, got {type(model).__name__}; try --engine static")
+    raise ValueError(
+        f"the continuous engine runs ChatGLM and GLM models, got {type(model).__name__}; try --engine static"
+    )

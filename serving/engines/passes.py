@@ -28,8 +28,16 @@ class Sequence:
         base, reserve, most: context at admission, KV tokens reserved, answer tokens after which it is cut.
     """
 
-    def __init__(self, answer, record, base: int, reserve: int, most: int, positions: Tensor, context: int):
-        self.id, self.answer, self.base, self.reserve, self.most = record.request.id, answer, base, reserve, most
+    def __init__(
+        self, answer, record, base: int, reserve: int, most: int, positions: Tensor, context: int
+    ):
+        self.id, self.answer, self.base, self.reserve, self.most = (
+            record.request.id,
+            answer,
+            base,
+            reserve,
+            most,
+        )
         self.ids = answer.prompt + answer.tokens
         self.kept = len(answer.tokens)
         self.positions, self.context = positions.tolist(), context
@@ -81,8 +89,21 @@ class Decoding:
 class Pass:
     """Attends to the arena for the tokens of one forward pass. `keep` (K,): those that the last layer computes, None for all."""
 
-    def __init__(self, decoding: list[Decoding], chunks: list[Chunk], last_layer: int, keep: Tensor | None, ends: list[bool]):
-        self.decoding, self.chunks, self.last_layer, self.keep, self.ends = decoding, chunks, last_layer, keep, ends
+    def __init__(
+        self,
+        decoding: list[Decoding],
+        chunks: list[Chunk],
+        last_layer: int,
+        keep: Tensor | None,
+        ends: list[bool],
+    ):
+        self.decoding, self.chunks, self.last_layer, self.keep, self.ends = (
+            decoding,
+            chunks,
+            last_layer,
+            keep,
+            ends,
+        )
 
     def attend(self, module, query: Tensor, key: Tensor, value: Tensor, prefix=None) -> Tensor:
         """query (1, heads, N, D), key and value (1, kv_heads, N, D) -> (1, N or K, heads * D); writes keys and values to the arena."""
@@ -100,7 +121,13 @@ class Pass:
             rows, longest = len(part.slots), part.longest
             # The query heads that share a key head are queries of that head: nothing is repeated.
             grouped = query[span].unflatten(1, (kv_heads, -1))
-            seen = F.scaled_dot_product_attention(grouped, keys[:rows, :, :longest], values[:rows, :, :longest], part.mask, scale=scale)
+            seen = F.scaled_dot_product_attention(
+                grouped,
+                keys[:rows, :, :longest],
+                values[:rows, :, :longest],
+                part.mask,
+                scale=scale,
+            )
             out[span] = seen.flatten(1, 2)
         kept = at
         for part, is_end in zip(self.chunks, self.ends):
@@ -113,12 +140,21 @@ class Pass:
             if keeping:
                 if not is_end:
                     continue
-                own, mask, target = own[-1:], None, slice(kept, kept + 1)  # the last token sees everything
+                own, mask, target = (
+                    own[-1:],
+                    None,
+                    slice(kept, kept + 1),
+                )  # the last token sees everything
                 kept += 1
             seen = F.scaled_dot_product_attention(
-                own.transpose(0, 1)[None], keys[None, :, : part.end], values[None, :, : part.end], mask, scale=scale,
-                is_causal=mask is None and len(own) > 1, enable_gqa=len(keys) != own.shape[1],
-            )  # fmt: skip
+                own.transpose(0, 1)[None],
+                keys[None, :, : part.end],
+                values[None, :, : part.end],
+                mask,
+                scale=scale,
+                is_causal=mask is None and len(own) > 1,
+                enable_gqa=len(keys) != own.shape[1],
+            )
             out[target] = seen[0].transpose(0, 1)
         return out.flatten(1)[None]
 
@@ -131,13 +167,24 @@ class Runner:
     """
 
     def __init__(self, model, kv_tokens: int):
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # LoRA's layers are in it
+        model = (
+            model.get_base_model() if hasattr(model, "get_base_model") else model
+        )  # LoRA's layers are in it
         devices = {parameter.device for parameter in model.parameters()}
         if len(devices) > 1 or "meta" in str(devices):
-            raise ValueError(f"the continuous engine wants the model on one device, found {sorted(map(str, devices))}; try --engine static")
+            raise ValueError(
+                f"the continuous engine wants the model on one device, found {sorted(map(str, devices))}; try --engine static"
+            )
         self.model, self.body, self.device = model, body_of(model), devices.pop()
         self.virtual = self.body.prefix_length + self.body.prompt_length
-        self.arena = Arena(len(self.body.blocks), self.body.kv_heads, self.body.head_dim, model.dtype, self.device, kv_tokens)
+        self.arena = Arena(
+            len(self.body.blocks),
+            self.body.kv_heads,
+            self.body.head_dim,
+            model.dtype,
+            self.device,
+            kv_tokens,
+        )
 
     def admit(self, row: Sequence):
         """A slot for the sequence, P-Tuning v2's keys and values in it."""
@@ -177,10 +224,18 @@ class Runner:
             kept += [len(ids) - 1] if ends[-1] else []
             pieces.append(Chunk(row, start, row.length, self.chunk_mask(row, start)))
         wanted, padding = len(kept), rounded(len(ids)) - len(ids)
-        keep = torch.tensor(kept + [0] * (rounded(wanted) - wanted), device=self.device) if chunks else None
+        keep = (
+            torch.tensor(kept + [0] * (rounded(wanted) - wanted), device=self.device)
+            if chunks
+            else None
+        )
         one_pass = Pass(parts, pieces, len(body.blocks) - 1, keep, ends)
 
-        turns = body.turns(torch.tensor([row + [0] * padding for row in positions[: body.axes]], device=self.device))
+        turns = body.turns(
+            torch.tensor(
+                [row + [0] * padding for row in positions[: body.axes]], device=self.device
+            )
+        )
         hidden = body.embed(torch.tensor(ids + [0] * padding, device=self.device))[None]
         for first in firsts:
             hidden[:, first : first + virtual] = body.prompt
@@ -208,7 +263,11 @@ class Runner:
         if count == 1 or (start == 0 and not seen_by_all):
             return None
         mask = causal_mask(count, end, self.device)
-        return mask | (torch.arange(end, device=self.device) < seen_by_all) if start < seen_by_all else mask
+        return (
+            mask | (torch.arange(end, device=self.device) < seen_by_all)
+            if start < seen_by_all
+            else mask
+        )
 
 
 def extend(positions: list[list[int]], more: list[list[int]], shift: int = 0):

@@ -7,12 +7,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chatglm.conversations import CONVERSATIONS, IGNORED, Turn, check_turns, rounds_of, tool_call, with_tools
-from chatglm.families import FAMILIES, TOOL_PREAMBLE, glm2_build_prompt, glm_chat_prompt, parse_tool_call
+from chatglm.conversations import (
+    CONVERSATIONS,
+    IGNORED,
+    Turn,
+    check_turns,
+    rounds_of,
+    tool_call,
+    with_tools,
+)
+from chatglm.families import (
+    FAMILIES,
+    TOOL_PREAMBLE,
+    glm2_build_prompt,
+    glm_chat_prompt,
+    parse_tool_call,
+)
 from tests.chatglm.test_families import tokenizers  # noqa: F401
 
 LONG = {"max_len": 10_000, "max_src_len": 9_000}
-TALK = [Turn("user", "你好"), Turn("assistant", "你好！"), Turn("user", "几点？"), Turn("assistant", "三点。")]
+TALK = [
+    Turn("user", "你好"),
+    Turn("assistant", "你好！"),
+    Turn("user", "几点？"),
+    Turn("assistant", "三点。"),
+]
 
 
 def encode(name, tokenizers, turns, role_labels=True, **limits):  # noqa: F811
@@ -35,14 +54,27 @@ def official(tokenizer, item, max_len):
 
     turns = item["conversations"]
     if "tools" in item:
-        turns = [{"role": "system", "content": TOOL_PREAMBLE + "\n" + json.dumps(item["tools"], indent=4, ensure_ascii=False)}, *turns]
+        turns = [
+            {
+                "role": "system",
+                "content": TOOL_PREAMBLE
+                + "\n"
+                + json.dumps(item["tools"], indent=4, ensure_ascii=False),
+            },
+            *turns,
+        ]
     for turn in turns:
         loss = 0 if turn["role"] in ("system", "user") else int(turn.get("loss", True))
         if turn["role"] == "tool":
             call = ", ".join(f"{k}={v!r}" for k, v in turn["parameters"].items())
             say("assistant", turn["name"], f"```python\ntool_call({call})\n```", loss)
             seen = turn["observation"]
-            say("observation", "", seen if isinstance(seen, str) else json.dumps(seen, ensure_ascii=False), 0)
+            say(
+                "observation",
+                "",
+                seen if isinstance(seen, str) else json.dumps(seen, ensure_ascii=False),
+                0,
+            )
         else:
             say(turn["role"], "", turn["content"], loss)
     ids.append(command("</s>"))
@@ -52,21 +84,36 @@ def official(tokenizer, item, max_len):
 
 
 TEXT = st.sampled_from(["你好", "", "hello world", "<|user|>", "</s>", "a\nb"])
-SAID = st.fixed_dictionaries({"role": st.just("assistant"), "content": TEXT}, optional={"loss": st.booleans()})
-USED = st.fixed_dictionaries({
-    "role": st.just("tool"), "name": st.just("get_weather"), "observation": TEXT | st.just({"度": 1}),
-    "parameters": st.fixed_dictionaries({"city": TEXT}, optional={"n": st.integers() | st.none() | st.booleans()}),
-}, optional={"loss": st.booleans()})  # fmt: skip
-ROUND = st.tuples(st.fixed_dictionaries({"role": st.just("user"), "content": TEXT.filter(bool)}), st.lists(USED, max_size=2), SAID).map(lambda r: [r[0], *r[1], r[2]])
-ITEM = st.fixed_dictionaries({"conversations": st.lists(ROUND, min_size=1, max_size=3).map(lambda rounds: sum(rounds, []))},
-                             optional={"tools": st.just([{"name": "get_weather", "描述": 1}])})  # fmt: skip
+SAID = st.fixed_dictionaries(
+    {"role": st.just("assistant"), "content": TEXT}, optional={"loss": st.booleans()}
+)
+USED = st.fixed_dictionaries(
+    {
+        "role": st.just("tool"),
+        "name": st.just("get_weather"),
+        "observation": TEXT | st.just({"度": 1}),
+        "parameters": st.fixed_dictionaries(
+            {"city": TEXT}, optional={"n": st.integers() | st.none() | st.booleans()}
+        ),
+    },
+    optional={"loss": st.booleans()},
+)
+ROUND = st.tuples(
+    st.fixed_dictionaries({"role": st.just("user"), "content": TEXT.filter(bool)}),
+    st.lists(USED, max_size=2),
+    SAID,
+).map(lambda r: [r[0], *r[1], r[2]])
+ITEM = st.fixed_dictionaries(
+    {"conversations": st.lists(ROUND, min_size=1, max_size=3).map(lambda rounds: sum(rounds, []))},
+    optional={"tools": st.just([{"name": "get_weather", "描述": 1}])},
+)
 
 
 @settings(max_examples=80, deadline=None, database=None)
 @given(ITEM, st.sampled_from([10_000, 20, 40]))
 def test_glm3_is_the_demos(tokenizers, item, max_len):  # noqa: F811
     """Ids and labels are the demo's; the other convention adds the role token of each answer that carries loss, and nothing else."""
-    from finetune.formats import FORMATS
+    from finetune.rows.formats import FORMATS
 
     turns = FORMATS["chatglm3"].read(item, "")
     tokenizer = tokenizers["glm3"]
@@ -77,17 +124,25 @@ def test_glm3_is_the_demos(tokenizers, item, max_len):  # noqa: F811
     (more,) = encode("glm3", tokenizers, turns, max_len=max_len)
     assert more.input_ids == wanted
     added = [i for i, (a, b) in enumerate(zip(labels, more.labels)) if a != b]
-    assert all(more.labels[i] == wanted[i] == tokenizer.get_command("<|assistant|>") and labels[i] == IGNORED for i in added)
+    assert all(
+        more.labels[i] == wanted[i] == tokenizer.get_command("<|assistant|>")
+        and labels[i] == IGNORED
+        for i in added
+    )
     if max_len == 10_000:
         roles = [i for i, x in enumerate(wanted) if x == tokenizer.get_command("<|assistant|>")]
-        assert sum(more.labels[i] != IGNORED for i in roles) >= sum(t.role == "assistant" and t.loss for t in turns)
+        assert sum(more.labels[i] != IGNORED for i in roles) >= sum(
+            t.role == "assistant" and t.loss for t in turns
+        )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_round_is_the_single_row(tokenizers, name):  # noqa: F811
     turns = [Turn("user", "水泵漏油。"), Turn("assistant", "水泵_部件故障_漏油")]
     (made,) = encode(name, tokenizers, turns)
-    single = FAMILIES[name].encode_example(tokenizers[name], turns[0].content, turns[1].content, 10_000, 9_000)
+    single = FAMILIES[name].encode_example(
+        tokenizers[name], turns[0].content, turns[1].content, 10_000, 9_000
+    )
     assert (made.input_ids, made.labels, made.truncated) == (single.input_ids, single.labels, False)
 
 
@@ -101,11 +156,20 @@ def test_glm2_rounds(tokenizers):  # noqa: F811
     starts = [i for i in learnt if made.labels[i - 1] == IGNORED]
     wanted = [glm2_build_prompt("你好"), glm2_build_prompt("几点？", [("你好", "你好！")])]
     # an answer brings SentencePiece's space, as in rows of one round; nothing else does
-    assert [tokenizer.decode(made.input_ids[2:start]).replace("答： ", "答：") for start in starts] == wanted
-    answers = [tokenizer.encode_text(turn.content) + [end] for turn in TALK if turn.role == "assistant"]
-    assert [made.labels[s : s + len(a)] for s, a in zip(starts, answers)] == answers and len(learnt) == sum(map(len, answers))
+    assert [
+        tokenizer.decode(made.input_ids[2:start]).replace("答： ", "答：") for start in starts
+    ] == wanted
+    answers = [
+        tokenizer.encode_text(turn.content) + [end] for turn in TALK if turn.role == "assistant"
+    ]
+    assert [made.labels[s : s + len(a)] for s, a in zip(starts, answers)] == answers and len(
+        learnt
+    ) == sum(map(len, answers))
     (half,) = encode("glm2", tokenizers, [*TALK[:1], TALK[1]._replace(loss=False), *TALK[2:]])
-    assert half.input_ids == made.input_ids and half.labels == [IGNORED] * starts[1] + made.labels[starts[1] :]
+    assert (
+        half.input_ids == made.input_ids
+        and half.labels == [IGNORED] * starts[1] + made.labels[starts[1] :]
+    )
     (cut,) = encode("glm2", tokenizers, TALK, max_len=starts[1] + 1)
     assert cut == (made.input_ids[: starts[1] + 1], made.labels[: starts[1] + 1], True)
 
@@ -113,15 +177,26 @@ def test_glm2_rounds(tokenizers):  # noqa: F811
 def test_glm_answers_are_rows(tokenizers):  # noqa: F811
     tokenizer = tokenizers["glm"]
     rows = encode("glm", tokenizers, [Turn("system", "短答。"), *TALK])
-    texts = [glm_chat_prompt("短答。\n你好", rounds=True), glm_chat_prompt("几点？", [("短答。\n你好", "你好！")], rounds=True)]
+    texts = [
+        glm_chat_prompt("短答。\n你好", rounds=True),
+        glm_chat_prompt("几点？", [("短答。\n你好", "你好！")], rounds=True),
+    ]
     for row, text, answer in zip(rows, texts, ("你好！", "三点。"), strict=True):
         source = tokenizer.encode_text(text)
-        learnt = [tokenizer.get_command("<sop>"), *tokenizer.encode_text(answer), tokenizer.get_command("<eop>")]
+        learnt = [
+            tokenizer.get_command("<sop>"),
+            *tokenizer.encode_text(answer),
+            tokenizer.get_command("<eop>"),
+        ]
         assert row.input_ids == source + [tokenizer.get_command("[gMASK]")] + learnt
         assert row.labels == [IGNORED] * (len(source) + 1) + learnt and not row.truncated
     # the oldest round goes first, and the rounds that are left count from 1
     short = encode("glm", tokenizers, TALK, max_src_len=len(tokenizer.encode_text(texts[1])) - 10)
-    assert short[1].truncated and tokenizer.encode_text(glm_chat_prompt("几点？", rounds=True)) == short[1].input_ids[: short[1].labels.count(IGNORED) - 1]
+    assert (
+        short[1].truncated
+        and tokenizer.encode_text(glm_chat_prompt("几点？", rounds=True))
+        == short[1].input_ids[: short[1].labels.count(IGNORED) - 1]
+    )
     assert len(encode("glm", tokenizers, [*TALK[:3], TALK[3]._replace(loss=False)])) == 1
     with pytest.raises(ValueError, match="max_len=20 leaves no room"):
         encode("glm", tokenizers, TALK, max_len=20, max_src_len=19)
@@ -133,15 +208,21 @@ def test_tools_stand_in_the_one_system_turn(tokenizers):  # noqa: F811
     for own in ([], [Turn("system", "你是助手。")]):
         turns = with_tools([*own, query], tools)
         assert [turn.role for turn in turns] == ["system", "user"]
-        history = [{"role": "system", "content": own[0].content if own else TOOL_PREAMBLE, "tools": tools}]
+        history = [
+            {"role": "system", "content": own[0].content if own else TOOL_PREAMBLE, "tools": tools}
+        ]
         chat = FAMILIES["glm3"].encode_chat(tokenizers["glm3"], "问", history)
         (made,) = encode("glm3", tokenizers, [*turns, Turn("assistant", "答")])
         assert made.input_ids[: len(chat)] == chat  # up to <|assistant|>
 
 
-NAMES = st.from_regex(r"[a-z_][a-z0-9_]{0,6}", fullmatch=True).filter(lambda name: not keyword.iskeyword(name))
+NAMES = st.from_regex(r"[a-z_][a-z0-9_]{0,6}", fullmatch=True).filter(
+    lambda name: not keyword.iskeyword(name)
+)
 PLAIN = st.none() | st.booleans() | st.integers() | st.text(max_size=9)
-VALUES = st.recursive(PLAIN, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=3))
+VALUES = st.recursive(
+    PLAIN, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=3)
+)
 
 
 @given(st.dictionaries(NAMES, VALUES, max_size=4))
@@ -149,19 +230,33 @@ def test_tool_calls_are_read_back(parameters):
     assert parse_tool_call("\n".join(tool_call(parameters).split("\n")[1:-1])) == parameters
 
 
-@pytest.mark.parametrize("roles, said", [
-    (["user", "user", "assistant"], "turn 2: user cannot follow user"), (["assistant"], "turn 1: assistant cannot follow nothing"),
-    (["user", "assistant", "system"], "turn 3: system cannot follow assistant"), (["user", "observation"], "turn 2: observation cannot follow user"),
-    (["user"], "no answer"), ([], "no answer"), (["robot"], "role is one of"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "roles, said",
+    [
+        (["user", "user", "assistant"], "turn 2: user cannot follow user"),
+        (["assistant"], "turn 1: assistant cannot follow nothing"),
+        (["user", "assistant", "system"], "turn 3: system cannot follow assistant"),
+        (["user", "observation"], "turn 2: observation cannot follow user"),
+        (["user"], "no answer"),
+        ([], "no answer"),
+        (["robot"], "role is one of"),
+    ],
+)
 def test_orders_that_are_no_chat(roles, said):
     with pytest.raises(ValueError, match=said):
         check_turns([Turn(role, "x") for role in roles])
 
 
 def test_only_chatglm3_has_tools(tokenizers):  # noqa: F811
-    turns = [Turn("user", "a"), Turn("assistant", tool_call({}), "f"), Turn("observation", "1"), Turn("assistant", "b")]
+    turns = [
+        Turn("user", "a"),
+        Turn("assistant", tool_call({}), "f"),
+        Turn("observation", "1"),
+        Turn("assistant", "b"),
+    ]
     for name in ("glm", "glm2"):
         with pytest.raises(ValueError, match="need ChatGLM3"):
             encode(name, tokenizers, turns)
-    assert rounds_of([Turn("user", "a"), Turn("assistant", "b"), Turn("assistant", "c")]) == [("a", "b\nc", True)]
+    assert rounds_of([Turn("user", "a"), Turn("assistant", "b"), Turn("assistant", "c")]) == [
+        ("a", "b\nc", True)
+    ]

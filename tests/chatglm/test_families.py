@@ -8,12 +8,20 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from chatglm.families import FAMILIES, ROLES, TOOL_PREAMBLE, contradicts, infer_family, parse_tool_call
+from chatglm.families import (
+    FAMILIES,
+    ROLES,
+    TOOL_PREAMBLE,
+    contradicts,
+    infer_family,
+    parse_tool_call,
+)
 from chatglm.tokenization import TOKENIZERS
 from tests.conftest import shared_file
 
 GOLDEN = {
-    name: json.loads(shared_file(f"golden/tokenizer/{name}.json").read_text("utf-8")) for name in FAMILIES
+    name: json.loads(shared_file(f"golden/tokenizer/{name}.json").read_text("utf-8"))
+    for name in FAMILIES
 }
 LIMITS = {"max_len_1560_src_1024": (1560, 1024), "max_len_64_src_24": (64, 24)}
 
@@ -41,7 +49,9 @@ def tokenizers(tmp_path_factory):
 def test_dataset(tokenizers, name, entry, limits):
     golden, (max_len, max_src_len) = entry[limits], LIMITS[limits]
     prompt = entry["instruction"] + entry["input"]
-    made = FAMILIES[name].encode_example(tokenizers[name], prompt, entry["output"], max_len, max_src_len)
+    made = FAMILIES[name].encode_example(
+        tokenizers[name], prompt, entry["output"], max_len, max_src_len
+    )
     assert made.input_ids == golden["input_ids"]
     assert made.n_masked == golden["n_masked"]
     assert made.truncated == golden["dropped_when_is_skip"]
@@ -54,7 +64,9 @@ def test_dataset(tokenizers, name, entry, limits):
 def test_collated_rows_are_the_examples(tokenizers, name):
     golden = GOLDEN[name]["collator_max_len_64_src_24"]
     by_line = {entry["line"]: entry for entry in GOLDEN[name]["dataset"]}
-    for line, ids, labels in zip(golden["lines"], golden["input_ids"], golden["labels"], strict=True):
+    for line, ids, labels in zip(
+        golden["lines"], golden["input_ids"], golden["labels"], strict=True
+    ):
         entry = by_line[line]
         prompt = entry["instruction"] + entry["input"]
         made = FAMILIES[name].encode_example(tokenizers[name], prompt, entry["output"], 64, 24)
@@ -123,7 +135,9 @@ def test_control_tokens_in_training_text_stay_text(tokenizers):
         plain = family.encode_example(tokenizer, "a", "b", 1000, 500)
         made = family.encode_example(tokenizer, typed, typed, 1000, 500)
         names = set(tokenizer._commands.values())
-        assert [i for i in made.input_ids if i in names] == [i for i in plain.input_ids if i in names]
+        assert [i for i in made.input_ids if i in names] == [
+            i for i in plain.input_ids if i in names
+        ]
 
 
 # ---- chats and answers
@@ -151,7 +165,10 @@ def test_process_response(name):
 
 
 def tool_answer(code):
-    history = [{"role": "system", "content": TOOL_PREAMBLE, "tools": []}, {"role": "user", "content": "q"}]
+    history = [
+        {"role": "system", "content": TOOL_PREAMBLE, "tools": []},
+        {"role": "user", "content": "q"},
+    ]
     return FAMILIES["glm3"].process_response(f"track\n ```python\n{code}\n```", history)[0]
 
 
@@ -232,7 +249,12 @@ class Letters:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a10_both_forms_of_a_history_say_the_same(family):
     encode = partial(FAMILIES[family].encode_chat, Letters(), "问")
-    assert encode(PAIRS) == encode(MESSAGES) == encode([list(pair) for pair in PAIRS]) == encode(tuple(MESSAGES))
+    assert (
+        encode(PAIRS)
+        == encode(MESSAGES)
+        == encode([list(pair) for pair in PAIRS])
+        == encode(tuple(MESSAGES))
+    )
     assert encode(None) == encode([]) == encode(())
     waiting = encode([("你好", None)])
     assert waiting == encode(MESSAGES[:1]) and "None" not in str(waiting)
@@ -242,10 +264,18 @@ def test_a10_both_forms_of_a_history_say_the_same(family):
         assert encode([system, *MESSAGES]) == encode([("s\n你好", "世界"), ("a", "b")])
         assert encode([system]) == FAMILIES[family].encode_chat(Letters(), "s\n问")
         assert encode([{"role": "system", "content": None}, *MESSAGES]) == encode(PAIRS)
-        two = [MESSAGES[0], MESSAGES[1], {"role": "assistant", "content": "还"}, {"role": "assistant", "content": None}]
+        two = [
+            MESSAGES[0],
+            MESSAGES[1],
+            {"role": "assistant", "content": "还"},
+            {"role": "assistant", "content": None},
+        ]
         assert encode(two) == encode([("你好", "世界\n还")])
-        for tools in ({"role": "observation", "content": "1"}, {"role": "assistant", "metadata": "f", "content": "x"},
-                      {"role": "system", "content": "", "tools": [1]}):  # fmt: skip
+        for tools in (
+            {"role": "observation", "content": "1"},
+            {"role": "assistant", "metadata": "f", "content": "x"},
+            {"role": "system", "content": "", "tools": [1]},
+        ):
             with pytest.raises(ValueError, match=f"{FAMILIES[family].title} knows no tools"):
                 encode([tools])
 
@@ -258,17 +288,34 @@ def test_a10_chatglm3_has_no_message_of_what_was_not_said():
     assert with_tools == encode([{"role": "system", "content": TOOL_PREAMBLE, "tools": []}])
     history = [("你好", "世界")]
     _, longer = FAMILIES["glm3"].process_response("好", history)
-    assert longer == [*MESSAGES[:2], {"role": "assistant", "metadata": "", "content": "好"}] and history == [("你好", "世界")]
+    assert longer == [
+        *MESSAGES[:2],
+        {"role": "assistant", "metadata": "", "content": "好"},
+    ] and history == [("你好", "世界")]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "history",
-    ["你好", 5, {"role": "user", "content": "a"}, ["你好"], [5], [None], [("a", "b", "c")], [("a", 5)], [{"content": "a"}],
-     [{"role": ["user"], "content": "a"}], [{"role": "tool", "content": "a"}], [{"role": "user", "content": ["a"]}]],
-)  # fmt: skip
+    [
+        "你好",
+        5,
+        {"role": "user", "content": "a"},
+        ["你好"],
+        [5],
+        [None],
+        [("a", "b", "c")],
+        [("a", 5)],
+        [{"content": "a"}],
+        [{"role": ["user"], "content": "a"}],
+        [{"role": "tool", "content": "a"}],
+        [{"role": "user", "content": ["a"]}],
+    ],
+)
 def test_a10_another_form_is_refused_by_name(family, history):
-    with pytest.raises(ValueError, match=r"^history.*(role is one of|content must be text|\(query, answer\))"):
+    with pytest.raises(
+        ValueError, match=r"^history.*(role is one of|content must be text|\(query, answer\))"
+    ):
         FAMILIES[family].encode_chat(Letters(), "问", history)
 
 
@@ -277,14 +324,20 @@ def test_an_answer_of_several_messages_keeps_each_in_history():
         "a<|assistant|>interpreter\ncode<|assistant|>\n b ", None
     )
     assert content == "b"
-    assert [(m["metadata"], m["content"]) for m in history] == [("", "a"), ("interpreter", "code"), ("", "b")]
+    assert [(m["metadata"], m["content"]) for m in history] == [
+        ("", "a"),
+        ("interpreter", "code"),
+        ("", "b"),
+    ]
 
 
 # ---- which family is in a folder
 
 GLM = {"model_type": "chatglm", "position_encoding_2d": True, "inner_hidden_size": 256}
 GLM23 = {"model_type": "chatglm", "padded_vocab_size": 65024, "multi_query_group_num": 2}
-ROLE_CODE = 'VOCAB = "tokenizer.model"\nroles = ["<|user|>"]\nraise SystemExit("this file must not run")\n'
+ROLE_CODE = (
+    'VOCAB = "tokenizer.model"\nroles = ["<|user|>"]\nraise SystemExit("this file must not run")\n'
+)
 PLAIN_CODE = 'VOCAB = "tokenizer.model"\nraise SystemExit("this file must not run")\n'
 
 
@@ -353,10 +406,16 @@ def test_infer_family_by_folder_and_hub_name(tmp_path):
 
 def test_infer_family_of_adapters(tmp_path):
     base = make(tmp_path / "base", config__json=GLM)
-    adapter = make(tmp_path / "adapter", adapter_config__json={"base_model_name_or_path": str(base)})
+    adapter = make(
+        tmp_path / "adapter", adapter_config__json={"base_model_name_or_path": str(base)}
+    )
     assert infer_family(adapter) == "glm"
-    assert "the adapter's base model: config.json has position_encoding_2d" in contradicts(adapter, "glm2")
-    loop = make(tmp_path / "loop", adapter_config__json={"base_model_name_or_path": str(tmp_path / "loop")})
+    assert "the adapter's base model: config.json has position_encoding_2d" in contradicts(
+        adapter, "glm2"
+    )
+    loop = make(
+        tmp_path / "loop", adapter_config__json={"base_model_name_or_path": str(tmp_path / "loop")}
+    )
     assert infer_family(loop) is None
 
 
@@ -369,7 +428,9 @@ def test_contradicts_only_on_strong_evidence(tmp_path):
     roles = make(tmp_path / "c", config__json=GLM23, tokenization_chatglm__py=ROLE_CODE)
     assert contradicts(roles, "glm3") is None and "<|user|>" in contradicts(roles, "glm2")
     keyed = make(tmp_path / "d", config__json=GLM23 | {"glm_family": "glm3"})
-    assert contradicts(keyed, "glm3") is None and '"glm_family": "glm3"' in contradicts(keyed, "glm2")
+    assert contradicts(keyed, "glm3") is None and '"glm_family": "glm3"' in contradicts(
+        keyed, "glm2"
+    )
 
 
 def test_families_table():

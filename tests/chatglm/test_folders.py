@@ -27,7 +27,11 @@ def refusal(load, *args, **options) -> str:
     with pytest.raises((ValueError, OSError)) as caught:
         load(*args, **options)
     text = str(caught.value)
-    assert "\n" not in text and len(text) < 700 and caught.value.__suppress_context__ | (caught.value.__context__ is None)
+    assert (
+        "\n" not in text
+        and len(text) < 700
+        and caught.value.__suppress_context__ | (caught.value.__context__ is None)
+    )
     return text
 
 
@@ -47,7 +51,12 @@ def trained_adapter(tiny_folders, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(0)
-    options = LoraConfig(r=2, target_modules=["query_key_value", "dense"], init_lora_weights=False, task_type="CAUSAL_LM")
+    options = LoraConfig(
+        r=2,
+        target_modules=["query_key_value", "dense"],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
     model = get_peft_model(load_model(tiny_folders["glm2"]), options).eval()
     model.save_pretrained(folder)
     edit_config(folder, "adapter_config.json", base_model_name_or_path=str(tiny_folders["glm2"]))
@@ -65,7 +74,9 @@ RENAMINGS = {
     "peft": lambda name: name,
     "bare": lambda name: name.removeprefix("base_model.model."),
     "trl": lambda name: name.replace("base_model.model.", "pretrained_model."),
-    "trl in peft": lambda name: name.replace("base_model.model.", "base_model.model.pretrained_model."),
+    "trl in peft": lambda name: name.replace(
+        "base_model.model.", "base_model.model.pretrained_model."
+    ),
     "with the adapter's name": lambda name: name.replace(".weight", ".default.weight"),
 }
 
@@ -84,18 +95,30 @@ def test_a1_what_would_not_be_read_is_counted_and_named(adapter_folder):
     state = load_file(adapter_folder / ADAPTER)
     names = sorted(state)
     layer = [name for name in names if "layers.0." in name]
-    save_file({name: tensor for name, tensor in state.items() if name not in layer}, adapter_folder / ADAPTER)
+    save_file(
+        {name: tensor for name, tensor in state.items() if name not in layer},
+        adapter_folder / ADAPTER,
+    )
     text = refusal(load_model, adapter_folder)
-    assert f"{len(layer)} of the {len(names)} tensors" in text and text.split("the first is ")[1] in layer
+    assert (
+        f"{len(layer)} of the {len(names)} tensors" in text
+        and text.split("the first is ")[1] in layer
+    )
 
     save_file({f"model.{name}": tensor for name, tensor in state.items()}, adapter_folder / ADAPTER)
     text = refusal(load_model, adapter_folder)
-    assert f"{len(names)} of the {len(names)} tensors that {adapter_folder}" in text and "such as base_model.model.model." in text
+    assert (
+        f"{len(names)} of the {len(names)} tensors that {adapter_folder}" in text
+        and "such as base_model.model.model." in text
+    )
 
     extra = {"base_model.model.transformer.encoder.layers.9.mlp.lora_A.weight": torch.ones(2, 40)}
     save_file(state | extra, adapter_folder / ADAPTER)
     text = refusal(load_model, adapter_folder)
-    assert f"1 of its {len(names) + 1} tensors have no place" in text and "layers.9.mlp.lora_A.weight" in text
+    assert (
+        f"1 of its {len(names) + 1} tensors have no place" in text
+        and "layers.9.mlp.lora_A.weight" in text
+    )
 
     twice = {names[0].removeprefix("base_model.model."): state[names[0]].clone()}
     save_file(state | twice, adapter_folder / ADAPTER)
@@ -120,20 +143,38 @@ def test_a7_adapter_configurations(adapter_folder):
         '"text"': 'wanted an object, got "text"',
         "[" * 50000: "not JSON that can be read",
         "{": "not valid JSON",
-        json.dumps({k: v for k, v in values.items() if k != "peft_type"}): "has no peft_type, such as LORA",
+        json.dumps(
+            {k: v for k, v in values.items() if k != "peft_type"}
+        ): "has no peft_type, such as LORA",
         json.dumps({"model_type": "chatglm", "num_layers": 3}): "has no peft_type",
         json.dumps(values | {"peft_type": "FOO"}): 'knows no peft_type "FOO"',
         json.dumps(values | {"peft_type": ["LORA"]}): 'knows no peft_type ["LORA"]',
         json.dumps(values | {"r": "many"}): "cannot be read",
         json.dumps(values | {"target_modules": ["no_such"]}): "cannot be read",
         json.dumps(values | {"target_modules": 5}): "cannot be read",
-        json.dumps(values | {"base_model_name_or_path": ["a"]}): 'base_model_name_or_path must be text, got ["a"]',
+        json.dumps(
+            values | {"base_model_name_or_path": ["a"]}
+        ): 'base_model_name_or_path must be text, got ["a"]',
     }.items():
         path.write_text(content)
-        text = refusal(load_model, adapter_folder, base=values["base_model_name_or_path"] if "base_model_name" not in word else None)
+        text = refusal(
+            load_model,
+            adapter_folder,
+            base=values["base_model_name_or_path"] if "base_model_name" not in word else None,
+        )
         assert word in text and str(adapter_folder) in text, content[:200]
-    prefix = {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 3, "num_layers": 3}
-    prefix |= {"token_dim": 40, "num_attention_heads": 6, "num_transformer_submodules": 1, "base_model_name_or_path": values["base_model_name_or_path"]}
+    prefix = {
+        "peft_type": "PREFIX_TUNING",
+        "task_type": "CAUSAL_LM",
+        "num_virtual_tokens": 3,
+        "num_layers": 3,
+    }
+    prefix |= {
+        "token_dim": 40,
+        "num_attention_heads": 6,
+        "num_transformer_submodules": 1,
+        "base_model_name_or_path": values["base_model_name_or_path"],
+    }
     path.write_text(json.dumps(prefix))
     assert "PREFIX_TUNING cannot be put on a ChatGLM here" in refusal(load_model, adapter_folder)
     path.write_text(json.dumps(values | {"base_model_name_or_path": str(adapter_folder)}))
@@ -143,16 +184,28 @@ def test_a7_adapter_configurations(adapter_folder):
 def test_a7_adapter_weights_that_are_none(adapter_folder):
     weights = adapter_folder / ADAPTER
     content = weights.read_bytes()
-    for broken, word in ((POINTER, "is a Git LFS pointer, not the file itself: run `git lfs pull`"), (content[:-9], "fetch adapter_model"),
-                         (b"", "cannot be read"), (content[:40], "cannot be read")):  # fmt: skip
+    for broken, word in (
+        (POINTER, "is a Git LFS pointer, not the file itself: run `git lfs pull`"),
+        (content[:-9], "fetch adapter_model"),
+        (b"", "cannot be read"),
+        (content[:40], "cannot be read"),
+    ):
         weights.write_bytes(broken)
         assert word in refusal(load_model, adapter_folder)
     weights.unlink()
-    assert "has no adapter weights: wanted adapter_model.safetensors or adapter_model.bin" in refusal(load_model, adapter_folder)
+    assert (
+        "has no adapter weights: wanted adapter_model.safetensors or adapter_model.bin"
+        in refusal(load_model, adapter_folder)
+    )
     weights = adapter_folder / "adapter_model.bin"
     torch.save({"a": torch.ones(50)}, weights)
     content = weights.read_bytes()
-    for broken, word in ((POINTER, "is a Git LFS pointer"), (content[:-9], "cut short or damaged"), (b"", "damaged"), (b"text", "damaged")):
+    for broken, word in (
+        (POINTER, "is a Git LFS pointer"),
+        (content[:-9], "cut short or damaged"),
+        (b"", "damaged"),
+        (b"text", "damaged"),
+    ):
         weights.write_bytes(broken)
         text = refusal(load_model, adapter_folder)
         assert word in text and "adapter_model.bin" in text and "weights_only" not in text
@@ -179,7 +232,10 @@ def test_a3_where_nothing_tells_rope_ratio_is_not_guessed(model_folder, caplog):
     (model_folder / "tokenizer_config.json").unlink()
     edit_config(model_folder, drop=["glm_family"], rope_ratio=7)
     for load in (load_model, AutoConfig.from_pretrained, AutoModelForCausalLM.from_pretrained):
-        assert 'rope_ratio 7 divides positions in ChatGLM2 and multiplies the base in ChatGLM3' in refusal(load, model_folder)
+        assert (
+            "rope_ratio 7 divides positions in ChatGLM2 and multiplies the base in ChatGLM3"
+            in refusal(load, model_folder)
+        )
     for family in ("glm2", "glm3"):
         assert load_model(model_folder, mode=family).config.glm_family == family
         assert AutoConfig.from_pretrained(model_folder, glm_family=family).glm_family == family
@@ -197,10 +253,15 @@ def test_a4_a_prefix_alone_is_no_model(tiny_folders, tmp_path):
     folder, tuned = prefix_folder(tiny_folders["glm2"], tmp_path / "p", "glm2")
     for auto in (AutoModelForCausalLM, AutoModel):
         text = refusal(auto.from_pretrained, folder)
-        assert "holds a P-Tuning prefix alone, no model: chatglm.load_model(" in text and str(folder) in text
+        assert (
+            "holds a P-Tuning prefix alone, no model: chatglm.load_model(" in text
+            and str(folder) in text
+        )
     assert torch.equal(logits_of(load_model(folder)), logits_of(tuned))
     # a new prefix over a whole model stays possible
-    fresh = AutoModelForCausalLM.from_pretrained(tiny_folders["glm2"], config=AutoConfig.from_pretrained(tiny_folders["glm2"], pre_seq_len=4))
+    fresh = AutoModelForCausalLM.from_pretrained(
+        tiny_folders["glm2"], config=AutoConfig.from_pretrained(tiny_folders["glm2"], pre_seq_len=4)
+    )
     assert fresh.transformer.prefix_encoder.embedding.weight.shape[0] == 4
 
 
@@ -215,14 +276,21 @@ def test_a6_published_quantised_folders_are_named(model_folder, bits):
     save_file(state, model_folder / WEIGHTS)
     for load in (load_model, AutoModelForCausalLM.from_pretrained):
         text = refusal(load, model_folder)
-        assert f"{model_folder} holds weights quantised to 4 or 8 bits (quantization_bit {bits})" in text and "take the fp16 release" in text
+        assert (
+            f"{model_folder} holds weights quantised to 4 or 8 bits (quantization_bit {bits})"
+            in text
+            and "take the fp16 release" in text
+        )
 
 
 def test_a6_the_first_misfit_is_named_with_both_shapes(model_folder):
     edit_config(model_folder, hidden_size=48)
     for load in (load_model, AutoModelForCausalLM.from_pretrained):
         text = refusal(load, model_folder)
-        assert f"{model_folder}: transformer.embedding.word_embeddings.weight has shape [400, 40], config.json asks for [400, 48]" in text
+        assert (
+            f"{model_folder}: transformer.embedding.word_embeddings.weight has shape [400, 40], config.json asks for [400, 48]"
+            in text
+        )
 
 
 def test_a7_git_lfs_pointers(model_folder):
@@ -245,10 +313,15 @@ def test_a7_a_stale_safetensors_index_does_not_hide_bin_shards(tiny_folders, mod
     (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with caplog.at_level(logging.WARNING):
         assert torch.equal(logits_of(load_model(model_folder)), wanted)
-    assert "names model-00001-of-00007.safetensors, which is not there" in caplog.text and "reading pytorch_model-00001" in caplog.text
+    assert (
+        "names model-00001-of-00007.safetensors, which is not there" in caplog.text
+        and "reading pytorch_model-00001" in caplog.text
+    )
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(model_folder)), wanted)
     (model_folder / "pytorch_model-00001-of-00002.bin").unlink()
-    assert "model-00001-of-00007.safetensors, which is not there; fetch it, or delete" in refusal(load_model, model_folder)
+    assert "model-00001-of-00007.safetensors, which is not there; fetch it, or delete" in refusal(
+        load_model, model_folder
+    )
 
 
 def test_a7_byte_order_marks_are_read(tiny_folders, tmp_path):
@@ -257,7 +330,12 @@ def test_a7_byte_order_marks_are_read(tiny_folders, tmp_path):
         load_model(tiny_folders[family]).save_pretrained(folder, max_shard_size="30KB")
         load_tokenizer(tiny_folders[family]).save_pretrained(folder)
         marked = sorted(folder.glob("*.json"))
-        assert {"config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer_config.json"} <= {p.name for p in marked}
+        assert {
+            "config.json",
+            "generation_config.json",
+            "model.safetensors.index.json",
+            "tokenizer_config.json",
+        } <= {p.name for p in marked}
         for path in marked:
             add_mark(path)
         model, tokenizer = load_model(folder), load_tokenizer(folder)
@@ -266,18 +344,31 @@ def test_a7_byte_order_marks_are_read(tiny_folders, tmp_path):
         assert tokenizer("你好").input_ids == load_tokenizer(tiny_folders[family])("你好").input_ids
 
 
-@pytest.mark.parametrize("content", ["[1, 2]", '"text"', "null", "[" * 50000, '{"a": ' * 50000, "{", "", "\xff"], ids=range(8))
+@pytest.mark.parametrize(
+    "content",
+    ["[1, 2]", '"text"', "null", "[" * 50000, '{"a": ' * 50000, "{", "", "\xff"],
+    ids=range(8),
+)
 def test_a7_json_files_that_hold_no_object(model_folder, content):
     load_model(model_folder).save_pretrained(model_folder, max_shard_size="30KB")
     (model_folder / WEIGHTS).unlink()
-    files = ("config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer_config.json", "special_tokens_map.json")
+    files = (
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    )
     for name in files:
         path = model_folder / name
         before = path.read_bytes() if path.is_file() else None
         path.write_bytes(content.encode("latin-1"))
         for load in (load_model, load_tokenizer) if "token" in name else (load_model,):
             text = refusal(load, model_folder)
-            assert name in text and any(word in text for word in ("wanted an object", "not valid JSON", "not JSON", "not UTF-8"))
+            assert name in text and any(
+                word in text
+                for word in ("wanted an object", "not valid JSON", "not JSON", "not UTF-8")
+            )
         path.write_bytes(before) if before is not None else path.unlink()
     assert load_model(model_folder)
 
@@ -285,16 +376,28 @@ def test_a7_json_files_that_hold_no_object(model_folder, content):
 @pytest.mark.parametrize(
     "name, changes",
     [
-        ("config.json", {"num_layers": "28"}), ("config.json", {"hidden_size": None}), ("config.json", {"rope_ratio": 0}),
-        ("config.json", {"multi_query_group_num": 0}), ("config.json", {"glm_family": "glm9"}), ("config.json", {"model_type": ["chatglm"]}),
-        ("config.json", {"attn_implementation": 1.5}), ("config.json", {"cache_implementation": {}}), ("config.json", {"kv_channels": [8]}), ("config.json", {"dtype": "float99"}), ("config.json", {"dtype": 5}),
-        ("generation_config.json", {"max_length": "x"}), ("generation_config.json", {"temperature": {}}),
-        ("tokenizer_config.json", {"added_tokens_decoder": [1]}), ("tokenizer_config.json", {"added_tokens_decoder": {"a": "b"}}),
-        ("tokenizer_config.json", {"extra_special_tokens": 5}), ("tokenizer_config.json", {"pad_token": ["a"]}),
-        ("tokenizer_config.json", {"padding_side": "up"}), ("tokenizer_config.json", {"init_inputs": 7}),
+        ("config.json", {"num_layers": "28"}),
+        ("config.json", {"hidden_size": None}),
+        ("config.json", {"rope_ratio": 0}),
+        ("config.json", {"multi_query_group_num": 0}),
+        ("config.json", {"glm_family": "glm9"}),
+        ("config.json", {"model_type": ["chatglm"]}),
+        ("config.json", {"attn_implementation": 1.5}),
+        ("config.json", {"cache_implementation": {}}),
+        ("config.json", {"kv_channels": [8]}),
+        ("config.json", {"dtype": "float99"}),
+        ("config.json", {"dtype": 5}),
+        ("generation_config.json", {"max_length": "x"}),
+        ("generation_config.json", {"temperature": {}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"a": "b"}}),
+        ("tokenizer_config.json", {"extra_special_tokens": 5}),
+        ("tokenizer_config.json", {"pad_token": ["a"]}),
+        ("tokenizer_config.json", {"padding_side": "up"}),
+        ("tokenizer_config.json", {"init_inputs": 7}),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a7_values_of_the_wrong_kind_are_one_line(model_folder, name, changes):
     edit_config(model_folder, name, **changes)
     text = refusal(load_tokenizer if "token" in name else load_model, model_folder)
@@ -324,11 +427,25 @@ def test_a7_torn_files_are_one_line(model_folder):
 
 
 def test_a7_errors_of_unknown_cause_keep_their_type():
-    with pytest.raises(ValueError, match="^here cannot be read: AttributeError: 'int' object has no attribute 'x'$"), reading("here"):
+    with (
+        pytest.raises(
+            ValueError,
+            match="^here cannot be read: AttributeError: 'int' object has no attribute 'x'$",
+        ),
+        reading("here"),
+    ):
         (5).x  # noqa: B018
-    with pytest.raises(ValueError, match=r"^here cannot be read: KeyError: 'x{200,}\.\.\.$"), reading("here"):
+    with (
+        pytest.raises(ValueError, match=r"^here cannot be read: KeyError: 'x{200,}\.\.\.$"),
+        reading("here"),
+    ):
         {}["x" * 1000]
-    for error in (MemoryError(), ImportError("a"), FileNotFoundError(2, "No such file", "x"), ValueError("here: a line")):
+    for error in (
+        MemoryError(),
+        ImportError("a"),
+        FileNotFoundError(2, "No such file", "x"),
+        ValueError("here: a line"),
+    ):
         with pytest.raises(type(error)) as caught, reading("here"):
             raise error
         assert caught.value is error
@@ -337,7 +454,20 @@ def test_a7_errors_of_unknown_cause_keep_their_type():
 # ---- what a folder must not do
 
 
-@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "a/../../b.safetensors", "sub/a.safetensors", "..", "", 5, None, ["a"]])
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "../secret.safetensors",
+        "/etc/passwd",
+        "a/../../b.safetensors",
+        "sub/a.safetensors",
+        "..",
+        "",
+        5,
+        None,
+        ["a"],
+    ],
+)
 def test_a9_an_index_names_files_of_its_folder_only(model_folder, shard):
     shutil.copy(model_folder / WEIGHTS, model_folder.parent / "secret.safetensors")
     (model_folder / WEIGHTS).unlink()
@@ -352,7 +482,11 @@ def test_a9_an_index_names_files_of_its_folder_only(model_folder, shard):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("changes", [{"num_layers": 10**8}, {"num_layers": -1}, {"hidden_size": 10**12}, {"pre_seq_len": 10**12}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_layers": 10**8}, {"num_layers": -1}, {"hidden_size": 10**12}, {"pre_seq_len": 10**12}],
+    ids=str,
+)
 def test_a9_sizes_that_no_model_has_are_refused(tiny_folders, tmp_path, family, changes):
     folder = shutil.copytree(tiny_folders[family], tmp_path / "m")
     edit_config(folder, **changes)
@@ -371,12 +505,20 @@ def test_a8_code_that_comes_with_a_folder_never_runs(model_folder, monkeypatch, 
     ran = model_folder / "ran"
     code = f"open({str(ran)!r}, 'w')\nclass Config: pass\n"
     (model_folder / "evil.py").write_text(code)
-    auto_map = {"AutoConfig": "evil.Config", "AutoModel": "evil.Config", "AutoModelForCausalLM": "evil.Config", "AutoTokenizer": ["evil.Config", None]}
+    auto_map = {
+        "AutoConfig": "evil.Config",
+        "AutoModel": "evil.Config",
+        "AutoModelForCausalLM": "evil.Config",
+        "AutoTokenizer": ["evil.Config", None],
+    }
     edit_config(model_folder, model_type=model_type, auto_map=auto_map)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
     for load in (load_model, load_tokenizer):
         text = refusal(load, model_folder)
-        assert 'wanted "model_type": "chatglm"' in text and "code that comes with a model (auto_map) is never run" in text
+        assert (
+            'wanted "model_type": "chatglm"' in text
+            and "code that comes with a model (auto_map) is never run" in text
+        )
     if model_type != "llama":
         text = refusal(read_config, model_folder)
         assert f"{model_folder}/config.json: model_type" in text and "is never run" in text
@@ -386,7 +528,11 @@ def test_a8_code_that_comes_with_a_folder_never_runs(model_folder, monkeypatch, 
 def test_a8_an_encoder_with_code_of_its_own_is_refused(model_folder, monkeypatch):
     from predictor.backbones import Encoder
 
-    edit_config(model_folder, model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModel": "evil.Model"})
+    edit_config(
+        model_folder,
+        model_type="evil",
+        auto_map={"AutoConfig": "evil.Config", "AutoModel": "evil.Model"},
+    )
     (model_folder / "evil.py").write_text("raise SystemExit('this file must not run')")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
     encoder = Encoder(str(model_folder), max_src_len=8)
@@ -395,11 +541,16 @@ def test_a8_an_encoder_with_code_of_its_own_is_refused(model_folder, monkeypatch
 
 
 def test_a8_every_auto_class_is_told_to_run_no_code():
-    folders = (REPO_ROOT / name for name in ("chatglm", "finetune", "predictor", "serving", "scripts", "benchmarks"))
+    folders = (
+        REPO_ROOT / name
+        for name in ("chatglm", "finetune", "predictor", "serving", "scripts", "benchmarks")
+    )
     calls = 0
     for path in (path for folder in folders for path in folder.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and re.fullmatch(r"Auto\w+\.from_pretrained", ast.unparse(node.func)):
+            if isinstance(node, ast.Call) and re.fullmatch(
+                r"Auto\w+\.from_pretrained", ast.unparse(node.func)
+            ):
                 given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 assert given.get("trust_remote_code") == "False", f"{path}:{node.lineno}"
                 calls += 1
@@ -408,7 +559,11 @@ def test_a8_every_auto_class_is_told_to_run_no_code():
 
 def test_a1_an_adapter_is_not_put_on_a_base_on_disk(adapter_folder):
     """peft would copy its tensors to nowhere."""
-    places = {"transformer.embedding": "cpu", "transformer.encoder": "disk", "transformer.output_layer": "cpu"}
+    places = {
+        "transformer.embedding": "cpu",
+        "transformer.encoder": "disk",
+        "transformer.output_layer": "cpu",
+    }
     assert "partly on disk; merge it" in refusal(load_model, adapter_folder, device_map=places)
 
 
@@ -416,13 +571,19 @@ def test_a_runs_folder_names_a_checkpoint(tmp_path):
     (tmp_path / "run" / "epoch-1-step-40").mkdir(parents=True)
     (tmp_path / "run" / "epoch-1-step-40" / "manifest.json").write_text("{}")
     for load in (load_model, load_tokenizer):
-        assert f"{tmp_path / 'run' / 'epoch-1-step-40'} (the last)" in refusal(load, tmp_path / "run")
+        assert f"{tmp_path / 'run' / 'epoch-1-step-40'} (the last)" in refusal(
+            load, tmp_path / "run"
+        )
 
 
 def test_a8_an_adapter_names_no_module_to_import(adapter_folder, monkeypatch):
     """peft imports what megatron_core says, which may lie in the folder that a command is started in."""
     (adapter_folder / "evil_layers.py").write_text(f"open({str(adapter_folder / 'ran')!r}, 'w')")
     monkeypatch.syspath_prepend(str(adapter_folder))
-    edit_config(adapter_folder, "adapter_config.json", megatron_config={"a": 1}, megatron_core="evil_layers")
-    assert "adapter_config.json: an adapter of Megatron's layers" in refusal(load_model, adapter_folder)
+    edit_config(
+        adapter_folder, "adapter_config.json", megatron_config={"a": 1}, megatron_core="evil_layers"
+    )
+    assert "adapter_config.json: an adapter of Megatron's layers" in refusal(
+        load_model, adapter_folder
+    )
     assert not (adapter_folder / "ran").exists()

@@ -21,8 +21,12 @@ from tests.conftest import shared_file
 
 LOGITS, LOSS, GRADIENT, EXACT = 5e-5, 1e-5, 1e-4, 0.0
 # Inputs, and what documents the originals' own arithmetic: half-precision tables, integer weights.
-NOT_COMPARED = re.compile(r"input_ids|labels|\.prompt$|attention_mask$|position_ids$|\.state\.|^rope_|^quant")
-OBSERVED = re.compile(r"^right\.built_|^mask\.(attention_mask|position_ids)$")  # built by the originals' forward
+NOT_COMPARED = re.compile(
+    r"input_ids|labels|\.prompt$|attention_mask$|position_ids$|\.state\.|^rope_|^quant"
+)
+OBSERVED = re.compile(
+    r"^right\.built_|^mask\.(attention_mask|position_ids)$"
+)  # built by the originals' forward
 
 
 class Golden:
@@ -31,8 +35,16 @@ class Golden:
     def __init__(self, family: str):
         self.family, self.folder = family, shared_file(f"golden/{family}")
         self.facts = json.loads((self.folder / "golden.json").read_text(encoding="utf-8"))
-        names = [name for name in self.facts["entries"] if OBSERVED.search(name) or not NOT_COMPARED.search(name)]
-        self.names = names + [key for key in self.facts if key.endswith("per_tensor_grad_norm")] + ["train.single_rows"]
+        names = [
+            name
+            for name in self.facts["entries"]
+            if OBSERVED.search(name) or not NOT_COMPARED.search(name)
+        ]
+        self.names = (
+            names
+            + [key for key in self.facts if key.endswith("per_tensor_grad_norm")]
+            + ["train.single_rows"]
+        )
 
     @cached_property
     def tensors(self):
@@ -101,14 +113,22 @@ class Spy:
         self.blocks, self.handles = [], []
 
         def keep(name):
-            return lambda module, args, out: setattr(self, name, out[0] if isinstance(out, tuple) else out)
+            return lambda module, args, out: setattr(
+                self, name, out[0] if isinstance(out, tuple) else out
+            )
 
-        self.handles.append(attention[0].register_forward_pre_hook(lambda module, args: setattr(self, "mask", args[1])))
+        self.handles.append(
+            attention[0].register_forward_pre_hook(
+                lambda module, args: setattr(self, "mask", args[1])
+            )
+        )
         self.handles.append(attention[0].register_forward_hook(keep("attention")))
         self.handles.append(blocks[0].mlp.register_forward_hook(keep("mlp")))
         self.handles.append(body.get_input_embeddings().register_forward_hook(keep("embedded")))
         for block in blocks:
-            self.handles.append(block.register_forward_hook(lambda module, args, out: self.blocks.append(out)))
+            self.handles.append(
+                block.register_forward_hook(lambda module, args, out: self.blocks.append(out))
+            )
 
     def __enter__(self):
         return self
@@ -152,13 +172,22 @@ def generate(model, g, start):
         cases += [{"attention_mask": four, "position_ids": positions}]
     for inputs in [*cases, cases[0] | {"use_cache": False}]:
         made = model.generate(
-            g[f"{start}.prompt"], **inputs, max_new_tokens=12, do_sample=False, eos_token_id=10**6,
-            output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
+            g[f"{start}.prompt"],
+            **inputs,
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=10**6,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
         new = made.sequences[:, g[f"{start}.prompt"].shape[1] :]
         yield f"{start}.new_ids", gap(new, g[f"{start}.new_ids"]), EXACT
         if f"{start}.step_logits" in g.tensors:
-            yield f"{start}.step_logits", gap(torch.stack(made.logits, 1), g[f"{start}.step_logits"]), LOGITS
+            yield (
+                f"{start}.step_logits",
+                gap(torch.stack(made.logits, 1), g[f"{start}.step_logits"]),
+                LOGITS,
+            )
 
 
 def measure_forward(g):
@@ -175,7 +204,11 @@ def measure_forward(g):
                 yield "left.logits", gap(logits[real], g["left.logits"][real]), LOGITS
                 if "left.built_mask" in g.tensors:
                     rows = (~spy.mask).expand(g["left.built_mask"].shape)[:, 0][real]
-                    yield "left.built_mask", gap(rows.byte(), g["left.built_mask"][:, 0][real]), EXACT
+                    yield (
+                        "left.built_mask",
+                        gap(rows.byte(), g["left.built_mask"][:, 0][real]),
+                        EXACT,
+                    )
 
         ids, real = g["right.input_ids"], g.right_real
         for inputs in ({}, {"attention_mask": real.long()}):
@@ -183,7 +216,11 @@ def measure_forward(g):
                 logits = model(ids, **inputs).logits
             yield "right.logits", gap(logits[real], g["right.logits"][real]), LOGITS
             if "right.built_attention_mask" in g.tensors and not inputs:
-                yield "right.built_attention_mask", gap((~spy.mask).byte(), g["right.built_attention_mask"]), EXACT
+                yield (
+                    "right.built_attention_mask",
+                    gap((~spy.mask).byte(), g["right.built_attention_mask"]),
+                    EXACT,
+                )
                 built = model.transformer.count_positions(ids)
                 yield "right.built_position_ids", gap(built, g["right.built_position_ids"]), EXACT
 
@@ -198,21 +235,41 @@ def measure_forward(g):
         with Spy(model) as spy:
             out = model(g["hidden.input_ids"], use_cache=True, output_hidden_states=True)
         yield "hidden.logits", gap(out.logits, g["hidden.logits"]), LOGITS
-        yield "hidden.states", gap(torch.cat([spy.embedded, *spy.blocks]), g["hidden.states"]), LOGITS
+        yield (
+            "hidden.states",
+            gap(torch.cat([spy.embedded, *spy.blocks]), g["hidden.states"]),
+            LOGITS,
+        )
         # transformers' convention: the last entry is after the final norm
-        yield "hidden.states", gap(torch.cat(out.hidden_states[:-1]), g["hidden.states"][:-1]), LOGITS
+        yield (
+            "hidden.states",
+            gap(torch.cat(out.hidden_states[:-1]), g["hidden.states"][:-1]),
+            LOGITS,
+        )
         yield "hidden.final", gap(out.hidden_states[-1][0], g["hidden.final"]), LOGITS
-        yield "hidden.final", gap(model.transformer(g["hidden.input_ids"])[0][0], g["hidden.final"]), LOGITS
+        yield (
+            "hidden.final",
+            gap(model.transformer(g["hidden.input_ids"])[0][0], g["hidden.final"]),
+            LOGITS,
+        )
         yield "hidden.layer0_attention", gap(spy.attention[0], g["hidden.layer0_attention"]), LOGITS
         yield "hidden.layer0_mlp", gap(spy.mlp[0], g["hidden.layer0_mlp"]), LOGITS
-        cache = [torch.stack([layer.keys[0], layer.values[0]]) for layer in out.past_key_values.layers]
-        yield "hidden.kv_cache", gap(torch.stack(cache).transpose(2, 3), g["hidden.kv_cache"]), LOGITS
+        cache = [
+            torch.stack([layer.keys[0], layer.values[0]]) for layer in out.past_key_values.layers
+        ]
+        yield (
+            "hidden.kv_cache",
+            gap(torch.stack(cache).transpose(2, 3), g["hidden.kv_cache"]),
+            LOGITS,
+        )
 
 
 def measure_rope(g):
     if g.family == "glm":
         positions = torch.arange(len(g["rope.cos"])).expand(1, 2, -1)
-        for turns in g.model.transformer.rotary(positions)[0].chunk(2, -1):  # by place, by block position
+        for turns in g.model.transformer.rotary(positions)[0].chunk(
+            2, -1
+        ):  # by place, by block position
             # the originals' table holds each angle twice
             yield "rope.cos", gap(turns.real.repeat(1, 2), g["rope.cos"]), 1e-6
             yield "rope.sin", gap(turns.imag.repeat(1, 2), g["rope.sin"]), 1e-6
@@ -226,7 +283,13 @@ def measure_rope(g):
 def measure_train(g):
     yield from train(g.model, g, "train")
     # train mode drops nothing, a single row has its own mean, and an attention mask changes no real token
-    rows = zip(g["right.input_ids"], g["right.labels"], g.right_real, g.facts["train.loss_of_single_rows"], strict=True)
+    rows = zip(
+        g["right.input_ids"],
+        g["right.labels"],
+        g.right_real,
+        g.facts["train.loss_of_single_rows"],
+        strict=True,
+    )
     g.model.train()
     with torch.no_grad():
         for ids, labels, real, loss in rows:
@@ -257,20 +320,36 @@ def measure_lora(g):
     with tempfile.TemporaryDirectory() as folder:
         # as peft 0.5.0 wrote it
         config = options | {
-            "auto_mapping": None, "base_model_name_or_path": str(g.folder / "checkpoint"), "bias": "none",
-            "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "layers_pattern": None,
-            "layers_to_transform": None, "modules_to_save": None, "peft_type": "LORA", "revision": None,
+            "auto_mapping": None,
+            "base_model_name_or_path": str(g.folder / "checkpoint"),
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "layers_pattern": None,
+            "layers_to_transform": None,
+            "modules_to_save": None,
+            "peft_type": "LORA",
+            "revision": None,
             "task_type": "CAUSAL_LM",
-        }  # fmt: skip
+        }
         Path(folder, "adapter_config.json").write_text(json.dumps(config))
         torch.save(state, Path(folder, "adapter_model.bin"))
         from_folder = load_model(folder, mode=g.family)
         named_elsewhere = load_model(folder, mode=g.family, base=g.folder / "checkpoint")
     with torch.no_grad():
         for model in (through_peft, from_folder, named_elsewhere):
-            yield "lora.hidden_logits", gap(model(g["hidden.input_ids"]).logits, g["lora.hidden_logits"]), LOGITS
+            yield (
+                "lora.hidden_logits",
+                gap(model(g["hidden.input_ids"]).logits, g["lora.hidden_logits"]),
+                LOGITS,
+            )
         merged = named_elsewhere.merge_and_unload()
-        yield "lora.hidden_logits", gap(merged(g["hidden.input_ids"]).logits, g["lora.hidden_logits"]), LOGITS
+        yield (
+            "lora.hidden_logits",
+            gap(merged(g["hidden.input_ids"]).logits, g["lora.hidden_logits"]),
+            LOGITS,
+        )
     assert not any(p.requires_grad for p in from_folder.parameters())  # loaded to be used
     yield from train(through_peft, g, "lora")
 
@@ -298,14 +377,20 @@ def measure_ptuning(g, kind):
     real = g.left_real
     with tempfile.TemporaryDirectory() as folder:
         layouts = ("prefix", "full", "bin")
-        models = [load_model(write_prefix(g, kind, folder, layout), mode=g.family) for layout in layouts]
+        models = [
+            load_model(write_prefix(g, kind, folder, layout), mode=g.family) for layout in layouts
+        ]
     for model in models:
         with torch.no_grad():
             for mask in g.masks("left."):
                 inputs = {"attention_mask": mask, "position_ids": g["left.position_ids"]}
                 with Spy(model) as spy:
                     logits = model(g["left.input_ids"], **inputs).logits
-                yield f"{kind}.left_logits", gap(logits[real], g[f"{kind}.left_logits"][real]), LOGITS
+                yield (
+                    f"{kind}.left_logits",
+                    gap(logits[real], g[f"{kind}.left_logits"][real]),
+                    LOGITS,
+                )
                 built = g.tensors.get(f"{kind}.left_built_mask")
                 if built is not None:
                     rows = (~spy.mask).expand(built.shape)[:, 0][real]
@@ -316,7 +401,9 @@ def measure_ptuning(g, kind):
     model.requires_grad_(False)
     model.transformer.prefix_encoder.requires_grad_(True)
     yield from train(model, g, kind)
-    for start in sorted({n.removesuffix(".prompt") for n in g.tensors if re.match(rf"{kind}\.gen.*prompt$", n)}):
+    for start in sorted(
+        {n.removesuffix(".prompt") for n in g.tensors if re.match(rf"{kind}\.gen.*prompt$", n)}
+    ):
         yield from generate(model, g, start)
 
 
@@ -330,8 +417,11 @@ GROUPS = {
     **dict.fromkeys(("left", "right", "mask", "hidden"), measure_forward),
     **dict.fromkeys(("gen", "gen_batch"), measure_gen),
     **{kind: partial(measure_ptuning, kind=kind) for kind in ("ptuning_noproj", "ptuning_proj")},
-    "rope": measure_rope, "train": measure_train, "train_untied": measure_train_untied, "lora": measure_lora,
-}  # fmt: skip
+    "rope": measure_rope,
+    "train": measure_train,
+    "train_untied": measure_train_untied,
+    "lora": measure_lora,
+}
 
 
 @cache
@@ -361,8 +451,12 @@ def test_golden(family, name):
 def test_parameter_names_are_the_checkpoints(family):
     """Except the rotary tables, which are computed."""
     stored = load_file(golden(family).folder / "checkpoint" / "model.safetensors")
-    wanted = {name: tensor.shape for name, tensor in stored.items() if not name.endswith("inv_freq")}
-    assert {name: tensor.shape for name, tensor in golden(family).model.state_dict().items()} == wanted
+    wanted = {
+        name: tensor.shape for name, tensor in stored.items() if not name.endswith("inv_freq")
+    }
+    assert {
+        name: tensor.shape for name, tensor in golden(family).model.state_dict().items()
+    } == wanted
 
 
 def golden_table(count: int | None = None) -> list[dict]:
@@ -371,14 +465,18 @@ def golden_table(count: int | None = None) -> list[dict]:
     for param in list(fixtures())[:count]:
         family, name = param.values
         difference, tolerance = max(measured(family, name), key=lambda r: (r[0] > r[1], r[0]))
-        rows.append({"family": family, "fixture": name, "difference": difference, "tolerance": tolerance})
+        rows.append(
+            {"family": family, "fixture": name, "difference": difference, "tolerance": tolerance}
+        )
     return rows
 
 
 def print_table(rows):
     print("| family | fixture | largest difference | tolerance |\n| --- | --- | --- | --- |")
     for row in rows:
-        print(f"| {row['family']} | {row['fixture']} | {row['difference']:.1e} | {row['tolerance']:.0e} |")
+        print(
+            f"| {row['family']} | {row['fixture']} | {row['difference']:.1e} | {row['tolerance']:.0e} |"
+        )
 
 
 if __name__ == "__main__":

@@ -20,9 +20,15 @@ from chatglm.kernels import (
 )
 from chatglm.layers import causal_mask
 
-CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # norm of the difference over the norm
+CLOSE = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 2e-2,
+    torch.float16: 3e-3,
+}  # norm of the difference over the norm
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
-GRADS = st.sampled_from(["dense", "transposed", "expanded"])  # how an incoming gradient lies in memory
+GRADS = st.sampled_from(
+    ["dense", "transposed", "expanded"]
+)  # how an incoming gradient lies in memory
 quick = settings(max_examples=150, deadline=None, database=None)
 
 
@@ -33,7 +39,9 @@ def noise(seed: int, *shape) -> torch.Tensor:
 def assert_close(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, what=""):
     assert found.dtype == dtype and found.shape == wanted.shape, what
     error = float((found.double() - wanted).norm())
-    assert error <= CLOSE[dtype] * float(wanted.norm()) + 1e-12, f"{what}: {error / float(wanted.norm()):.2e} of the norm"
+    assert error <= CLOSE[dtype] * float(wanted.norm()) + 1e-12, (
+        f"{what}: {error / float(wanted.norm()):.2e} of the norm"
+    )
 
 
 def check(function, plain, inputs, trained, dtype, *, kind="dense", factor=1.0, out_dtype=None):
@@ -72,7 +80,14 @@ def check(function, plain, inputs, trained, dtype, *, kind="dense", factor=1.0, 
 
 
 @quick
-@given(st.integers(1, 4), st.integers(1, 5), st.integers(4, 70), st.tuples(st.booleans(), st.booleans()), DTYPES, GRADS)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.integers(4, 70),
+    st.tuples(st.booleans(), st.booleans()),
+    DTYPES,
+    GRADS,
+)
 def test_rms_norm(batch, length, width, trained, dtype, kind):
     def plain(x, weight):
         return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
@@ -88,7 +103,14 @@ def test_swiglu(batch, length, width, dtype, kind):
         gate, up = both.chunk(2, dim=-1)
         return gate / (1 + torch.exp(-gate)) * up
 
-    check(SwiGLUFunction.apply, plain, [3 * noise(1, batch, length, 2 * width)], [True], dtype, kind=kind)
+    check(
+        SwiGLUFunction.apply,
+        plain,
+        [3 * noise(1, batch, length, 2 * width)],
+        [True],
+        dtype,
+        kind=kind,
+    )
 
 
 def rotate(x, turns, heads, pairs_of):
@@ -101,26 +123,50 @@ def rotate(x, turns, heads, pairs_of):
 
 
 @quick
-@given(st.sampled_from(["pairs", "halves"]), st.integers(1, 3), st.integers(1, 6), st.integers(1, 3), st.integers(0, 2),
-       st.integers(1, 4), st.booleans(), DTYPES, GRADS)  # fmt: skip
+@given(
+    st.sampled_from(["pairs", "halves"]),
+    st.integers(1, 3),
+    st.integers(1, 6),
+    st.integers(1, 3),
+    st.integers(0, 2),
+    st.integers(1, 4),
+    st.booleans(),
+    DTYPES,
+    GRADS,
+)
 def test_rotate(way, batch, length, turned, others, quarter, per_row, dtype, kind):
     """The first heads turn, the others and (in pairs) the second half of each head stay, bit for bit."""
     dim, heads = 4 * quarter, turned + others
-    angles = 7 * noise(3, batch if per_row else 1, length, 1, quarter if way == "pairs" else 2 * quarter)
+    angles = 7 * noise(
+        3, batch if per_row else 1, length, 1, quarter if way == "pairs" else 2 * quarter
+    )
     turns = torch.polar(torch.ones_like(angles), angles)
     pairs = [(2 * k, 2 * k + 1, k) for k in range(quarter)]
-    halves = [(half * dim // 2 + k, half * dim // 2 + quarter + k, half * quarter + k) for half in (0, 1) for k in range(quarter)]
+    halves = [
+        (half * dim // 2 + k, half * dim // 2 + quarter + k, half * quarter + k)
+        for half in (0, 1)
+        for k in range(quarter)
+    ]
     turn_, which = (turn_pairs_, pairs) if way == "pairs" else (turn_halves_, halves)
     x = noise(1, batch, length, heads, dim)
     short = turns.to(torch.complex64)
-    check(lambda x: RotateFunction.apply(x, short, turned, turn_), lambda x: rotate(x, turns, turned, which), [x], [True], dtype, kind=kind)
+    check(
+        lambda x: RotateFunction.apply(x, short, turned, turn_),
+        lambda x: rotate(x, turns, turned, which),
+        [x],
+        [True],
+        dtype,
+        kind=kind,
+    )
     found, x = RotateFunction.apply(x.to(dtype), short, turned, turn_), x.to(dtype)
     assert torch.equal(found[:, :, turned:], x[:, :, turned:])
     if way == "pairs":
         assert torch.equal(found[..., dim // 2 :], x[..., dim // 2 :])
     # of a view, as a chunk of a larger product is
     wide = torch.cat([x, x], dim=-1)
-    assert torch.equal(RotateFunction.apply(wide[..., :dim], short, turned, turn_), found) and torch.equal(wide[..., :dim], x)
+    assert torch.equal(
+        RotateFunction.apply(wide[..., :dim], short, turned, turn_), found
+    ) and torch.equal(wide[..., :dim], x)
 
 
 def plain_attention(query, key, value, visible, scaling):
@@ -130,23 +176,45 @@ def plain_attention(query, key, value, visible, scaling):
 
 
 @quick
-@given(st.sampled_from(["square", "prefix", "any mask"]), st.sampled_from([1, 5, 24]), st.integers(1, 60), st.integers(0, 9),
-       st.integers(1, 2), st.sampled_from([(1, 1), (4, 4), (6, 2)]), DTYPES, GRADS)  # fmt: skip
+@given(
+    st.sampled_from(["square", "prefix", "any mask"]),
+    st.sampled_from([1, 5, 24]),
+    st.integers(1, 60),
+    st.integers(0, 9),
+    st.integers(1, 2),
+    st.sampled_from([(1, 1), (4, 4), (6, 2)]),
+    DTYPES,
+    GRADS,
+)
 def test_cpu_attention(which, block, length, more, batch, heads, dtype, kind):
     """Up to 60 blocks of queries; with more keys than queries, the first ones are seen by all."""
     keys = length + (more if which != "square" else 0)
     visible = causal_mask(length, keys, "cpu")
     if which == "any mask":
         visible = noise(5, 1, 1, length, keys) > 0.3
-        visible[..., torch.arange(length), torch.arange(length) % keys] = True  # nobody sees nothing
-    mask, causal = (None if keys == length or length == 1 else visible, True) if which != "any mask" else (visible, False)
-    inputs = [noise(1, batch, heads[0], length, 8), noise(2, batch, heads[1], keys, 8), noise(3, batch, heads[1], keys, 8)]
+        visible[..., torch.arange(length), torch.arange(length) % keys] = (
+            True  # nobody sees nothing
+        )
+    mask, causal = (
+        (None if keys == length or length == 1 else visible, True)
+        if which != "any mask"
+        else (visible, False)
+    )
+    inputs = [
+        noise(1, batch, heads[0], length, 8),
+        noise(2, batch, heads[1], keys, 8),
+        noise(3, batch, heads[1], keys, 8),
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "QUERY_BLOCK", block)
         check(
-            lambda q, k, v: CpuAttentionFunction.apply(q, k, v, mask, causal, 0.3), lambda q, k, v: plain_attention(q, k, v, visible, 0.3),
-            inputs, [True] * 3, dtype, kind=kind,
-        )  # fmt: skip
+            lambda q, k, v: CpuAttentionFunction.apply(q, k, v, mask, causal, 0.3),
+            lambda q, k, v: plain_attention(q, k, v, visible, 0.3),
+            inputs,
+            [True] * 3,
+            dtype,
+            kind=kind,
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -157,15 +225,22 @@ def test_cpu_attention_of_whole_blocks(length, dtype):
     for prefix in (0, 9):
         mask = causal_mask(length, length + prefix, "cpu")
 
-        def split(qkv):
-            query, key, value = qkv[:, prefix:].transpose(1, 2), qkv[:, :, :2].transpose(1, 2), qkv[:, :, 2:4].transpose(1, 2)  # noqa: B023
+        def split(qkv, prefix=prefix):
+            query, key, value = (
+                qkv[:, prefix:].transpose(1, 2),
+                qkv[:, :, :2].transpose(1, 2),
+                qkv[:, :, 2:4].transpose(1, 2),
+            )
             return query, key, value
 
+        def fast(row, mask=mask if prefix else None, split=split):
+            return CpuAttentionFunction.apply(*split(row), mask, True, 0.25)
+
+        def plain(row, mask=mask, split=split):
+            return plain_attention(*split(row), mask, 0.25)
+
         row = torch.cat([noise(2, 1, prefix, 6, 16), qkv], dim=1)
-        check(
-            lambda row: CpuAttentionFunction.apply(*split(row), mask if prefix else None, True, 0.25),  # noqa: B023
-            lambda row: plain_attention(*split(row), mask, 0.25), [row], [True], dtype,  # noqa: B023
-        )  # fmt: skip
+        check(fast, plain, [row], [True], dtype)
 
 
 # ---- the loss
@@ -173,7 +248,9 @@ def test_cpu_attention_of_whole_blocks(length, dtype):
 
 def plain_loss(hidden, weight, bias, targets, scale, smoothing=0.0):
     logits = hidden @ weight.T + (0 if bias is None else bias)
-    return scale * F.cross_entropy(logits, targets.clamp(min=-1), reduction="sum", ignore_index=-1, label_smoothing=smoothing)
+    return scale * F.cross_entropy(
+        logits, targets.clamp(min=-1), reduction="sum", ignore_index=-1, label_smoothing=smoothing
+    )
 
 
 def loss_inputs(rows: int, words: int, biased: bool, size=1.0):
@@ -184,12 +261,26 @@ def loss_inputs(rows: int, words: int, biased: bool, size=1.0):
 
 
 @settings(max_examples=200, deadline=None, database=None)
-@given(st.integers(1, 30), st.integers(2, 40), st.booleans(), st.lists(st.booleans(), min_size=3, max_size=3), st.sampled_from([1.0, 20.0]),
-       st.sampled_from([1.0, 1 / 7, 1 / 30000]), st.sampled_from([1.0, -2.5]), st.sampled_from([1, 300, 2**26]), st.sampled_from([1, 500, 2**20]),
-       DTYPES, st.sampled_from([0.0, 0.1, 0.7]))  # fmt: skip
-def test_cross_entropy(rows, words, biased, trained, size, scale, factor, logits_bytes, cached_bytes, dtype, smoothing):
+@given(
+    st.integers(1, 30),
+    st.integers(2, 40),
+    st.booleans(),
+    st.lists(st.booleans(), min_size=3, max_size=3),
+    st.sampled_from([1.0, 20.0]),
+    st.sampled_from([1.0, 1 / 7, 1 / 30000]),
+    st.sampled_from([1.0, -2.5]),
+    st.sampled_from([1, 300, 2**26]),
+    st.sampled_from([1, 500, 2**20]),
+    DTYPES,
+    st.sampled_from([0.0, 0.1, 0.7]),
+)
+def test_cross_entropy(
+    rows, words, biased, trained, size, scale, factor, logits_bytes, cached_bytes, dtype, smoothing
+):
     """In one piece and in many, for every choice of what trains; also where the loss is multiplied afterwards."""
-    inputs, targets = loss_inputs(rows, words, biased, size if dtype == torch.float32 else 1)  # large logits in bf16 are other logits
+    inputs, targets = loss_inputs(
+        rows, words, biased, size if dtype == torch.float32 else 1
+    )  # large logits in bf16 are other logits
     trained = trained[: len(inputs)]
 
     def function(hidden, weight, bias=None):
@@ -200,8 +291,15 @@ def test_cross_entropy(rows, words, biased, trained, size, scale, factor, logits
         patch.setattr(kernels, "CACHED_BYTES", cached_bytes)
         leaves = [x.to(dtype).requires_grad_(wanted) for x, wanted in zip(inputs, trained)]
         exact = [x.detach().double().requires_grad_(wanted) for x, wanted in zip(leaves, trained)]
-        found, wanted = function(*leaves), plain_loss(*exact, *[None] * (not biased), targets, scale, smoothing)
-    close = {"rel": 1e-5, "abs": 1e-5 * scale} if dtype == torch.float32 else {"rel": 2e-2, "abs": 2e-2 * scale * rows}
+        found, wanted = (
+            function(*leaves),
+            plain_loss(*exact, *[None] * (not biased), targets, scale, smoothing),
+        )
+    close = (
+        {"rel": 1e-5, "abs": 1e-5 * scale}
+        if dtype == torch.float32
+        else {"rel": 2e-2, "abs": 2e-2 * scale * rows}
+    )
     assert found.dtype == torch.float32 and found.item() == pytest.approx(wanted.item(), **close)
     if any(trained):
         (found * factor).backward()
@@ -228,7 +326,9 @@ def test_cross_entropy_in_fp16_scales_at_last():
 
 def test_a_second_backward_is_an_error():
     inputs, targets = loss_inputs(5, 9, False)
-    loss = CrossEntropyFunction.apply(inputs[0].float().requires_grad_(), inputs[1].float(), None, targets, 1.0)
+    loss = CrossEntropyFunction.apply(
+        inputs[0].float().requires_grad_(), inputs[1].float(), None, targets, 1.0
+    )
     loss.backward(retain_graph=True)
     with pytest.raises((RuntimeError, AttributeError)):
         loss.backward()

@@ -41,7 +41,11 @@ def prefix_folder(source, target, family, keep_base=False, **options):
     torch.manual_seed(1)
     model = load_model(source, mode=family, pre_seq_len=3, **options)
     model.config.save_pretrained(target)
-    state = {k: v.contiguous() for k, v in model.state_dict().items() if keep_base or "prefix_encoder" in k}
+    state = {
+        k: v.contiguous()
+        for k, v in model.state_dict().items()
+        if keep_base or "prefix_encoder" in k
+    }
     if family == "glm":
         state.pop("lm_head.weight", None)  # tied
     save_file(state, target / WEIGHTS, {"format": "pt"})
@@ -93,7 +97,9 @@ def test_dtype(tiny_folders, family, tmp_path):
     half.save_pretrained(tmp_path)
     assert load_model(tmp_path).dtype == torch.float16  # the checkpoint's
     full = load_model(tmp_path, dtype=torch.float32)
-    assert torch.equal(full.get_input_embeddings().weight, half.get_input_embeddings().weight.float())
+    assert torch.equal(
+        full.get_input_embeddings().weight, half.get_input_embeddings().weight.float()
+    )
 
 
 def test_missing_folders_and_weights_are_named(tiny_folders, tmp_path):
@@ -106,7 +112,9 @@ def test_missing_folders_and_weights_are_named(tiny_folders, tmp_path):
         load_model(folder)
     index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00001.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(FileNotFoundError, match="model-00001-of-00001.safetensors, which is not there"):
+    with pytest.raises(
+        FileNotFoundError, match="model-00001-of-00001.safetensors, which is not there"
+    ):
         load_model(folder)
     (folder / "tokenizer.model").unlink()
     with pytest.raises(FileNotFoundError, match="tokenizer.model"):
@@ -135,7 +143,10 @@ def write_bin(folder, **options):
     """The folder's weights as two .bin shards with an index, as the first releases had them."""
     state = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
-    names, files = sorted(state), ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+    names, files = (
+        sorted(state),
+        ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"],
+    )
     for i, file in enumerate(files):
         torch.save({name: state[name] for name in names[i::2]}, folder / file, **options)
     index = {"metadata": {}, "weight_map": {name: files[i % 2] for i, name in enumerate(names)}}
@@ -146,7 +157,10 @@ def write_bin(folder, **options):
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bin_shards(tiny_folders, family, legacy, tmp_path):
-    folder = write_bin(shutil.copytree(tiny_folders[family], tmp_path / "m"), _use_new_zipfile_serialization=not legacy)
+    folder = write_bin(
+        shutil.copytree(tiny_folders[family], tmp_path / "m"),
+        _use_new_zipfile_serialization=not legacy,
+    )
     assert torch.equal(logits_of(load_model(folder)), logits_of(load_model(tiny_folders[family])))
     assert base_fingerprint(folder) == base_fingerprint(tiny_folders[family])
 
@@ -201,8 +215,10 @@ def test_fingerprint_knows_the_model_whatever_the_folder(tiny_folders, tmp_path)
 # ---- P-Tuning prefixes and adapters
 
 PREFIXES = {
-    "v2": {"ptuning_version": "v2"}, "v2-mlp": {"prefix_projection": True}, "v1": {"ptuning_version": "v1"}
-}  # fmt: skip
+    "v2": {"ptuning_version": "v2"},
+    "v2-mlp": {"prefix_projection": True},
+    "v1": {"ptuning_version": "v1"},
+}
 
 
 @pytest.mark.parametrize("keep_base", [False, True], ids=["prefix-only", "full"])
@@ -223,13 +239,18 @@ def test_prefix_folders(tiny_folders, family, options, keep_base, tmp_path):
         load_model(folder, pre_seq_len=4)
     version = options.get("ptuning_version", "v2")
     other = {"v1": "v2", "v2": "v1"}[version]
-    with pytest.raises(ValueError, match=f"holds a P-Tuning {version} prefix, but ptuning_version='{other}'"):
+    with pytest.raises(
+        ValueError, match=f"holds a P-Tuning {version} prefix, but ptuning_version='{other}'"
+    ):
         load_model(folder, ptuning_version=other)
     if "prefix_projection" not in options:
         with pytest.raises(ValueError, match="prefix.*without.*prefix_projection"):
             load_model(folder, pre_seq_len=3, prefix_projection=True)
     edit_config(folder, pre_seq_len=7)
-    with pytest.raises(ValueError, match="holds a prefix of 3 virtual tokens, but its config.json says pre_seq_len 7"):
+    with pytest.raises(
+        ValueError,
+        match="holds a prefix of 3 virtual tokens, but its config.json says pre_seq_len 7",
+    ):
         load_model(folder)
     edit_config(folder, drop=["pre_seq_len"])  # the weights say it
     assert torch.equal(logits_of(load_model(folder)), wanted)
@@ -239,13 +260,18 @@ def test_prefix_folders(tiny_folders, family, options, keep_base, tmp_path):
         with pytest.raises(ValueError, match="names no base model; give base=FOLDER"):
             load_model(folder)
         edit_config(folder, _name_or_path=str(tmp_path / "gone"))
-        with pytest.raises(FileNotFoundError, match="its base model .*gone is not there; give base=FOLDER"):
+        with pytest.raises(
+            FileNotFoundError, match="its base model .*gone is not there; give base=FOLDER"
+        ):
             load_model(folder)
         edit_config(folder, _name_or_path=str(source), num_layers=3)
         state = load_file(folder / WEIGHTS)
         key = "transformer.prefix_encoder.embedding.weight"
         save_file(state | {key: state[key][:, :-2].contiguous()}, folder / WEIGHTS)
-        with pytest.raises(ValueError, match=r"prefix_encoder.embedding.weight must be \[3, \d+\], found \[3, \d+\]"):
+        with pytest.raises(
+            ValueError,
+            match=r"prefix_encoder.embedding.weight must be \[3, \d+\], found \[3, \d+\]",
+        ):
             load_model(folder)
 
 
@@ -253,9 +279,13 @@ def test_a_config_with_a_prefix_needs_one_in_the_weights(tiny_folders, tmp_path)
     """Without it the model would answer from random virtual tokens."""
     folder = shutil.copytree(tiny_folders["glm2"], tmp_path / "m")
     edit_config(folder, pre_seq_len=5)
-    with pytest.raises(ValueError, match="lack 1 tensors, the first is transformer.prefix_encoder.embedding.weight"):
+    with pytest.raises(
+        ValueError, match="lack 1 tensors, the first is transformer.prefix_encoder.embedding.weight"
+    ):
         load_model(folder)
-    assert load_model(folder, pre_seq_len=2).transformer.prefix_encoder.embedding.weight.shape[0] == 2
+    assert (
+        load_model(folder, pre_seq_len=2).transformer.prefix_encoder.embedding.weight.shape[0] == 2
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -264,20 +294,28 @@ def test_adapter_folders(tiny_folders, family, tmp_path):
 
     source = tiny_folders[family]
     torch.manual_seed(0)
-    options = LoraConfig(r=2, target_modules=["query_key_value"], init_lora_weights=False, task_type="CAUSAL_LM")
+    options = LoraConfig(
+        r=2, target_modules=["query_key_value"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
     model = get_peft_model(load_model(source), options).eval()
     wanted = logits_of(model)
     model.save_pretrained(tmp_path)
     edit_config(tmp_path, "adapter_config.json", base_model_name_or_path=str(source))
     found = load_model(tmp_path)
-    assert isinstance(found, PeftModel) and not found.training and torch.equal(logits_of(found), wanted)
+    assert (
+        isinstance(found, PeftModel)
+        and not found.training
+        and torch.equal(logits_of(found), wanted)
+    )
     assert load_tokenizer(tmp_path).family == family  # the base's
     assert load_model(tmp_path, dtype="bfloat16").base_model.model.dtype == torch.bfloat16
     other = {"glm": "glm2", "glm2": "glm", "glm3": "glm"}[family]
     with pytest.raises(ValueError, match="does not fit .*base model"):
         load_model(tmp_path, mode=other)
     edit_config(tmp_path, "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"))
-    with pytest.raises(FileNotFoundError, match="its base model .*gone is not there; give base=FOLDER"):
+    with pytest.raises(
+        FileNotFoundError, match="its base model .*gone is not there; give base=FOLDER"
+    ):
         load_model(tmp_path, mode=family)
     assert torch.equal(logits_of(load_model(tmp_path, mode=family, base=source)), wanted)
     edit_config(tmp_path, "adapter_config.json", base_model_name_or_path=None)
@@ -298,7 +336,9 @@ def test_adapter_folders(tiny_folders, family, tmp_path):
 
 def python(code):
     environment = os.environ | {"PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
-    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    made = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
     assert made.returncode == 0, made.stderr
     return made.stdout.strip()
 
@@ -325,7 +365,7 @@ print(took)
 def test_auto_classes_in_any_order_of_imports(tiny_folders, imports):
     code = f"""
 {imports}
-for family, folder in {({f: str(p) for f, p in tiny_folders.items()})!r}.items():
+for family, folder in { ({f: str(p) for f, p in tiny_folders.items()})!r}.items():
     assert AutoConfig.from_pretrained(folder).glm_family == family
     assert type(AutoModelForCausalLM.from_pretrained(folder)).__module__.startswith("chatglm.modeling_glm")
     assert AutoTokenizer.from_pretrained(folder).family == family
@@ -339,7 +379,9 @@ print("fine")
 
 @pytest.fixture(scope="module")
 def chats(tiny_folders):
-    return {name: (load_model(folder), load_tokenizer(folder)) for name, folder in tiny_folders.items()}
+    return {
+        name: (load_model(folder), load_tokenizer(folder)) for name, folder in tiny_folders.items()
+    }
 
 
 def script(model, ids):
@@ -361,7 +403,11 @@ def conversation(chats, family, answer, **options):
     model, tokenizer = chats[family]
     ids = []
     for part in answer:
-        ids += [tokenizer.get_command(part)] if part in tokenizer._commands else tokenizer.encode_text(part)
+        ids += (
+            [tokenizer.get_command(part)]
+            if part in tokenizer._commands
+            else tokenizer.encode_text(part)
+        )
     options = {"query": "你好", "do_sample": False, "max_new_tokens": 60} | options
     handle = script(model, ids)
     try:
@@ -383,7 +429,10 @@ def test_chat_and_stream_chat_agree(chats, family):
         assert len(stream) > 1 or not answer
         again, longer = model.chat(tokenizer, "hello", history, **options)
         assert longer[: len(history)] == history and len(longer) > len(history)
-        assert list(model.stream_chat(tokenizer, "hello", history, **options))[-1] == (again, longer)
+        assert list(model.stream_chat(tokenizer, "hello", history, **options))[-1] == (
+            again,
+            longer,
+        )
     torch.manual_seed(0)
     sampled = model.chat(tokenizer, "今天天气", max_new_tokens=12)
     torch.manual_seed(0)
@@ -404,7 +453,9 @@ def test_an_answer_ends_at_each_stop_token_and_holds_none(chats, family):
         assert answer == "" and stream[-1][0] == ""
         # one stop id given as a number
         model, tokenizer = chats[family]
-        (answer, _), stream = conversation(chats, family, ["世界", stop], eos_token_id=tokenizer.get_command(stop))
+        (answer, _), stream = conversation(
+            chats, family, ["世界", stop], eos_token_id=tokenizer.get_command(stop)
+        )
         assert answer == stream[-1][0] == "世界"
 
 
@@ -414,7 +465,9 @@ def test_what_the_model_is_shown(chats):
     for family, history in (("glm", pairs), ("glm2", pairs), ("glm3", messages)):
         model, tokenizer = chats[family]
         seen = []
-        hook = model.get_input_embeddings().register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0]))
+        hook = model.get_input_embeddings().register_forward_pre_hook(
+            lambda m, args, seen=seen: seen.append(args[0])
+        )
         for past in (None, history):
             del seen[:]
             before = json.dumps(past)
@@ -425,7 +478,10 @@ def test_what_the_model_is_shown(chats):
     model, tokenizer = chats["glm"]
     model.config.chat_prompt = "rounds"
     inputs, _ = model.prepare_chat(tokenizer, "你好", None, "user", {})
-    assert inputs["input_ids"][0].tolist() == FAMILIES["glm"].encode_prompt(tokenizer, "你好", 10**6).input_ids
+    assert (
+        inputs["input_ids"][0].tolist()
+        == FAMILIES["glm"].encode_prompt(tokenizer, "你好", 10**6).input_ids
+    )
     asked, _ = model.prepare_chat(tokenizer, "世界", [("你好", "很 好")], "user", {})
     text = "[Round 1]\n问：你好\n答：很 好\n[Round 2]\n问：世界\n答："
     assert asked["input_ids"][0].tolist()[:-2] == tokenizer.encode_text(text)
@@ -444,7 +500,9 @@ def test_chatglm3_tools_and_roles(chats):
     assert [m["role"] for m in longer] == ["system", "user", "assistant"] and history == history[:1]
     # the tool's answer goes back as an observation
     model, tokenizer = chats["glm3"]
-    _, after = model.chat(tokenizer, "12", longer, role="observation", do_sample=False, max_new_tokens=3)
+    _, after = model.chat(
+        tokenizer, "12", longer, role="observation", do_sample=False, max_new_tokens=3
+    )
     assert after[3] == {"role": "observation", "content": "12"}
     # what is no tool call comes back as text, in both (A11)
     (content, longer), stream = conversation(
@@ -471,7 +529,10 @@ def test_a10_a_chat_goes_on_from_either_form(chats, family):
     else:
         assert longer == [*pairs, ("你好", "好")] and later == [*messages, asked, said]
     model, tokenizer = chats[family]
-    with pytest.raises(ValueError, match=r"history\[0\]: history must be \[\(query, answer\), ...\] or .*got \"你好\""):
+    with pytest.raises(
+        ValueError,
+        match=r"history\[0\]: history must be \[\(query, answer\), ...\] or .*got \"你好\"",
+    ):
         model.chat(tokenizer, "你好", ["你好"])
 
 
@@ -486,20 +547,36 @@ def test_defaults_of_a_chat_are_the_originals(chats):
     for family, (top_p, temperature, length) in originals.items():
         model, tokenizer = chats[family]
         _, options = model.prepare_chat(tokenizer, "a", None, "user", {})
-        wanted = {"max_length": length, "num_beams": 1, "do_sample": True, "top_p": top_p, "temperature": temperature}
-        assert options == wanted | {"eos_token_id": stop_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+        wanted = {
+            "max_length": length,
+            "num_beams": 1,
+            "do_sample": True,
+            "top_p": top_p,
+            "temperature": temperature,
+        }
+        assert options == wanted | {
+            "eos_token_id": stop_ids(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+        }
         _, options = model.prepare_chat(tokenizer, "a", None, "user", {"max_new_tokens": 5})
         assert "max_length" not in options and FAMILIES[family].chat_defaults == wanted
 
 
 @pytest.mark.parametrize("family", ["glm2", "glm3"])
 def test_stream_chat_goes_on_from_its_own_cache(tiny_folders, family):
-    model, tokenizer = load_model(tiny_folders[family], mode=family), load_tokenizer(tiny_folders[family], mode=family)
+    model, tokenizer = (
+        load_model(tiny_folders[family], mode=family),
+        load_tokenizer(tiny_folders[family], mode=family),
+    )
     options = {"do_sample": False, "max_new_tokens": 6, "return_past_key_values": True}
     *_, (answer, history, cache) = model.stream_chat(tokenizer, "你好", history=[], **options)
     prompt = FAMILIES[family].encode_chat(tokenizer, "你好", [])
-    assert cache.token_ids[: len(prompt)] == prompt and len(cache.token_ids) == cache.get_seq_length()
-    *_, (reused, _, _) = model.stream_chat(tokenizer, "世界", history, past_key_values=cache, **options)
+    assert (
+        cache.token_ids[: len(prompt)] == prompt and len(cache.token_ids) == cache.get_seq_length()
+    )
+    *_, (reused, _, _) = model.stream_chat(
+        tokenizer, "世界", history, past_key_values=cache, **options
+    )
     fresh, _ = model.chat(tokenizer, "世界", history, do_sample=False, max_new_tokens=6)
     assert reused == fresh
 
@@ -508,9 +585,14 @@ def test_an_abandoned_stream_stops_generating(tiny_folders):
     import threading
     import time
 
-    model, tokenizer = load_model(tiny_folders["glm2"], mode="glm2"), load_tokenizer(tiny_folders["glm2"], mode="glm2")
+    model, tokenizer = (
+        load_model(tiny_folders["glm2"], mode="glm2"),
+        load_tokenizer(tiny_folders["glm2"], mode="glm2"),
+    )
     before = threading.active_count()
-    stream = model.stream_chat(tokenizer, "你好", do_sample=False, max_new_tokens=1500, eos_token_id=[10**6])
+    stream = model.stream_chat(
+        tokenizer, "你好", do_sample=False, max_new_tokens=1500, eos_token_id=[10**6]
+    )
     next(stream)
     stream.close()
     deadline = time.monotonic() + 5
@@ -530,5 +612,7 @@ def test_an_abandoned_stream_stops_generating(tiny_folders):
 def test_our_models_are_registered_whatever_is_imported_first(code):
     """transformers.modeling_layers imports the auto module, and our models import it."""
     check = "import sys; from transformers import AutoModel; assert 'chatglm.modeling_glm2' in sys.modules"
-    done = subprocess.run([sys.executable, "-c", f"{code}; {check}"], cwd=REPO_ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; {check}"], cwd=REPO_ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

@@ -89,11 +89,17 @@ def test_cached_decoding_equals_one_forward(variant, prefix, attn):
     model.set_attn_implementation("sdpa")
     torch.testing.assert_close(model(ids).logits, whole, **CLOSE)  # and sdpa equals eager
     model.set_attn_implementation(attn)
-    first = 6 if family_of(model) == "glm" else 1  # its context is bidirectional, so it goes in whole
+    first = (
+        6 if family_of(model) == "glm" else 1
+    )  # its context is bidirectional, so it goes in whole
     for cuts, give in (
-        (range(first, 15), ()), (range(first, 15), ("mask", "positions")), ((6, 10, 14), ()), ((6, 10, 14), ("mask",)),
-        ((7, 8, 14), ("positions",)), ((7, 8, 14), ("mask", "positions")),
-    ):  # fmt: skip
+        (range(first, 15), ()),
+        (range(first, 15), ("mask", "positions")),
+        ((6, 10, 14), ()),
+        ((6, 10, 14), ("mask",)),
+        ((7, 8, 14), ("positions",)),
+        ((7, 8, 14), ("mask", "positions")),
+    ):
         torch.testing.assert_close(step_logits(model, ids, cuts, give), whole, **CLOSE)
     model.set_attn_implementation("sdpa")
 
@@ -109,21 +115,28 @@ def test_padding_changes_no_real_token(variant, prefix):
         ids, real = pad(rows, side)
         for attn in ("sdpa", "eager"):
             model.set_attn_implementation(attn)
-            torch.testing.assert_close(model(ids, attention_mask=real).logits[real.bool()], alone, **CLOSE)
+            torch.testing.assert_close(
+                model(ids, attention_mask=real).logits[real.bool()], alone, **CLOSE
+            )
     model.set_attn_implementation("sdpa")
     # training pads on the right and gives no mask: nothing real looks right
     torch.testing.assert_close(model(ids).logits[real.bool()], alone, **CLOSE)
 
 
-SHAPES = st.integers(4, 24).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n - 2)))  # length, answer
+SHAPES = st.integers(4, 24).flatmap(
+    lambda n: st.tuples(st.just(n), st.integers(1, n - 2))
+)  # length, answer
 
 
 @settings(max_examples=60, deadline=None, database=None)
 @given(
-    variant=st.sampled_from(list(VARIANTS)), prefix=st.sampled_from(list(PREFIXES)), seed=st.integers(0, 999),
+    variant=st.sampled_from(list(VARIANTS)),
+    prefix=st.sampled_from(list(PREFIXES)),
+    seed=st.integers(0, 999),
     shapes=st.lists(SHAPES, min_size=1, max_size=5),
-    side=st.sampled_from(["left", "right"]), steps=st.integers(0, 3),
-)  # fmt: skip
+    side=st.sampled_from(["left", "right"]),
+    steps=st.integers(0, 3),
+)
 @torch.no_grad()
 def test_any_batch_equals_its_rows(variant, prefix, seed, shapes, side, steps):
     """Rows of any length, padded on any side, then decoded on from the cache."""
@@ -138,10 +151,14 @@ def test_any_batch_equals_its_rows(variant, prefix, seed, shapes, side, steps):
         got.append(out.logits[real.bool()] if step == 0 else out.logits[:, 0])
         ids = tails[:, step : step + 1]
         real = torch.cat([real, torch.ones(len(rows), 1, dtype=torch.long)], dim=1)
-    wanted = [model(torch.cat([ids, tail])[None]).logits[0] for ids, tail in zip(rows, tails, strict=True)]
+    wanted = [
+        model(torch.cat([ids, tail])[None]).logits[0] for ids, tail in zip(rows, tails, strict=True)
+    ]
     torch.testing.assert_close(got[0], torch.cat([w[: len(w) - steps] for w in wanted]), **CLOSE)
     for step in range(1, steps + 1):
-        torch.testing.assert_close(got[step], torch.stack([w[len(w) - steps + step - 1] for w in wanted]), **CLOSE)
+        torch.testing.assert_close(
+            got[step], torch.stack([w[len(w) - steps + step - 1] for w in wanted]), **CLOSE
+        )
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -156,7 +173,9 @@ def test_embeddings_in_place_of_ids_and_logits_to_keep(variant, prefix):
     embeds = model.get_input_embeddings()(ids)
     torch.testing.assert_close(model(inputs_embeds=embeds, **positions).logits, whole, **CLOSE)
     torch.testing.assert_close(model(ids, logits_to_keep=3).logits, whole[:, -3:], **CLOSE)
-    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([2, 5])).logits, whole[:, [2, 5]], **CLOSE)
+    torch.testing.assert_close(
+        model(ids, logits_to_keep=torch.tensor([2, 5])).logits, whole[:, [2, 5]], **CLOSE
+    )
     assert model.base_model is body
     hidden = body(ids).last_hidden_state
     torch.testing.assert_close(model.get_output_embeddings()(hidden), whole, **CLOSE)
@@ -201,7 +220,10 @@ def test_prompt_tuning_v1_is_embeddings_put_in_front(variant):
         own = torch.arange(len(embeds[0]))[None]
         if family == "glm":  # places move by P, block positions do not
             counted = plain.transformer.count_positions(ids[None]) + torch.tensor([4, 0])[:, None]
-            own = torch.cat([torch.stack([torch.arange(4), torch.zeros(4, dtype=torch.long)])[None], counted], dim=-1)
+            own = torch.cat(
+                [torch.stack([torch.arange(4), torch.zeros(4, dtype=torch.long)])[None], counted],
+                dim=-1,
+            )
         wanted = plain(inputs_embeds=embeds, position_ids=own).logits[:, 4:]
         torch.testing.assert_close(tuned(ids[None]).logits, wanted, **CLOSE)
         # greedy steps by hand, without a cache, against generate
@@ -215,7 +237,9 @@ def test_prompt_tuning_v1_is_embeddings_put_in_front(variant):
             else:
                 positions = torch.arange(4 + len(more))[None]
             embeds = torch.cat([vectors, plain.get_input_embeddings()(full[0])])[None]
-            more.append(plain(inputs_embeds=embeds, position_ids=positions).logits[0, -1].argmax().item())
+            more.append(
+                plain(inputs_embeds=embeds, position_ids=positions).logits[0, -1].argmax().item()
+            )
         assert generate(tuned, [ids], 6)[0] == more[len(ids) :]
 
 
@@ -225,7 +249,12 @@ def test_prompt_tuning_v1_is_embeddings_put_in_front(variant):
 def generate(model, rows, count, **options):
     """New ids of each row (num_return_sequences rows of each), as one left-padded batch."""
     ids, real = pad(rows, "left")
-    options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": 10**6, "pad_token_id": 3} | options
+    options = {
+        "max_new_tokens": count,
+        "do_sample": False,
+        "eos_token_id": 10**6,
+        "pad_token_id": 3,
+    } | options
     return model.generate(ids, attention_mask=real, **options)[:, ids.shape[1] :].tolist()
 
 
@@ -256,12 +285,21 @@ def test_generation_from_embeddings_and_stop_ids(variant):
     model = model_of(variant)
     ids = prompt_rows(family_of(model), 7)[0][None]
     wanted = generate(model, list(ids), 6)[0]
-    positions = {"position_ids": model.transformer.count_positions(ids)} if family_of(model) == "glm" else {}
+    positions = (
+        {"position_ids": model.transformer.count_positions(ids)}
+        if family_of(model) == "glm"
+        else {}
+    )
     embeds = model.get_input_embeddings()(ids)
-    made = model.generate(inputs_embeds=embeds, **positions, max_new_tokens=6, do_sample=False, eos_token_id=10**6)
+    made = model.generate(
+        inputs_embeds=embeds, **positions, max_new_tokens=6, do_sample=False, eos_token_id=10**6
+    )
     assert made[0].tolist() == wanted
     stop = wanted[2]
-    assert generate(model, list(ids), 6, eos_token_id=[58, stop])[0] == wanted[: wanted.index(stop) + 1]
+    assert (
+        generate(model, list(ids), 6, eos_token_id=[58, stop])[0]
+        == wanted[: wanted.index(stop) + 1]
+    )
 
 
 # ---- what transformers expects of a model
@@ -277,7 +315,9 @@ def test_hidden_states_and_attentions(variant, prefix):
     out = model(ids, output_hidden_states=True, output_attentions=True)
     assert len(out.hidden_states) == 4 and len(out.attentions) == 3
     length = 13 if prefix == "v1" else 9  # v1's vectors are positions of every block
-    assert {h.shape[1] for h in out.hidden_states[:-1]} == {length} and out.hidden_states[-1].shape[1] == 9
+    assert {h.shape[1] for h in out.hidden_states[:-1]} == {length} and out.hidden_states[-1].shape[
+        1
+    ] == 9
     torch.testing.assert_close(out.hidden_states[0][:, -9:], model.get_input_embeddings()(ids))
     torch.testing.assert_close(model.get_output_embeddings()(out.hidden_states[-1]), out.logits)
     keys = 9 if prefix == "plain" else 13
@@ -325,7 +365,9 @@ def test_gradient_checkpointing_changes_no_gradient(variant, prefix, lora):
 
             torch.manual_seed(0)
             targets = ["query_key_value", "dense", "dense_h_to_4h"]
-            model = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+            model = get_peft_model(
+                model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+            )
             if prefix != "plain":
                 model.base_model.model.transformer.prefix_encoder.requires_grad_(True)
         model.train()
@@ -343,9 +385,13 @@ def test_gradient_checkpointing_changes_no_gradient(variant, prefix, lora):
     plain, checkpointed = gradients(False), gradients(True)
     unused = {name for name, grad in plain.items() if grad is None}
     assert not unused
-    assert any("prefix_encoder" in name and grad.abs().sum() > 0 for name, grad in plain.items()) == (prefix != "plain")
+    assert any(
+        "prefix_encoder" in name and grad.abs().sum() > 0 for name, grad in plain.items()
+    ) == (prefix != "plain")
     for name, grad in plain.items():
-        torch.testing.assert_close(checkpointed[name], grad, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            checkpointed[name], grad, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -361,29 +407,39 @@ def test_half_precision_runs_and_keeps_fp32_angles(variant):
         half = tiny_model(family, **own).to(dtype)
         logits = half(ids).logits
         assert logits.dtype == dtype and logits.isfinite().all()
-        assert (logits.float() - wanted).norm() / wanted.norm() < (0.05 if dtype == torch.bfloat16 else 0.02)
+        assert (logits.float() - wanted).norm() / wanted.norm() < (
+            0.05 if dtype == torch.bfloat16 else 0.02
+        )
         seen = []
         blocks = half.transformer.layers if family == "glm" else half.transformer.encoder.layers
         attention = blocks[-1].attention if family == "glm" else blocks[-1].self_attention
-        hook = attention.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[2]))
+        hook = attention.register_forward_pre_hook(
+            lambda module, args, seen=seen: seen.append(args[2])
+        )
         embeds = torch.zeros(1, 410, half.config.hidden_size, dtype=dtype)
         half(inputs_embeds=embeds, position_ids=positions)
         hook.remove()
         assert seen[0].dtype == torch.complex64
         if family == "glm":
-            inv_freq = inverse_frequencies(4, "cpu").half().double()  # as the released weights were trained
+            inv_freq = (
+                inverse_frequencies(4, "cpu").half().double()
+            )  # as the released weights were trained
             tables = [(place[:, None] * inv_freq), (place - 290)[:, None] * inv_freq]
         else:
             base = 10000.0 * (own.get("rope_ratio", 1) if family == "glm3" else 1)
             tables = [place[:, None].double() / base ** (torch.arange(0, 4, 2).double() / 4)]
         for turns, table in zip(seen[0][0, :, 0].chunk(len(tables), -1), tables):
-            assert (turns.real - table.cos()).abs().max() < 1e-4 and (turns.imag - table.sin()).abs().max() < 1e-4
+            assert (turns.real - table.cos()).abs().max() < 1e-4 and (
+                turns.imag - table.sin()
+            ).abs().max() < 1e-4
 
 
 def test_rope_ratio_stretches_positions_in_glm2_and_the_base_in_glm3():
     positions = torch.arange(50)[None]
     glm2 = tiny_model("glm2", rope_ratio=8).transformer.rotary(positions).real
-    torch.testing.assert_close(glm2[:, ::8], tiny_model("glm2").transformer.rotary(positions).real[:, :7])
+    torch.testing.assert_close(
+        glm2[:, ::8], tiny_model("glm2").transformer.rotary(positions).real[:, :7]
+    )
     glm3 = tiny_model("glm3", rope_ratio=8).transformer.rotary(positions).real
     assert not torch.allclose(glm2, glm3)
     torch.testing.assert_close(glm3[0, :, 1], torch.cos(positions[0] / (80000.0**0.5)))
@@ -419,13 +475,17 @@ def test_saving_and_loading_through_the_auto_classes(variant, prefix, tmp_path):
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(again) is type(model)
-    differ = {key for key, value in again.config.to_dict().items() if model.config.to_dict()[key] != value}
+    differ = {
+        key for key, value in again.config.to_dict().items() if model.config.to_dict()[key] != value
+    }
     assert differ <= {"architectures", "_name_or_path"}
     assert torch.equal(again(ids).logits, model(ids).logits)
     body = AutoModel.from_pretrained(tmp_path)
     assert torch.equal(body(ids).last_hidden_state, model.transformer(ids).last_hidden_state)
     assert again.dtype == torch.float32
-    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -460,13 +520,21 @@ def test_fresh_weights_are_the_originals(tmp_path):
         model = AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
         encoder = model.transformer.prefix_encoder
         assert encoder.embedding.weight.shape == (200, width)
-        assert encoder.embedding.weight.std().item() == pytest.approx(0.02 if name == "v1" else 1.0, rel=0.1)
+        assert encoder.embedding.weight.std().item() == pytest.approx(
+            0.02 if name == "v1" else 1.0, rel=0.1
+        )
         if name == "v2-mlp":
-            assert encoder.trans[0].weight.abs().max().item() == pytest.approx(width**-0.5, rel=0.05)
-        assert torch.equal(model.get_output_embeddings().weight, base.get_output_embeddings().weight)
+            assert encoder.trans[0].weight.abs().max().item() == pytest.approx(
+                width**-0.5, rel=0.05
+            )
+        assert torch.equal(
+            model.get_output_embeddings().weight, base.get_output_embeddings().weight
+        )
         if name != "v1":
             model.eval()
-            assert torch.equal(encoder(2), encoder(2)) and torch.equal(encoder(2)[:, 0], encoder(2)[:, 1])
+            assert torch.equal(encoder(2), encoder(2)) and torch.equal(
+                encoder(2)[:, 0], encoder(2)[:, 1]
+            )
             model.train()
             assert 0.05 < (encoder(2) == 0).float().mean() < 0.15
 
@@ -482,10 +550,14 @@ def test_trainer_trains(variant, tmp_path):
     data = []
     for length in (16, 6) * 6:
         ids = row(family, length, seed=length)
-        data.append({"input_ids": ids, "labels": torch.where(torch.arange(length) > length // 2, ids, -100)})
+        data.append(
+            {"input_ids": ids, "labels": torch.where(torch.arange(length) > length // 2, ids, -100)}
+        )
     with torch.no_grad():
         shifted = [(model(r["input_ids"][None]).logits[0, :-1], r["labels"][1:]) for r in data[:2]]
-    wanted = torch.nn.functional.cross_entropy(*(torch.cat(parts) for parts in zip(*shifted, strict=True))).item()
+    wanted = torch.nn.functional.cross_entropy(
+        *(torch.cat(parts) for parts in zip(*shifted, strict=True))
+    ).item()
 
     def collate(rows):
         ids, real = pad([r["input_ids"] for r in rows], "right")
@@ -493,10 +565,20 @@ def test_trainer_trains(variant, tmp_path):
         return {"input_ids": ids, "attention_mask": real, "labels": labels}
 
     args = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=1, gradient_accumulation_steps=2,
-        learning_rate=2e-3, logging_steps=1, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True,
-        lr_scheduler_type="constant", dataloader_pin_memory=False, max_grad_norm=0.0,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        learning_rate=2e-3,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        lr_scheduler_type="constant",
+        dataloader_pin_memory=False,
+        max_grad_norm=0.0,
+    )
     trainer = Trainer(model=model, args=args, train_dataset=data, data_collator=collate)
     trainer._get_train_sampler = lambda *_: None  # in order
     trainer.train()
@@ -512,7 +594,9 @@ def test_lora_of_every_linear_layer_merges_to_the_same_logits(variant, tmp_path)
     family, own = VARIANTS[variant]
     targets = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
     torch.manual_seed(0)
-    options = LoraConfig(r=2, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    options = LoraConfig(
+        r=2, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM"
+    )
     model = get_peft_model(tiny_model(family, **own), options).eval()
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == 12
     rows = prompt_rows(family, 6, 9)

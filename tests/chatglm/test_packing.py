@@ -19,7 +19,11 @@ def pack(model, sequences, shared=None):
     """The body's arguments for sequences end to end; with `shared`, the first is the trunk of the others."""
     ids, lengths = torch.cat(sequences)[None], [len(ids) for ids in sequences]
     shared = [0] + [shared] * (len(lengths) - 1) if shared else [0] * len(lengths)
-    return {"input_ids": ids, "position_ids": model.transformer.packed_positions(ids, lengths, shared), "use_cache": False}
+    return {
+        "input_ids": ids,
+        "position_ids": model.transformer.packed_positions(ids, lengths, shared),
+        "use_cache": False,
+    }
 
 
 def hidden(model, **inputs):
@@ -51,7 +55,9 @@ def test_packed_is_separate(variant, prefix, shapes, draw):
     inputs = pack(model, rows)
     packed = hidden(model, **inputs)
     torch.testing.assert_close(packed, alone, **CLOSE)
-    places = st.lists(st.integers(0, alone.shape[1] - 1), min_size=1, max_size=20)  # repetition fills a row up
+    places = st.lists(
+        st.integers(0, alone.shape[1] - 1), min_size=1, max_size=20
+    )  # repetition fills a row up
     keep = torch.tensor(sorted(draw.draw(places)))
     kept = hidden(model, **inputs, keep=keep)
     torch.testing.assert_close(kept, alone[:, keep], **CLOSE)
@@ -65,16 +71,27 @@ def test_packed_is_separate(variant, prefix, shapes, draw):
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("variant", CAUSAL)
 @settings(max_examples=8, deadline=None, database=None)
-@given(trunk=st.integers(4, 12), shapes=st.lists(st.tuples(st.integers(4, 9), st.integers(0, 99)), min_size=1, max_size=3), draw=st.data())
+@given(
+    trunk=st.integers(4, 12),
+    shapes=st.lists(st.tuples(st.integers(4, 9), st.integers(0, 99)), min_size=1, max_size=3),
+    draw=st.data(),
+)
 def test_a_shared_trunk_changes_nothing(variant, prefix, trunk, shapes, draw):
     model = model_of(variant, prefix)
     common = row(family_of(model), trunk, seed=7)
-    tails = [ids[: draw.draw(st.integers(1, len(ids)))] for ids in draw_rows(model, shapes)]  # down to one token
-    alone = [hidden(model, input_ids=torch.cat([common, ids])[None], use_cache=False)[:, trunk:] for ids in tails]
+    tails = [
+        ids[: draw.draw(st.integers(1, len(ids)))] for ids in draw_rows(model, shapes)
+    ]  # down to one token
+    alone = [
+        hidden(model, input_ids=torch.cat([common, ids])[None], use_cache=False)[:, trunk:]
+        for ids in tails
+    ]
     inputs = pack(model, [common, *tails], trunk)
     packed = hidden(model, **inputs)[:, trunk:]
     torch.testing.assert_close(packed, torch.cat(alone, dim=1), **CLOSE)
-    keep = torch.arange(trunk, inputs["input_ids"].shape[1])[draw.draw(st.sampled_from([slice(None), slice(None, None, 2), slice(-1, None)]))]
+    keep = torch.arange(trunk, inputs["input_ids"].shape[1])[
+        draw.draw(st.sampled_from([slice(None), slice(None, None, 2), slice(-1, None)]))
+    ]
     kept = hidden(model, **inputs, keep=keep)
     torch.testing.assert_close(kept, packed[:, keep - trunk], **CLOSE)
     weights = torch.randn(packed.shape, generator=torch.Generator().manual_seed(1))[:, keep - trunk]
@@ -97,13 +114,20 @@ def test_no_sequence_sees_another(variant, prefix, attn):
     rows, starts = draw_rows(model, shapes), [0, 9, 16, 27]
     before = hidden(model, **pack(model, rows))
     for changed in range(3):
-        others = [row(family_of(model), n, seed + 50 * (i == changed)) for i, (n, seed) in enumerate(shapes)]
+        others = [
+            row(family_of(model), n, seed + 50 * (i == changed))
+            for i, (n, seed) in enumerate(shapes)
+        ]
         after = hidden(model, **pack(model, others))
         moved = [bool((before != after)[:, a:b].any()) for a, b in zip(starts, starts[1:])]
         assert moved == [i == changed for i in range(3)]
     other = [row(family_of(model), 9, 51), *rows[1:]]
-    naive = [hidden(model, **pack(model, r), attention_mask=torch.ones(1, 27)) for r in (rows, other)]
-    assert (naive[0] - naive[1])[:, 9:].abs().max() > 1e-3 and (naive[0] - before)[:, 9:].abs().max() > 1e-3
+    naive = [
+        hidden(model, **pack(model, r), attention_mask=torch.ones(1, 27)) for r in (rows, other)
+    ]
+    assert (naive[0] - naive[1])[:, 9:].abs().max() > 1e-3 and (naive[0] - before)[
+        :, 9:
+    ].abs().max() > 1e-3
     model.set_attn_implementation("sdpa")
 
 
@@ -115,8 +139,15 @@ def test_no_sequence_sees_another_beside_a_trunk(variant, prefix):
     shapes = [(6, 1), (5, 2), (4, 3), (5, 4)]
     before = hidden(model, **pack(model, draw_rows(model, shapes), 6))
     for changed in (1, 2, 3):
-        others = [row(family_of(model), n, seed + 50 * (i == changed)) for i, (n, seed) in enumerate(shapes)]
-        moved = (before != hidden(model, **pack(model, others, 6))).any(-1)[0].split([n for n, _ in shapes])
+        others = [
+            row(family_of(model), n, seed + 50 * (i == changed))
+            for i, (n, seed) in enumerate(shapes)
+        ]
+        moved = (
+            (before != hidden(model, **pack(model, others, 6)))
+            .any(-1)[0]
+            .split([n for n, _ in shapes])
+        )
         assert [bool(part.any()) for part in moved] == [i == changed for i in range(4)]
 
 
@@ -156,7 +187,11 @@ def test_flash_backends_get_no_mask_that_they_cannot_take(variant, prefix):
     try:
         model.config._attn_implementation = "flash_test"
         rows = draw_rows(model, [(9, 1), (4, 2), (11, 3)])
-        for inputs in (pack(model, rows), pack(model, rows, 9), pack(model, rows) | {"keep": torch.tensor([3, 10, 20])}):
+        for inputs in (
+            pack(model, rows),
+            pack(model, rows, 9),
+            pack(model, rows) | {"keep": torch.tensor([3, 10, 20])},
+        ):
             try:
                 hidden(model, **inputs)
             except ValueError as error:
@@ -186,7 +221,9 @@ def test_gradient_checkpointing_changes_no_gradient(variant, prefix, how):
         return found
 
     plain = run()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False} | RECOMPUTE[how])
+    model.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False} | RECOMPUTE[how]
+    )
     once = len(calls)
     again = run()
     assert len(calls) == 3 * once  # it really recomputes
@@ -194,7 +231,11 @@ def test_gradient_checkpointing_changes_no_gradient(variant, prefix, how):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     named = dict(model.transformer.named_parameters())
     moved = dict(zip(named, again[1:]))
-    assert all(moved[name].abs().sum() > 0 for name in named if "prefix_encoder" in name or "query_key_value.weight" in name)
+    assert all(
+        moved[name].abs().sum() > 0
+        for name in named
+        if "prefix_encoder" in name or "query_key_value.weight" in name
+    )
 
 
 @pytest.mark.parametrize("prefix", ["plain", "v1"])
@@ -208,9 +249,15 @@ def test_what_is_refused(variant, prefix):
     keep = torch.tensor([2])
     for inputs, said in (
         (twice, "positions fall back: put the sequences in one row"),
-        (twice | {"position_ids": packed["position_ids"]}, "positions fall back: put the sequences in one row"),
+        (
+            twice | {"position_ids": packed["position_ids"]},
+            "positions fall back: put the sequences in one row",
+        ),
         (twice | {"keep": keep}, "`keep` needs position_ids and one row"),
-        (packed | {"keep": keep, "attention_mask": torch.ones(1, 16)}, "`keep` needs .* without attention_mask or cache"),
+        (
+            packed | {"keep": keep, "attention_mask": torch.ones(1, 16)},
+            "`keep` needs .* without attention_mask or cache",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             hidden(model, **inputs)
@@ -220,21 +267,37 @@ def test_what_is_refused(variant, prefix):
     else:  # ChatGLM-6B finds its own
         with pytest.raises(ValueError, match="`keep` needs position_ids"):
             hidden(model, input_ids=packed["input_ids"], keep=keep)
-        with pytest.raises(ValueError, match="fall back to 3, but the row's first sequence has 2 tokens"):
-            hidden(model, input_ids=packed["input_ids"][:, :8], position_ids=torch.tensor([[0, 1, 0, 1, 2, 3, 3, 4]]))
+        with pytest.raises(
+            ValueError, match="fall back to 3, but the row's first sequence has 2 tokens"
+        ):
+            hidden(
+                model,
+                input_ids=packed["input_ids"][:, :8],
+                position_ids=torch.tensor([[0, 1, 0, 1, 2, 3, 3, 4]]),
+            )
     # one sequence a row, in several rows, is what it always was
-    same = [torch.stack([ids, ids.flip(0)]) if family_of(model) != "glm" else torch.stack([ids, ids]) for ids in rows]
+    same = [
+        torch.stack([ids, ids.flip(0)]) if family_of(model) != "glm" else torch.stack([ids, ids])
+        for ids in rows
+    ]
     for ids in same:
         positions = torch.cat([pack(model, [x])["position_ids"] for x in ids])
-        torch.testing.assert_close(hidden(model, input_ids=ids, position_ids=positions), hidden(model, input_ids=ids), **CLOSE)
+        torch.testing.assert_close(
+            hidden(model, input_ids=ids, position_ids=positions),
+            hidden(model, input_ids=ids),
+            **CLOSE,
+        )
 
 
-@pytest.mark.parametrize("positions, said", [
-    ([0, 1, 2, 0, 1, 7, 8], "positions jump from 1 to 7"),
-    ([0, 1, 3], "positions jump from 1 to 3"),
-    ([0, 1, 2, 5, 0, 1], "positions jump from 2 to 5"),
-    ([2, 3, 4, 1, 2], "this row begins at 2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "positions, said",
+    [
+        ([0, 1, 2, 0, 1, 7, 8], "positions jump from 1 to 7"),
+        ([0, 1, 3], "positions jump from 1 to 3"),
+        ([0, 1, 2, 5, 0, 1], "positions jump from 2 to 5"),
+        ([2, 3, 4, 1, 2], "this row begins at 2"),
+    ],
+)
 def test_p6_positions_that_jump_are_refused(positions, said):
     from chatglm.packing import find_sequences
 

@@ -16,11 +16,18 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from chatglm.families import FAMILIES
-from chatglm.tokenization import TOKENIZERS, ChatGLMTokenizer, GLM2Tokenizer, GLM3Tokenizer, GLMTokenizer
+from chatglm.tokenization import (
+    TOKENIZERS,
+    ChatGLMTokenizer,
+    GLM2Tokenizer,
+    GLM3Tokenizer,
+    GLMTokenizer,
+)
 from tests.conftest import REPO_ROOT, shared_file
 
 GOLDEN = {
-    name: json.loads(shared_file(f"golden/tokenizer/{name}.json").read_text("utf-8")) for name in FAMILIES
+    name: json.loads(shared_file(f"golden/tokenizer/{name}.json").read_text("utf-8"))
+    for name in FAMILIES
 }
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 # texts whose original ids hold control tokens typed by the user
@@ -70,7 +77,9 @@ def test_strings(tokenizers, name, entry):
     assert tokenizer.convert_tokens_to_ids(entry["tokens"]) == ids
 
     plain = text if entry["decode"] == "same as text" else entry["decode"]
-    expected = {key: plain if entry.get(key) == "same as decode" else entry.get(key) for key in entry}
+    expected = {
+        key: plain if entry.get(key) == "same as decode" else entry.get(key) for key in entry
+    }
     assert tokenizer.decode(ids) == plain
     assert tokenizer.decode(full) == expected["decode_with_special"]
     if "decode_skip_special" in entry:
@@ -89,7 +98,9 @@ def test_strings(tokenizers, name, entry):
         )
 
 
-@pytest.mark.parametrize("entry", GOLDEN["glm"]["strings"], ids=lambda entry: entry["text"][:12] or "empty")
+@pytest.mark.parametrize(
+    "entry", GOLDEN["glm"]["strings"], ids=lambda entry: entry["text"][:12] or "empty"
+)
 def test_glm_reads_control_tokens_from_trusted_text_as_the_original(folders, entry):
     tokenizer = GLMTokenizer.from_pretrained(folders["glm"], encode_special_tokens=True)
     assert tokenizer.encode(entry["text"], add_special_tokens=False) == entry["ids"]
@@ -129,14 +140,18 @@ def test_pair(tokenizers, name):
     assert tokenizers[name]([(golden["a"], golden["b"])])["input_ids"] == [golden["ids"]]
 
 
-@pytest.mark.parametrize("name, entry", entries("chat_prompt", "glm") + entries("build_prompt", "glm2"))
+@pytest.mark.parametrize(
+    "name, entry", entries("chat_prompt", "glm") + entries("build_prompt", "glm2")
+)
 def test_build_prompt(tokenizers, name, entry):
     tokenizer = tokenizers[name]
     prompt = tokenizer.build_prompt(entry["query"], entry["history"])
     assert prompt == entry["prompt"] == FAMILIES[name].chat_prompt(entry["query"], entry["history"])
     if "input_ids" in entry:
         check_batch(tokenizer([prompt]), entry)
-    assert FAMILIES[name].encode_chat(tokenizer, entry["query"], entry["history"]) == tokenizer.encode(prompt)
+    assert FAMILIES[name].encode_chat(
+        tokenizer, entry["query"], entry["history"]
+    ) == tokenizer.encode(prompt)
 
 
 def in_written_order(tools):
@@ -212,7 +227,17 @@ LITERALS = [
         "<bos>",
         "<eos>",
     ),
-    *("<ENC>", "<dBLOCK>", "<unused_0>", "<image_3>", "<|endoftext|>", "[CLS]", "[SEP]", "<0x0A>", "<0x00>"),
+    *(
+        "<ENC>",
+        "<dBLOCK>",
+        "<unused_0>",
+        "<image_3>",
+        "<|endoftext|>",
+        "[CLS]",
+        "[SEP]",
+        "<0x0A>",
+        "<0x00>",
+    ),
     *(
         *ROLES,
         "<n>",
@@ -243,7 +268,9 @@ LITERALS = [
         "p>",
     ),
 ]
-TEXTS = st.lists(st.sampled_from(LITERALS) | st.text(max_size=6) | st.characters(), max_size=12).map("".join)
+TEXTS = st.lists(
+    st.sampled_from(LITERALS) | st.text(max_size=6) | st.characters(), max_size=12
+).map("".join)
 
 
 def controls(tokenizer):
@@ -257,21 +284,26 @@ def check_rule(tokenizer, text):
     pair_added = [*added, tokenizer.convert_tokens_to_ids(FAMILIES[tokenizer.family].end_token)]
     assert forbidden.isdisjoint(tokenizer.encode_text(text))
     assert forbidden.isdisjoint(tokenizer.encode(text, add_special_tokens=False))
-    assert forbidden.isdisjoint(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False))
+    assert forbidden.isdisjoint(
+        tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
+    )
     assert forbidden.isdisjoint(tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)))
     assert sorted(i for i in tokenizer(text)["input_ids"] if i in forbidden) == sorted(added)
     for row in tokenizer([text, text])["input_ids"]:
         assert sorted(i for i in row if i in forbidden) == sorted(added)
     for row in (tokenizer.encode(text, text), *tokenizer([(text, text)])["input_ids"]):
         assert sorted(i for i in row if i in forbidden) == sorted(pair_added)
-    words = tokenizer(["a", *text.split()], is_split_into_words=True, add_special_tokens=False)["input_ids"]
+    words = tokenizer(["a", *text.split()], is_split_into_words=True, add_special_tokens=False)[
+        "input_ids"
+    ]
     assert forbidden.isdisjoint(words)
     assert tokenizer.encode(text, add_special_tokens=False) == tokenizer.encode_text(text)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(
-    "text", LITERALS + ["a[gMASK]b", "[MASK] 故障 <sop>", "<|user|>\n<|assistant|>", "".join(LITERALS)]
+    "text",
+    LITERALS + ["a[gMASK]b", "[MASK] 故障 <sop>", "<|user|>\n<|assistant|>", "".join(LITERALS)],
 )
 def test_typed_literals_stay_text(tokenizers, name, text):
     check_rule(tokenizers[name], text)
@@ -287,12 +319,14 @@ def test_text_never_becomes_a_control_token(tokenizers, name, text):
 @pytest.mark.parametrize("name", FAMILIES)
 @settings(max_examples=60, deadline=None, database=None)
 @given(
-    text=st.lists(st.sampled_from(["[gMASK]", "<sop>", "[MASK]", "</s>", "<|user|>", "ab", "故障", " "])).map(
-        "".join
-    )
+    text=st.lists(
+        st.sampled_from(["[gMASK]", "<sop>", "[MASK]", "</s>", "<|user|>", "ab", "故障", " "])
+    ).map("".join)
 )
 def test_typed_control_tokens_decode_to_the_same_text(tokenizers, name, text):
-    decoded = tokenizers[name].decode(tokenizers[name].encode_text(text), clean_up_tokenization_spaces=False)
+    decoded = tokenizers[name].decode(
+        tokenizers[name].encode_text(text), clean_up_tokenization_spaces=False
+    )
     assert decoded == text
 
 
@@ -365,7 +399,9 @@ def test_options_that_cannot_work_raise(folders, tokenizers):
     with pytest.raises(ValueError, match="never reads control tokens"):
         tokenizers["glm2"].encode("a", encode_special_tokens=True)
     with pytest.raises(NotImplementedError, match="encode_chat"):
-        tokenizers["glm3"].apply_chat_template([{"role": "user", "content": "a"}], chat_template="x")
+        tokenizers["glm3"].apply_chat_template(
+            [{"role": "user", "content": "a"}], chat_template="x"
+        )
     with pytest.raises(NotImplementedError, match="build_chat_input"):
         tokenizers["glm3"].build_prompt("a")
     with pytest.raises(KeyError, match="no control token"):
@@ -390,7 +426,9 @@ def test_padding_moves_rows_and_changes_nothing_else(tokenizers, name, side):
         part = slice(size - n, size) if side == "left" else slice(0, n)
         assert padded["input_ids"][i][part] == single["input_ids"]
         assert padded["input_ids"][i].count(tokenizer.pad_token_id) == size - n
-        assert np.array_equal(np.asarray(padded["position_ids"][i])[..., part], single["position_ids"])
+        assert np.array_equal(
+            np.asarray(padded["position_ids"][i])[..., part], single["position_ids"]
+        )
         mask, alone = np.asarray(padded["attention_mask"][i]), np.asarray(single["attention_mask"])
         if name == "glm":
             assert np.array_equal(mask[:, part, part], alone) and (~mask).sum() == (~alone).sum()
@@ -410,7 +448,9 @@ def test_pad_after_encoding_equals_padding_at_once(tokenizers, name):
 def test_special_tokens_mask_marks_what_was_added(tokenizers, name):
     tokenizer = tokenizers[name]
     made = tokenizer("你好", "a", return_special_tokens_mask=True)
-    added = [i for i, mark in zip(made["input_ids"], made["special_tokens_mask"], strict=True) if mark]
+    added = [
+        i for i, mark in zip(made["input_ids"], made["special_tokens_mask"], strict=True) if mark
+    ]
     end = tokenizer.convert_tokens_to_ids(FAMILIES[name].end_token)
     assert added == [*tokenizer.encode(""), end]
 
@@ -423,7 +463,9 @@ def test_ids_beyond_the_vocabulary_decode_to_nothing(tokenizers, name):
 
 def test_early_chatglm_ids_are_shifted_by_20000(tokenizers, tmp_path):
     shutil.copy(tokenizers["glm"].vocab_file, tmp_path)
-    early = GLMTokenizer.from_pretrained(tmp_path)  # no tokenizer_config.json: the originals' default
+    early = GLMTokenizer.from_pretrained(
+        tmp_path
+    )  # no tokenizer_config.json: the originals' default
     assert early.pad_token_id == 20003
     assert early.encode("a\n b") == [i - 20 + 20000 for i in tokenizers["glm"].encode("a\n b")]
 
@@ -431,7 +473,9 @@ def test_early_chatglm_ids_are_shifted_by_20000(tokenizers, tmp_path):
 @pytest.mark.parametrize("spaces", [1, 2, 79, 80, 81, 82, 160, 161])
 def test_glm_folds_runs_of_spaces(tokenizers, spaces):
     tokenizer, text = tokenizers["glm"], "a" + " " * spaces + "b"
-    blanks = [int(token[8:-2]) for token in tokenizer.tokenize(text) if token.startswith("<|blank_")]
+    blanks = [
+        int(token[8:-2]) for token in tokenizer.tokenize(text) if token.startswith("<|blank_")
+    ]
     assert blanks == [80] * (spaces // 80) + [spaces % 80] * (spaces % 80 > 1)
     assert tokenizer.decode(tokenizer.encode_text(text)) == text
 
@@ -451,11 +495,16 @@ def test_save_and_load(tokenizers, folders, name, tmp_path):
         ChatGLMTokenizer.from_pretrained(tmp_path / "once"),
         type(tokenizer).from_pretrained(tmp_path / "once"),
     ):
-        assert type(loaded) is type(tokenizer) and loaded.special_tokens_map == tokenizer.special_tokens_map
+        assert (
+            type(loaded) is type(tokenizer)
+            and loaded.special_tokens_map == tokenizer.special_tokens_map
+        )
         assert len(loaded) == len(tokenizer)
         for entry in GOLDEN[name]["strings"]:
             assert loaded.encode(entry["text"]) == tokenizer.encode(entry["text"])
-            assert loaded.decode(entry["ids_with_special"]) == tokenizer.decode(entry["ids_with_special"])
+            assert loaded.decode(entry["ids_with_special"]) == tokenizer.decode(
+                entry["ids_with_special"]
+            )
     loaded.save_pretrained(tmp_path / "twice")
     loaded.save_pretrained(tmp_path / "once")  # over itself
     for file in (tmp_path / "once").iterdir():
@@ -474,13 +523,17 @@ def test_saving_after_the_source_folder_is_gone(folders, tmp_path):
     shutil.rmtree(tmp_path / "a")
     for _ in range(2):
         tokenizer.save_pretrained(tmp_path / "b")
-    assert ChatGLMTokenizer.from_pretrained(tmp_path / "b").encode("你好") == tokenizer.encode("你好")
+    assert ChatGLMTokenizer.from_pretrained(tmp_path / "b").encode("你好") == tokenizer.encode(
+        "你好"
+    )
 
 
 def test_a_folder_cannot_switch_on_reading_control_tokens(folders, tmp_path):
     for file in folders["glm3"].iterdir():
         shutil.copy(file, tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"encode_special_tokens": true, "glm_family": "glm3"}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"encode_special_tokens": true, "glm_family": "glm3"}'
+    )
     assert ChatGLMTokenizer.from_pretrained(tmp_path).encode_special_tokens is False
     trusted = ChatGLMTokenizer.from_pretrained(tmp_path, encode_special_tokens=True)
     assert trusted.encode("<|user|>")[2:] == [64795]
@@ -494,11 +547,17 @@ def test_added_tokens_of_a_folder_are_checked_and_never_split_out_of_text(folder
         "64795": {"content": "<|user|>", "special": True},
         "64790": {"content": "[gMASK]", "special": True},
     }
-    config = {"added_tokens_decoder": known, "additional_special_tokens": ["<|user|>"], "glm_family": "glm3"}
+    config = {
+        "added_tokens_decoder": known,
+        "additional_special_tokens": ["<|user|>"],
+        "glm_family": "glm3",
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     check_rule(ChatGLMTokenizer.from_pretrained(tmp_path), "a<|user|>[gMASK]")
     known["64795"]["content"] = "<|robot|>"
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"additional_special_tokens": []}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(config | {"additional_special_tokens": []})
+    )
     with pytest.raises(ValueError, match=r"<\|robot\|>.*64795"):
         ChatGLMTokenizer.from_pretrained(tmp_path)
 
@@ -517,14 +576,19 @@ def test_auto_tokenizer_never_runs_code_of_the_folder(tokenizers, name, with_con
     auto_map = {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"auto_map": auto_map}))
     evil = "<|user|>" if name == "glm3" else "ice_text.model" if name == "glm" else ""
-    (tmp_path / "tokenization_chatglm.py").write_text(f"raise SystemExit('code of the folder ran: {evil}')\n")
+    (tmp_path / "tokenization_chatglm.py").write_text(
+        f"raise SystemExit('code of the folder ran: {evil}')\n"
+    )
     if with_config:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": StubConfig.model_type}))
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert type(loaded) is type(tokenizers[name])
     assert loaded.encode("你好 [gMASK]") == tokenizers[name].encode("你好 [gMASK]")
     loaded.save_pretrained(tmp_path / "again")
-    assert json.loads((tmp_path / "again/tokenizer_config.json").read_text("utf-8"))["auto_map"] == auto_map
+    assert (
+        json.loads((tmp_path / "again/tokenizer_config.json").read_text("utf-8"))["auto_map"]
+        == auto_map
+    )
 
 
 def test_loading_errors_name_the_folder_and_the_file(folders, tmp_path):
@@ -563,9 +627,7 @@ def test_encoding_cost_is_linear_and_loading_is_quick(folders, tokenizers):
 
 
 def test_families_module_needs_neither_torch_nor_transformers():
-    code = (
-        "import sys, chatglm.families; print({'torch', 'transformers', 'sentencepiece'} & set(sys.modules))"
-    )
+    code = "import sys, chatglm.families; print({'torch', 'transformers', 'sentencepiece'} & set(sys.modules))"
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=REPO_ROOT, capture_output=True, text=True, check=True
     )

@@ -21,8 +21,26 @@ def bases(tmp_path_factory) -> dict[str, Path]:
     made = {}
     for family in ("glm", "glm2", "glm3"):
         tokenizer = folder / f"tokenizer-{family}"
-        assert make_tokenizer(["--input", str(rows), "--output_dir", str(tokenizer), "--vocab_size", "420", "--family", family]) == 0
-        others = {"glm2-seed": {"seed": 7}, "glm2-wide": {"hidden_size": 128}} if family == "glm2" else {}
+        assert (
+            make_tokenizer(
+                [
+                    "--input",
+                    str(rows),
+                    "--output_dir",
+                    str(tokenizer),
+                    "--vocab_size",
+                    "420",
+                    "--family",
+                    family,
+                ]
+            )
+            == 0
+        )
+        others = (
+            {"glm2-seed": {"seed": 7}, "glm2-wide": {"hidden_size": 128}}
+            if family == "glm2"
+            else {}
+        )
         for name, options in ({family: {}} | others).items():
             sizes = {"hidden_size": 64, "num_layers": 2, "heads": 4, "ffn": 128} | options
             made[name] = make_model(family, tokenizer, folder / name, **sizes)
@@ -52,8 +70,28 @@ def flags(bases, rows_file, ds_files, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
 
     def make(output_dir, *more, family="glm2", method="lora"):
-        given = ["--model_name_or_path", bases[family], "--train_path", rows_file, "--output_dir", output_dir, "--max_len", 96]
-        given += ["--max_src_len", 64, "--per_device_train_batch_size", 4, "--learning_rate", "1e-2", "--warmup_ratio", 0, "--data_cache", cache]
+        given = [
+            "--model_name_or_path",
+            bases[family],
+            "--train_path",
+            rows_file,
+            "--output_dir",
+            output_dir,
+            "--max_len",
+            96,
+        ]
+        given += [
+            "--max_src_len",
+            64,
+            "--per_device_train_batch_size",
+            4,
+            "--learning_rate",
+            "1e-2",
+            "--warmup_ratio",
+            0,
+            "--data_cache",
+            cache,
+        ]
         return [ds_files.get(str(word), str(word)) for word in [*given, *METHODS[method], *more]]
 
     return make
@@ -88,11 +126,34 @@ def two_ranks(flags, rows_file, tmp_path_factory) -> list[list[str]]:
     time resumed from its middle, and a seventh is the sixth without interruption; an eighth stops early."""
     folder = tmp_path_factory.mktemp("two_ranks")
     shared = ["--per_device_train_batch_size", 2, "--num_train_epochs", 2, "--ds_file"]
-    cases = [flags(folder / str(n), *shared, z, family=f, method=m) for n, (_, f, m, z) in enumerate(TWO_RANKS)]
+    cases = [
+        flags(folder / str(n), *shared, z, family=f, method=m)
+        for n, (_, f, m, z) in enumerate(TWO_RANKS)
+    ]
     dropout = ["ds_zero3_offload.json", "--prefix_dropout", "0.3"]
-    cases += [flags(folder / name, *shared, *dropout, method="ptuning-v2-mlp") for name in ("5", "6")]
-    answers = ["--eval_path", rows_file, "--eval_metrics", "exact_match,f1", "--eval_max_new_tokens", 3]
-    cases.append(flags(folder / "7", "--per_device_train_batch_size", 2, "--ds_file", "ds_zero3_no_offload.json", *STOPS, *answers, method="all"))
+    cases += [
+        flags(folder / name, *shared, *dropout, method="ptuning-v2-mlp") for name in ("5", "6")
+    ]
+    answers = [
+        "--eval_path",
+        rows_file,
+        "--eval_metrics",
+        "exact_match,f1",
+        "--eval_max_new_tokens",
+        3,
+    ]
+    cases.append(
+        flags(
+            folder / "7",
+            "--per_device_train_batch_size",
+            2,
+            "--ds_file",
+            "ds_zero3_no_offload.json",
+            *STOPS,
+            *answers,
+            method="all",
+        )
+    )
     resumed = [*cases[5], "--resume_from_checkpoint", str(folder / "5" / "epoch-1-step-4")]
     (folder / "cases.json").write_text(json.dumps([*cases[:4], *cases[5:], resumed]))
     launch("deepspeed", "tests/finetune/worker.py", folder / "cases.json")
@@ -106,7 +167,12 @@ def small_disk(tmp_path) -> Path:
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = shutil.which("mount")
-    if not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True).returncode:
+    if (
+        not mount
+        or subprocess.run(
+            [mount, "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True
+        ).returncode
+    ):
         pytest.skip("needs the right to mount a tmpfs")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -15,18 +15,50 @@ METHODS = {
     "lora": ["--train_type", "lora", "--lora_dropout", "0"],
     "freeze": ["--train_type", "freeze", "--freeze_module_name", "layers.1."],
     "ptuning-v1": ["--train_type", "ptuning", "--prefix_projection", "False", "--pre_seq_len", "4"],
-    "ptuning-v2": ["--train_type", "ptuning", "--ptuning_version", "v2", "--prefix_projection", "False", "--pre_seq_len", "4", "--prefix_dropout", "0"],
+    "ptuning-v2": [
+        "--train_type",
+        "ptuning",
+        "--ptuning_version",
+        "v2",
+        "--prefix_projection",
+        "False",
+        "--pre_seq_len",
+        "4",
+        "--prefix_dropout",
+        "0",
+    ],
     "ptuning-v2-mlp": ["--train_type", "ptuning", "--pre_seq_len", "4", "--prefix_dropout", "0"],
     "all": ["--train_type", "all"],
 }
 TWO_RANKS = [  # what is run on 2 ranks: launcher, family, method, ZeRO file
-    ("deepspeed", "glm2", "lora", "ds_zero2.json"), ("deepspeed", "glm2", "all", "ds_zero3_no_offload.json"),
-    ("deepspeed", "glm3", "ptuning-v2", "ds_zero3_offload.json"), ("deepspeed", "glm", "freeze", "ds_zero2_offload.json"),
+    ("deepspeed", "glm2", "lora", "ds_zero2.json"),
+    ("deepspeed", "glm2", "all", "ds_zero3_no_offload.json"),
+    ("deepspeed", "glm3", "ptuning-v2", "ds_zero3_offload.json"),
+    ("deepspeed", "glm", "freeze", "ds_zero2_offload.json"),
     ("torchrun", "glm", "lora", "ds_zero3_no_offload.json"),
-]  # fmt: skip
+]
 # The loss falls at every step, soon by less than this in three.
-STOPS = ["--num_train_epochs", 6, "--eval_step", 1, "--early_stopping_patience", 3, "--early_stopping_min_delta", "0.5"]
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR", "MASTER_PORT")
+STOPS = [
+    "--num_train_epochs",
+    6,
+    "--eval_step",
+    1,
+    "--early_stopping_patience",
+    3,
+    "--early_stopping_min_delta",
+    "0.5",
+]
+LAUNCHED = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "CROSS_RANK",
+    "CROSS_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 def make_rows(count: int, seed: int = 0) -> list[dict]:
@@ -35,15 +67,20 @@ def make_rows(count: int, seed: int = 0) -> list[dict]:
     rows = []
     for _ in range(count):
         facts = [(draw.choice(PARTS), draw.choice(STATES)) for _ in range(draw.randint(1, 4))]
-        rows.append({
-            "instruction": "抽取三元组：", "input": "，".join(a + b for a, b in facts) + "。",
-            "output": "\n".join(f"{a}_性能故障_{b}" for a, b in facts),
-        })  # fmt: skip
+        rows.append(
+            {
+                "instruction": "抽取三元组：",
+                "input": "，".join(a + b for a, b in facts) + "。",
+                "output": "\n".join(f"{a}_性能故障_{b}" for a, b in facts),
+            }
+        )
     return rows
 
 
 def write_rows(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -51,7 +88,12 @@ def rows_of(data) -> list[tuple[str, list[int], int, list[int] | None]]:
     """(place, ids, how many are masked, labels of its own) of every row of a Dataset."""
     labels = [data.labels(row) for row in range(len(data))]
     return [
-        (data.place(row), data.ids(row).tolist(), data.n_masked(row), None if own is None else own.tolist())
+        (
+            data.place(row),
+            data.ids(row).tolist(),
+            data.n_masked(row),
+            None if own is None else own.tolist(),
+        )
         for row, own in enumerate(labels)
     ]
 
@@ -60,17 +102,30 @@ def child_env(**extra) -> dict[str, str]:
     """The environment of a command line: without the ranks that training in this process has set."""
     env = {k: v for k, v in os.environ.items() if k not in LAUNCHED}
     path = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
-    return env | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | extra
+    return (
+        env
+        | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        | extra
+    )
 
 
-def command(*words, ok: bool | None = True, timeout: float = 300, **options) -> subprocess.CompletedProcess:
+def command(
+    *words, ok: bool | None = True, timeout: float = 300, **options
+) -> subprocess.CompletedProcess:
     """Run python with `words`. `ok`: must succeed, must fail, or None for either."""
     done = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=options.pop("cwd", ROOT), env=child_env(), capture_output=True, text=True,
-        timeout=timeout, **options,
-    )  # fmt: skip
+        [sys.executable, *map(str, words)],
+        cwd=options.pop("cwd", ROOT),
+        env=child_env(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        **options,
+    )
     if ok is not None:
-        assert (done.returncode == 0) == ok, f"{done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert (done.returncode == 0) == ok, (
+            f"{done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        )
     return done
 
 
@@ -82,13 +137,18 @@ def free_port() -> int:
 
 def launch(launcher: str, script: str, *words) -> subprocess.CompletedProcess:
     """A script on 2 ranks, under "deepspeed" or "torchrun"."""
-    start = {"torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", 2], "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators", 2]}
+    start = {
+        "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", 2],
+        "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators", 2],
+    }
     return command(*start[launcher], "--master_port", free_port(), script, *words)
 
 
 def metrics(output_dir: Path, key: str = "train_loss") -> list[float]:
     """One number of every step, as metrics.jsonl has it."""
-    lines = [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()
+    ]
     return [line[key] for line in lines if key in line]
 
 

@@ -16,7 +16,9 @@ def test_a_port_that_needs_root_falls_back():
         pytest.skip(f"ports from {int(start)} on are free for everyone here")
     # Another user, without root's rights; a process of its own, for a fork of this one may be refused its memory.
     code = "import os; from finetune.distributed import allowed_port; os.geteuid() or os.setuid(65534); print(allowed_port(520))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO_ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO_ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split()[-1] == "20520"
 
 
@@ -29,7 +31,18 @@ def test_cpu_adam_that_cannot_build_falls_back(tmp_path):
         "import torch; from finetune.distributed import cpu_adam;"
         "print(cpu_adam([torch.nn.Parameter(torch.zeros(4))], {'lr': 1e-3, 'betas': (0.9, 0.95), 'eps': 1e-8, 'weight_decay': 0.0}))"
     )
-    env = os.environ | {"CXX": "/bin/false", "TORCH_EXTENSIONS_DIR": str(tmp_path), "PYTHONPATH": str(REPO_ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    env = os.environ | {
+        "CXX": "/bin/false",
+        "TORCH_EXTENSIONS_DIR": str(tmp_path),
+        "PYTHONPATH": str(REPO_ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+    )
     assert done.stdout.splitlines()[-1] == "None", done.stderr[-2000:]
     assert "CPU Adam cannot be built" in done.stdout and "torch's AdamW" in done.stdout

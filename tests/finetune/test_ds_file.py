@@ -7,15 +7,22 @@ import pytest
 from finetune.config import parse_config
 from finetune.distributed import deepspeed_config
 from finetune.ds_file import KINDS, OBJECTS, read_ds_file
-from finetune.memory import read_zero
+from finetune.memory.command import read_zero
 from tests.conftest import shared_file
 
 FILE = {
-    "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+    "zero_optimization": {
+        "stage": 2,
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "cpu"},
+    },
     "optimizer": {"type": "AdamW", "params": {"eps": 1e-8, "betas": [0.9, 0.95]}},
     "scheduler": {"type": "WarmupLR", "params": {"warmup_type": "linear"}},
-    "fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}, "data_types": {}, "gradient_clipping": 1.0,
-}  # fmt: skip
+    "fp16": {"enabled": "auto"},
+    "bf16": {"enabled": "auto"},
+    "data_types": {},
+    "gradient_clipping": 1.0,
+}
 
 
 def changed(path: str, value, drop: bool = False) -> dict:
@@ -39,15 +46,21 @@ def written(folder, ds: dict) -> str:
 
 def filled(file: str) -> dict:
     config = parse_config(["--model_name_or_path", "m", "--train_path", "t", "--ds_file", file])
-    return deepspeed_config(config, precision="bf16", adapters=True, total_steps=100, hidden_size=64, world=1)
+    return deepspeed_config(
+        config, precision="bf16", adapters=True, total_steps=100, hidden_size=64, world=1
+    )
 
 
-@pytest.mark.parametrize("path", [path for path in OBJECTS if path not in ("optimizer.type", "scheduler.type")])
+@pytest.mark.parametrize(
+    "path", [path for path in OBJECTS if path not in ("optimizer.type", "scheduler.type")]
+)
 def test_t4_null_is_absent(tmp_path, path):
     """In every section: the configuration, and the estimate of memory, are those of a file without it."""
     null = filled(written(tmp_path, changed(path, None)))
     assert null == filled(written(tmp_path, changed(path, None, drop=True)))
-    assert read_zero(written(tmp_path, changed(path, None)), 64) == read_zero(written(tmp_path, changed(path, None, drop=True)), 64)
+    assert read_zero(written(tmp_path, changed(path, None)), 64) == read_zero(
+        written(tmp_path, changed(path, None, drop=True)), 64
+    )
 
 
 @pytest.mark.parametrize("value", [True, 3, "text", [1]])
@@ -68,9 +81,15 @@ def test_t4_other_kinds_of_values(tmp_path, path):
         read_ds_file(file)
 
 
-@pytest.mark.parametrize("path, value", [
-    ("optimizer.params.betas", [0.9]), ("optimizer.params.betas", ["0.9", 0.95]), ("zero_optimization.stage", 4), ("zero_optimization.stage", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        ("optimizer.params.betas", [0.9]),
+        ("optimizer.params.betas", ["0.9", 0.95]),
+        ("zero_optimization.stage", 4),
+        ("zero_optimization.stage", True),
+    ],
+)
 def test_t4_values_out_of_range(tmp_path, path, value):
     with pytest.raises(ValueError, match=rf"ds\.json: {path} must be "):
         read_ds_file(written(tmp_path, changed(path, value)))

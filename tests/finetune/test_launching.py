@@ -23,11 +23,17 @@ def test_accelerate_files(path, monkeypatch):
     file = ROOT / deepspeed["deepspeed_config_file"]
     zero = json.loads(file.read_text())["zero_optimization"]
     assert path.stem == f"zero{zero['stage']}" + ("_offload" if "offload_optimizer" in zero else "")
-    assert deepspeed["zero3_init_flag"] == (zero["stage"] == 3) and f"accelerate/{path.name} " in path.read_text()
+    assert (
+        deepspeed["zero3_init_flag"] == (zero["stage"] == 3)
+        and f"accelerate/{path.name} " in path.read_text()
+    )
     words = ["--model_name_or_path", "m", "--train_path", "t"]
     assert parse_config(words).ds_file == "ds_zero2.json"
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
-    assert parse_config(words).ds_file == str(file) and parse_config([*words, "--ds_file", "x.json"]).ds_file == "x.json"
+    assert (
+        parse_config(words).ds_file == str(file)
+        and parse_config([*words, "--ds_file", "x.json"]).ds_file == "x.json"
+    )
 
 
 def test_there_is_a_file_for_each_kind():
@@ -36,8 +42,21 @@ def test_there_is_a_file_for_each_kind():
 
 @pytest.mark.launch
 def test_accelerate_launches_two_ranks(flags, train, tmp_path):
-    start = ["-m", "accelerate.commands.launch", "--config_file", "ds_configs/accelerate/zero3.yaml", "--num_processes", 2, "--main_process_port", free_port()]
-    command(*start, "train.py", *flags(tmp_path / "two", "--per_device_train_batch_size", 2, "--max_steps", 2))
+    start = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "ds_configs/accelerate/zero3.yaml",
+        "--num_processes",
+        2,
+        "--main_process_port",
+        free_port(),
+    ]
+    command(
+        *start,
+        "train.py",
+        *flags(tmp_path / "two", "--per_device_train_batch_size", 2, "--max_steps", 2),
+    )
     manifest = read_manifest(committed_checkpoints(tmp_path / "two")[-1])
     assert (manifest["world_size"], manifest["zero_stage"]) == (2, 3)
     train(flags(tmp_path / "one", "--max_steps", 2))
@@ -48,13 +67,28 @@ def slurm(tmp_path, *words, **extra) -> subprocess.CompletedProcess:
     """The script as SLURM would run it: srun and torchrun tell what they were given."""
     tools = tmp_path / "bin"
     tools.mkdir(exist_ok=True)
-    for name, line in {"scontrol": "printf 'node-a\\nnode-b\\n'", "srun": 'shift; "$@"', "torchrun": 'printf "%s\\n" "$@"'}.items():
+    for name, line in {
+        "scontrol": "printf 'node-a\\nnode-b\\n'",
+        "srun": 'shift; "$@"',
+        "torchrun": 'printf "%s\\n" "$@"',
+    }.items():
         (tools / name).write_text(f"#!/bin/bash\n{line}\n")
         (tools / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": "40123", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    job = {
+        "SLURM_JOB_ID": "40123",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node-[a-b]",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+    }
     env = child_env(**job | extra)
     env["PATH"] = f"{tools}{os.pathsep}/usr/bin{os.pathsep}/bin"
-    return subprocess.run(["bash", str(ROOT / "scripts" / "launch_slurm.sh"), *words], env=env, capture_output=True, text=True, cwd=tmp_path)
+    return subprocess.run(
+        ["bash", str(ROOT / "scripts" / "launch_slurm.sh"), *words],
+        env=env,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
 
 
 def test_slurm_script(tmp_path):
@@ -65,24 +99,58 @@ def test_slurm_script(tmp_path):
     done = slurm(tmp_path, "--train_path", "a b.json", SLURM_GPUS_ON_NODE="8")
     words = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
-    assert words[words.index("train.py") :] == ["train.py", "--resume_from_checkpoint", "auto", "--train_path", "a b.json"]
+    assert words[words.index("train.py") :] == [
+        "train.py",
+        "--resume_from_checkpoint",
+        "auto",
+        "--train_path",
+        "a b.json",
+    ]
     told = dict(zip(words[::2], words[1::2]))
-    assert (told["--nnodes"], told["--nproc_per_node"], told["--rdzv_id"], told["--rdzv_endpoint"]) == ("2", "8", "40123", "node-a:20123")
+    assert (
+        told["--nnodes"],
+        told["--nproc_per_node"],
+        told["--rdzv_id"],
+        told["--rdzv_endpoint"],
+    ) == ("2", "8", "40123", "node-a:20123")
 
 
 def test_seeds(flags, train, tmp_path, capsys, rows_file):
     for seed in (3, 20):
-        train(flags(tmp_path / f"seed-{seed}", "--seed", seed, "--max_steps", 2, "--eval_path", rows_file))
+        train(
+            flags(
+                tmp_path / f"seed-{seed}",
+                "--seed",
+                seed,
+                "--max_steps",
+                2,
+                "--eval_path",
+                rows_file,
+            )
+        )
     capsys.readouterr()
     assert seeds.main([str(tmp_path)]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [row[0] for row in rows] == ["run", "seed-3", "seed-20", "mean", "deviation"] and rows[0][1:3] == ["step", "train_loss"] and "eval_loss" in rows[0]
+    assert (
+        [row[0] for row in rows] == ["run", "seed-3", "seed-20", "mean", "deviation"]
+        and rows[0][1:3] == ["step", "train_loss"]
+        and "eval_loss" in rows[0]
+    )
     for column in range(1, len(rows[0])):
         a, b, mean, deviation = (float(row[column]) for row in rows[1:])
-        assert mean == pytest.approx((a + b) / 2, abs=1e-6) and deviation == pytest.approx(abs(a - b) / 2**0.5, abs=2e-6)
-    assert float(rows[1][2]) == pytest.approx(metrics(tmp_path / "seed-3")[-1], abs=1e-6) != float(rows[2][2])
+        assert mean == pytest.approx((a + b) / 2, abs=1e-6) and deviation == pytest.approx(
+            abs(a - b) / 2**0.5, abs=2e-6
+        )
+    assert (
+        float(rows[1][2])
+        == pytest.approx(metrics(tmp_path / "seed-3")[-1], abs=1e-6)
+        != float(rows[2][2])
+    )
     train(flags(tmp_path / "seed-4", "--max_steps", 1, "--eval_path", rows_file))
-    for folder, said in ((tmp_path, "seed-4 ended at step 1"), (tmp_path / "none", "no folder seed-N")):
+    for folder, said in (
+        (tmp_path, "seed-4 ended at step 1"),
+        (tmp_path / "none", "no folder seed-N"),
+    ):
         assert seeds.main([str(folder)]) == 1 and said in capsys.readouterr().err
 
 
@@ -101,18 +169,35 @@ def test_seeds_that_stop_early_end_where_they_end(tmp_path, capsys):
     made_run(tmp_path / "seed-2", 6, "finished", told, {"step": 6, "metrics": {"loss": 0.25}})
     assert seeds.main([str(tmp_path)]) == 0
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
-        ["run", "step", "train_loss", "eval_loss"], ["seed-1", "4", "3.000000", "0.500000"], ["seed-2", "6", "1.000000", "0.250000"],
-        ["mean", "5.000000", "2.000000", "0.375000"], ["deviation", "1.414214", "1.414214", "0.176777"],
-    ]  # fmt: skip
-    (tmp_path / "seed-1" / "run.json").write_text('{"format_version": 1, "status": "stopped by signal"}')
+        ["run", "step", "train_loss", "eval_loss"],
+        ["seed-1", "4", "3.000000", "0.500000"],
+        ["seed-2", "6", "1.000000", "0.250000"],
+        ["mean", "5.000000", "2.000000", "0.375000"],
+        ["deviation", "1.414214", "1.414214", "0.176777"],
+    ]
+    (tmp_path / "seed-1" / "run.json").write_text(
+        '{"format_version": 1, "status": "stopped by signal"}'
+    )
     assert seeds.main([str(tmp_path)]) == 1 and "ended at step 6" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("lines, manifest, said", [
-    ('{"step": 1}\n', {"step": 4, "metrics": {}}, "metrics.jsonl: no train_loss of step 4"), ("", {"step": 4}, "step-4: its manifest has no 'metrics'"),
-    ('{"step": 1, \n{"step": 4, "train_loss": 1.0}\n', {"step": 4, "metrics": {}}, "metrics.jsonl:1: wanted an object with a step"),
-    ('{"step": 4, "train_loss": null}\n', {"step": 4, "metrics": {}}, "train_loss of step 4 is no finite number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "lines, manifest, said",
+    [
+        ('{"step": 1}\n', {"step": 4, "metrics": {}}, "metrics.jsonl: no train_loss of step 4"),
+        ("", {"step": 4}, "step-4: its manifest has no 'metrics'"),
+        (
+            '{"step": 1, \n{"step": 4, "train_loss": 1.0}\n',
+            {"step": 4, "metrics": {}},
+            "metrics.jsonl:1: wanted an object with a step",
+        ),
+        (
+            '{"step": 4, "train_loss": null}\n',
+            {"step": 4, "metrics": {}},
+            "train_loss of step 4 is no finite number",
+        ),
+    ],
+)
 def test_seeds_whose_files_do_not_tell(tmp_path, capsys, lines, manifest, said):
     made_run(tmp_path / "seed-1", 4, "finished", lines, manifest)
     assert seeds.main([str(tmp_path)]) == 1
@@ -122,4 +207,7 @@ def test_seeds_whose_files_do_not_tell(tmp_path, capsys, lines, manifest, said):
 
 def test_the_documented_loop_names_flags_that_exist():
     text = (ROOT / "docs" / "launching.md").read_text()
-    assert re.search(r"for seed in 1 2 3; do.*--seed \$seed --output_dir out/seed-\$seed", text, re.S) and "python -m finetune.seeds out" in text
+    assert (
+        re.search(r"for seed in 1 2 3; do.*--seed \$seed --output_dir out/seed-\$seed", text, re.S)
+        and "python -m finetune.seeds out" in text
+    )

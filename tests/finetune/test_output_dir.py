@@ -28,7 +28,14 @@ def holder():
 
     def start(folder: Path) -> subprocess.Popen:
         words = [sys.executable, "-c", HOLDER, str(folder)]
-        child = subprocess.Popen(words, cwd=ROOT, env=child_env(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        child = subprocess.Popen(
+            words,
+            cwd=ROOT,
+            env=child_env(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         children.append(child)
         assert child.stdout.readline() == "held\n"
         return child
@@ -48,11 +55,15 @@ def test_t1_a_second_run_in_a_folder_is_refused(flags, train, holder, tmp_path, 
         capsys.readouterr()
         assert command_line.main(flags(out, "--max_steps", 1, *more)) == 1
         line = capsys.readouterr().err.strip().splitlines()[-1]
-        assert line.startswith(f"train.py: error: --output_dir {out} is in use by another run (process {first.pid} on ")
+        assert line.startswith(
+            f"train.py: error: --output_dir {out} is in use by another run (process {first.pid} on "
+        )
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
     first.kill()  # as kill -9: nothing of it cleans up
     first.wait()
-    assert (out / ".lock").exists() and train(flags(out, "--max_steps", 1, "--overwrite_output_dir"))
+    assert (out / ".lock").exists() and train(
+        flags(out, "--max_steps", 1, "--overwrite_output_dir")
+    )
     assert not (out / ".lock").exists()
 
 
@@ -92,7 +103,14 @@ def at_steps(monkeypatch, acts: dict):
     monkeypatch.setattr(task, "collate", counting)
 
 
-LONG = ["--num_train_epochs", 3, "--num_workers", 0, "--show_loss_step", 1]  # 12 steps, a save every 4
+LONG = [
+    "--num_train_epochs",
+    3,
+    "--num_workers",
+    0,
+    "--show_loss_step",
+    1,
+]  # 12 steps, a save every 4
 
 
 def test_t2_a_full_disk_ends_no_run(flags, train, small_disk, monkeypatch, capsys):
@@ -101,11 +119,26 @@ def test_t2_a_full_disk_ends_no_run(flags, train, small_disk, monkeypatch, capsy
     at_steps(monkeypatch, {3: lambda: fill_disk(small_disk), 10: (small_disk / "filler").unlink})
     last = train(flags(out, *LONG))
     said = capsys.readouterr().out
-    assert said.count(f"WARNING: {out}/run.json cannot be written (No space left on device); training goes on") == 1
+    assert (
+        said.count(
+            f"WARNING: {out}/run.json cannot be written (No space left on device); training goes on"
+        )
+        == 1
+    )
     assert said.count(f"{out}/run.json can be written again") == 1
-    assert "WARNING: no checkpoint of step 4" in said and "WARNING: no checkpoint of step 8" in said and "GB are free" in said
-    assert [p.name for p in committed_checkpoints(out)] == ["epoch-3-step-12"] and load_model(last) is not None
-    assert len(metrics(out)) == 12 and len(read_run(out)["steps"]) == 12 and read_run(out)["status"] == "finished"
+    assert (
+        "WARNING: no checkpoint of step 4" in said
+        and "WARNING: no checkpoint of step 8" in said
+        and "GB are free" in said
+    )
+    assert [p.name for p in committed_checkpoints(out)] == ["epoch-3-step-12"] and load_model(
+        last
+    ) is not None
+    assert (
+        len(metrics(out)) == 12
+        and len(read_run(out)["steps"]) == 12
+        and read_run(out)["status"] == "finished"
+    )
 
 
 def test_t2_how_a_run_ended_is_true_on_a_full_disk(flags, train, small_disk, monkeypatch, capsys):
@@ -115,9 +148,14 @@ def test_t2_how_a_run_ended_is_true_on_a_full_disk(flags, train, small_disk, mon
     with pytest.raises(OSError, match="a checkpoint takes about"):
         train(flags(out, *LONG))
     run = read_run(out)
-    assert run["status"] == "failed" and json.loads((out / "run.json").read_text())["status"] == "failed"
+    assert (
+        run["status"] == "failed"
+        and json.loads((out / "run.json").read_text())["status"] == "failed"
+    )
     assert [line["step"] for line in run["steps"]][:5] == [1, 2, 3, 4, 5]
-    assert [p.name for p in out.glob("*epoch-*")] == ["epoch-1-step-4"] and load_model(out / "epoch-1-step-4") is not None
+    assert [p.name for p in out.glob("*epoch-*")] == ["epoch-1-step-4"] and load_model(
+        out / "epoch-1-step-4"
+    ) is not None
 
 
 def test_t2_a_disk_that_fills_up_inside_a_save(flags, train, small_disk, monkeypatch, capsys):
@@ -141,7 +179,9 @@ def test_t2_a_disk_that_fills_up_inside_a_save(flags, train, small_disk, monkeyp
 
 
 def test_t2_lines_wait_for_room(tmp_path):
-    stream = LastingStream(io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True))
+    stream = LastingStream(
+        io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True)
+    )
     assert stream.write("a line\n") == 7
     stream.flush()
     file = LineFile(tmp_path / "lines")
@@ -163,19 +203,25 @@ def test_t2_a_failing_logger_ends_no_run(flags, train, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(TensorBoard, "add", broken)
     train(flags(tmp_path / "out", "--max_steps", 2))
-    assert capsys.readouterr().out.count("--report_to tensorboard cannot be written (no network)") == 1
+    assert (
+        capsys.readouterr().out.count("--report_to tensorboard cannot be written (no network)") == 1
+    )
 
 
 # ---- signals
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
+)
 def test_t7_a_signal_saves_and_says_so_by_its_exit_code(flags, tmp_path, monkeypatch, number, code):
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     at_steps(monkeypatch, {3: lambda: os.kill(os.getpid(), number)})
     words = flags(tmp_path / "out", *LONG)
     assert command_line.main(words) == code
-    assert [p.name for p in committed_checkpoints(tmp_path / "out")][-1].endswith("-step-3") and read_run(tmp_path / "out")["status"] == "stopped by signal"
+    assert [p.name for p in committed_checkpoints(tmp_path / "out")][-1].endswith(
+        "-step-3"
+    ) and read_run(tmp_path / "out")["status"] == "stopped by signal"
     assert {n: signal.getsignal(n) for n in before} == before
 
 
@@ -190,6 +236,9 @@ def test_t7_nohup_stays(flags, train, tmp_path, monkeypatch):
     try:
         at_steps(monkeypatch, {1: lambda: os.kill(os.getpid(), signal.SIGHUP)})
         train(flags(tmp_path / "out", "--max_steps", 2, "--num_workers", 0))
-        assert read_run(tmp_path / "out")["status"] == "finished" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert (
+            read_run(tmp_path / "out")["status"] == "finished"
+            and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        )
     finally:
         signal.signal(signal.SIGHUP, before)

@@ -10,23 +10,26 @@ from chatglm import load_model, load_tokenizer
 from chatglm.families import FAMILIES
 from finetune import lora as lora_module
 from finetune.config import parse_config
-from finetune.data import IGNORED, collate, count_labels
-from finetune.encoding import encode_rows
-from finetune.evaluate import evaluation_loss
-from finetune.formats import parse_row
+from finetune.evaluation.evaluate import evaluation_loss
 from finetune.lora import use_lean_lora
 from finetune.loss import LossModule, nll_sum
 from finetune.methods import make_method
 from finetune.recompute import keep_products
+from finetune.rows.batches import IGNORED, collate, count_labels
+from finetune.rows.encoding import encode_rows
+from finetune.rows.formats import parse_row
 from finetune.task import layout_of
 from tests.finetune.runs import METHODS, make_rows, metrics
 from tests.finetune.test_checkpoint import same_losses, stop_after
 from tests.finetune.test_training import plain_run
 
 LAYOUTS = {  # collate's options
-    "ragged": {}, "shared": {"share": True}, "rounded": {"multiple": 32}, "shared_rounded": {"share": True, "multiple": 32},
+    "ragged": {},
+    "shared": {"share": True},
+    "rounded": {"multiple": 32},
+    "shared_rounded": {"share": True, "multiple": 32},
     "padded": {"ragged": False},
-}  # fmt: skip
+}
 ALL_LINEAR = "query_key_value,dense,dense_h_to_4h,dense_4h_to_h"
 ROWS = [5, 0, -1, 3, 8, -1]  # two empty places
 FAMILY_METHODS = [(family, method) for family in FAMILIES for method in METHODS]
@@ -36,11 +39,20 @@ FAMILY_METHODS = [(family, method) for family in FAMILIES for method in METHODS]
 def data(bases):
     """{family: encoded rows} of unlike lengths and one beginning."""
     rows = [parse_row(item, f"f:{i}") for i, item in enumerate(make_rows(9))]
-    return {family: encode_rows(rows, load_tokenizer(bases[family]), FAMILIES[family], max_len=96, max_src_len=64) for family in FAMILIES}
+    return {
+        family: encode_rows(
+            rows, load_tokenizer(bases[family]), FAMILIES[family], max_len=96, max_src_len=64
+        )
+        for family in FAMILIES
+    }
 
 
 def layouts_of(family):
-    return {name: layout for name, layout in LAYOUTS.items() if not (family == "glm" and layout.get("share"))}
+    return {
+        name: layout
+        for name, layout in LAYOUTS.items()
+        if not (family == "glm" and layout.get("share"))
+    }
 
 
 def fill(model):
@@ -65,7 +77,10 @@ def plain(model, data, rows) -> tuple[float, torch.Tensor]:
     """Mean loss and its gradient the textbook's way: a batch padded on the right, all logits, F.cross_entropy."""
     rows = [row for row in rows if row >= 0]
     longest = max(len(data.ids(row)) for row in rows)
-    ids, labels = torch.zeros(len(rows), longest, dtype=torch.long), torch.full((len(rows), longest), IGNORED)
+    ids, labels = (
+        torch.zeros(len(rows), longest, dtype=torch.long),
+        torch.full((len(rows), longest), IGNORED),
+    )
     for i, row in enumerate(rows):
         one = torch.tensor(data.ids(row))
         ids[i, : len(one)] = one
@@ -90,7 +105,9 @@ def build(flags, tmp_path, family, name, *more, dtype=torch.float32):
     """The model of a method, with the lean LoRA that training gives it."""
     config = parse_config(flags(tmp_path, *more, family=family, method=name))
     torch.manual_seed(0)
-    model = make_method(config).prepare(load_model(config.model_name_or_path, dtype=dtype, **make_method(config).model_options()))
+    model = make_method(config).prepare(
+        load_model(config.model_name_or_path, dtype=dtype, **make_method(config).model_options())
+    )
     return use_lean_lora(fill(model))
 
 
@@ -105,7 +122,10 @@ def test_every_layout_is_the_plain_loop(flags, tmp_path, data, family, method):
             if layout.get("share") and len(rows) > 1:
                 assert max(batch["shared"]) >= 8  # there is something to share
     with torch.no_grad():
-        losses = [evaluation_loss(LossModule(model.eval()), data[family], 4, **layout) for layout in layouts_of(family).values()]
+        losses = [
+            evaluation_loss(LossModule(model.eval()), data[family], 4, **layout)
+            for layout in layouts_of(family).values()
+        ]
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
 
 
@@ -119,9 +139,17 @@ def test_a_pass_of_empty_places_adds_nothing(flags, tmp_path, data, family, meth
 
 
 @pytest.mark.parametrize("how", ["True", "selective"])
-@pytest.mark.parametrize("family, method", [*FAMILY_METHODS, *((family, "lora-everywhere") for family in FAMILIES)], ids=lambda x: x)
+@pytest.mark.parametrize(
+    "family, method",
+    [*FAMILY_METHODS, *((family, "lora-everywhere") for family in FAMILIES)],
+    ids=lambda x: x,
+)
 def test_gradient_checkpointing_changes_nothing(flags, tmp_path, data, family, method, how):
-    words = ["--lora_module_name", ALL_LINEAR, "--lora_dropout", "0.3"] if method == "lora-everywhere" else []
+    words = (
+        ["--lora_module_name", ALL_LINEAR, "--lora_dropout", "0.3"]
+        if method == "lora-everywhere"
+        else []
+    )
     model = build(flags, tmp_path, family, method.split("-everywhere")[0], *words)
 
     def run():
@@ -132,7 +160,9 @@ def test_gradient_checkpointing_changes_nothing(flags, tmp_path, data, family, m
         return found
 
     without = run()
-    kwargs = {"use_reentrant": False} | ({"context_fn": keep_products} if how == "selective" else {})
+    kwargs = {"use_reentrant": False} | (
+        {"context_fn": keep_products} if how == "selective" else {}
+    )
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     for found, wanted in zip(run(), without):
         assert_same(found, wanted, 1e-6, 1e-5)
@@ -147,7 +177,11 @@ def test_lean_lora_is_pefts(flags, tmp_path, data, family, dropout, monkeypatch)
     """On every linear layer, with the same dropout masks where there are any; each adapter trains by the lean path."""
     words = ["--lora_module_name", ALL_LINEAR, "--lora_dropout", dropout]
     lean = build(flags, tmp_path, family, "lora", *words)
-    own = fill(make_method(parse_config(flags(tmp_path, *words, family=family))).prepare(load_model(lean.peft_config["default"].base_model_name_or_path, dtype=torch.float32)))
+    own = fill(
+        make_method(parse_config(flags(tmp_path, *words, family=family))).prepare(
+            load_model(lean.peft_config["default"].base_model_name_or_path, dtype=torch.float32)
+        )
+    )
     calls = count_calls(monkeypatch)
     for layout in layouts_of(family).values():
         results = []
@@ -188,7 +222,11 @@ def test_bf16_with_adapters_in_fp32(flags, tmp_path, data, family):
 
 def count_calls(monkeypatch) -> list:
     calls, real = [], lora_module.LoraFunction.apply
-    monkeypatch.setattr(lora_module, "LoraFunction", SimpleNamespace(apply=lambda *args: calls.append(1) or real(*args)))
+    monkeypatch.setattr(
+        lora_module,
+        "LoraFunction",
+        SimpleNamespace(apply=lambda *args: calls.append(1) or real(*args)),
+    )
     return calls
 
 
@@ -203,26 +241,51 @@ def special(kind: str, model, adapter) -> None:
         model.base_model.set_adapter(["default", "other"])
     elif kind in ("trained weight", "trained bias"):
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad or name.endswith(f"query_key_value.base_layer.{kind.split()[1]}"))
+            parameter.requires_grad_(
+                parameter.requires_grad
+                or name.endswith(f"query_key_value.base_layer.{kind.split()[1]}")
+            )
 
 
-@pytest.mark.parametrize("kind", ["plain", "merged", "disabled", "two adapters", "dora", "lora bias", "trained weight", "trained bias"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "plain",
+        "merged",
+        "disabled",
+        "two adapters",
+        "dora",
+        "lora bias",
+        "trained weight",
+        "trained bias",
+    ],
+)
 def test_lean_lora_steps_aside(bases, data, monkeypatch, kind):
     """What peft must see to itself goes through peft: its results, its gradients."""
     from peft import LoraConfig, get_peft_model
 
-    adapter = LoraConfig(r=4, target_modules=["query_key_value"], use_dora=kind == "dora", lora_bias=kind == "lora bias", init_lora_weights=False)
+    adapter = LoraConfig(
+        r=4,
+        target_modules=["query_key_value"],
+        use_dora=kind == "dora",
+        lora_bias=kind == "lora bias",
+        init_lora_weights=False,
+    )
 
     def make():
         torch.manual_seed(0)
         model = get_peft_model(load_model(bases["glm2"], dtype=torch.float32), adapter)
-        model.get_input_embeddings().weight.requires_grad_(True)  # there is always something to train
+        model.get_input_embeddings().weight.requires_grad_(
+            True
+        )  # there is always something to train
         return model.train()
 
     def run(model):
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         loss = nll_sum(model, **collate(data["glm2"], ROWS))
-        return dict(zip(trained, torch.autograd.grad(loss, list(trained.values()), allow_unused=True)))
+        return dict(
+            zip(trained, torch.autograd.grad(loss, list(trained.values()), allow_unused=True))
+        )
 
     peft, lean = make(), use_lean_lora(make())
     calls = count_calls(monkeypatch)
@@ -250,17 +313,25 @@ def test_lean_lora_steps_aside(bases, data, monkeypatch, kind):
 @pytest.mark.parametrize("method", METHODS)
 def test_runs_of_every_batching(flags, train, tmp_path, method):
     """The same losses and norms step by step; rows grouped by length are other steps, but the plain loop's again."""
-    runs = {"ragged": [], "unshared": ["--share_prefix", "False"], "padded": ["--batching", "padded"]}
+    runs = {
+        "ragged": [],
+        "unshared": ["--share_prefix", "False"],
+        "padded": ["--batching", "padded"],
+    }
     shared = ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2]
     found = {}
     for name, words in runs.items():
         train(flags(tmp_path / name, *shared, *words, method=method))
         found[name] = metrics(tmp_path / name) + metrics(tmp_path / name, "grad_norm")
-    assert found["unshared"] == pytest.approx(found["ragged"], rel=1e-5) and found["padded"] == pytest.approx(found["ragged"], rel=1e-5)
+    assert found["unshared"] == pytest.approx(found["ragged"], rel=1e-5) and found[
+        "padded"
+    ] == pytest.approx(found["ragged"], rel=1e-5)
     words = flags(tmp_path / "grouped", *shared, "--batching", "grouped", method=method)
     train(words)
     losses = metrics(tmp_path / "grouped")
-    assert losses == pytest.approx(plain_run(words, 4)[0], rel=1e-5) and losses != pytest.approx(metrics(tmp_path / "ragged"), rel=1e-5)
+    assert losses == pytest.approx(plain_run(words, 4)[0], rel=1e-5) and losses != pytest.approx(
+        metrics(tmp_path / "ragged"), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("batching", ["padded", "grouped"])
@@ -277,15 +348,30 @@ def test_stop_and_resume_is_bit_identical(flags, train, tmp_path, monkeypatch, b
         assert file.read_bytes() == (again / file.name).read_bytes()
 
 
-@pytest.mark.parametrize("words, shared", [
-    ([], False), (["--lora_dropout", "0"], True), (["--lora_dropout", "0", "--share_prefix", "False"], False),
-    (["--train_type", "all"], True), (["--train_type", "ptuning"], False), (["--train_type", "ptuning", "--prefix_dropout", "0"], True),
-    (["--train_type", "ptuning", "--ptuning_version", "v1"], True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, shared",
+    [
+        ([], False),
+        (["--lora_dropout", "0"], True),
+        (["--lora_dropout", "0", "--share_prefix", "False"], False),
+        (["--train_type", "all"], True),
+        (["--train_type", "ptuning"], False),
+        (["--train_type", "ptuning", "--prefix_dropout", "0"], True),
+        (["--train_type", "ptuning", "--ptuning_version", "v1"], True),
+    ],
+)
 def test_beginnings_are_shared_where_nothing_drops_out(words, shared):
     config = parse_config(["--model_name_or_path", "m", "--train_path", "t", *words])
     for family in FAMILIES.values():
         layout = layout_of(config, family, SimpleNamespace(pad_token_id=3), torch.float32)
-        assert layout | {"share": bool(layout["share"])} == {"ragged": True, "share": shared and family.name != "glm", "multiple": 1, "pad_id": 3}
+        assert layout | {"share": bool(layout["share"])} == {
+            "ragged": True,
+            "share": shared and family.name != "glm",
+            "multiple": 1,
+            "pad_id": 3,
+        }
     if not torch.cuda.is_available():
-        assert layout_of(config, family, SimpleNamespace(pad_token_id=3), torch.bfloat16)["multiple"] == 64
+        assert (
+            layout_of(config, family, SimpleNamespace(pad_token_id=3), torch.bfloat16)["multiple"]
+            == 64
+        )

@@ -8,7 +8,21 @@ import numpy as np
 from predictor.labels import Example, Label
 
 KINDS = {"name": 1.5, "list": 2.5, "explain": 3.5, "essay": 4.5}  # mean of log(1 + length)
-TOPICS = ["river", "lamp", "train", "winter", "garden", "music", "history", "bread", "ocean", "paper", "window", "friend", "city"]
+TOPICS = [
+    "river",
+    "lamp",
+    "train",
+    "winter",
+    "garden",
+    "music",
+    "history",
+    "bread",
+    "ocean",
+    "paper",
+    "window",
+    "friend",
+    "city",
+]
 NOISE = 0.4  # standard deviation of log(1 + length), normal
 
 
@@ -21,14 +35,25 @@ def make_rows(count: int, *, seed: int, factor: float = 1.0, turned: bool = Fals
         mean = 6 - KINDS[kind] if turned else KINDS[kind]
         prompt = f"{kind} {' '.join(generator.choice(TOPICS, 5))} {seed} {i}"
         tokens = factor * np.expm1(generator.normal(mean, NOISE))
-        rows.append({"prompt": prompt, "output_tokens": max(0, round(tokens)), "finished": True, "served_model": "m"})
+        rows.append(
+            {
+                "prompt": prompt,
+                "output_tokens": max(0, round(tokens)),
+                "finished": True,
+                "served_model": "m",
+            }
+        )
     return rows
 
 
 def cap_rows(rows: list[dict], share: float) -> list[dict]:
     """The rows with answers cut where about `share` of them have ended."""
     cap = int(np.quantile([row["output_tokens"] for row in rows], share))
-    return [row | {"output_tokens": min(row["output_tokens"], cap), "finished": row["output_tokens"] <= cap} for row in rows]
+    return [
+        row
+        | {"output_tokens": min(row["output_tokens"], cap), "finished": row["output_tokens"] <= cap}
+        for row in rows
+    ]
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
@@ -37,7 +62,15 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 
 def examples_of(rows: list[dict]) -> list[Example]:
-    return [Example(row["prompt"], (Label(row["output_tokens"], row["served_model"], row["finished"]),), "log", "") for row in rows]
+    return [
+        Example(
+            row["prompt"],
+            (Label(row["output_tokens"], row["served_model"], row["finished"]),),
+            "log",
+            "",
+        )
+        for row in rows
+    ]
 
 
 def train(folder: Path, rows: list[dict], **options) -> Path:
@@ -46,5 +79,15 @@ def train(folder: Path, rows: list[dict], **options) -> Path:
     from predictor.training import train_predictor
 
     data = write_rows(folder / "rows.jsonl", rows)
-    knobs = {"served_model": "m", "hash_bits": 12, "landmarks": 200, "length_limit": 1000, "head": "regression"} | options
-    return train_predictor(PredictorConfig(task="predictor", train_path=str(data), output_dir=str(folder / "predictor"), **knobs))
+    knobs = {
+        "served_model": "m",
+        "hash_bits": 12,
+        "landmarks": 200,
+        "length_limit": 1000,
+        "head": "regression",
+    } | options
+    return train_predictor(
+        PredictorConfig(
+            task="predictor", train_path=str(data), output_dir=str(folder / "predictor"), **knobs
+        )
+    )

@@ -10,11 +10,19 @@ from hypothesis import strategies as st
 from scipy.special import ndtr
 
 from predictor import LengthPredictor
-from predictor.calibration import KNOTS, Conformal, ScoreScale, Tail, fit_temperature, kaplan_meier, levels_of
+from predictor.calibration import (
+    KNOTS,
+    Conformal,
+    ScoreScale,
+    Tail,
+    fit_temperature,
+    kaplan_meier,
+    levels_of,
+)
 from predictor.decoder import Decoder, head_edges, read_card, write_card
 from predictor.heads import HEADS, softmax
-from predictor.metrics import quantiles
 from predictor.prediction import from_bins, log_middles, make_edges
+from predictor.scores import quantiles
 from tests.predictor.synthetic import make_rows, train
 from tests.predictor.test_heads import CLASSES, KINDS, LIMIT
 
@@ -38,7 +46,11 @@ def product_limit(values, finished, weights, never=0.0):
     return shares
 
 
-samples = st.lists(st.tuples(st.integers(0, 9), st.booleans(), st.sampled_from([0.25, 0.5, 1.0])), min_size=1, max_size=40)
+samples = st.lists(
+    st.tuples(st.integers(0, 9), st.booleans(), st.sampled_from([0.25, 0.5, 1.0])),
+    min_size=1,
+    max_size=40,
+)
 
 
 @quick
@@ -60,7 +72,9 @@ def test_product_limit_without_cuts_is_what_was_seen(values):
     found, share = kaplan_meier(values, np.ones(len(values), bool), np.ones(len(values)))
     np.testing.assert_allclose(share, [(values <= v).mean() for v in found], atol=1e-12)
     _, share = kaplan_meier(values, np.ones(len(values), bool), np.ones(len(values)), never=1.0)
-    np.testing.assert_allclose(share, [(values <= v).sum() / (len(values) + 1) for v in found], atol=1e-12)
+    np.testing.assert_allclose(
+        share, [(values <= v).sum() / (len(values) + 1) for v in found], atol=1e-12
+    )
 
 
 def test_product_limit_finds_the_distribution_behind_cuts():
@@ -89,7 +103,9 @@ def test_levels_are_what_lies_within(seed, bins):
     edges = make_edges(bins, 500)
     rows = rng.dirichlet(np.full(len(edges) - 1, 0.2), 6)
     tokens = np.array([0, 500, 900, *rng.uniform(0, 500, 3)])
-    wanted = [LengthPrediction(row, edges, 0.0).probability_within(t) for row, t in zip(rows, tokens)]
+    wanted = [
+        LengthPrediction(row, edges, 0.0).probability_within(t) for row, t in zip(rows, tokens)
+    ]
     np.testing.assert_allclose(levels_of(rows, edges, tokens), wanted, atol=2e-6)
 
 
@@ -97,7 +113,14 @@ def test_levels_are_what_lies_within(seed, bins):
 
 
 @quick
-@given(st.lists(st.tuples(st.floats(-0.1, 1.1), st.booleans(), st.sampled_from([0.5, 1.0])), min_size=1, max_size=400), st.integers(0, 2**31))
+@given(
+    st.lists(
+        st.tuples(st.floats(-0.1, 1.1), st.booleans(), st.sampled_from([0.5, 1.0])),
+        min_size=1,
+        max_size=400,
+    ),
+    st.integers(0, 2**31),
+)
 @example([(0.0, True, 1.0)], 0)
 @example([(1.0, True, 1.0)], 0)
 @example([(0.5, False, 1.0)], 0)
@@ -117,7 +140,9 @@ def test_conformal_at_the_order_statistics():
     """The k-th smallest of n levels becomes k / (n + 1)."""
     levels = np.array([0.9, 0.1, 0.5, 0.2])
     conformal = Conformal.fit(levels, np.ones(4, bool), np.ones(4))
-    np.testing.assert_allclose(np.interp(np.sort(levels), conformal.raw, conformal.calibrated), [0.2, 0.4, 0.6, 0.8])
+    np.testing.assert_allclose(
+        np.interp(np.sort(levels), conformal.raw, conformal.calibrated), [0.2, 0.4, 0.6, 0.8]
+    )
 
 
 def test_conformal_weighs_prompts_not_labels():
@@ -147,7 +172,9 @@ def draw(kind: str, rng, count: int):
     elif kind == "ties":
         lengths = rng.choice([5.0, 50.0, 100.0, 100.0, 400.0, 1000.0], count)
     else:  # two kinds of answers
-        lengths = np.expm1(np.where(rng.random(count) < 0.5, 2.5, place + 1) + 0.2 * rng.standard_normal(count))
+        lengths = np.expm1(
+            np.where(rng.random(count) < 0.5, 2.5, place + 1) + 0.2 * rng.standard_normal(count)
+        )
     return place, np.clip(np.round(lengths), 0, EDGES[-1] - 1)
 
 
@@ -167,22 +194,37 @@ def test_quantiles_cover_what_they_say(kind, bias, spread, cut):
     for _ in range(30):
         place, lengths = draw(kind, rng, 300)
         # A cap that knows of the length what the prompt says ends about 30 % of the answers before their time.
-        caps = np.where(rng.random(300) < 2 * cut, np.maximum(np.expm1(place + rng.normal(0, 0.7, 300)), 1), np.inf)
-        conformal = Conformal.fit(levels_of(normals(place + bias, spread), EDGES, np.minimum(lengths, caps)), lengths < caps, np.ones(300))
+        caps = np.where(
+            rng.random(300) < 2 * cut,
+            np.maximum(np.expm1(place + rng.normal(0, 0.7, 300)), 1),
+            np.inf,
+        )
+        conformal = Conformal.fit(
+            levels_of(normals(place + bias, spread), EDGES, np.minimum(lengths, caps)),
+            lengths < caps,
+            np.ones(300),
+        )
         place, lengths = draw(kind, rng, 500)
         found = conformal.apply(normals(place + bias, spread))
         covered.append([(lengths <= quantiles(found, EDGES, q)).mean() for q in LEVELS])
     mean, error = np.mean(covered, axis=0), np.std(covered, axis=0) / np.sqrt(30)
     for q, share, noise in zip(LEVELS, mean, error):
         slack = 3 * noise + 0.3 * (1 - q) * (1 - q < 0.05) + 0.01 * (1 - q > 0.05)
-        most = 1 if kind == "ties" else q + slack + 0.005  # a sixth of the answers may share a length: all are covered, or none
+        most = (
+            1 if kind == "ties" else q + slack + 0.005
+        )  # a sixth of the answers may share a length: all are covered, or none
         assert q - slack <= share <= most, (q, share, noise)
 
 
 def test_uncalibrated_these_models_do_not_cover():
     """Else the test above would show nothing."""
     place, lengths = draw("lognormal", np.random.default_rng(0), 5000)
-    for bias, spread, far in ((0.8, 0.7, True), (0.0, 2.0, True), (-0.4, 0.5, True), (0.0, 0.7, False)):
+    for bias, spread, far in (
+        (0.8, 0.7, True),
+        (0.0, 2.0, True),
+        (-0.4, 0.5, True),
+        (0.0, 0.7, False),
+    ):
         share = (lengths <= quantiles(normals(place + bias, spread), EDGES, 0.9)).mean()
         assert (abs(share - 0.9) > 0.03) == far
 
@@ -197,7 +239,9 @@ def test_temperature_is_found_again(name, true):
     logits = rng.normal(0, 2, (4000, head.width))
     classes = (softmax(logits / true).cumsum(axis=1) < rng.random((4000, 1))).sum(axis=1)
     tokens = (head.edges[classes] + head.edges[classes + 1]) / 2
-    assert head.fit(logits, tokens, np.ones(4000, bool), np.ones(4000))["temperature"] == pytest.approx(true, rel=0.1)
+    assert head.fit(logits, tokens, np.ones(4000, bool), np.ones(4000))[
+        "temperature"
+    ] == pytest.approx(true, rel=0.1)
     caps = np.where(rng.random(4000) < 0.4, rng.permutation(tokens), np.inf)
     found = head.fit(logits, np.minimum(tokens, caps), tokens < caps, np.ones(4000))["temperature"]
     assert found == pytest.approx(true, rel=0.15)
@@ -211,17 +255,27 @@ def test_temperature_ties_are_one():
 
 
 @pytest.mark.parametrize("cut", [0.0, 0.3])
-@pytest.mark.parametrize("intercept, slope, spread", [(3.0, 0.8, 0.5), (-2.0, 0.1, 1.0), (5.0, 2.0, 0.05)])
+@pytest.mark.parametrize(
+    "intercept, slope, spread", [(3.0, 0.8, 0.5), (-2.0, 0.1, 1.0), (5.0, 2.0, 0.05)]
+)
 def test_score_scale_finds_the_line(intercept, slope, spread, cut):
     rng = np.random.default_rng(0)
     scores = rng.normal(2, 1, 6000)
     noise = rng.standard_normal(6000)
     y = intercept + slope * scores + spread * noise + 5
-    caps = np.where(rng.random(6000) < 2 * cut, intercept + slope * scores + spread * rng.standard_normal(6000) + 5, np.inf)
+    caps = np.where(
+        rng.random(6000) < 2 * cut,
+        intercept + slope * scores + spread * rng.standard_normal(6000) + 5,
+        np.inf,
+    )
     assert (caps < y).mean() == pytest.approx(cut, abs=0.02)
     scale = ScoreScale.fit(scores, np.expm1(np.minimum(y, caps)), y < caps, np.ones(6000))
-    assert scale.slope == pytest.approx(slope, abs=0.03 * spread + 1e-3 if not cut else 0.08 * spread + 0.02 * slope)
-    assert scale.location(np.array([2.0]))[0] == pytest.approx(intercept + 2 * slope + 5, abs=0.1 * spread)
+    assert scale.slope == pytest.approx(
+        slope, abs=0.03 * spread + 1e-3 if not cut else 0.08 * spread + 0.02 * slope
+    )
+    assert scale.location(np.array([2.0]))[0] == pytest.approx(
+        intercept + 2 * slope + 5, abs=0.1 * spread
+    )
     found = log_quantiles(scale, 2.0, [0.1, 0.5, 0.9]) - (intercept + 2 * slope + 5)
     np.testing.assert_allclose(found, np.array([-1.2816, 0, 1.2816]) * spread, atol=0.15 * spread)
 
@@ -249,7 +303,12 @@ def test_score_scale_sees_where_the_spread_grows():
 def test_score_scale_of_next_to_nothing(scores, tokens, finished):
     count = min(len(scores), len(tokens))
     with np.errstate(all="raise", under="ignore"):
-        scale = ScoreScale.fit(np.array(scores[:count]), np.array(tokens[:count], float), np.full(count, finished), np.ones(count))
+        scale = ScoreScale.fit(
+            np.array(scores[:count]),
+            np.array(tokens[:count], float),
+            np.full(count, finished),
+            np.ones(count),
+        )
         found = scale.reader(EDGES)(np.array([-1e3, 0.0, 1.0, 1e3]))
     assert scale.slope > 0 and (found >= 0).all()
     np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-9)
@@ -263,7 +322,9 @@ def world(name, rng, count):
     place = rng.normal(4.5, 0.8, count)
     lengths = np.clip(np.round(np.expm1(place + 0.6 * rng.standard_t(5, count))), 0, LIMIT - 1)
     if name in CLASSES:
-        return -0.5 * ((log_middles(KINDS[name].edges)[None] - place[:, None] - 0.2) / 0.4) ** 2, lengths
+        return -0.5 * (
+            (log_middles(KINDS[name].edges)[None] - place[:, None] - 0.2) / 0.4
+        ) ** 2, lengths
     return (1.7 * place + 0.3)[:, None], lengths
 
 
@@ -274,7 +335,9 @@ def test_decoders_cover_what_they_say(name, cut):
     for _ in range(12):
         outputs, lengths = world(name, rng, 300)
         caps = np.maximum(np.where(rng.random(300) < 2 * cut, rng.permutation(lengths), np.inf), 1)
-        decoder = Decoder.fit(head, outputs, np.minimum(lengths, caps), lengths < caps, np.ones(300), np.arange(300))
+        decoder = Decoder.fit(
+            head, outputs, np.minimum(lengths, caps), lengths < caps, np.ones(300), np.arange(300)
+        )
         outputs, lengths = world(name, rng, 1000)
         found, ranks = decoder.decode(outputs)
         assert found.shape == (1000, len(decoder.edges) - 1) and len(ranks) == 1000
@@ -287,7 +350,9 @@ def test_decoders_cover_what_they_say(name, cut):
 @pytest.mark.parametrize("name", [name for name in KINDS if name in HEADS])
 def test_decoders_survive_their_card(name, tmp_path):
     outputs, lengths = world(name, np.random.default_rng(0), 200)
-    decoder = Decoder.fit(KINDS[name], outputs, lengths, np.ones(200, bool), np.full(200, 0.5), np.arange(200) // 2)
+    decoder = Decoder.fit(
+        KINDS[name], outputs, lengths, np.ones(200, bool), np.full(200, 0.5), np.arange(200) // 2
+    )
     write_card(tmp_path, decoder.to_dict())
     back = Decoder.from_dict(read_card(tmp_path))
     assert back.head == decoder.head
@@ -301,9 +366,19 @@ def test_decoders_keep_their_errors(name):
     rng = np.random.default_rng(1)
     outputs, lengths = world(name, rng, 800)
     finished = rng.random(800) > 0.2
-    decoder = Decoder.fit(KINDS[name], outputs, np.where(finished, lengths, np.maximum(lengths // 2, 1)), finished, np.ones(800), np.arange(800))
+    decoder = Decoder.fit(
+        KINDS[name],
+        outputs,
+        np.where(finished, lengths, np.maximum(lengths // 2, 1)),
+        finished,
+        np.ones(800),
+        np.arange(800),
+    )
     outputs, lengths = world(name, rng, 2000)
-    errors = np.log(np.maximum(lengths, 1) / np.maximum([p.median_tokens for p in decoder.predictions(outputs)], 1))
+    errors = np.log(
+        np.maximum(lengths, 1)
+        / np.maximum([p.median_tokens for p in decoder.predictions(outputs)], 1)
+    )
     for q in (0.25, 0.5, 0.75):
         assert abs(np.quantile(decoder.residuals, q) - np.quantile(errors, q)) < 0.12, q
 
@@ -314,9 +389,14 @@ def test_decoders_of_few_prompts(name, count):
     outputs, lengths = world(name, np.random.default_rng(0), count)
     for prompts in (np.arange(count), np.zeros(count, int)):
         for finished in (True, False):
-            decoder = Decoder.fit(KINDS[name], outputs, lengths, np.full(count, finished), np.ones(count), prompts)
+            decoder = Decoder.fit(
+                KINDS[name], outputs, lengths, np.full(count, finished), np.ones(count), prompts
+            )
             for p in decoder.predictions(outputs * 100):
-                assert p.probabilities.sum() == pytest.approx(1) and 0 <= p.quantile(0.1) <= p.quantile(0.9) <= decoder.edges[-1]
+                assert (
+                    p.probabilities.sum() == pytest.approx(1)
+                    and 0 <= p.quantile(0.1) <= p.quantile(0.9) <= decoder.edges[-1]
+                )
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name in HEADS])
@@ -326,8 +406,15 @@ def test_predictions_come_in_fine_bins_up_to_the_limit(name):
     assert np.isin(KINDS[name].edges, edges).all()
 
 
-@pytest.mark.parametrize("text, said", [("", "not valid JSON"), ("[]", "wanted an object"), ('{"format": "x"}', "not the card"),
-                                        ('{"format": "glm-foundry length predictor", "format_version": 2}', "format version 2")])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "not valid JSON"),
+        ("[]", "wanted an object"),
+        ('{"format": "x"}', "not the card"),
+        ('{"format": "glm-foundry length predictor", "format_version": 2}', "format version 2"),
+    ],
+)
 def test_cards_that_are_none(tmp_path, text, said):
     (tmp_path / "predictor.json").write_text(text)
     with pytest.raises(ValueError, match=said):
@@ -352,18 +439,28 @@ def test_newcomer_4_the_mean_is_the_answers_not_the_limits():
     assert before.expected_tokens > before.quantile(0.9) > after.expected_tokens
     edge = EDGES[np.searchsorted(EDGES, 512)]
     assert after.probability_within(edge) == pytest.approx(before.probability_within(edge))
-    assert [after.quantile(q) for q in (0.1, 0.5, 0.9)] == pytest.approx([before.quantile(q) for q in (0.1, 0.5, 0.9)])
+    assert [after.quantile(q) for q in (0.1, 0.5, 0.9)] == pytest.approx(
+        [before.quantile(q) for q in (0.1, 0.5, 0.9)]
+    )
 
 
 def test_newcomer_4_a_trained_predictor_has_its_tail(tmp_path, capsys):
     rows = make_rows(39, seed=0)
     rows[3] |= {"output_tokens": 512, "finished": False}
-    predictor = LengthPredictor.from_pretrained(train(tmp_path, rows, head="distribution", length_limit=8192))
-    assert predictor.decoder.tail.start == 512 and "longest answer 512 tokens: beyond it, up to the limit of 8192" in capsys.readouterr().out
+    predictor = LengthPredictor.from_pretrained(
+        train(tmp_path, rows, head="distribution", length_limit=8192)
+    )
+    assert (
+        predictor.decoder.tail.start == 512
+        and "longest answer 512 tokens: beyond it, up to the limit of 8192"
+        in capsys.readouterr().out
+    )
     plain = replace(predictor.decoder, tail=None)
     for prompt in ("name river", "list lamp train", "essay history of the city"):
         said, before = predictor.predict(prompt)[0], plain.predictions(predictor.score([prompt]))[0]
-        assert (said.cumulative >= before.cumulative - 1e-12).all() and said.expected_tokens <= before.expected_tokens + 1e-9
+        assert (
+            said.cumulative >= before.cumulative - 1e-12
+        ).all() and said.expected_tokens <= before.expected_tokens + 1e-9
         assert abs(said.probabilities.sum() - 1) < 1e-9 and (said.probabilities >= 0).all()
     loaded = Decoder.from_dict(json.loads(json.dumps(predictor.decoder.to_dict())))
     assert loaded.tail == predictor.decoder.tail
@@ -384,11 +481,17 @@ def test_newcomer_4_a_tail_is_found_though_answers_are_cut(index, cut):
     assert drawn[:4] == pytest.approx(mass[0, :4]) and drawn.sum() == pytest.approx(1)
     assert longer[4:6] / longer[3] == pytest.approx(np.array([1.5, 2.0]) ** -found.index)
     short = np.array([[0.1, 0.1, 0.1, 0.1, 0.6, 0.0, 0.0]])
-    assert found.apply(short, edges) == pytest.approx(short), "what lies nearer than the bound stays"
+    assert found.apply(short, edges) == pytest.approx(short), (
+        "what lies nearer than the bound stays"
+    )
 
 
 def test_a_tail_of_a_few_odd_answers():
-    for tokens, finished in (([0.0], [True]), ([5.0, 5.0], [True, False]), ([1.0, 900.0], [False, False])):
+    for tokens, finished in (
+        ([0.0], [True]),
+        ([5.0, 5.0], [True, False]),
+        ([1.0, 900.0], [False, False]),
+    ):
         tail = Tail.fit(np.array(tokens), np.array(finished), np.ones(len(tokens)))
         assert tail == Tail(max([1.0, *tokens]), 2.0) if all(finished) else tail is None
     whole = np.full((2, 3), 1 / 3)

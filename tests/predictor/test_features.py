@@ -14,9 +14,42 @@ from tests.conftest import REPO_ROOT
 
 pytestmark = pytest.mark.filterwarnings("error")
 quick = settings(deadline=None, max_examples=40)
-ODD = ["", " ", "\0", "\0\0a\0", "\ud800", "a\udfffb", "👩‍👩‍👧 family", "مرحبا كيف الحال", "שלום עולם", "İ" * 2001, "ﬁ", "ß" * 50, "\u202eabc", "one", "一", "한국어 문장", "a\n\n\nb",
-       "𠀀𠀁", "\U0010ffff", "é" * 3000, "1" * 4000, "'", "'''", "x" * 2000, "x" * 2001, "你" * 5000, "five " * 900, "a" * 1_000_000, "Write 5 sentences. 写一个故事"]  # fmt: skip
-any_text = st.one_of(st.text(st.characters(), max_size=80), st.sampled_from(ODD), st.text("ab 1.é你好\0\ud800İ", max_size=30))
+ODD = [
+    "",
+    " ",
+    "\0",
+    "\0\0a\0",
+    "\ud800",
+    "a\udfffb",
+    "👩‍👩‍👧 family",
+    "مرحبا كيف الحال",
+    "שלום עולם",
+    "İ" * 2001,
+    "ﬁ",
+    "ß" * 50,
+    "\u202eabc",
+    "one",
+    "一",
+    "한국어 문장",
+    "a\n\n\nb",
+    "𠀀𠀁",
+    "\U0010ffff",
+    "é" * 3000,
+    "1" * 4000,
+    "'",
+    "'''",
+    "x" * 2000,
+    "x" * 2001,
+    "你" * 5000,
+    "five " * 900,
+    "a" * 1_000_000,
+    "Write 5 sentences. 写一个故事",
+]
+any_text = st.one_of(
+    st.text(st.characters(), max_size=80),
+    st.sampled_from(ODD),
+    st.text("ab 1.é你好\0\ud800İ", max_size=30),
+)
 
 
 def hand(text: str) -> dict[str, float]:
@@ -24,7 +57,11 @@ def hand(text: str) -> dict[str, float]:
 
 
 def asked(text: str) -> dict[str, float]:
-    return {name[5:]: round(float(np.expm1(value)), 3) for name, value in hand(text).items() if name.startswith("asks") and value}
+    return {
+        name[5:]: round(float(np.expm1(value)), 3)
+        for name, value in hand(text).items()
+        if name.startswith("asks") and value
+    }
 
 
 def grams_of(grams: Grams, row: int = 0) -> list[tuple[int, float]]:
@@ -44,7 +81,11 @@ def test_a_text_reads_the_same_in_any_batch(texts):
     many = Grams(texts)
     rows = many.hand()
     hashes, owners, weights = many.all()
-    assert rows.shape == (len(texts), HANDS) and np.isfinite(rows).all() and len(hashes) == len(owners) == len(weights)
+    assert (
+        rows.shape == (len(texts), HANDS)
+        and np.isfinite(rows).all()
+        and len(hashes) == len(owners) == len(weights)
+    )
     assert np.isfinite(weights).all() and (weights > 0).all() and weights.dtype == np.float32
     for i, text in enumerate(texts):
         alone = Grams([text])
@@ -63,8 +104,10 @@ def test_a_kind_weighs_no_more_than_its_share(text):
 
 def test_reading_is_the_same_in_every_process():
     texts = ["Write 5 sentences about Ünïcode. 写三种方法", "", "a\nb", "x" * 3000]
-    program = ("import sys, hashlib; from predictor.features import Grams; g = Grams(eval(sys.stdin.read()));"
-               "h, t, w = g.all(); print(hashlib.sha256(h.tobytes() + t.tobytes() + w.tobytes() + g.hand().tobytes()).hexdigest())")  # fmt: skip
+    program = (
+        "import sys, hashlib; from predictor.features import Grams; g = Grams(eval(sys.stdin.read()));"
+        "h, t, w = g.all(); print(hashlib.sha256(h.tobytes() + t.tobytes() + w.tobytes() + g.hand().tobytes()).hexdigest())"
+    )
     run = [
         subprocess.run(
             [sys.executable, "-W", "error", "-c", program],
@@ -74,7 +117,7 @@ def test_reading_is_the_same_in_every_process():
             cwd=REPO_ROOT,
             check=True,
             env={"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
-        ).stdout  # fmt: skip
+        ).stdout
         for seed in ("1", "2")
     ]
     assert run[0] == run[1] and len(run[0]) == 65
@@ -119,24 +162,47 @@ def test_clipping_keeps_both_ends(size):
 def test_what_stands_at_the_ends_of_a_long_text_is_read():
     filling = "lorem ipsum " * 50_000
     found = hand("Summarize this: " + filling + " Write a poem of 12 lines")
-    assert found["cue summary"] and found["early summary"] and found["cue poem"] and found["asks lines"] == pytest.approx(np.log1p(12))
+    assert (
+        found["cue summary"]
+        and found["early summary"]
+        and found["cue poem"]
+        and found["asks lines"] == pytest.approx(np.log1p(12))
+    )
     assert found["log all characters"] > np.log(600_000) > found["log characters"]
-    np.testing.assert_array_equal(Grams(["a b " + "m" * 9000 + " c d"]).hand()[0, :60], Grams(["a b " + "m" * 8000 + " c d"]).hand()[0, :60])
+    np.testing.assert_array_equal(
+        Grams(["a b " + "m" * 9000 + " c d"]).hand()[0, :60],
+        Grams(["a b " + "m" * 8000 + " c d"]).hand()[0, :60],
+    )
 
 
 # ---- words and their hashes
 
 
-@pytest.mark.parametrize("text, count", [
-    ("hello world", 2), ("Hello, world!", 2), ("don't stop", 2), ("a1b2", 4), ("你好世界", 4), ("用Python写", 3), ("x\0y", 2), ("日本語のテキスト", 8),
-    ("3.14", 2), ("  ", 0), ("naïve café", 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, count",
+    [
+        ("hello world", 2),
+        ("Hello, world!", 2),
+        ("don't stop", 2),
+        ("a1b2", 4),
+        ("你好世界", 4),
+        ("用Python写", 3),
+        ("x\0y", 2),
+        ("日本語のテキスト", 8),
+        ("3.14", 2),
+        ("  ", 0),
+        ("naïve café", 2),
+    ],
+)
 def test_words(text, count):
     assert len(Grams([text]).words) == count
 
 
 @quick
-@given(st.text("abcdefgé1", min_size=1, max_size=12), st.lists(st.sampled_from(["zz", "你", "1", "yyyyyyyy", ","]), max_size=6))
+@given(
+    st.text("abcdefgé1", min_size=1, max_size=12),
+    st.lists(st.sampled_from(["zz", "你", "1", "yyyyyyyy", ","]), max_size=6),
+)
 def test_a_words_hash_does_not_know_its_place(word, before):
     alone = Grams([word]).words
     found = Grams([" ".join([*before, word])]).words
@@ -146,7 +212,11 @@ def test_a_words_hash_does_not_know_its_place(word, before):
 def test_grams_do_not_know_their_place_but_the_first_and_last_ones_do():
     middle = "p q r s t u v w"
     kinds = {}
-    for text in (f"aa bb cc dd {middle} ee ff gg", f"{middle} aa bb cc dd ee ff gg", f"aa bb cc dd ee ff gg {middle}"):
+    for text in (
+        f"aa bb cc dd {middle} ee ff gg",
+        f"{middle} aa bb cc dd ee ff gg",
+        f"aa bb cc dd ee ff gg {middle}",
+    ):
         hashes, _, _ = Grams([text]).all()
         kinds[text] = set(hashes.tolist())
     one, two, three = kinds.values()
@@ -155,11 +225,16 @@ def test_grams_do_not_know_their_place_but_the_first_and_last_ones_do():
     # As a word alone: word, inside (2), first (2: alone and beside nothing), last.
     assert len(word) == 6
     inner = set(Grams(["p q r s t hello u v w"]).all()[0].tolist())
-    assert len(word & inner) == 3 and len(word & set(Grams(["p q r s t hello"]).all()[0].tolist())) == 4
+    assert (
+        len(word & inner) == 3
+        and len(word & set(Grams(["p q r s t hello"]).all()[0].tolist())) == 4
+    )
 
 
 def test_different_words_have_different_hashes():
-    words = {f"{a}{b}{n}" for a in "abcdefghij" for b in "klmnopqrst" for n in ("", "ing", "er", "ed")} | {"ab", "ba", "aab", "aba", "a", "aa", "aaa"}
+    words = {
+        f"{a}{b}{n}" for a in "abcdefghij" for b in "klmnopqrst" for n in ("", "ing", "er", "ed")
+    } | {"ab", "ba", "aab", "aba", "a", "aa", "aaa"}
     assert len({int(Grams([w]).words[0]) for w in words}) == len(words)
 
 
@@ -183,41 +258,93 @@ def test_every_cue_is_found(cue):
     assert not hand("zz qq")[f"cue {cue}"]
 
 
-@pytest.mark.parametrize("text, name", [
-    ("Write a story", "cue story"), ("写一个关于狗的故事", "cue story"), ("请详细解释量子力学", "cue explain"), ("把下面的句子翻译成英文", "cue rewrite"),
-    ("Is it true?", "opens is"), ("What is life?", "opens what"), ("Is it true?", "ends in question"), ("这是什么？", "ends in question"), ("这是什么？", "question marks"),
-    ("Do it step by step", "step_by_step"), ("in one sentence", "one_sentence"), ("Use the following text", "passage"), ("根据以下内容", "passage"),
-    ("f(x) = `y`", "code marks"), ("say \"hi\"", "quotes"), ("a: b", "colon"), ("a：b", "colon"), ("12", "digits"), ("ABC", "capitals"), ("a\nb", "has rest"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, name",
+    [
+        ("Write a story", "cue story"),
+        ("写一个关于狗的故事", "cue story"),
+        ("请详细解释量子力学", "cue explain"),
+        ("把下面的句子翻译成英文", "cue rewrite"),
+        ("Is it true?", "opens is"),
+        ("What is life?", "opens what"),
+        ("Is it true?", "ends in question"),
+        ("这是什么？", "ends in question"),
+        ("这是什么？", "question marks"),
+        ("Do it step by step", "step_by_step"),
+        ("in one sentence", "one_sentence"),
+        ("Use the following text", "passage"),
+        ("根据以下内容", "passage"),
+        ("f(x) = `y`", "code marks"),
+        ('say "hi"', "quotes"),
+        ("a: b", "colon"),
+        ("a：b", "colon"),
+        ("12", "digits"),
+        ("ABC", "capitals"),
+        ("a\nb", "has rest"),
+    ],
+)
 def test_what_is_seen(text, name):
     assert hand(text)[name] > 0
 
 
-@pytest.mark.parametrize("text, name", [
-    ("The listless man", "cue list"), ("Tell what", "opens what"), ("Is it? No.", "ends in question"), ("a\n \n", "has rest"), ("abc", "digits"), ("", "words > 60"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, name",
+    [
+        ("The listless man", "cue list"),
+        ("Tell what", "opens what"),
+        ("Is it? No.", "ends in question"),
+        ("a\n \n", "has rest"),
+        ("abc", "digits"),
+        ("", "words > 60"),
+    ],
+)
 def test_what_is_not_seen(text, name):
     assert hand(text)[name] == 0
 
 
 def test_share_of_chinese():
-    assert (hand("你好世界")["chinese share"], hand("hello")["chinese share"], hand("")["chinese share"]) == (1, 0, 0)
+    assert (
+        hand("你好世界")["chinese share"],
+        hand("hello")["chinese share"],
+        hand("")["chinese share"],
+    ) == (1, 0, 0)
     assert 0 < hand("你好 world")["chinese share"] < 1
 
 
-@pytest.mark.parametrize("text, wanted", [
-    ("write 5 sentences", {"lines": 5}), ("Give me three reasons", {"items": 3}), ("a 500-word essay", {"words": 500}), ("500字", {"words": 500}),
-    ("三种方法", {"items": 3}), ("五个例子", {"items": 5}), ("two short paragraphs", {"paragraphs": 2}), ("10 tips", {"items": 10}), ("twenty ideas", {"items": 20}),
-    ("3 examples and 2 pages", {"items": 3, "paragraphs": 2}), ("2 lines or 9 lines", {"lines": 9}), ("0 words", {"words": 0}), ("version 2.5 sentences", {}),
-    ("room 5", {}), ("often lines", {}), ("٥ sentences", {"lines": 5}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("write 5 sentences", {"lines": 5}),
+        ("Give me three reasons", {"items": 3}),
+        ("a 500-word essay", {"words": 500}),
+        ("500字", {"words": 500}),
+        ("三种方法", {"items": 3}),
+        ("五个例子", {"items": 5}),
+        ("two short paragraphs", {"paragraphs": 2}),
+        ("10 tips", {"items": 10}),
+        ("twenty ideas", {"items": 20}),
+        ("3 examples and 2 pages", {"items": 3, "paragraphs": 2}),
+        ("2 lines or 9 lines", {"lines": 9}),
+        ("0 words", {"words": 0}),
+        ("version 2.5 sentences", {}),
+        ("room 5", {}),
+        ("often lines", {}),
+        ("٥ sentences", {"lines": 5}),
+    ],
+)
 def test_numbers_asked_for(text, wanted):
     assert asked(text) == {name: value for name, value in wanted.items() if value}
 
 
-@pytest.mark.parametrize("text, wanted", [
-    ("写一篇500字的作文", {"words": 500}), ("请给出三种方法", {"items": 3}), ("列举5个例子", {"items": 5}), ("用两句话总结", {"lines": 2}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("写一篇500字的作文", {"words": 500}),
+        ("请给出三种方法", {"items": 3}),
+        ("列举5个例子", {"items": 5}),
+        ("用两句话总结", {"lines": 2}),
+    ],
+)
 def test_numbers_asked_for_amid_chinese(text, wanted):
     assert asked(text) == wanted
 
@@ -228,7 +355,18 @@ def test_the_beginning_of_a_number_is_not_the_number(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["1 " * 1000, "1" * 2000, "1-" * 1000, "one" * 600, "一" * 2000, "1" + " " * 1998, "1 a" * 700, "?" * 2000, "9" * 5 + "w" * 1990]
+    "text",
+    [
+        "1 " * 1000,
+        "1" * 2000,
+        "1-" * 1000,
+        "one" * 600,
+        "一" * 2000,
+        "1" + " " * 1998,
+        "1 a" * 700,
+        "?" * 2000,
+        "9" * 5 + "w" * 1990,
+    ],
 )
 def test_no_text_takes_long(text):
     import time

@@ -10,7 +10,14 @@ from predictor.heads import HEADS, Distribution, class_of, log_middles, make_hea
 from predictor.prediction import make_edges
 
 LIMIT = 2048
-KNOBS = {"length_limit": LIMIT, "num_bins": 24, "label_width": 1.0, "crps_weight": 1.0, "num_buckets": 10, "ranking_loss": "pairwise"}
+KNOBS = {
+    "length_limit": LIMIT,
+    "num_bins": 24,
+    "label_width": 1.0,
+    "crps_weight": 1.0,
+    "num_buckets": 10,
+    "ranking_loss": "pairwise",
+}
 CASES = {  # tokens, finished
     "ordinary": ([1, 40, 300, 1500], [True, False, True, True]),
     "zero tokens": ([0, 0, 5], [True, False, True]),
@@ -31,8 +38,15 @@ def head_of(name, **changes):
     return make_head(Config(name, **changes))
 
 
-KINDS = {name: head_of(name) for name in HEADS} | {"listmle": head_of("ranking", ranking_loss="listmle"), "no crps": head_of("distribution", crps_weight=0.0)}
-CLASSES = [name for name, head in KINDS.items() if hasattr(head, "num_buckets") or hasattr(head, "label_width")]
+KINDS = {name: head_of(name) for name in HEADS} | {
+    "listmle": head_of("ranking", ranking_loss="listmle"),
+    "no crps": head_of("distribution", crps_weight=0.0),
+}
+CLASSES = [
+    name
+    for name, head in KINDS.items()
+    if hasattr(head, "num_buckets") or hasattr(head, "label_width")
+]
 SCORES = [name for name in KINDS if name not in CLASSES]
 every = pytest.mark.parametrize("name", KINDS)
 
@@ -40,20 +54,32 @@ every = pytest.mark.parametrize("name", KINDS)
 def loss_of(head, outputs, tokens, finished=None, weights=None, owners=None):
     tokens = torch.as_tensor(tokens)
     count = len(tokens)
-    finished = torch.ones(count, dtype=torch.bool) if finished is None else torch.as_tensor(finished, dtype=torch.bool)
+    finished = (
+        torch.ones(count, dtype=torch.bool)
+        if finished is None
+        else torch.as_tensor(finished, dtype=torch.bool)
+    )
     weights = torch.ones(count) if weights is None else torch.as_tensor(weights)
     owners = torch.zeros(count, dtype=torch.long) if owners is None else torch.as_tensor(owners)
     return head.loss(torch.as_tensor(outputs), tokens, finished, weights, owners)
 
 
 def random_outputs(head, count, scale=1.0, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).normal(0, scale, (count, head.width))).float()
+    return torch.from_numpy(
+        np.random.default_rng(seed).normal(0, scale, (count, head.width))
+    ).float()
 
 
 def minimise(head, *labels):
     """The best outputs (width,) for a prompt that all labels are of."""
     start = torch.zeros(1, head.width, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([start], max_iter=500, line_search_fn="strong_wolfe", tolerance_grad=1e-9, tolerance_change=1e-12)
+    optimizer = torch.optim.LBFGS(
+        [start],
+        max_iter=500,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=1e-9,
+        tolerance_change=1e-12,
+    )
     count = len(labels[0])
 
     def closure():
@@ -85,7 +111,9 @@ def test_losses_are_finite_and_differentiable(name, case, scale):
 def test_half_precision_is_scored_in_full(name):
     head, (tokens, finished) = KINDS[name], CASES["ordinary"]
     outputs = random_outputs(head, 4).bfloat16()
-    assert loss_of(head, outputs, tokens, finished) == loss_of(head, outputs.float(), tokens, finished)
+    assert loss_of(head, outputs, tokens, finished) == loss_of(
+        head, outputs.float(), tokens, finished
+    )
 
 
 @every
@@ -93,7 +121,9 @@ def test_half_precision_is_scored_in_full(name):
 def test_slopes_are_those_of_differences(name, case):
     head, (tokens, finished) = KINDS[name], CASES[case]
     outputs = random_outputs(head, len(tokens), seed=3).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: loss_of(head, x, tokens, finished).double(), outputs, atol=1e-5, fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda x: loss_of(head, x, tokens, finished).double(), outputs, atol=1e-5, fast_mode=True
+    )
 
 
 @every
@@ -101,8 +131,13 @@ def test_losses_are_sums_by_weight(name):
     head, (tokens, finished) = KINDS[name], CASES["ordinary"]
     outputs = random_outputs(head, 4)
     whole = loss_of(head, outputs, tokens, finished)
-    assert loss_of(head, outputs, tokens, finished, weights=[2.0] * 4) == pytest.approx(2 * float(whole), rel=1e-5)
-    parts = [float(loss_of(head, outputs, tokens, finished, weights=np.eye(4, dtype=np.float32)[i])) for i in range(4)]
+    assert loss_of(head, outputs, tokens, finished, weights=[2.0] * 4) == pytest.approx(
+        2 * float(whole), rel=1e-5
+    )
+    parts = [
+        float(loss_of(head, outputs, tokens, finished, weights=np.eye(4, dtype=np.float32)[i]))
+        for i in range(4)
+    ]
     assert sum(parts) == pytest.approx(float(whole), rel=1e-4, abs=1e-5)
 
 
@@ -120,10 +155,17 @@ def test_distribution_is_least_at_the_soft_label(width, tokens):
     entropy = -(soft * np.log(np.maximum(soft, 1e-12))).sum()
     least = float(loss_of(head, best, [tokens]))
     assert least == pytest.approx(entropy, abs=2e-3)  # cross-entropy alone: no ordinal term
-    assert float(loss_of(Distribution(LIMIT, 24, width, 100.0), best, [tokens])) == pytest.approx(entropy, abs=1e-2)
+    assert float(loss_of(Distribution(LIMIT, 24, width, 100.0), best, [tokens])) == pytest.approx(
+        entropy, abs=1e-2
+    )
     rng = np.random.default_rng(0)
     for scale in (0.05, 0.5, 3):
-        assert float(loss_of(head, best + torch.from_numpy(rng.normal(0, scale, best.shape)), [tokens])) >= least - 1e-5
+        assert (
+            float(
+                loss_of(head, best + torch.from_numpy(rng.normal(0, scale, best.shape)), [tokens])
+            )
+            >= least - 1e-5
+        )
 
 
 @pytest.mark.parametrize("tokens", [60, 1999])
@@ -132,7 +174,13 @@ def test_distribution_training_finds_the_soft_label(tokens):
     found = minimise(head, [tokens]).softmax(0).numpy()
     middle = np.log1p(tokens)
     inner = np.log1p(head.edges[1:-1])
-    assert abs(found.cumsum()[:-1] - 1 / (1 + np.exp(-1.702 * (inner - middle) / np.diff(inner).mean()))).max() < 0.05  # about a normal
+    assert (
+        abs(
+            found.cumsum()[:-1]
+            - 1 / (1 + np.exp(-1.702 * (inner - middle) / np.diff(inner).mean()))
+        ).max()
+        < 0.05
+    )  # about a normal
 
 
 def test_bucket_training_finds_the_frequencies():
@@ -147,7 +195,9 @@ def test_bucket_training_finds_the_product_limit_with_cut_answers():
     head = KINDS["bucket"]
     tokens, finished = [10] * 4 + [10] * 4 + [500] * 2, [True] * 4 + [False] * 4 + [True] * 2
     # Cut answers may end in their own class too: the likelihood is p0^4 (p0 + ... )^4 p2^2, whose sum over all classes is 1.
-    np.testing.assert_allclose(minimise(head, tokens, finished).softmax(0)[[0, 2]], [4 / 6, 2 / 6], atol=2e-3)
+    np.testing.assert_allclose(
+        minimise(head, tokens, finished).softmax(0)[[0, 2]], [4 / 6, 2 / 6], atol=2e-3
+    )
     # Cut in the second class: the first is ruled out.
     found = minimise(head, [10] * 4 + [300] * 4 + [500] * 2, finished).softmax(0)
     np.testing.assert_allclose(found[[0, 2]], [0.4, 0.6], atol=2e-3)
@@ -159,7 +209,10 @@ def test_a_cut_answer_is_likelier_beyond_its_cut(name, cut):
     """One class at a time, from the first to the last: the loss never rises by more than what is soft, and falls across the cut."""
     head = KINDS[name]
     at = int(class_of(head.edges, np.array([cut]))[0])
-    losses = [float(loss_of(head, 12.0 * torch.eye(head.width)[k][None], [cut], [False])) for k in range(head.width)]
+    losses = [
+        float(loss_of(head, 12.0 * torch.eye(head.width)[k][None], [cut], [False]))
+        for k in range(head.width)
+    ]
     assert all(before >= after - 1e-3 for before, after in zip(losses, losses[1:]))
     assert max(losses[min(at + 3, head.width - 1) :]) < 0.05  # beyond: as good as certain
     if at > 2:
@@ -177,8 +230,12 @@ def test_a_cut_answer_pushes_mass_past_the_cut(name):
 
 def test_regression_is_squared_error_of_the_logarithm():
     head = KINDS["regression"]
-    assert float(loss_of(head, [[2.0], [5.0]], [0, 10], weights=[1.0, 0.5])) == pytest.approx(4 + 0.5 * (5 - np.log(11)) ** 2, rel=1e-6)
-    assert float(minimise(head, [10, 100, 1000])[0]) == pytest.approx(np.log1p([10, 100, 1000]).mean(), abs=1e-3)
+    assert float(loss_of(head, [[2.0], [5.0]], [0, 10], weights=[1.0, 0.5])) == pytest.approx(
+        4 + 0.5 * (5 - np.log(11)) ** 2, rel=1e-6
+    )
+    assert float(minimise(head, [10, 100, 1000])[0]) == pytest.approx(
+        np.log1p([10, 100, 1000]).mean(), abs=1e-3
+    )
 
 
 def test_regression_does_not_blame_what_lies_beyond_a_cut():
@@ -195,26 +252,39 @@ def test_the_right_order_costs_less(name):
     right, tied, wrong = (float(loss_of(head, x, tokens)) for x in (order, 0 * order, -order))
     assert right < tied < wrong
     assert float(loss_of(head, 20 * order, tokens)) < 1e-4
-    assert float(loss_of(head, order + 7, tokens)) == pytest.approx(right, rel=1e-4)  # only differences count
+    assert float(loss_of(head, order + 7, tokens)) == pytest.approx(
+        right, rel=1e-4
+    )  # only differences count
 
 
 def test_listmle_is_the_likelihood_of_the_order():
     scores, tokens = torch.tensor([0.3, -1.0, 2.0, 0.5]), [50, 10, 900, 200]
     order = [2, 3, 0, 1]
     wanted = sum(float(scores[order[i:]].logsumexp(0) - scores[order[i]]) for i in range(4))
-    assert float(loss_of(KINDS["listmle"], scores[:, None], tokens)) == pytest.approx(wanted, rel=1e-5)
+    assert float(loss_of(KINDS["listmle"], scores[:, None], tokens)) == pytest.approx(
+        wanted, rel=1e-5
+    )
 
 
 def test_pairwise_is_ranknet():
     scores, tokens = torch.tensor([0.3, -1.0, 2.0]), [50, 10, 900]
     cost = torch.nn.functional.softplus
-    wanted = cost(scores[1] - scores[0]) + (cost(scores[0] - scores[2]) + cost(scores[1] - scores[2])) / 2
-    assert float(loss_of(KINDS["ranking"], scores[:, None], tokens)) == pytest.approx(float(wanted), rel=1e-5)
+    wanted = (
+        cost(scores[1] - scores[0])
+        + (cost(scores[0] - scores[2]) + cost(scores[1] - scores[2])) / 2
+    )
+    assert float(loss_of(KINDS["ranking"], scores[:, None], tokens)) == pytest.approx(
+        float(wanted), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["ranking", "listmle"])
 def test_different_served_models_are_not_compared(name):
-    head, tokens, outputs = KINDS[name], [5, 900, 30, 400], torch.tensor([[1.0], [-1.0], [0.5], [0.2]])
+    head, tokens, outputs = (
+        KINDS[name],
+        [5, 900, 30, 400],
+        torch.tensor([[1.0], [-1.0], [0.5], [0.2]]),
+    )
     apart = loss_of(head, outputs, tokens, owners=[0, 0, 1, 1])
     each = [loss_of(head, outputs[i : i + 2], tokens[i : i + 2]) for i in (0, 2)]
     assert float(apart) == pytest.approx(float(sum(each)), rel=1e-5)
@@ -228,8 +298,12 @@ def test_what_cut_answers_tell_of_the_order(name):
     def cost(scores, tokens, finished):
         return float(loss_of(head, torch.tensor(scores)[:, None], tokens, finished))
 
-    assert cost([3.0, -3.0], [100, 500], [False, True]) == pytest.approx(0, abs=1e-6)  # cut at 100: perhaps longer than 500
-    assert cost([3.0, -3.0], [500, 100], [False, True]) < cost([-3.0, 3.0], [500, 100], [False, True])  # outlived 100
+    assert cost([3.0, -3.0], [100, 500], [False, True]) == pytest.approx(
+        0, abs=1e-6
+    )  # cut at 100: perhaps longer than 500
+    assert cost([3.0, -3.0], [500, 100], [False, True]) < cost(
+        [-3.0, 3.0], [500, 100], [False, True]
+    )  # outlived 100
     assert cost([3.0, -3.0], [500, 100], [False, False]) == pytest.approx(0, abs=1e-6)
 
 
@@ -244,9 +318,14 @@ def test_training_starts_at_the_constant(name):
     bias = torch.from_numpy(np.asarray(head.starting_bias(tokens)))
     assert bias.shape == (head.width,) and bias.isfinite().all()
     at = float(loss_of(head, bias.expand(len(tokens), -1), tokens)) / len(tokens)
-    best = float(loss_of(head, minimise(head, tokens).expand(len(tokens), -1), tokens)) / len(tokens)
+    best = float(loss_of(head, minimise(head, tokens).expand(len(tokens), -1), tokens)) / len(
+        tokens
+    )
     assert best - 1e-4 <= at <= best + 0.03
-    assert at <= float(loss_of(head, torch.zeros(len(tokens), head.width), tokens)) / len(tokens) + 1e-6
+    assert (
+        at
+        <= float(loss_of(head, torch.zeros(len(tokens), head.width), tokens)) / len(tokens) + 1e-6
+    )
 
 
 @every
@@ -279,7 +358,9 @@ def test_decoding_gives_distributions(name):
             warnings.simplefilter("error")
             for raw in (outputs, outputs * 30, outputs * 0, outputs[:1], outputs[:0]):
                 probabilities, ranks = head.reader(settings, edges)(raw)
-                assert probabilities.shape == (len(raw), len(edges) - 1) and ranks.shape == (len(raw),)
+                assert probabilities.shape == (len(raw), len(edges) - 1) and ranks.shape == (
+                    len(raw),
+                )
                 np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-9)
                 assert (probabilities >= -1e-15).all() and np.isfinite(ranks).all()
 
@@ -304,7 +385,9 @@ def test_decoded_distributions_know_the_data(name):
     head, outputs, settings, tokens = fitted(name, count=3000)
     probabilities, _ = head.reader(settings, head.edges)(outputs)
     at = class_of(head.edges, tokens)
-    gain = np.log(probabilities[np.arange(len(at)), at] + 1e-12) - np.log(np.bincount(at, minlength=probabilities.shape[1])[at] / len(at))
+    gain = np.log(probabilities[np.arange(len(at)), at] + 1e-12) - np.log(
+        np.bincount(at, minlength=probabilities.shape[1])[at] / len(at)
+    )
     assert gain.mean() > 0.15  # nats above the frequencies alone
 
 
@@ -314,20 +397,28 @@ def test_settings_survive_json(name):
 
     head, outputs, settings, _ = fitted(name)
     back = json.loads(json.dumps(settings))
-    for a, b in zip(head.reader(settings, head.edges)(outputs), head.reader(back, head.edges)(outputs)):
+    for a, b in zip(
+        head.reader(settings, head.edges)(outputs), head.reader(back, head.edges)(outputs)
+    ):
         np.testing.assert_array_equal(a, b)
 
 
 def test_spread_keeps_mass_where_it_was():
     own, fine = np.array([0.0, 10.0, 40.0]), np.array([0.0, 5.0, 10.0, 20.0, 30.0, 40.0])
-    np.testing.assert_allclose(spread(np.array([[0.4, 0.6]]), own, fine), [[0.2, 0.2, 0.2, 0.2, 0.2]])
+    np.testing.assert_allclose(
+        spread(np.array([[0.4, 0.6]]), own, fine), [[0.2, 0.2, 0.2, 0.2, 0.2]]
+    )
     np.testing.assert_allclose(spread(np.array([[0.4, 0.6]]), own, np.array([0.0, 40.0])), [[1.0]])
 
 
 def test_softmax_of_huge_logits():
-    np.testing.assert_allclose(softmax(np.array([[1e300, 1e300, -1e300], [0.0, 0.0, 0.0]])), [[0.5, 0.5, 0], [1 / 3] * 3])
+    np.testing.assert_allclose(
+        softmax(np.array([[1e300, 1e300, -1e300], [0.0, 0.0, 0.0]])), [[0.5, 0.5, 0], [1 / 3] * 3]
+    )
 
 
-@pytest.mark.parametrize("tokens, place", [(0, 0), (3, 0), (4, 1), (9, 1), (10, 2), (99, 2), (100, 2), (10**9, 2)])
+@pytest.mark.parametrize(
+    "tokens, place", [(0, 0), (3, 0), (4, 1), (9, 1), (10, 2), (99, 2), (100, 2), (10**9, 2)]
+)
 def test_class_of_a_length(tokens, place):
     assert class_of(np.array([0.0, 4.0, 10.0, 100.0]), np.array([tokens]))[0] == place

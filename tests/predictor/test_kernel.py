@@ -10,13 +10,20 @@ from predictor.lexical import FILE as LEXICAL_FILE
 from predictor.lexical import Bag, Lexical, crossed, plain
 from tests.predictor.test_heads import KINDS
 
-PROMPTS = [f"{verb} {number} {thing} about {topic}" for verb in ("Write", "List", "解释") for number in ("3", "five", "一些")
-           for thing in ("sentences", "reasons", "方法") for topic in ("the sea", "火车站", "")] + ["", "?", "你好，世界！"]  # fmt: skip
+PROMPTS = [
+    f"{verb} {number} {thing} about {topic}"
+    for verb in ("Write", "List", "解释")
+    for number in ("3", "five", "一些")
+    for thing in ("sentences", "reasons", "方法")
+    for topic in ("the sea", "火车站", "")
+] + ["", "?", "你好，世界！"]
 
 
 def data(count=60, seed=0, blocks=(3, 5)):
     rng = np.random.default_rng(seed)
-    vectors = rng.normal(0, rng.uniform(0.1, 9, sum(blocks)), (count, sum(blocks))) + rng.normal(0, 5, sum(blocks))
+    vectors = rng.normal(0, rng.uniform(0.1, 9, sum(blocks)), (count, sum(blocks))) + rng.normal(
+        0, 5, sum(blocks)
+    )
     tokens = np.expm1(5 + np.tanh(vectors[:, 0]) + 0.1 * rng.standard_normal(count))
     return vectors, tokens, np.ones(count, bool), np.ones(count), np.arange(count)
 
@@ -54,11 +61,16 @@ def test_kernel_does_not_care_for_units():
     """Columns are standardised: kilometres or miles, the same kernel."""
     vectors, other = data()[0], data(7, seed=1)[0]
     factor, shift = np.geomspace(0.01, 100, 8), np.arange(8.0)
-    one, two = Kernel.fit(vectors, (3, 5), (1, 1)), Kernel.fit(vectors * factor + shift, (3, 5), (1, 1))
+    one, two = (
+        Kernel.fit(vectors, (3, 5), (1, 1)),
+        Kernel.fit(vectors * factor + shift, (3, 5), (1, 1)),
+    )
     np.testing.assert_allclose(one(other), two(other * factor + shift), atol=1e-3)
 
 
-@pytest.mark.parametrize("vectors", [np.zeros((5, 8)), np.ones((1, 8)), np.tile(np.arange(8.0), (9, 1)), np.eye(8)[:2]])
+@pytest.mark.parametrize(
+    "vectors", [np.zeros((5, 8)), np.ones((1, 8)), np.tile(np.arange(8.0), (9, 1)), np.eye(8)[:2]]
+)
 def test_kernel_of_next_to_nothing(vectors):
     kernel = Kernel.fit(vectors, (3, 5), (1, 1))
     with np.errstate(all="raise", under="ignore"):
@@ -69,7 +81,9 @@ def test_kernel_of_next_to_nothing(vectors):
 def test_one_vector_like_many():
     kernel = Kernel.fit(data()[0], (3, 5), (1, 1))
     other = data(9, seed=2)[0]
-    np.testing.assert_allclose(kernel(other), np.concatenate([kernel(row[None]) for row in other]), atol=1e-6)
+    np.testing.assert_allclose(
+        kernel(other), np.concatenate([kernel(row[None]) for row in other]), atol=1e-6
+    )
     assert kernel(other[:0]).shape == (0, 60)
 
 
@@ -83,7 +97,9 @@ def ridge_by_hand(kernel, vectors, y, weights, ridge):
     design = np.concatenate([across, np.ones((len(y), 1))], axis=1)
     penalty = np.zeros((len(gram) + 1,) * 2)
     penalty[:-1, :-1] = ridge * (gram + gram.T) / 2
-    solution = np.linalg.lstsq(design.T @ (weights[:, None] * design) + penalty, design.T @ (weights * y), rcond=1e-12)[0]
+    solution = np.linalg.lstsq(
+        design.T @ (weights[:, None] * design) + penalty, design.T @ (weights * y), rcond=1e-12
+    )[0]
     return lambda rows: kernel(rows).astype(float) @ solution[:-1] + solution[-1]
 
 
@@ -93,7 +109,9 @@ def test_squared_error_is_kernel_ridge_regression(landmarks, ridge):
     vectors, tokens, finished, weights, prompt = data()
     weights = np.random.default_rng(5).uniform(0.2, 1, 60)
     kernel = Kernel.fit(vectors, (3, 5), (1, 1), landmarks=landmarks)
-    head = KernelHead.fit(kernel, KINDS["regression"], vectors, tokens, finished, weights, prompt, ridge=ridge)
+    head = KernelHead.fit(
+        kernel, KINDS["regression"], vectors, tokens, finished, weights, prompt, ridge=ridge
+    )
     other = data(20, seed=3)[0]
     wanted = ridge_by_hand(kernel, vectors, np.log1p(tokens), weights, ridge)(other)
     np.testing.assert_allclose(head(other)[:, 0], wanted, atol=1e-4)
@@ -103,9 +121,20 @@ def test_several_labels_of_a_prompt_weigh_as_their_mean():
     vectors, tokens, finished, weights, prompt = data()
     kernel = Kernel.fit(vectors, (3, 5), (1, 1))
     options = {"ridge": 0.5}
-    one = KernelHead.fit(kernel, KINDS["regression"], vectors, tokens, finished, weights, prompt, **options)
+    one = KernelHead.fit(
+        kernel, KINDS["regression"], vectors, tokens, finished, weights, prompt, **options
+    )
     logs = np.concatenate([np.log1p(tokens) - 0.3, np.log1p(tokens) + 0.3])
-    two = KernelHead.fit(kernel, KINDS["regression"], vectors, np.expm1(logs), np.ones(120, bool), np.full(120, 0.5), np.r_[prompt, prompt], **options)
+    two = KernelHead.fit(
+        kernel,
+        KINDS["regression"],
+        vectors,
+        np.expm1(logs),
+        np.ones(120, bool),
+        np.full(120, 0.5),
+        np.r_[prompt, prompt],
+        **options,
+    )
     np.testing.assert_allclose(one(vectors), two(vectors), atol=1e-3)
 
 
@@ -141,25 +170,53 @@ def test_what_it_says_already_changes_nothing():
     kernel, head = Kernel.fit(vectors, (3, 5), (1, 1)), KINDS["regression"]
     start = KernelHead.fit(kernel, head, vectors, tokens, finished, weights, prompt, ridge=1.0)
     said = np.expm1(start(vectors)[:, 0].astype(float))
-    again = KernelHead.fit(kernel, head, vectors, said, finished, weights, prompt, ridge=1.0, start=start)
+    again = KernelHead.fit(
+        kernel, head, vectors, said, finished, weights, prompt, ridge=1.0, start=start
+    )
     np.testing.assert_allclose(again(vectors), start(vectors), atol=1e-3)
     # A firm ridge: news at one prompt moves what is said there, and by less elsewhere.
-    news = KernelHead.fit(kernel, head, vectors, said[:1] * 9, finished[:1], weights[:1], prompt[:1], ridge=1.0, start=start)
+    news = KernelHead.fit(
+        kernel,
+        head,
+        vectors,
+        said[:1] * 9,
+        finished[:1],
+        weights[:1],
+        prompt[:1],
+        ridge=1.0,
+        start=start,
+    )
     assert news(vectors)[0, 0] > start(vectors)[0, 0] + 0.3
 
 
 def test_head_saved_and_read_back(tmp_path):
     vectors, *labels = data()
-    head = KernelHead.fit(Kernel.fit(vectors, (3, 5), (0.2, 0.9), landmarks=30), KINDS["bucket"], vectors, *labels, ridge=1.0)
+    head = KernelHead.fit(
+        Kernel.fit(vectors, (3, 5), (0.2, 0.9), landmarks=30),
+        KINDS["bucket"],
+        vectors,
+        *labels,
+        ridge=1.0,
+    )
     head(vectors)
     head.save(tmp_path)
     back = KernelHead.load(tmp_path)
     np.testing.assert_array_equal(back(vectors), head(vectors))
-    assert (back.kernel.sizes, back.kernel.block_weights, back.kernel.scales) == (head.kernel.sizes, head.kernel.block_weights, head.kernel.scales)
+    assert (back.kernel.sizes, back.kernel.block_weights, back.kernel.scales) == (
+        head.kernel.sizes,
+        head.kernel.block_weights,
+        head.kernel.scales,
+    )
 
 
 @pytest.mark.parametrize(
-    "harm", [lambda f: f.unlink(), lambda f: f.write_bytes(f.read_bytes()[:200]), lambda f: f.write_bytes(b""), lambda f: f.write_bytes(b"x" * 99)]
+    "harm",
+    [
+        lambda f: f.unlink(),
+        lambda f: f.write_bytes(f.read_bytes()[:200]),
+        lambda f: f.write_bytes(b""),
+        lambda f: f.write_bytes(b"x" * 99),
+    ],
 )
 @pytest.mark.parametrize("kind, file", [(KernelHead, FILE), (Lexical, LEXICAL_FILE)])
 def test_damaged_files_are_named(tmp_path, harm, kind, file):
@@ -167,7 +224,13 @@ def test_damaged_files_are_named(tmp_path, harm, kind, file):
     if kind is Lexical:
         plain(["a", "b"]).save(tmp_path)
     else:
-        KernelHead.fit(Kernel.fit(vectors, (3, 5), (1, 1), landmarks=9), KINDS["regression"], vectors, *labels, ridge=1.0).save(tmp_path)
+        KernelHead.fit(
+            Kernel.fit(vectors, (3, 5), (1, 1), landmarks=9),
+            KINDS["regression"],
+            vectors,
+            *labels,
+            ridge=1.0,
+        ).save(tmp_path)
     harm(tmp_path / file)
     with pytest.raises(ValueError, match=file):
         kind.load(tmp_path)
@@ -189,23 +252,35 @@ def test_a_file_of_something_else_is_named(tmp_path, kind, file):
 def student():
     bag = Bag.of(PROMPTS, bits=14, chunk=10)
     rng = np.random.default_rng(0)
-    targets = np.stack([np.array([len(p) for p in PROMPTS]), np.array(["List" in p for p in PROMPTS])], axis=1) + 0.1 * rng.standard_normal((len(PROMPTS), 2))
+    targets = np.stack(
+        [np.array([len(p) for p in PROMPTS]), np.array(["List" in p for p in PROMPTS])], axis=1
+    ) + 0.1 * rng.standard_normal((len(PROMPTS), 2))
     return bag, bag.fit(targets, np.arange(len(PROMPTS)), ridge=1.0), targets
 
 
 def test_student_says_what_its_bag_says(student):
     bag, lexical, _ = student
     found = lexical(PROMPTS)
-    assert found.shape == (len(PROMPTS), 2 + HANDS) and found.dtype == np.float32 and lexical.sizes == (2, HANDS)
-    np.testing.assert_allclose(found[:, :2], bag.outputs(lexical, np.arange(len(PROMPTS))), atol=2e-3, rtol=2e-3)
+    assert (
+        found.shape == (len(PROMPTS), 2 + HANDS)
+        and found.dtype == np.float32
+        and lexical.sizes == (2, HANDS)
+    )
+    np.testing.assert_allclose(
+        found[:, :2], bag.outputs(lexical, np.arange(len(PROMPTS))), atol=2e-3, rtol=2e-3
+    )
     np.testing.assert_allclose(found[:, 2:], bag.hand, atol=1e-4)
 
 
 def test_student_reads_one_like_many(student):
     _, lexical, _ = student
-    np.testing.assert_allclose(lexical(PROMPTS), np.concatenate([lexical([p]) for p in PROMPTS]), atol=2e-5, rtol=2e-5)
+    np.testing.assert_allclose(
+        lexical(PROMPTS), np.concatenate([lexical([p]) for p in PROMPTS]), atol=2e-5, rtol=2e-5
+    )
     order = np.random.default_rng(0).permutation(len(PROMPTS))
-    np.testing.assert_allclose(lexical([PROMPTS[i] for i in order]), lexical(PROMPTS)[order], atol=1e-5)
+    np.testing.assert_allclose(
+        lexical([PROMPTS[i] for i in order]), lexical(PROMPTS)[order], atol=1e-5
+    )
 
 
 def test_student_saved_and_read_back(student, tmp_path):
@@ -237,9 +312,13 @@ def test_student_is_ridge_regression_when_let_finish(student):
     x = hstack([bag.grams[rows], csr_matrix(bag.hand[rows] * 0.3)]).toarray().astype(float)
     y = targets[rows] - targets[rows].mean(axis=0)
     dual = np.linalg.solve(x @ x.T + 3 * np.eye(len(rows)), y)
-    wanted = hstack([bag.grams, csr_matrix(bag.hand * 0.3)]).toarray() @ (x.T @ dual) + targets[rows].mean(axis=0)
+    wanted = hstack([bag.grams, csr_matrix(bag.hand * 0.3)]).toarray() @ (x.T @ dual) + targets[
+        rows
+    ].mean(axis=0)
     lexical = bag.fit(targets[rows], rows, ridge=3.0, rounds=200)
-    np.testing.assert_allclose(bag.outputs(lexical, np.arange(len(PROMPTS))), wanted, atol=5e-3 * np.abs(wanted).max())
+    np.testing.assert_allclose(
+        bag.outputs(lexical, np.arange(len(PROMPTS))), wanted, atol=5e-3 * np.abs(wanted).max()
+    )
 
 
 def test_crossed_students_have_not_seen_what_they_speak_of(student):

@@ -28,8 +28,13 @@ def many(count=60, seed=0) -> list[Example]:
     made = []
     for _ in range(count):
         place = rng.normal()
-        found = [Label(round(float(np.expm1(5 + place))), "own", True), Label(round(float(np.expm1(6 + place / 2))), "b", True)]
-        made.append([*found, Label(round(float(np.expm1(3 + 0.8 * place))), "a", bool(rng.random() < 0.8))])
+        found = [
+            Label(round(float(np.expm1(5 + place))), "own", True),
+            Label(round(float(np.expm1(6 + place / 2))), "b", True),
+        ]
+        made.append(
+            [*found, Label(round(float(np.expm1(3 + 0.8 * place))), "a", bool(rng.random() < 0.8))]
+        )
     return examples_of(made)
 
 
@@ -46,7 +51,10 @@ def test_scale_maps_a_model_onto_the_own_one():
         assert logs[served == model].mean() == pytest.approx(logs[served == OWN].mean(), abs=1e-9)
         assert logs[served == model].std() == pytest.approx(logs[served == OWN].std(), abs=1e-9)
         # The order among a model's own answers stays.
-        assert (np.argsort(logs[served == model], kind="stable") == np.argsort(tokens[served == model], kind="stable")).all()
+        assert (
+            np.argsort(logs[served == model], kind="stable")
+            == np.argsort(tokens[served == model], kind="stable")
+        ).all()
 
 
 @quick
@@ -58,28 +66,46 @@ def test_own_lengths_come_back_as_they_are(lists):
     served = np.array([MODELS.index(label.served_model) for e in examples for label in e.labels])
     found = scale.apply(tokens, served)
     np.testing.assert_array_equal(found[served == OWN], tokens[served == OWN])
-    assert (found[served != OWN] >= 0).all() and (found[served != OWN] <= 2000).all() and np.isfinite(found).all()
+    assert (
+        (found[served != OWN] >= 0).all()
+        and (found[served != OWN] <= 2000).all()
+        and np.isfinite(found).all()
+    )
 
 
 def test_scale_of_few_lengths_borrows_the_spread_of_all():
     examples = many(60) + examples_of([[Label(10, "few")], [Label(11, "few")]])
     scale = Scale.fit(examples, [*MODELS, "few", "none"], OWN, 10_000)
-    logs = [np.log1p([label.tokens for e in examples for label in e.labels if label.served_model == name]) for name in [*MODELS, "few"]]
+    logs = [
+        np.log1p(
+            [label.tokens for e in examples for label in e.labels if label.served_model == name]
+        )
+        for name in [*MODELS, "few"]
+    ]
     assert scale.deviation[3] == pytest.approx(np.concatenate([x - x.mean() for x in logs]).std())
-    assert scale.mean[3] == pytest.approx(logs[3].mean()) and scale.deviation[0] == pytest.approx(logs[0].std())
+    assert scale.mean[3] == pytest.approx(logs[3].mean()) and scale.deviation[0] == pytest.approx(
+        logs[0].std()
+    )
 
 
 def test_scale_of_a_model_that_always_says_the_same():
     examples = many(40) + examples_of([[Label(100, "dull")] for _ in range(30)])
     scale = Scale.fit(examples, ["a", "b", "own", "dull"], OWN, 10_000)
-    assert scale.apply(np.array([100.0]), np.array([3]))[0] == pytest.approx(np.expm1(scale.mean[OWN]))
+    assert scale.apply(np.array([100.0]), np.array([3]))[0] == pytest.approx(
+        np.expm1(scale.mean[OWN])
+    )
     with np.errstate(over="ignore"):
         assert 0 <= scale.apply(np.array([101.0, 99.0]), np.array([3, 3])).min() <= 10_000
 
 
 def test_lengths_beyond_the_limit_do_not_pull_the_scale():
     limit = 500
-    short = [Example(e.prompt, tuple(Label(min(x.tokens, limit), x.served_model) for x in e.labels), "s", "p") for e in many()]
+    short = [
+        Example(
+            e.prompt, tuple(Label(min(x.tokens, limit), x.served_model) for x in e.labels), "s", "p"
+        )
+        for e in many()
+    ]
     one, two = Scale.fit(many(), MODELS, OWN, limit), Scale.fit(short, MODELS, OWN, limit)
     np.testing.assert_allclose(one.mean, two.mean)
     np.testing.assert_allclose(one.deviation, two.deviation)
@@ -92,9 +118,15 @@ def test_lengths_beyond_the_limit_do_not_pull_the_scale():
 @given(rows, st.sampled_from([0.0, 0.3, 0.7, 0.99]))
 def test_weights_are_one_for_each_prompt(lists, other_weight):
     examples = examples_of([*lists, [Label(7, "own")]])
-    lengths = Lengths.of(examples, MODELS, OWN, other_weight, Scale.fit(examples, MODELS, OWN, 4000))
-    assert len(lengths) == len(examples) and lengths.starts[-1] == len(lengths.tokens) == sum(len(e.labels) for e in examples)
-    np.testing.assert_allclose(np.bincount(lengths.prompt_of, lengths.weights, minlength=len(examples)), 1)
+    lengths = Lengths.of(
+        examples, MODELS, OWN, other_weight, Scale.fit(examples, MODELS, OWN, 4000)
+    )
+    assert len(lengths) == len(examples) and lengths.starts[-1] == len(lengths.tokens) == sum(
+        len(e.labels) for e in examples
+    )
+    np.testing.assert_allclose(
+        np.bincount(lengths.prompt_of, lengths.weights, minlength=len(examples)), 1
+    )
     mine = lengths.served == OWN
     for i in range(len(examples)):
         at = lengths.prompt_of == i
@@ -102,8 +134,12 @@ def test_weights_are_one_for_each_prompt(lists, other_weight):
             assert lengths.weights[at & ~mine].sum() == pytest.approx(other_weight)
     assert lengths.finished.tolist() == [x.finished for e in examples for x in e.labels]
     prompt, tokens, finished, weights = lengths.of_model(OWN)
-    assert tokens.tolist() == [x.tokens for e in examples for x in e.labels if x.served_model == "own"]
-    assert finished.tolist() == [x.finished for e in examples for x in e.labels if x.served_model == "own"]
+    assert tokens.tolist() == [
+        x.tokens for e in examples for x in e.labels if x.served_model == "own"
+    ]
+    assert finished.tolist() == [
+        x.finished for e in examples for x in e.labels if x.served_model == "own"
+    ]
     np.testing.assert_allclose(np.bincount(prompt, weights)[np.unique(prompt)], 1)
 
 
@@ -136,7 +172,9 @@ def test_condensed_keeps_own_labels_and_adds_one_for_all_others():
     np.testing.assert_allclose(found.weights[62:], 0.7)
     np.testing.assert_allclose(found.weights[:60], 0.3)
     logs, own = np.log1p(found.tokens[62:]), np.log1p(found.tokens[:62])
-    assert logs.mean() == pytest.approx(np.average(own, weights=lengths.of_model(OWN)[3]), abs=1e-6) and logs.std() == pytest.approx(own.std())
+    assert logs.mean() == pytest.approx(
+        np.average(own, weights=lengths.of_model(OWN)[3]), abs=1e-6
+    ) and logs.std() == pytest.approx(own.std())
     assert np.corrcoef(logs, own[:60])[0, 1] > 0.95
 
 
@@ -158,7 +196,11 @@ def test_condensed_weights_are_one_for_each_own_prompt(lists):
     total = np.bincount(found.prompt, found.weights, minlength=len(examples))
     own = np.unique(lengths.of_model(OWN)[0])
     np.testing.assert_allclose(total[own], 1)
-    assert total.sum() == pytest.approx(len(own)) and np.isfinite(found.tokens).all() and (found.tokens >= 0).all()
+    assert (
+        total.sum() == pytest.approx(len(own))
+        and np.isfinite(found.tokens).all()
+        and (found.tokens >= 0).all()
+    )
 
 
 # ---- from files
@@ -170,45 +212,96 @@ def write(path, rows):
 
 
 def some_rows(count=80, served="m", tag="") -> list[dict]:
-    words = ["lamp", "river", "stone", "music", "winter", "bread", "engine", "garden", "letter", "shadow"]
+    words = [
+        "lamp",
+        "river",
+        "stone",
+        "music",
+        "winter",
+        "bread",
+        "engine",
+        "garden",
+        "letter",
+        "shadow",
+    ]
     return [
-        {"prompt": f"{words[i % 10]} {words[i // 10 % 10]} {tag}{i * 7919} {words[(3 * i + 1) % 10]}", "output_tokens": 5 + i, "served_model": served}
+        {
+            "prompt": f"{words[i % 10]} {words[i // 10 % 10]} {tag}{i * 7919} {words[(3 * i + 1) % 10]}",
+            "output_tokens": 5 + i,
+            "served_model": served,
+        }
         for i in range(count)
     ]
 
 
 def config_of(train, **changes):
-    return PredictorConfig(train_path=train, **{"served_model": "m", "length_limit": 1000} | changes)
+    return PredictorConfig(
+        train_path=train, **{"served_model": "m", "length_limit": 1000} | changes
+    )
 
 
 def test_near_duplicates_stay_on_one_side(tmp_path):
     rows = some_rows(60)
     long = " please answer this question as carefully and completely as you possibly can, with examples"
     rows += [
-        {"prompt": row["prompt"] + long + ending, "output_tokens": 9, "served_model": "m"} for row in some_rows(20, tag="z") for ending in (".", "!", " now")
+        {"prompt": row["prompt"] + long + ending, "output_tokens": 9, "served_model": "m"}
+        for row in some_rows(20, tag="z")
+        for ending in (".", "!", " now")
     ]
-    found = load_lengths(config_of(write(tmp_path / "rows.jsonl", rows), calibration_share=0.3, near_duplicates=0.9), None)
-    sides = {prompt: side for side, part in (("t", found.train), ("c", found.calibration)) for prompt in part.prompts}
+    found = load_lengths(
+        config_of(write(tmp_path / "rows.jsonl", rows), calibration_share=0.3, near_duplicates=0.9),
+        None,
+    )
+    sides = {
+        prompt: side
+        for side, part in (("t", found.train), ("c", found.calibration))
+        for prompt in part.prompts
+    }
     assert len(sides) == len(rows) and set(sides.values()) == {"t", "c"}
     for i in range(60, len(rows), 3):
         assert len({sides[row["prompt"]] for row in rows[i : i + 3]}) == 1
     assert len(found.groups) == len(found.train)
-    assert found.card()["prompts"] == len(rows) and found.card()["calibration_prompts"] == len(found.calibration)
-    assert f"{len(found.train)} prompts to train on, {len(found.calibration)} to calibrate" in found.summary()
+    assert found.card()["prompts"] == len(rows) and found.card()["calibration_prompts"] == len(
+        found.calibration
+    )
+    assert (
+        f"{len(found.train)} prompts to train on, {len(found.calibration)} to calibrate"
+        in found.summary()
+    )
 
 
 def test_without_calibration_all_rows_train(tmp_path):
-    found = load_lengths(config_of(write(tmp_path / "rows.jsonl", some_rows())), None, calibration=False)
-    assert len(found.train) == 80 and found.calibration is None and found.test is None and len(found.groups) == 80
+    found = load_lengths(
+        config_of(write(tmp_path / "rows.jsonl", some_rows())), None, calibration=False
+    )
+    assert (
+        len(found.train) == 80
+        and found.calibration is None
+        and found.test is None
+        and len(found.groups) == 80
+    )
 
 
 def test_what_is_tested_is_not_trained_on(tmp_path):
     rows = some_rows()
-    tests = [{**row, "prompt": row["prompt"].upper() + "  ?!", "served_model": served} for row in rows[:15] for served in ("m", "unknown")]
-    found = load_lengths(config_of(write(tmp_path / "rows.jsonl", rows), eval_path=write(tmp_path / "tests.jsonl", tests)), None)
+    tests = [
+        {**row, "prompt": row["prompt"].upper() + "  ?!", "served_model": served}
+        for row in rows[:15]
+        for served in ("m", "unknown")
+    ]
+    found = load_lengths(
+        config_of(
+            write(tmp_path / "rows.jsonl", rows), eval_path=write(tmp_path / "tests.jsonl", tests)
+        ),
+        None,
+    )
     trained = {normalise(p) for p in [*found.train.prompts, *found.calibration.prompts]}
     assert len(trained) == 65 and not trained & {normalise(row["prompt"]) for row in tests}
-    assert len(found.test) == 15 and (found.test.served == found.own).all() and found.test.weights.tolist() == [1] * 15
+    assert (
+        len(found.test) == 15
+        and (found.test.served == found.own).all()
+        and found.test.weights.tolist() == [1] * 15
+    )
     assert "15 to test" in found.summary()
 
 
@@ -222,22 +315,36 @@ def test_the_files_order_changes_no_side(tmp_path):
 def test_rows_of_several_models_are_one_prompt_each(tmp_path):
     rows = some_rows(40) + some_rows(40, served="other")
     found = load_lengths(config_of(write(tmp_path / "rows.jsonl", rows)), None)
-    assert (found.served_models, found.own) == (["m", "other"], 0) and len(found.train) + len(found.calibration) == 40
-    assert (np.diff(found.train.starts) == 2).all() and "80 lengths of 2 served model(s), predicted: m" in found.summary()
+    assert (found.served_models, found.own) == (["m", "other"], 0) and len(found.train) + len(
+        found.calibration
+    ) == 40
+    assert (
+        np.diff(found.train.starts) == 2
+    ).all() and "80 lengths of 2 served model(s), predicted: m" in found.summary()
 
 
 def test_the_only_served_model_need_not_be_named(tmp_path):
-    found = load_lengths(config_of(write(tmp_path / "rows.jsonl", some_rows()), served_model=""), None)
+    found = load_lengths(
+        config_of(write(tmp_path / "rows.jsonl", some_rows()), served_model=""), None
+    )
     assert found.config.served_model == "m" and found.config.length_limit == 1000
-    found = load_lengths(config_of(write(tmp_path / "rows.jsonl", some_rows()), length_limit=None), None)
+    found = load_lengths(
+        config_of(write(tmp_path / "rows.jsonl", some_rows()), length_limit=None), None
+    )
     assert found.config.length_limit == 8192
 
 
-@pytest.mark.parametrize("rows, changes, said", [
-    (some_rows(), {"served_model": "n"}, "--served_model 'n': no row is of it"), (some_rows(2), {}, "leave nothing for|too few rows"),
-    (some_rows(1) + some_rows(60, served="o", tag="o"), {}, "too few rows of 'm' to"), ([], {}, "no rows"),
-    (some_rows(30) + some_rows(30, served="o"), {"served_model": ""}, "--served_model ''"), ([{"prompt": "p"}], {}, 'no "output_tokens"'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rows, changes, said",
+    [
+        (some_rows(), {"served_model": "n"}, "--served_model 'n': no row is of it"),
+        (some_rows(2), {}, "leave nothing for|too few rows"),
+        (some_rows(1) + some_rows(60, served="o", tag="o"), {}, "too few rows of 'm' to"),
+        ([], {}, "no rows"),
+        (some_rows(30) + some_rows(30, served="o"), {"served_model": ""}, "--served_model ''"),
+        ([{"prompt": "p"}], {}, 'no "output_tokens"'),
+    ],
+)
 def test_rows_that_do_not_fit_are_named(tmp_path, rows, changes, said):
     with pytest.raises(ValueError, match=said):
         load_lengths(config_of(write(tmp_path / "rows.jsonl", rows), **changes), None)

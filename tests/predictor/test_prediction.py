@@ -5,12 +5,16 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from predictor.metrics import quantiles, ranked_probability
 from predictor.prediction import LengthPrediction, from_bins, make_edges, remaining
+from predictor.scores import quantiles, ranked_probability
 
 quick = settings(deadline=None, max_examples=40)
 
-masses = st.lists(st.one_of(st.just(0.0), st.floats(1e-9, 1.0), st.integers(1, 9).map(float)), min_size=1, max_size=12)
+masses = st.lists(
+    st.one_of(st.just(0.0), st.floats(1e-9, 1.0), st.integers(1, 9).map(float)),
+    min_size=1,
+    max_size=12,
+)
 shares = st.floats(0, 1)
 
 
@@ -21,7 +25,9 @@ def predictions(draw, zeros=True):
     assume(mass.sum() > 0)
     mass = mass if zeros else mass + 1e-3
     widths = draw(st.lists(st.integers(1, 400), min_size=len(mass), max_size=len(mass)))
-    return LengthPrediction(mass / mass.sum(), np.concatenate([[0.0], np.cumsum(widths)]), draw(st.floats(-5, 12)))
+    return LengthPrediction(
+        mass / mass.sum(), np.concatenate([[0.0], np.cumsum(widths)]), draw(st.floats(-5, 12))
+    )
 
 
 def empty_first() -> LengthPrediction:
@@ -29,7 +35,9 @@ def empty_first() -> LengthPrediction:
 
 
 def empty_last() -> LengthPrediction:
-    return LengthPrediction(np.array([0.25, 0.75, 0.0, 0.0]), np.array([0.0, 10.0, 20.0, 50.0, 100.0]), 1.0)
+    return LengthPrediction(
+        np.array([0.25, 0.75, 0.0, 0.0]), np.array([0.0, 10.0, 20.0, 50.0, 100.0]), 1.0
+    )
 
 
 def survival(prediction: LengthPrediction, points: np.ndarray) -> np.ndarray:
@@ -64,7 +72,9 @@ def test_what_lies_within_a_quantile(prediction, q):
 @given(predictions(zeros=False), shares)
 def test_quantile_undoes_probability_within(prediction, share):
     tokens = share * prediction.edges[-1]
-    assert prediction.quantile(prediction.probability_within(tokens)) == pytest.approx(tokens, abs=1e-6 * prediction.edges[-1] + 1e-9)
+    assert prediction.quantile(prediction.probability_within(tokens)) == pytest.approx(
+        tokens, abs=1e-6 * prediction.edges[-1] + 1e-9
+    )
 
 
 @quick
@@ -79,20 +89,29 @@ def test_metrics_quantiles_are_those_of_predictions(rows, q):
     wanted = [LengthPrediction(row, edges, 0.0).quantile(q) for row in table]
     # Where the cumulative probability is q on a whole empty bin, rounding may choose either end of it.
     ends = [LengthPrediction(row, edges, 0.0).probability_within(x) for row, x in zip(table, found)]
-    assert all(abs(a - b) <= 1e-6 * edges[-1] or abs(end - q) <= 1e-9 for a, b, end in zip(found, wanted, ends))
+    assert all(
+        abs(a - b) <= 1e-6 * edges[-1] or abs(end - q) <= 1e-9
+        for a, b, end in zip(found, wanted, ends)
+    )
 
 
 @pytest.mark.parametrize("q, tokens", [(0.0, 0.0), (0.25, 10.0), (0.5, 10 + 10 / 3), (1.0, 20.0)])
 def test_empty_bins_hold_no_quantile(q, tokens):
     prediction = empty_last()
     assert prediction.quantile(q) == pytest.approx(tokens)
-    assert quantiles(prediction.probabilities[None], prediction.edges, q)[0] == pytest.approx(tokens)
+    assert quantiles(prediction.probabilities[None], prediction.edges, q)[0] == pytest.approx(
+        tokens
+    )
 
 
 def test_one_bin_is_even():
     prediction = LengthPrediction(np.ones(1), np.array([0.0, 40.0]), 0.0)
     assert [prediction.quantile(q) for q in (0, 0.25, 0.5, 1)] == [0, 10, 20, 40]
-    assert (prediction.expected_tokens, prediction.probability_within(-3), prediction.probability_within(50)) == (20, 0, 1)
+    assert (
+        prediction.expected_tokens,
+        prediction.probability_within(-3),
+        prediction.probability_within(50),
+    ) == (20, 0, 1)
 
 
 @pytest.mark.parametrize("q", [-1e-9, 1.0000001, float("nan"), 90])
@@ -110,7 +129,9 @@ def test_written_and_read_back(prediction):
 
 
 def test_expected_is_the_mean_of_draws():
-    prediction = LengthPrediction(np.array([0.2, 0.5, 0.3]), np.array([0.0, 10.0, 30.0, 100.0]), 0.0)
+    prediction = LengthPrediction(
+        np.array([0.2, 0.5, 0.3]), np.array([0.0, 10.0, 30.0, 100.0]), 0.0
+    )
     draws = [prediction.quantile(q) for q in (np.arange(2000) + 0.5) / 2000]
     assert prediction.expected_tokens == pytest.approx(np.mean(draws), rel=1e-3)
 
@@ -121,7 +142,10 @@ def test_ranked_probability_is_least_at_the_truth():
     truth = np.array([0.2, 0.3, 0.5])
     at = ranked_probability(np.tile(truth, (100, 1)), edges, tokens)
     rng = np.random.default_rng(0)
-    assert all(at < ranked_probability(np.tile(rng.dirichlet(np.ones(3)), (100, 1)), edges, tokens) for _ in range(50))
+    assert all(
+        at < ranked_probability(np.tile(rng.dirichlet(np.ones(3)), (100, 1)), edges, tokens)
+        for _ in range(50)
+    )
 
 
 # ---- what is left
@@ -137,8 +161,14 @@ def test_nothing_generated_is_the_prior(prediction):
 @given(predictions(), st.floats(0, 1.5))
 def test_what_is_left_is_a_distribution(prediction, share):
     left = remaining(prediction, share * prediction.edges[-1])
-    assert left.probabilities.sum() == pytest.approx(1, abs=1e-9) and (left.probabilities >= 0).all()
-    assert left.edges[0] == 0 and (np.diff(left.edges) > 0).all() and len(left.edges) == len(left.probabilities) + 1
+    assert (
+        left.probabilities.sum() == pytest.approx(1, abs=1e-9) and (left.probabilities >= 0).all()
+    )
+    assert (
+        left.edges[0] == 0
+        and (np.diff(left.edges) > 0).all()
+        and len(left.edges) == len(left.probabilities) + 1
+    )
     assert left.quantile(0) >= 0 and left.expected_tokens > 0 and np.isfinite(left.rank_score)
 
 
@@ -157,8 +187,14 @@ def test_left_by_brute_force(prediction, share):
     assert np.abs(found - wanted).max() < 1e-6
     # The mean: the integral of the survival function beyond what is there.
     assume(generated < prediction.edges[-1])
-    corners = np.unique(np.concatenate([[generated], prediction.edges[prediction.edges > generated]]))
-    mean = np.trapezoid(survival(prediction, corners), corners) if hasattr(np, "trapezoid") else np.trapz(survival(prediction, corners), corners)
+    corners = np.unique(
+        np.concatenate([[generated], prediction.edges[prediction.edges > generated]])
+    )
+    mean = (
+        np.trapezoid(survival(prediction, corners), corners)
+        if hasattr(np, "trapezoid")
+        else np.trapz(survival(prediction, corners), corners)
+    )
     assert left.expected_tokens == pytest.approx(mean / alive, rel=1e-6)
 
 
@@ -168,7 +204,10 @@ def test_left_by_brute_force(prediction, share):
 @example(empty_last(), 100, 1)
 def test_left_of_what_is_left(prediction, first, second):
     """Whole tokens: beyond the limit one token is left, whoever asks."""
-    twice, once = remaining(remaining(prediction, first), second), remaining(prediction, first + second)
+    twice, once = (
+        remaining(remaining(prediction, first), second),
+        remaining(prediction, first + second),
+    )
     np.testing.assert_allclose(twice.edges, once.edges, atol=1e-9)
     np.testing.assert_allclose(twice.probabilities, once.probabilities, atol=1e-6)
     if first or second:
@@ -182,7 +221,12 @@ def test_the_whole_never_gets_shorter(prediction, steps):
     limit = prediction.edges[-1]
     for before, after in zip(sorted(steps), sorted(steps)[1:]):
         a, b = remaining(prediction, before * limit), remaining(prediction, after * limit)
-        for measure in (lambda p: p.expected_tokens, lambda p: p.quantile(0.5), lambda p: p.quantile(0.975), lambda p: p.quantile(0.1)):
+        for measure in (
+            lambda p: p.expected_tokens,
+            lambda p: p.quantile(0.5),
+            lambda p: p.quantile(0.975),
+            lambda p: p.quantile(0.1),
+        ):
             assert before * limit + measure(a) <= after * limit + measure(b) + 1e-6 * limit
 
 
@@ -199,7 +243,9 @@ def test_at_the_limit_one_token_is_left(generated):
 
 
 def test_mass_too_small_for_floats_is_outlived_all_the_same():
-    prediction = LengthPrediction(np.array([1.0, 5e-324, 5e-324]), np.array([0.0, 10.0, 20.0, 40.0]), 0.0)
+    prediction = LengthPrediction(
+        np.array([1.0, 5e-324, 5e-324]), np.array([0.0, 10.0, 20.0, 40.0]), 0.0
+    )
     left = remaining(prediction, 15)
     assert left.probabilities.sum() == pytest.approx(1) and np.isfinite(left.expected_tokens)
 

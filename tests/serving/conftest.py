@@ -3,10 +3,10 @@
 import pytest
 
 from predictor.prediction import from_bins
-from serving.metrics import Collector
 from serving.request import FOREVER, Limits, Request, StepResult
 from serving.scheduler import Replay, VirtualClock, run
-from serving.simulated import LinearCost, SimulatedEngine
+from serving.simulate.engine import LinearCost, SimulatedEngine
+from serving.simulate.statistics import Collector
 
 COST = LinearCost()
 
@@ -20,7 +20,11 @@ def prediction_of(tokens: float, limit: int = 256):
     """Spread around `tokens`: a third of the mass below, a third around, a third above."""
     import numpy as np
 
-    edges = np.unique(np.clip([0, tokens / 2, tokens, tokens * 1.5, tokens * 3, limit], 0, max(limit, tokens * 3 + 1)))
+    edges = np.unique(
+        np.clip(
+            [0, tokens / 2, tokens, tokens * 1.5, tokens * 3, limit], 0, max(limit, tokens * 3 + 1)
+        )
+    )
     mass = np.ones(len(edges) - 1)
     return from_bins(mass / mass.sum(), edges)
 
@@ -46,12 +50,22 @@ def native_glm(model=None):
 
     config = tiny_config("glm2") if model is None else model.config
     sizes = {
-        "vocab_size": config.padded_vocab_size, "hidden_size": config.hidden_size, "intermediate_size": config.ffn_hidden_size,
-        "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_attention_heads, "head_dim": config.kv_channels,
-        "num_key_value_heads": config.num_key_value_heads, "rms_norm_eps": config.layernorm_epsilon, "attention_bias": config.add_qkv_bias,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0 * config.rope_ratio, "partial_rotary_factor": 0.5},
+        "vocab_size": config.padded_vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "head_dim": config.kv_channels,
+        "num_key_value_heads": config.num_key_value_heads,
+        "rms_norm_eps": config.layernorm_epsilon,
+        "attention_bias": config.add_qkv_bias,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0 * config.rope_ratio,
+            "partial_rotary_factor": 0.5,
+        },
         "pad_token_id": 0,
-    }  # fmt: skip
+    }
     if model is None:
         torch.manual_seed(0)
         native = Glm4ForCausalLM(Glm4Config(**sizes, initializer_range=0.2)).eval()
@@ -60,9 +74,21 @@ def native_glm(model=None):
                 if "norm" in name or "bias" in name:
                     parameter.add_(0.1 * torch.randn_like(parameter))
         return native
-    state, queries, keys = {}, config.num_attention_heads * config.kv_channels, config.num_key_value_heads * config.kv_channels
-    names = {"embedding.word_embeddings": "embed_tokens", "encoder.layers": "layers", "encoder.final_layernorm": "norm", "self_attention": "self_attn",
-             "dense_h_to_4h": "gate_up_proj", "dense_4h_to_h": "down_proj", "attn.dense": "attn.o_proj", "model.output_layer": "lm_head"}  # fmt: skip
+    state, queries, keys = (
+        {},
+        config.num_attention_heads * config.kv_channels,
+        config.num_key_value_heads * config.kv_channels,
+    )
+    names = {
+        "embedding.word_embeddings": "embed_tokens",
+        "encoder.layers": "layers",
+        "encoder.final_layernorm": "norm",
+        "self_attention": "self_attn",
+        "dense_h_to_4h": "gate_up_proj",
+        "dense_4h_to_h": "down_proj",
+        "attn.dense": "attn.o_proj",
+        "model.output_layer": "lm_head",
+    }
     for name, tensor in model.state_dict().items():
         name = name.replace("transformer.", "model.")
         for old, new in names.items():
@@ -78,7 +104,7 @@ def native_glm(model=None):
 
 
 class TokenByToken:
-    """The engine of serving.simulated, one iteration after the other, with nothing clever: its reference."""
+    """The engine of serving.simulate.engine, one iteration after the other, with nothing clever: its reference."""
 
     def __init__(self, cost, limits):
         self.cost, self.limits = cost, limits
@@ -101,12 +127,20 @@ class TokenByToken:
         longest = max((r.context_tokens for r in plan.admit), default=0)
         for record in plan.admit:
             request, i = record.request, record.request.id
-            most = min(self.limits.max_tokens - request.prompt_tokens, plan.stop_tokens if plan.together and plan.stop_tokens is not None else 10**9)
+            most = min(
+                self.limits.max_tokens - request.prompt_tokens,
+                plan.stop_tokens if plan.together and plan.stop_tokens is not None else 10**9,
+            )
             self.rows[i] = {
-                "base": longest if plan.together else record.context_tokens, "kept": record.generated, "done": 0, "made": 0,
-                "target": max(min(request.output_tokens, most) - record.generated, 1), "cut": request.output_tokens > most,
-                "reserve": plan.reserve_tokens[i], "held": False,
-            }  # fmt: skip
+                "base": longest if plan.together else record.context_tokens,
+                "kept": record.generated,
+                "done": 0,
+                "made": 0,
+                "target": max(min(request.output_tokens, most) - record.generated, 1),
+                "cut": request.output_tokens > most,
+                "reserve": plan.reserve_tokens[i],
+                "held": False,
+            }
             if not plan.together:
                 self.queue.append(i)
         if plan.together and plan.admit:
@@ -127,15 +161,28 @@ class TokenByToken:
             held = sorted(i for i, row in self.rows.items() if row["held"])
             overran.sort()
             if held and (not self.together or len(held) == len(self.rows)):
-                finished = [(i, self.rows[i]["kept"] + self.rows[i]["target"], self.rows[i]["cut"]) for i in held]
+                finished = [
+                    (i, self.rows[i]["kept"] + self.rows[i]["target"], self.rows[i]["cut"])
+                    for i in held
+                ]
                 for i in held:
                     del self.rows[i]
             if not self.rows:
                 self.together = False
-            if finished or overran or not self.rows or (elapsed and elapsed >= budget_s) or iterations == plan.horizon_steps:
+            if (
+                finished
+                or overran
+                or not self.rows
+                or (elapsed and elapsed >= budget_s)
+                or iterations == plan.horizon_steps
+            ):
                 return StepResult(elapsed, emitted, tuple(started), tuple(finished), tuple(overran))
             decoding = [row for row in self.rows.values() if row["made"]]
-            seconds = self.cost.decode_step_s(len(decoding), sum(r["base"] + r["made"] for r in decoding)) if decoding else 0.0
+            seconds = (
+                self.cost.decode_step_s(len(decoding), sum(r["base"] + r["made"] for r in decoding))
+                if decoding
+                else 0.0
+            )
             left, done, rows = plan.prefill_tokens or self.limits.prefill_tokens, [], len(decoding)
             while left and self.queue:
                 row = self.rows[self.queue[0]]

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.continuous import POLICIES, Fcfs
+from serving.policies.continuous import POLICIES, Fcfs
 from serving.request import FOREVER, Limits, Plan, Record
 from serving.scheduler import Queue, Replay, VirtualClock, paced, run
-from serving.simulated import SimulatedEngine
+from serving.simulate.engine import SimulatedEngine
 from tests.serving.conftest import COST, ask, serve
 
 LIMITS = Limits(4, 400, 300)
@@ -29,7 +29,9 @@ def test_queue_is_an_ordered_set(moves):
             queue.remove(inside.pop(chosen))
         elif move == "o" and inside:
             front = [record for record, _ in zip(queue, range(value % 5))]
-            assert [r.request.id for r in front] == sorted(inside, key=lambda i: (keys[i], i))[: len(front)]
+            assert [r.request.id for r in front] == sorted(inside, key=lambda i: (keys[i], i))[
+                : len(front)
+            ]
             if front:
                 queue.remove(front[-1])
                 del inside[front[-1].request.id]
@@ -41,7 +43,15 @@ def test_queue_is_an_ordered_set(moves):
 
 
 def test_a_key_that_has_run_out_is_asked_for_again():
-    queue = Queue(lambda record: (1.0, 5.0) if queue.now_s <= 5 and record.request.id == 0 else (2.0, FOREVER) if record.request.id else (9.0, FOREVER))
+    queue = Queue(
+        lambda record: (
+            (1.0, 5.0)
+            if queue.now_s <= 5 and record.request.id == 0
+            else (2.0, FOREVER)
+            if record.request.id
+            else (9.0, FOREVER)
+        )
+    )
     for i in range(2):
         queue.push(Record(ask(i)))
     assert [r.request.id for r in queue] == [0, 1]
@@ -65,7 +75,9 @@ def test_arrivals_are_seen_after_their_prediction():
     arrivals = Replay([ask(0, arrival=1.0, predict_s=0.5), ask(1, arrival=2.0)])
     assert arrivals.next_s() == 1.5 and not arrivals.due(1.4)
     assert [r.id for r in arrivals.due(1.5)] == [0] and not arrivals.closed
-    assert [r.id for r in arrivals.due(9)] == [1] and arrivals.closed and arrivals.next_s() == FOREVER
+    assert (
+        [r.id for r in arrivals.due(9)] == [1] and arrivals.closed and arrivals.next_s() == FOREVER
+    )
 
 
 class Bad(Fcfs):
@@ -84,14 +96,32 @@ def first_waiting(view):
     return next(iter(view.waiting.everyone()))
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda view, plan: Plan(), "admits none"),
-    (lambda view, plan: Plan((first_waiting(view),), (), {first_waiting(view).request.id: 5}), "no KV memory"),
-    (lambda view, plan: Plan((first_waiting(view),), (), {first_waiting(view).request.id: 401}), "KV tokens"),
-    (lambda view, plan: Plan((first_waiting(view),) * 2, (), {first_waiting(view).request.id: 100}), "twice"),
-    (lambda view, plan: Plan((), (first_waiting(view),), {}), "does not run"),
-    (lambda view, plan: plan if not view.overran else Plan(), "fills its KV memory"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda view, plan: Plan(), "admits none"),
+        (
+            lambda view, plan: Plan(
+                (first_waiting(view),), (), {first_waiting(view).request.id: 5}
+            ),
+            "no KV memory",
+        ),
+        (
+            lambda view, plan: Plan(
+                (first_waiting(view),), (), {first_waiting(view).request.id: 401}
+            ),
+            "KV tokens",
+        ),
+        (
+            lambda view, plan: Plan(
+                (first_waiting(view),) * 2, (), {first_waiting(view).request.id: 100}
+            ),
+            "twice",
+        ),
+        (lambda view, plan: Plan((), (first_waiting(view),), {}), "does not run"),
+        (lambda view, plan: plan if not view.overran else Plan(), "fills its KV memory"),
+    ],
+)
 def test_a_plan_that_breaks_a_limit_is_an_error(spoil, message):
     with pytest.raises(RuntimeError, match=message):
         serve(Bad(spoil), [ask(0, 20, 200)], LIMITS)
@@ -115,7 +145,13 @@ def test_limits_are_validated():
 def test_a_monitor_sees_every_event_first():
     seen = []
     engine = SimulatedEngine(COST, LIMITS)
-    for event in run(POLICIES["deadline"], engine, VirtualClock(), Replay([ask(i, arrival=0.1 * i) for i in range(5)]), seen.append):
+    for event in run(
+        POLICIES["deadline"],
+        engine,
+        VirtualClock(),
+        Replay([ask(i, arrival=0.1 * i) for i in range(5)]),
+        seen.append,
+    ):
         assert seen[-1] is event
     assert [e.kind for e in seen].count("finished") == 5
 

@@ -1,0 +1,358 @@
+"""Answers of a tuned model, asked with the prompt it was trained on: one prompt, a file in batches, or a conversation.
+
+python -m finetune.predict --model_path output-glm2-lora/epoch-2-step-180 --prompt TEXT
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from chatglm.checksums import add_verify_flag
+from chatglm.families import FAMILIES
+from chatglm.files import read_json, shorten
+from chatglm.runs import check_not_run
+from finetune.commands import Parser, run_command
+from finetune.config import PRECISIONS, parse_bool, parse_positive
+from finetune.flag_effects import PREDICTING, check_given
+from finetune.out_of_memory import explained, inference_advice
+from finetune.rows.formats import FORMATS, parse_columns
+from finetune.rows.sources import RowReader, read_questions
+
+
+def generate_answers(model, tokenizer, prompts: list[str], **options) -> list[str]:
+    """Answers in the order of `prompts`; `options` are `answers_by_batch`'s."""
+    answers = [""] * len(prompts)
+    for batch in answers_by_batch(model, tokenizer, prompts, **options):
+        for i, answer in batch.items():
+            answers[i] = answer
+    return answers
+
+
+def answers_by_batch(
+    model,
+    tokenizer,
+    prompts: list[str],
+    *,
+    batch_size=8,
+    max_src_len=1024,
+    progress=False,
+    synced=False,
+    done=(),
+    seed=None,
+    **options,
+) -> Iterator[dict[int, str]]:
+    """{number of a prompt: its answer} of one left-padded batch after the other, the longest prompts first.
+
+    Args:
+        max_src_len: longest prompt in tokens; must be training's for cut prompts to look as they did there.
+        synced: ZeRO-3: ranks keep stepping until the slowest has finished.
+        done: prompts answered before; a batch that has only such is left out, the others are what they would be without it.
+        seed: set anew for each batch, so that sampled answers do not depend on `done`.
+        options: generate()'s, e.g. max_new_tokens, do_sample, top_p.
+    """
+    import torch
+    from tqdm import tqdm
+
+    family = FAMILIES[tokenizer.family]
+    encoded = [family.encode_prompt(tokenizer, prompt, max_src_len).input_ids for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
+    if synced:
+        options["synced_gpus"] = True
+    for start in tqdm(
+        range(0, len(order), batch_size), desc="answering", unit="batch", disable=not progress
+    ):
+        chosen = order[start : start + batch_size]
+        if all(i in done for i in chosen):
+            continue
+        if seed is not None:
+            torch.manual_seed(seed + start)
+        written = generate_batch(model, tokenizer, [encoded[i] for i in chosen], **options)
+        yield {
+            i: tokenizer.decode(ids, skip_special_tokens=True)
+            for i, (ids, _) in zip(chosen, written)
+        }
+
+
+def generate_batch(
+    model, tokenizer, encoded: list[list[int]], **options
+) -> list[tuple[list[int], bool]]:
+    """(ids of its answer without the end token, whether an end token came) of each encoded prompt, padded on the left.
+
+    `options` are generate()'s; without do_sample the likeliest token is taken.
+    """
+    import torch
+
+    from chatglm.loading import stop_ids
+
+    options = {
+        "do_sample": False,
+        "eos_token_id": stop_ids(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+    } | options
+    if not options["do_sample"]:
+        options |= {"top_p": None, "top_k": None, "temperature": None}
+    longest = max(map(len, encoded))
+    ids = torch.full((len(encoded), longest), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(encoded):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **options
+        )
+    written = [row[longest:] for row in out.tolist()]
+    answers = [cut_at_stop(row, options["eos_token_id"]) for row in written]
+    return [(answer, len(answer) < len(row)) for answer, row in zip(answers, written)]
+
+
+def cut_at_stop(ids: list[int], stops: list[int]) -> list[int]:
+    return next((ids[:i] for i, token in enumerate(ids) if token in stops), ids)
+
+
+def add_model_flags(parser: argparse.ArgumentParser):
+    parser.add_argument("--model_path", required=True, help="a model, adapter or prefix folder")
+    parser.add_argument(
+        "--base_model", help="base of an adapter or prefix folder (default: the one it names)"
+    )
+    parser.add_argument(
+        "--mode", choices=tuple(FAMILIES), help="family (default: found in the folder)"
+    )
+    parser.add_argument("--device", default="0", help='GPU number, "cpu" or a torch device [0]')
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="auto", help="of the weights [auto]"
+    )
+    parser.add_argument(
+        "--quantization_bit",
+        type=int,
+        choices=(4, 8),
+        help="hold the frozen linear layers in so many bits, as QLoRA trains over them",
+    )
+    add_verify_flag(parser, "fast")
+    parser.add_argument(
+        "--max_src_len",
+        type=parse_positive,
+        help="longest prompt in tokens (default: training's, else 1024)",
+    )
+    parser.add_argument(
+        "--max_new_tokens",
+        type=parse_positive,
+        help="longest answer in tokens (default: max_length less the prompt)",
+    )
+    parser.add_argument(
+        "--max_length",
+        type=parse_positive,
+        default=2048,
+        help="longest prompt and answer in tokens [2048]",
+    )
+    parser.add_argument(
+        "--batch_size", type=parse_positive, default=8, help="prompts answered together [8]"
+    )
+    parser.add_argument(
+        "--do_sample",
+        type=parse_bool,
+        nargs="?",
+        const=True,
+        metavar="True|False",
+        help="sample instead of taking the likeliest token",
+    )
+    parser.add_argument("--top_p", type=float, default=0.8, help="with sampling: nucleus [0.8]")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="with sampling: temperature [0.8]"
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="of sampling [1234]")
+
+
+def add_row_flags(parser: argparse.ArgumentParser):
+    parser.add_argument(
+        "--prompt_text",
+        default="",
+        help="instruction put before rows of the old form {text, answer}",
+    )
+    parser.add_argument(
+        "--data_format",
+        choices=("auto", *FORMATS),
+        default="auto",
+        help="of the rows [auto: found from their keys]",
+    )
+    parser.add_argument(
+        "--columns",
+        default="",
+        help='our names for the rows\' columns: "prompt=question,response=answer"',
+    )
+
+
+def reader_of(args) -> RowReader:
+    """From the flags of `add_row_flags`. Raises ValueError."""
+    return RowReader(args.prompt_text, args.data_format, parse_columns(args.columns))
+
+
+def load_for_inference(args):
+    """(model on its device, tokenizer, max_src_len, generate options) from the flags of `add_model_flags`."""
+    from chatglm import load_tokenizer
+
+    check_not_run(args.model_path, "--model_path")
+    tokenizer = load_tokenizer(
+        args.model_path, mode=args.mode, base=args.base_model, verify=args.verify
+    )
+    model = load_ready(
+        args.model_path,
+        mode=args.mode,
+        base=args.base_model,
+        device=args.device,
+        precision=args.precision,
+        quantization_bit=args.quantization_bit,
+        verify=args.verify,
+    )
+    trained = Path(args.model_path) / "train_config.json"
+    max_src_len = args.max_src_len or trained_length(trained) or 1024
+    options = (
+        {"max_new_tokens": args.max_new_tokens}
+        if args.max_new_tokens
+        else {"max_length": args.max_length}
+    )
+    options["do_sample"] = bool(args.do_sample)
+    if args.do_sample:
+        options |= {"top_p": args.top_p, "temperature": args.temperature}
+    return model, tokenizer, max_src_len, options
+
+
+def trained_length(config: Path) -> int | None:
+    """--max_src_len of training, as a checkpoint's train_config.json has it; None where there is no such file."""
+    if not config.is_file():
+        return None
+    value = read_json(config).get("max_src_len")
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"{config}: max_src_len must be a whole number above 0, got {shorten(value)}; say --max_src_len"
+        )
+    return value
+
+
+def load_ready(
+    path: str,
+    *,
+    mode: str | None = None,
+    base: str | None = None,
+    device: str = "0",
+    precision: str = "auto",
+    quantization_bit: int | None = None,
+    verify: str | None = None,
+):
+    """A model that may answer, on its device; arguments as the flags of `add_model_flags` say. "auto" is fp32 on a CPU."""
+    from chatglm import load_model
+    from finetune.distributed import DTYPES, resolve_precision
+
+    device = pick_device(device)
+    dtype = DTYPES[
+        "fp32" if precision == "auto" and device == "cpu" else resolve_precision(precision)
+    ]
+    if quantization_bit:  # quantised on its device, where it stays
+        return load_model(
+            path,
+            mode=mode,
+            dtype=dtype,
+            base=base,
+            quantization_bit=quantization_bit,
+            device_map={"": device},
+            verify=verify,
+        ).eval()
+    return load_model(path, mode=mode, dtype=dtype, base=base, verify=verify).to(device).eval()
+
+
+def pick_device(name: str) -> str:
+    import torch
+
+    if name.isdigit():
+        count = torch.cuda.device_count()
+        if count and int(name) >= count:
+            raise ValueError(f"--device: there is no GPU {name} here, only 0 to {count - 1}")
+        return f"cuda:{name}" if count else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"--device: there is no {name!r} here") from None
+    return name
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="finetune.predict",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_flags(parser)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", help="answer this prompt (instruction and input together)")
+    what.add_argument(
+        "--file",
+        help="answer every row of these files (a comma list, as --train_path takes), each a single question",
+    )
+    what.add_argument(
+        "--interactive", action="store_true", help="read prompts line by line, until end of input"
+    )
+    parser.add_argument(
+        "--output",
+        help="with --file: JSON lines of {prompt, answer, reference} (default: standard output)",
+    )
+    add_row_flags(parser)
+    return parser
+
+
+def run(args) -> int:
+    """Raises ValueError, OSError; MemoryError that says what would make it fit."""
+    with explained(lambda: inference_advice(args)):
+        return answer(args)
+
+
+def answer(args) -> int:
+    rows = read_questions(args.file, "--file", reader_of(args)) if args.file else []
+    model, tokenizer, max_src_len, options = load_for_inference(args)
+    # The seed is set at each batch: what loading draws, such as an adapter's first weights, changes no answer.
+    ask = {"batch_size": args.batch_size, "max_src_len": max_src_len, "seed": args.seed, **options}
+    if args.file:
+        answers = generate_answers(
+            model, tokenizer, [row.prompt for row in rows], progress=True, **ask
+        )
+        lines = "".join(
+            json.dumps(
+                {"prompt": r.prompt, "answer": a, "reference": list(r.answers)}, ensure_ascii=False
+            )
+            + "\n"
+            for r, a in zip(rows, answers)
+        )
+        if args.output:
+            from finetune.files import write_aside
+
+            write_aside(Path(args.output), lines)
+            print(f"{len(rows)} answers written to {args.output}")
+        else:
+            sys.stdout.write(lines)
+    elif args.interactive:
+        prompt = "" if not sys.stdin.isatty() else "> "
+        while True:
+            try:
+                line = input(prompt)
+            except (EOFError, KeyboardInterrupt):
+                break
+            if line.strip():
+                print(generate_answers(model, tokenizer, [line], **ask)[0], flush=True)
+                ask["seed"] += 1  # asked again, a question may get another answer
+    else:
+        print(generate_answers(model, tokenizer, [args.prompt], **ask)[0])
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    check_given(parser, args, PREDICTING)
+    if not (args.prompt or args.file or args.interactive):
+        parser.error("say what to answer: --prompt TEXT, --file FILE or --interactive")
+    return run_command(parser.prog, lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""How much memory a run needs, by part: python -m finetune.memory."""

@@ -1,0 +1,455 @@
+"""How much memory a fine-tuning needs, by part, without weights and without a GPU.
+
+    python -m finetune.memory --model chatglm2-6b --train_type lora --max_len 1560 --per_device_train_batch_size 1 --gpu A40
+    python -m finetune.memory --compare_seeds          (the published rows of memory against the formula)
+    python -m finetune.memory --table                  (what each method needs, as in docs/results.md)
+    python train.py --estimate_memory ...              (the run that the other flags describe)
+
+The formula is finetune/memory/formula.py's. GB in print are GiB, as nvidia-smi's. Free of torch.
+"""
+
+import argparse
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from finetune.commands import Parser, run_command
+from finetune.config import TrainConfig, add_flag, changed_flags
+from finetune.ds_file import BETWEEN_RANKS, fill_sizes, read_ds_file
+from finetune.files import write_json
+from finetune.flag_effects import ESTIMATING, ONE_RUN, TRAINING, check_given, refuse_without_effect
+from finetune.memory.cards import CARDS, GIB, MIB
+from finetune.memory.formula import Estimate, estimate
+from finetune.memory.run import Run, Zero
+from finetune.memory.shapes import PUBLISHED, read_shape, shape_source, short_name
+from finetune.methods import module_names
+
+LIMIT = 2**20  # no search for a batch or a length goes further
+
+
+def largest(run: Run, name: str, card: float, step: int = 1) -> int:
+    """The largest "batch" or "length" that fits the card, all rows at their longest.
+
+    In multiples of `step`; 0 where none fits.
+    """
+
+    def fits(units: int) -> bool:
+        return estimate(replace(run, real_tokens=None, **{name: units * step})).needed <= card
+
+    low, high = 0, 1
+    while high * step < LIMIT and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * step
+
+
+Change = tuple[str, Run]  # what to change, in words and flags, and the run then
+
+
+def cheapest_change(run: Run, card: float) -> str:
+    """The first change that makes a run fit, from those that cost little to those that cost
+    machines."""
+    for text, changed in changes_by_cost(run, card):
+        found = estimate(changed)
+        if changed != run and found.needed <= card:
+            return text + host_note(changed, found)
+    return "nothing on this card: take a larger one"
+
+
+def host_note(run: Run, found: Estimate) -> str:
+    """What of the host's memory an offloaded optimizer takes."""
+    if run.zero is None or not run.zero.offload_optimizer:
+        return ""
+    return f" ({sum(found.host.values()) / GIB:.0f} GB of host RAM)"
+
+
+def changes_by_cost(run: Run, card: float) -> Iterator[Change]:
+    """Steps that are kept, then one row at a time with ZeRO, then shorter rows."""
+    yield from changes_of_batch(run, card)
+    if not run.ours:
+        packed = replace(run, mode="ours", precision="bf16")
+        yield "this project's packed loop (--mode ours)", packed
+    one = replace(checkpointed(run), batch=1, real_tokens=None)
+    words = "--gradient_checkpointing, --per_device_train_batch_size 1"
+    for text, changed in changes_of_zero(one):
+        yield f"{words} and {text}", changed
+    if shorter := largest(one, "length", card, step=8):
+        yield f"{words} and --max_len {shorter}", replace(one, length=shorter)
+
+
+def checkpointed(run: Run) -> Run:
+    return replace(run, checkpointing=True, selective=False)
+
+
+def changes_of_batch(run: Run, card: float) -> Iterator[Change]:
+    """The same step, in smaller passes or with layers computed again."""
+    yield "--gradient_checkpointing", checkpointed(run)
+    if batch := largest(run, "batch", card):
+        passes = -(-run.batch * run.accumulation // batch)
+        flags = f"--per_device_train_batch_size {batch} with --gradient_accumulation_steps {passes}"
+        yield flags, replace(run, batch=batch, real_tokens=None)
+    both = checkpointed(run)
+    if batch := largest(both, "batch", card):
+        flags = f"--gradient_checkpointing and --per_device_train_batch_size {batch}"
+        yield flags, replace(both, batch=batch, real_tokens=None)
+
+
+def changes_of_zero(run: Run) -> Iterator[Change]:
+    """Smaller buckets, an offloaded optimizer, weights cut among this and more GPUs."""
+    zero = run.zero or Zero(stage=0)
+
+    def staged(run: Run, **change) -> Run:
+        return replace(run, zero=replace(zero, overlap=None, **change))
+
+    if zero.reduce_bucket > 5e7:
+        yield "a reduce_bucket_size of 5e7 in the --ds_file", staged(run, reduce_bucket=5e7)
+    two = staged(run, stage=max(2, zero.stage), offload_optimizer=True)
+    yield "--ds_file ds_zero2_offload.json", two
+    for gpus in (run.gpus, 2, 4, 8):
+        if gpus < run.gpus:
+            continue
+        on_gpus = f" on {gpus} GPUs" if gpus > run.gpus else ""
+        three = staged(replace(run, gpus=gpus), stage=3)
+        yield f"--ds_file ds_zero3_no_offload.json{on_gpus}", three
+        offloaded = replace(three.zero, offload_optimizer=True, offload_param=True)
+        yield f"--ds_file ds_zero3_offload.json{on_gpus}", replace(three, zero=offloaded)
+
+
+def read_zero(name: str, hidden: int) -> Zero:
+    """From a DeepSpeed file, looked up and filled as train.py does."""
+    path, ds = read_ds_file(name)
+    try:
+        return make_zero(fill_sizes(ds.get("zero_optimization", {"stage": 0}), hidden))
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"--ds_file: {path} is no DeepSpeed configuration") from None
+
+
+def make_zero(section: dict) -> Zero:
+    """From a zero_optimization section; "auto" is DeepSpeed's choice."""
+    given = {key: value for key, value in section.items() if value != "auto"}
+
+    def offloads(key: str) -> bool:
+        return (given.get(key) or {}).get("device", "none") not in ("none", "auto")
+
+    keys = {"reduce_bucket": "reduce_bucket_size", "live": "stage3_max_live_parameters"}
+    sizes = {name: float(given[key]) for name, key in keys.items() if given.get(key) is not None}
+    return Zero(
+        stage=int(given.get("stage", 0)),
+        offload_optimizer=offloads("offload_optimizer"),
+        offload_param=offloads("offload_param"),
+        overlap=given.get("overlap_comm"),
+        obeyed=not given.keys() <= BETWEEN_RANKS,
+        **sizes,
+    )
+
+
+# train.py's flags that an estimate depends on.
+FLAGS = (
+    "train_type",
+    "max_len",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "precision",
+    "ds_file",
+    "lora_dim",
+    "lora_dropout",
+    "lora_module_name",
+    "freeze_module_name",
+    "pre_seq_len",
+    "prefix_projection",
+    "ptuning_version",
+)
+UNKNOWN_FLAGS = ("quantization_bit", "use_dora", "gradient_checkpointing_layers")
+METHOD_TITLES = {"lora": "LoRA", "freeze": "freeze", "ptuning": "P-Tuning", "all": "full"}
+
+
+def make_run(
+    config: TrainConfig, *, mode: str = "ours", gpus: int = 1, card: str = "A40", **more
+) -> Run:
+    """The run that train.py's flags describe; raises ValueError for what does not fit the model."""
+    if unknown := [name for name in UNKNOWN_FLAGS if getattr(config, name)]:
+        raise ValueError(
+            f"the estimate does not know --{unknown[0]}: leave it out to see the run without it"
+        )
+    shape = read_shape(config.model_name_or_path)
+    modules = tuple(module_names(config.lora_module_name))
+    if modules == ("all-linear",):
+        modules = tuple(short_name(name) for name in shape.linears)
+    checkpointing = str(config.gradient_checkpointing)
+    run = Run(
+        shape,
+        config.train_type,
+        mode,
+        batch=config.per_device_train_batch_size,
+        length=config.max_len,
+        checkpointing=checkpointing != "False",
+        selective=checkpointing == "selective",
+        precision=resolve_precision(config.precision, mode, card),
+        gpus=gpus,
+        zero=read_zero(config.ds_file, shape.hidden),
+        accumulation=config.gradient_accumulation_steps,
+        lora_dim=config.lora_dim,
+        lora_modules=modules,
+        lora_dropout=config.lora_dropout,
+        freeze_names=tuple(module_names(config.freeze_module_name)),
+        pre_seq_len=config.pre_seq_len,
+        projection=config.prefix_projection,
+        version=config.resolved_ptuning_version,
+        **more,
+    )
+    run.trained  # noqa: B018  a name that matches nothing is an error now
+    return run
+
+
+def resolve_precision(precision: str, mode: str, card: str) -> str:
+    """What "auto" is: what train.py finds on such a card; the published runs trained in fp16."""
+    if precision != "auto":
+        return precision
+    return "fp16" if mode == "plain" or card.startswith(("V100", "T4")) else "bf16"
+
+
+def local_card() -> tuple[str, float] | None:
+    """Name and bytes of this machine's first GPU, asked of nvidia-smi."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    try:
+        query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        name, mib = done.stdout.splitlines()[0].rsplit(",", 1)
+        return name.strip(), float(mib) * MIB
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
+        return None
+
+
+def report(run: Run, card: str, size: float) -> dict:
+    """Everything that is printed, in bytes."""
+    found = estimate(run)
+    fits = found.needed <= size
+    described = {key: value for key, value in dataclasses.asdict(run).items() if key != "shape"}
+    return {
+        "run": described | {"trained_parameters": run.trained_count},
+        "parts": found.parts,
+        "total": found.total,
+        "needed": found.needed,
+        "host": found.host,
+        "card": {"name": card, "bytes": size},
+        "fits": fits,
+        "largest_batch": largest(run, "batch", size),
+        "longest_length": largest(run, "length", size),
+        "cheapest_change": None if fits else cheapest_change(run, size),
+    }
+
+
+def show(model: str, run: Run, found: dict):
+    """Print a report."""
+    print(
+        f"{describe_run(model, run)}; {run.trained_count:,} parameters trained; {shape_source(model)}\n"
+    )
+    show_parts("per GPU", found["parts"], "peak")
+    show_parts("host RAM, all processes", found["host"], "total")
+    card, size = found["card"]["name"], found["card"]["bytes"] / GIB
+    needed = f"{found['needed'] / GIB:.1f} GB"
+    if found["fits"]:
+        print(f"\nfits: {needed} of the {card}'s {size:.1f}")
+    else:
+        print(f"\ndoes not fit: {needed}, and the {card} has {size:.1f}")
+        print(f"cheapest change that fits: {found['cheapest_change']}")
+    print(f"largest batch at {run.length} tokens: {show_largest(found['largest_batch'])}")
+    print(f"longest row at batch {run.batch}: {show_largest(found['longest_length'])}")
+    if run.ours:
+        labelled = f"{100 * run.label_share:.0f} % of the tokens labelled"
+        error = "the formula's error on published rows: --compare_seeds"
+        print(f"(rows packed, {labelled}; {error})")
+
+
+def describe_run(model: str, run: Run) -> str:
+    offload = ", offload" if run.zero.offload_optimizer else ""
+    kind = "selective" if run.selective else "on"
+    checkpointing = kind if run.checkpointing else "off"
+    return (
+        f"{model}, {run.train_type}, {run.mode}, {run.precision}, ZeRO-{run.zero.stage}{offload}, "
+        f"{run.gpus} GPU(s), {run.batch} row(s) of {run.length} tokens, "
+        f"gradient checkpointing {checkpointing}"
+    )
+
+
+def show_parts(title: str, parts: dict[str, float], total: str):
+    print(f"{title:<28}{'GB':>8}")
+    for name, size in (*parts.items(), (total, sum(parts.values()))):
+        print(f"  {name:<26}{round(size / GIB, 2) + 0.0:8.2f}")  # never -0.00
+
+
+def show_largest(value: int) -> str:
+    """A batch or a length that fits."""
+    if value == 0:
+        return "none fits"
+    return f"over {LIMIT // 2}" if value >= LIMIT // 2 else str(value)
+
+
+def estimate_run(config: TrainConfig):
+    """train.py --estimate_memory: for this machine's GPU, else for an A40, and the launcher's number of ranks."""
+    card, size = local_card() or ("A40", CARDS["A40"] * MIB)
+    run = make_run(config, gpus=int(os.environ.get("WORLD_SIZE", 1)), card=card)
+    if int(os.environ.get("RANK", 0)) == 0:
+        show(config.model_name_or_path, run, report(run, card, size))
+
+
+# method, --ds_file and GPUs of the table's runs.
+TABLE_RUNS = (
+    ("lora", "ds_zero2.json", 1),
+    ("ptuning", "ds_zero2.json", 1),
+    ("freeze", "ds_zero2.json", 1),
+    ("all", "ds_zero3_no_offload.json", 4),
+    ("all", "ds_zero3_offload.json", 4),
+)
+
+
+def print_table(card: str, size: float) -> dict:
+    """What each method needs of one GPU at 1560 tokens, batch 1; the longest row on the card."""
+    print(
+        "| model | method | GPUs | needed at 1560 tokens, GB | with checkpointing | "
+        f"longest row on {card} | with checkpointing |\n|---|---|---|---|---|---|---|"
+    )
+    rows = []
+    for model in PUBLISHED:
+        for method, ds_file, gpus in TABLE_RUNS:
+            row = table_row(model, method, ds_file, gpus, size)
+            need, longest = row["needed_gib"], [value or "none" for value in row["longest"]]
+            print(
+                f"| {model} | {row['method']} | {gpus} | {need[0]:.1f} | {need[1]:.1f} | "
+                f"{longest[0]} | {longest[1]} |"
+            )
+            rows.append(row)
+    return {"card": card, "rows": rows}
+
+
+def table_row(model: str, method: str, ds_file: str, gpus: int, size: float) -> dict:
+    """Figures of one run without and with checkpointing, on a card of `size` bytes."""
+    config = TrainConfig(
+        model_name_or_path=model,
+        train_path="-",
+        train_type=method,
+        max_len=1560,
+        per_device_train_batch_size=1,
+        ds_file=ds_file,
+    )
+    run = make_run(config, gpus=gpus)
+    runs = [replace(run, checkpointing=on) for on in (False, True)]
+    return {
+        "model": model,
+        "method": METHOD_TITLES[method] + (", offload" if run.zero.offload_optimizer else ""),
+        "gpus": gpus,
+        "needed_gib": [estimate(each).needed / GIB for each in runs],
+        "longest": [largest(each, "length", size, step=8) for each in runs],
+    }
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="finetune.memory",
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=110),
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help=f"a folder with config.json, or {', '.join(PUBLISHED)}"
+    )
+    fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
+    for name in FLAGS:
+        add_flag(parser, fields[name])
+    parser.add_argument(
+        "--mode",
+        choices=("ours", "plain"),
+        default="ours",
+        help="this project's loop, or the seeds' (padded rows, full logits) [ours]",
+    )
+    parser.add_argument("--gpus", type=int, default=1, metavar="INT", help="GPUs in all [1]")
+    parser.add_argument("--gpu", choices=tuple(CARDS), default="A40", help="the card [A40]")
+    parser.add_argument(
+        "--label_share",
+        type=float,
+        default=0.25,
+        metavar="FLOAT",
+        help="share of the tokens that carry loss [0.25]",
+    )
+    parser.add_argument(
+        "--real_tokens",
+        type=int,
+        metavar="INT",
+        help="real tokens of a step's rows on one GPU [batch x max_len]",
+    )
+    parser.add_argument(
+        "--compare_seeds", action="store_true", help="the published rows against the formula"
+    )
+    parser.add_argument(
+        "--fit", action="store_true", help="with --compare_seeds: fit the constants anew"
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="what each method needs, for the published models"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    return parser
+
+
+def check_flags(parser: argparse.ArgumentParser, args: dict) -> TrainConfig:
+    """The run that the flags describe; leave by `parser.error` where a flag has no effect beside the others."""
+    check_given(parser, argparse.Namespace(**args), ESTIMATING | dict.fromkeys(FLAGS, ONE_RUN))
+    given = {name: args[name] for name in FLAGS if name in args}
+    try:
+        config = TrainConfig(
+            model_name_or_path=args["model"] or "-", train_path="-", max_src_len=1, **given
+        )
+        refuse_without_effect(config, changed_flags(TrainConfig, given), TRAINING)
+        return config
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = vars(parser.parse_args(argv))
+    if args["fit"] and not args["compare_seeds"]:
+        parser.error("--fit needs --compare_seeds")
+    if not (args["compare_seeds"] or args["table"] or args["model"]):
+        parser.error("--model is required: a folder with config.json or a published name")
+    config = check_flags(parser, args)
+    return run_command(parser.prog, lambda: run(args, config))
+
+
+def run(args: dict, config: TrainConfig):
+    card, size = args["gpu"], CARDS[args["gpu"]] * MIB
+    if args["json"] and not Path(args["json"]).parent.is_dir():
+        raise ValueError(f"--json: no such folder: {Path(args['json']).parent}")
+    if args["compare_seeds"]:
+        from finetune.memory.formula import Constants
+        from finetune.memory.published import a40_rows, compare, fit, print_report
+
+        figures = compare(fit(a40_rows()) if args["fit"] else Constants())
+        print_report(figures)
+    elif args["table"]:
+        figures = print_table(card, size)
+    else:
+        described = make_run(
+            config,
+            mode=args["mode"],
+            gpus=args["gpus"],
+            card=card,
+            label_share=args["label_share"],
+            real_tokens=args["real_tokens"],
+        )
+        figures = report(described, card, size)
+        show(args["model"], described, figures)
+    if args["json"]:
+        write_json(args["json"], figures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""A training run, as far as its memory goes: what an estimate depends on. Free of torch."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from finetune.memory.layers import Code, Layer
+from finetune.memory.shapes import Shape, short_name
+from finetune.methods import METHODS
+
+
+@dataclass(frozen=True)
+class Zero:
+    """A DeepSpeed file's zero_optimization, as far as memory goes; defaults are DeepSpeed's own.
+
+    Attributes:
+        reduce_bucket, live: reduce_bucket_size and stage3_max_live_parameters, in elements.
+        overlap: overlap_comm; None for DeepSpeed's choice, which is on for stage 3.
+        obeyed: the file says more than how ranks talk, so that train.py keeps to its stage on one
+            rank too (stage_for).
+    """
+
+    stage: int = 2
+    offload_optimizer: bool = False
+    offload_param: bool = False
+    reduce_bucket: float = 5e8
+    live: float = 1e9
+    overlap: bool | None = None
+    obeyed: bool = False
+
+    @property
+    def overlaps(self) -> bool:
+        return self.stage == 3 if self.overlap is None else self.overlap
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run. Lengths in tokens.
+
+    Attributes:
+        mode: "ours" is this project's loop: packed rows, logits at labelled tokens alone. "plain"
+            is the published runs': padded rows, full logits.
+        selective: checkpointing that keeps the results of matrix products and of attention.
+        zero: None for plain torch, one process.
+        label_share: labelled tokens, of the real ones; "ours" computes logits there only.
+        real_tokens: of a step on one device; None for all rows at the longest.
+        code: of the model; None for the original's in "plain" and for packed rows' in "ours".
+        cpu: no CUDA context and no caching allocator.
+    """
+
+    shape: Shape
+    train_type: str = "lora"
+    mode: Literal["ours", "plain"] = "ours"
+    batch: int = 16
+    length: int = 1024
+    checkpointing: bool = False
+    selective: bool = False
+    precision: str = "bf16"
+    gpus: int = 1
+    zero: Zero | None = field(default_factory=Zero)
+    accumulation: int = 1
+    lora_dim: int = 8
+    lora_modules: tuple[str, ...] = ("query_key_value",)
+    lora_dropout: float = 0.1
+    freeze_names: tuple[str, ...] = ("layers.27.",)
+    pre_seq_len: int = 16
+    projection: bool = True
+    version: str = "v2"
+    label_share: float = 0.25
+    real_tokens: int | None = None
+    code: Code | None = None
+    cpu: bool = False
+
+    def __post_init__(self):
+        counts = ("batch", "length", "gpus", "accumulation", "lora_dim", "pre_seq_len")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.label_share <= 1:
+            raise ValueError(f"--label_share must be above 0 and at most 1, got {self.label_share}")
+        most = self.batch * self.length
+        if self.real_tokens is not None and not 1 <= self.real_tokens <= most:
+            raise ValueError(
+                f"--real_tokens must be from 1 to batch x length = {most}, got {self.real_tokens}"
+            )
+
+    # ---- what is trained
+
+    @property
+    def ours(self) -> bool:
+        return self.mode == "ours"
+
+    @property
+    def adapters(self) -> bool:
+        """What is trained stands beside the model, which is frozen."""
+        return METHODS[self.train_type].saves != "model"
+
+    @cached_property
+    def trained(self) -> dict[str, int]:
+        """{name: elements} of what is trained; raises ValueError where a name matches nothing."""
+        shape = self.shape
+        if self.train_type == "lora":
+            return shape.lora(self.lora_dim, self.lora_modules)
+        if self.train_type == "ptuning":
+            return shape.prefix(self.pre_seq_len, self.projection, self.version)
+        if self.train_type == "all":
+            return shape.parameters
+        return matching(shape, self.freeze_names)
+
+    @cached_property
+    def trained_count(self) -> int:
+        """Elements of all that is trained."""
+        return sum(self.trained.values())
+
+    @cached_property
+    def largest_trained(self) -> int:
+        """Elements of the largest parameter that is trained."""
+        return max(self.trained.values())
+
+    @property
+    def trains_tied(self) -> bool:
+        """One weight is trained as embedding and as output layer."""
+        return self.shape.tied and self.train_type == "all"
+
+    @property
+    def trains_output(self) -> bool:
+        """The output layer is trained."""
+        names = (".output_layer.", "lm_head")
+        return self.train_type == "all" or any(
+            part in name for name in self.trained for part in names
+        )
+
+    # ---- precision, in bytes
+
+    @property
+    def element(self) -> int:
+        """Bytes of an activation, and of a frozen weight."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def weight_element(self) -> int:
+        """Bytes of a trained weight: ours keeps adapters in fp32 beside a model in bf16."""
+        widened = self.ours and self.adapters and self.precision == "bf16"
+        return 4 if widened else self.element
+
+    @property
+    def gradient_element(self) -> int:
+        """Bytes of a gradient: its weight's, but ours sums bf16's in fp32."""
+        return 4 if self.ours and self.precision == "bf16" else self.weight_element
+
+    @property
+    def lora_element(self) -> int:
+        """Bytes of LoRA's arithmetic: the model's dtype (finetune/lora.py); in ours under ZeRO-3,
+        where peft's own linear runs, the adapters'."""
+        peft = self.zero is not None and self.zero.stage == 3
+        return self.weight_element if self.ours and peft else self.element
+
+    # ---- DeepSpeed
+
+    @property
+    def zero_dropped(self) -> bool:
+        """train.py leaves ZeRO out on one rank (stage_for): no partitions, buckets
+        or flattened gradients."""
+        zero = self.zero
+        if zero is None or zero.stage == 3 or zero.obeyed:
+            return False
+        if zero.offload_optimizer or zero.offload_param:
+            return False
+        alone = self.ours and self.gpus == 1
+        return alone and not self.adapters and self.precision != "fp16"
+
+    @property
+    def deepspeed(self) -> Zero | None:
+        """DeepSpeed's settings at work. None: torch's optimizer alone, as in fp32 without ZeRO."""
+        return None if self.zero_dropped and self.precision == "fp32" else self.zero
+
+    @property
+    def bf16_optimizer(self) -> bool:
+        """DeepSpeed's BF16_Optimizer is at work: bf16 without ZeRO."""
+        return self.zero_dropped and self.deepspeed is not None
+
+    @property
+    def stage(self) -> int:
+        """ZeRO's stage; 0 without DeepSpeed."""
+        return self.deepspeed.stage if self.deepspeed else 0
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        return self.deepspeed is not None and self.deepspeed.offload_optimizer
+
+    @property
+    def optimizer_ranks(self) -> int:
+        """Ranks among which the optimizer's states are split: from ZeRO-1 on."""
+        return self.gpus if self.stage >= 1 else 1
+
+    @property
+    def gradient_ranks(self) -> int:
+        """Ranks among which gradients are split: from ZeRO-2 on."""
+        return self.gpus if self.stage >= 2 else 1
+
+    # ---- tokens
+
+    @property
+    def tokens(self) -> int:
+        """Token positions of one forward pass: padded rows in `plain`, real tokens in `ours`."""
+        return (self.real_tokens if self.ours else None) or self.batch * self.length
+
+    @property
+    def virtual_tokens(self) -> int:
+        """P-Tuning's tokens of a row."""
+        return self.pre_seq_len if self.train_type == "ptuning" else 0
+
+    @property
+    def positions(self) -> int:
+        """Positions that layers compute: the tokens, and P-Tuning v1's, which are embeddings."""
+        embedded = self.virtual_tokens * self.batch if self.version == "v1" else 0
+        return self.tokens + embedded
+
+    @cached_property
+    def layer(self) -> Layer:
+        """A layer of the model, as this run computes it."""
+        modules = self.lora_modules
+        if modules == ("all",):
+            modules = tuple(short_name(name) for name in self.shape.linears)
+        packed: Code = "packed-cpu" if self.cpu else "packed"
+        return Layer(
+            self.shape,
+            self.code or (packed if self.ours else "original"),
+            keys=self.length + self.virtual_tokens,
+            element=self.element,
+            trained=not self.adapters,
+            lora=modules if self.train_type == "lora" else (),
+            lora_rank=self.lora_dim,
+            lora_element=self.lora_element,
+            lora_dropout=self.lora_dropout > 0,
+            mask_element=self.element if self.cpu else 1,
+        )
+
+
+def matching(shape: Shape, names: tuple[str, ...]) -> dict[str, int]:
+    """{name: elements} of the parameters whose names contain one of `names`.
+
+    Raises:
+        ValueError: there are no names, or one is in no parameter's.
+    """
+    lost = [part for part in names if not any(part in name for name in shape.parameters)]
+    if lost or not names:
+        unmatched = ", ".join(map(repr, lost)) or "an empty list"
+        raise ValueError(
+            f"--freeze_module_name: {unmatched} matches no parameter of {shape.layers} layers"
+        )
+    return {
+        name: size for name, size in shape.parameters.items() if any(part in name for part in names)
+    }

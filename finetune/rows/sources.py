@@ -1,0 +1,486 @@
+"""Where rows come from: files, folders, patterns and hubs, each with a weight; how many rows of each an epoch reads.
+
+Free of torch.
+"""
+
+import ast
+import csv
+import gzip
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from chatglm.files import is_lfs_pointer, pointer_error
+from finetune.rows.formats import BadRow, Row, parse_row, refused_by, single_questions
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+HUBS = ("hf://", "ms://")
+LINE_LIMIT = (
+    2**26
+)  # bytes of a line: no row is as long, and a packed file may unpack to a line of any length
+WHOLE_LIMIT = 2**30  # bytes that a packed JSON file may unpack to where it is not read line by line
+BROKEN_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)
+BOM = b"\xef\xbb\xbf"
+SPACE = re.compile("[ \t\r\n\ufeff]*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one entry of --train_path names: files, or a data set of a hub.
+
+    weight: how often an epoch reads each of its rows; 0.3: three of ten, others in the next epoch.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    weight: float = 1.0
+
+    @property
+    def is_hub(self) -> bool:
+        return self.name.startswith(HUBS)
+
+
+def parse_sources(text: str, flag: str = "--train_path", *, weights: bool = True) -> list[Source]:
+    """ "a.json,b.jsonl:0.3,folder,part-*.jsonl,hf://owner/name:2" -> sources.
+
+    Raises:
+        FileNotFoundError: nothing of that name, or nothing in a folder.
+        ValueError: no name at all, a weight that is not above 0, or one where `weights` are not taken.
+    """
+    names = (
+        [text]
+        if Path(text).exists()
+        else [part.strip() for part in text.split(",") if part.strip()]
+    )
+    if not names:
+        raise ValueError(f"{flag}: no file in {text!r}")
+    sources = [parse_source(name, flag) for name in names]
+    if weighted := next((source for source in sources if source.weight != 1 and not weights), None):
+        raise ValueError(f"{flag} takes no weights, got {weighted.name}:{weighted.weight:g}")
+    return sources
+
+
+def parse_source(name: str, flag: str) -> Source:
+    if not Path(name).exists():
+        path, colon, weight = name.rpartition(":")
+        try:
+            number = float(weight) if colon else None
+        except ValueError:
+            number = None  # a colon of the name's own
+        if number is not None:
+            if not 0 < number < float("inf"):
+                raise ValueError(f"{flag}: a weight must be above 0, got {name}")
+            return Source(path, find_files(path, flag), number)
+    return Source(name, find_files(name, flag))
+
+
+def find_files(name: str, flag: str) -> tuple[Path, ...]:
+    """The files of a name, sorted: itself, all of a folder, or all that a pattern fits."""
+    path = Path(name)
+    if name.startswith(HUBS):
+        return ()
+    if path.is_file():
+        return (path,)
+    if path.is_dir():
+        found = sorted(
+            p
+            for p in path.rglob("*")
+            if p.is_file()
+            and p.name.removesuffix(".gz").endswith(SUFFIXES)
+            and not p.name.startswith(".")
+        )
+        if not found:
+            raise FileNotFoundError(f"{flag}: no {', '.join(SUFFIXES)} (or .gz) in {path}")
+        return tuple(found)
+    if any(mark in name for mark in "*?["):
+        found = sorted(
+            p for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if p.is_file()
+        )
+        if found:
+            return tuple(found)
+    raise FileNotFoundError(f"{flag}: no such file: {name}")
+
+
+# ---- files to JSON values
+
+
+def read_parts(source: Source) -> Iterator[tuple[str, Iterator[tuple[str, object]]]]:
+    """(name, its (place, value) of every row) of each file, or of the hub; a place begins with that name."""
+    if source.is_hub:
+        yield source.name, read_hub(source.name)
+    for path in source.files:
+        yield str(path), read_file_items(path)
+
+
+def read_items(source: Source) -> Iterator[tuple[str, object]]:
+    """(place, value) of every row; a value that does not parse comes as BadRow."""
+    for _, items in read_parts(source):
+        yield from items
+
+
+def read_file_items(path: str | Path) -> Iterator[tuple[str, object]]:
+    """(place, value) of a file: JSON, csv or tsv with a header, parquet; all but parquet also as .gz."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    kind = Path(path.name.removesuffix(".gz")).suffix
+    if kind == ".parquet":
+        yield from read_parquet(path)
+    elif kind in (".csv", ".tsv"):
+        yield from read_table(path, "\t" if kind == ".tsv" else ",")
+    else:
+        yield from read_json_items(path)
+
+
+def open_data(path: Path):
+    """The file, its bytes unpacked as they are read. Raises ValueError where it is a Git LFS pointer."""
+    if is_lfs_pointer(path):
+        raise pointer_error(path)
+    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line without a byte order mark) of every line; one line at a time is in memory.
+
+    Raises BadRow: a line of more than LINE_LIMIT bytes, or not a whole gzip file.
+    """
+    # Local names: a generator may be closed when Python ends, after the modules.
+    broken, number = BROKEN_GZIP, 0
+    try:
+        with open_data(path) as file:
+            while line := file.readline(LINE_LIMIT + 1):
+                number += 1
+                if len(line) > LINE_LIMIT:
+                    raise BadRow(
+                        f"{path}:{number}: a line of more than {LINE_LIMIT:,} bytes, which no row is"
+                    )
+                yield number, line.removeprefix(BOM)
+    except broken as error:
+        raise BadRow(f"{path}: not a whole gzip file ({error})") from None
+
+
+def read_whole(path: Path) -> str:
+    """The text of a file, unpacked.
+
+    Raises BadRow: not UTF-8, not a whole gzip file, or one that unpacks to more than WHOLE_LIMIT bytes.
+    """
+    packed = path.suffix == ".gz"
+    try:
+        with open_data(path) as file:
+            content = file.read(WHOLE_LIMIT + 1) if packed else file.read()
+    except BROKEN_GZIP as error:
+        raise BadRow(f"{path}: not a whole gzip file ({error})") from None
+    if packed and len(content) > WHOLE_LIMIT:
+        raise BadRow(
+            f"{path}: unpacks to more than {WHOLE_LIMIT:,} bytes; write one JSON object a line, or unpack it"
+        )
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise BadRow(f"{path}:{line}: not UTF-8; save it as UTF-8") from None
+
+
+def read_json_items(path: str | Path) -> Iterator[tuple[str, object]]:
+    """(place, value) of each row of a JSON file; a line that does not parse comes as BadRow.
+
+    Read are JSON lines, a JSON list, objects one after the other over several lines each, and {"data": [rows]}.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    if begins_list(path):
+        yield from ((f"{path}[{i}]", item) for i, item in enumerate(read_list(path)))
+        return
+    lines = ((number, line) for number, line in read_lines(path) if line.strip())
+    first, second = next(lines, None), next(lines, None)
+    if first is None:
+        return
+    number, line = first
+    item = parse_line(line, f"{path}:{number}")
+    if isinstance(item, BadRow) and over_several_lines(line):
+        yield from read_values(path)
+    elif second is None and (rows := wrapped_rows(item)):
+        yield from ((f"{path}:data[{i}]", row) for i, row in enumerate(rows))
+    else:
+        yield f"{path}:{number}", item
+        for number, line in chain([second] if second else [], lines):
+            yield f"{path}:{number}", parse_line(line, f"{path}:{number}")
+
+
+def begins_list(path: Path) -> bool:
+    """The first character of a JSON file is "["."""
+    try:
+        with open_data(path) as file:
+            while block := file.read(1 << 16):
+                if content := block.lstrip(BOM + b" \t\r\n"):
+                    return content.startswith(b"[")
+    except BROKEN_GZIP as error:
+        raise BadRow(f"{path}: not a whole gzip file ({error})") from None
+    return False
+
+
+def read_list(path: Path) -> list:
+    """Raises BadRow: the file is no JSON list."""
+    text = read_whole(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
+        message = getattr(error, "msg", error)
+        raise BadRow(f"{path}:{getattr(error, 'lineno', 1)}: not valid JSON: {message}") from None
+
+
+def over_several_lines(line: bytes) -> bool:
+    """A file's first line begins a JSON object that goes on in the next line, as with `indent`."""
+    text = line.strip()
+    return text.startswith(b"{") and text.endswith((b"{", b"[", b",")) and not text.endswith(b"},")
+
+
+def read_values(path: Path) -> Iterator[tuple[str, object]]:
+    """(place, value) of JSON objects one after the other, or of the rows of one {"data": [rows]}.
+
+    Raises BadRow: what is there is neither.
+    """
+    text, decoder, values = read_whole(path), json.JSONDecoder(), []
+    start, number = SPACE.match(text).end(), 1
+    while start < len(text):
+        try:
+            value, stop = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError) as error:
+            line, message = getattr(error, "lineno", 1), getattr(error, "msg", error)
+            wanted = "wanted one JSON object a line, objects one after the other, or a JSON list"
+            raise BadRow(f"{path}:{line}: not valid JSON: {message}; {wanted}") from None
+        number += text.count("\n", values[-1][0] if values else 0, start)
+        values.append((start, number, value))
+        start = SPACE.match(text, stop).end()
+    rows = wrapped_rows(values[0][2]) if len(values) == 1 else None
+    if rows:
+        yield from ((f"{path}:data[{i}]", row) for i, row in enumerate(rows))
+    else:
+        yield from ((f"{path}:{number}", value) for _, number, value in values)
+
+
+def wrapped_rows(value) -> list[dict] | None:
+    """The rows of {"data": [rows]}; None where a value is no such thing."""
+    rows = value.get("data") if isinstance(value, dict) else None
+    return rows if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else None
+
+
+def parse_line(line: str | bytes, place: str):
+    """The JSON value of a line, or a BadRow. Belle's lines are Python literals of JSON values, which no JSON begins like."""
+    try:
+        text = line if isinstance(line, str) else line.decode("utf-8-sig")
+        # A literal's sets, bytes and tuples as keys are refused here, so formats see JSON alone.
+        return json.loads(
+            json.dumps(ast.literal_eval(text.strip())) if text.lstrip().startswith("{'") else text
+        )
+    except UnicodeDecodeError:
+        return BadRow(f"{place}: not UTF-8; save it as UTF-8")
+    # numbers and nesting beyond Python's limits, too
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+        return BadRow(f"{place}: not valid JSON: {getattr(error, 'msg', error)}")
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, whichever characters end them."""
+    for number, line in read_lines(path):
+        try:
+            yield from io.StringIO(line.decode("utf-8"), newline="")
+        except UnicodeDecodeError:
+            raise BadRow(f"{path}:{number}: not UTF-8; save it as UTF-8") from None
+
+
+def read_table(path: Path, delimiter: str) -> Iterator[tuple[str, object]]:
+    """Rows of text by the header's names."""
+    csv.field_size_limit(LINE_LIMIT)
+    reader = csv.DictReader(text_lines(path), delimiter=delimiter, strict=True)
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise BadRow(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
+        if row is None:
+            return
+        place = f"{path}:{reader.line_num}"
+        if None in row or None in row.values():
+            yield (
+                place,
+                BadRow(f"{place}: wanted {len(reader.fieldnames)} cells, as the header has"),
+            )
+        else:
+            yield place, row
+
+
+def read_parquet(path: Path) -> Iterator[tuple[str, object]]:
+    if is_lfs_pointer(path):
+        raise pointer_error(path)
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{path} needs the library pyarrow: pip install pyarrow") from None
+    try:
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from ((f"{path}[{i}]", drop_nulls(row)) for i, row in enumerate(rows))
+    except pyarrow.ArrowException as error:
+        raise BadRow(f"{path}: not a parquet file: {str(error).splitlines()[0]}") from None
+
+
+def drop_nulls(value):
+    """Tables fill keys that a row does not have with null."""
+    if isinstance(value, dict):
+        return {key: drop_nulls(x) for key, x in value.items() if x is not None}
+    return [drop_nulls(x) for x in value] if isinstance(value, list) else value
+
+
+def read_hub(name: str) -> Iterator[tuple[str, object]]:
+    """Rows of "hf://owner/name" or "ms://owner/name"; "#test" names another split than train.
+
+    Raises ValueError where the library is missing or the hub does not give the data set.
+    """
+    data_set, _, split = name.split("://", 1)[1].partition("#")
+    try:
+        if name.startswith("hf://"):
+            from datasets import load_dataset
+
+            rows = load_dataset(data_set, split=split or "train")
+        else:
+            from modelscope.msdatasets import MsDataset
+
+            rows = MsDataset.load(data_set, split=split or "train")
+    except ImportError as error:
+        needed = "datasets" if name.startswith("hf://") else "modelscope[datasets]"
+        raise ValueError(
+            f'{name} needs a library that is not here ({error.name}): pip install "{needed}"'
+        ) from None
+    except Exception as error:  # whatever a hub, a proxy or a lack of network raises
+        raise ValueError(
+            f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        ) from None
+    yield from ((f"{name}[{i}]", drop_nulls(dict(row))) for i, row in enumerate(rows))
+
+
+# ---- values to rows
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """How values become rows: parse_row's options, and what a family can say."""
+
+    prompt_text: str = ""
+    data_format: str = "auto"
+    columns: dict[str, str] | None = None
+    family: str | None = None
+
+    def row(self, item, place: str) -> Row:
+        """Raises BadRow."""
+        if isinstance(item, BadRow):
+            raise item
+        row = parse_row(item, place, self.prompt_text, self.data_format, self.columns)
+        if self.family and (refusal := refused_by(row, self.family)):
+            raise BadRow(refusal)
+        return row
+
+
+def parse_items(
+    items: Iterable[tuple[str, object]], reader: RowReader, on_bad_row: str
+) -> Iterator[tuple[str, Row | BadRow]]:
+    """(place, row) of each value; bad rows are raised with on_bad_row "error", else they come as BadRow."""
+    for place, item in items:
+        try:
+            row: Row | BadRow = reader.row(item, place)
+        except BadRow as error:
+            if on_bad_row == "error":
+                raise
+            row = error
+        yield place, row
+
+
+def no_rows(name: str | Path, bad: int) -> BadRow:
+    return BadRow(f"{name}: no rows" + (f" ({bad} bad ones skipped)" if bad else ""))
+
+
+def read_rows(
+    path: str | Path | Source,
+    *,
+    on_bad_row="error",
+    limit: int | None = None,
+    reader: RowReader | None = None,
+    prompt_text="",
+) -> tuple[list[Row], int]:
+    """All rows of a file or source, at most `limit`, and the number of bad ones skipped.
+
+    Raises:
+        BadRow: the first bad row, with on_bad_row "error"; or no good row at all.
+    """
+    items = read_items(path) if isinstance(path, Source) else read_file_items(path)
+    rows, bad = [], 0
+    for _, row in parse_items(items, reader or RowReader(prompt_text), on_bad_row):
+        if isinstance(row, BadRow):
+            bad += 1
+            continue
+        rows.append(row)
+        if len(rows) == limit:
+            break
+    if not rows:
+        raise no_rows(path.name if isinstance(path, Source) else path, bad)
+    return rows, bad
+
+
+def read_questions(text: str, flag: str, reader: RowReader) -> list[Row]:
+    """The rows of what `text` names, each a single question. Raises ValueError, FileNotFoundError as its parts do."""
+    return single_questions(
+        [
+            row
+            for source in parse_sources(text, flag, weights=False)
+            for row in read_rows(source, reader=reader)[0]
+        ],
+        flag,
+    )
+
+
+def hash_rows(rows: Iterable[Row]) -> str:
+    """Of the rows of a hub, which has no files to hash."""
+    digest, before = hashlib.sha256(b"["), b""
+    for row in rows:
+        digest.update(before + repr((row.prompt, row.answers, row.turns)).encode())
+        before = b", "
+    digest.update(b"]")
+    return digest.hexdigest()
+
+
+def join_hashes(digests: list[str]) -> str:
+    """One for the hashes of several files and hubs; of one its own."""
+    return (
+        digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+    )
+
+
+# ---- which rows an epoch reads
+
+
+def replay_count(others: int, ratio: float) -> int:
+    """Rows of replay that are `ratio` of an epoch with `others` other rows."""
+    return round(others * ratio / (1 - ratio))
+
+
+def draw_rows(rows: int, drawn: int, seed: int, stream: int, epoch: int) -> np.ndarray:
+    """The `drawn` of `rows` row numbers that an epoch (from 0) reads of a source; equal drawn and rows: each once.
+
+    Epochs walk on through one permutation after another, so over all epochs no row is read more than once more often than another.
+    """
+    start, stop = epoch * drawn, (epoch + 1) * drawn
+    cycles = range(start // rows, -(-stop // rows))
+    walk = np.concatenate(
+        [np.random.default_rng([seed, stream, cycle]).permutation(rows) for cycle in cycles]
+    )
+    return walk[start - cycles.start * rows : stop - cycles.start * rows]

@@ -1,0 +1,1 @@
+"""Seconds and bytes of a placed model, and their calibration: python -m serving.cost_model."""

@@ -1,0 +1,233 @@
+"""What a model can be served on: devices, the links between them, clusters of both.
+
+Figures are the vendors' (dense half-precision products with fp32 accumulation); what a program reaches of them is a profile's business
+(serving/cost_model/model.py). Other devices come from a JSON file of the same fields:
+
+    {"devices": [{"name": "RTX4090", "memory_bytes": 25757220864, "bandwidth_bytes_s": 1.008e12, "flops_s": 1.65e14}],
+     "links": [[null, {"bandwidth_bytes_s": 2.4e10, "latency_s": 1e-5}], ...]}     (or "link": one for all pairs)
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+
+from chatglm.files import read_json
+
+MIB, GIB = 2**20, 2**30
+MOST_DEVICES = 1024  # of a cluster, whose links are a matrix
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU, or the CPU.
+
+    Attributes:
+        memory_bytes: all it has; `reserved_bytes` of it (context, workspace, fragments) hold neither weights nor KV.
+        bandwidth_bytes_s: of its own memory. flops_s: half-precision operations, a multiplication and an addition counted as two.
+        kind: "cuda" or "cpu".
+    """
+
+    name: str
+    memory_bytes: int
+    bandwidth_bytes_s: float
+    flops_s: float
+    reserved_bytes: int = GIB
+    kind: str = "cuda"
+
+    def __post_init__(self):
+        if not isinstance(self.name, str):
+            raise ValueError(f"device: name must be text, got {self.name!r}")
+        for field in ("memory_bytes", "bandwidth_bytes_s", "flops_s"):
+            if not _is_number(getattr(self, field)) or not getattr(self, field) > 0:
+                raise ValueError(
+                    f"device {self.name!r}: {field} must be a number above 0, got {getattr(self, field)!r}"
+                )
+        if not _is_number(self.reserved_bytes) or not self.reserved_bytes >= 0:
+            raise ValueError(
+                f"device {self.name!r}: reserved_bytes must be at least 0, got {self.reserved_bytes!r}"
+            )
+        if self.kind not in ("cuda", "cpu"):
+            raise ValueError(
+                f"device {self.name!r}: kind must be 'cuda' or 'cpu', got {self.kind!r}"
+            )
+
+    @property
+    def usable_bytes(self) -> int:
+        return max(0, self.memory_bytes - self.reserved_bytes)
+
+
+@dataclass(frozen=True)
+class Link:
+    """From one device to another, one direction."""
+
+    bandwidth_bytes_s: float
+    latency_s: float
+
+    def __post_init__(self):
+        if not (
+            _is_number(self.bandwidth_bytes_s)
+            and self.bandwidth_bytes_s > 0
+            and _is_number(self.latency_s)
+            and self.latency_s >= 0
+        ):
+            raise ValueError(
+                f"a link needs bandwidth_bytes_s above 0 and latency_s of at least 0, got {self}"
+            )
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Devices and the matrix of links, links[i][j] from i to j; the diagonal is never read."""
+
+    devices: tuple[Device, ...]
+    links: tuple[tuple[Link | None, ...], ...]
+
+    def __post_init__(self):
+        n = len(self.devices)
+        if not 0 < n <= MOST_DEVICES:
+            raise ValueError(f"a cluster needs from 1 to {MOST_DEVICES} devices, got {n}")
+        if len(self.links) != n or any(len(row) != n for row in self.links):
+            raise ValueError(f"links must be a matrix of {n} x {n}, a row for each device")
+        for i, row in enumerate(self.links):
+            if lost := [j for j, link in enumerate(row) if i != j and not isinstance(link, Link)]:
+                raise ValueError(f"links: there is none from device {i} to device {lost[0]}")
+
+    @classmethod
+    def uniform(
+        cls,
+        device: Device | str | Sequence[Device | str],
+        count: int | None = None,
+        link: "Link | str" = "pcie4",
+    ) -> "Cluster":
+        """`count` equal devices, or the listed ones, with the same link between any two."""
+        if count is not None and not 0 < count <= MOST_DEVICES:
+            raise ValueError(f"a cluster needs from 1 to {MOST_DEVICES} devices, got {count}")
+        listed = (
+            [device] * (1 if count is None else count)
+            if isinstance(device, Device | str)
+            else list(device)
+        )
+        link = find_link(link) if isinstance(link, str) else link
+        devices = tuple(find_device(d) if isinstance(d, str) else d for d in listed)
+        return cls(
+            devices,
+            tuple(
+                tuple(None if i == j else link for j in range(len(devices)))
+                for i in range(len(devices))
+            ),
+        )
+
+    @cached_property
+    def groups(self) -> list[list[int]]:
+        """Devices that nothing tells apart: equal, and with equal links inside the group and to everything outside it. In order."""
+        found: list[list[int]] = []
+        for i in range(len(self.devices)):
+            for group in found:
+                first = group[
+                    0
+                ]  # whoever is like it is like the others: their links to all but each other are its links
+                if self._alike(i, first) and (
+                    len(group) == 1 or self.links[i][first] == self.links[first][group[1]]
+                ):
+                    group.append(i)
+                    break
+            else:
+                found.append([i])
+        return found
+
+    def _alike(self, i: int, j: int) -> bool:
+        others = [k for k in range(len(self.devices)) if k not in (i, j)]
+        same = all(
+            self.links[i][k] == self.links[j][k] and self.links[k][i] == self.links[k][j]
+            for k in others
+        )
+        return self.devices[i] == self.devices[j] and self.links[i][j] == self.links[j][i] and same
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "Cluster":
+        """Devices by name or in full, and "links" or one "link" (see above). Raises ValueError with the file's name."""
+        given = read_json(path)
+        try:
+            devices = [
+                find_device(d) if isinstance(d, str) else Device(**d) for d in given["devices"]
+            ]
+            if "links" not in given:
+                link = given.get("link", "pcie4")
+                return cls.uniform(devices, link=link if isinstance(link, str) else Link(**link))
+            return cls(
+                tuple(devices),
+                tuple(
+                    tuple(None if x is None else Link(**x) for x in row) for row in given["links"]
+                ),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not a cluster: {error}") from None
+
+    def to_json(self) -> dict:
+        return {
+            "devices": [asdict(d) for d in self.devices],
+            "links": [
+                [None if link is None or i == j else asdict(link) for j, link in enumerate(row)]
+                for i, row in enumerate(self.links)
+            ],
+        }
+
+
+def _is_number(value) -> bool:
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and abs(value) < 1e18
+    )
+
+
+def read_device(path: str | Path, **changes) -> Device:
+    """One device from its own JSON file."""
+    given = read_json(path)
+    known = {f.name for f in fields(Device)}
+    if unknown := sorted(set(given) - known):
+        raise ValueError(
+            f"{path}: unknown field {unknown[0]!r} of a device; known are {', '.join(sorted(known))}"
+        )
+    try:
+        return replace(Device(**given), **changes)
+    except TypeError as error:
+        raise ValueError(f"{path}: not a device: {error}") from None
+
+
+def find_link(name: str) -> Link:
+    """Of the table. Raises ValueError for none of it."""
+    if name not in LINKS:
+        raise ValueError(f"no link {name!r}; known are {', '.join(LINKS)}")
+    return LINKS[name]
+
+
+def find_device(name: str) -> Device:
+    """Of the table, or of a JSON file. Raises ValueError for neither."""
+    if name in DEVICES:
+        return DEVICES[name]
+    if name.endswith(".json"):
+        return read_device(name)
+    raise ValueError(f"no device {name!r}; known are {', '.join(DEVICES)}, or a .json file")
+
+
+# Memory as nvidia-smi reports it. The 3090's and A40's products: with fp32 accumulation, which is what frameworks use.
+DEVICES: dict[str, Device] = {
+    "RTX3090": Device("RTX3090", 24576 * MIB, 936e9, 71e12),
+    "A40": Device("A40", 46068 * MIB, 696e9, 149.7e12),
+    "A100-40G": Device("A100-40G", 40960 * MIB, 1555e9, 312e12),
+    "A100-80G": Device("A100-80G", 81920 * MIB, 2039e9, 312e12),
+    "H100": Device("H100", 81559 * MIB, 3350e9, 989e12),
+    # Two cores with AVX-512 and AMX, bf16, by measured products and bandwidth; other CPUs want a file of their own.
+    "CPU": Device("CPU", 16 * GIB, 20e9, 1.6e12, reserved_bytes=2 * GIB, kind="cpu"),
+}
+LINKS: dict[str, Link] = {
+    "pcie3": Link(12e9, 10e-6),
+    "pcie4": Link(24e9, 10e-6),
+    "nvlink3": Link(300e9, 5e-6),
+    "nvlink4": Link(450e9, 5e-6),
+    "ethernet-25g": Link(3e9, 50e-6),
+}

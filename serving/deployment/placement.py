@@ -1,0 +1,374 @@
+"""Where a model's layers lie: what is asked of a placement, what it costs, and its forms for accelerate, vLLM and people.
+
+A placement is a chain: tokens pass its stages in order, and return to its first device. Free of torch.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from finetune.files import write_aside
+from serving.cost_model import model as cm
+from serving.cost_model.devices import GIB, Cluster, Device
+from serving.cost_model.model import CostModel, ModelShape, Profile
+
+# (embedding, layer, final norm, output layer, P-Tuning's encoder) of chatglm/modeling_glm.py and chatglm/modeling_glm2.py
+MODULES = {
+    "glm": (
+        "transformer.word_embeddings",
+        "transformer.layers.{}",
+        "transformer.final_layernorm",
+        "lm_head",
+        "transformer.prefix_encoder",
+    ),
+    "glm2": (
+        "transformer.embedding",
+        "transformer.encoder.layers.{}",
+        "transformer.encoder.final_layernorm",
+        "transformer.output_layer",
+        "transformer.prefix_encoder",
+    ),
+}
+MODULES["glm3"] = MODULES["glm2"]
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a placement must hold and will run.
+
+    Attributes:
+        kv_tokens_q90: tokens whose keys and values must fit at once, over all sequences, at the predicted 90 % quantile of lengths.
+        batch, prompt_tokens, output_tokens: the batch whose latency is minimised; lengths of one sequence.
+    """
+
+    kv_tokens_q90: int
+    batch: int = 1
+    prompt_tokens: int = 35
+    output_tokens: int = 256
+
+    def __post_init__(self):
+        for name, least in (
+            ("kv_tokens_q90", 0),
+            ("batch", 1),
+            ("prompt_tokens", 1),
+            ("output_tokens", 1),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+                raise ValueError(
+                    f"need: {name} must be a whole number of at least {least}, got {value!r}"
+                )
+
+
+class Infeasible(ValueError):
+    """No placement fits; the text says bytes needed and bytes there."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Layers on devices.
+
+    Attributes:
+        stages: ((device's index in the cluster, its layers), ...) in order.
+        replicas: how many such chains the cluster has room for, each on devices of the same groups.
+        expected_latency_s: of the need's batch, warm. utilisation: mean share of that time in which a used device works.
+        memory_bytes: {device: weights and KV}. search_steps: what the search counted: table entries, plans, or stress tests.
+    """
+
+    model: ModelShape
+    cluster: Cluster
+    need: Need
+    stages: tuple[tuple[int, int], ...]
+    expected_latency_s: float
+    utilisation: float
+    replicas: int
+    memory_bytes: dict[int, int]
+    search_steps: int = 0
+    deployer: str = ""
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        return tuple(d for d, _ in self.stages)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers of each stage."""
+        return tuple(n for _, n in self.stages)
+
+    def place_of(self, device: int) -> int | str:
+        """As torch and accelerate name it: the index among GPUs, or "cpu"."""
+        if self.cluster.devices[device].kind == "cpu":
+            return "cpu"
+        return sum(d.kind != "cpu" for d in self.cluster.devices[:device])
+
+    def to_device_map(
+        self, family: str | None = None, prefix: bool = False
+    ) -> dict[str, int | str]:
+        """For from_pretrained(device_map=...) and accelerate.dispatch_model.
+
+        Args:
+            family: glm, glm2 or glm3 (default: what the model's shape says). prefix: the model has a P-Tuning encoder.
+        """
+        if (family or "glm2") not in MODULES:
+            raise ValueError(f"family must be one of {', '.join(MODULES)}, got {family!r}")
+        if family and (family == "glm") != self.model.glm1:
+            raise ValueError(
+                f"this placement is of a {'glm' if self.model.glm1 else 'glm2 or glm3'} model, not of {family}"
+            )
+        embedding, layer, norm, output, encoder = MODULES["glm" if self.model.glm1 else "glm2"]
+        first, last = self.place_of(self.devices[0]), self.place_of(self.devices[-1])
+        found = {embedding: first} | ({encoder: first} if prefix else {})
+        owners = [self.place_of(d) for d, n in self.stages for _ in range(n)]
+        found |= {layer.format(i): owner for i, owner in enumerate(owners)}
+        return found | {
+            norm: first if self.model.tied else last,
+            output: first if self.model.tied else last,
+        }
+
+    def to_pipeline_partition(self) -> str:
+        """VLLM_PP_LAYER_PARTITION, with --pipeline-parallel-size = the number of its parts."""
+        if len(set(self.devices)) < len(self.stages):
+            raise ValueError(
+                "a pipeline's stages lie on different devices; this placement comes back to one"
+            )
+        return ",".join(str(n) for n in self.layers)
+
+    def replica_devices(self) -> list[tuple[int, ...]]:
+        """The devices of each replica, in the chain's order; the first is this chain."""
+        found, taken = [], set()
+        for _ in range(self.replicas):
+            chosen: dict[int, int] = {}
+            for device in dict.fromkeys(self.devices):
+                group = next(g for g in self.cluster.groups if device in g)
+                free = [
+                    d for d in ([device] + group) if d not in taken and d not in chosen.values()
+                ]
+                chosen[device] = free[0]
+            taken |= set(chosen.values())
+            found.append(tuple(chosen[d] for d in self.devices))
+        return found
+
+    def layers_of(self) -> dict[int, list[str]]:
+        """Each device's layers, by runs: {0: ["0-13"], 1: ["14-27"]}."""
+        found: dict[int, list[str]] = {}
+        start = 0
+        for d, n in self.stages:
+            found.setdefault(d, []).append(f"{start}-{start + n - 1}" if n > 1 else f"{start}")
+            start += n
+        return found
+
+    def report(self) -> dict:
+        """What can be said of it, for JSON; latency_per_token_s is of an answer of the need's batch."""
+        devices = [
+            {
+                "device": d,
+                "name": self.cluster.devices[d].name,
+                "layers": ",".join(runs),
+                "needed_bytes": self.memory_bytes[d],
+                "there_bytes": self.cluster.devices[d].usable_bytes,
+            }
+            for d, runs in self.layers_of().items()
+        ]
+        return {
+            "deployer": self.deployer,
+            "need": asdict(self.need),
+            "devices": devices,
+            "replicas": self.replica_devices(),
+            "latency_s": self.expected_latency_s,
+            "latency_per_token_s": self.expected_latency_s / self.need.output_tokens,
+            "utilisation": self.utilisation,
+            "device_map": self.to_device_map(),
+            "pipeline_partition": self.to_pipeline_partition(),
+        }
+
+    def describe(self) -> str:
+        """`report` in lines."""
+        said, need = self.report(), self.need
+        lines = [
+            f"device {x['device']} {x['name']}: layers {x['layers']}; {x['needed_bytes']:,} bytes needed, {x['there_bytes']:,} there"
+            for x in said["devices"]
+        ]
+        return "\n".join(
+            [
+                f"{self.deployer}: {self.model.layers} layers on {len(lines)} of {len(self.cluster.devices)} device(s), {self.replicas} replica(s)",
+                *lines,
+                f"replicas on devices: {' | '.join(','.join(map(str, chain)) for chain in said['replicas'])}",
+                f"latency: {said['latency_s']:.4g} s a batch of {need.batch} ({need.prompt_tokens} + {need.output_tokens} tokens), "
+                f"{1000 * said['latency_per_token_s']:.4g} ms a token; utilisation {self.utilisation:.1%}",
+                f"device_map: {json.dumps(said['device_map'])}",
+                f"vLLM: VLLM_PP_LAYER_PARTITION={said['pipeline_partition']} --pipeline-parallel-size {len(self.stages)}",
+            ]
+        )
+
+    def picture(self, path: str | Path) -> None:
+        """Memory of each device as a bar: weights, KV, free; which layers; replicas in the title. Wants matplotlib."""
+        from matplotlib.figure import Figure
+
+        devices = self.cluster.devices
+        figure = Figure(figsize=(8, 1.2 + 0.45 * len(devices)), layout="constrained")
+        axes = figure.add_subplot()
+        names = [f"{i} {d.name}" for i, d in enumerate(devices)]
+        kv = [
+            cm.layers_by_device(self.stages).get(i, 0) * kv_layer_bytes(self.model, self.need) / GIB
+            for i in range(len(devices))
+        ]
+        weights = [self.memory_bytes.get(i, 0) / GIB - kv[i] for i in range(len(devices))]
+        axes.barh(names, [d.memory_bytes / GIB for d in devices], color="0.92", label="there")
+        axes.barh(names, weights, color="tab:blue", label="weights")
+        axes.barh(names, kv, left=weights, color="tab:orange", label="KV at q90")
+        for d, parts in self.layers_of().items():
+            words = ", ".join(parts[:4]) + (" ..." if len(parts) > 4 else "")
+            axes.text(self.memory_bytes[d] / GIB, d, f"  layers {words}", va="center", fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlabel("GiB")
+        axes.legend(fontsize=8, loc="lower right")
+        axes.set_title(
+            f"{self.deployer or 'placement'}: {self.expected_latency_s:.3g} s, utilisation {self.utilisation:.0%}, x {self.replicas}",
+            fontsize=10,
+        )
+        image = io.BytesIO()
+        figure.savefig(image, dpi=120, format=Path(path).suffix[1:] or "png")
+        write_aside(Path(path), image.getvalue())
+
+
+def kv_layer_bytes(model: ModelShape, need: Need) -> int:
+    """One layer's share of the KV that must fit."""
+    return need.kv_tokens_q90 * model.kv_bytes_per_token // model.layers
+
+
+def layers_that_fit(
+    model: ModelShape, device: Device, need: Need, first: bool = False, last: bool = False
+) -> int:
+    """How many layers with their KV, beside the ends it would hold; -1 where the ends alone do not fit."""
+    free = device.usable_bytes - model.end_bytes(first, last)
+    return (
+        -1
+        if free < 0
+        else min(model.layers, free // (model.layer_bytes + kv_layer_bytes(model, need)))
+    )
+
+
+def infeasible(model: ModelShape, cluster: Cluster, need: Need, what: str) -> Infeasible:
+    kv = kv_layer_bytes(model, need) * model.layers
+    weights = model.layers * model.layer_bytes + model.end_bytes(True, True)
+    usable = [d.usable_bytes for d in cluster.devices]
+    room = ", ".join(f"{max(0, layers_that_fit(model, d, need))}" for d in cluster.devices[:16])
+    return Infeasible(
+        f"{what}: needs {weights + kv:,} bytes ({weights:,} of weights, {kv:,} of KV for {need.kv_tokens_q90:,} tokens); "
+        f"there are {sum(usable):,} bytes on {len(usable)} device(s), {max(usable):,} on the largest; "
+        f"layers that fit, device by device: {room}{', ...' if len(usable) > 16 else ''} of {model.layers}"
+    )
+
+
+class Pieces:
+    """The need's latency, taken apart into what each layer, hop and end adds on each device, s.
+
+    latency(chain) = sum n_i (layer[d_i] + cache[d_1, d_i]) + sum hop[d_i, d_i+1] + hop[d_k, d_1] + output + split (of more than one
+    device) + fixed; `seconds` adds it up, and equals CostModel.batch_s.
+    """
+
+    def __init__(self, model: ModelShape, cluster: Cluster, need: Need, profile: Profile):
+        self.model, self.cluster, self.need = model, cluster, need
+        devices, n = cluster.devices, len(cluster.devices)
+        batch, tokens, steps = need.batch, need.batch * need.prompt_tokens, need.output_tokens - 1
+        context = batch * (need.prompt_tokens + 1 + max(0, steps - 1) / 2)  # the mean over steps
+        kinds = {d: None for d in devices}  # equal devices are computed once
+        for d in kinds:
+            layer = cm.layer_seconds(model, d, profile, tokens) + cm.prefill_attention_seconds(
+                model, d, profile, tokens, batch
+            )
+            layer += steps * cm.layer_seconds(model, d, profile, batch, context)
+            kinds[d] = (layer, (1 + steps) * cm.output_seconds(model, d, profile, batch))
+        self.layer = np.array([kinds[d][0] for d in devices])
+        self.output = np.array([kinds[d][1] for d in devices])
+        self.hop, self.cache = np.zeros((n, n)), np.zeros((n, n))
+        links: dict = {}
+        for i in range(n):
+            for j in range(n):
+                if i != j:
+                    link = cluster.links[i][j]
+                    if link not in links:
+                        hop = cm.hop_seconds(model, link, profile, tokens) + steps * cm.hop_seconds(
+                            model, link, profile, batch
+                        )
+                        links[link] = (hop, cm.cache_seconds(model, link, profile, steps * context))
+                    self.hop[i, j], self.cache[j, i] = links[
+                        link
+                    ]  # cache[first, device]: over the link from the device to the first
+        self.split = (1 + steps) * profile.mapped_overhead_s * model.layers
+        self.fixed = (1 + steps) * cm.pass_seconds(profile, batch)
+
+    @cached_property
+    def scale(self) -> float:
+        """What a device weighs in seconds where only devices are counted: the mean device's latency with the whole model."""
+        return float(np.mean(self.layer * self.model.layers + self.output)) + self.fixed
+
+    def seconds(self, devices: Sequence[int], layers) -> "float | np.ndarray":
+        """Of a chain of different devices; `layers` may be (plans, stages), and then so many figures come back."""
+        d = list(devices)
+        per_layer = self.layer[d] + self.cache[d[0], d]
+        ends = self.output[d[0] if self.model.tied else d[-1]] + self.fixed
+        if len(d) > 1:
+            ends += self.hop[d, d[1:] + d[:1]].sum() + self.split
+        return np.asarray(layers) @ per_layer + ends
+
+    def busy(self, devices: Sequence[int], layers) -> float:
+        """Seconds in which some device works."""
+        d = list(devices)
+        return float(np.asarray(layers) @ self.layer[d]) + float(
+            self.output[d[0] if self.model.tied else d[-1]]
+        )
+
+    def room(self, devices: Sequence[int]) -> np.ndarray:
+        """Layers that fit on each device of a chain."""
+        ends = len(devices) - 1
+        return np.array(
+            [
+                layers_that_fit(self.model, self.cluster.devices[d], self.need, i == 0, i == ends)
+                for i, d in enumerate(devices)
+            ]
+        )
+
+
+def count_replicas(cluster: Cluster, devices: Sequence[int]) -> int:
+    """Chains on different devices, each with as many of every group as this one."""
+    found = []
+    for group in cluster.groups:
+        if used := len(set(devices) & set(group)):
+            found.append(len(group) // used)
+    return min(found)
+
+
+def make_placement(
+    pieces: Pieces, stages: Sequence[tuple[int, int]], profile: Profile, steps: int, deployer: str
+) -> Placement:
+    """With latency from the cost model. Raises Infeasible where a device would hold more than it has."""
+    model, cluster, need = pieces.model, pieces.cluster, pieces.need
+    cost = CostModel(model, cluster, stages, profile)
+    layers = cm.layers_by_device(cost.stages)
+    memory = {
+        d: cost.weight_bytes_on(d) + n * kv_layer_bytes(model, need)
+        for d, n in sorted(layers.items())
+    }
+    for d, size in memory.items():
+        if size > cluster.devices[d].usable_bytes:
+            message = f"{deployer}: {layers[d]} layers on device {d} need {size:,} bytes, it has {cluster.devices[d].usable_bytes:,}"
+            raise infeasible(model, cluster, need, message)
+    latency = cost.equal_batch_s(need.batch, need.prompt_tokens, need.output_tokens)
+    return Placement(
+        model,
+        cluster,
+        need,
+        cost.stages,
+        expected_latency_s=latency,
+        utilisation=min(1.0, pieces.busy(*zip(*cost.stages)) / latency / len(layers)),
+        replicas=count_replicas(cluster, list(layers)),
+        memory_bytes=memory,
+        search_steps=int(steps),
+        deployer=deployer,
+    )

@@ -1,0 +1,519 @@
+"""Static batches: which waiting requests run together, padded to one shape, until the last of them has ended.
+
+    BatchPolicy = Callable[[View, CostModel], Iterable[Batch]]
+
+makes batches of all that waits, the one to run first first. `Static` makes a Policy of it: it starts the first when nothing runs, so
+those that need not see all to know the first make the others only when asked.
+"""
+
+import math
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from serving.policies.lengths import bucket_tokens, expected_tokens, quantile_tokens
+from serving.request import FOREVER, Batch, CostModel, Limits, Plan, Record, Request, View
+
+
+def answer_room(record: Record, limits: Limits) -> int:
+    """Answer tokens to reserve from here: what the policy counts on, doubled at every overrun, at most to the limit."""
+    most = limits.max_tokens - record.context_tokens
+    wanted = record.length * 2**record.overruns - record.generated
+    if record.overruns:
+        wanted = max(wanted, record.length)
+    return max(1, min(most, math.ceil(wanted) if wanted < most else most))
+
+
+class Shape:
+    """A padded batch that grows: rows x (longest prompt + longest answer) KV tokens."""
+
+    __slots__ = ("records", "prompt", "answer", "limits")
+
+    def __init__(self, limits: Limits):
+        self.records: list[Record] = []
+        self.prompt = self.answer = 0
+        self.limits = limits
+
+    def takes(self, record: Record, answer: int) -> bool:
+        """Add the record if the batch stays within the limits; an empty batch takes any."""
+        rows = len(self.records) + 1
+        prompt = max(self.prompt, record.context_tokens)
+        longest = max(self.answer, answer)
+        if rows > 1 and (
+            rows > self.limits.max_batch or rows * (prompt + longest) > self.limits.kv_tokens
+        ):
+            return False
+        self.records.append(record)
+        self.prompt, self.answer = prompt, longest
+        return True
+
+    def batch(self, stop_tokens: int | None = None) -> Batch:
+        return Batch(
+            tuple(self.records), (self.prompt + self.answer,) * len(self.records), stop_tokens
+        )
+
+
+def chunks(records: Iterable[Record], limits: Limits) -> Iterator[Batch]:
+    """Consecutive batches of records in their order, each as large as the limits allow."""
+    shape = Shape(limits)
+    for record in records:
+        answer = answer_room(record, limits)
+        if not shape.takes(record, answer):
+            yield shape.batch()
+            shape = Shape(limits)
+            shape.takes(record, answer)
+    if shape.records:
+        yield shape.batch()
+
+
+def by_arrival(record: Record) -> tuple[float, int]:
+    return record.request.arrival_s, record.request.id
+
+
+@dataclass(frozen=True)
+class Fifo:
+    """In order of arrival, every answer reserved at its limit: what servers do that know nothing of lengths.
+
+    Attributes:
+        reserve_tokens: the limit of an answer that memory is kept for.
+    """
+
+    reserve_tokens: int = 2048
+    predicts: ClassVar[bool] = False
+
+    def length(self, request: Request) -> float:
+        return self.reserve_tokens
+
+    def __call__(self, view: View, cost: CostModel) -> Iterator[Batch]:
+        return chunks(sorted(view.waiting.everyone(), key=by_arrival), view.limits)
+
+
+@dataclass(frozen=True)
+class S3:
+    """S3 (Jin et al., arXiv 2306.06000): memory by predicted length bucket, packed by decreasing first fit.
+
+    A request weighs prompt + upper bound of its bucket; the heaviest goes first, into the first batch that still has the memory.
+    The supervisor preempts a row that outgrows its bucket, and reserves twice as much the next time. The paper leaves open which
+    batch goes first where requests arrive over time: here the one with the request that has waited longest, so that none starves.
+
+    Attributes:
+        buckets: equal ones up to longest_tokens.
+    """
+
+    buckets: int = 10
+    longest_tokens: int = 2048
+    predicts: ClassVar[bool] = True
+    grows: ClassVar[bool] = False
+
+    def length(self, request: Request) -> float:
+        return bucket_tokens(request.prediction, self.buckets, self.longest_tokens)
+
+    def __call__(self, view: View, cost: CostModel) -> list[Batch]:
+        records = list(view.waiting.everyone())
+        rooms = [answer_room(r, view.limits) for r in records]
+        prompts = [r.context_tokens for r in records]
+        bins = decreasing_first_fit(prompts, rooms, view.limits.kv_tokens, view.limits.max_batch)
+        batches = []
+        for rows in bins:
+            longest = max(prompts[i] for i in rows)
+            batches.append(
+                Batch(tuple([records[i] for i in rows]), tuple([longest + rooms[i] for i in rows]))
+            )
+        return sorted(batches, key=lambda batch: min(map(by_arrival, batch.records)))
+
+
+def decreasing_first_fit(
+    prompts: Sequence[int], answers: Sequence[int], capacity: int, most: int
+) -> list[list[int]]:
+    """Bins of at most `most` items: heaviest first, each into the first bin where rows x longest prompt + sum of answers <= capacity.
+
+    The prompts of a bin are padded to its longest, so an item needs answer + prompt, and what the other rows' padding grows by.
+    The first open bins are looked at one by one, where most items fit, then numpy looks at all the others at once.
+    """
+    count = len(prompts)
+    order = np.lexsort((np.arange(count), -np.add(prompts, answers)))
+    joined, answer_sum, padded = (
+        np.ones(count),
+        np.zeros(count),
+        np.zeros(count),
+    )  # of bins, as in `state`
+    state: list[
+        tuple[int, int, float]
+    ] = []  # rows + 1, sum of answers, and (rows + 1) x longest prompt + that sum
+    longest: list[int] = []
+    bins: list[list[int]] = []
+    first = 0  # bins before it are full
+    smallest = min(answers, default=0)
+    for i in order.tolist():
+        prompt, answer = prompts[i], answers[i]
+        k, used, room = first, len(bins), capacity - answer
+        few = min(first + 4, used)
+        while k < few and (state[k][2] > room or state[k][0] * prompt + state[k][1] > room):
+            k += 1
+        if few <= k < used:
+            need = joined[k:used] * prompt
+            need += answer_sum[k:used]
+            fits = np.maximum(need, padded[k:used], out=need) <= room
+            at = int(fits.argmax())
+            k = k + at if fits[at] else used
+        if k == used:
+            bins.append([])
+            longest.append(0)
+            state.append((1, 0, 0.0))
+        bins[k].append(i)
+        if prompt > longest[k]:
+            longest[k] = prompt
+        rows, total = state[k][0] + 1, state[k][1] + answer
+        filled = rows * longest[k] + total if rows <= most else float("inf")
+        state[k] = rows, total, filled
+        joined[k], answer_sum[k], padded[k] = rows, total, filled
+        while first < len(bins) and state[first][2] > capacity - smallest:
+            first += 1
+    return bins
+
+
+@dataclass(frozen=True)
+class SloOdbs:
+    """SLO-ODBS, and its two halves (UELLM, arXiv 2409.14961, "SLO and output-driven dynamic batch scheduler").
+
+    A request joins the batch while  w1 T_l + w2 T_o <= threshold,  over the batch with the request in it, where
+
+        T_l = sum_i (SLO_i + L_CM) (|batch| + 1) L1        T_o = sum_i (Len_i + O_CM) (|batch| + 1) L2
+
+    |batch| counts the rows before it joins; CM is the row before it joins with the largest w1 SLO + w2 Len (itself, in an empty
+    batch), L_CM and O_CM are that row's SLO and length. Else it opens the next batch. Requests are taken by SLO, batches run by
+    the w1 SLO + w2 Len of their CM, smallest first. w2 = 0 is SLO-DBS, w1 = 0 ODBS, which takes requests by length.
+    The paper's requests are all there at time 0; with arrivals SLO_i is what is left of it, at least 0.
+
+    Attributes:
+        slo_weight: w1, per second. length_weight: w2, per token.
+        slo_overhead, length_overhead: L1, L2: how much an added row slows the others.
+        threshold: on the weighted sum, no unit.
+        sort_by: slo, length, or composite (w1 SLO + w2 Len), in which order requests are taken.
+        reserve_quantile: KV memory is kept for this quantile of the answers' lengths.
+        truth: count on true lengths (an oracle, for benchmarks).
+    """
+
+    slo_weight: float = 1.0
+    length_weight: float = 0.5
+    slo_overhead: float = 1.2
+    length_overhead: float = 1.2
+    threshold: float = 15_000.0
+    sort_by: str = "slo"
+    reserve_quantile: float = 0.9
+    truth: bool = False
+    predicts: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if self.sort_by not in ("slo", "length", "composite"):
+            raise ValueError(f"sort_by is slo, length or composite; got {self.sort_by!r}")
+
+    def length(self, request: Request) -> float:
+        return (
+            request.output_tokens
+            if self.truth
+            else quantile_tokens(request.prediction, self.reserve_quantile)
+        )
+
+    def __call__(self, view: View, cost: CostModel) -> list[Batch]:
+        if not len(view.waiting):
+            return []
+        now, w1, w2 = view.now_s, self.slo_weight, self.length_weight
+        rows = []
+        for record in view.waiting.everyone():
+            request = record.request
+            slo = request.arrival_s + request.slo_s - now
+            slo = slo if slo > 0 else 0.0
+            length = (
+                request.output_tokens if self.truth else expected_tokens(request.prediction)
+            ) - record.generated
+            length = length if length > 1 else 1.0
+            composite = w1 * slo + w2 * length
+            first = (
+                slo if self.sort_by == "slo" else length if self.sort_by == "length" else composite
+            )
+            rows.append((first, request.arrival_s, request.id, slo, length, composite, record))
+        rows.sort()
+        limits = view.limits
+        shape, largest, found = Shape(limits), (0.0, 0.0, 0.0), []
+        slo_sum = length_sum = 0.0
+        for _, _, _, slo, length, composite, record in rows:
+            n, answer = len(shape.records), answer_room(record, limits)
+            slo_term, length_term = self.terms(
+                n, slo_sum + slo, length_sum + length, largest if n else (composite, slo, length)
+            )
+            if n and (
+                w1 * slo_term + w2 * length_term > self.threshold or not shape.takes(record, answer)
+            ):
+                found.append((largest[0], len(found), shape))
+                shape, largest, slo_sum, length_sum, n = Shape(limits), (0.0, 0.0, 0.0), 0.0, 0.0, 0
+            if not n:
+                shape.takes(record, answer)
+            slo_sum, length_sum, largest = (
+                slo_sum + slo,
+                length_sum + length,
+                max(largest, (composite, slo, length)),
+            )
+        found.append((largest[0], len(found), shape))
+        return [shape.batch() for _, _, shape in sorted(found, key=lambda b: b[:2])]
+
+    def terms(
+        self, rows: int, slo_sum: float, length_sum: float, largest: tuple[float, float, float]
+    ) -> tuple[float, float]:
+        """(T_l, T_o) of `rows` and one more row, whose SLOs and lengths sum to this; `largest` is (composite, SLO, length) of CM."""
+        _, slo, length = largest
+        return (
+            (slo_sum + (rows + 1) * slo) * (rows + 1) * self.slo_overhead,
+            (length_sum + (rows + 1) * length) * (rows + 1) * self.length_overhead,
+        )
+
+
+@dataclass(frozen=True)
+class UellmReleased:
+    """What UELLM's repository runs: sort by SLO + 0.5 length, cut into chunks of 10.
+
+    Its condition for another row, (len - largest so far) (rows + 1) 1.2 <= 15,000, hardly ever fails, and is kept. Its SLO is the
+    whole objective, not what is left of it. Memory is kept for the predicted mean.
+
+    Attributes:
+        extra_tokens: cut answers at the batch's largest predicted length + this, as its full system does (50); None: leave them whole.
+    """
+
+    slo_weight: float = 1.0
+    length_weight: float = 0.5
+    rows: int = 10
+    overhead: float = 1.2
+    threshold: float = 15_000.0
+    extra_tokens: int | None = None
+    predicts: ClassVar[bool] = True
+
+    def length(self, request: Request) -> float:
+        return expected_tokens(request.prediction)
+
+    def __call__(self, view: View, cost: CostModel) -> Iterator[Batch]:
+        def composite(record: Record):
+            return (
+                self.slo_weight * record.request.slo_s + self.length_weight * record.length,
+                *by_arrival(record),
+            )
+
+        def batch() -> Batch:
+            return shape.batch(
+                None if self.extra_tokens is None else math.ceil(largest) + self.extra_tokens
+            )
+
+        limits = view.limits
+        shape, largest = Shape(limits), 0.0
+        for record in sorted(view.waiting.everyone(), key=composite):
+            answer, n = answer_room(record, limits), len(shape.records)
+            far = (record.length - largest) * (n + 1) * self.overhead > self.threshold
+            if n and (n >= self.rows or far or not shape.takes(record, answer)):
+                yield batch()
+                shape, largest, n = Shape(limits), 0.0, 0
+            if not n:
+                shape.takes(record, answer)
+            largest = max(largest, record.length)
+        if shape.records:
+            yield batch()
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """SLO-aware priorities by simulated annealing (Huang et al., arXiv 2504.14966).
+
+    Looks for the sequence of batches with the largest  G = n / t:  n requests that meet their objective, t the sum of all latencies,
+    both predicted: wait so far + batches before it + its own batch. Starts from the better of order of arrival and shortest first;
+    a move takes a request into the batch before or after its own, or swaps two requests; a worse G' is accepted with probability
+    exp((G' / G - 1) / T). Temperatures are relative to G, unlike the paper's, whose G depends on the number of requests.
+
+    Attributes:
+        window: requests arranged at a time, the earliest deadlines; with more waiting, the paper's search takes longer than a batch.
+        moves: tried for one plan; the temperature falls geometrically from `hot` to `cold` over them.
+    """
+
+    window: int = 64
+    moves: int = 300
+    hot: float = 0.1
+    cold: float = 0.001
+    reserve_quantile: float = 0.9
+    seed: int = 0
+    predicts: ClassVar[bool] = True
+
+    def length(self, request: Request) -> float:
+        return quantile_tokens(request.prediction, self.reserve_quantile)
+
+    def __call__(self, view: View, cost: CostModel) -> list[Batch]:
+        chosen = sorted(
+            view.waiting.everyone(), key=lambda r: (r.request.deadline_s, r.request.id)
+        )[: self.window]
+        if not chosen:
+            return []
+        limits = view.limits
+        lengths = {
+            r.request.id: max(expected_tokens(r.request.prediction) - r.generated, 1.0)
+            for r in chosen
+        }
+        answers = {r.request.id: answer_room(r, limits) for r in chosen}
+
+        def fits(rows: list[Record]) -> bool:
+            padded = max(r.context_tokens for r in rows) + max(answers[r.request.id] for r in rows)
+            return len(rows) == 1 or (
+                len(rows) <= limits.max_batch and len(rows) * padded <= limits.kv_tokens
+            )
+
+        def seconds(rows: list[Record]) -> float:
+            longest, steps = (
+                max(r.context_tokens for r in rows),
+                max(lengths[r.request.id] for r in rows) - 1,
+            )
+            return cost.prefill_s(longest * len(rows), len(rows)) + cost.decode_s(
+                len(rows), len(rows) * (longest + 1), max(math.ceil(steps), 0)
+            )
+
+        def gain(times: list[float], batches: list[list[Record]]) -> float:
+            met, total, now = 0, 0.0, view.now_s
+            for took, rows in zip(times, batches):
+                now += took
+                for r in rows:
+                    met += now <= r.request.arrival_s + r.request.slo_s
+                    total += now - r.request.arrival_s
+            return (
+                met + 1e-6
+            ) / total  # where none can meet its objective, the shorter sum of latencies still wins
+
+        starts = []
+        for order in (by_arrival, lambda r: (lengths[r.request.id], r.request.id)):
+            batches = [list(batch.records) for batch in chunks(sorted(chosen, key=order), limits)]
+            starts.append((gain([seconds(rows) for rows in batches], batches), batches))
+        best = anneal(
+            starts[starts[1][0] > starts[0][0] * (1 + 1e-9)][1], fits, seconds, gain, self
+        )
+        shape = Shape(limits)
+        for record in best[0]:
+            shape.takes(record, answers[record.request.id])
+        return [shape.batch()]
+
+
+def anneal(batches: list[list], fits, seconds, gain, knobs: Annealing) -> list[list]:
+    """The best sequence of batches met on the way; deterministic for a seed."""
+    rng = random.Random(knobs.seed)
+    times = [seconds(rows) for rows in batches]
+    now = best_gain = gain(times, batches)
+    best = batches
+    for move in range(knobs.moves if len(batches) > 1 else 0):
+        a = rng.randrange(len(batches))
+        b = rng.choice([a - 1, a + 1, rng.randrange(len(batches))])
+        if not 0 <= b < len(batches) or a == b:
+            continue
+        one, two = list(batches[a]), list(batches[b])
+        i = rng.randrange(len(one))
+        if abs(a - b) == 1 and rng.random() < 0.5:
+            two.append(one.pop(i))
+        else:
+            k = rng.randrange(len(two))
+            one[i], two[k] = two[k], one[i]
+        if not fits(two) or (one and not fits(one)):
+            continue
+        trial, trial_times = list(batches), list(times)
+        trial[a], trial[b], trial_times[a], trial_times[b] = (
+            one,
+            two,
+            seconds(one) if one else 0.0,
+            seconds(two),
+        )
+        if not one:
+            del trial[a], trial_times[a]
+        then = gain(trial_times, trial)
+        heat = knobs.hot * (knobs.cold / knobs.hot) ** (move / knobs.moves)
+        if then >= now * (1 - 1e-9) or rng.random() < math.exp((then / now - 1) / heat):
+            batches, times, now = trial, trial_times, then
+            if now > best_gain * (1 + 1e-9):
+                best, best_gain = batches, now
+    return best
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """Shortest true answers first, in batches of like lengths with no memory to spare: for benchmarks, no server can know this."""
+
+    predicts: ClassVar[bool] = False
+
+    def length(self, request: Request) -> float:
+        return request.output_tokens
+
+    def __call__(self, view: View, cost: CostModel) -> Iterator[Batch]:
+        return chunks(
+            sorted(view.waiting.everyone(), key=lambda r: (r.length - r.generated, *by_arrival(r))),
+            view.limits,
+        )
+
+
+@dataclass(frozen=True)
+class Static:
+    """A BatchPolicy as a Policy: starts the first batch when nothing runs. A row that outgrows its memory gets twice as much while
+    there is any, else it is preempted; S3 always preempts."""
+
+    batching: object
+
+    @property
+    def predicts(self) -> bool:
+        return self.batching.predicts
+
+    def length(self, request: Request) -> float:
+        return self.batching.length(request)
+
+    def order(
+        self, record: Record, now_s: float, pace_s: float, cost: CostModel
+    ) -> tuple[float, float]:
+        return record.request.arrival_s, FOREVER
+
+    def __call__(self, view: View, cost: CostModel) -> Plan:
+        if view.running:
+            return self.supervise(view)
+        first = next(iter(self.batching(view, cost)), None)
+        if first is None:
+            return Plan()
+        reserve = {
+            record.request.id: tokens for record, tokens in zip(first.records, first.reserve_tokens)
+        }
+        return Plan(
+            first.records,
+            (),
+            reserve,
+            together=True,
+            stop_tokens=first.stop_tokens,
+            wake_on_arrival=False,
+        )
+
+    def supervise(self, view: View) -> Plan:
+        free, preempt, reserve = view.kv_free_tokens, [], {}
+        for record in view.overran:
+            had = record.reserved_tokens - record.base_tokens
+            room = min(
+                view.limits.max_tokens - record.context_tokens,
+                max(answer_room(record, view.limits), 2 * had),
+            )
+            if getattr(self.batching, "grows", True) and room - had <= free:
+                reserve[record.request.id] = record.base_tokens + room
+                free -= room - had
+            else:
+                preempt.append(record)
+                free += record.reserved_tokens
+        return Plan(preempt=tuple(preempt), reserve_tokens=reserve, wake_on_arrival=False)
+
+
+# Knobs of odbs, slo_dbs and slo_odbs: `python -m serving.simulate --search NAME --workload poisson --rate 1.5,2.5,4 --seeds 2
+# --requests 600 --slo_scale 10` (its seeds are not those of comparisons). SloOdbs's own defaults are the repository's weights.
+BATCH_POLICIES = {
+    "fifo": Fifo(),
+    "s3": S3(),
+    "odbs": SloOdbs(slo_weight=0.0, sort_by="length"),
+    "slo_dbs": SloOdbs(length_weight=0.0, threshold=100_000.0, reserve_quantile=0.5),
+    "slo_odbs": SloOdbs(length_weight=0.1, threshold=8_000.0, sort_by="composite"),
+    "uellm_released": UellmReleased(),
+    "annealing": Annealing(),
+    "oracle": Oracle(),
+}

@@ -1,0 +1,289 @@
+"""Serve a model over OpenAI's chat API, scheduled by predicted length.
+
+python -m serving.server --model DIR --predictor DIR --policy deadline
+"""
+
+import argparse
+import logging
+import os
+import socket
+import sys
+
+from chatglm.families import FAMILIES
+from finetune.commands import Parser, run_command
+from finetune.config import PRECISIONS
+from predictor.labels import name_warning, served_name
+from predictor.runtime import LengthPredictor
+from serving.cost_model.devices import DEVICES
+from serving.cost_model.model import CostModel, ModelShape, read_profile
+from serving.engines import ENGINES, make_engine
+from serving.policies.continuous import POLICIES
+from serving.request import Limits
+from serving.server.door import Keys, host_name, is_loopback
+from serving.server.monitor import Monitor
+from serving.server.service import Service
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 2048
+KEY_VARIABLE = "GLM_API_KEY"
+SERVED = [name for name in POLICIES if "oracle" not in name]  # an oracle wants true lengths
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="serving.server",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="a model, adapter or prefix folder")
+    parser.add_argument(
+        "--predictor", help="folder of a length predictor; without one: policies that ask for none"
+    )
+    parser.add_argument(
+        "--policy", choices=SERVED, default="deadline", help="who is served when [deadline]"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=tuple(ENGINES),
+        default="continuous",
+        help="what runs the model [continuous]",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at [127.0.0.1]")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen at [8000]")
+    parser.add_argument("--max_batch", type=int, default=16, help="answers made at once [16]")
+    parser.add_argument(
+        "--kv_tokens",
+        type=int,
+        default=16384,
+        help="KV cache, in tokens of all answers under way [16384]",
+    )
+    parser.add_argument(
+        "--max_tokens", type=int, default=2048, help="longest prompt and answer, in tokens [2048]"
+    )
+    parser.add_argument(
+        "--slo_s",
+        type=float,
+        default=30.0,
+        help="seconds to a whole answer, of requests that do not say [30]",
+    )
+    parser.add_argument(
+        "--profile",
+        help="what this engine's steps take (scripts/profile_engine.py), for policies (default: the device's datasheet)",
+    )
+    parser.add_argument("--log", help="append a JSON line for every answer to this file")
+    parser.add_argument(
+        "--log_prompts",
+        action="store_true",
+        help="with --log: prompts too, which predictor.update needs",
+    )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="auto", help="of the weights [auto]"
+    )
+    parser.add_argument("--device", default="0", help='GPU number, "cpu" or a torch device [0]')
+    parser.add_argument(
+        "--base_model", help="base of an adapter or prefix folder (default: the one it names)"
+    )
+    parser.add_argument(
+        "--mode", choices=tuple(FAMILIES), help="family (default: found in the folder)"
+    )
+    parser.add_argument(
+        "--served_model_name",
+        help="the model's name in the API (default: the predictor's served model, or the folder's name)",
+    )
+    drain = "after SIGTERM, seconds for answers under way to end; then they get 503 [60]"
+    parser.add_argument("--drain_s", type=float, default=60, help=drain)
+    queue = "requests that may wait beside those served; more get 429 [256]"
+    parser.add_argument("--max_queue", type=int, default=256, help=queue)
+    connections = "connections open at once [1024]"
+    parser.add_argument("--max_connections", type=int, default=1024, help=connections)
+    client = "seconds for a client to send a header, a body, or to read what was sent [30]"
+    parser.add_argument("--client_s", type=float, default=30.0, help=client)
+    key = f"key that all but /health must bring (better: the environment's {KEY_VARIABLE})"
+    parser.add_argument("--api_key", help=key)
+    hosts = "names, with commas, that the header Host may have (default on loopback: its own)"
+    parser.add_argument("--allowed_hosts", default="", help=hosts)
+    origins = 'origins, with commas, of web pages that may ask; "*" for all (default: none)'
+    parser.add_argument("--cors_origins", default="", help=origins)
+    lines = "a line for each request on the standard error output"
+    parser.add_argument("--access_log", action="store_true", help=lines)
+    return parser
+
+
+def check_bounds(args):
+    """Raises ValueError for a number of the flags that no server can work with."""
+    if not args.slo_s > 0:
+        raise ValueError(f"--slo_s must be above 0, got {args.slo_s:g}")
+    if not 0 < args.client_s < 1e6:
+        raise ValueError(f"--client_s must be above 0 and below 1e6, got {args.client_s:g}")
+    if not 0 <= args.drain_s < 1e6:
+        raise ValueError(f"--drain_s must be at least 0 and below 1e6, got {args.drain_s:g}")
+    if args.max_queue < 0:
+        raise ValueError(f"--max_queue must be at least 0, got {args.max_queue}")
+    if args.max_connections < 1:
+        raise ValueError(f"--max_connections must be at least 1, got {args.max_connections}")
+
+
+def load_service(args) -> Service:
+    """Everything but HTTP, from the flags.
+
+    Raises:
+        ValueError, OSError: in one line, what does not fit or is not there.
+    """
+    policy = POLICIES[args.policy]
+    if policy.predicts and not args.predictor:
+        free = ", ".join(name for name in SERVED if not POLICIES[name].predicts)
+        raise ValueError(
+            f"--policy {args.policy} goes by predicted lengths and wants --predictor DIR; without one choose from {free}"
+        )
+    check_bounds(args)
+    profile = read_profile(args.profile or "datasheet")
+    try:
+        limits = Limits(
+            max_batch=args.max_batch, kv_tokens=args.kv_tokens, max_tokens=args.max_tokens
+        )
+    except ValueError as error:
+        raise ValueError(f"--max_batch, --kv_tokens, --max_tokens: {error}") from None
+
+    from chatglm import load_tokenizer
+    from finetune.evaluation.predict import load_ready
+
+    tokenizer = load_tokenizer(args.model, mode=args.mode, base=args.base_model)
+    predictor = (
+        LengthPredictor.from_pretrained(args.predictor, served_model=tokenizer.name_or_path)
+        if args.predictor
+        else None
+    )
+    model = load_ready(
+        args.model,
+        mode=args.mode,
+        base=args.base_model,
+        device=args.device,
+        precision=args.precision,
+    )
+    weight = model.get_input_embeddings().weight
+    cost = CostModel.of(
+        ModelShape.from_config(model.config.to_dict(), weight.itemsize),
+        cost_device(weight.device),
+        profile,
+    )
+    family = FAMILIES[tokenizer.family]
+    name = args.served_model_name or (
+        predictor.card["served_model"]["name"] if predictor else served_name(args.model)
+    )
+    predicted = predictor.card["served_model"]["name"] if predictor else name
+    if name != predicted:
+        log.warning(
+            "the predictor is of %r: predictor.update will take the log's %r for another model",
+            predicted,
+            name,
+        )
+    elif (
+        predictor
+        and not args.served_model_name
+        and (warning := name_warning(predicted, args.model))
+    ):
+        log.warning(warning)
+    return Service(
+        make_engine(args.engine, model, limits, cost),
+        tokenizer,
+        policy,
+        predictor,
+        Monitor(name, limits, args.log, args.log_prompts),
+        name=name,
+        slo_s=args.slo_s,
+        defaults={key: family.chat_defaults[key] for key in ("temperature", "top_p")},
+        as_tuned={"rounds": True} if getattr(model.config, "chat_prompt", None) == "rounds" else {},
+        max_queue=args.max_queue,
+    )
+
+
+def cost_device(device) -> str:
+    """The table's device that is most like this torch.device; what is measured while serving soon counts more."""
+    if device.type != "cuda":
+        return "CPU"
+    import torch
+
+    found = torch.cuda.get_device_properties(device)
+    alike = [
+        name
+        for name in DEVICES
+        if name.split("-")[0].removeprefix("RTX") in found.name.replace(" ", "")
+    ]
+    return min(
+        alike or ["A100-80G"], key=lambda name: abs(DEVICES[name].memory_bytes - found.total_memory)
+    )
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Before the model is loaded, so that nobody waits for that in vain. Raises ValueError where it cannot be."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(BACKLOG)  # two sockets that do not listen may share a port
+    except (OSError, OverflowError) as error:
+        sock.close()
+        raise ValueError(
+            f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    return sock
+
+
+def keys_of(args, sock: socket.socket) -> Keys:
+    """Who may come in, from the flags and the environment.
+
+    Raises:
+        ValueError: a key that no header can hold.
+    """
+    key = args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE)
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
+        wanted = "printable ASCII characters, not empty, without spaces around them"
+        raise ValueError(f"--api_key (or {KEY_VARIABLE}) must be {wanted}")
+    named = {host_name(host.strip()) for host in args.allowed_hosts.split(",") if host.strip()}
+    if named or is_loopback(sock.getsockname()[0]):
+        return Keys(key, frozenset(named | {args.host.lower()}))
+    return Keys(key)
+
+
+def make_server(service: Service, keys: Keys, args):
+    """The serving.server.listener.Server of a service, from the flags."""
+    from serving.server.listener import Server
+
+    origins = [origin.strip() for origin in args.cors_origins.split(",")]
+    return Server(
+        service,
+        drain_s=args.drain_s,
+        client_s=args.client_s,
+        max_connections=args.max_connections,
+        keys=keys,
+        cors_origins=tuple(filter(None, origins)),
+        access_log=args.access_log,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    return run_command(parser.prog, lambda: run(args))
+
+
+def run(args) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(levelname)s: %(message)s")
+    if args.access_log:
+        logging.getLogger("serving.access").setLevel(logging.INFO)
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f'{error.name} is not installed; pip install "glm-foundry[serve]"'
+        ) from None
+    sock = bind(args.host, args.port)
+    keys = keys_of(args, sock)
+    service = load_service(args)
+    return make_server(service, keys, args).serve_at(sock)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,366 @@
+"""The fields of a chat request: one table that checks bodies and writes their JSON schema.
+
+Free of torch and of HTTP.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+MOST = 2**31 - 1  # of counts and token ids
+STOPS = 4  # stop strings, as OpenAI has it
+STOP_CHARACTERS = 256
+STOP_IDS = 64
+
+
+class Field(Protocol):
+    def read(self, name: str, value: Any) -> Any:
+        """The checked value. Raises ValueError, in one line, where it is not what it should be."""
+
+    def schema(self) -> dict:
+        """Of the field in JSON Schema (OpenAPI 3.1)."""
+
+
+def check_characters(name: str, text: str) -> str:
+    """The text.
+
+    Raises:
+        ValueError: it holds half of a surrogate pair, which no tokenizer and no reply can encode.
+    """
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{name} holds half of a surrogate pair, which is no character"
+            ) from None
+    return text
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number from `least` to `most`; `above`: `least` itself is too little."""
+
+    kind: type
+    least: float
+    most: float
+    text: str
+    above: bool = False
+
+    def read(self, name: str, value: Any) -> float:
+        whole = type(value) is int or (type(value) is float and value.is_integer())
+        fits = (
+            (whole or self.kind is float)
+            and type(value) in (int, float)
+            and self.least <= value <= self.most
+        )
+        if not fits or (self.above and value == self.least):
+            kind = "whole number" if self.kind is int else "number"
+            low = f"{'above' if self.above else 'at least'} {self.least}"
+            most = self.most if self.kind is int else f"{self.most:g}"
+            raise ValueError(f"{name} must be a {kind} {low} and at most {most}")
+        return self.kind(value)
+
+    def schema(self) -> dict:
+        low = "exclusiveMinimum" if self.above else "minimum"
+        kind = "integer" if self.kind is int else "number"
+        return {
+            "type": [kind, "null"],
+            low: self.least,
+            "maximum": self.most,
+            "description": self.text,
+        }
+
+
+@dataclass(frozen=True)
+class Flag:
+    text: str
+
+    def read(self, name: str, value: Any) -> bool:
+        if type(value) is not bool:
+            raise ValueError(f"{name} must be true or false")
+        return value
+
+    def schema(self) -> dict:
+        return {"type": ["boolean", "null"], "description": self.text}
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+    longest: int = 256
+
+    def read(self, name: str, value: Any) -> str:
+        if not isinstance(value, str):
+            raise ValueError(f"{name} must be text")
+        if len(value) > self.longest:
+            raise ValueError(
+                f"{name} must have at most {self.longest} characters, got {len(value)}"
+            )
+        return check_characters(name, value)
+
+    def schema(self) -> dict:
+        return {"type": ["string", "null"], "maxLength": self.longest, "description": self.text}
+
+
+@dataclass(frozen=True)
+class Stops:
+    text: str
+
+    def read(self, name: str, value: Any) -> tuple[str, ...]:
+        stops = [value] if isinstance(value, str) else value
+        if (
+            not isinstance(stops, list)
+            or len(stops) > STOPS
+            or not all(isinstance(s, str) for s in stops)
+        ):
+            raise ValueError(f"{name} must be a text or at most {STOPS} texts, none of them empty")
+        if not all(0 < len(stop) <= STOP_CHARACTERS for stop in stops):
+            raise ValueError(
+                f"{name} must be texts of 1 to {STOP_CHARACTERS} characters, none of them empty"
+            )
+        return tuple(check_characters(name, stop) for stop in stops)
+
+    def schema(self) -> dict:
+        one = {"type": "string", "minLength": 1, "maxLength": STOP_CHARACTERS}
+        many = {"type": "array", "items": one, "maxItems": STOPS}
+        return {"anyOf": [one, many, {"type": "null"}], "description": self.text}
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    text: str
+
+    def read(self, name: str, value: Any) -> frozenset[int]:
+        ids = value if isinstance(value, list) and len(value) <= STOP_IDS else [None]
+        if not all(type(token) is int and 0 <= token <= MOST for token in ids):
+            raise ValueError(
+                f"{name} must be a list of at most {STOP_IDS} token ids from 0 to {MOST}"
+            )
+        return frozenset(ids)
+
+    def schema(self) -> dict:
+        one = {"type": "integer", "minimum": 0, "maximum": MOST}
+        return {
+            "type": ["array", "null"],
+            "items": one,
+            "maxItems": STOP_IDS,
+            "description": self.text,
+        }
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    text: str
+
+    def read(self, name: str, value: Any) -> bool:
+        """Whether usage is wanted."""
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} must be an object")
+        wanted = value.get("include_usage")
+        return wanted is not None and Flag("").read(f"{name}.include_usage", wanted)
+
+    def schema(self) -> dict:
+        inside = {"include_usage": Flag("A last chunk with the usage.").schema()}
+        return {"type": ["object", "null"], "properties": inside, "description": self.text}
+
+
+@dataclass(frozen=True)
+class Messages:
+    text: str
+
+    def read(self, name: str, value: Any) -> tuple[tuple[str, str], ...]:
+        """(role, text), the role one of system, user and assistant."""
+        if not isinstance(value, list) or not value:
+            raise ValueError(f"{name} must be a list of at least one message")
+        found = tuple(self._one(f"{name}[{i}]", message) for i, message in enumerate(value))
+        if found[-1][0] != "user":
+            raise ValueError("the last message must be the user's")
+        return found
+
+    @staticmethod
+    def _one(name: str, message: Any) -> tuple[str, str]:
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str) or role not in ROLES:
+            raise ValueError(f"{name} must be an object with a role of {', '.join(ROLES)}")
+        content = message.get("content")
+        if isinstance(content, list):
+            content = joined(content)
+        if content is None and role == "assistant":
+            content = ""
+        if not isinstance(content, str):
+            raise ValueError(f"{name}.content must be text")
+        return ROLES[role], check_characters(f"{name}.content", content)
+
+    def schema(self) -> dict:
+        part = {
+            "type": "object",
+            "required": ["type", "text"],
+            "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+        }
+        content = {"anyOf": [{"type": "string"}, {"type": "array", "items": part}]}
+        nothing = {"anyOf": [*content["anyOf"], {"type": "null"}]}
+        message = {"type": "object", "required": ["role", "content"]}
+        others = message | {
+            "properties": {
+                "role": {"enum": [r for r in ROLES if r != "assistant"]},
+                "content": content,
+            }
+        }
+        answer = {"type": "object", "required": ["role"]}
+        answer["properties"] = {"role": {"const": "assistant"}, "content": nothing}
+        return {
+            "type": "array",
+            "items": {"anyOf": [others, answer]},
+            "minItems": 1,
+            "description": self.text,
+        }
+
+
+def joined(parts: list) -> str | None:
+    """The text of a content in parts; None where one is no text."""
+    for part in parts:
+        if (
+            not isinstance(part, dict)
+            or part.get("type") != "text"
+            or not isinstance(part.get("text"), str)
+        ):
+            return None
+    return "".join(part["text"] for part in parts)
+
+
+FIELDS: Mapping[str, Field] = {
+    "messages": Messages("The chat; the last message is the user's."),
+    "model": Text("The served model's name."),
+    "max_tokens": Number(int, 1, MOST, "Tokens of the answer, at most."),
+    "max_completion_tokens": Number(int, 1, MOST, "As max_tokens, and goes before it."),
+    "max_length": Number(int, 1, MOST, "Tokens of prompt and answer together, at most."),
+    "temperature": Number(
+        float, 0, 2, "0, and what is too small to matter, takes the likeliest token."
+    ),
+    "top_p": Number(
+        float, 0, 1, "Sample among the likeliest tokens of this much probability.", above=True
+    ),
+    "top_k": Number(int, -1, MOST, "Sample among so many likeliest tokens; 0 or -1 for all."),
+    "min_p": Number(
+        float, 0, 1, "Leave out tokens below this share of the likeliest one's probability."
+    ),
+    "do_sample": Flag("false takes the likeliest token, as temperature 0 does."),
+    "repetition_penalty": Number(
+        float, 0.01, 100, "Divides the logits of tokens that prompt or answer hold."
+    ),
+    "presence_penalty": Number(
+        float, -2, 2, "Taken from the logits of tokens that the answer holds."
+    ),
+    "frequency_penalty": Number(float, -2, 2, "Taken from them for each time that they came."),
+    "seed": Number(int, -(2**63), 2**63 - 1, "Of this answer's sampling."),
+    "stop": Stops("Texts that end the answer and are no part of it."),
+    "stop_token_ids": TokenIds("Token ids that end the answer and are no part of it."),
+    "stream": Flag("Server-sent events."),
+    "stream_options": StreamOptions("Of a stream."),
+    "slo_s": Number(float, 0, 1e9, "Seconds within which the whole answer is wanted.", above=True),
+}
+# Would change an answer and are not obeyed: refused, but for the values that ask for nothing.
+REFUSED: Mapping[str, tuple] = {
+    "n": (1,),
+    "best_of": (1,),
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "use_beam_search": (False,),
+    "tools": ([],),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "tool_choice": ("none", "auto"),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (0,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+    "modalities": (["text"],),
+    "audio": (),
+    "max_new_tokens": (),
+    "min_tokens": (0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "ignore_eos": (False,),
+    "length_penalty": (1,),
+    "early_stopping": (False,),
+    "no_repeat_ngram_size": (0,),
+    "typical_p": (1,),
+    "top_a": (0,),
+    "tfs": (1,),
+    "mirostat": (0,),
+    "bad_words": ([],),
+    "logits_processors": ([],),
+    "allowed_token_ids": (),
+    "truncate_prompt_tokens": (),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "echo": (False,),
+    "suffix": ("",),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "history": ([],),
+}
+# Fields that change no answer: neither refused nor named as ignored.
+HARMLESS = frozenset(
+    [
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "parallel_tool_calls",
+    ]
+)
+SHOWN = 16  # names of ignored fields that a reply has
+
+
+def read_fields(body: Any) -> dict:
+    """The checked fields of a body that it says (null is not said).
+
+    Raises:
+        ValueError: in one line, where a field is not what it should be or is not obeyed here.
+    """
+    if not isinstance(body, dict):
+        raise ValueError(f"the body must be a JSON object, got {type(body).__name__}")
+    for name, harmless in REFUSED.items():
+        if body.get(name) is not None and body[name] not in harmless:
+            remedy = "; say max_tokens" if name == "max_new_tokens" else ""
+            raise ValueError(f"{name} is not supported here{remedy}")
+    if body.get("messages") is None:
+        raise ValueError("messages must be a list of at least one message")
+    return {
+        name: field.read(name, body[name])
+        for name, field in FIELDS.items()
+        if body.get(name) is not None
+    }
+
+
+def ignored(body: dict) -> tuple[str, ...]:
+    """Names of fields that nothing here knows, the first SHOWN, cut to 64 characters."""
+    unknown = [
+        name for name in body if name not in FIELDS and name not in REFUSED and name not in HARMLESS
+    ]
+    return tuple(name.encode("utf-8", "replace").decode()[:64] for name in unknown[:SHOWN])
+
+
+def body_schema() -> dict:
+    """JSON Schema of a chat request's body; what is REFUSED stands in its description."""
+    text = f"Not obeyed, so refused with 400: {', '.join(REFUSED)}. "
+    text += "Unknown fields are named in glm_foundry.ignored."
+    properties = {name: field.schema() for name, field in FIELDS.items()}
+    return {
+        "type": "object",
+        "required": ["messages"],
+        "properties": properties,
+        "description": text,
+    }

@@ -1,0 +1,184 @@
+"""uvicorn with limits on connections and slow clients, and a drain that answers everybody.
+
+It ends, too, when the engine fails.
+"""
+
+import asyncio
+import json
+import signal
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from serving.server.api import CLIENT_S, RETRY_S, make_app
+from serving.server.door import ApiError, Keys
+from serving.server.service import Service
+
+EARLY_BYTES = 65536
+TICK_S = 0.1
+FLUSH_S = 1.0  # after the drain, for what has been written to reach its clients
+GRACE_S = 5  # beyond both, before uvicorn cancels what is left
+
+
+class Connection(H11Protocol):
+    """One more than `most` connections is told so and closed.
+
+    uvicorn reads on after each response, whatever already waits in its buffer: a client that sends
+    requests without waiting for their replies fills memory and slows everybody. One that is
+    EARLY_BYTES ahead is dropped.
+    """
+
+    most = 1024
+    early = 0  # bytes that came while an earlier request was being answered
+
+    def connection_made(self, transport: asyncio.Transport):
+        if len(self.connections) < self.most:
+            super().connection_made(transport)
+            return
+        body = json.dumps(
+            ApiError(503, f"{self.most} connections are open (--max_connections)", "busy").body()
+        )
+        head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n"
+        transport.write(f"{head}Retry-After: {RETRY_S}\r\nConnection: close\r\n\r\n{body}".encode())
+        transport.set_protocol(asyncio.Protocol())
+        transport.close()
+
+    def data_received(self, data: bytes):
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body:
+            self.early = 0
+        else:
+            self.early += len(data)
+        if self.early > EARLY_BYTES:
+            self.transport.abort()
+        else:
+            super().data_received(data)
+
+
+class Server(uvicorn.Server):
+    """Serves until SIGTERM, SIGINT or a failure of the engine.
+
+    Args:
+        drain_s: after a signal, for answers under way to end; then they and those that wait are
+            told 503. A second signal ends it.
+        client_s: for a client to send a request's header, its body, and to read what was sent.
+        max_connections: open at once.
+        keys, cors_origins, access_log: as of serving.server.api.make_app.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        *,
+        drain_s: float = 60.0,
+        client_s: float = CLIENT_S,
+        max_connections: int = 1024,
+        keys: Keys | None = None,
+        cors_origins: Sequence[str] = (),
+        access_log: bool = False,
+    ):
+        app = make_app(service, keys, cors_origins, access_log, client_s)
+        config = uvicorn.Config(
+            app,
+            http=type("Limited", (Connection,), {"most": max_connections}),
+            ws="none",
+            log_level="error",
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=int(drain_s + FLUSH_S + GRACE_S),
+        )
+        super().__init__(config)
+        self.service, self.closing, self.drain_s, self.client_s = (
+            service,
+            app.state.closing,
+            drain_s,
+            client_s,
+        )
+        self.hurry = False
+        self._since: dict[
+            Connection, float
+        ] = {}  # when a connection was first seen waiting for its client
+        service.on_failure = self._engine_failed
+
+    def serve_at(self, sock: socket.socket) -> int:
+        """Serve at a listening socket.
+
+        Returns:
+            The process's exit code: 1 where the engine failed, so that a supervisor starts it anew.
+        """
+        self.service.start()
+        self.run(sockets=[sock])
+        self.service.stop()
+        return 0 if self.started and not self.service.failure else 1
+
+    def _engine_failed(self):
+        self.hurry = self.should_exit = True  # all have been answered
+
+    @contextmanager
+    def capture_signals(self):
+        """As uvicorn's, but the signal is not raised again: a drained server has done its work."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {
+            number: signal.signal(number, self.handle_exit)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, number, frame):
+        self.hurry = self.service.draining
+        self.service.draining = self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None):
+        await super().startup(sockets)
+        if self.started:
+            host, port = sockets[0].getsockname()[:2]
+            host = f"[{host}]" if ":" in host else host
+            print(f"serving {self.service.name} at http://{host}:{port}/v1", flush=True)
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:
+            self._drop_slow()
+        return await super().on_tick(counter)
+
+    def _drop_slow(self):
+        now = time.monotonic()
+        waiting = [c for c in self.server_state.connections if waits_for_client(c)]
+        self._since = {c: self._since.get(c, now) for c in waiting}
+        for connection, since in self._since.items():
+            if now - since > self.client_s:
+                connection.transport.abort()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None):
+        self.service.draining = True
+        self.closing.set()
+        ending = asyncio.create_task(self._end_drain())
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    async def _end_drain(self):
+        """Wait for answers under way; then end them, those that wait, and whoever does not read."""
+        until = time.monotonic() + self.drain_s
+        while time.monotonic() < until and not self.hurry:
+            await asyncio.sleep(TICK_S)
+        self.service.cancel_all()
+        await asyncio.sleep(FLUSH_S)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+
+def waits_for_client(connection: Connection) -> bool:
+    """For a request, or its header's rest, or for room to write."""
+    cycle = connection.cycle
+    return cycle is None or cycle.response_complete or connection.flow.write_paused

@@ -1,0 +1,144 @@
+"""/openapi.json: what serving.server.api serves; the request's schema is the table that checks it."""
+
+from serving.server.fields import body_schema
+
+ERRORS = {
+    400: "A field is wrong or not obeyed, or the prompt is too long",
+    401: "No key, or a wrong one",
+    403: "The header Host names another server",
+    404: "No such model",
+    408: "The body did not come in time",
+    413: "The body is too large",
+    415: "The body is not declared as application/json",
+    429: "As many requests wait as may; Retry-After says when to try again",
+    500: "The model failed",
+    503: "The server is shutting down",
+}
+
+
+def error_schema() -> dict:
+    nullable = {"type": ["string", "null"]}
+    inside = {
+        "message": {"type": "string"},
+        "type": {"type": "string"},
+        "param": nullable,
+        "code": nullable,
+    }
+    error = {"type": "object", "required": list(inside), "properties": inside}
+    return {"type": "object", "required": ["error"], "properties": {"error": error}}
+
+
+def completion_schema() -> dict:
+    message = {"type": "object", "required": ["role", "content"]}
+    message["properties"] = {"role": {"const": "assistant"}, "content": {"type": "string"}}
+    choice = {"type": "object", "required": ["index", "message", "finish_reason"]}
+    choice["properties"] = {
+        "index": {"const": 0},
+        "message": message,
+        "finish_reason": {"enum": ["stop", "length"]},
+        "logprobs": {"type": "null"},
+    }
+    counts = ("prompt_tokens", "completion_tokens", "total_tokens")
+    usage = {"type": "object", "required": list(counts)}
+    usage["properties"] = {name: {"type": "integer", "minimum": 0} for name in counts}
+    properties = {
+        "id": {"type": "string"},
+        "object": {"const": "chat.completion"},
+        "created": {"type": "integer"},
+        "model": {"type": "string"},
+        "choices": {"type": "array", "items": choice, "minItems": 1, "maxItems": 1},
+        "usage": usage,
+        "glm_foundry": {
+            "type": "object",
+            "description": "Predicted and actual length, and names of ignored fields.",
+        },
+    }
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def document(model: str, guarded: bool) -> dict:
+    """An OpenAPI 3.1 document; `guarded`: a key is wanted."""
+    schemas = {
+        "ChatRequest": body_schema(),
+        "ChatCompletion": completion_schema(),
+        "Error": error_schema(),
+    }
+    card = {
+        "type": "object",
+        "required": ["id", "object"],
+        "properties": {"id": {"type": "string"}, "object": {"const": "model"}},
+    }
+    cards = {"type": "object", "required": ["object", "data"]}
+    cards["properties"] = {"object": {"const": "list"}, "data": {"type": "array", "items": card}}
+    status = {
+        "type": "object",
+        "required": ["status"],
+        "properties": {"status": {"type": "string"}},
+    }
+    chat = {
+        "summary": "Answer a chat",
+        "requestBody": {"required": True, "content": json_of(ref("ChatRequest"))},
+        "responses": answers(
+            "The answer; with stream, server-sent events", ref("ChatCompletion"), *ERRORS
+        ),
+    }
+    chat["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    named = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+    health = answers("It serves", status, 403)
+    health["503"] = {
+        "description": "It drains, or its engine has failed",
+        "content": json_of(status),
+    }
+    metrics = answers("Prometheus' text format", {}, 401, 403, 501)
+    metrics["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
+    found = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "GLM Foundry",
+            "version": "1",
+            "description": f"OpenAI's chat completions for the model {model}.",
+        },
+        "paths": {
+            "/v1/chat/completions": {"post": chat},
+            "/v1/models": {
+                "get": {
+                    "summary": "The served model",
+                    "responses": answers("A list of one", cards, 401, 403),
+                }
+            },
+            "/v1/models/{name}": {
+                "parameters": [named],
+                "get": {
+                    "summary": "The served model",
+                    "responses": answers("The model", card, 401, 403, 404),
+                },
+            },
+            "/health": {
+                "get": {"summary": "Whether it serves", "security": [], "responses": health}
+            },
+            "/metrics": {"get": {"summary": "Figures for Prometheus", "responses": metrics}},
+        },
+        "components": {"schemas": schemas},
+    }
+    if guarded:
+        found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        found["security"] = [{"key": []}]
+    return found
+
+
+def ref(name: str) -> dict:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def json_of(schema: dict) -> dict:
+    return {"application/json": {"schema": schema}}
+
+
+def answers(text: str, schema: dict, *errors: int) -> dict:
+    found = {"200": {"description": text, "content": json_of(schema)}}
+    for status in errors:
+        found[str(status)] = {
+            "description": ERRORS.get(status, "Not here"),
+            "content": json_of(ref("Error")),
+        }
+    return found

@@ -1,0 +1,1 @@
+"""Policies under simulated load: python -m serving.simulate."""
