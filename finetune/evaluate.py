@@ -13,8 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.config import parse_positive
 from finetune.arrays import Dataset
+from finetune.config import parse_positive
 from finetune.data import collate, count_labels
 from finetune.files import write_aside, write_json
 from finetune.flag_effects import EVALUATING, check_given

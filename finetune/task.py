@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from chatglm.families import FAMILIES
 from chatglm.loading import load_model, load_tokenizer, resolve_mode
+from finetune.arrays import Dataset, join
 from finetune.checkpoint import export
 from finetune.config import TrainConfig
-from finetune.arrays import Dataset, join
 from finetune.data import collate, count_labels, epoch_order
 from finetune.distributed import agree, first_of_node, local_rank, rank, say, wait_for_all, world_size
 from finetune.encoding import Encoder, Preparation, choose_rows, prepare

@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 from finetune.config import parse_config
 from finetune.encoding import Preparation
 from finetune.formats import BadRow, Row
-from finetune.sources import RowReader, draw_rows, hash_rows, join_hashes, parse_sources, read_file_items, read_rows, replay_count
+from finetune.sources import (
+    RowReader,
+    draw_rows,
+    hash_rows,
+    join_hashes,
+    parse_sources,
+    read_file_items,
+    read_rows,
+    replay_count,
+)
 from finetune.task import FineTuning
 from tests.conftest import shared_file
 from tests.finetune.runs import ROOT, child_env, make_rows, metrics, write_rows

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 import train as command_line
 from finetune import streaming
-from finetune.checkpoint import committed_checkpoints
 from finetune.arrays import EncodedRow
+from finetune.checkpoint import committed_checkpoints
 from finetune.formats import BadRow
 from finetune.sources import RowReader, parse_sources
 from finetune.streaming import Stream, copies
