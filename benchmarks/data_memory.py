@@ -1,13 +1,17 @@
-"""Memory and time of a run's rows: bytes a token over all ranks, seconds of a cold and a warm start, how often rows are tokenised.
+"""Memory and time of a run's rows: bytes a token over all ranks, seconds of a start, how often
+rows are tokenised.
 
-    python benchmarks/data_memory.py [--tokens 10000000,50000000] [--ranks 1,2] [--kind rows] [--json FILE]
+    python benchmarks/data_memory.py [--tokens 10000000,50000000] [--ranks 1,2] [--json FILE]
+    python benchmarks/data_memory.py --kind conversations
     python benchmarks/data_memory.py --batches
 
-Rows are drawn at random. Each rank loads them as train.py does and lays out the batches of a whole epoch, without a model. Memory is
-the proportional set size (Pss of /proc/self/smaps_rollup) above that of the process before it loads, summed over the ranks: a page
-that ranks share counts once. Seconds are those of the slowest rank, from the files to the rows. Exits with 1 where a goal is missed:
-every row tokenised once with a cold cache or none and never with a warm one; at most 6 bytes a token, of corpora of 40 million tokens
-or more, beside which what a process costs anyway is little; a warm start under 2 s, of 11 million tokens or less.
+Rows are drawn at random. Each rank loads them as train.py does and lays out the batches of a whole
+epoch, without a model. Memory is the proportional set size (Pss of /proc/self/smaps_rollup) above
+that of the process before it loads, summed over the ranks: a page that ranks share counts once.
+Seconds are those of the slowest rank, from the files to the rows. Exits with 1 where a goal is
+missed: every row tokenised once with a cold cache or none and never with a warm one; at most 6
+bytes a token, of corpora of 40 million tokens or more, beside which what a process costs anyway is
+little; a warm start under 2 s, of 11 million tokens or less.
 """
 
 import argparse
@@ -30,7 +34,16 @@ WARM_SECONDS, TO_TOKENS = 2.0, 11_000_000
 BATCH = 16
 PARTS = ["水泵", "油封", "火花塞", "节气门", "滤网", "发动机", "轮胎", "灯泡"]
 STATES = ["漏油", "抖动", "异响", "积碳", "松动", "不亮", "过热"]
-FLAGS = ["--max_len", "1024", "--max_src_len", "512", "--lora_dropout", "0", "--per_device_train_batch_size", str(BATCH)]
+FLAGS = [
+    "--max_len",
+    "1024",
+    "--max_src_len",
+    "512",
+    "--lora_dropout",
+    "0",
+    "--per_device_train_batch_size",
+    str(BATCH),
+]
 
 
 # ---- a rank
@@ -73,13 +86,31 @@ def run_rank(words: list[str]):
     steps = -(-len(task.data) // size)
     for step in range(steps):
         data, order, place = task.rows_of_step(0, step, steps, size)
-        (rows,) = step_rows(order, place, data.row_lengths, micro=BATCH, accumulation=1, rank=rank(), world=world_size())
+        (rows,) = step_rows(
+            order,
+            place,
+            data.row_lengths,
+            micro=BATCH,
+            accumulation=1,
+            rank=rank(),
+            world=world_size(),
+        )
         task.collate(data, rows)
     wait_for_all()
     memory = proportional_memory() - before
     wait_for_all()  # all have measured before one lets go
     tokens = int(task.data.row_lengths.sum())
-    print(json.dumps({"rows": len(task.data), "tokens": tokens, "bytes": memory, "seconds": seconds, "tokenised": tokenised[0]}))
+    print(
+        json.dumps(
+            {
+                "rows": len(task.data),
+                "tokens": tokens,
+                "bytes": memory,
+                "seconds": seconds,
+                "tokenised": tokenised[0],
+            }
+        )
+    )
 
 
 def run_ranks(count: int, words: list[str]) -> dict:
@@ -87,13 +118,21 @@ def run_ranks(count: int, words: list[str]) -> dict:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    env = os.environ | {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    env = os.environ | {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     ranks = [
         subprocess.Popen(
-            [sys.executable, __file__, "--rank", *words], stdout=subprocess.PIPE, text=True,
+            [sys.executable, __file__, "--rank", *words],
+            stdout=subprocess.PIPE,
+            text=True,
             env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-        ) for rank in range(count)
-    ]  # fmt: skip
+        )
+        for rank in range(count)
+    ]
     said = [rank.communicate()[0] for rank in ranks]
     if any(rank.returncode for rank in ranks):
         sys.exit("a rank failed")
@@ -117,10 +156,16 @@ def together(count: int, found: list[dict]) -> dict:
 
 def make_row(draw: random.Random, kind: str) -> dict:
     def sentence():
-        return "，".join(draw.choice(PARTS) + draw.choice(STATES) for _ in range(draw.randint(4, 40)))
+        return "，".join(
+            draw.choice(PARTS) + draw.choice(STATES) for _ in range(draw.randint(4, 40))
+        )
 
     if kind == "rows":
-        return {"instruction": f"抽取{draw.randint(0, 10**6)}：", "input": sentence(), "output": sentence()}
+        return {
+            "instruction": f"抽取{draw.randint(0, 10**6)}：",
+            "input": sentence(),
+            "output": sentence(),
+        }
     speakers = ("user", "assistant") * draw.randint(2, 3)
     return {"messages": [{"role": role, "content": sentence()} for role in speakers]}
 
@@ -132,10 +177,25 @@ def prepare_model(folder: Path) -> Path:
 
     rows = [make_row(random.Random(seed), "rows") for seed in range(200)]
     write_rows(folder / "sample.jsonl", rows)
-    arguments = ["--input", str(folder / "sample.jsonl"), "--output_dir", str(folder / "tokenizer"), "--vocab_size", "420"]
+    arguments = [
+        "--input",
+        str(folder / "sample.jsonl"),
+        "--output_dir",
+        str(folder / "tokenizer"),
+        "--vocab_size",
+        "420",
+    ]
     if make_tokenizer(arguments):
         sys.exit("the tokenizer could not be made")
-    return make_model("glm2", folder / "tokenizer", folder / "model", hidden_size=64, num_layers=1, heads=4, ffn=64)
+    return make_model(
+        "glm2",
+        folder / "tokenizer",
+        folder / "model",
+        hidden_size=64,
+        num_layers=1,
+        heads=4,
+        ffn=64,
+    )
 
 
 def write_rows(path: Path, rows) -> Path:
@@ -153,7 +213,9 @@ def make_corpus(path: Path, model: Path, tokens: int, kind: str) -> Path:
 
     draw = random.Random(1)
     sample = [parse_row(make_row(draw, kind), "sample") for _ in range(300)]
-    data = encode_rows(sample, load_tokenizer(str(model)), FAMILIES["glm2"], max_len=1024, max_src_len=512)
+    data = encode_rows(
+        sample, load_tokenizer(str(model)), FAMILIES["glm2"], max_len=1024, max_src_len=512
+    )
     count = max(1, round(tokens / data.row_lengths.mean()))
     return write_rows(path, (make_row(draw, kind) for _ in range(count)))
 
@@ -162,7 +224,15 @@ def make_corpus(path: Path, model: Path, tokens: int, kind: str) -> Path:
 
 
 def flags_of(folder: Path, model: Path, corpus: Path) -> list[str]:
-    return ["--model_name_or_path", str(model), "--train_path", str(corpus), "--output_dir", str(folder / "out"), *FLAGS]
+    return [
+        "--model_name_or_path",
+        str(model),
+        "--train_path",
+        str(corpus),
+        "--output_dir",
+        str(folder / "out"),
+        *FLAGS,
+    ]
 
 
 def measure(folder: Path, model: Path, tokens: int, ranks: list[int], kind: str) -> list[dict]:
@@ -187,14 +257,26 @@ def batch_times(repetitions: int = 7) -> dict[str, float]:
 
     draw = np.random.default_rng(0)
     begin = [7] * 30
-    plain = [(begin + draw.integers(8, 60_000, int(n)).tolist(), int(n) // 2) for n in draw.integers(60, 400, 128)]
+    plain = [
+        (begin + draw.integers(8, 60_000, int(n)).tolist(), int(n) // 2)
+        for n in draw.integers(60, 400, 128)
+    ]
     talks = [begin + draw.integers(8, 60_000, 600).tolist() for _ in range(128)]
-    labels = [[IGNORED] * 90 + [x if (i // 50) % 2 else IGNORED for i, x in enumerate(ids[90:])] for ids in talks]
+    labels = [
+        [IGNORED] * 90 + [x if (i // 50) % 2 else IGNORED for i, x in enumerate(ids[90:])]
+        for ids in talks
+    ]
     data = {
         "single answers": dataset_of(("", EncodedRow(ids, n, False)) for ids, n in plain),
-        "several answers": dataset_of(("", EncodedRow(ids, 140, False, own)) for ids, own in zip(talks, labels)),
+        "several answers": dataset_of(
+            ("", EncodedRow(ids, 140, False, own)) for ids, own in zip(talks, labels)
+        ),
     }
-    layouts = {"ragged": {}, "ragged, shared beginning": {"share": True, "multiple": 64}, "padded": {"ragged": False}}
+    layouts = {
+        "ragged": {},
+        "ragged, shared beginning": {"share": True, "multiple": 64},
+        "padded": {"ragged": False},
+    }
     found = {}
     for kind, rows in data.items():
         for layout, options in layouts.items():
@@ -209,28 +291,56 @@ def batch_times(repetitions: int = 7) -> dict[str, float]:
 
 
 def print_line(row: dict):
-    print(f"{row['ranks']:5} {row['cache']:>5} {row['tokens']:>12,} {row['bytes_a_token']:>14.2f} {row['seconds']:>9.2f} "
-          f"{row['times_tokenised']:>10.2f}", flush=True)  # fmt: skip
+    print(
+        f"{row['ranks']:5} {row['cache']:>5} {row['tokens']:>12,} {row['bytes_a_token']:>14.2f} "
+        f"{row['seconds']:>9.2f} {row['times_tokenised']:>10.2f}",
+        flush=True,
+    )
 
 
 def missed(row: dict) -> list[str]:
     """The goals that a line of the table does not reach."""
-    large, small, warm = row["tokens"] >= FROM_TOKENS, row["tokens"] <= TO_TOKENS, row["cache"] == "warm"
+    large, small, warm = (
+        row["tokens"] >= FROM_TOKENS,
+        row["tokens"] <= TO_TOKENS,
+        row["cache"] == "warm",
+    )
     goals = {
-        f"more than {BYTES_A_TOKEN:g} bytes a token": large and row["bytes_a_token"] > BYTES_A_TOKEN,
-        f"a warm start takes more than {WARM_SECONDS:g} s": warm and small and row["seconds"] > WARM_SECONDS,
-        f"rows are tokenised {row['times_tokenised']:g} times": row["times_tokenised"] != (0 if warm else 1),
+        f"more than {BYTES_A_TOKEN:g} bytes a token": large
+        and row["bytes_a_token"] > BYTES_A_TOKEN,
+        f"a warm start takes more than {WARM_SECONDS:g} s": warm
+        and small
+        and row["seconds"] > WARM_SECONDS,
+        f"rows are tokenised {row['times_tokenised']:g} times": row["times_tokenised"]
+        != (0 if warm else 1),
     }
-    return [f"{row['ranks']} rank(s), cache {row['cache']}, {row['tokens']:,} tokens: {goal}" for goal, no in goals.items() if no]
+    return [
+        f"{row['ranks']} rank(s), cache {row['cache']}, {row['tokens']:,} tokens: {goal}"
+        for goal, no in goals.items()
+        if no
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", default="10000000,50000000", help="comma list: tokens of each corpus [10000000,50000000]")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tokens",
+        default="10000000,50000000",
+        help="comma list: tokens of each corpus [10000000,50000000]",
+    )
     parser.add_argument("--ranks", default="1,2", help="comma list [1,2]")
-    parser.add_argument("--kind", choices=("rows", "conversations"), default="rows", help="conversations: labels of several answers [rows]")
+    parser.add_argument(
+        "--kind",
+        choices=("rows", "conversations"),
+        default="rows",
+        help="conversations: labels of several answers [rows]",
+    )
     parser.add_argument("--json", metavar="FILE", help="where the figures also go")
-    parser.add_argument("--batches", action="store_true", help="time the laying out of batches instead")
+    parser.add_argument(
+        "--batches", action="store_true", help="time the laying out of batches instead"
+    )
     args = parser.parse_args(argv)
     if args.batches:
         print("\n".join(f"{ms:8.3f} ms  {name}" for name, ms in batch_times().items()))

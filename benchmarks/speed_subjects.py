@@ -261,8 +261,6 @@ def make_task(config, spec, folder, data):
     """train.py's task, with a model and rows of our own making."""
     from types import SimpleNamespace
 
-    import numpy as np
-
     from chatglm.families import FAMILIES
     from finetune.data import collate, count_labels
     from finetune.distributed import DTYPES, resolve_precision
@@ -273,7 +271,7 @@ def make_task(config, spec, folder, data):
     method, dtype = make_method(config), DTYPES[resolve_precision(config.precision)]
     layout = layout_of(config, FAMILIES[spec["family"]], SimpleNamespace(pad_token_id=3), dtype)
     task = SimpleNamespace(
-        method=method, model_path=str(folder), data=data, lengths=np.array([len(ids) for ids in data.input_ids]), build_model=lambda dtype: method.prepare(make_model(spec, dtype)),
+        method=method, model_path=str(folder), data=data, build_model=lambda dtype: method.prepare(make_model(spec, dtype)),
         loss_module=LossModule, count_labels=count_labels, collate=lambda data, rows: collate(data, rows, **layout),
     )  # fmt: skip
     task.rows_of_step = lambda *place: (data, task.chosen, 0)  # the rows of the step to come

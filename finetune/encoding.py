@@ -1,4 +1,5 @@
-"""From rows to encoded rows: read and tokenised once a node, kept in --data_cache or a temporary file, mapped by all its ranks.
+"""From rows to encoded rows: read and tokenised once a node, kept in --data_cache or a temporary
+file, mapped by all its ranks.
 
 Free of torch.
 """
@@ -23,14 +24,17 @@ from finetune.files import CACHE_GB, prune, sha256, written_whole
 from finetune.formats import BadRow, Row
 from finetune.sources import RowReader, Source, hash_rows, no_rows, parse_items, read_parts
 
-CACHE_FORMAT = 2  # of --data_cache; raised where the same files and settings give other ids or places than before
+# Of --data_cache; raised where the same files and settings give other ids or places than before.
+CACHE_FORMAT = 2
 CHUNK = 64  # rows that a process takes at a time
 AHEAD = 4  # chunks a process that wait for their turn
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Rows to ids as a family is trained. Lengths are in tokens; role_labels as `chatglm.conversations` has it."""
+    """Rows to ids as a family is trained. Lengths are in tokens; role_labels as
+    `chatglm.conversations` has it.
+    """
 
     tokenizer: object
     family: object
@@ -41,30 +45,59 @@ class Encoder:
     def check(self, row: Row):
         """Raises BadRow: several answers (a test file)."""
         if len(row.answers) != 1:
-            raise BadRow(f"{row.place}: a training row has one output, got a list of {len(row.answers)}")
+            raise BadRow(
+                f"{row.place}: a training row has one output, got a list of {len(row.answers)}"
+            )
 
     def encode(self, row: Row) -> list[EncodedRow]:
-        """One row; of a conversation in ChatGLM-6B's layout, one an answer. A row cut so short that no answer is left learns nothing.
+        """One row; of a conversation in ChatGLM-6B's layout, one an answer. A row cut so short that
+        no answer is left learns nothing.
 
         Raises ValueError: several answers (a test file), or limits that leave no room.
         """
         self.check(row)
         role_labels = self.glm3_labels == GLM3_LABELS[0]
         if not row.turns:
-            made = self.family.encode_example(self.tokenizer, row.prompt, row.answers[0], self.max_len, self.max_src_len)
-            return [EncodedRow(made.input_ids, made.n_masked + (self.family.name == "glm3" and not role_labels), made.truncated)]
+            made = self.family.encode_example(
+                self.tokenizer, row.prompt, row.answers[0], self.max_len, self.max_src_len
+            )
+            return [
+                EncodedRow(
+                    made.input_ids,
+                    made.n_masked + (self.family.name == "glm3" and not role_labels),
+                    made.truncated,
+                )
+            ]
         encoded = []
-        for ids, labels, cut in CONVERSATIONS[self.family.name](self.tokenizer, list(row.turns), self.max_len, self.max_src_len, role_labels):
+        for ids, labels, cut in CONVERSATIONS[self.family.name](
+            self.tokenizer, list(row.turns), self.max_len, self.max_src_len, role_labels
+        ):
             first = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
-            encoded.append(EncodedRow(ids, first, cut, None if labels[first:] == ids[first:] else labels))
+            encoded.append(
+                EncodedRow(ids, first, cut, None if labels[first:] == ids[first:] else labels)
+            )
         return encoded
 
     def settings(self) -> list:
-        """All that encoded rows depend on but the rows: the tokenizer's model, the settings and CACHE_FORMAT; as JSON."""
+        """All that encoded rows depend on but the rows: the tokenizer's model, the settings and
+        CACHE_FORMAT; as JSON.
+        """
         tokenizer = self.tokenizer
-        options = {k: v for k, v in tokenizer.init_kwargs.items() if k not in ("vocab_file", "name_or_path")}
+        options = {
+            k: v
+            for k, v in tokenizer.init_kwargs.items()
+            if k not in ("vocab_file", "name_or_path")
+        }
         lengths = [self.max_len, self.max_src_len]
-        return [CACHE_FORMAT, self.family.name, lengths, self.glm3_labels, options, len(tokenizer), sha256(Path(tokenizer.vocab_file))]
+        return [
+            CACHE_FORMAT,
+            self.family.name,
+            lengths,
+            self.glm3_labels,
+            options,
+            len(tokenizer),
+            sha256(Path(tokenizer.vocab_file)),
+        ]
 
 
 @dataclass(frozen=True)
@@ -103,17 +136,22 @@ class Preparation:
         return [sha256(file) for file in source.files]
 
     def key(self, source: Source, hashes: list[str]) -> str:
-        """A name for what the encoded rows depend on: content of the files and what kinds they are, and all settings."""
+        """A name for what the encoded rows depend on: content of the files and what kinds they are,
+        and all settings.
+        """
         kinds = [Path(file.name.removesuffix(".gz")).suffix for file in source.files]
         options = [asdict(self.reader), self.on_bad_row, self.limit, self.first_answer]
-        content = json.dumps([self.encoder.settings(), options, kinds, hashes], sort_keys=True, default=str)
+        content = json.dumps(
+            [self.encoder.settings(), options, kinds, hashes], sort_keys=True, default=str
+        )
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 class Prepared(NamedTuple):
     """Encoded rows of a source, ready for all ranks of a node.
 
-    path: the file that holds them; None: they are in memory, `rows`. temporary: it goes when all have mapped it.
+    path: the file that holds them; None: they are in memory, `rows`. temporary: it goes when all
+    have mapped it.
     hashes: of the source's files.
     """
 
@@ -131,7 +169,9 @@ class Prepared(NamedTuple):
         return rows
 
     def release(self, cache_gb: float = CACHE_GB):
-        """Who needs the rows has mapped them: a temporary file goes, and from the cache what exceeds its limit."""
+        """Who needs the rows has mapped them: a temporary file goes, and from the cache what
+        exceeds its limit.
+        """
         if self.temporary:
             self.path.unlink(missing_ok=True)
         elif self.path:
@@ -145,15 +185,23 @@ def names_of(source: Source) -> tuple[str, ...]:
 
 
 def prepare(
-    source: Source, preparation: Preparation, *, cache: Path | None = None, workers: int = 1, progress: bool = False, shared: bool = False
+    source: Source,
+    preparation: Preparation,
+    *,
+    cache: Path | None = None,
+    workers: int = 1,
+    progress: bool = False,
+    shared: bool = False,
 ) -> Prepared:
-    """Encode the rows of a source, or find them in the folder `cache`. A warm cache parses no row, but those of a hub.
+    """Encode the rows of a source, or find them in the folder `cache`. A warm cache parses no row,
+    but those of a hub.
 
     Args:
         workers: processes that tokenise.
         shared: other processes want the rows too, so they have to be in a file.
     Raises:
-        BadRow, ValueError: as reading and encoding have it, before anything is tokenised where it can be.
+        BadRow, ValueError: as reading and encoding have it, before anything is tokenised where it
+        can be.
     """
     stamps = [stamp(file) for file in source.files]
     hashes = preparation.hashes(source)
@@ -164,17 +212,23 @@ def prepare(
             os.utime(file)
         return Prepared(key, hashes, file)
     good = bad = 0
-    for _, row in preparation.rows(source):  # all of them before the first is tokenised, which takes much longer
+    for _, row in preparation.rows(
+        source
+    ):  # all of them before the first is tokenised, which takes much longer
         good, bad = good + isinstance(row, Row), bad + isinstance(row, BadRow)
     if not good:
         raise no_rows(source.name, bad)
 
     def encode(output: BinaryIO | None) -> RowWriter:
         writer = RowWriter(output)
-        for place, rows in tokenise(preparation.encoder, preparation.good_rows(source), good, progress, workers):
+        for place, rows in tokenise(
+            preparation.encoder, preparation.good_rows(source), good, progress, workers
+        ):
             for row in rows:
                 writer.add(place, row)
-        if changed := next((file for file, was in zip(source.files, stamps) if stamp(file) != was), None):
+        if changed := next(
+            (file for file, was in zip(source.files, stamps) if stamp(file) != was), None
+        ):
             raise ValueError(f"{changed} was changed while it was read; start again")
         return writer
 
@@ -185,10 +239,16 @@ def prepare(
                 encode(output).finish(key, facts)
             return Prepared(key, hashes, file)
         except OSError as error:
-            print(f"--data_cache: {file.parent} cannot be written ({error.strerror}); going on without", flush=True)
+            print(
+                f"--data_cache: {file.parent} cannot be written ({error.strerror}); "
+                f"going on without",
+                flush=True,
+            )
     if not shared:
         return Prepared(key, hashes, None, rows=encode(None).in_memory(names, facts))
-    with tempfile.NamedTemporaryFile(prefix="glm-foundry-", suffix=".safetensors", delete=False) as output:
+    with tempfile.NamedTemporaryFile(
+        prefix="glm-foundry-", suffix=".safetensors", delete=False
+    ) as output:
         try:
             encode(output).finish(key, facts)
         except BaseException:
@@ -203,7 +263,9 @@ def stamp(file: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def encode_rows(rows: list[Row], tokenizer, family, *, max_len: int, max_src_len: int, is_skip=False, **options) -> Dataset:
+def encode_rows(
+    rows: list[Row], tokenizer, family, *, max_len: int, max_src_len: int, is_skip=False, **options
+) -> Dataset:
     """Rows in memory as `family` trains on them; `options` are Encoder's.
 
     Raises:
@@ -220,18 +282,25 @@ def choose_rows(rows: RowArrays, encoder: Encoder, is_skip: bool) -> Dataset:
     """The rows that are trained on. Raises ValueError where none is left."""
     data = choose(rows, is_skip)
     if not len(data):
-        raise ValueError(f"all {rows.facts['good']} rows are longer than --max_len {encoder.max_len} / --max_src_len {encoder.max_src_len}")
+        raise ValueError(
+            f"all {rows.facts['good']} rows are longer than --max_len {encoder.max_len} / "
+            f"--max_src_len {encoder.max_src_len}"
+        )
     return data
 
 
 def tokenise(
     encoder: Encoder, rows: Iterable[tuple[Place, Row]], total: int, progress: bool, workers: int
 ) -> Iterator[tuple[Place, list[EncodedRow]]]:
-    """What `encoder` makes of each row, in their order; over `workers` processes. A bar shows where it takes seconds."""
+    """What `encoder` makes of each row, in their order; over `workers` processes. A bar shows where
+    it takes seconds.
+    """
     from tqdm import tqdm
 
     with tqdm(total=total, desc="encoding", unit="row", disable=not progress, delay=2) as bar:
-        for chunk, encoded in encode_chunks(encoder, chunks_of(rows), workers if total > CHUNK else 1):
+        for chunk, encoded in encode_chunks(
+            encoder, chunks_of(rows), workers if total > CHUNK else 1
+        ):
             yield from ((place, made) for (place, _), made in zip(chunk, encoded))
             bar.update(len(chunk))
 
@@ -245,12 +314,16 @@ def chunks_of(rows: Iterable[tuple[Place, Row]]) -> Iterator[Chunk]:
         yield chunk
 
 
-def encode_chunks(encoder: Encoder, chunks: Iterator[Chunk], workers: int) -> Iterator[tuple[Chunk, list[list[EncodedRow]]]]:
+def encode_chunks(
+    encoder: Encoder, chunks: Iterator[Chunk], workers: int
+) -> Iterator[tuple[Chunk, list[list[EncodedRow]]]]:
     if workers < 2:
         yield from ((chunk, [encoder.encode(row) for _, row in chunk]) for chunk in chunks)
         return
     # Forked, so that the tokenizer needs no pickling and transformers no second import.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (encoder,)) as pool:
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context("fork"), _start_worker, (encoder,)
+    ) as pool:
         waiting: deque[tuple[Chunk, Future]] = deque()
         for chunk in chunks:
             waiting.append((chunk, pool.submit(_encode_chunk, [row for _, row in chunk])))
