@@ -179,8 +179,8 @@ def make_subjects(folder: Path, methods: tuple[str, ...]) -> list[Subject]:
     base, subjects = make_base(folder, rows), []
     for method in methods:
         flags = ["--model_name_or_path", str(base), "--train_path", str(lengths if method == "predictor" else rows), "--report_to", ""]
-        flags += ["--max_src_len", "64", "--per_device_train_batch_size", "4", "--max_steps", "4", "--save_model_step", "2", "--data_cache", ""]
-        flags += [*METHODS[method], *(["--calibration_share", "0.3"] if method == "predictor" else ["--max_len", "96"])]
+        flags += ["--max_src_len", "64", "--per_device_train_batch_size", "4", "--max_steps", "4", "--save_model_step", "2"]
+        flags += [*METHODS[method], *(["--calibration_share", "0.3"] if method == "predictor" else ["--max_len", "96", "--data_cache", ""])]
         output = folder / method
         train(flags, output)
         found = output / "epoch-1-step-2"

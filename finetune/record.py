@@ -264,6 +264,7 @@ class RunLog:
         if what not in self.failing:
             self.failing.add(what)
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
+            reason = reason.removeprefix("cannot be written: ")  # as finetune.files.writing says it
             print(f"WARNING: {what} cannot be written ({reason}); training goes on", file=LastingStream(sys.stdout), flush=True)
 
     def write(self):

@@ -35,6 +35,7 @@ SAMPLES: dict[str, list[dict]] = {
                {"instruction": LIGHT[0], "input": "", "output": LIGHT[1], "history": []}],
     "prompt": [{"prompt": PUMP[0], "response": PUMP[1], "history": []}, {"prompt": SEAL[0], "response": SEAL[1], "history": [list(PUMP)]},
                {"prompt": LIGHT[0], "response": LIGHT[1], "history": [list(PUMP), list(SEAL)]}],
+    "question": [{"question": q, "answer": a} for q, a in (PUMP, SEAL, LIGHT)],
     "advertisegen": [{"content": TAGS[0], "summary": TAGS[1]}, {"content": "部件#轮胎*特点#静音", "summary": "静音轮胎，把路噪留在车外。"},
                      {"content": "部件#灯泡*颜色#暖白", "summary": "暖白灯光，照亮回家的路。"}],
     "belle": [{"input": q + " ", "target": a} for q, a in (PUMP, SEAL, LIGHT)],

@@ -194,6 +194,7 @@ def stream_words(tmp_path):
     write_rows(tmp_path / "b.jsonl", make_rows(9, seed=2))
     write_rows(tmp_path / "r.jsonl", make_rows(5, seed=3))
     words = ["--train_path", f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl:0.7", "--replay_path", tmp_path / "r.jsonl", "--replay_ratio", "0.2"]
+    words += ["--data_cache", str(Path("~/.cache/glm-foundry"))]  # its default, since streams keep none
     return [*words, "--streaming", "True", "--shuffle_buffer", 7, "--on_bad_row", "skip", "--max_steps", 12, "--lora_dropout", "0.3", "--show_loss_step", 1000]
 
 

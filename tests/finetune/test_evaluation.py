@@ -107,7 +107,7 @@ def test_conversations_are_refused(adapter, rows, tmp_path, capsys):
 def test_a_probe_of_rows_that_are_cut(adapter, tmp_path, capsys):
     """A cut row keeps its loss in its own place; limits that leave no room for an answer are refused."""
     plain = make_rows(2)
-    out, words = tmp_path / "out.json", ["--model_path", str(adapter), *ASK, "--max_length", "64", "--probe"]
+    out, words = tmp_path / "out.json", ["--model_path", str(adapter), "--device", "cpu", "--max_length", "64", "--probe"]
     cut = plain[0] | {"output": plain[0]["output"] * 40}
     assert evaluate.main([*words, str(write_rows(tmp_path / "cut.json", [cut, plain[1]])), "--output", str(out)]) == 0
     answers = json.loads(out.read_text())["answers"]

@@ -152,9 +152,9 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
     log.close("finished")
     wanted = [{"step": 1, "train_loss": 2.0, "grad_norm": None, "eval_loss": None}, {"step": 2, "train_loss": None}, {"step": 3, "train_loss": 1.0, "eval_loss": None}]
     run = strict((tmp_path / "run.json").read_text())
-    assert [strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == wanted == run["steps"]
+    assert [strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == wanted == read_run(tmp_path)["steps"]
     assert run["best"] is None and run["more"] == [None, {"deep": None}]
-    assert report.table({"a": read_run(tmp_path)})[1][0][3:6] == ["3/3", "1.0000", "-"] and report.series(run, "train_loss") == ([1, 3], [2.0, 1.0])
+    assert report.table({"a": read_run(tmp_path)})[1][0][3:6] == ["3/3", "1.0000", "-"] and report.series(read_run(tmp_path), "train_loss") == ([1, 3], [2.0, 1.0])
 
 
 @pytest.mark.parametrize("content", ['{"step": 1}\n{"st\n{"step": 3}\n', '{"step": 1}\n{"train_loss": 1}\n', '{"step": 1}\n[{}\n{"step": 3}\n'])
@@ -164,7 +164,7 @@ def test_a_line_that_is_no_steps_is_named(tmp_path, content):
         record.read_steps(tmp_path / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("content, said", [(None, "holds no run.json"), ("{", "not a run's record"), ('{"format_version": 99}', "format version 99")])
+@pytest.mark.parametrize("content, said", [(None, "holds no run.json"), ("{", "not valid JSON"), ('{"format_version": 99}', "format version 99")])
 def test_records_that_cannot_be_read(tmp_path, content, said):
     if content:
         (tmp_path / "run.json").write_text(content)

@@ -57,7 +57,8 @@ def never_end(folder):
 def start(folders, log, *more):
     model, predictor = folders
     limits = [str(word) for pair in LIMITS.items() for word in pair]
-    words = ["--model", model, "--predictor", predictor, "--port", "0", "--device", "cpu", *limits, "--log", log, "--log_prompts", *more]
+    words = ["--model", model, "--predictor", predictor, "--port", "0", "--device", "cpu", *limits, "--log", log, "--log_prompts"]
+    words += ["--served_model_name", "m", *more]
     process = subprocess.Popen(
         [sys.executable, "-m", "serving.server", *map(str, words)], cwd=ROOT, env=child_env(), stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
