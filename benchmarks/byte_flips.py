@@ -267,12 +267,14 @@ def make_subjects(folder: Path, methods: tuple[str, ...]) -> list[Subject]:
             "4",
             "--save_model_step",
             "2",
-            "--data_cache",
-            "",
         ]
         flags += [
             *METHODS[method],
-            *(["--calibration_share", "0.3"] if method == "predictor" else ["--max_len", "96"]),
+            *(
+                ["--calibration_share", "0.3"]
+                if method == "predictor"
+                else ["--max_len", "96", "--data_cache", ""]
+            ),
         ]
         output = folder / method
         train(flags, output)

@@ -309,8 +309,6 @@ def make_task(config, spec, folder, data):
     """train.py's task, with a model and rows of our own making."""
     from types import SimpleNamespace
 
-    import numpy as np
-
     from chatglm.families import FAMILIES
     from finetune.distributed import DTYPES, resolve_precision
     from finetune.loss import LossModule
@@ -324,7 +322,6 @@ def make_task(config, spec, folder, data):
         method=method,
         model_path=str(folder),
         data=data,
-        lengths=np.array([len(ids) for ids in data.input_ids]),
         build_model=lambda dtype: method.prepare(make_model(spec, dtype)),
         loss_module=LossModule,
         count_labels=count_labels,

@@ -309,6 +309,7 @@ class RunLog:
                 or " ".join(str(error).split())[:200]
                 or type(error).__name__
             )
+            reason = reason.removeprefix("cannot be written: ")  # as finetune.files.writing says it
             print(
                 f"WARNING: {what} cannot be written ({reason}); training goes on",
                 file=LastingStream(sys.stdout),

@@ -56,6 +56,7 @@ SAMPLES: dict[str, list[dict]] = {
         {"prompt": SEAL[0], "response": SEAL[1], "history": [list(PUMP)]},
         {"prompt": LIGHT[0], "response": LIGHT[1], "history": [list(PUMP), list(SEAL)]},
     ],
+    "question": [{"question": q, "answer": a} for q, a in (PUMP, SEAL, LIGHT)],
     "advertisegen": [
         {"content": TAGS[0], "summary": TAGS[1]},
         {"content": "部件#轮胎*特点#静音", "summary": "静音轮胎，把路噪留在车外。"},

@@ -13,6 +13,7 @@ from benchmarks.failing_commands import COMMANDS
 from benchmarks.failures import Case, judge, left_behind
 from benchmarks.forking import Outcome
 from tests.conftest import REPO_ROOT
+from tests.finetune.runs import child_env
 
 EVERY = 23  # of about 700 cases; no multiple of the number of kinds, so that these take turns
 REPORT = next(command for command in COMMANDS if command.name == "finetune.report")
@@ -25,7 +26,12 @@ def sample(tmp_path_factory) -> list[dict]:
     file = tmp_path_factory.mktemp("failures") / "cases.json"
     words = ["benchmarks/failures.py", "--every", str(EVERY), "--jobs", "1", "--json", str(file)]
     done = subprocess.run(
-        [sys.executable, *words], cwd=REPO_ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, *words],
+        cwd=REPO_ROOT,
+        env=child_env(),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert file.is_file(), done.stdout[-2000:] + done.stderr[-2000:]
     return json.loads(file.read_text())

@@ -1,7 +1,7 @@
-"""Encoded rows as flat arrays: 4 bytes a token, in memory or mapped from a file that the ranks of a node share.
+"""Encoded rows as flat arrays: 4 bytes a token, in memory or mapped from a file that ranks share.
 
-The file is a safetensors file that is written as the rows come: the ids at once, what is small beside
-them at the end. Free of torch.
+The file is a safetensors file that is written as the rows come: the ids at once, what is small
+beside them at the end. Free of torch.
 """
 
 import json
@@ -48,7 +48,8 @@ COLUMNS = {
 class EncodedRow(NamedTuple):
     """One training row: its first `n_masked` ids carry no loss.
 
-    labels: as long as the ids, IGNORED where there is no loss; None where they are the ids after the first `n_masked`.
+    labels: as long as the ids, IGNORED where there is no loss; None where they are the ids after
+    the first `n_masked`.
     """
 
     input_ids: list[int]
@@ -62,7 +63,7 @@ class EncodedRow(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a row comes from: a file by its number, and what follows the file's name ("a.jsonl:12" -> ":12")."""
+    """Where a row comes from: a file by its number, and what follows its name ("a.jsonl:12")."""
 
     file: int
     tail: str
@@ -70,7 +71,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RowArrays:
-    """Encoded rows as the arrays of COLUMNS; `names` are the files, `facts` what the writer says of them."""
+    """Encoded rows as the arrays of COLUMNS; `names` are the files, `facts` what the writer said."""
 
     columns: dict[str, np.ndarray]
     names: tuple[str, ...]
@@ -162,7 +163,9 @@ class Dataset:
         return part.n_masked(number)
 
     def labels(self, row: int) -> np.ndarray | None:
-        """(tokens,) int32, IGNORED where there is no loss; None where they are the ids after the first `n_masked`."""
+        """(tokens,) int32, IGNORED where there is no loss; None where they are the ids after the
+        first `n_masked`.
+        """
         part, number = self.find(row)
         return part.labels(number)
 
@@ -210,7 +213,7 @@ def dataset_of(rows: Iterable[tuple[str, EncodedRow]]) -> Dataset:
 
 
 class RowWriter:
-    """Collects encoded rows. With `file`, the ids go there as they come, and little else is in memory."""
+    """Collects encoded rows. With `file`, the ids go there as they come; little else is kept."""
 
     def __init__(self, file: BinaryIO | None = None):
         self.file, self.crc, self.tokens = file, 0, 0
@@ -284,8 +287,8 @@ def map_rows(
 ) -> RowArrays | None:
     """The rows of a file, mapped into memory.
 
-    None where the file is not there, not whole or of another key; `verify` compares its checksum too, which
-    reads it once.
+    None where the file is not there, not whole or of another key; `verify` compares its checksum
+    too, which reads it once.
     """
     try:
         with open(path, "rb") as file:

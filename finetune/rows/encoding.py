@@ -1,4 +1,5 @@
-"""From rows to encoded rows: read and tokenised once a node, kept in --data_cache or a temporary file, mapped by all its ranks.
+"""From rows to encoded rows: read and tokenised once a node, kept in --data_cache or a temporary
+file, mapped by all its ranks.
 
 Free of torch.
 """
@@ -23,14 +24,17 @@ from finetune.rows.arrays import Dataset, EncodedRow, Place, RowArrays, RowWrite
 from finetune.rows.formats import BadRow, Row
 from finetune.rows.sources import RowReader, Source, hash_rows, no_rows, parse_items, read_parts
 
-CACHE_FORMAT = 2  # of --data_cache; raised where the same files and settings give other ids or places than before
+# Of --data_cache; raised where the same files and settings give other ids or places than before.
+CACHE_FORMAT = 2
 CHUNK = 64  # rows that a process takes at a time
 AHEAD = 4  # chunks a process that wait for their turn
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Rows to ids as a family is trained. Lengths are in tokens; role_labels as `chatglm.conversations` has it."""
+    """Rows to ids as a family is trained. Lengths are in tokens; role_labels as
+    `chatglm.conversations` has it.
+    """
 
     tokenizer: object
     family: object
@@ -46,7 +50,8 @@ class Encoder:
             )
 
     def encode(self, row: Row) -> list[EncodedRow]:
-        """One row; of a conversation in ChatGLM-6B's layout, one an answer. A row cut so short that no answer is left learns nothing.
+        """One row; of a conversation in ChatGLM-6B's layout, one an answer. A row cut so short that
+        no answer is left learns nothing.
 
         Raises ValueError: several answers (a test file), or limits that leave no room.
         """
@@ -74,7 +79,9 @@ class Encoder:
         return encoded
 
     def settings(self) -> list:
-        """All that encoded rows depend on but the rows: the tokenizer's model, the settings and CACHE_FORMAT; as JSON."""
+        """All that encoded rows depend on but the rows: the tokenizer's model, the settings and
+        CACHE_FORMAT; as JSON.
+        """
         tokenizer = self.tokenizer
         options = {
             k: v
@@ -129,7 +136,9 @@ class Preparation:
         return [sha256(file) for file in source.files]
 
     def key(self, source: Source, hashes: list[str]) -> str:
-        """A name for what the encoded rows depend on: content of the files and what kinds they are, and all settings."""
+        """A name for what the encoded rows depend on: content of the files and what kinds they are,
+        and all settings.
+        """
         kinds = [Path(file.name.removesuffix(".gz")).suffix for file in source.files]
         options = [asdict(self.reader), self.on_bad_row, self.limit, self.first_answer]
         content = json.dumps(
@@ -141,7 +150,8 @@ class Preparation:
 class Prepared(NamedTuple):
     """Encoded rows of a source, ready for all ranks of a node.
 
-    path: the file that holds them; None: they are in memory, `rows`. temporary: it goes when all have mapped it.
+    path: the file that holds them; None: they are in memory, `rows`. temporary: it goes when all
+    have mapped it.
     hashes: of the source's files.
     """
 
@@ -159,7 +169,9 @@ class Prepared(NamedTuple):
         return rows
 
     def release(self, cache_gb: float = CACHE_GB):
-        """Who needs the rows has mapped them: a temporary file goes, and from the cache what exceeds its limit."""
+        """Who needs the rows has mapped them: a temporary file goes, and from the cache what
+        exceeds its limit.
+        """
         if self.temporary:
             self.path.unlink(missing_ok=True)
         elif self.path:
@@ -181,13 +193,15 @@ def prepare(
     progress: bool = False,
     shared: bool = False,
 ) -> Prepared:
-    """Encode the rows of a source, or find them in the folder `cache`. A warm cache parses no row, but those of a hub.
+    """Encode the rows of a source, or find them in the folder `cache`. A warm cache parses no row,
+    but those of a hub.
 
     Args:
         workers: processes that tokenise.
         shared: other processes want the rows too, so they have to be in a file.
     Raises:
-        BadRow, ValueError: as reading and encoding have it, before anything is tokenised where it can be.
+        BadRow, ValueError: as reading and encoding have it, before anything is tokenised where it
+        can be.
     """
     stamps = [stamp(file) for file in source.files]
     hashes = preparation.hashes(source)
@@ -226,7 +240,8 @@ def prepare(
             return Prepared(key, hashes, file)
         except OSError as error:
             print(
-                f"--data_cache: {file.parent} cannot be written ({error.strerror}); going on without",
+                f"--data_cache: {file.parent} cannot be written ({error.strerror}); "
+                f"going on without",
                 flush=True,
             )
     if not shared:
@@ -268,7 +283,8 @@ def choose_rows(rows: RowArrays, encoder: Encoder, is_skip: bool) -> Dataset:
     data = choose(rows, is_skip)
     if not len(data):
         raise ValueError(
-            f"all {rows.facts['good']} rows are longer than --max_len {encoder.max_len} / --max_src_len {encoder.max_src_len}"
+            f"all {rows.facts['good']} rows are longer than --max_len {encoder.max_len} / "
+            f"--max_src_len {encoder.max_src_len}"
         )
     return data
 
@@ -276,7 +292,9 @@ def choose_rows(rows: RowArrays, encoder: Encoder, is_skip: bool) -> Dataset:
 def tokenise(
     encoder: Encoder, rows: Iterable[tuple[Place, Row]], total: int, progress: bool, workers: int
 ) -> Iterator[tuple[Place, list[EncodedRow]]]:
-    """What `encoder` makes of each row, in their order; over `workers` processes. A bar shows where it takes seconds."""
+    """What `encoder` makes of each row, in their order; over `workers` processes. A bar shows where
+    it takes seconds.
+    """
     from tqdm import tqdm
 
     with tqdm(total=total, desc="encoding", unit="row", disable=not progress, delay=2) as bar:

@@ -124,17 +124,19 @@ def test_small_parts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, said",
-    [
-        ("{tmp}", "holds no run.json"),
-        ("{run} {run}", "named twice"),
-        ("{run} --output a.jpg", "ends in .png, got a.jpg"),
-    ],
+    "words, said", [("{tmp}", "holds no run.json"), ("{run} {run}", "named twice")]
 )
 def test_errors_are_one_line(runs, tmp_path, capsys, words, said):
     assert report.main(words.format(tmp=tmp_path, run=runs[0]).split()) == 1
     err = capsys.readouterr().err
     assert said in err and len(err.splitlines()) == 1
+
+
+def test_a_picture_of_another_kind_is_one_line(runs, capsys):
+    with pytest.raises(SystemExit) as end:
+        report.main([str(runs[0]), "--output", "a.jpg"])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and "ends in .png, got a.jpg" in err and err.count("\n") == 1
 
 
 def test_a_report_loads_no_torch(runs):

@@ -204,7 +204,7 @@ def test_a_probe_of_rows_that_are_cut(adapter, tmp_path, capsys):
     plain = make_rows(2)
     out, words = (
         tmp_path / "out.json",
-        ["--model_path", str(adapter), *ASK, "--max_length", "64", "--probe"],
+        ["--model_path", str(adapter), "--device", "cpu", "--max_length", "64", "--probe"],
     )
     cut = plain[0] | {"output": plain[0]["output"] * 40}
     assert (

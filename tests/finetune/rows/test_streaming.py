@@ -233,6 +233,10 @@ def stream_words(tmp_path):
         "--replay_ratio",
         "0.2",
     ]
+    words += [
+        "--data_cache",
+        str(Path("~/.cache/glm-foundry")),
+    ]  # its default, since streams keep none
     return [
         *words,
         "--streaming",

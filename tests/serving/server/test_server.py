@@ -92,8 +92,8 @@ def start(folders, log, *more):
         "--log",
         log,
         "--log_prompts",
-        *more,
     ]
+    words += ["--served_model_name", "m", *more]
     process = subprocess.Popen(
         [sys.executable, "-m", "serving.server", *map(str, words)],
         cwd=ROOT,
