@@ -1,6 +1,7 @@
 """ChatGLM-6B, ChatGLM2-6B and ChatGLM3-6B on today's transformers, without remote code.
 
-`load_model` and `load_tokenizer` read every published folder; after `import chatglm`, transformers' Auto classes do too.
+`load_model` and `load_tokenizer` read every published folder; after `import chatglm`,
+transformers' Auto classes do too.
 """
 
 import importlib
@@ -21,8 +22,9 @@ def __getattr__(name):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# Our modules register themselves with transformers' Auto classes at their foot. They are imported the moment one of
-# transformers' auto modules is, whoever imports it: at once would cost everyone seconds, on use would be too late.
+# Our modules register with transformers' Auto classes when they are imported. The hook below
+# imports them right after transformers' own auto modules, whoever imports those: importing them
+# with this package would cost every command seconds, on first use would be too late.
 WITH_AUTO_MODULE = {
     "transformers.models.auto.configuration_auto": ("chatglm.configuration",),
     "transformers.models.auto.tokenization_auto": ("chatglm.tokenization",),

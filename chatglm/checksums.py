@@ -1,9 +1,10 @@
-"""Checksums of every file of a folder that this toolkit writes, in its checksums.json. Free of torch.
+"""Checksums of the files in a folder that this toolkit writes: its checksums.json. Free of torch.
 
 python -m chatglm.checksums FOLDER            compare every file with its SHA-256
-python -m chatglm.checksums FOLDER --renew    take the files as they are now, after a deliberate change
+python -m chatglm.checksums FOLDER --renew    accept the files as they are, after a planned change
 
-Loading compares XXH3, which takes a fraction of the time that reading the weights takes; resuming and merging compare SHA-256.
+Loading compares XXH3, which takes a fraction of the time that reading the weights takes; resuming
+and merging compare SHA-256.
 A folder without checksums.json is somebody else's and loads as it is.
 """
 
@@ -38,7 +39,7 @@ asked_level: ContextVar[str | None] = ContextVar(
 def hash_file(path: Path, *, fast: bool = True, strong: bool = True) -> dict:
     """{"bytes", "xxh3", "sha256"} of a file; without the hash that is not asked for.
 
-    The fast one is the XXH3 of the XXH3s of its blocks, so that several threads may work on one file.
+    The fast one is the XXH3 of the XXH3s of the file's blocks, so several threads can share a file.
     """
     import xxhash
 
@@ -46,7 +47,8 @@ def hash_file(path: Path, *, fast: bool = True, strong: bool = True) -> dict:
     if not size:
         blocks, digest = [], hashlib.sha256()
     else:
-        # Mapped: a thread that reads into a buffer waits for Python's lock at every block, and loading holds it.
+        # Memory-mapped: a thread that reads into a buffer takes the GIL for every block, and
+        # loading holds it.
         with (
             open(path, "rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
@@ -71,8 +73,8 @@ def in_threads(work: Callable, items: list) -> list:
         return list(pool.map(work, items))
 
 
-def write_checksums(folder: Path):
-    """Write checksums.json for the files that lie in `folder` and below it; it checks itself too."""
+def write_checksums(folder: str | Path) -> None:
+    """Write checksums.json for the files in `folder` and below; it holds its own checksum too."""
     folder = Path(folder)
     found = (p for p in folder.rglob("*") if p.is_file() and p.name not in UNREAD)
     names = sorted(p.relative_to(folder).as_posix() for p in found)
@@ -160,7 +162,11 @@ def check_folder_files(
 
 
 def compare_all(folder: Path, files: dict[str, dict], kind: str):
-    """Raises ValueError for the first of `files`, {name: hashes}, whose hash of that kind is another; large files in threads."""
+    """Compare one kind of hash of `files`, {name: hashes}; blocks or files are hashed in threads.
+
+    Raises:
+        ValueError: a file is missing or differs; the first one is named.
+    """
 
     def compare(name: str):
         path, expected = folder / name, files[name]
@@ -194,10 +200,13 @@ def is_small(name: str) -> bool:
 
 @contextmanager
 def verified(folder: str | Path, verify: str | None = None, wanted: Callable[[str], bool] = is_top):
-    """Compare a folder's checksums: of small files before the block, of weights in a thread while the block reads them.
+    """Compare a folder's checksums around a block that reads the folder.
 
-    The block's result counts only if they agree: leaving it raises what `check_folder_files` raises, also in place of an
-    error of the block, which damage may have caused.
+    Small files are compared before the block, weights in a thread while the block reads them.
+
+    The block's result counts only if they agree: leaving the block raises what
+    `check_folder_files` raises, also in place of an error of the block, which damage may have
+    caused.
     """
     token = asked_level.set(verify or asked_level.get())
     try:
@@ -223,7 +232,10 @@ def verified(folder: str | Path, verify: str | None = None, wanted: Callable[[st
 
 
 def checks_folder(wanted: Callable[[str], bool] = is_top):
-    """Decorator of a loader whose first argument is a folder: adds `verify`, one of LEVELS, and checks what it reads."""
+    """Decorator of a loader whose first argument is a folder: checks the files that it reads.
+
+    The loader gets one more keyword, `verify`: one of LEVELS.
+    """
 
     def decorate(load):
         @functools.wraps(load)
@@ -241,7 +253,10 @@ def add_verify_flag(parser: argparse.ArgumentParser, default: str):
     parser.add_argument(
         "--verify",
         choices=LEVELS,
-        help=f"compare files with their checksums.json: fast (XXH3), full (SHA-256) or off [{ENVIRONMENT}, else {default}]",
+        help=(
+            "compare files with their checksums.json: fast (XXH3), full (SHA-256) or off "
+            f"[{ENVIRONMENT}, else {default}]"
+        ),
     )
 
 

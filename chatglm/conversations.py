@@ -1,8 +1,11 @@
-"""Conversations of several turns, with roles and tools, as training rows of each family. Pure: text to ids with labels.
+"""Conversations of several turns, with roles and tools, as training rows of each family.
 
-ChatGLM3 has roles, so a conversation is one row. ChatGLM2 has rounds of text: one row too, with the end token as the *label* of
-what follows an answer, because the rounds of its chats have no end token between them. ChatGLM-6B's context sees itself in both
-directions and a row has one [gMASK]: each answer is a row of its own, after the rounds before it.
+Pure functions: text to ids with labels.
+
+ChatGLM3 has roles, so a conversation is one row. ChatGLM2 has rounds of text: one row too, with the
+end token as the *label* of the token after an answer, because its chats have no end token between
+rounds. ChatGLM-6B's context is bidirectional and a row has one [gMASK]: each answer is a row, after
+the rounds before it.
 """
 
 import json
@@ -19,7 +22,7 @@ GLM3_LABELS = (
 
 
 class Turn(NamedTuple):
-    """One message. `metadata` is what stands in an assistant's header line: the name of the tool that it calls."""
+    """One message; `metadata` is an assistant's header line: the name of the tool that it calls."""
 
     role: str
     content: str
@@ -28,7 +31,7 @@ class Turn(NamedTuple):
 
 
 class EncodedTurns(NamedTuple):
-    """A training row whose labels are its ids, IGNORED, or the end token where the row goes on after an answer."""
+    """A training row: each label is the id itself, IGNORED, or the end token after an answer."""
 
     input_ids: list[int]
     labels: list[int]
@@ -42,16 +45,20 @@ def learns(turn: Turn) -> bool:
 def tool_call(parameters: dict[str, Any]) -> str:
     """The text of a ChatGLM3 tool call, as `families.parse_tool_call` reads it back.
 
-    A parameter named like a keyword (from, class) is written as ChatGLM3's demo writes it, and is not read back.
+    A parameter named like a keyword (from, class) is written as ChatGLM3's demo writes it, and is
+    not read back.
     Raises ValueError for a parameter whose name is no Python name.
     """
     if bad := next((name for name in parameters if not name.isidentifier()), None):
         raise ValueError(f"a tool's parameter must have a Python name, got {bad!r}")
-    return f"```python\ntool_call({', '.join(f'{name}={value!r}' for name, value in parameters.items())})\n```"
+    arguments = ", ".join(f"{name}={value!r}" for name, value in parameters.items())
+    return f"```python\ntool_call({arguments})\n```"
 
 
 def with_tools(turns: list[Turn], tools: Any) -> list[Turn]:
-    """The turns with their tools (anything JSON) in the system turn, where a chat has them: after its own text, or the fixed sentence.
+    """The turns with their tools (anything JSON) in the system turn, where a chat has them.
+
+    The tools stand after the system's own text, or after TOOL_PREAMBLE where it has none.
 
     ChatGLM3's demo puts a second system turn before the row's own one; its chats have one.
     """
@@ -83,7 +90,9 @@ def check_turns(turns: list[Turn]):
 
 
 def rounds_of(turns: list[Turn]) -> list[tuple[str, str, bool]]:
-    """(question, answer, carries loss) for the families without roles; a system's text stands before the first question.
+    """(question, answer, carries loss) rounds for the families without roles.
+
+    A system's text stands before the first question.
 
     Raises ValueError for a tool call or an observation.
     """
@@ -141,7 +150,8 @@ def _glm2(
 ) -> list[EncodedTurns]:
     """One row, cut at max_len."""
     end = tokenizer.get_command("</s>")
-    # SentencePiece begins every text with one. An answer's is learnt, as in rows of one round; a chat's later rounds have none.
+    # SentencePiece begins every text with a space. An answer's is learnt, as in rows of one round;
+    # the later rounds of a chat have none.
     space = tokenizer.encode_text("\n")[:-1]
     ids = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")]
     labels = [IGNORED, IGNORED]
@@ -166,7 +176,10 @@ def _glm2(
 def _glm3(
     tokenizer, turns: list[Turn], max_len: int, max_src_len: int, role_labels: bool
 ) -> list[EncodedTurns]:
-    """One row, cut at max_len. An answer's header and text are labels, and the first token after it, which ends it."""
+    """One row, truncated to max_len.
+
+    Labels are an answer's header and text, and the first token after it, which ends it.
+    """
     ids = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")]
     labels = [IGNORED, IGNORED]
     follows = False
@@ -182,8 +195,9 @@ def _glm3(
     return [_cut([*ids, end], [*labels, end if follows else IGNORED], max_len)]
 
 
-# (tokenizer, turns, max_len, max_src_len, role_labels) -> rows, by the family's name. `turns` pass check_turns.
-# role_labels: the token <|assistant|> is a label too (GLM3_LABELS). Raises ValueError for turns that the family cannot say.
+# (tokenizer, turns, max_len, max_src_len, role_labels) -> rows, by the family's name.
+# `turns` pass check_turns. role_labels: the token <|assistant|> is a label too (GLM3_LABELS).
+# Raises ValueError for turns that the family cannot express.
 CONVERSATIONS: dict[str, Callable[..., list[EncodedTurns]]] = {
     "glm": _glm,
     "glm2": _glm2,

@@ -1,8 +1,6 @@
-"""The three ChatGLM generations: how each lays out a prompt, an answer and a chat, how to tell them apart.
+"""The three ChatGLM generations: their prompts, answers and chats, and how to tell them apart.
 
-Free of torch and transformers, so that `FAMILIES` can feed `choices=` without an import bill. A `tokenizer`
-here is anything with `encode_text(text) -> list[int]` (ids of plain text, never a control id) and
-`get_command(name) -> int` (the id of a control token).
+Free of torch and transformers, so that `FAMILIES` can feed `choices=` without a slow import.
 """
 
 import ast
@@ -16,7 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .files import read_json
-from .histories import ROLES, TOOL_PREAMBLE, history_messages, history_rounds, message_text  # noqa: F401
+from .histories import (  # noqa: F401 (ROLES, TOOL_PREAMBLE: imported from here elsewhere)
+    ROLES,
+    TOOL_PREAMBLE,
+    history_messages,
+    history_rounds,
+    message_text,
+)
 
 _TRAINING_TIME = "[[训练时间]]"
 _TRAINING_YEAR = "2023年"
@@ -30,7 +34,7 @@ class EncodedPrompt(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One training row: labels are -100 for the first `n_masked` ids and equal to `input_ids` after them.
+    """One training row: the first `n_masked` labels are -100, the others are `input_ids`.
 
     `truncated` is true where the prompt or the answer was cut (the rows that a skip rule drops).
     """
@@ -48,16 +52,20 @@ class Example(NamedTuple):
 class Family:
     """One generation of ChatGLM: names, defaults and text/id layouts.
 
-    chat_defaults: generate()'s options in a chat where the caller gives none; `max_length` counts the prompt
-    prompt_text(query) -> str: a training prompt's text (glm3: the query itself; its role and newline are ids)
+    chat_defaults: generate()'s options in a chat where the caller gives none; `max_length` counts
+        the prompt
+    prompt_text(query) -> str: a training prompt's text (glm3: the query itself; its role and
+        newline are ids)
     encode_prompt(tokenizer, prompt, max_src_len) -> EncodedPrompt
     encode_example(tokenizer, prompt, answer, max_len, max_src_len) -> Example
-    encode_chat(tokenizer, query, history=None, role="user") -> list[int]: ids of a chat up to the answer
-    chat_prompt(query, history=None) -> str: text of a chat; None for glm3, whose roles have no text form
+    encode_chat(tokenizer, query, history=None, role="user") -> list[int]: ids of a chat up to the
+        answer
+    chat_prompt(query, history=None) -> str: text of a chat; None for glm3, whose roles have no
+        text form
     process_response(text) -> str; glm3: process_response(text, history) -> (content, new history)
 
-    History is [(query, answer), ...] or message dicts (role, content; glm3: metadata, tools); ValueError for
-    any other form. Lengths are in tokens.
+    History is [(query, answer), ...] or message dicts (role, content; glm3: metadata, tools);
+    ValueError for any other form. Lengths are in tokens.
     """
 
     name: str
@@ -75,12 +83,15 @@ class Family:
     process_response: Callable[..., Any]
 
 
-# ---- token layouts ----------------------------------------------------------------------------------------
+# ---- token layouts ----
 
 
 class _Layout(NamedTuple):
-    """Ids of one prompt, ready to be followed by an answer: `prefix` is what the model sees, `n_masked` how
-    much of it carries no loss, `reserved` how many of max_len's tokens an answer's text may not use."""
+    """Ids of one prompt, before an answer.
+
+    `prefix` is what the model sees, `n_masked` how many of its ids carry no loss, `reserved` how
+    many of max_len's tokens an answer's text may not use.
+    """
 
     prefix: list[int]
     n_masked: int
@@ -89,7 +100,10 @@ class _Layout(NamedTuple):
 
 
 def _keep_tail(ids: list[int], limit: int, tail: int) -> tuple[list[int], bool]:
-    """Cut ids to `limit` before the last `tail` ids: "答：" and its newlines tell the model to answer."""
+    """Truncate ids to `limit`, but keep the last `tail`: "答：" and newlines ask for the answer.
+
+    Returns the ids and whether they were truncated. Raises ValueError where limit < tail.
+    """
     if limit < tail:
         raise ValueError(f"max_src_len={limit} cannot hold the {tail} closing tokens of a prompt")
     if len(ids) <= limit:
@@ -135,14 +149,15 @@ def _glm3_layout(tokenizer, prompt: str, max_src_len: int) -> _Layout:
     source = source[:max_src_len]
     header = [tokenizer.get_command("<|assistant|>")] + newline
     prefix = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")] + source + header
-    # <|assistant|> and its newline are labels here; the original leaves 6 tokens free, not the 3 it needs
+    # <|assistant|> and its newline are labels here; the original reserves 6 tokens, not the 3 that
+    # it needs
     return _Layout(
         prefix, n_masked=2 + len(source), reserved=len(source) + 6 + len(header), truncated=cut
     )
 
 
 def _encode_prompt(layout, tokenizer, prompt: str, max_src_len: int) -> EncodedPrompt:
-    """Ids before the answer's own text, as `encode_example` with the same `max_src_len` lays them out.
+    """Ids before the answer's text, as `encode_example` lays them out with the same `max_src_len`.
 
     Raises ValueError where max_src_len cannot hold the family's fixed part of the prompt.
     """
@@ -153,7 +168,7 @@ def _encode_prompt(layout, tokenizer, prompt: str, max_src_len: int) -> EncodedP
 def _encode_example(
     layout, end_token, tokenizer, prompt: str, answer: str, max_len: int, max_src_len: int
 ) -> Example:
-    """One training row of at most `max_len` ids; the end token is always kept, however long the answer is.
+    """One training row of at most `max_len` ids; the end token is kept however long the answer is.
 
     Raises ValueError where the limits leave no token for the answer.
     """
@@ -161,15 +176,16 @@ def _encode_example(
     room = max_len - made.reserved
     if room < 1:
         raise ValueError(
-            f"max_len={max_len} leaves no room for an answer after a prompt of {len(made.prefix)} tokens "
-            f"(max_src_len={max_src_len}); raise max_len to at least {made.reserved + 1} or lower max_src_len"
+            f"max_len={max_len} leaves no room for an answer after a prompt of "
+            f"{len(made.prefix)} tokens (max_src_len={max_src_len}); raise max_len to at least "
+            f"{made.reserved + 1} or lower max_src_len"
         )
     target = tokenizer.encode_text(answer)
     input_ids = made.prefix + target[:room] + [tokenizer.get_command(end_token)]
     return Example(input_ids, made.n_masked, made.truncated or len(target) > room)
 
 
-# ---- chats ------------------------------------------------------------------------------------------------
+# ---- chats ----
 
 
 def glm_chat_prompt(query: str, history: list | None = None, rounds: bool = False) -> str:
@@ -195,7 +211,10 @@ def glm2_build_prompt(query: str, history: list | None = None) -> str:
 
 
 def glm3_message(tokenizer, role: str, metadata: str, content: str) -> list[int]:
-    """Ids of one ChatGLM3 message: role token, header line, content. ValueError for an unknown role."""
+    """Ids of one ChatGLM3 message: role token, header line, content.
+
+    Raises ValueError for an unknown role.
+    """
     if role not in ROLES:
         raise ValueError(f"role is one of {', '.join(ROLES)}, got {role!r}")
     header = tokenizer.encode_text(f"{metadata}\n")
@@ -230,13 +249,13 @@ def _glm3_chat(tokenizer, query: str, history: list | None = None, role: str = "
     return ids + glm3_message(tokenizer, role, "", query) + [tokenizer.get_command("<|assistant|>")]
 
 
-# ---- answers ----------------------------------------------------------------------------------------------
+# ---- answers ----
 
 _PUNCTUATION = [(",", "，"), ("!", "！"), (":", "："), (";", "；"), ("?", "？")]
 
 
 def _glm_response(text: str) -> str:
-    """Strip, fill in the training year, and give punctuation beside Chinese characters its full width."""
+    """Strip, fill in the training year, make punctuation beside Chinese characters full-width."""
     text = _glm2_response(text)
     for half, full in _PUNCTUATION:
         mark = re.escape(half)
@@ -272,9 +291,11 @@ def parse_tool_call(code: str) -> dict[str, Any]:
 def _glm3_response(text: str, history: list | None = None) -> tuple[str | dict, list[dict]]:
     """Split an answer into its messages; `history` is copied, not changed.
 
-    Returns (content, new history). Content is the last message's text; {name, parameters} for a tool call
-    where the history opens with a system message that has tools; {name, content} for other metadata (code
-    interpreter) and for what should be a tool call but is no plain `tool_call(k=literal, ...)` in a fence.
+    Returns (content, new history). Content is the last message's text, but
+        {name, parameters} for a tool call, where the history opens with a system message that has
+        tools;
+        {name, content} for other metadata (code interpreter), and for what should be a tool call
+        but is no plain `tool_call(k=literal, ...)` in a fence.
     """
     history = history_messages(history)
     has_tools = bool(history) and history[0]["role"] == "system" and "tools" in history[0]
@@ -299,7 +320,7 @@ def _glm3_response(text: str, history: list | None = None) -> tuple[str | dict, 
     return content, history
 
 
-# ---- which family is in a folder --------------------------------------------------------------------------
+# ---- which family is in a folder ----
 
 
 class _Evidence(NamedTuple):
@@ -331,10 +352,12 @@ def _evidence(
     config: dict | None = None,
     follow: bool = True,
 ) -> Iterator[_Evidence]:
-    """What a folder (or a model's name) says about its family, most telling first. Code is read as text only.
+    """What a folder (or a model's name) says about its family, most telling first.
 
-    An adapter's or prefix's base model, which `base` may name, speaks too, but not the base of a base: two
-    folders may name each other.
+    Code is read as text only.
+
+    The base model of an adapter or prefix, which `base` may name, counts too, but not the base of
+    a base: two folders may name each other.
     """
 
     def sign(sentence: str, *families: str, strong: bool = True) -> _Evidence:
@@ -401,10 +424,15 @@ def _evidence(
 def infer_family(
     folder: str | Path, base: str | Path | None = None, config: dict | None = None
 ) -> str | None:
-    """The family ("glm", "glm2", "glm3") of a checkpoint, tokenizer or adapter folder, None where its files
-    cannot tell (ChatGLM2 and ChatGLM3 share their config format). Never runs code found in the folder.
-    `base` is the base model of an adapter or prefix folder, by default the one that it names; `config` takes
-    the place of the folder's config.json."""
+    """The family ("glm", "glm2", "glm3") of a checkpoint, tokenizer or adapter folder.
+
+    None where its files cannot tell: ChatGLM2 and ChatGLM3 share their config format. Never runs
+    code found in the folder.
+
+    Args:
+        base: the base model of an adapter or prefix folder; by default the one that it names.
+        config: used in place of the folder's config.json.
+    """
     left = frozenset(FAMILIES)
     for found in sorted(_evidence(folder, base, config), key=lambda found: not found.strong):
         left = left & found.families or left
@@ -412,14 +440,14 @@ def infer_family(
 
 
 def contradicts(folder: str | Path, family: str, base: str | Path | None = None) -> str | None:
-    """The sentence of evidence that `family` cannot be right for `folder`, or None where there is none."""
+    """The sentence of evidence that `family` is wrong for `folder`; None without evidence."""
     for found in _evidence(folder, base):
         if found.strong and family not in found.families:
             return found.sentence
     return None
 
 
-# ---- the families -----------------------------------------------------------------------------------------
+# ---- the families ----
 
 FAMILIES: dict[str, Family] = {
     "glm": Family(

@@ -1,4 +1,7 @@
-"""Reading the files that users bring: JSON, text, weights. Every error names the file and what to do. Free of torch."""
+"""Reading the files that users bring: JSON, text, weights. Free of torch.
+
+Every error names the file and what to do.
+"""
 
 import json
 from pathlib import Path
@@ -37,10 +40,11 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path, wanted: type = dict):
-    """The JSON value of a UTF-8 file, with or without a byte order mark; it is an instance of `wanted`.
+    """The JSON value of a UTF-8 file, with or without a byte order mark: an instance of `wanted`.
 
     Raises:
-        ValueError: it is not UTF-8, not JSON, or of another type than `wanted`, or a Git LFS pointer. OSError: as `read_bytes`.
+        ValueError: it is not UTF-8, not JSON, of another type than `wanted`, or a Git LFS pointer.
+        OSError: as `read_bytes`.
     """
     text = read_text(path)
     try:
@@ -63,7 +67,8 @@ def is_lfs_pointer(path: str | Path) -> bool:
 
 def pointer_error(path: str | Path) -> ValueError:
     return ValueError(
-        f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in {Path(path).parent}"
+        f"{path} is a Git LFS pointer, not the file itself: "
+        f"run `git lfs pull` in {Path(path).parent}"
     )
 
 

@@ -1,7 +1,9 @@
-"""Operations whose plain form wastes memory or passes over it: the same numbers, with the backward written by hand.
+"""Autograd functions with hand-written backward passes, for operations whose plain form is slow.
 
-Each saves for the backward pass only what cannot be had again cheaply, works in fp32 inside whatever the tensors' dtype,
-and skips the gradients of frozen weights.
+The plain forms keep large intermediates or pass over memory several times; the results are equal.
+
+Each saves for the backward pass only what is expensive to recompute, computes in fp32 whatever
+the tensors' dtype, and skips the gradients of frozen weights.
 """
 
 import torch
@@ -14,7 +16,10 @@ CACHED_BYTES = 2**20  # of fp32 scratch: a piece of the logits that stays in a c
 
 
 def wide_product(x: Tensor, factor: Tensor) -> Tensor:
-    """x * factor as a new fp32 tensor. One dtype in each operation: mixed ones are not vectorised on a CPU."""
+    """x * factor as a new fp32 tensor.
+
+    One dtype in each operation: mixed ones are not vectorised on a CPU.
+    """
     wide = x.float()
     return wide * factor if wide is x else wide.mul_(factor)
 
@@ -68,9 +73,11 @@ class SwiGLUFunction(torch.autograd.Function):
 
 
 class RotateFunction(torch.autograd.Function):
-    """Rotary (arXiv 2104.09864, eq. 34) on the first heads of x (B, S, heads, D) by complex `turns` (B, S, 1, n).
+    """Rotary embedding (arXiv 2104.09864, eq. 34) of the first heads of x (B, S, heads, D).
 
-    `turn_` is what turns a tensor in place: `turn_pairs_` or `turn_halves_`. Saves nothing but the turns.
+    `turns` (B, S, 1, n) are complex: cos + i sin of each angle.
+
+    `turn_` turns a tensor in place: `turn_pairs_` or `turn_halves_`. Saves nothing but the turns.
     """
 
     @staticmethod
@@ -97,8 +104,10 @@ def turn_pairs_(x: Tensor, turns: Tensor):
 
 
 def turn_halves_(x: Tensor, turns: Tensor):
-    """ChatGLM-6B's way: a head's first half by the first half of the turns, its second half by the second; in each half
-    dims (0, D/4), (1, D/4 + 1), ...
+    """ChatGLM-6B's way: the halves of a head by the halves of the turns.
+
+    The first half of the turns applies to the first half of each head, the second to the second;
+    in each half dims (0, D/4), (1, D/4 + 1), ... form the pairs.
     """
     cos, sin = (t.unflatten(-1, (2, -1)) for t in (turns.real, turns.imag))
     a, b = x.unflatten(-1, (2, 2, -1)).unbind(-2)
@@ -110,12 +119,15 @@ def turn_halves_(x: Tensor, turns: Tensor):
 
 
 class CpuAttentionFunction(torch.autograd.Function):
-    """scaled_dot_product_attention on a CPU, whose own backward is several times slower in bf16 than these few products.
+    """scaled_dot_product_attention on a CPU with a backward pass of a few large products.
 
-    query (B, heads, Q, D), key and value (B, kv_heads, K, D), mask (1, 1, Q, K) bool, True = visible. `causal`: the mask says
-    that query i sees the first K - Q + i + 1 keys, and is None where Q = K. No dropout. The backward pass takes QUERY_BLOCK
-    queries at a time: scores and softmax in fp32, the heads that share a key head side by side, so that their gradients add
-    up in the products.
+    torch's own backward is several times slower in bf16 on a CPU.
+
+    query (B, heads, Q, D), key and value (B, kv_heads, K, D), mask (1, 1, Q, K) bool, True =
+    visible. `causal`: the mask says that query i sees the first K - Q + i + 1 keys, and is None
+    where Q = K. No dropout. The backward pass takes QUERY_BLOCK queries at a time: scores and
+    softmax in fp32, the heads that share a key head side by side, so that their gradients add up
+    in the products.
     """
 
     @staticmethod
@@ -143,7 +155,8 @@ class CpuAttentionFunction(torch.autograd.Function):
         # oneDNN compiles its half-precision products anew for every shape: few shapes, then.
         unit = 1 if dtype == torch.float32 else 64
         rows, width = round_up(length, unit), round_up(keys, unit)
-        # (batch * kv_heads, heads that share them, Q, D) and (batch * kv_heads, K, D), filled up with zeros
+        # (batch * kv_heads, heads that share them, Q, D) and (batch * kv_heads, K, D), padded with
+        # zeros
         query, grad = (
             F.pad(x.reshape(-1, heads // groups, length, dim), (0, 0, 0, rows - length))
             for x in (query, grad)
@@ -195,12 +208,17 @@ def later(rows: int, keys: int, first: int) -> Tensor:
 
 
 class CrossEntropyFunction(torch.autograd.Function):
-    """`scale` times the summed cross entropy of hidden (N, H) @ weight.T (V, H) against targets (N,): a scalar, fp32.
+    """`scale` times the summed cross entropy of hidden (N, H) @ weight.T (V, H) against targets.
 
-    With `smoothing` the wanted distribution is 1 - smoothing on the target plus smoothing spread evenly over all V words, as in
-    F.cross_entropy(label_smoothing=). Targets below 0 carry no loss. The logits live in pieces of LOGITS_BYTES, each turned into its own gradient in place and used up at once, so neither
-    the logits nor their gradient is ever whole. The gradients are made in the forward pass for an incoming gradient of 1:
-    hand what the loss will be divided by to `scale`, and the backward pass has nothing to do.
+    targets (N,): those below 0 carry no loss. Returns a scalar, fp32.
+
+    With `smoothing` the target distribution is 1 - smoothing on the target plus smoothing spread
+    evenly over all V words, as in F.cross_entropy(label_smoothing=).
+
+    The logits exist in pieces of LOGITS_BYTES, each turned into its own gradient in place and used
+    at once, so neither the logits nor their gradient is ever whole. The gradients are computed in
+    the forward pass for an incoming gradient of 1: pass the divisor of the loss through `scale`,
+    and the backward pass has nothing to do.
     """
 
     @staticmethod
@@ -214,7 +232,8 @@ class CrossEntropyFunction(torch.autograd.Function):
         smoothing: float = 0.0,
     ) -> Tensor:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        # fp16 has no room for a softmax over thousands of words divided by thousands of tokens: it is scaled afterwards.
+        # A softmax over thousands of words, divided by thousands of tokens, underflows in fp16: it
+        # is scaled afterwards.
         ctx.left, scale = (scale, 1.0) if hidden.dtype == torch.float16 else (1.0, scale)
         rows = max(1, LOGITS_BYTES // (weight.shape[0] * hidden.element_size()))
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -258,9 +277,12 @@ class CrossEntropyFunction(torch.autograd.Function):
 def softmax_gradient_(
     logits: Tensor, targets: Tensor, scale: float, needed: bool, smoothing: float = 0.0
 ) -> Tensor:
-    """The summed cross entropy of logits (N, V), fp32; with `needed`, logits become scale * (softmax - wanted) in place.
+    """The summed cross entropy of logits (N, V), fp32.
 
-    In pieces that a CPU's cache holds, each in fp32: half-precision logits are exponentiated and summed at full precision.
+    With `needed`, logits become scale * (softmax - target distribution) in place.
+
+    Works in pieces that a CPU's cache holds, each in fp32: half-precision logits are exponentiated
+    and summed at full precision.
     """
     rows = (
         max(1, CACHED_BYTES // (4 * logits.shape[1]))
@@ -292,7 +314,8 @@ def softmax_gradient_(
 class OutputLayer(nn.Linear):
     """Hidden states to logits; with `targets`, to the loss, which needs no whole logits.
 
-    The loss is reached by calling the module, so that whoever gathers its weight around a call (ZeRO-3) does so here too.
+    The loss is computed by calling the module, so that ZeRO-3, which gathers a module's weight
+    around its call, gathers it here too.
     """
 
     def forward(
@@ -302,7 +325,10 @@ class OutputLayer(nn.Linear):
         scale: float = 1.0,
         smoothing: float = 0.0,
     ) -> Tensor:
-        """hidden (..., H) -> logits (..., V); or hidden (N, H), targets (N,) -> scale * summed cross entropy, fp32."""
+        """hidden (..., H) -> logits (..., V).
+
+        With targets: hidden (N, H), targets (N,) -> scale * summed cross entropy, fp32.
+        """
         if targets is None:
             return super().forward(hidden)
         return CrossEntropyFunction.apply(hidden, self.weight, self.bias, targets, scale, smoothing)

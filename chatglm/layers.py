@@ -1,4 +1,4 @@
-"""What the two ChatGLM architectures share: attention over masks and prefixes, rotary angles, prompt encoders."""
+"""What the two ChatGLM architectures share: attention, masks, rotary angles, prompt encoders."""
 
 import torch
 import torch.nn.functional as F
@@ -7,16 +7,20 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 def rotary_turns(positions: Tensor, inv_freq: Tensor) -> Tensor:
-    """cos + i sin of each angle, complex64 in every model dtype: `positions` (...) -> (..., len(inv_freq)).
+    """cos + i sin of each angle: `positions` (...) -> (..., len(inv_freq)).
 
-    The originals keep half-precision tables, whose angles are wrong past a few hundred positions.
+    complex64 in every model dtype: the originals keep half-precision tables, whose angles are wrong
+    past a few hundred positions.
     """
     angles = positions[..., None].float() * inv_freq
     return torch.polar(torch.ones_like(angles), angles)
 
 
 def inverse_frequencies(rotary_dim: int, device, base: float = 10000.0) -> Tensor:
-    """(rotary_dim / 2,) fp32 on `device`. Computed when needed: a buffer would be lost by meta-device loading or ZeRO-3."""
+    """(rotary_dim / 2,) fp32 on `device`.
+
+    Computed when needed: a buffer would be lost by meta-device loading or ZeRO-3.
+    """
     return 1.0 / base ** (
         torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
     )
@@ -30,7 +34,8 @@ def repeat_kv(x: Tensor, times: int) -> Tensor:
 def eager_attention(module, query, key, value, attention_mask, *, scaling, dropout=0.0, **_):
     """Attention in plain operations, softmax in fp32; also returns the weights (B, heads, Q, K)."""
     key, value = (repeat_kv(x, module.num_key_value_groups) for x in (key, value))
-    # ChatGLM-6B in fp16 overflows in q @ k unless it is divided by the layer's number first (its `coeff`).
+    # ChatGLM-6B in fp16 overflows in q @ k unless the query is divided by the layer's number first
+    # (the original's `coeff`).
     coefficient = getattr(module, "score_coefficient", 1)
     scores = (query * (scaling / coefficient)) @ key.transpose(2, 3)
     scores = scores.float() * coefficient
@@ -48,7 +53,8 @@ def attend(module, query, key, value, mask, prefix, **kwargs) -> tuple[Tensor, T
     Args:
         query: (B, heads, Q, D). key, value: (B, kv_heads, K, D), rotary already applied.
         mask: what `attention_visibility` returned, or PackedMasks.
-        prefix: None or (2, B, kv_heads, P, D), P-Tuning v2's keys and values; keys carry no rotary angle.
+        prefix: None or (2, B, kv_heads, P, D), P-Tuning v2's keys and values; the keys have no
+            rotary angle.
     Returns:
         (B, Q, heads * D) and the attention weights where the backend gives them.
     """
@@ -89,13 +95,18 @@ def attention_visibility(
     prefix_len: int,
     backend: str,
 ) -> Tensor | None:
-    """The mask for `attend`: (B or 1, 1, Q, prefix_len + K) bool with True = visible, or None where causality is all.
+    """The mask for `attend`: (B or 1, 1, Q, prefix_len + K) bool, True = visible.
+
+    None where causality alone says what is visible.
 
     Args:
         padding: (B, K) bool, True = real token, or None when every token is real.
-        context: (B, K) bool, True = column visible to every row (ChatGLM-6B's bidirectional context), or None.
-        prefix_len: P key columns in front that everybody sees and that `padding` and `context` do not count.
-        backend: the attention implementation; flash kernels take the padding itself, (B, prefix_len + K).
+        context: (B, K) bool, True = column visible to every row (ChatGLM-6B's bidirectional
+            context), or None.
+        prefix_len: P key columns in front that every query sees; `padding` and `context` do not
+            count them.
+        backend: the attention implementation; flash kernels take the padding itself,
+            (B, prefix_len + K).
     """
     if "flash" in backend:
         if padding is None:
@@ -125,7 +136,8 @@ def padding_mask(attention_mask: Tensor | None, kv_len: int, virtual: int = 0) -
         return None
     if attention_mask.shape[-1] != kv_len:
         raise ValueError(
-            f"attention_mask must cover all {kv_len - virtual} positions (those in the cache included), "
+            f"attention_mask must cover all {kv_len - virtual} positions "
+            "(those in the cache included), "
             f"got {attention_mask.shape[-1] - virtual}"
         )
     mask = attention_mask.bool()
@@ -133,8 +145,10 @@ def padding_mask(attention_mask: Tensor | None, kv_len: int, virtual: int = 0) -
 
 
 class PrefixEmbedding(nn.Embedding):
-    """Keeps torch's initialisation (as PrefixLinear), which the originals train a prefix from. The classes are what
-    says so: transformers initialises only modules that own parameters, so PrefixEncoder itself is never asked.
+    """An embedding of a prefix; keeps torch's initialisation, from which the originals train it.
+
+    `_init_weights` recognises PrefixEmbedding and PrefixLinear by their classes: transformers calls
+    it only for modules that own parameters, so never for PrefixEncoder.
     """
 
 
@@ -143,10 +157,11 @@ class PrefixLinear(nn.Linear):
 
 
 class PrefixEncoder(nn.Module):
-    """P-Tuning v2 (arXiv 2110.07602): P keys and values for every layer, directly or through an MLP.
+    """P-Tuning v2 (arXiv 2110.07602): P keys and values for every layer, direct or through an MLP.
 
-    Parameter names and shapes are the originals': `embedding.weight` is (P, 2 * layers * kv_heads * head_dim) when direct;
-    with the MLP it is (P, embedding_dim), followed by `trans.0`, tanh, `trans.2`.
+    Parameter names and shapes are the originals': `embedding.weight` is
+    (P, 2 * layers * kv_heads * head_dim) when direct; with the MLP it is (P, embedding_dim),
+    followed by `trans.0`, tanh, `trans.2`.
     """
 
     def __init__(self, config, embedding_dim: int):
@@ -171,8 +186,8 @@ class PrefixEncoder(nn.Module):
         self.dropout = nn.Dropout(config.prefix_dropout)
 
     def forward(self, batch_size: int) -> Tensor:
-        """(2 * layers, B, kv_heads, P, head_dim): entry 2l holds the keys of layer l, 2l + 1 its values."""
-        # The module is called, not its weight read: under ZeRO-3 the weight is there only during the call.
+        """(2 * layers, B, kv_heads, P, head_dim): layer l's keys at 2l, its values at 2l + 1."""
+        # Call the module, do not read its weight: ZeRO-3 gathers the weight only during the call.
         tokens = torch.arange(self.shape[0], device=self.embedding.weight.device)
         kv = self.embedding(tokens)
         if self.trans is not None:
@@ -182,7 +197,10 @@ class PrefixEncoder(nn.Module):
 
 
 class PromptEncoder(nn.Module):
-    """P-Tuning v1 (arXiv 2103.10385) without its LSTM or MLP: P trainable vectors before the first input embedding."""
+    """P-Tuning v1 (arXiv 2103.10385) without its LSTM or MLP.
+
+    P trainable vectors before the first input embedding.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -197,7 +215,10 @@ class PromptEncoder(nn.Module):
 
 
 def make_prefix_encoder(config, embedding_dim: int) -> nn.Module | None:
-    """The encoder `config` asks for (`pre_seq_len`, `ptuning_version`, `prefix_projection`), or None."""
+    """The encoder that `config` asks for, or None.
+
+    By `pre_seq_len`, `ptuning_version` and `prefix_projection`.
+    """
     if config.prefix_version is None:
         return None
     return (

@@ -1,4 +1,7 @@
-"""Folders to models and tokenizers: published checkpoints, our own, LoRA adapters and P-Tuning prefixes."""
+"""Models and tokenizers from folders.
+
+Read are published checkpoints, this toolkit's own, LoRA adapters and P-Tuning prefixes.
+"""
 
 import hashlib
 import logging
@@ -70,13 +73,15 @@ NOT_IDENTITY = ("inv_freq", "lm_head.weight", "prefix_encoder.")
 
 
 def resolve_mode(path: str | Path, mode: str | None = None, base: str | Path | None = None) -> str:
-    """The family of a folder: as asked, else as found in it or in its base, else glm2 with a warning.
+    """The family of a folder: `mode`, else what the folder or its base shows, else glm2.
+
+    The last comes with a warning.
 
     Args:
         base: the base model of an adapter or prefix folder; by default the one that it names.
     Raises:
-        ValueError: `mode` is no family, the folder's files say that it cannot be that family, or its
-            config.json is no ChatGLM's.
+        ValueError: `mode` is no family, the folder's files say that it cannot be that family, or
+            its config.json is no ChatGLM's.
         FileNotFoundError: there is no such folder.
     """
     folder = check_folder(path)
@@ -98,7 +103,7 @@ def resolve_mode(path: str | Path, mode: str | None = None, base: str | Path | N
 
 
 def read_config(path: str | Path):
-    """The transformers configuration of a model, ours or another; code that comes with it is never run.
+    """The transformers configuration of a model, ours or another; code beside it is never run.
 
     Raises:
         ValueError: it cannot be read, or its model_type is not known.
@@ -147,20 +152,23 @@ def load_model(
     """A ChatGLM with its output layer, in eval mode.
 
     Args:
-        path: a folder of weights (safetensors, or .bin read with weights_only), a peft adapter folder, or a folder
-            that holds only a P-Tuning prefix.
+        path: a folder of weights (safetensors, or .bin read with weights_only), a peft adapter
+            folder, or a folder that holds only a P-Tuning prefix.
         mode: "glm", "glm2" or "glm3"; found in the folder when None.
         dtype: of the weights; None keeps the checkpoint's.
-        pre_seq_len, prefix_projection, ptuning_version: a new P-Tuning prefix of so many virtual tokens; a folder that
-            has a prefix needs none of them, and any that is given must agree with it.
+        pre_seq_len, prefix_projection, ptuning_version: a new P-Tuning prefix of so many virtual
+            tokens; a folder that has a prefix needs none of them, and any that is given must agree
+            with it.
         base: the base model of an adapter or prefix folder; by default the one that it names.
-        quantization_bit: 4 (nf4, double quantisation) or 8 (int8) bits for the linear layers but the output layer and a prefix's
-            own; computed in `dtype`. Needs bitsandbytes.
+        quantization_bit: 4 (nf4, double quantisation) or 8 (int8) bits for the linear layers,
+            except the output layer and a prefix's own; computed in `dtype`. Needs bitsandbytes.
         verify: how files are compared with the folder's checksums.json: fast, full or off.
     Returns:
-        ChatGLM1ForConditionalGeneration or ChatGLM2ForConditionalGeneration; for an adapter folder, that in a PeftModel.
+        ChatGLM1ForConditionalGeneration or ChatGLM2ForConditionalGeneration; for an adapter
+        folder, that in a PeftModel.
     Raises:
-        ValueError: mode, prefix or base contradict the folder, a file is damaged, or the weights do not fit.
+        ValueError: mode, prefix or base contradict the folder, a file is damaged, or the weights
+            do not fit.
         FileNotFoundError: no such folder, or no weights in it.
     """
     path = check_folder(path)
@@ -177,7 +185,8 @@ def load_model(
         base = find_base(path, base)
         if (base / "adapter_config.json").is_file():
             raise ValueError(
-                f"{path}: its base model {base} is an adapter itself; merge that one first (merge_lora.py)"
+                f"{path}: its base model {base} is an adapter itself; "
+                "merge that one first (merge_lora.py)"
             )
         return load_adapter(load_model(base, **options), path)
 
@@ -193,7 +202,8 @@ def load_model(
     config.name_or_path = str(weights)
     if "flash" in attn_implementation and isinstance(config, ChatGLM1Config):
         raise ValueError(
-            'ChatGLM-6B\'s bidirectional context has no flash kernel; use attn_implementation="sdpa"'
+            "ChatGLM-6B's bidirectional context has no flash kernel; "
+            'use attn_implementation="sdpa"'
         )
     model_class = (
         ChatGLM1ForConditionalGeneration
@@ -212,7 +222,8 @@ def load_model(
             output_loading_info=True,
             **quantization(quantization_bit, dtype),
         )
-    # A prefix may be missing where it is new or comes from `path`; a config that names one is not enough.
+    # A prefix may be missing where it is new or comes from `path`; that the config names one is not
+    # enough.
     prefix_elsewhere = weights != path or (stored is None and pre_seq_len)
     lost = sorted(
         k for k in info["missing_keys"] if not (prefix_elsewhere and k.startswith(PREFIX))
@@ -226,7 +237,9 @@ def load_model(
 
 
 def quantization(bits: int | None, dtype) -> dict:
-    """from_pretrained's options for frozen weights in 4 or 8 bits (QLoRA, arXiv 2305.14314; LLM.int8(), arXiv 2208.07339).
+    """from_pretrained's options for frozen weights in 4 or 8 bits.
+
+    Sources: QLoRA, arXiv 2305.14314 (4); LLM.int8(), arXiv 2208.07339 (8).
 
     Raises:
         ValueError: bits is neither, or bitsandbytes is not installed.
@@ -283,13 +296,17 @@ def quiet_transformers():
 
 
 def base_fingerprint(path: str | Path) -> str:
-    """sha256 over names, shapes and 16 values of every weight: the same for fp32, fp16 and resharded copies of a model."""
+    """sha256 over names, shapes and 16 values of every weight.
+
+    The same for fp32, fp16 and resharded copies of a model.
+    """
     digest = hashlib.sha256()
     samples = {}
     for name, tensor in iterate_weights(path):
         if not any(part in name for part in NOT_IDENTITY):
             flat = tensor.flatten()
-            # By way of fp16, as a half-precision copy went: rounding 32 bits to bfloat16 at once may end elsewhere.
+            # To bfloat16 by way of fp16, as a half-precision copy was rounded: rounding fp32 to
+            # bfloat16 at once may give another value.
             values = flat[:: max(1, flat.numel() // 16)][:16].half().to(torch.bfloat16).float()
             samples[name] = (tuple(tensor.shape), values.numpy().tobytes())
     for name in sorted(samples):
@@ -298,7 +315,13 @@ def base_fingerprint(path: str | Path) -> str:
 
 
 def set_prefix(config, path, stored, pre_seq_len, prefix_projection, ptuning_version):
-    """Settle the config's prefix between what the caller asks, what the config says and what the weights hold."""
+    """Set the config's prefix fields from the caller's arguments, the config and the weights.
+
+    Args:
+        stored: `stored_prefix` of the folder.
+    Raises:
+        ValueError: they contradict each other.
+    """
     asked = pre_seq_len or config.pre_seq_len
     if stored and asked and asked != stored["length"]:
         source = (
@@ -351,7 +374,10 @@ def load_prefix(model, path: Path):
 
 
 def set_stop_ids(model, path: Path, base: Path, mode: str):
-    """Make generate() stop where the family stops; the real ids are the tokenizer's, in `path` or else in `base`."""
+    """Make generate() stop at the family's stop tokens.
+
+    Their ids come from the tokenizer in `path`, or else in `base`.
+    """
     for folder in (path, base):
         if (folder / FAMILIES[mode].tokenizer_file).is_file():
             tokenizer = load_tokenizer(folder, mode=mode)

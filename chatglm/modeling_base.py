@@ -1,4 +1,7 @@
-"""What both architectures do alike as transformers models: virtual tokens, masks, the language-model head, chat."""
+"""What both architectures share as transformers models.
+
+Virtual tokens, masks, the language-model head, chat.
+"""
 
 import copy
 from collections.abc import Iterator
@@ -37,8 +40,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         """transformers' from_pretrained, which reads a folder's weights only where they fit.
 
         Raises:
-            ValueError: in one line, what a folder's files hold instead, such as a P-Tuning prefix alone,
-                quantised weights or a tensor of another shape.
+            ValueError: a folder's files hold something else, such as a P-Tuning prefix alone,
+                quantised weights or a tensor of another shape; the message is one line.
         """
         folder = Path(pretrained_model_name_or_path or "")
         elsewhere = (
@@ -67,7 +70,9 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def check_weights(cls, folder: Path, config: ChatGLMConfig) -> list[Path]:
-        """The weight files of a folder, which fit a model of this class; a new prefix may be missing.
+        """The weight files of a folder, once they are known to fit a model of this class.
+
+        A prefix may be missing: it may be new.
 
         Raises:
             ValueError: they do not fit. FileNotFoundError: there are none.
@@ -75,7 +80,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         files, shapes = weight_files(folder), stored_shapes(folder)
         if (stored_prefix(folder, shapes) or {}).get("only"):
             raise ValueError(
-                f"{folder} holds a P-Tuning prefix alone, no model: chatglm.load_model({str(folder)!r}) puts it on its base"
+                f"{folder} holds a P-Tuning prefix alone, no model: "
+                f"chatglm.load_model({str(folder)!r}) puts it on its base"
             )
         if (
             getattr(config, "quantization_config", None) is None
@@ -87,7 +93,10 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """Normal weights of `initializer_range`, zero biases, unit norms; also a prefix encoder added to a checkpoint."""
+        """Normal weights of `initializer_range`, zero biases, unit norms.
+
+        Also for a prefix encoder added to a checkpoint.
+        """
         if isinstance(module, (PrefixEmbedding, PrefixLinear)):
             module.reset_parameters()
             return
@@ -100,12 +109,15 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """As transformers has it, without its FutureWarning at every load of an adapter: peft asks by the old name."""
+        """As in transformers, without its FutureWarning: peft reads this old name."""
         return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
 
 class ChatGLMBody:
-    """How virtual tokens and masks reach a body. Callers never count virtual tokens: not in masks, not in positions."""
+    """How virtual tokens and masks reach a body.
+
+    Callers never count virtual tokens: not in masks, not in positions.
+    """
 
     @property
     def prefix_length(self) -> int:
@@ -123,7 +135,7 @@ class ChatGLMBody:
         if cache is None:
             return 0
         if cache.is_compileable:
-            # generate() would hand over a 4-D mask with it, of the opposite sense to the originals'.
+            # generate() would pass a 4-D mask with it, of the opposite sense to the originals'.
             raise ValueError(
                 "ChatGLM needs a cache that grows, such as DynamicCache; got one of fixed size"
             )
@@ -132,9 +144,10 @@ class ChatGLMBody:
     def prepend_prompt(
         self, embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: int
     ):
-        """Put v1's vectors before the first input and make room for them in mask and positions; v2 and none: no change.
+        """Put v1's vectors before the first input and extend mask and positions; else no change.
 
-        Positions have the sequence last; (B, 2, S) positions of ChatGLM-6B are block positions in their second row.
+        Positions have the sequence last; of ChatGLM-6B's (B, 2, S) positions the second row holds
+        block positions. Returns the new embeds, attention_mask and position_ids.
         """
         count = self.prompt_length
         if not count:
@@ -168,12 +181,13 @@ class ChatGLMBody:
         batch: int,
         keep: Tensor | None,
     ) -> Packing | None:
-        """The packing that a caller's positions tell of, or that `keep` asks for; None where every row is one sequence.
+        """The packing that positions imply or `keep` asks for; None where rows are one sequence.
 
-        Positions tell of several sequences only where neither mask nor cache came with them.
+        Positions imply several sequences only where neither mask nor cache came with them.
 
         Raises:
-            ValueError: several rows that hold several sequences; `keep` without the positions of one row, or beside mask or cache.
+            ValueError: several rows that hold several sequences; `keep` without the positions of
+                one row, or together with a mask or cache.
         """
         alone = attention_mask is None and not self.cached_length(past_key_values)
         if keep is not None and (position_ids is None or batch > 1 or not alone):
@@ -185,7 +199,8 @@ class ChatGLMBody:
         if position_ids.shape[0] > 1:
             if any(len(self.read_packing(row[None]).lengths) > 1 for row in position_ids):
                 raise ValueError(
-                    "positions fall back: put the sequences in one row, or give an attention_mask for padded rows"
+                    "positions fall back: put the sequences in one row, "
+                    "or give an attention_mask for padded rows"
                 )
             return None
         packing = self.read_packing(position_ids)
@@ -199,7 +214,8 @@ class ChatGLMBody:
         """`prepend_prompt` in a packed row: v1's vectors before each sequence that sees no trunk.
 
         Returns:
-            embeds, position_ids and packing with room for them, and (S,) where the row's own tokens now are.
+            embeds, position_ids and packing with the vectors in them, and (S,) the new places of
+            the row's own tokens.
         """
         count = self.prompt_length
         own = torch.arange(count, device=position_ids.device)
@@ -228,10 +244,10 @@ class ChatGLMBody:
         packing: Packing | None,
         **kwargs,
     ) -> Tensor:
-        """From embeddings (B, S, hidden_size) through all blocks, virtual tokens added on the way and taken off again.
+        """Run embeddings (B, S, hidden_size) through all blocks, with virtual tokens added.
 
-        `packing` is what `find_packing` found, the other arguments are the body's; returns (B, S, hidden_size), or
-        (1, N, hidden_size) of the N places that the packing keeps.
+        `packing` is `find_packing`'s result, the other arguments are the body's. Returns
+        (B, S, hidden_size), or (1, N, hidden_size) of the N places that the packing keeps.
         """
         past = self.cached_length(past_key_values)
         batch, text_length = hidden_states.shape[:2]
@@ -273,13 +289,16 @@ class ChatGLMBody:
         return hidden_states if keep is not None else hidden_states[:, text]
 
     def seen_by_all(self, position_ids: Tensor, past: int) -> Tensor | None:
-        """(B, past + S) bool: keys that every row sees, later ones included; None where attention is causal."""
+        """(B, past + S) bool: keys that every row sees, later ones too; None if all is causal."""
         return None
 
     def split_mask(
         self, attention_mask: Tensor | None, kv_len: int
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(4-D visibility, 2-D padding): the first if the caller built the originals' mask (True = masked), else the second."""
+        """(4-D visibility, 2-D padding), one of them None.
+
+        The first where the caller built the originals' 4-D mask (True = masked), else the second.
+        """
         if attention_mask is not None and attention_mask.dim() == 4:
             if "flash" in self.config._attn_implementation:
                 raise ValueError(
@@ -290,8 +309,9 @@ class ChatGLMBody:
 
 
 class ChatGLMCausalLM:
-    """The head: logits, loss and generation over `self.transformer`. The classes list GenerationMixin themselves:
-    transformers looks for it among the direct bases only.
+    """The head: logits, loss and generation over `self.transformer`.
+
+    The classes list GenerationMixin themselves: transformers looks for it among direct bases only.
     """
 
     @can_return_tuple
@@ -307,7 +327,9 @@ class ChatGLMCausalLM:
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, S, vocabulary) and, with `labels` (B, S), the mean loss of the next token where labels are not -100.
+        """Logits (B, S, vocabulary) and, with `labels` (B, S), the mean loss of the next token.
+
+        Labels of -100 carry no loss.
 
         The other arguments are the body's. `logits_to_keep` > 0 keeps the last so many positions.
         """
@@ -351,12 +373,15 @@ class ChatGLMCausalLM:
         """One turn of a conversation: (answer, new history), sampled as the originals sample.
 
         Args:
-            history: (query, answer) pairs or message dicts with role, content and, for ChatGLM3's system, tools.
+            history: (query, answer) pairs or message dicts with role, content and, for ChatGLM3's
+                system, tools.
             role: ChatGLM3 only: whose turn `query` is (user, observation, system).
-            options: generate()'s; the defaults are the family's (`chat_defaults`). `max_length` counts the prompt.
+            options: generate()'s; the defaults are the family's (`chat_defaults`). `max_length`
+                counts the prompt.
         Returns:
-            ChatGLM3's answer is a dict where it calls a tool or the code interpreter, its history messages;
-            the others' history has the form of the given one, pairs where there is none.
+            ChatGLM3's answer is a dict where it calls a tool or the code interpreter, and its
+            history is messages; the others' history has the form of the given one, pairs where
+            none is given.
         Raises:
             ValueError: the history has another form, or says what the family cannot.
         """
@@ -380,10 +405,11 @@ class ChatGLMCausalLM:
         return_past_key_values: bool = False,
         **options,
     ) -> Iterator:
-        """As `chat`, but yields (answer so far, history so far) while the answer grows, and at last chat's result.
+        """As `chat`, but yields (answer so far, history so far), and chat's result at the end.
 
-        With `return_past_key_values` a third item is the cache; handed back with the next turn, what the turns share is not
-        computed again. Not for ChatGLM-6B, whose context sees itself both ways, nor for P-Tuning v1.
+        With `return_past_key_values` a third item is the cache: given with the next turn, it saves
+        recomputing what the turns share. Not for ChatGLM-6B, whose context is bidirectional, nor
+        for P-Tuning v1.
         """
         inputs, options = self.prepare_chat(tokenizer, query, history, role, options)
         prompt = inputs["input_ids"][0].tolist()

@@ -1,7 +1,8 @@
-"""ChatGLM-6B: 2-D rotary positions, bidirectional context, LayerNorm, residuals of the normed input.
+"""ChatGLM-6B: 2-D rotary positions, bidirectional context, residuals of the LayerNorm's output.
 
-Layout of a row: context, [gMASK], <sop>, answer, <eop>. The context (all before <sop>) is seen by every position; the
-answer is causal. Positions are pairs: (place, 0) in the context, (place of the mask token, 1, 2, ...) from <sop> on.
+Layout of a row: context, [gMASK], <sop>, answer, <eop>. The context (all before <sop>) is seen by
+every position; the answer is causal. Positions are pairs: (place, 0) in the context,
+(place of the mask token, 1, 2, ...) from <sop> on.
 """
 
 import torch
@@ -76,7 +77,7 @@ class ChatGLM1Block(GradientCheckpointingLayer):
     def forward(
         self, hidden_states, mask, turns, prefix=None, past_key_values=None, keep=None, **kwargs
     ) -> Tensor:
-        # `prefix` is an argument of its own: gradient checkpointing drops whatever comes as past_key_values.
+        # `prefix` is a separate argument: gradient checkpointing drops any past_key_values.
         normed = self.input_layernorm(hidden_states)
         out, _ = self.attention(
             normed, mask, turns, prefix, past_key_values=past_key_values, keep=keep, **kwargs
@@ -115,7 +116,7 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
         self.word_embeddings = value
 
     def rotary(self, position_ids: Tensor) -> Tensor:
-        """Turns (B, S, head_dim / 2) complex64: a first half for places, a second for block positions."""
+        """Turns (B, S, head_dim / 2) complex64: the first half for places, then block positions."""
         # The released weights were trained with frequencies rounded to fp16.
         inv_freq = (
             inverse_frequencies(self.config.head_dim // 2, position_ids.device).half().float()
@@ -123,7 +124,10 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
         return torch.cat([rotary_turns(position_ids[:, row], inv_freq) for row in (0, 1)], dim=-1)
 
     def read_packing(self, position_ids: Tensor) -> Packing:
-        """The sequences of one row of positions (1, 2, S): one begins where place and block position are both 0."""
+        """The sequences of one row of positions (1, 2, S).
+
+        One begins where place and block position are both 0.
+        """
         place, block = position_ids[0]
         starts = ((place == 0) & (block == 0)).nonzero().flatten().tolist()
         starts = [0, *(s for s in starts if s)]
@@ -172,7 +176,8 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
             if not bool(found.any(-1).all()):
                 row = int((~found.any(-1)).nonzero()[0])
                 raise ValueError(
-                    f"ChatGLM-6B: row {row} of input_ids has no {name} (id {wanted}); give position_ids"
+                    f"ChatGLM-6B: row {row} of input_ids has no {name} (id {wanted}); "
+                    "give position_ids"
                 )
         place = (real.cumsum(-1) - 1).clamp(min=0)
         # argmax finds the first; [gMASK] wins over [MASK] wherever it stands.
@@ -204,12 +209,15 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
         """Hidden states after the final norm.
 
         Args:
-            input_ids: (B, S) or inputs_embeds (B, S, hidden_size), never with P-Tuning's virtual tokens.
-            attention_mask: (B, cached + S), 1 = real token, padded on either side; or (B, 1, S, cached + S) bool,
-                True = masked, as the originals build it.
-            position_ids: (B, 2, S); by default found from [gMASK] or [MASK] and <sop>, continued from the cache. Without mask
-                and cache, where both of a single row's are 0 another sequence begins, blind to the others (see packing.py).
-            keep: (N,) ascending places of a single row: the last layer computes these alone, and the result is (1, N, hidden_size).
+            input_ids: (B, S) or inputs_embeds (B, S, hidden_size), never with P-Tuning's virtual
+                tokens.
+            attention_mask: (B, cached + S), 1 = real token, padded on either side; or
+                (B, 1, S, cached + S) bool, True = masked, as the originals build it.
+            position_ids: (B, 2, S); by default found from [gMASK] or [MASK] and <sop>, continued
+                from the cache. Without mask and cache another sequence begins where both of a
+                single row's are 0, and the two cannot see each other (see packing.py).
+            keep: (N,) ascending places of a single row: the last layer computes these alone, and
+                the result is (1, N, hidden_size).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -253,7 +261,8 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
         """Positions nobody gave: counted in a fresh row, continued after the cache's last ones."""
         if input_ids is None:
             raise ValueError(
-                "ChatGLM-6B finds positions in input_ids; with inputs_embeds give position_ids (B, 2, S)"
+                "ChatGLM-6B finds positions in input_ids; "
+                "with inputs_embeds give position_ids (B, 2, S)"
             )
         if cache is None:
             if attention_mask is not None and attention_mask.dim() == 4:
@@ -270,7 +279,7 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
 
 
 def advance_positions(last: Tensor, count: int) -> Tensor:
-    """(B, 2, count) positions after `last` (B, 2, 1): the place stays, the block position counts on."""
+    """(B, 2, count) positions after `last` (B, 2, 1): one place, block positions that count on."""
     steps = torch.arange(1, count + 1, device=last.device)
     return last + torch.stack([torch.zeros_like(steps), steps])
 

@@ -1,4 +1,7 @@
-"""ChatGLM2-6B and ChatGLM3-6B: RMSNorm, SwiGLU, grouped queries, interleaved rotary on half of each head."""
+"""ChatGLM2-6B and ChatGLM3-6B.
+
+RMSNorm, SwiGLU, grouped queries, interleaved rotary positions on half of each head.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +92,7 @@ class ChatGLM2Block(GradientCheckpointingLayer):
     def forward(
         self, hidden_states, mask, turns, prefix=None, past_key_values=None, keep=None, **kwargs
     ) -> Tensor:
-        # `prefix` is an argument of its own: gradient checkpointing drops whatever comes as past_key_values.
+        # `prefix` is a separate argument: gradient checkpointing drops any past_key_values.
         out, _ = self.self_attention(
             self.input_layernorm(hidden_states),
             mask,
@@ -131,7 +134,10 @@ class ChatGLM2PreTrainedModel(ChatGLMPreTrainedModel):
 
 
 class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
-    """The body. It also owns `output_layer`, as the originals do; ChatGLM2ForConditionalGeneration applies it."""
+    """The body.
+
+    It also owns `output_layer`, as the originals do; ChatGLM2ForConditionalGeneration applies it.
+    """
 
     def __init__(self, config: ChatGLM2Config):
         super().__init__(config)
@@ -162,13 +168,19 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
         return torch.arange(past, past + length, device=device)[None]
 
     def packed_positions(self, input_ids: Tensor, lengths: list[int], shared: list[int]) -> Tensor:
-        """(1, S) positions of sequences end to end in input_ids (1, S); those that share a trunk count on from it."""
+        """(1, S) positions of sequences end to end in input_ids (1, S).
+
+        Those that share a trunk count on from it.
+        """
         return torch.cat(
             [torch.arange(s, s + n, device=input_ids.device) for n, s in zip(lengths, shared)]
         )[None]
 
     def rotary(self, position_ids: Tensor) -> Tensor:
-        """Turns (B, S, kv_channels / 4) complex64. `rope_ratio` stretches positions in ChatGLM2, the base in ChatGLM3."""
+        """Turns (B, S, kv_channels / 4) complex64.
+
+        `rope_ratio` divides positions in ChatGLM2 and multiplies the base in ChatGLM3.
+        """
         ratio, rotary_dim = self.config.rope_ratio, self.config.kv_channels // 2
         if self.config.glm_family == "glm2":
             return rotary_turns(
@@ -194,12 +206,15 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
         """Hidden states after the final norm.
 
         Args:
-            input_ids: (B, S) or inputs_embeds (B, S, hidden_size), never with P-Tuning's virtual tokens.
-            attention_mask: (B, cached + S), 1 = real token, padded on either side; or (B, 1, S, cached + S) bool,
-                True = masked, as the originals build it.
-            position_ids: (B, S); by default counted from the mask, or from 0. Without mask and cache, where those of a single
-                row fall back another sequence begins, blind to the others (see packing.py).
-            keep: (N,) ascending places of a single row: the last layer computes these alone, and the result is (1, N, hidden_size).
+            input_ids: (B, S) or inputs_embeds (B, S, hidden_size), never with P-Tuning's virtual
+                tokens.
+            attention_mask: (B, cached + S), 1 = real token, padded on either side; or
+                (B, 1, S, cached + S) bool, True = masked, as the originals build it.
+            position_ids: (B, S); by default counted from the mask, or from 0. Without mask and
+                cache another sequence begins where those of a single row fall back, and the two
+                cannot see each other (see packing.py).
+            keep: (N,) ascending places of a single row: the last layer computes these alone, and
+                the result is (1, N, hidden_size).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")

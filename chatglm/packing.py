@@ -1,9 +1,12 @@
-"""Several sequences end to end in one row, each blind to the others: no padding, and no mask over pairs of sequences.
+"""Several sequences end to end in one row, each unable to see the others.
 
-Positions tell the sequences apart: where they fall back to 0, one ends and the next begins. Where they fall back to p > 0,
-the next one shares the row's first p tokens, its *trunk*: a beginning that sequences have in common is computed once.
-(What a causal model computes at a token depends on what stands before it alone, so this changes no number. ChatGLM-6B's
-context looks ahead: its sequences share nothing.)
+There is no padding, and no mask over pairs of sequences.
+
+Positions separate the sequences: where they fall back to 0, one ends and the next begins. Where
+they fall back to p > 0, the next one shares the row's first p tokens, its *trunk*: a beginning that
+sequences have in common is computed once. (A causal model's output at a token depends only on the
+tokens up to it, so this changes no number. ChatGLM-6B's context is bidirectional: its sequences
+share nothing.)
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +25,8 @@ class Packing:
     Args:
         lengths: tokens of each sequence in the row; a shared trunk is counted in the first alone.
         shared: tokens of the trunk that each one sees before its own; the first sees none.
-        context: per sequence the tokens at its front that all of its tokens see (ChatGLM-6B), or None for causality alone.
+        context: per sequence the tokens at its front that all of its tokens see (ChatGLM-6B), or
+            None where attention is causal.
         keep: (N,) ascending places in the row; the last layer computes no others. None for all.
     """
 
@@ -32,7 +36,9 @@ class Packing:
     keep: Tensor | None = None
 
     def with_prompt(self, count: int) -> tuple["Packing", Tensor]:
-        """Room for `count` virtual tokens (P-Tuning v1) before each sequence that sees no trunk; a trunk brings its own.
+        """The packing with `count` virtual tokens (P-Tuning v1) before each sequence.
+
+        A sequence that sees a trunk gets none: the trunk's come before it.
 
         Returns the new packing and (S,) where the old tokens are in the new row.
         """
@@ -51,12 +57,18 @@ class Packing:
         return packing, where
 
     def masks(self, prefix_len: int, device, backend: str) -> "PackedMasks":
-        """What all layers but the last share, built once; `prefix_len` keys are seen by all (P-Tuning v2)."""
+        """The masks of all layers but the last, built once.
+
+        `prefix_len` keys are seen by every query (P-Tuning v2).
+        """
         masks = [self.mask(i, prefix_len, device, backend) for i in range(len(self.lengths))]
         return PackedMasks(self, prefix_len, masks, self.lengths, causal=self.context is None)
 
     def mask(self, i: int, prefix_len: int, device, backend: str) -> Tensor | None:
-        """(1, 1, L, keys) bool of sequence i, True = visible; None where causality is all, or all that the backend knows."""
+        """(1, 1, L, keys) bool of sequence i, True = visible.
+
+        None where causality alone says what is visible, or where the backend takes no mask.
+        """
         length = self.lengths[i]
         context = self.context and torch.arange(length, device=device)[None] < self.context[i]
         return attention_visibility(
@@ -72,9 +84,10 @@ class Packing:
 
 @dataclass(frozen=True)
 class PackedMasks:
-    """Masks of a packed row's sequences, for a layer that computes `queries[i]` of the tokens of sequence i.
+    """Masks of a packed row's sequences; a layer computes `queries[i]` tokens of sequence i.
 
-    `causal`: the masks say no more than that a sequence's last query sees all keys, the one before it all but one, ...
+    `causal`: every mask says that a sequence's last query sees all keys, the one before it all but
+        one, and so on, and no more.
     `keep`: the places of the row whose queries are computed, None for all.
     """
 
@@ -109,7 +122,9 @@ class PackedMasks:
     def attend(
         self, module, query: Tensor, key: Tensor, value: Tensor, prefix: Tensor | None
     ) -> Tensor:
-        """(1, Q, heads * D) from query (1, heads, S, D) and key, value (1, kv_heads, S, D); prefix (2, sequences, kv_heads, P, D).
+        """(1, Q, heads * D) from query (1, heads, S, D) and key, value (1, kv_heads, S, D).
+
+        prefix: (2, sequences, kv_heads, P, D).
 
         Q is the number of kept tokens, or S.
         """
@@ -118,9 +133,9 @@ class PackedMasks:
             "scaling": module.scaling,
             "dropout": module.attention_dropout if module.training else 0.0,
         }
-        if (
-            "flash" in name
-        ):  # its kernels know no mask but causality, aligned to the last key: queries are dropped afterwards
+        if "flash" in name:
+            # Its kernels know no mask but causality, aligned to the last key: queries that are not
+            # kept are dropped afterwards.
             out = self.attend_flash(module, backend, query, key, value, prefix, options)
             return out if self.keep is None else out[:, self.keep]
         lean = query.device.type == "cpu" and not options["dropout"] and name == "sdpa"
@@ -144,7 +159,7 @@ class PackedMasks:
     def keys_and_values(
         self, key: Tensor, value: Tensor, prefix: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Of each sequence all that it may see: the prefix, the trunk's tokens that it shares, its own."""
+        """The keys and values that each sequence may see: prefix, shared trunk, its own tokens."""
         lengths, shared = self.packing.lengths, self.packing.shared
         both = []
         for n, x in enumerate((key, value)):
@@ -178,7 +193,7 @@ class PackedMasks:
 
 
 def find_sequences(positions: Tensor) -> tuple[list[int], list[int]]:
-    """(lengths, shared) of the sequences in a row of positions (S,), by the rule at the top of this file.
+    """(lengths, shared) of the sequences in a row of positions (S,), as Packing has them.
 
     Raises:
         ValueError: a position jumps upward, or falls back into a sequence that is not the first.
@@ -195,7 +210,8 @@ def find_sequences(positions: Tensor) -> tuple[list[int], list[int]]:
     shared = [0, *positions[falls].tolist()]
     if any(s > lengths[0] for s in shared):
         raise ValueError(
-            f"positions fall back to {max(shared)}, but the row's first sequence has {lengths[0]} tokens"
+            f"positions fall back to {max(shared)}, "
+            f"but the row's first sequence has {lengths[0]} tokens"
         )
     if any(shared) and positions[0] != 0:
         raise ValueError(

@@ -23,7 +23,7 @@ def committed_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def check_not_run(path: str | Path, flag: str = ""):
-    """Raises ValueError that names the checkpoints in `path` where it is a run's folder instead of one of them."""
+    """Raises ValueError where `path` is a run's folder; it names the checkpoints in there."""
     path = Path(path)
     if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         return
@@ -40,5 +40,6 @@ def check_not_run(path: str | Path, flag: str = ""):
     elif best in checkpoints:
         names = [f"{best} (the best)", *names]
     raise ValueError(
-        f"{flag and f'{flag}: '}{path} is a run's folder; give one of its {len(checkpoints)} checkpoints: {', '.join(names)}"
+        f"{flag and f'{flag}: '}{path} is a run's folder; "
+        f"give one of its {len(checkpoints)} checkpoints: {', '.join(names)}"
     )

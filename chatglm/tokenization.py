@@ -1,8 +1,9 @@
-"""Tokenizers of ChatGLM-6B, ChatGLM2-6B and ChatGLM3-6B: SentencePiece under transformers' interface.
+"""Tokenizers of the three ChatGLM families: SentencePiece with transformers' interface.
 
-One rule holds in every family: text never becomes a control token. Control ids are put in by position
-(prompt templates, `build_inputs_with_special_tokens`), and `[gMASK]` or `<|user|>` typed by a user stays
-ordinary pieces. `encode_special_tokens=True` lifts the rule for trusted text, as the originals do.
+One rule holds in every family: text never becomes a control token. Control ids are put in by
+position (prompt templates, `build_inputs_with_special_tokens`), and `[gMASK]` or `<|user|>` typed
+by a user becomes ordinary pieces. `encode_special_tokens=True` lifts the rule for trusted text, as
+the originals do.
 """
 
 import json
@@ -42,19 +43,20 @@ _SAVED_BY_LIBRARY = (
 
 
 class ChatGLMTokenizer(PreTrainedTokenizer):
-    """What the three families share; `ChatGLMTokenizer.from_pretrained` returns the folder's own subclass.
+    """What the three families share; `from_pretrained` returns the subclass of the folder's family.
 
-    `encode_special_tokens` (also a keyword of every call) makes control tokens written in text become their
-    ids. It is a choice of the caller: it is neither saved nor read from a folder.
+    `encode_special_tokens` (also a keyword of every call) makes control tokens written in text
+    become their ids. It is a choice of the caller: it is neither saved nor read from a folder.
 
-    Raises FileNotFoundError where the folder has no SentencePiece model, ValueError where that file is not
-    one or where the folder belongs to another family.
+    Raises FileNotFoundError where the folder has no SentencePiece model, ValueError where that file
+    is not one or where the folder belongs to another family.
     """
 
     family: str | None = None
     padding_side = "left"
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
-    # control tokens that a caller may ask to be read from text, and whether they eat the spaces around them
+    # Control tokens that a caller may ask to be read from text, and whether they absorb the spaces
+    # around them.
     _readable: tuple[str, ...] = ()
     _readable_strips = False
 
@@ -88,14 +90,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         for index, token in added.items():
             if self._convert_token_to_id(str(token)) != int(index):
                 raise ValueError(
-                    f"added token {str(token)!r} ({index}) is not in {self.__class__.__name__}'s vocabulary"
+                    f"added token {str(token)!r} ({index}) is not in "
+                    f"{self.__class__.__name__}'s vocabulary"
                 )
 
     # ---- loading and saving
 
     @classmethod
     def from_pretrained(cls, folder, *inputs, family: str | None = None, **kwargs):
-        """Tokenizer of a folder or hub name; `family` settles what the files leave open (see `infer_family`).
+        """Tokenizer of a folder or hub name; `family` decides where the files leave it open.
 
         Code in the folder is never run, whatever its auto_map says.
         """
@@ -114,7 +117,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             wanted = place / FAMILIES[cls.family].tokenizer_file
             if not wanted.is_file():
                 raise FileNotFoundError(
-                    f"{place} has no {wanted.name}, {FAMILIES[cls.family].title}'s SentencePiece model"
+                    f"{place} has no {wanted.name}, "
+                    f"{FAMILIES[cls.family].title}'s SentencePiece model"
                 )
             # not left to the library, which prefers any file named tokenizer.model
             open(wanted, "rb").close()  # what the disk says; the library would hide it
@@ -133,7 +137,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return tokenizer
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> tuple[str, ...]:
-        """Write tokenizer_config.json (original class name, "glm_family") and the model; returns paths."""
+        """Write the model and tokenizer_config.json; returns paths.
+
+        The config has the originals' class name and "glm_family".
+        """
         files = super().save_pretrained(save_directory, *args, **kwargs)
         prefix = kwargs.get("filename_prefix")
         path = Path(
@@ -149,7 +156,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         )
         return files
 
-    # the originals of ChatGLM2/3 have these as read-only properties and fail on a config that sets them
+    # The originals of ChatGLM2/3 have these as read-only properties and fail on a config that sets
+    # them.
     _not_saved = ("bos_token", "eos_token", "pad_token", "unk_token")
 
     def save_vocabulary(
@@ -178,7 +186,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self.vocab_size
 
     def get_command(self, token: str) -> int:
-        """Id of a control token by its name. Raises KeyError for a name this family does not have."""
+        """Id of a control token by its name. Raises KeyError where the family has no such token."""
         if token not in self._commands:
             raise KeyError(
                 f"{self.family} has no control token {token!r}; it has {', '.join(self._commands)}"
@@ -186,7 +194,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self._commands[token]
 
     def get_vocab(self) -> dict[str, int]:
-        """{token: id}, built on each call: 65,000 (glm: 130,000) entries that encoding never needs."""
+        """{token: id}, built on each call; encoding needs none of these 65,000 items (glm: 130,000)."""
         return {self._name(index): index for index in range(self.vocab_size)}
 
     def _name(self, index: int) -> str:
@@ -197,8 +205,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return None if token is None else self._convert_token_to_id(token)
 
     def _add_tokens(self, new_tokens: Iterable, special_tokens: bool = False) -> int:
-        # Nothing enters the library's trie, which would split the tokens out of user text, and nothing enters
-        # the vocabulary: a checkpoint's spare rows are not this tokenizer's to name.
+        # Nothing enters the library's trie, which would split the tokens out of user text, and
+        # nothing enters the vocabulary: a checkpoint's spare rows have no names here.
         for token in map(str, new_tokens):
             if token and token not in self._commands and not self._has_piece(token):
                 raise ValueError(
@@ -257,7 +265,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         ]
 
     def apply_chat_template(self, *args, **kwargs):
-        """Not for these models: a rendered template is text, and text never becomes control tokens."""
+        """Not for these models: a template renders text, and text never becomes control tokens."""
         raise NotImplementedError(
             f"chat prompts of {FAMILIES[self.family].title} are built from ids: "
             f"use FAMILIES[{self.family!r}].encode_chat"
@@ -283,10 +291,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 class GLMTokenizer(ChatGLMTokenizer):
     """ChatGLM-6B: text, then `[gMASK] <sop>`; a pair is `A [gMASK] <sop> B <eop>`.
 
-    A call returns attention_mask [B, 1, S, S], True = MASKED, and position_ids [B, 2, S] (position, block
-    position), as numpy rows or stacked tensors. Every SentencePiece id is shifted by `num_image_tokens`
-    (20000 in early releases, 0 in later ones). With `encode_special_tokens` a control piece in text keeps
-    its id.
+    A call returns attention_mask [B, 1, S, S], True = MASKED, and position_ids [B, 2, S] (position,
+    block position), as numpy rows or stacked tensors. Every SentencePiece id is shifted by
+    `num_image_tokens` (20000 in early releases, 0 in later ones). With `encode_special_tokens` a
+    control piece in text keeps its id.
     """
 
     family = "glm"
@@ -308,7 +316,8 @@ class GLMTokenizer(ChatGLMTokenizer):
             "<dBLOCK>",
         ]
     )
-    # the original reads any control piece through SentencePiece; these five also split the text around them
+    # The original reads any control piece through SentencePiece; these five also split the text
+    # around them.
     _readable = ("<sop>", "<eop>", "<unk>", "<pad>", "[MASK]")
     _readable_strips = True
 
@@ -389,9 +398,10 @@ class GLMTokenizer(ChatGLMTokenizer):
         return self._sp_encode(text)
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text: no special tokens are added, control pieces written in it are spelled out."""
+        """Ids of plain text: no special tokens are added, control pieces in it are spelled out."""
         pieces = self._pieces(text)
-        # checked on ids, after SentencePiece has normalised the text: full-width "［gMASK］" can be one too
+        # Checked on ids, after SentencePiece has normalised the text: full-width "［gMASK］" can be
+        # one too.
         if not self._control_pieces.keys().isdisjoint(pieces):
             pieces = [i for piece in pieces for i in self._control_pieces.get(piece, (piece,))]
         return [piece + self.num_image_tokens for piece in pieces]
@@ -400,7 +410,7 @@ class GLMTokenizer(ChatGLMTokenizer):
         return [piece + self.num_image_tokens for piece in self._pieces(text)]
 
     def encode(self, *args, **kwargs) -> list[int]:
-        """Ids of a text or pair. Unlike a call it builds no mask, which would cost length squared."""
+        """Ids of a text or pair. Unlike a call it builds no mask, whose cost is length squared."""
         return super().encode(*args, **({"return_attention_mask": False} | kwargs))
 
     def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None) -> list[int]:
@@ -423,7 +433,7 @@ class GLMTokenizer(ChatGLMTokenizer):
         return super()._decode([i for i in ids if i not in hidden], **kwargs)
 
     def pad(self, encoded_inputs, *args, **kwargs) -> BatchEncoding:
-        """As the library's; masks and positions follow from the padded ids, so earlier ones are made anew."""
+        """As the library's; masks and positions are rebuilt from the padded ids."""
         made = ("attention_mask", "position_ids")
         if isinstance(encoded_inputs, (list, tuple)):
             encoded_inputs = [
@@ -445,7 +455,7 @@ class GLMTokenizer(ChatGLMTokenizer):
         return encoded_inputs
 
     def _span(self, ids: list[int]) -> tuple[int, int, int]:
-        """Where a padded row starts, stops (exclusive) and where its <sop> is (or its end, without one)."""
+        """Start and stop (exclusive) of a padded row, and where <sop> is (stop without one)."""
         pad = self.pad_token_id
         start = next((i for i, index in enumerate(ids) if index != pad), len(ids))
         stop = next((i for i in range(len(ids), start, -1) if ids[i - 1] != pad), start)
@@ -454,8 +464,11 @@ class GLMTokenizer(ChatGLMTokenizer):
 
     @staticmethod
     def _prefix_mask(size: int, start: int, stop: int, sop: int) -> np.ndarray:
-        """[1, S, S], True = masked: tokens before <sop> see one another, later ones what precedes them;
-        padding sees nothing and is seen by nothing."""
+        """[1, S, S], True = masked.
+
+        Tokens before <sop> see one another, later ones what precedes them; padding sees nothing
+        and is seen by nothing.
+        """
         visible = np.tri(stop - start, dtype=bool)
         visible[:, : sop - start] = True
         masked = np.ones((1, size, size), dtype=bool)
@@ -463,7 +476,10 @@ class GLMTokenizer(ChatGLMTokenizer):
         return masked
 
     def _positions(self, ids: list[int], start: int, stop: int, sop: int) -> np.ndarray:
-        """[2, S]: from <sop> on the position stays at the mask token's, the block position counts from 1."""
+        """[2, S] positions and block positions.
+
+        From <sop> on the position stays at the mask token's, the block position counts from 1.
+        """
         positions = np.zeros((2, len(ids)), dtype=np.int64)
         positions[0, start:stop] = np.arange(stop - start)
         marker = self.mask_token_id if self.mask_token_id in ids else self.gmask_token_id
@@ -496,7 +512,8 @@ class GLM2Tokenizer(ChatGLMTokenizer):
             # names go before pieces, so such a piece of text would turn into a control id
             if self._has_piece(name):
                 raise ValueError(
-                    f"{self.vocab_file} has an ordinary piece {name!r}: not {self.family}'s vocabulary"
+                    f"{self.vocab_file} has an ordinary piece {name!r}: "
+                    f"not {self.family}'s vocabulary"
                 )
         ids = {name: first + i for i, name in enumerate(self._controls)}
         sp = self.sp_model
@@ -512,7 +529,8 @@ class GLM2Tokenizer(ChatGLMTokenizer):
         return self.sp_model.id_to_piece(index) if index < first else self._controls[index - first]
 
     def _convert_id_to_token(self, index: int) -> str:
-        # control tokens have no text; ids beyond the vocabulary come from a checkpoint's padding rows
+        # Control tokens have no text; ids beyond the vocabulary come from a checkpoint's padding
+        # rows.
         hidden = index in (self.sp_model.unk_id(), self.sp_model.bos_id(), self.sp_model.eos_id())
         hidden = hidden or not 0 <= index < self.sp_model.get_piece_size()
         return "" if hidden else self.sp_model.id_to_piece(index)
@@ -545,9 +563,9 @@ class GLM2Tokenizer(ChatGLMTokenizer):
 
 
 class GLM3Tokenizer(GLM2Tokenizer):
-    """ChatGLM3-6B: ChatGLM2's vocabulary and layout, and role tokens that only `build_single_message` writes.
+    """ChatGLM3-6B: ChatGLM2's vocabulary and layout, and role tokens.
 
-    As in the original, decoding writes control tokens out by name, also with skip_special_tokens.
+    `build_single_message` writes role tokens, plain text never becomes one. As in the original, decoding writes control tokens out by name, also with skip_special_tokens.
     """
 
     family = "glm3"
@@ -564,13 +582,16 @@ class GLM3Tokenizer(GLM2Tokenizer):
         return super()._convert_id_to_token(index)
 
     def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
-        """Ids of one message: role token, `metadata` and newline, text. ValueError for an unknown role."""
+        """Ids of one message: role token, `metadata` and newline, text.
+
+        Raises ValueError for an unknown role.
+        """
         return glm3_message(self, role, metadata, message)
 
     def build_chat_input(
         self, query: str, history=None, role: str = "user", return_tensors="pt"
     ) -> BatchEncoding:
-        """A batch of one chat, [1, S]: history's messages, the query in its role, then `<|assistant|>`."""
+        """A batch of one chat, [1, S]: history, the query in its role, then `<|assistant|>`."""
         ids = FAMILIES[self.family].encode_chat(self, query, history, role)
         return self.pad({"input_ids": [ids]}, return_tensors=return_tensors)
 
