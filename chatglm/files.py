@@ -5,6 +5,7 @@ Every error names the file and what to do.
 
 import json
 from pathlib import Path
+from typing import Any
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 JSON_TYPES = {dict: "an object", list: "a list", str: "text"}
@@ -39,7 +40,7 @@ def read_text(path: str | Path) -> str:
         raise ValueError(f"{path}:{line}: not UTF-8; save it as UTF-8") from None
 
 
-def read_json(path: str | Path, wanted: type = dict):
+def read_json(path: str | Path, wanted: type = dict) -> Any:
     """The JSON value of a UTF-8 file, with or without a byte order mark: an instance of `wanted`.
 
     Raises:
@@ -72,7 +73,7 @@ def pointer_error(path: str | Path) -> ValueError:
     )
 
 
-def shorten(value, length: int = 60) -> str:
+def shorten(value: object, length: int = 60) -> str:
     """A value as an error shows it: JSON where it is JSON, and at most `length` characters."""
     try:
         text = json.dumps(value, ensure_ascii=False)

@@ -194,7 +194,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self._commands[token]
 
     def get_vocab(self) -> dict[str, int]:
-        """{token: id}, built on each call; encoding needs none of these 65,000 items (glm: 130,000)."""
+        """{token: id}, 65,000 items (glm: 130,000), built on each call: encoding needs none."""
         return {self._name(index): index for index in range(self.vocab_size)}
 
     def _name(self, index: int) -> str:
@@ -565,7 +565,8 @@ class GLM2Tokenizer(ChatGLMTokenizer):
 class GLM3Tokenizer(GLM2Tokenizer):
     """ChatGLM3-6B: ChatGLM2's vocabulary and layout, and role tokens.
 
-    `build_single_message` writes role tokens, plain text never becomes one. As in the original, decoding writes control tokens out by name, also with skip_special_tokens.
+    `build_single_message` writes role tokens, plain text never becomes one. As in the original,
+    decoding writes control tokens out by name, also with skip_special_tokens.
     """
 
     family = "glm3"
