@@ -10,13 +10,14 @@ import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 from .families import FAMILIES
 
 __all__ = ["FAMILIES", "load_model", "load_tokenizer"]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     # Lazy: `train.py --help` wants the names of the families, not seconds of torch.
     if name in ("load_model", "load_tokenizer"):
         from . import loading

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import TypeVar
 
 from .files import read_bytes, read_json
 
@@ -31,6 +32,7 @@ UNREAD = ("README.md",)  # model cards: people edit them and no program reads th
 WEIGHTS = (".safetensors", ".bin", ".pt", ".onnx", ".npz")
 BLOCK = 1 << 24  # bytes, 2 ms of XXH3
 THREADS = min(8, os.cpu_count() or 1)
+Loaded = TypeVar("Loaded")
 # The level of the load in progress; the load of its base model inherits it.
 asked_level: ContextVar[str | None] = ContextVar("asked_level", default=None)
 
@@ -236,15 +238,17 @@ def verified(
         asked_level.reset(token)
 
 
-def checks_folder(wanted: Callable[[str], bool] = is_top) -> Callable[[Callable], Callable]:
+def checks_folder(
+    wanted: Callable[[str], bool] = is_top,
+) -> Callable[[Callable[..., Loaded]], Callable[..., Loaded]]:
     """Decorator of a loader whose first argument is a folder: checks the files that it reads.
 
     The loader gets one more keyword, `verify`: one of LEVELS.
     """
 
-    def decorate(load):
+    def decorate(load: Callable[..., Loaded]) -> Callable[..., Loaded]:
         @functools.wraps(load)
-        def loading(path, *args, verify: str | None = None, **options):
+        def loading(path: str | Path, *args, verify: str | None = None, **options) -> Loaded:
             with verified(path, verify, wanted):
                 return load(path, *args, **options)
 

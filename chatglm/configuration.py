@@ -40,7 +40,7 @@ class ChatGLMConfig(PreTrainedConfig):
     use_cache: bool = True
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "ChatGLMConfig":
         if cls is ChatGLMConfig:
             cls = ChatGLM1Config if is_chatglm1(config_dict) else ChatGLM2Config
         asked = {"glm_family": family} if (family := kwargs.pop("glm_family", None)) else {}
@@ -49,22 +49,20 @@ class ChatGLMConfig(PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """The saved form: all fields of the architecture; other readers have other defaults."""
         full = self.to_dict()
-        own = set(type(self).__annotations__) | set(ChatGLMConfig.__annotations__)
+        names = set(type(self).__annotations__) | set(ChatGLMConfig.__annotations__)
+        fields = {name: full[name] for name in names if full.get(name) is not None}
         # Other readers (vLLM, llama.cpp) know the family by this one architecture name.
-        return (
-            super().to_diff_dict()
-            | {k: full[k] for k in own if full.get(k) is not None}
-            | {"architectures": ["ChatGLMModel"]}
-        )
+        return super().to_diff_dict() | fields | {"architectures": ["ChatGLMModel"]}
 
-    def check_sizes(self, *names: str):
+    def check_sizes(self, *names: str) -> None:
         """Raises ValueError where a field cannot be a weight's dimension or a number of layers."""
         for name in names:
             most = MOST_LAYERS if name == "num_layers" else LARGEST_SIZE
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must be 1 to {most}, got {getattr(self, name)}")
 
-    def validate_prefix(self):
+    def validate_prefix(self) -> None:
+        """Raises ValueError for a P-Tuning field out of its range."""
         if self.pre_seq_len is not None and not 1 <= self.pre_seq_len <= LARGEST_SIZE:
             raise ValueError(
                 f"pre_seq_len must be at least 1 and at most {LARGEST_SIZE}, got {self.pre_seq_len}"
@@ -106,9 +104,8 @@ class ChatGLM1Config(ChatGLMConfig):
     gmask_token_id: int | None = None
     pad_token_id: int | None = 0
     tie_word_embeddings: bool = True
-    chat_prompt: str | None = (
-        None  # "rounds": chat() counts [Round n] from 1, as the training prompt does
-    )
+    # "rounds": chat() counts [Round n] from 1, as the training prompt does
+    chat_prompt: str | None = None
 
     def __post_init__(self, **kwargs):
         self.check_sizes(
@@ -214,13 +211,14 @@ class ChatGLM2Config(ChatGLMConfig):
 
     def find_family(self, kwargs: dict[str, Any]) -> str | None:
         """The family that the files beside this configuration show, as `load_model` infers it."""
-        told = {"rope_ratio": self.rope_ratio, "padded_vocab_size": self.padded_vocab_size}
-        folder = (
-            kwargs.get("name_or_path") or os.devnull
-        )  # not the working folder, which is another's
-        family = infer_family(
-            str(folder), config=told | {"_name_or_path": kwargs.get("_name_or_path")}
-        )
+        config = {
+            "rope_ratio": self.rope_ratio,
+            "padded_vocab_size": self.padded_vocab_size,
+            "_name_or_path": kwargs.get("_name_or_path"),
+        }
+        # Without a folder no file counts, least of all those in the working directory.
+        folder = kwargs.get("name_or_path") or os.devnull
+        family = infer_family(str(folder), config=config)
         return family if family in ("glm2", "glm3") else None
 
     @property
@@ -241,10 +239,8 @@ def untold_family(ratio: float) -> str:
 
 def is_chatglm1(config_dict: dict[str, Any]) -> bool:
     """Whether the keys are ChatGLM-6B's; any other "chatglm" has ChatGLM2's architecture."""
-    return config_dict.get("glm_family") == "glm" or any(
-        key in config_dict
-        for key in ("position_encoding_2d", "inner_hidden_size", "max_sequence_length")
-    )
+    keys = ("position_encoding_2d", "inner_hidden_size", "max_sequence_length")
+    return config_dict.get("glm_family") == "glm" or any(key in config_dict for key in keys)
 
 
 AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)

@@ -12,13 +12,25 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .families import ROLES, TOOL_PREAMBLE, _keep_tail, glm3_message, glm_chat_prompt
+from .families import (
+    ROLES,
+    TOOL_PREAMBLE,
+    TextTokenizer,
+    _keep_tail,
+    glm3_message,
+    glm_chat_prompt,
+)
 
 IGNORED = -100
-GLM3_LABELS = (
-    "chatglm_finetuning",
-    "chatglm3_demo",
-)  # whether the role token <|assistant|> of an answer is a label; the demo: no
+# Whether the role token <|assistant|> of an answer is a label: in the first it is, in the demo not.
+GLM3_LABELS = ("chatglm_finetuning", "chatglm3_demo")
+# The roles that may come before each role; None: the chat may begin with it.
+ALLOWED_BEFORE: dict[str, tuple[str | None, ...]] = {
+    "system": (None,),
+    "user": (None, "system", "assistant"),
+    "assistant": ("user", "assistant", "observation"),
+    "observation": ("assistant", "observation"),
+}
 
 
 class Turn(NamedTuple):
@@ -39,6 +51,7 @@ class EncodedTurns(NamedTuple):
 
 
 def learns(turn: Turn) -> bool:
+    """Whether the turn carries loss."""
     return turn.role == "assistant" and turn.loss
 
 
@@ -64,25 +77,18 @@ def with_tools(turns: list[Turn], tools: Any) -> list[Turn]:
     """
     has_system = bool(turns) and turns[0].role == "system"
     text = turns[0].content if has_system else TOOL_PREAMBLE
-    return [
-        Turn("system", f"{text}\n{json.dumps(tools, indent=4, ensure_ascii=False)}"),
-        *turns[has_system:],
-    ]
+    tools_text = json.dumps(tools, indent=4, ensure_ascii=False)
+    rest = turns[1:] if has_system else turns
+    return [Turn("system", f"{text}\n{tools_text}"), *rest]
 
 
-def check_turns(turns: list[Turn]):
+def check_turns(turns: list[Turn]) -> None:
     """Raises ValueError where the order of roles is not a chat's, or no answer carries loss."""
-    before = None
+    before: str | None = None
     for number, turn in enumerate(turns, 1):
         if turn.role not in ROLES:
             raise ValueError(f"turn {number}: role is one of {', '.join(ROLES)}, got {turn.role!r}")
-        allowed = {
-            "system": (None,),
-            "user": (None, "system", "assistant"),
-            "assistant": ("user", "assistant", "observation"),
-            "observation": ("assistant", "observation"),
-        }
-        if before not in allowed[turn.role]:
+        if before not in ALLOWED_BEFORE[turn.role]:
             raise ValueError(f"turn {number}: {turn.role} cannot follow {before or 'nothing'}")
         before = turn.role
     if not any(map(learns, turns)):
@@ -107,9 +113,10 @@ def rounds_of(turns: list[Turn]) -> list[tuple[str, str, bool]]:
             rounds.append((system + turn.content, "", False))
             system = ""
         else:
-            question, said, _ = rounds[-1]
-            again = before.role == "assistant"
-            rounds[-1] = (question, f"{said}\n{turn.content}" if again else turn.content, turn.loss)
+            question, answer, _ = rounds[-1]
+            goes_on = before.role == "assistant"
+            text = f"{answer}\n{turn.content}" if goes_on else turn.content
+            rounds[-1] = (question, text, turn.loss)
     return rounds
 
 
@@ -118,16 +125,17 @@ def _cut(ids: list[int], labels: list[int], max_len: int) -> EncodedTurns:
 
 
 def _glm(
-    tokenizer, turns: list[Turn], max_len: int, max_src_len: int, role_labels: bool
+    tokenizer: TextTokenizer, turns: list[Turn], max_len: int, max_src_len: int, role_labels: bool
 ) -> list[EncodedTurns]:
-    """One row an answer; the oldest rounds go where its prompt is longer than max_src_len."""
+    """One row an answer; the oldest rounds are dropped until its prompt fits max_src_len."""
     rounds = rounds_of(turns)
     rows = []
     for last, (query, answer, loss) in enumerate(rounds):
         if not loss:
             continue
         for first in range(last + 1):
-            text = glm_chat_prompt(query, [(q, a) for q, a, _ in rounds[first:last]], rounds=True)
+            history = [(question, said) for question, said, _ in rounds[first:last]]
+            text = glm_chat_prompt(query, history, rounds=True)
             source = tokenizer.encode_text(text)
             if len(source) <= max_src_len:
                 break
@@ -141,12 +149,13 @@ def _glm(
         learnt = [tokenizer.get_command("<sop>"), *target[:room], tokenizer.get_command("<eop>")]
         ids = source + [tokenizer.get_command("[gMASK]")] + learnt
         labels = [IGNORED] * (len(source) + 1) + learnt
-        rows.append(EncodedTurns(ids, labels, cut or first > 0 or len(target) > room))
+        truncated = cut or first > 0 or len(target) > room
+        rows.append(EncodedTurns(ids, labels, truncated))
     return rows
 
 
 def _glm2(
-    tokenizer, turns: list[Turn], max_len: int, max_src_len: int, role_labels: bool
+    tokenizer: TextTokenizer, turns: list[Turn], max_len: int, max_src_len: int, role_labels: bool
 ) -> list[EncodedTurns]:
     """One row, cut at max_len."""
     end = tokenizer.get_command("</s>")
@@ -157,24 +166,20 @@ def _glm2(
     labels = [IGNORED, IGNORED]
     follows = IGNORED  # the label of what comes after an answer
     for number, (query, answer, loss) in enumerate(rounds_of(turns), 1):
-        source = tokenizer.encode_text(
-            f"{'' if number == 1 else chr(10) * 2}[Round {number}]\n\n问：{query}\n\n答："
-        )
+        before = "" if number == 1 else "\n\n"
+        source = tokenizer.encode_text(f"{before}[Round {number}]\n\n问：{query}\n\n答：")
         if number > 1 and source[: len(space)] == space:
             source = source[len(space) :]
         target = tokenizer.encode_text(answer)
         ids += source + target
-        labels += (
-            [follows]
-            + [IGNORED] * (len(source) - 1)
-            + (target if loss else [IGNORED] * len(target))
-        )
+        labels += [follows] + [IGNORED] * (len(source) - 1)
+        labels += target if loss else [IGNORED] * len(target)
         follows = end if loss else IGNORED
     return [_cut([*ids, end], [*labels, follows], max_len)]
 
 
 def _glm3(
-    tokenizer, turns: list[Turn], max_len: int, max_src_len: int, role_labels: bool
+    tokenizer: TextTokenizer, turns: list[Turn], max_len: int, max_src_len: int, role_labels: bool
 ) -> list[EncodedTurns]:
     """One row, truncated to max_len.
 
@@ -182,13 +187,12 @@ def _glm3(
     """
     ids = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")]
     labels = [IGNORED, IGNORED]
-    follows = False
+    follows = False  # whether the turn before carries loss: the next token ends it
     for turn in turns:
         message = glm3_message(tokenizer, turn.role, turn.metadata, turn.content)
         first = follows or (role_labels and learns(turn))
-        labels += [message[0] if first else IGNORED] + (
-            message[1:] if learns(turn) else [IGNORED] * (len(message) - 1)
-        )
+        labels.append(message[0] if first else IGNORED)
+        labels += message[1:] if learns(turn) else [IGNORED] * (len(message) - 1)
         ids += message
         follows = learns(turn)
     end = tokenizer.get_command("</s>")

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from .files import read_json
 from .histories import (  # noqa: F401 (ROLES, TOOL_PREAMBLE: imported from here elsewhere)
@@ -24,6 +24,16 @@ from .histories import (  # noqa: F401 (ROLES, TOOL_PREAMBLE: imported from here
 
 _TRAINING_TIME = "[[训练时间]]"
 _TRAINING_YEAR = "2023年"
+
+
+class TextTokenizer(Protocol):
+    """What the layouts below need of a tokenizer."""
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of plain text, never a control token's."""
+
+    def get_command(self, token: str) -> int:
+        """The id of a control token."""
 
 
 class EncodedPrompt(NamedTuple):
@@ -115,7 +125,7 @@ def _glm_text(query: str) -> str:
     return f"[Round 1]\n问：{query}\n答："
 
 
-def _glm_layout(tokenizer, prompt: str, max_src_len: int) -> _Layout:
+def _glm_layout(tokenizer: TextTokenizer, prompt: str, max_src_len: int) -> _Layout:
     source, cut = _keep_tail(tokenizer.encode_text(_glm_text(prompt)), max_src_len, tail=3)
     prefix = source + [tokenizer.get_command("[gMASK]"), tokenizer.get_command("<sop>")]
     # <sop> itself is a label, as in the original's data set
@@ -126,7 +136,7 @@ def _glm2_text(query: str) -> str:
     return f"[Round 1]\n\n问：{query}\n\n答："
 
 
-def _glm2_layout(tokenizer, prompt: str, max_src_len: int) -> _Layout:
+def _glm2_layout(tokenizer: TextTokenizer, prompt: str, max_src_len: int) -> _Layout:
     source, cut = _keep_tail(tokenizer.encode_text(_glm2_text(prompt)), max_src_len, tail=4)
     prefix = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")] + source
     return _Layout(prefix, n_masked=len(prefix), reserved=len(source) + 3, truncated=cut)
@@ -136,7 +146,7 @@ def _glm3_text(query: str) -> str:
     return query
 
 
-def _glm3_layout(tokenizer, prompt: str, max_src_len: int) -> _Layout:
+def _glm3_layout(tokenizer: TextTokenizer, prompt: str, max_src_len: int) -> _Layout:
     # header and text are encoded apart, so each brings SentencePiece's own leading "▁"
     newline = tokenizer.encode_text("\n")
     source = [tokenizer.get_command("<|user|>")] + newline
@@ -151,38 +161,48 @@ def _glm3_layout(tokenizer, prompt: str, max_src_len: int) -> _Layout:
     prefix = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")] + source + header
     # <|assistant|> and its newline are labels here; the original reserves 6 tokens, not the 3 that
     # it needs
-    return _Layout(
-        prefix, n_masked=2 + len(source), reserved=len(source) + 6 + len(header), truncated=cut
-    )
+    reserved = len(source) + 6 + len(header)
+    return _Layout(prefix, n_masked=2 + len(source), reserved=reserved, truncated=cut)
 
 
-def _encode_prompt(layout, tokenizer, prompt: str, max_src_len: int) -> EncodedPrompt:
+LayoutFunction = Callable[[TextTokenizer, str, int], _Layout]  # (tokenizer, prompt, max_src_len)
+
+
+def _encode_prompt(
+    layout: LayoutFunction, tokenizer: TextTokenizer, prompt: str, max_src_len: int
+) -> EncodedPrompt:
     """Ids before the answer's text, as `encode_example` lays them out with the same `max_src_len`.
 
     Raises ValueError where max_src_len cannot hold the family's fixed part of the prompt.
     """
-    made = layout(tokenizer, prompt, max_src_len)
-    return EncodedPrompt(made.prefix, made.truncated)
+    parts = layout(tokenizer, prompt, max_src_len)
+    return EncodedPrompt(parts.prefix, parts.truncated)
 
 
 def _encode_example(
-    layout, end_token, tokenizer, prompt: str, answer: str, max_len: int, max_src_len: int
+    layout: LayoutFunction,
+    end_token: str,
+    tokenizer: TextTokenizer,
+    prompt: str,
+    answer: str,
+    max_len: int,
+    max_src_len: int,
 ) -> Example:
     """One training row of at most `max_len` ids; the end token is kept however long the answer is.
 
     Raises ValueError where the limits leave no token for the answer.
     """
-    made = layout(tokenizer, prompt, max_src_len)
-    room = max_len - made.reserved
+    parts = layout(tokenizer, prompt, max_src_len)
+    room = max_len - parts.reserved
     if room < 1:
         raise ValueError(
             f"max_len={max_len} leaves no room for an answer after a prompt of "
-            f"{len(made.prefix)} tokens (max_src_len={max_src_len}); raise max_len to at least "
-            f"{made.reserved + 1} or lower max_src_len"
+            f"{len(parts.prefix)} tokens (max_src_len={max_src_len}); raise max_len to at least "
+            f"{parts.reserved + 1} or lower max_src_len"
         )
     target = tokenizer.encode_text(answer)
-    input_ids = made.prefix + target[:room] + [tokenizer.get_command(end_token)]
-    return Example(input_ids, made.n_masked, made.truncated or len(target) > room)
+    input_ids = parts.prefix + target[:room] + [tokenizer.get_command(end_token)]
+    return Example(input_ids, parts.n_masked, parts.truncated or len(target) > room)
 
 
 # ---- chats ----
@@ -210,7 +230,7 @@ def glm2_build_prompt(query: str, history: list | None = None) -> str:
     return f"{rounds}[Round {len(history) + 1}]\n\n问：{query}\n\n答："
 
 
-def glm3_message(tokenizer, role: str, metadata: str, content: str) -> list[int]:
+def glm3_message(tokenizer: TextTokenizer, role: str, metadata: str, content: str) -> list[int]:
     """Ids of one ChatGLM3 message: role token, header line, content.
 
     Raises ValueError for an unknown role.
@@ -221,26 +241,34 @@ def glm3_message(tokenizer, role: str, metadata: str, content: str) -> list[int]
     return [tokenizer.get_command(f"<|{role}|>")] + header + tokenizer.encode_text(content)
 
 
-def _pairs_only(role: str) -> None:
+def _check_user_role(role: str) -> None:
     if role != "user":
         raise ValueError(f"only ChatGLM3 has roles, got role={role!r}")
 
 
 def _glm_chat(
-    tokenizer, query: str, history=None, role: str = "user", rounds: bool = False
+    tokenizer: TextTokenizer,
+    query: str,
+    history: list | None = None,
+    role: str = "user",
+    rounds: bool = False,
 ) -> list[int]:
-    _pairs_only(role)
+    _check_user_role(role)
     ids = tokenizer.encode_text(glm_chat_prompt(query, history, rounds))
     return ids + [tokenizer.get_command("[gMASK]"), tokenizer.get_command("<sop>")]
 
 
-def _glm2_chat(tokenizer, query: str, history=None, role: str = "user") -> list[int]:
-    _pairs_only(role)
+def _glm2_chat(
+    tokenizer: TextTokenizer, query: str, history: list | None = None, role: str = "user"
+) -> list[int]:
+    _check_user_role(role)
     ids = tokenizer.encode_text(glm2_build_prompt(query, history))
     return [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")] + ids
 
 
-def _glm3_chat(tokenizer, query: str, history: list | None = None, role: str = "user") -> list[int]:
+def _glm3_chat(
+    tokenizer: TextTokenizer, query: str, history: list | None = None, role: str = "user"
+) -> list[int]:
     ids = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")]
     for message in history_messages(history):
         if (content := message_text(message)) is not None:
@@ -312,9 +340,8 @@ def _glm3_response(text: str, history: list | None = None) -> tuple[str | dict, 
         history.append({"role": "assistant", "metadata": metadata, "content": body})
         content = {"name": metadata.strip(), "content": body}
         if has_tools:
-            code = "\n".join(
-                body.strip().split("\n")[1:-1]
-            )  # without the fence's first and last line
+            lines = body.strip().split("\n")
+            code = "\n".join(lines[1:-1])  # without the first and last line, the fence's
             with suppress(ValueError):
                 content = {"name": metadata.strip(), "parameters": parse_tool_call(code)}
     return content, history
@@ -324,9 +351,15 @@ def _glm3_response(text: str, history: list | None = None) -> tuple[str | dict, 
 
 
 class _Evidence(NamedTuple):
+    """What one sign in a folder says: the model belongs to one of `families`."""
+
     families: frozenset[str]
     strong: bool  # strong evidence may contradict what a user asks for; names only help to guess
-    sentence: str
+    sentence: str  # for an error
+
+
+def _sign(sentence: str, *families: str, strong: bool = True) -> _Evidence:
+    return _Evidence(frozenset(families), strong, sentence)
 
 
 _NAME_PATTERNS = [(r"glm[-_]?3", "glm3"), (r"glm[-_]?2", "glm2"), (r"chatglm[-_]?6b", "glm")]
@@ -359,66 +392,76 @@ def _evidence(
     The base model of an adapter or prefix, which `base` may name, counts too, but not the base of
     a base: two folders may name each other.
     """
-
-    def sign(sentence: str, *families: str, strong: bool = True) -> _Evidence:
-        return _Evidence(frozenset(families), strong, sentence)
-
     path = Path(folder)
     config = _read_json(path / "config.json") if config is None else config
     tokenizer = _read_json(path / "tokenizer_config.json")
     adapter = _read_json(path / "adapter_config.json")
 
     for file, values in (("config.json", config), ("tokenizer_config.json", tokenizer)):
-        if isinstance(values.get("glm_family"), str) and values["glm_family"] in FAMILIES:
-            yield sign(f'{file} says "glm_family": "{values["glm_family"]}"', values["glm_family"])
+        family = values.get("glm_family")
+        if isinstance(family, str) and family in FAMILIES:
+            yield _sign(f'{file} says "glm_family": "{family}"', family)
 
     if (path / "ice_text.model").is_file():
-        yield sign("the folder holds ice_text.model, ChatGLM-6B's tokenizer", "glm")
+        yield _sign("the folder holds ice_text.model, ChatGLM-6B's tokenizer", "glm")
     for key in ("position_encoding_2d", "inner_hidden_size"):
         if key in config:
-            yield sign(f"config.json has {key}, which only ChatGLM-6B has", "glm")
+            yield _sign(f"config.json has {key}, which only ChatGLM-6B has", "glm")
     for key in ("multi_query_group_num", "padded_vocab_size"):
         if key in config:
-            yield sign(
-                f"config.json has {key}, which ChatGLM2-6B and ChatGLM3-6B have", "glm2", "glm3"
-            )
+            sentence = f"config.json has {key}, which ChatGLM2-6B and ChatGLM3-6B have"
+            yield _sign(sentence, "glm2", "glm3")
 
+    yield from _tokenizer_evidence(path, tokenizer)
+
+    base = base or adapter.get("base_model_name_or_path")
+    if follow and isinstance(base, (str, Path)) and base:
+        for evidence in _evidence(base, follow=False):
+            sentence = f"the adapter's base model: {evidence.sentence}"
+            yield evidence._replace(sentence=sentence)
+
+    names = (
+        config.get("_name_or_path"),
+        tokenizer.get("name_or_path"),
+        Path(path.absolute()).name,
+    )
+    for name in names:
+        family = _named_family(name) if isinstance(name, str) else None
+        if family:
+            yield _sign(f"it is named {name}", family, strong=False)
+
+    # The two families read this field differently; these are the published values.
+    if (ratio := config.get("rope_ratio")) in (16, 50, 500):
+        family = "glm2" if ratio == 16 else "glm3"
+        yield _sign(f"config.json has rope_ratio {ratio}", family, strong=False)
+
+
+def _tokenizer_evidence(path: Path, tokenizer: dict) -> Iterator[_Evidence]:
+    """What a folder's tokenizer files say; `tokenizer` is its tokenizer_config.json."""
     keys = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
     added = [tokenizer.get(key) for key in keys] + [_read_json(path / "added_tokens.json")]
     template = [tokenizer.get("chat_template"), _read_text(path / "chat_template.jinja")]
     code = _read_text(path / "tokenization_chatglm.py")
-    for where, text in (
-        ("the added tokens", json.dumps(added, ensure_ascii=False)),
-        ("the chat template", json.dumps(template, ensure_ascii=False)),
-        ("tokenization_chatglm.py", code),
-    ):
+    texts = {
+        "the added tokens": json.dumps(added, ensure_ascii=False),
+        "the chat template": json.dumps(template, ensure_ascii=False),
+        "tokenization_chatglm.py": code,
+    }
+    for where, text in texts.items():
         if "<|user|>" in text:
-            yield sign(f"<|user|>, a role token of ChatGLM3-6B, is in {where}", "glm3")
+            yield _sign(f"<|user|>, a role token of ChatGLM3-6B, is in {where}", "glm3")
     if "ice_text.model" in code:
-        yield sign("tokenization_chatglm.py reads ice_text.model, ChatGLM-6B's tokenizer", "glm")
+        yield _sign("tokenization_chatglm.py reads ice_text.model, ChatGLM-6B's tokenizer", "glm")
     elif code and "<|user|>" not in code:
-        yield sign("tokenization_chatglm.py has no role tokens, so it is ChatGLM2-6B's", "glm2")
+        yield _sign("tokenization_chatglm.py has no role tokens, so it is ChatGLM2-6B's", "glm2")
 
-    base = base or adapter.get("base_model_name_or_path")
-    if follow and isinstance(base, (str, Path)) and base:
-        for found in _evidence(base, follow=False):
-            yield found._replace(sentence=f"the adapter's base model: {found.sentence}")
 
-    for name in (
-        config.get("_name_or_path"),
-        tokenizer.get("name_or_path"),
-        Path(path.absolute()).name,
-    ):
-        for pattern, family in _NAME_PATTERNS:
-            if isinstance(name, str) and re.search(pattern, name.lower()):
-                yield sign(f"it is named {name}", family, strong=False)
-                break
-
-    # The two families read this field differently; these are the published values.
-    if (ratio := config.get("rope_ratio")) in (16, 50, 500):
-        yield sign(
-            f"config.json has rope_ratio {ratio}", "glm2" if ratio == 16 else "glm3", strong=False
-        )
+def _named_family(name: str) -> str | None:
+    """The family that a model's name contains."""
+    for pattern, family in _NAME_PATTERNS:
+        if re.search(pattern, name.lower()):
+            return family
+    return None
 
 
 def infer_family(
@@ -433,17 +476,18 @@ def infer_family(
         base: the base model of an adapter or prefix folder; by default the one that it names.
         config: used in place of the folder's config.json.
     """
-    left = frozenset(FAMILIES)
-    for found in sorted(_evidence(folder, base, config), key=lambda found: not found.strong):
-        left = left & found.families or left
-    return next(iter(left)) if len(left) == 1 else None
+    possible = frozenset(FAMILIES)
+    strong_first = sorted(_evidence(folder, base, config), key=lambda evidence: not evidence.strong)
+    for evidence in strong_first:
+        possible = possible & evidence.families or possible
+    return next(iter(possible)) if len(possible) == 1 else None
 
 
 def contradicts(folder: str | Path, family: str, base: str | Path | None = None) -> str | None:
     """The sentence of evidence that `family` is wrong for `folder`; None without evidence."""
-    for found in _evidence(folder, base):
-        if found.strong and family not in found.families:
-            return found.sentence
+    for evidence in _evidence(folder, base):
+        if evidence.strong and family not in evidence.families:
+            return evidence.sentence
     return None
 
 
