@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from queue import Queue
 from threading import Thread
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
@@ -26,8 +27,16 @@ from .layers import PrefixEmbedding, PrefixLinear, attention_visibility, padding
 from .packing import Packing
 from .weights import check_fit, stored_prefix, stored_shapes, weight_files
 
+if TYPE_CHECKING:
+    from .tokenization import ChatGLMTokenizer
+
+# Options of from_pretrained by which it reads weights from elsewhere than a folder's usual files.
+OTHER_SOURCES = ("state_dict", "subfolder", "variant", "gguf_file")
+
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
+    """What the models of both architectures share of transformers' base class."""
+
     config: ChatGLMConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
@@ -36,7 +45,9 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path | None, *args, **kwargs
+    ) -> Any:
         """transformers' from_pretrained, which reads a folder's weights only where they fit.
 
         Raises:
@@ -44,17 +55,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
                 quantised weights or a tensor of another shape; the message is one line.
         """
         folder = Path(pretrained_model_name_or_path or "")
-        elsewhere = (
-            "state_dict",
-            "subfolder",
-            "variant",
-            "gguf_file",
-        )  # than in the files of a folder
-        if (
-            pretrained_model_name_or_path is None
-            or not folder.is_dir()
-            or any(map(kwargs.get, elsewhere))
-        ):
+        is_folder = pretrained_model_name_or_path is not None and folder.is_dir()
+        if not is_folder or any(map(kwargs.get, OTHER_SOURCES)):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         check_json_files(folder)
         config = kwargs.get("config")
@@ -75,7 +77,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         A prefix may be missing: it may be new.
 
         Raises:
-            ValueError: they do not fit. FileNotFoundError: there are none.
+            ValueError: they do not fit.
+            FileNotFoundError: there are none.
         """
         files, shapes = weight_files(folder), stored_shapes(folder)
         if (stored_prefix(folder, shapes) or {}).get("only"):
@@ -83,16 +86,15 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
                 f"{folder} holds a P-Tuning prefix alone, no model: "
                 f"chatglm.load_model({str(folder)!r}) puts it on its base"
             )
-        if (
-            getattr(config, "quantization_config", None) is None
-        ):  # bitsandbytes' own files hold other shapes
+        if getattr(config, "quantization_config", None) is None:
+            # The shapes in files that bitsandbytes quantised are others.
             with reading(folder / "config.json"), torch.device("meta"):
                 model = cls(copy.deepcopy(config))
             check_fit(folder, model, shapes, ignored="prefix_encoder.")
         return files
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         """Normal weights of `initializer_range`, zero biases, unit norms.
 
         Also for a prefix encoder added to a checkpoint.
@@ -130,7 +132,7 @@ class ChatGLMBody:
         return self.config.pre_seq_len if self.config.prefix_version == "v1" else 0
 
     @staticmethod
-    def cached_length(cache) -> int:
+    def cached_length(cache: Cache | None) -> int:
         """Positions in a cache, v1's vectors included; 0 for None."""
         if cache is None:
             return 0
@@ -143,7 +145,7 @@ class ChatGLMBody:
 
     def prepend_prompt(
         self, embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: int
-    ):
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Put v1's vectors before the first input and extend mask and positions; else no change.
 
         Positions have the sequence last; of ChatGLM-6B's (B, 2, S) positions the second row holds
@@ -157,27 +159,21 @@ class ChatGLMBody:
                 raise ValueError("with P-Tuning v1 give a 2-D attention_mask (1 = real token)")
             attention_mask = F.pad(attention_mask, (count, 0), value=1)
         if position_ids is not None:
-            shift = torch.tensor(
-                [count, 0] if position_ids.dim() == 3 else [count], device=position_ids.device
-            )
-            position_ids = position_ids + (shift[:, None] if position_ids.dim() == 3 else shift)
+            virtual_positions, shift = prompt_positions(position_ids, count)
+            position_ids = position_ids + shift
             if past == 0:
-                own = torch.arange(count, device=position_ids.device)
-                own = torch.stack([own, torch.zeros_like(own)]) if position_ids.dim() == 3 else own
-                position_ids = torch.cat(
-                    [own.expand(*position_ids.shape[:-1], count), position_ids], dim=-1
-                )
+                virtual_positions = virtual_positions.expand(*position_ids.shape[:-1], count)
+                position_ids = torch.cat([virtual_positions, position_ids], dim=-1)
         if past == 0:
-            embeds = torch.cat(
-                [self.prefix_encoder(embeds.shape[0]).to(embeds.dtype), embeds], dim=1
-            )
+            virtual = self.prefix_encoder(embeds.shape[0]).to(embeds.dtype)
+            embeds = torch.cat([virtual, embeds], dim=1)
         return embeds, attention_mask, position_ids
 
     def find_packing(
         self,
         position_ids: Tensor | None,
-        attention_mask,
-        past_key_values,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
         batch: int,
         keep: Tensor | None,
     ) -> Packing | None:
@@ -210,7 +206,9 @@ class ChatGLMBody:
             raise ValueError("positions fall back: put the sequences in one row")
         return replace(packing, keep=keep)
 
-    def prepend_prompts(self, embeds: Tensor, position_ids: Tensor, packing: Packing):
+    def prepend_prompts(
+        self, embeds: Tensor, position_ids: Tensor, packing: Packing
+    ) -> tuple[Tensor, Tensor, Packing, Tensor]:
         """`prepend_prompt` in a packed row: v1's vectors before each sequence that sees no trunk.
 
         Returns:
@@ -218,29 +216,27 @@ class ChatGLMBody:
             the row's own tokens.
         """
         count = self.prompt_length
-        own = torch.arange(count, device=position_ids.device)
-        own = torch.stack([own, torch.zeros_like(own)]) if position_ids.dim() == 3 else own
-        shift = torch.tensor(
-            [[count], [0]] if position_ids.dim() == 3 else [count], device=position_ids.device
-        )
+        virtual_positions, shift = prompt_positions(position_ids, count)
         virtual = self.prefix_encoder(1).to(embeds.dtype)
         rows, positions = [], []
         for i, row in enumerate(embeds.split(packing.lengths, dim=1)):
-            rows += [row] if packing.shared[i] else [virtual, row]
+            if not packing.shared[i]:
+                rows.append(virtual)
+            rows.append(row)
         for i, part in enumerate((position_ids + shift).split(packing.lengths, dim=-1)):
-            positions += (
-                [part] if packing.shared[i] else [own.expand(*part.shape[:-1], count), part]
-            )
-        packing, where = packing.with_prompt(count)
-        return torch.cat(rows, dim=1), torch.cat(positions, dim=-1), packing, where
+            if not packing.shared[i]:
+                positions.append(virtual_positions.expand(*part.shape[:-1], count))
+            positions.append(part)
+        packing, places = packing.with_prompt(count)
+        return torch.cat(rows, dim=1), torch.cat(positions, dim=-1), packing, places
 
     def run_layers(
         self,
-        layers,
+        layers: nn.ModuleList,
         hidden_states: Tensor,
-        attention_mask,
+        attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        past_key_values,
+        past_key_values: Cache | None,
         packing: Packing | None,
         **kwargs,
     ) -> Tensor:
@@ -251,7 +247,9 @@ class ChatGLMBody:
         """
         past = self.cached_length(past_key_values)
         batch, text_length = hidden_states.shape[:2]
-        text, keep, backend = slice(-text_length, None), None, self.config._attn_implementation
+        text: slice | Tensor = slice(-text_length, None)  # the places that are no virtual tokens
+        keep = None
+        backend = self.config._attn_implementation
         if packing is not None:
             if self.prompt_length:
                 hidden_states, position_ids, packing, text = self.prepend_prompts(
@@ -308,6 +306,20 @@ class ChatGLMBody:
         return None, padding_mask(attention_mask, kv_len, self.prompt_length)
 
 
+def prompt_positions(position_ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Positions of `count` virtual tokens at the front, and what they add to those after them.
+
+    For `position_ids` (B, S): (count,) and (1,). For ChatGLM-6B's (B, 2, S): (2, count) and (2, 1);
+    block positions of virtual tokens are 0 and do not shift the others.
+    """
+    device = position_ids.device
+    positions = torch.arange(count, device=device)
+    if position_ids.dim() != 3:
+        return positions, torch.tensor([count], device=device)
+    positions = torch.stack([positions, torch.zeros_like(positions)])
+    return positions, torch.tensor([[count], [0]], device=device)
+
+
 class ChatGLMCausalLM:
     """The head: logits, loss and generation over `self.transformer`.
 
@@ -320,7 +332,7 @@ class ChatGLMCausalLM:
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -358,7 +370,7 @@ class ChatGLMCausalLM:
         )
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
+    def generate(self, inputs: Tensor | None = None, *args, **kwargs) -> Any:
         """transformers' generate; takes the originals' 4-D mask (True = masked) too."""
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 4:
@@ -368,8 +380,13 @@ class ChatGLMCausalLM:
 
     @torch.inference_mode()
     def chat(
-        self, tokenizer, query: str, history: list | None = None, role: str = "user", **options
-    ):
+        self,
+        tokenizer: "ChatGLMTokenizer",
+        query: str,
+        history: list | None = None,
+        role: str = "user",
+        **options,
+    ) -> tuple[str | dict, list]:
         """One turn of a conversation: (answer, new history), sampled as the originals sample.
 
         Args:
@@ -386,25 +403,24 @@ class ChatGLMCausalLM:
             ValueError: the history has another form, or says what the family cannot.
         """
         inputs, options = self.prepare_chat(tokenizer, query, history, role, options)
-        ids = self.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :].tolist()
-        ids = [
-            i for i in ids if i not in options["eos_token_id"]
-        ]  # decoding ChatGLM3's roles gives their names
-        return self.finish_chat(
-            tokenizer, tokenizer.decode(ids, skip_special_tokens=True), query, history, role
-        )
+        prompt_length = inputs["input_ids"].shape[1]
+        ids = self.generate(**inputs, **options)[0, prompt_length:].tolist()
+        # Decoding would write ChatGLM3's role tokens out by name.
+        ids = [i for i in ids if i not in options["eos_token_id"]]
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        return self.finish_chat(tokenizer, text, query, history, role)
 
     @torch.inference_mode()
     def stream_chat(
         self,
-        tokenizer,
+        tokenizer: "ChatGLMTokenizer",
         query: str,
         history: list | None = None,
         role: str = "user",
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         return_past_key_values: bool = False,
         **options,
-    ) -> Iterator:
+    ) -> Iterator[tuple]:
         """As `chat`, but yields (answer so far, history so far), and chat's result at the end.
 
         With `return_past_key_values` a third item is the cache: given with the next turn, it saves
@@ -418,23 +434,23 @@ class ChatGLMCausalLM:
                 raise ValueError(
                     "ChatGLM-6B and P-Tuning v1 cannot go on from another turn's cache"
                 )
-            options["past_key_values"] = cache = past_key_values or DynamicCache(config=self.config)
-            unshared = cache.get_seq_length() - shared_length(
-                prompt[:-1], getattr(cache, "token_ids", [])
-            )
+            cache = past_key_values or DynamicCache(config=self.config)
+            options["past_key_values"] = cache
+            shared = shared_length(prompt[:-1], getattr(cache, "token_ids", []))
+            unshared = cache.get_seq_length() - shared
             if unshared:
                 cache.crop(-unshared)
         streamer = IdStreamer()
-        failure = []
+        failure: list[BaseException] = []
 
-        def run():
+        def run() -> None:
             try:
                 self.generate(**inputs, **options, streamer=streamer)
             except BaseException as error:  # a thread must not swallow what its caller should see
                 failure.append(error)
                 streamer.end()
 
-        def result(ids):
+        def result(ids: list[int]) -> tuple:
             text = tokenizer.decode(ids, skip_special_tokens=True)
             answer = self.finish_chat(tokenizer, text, query, history, role)
             return (*answer, cache) if return_past_key_values else answer
@@ -450,18 +466,27 @@ class ChatGLMCausalLM:
                 if text and not text.endswith("\ufffd"):  # half of a character: wait for the rest
                     yield result(ids)
         finally:
-            streamer.abandoned = True  # a caller who stops listening stops the generation
+            streamer.abandoned = True  # a caller who stops reading cancels the generation
         if failure:
             raise failure[0]
         if "past_key_values" in options:
             cache.token_ids = (prompt + ids)[: cache.get_seq_length()]
         yield result(ids)
 
-    def prepare_chat(self, tokenizer, query, history, role, options) -> tuple[dict, dict]:
+    def prepare_chat(
+        self,
+        tokenizer: "ChatGLMTokenizer",
+        query: str,
+        history: list | None,
+        role: str,
+        options: dict[str, Any],
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """(model inputs, generate options) of one turn."""
         family = FAMILIES[tokenizer.family]
-        as_tuned = {"rounds": True} if getattr(self.config, "chat_prompt", None) == "rounds" else {}
-        ids = family.encode_chat(tokenizer, query, history, role, **as_tuned)
+        # A fine-tuned ChatGLM-6B counts rounds as its training prompts do.
+        counts_rounds = getattr(self.config, "chat_prompt", None) == "rounds"
+        form = {"rounds": True} if counts_rounds else {}
+        ids = family.encode_chat(tokenizer, query, history, role, **form)
         inputs = {"input_ids": torch.tensor([ids], device=self.device)}
         stops = [tokenizer.get_command(token) for token in family.stop_tokens]
         defaults = family.chat_defaults | {
@@ -474,14 +499,17 @@ class ChatGLMCausalLM:
         if isinstance(options["eos_token_id"], int):
             options["eos_token_id"] = [options["eos_token_id"]]
         if not options["do_sample"]:
-            options = {k: v for k, v in options.items() if k not in ("top_p", "temperature")} | {
-                "top_p": None,
-                "temperature": None,
-                "top_k": None,
-            }
+            options |= {"top_p": None, "temperature": None, "top_k": None}
         return inputs, options
 
-    def finish_chat(self, tokenizer, text, query, history, role):
+    def finish_chat(
+        self,
+        tokenizer: "ChatGLMTokenizer",
+        text: str,
+        query: str,
+        history: list | None,
+        role: str,
+    ) -> tuple[str | dict, list]:
         """(answer, new history) from the generated text."""
         family = FAMILIES[tokenizer.family]
         history = copy.deepcopy(list(history or []))
@@ -492,25 +520,33 @@ class ChatGLMCausalLM:
 
 
 def shared_length(a: list[int], b: list[int]) -> int:
-    """How many ids two sequences begin with in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    """The length of the beginning that two sequences of ids have in common."""
+    for i, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
 
 
 class IdStreamer:
-    """generate()'s streamer protocol as an iterator of token ids, without the prompt's."""
+    """generate()'s streamer as an iterator of token ids, without the prompt's.
+
+    `put` raises RuntimeError once `abandoned` is set, which ends the generation.
+    """
 
     def __init__(self):
-        self.ids, self.prompt_seen, self.abandoned = Queue(), False, False
+        self.ids: Queue[int | None] = Queue()
+        self.prompt_seen = False
+        self.abandoned = False
 
-    def put(self, value: Tensor):
+    def put(self, value: Tensor) -> None:
         if self.abandoned:
-            raise RuntimeError("nobody listens to this stream any more")
+            raise RuntimeError("the reader of this stream has stopped")
         if self.prompt_seen:
             for token in value.flatten().tolist():
                 self.ids.put(token)
         self.prompt_seen = True
 
-    def end(self):
+    def end(self) -> None:
         self.ids.put(None)
 
     def __iter__(self) -> Iterator[int]:
