@@ -5,10 +5,14 @@ Read are published checkpoints, this toolkit's own, LoRA adapters and P-Tuning p
 
 import hashlib
 import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .adapters import adapter_file, fit_adapter, load_adapter, peft_name, read_adapter
@@ -66,6 +70,9 @@ __all__ = [
     "weight_files",
 ]
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 log = logging.getLogger(__name__)
 
 # Tensors that say nothing about which model a folder holds: tables, tied copies, P-Tuning's own.
@@ -102,7 +109,7 @@ def resolve_mode(path: str | Path, mode: str | None = None, base: str | Path | N
     return mode
 
 
-def read_config(path: str | Path):
+def read_config(path: str | Path) -> PreTrainedConfig:
     """The transformers configuration of a model, ours or another; code beside it is never run.
 
     Raises:
@@ -145,10 +152,10 @@ def load_model(
     prefix_projection: bool = False,
     ptuning_version: str | None = None,
     attn_implementation: str = "sdpa",
-    device_map=None,
+    device_map: str | dict[str, Any] | None = None,
     base: str | Path | None = None,
     quantization_bit: int | None = None,
-):
+) -> "PreTrainedModel | PeftModel":
     """A ChatGLM with its output layer, in eval mode.
 
     Args:
@@ -179,8 +186,8 @@ def load_model(
         "dtype": dtype,
         "attn_implementation": attn_implementation,
         "device_map": device_map,
+        "quantization_bit": quantization_bit,
     }
-    options["quantization_bit"] = quantization_bit
     if (path / "adapter_config.json").is_file():
         base = find_base(path, base)
         if (base / "adapter_config.json").is_file():
@@ -205,14 +212,11 @@ def load_model(
             "ChatGLM-6B's bidirectional context has no flash kernel; "
             'use attn_implementation="sdpa"'
         )
-    model_class = (
-        ChatGLM1ForConditionalGeneration
-        if isinstance(config, ChatGLM1Config)
-        else ChatGLM2ForConditionalGeneration
-    )
-    with (
-        quiet_transformers()
-    ):  # it would report a new prefix as missing; what is really missing is an error below
+    model_class: type[PreTrainedModel] = ChatGLM2ForConditionalGeneration
+    if isinstance(config, ChatGLM1Config):
+        model_class = ChatGLM1ForConditionalGeneration
+    # transformers would report a new prefix as missing; what is really missing is an error below.
+    with quiet_transformers():
         model, info = model_class.from_pretrained(
             str(weights),
             config=config,
@@ -224,19 +228,20 @@ def load_model(
         )
     # A prefix may be missing where it is new or comes from `path`; that the config names one is not
     # enough.
-    prefix_elsewhere = weights != path or (stored is None and pre_seq_len)
-    lost = sorted(
-        k for k in info["missing_keys"] if not (prefix_elsewhere and k.startswith(PREFIX))
-    )
-    if lost:
-        raise ValueError(f"{weights}: the weights lack {len(lost)} tensors, the first is {lost[0]}")
+    missing = sorted(info["missing_keys"])
+    if weights != path or (stored is None and pre_seq_len):
+        missing = [name for name in missing if not name.startswith(PREFIX)]
+    if missing:
+        raise ValueError(
+            f"{weights}: the weights lack {len(missing)} tensors, the first is {missing[0]}"
+        )
     if weights != path:
         load_prefix(model, path)
     set_stop_ids(model, path, weights, mode)
     return model.eval()
 
 
-def quantization(bits: int | None, dtype) -> dict:
+def quantization(bits: int | None, dtype: torch.dtype | str | None) -> dict[str, Any]:
     """from_pretrained's options for frozen weights in 4 or 8 bits.
 
     Sources: QLoRA, arXiv 2305.14314 (4); LLM.int8(), arXiv 2208.07339 (8).
@@ -256,16 +261,11 @@ def quantization(bits: int | None, dtype) -> dict:
         ) from None
     from transformers import BitsAndBytesConfig
 
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(
-        logging.ERROR
-    )  # says at every product that int8 rounds by way of fp16
-    compute = (
-        dtype
-        if isinstance(dtype, torch.dtype)
-        else torch.float32
-        if not torch.cuda.is_available()
-        else torch.bfloat16
-    )
+    # It warns at every product that int8 rounds by way of fp16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    compute = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    if isinstance(dtype, torch.dtype):
+        compute = dtype
     return {
         "quantization_config": BitsAndBytesConfig(
             load_in_4bit=bits == 4,
@@ -279,19 +279,17 @@ def quantization(bits: int | None, dtype) -> dict:
 
 
 @contextmanager
-def quiet_transformers():
-    """No progress bars and no loading report from transformers inside."""
-    level, bars = (
-        transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
-    )
+def quiet_transformers() -> Iterator[None]:
+    """Inside, transformers shows no progress bars and no loading report."""
+    level = transformers_logging.get_verbosity()
+    had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
-        if bars:
+        if had_bars:
             transformers_logging.enable_progress_bar()
 
 
@@ -305,16 +303,25 @@ def base_fingerprint(path: str | Path) -> str:
     for name, tensor in iterate_weights(path):
         if not any(part in name for part in NOT_IDENTITY):
             flat = tensor.flatten()
+            step = max(1, flat.numel() // 16)
             # To bfloat16 by way of fp16, as a half-precision copy was rounded: rounding fp32 to
             # bfloat16 at once may give another value.
-            values = flat[:: max(1, flat.numel() // 16)][:16].half().to(torch.bfloat16).float()
+            values = flat[::step][:16].half().to(torch.bfloat16).float()
             samples[name] = (tuple(tensor.shape), values.numpy().tobytes())
     for name in sorted(samples):
-        digest.update(f"{name}{samples[name][0]}".encode() + samples[name][1])
+        shape, values = samples[name]
+        digest.update(f"{name}{shape}".encode() + values)
     return digest.hexdigest()
 
 
-def set_prefix(config, path, stored, pre_seq_len, prefix_projection, ptuning_version):
+def set_prefix(
+    config: ChatGLMConfig,
+    path: str | Path,
+    stored: dict | None,
+    pre_seq_len: int | None,
+    prefix_projection: bool,
+    ptuning_version: str | None,
+) -> None:
     """Set the config's prefix fields from the caller's arguments, the config and the weights.
 
     Args:
@@ -324,11 +331,9 @@ def set_prefix(config, path, stored, pre_seq_len, prefix_projection, ptuning_ver
     """
     asked = pre_seq_len or config.pre_seq_len
     if stored and asked and asked != stored["length"]:
-        source = (
-            f"pre_seq_len={pre_seq_len}"
-            if pre_seq_len
-            else f"its config.json says pre_seq_len {config.pre_seq_len}"
-        )
+        source = f"pre_seq_len={pre_seq_len}"
+        if not pre_seq_len:
+            source = f"its config.json says pre_seq_len {config.pre_seq_len}"
         raise ValueError(
             f"{path} holds a prefix of {stored['length']} virtual tokens, but {source}"
         )
@@ -340,20 +345,17 @@ def set_prefix(config, path, stored, pre_seq_len, prefix_projection, ptuning_ver
             )
         if prefix_projection and not stored["mlp"]:
             raise ValueError(f"{path} holds a prefix without an MLP, but prefix_projection=True")
-        config.pre_seq_len, config.prefix_projection, config.ptuning_version = (
-            stored["length"],
-            stored["mlp"],
-            version,
-        )
+        config.pre_seq_len = stored["length"]
+        config.prefix_projection = stored["mlp"]
+        config.ptuning_version = version
     else:
-        config.pre_seq_len, config.prefix_projection = pre_seq_len, prefix_projection
+        config.pre_seq_len = pre_seq_len
         config.ptuning_version = ptuning_version or "v2"
-        if config.ptuning_version == "v1":
-            config.prefix_projection = False
+        config.prefix_projection = prefix_projection and config.ptuning_version != "v1"
     config.validate_prefix()
 
 
-def load_prefix(model, path: Path):
+def load_prefix(model: nn.Module, path: Path) -> None:
     """Put the prefix of a prefix-only folder into a model built for it."""
     state = {name.split("prefix_encoder.")[1]: tensor for name, tensor in iterate_weights(path)}
     encoder = model.transformer.prefix_encoder
@@ -363,7 +365,8 @@ def load_prefix(model, path: Path):
         if name not in state or state[name].shape != wanted:
             found = list(state[name].shape) if name in state else "nothing"
             raise ValueError(f"{path}: prefix_encoder.{name} must be {list(wanted)}, found {found}")
-        partitioned += [parameter] if hasattr(parameter, "ds_id") else []
+        if hasattr(parameter, "ds_id"):
+            partitioned.append(parameter)
     if partitioned:  # by ZeRO-3, while the model was built
         from deepspeed import zero
 
@@ -373,7 +376,7 @@ def load_prefix(model, path: Path):
         encoder.load_state_dict(state)
 
 
-def set_stop_ids(model, path: Path, base: Path, mode: str):
+def set_stop_ids(model: PreTrainedModel, path: Path, base: Path, mode: str) -> None:
     """Make generate() stop at the family's stop tokens.
 
     Their ids come from the tokenizer in `path`, or else in `base`.
@@ -386,6 +389,6 @@ def set_stop_ids(model, path: Path, base: Path, mode: str):
             return
 
 
-def stop_ids(tokenizer) -> list[int]:
+def stop_ids(tokenizer: ChatGLMTokenizer) -> list[int]:
     """Ids that end an answer in the tokenizer's family."""
     return [tokenizer.get_command(token) for token in FAMILIES[tokenizer.family].stop_tokens]

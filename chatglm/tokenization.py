@@ -9,9 +9,10 @@ the originals do.
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -30,9 +31,8 @@ from .families import (
 from .files import is_lfs_pointer, pointer_error
 from .folders import check_json_files, reading, without_marks
 
-_TOKENIZER_CLASS = (
-    "ChatGLMTokenizer"  # the originals' class name, so that a saved folder loads elsewhere too
-)
+# The originals' class name, so that a saved folder loads elsewhere too.
+_TOKENIZER_CLASS = "ChatGLMTokenizer"
 _SAVED_BY_LIBRARY = (
     "added_tokens_decoder",
     "backend",
@@ -97,7 +97,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     # ---- loading and saving
 
     @classmethod
-    def from_pretrained(cls, folder, *inputs, family: str | None = None, **kwargs):
+    def from_pretrained(
+        cls, folder: str | Path, *inputs, family: str | None = None, **kwargs
+    ) -> "ChatGLMTokenizer":
         """Tokenizer of a folder or hub name; `family` decides where the files leave it open.
 
         Code in the folder is never run, whatever its auto_map says.
@@ -123,9 +125,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             # not left to the library, which prefers any file named tokenizer.model
             open(wanted, "rb").close()  # what the disk says; the library would hide it
             kwargs["vocab_file"] = str(wanted)
-        kwargs.setdefault(
-            "encode_special_tokens", False
-        )  # a folder must not open this door by itself
+        # Only the caller may set it, not a folder's files.
+        kwargs.setdefault("encode_special_tokens", False)
         kwargs.pop("trust_remote_code", None)
         if not place.is_dir():
             return super().from_pretrained(folder, *inputs, **kwargs)
@@ -136,24 +137,21 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         tokenizer.name_or_path = str(folder)
         return tokenizer
 
-    def save_pretrained(self, save_directory, *args, **kwargs) -> tuple[str, ...]:
+    def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> tuple[str, ...]:
         """Write the model and tokenizer_config.json; returns paths.
 
         The config has the originals' class name and "glm_family".
         """
         files = super().save_pretrained(save_directory, *args, **kwargs)
         prefix = kwargs.get("filename_prefix")
-        path = Path(
-            save_directory, f"{prefix}-tokenizer_config.json" if prefix else "tokenizer_config.json"
-        )
+        name = "tokenizer_config.json"
+        path = Path(save_directory, f"{prefix}-{name}" if prefix else name)
         config = json.loads(path.read_text(encoding="utf-8"))
         for key in (*_SAVED_BY_LIBRARY, *self._not_saved, "encode_special_tokens"):
             config.pop(key, None)
         config.update(tokenizer_class=_TOKENIZER_CLASS, glm_family=self.family)
-        path.write_text(
-            json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
-            encoding="utf-8",
-        )
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+        path.write_text(f"{text}\n", encoding="utf-8")
         return files
 
     # The originals of ChatGLM2/3 have these as read-only properties and fail on a config that sets
@@ -161,7 +159,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     _not_saved = ("bos_token", "eos_token", "pad_token", "unk_token")
 
     def save_vocabulary(
-        self, save_directory, filename_prefix: str | None = None
+        self, save_directory: str | Path, filename_prefix: str | None = None
     ) -> tuple[str, ...]:
         """Copy the SentencePiece model into `save_directory`; returns its path."""
         name = FAMILIES[self.family].tokenizer_file
@@ -201,7 +199,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """A token's own name, control tokens included."""
         raise NotImplementedError
 
-    def _convert_token_to_id_with_added_voc(self, token):
+    def _convert_token_to_id_with_added_voc(self, token: str | None) -> int | None:
         return None if token is None else self._convert_token_to_id(token)
 
     def _add_tokens(self, new_tokens: Iterable, special_tokens: bool = False) -> int:
@@ -240,6 +238,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self._trusted_ids(text)
 
     def _trusted_ids(self, text: str) -> list[int]:
+        """Ids of text in which the control tokens `_readable` count as such."""
         # text, token, text, token, ..., text
         parts = re.split(f"({'|'.join(map(re.escape, self._readable))})", text)
         ids = []
@@ -259,12 +258,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def tokenize(self, text: str, **kwargs) -> list[str]:
         """Names of the pieces of `text`; takes `encode_special_tokens` like a call."""
         special = kwargs.get("encode_special_tokens", self.encode_special_tokens)
-        return [
-            self._name(i)
-            for i in self._ids(text, special and not kwargs.get("split_special_tokens", False))
-        ]
+        split = kwargs.get("split_special_tokens", False)
+        return [self._name(index) for index in self._ids(text, special and not split)]
 
-    def apply_chat_template(self, *args, **kwargs):
+    def apply_chat_template(self, *args, **kwargs) -> Any:
         """Not for these models: a template renders text, and text never becomes control tokens."""
         raise NotImplementedError(
             f"chat prompts of {FAMILIES[self.family].title} are built from ids: "
@@ -272,7 +269,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         )
 
     def get_special_tokens_mask(
-        self, token_ids_0, token_ids_1=None, already_has_special_tokens=False
+        self,
+        token_ids_0: list[int],
+        token_ids_1: list[int] | None = None,
+        already_has_special_tokens: bool = False,
     ) -> list[int]:
         """1 for each added special token, 0 for a token of the sequences."""
         if already_has_special_tokens:
@@ -300,21 +300,10 @@ class GLMTokenizer(ChatGLMTokenizer):
     family = "glm"
     vocab_files_names = {"vocab_file": FAMILIES["glm"].tokenizer_file}
     _not_saved = ()
-    _controls = tuple(
-        [
-            "<unk>",
-            "<s>",
-            "</s>",
-            "<pad>",
-            "[MASK]",
-            "[gMASK]",
-            "[sMASK]",
-            "<unused_0>",
-            "<sop>",
-            "<eop>",
-            "<ENC>",
-            "<dBLOCK>",
-        ]
+    _controls = (
+        *("<unk>", "<s>", "</s>", "<pad>"),
+        *("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>"),
+        *("<sop>", "<eop>", "<ENC>", "<dBLOCK>"),
     )
     # The original reads any control piece through SentencePiece; these five also split the text
     # around them.
@@ -326,25 +315,21 @@ class GLMTokenizer(ChatGLMTokenizer):
         named = {"bos": "<sop>", "eos": "<eop>", "mask": "[MASK]", "pad": "<pad>", "unk": "<unk>"}
         for name, token in named.items():
             kwargs.setdefault(f"{name}_token", token)
-        own = {"end_token": "</s>", "gmask_token": "[gMASK]"}
-        own |= kwargs.pop("model_specific_special_tokens", None) or {}
+        special = {"end_token": "</s>", "gmask_token": "[gMASK]"}
+        special |= kwargs.pop("model_specific_special_tokens", None) or {}
         super().__init__(
             vocab_file,
             num_image_tokens=num_image_tokens,
-            model_specific_special_tokens=own,
+            model_specific_special_tokens=special,
             **kwargs,
         )
-        # a folder may name other pieces as its special tokens
-        self._commands |= {
-            token: self._convert_token_to_id(token) for token in self.all_special_tokens
-        }
+        # A folder may name other pieces as its special tokens.
+        for token in self.all_special_tokens:
+            self._commands[token] = self._convert_token_to_id(token)
 
     def _control_ids(self) -> dict[str, int]:
-        return {
-            name: self._convert_token_to_id(name)
-            for name in self._controls
-            if self._has_piece(name)
-        }
+        names = [name for name in self._controls if self._has_piece(name)]
+        return {name: self._convert_token_to_id(name) for name in names}
 
     @cached_property
     def _control_pieces(self) -> dict[int, list[int]]:
@@ -352,16 +337,15 @@ class GLMTokenizer(ChatGLMTokenizer):
 
         The pieces are one per character, or the character's bytes where it has no piece of its own.
         """
-        sp = self.sp_model
         spelled = {}
         for name, index in self._commands.items():
-            ids = []
+            pieces = []
             for char in name:
-                as_bytes = [f"<0x{byte:02X}>" for byte in char.encode()]
-                ids += [
-                    sp.piece_to_id(piece)
-                    for piece in ([char] if self._has_piece(char) else as_bytes)
-                ]
+                if self._has_piece(char):
+                    pieces.append(char)
+                else:
+                    pieces += [f"<0x{byte:02X}>" for byte in char.encode()]
+            ids = [self.sp_model.piece_to_id(piece) for piece in pieces]
             spelled[index - self.num_image_tokens] = ids
         return spelled
 
@@ -378,11 +362,9 @@ class GLMTokenizer(ChatGLMTokenizer):
     def _name(self, index: int) -> str:
         if 0 <= index < self.num_image_tokens:
             return f"<image_{index}>"
-        return (
-            self.sp_model.id_to_piece(index - self.num_image_tokens)
-            if 0 <= index < self.vocab_size
-            else ""
-        )
+        if 0 <= index < self.vocab_size:
+            return self.sp_model.id_to_piece(index - self.num_image_tokens)
+        return ""
 
     _convert_id_to_token = _name
 
@@ -402,9 +384,12 @@ class GLMTokenizer(ChatGLMTokenizer):
         pieces = self._pieces(text)
         # Checked on ids, after SentencePiece has normalised the text: full-width "［gMASK］" can be
         # one too.
-        if not self._control_pieces.keys().isdisjoint(pieces):
-            pieces = [i for piece in pieces for i in self._control_pieces.get(piece, (piece,))]
-        return [piece + self.num_image_tokens for piece in pieces]
+        if self._control_pieces.keys().isdisjoint(pieces):
+            return [piece + self.num_image_tokens for piece in pieces]
+        ids: list[int] = []
+        for piece in pieces:
+            ids += self._control_pieces.get(piece, [piece])
+        return [index + self.num_image_tokens for index in ids]
 
     def _trusted_text_ids(self, text: str) -> list[int]:
         return [piece + self.num_image_tokens for piece in self._pieces(text)]
@@ -413,7 +398,9 @@ class GLMTokenizer(ChatGLMTokenizer):
         """Ids of a text or pair. Unlike a call it builds no mask, whose cost is length squared."""
         return super().encode(*args, **({"return_attention_mask": False} | kwargs))
 
-    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None) -> list[int]:
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
         """`A [gMASK] <sop>`, or `A [gMASK] <sop> B <eop>` for a pair."""
         ids = token_ids_0 + [self.gmask_token_id, self.bos_token_id]
         return ids if token_ids_1 is None else ids + token_ids_1 + [self.eos_token_id]
@@ -425,22 +412,21 @@ class GLMTokenizer(ChatGLMTokenizer):
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return self.sp_model.decode_pieces([self._whitespace.get(token, token) for token in tokens])
 
-    def _decode(self, token_ids, skip_special_tokens: bool = False, **kwargs) -> str:
+    def _decode(
+        self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs
+    ) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        hidden = {self.pad_token_id} | (
-            set(self._commands.values()) if skip_special_tokens else set()
-        )
+        hidden = {self.pad_token_id}
+        if skip_special_tokens:
+            hidden |= set(self._commands.values())
         return super()._decode([i for i in ids if i not in hidden], **kwargs)
 
-    def pad(self, encoded_inputs, *args, **kwargs) -> BatchEncoding:
+    def pad(self, encoded_inputs: Mapping | Sequence[Mapping], *args, **kwargs) -> BatchEncoding:
         """As the library's; masks and positions are rebuilt from the padded ids."""
-        made = ("attention_mask", "position_ids")
         if isinstance(encoded_inputs, (list, tuple)):
-            encoded_inputs = [
-                {k: v for k, v in row.items() if k not in made} for row in encoded_inputs
-            ]
+            encoded_inputs = [_without_masks(row) for row in encoded_inputs]
         else:
-            encoded_inputs = {k: v for k, v in encoded_inputs.items() if k not in made}
+            encoded_inputs = _without_masks(encoded_inputs)
         return super().pad(encoded_inputs, *args, **kwargs)
 
     def _pad(
@@ -457,8 +443,11 @@ class GLMTokenizer(ChatGLMTokenizer):
     def _span(self, ids: list[int]) -> tuple[int, int, int]:
         """Start and stop (exclusive) of a padded row, and where <sop> is (stop without one)."""
         pad = self.pad_token_id
-        start = next((i for i, index in enumerate(ids) if index != pad), len(ids))
-        stop = next((i for i in range(len(ids), start, -1) if ids[i - 1] != pad), start)
+        start, stop = 0, len(ids)
+        while start < stop and ids[start] == pad:
+            start += 1
+        while stop > start and ids[stop - 1] == pad:
+            stop -= 1
         sop = self.bos_token_id
         return start, stop, ids.index(sop, start, stop) if sop in ids else stop
 
@@ -487,6 +476,12 @@ class GLMTokenizer(ChatGLMTokenizer):
             positions[0, sop:stop] = ids.index(marker) - start
         positions[1, sop:stop] = np.arange(1, stop - sop + 1)
         return positions
+
+
+def _without_masks(encoded: Mapping) -> dict:
+    """The entries of an encoding that do not depend on its padding."""
+    rebuilt = ("attention_mask", "position_ids")
+    return {key: value for key, value in encoded.items() if key not in rebuilt}
 
 
 class GLM2Tokenizer(ChatGLMTokenizer):
@@ -536,14 +531,16 @@ class GLM2Tokenizer(ChatGLMTokenizer):
         return "" if hidden else self.sp_model.id_to_piece(index)
 
     def _convert_token_to_id(self, token: str) -> int:
-        return (
-            self._commands[token] if token in self._commands else self.sp_model.piece_to_id(token)
-        )
+        if token in self._commands:
+            return self._commands[token]
+        return self.sp_model.piece_to_id(token)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return super().convert_tokens_to_string([token for token in tokens if token])
 
-    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None) -> list[int]:
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
         """`[gMASK] sop A`, or `[gMASK] sop A B </s>` for a pair."""
         ids = [self._commands["[gMASK]"], self._commands["sop"]] + token_ids_0
         return ids if token_ids_1 is None else ids + token_ids_1 + [self._commands["</s>"]]
@@ -590,13 +587,17 @@ class GLM3Tokenizer(GLM2Tokenizer):
         return glm3_message(self, role, metadata, message)
 
     def build_chat_input(
-        self, query: str, history=None, role: str = "user", return_tensors="pt"
+        self,
+        query: str,
+        history: list | None = None,
+        role: str = "user",
+        return_tensors: str | None = "pt",
     ) -> BatchEncoding:
         """A batch of one chat, [1, S]: history, the query in its role, then `<|assistant|>`."""
         ids = FAMILIES[self.family].encode_chat(self, query, history, role)
         return self.pad({"input_ids": [ids]}, return_tensors=return_tensors)
 
-    def build_prompt(self, query: str, history=None) -> str:
+    def build_prompt(self, query: str, history: list | None = None) -> str:
         raise NotImplementedError("ChatGLM3's roles have no text form: use build_chat_input")
 
 
