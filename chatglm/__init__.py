@@ -1,18 +1,23 @@
 """ChatGLM-6B, ChatGLM2-6B and ChatGLM3-6B on today's transformers, without remote code.
 
-`load_model` and `load_tokenizer` read every published folder; after `import chatglm`, transformers' Auto classes do too.
+`load_model` and `load_tokenizer` read every published folder; after `import chatglm`,
+transformers' Auto classes do too.
 """
 
 import importlib
 import importlib.abc
 import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
 
 from .families import FAMILIES
 
 __all__ = ["FAMILIES", "load_model", "load_tokenizer"]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     # Lazy: `train.py --help` wants the names of the families, not seconds of torch.
     if name in ("load_model", "load_tokenizer"):
         from . import loading
@@ -21,25 +26,27 @@ def __getattr__(name):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# Our modules register themselves with transformers' Auto classes at their foot. They are imported the moment one of
-# transformers' auto modules is, whoever imports it: at once would cost everyone seconds, on use would be too late.
+# Our modules register with transformers' Auto classes when they are imported. The hook below
+# imports them right after transformers' own auto modules, whoever imports those: importing them
+# with this package would cost every command seconds, on first use would be too late.
 WITH_AUTO_MODULE = {
     "transformers.models.auto.configuration_auto": ("chatglm.configuration",),
     "transformers.models.auto.tokenization_auto": ("chatglm.tokenization",),
     "transformers.models.auto.modeling_auto": ("chatglm.modeling_glm", "chatglm.modeling_glm2"),
 }
-# Our models need it, and it imports modeling_auto itself: while it is half done, it goes first.
+# Our models need this module, and it imports modeling_auto: while it is being imported, ours wait
+# for its end.
 LAYERS = "transformers.modeling_layers"
 
 
 def is_half_done(name: str) -> bool:
-    """A module that is being imported right now."""
+    """Whether a module is being imported right now."""
     spec = getattr(sys.modules.get(name), "__spec__", None)
     return getattr(spec, "_initializing", False)
 
 
-def import_ours(name: str):
-    """What belongs to transformers' module `name`, which has just run."""
+def import_ours(name: str) -> None:
+    """Import our modules that belong to transformers' module `name`, which has just run."""
     auto = "transformers.models.auto.modeling_auto"
     if name == LAYERS:
         if auto not in sys.modules:
@@ -52,18 +59,22 @@ def import_ours(name: str):
 
 
 class AutoClassHook(importlib.abc.MetaPathFinder):
-    """Lets the other finders find an auto module or LAYERS, and imports ours after it has run."""
+    """Imports our modules after an auto module or LAYERS, which the other finders find, has run."""
 
-    def find_spec(self, name, path, target=None):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name not in WITH_AUTO_MODULE and name != LAYERS:
             return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        spec = None
+        for finder in sys.meta_path:
+            if finder is not self and spec is None:
+                spec = finder.find_spec(name, path, target)
         if spec is None:
             return None
         run = spec.loader.exec_module
 
-        def exec_module(module):
+        def exec_module(module: ModuleType) -> None:
             run(module)
             import_ours(name)
 

@@ -6,13 +6,16 @@ peft itself warns of tensors that a file lacks and drops those that it does not 
 import re
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
 from .files import read_json, shorten
 from .folders import reading
 from .weights import read_tensors
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 PEFT = "base_model.model."
 # What savers put before a module's name: peft's own, TRL's of a model with a value head, none.
@@ -27,9 +30,8 @@ class Fit(NamedTuple):
     state: dict[str, Tensor]  # what the file holds
     missing: list[str]
     unexpected: list[str]
-    misshapen: list[
-        tuple[str, list[int], list[int]]
-    ]  # (name, shape in the file, shape in the model)
+    # (name, shape in the file, shape in the model)
+    misshapen: list[tuple[str, list[int], list[int]]]
 
 
 def adapter_file(folder: Path) -> Path:
@@ -67,7 +69,7 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def read_adapter_config(folder: Path):
+def read_adapter_config(folder: Path) -> "PeftConfig":
     """peft's configuration of an adapter folder.
 
     Raises:
@@ -79,9 +81,8 @@ def read_adapter_config(folder: Path):
     path = folder / "adapter_config.json"
     values = read_json(path)
     values.pop("runtime_config", None)  # of the machine that saved it
-    if (
-        values.get("megatron_config") is not None
-    ):  # peft would import the module that megatron_core names
+    if values.get("megatron_config") is not None:
+        # peft would import the module that megatron_core names
         raise ValueError(
             f"{path}: an adapter of Megatron's layers (megatron_config) is not read here"
         )
@@ -113,19 +114,16 @@ def fit_adapter(model: nn.Module, state: dict[str, Tensor]) -> Fit:
     from peft import get_peft_model_state_dict
 
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
-    others = (
-        model.state_dict().keys()
-    )  # a file may hold weights of the base, such as a trained embedding
-    return Fit(
-        state=state,
-        missing=[name for name in wanted if name not in state],
-        unexpected=[name for name in state if name not in wanted and name not in others],
-        misshapen=[
-            (name, list(state[name].shape), list(tensor.shape))
-            for name, tensor in wanted.items()
-            if name in state and state[name].shape != tensor.shape
-        ],
-    )
+    # A file may hold weights of the base too, such as a trained embedding.
+    known = wanted.keys() | model.state_dict().keys()
+    missing, misshapen = [], []
+    for name, tensor in wanted.items():
+        if name not in state:
+            missing.append(name)
+        elif state[name].shape != tensor.shape:
+            misshapen.append((name, list(state[name].shape), list(tensor.shape)))
+    unexpected = [name for name in state if name not in known]
+    return Fit(state, missing, unexpected, misshapen)
 
 
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
@@ -142,16 +140,16 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     folder = Path(folder)
     config, state = read_adapter_config(folder), read_adapter(folder)
     peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-    name, remedy = model.name_or_path, f"does its adapter belong to {model.name_or_path}?"
+    name = model.name_or_path
+    remedy = f"does its adapter belong to {name}?"
     places = set((getattr(model, "hf_device_map", None) or {}).values())
     if "disk" in places:
         raise ValueError(
             f"{folder}: an adapter cannot be put on a base that is partly on disk; "
             "merge it (merge_lora.py)"
         )
-    if (
-        "cpu" in places and len(places) > 1
-    ):  # peft spreads base and adapter over the devices anew, and reads the file itself
+    if "cpu" in places and len(places) > 1:
+        # peft spreads base and adapter over the devices again, and reads the file itself.
         with reading(folder, remedy), warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(model, str(folder), config=config)
@@ -170,19 +168,17 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     return model.eval()
 
 
-def check_names(folder: Path, base: str, fit: Fit):
+def check_names(folder: Path, base: str, fit: Fit) -> None:
     """Raises ValueError where tensors are missing, or would not be read."""
     file = adapter_file(folder)
     if fit.missing:
         count = len(fit.missing) + len(fit.state) - len(fit.unexpected)
+        hint = ""
+        if fit.unexpected:
+            hint = f"; {file.name} names it otherwise, such as {fit.unexpected[0]}"
         raise ValueError(
             f"{len(fit.missing)} of the {count} tensors that {folder / 'adapter_config.json'} asks "
-            f"for are not in {file.name}, the first is {fit.missing[0]}"
-            + (
-                f"; {file.name} names it otherwise, such as {fit.unexpected[0]}"
-                if fit.unexpected
-                else ""
-            )
+            f"for are not in {file.name}, the first is {fit.missing[0]}{hint}"
         )
     if fit.unexpected:
         raise ValueError(
@@ -191,7 +187,7 @@ def check_names(folder: Path, base: str, fit: Fit):
         )
 
 
-def check_shapes(folder: Path, base: str, fit: Fit):
+def check_shapes(folder: Path, base: str, fit: Fit) -> None:
     """Raises ValueError for the first tensor of another shape than the model's."""
     for name, found, wanted in fit.misshapen:
         raise ValueError(

@@ -1,9 +1,10 @@
-"""Checksums of every file of a folder that this toolkit writes, in its checksums.json. Free of torch.
+"""Checksums of the files in a folder that this toolkit writes: its checksums.json. Free of torch.
 
 python -m chatglm.checksums FOLDER            compare every file with its SHA-256
-python -m chatglm.checksums FOLDER --renew    take the files as they are now, after a deliberate change
+python -m chatglm.checksums FOLDER --renew    accept the files as they are, after a planned change
 
-Loading compares XXH3, which takes a fraction of the time that reading the weights takes; resuming and merging compare SHA-256.
+Loading compares XXH3, which takes a fraction of the time that reading the weights takes; resuming
+and merging compare SHA-256.
 A folder without checksums.json is somebody else's and loads as it is.
 """
 
@@ -14,11 +15,12 @@ import json
 import mmap
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import TypeVar
 
 from .files import read_bytes, read_json
 
@@ -30,15 +32,15 @@ UNREAD = ("README.md",)  # model cards: people edit them and no program reads th
 WEIGHTS = (".safetensors", ".bin", ".pt", ".onnx", ".npz")
 BLOCK = 1 << 24  # bytes, 2 ms of XXH3
 THREADS = min(8, os.cpu_count() or 1)
-asked_level: ContextVar[str | None] = ContextVar(
-    "asked_level", default=None
-)  # of the load under way: its base is a load too
+Loaded = TypeVar("Loaded")
+# The level of the load in progress; the load of its base model inherits it.
+asked_level: ContextVar[str | None] = ContextVar("asked_level", default=None)
 
 
 def hash_file(path: Path, *, fast: bool = True, strong: bool = True) -> dict:
     """{"bytes", "xxh3", "sha256"} of a file; without the hash that is not asked for.
 
-    The fast one is the XXH3 of the XXH3s of its blocks, so that several threads may work on one file.
+    The fast one is the XXH3 of the XXH3s of the file's blocks, so several threads can share a file.
     """
     import xxhash
 
@@ -46,7 +48,8 @@ def hash_file(path: Path, *, fast: bool = True, strong: bool = True) -> dict:
     if not size:
         blocks, digest = [], hashlib.sha256()
     else:
-        # Mapped: a thread that reads into a buffer waits for Python's lock at every block, and loading holds it.
+        # Memory-mapped: a thread that reads into a buffer takes the GIL for every block, and
+        # loading holds it.
         with (
             open(path, "rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
@@ -59,8 +62,12 @@ def hash_file(path: Path, *, fast: bool = True, strong: bool = True) -> dict:
             finally:
                 for span in spans:
                     span.release()
-    hashes = {"xxh3": xxhash.xxh3_64_hexdigest(b"".join(blocks))} if fast else {}
-    return {"bytes": size} | hashes | ({"sha256": digest.hexdigest()} if strong else {})
+    hashes: dict = {"bytes": size}
+    if fast:
+        hashes["xxh3"] = xxhash.xxh3_64_hexdigest(b"".join(blocks))
+    if strong:
+        hashes["sha256"] = digest.hexdigest()
+    return hashes
 
 
 def in_threads(work: Callable, items: list) -> list:
@@ -71,16 +78,19 @@ def in_threads(work: Callable, items: list) -> list:
         return list(pool.map(work, items))
 
 
-def write_checksums(folder: Path):
-    """Write checksums.json for the files that lie in `folder` and below it; it checks itself too."""
+def write_checksums(folder: str | Path) -> None:
+    """Write checksums.json for the files in `folder` and below; it holds its own checksum too."""
     folder = Path(folder)
-    found = (p for p in folder.rglob("*") if p.is_file() and p.name not in UNREAD)
-    names = sorted(p.relative_to(folder).as_posix() for p in found)
-    names = [name for name in names if name != CHECKSUMS]
+    names = []
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and path.name not in UNREAD and name != CHECKSUMS:
+            names.append(name)
+    names.sort()
     hashes = in_threads(lambda name: hash_file(folder / name), names)
-    aside = folder / f".{CHECKSUMS}.tmp"
-    aside.write_bytes(render(dict(zip(names, hashes))))
-    os.replace(aside, folder / CHECKSUMS)
+    temporary = folder / f".{CHECKSUMS}.tmp"
+    temporary.write_bytes(render(dict(zip(names, hashes))))
+    os.replace(temporary, folder / CHECKSUMS)
 
 
 def render(files: dict) -> bytes:
@@ -88,8 +98,8 @@ def render(files: dict) -> bytes:
     import xxhash
 
     content = {"format_version": FORMAT_VERSION, "files": files}
-    own = xxhash.xxh3_64_hexdigest(json.dumps(content).encode())
-    return (json.dumps(content | {"self": own}, indent=1) + "\n").encode()
+    self_hash = xxhash.xxh3_64_hexdigest(json.dumps(content).encode())
+    return (json.dumps(content | {"self": self_hash}, indent=1) + "\n").encode()
 
 
 def read_checksums(folder: Path) -> dict[str, dict] | None:
@@ -103,9 +113,8 @@ def read_checksums(folder: Path) -> dict[str, dict] | None:
         return None
     try:
         content = read_json(path)
-        if (version := content["format_version"]) == FORMAT_VERSION and render(
-            content["files"]
-        ) == read_bytes(path):
+        version = content["format_version"]
+        if version == FORMAT_VERSION and render(content["files"]) == read_bytes(path):
             return content["files"]
     except (ValueError, KeyError, TypeError):
         raise damaged(path, folder) from None
@@ -141,7 +150,7 @@ def check_folder_files(
     *,
     default: str = "fast",
     wanted: Callable[[str], bool] = lambda name: True,
-):
+) -> None:
     """Compare the files of a folder that this toolkit wrote with its checksums.
 
     Args:
@@ -153,30 +162,31 @@ def check_folder_files(
     folder, level = Path(folder), level_of(verify, default)
     if level == "off" or (files := read_checksums(folder)) is None:
         return
-    chosen = [name for name in files if wanted(name)]
-    compare_all(
-        folder, {name: files[name] for name in chosen}, "xxh3" if level == "fast" else "sha256"
-    )
+    chosen = {name: hashes for name, hashes in files.items() if wanted(name)}
+    compare_all(folder, chosen, "xxh3" if level == "fast" else "sha256")
 
 
-def compare_all(folder: Path, files: dict[str, dict], kind: str):
-    """Raises ValueError for the first of `files`, {name: hashes}, whose hash of that kind is another; large files in threads."""
+def compare_all(folder: Path, files: dict[str, dict], kind: str) -> None:
+    """Compare one kind of hash of `files`, {name: hashes}; blocks or files are hashed in threads.
 
-    def compare(name: str):
+    Raises:
+        ValueError: a file is missing or differs; the first one is named.
+    """
+
+    def compare(name: str) -> None:
         path, expected = folder / name, files[name]
         try:
             size = path.stat().st_size
-            same = (
-                size == expected.get("bytes", size)
-                and hash_file(path, fast=kind == "xxh3", strong=kind == "sha256")[kind]
-                == expected[kind]
-            )
+            same = size == expected.get("bytes", size)
+            if same:
+                hashes = hash_file(path, fast=kind == "xxh3", strong=kind == "sha256")
+                same = hashes[kind] == expected[kind]
         except FileNotFoundError:
             raise damaged(path, folder, "missing, though checksums.json lists it") from None
         if not same:
             raise damaged(path, folder)
 
-    if kind == "sha256":  # one thread a file; XXH3 has threads of its own
+    if kind == "sha256":  # one thread a file; hash_file runs XXH3 in threads
         in_threads(compare, list(files))
     else:
         for name in files:
@@ -184,20 +194,26 @@ def compare_all(folder: Path, files: dict[str, dict], kind: str):
 
 
 def is_top(name: str) -> bool:
-    """What loading reads; below lies what only training reads."""
+    """Whether loading reads the file: it lies in the folder itself, training's files lie below."""
     return "/" not in name
 
 
 def is_small(name: str) -> bool:
+    """Whether loading reads the file and it holds no weights."""
     return is_top(name) and not name.endswith(WEIGHTS)
 
 
 @contextmanager
-def verified(folder: str | Path, verify: str | None = None, wanted: Callable[[str], bool] = is_top):
-    """Compare a folder's checksums: of small files before the block, of weights in a thread while the block reads them.
+def verified(
+    folder: str | Path, verify: str | None = None, wanted: Callable[[str], bool] = is_top
+) -> Iterator[None]:
+    """Compare a folder's checksums around a block that reads the folder.
 
-    The block's result counts only if they agree: leaving it raises what `check_folder_files` raises, also in place of an
-    error of the block, which damage may have caused.
+    Small files are compared before the block, weights in a thread while the block reads them.
+
+    The block's result counts only if they agree: leaving the block raises what
+    `check_folder_files` raises, also in place of an error of the block, which damage may have
+    caused.
     """
     token = asked_level.set(verify or asked_level.get())
     try:
@@ -222,12 +238,17 @@ def verified(folder: str | Path, verify: str | None = None, wanted: Callable[[st
         asked_level.reset(token)
 
 
-def checks_folder(wanted: Callable[[str], bool] = is_top):
-    """Decorator of a loader whose first argument is a folder: adds `verify`, one of LEVELS, and checks what it reads."""
+def checks_folder(
+    wanted: Callable[[str], bool] = is_top,
+) -> Callable[[Callable[..., Loaded]], Callable[..., Loaded]]:
+    """Decorator of a loader whose first argument is a folder: checks the files that it reads.
 
-    def decorate(load):
+    The loader gets one more keyword, `verify`: one of LEVELS.
+    """
+
+    def decorate(load: Callable[..., Loaded]) -> Callable[..., Loaded]:
         @functools.wraps(load)
-        def loading(path, *args, verify: str | None = None, **options):
+        def loading(path: str | Path, *args, verify: str | None = None, **options) -> Loaded:
             with verified(path, verify, wanted):
                 return load(path, *args, **options)
 
@@ -236,12 +257,15 @@ def checks_folder(wanted: Callable[[str], bool] = is_top):
     return decorate
 
 
-def add_verify_flag(parser: argparse.ArgumentParser, default: str):
+def add_verify_flag(parser: argparse.ArgumentParser, default: str) -> None:
     """--verify, for commands that read our folders."""
     parser.add_argument(
         "--verify",
         choices=LEVELS,
-        help=f"compare files with their checksums.json: fast (XXH3), full (SHA-256) or off [{ENVIRONMENT}, else {default}]",
+        help=(
+            "compare files with their checksums.json: fast (XXH3), full (SHA-256) or off "
+            f"[{ENVIRONMENT}, else {default}]"
+        ),
     )
 
 

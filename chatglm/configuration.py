@@ -1,6 +1,9 @@
-"""Configurations of the ChatGLM family. One `model_type` "chatglm" stands for two architectures, told apart by their keys.
+"""Configurations of the ChatGLM family.
 
-The field names are the originals', so every published config.json loads and what is saved loads elsewhere.
+One `model_type`, "chatglm", stands for two architectures; their keys tell which one it is.
+
+The field names are the originals', so every published config.json loads here and what is saved
+here loads elsewhere.
 """
 
 import os
@@ -18,10 +21,11 @@ LARGEST_SIZE = 2**24  # of any other dimension of a weight
 
 @strict
 class ChatGLMConfig(PreTrainedConfig):
-    """What both architectures share; `from_dict` and `from_pretrained` return the subclass the keys call for.
+    """What both architectures share; `from_dict` and `from_pretrained` return the right subclass.
 
-    `pre_seq_len` P switches P-Tuning on: `ptuning_version` "v2" puts P key/value vectors in front of every layer,
-    through an MLP if `prefix_projection`; "v1" puts P vectors in front of the first input embedding.
+    `pre_seq_len` P switches P-Tuning on: `ptuning_version` "v2" puts P key/value vectors in front
+    of every layer, through an MLP if `prefix_projection`; "v1" puts P vectors in front of the
+    first input embedding.
     """
 
     model_type = "chatglm"
@@ -36,31 +40,29 @@ class ChatGLMConfig(PreTrainedConfig):
     use_cache: bool = True
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "ChatGLMConfig":
         if cls is ChatGLMConfig:
             cls = ChatGLM1Config if is_chatglm1(config_dict) else ChatGLM2Config
         asked = {"glm_family": family} if (family := kwargs.pop("glm_family", None)) else {}
         return super().from_dict(dict(config_dict) | asked, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """The saved form: all fields of the architecture, since other readers do not share our defaults."""
+        """The saved form: all fields of the architecture; other readers have other defaults."""
         full = self.to_dict()
-        own = set(type(self).__annotations__) | set(ChatGLMConfig.__annotations__)
-        # "ChatGLMModel" is the one architecture name that other readers (vLLM, llama.cpp) know the family by.
-        return (
-            super().to_diff_dict()
-            | {k: full[k] for k in own if full.get(k) is not None}
-            | {"architectures": ["ChatGLMModel"]}
-        )
+        names = set(type(self).__annotations__) | set(ChatGLMConfig.__annotations__)
+        fields = {name: full[name] for name in names if full.get(name) is not None}
+        # Other readers (vLLM, llama.cpp) know the family by this one architecture name.
+        return super().to_diff_dict() | fields | {"architectures": ["ChatGLMModel"]}
 
-    def check_sizes(self, *names: str):
-        """Raises ValueError where a field cannot be the dimension of a weight, or `num_layers` a number of layers."""
+    def check_sizes(self, *names: str) -> None:
+        """Raises ValueError where a field cannot be a weight's dimension or a number of layers."""
         for name in names:
             most = MOST_LAYERS if name == "num_layers" else LARGEST_SIZE
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must be 1 to {most}, got {getattr(self, name)}")
 
-    def validate_prefix(self):
+    def validate_prefix(self) -> None:
+        """Raises ValueError for a P-Tuning field out of its range."""
         if self.pre_seq_len is not None and not 1 <= self.pre_seq_len <= LARGEST_SIZE:
             raise ValueError(
                 f"pre_seq_len must be at least 1 and at most {LARGEST_SIZE}, got {self.pre_seq_len}"
@@ -72,7 +74,10 @@ class ChatGLMConfig(PreTrainedConfig):
 
     @property
     def prefix_version(self) -> str | None:
-        """ "v1", "v2" or None. A prefix checkpoint that names no version is v2: the originals know nothing else."""
+        """ "v1", "v2" or None.
+
+        A prefix checkpoint that names no version is v2: the originals know nothing else.
+        """
         return (self.ptuning_version or "v2") if self.pre_seq_len else None
 
 
@@ -99,15 +104,15 @@ class ChatGLM1Config(ChatGLMConfig):
     gmask_token_id: int | None = None
     pad_token_id: int | None = 0
     tie_word_embeddings: bool = True
-    chat_prompt: str | None = (
-        None  # "rounds": chat() counts [Round n] from 1, as the training prompt does
-    )
+    # "rounds": chat() counts [Round n] from 1, as the training prompt does
+    chat_prompt: str | None = None
 
     def __post_init__(self, **kwargs):
         self.check_sizes(
             "vocab_size", "hidden_size", "num_layers", "num_attention_heads", "inner_hidden_size"
         )
-        # The first release's config names neither; both keep their distance from <sop> in every vocabulary.
+        # The first release's config names neither; in every vocabulary both have a fixed distance
+        # from <sop>.
         if self.mask_token_id is None:
             self.mask_token_id = self.bos_token_id - 4
         if self.gmask_token_id is None:
@@ -188,7 +193,8 @@ class ChatGLM2Config(ChatGLMConfig):
         )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of multi_query_group_num "
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                "multi_query_group_num "
                 f"({self.num_key_value_heads})"
             )
         self.glm_family = self.glm_family or self.find_family(kwargs)
@@ -204,14 +210,15 @@ class ChatGLM2Config(ChatGLMConfig):
         super().__post_init__(**kwargs)
 
     def find_family(self, kwargs: dict[str, Any]) -> str | None:
-        """What the folder that this configuration comes from tells, as the tokenizer and `load_model` have it."""
-        told = {"rope_ratio": self.rope_ratio, "padded_vocab_size": self.padded_vocab_size}
-        folder = (
-            kwargs.get("name_or_path") or os.devnull
-        )  # not the working folder, which is another's
-        family = infer_family(
-            str(folder), config=told | {"_name_or_path": kwargs.get("_name_or_path")}
-        )
+        """The family that the files beside this configuration show, as `load_model` infers it."""
+        config = {
+            "rope_ratio": self.rope_ratio,
+            "padded_vocab_size": self.padded_vocab_size,
+            "_name_or_path": kwargs.get("_name_or_path"),
+        }
+        # Without a folder no file counts, least of all those in the working directory.
+        folder = kwargs.get("name_or_path") or os.devnull
+        family = infer_family(str(folder), config=config)
         return family if family in ("glm2", "glm3") else None
 
     @property
@@ -224,17 +231,16 @@ class ChatGLM2Config(ChatGLMConfig):
 def untold_family(ratio: float) -> str:
     """The message where nothing tells how to read `rope_ratio`."""
     return (
-        f"rope_ratio {ratio} divides positions in ChatGLM2 and multiplies the base in ChatGLM3, and nothing tells "
+        f"rope_ratio {ratio} divides positions in ChatGLM2 and multiplies the base in ChatGLM3, "
+        "and nothing tells "
         'which of them this is: say mode="glm2" or "glm3", or set "glm_family" in config.json'
     )
 
 
 def is_chatglm1(config_dict: dict[str, Any]) -> bool:
-    """ChatGLM-6B by its keys; everything else of model_type "chatglm" is ChatGLM2's architecture."""
-    return config_dict.get("glm_family") == "glm" or any(
-        key in config_dict
-        for key in ("position_encoding_2d", "inner_hidden_size", "max_sequence_length")
-    )
+    """Whether the keys are ChatGLM-6B's; any other "chatglm" has ChatGLM2's architecture."""
+    keys = ("position_encoding_2d", "inner_hidden_size", "max_sequence_length")
+    return config_dict.get("glm_family") == "glm" or any(key in config_dict for key in keys)
 
 
 AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)

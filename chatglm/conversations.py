@@ -1,25 +1,40 @@
-"""Conversations of several turns, with roles and tools, as training rows of each family. Pure: text to ids with labels.
+"""Conversations of several turns, with roles and tools, as training rows of each family.
 
-ChatGLM3 has roles, so a conversation is one row. ChatGLM2 has rounds of text: one row too, with the end token as the *label* of
-what follows an answer, because the rounds of its chats have no end token between them. ChatGLM-6B's context sees itself in both
-directions and a row has one [gMASK]: each answer is a row of its own, after the rounds before it.
+Pure functions: text to ids with labels.
+
+ChatGLM3 has roles, so a conversation is one row. ChatGLM2 has rounds of text: one row too, with the
+end token as the *label* of the token after an answer, because its chats have no end token between
+rounds. ChatGLM-6B's context is bidirectional and a row has one [gMASK]: each answer is a row, after
+the rounds before it.
 """
 
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .families import ROLES, TOOL_PREAMBLE, _keep_tail, glm3_message, glm_chat_prompt
+from .families import (
+    ROLES,
+    TOOL_PREAMBLE,
+    TextTokenizer,
+    _keep_tail,
+    glm3_message,
+    glm_chat_prompt,
+)
 
 IGNORED = -100
-GLM3_LABELS = (
-    "chatglm_finetuning",
-    "chatglm3_demo",
-)  # whether the role token <|assistant|> of an answer is a label; the demo: no
+# Whether the role token <|assistant|> of an answer is a label: in the first it is, in the demo not.
+GLM3_LABELS = ("chatglm_finetuning", "chatglm3_demo")
+# The roles that may come before each role; None: the chat may begin with it.
+ALLOWED_BEFORE: dict[str, tuple[str | None, ...]] = {
+    "system": (None,),
+    "user": (None, "system", "assistant"),
+    "assistant": ("user", "assistant", "observation"),
+    "observation": ("assistant", "observation"),
+}
 
 
 class Turn(NamedTuple):
-    """One message. `metadata` is what stands in an assistant's header line: the name of the tool that it calls."""
+    """One message; `metadata` is an assistant's header line: the name of the tool that it calls."""
 
     role: str
     content: str
@@ -28,7 +43,7 @@ class Turn(NamedTuple):
 
 
 class EncodedTurns(NamedTuple):
-    """A training row whose labels are its ids, IGNORED, or the end token where the row goes on after an answer."""
+    """A training row: each label is the id itself, IGNORED, or the end token after an answer."""
 
     input_ids: list[int]
     labels: list[int]
@@ -36,46 +51,44 @@ class EncodedTurns(NamedTuple):
 
 
 def learns(turn: Turn) -> bool:
+    """Whether the turn carries loss."""
     return turn.role == "assistant" and turn.loss
 
 
 def tool_call(parameters: dict[str, Any]) -> str:
     """The text of a ChatGLM3 tool call, as `families.parse_tool_call` reads it back.
 
-    A parameter named like a keyword (from, class) is written as ChatGLM3's demo writes it, and is not read back.
+    A parameter named like a keyword (from, class) is written as ChatGLM3's demo writes it, and is
+    not read back.
     Raises ValueError for a parameter whose name is no Python name.
     """
     if bad := next((name for name in parameters if not name.isidentifier()), None):
         raise ValueError(f"a tool's parameter must have a Python name, got {bad!r}")
-    return f"```python\ntool_call({', '.join(f'{name}={value!r}' for name, value in parameters.items())})\n```"
+    arguments = ", ".join(f"{name}={value!r}" for name, value in parameters.items())
+    return f"```python\ntool_call({arguments})\n```"
 
 
 def with_tools(turns: list[Turn], tools: Any) -> list[Turn]:
-    """The turns with their tools (anything JSON) in the system turn, where a chat has them: after its own text, or the fixed sentence.
+    """The turns with their tools (anything JSON) in the system turn, where a chat has them.
+
+    The tools stand after the system's own text, or after TOOL_PREAMBLE where it has none.
 
     ChatGLM3's demo puts a second system turn before the row's own one; its chats have one.
     """
     has_system = bool(turns) and turns[0].role == "system"
     text = turns[0].content if has_system else TOOL_PREAMBLE
-    return [
-        Turn("system", f"{text}\n{json.dumps(tools, indent=4, ensure_ascii=False)}"),
-        *turns[has_system:],
-    ]
+    tools_text = json.dumps(tools, indent=4, ensure_ascii=False)
+    rest = turns[1:] if has_system else turns
+    return [Turn("system", f"{text}\n{tools_text}"), *rest]
 
 
-def check_turns(turns: list[Turn]):
+def check_turns(turns: list[Turn]) -> None:
     """Raises ValueError where the order of roles is not a chat's, or no answer carries loss."""
-    before = None
+    before: str | None = None
     for number, turn in enumerate(turns, 1):
         if turn.role not in ROLES:
             raise ValueError(f"turn {number}: role is one of {', '.join(ROLES)}, got {turn.role!r}")
-        allowed = {
-            "system": (None,),
-            "user": (None, "system", "assistant"),
-            "assistant": ("user", "assistant", "observation"),
-            "observation": ("assistant", "observation"),
-        }
-        if before not in allowed[turn.role]:
+        if before not in ALLOWED_BEFORE[turn.role]:
             raise ValueError(f"turn {number}: {turn.role} cannot follow {before or 'nothing'}")
         before = turn.role
     if not any(map(learns, turns)):
@@ -83,7 +96,9 @@ def check_turns(turns: list[Turn]):
 
 
 def rounds_of(turns: list[Turn]) -> list[tuple[str, str, bool]]:
-    """(question, answer, carries loss) for the families without roles; a system's text stands before the first question.
+    """(question, answer, carries loss) rounds for the families without roles.
+
+    A system's text stands before the first question.
 
     Raises ValueError for a tool call or an observation.
     """
@@ -98,9 +113,10 @@ def rounds_of(turns: list[Turn]) -> list[tuple[str, str, bool]]:
             rounds.append((system + turn.content, "", False))
             system = ""
         else:
-            question, said, _ = rounds[-1]
-            again = before.role == "assistant"
-            rounds[-1] = (question, f"{said}\n{turn.content}" if again else turn.content, turn.loss)
+            question, answer, _ = rounds[-1]
+            goes_on = before.role == "assistant"
+            text = f"{answer}\n{turn.content}" if goes_on else turn.content
+            rounds[-1] = (question, text, turn.loss)
     return rounds
 
 
@@ -109,16 +125,17 @@ def _cut(ids: list[int], labels: list[int], max_len: int) -> EncodedTurns:
 
 
 def _glm(
-    tokenizer, turns: list[Turn], max_len: int, max_src_len: int, role_labels: bool
+    tokenizer: TextTokenizer, turns: list[Turn], max_len: int, max_src_len: int, role_labels: bool
 ) -> list[EncodedTurns]:
-    """One row an answer; the oldest rounds go where its prompt is longer than max_src_len."""
+    """One row an answer; the oldest rounds are dropped until its prompt fits max_src_len."""
     rounds = rounds_of(turns)
     rows = []
     for last, (query, answer, loss) in enumerate(rounds):
         if not loss:
             continue
         for first in range(last + 1):
-            text = glm_chat_prompt(query, [(q, a) for q, a, _ in rounds[first:last]], rounds=True)
+            history = [(question, said) for question, said, _ in rounds[first:last]]
+            text = glm_chat_prompt(query, history, rounds=True)
             source = tokenizer.encode_text(text)
             if len(source) <= max_src_len:
                 break
@@ -132,58 +149,59 @@ def _glm(
         learnt = [tokenizer.get_command("<sop>"), *target[:room], tokenizer.get_command("<eop>")]
         ids = source + [tokenizer.get_command("[gMASK]")] + learnt
         labels = [IGNORED] * (len(source) + 1) + learnt
-        rows.append(EncodedTurns(ids, labels, cut or first > 0 or len(target) > room))
+        truncated = cut or first > 0 or len(target) > room
+        rows.append(EncodedTurns(ids, labels, truncated))
     return rows
 
 
 def _glm2(
-    tokenizer, turns: list[Turn], max_len: int, max_src_len: int, role_labels: bool
+    tokenizer: TextTokenizer, turns: list[Turn], max_len: int, max_src_len: int, role_labels: bool
 ) -> list[EncodedTurns]:
     """One row, cut at max_len."""
     end = tokenizer.get_command("</s>")
-    # SentencePiece begins every text with one. An answer's is learnt, as in rows of one round; a chat's later rounds have none.
+    # SentencePiece begins every text with a space. An answer's is learnt, as in rows of one round;
+    # the later rounds of a chat have none.
     space = tokenizer.encode_text("\n")[:-1]
     ids = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")]
     labels = [IGNORED, IGNORED]
     follows = IGNORED  # the label of what comes after an answer
     for number, (query, answer, loss) in enumerate(rounds_of(turns), 1):
-        source = tokenizer.encode_text(
-            f"{'' if number == 1 else chr(10) * 2}[Round {number}]\n\n问：{query}\n\n答："
-        )
+        before = "" if number == 1 else "\n\n"
+        source = tokenizer.encode_text(f"{before}[Round {number}]\n\n问：{query}\n\n答：")
         if number > 1 and source[: len(space)] == space:
             source = source[len(space) :]
         target = tokenizer.encode_text(answer)
         ids += source + target
-        labels += (
-            [follows]
-            + [IGNORED] * (len(source) - 1)
-            + (target if loss else [IGNORED] * len(target))
-        )
+        labels += [follows] + [IGNORED] * (len(source) - 1)
+        labels += target if loss else [IGNORED] * len(target)
         follows = end if loss else IGNORED
     return [_cut([*ids, end], [*labels, follows], max_len)]
 
 
 def _glm3(
-    tokenizer, turns: list[Turn], max_len: int, max_src_len: int, role_labels: bool
+    tokenizer: TextTokenizer, turns: list[Turn], max_len: int, max_src_len: int, role_labels: bool
 ) -> list[EncodedTurns]:
-    """One row, cut at max_len. An answer's header and text are labels, and the first token after it, which ends it."""
+    """One row, truncated to max_len.
+
+    Labels are an answer's header and text, and the first token after it, which ends it.
+    """
     ids = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")]
     labels = [IGNORED, IGNORED]
-    follows = False
+    follows = False  # whether the turn before carries loss: the next token ends it
     for turn in turns:
         message = glm3_message(tokenizer, turn.role, turn.metadata, turn.content)
         first = follows or (role_labels and learns(turn))
-        labels += [message[0] if first else IGNORED] + (
-            message[1:] if learns(turn) else [IGNORED] * (len(message) - 1)
-        )
+        labels.append(message[0] if first else IGNORED)
+        labels += message[1:] if learns(turn) else [IGNORED] * (len(message) - 1)
         ids += message
         follows = learns(turn)
     end = tokenizer.get_command("</s>")
     return [_cut([*ids, end], [*labels, end if follows else IGNORED], max_len)]
 
 
-# (tokenizer, turns, max_len, max_src_len, role_labels) -> rows, by the family's name. `turns` pass check_turns.
-# role_labels: the token <|assistant|> is a label too (GLM3_LABELS). Raises ValueError for turns that the family cannot say.
+# (tokenizer, turns, max_len, max_src_len, role_labels) -> rows, by the family's name.
+# `turns` pass check_turns. role_labels: the token <|assistant|> is a label too (GLM3_LABELS).
+# Raises ValueError for turns that the family cannot express.
 CONVERSATIONS: dict[str, Callable[..., list[EncodedTurns]]] = {
     "glm": _glm,
     "glm2": _glm2,

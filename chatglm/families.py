@@ -1,8 +1,6 @@
-"""The three ChatGLM generations: how each lays out a prompt, an answer and a chat, how to tell them apart.
+"""The three ChatGLM generations: their prompts, answers and chats, and how to tell them apart.
 
-Free of torch and transformers, so that `FAMILIES` can feed `choices=` without an import bill. A `tokenizer`
-here is anything with `encode_text(text) -> list[int]` (ids of plain text, never a control id) and
-`get_command(name) -> int` (the id of a control token).
+Free of torch and transformers, so that `FAMILIES` can feed `choices=` without a slow import.
 """
 
 import ast
@@ -13,13 +11,29 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from .files import read_json
-from .histories import ROLES, TOOL_PREAMBLE, history_messages, history_rounds, message_text  # noqa: F401
+from .histories import (  # noqa: F401 (ROLES, TOOL_PREAMBLE: imported from here elsewhere)
+    ROLES,
+    TOOL_PREAMBLE,
+    history_messages,
+    history_rounds,
+    message_text,
+)
 
 _TRAINING_TIME = "[[训练时间]]"
 _TRAINING_YEAR = "2023年"
+
+
+class TextTokenizer(Protocol):
+    """What the layouts below need of a tokenizer."""
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of plain text, never a control token's."""
+
+    def get_command(self, token: str) -> int:
+        """The id of a control token."""
 
 
 class EncodedPrompt(NamedTuple):
@@ -30,7 +44,7 @@ class EncodedPrompt(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One training row: labels are -100 for the first `n_masked` ids and equal to `input_ids` after them.
+    """One training row: the first `n_masked` labels are -100, the others are `input_ids`.
 
     `truncated` is true where the prompt or the answer was cut (the rows that a skip rule drops).
     """
@@ -48,16 +62,20 @@ class Example(NamedTuple):
 class Family:
     """One generation of ChatGLM: names, defaults and text/id layouts.
 
-    chat_defaults: generate()'s options in a chat where the caller gives none; `max_length` counts the prompt
-    prompt_text(query) -> str: a training prompt's text (glm3: the query itself; its role and newline are ids)
+    chat_defaults: generate()'s options in a chat where the caller gives none; `max_length` counts
+        the prompt
+    prompt_text(query) -> str: a training prompt's text (glm3: the query itself; its role and
+        newline are ids)
     encode_prompt(tokenizer, prompt, max_src_len) -> EncodedPrompt
     encode_example(tokenizer, prompt, answer, max_len, max_src_len) -> Example
-    encode_chat(tokenizer, query, history=None, role="user") -> list[int]: ids of a chat up to the answer
-    chat_prompt(query, history=None) -> str: text of a chat; None for glm3, whose roles have no text form
+    encode_chat(tokenizer, query, history=None, role="user") -> list[int]: ids of a chat up to the
+        answer
+    chat_prompt(query, history=None) -> str: text of a chat; None for glm3, whose roles have no
+        text form
     process_response(text) -> str; glm3: process_response(text, history) -> (content, new history)
 
-    History is [(query, answer), ...] or message dicts (role, content; glm3: metadata, tools); ValueError for
-    any other form. Lengths are in tokens.
+    History is [(query, answer), ...] or message dicts (role, content; glm3: metadata, tools);
+    ValueError for any other form. Lengths are in tokens.
     """
 
     name: str
@@ -75,12 +93,15 @@ class Family:
     process_response: Callable[..., Any]
 
 
-# ---- token layouts ----------------------------------------------------------------------------------------
+# ---- token layouts ----
 
 
 class _Layout(NamedTuple):
-    """Ids of one prompt, ready to be followed by an answer: `prefix` is what the model sees, `n_masked` how
-    much of it carries no loss, `reserved` how many of max_len's tokens an answer's text may not use."""
+    """Ids of one prompt, before an answer.
+
+    `prefix` is what the model sees, `n_masked` how many of its ids carry no loss, `reserved` how
+    many of max_len's tokens an answer's text may not use.
+    """
 
     prefix: list[int]
     n_masked: int
@@ -89,7 +110,10 @@ class _Layout(NamedTuple):
 
 
 def _keep_tail(ids: list[int], limit: int, tail: int) -> tuple[list[int], bool]:
-    """Cut ids to `limit` before the last `tail` ids: "答：" and its newlines tell the model to answer."""
+    """Truncate ids to `limit`, but keep the last `tail`: "答：" and newlines ask for the answer.
+
+    Returns the ids and whether they were truncated. Raises ValueError where limit < tail.
+    """
     if limit < tail:
         raise ValueError(f"max_src_len={limit} cannot hold the {tail} closing tokens of a prompt")
     if len(ids) <= limit:
@@ -101,7 +125,7 @@ def _glm_text(query: str) -> str:
     return f"[Round 1]\n问：{query}\n答："
 
 
-def _glm_layout(tokenizer, prompt: str, max_src_len: int) -> _Layout:
+def _glm_layout(tokenizer: TextTokenizer, prompt: str, max_src_len: int) -> _Layout:
     source, cut = _keep_tail(tokenizer.encode_text(_glm_text(prompt)), max_src_len, tail=3)
     prefix = source + [tokenizer.get_command("[gMASK]"), tokenizer.get_command("<sop>")]
     # <sop> itself is a label, as in the original's data set
@@ -112,7 +136,7 @@ def _glm2_text(query: str) -> str:
     return f"[Round 1]\n\n问：{query}\n\n答："
 
 
-def _glm2_layout(tokenizer, prompt: str, max_src_len: int) -> _Layout:
+def _glm2_layout(tokenizer: TextTokenizer, prompt: str, max_src_len: int) -> _Layout:
     source, cut = _keep_tail(tokenizer.encode_text(_glm2_text(prompt)), max_src_len, tail=4)
     prefix = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")] + source
     return _Layout(prefix, n_masked=len(prefix), reserved=len(source) + 3, truncated=cut)
@@ -122,7 +146,7 @@ def _glm3_text(query: str) -> str:
     return query
 
 
-def _glm3_layout(tokenizer, prompt: str, max_src_len: int) -> _Layout:
+def _glm3_layout(tokenizer: TextTokenizer, prompt: str, max_src_len: int) -> _Layout:
     # header and text are encoded apart, so each brings SentencePiece's own leading "▁"
     newline = tokenizer.encode_text("\n")
     source = [tokenizer.get_command("<|user|>")] + newline
@@ -135,41 +159,53 @@ def _glm3_layout(tokenizer, prompt: str, max_src_len: int) -> _Layout:
     source = source[:max_src_len]
     header = [tokenizer.get_command("<|assistant|>")] + newline
     prefix = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")] + source + header
-    # <|assistant|> and its newline are labels here; the original leaves 6 tokens free, not the 3 it needs
-    return _Layout(
-        prefix, n_masked=2 + len(source), reserved=len(source) + 6 + len(header), truncated=cut
-    )
+    # <|assistant|> and its newline are labels here; the original reserves 6 tokens, not the 3 that
+    # it needs
+    reserved = len(source) + 6 + len(header)
+    return _Layout(prefix, n_masked=2 + len(source), reserved=reserved, truncated=cut)
 
 
-def _encode_prompt(layout, tokenizer, prompt: str, max_src_len: int) -> EncodedPrompt:
-    """Ids before the answer's own text, as `encode_example` with the same `max_src_len` lays them out.
+LayoutFunction = Callable[[TextTokenizer, str, int], _Layout]  # (tokenizer, prompt, max_src_len)
+
+
+def _encode_prompt(
+    layout: LayoutFunction, tokenizer: TextTokenizer, prompt: str, max_src_len: int
+) -> EncodedPrompt:
+    """Ids before the answer's text, as `encode_example` lays them out with the same `max_src_len`.
 
     Raises ValueError where max_src_len cannot hold the family's fixed part of the prompt.
     """
-    made = layout(tokenizer, prompt, max_src_len)
-    return EncodedPrompt(made.prefix, made.truncated)
+    parts = layout(tokenizer, prompt, max_src_len)
+    return EncodedPrompt(parts.prefix, parts.truncated)
 
 
 def _encode_example(
-    layout, end_token, tokenizer, prompt: str, answer: str, max_len: int, max_src_len: int
+    layout: LayoutFunction,
+    end_token: str,
+    tokenizer: TextTokenizer,
+    prompt: str,
+    answer: str,
+    max_len: int,
+    max_src_len: int,
 ) -> Example:
-    """One training row of at most `max_len` ids; the end token is always kept, however long the answer is.
+    """One training row of at most `max_len` ids; the end token is kept however long the answer is.
 
     Raises ValueError where the limits leave no token for the answer.
     """
-    made = layout(tokenizer, prompt, max_src_len)
-    room = max_len - made.reserved
+    parts = layout(tokenizer, prompt, max_src_len)
+    room = max_len - parts.reserved
     if room < 1:
         raise ValueError(
-            f"max_len={max_len} leaves no room for an answer after a prompt of {len(made.prefix)} tokens "
-            f"(max_src_len={max_src_len}); raise max_len to at least {made.reserved + 1} or lower max_src_len"
+            f"max_len={max_len} leaves no room for an answer after a prompt of "
+            f"{len(parts.prefix)} tokens (max_src_len={max_src_len}); raise max_len to at least "
+            f"{parts.reserved + 1} or lower max_src_len"
         )
     target = tokenizer.encode_text(answer)
-    input_ids = made.prefix + target[:room] + [tokenizer.get_command(end_token)]
-    return Example(input_ids, made.n_masked, made.truncated or len(target) > room)
+    input_ids = parts.prefix + target[:room] + [tokenizer.get_command(end_token)]
+    return Example(input_ids, parts.n_masked, parts.truncated or len(target) > room)
 
 
-# ---- chats ------------------------------------------------------------------------------------------------
+# ---- chats ----
 
 
 def glm_chat_prompt(query: str, history: list | None = None, rounds: bool = False) -> str:
@@ -194,34 +230,45 @@ def glm2_build_prompt(query: str, history: list | None = None) -> str:
     return f"{rounds}[Round {len(history) + 1}]\n\n问：{query}\n\n答："
 
 
-def glm3_message(tokenizer, role: str, metadata: str, content: str) -> list[int]:
-    """Ids of one ChatGLM3 message: role token, header line, content. ValueError for an unknown role."""
+def glm3_message(tokenizer: TextTokenizer, role: str, metadata: str, content: str) -> list[int]:
+    """Ids of one ChatGLM3 message: role token, header line, content.
+
+    Raises ValueError for an unknown role.
+    """
     if role not in ROLES:
         raise ValueError(f"role is one of {', '.join(ROLES)}, got {role!r}")
     header = tokenizer.encode_text(f"{metadata}\n")
     return [tokenizer.get_command(f"<|{role}|>")] + header + tokenizer.encode_text(content)
 
 
-def _pairs_only(role: str) -> None:
+def _check_user_role(role: str) -> None:
     if role != "user":
         raise ValueError(f"only ChatGLM3 has roles, got role={role!r}")
 
 
 def _glm_chat(
-    tokenizer, query: str, history=None, role: str = "user", rounds: bool = False
+    tokenizer: TextTokenizer,
+    query: str,
+    history: list | None = None,
+    role: str = "user",
+    rounds: bool = False,
 ) -> list[int]:
-    _pairs_only(role)
+    _check_user_role(role)
     ids = tokenizer.encode_text(glm_chat_prompt(query, history, rounds))
     return ids + [tokenizer.get_command("[gMASK]"), tokenizer.get_command("<sop>")]
 
 
-def _glm2_chat(tokenizer, query: str, history=None, role: str = "user") -> list[int]:
-    _pairs_only(role)
+def _glm2_chat(
+    tokenizer: TextTokenizer, query: str, history: list | None = None, role: str = "user"
+) -> list[int]:
+    _check_user_role(role)
     ids = tokenizer.encode_text(glm2_build_prompt(query, history))
     return [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")] + ids
 
 
-def _glm3_chat(tokenizer, query: str, history: list | None = None, role: str = "user") -> list[int]:
+def _glm3_chat(
+    tokenizer: TextTokenizer, query: str, history: list | None = None, role: str = "user"
+) -> list[int]:
     ids = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")]
     for message in history_messages(history):
         if (content := message_text(message)) is not None:
@@ -230,13 +277,13 @@ def _glm3_chat(tokenizer, query: str, history: list | None = None, role: str = "
     return ids + glm3_message(tokenizer, role, "", query) + [tokenizer.get_command("<|assistant|>")]
 
 
-# ---- answers ----------------------------------------------------------------------------------------------
+# ---- answers ----
 
 _PUNCTUATION = [(",", "，"), ("!", "！"), (":", "："), (";", "；"), ("?", "？")]
 
 
 def _glm_response(text: str) -> str:
-    """Strip, fill in the training year, and give punctuation beside Chinese characters its full width."""
+    """Strip, fill in the training year, make punctuation beside Chinese characters full-width."""
     text = _glm2_response(text)
     for half, full in _PUNCTUATION:
         mark = re.escape(half)
@@ -272,9 +319,11 @@ def parse_tool_call(code: str) -> dict[str, Any]:
 def _glm3_response(text: str, history: list | None = None) -> tuple[str | dict, list[dict]]:
     """Split an answer into its messages; `history` is copied, not changed.
 
-    Returns (content, new history). Content is the last message's text; {name, parameters} for a tool call
-    where the history opens with a system message that has tools; {name, content} for other metadata (code
-    interpreter) and for what should be a tool call but is no plain `tool_call(k=literal, ...)` in a fence.
+    Returns (content, new history). Content is the last message's text, but
+        {name, parameters} for a tool call, where the history opens with a system message that has
+        tools;
+        {name, content} for other metadata (code interpreter), and for what should be a tool call
+        but is no plain `tool_call(k=literal, ...)` in a fence.
     """
     history = history_messages(history)
     has_tools = bool(history) and history[0]["role"] == "system" and "tools" in history[0]
@@ -291,21 +340,26 @@ def _glm3_response(text: str, history: list | None = None) -> tuple[str | dict, 
         history.append({"role": "assistant", "metadata": metadata, "content": body})
         content = {"name": metadata.strip(), "content": body}
         if has_tools:
-            code = "\n".join(
-                body.strip().split("\n")[1:-1]
-            )  # without the fence's first and last line
+            lines = body.strip().split("\n")
+            code = "\n".join(lines[1:-1])  # without the first and last line, the fence's
             with suppress(ValueError):
                 content = {"name": metadata.strip(), "parameters": parse_tool_call(code)}
     return content, history
 
 
-# ---- which family is in a folder --------------------------------------------------------------------------
+# ---- which family is in a folder ----
 
 
 class _Evidence(NamedTuple):
+    """What one sign in a folder says: the model belongs to one of `families`."""
+
     families: frozenset[str]
     strong: bool  # strong evidence may contradict what a user asks for; names only help to guess
-    sentence: str
+    sentence: str  # for an error
+
+
+def _sign(sentence: str, *families: str, strong: bool = True) -> _Evidence:
+    return _Evidence(frozenset(families), strong, sentence)
 
 
 _NAME_PATTERNS = [(r"glm[-_]?3", "glm3"), (r"glm[-_]?2", "glm2"), (r"chatglm[-_]?6b", "glm")]
@@ -331,95 +385,113 @@ def _evidence(
     config: dict | None = None,
     follow: bool = True,
 ) -> Iterator[_Evidence]:
-    """What a folder (or a model's name) says about its family, most telling first. Code is read as text only.
+    """What a folder (or a model's name) says about its family, most telling first.
 
-    An adapter's or prefix's base model, which `base` may name, speaks too, but not the base of a base: two
-    folders may name each other.
+    Code is read as text only.
+
+    The base model of an adapter or prefix, which `base` may name, counts too, but not the base of
+    a base: two folders may name each other.
     """
-
-    def sign(sentence: str, *families: str, strong: bool = True) -> _Evidence:
-        return _Evidence(frozenset(families), strong, sentence)
-
     path = Path(folder)
     config = _read_json(path / "config.json") if config is None else config
     tokenizer = _read_json(path / "tokenizer_config.json")
     adapter = _read_json(path / "adapter_config.json")
 
     for file, values in (("config.json", config), ("tokenizer_config.json", tokenizer)):
-        if isinstance(values.get("glm_family"), str) and values["glm_family"] in FAMILIES:
-            yield sign(f'{file} says "glm_family": "{values["glm_family"]}"', values["glm_family"])
+        family = values.get("glm_family")
+        if isinstance(family, str) and family in FAMILIES:
+            yield _sign(f'{file} says "glm_family": "{family}"', family)
 
     if (path / "ice_text.model").is_file():
-        yield sign("the folder holds ice_text.model, ChatGLM-6B's tokenizer", "glm")
+        yield _sign("the folder holds ice_text.model, ChatGLM-6B's tokenizer", "glm")
     for key in ("position_encoding_2d", "inner_hidden_size"):
         if key in config:
-            yield sign(f"config.json has {key}, which only ChatGLM-6B has", "glm")
+            yield _sign(f"config.json has {key}, which only ChatGLM-6B has", "glm")
     for key in ("multi_query_group_num", "padded_vocab_size"):
         if key in config:
-            yield sign(
-                f"config.json has {key}, which ChatGLM2-6B and ChatGLM3-6B have", "glm2", "glm3"
-            )
+            sentence = f"config.json has {key}, which ChatGLM2-6B and ChatGLM3-6B have"
+            yield _sign(sentence, "glm2", "glm3")
 
+    yield from _tokenizer_evidence(path, tokenizer)
+
+    base = base or adapter.get("base_model_name_or_path")
+    if follow and isinstance(base, (str, Path)) and base:
+        for evidence in _evidence(base, follow=False):
+            sentence = f"the adapter's base model: {evidence.sentence}"
+            yield evidence._replace(sentence=sentence)
+
+    names = (
+        config.get("_name_or_path"),
+        tokenizer.get("name_or_path"),
+        Path(path.absolute()).name,
+    )
+    for name in names:
+        family = _named_family(name) if isinstance(name, str) else None
+        if family:
+            yield _sign(f"it is named {name}", family, strong=False)
+
+    # The two families read this field differently; these are the published values.
+    if (ratio := config.get("rope_ratio")) in (16, 50, 500):
+        family = "glm2" if ratio == 16 else "glm3"
+        yield _sign(f"config.json has rope_ratio {ratio}", family, strong=False)
+
+
+def _tokenizer_evidence(path: Path, tokenizer: dict) -> Iterator[_Evidence]:
+    """What a folder's tokenizer files say; `tokenizer` is its tokenizer_config.json."""
     keys = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
     added = [tokenizer.get(key) for key in keys] + [_read_json(path / "added_tokens.json")]
     template = [tokenizer.get("chat_template"), _read_text(path / "chat_template.jinja")]
     code = _read_text(path / "tokenization_chatglm.py")
-    for where, text in (
-        ("the added tokens", json.dumps(added, ensure_ascii=False)),
-        ("the chat template", json.dumps(template, ensure_ascii=False)),
-        ("tokenization_chatglm.py", code),
-    ):
+    texts = {
+        "the added tokens": json.dumps(added, ensure_ascii=False),
+        "the chat template": json.dumps(template, ensure_ascii=False),
+        "tokenization_chatglm.py": code,
+    }
+    for where, text in texts.items():
         if "<|user|>" in text:
-            yield sign(f"<|user|>, a role token of ChatGLM3-6B, is in {where}", "glm3")
+            yield _sign(f"<|user|>, a role token of ChatGLM3-6B, is in {where}", "glm3")
     if "ice_text.model" in code:
-        yield sign("tokenization_chatglm.py reads ice_text.model, ChatGLM-6B's tokenizer", "glm")
+        yield _sign("tokenization_chatglm.py reads ice_text.model, ChatGLM-6B's tokenizer", "glm")
     elif code and "<|user|>" not in code:
-        yield sign("tokenization_chatglm.py has no role tokens, so it is ChatGLM2-6B's", "glm2")
+        yield _sign("tokenization_chatglm.py has no role tokens, so it is ChatGLM2-6B's", "glm2")
 
-    base = base or adapter.get("base_model_name_or_path")
-    if follow and isinstance(base, (str, Path)) and base:
-        for found in _evidence(base, follow=False):
-            yield found._replace(sentence=f"the adapter's base model: {found.sentence}")
 
-    for name in (
-        config.get("_name_or_path"),
-        tokenizer.get("name_or_path"),
-        Path(path.absolute()).name,
-    ):
-        for pattern, family in _NAME_PATTERNS:
-            if isinstance(name, str) and re.search(pattern, name.lower()):
-                yield sign(f"it is named {name}", family, strong=False)
-                break
-
-    # The two families read this field differently; these are the published values.
-    if (ratio := config.get("rope_ratio")) in (16, 50, 500):
-        yield sign(
-            f"config.json has rope_ratio {ratio}", "glm2" if ratio == 16 else "glm3", strong=False
-        )
+def _named_family(name: str) -> str | None:
+    """The family that a model's name contains."""
+    for pattern, family in _NAME_PATTERNS:
+        if re.search(pattern, name.lower()):
+            return family
+    return None
 
 
 def infer_family(
     folder: str | Path, base: str | Path | None = None, config: dict | None = None
 ) -> str | None:
-    """The family ("glm", "glm2", "glm3") of a checkpoint, tokenizer or adapter folder, None where its files
-    cannot tell (ChatGLM2 and ChatGLM3 share their config format). Never runs code found in the folder.
-    `base` is the base model of an adapter or prefix folder, by default the one that it names; `config` takes
-    the place of the folder's config.json."""
-    left = frozenset(FAMILIES)
-    for found in sorted(_evidence(folder, base, config), key=lambda found: not found.strong):
-        left = left & found.families or left
-    return next(iter(left)) if len(left) == 1 else None
+    """The family ("glm", "glm2", "glm3") of a checkpoint, tokenizer or adapter folder.
+
+    None where its files cannot tell: ChatGLM2 and ChatGLM3 share their config format. Never runs
+    code found in the folder.
+
+    Args:
+        base: the base model of an adapter or prefix folder; by default the one that it names.
+        config: used in place of the folder's config.json.
+    """
+    possible = frozenset(FAMILIES)
+    strong_first = sorted(_evidence(folder, base, config), key=lambda evidence: not evidence.strong)
+    for evidence in strong_first:
+        possible = possible & evidence.families or possible
+    return next(iter(possible)) if len(possible) == 1 else None
 
 
 def contradicts(folder: str | Path, family: str, base: str | Path | None = None) -> str | None:
-    """The sentence of evidence that `family` cannot be right for `folder`, or None where there is none."""
-    for found in _evidence(folder, base):
-        if found.strong and family not in found.families:
-            return found.sentence
+    """The sentence of evidence that `family` is wrong for `folder`; None without evidence."""
+    for evidence in _evidence(folder, base):
+        if evidence.strong and family not in evidence.families:
+            return evidence.sentence
     return None
 
 
-# ---- the families -----------------------------------------------------------------------------------------
+# ---- the families ----
 
 FAMILIES: dict[str, Family] = {
     "glm": Family(

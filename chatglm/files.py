@@ -1,7 +1,11 @@
-"""Reading the files that users bring: JSON, text, weights. Every error names the file and what to do. Free of torch."""
+"""Reading the files that users bring: JSON, text, weights. Free of torch.
+
+Every error names the file and what to do.
+"""
 
 import json
 from pathlib import Path
+from typing import Any
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 JSON_TYPES = {dict: "an object", list: "a list", str: "text"}
@@ -36,11 +40,12 @@ def read_text(path: str | Path) -> str:
         raise ValueError(f"{path}:{line}: not UTF-8; save it as UTF-8") from None
 
 
-def read_json(path: str | Path, wanted: type = dict):
-    """The JSON value of a UTF-8 file, with or without a byte order mark; it is an instance of `wanted`.
+def read_json(path: str | Path, wanted: type = dict) -> Any:
+    """The JSON value of a UTF-8 file, with or without a byte order mark: an instance of `wanted`.
 
     Raises:
-        ValueError: it is not UTF-8, not JSON, or of another type than `wanted`, or a Git LFS pointer. OSError: as `read_bytes`.
+        ValueError: it is not UTF-8, not JSON, of another type than `wanted`, or a Git LFS pointer.
+        OSError: as `read_bytes`.
     """
     text = read_text(path)
     try:
@@ -63,11 +68,12 @@ def is_lfs_pointer(path: str | Path) -> bool:
 
 def pointer_error(path: str | Path) -> ValueError:
     return ValueError(
-        f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in {Path(path).parent}"
+        f"{path} is a Git LFS pointer, not the file itself: "
+        f"run `git lfs pull` in {Path(path).parent}"
     )
 
 
-def shorten(value, length: int = 60) -> str:
+def shorten(value: object, length: int = 60) -> str:
     """A value as an error shows it: JSON where it is JSON, and at most `length` characters."""
     try:
         text = json.dumps(value, ensure_ascii=False)

@@ -92,8 +92,8 @@ def check_folder(path: str | Path) -> Path:
     return path
 
 
-def check_json_files(folder: Path):
-    """Look at every JSON file of a model folder.
+def check_json_files(folder: Path) -> None:
+    """Check every JSON file of a model folder.
 
     Raises:
         ValueError, OSError: one cannot be read, holds no object, or a value that cannot be.
@@ -105,12 +105,15 @@ def check_json_files(folder: Path):
                 check_generation(folder / name, values)
 
 
-def check_generation(path: Path, values: dict):
+def check_generation(path: Path, values: dict) -> None:
+    """Raises ValueError for a value of generation_config.json that is of another type."""
     for name, kind in GENERATION.items():
         value = values.get(name)
-        if value is None or (isinstance(value, kind) and isinstance(value, bool) == (kind is bool)):
+        if value is None:
             continue
-        raise ValueError(f"{path}: {name} cannot be {shorten(value)}")
+        # bool is a subclass of int
+        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+            raise ValueError(f"{path}: {name} cannot be {shorten(value)}")
 
 
 @contextmanager
@@ -120,17 +123,19 @@ def without_marks(folder: Path) -> Iterator[Path]:
     Without such files the folder itself; else a temporary one: those files without their marks, and
     links to all the others.
     """
-    marked = [path for name in (*JSON_FILES, *INDICES) if begins_with_mark(path := folder / name)]
+    paths = [folder / name for name in (*JSON_FILES, *INDICES)]
+    marked = [path for path in paths if begins_with_mark(path)]
     if not marked:
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="chatglm-") as made:
+    with tempfile.TemporaryDirectory(prefix="chatglm-") as temporary:
         for path in folder.iterdir():
+            copy = Path(temporary, path.name)
             if path in marked:
-                Path(made, path.name).write_text(read_text(path), encoding="utf-8")
+                copy.write_text(read_text(path), encoding="utf-8")
             else:
-                Path(made, path.name).symlink_to(path.absolute())
-        yield Path(made)
+                copy.symlink_to(path.absolute())
+        yield Path(temporary)
 
 
 def begins_with_mark(path: Path) -> bool:
@@ -162,7 +167,7 @@ def read_model_config(folder: Path) -> dict:
     return values
 
 
-def refuse_unknown_type(folder: str | Path):
+def refuse_unknown_type(folder: str | Path) -> None:
     """Raises ValueError where only a folder's own code could read its model: it is never run."""
     from transformers import CONFIG_MAPPING
 
@@ -178,6 +183,7 @@ def refuse_unknown_type(folder: str | Path):
 
 
 def code_word(values: dict) -> str:
+    """What an error adds for a folder that comes with code."""
     return "; code that comes with a model (auto_map) is never run" if "auto_map" in values else ""
 
 
@@ -187,13 +193,12 @@ def named_base(path: Path) -> str | None:
     Raises:
         ValueError: it names one by something else than text.
     """
-    for file, key in (
-        ("adapter_config.json", "base_model_name_or_path"),
-        ("config.json", "_name_or_path"),
-    ):
-        if (path / file).is_file() and (name := read_json(path / file).get(key)):
-            if not isinstance(name, str):
-                raise ValueError(f"{path / file}: {key} must be text, got {shorten(name)}")
+    keys = {"adapter_config.json": "base_model_name_or_path", "config.json": "_name_or_path"}
+    for file, key in keys.items():
+        name = read_json(path / file).get(key) if (path / file).is_file() else None
+        if name and not isinstance(name, str):
+            raise ValueError(f"{path / file}: {key} must be text, got {shorten(name)}")
+        if name:
             return name
     return None
 
@@ -202,13 +207,14 @@ def find_base(path: Path, base: str | Path | None) -> Path:
     """The folder of the base of an adapter or prefix folder: `base`, else the one that it names.
 
     Raises:
-        ValueError: it names none. FileNotFoundError: the base is not there.
+        ValueError: it names none.
+        FileNotFoundError: the base is not there.
     """
-    found = base or named_base(path)
-    if not found:
+    folder = base or named_base(path)
+    if not folder:
         raise ValueError(
             f"{path} holds an adapter or a prefix and names no base model; give base=FOLDER"
         )
-    if not os.path.isdir(found):
-        raise FileNotFoundError(f"{path}: its base model {found} is not there; give base=FOLDER")
-    return Path(found)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{path}: its base model {folder} is not there; give base=FOLDER")
+    return Path(folder)

@@ -28,21 +28,20 @@ def history_messages(history: Iterable | None) -> list[dict]:
             messages.append(dict(turn))
             continue
         pair = check_pair(turn, f"history[{number}]")
-        messages += [
-            {"role": role, "content": text}
-            for role, text in zip(("user", "assistant"), pair)
-            if text is not None
-        ]
+        for role, text in zip(("user", "assistant"), pair):
+            if text is not None:
+                messages.append({"role": role, "content": text})
     return messages
 
 
 def turns_of(history: Iterable | None) -> list:
+    """The turns of a history. Raises ValueError where it is no sequence of turns."""
     if isinstance(history, (str, bytes, dict)) or not isinstance(history, (Iterable, type(None))):
         raise ValueError(f"history must be {FORMS}, got {shorten(history)}")
     return list(history or [])
 
 
-def check_message(turn: dict, place: str):
+def check_message(turn: dict, place: str) -> None:
     """Raises ValueError where a turn is no message."""
     role, content = turn.get("role"), turn.get("content")
     if not isinstance(role, str) or role not in ROLES:
@@ -53,7 +52,7 @@ def check_message(turn: dict, place: str):
         raise ValueError(f"{place}: metadata must be text, got {shorten(turn['metadata'])}")
 
 
-def check_pair(turn, place: str) -> tuple[str | None, str | None]:
+def check_pair(turn: object, place: str) -> tuple[str | None, str | None]:
     """The query and answer of a turn. Raises ValueError where it is no pair."""
     pair = tuple(turn) if isinstance(turn, (tuple, list)) else ()
     if len(pair) != 2 or not all(isinstance(text, (str, type(None))) for text in pair):

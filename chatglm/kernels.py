@@ -1,8 +1,13 @@
-"""Operations whose plain form wastes memory or passes over it: the same numbers, with the backward written by hand.
+"""Autograd functions with hand-written backward passes, for operations whose plain form is slow.
 
-Each saves for the backward pass only what cannot be had again cheaply, works in fp32 inside whatever the tensors' dtype,
-and skips the gradients of frozen weights.
+The plain forms keep large intermediates or pass over memory several times; the results are equal.
+
+Each saves for the backward pass only what is expensive to recompute, computes in fp32 whatever
+the tensors' dtype, and skips the gradients of frozen weights.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +19,10 @@ CACHED_BYTES = 2**20  # of fp32 scratch: a piece of the logits that stays in a c
 
 
 def wide_product(x: Tensor, factor: Tensor) -> Tensor:
-    """x * factor as a new fp32 tensor. One dtype in each operation: mixed ones are not vectorised on a CPU."""
+    """x * factor as a new fp32 tensor.
+
+    One dtype in each operation: mixed ones are not vectorised on a CPU.
+    """
     wide = x.float()
     return wide * factor if wide is x else wide.mul_(factor)
 
@@ -27,14 +35,14 @@ class RMSNormFunction(torch.autograd.Function):
     """x / rms(x) * weight, arXiv 1910.07467 eq. 4. Saves x and one number a row."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         square = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True).square_()
         scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return wide_product(x, scale).mul_(weight.float()).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         normed = wide_product(x, scale)
         grad_x = grad_weight = None
@@ -51,13 +59,13 @@ class SwiGLUFunction(torch.autograd.Function):
     """silu(gate) * up of (..., 2 F) -> (..., F), arXiv 2002.05202. Saves its input alone."""
 
     @staticmethod
-    def forward(ctx, both: Tensor) -> Tensor:
+    def forward(ctx: Any, both: Tensor) -> Tensor:
         ctx.save_for_backward(both)
         gate, up = both.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (both,) = ctx.saved_tensors
         gate, up = both.chunk(2, dim=-1)
         result = torch.empty_like(both)
@@ -68,27 +76,31 @@ class SwiGLUFunction(torch.autograd.Function):
 
 
 class RotateFunction(torch.autograd.Function):
-    """Rotary (arXiv 2104.09864, eq. 34) on the first heads of x (B, S, heads, D) by complex `turns` (B, S, 1, n).
+    """Rotary embedding (arXiv 2104.09864, eq. 34) of the first heads of x (B, S, heads, D).
 
-    `turn_` is what turns a tensor in place: `turn_pairs_` or `turn_halves_`. Saves nothing but the turns.
+    `turns` (B, S, 1, n) are complex: cos + i sin of each angle.
+
+    `turn_` turns a tensor in place: `turn_pairs_` or `turn_halves_`. Saves nothing but the turns.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, turns: Tensor, heads: int, turn_) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, turns: Tensor, heads: int, turn_: Callable[[Tensor, Tensor], None]
+    ) -> Tensor:
         ctx.turns, ctx.heads, ctx.turn_ = turns, heads, turn_
         x = x.clone(memory_format=torch.contiguous_format)
         turn_(x[:, :, :heads], turns)
         return x
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad.clone(memory_format=torch.contiguous_format)
         ctx.turn_(grad[:, :, : ctx.heads], ctx.turns.conj_physical())
         return grad, None, None, None
 
 
-def turn_pairs_(x: Tensor, turns: Tensor):
-    """ChatGLM2's way: dims (0, 1), (2, 3), ... of each head up to 2 n."""
+def turn_pairs_(x: Tensor, turns: Tensor) -> None:
+    """ChatGLM2's way: dims (0, 1), (2, 3), ... of each head up to 2 n form the pairs."""
     part = x[..., : 2 * turns.shape[-1]]
     wide = part.float()  # fp32: the part itself, turned in place
     torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(turns)
@@ -96,9 +108,11 @@ def turn_pairs_(x: Tensor, turns: Tensor):
         part.copy_(wide)
 
 
-def turn_halves_(x: Tensor, turns: Tensor):
-    """ChatGLM-6B's way: a head's first half by the first half of the turns, its second half by the second; in each half
-    dims (0, D/4), (1, D/4 + 1), ...
+def turn_halves_(x: Tensor, turns: Tensor) -> None:
+    """ChatGLM-6B's way: the halves of a head by the halves of the turns.
+
+    The first half of the turns applies to the first half of each head, the second to the second;
+    in each half dims (0, D/4), (1, D/4 + 1), ... form the pairs.
     """
     cos, sin = (t.unflatten(-1, (2, -1)) for t in (turns.real, turns.imag))
     a, b = x.unflatten(-1, (2, 2, -1)).unbind(-2)
@@ -110,102 +124,110 @@ def turn_halves_(x: Tensor, turns: Tensor):
 
 
 class CpuAttentionFunction(torch.autograd.Function):
-    """scaled_dot_product_attention on a CPU, whose own backward is several times slower in bf16 than these few products.
+    """scaled_dot_product_attention on a CPU with a backward pass of a few large products.
 
-    query (B, heads, Q, D), key and value (B, kv_heads, K, D), mask (1, 1, Q, K) bool, True = visible. `causal`: the mask says
-    that query i sees the first K - Q + i + 1 keys, and is None where Q = K. No dropout. The backward pass takes QUERY_BLOCK
-    queries at a time: scores and softmax in fp32, the heads that share a key head side by side, so that their gradients add
-    up in the products.
+    torch's own backward is several times slower in bf16 on a CPU.
+
+    query (B, heads, Q, D), key and value (B, kv_heads, K, D), mask (1, 1, Q, K) bool, True =
+    visible. `causal`: the mask says that query i sees the first K - Q + i + 1 keys, and is None
+    where Q = K. No dropout. The backward pass takes QUERY_BLOCK queries at a time: scores and
+    softmax in fp32, the heads that share a key head side by side, so that their gradients add up
+    in the products.
     """
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
         causal: bool,
         scaling: float,
-    ):
+    ) -> Tensor:
         ctx.save_for_backward(query, key, value, None if causal else mask)
         ctx.scaling = scaling
-        triangle, grouped = mask is None and query.shape[2] > 1, query.shape[1] != key.shape[1]
+        is_causal = mask is None and query.shape[2] > 1
+        grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(
-            query, key, value, mask, scale=scaling, is_causal=triangle, enable_gqa=grouped
+            query, key, value, mask, scale=scaling, is_causal=is_causal, enable_gqa=grouped
         )
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask = ctx.saved_tensors
-        (batch, heads, length, dim), keys, groups = query.shape, key.shape[2], key.shape[1]
+        batch, heads, length, dim = query.shape
+        kv_heads, keys = key.shape[1:3]
         dtype, kv_shape = query.dtype, key.shape
-        # oneDNN compiles its half-precision products anew for every shape: few shapes, then.
+        # oneDNN compiles its half-precision products again for every shape: few shapes, then.
         unit = 1 if dtype == torch.float32 else 64
         rows, width = round_up(length, unit), round_up(keys, unit)
-        # (batch * kv_heads, heads that share them, Q, D) and (batch * kv_heads, K, D), filled up with zeros
-        query, grad = (
-            F.pad(x.reshape(-1, heads // groups, length, dim), (0, 0, 0, rows - length))
-            for x in (query, grad)
-        )
-        key, value = (
-            F.pad(x.reshape(-1, keys, dim), (0, 0, 0, width - keys)) for x in (key, value)
-        )
+        # (batch * kv_heads, heads that share them, Q, D) and (batch * kv_heads, K, D), padded with
+        # zeros
+        q_shape, q_padding = (-1, heads // kv_heads, length, dim), (0, 0, 0, rows - length)
+        query, grad = (F.pad(x.reshape(q_shape), q_padding) for x in (query, grad))
+        k_shape, k_padding = (-1, keys, dim), (0, 0, 0, width - keys)
+        key, value = (F.pad(x.reshape(k_shape), k_padding) for x in (key, value))
         wide_key = key.float()
         if mask is not None:
-            bias = torch.zeros(rows, width).masked_fill_(
-                ~F.pad(mask[0, 0], (0, width - keys, 0, rows - length), value=False), -1e30
-            )
+            bias = mask_bias(mask, rows, width)
         grad_query = torch.empty_like(query)
         grad_key, grad_value = torch.zeros_like(wide_key), torch.zeros_like(wide_key)
         for start in range(0, rows, QUERY_BLOCK):
             end = min(start + QUERY_BLOCK, rows)
-            seen = width if mask is not None else min(width, round_up(keys - length + end, unit))
+            if mask is not None:
+                seen = width
+                hidden = bias[start:end, :seen]
+            else:
+                seen = min(width, round_up(keys - length + end, unit))
+                hidden = causal_bias(end - start, seen, keys - length + start + 1)
             q, g = (x[:, :, start:end].flatten(1, 2) for x in (query, grad))
             scores = torch.bmm(q.float(), wide_key[:, :seen].transpose(1, 2)).mul_(ctx.scaling)
-            hidden = (
-                bias[start:end, :seen]
-                if mask is not None
-                else later(end - start, seen, keys - length + start + 1)
-            )
             scores.unflatten(1, (-1, end - start)).add_(hidden)
             weights = torch.softmax(scores, dim=-1)
             grad_value[:, :seen].add_(torch.bmm(weights.to(dtype).transpose(1, 2), g))
             scores = torch.bmm(g, value[:, :seen].transpose(1, 2)).float().mul_(weights)
             # The softmax's backward, dS = P dP - P (sum of P dP)
-            scores = (
-                scores.addcmul_(weights, scores.sum(-1, keepdim=True), value=-1)
-                .mul_(ctx.scaling)
-                .to(dtype)
-            )
-            grad_query[:, :, start:end] = torch.bmm(scores, key[:, :seen]).view(
-                -1, heads // groups, end - start, dim
-            )
+            scores.addcmul_(weights, scores.sum(-1, keepdim=True), value=-1).mul_(ctx.scaling)
+            scores = scores.to(dtype)
+            block_shape = (-1, heads // kv_heads, end - start, dim)
+            grad_query[:, :, start:end] = torch.bmm(scores, key[:, :seen]).view(block_shape)
             grad_key[:, :seen].add_(torch.bmm(scores.transpose(1, 2), q))
         grad_query = grad_query[:, :, :length].reshape(batch, heads, length, dim)
-        grad_key, grad_value = (
-            x[:, :keys].reshape(kv_shape).to(dtype) for x in (grad_key, grad_value)
-        )
+        grad_key = grad_key[:, :keys].reshape(kv_shape).to(dtype)
+        grad_value = grad_value[:, :keys].reshape(kv_shape).to(dtype)
         return grad_query, grad_key, grad_value, None, None, None
 
 
-def later(rows: int, keys: int, first: int) -> Tensor:
+def causal_bias(rows: int, keys: int, first: int) -> Tensor:
     """(rows, keys) fp32 to add to scores: row i is far below zero from key `first` + i on."""
     return torch.full((rows, keys), -1e30).triu_(first)
 
 
-class CrossEntropyFunction(torch.autograd.Function):
-    """`scale` times the summed cross entropy of hidden (N, H) @ weight.T (V, H) against targets (N,): a scalar, fp32.
+def mask_bias(mask: Tensor, rows: int, keys: int) -> Tensor:
+    """(rows, keys) fp32 to add to scores: far below zero where mask (1, 1, Q, K) hides a key."""
+    length, width = mask.shape[2:]
+    visible = F.pad(mask[0, 0], (0, keys - width, 0, rows - length), value=False)
+    return torch.zeros(rows, keys).masked_fill_(~visible, -1e30)
 
-    With `smoothing` the wanted distribution is 1 - smoothing on the target plus smoothing spread evenly over all V words, as in
-    F.cross_entropy(label_smoothing=). Targets below 0 carry no loss. The logits live in pieces of LOGITS_BYTES, each turned into its own gradient in place and used up at once, so neither
-    the logits nor their gradient is ever whole. The gradients are made in the forward pass for an incoming gradient of 1:
-    hand what the loss will be divided by to `scale`, and the backward pass has nothing to do.
+
+class CrossEntropyFunction(torch.autograd.Function):
+    """`scale` times the summed cross entropy of hidden (N, H) @ weight.T (V, H) against targets.
+
+    targets (N,): those below 0 carry no loss. Returns a scalar, fp32.
+
+    With `smoothing` the target distribution is 1 - smoothing on the target plus smoothing spread
+    evenly over all V words, as in F.cross_entropy(label_smoothing=).
+
+    The logits exist in pieces of LOGITS_BYTES, each turned into its own gradient in place and used
+    at once, so neither the logits nor their gradient is ever whole. The gradients are computed in
+    the forward pass for an incoming gradient of 1: pass the divisor of the loss through `scale`,
+    and the backward pass has nothing to do.
     """
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -214,8 +236,12 @@ class CrossEntropyFunction(torch.autograd.Function):
         smoothing: float = 0.0,
     ) -> Tensor:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        # fp16 has no room for a softmax over thousands of words divided by thousands of tokens: it is scaled afterwards.
-        ctx.left, scale = (scale, 1.0) if hidden.dtype == torch.float16 else (1.0, scale)
+        needed = need_hidden or need_weight or need_bias
+        # A softmax over thousands of words, divided by thousands of tokens, underflows in fp16: it
+        # is scaled afterwards.
+        ctx.rest = 1.0
+        if hidden.dtype == torch.float16:
+            ctx.rest, scale = scale, 1.0
         rows = max(1, LOGITS_BYTES // (weight.shape[0] * hidden.element_size()))
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight and not len(hidden) else None
@@ -223,33 +249,26 @@ class CrossEntropyFunction(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), rows):
             part = hidden[start : start + rows]
+            part_targets = targets[start : start + rows]
             logits = F.linear(part, weight, bias)
-            total += softmax_gradient_(
-                logits,
-                targets[start : start + rows],
-                scale,
-                need_hidden or need_weight or need_bias,
-                smoothing,
-            )
+            total += softmax_gradient_(logits, part_targets, scale, needed, smoothing)
             if need_hidden:
                 torch.mm(logits, weight, out=grad_hidden[start : start + rows])
-            if need_weight:
-                grad_weight = (
-                    logits.t() @ part
-                    if grad_weight is None
-                    else grad_weight.addmm_(logits.t(), part)
-                )
+            if need_weight and grad_weight is None:
+                grad_weight = logits.t() @ part
+            elif need_weight:
+                grad_weight.addmm_(logits.t(), part)
             if need_bias:
                 grad_bias += logits.sum(0)
             del logits
         ctx.gradients = grad_hidden, grad_weight, grad_bias
-        return total * (scale * ctx.left)
+        return total * (scale * ctx.rest)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.gradients
         del ctx.gradients  # a second backward is an error, as for any freed graph
-        grad = grad * ctx.left
+        grad = grad * ctx.rest
         if grad.device.type != "cpu" or grad.item() != 1:
             gradients = tuple(g if g is None else g.mul_(grad.to(g.dtype)) for g in gradients)
         return *gradients, None, None, None
@@ -258,19 +277,22 @@ class CrossEntropyFunction(torch.autograd.Function):
 def softmax_gradient_(
     logits: Tensor, targets: Tensor, scale: float, needed: bool, smoothing: float = 0.0
 ) -> Tensor:
-    """The summed cross entropy of logits (N, V), fp32; with `needed`, logits become scale * (softmax - wanted) in place.
+    """The summed cross entropy of logits (N, V), fp32.
 
-    In pieces that a CPU's cache holds, each in fp32: half-precision logits are exponentiated and summed at full precision.
+    With `needed`, logits become scale * (softmax - target distribution) in place.
+
+    Works in pieces that a CPU's cache holds, each in fp32: half-precision logits are exponentiated
+    and summed at full precision.
     """
-    rows = (
-        max(1, CACHED_BYTES // (4 * logits.shape[1]))
-        if logits.device.type == "cpu"
-        else len(logits)
-    )
+    rows = len(logits)
+    if logits.device.type == "cpu":
+        rows = max(1, CACHED_BYTES // (4 * logits.shape[1]))
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
     for start in range(0, len(logits), rows):
-        piece, wanted = logits[start : start + rows], targets[start : start + rows, None]
-        counted, wanted = (wanted >= 0).float(), wanted.clamp(min=0)
+        piece = logits[start : start + rows]
+        wanted = targets[start : start + rows, None]
+        counted = (wanted >= 0).float()
+        wanted = wanted.clamp(min=0)
         wide = piece.float() if needed or piece.dtype != torch.float32 else piece.clone()
         wide.sub_(wide.amax(-1, keepdim=True))
         target_logits = wide.gather(-1, wanted)
@@ -279,9 +301,8 @@ def softmax_gradient_(
         mass = wide.exp_().sum(-1, keepdim=True)
         total += torch.sum((mass.log() - target_logits) * counted)
         if needed:
-            wide.mul_(scale * counted / mass).scatter_add_(
-                -1, wanted, -scale * (1 - smoothing) * counted
-            )
+            wide.mul_(scale * counted / mass)
+            wide.scatter_add_(-1, wanted, -scale * (1 - smoothing) * counted)
             if smoothing:
                 wide.sub_(scale * smoothing / wide.shape[-1] * counted)
             if wide is not piece:
@@ -292,7 +313,8 @@ def softmax_gradient_(
 class OutputLayer(nn.Linear):
     """Hidden states to logits; with `targets`, to the loss, which needs no whole logits.
 
-    The loss is reached by calling the module, so that whoever gathers its weight around a call (ZeRO-3) does so here too.
+    The loss is computed by calling the module, so that ZeRO-3, which gathers a module's weight
+    around its call, gathers it here too.
     """
 
     def forward(
@@ -302,7 +324,10 @@ class OutputLayer(nn.Linear):
         scale: float = 1.0,
         smoothing: float = 0.0,
     ) -> Tensor:
-        """hidden (..., H) -> logits (..., V); or hidden (N, H), targets (N,) -> scale * summed cross entropy, fp32."""
+        """hidden (..., H) -> logits (..., V).
+
+        With targets: hidden (N, H), targets (N,) -> scale * summed cross entropy, fp32.
+        """
         if targets is None:
             return super().forward(hidden)
         return CrossEntropyFunction.apply(hidden, self.weight, self.bias, targets, scale, smoothing)

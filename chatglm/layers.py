@@ -1,25 +1,69 @@
-"""What the two ChatGLM architectures share: attention over masks and prefixes, rotary angles, prompt encoders."""
+"""What the two ChatGLM architectures share: attention, masks, rotary angles, prompt encoders."""
+
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .configuration import ChatGLM1Config, ChatGLM2Config
+
+GLMConfig: TypeAlias = ChatGLM1Config | ChatGLM2Config
+Device: TypeAlias = torch.device | str
+
+
+class AttentionModule(Protocol):
+    """What attention functions read of a block's SelfAttention."""
+
+    config: GLMConfig
+    layer_idx: int
+    scaling: float
+    attention_dropout: float
+    num_key_value_groups: int
+    training: bool
+
+
+class SequenceAttention(Protocol):
+    """Attention over a row that holds several sequences; blocks take it in the place of a mask.
+
+    `packing.PackedMasks` separates sequences of a training row, the Pass of `serving` attends to
+    the sequences' cached keys and values.
+    """
+
+    def attend(
+        self,
+        module: AttentionModule,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prefix: Tensor | None,
+    ) -> Tensor:
+        """(1, Q, heads * D) from query (1, heads, S, D) and key, value (1, kv_heads, S, D)."""
+
+
+# The `mask` of a block: `attention_visibility` returns a Tensor or None (causality alone).
+AttentionMask: TypeAlias = Tensor | SequenceAttention | None
+
 
 def rotary_turns(positions: Tensor, inv_freq: Tensor) -> Tensor:
-    """cos + i sin of each angle, complex64 in every model dtype: `positions` (...) -> (..., len(inv_freq)).
+    """cos + i sin of each angle: `positions` (...) -> (..., len(inv_freq)).
 
-    The originals keep half-precision tables, whose angles are wrong past a few hundred positions.
+    complex64 in every model dtype: the originals keep half-precision tables, whose angles are wrong
+    past a few hundred positions.
     """
     angles = positions[..., None].float() * inv_freq
     return torch.polar(torch.ones_like(angles), angles)
 
 
-def inverse_frequencies(rotary_dim: int, device, base: float = 10000.0) -> Tensor:
-    """(rotary_dim / 2,) fp32 on `device`. Computed when needed: a buffer would be lost by meta-device loading or ZeRO-3."""
-    return 1.0 / base ** (
-        torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
-    )
+def inverse_frequencies(rotary_dim: int, device: Device, base: float = 10000.0) -> Tensor:
+    """(rotary_dim / 2,) fp32 on `device`.
+
+    Computed when needed: a buffer would be lost by meta-device loading or ZeRO-3.
+    """
+    dims = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device)
+    return 1.0 / base ** (dims / rotary_dim)
 
 
 def repeat_kv(x: Tensor, times: int) -> Tensor:
@@ -27,10 +71,21 @@ def repeat_kv(x: Tensor, times: int) -> Tensor:
     return x if times == 1 else x.repeat_interleave(times, dim=1)
 
 
-def eager_attention(module, query, key, value, attention_mask, *, scaling, dropout=0.0, **_):
+def eager_attention(
+    module: AttentionModule,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    **_,
+) -> tuple[Tensor, Tensor]:
     """Attention in plain operations, softmax in fp32; also returns the weights (B, heads, Q, K)."""
     key, value = (repeat_kv(x, module.num_key_value_groups) for x in (key, value))
-    # ChatGLM-6B in fp16 overflows in q @ k unless it is divided by the layer's number first (its `coeff`).
+    # ChatGLM-6B in fp16 overflows in q @ k unless the query is divided by the layer's number first
+    # (the original's `coeff`).
     coefficient = getattr(module, "score_coefficient", 1)
     scores = (query * (scaling / coefficient)) @ key.transpose(2, 3)
     scores = scores.float() * coefficient
@@ -42,13 +97,22 @@ def eager_attention(module, query, key, value, attention_mask, *, scaling, dropo
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-def attend(module, query, key, value, mask, prefix, **kwargs) -> tuple[Tensor, Tensor | None]:
+def attend(
+    module: AttentionModule,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    prefix: Tensor | None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
     """Attention through the library's backends (sdpa, eager, flash).
 
     Args:
         query: (B, heads, Q, D). key, value: (B, kv_heads, K, D), rotary already applied.
-        mask: what `attention_visibility` returned, or PackedMasks.
-        prefix: None or (2, B, kv_heads, P, D), P-Tuning v2's keys and values; keys carry no rotary angle.
+        mask: what `attention_visibility` returned, or a SequenceAttention.
+        prefix: None or (2, B, kv_heads, P, D), P-Tuning v2's keys and values; the keys have no
+            rotary angle.
     Returns:
         (B, Q, heads * D) and the attention weights where the backend gives them.
     """
@@ -65,54 +129,57 @@ def attend(module, query, key, value, mask, prefix, **kwargs) -> tuple[Tensor, T
     return out.flatten(2), weights
 
 
-def attention_backend(module):
+def attention_backend(module: AttentionModule) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The attention function of a module's configuration."""
     return ALL_ATTENTION_FUNCTIONS.get_interface(
         module.config._attn_implementation, eager_attention
     )
 
 
-def causal_mask(q_len: int, kv_len: int, device) -> Tensor:
+def causal_mask(q_len: int, kv_len: int, device: Device) -> Tensor:
     """(1, 1, Q, K) bool, True = visible; the queries are the last Q of the K positions."""
-    return torch.ones(q_len, kv_len, dtype=torch.bool, device=device).tril(kv_len - q_len)[
-        None, None
-    ]
+    ones = torch.ones(q_len, kv_len, dtype=torch.bool, device=device)
+    return ones.tril(kv_len - q_len)[None, None]
 
 
 def attention_visibility(
     *,
     q_len: int,
     kv_len: int,
-    device,
+    device: Device,
     padding: Tensor | None,
     context: Tensor | None,
     prefix_len: int,
     backend: str,
 ) -> Tensor | None:
-    """The mask for `attend`: (B or 1, 1, Q, prefix_len + K) bool with True = visible, or None where causality is all.
+    """The mask for `attend`: (B or 1, 1, Q, prefix_len + K) bool, True = visible.
+
+    None where causality alone says what is visible.
 
     Args:
         padding: (B, K) bool, True = real token, or None when every token is real.
-        context: (B, K) bool, True = column visible to every row (ChatGLM-6B's bidirectional context), or None.
-        prefix_len: P key columns in front that everybody sees and that `padding` and `context` do not count.
-        backend: the attention implementation; flash kernels take the padding itself, (B, prefix_len + K).
+        context: (B, K) bool, True = column visible to every row (ChatGLM-6B's bidirectional
+            context), or None.
+        prefix_len: P key columns in front that every query sees; `padding` and `context` do not
+            count them.
+        backend: the attention implementation; flash kernels take the padding itself,
+            (B, prefix_len + K).
     """
     if "flash" in backend:
         if padding is None:
             return None  # causality is aligned to the last position, so a prefix needs nothing
         return F.pad(padding, (prefix_len, 0), value=True).long()
-    if padding is None and context is None and (q_len == 1 or (kv_len == q_len and not prefix_len)):
+    causality_suffices = q_len == 1 or (kv_len == q_len and not prefix_len)
+    if padding is None and context is None and causality_suffices:
         return None
     visible = causal_mask(q_len, kv_len, device)
     if context is not None and q_len > 1:
         visible = visible | context[:, None, None, :]
     if padding is not None:
         visible = visible & padding[:, None, None, :]
-        # A padding row sees itself: a row that sees nothing would be nan. Nobody reads its output.
-        itself = torch.eye(q_len, kv_len, dtype=torch.bool, device=device).roll(
-            kv_len - q_len, dims=1
-        )
-        visible = visible | itself
+        # A padding row sees itself: a row that sees nothing would be nan. Its output is not used.
+        diagonal = torch.eye(q_len, kv_len, dtype=torch.bool, device=device)
+        visible = visible | diagonal.roll(kv_len - q_len, dims=1)
     return F.pad(visible, (prefix_len, 0), value=True) if prefix_len else visible
 
 
@@ -125,7 +192,8 @@ def padding_mask(attention_mask: Tensor | None, kv_len: int, virtual: int = 0) -
         return None
     if attention_mask.shape[-1] != kv_len:
         raise ValueError(
-            f"attention_mask must cover all {kv_len - virtual} positions (those in the cache included), "
+            f"attention_mask must cover all {kv_len - virtual} positions "
+            "(those in the cache included), "
             f"got {attention_mask.shape[-1] - virtual}"
         )
     mask = attention_mask.bool()
@@ -133,31 +201,30 @@ def padding_mask(attention_mask: Tensor | None, kv_len: int, virtual: int = 0) -
 
 
 class PrefixEmbedding(nn.Embedding):
-    """Keeps torch's initialisation (as PrefixLinear), which the originals train a prefix from. The classes are what
-    says so: transformers initialises only modules that own parameters, so PrefixEncoder itself is never asked.
+    """An embedding of a prefix; keeps torch's initialisation, from which the originals train it.
+
+    `_init_weights` recognises PrefixEmbedding and PrefixLinear by their classes: transformers calls
+    it only for modules that own parameters, so never for PrefixEncoder.
     """
 
 
 class PrefixLinear(nn.Linear):
-    pass
+    """A linear layer of a prefix's MLP; keeps torch's initialisation too."""
 
 
 class PrefixEncoder(nn.Module):
-    """P-Tuning v2 (arXiv 2110.07602): P keys and values for every layer, directly or through an MLP.
+    """P-Tuning v2 (arXiv 2110.07602): P keys and values for every layer, direct or through an MLP.
 
-    Parameter names and shapes are the originals': `embedding.weight` is (P, 2 * layers * kv_heads * head_dim) when direct;
-    with the MLP it is (P, embedding_dim), followed by `trans.0`, tanh, `trans.2`.
+    Parameter names and shapes are the originals': `embedding.weight` is
+    (P, 2 * layers * kv_heads * head_dim) when direct; with the MLP it is (P, embedding_dim),
+    followed by `trans.0`, tanh, `trans.2`.
     """
 
-    def __init__(self, config, embedding_dim: int):
+    def __init__(self, config: GLMConfig, embedding_dim: int):
         super().__init__()
-        self.shape = (
-            config.pre_seq_len,
-            2 * config.num_layers,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        kv_size = 2 * config.num_layers * config.num_key_value_heads * config.head_dim
+        kv_heads, head_dim = config.num_key_value_heads, config.head_dim
+        self.shape = (config.pre_seq_len, 2 * config.num_layers, kv_heads, head_dim)
+        kv_size = 2 * config.num_layers * kv_heads * head_dim
         if config.prefix_projection:
             self.embedding = PrefixEmbedding(config.pre_seq_len, embedding_dim)
             self.trans = nn.Sequential(
@@ -171,8 +238,8 @@ class PrefixEncoder(nn.Module):
         self.dropout = nn.Dropout(config.prefix_dropout)
 
     def forward(self, batch_size: int) -> Tensor:
-        """(2 * layers, B, kv_heads, P, head_dim): entry 2l holds the keys of layer l, 2l + 1 its values."""
-        # The module is called, not its weight read: under ZeRO-3 the weight is there only during the call.
+        """(2 * layers, B, kv_heads, P, head_dim): layer l's keys at 2l, its values at 2l + 1."""
+        # Call the module, do not read its weight: ZeRO-3 gathers the weight only during the call.
         tokens = torch.arange(self.shape[0], device=self.embedding.weight.device)
         kv = self.embedding(tokens)
         if self.trans is not None:
@@ -182,26 +249,31 @@ class PrefixEncoder(nn.Module):
 
 
 class PromptEncoder(nn.Module):
-    """P-Tuning v1 (arXiv 2103.10385) without its LSTM or MLP: P trainable vectors before the first input embedding."""
+    """P-Tuning v1 (arXiv 2103.10385) without its LSTM or MLP.
 
-    def __init__(self, config):
+    P trainable vectors before the first input embedding.
+    """
+
+    def __init__(self, config: GLMConfig):
         super().__init__()
         self.embedding = nn.Embedding(config.pre_seq_len, config.hidden_size)
 
     def forward(self, batch_size: int) -> Tensor:
         """(B, P, hidden_size)."""
-        vectors = self.embedding(
-            torch.arange(self.embedding.num_embeddings, device=self.embedding.weight.device)
-        )
+        device = self.embedding.weight.device
+        vectors = self.embedding(torch.arange(self.embedding.num_embeddings, device=device))
         return vectors.expand(batch_size, -1, -1)
 
 
-def make_prefix_encoder(config, embedding_dim: int) -> nn.Module | None:
-    """The encoder `config` asks for (`pre_seq_len`, `ptuning_version`, `prefix_projection`), or None."""
+def make_prefix_encoder(
+    config: GLMConfig, embedding_dim: int
+) -> PromptEncoder | PrefixEncoder | None:
+    """The encoder that `config` asks for, or None.
+
+    By `pre_seq_len`, `ptuning_version` and `prefix_projection`.
+    """
     if config.prefix_version is None:
         return None
-    return (
-        PromptEncoder(config)
-        if config.prefix_version == "v1"
-        else PrefixEncoder(config, embedding_dim)
-    )
+    if config.prefix_version == "v1":
+        return PromptEncoder(config)
+    return PrefixEncoder(config, embedding_dim)

@@ -1,11 +1,18 @@
-"""Folders to models and tokenizers: published checkpoints, our own, LoRA adapters and P-Tuning prefixes."""
+"""Models and tokenizers from folders.
+
+Read are published checkpoints, this toolkit's own, LoRA adapters and P-Tuning prefixes.
+"""
 
 import hashlib
 import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .adapters import adapter_file, fit_adapter, load_adapter, peft_name, read_adapter
@@ -63,6 +70,9 @@ __all__ = [
     "weight_files",
 ]
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 log = logging.getLogger(__name__)
 
 # Tensors that say nothing about which model a folder holds: tables, tied copies, P-Tuning's own.
@@ -70,13 +80,15 @@ NOT_IDENTITY = ("inv_freq", "lm_head.weight", "prefix_encoder.")
 
 
 def resolve_mode(path: str | Path, mode: str | None = None, base: str | Path | None = None) -> str:
-    """The family of a folder: as asked, else as found in it or in its base, else glm2 with a warning.
+    """The family of a folder: `mode`, else what the folder or its base shows, else glm2.
+
+    The last comes with a warning.
 
     Args:
         base: the base model of an adapter or prefix folder; by default the one that it names.
     Raises:
-        ValueError: `mode` is no family, the folder's files say that it cannot be that family, or its
-            config.json is no ChatGLM's.
+        ValueError: `mode` is no family, the folder's files say that it cannot be that family, or
+            its config.json is no ChatGLM's.
         FileNotFoundError: there is no such folder.
     """
     folder = check_folder(path)
@@ -97,8 +109,8 @@ def resolve_mode(path: str | Path, mode: str | None = None, base: str | Path | N
     return mode
 
 
-def read_config(path: str | Path):
-    """The transformers configuration of a model, ours or another; code that comes with it is never run.
+def read_config(path: str | Path) -> PreTrainedConfig:
+    """The transformers configuration of a model, ours or another; code beside it is never run.
 
     Raises:
         ValueError: it cannot be read, or its model_type is not known.
@@ -140,27 +152,30 @@ def load_model(
     prefix_projection: bool = False,
     ptuning_version: str | None = None,
     attn_implementation: str = "sdpa",
-    device_map=None,
+    device_map: str | dict[str, Any] | None = None,
     base: str | Path | None = None,
     quantization_bit: int | None = None,
-):
+) -> "PreTrainedModel | PeftModel":
     """A ChatGLM with its output layer, in eval mode.
 
     Args:
-        path: a folder of weights (safetensors, or .bin read with weights_only), a peft adapter folder, or a folder
-            that holds only a P-Tuning prefix.
+        path: a folder of weights (safetensors, or .bin read with weights_only), a peft adapter
+            folder, or a folder that holds only a P-Tuning prefix.
         mode: "glm", "glm2" or "glm3"; found in the folder when None.
         dtype: of the weights; None keeps the checkpoint's.
-        pre_seq_len, prefix_projection, ptuning_version: a new P-Tuning prefix of so many virtual tokens; a folder that
-            has a prefix needs none of them, and any that is given must agree with it.
+        pre_seq_len, prefix_projection, ptuning_version: a new P-Tuning prefix of so many virtual
+            tokens; a folder that has a prefix needs none of them, and any that is given must agree
+            with it.
         base: the base model of an adapter or prefix folder; by default the one that it names.
-        quantization_bit: 4 (nf4, double quantisation) or 8 (int8) bits for the linear layers but the output layer and a prefix's
-            own; computed in `dtype`. Needs bitsandbytes.
+        quantization_bit: 4 (nf4, double quantisation) or 8 (int8) bits for the linear layers,
+            except the output layer and a prefix's own; computed in `dtype`. Needs bitsandbytes.
         verify: how files are compared with the folder's checksums.json: fast, full or off.
     Returns:
-        ChatGLM1ForConditionalGeneration or ChatGLM2ForConditionalGeneration; for an adapter folder, that in a PeftModel.
+        ChatGLM1ForConditionalGeneration or ChatGLM2ForConditionalGeneration; for an adapter
+        folder, that in a PeftModel.
     Raises:
-        ValueError: mode, prefix or base contradict the folder, a file is damaged, or the weights do not fit.
+        ValueError: mode, prefix or base contradict the folder, a file is damaged, or the weights
+            do not fit.
         FileNotFoundError: no such folder, or no weights in it.
     """
     path = check_folder(path)
@@ -171,13 +186,14 @@ def load_model(
         "dtype": dtype,
         "attn_implementation": attn_implementation,
         "device_map": device_map,
+        "quantization_bit": quantization_bit,
     }
-    options["quantization_bit"] = quantization_bit
     if (path / "adapter_config.json").is_file():
         base = find_base(path, base)
         if (base / "adapter_config.json").is_file():
             raise ValueError(
-                f"{path}: its base model {base} is an adapter itself; merge that one first (merge_lora.py)"
+                f"{path}: its base model {base} is an adapter itself; "
+                "merge that one first (merge_lora.py)"
             )
         return load_adapter(load_model(base, **options), path)
 
@@ -193,16 +209,14 @@ def load_model(
     config.name_or_path = str(weights)
     if "flash" in attn_implementation and isinstance(config, ChatGLM1Config):
         raise ValueError(
-            'ChatGLM-6B\'s bidirectional context has no flash kernel; use attn_implementation="sdpa"'
+            "ChatGLM-6B's bidirectional context has no flash kernel; "
+            'use attn_implementation="sdpa"'
         )
-    model_class = (
-        ChatGLM1ForConditionalGeneration
-        if isinstance(config, ChatGLM1Config)
-        else ChatGLM2ForConditionalGeneration
-    )
-    with (
-        quiet_transformers()
-    ):  # it would report a new prefix as missing; what is really missing is an error below
+    model_class: type[PreTrainedModel] = ChatGLM2ForConditionalGeneration
+    if isinstance(config, ChatGLM1Config):
+        model_class = ChatGLM1ForConditionalGeneration
+    # transformers would report a new prefix as missing; what is really missing is an error below.
+    with quiet_transformers():
         model, info = model_class.from_pretrained(
             str(weights),
             config=config,
@@ -212,21 +226,25 @@ def load_model(
             output_loading_info=True,
             **quantization(quantization_bit, dtype),
         )
-    # A prefix may be missing where it is new or comes from `path`; a config that names one is not enough.
-    prefix_elsewhere = weights != path or (stored is None and pre_seq_len)
-    lost = sorted(
-        k for k in info["missing_keys"] if not (prefix_elsewhere and k.startswith(PREFIX))
-    )
-    if lost:
-        raise ValueError(f"{weights}: the weights lack {len(lost)} tensors, the first is {lost[0]}")
+    # A prefix may be missing where it is new or comes from `path`; that the config names one is not
+    # enough.
+    missing = sorted(info["missing_keys"])
+    if weights != path or (stored is None and pre_seq_len):
+        missing = [name for name in missing if not name.startswith(PREFIX)]
+    if missing:
+        raise ValueError(
+            f"{weights}: the weights lack {len(missing)} tensors, the first is {missing[0]}"
+        )
     if weights != path:
         load_prefix(model, path)
     set_stop_ids(model, path, weights, mode)
     return model.eval()
 
 
-def quantization(bits: int | None, dtype) -> dict:
-    """from_pretrained's options for frozen weights in 4 or 8 bits (QLoRA, arXiv 2305.14314; LLM.int8(), arXiv 2208.07339).
+def quantization(bits: int | None, dtype: torch.dtype | str | None) -> dict[str, Any]:
+    """from_pretrained's options for frozen weights in 4 or 8 bits.
+
+    Sources: QLoRA, arXiv 2305.14314 (4); LLM.int8(), arXiv 2208.07339 (8).
 
     Raises:
         ValueError: bits is neither, or bitsandbytes is not installed.
@@ -243,16 +261,11 @@ def quantization(bits: int | None, dtype) -> dict:
         ) from None
     from transformers import BitsAndBytesConfig
 
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(
-        logging.ERROR
-    )  # says at every product that int8 rounds by way of fp16
-    compute = (
-        dtype
-        if isinstance(dtype, torch.dtype)
-        else torch.float32
-        if not torch.cuda.is_available()
-        else torch.bfloat16
-    )
+    # It warns at every product that int8 rounds by way of fp16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    compute = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    if isinstance(dtype, torch.dtype):
+        compute = dtype
     return {
         "quantization_config": BitsAndBytesConfig(
             load_in_4bit=bits == 4,
@@ -266,46 +279,61 @@ def quantization(bits: int | None, dtype) -> dict:
 
 
 @contextmanager
-def quiet_transformers():
-    """No progress bars and no loading report from transformers inside."""
-    level, bars = (
-        transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
-    )
+def quiet_transformers() -> Iterator[None]:
+    """Inside, transformers shows no progress bars and no loading report."""
+    level = transformers_logging.get_verbosity()
+    had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
-        if bars:
+        if had_bars:
             transformers_logging.enable_progress_bar()
 
 
 def base_fingerprint(path: str | Path) -> str:
-    """sha256 over names, shapes and 16 values of every weight: the same for fp32, fp16 and resharded copies of a model."""
+    """sha256 over names, shapes and 16 values of every weight.
+
+    The same for fp32, fp16 and resharded copies of a model.
+    """
     digest = hashlib.sha256()
     samples = {}
     for name, tensor in iterate_weights(path):
         if not any(part in name for part in NOT_IDENTITY):
             flat = tensor.flatten()
-            # By way of fp16, as a half-precision copy went: rounding 32 bits to bfloat16 at once may end elsewhere.
-            values = flat[:: max(1, flat.numel() // 16)][:16].half().to(torch.bfloat16).float()
+            step = max(1, flat.numel() // 16)
+            # To bfloat16 by way of fp16, as a half-precision copy was rounded: rounding fp32 to
+            # bfloat16 at once may give another value.
+            values = flat[::step][:16].half().to(torch.bfloat16).float()
             samples[name] = (tuple(tensor.shape), values.numpy().tobytes())
     for name in sorted(samples):
-        digest.update(f"{name}{samples[name][0]}".encode() + samples[name][1])
+        shape, values = samples[name]
+        digest.update(f"{name}{shape}".encode() + values)
     return digest.hexdigest()
 
 
-def set_prefix(config, path, stored, pre_seq_len, prefix_projection, ptuning_version):
-    """Settle the config's prefix between what the caller asks, what the config says and what the weights hold."""
+def set_prefix(
+    config: ChatGLMConfig,
+    path: str | Path,
+    stored: dict | None,
+    pre_seq_len: int | None,
+    prefix_projection: bool,
+    ptuning_version: str | None,
+) -> None:
+    """Set the config's prefix fields from the caller's arguments, the config and the weights.
+
+    Args:
+        stored: `stored_prefix` of the folder.
+    Raises:
+        ValueError: they contradict each other.
+    """
     asked = pre_seq_len or config.pre_seq_len
     if stored and asked and asked != stored["length"]:
-        source = (
-            f"pre_seq_len={pre_seq_len}"
-            if pre_seq_len
-            else f"its config.json says pre_seq_len {config.pre_seq_len}"
-        )
+        source = f"pre_seq_len={pre_seq_len}"
+        if not pre_seq_len:
+            source = f"its config.json says pre_seq_len {config.pre_seq_len}"
         raise ValueError(
             f"{path} holds a prefix of {stored['length']} virtual tokens, but {source}"
         )
@@ -317,20 +345,17 @@ def set_prefix(config, path, stored, pre_seq_len, prefix_projection, ptuning_ver
             )
         if prefix_projection and not stored["mlp"]:
             raise ValueError(f"{path} holds a prefix without an MLP, but prefix_projection=True")
-        config.pre_seq_len, config.prefix_projection, config.ptuning_version = (
-            stored["length"],
-            stored["mlp"],
-            version,
-        )
+        config.pre_seq_len = stored["length"]
+        config.prefix_projection = stored["mlp"]
+        config.ptuning_version = version
     else:
-        config.pre_seq_len, config.prefix_projection = pre_seq_len, prefix_projection
+        config.pre_seq_len = pre_seq_len
         config.ptuning_version = ptuning_version or "v2"
-        if config.ptuning_version == "v1":
-            config.prefix_projection = False
+        config.prefix_projection = prefix_projection and config.ptuning_version != "v1"
     config.validate_prefix()
 
 
-def load_prefix(model, path: Path):
+def load_prefix(model: nn.Module, path: Path) -> None:
     """Put the prefix of a prefix-only folder into a model built for it."""
     state = {name.split("prefix_encoder.")[1]: tensor for name, tensor in iterate_weights(path)}
     encoder = model.transformer.prefix_encoder
@@ -340,7 +365,8 @@ def load_prefix(model, path: Path):
         if name not in state or state[name].shape != wanted:
             found = list(state[name].shape) if name in state else "nothing"
             raise ValueError(f"{path}: prefix_encoder.{name} must be {list(wanted)}, found {found}")
-        partitioned += [parameter] if hasattr(parameter, "ds_id") else []
+        if hasattr(parameter, "ds_id"):
+            partitioned.append(parameter)
     if partitioned:  # by ZeRO-3, while the model was built
         from deepspeed import zero
 
@@ -350,8 +376,11 @@ def load_prefix(model, path: Path):
         encoder.load_state_dict(state)
 
 
-def set_stop_ids(model, path: Path, base: Path, mode: str):
-    """Make generate() stop where the family stops; the real ids are the tokenizer's, in `path` or else in `base`."""
+def set_stop_ids(model: PreTrainedModel, path: Path, base: Path, mode: str) -> None:
+    """Make generate() stop at the family's stop tokens.
+
+    Their ids come from the tokenizer in `path`, or else in `base`.
+    """
     for folder in (path, base):
         if (folder / FAMILIES[mode].tokenizer_file).is_file():
             tokenizer = load_tokenizer(folder, mode=mode)
@@ -360,6 +389,6 @@ def set_stop_ids(model, path: Path, base: Path, mode: str):
             return
 
 
-def stop_ids(tokenizer) -> list[int]:
+def stop_ids(tokenizer: ChatGLMTokenizer) -> list[int]:
     """Ids that end an answer in the tokenizer's family."""
     return [tokenizer.get_command(token) for token in FAMILIES[tokenizer.family].stop_tokens]

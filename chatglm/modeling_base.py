@@ -1,4 +1,7 @@
-"""What both architectures do alike as transformers models: virtual tokens, masks, the language-model head, chat."""
+"""What both architectures share as transformers models.
+
+Virtual tokens, masks, the language-model head, chat.
+"""
 
 import copy
 from collections.abc import Iterator
@@ -6,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from queue import Queue
 from threading import Thread
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
@@ -23,8 +27,16 @@ from .layers import PrefixEmbedding, PrefixLinear, attention_visibility, padding
 from .packing import Packing
 from .weights import check_fit, stored_prefix, stored_shapes, weight_files
 
+if TYPE_CHECKING:
+    from .tokenization import ChatGLMTokenizer
+
+# Options of from_pretrained by which it reads weights from elsewhere than a folder's usual files.
+OTHER_SOURCES = ("state_dict", "subfolder", "variant", "gguf_file")
+
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
+    """What the models of both architectures share of transformers' base class."""
+
     config: ChatGLMConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
@@ -33,25 +45,18 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path | None, *args, **kwargs
+    ) -> Any:
         """transformers' from_pretrained, which reads a folder's weights only where they fit.
 
         Raises:
-            ValueError: in one line, what a folder's files hold instead, such as a P-Tuning prefix alone,
-                quantised weights or a tensor of another shape.
+            ValueError: a folder's files hold something else, such as a P-Tuning prefix alone,
+                quantised weights or a tensor of another shape; the message is one line.
         """
         folder = Path(pretrained_model_name_or_path or "")
-        elsewhere = (
-            "state_dict",
-            "subfolder",
-            "variant",
-            "gguf_file",
-        )  # than in the files of a folder
-        if (
-            pretrained_model_name_or_path is None
-            or not folder.is_dir()
-            or any(map(kwargs.get, elsewhere))
-        ):
+        is_folder = pretrained_model_name_or_path is not None and folder.is_dir()
+        if not is_folder or any(map(kwargs.get, OTHER_SOURCES)):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         check_json_files(folder)
         config = kwargs.get("config")
@@ -67,27 +72,33 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def check_weights(cls, folder: Path, config: ChatGLMConfig) -> list[Path]:
-        """The weight files of a folder, which fit a model of this class; a new prefix may be missing.
+        """The weight files of a folder, once they are known to fit a model of this class.
+
+        A prefix may be missing: it may be new.
 
         Raises:
-            ValueError: they do not fit. FileNotFoundError: there are none.
+            ValueError: they do not fit.
+            FileNotFoundError: there are none.
         """
         files, shapes = weight_files(folder), stored_shapes(folder)
         if (stored_prefix(folder, shapes) or {}).get("only"):
             raise ValueError(
-                f"{folder} holds a P-Tuning prefix alone, no model: chatglm.load_model({str(folder)!r}) puts it on its base"
+                f"{folder} holds a P-Tuning prefix alone, no model: "
+                f"chatglm.load_model({str(folder)!r}) puts it on its base"
             )
-        if (
-            getattr(config, "quantization_config", None) is None
-        ):  # bitsandbytes' own files hold other shapes
+        if getattr(config, "quantization_config", None) is None:
+            # The shapes in files that bitsandbytes quantised are others.
             with reading(folder / "config.json"), torch.device("meta"):
                 model = cls(copy.deepcopy(config))
             check_fit(folder, model, shapes, ignored="prefix_encoder.")
         return files
 
     @torch.no_grad()
-    def _init_weights(self, module):
-        """Normal weights of `initializer_range`, zero biases, unit norms; also a prefix encoder added to a checkpoint."""
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal weights of `initializer_range`, zero biases, unit norms.
+
+        Also for a prefix encoder added to a checkpoint.
+        """
         if isinstance(module, (PrefixEmbedding, PrefixLinear)):
             module.reset_parameters()
             return
@@ -100,12 +111,15 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """As transformers has it, without its FutureWarning at every load of an adapter: peft asks by the old name."""
+        """As in transformers, without its FutureWarning: peft reads this old name."""
         return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
 
 class ChatGLMBody:
-    """How virtual tokens and masks reach a body. Callers never count virtual tokens: not in masks, not in positions."""
+    """How virtual tokens and masks reach a body.
+
+    Callers never count virtual tokens: not in masks, not in positions.
+    """
 
     @property
     def prefix_length(self) -> int:
@@ -118,12 +132,12 @@ class ChatGLMBody:
         return self.config.pre_seq_len if self.config.prefix_version == "v1" else 0
 
     @staticmethod
-    def cached_length(cache) -> int:
+    def cached_length(cache: Cache | None) -> int:
         """Positions in a cache, v1's vectors included; 0 for None."""
         if cache is None:
             return 0
         if cache.is_compileable:
-            # generate() would hand over a 4-D mask with it, of the opposite sense to the originals'.
+            # generate() would pass a 4-D mask with it, of the opposite sense to the originals'.
             raise ValueError(
                 "ChatGLM needs a cache that grows, such as DynamicCache; got one of fixed size"
             )
@@ -131,10 +145,11 @@ class ChatGLMBody:
 
     def prepend_prompt(
         self, embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: int
-    ):
-        """Put v1's vectors before the first input and make room for them in mask and positions; v2 and none: no change.
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Put v1's vectors before the first input and extend mask and positions; else no change.
 
-        Positions have the sequence last; (B, 2, S) positions of ChatGLM-6B are block positions in their second row.
+        Positions have the sequence last; of ChatGLM-6B's (B, 2, S) positions the second row holds
+        block positions. Returns the new embeds, attention_mask and position_ids.
         """
         count = self.prompt_length
         if not count:
@@ -144,36 +159,31 @@ class ChatGLMBody:
                 raise ValueError("with P-Tuning v1 give a 2-D attention_mask (1 = real token)")
             attention_mask = F.pad(attention_mask, (count, 0), value=1)
         if position_ids is not None:
-            shift = torch.tensor(
-                [count, 0] if position_ids.dim() == 3 else [count], device=position_ids.device
-            )
-            position_ids = position_ids + (shift[:, None] if position_ids.dim() == 3 else shift)
+            virtual_positions, shift = prompt_positions(position_ids, count)
+            position_ids = position_ids + shift
             if past == 0:
-                own = torch.arange(count, device=position_ids.device)
-                own = torch.stack([own, torch.zeros_like(own)]) if position_ids.dim() == 3 else own
-                position_ids = torch.cat(
-                    [own.expand(*position_ids.shape[:-1], count), position_ids], dim=-1
-                )
+                virtual_positions = virtual_positions.expand(*position_ids.shape[:-1], count)
+                position_ids = torch.cat([virtual_positions, position_ids], dim=-1)
         if past == 0:
-            embeds = torch.cat(
-                [self.prefix_encoder(embeds.shape[0]).to(embeds.dtype), embeds], dim=1
-            )
+            virtual = self.prefix_encoder(embeds.shape[0]).to(embeds.dtype)
+            embeds = torch.cat([virtual, embeds], dim=1)
         return embeds, attention_mask, position_ids
 
     def find_packing(
         self,
         position_ids: Tensor | None,
-        attention_mask,
-        past_key_values,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
         batch: int,
         keep: Tensor | None,
     ) -> Packing | None:
-        """The packing that a caller's positions tell of, or that `keep` asks for; None where every row is one sequence.
+        """The packing that positions imply or `keep` asks for; None where rows are one sequence.
 
-        Positions tell of several sequences only where neither mask nor cache came with them.
+        Positions imply several sequences only where neither mask nor cache came with them.
 
         Raises:
-            ValueError: several rows that hold several sequences; `keep` without the positions of one row, or beside mask or cache.
+            ValueError: several rows that hold several sequences; `keep` without the positions of
+                one row, or together with a mask or cache.
         """
         alone = attention_mask is None and not self.cached_length(past_key_values)
         if keep is not None and (position_ids is None or batch > 1 or not alone):
@@ -185,7 +195,8 @@ class ChatGLMBody:
         if position_ids.shape[0] > 1:
             if any(len(self.read_packing(row[None]).lengths) > 1 for row in position_ids):
                 raise ValueError(
-                    "positions fall back: put the sequences in one row, or give an attention_mask for padded rows"
+                    "positions fall back: put the sequences in one row, "
+                    "or give an attention_mask for padded rows"
                 )
             return None
         packing = self.read_packing(position_ids)
@@ -195,47 +206,50 @@ class ChatGLMBody:
             raise ValueError("positions fall back: put the sequences in one row")
         return replace(packing, keep=keep)
 
-    def prepend_prompts(self, embeds: Tensor, position_ids: Tensor, packing: Packing):
+    def prepend_prompts(
+        self, embeds: Tensor, position_ids: Tensor, packing: Packing
+    ) -> tuple[Tensor, Tensor, Packing, Tensor]:
         """`prepend_prompt` in a packed row: v1's vectors before each sequence that sees no trunk.
 
         Returns:
-            embeds, position_ids and packing with room for them, and (S,) where the row's own tokens now are.
+            embeds, position_ids and packing with the vectors in them, and (S,) the new places of
+            the row's own tokens.
         """
         count = self.prompt_length
-        own = torch.arange(count, device=position_ids.device)
-        own = torch.stack([own, torch.zeros_like(own)]) if position_ids.dim() == 3 else own
-        shift = torch.tensor(
-            [[count], [0]] if position_ids.dim() == 3 else [count], device=position_ids.device
-        )
+        virtual_positions, shift = prompt_positions(position_ids, count)
         virtual = self.prefix_encoder(1).to(embeds.dtype)
         rows, positions = [], []
         for i, row in enumerate(embeds.split(packing.lengths, dim=1)):
-            rows += [row] if packing.shared[i] else [virtual, row]
+            if not packing.shared[i]:
+                rows.append(virtual)
+            rows.append(row)
         for i, part in enumerate((position_ids + shift).split(packing.lengths, dim=-1)):
-            positions += (
-                [part] if packing.shared[i] else [own.expand(*part.shape[:-1], count), part]
-            )
-        packing, where = packing.with_prompt(count)
-        return torch.cat(rows, dim=1), torch.cat(positions, dim=-1), packing, where
+            if not packing.shared[i]:
+                positions.append(virtual_positions.expand(*part.shape[:-1], count))
+            positions.append(part)
+        packing, places = packing.with_prompt(count)
+        return torch.cat(rows, dim=1), torch.cat(positions, dim=-1), packing, places
 
     def run_layers(
         self,
-        layers,
+        layers: nn.ModuleList,
         hidden_states: Tensor,
-        attention_mask,
+        attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        past_key_values,
+        past_key_values: Cache | None,
         packing: Packing | None,
         **kwargs,
     ) -> Tensor:
-        """From embeddings (B, S, hidden_size) through all blocks, virtual tokens added on the way and taken off again.
+        """Run embeddings (B, S, hidden_size) through all blocks, with virtual tokens added.
 
-        `packing` is what `find_packing` found, the other arguments are the body's; returns (B, S, hidden_size), or
-        (1, N, hidden_size) of the N places that the packing keeps.
+        `packing` is `find_packing`'s result, the other arguments are the body's. Returns
+        (B, S, hidden_size), or (1, N, hidden_size) of the N places that the packing keeps.
         """
         past = self.cached_length(past_key_values)
         batch, text_length = hidden_states.shape[:2]
-        text, keep, backend = slice(-text_length, None), None, self.config._attn_implementation
+        text: slice | Tensor = slice(-text_length, None)  # the places that are no virtual tokens
+        keep = None
+        backend = self.config._attn_implementation
         if packing is not None:
             if self.prompt_length:
                 hidden_states, position_ids, packing, text = self.prepend_prompts(
@@ -273,13 +287,16 @@ class ChatGLMBody:
         return hidden_states if keep is not None else hidden_states[:, text]
 
     def seen_by_all(self, position_ids: Tensor, past: int) -> Tensor | None:
-        """(B, past + S) bool: keys that every row sees, later ones included; None where attention is causal."""
+        """(B, past + S) bool: keys that every row sees, later ones too; None if all is causal."""
         return None
 
     def split_mask(
         self, attention_mask: Tensor | None, kv_len: int
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(4-D visibility, 2-D padding): the first if the caller built the originals' mask (True = masked), else the second."""
+        """(4-D visibility, 2-D padding), one of them None.
+
+        The first where the caller built the originals' 4-D mask (True = masked), else the second.
+        """
         if attention_mask is not None and attention_mask.dim() == 4:
             if "flash" in self.config._attn_implementation:
                 raise ValueError(
@@ -289,9 +306,24 @@ class ChatGLMBody:
         return None, padding_mask(attention_mask, kv_len, self.prompt_length)
 
 
+def prompt_positions(position_ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Positions of `count` virtual tokens at the front, and what they add to those after them.
+
+    For `position_ids` (B, S): (count,) and (1,). For ChatGLM-6B's (B, 2, S): (2, count) and (2, 1);
+    block positions of virtual tokens are 0 and do not shift the others.
+    """
+    device = position_ids.device
+    positions = torch.arange(count, device=device)
+    if position_ids.dim() != 3:
+        return positions, torch.tensor([count], device=device)
+    positions = torch.stack([positions, torch.zeros_like(positions)])
+    return positions, torch.tensor([[count], [0]], device=device)
+
+
 class ChatGLMCausalLM:
-    """The head: logits, loss and generation over `self.transformer`. The classes list GenerationMixin themselves:
-    transformers looks for it among the direct bases only.
+    """The head: logits, loss and generation over `self.transformer`.
+
+    The classes list GenerationMixin themselves: transformers looks for it among direct bases only.
     """
 
     @can_return_tuple
@@ -300,14 +332,16 @@ class ChatGLMCausalLM:
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, S, vocabulary) and, with `labels` (B, S), the mean loss of the next token where labels are not -100.
+        """Logits (B, S, vocabulary) and, with `labels` (B, S), the mean loss of the next token.
+
+        Labels of -100 carry no loss.
 
         The other arguments are the body's. `logits_to_keep` > 0 keeps the last so many positions.
         """
@@ -336,7 +370,7 @@ class ChatGLMCausalLM:
         )
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
+    def generate(self, inputs: Tensor | None = None, *args, **kwargs) -> Any:
         """transformers' generate; takes the originals' 4-D mask (True = masked) too."""
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 4:
@@ -346,44 +380,52 @@ class ChatGLMCausalLM:
 
     @torch.inference_mode()
     def chat(
-        self, tokenizer, query: str, history: list | None = None, role: str = "user", **options
-    ):
+        self,
+        tokenizer: "ChatGLMTokenizer",
+        query: str,
+        history: list | None = None,
+        role: str = "user",
+        **options,
+    ) -> tuple[str | dict, list]:
         """One turn of a conversation: (answer, new history), sampled as the originals sample.
 
         Args:
-            history: (query, answer) pairs or message dicts with role, content and, for ChatGLM3's system, tools.
+            history: (query, answer) pairs or message dicts with role, content and, for ChatGLM3's
+                system, tools.
             role: ChatGLM3 only: whose turn `query` is (user, observation, system).
-            options: generate()'s; the defaults are the family's (`chat_defaults`). `max_length` counts the prompt.
+            options: generate()'s; the defaults are the family's (`chat_defaults`). `max_length`
+                counts the prompt.
         Returns:
-            ChatGLM3's answer is a dict where it calls a tool or the code interpreter, its history messages;
-            the others' history has the form of the given one, pairs where there is none.
+            ChatGLM3's answer is a dict where it calls a tool or the code interpreter, and its
+            history is messages; the others' history has the form of the given one, pairs where
+            none is given.
         Raises:
             ValueError: the history has another form, or says what the family cannot.
         """
         inputs, options = self.prepare_chat(tokenizer, query, history, role, options)
-        ids = self.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :].tolist()
-        ids = [
-            i for i in ids if i not in options["eos_token_id"]
-        ]  # decoding ChatGLM3's roles gives their names
-        return self.finish_chat(
-            tokenizer, tokenizer.decode(ids, skip_special_tokens=True), query, history, role
-        )
+        prompt_length = inputs["input_ids"].shape[1]
+        ids = self.generate(**inputs, **options)[0, prompt_length:].tolist()
+        # Decoding would write ChatGLM3's role tokens out by name.
+        ids = [i for i in ids if i not in options["eos_token_id"]]
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        return self.finish_chat(tokenizer, text, query, history, role)
 
     @torch.inference_mode()
     def stream_chat(
         self,
-        tokenizer,
+        tokenizer: "ChatGLMTokenizer",
         query: str,
         history: list | None = None,
         role: str = "user",
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         return_past_key_values: bool = False,
         **options,
-    ) -> Iterator:
-        """As `chat`, but yields (answer so far, history so far) while the answer grows, and at last chat's result.
+    ) -> Iterator[tuple]:
+        """As `chat`, but yields (answer so far, history so far), and chat's result at the end.
 
-        With `return_past_key_values` a third item is the cache; handed back with the next turn, what the turns share is not
-        computed again. Not for ChatGLM-6B, whose context sees itself both ways, nor for P-Tuning v1.
+        With `return_past_key_values` a third item is the cache: given with the next turn, it saves
+        recomputing what the turns share. Not for ChatGLM-6B, whose context is bidirectional, nor
+        for P-Tuning v1.
         """
         inputs, options = self.prepare_chat(tokenizer, query, history, role, options)
         prompt = inputs["input_ids"][0].tolist()
@@ -392,23 +434,23 @@ class ChatGLMCausalLM:
                 raise ValueError(
                     "ChatGLM-6B and P-Tuning v1 cannot go on from another turn's cache"
                 )
-            options["past_key_values"] = cache = past_key_values or DynamicCache(config=self.config)
-            unshared = cache.get_seq_length() - shared_length(
-                prompt[:-1], getattr(cache, "token_ids", [])
-            )
+            cache = past_key_values or DynamicCache(config=self.config)
+            options["past_key_values"] = cache
+            shared = shared_length(prompt[:-1], getattr(cache, "token_ids", []))
+            unshared = cache.get_seq_length() - shared
             if unshared:
                 cache.crop(-unshared)
         streamer = IdStreamer()
-        failure = []
+        failure: list[BaseException] = []
 
-        def run():
+        def run() -> None:
             try:
                 self.generate(**inputs, **options, streamer=streamer)
             except BaseException as error:  # a thread must not swallow what its caller should see
                 failure.append(error)
                 streamer.end()
 
-        def result(ids):
+        def result(ids: list[int]) -> tuple:
             text = tokenizer.decode(ids, skip_special_tokens=True)
             answer = self.finish_chat(tokenizer, text, query, history, role)
             return (*answer, cache) if return_past_key_values else answer
@@ -424,18 +466,27 @@ class ChatGLMCausalLM:
                 if text and not text.endswith("\ufffd"):  # half of a character: wait for the rest
                     yield result(ids)
         finally:
-            streamer.abandoned = True  # a caller who stops listening stops the generation
+            streamer.abandoned = True  # a caller who stops reading cancels the generation
         if failure:
             raise failure[0]
         if "past_key_values" in options:
             cache.token_ids = (prompt + ids)[: cache.get_seq_length()]
         yield result(ids)
 
-    def prepare_chat(self, tokenizer, query, history, role, options) -> tuple[dict, dict]:
+    def prepare_chat(
+        self,
+        tokenizer: "ChatGLMTokenizer",
+        query: str,
+        history: list | None,
+        role: str,
+        options: dict[str, Any],
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """(model inputs, generate options) of one turn."""
         family = FAMILIES[tokenizer.family]
-        as_tuned = {"rounds": True} if getattr(self.config, "chat_prompt", None) == "rounds" else {}
-        ids = family.encode_chat(tokenizer, query, history, role, **as_tuned)
+        # A fine-tuned ChatGLM-6B counts rounds as its training prompts do.
+        counts_rounds = getattr(self.config, "chat_prompt", None) == "rounds"
+        form = {"rounds": True} if counts_rounds else {}
+        ids = family.encode_chat(tokenizer, query, history, role, **form)
         inputs = {"input_ids": torch.tensor([ids], device=self.device)}
         stops = [tokenizer.get_command(token) for token in family.stop_tokens]
         defaults = family.chat_defaults | {
@@ -448,14 +499,17 @@ class ChatGLMCausalLM:
         if isinstance(options["eos_token_id"], int):
             options["eos_token_id"] = [options["eos_token_id"]]
         if not options["do_sample"]:
-            options = {k: v for k, v in options.items() if k not in ("top_p", "temperature")} | {
-                "top_p": None,
-                "temperature": None,
-                "top_k": None,
-            }
+            options |= {"top_p": None, "temperature": None, "top_k": None}
         return inputs, options
 
-    def finish_chat(self, tokenizer, text, query, history, role):
+    def finish_chat(
+        self,
+        tokenizer: "ChatGLMTokenizer",
+        text: str,
+        query: str,
+        history: list | None,
+        role: str,
+    ) -> tuple[str | dict, list]:
         """(answer, new history) from the generated text."""
         family = FAMILIES[tokenizer.family]
         history = copy.deepcopy(list(history or []))
@@ -466,25 +520,33 @@ class ChatGLMCausalLM:
 
 
 def shared_length(a: list[int], b: list[int]) -> int:
-    """How many ids two sequences begin with in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    """The length of the beginning that two sequences of ids have in common."""
+    for i, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
 
 
 class IdStreamer:
-    """generate()'s streamer protocol as an iterator of token ids, without the prompt's."""
+    """generate()'s streamer as an iterator of token ids, without the prompt's.
+
+    `put` raises RuntimeError once `abandoned` is set, which ends the generation.
+    """
 
     def __init__(self):
-        self.ids, self.prompt_seen, self.abandoned = Queue(), False, False
+        self.ids: Queue[int | None] = Queue()
+        self.prompt_seen = False
+        self.abandoned = False
 
-    def put(self, value: Tensor):
+    def put(self, value: Tensor) -> None:
         if self.abandoned:
-            raise RuntimeError("nobody listens to this stream any more")
+            raise RuntimeError("the reader of this stream has stopped")
         if self.prompt_seen:
             for token in value.flatten().tolist():
                 self.ids.put(token)
         self.prompt_seen = True
 
-    def end(self):
+    def end(self) -> None:
         self.ids.put(None)
 
     def __iter__(self) -> Iterator[int]:

@@ -1,29 +1,41 @@
-"""ChatGLM-6B: 2-D rotary positions, bidirectional context, LayerNorm, residuals of the normed input.
+"""ChatGLM-6B: 2-D rotary positions, bidirectional context, residuals of the LayerNorm's output.
 
-Layout of a row: context, [gMASK], <sop>, answer, <eop>. The context (all before <sop>) is seen by every position; the
-answer is causal. Positions are pairs: (place, 0) in the context, (place of the mask token, 1, 2, ...) from <sop> on.
+Layout of a row: context, [gMASK], <sop>, answer, <eop>. The context (all before <sop>) is seen by
+every position; the answer is causal. Positions are pairs: (place, 0) in the context,
+(place of the mask token, 1, 2, ...) from <sop> on.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin
+from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration import ChatGLM1Config
 from .kernels import OutputLayer, RotateFunction, turn_halves_
-from .layers import attend, inverse_frequencies, make_prefix_encoder, rotary_turns
+from .layers import (
+    AttentionMask,
+    attend,
+    inverse_frequencies,
+    make_prefix_encoder,
+    rotary_turns,
+)
 from .modeling_base import ChatGLMBody, ChatGLMCausalLM, ChatGLMPreTrainedModel
 from .packing import Packing
 
-# sqrt(2 * 28) whatever the depth: the original's blocks never learn their model's number of layers.
+# sqrt(2 * 28) whatever the depth: the original's blocks do not know the number of layers.
 RESIDUAL_SCALE = 56**0.5
 
 
 class SelfAttention(nn.Module):
+    """Multi-head attention; the names of its layers are the original's."""
+
     num_key_value_groups = 1
     attention_dropout = 0.0
     is_causal = True
@@ -38,15 +50,19 @@ class SelfAttention(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states, mask, turns, prefix=None, past_key_values=None, keep=None, **kwargs
-    ):
-        # Each head's own query, key and value: to all queries, all keys, all values.
-        qkv = (
-            self.query_key_value(hidden_states)
-            .unflatten(-1, (self.heads, 3, self.head_dim))
-            .transpose(2, 3)
-            .flatten(2, 3)
-        )
+        self,
+        hidden_states: Tensor,
+        mask: AttentionMask,
+        turns: Tensor,
+        prefix: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        keep: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output (B, S, hidden_size), or of the kept tokens, and the attention weights or None."""
+        # From query, key and value of each head to all queries, all keys, all values.
+        qkv = self.query_key_value(hidden_states)
+        qkv = qkv.unflatten(-1, (self.heads, 3, self.head_dim)).transpose(2, 3).flatten(2, 3)
         qkv = RotateFunction.apply(qkv, turns, 2 * self.heads, turn_halves_)
         query, key, value = qkv.transpose(1, 2).chunk(3, dim=1)
         if past_key_values is not None:
@@ -56,6 +72,8 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """The feed-forward part of a block, with GELU."""
+
     def __init__(self, config: ChatGLM1Config):
         super().__init__()
         self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
@@ -66,6 +84,8 @@ class MLP(nn.Module):
 
 
 class ChatGLM1Block(GradientCheckpointingLayer):
+    """A transformer block; its residuals are the scaled outputs of the norms."""
+
     def __init__(self, config: ChatGLM1Config, layer_idx: int):
         super().__init__()
         self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
@@ -74,9 +94,16 @@ class ChatGLM1Block(GradientCheckpointingLayer):
         self.mlp = MLP(config)
 
     def forward(
-        self, hidden_states, mask, turns, prefix=None, past_key_values=None, keep=None, **kwargs
+        self,
+        hidden_states: Tensor,
+        mask: AttentionMask,
+        turns: Tensor,
+        prefix: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        keep: Tensor | None = None,
+        **kwargs,
     ) -> Tensor:
-        # `prefix` is an argument of its own: gradient checkpointing drops whatever comes as past_key_values.
+        # `prefix` is a separate argument: gradient checkpointing drops any past_key_values.
         normed = self.input_layernorm(hidden_states)
         out, _ = self.attention(
             normed, mask, turns, prefix, past_key_values=past_key_values, keep=keep, **kwargs
@@ -108,22 +135,24 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.word_embeddings
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.word_embeddings = value
 
     def rotary(self, position_ids: Tensor) -> Tensor:
-        """Turns (B, S, head_dim / 2) complex64: a first half for places, a second for block positions."""
+        """Turns (B, S, head_dim / 2) complex64: the first half for places, then block positions."""
         # The released weights were trained with frequencies rounded to fp16.
-        inv_freq = (
-            inverse_frequencies(self.config.head_dim // 2, position_ids.device).half().float()
-        )
+        inv_freq = inverse_frequencies(self.config.head_dim // 2, position_ids.device)
+        inv_freq = inv_freq.half().float()
         return torch.cat([rotary_turns(position_ids[:, row], inv_freq) for row in (0, 1)], dim=-1)
 
     def read_packing(self, position_ids: Tensor) -> Packing:
-        """The sequences of one row of positions (1, 2, S): one begins where place and block position are both 0."""
+        """The sequences of one row of positions (1, 2, S).
+
+        One begins where place and block position are both 0.
+        """
         place, block = position_ids[0]
         starts = ((place == 0) & (block == 0)).nonzero().flatten().tolist()
         starts = [0, *(s for s in starts if s)]
@@ -139,9 +168,8 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
         """
         if any(shared):
             raise ValueError("ChatGLM-6B's context looks ahead: sequences cannot share a beginning")
-        return torch.cat(
-            [self.count_positions(ids) for ids in input_ids.split(lengths, dim=1)], dim=-1
-        )
+        positions = [self.count_positions(ids) for ids in input_ids.split(lengths, dim=1)]
+        return torch.cat(positions, dim=-1)
 
     def seen_by_all(self, position_ids: Tensor, past: int) -> Tensor:
         return F.pad(position_ids[:, 1] == 0, (past, 0))
@@ -150,7 +178,7 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
         """(B, 2, S) places and block positions of whole rows. `padding` (B, S): True = real token.
 
         Raises:
-            ValueError: a row lacks <sop>, or both [gMASK] and [MASK].
+            ValueError: a row has no <sop>, or neither [gMASK] nor [MASK].
         """
         config, length = self.config, input_ids.shape[1]
         if padding is not None and padding.shape[-1] != length:
@@ -161,30 +189,16 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
         is_sop = (input_ids == config.bos_token_id) & real.bool()
         is_gmask = (input_ids == config.gmask_token_id) & real.bool()
         is_mask = (input_ids == config.mask_token_id) & real.bool()
-        for name, found, wanted in (
-            ("<sop>", is_sop, config.bos_token_id),
-            (
-                "[gMASK] or [MASK]",
-                is_gmask | is_mask,
-                f"{config.gmask_token_id} or {config.mask_token_id}",
-            ),
-        ):
-            if not bool(found.any(-1).all()):
-                row = int((~found.any(-1)).nonzero()[0])
-                raise ValueError(
-                    f"ChatGLM-6B: row {row} of input_ids has no {name} (id {wanted}); give position_ids"
-                )
+        mask_ids = f"{config.gmask_token_id} or {config.mask_token_id}"
+        check_every_row(is_sop, f"<sop> (id {config.bos_token_id})")
+        check_every_row(is_gmask | is_mask, f"[gMASK] or [MASK] (id {mask_ids})")
         place = (real.cumsum(-1) - 1).clamp(min=0)
         # argmax finds the first; [gMASK] wins over [MASK] wherever it stands.
-        chosen = (
-            torch.where(is_gmask.any(-1, keepdim=True), is_gmask, is_mask)
-            .long()
-            .argmax(-1, keepdim=True)
-        )
-        after = torch.arange(length, device=input_ids.device) >= is_sop.long().argmax(
-            -1, keepdim=True
-        )
-        place = torch.where(after, place.gather(1, chosen), place) * real
+        is_marker = torch.where(is_gmask.any(-1, keepdim=True), is_gmask, is_mask)
+        marker = is_marker.long().argmax(-1, keepdim=True)
+        sop = is_sop.long().argmax(-1, keepdim=True)
+        after = torch.arange(length, device=input_ids.device) >= sop
+        place = torch.where(after, place.gather(1, marker), place) * real
         block = (after & real.bool()).long().cumsum(-1) * real
         return torch.stack([place, block], dim=1)
 
@@ -195,7 +209,7 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         keep: Tensor | None = None,
@@ -204,12 +218,15 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
         """Hidden states after the final norm.
 
         Args:
-            input_ids: (B, S) or inputs_embeds (B, S, hidden_size), never with P-Tuning's virtual tokens.
-            attention_mask: (B, cached + S), 1 = real token, padded on either side; or (B, 1, S, cached + S) bool,
-                True = masked, as the originals build it.
-            position_ids: (B, 2, S); by default found from [gMASK] or [MASK] and <sop>, continued from the cache. Without mask
-                and cache, where both of a single row's are 0 another sequence begins, blind to the others (see packing.py).
-            keep: (N,) ascending places of a single row: the last layer computes these alone, and the result is (1, N, hidden_size).
+            input_ids: (B, S) or inputs_embeds (B, S, hidden_size), never with P-Tuning's virtual
+                tokens.
+            attention_mask: (B, cached + S), 1 = real token, padded on either side; or
+                (B, 1, S, cached + S) bool, True = masked, as the originals build it.
+            position_ids: (B, 2, S); by default found from [gMASK] or [MASK] and <sop>, continued
+                from the cache. Without mask and cache another sequence begins where both of a
+                single row's are 0, and the two cannot see each other (see packing.py).
+            keep: (N,) ascending places of a single row: the last layer computes these alone, and
+                the result is (1, N, hidden_size).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -229,9 +246,8 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
         if past_key_values is not None:
             # The last real token has the greatest block position; padding, on either side, has 0.
             last = position_ids.shape[-1] - 1 - position_ids[:, 1].flip(-1).argmax(-1)
-            past_key_values.last_positions = position_ids.gather(
-                -1, last[:, None, None].expand(-1, 2, 1)
-            )
+            last = last[:, None, None].expand(-1, 2, 1)
+            past_key_values.last_positions = position_ids.gather(-1, last)
 
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
@@ -249,18 +265,24 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
             last_hidden_state=hidden_states, past_key_values=past_key_values
         )
 
-    def find_positions(self, input_ids, attention_mask, cache) -> Tensor:
-        """Positions nobody gave: counted in a fresh row, continued after the cache's last ones."""
+    def find_positions(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        """Default positions (B, 2, S): counted in a new row, or continued after the cache's last.
+
+        Raises:
+            ValueError: without input_ids, or the cache has no last positions for these rows.
+        """
         if input_ids is None:
             raise ValueError(
-                "ChatGLM-6B finds positions in input_ids; with inputs_embeds give position_ids (B, 2, S)"
+                "ChatGLM-6B finds positions in input_ids; "
+                "with inputs_embeds give position_ids (B, 2, S)"
             )
         if cache is None:
             if attention_mask is not None and attention_mask.dim() == 4:
                 attention_mask = ~attention_mask[:, 0, -1].bool()
-            return self.count_positions(
-                input_ids, None if attention_mask is None else attention_mask.bool()
-            )
+            padding = None if attention_mask is None else attention_mask.bool()
+            return self.count_positions(input_ids, padding)
         last = getattr(cache, "last_positions", None)
         if last is None or last.shape[0] not in (1, input_ids.shape[0]):
             raise ValueError(
@@ -269,8 +291,15 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
         return advance_positions(last, input_ids.shape[1]).expand(input_ids.shape[0], -1, -1)
 
 
+def check_every_row(found: Tensor, name: str) -> None:
+    """Raises ValueError where a row of `found` (B, S) bool has no True; `name` is what it lacks."""
+    if not bool(found.any(-1).all()):
+        row = int((~found.any(-1)).nonzero()[0])
+        raise ValueError(f"ChatGLM-6B: row {row} of input_ids has no {name}; give position_ids")
+
+
 def advance_positions(last: Tensor, count: int) -> Tensor:
-    """(B, 2, count) positions after `last` (B, 2, 1): the place stays, the block position counts on."""
+    """(B, 2, count) positions after `last` (B, 2, 1): one place, block positions that count on."""
     steps = torch.arange(1, count + 1, device=last.device)
     return last + torch.stack([torch.zeros_like(steps), steps])
 
@@ -286,27 +315,32 @@ class ChatGLM1ForConditionalGeneration(ChatGLMCausalLM, ChatGLM1PreTrainedModel,
         self.lm_head = OutputLayer(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, value):
+    def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
-    # generate() counts positions in one dimension; the next three teach it ChatGLM-6B's pairs.
+    # generate() counts positions in one dimension; these three methods give it ChatGLM-6B's pairs.
 
-    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+    def _prepare_position_ids_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
+    ) -> Tensor:
         mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
                 "ChatGLM-6B cannot extend a cache with a new prompt: its context is bidirectional"
             )
-        return self.transformer.count_positions(
-            inputs_tensor, None if mask is None else mask.bool()
-        )
+        padding = None if mask is None else mask.bool()
+        return self.transformer.count_positions(inputs_tensor, padding)
 
     def _update_model_kwargs_for_generation(
-        self, outputs, model_kwargs, num_new_tokens=1, **kwargs
-    ):
+        self,
+        outputs: ModelOutput,
+        model_kwargs: dict[str, Any],
+        num_new_tokens: int = 1,
+        **kwargs,
+    ) -> dict[str, Any]:
         positions = model_kwargs.pop("position_ids")
         model_kwargs = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, num_new_tokens=num_new_tokens, **kwargs
@@ -314,7 +348,9 @@ class ChatGLM1ForConditionalGeneration(ChatGLMCausalLM, ChatGLM1PreTrainedModel,
         following = advance_positions(positions[..., -1:], num_new_tokens)
         return model_kwargs | {"position_ids": torch.cat([positions, following], dim=-1)}
 
-    def _expand_inputs_for_generation(self, expand_size=1, position_ids=None, **kwargs):
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, position_ids: Tensor | None = None, **kwargs
+    ) -> tuple[Tensor, dict[str, Any]]:
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, **kwargs
         )

@@ -1,9 +1,12 @@
-"""ChatGLM2-6B and ChatGLM3-6B: RMSNorm, SwiGLU, grouped queries, interleaved rotary on half of each head."""
+"""ChatGLM2-6B and ChatGLM3-6B.
+
+RMSNorm, SwiGLU, grouped queries, interleaved rotary positions on half of each head.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin
+from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
@@ -11,7 +14,14 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration import ChatGLM2Config
 from .kernels import OutputLayer, RMSNormFunction, RotateFunction, SwiGLUFunction, turn_pairs_
-from .layers import attend, inverse_frequencies, make_prefix_encoder, rotary_turns
+from .layers import (
+    AttentionMask,
+    Device,
+    attend,
+    inverse_frequencies,
+    make_prefix_encoder,
+    rotary_turns,
+)
 from .modeling_base import ChatGLMBody, ChatGLMCausalLM, ChatGLMPreTrainedModel
 from .packing import Packing, find_sequences
 
@@ -29,6 +39,8 @@ class RMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
+    """Grouped-query attention; the names of its layers are the originals'."""
+
     def __init__(self, config: ChatGLM2Config, layer_idx: int):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
@@ -46,17 +58,23 @@ class SelfAttention(nn.Module):
         )
 
     def forward(
-        self, hidden_states, mask, turns, prefix=None, past_key_values=None, keep=None, **kwargs
-    ):
+        self,
+        hidden_states: Tensor,
+        mask: AttentionMask,
+        turns: Tensor,
+        prefix: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        keep: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output (B, S, hidden_size), or of the kept tokens, and the attention weights or None."""
         qkv = self.query_key_value(hidden_states).unflatten(-1, (-1, self.head_dim))
-        if (
-            not self.config.multi_query_attention
-        ):  # each head's own query, key and value: to all queries, all keys, all values
+        if not self.config.multi_query_attention:
+            # From query, key and value of each head to all queries, all keys, all values.
             qkv = qkv.unflatten(2, (self.heads, 3)).transpose(2, 3).flatten(2, 3)
         qkv = RotateFunction.apply(qkv, turns, self.heads + self.kv_heads, turn_pairs_)
-        query, key, value = qkv.transpose(1, 2).split(
-            [self.heads, self.kv_heads, self.kv_heads], dim=1
-        )
+        sizes = [self.heads, self.kv_heads, self.kv_heads]
+        query, key, value = qkv.transpose(1, 2).split(sizes, dim=1)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         out, weights = attend(self, query, key, value, mask, prefix, **kwargs)
@@ -64,20 +82,21 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """The feed-forward part of a block, with SwiGLU."""
+
     def __init__(self, config: ChatGLM2Config):
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(
-            config.hidden_size, 2 * config.ffn_hidden_size, bias=config.add_bias_linear
-        )
-        self.dense_4h_to_h = nn.Linear(
-            config.ffn_hidden_size, config.hidden_size, bias=config.add_bias_linear
-        )
+        hidden, inner, bias = config.hidden_size, config.ffn_hidden_size, config.add_bias_linear
+        self.dense_h_to_4h = nn.Linear(hidden, 2 * inner, bias=bias)
+        self.dense_4h_to_h = nn.Linear(inner, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dense_4h_to_h(SwiGLUFunction.apply(self.dense_h_to_4h(x)))
 
 
 class ChatGLM2Block(GradientCheckpointingLayer):
+    """A transformer block with pre-norm residuals."""
+
     def __init__(self, config: ChatGLM2Config, layer_idx: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
@@ -87,17 +106,19 @@ class ChatGLM2Block(GradientCheckpointingLayer):
         self.hidden_dropout = config.hidden_dropout
 
     def forward(
-        self, hidden_states, mask, turns, prefix=None, past_key_values=None, keep=None, **kwargs
+        self,
+        hidden_states: Tensor,
+        mask: AttentionMask,
+        turns: Tensor,
+        prefix: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        keep: Tensor | None = None,
+        **kwargs,
     ) -> Tensor:
-        # `prefix` is an argument of its own: gradient checkpointing drops whatever comes as past_key_values.
+        # `prefix` is a separate argument: gradient checkpointing drops any past_key_values.
+        out = self.input_layernorm(hidden_states)
         out, _ = self.self_attention(
-            self.input_layernorm(hidden_states),
-            mask,
-            turns,
-            prefix,
-            past_key_values=past_key_values,
-            keep=keep,
-            **kwargs,
+            out, mask, turns, prefix, past_key_values=past_key_values, keep=keep, **kwargs
         )
         if keep is not None:
             hidden_states = hidden_states[:, keep]
@@ -107,6 +128,8 @@ class ChatGLM2Block(GradientCheckpointingLayer):
 
 
 class Embedding(nn.Module):
+    """Holds the token embeddings under the originals' name."""
+
     def __init__(self, config: ChatGLM2Config):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
@@ -131,7 +154,10 @@ class ChatGLM2PreTrainedModel(ChatGLMPreTrainedModel):
 
 
 class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
-    """The body. It also owns `output_layer`, as the originals do; ChatGLM2ForConditionalGeneration applies it."""
+    """The body.
+
+    It also owns `output_layer`, as the originals do; ChatGLM2ForConditionalGeneration applies it.
+    """
 
     def __init__(self, config: ChatGLM2Config):
         super().__init__(config)
@@ -145,38 +171,47 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.embedding.word_embeddings
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.embedding.word_embeddings = value
 
     def read_packing(self, position_ids: Tensor) -> Packing:
         """The sequences of one row of positions (1, S)."""
         return Packing(*find_sequences(position_ids[0]))
 
-    def default_positions(self, padding: Tensor | None, past: int, length: int, device) -> Tensor:
-        """(B or 1, length): counted over real tokens where some are not."""
+    def default_positions(
+        self, padding: Tensor | None, past: int, length: int, device: Device
+    ) -> Tensor:
+        """(B or 1, length) positions after `past` cached ones; padding is not counted."""
         if padding is not None:
             return (padding.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         return torch.arange(past, past + length, device=device)[None]
 
     def packed_positions(self, input_ids: Tensor, lengths: list[int], shared: list[int]) -> Tensor:
-        """(1, S) positions of sequences end to end in input_ids (1, S); those that share a trunk count on from it."""
-        return torch.cat(
-            [torch.arange(s, s + n, device=input_ids.device) for n, s in zip(lengths, shared)]
-        )[None]
+        """(1, S) positions of sequences end to end in input_ids (1, S).
+
+        Those that share a trunk count on from it.
+        """
+        positions = []
+        for length, start in zip(lengths, shared):
+            positions.append(torch.arange(start, start + length, device=input_ids.device))
+        return torch.cat(positions)[None]
 
     def rotary(self, position_ids: Tensor) -> Tensor:
-        """Turns (B, S, kv_channels / 4) complex64. `rope_ratio` stretches positions in ChatGLM2, the base in ChatGLM3."""
+        """Turns (B, S, kv_channels / 4) complex64.
+
+        `rope_ratio` divides positions in ChatGLM2 and multiplies the base in ChatGLM3.
+        """
         ratio, rotary_dim = self.config.rope_ratio, self.config.kv_channels // 2
+        device = position_ids.device
         if self.config.glm_family == "glm2":
             return rotary_turns(
-                position_ids.float() / ratio, inverse_frequencies(rotary_dim, position_ids.device)
+                position_ids.float() / ratio, inverse_frequencies(rotary_dim, device)
             )
-        return rotary_turns(
-            position_ids, inverse_frequencies(rotary_dim, position_ids.device, base=10000.0 * ratio)
-        )
+        inv_freq = inverse_frequencies(rotary_dim, device, base=10000.0 * ratio)
+        return rotary_turns(position_ids, inv_freq)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -185,7 +220,7 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         keep: Tensor | None = None,
@@ -194,12 +229,15 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
         """Hidden states after the final norm.
 
         Args:
-            input_ids: (B, S) or inputs_embeds (B, S, hidden_size), never with P-Tuning's virtual tokens.
-            attention_mask: (B, cached + S), 1 = real token, padded on either side; or (B, 1, S, cached + S) bool,
-                True = masked, as the originals build it.
-            position_ids: (B, S); by default counted from the mask, or from 0. Without mask and cache, where those of a single
-                row fall back another sequence begins, blind to the others (see packing.py).
-            keep: (N,) ascending places of a single row: the last layer computes these alone, and the result is (1, N, hidden_size).
+            input_ids: (B, S) or inputs_embeds (B, S, hidden_size), never with P-Tuning's virtual
+                tokens.
+            attention_mask: (B, cached + S), 1 = real token, padded on either side; or
+                (B, 1, S, cached + S) bool, True = masked, as the originals build it.
+            position_ids: (B, S); by default counted from the mask, or from 0. Without mask and
+                cache another sequence begins where those of a single row fall back, and the two
+                cannot see each other (see packing.py).
+            keep: (N,) ascending places of a single row: the last layer computes these alone, and
+                the result is (1, N, hidden_size).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -238,10 +276,10 @@ class ChatGLM2ForConditionalGeneration(ChatGLMCausalLM, ChatGLM2PreTrainedModel,
         self.transformer = ChatGLM2Model(config)
         self.post_init()
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> nn.Module:
         return self.transformer.output_layer
 
-    def set_output_embeddings(self, value):
+    def set_output_embeddings(self, value: nn.Module) -> None:
         self.transformer.output_layer = value
 
 

@@ -1,18 +1,29 @@
-"""Several sequences end to end in one row, each blind to the others: no padding, and no mask over pairs of sequences.
+"""Several sequences end to end in one row, each unable to see the others.
 
-Positions tell the sequences apart: where they fall back to 0, one ends and the next begins. Where they fall back to p > 0,
-the next one shares the row's first p tokens, its *trunk*: a beginning that sequences have in common is computed once.
-(What a causal model computes at a token depends on what stands before it alone, so this changes no number. ChatGLM-6B's
-context looks ahead: its sequences share nothing.)
+There is no padding, and no mask over pairs of sequences.
+
+Positions separate the sequences: where they fall back to 0, one ends and the next begins. Where
+they fall back to p > 0, the next one shares the row's first p tokens, its *trunk*: a beginning that
+sequences have in common is computed once. (A causal model's output at a token depends only on the
+tokens up to it, so this changes no number. ChatGLM-6B's context is bidirectional: its sequences
+share nothing.)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .kernels import CpuAttentionFunction
-from .layers import attention_backend, attention_visibility, causal_mask
+from .layers import (
+    AttentionModule,
+    Device,
+    attention_backend,
+    attention_visibility,
+    causal_mask,
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +33,8 @@ class Packing:
     Args:
         lengths: tokens of each sequence in the row; a shared trunk is counted in the first alone.
         shared: tokens of the trunk that each one sees before its own; the first sees none.
-        context: per sequence the tokens at its front that all of its tokens see (ChatGLM-6B), or None for causality alone.
+        context: per sequence the tokens at its front that all of its tokens see (ChatGLM-6B), or
+            None where attention is causal.
         keep: (N,) ascending places in the row; the last layer computes no others. None for all.
     """
 
@@ -32,33 +44,43 @@ class Packing:
     keep: Tensor | None = None
 
     def with_prompt(self, count: int) -> tuple["Packing", Tensor]:
-        """Room for `count` virtual tokens (P-Tuning v1) before each sequence that sees no trunk; a trunk brings its own.
+        """The packing with `count` virtual tokens (P-Tuning v1) before each sequence.
 
-        Returns the new packing and (S,) where the old tokens are in the new row.
+        A sequence that sees a trunk gets none: the trunk's come before it.
+
+        Returns the new packing and (S,) the places of the old tokens in the new row.
         """
         before = [0 if shared else count for shared in self.shared]
-        where, start = [], 0
+        spans, start = [], 0
         for length, virtual in zip(self.lengths, before):
-            where.append(torch.arange(start + virtual, start + virtual + length))
+            spans.append(torch.arange(start + virtual, start + virtual + length))
             start += virtual + length
-        where = torch.cat(where)
+        places = torch.cat(spans)
         packing = Packing(
-            [length + virtual for length, virtual in zip(self.lengths, before)],
-            [shared + count if shared else 0 for shared in self.shared],
-            self.context and [seen + virtual for seen, virtual in zip(self.context, before)],
-            None if self.keep is None else where.to(self.keep.device)[self.keep],
+            lengths=[length + virtual for length, virtual in zip(self.lengths, before)],
+            shared=[shared + count if shared else 0 for shared in self.shared],
+            context=self.context and [n + virtual for n, virtual in zip(self.context, before)],
+            keep=None if self.keep is None else places.to(self.keep.device)[self.keep],
         )
-        return packing, where
+        return packing, places
 
-    def masks(self, prefix_len: int, device, backend: str) -> "PackedMasks":
-        """What all layers but the last share, built once; `prefix_len` keys are seen by all (P-Tuning v2)."""
+    def masks(self, prefix_len: int, device: Device, backend: str) -> "PackedMasks":
+        """The masks of all layers but the last, built once.
+
+        `prefix_len` keys are seen by every query (P-Tuning v2).
+        """
         masks = [self.mask(i, prefix_len, device, backend) for i in range(len(self.lengths))]
         return PackedMasks(self, prefix_len, masks, self.lengths, causal=self.context is None)
 
-    def mask(self, i: int, prefix_len: int, device, backend: str) -> Tensor | None:
-        """(1, 1, L, keys) bool of sequence i, True = visible; None where causality is all, or all that the backend knows."""
+    def mask(self, i: int, prefix_len: int, device: Device, backend: str) -> Tensor | None:
+        """(1, 1, L, keys) bool of sequence i, True = visible.
+
+        None where causality alone says what is visible, or where the backend takes no mask.
+        """
         length = self.lengths[i]
-        context = self.context and torch.arange(length, device=device)[None] < self.context[i]
+        context = None
+        if self.context:
+            context = torch.arange(length, device=device)[None] < self.context[i]
         return attention_visibility(
             q_len=length,
             kv_len=length,
@@ -72,9 +94,10 @@ class Packing:
 
 @dataclass(frozen=True)
 class PackedMasks:
-    """Masks of a packed row's sequences, for a layer that computes `queries[i]` of the tokens of sequence i.
+    """Masks of a packed row's sequences; a layer computes `queries[i]` tokens of sequence i.
 
-    `causal`: the masks say no more than that a sequence's last query sees all keys, the one before it all but one, ...
+    `causal`: every mask says that a sequence's last query sees all keys, the one before it all but
+        one, and so on, and no more.
     `keep`: the places of the row whose queries are computed, None for all.
     """
 
@@ -86,30 +109,31 @@ class PackedMasks:
     keep: Tensor | None = None
 
     def of_last_layer(self) -> "PackedMasks":
-        """For the kept tokens alone."""
+        """The masks for the kept tokens alone."""
         keep, lengths = self.packing.keep, self.packing.lengths
         edges = torch.tensor([0, *lengths]).cumsum(0)
         places = torch.searchsorted(keep.cpu(), edges).tolist()
-        masks = []
-        for i, (a, b) in enumerate(zip(places, places[1:])):
+        masks, queries = [], []
+        for i, (start, end) in enumerate(zip(places, places[1:])):
             mask = self.masks[i]
             if mask is None:
-                mask = causal_mask(
-                    lengths[i], self.prefix_len + self.packing.shared[i] + lengths[i], keep.device
-                )
-            masks.append(mask[:, :, keep[a:b] - int(edges[i])])
-        return replace(
-            self,
-            masks=masks,
-            queries=[b - a for a, b in zip(places, places[1:])],
-            causal=False,
-            keep=keep,
-        )
+                keys = self.prefix_len + self.packing.shared[i] + lengths[i]
+                mask = causal_mask(lengths[i], keys, keep.device)
+            masks.append(mask[:, :, keep[start:end] - int(edges[i])])
+            queries.append(end - start)
+        return replace(self, masks=masks, queries=queries, causal=False, keep=keep)
 
     def attend(
-        self, module, query: Tensor, key: Tensor, value: Tensor, prefix: Tensor | None
+        self,
+        module: AttentionModule,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prefix: Tensor | None,
     ) -> Tensor:
-        """(1, Q, heads * D) from query (1, heads, S, D) and key, value (1, kv_heads, S, D); prefix (2, sequences, kv_heads, P, D).
+        """(1, Q, heads * D) from query (1, heads, S, D) and key, value (1, kv_heads, S, D).
+
+        prefix: (2, sequences, kv_heads, P, D).
 
         Q is the number of kept tokens, or S.
         """
@@ -118,67 +142,86 @@ class PackedMasks:
             "scaling": module.scaling,
             "dropout": module.attention_dropout if module.training else 0.0,
         }
-        if (
-            "flash" in name
-        ):  # its kernels know no mask but causality, aligned to the last key: queries are dropped afterwards
+        if "flash" in name:
+            # Its kernels know no mask but causality, aligned to the last key: queries that are not
+            # kept are dropped afterwards.
             out = self.attend_flash(module, backend, query, key, value, prefix, options)
             return out if self.keep is None else out[:, self.keep]
-        lean = query.device.type == "cpu" and not options["dropout"] and name == "sdpa"
+        use_cpu_kernel = query.device.type == "cpu" and not options["dropout"] and name == "sdpa"
         if self.keep is not None:
             query = query[:, :, self.keep]
         outs = []
-        for own, k, v, mask in zip(
-            query.split(self.queries, dim=2), *self.keys_and_values(key, value, prefix), self.masks
-        ):
-            if not own.shape[2]:
+        keys, values = self.keys_and_values(key, value, prefix)
+        for q, k, v, mask in zip(query.split(self.queries, dim=2), keys, values, self.masks):
+            if not q.shape[2]:
                 continue
-            if lean:
-                out = CpuAttentionFunction.apply(
-                    own, k, v, mask, self.causal, module.scaling
-                ).transpose(1, 2)
+            if use_cpu_kernel:
+                out = CpuAttentionFunction.apply(q, k, v, mask, self.causal, module.scaling)
+                out = out.transpose(1, 2)
             else:
-                out = backend(module, own, k, v, mask, **options)[0]
+                out = backend(module, q, k, v, mask, **options)[0]
             outs.append(out.flatten(2))
         return torch.cat(outs, dim=1)
 
     def keys_and_values(
         self, key: Tensor, value: Tensor, prefix: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Of each sequence all that it may see: the prefix, the trunk's tokens that it shares, its own."""
-        lengths, shared = self.packing.lengths, self.packing.shared
-        both = []
-        for n, x in enumerate((key, value)):
-            parts = x.split(lengths, dim=2)
-            seen = []
-            for i, own in enumerate(parts):
-                before = [] if prefix is None else [prefix[n, i : i + 1].to(x.dtype)]
-                before += [parts[0][:, :, : shared[i]]] if shared[i] else []
-                seen.append(torch.cat([*before, own], dim=2) if before else own)
-            both.append(seen)
-        return both[0], both[1]
+        """The keys and values that each sequence may see: prefix, shared trunk, its own tokens."""
+        if prefix is None:
+            return self.with_shared(key, None), self.with_shared(value, None)
+        return self.with_shared(key, prefix[0]), self.with_shared(value, prefix[1])
 
-    def attend_flash(self, module, backend, query, key, value, prefix, options) -> Tensor:
+    def with_shared(self, x: Tensor, prefix: Tensor | None) -> list[Tensor]:
+        """Each sequence's part of x (1, kv_heads, S, D), after its prefix and shared trunk.
+
+        prefix: (sequences, kv_heads, P, D).
+        """
+        parts = x.split(self.packing.lengths, dim=2)
+        extended = []
+        for i, part in enumerate(parts):
+            before = [] if prefix is None else [prefix[i : i + 1].to(x.dtype)]
+            if shared := self.packing.shared[i]:
+                before.append(parts[0][:, :, :shared])
+            extended.append(torch.cat([*before, part], dim=2) if before else part)
+        return extended
+
+    def attend_flash(
+        self,
+        module: AttentionModule,
+        backend: Callable[..., tuple[Tensor, Tensor | None]],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prefix: Tensor | None,
+        options: dict[str, Any],
+    ) -> Tensor:
         """All sequences in one call of a kernel for rows of several lengths."""
         keys, values = self.keys_and_values(key, value, prefix)
-        edges = [
-            torch.tensor([0, *lengths], dtype=torch.int32, device=query.device).cumsum(
-                0, dtype=torch.int32
-            )
-            for lengths in (self.packing.lengths, [k.shape[2] for k in keys])
-        ]
-        rows = {
-            "cu_seq_lens_q": edges[0],
-            "cu_seq_lens_k": edges[1],
-            "max_length_q": max(self.packing.lengths),
-            "max_length_k": max(k.shape[2] for k in keys),
-        }
-        return backend(
-            module, query, torch.cat(keys, dim=2), torch.cat(values, dim=2), None, **options, **rows
-        )[0].flatten(2)
+        q_lengths = self.packing.lengths
+        k_lengths = [k.shape[2] for k in keys]
+        out, _ = backend(
+            module,
+            query,
+            torch.cat(keys, dim=2),
+            torch.cat(values, dim=2),
+            None,
+            **options,
+            cu_seq_lens_q=cumulative_lengths(q_lengths, query.device),
+            cu_seq_lens_k=cumulative_lengths(k_lengths, query.device),
+            max_length_q=max(q_lengths),
+            max_length_k=max(k_lengths),
+        )
+        return out.flatten(2)
+
+
+def cumulative_lengths(lengths: list[int], device: Device) -> Tensor:
+    """(sequences + 1,) int32: the edges of the sequences, from 0, as flash kernels take them."""
+    edges = torch.tensor([0, *lengths], dtype=torch.int32, device=device)
+    return edges.cumsum(0, dtype=torch.int32)
 
 
 def find_sequences(positions: Tensor) -> tuple[list[int], list[int]]:
-    """(lengths, shared) of the sequences in a row of positions (S,), by the rule at the top of this file.
+    """(lengths, shared) of the sequences in a row of positions (S,), as Packing has them.
 
     Raises:
         ValueError: a position jumps upward, or falls back into a sequence that is not the first.
@@ -195,7 +238,8 @@ def find_sequences(positions: Tensor) -> tuple[list[int], list[int]]:
     shared = [0, *positions[falls].tolist()]
     if any(s > lengths[0] for s in shared):
         raise ValueError(
-            f"positions fall back to {max(shared)}, but the row's first sequence has {lengths[0]} tokens"
+            f"positions fall back to {max(shared)}, "
+            f"but the row's first sequence has {lengths[0]} tokens"
         )
     if any(shared) and positions[0] != 0:
         raise ValueError(

@@ -16,14 +16,17 @@ def step_of(folder: Path) -> int:
 
 def committed_checkpoints(output_dir: str | Path) -> list[Path]:
     """Complete checkpoint folders of a run, oldest first."""
-    folders = Path(output_dir).glob("epoch-*-step-*") if Path(output_dir).is_dir() else ()
-    return sorted(
-        (p for p in folders if CHECKPOINT.search(p.name) and (p / MANIFEST).is_file()), key=step_of
-    )
+    if not Path(output_dir).is_dir():
+        return []
+    folders = []
+    for path in Path(output_dir).glob("epoch-*-step-*"):
+        if CHECKPOINT.search(path.name) and (path / MANIFEST).is_file():
+            folders.append(path)
+    return sorted(folders, key=step_of)
 
 
-def check_not_run(path: str | Path, flag: str = ""):
-    """Raises ValueError that names the checkpoints in `path` where it is a run's folder instead of one of them."""
+def check_not_run(path: str | Path, flag: str = "") -> None:
+    """Raises ValueError where `path` is a run's folder; it names the checkpoints in there."""
     path = Path(path)
     if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         return
@@ -40,5 +43,6 @@ def check_not_run(path: str | Path, flag: str = ""):
     elif best in checkpoints:
         names = [f"{best} (the best)", *names]
     raise ValueError(
-        f"{flag and f'{flag}: '}{path} is a run's folder; give one of its {len(checkpoints)} checkpoints: {', '.join(names)}"
+        f"{flag and f'{flag}: '}{path} is a run's folder; "
+        f"give one of its {len(checkpoints)} checkpoints: {', '.join(names)}"
     )

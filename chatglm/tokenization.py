@@ -1,16 +1,18 @@
-"""Tokenizers of ChatGLM-6B, ChatGLM2-6B and ChatGLM3-6B: SentencePiece under transformers' interface.
+"""Tokenizers of the three ChatGLM families: SentencePiece with transformers' interface.
 
-One rule holds in every family: text never becomes a control token. Control ids are put in by position
-(prompt templates, `build_inputs_with_special_tokens`), and `[gMASK]` or `<|user|>` typed by a user stays
-ordinary pieces. `encode_special_tokens=True` lifts the rule for trusted text, as the originals do.
+One rule holds in every family: text never becomes a control token. Control ids are put in by
+position (prompt templates, `build_inputs_with_special_tokens`), and `[gMASK]` or `<|user|>` typed
+by a user becomes ordinary pieces. `encode_special_tokens=True` lifts the rule for trusted text, as
+the originals do.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -29,9 +31,8 @@ from .families import (
 from .files import is_lfs_pointer, pointer_error
 from .folders import check_json_files, reading, without_marks
 
-_TOKENIZER_CLASS = (
-    "ChatGLMTokenizer"  # the originals' class name, so that a saved folder loads elsewhere too
-)
+# The originals' class name, so that a saved folder loads elsewhere too.
+_TOKENIZER_CLASS = "ChatGLMTokenizer"
 _SAVED_BY_LIBRARY = (
     "added_tokens_decoder",
     "backend",
@@ -42,19 +43,20 @@ _SAVED_BY_LIBRARY = (
 
 
 class ChatGLMTokenizer(PreTrainedTokenizer):
-    """What the three families share; `ChatGLMTokenizer.from_pretrained` returns the folder's own subclass.
+    """What the three families share; `from_pretrained` returns the subclass of the folder's family.
 
-    `encode_special_tokens` (also a keyword of every call) makes control tokens written in text become their
-    ids. It is a choice of the caller: it is neither saved nor read from a folder.
+    `encode_special_tokens` (also a keyword of every call) makes control tokens written in text
+    become their ids. It is a choice of the caller: it is neither saved nor read from a folder.
 
-    Raises FileNotFoundError where the folder has no SentencePiece model, ValueError where that file is not
-    one or where the folder belongs to another family.
+    Raises FileNotFoundError where the folder has no SentencePiece model, ValueError where that file
+    is not one or where the folder belongs to another family.
     """
 
     family: str | None = None
     padding_side = "left"
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
-    # control tokens that a caller may ask to be read from text, and whether they eat the spaces around them
+    # Control tokens that a caller may ask to be read from text, and whether they absorb the spaces
+    # around them.
     _readable: tuple[str, ...] = ()
     _readable_strips = False
 
@@ -88,14 +90,17 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         for index, token in added.items():
             if self._convert_token_to_id(str(token)) != int(index):
                 raise ValueError(
-                    f"added token {str(token)!r} ({index}) is not in {self.__class__.__name__}'s vocabulary"
+                    f"added token {str(token)!r} ({index}) is not in "
+                    f"{self.__class__.__name__}'s vocabulary"
                 )
 
     # ---- loading and saving
 
     @classmethod
-    def from_pretrained(cls, folder, *inputs, family: str | None = None, **kwargs):
-        """Tokenizer of a folder or hub name; `family` settles what the files leave open (see `infer_family`).
+    def from_pretrained(
+        cls, folder: str | Path, *inputs, family: str | None = None, **kwargs
+    ) -> "ChatGLMTokenizer":
+        """Tokenizer of a folder or hub name; `family` decides where the files leave it open.
 
         Code in the folder is never run, whatever its auto_map says.
         """
@@ -114,14 +119,14 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             wanted = place / FAMILIES[cls.family].tokenizer_file
             if not wanted.is_file():
                 raise FileNotFoundError(
-                    f"{place} has no {wanted.name}, {FAMILIES[cls.family].title}'s SentencePiece model"
+                    f"{place} has no {wanted.name}, "
+                    f"{FAMILIES[cls.family].title}'s SentencePiece model"
                 )
             # not left to the library, which prefers any file named tokenizer.model
             open(wanted, "rb").close()  # what the disk says; the library would hide it
             kwargs["vocab_file"] = str(wanted)
-        kwargs.setdefault(
-            "encode_special_tokens", False
-        )  # a folder must not open this door by itself
+        # Only the caller may set it, not a folder's files.
+        kwargs.setdefault("encode_special_tokens", False)
         kwargs.pop("trust_remote_code", None)
         if not place.is_dir():
             return super().from_pretrained(folder, *inputs, **kwargs)
@@ -132,28 +137,29 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         tokenizer.name_or_path = str(folder)
         return tokenizer
 
-    def save_pretrained(self, save_directory, *args, **kwargs) -> tuple[str, ...]:
-        """Write tokenizer_config.json (original class name, "glm_family") and the model; returns paths."""
+    def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> tuple[str, ...]:
+        """Write the model and tokenizer_config.json; returns paths.
+
+        The config has the originals' class name and "glm_family".
+        """
         files = super().save_pretrained(save_directory, *args, **kwargs)
         prefix = kwargs.get("filename_prefix")
-        path = Path(
-            save_directory, f"{prefix}-tokenizer_config.json" if prefix else "tokenizer_config.json"
-        )
+        name = "tokenizer_config.json"
+        path = Path(save_directory, f"{prefix}-{name}" if prefix else name)
         config = json.loads(path.read_text(encoding="utf-8"))
         for key in (*_SAVED_BY_LIBRARY, *self._not_saved, "encode_special_tokens"):
             config.pop(key, None)
         config.update(tokenizer_class=_TOKENIZER_CLASS, glm_family=self.family)
-        path.write_text(
-            json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
-            encoding="utf-8",
-        )
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+        path.write_text(f"{text}\n", encoding="utf-8")
         return files
 
-    # the originals of ChatGLM2/3 have these as read-only properties and fail on a config that sets them
+    # The originals of ChatGLM2/3 have these as read-only properties and fail on a config that sets
+    # them.
     _not_saved = ("bos_token", "eos_token", "pad_token", "unk_token")
 
     def save_vocabulary(
-        self, save_directory, filename_prefix: str | None = None
+        self, save_directory: str | Path, filename_prefix: str | None = None
     ) -> tuple[str, ...]:
         """Copy the SentencePiece model into `save_directory`; returns its path."""
         name = FAMILIES[self.family].tokenizer_file
@@ -178,7 +184,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self.vocab_size
 
     def get_command(self, token: str) -> int:
-        """Id of a control token by its name. Raises KeyError for a name this family does not have."""
+        """Id of a control token by its name. Raises KeyError where the family has no such token."""
         if token not in self._commands:
             raise KeyError(
                 f"{self.family} has no control token {token!r}; it has {', '.join(self._commands)}"
@@ -186,19 +192,19 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self._commands[token]
 
     def get_vocab(self) -> dict[str, int]:
-        """{token: id}, built on each call: 65,000 (glm: 130,000) entries that encoding never needs."""
+        """{token: id}, 65,000 items (glm: 130,000), built on each call: encoding needs none."""
         return {self._name(index): index for index in range(self.vocab_size)}
 
     def _name(self, index: int) -> str:
         """A token's own name, control tokens included."""
         raise NotImplementedError
 
-    def _convert_token_to_id_with_added_voc(self, token):
+    def _convert_token_to_id_with_added_voc(self, token: str | None) -> int | None:
         return None if token is None else self._convert_token_to_id(token)
 
     def _add_tokens(self, new_tokens: Iterable, special_tokens: bool = False) -> int:
-        # Nothing enters the library's trie, which would split the tokens out of user text, and nothing enters
-        # the vocabulary: a checkpoint's spare rows are not this tokenizer's to name.
+        # Nothing enters the library's trie, which would split the tokens out of user text, and
+        # nothing enters the vocabulary: a checkpoint's spare rows have no names here.
         for token in map(str, new_tokens):
             if token and token not in self._commands and not self._has_piece(token):
                 raise ValueError(
@@ -232,6 +238,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self._trusted_ids(text)
 
     def _trusted_ids(self, text: str) -> list[int]:
+        """Ids of text in which the control tokens `_readable` count as such."""
         # text, token, text, token, ..., text
         parts = re.split(f"({'|'.join(map(re.escape, self._readable))})", text)
         ids = []
@@ -251,20 +258,21 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def tokenize(self, text: str, **kwargs) -> list[str]:
         """Names of the pieces of `text`; takes `encode_special_tokens` like a call."""
         special = kwargs.get("encode_special_tokens", self.encode_special_tokens)
-        return [
-            self._name(i)
-            for i in self._ids(text, special and not kwargs.get("split_special_tokens", False))
-        ]
+        split = kwargs.get("split_special_tokens", False)
+        return [self._name(index) for index in self._ids(text, special and not split)]
 
-    def apply_chat_template(self, *args, **kwargs):
-        """Not for these models: a rendered template is text, and text never becomes control tokens."""
+    def apply_chat_template(self, *args, **kwargs) -> Any:
+        """Not for these models: a template renders text, and text never becomes control tokens."""
         raise NotImplementedError(
             f"chat prompts of {FAMILIES[self.family].title} are built from ids: "
             f"use FAMILIES[{self.family!r}].encode_chat"
         )
 
     def get_special_tokens_mask(
-        self, token_ids_0, token_ids_1=None, already_has_special_tokens=False
+        self,
+        token_ids_0: list[int],
+        token_ids_1: list[int] | None = None,
+        already_has_special_tokens: bool = False,
     ) -> list[int]:
         """1 for each added special token, 0 for a token of the sequences."""
         if already_has_special_tokens:
@@ -283,32 +291,22 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 class GLMTokenizer(ChatGLMTokenizer):
     """ChatGLM-6B: text, then `[gMASK] <sop>`; a pair is `A [gMASK] <sop> B <eop>`.
 
-    A call returns attention_mask [B, 1, S, S], True = MASKED, and position_ids [B, 2, S] (position, block
-    position), as numpy rows or stacked tensors. Every SentencePiece id is shifted by `num_image_tokens`
-    (20000 in early releases, 0 in later ones). With `encode_special_tokens` a control piece in text keeps
-    its id.
+    A call returns attention_mask [B, 1, S, S], True = MASKED, and position_ids [B, 2, S] (position,
+    block position), as numpy rows or stacked tensors. Every SentencePiece id is shifted by
+    `num_image_tokens` (20000 in early releases, 0 in later ones). With `encode_special_tokens` a
+    control piece in text keeps its id.
     """
 
     family = "glm"
     vocab_files_names = {"vocab_file": FAMILIES["glm"].tokenizer_file}
     _not_saved = ()
-    _controls = tuple(
-        [
-            "<unk>",
-            "<s>",
-            "</s>",
-            "<pad>",
-            "[MASK]",
-            "[gMASK]",
-            "[sMASK]",
-            "<unused_0>",
-            "<sop>",
-            "<eop>",
-            "<ENC>",
-            "<dBLOCK>",
-        ]
+    _controls = (
+        *("<unk>", "<s>", "</s>", "<pad>"),
+        *("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>"),
+        *("<sop>", "<eop>", "<ENC>", "<dBLOCK>"),
     )
-    # the original reads any control piece through SentencePiece; these five also split the text around them
+    # The original reads any control piece through SentencePiece; these five also split the text
+    # around them.
     _readable = ("<sop>", "<eop>", "<unk>", "<pad>", "[MASK]")
     _readable_strips = True
 
@@ -317,25 +315,21 @@ class GLMTokenizer(ChatGLMTokenizer):
         named = {"bos": "<sop>", "eos": "<eop>", "mask": "[MASK]", "pad": "<pad>", "unk": "<unk>"}
         for name, token in named.items():
             kwargs.setdefault(f"{name}_token", token)
-        own = {"end_token": "</s>", "gmask_token": "[gMASK]"}
-        own |= kwargs.pop("model_specific_special_tokens", None) or {}
+        special = {"end_token": "</s>", "gmask_token": "[gMASK]"}
+        special |= kwargs.pop("model_specific_special_tokens", None) or {}
         super().__init__(
             vocab_file,
             num_image_tokens=num_image_tokens,
-            model_specific_special_tokens=own,
+            model_specific_special_tokens=special,
             **kwargs,
         )
-        # a folder may name other pieces as its special tokens
-        self._commands |= {
-            token: self._convert_token_to_id(token) for token in self.all_special_tokens
-        }
+        # A folder may name other pieces as its special tokens.
+        for token in self.all_special_tokens:
+            self._commands[token] = self._convert_token_to_id(token)
 
     def _control_ids(self) -> dict[str, int]:
-        return {
-            name: self._convert_token_to_id(name)
-            for name in self._controls
-            if self._has_piece(name)
-        }
+        names = [name for name in self._controls if self._has_piece(name)]
+        return {name: self._convert_token_to_id(name) for name in names}
 
     @cached_property
     def _control_pieces(self) -> dict[int, list[int]]:
@@ -343,16 +337,15 @@ class GLMTokenizer(ChatGLMTokenizer):
 
         The pieces are one per character, or the character's bytes where it has no piece of its own.
         """
-        sp = self.sp_model
         spelled = {}
         for name, index in self._commands.items():
-            ids = []
+            pieces = []
             for char in name:
-                as_bytes = [f"<0x{byte:02X}>" for byte in char.encode()]
-                ids += [
-                    sp.piece_to_id(piece)
-                    for piece in ([char] if self._has_piece(char) else as_bytes)
-                ]
+                if self._has_piece(char):
+                    pieces.append(char)
+                else:
+                    pieces += [f"<0x{byte:02X}>" for byte in char.encode()]
+            ids = [self.sp_model.piece_to_id(piece) for piece in pieces]
             spelled[index - self.num_image_tokens] = ids
         return spelled
 
@@ -369,11 +362,9 @@ class GLMTokenizer(ChatGLMTokenizer):
     def _name(self, index: int) -> str:
         if 0 <= index < self.num_image_tokens:
             return f"<image_{index}>"
-        return (
-            self.sp_model.id_to_piece(index - self.num_image_tokens)
-            if 0 <= index < self.vocab_size
-            else ""
-        )
+        if 0 <= index < self.vocab_size:
+            return self.sp_model.id_to_piece(index - self.num_image_tokens)
+        return ""
 
     _convert_id_to_token = _name
 
@@ -389,21 +380,27 @@ class GLMTokenizer(ChatGLMTokenizer):
         return self._sp_encode(text)
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text: no special tokens are added, control pieces written in it are spelled out."""
+        """Ids of plain text: no special tokens are added, control pieces in it are spelled out."""
         pieces = self._pieces(text)
-        # checked on ids, after SentencePiece has normalised the text: full-width "［gMASK］" can be one too
-        if not self._control_pieces.keys().isdisjoint(pieces):
-            pieces = [i for piece in pieces for i in self._control_pieces.get(piece, (piece,))]
-        return [piece + self.num_image_tokens for piece in pieces]
+        # Checked on ids, after SentencePiece has normalised the text: full-width "［gMASK］" can be
+        # one too.
+        if self._control_pieces.keys().isdisjoint(pieces):
+            return [piece + self.num_image_tokens for piece in pieces]
+        ids: list[int] = []
+        for piece in pieces:
+            ids += self._control_pieces.get(piece, [piece])
+        return [index + self.num_image_tokens for index in ids]
 
     def _trusted_text_ids(self, text: str) -> list[int]:
         return [piece + self.num_image_tokens for piece in self._pieces(text)]
 
     def encode(self, *args, **kwargs) -> list[int]:
-        """Ids of a text or pair. Unlike a call it builds no mask, which would cost length squared."""
+        """Ids of a text or pair. Unlike a call it builds no mask, whose cost is length squared."""
         return super().encode(*args, **({"return_attention_mask": False} | kwargs))
 
-    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None) -> list[int]:
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
         """`A [gMASK] <sop>`, or `A [gMASK] <sop> B <eop>` for a pair."""
         ids = token_ids_0 + [self.gmask_token_id, self.bos_token_id]
         return ids if token_ids_1 is None else ids + token_ids_1 + [self.eos_token_id]
@@ -415,22 +412,21 @@ class GLMTokenizer(ChatGLMTokenizer):
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return self.sp_model.decode_pieces([self._whitespace.get(token, token) for token in tokens])
 
-    def _decode(self, token_ids, skip_special_tokens: bool = False, **kwargs) -> str:
+    def _decode(
+        self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs
+    ) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        hidden = {self.pad_token_id} | (
-            set(self._commands.values()) if skip_special_tokens else set()
-        )
+        hidden = {self.pad_token_id}
+        if skip_special_tokens:
+            hidden |= set(self._commands.values())
         return super()._decode([i for i in ids if i not in hidden], **kwargs)
 
-    def pad(self, encoded_inputs, *args, **kwargs) -> BatchEncoding:
-        """As the library's; masks and positions follow from the padded ids, so earlier ones are made anew."""
-        made = ("attention_mask", "position_ids")
+    def pad(self, encoded_inputs: Mapping | Sequence[Mapping], *args, **kwargs) -> BatchEncoding:
+        """As the library's; masks and positions are rebuilt from the padded ids."""
         if isinstance(encoded_inputs, (list, tuple)):
-            encoded_inputs = [
-                {k: v for k, v in row.items() if k not in made} for row in encoded_inputs
-            ]
+            encoded_inputs = [_without_masks(row) for row in encoded_inputs]
         else:
-            encoded_inputs = {k: v for k, v in encoded_inputs.items() if k not in made}
+            encoded_inputs = _without_masks(encoded_inputs)
         return super().pad(encoded_inputs, *args, **kwargs)
 
     def _pad(
@@ -445,17 +441,23 @@ class GLMTokenizer(ChatGLMTokenizer):
         return encoded_inputs
 
     def _span(self, ids: list[int]) -> tuple[int, int, int]:
-        """Where a padded row starts, stops (exclusive) and where its <sop> is (or its end, without one)."""
+        """Start and stop (exclusive) of a padded row, and where <sop> is (stop without one)."""
         pad = self.pad_token_id
-        start = next((i for i, index in enumerate(ids) if index != pad), len(ids))
-        stop = next((i for i in range(len(ids), start, -1) if ids[i - 1] != pad), start)
+        start, stop = 0, len(ids)
+        while start < stop and ids[start] == pad:
+            start += 1
+        while stop > start and ids[stop - 1] == pad:
+            stop -= 1
         sop = self.bos_token_id
         return start, stop, ids.index(sop, start, stop) if sop in ids else stop
 
     @staticmethod
     def _prefix_mask(size: int, start: int, stop: int, sop: int) -> np.ndarray:
-        """[1, S, S], True = masked: tokens before <sop> see one another, later ones what precedes them;
-        padding sees nothing and is seen by nothing."""
+        """[1, S, S], True = masked.
+
+        Tokens before <sop> see one another, later ones what precedes them; padding sees nothing
+        and is seen by nothing.
+        """
         visible = np.tri(stop - start, dtype=bool)
         visible[:, : sop - start] = True
         masked = np.ones((1, size, size), dtype=bool)
@@ -463,7 +465,10 @@ class GLMTokenizer(ChatGLMTokenizer):
         return masked
 
     def _positions(self, ids: list[int], start: int, stop: int, sop: int) -> np.ndarray:
-        """[2, S]: from <sop> on the position stays at the mask token's, the block position counts from 1."""
+        """[2, S] positions and block positions.
+
+        From <sop> on the position stays at the mask token's, the block position counts from 1.
+        """
         positions = np.zeros((2, len(ids)), dtype=np.int64)
         positions[0, start:stop] = np.arange(stop - start)
         marker = self.mask_token_id if self.mask_token_id in ids else self.gmask_token_id
@@ -471,6 +476,12 @@ class GLMTokenizer(ChatGLMTokenizer):
             positions[0, sop:stop] = ids.index(marker) - start
         positions[1, sop:stop] = np.arange(1, stop - sop + 1)
         return positions
+
+
+def _without_masks(encoded: Mapping) -> dict:
+    """The entries of an encoding that do not depend on its padding."""
+    rebuilt = ("attention_mask", "position_ids")
+    return {key: value for key, value in encoded.items() if key not in rebuilt}
 
 
 class GLM2Tokenizer(ChatGLMTokenizer):
@@ -496,7 +507,8 @@ class GLM2Tokenizer(ChatGLMTokenizer):
             # names go before pieces, so such a piece of text would turn into a control id
             if self._has_piece(name):
                 raise ValueError(
-                    f"{self.vocab_file} has an ordinary piece {name!r}: not {self.family}'s vocabulary"
+                    f"{self.vocab_file} has an ordinary piece {name!r}: "
+                    f"not {self.family}'s vocabulary"
                 )
         ids = {name: first + i for i, name in enumerate(self._controls)}
         sp = self.sp_model
@@ -512,20 +524,23 @@ class GLM2Tokenizer(ChatGLMTokenizer):
         return self.sp_model.id_to_piece(index) if index < first else self._controls[index - first]
 
     def _convert_id_to_token(self, index: int) -> str:
-        # control tokens have no text; ids beyond the vocabulary come from a checkpoint's padding rows
+        # Control tokens have no text; ids beyond the vocabulary come from a checkpoint's padding
+        # rows.
         hidden = index in (self.sp_model.unk_id(), self.sp_model.bos_id(), self.sp_model.eos_id())
         hidden = hidden or not 0 <= index < self.sp_model.get_piece_size()
         return "" if hidden else self.sp_model.id_to_piece(index)
 
     def _convert_token_to_id(self, token: str) -> int:
-        return (
-            self._commands[token] if token in self._commands else self.sp_model.piece_to_id(token)
-        )
+        if token in self._commands:
+            return self._commands[token]
+        return self.sp_model.piece_to_id(token)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return super().convert_tokens_to_string([token for token in tokens if token])
 
-    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None) -> list[int]:
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
         """`[gMASK] sop A`, or `[gMASK] sop A B </s>` for a pair."""
         ids = [self._commands["[gMASK]"], self._commands["sop"]] + token_ids_0
         return ids if token_ids_1 is None else ids + token_ids_1 + [self._commands["</s>"]]
@@ -545,9 +560,10 @@ class GLM2Tokenizer(ChatGLMTokenizer):
 
 
 class GLM3Tokenizer(GLM2Tokenizer):
-    """ChatGLM3-6B: ChatGLM2's vocabulary and layout, and role tokens that only `build_single_message` writes.
+    """ChatGLM3-6B: ChatGLM2's vocabulary and layout, and role tokens.
 
-    As in the original, decoding writes control tokens out by name, also with skip_special_tokens.
+    `build_single_message` writes role tokens, plain text never becomes one. As in the original,
+    decoding writes control tokens out by name, also with skip_special_tokens.
     """
 
     family = "glm3"
@@ -564,17 +580,24 @@ class GLM3Tokenizer(GLM2Tokenizer):
         return super()._convert_id_to_token(index)
 
     def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
-        """Ids of one message: role token, `metadata` and newline, text. ValueError for an unknown role."""
+        """Ids of one message: role token, `metadata` and newline, text.
+
+        Raises ValueError for an unknown role.
+        """
         return glm3_message(self, role, metadata, message)
 
     def build_chat_input(
-        self, query: str, history=None, role: str = "user", return_tensors="pt"
+        self,
+        query: str,
+        history: list | None = None,
+        role: str = "user",
+        return_tensors: str | None = "pt",
     ) -> BatchEncoding:
-        """A batch of one chat, [1, S]: history's messages, the query in its role, then `<|assistant|>`."""
+        """A batch of one chat, [1, S]: history, the query in its role, then `<|assistant|>`."""
         ids = FAMILIES[self.family].encode_chat(self, query, history, role)
         return self.pad({"input_ids": [ids]}, return_tensors=return_tensors)
 
-    def build_prompt(self, query: str, history=None) -> str:
+    def build_prompt(self, query: str, history: list | None = None) -> str:
         raise NotImplementedError("ChatGLM3's roles have no text form: use build_chat_input")
 
 

@@ -58,16 +58,16 @@ def shard_names(index: Path) -> list[str]:
             f"{index}: wanted a weight_map of tensors and their files, got {shorten(weight_map)}"
         )
     for tensor, name in weight_map.items():
-        if (
-            not isinstance(name, str)
-            or PurePosixPath(name).name != name
-            or name in ("", "..")
-            or "\\" in name
-        ):
+        if not isinstance(name, str) or not is_plain_name(name):
             raise ValueError(
                 f"{index}: {shorten(tensor)} must lie in a file of this folder, got {shorten(name)}"
             )
     return sorted(set(weight_map.values()))
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a file name stays inside its folder."""
+    return PurePosixPath(name).name == name and name not in ("", "..") and "\\" not in name
 
 
 def iterate_weights(path: str | Path) -> Iterator[tuple[str, Tensor]]:
@@ -90,7 +90,7 @@ def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
-def open_safetensors(file: Path):
+def open_safetensors(file: Path) -> Iterator[safe_open]:
     """safetensors' safe_open, its errors a ValueError that names folder and file."""
     refuse_pointer(file)
     try:
@@ -103,7 +103,8 @@ def open_safetensors(file: Path):
         ) from None
 
 
-def refuse_pointer(file: Path):
+def refuse_pointer(file: Path) -> None:
+    """Raises ValueError where the file is a Git LFS pointer."""
     if is_lfs_pointer(file):
         raise pointer_error(file)
 
@@ -132,9 +133,8 @@ def read_bin(file: Path) -> dict[str, Tensor]:
             f"{file} is not read: it is damaged, or holds something else than tensors "
             f"({type(error).__name__}: {found[:200]})"
         ) from None
-    if not isinstance(state, dict) or not all(
-        isinstance(tensor, Tensor) for tensor in state.values()
-    ):
+    is_table = isinstance(state, dict) and all(isinstance(x, Tensor) for x in state.values())
+    if not is_table:
         raise ValueError(f"{file} is not read: it is no flat table of names and tensors")
     return state
 
@@ -158,11 +158,8 @@ def stored_prefix(path: Path, shapes: dict[str, list[int]] | None = None) -> dic
     `shapes`: `stored_shapes` of the folder, if they are read already.
     """
     shapes = stored_shapes(path) if shapes is None else shapes
-    prefix = {
-        name.split("prefix_encoder.")[1]: s
-        for name, s in shapes.items()
-        if "prefix_encoder." in name
-    }
+    mark = "prefix_encoder."
+    prefix = {name.split(mark)[1]: shape for name, shape in shapes.items() if mark in name}
     if "embedding.weight" not in prefix:
         return None
     if len(prefix["embedding.weight"]) != 2:
@@ -181,7 +178,7 @@ def stored_prefix(path: Path, shapes: dict[str, list[int]] | None = None) -> dic
 
 def check_fit(
     path: str | Path, model: nn.Module, shapes: dict[str, list[int]], ignored: str | None = None
-):
+) -> None:
     """Compare what a folder's weights hold with what a model wants, before any of it is read.
 
     Args:
@@ -199,12 +196,10 @@ def check_fit(
             "fp16 release of the model; --quantization_bit 4 or 8 quantises that while it loads"
         )
     tied = model.all_tied_weights_keys
-    wanted = {
-        name: list(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied
-    }
-    stored = {
-        name.removeprefix(BODY): shape for name, shape in shapes.items()
-    }  # a body may be saved alone
+    state = model.state_dict()
+    wanted = {name: list(tensor.shape) for name, tensor in state.items() if name not in tied}
+    # A body may be saved alone, without BODY before its names.
+    stored = {name.removeprefix(BODY): shape for name, shape in shapes.items()}
     for name, shape in wanted.items():
         found = stored.get(name.removeprefix(BODY), shape)
         if found != shape:
