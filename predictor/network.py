@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from predictor.scorers import HEAD_FILE
+from predictor.scorers import HEAD_FILE, TransformerBackbone
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from predictor.backbones import TrainableBackbone
     from predictor.heads import Head
 
 # Divides a new head's weights and multiplies its inputs: Adam's steps move its outputs this much
@@ -30,7 +29,7 @@ class LengthNetwork(nn.Module):
 
     def __init__(
         self,
-        backbone: "TrainableBackbone",
+        backbone: TransformerBackbone,
         model: nn.Module,
         hidden_size: int,
         width: int,
