@@ -107,7 +107,7 @@ class Tail:
         return cls(max(float(tokens.max()), 1.0), float(np.clip(index, LEAST_INDEX, MOST_INDEX)))
 
     def apply(self, probabilities: np.ndarray, edges: np.ndarray) -> np.ndarray:
-        """(N, K) masses over `edges`, those of bins wholly beyond `start` moved within the bound."""
+        """(N, K) masses over `edges`, those of bins wholly beyond `start` held within the bound."""
         first = int(np.searchsorted(edges, self.start))
         if first >= len(edges) - 2:
             return probabilities

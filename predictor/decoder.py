@@ -168,7 +168,7 @@ def fold_of(groups: np.ndarray) -> np.ndarray:
 
 
 def head_edges(head: Head) -> np.ndarray:
-    """(K + 1,): the bins of a head's predictions: its classes, halved until there are 20 or more."""
+    """(K + 1,): the bins of a head's predictions: its classes, halved until they are 20 or more."""
     edges = head.edges
     while len(edges) < 21:
         edges = np.sort(np.concatenate([edges, (edges[:-1] + edges[1:]) / 2]))

@@ -178,7 +178,7 @@ def cue_tables() -> tuple[tuple[np.ndarray, np.ndarray], dict[int, int]]:
 
 
 def cue_hashes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(hashes, their texts' numbers): of a text of one word its hash, of a longer one its pairs'."""
+    """(hashes, numbers of texts): of a text of one word its hash, of a longer one its pairs'."""
     grams = Grams(texts)
     single = grams.word_counts[grams.text_of] == 1
     pairs, first = grams.pairs

@@ -220,7 +220,7 @@ class ScoreHead:
     def fit(
         self, outputs: np.ndarray, tokens: np.ndarray, finished: np.ndarray, weights: np.ndarray
     ) -> dict:
-        """The fields of a ScoreScale: where scores lie in log length, and residuals; see Head.fit."""
+        """The fields of a ScoreScale: location of scores in log length, and residuals."""
         scale = ScoreScale.fit(outputs[:, 0], tokens, finished, weights)
         return {f.name: getattr(scale, f.name) for f in fields(scale)}
 
@@ -233,7 +233,10 @@ class ScoreHead:
 
 @dataclass(frozen=True)
 class Regression(ScoreHead):
-    """Log length. Loss: squared error of log(1 + L), 0 for a cut answer estimated beyond its cut."""
+    """Log length.
+
+    Loss: squared error of log(1 + L); 0 for a cut answer estimated beyond its cut.
+    """
 
     def loss(
         self,

@@ -111,7 +111,7 @@ class Lengths:
         return prompt, self.tokens[chosen], self.finished[chosen], weights
 
     def mean_scores(self) -> np.ndarray:
-        """(N,): the weighted mean of log(1 + L) over each prompt's labels, standardised over prompts."""
+        """(N,): the weighted mean of log(1 + L) of each prompt's labels, standardised."""
         prompt = self.prompt_of
         total = np.bincount(prompt, self.weights * np.log1p(self.tokens), minlength=len(self))
         mean = total / np.bincount(prompt, self.weights, minlength=len(self))
