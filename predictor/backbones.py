@@ -1,16 +1,35 @@
-"""BACKBONES: how a prompt becomes a vector. torch and transformers are imported by those that need them, when they do."""
+"""BACKBONES: how a prompt becomes a vector.
+
+torch and transformers are imported inside the functions that need them.
+"""
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from chatglm.families import Family
+    from predictor.scorers import Scorer
+
+
+class Backbone(Protocol):
+    """An entry of BACKBONES."""
+
+    def load_scorer(self, folder: Path, **options: Any) -> "Scorer":
+        """The scorer of a predictor's folder; `options` as `scorers.load_transformer` takes."""
 
 
 @dataclass(frozen=True)
 class NoBackbone:
-    """`lexical`: no transformer, only what lexical.py sees of a prompt."""
+    """`lexical`: no transformer, only the features of lexical.py."""
 
-    def load_scorer(self, folder: Path, **options):
+    def load_scorer(self, folder: Path, **options: Any) -> "Scorer":
         from predictor.scorers import FrozenScorer
 
         return FrozenScorer.load(folder, None)
@@ -18,18 +37,23 @@ class NoBackbone:
 
 @dataclass(frozen=True)
 class Encoder:
-    """A Hugging Face encoder (BERT, DistilBERT, MiniLM, ModernBERT, ...): means over the prompt of the states after `layers`.
+    """A Hugging Face encoder (BERT, DistilBERT, MiniLM, ModernBERT, ...).
 
-    It is cut after the highest of them; none given is the last alone. A prompt longer than `max_src_len` tokens keeps its
-    beginning and its end, where instructions stand.
+    A prompt's vector is the mean over its tokens of the states after each of `layers`, side by
+    side. The encoder is cut after the highest of them; no layers means the last alone. A prompt
+    longer than `max_src_len` tokens keeps its beginning and its end, where instructions stand.
     """
 
     encoder_path: str
     max_src_len: int
     layers: tuple[int, ...] = ()
 
-    def load_tokenizer(self, folder: str | None = None):
-        """Raises ValueError naming the folder where there is no tokenizer, or one that only code of its own could read."""
+    def load_tokenizer(self, folder: str | None = None) -> "PreTrainedTokenizerBase":
+        """The encoder's tokenizer.
+
+        Raises:
+            ValueError: naming the folder that has no tokenizer, or one that needs remote code.
+        """
         from transformers import AutoTokenizer
 
         from chatglm.folders import reading
@@ -39,8 +63,10 @@ class Encoder:
         with self.checked(folder) as readable, reading(f"--encoder_path {folder}: its tokenizer"):
             return AutoTokenizer.from_pretrained(str(readable), trust_remote_code=False)
 
-    def load_model(self, dtype, method_options: dict, folder: str | None = None):
-        """The encoder, without a pooler or a task's head."""
+    def load_model(
+        self, dtype: "torch.dtype | None", method_options: dict, folder: str | None = None
+    ) -> "PreTrainedModel":
+        """The encoder, without a pooler or a task head; an adapter is merged into it."""
         from transformers import AutoModel
 
         from chatglm.folders import reading
@@ -52,7 +78,7 @@ class Encoder:
         source = named_base(Path(folder)) if adapter else folder
         if source is None:
             raise ValueError(f"--encoder_path {folder}: adapter_config.json names no base model")
-        # transformers would report a pooler as missing; what is really missing is an error below
+        # transformers reports a pooler as missing; what is really missing raises below.
         with (
             self.checked(source) as readable,
             reading(f"--encoder_path {source}"),
@@ -62,9 +88,11 @@ class Encoder:
                 str(readable), dtype=dtype, output_loading_info=True, trust_remote_code=False
             )
         model.name_or_path = model.config.name_or_path = str(source)
-        if lost := sorted(name for name in info["missing_keys"] if "pooler." not in name):
+        missing = sorted(name for name in info["missing_keys"] if "pooler." not in name)
+        if missing:
             raise ValueError(
-                f"--encoder_path {folder}: the weights lack {len(lost)} tensors, the first is {lost[0]}"
+                f"--encoder_path {folder}: the weights lack {len(missing)} tensors, "
+                f"the first is {missing[0]}"
             )
         if getattr(model, "pooler", None) is not None:
             model.pooler = None
@@ -73,13 +101,18 @@ class Encoder:
             raise ValueError(
                 f"--max_src_len {self.max_src_len}: {folder} reads at most {positions} tokens"
             )
-        model = cut_after(model, max(self.layers)) if self.layers else model
+        if self.layers:
+            model = cut_after(model, max(self.layers))
         return load_adapter(model, Path(folder)).merge_and_unload() if adapter else model
 
     @staticmethod
     @contextmanager
-    def checked(folder: str):
-        """A local folder as transformers can read it, a hub's name as it is. Raises ValueError for what no library here reads."""
+    def checked(folder: str) -> Iterator[str | Path]:
+        """A local folder in a form that transformers reads, or a hub's name unchanged.
+
+        Raises:
+            ValueError: no installed library reads the folder.
+        """
         from chatglm.folders import check_json_files, refuse_unknown_type, without_marks
 
         if not Path(folder).is_dir():
@@ -90,26 +123,30 @@ class Encoder:
         with without_marks(Path(folder)) as readable:
             yield readable
 
-    def load_served(self, folder: Path, dtype, **base):
-        """(encoder, tokenizer) of a predictor's folder. Encoders have no base of their own."""
+    def load_served(
+        self, folder: Path, dtype: "torch.dtype | None", **base: Any
+    ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        """(encoder, tokenizer) of a predictor's folder. `base` is for ChatGLM and is ignored."""
         return self.load_model(dtype, {}, str(folder)), self.load_tokenizer(str(folder))
 
     @staticmethod
     def has_weights(folder: Path) -> bool:
         return True
 
-    def encode(self, tokenizer, prompt: str) -> list[int]:
+    def encode(self, tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
         from predictor.scorers import clean, keep_ends
 
-        return keep_ends(
-            tokenizer(clean(prompt, self.max_src_len), truncation=False, verbose=False)[
-                "input_ids"
-            ],
-            self.max_src_len,
-        )
+        text = clean(prompt, self.max_src_len)
+        ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
+        return keep_ends(ids, self.max_src_len)
 
-    def collate(self, rows: list[list[int]], tokenizer, *, multiple: int = 1) -> dict:
-        """Rows of ids side by side, padded on the right."""
+    def collate(
+        self, rows: list[list[int]], tokenizer: "PreTrainedTokenizerBase", *, multiple: int = 1
+    ) -> dict:
+        """{input_ids, attention_mask}: (B, T) of rows of ids, padded on the right.
+
+        T is a multiple of min(multiple, 16).
+        """
         import torch
 
         longest = max(map(len, rows))
@@ -121,10 +158,11 @@ class Encoder:
             mask[i, : len(row)] = 1
         return {"input_ids": ids, "attention_mask": mask}
 
-    def width(self, model) -> int:
+    def width(self, model: "PreTrainedModel") -> int:
+        """The size of a prompt's vector."""
         return model.config.hidden_size * max(1, len(self.layers))
 
-    def vectors(self, model, batch: dict):
+    def vectors(self, model: "PreTrainedModel", batch: dict) -> "torch.Tensor":
         """(B, width): means of the layers' states over the real tokens, side by side."""
         import torch
 
@@ -132,15 +170,15 @@ class Encoder:
         if set(self.layers) <= {depth}:
             states = [model(**batch).last_hidden_state]
         else:
-            found = model(**batch, output_hidden_states=True)
+            output = model(**batch, output_hidden_states=True)
             states = [
-                found.last_hidden_state if layer == depth else found.hidden_states[layer]
+                output.last_hidden_state if layer == depth else output.hidden_states[layer]
                 for layer in self.layers
             ]
         mask = batch["attention_mask"].to(states[0].dtype)[:, :, None]
         return torch.cat([(hidden * mask).sum(dim=1) / mask.sum(dim=1) for hidden in states], dim=1)
 
-    def load_scorer(self, folder: Path, **options):
+    def load_scorer(self, folder: Path, **options: Any) -> "Scorer":
         from predictor.scorers import load_transformer
 
         return load_transformer(self, folder, **options)
@@ -148,10 +186,10 @@ class Encoder:
 
 @dataclass(frozen=True)
 class ChatGLM:
-    """The served model itself, as UELLM has it: its last hidden state where the answer would begin.
+    """The served model itself (as in UELLM): its last hidden state where the answer would begin.
 
-    Prompts lie end to end in one ragged row, each blind to the others, and a beginning they share is computed once; the last
-    layer computes the wanted places alone.
+    Prompts lie end to end in one packed row and do not attend to each other; a prefix that they
+    share is computed once. The last layer computes only each prompt's last token.
     """
 
     mode: str
@@ -159,18 +197,20 @@ class ChatGLM:
     share_prefix: bool
 
     @property
-    def family(self):
+    def family(self) -> "Family":
         from chatglm.families import FAMILIES
 
         return FAMILIES[self.mode]
 
-    def load_tokenizer(self, folder: str):
+    def load_tokenizer(self, folder: str) -> "PreTrainedTokenizerBase":
         from chatglm.loading import load_tokenizer
 
         return load_tokenizer(folder, mode=self.mode)
 
-    def load_model(self, dtype, method_options: dict, folder: str):
-        """The model with its output layer, which no gradient reaches."""
+    def load_model(
+        self, dtype: "torch.dtype | None", method_options: dict, folder: str
+    ) -> "PreTrainedModel":
+        """The model with its output layer, which gets no gradient."""
         from chatglm.loading import load_model
 
         return load_model(folder, mode=self.mode, dtype=dtype, **method_options)
@@ -178,32 +218,31 @@ class ChatGLM:
     def load_served(
         self,
         folder: Path,
-        dtype,
+        dtype: "torch.dtype | None",
         *,
         base_model: str | None = None,
         base_fingerprint: str | None = None,
-    ):
-        """(model, tokenizer) of a predictor's folder: its own weights, its adapter or prefix on their base, or the base alone.
+    ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        """(model, tokenizer) of a predictor's folder.
+
+        The folder holds a whole model, an adapter or prefix to load on a base, or a head alone, for
+        which the base is the model.
 
         Args:
-            base_model: the base's folder; by default the one that the folder names.
-            base_fingerprint: what `chatglm.loading.base_fingerprint` must give of it.
+            base_model: the base's folder (default: the one that the folder names).
+            base_fingerprint: the `chatglm.loading.base_fingerprint` that the base must have.
         Raises:
             FileNotFoundError: the base is not there.
             ValueError: it is another model than the head was trained on.
         """
         from chatglm.loading import base_fingerprint as fingerprint_of
-        from chatglm.loading import named_base, stored_prefix
+        from chatglm.loading import named_base
 
         folder = Path(folder)
-        own = self.has_weights(folder)
-        whole = (
-            own
-            and not (folder / "adapter_config.json").is_file()
-            and not (stored_prefix(folder) or {}).get("only")
-        )
-        base = None if whole else base_model or named_base(folder)
-        if not whole:
+        has_weights = self.has_weights(folder)
+        base = None
+        if not self.is_whole(folder):
+            base = base_model or named_base(folder)
             if not base or not Path(base).is_dir():
                 raise FileNotFoundError(
                     f"{folder}: its base model ({base}) is not there; give base_model=FOLDER"
@@ -212,16 +251,14 @@ class ChatGLM:
                 raise ValueError(
                     f"{folder} was trained on another model than {base}: their weights differ"
                 )
-        model = self.load_model(
-            dtype, {"base": base} if own and base else {}, str(folder if own else base)
-        )
+        options = {"base": base} if has_weights and base else {}
+        model = self.load_model(dtype, options, str(folder if has_weights else base))
         return model, self.tokenizer_of(folder, base)
 
-    def tokenizer_of(self, folder: Path, base: str | None):
-        """A predictor folder's own tokenizer, else its base's."""
-        return self.load_tokenizer(
-            str(folder if (folder / self.family.tokenizer_file).is_file() or not base else base)
-        )
+    def tokenizer_of(self, folder: Path, base: str | None) -> "PreTrainedTokenizerBase":
+        """The tokenizer of a predictor's folder, else of its base."""
+        in_folder = (folder / self.family.tokenizer_file).is_file()
+        return self.load_tokenizer(str(folder if in_folder or not base else base))
 
     @classmethod
     def is_whole(cls, folder: Path) -> bool:
@@ -236,43 +273,46 @@ class ChatGLM:
 
     @staticmethod
     def has_weights(folder: Path) -> bool:
-        """Whether a predictor's folder holds more than a head: a model, an adapter or a prefix."""
+        """Whether a predictor's folder holds a model, an adapter or a prefix beside its head."""
         return any(
             (Path(folder) / name).is_file() for name in ("adapter_config.json", "config.json")
         )
 
-    def encode(self, tokenizer, prompt: str) -> list[int]:
+    def encode(self, tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
         from predictor.scorers import clean
 
-        return self.family.encode_prompt(
-            tokenizer, clean(prompt, self.max_src_len), self.max_src_len
-        ).input_ids
+        text = clean(prompt, self.max_src_len)
+        return self.family.encode_prompt(tokenizer, text, self.max_src_len).input_ids
 
-    def collate(self, rows: list[list[int]], tokenizer, *, multiple: int = 1) -> dict:
+    def collate(
+        self, rows: list[list[int]], tokenizer: "PreTrainedTokenizerBase", *, multiple: int = 1
+    ) -> dict:
+        """A packed batch of rows of ids: what `vectors` takes."""
         from finetune.rows.batches import lay_end_to_end
 
         # As training rows whose last prompt token predicts one more, which is never read.
-        laid = lay_end_to_end(
+        packed = lay_end_to_end(
             [[*row, 0] for row in rows],
             [len(row) for row in rows],
             self.share_prefix and self.mode != "glm",
             multiple,
         )
-        return {name: laid[name] for name in ("input_ids", "lengths", "shared", "keep")} | {
-            "prompts": len(rows)
-        }
+        batch = {name: packed[name] for name in ("input_ids", "lengths", "shared", "keep")}
+        return batch | {"prompts": len(rows)}
 
-    def width(self, model) -> int:
+    def width(self, model: "PreTrainedModel") -> int:
+        """The size of a prompt's vector."""
         return model.config.hidden_size
 
-    def load_scorer(self, folder: Path, **options):
+    def load_scorer(self, folder: Path, **options: Any) -> "Scorer":
         from predictor.scorers import load_transformer
 
         return load_transformer(self, folder, **options)
 
-    def vectors(self, model, batch: dict):
+    def vectors(self, model: "PreTrainedModel", batch: dict) -> "torch.Tensor":
         """(B, hidden_size): the state after the final norm at each prompt's last token."""
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
         positions = model.transformer.packed_positions(
             batch["input_ids"], batch["lengths"], batch["shared"]
         )
@@ -285,8 +325,12 @@ class ChatGLM:
         return states.last_hidden_state[0, : batch["prompts"]]
 
 
-def check_reachable(name: str):
-    """Raises ValueError at once where an encoder is no folder, not in the hub's cache, and the hub does not answer."""
+def check_reachable(name: str) -> None:
+    """Check that an encoder is a folder, in the hub's cache, or on a hub that answers.
+
+    Raises:
+        ValueError: it is none of these.
+    """
     if Path(name).is_dir():
         return
     import socket
@@ -300,31 +344,33 @@ def check_reachable(name: str):
             return
     except HFValidationError:
         raise ValueError(f"--encoder_path {name}: no such folder") from None
-    remedy = f"download it where there is a network (hf download {name} --local-dir FOLDER) and give the folder"
+    remedy = (
+        f"download it where there is a network (hf download {name} --local-dir FOLDER) "
+        "and give the folder"
+    )
     if constants.HF_HUB_OFFLINE:
         raise ValueError(
             f"--encoder_path {name}: no such folder, and HF_HUB_OFFLINE is set: {remedy}"
         )
-    if any(
-        os.environ.get(proxy) for proxy in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
-    ):
-        return  # only the proxy knows the hub's name
+    proxies = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+    if any(os.environ.get(proxy) for proxy in proxies):
+        return  # only the proxy resolves the hub's name
     url = urlsplit(constants.ENDPOINT)
+    port = url.port or (443 if url.scheme == "https" else 80)
     try:
-        socket.create_connection(
-            (url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=5
-        ).close()
+        socket.create_connection((url.hostname, port), timeout=5).close()
     except OSError as error:
         raise ValueError(
-            f"--encoder_path {name}: no such folder, and {url.hostname} does not answer ({error}): {remedy}"
+            f"--encoder_path {name}: no such folder, and {url.hostname} does not answer "
+            f"({error}): {remedy}"
         ) from None
 
 
-def cut_after(model, depth: int):
-    """An encoder without the layers above `depth`, in place.
+def cut_after(model: "PreTrainedModel", depth: int) -> "PreTrainedModel":
+    """Remove an encoder's layers above `depth`, in place; returns it.
 
     Raises:
-        ValueError: it has fewer layers.
+        ValueError: it has fewer layers than `depth`.
     """
     from torch import nn
 

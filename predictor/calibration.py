@@ -1,5 +1,6 @@
-"""From what a model puts out to probabilities that hold: temperature, score to distribution, conformal levels. numpy only."""
+"""Calibration: temperature, score to distribution, conformal levels, tail. numpy only."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -7,28 +8,29 @@ import numpy as np
 
 from predictor.prediction import class_of
 
-KNOTS = 201  # a calibration map keeps at most so many points
-POINTS = 1024  # labels that a ScoreScale keeps
-NEAR = 0.4  # standard deviations of the score: how far a label speaks for other scores
+KNOTS = 201  # most points of a conformal map
+POINTS = 1024  # most labels in a ScoreScale
+NEAR = 0.4  # standard deviations of the score: bandwidth of the kernel over scores
 GRID = 256  # points at which a residual's distribution is tabulated
-ALL = 0.003  # weight that a label has everywhere
-FURTHEST = 2.5  # standard deviations; scores beyond count as there
-FLOOR = 1e-6
+ALL = 0.003  # kernel weight of a label at any distance
+FURTHEST = 2.5  # standard deviations at which scores are clipped
+FLOOR = 1e-6  # mass spread over all bins
 MOST_CUT = 0.1  # share of the labels
-LEAST_INDEX, MOST_INDEX = (
-    2.0,
-    20.0,
-)  # of a tail: at 2 an answer beyond its start is twice as long on average; below, the limit decides the mean
+# Bounds of a tail's index: at 2 an answer beyond the tail's start is twice as long on average;
+# below 2, the limit decides the mean.
+LEAST_INDEX = 2.0
+MOST_INDEX = 20.0
 
 
 @dataclass(frozen=True)
 class Conformal:
-    """A monotone map of cumulative probabilities, after which quantiles cover what they say.
+    """A monotone map of cumulative probabilities, after which quantiles have nominal coverage.
 
-    Split conformal on the probability integral transform (Chernozhukov, Wuethrich and Zhu 2021, "Distributional conformal
-    prediction"): where u_i = F_i(L_i) are what the model gave the lengths of n prompts it has not seen, the k-th smallest u
-    becomes k / (n + 1), so quantile(q) covers a new answer with probability at least q, whatever the model: up to q = n / (n + 1),
-    where no two levels are the same, and but for the width of a bin, inside which calibrated mass is spread evenly.
+    Split conformal on the probability integral transform (Chernozhukov, Wuethrich and Zhu 2021,
+    "Distributional conformal prediction"): with u_i = F_i(L_i) the levels of the lengths of n
+    unseen prompts, the k-th smallest u maps to k / (n + 1), so that quantile(q) covers a new answer
+    with probability at least q for any model. This holds up to q = n / (n + 1), without ties among
+    the levels, and up to the width of a bin, inside which calibrated mass is spread evenly.
 
     Attributes:
         raw, calibrated: (M,) ascending, from 0 to 1.
@@ -39,9 +41,14 @@ class Conformal:
 
     @classmethod
     def fit(cls, levels: np.ndarray, finished: np.ndarray, weights: np.ndarray) -> "Conformal":
-        """levels (n,) in [0, 1]; answers that were cut count as longer than that; weights (n,), 1 in all for each prompt."""
+        """The map of n labels.
+
+        Args:
+            levels: (n,) in [0, 1]; answers that were cut are censored at their level.
+            finished: (n,); weights: (n,), summing to 1 over each prompt.
+        """
         if not finished.any():
-            return cls()  # caps alone say nothing of lengths
+            return cls()  # cut answers alone say nothing of lengths
         raw, share = kaplan_meier(np.clip(levels, 0, 1), finished, weights, never=1.0)
         if len(raw) > KNOTS:
             chosen = np.unique(np.round(np.linspace(0, len(raw) - 1, KNOTS)).astype(int))
@@ -52,8 +59,8 @@ class Conformal:
 
     def apply(self, probabilities: np.ndarray) -> np.ndarray:
         """(N, K) bin masses to calibrated ones."""
-        found = np.interp(cumulative(probabilities), *self.knots)
-        return found[:, 1:] - found[:, :-1]
+        calibrated = np.interp(cumulative(probabilities), *self.knots)
+        return calibrated[:, 1:] - calibrated[:, :-1]
 
     @cached_property
     def knots(self) -> tuple[np.ndarray, np.ndarray]:
@@ -63,12 +70,13 @@ class Conformal:
 
 @dataclass(frozen=True)
 class Tail:
-    """How far beyond the longest answer seen mass may lie: P(L > x | L > start) <= (x / start)^-index.
+    """A bound on mass beyond the longest answer seen: P(L > x | L > start) <= (x / start)^-index.
 
-    How much mass lies there is the conformal map's business and stays; where it lies no data say, and a head that has seen
-    nothing there may spread it up to the limit, so that the mean is the limit's and not the answers'. The index is the
-    maximum-likelihood estimate of a Pareto tail (Hill 1975, "A simple general approach to inference about the tail of a
-    distribution") from the longest quarter of the answers, of which those that were cut count as longer than that.
+    How much mass lies beyond `start` is decided by the conformal map and stays. Where it lies no
+    data say, and a head without examples there may spread it up to the limit, so that the mean is
+    the limit's and not the answers'. The index is the maximum-likelihood estimate of a Pareto tail
+    (Hill 1975, "A simple general approach to inference about the tail of a distribution") from the
+    longest quarter of the answers; those that were cut are censored.
 
     Attributes:
         start: tokens of the longest answer seen, cut or not.
@@ -83,7 +91,10 @@ class Tail:
 
     @classmethod
     def fit(cls, tokens: np.ndarray, finished: np.ndarray, weights: np.ndarray) -> "Tail | None":
-        """tokens, finished, weights: (n,) of the labels. None where many were cut: quantiles then lie beyond what was seen."""
+        """The tail of n labels: tokens, finished, weights (n,).
+
+        None where more than MOST_CUT were cut: quantiles then lie beyond what was seen.
+        """
         if weights[~finished].sum() > MOST_CUT * weights.sum():
             return None
         order = np.argsort(tokens, kind="stable")
@@ -96,21 +107,23 @@ class Tail:
         return cls(max(float(tokens.max()), 1.0), float(np.clip(index, LEAST_INDEX, MOST_INDEX)))
 
     def apply(self, probabilities: np.ndarray, edges: np.ndarray) -> np.ndarray:
-        """(N, K) masses over `edges`, those of the bins wholly beyond `start` drawn in as far as the bound says."""
+        """(N, K) masses over `edges`, those of bins wholly beyond `start` held within the bound."""
         first = int(np.searchsorted(edges, self.start))
         if first >= len(edges) - 2:
             return probabilities
-        longer = np.cumsum(probabilities[:, : first - 1 : -1], axis=1)[
-            :, ::-1
-        ]  # than edges first, first + 1, ...
+        # Probability of more than edges first, first + 1, ... tokens.
+        longer = np.cumsum(probabilities[:, : first - 1 : -1], axis=1)[:, ::-1]
         bound = longer[:, :1] * (edges[first:-1] / edges[first]) ** -self.index
         drawn = np.concatenate([np.minimum(longer, bound), np.zeros((len(longer), 1))], axis=1)
         return np.concatenate([probabilities[:, :first], drawn[:, :-1] - drawn[:, 1:]], axis=1)
 
 
 def cumulative(probabilities: np.ndarray) -> np.ndarray:
-    """(N, K) bin masses -> (N, K + 1), 0 to 1 at the edges, with FLOOR of the mass spread over all bins: where a model that is too
-    sure of itself would give many lengths the level 1, no map of levels could tell them apart."""
+    """(N, K) bin masses -> (N, K + 1) cumulative probabilities at the edges, from 0 to 1.
+
+    FLOOR of the mass is spread over all bins: an overconfident model would otherwise give many
+    lengths the level 1, which no map of levels could tell apart.
+    """
     total = np.zeros((len(probabilities), probabilities.shape[1] + 1))
     np.cumsum(probabilities, axis=1, out=total[:, 1:])
     total *= (1 - FLOOR) / total[:, -1:]
@@ -120,7 +133,7 @@ def cumulative(probabilities: np.ndarray) -> np.ndarray:
 
 
 def levels_of(probabilities: np.ndarray, edges: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """(N,): the cumulative probability that each prediction (N, K) gives to what came, (N,) tokens."""
+    """(N,): the cumulative probability of the lengths `tokens` (N,) under N predictions (N, K)."""
     total = cumulative(probabilities)
     k = class_of(edges, tokens)
     share = np.clip((tokens - edges[k]) / (edges[k + 1] - edges[k]), 0, 1)
@@ -130,12 +143,16 @@ def levels_of(probabilities: np.ndarray, edges: np.ndarray, tokens: np.ndarray) 
 
 @dataclass(frozen=True)
 class ScoreScale:
-    """From a score to a distribution: log(1 + L) = intercept + slope * score + a residual, distributed as those of like scores were, a
-    kernel estimate of the conditional distribution (Hall, Wolff and Yao 1999). So it may bend, widen and lean as the score grows.
+    """Maps a score to a distribution: log(1 + L) = intercept + slope * score + residual.
+
+    The residual is distributed as those of labels with similar scores, a kernel estimate of the
+    conditional distribution (Hall, Wolff and Yao 1999): its location, width and skew may change
+    with the score.
 
     Attributes:
-        center, spread: of the scores.
-        scores, residuals, weights: (P,) standardised score, residual in log(1 + L) and weight of calibration labels.
+        center, spread: mean and standard deviation of the scores.
+        scores, residuals, weights: (P,) standardised scores, residuals in log(1 + L) and weights
+            of calibration labels.
     """
 
     center: float
@@ -150,53 +167,50 @@ class ScoreScale:
     def fit(
         cls, scores: np.ndarray, tokens: np.ndarray, finished: np.ndarray, weights: np.ndarray
     ) -> "ScoreScale":
-        """scores, tokens, finished, weights: (n,), of prompts that the scoring model has not seen."""
+        """scores, tokens, finished, weights: (n,) of prompts unseen by the scoring model."""
         center = float(np.average(scores, weights=weights))
         spread = float(np.sqrt(np.average((scores - center) ** 2, weights=weights))) or 1.0
-        z, logs = (scores - center) / spread, np.log1p(tokens)
+        z = (scores - center) / spread
+        logs = np.log1p(tokens)
         given = weights
         for _ in range(1 if finished.all() else 4):
-            mean, middle = np.average(logs, weights=weights), np.average(z, weights=weights)
-            slope = float(
-                np.average((z - middle) * (logs - mean), weights=weights)
-                / max(1e-12, np.average((z - middle) ** 2, weights=weights))
-            )
-            slope = max(slope, 1e-6)  # a higher score means longer, or all but nothing
+            mean = np.average(logs, weights=weights)
+            middle = np.average(z, weights=weights)
+            covariance = np.average((z - middle) * (logs - mean), weights=weights)
+            variance = max(1e-12, np.average((z - middle) ** 2, weights=weights))
+            # A higher score never means shorter.
+            slope = max(float(covariance / variance), 1e-6)
             intercept = float(mean - slope * middle)
             if not finished.all():
-                weights = hand_on(z, logs - intercept - slope * z, finished, given)
-        kept = np.flatnonzero(weights > 0)
-        if len(kept) > POINTS:  # a fair sample: every so many-th in the order of scores
-            kept = kept[np.argsort(z[kept], kind="stable")][
-                np.linspace(0, len(kept) - 1, POINTS).astype(int)
-            ]
-        columns = (
-            tuple(np.round(column[kept], 6).tolist())
-            for column in (z, logs - intercept - slope * z, weights)
-        )
+                weights = redistribute(z, logs - intercept - slope * z, finished, given)
+        chosen = np.flatnonzero(weights > 0)
+        if len(chosen) > POINTS:  # a systematic sample in the order of scores
+            places = np.linspace(0, len(chosen) - 1, POINTS).astype(int)
+            chosen = chosen[np.argsort(z[chosen], kind="stable")][places]
+        residuals = logs - intercept - slope * z
+        columns = []
+        for column in (z, residuals, weights):
+            columns.append(tuple(np.round(column[chosen], 6).tolist()))
         return cls(center, spread, intercept - slope * center / spread, slope / spread, *columns)
 
     def location(self, scores: np.ndarray) -> np.ndarray:
+        """(N,): the estimate of log(1 + L) without a residual."""
         return self.intercept + self.slope * scores
 
-    def reader(self, edges: np.ndarray):
-        """scores (N,) -> bin masses (N, K) over `edges`."""
-        points, residuals, weights = (
-            np.array(self.scores),
-            np.array(self.residuals),
-            np.array(self.weights),
-        )
+    def reader(self, edges: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        """A function: scores (N,) -> bin masses (N, K) over `edges`."""
+        points = np.array(self.scores)
+        residuals = np.array(self.residuals)
+        weights = np.array(self.weights)
         mean = np.average(residuals, weights=weights)
         deviation = max(float(np.sqrt(np.average((residuals - mean) ** 2, weights=weights))), 0.02)
         blur = 0.33 * deviation * len(residuals) ** -0.2
-        # Each label's smoothed step, tabulated over the residuals there are: a score's distribution is a mean of the steps near it.
-        low, step = residuals.min() - 12 * blur, (np.ptp(residuals) + 24 * blur) / (GRID - 1)
-        steps = 1 / (
-            1
-            + np.exp(
-                -np.clip((low + step * np.arange(GRID)[None] - residuals[:, None]) / blur, -40, 40)
-            )
-        )
+        # Each label's smoothed step, tabulated on a grid over the residuals: the distribution at a
+        # score is a weighted mean of the steps of labels near it.
+        low = residuals.min() - 12 * blur
+        step = (np.ptp(residuals) + 24 * blur) / (GRID - 1)
+        grid = low + step * np.arange(GRID)[None]
+        steps = 1 / (1 + np.exp(-np.clip((grid - residuals[:, None]) / blur, -40, 40)))
         logs = np.log1p(edges[1:-1])
 
         def read(scores: np.ndarray) -> np.ndarray:
@@ -215,31 +229,40 @@ class ScoreScale:
         return read
 
 
-def hand_on(
+def redistribute(
     scores: np.ndarray, residuals: np.ndarray, finished: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-    """(n,): weights after every cut answer has handed its own on to larger residuals of like score (Efron 1967, "redistribution to
-    the right"); where none is larger it counts as if it had ended at its cut."""
-    weights = weights.astype(float).copy()
-    order = np.lexsort(
-        (~finished, residuals)
-    )  # of equals the cut ones come last: they hand on to larger ones only
-    s, w, done = scores[order], weights[order], finished[order]
+    """(n,): weights after every cut answer has passed its weight to larger residuals of like score.
+
+    Redistribution to the right (Efron 1967); a cut answer with no larger residual counts as
+    finished at its cut.
+    """
+    # Among equals the cut ones come last: they pass their weight to larger ones only.
+    order = np.lexsort((~finished, residuals))
+    s = scores[order]
+    w = weights[order].astype(float)
+    done = finished[order]
     for i in np.flatnonzero(~done):
         near = w[i + 1 :] * np.exp(((s[i + 1 :] - s[i]) / NEAR) ** 2 / -2)
-        if done[i + 1 :].any() and (total := near.sum()) > 0:
+        total = near.sum()
+        if done[i + 1 :].any() and total > 0:
             w[i + 1 :] += w[i] * near / total
             w[i] = 0
-    weights[order] = w
-    return weights
+    redistributed = np.empty(len(w))
+    redistributed[order] = w
+    return redistributed
 
 
 def kaplan_meier(
     values: np.ndarray, finished: np.ndarray, weights: np.ndarray, never: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(distinct values (m,) ascending, share of the weight at or below each): the product-limit estimate (Kaplan and Meier 1958).
+    """(distinct values (m,) ascending, share of the weight at or below each).
 
-    Values that are not `finished` are only known to be larger. `never`: weight of what is larger than all.
+    The product-limit estimate (Kaplan and Meier 1958). Values that are not `finished` are censored:
+    the true one is larger.
+
+    Args:
+        never: weight of an event beyond all values.
     """
     distinct, place = np.unique(values, return_inverse=True)
     ended = np.bincount(place, weights * finished, minlength=len(distinct))
@@ -249,11 +272,11 @@ def kaplan_meier(
     return distinct[ended > 0], share[ended > 0]
 
 
-def fit_temperature(logits: np.ndarray, loss) -> float:
+def fit_temperature(logits: np.ndarray, loss: Callable[[np.ndarray], float]) -> float:
     """The temperature, of 61 between 1/4 and 4, at which `loss(logits / t)` is lowest; 1 wins ties.
 
     Args:
-        logits: (N, K) of prompts that the model has not seen.
+        logits: (N, K) of prompts unseen by the model.
         loss: (N, K) logits -> float.
     """
     candidates = sorted(np.geomspace(0.25, 4, 61), key=lambda t: abs(np.log(t)))

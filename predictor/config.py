@@ -1,4 +1,4 @@
-"""The flags of `train.py --task predictor`: those of fine-tuning, and what a predictor adds. Free of torch."""
+"""The flags of `train.py --task predictor`: those of fine-tuning and a predictor's. No torch."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -82,7 +82,10 @@ EFFECTS: dict[str, Effect] = {
 
 @dataclass(frozen=True)
 class PredictorConfig(TrainConfig):
-    """All flags of train.py --task predictor. Lengths are tokens of the served model, without its end token."""
+    """All flags of train.py --task predictor.
+
+    Lengths are tokens of the served model, without its end token.
+    """
 
     title: ClassVar[str] = "Train a predictor of the length of a served model's answers"
     effects: ClassVar[dict[str, Effect]] = TRAINING | EFFECTS
@@ -110,19 +113,19 @@ class PredictorConfig(TrainConfig):
     task: str = keep("predictor", "what is trained", choices=("finetune", "predictor"))
     model_name_or_path: str = keep(
         "",
-        "folder of the served model: its tokenizer counts lengths; with --backbone chatglm it is the "
-        "backbone too (not needed where rows carry output_tokens and the backbone is another)",
+        "folder of the served model: its tokenizer counts lengths; with --backbone chatglm it is "
+        "the backbone too (not needed where rows carry output_tokens and the backbone is another)",
     )
     train_path: str = keep(
         "",
-        "comma list of rows: {prompt, output_tokens, served_model?, finished?}, or answers to count: "
-        "{instruction, input, output} (required)",
+        "comma list of rows: {prompt, output_tokens, served_model?, finished?}, or answers to "
+        "count: {instruction, input, output} (required)",
     )
     eval_path: str = flag("", "rows for the metrics; else the calibration rows serve")
     train_type: str | None = keep(
         None,
-        "how the backbone is trained; none: not at all, a head on its frozen vectors [chatglm: lora; "
-        "encoder: all; lexical: none]",
+        "how the backbone is trained; none: not at all, a head on its frozen vectors [chatglm: "
+        "lora; encoder: all; lexical: none]",
         choices=TRAIN_TYPES,
     )
     learning_rate: float | None = keep(None, "highest learning rate [all, freeze: 5e-5; else 1e-3]")
@@ -137,13 +140,14 @@ class PredictorConfig(TrainConfig):
     # predictor
     backbone: str = keep(
         "lexical",
-        "lexical: n-grams and counts, no transformer; encoder: a Hugging Face encoder (--encoder_path); "
-        "chatglm: the served model itself",
+        "lexical: n-grams and counts, no transformer; encoder: a Hugging Face encoder "
+        "(--encoder_path); chatglm: the served model itself",
         choices=tuple(BACKBONES),
     )
     head: str = keep(
         "distribution",
-        "distribution: log-spaced bins; bucket: equal classes; regression: log length; ranking: order only",
+        "distribution: log-spaced bins; bucket: equal classes; regression: log length; "
+        "ranking: order only",
         choices=tuple(HEADS),
     )
     encoder_path: str = keep(
@@ -154,15 +158,18 @@ class PredictorConfig(TrainConfig):
     )
     encoder_layers: str = keep(
         "",
-        "comma list of the encoder's layers whose means are read, from 1; it is cut after the highest [the last]",
+        "comma list of the encoder's layers whose means are read, from 1; it is cut after the "
+        "highest [the last]",
     )
     reuse_prefill: bool = keep(
         False,
-        "--backbone chatglm: a head on the served model's own prompt state, which costs nothing when serving",
+        "--backbone chatglm: a head on the served model's own prompt state, which costs nothing "
+        "when serving",
     )
     served_model: str = keep(
         "",
-        "name of the model whose answers are predicted [the folder's, of a checkpoint with its run's]",
+        "name of the model whose answers are predicted "
+        "[the folder's, of a checkpoint with its run's]",
     )
     other_models_weight: float = keep(
         0.85,
@@ -185,7 +192,8 @@ class PredictorConfig(TrainConfig):
     student_ridge: float = keep(3.0, "lexical: ridge penalty of the student of n-grams")
     student_dims: int = keep(
         64,
-        "lexical with --encoder_path: principal components of the teacher's vectors that the student learns",
+        "lexical with --encoder_path: principal components of the teacher's vectors that the "
+        "student learns",
     )
     head_ridge: float = keep(0.5, "frozen backbone: ridge penalty of the kernel head")
     landmarks: int = keep(
@@ -199,6 +207,13 @@ class PredictorConfig(TrainConfig):
     evaluated: ClassVar[tuple[str, ...]] = ("loss", "tau", "mae")
 
     def __post_init__(self):
+        self._fill_in()
+        super().__post_init__()
+        self._check_backbone()
+        self._check_numbers()
+
+    def _fill_in(self) -> None:
+        """Set the flags whose default depends on other flags."""
         if not self.train_type:
             kinds = {
                 "chatglm": "none" if self.reuse_prefill else "lora",
@@ -210,13 +225,15 @@ class PredictorConfig(TrainConfig):
             object.__setattr__(self, "max_src_len", 256)
         object.__setattr__(self, "max_len", self.max_src_len + 1)  # there is a prompt and no answer
         if self.learning_rate is None:
-            object.__setattr__(
-                self, "learning_rate", 5e-5 if self.train_type in ("all", "freeze") else 1e-3
-            )
-        super().__post_init__()
+            rate = 5e-5 if self.train_type in ("all", "freeze") else 1e-3
+            object.__setattr__(self, "learning_rate", rate)
+
+    def _check_backbone(self) -> None:
+        """Raises ValueError where --backbone, --train_type and --encoder_path do not fit."""
         if self.reuse_prefill and (self.backbone, self.train_type) != ("chatglm", "none"):
             raise ValueError(
-                "--reuse_prefill needs --backbone chatglm, and no --train_type: the served model stays as it is"
+                "--reuse_prefill needs --backbone chatglm, and no --train_type: "
+                "the served model stays as it is"
             )
         if self.backbone == "lexical" and self.train_type != "none":
             raise ValueError(
@@ -230,11 +247,11 @@ class PredictorConfig(TrainConfig):
             raise ValueError(
                 "--train_type ptuning is for ChatGLM; an encoder takes all, lora, freeze or none"
             )
-        for name, most in (
-            ("length_limit", LONGEST),
-            ("num_bins", MOST_BINS),
-            ("num_buckets", MOST_BINS),
-        ):
+
+    def _check_numbers(self) -> None:
+        """Raises ValueError naming the first flag that is out of its range."""
+        largest = {"length_limit": LONGEST, "num_bins": MOST_BINS, "num_buckets": MOST_BINS}
+        for name, most in largest.items():
             value = getattr(self, name)
             if value is not None and not 2 <= value <= most:
                 raise ValueError(f"--{name} must be from 2 to {most:,}; got {value}")
@@ -246,7 +263,8 @@ class PredictorConfig(TrainConfig):
                 raise ValueError(f"--{name} must be in [0, 1); got {getattr(self, name)}")
         if not self.calibration_share:
             raise ValueError(
-                "--calibration_share must be above 0: quantiles hold on prompts that were not trained on"
+                "--calibration_share must be above 0: "
+                "quantiles hold on prompts that were not trained on"
             )
         for name in ("student_ridge", "head_ridge"):
             if not 0 < getattr(self, name) < 1e9:
@@ -255,7 +273,7 @@ class PredictorConfig(TrainConfig):
             raise ValueError(f"--hash_bits must be from 8 to 24; got {self.hash_bits}")
         if self.student_dims < 0:
             raise ValueError(f"--student_dims must not be below 0; got {self.student_dims}")
-        self.layers  # noqa: B018 - raises where they are no layers
+        self.layers  # noqa: B018 - raises where --encoder_layers is malformed
         if not 0 < self.near_duplicates <= 1:
             raise ValueError(f"--near_duplicates must be in (0, 1]; got {self.near_duplicates}")
 
@@ -263,18 +281,17 @@ class PredictorConfig(TrainConfig):
     def layers(self) -> tuple[int, ...]:
         """--encoder_layers, ascending."""
         try:
-            found = tuple(
-                sorted({int(part) for part in self.encoder_layers.split(",") if part.strip()})
-            )
+            layers = sorted({int(part) for part in self.encoder_layers.split(",") if part.strip()})
         except ValueError:
-            found = (0,)
-        if found and found[0] < 1:
+            layers = [0]
+        if layers and layers[0] < 1:
             raise ValueError(
-                f"--encoder_layers must be whole numbers from 1, separated by commas; got {self.encoder_layers!r}"
+                "--encoder_layers must be whole numbers from 1, separated by commas; "
+                f"got {self.encoder_layers!r}"
             )
-        return found
+        return tuple(layers)
 
     @property
     def needs_model(self) -> bool:
-        """Without the served model's folder nobody counts tokens: rows must bring their lengths."""
+        """Whether the served model's folder is needed: without it rows must bring their lengths."""
         return self.backbone == "chatglm"

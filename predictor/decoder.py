@@ -1,4 +1,7 @@
-"""From a head's outputs to calibrated predictions, and the card that keeps them with a model. numpy only."""
+"""Decodes a head's outputs to calibrated predictions; reads and writes predictor.json. numpy only.
+
+predictor.json, the card, holds the decoder beside a model.
+"""
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -9,7 +12,7 @@ import numpy as np
 from chatglm.files import read_json
 from finetune.files import sha256, write_json
 from predictor.calibration import Conformal, Tail, kaplan_meier, levels_of
-from predictor.heads import HEADS
+from predictor.heads import HEADS, Head, Reader
 from predictor.prediction import LengthPrediction
 
 CARD = "predictor.json"
@@ -21,15 +24,15 @@ RESIDUALS = 199
 
 @dataclass(frozen=True)
 class Decoder:
-    """A head, its settings fitted to prompts that the model has not seen, and the conformal map after it.
+    """A head, its settings fitted to prompts unseen by the model, and the conformal map after it.
 
     Attributes:
-        residuals: RESIDUALS equally likely values of log(length / predicted median), of labels that settings were not fitted to; what a
-            simulator makes a predictor's errors of.
-        tail: how far mass beyond the longest answer seen may lie; None for as the head has it.
+        residuals: RESIDUALS equally likely values of log(length / predicted median), of labels that
+            the settings were not fitted to; a simulator draws a predictor's errors from them.
+        tail: bound on mass beyond the longest answer seen; None for no bound.
     """
 
-    head: object
+    head: Head
     settings: dict
     conformal: Conformal
     edges: np.ndarray
@@ -39,29 +42,33 @@ class Decoder:
     @classmethod
     def fit(
         cls,
-        head,
+        head: Head,
         outputs: np.ndarray,
         tokens: np.ndarray,
         finished: np.ndarray,
         weights: np.ndarray,
         prompts: np.ndarray,
     ) -> "Decoder":
-        """From n labels of unseen prompts.
+        """Fit head settings, conformal map and tail to n labels of unseen prompts.
+
+        Settings are fitted FOLDS times, each to all folds but one, so that the levels that the
+        conformal map learns from are of unseen prompts too.
 
         Args:
-            outputs: (n, width) of the head; tokens, finished, weights (1 in all for each prompt): (n,).
-            prompts: (n,) the prompt's number: labels of a prompt stay in one of the folds in which settings are fitted to
-                the rest, so that the levels the conformal map learns from are of unseen prompts too.
+            outputs: (n, width) of the head.
+            tokens, finished, weights: (n,); weights sum to 1 over each prompt.
+            prompts: (n,) number of each label's prompt; a prompt's labels share a fold.
         """
         edges = head_edges(head)
         raw = np.empty((len(tokens), len(edges) - 1))
         fold = np.unique(prompts, return_inverse=True)[1] % FOLDS
         for k in range(FOLDS):
             held = fold == k
-            rest = ~held if held.any() and not held.all() else np.ones(len(held), bool)
-            if held.any():
-                settings = head.fit(outputs[rest], tokens[rest], finished[rest], weights[rest])
-                raw[held] = head.reader(settings, edges)(outputs[held])[0]
+            if not held.any():
+                continue
+            rest = np.ones(len(held), bool) if held.all() else ~held
+            settings = head.fit(outputs[rest], tokens[rest], finished[rest], weights[rest])
+            raw[held] = head.reader(settings, edges)(outputs[held])[0]
         conformal = Conformal.fit(levels_of(raw, edges, tokens), finished, weights)
         errors = residuals_of(conformal.apply(raw), edges, tokens, finished, weights)
         return cls(
@@ -74,7 +81,8 @@ class Decoder:
         )
 
     @cached_property
-    def read(self):
+    def read(self) -> Reader:
+        """The head's reader with the fitted settings."""
         return self.head.reader(self.settings, self.edges)
 
     def decode(self, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -83,20 +91,21 @@ class Decoder:
         return self.calibrated(probabilities), ranks
 
     def calibrated(self, raw: np.ndarray) -> np.ndarray:
-        """(N, K) masses as the head reads them -> those of predictions."""
-        found = self.conformal.apply(raw)
-        return self.tail.apply(found, self.edges) if self.tail else found
+        """(N, K) masses as the head reads them -> calibrated ones, within the tail's bound."""
+        probabilities = self.conformal.apply(raw)
+        return self.tail.apply(probabilities, self.edges) if self.tail else probabilities
 
     def judge(
         self, outputs: np.ndarray, tokens: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(probabilities (N, K), rank scores (N,), levels (N,) of the lengths `tokens` in them, exact at the conformal map's knots)."""
+        """(probabilities (N, K), rank scores (N,), levels (N,)).
+
+        The levels are the calibrated cumulative probabilities of the lengths `tokens`, exact at the
+        conformal map's knots.
+        """
         raw, ranks = self.read(np.asarray(outputs, np.float64))
-        return (
-            self.calibrated(raw),
-            ranks,
-            np.interp(levels_of(raw, self.edges, tokens), *self.conformal.knots),
-        )
+        levels = np.interp(levels_of(raw, self.edges, tokens), *self.conformal.knots)
+        return self.calibrated(raw), ranks, levels
 
     def predictions(self, outputs: np.ndarray) -> list[LengthPrediction]:
         probabilities, ranks = self.decode(outputs)
@@ -115,7 +124,7 @@ class Decoder:
 
     @classmethod
     def from_dict(cls, values: dict) -> "Decoder":
-        """Raises KeyError, TypeError, ValueError for what `to_dict` did not write."""
+        """Raises KeyError, TypeError or ValueError for a dict that `to_dict` did not write."""
         knobs = dict(values["head"])
         head = HEADS[knobs.pop("name")](**knobs)
         conformal = Conformal(
@@ -139,34 +148,35 @@ def residuals_of(
     finished: np.ndarray,
     weights: np.ndarray,
 ) -> tuple[float, ...]:
-    """RESIDUALS quantiles of log(length / median of its prediction), ascending; cut answers count as longer than that. () if all were cut."""
+    """RESIDUALS quantiles of log(length / median of its prediction), ascending.
+
+    Cut answers are censored; () where all were cut.
+    """
     if not finished.any():
         return ()
     medians = np.array([LengthPrediction(p, edges, 0.0).median_tokens for p in probabilities])
-    values, share = kaplan_meier(
-        np.log(np.maximum(tokens, 1) / np.maximum(medians, 1)), finished, weights
-    )
-    return tuple(
-        np.round(np.interp((np.arange(RESIDUALS) + 0.5) / RESIDUALS, share, values), 4).tolist()
-    )
+    errors = np.log(np.maximum(tokens, 1) / np.maximum(medians, 1))
+    values, share = kaplan_meier(errors, finished, weights)
+    levels = (np.arange(RESIDUALS) + 0.5) / RESIDUALS
+    return tuple(np.round(np.interp(levels, share, values), 4).tolist())
 
 
 def fold_of(groups: np.ndarray) -> np.ndarray:
-    """(N,) fold of every prompt, 0 to FOLDS - 1: groups whole, shuffled by a fixed draw."""
+    """(N,) fold of every prompt, 0 to FOLDS - 1, the same for all of a group; drawn with seed 0."""
     _, number = np.unique(groups, return_inverse=True)
     return (np.random.default_rng(0).permutation(number.max() + 1) % FOLDS)[number]
 
 
-def head_edges(head) -> np.ndarray:
-    """The bins that predictions of a head come in: its own, cut finer where they are few and wide."""
+def head_edges(head: Head) -> np.ndarray:
+    """(K + 1,): the bins of a head's predictions: its classes, halved until they are 20 or more."""
     edges = head.edges
     while len(edges) < 21:
         edges = np.sort(np.concatenate([edges, (edges[:-1] + edges[1:]) / 2]))
     return edges
 
 
-def write_card(folder: Path, card: dict):
-    """predictor.json, whole or not at all."""
+def write_card(folder: Path, card: dict) -> None:
+    """Write predictor.json, whole or not at all."""
     card = {"format": FORMAT, "format_version": FORMAT_VERSION} | card
     write_json(Path(folder) / CARD, card)
 
@@ -196,10 +206,12 @@ def read_card(folder: str | Path) -> dict:
 
 
 def tokenizer_hash(folder: str | Path) -> str:
-    """sha256 over the tokenizer's model file (tokenizer.model, ice_text.model or tokenizer.json) of a served model's folder.
+    """sha256 of the tokenizer's model file of a served model's folder.
+
+    The file is tokenizer.model, ice_text.model or tokenizer.json, the first that is there.
 
     Raises:
-        FileNotFoundError: it has none.
+        FileNotFoundError: the folder has none of them.
     """
     for name in ("tokenizer.model", "ice_text.model", "tokenizer.json"):
         file = Path(folder) / name

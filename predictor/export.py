@@ -1,7 +1,10 @@
-"""What training wrote -> one folder for serving: python -m predictor.export --checkpoint DIR --output DIR2.
+"""Exports what training wrote to one folder for serving.
 
-A checkpoint's optimizer, flags and manifest stay behind. Of an encoder the folder holds an ONNX model, compared with torch before
-it counts; of a ChatGLM its adapter, prefix or head with the base's name, or with --merge one whole model.
+    python -m predictor.export --checkpoint DIR --output DIR2
+
+A checkpoint's optimizer, flags and manifest are left out. For an encoder the folder holds an ONNX
+model, which is compared with torch first; for a ChatGLM an adapter, prefix or head with the base's
+name, or with --merge one whole model.
 """
 
 import argparse
@@ -9,7 +12,10 @@ import logging
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,16 +23,21 @@ from chatglm.checksums import check_folder_files, is_top
 from finetune.commands import Parser, run_command
 from finetune.config import parse_bool
 from finetune.files import put_in_place, sha256, writing
-from predictor.backbones import BACKBONES
+from predictor.backbones import BACKBONES, ChatGLM, Encoder
 from predictor.decoder import CARD, read_card, write_card
 from predictor.kernel import FILE as KERNEL_FILE
 from predictor.lexical import FILE as LEXICAL_FILE
 from predictor.runtime import LengthPredictor
 from predictor.scorers import HEAD_FILE, ONNX_FILE, TOKENIZER_FILE, OnnxVectors, encode_all
 
+if TYPE_CHECKING:
+    from onnx import NodeProto
+    from transformers import PreTrainedModel
+
 OURS = (HEAD_FILE, KERNEL_FILE, LEXICAL_FILE)
-TOLERANCE = 1e-4  # between torch and what was made of it, of the largest value
-INT8_COSINE = 0.98  # least mean likeness of an int8 model's vectors to the exact ones
+# Largest allowed difference between torch's vectors and the export's, of the largest value.
+TOLERANCE = 1e-4
+INT8_COSINE = 0.98  # least mean cosine similarity of an int8 model's vectors to the exact ones
 PROBES = [
     "",
     "Hi",
@@ -52,30 +63,19 @@ def export(
     """Write the folder `output`, whole or not at all; returns its card.
 
     Args:
-        checkpoint: an epoch-E-step-S of an encoder or a ChatGLM, or the folder of a frozen backbone's predictor.
-        onnx: of an encoder, None for yes.
+        checkpoint: an epoch-E-step-S of an encoder or a ChatGLM, or the folder of a frozen
+            backbone's predictor.
+        onnx: of an encoder; None means True.
     Raises:
-        FileNotFoundError: no predictor there, or no base model.
-        ValueError: options that do not fit it, an output that is in use, or a model that comes out different.
+        FileNotFoundError: there is no predictor, or no base model.
+        ValueError: options that do not fit it, an output that is in use, or an exported model that
+            differs.
     """
     check_folder_files(checkpoint, default="full", wanted=is_top)
     card = read_card_of(checkpoint)
     name = card["backbone"]["name"]
     onnx = name == "encoder" if onnx is None else onnx
-    if (onnx or int8) and name != "encoder":
-        raise ValueError(
-            f"--{'onnx' if onnx else 'int8'} is for encoders; {checkpoint} is of backbone {name}"
-        )
-    if int8 and not onnx:
-        raise ValueError("--int8 needs --onnx True: what is quantised is the ONNX model")
-    if merge and name != "chatglm":
-        raise ValueError(
-            f"--merge puts an adapter into a ChatGLM; {checkpoint} is of backbone {name}"
-        )
-    if (checkpoint / ONNX_FILE).is_file():
-        raise ValueError(
-            f"--checkpoint {checkpoint} is an ONNX export already; export what it was made of"
-        )
+    check_options(checkpoint, name, onnx=onnx, int8=int8, merge=merge)
     check_output(checkpoint, output, overwrite)
 
     aside = make_aside(output)
@@ -84,11 +84,8 @@ def export(
             if (checkpoint / file).is_file():
                 with writing(output):
                     shutil.copyfile(checkpoint / file, aside / file)
-        card = {
-            key: value
-            for key, value in card.items()
-            if key not in ("format", "format_version", "export")
-        }
+        for key in ("format", "format_version", "export"):
+            card.pop(key, None)
         knobs = dict(card["backbone"])
         backbone = BACKBONES[knobs.pop("name")](**knobs)
         made = {"made_of": str(checkpoint.resolve())}
@@ -103,6 +100,23 @@ def export(
     return read_card(output)
 
 
+def check_options(checkpoint: Path, backbone: str, *, onnx: bool, int8: bool, merge: bool) -> None:
+    """Raises ValueError where an option does not fit the checkpoint's backbone."""
+    if (onnx or int8) and backbone != "encoder":
+        option = "onnx" if onnx else "int8"
+        raise ValueError(f"--{option} is for encoders; {checkpoint} is of backbone {backbone}")
+    if int8 and not onnx:
+        raise ValueError("--int8 needs --onnx True: what is quantised is the ONNX model")
+    if merge and backbone != "chatglm":
+        raise ValueError(
+            f"--merge puts an adapter into a ChatGLM; {checkpoint} is of backbone {backbone}"
+        )
+    if (checkpoint / ONNX_FILE).is_file():
+        raise ValueError(
+            f"--checkpoint {checkpoint} is an ONNX export already; export what it was made of"
+        )
+
+
 def make_aside(output: Path) -> Path:
     """An empty folder beside the output. Raises OSError."""
     aside = output.with_name(f".{output.name}.tmp")
@@ -114,24 +128,23 @@ def make_aside(output: Path) -> Path:
 
 
 def read_card_of(checkpoint: Path) -> dict:
-    """read_card, with a hint where a run's folder is given for one of its checkpoints."""
+    """read_card; where a run's folder is given, its error names the checkpoints inside."""
     try:
         return read_card(checkpoint)
     except FileNotFoundError as error:
-        inside = sorted(
-            p.parent.name for p in checkpoint.glob(f"*/{CARD}") if not p.parent.name.startswith(".")
-        )
-        raise FileNotFoundError(
-            f"--checkpoint: {error}" + (f"; in it are {', '.join(inside[:8])}" if inside else "")
-        ) from None
+        inside = [path.parent.name for path in checkpoint.glob(f"*/{CARD}")]
+        inside = sorted(name for name in inside if not name.startswith("."))
+        hint = f"; in it are {', '.join(inside[:8])}" if inside else ""
+        raise FileNotFoundError(f"--checkpoint: {error}{hint}") from None
 
 
-def check_output(checkpoint: Path, output: Path, overwrite: bool):
+def check_output(checkpoint: Path, output: Path, overwrite: bool) -> None:
     """Raises ValueError where the output would destroy something."""
     here, there = output.resolve(), checkpoint.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise ValueError(
-            f"--output {output} and --checkpoint {checkpoint} lie in one another; name another folder"
+            f"--output {output} and --checkpoint {checkpoint} lie in one another; "
+            "name another folder"
         )
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file; name a folder")
@@ -143,18 +156,22 @@ def check_output(checkpoint: Path, output: Path, overwrite: bool):
         )
     if not overwrite:
         raise ValueError(
-            f"--output {output} holds a predictor already: replace it with --overwrite, or name another folder"
+            f"--output {output} holds a predictor already: "
+            "replace it with --overwrite, or name another folder"
         )
 
 
-def export_encoder(backbone, checkpoint: Path, aside: Path, onnx: bool, int8: bool) -> dict:
-    """The encoder and its tokenizer into `aside`; returns what the card tells of it."""
+def export_encoder(
+    backbone: Encoder, checkpoint: Path, aside: Path, onnx: bool, int8: bool
+) -> dict:
+    """Write the encoder and its tokenizer into `aside`; returns their part of the card."""
     import torch
 
     model, tokenizer = backbone.load_served(checkpoint, torch.float32)
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            f"--checkpoint {checkpoint}: its tokenizer is no fast one, which serving needs ({TOKENIZER_FILE})"
+            f"--checkpoint {checkpoint}: its tokenizer is no fast one, "
+            f"which serving needs ({TOKENIZER_FILE})"
         )
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
@@ -175,25 +192,26 @@ def export_encoder(backbone, checkpoint: Path, aside: Path, onnx: bool, int8: bo
     difference = float(np.abs(served(PROBES) - wanted).max())
     if not difference <= TOLERANCE * max(1.0, float(np.abs(wanted).max())):
         raise ValueError(
-            f"the ONNX model's vectors differ from torch's by {difference:.1e} (allowed {TOLERANCE:.0e}); nothing was written"
+            f"the ONNX model's vectors differ from torch's by {difference:.1e} "
+            f"(allowed {TOLERANCE:.0e}); nothing was written"
         )
     made = {"weights": "onnx", "onnx_difference": difference}
     if int8:
         quantise(aside / ONNX_FILE)
         vectors = OnnxVectors(aside, backbone.max_src_len)(PROBES)
-        cosine = (vectors * wanted).sum(axis=1) / (
-            np.linalg.norm(vectors, axis=1) * np.linalg.norm(wanted, axis=1)
-        )
+        norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(wanted, axis=1)
+        cosine = (vectors * wanted).sum(axis=1) / norms
         if not cosine.mean() >= INT8_COSINE:
             raise ValueError(
-                f"--int8: vectors are only {cosine.mean():.3f} like the exact ones (cosine; wanted {INT8_COSINE}); leave it out"
+                f"--int8: vectors are only {cosine.mean():.3f} like the exact ones "
+                f"(cosine; wanted {INT8_COSINE}); leave it out"
             )
         made |= {"weights": "onnx int8", "int8_cosine": float(cosine.mean())}
     return made
 
 
-def export_onnx(backbone, model, file: Path):
-    """Ids and mask (B, T) -> vectors (B, width), any B and T.
+def export_onnx(backbone: Encoder, model: "PreTrainedModel", file: Path) -> None:
+    """Write an ONNX model: ids and mask (B, T) -> vectors (B, width), any B and T.
 
     Raises:
         ValueError: the packages of the onnx extra are missing.
@@ -218,46 +236,50 @@ def export_onnx(backbone, model, file: Path):
                 self.model, {"input_ids": input_ids, "attention_mask": attention_mask}
             )
 
-    model.set_attn_implementation(
-        "eager"
-    )  # plain products, whatever the exporter knows of fused attention
+    # Plain matrix products, whether or not the exporter supports fused attention.
+    model.set_attn_implementation("eager")
     ids = torch.ones((2, 12), dtype=torch.long)
     mask = torch.ones_like(ids)
     mask[1, 8:] = 0
-    batch, tokens = (
-        torch.export.Dim("batch", max=4096),
-        torch.export.Dim("tokens", max=max(16, backbone.max_src_len)),
-    )
+    batch = torch.export.Dim("batch", max=4096)
+    tokens = torch.export.Dim("tokens", max=max(16, backbone.max_src_len))
+    names = ["input_ids", "attention_mask"]
+    with quiet_exporter():
+        torch.onnx.export(
+            Vectors().eval(),
+            (ids, mask),
+            str(file),
+            input_names=names,
+            output_names=["vectors"],
+            dynamic_shapes={name: {0: batch, 1: tokens} for name in names},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+            opset_version=18,
+        )
+
+
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Without warnings, and without torch.onnx's about operators of packages not installed."""
     log = logging.getLogger("torch.onnx")
     level = log.level
-    log.setLevel(logging.ERROR)  # it warns of operators of packages that are not installed
+    log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.onnx.export(
-                Vectors().eval(),
-                (ids, mask),
-                str(file),
-                input_names=["input_ids", "attention_mask"],
-                output_names=["vectors"],
-                dynamic_shapes={
-                    name: {0: batch, 1: tokens} for name in ("input_ids", "attention_mask")
-                },
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-                opset_version=18,
-            )
+            yield
     finally:
         log.setLevel(level)
 
 
-def quantise(file: Path):
-    """Rewrite an ONNX model's products with weights, and its large embeddings, for 8-bit integers.
+def quantise(file: Path) -> None:
+    """Rewrite an ONNX model's matrix products with weights, and large embeddings, to 8 bits.
 
-    A weight has one scale for each output, an activation one for each token (as in LLM.int8, arXiv 2208.07339): a token's outputs
-    depend on nothing else in the batch, and one large value spoils its own token's precision alone. onnxruntime's quantize_dynamic
-    has one scale for all that lies in a batch, so that a prompt's vector would depend on its neighbours.
+    A weight has one scale for each output, an activation one for each token (as in LLM.int8, arXiv
+    2208.07339): a token's outputs depend on nothing else in the batch, and a large value reduces
+    only its own token's precision. onnxruntime's quantize_dynamic has one scale for a whole batch,
+    so that a prompt's vector would depend on its neighbours.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -279,124 +301,134 @@ def quantise(file: Path):
         nodes.append(helper.make_node(op, inputs, [output], **attributes))
         return output
 
-    one, last = constant("q8.one", np.float32(1)), constant("q8.last", np.array([1], np.int64))
-    step, least = constant("q8.step", np.float32(1 / 127)), constant("q8.least", np.float32(1e-12))
+    one = constant("q8.one", np.float32(1))
+    last = constant("q8.last", np.array([1], np.int64))
+    step = constant("q8.step", np.float32(1 / 127))
+    least = constant("q8.least", np.float32(1e-12))
     flat = constant("q8.flat", np.array([-1], np.int64))
-    zero, zeros = (
-        constant("q8.zero", np.uint8(128)),
-        constant("q8.zeros", np.array([128], np.uint8)),
-    )
+    zero = constant("q8.zero", np.uint8(128))
+    zeros = constant("q8.zeros", np.array([128], np.uint8))
 
     def quantise_tokens(x: str, width: int) -> tuple[str, str, str]:
         """(uint8 (tokens, width), scales (tokens, 1), shape of x without its last axis)."""
         if x not in quantised:
             k = f"{x}.q8"
-            rows = add(
-                "Reshape",
-                [x, constant(f"{k}.rows.shape", np.array([-1, width], np.int64))],
-                f"{k}.rows",
-            )
-            largest = add(
-                "ReduceMax", [add("Abs", [rows], f"{k}.size"), last], f"{k}.largest", keepdims=1
-            )
-            scale = add("Max", [add("Mul", [largest, step], f"{k}.scaled"), least], f"{k}.scale")
+            shape = constant(f"{k}.rows.shape", np.array([-1, width], np.int64))
+            rows = add("Reshape", [x, shape], f"{k}.rows")
+            size = add("Abs", [rows], f"{k}.size")
+            largest = add("ReduceMax", [size, last], f"{k}.largest", keepdims=1)
+            scaled = add("Mul", [largest, step], f"{k}.scaled")
+            scale = add("Max", [scaled, least], f"{k}.scale")
             scales = add("Reshape", [scale, flat], f"{k}.scales")
-            middle = add("Expand", [zeros, add("Shape", [scales], f"{k}.count")], f"{k}.middle")
+            count = add("Shape", [scales], f"{k}.count")
+            middle = add("Expand", [zeros, count], f"{k}.middle")
             integers = add("QuantizeLinear", [rows, scales, middle], f"{k}.integers", axis=0)
             quantised[x] = integers, scale, add("Shape", [x], f"{k}.outer", end=-1)
         return quantised[x]
 
     def eight_bits(name: str, axis: int) -> tuple[str, str]:
-        """(int8 weight, its scales), one scale for each slice along the other axis; made once where a weight is used twice."""
+        """(int8 weight, its scales), one scale for each slice along the other axis.
+
+        Made once where a weight is used twice.
+        """
         key = f"{name}.q8.{axis}"
         if key not in used:
             value = numpy_helper.to_array(weights[name])
-            scale = np.maximum(np.abs(value).max(axis=axis, keepdims=True) / 127, 1e-12).astype(
-                np.float32
-            )
+            scale = np.abs(value).max(axis=axis, keepdims=True) / 127
+            scale = np.maximum(scale, 1e-12).astype(np.float32)
             constant(key, np.round(value / scale).astype(np.int8))
             constant(f"{key}.scale", scale.reshape(-1) if axis == 0 else scale)
             used.add(key)
         return key, f"{key}.scale"
 
+    def quantise_product(node: "NodeProto") -> None:
+        out, (x, name) = node.output[0], node.input
+        width, columns = weights[name].dims
+        integers, scale, outer = quantise_tokens(x, width)
+        weight, scales = eight_bits(name, 0)
+        product = add(
+            "MatMulIntegerToFloat",
+            [integers, weight, one, scales, zero],
+            f"{out}.q8.product",
+            domain="com.microsoft",
+        )
+        product = add("Mul", [product, scale], f"{out}.q8.scaled")
+        end = constant(f"{out}.q8.columns", np.array([columns], np.int64))
+        shape = add("Concat", [outer, end], f"{out}.q8.shape", axis=0)
+        add("Reshape", [product, shape], out)
+
+    def quantise_embedding(node: "NodeProto") -> None:
+        out, (name, ids) = node.output[0], node.input
+        table, scales = eight_bits(name, 1)
+        row = add("Gather", [table, ids], f"{out}.q8.row")
+        row = add("Cast", [row], f"{out}.q8.float", to=TensorProto.FLOAT)
+        scale = add("Gather", [scales, ids], f"{out}.q8.scale")
+        add("Mul", [row, scale], out)
+
+    def is_large_embedding(node: "NodeProto") -> bool:
+        if node.op_type != "Gather" or node.input[0] not in weights:
+            return False
+        return weights[node.input[0]].dims[0] > 1000
+
     for node in graph.node:
-        out = node.output[0] if node.output else ""
         if node.op_type == "MatMul" and node.input[1] in weights:
-            width, columns = weights[node.input[1]].dims
-            integers, scale, outer = quantise_tokens(node.input[0], width)
-            weight, scales = eight_bits(node.input[1], 0)
-            product = add(
-                "MatMulIntegerToFloat",
-                [integers, weight, one, scales, zero],
-                f"{out}.q8.product",
-                domain="com.microsoft",
-            )
-            product = add("Mul", [product, scale], f"{out}.q8.scaled")
-            shape = add(
-                "Concat",
-                [outer, constant(f"{out}.q8.columns", np.array([columns], np.int64))],
-                f"{out}.q8.shape",
-                axis=0,
-            )
-            add("Reshape", [product, shape], out)
-        elif (
-            node.op_type == "Gather"
-            and node.input[0] in weights
-            and weights[node.input[0]].dims[0] > 1000
-        ):
-            table, scales = eight_bits(node.input[0], 1)
-            row = add(
-                "Cast",
-                [add("Gather", [table, node.input[1]], f"{out}.q8.row")],
-                f"{out}.q8.float",
-                to=TensorProto.FLOAT,
-            )
-            add("Mul", [row, add("Gather", [scales, node.input[1]], f"{out}.q8.scale")], out)
+            quantise_product(node)
+        elif is_large_embedding(node):
+            quantise_embedding(node)
         else:
             nodes.append(node)
-    wanted = {name for node in nodes for name in node.input}
-    kept = [tensor for tensor in [*graph.initializer, *constants] if tensor.name in wanted]
+    wanted = set()
+    for node in nodes:
+        wanted.update(node.input)
+    tensors = [tensor for tensor in [*graph.initializer, *constants] if tensor.name in wanted]
     del graph.node[:], graph.initializer[:], graph.value_info[:]
     graph.node.extend(nodes)
-    graph.initializer.extend(kept)
+    graph.initializer.extend(tensors)
     if not any(opset.domain == "com.microsoft" for opset in model.opset_import):
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     onnx.save(model, str(file))
 
 
-def export_chatglm(backbone, checkpoint: Path, aside: Path, base: str | None, merge: bool) -> dict:
-    """What belongs to the ChatGLM into `aside`; returns what of the card changes: the base's name, none where it is merged.
+def export_chatglm(
+    backbone: ChatGLM, checkpoint: Path, aside: Path, base: str | None, merge: bool
+) -> dict:
+    """Write the ChatGLM's files into `aside`; returns what changes in the card.
+
+    That is the base's name and fingerprint, None where the folder needs no base.
 
     Raises:
-        ValueError: the merged model's vectors are others.
+        ValueError: the merged model's vectors differ.
     """
     from chatglm.loading import named_base
     from finetune.checkpoint import read_manifest
 
-    own, whole = backbone.has_weights(checkpoint), backbone.is_whole(checkpoint)
-    adapter = (checkpoint / "adapter_config.json").is_file()
+    has_weights, is_whole = backbone.has_weights(checkpoint), backbone.is_whole(checkpoint)
     trained_on = (read_manifest(checkpoint) or {}).get("base_model", {})
-    base = None if whole else base or trained_on.get("name_or_path") or named_base(checkpoint)
+    base = None if is_whole else base or trained_on.get("name_or_path") or named_base(checkpoint)
     base = base and str(Path(base).resolve())
-    if merge and not whole:
+    if merge and not is_whole:
         merge_into(backbone, checkpoint, aside, base)
-        base, own = None, False
+        base, has_weights = None, False
     tokenizer = backbone.tokenizer_of(checkpoint, base)
-    if own or merge:
+    if has_weights or merge:
         tokenizer.save_pretrained(str(aside))
-    if own:
-        names = (
-            ("adapter_config.json", "adapter_model.safetensors")
-            if adapter
-            else ("config.json", "model*.safetensors", "model*.index.json")
-        )
-        for file in [file for name in names for file in checkpoint.glob(name)]:
-            shutil.copyfile(file, aside / file.name)
+    if has_weights:
+        copy_weights(checkpoint, aside)
     return {"base_model": base, "base_fingerprint": trained_on.get("fingerprint") if base else None}
 
 
-def merge_into(backbone, checkpoint: Path, aside: Path, base: str | None):
-    """One whole model into `aside`, in the base's precision."""
+def copy_weights(checkpoint: Path, aside: Path) -> None:
+    """Copy a checkpoint's adapter, or else its model, into `aside`."""
+    patterns = ("config.json", "model*.safetensors", "model*.index.json")
+    if (checkpoint / "adapter_config.json").is_file():
+        patterns = ("adapter_config.json", "adapter_model.safetensors")
+    for pattern in patterns:
+        for file in checkpoint.glob(pattern):
+            shutil.copyfile(file, aside / file.name)
+
+
+def merge_into(backbone: ChatGLM, checkpoint: Path, aside: Path, base: str | None) -> None:
+    """Write one whole model into `aside`, in the base's precision."""
     import torch
 
     from chatglm.loading import iterate_weights
@@ -409,36 +441,37 @@ def merge_into(backbone, checkpoint: Path, aside: Path, base: str | None):
     difference = float(np.abs(encode_all(backbone, model, tokenizer, rows) - before).max())
     if not difference <= TOLERANCE * max(1.0, float(np.abs(before).max())):
         raise ValueError(
-            f"--merge: the merged model's vectors differ from the adapted one's by {difference:.1e}; nothing was written"
+            f"--merge: the merged model's vectors differ from the adapted one's by "
+            f"{difference:.1e}; nothing was written"
         )
-    model.to(next(tensor.dtype for _, tensor in iterate_weights(base))).save_pretrained(
-        str(aside), max_shard_size="2GB"
-    )
+    dtype = next(tensor.dtype for _, tensor in iterate_weights(base))
+    model.to(dtype).save_pretrained(str(aside), max_shard_size="2GB")
     (aside / "generation_config.json").unlink(missing_ok=True)
 
 
-def finish(aside: Path, card: dict, checkpoint: Path, *, exact: bool, again: bool):
-    """The card with the sums of all files; and, with `again`, the folder loaded and compared with what it was made of.
+def finish(aside: Path, card: dict, checkpoint: Path, *, exact: bool, again: bool) -> None:
+    """Write the card with the sums of all files.
+
+    With `again`, load the folder and compare it with the checkpoint.
 
     Raises:
-        ValueError: its predictions are others, where they should be exact.
+        ValueError: its predictions differ, where they should be exact.
     """
     card = {key: value for key, value in card.items() if value is not None}
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(aside.iterdir())
-    }
+    files = {}
+    for path in sorted(aside.iterdir()):
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     card["export"]["files"] = files
     write_card(aside, card)
     if not again:
         return
-    before, after = (
-        LengthPredictor.from_pretrained(folder).predict(PROBES) for folder in (checkpoint, aside)
-    )
+    before = LengthPredictor.from_pretrained(checkpoint).predict(PROBES)
+    after = LengthPredictor.from_pretrained(aside).predict(PROBES)
     moved = [np.abs(a.cumulative - b.cumulative).max() for a, b in zip(before, after)]
     if exact and not max(moved) <= 1e-3:
         raise ValueError(
-            f"the exported predictor's probabilities differ by {max(moved):.1e} from those of {checkpoint}; nothing was written"
+            f"the exported predictor's probabilities differ by {max(moved):.1e} "
+            f"from those of {checkpoint}; nothing was written"
         )
     card["export"]["probabilities_moved"] = float(max(moved))
     write_card(aside, card)
@@ -482,15 +515,16 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(parser.prog, lambda: run(**args))
 
 
-def run(checkpoint: str, output: str, **choices):
+def run(checkpoint: str, output: str, **choices: bool | None) -> None:
+    """Export, and print what was written; `choices` as `export` takes them."""
     card = export(Path(checkpoint), Path(output), **choices)
     made = card["export"]
     size = sum(file["bytes"] for file in made["files"].values())
-    words = [f"{card['backbone']['name']}", f"{size / 1e6:.1f} MB"] + [
-        f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
-        for k, v in made.items()
-        if k not in ("files", "made_of")
-    ]
+    words = [f"{card['backbone']['name']}", f"{size / 1e6:.1f} MB"]
+    for key, value in made.items():
+        if key in ("files", "made_of"):
+            continue
+        words.append(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}")
     print(f"exported to {output}: {', '.join(words)}")
 
 

@@ -1,8 +1,8 @@
-"""What can be seen of a prompt without a transformer: hashed n-grams, and counts and cues. numpy only.
+"""A prompt's features without a transformer: hashed n-grams, and counts and cues. numpy only.
 
-One pass over the characters of a whole batch: they are classed, words are found where the class changes, and every word and
-n-gram is hashed by a polynomial in wrapping 64-bit arithmetic. A single Chinese character is a word, so that pairs of them are
-bigrams and no segmenter is needed.
+One pass over the characters of a whole batch: characters are classified, a word begins where the
+class changes, and every word and n-gram is hashed by a polynomial in wrapping 64-bit arithmetic. A
+single Chinese character is a word, so that pairs of them are bigrams and no segmenter is needed.
 """
 
 import re
@@ -12,113 +12,86 @@ from math import log1p
 
 import numpy as np
 
-HEAD, TAIL = 1400, 600  # characters that are read of a longer prompt: instructions stand at an end
+# Characters read of a longer prompt, at its beginning and its end, where instructions stand.
+HEAD, TAIL = 1400, 600
 
 # A text's grams of a kind weigh KINDS[kind] / sqrt(their number) together.
 KINDS = {"word": 1.0, "bigram": 0.7, "prefix": 0.5, "inside": 0.4, "first": 0.7, "last": 0.4}
 PREFIX, INSIDE, FIRST, LAST = 5, 4, 4, 3  # characters, characters, words, words
 
-# Words whose presence, anywhere and among the first 8 words, is a feature each. Two Chinese characters are a bigram.
+# Words whose presence, anywhere and among the first 8 words, is a feature each. Two Chinese
+# characters are a bigram.
 CUES = {
     "list": "list lists bullet bullets enumerate items 列出 列举 清单 罗列",
-    "explain": "explain describe discuss detail detailed elaborate analyze analyse analysis explanation thorough comprehensive "
-    "解释 说明 描述 详细 分析 阐述 讨论 论述",
-    "write": "write compose create generate draft produce develop design structure 写 撰写 创作 生成 编写 设计 起草 制作",
-    "summary": "summarize summarise summary tldr shorten condense headline title caption slogan tagline 总结 概括 摘要 标题 口号 缩写",
-    "rewrite": "translate translation convert rewrite rephrase paraphrase reword edit correct grammar fix replace "
-    "翻译 改写 转换 改成 重写 纠正 修改 替换",
-    "classify": "classify categorize identify determine decide detect whether sentiment label choose select pick match true false "
-    "分类 判断 识别 确定 选择 是否 情感 哪个",
-    "story": "story tale novel narrative backstory scene chapter fiction plot screenplay script dialogue monologue episode "
-    "故事 小说 剧本 对话 童话",
-    "poem": "poem song lyrics verse haiku rap limerick sonnet rhyme joke pun 诗 诗歌 歌词 笑话 对联 绝句",
-    "essay": "essay article blog report paper speech proposal letter email post review section outline curriculum itinerary plan "
-    "presentation guide tutorial 文章 论文 作文 报告 演讲 邮件 信 博客 计划 方案 大纲 攻略 指南",
+    "explain": "explain describe discuss detail detailed elaborate analyze analyse analysis "
+    "explanation thorough comprehensive 解释 说明 描述 详细 分析 阐述 讨论 论述",
+    "write": "write compose create generate draft produce develop design structure "
+    "写 撰写 创作 生成 编写 设计 起草 制作",
+    "summary": "summarize summarise summary tldr shorten condense headline title caption slogan "
+    "tagline 总结 概括 摘要 标题 口号 缩写",
+    "rewrite": "translate translation convert rewrite rephrase paraphrase reword edit correct "
+    "grammar fix replace 翻译 改写 转换 改成 重写 纠正 修改 替换",
+    "classify": "classify categorize identify determine decide detect whether sentiment label "
+    "choose select pick match true false 分类 判断 识别 确定 选择 是否 情感 哪个",
+    "story": "story tale novel narrative backstory scene chapter fiction plot screenplay script "
+    "dialogue monologue episode 故事 小说 剧本 对话 童话",
+    "poem": "poem song lyrics verse haiku rap limerick sonnet rhyme joke pun "
+    "诗 诗歌 歌词 笑话 对联 绝句",
+    "essay": "essay article blog report paper speech proposal letter email post review section "
+    "outline curriculum itinerary plan presentation guide tutorial "
+    "文章 论文 作文 报告 演讲 邮件 信 博客 计划 方案 大纲 攻略 指南",
     "recipe": "recipe cook bake dish ingredients cake meal 食谱 菜 做法 烹饪",
-    "code": "code python java javascript function sql html css algorithm class implement api regex bash array program "
-    "代码 程序 函数 算法 编程 脚本 实现",
-    "maths": "calculate compute sum solve equation probability average multiply divided area percent 计算 求 方程 概率 多少",
-    "brief": "short brief briefly concise concisely single word quick simple simply only just 简短 简要 简洁 仅 只",
-    "long": "long in-depth complete full every each step steps thoroughly extensive 完整 全面 步骤 每个 深入 长",
+    "code": "code python java javascript function sql html css algorithm class implement api regex "
+    "bash array program 代码 程序 函数 算法 编程 脚本 实现",
+    "maths": "calculate compute sum solve equation probability average multiply divided area "
+    "percent 计算 求 方程 概率 多少",
+    "brief": "short brief briefly concise concisely single word quick simple simply only just "
+    "简短 简要 简洁 仅 只",
+    "long": "long in-depth complete full every each step steps thoroughly extensive "
+    "完整 全面 步骤 每个 深入 长",
     "what": "what whats 什么 哪些 啥",
     "how": "how 如何 怎么 怎样",
     "why": "why 为何 原因",
     "who": "who when where which whose whom name 谁 哪里 哪年 何时 地点",
-    "many": "ways tips ideas examples reasons benefits advantages disadvantages pros cons options strategies suggestions differences "
-    "types kinds methods 方法 建议 例子 理由 好处 优点 缺点 区别 种类 措施 特点",
+    "many": "ways tips ideas examples reasons benefits advantages disadvantages pros cons options "
+    "strategies suggestions differences types kinds methods "
+    "方法 建议 例子 理由 好处 优点 缺点 区别 种类 措施 特点",
     "best": "best good better recommend suggest advice should could would 推荐 最好 应该 可以",
-    "compare": "compare contrast difference between relationship impact role history effect importance 比较 关系 影响 历史 作用",
-    "given": "given following below above this provided input text sentence passage paragraph 给定 以下 下面 上述 这段 句子 段落",
+    "compare": "compare contrast difference between relationship impact role history effect "
+    "importance 比较 关系 影响 历史 作用",
+    "given": "given following below above this provided input text sentence passage paragraph "
+    "给定 以下 下面 上述 这段 句子 段落",
     "persona": "imagine pretend act persona suppose scenario 想象 假设 扮演 假如 如果",
     "me": "me i my 我",
     "you": "you your 你 您",
     "others": "he she they his her their it its 他 她",
     "yes_no": "is are was were do does did can will has have am 吗",
 }
-OPENERS = [
-    "what",
-    "how",
-    "why",
-    "who",
-    "when",
-    "where",
-    "which",
-    "is",
-    "are",
-    "do",
-    "does",
-    "did",
-    "can",
-    "could",
-    "give",
-    "write",
-    "explain",
-    "list",
-    "name",
-    "describe",
-    "create",
-    "generate",
-    "make",
-    "tell",
-    "find",
-    "i",
-    "you",
-    "the",
-    "a",
-    "if",
-    "provide",
-    "suggest",
-    "design",
-    "rewrite",
-    "come",
-    "identify",
-    "classify",
-    "translate",
-    "imagine",
-    "please",
-    "in",
-    "for",
-    "hi",
-]
+OPENING_WORDS = (
+    "what how why who when where which is are do does did can could give write explain list name "
+    "describe create generate make tell find i you the a if provide suggest design rewrite come "
+    "identify classify translate imagine please in for hi"
+)
+OPENERS = OPENING_WORDS.split()
 EARLY = 8  # words
-ENGLISH = {
-    word: n
-    for n, word in enumerate(
-        ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], 1
-    )
-} | {"twenty": 20}
+ONE_TO_TEN = "one two three four five six seven eight nine ten"
+ENGLISH = {word: n for n, word in enumerate(ONE_TO_TEN.split(), 1)} | {"twenty": 20}
 CHINESE = {word: n for n, word in enumerate("一二三四五六七八九十", 1)} | {"两": 2}
 NUMBERS = ENGLISH | CHINESE
 UNITS = {
     "words": "words?|characters?|字",
     "lines": "sentences?|lines?|verses?|句话?|行",
     "paragraphs": "paragraphs?|stanzas?|pages?|段|页|篇",
-    "items": "examples?|ways|things|tips|ideas|items|reasons|steps|questions|names|points|bullets?|topics|facts|options|days?|个|点|条|种|首",
+    "items": "examples?|ways|things|tips|ideas|items|reasons|steps|questions|names|points|bullets?|"
+    "topics|facts|options|days?|个|点|条|种|首",
 }
-# Not inside a longer word or number; Chinese has no spaces around them, and 一个 is an article.
+# A number and its unit, as in "3 short poems". The number is not inside a longer word or number;
+# Chinese has no spaces around it, and 一个 is an article.
 ASKED = re.compile(
-    rf"(?<![a-z\d_.{''.join(CHINESE)}百千万零])(\d{{1,5}}(?!\d)|(?:{'|'.join(ENGLISH)})(?![a-z])|[{''.join(CHINESE)}](?<!一(?=[个篇])))[\s\-+]*"
-    r"(?:[a-z]\w* )?(?:" + "|".join(f"(?P<{k}>{v})" for k, v in UNITS.items()) + ")"
+    rf"(?<![a-z\d_.{''.join(CHINESE)}百千万零])"
+    rf"(\d{{1,5}}(?!\d)|(?:{'|'.join(ENGLISH)})(?![a-z])|[{''.join(CHINESE)}](?<!一(?=[个篇])))"
+    r"[\s\-+]*(?:[a-z]\w* )?"
+    r"(?:" + "|".join(f"(?P<{k}>{v})" for k, v in UNITS.items()) + ")"
 )
 DIGITS, CAPITALS = re.compile(r"\d"), re.compile("[A-Z]")
 PHRASES = {
@@ -159,7 +132,7 @@ HAND_NAMES = (
 HANDS = len(HAND_NAMES)
 
 BASE = 0x9E3779B97F4A7C15
-LETTER, DIGIT, SINGLE = 1, 2, 3  # classes of characters; 0 is what stands between words
+LETTER, DIGIT, SINGLE = 1, 2, 3  # classes of characters; 0: between words
 SALTS = np.array([0x1F83D9ABFB41BD6B * (2 * i + 1) % 2**64 for i in range(len(KINDS))], np.uint64)
 KIND_WEIGHTS = np.array(list(KINDS.values()))
 
@@ -170,20 +143,18 @@ def tables() -> tuple[np.ndarray, np.ndarray]:
     classes = np.zeros(0x30000, np.uint8)
     for code in range(0x3000):
         character = chr(code)
-        classes[code] = (
-            LETTER
-            if character.isalpha() or character == "'"
-            else DIGIT
-            if unicodedata.category(character) == "Nd"
-            else 0
-        )
-    for first, last in (
+        if character.isalpha() or character == "'":
+            classes[code] = LETTER
+        elif unicodedata.category(character) == "Nd":
+            classes[code] = DIGIT
+    singles = (
         (0x3040, 0x3100),
         (0x3400, 0xA000),
         (0xAC00, 0xD7A4),
         (0xF900, 0xFB00),
         (0x20000, 0x30000),
-    ):
+    )
+    for first, last in singles:
         classes[first:last] = SINGLE
     powers = np.full(HEAD + TAIL + 4, BASE, np.uint64)
     powers[0] = 1
@@ -192,25 +163,27 @@ def tables() -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def cue_tables() -> tuple[tuple[np.ndarray, np.ndarray], dict[int, int]]:
-    """((hashes of words and bigrams ascending, number of the cue), {hash of an opening word: its number})."""
-    cues = [(word, i) for i, words in enumerate(CUES.values()) for word in words.split()]
+    """The hashes of CUES and OPENERS.
+
+    ((hashes of words and bigrams ascending, number of the cue), {hash of an opener: its number}).
+    """
+    cues = []
+    for i, words in enumerate(CUES.values()):
+        cues += [(word, i) for word in words.split()]
     hashes, texts = cue_hashes([word for word, _ in cues])
     numbers = np.array([i for _, i in cues])[texts]
     order = np.lexsort((numbers, hashes))
-    return (hashes[order], numbers[order]), {
-        int(h): i for i, h in enumerate(cue_hashes(OPENERS)[0])
-    }
+    openers = {int(h): i for i, h in enumerate(cue_hashes(OPENERS)[0])}
+    return (hashes[order], numbers[order]), openers
 
 
 def cue_hashes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(hashes, texts): of a text of one word its hash, of a longer one those of its pairs."""
+    """(hashes, numbers of texts): of a text of one word its hash, of a longer one its pairs'."""
     grams = Grams(texts)
     single = grams.word_counts[grams.text_of] == 1
     pairs, first = grams.pairs
-    hashes, owners = (
-        np.concatenate([grams.words[single], pairs]),
-        np.concatenate([grams.text_of[single], grams.text_of[first]]),
-    )
+    hashes = np.concatenate([grams.words[single], pairs])
+    owners = np.concatenate([grams.text_of[single], grams.text_of[first]])
     order = owners.argsort(kind="stable")
     return hashes[order], owners[order]
 
@@ -223,14 +196,16 @@ def finalise(values: np.ndarray) -> np.ndarray:
 
 
 def clip(text: str) -> str:
+    """The first HEAD and the last TAIL characters of a text that is longer than both."""
     return text if len(text) <= HEAD + TAIL else f"{text[:HEAD]}\n{text[-TAIL:]}"
 
 
 class Grams:
-    """The words of a batch of texts and their hashes; n-grams and features are read off them.
+    """The words of a batch of texts and their hashes; n-grams and features derive from them.
 
     Attributes:
-        words: (W,) uint64 hashes; text_of: (W,) their text; place: (W,) their place in it; starts: (W,) in `codes`.
+        words: (W,) uint64 hashes; text_of: (W,) number of each word's text; place: (W,) place in
+            that text; starts: (W,) first character in `codes`.
         codes, kinds: all characters in lower case, a zero after each text, and their classes.
     """
 
@@ -242,7 +217,8 @@ class Grams:
         self.codes = codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
         classes, powers = tables()
         self.kinds = kinds = classes[np.minimum(codes, 0x2FFFF)]
-        # A word begins where the class changes, and a character that is a word by itself always does; the last one is a zero.
+        # A word begins where the class changes; a character that is a word by itself always begins
+        # one. The last character is a zero.
         border = np.empty(len(kinds) + 1, bool)
         border[0] = border[-1] = True
         np.not_equal(kinds[1:], kinds[:-1], out=border[1:-1])
@@ -257,68 +233,60 @@ class Grams:
         characters = inner.nonzero()[0]
         within = characters - starts.repeat(lengths)
         self.values = (codes[characters] + np.uint64(1)) * powers[within]
-        self.words = (
-            finalise(np.add.reduceat(self.values, begins))
-            if len(starts)
-            else np.empty(0, np.uint64)
-        )
+        if len(starts):
+            self.words = finalise(np.add.reduceat(self.values, begins))
+        else:
+            self.words = np.empty(0, np.uint64)
         self.text_starts = np.array([0, *map(len, self.lower)]).cumsum() + np.arange(len(texts) + 1)
+        numbers = np.arange(len(starts))
         if len(texts) == 1:
             self.text_of = np.zeros(len(starts), np.int64)
-            self.place = np.arange(len(starts))
+            self.place = numbers
         else:
             self.text_of = self.text_starts.searchsorted(starts, side="right") - 1
-            self.place = (
-                np.arange(len(starts))
-                - self.text_of.searchsorted(np.arange(len(texts)))[self.text_of]
-            )
+            first_words = self.text_of.searchsorted(np.arange(len(texts)))
+            self.place = numbers - first_words[self.text_of]
         self.word_counts = np.bincount(self.text_of, minlength=len(texts))
 
     @cached_property
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        """(values, places in `words` of the first) of neighbouring words of one text."""
+        """(values, numbers of their first words) of neighbouring words of one text."""
         first = (self.text_of[:-1] == self.text_of[1:]).nonzero()[0]
         return self.words[first] * np.uint64(3) + self.words[first + 1], first
 
     def all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(hashes uint64, texts, weights float32) of all grams of all kinds."""
+        """(hashes uint64, numbers of texts, weights float32) of all grams of all kinds."""
         words, texts, place = self.words, self.text_of, self.place
         pairs, first = self.pairs
         long = (self.lengths > PREFIX).nonzero()[0]
         prefix = np.add.reduce(self.values[self.begins[long][:, None] + np.arange(PREFIX)], axis=1)
         early = (place < FIRST).nonzero()[0]
+        # Each early word alone, and with the word before it.
         opening = words[early]
-        opening = np.concatenate(
-            [
-                opening,
-                (opening * np.uint64(3) + words[early - 1] * (place[early] > 0)) * np.uint64(7),
-            ]
-        )
+        before = words[early - 1] * (place[early] > 0)
+        opening_pairs = (opening * np.uint64(3) + before) * np.uint64(7)
         late = (self.word_counts[texts] - place <= LAST).nonzero()[0]
         inside, of_inside = self.inside()
-        values = (words, pairs, prefix, inside, opening, words[late])
-        of = (
-            texts,
-            texts[first],
-            texts[long],
-            of_inside,
-            np.concatenate([texts[early]] * 2),
-            texts[late],
+        grams = (  # values and their texts, in the order of KINDS
+            (words, texts),
+            (pairs, texts[first]),
+            (prefix, texts[long]),
+            (inside, of_inside),
+            (np.concatenate([opening, opening_pairs]), np.concatenate([texts[early]] * 2)),
+            (words[late], texts[late]),
         )
-        sizes = np.array([len(v) for v in values])
+        sizes = np.array([len(values) for values, _ in grams])
         kind = np.arange(len(KINDS)).repeat(sizes)
-        owners = np.concatenate(of)
-        hashes = finalise(np.concatenate(values) + SALTS[kind])
+        values = np.concatenate([values for values, _ in grams])
+        owners = np.concatenate([owners for _, owners in grams])
+        hashes = finalise(values + SALTS[kind])
         cell = owners * len(KINDS) + kind
-        shares = KIND_WEIGHTS / np.sqrt(
-            np.maximum(np.bincount(cell, minlength=len(self.texts) * len(KINDS)), 1).reshape(
-                -1, len(KINDS)
-            )
-        )
+        counts = np.bincount(cell, minlength=len(self.texts) * len(KINDS))
+        shares = KIND_WEIGHTS / np.sqrt(np.maximum(counts, 1).reshape(-1, len(KINDS)))
         return hashes, owners, shares.ravel()[cell].astype(np.float32)
 
     def inside(self) -> tuple[np.ndarray, np.ndarray]:
-        """(values, texts) of four letters in a row."""
+        """(values, numbers of their texts) of INSIDE letters in a row."""
         letter = self.kinds == LETTER
         pair = letter[:-1] & letter[1:]
         at = (pair[:-2] & pair[2:]).nonzero()[0]
@@ -341,15 +309,14 @@ class Grams:
         early = self.place[row] < EARLY
         features[self.text_of[row[early]], cues + column[early]] = 1
         for i in (self.place == 0).nonzero()[0].tolist():
-            if (opener := openers.get(int(self.words[i]))) is not None:
+            opener = openers.get(int(self.words[i]))
+            if opener is not None:
                 features[self.text_of[i], 2 * cues + opener] = 1
-        single = np.bincount(
-            self.text_of, self.kinds[self.starts] == SINGLE, minlength=count
-        ).tolist()
+        is_single = self.kinds[self.starts] == SINGLE
+        single = np.bincount(self.text_of, is_single, minlength=count).tolist()
         letters = np.bincount(self.text_of, self.lengths, minlength=count).tolist()
-        rows = zip(
-            self.raw, self.lower, map(len, self.texts), self.word_counts.tolist(), single, letters
-        )
+        lengths = map(len, self.texts)
+        rows = zip(self.raw, self.lower, lengths, self.word_counts.tolist(), single, letters)
         for i, row in enumerate(rows):
             features[i, 2 * cues + len(OPENERS) :] = counts_of(*row)
         return features
@@ -358,16 +325,15 @@ class Grams:
 def look_up(
     table: tuple[np.ndarray, np.ndarray], hashes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(place in hashes, feature number) of every hash that the table knows; a hash may stand there several times."""
+    """(places in `hashes`, feature numbers) of the hashes in the table; a hash may have several."""
     keys, numbers = table
     left = keys.searchsorted(hashes)
     known = (keys[np.minimum(left, len(keys) - 1)] == hashes).nonzero()[0]
     left = left[known]
     times = keys.searchsorted(hashes[known], side="right") - left
     row = known.repeat(times)
-    return row, numbers[
-        left.repeat(times) + np.arange(len(row)) - (times.cumsum() - times).repeat(times)
-    ]
+    nth = np.arange(len(row)) - (times.cumsum() - times).repeat(times)
+    return row, numbers[left.repeat(times) + nth]
 
 
 def counts_of(

@@ -1,4 +1,7 @@
-"""Training over a backbone that stays as it is: features once, then a head over a kernel. Minutes on a CPU, nothing to resume."""
+"""Trains a head over a frozen backbone: features once, then a kernel head.
+
+Takes minutes on a CPU; there is nothing to resume.
+"""
 
 import hashlib
 import json
@@ -6,13 +9,14 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from chatglm.families import FAMILIES
 from finetune.distributed import rank, say
 from finetune.files import CACHE_GB, cache_arrays, put_in_place, read_arrays, sha256, writing
-from predictor.backbones import BACKBONES, Encoder
+from predictor.backbones import BACKBONES, Backbone, Encoder
 from predictor.config import PredictorConfig
 from predictor.decoder import CARD, FOLDS, Decoder, fold_of, read_card, write_card
 from predictor.heads import make_head
@@ -20,13 +24,31 @@ from predictor.kernel import Kernel, KernelHead
 from predictor.labels import language
 from predictor.lengths import LengthRows, load_lengths, served_card
 from predictor.lexical import Bag, Lexical, crossed, plain
-from predictor.scorers import HEAD_FILE, FrozenScorer, LinearScorer, encode_all, load_head
+from predictor.scorers import (
+    HEAD_FILE,
+    FrozenScorer,
+    LinearScorer,
+    encode_all,
+    load_head,
+)
 from predictor.scores import metrics_of
+
+if TYPE_CHECKING:
+    from chatglm.families import Family
+    from predictor.backbones import ChatGLM
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+SMALL_FILES = ("config.json", "tokenizer.json", "tokenizer.model", "vocab.txt")
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a head learns from: (prompts, D) blocks side by side, and who makes them of new prompts."""
+    """A head's training features: (prompts, D) blocks side by side, and their sources.
+
+    Attributes:
+        weights: of the blocks, for Kernel.fit.
+        lexical, earlier: they compute their blocks for new prompts; see FrozenScorer.
+    """
 
     blocks: list[np.ndarray]
     weights: tuple[float, ...]
@@ -43,10 +65,11 @@ class Features:
 
 
 def train_frozen(config: PredictorConfig) -> Path:
-    """Train on rank 0, calibrate, export; returns the predictor's folder.
+    """Train on rank 0, calibrate and write; returns the predictor's folder.
 
     Raises:
-        ValueError, FileNotFoundError: flags, files or rows that do not fit, before anything is written.
+        ValueError, FileNotFoundError: flags, files or rows that do not fit, before anything is
+            written.
     """
     output = Path(config.output_dir or f"output-predictor-{config.backbone}-{config.head}")
     if output.exists() and not (output / CARD).is_file() and any(output.iterdir()):
@@ -55,7 +78,8 @@ def train_frozen(config: PredictorConfig) -> Path:
         )
     if (output / CARD).is_file() and not config.overwrite_output_dir:
         raise ValueError(
-            f"--output_dir {output} already holds a predictor: replace it with --overwrite_output_dir, or name another folder"
+            f"--output_dir {output} already holds a predictor: "
+            "replace it with --overwrite_output_dir, or name another folder"
         )
     if rank() > 0:
         return output
@@ -75,11 +99,11 @@ def train_frozen(config: PredictorConfig) -> Path:
         f"trained in {time.perf_counter() - started:.0f} s; on prompts unseen in {FOLDS} folds: "
         + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     )
+    backbone_card = {"name": config.backbone, **asdict(backbone)}
+    if config.backbone == "encoder":
+        backbone_card["encoder_path"] = ""  # the encoder lies in the folder
     card = {
-        "backbone": {
-            "name": config.backbone,
-            **(asdict(backbone) | ({"encoder_path": ""} if config.backbone == "encoder" else {})),
-        },
+        "backbone": backbone_card,
         "served_model": served_card(config, rows),
         **decoder.to_dict(),
         "training_data": rows.card(),
@@ -90,27 +114,25 @@ def train_frozen(config: PredictorConfig) -> Path:
     return output
 
 
-def make_backbone(config: PredictorConfig, family):
-    knobs = {
-        "lexical": {},
-        "encoder": {
-            "encoder_path": config.encoder_path,
-            "max_src_len": config.max_src_len,
-            "layers": config.layers,
-        },
-        "chatglm": {
-            "mode": family and family.name,
-            "max_src_len": config.max_src_len,
-            "share_prefix": config.share_prefix,
-        },
-    }
-    return BACKBONES[config.backbone](**knobs[config.backbone])
+def make_backbone(config: PredictorConfig, family: "Family | None") -> Backbone:
+    """The backbone of --backbone; `family`: the served model's, needed for chatglm."""
+    if config.backbone == "encoder":
+        knobs = {"encoder_path": config.encoder_path, "layers": config.layers}
+    elif config.backbone == "chatglm":
+        knobs = {"mode": family and family.name, "share_prefix": config.share_prefix}
+    else:
+        return BACKBONES[config.backbone]()
+    return BACKBONES[config.backbone](max_src_len=config.max_src_len, **knobs)
 
 
 def fit(
     config: PredictorConfig, rows: LengthRows, features: Features
 ) -> tuple[FrozenScorer, Decoder, dict[str, float]]:
-    """(scorer, decoder, metrics on unseen prompts): the decoder is fitted to what heads of FOLDS folds say of prompts they have not seen."""
+    """(scorer, decoder, metrics on unseen prompts).
+
+    The decoder is fitted to outputs for prompts unseen by the head: FOLDS heads, each fitted to all
+    folds but one.
+    """
     lengths, own, folds = rows.train, own_prompts(rows), fold_of(rows.groups)
     head = make_head(config)
     learnt = lengths.condensed(rows.own, config.other_models_weight)
@@ -149,120 +171,128 @@ def fit(
 
 
 def own_prompts(rows: LengthRows) -> np.ndarray:
-    """Numbers of the prompts that the head learns from, those with a length of the predicted model; the others teach features alone."""
+    """Numbers of the prompts with a length of the predicted model, which the head learns from.
+
+    The other prompts serve to fit students only.
+
+    Raises:
+        ValueError: there are too few.
+    """
     own = np.unique(rows.train.of_model(rows.own)[0])
     if len(own) < 2 * FOLDS:
         raise ValueError(
-            f"only {len(own)} prompts have a length of {rows.config.served_model!r}; at least {2 * FOLDS} are needed"
+            f"only {len(own)} prompts have a length of {rows.config.served_model!r}; "
+            f"at least {2 * FOLDS} are needed"
         )
     return own
 
 
-def make_features(config: PredictorConfig, rows: LengthRows, backbone) -> Features:
-    """Blocks for the prompts of `own_prompts`, from students and vectors that know nothing of the prompt's own lengths."""
-    prompts, own, folds = rows.train.prompts, own_prompts(rows), fold_of(rows.groups)
-    mine = [prompts[i] for i in own]
-    if config.backbone == "chatglm":
-        return Features(
-            [
-                vectors_of(
-                    backbone,
-                    config.model_name_or_path,
-                    mine,
-                    config.data_cache,
-                    config.data_cache_gb,
-                )
-            ],
-            (1.0,),
-            None,
-            None,
-        )
+def make_features(config: PredictorConfig, rows: LengthRows, backbone: Backbone) -> Features:
+    """Features of the prompts of `own_prompts`, none of which uses the prompt's own lengths."""
+    own = own_prompts(rows)
+    if config.backbone == "lexical":
+        return lexical_features(config, rows, own)
+    prompts = [rows.train.prompts[i] for i in own]
     if config.backbone == "encoder":
-        vectors, earlier = teacher_of(config, backbone, mine)
-        lexical = plain(mine)
-        width = vectors.shape[1] // max(1, len(backbone.layers))
-        blocks = [vectors[:, i : i + width] for i in range(0, vectors.shape[1], width)]
-        if earlier:
-            blocks.append(earlier.head_of_vectors(vectors[:, -width:]))
-        blocks.append(lexical(mine))
-        return Features(blocks, (1.0,) * len(blocks), lexical, earlier)
+        return encoder_features(config, backbone, prompts)
+    vectors = vectors_of(
+        backbone, config.model_name_or_path, prompts, config.data_cache, config.data_cache_gb
+    )
+    return Features([vectors], (1.0,), None, None)
+
+
+def encoder_features(config: PredictorConfig, backbone: Encoder, prompts: list[str]) -> Features:
+    """A block for each layer, for the encoder's own head where it has one, and for the cues."""
+    vectors, earlier = teacher_of(config, backbone, prompts)
+    lexical = plain(prompts)
+    width = vectors.shape[1] // max(1, len(backbone.layers))
+    blocks = [vectors[:, i : i + width] for i in range(0, vectors.shape[1], width)]
+    if earlier:
+        blocks.append(earlier.head_of_vectors(vectors[:, -width:]))
+    blocks.append(lexical(prompts))
+    return Features(blocks, (1.0,) * len(blocks), lexical, earlier)
+
+
+def lexical_features(config: PredictorConfig, rows: LengthRows, own: np.ndarray) -> Features:
+    """A block of the outputs of n-gram students, and one of counts and cues."""
+    prompts, folds = rows.train.prompts, fold_of(rows.groups)
     bag = Bag.of(prompts, bits=config.hash_bits)
-    options = {"ridge": config.student_ridge}
-    # Students are crossed even where they learn no lengths: one that has seen a prompt's rare words says more of it than of a new one.
     if config.encoder_path:
-        read = np.flatnonzero([config.encoder_language in ("all", language(p)) for p in prompts])
-        targets, weights = teacher_targets(config, [prompts[i] for i in read]), (1.0, 0.5)
+        is_read = [config.encoder_language in ("all", language(p)) for p in prompts]
+        read = np.flatnonzero(is_read)
+        targets = teacher_targets(config, [prompts[i] for i in read])
+        weights = (1.0, 0.5)
     else:
-        read, targets, weights = (
-            np.arange(len(prompts)),
-            rows.train.mean_scores()[:, None],
-            (1.0, 1.0),
-        )
-    student, found = crossed(bag, targets, read, own, folds, **options)
-    return Features([found, bag.hand[own]], weights, student, None)
+        read = np.arange(len(prompts))
+        targets = rows.train.mean_scores()[:, None]
+        weights = (1.0, 1.0)
+    # Cross-fitted even where targets are no lengths: a student that has seen a prompt's rare words
+    # is more accurate on it than on a new prompt.
+    student, outputs = crossed(bag, targets, read, own, folds, ridge=config.student_ridge)
+    return Features([outputs, bag.hand[own]], weights, student, None)
 
 
 def vectors_of(
-    backbone, folder: str, prompts: list[str], cache: str = "", cache_gb: float = CACHE_GB
+    backbone: "Encoder | ChatGLM",
+    folder: str,
+    prompts: list[str],
+    cache: str = "",
+    cache_gb: float = CACHE_GB,
 ) -> np.ndarray:
-    """(N, D) of a backbone as it lies in its folder; with `cache`, a folder, what was read once is read from there."""
-    import torch
+    """(N, D) vectors of a backbone with the weights of its folder.
 
-    keys = [
-        hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest() for prompt in prompts
-    ]
-    file = (
-        Path(cache).expanduser() / f"vectors-{folder_key(folder, asdict(backbone))}.safetensors"
-        if cache
-        else None
-    )
+    Args:
+        cache: a folder for computed vectors, from which later calls read them.
+        cache_gb: largest size of the cache.
+    """
+    keys = []
+    for prompt in prompts:
+        keys.append(hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest())
+    file = None
+    if cache:
+        name = f"vectors-{folder_key(folder, asdict(backbone))}.safetensors"
+        file = Path(cache).expanduser() / name
     known = read_vectors(file) if file else {}
     new = {key: prompt for key, prompt in zip(keys, prompts) if key not in known}
     if new:
-        tokenizer = backbone.load_tokenizer(folder)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = (
-            backbone.load_model(torch.float32 if device == "cpu" else torch.bfloat16, {}, folder)
-            .to(device)
-            .eval()
-        )
-        found = encode_all(
-            backbone,
-            model,
-            tokenizer,
-            [backbone.encode(tokenizer, p) for p in new.values()],
-            progress=True,
-        )
-        known |= dict(zip(new, found.astype(np.float32)))
+        vectors = compute_vectors(backbone, folder, list(new.values()))
+        known |= dict(zip(new, vectors.astype(np.float32)))
         if file:
             write_vectors(file, known, cache_gb)
     return np.stack([known[key] for key in keys])
 
 
+def compute_vectors(backbone: "Encoder | ChatGLM", folder: str, prompts: list[str]) -> np.ndarray:
+    """(N, D) vectors of a backbone, on a GPU in bfloat16 where there is one."""
+    import torch
+
+    tokenizer = backbone.load_tokenizer(folder)
+    device, dtype = "cpu", torch.float32
+    if torch.cuda.is_available():
+        device, dtype = "cuda", torch.bfloat16
+    model = backbone.load_model(dtype, {}, folder).to(device).eval()
+    rows = [backbone.encode(tokenizer, prompt) for prompt in prompts]
+    return encode_all(backbone, model, tokenizer, rows, progress=True)
+
+
 def folder_key(folder: str, knobs: dict) -> str:
-    """A name for a model folder's content, and for how it is read."""
+    """A hash of a model folder's content and of the backbone's knobs."""
     digest = hashlib.sha256(json.dumps(knobs | {"encoder_path": ""}, sort_keys=True).encode())
     for file in sorted(Path(folder).glob("*")):
-        if file.suffix in (".safetensors", ".bin") or file.name in (
-            "config.json",
-            "tokenizer.json",
-            "tokenizer.model",
-            "vocab.txt",
-        ):
+        if file.suffix in WEIGHT_SUFFIXES or file.name in SMALL_FILES:
             digest.update(file.name.encode() + sha256(file).encode())
     return digest.hexdigest()[:24]
 
 
 def read_vectors(file: Path) -> dict[str, np.ndarray]:
-    """{sha256 of the prompt: vector} that `write_vectors` wrote; empty where it is not there or not whole."""
+    """{sha256 of the prompt: vector} that `write_vectors` wrote; empty where missing or damaged."""
     arrays = read_arrays(file)
-    return {
-        bytes(key).hex(): vector
-        for key, vector in zip(arrays.get("keys", ()), arrays.get("vectors", ()))
-    }
+    pairs = zip(arrays.get("keys", ()), arrays.get("vectors", ()))
+    return {bytes(key).hex(): vector for key, vector in pairs}
 
 
-def write_vectors(file: Path, vectors: dict[str, np.ndarray], limit_gb: float = CACHE_GB):
+def write_vectors(file: Path, vectors: dict[str, np.ndarray], limit_gb: float = CACHE_GB) -> None:
+    """Write {sha256 of the prompt: vector} into the cache."""
     keys = np.frombuffer(bytes.fromhex("".join(vectors)), np.uint8).reshape(len(vectors), -1)
     cache_arrays(file, {"keys": keys, "vectors": np.stack(list(vectors.values()))}, limit_gb)
 
@@ -270,20 +300,26 @@ def write_vectors(file: Path, vectors: dict[str, np.ndarray], limit_gb: float = 
 def teacher_of(
     config: PredictorConfig, backbone: Encoder, prompts: list[str]
 ) -> tuple[np.ndarray, LinearScorer | None]:
-    """(vectors of the encoder, the linear layers it was trained with, where --encoder_path is a predictor itself)."""
+    """(vectors of the encoder, its linear layers).
+
+    The layers are those it was trained with where --encoder_path is a predictor; else None.
+    """
     folder = Path(config.encoder_path)
-    earlier = (
-        load_head(folder, None, every=True)
-        if (folder / CARD).is_file() and (folder / HEAD_FILE).is_file()
-        else None
-    )
-    return vectors_of(
+    earlier = None
+    if (folder / CARD).is_file() and (folder / HEAD_FILE).is_file():
+        earlier = load_head(folder, None, every=True)
+    vectors = vectors_of(
         backbone, config.encoder_path, prompts, config.data_cache, config.data_cache_gb
-    ), earlier
+    )
+    return vectors, earlier
 
 
 def teacher_targets(config: PredictorConfig, prompts: list[str]) -> np.ndarray:
-    """(N, student_dims + outputs): principal components of the teacher's vectors, and its own head's outputs, of unit size."""
+    """(N, outputs + student_dims): the teacher's head outputs and vectors, at unit scale.
+
+    The vectors are reduced to their principal components; the outputs are there where the teacher
+    is a predictor.
+    """
     folder = Path(config.encoder_path)
     layers = config.layers
     if not layers and (folder / CARD).is_file():
@@ -303,9 +339,13 @@ def teacher_targets(config: PredictorConfig, prompts: list[str]) -> np.ndarray:
 
 
 def write_predictor(
-    output: Path, config: PredictorConfig, backbone, scorer: FrozenScorer, card: dict
-):
-    """The whole folder, put in place by a rename; an OSError of its name, and nothing there, where it cannot be."""
+    output: Path, config: PredictorConfig, backbone: Backbone, scorer: FrozenScorer, card: dict
+) -> None:
+    """Write the whole folder under another name and rename it into place.
+
+    Raises:
+        OSError: naming the folder that cannot be written, of which nothing is left.
+    """
     aside = output.with_name(f".{output.name}.tmp")
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -318,7 +358,9 @@ def write_predictor(
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def fill_folder(aside: Path, config: PredictorConfig, backbone, scorer: FrozenScorer, card: dict):
+def fill_folder(
+    aside: Path, config: PredictorConfig, backbone: Backbone, scorer: FrozenScorer, card: dict
+) -> None:
     """Write head, backbone, flags and card."""
     scorer.top.save(aside)
     if scorer.lexical:
@@ -331,13 +373,11 @@ def fill_folder(aside: Path, config: PredictorConfig, backbone, scorer: FrozenSc
         if scorer.earlier:
             from safetensors.numpy import save_file
 
-            save_file(
-                {
-                    "weight": scorer.earlier.weight.astype(np.float32),
-                    "bias": scorer.earlier.bias.astype(np.float32),
-                },
-                aside / HEAD_FILE,
-            )
+            tensors = {
+                "weight": scorer.earlier.weight.astype(np.float32),
+                "bias": scorer.earlier.bias.astype(np.float32),
+            }
+            save_file(tensors, aside / HEAD_FILE)
     if config.backbone == "chatglm":
         card = card | {"base_model": str(Path(config.model_name_or_path).resolve())}
     config.save(aside / "train_config.json")

@@ -1,17 +1,70 @@
-"""HEADS: what a predictor is asked for (classes, a number, an order), its loss, and how its output becomes a distribution.
+"""HEADS: what a predictor estimates (classes, a number, an order), its loss and its decoding.
 
-A head sees vectors through one linear layer of `width` outputs. Losses are torch's (imported when called), sums over labels; decoding
-is numpy's, so that a predictor serves without torch where its backbone does.
+A head reads a backbone's vectors through one linear layer of `width` outputs. Losses are torch
+(imported when called), sums over labels; decoding is numpy, so that a predictor serves without
+torch where its backbone does.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 
 from predictor.calibration import ScoreScale, fit_temperature
 from predictor.prediction import class_of, log_middles, make_edges
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Outputs (N, width) -> (probabilities (N, K), rank scores (N,)).
+Reader = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+class Head(Protocol):
+    """An entry of HEADS."""
+
+    length_limit: int
+
+    @property
+    def width(self) -> int:
+        """Outputs for each prompt."""
+
+    @property
+    def edges(self) -> np.ndarray:
+        """(K + 1,) tokens, ascending from 0 to length_limit: the classes of its distributions."""
+
+    def loss(
+        self,
+        outputs: "Tensor",
+        tokens: "Tensor",
+        finished: "Tensor",
+        weights: "Tensor",
+        owners: "Tensor",
+    ) -> "Tensor":
+        """The loss summed over M labels.
+
+        outputs: (M, width); tokens, finished, weights: (M,); owners: (M,) number of each label's
+        served model.
+        """
+
+    def starting_bias(self, tokens: np.ndarray) -> np.ndarray:
+        """(width,): the outputs to start training from, given the lengths of the training rows."""
+
+    def fit(
+        self, outputs: np.ndarray, tokens: np.ndarray, finished: np.ndarray, weights: np.ndarray
+    ) -> dict:
+        """Decoding settings from outputs (n, width) and n labels of prompts unseen by the model."""
+
+    def reader(self, settings: dict, edges: np.ndarray) -> Reader:
+        """A function from outputs to probabilities over `edges` and rank scores."""
+
+
+class HeadConfig(Protocol):
+    """Flags that make a head: `head` and the fields of its class."""
+
+    head: str
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -20,14 +73,14 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=1, keepdims=True)
 
 
-def wide(outputs):
-    """A tensor in at least float32: losses of half precision are taken in full, and of float64 as they come, for L-BFGS's sake."""
+def wide(outputs: "Tensor") -> "Tensor":
+    """A tensor in float32 or wider: half precision is widened, float64 stays (for L-BFGS)."""
     return outputs if outputs.dtype.itemsize > 4 else outputs.float()
 
 
 @dataclass(frozen=True)
 class ClassHead:
-    """What heads over length classes share: softmax, temperature, a rank score from the classes themselves."""
+    """What heads over length classes share: softmax, temperature, rank score from the classes."""
 
     length_limit: int
 
@@ -38,19 +91,19 @@ class ClassHead:
     def fit(
         self, outputs: np.ndarray, tokens: np.ndarray, finished: np.ndarray, weights: np.ndarray
     ) -> dict:
-        """Decoding settings from outputs (n, width) for prompts that the model has not seen: the temperature of least log loss."""
+        """{"temperature"}: that of least log loss; see Head.fit."""
         first = class_of(self.edges, tokens)
-        beyond = np.arange(self.width)[None] >= first[:, None]  # a cut answer is at least that long
-        mask = np.where(finished[:, None], np.arange(self.width)[None] == first[:, None], beyond)
+        classes = np.arange(self.width)[None]
+        beyond = classes >= first[:, None]  # a cut answer is at least that long
+        mask = np.where(finished[:, None], classes == first[:, None], beyond)
 
-        def loss(logits):
-            return -(
-                weights * np.log(np.maximum((softmax(logits) * mask).sum(axis=1), 1e-12))
-            ).sum()
+        def loss(logits: np.ndarray) -> float:
+            likelihood = (softmax(logits) * mask).sum(axis=1)
+            return -(weights * np.log(np.maximum(likelihood, 1e-12))).sum()
 
         return {"temperature": fit_temperature(outputs, loss)}
 
-    def reader(self, settings: dict, edges: np.ndarray):
+    def reader(self, settings: dict, edges: np.ndarray) -> Reader:
         """(N, width) outputs -> (probabilities over `edges` (N, K), rank scores (N,))."""
 
         def read(outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -60,17 +113,18 @@ class ClassHead:
         return read
 
     def starting_bias(self, tokens: np.ndarray) -> np.ndarray:
-        """(width,): the classes' frequencies, so that training begins at the constant's loss."""
+        """(width,): the classes' log frequencies, so that training begins at a constant's loss."""
         counts = np.bincount(class_of(self.edges, tokens), minlength=self.width) + 0.5
         return np.log(counts / counts.sum())
 
 
 @dataclass(frozen=True)
 class Distribution(ClassHead):
-    """Log-spaced classes with soft labels: a length speaks for its neighbours too, the less the further in log length.
+    """Log-spaced classes with soft labels: a length also counts, in part, for nearby classes.
 
-    Loss: cross-entropy with the soft label + crps_weight * sum over edges of (F - F_soft)^2, the ranked probability score
-    (Epstein 1969), which knows that bins are ordered. A cut answer counts as -log P(L > tokens): censored, as in survival analysis.
+    Loss: cross-entropy with the soft label + crps_weight * sum over edges of (F - F_soft)^2, the
+    ranked probability score (Epstein 1969), which uses the order of the bins. A cut answer is
+    censored, as in survival analysis: it counts as -log P(L > tokens).
     """
 
     num_bins: int
@@ -81,38 +135,47 @@ class Distribution(ClassHead):
     def edges(self) -> np.ndarray:
         return make_edges(self.num_bins, self.length_limit)
 
-    def loss(self, outputs, tokens, finished, weights, owners):
-        """The summed loss: outputs (M, width), tokens, finished, weights (M,) of M labels; owners are for ranking."""
+    def loss(
+        self,
+        outputs: "Tensor",
+        tokens: "Tensor",
+        finished: "Tensor",
+        weights: "Tensor",
+        owners: "Tensor",
+    ) -> "Tensor":
+        """The loss summed over M labels; see Head.loss."""
         import torch
 
         edges = torch.as_tensor(self.edges, dtype=torch.float32, device=outputs.device)
         log_p = wide(outputs).log_softmax(dim=1)
-        # The soft label's cumulative distribution: a normal in log length, label_width times as wide as a bin.
+        # The soft label's cumulative distribution: a normal in log length, label_width bins wide.
         inner = torch.log1p(edges[1:-1])
-        sigma = (
-            max(self.label_width, 1e-3) * float((inner[-1] - inner[0]) / max(1, len(inner) - 1))
-            if len(inner) > 1
-            else 1.0
-        )
+        sigma = 1.0
+        if len(inner) > 1:
+            bin_width = float((inner[-1] - inner[0]) / max(1, len(inner) - 1))
+            sigma = max(self.label_width, 1e-3) * bin_width
         target = torch.special.ndtr((inner[None] - torch.log1p(tokens.float())[:, None]) / sigma)
-        target = torch.cat(
-            [torch.zeros_like(target[:, :1]), target, torch.ones_like(target[:, :1])], dim=1
-        )
+        zeros, ones = torch.zeros_like(target[:, :1]), torch.ones_like(target[:, :1])
+        target = torch.cat([zeros, target, ones], dim=1)
         soft = target.diff(dim=1)
         cross_entropy = -(soft * log_p).sum(dim=1)
         total = log_p.exp().cumsum(dim=1)[:, :-1]
         ordinal = ((total - target[:, 1:-1]) ** 2).sum(dim=1)
-        # Of a cut answer: how much of each class lies beyond it, by the soft label; of the last one all.
+        # Of a cut answer: the soft label's share of each class beyond the cut; all of the last.
         beyond = target[:, 1:].clamp_min(1e-6)
         survived = -torch.logsumexp(log_p + beyond.log(), dim=1)
         below = ((edges[None, 1:-1] <= tokens[:, None]) * total**2).sum(dim=1)
-        plain, cut = cross_entropy + self.crps_weight * ordinal, survived + self.crps_weight * below
+        plain = cross_entropy + self.crps_weight * ordinal
+        cut = survived + self.crps_weight * below
         return (weights * torch.where(finished, plain, cut)).sum()
 
 
 @dataclass(frozen=True)
 class Bucket(ClassHead):
-    """Equal classes, as S3 (arXiv 2306.06000: ten up to the limit) and UELLM have them. Loss: cross-entropy."""
+    """Equal classes, as in S3 (arXiv 2306.06000: ten up to the limit) and UELLM.
+
+    Loss: cross-entropy.
+    """
 
     num_buckets: int
 
@@ -120,7 +183,15 @@ class Bucket(ClassHead):
     def edges(self) -> np.ndarray:
         return np.linspace(0, self.length_limit, self.num_buckets + 1)
 
-    def loss(self, outputs, tokens, finished, weights, owners):
+    def loss(
+        self,
+        outputs: "Tensor",
+        tokens: "Tensor",
+        finished: "Tensor",
+        weights: "Tensor",
+        owners: "Tensor",
+    ) -> "Tensor":
+        """The loss summed over M labels; see Head.loss."""
         import torch
 
         edges = torch.as_tensor(self.edges, dtype=torch.float32, device=outputs.device)
@@ -133,7 +204,10 @@ class Bucket(ClassHead):
 
 @dataclass(frozen=True)
 class ScoreHead:
-    """What heads with one output share: the distribution is the score's place and what the residuals looked like there."""
+    """What heads with one output share: the distribution is the score's location and a residual.
+
+    The residual is distributed as those of labels with similar scores (ScoreScale).
+    """
 
     length_limit: int
     num_bins: int
@@ -143,13 +217,15 @@ class ScoreHead:
     def edges(self) -> np.ndarray:
         return make_edges(self.num_bins, self.length_limit)
 
-    def fit(self, outputs, tokens, finished, weights) -> dict:
-        """As ClassHead's: where scores lie in log length, and how far off they are."""
+    def fit(
+        self, outputs: np.ndarray, tokens: np.ndarray, finished: np.ndarray, weights: np.ndarray
+    ) -> dict:
+        """The fields of a ScoreScale: location of scores in log length, and residuals."""
         scale = ScoreScale.fit(outputs[:, 0], tokens, finished, weights)
         return {f.name: getattr(scale, f.name) for f in fields(scale)}
 
-    def reader(self, settings: dict, edges: np.ndarray):
-        """As ClassHead's."""
+    def reader(self, settings: dict, edges: np.ndarray) -> Reader:
+        """(N, 1) outputs -> (probabilities over `edges` (N, K), rank scores (N,))."""
         scale = ScoreScale(**settings)
         read = scale.reader(edges)
         return lambda outputs: (read(outputs[:, 0]), scale.location(outputs[:, 0]))
@@ -157,63 +233,82 @@ class ScoreHead:
 
 @dataclass(frozen=True)
 class Regression(ScoreHead):
-    """Log length. Loss: squared error of log(1 + L), nothing where an answer was cut and the guess lies beyond."""
+    """Log length.
 
-    def loss(self, outputs, tokens, finished, weights, owners):
+    Loss: squared error of log(1 + L); 0 for a cut answer estimated beyond its cut.
+    """
+
+    def loss(
+        self,
+        outputs: "Tensor",
+        tokens: "Tensor",
+        finished: "Tensor",
+        weights: "Tensor",
+        owners: "Tensor",
+    ) -> "Tensor":
+        """The loss summed over M labels; see Head.loss."""
         import torch
 
         error = wide(outputs[:, 0]) - torch.log1p(tokens.float())
         return (weights * torch.where(finished, error, error.clamp_max(0)) ** 2).sum()
 
-    def starting_bias(self, tokens):
+    def starting_bias(self, tokens: np.ndarray) -> np.ndarray:
+        """(1,): the mean log length."""
         return np.array([np.log1p(tokens).mean()])
 
 
 @dataclass(frozen=True)
 class Ranking(ScoreHead):
-    """Order only. Loss: "pairwise", -log sigmoid(s_i - s_j) over all pairs of a pass with L_i > L_j (RankNet, Burges et al. 2005),
-    or "listmle", the likelihood of the pass's order (Xia et al. 2008), as vllm-ltr trains. Labels of one served model are compared
-    with one another only. A cut answer is known to be longer only than those that ended before its cap.
+    """Order only.
+
+    Loss "pairwise": -log sigmoid(s_i - s_j) over all pairs of a forward pass with L_i > L_j
+    (RankNet, Burges et al. 2005). Loss "listmle": the negative log likelihood of the pass's order
+    (Xia et al. 2008), as vllm-ltr trains. Only labels of the same served model are compared. A cut
+    answer is known to be longer only than those that ended before its cut.
     """
 
     ranking_loss: str
 
-    def loss(self, outputs, tokens, finished, weights, owners):
-        """owners: (M,) number of the served model of each label."""
+    def loss(
+        self,
+        outputs: "Tensor",
+        tokens: "Tensor",
+        finished: "Tensor",
+        weights: "Tensor",
+        owners: "Tensor",
+    ) -> "Tensor":
+        """The loss summed over M labels; see Head.loss."""
         import torch
 
         scores = wide(outputs[:, 0])
-        longer = (
-            (tokens[:, None] > tokens[None]) & (owners[:, None] == owners[None]) & finished[None]
-        )
+        same_model = owners[:, None] == owners[None]
+        longer = (tokens[:, None] > tokens[None]) & same_model & finished[None]
         if self.ranking_loss == "pairwise":
             loss = -torch.nn.functional.logsigmoid(scores[:, None] - scores[None]) * longer
             return (weights * loss.sum(dim=1) / longer.sum(dim=1).clamp_min(1)).sum()
-        # The longest first: each place's score against all that come after it.
+        # The longest first: each score against all that come after it in the order.
         after = longer | torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-        return (
-            weights
-            * (scores.expand(len(scores), -1).masked_fill(~after, -1e9).logsumexp(dim=1) - scores)
-        ).sum()
+        rivals = scores.expand(len(scores), -1).masked_fill(~after, -1e9).logsumexp(dim=1)
+        return (weights * (rivals - scores)).sum()
 
-    def starting_bias(self, tokens):
+    def starting_bias(self, tokens: np.ndarray) -> np.ndarray:
+        """(1,): zero."""
         return np.zeros(1)
 
 
 def spread(probabilities: np.ndarray, own: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """(N, k) masses over `own` edges -> (N, K) masses over `edges`, mass lying evenly inside a class."""
+    """(N, k) masses over `own` edges -> (N, K) over `edges`; mass is even inside a class."""
     if len(own) == len(edges) and np.array_equal(own, edges):
         return probabilities
-    total = np.concatenate(
-        [np.zeros((len(probabilities), 1)), np.cumsum(probabilities, axis=1)], axis=1
-    )
+    nothing = np.zeros((len(probabilities), 1))
+    total = np.concatenate([nothing, np.cumsum(probabilities, axis=1)], axis=1)
     k = class_of(own, edges)
     share = np.clip((edges - own[k]) / (own[k + 1] - own[k]), 0, 1)
     return np.diff(total[:, k] + share * (total[:, k + 1] - total[:, k]), axis=1)
 
 
-def make_head(config):
-    """The head of `config.head`, its knobs taken from the fields of the same names."""
+def make_head(config: HeadConfig) -> Head:
+    """The head of `config.head`, with its fields from the flags of the same names."""
     head = HEADS[config.head]
     return head(**{f.name: getattr(config, f.name) for f in fields(head)})
 

@@ -1,24 +1,32 @@
-"""A kernel machine over blocks of features: what a frozen backbone's vectors become before a head. numpy to predict, torch to fit."""
+"""A kernel machine over blocks of features, between a frozen backbone's vectors and a head.
+
+numpy to predict, torch to fit.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from predictor.heads import Head
 
 FILE = "kernel.safetensors"
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """k(x, z) = sum over blocks b of weight_b exp(-|x_b - z_b|^2 / scale_b), the blocks standardised column by column.
+    """k(x, z) = sum over blocks b of weight_b exp(-|x_b - z_b|^2 / scale_b).
 
-    A block's scale is the median of its squared distances, so that no block has a width to tune (Gretton et al. 2012).
+    Columns are standardised. A block's scale is the median of its squared distances, so that no
+    bandwidth needs tuning (Gretton et al. 2012).
 
     Attributes:
-        sizes, block_weights: of the blocks, weights adding up to 1.
+        sizes, block_weights: columns and weight of each block; weights sum to 1.
         center, spread: (D,) of all columns; scales: (blocks,).
-        landmarks: (R, D) standardised rows, which the kernel compares with.
+        landmarks: (R, D) standardised rows that the kernel compares with.
     """
 
     sizes: tuple[int, ...]
@@ -38,18 +46,23 @@ class Kernel:
         landmarks: int = 1024,
         seed: int = 0,
     ) -> "Kernel":
-        """vectors (n, D) = the blocks side by side; `landmarks` of them are kept, all where there are no more."""
+        """The kernel of training vectors.
+
+        Args:
+            vectors: (n, D), the blocks side by side.
+            landmarks: most vectors to compare with; n of them where there are no more.
+            seed: of the choice of landmarks.
+        """
         center, spread = vectors.mean(axis=0), vectors.std(axis=0)
         spread = np.where(spread > 1e-6, spread, 1.0)
         chosen = np.random.default_rng(seed).permutation(len(vectors))[:landmarks]
         rows = ((vectors - center) / spread)[np.sort(chosen)].astype(np.float32)
         scales = []
         for start, size in zip(np.cumsum((0, *sizes[:-1])), sizes):
-            distances = squared_distances(
-                rows[:, start : start + size], rows[:, start : start + size]
-            )
-            between = distances[np.triu_indices(len(rows), 1)]
-            scales.append(float(np.median(between)) or 1.0 if len(between) else 1.0)
+            block = rows[:, start : start + size]
+            between = squared_distances(block, block)[np.triu_indices(len(rows), 1)]
+            scale = float(np.median(between)) if len(between) else 1.0
+            scales.append(scale or 1.0)
         total = sum(block_weights)
         return cls(
             tuple(sizes),
@@ -61,13 +74,12 @@ class Kernel:
         )
 
     def __call__(self, vectors: np.ndarray) -> np.ndarray:
-        """(N, D) -> (N, R)."""
+        """(N, D) -> (N, R): the kernel of N vectors with the landmarks."""
         rows = (np.asarray(vectors, np.float32) - self.center) / self.spread
-        found = np.zeros((len(rows), len(self.landmarks)), np.float32)
+        total = np.zeros((len(rows), len(self.landmarks)), np.float32)
         start = 0
-        for size, weight, scale, (across, norms) in zip(
-            self.sizes, self.block_weights, self.scales, self.prepared
-        ):
+        blocks = zip(self.sizes, self.block_weights, self.scales, self.prepared)
+        for size, weight, scale, (across, norms) in blocks:
             block = rows[:, start : start + size]
             powers = block @ across
             powers -= norms
@@ -75,35 +87,38 @@ class Kernel:
             np.minimum(powers, 0, out=powers)
             np.exp(powers, out=powers)
             powers *= np.float32(weight)
-            found += powers
+            total += powers
             start += size
-        return found
+        return total
 
     @cached_property
     def prepared(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of each block: the landmarks as (size, R) and their squared norms (R,), so that -|x - z|^2 / scale is a product and two
-        differences."""
-        ends = np.cumsum(self.sizes)
-        blocks = [self.landmarks[:, end - size : end] for size, end in zip(self.sizes, ends)]
-        return [
-            (
-                np.ascontiguousarray(z.T) * np.float32(2 / scale),
-                np.square(z).sum(axis=1) / np.float32(scale),
-            )
-            for z, scale in zip(blocks, self.scales)
-        ]
+        """For each block, the landmarks as (size, R) and their squared norms (R,), both scaled.
+
+        With them -|x - z|^2 / scale is a matrix product and two subtractions.
+        """
+        prepared = []
+        for size, end, scale in zip(self.sizes, np.cumsum(self.sizes), self.scales):
+            z = self.landmarks[:, end - size : end]
+            across = np.ascontiguousarray(z.T) * np.float32(2 / scale)
+            norms = np.square(z).sum(axis=1) / np.float32(scale)
+            prepared.append((across, norms))
+        return prepared
 
     @cached_property
     def basis(self) -> np.ndarray:
-        """(R, r): combinations of the landmarks on which a function's norm in the kernel's space is that of its weights."""
+        """(R, r): an orthonormal basis in the kernel's space, as combinations of the landmarks.
+
+        A function's norm is that of its weights in this basis.
+        """
         gram = self(self.landmarks * self.spread + self.center).astype(np.float64)
         values, vectors = np.linalg.eigh((gram + gram.T) / 2)
-        kept = values > 1e-7 * values[-1]
-        return vectors[:, kept] / np.sqrt(values[kept])
+        large = values > 1e-7 * values[-1]
+        return vectors[:, large] / np.sqrt(values[large])
 
 
 def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(N, D), (R, D) -> (N, R)."""
+    """(N, D), (R, D) -> (N, R) squared Euclidean distances."""
     return np.maximum((a * a).sum(axis=1)[:, None] + (b * b).sum(axis=1)[None] - 2 * (a @ b.T), 0)
 
 
@@ -119,7 +134,8 @@ class KernelHead:
         """(N, D) -> (N, width)."""
         return self.kernel(vectors) @ self.weight + self.bias
 
-    def save(self, folder: Path):
+    def save(self, folder: Path) -> None:
+        """Write kernel.safetensors."""
         from safetensors.numpy import save_file
 
         kernel = self.kernel
@@ -159,37 +175,42 @@ class KernelHead:
     def fit(
         cls,
         kernel: Kernel,
-        head,
+        head: "Head",
         vectors: np.ndarray,
-        tokens,
-        finished,
-        weights,
-        prompt,
+        tokens: np.ndarray,
+        finished: np.ndarray,
+        weights: np.ndarray,
+        prompt: np.ndarray,
         *,
         ridge: float,
         start: "KernelHead | None" = None,
     ) -> "KernelHead":
-        """The least of head.loss(outputs) + ridge * |f|^2, f's norm in the kernel's space; with squared error this is kernel ridge
-        regression. Found by L-BFGS; convex but for the distribution's ordinal term and for answers that were cut.
+        """The minimum of head.loss(outputs) + ridge * |f|^2, by L-BFGS.
+
+        |f| is the norm in the kernel's space; with squared error this is kernel ridge regression.
+        Convex but for the distribution's ordinal term and for cut answers.
 
         Args:
-            vectors: (n, D) of n prompts; tokens, finished, weights, prompt: (M,) of their labels.
-            start: f is the difference from this one, of the same kernel, which few new labels therefore change little.
+            vectors: (n, D) of n prompts.
+            tokens, finished, weights, prompt: (M,) of their labels.
+            start: a head of the same kernel; f is the difference from it, so that few new labels
+                change it little.
         """
         import torch
 
         to_flat, at = kernel.basis, kernel(vectors).astype(np.float64)
         flat = torch.from_numpy(at @ to_flat)
         labels = [torch.as_tensor(x) for x in (tokens, finished, weights)]
-        prompt, owners = torch.as_tensor(prompt), torch.zeros(len(tokens), dtype=torch.long)
-        first = (
-            head.starting_bias(np.asarray(tokens))
-            if start is None
-            else start.bias.astype(np.float64)
-        )
-        before = 0 if start is None else torch.from_numpy(at @ start.weight)
-        inner = torch.zeros(flat.shape[1], len(first), dtype=torch.float64, requires_grad=True)
-        bias = torch.tensor(first, dtype=torch.float64, requires_grad=True)
+        prompt = torch.as_tensor(prompt)
+        owners = torch.zeros(len(tokens), dtype=torch.long)
+        if start is None:
+            first_weight, first_outputs = 0, 0
+            first_bias = head.starting_bias(np.asarray(tokens))
+        else:
+            first_weight, first_outputs = start.weight, torch.from_numpy(at @ start.weight)
+            first_bias = start.bias.astype(np.float64)
+        inner = torch.zeros(flat.shape[1], len(first_bias), dtype=torch.float64, requires_grad=True)
+        bias = torch.tensor(first_bias, dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS(
             [inner, bias],
             max_iter=200,
@@ -200,15 +221,13 @@ class KernelHead:
 
         def closure():
             optimizer.zero_grad()
-            loss = (
-                head.loss((before + flat @ inner + bias)[prompt], *labels, owners)
-                + ridge * (inner**2).sum()
-            )
+            outputs = (first_outputs + flat @ inner + bias)[prompt]
+            loss = head.loss(outputs, *labels, owners) + ridge * (inner**2).sum()
             if start is not None:
-                loss = loss + ridge * ((bias - torch.from_numpy(first)) ** 2).sum()
+                loss = loss + ridge * ((bias - torch.from_numpy(first_bias)) ** 2).sum()
             loss.backward()
             return loss
 
         optimizer.step(closure)
-        weight = to_flat @ inner.detach().numpy() + (0 if start is None else start.weight)
+        weight = to_flat @ inner.detach().numpy() + first_weight
         return cls(kernel, weight.astype(np.float32), bias.detach().numpy().astype(np.float32))

@@ -1,6 +1,7 @@
-"""What a predictor learns from: prompts with measured answer lengths, and which prompts may not be split apart.
+"""The labels a predictor learns from: prompts with measured answer lengths, grouped and split.
 
-Lengths are tokens of the served model, without its end token. numpy only, but for what finetune.rows.batches brings.
+Near-duplicate prompts form groups, which a split keeps whole. Lengths are tokens of the served
+model, without its end token. numpy only, apart from what finetune.rows imports.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,21 +22,27 @@ from finetune.rows.formats import BadRow, is_missing, parse_row
 from finetune.rows.sources import read_json_items
 from predictor.features import BASE, finalise
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 log = logging.getLogger(__name__)
 
-OPTIONAL = ("finished", "served_model", "source")  # null in them says nothing
-LONGEST = 10_000_000  # tokens; a longer answer is a mistake of whoever counted
+OPTIONAL = ("finished", "served_model", "source")  # null in them counts as absent
+LONGEST = 10_000_000  # tokens; a longer answer is a mistake in the data
 WANTED = "wanted prompt (or instruction, input) and output_tokens, or a prompt and its answer"
 SHINGLE = 5  # characters
-HASHES = 64  # minima kept of a text
-CHECKPOINT = re.compile(r"epoch-\d+-step-\d+")  # of a run
+HASHES = 64  # MinHash values of a text
+CHECKPOINT = re.compile(r"epoch-\d+-step-\d+")  # name of a run's checkpoint
 BUCKET = 256  # leaders in one bucket
 VERIFIED = 8  # candidates of a text whose shingles are compared
 
 
 @dataclass(frozen=True)
 class Label:
-    """One answer's length. Not `finished`: the generation cap cut it, its true length is at least `tokens`."""
+    """One answer's length.
+
+    Not `finished`: the generation cap cut the answer, whose true length is at least `tokens`.
+    """
 
     tokens: int
     served_model: str
@@ -43,7 +51,10 @@ class Label:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the lengths of all answers there are to it; `place` is its first row's "file:line" for messages."""
+    """A prompt and the lengths of its answers.
+
+    `place` is "file:line" of its first row, for messages.
+    """
 
     prompt: str
     labels: tuple[Label, ...]
@@ -52,27 +63,28 @@ class Example:
 
 
 def read_examples(
-    paths: str | Path | list,
+    paths: str | Path | list[str | Path],
     *,
     served_model: str,
     count: Callable[[str], int] | None = None,
-    on_bad_row="error",
+    on_bad_row: str = "error",
     limit: int | None = None,
 ) -> tuple[list[Example], int]:
-    """The examples of JSON-lines files (also .gz) or JSON lists, by first appearance, and the number of bad rows skipped.
+    """(examples by first appearance, number of bad rows skipped) of JSON-lines files or JSON lists.
 
-    A row is measured ({prompt} or {instruction, input}, with output_tokens and perhaps finished) or an answer
-    ({instruction, input, output}, {text, answer} or {prompt, response}; a list of answers is as many). Either may have
-    served_model and source. Other keys are ignored. Rows of the same prompt are one example.
+    Files may be .gz. A row is measured ({prompt} or {instruction, input}, with output_tokens and
+    perhaps finished) or an answer ({instruction, input, output}, {text, answer} or {prompt,
+    response}; a list of answers gives one label each). Either may have served_model and source;
+    other keys are ignored. Rows of the same prompt are one example.
 
     Args:
-        served_model: whose answers the rows are that do not say.
-        count: tokens of an answer, as `make_counter` gives; not needed for measured rows.
-        limit: read so many good rows, of all files together.
+        served_model: the model of rows that name none.
+        count: tokens of an answer, as from `make_counter`; not needed for measured rows.
+        limit: most good rows to read, of all files together.
     Raises:
-        BadRow: the first bad row, with on_bad_row "error"; or no good row at all.
+        BadRow: the first bad row, with on_bad_row "error"; or there is no good row.
     """
-    found: dict[str, Example] = {}
+    examples: dict[str, Example] = {}
     rows = bad = 0
     paths = [paths] if isinstance(paths, (str, Path)) else paths
     for path in map(Path, paths):
@@ -82,26 +94,29 @@ def read_examples(
             try:
                 if isinstance(item, BadRow):
                     raise item
-                made = parse_example(item, place, served_model, count, path.name)
+                example = parse_example(item, place, served_model, count, path.name)
             except BadRow:
                 if on_bad_row == "error":
                     raise
                 bad += 1
                 continue
             rows += 1
-            earlier = found.get(made.prompt)
-            found[made.prompt] = (
-                replace(earlier, labels=earlier.labels + made.labels) if earlier else made
-            )
-    if not found:
-        raise BadRow(
-            f"{', '.join(map(str, paths))}: no rows" + (f" ({bad} bad ones skipped)" if bad else "")
-        )
-    return list(found.values()), bad
+            earlier = examples.get(example.prompt)
+            if earlier:
+                example = replace(earlier, labels=earlier.labels + example.labels)
+            examples[example.prompt] = example
+    if not examples:
+        skipped = f" ({bad} bad ones skipped)" if bad else ""
+        raise BadRow(f"{', '.join(map(str, paths))}: no rows{skipped}")
+    return list(examples.values()), bad
 
 
-def parse_prompt(item, place: str) -> str:
-    """The prompt of a row: "prompt", or "instruction" and "input", or "text". Raises BadRow, also where it is blank."""
+def parse_prompt(item: Any, place: str) -> str:
+    """The prompt of a row: "prompt", or "instruction" and "input", or "text".
+
+    Raises:
+        BadRow: there is none, or it is blank.
+    """
     if not isinstance(item, dict):
         raise BadRow(f"{place}: wanted an object, got {type(item).__name__}")
     key = next((key for key in ("prompt", "instruction", "text") if key in item), None)
@@ -119,47 +134,53 @@ def parse_prompt(item, place: str) -> str:
 
 
 def parse_example(
-    item, place: str, served_model: str, count: Callable[[str], int] | None, source: str
+    item: Any, place: str, served_model: str, count: Callable[[str], int] | None, source: str
 ) -> Example:
-    """A JSON value to the Example of its row alone; raises BadRow saying what was wanted, what came, and where."""
+    """The Example of one row.
+
+    Args:
+        item: a JSON value; place: its "file:line".
+        served_model, source: of a row that names none.
+        count: as in read_examples.
+    Raises:
+        BadRow: naming what was wanted, what came, and where.
+    """
     prompt = parse_prompt(item, place)
-    absent = {key for key in OPTIONAL if is_missing(item.get(key))}
-    item = {key: value for key, value in item.items() if key not in absent}
+    item = {k: v for k, v in item.items() if not (k in OPTIONAL and is_missing(v))}
     served_model = checked(
         item.get("served_model", served_model), str, "served_model", "text", place
     )
     finished = checked(item.get("finished", True), bool, "finished", "true or false", place)
     source = checked(item.get("source", source), str, "source", "text", place)
+    wanted = f"a whole number from 0 to {LONGEST:,}"
     if "output_tokens" in item:
-        tokens = [
-            checked(
-                item["output_tokens"],
-                int,
-                "output_tokens",
-                f"a whole number from 0 to {LONGEST:,}",
-                place,
-            )
-        ]
+        tokens = [checked(item["output_tokens"], int, "output_tokens", wanted, place)]
     else:
-        keys = {"prompt": "response", "instruction": "output", "text": "answer"}
-        key = keys[next(key for key in keys if key in item)]
-        if key not in item:
-            raise BadRow(f'{place}: no "output_tokens" and no "{key}"; {WANTED}')
-        if count is None:
-            raise BadRow(
-                f'{place}: no "output_tokens"; counting the answer wants the served model\'s tokenizer'
-            )
-        answers = parse_row({"instruction": prompt, "output": item[key]}, place).answers
-        tokens = [count(answer) for answer in answers]
+        tokens = count_answers(item, prompt, place, count)
     for n in tokens:
         if not 0 <= n <= LONGEST:
-            raise BadRow(
-                f'{place}: "output_tokens" must be a whole number from 0 to {LONGEST:,}, got {n}'
-            )
+            raise BadRow(f'{place}: "output_tokens" must be {wanted}, got {n}')
     return Example(prompt, tuple(Label(n, served_model, finished) for n in tokens), source, place)
 
 
-def checked(value, kind: type, key: str, wanted: str, place: str):
+def count_answers(
+    item: dict, prompt: str, place: str, count: Callable[[str], int] | None
+) -> list[int]:
+    """Tokens of each answer in a row without output_tokens. Raises BadRow where it has none."""
+    keys = {"prompt": "response", "instruction": "output", "text": "answer"}
+    key = keys[next(key for key in keys if key in item)]
+    if key not in item:
+        raise BadRow(f'{place}: no "output_tokens" and no "{key}"; {WANTED}')
+    if count is None:
+        raise BadRow(
+            f'{place}: no "output_tokens"; counting the answer wants the served model\'s tokenizer'
+        )
+    answers = parse_row({"instruction": prompt, "output": item[key]}, place).answers
+    return [count(answer) for answer in answers]
+
+
+def checked(value: Any, kind: type, key: str, wanted: str, place: str) -> Any:
+    """The value, if its type is exactly `kind` (a bool is no int); raises BadRow otherwise."""
     """The value, if it is of the kind (a bool is no number); raises BadRow otherwise."""
     if type(value) is not kind:
         raise BadRow(
@@ -169,25 +190,32 @@ def checked(value, kind: type, key: str, wanted: str, place: str):
 
 
 def served_name(folder: str | Path) -> str:
-    """The name of a folder's model in rows of lengths, logs and the API: of a checkpoint with its run's, "lora/epoch-5-step-400"."""
+    """The name of a folder's model in rows of lengths, logs and the API.
+
+    A checkpoint is named with its run, "lora/epoch-5-step-400".
+    """
     path = Path(folder).resolve()
-    return (
-        f"{path.parent.name}/{path.name}"
-        if CHECKPOINT.fullmatch(path.name) and path.parent.name
-        else path.name
-    )
+    if CHECKPOINT.fullmatch(path.name) and path.parent.name:
+        return f"{path.parent.name}/{path.name}"
+    return path.name
 
 
 def name_warning(predicted: str, folder: str | Path) -> str | None:
-    """A line for the log where a predictor was made for a model of another name than the one in the folder; None where not."""
+    """A line for the log where a predictor was made for another model's name than the folder's.
+
+    None where the names agree.
+    """
     served = served_name(folder)
     if predicted == served:
         return None
-    return f"the predictor was made for {predicted!r}, the model served is {served!r} ({folder}): its predictions hold if that is the same model"
+    return (
+        f"the predictor was made for {predicted!r}, the model served is {served!r} ({folder}): "
+        "its predictions hold if that is the same model"
+    )
 
 
-def make_counter(tokenizer) -> Callable[[str], int]:
-    """count(answer) -> its tokens, as encode_example trains on them, less the end token."""
+def make_counter(tokenizer: "PreTrainedTokenizerBase") -> Callable[[str], int]:
+    """count(answer) -> its tokens as encode_example trains on them, without the end token."""
     return lambda answer: len(tokenizer.encode_text(answer))
 
 
@@ -198,23 +226,27 @@ def language(prompt: str) -> str:
 
 
 def normalise(prompt: str) -> str:
-    """What of a prompt's text tells prompts apart: NFKC, no case, one space for a run of anything but word characters."""
-    return re.sub(
-        r"\W+", " ", unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", prompt).casefold())
-    ).strip()
+    """The text by which prompts are compared.
+
+    NFKC and casefolded; each run of characters that are not word characters is one space.
+    """
+    text = unicodedata.normalize("NFKC", prompt).casefold()
+    return re.sub(r"\W+", " ", unicodedata.normalize("NFKC", text)).strip()
 
 
 def group_prompts(prompts: list[str], *, threshold: float = 0.8) -> np.ndarray:
-    """(N,): for each prompt the index of its group's first; prompts of a group belong on one side of a split.
+    """(N,): for each prompt the index of its group's first prompt.
 
-    Prompts of the same normalised text share a group. So do near-duplicates: Jaccard similarity of the texts' sets of
-    character 5-grams at least `threshold`, found by MinHash (Broder 1997, "On the resemblance and containment of
-    documents") in bands and verified on the sets. A text is compared with its group's leader alone, the smallest text of
-    it, so that groups do not chain, and texts are taken in the order of the alphabet, so that the groups do not depend on
-    the prompts' order.
+    Prompts of a group belong on one side of a split. Prompts of the same normalised text share a
+    group, and so do near-duplicates: Jaccard similarity of the texts' sets of character 5-grams at
+    least `threshold`, found by MinHash (Broder 1997, "On the resemblance and containment of
+    documents") in bands and verified on the sets. A text is compared only with its group's leader,
+    the group's smallest text, so that groups do not chain; texts are processed in alphabetical
+    order, so that the groups do not depend on the prompts' order.
 
-    A task with one long instruction and short inputs would be one group: where more than a quarter of at least 20 texts
-    share one, a warning is logged and only prompts of the same normalised text do.
+    A task with one long instruction and short inputs would be one group: where more than a quarter
+    of at least 20 texts share a group, a warning is logged and only prompts of the same normalised
+    text are grouped.
 
     Raises:
         ValueError: a threshold outside (0, 1].
@@ -238,86 +270,113 @@ def group_prompts(prompts: list[str], *, threshold: float = 0.8) -> np.ndarray:
 
 
 def lead(texts: list[str], threshold: float) -> np.ndarray:
-    """(T,): the number of each text's leader, its own where it is one; distinct texts, a leader comes first.
+    """(T,): the number of each text's leader, its own where it leads; a leader comes first.
 
-    Of a bucket's leaders the first 256 count, and of a text's candidates the 8 that look most alike are verified: more
-    are a template's, and without these bounds its texts would all be compared with one another.
+    Texts are distinct. Only the first 256 leaders of a bucket are candidates, and of a text's
+    candidates only the 8 with the most similar signatures are verified: texts of one template would
+    otherwise all be compared with one another.
     """
     shingles, starts = shingle_hashes(texts)
-    signatures = np.empty((len(texts), HASHES), np.uint32)
-    for k in range(
-        HASHES
-    ):  # the upper half of a product with an odd number hashes well enough (multiply-shift)
-        factor, shift = mix(np.array([2 * k, 2 * k + 1], np.uint64))
-        hashed = (shingles * (factor | np.uint64(1)) + shift) >> np.uint64(32)
-        signatures[:, k] = np.minimum.reduceat(hashed.astype(np.uint32), starts)
-    # the longest bands that let fewer than 1 of 1000 pairs at the threshold slip through
-    rows = max(r for r in (1, 2, 4, 8, 16) if r == 1 or (1 - threshold**r) ** (HASHES // r) < 1e-3)
-    keys = np.zeros((len(texts), HASHES // rows), np.uint64)
-    for column in range(rows):
-        keys = mix(keys + signatures[:, column::rows])
-    keys = mix(
-        keys + np.arange(HASHES // rows, dtype=np.uint64)
-    ).tolist()  # a band's keys are its own
+    signatures = min_hashes(shingles, starts)
+    keys = band_keys(signatures, threshold)
     ends = [*starts[1:].tolist(), len(shingles)]
 
     @cache
-    def shingle_set(i):
+    def shingle_set(i: int) -> frozenset[int]:
         return frozenset(shingles[starts[i] : ends[i]].tolist())
 
+    def is_near(i: int, j: int) -> bool:
+        common = len(shingle_set(i) & shingle_set(j))
+        return common >= threshold * (len(shingle_set(i)) + len(shingle_set(j)) - common)
+
     leaders = np.arange(len(texts))
-    buckets = defaultdict(list)
-    for i, own in enumerate(keys):
-        likely = []
-        if candidates := sorted({j for key in own for j in buckets.get(key, ())}):
-            alike = (signatures[candidates] == signatures[i]).sum(1)
-            order = np.argsort(-alike, kind="stable")[:VERIFIED]
-            likely = [
-                candidates[k] for k in order if alike[k] >= (threshold - 0.2) * HASHES
-            ]  # 0.2: four standard errors
-        for j in likely:
-            common = len(shingle_set(i) & shingle_set(j))
-            if common >= threshold * (len(shingle_set(i)) + len(shingle_set(j)) - common):
+    buckets: dict[int, list[int]] = defaultdict(list)
+    for i, text_keys in enumerate(keys):
+        candidates = sorted(set().union(*(buckets.get(key, ()) for key in text_keys)))
+        for j in most_similar(signatures, i, candidates, threshold):
+            if is_near(i, j):
                 leaders[i] = j
                 break
         else:
-            for key in own:
+            for key in text_keys:
                 if len(buckets[key]) < BUCKET:
                     buckets[key].append(i)
     return leaders
 
 
+def min_hashes(shingles: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """(T, HASHES) uint32: MinHash signatures of texts from `shingle_hashes`."""
+    signatures = np.empty((len(starts), HASHES), np.uint32)
+    for k in range(HASHES):
+        # Multiply-shift: the upper half of a product with an odd number is a sufficient hash.
+        factor, shift = mix(np.array([2 * k, 2 * k + 1], np.uint64))
+        hashed = (shingles * (factor | np.uint64(1)) + shift) >> np.uint64(32)
+        signatures[:, k] = np.minimum.reduceat(hashed.astype(np.uint32), starts)
+    return signatures
+
+
+def band_keys(signatures: np.ndarray, threshold: float) -> list[list[int]]:
+    """Each text's bucket keys, one a band of its signature (T, HASHES)."""
+    # The longest bands that miss fewer than 1 of 1000 pairs at the threshold.
+    rows = 1
+    for candidate in (2, 4, 8, 16):
+        if (1 - threshold**candidate) ** (HASHES // candidate) < 1e-3:
+            rows = candidate
+    bands = HASHES // rows
+    keys = np.zeros((len(signatures), bands), np.uint64)
+    for column in range(rows):
+        keys = mix(keys + signatures[:, column::rows])
+    # The band's number is hashed too: bands share no buckets.
+    return mix(keys + np.arange(bands, dtype=np.uint64)).tolist()
+
+
+def most_similar(
+    signatures: np.ndarray, i: int, candidates: list[int], threshold: float
+) -> list[int]:
+    """The candidates to verify for text i: at most VERIFIED, the most similar signature first."""
+    if not candidates:
+        return []
+    equal = (signatures[candidates] == signatures[i]).sum(1)
+    order = np.argsort(-equal, kind="stable")[:VERIFIED]
+    # 0.2 below the threshold is about four standard errors of the estimated similarity.
+    least = (threshold - 0.2) * HASHES
+    return [candidates[k] for k in order if equal[k] >= least]
+
+
 def shingle_hashes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(hashes of all texts' 5-grams end to end, (T,) where each text's begin); a shorter text is one shingle."""
+    """(hashes of all texts' 5-grams end to end, (T,) where each text's begin).
+
+    A shorter text is one shingle.
+    """
     padded = [text.ljust(SHINGLE, "\0") for text in texts]
-    codes = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), np.uint32).astype(
-        np.uint64
-    )
+    encoded = "".join(padded).encode("utf-32-le", "surrogatepass")
+    codes = np.frombuffer(encoded, np.uint32).astype(np.uint64)
     windows = len(codes) - SHINGLE + 1
     hashes = np.zeros(windows, np.uint64)
     for k in range(SHINGLE):
         hashes = mix(hashes + codes[k : windows + k])
     counts = np.array([len(text) - SHINGLE + 1 for text in padded])
-    # windows that reach into the next text are left out
+    # Windows that reach into the next text are left out.
     inside = np.arange(counts.sum()) + np.repeat((SHINGLE - 1) * np.arange(len(texts)), counts)
     return hashes[inside], np.cumsum(counts) - counts
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """A step of splitmix64 (Steele et al. 2014): also 0 becomes a hash."""
+    """One step of splitmix64 (Steele et al. 2014), which also maps 0 to a hash."""
     return finalise(values + np.uint64(BASE))
 
 
 def split(
     groups: np.ndarray, prompts: list[str], shares: dict[str, float], *, salt: str = ""
 ) -> dict[str, np.ndarray]:
-    """{side: indices (n,) of its prompts, ascending}: all of a group on one side, chosen by a hash of its smallest text.
+    """{side: indices (n,) of its prompts, ascending}.
 
-    A prompt without near-duplicates lands on the same side in any data set. Shares are of groups; what they leave of 1
+    All of a group are on one side, chosen by a hash of its smallest text, so that a prompt without
+    near-duplicates is on the same side in any data set. Shares are of groups; what they leave of 1
     goes to the first name.
 
     Raises:
-        ValueError: shares that are no shares, or a side that comes out empty.
+        ValueError: shares outside 0 to 1 or above 1 in all, or a side without prompts.
     """
     if not shares or min(shares.values()) < 0 or not sum(shares.values()) <= 1 + 1e-9:
         raise ValueError(f"shares must be from 0 to 1, 1 in all at most; got {shares}")
@@ -325,26 +384,28 @@ def split(
     for group, text in zip(groups.tolist(), map(normalise, prompts)):
         smallest[group] = min(text, smallest.get(group, text))
     names = list(shares)
-    # the first name takes what is above all others, so what the others have does not depend on its share
+    # The first name gets the hashes above all others' bounds, so that the others' prompts do not
+    # depend on its share.
     bounds = np.cumsum([shares[name] for name in names[1:]] + [np.inf])
     side = {}
     for group, text in smallest.items():
         digest = hashlib.sha256(f"{salt}\n{text}".encode("utf-8", "surrogatepass")).digest()
-        side[group] = int(
-            np.searchsorted(bounds, int.from_bytes(digest[:8], "big") / 2**64, side="right")
-        )
+        draw = int.from_bytes(digest[:8], "big") / 2**64
+        side[group] = int(np.searchsorted(bounds, draw, side="right"))
     chosen = (np.array([side[group] for group in groups.tolist()], int) + 1) % len(names)
     parts = {name: np.flatnonzero(chosen == n) for n, name in enumerate(names)}
-    if empty := [name for name in names if not len(parts[name])]:
+    empty = [name for name in names if not len(parts[name])]
+    if empty:
         sizes = ", ".join(f"{name} {len(part)}" for name, part in parts.items())
         raise ValueError(
-            f"{len(prompts)} prompts in {len(side)} groups leave nothing for {empty[0]} of {shares} ({sizes})"
+            f"{len(prompts)} prompts in {len(side)} groups leave nothing for {empty[0]} "
+            f"of {shares} ({sizes})"
         )
     return parts
 
 
 def data_hash(examples: list[Example]) -> str:
-    """sha256 over prompts and labels, whatever their order; where they came from does not count."""
+    """sha256 over prompts and labels, whatever their order; sources and places do not count."""
     rows = [
         [e.prompt, sorted([x.served_model, x.tokens, x.finished] for x in e.labels)]
         for e in examples

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,19 +23,24 @@ from predictor.labels import (
     split,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 DEFAULT_LIMIT = 8192  # tokens; ChatGLM2-6B's context
-SIDES = {"train": "train", "calibration": "calibrate"}  # what is done with their rows
+SIDES = {"train": "train", "calibration": "calibrate"}  # what their rows are for, in messages
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Prompts and their labels: those of prompt i are starts[i] to starts[i + 1] of the (M,) arrays.
+    """Prompts and their labels: those of prompt i are starts[i] to starts[i + 1] of (M,) arrays.
 
-    Lengths of other served models stand for the predicted one's: log(1 + L) moved and scaled to that model's mean and deviation
-    (`Scale`), so that any head learns from them as they are.
+    Lengths of other served models are mapped to the predicted model's: log(1 + L) shifted and
+    scaled to that model's mean and deviation (`Scale`), so that any head can learn from them.
 
     Attributes:
-        tokens: float64; finished: bool; served: int64, number of the served model; weights: float64, 1 in all for each prompt.
+        tokens: float64; finished: bool.
+        served: int64, number of the served model.
+        weights: float64, summing to 1 over each prompt.
     """
 
     prompts: list[str]
@@ -57,9 +64,15 @@ class Lengths:
         other_weight: float,
         scale: "Scale",
     ) -> "Lengths":
-        """`other_weight`: share of a prompt's weight that lengths of other models than `own` have, where it has both."""
+        """The labels of examples.
+
+        Args:
+            own: number in `served_models` of the predicted model.
+            other_weight: share of a prompt's weight that lengths of other models have, where it has
+                lengths of both.
+        """
         counts = [len(e.labels) for e in examples]
-        labels = [label for e in examples for label in e.labels]
+        labels = list(chain.from_iterable(e.labels for e in examples))
         number = {name: i for i, name in enumerate(served_models)}
         served = np.array([number[label.served_model] for label in labels], np.int64)
         prompt = np.repeat(np.arange(len(examples)), counts)
@@ -88,25 +101,28 @@ class Lengths:
         return np.repeat(np.arange(len(self)), np.diff(self.starts))
 
     def of_model(self, model: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(prompt numbers, tokens, finished, weights: 1 in all for each prompt), (m,), of one served model's labels."""
+        """(prompt numbers, tokens, finished, weights), (m,), of one served model's labels.
+
+        Weights sum to 1 over each prompt.
+        """
         chosen = self.served == model
         prompt = self.prompt_of[chosen]
         weights = 1 / np.bincount(prompt, minlength=len(self))[prompt]
         return prompt, self.tokens[chosen], self.finished[chosen], weights
 
     def mean_scores(self) -> np.ndarray:
-        """(N,): the weighted mean of log(1 + L) over each prompt's labels, standardised over prompts."""
+        """(N,): the weighted mean of log(1 + L) of each prompt's labels, standardised."""
         prompt = self.prompt_of
-        mean = np.bincount(
-            prompt, self.weights * np.log1p(self.tokens), minlength=len(self)
-        ) / np.bincount(prompt, self.weights, minlength=len(self))
+        total = np.bincount(prompt, self.weights * np.log1p(self.tokens), minlength=len(self))
+        mean = total / np.bincount(prompt, self.weights, minlength=len(self))
         return (mean - mean.mean()) / max(mean.std(), 1e-6)
 
     def condensed(self, own: int, other_weight: float) -> "Labels":
-        """The labels a small head learns from: the served model's own, and for each prompt one that stands for all other models'.
+        """The labels a small head learns from: those of `own`, and one a prompt for all others.
 
-        That is their mean log length, moved and stretched to the own ones' mean and deviation: a mean of many has lost most of its
-        noise. Answers of others that were cut count at their cut.
+        That one is the mean log length of other models' answers, shifted and scaled to the mean and
+        deviation of the own ones: a mean of many has less noise than one answer. Other models' cut
+        answers count at their cut.
         """
         prompt, tokens, finished, weights = self.of_model(own)
         others = self.served != own
@@ -118,17 +134,15 @@ class Lengths:
         those = np.flatnonzero(counts)
         mean = (np.bincount(owner, logs, minlength=len(self))[those]) / counts[those]
         mine = np.log1p(tokens)
-        stretched = np.average(mine, weights=weights) + (mean - mean.mean()) * (
-            mine.std() / max(mean.std(), 1e-6)
-        )
-        both = np.isin(prompt, those)
+        scale = mine.std() / max(mean.std(), 1e-6)
+        scaled = np.average(mine, weights=weights) + (mean - mean.mean()) * scale
+        has_both = np.isin(prompt, those)
+        own_weights = weights * np.where(has_both, 1 - other_weight, 1.0)
         return Labels(
             np.concatenate([prompt, those]),
-            np.concatenate([tokens, np.clip(np.expm1(stretched), 0, self.limit)]),
+            np.concatenate([tokens, np.clip(np.expm1(scaled), 0, self.limit)]),
             np.concatenate([finished, np.ones(len(those), bool)]),
-            np.concatenate(
-                [weights * np.where(both, 1 - other_weight, 1.0), np.full(len(those), other_weight)]
-            ),
+            np.concatenate([own_weights, np.full(len(those), other_weight)]),
         )
 
 
@@ -144,7 +158,13 @@ class Labels:
 
 @dataclass(frozen=True)
 class Scale:
-    """mean, deviation: (models,) of log(1 + L) of each served model; own: the predicted one's number."""
+    """Maps lengths of other served models to the predicted one's.
+
+    Attributes:
+        mean, deviation: (models,) of log(1 + L) of each served model.
+        own: the predicted model's number.
+        limit: longest answer in tokens.
+    """
 
     mean: np.ndarray
     deviation: np.ndarray
@@ -155,7 +175,7 @@ class Scale:
     def fit(
         cls, examples: list[Example], served_models: list[str], own: int, limit: int
     ) -> "Scale":
-        """From training rows; a model with fewer than 20 lengths shares the deviation of all."""
+        """From training rows; a model with fewer than 20 lengths has the deviation of all."""
         logs = {name: [] for name in served_models}
         for e in examples:
             for label in e.labels:
@@ -168,20 +188,21 @@ class Scale:
         return cls(mean, np.maximum(deviation, 0.01), own, limit)
 
     def apply(self, tokens: np.ndarray, served: np.ndarray) -> np.ndarray:
-        """(M,) lengths in the predicted model's manner of speaking; its own come back as they are."""
+        """(M,) lengths on the predicted model's scale; its own are unchanged."""
         z = (np.log1p(np.minimum(tokens, self.limit)) - self.mean[served]) / self.deviation[served]
-        return np.where(
-            served == self.own,
-            tokens,
-            np.clip(np.expm1(self.mean[self.own] + self.deviation[self.own] * z), 0, self.limit),
-        )
+        scaled = np.expm1(self.mean[self.own] + self.deviation[self.own] * z)
+        return np.where(served == self.own, tokens, np.clip(scaled, 0, self.limit))
 
 
 @dataclass(frozen=True)
 class LengthRows:
-    """Training, calibration and perhaps test rows; own: number in served_models of the one that is predicted.
+    """Training, calibration and perhaps test rows.
 
-    `config` is the run's, with names and limits filled in; groups: (training prompts,) which of them are near-duplicates.
+    Attributes:
+        config: the run's, with names and limits filled in.
+        groups: (training prompts,) number of each one's group of near-duplicates.
+        own: number in served_models of the predicted model.
+        hash: of the rows; bad: number of bad rows skipped.
     """
 
     config: PredictorConfig
@@ -195,25 +216,33 @@ class LengthRows:
     bad: int
 
     def summary(self) -> str:
+        """One line for the log."""
         sides = [side for side in (self.train, self.calibration) if side]
         labels = sum(len(side.tokens) for side in sides)
         cut = sum(int((~side.finished).sum()) for side in sides)
         words = [f"{len(self.train)} prompts to train on"]
-        words += [f"{len(self.calibration)} to calibrate"] if self.calibration else []
-        words += [f"{len(self.test)} to test"] if self.test else []
-        words += [
-            f"{labels} lengths of {len(self.served_models)} served model(s), predicted: {self.served_models[self.own]}"
-        ]
-        words += [f"{cut} answers cut by their cap"] if cut else []
-        words += [f"{self.bad} bad rows skipped"] if self.bad else []
+        if self.calibration:
+            words.append(f"{len(self.calibration)} to calibrate")
+        if self.test:
+            words.append(f"{len(self.test)} to test")
+        words.append(
+            f"{labels} lengths of {len(self.served_models)} served model(s), "
+            f"predicted: {self.served_models[self.own]}"
+        )
+        if cut:
+            words.append(f"{cut} answers cut by their cap")
+        if self.bad:
+            words.append(f"{self.bad} bad rows skipped")
         longest = int(max(side.of_model(self.own)[1].max() for side in sides))
         if 2 * longest < self.config.length_limit:
-            words += [
-                f"longest answer {longest} tokens: beyond it, up to the limit of {self.config.length_limit}, lengths are extrapolated"
-            ]
+            words.append(
+                f"longest answer {longest} tokens: beyond it, up to the limit of "
+                f"{self.config.length_limit}, lengths are extrapolated"
+            )
         return ", ".join(words)
 
     def card(self) -> dict:
+        """The training data as a predictor's card has it."""
         calibration = len(self.calibration) if self.calibration else 0
         return {
             "sha256": self.hash,
@@ -224,17 +253,23 @@ class LengthRows:
         }
 
 
-def load_lengths(config: PredictorConfig, tokenizer, *, calibration: bool = True) -> LengthRows:
-    """Read and split the rows of a run. `tokenizer`: the served model's, or None where rows bring their lengths.
+def load_lengths(
+    config: PredictorConfig,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    *,
+    calibration: bool = True,
+) -> LengthRows:
+    """Read and split the rows of a run.
 
-    Without `calibration`, all rows are to train on.
-
+    Args:
+        tokenizer: the served model's; None where rows bring their lengths.
+        calibration: whether to set calibration rows aside; else all rows are for training.
     Raises:
         ValueError: rows that do not fit, or too few of the served model's.
     """
-    name = config.served_model or (
-        served_name(config.model_name_or_path) if config.model_name_or_path else ""
-    )
+    name = config.served_model
+    if not name and config.model_name_or_path:
+        name = served_name(config.model_name_or_path)
     count = make_counter(tokenizer) if tokenizer else None
     paths = [path.strip() for path in config.train_path.split(",")]
     examples, bad = read_examples(
@@ -244,7 +279,7 @@ def load_lengths(config: PredictorConfig, tokenizer, *, calibration: bool = True
         on_bad_row=config.on_bad_row,
         limit=config.dataset_length,
     )
-    served_models = sorted({label.served_model for e in examples for label in e.labels})
+    served_models = models_of(examples)
     if not config.served_model and len(served_models) == 1:
         name = served_models[0]
     test = read_tests(config, name, count)
@@ -279,10 +314,18 @@ def load_lengths(config: PredictorConfig, tokenizer, *, calibration: bool = True
     )
 
 
+def models_of(examples: list[Example]) -> list[str]:
+    """The names of the served models of examples, sorted."""
+    names = set()
+    for example in examples:
+        names.update(label.served_model for label in example.labels)
+    return sorted(names)
+
+
 def read_tests(
     config: PredictorConfig, name: str, count: Callable[[str], int] | None
 ) -> list[Example]:
-    """The rows of --eval_path; `name`: the model of those that name none."""
+    """The rows of --eval_path; `name`: the model of rows that name none."""
     path, on_bad_row = config.eval_path, config.on_bad_row
     if not path:
         return []
@@ -292,8 +335,9 @@ def read_tests(
 def leave_out_tests(
     config: PredictorConfig, examples: list[Example], test: list[Example]
 ) -> tuple[list[Example], np.ndarray]:
-    """(the rows to train on, (rows,) their groups of near-duplicates): what is tested is not
-    trained on, nor its like.
+    """(the rows to train on, (rows,) their groups of near-duplicates).
+
+    Rows whose prompts are in a group with a test row are left out.
 
     Raises:
         BadRow: none is left.
@@ -321,7 +365,7 @@ def split_sides(
     return split(groups, [e.prompt for e in examples], shares)
 
 
-def check_enough(lengths: Lengths, own: int, purpose: str):
+def check_enough(lengths: Lengths, own: int, purpose: str) -> None:
     """Raises BadRow where fewer than two labels are of the predicted model."""
     count = len(lengths.of_model(own)[0])
     if count < 2:
@@ -332,9 +376,11 @@ def lengths_to_test(
     test: list[Example], served_models: list[str], own: int, scale: Scale
 ) -> Lengths | None:
     """The test rows of the predicted model, with their labels of all models that are trained on."""
-    of_own = [
-        e for e in test if any(label.served_model == served_models[own] for label in e.labels)
-    ]
+    name = served_models[own]
+    of_own = []
+    for example in test:
+        if any(label.served_model == name for label in example.labels):
+            of_own.append(example)
     if not of_own:
         return None
     known = []
@@ -351,21 +397,23 @@ def context_length(config: PredictorConfig) -> int:
         return DEFAULT_LIMIT
     values = read_json(file)
     for name in ("seq_length", "max_sequence_length"):
-        if length := values.get(name):
-            if type(length) is not int or not 2 <= length <= LONGEST:
-                raise ValueError(
-                    f"{file}: {name} must be a whole number from 2 to {LONGEST:,}, got {shorten(length)}; or give --length_limit"
-                )
-            return length
+        length = values.get(name)
+        if not length:
+            continue
+        if type(length) is not int or not 2 <= length <= LONGEST:
+            raise ValueError(
+                f"{file}: {name} must be a whole number from 2 to {LONGEST:,}, "
+                f"got {shorten(length)}; or give --length_limit"
+            )
+        return length
     return DEFAULT_LIMIT
 
 
 def served_card(config: PredictorConfig, rows: LengthRows) -> dict:
     """Name and tokenizer of the served model, as a predictor's card has them."""
+    folder = config.model_name_or_path
     return {
         "name": rows.config.served_model,
-        "tokenizer_sha256": tokenizer_hash(config.model_name_or_path)
-        if config.model_name_or_path
-        else None,
+        "tokenizer_sha256": tokenizer_hash(folder) if folder else None,
         "length_limit": rows.config.length_limit,
     }

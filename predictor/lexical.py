@@ -1,19 +1,21 @@
-"""The lexical features of a prompt, learnt part included: a linear student of hashed n-grams, numpy to run, scipy to train.
+"""The lexical features of a prompt and their student: a linear map from hashed n-grams.
 
-The student says from n-grams what a teacher would say of the prompt: an encoder's vectors and its guess of the length, or, without
-a teacher, the lengths themselves. Its outputs and the counts and cues of features.py are what a head learns from.
+numpy to run, scipy to train. The student estimates from n-grams what a teacher computes from the
+prompt (an encoder's vectors and its estimate of the length) or, without a teacher, the lengths
+themselves. A head learns from its outputs and the counts and cues of features.py.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from predictor.features import HANDS, Grams
 
 HAND_WEIGHT = 0.3  # of a standardised count or cue beside n-grams in the student
-RARE = 2  # prompts; a gram that fewer have says nothing of others
-CLIPPED = 5.0  # standard deviations
+RARE = 2  # prompts; a gram in fewer is ignored
+CLIPPED = 5.0  # standard deviations at which counts and cues are clipped
 FILE = "lexical.safetensors"
 
 
@@ -58,7 +60,8 @@ class Lexical:
                 )
         return np.concatenate([student, hand], axis=1)
 
-    def save(self, folder: Path):
+    def save(self, folder: Path) -> None:
+        """Write lexical.safetensors."""
         from safetensors.numpy import save_file
 
         save_file(
@@ -95,6 +98,7 @@ class Bag:
 
     @classmethod
     def of(cls, prompts: list[str], *, bits: int, chunk: int = 1024) -> "Bag":
+        """The bag of prompts, n-grams hashed to 2^bits columns, read `chunk` prompts at a time."""
         from scipy.sparse import csr_matrix, diags
 
         columns, values, ends, hands = [], [], [0], []
@@ -104,18 +108,16 @@ class Bag:
             order = texts.argsort(kind="stable")
             columns.append((hashes[order] & np.uint64(2**bits - 1)).astype(np.int32))
             values.append(weights[order])
-            ends.extend(
-                (ends[-1] + np.bincount(texts, minlength=len(grams.texts)).cumsum()).tolist()
-            )
+            counts = np.bincount(texts, minlength=len(grams.texts))
+            ends.extend((ends[-1] + counts.cumsum()).tolist())
             hands.append(grams.hand())
         matrix = csr_matrix(
             (np.concatenate(values), np.concatenate(columns), ends), shape=(len(prompts), 2**bits)
         )
         matrix.sum_duplicates()
         seen = np.bincount(matrix.indices, minlength=2**bits)
-        rarity = np.where(seen >= RARE, np.log(len(prompts) / np.maximum(seen, 1)) + 0.1, 0).astype(
-            np.float32
-        )
+        rarity = np.log(len(prompts) / np.maximum(seen, 1)) + 0.1
+        rarity = np.where(seen >= RARE, rarity, 0).astype(np.float32)
         hand = np.concatenate(hands)
         center, spread = hand.mean(axis=0), hand.std(axis=0) + 0.05
         scaled = (matrix @ diags(rarity)).tocsr().astype(np.float32)
@@ -130,18 +132,16 @@ class Bag:
     def fit(
         self, targets: np.ndarray, rows: np.ndarray, *, ridge: float, rounds: int = 15
     ) -> Lexical:
-        """The student of targets (len(rows), T) for the prompts `rows`, by conjugate gradients on the normal equations.
+        """The student for the prompts `rows`, by conjugate gradients on the normal equations.
 
         Args:
-            rounds: of conjugate gradients; stopping early is a ridge too (Hansen 1998).
+            targets: (len(rows), T).
+            rounds: of conjugate gradients; stopping early regularises too (Hansen 1998).
         """
         from scipy.sparse import csr_matrix, hstack
 
-        x = (
-            hstack([self.grams[rows], csr_matrix(self.hand[rows] * HAND_WEIGHT)])
-            .tocsr()
-            .astype(np.float32)
-        )
+        columns = [self.grams[rows], csr_matrix(self.hand[rows] * HAND_WEIGHT)]
+        x = hstack(columns).tocsr().astype(np.float32)
         back = x.T.tocsr()
         bias = targets.mean(axis=0)
         weight = np.zeros((x.shape[1], targets.shape[1]), np.float32)
@@ -164,7 +164,7 @@ class Bag:
         )
 
     def outputs(self, student: Lexical, rows: np.ndarray) -> np.ndarray:
-        """What `student` gives for the prompts `rows`, (n, T), without reading them again."""
+        """(n, T) outputs of `student` for the prompts `rows` of the bag."""
         safe = np.where(self.rarity > 0, self.rarity, 1)[:, None]
         return (
             self.grams[rows] @ (student.table.astype(np.float32) / safe)
@@ -174,7 +174,7 @@ class Bag:
 
 
 def plain(prompts: list[str]) -> Lexical:
-    """No student: counts and cues alone, standardised on `prompts`."""
+    """Counts and cues alone, standardised on `prompts`, without a student."""
     hand = Grams(prompts).hand()
     nothing = np.zeros((1, 0), np.float16)
     return Lexical(
@@ -192,18 +192,23 @@ def crossed(
     known: np.ndarray,
     wanted: np.ndarray,
     folds: np.ndarray,
-    **options,
+    **options: Any,
 ) -> tuple[Lexical, np.ndarray]:
-    """(student of all `known` prompts, outputs (len(wanted), T) for the `wanted` ones, each by a student that has not seen it).
+    """(student of all `known` prompts, outputs (len(wanted), T) for the `wanted` ones).
+
+    The outputs are cross-fitted: those of a known prompt are of a student that has not seen it.
 
     Args:
-        targets: (len(known), T); known, wanted: numbers of prompts in the bag; folds: (N,) fold of every prompt.
+        targets: (len(known), T); known, wanted: numbers of prompts in the bag.
+        folds: (N,) fold of every prompt.
+        options: of Bag.fit.
     """
     student = bag.fit(targets, known, **options)
-    found = bag.outputs(student, wanted)
+    outputs = bag.outputs(student, wanted)
     inside = np.isin(wanted, known)
     for fold in np.unique(folds[wanted[inside]]):
         rest = folds[known] != fold
         held = inside & (folds[wanted] == fold)
-        found[held] = bag.outputs(bag.fit(targets[rest], known[rest], **options), wanted[held])
-    return student, found
+        unseen = bag.fit(targets[rest], known[rest], **options)
+        outputs[held] = bag.outputs(unseen, wanted[held])
+    return student, outputs

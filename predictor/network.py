@@ -1,24 +1,42 @@
 """A backbone and its head as one module that the training loop trains."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from predictor.scorers import HEAD_FILE
+from predictor.scorers import HEAD_FILE, TransformerBackbone
 
-HEAD_GAIN = 20.0  # a new head must learn faster than the backbone it stands on: Adam moves its weights by so much more
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from predictor.heads import Head
+
+# Divides a new head's weights and multiplies its inputs: Adam's steps move its outputs this much
+# more, so that it learns faster than the backbone.
+HEAD_GAIN = 20.0
 
 
 class LengthNetwork(nn.Module):
-    """Prompts -> vectors -> one linear layer -> what the head wants; what served models do differently is a layer of each's own.
+    """Prompts -> backbone vectors -> one linear layer -> head outputs.
 
-    `backbone` is one of BACKBONES, `model` the module it computes vectors with; `models` is the number of served models.
+    With several served models, a linear layer per model (`apart`) is added to the shared one.
+
+    Attributes:
+        backbone: one of BACKBONES; `model` is the module it computes vectors with.
     """
 
     def __init__(
-        self, backbone, model: nn.Module, hidden_size: int, width: int, models: int, bias: Tensor
+        self,
+        backbone: TransformerBackbone,
+        model: nn.Module,
+        hidden_size: int,
+        width: int,
+        models: int,
+        bias: Tensor,
     ):
+        """models: number of served models; bias: (width,) initial value of the head's bias."""
         super().__init__()
         self.backbone, self.model = backbone, model
         self.head = nn.Linear(hidden_size, width)
@@ -31,14 +49,20 @@ class LengthNetwork(nn.Module):
                 self.apart.weight.zero_()
 
     @property
-    def config(self):
+    def config(self) -> "PretrainedConfig":
         return self.model.config
 
-    def gradient_checkpointing_enable(self, **options):
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
         self.model.gradient_checkpointing_enable(**options)
 
     def forward(self, batch: dict, prompt: Tensor, served: Tensor) -> Tensor:
-        """(M, width) in fp32, of M labels: prompt (M,) are their rows in the batch, served (M,) the numbers of their served models."""
+        """(M, width) head outputs in fp32 for M labels.
+
+        Args:
+            batch: what the backbone's `collate` returns for the batch's prompts.
+            prompt: (M,) row of each label's prompt in the batch.
+            served: (M,) number of each label's served model.
+        """
         vectors = HEAD_GAIN * self.backbone.vectors(self.model, batch).to(self.head.weight.dtype)
         outputs = self.head(vectors)[prompt]
         if self.apart:
@@ -48,23 +72,37 @@ class LengthNetwork(nn.Module):
 
 
 class LengthLoss(nn.Module):
-    """What DeepSpeed trains: the head's loss, summed over the labels of a batch."""
+    """The module that DeepSpeed trains: the head's loss, summed over the labels of a batch."""
 
-    def __init__(self, network: LengthNetwork, head):
+    def __init__(self, network: LengthNetwork, head: "Head"):
         super().__init__()
         self.network, self.length_head = network, head
 
     def forward(
-        self, scale: float = 1.0, *, tokens, finished, weights, served, prompt, **batch
+        self,
+        scale: float = 1.0,
+        *,
+        tokens: Tensor,
+        finished: Tensor,
+        weights: Tensor,
+        served: Tensor,
+        prompt: Tensor,
+        **batch: Any,
     ) -> Tensor:
-        """tokens, finished, weights: (M,) of the labels; prompt, served as LengthNetwork takes them."""
+        """scale * loss of M labels.
+
+        tokens, finished, weights: (M,); prompt, served: as in LengthNetwork.forward.
+        """
         outputs = self.network(batch, prompt, served)
         return scale * self.length_head.loss(outputs, tokens, finished, weights, served)
 
 
-def save_head(state: dict[str, Tensor], own: int, folder: Path):
-    """head.safetensors from a LengthNetwork's state, in fp32: weight (width, hidden_size) and bias (width,) of the predicted served
-    model; the layers of all served models, the shared one first, as all (models + 1, width, hidden_size), where there are several.
+def save_head(state: dict[str, Tensor], own: int, folder: Path) -> None:
+    """Write head.safetensors from a LengthNetwork's state, in fp32.
+
+    It holds weight (width, hidden_size) and bias (width,) of the predicted served model, number
+    `own`. With several served models also `all` (models + 1, width, hidden_size): the weights of
+    the shared layer and then of every served model.
     """
     from safetensors.torch import save_file
 

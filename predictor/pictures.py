@@ -2,11 +2,15 @@
 
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from finetune.files import write_aside
 from predictor.scores import quantiles
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 STEPS = 12  # groups of prompts that the band's ends are averaged over
 
@@ -18,8 +22,11 @@ def draw(
     tokens: np.ndarray,
     finished: np.ndarray,
     report: dict,
-):
-    """Two panels: predicted median against real length with the 10-90 band, and nominal against observed coverage.
+) -> None:
+    """Draw predicted against real length, and nominal against observed coverage.
+
+    The left panel shows the predicted median with its 10-90 % band, the right one the calibration
+    curve.
 
     Args:
         path: .png, .svg or .pdf; written whole or not at all.
@@ -34,65 +41,70 @@ def draw(
     except ImportError:
         raise ValueError("--picture needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(11, 5), layout="constrained")
-    FigureCanvasAgg(figure)  # no window, and the program's own backend stays as it is
+    FigureCanvasAgg(figure)  # opens no window and leaves the program's backend as it is
     left, right = figure.subplots(1, 2)
-    at_least_one = np.maximum(tokens, 1)
-    low, median, high = (np.maximum(quantiles(probabilities, edges, q), 1) for q in (0.1, 0.5, 0.9))
-    parts = [
-        part for part in np.array_split(np.argsort(median), min(STEPS, len(median))) if len(part)
-    ]
-    middle = [np.exp(np.log(x)[part].mean()) for x in (median, low, high) for part in parts]
-    at, band_low, band_high = np.reshape(middle, (3, -1))
-    left.fill_between(
-        at, band_low, band_high, color="tab:blue", alpha=0.15, label="predicted, 10 to 90 %"
-    )
-    left.scatter(
-        median[finished],
-        at_least_one[finished],
-        s=9,
-        alpha=0.5,
-        color="tab:blue",
-        linewidths=0,
-        label="answers",
-    )
-    if not finished.all():
-        left.scatter(
-            median[~finished],
-            at_least_one[~finished],
-            s=14,
-            marker="^",
-            alpha=0.5,
-            color="tab:orange",
-            linewidths=0,
-            label="cut, would go on",
-        )
-    ends = [
-        min(median.min(), at_least_one.min()) * 0.8,
-        max(median.max(), at_least_one.max()) * 1.25,
-    ]
-    left.plot(ends, ends, color="gray", linewidth=0.8)
-    left.set(
-        xscale="log",
-        yscale="log",
-        xlim=ends,
-        ylim=ends,
-        xlabel="predicted median (tokens)",
-        ylabel="real length (tokens)",
-    )
+    draw_lengths(left, probabilities, edges, tokens, finished)
     figures = report["all"]
     left.set_title(
-        f"tau-b {figures['tau']:.3f}, MAE {figures['mae']:.1f} (constant {figures['mae_constant']:.1f})"
+        f"tau-b {figures['tau']:.3f}, MAE {figures['mae']:.1f}"
+        f" (constant {figures['mae_constant']:.1f})"
     )
-    left.legend(loc="upper left", frameon=False, fontsize=8)
-    curve = report["calibration"]
-    right.plot([0, 1], [0, 1], color="gray", linewidth=0.8)
-    right.plot(curve["nominal"], curve["observed"], marker="o", markersize=4, color="tab:blue")
-    right.set(xlim=(0, 1), ylim=(0, 1), xlabel="quantile", ylabel="share of answers within it")
+    draw_calibration(right, report["calibration"])
     right.set_title(f"q90 covers {figures['coverage_90']:.1%}, q97.5 {figures['coverage_975']:.1%}")
-    figure.suptitle(
-        f"{report['prompts']} prompts, answers of {report['served_model']}".replace("$", r"\$"),
-        fontsize=10,
-    )
+    title = f"{report['prompts']} prompts, answers of {report['served_model']}"
+    figure.suptitle(title.replace("$", r"\$"), fontsize=10)
     image = io.BytesIO()
     figure.savefig(image, format=path.suffix[1:], dpi=110)
     write_aside(path, image.getvalue())
+
+
+def draw_lengths(
+    panel: "Axes",
+    probabilities: np.ndarray,
+    edges: np.ndarray,
+    tokens: np.ndarray,
+    finished: np.ndarray,
+) -> None:
+    """Real length against predicted median, one point an answer, with the 10-90 % band."""
+    low = np.maximum(quantiles(probabilities, edges, 0.1), 1)
+    median = np.maximum(quantiles(probabilities, edges, 0.5), 1)
+    high = np.maximum(quantiles(probabilities, edges, 0.9), 1)
+    lengths = np.maximum(tokens, 1)
+    # The band's ends are geometric means over groups of answers of like median.
+    groups = np.array_split(np.argsort(median), min(STEPS, len(median)))
+    groups = [group for group in groups if len(group)]
+    panel.fill_between(
+        geometric_means(median, groups),
+        geometric_means(low, groups),
+        geometric_means(high, groups),
+        color="tab:blue",
+        alpha=0.15,
+        label="predicted, 10 to 90 %",
+    )
+    points = {"alpha": 0.5, "linewidths": 0}
+    panel.scatter(
+        median[finished], lengths[finished], s=9, color="tab:blue", label="answers", **points
+    )
+    if not finished.all():
+        points |= {"s": 14, "marker": "^", "color": "tab:orange", "label": "cut, would go on"}
+        panel.scatter(median[~finished], lengths[~finished], **points)
+    ends = [
+        min(median.min(), lengths.min()) * 0.8,
+        max(median.max(), lengths.max()) * 1.25,
+    ]
+    panel.plot(ends, ends, color="gray", linewidth=0.8)
+    panel.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+    panel.set(xlabel="predicted median (tokens)", ylabel="real length (tokens)")
+    panel.legend(loc="upper left", frameon=False, fontsize=8)
+
+
+def geometric_means(values: np.ndarray, groups: list[np.ndarray]) -> np.ndarray:
+    """(len(groups),): the geometric mean of `values` over each group of indices."""
+    return np.array([np.exp(np.log(values)[group].mean()) for group in groups])
+
+
+def draw_calibration(panel: "Axes", curve: dict) -> None:
+    """Observed against nominal coverage; `curve` is the report's "calibration"."""
+    panel.plot([0, 1], [0, 1], color="gray", linewidth=0.8)
+    panel.plot(curve["nominal"], curve["observed"], marker="o", markersize=4, color="tab:blue")
+    panel.set(xlim=(0, 1), ylim=(0, 1), xlabel="quantile", ylabel="share of answers within it")

@@ -1,4 +1,4 @@
-"""What a predictor says of one prompt: how long its answer will be, as a distribution. numpy only.
+"""The prediction for one prompt: a distribution of its answer's length. numpy only.
 
 Lengths are tokens of the served model, without its end token.
 """
@@ -14,9 +14,11 @@ class LengthPrediction:
     """The distribution of one answer's length.
 
     Attributes:
-        probabilities: (K,), sums to 1; mass k is spread evenly over the lengths from edges[k] to edges[k + 1].
-        edges: (K + 1,) tokens, ascending, edges[0] = 0, edges[K] the longest answer there can be.
-        rank_score: the expected log of the length, by the head's own lights; orders requests by length, longer is higher.
+        probabilities: (K,), sums to 1; mass k is spread evenly over the lengths from edges[k] to
+            edges[k + 1].
+        edges: (K + 1,) tokens, ascending, edges[0] = 0, edges[K] the longest possible answer.
+        rank_score: the head's estimate of the expected log length; orders requests by length,
+            higher is longer.
     """
 
     probabilities: np.ndarray
@@ -31,7 +33,7 @@ class LengthPrediction:
 
     @property
     def expected_tokens(self) -> float:
-        """The mean: how much work there is."""
+        """The mean of the distribution."""
         return float(self.probabilities @ (self.edges[:-1] + self.edges[1:])) / 2
 
     @property
@@ -39,7 +41,7 @@ class LengthPrediction:
         return self.quantile(0.5)
 
     def quantile(self, q: float) -> float:
-        """Tokens that the answer stays within with probability q: at 0.9, nine answers of ten.
+        """Tokens that the answer stays within with probability q; 0.9: nine answers of ten.
 
         Raises:
             ValueError: q outside [0, 1].
@@ -48,16 +50,15 @@ class LengthPrediction:
             raise ValueError(f"a quantile is wanted between 0 and 1; got {q}")
         total = self.cumulative
         k = min(max(int(np.searchsorted(total, q)), 1), len(total) - 1)
-        while (
-            k > 1 and total[k - 1] >= total[k]
-        ):  # rounding at the very top must not land beyond all mass
+        # Rounding at the top must not select a bin without mass beyond all others.
+        while k > 1 and total[k - 1] >= total[k]:
             k -= 1
         mass = total[k] - total[k - 1]
         share = min((q - total[k - 1]) / mass, 1.0) if mass > 0 else 0.0
         return float(self.edges[k - 1] + share * (self.edges[k] - self.edges[k - 1]))
 
     def probability_within(self, tokens: float) -> float:
-        """Probability that the answer has at most so many tokens."""
+        """Probability that the answer has at most `tokens` tokens."""
         return float(np.interp(tokens, self.edges, self.cumulative))
 
     def to_dict(self) -> dict:
@@ -75,19 +76,23 @@ class LengthPrediction:
             float(values["rank_score"]),
         )
 
-    def __repr__(self):
-        return f"LengthPrediction(expected {self.expected_tokens:.0f}, median {self.median_tokens:.0f}, 90 % within {self.quantile(0.9):.0f} tokens)"
+    def __repr__(self) -> str:
+        return (
+            f"LengthPrediction(expected {self.expected_tokens:.0f}, "
+            f"median {self.median_tokens:.0f}, 90 % within {self.quantile(0.9):.0f} tokens)"
+        )
 
 
 def remaining(prediction: LengthPrediction, generated: float) -> LengthPrediction:
-    """The distribution of what is left of an answer of which `generated` tokens are there and which has not ended.
+    """The distribution of the tokens still to come, after `generated` tokens without an end.
 
-    P(L - g | L > g): what the answer has outlived goes, the rest is scaled up. For whole tokens remaining(remaining(p, a), b) is
-    remaining(p, a + b), and g plus what is left never gets shorter as g grows. Where an answer outlives all that was thought possible, every
-    length up to the limit is as likely; at the limit, one token is left.
+    P(L - g | L > g): mass below g is dropped, the rest is rescaled. For whole tokens
+    remaining(remaining(p, a), b) equals remaining(p, a + b), and g plus the expected remainder
+    never decreases as g grows. Where an answer has outlived all predicted mass, every length up to
+    the limit is equally likely; at the limit, one token remains.
 
     Raises:
-        ValueError: a negative count.
+        ValueError: `generated` is negative.
     """
     if generated < 0:
         raise ValueError(f"tokens generated must not be below 0; got {generated}")
@@ -96,18 +101,19 @@ def remaining(prediction: LengthPrediction, generated: float) -> LengthPredictio
     edges, mass = prediction.edges, prediction.probabilities
     if generated >= edges[-1]:
         return from_bins(np.ones(1), np.array([0.0, 1.0]))
-    k = int(np.searchsorted(edges, generated, side="right")) - 1  # generated lies in bin k
+    k = int(np.searchsorted(edges, generated, side="right")) - 1  # the bin of `generated`
     left = mass[k:].copy()
     left[0] *= (edges[k + 1] - generated) / (edges[k + 1] - edges[k])
     cut = np.concatenate([[0.0], edges[k + 1 :] - generated])
-    if (total := left.sum()) <= 0:
+    total = left.sum()
+    if total <= 0:
         left = np.diff(cut)
         total = left.sum()
     return from_bins(left / total, cut)
 
 
 def from_bins(probabilities: np.ndarray, edges: np.ndarray) -> LengthPrediction:
-    """A prediction that ranks by the expected log length of its own bins."""
+    """A prediction whose rank score is the expected log length of its bins."""
     return LengthPrediction(probabilities, edges, float(probabilities @ log_middles(edges)))
 
 
@@ -117,18 +123,19 @@ def log_middles(edges: np.ndarray) -> np.ndarray:
 
 
 def class_of(edges: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """(n,): the class that each length falls into; what lies beyond the last edge falls into the last."""
+    """(n,): the bin of each length; lengths beyond the last edge belong to the last bin."""
     return np.clip(np.searchsorted(edges, tokens, side="right") - 1, 0, len(edges) - 2)
 
 
 def make_edges(bins: int, limit: int) -> np.ndarray:
-    """(K + 1,): 0, then whole numbers spaced evenly in the logarithm up to `limit` tokens; K <= bins where those would coincide.
+    """(K + 1,): 0, then whole numbers spaced evenly in the logarithm up to `limit` tokens.
+
+    K <= bins: numbers that coincide are given once.
 
     Raises:
         ValueError: fewer than 2 bins or a limit below 2.
     """
     if bins < 2 or limit < 2:
         raise ValueError(f"wanted at least 2 bins and a limit of 2 tokens; got {bins} and {limit}")
-    return np.concatenate(
-        [[0.0], np.unique(np.round(np.geomspace(min(4, limit / 2), limit, bins)))]
-    )
+    spaced = np.round(np.geomspace(min(4, limit / 2), limit, bins))
+    return np.concatenate([[0.0], np.unique(spaced)])

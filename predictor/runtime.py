@@ -1,30 +1,36 @@
-"""The exported predictor at work. Lexical and ONNX folders load without torch; nothing here loads training code."""
+"""Runs an exported predictor. Lexical and ONNX folders load without torch.
 
-from collections.abc import Sequence
+No module imported here holds training code.
+"""
+
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from chatglm.checksums import check_folder_files, is_top
 from finetune.files import sha256
-from predictor.backbones import BACKBONES
+from predictor.backbones import BACKBONES, Backbone
 from predictor.decoder import Decoder, read_card, tokenizer_hash
 from predictor.prediction import LengthPrediction
 
 CHUNK = 256  # prompts scored together
-HASHED_BYTES = 64_000_000  # of a larger file the size alone is compared: a whole model is not read twice to be loaded
+# Bytes; of a larger file only the size is compared, so that loading does not read a model twice.
+HASHED_BYTES = 64_000_000
 
 
 class LengthPredictor:
-    """Predicts the lengths of a served model's answers. Its methods may be called from several threads.
+    """Predicts the lengths of a served model's answers. Its methods are thread-safe.
 
     Attributes:
+        score: score(prompts) -> (N, width) outputs of the head.
         decoder: from the head's outputs to predictions.
-        card: what predictor.json says: served model, training data, metrics.
+        card: the content of predictor.json: served model, training data, metrics.
     """
 
-    def __init__(self, score, decoder: Decoder, card: dict):
-        """score(prompts) -> (N, width) outputs of the head."""
+    def __init__(
+        self, score: Callable[[Sequence[str]], np.ndarray], decoder: Decoder, card: dict
+    ) -> None:
         self.score, self.decoder, self.card = score, decoder, card
 
     @classmethod
@@ -41,46 +47,50 @@ class LengthPredictor:
         """A predictor from its folder: an exported one, or one that training wrote.
 
         Args:
-            served_model: folder of the model that will be served: its tokenizer must be the one lengths were counted with, where
-                the predictor knows that one.
-            allow_other_tokenizer: take it all the same.
-            base_model: of a ChatGLM backbone whose folder holds an adapter, a prefix or a head alone (default: the one it names).
+            served_model: folder of the model that will be served. Its tokenizer must be the one
+                that lengths were counted with, where the predictor's card names it.
+            allow_other_tokenizer: skip that check.
+            base_model: base of a ChatGLM backbone whose folder holds an adapter, a prefix or a head
+                alone (default: the one that the folder names).
             device: of a backbone in torch; ONNX runs on the CPU.
-            threads: of ONNX's arithmetic, or of torch's in the whole process; None for their default.
+            threads: of ONNX's arithmetic, or of torch's in the whole process; None for their
+                default.
         Raises:
-            FileNotFoundError: no predictor there, or no base model.
-            ValueError: it is unreadable, of a newer format, or counts another tokenizer's tokens.
+            FileNotFoundError: there is no predictor, or no base model.
+            ValueError: unreadable, of a newer format, or of another tokenizer.
         """
         folder = Path(folder)
         check_folder_files(folder, wanted=is_top)
         card, decoder, backbone = read_predictor(folder)
-        counted, name = card["served_model"]["tokenizer_sha256"], card["served_model"]["name"]
-        if (
-            served_model
-            and counted
-            and not allow_other_tokenizer
-            and tokenizer_hash(served_model) != counted
-        ):
+        counted = card["served_model"]["tokenizer_sha256"]
+        must_match = served_model and counted and not allow_other_tokenizer
+        if must_match and tokenizer_hash(served_model) != counted:
             raise ValueError(
-                f"{folder} predicts lengths in tokens of {name}; {served_model} has another tokenizer (allow_other_tokenizer takes it all the same)"
+                f"{folder} predicts lengths in tokens of {card['served_model']['name']}; "
+                f"{served_model} has another tokenizer "
+                "(allow_other_tokenizer takes it all the same)"
             )
-        options = {"device": device, "threads": threads}
-        options |= {
-            "base_model": base_model or card.get("base_model"),
-            "base_fingerprint": card.get("base_fingerprint"),
-        }
-        score = backbone.load_scorer(folder, **options)
+        score = backbone.load_scorer(
+            folder,
+            device=device,
+            threads=threads,
+            base_model=base_model or card.get("base_model"),
+            base_fingerprint=card.get("base_fingerprint"),
+        )
         if score.width != decoder.head.width:
             raise ValueError(
-                f"{folder}: its head has {score.width} outputs, predictor.json speaks of {decoder.head.width}"
+                f"{folder}: its head has {score.width} outputs, "
+                f"predictor.json speaks of {decoder.head.width}"
             )
         return cls(score, decoder, card)
 
     def predict(self, prompts: str | Sequence[str]) -> list[LengthPrediction]:
-        """One prediction for each prompt, in their order; a single text counts as a list of one. Empty and huge prompts are fine.
+        """One prediction for each prompt, in their order; a single text is a list of one.
+
+        Prompts may be empty or of any length.
 
         Raises:
-            TypeError: a prompt that is no text.
+            TypeError: a prompt is not a string.
         """
         try:
             prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -89,25 +99,27 @@ class LengthPredictor:
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise TypeError(f"prompts must be texts, got {type(prompt).__name__}")
-        return [
-            p
-            for start in range(0, len(prompts), CHUNK)
-            for p in self.decoder.predictions(self.score(prompts[start : start + CHUNK]))
-        ]
+        predictions = []
+        for start in range(0, len(prompts), CHUNK):
+            outputs = self.score(prompts[start : start + CHUNK])
+            predictions += self.decoder.predictions(outputs)
+        return predictions
 
     def predict_vectors(self, vectors: np.ndarray) -> list[LengthPrediction]:
-        """From the served model's own states at the prompts' last tokens (N, hidden_size): a --reuse_prefill predictor's way.
+        """Predictions from the served model's states at the prompts' last tokens.
 
-        The served model itself is not loaded for it.
+        For predictors trained with --reuse_prefill; the served model itself is not loaded.
 
+        Args:
+            vectors: (N, hidden_size).
         Raises:
-            ValueError: the predictor is of another kind, or the vectors of another size.
+            ValueError: the predictor does not read vectors, or they are of another size.
         """
-        if self.card["backbone"]["name"] != "chatglm" or not getattr(
-            self.score, "reads_vectors", False
-        ):
+        backbone = self.card["backbone"]["name"]
+        if backbone != "chatglm" or not getattr(self.score, "reads_vectors", False):
             raise ValueError(
-                f"only a predictor trained with --reuse_prefill reads vectors; this one's backbone is {self.card['backbone']['name']}"
+                "only a predictor trained with --reuse_prefill reads vectors; "
+                f"this one's backbone is {backbone}"
             )
         vectors = np.asarray(vectors)
         wanted = sum(self.score.top.kernel.sizes)
@@ -116,26 +128,28 @@ class LengthPredictor:
         return self.decoder.predictions(self.score.head_of_vectors(vectors))
 
 
-def read_predictor(folder: Path) -> tuple[dict, Decoder, object]:
-    """(card, decoder, backbone) of a predictor's folder, its files as they were exported; no model is loaded.
+def read_predictor(folder: Path) -> tuple[dict, Decoder, Backbone]:
+    """(card, decoder, backbone) of a predictor's folder, with its files verified.
+
+    No model is loaded.
 
     Raises:
-        FileNotFoundError: no predictor there.
+        FileNotFoundError: there is no predictor.
         ValueError: the card or a file is damaged, or of a newer format.
     """
     card = read_card(folder)
     try:
         decoder = Decoder.from_dict(card)
-        decoder.predictions(
-            np.zeros((1, decoder.head.width))
-        )  # settings that do not fit the head show here
+        # Decode once: settings that do not fit the head raise here.
+        decoder.predictions(np.zeros((1, decoder.head.width)))
         knobs = dict(card["backbone"])
         backbone = BACKBONES[knobs.pop("name")](**knobs)
-        card["served_model"]["tokenizer_sha256"], card["served_model"]["name"]  # noqa: B018 - both must be there
+        for key in ("tokenizer_sha256", "name"):  # both must be there
+            card["served_model"][key]
         check_files(folder, card.get("export", {}).get("files", {}))
+    except DamagedFile:
+        raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        if isinstance(error, DamagedFile):
-            raise
         raise ValueError(
             f"{folder}/predictor.json: damaged ({type(error).__name__}: {error})"
         ) from None
@@ -143,11 +157,13 @@ def read_predictor(folder: Path) -> tuple[dict, Decoder, object]:
 
 
 class DamagedFile(ValueError):
-    """A file is not the one that was exported."""
+    """A file differs from the one that was exported."""
 
 
-def check_files(folder: Path, files: dict[str, dict]):
-    """Compare an exported folder with its card's {name: {"bytes", "sha256"}}, large files by their size alone.
+def check_files(folder: Path, files: dict[str, dict]) -> None:
+    """Compare an exported folder with its card's {name: {"bytes", "sha256"}}.
+
+    Files over HASHED_BYTES are compared by size alone.
 
     Raises:
         DamagedFile: naming the first file that is missing, torn or changed.
@@ -156,7 +172,8 @@ def check_files(folder: Path, files: dict[str, dict]):
         path = folder / name
         if not path.is_file():
             raise DamagedFile(f"{path}: missing")
-        if (found := path.stat().st_size) != wanted["bytes"]:
-            raise DamagedFile(f"{path}: torn: {found:,} bytes of {wanted['bytes']:,}")
-        if found <= HASHED_BYTES and sha256(path) != wanted["sha256"]:
+        size = path.stat().st_size
+        if size != wanted["bytes"]:
+            raise DamagedFile(f"{path}: torn: {size:,} bytes of {wanted['bytes']:,}")
+        if size <= HASHED_BYTES and sha256(path) != wanted["sha256"]:
             raise DamagedFile(f"{path}: changed since it was exported (its sha256 is another)")

@@ -1,10 +1,13 @@
-"""Prompts to outputs of the head (N, width), in an exported predictor. torch is imported only where a transformer runs in it.
+"""Scorers: prompts -> head outputs (N, width), in an exported predictor.
 
-`head_of_vectors`, where a scorer has it, starts from the vectors of a transformer that somebody else has run.
+torch is imported only where a transformer runs in it. A scorer's `head_of_vectors`, where it has
+one, starts from the vectors of a transformer that has already run.
 """
 
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -13,20 +16,76 @@ from predictor.kernel import KernelHead
 from predictor.lexical import FILE as LEXICAL_FILE
 from predictor.lexical import Lexical
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 BATCH_TOKENS = 8192  # of a forward pass
 HEAD_FILE = "head.safetensors"
 ONNX_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
-LONGEST_TOKEN = 40  # characters; what lies further from both ends of a prompt than that many times its tokens is not read
+# Characters; at each end of a prompt, this many for each token to keep are tokenised.
+LONGEST_TOKEN = 40
+
+# Prompts -> vectors (N, D).
+Vectors = Callable[[list[str]], np.ndarray]
+
+
+class Scorer(Protocol):
+    """LinearScorer or FrozenScorer: prompts -> head outputs (N, width)."""
+
+    @property
+    def width(self) -> int:
+        """Outputs for each prompt."""
+
+    def __call__(self, prompts: list[str]) -> np.ndarray:
+        """(N, width) for N prompts."""
+
+
+class TransformerBackbone(Protocol):
+    """A backbone with a transformer: Encoder or ChatGLM of backbones.py."""
+
+    max_src_len: int
+
+    def has_weights(self, folder: Path) -> bool:
+        """Whether a predictor's folder holds a model, an adapter or a prefix."""
+
+    def load_served(
+        self, folder: Path, dtype: "torch.dtype | None", **base: Any
+    ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        """(model, tokenizer) of a predictor's folder."""
+
+    def encode(self, tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
+        """The ids of a prompt, at most max_src_len."""
+
+    def collate(
+        self, rows: list[list[int]], tokenizer: "PreTrainedTokenizerBase", *, multiple: int = 1
+    ) -> dict:
+        """The batch that `vectors` takes, of rows of ids."""
+
+    def vectors(self, model: "PreTrainedModel", batch: dict) -> "torch.Tensor":
+        """(B, D) vectors of a batch."""
 
 
 class TorchVectors:
-    """Prompts -> vectors of a backbone in torch. `threads` are those of the whole process: torch has no others."""
+    """Prompts -> vectors of a backbone in torch.
+
+    Args:
+        threads: of torch in the whole process; it has no others.
+        base: options of the backbone's `load_served`.
+    Raises:
+        ValueError, FileNotFoundError: the folder or its base cannot be loaded.
+    """
 
     def __init__(
-        self, backbone, folder: Path, *, device: str = "cpu", threads: int | None = None, **base
+        self,
+        backbone: TransformerBackbone,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        **base: Any,
     ):
-        """`base`: as the backbone's `load_served` takes it. Raises ValueError, FileNotFoundError for what cannot be loaded."""
         import torch
 
         from finetune.evaluation.predict import pick_device
@@ -35,9 +94,8 @@ class TorchVectors:
         if threads:
             torch.set_num_threads(threads)
         self.backbone, self.lock = backbone, threading.Lock()
-        self.model, self.tokenizer = backbone.load_served(
-            folder, torch.float32 if device == "cpu" else None, **base
-        )
+        dtype = torch.float32 if device == "cpu" else None
+        self.model, self.tokenizer = backbone.load_served(folder, dtype, **base)
         self.model = self.model.to(device).eval()
 
     def __call__(self, prompts: list[str]) -> np.ndarray:
@@ -47,9 +105,9 @@ class TorchVectors:
 
 
 class Later:
-    """A scorer of prompts that is made at its first call: a served model that may never be asked for its vectors."""
+    """Vectors whose scorer is made at the first call: the served model may never be needed."""
 
-    def __init__(self, make):
+    def __init__(self, make: Callable[[], TorchVectors]):
         self.make, self.made, self.lock = make, None, threading.Lock()
 
     def __call__(self, prompts: list[str]) -> np.ndarray:
@@ -59,10 +117,13 @@ class Later:
 
 
 class OnnxVectors:
-    """Prompts -> vectors of an encoder in ONNX, with its fast tokenizer; neither torch nor transformers is loaded."""
+    """Prompts -> vectors of an encoder in ONNX, with its fast tokenizer, without torch.
+
+    Raises:
+        ValueError: onnxruntime is not installed, or a file is damaged.
+    """
 
     def __init__(self, folder: Path, max_src_len: int, *, threads: int | None = None):
-        """Raises ValueError where onnxruntime is not installed, or a file is damaged."""
         from tokenizers import Tokenizer
 
         try:
@@ -93,35 +154,35 @@ class OnnxVectors:
             ) from None
 
     def ids(self, prompt: str) -> list[int]:
-        return keep_ends(
-            self.tokenizer.encode(clean(prompt, self.max_src_len)).ids, self.max_src_len
-        )
+        """The ids of a prompt, at most max_src_len."""
+        text = clean(prompt, self.max_src_len)
+        return keep_ends(self.tokenizer.encode(text).ids, self.max_src_len)
 
     def __call__(self, prompts: list[str]) -> np.ndarray:
         rows = [self.ids(prompt) for prompt in prompts]
-        found: list = [None] * len(rows)
+        vectors: list = [None] * len(rows)
         for chosen in passes([len(row) for row in rows]):
             ids = np.zeros((len(chosen), max(len(rows[i]) for i in chosen)), np.int64)
             mask = np.zeros_like(ids)
             for row, i in enumerate(chosen):
                 ids[row, : len(rows[i])] = rows[i]
                 mask[row, : len(rows[i])] = 1
-            for i, vector in zip(
-                chosen, self.session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
-            ):
-                found[i] = vector
-        return np.stack(found)
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            for i, vector in zip(chosen, self.session.run(None, inputs)[0]):
+                vectors[i] = vector
+        return np.stack(vectors)
 
 
 class LinearScorer:
-    """A backbone that was trained, and its linear head."""
+    """A trained backbone and its linear head: weight (width, hidden_size), bias (width,).
 
-    def __init__(self, vectors, weight: np.ndarray, bias: np.ndarray):
-        self.vectors, self.weight, self.bias = (
-            vectors,
-            weight.astype(np.float64),
-            bias.astype(np.float64),
-        )
+    `vectors` is None where only `head_of_vectors` is used.
+    """
+
+    def __init__(self, vectors: Vectors | None, weight: np.ndarray, bias: np.ndarray):
+        self.vectors = vectors
+        self.weight = weight.astype(np.float64)
+        self.bias = bias.astype(np.float64)
 
     def __call__(self, prompts: list[str]) -> np.ndarray:
         return self.head_of_vectors(self.vectors(prompts))
@@ -136,13 +197,18 @@ class LinearScorer:
 
 
 class FrozenScorer:
-    """A kernel head over frozen features: a transformer's vectors, an earlier linear head's outputs for them, lexical features.
+    """A kernel head `top` over frozen features.
 
-    Any of the first three may be None.
+    The features are blocks in this order, each of which may be absent (None): a transformer's
+    vectors, the outputs of an earlier linear head for them, lexical features.
     """
 
     def __init__(
-        self, vectors, earlier: LinearScorer | None, lexical: Lexical | None, top: KernelHead
+        self,
+        vectors: Vectors | None,
+        earlier: LinearScorer | None,
+        lexical: Lexical | None,
+        top: KernelHead,
     ):
         self.vectors, self.earlier, self.lexical, self.top = vectors, earlier, lexical, top
 
@@ -152,36 +218,36 @@ class FrozenScorer:
 
     @property
     def reads_vectors(self) -> bool:
-        """Whether a transformer's vectors are all it wants."""
+        """Whether a transformer's vectors are its only features."""
         return self.earlier is None and self.lexical is None
 
     @classmethod
-    def load(cls, folder: Path, vectors) -> "FrozenScorer":
-        """Raises ValueError naming the file that is missing or not whole."""
+    def load(cls, folder: Path, vectors: Vectors | None) -> "FrozenScorer":
+        """The scorer of a folder. Raises ValueError naming a file that is missing or damaged."""
         folder = Path(folder)
         earlier = load_head(folder, None) if (folder / HEAD_FILE).is_file() else None
         lexical = Lexical.load(folder) if (folder / LEXICAL_FILE).is_file() else None
         if not (vectors or lexical):
             raise ValueError(f"{folder / LEXICAL_FILE}: cannot be read (no such file)")
-        found = cls(vectors, earlier, lexical, KernelHead.load(folder))
+        scorer = cls(vectors, earlier, lexical, KernelHead.load(folder))
         known = (sum(lexical.sizes) if lexical else 0) + (earlier.width if earlier else 0)
-        wanted = sum(found.top.kernel.sizes)
+        wanted = sum(scorer.top.kernel.sizes)
         if wanted < known or (wanted > known and not vectors):
             raise ValueError(
-                f"{folder / KERNEL_FILE} wants {wanted} features, {folder / LEXICAL_FILE} gives {known}: they are of two predictors"
+                f"{folder / KERNEL_FILE} wants {wanted} features, "
+                f"{folder / LEXICAL_FILE} gives {known}: they are of two predictors"
             )
-        return found
+        return scorer
 
     def features(self, prompts: list[str]) -> np.ndarray:
-        """(N, D) of the prompts, the blocks in the order of the class's first line."""
+        """(N, D) features of the prompts, the blocks side by side."""
         blocks = []
         if self.vectors:
             blocks.append(self.vectors(prompts))
         if self.earlier:
             # The earlier head reads the last layer, which comes last.
-            blocks.append(
-                self.earlier.head_of_vectors(blocks[0][:, -self.earlier.weight.shape[1] :])
-            )
+            size = self.earlier.weight.shape[1]
+            blocks.append(self.earlier.head_of_vectors(blocks[0][:, -size:]))
         if self.lexical:
             blocks.append(self.lexical(prompts))
         return np.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0]
@@ -194,41 +260,52 @@ class FrozenScorer:
         return self.top(self.checked(vectors))
 
     def checked(self, features: np.ndarray) -> np.ndarray:
-        """Raises ValueError where features are not as many as the kernel compares."""
-        if features.shape[1] != (wanted := sum(self.top.kernel.sizes)):
+        """The features. Raises ValueError where their number is not the kernel's."""
+        wanted = sum(self.top.kernel.sizes)
+        if features.shape[1] != wanted:
             raise ValueError(
-                f"{KERNEL_FILE} wants {wanted} features a prompt, got {features.shape[1]}: a file of the predictor is missing or another's"
+                f"{KERNEL_FILE} wants {wanted} features a prompt, got {features.shape[1]}: "
+                "a file of the predictor is missing or another's"
             )
         return features
 
 
 def load_transformer(
-    backbone, folder: Path, *, device: str = "cpu", threads: int | None = None, **base
-):
+    backbone: TransformerBackbone,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    **base: Any,
+) -> Scorer:
     """The scorer of a folder with a transformer, in ONNX where there is one.
 
-    A head on a model that lies elsewhere, as --reuse_prefill makes it, loads that model only when it is asked for prompts.
+    A head whose model lies elsewhere, as --reuse_prefill makes it, loads that model at the first
+    call with prompts.
     """
     folder = Path(folder)
+
+    def load_torch() -> TorchVectors:
+        return TorchVectors(backbone, folder, device=device, threads=threads, **base)
+
     if (folder / ONNX_FILE).is_file():
         vectors = OnnxVectors(folder, backbone.max_src_len, threads=threads)
     elif backbone.has_weights(folder):
-        vectors = TorchVectors(backbone, folder, device=device, threads=threads, **base)
+        vectors = load_torch()
     else:
-        vectors = Later(
-            lambda: TorchVectors(backbone, folder, device=device, threads=threads, **base)
-        )
-    return (
-        FrozenScorer.load(folder, vectors)
-        if (folder / KERNEL_FILE).is_file()
-        else load_head(folder, vectors)
-    )
+        vectors = Later(load_torch)
+    if (folder / KERNEL_FILE).is_file():
+        return FrozenScorer.load(folder, vectors)
+    return load_head(folder, vectors)
 
 
-def load_head(folder: Path, vectors, *, every: bool = False) -> LinearScorer:
-    """The linear head of a folder; with `every`, the layers of all served models that it was trained with, as one.
+def load_head(folder: Path, vectors: Vectors | None, *, every: bool = False) -> LinearScorer:
+    """The linear head of a folder.
 
-    Raises ValueError naming the file where it is not whole.
+    With `every`, the layers of all served models that it was trained with, side by side as one.
+
+    Raises:
+        ValueError: naming the file where it is damaged.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -237,17 +314,19 @@ def load_head(folder: Path, vectors, *, every: bool = False) -> LinearScorer:
         tensors = load_file(folder / HEAD_FILE)
         weight, bias = tensors["weight"], tensors["bias"]
         if every and "all" in tensors:
-            weight, bias = (
-                tensors["all"].reshape(-1, weight.shape[1]),
-                np.tile(bias, len(tensors["all"])),
-            )
+            layers = tensors["all"]
+            weight = layers.reshape(-1, weight.shape[1])
+            bias = np.tile(bias, len(layers))
         return LinearScorer(vectors, weight, bias)
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(f"{folder / HEAD_FILE}: cannot be read ({error})") from None
 
 
 def clean(prompt: str, longest: int) -> str:
-    """What of a prompt is tokenised to keep `longest` tokens: its ends, without halves of surrogate pairs, which no tokenizer takes."""
+    """The text to tokenise of a prompt of which `longest` tokens are kept.
+
+    Its ends, with lone halves of surrogate pairs replaced: no tokenizer takes them.
+    """
     reach = LONGEST_TOKEN * longest
     if len(prompt) > 2 * reach:
         prompt = prompt[:reach] + prompt[-reach:]
@@ -255,13 +334,16 @@ def clean(prompt: str, longest: int) -> str:
 
 
 def keep_ends(ids: list[int], longest: int) -> list[int]:
-    """The beginning and the end of a row that is too long."""
+    """The beginning and the end of a row of more than `longest` ids; else the row."""
     half = longest // 2
     return ids if len(ids) <= longest else ids[: longest - half] + ids[-half:]
 
 
-def passes(lengths: list[int]):
-    """Lists of row numbers, each a forward pass: rows of like length, about BATCH_TOKENS together, the longest first."""
+def passes(lengths: list[int]) -> Iterator[list[int]]:
+    """Lists of row numbers, one a forward pass, the longest rows first.
+
+    Rows of a pass are of like length and have about BATCH_TOKENS tokens together.
+    """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     while order:
         size = max(1, BATCH_TOKENS // max(1, lengths[order[-1]]))
@@ -270,13 +352,17 @@ def passes(lengths: list[int]):
 
 
 def encode_all(
-    backbone, model, tokenizer, rows: list[list[int]], progress: bool = False
+    backbone: TransformerBackbone,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: list[list[int]],
+    progress: bool = False,
 ) -> np.ndarray:
     """(N, D) vectors of N rows of ids."""
     import torch
     from tqdm import tqdm
 
-    found: list = [None] * len(rows)
+    vectors: list = [None] * len(rows)
     device = next(model.parameters()).device
     with (
         torch.inference_mode(),
@@ -284,11 +370,10 @@ def encode_all(
     ):
         for chosen in passes([len(row) for row in rows]):
             batch = backbone.collate([rows[i] for i in chosen], tokenizer)
-            batch = {
-                name: value.to(device) if isinstance(value, torch.Tensor) else value
-                for name, value in batch.items()
-            }
+            for name, value in batch.items():
+                if isinstance(value, torch.Tensor):
+                    batch[name] = value.to(device)
             for i, vector in zip(chosen, backbone.vectors(model, batch).float().cpu().numpy()):
-                found[i] = vector
+                vectors[i] = vector
             bar.update(len(chosen))
-    return np.stack(found)
+    return np.stack(vectors)

@@ -1,4 +1,7 @@
-"""How good predictions are. Arrays: tokens (N,), probabilities (N, K) over edges (K + 1,), rank scores (N,)."""
+"""Metrics of predictions.
+
+Arrays: tokens (N,), probabilities (N, K) over edges (K + 1,), rank scores (N,).
+"""
 
 import numpy as np
 
@@ -45,22 +48,27 @@ def metrics_of(
     tokens: np.ndarray,
     finished: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """tau, mae (of the median, tokens), pinball (mean over PINBALL_LEVELS, tokens), crps, coverage_90, coverage_975, under_90 (mean
-    tokens that an answer outgrows its q90 by, where it does), reserved_90 (mean q90).
+    """Metrics of N predictions: {name: value}.
+
+    tau: Kendall's tau-b of the rank scores. mae: of the median, in tokens. pinball: mean over
+    PINBALL_LEVELS, in tokens. crps. coverage_90, coverage_975: share of answers within the
+    quantile. under_90: mean tokens by which answers exceed their q90, of those that do.
+    reserved_90: mean q90.
 
     Args:
-        finished: (N,); answers that were cut count as covered where the quantile lies beyond the cut, and not at all in tau, mae,
-            pinball, crps and under_90 (0 where none finished).
+        finished: (N,); an answer that was cut counts as covered where the quantile lies beyond the
+            cut, and is left out of tau, mae, pinball, crps and under_90 (0 where none finished).
     """
     if finished is not None and not finished.all():
-        found = (
-            metrics_of(probabilities[finished], edges, rank_scores[finished], tokens[finished])
-            if finished.any()
-            else {name: 0.0 for name in ("tau", "mae", "pinball", "crps", "under_90")}
-        )
+        if finished.any():
+            metrics = metrics_of(
+                probabilities[finished], edges, rank_scores[finished], tokens[finished]
+            )
+        else:
+            metrics = dict.fromkeys(("tau", "mae", "pinball", "crps", "under_90"), 0.0)
         least = np.where(finished, tokens, np.nextafter(tokens, np.inf))
         q90, q975 = quantiles(probabilities, edges, 0.9), quantiles(probabilities, edges, 0.975)
-        return found | {
+        return metrics | {
             "coverage_90": float((least <= q90).mean()),
             "coverage_975": float((least <= q975).mean()),
             "reserved_90": float(q90.mean()),
@@ -82,15 +90,18 @@ def metrics_of(
 
 def grouped(
     values: dict[str, np.ndarray],
-    probabilities,
-    edges,
-    rank_scores,
-    tokens,
+    probabilities: np.ndarray,
+    edges: np.ndarray,
+    rank_scores: np.ndarray,
+    tokens: np.ndarray,
     finished: np.ndarray | None = None,
     smallest: int = 20,
 ) -> dict[str, dict]:
-    """{"name=value": metrics} for every value of every grouping (N,) that has at least `smallest` prompts."""
-    found = {}
+    """{"name=value": metrics} for every value of every grouping (N,).
+
+    Values with fewer than `smallest` prompts are left out.
+    """
+    metrics = {}
     for name, column in values.items():
         for value in sorted(set(column.tolist())):
             chosen = column == value
@@ -102,5 +113,5 @@ def grouped(
                     tokens[chosen],
                     None if finished is None else finished[chosen],
                 )
-                found[f"{name}={value}"] = part | {"prompts": int(chosen.sum())}
-    return found
+                metrics[f"{name}={value}"] = part | {"prompts": int(chosen.sum())}
+    return metrics

@@ -1,4 +1,4 @@
-"""train.py --task predictor: the loop of fine-tuning over prompts and lengths, with another loss and another thing to save."""
+"""train.py --task predictor: the loop of fine-tuning over prompts and answer lengths."""
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -16,7 +16,7 @@ from finetune.files import sha256
 from finetune.methods import make_method
 from finetune.out_of_memory import explained, training_advice
 from finetune.task import FineTuning, row_multiple, shares_prefix
-from predictor.backbones import BACKBONES
+from predictor.backbones import ChatGLM, Encoder
 from predictor.config import PredictorConfig
 from predictor.decoder import Decoder, write_card
 from predictor.heads import make_head
@@ -27,7 +27,7 @@ from predictor.scores import metrics_of
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """What the loop asks of its rows: `lengths` are the labels, input_ids[i] the ids of prompt i."""
+    """The rows that the loop trains on: `lengths` are the labels, input_ids[i] prompt i's ids."""
 
     lengths: Lengths
     input_ids: list[list[int]]
@@ -45,45 +45,37 @@ class EncodedPrompts:
 
 
 class LengthTraining(FineTuning):
-    """An encoder, or the served ChatGLM itself, learns how long answers will be."""
+    """Trains an encoder, or the served ChatGLM itself, to predict the lengths of answers."""
 
     def __init__(self, config: PredictorConfig):
         self.config, self.dtype = config, torch.float32
         own = config.backbone == "chatglm"
-        self.family = (
-            FAMILIES[resolve_mode(config.model_name_or_path, config.mode)]
-            if config.model_name_or_path
-            else None
-        )
-        self.served_tokenizer = (
-            load_tokenizer(config.model_name_or_path, mode=self.family.name)
-            if self.family
-            else None
-        )
+        self.family, self.served_tokenizer = None, None
+        if config.model_name_or_path:
+            self.family = FAMILIES[resolve_mode(config.model_name_or_path, config.mode)]
+            self.served_tokenizer = load_tokenizer(config.model_name_or_path, mode=self.family.name)
         self.method = make_method(config)
-        self.model_path = config.model_name_or_path if own else config.encoder_path
-        knobs = {"max_src_len": config.max_src_len}
-        knobs |= (
-            {"mode": self.family.name, "share_prefix": shares_prefix(config)}
-            if own
-            else {"encoder_path": config.encoder_path, "layers": config.layers}
-        )
-        self.backbone = BACKBONES[config.backbone](**knobs)
-        self.tokenizer = self.served_tokenizer if own else self.backbone.load_tokenizer()
-        self.title = (
-            f"length predictor on {self.family.title if own else Path(config.encoder_path).name}"
-        )
+        if own:
+            self.model_path = config.model_name_or_path
+            self.backbone = ChatGLM(self.family.name, config.max_src_len, shares_prefix(config))
+            self.tokenizer = self.served_tokenizer
+            name = self.family.title
+        else:
+            self.model_path = config.encoder_path
+            self.backbone = Encoder(config.encoder_path, config.max_src_len, config.layers)
+            self.tokenizer = self.backbone.load_tokenizer()
+            name = Path(config.encoder_path).name
+        self.title = f"length predictor on {name}"
         self.default_output_dir = f"output-predictor-{config.backbone}-{config.head}"
         self.calibrated: tuple[Decoder, dict] | None = None
 
-    def load_rows(self):
+    def load_rows(self) -> None:
+        """Read, split and encode the rows, and make the head."""
         self.rows = load_lengths(self.config, self.served_tokenizer)
         say(self.rows.summary())
         self.head = make_head(self.rows.config)
-        self.data, self.calibration = (
-            self.encode(self.rows.train),
-            self.encode(self.rows.calibration),
-        )
+        self.data = self.encode(self.rows.train)
+        self.calibration = self.encode(self.rows.calibration)
         self.eval_data = self.encode(self.rows.test) if self.rows.test else None
         self.eval_hash = sha256(Path(self.config.eval_path)) if self.config.eval_path else None
 
@@ -96,9 +88,9 @@ class LengthTraining(FineTuning):
 
     def build_model(self, dtype: torch.dtype) -> nn.Module:
         self.dtype = dtype
-        model = self.method.prepare(
-            self.backbone.load_model(dtype, self.method.model_options(), self.model_path)
-        )
+        options = self.method.model_options()
+        model = self.backbone.load_model(dtype, options, self.model_path)
+        model = self.method.prepare(model)
         if self.config.backbone == "chatglm" and not model.config.tie_word_embeddings:
             model.get_output_embeddings().requires_grad_(False)  # no gradient reaches it
         bias = torch.tensor(self.head.starting_bias(self.rows.train.tokens), dtype=torch.float32)
@@ -119,47 +111,47 @@ class LengthTraining(FineTuning):
         return float(batch["weights"].sum())
 
     def collate(self, data: EncodedPrompts, rows: list[int]) -> dict:
-        """A batch of prompts and, end to end, all their labels; an empty place (-1) is the shortest prompt without weight."""
-        ids, labels = data.input_ids, data.lengths
+        """A batch of prompts and, end to end, all their labels.
+
+        A row of -1 is padding: the shortest prompt with weight 0.
+        """
+        labels = data.lengths
         filler = int(data.row_lengths.argmin()) if -1 in rows else None
-        chosen = [filler if r == -1 else r for r in rows]
-        spans = [np.arange(labels.starts[i], labels.starts[i + 1]) for i in chosen]
-        every = np.concatenate(spans)
-        weights = labels.weights[every] * np.repeat(
-            [r != -1 for r in rows], [len(s) for s in spans]
-        )
-        return self.backbone.collate(
-            [ids[i] for i in chosen], self.tokenizer, multiple=row_multiple(self.dtype)
-        ) | {
+        chosen = [filler if row == -1 else row for row in rows]
+        counts = np.diff(labels.starts)[chosen]
+        every = np.concatenate([np.arange(labels.starts[i], labels.starts[i + 1]) for i in chosen])
+        is_real = np.repeat([row != -1 for row in rows], counts)
+        weights = (labels.weights[every] * is_real).astype(np.float32)
+        ids = [data.input_ids[i] for i in chosen]
+        batch = self.backbone.collate(ids, self.tokenizer, multiple=row_multiple(self.dtype))
+        return batch | {
             "tokens": torch.from_numpy(labels.tokens[every]),
             "finished": torch.from_numpy(labels.finished[every]),
-            "weights": torch.from_numpy(weights.astype(np.float32)),
+            "weights": torch.from_numpy(weights),
             "served": torch.from_numpy(labels.served[every]),
-            "prompt": torch.from_numpy(np.repeat(np.arange(len(chosen)), [len(s) for s in spans])),
+            "prompt": torch.from_numpy(np.repeat(np.arange(len(chosen)), counts)),
         }
 
     @torch.no_grad()
     def outputs(self, network: LengthNetwork, data: EncodedPrompts) -> np.ndarray:
-        """(prompts, width) for the served model, computed by all ranks together."""
-        batch = self.config.per_device_eval_batch_size or self.config.per_device_train_batch_size
+        """(prompts, width) head outputs for the served model, computed by all ranks together."""
+        config = self.config
+        size = config.per_device_eval_batch_size or config.per_device_train_batch_size
         found = torch.zeros(len(data), self.head.width, dtype=torch.float64)
         order = data.row_lengths.argsort(kind="stable").tolist()
-        per_pass = batch * world_size()
+        per_pass = size * world_size()
         device = network.head.weight.device
         for start in range(0, len(order), per_pass):
             mine = order[start : start + per_pass][rank() :: world_size()]
             # ZeRO-3: every rank runs every pass.
-            laid = self.backbone.collate(
+            batch = self.backbone.collate(
                 [data.input_ids[i] for i in mine or order[:1]],
                 self.tokenizer,
                 multiple=row_multiple(self.dtype),
             )
-            one_each = torch.arange(len(mine) or 1, device=device)
-            rows = (
-                network(on_device(laid, device), one_each, torch.full_like(one_each, self.rows.own))
-                .double()
-                .cpu()
-            )
+            prompt = torch.arange(len(mine) or 1, device=device)
+            served = torch.full_like(prompt, self.rows.own)
+            rows = network(on_device(batch, device), prompt, served).double().cpu()
             if mine:
                 found[mine] = rows
         if world_size() > 1:
@@ -171,12 +163,14 @@ class LengthTraining(FineTuning):
     def evaluate(
         self, loss_module: nn.Module, model: nn.Module, *, synced: bool, predictions: Path
     ) -> dict[str, float]:
-        """Loss, tau, MAE and coverage for the served model on the evaluation rows, else on the calibration rows; writes no predictions."""
+        """Metrics for the served model on the evaluation rows, else on the calibration rows.
+
+        Loss, tau, MAE and coverage; `predictions` is not written.
+        """
         self.calibrated = decoder, metrics = self.calibrate(loss_module.network)
         if self.eval_data:
-            metrics = self.measure(
-                decoder, self.outputs(loss_module.network, self.eval_data), self.eval_data.lengths
-            )
+            outputs = self.outputs(loss_module.network, self.eval_data)
+            metrics = self.measure(decoder, outputs, self.eval_data.lengths)
         return metrics
 
     def calibrate(self, network: LengthNetwork) -> tuple[Decoder, dict[str, float]]:
@@ -188,6 +182,7 @@ class LengthTraining(FineTuning):
         return decoder, self.measure(decoder, outputs, lengths)
 
     def measure(self, decoder: Decoder, outputs: np.ndarray, lengths: Lengths) -> dict[str, float]:
+        """Loss and metrics of outputs (prompts, width) for the served model's labels."""
         prompt, tokens, finished, weights = lengths.of_model(self.rows.own)
         tensors = [torch.from_numpy(x) for x in (outputs[prompt], tokens, finished, weights)]
         owners = torch.zeros(len(tokens), dtype=torch.long)
@@ -195,15 +190,15 @@ class LengthTraining(FineTuning):
         probabilities, ranks = decoder.decode(outputs[prompt])
         return {"loss": loss} | metrics_of(probabilities, decoder.edges, ranks, tokens, finished)
 
-    def before_save(self, loss_module: nn.Module, *, evaluated: bool):
-        """Every rank's part of a save: a checkpoint is a predictor that is calibrated."""
+    def before_save(self, loss_module: nn.Module, *, evaluated: bool) -> None:
+        """Calibrate, on every rank, unless an evaluation has: a checkpoint is a full predictor."""
         if not evaluated:
             loss_module.eval()
             self.calibrated = self.calibrate(loss_module.network)
             loss_module.train()
 
-    def export(self, model: LengthNetwork, state: dict[str, Tensor], folder: Path):
-        """A folder that LengthPredictor loads: the backbone as its method saves it, the head, the card."""
+    def export(self, model: LengthNetwork, state: dict[str, Tensor], folder: Path) -> None:
+        """Write a folder that LengthPredictor loads: backbone, head and card."""
         inner = {
             name.removeprefix("model."): tensor
             for name, tensor in state.items()
@@ -212,19 +207,17 @@ class LengthTraining(FineTuning):
         export(model.model, self.method, self.tokenizer, inner, folder)
         save_head(state, self.rows.own, folder)
         decoder, metrics = self.calibrated
-        knobs = asdict(self.backbone) | (
-            {"encoder_path": ""} if self.config.backbone == "encoder" else {}
-        )
-        write_card(
-            folder,
-            {
-                "backbone": {"name": self.config.backbone, **knobs},
-                "served_model": served_card(self.config, self.rows),
-                **decoder.to_dict(),
-                "training_data": self.rows.card(),
-                "metrics": {"calibration": metrics},
-            },
-        )
+        backbone = {"name": self.config.backbone, **asdict(self.backbone)}
+        if self.config.backbone == "encoder":
+            backbone["encoder_path"] = ""  # the encoder lies in the folder
+        card = {
+            "backbone": backbone,
+            "served_model": served_card(self.config, self.rows),
+            **decoder.to_dict(),
+            "training_data": self.rows.card(),
+            "metrics": {"calibration": metrics},
+        }
+        write_card(folder, card)
 
 
 def train_predictor(config: PredictorConfig) -> Path:

@@ -1,19 +1,23 @@
-"""Keep a predictor true to what is served: drift found in the serving monitor's log, calibration and a frozen head fitted anew to it.
+"""Updates a predictor from the serving monitor's log: measures drift and recalibrates.
 
 python -m predictor.update --predictor DIR --log monitor.jsonl
 
-A line of the log is a request that was answered: {prompt, output_tokens, finished, served_model}, perhaps with the "prediction" it
-was served by (LengthPrediction.to_dict()); other keys are ignored. Lengths are tokens of the served model.
+The calibration, and a kernel head over a frozen backbone, are fitted again to the log. A line of
+the log is an answered request: {prompt, output_tokens, finished, served_model}, perhaps with the
+"prediction" it was served by (LengthPrediction.to_dict()); other keys are ignored. Lengths are
+tokens of the served model.
 """
 
 import argparse
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,15 +37,23 @@ from predictor.prediction import LengthPrediction
 from predictor.runtime import CHUNK, LengthPredictor, read_predictor
 from predictor.scores import kendall_tau, metrics_of, quantiles
 
+if TYPE_CHECKING:
+    from predictor.heads import Head
+
 MIN_ROWS = 50
-NEWEST = 2000  # rows; fitting a head takes time in proportion
-SIGNIFICANT = 0.01  # p-value below which lengths are said to have drifted
-RIDGE = 0.5  # of a head whose folder does not say
+NEWEST = 2000  # rows; the time to fit a head is proportional to them
+SIGNIFICANT = 0.01  # p-value below which drift is reported
+RIDGE = 0.5  # of a head whose folder does not name it
 
 
 @dataclass(frozen=True)
 class Log:
-    """Rows of a monitor's log, the newest last, one Example each; said[i] is the prediction that row i was served by, or None."""
+    """Rows of a monitor's log, the newest last, one Example each.
+
+    Attributes:
+        said: for each row the prediction that it was served by, or None.
+        bad: number of bad rows skipped.
+    """
 
     examples: list[Example]
     said: list[LengthPrediction | None]
@@ -49,7 +61,7 @@ class Log:
 
 
 def read_log(paths: list[str], served_model: str, on_bad_row: str = "skip") -> Log:
-    """Rows that do not say are of `served_model`.
+    """Read a monitor's log; rows that name no model are of `served_model`.
 
     Raises:
         BadRow: the first bad row, with on_bad_row "error"; or no good row at all.
@@ -70,47 +82,47 @@ def read_log(paths: list[str], served_model: str, on_bad_row: str = "skip") -> L
             examples.append(example)
             said.append(prediction)
     if not examples:
-        raise BadRow(
-            f"--log {', '.join(paths)}: no rows" + (f" ({bad} bad ones skipped)" if bad else "")
-        )
+        skipped = f" ({bad} bad ones skipped)" if bad else ""
+        raise BadRow(f"--log {', '.join(paths)}: no rows{skipped}")
     return Log(examples, said, bad)
 
 
 def parse_prediction(item: dict, place: str) -> LengthPrediction | None:
+    """The "prediction" of a row of the log, None where it has none. Raises BadRow where damaged."""
     if item.get("prediction") is None:
         return None
     try:
-        found = LengthPrediction.from_dict(item["prediction"])
-        fits = (
-            found.probabilities.ndim == 1
-            and len(found.edges) == len(found.probabilities) + 1
-            and np.isfinite(found.probabilities).all()
-        )
-        if (
-            fits
-            and (found.probabilities >= 0).all()
-            and found.probabilities.sum() > 0
-            and (np.diff(found.edges) > 0).all()
-        ):
-            return found
+        prediction = LengthPrediction.from_dict(item["prediction"])
+        if is_distribution(prediction):
+            return prediction
     except (KeyError, TypeError, ValueError):
         pass
     raise BadRow(f'{place}: "prediction" is not what LengthPrediction.to_dict() gives')
 
 
-def drift(decoder: Decoder, outputs: np.ndarray, seen: Observed, fitted_on: int) -> dict:
-    """How far lengths have moved from what `decoder` says of them.
+def is_distribution(prediction: LengthPrediction) -> bool:
+    """Whether the masses are finite, not negative and not all 0, over ascending edges."""
+    mass, edges = prediction.probabilities, prediction.edges
+    if mass.ndim != 1 or len(edges) != len(mass) + 1 or not np.isfinite(mass).all():
+        return False
+    return bool((mass >= 0).all() and mass.sum() > 0 and (np.diff(edges) > 0).all())
 
-    ks is the Kolmogorov-Smirnov distance between the probability integral transform of the lengths and the uniform distribution,
-    cut answers by the product-limit estimate, each prompt counting once. It is taken at the points where the decoder's conformal
-    map was fixed: between them the transform of lengths that come in few values is not uniform with any decoder. p allows for the
-    map's own sampling error.
+
+def drift(decoder: Decoder, outputs: np.ndarray, seen: Observed, fitted_on: int) -> dict:
+    """How far lengths have moved from the predictions of `decoder`.
+
+    ks is the Kolmogorov-Smirnov distance between the probability integral transform of the lengths
+    and the uniform distribution; cut answers enter by the product-limit estimate, and each prompt
+    counts once. It is taken at the knots of the decoder's conformal map: between them the transform
+    of lengths with few distinct values is not uniform for any decoder. p allows for the map's own
+    sampling error.
 
     Args:
         outputs: (prompts, width) of the head for seen.prompts.
         fitted_on: prompts that the decoder was fitted to.
     Returns:
-        ks, p, coverage_90, coverage_975, tau, mae, pinball, mean_log_ratio: of (1 + length) over (1 + median), of what finished.
+        ks, p, coverage_90, coverage_975, tau, mae, pinball, and mean_log_ratio: the mean of
+        log((1 + length) / (1 + median)) of finished answers.
     """
     probabilities, ranks, levels = decoder.judge(outputs[seen.prompt], seen.tokens)
     return summary(
@@ -118,77 +130,80 @@ def drift(decoder: Decoder, outputs: np.ndarray, seen: Observed, fitted_on: int)
     )
 
 
-def summary(levels, knots, probabilities, edges, ranks, seen: Observed, fitted_on: int) -> dict:
-    """What `drift` returns, from the levels (M,) that M answers have in their predictions (M, K)."""
+def summary(
+    levels: np.ndarray,
+    knots: np.ndarray,
+    probabilities: np.ndarray,
+    edges: np.ndarray,
+    ranks: np.ndarray,
+    seen: Observed,
+    fitted_on: int,
+) -> dict:
+    """What `drift` returns, from the levels (M,) of M answers in their predictions (M, K)."""
     from scipy.stats import kstwo
 
     values, share = kaplan_meier(levels, seen.finished, seen.weights)
-    if seen.finished.sum() < len(
-        seen
-    ):  # nothing is known beyond the longest of those that were cut
+    # Nothing is known beyond the longest answer, where some were cut.
+    if seen.finished.sum() < len(seen):
         knots = knots[knots <= levels.max()]
     at = np.searchsorted(values, knots, side="right")
-    apart = np.abs(np.concatenate([[0.0], share])[at] - knots)
-    ks = float(apart.max(initial=0.0))
-    # Where answers were cut, less is known of the longer ones, and distances there count less (Hall and Wellner 1980).
-    enough = len(seen.prompts) * fitted_on / (len(seen.prompts) + fitted_on)
-    far = float(
-        (apart * np.concatenate([[1.0], certainty(values, share, levels, seen)])[at]).max(
-            initial=0.0
-        )
-    )
+    distances = np.abs(np.concatenate([[0.0], share])[at] - knots)
+    # Where answers were cut, less is known of the longer ones, and distances there count less
+    # (Hall and Wellner 1980).
+    factors = np.concatenate([[1.0], certainty(values, share, levels, seen)])[at]
+    farthest = float((distances * factors).max(initial=0.0))
+    sample_size = len(seen.prompts) * fitted_on / (len(seen.prompts) + fitted_on)
     metrics = metrics_of(probabilities, edges, ranks, seen.tokens, seen.finished)
     median = quantiles(probabilities, edges, 0.5)
     ratio = np.log1p(seen.tokens) - np.log1p(median)
-    return {
-        "ks": ks,
-        "p": float(kstwo.sf(far, max(1, round(enough)))),
-        **{
-            name: metrics[name] for name in ("coverage_90", "coverage_975", "tau", "mae", "pinball")
-        },
-        "mean_log_ratio": float(ratio[seen.finished].mean()) if seen.finished.any() else 0.0,
+    found = {
+        "ks": float(distances.max(initial=0.0)),
+        "p": float(kstwo.sf(farthest, max(1, round(sample_size)))),
     }
+    for name in ("coverage_90", "coverage_975", "tau", "mae", "pinball"):
+        found[name] = metrics[name]
+    found["mean_log_ratio"] = float(ratio[seen.finished].mean()) if seen.finished.any() else 0.0
+    return found
 
 
 def certainty(
     values: np.ndarray, share: np.ndarray, levels: np.ndarray, seen: Observed
 ) -> np.ndarray:
-    """(m,) 1 where nothing was cut, less after cuts: what makes the product-limit estimate's distance from the truth a Brownian
-    bridge's, as that of the empirical distribution is."""
+    """(m,): factors for the distances of `share` from the truth; 1 before any cut, less after.
+
+    With them the distance of the product-limit estimate is asymptotically a Brownian bridge's, as
+    that of the empirical distribution.
+    """
     weights = seen.weights
     order = np.argsort(levels)
     heavier = np.concatenate([np.cumsum(weights[order][::-1])[::-1], [0.0]])
     at_risk = heavier[np.searchsorted(levels[order], values, side="left")]
     left = np.concatenate([[1.0], 1 - share])
     ended = (1 - left[1:] / left[:-1]) * at_risk
-    sure = at_risk - ended > 1e-9  # not the very last one
-    spread = weights.sum() * np.cumsum(
-        np.where(sure, ended / np.maximum(at_risk * (at_risk - ended), 1e-12), 0.0)
-    )
+    sure = at_risk - ended > 1e-9  # all but the very last
+    terms = ended / np.maximum(at_risk * (at_risk - ended), 1e-12)
+    spread = weights.sum() * np.cumsum(np.where(sure, terms, 0.0))
     found = 1 / ((1 + spread) * np.maximum(left[1:], 1e-12))
     return np.where(sure, found, found[sure][-1] if sure.any() else 1.0)
 
 
 def as_served(log: Log, served_model: str) -> dict | None:
-    """Coverage of the predictions that the requests were really served by, where the log has them."""
-    rows = [
-        (p, e.labels[0])
-        for p, e in zip(log.said, log.examples)
-        if p is not None and e.labels[0].served_model == served_model
-    ]
+    """Coverage of the predictions that requests were served by; None where the log has none."""
+    rows = []
+    for prediction, example in zip(log.said, log.examples):
+        label = example.labels[0]
+        if prediction is not None and label.served_model == served_model:
+            rows.append((prediction, label))
     if not rows:
         return None
-    within = {}
+    coverage = {}
     for name, q in (("coverage_90", 0.9), ("coverage_975", 0.975)):
-        within[name] = float(
-            np.mean(
-                [
-                    x.tokens <= p.quantile(q) if x.finished else x.tokens < p.quantile(q)
-                    for p, x in rows
-                ]
-            )
-        )
-    return {"rows": len(rows)} | within
+        within = []
+        for prediction, label in rows:
+            bound = prediction.quantile(q)
+            within.append(label.tokens <= bound if label.finished else label.tokens < bound)
+        coverage[name] = float(np.mean(within))
+    return {"rows": len(rows)} | coverage
 
 
 def update(
@@ -199,102 +214,115 @@ def update(
     min_rows: int = MIN_ROWS,
     ridge: float = RIDGE,
 ) -> tuple[LengthPredictor, dict]:
-    """(a predictor that knows of `examples`, a report); the old one stays as it is and may go on serving.
+    """(a predictor fitted to `examples`, a report); the old predictor is unchanged.
 
-    Head settings and conformal map are fitted to these rows alone. With `refit`, so is a kernel head, as a difference from the
-    old one: few rows change it little. It calibrates on outputs for prompts it has not seen (FOLDS folds), and is taken only
-    where these are better (`is_better`) than the old head's, newly calibrated likewise. "after" in the report is of decoders
-    that have not seen the row either, and without p.
+    Head settings and conformal map are fitted to these rows alone. With `refit`, so is a kernel
+    head, as a difference from the old one, so that few rows change it little. The new head is
+    calibrated on outputs for prompts it has not seen (FOLDS folds), and is taken only where these
+    are better (`is_better`) than the old head's, recalibrated likewise. "after" in the report is of
+    decoders that have not seen the row either, and has no p.
 
     Args:
-        examples: of several served models perhaps: the others' are counted and left out.
+        examples: rows of other served models are counted and left out.
         ridge: penalty of the head's change.
     Raises:
         ValueError: fewer than `min_rows` prompts of the served model, or none that finished.
     """
     name = predictor.card["served_model"]["name"]
     seen = Observed.of(examples, name)
-    wanted = max(min_rows, 2 * FOLDS)
-    if len(seen.prompts) < wanted:
-        others = f" and {seen.others} of other served models" if seen.others else ""
-        raise ValueError(
-            f"--min_rows: wanted at least {wanted} rows of different prompts answered by {name!r}, got {len(seen)} rows of "
-            f"{len(seen.prompts)} prompts{others}"
-        )
-    if not seen.finished.any():
-        raise ValueError(
-            f"none of the {len(seen)} answers of {name!r} finished: their lengths are not known"
-        )
+    check_rows(seen, name, min_rows)
     old, scorer = predictor.decoder, predictor.score
-    before_on = fitted_on(predictor.card)
     features = None
     if hasattr(scorer, "top"):
         features = in_chunks(scorer.features, seen.prompts)
         outputs = scorer.top(features)
     else:
         outputs = in_chunks(scorer, seen.prompts)
-    report = {
-        "served_model": name,
-        "rows": len(seen),
-        "prompts": len(seen.prompts),
-        "cut": int((~seen.finished).sum()),
-        "other_models_rows": seen.others,
-    }
-    report["before"] = drift(old, outputs, seen, before_on)
-    report["drifted"] = report["before"]["p"] < SIGNIFICANT
+    before = drift(old, outputs, seen, fitted_on(predictor.card))
     new = scorer
+    head = "as it was"
     decoder, after = recalibrated(old.head, outputs, seen)
-    report["head"] = "as it was"
     if refit and features is None:
-        report["head"] = "as it was: only kernel heads over frozen backbones are fitted anew"
+        head = "as it was: only kernel heads over frozen backbones are fitted anew"
     elif refit:
         top, unseen = refitted(scorer.top, old.head, features, seen, ridge)
         other, other_after = recalibrated(old.head, unseen, seen)
-        report["head"] = "as it was: fitted anew it was no better on unseen rows"
+        head = "as it was: fitted anew it was no better on unseen rows"
         if is_better(other_after, after):
-            report["head"] = "fitted anew"
+            head = "fitted anew"
             decoder, after = other, other_after
             new = type(scorer)(scorer.vectors, scorer.earlier, scorer.lexical, top)
-    report["after"] = after
     updates = predictor.card.get("updated", {}).get("updates", 0) + 1
     entry = {
         "updates": updates,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "rows": len(seen),
         "prompts": len(seen.prompts),
-        "head": report["head"],
-        "drift": {"before": report["before"], "after": after},
+        "head": head,
+        "drift": {"before": before, "after": after},
     }
-    report["updates"] = updates
-    return LengthPredictor(
-        new, decoder, predictor.card | decoder.to_dict() | {"updated": entry}
-    ), report
+    report = {
+        "served_model": name,
+        "rows": len(seen),
+        "prompts": len(seen.prompts),
+        "cut": int((~seen.finished).sum()),
+        "other_models_rows": seen.others,
+        "before": before,
+        "drifted": before["p"] < SIGNIFICANT,
+        "head": head,
+        "after": after,
+        "updates": updates,
+    }
+    card = predictor.card | decoder.to_dict() | {"updated": entry}
+    return LengthPredictor(new, decoder, card), report
+
+
+def check_rows(seen: Observed, name: str, min_rows: int) -> None:
+    """Raises ValueError where rows of the served model are too few, or none finished."""
+    wanted = max(min_rows, 2 * FOLDS)
+    if len(seen.prompts) < wanted:
+        others = f" and {seen.others} of other served models" if seen.others else ""
+        raise ValueError(
+            f"--min_rows: wanted at least {wanted} rows of different prompts answered by {name!r}, "
+            f"got {len(seen)} rows of {len(seen.prompts)} prompts{others}"
+        )
+    if not seen.finished.any():
+        raise ValueError(
+            f"none of the {len(seen)} answers of {name!r} finished: their lengths are not known"
+        )
 
 
 def is_better(new: dict, old: dict) -> bool:
-    """By pinball and tau together, one percent of the one as good as 0.02 of the other. Not by pinball alone: a calibration that bends
-    makes up for a head whose order has turned around, and no scheduler could use that order."""
-    return new["tau"] - old["tau"] > 2 * np.log(
-        max(new["pinball"], 1e-9) / max(old["pinball"], 1e-9)
-    )
+    """Whether metrics are better by pinball and tau together.
+
+    One percent of pinball counts as much as 0.02 of tau. Pinball alone is not enough: a flexible
+    calibration makes up for a head whose order is reversed, and a scheduler needs the order.
+    """
+    log_ratio = np.log(max(new["pinball"], 1e-9) / max(old["pinball"], 1e-9))
+    return new["tau"] - old["tau"] > 2 * log_ratio
 
 
 def fitted_on(card: dict) -> int:
-    """Prompts that a predictor's calibration knows."""
+    """The number of prompts that a predictor's calibration was fitted to."""
     data = card["training_data"]
-    return max(
-        1, card.get("updated", {}).get("prompts") or data["calibration_prompts"] or data["prompts"]
-    )
+    updated = card.get("updated", {}).get("prompts")
+    return max(1, updated or data["calibration_prompts"] or data["prompts"])
 
 
-def in_chunks(function, prompts: list[str]) -> np.ndarray:
+def in_chunks(function: Callable[[list[str]], np.ndarray], prompts: list[str]) -> np.ndarray:
+    """(N, D): the function's rows for N prompts, computed CHUNK at a time."""
     return np.concatenate([function(prompts[i : i + CHUNK]) for i in range(0, len(prompts), CHUNK)])
 
 
-def refitted(top, head, features: np.ndarray, seen: Observed, ridge: float):
-    """(the kernel head `top` moved to the rows, outputs (prompts, width) of heads that were moved without the prompt)."""
+def refitted(
+    top: KernelHead, head: "Head", features: np.ndarray, seen: Observed, ridge: float
+) -> tuple[KernelHead, np.ndarray]:
+    """(the kernel head `top` fitted to the rows, outputs (prompts, width) for unseen prompts).
 
-    def moved(chosen: np.ndarray):
+    The outputs are of FOLDS heads, each fitted to all folds but one.
+    """
+
+    def refit(chosen: np.ndarray) -> KernelHead:
         inside = chosen[seen.prompt]
         number = np.cumsum(chosen) - 1
         labels = (
@@ -308,12 +336,12 @@ def refitted(top, head, features: np.ndarray, seen: Observed, ridge: float):
     fold = fold_of(np.arange(len(seen.prompts)))
     unseen = np.zeros((len(features), top.weight.shape[1]))
     for k in range(FOLDS):
-        unseen[fold == k] = moved(fold != k)(features[fold == k])
-    return moved(np.ones(len(features), bool)), unseen
+        unseen[fold == k] = refit(fold != k)(features[fold == k])
+    return refit(np.ones(len(features), bool)), unseen
 
 
-def recalibrated(head, outputs: np.ndarray, seen: Observed) -> tuple[Decoder, dict]:
-    """(a decoder fitted to all rows, drift of decoders from the rows that they were not fitted to)."""
+def recalibrated(head: "Head", outputs: np.ndarray, seen: Observed) -> tuple[Decoder, dict]:
+    """(a decoder fitted to all rows, drift of decoders on rows they were not fitted to)."""
 
     def fit(chosen: np.ndarray) -> Decoder:
         prompt = seen.prompt[chosen]
@@ -328,50 +356,43 @@ def recalibrated(head, outputs: np.ndarray, seen: Observed) -> tuple[Decoder, di
 
     everything = fit(np.ones(len(seen), bool))
     fold = fold_of(np.arange(len(seen.prompts)))[seen.prompt]
-    levels, ranks, taus = np.zeros(len(seen)), np.zeros(len(seen)), []
+    levels, ranks = np.zeros(len(seen)), np.zeros(len(seen))
+    taus, counts = [], []
     probabilities = np.zeros((len(seen), len(everything.edges) - 1))
     for k in range(FOLDS):
         held = fold == k
-        # Where nothing but this fold finished, the rest cannot tell lengths.
+        # Without finished answers in the other folds, lengths cannot be fitted to them.
         decoder = fit(~held) if seen.finished[~held].any() else everything
         probabilities[held], ranks[held], levels[held] = decoder.judge(
             outputs[seen.prompt[held]], seen.tokens[held]
         )
         done = held & seen.finished
-        taus.append((kendall_tau(ranks[done], seen.tokens[done]), done.sum()))
-    found = summary(
-        levels,
-        everything.conformal.knots[1],
-        probabilities,
-        everything.edges,
-        ranks,
-        seen,
-        len(seen.prompts),
-    )
-    found["tau"] = float(
-        np.average([t for t, _ in taus], weights=[n for _, n in taus])
-    )  # inside folds: ranks of different fits are not one order
-    del found["p"]  # folds make up for one another: as a test it would never reject
+        taus.append(kendall_tau(ranks[done], seen.tokens[done]))
+        counts.append(done.sum())
+    knots = everything.conformal.knots[1]
+    found = summary(levels, knots, probabilities, everything.edges, ranks, seen, len(seen.prompts))
+    # Inside folds: rank scores of different decoders are not comparable.
+    found["tau"] = float(np.average(taus, weights=counts))
+    # Folds compensate for one another, so that a test would never reject.
+    del found["p"]
     return everything, found
 
 
-def write_updated(predictor: LengthPredictor, source: Path, output: Path):
-    """The folder `source` as it is now with the predictor's head and card, put at `output` at once: whoever opens a file there finds
-    the old one or the new one. It has been loaded before it takes the old one's place.
+def write_updated(predictor: LengthPredictor, source: Path, output: Path) -> None:
+    """Write a copy of the folder `source` with the predictor's head and card to `output`.
+
+    `output` is replaced by a rename, after the new folder has been loaded: a process that opens a
+    file there finds the old one or the new one.
 
     Raises:
-        ValueError: `output` holds something that is no predictor, or the new folder does not load. Nothing has changed then.
+        ValueError: `output` holds something that is no predictor, or the new folder does not load.
+            Nothing has changed then.
         OSError: it cannot be written; nothing has changed then.
     """
-    source, output = (
-        source.resolve(),
-        output.resolve(),
-    )  # what a link leads to is replaced, not the link
-    if (
-        output.exists()
-        and not (output / CARD).is_file()
-        and (not output.is_dir() or any(output.iterdir()))
-    ):
+    # The target of a link is replaced, not the link.
+    source, output = source.resolve(), output.resolve()
+    is_free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    if not is_free and not (output / CARD).is_file():
         raise ValueError(
             f"--output {output} holds other things than a predictor; name another folder"
         )
@@ -379,14 +400,12 @@ def write_updated(predictor: LengthPredictor, source: Path, output: Path):
     aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         shutil.copytree(source, aside)
-        (aside / CHECKSUMS).unlink(missing_ok=True)  # of the old head and card
+        (aside / CHECKSUMS).unlink(missing_ok=True)  # it is of the old head and card
         if hasattr(predictor.score, "top"):
             predictor.score.top.save(aside)
-        card = {
-            key: value
-            for key, value in predictor.card.items()
-            if key not in ("format", "format_version")
-        }
+        card = dict(predictor.card)
+        for key in ("format", "format_version"):
+            card.pop(key, None)
         write_card(aside, with_new_sums(card, aside))
         renew_manifest(aside)
         check_loads(aside, predictor)
@@ -396,7 +415,7 @@ def write_updated(predictor: LengthPredictor, source: Path, output: Path):
 
 
 def with_new_sums(card: dict, folder: Path) -> dict:
-    """The card of an exported predictor with the size and sha256 of the head that an update wrote; others as they are."""
+    """The card with the size and sha256 of the head that an update wrote, if it has such sums."""
     files = card.get("export", {}).get("files", {})
     if KERNEL_FILE not in files:
         return card
@@ -405,8 +424,8 @@ def with_new_sums(card: dict, folder: Path) -> dict:
     return card | {"export": card["export"] | {"files": files | {KERNEL_FILE: written}}}
 
 
-def renew_manifest(folder: Path):
-    """In a checkpoint's folder: the sums of what an update wrote, in its manifest."""
+def renew_manifest(folder: Path) -> None:
+    """Update the sums of the written files in a checkpoint's manifest, where there is one."""
     from finetune.checkpoint import MANIFEST
 
     path = folder / MANIFEST
@@ -414,47 +433,44 @@ def renew_manifest(folder: Path):
         return
     manifest = read_json(path)
     sums = manifest.get("sha256")
-    if isinstance(sums, dict):
-        written = [
-            name for name in (CARD, KERNEL_FILE) if name in sums and (folder / name).is_file()
-        ]
-        write_json(
-            path, manifest | {"sha256": sums | {name: sha256(folder / name) for name in written}}
-        )
+    if not isinstance(sums, dict):
+        return
+    written = {}
+    for name in (CARD, KERNEL_FILE):
+        if name in sums and (folder / name).is_file():
+            written[name] = sha256(folder / name)
+    write_json(path, manifest | {"sha256": sums | written})
 
 
-def check_loads(folder: Path, predictor: LengthPredictor):
-    """Raises ValueError where a folder that was just written is not a predictor that loads."""
+def check_loads(folder: Path, predictor: LengthPredictor) -> None:
+    """Raises ValueError where a folder that was just written does not load as a predictor."""
     if predictor.card["backbone"]["name"] != "chatglm":
         LengthPredictor.from_pretrained(folder)
         return
-    read_predictor(folder)  # a served model's weights are copies: they are not read a second time
+    read_predictor(folder)  # the served model's weights are copies and are not read again
     if hasattr(predictor.score, "top"):
         KernelHead.load(folder)
 
 
 def describe(report: dict) -> str:
+    """The report in words."""
     words = (
         f"{report['rows']} rows of {report['prompts']} prompts answered by {report['served_model']}"
     )
-    words += f", {report['cut']} cut" if report["cut"] else ""
-    words += (
-        f"; {report['other_models_rows']} of other served models left out"
-        if report["other_models_rows"]
-        else ""
-    )
-    words += f"; {report['bad_rows']} bad rows skipped" if report.get("bad_rows") else ""
+    if report["cut"]:
+        words += f", {report['cut']} cut"
+    if report["other_models_rows"]:
+        words += f"; {report['other_models_rows']} of other served models left out"
+    if report.get("bad_rows"):
+        words += f"; {report['bad_rows']} bad rows skipped"
     lines = [words]
     for when in ("before", "after"):
-        if d := report.get(when):
-            lines.append(
-                f"{when:6}  q90 covers {d['coverage_90']:.1%}, q97.5 {d['coverage_975']:.1%}, tau-b {d['tau']:.3f}, MAE {d['mae']:.1f}, mean log "
-                f"ratio {d['mean_log_ratio']:+.3f}, KS {d['ks']:.3f}"
-                + (f" (p {d['p']:.2g})" if "p" in d else "")
-            )
+        if report.get(when):
+            lines.append(f"{when:6}  {describe_drift(report[when])}")
     if served := report.get("as_served"):
         lines.append(
-            f"served  {served['rows']} rows with the prediction of their time: q90 covered {served['coverage_90']:.1%}, q97.5 {served['coverage_975']:.1%}"
+            f"served  {served['rows']} rows with the prediction of their time: "
+            f"q90 covered {served['coverage_90']:.1%}, q97.5 {served['coverage_975']:.1%}"
         )
     lines.append("lengths have drifted" if report["drifted"] else "no significant drift")
     if "head" in report:
@@ -462,17 +478,27 @@ def describe(report: dict) -> str:
     return "\n".join(lines)
 
 
-def run(args) -> int:
+def describe_drift(figures: dict) -> str:
+    """What `drift` returns, in one line."""
+    text = (
+        f"q90 covers {figures['coverage_90']:.1%}, q97.5 {figures['coverage_975']:.1%}, "
+        f"tau-b {figures['tau']:.3f}, MAE {figures['mae']:.1f}, "
+        f"mean log ratio {figures['mean_log_ratio']:+.3f}, KS {figures['ks']:.3f}"
+    )
+    return text + (f" (p {figures['p']:.2g})" if "p" in figures else "")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Update the predictor, print the report, write the files."""
     folder = Path(args.predictor)
     predictor = LengthPredictor.from_pretrained(
         folder, base_model=args.base_model, device=args.device
     )
     name = predictor.card["served_model"]["name"]
     log = read_log([path.strip() for path in args.log.split(",")], name, args.on_bad_row)
-    mine = [i for i, e in enumerate(log.examples) if e.labels[0].served_model == name][
-        -args.newest :
-    ]
-    first = mine[0] if mine else 0
+    of_model = [i for i, e in enumerate(log.examples) if e.labels[0].served_model == name]
+    newest = of_model[-args.newest :]
+    first = newest[0] if newest else 0
     log = replace(log, examples=log.examples[first:], said=log.said[first:])
     new, report = update(
         predictor, log.examples, refit=args.refit, min_rows=args.min_rows, ridge=ridge_of(folder)
@@ -490,7 +516,7 @@ def run(args) -> int:
 
 
 def ridge_of(folder: Path) -> float:
-    """--head_ridge of the training run, as its folder keeps it."""
+    """--head_ridge of the training run, from its folder; RIDGE where it is not there."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         ridge = float(read_json(folder / "train_config.json")["head_ridge"])
         if 0 < ridge < 1e9:
@@ -499,6 +525,12 @@ def ridge_of(folder: Path) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    return run_command(parser.prog, lambda: run(args))
+
+
+def build_parser() -> Parser:
     from finetune.config import parse_bool
 
     parser = Parser(
@@ -545,10 +577,10 @@ def main(argv: list[str] | None = None) -> int:
         "--on_bad_row",
         choices=("error", "skip"),
         default="skip",
-        help="what to do with a malformed row; the last one of a log that is being written is one [skip]",
+        help="what to do with a malformed row; "
+        "the last one of a log that is being written is one [skip]",
     )
-    args = parser.parse_args(argv)
-    return run_command(parser.prog, lambda: run(args))
+    return parser
 
 
 if __name__ == "__main__":
