@@ -418,7 +418,7 @@ class CostModel:
         return total + self._attention * tokens * (tokens + 2 * start)
 
     def decode_step_s(self, batch: int, context_tokens: float) -> float:
-        """Seconds of one decode step of `batch` sequences whose caches hold `context_tokens` in all."""
+        """Seconds of one decode step; the `batch` caches hold `context_tokens` in all."""
         if batch <= 0:
             return 0.0
         base = self._base.get(batch)
