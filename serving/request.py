@@ -1,6 +1,9 @@
-"""The nouns of serving, and who owns each of their fields. Times are seconds, lengths tokens of the served model."""
+"""The shared nouns of serving, and who owns each of their fields.
 
-from collections.abc import Callable, Mapping
+Times are in seconds, lengths in tokens of the served model.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -11,14 +14,16 @@ FOREVER = float("inf")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked. Made by whoever received it (server, workload); nobody changes it.
+    """What a client asks. Made by whatever receives it (server, workload) and never changed.
 
     Attributes:
-        arrival_s: when it came; every latency counts from here.
-        slo_s: within how many seconds of its arrival the whole answer is wanted.
-        prediction: of its answer's length; None for policies that ask for none.
-        output_tokens: the true length. Only an engine, and a policy that says it is an oracle, may read it.
-        predict_s: how long its prediction took: a scheduler sees the request that much after its arrival.
+        arrival_s: when it arrives; every latency counts from here.
+        slo_s: the latency objective: the whole answer is due so many seconds after its arrival.
+        prediction: of its answer's length; None for policies that use none.
+        output_tokens: the true length. Only an engine, and a policy that is declared an oracle, may
+            read it.
+        predict_s: how long its prediction takes: a scheduler sees the request that much after its
+            arrival.
     """
 
     id: int
@@ -36,13 +41,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine can hold; never broken by a plan.
+    """What an engine can hold; no plan may exceed it.
 
     Attributes:
         max_batch: sequences at once.
         kv_tokens: the KV cache, over all sequences.
-        max_tokens: prompt and answer of one sequence; answers are cut off there. At most kv_tokens, so that any one sequence fits.
-        prefill_tokens: prompt tokens computed between two decode steps (chunked prefill), unless a plan says otherwise.
+        max_tokens: prompt and answer of one sequence; longer answers are truncated. At most
+            kv_tokens, so that any one sequence fits.
+        prefill_tokens: prompt tokens computed between two decode steps (chunked prefill), unless a
+            plan sets another number.
     """
 
     max_batch: int = 64
@@ -51,16 +58,15 @@ class Limits:
     prefill_tokens: int = 2048
 
     def __post_init__(self):
-        if (
-            min(self.max_batch, self.max_tokens, self.prefill_tokens) < 1
-            or self.max_tokens > self.kv_tokens
-        ):
+        smallest = min(self.max_batch, self.max_tokens, self.prefill_tokens)
+        if smallest < 1 or self.max_tokens > self.kv_tokens:
             raise ValueError(
-                f"wanted max_batch, prefill_tokens >= 1 and 1 <= max_tokens <= kv_tokens; got {self}"
+                "wanted max_batch, prefill_tokens >= 1 and 1 <= max_tokens <= kv_tokens; "
+                f"got {self}"
             )
 
     def most_tokens(self, request: Request, stop_tokens: int | None = None) -> int:
-        """Answer tokens after which an answer is cut."""
+        """Answer tokens after which an answer is truncated."""
         most = self.max_tokens - request.prompt_tokens
         return most if stop_tokens is None else min(most, stop_tokens)
 
@@ -68,20 +74,25 @@ class Limits:
         """Why this request can never be served; None where it can."""
         if request.prompt_tokens < self.max_tokens:
             return None
-        return f"request {request.id}: a prompt of {request.prompt_tokens} tokens leaves no room for an answer within {self.max_tokens} tokens"
+        return (
+            f"request {request.id}: a prompt of {request.prompt_tokens} tokens leaves no room "
+            f"for an answer within {self.max_tokens} tokens"
+        )
 
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """The scheduler's memory of a request it has taken. The scheduler writes it, policies and engines read it.
+    """What the scheduler keeps of a request; the scheduler writes it, policies and engines read it.
 
     Attributes:
-        length: answer tokens that the policy counts on, asked of it once, at arrival.
-        key, until_s: place in the queue, and until when that key holds.
-        generated: answer tokens kept when it last stopped running (preemption throws the KV cache away, not the text).
-        base_tokens: KV tokens at its last admission: prompt, kept answer, and in a static batch the padding before them.
-        reserved_tokens: KV tokens held for it; 0 while it waits.
-        overruns: how often the answer outgrew what was reserved for it.
+        length: answer tokens that the policy expects; computed once, at arrival.
+        key, until_s: place in the queue, and the time until which that key holds.
+        generated: answer tokens kept when it last stopped running (preemption discards the KV
+            cache, not the text).
+        base_tokens: KV tokens at its last admission: prompt, kept answer, and in a static batch the
+            padding before them.
+        reserved_tokens: KV tokens reserved for it; 0 while it waits.
+        overruns: how often the answer outgrew its reservation.
     """
 
     request: Request
@@ -102,17 +113,20 @@ class Record:
 
     @property
     def context_tokens(self) -> int:
-        """What a prefill must compute to go on with it."""
+        """Tokens that a prefill must compute before it can continue."""
         return self.request.prompt_tokens + self.generated
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Records that start together, leave together and are padded to one shape; a static policy's word for a plan.
+    """Records that start together, leave together and are padded to one shape.
+
+    Static policies make batches; `Static` turns the first one into a plan.
 
     Attributes:
         reserve_tokens: KV tokens of each row, its padding included; as many as records.
-        stop_tokens: answers are cut off here (the released UELLM does so); None leaves them whole.
+        stop_tokens: answers are truncated after so many tokens (the released UELLM does so); None
+            never truncates them.
     """
 
     records: tuple[Record, ...]
@@ -122,16 +136,17 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What a policy may look at. A window on the scheduler's own structures, not a copy: read it, keep nothing of it.
+    """What a policy may look at: the scheduler's own structures, not a copy. Read it, keep nothing.
 
     Attributes:
-        waiting: iterates in the order of the policy's keys, at O(log n) an element; .oldest() came first; .everyone() is all of them
-            in no order; len().
+        waiting: iterates in the order of the policy's keys, at O(log n) an element; .oldest() is
+            the record that arrived first; .everyone() is all of them in no order; len().
         running: records by request id.
-        overran: running records whose answers fill what was reserved: the plan must give them more or preempt them.
+        overran: running records whose answers fill their reservation: the plan must reserve more
+            for them or preempt them.
         kv_free_tokens: not reserved.
         generated: answer tokens that a running record has by now, those kept from before included.
-        pace_s: seconds between two tokens of a running answer, as of late; 0 before there were any.
+        pace_s: recent seconds between two tokens of a running answer; 0 before there are any.
     """
 
     now_s: float
@@ -146,23 +161,27 @@ class View:
 
 class Waiting(Protocol):
     def __len__(self) -> int: ...
-    def __iter__(self): ...
+    def __iter__(self) -> Iterator[Record]: ...
     def oldest(self) -> Record: ...
-    def everyone(self): ...
+    def everyone(self) -> Collection[Record]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to do until the next event. Made by a policy, carried out by the scheduler and its engine: preempt, then reserve, then admit.
+    """What to do until the next event: preempt, then reserve, then admit.
+
+    Made by a policy, carried out by the scheduler and its engine.
 
     Attributes:
-        reserve_tokens: KV tokens by request id, of everyone admitted and of running ones that get more.
+        reserve_tokens: KV tokens by request id, of all that are admitted and of running ones that
+            get more.
         prefill_tokens: prompt tokens between two decode steps; None for the limit's.
-        together: admit as a static batch: padded to the longest prompt, leaving when the last row ends. Only onto an empty engine.
-        stop_tokens: with together: answers are cut off here.
-        horizon_steps: look again after so many decode steps, whatever happens.
-        wake_s: look again at this time, whatever happens.
-        wake_on_arrival: look again when a request arrives.
+        together: admit as a static batch: padded to the longest prompt, leaving when the last row
+            ends. Only onto an empty engine.
+        stop_tokens: with together: answers are truncated after so many tokens.
+        horizon_steps: plan again after so many decode steps, whatever happens.
+        wake_s: plan again at this time, whatever happens.
+        wake_on_arrival: plan again when a request arrives.
     """
 
     admit: tuple[Record, ...] = ()
@@ -177,24 +196,32 @@ class Plan:
 
 
 class StepResult(NamedTuple):
-    """What an engine did: seconds it took, answer tokens made, (id, seconds from the step's start) of first tokens, (id, tokens of
-    the answer, cut off before its end?) of answers finished, ids of those that fill their reservation; the last two at its end."""
+    """What an engine did in one step.
+
+    Attributes:
+        elapsed_s: seconds it took.
+        emitted_tokens: answer tokens made.
+        started: (request id, seconds from the step's start) of each first token.
+        finished: (request id, tokens of the answer, whether it was truncated) of each answer that
+            finished, at the step's end.
+        overran: request ids of the rows that fill their reservation, at the step's end.
+    """
 
     elapsed_s: float
     emitted_tokens: int = 0
-    started: tuple = ()
-    finished: tuple = ()
-    overran: tuple = ()
+    started: tuple[tuple[int, float], ...] = ()
+    finished: tuple[tuple[int, int, bool], ...] = ()
+    overran: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """An answer that is there; made by the scheduler.
+    """A finished answer; made by the scheduler.
 
     Attributes:
         admitted_s: when it first left the queue.
-        reserved_tokens: the most KV tokens held for it.
-        cut: it stopped at a limit, not at its own end.
+        reserved_tokens: the most KV tokens reserved for it.
+        cut: it was truncated at a limit and did not reach its own end.
     """
 
     request: Request
@@ -218,9 +245,13 @@ class Completion:
 
 
 class Event(NamedTuple):
-    """One line of a run's log: kind is arrived, refused, withdrawn (while it waited), admitted,
-    preempted, overran, started or finished; `what` is the record, or for refused the reason and for
-    withdrawn and finished the completion."""
+    """One line of a run's log.
+
+    Attributes:
+        kind: arrived, refused, withdrawn (while it waited), admitted, preempted, overran, started
+            or finished.
+        what: the record; for refused the reason, for withdrawn and finished the completion.
+    """
 
     time_s: float
     kind: str
@@ -229,9 +260,13 @@ class Event(NamedTuple):
 
 
 class CostModel(Protocol):
-    """Seconds and bytes of one placed model; serving.cost_model has the calibrated one. Tokens are sums over the batch, prefill_s(0)
-    is 0, and decode_s is the closed form of steps in which every sequence's context grows by one token a step. chunk_s: what `tokens` of a
-    prompt, after `start` others of it, add to a pass with `rows` tokens in it; prefill_s(tokens) where they are its first and only ones."""
+    """Seconds and bytes of one placed model; serving.cost_model has the calibrated one.
+
+    Tokens are sums over the batch, and prefill_s(0) is 0. decode_s is the closed form of steps in
+    which every sequence's context grows by one token a step. chunk_s is what `tokens` of a prompt,
+    after `start` others of it, add to a pass with `rows` tokens in it; it is prefill_s(tokens)
+    where they are its first and only ones.
+    """
 
     kv_capacity_tokens: int
 
@@ -242,21 +277,24 @@ class CostModel(Protocol):
 
 
 class Policy(Protocol):
-    """A frozen dataclass, pure: its knobs, the view and the cost model decide; it writes nothing.
+    """A frozen dataclass that decides by its fields, the view and the cost model; writes nothing.
 
     Attributes:
-        predicts: it reads predictions, so their making is charged.
+        predicts: it reads predictions, so the time to make them is charged.
     """
 
     predicts: bool
 
     def length(self, request: Request) -> float:
-        """Answer tokens to count on."""
+        """Answer tokens to expect."""
 
     def order(
         self, record: Record, now_s: float, pace_s: float, cost: CostModel
     ) -> tuple[float, float]:
-        """(key, until_s): smaller keys first; asked again once until_s has passed, when the key may only have grown."""
+        """(key, until_s): smaller keys are served first.
+
+        Computed again once until_s has passed; the key may only have grown by then.
+        """
 
     def __call__(self, view: View, cost: CostModel) -> Plan: ...
 
@@ -268,9 +306,32 @@ class Engine(Protocol):
     cost: CostModel
 
     def step(self, plan: Plan, budget_s: float = FOREVER) -> StepResult:
-        """Carry out the plan, then decode until an answer ends, a reservation is full, or budget_s seconds have gone by."""
+        """Carry out the plan, then decode.
+
+        Ends when an answer finishes, a reservation is full, or budget_s seconds have passed.
+        """
 
     def generated(self, record: Record) -> int: ...
+
+
+class Arrivals(Protocol):
+    """Where requests come from: a recorded list (scheduler.Replay) or a live inbox.
+
+    Attributes:
+        closed: no request arrives any more.
+    """
+
+    @property
+    def closed(self) -> bool: ...
+
+    def next_s(self) -> float:
+        """When the next request can be seen, or when to ask again; FOREVER where none comes."""
+
+    def due(self, now_s: float) -> list[Request]:
+        """The requests that can be seen by now, each returned once."""
+
+    def withdrawn(self) -> Sequence[int]:
+        """Ids of requests that were cancelled since the last call."""
 
 
 class Clock(Protocol):

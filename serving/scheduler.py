@@ -1,10 +1,14 @@
-"""The only loop of serving: arrivals -> queue -> policy -> engine -> completions. Which policy, engine and clock is the caller's choice."""
+"""The only loop of serving: arrivals -> queue -> policy -> engine -> completions.
+
+The caller chooses the policy, the engine and the clock.
+"""
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from serving.request import (
     FOREVER,
+    Arrivals,
     Clock,
     Completion,
     Engine,
@@ -14,14 +18,15 @@ from serving.request import (
     Policy,
     Record,
     Request,
+    StepResult,
     View,
 )
 
-PACE_MEMORY_S = 5.0
+PACE_MEMORY_S = 5.0  # the running mean of the pace forgets within so many seconds
 
 
 class VirtualClock:
-    """Time that passes only when told to."""
+    """Simulated time: it passes only by advance() and wait_until()."""
 
     def __init__(self, now_s: float = 0.0):
         self._now_s = now_s
@@ -29,81 +34,88 @@ class VirtualClock:
     def now_s(self) -> float:
         return self._now_s
 
-    def advance(self, seconds: float):
+    def advance(self, seconds: float) -> None:
         self._now_s += seconds
 
-    def wait_until(self, time_s: float):
+    def wait_until(self, time_s: float) -> None:
         self._now_s = max(self._now_s, time_s)
 
 
 class Replay:
-    """Arrivals known beforehand, in any iterable by arrival; read one ahead, so a million of them need not be there at once."""
+    """Arrivals from any iterable of requests in order of arrival.
+
+    Reads one request ahead, so that a million of them need not be in memory at once.
+    """
 
     def __init__(self, requests: Iterable[Request]):
         self._requests = iter(requests)
         self._read()
 
     def _read(self):
-        self._next = next(self._requests, None)
-        self._next_s = (
-            FOREVER if self._next is None else self._next.arrival_s + self._next.predict_s
-        )
+        self._next: Request | None = next(self._requests, None)
+        if self._next is None:
+            self._next_s = FOREVER
+        else:
+            self._next_s = self._next.arrival_s + self._next.predict_s
 
     @property
     def closed(self) -> bool:
         return self._next is None
 
     def next_s(self) -> float:
-        """When the next one can be seen: after its arrival and its prediction."""
+        """When the next request can be seen: after its arrival and its prediction."""
         return self._next_s
 
     def due(self, now_s: float) -> list[Request]:
-        found = []
+        """The requests that can be seen by now, each returned once."""
+        requests = []
         while self._next_s <= now_s:
-            found.append(self._next)
+            requests.append(self._next)
             self._read()
-        return found
+        return requests
 
     def withdrawn(self) -> tuple[int, ...]:
-        """Ids of requests that nobody waits for any more: none."""
+        """Ids of cancelled requests: none."""
         return ()
 
 
 class Queue:
     """Waiting records in a heap of their policy's keys.
 
-    A key holds until its record's until_s; then, and only when it has come to the top, it is asked for again. That is exact as
-    long as keys only grow. Entries of records that left by other ways are skipped when met: each carries its record's version.
+    A key holds until its record's until_s; after that it is computed again, but only when its entry
+    comes to the top. That is exact as long as keys only grow. Entries of records that were removed
+    or pushed again are skipped when they come up: each carries its record's version.
     """
 
     def __init__(self, order: Callable[[Record], tuple[float, float]]):
         self._order = order
         self._heap: list[tuple[float, int, int, Record]] = []
         self._members: dict[int, Record] = {}
-        self._out: list[
-            tuple[float, int, int, Record]
-        ] = []  # handed to the policy, not yet put back
-        self._ages: list[tuple[float, int, Record]] = []  # a second heap, by arrival
+        # Entries given to the policy and not yet put back.
+        self._out: list[tuple[float, int, int, Record]] = []
+        # A second heap, by arrival.
+        self._ages: list[tuple[float, int, Record]] = []
         self.now_s = 0.0
 
     def __len__(self) -> int:
         return len(self._members)
 
-    def everyone(self):
+    def everyone(self) -> Collection[Record]:
         return self._members.values()
 
     def get(self, request_id: int) -> Record | None:
         return self._members.get(request_id)
 
-    def push(self, record: Record):
-        record.waiting, record.version = True, record.version + 1
+    def push(self, record: Record) -> None:
+        record.waiting = True
+        record.version += 1
         record.key, record.until_s = self._order(record)
         if record.request.id not in self._members:
             self._members[record.request.id] = record
             heapq.heappush(self._ages, (record.request.arrival_s, record.request.id, record))
         heapq.heappush(self._heap, (record.key, record.request.id, record.version, record))
 
-    def remove(self, record: Record):
+    def remove(self, record: Record) -> None:
         record.waiting = False
         del self._members[record.request.id]
 
@@ -113,30 +125,31 @@ class Queue:
         return self._ages[0][2]
 
     def __iter__(self) -> Iterator[Record]:
-        """In order of keys, lazily; what was handed out stays in the queue until it is removed."""
+        """In order of keys, lazily; what was yielded stays in the queue until it is removed."""
         for entry in self._out:
             yield entry[3]
         while (entry := self._pop()) is not None:
             self._out.append(entry)
             yield entry[3]
 
-    def settle(self):
-        """Put back what a policy looked at and did not take."""
+    def settle(self) -> None:
+        """Put back the entries that a policy looked at and did not admit."""
         if self._out:
             for entry in self._out:
                 if entry[3].waiting:
                     heapq.heappush(self._heap, entry)
             self._out.clear()
-        if (
-            len(self._heap) > 2 * len(self._members) + 64
-        ):  # mostly entries of records that were taken past the heap
+        # Records that are removed out of order leave their entries behind: rebuild when most are.
+        if len(self._heap) > 2 * len(self._members) + 64:
+            self._heap = [e for e in self._heap if _is_current(e)]
+            heapq.heapify(self._heap)
             self._heap = [e for e in self._heap if e[3].waiting and e[2] == e[3].version]
             heapq.heapify(self._heap)
         if len(self._ages) > 2 * len(self._members) + 64:
             self._ages = [e for e in self._ages if e[2].waiting]
             heapq.heapify(self._ages)
 
-    def _pop(self):
+    def _pop(self) -> tuple[float, int, int, Record] | None:
         while self._heap:
             entry = heapq.heappop(self._heap)
             record = entry[3]
@@ -149,118 +162,190 @@ class Queue:
         return None
 
 
+def _is_current(entry: tuple[float, int, int, Record]) -> bool:
+    return entry[3].waiting and entry[2] == entry[3].version
+
+
 def run(
     policy: Policy,
     engine: Engine,
     clock: Clock,
-    arrivals,
+    arrivals: Arrivals,
     monitor: Callable[[Event], None] | None = None,
 ) -> Iterator[Event]:
-    """Serve all arrivals; every event as it happens, in order of time.
+    """Serve all arrivals; yields every event as it happens, in order of time.
 
     Args:
-        arrivals: has due(now_s), withdrawn(), next_s() and closed, as Replay has.
-        monitor: sees every event before it is yielded.
+        monitor: called with every event before it is yielded.
     Raises:
-        RuntimeError: the policy broke a limit, admitted what does not wait, left an overrun without an answer, or stands still.
+        RuntimeError: the policy exceeded a limit, admitted a record that does not wait, neither
+            grew nor preempted an overrun, or makes no progress.
     """
-    for event in _events(policy, engine, clock, arrivals):
+    for event in _Run(policy, engine, clock, arrivals).events():
         if monitor is not None:
             monitor(event)
         yield event
 
 
-def _events(policy: Policy, engine: Engine, clock: Clock, arrivals) -> Iterator[Event]:
-    limits, cost = engine.limits, engine.cost
-    pace = 0.0
-    queue = Queue(lambda record: policy.order(record, queue.now_s, pace, cost))
-    running: dict[int, Record] = {}
-    overran: tuple[Record, ...] = ()
-    free = limits.kv_tokens
-    while True:
-        now = queue.now_s = clock.now_s()
-        withdrawn = arrivals.withdrawn()  # before due(): what it names has been put by then
-        for request in arrivals.due(now):
-            if reason := limits.refusal(request):
-                yield Event(now, "refused", request.id, reason)
+class _Run:
+    """One run of the loop, and its state between two plans.
+
+    Attributes:
+        running: admitted records by request id.
+        overran: those of them that fill their reservation.
+        free: KV tokens that are not reserved.
+        pace_s: recent seconds between two tokens of a running answer.
+    """
+
+    __slots__ = (
+        "policy",
+        "engine",
+        "clock",
+        "arrivals",
+        "queue",
+        "running",
+        "overran",
+        "free",
+        "pace_s",
+    )
+
+    def __init__(self, policy: Policy, engine: Engine, clock: Clock, arrivals: Arrivals):
+        self.policy, self.engine = policy, engine
+        self.clock, self.arrivals = clock, arrivals
+        self.queue = Queue(self._order)
+        self.running: dict[int, Record] = {}
+        self.overran: tuple[Record, ...] = ()
+        self.free = engine.limits.kv_tokens
+        self.pace_s = 0.0
+
+    def _order(self, record: Record) -> tuple[float, float]:
+        return self.policy.order(record, self.queue.now_s, self.pace_s, self.engine.cost)
+
+    def events(self) -> Iterator[Event]:
+        queue, running, arrivals, clock = self.queue, self.running, self.arrivals, self.clock
+        while True:
+            now = queue.now_s = clock.now_s()
+            yield from self._receive(now)
+            if not running and not len(queue):
+                if arrivals.closed:
+                    return
+                clock.wait_until(arrivals.next_s())
                 continue
-            record = Record(request, policy.length(request))
+
+            plan = self._make_plan(now)
+            yield from self._carry_out(plan, now)
+            queue.settle()
+            wake_s = plan.wake_s
+            if plan.wake_on_arrival:
+                wake_s = min(wake_s, arrivals.next_s())
+            if not running and not plan.preempt:
+                self._wait(wake_s, now)
+                continue
+            result = self.engine.step(plan, wake_s - now)
+            clock.advance(result.elapsed_s)
+            yield from self._take_result(result, now)
+
+    def _receive(self, now_s: float) -> Iterator[Event]:
+        """Queue the requests that have arrived, drop those that were cancelled."""
+        arrivals, queue, limits = self.arrivals, self.queue, self.engine.limits
+        # Asked before due(): by then every request that it names has arrived.
+        withdrawn = arrivals.withdrawn()
+        for request in arrivals.due(now_s):
+            if reason := limits.refusal(request):
+                yield Event(now_s, "refused", request.id, reason)
+                continue
+            record = Record(request, self.policy.length(request))
             queue.push(record)
-            yield Event(now, "arrived", request.id, record)
+            yield Event(now_s, "arrived", request.id, record)
         for request_id in withdrawn:
             if (record := queue.get(request_id)) is not None:
                 queue.remove(record)
-                completion = completion_of(record, now, record.generated, cut=True)
-                yield Event(now, "withdrawn", request_id, completion)
-        if not running and not len(queue):
-            if arrivals.closed:
-                return
-            clock.wait_until(arrivals.next_s())
-            continue
+                completion = completion_of(record, now_s, record.generated, cut=True)
+                yield Event(now_s, "withdrawn", request_id, completion)
 
-        plan = policy(
-            View(now, queue, running, overran, free, limits, engine.generated, pace), cost
+    def _make_plan(self, now_s: float) -> Plan:
+        """The policy's plan, checked; `free` becomes what the plan leaves."""
+        engine = self.engine
+        view = View(
+            now_s,
+            self.queue,
+            self.running,
+            self.overran,
+            self.free,
+            engine.limits,
+            engine.generated,
+            self.pace_s,
         )
-        if plan.admit or plan.preempt or plan.reserve_tokens or overran:
-            free = _check(plan, queue, running, overran, free, limits)
+        plan = self.policy(view, engine.cost)
+        if plan.admit or plan.preempt or plan.reserve_tokens or self.overran:
+            self.free = _check(plan, self.running, self.overran, self.free, engine.limits)
+        return plan
+
+    def _carry_out(self, plan: Plan, now_s: float) -> Iterator[Event]:
+        """Preempt, admit and reserve in the scheduler's own records."""
+        queue, running = self.queue, self.running
         for record in plan.preempt:
-            record.generated = engine.generated(record)
+            record.generated = self.engine.generated(record)
             record.preemptions += 1
             record.reserved_tokens = 0
             del running[record.request.id]
             queue.push(record)
-            yield Event(now, "preempted", record.request.id, record)
-        padded = max((r.context_tokens for r in plan.admit), default=0) if plan.together else 0
+            yield Event(now_s, "preempted", record.request.id, record)
+        padded = _padded_tokens(plan)
         for record in plan.admit:
             queue.remove(record)
             running[record.request.id] = record
             record.base_tokens = padded or record.context_tokens
-            record.admitted_s = now
+            record.admitted_s = now_s
             if record.first_admitted_s < 0:
-                record.first_admitted_s = now
-            yield Event(now, "admitted", record.request.id, record)
+                record.first_admitted_s = now_s
+            yield Event(now_s, "admitted", record.request.id, record)
         for request_id, tokens in plan.reserve_tokens.items():
             if (record := running.get(request_id)) is not None:
                 record.reserved_tokens = tokens
                 if tokens > record.most_reserved_tokens:
                     record.most_reserved_tokens = tokens
-        queue.settle()
 
-        wake = min(plan.wake_s, arrivals.next_s()) if plan.wake_on_arrival else plan.wake_s
-        if not running and not plan.preempt:
-            wake = min(wake, arrivals.next_s())
-            if wake == FOREVER or wake <= now:
-                raise RuntimeError(
-                    f"{policy} admits none of {len(queue)} waiting requests to an empty engine and names no time to look again"
-                )
-            clock.wait_until(wake)
-            continue
-        result = engine.step(plan, wake - now)
-        clock.advance(result.elapsed_s)
-        if result.emitted_tokens and result.elapsed_s:
-            pace = paced(
-                pace, result.elapsed_s, result.elapsed_s * len(running) / result.emitted_tokens
+    def _wait(self, wake_s: float, now_s: float):
+        """Wait for the next arrival or the policy's own time, with nothing running."""
+        wake_s = min(wake_s, self.arrivals.next_s())
+        if wake_s == FOREVER or wake_s <= now_s:
+            raise RuntimeError(
+                f"{self.policy} admits none of {len(self.queue)} waiting requests to an empty "
+                "engine and names no time to look again"
             )
+        self.clock.wait_until(wake_s)
+
+    def _take_result(self, result: StepResult, start_s: float) -> Iterator[Event]:
+        """Record what the engine's step, begun at start_s, has done."""
+        running = self.running
+        if result.emitted_tokens and result.elapsed_s:
+            between_s = result.elapsed_s * len(running) / result.emitted_tokens
+            self.pace_s = paced(self.pace_s, result.elapsed_s, between_s)
         for request_id, after_s in result.started:
             record = running[request_id]
             if record.first_token_s < 0:
-                record.first_token_s = now + after_s
-                yield Event(now + after_s, "started", request_id, record)
-        now = clock.now_s()
+                record.first_token_s = start_s + after_s
+                yield Event(start_s + after_s, "started", request_id, record)
+        now_s = self.clock.now_s()
         for request_id, tokens, cut in result.finished:
             record = running.pop(request_id)
-            free += record.reserved_tokens
-            yield Event(now, "finished", request_id, completion_of(record, now, tokens, cut))
-        overran = (
-            tuple([running[request_id] for request_id in result.overran]) if result.overran else ()
-        )
-        for record in overran:
-            record.overruns += 1
-            yield Event(now, "overran", record.request.id, record)
+            self.free += record.reserved_tokens
+            completion = completion_of(record, now_s, tokens, cut)
+            yield Event(now_s, "finished", request_id, completion)
+        self.overran = ()
+        if result.overran:
+            self.overran = tuple([running[request_id] for request_id in result.overran])
+            for record in self.overran:
+                record.overruns += 1
+                yield Event(now_s, "overran", record.request.id, record)
 
 
 def paced(pace_s: float, elapsed_s: float, seen_s: float) -> float:
-    """A running mean of the seconds between two tokens of an answer, that forgets within PACE_MEMORY_S."""
+    """A running mean of the seconds between two tokens of an answer.
+
+    It forgets within PACE_MEMORY_S; `seen_s` is the mean over the last `elapsed_s`.
+    """
     if not pace_s:
         return seen_s
     weight = min(elapsed_s / PACE_MEMORY_S, 1.0)
@@ -268,6 +353,7 @@ def paced(pace_s: float, elapsed_s: float, seen_s: float) -> float:
 
 
 def completion_of(record: Record, now_s: float, tokens: int, cut: bool) -> Completion:
+    """The completion of a record whose answer has so many tokens."""
     return Completion(
         record.request,
         record.first_admitted_s,
@@ -281,48 +367,86 @@ def completion_of(record: Record, now_s: float, tokens: int, cut: bool) -> Compl
     )
 
 
+def _padded_tokens(plan: Plan) -> int:
+    """The context that a static batch's records are padded to; 0 for any other plan."""
+    if not plan.together:
+        return 0
+    return max((record.context_tokens for record in plan.admit), default=0)
+
+
 def _check(
-    plan: Plan, queue: Queue, running: dict[int, Record], overran: tuple, free: int, limits: Limits
+    plan: Plan,
+    running: dict[int, Record],
+    overran: tuple[Record, ...],
+    free: int,
+    limits: Limits,
 ) -> int:
-    """KV tokens free under the plan; RuntimeError where it breaks a limit, so that no policy can by mistake."""
-    gone = set()
-    for record in plan.preempt:
-        if running.get(record.request.id) is not record or record.request.id in gone:
-            raise RuntimeError(f"the plan preempts request {record.request.id}, which does not run")
-        gone.add(record.request.id)
-        free += record.reserved_tokens
+    """KV tokens that the plan leaves free. Raises RuntimeError where it exceeds a limit."""
     admitted = {record.request.id for record in plan.admit}
+    preempted, free = _check_preemptions(plan, running, free)
+    free = _check_reservations(plan, running, admitted, preempted, free)
+    _check_admissions(plan, admitted)
+    _check_overruns(plan, overran, preempted)
+    rows = len(running) - len(preempted) + len(admitted)
+    if free < 0 or rows > limits.max_batch:
+        raise RuntimeError(f"the plan is {-free} KV tokens or {rows} sequences large; {limits}")
+    if plan.together and plan.admit and len(running) > len(preempted):
+        raise RuntimeError("a static batch can only start on an empty engine")
+    return free
+
+
+def _check_preemptions(plan: Plan, running: dict[int, Record], free: int) -> tuple[set[int], int]:
+    """(ids preempted, KV tokens free after that)."""
+    preempted: set[int] = set()
+    for record in plan.preempt:
+        request_id = record.request.id
+        if running.get(request_id) is not record or request_id in preempted:
+            raise RuntimeError(f"the plan preempts request {request_id}, which does not run")
+        preempted.add(request_id)
+        free += record.reserved_tokens
+    return preempted, free
+
+
+def _check_reservations(
+    plan: Plan, running: dict[int, Record], admitted: set[int], preempted: set[int], free: int
+) -> int:
+    """KV tokens free after the plan's reservations; those of a running record may only grow."""
     for request_id, tokens in plan.reserve_tokens.items():
         if request_id in admitted:
             free -= tokens
-        elif request_id in running and request_id not in gone:
-            free -= tokens - running[request_id].reserved_tokens
-            if tokens < running[request_id].reserved_tokens:
+        elif request_id in running and request_id not in preempted:
+            reserved = running[request_id].reserved_tokens
+            free -= tokens - reserved
+            if tokens < reserved:
                 raise RuntimeError(
                     f"the plan takes KV memory from request {request_id} while it runs"
                 )
-    padded = max((r.context_tokens for r in plan.admit), default=0) if plan.together else 0
+    return free
+
+
+def _check_admissions(plan: Plan, admitted: set[int]):
+    """Each record waits, is admitted once, and gets KV memory for an answer."""
+    padded = _padded_tokens(plan)
     for record in plan.admit:
+        request_id = record.request.id
         if not record.waiting or len(admitted) != len(plan.admit):
             raise RuntimeError(
-                f"the plan admits request {record.request.id}, which does not wait, or admits it twice"
+                f"the plan admits request {request_id}, which does not wait, or admits it twice"
             )
-        if plan.reserve_tokens.get(record.request.id, 0) <= max(padded, record.context_tokens):
+        if plan.reserve_tokens.get(request_id, 0) <= max(padded, record.context_tokens):
             raise RuntimeError(
-                f"the plan reserves no KV memory for an answer to request {record.request.id}"
+                f"the plan reserves no KV memory for an answer to request {request_id}"
             )
+
+
+def _check_overruns(plan: Plan, overran: tuple[Record, ...], preempted: set[int]):
+    """Each record that fills its reservation gets more or is preempted."""
     for record in overran:
-        if (
-            record.request.id not in gone
-            and plan.reserve_tokens.get(record.request.id, 0) <= record.reserved_tokens
-        ):
+        request_id = record.request.id
+        if request_id in preempted:
+            continue
+        if plan.reserve_tokens.get(request_id, 0) <= record.reserved_tokens:
             raise RuntimeError(
-                f"request {record.request.id} fills its KV memory; the plan neither gives it more nor preempts it"
+                f"request {request_id} fills its KV memory; the plan neither gives it more "
+                "nor preempts it"
             )
-    if free < 0 or len(running) - len(gone) + len(admitted) > limits.max_batch:
-        raise RuntimeError(
-            f"the plan is {-free} KV tokens or {len(running) - len(gone) + len(admitted)} sequences large; {limits}"
-        )
-    if plan.together and plan.admit and len(running) > len(gone):
-        raise RuntimeError("a static batch can only start on an empty engine")
-    return free

@@ -1,10 +1,14 @@
 """What a model can be served on: devices, the links between them, clusters of both.
 
-Figures are the vendors' (dense half-precision products with fp32 accumulation); what a program reaches of them is a profile's business
-(serving/cost_model/model.py). Other devices come from a JSON file of the same fields:
+Figures are the vendors' (dense half-precision products with fp32 accumulation); how much of them a
+program reaches is in a profile (serving/cost_model/model.py). Other devices come from a JSON file
+of the same fields:
 
-    {"devices": [{"name": "RTX4090", "memory_bytes": 25757220864, "bandwidth_bytes_s": 1.008e12, "flops_s": 1.65e14}],
-     "links": [[null, {"bandwidth_bytes_s": 2.4e10, "latency_s": 1e-5}], ...]}     (or "link": one for all pairs)
+    {"devices": [{"name": "RTX4090", "memory_bytes": 25757220864,
+                  "bandwidth_bytes_s": 1.008e12, "flops_s": 1.65e14}],
+     "links": [[null, {"bandwidth_bytes_s": 2.4e10, "latency_s": 1e-5}], ...]}
+
+or with "link", one for all pairs, instead of "links".
 """
 
 import math
@@ -24,8 +28,11 @@ class Device:
     """One GPU, or the CPU.
 
     Attributes:
-        memory_bytes: all it has; `reserved_bytes` of it (context, workspace, fragments) hold neither weights nor KV.
-        bandwidth_bytes_s: of its own memory. flops_s: half-precision operations, a multiplication and an addition counted as two.
+        memory_bytes: all it has.
+        bandwidth_bytes_s: of its own memory.
+        flops_s: half-precision operations; a multiplication and an addition count as two.
+        reserved_bytes: of the memory, what holds neither weights nor KV (context, workspace,
+            fragments).
         kind: "cuda" or "cpu".
     """
 
@@ -40,13 +47,15 @@ class Device:
         if not isinstance(self.name, str):
             raise ValueError(f"device: name must be text, got {self.name!r}")
         for field in ("memory_bytes", "bandwidth_bytes_s", "flops_s"):
-            if not _is_number(getattr(self, field)) or not getattr(self, field) > 0:
+            value = getattr(self, field)
+            if not _is_number(value) or not value > 0:
                 raise ValueError(
-                    f"device {self.name!r}: {field} must be a number above 0, got {getattr(self, field)!r}"
+                    f"device {self.name!r}: {field} must be a number above 0, got {value!r}"
                 )
-        if not _is_number(self.reserved_bytes) or not self.reserved_bytes >= 0:
+        reserved = self.reserved_bytes
+        if not _is_number(reserved) or not reserved >= 0:
             raise ValueError(
-                f"device {self.name!r}: reserved_bytes must be at least 0, got {self.reserved_bytes!r}"
+                f"device {self.name!r}: reserved_bytes must be at least 0, got {reserved!r}"
             )
         if self.kind not in ("cuda", "cpu"):
             raise ValueError(
@@ -66,12 +75,9 @@ class Link:
     latency_s: float
 
     def __post_init__(self):
-        if not (
-            _is_number(self.bandwidth_bytes_s)
-            and self.bandwidth_bytes_s > 0
-            and _is_number(self.latency_s)
-            and self.latency_s >= 0
-        ):
+        bandwidth_fits = _is_number(self.bandwidth_bytes_s) and self.bandwidth_bytes_s > 0
+        latency_fits = _is_number(self.latency_s) and self.latency_s >= 0
+        if not (bandwidth_fits and latency_fits):
             raise ValueError(
                 f"a link needs bandwidth_bytes_s above 0 and latency_s of at least 0, got {self}"
             )
@@ -91,8 +97,9 @@ class Cluster:
         if len(self.links) != n or any(len(row) != n for row in self.links):
             raise ValueError(f"links must be a matrix of {n} x {n}, a row for each device")
         for i, row in enumerate(self.links):
-            if lost := [j for j, link in enumerate(row) if i != j and not isinstance(link, Link)]:
-                raise ValueError(f"links: there is none from device {i} to device {lost[0]}")
+            for j, link in enumerate(row):
+                if i != j and not isinstance(link, Link):
+                    raise ValueError(f"links: there is none from device {i} to device {j}")
 
     @classmethod
     def uniform(
@@ -104,50 +111,53 @@ class Cluster:
         """`count` equal devices, or the listed ones, with the same link between any two."""
         if count is not None and not 0 < count <= MOST_DEVICES:
             raise ValueError(f"a cluster needs from 1 to {MOST_DEVICES} devices, got {count}")
-        listed = (
-            [device] * (1 if count is None else count)
-            if isinstance(device, Device | str)
-            else list(device)
-        )
+        if isinstance(device, Device | str):
+            listed = [device] * (1 if count is None else count)
+        else:
+            listed = list(device)
         link = find_link(link) if isinstance(link, str) else link
         devices = tuple(find_device(d) if isinstance(d, str) else d for d in listed)
-        return cls(
-            devices,
-            tuple(
-                tuple(None if i == j else link for j in range(len(devices)))
-                for i in range(len(devices))
-            ),
-        )
+        n = len(devices)
+        links = [tuple(None if i == j else link for j in range(n)) for i in range(n)]
+        return cls(devices, tuple(links))
 
     @cached_property
     def groups(self) -> list[list[int]]:
-        """Devices that nothing tells apart: equal, and with equal links inside the group and to everything outside it. In order."""
-        found: list[list[int]] = []
+        """Indices of devices that are interchangeable, in order.
+
+        The devices of a group are equal, with equal links inside the group and to all others.
+        """
+        groups: list[list[int]] = []
         for i in range(len(self.devices)):
-            for group in found:
-                first = group[
-                    0
-                ]  # whoever is like it is like the others: their links to all but each other are its links
-                if self._alike(i, first) and (
-                    len(group) == 1 or self.links[i][first] == self.links[first][group[1]]
-                ):
+            for group in groups:
+                if self._belongs(i, group):
                     group.append(i)
                     break
             else:
-                found.append([i])
-        return found
+                groups.append([i])
+        return groups
+
+    def _belongs(self, i: int, group: list[int]) -> bool:
+        # A device like the first is like the others too: all but their mutual links are the same.
+        first = group[0]
+        if not self._alike(i, first):
+            return False
+        return len(group) == 1 or self.links[i][first] == self.links[first][group[1]]
 
     def _alike(self, i: int, j: int) -> bool:
+        """Equal devices, with equal links to each other and to all others."""
+        links = self.links
+        if self.devices[i] != self.devices[j] or links[i][j] != links[j][i]:
+            return False
         others = [k for k in range(len(self.devices)) if k not in (i, j)]
-        same = all(
-            self.links[i][k] == self.links[j][k] and self.links[k][i] == self.links[k][j]
-            for k in others
-        )
-        return self.devices[i] == self.devices[j] and self.links[i][j] == self.links[j][i] and same
+        return all(links[i][k] == links[j][k] and links[k][i] == links[k][j] for k in others)
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Cluster":
-        """Devices by name or in full, and "links" or one "link" (see above). Raises ValueError with the file's name."""
+        """Devices by name or in full, and "links" or one "link" (see the module's docstring).
+
+        Raises ValueError with the file's name.
+        """
         given = read_json(path)
         try:
             devices = [
@@ -156,16 +166,16 @@ class Cluster:
             if "links" not in given:
                 link = given.get("link", "pcie4")
                 return cls.uniform(devices, link=link if isinstance(link, str) else Link(**link))
-            return cls(
-                tuple(devices),
-                tuple(
-                    tuple(None if x is None else Link(**x) for x in row) for row in given["links"]
-                ),
-            )
+            links = [
+                tuple(None if link is None else Link(**link) for link in row)
+                for row in given["links"]
+            ]
+            return cls(tuple(devices), tuple(links))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a cluster: {error}") from None
 
     def to_json(self) -> dict:
+        """As `from_json` reads it, devices and links in full."""
         return {
             "devices": [asdict(d) for d in self.devices],
             "links": [
@@ -175,7 +185,7 @@ class Cluster:
         }
 
 
-def _is_number(value) -> bool:
+def _is_number(value: object) -> bool:
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool)
@@ -184,13 +194,13 @@ def _is_number(value) -> bool:
     )
 
 
-def read_device(path: str | Path, **changes) -> Device:
-    """One device from its own JSON file."""
+def read_device(path: str | Path, **changes: object) -> Device:
+    """One device from its own JSON file, with `changes` of its fields."""
     given = read_json(path)
-    known = {f.name for f in fields(Device)}
-    if unknown := sorted(set(given) - known):
+    known = sorted(f.name for f in fields(Device))
+    if unknown := sorted(set(given) - set(known)):
         raise ValueError(
-            f"{path}: unknown field {unknown[0]!r} of a device; known are {', '.join(sorted(known))}"
+            f"{path}: unknown field {unknown[0]!r} of a device; known are {', '.join(known)}"
         )
     try:
         return replace(Device(**given), **changes)
@@ -199,14 +209,14 @@ def read_device(path: str | Path, **changes) -> Device:
 
 
 def find_link(name: str) -> Link:
-    """Of the table. Raises ValueError for none of it."""
+    """A link of LINKS. Raises ValueError for another name."""
     if name not in LINKS:
         raise ValueError(f"no link {name!r}; known are {', '.join(LINKS)}")
     return LINKS[name]
 
 
 def find_device(name: str) -> Device:
-    """Of the table, or of a JSON file. Raises ValueError for neither."""
+    """A device of DEVICES, or of a JSON file. Raises ValueError for another name."""
     if name in DEVICES:
         return DEVICES[name]
     if name.endswith(".json"):
@@ -214,14 +224,16 @@ def find_device(name: str) -> Device:
     raise ValueError(f"no device {name!r}; known are {', '.join(DEVICES)}, or a .json file")
 
 
-# Memory as nvidia-smi reports it. The 3090's and A40's products: with fp32 accumulation, which is what frameworks use.
+# Memory as nvidia-smi reports it. The products of the 3090 and A40 are those with fp32
+# accumulation, which frameworks use.
 DEVICES: dict[str, Device] = {
     "RTX3090": Device("RTX3090", 24576 * MIB, 936e9, 71e12),
     "A40": Device("A40", 46068 * MIB, 696e9, 149.7e12),
     "A100-40G": Device("A100-40G", 40960 * MIB, 1555e9, 312e12),
     "A100-80G": Device("A100-80G", 81920 * MIB, 2039e9, 312e12),
     "H100": Device("H100", 81559 * MIB, 3350e9, 989e12),
-    # Two cores with AVX-512 and AMX, bf16, by measured products and bandwidth; other CPUs want a file of their own.
+    # Two cores with AVX-512 and AMX, bf16, by measured products and bandwidth; other CPUs need a
+    # file of their own.
     "CPU": Device("CPU", 16 * GIB, 20e9, 1.6e12, reserved_bytes=2 * GIB, kind="cpu"),
 }
 LINKS: dict[str, Link] = {

@@ -1,12 +1,21 @@
-"""Measurements -> the cost model's profile, by robust least squares on relative errors; the command line of serving.cost_model.
+"""Measurements -> the cost model's profile, by robust least squares on relative errors.
 
 A file of measurements is CSV with a header. Columns (others are ignored):
-    seconds, batch_size, output_tokens (of the padded batch)    needed
-    gpus (1), placement (even), prompt_tokens (35), model (chatglm2-6b: a published name or a folder), element_bytes (2: of a weight)
-    phase: "" a process's first batch, "batch" a later one, "prefill" prompt_tokens in all, "decode" output_tokens steps from context_tokens
+    seconds, batch_size,
+    output_tokens     of the padded batch; these three are needed
+    gpus              default 1
+    placement         default even
+    prompt_tokens     default 35
+    context_tokens    before a "decode"; default 0
+    model             a published name or a folder; default chatglm2-6b
+    element_bytes     of a weight; default 2
+    phase             "" a process's first batch, "batch" a later one, "prefill" prompt_tokens in
+                      all, "decode" output_tokens steps from context_tokens
+    experiment, query what may be held out together
 
-Placements: "" and "even", "single", "alternate" (even layers on the second device), "14,14" layers device by device, and the names in
-the measured runs, where "lr" and "helr" are one device under a device map and "he" is "alternate".
+Placements: "" and "even", "single", "alternate" (even layers on the second device), "14,14" (layers
+device by device), and the names in the measured runs, where "lr" and "helr" are one device under a
+device map and "he" is "alternate".
 """
 
 import csv
@@ -22,9 +31,9 @@ from serving.cost_model.devices import MOST_DEVICES
 from serving.cost_model.model import COEFFICIENTS, CostModel, ModelShape, Profile, even_stages
 
 PROMPT_TOKENS = 35  # of the measured batches: the longest ran to 2,048 tokens with 2,013 new ones
-HUBER = 0.03  # relative errors beyond it count linearly: some runs were slowed by what else the machine did
+HUBER = 0.03  # relative errors beyond it count linearly: other work on the machine slowed some runs
 PRIOR = 0.01  # a coefficient one spread off its start costs as much as one row off by this
-# How far from its start a coefficient may be believed to lie; only counts where rows do not tell.
+# How far from its start a coefficient may lie; matters only where the rows do not determine it.
 SPREADS = {
     "weight_passes": 0.2,
     "compute_passes": 0.5,
@@ -41,11 +50,16 @@ SPREADS = {
     "startup_device_s": 1.0,
 }
 PHASES = ("", "batch", "prefill", "decode")
+NEEDED = ("seconds", "batch_size", "output_tokens")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. `group`: what may be held out together with it (its experiment)."""
+    """One measurement.
+
+    Attributes:
+        experiment, query: what it belongs to; `report` holds those out together.
+    """
 
     seconds: float
     batch: int
@@ -65,42 +79,15 @@ def read_rows(path: str | Path) -> tuple[list[Row], list[str]]:
     """The rows of a file that can be used, and a line for each that lacks a time or a length.
 
     Raises:
-        ValueError: no such file, a needed column or every row is missing, or a value is no number of the right kind.
+        ValueError: no such file, a needed column or every row is missing, or a value is not a
+            number of the right kind.
     """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            if lost := [
-                c
-                for c in ("seconds", "batch_size", "output_tokens")
-                if c not in (reader.fieldnames or [])
-            ]:
-                raise ValueError(
-                    f"{path}: column {lost[0]!r} is missing; needed are seconds, batch_size, output_tokens"
-                )
-            given = [
-                (
-                    reader.line_num,
-                    {
-                        k: (v or "").strip()
-                        for k, v in r.items()
-                        if isinstance(k, str) and not isinstance(v, list)
-                    },
-                )
-                for r in reader
-            ]
-    except FileNotFoundError:
-        raise ValueError(f"no such file: {path}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a CSV file in UTF-8: {error}") from None
     rows, left_out = [], []
-    for line, values in given:
-        phase = values.get("phase", "")
-        needed = ("seconds", "batch_size") + (
-            ("prompt_tokens",) if phase == "prefill" else ("output_tokens",)
-        )
-        if lost := [c for c in needed if not values.get(c)]:
-            left_out.append(f"{path}, line {line}: left out, no {lost[0]}")
+    for line, values in _read_lines(path):
+        needed = ["seconds", "batch_size"]
+        needed.append("prompt_tokens" if values.get("phase", "") == "prefill" else "output_tokens")
+        if missing := [column for column in needed if not values.get(column)]:
+            left_out.append(f"{path}, line {line}: left out, no {missing[0]}")
             continue
         rows.append(_row(f"{path}, line {line}", values))
     if not rows:
@@ -108,16 +95,41 @@ def read_rows(path: str | Path) -> tuple[list[Row], list[str]]:
     return rows, left_out
 
 
-def _row(where: str, values: dict) -> Row:
+def _read_lines(path: str | Path) -> list[tuple[int, dict[str, str]]]:
+    """(line number, stripped values by column) of each row of a CSV file."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or []
+            if missing := [column for column in NEEDED if column not in columns]:
+                raise ValueError(
+                    f"{path}: column {missing[0]!r} is missing; needed are {', '.join(NEEDED)}"
+                )
+            return [(reader.line_num, _stripped(row)) for row in reader]
+    except FileNotFoundError:
+        raise ValueError(f"no such file: {path}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a CSV file in UTF-8: {error}") from None
+
+
+def _stripped(row: dict) -> dict[str, str]:
+    """Without the cells beyond the header, which csv keeps as a list."""
+    values = {}
+    for column, text in row.items():
+        if isinstance(column, str) and not isinstance(text, list):
+            values[column] = (text or "").strip()
+    return values
+
+
+def _row(where: str, values: dict[str, str]) -> Row:
     def number(column: str, default: float, least: float, integer: bool = True, most: float = 1e9):
         text = values.get(column) or default
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (
-            math.isfinite(value) and least <= value <= most and (not integer or value == int(value))
-        ):
+        in_range = math.isfinite(value) and least <= value <= most
+        if not in_range or (integer and value != int(value)):
             kind = f"a whole number from {least:g} to {most:g}" if integer else "a number above 0"
             raise ValueError(f"{where}: {column} must be {kind}, got {text!r}")
         return int(value) if integer else value
@@ -149,13 +161,17 @@ def _row(where: str, values: dict) -> Row:
 
 @lru_cache
 def shape_of(model: str, element_bytes: int) -> ModelShape:
+    """ModelShape.from_config, remembered."""
     return ModelShape.from_config(model, element_bytes)
 
 
 def named_stages(
     placement: str, gpus: int, layers: int
 ) -> tuple[tuple[tuple[int, int], ...], bool | None]:
-    """(stages, whether a device map is in force; None: where several devices are) of a placement's name in a file or flag."""
+    """(stages, whether a device map is in force) of a placement's name in a file or flag.
+
+    The second is None where that follows from the number of devices.
+    """
     if placement in ("", "even"):
         return even_stages(layers, gpus), None
     if placement in ("single", "lr", "helr"):
@@ -169,27 +185,24 @@ def named_stages(
     counts = placement.split(",")
     if not all(c.strip().isdecimal() for c in counts):
         raise ValueError(
-            f"placement must be even, single, alternate, lr, he, helr or layers such as 14,14, got {placement!r}"
+            "placement must be even, single, alternate, lr, he, helr or layers such as 14,14, "
+            f"got {placement!r}"
         )
     stages = tuple((i, int(c)) for i, c in enumerate(counts))
     if sum(n for _, n in stages) != layers or len(stages) > gpus:
         raise ValueError(
-            f"placement {placement!r} must give the model's {layers} layers to at most gpus = {gpus} devices"
+            f"placement {placement!r} must give the model's {layers} layers to at most "
+            f"gpus = {gpus} devices"
         )
     return tuple(s for s in stages if s[1]), None
 
 
 def row_seconds(row: Row, profile: Profile) -> float:
-    """What the cost model expects of a row."""
+    """Seconds that the cost model predicts for a row."""
     shape = shape_of(row.model, row.element_bytes)
     stages, mapped = named_stages(row.placement, row.gpus, shape.layers)
-    model = CostModel(
-        shape,
-        profile.cluster(max(row.gpus, 1 + max(d for d, _ in stages))),
-        stages,
-        profile,
-        mapped,
-    )
+    count = max(row.gpus, 1 + max(d for d, _ in stages))
+    model = CostModel(shape, profile.cluster(count), stages, profile, mapped)
     if row.phase == "prefill":
         return model.prefill_s(row.prompt_tokens, row.batch)
     if row.phase == "decode":
@@ -199,35 +212,36 @@ def row_seconds(row: Row, profile: Profile) -> float:
 
 
 def errors(rows: Sequence[Row], profile: Profile) -> np.ndarray:
-    """Predicted over measured, less 1."""
-    return np.array([row_seconds(row, profile) / row.seconds - 1 for row in rows])
+    """(n,) relative errors: predicted over measured seconds, less 1."""
+    return _seconds(rows, profile) / _measured(rows) - 1
+
+
+def _seconds(rows: Sequence[Row], profile: Profile) -> np.ndarray:
+    return np.array([row_seconds(row, profile) for row in rows])
+
+
+def _measured(rows: Sequence[Row]) -> np.ndarray:
+    return np.array([row.seconds for row in rows])
 
 
 def fit(rows: Sequence[Row], start: Profile, prior: float = PRIOR) -> Profile:
     """The profile that minimises Huber's loss of relative errors, with coefficients of at least 0.
 
-    Seconds are linear in the coefficients but for the larger of weights and products, so columns are differences at the current
-    coefficients, and a few rounds settle both that choice and Huber's weights (iteratively reweighted least squares). What the
-    rows do not tell apart stays near `start` (SPREADS, PRIOR).
+    Seconds are linear in the coefficients but for the larger of weights and products. So columns
+    are differences at the current coefficients, and a few rounds settle both that choice and
+    Huber's weights (iteratively reweighted least squares). What the rows do not determine stays
+    near `start` (SPREADS, PRIOR).
     """
-    measured = np.array([row.seconds for row in rows])
+    measured = _measured(rows)
     spreads = np.array([SPREADS[name] for name in COEFFICIENTS])
     begin = now = np.array([getattr(start, name) for name in COEFFICIENTS], float)
     columns = None
     for rounds in range(40):
         if rounds % 10 == 0:
-            columns = _columns(
-                rows, replace(start, **dict(zip(COEFFICIENTS, now.tolist()))), spreads
-            )
-            predicted = np.array(
-                [
-                    row_seconds(row, replace(start, **dict(zip(COEFFICIENTS, now.tolist()))))
-                    for row in rows
-                ]
-            )
-            fixed = (
-                predicted - columns @ now
-            )  # of link latencies and transfers, which no coefficient scales
+            current = replace(start, **dict(zip(COEFFICIENTS, now.tolist())))
+            columns = _columns(rows, current, spreads)
+            # Link latencies and transfers, which no coefficient scales.
+            fixed = _seconds(rows, current) - columns @ now
         off = np.abs((columns @ now + fixed) / measured - 1)
         weights = np.sqrt(HUBER / np.maximum(off, HUBER))
         left = np.vstack([columns * (weights / measured)[:, None], np.diag(prior / spreads)])
@@ -237,27 +251,27 @@ def fit(rows: Sequence[Row], start: Profile, prior: float = PRIOR) -> Profile:
 
 
 def vague(rows: Sequence[Row], profile: Profile) -> list[str]:
-    """Coefficients of which the rows leave more than half of the prior's spread: other values would fit them nearly as well."""
+    """Coefficients that the rows do not determine: other values would fit them nearly as well.
+
+    Those of which the rows leave more than half of the prior's spread.
+    """
     spreads = np.array([SPREADS[name] for name in COEFFICIENTS])
-    scaled = (
-        _columns(rows, profile, spreads)
-        / np.array([row.seconds for row in rows])[:, None]
-        * spreads
-        / PRIOR
-    )
-    left = np.sqrt(
-        np.diag(np.linalg.inv(scaled.T @ scaled * (PRIOR / HUBER) ** 2 + np.eye(len(spreads))))
-    )
+    columns = _columns(rows, profile, spreads) / _measured(rows)[:, None]
+    scaled = columns * spreads / PRIOR
+    precision = scaled.T @ scaled * (PRIOR / HUBER) ** 2 + np.eye(len(spreads))
+    left = np.sqrt(np.diag(np.linalg.inv(precision)))
     return [name for name, share in zip(COEFFICIENTS, left) if share > 0.5]
 
 
 def _columns(rows: Sequence[Row], profile: Profile, spreads: np.ndarray) -> np.ndarray:
-    at = np.array([row_seconds(row, profile) for row in rows])
-    found = []
+    """(rows, coefficients) derivatives of the rows' seconds, by differences."""
+    before = _seconds(rows, profile)
+    columns = []
     for name, spread in zip(COEFFICIENTS, spreads):
-        moved = replace(profile, **{name: getattr(profile, name) + 1e-4 * spread})
-        found.append((np.array([row_seconds(row, moved) for row in rows]) - at) / (1e-4 * spread))
-    return np.array(found).T
+        step = 1e-4 * spread
+        moved = replace(profile, **{name: getattr(profile, name) + step})
+        columns.append((_seconds(rows, moved) - before) / step)
+    return np.array(columns).T
 
 
 def _least_squares(left: np.ndarray, right: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -273,18 +287,19 @@ def held_out_errors(
     group_of: Callable[[int, Row], object],
     prior: float = PRIOR,
 ) -> np.ndarray:
-    """Each row's error under the profile fitted without the rows of its group."""
+    """(n,) each row's error under the profile that is fitted without the rows of its group."""
     groups = [group_of(i, row) for i, row in enumerate(rows)]
-    found = np.zeros(len(rows))
+    held_out = np.zeros(len(rows))
     for group in sorted(set(groups), key=str):
         out = [i for i, g in enumerate(groups) if g == group]
         profile = fit([row for row, g in zip(rows, groups) if g != group], start, prior)
-        found[out] = errors([rows[i] for i in out], profile)
-    return found
+        held_out[out] = errors([rows[i] for i in out], profile)
+    return held_out
 
 
-def summary(found: np.ndarray) -> dict:
-    size = np.abs(found)
+def summary(relative_errors: np.ndarray) -> dict[str, float]:
+    """{rows, median_abs_error, p90_abs_error}."""
+    size = np.abs(relative_errors)
     return {
         "rows": len(size),
         "median_abs_error": round(float(np.median(size)), 6),
@@ -292,11 +307,15 @@ def summary(found: np.ndarray) -> dict:
     }
 
 
-def report(rows: Sequence[Row], start: Profile) -> dict:
-    """In sample, 5 folds, and with each experiment, number of devices, and query or batch size left out whole."""
+def report(rows: Sequence[Row], start: Profile) -> dict[str, dict[str, float]]:
+    """{way of holding out: summary of errors} of fits.
+
+    In sample, in 5 folds, and with each experiment, number of devices, and query or batch size left
+    out as a whole.
+    """
     shuffled = np.random.default_rng(0).permutation(len(rows)) % 5
-    found = {"in_sample": summary(errors(rows, fit(rows, start)))}
-    ways = {
+    summaries = {"in_sample": summary(errors(rows, fit(rows, start)))}
+    ways: dict[str, Callable[[int, Row], object]] = {
         "5_folds": lambda i, row: shuffled[i],
         "without_its_experiment": lambda i, row: row.experiment,
         "without_its_number_of_gpus": lambda i, row: row.gpus,
@@ -306,5 +325,5 @@ def report(rows: Sequence[Row], start: Profile) -> dict:
     }
     for name, way in ways.items():
         if len({way(i, row) for i, row in enumerate(rows)}) > 1:
-            found[name] = summary(held_out_errors(rows, start, way))
-    return found
+            summaries[name] = summary(held_out_errors(rows, start, way))
+    return summaries

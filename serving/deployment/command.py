@@ -1,10 +1,12 @@
 """Where a model's layers go, and what that costs: python -m serving.deployment."""
 
+import argparse
+
 from finetune.commands import Parser, run_command, whole
 from finetune.files import write_json
 from finetune.memory.shapes import shape_source
 from serving.cost_model.devices import MOST_DEVICES, Cluster
-from serving.cost_model.model import ModelShape, read_profile
+from serving.cost_model.model import ModelShape, Profile, read_profile
 from serving.deployment.deployers import DEPLOYERS
 from serving.deployment.placement import Need
 
@@ -24,7 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     add(
         "--profile",
         default="datasheet",
-        help="calibrated coefficients: a name of serving/cost_model/profiles, or a .json file [datasheet]",
+        help="calibrated coefficients: a name of serving/cost_model/profiles, or a .json file "
+        "[datasheet]",
     )
     add("--deployer", default="helr", choices=tuple(DEPLOYERS))
     add(
@@ -48,22 +51,24 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(parser.prog, lambda: run(args))
 
 
-def run(args):
-    profile, count = read_profile(args.profile), args.gpus or 1
-    cluster = (
-        Cluster.from_json(args.cluster)
-        if args.cluster
-        else Cluster.uniform(args.device, count)
-        if args.device
-        else profile.cluster(count)
-    )
+def run(args: argparse.Namespace) -> None:
+    profile = read_profile(args.profile)
+    cluster = make_cluster(args, profile)
+    model = ModelShape.from_config(args.model)
     need = Need(args.need_tokens, args.batch, args.prompt_tokens, args.output_tokens)
-    placement = DEPLOYERS[args.deployer].place(
-        ModelShape.from_config(args.model), cluster, need, profile
-    )
+    placement = DEPLOYERS[args.deployer].place(model, cluster, need, profile)
     print(f"model: {shape_source(args.model)}")
     print(placement.describe())
     if args.json:
         write_json(args.json, placement.report())
     if args.picture:
         placement.picture(args.picture)
+
+
+def make_cluster(args: argparse.Namespace, profile: Profile) -> Cluster:
+    count = args.gpus or 1
+    if args.cluster:
+        return Cluster.from_json(args.cluster)
+    if args.device:
+        return Cluster.uniform(args.device, count)
+    return profile.cluster(count)

@@ -1,11 +1,14 @@
-"""Which device gets which layers, and what that costs: the deployers.
+"""Deployers: which device gets which layers, and what that costs.
 
-    placement = DEPLOYERS["helr"].place(model, cluster, Need(kv_tokens_q90=20_000, batch=8), read_profile("rtx3090"))
+    need = Need(kv_tokens_q90=20_000, batch=8)
+    placement = DEPLOYERS["helr"].place(model, cluster, need, read_profile("rtx3090"))
     AutoModelForCausalLM.from_pretrained(folder, device_map=placement.to_device_map())
-    python -m serving.deployment --model chatglm2-6b --device RTX3090 --gpus 4 --deployer helr       (prints all of it)
 
-Every deployer is deterministic, gives each layer to one device, and breaks no device's memory with the KV at the predicted q90; where it
-finds no such placement it raises Infeasible (a ValueError). Free of torch.
+    python -m serving.deployment --model chatglm2-6b --device RTX3090 --gpus 4 --deployer helr
+
+prints all of a placement. Every deployer is deterministic, gives each layer to one device, and
+keeps within each device's memory with the KV at the predicted q90; where it finds no such placement
+it raises Infeasible (a ValueError). Free of torch.
 """
 
 import math
@@ -30,25 +33,35 @@ from serving.deployment.placement import (
 TABLE_BYTES = 2 * 2**30  # no search keeps a larger table
 TIE = 1e-6  # of a latency: decides between placements of equally many devices at weight 1
 
+Plan = list[tuple[int, int]]  # [(device, layers), ...]
+# Of a level of ChainSearch: states (n,), each the devices used as one number, and costs
+# (n, last device's group, layers placed, not yet all).
+Level = tuple[np.ndarray, np.ndarray]
 
-def profile_of(cost: "Profile | CostModel") -> Profile:
+
+def profile_of(cost: Profile | CostModel) -> Profile:
+    """The profile, also of a cost model."""
     return getattr(cost, "profile", cost)
 
 
-def objective(latency_s, devices: int, scale_s: float, weight: float):
-    """(1 - w) latency + w devices scale: LR at w = 0, HE at w = 1, where latency only breaks ties."""
+def objective(latency_s: np.ndarray, devices: int, scale_s: float, weight: float) -> np.ndarray:
+    """(1 - w) latency + w devices scale: LR at w = 0, HE at w = 1, where latency breaks ties."""
     weight = min(weight, 1 - TIE)
     return (1 - weight) * latency_s + weight * scale_s * devices
 
 
 def check_weight(weight: float) -> None:
+    """Raises ValueError outside [0, 1]."""
     if not 0 <= weight <= 1:
         raise ValueError(f"efficiency_weight must lie in [0, 1], got {weight!r}")
 
 
 @dataclass(frozen=True)
 class Single:
-    """The device that holds the whole model and answers soonest: argmin latency(d) over d with need(model) <= memory(d)."""
+    """The device that holds the whole model and answers soonest.
+
+    argmin latency(d) over d with need(model) <= memory(d).
+    """
 
     def place(self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile) -> Placement:
         pieces = Pieces(model, cluster, need, profile_of(cost))
@@ -63,10 +76,11 @@ class Single:
 
 @dataclass(frozen=True)
 class Even:
-    """Every device in turn, ceil((layers + ends_as_layers) / devices) each, as ChatGLM's own rule and accelerate's "balanced" do.
+    """Every device in turn, ceil((layers + ends_as_layers) / devices) layers each.
 
-    The first device holds the ends and so many layers fewer: 28 layers are 13, 15 | 8, 10, 10 | 6, 8, 8, 6. Where a device has no room
-    for its share, those after it take more; where they cannot, those before it.
+    ChatGLM's own rule and accelerate's "balanced" do this. The first device holds the ends and so
+    many layers fewer: 28 layers are 13, 15 | 8, 10, 10 | 6, 8, 8, 6. Where a device has no room for
+    its share, those after it take more; where they cannot, those before it.
     """
 
     ends_as_layers: int = 2
@@ -75,7 +89,8 @@ class Even:
         pieces = Pieces(model, cluster, need, profile_of(cost))
         count = len(cluster.devices)
         quota = math.ceil((model.layers + self.ends_as_layers) / count)
-        # Shares may leave the last devices empty; the chain then ends sooner, and its end holds the output layer.
+        # Shares may leave the last devices empty; the chain then ends sooner, and its last device
+        # holds the output layer.
         for used in range(count, 0, -1):
             room = np.maximum(pieces.room(range(used)), 0)
             if room.sum() < model.layers or (room == 0).any():
@@ -97,17 +112,24 @@ class Even:
 
 @dataclass(frozen=True)
 class Helr:
-    """After UELLM's HELR (arXiv 2409.14961): dynamic programming over devices x layers for least latency under each one's memory.
+    """UELLM's HELR (arXiv 2409.14961): least latency within each device's memory.
 
-    The recurrence is this project's (the paper's repository ships hand-written maps). With U the devices used, e the last of them and m layers placed,
+    Dynamic programming over devices x layers. The recurrence is this project's (the paper's
+    repository ships hand-written maps). With U the devices used, e the last of them and m layers
+    placed,
 
-        f(U + e, e, m) = min over d in U, k <= room(e) of  f(U, d, m - k) + hop(d, e) + k (layer(e) + cache(e -> first))
+        f(U + e, e, m) = min over d in U, k <= room(e) of
+            f(U, d, m - k) + hop(d, e) + k (layer(e) + cache(e -> first))
 
-    for each first device, closed by the output layer and the hop back; minimised is `objective`. Exact for chains: layers are alike, so
-    that a stage's cost is linear in k and the minimum over k is a sliding window. Devices that nothing tells apart form groups, of
-    which only the number used counts: U is a vector of counts, and 64 devices in 4 groups are 17^4 of them instead of 2^64.
+    for each first device, closed by the output layer and the hop back; `objective` is minimised.
+    Exact for chains: layers are alike, so that a stage's cost is linear in k and the minimum over k
+    is a sliding window. Interchangeable devices form groups, of which only the number used counts:
+    U is a vector of counts, and 64 devices in 4 groups are 17^4 of them instead of 2^64.
 
-    efficiency_weight: 0 is LR, lowest latency; 1 is HE, fewest devices (each device then works the largest share of the time).
+    Attributes:
+        efficiency_weight: 0 is LR, lowest latency; 1 is HE, fewest devices (each device then works
+            the largest share of the time).
+        name: the deployer's, in placements.
     """
 
     efficiency_weight: float = 0.5
@@ -119,22 +141,22 @@ class Helr:
     def place(self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile) -> Placement:
         pieces = Pieces(model, cluster, need, profile_of(cost))
         search = ChainSearch(pieces, self.efficiency_weight)
-        best = min(
-            (search.run(first) for first in range(len(search.groups))), key=lambda found: found[0]
-        )
-        if not math.isfinite(best[0]):
+        chains = [search.run(first) for first in range(len(search.groups))]
+        value, chain = min(chains, key=lambda found: found[0])
+        if not math.isfinite(value):
             raise infeasible(
                 model, cluster, need, f"{self.name}: no chain of devices holds the model"
             )
         unused = [list(group) for group in search.groups]
-        stages = [(unused[group].pop(0), layers) for group, layers in best[1]]
+        stages = [(unused[group].pop(0), layers) for group, layers in chain]
         return make_placement(pieces, stages, profile_of(cost), search.steps, self.name)
 
 
 class ChainSearch:
     """Helr's table for one need: `run(first group)` -> (objective, [(group, layers), ...]).
 
-    Kept level by level (devices used), and of a level only what may still beat a chain already known (`_rest` is a bound).
+    Built level by level (devices used). A level keeps only what may still beat a chain already
+    known (`_rest` is a lower bound of the remaining cost).
     """
 
     def __init__(self, pieces: Pieces, weight: float):
@@ -145,137 +167,160 @@ class ChainSearch:
         self.sizes = np.array([len(group) for group in self.groups])
         if math.prod(int(n) + 1 for n in self.sizes) >= 2**62:
             raise ValueError(
-                f"{len(self.groups)} groups of identical devices are more than this search can count; give fewer kinds"
+                f"{len(self.groups)} groups of identical devices are more than this search can "
+                "count; give fewer kinds"
             )
         self.strides = np.concatenate([[1], np.cumprod(self.sizes + 1)[:-1]])
-        # One device stands for its group; its like is the other one of a hop inside the group.
+        # One device stands for its group; `like` is the other device of a hop inside the group.
         chosen, like = [g[0] for g in self.groups], [g[-1] for g in self.groups]
         self.layer, self.output = pieces.layer[chosen], pieces.output[chosen]
         self.hop, self.cache = pieces.hop[np.ix_(chosen, like)], pieces.cache[np.ix_(chosen, like)]
         ends = ((True, True), (True, False), (False, False), (False, True))
         devices = [pieces.cluster.devices[d] for d in chosen]
-        room = [
-            [layers_that_fit(pieces.model, d, pieces.need, *end) for d in devices] for end in ends
-        ]
+        room = []
+        for end in ends:
+            room.append([layers_that_fit(pieces.model, d, pieces.need, *end) for d in devices])
         self.room_alone, self.room_first, self.room_middle, self.room_last = np.array(room)
         self.reachable = ~np.eye(len(chosen), dtype=bool) | (self.sizes > 1)
-        self.bound = math.inf  # some chain costs this; nothing dearer is followed
+        self.bound = math.inf  # some chain costs this; costlier ones are not followed
 
     def run(self, first: int) -> tuple[float, list[tuple[int, int]]]:
-        """The best chain that starts in a group; (inf, []) where none fits, or none is better than another group's."""
-        total, w, tied, kinds = (
-            self.layers,
-            self.latency_weight,
-            self.pieces.model.tied,
-            len(self.groups),
-        )
+        """The best chain that starts in a group.
+
+        (inf, []) where none fits, or none is better than another group's.
+        """
+        total, w, tied = self.layers, self.latency_weight, self.pieces.model.tied
         self.steps += total
         head = self.output[first] if tied else 0.0
-        placed = np.arange(total)
-        rows = np.full(
-            (1, kinds, total), np.inf
-        )  # (devices used, last one's group, layers placed, not yet all)
-        room = min(int(self.room_first[first]), total - 1)
-        rows[0, first, 1 : room + 1] = (
-            w * (placed[1 : room + 1] * self.layer[first] + head) + self.device_price
-        )
-        states = self.strides[first : first + 1]
-        best, end, levels, kept_bytes = math.inf, None, [], 0
+        per_layer = w * (self.layer + self.cache[first])
+        output = 0.0 if tied else self.output
+        close = w * (self.hop[:, first] + output + self.pieces.split + self.pieces.fixed)
+        best, end = math.inf, None
         if self.room_alone[first] >= total:
             alone = total * self.layer[first] + self.output[first] + self.pieces.fixed
             best, end = w * alone + self.device_price, (0, first, 0, 0)
-        per_layer = w * (self.layer + self.cache[first])
-        close = w * (
-            self.hop[:, first]
-            + (0.0 if tied else self.output)
-            + self.pieces.split
-            + self.pieces.fixed
-        )
-        self.bound = min(
-            self.bound,
-            best,
-            *(self._filled(order, per_layer, close, head) for order in self._orders(first)),
-        )
+        for order in self._orders(first):
+            self.bound = min(self.bound, self._filled(order, per_layer, close, head))
+        self.bound = min(self.bound, best)
+
+        levels: list[Level] = []
+        kept_bytes = 0
+        states, rows = self._first_level(first, head)
         while len(states):
             counts = states[:, None] // self.strides % (self.sizes + 1)
-            worth = (
-                rows.min(1) + self._rest(counts, per_layer, close) <= self.bound * (1 + 1e-9)
-            ).any(1)
+            least = rows.min(1) + self._rest(counts, per_layer, close)
+            worth = (least <= self.bound * (1 + 1e-9)).any(1)
             states, rows, counts = states[worth], rows[worth], counts[worth]
             levels.append((states, rows))
             self.steps += rows.size
             kept_bytes += rows.nbytes
             if kept_bytes > TABLE_BYTES:
                 raise ValueError(
-                    f"{kinds} groups of identical devices need a table of over {TABLE_BYTES:,} bytes; give fewer kinds of devices and links"
+                    f"{len(self.groups)} groups of identical devices need a table of over "
+                    f"{TABLE_BYTES:,} bytes; give fewer kinds of devices and links"
                 )
-            found = []
-            for e in range(kinds):
+            extended = []
+            for e in range(len(self.groups)):
                 free = counts[:, e] < self.sizes[e]
                 if not free.any() or self.room_middle[e] < 1:
                     continue
-                before = (rows[free] + (w * self.hop[:, e] + self.device_price)[:, None]).min(
-                    1
-                ) - per_layer[e] * placed
-                found.append(
-                    (
-                        e,
-                        states[free] + self.strides[e],
-                        window_min(before, int(self.room_middle[e])) + per_layer[e] * placed,
-                    )
-                )
-                if (last := min(int(self.room_last[e]), total)) >= 1:
-                    ends = before[:, total - last :]
-                    at = np.unravel_index(np.argmin(ends), ends.shape)
-                    value = ends[at] + per_layer[e] * total + close[e]
-                    if value < best:
-                        best, end = (
-                            float(value),
-                            (int(states[free][at[0]]), e, int(at[1]) + total - last, len(levels)),
-                        )
+                used = states[free]
+                before = self._before(rows[free], e, per_layer)
+                costs = self._extend(before, e, per_layer)
+                extended.append((e, used + self.strides[e], costs))
+                value, at, placed = self._close(before, e, per_layer, close)
+                if value < best:
+                    best, end = float(value), (int(used[at]), e, placed, len(levels))
             self.bound = min(self.bound, best)
-            states = np.unique(np.concatenate([to for _, to, _ in found])) if found else states[:0]
-            rows = np.full((len(states), kinds, total), np.inf)
-            for e, to, values in found:
-                rows[np.searchsorted(states, to), e] = values
+            states, rows = self._next_level(extended, states[:0])
         return best, self._walk(levels, first, end, per_layer) if end else []
 
-    def _walk(
-        self, levels: list, first: int, end: tuple[int, int, int, int], per_layer: np.ndarray
-    ) -> list[tuple[int, int]]:
-        """Back from the last stage: which stage before it gave each minimum."""
-        state, e, placed, depth = end
-        found = [(e, self.layers - placed)]
+    def _first_level(self, first: int, head: float) -> Level:
+        """One device, of the first group, with any number of layers but all."""
+        total = self.layers
+        placed = np.arange(total)
+        rows = np.full((1, len(self.groups), total), np.inf)
+        room = min(int(self.room_first[first]), total - 1)
+        latency = placed[1 : room + 1] * self.layer[first] + head
+        rows[0, first, 1 : room + 1] = self.latency_weight * latency + self.device_price
+        return self.strides[first : first + 1], rows
 
-        def arrivals(
-            state: int, depth: int, e: int
-        ) -> np.ndarray:  # (last group, layers placed) and the hop from it to e
+    def _before(self, rows: np.ndarray, e: int, per_layer: np.ndarray) -> np.ndarray:
+        """(states, layers placed) the least cost to enter a device of group e, less e's layers'.
+
+        Subtracting per_layer[e] for every layer placed makes the minimum over k a window.
+        """
+        entering = self.latency_weight * self.hop[:, e] + self.device_price
+        return (rows + entering[:, None]).min(1) - per_layer[e] * np.arange(self.layers)
+
+    def _extend(self, before: np.ndarray, e: int, per_layer: np.ndarray) -> np.ndarray:
+        """(states, layers placed) the least cost with a middle stage on a device of group e."""
+        window = window_min(before, int(self.room_middle[e]))
+        return window + per_layer[e] * np.arange(self.layers)
+
+    def _close(
+        self, before: np.ndarray, e: int, per_layer: np.ndarray, close: np.ndarray
+    ) -> tuple[float, int, int]:
+        """(cost, state's index, layers before e) of the best chain that ends on group e."""
+        total = self.layers
+        last = min(int(self.room_last[e]), total)
+        if last < 1:
+            return math.inf, 0, 0
+        ends = before[:, total - last :]
+        state, column = np.unravel_index(np.argmin(ends), ends.shape)
+        value = ends[state, column] + per_layer[e] * total + close[e]
+        return value, int(state), int(column) + total - last
+
+    def _next_level(
+        self, extended: list[tuple[int, np.ndarray, np.ndarray]], empty: np.ndarray
+    ) -> Level:
+        """The level of the states reached, from (last group, states, costs) of each group."""
+        if extended:
+            states = np.unique(np.concatenate([reached for _, reached, _ in extended]))
+        else:
+            states = empty
+        rows = np.full((len(states), len(self.groups), self.layers), np.inf)
+        for e, reached, values in extended:
+            rows[np.searchsorted(states, reached), e] = values
+        return states, rows
+
+    def _walk(
+        self, levels: list[Level], first: int, end: tuple[int, int, int, int], per_layer: np.ndarray
+    ) -> list[tuple[int, int]]:
+        """The best chain's stages, from its last: which stage before each gave its minimum."""
+        state, e, placed, depth = end
+        stages = [(e, self.layers - placed)]
+
+        def arrivals(state: int, depth: int, e: int) -> np.ndarray:
+            """(last group, layers placed) costs with the hop from that group to e."""
             states, rows = levels[depth - 1]
-            return (
-                rows[np.searchsorted(states, state)] + self.latency_weight * self.hop[:, e][:, None]
-            )
+            hop = self.latency_weight * self.hop[:, e]
+            return rows[np.searchsorted(states, state)] + hop[:, None]
 
         while state:
-            # `state` are the devices before stage e, `placed` their layers; which of them was last?
+            # `state` are the devices before stage e, `placed` their layers; the last of them is of
+            # this group.
             group = int(np.argmin(arrivals(state, depth, e)[:, placed]))
-            state, depth = state - int(self.strides[group]), depth - 1
+            state -= int(self.strides[group])
+            depth -= 1
             if not state:
-                return [(first, placed), *reversed(found)]
+                return [(first, placed), *reversed(stages)]
             low = max(0, placed - int(self.room_middle[group]))
-            options = arrivals(state, depth, group)[:, low:placed].min(0) + per_layer[group] * (
-                placed - np.arange(low, placed)
-            )
+            options = arrivals(state, depth, group)[:, low:placed].min(0)
+            options = options + per_layer[group] * (placed - np.arange(low, placed))
             before = low + int(np.argmin(options))
-            found.append((group, placed - before))
+            stages.append((group, placed - before))
             e, placed = group, before
-        return found  # one device alone
+        return stages  # one device alone
 
     def _rest(self, counts: np.ndarray, per_layer: np.ndarray, close: np.ndarray) -> np.ndarray:
-        """(devices used, layers placed): no completion costs less. The rest go, in fractions, where a layer with its part of entering is cheapest."""
-        ways = (
-            self.latency_weight * np.where(self.reachable, self.hop, np.inf).min(0)
-            + self.device_price
-        )
+        """(states, layers placed) a lower bound of the cost to complete each chain.
+
+        The remaining layers are placed, in fractions, where a layer with its part of the entering
+        cost is cheapest.
+        """
+        hops = np.where(self.reachable, self.hop, np.inf).min(0)
+        ways = self.latency_weight * hops + self.device_price
         ways = np.where(np.isfinite(ways), ways, self.device_price)
         dear = per_layer + ways / np.maximum(self.room_middle, 1)
         left = np.tile(self.layers - np.arange(self.layers, dtype=float), (len(counts), 1))
@@ -288,57 +333,64 @@ class ChainSearch:
         return np.where(left > 0, np.inf, cost)
 
     def _orders(self, first: int) -> list[tuple[int, ...]]:
-        """Orders of the groups, to start from a good chain: all of few, else one of each kind of thrift."""
+        """Orders of the groups, to start from a good chain.
+
+        All orders of few groups; of more, by speed, by room and by hop from the first.
+        """
         others = [g for g in range(len(self.groups)) if g != first]
         if len(others) <= 3:
             return [(first, *order) for order in permutations(others)]
-        return [
-            (first, *sorted(others, key=lambda g: (key[g], g)))
-            for key in (self.layer, -self.room_middle, self.hop[first])
-        ]
+        orders = []
+        for key in (self.layer, -self.room_middle, self.hop[first]):
+            orders.append((first, *sorted(others, key=lambda g: (key[g], g))))
+        return orders
 
     def _filled(
         self, order: tuple[int, ...], per_layer: np.ndarray, close: np.ndarray, head: float
     ) -> float:
-        """What a chain costs that fills the groups in this order, device by device; inf where its last device has no room for the end."""
-        first, left, value, at = order[0], self.layers, self.latency_weight * head, None
+        """The cost of the chain that fills the groups in this order, device by device.
+
+        inf where its last device has no room for the end.
+        """
+        first, left, value = order[0], self.layers, self.latency_weight * head
+        previous = None  # the group of the device before
         for e in order:
             for _ in range(int(self.sizes[e])):
-                if at is None and self.room_first[first] < 1:
+                is_first = previous is None
+                if is_first and self.room_first[first] < 1:
                     return math.inf
-                room = int(self.room_first[e] if at is None else self.room_middle[e])
+                room = int(self.room_first[e] if is_first else self.room_middle[e])
                 if room < 1:
                     break
                 value += self.device_price
-                value += min(room, left) * (
-                    self.latency_weight * self.layer[e] if at is None else per_layer[e]
-                )
-                value += 0.0 if at is None else self.latency_weight * self.hop[at, e]
+                layer = self.latency_weight * self.layer[e] if is_first else per_layer[e]
+                value += min(room, left) * layer
+                value += 0.0 if is_first else self.latency_weight * self.hop[previous, e]
                 if left <= room:
-                    return (
-                        float(value + close[e])
-                        if at is not None and left <= self.room_last[e]
-                        else math.inf
-                    )
-                left, at = left - room, e
+                    fits = not is_first and left <= self.room_last[e]
+                    return float(value + close[e]) if fits else math.inf
+                left, previous = left - room, e
         return math.inf
 
 
 def window_min(values: np.ndarray, width: int) -> np.ndarray:
     """out[..., m] = min of values[..., m - width : m], inf where that is empty; by doubling."""
-    found = np.full_like(values, np.inf)
-    found[:, 1:] = values[:, :-1]
+    out = np.full_like(values, np.inf)
+    out[:, 1:] = values[:, :-1]
     done, width = 1, min(width, values.shape[1])
     while done < width:
         step = min(done, width - done)
-        np.minimum(found[:, step:], found[:, :-step].copy(), out=found[:, step:])
+        np.minimum(out[:, step:], out[:, :-step].copy(), out=out[:, step:])
         done += step
-    return found
+    return out
 
 
 @dataclass(frozen=True)
 class Exhaustive:
-    """Every order of every choice of devices, every division of the layers: what Helr must equal. For small cases."""
+    """Every order of every choice of devices, every division of the layers, for small cases.
+
+    Helr must equal it.
+    """
 
     efficiency_weight: float = 0.5
     max_plans: int = 2_000_000
@@ -358,9 +410,8 @@ class Exhaustive:
         for k in range(1, min(n, model.layers) + 1):
             layers = np.array(list(compositions(model.layers, k)))
             for devices in permutations(range(n), k):
-                values = objective(
-                    pieces.seconds(devices, layers), k, pieces.scale, self.efficiency_weight
-                )
+                latency = pieces.seconds(devices, layers)
+                values = objective(latency, k, pieces.scale, self.efficiency_weight)
                 values = np.where((layers <= pieces.room(devices)).all(1), values, np.inf)
                 if values.min() < best:
                     best, chosen = values.min(), list(zip(devices, layers[np.argmin(values)]))
@@ -379,14 +430,19 @@ def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Morphling:
-    """Morphling (SoCC 2021): a regression meta-learned over other services is adapted to this one by few stress tests.
+    """Morphling (SoCC 2021): a meta-learned regression, adapted to a service by few stress tests.
 
-    A configuration is an order of devices, a number of them, and a way to divide the layers; wanted is the most requests a second and
-    device. Over `meta_tasks` made-up services (the need and the model's depth varied) a linear regression of log(requests/s/device) on
-    a configuration's features is fitted each; their mean and covariance are the prior N(w0, S0), of which every stress test makes a
-    posterior. The next test is where mean + `curiosity` standard deviations is highest. The paper adapts a small network by MAML; for
-    a linear model with a Gaussian prior that adaptation is this closed form. A stress test is one call of the cost model; `search_steps`
-    counts them, those out of memory included. The paper tests about 30 of 720 configurations. Tests go on where none has fitted yet.
+    A configuration is an order of devices, a number of them, and a way to divide the layers; the
+    most requests a second and device are wanted. Over `meta_tasks` synthetic services (the need's
+    batch and lengths varied) a linear regression of log(requests/s/device) on a configuration's
+    features is fitted each; their mean and covariance are the prior N(w0, S0), of which every
+    stress test makes a posterior. The next test is where mean + `curiosity` standard deviations is
+    highest. The paper adapts a small network by MAML; for a linear model with a Gaussian prior that
+    adaptation is this closed form.
+
+    A stress test is one call of the cost model; `search_steps` counts them, those that run out of
+    memory included. The paper tests about 30 of 720 configurations. Tests go on while none has
+    fitted yet.
     """
 
     stress_tests: int = 30
@@ -406,83 +462,71 @@ class Morphling:
         best, tested, scores = None, np.zeros(len(plans), bool), np.full(len(plans), -np.inf)
         while not tested.all() and (best is None or tested.sum() < self.stress_tests):
             spread = np.linalg.inv(precision)
-            reach = np.sqrt(np.einsum("ij,jk,ik->i", features, spread, features))
-            at = int(
-                np.argmax(
-                    np.where(tested, -np.inf, features @ (spread @ pull) + self.curiosity * reach)
-                )
-            )
+            deviation = np.sqrt(np.einsum("ij,jk,ik->i", features, spread, features))
+            hope = features @ (spread @ pull) + self.curiosity * deviation
+            at = int(np.argmax(np.where(tested, -np.inf, hope)))
             tested[at] = True
             try:
                 placement = make_placement(pieces, plans[at], profile, 0, "morphling")
                 score = math.log(need.batch / placement.expected_latency_s / len(plans[at]))
             except Infeasible:
-                placement, score = (
-                    None,
-                    float(features[at] @ weights) - 2.0,
-                )  # out of memory: far below what was expected
+                # Out of memory: far below the prior's mean.
+                placement = None
+                score = float(features[at] @ weights) - 2.0
             precision = precision + np.outer(features[at], features[at]) / self.noise**2
             pull = pull + features[at] * score / self.noise**2
             if placement and score > scores.max():
                 best = at
             scores[at] = score if placement else -np.inf
         if best is None:
-            raise infeasible(
-                model,
-                cluster,
-                need,
-                f"morphling: none of {len(plans)} configurations holds the model",
-            )
+            what = f"morphling: none of {len(plans)} configurations holds the model"
+            raise infeasible(model, cluster, need, what)
         return make_placement(pieces, plans[best], profile, int(tested.sum()), "morphling")
 
     def meta_learn(
-        self, model, cluster, need, profile, plans, features
+        self,
+        model: ModelShape,
+        cluster: Cluster,
+        need: Need,
+        profile: Profile,
+        plans: list[Plan],
+        features: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(mean, covariance) of the regressions over made-up services."""
+        """(mean, covariance) of the regressions over synthetic services; features (plans, F)."""
         rng = np.random.default_rng(self.seed)
         ridge = 1e-3 * np.eye(features.shape[1])
-        found = []
+        fitted = []
         for _ in range(self.meta_tasks):
-            factor = 2.0 ** rng.uniform(-2, 2, 3)
-            other = Need(
-                need.kv_tokens_q90,
-                *(
-                    max(1, round(f * x))
-                    for f, x in zip(factor, (need.batch, need.prompt_tokens, need.output_tokens))
-                ),
-            )
+            factors = 2.0 ** rng.uniform(-2, 2, 3)
+            sizes = (need.batch, need.prompt_tokens, need.output_tokens)
+            varied = [max(1, round(f * size)) for f, size in zip(factors, sizes)]
+            other = Need(need.kv_tokens_q90, *varied)
             pieces = Pieces(model, cluster, other, profile)
-            seconds = np.array(
-                [pieces.seconds([d for d, _ in plan], [n for _, n in plan]) for plan in plans]
-            )
+            seconds = np.array([pieces.seconds(*zip(*plan)) for plan in plans])
             scores = np.log(other.batch / seconds / [len(plan) for plan in plans])
-            found.append(np.linalg.solve(features.T @ features + ridge, features.T @ scores))
-        found = np.array(found)
-        return found.mean(0), np.cov(found.T) + 1e-2 * np.eye(features.shape[1])
+            fitted.append(np.linalg.solve(features.T @ features + ridge, features.T @ scores))
+        fitted = np.array(fitted)
+        return fitted.mean(0), np.cov(fitted.T) + 1e-2 * np.eye(features.shape[1])
 
-    def features(self, pieces: Pieces, plan: list[tuple[int, int]]) -> np.ndarray:
+    def features(self, pieces: Pieces, plan: Plan) -> np.ndarray:
+        """(F,) features of a configuration, all near 1."""
         devices, layers = zip(*plan)
-        usable = np.array(
-            [pieces.cluster.devices[d].usable_bytes for d in range(len(pieces.layer))]
-        )
-        speed = pieces.layer.min() / pieces.layer[list(devices)]
+        chosen = list(devices)
+        usable = np.array([d.usable_bytes for d in pieces.cluster.devices])
+        speed = pieces.layer.min() / pieces.layer[chosen]
         share = np.array(layers) / pieces.model.layers
+        memory = usable[chosen].sum() / usable.sum()
         k = len(plan)
         return np.array(
-            [
-                1.0,
-                math.log(k),
-                1 / k,
-                share @ (1 / speed),
-                speed[0],
-                usable[list(devices)].sum() / usable.sum(),
-                share.max(),
-            ]
+            [1.0, math.log(k), 1 / k, share @ (1 / speed), speed[0], memory, share.max()]
         )
 
 
-def configurations(pieces: Pieces) -> list[list[tuple[int, int]]]:
-    """Morphling's search space: orders of devices x number used x ways to divide the layers; each plan once."""
+def configurations(pieces: Pieces) -> list[Plan]:
+    """Morphling's search space: orders of devices x number used x ways to divide the layers.
+
+    Each plan comes once.
+    """
     n, total = len(pieces.layer), pieces.model.layers
     usable = np.array([d.usable_bytes for d in pieces.cluster.devices])
     orders = [
@@ -490,39 +534,36 @@ def configurations(pieces: Pieces) -> list[list[tuple[int, int]]]:
         list(np.argsort(pieces.layer, kind="stable")),
         list(np.argsort(-usable, kind="stable")),
     ]
-    found: dict[tuple, None] = {}
+    plans: dict[tuple, None] = {}
     for order in orders:
         for k in range(1, min(n, total) + 1):
             devices = [int(d) for d in order[:k]]
-            for shares in (
-                np.ones(k),
-                1 / pieces.layer[devices],
-                usable[devices].astype(float),
-                None,
-            ):
-                layers = (
-                    fill(pieces.room(devices), total) if shares is None else divide(total, shares)
-                )
+            ways = [
+                divide(total, np.ones(k)),
+                divide(total, 1 / pieces.layer[devices]),
+                divide(total, usable[devices].astype(float)),
+                fill(pieces.room(devices), total),
+            ]
+            for layers in ways:
                 if layers is not None:
-                    found[tuple(zip(devices, layers))] = None
-    return [list(plan) for plan in found]
+                    plans[tuple(zip(devices, layers))] = None
+    return [list(plan) for plan in plans]
 
 
 def divide(total: int, shares: np.ndarray) -> list[int]:
-    """Whole layers, at least 1 each, as near to the shares as they can be (largest remainder)."""
+    """Whole layers, at least 1 each, as near to the shares as possible (largest remainder)."""
     rest = total - len(shares)
-    exact = (
-        shares / shares.sum() * rest
-        if shares.sum() > 0
-        else np.full(len(shares), rest / len(shares))
-    )
+    if shares.sum() > 0:
+        exact = shares / shares.sum() * rest
+    else:
+        exact = np.full(len(shares), rest / len(shares))
     layers = np.floor(exact).astype(int)
     layers[np.argsort(layers - exact, kind="stable")[: rest - layers.sum()]] += 1
     return [int(n) + 1 for n in layers]
 
 
 def fill(room: np.ndarray, total: int) -> list[int] | None:
-    """Each device full before the next, at least 1 each; None where they cannot hold them all."""
+    """Layers that fill each device before the next, at least 1 each; None where they do not fit."""
     if (room < 1).any() or room.sum() < total:
         return None
     layers, left = [], total

@@ -1,6 +1,7 @@
-"""Where a model's layers lie: what is asked of a placement, what it costs, and its forms for accelerate, vLLM and people.
+"""Placements: a model's layers on devices, their cost, and their forms for accelerate and vLLM.
 
-A placement is a chain: tokens pass its stages in order, and return to its first device. Free of torch.
+A placement is a chain: tokens pass its stages in order and return to its first device. Free of
+torch.
 """
 
 import io
@@ -8,16 +9,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 
 from finetune.files import write_aside
 from serving.cost_model import model as cm
-from serving.cost_model.devices import GIB, Cluster, Device
+from serving.cost_model.devices import GIB, Cluster, Device, Link
 from serving.cost_model.model import CostModel, ModelShape, Profile
 
-# (embedding, layer, final norm, output layer, P-Tuning's encoder) of chatglm/modeling_glm.py and chatglm/modeling_glm2.py
+# (embedding, layer, final norm, output layer, P-Tuning's encoder) of chatglm/modeling_glm.py and
+# chatglm/modeling_glm2.py
 MODULES = {
     "glm": (
         "transformer.word_embeddings",
@@ -39,11 +42,13 @@ MODULES["glm3"] = MODULES["glm2"]
 
 @dataclass(frozen=True)
 class Need:
-    """What a placement must hold and will run.
+    """What a placement must hold, and the batch that it serves.
 
     Attributes:
-        kv_tokens_q90: tokens whose keys and values must fit at once, over all sequences, at the predicted 90 % quantile of lengths.
-        batch, prompt_tokens, output_tokens: the batch whose latency is minimised; lengths of one sequence.
+        kv_tokens_q90: tokens whose keys and values must fit at once, over all sequences, at the
+            predicted 90 % quantile of lengths.
+        batch, prompt_tokens, output_tokens: the batch whose latency is minimised; lengths of one
+            sequence.
     """
 
     kv_tokens_q90: int
@@ -52,21 +57,18 @@ class Need:
     output_tokens: int = 256
 
     def __post_init__(self):
-        for name, least in (
-            ("kv_tokens_q90", 0),
-            ("batch", 1),
-            ("prompt_tokens", 1),
-            ("output_tokens", 1),
-        ):
+        least = {"kv_tokens_q90": 0, "batch": 1, "prompt_tokens": 1, "output_tokens": 1}
+        for name, smallest in least.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            if not is_whole or value < smallest:
                 raise ValueError(
-                    f"need: {name} must be a whole number of at least {least}, got {value!r}"
+                    f"need: {name} must be a whole number of at least {smallest}, got {value!r}"
                 )
 
 
 class Infeasible(ValueError):
-    """No placement fits; the text says bytes needed and bytes there."""
+    """No placement fits; the text gives the bytes needed and the bytes available."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,11 @@ class Placement:
 
     Attributes:
         stages: ((device's index in the cluster, its layers), ...) in order.
+        expected_latency_s: of the need's batch, without start-up.
+        utilisation: mean share of that time in which a used device works.
         replicas: how many such chains the cluster has room for, each on devices of the same groups.
-        expected_latency_s: of the need's batch, warm. utilisation: mean share of that time in which a used device works.
-        memory_bytes: {device: weights and KV}. search_steps: what the search counted: table entries, plans, or stress tests.
+        memory_bytes: {device: weights and KV}.
+        search_steps: what the search counts: table entries, plans, or stress tests.
     """
 
     model: ModelShape
@@ -101,7 +105,7 @@ class Placement:
         return tuple(n for _, n in self.stages)
 
     def place_of(self, device: int) -> int | str:
-        """As torch and accelerate name it: the index among GPUs, or "cpu"."""
+        """The device as torch and accelerate name it: the index among GPUs, or "cpu"."""
         if self.cluster.devices[device].kind == "cpu":
             return "cpu"
         return sum(d.kind != "cpu" for d in self.cluster.devices[:device])
@@ -112,26 +116,29 @@ class Placement:
         """For from_pretrained(device_map=...) and accelerate.dispatch_model.
 
         Args:
-            family: glm, glm2 or glm3 (default: what the model's shape says). prefix: the model has a P-Tuning encoder.
+            family: glm, glm2 or glm3 (default: what the model's shape says).
+            prefix: the model has a P-Tuning encoder.
         """
         if (family or "glm2") not in MODULES:
             raise ValueError(f"family must be one of {', '.join(MODULES)}, got {family!r}")
         if family and (family == "glm") != self.model.glm1:
-            raise ValueError(
-                f"this placement is of a {'glm' if self.model.glm1 else 'glm2 or glm3'} model, not of {family}"
-            )
+            kind = "glm" if self.model.glm1 else "glm2 or glm3"
+            raise ValueError(f"this placement is of a {kind} model, not of {family}")
         embedding, layer, norm, output, encoder = MODULES["glm" if self.model.glm1 else "glm2"]
         first, last = self.place_of(self.devices[0]), self.place_of(self.devices[-1])
-        found = {embedding: first} | ({encoder: first} if prefix else {})
-        owners = [self.place_of(d) for d, n in self.stages for _ in range(n)]
-        found |= {layer.format(i): owner for i, owner in enumerate(owners)}
-        return found | {
-            norm: first if self.model.tied else last,
-            output: first if self.model.tied else last,
-        }
+        device_map = {embedding: first}
+        if prefix:
+            device_map[encoder] = first
+        index = 0
+        for device, count in self.stages:
+            for _ in range(count):
+                device_map[layer.format(index)] = self.place_of(device)
+                index += 1
+        device_map[norm] = device_map[output] = first if self.model.tied else last
+        return device_map
 
     def to_pipeline_partition(self) -> str:
-        """VLLM_PP_LAYER_PARTITION, with --pipeline-parallel-size = the number of its parts."""
+        """VLLM_PP_LAYER_PARTITION; --pipeline-parallel-size is the number of its parts."""
         if len(set(self.devices)) < len(self.stages):
             raise ValueError(
                 "a pipeline's stages lie on different devices; this placement comes back to one"
@@ -140,30 +147,30 @@ class Placement:
 
     def replica_devices(self) -> list[tuple[int, ...]]:
         """The devices of each replica, in the chain's order; the first is this chain."""
-        found, taken = [], set()
+        chains: list[tuple[int, ...]] = []
+        taken: set[int] = set()
         for _ in range(self.replicas):
             chosen: dict[int, int] = {}
             for device in dict.fromkeys(self.devices):
                 group = next(g for g in self.cluster.groups if device in g)
-                free = [
-                    d for d in ([device] + group) if d not in taken and d not in chosen.values()
-                ]
-                chosen[device] = free[0]
+                used = taken | set(chosen.values())
+                chosen[device] = next(d for d in [device, *group] if d not in used)
             taken |= set(chosen.values())
-            found.append(tuple(chosen[d] for d in self.devices))
-        return found
+            chains.append(tuple(chosen[d] for d in self.devices))
+        return chains
 
     def layers_of(self) -> dict[int, list[str]]:
-        """Each device's layers, by runs: {0: ["0-13"], 1: ["14-27"]}."""
-        found: dict[int, list[str]] = {}
+        """Each device's layers, as ranges: {0: ["0-13"], 1: ["14-27"]}."""
+        ranges: dict[int, list[str]] = {}
         start = 0
-        for d, n in self.stages:
-            found.setdefault(d, []).append(f"{start}-{start + n - 1}" if n > 1 else f"{start}")
-            start += n
-        return found
+        for device, count in self.stages:
+            text = f"{start}-{start + count - 1}" if count > 1 else f"{start}"
+            ranges.setdefault(device, []).append(text)
+            start += count
+        return ranges
 
     def report(self) -> dict:
-        """What can be said of it, for JSON; latency_per_token_s is of an answer of the need's batch."""
+        """All figures, for JSON; latency_per_token_s is of an answer of the need's batch."""
         devices = [
             {
                 "device": d,
@@ -187,36 +194,45 @@ class Placement:
         }
 
     def describe(self) -> str:
-        """`report` in lines."""
-        said, need = self.report(), self.need
+        """`report` as text."""
+        figures, need = self.report(), self.need
+        devices = figures["devices"]
         lines = [
-            f"device {x['device']} {x['name']}: layers {x['layers']}; {x['needed_bytes']:,} bytes needed, {x['there_bytes']:,} there"
-            for x in said["devices"]
+            f"{self.deployer}: {self.model.layers} layers on {len(devices)} of "
+            f"{len(self.cluster.devices)} device(s), {self.replicas} replica(s)"
         ]
-        return "\n".join(
-            [
-                f"{self.deployer}: {self.model.layers} layers on {len(lines)} of {len(self.cluster.devices)} device(s), {self.replicas} replica(s)",
-                *lines,
-                f"replicas on devices: {' | '.join(','.join(map(str, chain)) for chain in said['replicas'])}",
-                f"latency: {said['latency_s']:.4g} s a batch of {need.batch} ({need.prompt_tokens} + {need.output_tokens} tokens), "
-                f"{1000 * said['latency_per_token_s']:.4g} ms a token; utilisation {self.utilisation:.1%}",
-                f"device_map: {json.dumps(said['device_map'])}",
-                f"vLLM: VLLM_PP_LAYER_PARTITION={said['pipeline_partition']} --pipeline-parallel-size {len(self.stages)}",
-            ]
-        )
+        for device in devices:
+            lines.append(
+                f"device {device['device']} {device['name']}: layers {device['layers']}; "
+                f"{device['needed_bytes']:,} bytes needed, {device['there_bytes']:,} there"
+            )
+        chains = [",".join(map(str, chain)) for chain in figures["replicas"]]
+        lines += [
+            f"replicas on devices: {' | '.join(chains)}",
+            f"latency: {figures['latency_s']:.4g} s a batch of {need.batch} "
+            f"({need.prompt_tokens} + {need.output_tokens} tokens), "
+            f"{1000 * figures['latency_per_token_s']:.4g} ms a token; "
+            f"utilisation {self.utilisation:.1%}",
+            f"device_map: {json.dumps(figures['device_map'])}",
+            f"vLLM: VLLM_PP_LAYER_PARTITION={figures['pipeline_partition']} "
+            f"--pipeline-parallel-size {len(self.stages)}",
+        ]
+        return "\n".join(lines)
 
     def picture(self, path: str | Path) -> None:
-        """Memory of each device as a bar: weights, KV, free; which layers; replicas in the title. Wants matplotlib."""
+        """Draw each device's memory as a bar: weights, KV, free, and its layers.
+
+        The title has latency, utilisation and replicas. Needs matplotlib.
+        """
         from matplotlib.figure import Figure
 
         devices = self.cluster.devices
         figure = Figure(figsize=(8, 1.2 + 0.45 * len(devices)), layout="constrained")
         axes = figure.add_subplot()
         names = [f"{i} {d.name}" for i, d in enumerate(devices)]
-        kv = [
-            cm.layers_by_device(self.stages).get(i, 0) * kv_layer_bytes(self.model, self.need) / GIB
-            for i in range(len(devices))
-        ]
+        counts = cm.layers_by_device(self.stages)
+        layer_bytes = kv_layer_bytes(self.model, self.need)
+        kv = [counts.get(i, 0) * layer_bytes / GIB for i in range(len(devices))]
         weights = [self.memory_bytes.get(i, 0) / GIB - kv[i] for i in range(len(devices))]
         axes.barh(names, [d.memory_bytes / GIB for d in devices], color="0.92", label="there")
         axes.barh(names, weights, color="tab:blue", label="weights")
@@ -228,7 +244,8 @@ class Placement:
         axes.set_xlabel("GiB")
         axes.legend(fontsize=8, loc="lower right")
         axes.set_title(
-            f"{self.deployer or 'placement'}: {self.expected_latency_s:.3g} s, utilisation {self.utilisation:.0%}, x {self.replicas}",
+            f"{self.deployer or 'placement'}: {self.expected_latency_s:.3g} s, "
+            f"utilisation {self.utilisation:.0%}, x {self.replicas}",
             fontsize=10,
         )
         image = io.BytesIO()
@@ -244,32 +261,45 @@ def kv_layer_bytes(model: ModelShape, need: Need) -> int:
 def layers_that_fit(
     model: ModelShape, device: Device, need: Need, first: bool = False, last: bool = False
 ) -> int:
-    """How many layers with their KV, beside the ends it would hold; -1 where the ends alone do not fit."""
+    """How many layers fit with their KV, beside the ends that the device would hold.
+
+    -1 where the ends alone do not fit.
+    """
     free = device.usable_bytes - model.end_bytes(first, last)
-    return (
-        -1
-        if free < 0
-        else min(model.layers, free // (model.layer_bytes + kv_layer_bytes(model, need)))
-    )
+    if free < 0:
+        return -1
+    return min(model.layers, free // (model.layer_bytes + kv_layer_bytes(model, need)))
 
 
 def infeasible(model: ModelShape, cluster: Cluster, need: Need, what: str) -> Infeasible:
+    """The error for a need that does not fit, with the bytes needed and available."""
     kv = kv_layer_bytes(model, need) * model.layers
     weights = model.layers * model.layer_bytes + model.end_bytes(True, True)
     usable = [d.usable_bytes for d in cluster.devices]
-    room = ", ".join(f"{max(0, layers_that_fit(model, d, need))}" for d in cluster.devices[:16])
+    room = [str(max(0, layers_that_fit(model, d, need))) for d in cluster.devices[:16]]
+    if len(usable) > 16:
+        room.append("...")
     return Infeasible(
-        f"{what}: needs {weights + kv:,} bytes ({weights:,} of weights, {kv:,} of KV for {need.kv_tokens_q90:,} tokens); "
-        f"there are {sum(usable):,} bytes on {len(usable)} device(s), {max(usable):,} on the largest; "
-        f"layers that fit, device by device: {room}{', ...' if len(usable) > 16 else ''} of {model.layers}"
+        f"{what}: needs {weights + kv:,} bytes ({weights:,} of weights, {kv:,} of KV "
+        f"for {need.kv_tokens_q90:,} tokens); there are {sum(usable):,} bytes "
+        f"on {len(usable)} device(s), {max(usable):,} on the largest; "
+        f"layers that fit, device by device: {', '.join(room)} of {model.layers}"
     )
 
 
 class Pieces:
-    """The need's latency, taken apart into what each layer, hop and end adds on each device, s.
+    """The latency of a need's batch as a sum of terms of layers, hops and ends, in seconds.
 
-    latency(chain) = sum n_i (layer[d_i] + cache[d_1, d_i]) + sum hop[d_i, d_i+1] + hop[d_k, d_1] + output + split (of more than one
-    device) + fixed; `seconds` adds it up, and equals CostModel.batch_s.
+    latency(chain) = sum n_i (layer[d_i] + cache[d_1, d_i]) + sum hop[d_i, d_i+1] + hop[d_k, d_1]
+                     + output + split (of more than one device) + fixed
+
+    `seconds` adds it up, and equals CostModel.batch_s.
+
+    Attributes:
+        layer, output: (devices,) of one layer, and of the output layer.
+        hop, cache: (devices, devices); hop[i, j] is over the link from i to j, cache[first, device]
+            over the link from the device to the first.
+        split, fixed: of a chain of several devices, and of every chain.
     """
 
     def __init__(self, model: ModelShape, cluster: Cluster, need: Need, profile: Profile):
@@ -277,77 +307,79 @@ class Pieces:
         devices, n = cluster.devices, len(cluster.devices)
         batch, tokens, steps = need.batch, need.batch * need.prompt_tokens, need.output_tokens - 1
         context = batch * (need.prompt_tokens + 1 + max(0, steps - 1) / 2)  # the mean over steps
-        kinds = {d: None for d in devices}  # equal devices are computed once
-        for d in kinds:
-            layer = cm.layer_seconds(model, d, profile, tokens) + cm.prefill_attention_seconds(
-                model, d, profile, tokens, batch
-            )
+        layer_s: dict[Device, float] = {}  # equal devices are computed once
+        output_s: dict[Device, float] = {}
+        for d in dict.fromkeys(devices):
+            layer = cm.layer_seconds(model, d, profile, tokens)
+            layer += cm.prefill_attention_seconds(model, d, profile, tokens, batch)
             layer += steps * cm.layer_seconds(model, d, profile, batch, context)
-            kinds[d] = (layer, (1 + steps) * cm.output_seconds(model, d, profile, batch))
-        self.layer = np.array([kinds[d][0] for d in devices])
-        self.output = np.array([kinds[d][1] for d in devices])
+            layer_s[d] = layer
+            output_s[d] = (1 + steps) * cm.output_seconds(model, d, profile, batch)
+        self.layer = np.array([layer_s[d] for d in devices])
+        self.output = np.array([output_s[d] for d in devices])
         self.hop, self.cache = np.zeros((n, n)), np.zeros((n, n))
-        links: dict = {}
-        for i in range(n):
-            for j in range(n):
-                if i != j:
-                    link = cluster.links[i][j]
-                    if link not in links:
-                        hop = cm.hop_seconds(model, link, profile, tokens) + steps * cm.hop_seconds(
-                            model, link, profile, batch
-                        )
-                        links[link] = (hop, cm.cache_seconds(model, link, profile, steps * context))
-                    self.hop[i, j], self.cache[j, i] = links[
-                        link
-                    ]  # cache[first, device]: over the link from the device to the first
+        link_s: dict[Link, tuple[float, float]] = {}
+        for i, j in permutations(range(n), 2):
+            link = cluster.links[i][j]
+            if link not in link_s:
+                hop = cm.hop_seconds(model, link, profile, tokens)
+                hop += steps * cm.hop_seconds(model, link, profile, batch)
+                link_s[link] = (hop, cm.cache_seconds(model, link, profile, steps * context))
+            self.hop[i, j], self.cache[j, i] = link_s[link]
         self.split = (1 + steps) * profile.mapped_overhead_s * model.layers
         self.fixed = (1 + steps) * cm.pass_seconds(profile, batch)
 
     @cached_property
     def scale(self) -> float:
-        """What a device weighs in seconds where only devices are counted: the mean device's latency with the whole model."""
+        """The price of a device in seconds, where only the number of devices is minimised.
+
+        The mean device's latency with the whole model.
+        """
         return float(np.mean(self.layer * self.model.layers + self.output)) + self.fixed
 
-    def seconds(self, devices: Sequence[int], layers) -> "float | np.ndarray":
-        """Of a chain of different devices; `layers` may be (plans, stages), and then so many figures come back."""
+    def seconds(self, devices: Sequence[int], layers: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The latency of a chain of different devices; (plans,) for `layers` (plans, stages)."""
         d = list(devices)
         per_layer = self.layer[d] + self.cache[d[0], d]
-        ends = self.output[d[0] if self.model.tied else d[-1]] + self.fixed
+        ends = self._output_of(d) + self.fixed
         if len(d) > 1:
             ends += self.hop[d, d[1:] + d[:1]].sum() + self.split
         return np.asarray(layers) @ per_layer + ends
 
-    def busy(self, devices: Sequence[int], layers) -> float:
+    def busy(self, devices: Sequence[int], layers: Sequence[int]) -> float:
         """Seconds in which some device works."""
         d = list(devices)
-        return float(np.asarray(layers) @ self.layer[d]) + float(
-            self.output[d[0] if self.model.tied else d[-1]]
-        )
+        return float(np.asarray(layers) @ self.layer[d]) + float(self._output_of(d))
+
+    def _output_of(self, devices: list[int]) -> np.floating:
+        return self.output[devices[0] if self.model.tied else devices[-1]]
 
     def room(self, devices: Sequence[int]) -> np.ndarray:
-        """Layers that fit on each device of a chain."""
-        ends = len(devices) - 1
-        return np.array(
-            [
-                layers_that_fit(self.model, self.cluster.devices[d], self.need, i == 0, i == ends)
-                for i, d in enumerate(devices)
-            ]
-        )
+        """(stages,) layers that fit on each device of a chain."""
+        last = len(devices) - 1
+        room = []
+        for i, d in enumerate(devices):
+            device = self.cluster.devices[d]
+            room.append(layers_that_fit(self.model, device, self.need, i == 0, i == last))
+        return np.array(room)
 
 
 def count_replicas(cluster: Cluster, devices: Sequence[int]) -> int:
-    """Chains on different devices, each with as many of every group as this one."""
-    found = []
+    """Chains on different devices, each with as many devices of every group as this one."""
+    counts = []
     for group in cluster.groups:
         if used := len(set(devices) & set(group)):
-            found.append(len(group) // used)
-    return min(found)
+            counts.append(len(group) // used)
+    return min(counts)
 
 
 def make_placement(
     pieces: Pieces, stages: Sequence[tuple[int, int]], profile: Profile, steps: int, deployer: str
 ) -> Placement:
-    """With latency from the cost model. Raises Infeasible where a device would hold more than it has."""
+    """The placement of these stages, with latency from the cost model.
+
+    Raises Infeasible where a device would hold more than it has.
+    """
     model, cluster, need = pieces.model, pieces.cluster, pieces.need
     cost = CostModel(model, cluster, stages, profile)
     layers = cm.layers_by_device(cost.stages)
@@ -356,17 +388,19 @@ def make_placement(
         for d, n in sorted(layers.items())
     }
     for d, size in memory.items():
-        if size > cluster.devices[d].usable_bytes:
-            message = f"{deployer}: {layers[d]} layers on device {d} need {size:,} bytes, it has {cluster.devices[d].usable_bytes:,}"
-            raise infeasible(model, cluster, need, message)
+        usable = cluster.devices[d].usable_bytes
+        if size > usable:
+            what = f"{deployer}: {layers[d]} layers on device {d} need {size:,} bytes, it has"
+            raise infeasible(model, cluster, need, f"{what} {usable:,}")
     latency = cost.equal_batch_s(need.batch, need.prompt_tokens, need.output_tokens)
+    busy = pieces.busy(*zip(*cost.stages))
     return Placement(
         model,
         cluster,
         need,
         cost.stages,
         expected_latency_s=latency,
-        utilisation=min(1.0, pieces.busy(*zip(*cost.stages)) / latency / len(layers)),
+        utilisation=min(1.0, busy / latency / len(layers)),
         replicas=count_replicas(cluster, list(layers)),
         memory_bytes=memory,
         search_steps=int(steps),

@@ -1,1 +1,4 @@
-"""Which requests run next: static batches, iteration-level policies, and what they ask of predicted lengths."""
+"""Which requests run next.
+
+Static batches, iteration-level policies, and what both use of predicted lengths.
+"""

@@ -1,8 +1,9 @@
-"""Iteration-level policies: sequences join and leave the batch one by one. POLICIES, all that can be chosen, is at the foot.
+"""Iteration-level policies: sequences join and leave the batch one by one.
 
     Policy = Callable[[View, CostModel], Plan]
 
-with length() and order() beside it (serving.request.Policy): the queue keeps the order of keys, so a call looks at few requests.
+with length() and order() beside it (serving.request.Policy): the queue is ordered by keys, so a
+call looks at few requests. POLICIES, all policies that can be chosen, is at the foot.
 """
 
 import math
@@ -22,17 +23,28 @@ from serving.request import FOREVER, CostModel, Limits, Plan, Record, Request, V
 
 
 class Draft:
-    """A plan in the making, and the memory and rows it leaves."""
+    """A plan in the making, and the KV tokens and rows that it leaves free or takes.
+
+    Attributes:
+        free: KV tokens that are not reserved.
+        rows: sequences in the batch.
+        reserve: KV tokens by request id.
+        gone: ids of the preempted requests.
+    """
 
     __slots__ = ("view", "free", "rows", "admit", "preempt", "reserve", "gone")
 
     def __init__(self, view: View):
-        self.view, self.free, self.rows = view, view.kv_free_tokens, len(view.running)
-        self.admit, self.preempt, self.reserve = [], [], {}
+        self.view = view
+        self.free = view.kv_free_tokens
+        self.rows = len(view.running)
+        self.admit: list[Record] = []
+        self.preempt: list[Record] = []
+        self.reserve: dict[int, int] = {}
         self.gone: set[int] = set()
 
     def add(self, record: Record, tokens: int) -> bool:
-        """Admit with so many KV tokens reserved, if they are there and a row is."""
+        """Admit with so many KV tokens reserved; False where they or a row are lacking."""
         if tokens > self.free or self.rows >= self.view.limits.max_batch:
             return False
         self.admit.append(record)
@@ -42,27 +54,40 @@ class Draft:
         return True
 
     def grow(self, record: Record, tokens: int) -> bool:
-        """Raise a running record's reservation to so many KV tokens, if they are there."""
+        """Raise a running record's reservation to so many KV tokens; False where they lack."""
         if tokens - record.reserved_tokens > self.free:
             return False
         self.reserve[record.request.id] = tokens
         self.free -= tokens - record.reserved_tokens
         return True
 
-    def drop(self, record: Record):
+    def drop(self, record: Record) -> None:
+        """Preempt a running record."""
         self.preempt.append(record)
         self.gone.add(record.request.id)
         self.free += self.reserve.pop(record.request.id, record.reserved_tokens)
         self.rows -= 1
 
-    def plan(self, **more) -> Plan:
-        return Plan(tuple(self.admit), tuple(self.preempt), self.reserve, **more)
+    def plan(self, wake_s: float = FOREVER, wake_on_arrival: bool = True) -> Plan:
+        return Plan(
+            tuple(self.admit),
+            tuple(self.preempt),
+            self.reserve,
+            wake_s=wake_s,
+            wake_on_arrival=wake_on_arrival,
+        )
 
 
 def make_room(
     draft: Draft, wanted: Callable[[Record, int], int], victims: Callable[[], list[Record]]
-):
-    """Answer all overruns: wanted(record, generated) KV tokens while there are any, else those of the next victim, or its own end here."""
+) -> None:
+    """Grow or preempt all records that overran.
+
+    Args:
+        wanted: (record, tokens generated) -> KV tokens to reserve for it. Where they are lacking,
+            victims are preempted in turn; where there are none left, the record itself.
+        victims: running records, the first to preempt first; called at most once.
+    """
     queue = None
     for record in draft.view.overran:
         if record.request.id in draft.gone:
@@ -79,12 +104,14 @@ def make_room(
 
 @dataclass(frozen=True)
 class Fcfs:
-    """First come, first served, memory in blocks as an answer grows: what vLLM does (Kwon et al., arXiv 2309.06180).
+    """First come, first served, with KV memory in blocks as an answer grows.
 
-    Where memory runs out, the last to come is preempted and computed again later. Needs no prediction.
+    This is what vLLM does (Kwon et al., arXiv 2309.06180). Where memory runs out, the request that
+    arrived last is preempted and computed again later. Needs no prediction.
 
     Attributes:
-        block_tokens: an answer's memory grows by so much at a time. watermark: share of the memory left free at admission.
+        block_tokens: an answer's reservation grows by so much at a time.
+        watermark: share of the KV memory left free at admission.
     """
 
     block_tokens: int = 64
@@ -104,12 +131,8 @@ class Fcfs:
         if view.overran:
             make_room(
                 draft,
-                lambda record, generated: min(
-                    record.reserved_tokens + self.block_tokens, limits.max_tokens
-                ),
-                lambda: sorted(
-                    view.running.values(), key=lambda r: (-r.request.arrival_s, -r.request.id)
-                ),
+                lambda r, _: min(r.reserved_tokens + self.block_tokens, limits.max_tokens),
+                lambda: self.victims(view),
             )
         if not draft.preempt and draft.rows < limits.max_batch:
             spare = int(self.watermark * limits.kv_tokens)
@@ -117,18 +140,24 @@ class Fcfs:
                 tokens = min(record.context_tokens + self.block_tokens, limits.max_tokens)
                 if (draft.free - tokens < spare and draft.rows) or not draft.add(record, tokens):
                     break
-        return draft.plan(
-            wake_on_arrival=draft.rows < limits.max_batch
-            and not len(view.waiting) > len(draft.admit)
-        )
+        all_admitted = len(view.waiting) <= len(draft.admit)
+        return draft.plan(wake_on_arrival=draft.rows < limits.max_batch and all_admitted)
+
+    def victims(self, view: View) -> list[Record]:
+        """Running records, the one that arrived last first."""
+        records = view.running.values()
+        return sorted(records, key=lambda r: (-r.request.arrival_s, -r.request.id))
 
 
 @dataclass(frozen=True)
 class Sjf:
-    """Shortest predicted answer first, run to its end (SSJF; Qiu et al., arXiv 2404.08509): the least mean wait, and long ones starve.
+    """Shortest predicted answer first, run to its end (SSJF; Qiu et al., arXiv 2404.08509).
+
+    Gives the least mean wait; long answers may starve.
 
     Attributes:
-        reserve_quantile: KV memory is kept for this quantile of the answer's length; an overrun asks for that of what is left.
+        reserve_quantile: KV memory is reserved for this quantile of the answer's length; an overrun
+            gets the same quantile of the remaining length.
     """
 
     reserve_quantile: float = 0.9
@@ -143,12 +172,10 @@ class Sjf:
         return tokens_left(record.request, record.generated), FOREVER
 
     def reserve(self, record: Record, generated: int, limits: Limits) -> int:
-        """KV tokens for prompt, answer so far and this quantile of the rest."""
-        left = (
-            quantile_left(record.request.prediction, generated, self.reserve_quantile)
-            if generated
-            else record.length
-        )
+        """KV tokens for the prompt, the answer so far and the quantile of the rest."""
+        left = record.length
+        if generated:
+            left = quantile_left(record.request.prediction, generated, self.reserve_quantile)
         return min(record.request.prompt_tokens + generated + math.ceil(left), limits.max_tokens)
 
     def __call__(self, view: View, cost: CostModel) -> Plan:
@@ -156,7 +183,7 @@ class Sjf:
         return draft.plan(wake_on_arrival=draft.rows < view.limits.max_batch)
 
     def draft(self, view: View) -> Draft:
-        """Overruns answered; where that preempted nobody, filled."""
+        """A draft with the overruns handled and, where that preempted none, new requests."""
         draft = Draft(view)
         if view.overran:
             make_room(
@@ -168,7 +195,8 @@ class Sjf:
             self.fill(draft)
         return draft
 
-    def fill(self, draft: Draft):
+    def fill(self, draft: Draft) -> None:
+        """Admit in the queue's order while there is room."""
         limits = draft.view.limits
         if draft.rows < limits.max_batch:
             for record in draft.view.waiting:
@@ -176,7 +204,7 @@ class Sjf:
                     break
 
     def victims(self, view: View) -> list[Record]:
-        """Running records, the one with most left first."""
+        """Running records, the one with most tokens left first."""
         return sorted(
             view.running.values(),
             key=lambda r: (-tokens_left(r.request, view.generated(r)), r.request.id),
@@ -185,11 +213,13 @@ class Sjf:
 
 @dataclass(frozen=True)
 class Srpt(Sjf):
-    """Shortest remaining predicted answer first, also among those that run (TRAIL; Shahout et al., arXiv 2410.01035).
+    """Shortest remaining predicted answer first, running ones included.
+
+    Source: TRAIL (Shahout et al., arXiv 2410.01035).
 
     Attributes:
-        advantage: a waiting answer displaces a running one that has at least this many times as much left; what that one
-            has computed is computed again.
+        advantage: a waiting answer displaces a running one that has at least this many times as
+            much left; what that one has computed is computed again.
     """
 
     advantage: float = 2.0
@@ -197,7 +227,8 @@ class Srpt(Sjf):
     def __call__(self, view: View, cost: CostModel) -> Plan:
         return self.draft(view).plan()
 
-    def fill(self, draft: Draft):
+    def fill(self, draft: Draft) -> None:
+        """Admit while there is room, then displace longer running answers."""
         super().fill(draft)
         view, victims = draft.view, None
         if len(draft.admit) == len(view.waiting):
@@ -205,13 +236,14 @@ class Srpt(Sjf):
         for record in view.waiting:
             if record.request.id in draft.reserve:
                 continue
-            victims = iter(self.victims(view)) if victims is None else victims
+            if victims is None:
+                victims = iter(self.victims(view))
             victim = next((v for v in victims if v.request.id not in draft.reserve), None)
+            if victim is None:
+                break
             left = tokens_left(record.request, record.generated)
-            if (
-                victim is None
-                or tokens_left(victim.request, view.generated(victim)) < self.advantage * left
-            ):
+            victim_left = tokens_left(victim.request, view.generated(victim))
+            if victim_left < self.advantage * left:
                 break
             draft.drop(victim)
             if not draft.add(record, self.reserve(record, record.generated, view.limits)):
@@ -220,30 +252,40 @@ class Srpt(Sjf):
 
 @dataclass(frozen=True)
 class Deadline:
-    """Ours: as many answers in time as there can be, and none starves.
+    """This project's policy: as many answers in time as possible, and no request starves.
 
-    Order. A request can be in time until its latest start,  arrival + slo - prefill_s(context) - pace x tokens left,  with tokens
-    left at the hope_quantile: it counts as late only when even a short answer would be. Until then its key is
-    arrival + slo_weight slo + work_weight (prefill_s + pace x mean tokens left):  the urgent first and, the more so the greater
-    work_weight, the cheap first. Once late, its key is late_s more. It changes but that once, so a heap keeps the order.
+    Order. A request can be in time until its latest start,
 
-    Ageing. ceil(late_share x rows) rows are a lane for the late, by arrival; where memory lacks for the first of them, nobody is
-    admitted until it is there. So whoever is late and has n before it waits for n answers of that lane at most, whatever comes later.
+        latest = arrival + slo - prefill_s(context) - pace x tokens left,
 
-    Memory. prompt + the conformal admit_quantile of the answer; an answer that outgrows it gets that quantile of what is left,
-    at least grow_tokens.
+    with tokens left at the hope_quantile: it counts as late only when even a short answer would be.
+    Until then its key is
 
-    Preemption. A request that must start before another row is likely to end takes the place of a running one that is late
-    by the same measure and has much left: the row-seconds this frees, tokens left x pace, less those lost while it is computed again, prefill_s(its
-    context) x rows, must be preempt_gain of the newcomer's work, which is what a deadline costs. None is preempted twice for this,
-    nor is anyone in the lane.
+        arrival + slo_weight slo + work_weight (prefill_s + pace x mean tokens left):
+
+    urgent requests first and, the more so the greater work_weight, cheap ones. Once a request is
+    late, late_s is added to its key. The key changes only that once, so a heap keeps the order.
+
+    Ageing. ceil(late_share x rows) rows are a lane for late requests, by arrival; where memory
+    lacks for the first of them, none is admitted until it is free. So a late request with n before
+    it waits for at most n answers of that lane, whatever arrives later.
+
+    Memory. prompt + the conformal admit_quantile of the answer; an answer that outgrows it gets
+    that quantile of the remaining length, at least grow_tokens.
+
+    Preemption. A request that must start before another row is likely to end takes the place of a
+    running one that is late by the same measure and has much left. The row-seconds that this frees,
+    tokens left x pace, less those lost while it is computed again, prefill_s(its context) x rows,
+    must be preempt_gain times the newcomer's work, which is what a missed deadline costs. No
+    request is preempted twice for this, nor any in the lane.
 
     Attributes:
         admit_quantile, hope_quantile, late_share: in 0..1.
-        preempt_gain: 0 preempts lightly, inf never. Below about 3 it costs more objectives than it saves wherever the machine is
-            full: what is freed is only put off, and computing a prompt again holds up every row.
-        look_s: where all is full, arrivals are looked at this often at least, for one to preempt for.
-        truth: count on true lengths (an oracle, for benchmarks).
+        preempt_gain: 0 preempts lightly, inf never. Below about 3 it misses more objectives than it
+            saves wherever the machine is full: what is freed is only put off, and computing a
+            prompt again delays every row.
+        look_s: with a full batch, plan at least this often, to see arrivals worth a preemption.
+        truth: use true lengths (an oracle, for benchmarks).
     """
 
     admit_quantile: float = 0.4
@@ -259,33 +301,28 @@ class Deadline:
     predicts: ClassVar[bool] = True
 
     def length(self, request: Request) -> float:
-        return (
-            request.output_tokens
-            if self.truth
-            else quantile_tokens(request.prediction, self.admit_quantile)
-        )
+        if self.truth:
+            return request.output_tokens
+        return quantile_tokens(request.prediction, self.admit_quantile)
 
     def left(self, record: Record, generated: int, q: float | None = None) -> float:
-        """Answer tokens still to come: their mean, or a quantile."""
+        """Answer tokens that follow the `generated` ones: their mean, or the q-quantile."""
         request = record.request
         if self.truth:
             return max(request.output_tokens - generated, 1)
         generated -= generated % COARSE
-        return (
-            expected_left(request.prediction, generated)
-            if q is None
-            else quantile_left(request.prediction, generated, q)
-        )
+        if q is None:
+            return expected_left(request.prediction, generated)
+        return quantile_left(request.prediction, generated, q)
 
     def reserve(self, record: Record, generated: int, limits: Limits) -> int:
+        """KV tokens for the prompt, the answer so far and what is expected of the rest."""
         if self.truth:
             left = self.left(record, generated)
+        elif generated:
+            left = max(self.left(record, generated, self.admit_quantile), self.grow_tokens)
         else:
-            left = (
-                max(self.left(record, generated, self.admit_quantile), self.grow_tokens)
-                if generated
-                else record.length
-            )
+            left = record.length
         return min(record.request.prompt_tokens + generated + math.ceil(left), limits.max_tokens)
 
     def order(
@@ -294,12 +331,8 @@ class Deadline:
         request, context = record.request, record.context_tokens
         pace_s = pace_s or cost.decode_step_s(1, context)
         prefill = cost.prefill_s(context)
-        latest = (
-            request.arrival_s
-            + request.slo_s
-            - prefill
-            - pace_s * self.left(record, record.generated, self.hope_quantile)
-        )
+        shortest = pace_s * self.left(record, record.generated, self.hope_quantile)
+        latest = request.arrival_s + request.slo_s - prefill - shortest
         key = request.arrival_s + self.slo_weight * request.slo_s
         if self.work_weight:
             key += self.work_weight * (prefill + pace_s * self.left(record, record.generated))
@@ -314,82 +347,84 @@ class Deadline:
                 lambda: self.victims(view),
             )
         blocked, wake_s = None, FOREVER
+        may_preempt = self.preempt_gain < FOREVER
         if not draft.preempt and len(view.waiting):
             blocked = self.fill(draft)
-            if (
-                blocked is not None
-                and not self.late(blocked, view.now_s)
-                and self.preempt_gain < FOREVER
-            ):
+            if blocked is not None and may_preempt and not self.late(blocked, view.now_s):
                 wake_s = self.displace(draft, blocked, cost)
         full = draft.rows >= limits.max_batch or blocked is not None
-        if full and self.preempt_gain < FOREVER:
+        if full and may_preempt:
             wake_s = min(wake_s, view.now_s + self.look_s)
         return draft.plan(wake_s=wake_s, wake_on_arrival=not full)
 
     @staticmethod
     def late(record: Record, at_s: float) -> bool:
+        """Whether the record's latest start lies before this time."""
         return record.until_s == FOREVER or at_s > record.until_s
 
     def fill(self, draft: Draft) -> Record | None:
-        """Admit in order while there is room; who could not be admitted."""
+        """Admit in order while there is room; the first record that could not be admitted."""
         view, limits = draft.view, draft.view.limits
         if draft.rows >= limits.max_batch:
             return next(iter(view.waiting))
         first = view.waiting.oldest()
         if self.late(first, view.now_s):
-            lane = sum(
-                [not r.admitted_s <= r.until_s < FOREVER for r in view.running.values()]
-            )  # late when admitted
-            if lane < self.late_share * (draft.rows + 1) and not draft.add(
-                first, self.reserve(first, first.generated, limits)
-            ):
-                return first
+            # The rows of the lane: those that were late when they were admitted.
+            lane = sum([not r.admitted_s <= r.until_s < FOREVER for r in view.running.values()])
+            if lane < self.late_share * (draft.rows + 1):
+                tokens = self.reserve(first, first.generated, limits)
+                if not draft.add(first, tokens):
+                    return first
         for record in view.waiting:
-            if record.request.id not in draft.reserve and not draft.add(
-                record, self.reserve(record, record.generated, limits)
-            ):
+            if record.request.id in draft.reserve:
+                continue
+            if not draft.add(record, self.reserve(record, record.generated, limits)):
                 return record
         return None
 
     def displace(self, draft: Draft, record: Record, cost: CostModel) -> float:
-        """Preempt for a request that must start now; or when to look again."""
+        """Preempt for a request that must start now; the time to plan again."""
         view = draft.view
-        now, pace = view.now_s, view.pace_s
-        work = cost.prefill_s(record.context_tokens) + pace * self.left(record, record.generated)
-        must_s = (
-            record.request.deadline_s - work - work / max(draft.rows, 1)
-        )  # a row ends about that often
-        if now < must_s:
+        work = cost.prefill_s(record.context_tokens)
+        work += view.pace_s * self.left(record, record.generated)
+        # A row ends about every work / rows seconds.
+        must_s = record.request.deadline_s - work - work / max(draft.rows, 1)
+        if view.now_s < must_s:
             return must_s
-        best, victim = self.preempt_gain * work, None
-        rows, prefill_s, generated_of = draft.rows, cost.prefill_s, view.generated
-        for r in view.running.values():
-            if (
-                r.preemptions
-                or r.until_s == FOREVER
-                or r.admitted_s > r.until_s
-                or r.request.id in draft.reserve
-            ):
-                continue
-            request = r.request
-            slack = request.arrival_s + request.slo_s - now
-            if slack >= pace * r.length:  # most are: the rest need not be asked for
-                continue
-            generated = generated_of(r)
-            saved = pace * self.left(r, generated)  # at most
-            if saved > best and slack < pace * self.left(r, generated, self.hope_quantile):
-                saved -= prefill_s(request.prompt_tokens + generated) * rows
-                if saved > best:
-                    best, victim = saved, r
+        victim = self.late_victim(draft, cost, self.preempt_gain * work)
         tokens = self.reserve(record, record.generated, view.limits)
         if victim is not None and tokens <= draft.free + victim.reserved_tokens:
             draft.drop(victim)
             draft.add(record, tokens)
         return FOREVER
 
+    def late_victim(self, draft: Draft, cost: CostModel, least: float) -> Record | None:
+        """The late running record whose preemption saves most row-seconds, above `least`."""
+        view = draft.view
+        now, pace = view.now_s, view.pace_s
+        rows, prefill_s, generated_of = draft.rows, cost.prefill_s, view.generated
+        best, victim = least, None
+        for record in view.running.values():
+            if record.preemptions or record.until_s == FOREVER:
+                continue
+            request = record.request
+            if record.admitted_s > record.until_s or request.id in draft.reserve:
+                continue
+            slack = request.arrival_s + request.slo_s - now
+            # Sorts out most records before the dearer quantiles are computed.
+            if slack >= pace * record.length:
+                continue
+            generated = generated_of(record)
+            # An upper bound: prefilling it again is still to be subtracted.
+            saved = pace * self.left(record, generated)
+            if saved > best and slack < pace * self.left(record, generated, self.hope_quantile):
+                saved -= prefill_s(request.prompt_tokens + generated) * rows
+                if saved > best:
+                    best, victim = saved, record
+        return victim
+
     def victims(self, view: View) -> list[Record]:
-        """Running records by their deadlines, the latest first; the one that came first comes last."""
+        """Running records, the latest deadline first; the one that arrived first comes last."""
         rows = sorted(view.running.values(), key=lambda r: (-r.request.deadline_s, -r.request.id))
         oldest = min(rows, key=lambda r: (r.request.arrival_s, r.request.id))
         rows.remove(oldest)

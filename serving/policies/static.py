@@ -1,16 +1,17 @@
-"""Static batches: which waiting requests run together, padded to one shape, until the last of them has ended.
+"""Static batches: which waiting requests run together, padded to one shape, until all have ended.
 
-    BatchPolicy = Callable[[View, CostModel], Iterable[Batch]]
+    BatchPolicy: (View, CostModel) -> Iterable[Batch]
 
-makes batches of all that waits, the one to run first first. `Static` makes a Policy of it: it starts the first when nothing runs, so
-those that need not see all to know the first make the others only when asked.
+makes batches of all waiting requests, the one to run first first. `Static` turns it into a Policy:
+it starts the first batch when nothing runs. So a policy that finds its first batch without looking
+at all requests yields lazily and never makes the others.
 """
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -18,13 +19,27 @@ from serving.policies.lengths import bucket_tokens, expected_tokens, quantile_to
 from serving.request import FOREVER, Batch, CostModel, Limits, Plan, Record, Request, View
 
 
+class BatchPolicy(Protocol):
+    """A frozen dataclass that makes batches; `predicts` and `length` are a Policy's."""
+
+    predicts: ClassVar[bool]
+
+    def length(self, request: Request) -> float: ...
+    def __call__(self, view: View, cost: CostModel) -> Iterable[Batch]: ...
+
+
 def answer_room(record: Record, limits: Limits) -> int:
-    """Answer tokens to reserve from here: what the policy counts on, doubled at every overrun, at most to the limit."""
+    """Answer tokens to reserve for the rest of an answer.
+
+    What the policy expects, doubled at every overrun, and at most what the limit leaves.
+    """
     most = limits.max_tokens - record.context_tokens
     wanted = record.length * 2**record.overruns - record.generated
     if record.overruns:
         wanted = max(wanted, record.length)
-    return max(1, min(most, math.ceil(wanted) if wanted < most else most))
+    if wanted >= most:
+        return max(1, most)
+    return max(1, min(most, math.ceil(wanted)))
 
 
 class Shape:
@@ -42,18 +57,18 @@ class Shape:
         rows = len(self.records) + 1
         prompt = max(self.prompt, record.context_tokens)
         longest = max(self.answer, answer)
-        if rows > 1 and (
-            rows > self.limits.max_batch or rows * (prompt + longest) > self.limits.kv_tokens
-        ):
+        kv_tokens = rows * (prompt + longest)
+        fits = rows <= self.limits.max_batch and kv_tokens <= self.limits.kv_tokens
+        if rows > 1 and not fits:
             return False
         self.records.append(record)
         self.prompt, self.answer = prompt, longest
         return True
 
     def batch(self, stop_tokens: int | None = None) -> Batch:
-        return Batch(
-            tuple(self.records), (self.prompt + self.answer,) * len(self.records), stop_tokens
-        )
+        """The batch, with the padded shape reserved for every row."""
+        reserve_tokens = (self.prompt + self.answer,) * len(self.records)
+        return Batch(tuple(self.records), reserve_tokens, stop_tokens)
 
 
 def chunks(records: Iterable[Record], limits: Limits) -> Iterator[Batch]:
@@ -70,15 +85,16 @@ def chunks(records: Iterable[Record], limits: Limits) -> Iterator[Batch]:
 
 
 def by_arrival(record: Record) -> tuple[float, int]:
+    """A sorting key: arrival, then id."""
     return record.request.arrival_s, record.request.id
 
 
 @dataclass(frozen=True)
 class Fifo:
-    """In order of arrival, every answer reserved at its limit: what servers do that know nothing of lengths.
+    """In order of arrival, every answer reserved at its limit: serving without prediction.
 
     Attributes:
-        reserve_tokens: the limit of an answer that memory is kept for.
+        reserve_tokens: the limit of an answer, for which KV memory is reserved.
     """
 
     reserve_tokens: int = 2048
@@ -93,14 +109,17 @@ class Fifo:
 
 @dataclass(frozen=True)
 class S3:
-    """S3 (Jin et al., arXiv 2306.06000): memory by predicted length bucket, packed by decreasing first fit.
+    """S3 (Jin et al., arXiv 2306.06000): memory by length bucket, packed by decreasing first fit.
 
-    A request weighs prompt + upper bound of its bucket; the heaviest goes first, into the first batch that still has the memory.
-    The supervisor preempts a row that outgrows its bucket, and reserves twice as much the next time. The paper leaves open which
-    batch goes first where requests arrive over time: here the one with the request that has waited longest, so that none starves.
+    A request weighs prompt + upper bound of its bucket; the heaviest goes first, into the first
+    batch that still has the memory. The supervisor preempts a row that outgrows its bucket, and
+    reserves twice as much the next time. The paper leaves open which batch runs first where
+    requests arrive over time: here the one with the request that has waited longest, so that none
+    starves.
 
     Attributes:
         buckets: equal ones up to longest_tokens.
+        grows: whether an overrun may get more memory; if not, it is preempted.
     """
 
     buckets: int = 10
@@ -119,30 +138,28 @@ class S3:
         batches = []
         for rows in bins:
             longest = max(prompts[i] for i in rows)
-            batches.append(
-                Batch(tuple([records[i] for i in rows]), tuple([longest + rooms[i] for i in rows]))
-            )
+            reserve_tokens = tuple([longest + rooms[i] for i in rows])
+            batches.append(Batch(tuple([records[i] for i in rows]), reserve_tokens))
         return sorted(batches, key=lambda batch: min(map(by_arrival, batch.records)))
 
 
 def decreasing_first_fit(
     prompts: Sequence[int], answers: Sequence[int], capacity: int, most: int
 ) -> list[list[int]]:
-    """Bins of at most `most` items: heaviest first, each into the first bin where rows x longest prompt + sum of answers <= capacity.
+    """Bins of item indices, at most `most` a bin.
 
-    The prompts of a bin are padded to its longest, so an item needs answer + prompt, and what the other rows' padding grows by.
-    The first open bins are looked at one by one, where most items fit, then numpy looks at all the others at once.
+    Heaviest item first, each into the first bin where rows x longest prompt + sum of answers <=
+    capacity. The prompts of a bin are padded to its longest, so an item needs answer + prompt, and
+    what the padding of the other rows grows by.
+
+    The first open bins are tried one by one, where most items fit; numpy tries all others at once.
     """
     count = len(prompts)
     order = np.lexsort((np.arange(count), -np.add(prompts, answers)))
-    joined, answer_sum, padded = (
-        np.ones(count),
-        np.zeros(count),
-        np.zeros(count),
-    )  # of bins, as in `state`
-    state: list[
-        tuple[int, int, float]
-    ] = []  # rows + 1, sum of answers, and (rows + 1) x longest prompt + that sum
+    # Of each bin: rows + 1, the sum of answers, and (rows + 1) x longest prompt + that sum.
+    state: list[tuple[int, int, float]] = []
+    # The same as columns.
+    joined, answer_sum, padded = np.ones(count), np.zeros(count), np.zeros(count)
     longest: list[int] = []
     bins: list[list[int]] = []
     first = 0  # bins before it are full
@@ -177,24 +194,29 @@ def decreasing_first_fit(
 
 @dataclass(frozen=True)
 class SloOdbs:
-    """SLO-ODBS, and its two halves (UELLM, arXiv 2409.14961, "SLO and output-driven dynamic batch scheduler").
+    """SLO-ODBS, and its two halves SLO-DBS and ODBS (UELLM, arXiv 2409.14961).
 
-    A request joins the batch while  w1 T_l + w2 T_o <= threshold,  over the batch with the request in it, where
+    The paper's "SLO and output-driven dynamic batch scheduler". A request joins the batch while
+    w1 T_l + w2 T_o <= threshold,  over the batch with the request in it, where
 
-        T_l = sum_i (SLO_i + L_CM) (|batch| + 1) L1        T_o = sum_i (Len_i + O_CM) (|batch| + 1) L2
+        T_l = sum_i (SLO_i + L_CM) (|batch| + 1) L1
+        T_o = sum_i (Len_i + O_CM) (|batch| + 1) L2
 
-    |batch| counts the rows before it joins; CM is the row before it joins with the largest w1 SLO + w2 Len (itself, in an empty
-    batch), L_CM and O_CM are that row's SLO and length. Else it opens the next batch. Requests are taken by SLO, batches run by
-    the w1 SLO + w2 Len of their CM, smallest first. w2 = 0 is SLO-DBS, w1 = 0 ODBS, which takes requests by length.
-    The paper's requests are all there at time 0; with arrivals SLO_i is what is left of it, at least 0.
+    |batch| counts the rows before it joins. CM is the row before it joins with the largest
+    w1 SLO + w2 Len (the request itself, in an empty batch); L_CM and O_CM are that row's SLO and
+    length. Otherwise it opens the next batch. Requests are taken by SLO, batches run by the
+    w1 SLO + w2 Len of their CM, smallest first. w2 = 0 is SLO-DBS, w1 = 0 ODBS, which takes
+    requests by length. The paper's requests are all there at time 0; with arrivals SLO_i is what is
+    left of it, at least 0.
 
     Attributes:
-        slo_weight: w1, per second. length_weight: w2, per token.
+        slo_weight: w1, per second.
+        length_weight: w2, per token.
         slo_overhead, length_overhead: L1, L2: how much an added row slows the others.
         threshold: on the weighted sum, no unit.
-        sort_by: slo, length, or composite (w1 SLO + w2 Len), in which order requests are taken.
-        reserve_quantile: KV memory is kept for this quantile of the answers' lengths.
-        truth: count on true lengths (an oracle, for benchmarks).
+        sort_by: slo, length, or composite (w1 SLO + w2 Len): the order in which requests are taken.
+        reserve_quantile: KV memory is reserved for this quantile of the answers' lengths.
+        truth: use true lengths (an oracle, for benchmarks).
     """
 
     slo_weight: float = 1.0
@@ -212,74 +234,86 @@ class SloOdbs:
             raise ValueError(f"sort_by is slo, length or composite; got {self.sort_by!r}")
 
     def length(self, request: Request) -> float:
-        return (
-            request.output_tokens
-            if self.truth
-            else quantile_tokens(request.prediction, self.reserve_quantile)
-        )
+        if self.truth:
+            return request.output_tokens
+        return quantile_tokens(request.prediction, self.reserve_quantile)
 
     def __call__(self, view: View, cost: CostModel) -> list[Batch]:
         if not len(view.waiting):
             return []
+        limits = view.limits
+        batches: list[tuple[float, Shape]] = []
+        shape, largest = Shape(limits), (0.0, 0.0, 0.0)
+        slo_sum = length_sum = 0.0
+        for slo, length, composite, record in self.sorted_rows(view):
+            rows, answer = len(shape.records), answer_room(record, limits)
+            row = (composite, slo, length)
+            slo_term, length_term = self.terms(
+                rows, slo_sum + slo, length_sum + length, largest if rows else row
+            )
+            weighted = self.slo_weight * slo_term + self.length_weight * length_term
+            if rows and (weighted > self.threshold or not shape.takes(record, answer)):
+                batches.append((largest[0], shape))
+                shape, largest = Shape(limits), (0.0, 0.0, 0.0)
+                slo_sum = length_sum = 0.0
+                rows = 0
+            if not rows:
+                shape.takes(record, answer)
+            slo_sum += slo
+            length_sum += length
+            largest = max(largest, row)
+        batches.append((largest[0], shape))
+        # The sort is stable: of equal ones, the batch made first runs first.
+        return [shape.batch() for _, shape in sorted(batches, key=lambda batch: batch[0])]
+
+    def sorted_rows(self, view: View) -> list[tuple[float, float, float, Record]]:
+        """(SLO left, length left, composite, record) of each waiting record, by `sort_by`."""
         now, w1, w2 = view.now_s, self.slo_weight, self.length_weight
         rows = []
         for record in view.waiting.everyone():
             request = record.request
-            slo = request.arrival_s + request.slo_s - now
-            slo = slo if slo > 0 else 0.0
-            length = (
-                request.output_tokens if self.truth else expected_tokens(request.prediction)
-            ) - record.generated
-            length = length if length > 1 else 1.0
+            slo = max(request.arrival_s + request.slo_s - now, 0.0)
+            answer = request.output_tokens if self.truth else expected_tokens(request.prediction)
+            length = max(answer - record.generated, 1.0)
             composite = w1 * slo + w2 * length
-            first = (
-                slo if self.sort_by == "slo" else length if self.sort_by == "length" else composite
-            )
+            if self.sort_by == "slo":
+                first = slo
+            elif self.sort_by == "length":
+                first = length
+            else:
+                first = composite
             rows.append((first, request.arrival_s, request.id, slo, length, composite, record))
         rows.sort()
-        limits = view.limits
-        shape, largest, found = Shape(limits), (0.0, 0.0, 0.0), []
-        slo_sum = length_sum = 0.0
-        for _, _, _, slo, length, composite, record in rows:
-            n, answer = len(shape.records), answer_room(record, limits)
-            slo_term, length_term = self.terms(
-                n, slo_sum + slo, length_sum + length, largest if n else (composite, slo, length)
-            )
-            if n and (
-                w1 * slo_term + w2 * length_term > self.threshold or not shape.takes(record, answer)
-            ):
-                found.append((largest[0], len(found), shape))
-                shape, largest, slo_sum, length_sum, n = Shape(limits), (0.0, 0.0, 0.0), 0.0, 0.0, 0
-            if not n:
-                shape.takes(record, answer)
-            slo_sum, length_sum, largest = (
-                slo_sum + slo,
-                length_sum + length,
-                max(largest, (composite, slo, length)),
-            )
-        found.append((largest[0], len(found), shape))
-        return [shape.batch() for _, _, shape in sorted(found, key=lambda b: b[:2])]
+        return [row[3:] for row in rows]
 
     def terms(
         self, rows: int, slo_sum: float, length_sum: float, largest: tuple[float, float, float]
     ) -> tuple[float, float]:
-        """(T_l, T_o) of `rows` and one more row, whose SLOs and lengths sum to this; `largest` is (composite, SLO, length) of CM."""
+        """(T_l, T_o) of `rows` and one more row.
+
+        Args:
+            slo_sum, length_sum: over all those rows.
+            largest: (composite, SLO, length) of CM.
+        """
         _, slo, length = largest
+        rows += 1
         return (
-            (slo_sum + (rows + 1) * slo) * (rows + 1) * self.slo_overhead,
-            (length_sum + (rows + 1) * length) * (rows + 1) * self.length_overhead,
+            (slo_sum + rows * slo) * rows * self.slo_overhead,
+            (length_sum + rows * length) * rows * self.length_overhead,
         )
 
 
 @dataclass(frozen=True)
 class UellmReleased:
-    """What UELLM's repository runs: sort by SLO + 0.5 length, cut into chunks of 10.
+    """What UELLM's repository runs: sort by SLO + 0.5 length, split into chunks of 10.
 
-    Its condition for another row, (len - largest so far) (rows + 1) 1.2 <= 15,000, hardly ever fails, and is kept. Its SLO is the
-    whole objective, not what is left of it. Memory is kept for the predicted mean.
+    Its condition for another row, (len - largest so far) (rows + 1) 1.2 <= 15,000, hardly ever
+    fails, and is kept. Its SLO is the whole objective, not what is left of it. KV memory is
+    reserved for the predicted mean.
 
     Attributes:
-        extra_tokens: cut answers at the batch's largest predicted length + this, as its full system does (50); None: leave them whole.
+        extra_tokens: truncate answers at the batch's largest predicted length + this, as its full
+            system does (50); None: never.
     """
 
     slo_weight: float = 1.0
@@ -294,16 +328,14 @@ class UellmReleased:
         return expected_tokens(request.prediction)
 
     def __call__(self, view: View, cost: CostModel) -> Iterator[Batch]:
-        def composite(record: Record):
-            return (
-                self.slo_weight * record.request.slo_s + self.length_weight * record.length,
-                *by_arrival(record),
-            )
+        def composite(record: Record) -> tuple[float, float, int]:
+            objective = self.slo_weight * record.request.slo_s
+            return (objective + self.length_weight * record.length, *by_arrival(record))
 
         def batch() -> Batch:
-            return shape.batch(
-                None if self.extra_tokens is None else math.ceil(largest) + self.extra_tokens
-            )
+            if self.extra_tokens is None:
+                return shape.batch()
+            return shape.batch(math.ceil(largest) + self.extra_tokens)
 
         limits = view.limits
         shape, largest = Shape(limits), 0.0
@@ -324,14 +356,18 @@ class UellmReleased:
 class Annealing:
     """SLO-aware priorities by simulated annealing (Huang et al., arXiv 2504.14966).
 
-    Looks for the sequence of batches with the largest  G = n / t:  n requests that meet their objective, t the sum of all latencies,
-    both predicted: wait so far + batches before it + its own batch. Starts from the better of order of arrival and shortest first;
-    a move takes a request into the batch before or after its own, or swaps two requests; a worse G' is accepted with probability
-    exp((G' / G - 1) / T). Temperatures are relative to G, unlike the paper's, whose G depends on the number of requests.
+    Searches the sequence of batches with the largest  G = n / t:  n requests that meet their
+    objective, t the sum of all latencies, both predicted: wait so far + batches before it + its own
+    batch. Starts from the better of order of arrival and shortest first. A move takes a request
+    into the batch before or after its own, or swaps two requests; a worse G' is accepted with
+    probability exp((G' / G - 1) / T). Temperatures are relative to G, unlike the paper's, whose G
+    depends on the number of requests.
 
     Attributes:
-        window: requests arranged at a time, the earliest deadlines; with more waiting, the paper's search takes longer than a batch.
-        moves: tried for one plan; the temperature falls geometrically from `hot` to `cold` over them.
+        window: requests arranged at a time, the earliest deadlines; with more waiting, the paper's
+            search takes longer than a batch.
+        moves: tried for one plan; the temperature falls geometrically from `hot` to `cold` over
+            them.
     """
 
     window: int = 64
@@ -346,32 +382,30 @@ class Annealing:
         return quantile_tokens(request.prediction, self.reserve_quantile)
 
     def __call__(self, view: View, cost: CostModel) -> list[Batch]:
-        chosen = sorted(
-            view.waiting.everyone(), key=lambda r: (r.request.deadline_s, r.request.id)
-        )[: self.window]
+        waiting = view.waiting.everyone()
+        by_deadline = sorted(waiting, key=lambda r: (r.request.deadline_s, r.request.id))
+        chosen = by_deadline[: self.window]
         if not chosen:
             return []
         limits = view.limits
-        lengths = {
-            r.request.id: max(expected_tokens(r.request.prediction) - r.generated, 1.0)
-            for r in chosen
-        }
+        lengths = {}
+        for record in chosen:
+            left = expected_tokens(record.request.prediction) - record.generated
+            lengths[record.request.id] = max(left, 1.0)
         answers = {r.request.id: answer_room(r, limits) for r in chosen}
 
         def fits(rows: list[Record]) -> bool:
+            if len(rows) == 1:
+                return True
             padded = max(r.context_tokens for r in rows) + max(answers[r.request.id] for r in rows)
-            return len(rows) == 1 or (
-                len(rows) <= limits.max_batch and len(rows) * padded <= limits.kv_tokens
-            )
+            return len(rows) <= limits.max_batch and len(rows) * padded <= limits.kv_tokens
 
         def seconds(rows: list[Record]) -> float:
-            longest, steps = (
-                max(r.context_tokens for r in rows),
-                max(lengths[r.request.id] for r in rows) - 1,
-            )
-            return cost.prefill_s(longest * len(rows), len(rows)) + cost.decode_s(
-                len(rows), len(rows) * (longest + 1), max(math.ceil(steps), 0)
-            )
+            count = len(rows)
+            longest = max(r.context_tokens for r in rows)
+            steps = max(lengths[r.request.id] for r in rows) - 1
+            prefill_s = cost.prefill_s(longest * count, count)
+            return prefill_s + cost.decode_s(count, count * (longest + 1), max(math.ceil(steps), 0))
 
         def gain(times: list[float], batches: list[list[Record]]) -> float:
             met, total, now = 0, 0.0, view.now_s
@@ -380,25 +414,38 @@ class Annealing:
                 for r in rows:
                     met += now <= r.request.arrival_s + r.request.slo_s
                     total += now - r.request.arrival_s
-            return (
-                met + 1e-6
-            ) / total  # where none can meet its objective, the shorter sum of latencies still wins
+            # Where none can meet its objective, the shorter sum of latencies still wins.
+            return (met + 1e-6) / total
 
-        starts = []
-        for order in (by_arrival, lambda r: (lengths[r.request.id], r.request.id)):
+        def start(order: Callable[[Record], tuple]) -> tuple[float, list[list[Record]]]:
             batches = [list(batch.records) for batch in chunks(sorted(chosen, key=order), limits)]
-            starts.append((gain([seconds(rows) for rows in batches], batches), batches))
-        best = anneal(
-            starts[starts[1][0] > starts[0][0] * (1 + 1e-9)][1], fits, seconds, gain, self
-        )
+            return gain([seconds(rows) for rows in batches], batches), batches
+
+        first_gain, batches = start(by_arrival)
+        other_gain, shortest_first = start(lambda r: (lengths[r.request.id], r.request.id))
+        if other_gain > first_gain * (1 + 1e-9):
+            batches = shortest_first
+        best = anneal(batches, fits, seconds, gain, self)
         shape = Shape(limits)
         for record in best[0]:
             shape.takes(record, answers[record.request.id])
         return [shape.batch()]
 
 
-def anneal(batches: list[list], fits, seconds, gain, knobs: Annealing) -> list[list]:
-    """The best sequence of batches met on the way; deterministic for a seed."""
+def anneal(
+    batches: list[list[Record]],
+    fits: Callable[[list[Record]], bool],
+    seconds: Callable[[list[Record]], float],
+    gain: Callable[[list[float], list[list[Record]]], float],
+    knobs: Annealing,
+) -> list[list[Record]]:
+    """The best sequence of batches found; deterministic for a seed.
+
+    Args:
+        fits: whether rows can run as one batch.
+        seconds: a batch's duration.
+        gain: of the batches' durations and the batches; larger is better.
+    """
     rng = random.Random(knobs.seed)
     times = [seconds(rows) for rows in batches]
     now = best_gain = gain(times, batches)
@@ -408,22 +455,12 @@ def anneal(batches: list[list], fits, seconds, gain, knobs: Annealing) -> list[l
         b = rng.choice([a - 1, a + 1, rng.randrange(len(batches))])
         if not 0 <= b < len(batches) or a == b:
             continue
-        one, two = list(batches[a]), list(batches[b])
-        i = rng.randrange(len(one))
-        if abs(a - b) == 1 and rng.random() < 0.5:
-            two.append(one.pop(i))
-        else:
-            k = rng.randrange(len(two))
-            one[i], two[k] = two[k], one[i]
+        one, two = moved(batches[a], batches[b], abs(a - b) == 1, rng)
         if not fits(two) or (one and not fits(one)):
             continue
         trial, trial_times = list(batches), list(times)
-        trial[a], trial[b], trial_times[a], trial_times[b] = (
-            one,
-            two,
-            seconds(one) if one else 0.0,
-            seconds(two),
-        )
+        trial[a], trial_times[a] = one, seconds(one) if one else 0.0
+        trial[b], trial_times[b] = two, seconds(two)
         if not one:
             del trial[a], trial_times[a]
         then = gain(trial_times, trial)
@@ -435,9 +472,29 @@ def anneal(batches: list[list], fits, seconds, gain, knobs: Annealing) -> list[l
     return best
 
 
+def moved(
+    one: list[Record], two: list[Record], adjacent: bool, rng: random.Random
+) -> tuple[list[Record], list[Record]]:
+    """Copies of two batches after one request moves from `one` to `two`, or two are swapped.
+
+    Only adjacent batches move a request.
+    """
+    one, two = list(one), list(two)
+    i = rng.randrange(len(one))
+    if adjacent and rng.random() < 0.5:
+        two.append(one.pop(i))
+    else:
+        k = rng.randrange(len(two))
+        one[i], two[k] = two[k], one[i]
+    return one, two
+
+
 @dataclass(frozen=True)
 class Oracle:
-    """Shortest true answers first, in batches of like lengths with no memory to spare: for benchmarks, no server can know this."""
+    """Shortest true answers first, in batches of like lengths with no memory to spare.
+
+    For benchmarks: no server can know the true lengths.
+    """
 
     predicts: ClassVar[bool] = False
 
@@ -445,18 +502,20 @@ class Oracle:
         return request.output_tokens
 
     def __call__(self, view: View, cost: CostModel) -> Iterator[Batch]:
-        return chunks(
-            sorted(view.waiting.everyone(), key=lambda r: (r.length - r.generated, *by_arrival(r))),
-            view.limits,
-        )
+        waiting = view.waiting.everyone()
+        shortest_first = sorted(waiting, key=lambda r: (r.length - r.generated, *by_arrival(r)))
+        return chunks(shortest_first, view.limits)
 
 
 @dataclass(frozen=True)
 class Static:
-    """A BatchPolicy as a Policy: starts the first batch when nothing runs. A row that outgrows its memory gets twice as much while
-    there is any, else it is preempted; S3 always preempts."""
+    """A BatchPolicy as a Policy: starts the first batch when nothing runs.
 
-    batching: object
+    A row that outgrows its reservation gets twice as much while there is any, else it is preempted;
+    S3 always preempts.
+    """
+
+    batching: BatchPolicy
 
     @property
     def predicts(self) -> bool:
@@ -476,9 +535,7 @@ class Static:
         first = next(iter(self.batching(view, cost)), None)
         if first is None:
             return Plan()
-        reserve = {
-            record.request.id: tokens for record, tokens in zip(first.records, first.reserve_tokens)
-        }
+        reserve = {r.request.id: tokens for r, tokens in zip(first.records, first.reserve_tokens)}
         return Plan(
             first.records,
             (),
@@ -489,14 +546,16 @@ class Static:
         )
 
     def supervise(self, view: View) -> Plan:
-        free, preempt, reserve = view.kv_free_tokens, [], {}
+        """A plan for a batch that runs: grow or preempt the rows that overran."""
+        limits, free = view.limits, view.kv_free_tokens
+        preempt: list[Record] = []
+        reserve: dict[int, int] = {}
+        may_grow = getattr(self.batching, "grows", True)
         for record in view.overran:
             had = record.reserved_tokens - record.base_tokens
-            room = min(
-                view.limits.max_tokens - record.context_tokens,
-                max(answer_room(record, view.limits), 2 * had),
-            )
-            if getattr(self.batching, "grows", True) and room - had <= free:
+            room = max(answer_room(record, limits), 2 * had)
+            room = min(room, limits.max_tokens - record.context_tokens)
+            if may_grow and room - had <= free:
                 reserve[record.request.id] = record.base_tokens + room
                 free -= room - had
             else:
@@ -505,8 +564,9 @@ class Static:
         return Plan(preempt=tuple(preempt), reserve_tokens=reserve, wake_on_arrival=False)
 
 
-# Knobs of odbs, slo_dbs and slo_odbs: `python -m serving.simulate --search NAME --workload poisson --rate 1.5,2.5,4 --seeds 2
-# --requests 600 --slo_scale 10` (its seeds are not those of comparisons). SloOdbs's own defaults are the repository's weights.
+# The fields of odbs, slo_dbs and slo_odbs were found by `python -m serving.simulate --search NAME
+# --workload poisson --rate 1.5,2.5,4 --seeds 2 --requests 600 --slo_scale 10` (its seeds are not
+# those of comparisons). SloOdbs's own defaults are the repository's weights.
 BATCH_POLICIES = {
     "fifo": Fifo(),
     "s3": S3(),

@@ -124,7 +124,7 @@ def parse_rates(text: str) -> list[float]:
     return [parse(part) for part in text.split(",")]
 
 
-def make_cost(args) -> tuple[CostModel, int]:
+def make_cost(args: argparse.Namespace) -> tuple[CostModel, int]:
     """(--profile or --device: the calibrated model of serving.cost_model, placed by --deployer; else LinearCost's lines, replicas)."""
     if not args.device and not args.profile:
         for flag in ("gpus", "deployer"):
@@ -149,7 +149,7 @@ def make_cost(args) -> tuple[CostModel, int]:
     return CostModel.of(placement.model, placement, profile), placement.replicas
 
 
-def make_setting(args) -> Setting:
+def make_setting(args: argparse.Namespace) -> Setting:
     cost, replicas = make_cost(args)
     kv_tokens = args.kv_tokens or cost.kv_capacity_tokens
     if args.predictor:
@@ -290,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(parser.prog, lambda: run_simulation(args, names))
 
 
-def run_simulation(args, names: list[str]):
+def run_simulation(args: argparse.Namespace, names: list[str]) -> None:
     setting, rates = make_setting(args), args.rate
     if args.experiment:
         from serving.simulate.experiments import EXPERIMENTS
@@ -319,7 +319,7 @@ def run_simulation(args, names: list[str]):
             print(f"wrote {path}", file=sys.stderr)
 
 
-def printable(args) -> dict:
+def printable(args: argparse.Namespace) -> dict:
     return {
         key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
     }

@@ -2,10 +2,11 @@
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import TextIO
 
 import numpy as np
 
@@ -33,10 +34,10 @@ COLUMNS = {  # metric -> (heading, unit, factor)
 }
 
 
-SEARCH_SEEDS = 1000  # searches look at seeds from here on, comparisons at 0, 1, ...
+SEARCH_SEEDS = 1000  # searches use seeds from here on, comparisons 0, 1, ...
 
 
-SPACES = {  # knobs of a policy that are worth a search, and values to try
+SPACES = {  # fields of a policy that are worth a search, and values to try
     "odbs": {
         "threshold": (500, 1000, 2000, 4000, 8000, 15_000, 30_000, 60_000),
         "reserve_quantile": (0.5, 0.8, 0.9, 0.97),
@@ -72,8 +73,8 @@ SPACES = {  # knobs of a policy that are worth a search, and values to try
 
 
 @contextmanager
-def collected_later():
-    """No garbage collection meanwhile: a run makes millions of short-lived objects and no cycles."""
+def collected_later() -> Iterator[None]:
+    """No garbage collection meanwhile: a run makes millions of short-lived objects, no cycles."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -86,11 +87,10 @@ def collected_later():
 def simulate(
     policy: Policy, workload: Workload, cost: CostModel, limits: Limits, replicas: int = 1
 ) -> tuple[dict[str, float], Collector]:
-    """(metrics, everything kept) of one policy on one workload; deterministic."""
-    found, collector, _ = serve(
-        policy, workload, [SimulatedEngine(cost, limits) for _ in range(replicas)]
-    )
-    return found, collector
+    """(metrics, all completions) of one policy on one workload; deterministic."""
+    engines = [SimulatedEngine(cost, limits) for _ in range(replicas)]
+    metrics, collector, _ = serve(policy, workload, engines)
+    return metrics, collector
 
 
 def serve(
@@ -99,20 +99,25 @@ def serve(
     engines: list[SimulatedEngine],
     speeds: list[float] | None = None,
 ) -> tuple[dict[str, float], Collector, list[SimulatedEngine]]:
-    """Several replicas, each with a queue of its own; requests are dealt out in turn, by the speeds. As `simulate`, and the engines."""
+    """As `simulate`, on several replicas, each with its own queue; and the engines.
+
+    Requests are distributed over the replicas in turn, in proportion to the speeds.
+    """
     collector = Collector()
     which = deal(len(workload), speeds or [1.0] * len(engines))
     with collected_later():
         for k, engine in enumerate(engines):
             part = workload.part(which == k) if len(engines) > 1 else workload
-            collector.watch(
-                run(policy, engine, VirtualClock(), Replay(part.requests(policy.predicts)))
-            )
+            arrivals = Replay(part.requests(policy.predicts))
+            collector.watch(run(policy, engine, VirtualClock(), arrivals))
     return collector.summary(total_of(engines)), collector, engines
 
 
 def deal(count: int, speeds: list[float]) -> np.ndarray:
-    """(count,) index of the replica of each request: each replica's share is its speed's, and its requests are evenly apart."""
+    """(count,) index of the replica of each request.
+
+    Each replica's share is its speed's, and its requests are evenly spaced.
+    """
     share = np.asarray(speeds, float) / np.sum(speeds)
     made = [(np.arange(int(np.ceil(count * s)) + 1) + 0.5) / s for s in share]
     owner = np.repeat(np.arange(len(speeds)), [len(m) for m in made])
@@ -120,23 +125,19 @@ def deal(count: int, speeds: list[float]) -> np.ndarray:
 
 
 def total_of(engines: list[SimulatedEngine]) -> SimpleNamespace:
-    """What metrics read of an engine, of all: seconds are means over replicas, tokens sums."""
-    n = len(engines)
-    seconds = {name: sum(getattr(e, name) for e in engines) / n for name in ("busy_s", "row_s")}
-    sums = {
-        name: sum(getattr(e, name) for e in engines)
-        for name in ("reserved_token_s", "used_token_s", "prefill_tokens", "step_rows", "steps")
-    }
-    return SimpleNamespace(
-        **seconds,
-        **sums,
-        limits=SimpleNamespace(kv_tokens=sum(e.limits.kv_tokens for e in engines)),
-    )
+    """EngineTotals of all engines: seconds are means over replicas, tokens sums."""
+    totals = {}
+    for name in ("busy_s", "row_s"):
+        totals[name] = sum(getattr(e, name) for e in engines) / len(engines)
+    for name in ("reserved_token_s", "used_token_s", "prefill_tokens", "step_rows", "steps"):
+        totals[name] = sum(getattr(e, name) for e in engines)
+    limits = SimpleNamespace(kv_tokens=sum(e.limits.kv_tokens for e in engines))
+    return SimpleNamespace(**totals, limits=limits)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What policies are compared on, but for rate and seed."""
+    """All that a comparison of policies fixes, but for rate and seed."""
 
     workload: str
     requests: int
@@ -149,7 +150,7 @@ class Setting:
     replicas: int = 1
 
     def make(self, rate: float, seed: int) -> Workload:
-        """Raises ValueError where no request of it can be served."""
+        """The workload. Raises ValueError where none of its requests can be served."""
         made = make_workload(
             self.workload,
             self.requests,
@@ -164,7 +165,8 @@ class Setting:
         )
         if (shortest := int(made.prompt_tokens.min())) >= self.limits.max_tokens:
             raise ValueError(
-                f"--max_tokens {self.limits.max_tokens}: no request fits, the shortest prompt of {self.workload} has {shortest} tokens"
+                f"--max_tokens {self.limits.max_tokens}: no request fits, "
+                f"the shortest prompt of {self.workload} has {shortest} tokens"
             )
         return made
 
@@ -176,66 +178,68 @@ def compare(
     seeds: int,
     first_seed: int = 0,
 ) -> list[dict]:
-    """One row a rate and policy: {rate, policy, seconds, metrics: {name: (mean, half width)}, by_seed: {name: [...]}}.
+    """One row a rate and policy.
 
-    With fifo and oracle among the policies also share_of_gain: of what the oracle's mean latency is better than FIFO's.
+    {rate, policy, seconds, metrics: {name: (mean, half width)}, by_seed: {name: [...]}}; with fifo
+    and oracle among the policies also share_of_gain, of the mean latency.
     """
     rows = []
     for rate in rates:
-        made = [setting.make(rate, first_seed + seed) for seed in range(seeds)]
-        found = {}
+        workloads = [setting.make(rate, first_seed + seed) for seed in range(seeds)]
+        by_policy = {}
         for name, policy in policies.items():
             started = time.perf_counter()
-            by_seed = [
-                simulate(policy, workload, setting.cost, setting.limits, replicas=setting.replicas)[
-                    0
-                ]
-                for workload in made
-            ]
-            found[name] = {key: [one[key] for one in by_seed] for key in by_seed[0]}
+            by_seed = [run_setting(policy, workload, setting) for workload in workloads]
+            seconds = time.perf_counter() - started
+            by_policy[name] = {key: [one[key] for one in by_seed] for key in by_seed[0]}
             rows.append(
-                {
-                    "rate": rate,
-                    "policy": name,
-                    "seconds": time.perf_counter() - started,
-                    "by_seed": found[name],
-                }
+                {"rate": rate, "policy": name, "seconds": seconds, "by_seed": by_policy[name]}
             )
+        if "fifo" in by_policy and "oracle" in by_policy:
+            add_shares(by_policy)
         for row in rows[-len(policies) :]:
-            if "fifo" in found and "oracle" in found:
-                triples = zip(
-                    row["by_seed"]["latency_mean_s"],
-                    found["fifo"]["latency_mean_s"],
-                    found["oracle"]["latency_mean_s"],
-                )
-                row["by_seed"]["share_of_gain"] = [share_of_gain(*triple) for triple in triples]
             row["metrics"] = {key: interval(values) for key, values in row["by_seed"].items()}
     return rows
 
 
-def print_table(rows: list[dict], file=None):
-    """A line for each rate and policy, the mean and, of 3 seeds or more, half of its 95 % interval; units in the second line."""
-    found = [name for name in COLUMNS if any(name in row["metrics"] for row in rows)]
+def run_setting(policy: Policy, workload: Workload, setting: Setting) -> dict[str, float]:
+    """The metrics of one policy on one workload of a setting."""
+    return simulate(policy, workload, setting.cost, setting.limits, setting.replicas)[0]
+
+
+def add_shares(by_policy: dict[str, dict[str, list[float]]]) -> None:
+    """Add share_of_gain by seed to each policy's metrics."""
+    name = "latency_mean_s"
+    for by_seed in by_policy.values():
+        triples = zip(by_seed[name], by_policy["fifo"][name], by_policy["oracle"][name])
+        by_seed["share_of_gain"] = [share_of_gain(*triple) for triple in triples]
+
+
+def print_table(rows: list[dict], file: TextIO | None = None) -> None:
+    """A line for each rate and policy; units in the second line.
+
+    The mean and, of 3 seeds or more, half of its 95 % interval.
+    """
+    shown = [name for name in COLUMNS if any(name in row["metrics"] for row in rows)]
     lines = [
-        ["rate", "policy", *(COLUMNS[name][0] for name in found)],
-        ["1/s", "", *(COLUMNS[name][1] for name in found)],
+        ["rate", "policy", *(COLUMNS[name][0] for name in shown)],
+        ["1/s", "", *(COLUMNS[name][1] for name in shown)],
     ]
     for row in rows:
-        cells = [
-            cell(*row["metrics"].get(name, (np.nan, np.nan)), COLUMNS[name][2]) for name in found
-        ]
-        lines.append([f"{row['rate']:g}", row["policy"], *cells])
+        line = [f"{row['rate']:g}", row["policy"]]
+        for name in shown:
+            mean, half = row["metrics"].get(name, (np.nan, np.nan))
+            line.append(cell(mean, half, COLUMNS[name][2]))
+        lines.append(line)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:
-        aligned = [
-            text.ljust(width) if i == 1 else text.rjust(width)
-            for i, (text, width) in enumerate(zip(line, widths))
-        ]
+        aligned = [text.rjust(width) for text, width in zip(line, widths)]
+        aligned[1] = line[1].ljust(widths[1])  # the policy
         print("  ".join(aligned).rstrip(), file=file)
 
 
 def cell(mean: float, half: float, factor: float) -> str:
-    """A mean to 4 digits, never in powers of ten; "-" where there is none."""
+    """A mean to 4 digits, without powers of ten; "-" where there is none."""
     if np.isnan(mean):
         return "-"
     return digits(mean * factor, 4) + ("" if np.isnan(half) else f" ±{digits(half * factor, 2)}")
@@ -251,14 +255,19 @@ def digits(value: float, count: int) -> str:
 
 
 def search(
-    policy: Policy, space: dict[str, tuple], score, rounds: int = 2
+    policy: Policy,
+    space: dict[str, tuple],
+    score: Callable[[Policy], float],
+    rounds: int = 2,
 ) -> Iterator[tuple[Policy, float]]:
-    """Coordinate descent: one knob after the other, each at its best value in `space`, for so many rounds or until nothing gains.
+    """Coordinate descent: one field after the other, each at its best value in `space`.
+
+    Ends after so many rounds, or when a round gains nothing.
 
     Args:
         score: policy -> number, larger is better.
     Yields:
-        (policy, score) of each better one found, the start first; the last is the result.
+        (policy, score) of the start and of each better one; the last is the result.
     """
     inner = policy.batching if isinstance(policy, Static) else policy
     best = score(policy)
@@ -280,17 +289,20 @@ def search(
             return
 
 
-def scorer(setting: Setting, rates: list[float], seeds: int):
-    """policy -> mean attainment over rates and seeds, less a millionth of the mean latency to decide between equals."""
-    made = [setting.make(rate, SEARCH_SEEDS + seed) for rate in rates for seed in range(seeds)]
+def scorer(setting: Setting, rates: list[float], seeds: int) -> Callable[[Policy], float]:
+    """policy -> mean attainment over rates and seeds.
+
+    Less a millionth of the mean latency, which decides between equals.
+    """
+    workloads = []
+    for rate in rates:
+        workloads += [setting.make(rate, SEARCH_SEEDS + seed) for seed in range(seeds)]
 
     def score(policy: Policy) -> float:
-        results = [
-            simulate(policy, workload, setting.cost, setting.limits, replicas=setting.replicas)[0]
-            for workload in made
-        ]
-        return float(
-            np.mean([r["attainment"] - 1e-6 * r.get("latency_mean_s", 0.0) for r in results])
-        )
+        scores = []
+        for workload in workloads:
+            metrics = run_setting(policy, workload, setting)
+            scores.append(metrics["attainment"] - 1e-6 * metrics.get("latency_mean_s", 0.0))
+        return float(np.mean(scores))
 
     return score

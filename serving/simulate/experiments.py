@@ -6,6 +6,7 @@ trace: the Azure traces on clusters of A100 and of mixed devices, the load swept
 Both print tables and return them as {title: [row, ...]}.
 """
 
+import argparse
 import csv
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,7 +24,7 @@ from serving.deployment.placement import Need
 from serving.policies.continuous import POLICIES
 from serving.policies.lengths import expected_tokens
 from serving.policies.static import Shape, Static
-from serving.request import Batch, Limits, Record, Request, View
+from serving.request import Batch, Limits, Policy, Record, Request, View
 from serving.simulate.compare import serve
 from serving.simulate.engine import SimulatedEngine
 from serving.simulate.statistics import interval
@@ -65,7 +66,7 @@ RESIDUALS = (
 )
 
 
-def predictor_of(args) -> PredictorModel:
+def predictor_of(args: argparse.Namespace) -> PredictorModel:
     """With the residuals of --predictor, else RESIDUALS."""
     return (
         PredictorModel.from_card(args.predictor, LONGEST)
@@ -349,7 +350,7 @@ class Fair:
         arrivals = np.zeros(self.count) if rate is None else poisson_arrivals(self.count, rate, rng)
         return Workload(arrivals, prompts, answers, slo_s, index, predictions, PREDICT_S)
 
-    def run(self, policy, workload: Workload) -> dict[str, float]:
+    def run(self, policy: Policy, workload: Workload) -> dict[str, float]:
         found, _, engines = serve(
             policy,
             workload,
@@ -358,7 +359,7 @@ class Fair:
         slots = sum(e.steps for e in engines) * self.limits.max_batch
         return found | {"slots": float((workload.output_tokens - 1).sum() / max(slots, 1))}
 
-    def rate_at(self, policy, seeds: int, wanted: float = 0.5, rounds: int = 10) -> float:
+    def rate_at(self, policy: Policy, seeds: int, wanted: float = 0.5, rounds: int = 10) -> float:
         """Requests a second at which the policy attains `wanted` on these seeds, by bisection of the logarithm."""
         low, high = 0.02, 50.0
         for _ in range(rounds):
@@ -460,7 +461,7 @@ def targets(
     return rows
 
 
-def uellm(args) -> dict[str, list[dict]]:
+def uellm(args: argparse.Namespace) -> dict[str, list[dict]]:
     recorded = Recorded.read(args.uellm_data)
     logs = read_csv(Path(args.uellm_data) / "measured.csv")
     tables = {}
@@ -537,7 +538,7 @@ TRACE_SLO = SloRule(
 
 
 def trace(
-    args, clusters: dict = CLUSTERS, per_device: int = 300, least: int = 1500
+    args: argparse.Namespace, clusters: dict = CLUSTERS, per_device: int = 300, least: int = 1500
 ) -> dict[str, list[dict]]:
     """The largest load, in requests a second, at which 90 and 99 % of the requests are in time, goodput (load x share in time) there and in
     overload: 1.5 times the largest load at which any policy has 90 %."""
@@ -604,7 +605,7 @@ def trace(
     return tables
 
 
-def attainment_of(policy, workloads: list[Workload], pairs: list, speeds: list[float]):
+def attainment_of(policy: Policy, workloads: list[Workload], pairs: list, speeds: list[float]):
     """load -> share in time on each workload, remembered."""
 
     @lru_cache

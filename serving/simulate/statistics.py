@@ -1,12 +1,13 @@
-"""What a run was like, from its events. Columns of numbers, so a million completions need 80 MB."""
+"""Metrics of a run, from its events. Columns of numbers: a million completions need 80 MB."""
 
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
-from serving.request import Completion, Event
+from serving.request import Completion, Event, Limits
 
 COLUMNS = (
     "arrival_s",
@@ -21,22 +22,34 @@ COLUMNS = (
 )
 
 
+class EngineTotals(Protocol):
+    """What the metrics read of a simulated engine (engine.SimulatedEngine), or of several."""
+
+    limits: Limits
+    busy_s: float
+    row_s: float
+    reserved_token_s: float
+    used_token_s: float
+    prefill_tokens: int
+    step_rows: int
+
+
 @dataclass(eq=False)
 class Collector:
-    """A monitor that keeps completions as columns, and counts the rest."""
+    """A monitor that keeps completions as columns, and counts the events of each kind."""
 
     columns: dict[str, array] = field(
         default_factory=lambda: {name: array("d") for name in COLUMNS}
     )
     counts: dict[str, int] = field(default_factory=dict)
 
-    def __call__(self, event: Event):
+    def __call__(self, event: Event) -> None:
         kind = event.kind
         self.counts[kind] = self.counts.get(kind, 0) + 1
         if kind == "finished":
             self.add(event.what)
 
-    def add(self, done: Completion):
+    def add(self, done: Completion) -> None:
         request, columns = done.request, self.columns
         columns["arrival_s"].append(request.arrival_s)
         columns["slo_s"].append(request.slo_s)
@@ -53,21 +66,31 @@ class Collector:
             self(event)
         return self
 
-    def summary(self, engine=None) -> dict[str, float]:
-        """All of `summary`, with refused requests counted as late."""
-        return summary(
-            {name: np.asarray(column) for name, column in self.columns.items()}, self.counts, engine
-        )
+    def summary(self, engine: EngineTotals | None = None) -> dict[str, float]:
+        """`summary` of all completions; refused requests count as late."""
+        columns = {name: np.asarray(column) for name, column in self.columns.items()}
+        return summary(columns, self.counts, engine)
 
 
-def summary(c: dict[str, np.ndarray], counts: dict[str, int], engine=None) -> dict[str, float]:
+def summary(
+    c: dict[str, np.ndarray], counts: dict[str, int], engine: EngineTotals | None = None
+) -> dict[str, float]:
     """Metrics of completions in columns (COLUMNS).
 
-    attainment: share of all requests answered whole and within their slo_s. goodput_rps: such answers a second, over the span from
-    the first arrival to the last finish. ttft: first token - arrival; tpot: seconds a token after the first; norm: latency / answer
-    tokens. largest_wait_s: arrival to first admission. With a simulated engine also: utilisation (busy share of the span),
-    mean_rows while busy, padding_waste (computed prompt tokens and row steps that served no one, recomputed ones included),
-    kv_waste (reserved and unused share of reserved KV tokens x seconds), kv_used (share of all KV memory x span in use).
+    attainment: share of all requests answered whole and within their slo_s.
+    goodput_rps: such answers a second, over the span from the first arrival to the last finish.
+    ttft: first token - arrival.
+    tpot: seconds a token after the first.
+    norm: latency / answer tokens.
+    largest_wait_s: arrival to first admission.
+
+    With a simulated engine also:
+    utilisation: busy share of the span.
+    mean_rows: while busy.
+    padding_waste: share of the computed prompt tokens and row steps that no answer used, recomputed
+        ones included.
+    kv_waste: unused share of reserved KV tokens x seconds.
+    kv_used: share of all KV memory x span in use.
     """
     n, refused = len(c["finish_s"]), counts.get("refused", 0)
     if not n:
@@ -75,21 +98,20 @@ def summary(c: dict[str, np.ndarray], counts: dict[str, int], engine=None) -> di
     latency = c["finish_s"] - c["arrival_s"]
     in_time = (latency <= c["slo_s"]) & (c["cut"] == 0)
     span = max(float(c["finish_s"].max() - c["arrival_s"].min()), 1e-9)
+    norm = latency / c["output"]
     ttft = c["first_token_s"] - c["arrival_s"]
+    tpot = np.zeros(1)
     many = c["output"] > 1
-    tpot = (
-        (c["finish_s"] - c["first_token_s"])[many] / (c["output"][many] - 1)
-        if many.any()
-        else np.zeros(1)
-    )
-    found = {
+    if many.any():
+        tpot = (c["finish_s"] - c["first_token_s"])[many] / (c["output"][many] - 1)
+    metrics = {
         "requests": n + refused,
         "refused": refused,
         "attainment": float(in_time.sum() / (n + refused)),
         "goodput_rps": float(in_time.sum() / span),
         "throughput_tps": float(c["output"].sum() / span),
         "latency_mean_s": float(latency.mean()),
-        "norm_mean_s": float((latency / c["output"]).mean()),
+        "norm_mean_s": float(norm.mean()),
         "ttft_mean_s": float(ttft.mean()),
         "tpot_mean_s": float(tpot.mean()),
         "largest_wait_s": float((c["admitted_s"] - c["arrival_s"]).max()),
@@ -97,33 +119,39 @@ def summary(c: dict[str, np.ndarray], counts: dict[str, int], engine=None) -> di
         "preempted": counts.get("preempted", 0),
         "overran": counts.get("overran", 0),
     }
-    for name, values in (
-        ("latency", latency),
-        ("ttft", ttft),
-        ("tpot", tpot),
-        ("norm", latency / c["output"]),
-    ):
+    for name, values in {"latency": latency, "ttft": ttft, "tpot": tpot, "norm": norm}.items():
         for q in (50, 90, 99):
-            found[f"{name}_p{q}_s"] = float(np.percentile(values, q))
+            metrics[f"{name}_p{q}_s"] = float(np.percentile(values, q))
     if engine is not None:
-        useful = float(c["prompt"].sum() + (c["output"] - 1).sum())
-        found |= {
-            "utilisation": engine.busy_s / span,
-            "mean_rows": engine.row_s / max(engine.busy_s, 1e-9),
-            "padding_waste": 1 - useful / max(engine.prefill_tokens + engine.step_rows, 1),
-            "kv_waste": 1 - engine.used_token_s / max(engine.reserved_token_s, 1e-9),
-            "kv_used": engine.used_token_s / (engine.limits.kv_tokens * span),
-        }
-    return found
+        useful_tokens = float(c["prompt"].sum() + (c["output"] - 1).sum())
+        metrics |= engine_metrics(engine, span, useful_tokens)
+    return metrics
+
+
+def engine_metrics(engine: EngineTotals, span_s: float, useful_tokens: float) -> dict[str, float]:
+    """The part of `summary` that needs a simulated engine."""
+    return {
+        "utilisation": engine.busy_s / span_s,
+        "mean_rows": engine.row_s / max(engine.busy_s, 1e-9),
+        "padding_waste": 1 - useful_tokens / max(engine.prefill_tokens + engine.step_rows, 1),
+        "kv_waste": 1 - engine.used_token_s / max(engine.reserved_token_s, 1e-9),
+        "kv_used": engine.used_token_s / (engine.limits.kv_tokens * span_s),
+    }
 
 
 def share_of_gain(value: float, fifo: float, oracle: float) -> float:
-    """(value - FIFO's) / (oracle's - FIFO's): how much of what knowing lengths can bring a policy brings; nan where that is nothing."""
+    """(value - FIFO's) / (oracle's - FIFO's): the share of the oracle's gain that a policy reaches.
+
+    nan where the oracle gains nothing.
+    """
     return (value - fifo) / (oracle - fifo) if abs(oracle - fifo) > 1e-12 else float("nan")
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """(mean, half the width of its 95 % confidence interval, Student's t) over seeds; nan for that where they are fewer than 3."""
+    """(mean, half the width of its 95 % confidence interval, Student's t) over seeds.
+
+    The second is nan for fewer than 3 seeds.
+    """
     from scipy.stats import t
 
     x = np.asarray(values, float)

@@ -1,6 +1,7 @@
-"""Requests over time: when they come, how long they are, what is predicted of them, and by when an answer is wanted.
+"""Requests over time: arrivals, lengths, predictions and latency objectives.
 
-Columns first (numpy), requests one by one when they are due: a million of them need 50 MB, not a million objects.
+Kept as columns (numpy), and made into requests one by one when they are due: a million of them need
+50 MB, not a million objects.
 """
 
 import csv
@@ -8,7 +9,7 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -33,9 +34,10 @@ class Workload:
     """n requests by arrival. Columns of equal length; predictions index `predictions`.
 
     Attributes:
-        arrival_s, slo_s: (n,) float. prompt_tokens, output_tokens: (n,) int.
+        arrival_s, slo_s: (n,) float.
+        prompt_tokens, output_tokens: (n,) int.
         prediction: (n,) int, which of `predictions`; None for none.
-        predict_s: what one prediction takes.
+        predict_s: seconds that one prediction takes.
     """
 
     arrival_s: np.ndarray
@@ -50,21 +52,21 @@ class Workload:
         return len(self.arrival_s)
 
     def requests(self, predicts: bool = True) -> Iterator[Request]:
-        """One by one, by arrival; without predictions and their cost for policies that need none."""
+        """One by one, by arrival.
+
+        Without predictions and their cost for policies that use none.
+        """
         predicted = predicts and self.prediction is not None
+        predict_s = self.predict_s if predicted else 0.0
+        columns = (self.prompt_tokens, self.arrival_s, self.slo_s, self.output_tokens)
         for start in range(0, len(self), 4096):
             part = slice(start, start + 4096)
-            which = (
-                self.prediction[part].tolist() if predicted else [None] * len(self.arrival_s[part])
-            )
-            columns = (self.prompt_tokens, self.arrival_s, self.slo_s, self.output_tokens)
-            for i, (prompt, arrival, slo, output, k) in enumerate(
-                zip(*(c[part].tolist() for c in columns), which), start
-            ):
-                known = None if k is None else self.predictions[k]
-                yield Request(
-                    i, prompt, arrival, slo, known, output, self.predict_s if predicted else 0.0
-                )
+            lists = [column[part].tolist() for column in columns]
+            which = self.prediction[part].tolist() if predicted else [None] * len(lists[0])
+            rows = zip(*lists, which)
+            for i, (prompt, arrival, slo, output, k) in enumerate(rows, start):
+                prediction = None if k is None else self.predictions[k]
+                yield Request(i, prompt, arrival, slo, prediction, output, predict_s)
 
     def part(self, mask: np.ndarray) -> "Workload":
         """The requests of a mask or index; predictions stay shared."""
@@ -76,9 +78,12 @@ class Workload:
         return replace(self, **columns, prediction=which)
 
     def at_rate(self, requests_per_s: float) -> "Workload":
-        """The same requests, their gaps stretched to this mean rate."""
-        span = float(self.arrival_s[-1] - self.arrival_s[0]) if len(self) > 1 else 1.0
-        scale = (len(self) - 1) / (requests_per_s * span) if span > 0 and len(self) > 1 else 1.0
+        """The same requests, their gaps scaled to this mean rate."""
+        scale, gaps = 1.0, len(self) - 1
+        if gaps > 0:
+            span = float(self.arrival_s[-1] - self.arrival_s[0])
+            if span > 0:
+                scale = gaps / (requests_per_s * span)
         return replace(self, arrival_s=(self.arrival_s - self.arrival_s[0]) * scale)
 
 
@@ -93,7 +98,10 @@ def poisson_arrivals(count: int, rate: float, rng: np.random.Generator) -> np.nd
 def gamma_arrivals(
     count: int, rate: float, rng: np.random.Generator, variation: float = 3.0
 ) -> np.ndarray:
-    """(count,) seconds, gamma gaps of mean 1 / rate and this coefficient of variation: above 1 they come in bursts."""
+    """(count,) seconds, gamma gaps of mean 1 / rate and this coefficient of variation.
+
+    Above 1 requests come in bursts.
+    """
     shape = 1 / variation**2
     return np.cumsum(rng.gamma(shape, 1 / (rate * shape), count))
 
@@ -104,13 +112,15 @@ def gamma_arrivals(
 def lognormal_lengths(
     count: int, rng: np.random.Generator, median: float, sigma: float, most: int
 ) -> np.ndarray:
-    return np.clip(np.round(median * np.exp(sigma * rng.standard_normal(count))), 1, most).astype(
-        np.int64
-    )
+    """(count,) tokens from 1 to `most`."""
+    lengths = np.round(median * np.exp(sigma * rng.standard_normal(count)))
+    return np.clip(lengths, 1, most).astype(np.int64)
 
 
 def read_trace(name: str, folder: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(seconds from the first, prompt tokens, answer tokens) of a recorded trace, by arrival; empty answers count as one token.
+    """(seconds from the first, prompt tokens, answer tokens) of a recorded trace, by arrival.
+
+    Empty answers count as one token.
 
     Raises:
         FileNotFoundError: the trace is not in the folder.
@@ -134,17 +144,19 @@ def read_trace(name: str, folder: str | Path) -> tuple[np.ndarray, np.ndarray, n
         TypeError,
         RecursionError,
     ) as error:
-        raise ValueError(
-            f"{path}: not a recorded trace: {' '.join(str(error).split())[:100]}"
-        ) from None
+        cause = " ".join(str(error).split())[:100]
+        raise ValueError(f"{path}: not a recorded trace: {cause}") from None
     if not rows:
         raise ValueError(f"{path}: no requests in it")
     times, prompts, outputs = (np.array(column) for column in zip(*sorted(rows)))
     return times - times[0], np.maximum(prompts, 1), np.maximum(outputs, 1)
 
 
-def parse_trace(file, name: str) -> Iterator[tuple[float, int, int]]:
-    """(seconds, prompt tokens, answer tokens) of each row; raises what parsing raises where one is something else."""
+def parse_trace(file: Iterable[str], name: str) -> Iterator[tuple[float, int, int]]:
+    """(seconds, prompt tokens, answer tokens) of each row.
+
+    Raises what the parsers raise where a row is something else.
+    """
     if name.endswith(".csv.gz"):
         lines = csv.reader(file)
         next(lines, None)  # the heading
@@ -161,8 +173,11 @@ def repeated(
     prompts: np.ndarray,
     outputs: np.ndarray,
     rng: np.random.Generator,
-):
-    """`count` requests: the trace from a random place on, around its end as often as needed."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(times, prompts, outputs) of `count` requests of a trace, from a random place on.
+
+    Continues from its start as often as needed.
+    """
     n = len(times)
     where = int(rng.integers(n)) + np.arange(count)
     period = times[-1] + times[-1] / max(n - 1, 1)
@@ -174,14 +189,16 @@ def repeated(
 
 @dataclass(frozen=True)
 class SloRule:
-    """By when an answer is wanted: slo_s = max(floor_s, scale x class x latency of a request alone on the engine).
+    """Latency objectives: slo_s = max(floor_s, scale x class x latency of the request alone).
 
-    A stated rule in place of the random objectives of UELLM's data. Alone: prefill_s(prompt) + decode_s(1, prompt + 1, output - 1).
+    A stated rule in place of the random objectives of UELLM's data. Alone, on an idle engine:
+    prefill_s(prompt) + decode_s(1, prompt + 1, output - 1).
 
     Attributes:
-        length: "typical": the output is the workload's mean, as a user who waits for an answer has no patience by its length;
-            "own": the request's own, the same patience in proportion for all; but then the objective tells a policy the true length.
-        classes: factors given out at random, equally often: not everyone is in the same hurry.
+        length: "typical": the output is the workload's mean, as users who wait for an answer do not
+            know its length; "own": the request's own, so that the objective is proportional for
+            all; but then it tells a policy the true length.
+        classes: factors given out at random, equally often: users differ in their patience.
     """
 
     scale: float = 5.0
@@ -191,41 +208,44 @@ class SloRule:
 
     def __post_init__(self):
         finite = math.isfinite(self.scale) and math.isfinite(self.floor_s)
-        if (
-            self.length not in ("typical", "own")
-            or not finite
-            or self.scale <= 0
-            or self.floor_s < 0
-        ):
+        in_range = finite and self.scale > 0 and self.floor_s >= 0
+        if self.length not in ("typical", "own") or not in_range:
             raise ValueError(
-                f"wanted length typical or own, a scale above 0 and a floor of at least 0 s; got {self}"
+                "wanted length typical or own, a scale above 0 and a floor of at least 0 s; "
+                f"got {self}"
             )
 
     def __call__(
         self, prompts: np.ndarray, outputs: np.ndarray, cost: CostModel, rng: np.random.Generator
     ) -> np.ndarray:
-        """(n,) seconds. The cost model is asked at 200 prompt lengths and interpolated, so that a million take no time."""
+        """(n,) seconds.
+
+        The cost model is evaluated at 200 prompt lengths and interpolated, so that a million
+        requests take no time.
+        """
         base = cost.decode_step_s(1, 0)
         slope = (cost.decode_step_s(1, 10_000) - base) / 10_000
         grid = np.unique(np.geomspace(1, max(int(prompts.max()), 2), 200).astype(np.int64))
         prefill = np.interp(prompts, grid, [cost.prefill_s(int(p)) for p in grid])
-        steps = np.maximum(
-            (outputs if self.length == "own" else np.full(len(outputs), outputs.mean())) - 1, 0
-        )
+        answers = outputs if self.length == "own" else np.full(len(outputs), outputs.mean())
+        steps = np.maximum(answers - 1, 0)
         alone = prefill + steps * (base + slope * (prompts + 1 + (steps - 1) / 2))
         return np.maximum(self.floor_s, self.scale * rng.choice(self.classes, len(prompts)) * alone)
 
 
 @dataclass(frozen=True, eq=False)
 class PredictorModel:
-    """Predictions as a calibrated predictor would make them: residuals, log(true length / predicted centre), ascending, (R,).
+    """Predictions as a calibrated predictor makes them, from a table of residuals.
 
-    A request's residual is drawn from the table, its centre is log(truth) - residual, and its prediction the whole table around that
-    centre: so the truth's quantile in its prediction is uniform, and the errors are the real predictor's. Centres are rounded to
-    `step`, so that requests share prediction objects.
+    A request's residual is drawn from the table, its centre is log(truth) - residual, and its
+    prediction is the whole table around that centre. So the truth's quantile in its prediction is
+    uniform, and the errors are the real predictor's. Centres are rounded to `step`, so that
+    requests share prediction objects.
 
     Attributes:
-        limit: the longest answer there can be.
+        residuals: (R,) log(true length / predicted centre), ascending.
+        limit: the longest answer there can be, in tokens.
+        bins: of a prediction's histogram.
     """
 
     residuals: np.ndarray
@@ -242,7 +262,7 @@ class PredictorModel:
         """The residuals of an exported predictor (its folder or predictor.json).
 
         Raises:
-            ValueError: the card keeps none, or they are no residuals.
+            ValueError: the card has no residuals, or they are not an ascending list of numbers.
         """
         from predictor.decoder import read_card
 
@@ -250,58 +270,56 @@ class PredictorModel:
         card = read_card(folder.parent if folder.is_file() else folder)
         if not card.get("residuals"):
             raise ValueError(
-                f"{path}: its card keeps no residuals; make it anew with train.py or predictor.update, or give --predictor_sigma"
+                f"{path}: its card keeps no residuals; make it anew with train.py or "
+                "predictor.update, or give --predictor_sigma"
             )
         try:
-            residuals, limit = (
-                np.asarray(card["residuals"], float),
-                limit or int(card["served_model"]["length_limit"]),
-            )
+            residuals = np.asarray(card["residuals"], float)
+            limit = limit or int(card["served_model"]["length_limit"])
         except (KeyError, TypeError, ValueError, OverflowError):
             residuals = np.array([np.nan])
-        if (
-            residuals.ndim != 1
-            or not (np.abs(residuals) < 100).all()
-            or (np.diff(residuals) < 0).any()
-        ):
+        in_range = residuals.ndim == 1 and (np.abs(residuals) < 100).all()
+        if not in_range or (np.diff(residuals) < 0).any():
             raise ValueError(
-                f"{path}: its card's residuals are no ascending list of numbers; make it anew with train.py or predictor.update"
+                f"{path}: its card's residuals are no ascending list of numbers; "
+                "make it anew with train.py or predictor.update"
             )
         return cls(residuals, limit)
 
     @classmethod
     def normal(cls, sigma: float, limit: int = 2048) -> "PredictorModel":
-        """Errors with this standard deviation of the log length; an exported predictor's is 0.7 to 1, a perfect one's 0."""
+        """Normal errors with this standard deviation of the log length.
+
+        An exported predictor's is 0.7 to 1, a perfect one's 0.
+        """
         from statistics import NormalDist
 
         if not 0 <= sigma <= 10:
             raise ValueError(
-                f"--predictor_sigma: wanted a standard deviation of the log length from 0 to 10, got {sigma}"
+                "--predictor_sigma: wanted a standard deviation of the log length from 0 to 10, "
+                f"got {sigma}"
             )
-        return cls(
-            np.array(
-                [NormalDist(0, max(sigma, 1e-3)).inv_cdf((i + 0.5) / 199) for i in range(199)]
-            ),
-            limit,
-        )
+        errors = NormalDist(0, max(sigma, 1e-3))
+        return cls(np.array([errors.inv_cdf((i + 0.5) / 199) for i in range(199)]), limit)
 
     def predict(
         self, outputs: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, tuple[LengthPrediction, ...]]:
         """(index of each request's prediction (n,), the predictions)."""
-        drawn = np.interp(
-            rng.random(len(outputs)), np.linspace(0, 1, len(self.residuals)), self.residuals
-        )
+        quantiles = np.linspace(0, 1, len(self.residuals))
+        drawn = np.interp(rng.random(len(outputs)), quantiles, self.residuals)
         centres = np.round((np.log(outputs) - drawn) / self.step).astype(np.int64)
         which, index = np.unique(centres, return_inverse=True)
         return index, tuple(self.around(float(c) * self.step) for c in which)
 
     def around(self, centre: float) -> LengthPrediction:
-        """The table around a centre, as a histogram over the lengths up to the limit; what lies beyond counts as the limit."""
+        """The table around a centre, as a histogram over the lengths up to the limit.
+
+        What lies beyond counts as the limit.
+        """
         edges = make_edges(self.bins, self.limit)
-        inner = np.interp(
-            np.log(edges[1:-1]), centre + self.residuals, np.linspace(0, 1, len(self.residuals))
-        )
+        quantiles = np.linspace(0, 1, len(self.residuals))
+        inner = np.interp(np.log(edges[1:-1]), centre + self.residuals, quantiles)
         mass = np.diff(np.concatenate([[0.0], inner, [1.0]])) + 1e-9
         return from_bins(mass / mass.sum(), edges)
 
@@ -322,30 +340,32 @@ def make_workload(
     """One of WORKLOADS at a mean rate, in requests a second.
 
     Args:
-        name: poisson and gamma draw log-normal lengths (median prompt 200, answer 100, at most 2,048); a trace brings its own.
-        max_tokens: requests longer than this are dropped from a trace before it is repeated (they could not be served).
+        name: poisson and gamma draw log-normal lengths (median prompt 200, answer 100, at most
+            2,048); a trace has its own.
+        max_tokens: requests longer than this are dropped from a trace before it is repeated (they
+            could not be served).
     Raises:
         ValueError: another name, no requests, or a rate of 0 or less.
     """
     if name not in WORKLOADS or count < 1 or not 0 < rate < math.inf:
         raise ValueError(
-            f"wanted a workload of {WORKLOADS}, at least 1 request and a rate above 0; got {name}, {count}, {rate}"
+            f"wanted a workload of {WORKLOADS}, at least 1 request and a rate above 0; "
+            f"got {name}, {count}, {rate}"
         )
     rng = np.random.default_rng(seed)
     if name in TRACES:
         times, prompts, outputs = read_trace(name, traces)
         if max_tokens:
-            kept = prompts + outputs < max_tokens
-            if not kept.any():
+            fits = prompts + outputs < max_tokens
+            if not fits.any():
                 raise ValueError(f"--max_tokens {max_tokens}: no request of {name} is so short")
-            times, prompts, outputs = times[kept], prompts[kept], outputs[kept]
+            times, prompts, outputs = times[fits], prompts[fits], outputs[fits]
         arrivals, prompts, outputs = repeated(count, times, prompts, outputs, rng)
     else:
-        prompts, outputs = (
-            lognormal_lengths(count, rng, 200, 1.0, 2048),
-            lognormal_lengths(count, rng, 100, 1.0, 2048),
-        )
-        arrivals = (poisson_arrivals if name == "poisson" else gamma_arrivals)(count, rate, rng)
+        prompts = lognormal_lengths(count, rng, 200, 1.0, 2048)
+        outputs = lognormal_lengths(count, rng, 100, 1.0, 2048)
+        make_arrivals = poisson_arrivals if name == "poisson" else gamma_arrivals
+        arrivals = make_arrivals(count, rate, rng)
     slo_s = slo(prompts, outputs, cost, rng)
     index, predictions = (predictor or PredictorModel.normal(0.8)).predict(outputs, rng)
     made = Workload(arrivals, prompts, outputs, slo_s, index, predictions, predict_s)
