@@ -1,11 +1,15 @@
-"""The engines that run a model. Each carries out plans as `serving.request.Engine` says; the simulated one is serving.simulate.engine.
+"""The engines that run a model: each carries out plans as serving.request.Engine says.
 
-    engine = make_engine("continuous", model, Limits(max_batch=16, kv_tokens=8192, max_tokens=2048), cost)
-    answer = engine.submit(request, prompt_ids, Sampling(temperature=0.8), listener)     # from any thread
-    for event in run(policy, engine, clock, inbox): ...                                  # in one thread of its own
+    limits = Limits(max_batch=16, kv_tokens=8192, max_tokens=2048)
+    engine = make_engine("continuous", model, limits, cost)
+    answer = engine.submit(request, prompt_ids, Sampling(temperature=0.8), listener)  # any thread
+    for event in run(policy, engine, clock, inbox): ...                               # one thread
 
-Nothing of torch is imported before an engine is made.
+The simulated engine is serving.simulate.engine. Nothing of torch is imported before an engine is
+made.
 """
+
+from typing import Any
 
 from serving.engines.answers import Answer, Sampling, TextEngine
 from serving.engines.live import Inbox, WallClock
@@ -13,19 +17,19 @@ from serving.engines.live import Inbox, WallClock
 __all__ = ["ENGINES", "Answer", "Inbox", "Sampling", "TextEngine", "WallClock", "make_engine"]
 
 
-def static(*args, **options):
+def static(*args: Any, **options: Any) -> TextEngine:
     from serving.engines.static_engine import StaticEngine
 
     return StaticEngine(*args, **options)
 
 
-def continuous(*args, **options):
+def continuous(*args: Any, **options: Any) -> TextEngine:
     from serving.engines.continuous_engine import ContinuousEngine
 
     return ContinuousEngine(*args, **options)
 
 
-def make_engine(name: str, *args, **options) -> TextEngine:
+def make_engine(name: str, *args: Any, **options: Any) -> TextEngine:
     """An engine by its name in ENGINES: (model, limits, cost, stop_ids=None).
 
     Raises:

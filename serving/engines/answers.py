@@ -1,16 +1,25 @@
-"""The text side of an engine: prompts in, tokens out as they are made, per-request ends and sampling. Free of torch at import."""
+"""The text side of an engine: prompts in, tokens out as they are made, ends and sampling.
+
+Free of torch at import.
+"""
 
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from serving.request import CostModel, Limits, Record, Request
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Generator, Tensor
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
 COLDEST = 1e-5  # a temperature below takes the likeliest token; fp32 has no room for much less
-NUCLEUS = 256  # top-p looks among so many likeliest tokens before it sorts a whole vocabulary
+NUCLEUS = 256  # top-p tries so many likeliest tokens before it sorts the whole vocabulary
 
 
 @dataclass(frozen=True)
@@ -18,17 +27,17 @@ class Sampling:
     """How one answer is made.
 
     Attributes:
-        max_new_tokens: it ends there, by its own wish; None leaves that to the engine's limits.
+        max_new_tokens: the answer ends there, for "length"; None: at the engine's limits, "cut".
         temperature: 0, or less than COLDEST, takes the likeliest token.
         top_p: sample among the likeliest tokens that have this much probability together.
-        seed: of its own generator; None draws one.
+        seed: of the answer's generator; None draws one.
         ignore_stops: go on past stop ids (benchmarks).
         top_k: sample among so many likeliest tokens; 0 for all.
         min_p: leave out tokens below this share of the likeliest one's probability.
         repetition_penalty: divides the logits of tokens in prompt or answer where they are above 0,
             else multiplies them (arXiv 1909.05858).
-        presence_penalty, frequency_penalty: taken from the logits of the answer's tokens, once and
-            for each time that they came.
+        presence_penalty, frequency_penalty: subtracted from the logits of the answer's tokens, once
+            and for each of their occurrences.
     """
 
     max_new_tokens: int | None = None
@@ -46,11 +55,8 @@ class Sampling:
         if not (self.top_k >= 0 and 0 <= self.min_p <= 1 and self.repetition_penalty > 0):
             wanted = "top_k >= 0, 0 <= min_p <= 1 and repetition_penalty > 0"
             raise ValueError(f"wanted {wanted}; got {self}")
-        if not (
-            self.temperature >= 0
-            and 0 < self.top_p <= 1
-            and (self.max_new_tokens is None or self.max_new_tokens >= 1)
-        ):
+        has_room = self.max_new_tokens is None or self.max_new_tokens >= 1
+        if not (self.temperature >= 0 and 0 < self.top_p <= 1 and has_room):
             raise ValueError(
                 f"wanted temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1; got {self}"
             )
@@ -65,17 +71,22 @@ class Sampling:
 
     @property
     def plain(self) -> bool:
-        """The likeliest token, of the model's logits as they are."""
+        """Whether it takes the likeliest token of the model's unchanged logits."""
         return self.greedy and not self.penalizes
 
 
 class Answer:
-    """One answer as it grows. The engine writes it, any thread may read it; iterating yields its tokens and ends with it.
+    """One answer as it grows. The engine writes it, any thread may read it.
+
+    Iterating yields its tokens as they are made, until it ends.
 
     Attributes:
-        tokens: ids so far, the stop id included where one came.
-        reason: None while it grows; then "stop" (a stop id), "length" (max_new_tokens), "cut" (the engine's limits, or a plan's),
-            "cancelled", "refused" or "failed" (the model's output was not finite, or sampling failed).
+        tokens: ids so far, the stop id included.
+        reason: None while it grows; then "stop" (a stop id), "length" (max_new_tokens), "cut" (the
+            engine's limits, or a plan's), "cancelled", "refused" or "failed" (the model's output
+            was not finite, or sampling failed).
+        generator: of its sampling, on the model's device; made when first needed. A preemption does
+            not rewind it.
     """
 
     def __init__(
@@ -85,17 +96,21 @@ class Answer:
         sampling: Sampling,
         listener: Callable[["Answer", int | None], None] | None,
     ):
-        self.id, self.prompt, self.sampling = id, prompt, sampling
+        self.id = id
+        self.prompt = prompt
+        self.sampling = sampling
         self.tokens: list[int] = []
         self.reason: str | None = None
-        self.generator = (
-            None  # made when first needed, on the model's device; a preemption does not rewind it
-        )
+        self.generator: Generator | None = None
         self._listener = listener
         self._changed = threading.Condition()
 
     def add(self, token: int | None, reason: str | None = None) -> bool:
-        """Append a token, or end with none; False, and nothing happens, where the answer has ended."""
+        """Append a token, if there is one, and end where `reason` is given.
+
+        Returns:
+            False where the answer has ended already; then nothing happens.
+        """
         with self._changed:
             if self.reason is not None:
                 return False
@@ -106,14 +121,14 @@ class Answer:
         if self._listener is not None:
             try:
                 self._listener(self, token)
-            except Exception:  # one bad listener must not end everybody's answers
+            except Exception:  # one bad listener must not end the other answers
                 log.exception("request %s: its listener failed; the answer is cancelled", self.id)
                 self._listener = None
                 self.add(None, "cancelled")
         return True
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Until it has ended; False when that took longer than the timeout."""
+        """Wait until it has ended; False when that took longer than the timeout."""
         with self._changed:
             return self._changed.wait_for(lambda: self.reason is not None, timeout_s)
 
@@ -122,7 +137,8 @@ class Answer:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda n=n: len(self.tokens) > n or self.reason is not None)
-                fresh, ended = self.tokens[n:], self.reason is not None
+                fresh = self.tokens[n:]
+                ended = self.reason is not None
             yield from fresh
             n += len(fresh)
             if ended:
@@ -130,21 +146,23 @@ class Answer:
 
 
 class TextEngine:
-    """What both real engines do alike: who asked what, and when an answer ends.
+    """What both real engines share: the answers by request, and when an answer ends.
 
-    submit, wake, and what cancels or forgets may come from any thread; step and generated belong to the scheduler's.
+    submit, wake, cancel and forget may be called from any thread; step and generated only from the
+    scheduler's.
     """
 
     def __init__(
-        self, model, limits: Limits, cost: CostModel, stop_ids: Sequence[int] | None = None
+        self,
+        model: "PreTrainedModel",
+        limits: Limits,
+        cost: CostModel,
+        stop_ids: Sequence[int] | None = None,
     ):
-        if stop_ids is None:
-            stop_ids = model.generation_config.eos_token_id
-            stop_ids = (
-                [] if stop_ids is None else [stop_ids] if isinstance(stop_ids, int) else stop_ids
-            )
-        self.model, self.limits, self.cost = model, limits, cost
-        self.stop_ids = frozenset(stop_ids)
+        self.model = model
+        self.limits = limits
+        self.cost = cost
+        self.stop_ids = frozenset(model_stop_ids(model) if stop_ids is None else stop_ids)
         self._answers: dict[int, Answer] = {}
         self._woken = False
         self._lock = threading.Lock()
@@ -156,18 +174,21 @@ class TextEngine:
         sampling: Sampling | None = None,
         listener: Callable[[Answer, int | None], None] | None = None,
     ) -> Answer:
-        """Make a request's text known, before the scheduler hears of the request.
+        """Register a request's text, before the scheduler gets the request.
 
         Args:
-            listener: called with (answer, token) in the engine's thread for each token, its last one with answer.reason set; with
-                None for a token where it ends without one. It should return at once.
+            listener: called with (answer, token) in the engine's thread for each token, at the last
+                one with answer.reason set; token is None where the answer ends without one. It
+                should return at once.
         Raises:
-            ValueError: the prompt is not request.prompt_tokens long or not one of the model's; the id is in use.
+            ValueError: the prompt is not request.prompt_tokens long, or the model cannot read it;
+                the id is in use.
         """
         prompt = list(prompt_ids)
         if len(prompt) != request.prompt_tokens or not prompt:
             raise ValueError(
-                f"request {request.id} says {request.prompt_tokens} prompt tokens (at least 1), its prompt has {len(prompt)}"
+                f"request {request.id} says {request.prompt_tokens} prompt tokens (at least 1), "
+                f"its prompt has {len(prompt)}"
             )
         self.check_prompt(prompt)
         answer = Answer(request.id, prompt, sampling or Sampling(), listener)
@@ -186,32 +207,35 @@ class TextEngine:
             )
 
     def cancel(self, request_id: int):
-        """End an answer now; its sequence leaves at the next iteration. One that waits leaves when it is admitted. Unknown ids: nothing."""
+        """End an answer now; nothing where the id is unknown.
+
+        A running sequence leaves at the next iteration, a waiting one when it is admitted.
+        """
         if (answer := self._answers.get(request_id)) is not None:
             answer.add(None, "cancelled")
             self._woken = True
 
     def forget(self, request_id: int, reason: str = "refused"):
-        """Drop a request that the scheduler refused, or never heard of."""
+        """Drop a request that the scheduler refused, or never got."""
         with self._lock:
             answer = self._answers.pop(request_id, None)
         if answer is not None:
             answer.add(None, reason)
 
     def cancel_all(self) -> list[int]:
-        """The ids of all that were known."""
+        """Cancel every answer; returns their ids."""
         known = self._known()
         for request_id in known:
             self.cancel(request_id)
         return known
 
     def end_all(self, reason: str = "cancelled"):
-        """End whatever is being answered, so that nobody waits for it, after step has raised."""
+        """End every answer after step has raised, so that no thread waits for one."""
         for request_id in self._known():
             self.forget(request_id, reason)
 
     def count(self) -> int:
-        """Answers that it knows: waiting or running, and cancelled ones that have not left yet."""
+        """Registered answers: waiting, running, and cancelled ones that have not left yet."""
         return len(self._answers)
 
     def _known(self) -> list[int]:
@@ -219,7 +243,7 @@ class TextEngine:
             return list(self._answers)
 
     def wake(self):
-        """Make a running step return after its iteration, if its plan wants to hear of arrivals."""
+        """Make a running step return after its iteration, where its plan has wake_on_arrival."""
         self._woken = True
 
     def generated(self, record: Record) -> int:
@@ -234,48 +258,63 @@ class TextEngine:
             ) from None
 
     def give(self, answer: Answer, token: int, most: int) -> bool:
-        """Add a token; whether the answer has ended, by this token or by somebody's wish. `most` tokens are the engine's limit."""
-        sampling, made = answer.sampling, len(answer.tokens) + 1
+        """Add a token; `most` tokens are the engine's limit.
+
+        Returns:
+            Whether the answer has ended: by this token, or because it was cancelled.
+        """
+        sampling = answer.sampling
+        made = len(answer.tokens) + 1
         if token in self.stop_ids and not sampling.ignore_stops:
             reason = "stop"
         elif sampling.max_new_tokens is not None and made >= sampling.max_new_tokens:
             reason = "length"
+        elif made >= most:
+            reason = "cut"
         else:
-            reason = "cut" if made >= most else None
+            reason = None
         return not answer.add(token, reason) or answer.reason is not None
 
     def finished(self, answer: Answer) -> tuple[int, int, bool]:
-        """The line of a StepResult; the engine knows the request no longer. An answer as long as was asked for is not cut."""
+        """Drop an ended answer; returns its line of StepResult.finished: (id, tokens, cut).
+
+        An answer that reached its max_new_tokens is not cut.
+        """
         with self._lock:
             self._answers.pop(answer.id, None)
         return answer.id, len(answer.tokens), answer.reason not in ("stop", "length")
 
 
-def choose(logits, answers: Sequence[Answer]) -> list[int | None]:
+def model_stop_ids(model: "PreTrainedModel") -> Sequence[int]:
+    """The stop ids of a model's generation_config."""
+    stop_ids = model.generation_config.eos_token_id
+    if stop_ids is None:
+        return []
+    return [stop_ids] if isinstance(stop_ids, int) else stop_ids
+
+
+def choose(logits: "Tensor", answers: Sequence[Answer]) -> list[int | None]:
     """The next token of each answer from logits (at least len(answers), V).
 
     None where they are not finite, or sampling fails.
     """
-    best = logits[: len(answers)].max(
-        -1
-    )  # not argmax, which takes nine times as long in bf16 on a CPU
-    tokens = [
-        token if finite else None
-        for token, finite in zip(best.indices.tolist(), best.values.isfinite().tolist())
-    ]
+    # Not argmax, which takes nine times as long in bf16 on a CPU.
+    best = logits[: len(answers)].max(-1)
+    is_finite = best.values.isfinite().tolist()
+    tokens = [token if is_finite[i] else None for i, token in enumerate(best.indices.tolist())]
     for i, answer in enumerate(answers):
         if tokens[i] is None or answer.sampling.plain:
             continue
         try:
             tokens[i] = sample(logits[i], answer)
-        except Exception:  # one row's sampling must not end everybody's answers
+        except Exception:  # one row's sampling must not end the other answers
             log.exception("request %s: sampling failed", answer.id)
             tokens[i] = None
     return tokens
 
 
-def penalized(logits, answer: Answer):
-    """fp32 logits (V,) under the answer's penalties; a copy where there are any."""
+def penalized(logits: "Tensor", answer: Answer) -> "Tensor":
+    """Logits (V,) under the answer's penalties, fp32; a copy where there are any."""
     import torch
 
     sampling = answer.sampling
@@ -284,15 +323,29 @@ def penalized(logits, answer: Answer):
     logits = logits.to(torch.float32, copy=True)
     if sampling.repetition_penalty != 1:
         seen = torch.tensor(answer.prompt + answer.tokens, device=logits.device).unique()
-        had, penalty = logits[seen], sampling.repetition_penalty
-        logits[seen] = torch.where(had > 0, had / penalty, had * penalty)
+        before = logits[seen]
+        penalty = sampling.repetition_penalty
+        logits[seen] = torch.where(before > 0, before / penalty, before * penalty)
     if answer.tokens:
         made, times = torch.tensor(answer.tokens, device=logits.device).unique(return_counts=True)
         logits[made] -= sampling.presence_penalty + sampling.frequency_penalty * times
     return logits
 
 
-def sample(logits, answer: Answer) -> int:
+def generator_of(answer: Answer, device: "torch.device") -> "Generator":
+    """The answer's generator, made and seeded on the first call."""
+    import torch
+
+    if answer.generator is None:
+        answer.generator = torch.Generator(device)
+        if answer.sampling.seed is None:
+            answer.generator.seed()
+        else:
+            answer.generator.manual_seed(answer.sampling.seed)
+    return answer.generator
+
+
+def sample(logits: "Tensor", answer: Answer) -> int:
     """One token from logits (V,): penalties, temperature, top-k, top-p, min-p, in this order.
 
     Top-p: arXiv 1904.09751; min-p: arXiv 2407.01082.
@@ -303,12 +356,8 @@ def sample(logits, answer: Answer) -> int:
     logits = penalized(logits, answer)
     if sampling.greedy:
         return int(logits.argmax())
-    if answer.generator is None:
-        answer.generator = torch.Generator(logits.device)
-        answer.generator.seed() if sampling.seed is None else answer.generator.manual_seed(
-            sampling.seed
-        )
-    # Less their largest, so that none becomes infinite by a small temperature.
+    generator = generator_of(answer, logits.device)
+    # Less their largest, so that a small temperature makes none infinite.
     probabilities = torch.softmax((logits - logits.max()) / sampling.temperature, dim=-1)
     ids = None
     if sampling.top_k:
@@ -316,15 +365,15 @@ def sample(logits, answer: Answer) -> int:
         probabilities = probabilities / probabilities.sum()
     if sampling.top_p < 1:
         if ids is None:
-            everything = probabilities
-            probabilities, ids = everything.topk(min(NUCLEUS, len(everything)))
+            vocabulary = probabilities
+            probabilities, ids = vocabulary.topk(min(NUCLEUS, len(vocabulary)))
             if float(probabilities.sum()) < sampling.top_p:
-                probabilities, ids = everything.sort(descending=True)
+                probabilities, ids = vocabulary.sort(descending=True)
         beyond = probabilities.cumsum(0) - probabilities >= sampling.top_p
-        beyond[0] = False  # though top_p be 0 in fp32
+        beyond[0] = False  # even where top_p is 0 in fp32
         probabilities = probabilities.masked_fill(beyond, 0.0)
     if sampling.min_p:
         least = sampling.min_p * probabilities.max()
         probabilities = probabilities.masked_fill(probabilities < least, 0.0)
-    drawn = int(torch.multinomial(probabilities, 1, generator=answer.generator))
+    drawn = int(torch.multinomial(probabilities, 1, generator=generator))
     return drawn if ids is None else int(ids[drawn])

@@ -1,9 +1,12 @@
-"""KV memory of running sequences in length classes: slabs of rows that all hold the same power of two of tokens.
+"""KV memory of running sequences, in length classes.
 
-A slab's rows lie side by side without holes, the decoding ones first, so attention of a decode step reads
-keys[:decoding, :, :longest] as they lie: no gathering, no concatenation. A row that leaves is replaced by the last one, which is copied
-once for each answer, not for each token.
+A class is a slab of rows that hold the same number of tokens, a power of two. A slab's rows lie
+side by side without holes, the decoding ones first, so attention of a decode step reads
+keys[:decoding, :, :longest] in place: no gathering, no concatenation. When a row leaves, the last
+row is copied to its slot: one copy an answer, not one a token.
 """
+
+from typing import Protocol
 
 import torch
 
@@ -15,11 +18,26 @@ def class_of(tokens: int) -> int:
     return max(SMALLEST, 1 << (tokens - 1).bit_length())
 
 
-class Slab:
-    """Rows of `size` tokens; keys and values are lists, by layer, of (slots, kv_heads, size, head_dim).
+class Row(Protocol):
+    """A sequence in the arena, which sets these attributes.
 
     Attributes:
-        rows: those there, in the order of their slots; the first `decoding` of them decode, the others wait for their prompts.
+        slab: where it lies; None outside the arena. slot: its place in the slab.
+        length: tokens written, which whoever writes them counts up.
+    """
+
+    slab: "Slab | None"
+    slot: int
+    length: int
+
+
+class Slab:
+    """Rows of `size` tokens.
+
+    Attributes:
+        keys, values: by layer, (slots, kv_heads, size, head_dim).
+        rows: in the order of their slots; the first `decoding` of them decode, the others are in
+            prefill.
     """
 
     def __init__(
@@ -31,14 +49,12 @@ class Slab:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        self.size, self.shape, self.like = (
-            size,
-            (kv_heads, size, head_dim),
-            {"dtype": dtype, "device": device},
-        )
+        self.size = size
+        self.shape = (kv_heads, size, head_dim)
+        self.like = {"dtype": dtype, "device": device}
         self.keys = [torch.zeros(0, *self.shape, **self.like) for _ in range(layers)]
         self.values = [torch.zeros(0, *self.shape, **self.like) for _ in range(layers)]
-        self.rows: list = []
+        self.rows: list[Row] = []
         self.decoding = 0
 
     @property
@@ -46,13 +62,13 @@ class Slab:
         return len(self.keys[0])
 
     def resize(self, slots: int):
-        """Make room for so many rows, layer by layer: two copies of one layer exist at a time, not of all."""
-        kept = len(self.rows)
+        """Make room for so many rows, layer by layer: only one layer exists twice at a time."""
+        used = len(self.rows)
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
-                # Zeros: what nobody wrote is masked, but 0 * nan would be nan.
+                # Zeros: unwritten places are masked, but 0 * nan would be nan.
                 tensors[layer] = torch.zeros(slots, *self.shape, **self.like)
-                tensors[layer][:kept] = old[:kept]
+                tensors[layer][:used] = old[:used]
 
     def copy(self, source: int, target: int):
         length = self.rows[source].length
@@ -67,14 +83,18 @@ class Slab:
         length = max(rows[a].length, rows[b].length)
         for tensors in (self.keys, self.values):
             for x in tensors:
-                kept = x[a, :, :length].clone()
+                saved = x[a, :, :length].clone()
                 x[a, :, :length] = x[b, :, :length]
-                x[b, :, :length] = kept
+                x[b, :, :length] = saved
         rows[a], rows[b] = rows[b], rows[a]
         rows[a].slot, rows[b].slot = a, b
 
-    def take_out(self, slot: int):
-        """Close the hole that a row leaves: a decoding one first by the last decoding row, then by the last of all."""
+    def remove(self, slot: int):
+        """Remove a row and close the gap.
+
+        The last decoding row moves to the slot of a decoding one; the last of all rows moves to the
+        slot that is free then.
+        """
         rows = self.rows
         if slot < self.decoding:
             self.decoding -= 1
@@ -92,14 +112,15 @@ class Slab:
 
 
 class Arena:
-    """All slabs. Rows have `slab`, `slot` and `length` (tokens written), which the arena sets; who reserves how much is not its business.
+    """All slabs. The arena places rows; it does not count reservations.
 
-    Memory follows reservations: at most twice what is reserved (a class is less than twice its rows) where `tokens` would be
-    exceeded, and some room to grow below that.
+    Memory follows reservations: a row's class is less than twice its reservation. Slabs have spare
+    slots as long as all of them hold at most twice `tokens`; beyond that, none.
 
     Attributes:
         tokens: what the reservations add up to at most.
-        held: tokens in slabs. migrations: rows that moved to a larger class.
+        held: tokens that the slabs have room for.
+        migrations: rows that moved to a larger class.
     """
 
     def __init__(
@@ -120,41 +141,42 @@ class Arena:
     def held(self) -> int:
         return sum(slab.size * slab.slots for slab in self.slabs.values())
 
-    def admit(self, row, tokens: int):
-        """A slot for a row, which holds nothing yet and does not decode."""
+    def admit(self, row: Row, tokens: int):
+        """Give an empty row a slot for so many tokens; it does not decode yet."""
         self._append(row, self._slab(class_of(tokens)))
         row.length = 0
 
-    def reserve(self, row, tokens: int):
-        """Room for so many tokens; the row migrates where its class is too small."""
+    def reserve(self, row: Row, tokens: int):
+        """Make room for so many tokens; the row migrates where its class is too small."""
         size = class_of(tokens)
         if size <= row.slab.size:
             return
-        old, slot, decoding = row.slab, row.slot, row.slot < row.slab.decoding
+        old, slot = row.slab, row.slot
+        is_decoding = slot < old.decoding
         new = self._slab(size)
         self._append(row, new)
         for before, after in ((old.keys, new.keys), (old.values, new.values)):
             for x, y in zip(before, after):
                 y[row.slot, :, : row.length] = x[slot, :, : row.length]
-        old.take_out(slot)
+        old.remove(slot)
         self._trim(old)
-        if decoding:
+        if is_decoding:
             self.join(row)
         self.migrations += 1
 
-    def join(self, row):
-        """The row decodes from now on."""
+    def join(self, row: Row):
+        """Move the row to the decoding ones of its slab."""
         slab = row.slab
         slab.swap(row.slot, slab.decoding)
         slab.decoding += 1
 
-    def release(self, row, wipe: bool = False):
-        """`wipe`: it holds numbers that are not finite, which no later row may find."""
+    def release(self, row: Row, wipe: bool = False):
+        """Remove a row; `wipe`: zero what it held, because it is not finite."""
         slab = row.slab
         if wipe:
             for x in (*slab.keys, *slab.values):
                 x[row.slot].zero_()
-        slab.take_out(row.slot)
+        slab.remove(row.slot)
         if wipe:
             for x in (*slab.keys, *slab.values):
                 x[len(slab.rows) :].zero_()
@@ -167,20 +189,27 @@ class Arena:
             self.slabs[size] = Slab(size, layers, kv_heads, head_dim, dtype, device)
         return self.slabs[size]
 
-    def _append(self, row, slab: Slab):
+    def _append(self, row: Row, slab: Slab):
         if len(slab.rows) == slab.slots:
-            wanted = slab.slots + max(1, slab.slots // 2)
-            if self.held + (wanted - slab.slots) * slab.size > 2 * self.tokens:
-                for other in self.slabs.values():
-                    if other is not slab and other.slots > len(other.rows):
-                        other.resize(len(other.rows))
-                if self.held + (wanted - slab.slots) * slab.size > 2 * self.tokens:
-                    wanted = slab.slots + 1
-            slab.resize(wanted)
+            self._grow(slab)
         row.slab, row.slot = slab, len(slab.rows)
         slab.rows.append(row)
 
+    def _grow(self, slab: Slab):
+        """Add half as many slots; only one where the arena would exceed twice `tokens`."""
+        spare = max(1, slab.slots // 2)
+        if self._exceeds(spare * slab.size):
+            for other in self.slabs.values():
+                if other is not slab and other.slots > len(other.rows):
+                    other.resize(len(other.rows))
+            if self._exceeds(spare * slab.size):
+                spare = 1
+        slab.resize(slab.slots + spare)
+
+    def _exceeds(self, more_tokens: int) -> bool:
+        return self.held + more_tokens > 2 * self.tokens
+
     def _trim(self, slab: Slab):
-        """Give back a slab that stands empty and is large; small ones are kept for the next row."""
+        """Free a large slab that is empty; a small one stays for the next row."""
         if not slab.rows and slab.slots * slab.size > self.tokens // 4:
             slab.resize(0)

@@ -1,39 +1,53 @@
-"""The continuous engine: iteration-level batching (Orca, OSDI 2022) over a KV arena in length classes, for ChatGLM and GLM.
+"""The continuous engine: iteration-level batching over a KV arena in length classes.
 
-One iteration is one forward pass: every decoding sequence's last token and up to prefill_tokens prompt tokens, the longest-admitted
-sequence's first; a sequence whose prompt is complete makes its first token in that pass. These are the iterations that the
-simulated engine counts. Where this one differs: a static batch is not padded and its ended rows are not computed on (they only
-wait for the others), and a ChatGLM-6B context is computed in one piece, whatever prefill_tokens says.
+Iteration-level batching is that of Orca (OSDI 2022); the engine runs ChatGLM and GLM.
+
+One iteration is one forward pass: the last token of every decoding sequence, and up to
+prefill_tokens prompt tokens, in order of admission. A sequence whose prompt is complete makes its
+first token in that pass. These are the iterations that the simulated engine counts. The two differ
+in this: here a static batch is not padded and its ended rows are not computed (they only wait for
+the others), and a ChatGLM-6B context is computed in one piece, whatever prefill_tokens says.
 """
 
 import time
 from collections import deque
+from collections.abc import Sequence as Ids
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from serving.engines.answers import TextEngine, choose
 from serving.engines.passes import Runner, Sequence
-from serving.request import FOREVER, CostModel, Limits, Plan, StepResult
+from serving.request import FOREVER, CostModel, Limits, Plan, Record, StepResult
 
 
 class ContinuousEngine(TextEngine):
     """Takes any plan.
 
     Args:
-        model: a ChatGLM, or transformers' GlmForCausalLM or Glm4ForCausalLM, on one device; adapters and P-Tuning prefixes included.
-        cost: what policies are told; nothing here reads it.
+        model: a ChatGLM, or transformers' GlmForCausalLM or Glm4ForCausalLM, on one device; with or
+            without adapters and P-Tuning prefixes.
+        cost: for policies; nothing here reads it.
         stop_ids: what ends an answer; None for those of its generation_config.
     Raises:
         ValueError: not such a model.
     """
 
-    def __init__(self, model, limits: Limits, cost: CostModel, stop_ids=None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        limits: Limits,
+        cost: CostModel,
+        stop_ids: Ids[int] | None = None,
+    ):
         self.runner = Runner(model.eval(), limits.kv_tokens)
         super().__init__(self.runner.model, limits, cost, stop_ids)
         self.rows: dict[int, Sequence] = {}
         self._prefills: deque[Sequence] = deque()
         self._together = False
-        self._held: dict[int, Sequence] = {}  # ended rows of a static batch, waiting for its others
+        # Ended rows of a static batch, which are reported when the whole batch has ended.
+        self._unreported: dict[int, Sequence] = {}
 
     def check_prompt(self, prompt: list[int]):
         super().check_prompt(prompt)
@@ -41,41 +55,44 @@ class ContinuousEngine(TextEngine):
 
     @torch.inference_mode()
     def step(self, plan: Plan, budget_s: float = FOREVER) -> StepResult:
+        """As Engine.step."""
         begin = time.perf_counter()
         started: list[tuple[int, float]] = []
         ended: list[Sequence] = []
         emitted = self._carry_out(plan, begin, started)
-        chunk = plan.prefill_tokens or self.limits.prefill_tokens
-        steps, last_step = 0, plan.horizon_steps or FOREVER
+        prefill_tokens = plan.prefill_tokens or self.limits.prefill_tokens
+        steps = 0
+        last_step = plan.horizon_steps or FOREVER
         while True:
             ended += self._take_ended()
-            overran = [
-                row.id
-                for row in self.rows.values()
-                if row.full and not row.left and row.answer.reason is None
-            ]
+            overran = self._overrunning()
             if ended or overran or not self.rows or steps >= last_step:
                 break
             if (steps or emitted) and time.perf_counter() - begin >= budget_s:
                 break
             if self._woken and plan.wake_on_arrival and steps:
                 break
-            emitted += self._iterate(chunk, begin, started)
+            emitted += self._iterate(prefill_tokens, begin, started)
             steps += 1
         if plan.wake_on_arrival:
             self._woken = False
-        return StepResult(
-            time.perf_counter() - begin,
-            emitted,
-            tuple(started),
-            tuple(self.finished(row.answer) for row in ended),
-            tuple(overran),
-        )
+        elapsed_s = time.perf_counter() - begin
+        finished = tuple(self.finished(row.answer) for row in ended)
+        return StepResult(elapsed_s, emitted, tuple(started), finished, tuple(overran))
 
-    def _carry_out(self, plan: Plan, begin: float, started: list) -> int:
-        """Preempt, reserve, admit; a static batch's prompts at once. Returns the first tokens that this made."""
+    def _overrunning(self) -> list[int]:
+        """Ids of the decoding rows whose answers fill what is reserved for them."""
+        ids = []
+        for row in self.rows.values():
+            is_decoding = not row.left and row.answer.reason is None
+            if is_decoding and row.full:
+                ids.append(row.id)
+        return ids
+
+    def _carry_out(self, plan: Plan, begin: float, started: list[tuple[int, float]]) -> int:
+        """Preempt, reserve, admit; prefill a static batch at once. Returns first tokens made."""
         for record in plan.preempt:
-            if self._held.pop(record.request.id, None) is None:
+            if self._unreported.pop(record.request.id, None) is None:
                 self._drop(self.rows[record.request.id])
         for request_id, tokens in plan.reserve_tokens.items():
             if (row := self.rows.get(request_id)) is not None:
@@ -84,23 +101,7 @@ class ContinuousEngine(TextEngine):
                     self.runner.arena.reserve(row, tokens + self.runner.virtual)
         longest = max((record.context_tokens for record in plan.admit), default=0)
         for record in plan.admit:
-            answer = self.answer_of(record)
-            positions = self.runner.body.positions(answer.prompt)
-            row = Sequence(
-                answer,
-                record,
-                longest if plan.together else record.context_tokens,
-                plan.reserve_tokens[record.request.id],
-                self.limits.most_tokens(
-                    record.request, plan.stop_tokens if plan.together else None
-                ),
-                positions,
-                self.runner.body.context(positions),
-            )
-            self.rows[row.id] = row
-            if answer.reason is None:
-                self.runner.admit(row)
-                self._prefills.append(row)
+            self._admit(record, plan, longest)
         emitted = 0
         if plan.together and plan.admit:
             self._together = True
@@ -108,57 +109,105 @@ class ContinuousEngine(TextEngine):
                 emitted += self._iterate(self.limits.prefill_tokens, begin, started, decode=False)
         return emitted
 
-    def _iterate(self, left: int, begin: float, started: list, decode: bool = True) -> int:
-        """One forward pass with at most `left` prompt tokens; the number of tokens made."""
-        slabs = (
-            [slab for slab in self.runner.arena.slabs.values() if slab.decoding] if decode else []
+    def _admit(self, record: Record, plan: Plan, longest: int):
+        """Make the sequence of a record; `longest` context of the plan's records, in tokens."""
+        answer = self.answer_of(record)
+        positions = self.runner.body.positions(answer.prompt)
+        row = Sequence(
+            answer,
+            record,
+            base=longest if plan.together else record.context_tokens,
+            reserve=plan.reserve_tokens[record.request.id],
+            most=self.limits.most_tokens(
+                record.request, plan.stop_tokens if plan.together else None
+            ),
+            positions=positions,
+            context=self.runner.body.context(positions),
         )
-        rows = [row for slab in slabs for row in slab.rows[: slab.decoding]]
-        chunks: list[tuple[Sequence, int]] = []
-        for row in self._prefills:
-            take = min(left, row.left)
-            if row.computed < row.context:
-                whole = row.context - row.computed
-                if take < whole and chunks:
-                    break  # next time, as the first
-                take = max(take, whole)
-            if take <= 0:
-                break
-            chunks.append((row, take))
-            left -= take
-        if not rows and not chunks:
+        self.rows[row.id] = row
+        if answer.reason is None:
+            self.runner.admit(row)
+            self._prefills.append(row)
+
+    def _iterate(
+        self,
+        prefill_tokens: int,
+        begin: float,
+        started: list[tuple[int, float]],
+        decode: bool = True,
+    ) -> int:
+        """One forward pass with at most `prefill_tokens` prompt tokens; returns tokens made."""
+        slabs = []
+        if decode:
+            slabs = [slab for slab in self.runner.arena.slabs.values() if slab.decoding]
+        decoding: list[Sequence] = []
+        for slab in slabs:
+            decoding += slab.rows[: slab.decoding]
+        chunks = self._next_chunks(prefill_tokens)
+        if not decoding and not chunks:
             return 0
         logits = self.runner.run(slabs, chunks)
-        first = []
+        prefilled = self._join_prefilled()
+        if logits is None:
+            return 0
+        emitted = self._add_tokens(decoding + prefilled, logits)
+        now = time.perf_counter() - begin
+        started += [(row.id, now) for row in prefilled if row.made > 0]
+        return emitted
+
+    def _next_chunks(self, prefill_tokens: int) -> list[tuple[Sequence, int]]:
+        """(sequence, its next so many prompt tokens), in order of admission.
+
+        At most `prefill_tokens` together, but for a ChatGLM-6B context: it is one piece, and comes
+        alone where it is longer.
+        """
+        chunks: list[tuple[Sequence, int]] = []
+        for row in self._prefills:
+            count = min(prefill_tokens, row.left)
+            if row.computed < row.context:
+                whole = row.context - row.computed
+                if count < whole and chunks:
+                    break  # it is the first of a later pass
+                count = max(count, whole)
+            if count <= 0:
+                break
+            chunks.append((row, count))
+            prefill_tokens -= count
+        return chunks
+
+    def _join_prefilled(self) -> list[Sequence]:
+        """The sequences whose prompts are complete: from now on they decode."""
+        prefilled = []
         while self._prefills and not self._prefills[0].left:
             row = self._prefills.popleft()
             self.runner.arena.join(row)
-            first.append(row)
-        if logits is None:
-            return 0
-        made, emitted = rows + first, 0
-        for row, token in zip(made, choose(logits, [row.answer for row in made])):
+            prefilled.append(row)
+        return prefilled
+
+    def _add_tokens(self, rows: list[Sequence], logits: Tensor) -> int:
+        """Choose each row's next token from logits (at least len(rows), V); returns tokens made."""
+        emitted = 0
+        for row, token in zip(rows, choose(logits, [row.answer for row in rows])):
             if token is None:
                 row.answer.add(None, "failed")
             else:
                 emitted += row.answer.reason is None
                 self.give(row.answer, token, row.most)
-        now = time.perf_counter() - begin
-        started += [(row.id, now) for row in first if len(row.answer.tokens) > row.kept]
         return emitted
 
     def _take_ended(self) -> list[Sequence]:
-        """Rows whose answers have ended leave the arena; those that may be reported, in order of id."""
+        """Drop rows whose answers have ended; returns those to report now, in order of id."""
         ended = [row for row in self.rows.values() if row.answer.reason is not None]
         for row in ended:
             self._drop(row)
         if not self._together:
             return sorted(ended, key=lambda row: row.id)
-        self._held |= {row.id: row for row in ended}
+        self._unreported |= {row.id: row for row in ended}
         if self.rows:
             return []
-        ended = [self._held[i] for i in sorted(self._held)]
-        self._together, self._held = False, {}
+        ended = [self._unreported[i] for i in sorted(self._unreported)]
+        self._unreported = {}
+        self._together = False
         return ended
 
     def _drop(self, row: Sequence):

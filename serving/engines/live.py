@@ -4,15 +4,20 @@ import threading
 import time
 from collections import deque
 
+from serving.engines.answers import TextEngine
 from serving.request import Request
 
-IDLE_S = 1.0  # an open inbox promises to be looked at again within this time
+IDLE_S = 1.0  # the scheduler looks at an open inbox again within this time
 
 
 class WallClock:
-    """Seconds since it was made, at `zero_s` of time.perf_counter. Engines take their real time themselves, so advance() does nothing.
+    """Seconds since the clock was made.
 
-    `news` is what wait_until sleeps on; an Inbox of the same clock notifies it.
+    advance() does nothing: a step of a real engine takes real time.
+
+    Attributes:
+        zero_s: when it was made, of time.perf_counter.
+        news: the condition that wait_until sleeps on; an Inbox of the same clock notifies it.
     """
 
     def __init__(self):
@@ -39,13 +44,13 @@ class WallClock:
 
 
 class Inbox:
-    """Arrivals of a live system, as the scheduler asks for them.
+    """Arrivals of a live system, as the scheduler takes them.
 
-    put() may come from any thread, after the engine's submit() of the same request; it wakes the clock and the engine. A request is due
-    once it is there: its prediction was made before.
+    put() may be called from any thread, after the engine's submit() of the same request; it wakes
+    the clock and the engine. A request is due at once: its prediction was made before.
     """
 
-    def __init__(self, clock: WallClock, engine=None):
+    def __init__(self, clock: WallClock, engine: TextEngine | None = None):
         self._clock, self._engine = clock, engine
         self._waiting: deque[Request] = deque()
         self._withdrawn: deque[int] = deque()
@@ -73,13 +78,13 @@ class Inbox:
         return float("inf") if self._shut else self._clock.now_s() + IDLE_S
 
     def due(self, now_s: float) -> list[Request]:
-        found = []
+        requests = []
         while self._waiting:
-            found.append(self._waiting.popleft())
-        return found
+            requests.append(self._waiting.popleft())
+        return requests
 
     def withdraw(self, request_id: int):
-        """Nobody waits for this one any more: if it is queued, the scheduler drops it.
+        """Cancel a request: if it is queued, the scheduler drops it.
 
         From any thread, after put().
         """

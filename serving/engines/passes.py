@@ -1,8 +1,10 @@
-"""One forward pass over many sequences: the model's own blocks on one row of tokens, attention against a KV arena.
+"""One forward pass over many sequences: the model's own blocks on one row of tokens.
 
-All sequences' new tokens stand in one row (1, N, hidden): first those of decoding sequences, one each, in the order of their slabs;
-then chunks of prompts. Projections, norms and MLPs do not care whose tokens they are, so the weights are read once. A Pass goes
-through the blocks in the place of their mask and does what depends on the sequence. serving.engines.bodies says what the blocks are.
+The new tokens of all sequences stand in one row (1, N, hidden): first those of decoding sequences,
+one each, in the order of their slabs; then chunks of prompts. Projections, norms and MLPs work on
+each token alone, so the weights are read once. A Pass takes the place of the mask in the blocks and
+computes what depends on the sequence: attention against the KV arena. serving.engines.bodies says
+what the blocks are.
 """
 
 from dataclasses import dataclass
@@ -10,74 +12,116 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from chatglm.layers import causal_mask
+from serving.engines.answers import Answer
 from serving.engines.arena import Arena, Slab
-from serving.engines.bodies import body_of
+from serving.engines.bodies import Attention, body_of
+from serving.request import Record
 
 
 class Sequence:
-    """A sequence in an engine: its place in the arena, and positions of its tokens.
+    """A sequence in an engine: its place in the arena, and the positions of its tokens.
 
     Attributes:
-        ids: prompt and the answer kept so far, as of its admission.
-        context: the first so many tokens see each other both ways and cannot be computed in pieces (ChatGLM-6B; else 0).
+        ids: the prompt and the answer's tokens at its admission.
+        earlier: answer tokens at its admission.
+        context: so many first tokens see each other both ways, and are computed in one piece
+            (ChatGLM-6B; else 0).
         computed: of ids, how many are in the arena.
         length: tokens in the arena, virtual ones included.
-        positions: places of the prompt's tokens and, for ChatGLM-6B, their block positions; later ones follow from the last.
-        base, reserve, most: context at admission, KV tokens reserved, answer tokens after which it is cut.
+        positions: places of the prompt's tokens and, for ChatGLM-6B, their block positions; those
+            of later tokens follow from the last.
+        base, reserve, most: context at admission, KV tokens reserved, answer tokens after which it
+            is cut.
     """
 
     def __init__(
-        self, answer, record, base: int, reserve: int, most: int, positions: Tensor, context: int
+        self,
+        answer: Answer,
+        record: Record,
+        base: int,
+        reserve: int,
+        most: int,
+        positions: Tensor,
+        context: int,
     ):
-        self.id, self.answer, self.base, self.reserve, self.most = (
-            record.request.id,
-            answer,
-            base,
-            reserve,
-            most,
-        )
+        self.id = record.request.id
+        self.answer = answer
+        self.base = base
+        self.reserve = reserve
+        self.most = most
         self.ids = answer.prompt + answer.tokens
-        self.kept = len(answer.tokens)
-        self.positions, self.context = positions.tolist(), context
+        self.earlier = len(answer.tokens)
+        self.positions: list[list[int]] = positions.tolist()
+        self.context = context
         self.computed = 0
         self.slab: Slab | None = None
         self.slot = self.length = 0
 
     @property
     def left(self) -> int:
+        """Tokens of ids that are not computed yet."""
         return len(self.ids) - self.computed
 
     @property
+    def made(self) -> int:
+        """Answer tokens since its admission."""
+        return len(self.answer.tokens) - self.earlier
+
+    @property
     def full(self) -> bool:
-        return self.base + len(self.answer.tokens) - self.kept >= self.reserve
+        return self.base + self.made >= self.reserve
 
     def place(self, start: int, end: int) -> list[list[int]]:
-        """Positions of tokens start to end of prompt and answer: a list of places and, for ChatGLM-6B, one of block positions."""
-        known = len(self.positions[0])
+        """Positions of tokens start to end of prompt and answer.
+
+        One list of places and, for ChatGLM-6B, one of block positions.
+        """
         if len(self.positions) == 1:
             return [list(range(start, end))]
+        known = len(self.positions[0])
         beyond = max(end - max(start, known), 0)
-        place, block = (row[-1] for row in self.positions)
-        after = block + 1 + max(start - known, 0)
-        found = [row[start:end] for row in self.positions]
-        return [found[0] + [place] * beyond, found[1] + list(range(after, after + beyond))]
+        last_place, last_block = (row[-1] for row in self.positions)
+        next_block = last_block + 1 + max(start - known, 0)
+        places, blocks = (row[start:end] for row in self.positions)
+        return [
+            places + [last_place] * beyond,
+            blocks + list(range(next_block, next_block + beyond)),
+        ]
 
 
 @dataclass
 class Chunk:
-    """Tokens start to end of a sequence's slot, virtual ones included; `mask` (1, 1, end - start, end) or None where causality is all."""
+    """Tokens `start` to `end` of a sequence's slot, virtual ones included.
+
+    Attributes:
+        mask: (1, 1, end - start, end); None where it is only causal.
+        is_end: the prompt is complete with it.
+    """
 
     row: Sequence
     start: int
     end: int
     mask: Tensor | None
+    is_end: bool
+
+    @property
+    def count(self) -> int:
+        return self.end - self.start
 
 
 @dataclass
 class Decoding:
-    """The decoding rows of a slab, their new tokens at `lengths` (rows,) of their slots; `mask` (rows, 1, 1, longest) or None."""
+    """The decoding rows of a slab.
+
+    Attributes:
+        slots: (rows,).
+        lengths: (rows,), where in their slots the new tokens are written.
+        longest: tokens of the longest row, the new one included.
+        mask: (rows, 1, 1, longest); None where all rows are as long.
+    """
 
     slab: Slab
     slots: Tensor
@@ -86,77 +130,130 @@ class Decoding:
     mask: Tensor | None
 
 
+@dataclass
 class Pass:
-    """Attends to the arena for the tokens of one forward pass. `keep` (K,): those that the last layer computes, None for all."""
+    """Attends to the arena for the tokens of one forward pass.
 
-    def __init__(
+    Attributes:
+        keep: (K,), the tokens that the last layer computes; None for all.
+    """
+
+    decoding: list[Decoding]
+    chunks: list[Chunk]
+    last_layer: int
+    keep: Tensor | None
+
+    def attend(
         self,
-        decoding: list[Decoding],
-        chunks: list[Chunk],
-        last_layer: int,
-        keep: Tensor | None,
-        ends: list[bool],
-    ):
-        self.decoding, self.chunks, self.last_layer, self.keep, self.ends = (
-            decoding,
-            chunks,
-            last_layer,
-            keep,
-            ends,
-        )
+        module: Attention,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prefix: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of one layer; writes keys and values to the arena.
 
-    def attend(self, module, query: Tensor, key: Tensor, value: Tensor, prefix=None) -> Tensor:
-        """query (1, heads, N, D), key and value (1, kv_heads, N, D) -> (1, N or K, heads * D); writes keys and values to the arena."""
-        layer, kv_heads, scale = module.layer_idx, key.shape[1], module.scaling
+        Args:
+            query: (1, heads, N, D). key, value: (1, kv_heads, N, D).
+            prefix: not used: P-Tuning's prefix is in the arena.
+        Returns:
+            (1, N or K, heads * D).
+        """
+        layer, scale = module.layer_idx, module.scaling
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
-        keeping = self.keep is not None and layer == self.last_layer
-        out = query.new_zeros(len(self.keep) if keeping else len(query), *query.shape[1:])
-        at = 0
+        is_kept = self.keep is not None and layer == self.last_layer
+        out = query.new_zeros(len(self.keep) if is_kept else len(query), *query.shape[1:])
+        start = 0
         for part in self.decoding:
-            span = slice(at, at + len(part.slots))
-            at = span.stop
-            keys, values = part.slab.keys[layer], part.slab.values[layer]
-            keys[part.slots, :, part.lengths] = key[span]
-            values[part.slots, :, part.lengths] = value[span]
-            rows, longest = len(part.slots), part.longest
-            # The query heads that share a key head are queries of that head: nothing is repeated.
-            grouped = query[span].unflatten(1, (kv_heads, -1))
-            seen = F.scaled_dot_product_attention(
-                grouped,
-                keys[:rows, :, :longest],
-                values[:rows, :, :longest],
-                part.mask,
-                scale=scale,
-            )
-            out[span] = seen.flatten(1, 2)
-        kept = at
-        for part, is_end in zip(self.chunks, self.ends):
-            count, slot, slab = part.end - part.start, part.row.slot, part.row.slab
-            keys, values = slab.keys[layer][slot], slab.values[layer][slot]
-            keys[:, part.start : part.end] = key[at : at + count].transpose(0, 1)
-            values[:, part.start : part.end] = value[at : at + count].transpose(0, 1)
-            own, mask, target = query[at : at + count], part.mask, slice(at, at + count)
-            at += count
-            if keeping:
-                if not is_end:
+            span = slice(start, start + len(part.slots))
+            out[span] = attend_decoding(part, layer, query[span], key[span], value[span], scale)
+            start = span.stop
+        target = start
+        for chunk in self.chunks:
+            span = slice(start, start + chunk.count)
+            start = span.stop
+            chunk_query, mask = query[span], chunk.mask
+            write_chunk(chunk, layer, key[span], value[span])
+            if is_kept:
+                if not chunk.is_end:
                     continue
-                own, mask, target = (
-                    own[-1:],
-                    None,
-                    slice(kept, kept + 1),
-                )  # the last token sees everything
-                kept += 1
-            seen = F.scaled_dot_product_attention(
-                own.transpose(0, 1)[None],
-                keys[None, :, : part.end],
-                values[None, :, : part.end],
-                mask,
-                scale=scale,
-                is_causal=mask is None and len(own) > 1,
-                enable_gqa=len(keys) != own.shape[1],
-            )
-            out[target] = seen[0].transpose(0, 1)
+                chunk_query, mask = chunk_query[-1:], None  # the last token sees all others
+            seen = attend_chunk(chunk, layer, chunk_query, mask, scale)
+            out[target : target + len(seen)] = seen
+            target += len(seen)
         return out.flatten(1)[None]
+
+
+def attend_decoding(
+    part: Decoding, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> Tensor:
+    """Attention (rows, heads, D) of a slab's new tokens, whose keys and values are written first.
+
+    Args:
+        query: (rows, heads, D). key, value: (rows, kv_heads, D).
+    """
+    keys, values = part.slab.keys[layer], part.slab.values[layer]
+    keys[part.slots, :, part.lengths] = key
+    values[part.slots, :, part.lengths] = value
+    rows = len(part.slots)
+    # The query heads that share a key head are queries of that head: nothing is repeated.
+    grouped = query.unflatten(1, (key.shape[1], -1))
+    seen = F.scaled_dot_product_attention(
+        grouped,
+        keys[:rows, :, : part.longest],
+        values[:rows, :, : part.longest],
+        part.mask,
+        scale=scale,
+    )
+    return seen.flatten(1, 2)
+
+
+def write_chunk(chunk: Chunk, layer: int, key: Tensor, value: Tensor):
+    """Write a chunk's keys and values (count, kv_heads, D) to its slot."""
+    slab, slot = chunk.row.slab, chunk.row.slot
+    slab.keys[layer][slot][:, chunk.start : chunk.end] = key.transpose(0, 1)
+    slab.values[layer][slot][:, chunk.start : chunk.end] = value.transpose(0, 1)
+
+
+def attend_chunk(
+    chunk: Chunk, layer: int, query: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Attention (Q, heads, D) of queries (Q, heads, D) to a chunk's slot up to the chunk's end."""
+    slab, slot = chunk.row.slab, chunk.row.slot
+    keys, values = slab.keys[layer][slot], slab.values[layer][slot]
+    seen = F.scaled_dot_product_attention(
+        query.transpose(0, 1)[None],
+        keys[None, :, : chunk.end],
+        values[None, :, : chunk.end],
+        mask,
+        scale=scale,
+        is_causal=mask is None and len(query) > 1,
+        enable_gqa=len(keys) != query.shape[1],
+    )
+    return seen[0].transpose(0, 1)
+
+
+class Inputs:
+    """The token row of a pass as it is put together.
+
+    Attributes:
+        ids: token ids; 0 where a virtual token stands.
+        positions: places, and block positions (ChatGLM-6B).
+        kept: indices of the tokens after which another comes.
+        virtual_starts: where P-Tuning v1's vectors begin.
+    """
+
+    def __init__(self):
+        self.ids: list[int] = []
+        self.positions: list[list[int]] = [[], []]
+        self.kept: list[int] = []
+        self.virtual_starts: list[int] = []
+
+    def add(self, ids: list[int], positions: list[list[int]], shift: int = 0):
+        """Append tokens, their places moved on by `shift`."""
+        self.ids += ids
+        self.positions[0] += [place + shift for place in positions[0]]
+        self.positions[1] += positions[-1]
 
 
 class Runner:
@@ -166,16 +263,18 @@ class Runner:
         ValueError: the continuous engine does not know such a model, or it lies on several devices.
     """
 
-    def __init__(self, model, kv_tokens: int):
-        model = (
-            model.get_base_model() if hasattr(model, "get_base_model") else model
-        )  # LoRA's layers are in it
+    def __init__(self, model: PreTrainedModel, kv_tokens: int):
+        if hasattr(model, "get_base_model"):  # a peft model; its base has LoRA's layers in it
+            model = model.get_base_model()
         devices = {parameter.device for parameter in model.parameters()}
         if len(devices) > 1 or "meta" in str(devices):
             raise ValueError(
-                f"the continuous engine wants the model on one device, found {sorted(map(str, devices))}; try --engine static"
+                "the continuous engine wants the model on one device, "
+                f"found {sorted(map(str, devices))}; try --engine static"
             )
-        self.model, self.body, self.device = model, body_of(model), devices.pop()
+        self.model = model
+        self.body = body_of(model)
+        self.device = devices.pop()
         self.virtual = self.body.prefix_length + self.body.prompt_length
         self.arena = Arena(
             len(self.body.blocks),
@@ -187,7 +286,7 @@ class Runner:
         )
 
     def admit(self, row: Sequence):
-        """A slot for the sequence, P-Tuning v2's keys and values in it."""
+        """Give the sequence a slot, with P-Tuning v2's keys and values in it."""
         self.arena.admit(row, row.reserve + self.virtual)
         if (prefix := self.body.prefix) is not None:
             row.length = self.body.prefix_length
@@ -196,56 +295,69 @@ class Runner:
                 row.slab.values[layer][row.slot, :, : row.length] = prefix[2 * layer + 1, 0]
 
     def run(self, decoding: list[Slab], chunks: list[tuple[Sequence, int]]) -> Tensor | None:
-        """Logits (at least K, V) of the K tokens after which another comes: of each decoding row, slab by slab, then of each
-        sequence whose prompt is complete with its chunk of so many tokens. None where K is 0."""
-        ids, positions, parts, pieces, ends, firsts = [], [[], []], [], [], [], []
-        body = self.body
-        virtual = body.prompt_length  # P-Tuning v1's vectors, positions before the text
-        for slab in decoding:
-            rows = slab.rows[: slab.decoding]
-            parts.append(self.decode_part(slab, rows))
-            for row in rows:
-                ids.append(row.answer.tokens[-1])
-                last = len(row.answer.prompt) + len(row.answer.tokens) - 1
-                extend(positions, row.place(last, last + 1), virtual)
-        kept = list(range(len(ids)))
-        for row, count in chunks:
-            start = row.length
-            if row.computed == 0 and virtual:
-                firsts.append(len(ids))
-                ids += [0] * virtual
-                extend(positions, [list(range(virtual)), [0] * virtual])
-                row.length += virtual
-            ids += row.ids[row.computed : row.computed + count]
-            extend(positions, row.place(row.computed, row.computed + count), virtual)
-            row.computed += count
-            row.length += count
-            ends.append(not row.left)
-            kept += [len(ids) - 1] if ends[-1] else []
-            pieces.append(Chunk(row, start, row.length, self.chunk_mask(row, start)))
-        wanted, padding = len(kept), rounded(len(ids)) - len(ids)
-        keep = (
-            torch.tensor(kept + [0] * (rounded(wanted) - wanted), device=self.device)
-            if chunks
-            else None
-        )
-        one_pass = Pass(parts, pieces, len(body.blocks) - 1, keep, ends)
+        """One forward pass; each chunk is so many tokens of its sequence.
 
-        turns = body.turns(
-            torch.tensor(
-                [row + [0] * padding for row in positions[: body.axes]], device=self.device
-            )
+        Returns:
+            Logits (at least K, V) of the K tokens after which another comes: of each decoding row,
+            slab by slab, then of each sequence whose prompt is complete with its chunk. None where
+            K is 0.
+        """
+        inputs = Inputs()
+        parts = [self._add_decoding(inputs, slab) for slab in decoding]
+        pieces = [self._add_chunk(inputs, row, count) for row, count in chunks]
+        count, wanted = len(inputs.ids), len(inputs.kept)
+        keep = None
+        if chunks:
+            kept_padding = rounded(wanted) - wanted
+            keep = torch.tensor(inputs.kept + [0] * kept_padding, device=self.device)
+        hidden = self._blocks(
+            inputs,
+            Pass(parts, pieces, len(self.body.blocks) - 1, keep),
+            padding=rounded(count) - count,
         )
-        hidden = body.embed(torch.tensor(ids + [0] * padding, device=self.device))[None]
-        for first in firsts:
-            hidden[:, first : first + virtual] = body.prompt
-        for block in body.blocks[:-1]:
-            hidden = block(hidden, one_pass, turns)
-        hidden = body.blocks[-1](hidden, one_pass, turns, keep=keep)
         for slab in decoding:
             for row in slab.rows[: slab.decoding]:
                 row.length += 1
-        return body.head(body.norm(hidden))[0] if wanted else None
+        return self.body.head(self.body.norm(hidden))[0] if wanted else None
+
+    def _add_decoding(self, inputs: Inputs, slab: Slab) -> Decoding:
+        """Append the newest token of each decoding row of a slab."""
+        rows = slab.rows[: slab.decoding]
+        for row in rows:
+            last = len(row.answer.prompt) + len(row.answer.tokens) - 1
+            inputs.kept.append(len(inputs.ids))
+            inputs.add([row.answer.tokens[-1]], row.place(last, last + 1), self.body.prompt_length)
+        return self.decode_part(slab, rows)
+
+    def _add_chunk(self, inputs: Inputs, row: Sequence, count: int) -> Chunk:
+        """Append the next `count` tokens of a sequence, P-Tuning v1's vectors before its first."""
+        virtual = self.body.prompt_length
+        start = row.length
+        if row.computed == 0 and virtual:
+            inputs.virtual_starts.append(len(inputs.ids))
+            inputs.add([0] * virtual, [list(range(virtual)), [0] * virtual])
+            row.length += virtual
+        end = row.computed + count
+        inputs.add(row.ids[row.computed : end], row.place(row.computed, end), virtual)
+        row.computed = end
+        row.length += count
+        if not row.left:
+            inputs.kept.append(len(inputs.ids) - 1)
+        mask = self.chunk_mask(row, start)
+        return Chunk(row, start, row.length, mask, is_end=not row.left)
+
+    def _blocks(self, inputs: Inputs, one_pass: Pass, padding: int) -> Tensor:
+        """Hidden states (1, N + padding or K, hidden) after the last block."""
+        body = self.body
+        positions = [row + [0] * padding for row in inputs.positions[: body.axes]]
+        turns = body.turns(torch.tensor(positions, device=self.device))
+        ids = torch.tensor(inputs.ids + [0] * padding, device=self.device)
+        hidden = body.embed(ids)[None]
+        for start in inputs.virtual_starts:
+            hidden[:, start : start + body.prompt_length] = body.prompt
+        for block in body.blocks[:-1]:
+            hidden = block(hidden, one_pass, turns)
+        return body.blocks[-1](hidden, one_pass, turns, keep=one_pass.keep)
 
     def decode_part(self, slab: Slab, rows: list[Sequence]) -> Decoding:
         lengths = [row.length for row in rows]
@@ -257,26 +369,29 @@ class Runner:
         return Decoding(slab, torch.arange(len(rows), device=self.device), at, longest, mask)
 
     def chunk_mask(self, row: Sequence, start: int) -> Tensor | None:
-        """Of a chunk from `start` to the row's length, as attention_visibility has it for a single row."""
+        """The mask of a chunk from `start` to the row's length; None where it is only causal.
+
+        As attention_visibility has it for a single row.
+        """
         count, end = row.length - start, row.length
         seen_by_all = row.context + self.virtual if row.context else 0
         if count == 1 or (start == 0 and not seen_by_all):
             return None
         mask = causal_mask(count, end, self.device)
-        return (
-            mask | (torch.arange(end, device=self.device) < seen_by_all)
-            if start < seen_by_all
-            else mask
-        )
-
-
-def extend(positions: list[list[int]], more: list[list[int]], shift: int = 0):
-    """Append positions, their places moved on by `shift`."""
-    positions[0] += [place + shift for place in more[0]] if shift else more[0]
-    positions[1] += more[-1]
+        if start < seen_by_all:
+            mask = mask | (torch.arange(end, device=self.device) < seen_by_all)
+        return mask
 
 
 def rounded(tokens: int) -> int:
-    """Few shapes: oneDNN compiles its half-precision products for each new one."""
-    unit = 4 if tokens <= 16 else 16 if tokens <= 64 else 64
+    """The count that `tokens` is padded to: few shapes.
+
+    oneDNN compiles its half-precision products for each new shape.
+    """
+    if tokens <= 16:
+        unit = 4
+    elif tokens <= 64:
+        unit = 16
+    else:
+        unit = 64
     return max(-(-tokens // unit) * unit, 1)

@@ -1,47 +1,66 @@
-"""A real engine's seconds, as rows that serving.cost_model.fit fits a profile to: decode steps by rows and context, prompts by length."""
+"""Timings of a real engine, as rows that serving.cost_model.fit fits a profile to.
+
+Decode steps are timed by rows and context, prefills by prompt length.
+"""
 
 import itertools
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from chatglm.families import FAMILIES
+from serving.cost_model.devices import Device
 from serving.cost_model.fit import Row, errors, fit, held_out_errors, summary
 from serving.cost_model.model import DATASHEET, CostModel, ModelShape, Profile
 from serving.engines import make_engine
 from serving.engines.answers import Sampling, TextEngine
 from serving.request import FOREVER, Limits, Plan, Record, Request
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from chatglm.tokenization import ChatGLMTokenizer
+
 STEPS = 12  # decode steps of one timing
-PRIOR = 1e-4  # nearly none: every term of a single device's cost is measured, and a CPU is nowhere near its datasheet
+# Nearly no prior: every term of a single device's cost is measured, and a CPU is nowhere near its
+# datasheet.
+PRIOR = 1e-4
+FOLDS = 5
+
+Progress = Callable[[Iterator[Row | None], int], Iterator[Row | None]]
+
+
+def no_progress(timings: Iterator[Row | None], total: int) -> Iterator[Row | None]:
+    return timings
 
 
 def profile_engine(
     name: str,
-    model,
-    tokenizer,
+    model: "PreTrainedModel",
+    tokenizer: "ChatGLMTokenizer",
     folder: str,
     limits: Limits,
-    device,
+    device: Device | str,
     repetitions: int = 5,
-    progress=lambda timings, total: timings,
+    progress: Progress = no_progress,
 ) -> tuple[Profile, list[Row]]:
     """Measure the engine `name` on a loaded model, and fit a profile to it.
 
     Args:
-        folder: the model's, kept in the rows. device: a Device or the name of one that the coefficients are relative to.
-        progress: wraps the iterator of timings, for a progress bar.
+        folder: the model's, which the rows name.
+        device: the Device, or its name, that the profile's coefficients are relative to.
+        progress: wraps the iterator of timings, given their number, for a progress bar.
     """
     shape = ModelShape.from_config(model.config.to_dict(), model.dtype.itemsize)
     engine = make_engine(name, model, limits, CostModel.of(shape, device), [])
-    prompt_of, least = prompt_maker(tokenizer, model.get_input_embeddings().num_embeddings)
-    longest, least = limits.max_tokens - STEPS - 4, max(16, least + 1)
-    batches, prompts, contexts = (
-        powers(1, limits.max_batch),
-        powers(least, longest),
-        powers(2 * least, int(longest / 1.5)),
-    )
+    prompt_of, frame = prompt_maker(tokenizer, model.get_input_embeddings().num_embeddings)
+    least = max(16, frame + 1)
+    longest = limits.max_tokens - STEPS - 4
+    batches = powers(1, limits.max_batch)
+    contexts = powers(2 * least, int(longest / 1.5))
+    prompts = powers(least, longest)
     timings = measure(
         engine,
         prompt_of,
@@ -51,20 +70,17 @@ def profile_engine(
         contexts,
         prompts,
         repetitions,
-        name == "static",
+        together=name == "static",
     )
     total = (len(batches) * len(contexts) + len(prompts)) * (repetitions + 1)
     rows = [row for row in progress(timings, total) if row is not None]
     start = replace(DATASHEET, name="engine", device=device)
-    fitted, folds = fit(rows, start, PRIOR), random.Random(0).sample(range(len(rows)), len(rows))
-    report = {
-        "in_sample": summary(errors(rows, fitted)),
-        "5_folds": summary(held_out_errors(rows, start, lambda i, row: folds[i] % 5, PRIOR)),
-    }
-    return replace(
-        fitted,
-        made={"from": f"{len(rows)} timings of the {name} engine on {folder}", "errors": report},
-    ), rows
+    fitted = fit(rows, start, PRIOR)
+    folds = random.Random(0).sample(range(len(rows)), len(rows))
+    held_out = held_out_errors(rows, start, lambda i, row: folds[i] % FOLDS, PRIOR)
+    report = {"in_sample": summary(errors(rows, fitted)), "5_folds": summary(held_out)}
+    source = f"{len(rows)} timings of the {name} engine on {folder}"
+    return replace(fitted, made={"from": source, "errors": report}), rows
 
 
 def spread(batch: int, context: int) -> list[int]:
@@ -74,22 +90,103 @@ def spread(batch: int, context: int) -> list[int]:
 
 def powers(least: int, most: int) -> list[int]:
     """least, twice that, ..., and most."""
-    found = [least]
-    while found[-1] < most:
-        found.append(min(2 * found[-1], most))
-    return found
+    values = [least]
+    while values[-1] < most:
+        values.append(min(2 * values[-1], most))
+    return values
 
 
-def prompt_maker(tokenizer, vocabulary: int) -> tuple[Callable[[int], list[int]], int]:
-    """(so many tokens -> ids that the family's model can read: its own frame around random ones, tokens of the frame)."""
+def prompt_maker(
+    tokenizer: "ChatGLMTokenizer", vocabulary: int
+) -> tuple[Callable[[int], list[int]], int]:
+    """(function from a length in tokens to ids of such a prompt, tokens of the prompt's frame).
+
+    A prompt is random ids in the family's frame, without which its model cannot read it.
+    """
     family = FAMILIES[tokenizer.family]
-    frame, draw = family.encode_prompt(tokenizer, "", 1 << 20).input_ids, random.Random(0)
+    frame = family.encode_prompt(tokenizer, "", 1 << 20).input_ids
+    draw = random.Random(0)
 
     def prompt_of(tokens: int) -> list[int]:
         text = [draw.randrange(vocabulary // 2) for _ in range(tokens - len(frame))]
         return text + frame if family.name == "glm" else frame + text
 
     return prompt_of, len(frame)
+
+
+class Setting(NamedTuple):
+    """What is timed.
+
+    Decode steps of `batch` rows with a mean context of `tokens`, or the prefill of one prompt of
+    `tokens`.
+    """
+
+    phase: str
+    batch: int
+    tokens: int
+
+    def fits(self, limits: Limits) -> bool:
+        if self.phase == "prefill":
+            return self.tokens + 2 <= limits.max_tokens
+        return (
+            self.batch <= limits.max_batch
+            and max(spread(self.batch, self.tokens)) + STEPS + 4 <= limits.max_tokens
+            and self.batch * (self.tokens + STEPS + 5) <= limits.kv_tokens
+        )
+
+    def row(self, seconds: float, model: str, element_bytes: int) -> Row:
+        if self.phase == "prefill":
+            counts = {"batch": 1, "output_tokens": 1, "prompt_tokens": self.tokens}
+        else:
+            context_tokens = sum(spread(self.batch, self.tokens)) + self.batch
+            counts = {"batch": self.batch, "output_tokens": STEPS, "context_tokens": context_tokens}
+        return Row(seconds, phase=self.phase, model=model, element_bytes=element_bytes, **counts)
+
+
+class Stopwatch:
+    """Times an engine; `together`: it takes whole batches only (static)."""
+
+    def __init__(
+        self, engine: TextEngine, prompt_of: Callable[[int], list[int]], together: bool = False
+    ):
+        self.engine = engine
+        self.prompt_of = prompt_of
+        self.together = together
+        self._ids = itertools.count()
+
+    def seconds(self, setting: Setting) -> float:
+        if setting.phase == "prefill":
+            return self._admit([setting.tokens], 1)[1]
+        return self._decode(setting.batch, setting.tokens)
+
+    def _admit(self, prompts: list[int], answer_tokens: int) -> tuple[list[Record], float]:
+        """(records that have their first tokens, seconds until then)."""
+        engine = self.engine
+        sampling = Sampling(max_new_tokens=answer_tokens, ignore_stops=True)
+        records = []
+        reserve_tokens = {}
+        for prompt in prompts:
+            request = Request(next(self._ids), prompt, 0.0, FOREVER)
+            engine.submit(request, self.prompt_of(prompt), sampling)
+            records.append(Record(request))
+            reserve_tokens[request.id] = prompt + answer_tokens + 1
+        plan = Plan(tuple(records), (), reserve_tokens, together=self.together, horizon_steps=1)
+        seconds = engine.step(plan).elapsed_s
+        while answer_tokens > 1 and not all(map(engine.generated, records)):
+            seconds += engine.step(Plan(horizon_steps=1)).elapsed_s
+        return records, seconds
+
+    def _decode(self, batch: int, context: int) -> float:
+        """Seconds of STEPS decode steps."""
+        engine = self.engine
+        records, _ = self._admit(spread(batch, context), STEPS + 3)
+        before = engine.generated(records[-1])
+        elapsed_s = engine.step(Plan(horizon_steps=STEPS)).elapsed_s
+        steps = engine.generated(records[-1]) - before
+        for record in records:
+            engine.cancel(record.request.id)
+        engine.step(Plan())
+        return elapsed_s * STEPS / steps
 
 
 def measure(
@@ -103,95 +200,35 @@ def measure(
     repetitions: int = 3,
     together: bool = False,
 ) -> Iterator[Row | None]:
-    """One row for each setting: the mean of its timings, which are taken in turns, so that a slow moment hits all alike.
+    """One row for each setting: the mean of its timings.
+
+    The settings are timed in turns, so that a slow moment of the machine affects all alike.
 
     Args:
         prompt_of: ids of a prompt of so many tokens.
-        model: what the rows say the model is: its folder.
-        batches, contexts: decode steps are timed for every pair that fits the engine's limits, with rows of half to one and a half of the
-            context: rows alike would lie side by side in one length class, as they never do in service. prompts: tokens of single prompts.
+        model: its folder, which the rows name.
+        batches, contexts: decode steps are timed for every pair that fits the engine's limits. The
+            rows have half to one and a half of the context: equal rows would lie side by side in
+            one length class, as they never do in service.
+        prompts: tokens of single prompts.
         together: the engine takes whole batches only (static).
     Yields:
         None after each timing, for a progress bar; then the rows.
     Raises:
         ValueError: none of the settings fits.
     """
-    limits, ids = engine.limits, itertools.count()
-
-    def admit(prompts: list[int], answer: int) -> tuple[list[Record], float]:
-        """(records after their first tokens, seconds that took)."""
-        records = []
-        for prompt in prompts:
-            request = Request(next(ids), prompt, 0.0, FOREVER)
-            engine.submit(
-                request, prompt_of(prompt), Sampling(max_new_tokens=answer, ignore_stops=True)
-            )
-            records.append(Record(request))
-        plan = Plan(
-            tuple(records),
-            (),
-            {r.request.id: r.request.prompt_tokens + answer + 1 for r in records},
-            together=together,
-            horizon_steps=1,
-        )
-        seconds = engine.step(plan).elapsed_s
-        while answer > 1 and not all(map(engine.generated, records)):
-            seconds += engine.step(Plan(horizon_steps=1)).elapsed_s
-        return records, seconds
-
-    def decode(batch: int, context: int) -> float:
-        records, _ = admit(spread(batch, context), STEPS + 3)
-        before = engine.generated(records[-1])
-        seconds = (
-            engine.step(Plan(horizon_steps=STEPS)).elapsed_s
-            * STEPS
-            / (engine.generated(records[-1]) - before)
-        )
-        for record in records:
-            engine.cancel(record.request.id)
-        engine.step(Plan())
-        return seconds
-
-    def prefill(tokens: int) -> float:
-        return admit([tokens], 1)[1]
-
-    settings = [
-        (decode, (b, c))
-        for b in batches
-        for c in contexts
-        if b <= limits.max_batch
-        and max(spread(b, c)) + STEPS + 4 <= limits.max_tokens
-        and b * (c + STEPS + 5) <= limits.kv_tokens
-    ] + [(prefill, (n,)) for n in prompts if n + 2 <= limits.max_tokens]
+    settings = [Setting("decode", *pair) for pair in itertools.product(batches, contexts)]
+    settings += [Setting("prefill", 1, tokens) for tokens in prompts]
+    settings = [setting for setting in settings if setting.fits(engine.limits)]
     if not settings:
-        raise ValueError(f"nothing to measure: no batch, context or prompt fits {limits}")
-    seen: list[list[float]] = [[] for _ in settings]
+        raise ValueError(f"nothing to measure: no batch, context or prompt fits {engine.limits}")
+    stopwatch = Stopwatch(engine, prompt_of, together)
+    timings: list[list[float]] = [[] for _ in settings]
     for turn in range(repetitions + 1):
-        for (timed, setting), found in zip(settings, seen):
-            seconds = timed(*setting)
+        for i, setting in enumerate(settings):
+            seconds = stopwatch.seconds(setting)
             if turn:  # the first turn warms up
-                found.append(seconds)
+                timings[i].append(seconds)
             yield None
-    for (timed, setting), found in zip(settings, seen):
-        seconds = statistics.fmean(found)
-        if timed is decode:
-            batch, context = setting
-            yield Row(
-                seconds,
-                batch,
-                STEPS,
-                context_tokens=sum(spread(batch, context)) + batch,
-                phase="decode",
-                model=model,
-                element_bytes=element_bytes,
-            )
-        else:
-            yield Row(
-                seconds,
-                1,
-                1,
-                prompt_tokens=setting[0],
-                phase="prefill",
-                model=model,
-                element_bytes=element_bytes,
-            )
+    for setting, seconds_of_turns in zip(settings, timings):
+        yield setting.row(statistics.fmean(seconds_of_turns), model, element_bytes)

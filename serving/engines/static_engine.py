@@ -1,53 +1,69 @@
-"""The static engine: transformers' generate, a batch at once. The baseline, and the way to models spread over several devices.
+"""The static engine: transformers' generate, a batch at once.
 
-generate() runs in a thread of its own and stops after each token for the engine's word: so a step can end at a reservation, a
-budget or a horizon and the next one goes on, rows can leave early (finished, preempted, cancelled) while the others' padding stays,
-and requests end and sample each in their own way.
+It is the baseline, and runs models that are spread over several devices.
+
+generate() runs in a separate thread and pauses after each token until the engine asks for the next
+one. So a step can end at a reservation, a budget or a horizon and the next step resumes; rows can
+leave early (finished, preempted, cancelled) while the padding of the others stays; and each request
+has its own sampling and its own end.
 """
 
 import queue
 import threading
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from transformers import LogitsProcessor, StoppingCriteria
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria
 
 from serving.engines.answers import Answer, TextEngine, choose
 from serving.request import FOREVER, CostModel, Limits, Plan, StepResult
 
-NOWHERE = (
-    1 << 30
-)  # an id that no vocabulary has: told none, generate would take the model's own stop ids
+# A stop id that no vocabulary has. Without any, generate would stop at the model's own.
+NO_TOKEN = 1 << 30
 
 
 class Row:
-    """A sequence of the batch; `out`: it makes no more tokens."""
+    """A sequence of the batch.
+
+    Attributes:
+        reserve: KV tokens reserved for it.
+        base: KV tokens at its admission: prompt, earlier answer and the padding before them.
+        most: answer tokens after which it is cut.
+        earlier: answer tokens that it had at its admission.
+        out: it makes no more tokens.
+    """
 
     def __init__(self, answer: Answer, reserve: int, base: int, most: int):
-        self.id, self.answer, self.reserve, self.base, self.most = (
-            answer.id,
-            answer,
-            reserve,
-            base,
-            most,
-        )
-        self.kept = len(answer.tokens)
+        self.id = answer.id
+        self.answer = answer
+        self.reserve = reserve
+        self.base = base
+        self.most = most
+        self.earlier = len(answer.tokens)
         self.out = False
 
     @property
+    def made(self) -> int:
+        """Answer tokens since its admission."""
+        return len(self.answer.tokens) - self.earlier
+
+    @property
     def full(self) -> bool:
-        return self.base + len(self.answer.tokens) - self.kept >= self.reserve
+        return self.base + self.made >= self.reserve
 
 
 class Generation:
     """generate() on a batch, one token at a time: next() makes one for each row that is not out."""
 
     def __init__(self, engine: "StaticEngine", rows: list[Row]):
-        self._engine, self._rows = engine, rows
+        self._engine = engine
+        self._rows = rows
         self._go: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._made: queue.SimpleQueue[BaseException | bool] = (
-            queue.SimpleQueue()
-        )  # True: a token each; False: it has ended
+        # True: every row that is not out got a token; False: generate has returned.
+        self._made: queue.SimpleQueue[BaseException | bool] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True, name="generate").start()
 
     def next(self) -> bool:
@@ -59,42 +75,39 @@ class Generation:
         return result
 
     def end(self):
-        """Let the thread go."""
+        """End the thread."""
         self._go.put(False)
 
     def _run(self):
-        engine, rows = self._engine, self._rows
         try:
             if not self._go.get():
                 return
-            texts = [row.answer.prompt + row.answer.tokens for row in rows]
-            longest = max(map(len, texts))
-            ids = torch.zeros(len(rows), longest, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for i, text in enumerate(texts):
-                ids[i, longest - len(text) :] = torch.tensor(text)
-                mask[i, longest - len(text) :] = 1
-            device = engine.model.get_input_embeddings().weight.device
-            with torch.inference_mode():
-                engine.model.generate(
-                    input_ids=ids.to(device),
-                    attention_mask=mask.to(device),
-                    do_sample=False,
-                    top_p=None,
-                    top_k=None,
-                    temperature=None,
-                    max_new_tokens=engine.limits.max_tokens,
-                    eos_token_id=[NOWHERE],
-                    pad_token_id=0,  # ends are Control's alone
-                    logits_processor=[Chooser(rows)],
-                    stopping_criteria=[Control(self._pause)],
-                )
+            self._generate()
             self._made.put(False)
         except BaseException as error:  # the engine's thread raises it
             self._made.put(error)
 
+    def _generate(self):
+        engine = self._engine
+        ids, mask = pad_left([row.answer.prompt + row.answer.tokens for row in self._rows])
+        device = engine.model.get_input_embeddings().weight.device
+        with torch.inference_mode():
+            engine.model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                do_sample=False,
+                top_p=None,
+                top_k=None,
+                temperature=None,
+                max_new_tokens=engine.limits.max_tokens,
+                eos_token_id=[NO_TOKEN],  # only Control ends a row
+                pad_token_id=0,
+                logits_processor=[Chooser(self._rows)],
+                stopping_criteria=[Control(self._pause)],
+            )
+
     def _pause(self, tokens: list[int]) -> list[bool]:
-        """Tokens of all rows in; which rows are out, once the engine wants the next."""
+        """Hand over the newest token of each row, wait for next(); returns which rows are out."""
         for row, token in zip(self._rows, tokens):
             if row.out or row.answer.reason is not None:
                 continue
@@ -105,46 +118,76 @@ class Generation:
         return [row.out for row in self._rows]
 
 
+def pad_left(texts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both (B, longest), int64; padding is 0 in both."""
+    longest = max(map(len, texts))
+    ids = torch.zeros(len(texts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, text in enumerate(texts):
+        ids[i, longest - len(text) :] = torch.tensor(text)
+        mask[i, longest - len(text) :] = 1
+    return ids, mask
+
+
 class Control(StoppingCriteria):
-    def __init__(self, pause):
+    """Stops the rows that `pause` names, given the newest token of each row."""
+
+    def __init__(self, pause: Callable[[list[int]], list[bool]]):
         self._pause = pause
 
-    def __call__(self, input_ids, scores, **_):
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         return torch.tensor(self._pause(input_ids[:, -1].tolist()), device=input_ids.device)
 
 
 class Chooser(LogitsProcessor):
-    """Puts each sampled row's own choice before greedy search; scores (B, V) are greedy rows' as they were."""
+    """Makes greedy search take each sampled row's choice.
+
+    Scores (B, V) of rows that take the likeliest token stay as they are.
+    """
 
     def __init__(self, rows: list[Row]):
         self._rows = rows
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         for i, row in enumerate(self._rows):
             if row.out:
                 continue
             if row.answer.sampling.plain:
-                token = 0 if bool(scores[i].max().isfinite()) else None
+                failed = not bool(scores[i].max().isfinite())
             else:
-                (token,) = choose(scores[i : i + 1], [row.answer])
-                if token is not None:
-                    scores[i] = -torch.inf
-                    scores[i, token] = 0
-            if token is None:
+                failed = not self._force(scores, i, row.answer)
+            if failed:
                 row.answer.add(None, "failed")
         return scores
+
+    @staticmethod
+    def _force(scores: Tensor, i: int, answer: Answer) -> bool:
+        """Sample row i and make that token its likeliest; False where sampling failed."""
+        (token,) = choose(scores[i : i + 1], [answer])
+        if token is None:
+            return False
+        scores[i] = -torch.inf
+        scores[i, token] = 0
+        return True
 
 
 class StaticEngine(TextEngine):
     """Takes plans of batches that start together.
 
     Args:
-        model: with generate(), on any devices (load_model(..., device_map=...) spreads it by accelerate).
-        cost: what policies are told; nothing here reads it.
+        model: has generate(); on any devices (load_model(..., device_map=...) spreads it with
+            accelerate).
+        cost: for policies; nothing here reads it.
         stop_ids: what ends an answer; None for the model's own (chatglm.loading sets them).
     """
 
-    def __init__(self, model, limits: Limits, cost: CostModel, stop_ids=None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        limits: Limits,
+        cost: CostModel,
+        stop_ids: Sequence[int] | None = None,
+    ):
         super().__init__(model.eval(), limits, cost, stop_ids)
         self.rows: dict[int, Row] = {}
         self._generation: Generation | None = None
@@ -152,19 +195,19 @@ class StaticEngine(TextEngine):
     def check_prompt(self, prompt: list[int]):
         super().check_prompt(prompt)
         body = getattr(self.model, "transformer", None)
-        if hasattr(body, "count_positions"):  # ChatGLM-6B says what its prompt lacks
+        if hasattr(body, "count_positions"):  # ChatGLM-6B: raises where [gMASK] or <sop> is missing
             body.count_positions(torch.tensor([prompt]))
 
     def step(self, plan: Plan, budget_s: float = FOREVER) -> StepResult:
         """As Engine.step.
 
         Raises:
-            RuntimeError: the plan admits to a batch that runs, or not as a batch.
+            RuntimeError: the plan admits to a running batch, or does not admit a batch.
         """
         try:
             return self._step(plan, budget_s)
         except BaseException:
-            self._end()  # its thread would wait for ever
+            self._end()  # otherwise its thread waits for ever
             raise
 
     def end_all(self, reason: str = "cancelled"):
@@ -175,47 +218,54 @@ class StaticEngine(TextEngine):
         begin = time.perf_counter()
         self._carry_out(plan)
         started: list[tuple[int, float]] = []
-        overran: list[int] = []
-        emitted = made = 0
-        last = (
-            plan.horizon_steps + bool(plan.admit) if plan.horizon_steps else FOREVER
-        )  # a prefill's tokens are no decode step's
+        emitted = iterations = 0
+        last = FOREVER
+        if plan.horizon_steps:
+            last = plan.horizon_steps + bool(plan.admit)  # a prefill is no decode step
         while True:
-            for row in self.rows.values():
-                row.out = row.out or row.answer.reason is not None
-            going = [row for row in self.rows.values() if not row.out]
+            going = self._going_rows()
             overran = [row.id for row in going if row.full]
-            if not going or overran or made >= last:
+            if not going or overran or iterations >= last:
                 break
-            if made and (
-                time.perf_counter() - begin >= budget_s or (self._woken and plan.wake_on_arrival)
-            ):
+            if iterations and time.perf_counter() - begin >= budget_s:
                 break
-            before = [len(row.answer.tokens) for row in going]
-            if not self._generation.next():
-                raise RuntimeError(
-                    "generate ended before its rows did"
-                )  # max_new_tokens is more than any row may have
+            if iterations and self._woken and plan.wake_on_arrival:
+                break
+            fresh = self._next_tokens(going)
             now = time.perf_counter() - begin
-            fresh = [row for row, n in zip(going, before) if len(row.answer.tokens) > n]
-            started += [(row.id, now) for row in fresh if len(row.answer.tokens) == row.kept + 1]
+            started += [(row.id, now) for row in fresh if row.made == 1]
             emitted += len(fresh)
-            made += 1
-        finished = []
-        if not going:
-            finished = [
-                self.finished(row.answer)
-                for row in sorted(self.rows.values(), key=lambda row: row.id)
-            ]
-            self.rows = {}
-            self._end()
+            iterations += 1
+        finished = [] if going else self._finish_batch()
         if plan.wake_on_arrival:
             self._woken = False
-        return StepResult(
-            time.perf_counter() - begin, emitted, tuple(started), tuple(finished), tuple(overran)
-        )
+        elapsed_s = time.perf_counter() - begin
+        return StepResult(elapsed_s, emitted, tuple(started), tuple(finished), tuple(overran))
+
+    def _going_rows(self) -> list[Row]:
+        """Rows that make more tokens; those whose answers have ended are out from now on."""
+        for row in self.rows.values():
+            row.out = row.out or row.answer.reason is not None
+        return [row for row in self.rows.values() if not row.out]
+
+    def _next_tokens(self, going: list[Row]) -> list[Row]:
+        """One token for each row; returns the rows that got it (not those that failed)."""
+        before = [row.made for row in going]
+        if not self._generation.next():
+            # max_new_tokens is more than any row may have
+            raise RuntimeError("generate ended before its rows did")
+        return [row for row, made in zip(going, before) if row.made > made]
+
+    def _finish_batch(self) -> list[tuple[int, int, bool]]:
+        """End the batch; the lines of StepResult.finished, in order of id."""
+        rows = sorted(self.rows.values(), key=lambda row: row.id)
+        finished = [self.finished(row.answer) for row in rows]
+        self.rows = {}
+        self._end()
+        return finished
 
     def _carry_out(self, plan: Plan):
+        """Preempt, reserve and admit, as the plan says."""
         for record in plan.preempt:
             self.rows.pop(record.request.id).out = True
         for request_id, tokens in plan.reserve_tokens.items():
@@ -225,7 +275,8 @@ class StaticEngine(TextEngine):
             return
         if self.rows or not plan.together:
             raise RuntimeError(
-                "the static engine admits whole batches, when it is empty: take a static policy, or --engine continuous"
+                "the static engine admits whole batches, when it is empty: "
+                "take a static policy, or --engine continuous"
             )
         self._end()
         longest = max(record.context_tokens for record in plan.admit)
@@ -238,6 +289,7 @@ class StaticEngine(TextEngine):
             self._generation = Generation(self, waiting)
 
     def _end(self):
+        """End the thread of the running batch, if there is one."""
         if self._generation is not None:
             self._generation.end()
             self._generation = None
