@@ -72,10 +72,10 @@ def merge(
     mode: str | None = None,
     other_name: bool = False,
     *,
-    dtype=None,
+    dtype: "torch.dtype | None" = None,
     device: str = "cpu",
     verify: str | None = None,
-):
+) -> "Merged":
     """Write base + adapter to `save_dir`, which is there whole or as it was; returns what merging.Merged says.
 
     Args:
@@ -134,7 +134,9 @@ def merge(
     return merged
 
 
-def write_others(tokenizer, base: Path, adapter: Path, folder: Path):
+def write_others(
+    tokenizer: "PreTrainedTokenizerBase", base: Path, adapter: Path, folder: Path
+) -> None:
     """What belongs to a merged model besides its weights and config.json."""
     from transformers import GenerationConfig
 
@@ -151,7 +153,7 @@ def write_others(tokenizer, base: Path, adapter: Path, folder: Path):
     (folder / MERGED_NOTE).write_text(json.dumps(note, indent=2) + "\n")
 
 
-def link_or_copy(source: str, target: str):
+def link_or_copy(source: str, target: str) -> None:
     """A second name for a file, which takes no room; a copy where the file system has no such names."""
     try:
         os.link(source, target)
@@ -211,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(parser.prog, lambda: run(args))
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     adapter, save_dir = (
         Path(args.model_dir),
         Path(args.model_dir if args.save_dir is None else args.save_dir),

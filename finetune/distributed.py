@@ -29,7 +29,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
-def say(*words):
+def say(*words) -> None:
     """Print on rank 0."""
     if rank() == 0:
         print(*words, flush=True)
@@ -40,7 +40,7 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def without_prints():
+def without_prints() -> redirect_stdout:
     """Keep to itself what DeepSpeed's BF16_Optimizer prints; its log goes on."""
     return redirect_stdout(io.StringIO())
 
@@ -69,7 +69,7 @@ def allowed_port(port: int) -> int:
     return port
 
 
-def init_distributed():
+def init_distributed() -> None:
     """Join the process group that deepspeed or torchrun prepared; alone, make one of a single rank."""
     import deepspeed
 
@@ -123,7 +123,7 @@ def on_device(batch: dict, device: torch.device) -> dict:
     }
 
 
-def agree(decide):
+def agree(decide: Callable[[], T]) -> T:
     """What `decide()` returns on rank 0, on every rank: one view of a disk that ranks may see at different times.
 
     An error on rank 0 is raised on all.
@@ -162,7 +162,7 @@ def first_of_node(make: Callable[[], T]) -> T:
     return next(made for first, made, _ in reversed(of_rank[: rank() + 1]) if first)
 
 
-def wait_for_all():
+def wait_for_all() -> None:
     """A barrier without a time limit, for work of hours on some ranks; collective operations give up after minutes."""
     if world_size() == 1:
         return
@@ -319,7 +319,7 @@ def parameter_groups(model: torch.nn.Module, config: TrainConfig) -> list:
     ]
 
 
-def fit_to_one_rank(engine, parameters: list):
+def fit_to_one_rank(engine: "DeepSpeedEngine", parameters: list) -> None:
     """Take out of an engine that shares nothing out (stage_for) what it still does for other ranks, and put right its norm."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
@@ -347,7 +347,7 @@ def fit_to_one_rank(engine, parameters: list):
         engine.clip_fp32_gradients = clip
 
 
-def pieces(tensors) -> list[torch.Tensor]:
+def pieces(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """The tensors, cut small where a CPU is to sum them up: torch adds in fp32 there, and is off by 0.2 % at 3e7 numbers."""
     if torch.cuda.is_available():
         return list(tensors)
@@ -358,7 +358,7 @@ def is_on(ds: dict, name: str) -> bool:
     return ds.get(name, {}).get("enabled") is True
 
 
-def find_auto(node, where="") -> str | None:
+def find_auto(node: object, where: str = "") -> str | None:
     """The dotted place of the first "auto" left in a configuration."""
     if node == "auto":
         return where
@@ -379,7 +379,7 @@ def find_auto(node, where="") -> str | None:
     )
 
 
-def make_optimizer(parameters: list, ds: dict):
+def make_optimizer(parameters: list, ds: dict) -> torch.optim.Optimizer | None:
     """Take AdamW out of the DeepSpeed file and build it here: torch's fused one, or DeepSpeed's CPU Adam under offload.
 
     Any other optimizer stays in the file, for DeepSpeed to build; then None is returned.
@@ -402,7 +402,7 @@ def make_optimizer(parameters: list, ds: dict):
     return torch.optim.AdamW(parameters, fused=True, **params)
 
 
-def cpu_adam(parameters: list, params: dict):
+def cpu_adam(parameters: list, params: dict) -> torch.optim.Optimizer | None:
     """DeepSpeed's CPU Adam, or None where its C++ part cannot be built."""
     try:
         from deepspeed.ops.adam import DeepSpeedCPUAdam

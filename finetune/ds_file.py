@@ -67,14 +67,14 @@ def read_ds_file(name: str) -> tuple[Path, dict]:
     return path, ds
 
 
-def without_nulls(value):
+def without_nulls(value: Any) -> Any:
     """JSON without the keys whose value is null: such a section is not there."""
     if isinstance(value, dict):
         return {key: without_nulls(found) for key, found in value.items() if found is not None}
     return value
 
 
-def check_kinds(ds: dict):
+def check_kinds(ds: dict) -> None:
     """Raises ValueError naming the first key of a DeepSpeed configuration that holds another kind of value than KINDS says."""
     for path, (kind, wanted) in KINDS.items():
         found = ds

@@ -19,7 +19,7 @@ MASTER = "fp32"  # beside the optimizer's own names of what it keeps per paramet
 
 
 @contextmanager
-def weights_only():
+def weights_only() -> Iterator[None]:
     """DeepSpeed unpickles its shards whole; in here nothing but tensors and its own few value classes loads."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -169,7 +169,7 @@ def read_partitioned(shards: list[dict], shapes: list[dict]) -> dict:
     return pieces
 
 
-def restore(engine, saved: TrainerState):
+def restore(engine: "DeepSpeedEngine", saved: TrainerState) -> None:
     """Put a trainer state into an engine that has not stepped yet. No rank talks to another.
 
     Raises:
@@ -191,7 +191,7 @@ def restore(engine, saved: TrainerState):
     restore_counters(engine, inner, saved)
 
 
-def is_plain(optimizer) -> bool:
+def is_plain(optimizer: object) -> bool:
     """torch's own optimizer, without DeepSpeed's around it."""
     return isinstance(optimizer, torch.optim.Optimizer)
 
@@ -201,7 +201,7 @@ def is_partitioned(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-def flat_groups(optimizer) -> list[Tensor]:
+def flat_groups(optimizer: "ZeROOptimizer") -> list[Tensor]:
     """This rank's part of each parameter group in fp32, one vector a group: what DeepSpeed's
     optimizers give to torch's."""
     names = (
@@ -220,7 +220,7 @@ def empty_state(vector: Tensor, step: Tensor | int | None, keys: list[str]) -> d
     return state | {key: torch.zeros_like(vector) for key in keys}
 
 
-def copy_part(optimizer, parameter: Tensor, key: str, whole: Tensor):
+def copy_part(optimizer: "Optimizer", parameter: Tensor, key: str, whole: Tensor) -> None:
     """Copy what this rank holds of a parameter's master or of what the optimizer keeps of it.
 
     Args:
@@ -237,7 +237,7 @@ def copy_part(optimizer, parameter: Tensor, key: str, whole: Tensor):
         parameter.data.copy_(whole.view_as(parameter))
 
 
-def copy_partition(optimizer, parameter: Tensor, key: str, whole: Tensor):
+def copy_partition(optimizer: "ZeROOptimizer", parameter: Tensor, key: str, whole: Tensor) -> None:
     """ZeRO-3: the rank's one of world-size equal parts, the last padded with zeros."""
     state_key = None if key == MASTER else key
     place, _ = optimizer._get_fp32_opt_state_partition(parameter, False, state_key)
@@ -249,7 +249,7 @@ def copy_partition(optimizer, parameter: Tensor, key: str, whole: Tensor):
         parameter.ds_tensor.copy_(part)
 
 
-def copy_fragment(optimizer, parameter: Tensor, key: str, whole: Tensor):
+def copy_fragment(optimizer: "ZeROOptimizer", parameter: Tensor, key: str, whole: Tensor) -> None:
     """ZeRO-1 and 2, BF16_Optimizer: the part that lies in this rank's flat vector, if any does."""
     mapping = parameter._hp_mapping
     if mapping is None:
@@ -261,7 +261,9 @@ def copy_fragment(optimizer, parameter: Tensor, key: str, whole: Tensor):
     vector.narrow(0, here.start, here.numel).copy_(whole.narrow(0, there.start, there.numel))
 
 
-def restore_counters(engine, inner: torch.optim.Optimizer, saved: TrainerState):
+def restore_counters(
+    engine: "DeepSpeedEngine", inner: torch.optim.Optimizer, saved: TrainerState
+) -> None:
     """Learning rates, the loss scale, the schedule, and the engine's counts of steps."""
     for group, rate in zip(inner.param_groups, saved.rates):
         group["lr"] = rate

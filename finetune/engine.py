@@ -58,7 +58,7 @@ class TrainingFailed(RuntimeError):
     """The run cannot go on: the loss is not a number, or the like. The message says where."""
 
 
-def seed_step(seed: int, step: int, stream: int):
+def seed_step(seed: int, step: int, stream: int) -> None:
     """Set every generator that a step may draw from, so that a resumed step draws the same."""
     number = int(np.random.SeedSequence([seed, step, stream]).generate_state(1)[0])
     random.seed(number)
@@ -91,7 +91,7 @@ class Schedule:
         return (done - 1) // self.steps_per_epoch + 1
 
 
-def train(config: TrainConfig, make_task=FineTuning) -> Path:
+def train(config: TrainConfig, make_task: Callable[[TrainConfig], FineTuning] = FineTuning) -> Path:
     """Run a whole training of what `make_task(config)` says; returns the last checkpoint's folder.
 
     Raises:
@@ -104,7 +104,7 @@ def train(config: TrainConfig, make_task=FineTuning) -> Path:
         return run_training(config, make_task)
 
 
-def run_training(config: TrainConfig, make_task) -> Path:
+def run_training(config: TrainConfig, make_task: Callable[[TrainConfig], FineTuning]) -> Path:
     """As `train`, but what runs out of memory raises what it raises."""
     task = make_task(config)
     output_dir = Path(config.output_dir or task.default_output_dir)
@@ -118,7 +118,7 @@ def run_training(config: TrainConfig, make_task) -> Path:
         lock.__exit__(None, None, None)
 
 
-def train_locked(config: TrainConfig, task, output_dir: Path) -> Path:
+def train_locked(config: TrainConfig, task: FineTuning, output_dir: Path) -> Path:
     """`train` in an output folder that is this run's alone."""
     agree(lambda: check_output_dir(config, output_dir))
     folder = None
@@ -182,7 +182,7 @@ def train_locked(config: TrainConfig, task, output_dir: Path) -> Path:
     return last
 
 
-def check_start(config: TrainConfig, base: Path):
+def check_start(config: TrainConfig, base: Path) -> None:
     """Refuse what would be lost or misread, or fail later; raises ValueError."""
     check_loggers(config.loggers)
     check_packages(config.answer_metrics)
@@ -196,7 +196,7 @@ def check_start(config: TrainConfig, base: Path):
         )
 
 
-def check_output_dir(config: TrainConfig, output_dir: Path):
+def check_output_dir(config: TrainConfig, output_dir: Path) -> None:
     """Raises ValueError where an earlier run's checkpoints lie and no flag says what becomes of them."""
     there = sorted(output_dir.glob("epoch-*-step-*"), key=lambda p: p.stat().st_mtime)
     if there and not (config.resume_from_checkpoint or config.overwrite_output_dir):
@@ -206,7 +206,9 @@ def check_output_dir(config: TrainConfig, output_dir: Path):
         )
 
 
-def build_engine(config: TrainConfig, task: FineTuning, total_steps: int):
+def build_engine(
+    config: TrainConfig, task: FineTuning, total_steps: int
+) -> tuple["DeepSpeedEngine", nn.Module, str]:
     """(DeepSpeed engine, model, precision): the model prepared by its method and wrapped with the loss."""
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
@@ -246,7 +248,7 @@ def build_engine(config: TrainConfig, task: FineTuning, total_steps: int):
     return engine, model, precision
 
 
-def parameter_sizes(model) -> list[tuple[str, int, bool]]:
+def parameter_sizes(model: nn.Module) -> list[tuple[str, int, bool]]:
     """(name, count, whether it is trained) of each parameter."""
     return [(n, full_size(p), p.requires_grad) for n, p in model.named_parameters()]
 
@@ -263,7 +265,7 @@ def parameter_report(sizes: list[tuple[str, int, bool]]) -> str:
     )
 
 
-def full_size(parameter) -> int:
+def full_size(parameter: nn.Parameter) -> int:
     """Elements of a parameter; of the whole where ZeRO-3 has taken it apart or 4 bits have packed it."""
     if hasattr(parameter, "ds_id"):
         return parameter.ds_numel
@@ -271,7 +273,7 @@ def full_size(parameter) -> int:
     return packed.shape.numel() if packed else parameter.numel()
 
 
-def data_facts(config: TrainConfig, task, train_hash: str) -> dict:
+def data_facts(config: TrainConfig, task: FineTuning, train_hash: str) -> dict:
     """Paths and hashes of a run's rows."""
     found = {"train": {"path": config.train_path, "sha256": train_hash}}
     if config.eval_path:
@@ -283,7 +285,15 @@ class Loop:
     """The state of a run between its steps."""
 
     def __init__(
-        self, config, engine, model, task, schedule, checkpointer, resumed: dict, facts: dict
+        self,
+        config: TrainConfig,
+        engine: "DeepSpeedEngine",
+        model: nn.Module,
+        task: FineTuning,
+        schedule: Schedule,
+        checkpointer: Checkpointer,
+        resumed: dict,
+        facts: dict,
     ):
         """`resumed`: the manifest of the checkpoint that was loaded, if one was; `facts`: what run.json says of the run."""
         self.config, self.engine, self.model, self.task = config, engine, model, task
@@ -336,7 +346,7 @@ class Loop:
             raise StoppedBySignal(folder, self.signals.number or SIGTERM)
         return folder
 
-    def run_steps(self, bar, writer) -> tuple[Path | None, str]:
+    def run_steps(self, bar: tqdm, writer: RunLog | None) -> tuple[Path | None, str]:
         """The steps that are left; returns the last checkpoint written, and how it ended, as run.json says it."""
         config, schedule = self.config, self.schedule
         folder = None
@@ -465,7 +475,7 @@ class Loop:
             [self.task.collate(data, chosen) for chosen in passes],
         )
 
-    def evaluate(self, writer) -> bool:
+    def evaluate(self, writer: RunLog | None) -> bool:
         """The task's metrics; True where the chosen one is the best so far."""
         config = self.config
         self.engine.eval()
@@ -520,7 +530,7 @@ class Loop:
         self.checkpointer.prune()
         return folder
 
-    def tell(self, text: str):
+    def tell(self, text: str) -> None:
         """A line above the progress bar, on rank 0."""
         if rank() == 0:
             tqdm.write(text, file=LastingStream(sys.stdout))
@@ -535,7 +545,7 @@ class Patience:
         same = saved and saved["metric"] == metric
         self.best, self.since = (saved["best"], saved["since"]) if same else (None, 0)
 
-    def see(self, metrics: dict[str, float]):
+    def see(self, metrics: dict[str, float]) -> None:
         value = agree(lambda: metrics[self.metric])
         if is_better(self.metric, value, self.best, self.min_delta):
             self.best, self.since = value, 0

@@ -27,7 +27,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def flush(path: Path):
+def flush(path: Path) -> None:
     """Force a file, or a folder's own list of names, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -36,7 +36,7 @@ def flush(path: Path):
         os.close(handle)
 
 
-def flush_tree(folder: Path):
+def flush_tree(folder: Path) -> None:
     """Force every file and folder below `folder` to disk."""
     for path in [*folder.rglob("*"), folder]:
         flush(path)
@@ -94,7 +94,7 @@ def locked_folder(folder: Path, flag: str) -> Iterator[None]:
 class LastingStream:
     """A text stream that goes on where its file cannot be written: a log on a full disk ends no run."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: TextIO):
         self.stream = stream
 
     def write(self, text: str) -> int:
@@ -102,7 +102,7 @@ class LastingStream:
             self.stream.write(text)
         return len(text)
 
-    def flush(self):
+    def flush(self) -> None:
         with suppress(OSError):
             self.stream.flush()
 
@@ -117,21 +117,21 @@ class LineFile:
         self.path, self.waiting = path, b""
         self.handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
-    def add(self, line: str):
+    def add(self, line: str) -> None:
         """Raises OSError where the line still waits."""
         self.waiting += line.encode() + b"\n"
         self.flush()
 
-    def flush(self):
+    def flush(self) -> None:
         while self.waiting:
             count = os.write(self.handle, self.waiting)
             self.waiting = self.waiting[count:]
 
-    def close(self):
+    def close(self) -> None:
         os.close(self.handle)
 
 
-def overwrite(path: Path, content: str):
+def overwrite(path: Path, content: str) -> None:
     """Write over a file that is at least as long, which needs no room on the disk; raises OSError where it is not."""
     data = content.encode()
     if path.stat().st_size < len(data):
@@ -142,7 +142,7 @@ def overwrite(path: Path, content: str):
         os.fsync(file.fileno())
 
 
-def set_modes(folder: Path):
+def set_modes(folder: Path) -> None:
     """Give the files below `folder` the mode that the umask asks for: safetensors writes 0600."""
     probe = folder / ".mode"
     probe.touch()
@@ -153,7 +153,7 @@ def set_modes(folder: Path):
             path.chmod(mode)
 
 
-def put_in_place(aside: Path, output: Path):
+def put_in_place(aside: Path, output: Path) -> None:
     """Give the folder `aside` its checksums, flush it and put it at `output`, at once where the system can; what was there lies at `aside` then."""
     set_modes(aside)
     write_checksums(aside)
@@ -165,7 +165,7 @@ def put_in_place(aside: Path, output: Path):
     flush(output.parent)
 
 
-def exchange(aside: Path, output: Path):
+def exchange(aside: Path, output: Path) -> None:
     """Swap two folders in one step where the system can (renameat2 of Linux), else in two renames."""
     here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     with suppress(OSError, AttributeError):
@@ -204,7 +204,7 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(error.errno or errno.EIO, said + reason, str(path)) from None
 
 
-def write_aside(path: Path, content: str | bytes):
+def write_aside(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all, its folders with it; text as UTF-8. Raises OSError with its name."""
     aside = path.with_name(f".{path.name}.tmp")
     new = [folder for folder in path.parents if not folder.exists()]
@@ -238,7 +238,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         aside.unlink(missing_ok=True)
 
 
-def write_json(path: str | Path, content):
+def write_json(path: str | Path, content: object) -> None:
     """As `write_aside`, what `content` is in JSON."""
     write_aside(Path(path), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
@@ -257,7 +257,7 @@ def read_arrays(file: Path) -> dict:
         return {}
 
 
-def cache_arrays(file: Path, arrays: dict, limit_gb: float = CACHE_GB):
+def cache_arrays(file: Path, arrays: dict, limit_gb: float = CACHE_GB) -> None:
     """Keep numpy arrays for the next start; a disk that does not want them is no reason to stop.
 
     The .safetensors files of the folder take at most `limit_gb` GB afterwards.
@@ -282,7 +282,7 @@ def cache_arrays(file: Path, arrays: dict, limit_gb: float = CACHE_GB):
             aside.unlink(missing_ok=True)
 
 
-def prune(folder: Path, limit: float):
+def prune(folder: Path, limit: float) -> None:
     """Delete the .safetensors files of a cache that were not used for the longest time, until the others take `limit` bytes.
 
     What a run that was killed left half-written goes after a day.

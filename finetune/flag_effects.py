@@ -12,7 +12,7 @@ class Effect:
     holds: Callable[[object], bool]
 
 
-def refuse_without_effect(config, given: Iterable[str], effects: dict[str, Effect]):
+def refuse_without_effect(config: object, given: Iterable[str], effects: dict[str, Effect]) -> None:
     """Raises ValueError for the first of the given flags that has no effect beside the others.
 
     A flag that `effects` does not name always has one.
@@ -25,7 +25,7 @@ def refuse_without_effect(config, given: Iterable[str], effects: dict[str, Effec
             )
 
 
-def drops(c) -> bool:
+def drops(c: Any) -> bool:
     """Dropout or NEFTune's noise acts, so that no beginning is shared (finetune.task.shares_prefix)."""
     prefix = c.prefix_dropout if c.resolved_ptuning_version == "v2" else 0
     return bool(
@@ -130,7 +130,9 @@ ESTIMATING: dict[str, Effect] = {
 }
 
 
-def check_given(parser, args, effects: dict[str, Effect]):
+def check_given(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, effects: dict[str, Effect]
+) -> None:
     """Leave by `parser.error` where a parsed flag that is not at its default has no effect beside the others."""
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     try:

@@ -18,7 +18,7 @@ class LoraFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         x: Tensor,
         dropped: Tensor | None,
         weight: Tensor,
@@ -26,7 +26,7 @@ class LoraFunction(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         scaling: float,
-    ):
+    ) -> Tensor:
         seen = x if dropped is None else dropped
         small_a, small_b = a.to(x.dtype), b.to(x.dtype)
         low = F.linear(seen, small_a)
@@ -40,7 +40,7 @@ class LoraFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         seen, low, weight, a, b = ctx.saved_tensors
         flat = grad.flatten(0, -2)
         grad_low = (flat @ b).mul_(ctx.scaling)
@@ -100,7 +100,7 @@ def _lean_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
     )
 
 
-def remember_start(model: nn.Module):
+def remember_start(model: nn.Module) -> None:
     """Keep the A and B that a start such as PiSSA's has just taken out of the base weights: W = rest + scaling * B0 A0."""
     model.lora_start = {}
     for name, parameter in model.named_parameters():
@@ -109,7 +109,7 @@ def remember_start(model: nn.Module):
 
 
 @contextmanager
-def on_original_base(model: nn.Module, state: dict[str, Tensor]):
+def on_original_base(model: nn.Module, state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """The trained state of a peft model as an adapter of the original base; inside, peft's configuration is that adapter's.
 
     rest + scaling * B A = W + scaling * [B, -B0] [A; A0]: a plain adapter of twice the rank. Any other model: its state as it is.
@@ -133,7 +133,7 @@ def on_original_base(model: nn.Module, state: dict[str, Tensor]):
         model.peft_config["default"] = own
 
 
-def check_lora_start(model: nn.Module, adapter: dict[str, Tensor]):
+def check_lora_start(model: nn.Module, adapter: dict[str, Tensor]) -> None:
     """Raises ValueError where this model's start is not the one that an exported adapter holds: its base would lack another part.
 
     Only products count: the factors of an SVD may turn up with other signs on another machine.

@@ -15,11 +15,11 @@ def nll_sum(
     input_ids: Tensor,
     scale: float = 1.0,
     *,
-    labels=None,
-    lengths=None,
-    shared=None,
-    keep=None,
-    targets=None,
+    labels: Tensor | None = None,
+    lengths: list[int] | None = None,
+    shared: int | None = None,
+    keep: Tensor | None = None,
+    targets: Tensor | None = None,
     smoothing: float = 0.0,
 ) -> Tensor:
     """`scale` times the negative log likelihood summed over labelled tokens: a scalar, fp32.
@@ -58,7 +58,14 @@ def nll_sum(
     )
 
 
-def sequence_lengths(input_ids: Tensor, *, labels=None, lengths=None, keep=None, **_) -> Tensor:
+def sequence_lengths(
+    input_ids: Tensor,
+    *,
+    labels: Tensor | None = None,
+    lengths: list[int] | None = None,
+    keep: Tensor | None = None,
+    **_,
+) -> Tensor:
     """Of each token of a batch as nll_sum takes it, how many tokens of its sequence predict or lead to what does: (B, S), or (B, 1)."""
     if labels is not None:  # the last token of a row is labelled; what follows is padding
         places = torch.arange(labels.shape[1], device=labels.device)
@@ -70,7 +77,7 @@ def sequence_lengths(input_ids: Tensor, *, labels=None, lengths=None, keep=None,
 
 
 @contextmanager
-def noisy_embeddings(model: nn.Module, alpha: float, batch: dict):
+def noisy_embeddings(model: nn.Module, alpha: float, batch: dict) -> Iterator[None]:
     """NEFTune (arXiv 2310.05914): inside, embeddings get uniform noise of at most alpha / sqrt(length of the sequence * width)."""
     if not alpha:
         yield

@@ -96,7 +96,7 @@ def empty_model(base: Path, mode: str) -> nn.Module:
         return model_class(config).eval()
 
 
-def adapted_model(model: nn.Module, adapter: Path, file: Path):
+def adapted_model(model: nn.Module, adapter: Path, file: Path) -> "PeftModel":
     """`model` in a PeftModel whose adapter has its weights, in fp32, and whose base still has none.
 
     Raises:
@@ -162,7 +162,9 @@ def is_adapters(name: str) -> bool:
 class Merger:
     """Tensors of the merged model by their names in the base."""
 
-    def __init__(self, base: BaseWeights, adapted, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, base: BaseWeights, adapted: "PeftModel", device: torch.device, dtype: torch.dtype
+    ):
         from peft.tuners.lora import LoraLayer
         from peft.utils.other import ModulesToSaveWrapper
 
@@ -315,7 +317,9 @@ def merge_weights(
     return Merged(len(merger.layers), merger.difference, dtype)
 
 
-def check_names(base: Path, model: nn.Module, shapes: dict[str, torch.Size], weights: BaseWeights):
+def check_names(
+    base: Path, model: nn.Module, shapes: dict[str, torch.Size], weights: BaseWeights
+) -> None:
     """Raises ValueError where the folder lacks tensors of the model, or has one of another shape."""
     tied = (model._tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
     if lost := [name for name in shapes if name not in weights.files and name not in tied]:

@@ -30,7 +30,7 @@ class Freeze:
     def model_options(self) -> dict:
         return {}
 
-    def prepare(self, model):
+    def prepare(self, model: Module) -> Module:
         """Raises ValueError naming the layers when a part matches no parameter."""
         parts = module_names(self.freeze_module_name)
         names = [name for name, _ in model.named_parameters()]
@@ -68,7 +68,7 @@ class PTuning:
             "ptuning_version": self.resolved_ptuning_version,
         }
 
-    def prepare(self, model):
+    def prepare(self, model: Module) -> Module:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("prefix_encoder" in name)
         model.config.prefix_dropout = self.prefix_dropout
@@ -94,7 +94,7 @@ class Lora:
     def model_options(self) -> dict:
         return quantization(self.quantization_bit)
 
-    def prepare(self, model):
+    def prepare(self, model: Module) -> Module:
         """Raises ValueError naming the linear modules when a name matches none."""
         from peft import LoraConfig, get_peft_model
         from torch import nn
@@ -148,11 +148,11 @@ class FullParameters:
     def model_options(self) -> dict:
         return {}
 
-    def prepare(self, model):
+    def prepare(self, model: Module) -> Module:
         return model.requires_grad_(True)
 
 
-def make_method(config):
+def make_method(config: MethodFlags) -> Method:
     """The method of `config.train_type`, its knobs taken from the fields of the same names."""
     method = METHODS[config.train_type]
     return method(**{name: getattr(config, name) for name in (f.name for f in fields(method))})

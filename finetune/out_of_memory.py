@@ -26,7 +26,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def explained(advice: Callable[[], str]):
+def explained(advice: Callable[[], str]) -> Iterator[None]:
     """What runs out of memory inside raises MemoryError with `advice()`; other errors pass."""
     try:
         yield
@@ -47,7 +47,7 @@ def memory_there() -> tuple[str, float]:
     return "CPU", min([ram, *(limit for limit in limits if limit != resource.RLIM_INFINITY)])
 
 
-def training_advice(config, there: tuple[str, float] | None = None) -> str:
+def training_advice(config: "TrainConfig", there: tuple[str, float] | None = None) -> str:
     """For a run of train.py that ran out of memory. `there`: as `memory_there` gives it."""
     from finetune.distributed import resolve_precision, world_size
     from finetune.memory.command import cheapest_change, make_run
@@ -70,7 +70,7 @@ def training_advice(config, there: tuple[str, float] | None = None) -> str:
     return f"{needs}; what would make it fit: {cheapest_change(run, size)}"
 
 
-def inference_advice(args) -> str:
+def inference_advice(args: argparse.Namespace) -> str:
     """For a command with the flags of finetune.predict.add_model_flags."""
     where, size = memory_there()
     bits = "" if args.quantization_bit == 4 else ", --quantization_bit 4"

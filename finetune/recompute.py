@@ -5,7 +5,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def recompute(model: nn.Module, how: str, layers: str = ""):
+def recompute(model: nn.Module, how: str, layers: str = "") -> None:
     """Switch it on: `how` is "False", "True" or "selective", `layers` what --gradient_checkpointing_layers says.
 
     Raises:
@@ -33,7 +33,7 @@ def recompute(model: nn.Module, how: str, layers: str = ""):
         block.gradient_checkpointing = first <= i <= last
 
 
-def keep_products():
+def keep_products() -> tuple:
     """Selective gradient checkpointing: the results of matrix products and attention stay, all else is computed again."""
     from torch.utils.checkpoint import create_selective_checkpoint_contexts
 

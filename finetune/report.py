@@ -167,7 +167,7 @@ def draw(runs: dict[str, dict]) -> bytes:
     return picture.getvalue()
 
 
-def draw_panel(axes, key: str, runs: dict[str, dict], colours: dict[str, str]):
+def draw_panel(axes: "Axes", key: str, runs: dict[str, dict], colours: dict[str, str]) -> None:
     """One measurement of all runs over their steps; a star marks the best evaluation that the run went by."""
     for name, run in runs.items():
         steps, values = series(run, key)
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(parser.prog, lambda: run(args))
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     if len({folder.resolve() for folder in args.runs}) < len(args.runs):
         raise ValueError("a run is named twice")
     runs = {name: read_run(folder) for name, folder in zip(names_of(args.runs), args.runs)}

@@ -38,7 +38,7 @@ class SignalWatch:
                     self.before[number] = signal.signal(number, self.note)
         return self
 
-    def note(self, number: int, frame):
+    def note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C is meant
 
