@@ -126,8 +126,8 @@ class TrainConfig:
     columns: str = keep("", 'our names for the rows\' columns: "prompt=question,response=answer"')
     glm3_labels: str = keep(
         GLM3_LABELS[0],
-        "ChatGLM3: the role token of an answer carries loss, as in ChatGLM-Finetuning, or does not, "
-        "as in ChatGLM3's demo",
+        "ChatGLM3: the role token of an answer carries loss, as in ChatGLM-Finetuning, "
+        "or does not, as in ChatGLM3's demo",
         choices=GLM3_LABELS,
     )
     replay_path: str = keep("", "rows of what the model should not forget, mixed in")
@@ -319,7 +319,7 @@ class TrainConfig:
         self.check_loggers()
 
     def check_fields(self) -> None:
-        """Raises ValueError for a value outside of its field's choices, or below 1 where positive."""
+        """Raises ValueError for a value that is not one of the choices, or not positive."""
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if value is None:

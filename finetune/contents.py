@@ -51,6 +51,6 @@ def hash_tokenizer(folder: Path) -> str | None:
 
 
 def describe_sources(text: str) -> str:
-    """JSON of each part of --train_path: weight, number of files, and the name of a hub's dataset."""
+    """JSON of each part of --train_path: weight, number of files, and name where it is a hub's."""
     parts = [(s.weight, len(s.files), s.name if s.is_hub else "") for s in parse_sources(text)]
     return json.dumps(parts)
