@@ -310,7 +310,7 @@ def fill_precision(ds: dict, precision: str, adapters: bool, file_name: str) -> 
 
 
 def fill_optimizer(ds: dict, config: TrainConfig) -> None:
-    """Set learning rate, weight decay and "auto" values of a DeepSpeed configuration's optimizer."""
+    """Set learning rate, weight decay and "auto" values of the optimizer in a configuration."""
     optimizer = ds.get("optimizer", {"type": "AdamW"})
     params = optimizer.setdefault("params", {})
     params.update(lr=config.learning_rate, weight_decay=config.weight_decay)

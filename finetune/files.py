@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all. Free of torch, so that small programs may use it."""
+"""Atomic writes of files and folders, locks and caches. Free of torch, for small programs too."""
 
 import ctypes
 import errno
@@ -11,12 +11,12 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from chatglm.checksums import write_checksums
 
 LOCK = ".lock"
-CACHE_GB = 20.0  # what --data_cache may take
+CACHE_GB = 20.0  # default limit of --data_cache
 
 
 def sha256(path: Path) -> str:
@@ -28,7 +28,7 @@ def sha256(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Force a file, or a folder's own list of names, to disk."""
+    """Force a file, or a folder's list of names, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -44,13 +44,13 @@ def flush_tree(folder: Path) -> None:
 
 @contextmanager
 def locked_folder(folder: Path, flag: str) -> Iterator[None]:
-    """Make `folder` and keep other programs that ask for this lock out of it; a killed process keeps nothing locked.
+    """Make `folder` and hold its lock; the lock of a killed process is free again.
 
-    On NFS the lock holds between machines too, unless it is mounted with local_lock or nolock. A file system that has no locks
-    is used without one, after a warning.
+    On NFS the lock holds between machines too, unless it is mounted with local_lock or nolock. On
+    a file system without locks a warning is printed and no lock is held.
 
     Raises:
-        ValueError: another process has it; the message names `flag`, process and machine.
+        ValueError: another process holds it; the message names `flag`, process and machine.
     """
     import fcntl
 
@@ -60,14 +60,14 @@ def locked_folder(folder: Path, flag: str) -> Iterator[None]:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.lockf(
-                handle, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # not flock: a forked worker must not inherit it
+            # Not flock: a forked worker must not inherit the lock.
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             owner = os.read(handle, 200).decode(errors="replace").strip()
             os.close(handle)
             raise ValueError(
-                f"{flag} {folder} is in use by another run ({owner or 'just started'}); wait for it or name another folder"
+                f"{flag} {folder} is in use by another run ({owner or 'just started'}); "
+                f"wait for it or name another folder"
             ) from None
         except OSError as error:
             print(
@@ -86,13 +86,13 @@ def locked_folder(folder: Path, flag: str) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         os.close(handle)
-        with suppress(OSError):  # nothing came of it: no trace stays
+        with suppress(OSError):  # remove the folders that are still empty
             for made in new:
                 made.rmdir()
 
 
 class LastingStream:
-    """A text stream that goes on where its file cannot be written: a log on a full disk ends no run."""
+    """A text stream that ignores errors of writing, so that a log on a full disk ends no run."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -111,14 +111,14 @@ class LastingStream:
 
 
 class LineFile:
-    """Appends lines to a file. What the disk does not take waits in memory and is written, in order, as soon as it does."""
+    """Appends lines to a file; lines that cannot be written wait in memory for the next attempt."""
 
     def __init__(self, path: Path):
         self.path, self.waiting = path, b""
         self.handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def add(self, line: str) -> None:
-        """Raises OSError where the line still waits."""
+        """Append a line; raises OSError where it could not be written yet."""
         self.waiting += line.encode() + b"\n"
         self.flush()
 
@@ -132,7 +132,11 @@ class LineFile:
 
 
 def overwrite(path: Path, content: str) -> None:
-    """Write over a file that is at least as long, which needs no room on the disk; raises OSError where it is not."""
+    """Overwrite a file in place, which needs no room on the disk.
+
+    Raises:
+        OSError: the content is longer than the file.
+    """
     data = content.encode()
     if path.stat().st_size < len(data):
         raise OSError(f"{path}: {len(data)} bytes do not fit over it")
@@ -143,7 +147,7 @@ def overwrite(path: Path, content: str) -> None:
 
 
 def set_modes(folder: Path) -> None:
-    """Give the files below `folder` the mode that the umask asks for: safetensors writes 0600."""
+    """Give the files below `folder` the mode of the umask: safetensors writes 0600."""
     probe = folder / ".mode"
     probe.touch()
     mode = probe.stat().st_mode & 0o777
@@ -154,7 +158,11 @@ def set_modes(folder: Path) -> None:
 
 
 def put_in_place(aside: Path, output: Path) -> None:
-    """Give the folder `aside` its checksums, flush it and put it at `output`, at once where the system can; what was there lies at `aside` then."""
+    """Write checksums in the folder `aside`, flush it and move it to `output`.
+
+    A folder at `output` is swapped with it, atomically where the system can, and is at `aside`
+    afterwards.
+    """
     set_modes(aside)
     write_checksums(aside)
     flush_tree(aside)
@@ -166,13 +174,11 @@ def put_in_place(aside: Path, output: Path) -> None:
 
 
 def exchange(aside: Path, output: Path) -> None:
-    """Swap two folders in one step where the system can (renameat2 of Linux), else in two renames."""
-    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    """Swap two folders atomically where the system can (renameat2 of Linux), else by renames."""
+    cwd, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     with suppress(OSError, AttributeError):
-        if (
-            ctypes.CDLL(None).renameat2(here, os.fsencode(aside), here, os.fsencode(output), swap)
-            == 0
-        ):
+        rename = ctypes.CDLL(None).renameat2
+        if rename(cwd, os.fsencode(aside), cwd, os.fsencode(output), swap) == 0:
             return
     old = aside.with_name(f"{aside.name}.old")
     os.replace(output, old)
@@ -186,26 +192,30 @@ def exchange(aside: Path, output: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What the disk refuses while `path` is written is an OSError of that name.
+    """A context in which errors of writing become an OSError that names `path`.
 
-    The error of a temporary file, or of a library that says no name, tells a user nothing.
+    The original error may name a temporary file, or none.
     """
     from safetensors import SafetensorError
 
-    said = "cannot be written: "
+    start = "cannot be written: "
     try:
         yield
     except SafetensorError as error:
-        raise OSError(errno.EIO, said + str(error), str(path)) from None
+        raise OSError(errno.EIO, start + str(error), str(path)) from None
     except OSError as error:
-        reason = (error.strerror or str(error)).removeprefix(said)
+        reason = (error.strerror or str(error)).removeprefix(start)
         if error.filename and Path(os.fsdecode(error.filename)) in path.parents:
             reason = f"{os.fsdecode(error.filename)}: {reason}"
-        raise OSError(error.errno or errno.EIO, said + reason, str(path)) from None
+        raise OSError(error.errno or errno.EIO, start + reason, str(path)) from None
 
 
 def write_aside(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all, its folders with it; text as UTF-8. Raises OSError with its name."""
+    """Write a file atomically, and make its folders; text as UTF-8.
+
+    Raises:
+        OSError: it cannot be written; the error names the file.
+    """
     aside = path.with_name(f".{path.name}.tmp")
     new = [folder for folder in path.parents if not folder.exists()]
     with writing(path):
@@ -219,13 +229,13 @@ def write_aside(path: Path, content: str | bytes) -> None:
         finally:
             with suppress(OSError):
                 aside.unlink(missing_ok=True)
-                for folder in new:  # those that hold nothing
+                for folder in new:  # removes those that are empty
                     folder.rmdir()
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that stands at `path` when the block ends, whole and on disk, or not at all."""
+    """A file to write, which is moved to `path` once the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
@@ -239,18 +249,21 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_json(path: str | Path, content: object) -> None:
-    """As `write_aside`, what `content` is in JSON."""
+    """As `write_aside`, with `content` as JSON."""
     write_aside(Path(path), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_arrays(file: Path) -> dict:
-    """Arrays by name that `cache_arrays` wrote; empty where the file is not there or not whole. It counts as used now."""
+    """{name: array} that `cache_arrays` wrote; empty where the file is missing or damaged.
+
+    The file's time is set to now, which is what `prune` goes by.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
         arrays = load_file(file)
-        with suppress(OSError):  # another user's cache can be read too
+        with suppress(OSError):  # the file may be another user's
             os.utime(file)
         return arrays
     except (OSError, SafetensorError):
@@ -258,10 +271,7 @@ def read_arrays(file: Path) -> dict:
 
 
 def cache_arrays(file: Path, arrays: dict, limit_gb: float = CACHE_GB) -> None:
-    """Keep numpy arrays for the next start; a disk that does not want them is no reason to stop.
-
-    The .safetensors files of the folder take at most `limit_gb` GB afterwards.
-    """
+    """Write numpy arrays to a cache and prune it to `limit_gb` GB; errors of the disk are a warning."""
     from safetensors.numpy import save_file
 
     aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
@@ -283,21 +293,21 @@ def cache_arrays(file: Path, arrays: dict, limit_gb: float = CACHE_GB) -> None:
 
 
 def prune(folder: Path, limit: float) -> None:
-    """Delete the .safetensors files of a cache that were not used for the longest time, until the others take `limit` bytes.
+    """Delete the least recently used .safetensors files of a cache beyond `limit` bytes.
 
-    What a run that was killed left half-written goes after a day.
+    Half-written files, of runs that were killed, are deleted after a day.
     """
     for path in folder.glob(".*.safetensors.*.tmp"):
         with suppress(FileNotFoundError):
             if path.stat().st_mtime < time.time() - 86400:
                 path.unlink()
-    found = []
+    files = []
     for path in folder.glob("[!.]*.safetensors"):
-        with suppress(FileNotFoundError):  # another run prunes too
+        with suppress(FileNotFoundError):  # another run may prune at the same time
             stat = path.stat()
-            found.append((stat.st_mtime_ns, stat.st_size, path))
+            files.append((stat.st_mtime_ns, stat.st_size, path))
     total = 0
-    for _, size, path in sorted(found, reverse=True):
+    for _, size, path in sorted(files, reverse=True):
         total += size
         if total > limit:
             path.unlink(missing_ok=True)
