@@ -271,7 +271,10 @@ def read_arrays(file: Path) -> dict:
 
 
 def cache_arrays(file: Path, arrays: dict, limit_gb: float = CACHE_GB) -> None:
-    """Write numpy arrays to a cache and prune it to `limit_gb` GB; errors of the disk are a warning."""
+    """Write numpy arrays to a cache and prune it to `limit_gb` GB.
+
+    Errors of the disk are only a warning.
+    """
     from safetensors.numpy import save_file
 
     aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
