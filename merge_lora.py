@@ -1,15 +1,23 @@
 """Fold a LoRA adapter into its base model: python merge_lora.py --ori_model_dir BASE --model_dir ADAPTER --mode glm2."""
 
+import argparse
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from chatglm.checksums import add_verify_flag
 from chatglm.families import FAMILIES
 from chatglm.files import read_json
 from finetune.commands import Parser, run_command
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from finetune.merging import Merged
 
 MERGED_NOTE = "merged.json"
 

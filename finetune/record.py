@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 from chatglm.files import read_json
 from finetune.files import LastingStream, LineFile, overwrite, write_aside
@@ -22,6 +24,21 @@ FORMAT_VERSION = 2  # 1 had the steps of metrics.jsonl in run.json too
 LOWER_IS_BETTER = ("loss", "mae")  # of the metrics; of all others a higher one is better
 RECORD_SECONDS = 60  # between two writings of run.json where nothing else asks for one
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class RunFlags(Protocol):
+    """The flags that a record reads; the configuration is a dataclass, and all of it is written."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def metric_for_best(self) -> str: ...
+
+    @property
+    def loggers(self) -> tuple[str, ...]: ...
+
+    @property
+    def tensorboard(self) -> str | None: ...
 
 
 class TensorBoard:

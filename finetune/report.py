@@ -10,10 +10,14 @@ import statistics
 import sys
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune.commands import Parser, run_command
 from finetune.files import write_aside
 from finetune.record import print_table, read_run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLOURS = (
     "#0072B2",

@@ -3,6 +3,7 @@
 import signal
 import threading
 from pathlib import Path
+from types import FrameType
 
 STOPPED = "stopped by signal"  # run.json's status
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -1,14 +1,15 @@
 """What the loop trains: rows and how they are laid out, a model and its loss, metrics, and what is saved of it."""
 
+from collections.abc import Callable
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chatglm.families import FAMILIES
+from chatglm.families import FAMILIES, Family
 from chatglm.loading import load_model, load_tokenizer, resolve_mode
 from finetune.checkpoint import export
 from finetune.config import TrainConfig
@@ -40,6 +41,9 @@ from finetune.rows.sources import (
     replay_count,
 )
 from finetune.rows.streaming import Stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class RowSet(Protocol):
