@@ -1,15 +1,23 @@
 """Fold a LoRA adapter into its base model: python merge_lora.py --ori_model_dir BASE --model_dir ADAPTER --mode glm2."""
 
+import argparse
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from chatglm.checksums import add_verify_flag
 from chatglm.families import FAMILIES
 from chatglm.files import read_json
 from finetune.commands import Parser, run_command
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from finetune.merging import Merged
 
 MERGED_NOTE = "merged.json"
 
@@ -72,10 +80,10 @@ def merge(
     mode: str | None = None,
     other_name: bool = False,
     *,
-    dtype=None,
+    dtype: "torch.dtype | None" = None,
     device: str = "cpu",
     verify: str | None = None,
-):
+) -> "Merged":
     """Write base + adapter to `save_dir`, which is there whole or as it was; returns what merging.Merged says.
 
     Args:
@@ -134,7 +142,9 @@ def merge(
     return merged
 
 
-def write_others(tokenizer, base: Path, adapter: Path, folder: Path):
+def write_others(
+    tokenizer: "PreTrainedTokenizerBase", base: Path, adapter: Path, folder: Path
+) -> None:
     """What belongs to a merged model besides its weights and config.json."""
     from transformers import GenerationConfig
 
@@ -151,7 +161,7 @@ def write_others(tokenizer, base: Path, adapter: Path, folder: Path):
     (folder / MERGED_NOTE).write_text(json.dumps(note, indent=2) + "\n")
 
 
-def link_or_copy(source: str, target: str):
+def link_or_copy(source: str, target: str) -> None:
     """A second name for a file, which takes no room; a copy where the file system has no such names."""
     try:
         os.link(source, target)
@@ -211,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(parser.prog, lambda: run(args))
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     adapter, save_dir = (
         Path(args.model_dir),
         Path(args.model_dir if args.save_dir is None else args.save_dir),

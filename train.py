@@ -6,7 +6,7 @@ from finetune.commands import run_command
 from finetune.config import TrainConfig, parse_config
 
 
-def predictor_config():
+def predictor_config() -> type[TrainConfig]:
     from predictor.config import PredictorConfig  # numpy: not for the others' --help
 
     return PredictorConfig
@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_command("train.py", lambda: run(config))
 
 
-def run(config: TrainConfig):
+def run(config: TrainConfig) -> int | None:
     if config.estimate_memory:
         from finetune.memory.command import estimate_run
 

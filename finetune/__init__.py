@@ -1,1 +1,1 @@
-"""Fine-tuning of the ChatGLM family: configuration, data, methods, engine, checkpoints, evaluation, prediction."""
+"""Fine-tuning of the ChatGLM family, from its configuration to evaluation and prediction."""

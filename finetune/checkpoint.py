@@ -1,4 +1,4 @@
-"""Checkpoints that are there or not there: written aside, flushed to disk, renamed.
+"""Checkpoints, written atomically: to a temporary folder, flushed to disk, renamed.
 
 output_dir/epoch-E-step-S/
     adapter_model.safetensors + adapter_config.json      LoRA
@@ -6,9 +6,10 @@ output_dir/epoch-E-step-S/
     model*.safetensors + config.json                     freeze, all
     tokenizer files, generation_config.json
     train_config.json, manifest.json
-    trainer/                                             DeepSpeed's shards: optimizer, schedule, trainable weights
-    checksums.json                                       of all these files (chatglm/checksums.py)
-A folder with a manifest is complete; the newest is found by its step, so there is no pointer file to go stale.
+    trainer/          DeepSpeed's shards: optimizer, schedule, trainable weights
+    checksums.json    of all these files (chatglm/checksums.py)
+A folder with a manifest is complete. The newest is found by its step, so no pointer file can go
+stale.
 """
 
 import json
@@ -18,6 +19,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from chatglm.checksums import CHECKSUMS, check_folder_files, write_checksums
+from chatglm.families import Family
 from chatglm.files import read_json
 from chatglm.loading import PREFIX, read_tensors, stop_ids
 from chatglm.runs import MANIFEST, check_not_run, committed_checkpoints, step_of
@@ -35,7 +38,12 @@ from finetune.ds_file import read_ds_file
 from finetune.elastic import read_shards, restore, weights_only
 from finetune.files import flush, flush_tree, set_modes, sha256, write_json
 from finetune.lora import check_lora_start, on_original_base
+from finetune.methods import Method
 from finetune.record import RUN, is_better, versions
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from transformers import PreTrainedTokenizerBase
 
 FORMAT_VERSION = 1
 PREDICTIONS = "predictions"  # of each evaluation, in the output folder
@@ -43,7 +51,22 @@ SET_ASIDE = "set-aside"  # folders of checkpoints that a resumed run makes again
 
 
 class NoRoom(OSError):
-    """A checkpoint would not fit on the disk; every rank gets it."""
+    """A checkpoint would not fit on the disk; raised on every rank."""
+
+
+class SavedTask(Protocol):
+    """What a checkpoint needs to know of the task that is trained (finetune.task.FineTuning)."""
+
+    method: Method
+    family: Family | None
+    model_path: str
+    eval_hash: str
+
+    def data_hash(self) -> str: ...
+
+    def before_save(self, loss_module: nn.Module, *, evaluated: bool) -> None: ...
+
+    def export(self, model: nn.Module, state: dict[str, Tensor], folder: Path) -> None: ...
 
 
 def read_manifest(folder: str | Path, verify: str | None = None) -> dict | None:
@@ -51,6 +74,7 @@ def read_manifest(folder: str | Path, verify: str | None = None) -> dict | None:
 
     Args:
         verify: how it is compared with the folder's checksums, one of checksums.LEVELS.
+
     Raises:
         ValueError: it is not readable, damaged, or of a newer format.
     """
@@ -60,17 +84,17 @@ def read_manifest(folder: str | Path, verify: str | None = None) -> dict | None:
     check_folder_files(folder, verify, wanted=lambda name: name == MANIFEST)
     try:
         manifest = read_json(path)
-        found = manifest["format_version"] + 0
+        version = manifest["format_version"] + 0
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: not a checkpoint manifest") from None
-    if found > FORMAT_VERSION:
+    if version > FORMAT_VERSION:
         raise ValueError(
-            f"{path}: format version {found}, this program reads up to {FORMAT_VERSION}"
+            f"{path}: format version {version}, this program reads up to {FORMAT_VERSION}"
         )
     return manifest
 
 
-def check_checkpoint(folder: Path, verify: str | None = None):
+def check_checkpoint(folder: Path, verify: str | None = None) -> None:
     """Compare every file of a checkpoint with its checksums, by default with SHA-256.
 
     Raises:
@@ -81,21 +105,26 @@ def check_checkpoint(folder: Path, verify: str | None = None):
         if not (folder / CHECKSUMS).is_file() and verify != "off":
             check_old_sums(folder)
     except ValueError as error:
-        others = [
-            other
-            for other in committed_checkpoints(folder.parent)
-            if other.resolve() != folder.resolve()
-        ]
-        hint = f" The newest other checkpoint is {others[-1]}." if others else ""
-        raise ValueError(f"{error}.{hint}" if hint else str(error)) from None
+        checkpoints = committed_checkpoints(folder.parent)
+        others = [other for other in checkpoints if other.resolve() != folder.resolve()]
+        if not others:
+            raise ValueError(str(error)) from None
+        raise ValueError(f"{error}. The newest other checkpoint is {others[-1]}.") from None
 
 
-def check_old_sums(folder: Path):
-    """Checkpoints of earlier versions have the sums of their exported files in the manifest alone."""
-    for name, expected in ((read_manifest(folder) or {}).get("sha256") or {}).items():
+def check_old_sums(folder: Path) -> None:
+    """Compare exported files with the sums in the manifest, where earlier versions wrote them.
+
+    Raises:
+        ValueError: a file is missing or has changed.
+    """
+    manifest = read_manifest(folder) or {}
+    sums = manifest.get("sha256") or {}
+    for name, expected in sums.items():
         if not (folder / name).is_file() or sha256(folder / name) != expected:
             raise ValueError(
-                f"{folder / name}: changed since it was written (its SHA-256 is not the manifest's); --verify off takes it as it is"
+                f"{folder / name}: changed since it was written (its SHA-256 is not the "
+                f"manifest's); --verify off takes it as it is"
             )
 
 
@@ -106,19 +135,20 @@ def find_resume(resume: str, output_dir: str | Path) -> Path | None:
         FileNotFoundError: the named folder is no complete checkpoint with a trainer state.
     """
     if resume == "auto":
-        found = committed_checkpoints(output_dir)
-        return found[-1] if found else None
+        checkpoints = committed_checkpoints(output_dir)
+        return checkpoints[-1] if checkpoints else None
     folder = Path(resume)
     check_not_run(folder, "--resume_from_checkpoint")
     if not (folder / MANIFEST).is_file() or not (folder / "trainer").is_dir():
         raise FileNotFoundError(
-            f"--resume_from_checkpoint: {folder} is not a complete checkpoint (manifest.json and trainer/)"
+            f"--resume_from_checkpoint: {folder} is not a complete checkpoint "
+            f"(manifest.json and trainer/)"
         )
     return folder
 
 
-def remove_leftovers(output_dir: Path, replace: bool):
-    """Delete what an interrupted save left behind and, with `replace`, the checkpoints of an earlier run."""
+def remove_leftovers(output_dir: Path, replace: bool) -> None:
+    """Delete what an interrupted save left; with `replace`, also an earlier run's checkpoints."""
     replaced = list(output_dir.glob("epoch-*-step-*")) if replace else []
     for folder in replaced:
         os.replace(folder, folder.with_name(f".{folder.name}.tmp"))
@@ -127,22 +157,25 @@ def remove_leftovers(output_dir: Path, replace: bool):
     if replaced:
         for name in ("best.json", RUN):
             (output_dir / name).unlink(missing_ok=True)
-        for name in ("runs", PREDICTIONS, *(p.name for p in output_dir.glob(f"{SET_ASIDE}-*"))):
-            shutil.rmtree(output_dir / name, ignore_errors=True)
+        set_aside = output_dir.glob(f"{SET_ASIDE}-*")
+        for path in [output_dir / "runs", output_dir / PREDICTIONS, *set_aside]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def gathered_state(model: nn.Module, *, trainable_only: bool) -> dict[str, Tensor]:
-    """name -> CPU tensor, whole also under ZeRO-3, on rank 0 (empty elsewhere). Every rank must call it.
+    """{name: CPU tensor} on rank 0, empty elsewhere; tensors are whole under ZeRO-3 too.
+
+    A collective operation: every rank must call it.
 
     Raises:
         RuntimeError: a tensor came out empty.
     """
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if trainable_only and not parameter.requires_grad:
             continue
         if trainable_only and parameter.dtype == torch.float16:
-            # DeepSpeed's fp16 mode halves adapters too; what is kept of them is the fp32 master.
+            # DeepSpeed's fp16 mode halves adapters too; the checkpoint gets their fp32 master.
             from deepspeed.utils import safe_get_full_fp32_param
 
             master = safe_get_full_fp32_param(parameter)
@@ -161,31 +194,29 @@ def gathered_state(model: nn.Module, *, trainable_only: bool) -> dict[str, Tenso
     return state
 
 
-def export(model, method, tokenizer, state: dict[str, Tensor], folder: Path):
-    """Write what inference needs of `model`: adapter, prefix or all weights by `method.saves`; tokenizer, config.
+def export(
+    model: nn.Module,
+    method: Method,
+    tokenizer: "PreTrainedTokenizerBase",
+    state: dict[str, Tensor],
+    folder: Path,
+) -> None:
+    """Write what inference needs of `model`: weights, config, tokenizer.
 
-    `state`: gathered trainable parameters, or all of them where method.saves is "model".
+    Args:
+        method: its `saves` says which weights: adapter, prefix or all.
+        state: gathered trainable parameters, or all of them where method.saves is "model".
     """
-    from safetensors.torch import save_file
-
     if method.saves == "adapter":
-        with on_original_base(model, state) as state:
+        with on_original_base(model, state) as adapter:
             model.save_pretrained(
-                str(folder), state_dict=state, safe_serialization=True, save_embedding_layers=False
+                str(folder),
+                state_dict=adapter,
+                safe_serialization=True,
+                save_embedding_layers=False,
             )
     elif method.saves == "prefix":
-        save_file(
-            {k: v.contiguous() for k, v in state.items() if k.startswith(PREFIX)},
-            folder / "model.safetensors",
-            {"format": "pt"},
-        )
-        model.config.save_pretrained(str(folder))
-        config = read_json(folder / "config.json")
-        config.pop("quantization_config", None)  # how this run held the base
-        config["_name_or_path"] = (
-            model.config.name_or_path
-        )  # the base, as the official P-Tuning checkpoints name it
-        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        export_prefix(model, state, folder)
     else:
         if model.config.tie_word_embeddings:
             for tied, source in (model._tied_weights_keys or {}).items():
@@ -194,15 +225,28 @@ def export(model, method, tokenizer, state: dict[str, Tensor], folder: Path):
         model.save_pretrained(str(folder), state_dict=state, max_shard_size="2GB")
     generation = getattr(model, "generation_config", None)
     if generation is not None:
-        generation.eos_token_id, generation.pad_token_id = (
-            stop_ids(tokenizer),
-            tokenizer.pad_token_id,
-        )
+        generation.eos_token_id = stop_ids(tokenizer)
+        generation.pad_token_id = tokenizer.pad_token_id
         generation.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
 
 
-def check_disk(folder: Path, needed: int, what: str = "a checkpoint"):
+def export_prefix(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+    """Write the weights of a P-Tuning prefix and the config.json that names its base."""
+    from safetensors.torch import save_file
+
+    prefix = {name: t.contiguous() for name, t in state.items() if name.startswith(PREFIX)}
+    save_file(prefix, folder / "model.safetensors", {"format": "pt"})
+    model.config.save_pretrained(str(folder))
+    path = folder / "config.json"
+    config = read_json(path)
+    config.pop("quantization_config", None)  # of the base in this run's memory
+    # The base, as the official P-Tuning checkpoints name it.
+    config["_name_or_path"] = model.config.name_or_path
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_disk(folder: Path, needed: int, what: str = "a checkpoint") -> None:
     """Raises NoRoom naming the bytes wanted and free when `needed` bytes would not fit."""
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -212,27 +256,30 @@ def check_disk(folder: Path, needed: int, what: str = "a checkpoint"):
 
 
 def checkpoint_bytes(model: nn.Module, saves: str) -> int:
-    """About how much one checkpoint takes: exported weights, and fp32 master, two moments and a copy per trainable."""
-    sizes = [
-        (p.ds_numel if hasattr(p, "ds_id") else p.numel(), p.element_size(), p.requires_grad)
-        for p in model.parameters()
-    ]
-    exported = sum(n * size for n, size, trainable in sizes if trainable or saves == "model")
-    return exported + sum(n * (12 + size) for n, size, trainable in sizes if trainable) + 10_000_000
+    """Estimated size of one checkpoint.
+
+    The exported weights, and of each trainable one the fp32 master, two moments and a copy.
+    """
+    total = 10_000_000
+    for parameter in model.parameters():
+        numel = parameter.ds_numel if hasattr(parameter, "ds_id") else parameter.numel()
+        size = parameter.element_size()
+        if parameter.requires_grad or saves == "model":
+            total += numel * size
+        if parameter.requires_grad:
+            total += numel * (12 + size)
+    return total
 
 
 @contextmanager
 def one_kind_of_error(folder: Path) -> Iterator[None]:
-    """A disk's errors as OSError: torch and safetensors have others of their own for them."""
+    """Raise disk errors as OSError: torch and safetensors raise other types for them."""
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
         text = " ".join(str(error).split())
-        if (
-            isinstance(error, SafetensorError)
-            or "PytorchStreamWriter" in text
-            or "iostream" in text
-        ):
+        by_torch = "PytorchStreamWriter" in text or "iostream" in text
+        if by_torch or isinstance(error, SafetensorError):
             raise OSError(f"{folder}: cannot be written ({text[:200]})") from error
         raise
 
@@ -240,15 +287,22 @@ def one_kind_of_error(folder: Path) -> Iterator[None]:
 class Checkpointer:
     """Saves, finds again and prunes the checkpoints of one run."""
 
-    def __init__(self, config: TrainConfig, output_dir: Path, engine, model, task, *, base: dict):
-        self.config, self.output_dir, self.engine, self.model, self.task, self.base = (
-            config,
-            output_dir,
-            engine,
-            model,
-            task,
-            base,
-        )
+    def __init__(
+        self,
+        config: TrainConfig,
+        output_dir: Path,
+        engine: "DeepSpeedEngine",
+        model: nn.Module,
+        task: SavedTask,
+        *,
+        base: dict,
+    ):
+        self.config = config
+        self.output_dir = output_dir
+        self.engine = engine
+        self.model = model
+        self.task = task
+        self.base = base
         self.needed = checkpoint_bytes(model, task.method.saves)
         self.data = agree(task.data_hash)
         self.eval_data = agree(self.identify_evaluation)
@@ -262,15 +316,16 @@ class Checkpointer:
         )
 
     def identify_evaluation(self) -> str | None:
-        """What makes two values of --metric_for_best comparable: the rows, and for written answers their longest."""
+        """Text that is the same where two values of --metric_for_best are comparable.
+
+        The hash of the rows; for metrics of written answers also their longest length.
+        """
         config = self.config
         if not config.eval_path:
             return None
-        return (
-            self.task.eval_hash
-            if config.metric_for_best == "loss"
-            else f"{self.task.eval_hash} {config.eval_max_new_tokens}"
-        )
+        if config.metric_for_best == "loss":
+            return self.task.eval_hash
+        return f"{self.task.eval_hash} {config.eval_max_new_tokens}"
 
     def save(self, *, epoch: int, step: int, metrics: dict, patience: dict) -> Path:
         """Write output_dir/epoch-E-step-S on all ranks; when this returns it is committed.
@@ -278,7 +333,8 @@ class Checkpointer:
         Metrics, and the state of early stopping, go into its manifest.
 
         Raises:
-            NoRoom: on every rank, before anything is written. OSError: on the rank that could not write.
+            NoRoom: on every rank, before anything is written.
+            OSError: on the rank that could not write.
         """
         final = self.output_dir / f"epoch-{epoch}-step-{step}"
         if agree((final / MANIFEST).is_file):
@@ -295,14 +351,14 @@ class Checkpointer:
         barrier()
         return final
 
-    def make_room(self, aside: Path):
+    def make_room(self, aside: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         check_disk(self.output_dir, self.needed)
         aside.mkdir()
 
     def write(
         self, aside: Path, final: Path, *, epoch: int, step: int, metrics: dict, patience: dict
-    ):
+    ) -> None:
         """Every rank's part of `save`."""
         self.task.before_save(self.engine.module, evaluated=bool(metrics))
         self.engine.save_checkpoint(
@@ -335,7 +391,7 @@ class Checkpointer:
         set_modes(aside)
         write_checksums(aside)
         flush_tree(aside)
-        if final.exists():  # no checkpoint, so somebody made something of it: a merged model
+        if final.exists():  # it is no checkpoint, so it may be a merged model: do not replace it
             raise FileExistsError(
                 f"{final} is in the way of a checkpoint and is none itself; move it away"
             )
@@ -343,18 +399,20 @@ class Checkpointer:
         flush(self.output_dir)  # so that the rename survives a power cut
         self.warn_if_untrained(state)
 
-    def warn_if_untrained(self, state: dict[str, Tensor]):
+    def warn_if_untrained(self, state: dict[str, Tensor]) -> None:
         lora_b = [t for name, t in state.items() if "lora_B" in name]
         if lora_b and not any(t.any() for t in lora_b):
             say(
-                "WARNING: every LoRA B is still zero, so this adapter changes nothing: is the learning rate 0, or every answer empty?"
+                "WARNING: every LoRA B is still zero, so this adapter changes nothing: "
+                "is the learning rate 0, or every answer empty?"
             )
 
     def resume(self, folder: Path) -> dict:
         """Load a checkpoint into the engine; returns its manifest.
 
         Raises:
-            ValueError: it was made by other flags, rows or base model, or in steps of other sizes, or its shards are damaged.
+            ValueError: it was made by other flags, rows or base model, or in steps of other
+                sizes, or its shards are damaged.
         """
         manifest = read_manifest(folder, self.config.verify)
         saved = read_json(folder / "train_config.json")
@@ -362,13 +420,31 @@ class Checkpointer:
         self.check_flags(folder, saved, manifest.get("contents", {}), elastic)
         if elastic:
             self.check_batch(folder, manifest["world_size"], saved)
+        else:
+            self.check_stage(folder, manifest)
+        self.check_contents(folder, manifest)
+        for module in self.model.modules():  # a predictor's backbone is a part of its model
+            if "lora_start" in vars(module):
+                check_lora_start(module, dict(read_tensors(folder / "adapter_model.safetensors")))
+        self.load_trainer(folder, elastic)
+        made_by = f", made by {manifest['world_size']} rank(s), on {world_size()}"
+        say(f"resumed from {folder}{made_by if elastic else ''}")
+        return manifest
+
+    def check_stage(self, folder: Path, manifest: dict) -> None:
+        """Raises ValueError where the checkpoint's shards are of another ZeRO stage."""
         stage = self.engine.zero_optimization_stage()
+        # Old manifests do not have the stage: it was the DeepSpeed file's.
         asked = read_ds_file(self.config.ds_file)[1].get("zero_optimization", {}).get("stage", 0)
-        # before manifests knew it: as the file said
-        if not elastic and (before := manifest.get("zero_stage", asked)) != stage:
+        before = manifest.get("zero_stage", asked)
+        if before != stage:
             raise ValueError(
-                f"{folder} holds a ZeRO-{before} state, this run is on ZeRO-{stage}; its weights can still be a new run's start"
+                f"{folder} holds a ZeRO-{before} state, this run is on ZeRO-{stage}; "
+                f"its weights can still be a new run's start"
             )
+
+    def check_contents(self, folder: Path, manifest: dict) -> None:
+        """Raises ValueError where base model, rows or another file behind a flag has changed."""
         fingerprint = manifest["base_model"].get("fingerprint")
         if fingerprint and fingerprint != self.base.get("fingerprint"):
             raise ValueError(
@@ -380,132 +456,142 @@ class Checkpointer:
             )
         for name, content in manifest.get("contents", {}).items():
             if self.contents.get(name) != content:
-                raise ValueError(
-                    f"--{name}: {getattr(self.config, name, '')} has changed since {folder} was made"
-                )
-        for module in self.model.modules():  # a predictor's backbone is a part of its model
-            if "lora_start" in vars(module):
-                check_lora_start(module, dict(read_tensors(folder / "adapter_model.safetensors")))
+                path = getattr(self.config, name, "")
+                raise ValueError(f"--{name}: {path} has changed since {folder} was made")
+
+    def load_trainer(self, folder: Path, elastic: bool) -> None:
+        """Load the shards into the engine, `elastic` where another number of ranks wrote them.
+
+        Raises:
+            ValueError: a shard is damaged, missing, or holds more than tensors.
+        """
         try:
             if elastic:
                 with weights_only():
                     restore(self.engine, read_shards(folder / "trainer" / "state"))
-                say(
-                    f"resumed from {folder}, made by {manifest['world_size']} rank(s), on {world_size()}"
-                )
-                return manifest
+                return
             with weights_only(), without_prints():
                 path, _ = self.engine.load_checkpoint(
                     str(folder / "trainer"), tag="state", load_module_strict=False
                 )
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            found = next(
-                (line for line in str(error).splitlines() if "WeightsUnpickler" in line),
-                str(error).split("\n")[0],
-            )
+            lines = str(error).splitlines()
+            first = str(error).split("\n")[0]
+            reason = next((line for line in lines if "WeightsUnpickler" in line), first)
             raise ValueError(
-                f"{folder}/trainer: a shard is torn, or holds more than tensors ({found[:200]})"
+                f"{folder}/trainer: a shard is torn, or holds more than tensors ({reason[:200]})"
             ) from None
         if path is None:
             raise ValueError(f"{folder}/trainer: DeepSpeed could not load its shards")
-        say(f"resumed from {folder}")
-        return manifest
 
-    def check_flags(self, folder: Path, saved: dict, contents: dict[str, str], elastic: bool):
-        """Raises ValueError where flags that shape training differ; paths to the same content are the same."""
+    def check_flags(
+        self, folder: Path, saved: dict, contents: dict[str, str], elastic: bool
+    ) -> None:
+        """Raises ValueError where flags that shape training differ.
+
+        Paths to the same content count as equal; with `elastic`, the batch sizes may differ.
+        """
         same = [name for name, content in contents.items() if self.contents.get(name) == content]
         sizes = ["per_device_train_batch_size", "gradient_accumulation_steps"] if elastic else []
-        if not (changed := self.config.changed_since(saved, but=(*same, *sizes))):
+        changed = self.config.changed_since(saved, but=(*same, *sizes))
+        if not changed:
             return
-        way = ""
+        advice = ""
         if all(text.startswith(("--max_steps:", "--num_train_epochs:")) for text in changed):
-            way = (
-                ". The learning rates of all its steps follow from how many there are, so it cannot be made longer; "
-                f"train on from its result instead, in another --output_dir: {self.next_start(folder)}"
+            advice = (
+                ". The learning rates of all its steps follow from how many there are, "
+                "so it cannot be made longer; train on from its result instead, "
+                f"in another --output_dir: {self.next_start(folder)}"
             )
-        raise ValueError(f"{folder} was made with other flags: {'; '.join(changed)}{way}")
+        raise ValueError(f"{folder} was made with other flags: {'; '.join(changed)}{advice}")
 
     def next_start(self, folder: Path) -> str:
+        """The flags, and the merge before them, of a new run that starts from a checkpoint."""
         if self.task.method.saves == "adapter":
             base = self.config.model_name_or_path
-            return f"merge_lora.py --ori_model_dir {base} --model_dir {folder} --save_dir MERGED, then --model_name_or_path MERGED"
+            return (
+                f"merge_lora.py --ori_model_dir {base} --model_dir {folder} --save_dir MERGED, "
+                f"then --model_name_or_path MERGED"
+            )
         return f"--model_name_or_path {folder}"
 
-    def set_later_aside(self, folder: Path):
-        """Move what a run resumed from `folder` makes again out of its way: later checkpoints, and their predictions."""
+    def set_later_aside(self, folder: Path) -> None:
+        """Move later checkpoints, and their predictions, away: a run resumed from `folder` makes
+        them again."""
         if rank() == 0:
-            done = (
-                step_of(folder)
-                if folder.parent.resolve() == self.output_dir.resolve()
-                else read_manifest(folder, self.config.verify)["step"]
-            )
-            later = [
-                path for path in committed_checkpoints(self.output_dir) if step_of(path) > done
-            ]
-            answers = [
-                path
-                for path in (self.output_dir / PREDICTIONS).glob("step-*.jsonl")
-                if int(path.stem.split("-")[1]) > done
-            ]
+            if folder.parent.resolve() == self.output_dir.resolve():
+                done = step_of(folder)
+            else:
+                done = read_manifest(folder, self.config.verify)["step"]
+            checkpoints = committed_checkpoints(self.output_dir)
+            later = [path for path in checkpoints if step_of(path) > done]
             if later:
-                numbers = [
-                    int(path.name.rsplit("-", 1)[1])
-                    for path in self.output_dir.glob(f"{SET_ASIDE}-*")
-                ]
-                aside = self.output_dir / f"{SET_ASIDE}-{max(numbers, default=0) + 1}"
-                (aside / PREDICTIONS).mkdir(parents=True)
-                for path in later:
-                    os.replace(path, aside / path.name)
-                for path in answers:
-                    os.replace(path, aside / PREDICTIONS / path.name)
-                say(f"{len(later)} checkpoints of later steps are set aside: they lie in {aside}")
-                if best := self.best():
-                    best = {
-                        "checkpoint": best["checkpoint"],
-                        "metric": self.config.metric_for_best,
-                        "value": best["value"],
-                    }
-                    write_json(self.output_dir / "best.json", best)
-                else:
-                    (self.output_dir / "best.json").unlink(missing_ok=True)
+                self.move_aside(later, done)
+                self.rewrite_best()
         barrier()
 
-    def check_batch(self, folder: Path, ranks: int, saved: dict):
-        """Raises ValueError where another number of ranks would change how many rows a step has."""
-        here, flags = self.config, ("per_device_train_batch_size", "gradient_accumulation_steps")
-        rows = ranks * saved[flags[0]] * saved[flags[1]]
-        per_pass = world_size() * here.per_device_train_batch_size
-        if rows == per_pass * here.gradient_accumulation_steps:
+    def move_aside(self, later: list[Path], done: int) -> None:
+        """Move checkpoints, and the predictions after step `done`, to a new set-aside folder."""
+        predictions = (self.output_dir / PREDICTIONS).glob("step-*.jsonl")
+        answers = [path for path in predictions if int(path.stem.split("-")[1]) > done]
+        earlier = self.output_dir.glob(f"{SET_ASIDE}-*")
+        numbers = [int(path.name.rsplit("-", 1)[1]) for path in earlier]
+        aside = self.output_dir / f"{SET_ASIDE}-{max(numbers, default=0) + 1}"
+        (aside / PREDICTIONS).mkdir(parents=True)
+        for path in later:
+            os.replace(path, aside / path.name)
+        for path in answers:
+            os.replace(path, aside / PREDICTIONS / path.name)
+        say(f"{len(later)} checkpoints of later steps are set aside: they lie in {aside}")
+
+    def rewrite_best(self) -> None:
+        """Make best.json name the best of the checkpoints that are left."""
+        path = self.output_dir / "best.json"
+        best = self.best()
+        if best is None:
+            path.unlink(missing_ok=True)
             return
-        fit = (
-            f"--gradient_accumulation_steps {rows // per_pass}"
-            if rows % per_pass == 0
-            else f"--{flags[0]} x --{flags[1]} = {rows / world_size():g}"
-        )
-        raise ValueError(
-            f"{folder} was made by {ranks} ranks in steps of {rows} rows, this run has {world_size()} and steps of "
-            f"{per_pass * here.gradient_accumulation_steps}: go on with {fit}"
+        metric = self.config.metric_for_best
+        write_json(
+            path, {"checkpoint": best["checkpoint"], "metric": metric, "value": best["value"]}
         )
 
-    def record_best(self, folder: Path, metric: str, value: float):
-        if rank() == 0:
-            try:
-                write_json(
-                    self.output_dir / "best.json",
-                    {"checkpoint": folder.name, "metric": metric, "value": value},
-                )
-            except OSError as error:  # the manifests know it too
-                say(
-                    f"WARNING: {self.output_dir / 'best.json'} cannot be written ({error.strerror or error}); going on"
-                )
+    def check_batch(self, folder: Path, ranks: int, saved: dict) -> None:
+        """Raises ValueError where another number of ranks would change how many rows a step has."""
+        micro, accumulation = "per_device_train_batch_size", "gradient_accumulation_steps"
+        rows = ranks * saved[micro] * saved[accumulation]
+        per_pass = world_size() * self.config.per_device_train_batch_size
+        rows_here = per_pass * self.config.gradient_accumulation_steps
+        if rows == rows_here:
+            return
+        if rows % per_pass == 0:
+            fit = f"--{accumulation} {rows // per_pass}"
+        else:
+            fit = f"--{micro} x --{accumulation} = {rows / world_size():g}"
+        raise ValueError(
+            f"{folder} was made by {ranks} ranks in steps of {rows} rows, this run has "
+            f"{world_size()} and steps of {rows_here}: go on with {fit}"
+        )
+
+    def record_best(self, folder: Path, metric: str, value: float) -> None:
+        """Name the best checkpoint in best.json."""
+        if rank() != 0:
+            return
+        path = self.output_dir / "best.json"
+        try:
+            write_json(path, {"checkpoint": folder.name, "metric": metric, "value": value})
+        except OSError as error:  # the manifests have it too
+            say(f"WARNING: {path} cannot be written ({error.strerror or error}); going on")
 
     def best(self) -> dict | None:
-        """The best checkpoint by the evaluation rows of this run, from the manifests: best.json may be one save behind after a kill."""
+        """Folder name and value of the best checkpoint by the evaluation rows of this run.
+
+        Read from the manifests: after a kill best.json may be one save behind. Checkpoints come
+        oldest first, and of equal ones the first is the best, as everywhere.
+        """
         metric = self.config.metric_for_best
-        found = None
-        for folder in committed_checkpoints(
-            self.output_dir
-        ):  # the oldest first: of equals the first is the best, as everywhere
+        best = None
+        for folder in committed_checkpoints(self.output_dir):
             try:
                 manifest = read_manifest(folder, self.config.verify)
             except ValueError as error:  # an old checkpoint's damage is no reason to end this run
@@ -514,11 +600,11 @@ class Checkpointer:
             if manifest.get("eval_data", self.eval_data) != self.eval_data:
                 continue
             value = manifest["metrics"].get(metric)
-            if value is not None and is_better(metric, value, found and found["value"]):
-                found = {"checkpoint": folder.name, "value": value}
-        return found
+            if value is not None and is_better(metric, value, best and best["value"]):
+                best = {"checkpoint": folder.name, "value": value}
+        return best
 
-    def prune(self):
+    def prune(self) -> None:
         """Keep the newest --save_total_limit checkpoints, and the best."""
         if rank() == 0 and self.config.save_total_limit:
             best = (self.best() or {}).get("checkpoint")
@@ -531,6 +617,6 @@ class Checkpointer:
         barrier()
 
 
-def barrier():
+def barrier() -> None:
     if dist.is_initialized() and world_size() > 1:
         dist.barrier()

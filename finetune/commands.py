@@ -1,4 +1,4 @@
-"""What every command does alike: flags with one-line errors, and failures in one line. Free of torch."""
+"""What all commands share: flag errors and failures in one line. Free of torch."""
 
 import argparse
 import logging
@@ -15,13 +15,13 @@ FIRST_RANK_SPEAKS_S = 3.0
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag is one line; the usage is for --help."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> None:
         """Print one line to stderr and leave with exit code 2."""
         sys.exit(fail(self.prog, f"error: {one_line(message)} (--help lists the flags)", 2))
 
 
 def run_command(prog: str, work: Callable[[], int | None]) -> int:
-    """Run a command's work and return its exit code; what a user can mend becomes one line on stderr.
+    """Run a command's work and return its exit code; a user's error becomes one line on stderr.
 
     Returns:
         What `work` returns (0 for None); 1 after a ValueError, OSError, MemoryError or a missing
@@ -66,7 +66,7 @@ def one_line(text: str) -> str:
 
 
 def whole(least: int = 1, most: int = 10**9) -> Callable[[str], int]:
-    """What argparse takes as `type`: a whole number from `least` to `most`."""
+    """A `type` for argparse: a whole number from `least` to `most`."""
 
     def parse(text: str) -> int:
         try:
@@ -83,7 +83,7 @@ def whole(least: int = 1, most: int = 10**9) -> Callable[[str], int]:
 
 
 def number(least: float = 0.0, most: float = 1e9, *, above: bool = False) -> Callable[[str], float]:
-    """What argparse takes as `type`: a finite number from `least` (with `above`: above it) to `most`."""
+    """A `type` for argparse: a finite number from `least` (with `above`: above it) to `most`."""
 
     def parse(text: str) -> float:
         try:

@@ -1,4 +1,4 @@
-"""The one configuration of a training run: field = flag, its text = the help, its default written once.
+"""The configuration of a training run: a field is a flag, its text is the help.
 
 Free of torch, so that `train.py --help` answers at once.
 """
@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from chatglm.checksums import LEVELS
 from chatglm.conversations import GLM3_LABELS
@@ -36,19 +36,11 @@ def parse_bool(text: str | bool) -> bool:
     """True/False/yes/no/1/0 in any case. argparse's `type=bool` would read "False" as True."""
     if isinstance(text, bool):
         return text
-    words = {
-        "true": True,
-        "yes": True,
-        "1": True,
-        "on": True,
-        "false": False,
-        "no": False,
-        "0": False,
-        "off": False,
-    }
-    if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"wanted True or False, got {text!r}")
-    return words[text.lower()]
+    if text.lower() in ("true", "yes", "1", "on"):
+        return True
+    if text.lower() in ("false", "no", "0", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"wanted True or False, got {text!r}")
 
 
 def parse_positive(text: str) -> int:
@@ -63,21 +55,23 @@ def parse_checkpointing(text: str | bool) -> str:
 
 
 def flag(
-    default,
+    default: Any,
     help: str,
     *,
-    choices=None,
-    positive=False,
-    shapes_training=False,
-    parse=None,
-    bare=None,
-):
-    """A field with its help.
+    choices: tuple | None = None,
+    positive: bool = False,
+    shapes_training: bool = False,
+    parse: Callable[[str], object] | None = None,
+    bare: str | None = None,
+) -> Any:
+    """A dataclass field with the flag's help.
 
     Args:
+        choices: the values that are allowed.
+        positive: the value must be at least 1.
         shapes_training: a resumed run must have the same value.
-        parse: text to value, where the field's type does not say it.
-        bare: what the flag without a value means.
+        parse: converts text to a value, where the field's type does not say how.
+        bare: the value of the flag given without one.
     """
     meta = {
         "help": help,
@@ -90,8 +84,8 @@ def flag(
     return field(default=default, metadata=meta)
 
 
-def keep(default, help: str, **kwargs):
-    """A field that a resumed run may not change."""
+def keep(default: Any, help: str, **kwargs) -> Any:
+    """A dataclass field that a resumed run may not change."""
     return flag(default, help, shapes_training=True, **kwargs)
 
 
@@ -101,14 +95,13 @@ class TrainConfig:
 
     title: ClassVar[str] = "Fine-tune ChatGLM-6B, ChatGLM2-6B or ChatGLM3-6B"
     effects: ClassVar[dict[str, Effect]] = TRAINING
-    unused: ClassVar[
-        tuple[str, ...]
-    ] = ()  # fields that mean nothing to a task: they are no flags of it
+    # Fields that mean nothing to a task: it has no flags for them.
+    unused: ClassVar[tuple[str, ...]] = ()
 
     task: str = keep(
         "finetune",
-        "what is trained: the model, or a predictor of the length of its answers; --task predictor --help "
-        "shows that one's flags",
+        "what is trained: the model, or a predictor of the length of its answers; "
+        "--task predictor --help shows that one's flags",
         choices=("finetune", "predictor"),
     )
     # model
@@ -119,8 +112,8 @@ class TrainConfig:
     # data
     train_path: str = keep(
         "",
-        "training rows (required): comma list of files (.json, .jsonl, .csv, .parquet, .gz), folders, patterns, "
-        "hf://NAME or ms://NAME; FILE:0.3 reads 0.3 of its rows an epoch",
+        "training rows (required): comma list of files (.json, .jsonl, .csv, .parquet, .gz), "
+        "folders, patterns, hf://NAME or ms://NAME; FILE:0.3 reads 0.3 of its rows an epoch",
     )
     eval_path: str = flag(
         "", "evaluation rows; gives loss (and F1) during training and a best checkpoint"
@@ -133,8 +126,8 @@ class TrainConfig:
     columns: str = keep("", 'our names for the rows\' columns: "prompt=question,response=answer"')
     glm3_labels: str = keep(
         GLM3_LABELS[0],
-        "ChatGLM3: the role token of an answer carries loss, as in ChatGLM-Finetuning, or does not, "
-        "as in ChatGLM3's demo",
+        "ChatGLM3: the role token of an answer carries loss, as in ChatGLM-Finetuning, "
+        "or does not, as in ChatGLM3's demo",
         choices=GLM3_LABELS,
     )
     replay_path: str = keep("", "rows of what the model should not forget, mixed in")
@@ -167,13 +160,14 @@ class TrainConfig:
     warmup_ratio: float = keep(0.1, "share of the steps that warms the learning rate up")
     batching: str = keep(
         "ragged",
-        "ragged: a pass's rows end to end, no padding; padded: side by side; grouped: padded, rows of like "
-        "length together",
+        "ragged: a pass's rows end to end, no padding; padded: side by side; "
+        "grouped: padded, rows of like length together",
         choices=("ragged", "padded", "grouped"),
     )
     share_prefix: bool = keep(
         True,
-        "ragged: compute a beginning that a pass's rows have in common once, where no dropout acts (not glm)",
+        "ragged: compute a beginning that a pass's rows have in common once, "
+        "where no dropout acts (not glm)",
     )
     gradient_checkpointing: str = flag(
         "False",
@@ -200,7 +194,8 @@ class TrainConfig:
     )
     num_workers: int = flag(
         1,
-        "threads, each laying out the rows of one of the next steps while this one computes; 0: none",
+        "threads, each laying out the rows of one of the next steps while this one computes; "
+        "0: none",
     )
     data_cache: str = flag(
         "~/.cache/glm-foundry",
@@ -236,7 +231,8 @@ class TrainConfig:
     )
     quantization_bit: int | None = keep(
         None,
-        "QLoRA: frozen linear layers in 4 (nf4) or 8 (int8) bits; needs bitsandbytes; lora, ptuning",
+        "QLoRA: frozen linear layers in 4 (nf4) or 8 (int8) bits; needs bitsandbytes; "
+        "lora, ptuning",
         choices=(4, 8),
     )
     freeze_module_name: str = keep(
@@ -273,8 +269,8 @@ class TrainConfig:
     )
     eval_metrics: str = flag(
         "",
-        "answer the evaluation rows too and score the answers: comma list of rouge, bleu, exact_match, triple_f1, d2q "
-        "or single metrics (docs/evaluation.md)",
+        "answer the evaluation rows too and score the answers: comma list of rouge, bleu, "
+        "exact_match, triple_f1, d2q or single metrics (docs/evaluation.md)",
     )
     eval_f1: bool = flag(False, "the old spelling of --eval_metrics triple_f1")
     eval_max_new_tokens: int = flag(315, "longest answer written for --eval_metrics", positive=True)
@@ -310,21 +306,45 @@ class TrainConfig:
     local_rank: int = flag(-1, "set by the launcher")
 
     def __post_init__(self):
+        """Check all flags; raises ValueError naming the first that is wrong."""
+        self.check_fields()
+        self.check_shares()
+        self.set_max_src_len()
+        self.check_numbers()
+        self.check_method()
+        self.check_paths()
+        self.check_rows()
+        self.set_metric_for_best()
+        self.check_evaluation()
+        self.check_loggers()
+
+    def check_fields(self) -> None:
+        """Raises ValueError for a value that is not one of the choices, or not positive."""
         for f in dataclasses.fields(self):
-            value, meta = getattr(self, f.name), f.metadata
-            if meta["choices"] and value is not None and value not in meta["choices"]:
-                raise ValueError(
-                    f"--{f.name} must be one of {', '.join(map(str, meta['choices']))}; got {value!r}"
-                )
-            if meta["positive"] and value is not None and value < 1:
+            value = getattr(self, f.name)
+            if value is None:
+                continue
+            choices = f.metadata["choices"]
+            if choices and value not in choices:
+                names = ", ".join(map(str, choices))
+                raise ValueError(f"--{f.name} must be one of {names}; got {value!r}")
+            if f.metadata["positive"] and value < 1:
                 raise ValueError(f"--{f.name} must be at least 1; got {value}")
+
+    def check_shares(self) -> None:
+        """Raises ValueError for a share or a dropout outside of [0, 1)."""
         for name in ("lora_dropout", "prefix_dropout", "warmup_ratio", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be in [0, 1); got {getattr(self, name)}")
+
+    def set_max_src_len(self) -> None:
+        """Fill in the default of --max_src_len, which depends on --max_len."""
         if self.max_src_len is None:
-            object.__setattr__(
-                self, "max_src_len", 256 if self.max_len > 256 else max(1, self.max_len // 2)
-            )
+            default = 256 if self.max_len > 256 else max(1, self.max_len // 2)
+            object.__setattr__(self, "max_src_len", default)
+
+    def check_numbers(self) -> None:
+        """Raises ValueError for a number outside of its range."""
         if not self.data_cache_gb > 0:
             raise ValueError(f"--data_cache_gb must be above 0; got {self.data_cache_gb}")
         for name in ("learning_rate", "weight_decay", "neftune_noise_alpha"):
@@ -335,37 +355,53 @@ class TrainConfig:
             raise ValueError(f"--num_workers must not be below 0; got {self.num_workers}")
         if self.seed < 0:
             raise ValueError(f"--seed must not be below 0; got {self.seed}")
-        self.check_method()
+
+    def check_paths(self) -> None:
+        """Raises ValueError where the base model or the training rows are not given."""
         if self.needs_model and not self.model_name_or_path:
             raise ValueError("--model_name_or_path is required: the folder of the base model")
         if not (self.train_path or self.estimate_memory):
             raise ValueError(
-                "--train_path is required: files of rows, e.g. JSON lines of {instruction, input, output}"
+                "--train_path is required: files of rows, "
+                "e.g. JSON lines of {instruction, input, output}"
             )
+
+    def check_rows(self) -> None:
+        """Raises ValueError for flags of rows that do not fit one another."""
         parse_columns(self.columns)
         if not 0 < self.replay_ratio < 1:
             raise ValueError(f"--replay_ratio must be between 0 and 1; got {self.replay_ratio}")
         if self.streaming and (self.batching == "grouped" or self.dataset_length):
             raise ValueError(
-                "--streaming takes no --batching grouped and no --dataset_length: rows come as they are read"
+                "--streaming takes no --batching grouped and no --dataset_length: "
+                "rows come as they are read"
             )
         if self.max_src_len >= self.max_len:
             raise ValueError(
                 f"--max_src_len ({self.max_src_len}) must be below --max_len ({self.max_len})"
             )
-        if self.metric_for_best in GROUPS and len(GROUPS[self.metric_for_best]) == 1:  # f1, bleu
-            object.__setattr__(self, "metric_for_best", GROUPS[self.metric_for_best][0])
+
+    def set_metric_for_best(self) -> None:
+        """Replace the name of a group of one metric (f1, bleu) by that metric's name."""
+        group = GROUPS.get(self.metric_for_best, ())
+        if len(group) == 1:
+            object.__setattr__(self, "metric_for_best", group[0])
+
+    def check_evaluation(self) -> None:
+        """Raises ValueError for a best metric that is not evaluated, or a delta below 0."""
         if self.metric_for_best not in self.evaluated:
             raise ValueError(
-                f"--metric_for_best must be one of {', '.join(self.evaluated)}; got {self.metric_for_best!r} "
-                f"(--eval_metrics, or --eval_f1, adds others)"
+                f"--metric_for_best must be one of {', '.join(self.evaluated)}; "
+                f"got {self.metric_for_best!r} (--eval_metrics, or --eval_f1, adds others)"
             )
-        if not (
-            math.isfinite(self.early_stopping_min_delta) and self.early_stopping_min_delta >= 0
-        ):
+        delta = self.early_stopping_min_delta
+        if not (math.isfinite(delta) and delta >= 0):
             raise ValueError(
-                f"--early_stopping_min_delta must be a number not below 0; got {self.early_stopping_min_delta}"
+                f"--early_stopping_min_delta must be a number not below 0; got {delta}"
             )
+
+    def check_loggers(self) -> None:
+        """Raises ValueError for an unknown name in --report_to."""
         if unknown := [name for name in self.loggers if name not in LOGGERS]:
             raise ValueError(
                 f"--report_to: wanted some of {', '.join(LOGGERS)}; got {unknown[0]!r}"
@@ -373,12 +409,13 @@ class TrainConfig:
 
     @property
     def answer_metrics(self) -> tuple[str, ...]:
-        """The metrics of written answers that an evaluation gives."""
-        return parse_metrics(self.eval_metrics + (",f1" if self.eval_f1 else ""), "--eval_metrics")
+        """The metrics of written answers that an evaluation computes."""
+        names = f"{self.eval_metrics},f1" if self.eval_f1 else self.eval_metrics
+        return parse_metrics(names, "--eval_metrics")
 
     @property
     def evaluated(self) -> tuple[str, ...]:
-        """All that an evaluation gives."""
+        """All metrics that an evaluation computes."""
         return ("loss", *self.answer_metrics)
 
     @property
@@ -387,16 +424,16 @@ class TrainConfig:
 
     @property
     def loggers(self) -> tuple[str, ...]:
-        return tuple(
-            dict.fromkeys(filter(None, (name.strip() for name in self.report_to.split(","))))
-        )
+        """The names in --report_to, each once."""
+        names = [name.strip() for name in self.report_to.split(",")]
+        return tuple(dict.fromkeys(name for name in names if name))
 
-    def check_method(self):
-        """Raises ValueError for flags of methods, and of recomputing, that do not fit one another."""
+    def check_method(self) -> None:
+        """Raises ValueError for flags of methods and recomputation that do not fit each other."""
         if not LORA_STARTS.fullmatch(self.init_lora_weights):
             raise ValueError(
-                f"--init_lora_weights must be default, gaussian, orthogonal, olora, pissa or pissa_niter_N; got "
-                f"{self.init_lora_weights!r}"
+                f"--init_lora_weights must be default, gaussian, orthogonal, olora, pissa or "
+                f"pissa_niter_N; got {self.init_lora_weights!r}"
             )
         if not 0 < self.loraplus_lr_ratio < math.inf:
             raise ValueError(f"--loraplus_lr_ratio must be above 0; got {self.loraplus_lr_ratio}")
@@ -409,12 +446,14 @@ class TrainConfig:
         )
         if self.quantization_bit and needs_whole_weights:
             raise ValueError(
-                f"--init_lora_weights {self.init_lora_weights} needs whole weights; leave --quantization_bit out"
+                f"--init_lora_weights {self.init_lora_weights} needs whole weights; "
+                f"leave --quantization_bit out"
             )
         layers = self.gradient_checkpointing_layers
         if layers and not CHECKPOINTED_LAYERS.fullmatch(layers):
             raise ValueError(
-                f"--gradient_checkpointing_layers must be N or a-b, such as 8 or 4-11; got {layers!r}"
+                f"--gradient_checkpointing_layers must be N or a-b, such as 8 or 4-11; "
+                f"got {layers!r}"
             )
 
     @property
@@ -423,48 +462,49 @@ class TrainConfig:
 
     @property
     def resolved_ptuning_version(self) -> str:
-        """The seeds' READMEs say: projection True is v2, False is v1; an explicit version wins."""
+        """--ptuning_version, else v2 with --prefix_projection and v1 without.
+
+        That rule is in the READMEs of ChatGLM-Finetuning.
+        """
         return self.ptuning_version or ("v2" if self.prefix_projection else "v1")
 
     def changed(self, *names: str) -> list[str]:
-        """Those of some flags that differ from their defaults."""
-        return [
-            f.name
-            for f in dataclasses.fields(self)
-            if f.name in names and getattr(self, f.name) != f.default
-        ]
+        """Those of the flags `names` that differ from their defaults."""
+        fields = [f for f in dataclasses.fields(self) if f.name in names]
+        return [f.name for f in fields if getattr(self, f.name) != f.default]
 
-    def save(self, path: Path):
-        Path(path).write_text(
-            json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
-        )
+    def save(self, path: Path) -> None:
+        """Write the flags as JSON."""
+        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
+        Path(path).write_text(text + "\n")
 
     def changed_since(self, saved: dict, but: tuple[str, ...] = ()) -> list[str]:
-        """The flags that shape training and differ from a checkpoint's, all but some, as "--name: was A, is B"."""
-        return [
-            f"--{f.name}: was {saved.get(f.name)!r}, is {getattr(self, f.name)!r}"
-            for f in dataclasses.fields(self)
-            if f.metadata["shapes_training"]
-            and f.name in saved
-            and f.name not in but
-            and saved[f.name] != getattr(self, f.name)
-        ]
+        """ "--name: was A, is B" of each flag that shapes training and differs from a checkpoint's.
+
+        Args:
+            saved: the checkpoint's flags.
+            but: names of flags that may differ.
+        """
+        changes = []
+        for f in dataclasses.fields(self):
+            compared = f.metadata["shapes_training"] and f.name in saved and f.name not in but
+            value = getattr(self, f.name)
+            if compared and saved[f.name] != value:
+                changes.append(f"--{f.name}: was {saved[f.name]!r}, is {value!r}")
+        return changes
 
 
-def flag_type(f: dataclasses.Field):
-    names = {"str": str, "int": int, "float": float, "bool": parse_bool}
-    return (
-        f.metadata["parse"]
-        or names[
-            str(f.type if isinstance(f.type, str) else getattr(f.type, "__name__", f.type)).split(
-                " | "
-            )[0]
-        ]
-    )
+def flag_type(f: dataclasses.Field) -> Callable[[str], Any]:
+    """What converts a flag's text to the type of its field."""
+    if f.metadata["parse"]:
+        return f.metadata["parse"]
+    name = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type))
+    converters = {"str": str, "int": int, "float": float, "bool": parse_bool}
+    return converters[name.split(" | ")[0]]
 
 
-def add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field):
-    """A field as its flag, left out of the namespace where it is not given."""
+def add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field) -> None:
+    """Add a field as a flag, which is not in the namespace where it is not given."""
     names = [f"--{f.name}"]
     if f.name == "local_rank":
         names.append("--local-rank")
@@ -477,28 +517,30 @@ def add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field):
         options |= {"nargs": "?", "const": True, "metavar": "True|False"}
     elif f.metadata["choices"]:
         options["choices"] = f.metadata["choices"]
+    elif isinstance(f.type, str):
+        options["metavar"] = f.type.split(" | ")[0].upper()
     else:
-        options["metavar"] = (
-            str(f.type).split(" | ")[0].upper() if isinstance(f.type, str) else f.name.upper()
-        )
+        options["metavar"] = f.name.upper()
     if f.metadata["bare"] is not None:
         options |= {"nargs": "?", "const": f.metadata["bare"]}
     parser.add_argument(*names, type=flag_type(f), **options)
 
 
 def changed_flags(config_class: type[TrainConfig], given: dict) -> list[str]:
-    """Those of the given flags that do not have their defaults, which change nothing."""
+    """Those of the given flags whose values are not the defaults."""
     return [f.name for f in flags_of(config_class) if given.get(f.name, f.default) != f.default]
 
 
 def flags_of(config_class: type[TrainConfig]) -> list[dataclasses.Field]:
+    """The fields of a configuration that are flags of its task."""
     return [f for f in dataclasses.fields(config_class) if f.name not in config_class.unused]
 
 
 def build_parser(config_class: type[TrainConfig] = TrainConfig) -> argparse.ArgumentParser:
     parser = Parser(
         prog="train.py",
-        description=f"{config_class.title}: deepspeed train.py ..., torchrun ... train.py ... or python train.py ...",
+        description=f"{config_class.title}: deepspeed train.py ..., torchrun ... train.py ... "
+        "or python train.py ...",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=110),
         allow_abbrev=False,
     )
@@ -522,10 +564,12 @@ def build_parser(config_class: type[TrainConfig] = TrainConfig) -> argparse.Argu
 def parse_config(
     argv: list[str] | None = None, tasks: dict[str, Callable[[], type[TrainConfig]]] | None = None
 ) -> TrainConfig:
-    """Flags, over those of --config, over the defaults. Bad flags end the program with one line and exit code 2.
+    """The command line's flags, over those of --config, over the defaults.
+
+    Wrong flags end the program with one line and exit code 2.
 
     Args:
-        tasks: other --tasks than fine-tuning -> what gives the class of their flags.
+        tasks: name of each --task besides fine-tuning -> function that imports its configuration.
     """
     first = Parser(prog="train.py", add_help=False, allow_abbrev=False)
     first.add_argument("--task")
@@ -536,9 +580,8 @@ def parse_config(
     except (ValueError, OSError) as error:
         build_parser().error(describe(error))
     task = chosen.task or in_file
-    config_class = (
-        tasks[task]() if tasks and isinstance(task, str) and task in tasks else TrainConfig
-    )
+    is_other = tasks and isinstance(task, str) and task in tasks
+    config_class = tasks[task]() if is_other else TrainConfig
     parser = build_parser(config_class)
     given = vars(parser.parse_args(argv))
     given.pop("deepspeed", None)
@@ -546,12 +589,11 @@ def parse_config(
         given["ds_file"] = given.pop("deepspeed_config")
     try:
         file = given.pop("config", None)
-        launched = os.environ.get(
-            "ACCELERATE_DEEPSPEED_CONFIG_FILE"
-        )  # how `accelerate launch` hands its DeepSpeed file on
-        told = {"ds_file": launched} if launched else {}
+        # `accelerate launch` passes its DeepSpeed file in this variable.
+        accelerate_file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        from_launcher = {"ds_file": accelerate_file} if accelerate_file else {}
         given = (read_config_file(file, config_class) if file else {}) | given
-        config = config_class(**(told | given))
+        config = config_class(**(from_launcher | given))
         refuse_without_effect(config, changed_flags(config_class, given), config_class.effects)
         return config
     except (ValueError, OSError) as error:
@@ -559,11 +601,15 @@ def parse_config(
 
 
 def read_mapping(path: str) -> dict:
-    """What a YAML or JSON file of flags holds."""
+    """The content of a YAML or JSON file of flags.
+
+    Raises:
+        ValueError: no such file, too large, not YAML, or no mapping.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Aliases stand for single values alone: of lists of lists of aliases a few lines make billions of values."""
+        """Refuses aliases of collections: nested, a few lines of them make billions of values."""
 
         def compose_node(self, parent, index):
             alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None
@@ -575,7 +621,8 @@ def read_mapping(path: str) -> dict:
         raise ValueError(f"--config: no such file: {path}")
     if (size := Path(path).stat().st_size) > CONFIG_LIMIT:
         raise ValueError(
-            f"--config: {path}: wanted a file of flags, of at most {CONFIG_LIMIT:,} bytes; it has {size:,}"
+            f"--config: {path}: wanted a file of flags, of at most {CONFIG_LIMIT:,} bytes; "
+            f"it has {size:,}"
         )
     try:
         text = read_text(path)

@@ -1,4 +1,7 @@
-"""What lies behind the flags that are paths: a resumed run must have the same, wherever it lies now."""
+"""Fingerprints of the files behind the flags that are paths.
+
+A resumed run must have the same contents, but the files may have moved.
+"""
 
 import hashlib
 import json
@@ -15,29 +18,30 @@ TOKENIZERS = ("tokenizer.model", "ice_text.model", "tokenizer.json", "vocab.txt"
 def path_contents(
     config: TrainConfig, *, fingerprint: str | None, data: str, model_path: str
 ) -> dict[str, str]:
-    """{flag: a text that is the same for the same content}, of the flags that are given and name a file or folder.
+    """{flag: text that identifies its content} of the given flags that name a file or folder.
 
     Args:
-        fingerprint: of the weights in `model_path`, which is what trains.
+        fingerprint: of the weights in `model_path`, the model that is trained.
         data: hash of the training rows.
     """
-    found = {"ds_file": hash_json(read_ds_file(config.ds_file)[1]), "train_path": data}
+    contents = {"ds_file": hash_json(read_ds_file(config.ds_file)[1]), "train_path": data}
     if config.task == "finetune":
-        found["train_path"] = f"{data} {describe_sources(config.train_path)}"
+        contents["train_path"] = f"{data} {describe_sources(config.train_path)}"
         if config.replay_path:
-            found["replay_path"] = describe_sources(config.replay_path)  # their rows are in `data`
+            # The hash of their rows is a part of `data`.
+            contents["replay_path"] = describe_sources(config.replay_path)
     for name in ("model_name_or_path", "encoder_path"):
         if folder := getattr(config, name, ""):
             weights = fingerprint if folder == model_path else None
-            found[name] = f"{weights} {hash_tokenizer(Path(folder))}"
+            contents[name] = f"{weights} {hash_tokenizer(Path(folder))}"
     if config.task == "predictor" and config.model_name_or_path:
-        found["model_name_or_path"] += (
-            f" {Path(config.model_name_or_path).name}"  # the served model's name by default
-        )
-    return found
+        # The folder's name is by default the name of the served model.
+        contents["model_name_or_path"] += f" {Path(config.model_name_or_path).name}"
+    return contents
 
 
-def hash_json(value) -> str:
+def hash_json(value: object) -> str:
+    """SHA-256 of a value's JSON, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -47,6 +51,6 @@ def hash_tokenizer(folder: Path) -> str | None:
 
 
 def describe_sources(text: str) -> str:
-    """Of each part of --train_path: its weight, how many files it is, and its name where that is a hub's."""
+    """JSON of each part of --train_path: weight, number of files, and name where it is a hub's."""
     parts = [(s.weight, len(s.files), s.name if s.is_hub else "") for s in parse_sources(text)]
     return json.dumps(parts)

@@ -1,4 +1,4 @@
-"""Ranks, ports and DeepSpeed's configuration: everything between the flags and `deepspeed.initialize`."""
+"""Ranks, ports and DeepSpeed's configuration: what `deepspeed.initialize` needs."""
 
 import io
 import itertools
@@ -6,9 +6,9 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,11 @@ import torch.distributed as dist
 from finetune.config import TrainConfig
 from finetune.ds_file import fill_sizes, read_ds_file, stage_for
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 T = TypeVar("T")
-BARRIERS = itertools.count()  # their numbers, the same on every rank
+BARRIERS = itertools.count()  # numbers of the barriers, the same on every rank
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -29,7 +32,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
-def say(*words):
+def say(*words) -> None:
     """Print on rank 0."""
     if rank() == 0:
         print(*words, flush=True)
@@ -40,8 +43,8 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def without_prints():
-    """Keep to itself what DeepSpeed's BF16_Optimizer prints; its log goes on."""
+def without_prints() -> redirect_stdout:
+    """A context that hides what DeepSpeed's BF16_Optimizer prints, but not its log."""
     return redirect_stdout(io.StringIO())
 
 
@@ -52,9 +55,9 @@ def free_port() -> int:
 
 
 def allowed_port(port: int) -> int:
-    """`port`, or port + 20000 where ports that low need rights we lack (the well-known --master_port 520).
+    """`port`, or port + 20000 where a port below 1024 needs root rights (often --master_port 520).
 
-    Every rank comes to the same answer by itself.
+    Every rank computes the same answer without communication.
     """
     if port >= 1024:
         return port
@@ -65,27 +68,30 @@ def allowed_port(port: int) -> int:
             say(f"port {port} needs root rights; using {port + 20000}")
             return port + 20000
         except OSError:
-            pass  # in use: by our own rank 0, or its own error will say so
+            pass  # in use: by our own rank 0, or binding it later raises an error
     return port
 
 
-def init_distributed():
-    """Join the process group that deepspeed or torchrun prepared; alone, make one of a single rank."""
+def init_distributed() -> None:
+    """Join the process group of deepspeed or torchrun; without a launcher, one of a single rank.
+
+    Raises:
+        ValueError: started by MPI, which sets no RANK.
+    """
     import deepspeed
 
-    # DeepSpeed and transformers call what their own libraries are about to rename, once a step.
+    # DeepSpeed and transformers use deprecated names, with a warning at every step.
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"torch\.distributed|transformers"
     )
     env = os.environ
     if "RANK" not in env:
-        started_by_mpi = [
-            name for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if int(env.get(name, 1)) > 1
-        ]
-        if started_by_mpi:
-            raise ValueError(
-                f"started by MPI ({started_by_mpi[0]}), which gives no RANK: use deepspeed's pdsh launcher or torchrun"
-            )
+        for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+            if int(env.get(name, 1)) > 1:
+                raise ValueError(
+                    f"started by MPI ({name}), which gives no RANK: "
+                    f"use deepspeed's pdsh launcher or torchrun"
+                )
         env.update(
             RANK="0",
             LOCAL_RANK="0",
@@ -97,22 +103,21 @@ def init_distributed():
     if torch.cuda.is_available():
         torch.cuda.set_device(int(env.get("LOCAL_RANK", 0)))
     elif int(env["WORLD_SIZE"]) > 1 and "OMP_NUM_THREADS" not in env:
-        # Ranks that each start a thread per core slow one another several times.
+        # Ranks that each start a thread per core slow each other down several times.
         local = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or env["WORLD_SIZE"])
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
-    # Its shared-memory all-reduce for CPUs is compiled for over a minute at first use, or fails; gloo does.
+    # DeepSpeed's shared-memory all-reduce for CPUs compiles for over a minute at first use, or
+    # fails; gloo is enough.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False
-    )
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
 
 
 def device() -> torch.device:
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    """This rank's GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank())
+    return torch.device("cpu")
 
 
 def on_device(batch: dict, device: torch.device) -> dict:
@@ -123,10 +128,10 @@ def on_device(batch: dict, device: torch.device) -> dict:
     }
 
 
-def agree(decide):
-    """What `decide()` returns on rank 0, on every rank: one view of a disk that ranks may see at different times.
+def agree(decide: Callable[[], T]) -> T:
+    """What `decide()` returns on rank 0, on every rank; an error there is raised on all.
 
-    An error on rank 0 is raised on all.
+    For what is read from a disk, which ranks may see in different states.
     """
     answer: list = [None, None]
     if rank() == 0:
@@ -142,9 +147,9 @@ def agree(decide):
 
 
 def first_of_node(make: Callable[[], T]) -> T:
-    """What `make()` returns on the first rank of a node, on all ranks of it, however long it takes.
+    """What `make()` returns on the first rank of a node, on all ranks of the node.
 
-    An error on one node is raised on all.
+    It may take hours: no time limit applies. An error on one node is raised on all.
     """
     answer: tuple = (False, None, None)
     if local_rank() == 0:
@@ -162,15 +167,19 @@ def first_of_node(make: Callable[[], T]) -> T:
     return next(made for first, made, _ in reversed(of_rank[: rank() + 1]) if first)
 
 
-def wait_for_all():
-    """A barrier without a time limit, for work of hours on some ranks; collective operations give up after minutes."""
+def wait_for_all() -> None:
+    """A barrier without a time limit, for work of hours on some ranks.
+
+    Collective operations of torch.distributed time out after minutes.
+    """
     if world_size() == 1:
         return
     store = dist.PrefixStore(
         f"barrier {next(BARRIERS)}", dist.distributed_c10d._get_default_store()
     )
     store.set(str(rank()), "")
-    ranks, pause = list(map(str, range(world_size()))), 0.002
+    ranks = [str(number) for number in range(world_size())]
+    pause = 0.002
     while not store.check(ranks):
         time.sleep(pause)
         pause = min(0.5, 1.5 * pause)
@@ -178,7 +187,7 @@ def wait_for_all():
 
 def sum_over_ranks(*values: float) -> list[float]:
     """Each value summed over all ranks, in fp64."""
-    if world_size() == 1:  # nothing to wait for a device for
+    if world_size() == 1:  # saves waiting for the device
         return [float(value) for value in values]
     total = torch.tensor(values, dtype=torch.float64, device=device())
     dist.all_reduce(total)
@@ -186,6 +195,7 @@ def sum_over_ranks(*values: float) -> list[float]:
 
 
 def resolve_precision(precision: str) -> str:
+    """--precision, with "auto" replaced by bf16 or fp16 on a GPU, fp32 on a CPU."""
     if precision != "auto":
         return precision
     if not torch.cuda.is_available():
@@ -206,211 +216,248 @@ def deepspeed_config(
 
     Args:
         precision: "fp32", "bf16" or "fp16", resolved.
-        adapters: only fp32 adapters are trained over a frozen model, so bf16 is the frozen weights' dtype, not DeepSpeed's.
+        adapters: only fp32 adapters are trained over a frozen model, so bf16 is the dtype of the
+            frozen weights and not DeepSpeed's.
+        total_steps: optimizer steps of the whole run.
+        hidden_size: the model's width.
         world: number of ranks.
+
     Raises:
-        ValueError: the file is not JSON, keeps an "auto" that nobody fills, or asks ZeRO-3 for what it cannot do.
+        ValueError: the file is not JSON, has an "auto" that no flag fills, or its ZeRO-3 cannot
+            be combined with the flags.
     """
     path, ds = read_ds_file(config.ds_file)
     micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     ds["train_micro_batch_size_per_gpu"] = micro
     ds["gradient_accumulation_steps"] = accumulation
     ds["train_batch_size"] = micro * accumulation * world
-    ds["steps_per_print"] = 10**9  # the progress bar speaks
+    ds["steps_per_print"] = 10**9  # never: the progress bar shows the steps
     if ds.get("gradient_clipping", "auto") == "auto":
         ds["gradient_clipping"] = 1.0
 
-    warmup = max(1, int(config.warmup_ratio * total_steps))
-    ds.setdefault("scheduler", {"type": "WarmupDecayLR", "params": {}})
-    schedule = ds["scheduler"].setdefault("params", {})
-    rates = [config.learning_rate * ratio for ratio in lr_ratios(config)]
-    highest, lowest = (
-        (rates, [0.1 * rate for rate in rates]) if len(rates) > 1 else (rates[0], 0.1 * rates[0])
-    )
-    fill = {"warmup_num_steps": warmup, "warmup_max_lr": highest, "warmup_min_lr": lowest}
-    if ds["scheduler"]["type"] == "WarmupDecayLR":
-        fill["total_num_steps"] = max(total_steps, warmup + 1)
-        if (
-            schedule.get("warmup_type") == "cosine"
-        ):  # in the seeds' files; DeepSpeed knows log and linear only
-            schedule["warmup_type"] = "linear"
-    if ds["scheduler"]["type"] in ("WarmupDecayLR", "WarmupLR"):
-        schedule.update(fill)
-        schedule.pop("last_batch_iteration", None)
-    elif len(rates) > 1:
-        raise ValueError(
-            f"--loraplus_lr_ratio needs the schedule WarmupDecayLR or WarmupLR; {path} has {ds['scheduler']['type']}"
-        )
-
-    asked = "bf16" if is_on(ds, "bf16") else "fp16" if is_on(ds, "fp16") else None
-    if asked and asked != precision:
-        say(f"precision: {precision} ({path.name} asks for {asked}; --precision decides)")
-    for name in ("fp16", "bf16"):
-        ds.setdefault(name, {})["enabled"] = precision == name and not (adapters and name == "bf16")
-    if not ds["fp16"]["enabled"]:
-        ds["fp16"] = {"enabled": False}
-    if ds["bf16"]["enabled"]:
-        ds.setdefault("data_types", {}).setdefault(
-            "grad_accum_dtype", "fp32"
-        )  # sums over passes keep more than bf16's 8 bits
-
+    fill_scheduler(ds, config, total_steps, str(path))
+    fill_precision(ds, precision, adapters, path.name)
     zero = ds.setdefault("zero_optimization", {"stage": 0})
     for part in ("offload_optimizer", "offload_param"):
         if zero.get(part, {}).get("device") in ("auto", "none"):
             del zero[part]
     zero = ds["zero_optimization"] = fill_sizes(zero, hidden_size)
+    fill_optimizer(ds, config)
+    if place := find_auto(ds):
+        raise ValueError(
+            f'--ds_file: {path}: {place} is "auto" and no flag fills it; write a value'
+        )
 
-    optimizer = ds.get("optimizer", {"type": "AdamW"})
-    params = optimizer.setdefault("params", {})
-    params.update(lr=config.learning_rate, weight_decay=config.weight_decay)
-    absent = (
-        "auto" if optimizer["type"].lower() in ("adam", "adamw") else None
-    )  # SGD would not know betas
-    params.update(
-        {
-            k: v
-            for k, v in {"betas": [0.9, 0.95], "eps": 1e-8}.items()
-            if params.get(k, absent) == "auto"
-        }
-    )
-    ds["optimizer"] = optimizer
-    if left := find_auto(ds):
-        raise ValueError(f'--ds_file: {path}: {left} is "auto" and no flag fills it; write a value')
-    stage, zero["stage"] = zero.get("stage", 0), stage_for(ds, precision, adapters, world)
-    if stage == 3 and config.train_type == "lora" and config.use_dora:
-        raise ValueError(
-            f"--use_dora reads whole base weights, which ZeRO-3 takes apart ({path.name}): use ZeRO-2, ds_zero2.json"
-        )
-    if stage == 3 and config.quantization_bit:
-        raise ValueError(
-            f"--quantization_bit: ZeRO-3 cannot take quantised weights apart ({path.name}): use ZeRO-2, ds_zero2.json"
-        )
+    asked = zero.get("stage", 0)
+    zero["stage"] = stage_for(ds, precision, adapters, world)
+    if asked == 3:
+        check_zero3(config, path.name)
     if world == 1 and zero["stage"] == 1:
         ds["bf16"].setdefault("immediate_grad_update", True)
-    if zero["stage"] != stage:
+    if zero["stage"] != asked:
         say(
-            f"ZeRO: stage {zero['stage']} ({path.name} asks for {stage}; one rank has nothing to share out)"
+            f"ZeRO: stage {zero['stage']} ({path.name} asks for {asked}; "
+            f"one rank has nothing to share out)"
         )
     return ds
 
 
+def fill_scheduler(ds: dict, config: TrainConfig, total_steps: int, path: str) -> None:
+    """Fill the scheduler of a DeepSpeed configuration with warmup, learning rates and steps.
+
+    Raises:
+        ValueError: LoRA+ with a schedule that has one learning rate for all groups.
+    """
+    ds.setdefault("scheduler", {"type": "WarmupDecayLR", "params": {}})
+    kind = ds["scheduler"]["type"]
+    schedule = ds["scheduler"].setdefault("params", {})
+    rates = [config.learning_rate * ratio for ratio in lr_ratios(config)]
+    if kind not in ("WarmupDecayLR", "WarmupLR"):
+        if len(rates) > 1:
+            raise ValueError(
+                f"--loraplus_lr_ratio needs the schedule WarmupDecayLR or WarmupLR; "
+                f"{path} has {kind}"
+            )
+        return
+    warmup = max(1, int(config.warmup_ratio * total_steps))
+    schedule["warmup_num_steps"] = warmup
+    schedule["warmup_max_lr"] = rates if len(rates) > 1 else rates[0]
+    schedule["warmup_min_lr"] = [0.1 * rate for rate in rates] if len(rates) > 1 else 0.1 * rates[0]
+    if kind == "WarmupDecayLR":
+        schedule["total_num_steps"] = max(total_steps, warmup + 1)
+        # ChatGLM-Finetuning's files say cosine; DeepSpeed has log and linear only.
+        if schedule.get("warmup_type") == "cosine":
+            schedule["warmup_type"] = "linear"
+    schedule.pop("last_batch_iteration", None)
+
+
+def fill_precision(ds: dict, precision: str, adapters: bool, file_name: str) -> None:
+    """Set fp16 and bf16 of a DeepSpeed configuration, and the dtype of accumulated gradients."""
+    asked = None
+    if is_on(ds, "bf16"):
+        asked = "bf16"
+    elif is_on(ds, "fp16"):
+        asked = "fp16"
+    if asked and asked != precision:
+        say(f"precision: {precision} ({file_name} asks for {asked}; --precision decides)")
+    for name in ("fp16", "bf16"):
+        ds.setdefault(name, {})["enabled"] = precision == name and not (adapters and name == "bf16")
+    if not ds["fp16"]["enabled"]:
+        ds["fp16"] = {"enabled": False}
+    if ds["bf16"]["enabled"]:
+        # Sums over passes need more than the 8 bits of bf16.
+        ds.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+
+
+def fill_optimizer(ds: dict, config: TrainConfig) -> None:
+    """Set learning rate, weight decay and "auto" values of the optimizer in a configuration."""
+    optimizer = ds.get("optimizer", {"type": "AdamW"})
+    params = optimizer.setdefault("params", {})
+    params.update(lr=config.learning_rate, weight_decay=config.weight_decay)
+    is_adam = optimizer["type"].lower() in ("adam", "adamw")
+    for name, value in {"betas": [0.9, 0.95], "eps": 1e-8}.items():
+        # Without the key only Adam gets it: SGD has no betas.
+        if params.get(name, "auto" if is_adam else None) == "auto":
+            params[name] = value
+    ds["optimizer"] = optimizer
+
+
+def check_zero3(config: TrainConfig, file_name: str) -> None:
+    """Raises ValueError for flags that need whole weights, which ZeRO-3 partitions."""
+    if config.train_type == "lora" and config.use_dora:
+        raise ValueError(
+            f"--use_dora reads whole base weights, which ZeRO-3 takes apart ({file_name}): "
+            f"use ZeRO-2, ds_zero2.json"
+        )
+    if config.quantization_bit:
+        raise ValueError(
+            f"--quantization_bit: ZeRO-3 cannot take quantised weights apart ({file_name}): "
+            f"use ZeRO-2, ds_zero2.json"
+        )
+
+
 def lr_ratios(config: TrainConfig) -> list[float]:
-    """The learning rates of the parameter groups over --learning_rate."""
-    return (
-        [1.0, config.loraplus_lr_ratio]
-        if config.train_type == "lora" and config.loraplus_lr_ratio != 1
-        else [1.0]
-    )
+    """The learning rate of each parameter group, divided by --learning_rate."""
+    if config.train_type == "lora" and config.loraplus_lr_ratio != 1:
+        return [1.0, config.loraplus_lr_ratio]
+    return [1.0]
 
 
 def parameter_groups(model: torch.nn.Module, config: TrainConfig) -> list:
-    """What the optimizer gets: the trainable parameters; under LoRA+ (arXiv 2402.12354) two groups, B with a rate of its own."""
+    """The trainable parameters as the optimizer takes them.
+
+    A list of parameters; under LoRA+ (arXiv 2402.12354) two groups, the second with B and its own
+    learning rate.
+    """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     ratios = lr_ratios(config)
     if len(ratios) == 1:
         return list(trained.values())
-    groups = [
-        [p for name, p in trained.items() if (".lora_B." in name) == second]
-        for second in (False, True)
-    ]
+    others = [p for name, p in trained.items() if ".lora_B." not in name]
+    b_matrices = [p for name, p in trained.items() if ".lora_B." in name]
     return [
         {"params": group, "lr": config.learning_rate * ratio}
-        for group, ratio in zip(groups, ratios)
+        for group, ratio in zip((others, b_matrices), ratios)
     ]
 
 
-def fit_to_one_rank(engine, parameters: list):
-    """Take out of an engine that shares nothing out (stage_for) what it still does for other ranks, and put right its norm."""
+def fit_to_one_rank(engine: "DeepSpeedEngine", parameters: list) -> None:
+    """Turn off what an engine on one rank (stage_for) does for other ranks, and fix its norm.
+
+    Args:
+        parameters: the trained ones.
+    """
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
-    bf16, plain = (
-        isinstance(engine.optimizer, BF16_Optimizer),
-        isinstance(engine.optimizer, torch.optim.Optimizer),
-    )
+    bf16 = isinstance(engine.optimizer, BF16_Optimizer)
+    plain = isinstance(engine.optimizer, torch.optim.Optimizer)
     if world_size() == 1 and (bf16 or plain):
-        # It would copy all gradients to sum them over one rank, and round their fp32 sums to bf16 on the way.
+        # Its all-reduce would copy all gradients and round their fp32 sums to bf16.
         engine.enable_backward_allreduce = False
     if bf16:
         whole = engine.optimizer.get_grads_for_norm
-        engine.optimizer.get_grads_for_norm = lambda for_clipping=False: (
-            whole(for_clipping=True) if for_clipping else (pieces(whole()[0]), {})
-        )
-    if plain:  # DeepSpeed clips without ZeRO too, but forgets the norm
+
+        def grads_for_norm(for_clipping: bool = False):
+            return whole(for_clipping=True) if for_clipping else (pieces(whole()[0]), {})
+
+        engine.optimizer.get_grads_for_norm = grads_for_norm
+    if plain:  # DeepSpeed clips without ZeRO too, but does not store the norm
 
         def clip():
-            norm = torch.nn.utils.get_total_norm(
-                pieces(p.grad for p in parameters if p.grad is not None)
-            )
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(pieces(gradients))
             torch.nn.utils.clip_grads_with_norm_(parameters, engine.gradient_clipping(), norm)
             engine._global_grad_norm = norm
 
         engine.clip_fp32_gradients = clip
 
 
-def pieces(tensors) -> list[torch.Tensor]:
-    """The tensors, cut small where a CPU is to sum them up: torch adds in fp32 there, and is off by 0.2 % at 3e7 numbers."""
+def pieces(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors; on a CPU cut into pieces, so that their norm is accurate.
+
+    There torch adds in fp32, with an error of 0.2 % at 3e7 numbers.
+    """
     if torch.cuda.is_available():
         return list(tensors)
-    return [piece for tensor in tensors for piece in tensor.reshape(-1).split(2**18)]
+    cut: list[torch.Tensor] = []
+    for tensor in tensors:
+        cut += tensor.reshape(-1).split(2**18)
+    return cut
 
 
 def is_on(ds: dict, name: str) -> bool:
+    """Whether a section of a DeepSpeed configuration is enabled."""
     return ds.get(name, {}).get("enabled") is True
 
 
-def find_auto(node, where="") -> str | None:
-    """The dotted place of the first "auto" left in a configuration."""
+def find_auto(node: object, where: str = "") -> str | None:
+    """The dotted path of the first "auto" in a configuration; None where there is none.
+
+    Args:
+        node: the configuration, or a part of it.
+        where: the dotted path of that part.
+    """
     if node == "auto":
         return where
-    items = (
-        node.items()
-        if isinstance(node, dict)
-        else enumerate(node)
-        if isinstance(node, list)
-        else ()
-    )
-    return next(
-        (
-            found
-            for key, value in items
-            if (found := find_auto(value, f"{where}.{key}".lstrip(".")))
-        ),
-        None,
-    )
+    items: Iterable = ()
+    if isinstance(node, dict):
+        items = node.items()
+    elif isinstance(node, list):
+        items = enumerate(node)
+    for key, value in items:
+        if place := find_auto(value, f"{where}.{key}".lstrip(".")):
+            return place
+    return None
 
 
-def make_optimizer(parameters: list, ds: dict):
-    """Take AdamW out of the DeepSpeed file and build it here: torch's fused one, or DeepSpeed's CPU Adam under offload.
+def make_optimizer(parameters: list, ds: dict) -> torch.optim.Optimizer | None:
+    """AdamW, removed from the configuration `ds`: torch's fused one, or DeepSpeed's under offload.
 
-    Any other optimizer stays in the file, for DeepSpeed to build; then None is returned.
+    None for any other optimizer, which stays in `ds` for DeepSpeed to build.
     """
     if ds["optimizer"]["type"].lower() not in ("adam", "adamw"):
         return None
-    params = {
-        k: v
-        for k, v in ds.pop("optimizer")["params"].items()
-        if k in ("lr", "betas", "eps", "weight_decay")
-    }
+    given = ds.pop("optimizer")["params"]
+    names = ("lr", "betas", "eps", "weight_decay")
+    params = {name: value for name, value in given.items() if name in names}
     params["betas"] = tuple(params["betas"])
     zero = ds["zero_optimization"]
     ds["zero_allow_untested_optimizer"] = True
     if "offload_optimizer" in zero:
-        # DeepSpeed's CPU Adam is compiled for minutes at first use; without a GPU it has nothing to offload from.
+        # DeepSpeed's CPU Adam compiles for minutes at first use; without a GPU it has no use.
         if torch.cuda.is_available() and (optimizer := cpu_adam(parameters, params)):
             return optimizer
         ds["zero_force_ds_cpu_optimizer"] = False
     return torch.optim.AdamW(parameters, fused=True, **params)
 
 
-def cpu_adam(parameters: list, params: dict):
+def cpu_adam(parameters: list, params: dict) -> torch.optim.Optimizer | None:
     """DeepSpeed's CPU Adam, or None where its C++ part cannot be built."""
     try:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(parameters, adamw_mode=True, **params)
-    except (
-        Exception
-    ) as error:  # whatever a compiler may do, it must not stop a run that can do without
+    except Exception as error:  # compilers fail in many ways, and the run can do without
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         say(
             f"DeepSpeed's CPU Adam cannot be built ({reason}); using torch's AdamW, which is slower"

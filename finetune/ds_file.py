@@ -1,13 +1,14 @@
-"""DeepSpeed files: found, read, checked, and what train.py makes of their ZeRO section. Free of torch."""
+"""DeepSpeed files: reads and checks them, and adapts their ZeRO section. Free of torch."""
 
 from pathlib import Path
+from typing import Any
 
 from chatglm.files import read_json, shorten
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = (int, float)
 EXAMPLES = {"optimizer": "AdamW", "scheduler": "WarmupDecayLR"}
-# What a key must hold wherever train.py or DeepSpeed reads on in it: dotted path -> (type, in words).
+# The keys that must hold an object, since train.py or DeepSpeed reads keys in them.
 OBJECTS = (
     "fp16",
     "bf16",
@@ -34,6 +35,7 @@ OBJECTS = (
     "checkpoint",
     "curriculum_learning",
 )
+# What a key must hold: dotted path -> (type, in words).
 KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     **{path: (dict, "an object") for path in OBJECTS},
     "optimizer.type": (str, "text"),
@@ -48,10 +50,11 @@ KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
 
 
 def read_ds_file(name: str) -> tuple[Path, dict]:
-    """A DeepSpeed file and what it holds, without what is null; a bare name is looked up in ds_configs/ too.
+    """(path, content without nulls) of a DeepSpeed file; a bare name may be one of ds_configs/.
 
     Raises:
-        FileNotFoundError; ValueError: not a JSON object, or a section in it that is none.
+        FileNotFoundError: no such file.
+        ValueError: it is not a JSON object, or one of its sections is not.
     """
     folder = ROOT / "ds_configs"
     path = next((p for p in (Path(name), folder / name) if p.is_file()), None)
@@ -67,23 +70,23 @@ def read_ds_file(name: str) -> tuple[Path, dict]:
     return path, ds
 
 
-def without_nulls(value):
-    """JSON without the keys whose value is null: such a section is not there."""
+def without_nulls(value: Any) -> Any:
+    """JSON without the keys whose value is null: they count as absent."""
     if isinstance(value, dict):
-        return {key: without_nulls(found) for key, found in value.items() if found is not None}
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return value
 
 
-def check_kinds(ds: dict):
-    """Raises ValueError naming the first key of a DeepSpeed configuration that holds another kind of value than KINDS says."""
+def check_kinds(ds: dict) -> None:
+    """Raises ValueError naming the first key whose value is not of the type that KINDS says."""
     for path, (kind, wanted) in KINDS.items():
-        found = ds
+        value: Any = ds
         for key in path.split("."):
-            found = found.get(key) if isinstance(found, dict) else None
-        if found is None or (found == "auto" and kind is not dict):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is None or (value == "auto" and kind is not dict):
             continue
-        if not isinstance(found, kind) or (isinstance(found, bool) and kind is not dict):
-            raise ValueError(f"{path} must be {wanted}, got {shorten(found)}")
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not dict):
+            raise ValueError(f"{path} must be {wanted}, got {shorten(value)}")
     betas = ds.get("optimizer", {}).get("params", {}).get("betas", "auto")
     if betas != "auto" and [type(beta) in NUMBER for beta in betas] != [True, True]:
         raise ValueError(
@@ -100,9 +103,10 @@ def check_kinds(ds: dict):
 
 
 def fill_sizes(zero: dict, hidden_size: int) -> dict:
-    """zero_optimization with the sizes left to "auto" as transformers chooses them for a model's width.
+    """zero_optimization with its "auto" sizes as transformers chooses them for a model's width.
 
-    ZeRO-1 and 2 get buckets of at least 2**24 elements, 64 MiB in fp32: small models would wait for many small messages.
+    ZeRO-1 and 2 get buckets of at least 2**24 elements, 64 MiB in fp32: small models would wait
+    for many small messages.
     """
     square = hidden_size**2
     by_width = {
@@ -113,7 +117,7 @@ def fill_sizes(zero: dict, hidden_size: int) -> dict:
     return zero | {key: value for key, value in by_width.items() if zero.get(key) == "auto"}
 
 
-# Keys of zero_optimization that tell how ranks share and talk: without a meaning where there is one.
+# Keys of zero_optimization about partitioning and communication: no effect on a single rank.
 BETWEEN_RANKS = {
     "stage",
     "allgather_partitions",
@@ -127,11 +131,14 @@ BETWEEN_RANKS = {
 
 
 def stage_for(ds: dict, precision: str, adapters: bool, world: int) -> int:
-    """A DeepSpeed file's ZeRO stage; on one rank that trains more than adapters, the cheapest that computes the same.
+    """The ZeRO stage to use: the file's, or on one rank the cheapest that computes the same.
 
-    ZeRO-2 there still copies every gradient into a bucket, sums it into a new buffer and takes its norm in fp64: two thirds of
-    a step's time again. In bf16 stage 1 gives DeepSpeed's BF16_Optimizer, which adds each gradient to its fp32 sum as backward
-    makes it; in fp32 nothing at all is needed. Files that say more of ZeRO than how ranks talk are obeyed.
+    On one rank ZeRO-2 still copies every gradient into a bucket, sums it into a new buffer and
+    takes its norm in fp64, which adds two thirds to a step's time. In bf16, stage 1 uses
+    DeepSpeed's BF16_Optimizer, which adds each gradient to its fp32 sum during backward; fp32 needs
+    no ZeRO.
+    The file's stage stays with several ranks, with adapters, and where the file sets more of ZeRO
+    than BETWEEN_RANKS.
     """
     zero = ds["zero_optimization"]
     stage = zero.get("stage", 0)

@@ -1,26 +1,39 @@
-"""Going on with another number of ranks: DeepSpeed's shards read as whole parameters, and put into the engine of this run.
+"""Resuming with another number of ranks: reads DeepSpeed's shards as whole parameters.
 
-DeepSpeed's own way, ds_to_universal, writes every parameter and moment into files of their own first; here each rank maps the shards
-into memory and copies what is its own, one parameter at a time. A stage may turn into another on the way (ds_file.stage_for).
+DeepSpeed's ds_to_universal first writes a file for each parameter and moment. Here each rank maps
+the shards into memory and copies its part of one parameter at a time. The ZeRO stage may change too
+(ds_file.stage_for).
 """
 
 import os
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from finetune.distributed import rank, world_size
 
-MASTER = "fp32"  # beside the optimizer's own names of what it keeps per parameter
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+
+    Optimizer = torch.optim.Optimizer | ZeROOptimizer
+
+MASTER = "fp32"  # key of the master weights, beside the optimizer's keys of its state
+Pieces = dict[str, dict[str, list[Tensor]]]  # as in TrainerState
 
 
 @contextmanager
-def weights_only():
-    """DeepSpeed unpickles its shards whole; in here nothing but tensors and its own few value classes loads."""
+def weights_only() -> Iterator[None]:
+    """A context in which torch.load accepts only tensors and a few of DeepSpeed's classes.
+
+    DeepSpeed itself would unpickle anything in its shards.
+    """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -42,17 +55,19 @@ def weights_only():
 
 @dataclass
 class TrainerState:
-    """What the shards of a checkpoint hold, whoever wrote them.
+    """The content of a checkpoint's shards, independent of stage and number of ranks.
 
     Attributes:
-        pieces: parameter name -> MASTER or the optimizer's key -> flat tensors that follow one another; the last may be padded.
-        step: the optimizer's own count (a tensor, or an int of DeepSpeed's CPU Adam), None where it counts none.
+        pieces: parameter name -> MASTER or the optimizer's key -> consecutive parts of the
+            parameter, flat; the last may be padded.
+        step: the optimizer's count of steps (a tensor, or an int of DeepSpeed's CPU Adam), None
+            where it has none.
         rates: the learning rate of each parameter group.
         counters: the engine's counts and its schedule, as DeepSpeed saves them.
         scaler: fp16's loss scale, None in a run without ZeRO.
     """
 
-    pieces: dict[str, dict[str, list[Tensor]]]
+    pieces: Pieces
     step: Tensor | int | None
     rates: list[float]
     counters: dict
@@ -67,118 +82,140 @@ class TrainerState:
 
 
 def read_shards(folder: Path) -> TrainerState:
-    """The shards in trainer/state of a checkpoint; call it inside weights_only(). Raises ValueError where some are missing."""
+    """The shards in trainer/state of a checkpoint; call it inside weights_only().
 
-    def load(path: Path) -> dict:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-
-    def by_rank(pattern: str) -> list[Path]:
-        found = {
-            int(number.group(1)) if (number := re.search(r"zero_pp_rank_(\d+)_", p.name)) else 0: p
-            for p in folder.glob(pattern)
-        }
-        return [found[number] for number in sorted(found)]
-
-    models = by_rank("*model_states.pt")
+    Raises:
+        ValueError: some of them are missing.
+    """
+    models = files_by_rank(folder, "*model_states.pt")
     if not models:
         raise ValueError(f"{folder}: no *model_states.pt")
-    model = load(models[0])
-    shards = [load(path)["optimizer_state_dict"] for path in by_rank("*optim_states.pt")]
+    model = load_shard(models[0])
+    optimizer_files = files_by_rank(folder, "*optim_states.pt")
+    shards = [load_shard(path)["optimizer_state_dict"] for path in optimizer_files]
     if shards and len(shards) != model["dp_world_size"]:
         raise ValueError(
             f"{folder}: {model['dp_world_size']} ranks wrote it, shards of {len(shards)} are there"
         )
     if not shards:
-        optimizer, pieces = model["optimizer"], read_plain(model)
+        optimizer = model["optimizer"]
+        pieces = read_plain(model)
     elif "param_slice_mappings" in shards[0]:
-        optimizer, pieces = shards[0]["base_optimizer_state"], read_flat(shards)
+        optimizer = shards[0]["base_optimizer_state"]
+        pieces = read_flat(shards)
     else:
-        optimizer, pieces = (
-            shards[0]["optimizer_state_dict"],
-            read_partitioned(shards, model["param_shapes"]),
-        )
+        optimizer = shards[0]["optimizer_state_dict"]
+        pieces = read_partitioned(shards, model["param_shapes"])
     step = next((state["step"] for state in optimizer["state"].values() if "step" in state), None)
     rates = [group["lr"] for group in optimizer["param_groups"]]
-    return TrainerState(
-        pieces, step, rates, model, shards[0].get("loss_scaler") if shards else None
-    )
+    scaler = shards[0].get("loss_scaler") if shards else None
+    return TrainerState(pieces, step, rates, model, scaler)
 
 
-def kept(state: dict) -> dict[str, Tensor]:
-    """What an optimizer keeps per number of a parameter."""
+def load_shard(path: Path) -> dict:
+    """A file of DeepSpeed's, its tensors mapped into memory."""
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+
+def files_by_rank(folder: Path, pattern: str) -> list[Path]:
+    """The files that match a pattern, in the order of the ranks in their names (none: rank 0)."""
+    files = {}
+    for path in folder.glob(pattern):
+        number = re.search(r"zero_pp_rank_(\d+)_", path.name)
+        files[int(number.group(1)) if number else 0] = path
+    return [files[number] for number in sorted(files)]
+
+
+def state_tensors(state: dict) -> dict[str, Tensor]:
+    """The tensors of an optimizer's state that have an element per element of the parameter."""
     return {key: value for key, value in state.items() if key != "step" and torch.is_tensor(value)}
 
 
-def read_plain(model: dict) -> dict:
-    """A run without ZeRO: torch's optimizer numbers the trained parameters in their order (fp32, so they are their own masters)."""
-    names = (
-        [name for group in model["param_shapes"] for name in group]
-        if model.get("param_shapes")
-        else list(model["module"])
-    )
-    numbers = [number for group in model["optimizer"]["param_groups"] for number in group["params"]]
-    if (
-        len(model["optimizer"]["param_groups"]) > 1
-    ):  # LoRA+: A's before B's (distributed.parameter_groups)
+def add_part(pieces: Pieces, name: str, vectors: dict[str, Tensor], start: int, size: int) -> None:
+    """Append elements `start` to `start + size` of each vector to the pieces of a parameter."""
+    of_parameter = pieces.setdefault(name, {})
+    for key, vector in vectors.items():
+        of_parameter.setdefault(key, []).append(vector.narrow(0, start, size))
+
+
+def read_plain(model: dict) -> Pieces:
+    """The pieces of a run without ZeRO, each a whole parameter.
+
+    torch's optimizer numbers the trained parameters in their order. They are fp32, so they are
+    their own masters.
+    """
+    names = list(model["module"])
+    if model.get("param_shapes"):
+        names = []
+        for shapes in model["param_shapes"]:
+            names += shapes
+    groups = model["optimizer"]["param_groups"]
+    numbers = []
+    for group in groups:
+        numbers += group["params"]
+    if len(groups) > 1:  # LoRA+: A's before B's (distributed.parameter_groups)
         names.sort(key=lambda name: ".lora_B." in name)
     if len(names) != len(numbers):
         raise ValueError(f"{len(numbers)} parameters in the optimizer, {len(names)} in the model")
     states = model["optimizer"]["state"]
-    return {
-        name: {
-            key: [value]
-            for key, value in ({MASTER: model["module"][name]} | kept(states.get(i, {}))).items()
-        }
-        for name, i in zip(names, numbers)
-    }
-
-
-def read_flat(shards: list[dict]) -> dict:
-    """ZeRO-1 and 2, BF16_Optimizer: each group one vector, cut into the ranks' parts; a shard tells where its pieces lie."""
-    pieces: dict = {}
-    for shard in shards:
-        for number, mapping in enumerate(shard["param_slice_mappings"]):
-            flat = {MASTER: shard["single_partition_of_fp32_groups"][number]} | kept(
-                shard["base_optimizer_state"]["state"].get(number, {})
-            )
-            for name, place in mapping.items():
-                for key, vector in flat.items():
-                    pieces.setdefault(name, {}).setdefault(key, []).append(
-                        vector.narrow(0, place.start, place.numel)
-                    )
+    pieces: Pieces = {}
+    for name, number in zip(names, numbers):
+        tensors = {MASTER: model["module"][name]} | state_tensors(states.get(number, {}))
+        pieces[name] = {key: [tensor] for key, tensor in tensors.items()}
     return pieces
 
 
-def read_partitioned(shards: list[dict], shapes: list[dict]) -> dict:
-    """ZeRO-3: every parameter cut into equal parts, one a rank, the last padded; parts of a rank lie end to end in sub-groups."""
-    pieces: dict = {}
+def read_flat(shards: list[dict]) -> Pieces:
+    """The pieces of ZeRO-1 and 2 and of BF16_Optimizer.
+
+    Each group is one vector, cut into a part per rank; a shard says where its pieces start.
+    """
+    pieces: Pieces = {}
     for shard in shards:
+        states = shard["base_optimizer_state"]["state"]
+        for number, mapping in enumerate(shard["param_slice_mappings"]):
+            master = shard["single_partition_of_fp32_groups"][number]
+            vectors = {MASTER: master} | state_tensors(states.get(number, {}))
+            for name, place in mapping.items():
+                add_part(pieces, name, vectors, place.start, place.numel)
+    return pieces
+
+
+def read_partitioned(shards: list[dict], shapes: list[dict]) -> Pieces:
+    """The pieces of ZeRO-3.
+
+    Every parameter is cut into equal parts, one per rank, the last padded. The parts of a rank lie
+    end to end in sub-groups.
+    """
+    sizes: dict[str, int] = {}  # of a rank's part
+    for group_shapes in shapes:
+        for name, shape in group_shapes.items():
+            sizes[name] = -(-shape.numel() // len(shards))
+    pieces: Pieces = {}
+    for shard in shards:
+        masters = shard["fp32_flat_groups"]
         states = shard["optimizer_state_dict"]["state"]
-        group, start = 0, 0
-        for name, shape in (item for part in shapes for item in part.items()):
-            size = -(-shape.numel() // len(shards))
-            if start == shard["fp32_flat_groups"][group].numel():
-                group, start = group + 1, 0
-            for key, vector in (
-                {MASTER: shard["fp32_flat_groups"][group]} | kept(states.get(group, {}))
-            ).items():
-                pieces.setdefault(name, {}).setdefault(key, []).append(
-                    vector.narrow(0, start, size)
-                )
+        group = start = 0
+        for name, size in sizes.items():
+            if start == masters[group].numel():
+                group += 1
+                start = 0
+            vectors = {MASTER: masters[group]} | state_tensors(states.get(group, {}))
+            add_part(pieces, name, vectors, start, size)
             start += size
     return pieces
 
 
-def restore(engine, saved: TrainerState):
-    """Put a trainer state into an engine that has not stepped yet. No rank talks to another.
+def restore(engine: "DeepSpeedEngine", saved: TrainerState) -> None:
+    """Load a trainer state into an engine that has not stepped yet, without communication.
 
     Raises:
         ValueError: a trained parameter is not in it.
     """
     outer = engine.optimizer
     trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
-    if lost := [name for name in trained if name not in saved.pieces]:
-        raise ValueError(f"the shards hold nothing of {lost[0]}")
+    if missing := [name for name in trained if name not in saved.pieces]:
+        raise ValueError(f"the shards hold nothing of {missing[0]}")
     keys = [key for key in next(iter(saved.pieces.values())) if key != MASTER]
     inner = outer if is_plain(outer) else outer.optimizer
     for vector in trained.values() if is_plain(outer) else flat_groups(outer):
@@ -191,19 +228,21 @@ def restore(engine, saved: TrainerState):
     restore_counters(engine, inner, saved)
 
 
-def is_plain(optimizer) -> bool:
-    """torch's own optimizer, without DeepSpeed's around it."""
+def is_plain(optimizer: object) -> bool:
+    """Whether it is torch's optimizer, not wrapped in one of DeepSpeed's."""
     return isinstance(optimizer, torch.optim.Optimizer)
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """ZeRO-3 has cut the parameter."""
+    """Whether ZeRO-3 has partitioned the parameter."""
     return hasattr(parameter, "ds_id")
 
 
-def flat_groups(optimizer) -> list[Tensor]:
-    """This rank's part of each parameter group in fp32, one vector a group: what DeepSpeed's
-    optimizers give to torch's."""
+def flat_groups(optimizer: "ZeROOptimizer") -> list[Tensor]:
+    """This rank's part of each parameter group in fp32, one vector per group.
+
+    These are the parameters of the torch optimizer inside of DeepSpeed's.
+    """
     names = (
         "fp32_partitioned_groups_flat",  # ZeRO-3
         "single_partition_of_fp32_groups",  # ZeRO-1 and 2
@@ -213,17 +252,18 @@ def flat_groups(optimizer) -> list[Tensor]:
 
 
 def empty_state(vector: Tensor, step: Tensor | int | None, keys: list[str]) -> dict:
-    """An optimizer's state of one tensor: zeros under each key, and the count of steps."""
+    """An optimizer's state of one tensor: zeros for each key, and the count of steps."""
     if torch.is_tensor(step):
         step = step.clone().to(vector.device)
     state = {} if step is None else {"step": step}
     return state | {key: torch.zeros_like(vector) for key in keys}
 
 
-def copy_part(optimizer, parameter: Tensor, key: str, whole: Tensor):
-    """Copy what this rank holds of a parameter's master or of what the optimizer keeps of it.
+def copy_part(optimizer: "Optimizer", parameter: Tensor, key: str, whole: Tensor) -> None:
+    """Copy this rank's part of a parameter's master or optimizer state.
 
     Args:
+        key: MASTER or the optimizer's key.
         whole: (numel,) of the whole parameter.
     """
     if is_partitioned(parameter):
@@ -232,13 +272,13 @@ def copy_part(optimizer, parameter: Tensor, key: str, whole: Tensor):
         copy_fragment(optimizer, parameter, key, whole)
     elif key != MASTER:
         optimizer.state[parameter][key].copy_(whole.view_as(parameter))
-    # There whole: without ZeRO-3, and the small ones under it.
+    # Parameters that each rank holds whole: all without ZeRO-3, the small ones with it.
     if key == MASTER and parameter.numel() == whole.numel():
         parameter.data.copy_(whole.view_as(parameter))
 
 
-def copy_partition(optimizer, parameter: Tensor, key: str, whole: Tensor):
-    """ZeRO-3: the rank's one of world-size equal parts, the last padded with zeros."""
+def copy_partition(optimizer: "ZeROOptimizer", parameter: Tensor, key: str, whole: Tensor) -> None:
+    """ZeRO-3: copy this rank's one of world-size equal parts, the last padded with zeros."""
     state_key = None if key == MASTER else key
     place, _ = optimizer._get_fp32_opt_state_partition(parameter, False, state_key)
     padded = whole.new_zeros(place.numel() * world_size())
@@ -249,8 +289,8 @@ def copy_partition(optimizer, parameter: Tensor, key: str, whole: Tensor):
         parameter.ds_tensor.copy_(part)
 
 
-def copy_fragment(optimizer, parameter: Tensor, key: str, whole: Tensor):
-    """ZeRO-1 and 2, BF16_Optimizer: the part that lies in this rank's flat vector, if any does."""
+def copy_fragment(optimizer: "ZeROOptimizer", parameter: Tensor, key: str, whole: Tensor) -> None:
+    """ZeRO-1 and 2, BF16_Optimizer: copy the part in this rank's flat vector, if there is one."""
     mapping = parameter._hp_mapping
     if mapping is None:
         return
@@ -261,8 +301,10 @@ def copy_fragment(optimizer, parameter: Tensor, key: str, whole: Tensor):
     vector.narrow(0, here.start, here.numel).copy_(whole.narrow(0, there.start, there.numel))
 
 
-def restore_counters(engine, inner: torch.optim.Optimizer, saved: TrainerState):
-    """Learning rates, the loss scale, the schedule, and the engine's counts of steps."""
+def restore_counters(
+    engine: "DeepSpeedEngine", inner: torch.optim.Optimizer, saved: TrainerState
+) -> None:
+    """Load learning rates, the loss scale, the schedule, and the engine's counts of steps."""
     for group, rate in zip(inner.param_groups, saved.rates):
         group["lr"] = rate
     if saved.scaler is not None and engine.fp16_enabled():

@@ -1,17 +1,20 @@
-"""The training loop: one optimizer step at a time, each a pure function of (seed, step) and the weights."""
+"""The training loop: each optimizer step is a pure function of (seed, step) and the weights."""
 
 import math
 import random
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGTERM
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from chatglm.loading import base_fingerprint, read_config, stored_prefix
@@ -53,13 +56,16 @@ from finetune.rows.batches import step_rows
 from finetune.stopping import STOPPED, SignalWatch, StoppedBySignal
 from finetune.task import FineTuning, RowSet
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 
 class TrainingFailed(RuntimeError):
-    """The run cannot go on: the loss is not a number, or the like. The message says where."""
+    """The run cannot go on, since its loss or gradient is not finite. The message says where."""
 
 
-def seed_step(seed: int, step: int, stream: int):
-    """Set every generator that a step may draw from, so that a resumed step draws the same."""
+def seed_step(seed: int, step: int, stream: int) -> None:
+    """Seed every generator that a step may use, so that a resumed step draws the same numbers."""
     number = int(np.random.SeedSequence([seed, step, stream]).generate_state(1)[0])
     random.seed(number)
     np.random.seed(number)
@@ -68,7 +74,7 @@ def seed_step(seed: int, step: int, stream: int):
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many optimizer steps there are, and which epoch a step belongs to."""
+    """The number of optimizer steps, and the epoch of a step."""
 
     rows: int
     global_batch: int
@@ -91,21 +97,22 @@ class Schedule:
         return (done - 1) // self.steps_per_epoch + 1
 
 
-def train(config: TrainConfig, make_task=FineTuning) -> Path:
-    """Run a whole training of what `make_task(config)` says; returns the last checkpoint's folder.
+def train(config: TrainConfig, make_task: Callable[[TrainConfig], FineTuning] = FineTuning) -> Path:
+    """Train the task that `make_task(config)` makes; returns the last checkpoint's folder.
 
     Raises:
-        ValueError, FileNotFoundError: flags, files or rows that do not fit, before anything is written.
+        ValueError, FileNotFoundError: flags, files or rows that do not fit, before anything is
+            written.
         TrainingFailed: the loss became nan or infinite; names step and rows.
-        StoppedBySignal: SIGTERM, SIGHUP or SIGINT came before the last step; what was done is saved.
+        StoppedBySignal: SIGTERM, SIGHUP or SIGINT came before the last step; a checkpoint is saved.
         MemoryError: says what is needed, what there is, and what would make it fit.
     """
     with explained(lambda: training_advice(config)):
         return run_training(config, make_task)
 
 
-def run_training(config: TrainConfig, make_task) -> Path:
-    """As `train`, but what runs out of memory raises what it raises."""
+def run_training(config: TrainConfig, make_task: Callable[[TrainConfig], FineTuning]) -> Path:
+    """As `train`, but errors of memory stay as they are."""
     task = make_task(config)
     output_dir = Path(config.output_dir or task.default_output_dir)
     check_start(config, Path(task.model_path))
@@ -118,8 +125,8 @@ def run_training(config: TrainConfig, make_task) -> Path:
         lock.__exit__(None, None, None)
 
 
-def train_locked(config: TrainConfig, task, output_dir: Path) -> Path:
-    """`train` in an output folder that is this run's alone."""
+def train_locked(config: TrainConfig, task: FineTuning, output_dir: Path) -> Path:
+    """`train` once the output folder is locked."""
     agree(lambda: check_output_dir(config, output_dir))
     folder = None
     if config.resume_from_checkpoint:
@@ -154,27 +161,11 @@ def train_locked(config: TrainConfig, task, output_dir: Path) -> Path:
         checkpointer.set_later_aside(folder)
     elif config.resume_from_checkpoint:
         say("no checkpoint to resume from: starting anew")
-    facts = {
-        "title": task.title,
-        "base_model": base,
-        "data": data_facts(config, task, checkpointer.data),
-        "world_size": world_size(),
-        "device": torch.cuda.get_device_name(device())
-        if torch.cuda.is_available()
-        else processor(),
-        "precision": precision,
-        "rows": schedule.rows,
-        "rows_per_step": schedule.global_batch,
-        "total_steps": schedule.total_steps,
-        "parameters": {
-            "trainable": sum(size for _, size, yes in sizes if yes),
-            "all": sum(size for _, size, _ in sizes),
-        },
-    }
+    facts = run_facts(config, task, schedule, checkpointer, precision, sizes)
     loop = Loop(config, engine, model, task, schedule, checkpointer, resumed, facts)
     say(
-        f"{task.title}, {config.train_type}, {precision}, {world_size()} rank(s), {schedule.rows} rows, "
-        f"{schedule.total_steps} steps of {schedule.global_batch} rows"
+        f"{task.title}, {config.train_type}, {precision}, {world_size()} rank(s), "
+        f"{schedule.rows} rows, {schedule.total_steps} steps of {schedule.global_batch} rows"
     )
     last = loop.run()
     if task.stream and task.stream.dropped:
@@ -182,32 +173,71 @@ def train_locked(config: TrainConfig, task, output_dir: Path) -> Path:
     return last
 
 
-def check_start(config: TrainConfig, base: Path):
-    """Refuse what would be lost or misread, or fail later; raises ValueError."""
+def run_facts(
+    config: TrainConfig,
+    task: FineTuning,
+    schedule: Schedule,
+    checkpointer: Checkpointer,
+    precision: str,
+    sizes: list[tuple[str, int, bool]],
+) -> dict:
+    """What run.json says of a run besides its flags; `sizes` as parameter_sizes returns them."""
+    if torch.cuda.is_available():
+        device_name = torch.cuda.get_device_name(device())
+    else:
+        device_name = processor()
+    return {
+        "title": task.title,
+        "base_model": checkpointer.base,
+        "data": data_facts(config, task, checkpointer.data),
+        "world_size": world_size(),
+        "device": device_name,
+        "precision": precision,
+        "rows": schedule.rows,
+        "rows_per_step": schedule.global_batch,
+        "total_steps": schedule.total_steps,
+        "parameters": {
+            "trainable": sum(size for _, size, trained in sizes if trained),
+            "all": sum(size for _, size, _ in sizes),
+        },
+    }
+
+
+def check_start(config: TrainConfig, base: Path) -> None:
+    """Raises ValueError for a missing package, or a base that the method cannot start from."""
     check_loggers(config.loggers)
     check_packages(config.answer_metrics)
     if (base / "adapter_config.json").is_file():
         raise ValueError(
-            f"--model_name_or_path {base} is a LoRA adapter: merge it first (merge_lora.py --save_dir), then train on the result"
+            f"--model_name_or_path {base} is a LoRA adapter: merge it first "
+            f"(merge_lora.py --save_dir), then train on the result"
         )
-    if config.train_type != "ptuning" and (stored := stored_prefix(base)) and stored["only"]:
+    stored = None if config.train_type == "ptuning" else stored_prefix(base)
+    if stored and stored["only"]:
         raise ValueError(
-            f"--model_name_or_path {base} holds a P-Tuning prefix alone: only --train_type ptuning can go on from it"
+            f"--model_name_or_path {base} holds a P-Tuning prefix alone: "
+            f"only --train_type ptuning can go on from it"
         )
 
 
-def check_output_dir(config: TrainConfig, output_dir: Path):
-    """Raises ValueError where an earlier run's checkpoints lie and no flag says what becomes of them."""
-    there = sorted(output_dir.glob("epoch-*-step-*"), key=lambda p: p.stat().st_mtime)
-    if there and not (config.resume_from_checkpoint or config.overwrite_output_dir):
+def check_output_dir(config: TrainConfig, output_dir: Path) -> None:
+    """Raises ValueError where an earlier run's checkpoints would be neither used nor replaced."""
+    earlier = sorted(output_dir.glob("epoch-*-step-*"), key=lambda path: path.stat().st_mtime)
+    if earlier and not (config.resume_from_checkpoint or config.overwrite_output_dir):
         raise ValueError(
-            f"--output_dir {output_dir} already holds {there[-1].name} of an earlier run: go on with "
-            f"--resume_from_checkpoint auto, replace it with --overwrite_output_dir, or name another folder"
+            f"--output_dir {output_dir} already holds {earlier[-1].name} of an earlier run: "
+            f"go on with --resume_from_checkpoint auto, replace it with --overwrite_output_dir, "
+            f"or name another folder"
         )
 
 
-def build_engine(config: TrainConfig, task: FineTuning, total_steps: int):
-    """(DeepSpeed engine, model, precision): the model prepared by its method and wrapped with the loss."""
+def build_engine(
+    config: TrainConfig, task: FineTuning, total_steps: int
+) -> tuple["DeepSpeedEngine", nn.Module, str]:
+    """(DeepSpeed engine, model, precision).
+
+    The model is prepared by its method; the engine's module wraps it with the loss.
+    """
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -223,8 +253,10 @@ def build_engine(config: TrainConfig, task: FineTuning, total_steps: int):
         world=world_size(),
     )
     if ds["zero_optimization"].get("stage") == 3:
-        # While this object lives, from_pretrained builds the model partitioned. It reads the frozen weights' dtype here.
-        partitioned_loading = HfDeepSpeedConfig(ds | {"bf16": {"enabled": precision == "bf16"}})  # noqa: F841
+        # While this object exists, from_pretrained builds the model partitioned, with the dtype of
+        # the frozen weights that it reads here.
+        bf16 = {"enabled": precision == "bf16"}
+        partitioned_loading = HfDeepSpeedConfig(ds | {"bf16": bf16})  # noqa: F841
     seed_step(config.seed, 0, stream=0)  # new weights are equal on every rank
     model = task.build_model(DTYPES[precision])
     if adapters and precision == "bf16":
@@ -235,59 +267,71 @@ def build_engine(config: TrainConfig, task: FineTuning, total_steps: int):
                     parameter.ds_tensor.data = parameter.ds_tensor.data.float()
     use_lean_lora(model)
     recompute(model, config.gradient_checkpointing, config.gradient_checkpointing_layers)
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     groups = parameter_groups(model, config)
     optimizer = make_optimizer(groups, ds)
     with without_prints():
         engine, *_ = deepspeed.initialize(
             model=task.loss_module(model), model_parameters=groups, optimizer=optimizer, config=ds
         )
-    fit_to_one_rank(engine, trainable)
+    fit_to_one_rank(engine, trained)
     return engine, model, precision
 
 
-def parameter_sizes(model) -> list[tuple[str, int, bool]]:
-    """(name, count, whether it is trained) of each parameter."""
+def parameter_sizes(model: nn.Module) -> list[tuple[str, int, bool]]:
+    """(name, number of elements, whether it is trained) of each parameter."""
     return [(n, full_size(p), p.requires_grad) for n, p in model.named_parameters()]
 
 
 def parameter_report(sizes: list[tuple[str, int, bool]]) -> str:
-    """Names, counts and share of the trainable parameters."""
-    trainable = [(name, size) for name, size, yes in sizes if yes]
-    part, total = sum(size for _, size in trainable), sum(size for _, size, _ in sizes)
-    shown = [f"  {name} {size:,}" for name, size in trainable]
-    if len(shown) > 8:
-        shown = [*shown[:4], f"  ... {len(shown) - 8} more ...", *shown[-4:]]
-    return "\n".join(
-        [f"trainable: {part:,} of {total:,} parameters ({100 * part / total:.4f} %)", *shown]
-    )
+    """Text of the names, sizes and share of the trainable parameters."""
+    trained = sum(size for _, size, is_trained in sizes if is_trained)
+    total = sum(size for _, size, _ in sizes)
+    lines = [f"  {name} {size:,}" for name, size, is_trained in sizes if is_trained]
+    if len(lines) > 8:
+        lines = [*lines[:4], f"  ... {len(lines) - 8} more ...", *lines[-4:]]
+    head = f"trainable: {trained:,} of {total:,} parameters ({100 * trained / total:.4f} %)"
+    return "\n".join([head, *lines])
 
 
-def full_size(parameter) -> int:
-    """Elements of a parameter; of the whole where ZeRO-3 has taken it apart or 4 bits have packed it."""
+def full_size(parameter: nn.Parameter) -> int:
+    """Number of elements of a parameter before ZeRO-3 partitions it or 4 bits pack it."""
     if hasattr(parameter, "ds_id"):
         return parameter.ds_numel
     packed = getattr(parameter, "quant_state", None)
     return packed.shape.numel() if packed else parameter.numel()
 
 
-def data_facts(config: TrainConfig, task, train_hash: str) -> dict:
+def data_facts(config: TrainConfig, task: FineTuning, train_hash: str) -> dict:
     """Paths and hashes of a run's rows."""
-    found = {"train": {"path": config.train_path, "sha256": train_hash}}
+    facts = {"train": {"path": config.train_path, "sha256": train_hash}}
     if config.eval_path:
-        found["eval"] = {"path": config.eval_path, "sha256": agree(lambda: task.eval_hash)}
-    return found
+        facts["eval"] = {"path": config.eval_path, "sha256": agree(lambda: task.eval_hash)}
+    return facts
 
 
 class Loop:
     """The state of a run between its steps."""
 
     def __init__(
-        self, config, engine, model, task, schedule, checkpointer, resumed: dict, facts: dict
+        self,
+        config: TrainConfig,
+        engine: "DeepSpeedEngine",
+        model: nn.Module,
+        task: FineTuning,
+        schedule: Schedule,
+        checkpointer: Checkpointer,
+        resumed: dict,
+        facts: dict,
     ):
-        """`resumed`: the manifest of the checkpoint that was loaded, if one was; `facts`: what run.json says of the run."""
-        self.config, self.engine, self.model, self.task = config, engine, model, task
-        self.schedule, self.checkpointer, self.facts = schedule, checkpointer, facts
+        """`resumed`: the manifest of the loaded checkpoint, or {}; `facts`: as run_facts."""
+        self.config = config
+        self.engine = engine
+        self.model = model
+        self.task = task
+        self.schedule = schedule
+        self.checkpointer = checkpointer
+        self.facts = facts
         self.done = resumed.get("step", 0)
         same_rows = resumed.get("eval_data", checkpointer.eval_data) == checkpointer.eval_data
         self.patience = Patience(
@@ -298,21 +342,26 @@ class Loop:
         self.signals = SignalWatch()
         self.last_metrics: dict = {}
         self.workers = ThreadPoolExecutor(config.num_workers) if config.num_workers else None
-        self.ahead: dict[int, Future] = {}  # the batches of the steps to come, in the making
+        self.ahead: dict[int, Future] = {}  # step -> its batches, which a worker is making
 
     def run(self) -> Path:
+        """Run the steps that are left; returns the last checkpoint's folder.
+
+        Raises:
+            StoppedBySignal: a signal came before the last step.
+        """
         with self.signals:
             return self.run_whole()
 
     def run_whole(self) -> Path:
-        config, schedule, checkpointer = self.config, self.schedule, self.checkpointer
-        writer = (
-            RunLog(config, checkpointer.output_dir, self.done, self.facts, checkpointer.eval_data)
-            if rank() == 0
-            else None
-        )
+        """As `run`, while signals are recorded."""
+        writer = None
+        if rank() == 0:
+            eval_data = self.checkpointer.eval_data
+            output_dir = self.checkpointer.output_dir
+            writer = RunLog(self.config, output_dir, self.done, self.facts, eval_data)
         bar = tqdm(
-            total=schedule.total_steps,
+            total=self.schedule.total_steps,
             initial=self.done,
             desc="training",
             unit="step",
@@ -325,7 +374,7 @@ class Loop:
             folder, status = self.run_steps(bar, writer)
             if folder is None:
                 folder = self.save(improved=False)
-        finally:  # so that an error gets a line of its own
+        finally:  # so that an error is printed on a new line
             bar.close()
             if self.workers:
                 self.workers.shutdown(cancel_futures=True)
@@ -336,84 +385,86 @@ class Loop:
             raise StoppedBySignal(folder, self.signals.number or SIGTERM)
         return folder
 
-    def run_steps(self, bar, writer) -> tuple[Path | None, str]:
-        """The steps that are left; returns the last checkpoint written, and how it ended, as run.json says it."""
-        config, schedule = self.config, self.schedule
+    def run_steps(self, bar: tqdm, writer: RunLog | None) -> tuple[Path | None, str]:
+        """Run the steps that are left; returns the last checkpoint and run.json's status."""
+        config = self.config
+        total_steps = self.schedule.total_steps
         folder = None
-        while self.done < schedule.total_steps and not self.patience.ended(
-            config.early_stopping_patience
-        ):
-            started = time.perf_counter()
-            self.last_metrics = {}  # a checkpoint carries the evaluation of its own step or none
-            lr = self.engine.optimizer.param_groups[0][
-                "lr"
-            ]  # of this step; the scheduler moves on inside
-            loss, norm, tokens, stop = self.step()
-            seconds = time.perf_counter() - started
-            bar.set_postfix(
-                refresh=False, loss=f"{loss:.4f}", **{"tokens/s": f"{tokens / seconds:.0f}"}
-            )
-            bar.update()
-            values = {
-                "train_loss": loss,
-                "learning_rate": lr,
-                "grad_norm": norm,
-                "tokens_per_second": tokens / seconds,
-            }
-            if writer:
-                writer.add(self.done, values | {"memory_gb": peak_memory_gb()})
-            if self.done % config.show_loss_step == 0 or self.done == schedule.total_steps:
-                self.tell(
-                    f"epoch {schedule.epoch_of(self.done)} step {self.done} loss {loss:.6f} lr {lr:.3e} "
-                    f"grad_norm {norm:.4f} tokens/s {tokens / seconds:.0f}"
-                )
-            epoch_end = schedule.ends_epoch(self.done)
+        while self.done < total_steps and not self.patience.ended(config.early_stopping_patience):
+            self.last_metrics = {}  # a checkpoint has the evaluation of its own step or none
+            stop = self.measured_step(bar, writer)
+            epoch_end = self.schedule.ends_epoch(self.done)
             improved = False
-            if config.has_evaluation and (
-                epoch_end or (config.eval_step and self.done % config.eval_step == 0)
-            ):
+            if config.has_evaluation and (epoch_end or self.is_due(config.eval_step)):
                 improved = self.evaluate(writer)
             ended = self.patience.ended(config.early_stopping_patience)
-            saves = (
-                epoch_end
-                or improved
-                or stop
-                or ended
-                or (config.save_model_step and self.done % config.save_model_step == 0)
-            )
+            must_save = stop or ended or self.done == total_steps
+            saves = must_save or epoch_end or improved or self.is_due(config.save_model_step)
             if saves:
-                folder = (
-                    self.save(improved, needed=stop or ended or self.done == schedule.total_steps)
-                    or folder
-                )
+                folder = self.save(improved, needed=must_save) or folder
             if writer and (saves or self.last_metrics):
                 writer.write()
-            if stop and self.done < schedule.total_steps:
+            if stop and self.done < total_steps:
                 say(
-                    f"stopped by signal after step {self.done}; saved {folder}. Go on with --resume_from_checkpoint auto"
+                    f"stopped by signal after step {self.done}; saved {folder}. "
+                    f"Go on with --resume_from_checkpoint auto"
                 )
                 return folder, STOPPED
-        if self.done < schedule.total_steps:
+        if self.done < total_steps:
             say(
-                f"stopped early after step {self.done}: {self.patience.metric} has not been better than {self.patience.best} "
-                f"by more than {self.patience.min_delta:g} for {self.patience.since} evaluations"
+                f"stopped early after step {self.done}: {self.patience.metric} has not been better "
+                f"than {self.patience.best} by more than {self.patience.min_delta:g} "
+                f"for {self.patience.since} evaluations"
             )
             return folder, "stopped early"
         return folder, "finished"
 
+    def is_due(self, interval: int | None) -> bool:
+        """Whether something that happens every `interval` steps (None: never) happens now."""
+        return bool(interval) and self.done % interval == 0
+
+    def measured_step(self, bar: tqdm, writer: RunLog | None) -> bool:
+        """Run one optimizer step, show and log it; True where a signal wants a stop."""
+        started = time.perf_counter()
+        # Read before the step, in which the scheduler sets the next one.
+        lr = self.engine.optimizer.param_groups[0]["lr"]
+        loss, norm, tokens, stop = self.step()
+        speed = tokens / (time.perf_counter() - started)
+        bar.set_postfix({"loss": f"{loss:.4f}", "tokens/s": f"{speed:.0f}"}, refresh=False)
+        bar.update()
+        if writer:
+            values = {
+                "train_loss": loss,
+                "learning_rate": lr,
+                "grad_norm": norm,
+                "tokens_per_second": speed,
+                "memory_gb": peak_memory_gb(),
+            }
+            writer.add(self.done, values)
+        if self.is_due(self.config.show_loss_step) or self.done == self.schedule.total_steps:
+            self.show(
+                f"epoch {self.schedule.epoch_of(self.done)} step {self.done} loss {loss:.6f} "
+                f"lr {lr:.3e} grad_norm {norm:.4f} tokens/s {speed:.0f}"
+            )
+        return stop
+
     def step(self) -> tuple[float, float, int, bool]:
-        """One optimizer step: (mean loss over its labelled tokens on all ranks, norm of its gradient before clipping, real
-        tokens read, stop wanted).
+        """One optimizer step.
+
+        Returns:
+            (mean loss over the step's labelled tokens on all ranks, norm of its gradient before
+            clipping, number of tokens without padding, whether a signal wants a stop).
         """
         config, engine = self.config, self.engine
         data, rows, tokens, batches = self.batches()
-        labelled, tokens, stop = sum_over_ranks(
-            sum(map(self.task.count_labels, batches)), tokens, bool(self.signals.number)
-        )
+        labelled_here = sum(map(self.task.count_labels, batches))
+        stop_here = bool(self.signals.number)
+        labelled, tokens, stop = sum_over_ranks(labelled_here, tokens, stop_here)
 
         engine.train()
         seed_step(config.seed, self.done + 1, stream=1 + rank())
-        # backward() divides by the passes and DeepSpeed averages over ranks; both undone, so the sum is divided once.
+        # backward() divides by the number of passes and DeepSpeed averages over ranks. The scale
+        # undoes both, so that the sum is divided once.
         scale = len(batches) * world_size() / labelled
         total = 0.0
         for batch in batches:
@@ -424,17 +475,19 @@ class Loop:
         self.done += 1
         loss = sum_over_ranks(total)[0] / labelled
         norm = float(engine.get_global_grad_norm() or 0)
-        # DeepSpeed skips a step of infinite gradients without a word; only fp16 with its loss scale means it so.
+        # DeepSpeed silently skips a step of infinite gradients; only with the loss scale of fp16
+        # is that a normal event.
         if not math.isfinite(loss) or not (math.isfinite(norm) or engine.fp16_enabled()):
-            places = [data.place(row) for row in rows]
+            places = ", ".join(data.place(row) for row in rows)
             raise TrainingFailed(
-                f"the loss is {loss}, the norm of its gradient {norm} at step {self.done} (rank {rank()} read {', '.join(places)}); "
-                f"nothing was saved of this step. Try a lower --learning_rate or --precision bf16 or fp32"
+                f"the loss is {loss}, the norm of its gradient {norm} at step {self.done} "
+                f"(rank {rank()} read {places}); nothing was saved of this step. "
+                f"Try a lower --learning_rate or --precision bf16 or fp32"
             )
         return loss, norm, int(tokens), stop > 0
 
     def batches(self) -> tuple[RowSet, list[int], int, list[dict]]:
-        """What make_batches makes of the step to come; workers begin with those after it."""
+        """The result of make_batches for the next step; workers start on the steps after it."""
         last = min(self.done + self.config.num_workers, self.schedule.total_steps - 1)
         for step in range(self.done + 1, last + 1):
             if step not in self.ahead:
@@ -443,7 +496,10 @@ class Loop:
         return made.result() if made else self.make_batches(self.done)
 
     def make_batches(self, step: int) -> tuple[RowSet, list[int], int, list[dict]]:
-        """The rows and which are this rank's, their tokens, and its collated batches: a pure function of the step, whoever calls it."""
+        """(rows, numbers of this rank's rows, their tokens, collated batches) of a step.
+
+        A pure function of the step, safe to call in a worker thread.
+        """
         epoch, place = divmod(step, self.schedule.steps_per_epoch)
         data, order, place = self.task.rows_of_step(
             epoch, place, self.schedule.steps_per_epoch, self.schedule.global_batch
@@ -457,17 +513,14 @@ class Loop:
             rank=rank(),
             world=world_size(),
         )
-        rows = [row for chosen in passes for row in chosen if row >= 0]
-        return (
-            data,
-            rows,
-            int(data.row_lengths[rows].sum()),
-            [self.task.collate(data, chosen) for chosen in passes],
-        )
+        rows: list[int] = []
+        for chosen in passes:
+            rows += [row for row in chosen if row >= 0]
+        tokens = int(data.row_lengths[rows].sum())
+        return data, rows, tokens, [self.task.collate(data, chosen) for chosen in passes]
 
-    def evaluate(self, writer) -> bool:
-        """The task's metrics; True where the chosen one is the best so far."""
-        config = self.config
+    def evaluate(self, writer: RunLog | None) -> bool:
+        """Compute the task's metrics; True where --metric_for_best is the best so far."""
         self.engine.eval()
         metrics = self.task.evaluate(
             self.engine.module,
@@ -480,17 +533,19 @@ class Loop:
         self.patience.see(metrics)
         if writer:
             writer.add(self.done, {f"eval_{name}": value for name, value in metrics.items()})
-        self.tell(
-            f"step {self.done} evaluation: "
-            + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        )
+        words = [f"{name} {value:.4f}" for name, value in metrics.items()]
+        self.show(f"step {self.done} evaluation: {', '.join(words)}")
         best = agree(self.checkpointer.best)
-        return is_better(
-            config.metric_for_best, metrics[config.metric_for_best], best and best["value"]
-        )
+        metric = self.config.metric_for_best
+        return is_better(metric, metrics[metric], best and best["value"])
 
     def save(self, improved: bool, needed: bool = True) -> Path | None:
-        """The checkpoint of this step. Where the disk has no room for it and the run goes on without (not `needed`), None.
+        """Save the checkpoint of this step; returns its folder.
+
+        Args:
+            improved: it is the best one so far.
+            needed: the run cannot go on without it. Otherwise a disk without room for it is a
+                warning, and None is returned.
 
         Raises:
             OSError: it cannot be written; always where only this rank of several failed.
@@ -503,46 +558,53 @@ class Loop:
                 patience=self.patience.state(),
             )
         except OSError as error:
-            if (
-                needed
-                or not (isinstance(error, NoRoom) or world_size() == 1)
-                or isinstance(error, FileExistsError)
-            ):
+            on_all_ranks = isinstance(error, NoRoom) or world_size() == 1
+            if needed or not on_all_ranks or isinstance(error, FileExistsError):
                 raise
-            self.tell(
-                f"WARNING: no checkpoint of step {self.done}: {describe(error)}; training goes on, the next save tries again"
+            self.show(
+                f"WARNING: no checkpoint of step {self.done}: {describe(error)}; "
+                f"training goes on, the next save tries again"
             )
             return None
         if improved:
-            self.checkpointer.record_best(
-                folder, self.config.metric_for_best, self.last_metrics[self.config.metric_for_best]
-            )
+            metric = self.config.metric_for_best
+            self.checkpointer.record_best(folder, metric, self.last_metrics[metric])
         self.checkpointer.prune()
         return folder
 
-    def tell(self, text: str):
-        """A line above the progress bar, on rank 0."""
+    def show(self, text: str) -> None:
+        """Print a line above the progress bar, on rank 0."""
         if rank() == 0:
             tqdm.write(text, file=LastingStream(sys.stdout))
 
 
 class Patience:
-    """Early stopping: the best value of a metric, and how many evaluations came since without one better by more than `min_delta`."""
+    """Early stopping: counts evaluations since a metric was last better by more than `min_delta`.
+
+    Attributes:
+        best: the value of that evaluation, None before the first.
+        since: number of evaluations after it.
+    """
 
     def __init__(self, metric: str, min_delta: float, saved: dict | None):
-        """`saved`: the `state()` of a checkpoint; of another metric it says nothing."""
-        self.metric, self.min_delta = metric, min_delta
+        """`saved`: the `state()` of a checkpoint; it is ignored where it is of another metric."""
+        self.metric = metric
+        self.min_delta = min_delta
         same = saved and saved["metric"] == metric
-        self.best, self.since = (saved["best"], saved["since"]) if same else (None, 0)
+        self.best: float | None = saved["best"] if same else None
+        self.since: int = saved["since"] if same else 0
 
-    def see(self, metrics: dict[str, float]):
+    def see(self, metrics: dict[str, float]) -> None:
+        """Count an evaluation."""
         value = agree(lambda: metrics[self.metric])
         if is_better(self.metric, value, self.best, self.min_delta):
-            self.best, self.since = value, 0
+            self.best = value
+            self.since = 0
         else:
             self.since += 1
 
     def ended(self, patience: int | None) -> bool:
+        """Whether `patience` evaluations (None: any number) brought nothing better."""
         return bool(patience) and self.since >= patience
 
     def state(self) -> dict:

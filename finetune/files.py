@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all. Free of torch, so that small programs may use it."""
+"""Atomic writes of files and folders, locks and caches. Free of torch, for small programs too."""
 
 import ctypes
 import errno
@@ -11,12 +11,12 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from chatglm.checksums import write_checksums
 
 LOCK = ".lock"
-CACHE_GB = 20.0  # what --data_cache may take
+CACHE_GB = 20.0  # default limit of --data_cache
 
 
 def sha256(path: Path) -> str:
@@ -27,8 +27,8 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def flush(path: Path):
-    """Force a file, or a folder's own list of names, to disk."""
+def flush(path: Path) -> None:
+    """Force a file, or a folder's list of names, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -36,7 +36,7 @@ def flush(path: Path):
         os.close(handle)
 
 
-def flush_tree(folder: Path):
+def flush_tree(folder: Path) -> None:
     """Force every file and folder below `folder` to disk."""
     for path in [*folder.rglob("*"), folder]:
         flush(path)
@@ -44,13 +44,13 @@ def flush_tree(folder: Path):
 
 @contextmanager
 def locked_folder(folder: Path, flag: str) -> Iterator[None]:
-    """Make `folder` and keep other programs that ask for this lock out of it; a killed process keeps nothing locked.
+    """Make `folder` and hold its lock; the lock of a killed process is free again.
 
-    On NFS the lock holds between machines too, unless it is mounted with local_lock or nolock. A file system that has no locks
-    is used without one, after a warning.
+    On NFS the lock holds between machines too, unless it is mounted with local_lock or nolock. On
+    a file system without locks a warning is printed and no lock is held.
 
     Raises:
-        ValueError: another process has it; the message names `flag`, process and machine.
+        ValueError: another process holds it; the message names `flag`, process and machine.
     """
     import fcntl
 
@@ -60,14 +60,14 @@ def locked_folder(folder: Path, flag: str) -> Iterator[None]:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.lockf(
-                handle, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # not flock: a forked worker must not inherit it
+            # Not flock: a forked worker must not inherit the lock.
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             owner = os.read(handle, 200).decode(errors="replace").strip()
             os.close(handle)
             raise ValueError(
-                f"{flag} {folder} is in use by another run ({owner or 'just started'}); wait for it or name another folder"
+                f"{flag} {folder} is in use by another run ({owner or 'just started'}); "
+                f"wait for it or name another folder"
             ) from None
         except OSError as error:
             print(
@@ -86,15 +86,15 @@ def locked_folder(folder: Path, flag: str) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         os.close(handle)
-        with suppress(OSError):  # nothing came of it: no trace stays
+        with suppress(OSError):  # remove the folders that are still empty
             for made in new:
                 made.rmdir()
 
 
 class LastingStream:
-    """A text stream that goes on where its file cannot be written: a log on a full disk ends no run."""
+    """A text stream that ignores errors of writing, so that a log on a full disk ends no run."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: TextIO):
         self.stream = stream
 
     def write(self, text: str) -> int:
@@ -102,7 +102,7 @@ class LastingStream:
             self.stream.write(text)
         return len(text)
 
-    def flush(self):
+    def flush(self) -> None:
         with suppress(OSError):
             self.stream.flush()
 
@@ -111,28 +111,32 @@ class LastingStream:
 
 
 class LineFile:
-    """Appends lines to a file. What the disk does not take waits in memory and is written, in order, as soon as it does."""
+    """Appends lines to a file; lines that cannot be written wait in memory for the next attempt."""
 
     def __init__(self, path: Path):
         self.path, self.waiting = path, b""
         self.handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
-    def add(self, line: str):
-        """Raises OSError where the line still waits."""
+    def add(self, line: str) -> None:
+        """Append a line; raises OSError where it could not be written yet."""
         self.waiting += line.encode() + b"\n"
         self.flush()
 
-    def flush(self):
+    def flush(self) -> None:
         while self.waiting:
             count = os.write(self.handle, self.waiting)
             self.waiting = self.waiting[count:]
 
-    def close(self):
+    def close(self) -> None:
         os.close(self.handle)
 
 
-def overwrite(path: Path, content: str):
-    """Write over a file that is at least as long, which needs no room on the disk; raises OSError where it is not."""
+def overwrite(path: Path, content: str) -> None:
+    """Overwrite a file in place, which needs no room on the disk.
+
+    Raises:
+        OSError: the content is longer than the file.
+    """
     data = content.encode()
     if path.stat().st_size < len(data):
         raise OSError(f"{path}: {len(data)} bytes do not fit over it")
@@ -142,8 +146,8 @@ def overwrite(path: Path, content: str):
         os.fsync(file.fileno())
 
 
-def set_modes(folder: Path):
-    """Give the files below `folder` the mode that the umask asks for: safetensors writes 0600."""
+def set_modes(folder: Path) -> None:
+    """Give the files below `folder` the mode of the umask: safetensors writes 0600."""
     probe = folder / ".mode"
     probe.touch()
     mode = probe.stat().st_mode & 0o777
@@ -153,8 +157,12 @@ def set_modes(folder: Path):
             path.chmod(mode)
 
 
-def put_in_place(aside: Path, output: Path):
-    """Give the folder `aside` its checksums, flush it and put it at `output`, at once where the system can; what was there lies at `aside` then."""
+def put_in_place(aside: Path, output: Path) -> None:
+    """Write checksums in the folder `aside`, flush it and move it to `output`.
+
+    A folder at `output` is swapped with it, atomically where the system can, and is at `aside`
+    afterwards.
+    """
     set_modes(aside)
     write_checksums(aside)
     flush_tree(aside)
@@ -165,14 +173,12 @@ def put_in_place(aside: Path, output: Path):
     flush(output.parent)
 
 
-def exchange(aside: Path, output: Path):
-    """Swap two folders in one step where the system can (renameat2 of Linux), else in two renames."""
-    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+def exchange(aside: Path, output: Path) -> None:
+    """Swap two folders atomically where the system can (renameat2 of Linux), else by renames."""
+    cwd, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     with suppress(OSError, AttributeError):
-        if (
-            ctypes.CDLL(None).renameat2(here, os.fsencode(aside), here, os.fsencode(output), swap)
-            == 0
-        ):
+        rename = ctypes.CDLL(None).renameat2
+        if rename(cwd, os.fsencode(aside), cwd, os.fsencode(output), swap) == 0:
             return
     old = aside.with_name(f"{aside.name}.old")
     os.replace(output, old)
@@ -186,26 +192,30 @@ def exchange(aside: Path, output: Path):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What the disk refuses while `path` is written is an OSError of that name.
+    """A context in which errors of writing become an OSError that names `path`.
 
-    The error of a temporary file, or of a library that says no name, tells a user nothing.
+    The original error may name a temporary file, or none.
     """
     from safetensors import SafetensorError
 
-    said = "cannot be written: "
+    start = "cannot be written: "
     try:
         yield
     except SafetensorError as error:
-        raise OSError(errno.EIO, said + str(error), str(path)) from None
+        raise OSError(errno.EIO, start + str(error), str(path)) from None
     except OSError as error:
-        reason = (error.strerror or str(error)).removeprefix(said)
+        reason = (error.strerror or str(error)).removeprefix(start)
         if error.filename and Path(os.fsdecode(error.filename)) in path.parents:
             reason = f"{os.fsdecode(error.filename)}: {reason}"
-        raise OSError(error.errno or errno.EIO, said + reason, str(path)) from None
+        raise OSError(error.errno or errno.EIO, start + reason, str(path)) from None
 
 
-def write_aside(path: Path, content: str | bytes):
-    """Write a file whole or not at all, its folders with it; text as UTF-8. Raises OSError with its name."""
+def write_aside(path: Path, content: str | bytes) -> None:
+    """Write a file atomically, and make its folders; text as UTF-8.
+
+    Raises:
+        OSError: it cannot be written; the error names the file.
+    """
     aside = path.with_name(f".{path.name}.tmp")
     new = [folder for folder in path.parents if not folder.exists()]
     with writing(path):
@@ -219,13 +229,13 @@ def write_aside(path: Path, content: str | bytes):
         finally:
             with suppress(OSError):
                 aside.unlink(missing_ok=True)
-                for folder in new:  # those that hold nothing
+                for folder in new:  # removes those that are empty
                     folder.rmdir()
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that stands at `path` when the block ends, whole and on disk, or not at all."""
+    """A file to write, which is moved to `path` once the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
@@ -238,29 +248,32 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         aside.unlink(missing_ok=True)
 
 
-def write_json(path: str | Path, content):
-    """As `write_aside`, what `content` is in JSON."""
+def write_json(path: str | Path, content: object) -> None:
+    """As `write_aside`, with `content` as JSON."""
     write_aside(Path(path), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_arrays(file: Path) -> dict:
-    """Arrays by name that `cache_arrays` wrote; empty where the file is not there or not whole. It counts as used now."""
+    """{name: array} that `cache_arrays` wrote; empty where the file is missing or damaged.
+
+    The file's time is set to now, which is what `prune` goes by.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
         arrays = load_file(file)
-        with suppress(OSError):  # another user's cache can be read too
+        with suppress(OSError):  # the file may be another user's
             os.utime(file)
         return arrays
     except (OSError, SafetensorError):
         return {}
 
 
-def cache_arrays(file: Path, arrays: dict, limit_gb: float = CACHE_GB):
-    """Keep numpy arrays for the next start; a disk that does not want them is no reason to stop.
+def cache_arrays(file: Path, arrays: dict, limit_gb: float = CACHE_GB) -> None:
+    """Write numpy arrays to a cache and prune it to `limit_gb` GB.
 
-    The .safetensors files of the folder take at most `limit_gb` GB afterwards.
+    Errors of the disk are only a warning.
     """
     from safetensors.numpy import save_file
 
@@ -282,22 +295,22 @@ def cache_arrays(file: Path, arrays: dict, limit_gb: float = CACHE_GB):
             aside.unlink(missing_ok=True)
 
 
-def prune(folder: Path, limit: float):
-    """Delete the .safetensors files of a cache that were not used for the longest time, until the others take `limit` bytes.
+def prune(folder: Path, limit: float) -> None:
+    """Delete the least recently used .safetensors files of a cache beyond `limit` bytes.
 
-    What a run that was killed left half-written goes after a day.
+    Half-written files, of runs that were killed, are deleted after a day.
     """
     for path in folder.glob(".*.safetensors.*.tmp"):
         with suppress(FileNotFoundError):
             if path.stat().st_mtime < time.time() - 86400:
                 path.unlink()
-    found = []
+    files = []
     for path in folder.glob("[!.]*.safetensors"):
-        with suppress(FileNotFoundError):  # another run prunes too
+        with suppress(FileNotFoundError):  # another run may prune at the same time
             stat = path.stat()
-            found.append((stat.st_mtime_ns, stat.st_size, path))
+            files.append((stat.st_mtime_ns, stat.st_size, path))
     total = 0
-    for _, size, path in sorted(found, reverse=True):
+    for _, size, path in sorted(files, reverse=True):
         total += size
         if total > limit:
             path.unlink(missing_ok=True)

@@ -1,18 +1,28 @@
-"""When a flag has an effect: a table for each program, and the one rule that refuses a flag without one. Free of torch."""
+"""When a flag has an effect: a table per program, and the rule that refuses a flag without one.
 
+Free of torch.
+"""
+
+import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Effect:
-    """`holds(config)` where a flag has an effect; `needs` says in words what that takes."""
+    """The condition under which a flag has an effect.
+
+    Attributes:
+        needs: the condition in words; {c} is the configuration.
+        holds: whether a configuration meets it.
+    """
 
     needs: str
-    holds: Callable[[object], bool]
+    holds: Callable[[Any], bool]
 
 
-def refuse_without_effect(config, given: Iterable[str], effects: dict[str, Effect]):
+def refuse_without_effect(config: object, given: Iterable[str], effects: dict[str, Effect]) -> None:
     """Raises ValueError for the first of the given flags that has no effect beside the others.
 
     A flag that `effects` does not name always has one.
@@ -25,12 +35,14 @@ def refuse_without_effect(config, given: Iterable[str], effects: dict[str, Effec
             )
 
 
-def drops(c) -> bool:
-    """Dropout or NEFTune's noise acts, so that no beginning is shared (finetune.task.shares_prefix)."""
-    prefix = c.prefix_dropout if c.resolved_ptuning_version == "v2" else 0
-    return bool(
-        {"lora": c.lora_dropout, "ptuning": prefix}.get(c.train_type) or c.neftune_noise_alpha
-    )
+def drops(c: Any) -> bool:
+    """Whether dropout or NEFTune's noise acts: then rows do not share a prefix (finetune.task)."""
+    dropout = 0.0
+    if c.train_type == "lora":
+        dropout = c.lora_dropout
+    elif c.train_type == "ptuning" and c.resolved_ptuning_version == "v2":
+        dropout = c.prefix_dropout
+    return bool(dropout or c.neftune_noise_alpha)
 
 
 LORA = Effect("--train_type lora; got {c.train_type}", lambda c: c.train_type == "lora")
@@ -130,8 +142,10 @@ ESTIMATING: dict[str, Effect] = {
 }
 
 
-def check_given(parser, args, effects: dict[str, Effect]):
-    """Leave by `parser.error` where a parsed flag that is not at its default has no effect beside the others."""
+def check_given(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, effects: dict[str, Effect]
+) -> None:
+    """Call `parser.error` for a flag that is not at its default and has no effect."""
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     try:
         refuse_without_effect(args, given, effects)

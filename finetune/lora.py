@@ -1,9 +1,13 @@
-"""LoRA's linear layer in two small products beside the frozen one (peft's own forward copies inputs and outputs to fp32 on the way);
-adapters that began by taking their start out of the base, told as changes of the original base.
+"""A LoRA layer with less copying, and adapters of starts such as PiSSA's.
+
+peft's forward copies inputs and outputs to fp32; LoraFunction does not. A start such as PiSSA's
+changes the base weights: its adapter is exported as one of the original base.
 """
 
 import copy
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +15,15 @@ from torch import Tensor, nn
 
 
 class LoraFunction(torch.autograd.Function):
-    """x W^T + b + scaling * (dropped A^T) B^T, arXiv 2106.09685 eq. 3, with A and B in x's dtype and their gradients in their own.
+    """x W^T + b + scaling * (dropped A^T) B^T, arXiv 2106.09685 eq. 3.
 
-    Saves `dropped` (x itself without dropout) and its (..., r) projection; W is read again in the backward pass.
+    A and B are cast to x's dtype, their gradients to the dtypes of A and B. For the backward pass
+    it saves `dropped` (x itself without dropout) and its (..., r) projection, and W is read again.
     """
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         x: Tensor,
         dropped: Tensor | None,
         weight: Tensor,
@@ -26,21 +31,23 @@ class LoraFunction(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         scaling: float,
-    ):
+    ) -> Tensor:
         seen = x if dropped is None else dropped
         small_a, small_b = a.to(x.dtype), b.to(x.dtype)
         low = F.linear(seen, small_a)
-        out = F.linear(x, weight, bias)
-        # Not in place: selective checkpointing keeps the product itself.
-        out = torch.addmm(out.flatten(0, -2), low.flatten(0, -2), small_b.t(), alpha=scaling).view(
-            out.shape
-        )
+        frozen = F.linear(x, weight, bias)
+        # Not in place: selective checkpointing keeps the frozen layer's output.
+        out = torch.addmm(
+            frozen.flatten(0, -2), low.flatten(0, -2), small_b.t(), alpha=scaling
+        ).view(frozen.shape)
         ctx.save_for_backward(seen, low, weight, small_a, small_b)
-        ctx.dropped, ctx.scaling, ctx.dtypes = dropped is not None, scaling, (a.dtype, b.dtype)
+        ctx.dropped = dropped is not None
+        ctx.scaling = scaling
+        ctx.dtypes = (a.dtype, b.dtype)
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         seen, low, weight, a, b = ctx.saved_tensors
         flat = grad.flatten(0, -2)
         grad_low = (flat @ b).mul_(ctx.scaling)
@@ -57,10 +64,10 @@ class LoraFunction(torch.autograd.Function):
 
 
 def use_lean_lora(model: nn.Module) -> nn.Module:
-    """Let every plain LoRA layer of a peft model run LoraFunction while nothing about it is special.
+    """Make the plain LoRA layers of a peft model use LoraFunction; returns the model.
 
-    Special is what peft must see to itself: merged or disabled adapters, several at once, variants such as DoRA, weights
-    partitioned by ZeRO-3 or quantised, a base layer that trains.
+    peft's forward stays in use for merged or disabled adapters, several at once, variants such as
+    DoRA, weights partitioned by ZeRO-3 or quantised, and a base layer that trains.
     """
     from peft.tuners.lora import Linear
 
@@ -71,6 +78,7 @@ def use_lean_lora(model: nn.Module) -> nn.Module:
 
 
 def _lean_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    """The forward of a peft LoRA layer `self`, by LoraFunction where the layer is plain."""
     base, active = self.base_layer, self.active_adapters
     plain = (
         len(active) == 1
@@ -86,9 +94,8 @@ def _lean_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         return type(self).forward(self, x, *args, **kwargs)
     name = active[0]
     dropout = self.lora_dropout[name]
-    dropped = (
-        dropout(x) if isinstance(dropout, nn.Dropout) and dropout.p and self.training else None
-    )
+    drops = isinstance(dropout, nn.Dropout) and dropout.p and self.training
+    dropped = dropout(x) if drops else None
     return LoraFunction.apply(
         x,
         dropped,
@@ -100,8 +107,11 @@ def _lean_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
     )
 
 
-def remember_start(model: nn.Module):
-    """Keep the A and B that a start such as PiSSA's has just taken out of the base weights: W = rest + scaling * B0 A0."""
+def remember_start(model: nn.Module) -> None:
+    """Store in `model.lora_start` the A and B that a start such as PiSSA's took from the base.
+
+    The original weight is W = rest + scaling * B0 A0.
+    """
     model.lora_start = {}
     for name, parameter in model.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:
@@ -109,46 +119,56 @@ def remember_start(model: nn.Module):
 
 
 @contextmanager
-def on_original_base(model: nn.Module, state: dict[str, Tensor]):
-    """The trained state of a peft model as an adapter of the original base; inside, peft's configuration is that adapter's.
+def on_original_base(model: nn.Module, state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The trained state of a peft model as an adapter of the original base.
 
-    rest + scaling * B A = W + scaling * [B, -B0] [A; A0]: a plain adapter of twice the rank. Any other model: its state as it is.
+    rest + scaling * B A = W + scaling * [B, -B0] [A; A0], a plain adapter of twice the rank. Within
+    the context, peft's configuration of the model is that adapter's. A model without a stored
+    start: its state unchanged.
     """
     start = getattr(model, "lora_start", None)
     if start is None:
         yield state
         return
-    signs = {".lora_A.": (1, 0), ".lora_B.": (-1, 1)}
-    told = dict(state)
-    for name, first in start.items():
-        sign, axis = next(value for part, value in signs.items() if part in name)
-        told[name] = torch.cat([state[name].float(), sign * first], dim=axis)
-    own = model.peft_config["default"]
-    model.peft_config["default"] = config = copy.deepcopy(own)
-    config.r, config.init_lora_weights = 2 * own.r, True
-    config.lora_alpha = own.lora_alpha * (2**0.5 if own.use_rslora else 2)  # the same scaling
+    adapter = dict(state)
+    for name, initial in start.items():
+        if ".lora_A." in name:
+            adapter[name] = torch.cat([state[name].float(), initial], dim=0)
+        else:
+            adapter[name] = torch.cat([state[name].float(), -initial], dim=1)
+    trained = model.peft_config["default"]
+    config = copy.deepcopy(trained)
+    config.r = 2 * trained.r
+    config.init_lora_weights = True
+    # The same scaling at twice the rank.
+    config.lora_alpha = trained.lora_alpha * (2**0.5 if trained.use_rslora else 2)
+    model.peft_config["default"] = config
     try:
-        yield told
+        yield adapter
     finally:
-        model.peft_config["default"] = own
+        model.peft_config["default"] = trained
 
 
-def check_lora_start(model: nn.Module, adapter: dict[str, Tensor]):
-    """Raises ValueError where this model's start is not the one that an exported adapter holds: its base would lack another part.
+def check_lora_start(model: nn.Module, adapter: dict[str, Tensor]) -> None:
+    """Raises ValueError where this model's start differs from the one in an exported adapter.
 
-    Only products count: the factors of an SVD may turn up with other signs on another machine.
+    With another start, the base lacks another part. Only the products B A are compared: the signs
+    of an SVD's factors may differ between machines.
     """
     start = model.lora_start
-    for name in (n for n in start if ".lora_A." in n):
-        a, b = start[name], start[name.replace(".lora_A.", ".lora_B.")]
-        rank, stored = len(a), name.replace(".default.", ".")
-        old_a, old_b = (
-            adapter[stored][rank:],
-            -adapter[stored.replace(".lora_A.", ".lora_B.")][:, rank:],
-        )
+    for name, a in start.items():
+        if ".lora_A." not in name:
+            continue
+        b = start[name.replace(".lora_A.", ".lora_B.")]
+        rank = len(a)
+        stored = name.replace(".default.", ".")
+        stored_a = adapter[stored][rank:]
+        stored_b = -adapter[stored.replace(".lora_A.", ".lora_B.")][:, rank:]
         probe = torch.randn(a.shape[1], 1, generator=torch.Generator().manual_seed(0))
-        here, there = b @ (a @ probe), old_b @ (old_a @ probe)
-        if not (here - there).norm() <= 1e-3 * there.norm():
+        output = b @ (a @ probe)
+        stored_output = stored_b @ (stored_a @ probe)
+        if not (output - stored_output).norm() <= 1e-3 * stored_output.norm():
             raise ValueError(
-                f"{stored}: --init_lora_weights gives another start here than in the checkpoint (its SVD is drawn at random)"
+                f"{stored}: --init_lora_weights gives another start here than in the checkpoint "
+                f"(its SVD is drawn at random)"
             )

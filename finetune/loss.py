@@ -1,5 +1,6 @@
-"""The one loss: negative log likelihood summed over labelled tokens. Who divides, and by what, is the engine's business."""
+"""The loss: negative log likelihood summed over labelled tokens. The engine divides it."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,24 +16,29 @@ def nll_sum(
     input_ids: Tensor,
     scale: float = 1.0,
     *,
-    labels=None,
-    lengths=None,
-    shared=None,
-    keep=None,
-    targets=None,
+    labels: Tensor | None = None,
+    lengths: list[int] | None = None,
+    shared: list[int] | None = None,
+    keep: Tensor | None = None,
+    targets: Tensor | None = None,
     smoothing: float = 0.0,
 ) -> Tensor:
     """`scale` times the negative log likelihood summed over labelled tokens: a scalar, fp32.
 
-    The output layer runs on positions whose next token is labelled and on no other, the last block of a ragged row likewise.
+    The output layer, and the last block of a ragged row, run only on positions whose next token is
+    labelled.
 
     Args:
         model: a ChatGLM with its output layer, bare or inside peft.
-        input_ids: of a padded batch, (B, S), with labels (B, S), not shifted, IGNORED where no loss;
-            or of a ragged row, (1, S), with the lengths of its sequences, `shared` as Packing has it, keep (N,), the places
-            that predict, and targets (N,), what they predict.
-        scale: what the loss is multiplied by on the way, at no cost; multiplying afterwards may take a pass over gradients.
-        smoothing: share of the wanted probability that is spread evenly over all words (arXiv 1512.00567 section 7).
+        input_ids: (B, S) of a padded batch, or (1, S) of a ragged row.
+        scale: factor of the loss. Multiplying afterwards may take a pass over the gradients.
+        labels: (B, S) of a padded batch, not shifted, IGNORED where there is no loss.
+        lengths: of a ragged row's sequences.
+        shared: of a ragged row, as in Packing.
+        keep: (N,) of a ragged row: the positions that predict.
+        targets: (N,) of a ragged row: the tokens that they predict.
+        smoothing: share of the wanted probability that is spread evenly over all words (arXiv
+            1512.00567 section 7).
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     if labels is None:
@@ -48,7 +54,7 @@ def nll_sum(
     output_layer = model.get_output_embeddings()
     if isinstance(output_layer, OutputLayer):
         return output_layer(hidden, targets, scale, smoothing)
-    # An output layer that LoRA wraps knows no loss of its own.
+    # An output layer that LoRA wraps does not compute the loss.
     return scale * F.cross_entropy(
         output_layer(hidden).float(),
         targets,
@@ -58,29 +64,42 @@ def nll_sum(
     )
 
 
-def sequence_lengths(input_ids: Tensor, *, labels=None, lengths=None, keep=None, **_) -> Tensor:
-    """Of each token of a batch as nll_sum takes it, how many tokens of its sequence predict or lead to what does: (B, S), or (B, 1)."""
-    if labels is not None:  # the last token of a row is labelled; what follows is padding
+def sequence_lengths(
+    input_ids: Tensor,
+    *,
+    labels: Tensor | None = None,
+    lengths: list[int] | None = None,
+    keep: Tensor | None = None,
+    **_,
+) -> Tensor:
+    """(B, 1) or (1, S): the length without padding of each token's sequence.
+
+    The arguments are a batch of nll_sum. A length counts the tokens that predict and those before
+    them.
+    """
+    if labels is not None:  # the last token of a row is labelled; padding follows
         places = torch.arange(labels.shape[1], device=labels.device)
         return ((labels != IGNORED) * places).amax(1, keepdim=True).clamp(min=1)
     counts = torch.tensor(lengths, device=input_ids.device)
-    own = counts.clone()
-    own[-1] = keep[-1] + 1 - counts[:-1].sum()  # without what fills the row up
-    return own.repeat_interleave(counts, output_size=input_ids.shape[1])[None]
+    unpadded = counts.clone()
+    unpadded[-1] = keep[-1] + 1 - counts[:-1].sum()  # the last sequence includes the padding
+    return unpadded.repeat_interleave(counts, output_size=input_ids.shape[1])[None]
 
 
 @contextmanager
-def noisy_embeddings(model: nn.Module, alpha: float, batch: dict):
-    """NEFTune (arXiv 2310.05914): inside, embeddings get uniform noise of at most alpha / sqrt(length of the sequence * width)."""
+def noisy_embeddings(model: nn.Module, alpha: float, batch: dict) -> Iterator[None]:
+    """NEFTune (arXiv 2310.05914): a context in which embeddings get uniform noise.
+
+    Its amplitude is alpha / sqrt(length of the sequence * width).
+    """
     if not alpha:
         yield
         return
 
     def add_noise(module, args, embeds):
         bound = alpha / (sequence_lengths(**batch)[..., None] * embeds.shape[-1]).sqrt()
-        return embeds + (torch.rand_like(embeds, dtype=torch.float32) * 2 - 1).mul_(bound).to(
-            embeds.dtype
-        )
+        noise = (torch.rand_like(embeds, dtype=torch.float32) * 2 - 1).mul_(bound)
+        return embeds + noise.to(embeds.dtype)
 
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     hook = model.get_input_embeddings().register_forward_hook(add_noise)
@@ -91,14 +110,17 @@ def noisy_embeddings(model: nn.Module, alpha: float, batch: dict):
 
 
 class LossModule(nn.Module):
-    """What DeepSpeed trains: forward gives the loss, so its hooks see body and output layer in one call.
+    """The module that DeepSpeed trains; its forward returns the loss.
 
-    Smoothing and noise (see nll_sum, noisy_embeddings) act in training alone; the noise comes from torch's generator.
+    So DeepSpeed's hooks cover body and output layer in one call. Smoothing and noise (see nll_sum,
+    noisy_embeddings) act in training only; the noise comes from torch's generator.
     """
 
     def __init__(self, model: nn.Module, *, smoothing: float = 0.0, noise_alpha: float = 0.0):
         super().__init__()
-        self.model, self.smoothing, self.noise_alpha = model, smoothing, noise_alpha
+        self.model = model
+        self.smoothing = smoothing
+        self.noise_alpha = noise_alpha
 
     def forward(self, scale: float = 1.0, **batch) -> Tensor:
         if not self.training:

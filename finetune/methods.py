@@ -1,22 +1,56 @@
 """The fine-tuning methods: what is trainable, and what of it is saved.
 
-A method is a frozen dataclass of its knobs with three things to say:
-  `model_options()`        what load_model needs to know,
-  `prepare(model)`         switch gradients on and off; returns the model to train,
-  `saves`                  "adapter" | "prefix" | "model": what an exported checkpoint holds.
+A method is a frozen dataclass of its knobs, with the attributes of `Method`. Free of torch.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
+
+
+class Module(Protocol):
+    """What the methods use of a model, a torch.nn.Module."""
+
+    def named_parameters(self) -> Iterator[tuple[str, Any]]: ...
+
+    def named_modules(self) -> Iterator[tuple[str, Any]]: ...
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any: ...
+
+    def __getattr__(self, name: str) -> Any: ...
+
+
+class Method(Protocol):
+    """A fine-tuning method.
+
+    Attributes:
+        saves: what an exported checkpoint holds, "adapter", "prefix" or "model".
+    """
+
+    saves: ClassVar[str]
+
+    def model_options(self) -> dict:
+        """Options of load_model."""
+
+    def prepare(self, model: Module) -> Module:
+        """Set which parameters require a gradient; returns the model to train."""
+
+
+class MethodFlags(Protocol):
+    """A configuration: `train_type` and the fields of the method of that name."""
+
+    @property
+    def train_type(self) -> str: ...
 
 
 def module_names(text: str) -> list[str]:
+    """The names in a comma list."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def quantization(bits: int | None) -> dict:
-    """load_model's option for --quantization_bit."""
+    """The option of load_model for --quantization_bit."""
     return {"quantization_bit": bits} if bits else {}
 
 
@@ -30,29 +64,46 @@ class Freeze:
     def model_options(self) -> dict:
         return {}
 
-    def prepare(self, model):
-        """Raises ValueError naming the layers when a part matches no parameter."""
+    def prepare(self, model: Module) -> Module:
+        """Raises ValueError, with the parameters' names, when a part matches no parameter."""
         parts = module_names(self.freeze_module_name)
         names = [name for name, _ in model.named_parameters()]
-        lost = [part for part in parts if not any(part in name for name in names)]
-        if lost or not parts:
-            found = [re.search(r"\b(layers?)\.(\d+)\.", name) for name in names]
-            blocks = sorted({int(m.group(2)) for m in found if m})
-            stack = next((m.group(1) for m in found if m), "")
-            others = sorted(name for name, m in zip(names, found) if not m)
+        unmatched = [part for part in parts if not any(part in name for name in names)]
+        if unmatched or not parts:
+            wanted = ", ".join(map(repr, unmatched)) or "an empty list"
             raise ValueError(
-                f"--freeze_module_name: {', '.join(map(repr, lost)) or 'an empty list'} matches no parameter; this model has "
-                + (f"{stack}.{blocks[0]}. to {stack}.{blocks[-1]}. and " if blocks else "")
-                + ", ".join(others)
+                f"--freeze_module_name: {wanted} matches no parameter; "
+                f"this model has {summarise_names(names)}"
             )
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(part in name for part in parts))
         return model
 
 
+def summarise_names(names: list[str]) -> str:
+    """The names of parameters, those of the layers as "layers.0. to layers.27."."""
+    stack = ""
+    numbers = []
+    others = []
+    for name in names:
+        match = re.search(r"\b(layers?)\.(\d+)\.", name)
+        if match:
+            stack = stack or match.group(1)
+            numbers.append(int(match.group(2)))
+        else:
+            others.append(name)
+    text = ", ".join(sorted(others))
+    if not numbers:
+        return text
+    return f"{stack}.{min(numbers)}. to {stack}.{max(numbers)}. and {text}"
+
+
 @dataclass(frozen=True)
 class PTuning:
-    """Train virtual tokens only: v2 = keys and values of every layer, v1 = vectors before the first embedding."""
+    """Train virtual tokens only.
+
+    v2: keys and values of every layer; v1: vectors before the first embedding.
+    """
 
     pre_seq_len: int
     prefix_projection: bool
@@ -68,7 +119,7 @@ class PTuning:
             "ptuning_version": self.resolved_ptuning_version,
         }
 
-    def prepare(self, model):
+    def prepare(self, model: Module) -> Module:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("prefix_encoder" in name)
         model.config.prefix_dropout = self.prefix_dropout
@@ -79,7 +130,10 @@ class PTuning:
 
 @dataclass(frozen=True)
 class Lora:
-    """LoRA (arXiv 2106.09685) through peft: W + alpha / r * B A, B zero at the start; and its variants (docs/methods.md)."""
+    """LoRA (arXiv 2106.09685) by peft, and its variants (docs/methods.md).
+
+    W + alpha / r * B A, with B zero at the start.
+    """
 
     lora_dim: int
     lora_alpha: int
@@ -94,68 +148,65 @@ class Lora:
     def model_options(self) -> dict:
         return quantization(self.quantization_bit)
 
-    def prepare(self, model):
+    def prepare(self, model: Module) -> Module:
         """Raises ValueError naming the linear modules when a name matches none."""
         from peft import LoraConfig, get_peft_model
         from torch import nn
 
         from finetune.lora import remember_start
 
-        linear = sorted(
-            {
-                name.rsplit(".", 1)[-1]
-                for name, m in model.named_modules()
-                if isinstance(m, nn.Linear)
-            }
+        paths = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        linear = sorted({path.rsplit(".", 1)[-1] for path in paths})
+        is_default = self.init_lora_weights == "default"
+        generates = hasattr(model, "prepare_inputs_for_generation")
+        config = LoraConfig(
+            r=self.lora_dim,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.target_modules(linear),
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            init_lora_weights=True if is_default else self.init_lora_weights,
+            bias="none",
+            task_type="CAUSAL_LM" if generates else "FEATURE_EXTRACTION",
+            inference_mode=False,
         )
+        adapted = get_peft_model(model, config)
+        if self.init_lora_weights.startswith(("pissa", "olora")):
+            remember_start(adapted)
+        return adapted
+
+    def target_modules(self, linear: list[str]) -> list[str] | str:
+        """peft's target_modules, of a model whose linear modules have the names `linear`."""
         wanted = module_names(self.lora_module_name)
         if wanted == ["all-linear"]:
-            wanted = "all-linear"  # peft's word for all but the output layer
-        elif lost := [name for name in wanted if name not in linear] or (not wanted and [""]):
-            raise ValueError(
-                f"--lora_module_name: {lost[0]!r} matches no linear module; this model has {', '.join(linear)}"
-            )
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                r=self.lora_dim,
-                lora_alpha=self.lora_alpha,
-                lora_dropout=self.lora_dropout,
-                target_modules=wanted,
-                use_rslora=self.use_rslora,
-                use_dora=self.use_dora,
-                init_lora_weights=True
-                if self.init_lora_weights == "default"
-                else self.init_lora_weights,
-                bias="none",
-                task_type="CAUSAL_LM"
-                if hasattr(model, "prepare_inputs_for_generation")
-                else "FEATURE_EXTRACTION",
-                inference_mode=False,
-            ),
-        )
-        if self.init_lora_weights.startswith(("pissa", "olora")):
-            remember_start(model)
-        return model
+            return "all-linear"  # peft's word for all but the output layer
+        for name in wanted or [""]:
+            if name not in linear:
+                raise ValueError(
+                    f"--lora_module_name: {name!r} matches no linear module; "
+                    f"this model has {', '.join(linear)}"
+                )
+        return wanted
 
 
 @dataclass(frozen=True)
 class FullParameters:
-    """Train everything; ZeRO-3 is the way to make it fit."""
+    """Train all parameters; large models need ZeRO-3 for it."""
 
     saves: ClassVar[str] = "model"
 
     def model_options(self) -> dict:
         return {}
 
-    def prepare(self, model):
+    def prepare(self, model: Module) -> Module:
         return model.requires_grad_(True)
 
 
-def make_method(config):
-    """The method of `config.train_type`, its knobs taken from the fields of the same names."""
+def make_method(config: MethodFlags) -> Method:
+    """The method of `config.train_type`, with the configuration's fields of the same names."""
     method = METHODS[config.train_type]
-    return method(**{name: getattr(config, name) for name in (f.name for f in fields(method))})
+    return method(**{f.name: getattr(config, f.name) for f in fields(method)})
 
 
 METHODS = {"freeze": Freeze, "ptuning": PTuning, "lora": Lora, "all": FullParameters}

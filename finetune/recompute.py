@@ -1,40 +1,45 @@
-"""Gradient checkpointing: which blocks compute their activations again in the backward pass, and which of them."""
+"""Gradient checkpointing: which blocks recompute which activations in the backward pass."""
 
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def recompute(model: nn.Module, how: str, layers: str = ""):
-    """Switch it on: `how` is "False", "True" or "selective", `layers` what --gradient_checkpointing_layers says.
+def recompute(model: nn.Module, how: str, layers: str = "") -> None:
+    """Switch on gradient checkpointing.
+
+    Args:
+        how: "False" (off), "True" or "selective" (keep_products).
+        layers: --gradient_checkpointing_layers, "" for all layers.
 
     Raises:
         ValueError: the model has no such layers.
     """
     if how == "False":
         return
-    options = {"use_reentrant": False} | (
-        {"context_fn": keep_products} if how == "selective" else {}
-    )
+    options: dict = {"use_reentrant": False}
+    if how == "selective":
+        options["context_fn"] = keep_products
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     if not layers:
         return
+    # N means the first N: backward frees the activations of the others before it recomputes theirs.
     first, last = map(int, layers.split("-")) if "-" in layers else (0, int(layers) - 1)
-    blocks = [
-        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
-    ]
+    blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not first <= last < len(blocks):
         raise ValueError(
-            f"--gradient_checkpointing_layers {layers}: this model has {len(blocks)} layers, 0 to {len(blocks) - 1}"
+            f"--gradient_checkpointing_layers {layers}: this model has {len(blocks)} layers, "
+            f"0 to {len(blocks) - 1}"
         )
-    for i, block in enumerate(
-        blocks
-    ):  # of N the first: backward frees what the others keep before it comes to recompute
-        block.gradient_checkpointing = first <= i <= last
+    for number, block in enumerate(blocks):
+        block.gradient_checkpointing = first <= number <= last
 
 
-def keep_products():
-    """Selective gradient checkpointing: the results of matrix products and attention stay, all else is computed again."""
+def keep_products() -> tuple:
+    """The contexts of selective gradient checkpointing.
+
+    The results of matrix products and attention are kept, everything else is recomputed.
+    """
     from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
     aten = torch.ops.aten

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 from chatglm.files import read_json
 from finetune.files import LastingStream, LineFile, overwrite, write_aside
@@ -24,23 +26,38 @@ RECORD_SECONDS = 60  # between two writings of run.json where nothing else asks 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+class RunFlags(Protocol):
+    """The flags that a record reads; the configuration is a dataclass, and all of it is written."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def metric_for_best(self) -> str: ...
+
+    @property
+    def loggers(self) -> tuple[str, ...]: ...
+
+    @property
+    def tensorboard(self) -> str | None: ...
+
+
 class TensorBoard:
     """Events in --tensorboard, else output_dir/runs; what an interrupted run told after its checkpoint is dropped."""
 
     package = "tensorboard"
 
-    def __init__(self, config, output_dir: Path, run_id: str, done: int):
+    def __init__(self, config: RunFlags, output_dir: Path, run_id: str, done: int):
         from torch.utils.tensorboard import SummaryWriter
 
         self.board = SummaryWriter(
             config.tensorboard or str(output_dir / "runs"), purge_step=done + 1
         )
 
-    def add(self, step: int, values: dict[str, float]):
+    def add(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
 
-    def close(self):
+    def close(self) -> None:
         self.board.close()
 
 
@@ -49,7 +66,7 @@ class WandB:
 
     package = "wandb"
 
-    def __init__(self, config, output_dir: Path, run_id: str, done: int):
+    def __init__(self, config: RunFlags, output_dir: Path, run_id: str, done: int):
         import os
 
         import wandb
@@ -66,10 +83,10 @@ class WandB:
             "*", step_metric="step"
         )  # its own counter never goes back; ours does after a resume
 
-    def add(self, step: int, values: dict[str, float]):
+    def add(self, step: int, values: dict[str, float]) -> None:
         self.run.log({"step": step, **values})
 
-    def close(self):
+    def close(self) -> None:
         self.run.finish()
 
 
@@ -78,7 +95,7 @@ class SwanLab:
 
     package = "swanlab"
 
-    def __init__(self, config, output_dir: Path, run_id: str, done: int):
+    def __init__(self, config: RunFlags, output_dir: Path, run_id: str, done: int):
         import swanlab
 
         self.run = swanlab.init(
@@ -90,17 +107,17 @@ class SwanLab:
             config=asdict(config),
         )
 
-    def add(self, step: int, values: dict[str, float]):
+    def add(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
 
-    def close(self):
+    def close(self) -> None:
         self.run.finish()
 
 
 LOGGERS = {"tensorboard": TensorBoard, "wandb": WandB, "swanlab": SwanLab}
 
 
-def check_loggers(names):
+def check_loggers(names: Iterable[str]) -> None:
     """Raises ValueError where a logger's package is not installed."""
     for name in names:
         if find_spec(package := LOGGERS[name].package) is None:
@@ -173,7 +190,7 @@ def read_run(folder: Path) -> dict:
     return run
 
 
-def print_table(heads: list[str], lines: list[list[str]]):
+def print_table(heads: list[str], lines: list[list[str]]) -> None:
     """Columns of numbers on the right, others on the left."""
     columns = list(zip(heads, *lines))
     right = [all(cell[:1] in "+-0123456789" for cell in cells) for _, *cells in columns]
@@ -188,7 +205,7 @@ def print_table(heads: list[str], lines: list[list[str]]):
         print("  ".join(line).rstrip())
 
 
-def to_json(value, **options) -> str:
+def to_json(value: object, **options) -> str:
     """JSON text with null for inf and nan, which JSON has no word for."""
 
     def finite(value):
@@ -230,7 +247,12 @@ class RunLog:
     """
 
     def __init__(
-        self, config, output_dir: Path, done: int, facts: dict, eval_data: str | None = None
+        self,
+        config: RunFlags,
+        output_dir: Path,
+        done: int,
+        facts: dict,
+        eval_data: str | None = None,
     ):
         """`facts`: what of run.json the caller knows. `done`: steps that a resumed run has behind it. `eval_data`: tells one set
         of evaluation rows from another; only values of the same set are compared."""
@@ -277,7 +299,7 @@ class RunLog:
                 ) from error
         self.write()
 
-    def add(self, step: int, values: dict[str, float]):
+    def add(self, step: int, values: dict[str, float]) -> None:
         for name, logger in list(self.loggers.items()):
             try:
                 logger.add(step, values)
@@ -289,7 +311,7 @@ class RunLog:
         if time.monotonic() - self.written > RECORD_SECONDS:
             self.write()
 
-    def attempt(self, path: Path, write) -> bool:
+    def attempt(self, path: Path, write: Callable[[], object]) -> bool:
         """Whether `write()` could write; the first failure of a row of them is a warning, and so is their end."""
         try:
             write()
@@ -301,7 +323,7 @@ class RunLog:
             print(f"{path} can be written again", file=LastingStream(sys.stdout), flush=True)
         return True
 
-    def warn(self, what: str, error: Exception):
+    def warn(self, what: str, error: Exception) -> None:
         if what not in self.failing:
             self.failing.add(what)
             reason = (
@@ -316,7 +338,7 @@ class RunLog:
                 flush=True,
             )
 
-    def write(self):
+    def write(self) -> None:
         """Put the record as it is now in run.json."""
         self.written = time.monotonic()
         self.attempt(
@@ -339,14 +361,14 @@ class RunLog:
         sittings = self.record["sittings"]
         return next((s for s in reversed(sittings) if s["first_step"] <= step), sittings[-1])
 
-    def note_best(self, line: dict):
+    def note_best(self, line: dict) -> None:
         """Keep the step and value of a line of metrics.jsonl, where its evaluation is better than those before."""
         metric = self.config.metric_for_best
         value = line.get(f"eval_{metric}")
         if value is not None and is_better(metric, value, self.best and self.best["value"]):
             self.best = {"step": line["step"], "metric": metric, "value": value}
 
-    def close(self, status: str):
+    def close(self, status: str) -> None:
         self.record["status"] = status
         self.attempt(self.path, self.file.flush)
         self.file.close()
@@ -360,7 +382,7 @@ class RunLog:
             except Exception as error:
                 self.warn(f"--report_to {name}", error)
 
-    def write_over(self):
+    def write_over(self) -> None:
         """The record, in less room, over the last one: how the run ended must be true on a full disk too."""
         overwrite(
             self.output_dir / RUN, to_json(json.loads(self.render()), ensure_ascii=False) + "\n"

@@ -10,10 +10,14 @@ import statistics
 import sys
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune.commands import Parser, run_command
 from finetune.files import write_aside
 from finetune.record import print_table, read_run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLOURS = (
     "#0072B2",
@@ -167,7 +171,7 @@ def draw(runs: dict[str, dict]) -> bytes:
     return picture.getvalue()
 
 
-def draw_panel(axes, key: str, runs: dict[str, dict], colours: dict[str, str]):
+def draw_panel(axes: "Axes", key: str, runs: dict[str, dict], colours: dict[str, str]) -> None:
     """One measurement of all runs over their steps; a star marks the best evaluation that the run went by."""
     for name, run in runs.items():
         steps, values = series(run, key)
@@ -238,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(parser.prog, lambda: run(args))
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     if len({folder.resolve() for folder in args.runs}) < len(args.runs):
         raise ValueError("a run is named twice")
     runs = {name: read_run(folder) for name, folder in zip(names_of(args.runs), args.runs)}

@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(parser.prog, lambda: run(folder))
 
 
-def run(folder: Path):
+def run(folder: Path) -> None:
     found = {
         int(match.group(1)): path
         for path in folder.glob("seed-*")

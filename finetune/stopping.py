@@ -3,6 +3,7 @@
 import signal
 import threading
 from pathlib import Path
+from types import FrameType
 
 STOPPED = "stopped by signal"  # run.json's status
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -38,7 +39,7 @@ class SignalWatch:
                     self.before[number] = signal.signal(number, self.note)
         return self
 
-    def note(self, number: int, frame):
+    def note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C is meant
 

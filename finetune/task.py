@@ -1,14 +1,15 @@
 """What the loop trains: rows and how they are laid out, a model and its loss, metrics, and what is saved of it."""
 
+from collections.abc import Callable
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chatglm.families import FAMILIES
+from chatglm.families import FAMILIES, Family
 from chatglm.loading import load_model, load_tokenizer, resolve_mode
 from finetune.checkpoint import export
 from finetune.config import TrainConfig
@@ -40,6 +41,9 @@ from finetune.rows.sources import (
     replay_count,
 )
 from finetune.rows.streaming import Stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class RowSet(Protocol):
@@ -75,7 +79,7 @@ class FineTuning:
         self.default_output_dir = f"output-{self.family.name}-{config.train_type}"
         self.dtype = torch.float32
 
-    def load_rows(self):
+    def load_rows(self) -> None:
         """Raises ValueError, FileNotFoundError for rows that do not fit."""
         config = self.config
         sources = parse_sources(config.train_path)
@@ -107,7 +111,7 @@ class FineTuning:
             workers=config.num_workers,
         )
 
-    def load_training_rows(self, sources: list[Source], replay: list[Source]):
+    def load_training_rows(self, sources: list[Source], replay: list[Source]) -> None:
         """Read every source; where there are several, or one has a weight, an epoch draws rows."""
         loaded = [self.load_source(source, "train") for source in sources]
         loaded += [self.load_source(source, "replay") for source in replay]
@@ -123,7 +127,7 @@ class FineTuning:
         words = [f"{count} rows of {source.name}" for count, source in zip(counts, together)]
         say("an epoch reads " + ", ".join(words))
 
-    def load_eval_rows(self, held_out: list[Source]):
+    def load_eval_rows(self, held_out: list[Source]) -> None:
         config = self.config
         if config.answer_metrics:  # without them a conversation gives its loss
             rows = []
@@ -219,7 +223,7 @@ class FineTuning:
         )
 
     @cached_property
-    def order(self):
+    def order(self) -> Callable[[int, int], np.ndarray]:
         return lru_cache(2)(self.make_order)
 
     def make_order(self, epoch: int, group: int) -> np.ndarray:
@@ -300,10 +304,10 @@ class FineTuning:
             say(f"WARNING: {predictions} cannot be written ({error.strerror or error}); going on")
         return {name: mean(values) for name, values in scores.items()}
 
-    def before_save(self, loss_module: nn.Module, *, evaluated: bool):
+    def before_save(self, loss_module: nn.Module, *, evaluated: bool) -> None:
         """What of a save every rank must take part in; rank 0 alone exports. `evaluated`: `evaluate` has just seen these weights."""
 
-    def export(self, model: nn.Module, state: dict[str, Tensor], folder: Path):
+    def export(self, model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
         """Write what inference needs; `state` as checkpoint.export takes it."""
         export(model, self.method, self.tokenizer, state, folder)
 
@@ -321,7 +325,9 @@ def draw_counts(shares: list[float], own: int, replay_ratio: float) -> list[int]
     return counts + [max(1, round(wanted * share / given)) for share in replayed]
 
 
-def layout_of(config: TrainConfig, family, tokenizer, dtype: torch.dtype) -> dict:
+def layout_of(
+    config: TrainConfig, family: Family, tokenizer: "PreTrainedTokenizerBase", dtype: torch.dtype
+) -> dict:
     """collate's options: how the rows of a pass are laid out."""
     share = family.name != "glm" and shares_prefix(config)
     return {
