@@ -1,7 +1,7 @@
-"""Encoded rows as flat arrays: 4 bytes a token, in memory or mapped from a file that the ranks of a node share.
+"""Encoded rows as flat arrays: 4 bytes a token, in memory or mapped from a file.
 
-The file is a safetensors file that is written as the rows come: the ids at once, what is small beside
-them at the end. Free of torch.
+The ranks of a node share the file. It is a safetensors file that is written as the rows come: the
+ids at once, the smaller arrays at the end. Free of torch.
 """
 
 import json
@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -27,7 +27,7 @@ BLOCK = 1 << 24  # bytes that are summed at a time
 CODES = {"q": ("I64", np.int64), "i": ("I32", np.int32), "B": ("U8", np.uint8)}
 NUMBERED = re.compile(r"(.*?)(0|[1-9]\d{0,17})(\D*)", re.DOTALL)  # ":12", "[5]", ":data[7]"
 
-# What is kept of the rows; the ids lead, then the widest, so that every array is aligned.
+# The arrays of a file. The ids lead, then the widest types, so that every array is aligned.
 COLUMNS = {
     "ids": "i",  # of all rows, end to end; one more where they would be odd
     "starts": "q",  # where each row begins in `ids`, and where the last one ends
@@ -41,14 +41,15 @@ COLUMNS = {
     "changed_to": "i",
     "learnt": "B",  # a bit a token of a labelled row: its label is its id
     "truncated": "B",
-    "facts": "B",  # JSON: forms, and what the writer has to say
+    "facts": "B",  # JSON: forms, and what the writer records
 }
 
 
 class EncodedRow(NamedTuple):
     """One training row: its first `n_masked` ids carry no loss.
 
-    labels: as long as the ids, IGNORED where there is no loss; None where they are the ids after the first `n_masked`.
+    labels: as long as the ids, IGNORED where there is no loss; None where they are the ids after
+        the first `n_masked`.
     """
 
     input_ids: list[int]
@@ -62,7 +63,10 @@ class EncodedRow(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a row comes from: a file by its number, and what follows the file's name ("a.jsonl:12" -> ":12")."""
+    """Where a row comes from.
+
+    file: the number of its file. tail: what follows the file's name ("a.jsonl:12" -> ":12").
+    """
 
     file: int
     tail: str
@@ -70,7 +74,10 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RowArrays:
-    """Encoded rows as the arrays of COLUMNS; `names` are the files, `facts` what the writer says of them."""
+    """Encoded rows as the arrays of COLUMNS.
+
+    names: the files. facts: what the writer records beside the rows.
+    """
 
     columns: dict[str, np.ndarray]
     names: tuple[str, ...]
@@ -88,7 +95,7 @@ class RowArrays:
         return int(self.columns["n_masked"][row])
 
     def labels(self, row: int) -> np.ndarray | None:
-        """(tokens,) int32, of a row that has labels of its own."""
+        """(tokens,) int32; None where they are the ids after the first `n_masked`."""
         columns = self.columns
         labelled = columns["labelled"]
         number = int(np.searchsorted(labelled, row)) if len(labelled) else 0
@@ -123,8 +130,8 @@ class RowArrays:
 class Dataset:
     """The rows of several sources under one numbering.
 
-    chosen: of each part, the rows of it that count; None: all.
-    truncated, skipped: how many rows were cut, and how many do not count.
+    chosen: of each part, the numbers of the rows that are used; None: all.
+    truncated, skipped: how many rows were truncated, and how many are not used.
     """
 
     parts: tuple[RowArrays, ...]
@@ -135,9 +142,9 @@ class Dataset:
     @cached_property
     def starts(self) -> list[int]:
         """The number of each part's first row, and of all rows."""
-        sizes = (
-            len(part) if rows is None else len(rows) for part, rows in zip(self.parts, self.chosen)
-        )
+        sizes = []
+        for part, rows in zip(self.parts, self.chosen):
+            sizes.append(len(part) if rows is None else len(rows))
         return list(accumulate(sizes, initial=0))
 
     def __len__(self) -> int:
@@ -148,7 +155,8 @@ class Dataset:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         part = bisect_right(self.starts, row) - 1
-        number, chosen = row - self.starts[part], self.chosen[part]
+        number = row - self.starts[part]
+        chosen = self.chosen[part]
         return self.parts[part], number if chosen is None else int(chosen[number])
 
     def ids(self, row: int) -> np.ndarray:
@@ -162,7 +170,10 @@ class Dataset:
         return part.n_masked(number)
 
     def labels(self, row: int) -> np.ndarray | None:
-        """(tokens,) int32, IGNORED where there is no loss; None where they are the ids after the first `n_masked`."""
+        """(tokens,) int32, IGNORED where there is no loss.
+
+        None where they are the ids after the first `n_masked`.
+        """
         part, number = self.find(row)
         return part.labels(number)
 
@@ -174,14 +185,14 @@ class Dataset:
     @cached_property
     def row_lengths(self) -> np.ndarray:
         """(rows,) int32, tokens of each row."""
-        lengths = [part.lengths for part in self.parts]
-        return np.concatenate(
-            [found if rows is None else found[rows] for found, rows in zip(lengths, self.chosen)]
-        )
+        lengths = []
+        for part, rows in zip(self.parts, self.chosen):
+            lengths.append(part.lengths if rows is None else part.lengths[rows])
+        return np.concatenate(lengths)
 
 
 def choose(part: RowArrays, is_skip: bool = False) -> Dataset:
-    """The rows of a part that have a label; with `is_skip` none that was cut."""
+    """The rows of a part that have a label; with `is_skip` without those that are truncated."""
     truncated = part.truncated
     counts = part.columns["n_masked"] < part.lengths
     if is_skip:
@@ -191,17 +202,17 @@ def choose(part: RowArrays, is_skip: bool = False) -> Dataset:
 
 
 def join(parts: list[Dataset]) -> Dataset:
-    """Several as one, in this order; nothing is copied."""
+    """Several datasets as one, in this order; nothing is copied."""
     return Dataset(
-        tuple(part for data in parts for part in data.parts),
-        tuple(rows for data in parts for rows in data.chosen),
+        tuple(chain.from_iterable(data.parts for data in parts)),
+        tuple(chain.from_iterable(data.chosen for data in parts)),
         sum(data.truncated for data in parts),
         sum(data.skipped for data in parts),
     )
 
 
 def dataset_of(rows: Iterable[tuple[str, EncodedRow]]) -> Dataset:
-    """A Dataset of (place, encoded row)."""
+    """A Dataset of (place, encoded row) pairs, in memory."""
     writer = RowWriter()
     for place, row in rows:
         writer.add(Place(0, place), row)
@@ -210,10 +221,15 @@ def dataset_of(rows: Iterable[tuple[str, EncodedRow]]) -> Dataset:
 
 
 class RowWriter:
-    """Collects encoded rows. With `file`, the ids go there as they come, and little else is in memory."""
+    """Collects encoded rows.
+
+    With `file`, the ids are written there as they come, and little else stays in memory.
+    """
 
     def __init__(self, file: BinaryIO | None = None):
-        self.file, self.crc, self.tokens = file, 0, 0
+        self.file = file
+        self.crc = 0
+        self.tokens = 0
         self.columns = {name: array(code) for name, code in COLUMNS.items()}
         for name in ("starts", "learnt_starts", "changed_starts"):
             self.columns[name].append(0)
@@ -221,7 +237,7 @@ class RowWriter:
         if file is not None:
             file.write(bytes(HEADER))
 
-    def add(self, place: Place, row: EncodedRow):
+    def add(self, place: Place, row: EncodedRow) -> None:
         columns = self.columns
         if row.labels is not None:
             self.add_labels(len(columns["n_masked"]), row)
@@ -230,17 +246,19 @@ class RowWriter:
         columns["starts"].append(self.tokens)
         columns["n_masked"].append(row.n_masked)
         columns["truncated"].append(row.truncated)
-        found = NUMBERED.fullmatch(place.tail)
-        before, number, after = found.groups() if found else (place.tail, "-1", "")
+        match = NUMBERED.fullmatch(place.tail)
+        before, number, after = match.groups() if match else (place.tail, "-1", "")
         columns["number"].append(int(number))
         columns["form"].append(self.forms.setdefault((place.file, before, after), len(self.forms)))
         if self.file is not None and len(columns["ids"]) >= FLUSH:
             self.write(columns["ids"])
             columns["ids"] = array(COLUMNS["ids"])
 
-    def add_labels(self, number: int, row: EncodedRow):
+    def add_labels(self, number: int, row: EncodedRow) -> None:
+        """Store a row's labels: a bit a token, and the labels that are neither id nor IGNORED."""
         columns = self.columns
-        ids, labels = np.array(row.input_ids, np.int32), np.array(row.labels, np.int32)
+        ids = np.array(row.input_ids, np.int32)
+        labels = np.array(row.labels, np.int32)
         learnt = ids == labels
         changed = np.flatnonzero(~learnt & (labels != IGNORED))
         columns["labelled"].append(number)
@@ -250,7 +268,7 @@ class RowWriter:
         columns["changed_to"].extend(labels[changed].tolist())
         columns["changed_starts"].append(len(columns["changed_at"]))
 
-    def write(self, content):
+    def write(self, content: array) -> None:
         self.file.write(content)
         self.crc = zlib.crc32(content, self.crc)
 
@@ -262,8 +280,13 @@ class RowWriter:
         }
         return RowArrays(columns, names, facts | {"forms": list(self.forms)})
 
-    def finish(self, key: str, facts: dict):
-        """Write what is left. `key` says what the rows depend on, `facts` are JSON."""
+    def finish(self, key: str, facts: dict) -> None:
+        """Write the rest of the file.
+
+        Args:
+            key: names what the rows depend on.
+            facts: are written as JSON.
+        """
         columns = self.columns
         columns["facts"].frombytes(json.dumps(facts | {"forms": list(self.forms)}).encode())
         if self.tokens % 2:
@@ -284,8 +307,8 @@ def map_rows(
 ) -> RowArrays | None:
     """The rows of a file, mapped into memory.
 
-    None where the file is not there, not whole or of another key; `verify` compares its checksum too, which
-    reads it once.
+    None where the file is not there, not whole or has another key; `verify` compares its checksum
+    too, which reads it once.
     """
     try:
         with open(path, "rb") as file:
@@ -299,19 +322,21 @@ def map_rows(
         return None
     columns = {}
     for name, code in COLUMNS.items():
-        (size,), (start, _) = header[name]["shape"], header[name]["data_offsets"]
+        size = header[name]["shape"][0]
+        start = header[name]["data_offsets"][0]
         columns[name] = np.frombuffer(content, CODES[code][1], size, HEADER + start)
     return RowArrays(columns, names, json.loads(columns["facts"].tobytes()))
 
 
 def layout(sizes: list[int]) -> dict[str, dict]:
-    """What safetensors' header says of the arrays of COLUMNS, of these sizes."""
-    found, start = {}, 0
+    """The entries of safetensors' header for the arrays of COLUMNS, of these sizes."""
+    entries = {}
+    start = 0
     for (name, code), size in zip(COLUMNS.items(), sizes):
         stop = start + size * array(code).itemsize
-        found[name] = {"dtype": CODES[code][0], "shape": [size], "data_offsets": [start, stop]}
+        entries[name] = {"dtype": CODES[code][0], "shape": [size], "data_offsets": [start, stop]}
         start = stop
-    return found
+    return entries
 
 
 def read_header(content: bytes, total: int) -> dict | None:
@@ -322,13 +347,14 @@ def read_header(content: bytes, total: int) -> dict | None:
         metadata = {name: header["__metadata__"][name] for name in ("key", "crc32")}
     except (ValueError, KeyError, IndexError, TypeError):
         return None
-    begun = int.from_bytes(content[:8], "little") == HEADER - 8
-    whole = total == HEADER + wanted["facts"]["data_offsets"][1]
-    return header if begun and whole and header == wanted | {"__metadata__": metadata} else None
+    has_size = int.from_bytes(content[:8], "little") == HEADER - 8
+    is_whole = total == HEADER + wanted["facts"]["data_offsets"][1]
+    is_ours = header == wanted | {"__metadata__": metadata}
+    return header if has_size and is_whole and is_ours else None
 
 
 def checksum(file: BinaryIO) -> str:
-    """Of what follows the header of a file."""
+    """The CRC-32 of what follows the header of a file."""
     file.seek(HEADER)
     crc = 0
     while block := file.read(BLOCK):

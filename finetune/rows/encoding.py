@@ -1,6 +1,6 @@
-"""From rows to encoded rows: read and tokenised once a node, kept in --data_cache or a temporary file, mapped by all its ranks.
+"""Rows to encoded rows: read and tokenised once a node, then mapped by all its ranks.
 
-Free of torch.
+They stand in --data_cache or in a temporary file. Free of torch.
 """
 
 import hashlib
@@ -15,30 +15,35 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from chatglm.conversations import CONVERSATIONS, GLM3_LABELS, IGNORED
+from chatglm.families import Family
 from finetune.files import CACHE_GB, prune, sha256, written_whole
 from finetune.rows.arrays import Dataset, EncodedRow, Place, RowArrays, RowWriter, choose, map_rows
 from finetune.rows.formats import BadRow, Row
 from finetune.rows.sources import RowReader, Source, hash_rows, no_rows, parse_items, read_parts
 
-CACHE_FORMAT = 2  # of --data_cache; raised where the same files and settings give other ids or places than before
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizer
+
+# Of --data_cache; raise it when the same files and settings give other ids or places than before.
+CACHE_FORMAT = 2
 CHUNK = 64  # rows that a process takes at a time
-AHEAD = 4  # chunks a process that wait for their turn
+AHEAD = 4  # chunks that are submitted ahead, per process
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Rows to ids as a family is trained. Lengths are in tokens; role_labels as `chatglm.conversations` has it."""
+    """Encodes rows as a family is trained. Lengths are in tokens; glm3_labels is of GLM3_LABELS."""
 
-    tokenizer: object
-    family: object
+    tokenizer: "PreTrainedTokenizer"
+    family: Family
     max_len: int
     max_src_len: int
     glm3_labels: str = GLM3_LABELS[0]
 
-    def check(self, row: Row):
+    def check(self, row: Row) -> None:
         """Raises BadRow: several answers (a test file)."""
         if len(row.answers) != 1:
             raise BadRow(
@@ -46,40 +51,42 @@ class Encoder:
             )
 
     def encode(self, row: Row) -> list[EncodedRow]:
-        """One row; of a conversation in ChatGLM-6B's layout, one an answer. A row cut so short that no answer is left learns nothing.
+        """One row; of a conversation in ChatGLM-6B's layout one for each answer.
 
-        Raises ValueError: several answers (a test file), or limits that leave no room.
+        A row that is truncated so far that no answer is left has no labels.
+
+        Raises:
+            ValueError: the row has several answers (a test file), or the limits leave no room.
         """
         self.check(row)
         role_labels = self.glm3_labels == GLM3_LABELS[0]
         if not row.turns:
-            made = self.family.encode_example(
+            example = self.family.encode_example(
                 self.tokenizer, row.prompt, row.answers[0], self.max_len, self.max_src_len
             )
-            return [
-                EncodedRow(
-                    made.input_ids,
-                    made.n_masked + (self.family.name == "glm3" and not role_labels),
-                    made.truncated,
-                )
-            ]
+            # Without role labels ChatGLM3's <|assistant|> token carries no loss.
+            unlabelled = self.family.name == "glm3" and not role_labels
+            n_masked = example.n_masked + unlabelled
+            return [EncodedRow(example.input_ids, n_masked, example.truncated)]
+        encode_turns = CONVERSATIONS[self.family.name]
         encoded = []
-        for ids, labels, cut in CONVERSATIONS[self.family.name](
+        for ids, labels, truncated in encode_turns(
             self.tokenizer, list(row.turns), self.max_len, self.max_src_len, role_labels
         ):
             first = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
-            encoded.append(
-                EncodedRow(ids, first, cut, None if labels[first:] == ids[first:] else labels)
-            )
+            is_plain = labels[first:] == ids[first:]
+            encoded.append(EncodedRow(ids, first, truncated, None if is_plain else labels))
         return encoded
 
-    def settings(self) -> list:
-        """All that encoded rows depend on but the rows: the tokenizer's model, the settings and CACHE_FORMAT; as JSON."""
+    def settings(self) -> list[Any]:
+        """What encoded rows depend on beside the rows, as JSON values.
+
+        These are the tokenizer's model, the settings and CACHE_FORMAT.
+        """
         tokenizer = self.tokenizer
+        paths = ("vocab_file", "name_or_path")
         options = {
-            k: v
-            for k, v in tokenizer.init_kwargs.items()
-            if k not in ("vocab_file", "name_or_path")
+            name: value for name, value in tokenizer.init_kwargs.items() if name not in paths
         }
         lengths = [self.max_len, self.max_src_len]
         return [
@@ -97,7 +104,8 @@ class Encoder:
 class Preparation:
     """How a source becomes encoded rows.
 
-    limit: read so many good rows. first_answer: of rows with several (a test file).
+    limit: the number of good rows to read. first_answer: of a row with several (a test file) take
+        the first.
     """
 
     reader: RowReader
@@ -107,7 +115,7 @@ class Preparation:
     first_answer: bool = False
 
     def rows(self, source: Source) -> Iterator[tuple[Place, Row | BadRow]]:
-        """Every row as it is read; bad ones as BadRow where they are skipped."""
+        """(place, row) of every row as it is read; bad ones as BadRow where they are skipped."""
         good = 0
         for number, (name, items) in enumerate(read_parts(source)):
             for place, row in parse_items(items, self.reader, self.on_bad_row):
@@ -129,7 +137,7 @@ class Preparation:
         return [sha256(file) for file in source.files]
 
     def key(self, source: Source, hashes: list[str]) -> str:
-        """A name for what the encoded rows depend on: content of the files and what kinds they are, and all settings."""
+        """A name for what encoded rows depend on: the files' content and kinds, all settings."""
         kinds = [Path(file.name.removesuffix(".gz")).suffix for file in source.files]
         options = [asdict(self.reader), self.on_bad_row, self.limit, self.first_answer]
         content = json.dumps(
@@ -141,8 +149,9 @@ class Preparation:
 class Prepared(NamedTuple):
     """Encoded rows of a source, ready for all ranks of a node.
 
-    path: the file that holds them; None: they are in memory, `rows`. temporary: it goes when all have mapped it.
     hashes: of the source's files.
+    path: the file that holds them; None: they are in memory, `rows`.
+    temporary: the file is removed when all ranks have mapped it.
     """
 
     key: str
@@ -152,14 +161,15 @@ class Prepared(NamedTuple):
     rows: RowArrays | None = None
 
     def load(self, source: Source) -> RowArrays:
-        """Raises OSError where the file is gone."""
+        """The rows, mapped into memory; raises OSError where the file is gone."""
         rows = self.rows if self.path is None else map_rows(self.path, names_of(source), self.key)
         if rows is None:
             raise OSError(f"--data_cache: {self.path} went away before it was read; start again")
         return rows
 
-    def release(self, cache_gb: float = CACHE_GB):
-        """Who needs the rows has mapped them: a temporary file goes, and from the cache what exceeds its limit."""
+    def release(self, cache_gb: float = CACHE_GB) -> None:
+        """Remove a temporary file, and prune the cache to `cache_gb`; call it when all ranks have
+        mapped the rows."""
         if self.temporary:
             self.path.unlink(missing_ok=True)
         elif self.path:
@@ -168,7 +178,7 @@ class Prepared(NamedTuple):
 
 
 def names_of(source: Source) -> tuple[str, ...]:
-    """What places of its rows begin with."""
+    """The beginnings of its rows' places: the files, or the hub's name."""
     return (source.name,) if source.is_hub else tuple(map(str, source.files))
 
 
@@ -181,13 +191,15 @@ def prepare(
     progress: bool = False,
     shared: bool = False,
 ) -> Prepared:
-    """Encode the rows of a source, or find them in the folder `cache`. A warm cache parses no row, but those of a hub.
+    """Encode the rows of a source, or find them in the folder `cache`.
+
+    Rows that are in the cache are not parsed again, except those of a hub.
 
     Args:
         workers: processes that tokenise.
-        shared: other processes want the rows too, so they have to be in a file.
+        shared: other processes need the rows too, so they have to be in a file.
     Raises:
-        BadRow, ValueError: as reading and encoding have it, before anything is tokenised where it can be.
+        BadRow, ValueError: as reading and encoding, where possible before anything is tokenised.
     """
     stamps = [stamp(file) for file in source.files]
     hashes = preparation.hashes(source)
@@ -197,25 +209,25 @@ def prepare(
         with suppress(OSError):  # of another user
             os.utime(file)
         return Prepared(key, hashes, file)
+    # All rows are checked before the first is tokenised, which takes much longer.
     good = bad = 0
-    for _, row in preparation.rows(
-        source
-    ):  # all of them before the first is tokenised, which takes much longer
-        good, bad = good + isinstance(row, Row), bad + isinstance(row, BadRow)
+    for _, row in preparation.rows(source):
+        if isinstance(row, Row):
+            good += 1
+        else:
+            bad += 1
     if not good:
         raise no_rows(source.name, bad)
 
     def encode(output: BinaryIO | None) -> RowWriter:
         writer = RowWriter(output)
-        for place, rows in tokenise(
-            preparation.encoder, preparation.good_rows(source), good, progress, workers
-        ):
-            for row in rows:
+        rows = preparation.good_rows(source)
+        for place, encoded in tokenise(preparation.encoder, rows, good, progress, workers):
+            for row in encoded:
                 writer.add(place, row)
-        if changed := next(
-            (file for file, was in zip(source.files, stamps) if stamp(file) != was), None
-        ):
-            raise ValueError(f"{changed} was changed while it was read; start again")
+        for path, before in zip(source.files, stamps):
+            if stamp(path) != before:
+                raise ValueError(f"{path} was changed while it was read; start again")
         return writer
 
     facts = {"good": good, "bad": bad}
@@ -226,7 +238,8 @@ def prepare(
             return Prepared(key, hashes, file)
         except OSError as error:
             print(
-                f"--data_cache: {file.parent} cannot be written ({error.strerror}); going on without",
+                f"--data_cache: {file.parent} cannot be written ({error.strerror}); "
+                "going on without",
                 flush=True,
             )
     if not shared:
@@ -243,47 +256,58 @@ def prepare(
 
 
 def stamp(file: Path) -> tuple[int, int]:
-    """What changes with a file's content: its size and its time."""
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns
+    """(size, mtime) of a file, which change with its content."""
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def encode_rows(
-    rows: list[Row], tokenizer, family, *, max_len: int, max_src_len: int, is_skip=False, **options
+    rows: list[Row],
+    tokenizer: "PreTrainedTokenizer",
+    family: Family,
+    *,
+    max_len: int,
+    max_src_len: int,
+    is_skip: bool = False,
+    **options: Any,
 ) -> Dataset:
-    """Rows in memory as `family` trains on them; `options` are Encoder's.
+    """The Dataset of rows in memory, as `family` trains on them; `options` are Encoder's.
 
     Raises:
         ValueError: no row has a label within the lengths, or one has several answers (a test file).
     """
-    encoder, writer = Encoder(tokenizer, family, max_len, max_src_len, **options), RowWriter()
+    encoder = Encoder(tokenizer, family, max_len, max_src_len, **options)
+    writer = RowWriter()
     for row in rows:
-        for made in encoder.encode(row):
-            writer.add(Place(0, row.place), made)
-    return choose_rows(writer.in_memory(("",), {"good": len(rows), "bad": 0}), encoder, is_skip)
+        for encoded in encoder.encode(row):
+            writer.add(Place(0, row.place), encoded)
+    arrays = writer.in_memory(("",), {"good": len(rows), "bad": 0})
+    return choose_rows(arrays, encoder, is_skip)
 
 
 def choose_rows(rows: RowArrays, encoder: Encoder, is_skip: bool) -> Dataset:
     """The rows that are trained on. Raises ValueError where none is left."""
     data = choose(rows, is_skip)
     if not len(data):
-        raise ValueError(
-            f"all {rows.facts['good']} rows are longer than --max_len {encoder.max_len} / --max_src_len {encoder.max_src_len}"
-        )
+        limits = f"--max_len {encoder.max_len} / --max_src_len {encoder.max_src_len}"
+        raise ValueError(f"all {rows.facts['good']} rows are longer than {limits}")
     return data
 
 
 def tokenise(
     encoder: Encoder, rows: Iterable[tuple[Place, Row]], total: int, progress: bool, workers: int
 ) -> Iterator[tuple[Place, list[EncodedRow]]]:
-    """What `encoder` makes of each row, in their order; over `workers` processes. A bar shows where it takes seconds."""
+    """(place, encoded rows) of each row, in their order; `workers` processes encode them.
+
+    With `progress` a bar appears after two seconds.
+    """
     from tqdm import tqdm
 
+    workers = workers if total > CHUNK else 1
     with tqdm(total=total, desc="encoding", unit="row", disable=not progress, delay=2) as bar:
-        for chunk, encoded in encode_chunks(
-            encoder, chunks_of(rows), workers if total > CHUNK else 1
-        ):
-            yield from ((place, made) for (place, _), made in zip(chunk, encoded))
+        for chunk, encoded in encode_chunks(encoder, chunks_of(rows), workers):
+            for (place, _), encoded_rows in zip(chunk, encoded):
+                yield place, encoded_rows
             bar.update(len(chunk))
 
 
