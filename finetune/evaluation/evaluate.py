@@ -1,7 +1,11 @@
-"""How good a tuned model is: its answers to held-out rows by METRICS, or a probe of general prompts before and after tuning.
+"""How good a tuned model is, by METRICS over its answers to held-out rows, or by a probe.
 
-python -m finetune.evaluate --model_path output-glm2-lora/epoch-2-step-180 --test_path data/spo_test.json --metrics rouge,bleu,triple_f1
-python -m finetune.evaluate --model_path output-glm2-lora/epoch-2-step-180 --probe data/probe.jsonl --metrics rouge
+The probe compares a model before and after tuning on general prompts.
+
+python -m finetune.evaluate --model_path output-glm2-lora/epoch-2-step-180 \\
+    --test_path data/spo_test.json --metrics rouge,bleu,triple_f1
+python -m finetune.evaluate --model_path output-glm2-lora/epoch-2-step-180 \\
+    --probe data/probe.jsonl --metrics rouge
 """
 
 import argparse
@@ -12,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finetune.commands import Parser, run_command
 from finetune.config import parse_positive
@@ -40,20 +45,31 @@ from finetune.rows.batches import collate, count_labels
 from finetune.rows.formats import Row
 from finetune.rows.sources import read_questions
 
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizer
 
-def evaluation_loss(loss_module, data: Dataset, batch_size: int, **layout) -> float:
-    """Mean negative log likelihood of the labelled tokens over all rows, shared among the ranks; `layout` is collate's."""
+
+def evaluation_loss(
+    loss_module: "nn.Module", data: Dataset, batch_size: int, **layout: Any
+) -> float:
+    """Mean negative log likelihood of the labelled tokens over all rows, shared among the ranks.
+
+    `layout` are collate's options.
+    """
     import torch
 
     from finetune.distributed import on_device, rank, sum_over_ranks, world_size
 
     per_pass = batch_size * world_size()
-    total = count = 0.0
+    total = 0.0
+    count = 0.0
     by_length = data.row_lengths.argsort(kind="stable").tolist()
     device = next(loss_module.parameters()).device
     for start in range(0, len(by_length), per_pass):
-        mine = by_length[start : start + per_pass][rank() :: world_size()]
-        batch = collate(data, mine or [-1], **layout)  # ZeRO-3: every rank runs every pass
+        rows = by_length[start : start + per_pass][rank() :: world_size()]
+        # ZeRO-3 needs every rank in every pass: without a row it takes an empty place.
+        batch = collate(data, rows or [-1], **layout)
         with torch.no_grad():
             total += float(loss_module(**on_device(batch, device)))
         count += count_labels(batch)
@@ -61,18 +77,23 @@ def evaluation_loss(loss_module, data: Dataset, batch_size: int, **layout) -> fl
     return total / count
 
 
-def answers_of_ranks(model, tokenizer, rows: list[Row], **options) -> list[str]:
-    """Greedy answers to rows, shared among the ranks; all of them on every rank. `options` are answers_by_batch's."""
+def answers_of_ranks(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizer", rows: list[Row], **options: Any
+) -> list[str]:
+    """Greedy answers to rows; the ranks share the work and all get every answer.
+
+    `options` are answers_by_batch's.
+    """
     import torch.distributed as dist
 
     from finetune.distributed import rank, world_size
 
-    # Every rank generates as often as the others: ZeRO-3 gathers weights in step.
+    # Every rank answers the same number of prompts, for ZeRO-3 gathers weights on all at once: the
+    # last row is repeated to fill up.
     world = world_size()
-    mine = range(rank(), len(rows) + -len(rows) % world, world)
-    answers = generate_answers(
-        model, tokenizer, [rows[min(i, len(rows) - 1)].prompt for i in mine], **options
-    )
+    numbers = range(rank(), len(rows) + -len(rows) % world, world)
+    prompts = [rows[min(i, len(rows) - 1)].prompt for i in numbers]
+    answers = generate_answers(model, tokenizer, prompts, **options)
     if world == 1:
         return answers
     of_rank: list = [None] * world
@@ -84,65 +105,61 @@ def prediction_lines(
     rows: list[Row], answers: Sequence[str | list[str]], scores: dict[str, list[float]]
 ) -> str:
     """JSON lines of {prompt, answer, reference, scores}, in the order of the rows."""
-    return "".join(
-        json.dumps(
-            {
-                "prompt": row.prompt,
-                "answer": answer,
-                "reference": list(row.answers),
-                "scores": {name: round(values[i], 6) for name, values in scores.items()},
-            },
-            ensure_ascii=False,
-        )
-        + "\n"
-        for i, (row, answer) in enumerate(zip(rows, answers))
-    )
+    lines = []
+    for i, (row, answer) in enumerate(zip(rows, answers)):
+        entry = {
+            "prompt": row.prompt,
+            "answer": answer,
+            "reference": list(row.answers),
+            "scores": {name: round(values[i], 6) for name, values in scores.items()},
+        }
+        lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+    return "".join(lines)
 
 
 class KeptAnswers:
-    """Answers on disk as they come, beside the file they are for, so that an interrupted evaluation goes on where it was.
+    """Answers on disk while they are generated, so that an interrupted evaluation resumes.
 
-    The first line says what the answers depend on; where that has changed, they are thrown away.
+    They stand beside the file that they are for. The first line says what the answers depend on;
+    where that has changed, they are discarded.
     """
 
-    def __init__(self, final: Path, depends_on: dict):
-        self.final, self.path = final, final.with_name(f".{final.name}.partial")
-        head = json.dumps(depends_on, ensure_ascii=False, sort_keys=True)
-        lines = (
-            self.path.read_text(encoding="utf-8", errors="replace").split("\n")
-            if self.path.is_file()
-            else []
-        )
-        whole = (
-            lines[1:-1] if lines[:1] == [head] else []
-        )  # what follows the last line's end was torn
+    def __init__(self, final: Path, depends_on: dict[str, Any]):
+        self.final = final
+        self.path = final.with_name(f".{final.name}.partial")
+        header = json.dumps(depends_on, ensure_ascii=False, sort_keys=True)
+        lines: list[str] = []
+        if self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+        # What follows the last line's end was not written whole.
+        whole = lines[1:-1] if lines[:1] == [header] else []
         self.found: dict[int, str] = dict(map(json.loads, whole))
-        write_aside(self.path, "".join(line + "\n" for line in [head, *whole]))
+        write_aside(self.path, "".join(line + "\n" for line in [header, *whole]))
         self.file = open(self.path, "a", encoding="utf-8")
 
-    def add(self, batch: dict[int, str]):
+    def add(self, batch: dict[int, str]) -> None:
+        """Keep the answers of a batch, by the numbers of their prompts."""
         self.found |= batch
-        self.file.write(
-            "".join(
-                json.dumps([i, answer], ensure_ascii=False) + "\n" for i, answer in batch.items()
-            )
-        )
+        for i, answer in batch.items():
+            self.file.write(json.dumps([i, answer], ensure_ascii=False) + "\n")
         self.file.flush()
 
-    def replace_by(self, text: str):
-        """The final file stands, so the kept answers may go."""
+    def replace_by(self, text: str) -> None:
+        """Write the final file, then remove the kept answers."""
         write_aside(self.final, text)
         self.file.close()
         self.path.unlink()
 
 
-def dependencies(args, prompts: list[str], options: dict) -> dict:
-    """What answers depend on: the model's files and how they are loaded, the prompts, and how they are asked."""
-    weights = sorted(
-        p for p in Path(args.model_path).iterdir() if p.suffix in (".safetensors", ".bin")
-    )
+def dependencies(
+    args: argparse.Namespace, prompts: list[str], options: dict[str, Any]
+) -> dict[str, Any]:
+    """What answers depend on: the model's files and how they are loaded, the prompts, and the
+    options of generation."""
+    files = Path(args.model_path).iterdir()
+    weights = sorted(path for path in files if path.suffix in (".safetensors", ".bin"))
     return {
-        "model": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights],
+        "model": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
         "base_model": args.base_model,
         "mode": args.mode,
         "precision": args.precision,
@@ -152,20 +169,22 @@ def dependencies(args, prompts: list[str], options: dict) -> dict:
     }
 
 
-def evaluate_rows(args: argparse.Namespace):
-    """Answer --test_path's rows, score them, print and write what was asked for."""
+def evaluate_rows(args: argparse.Namespace) -> None:
+    """Answer --test_path's rows, score the answers, print and write the results."""
     names = parse_metrics(args.metrics or "triple_f1")
     check_packages(names)
     rows = read_questions(args.test_path, "--test_path", reader_of(args))
-    answers, seconds, kept = answer_questions(args, rows)
-    scores = score_rows(names, answers, [row.answers for row in rows])
-    shown = [answer[0] if args.num_answers == 1 else answer for answer in answers]
-    if kept:
-        kept.replace_by(prediction_lines(rows, shown, scores))
-    result: dict = {
+    answered = answer_questions(args, rows)
+    scores = score_rows(names, answered.answers, [row.answers for row in rows])
+    written: list[str | list[str]] = list(answered.answers)
+    if args.num_answers == 1:
+        written = [answers[0] for answers in answered.answers]
+    if answered.kept:
+        answered.kept.replace_by(prediction_lines(rows, written, scores))
+    result: dict[str, Any] = {
         "rows": len(rows),
         "denominator": args.f1_denominator,
-        "seconds": seconds,
+        "seconds": answered.seconds,
         "metrics": {name: mean(values) for name, values in scores.items()},
     }
     if "triple_f1" in names:
@@ -173,38 +192,51 @@ def evaluate_rows(args: argparse.Namespace):
         result["f1"] = math.fsum(scores["triple_f1"]) / divisor
     print_scores(result, args.num_answers)
     if args.output:
-        write_json(args.output, result | {"answers": scored_answers(rows, shown, scores)})
+        write_json(args.output, result | {"answers": scored_answers(rows, written, scores)})
 
 
-def answer_questions(
-    args: argparse.Namespace, rows: list[Row]
-) -> tuple[list[list[str]], float, KeptAnswers | None]:
-    """(--num_answers answers to each row, seconds, the answers on disk with --predictions).
+class Answered(NamedTuple):
+    """--num_answers answers to each row, and the seconds that they took.
 
-    Answers that an interrupted command has kept are not made again.
+    kept: the answers on disk, with --predictions.
     """
+
+    answers: list[list[str]]
+    seconds: float
+    kept: KeptAnswers | None
+
+
+def answer_questions(args: argparse.Namespace, rows: list[Row]) -> Answered:
+    """The answers to rows; those that an interrupted command has kept are not generated again."""
     n = args.num_answers
     model, tokenizer, max_src_len, options = load_for_inference(args)
     options |= {"batch_size": args.batch_size, "max_src_len": max_src_len, "seed": args.seed}
-    prompts = [row.prompt for row in rows for _ in range(n)]
+    prompts = []
+    for row in rows:
+        prompts += [row.prompt] * n
     kept = None
     if args.predictions:
         kept = KeptAnswers(Path(args.predictions), dependencies(args, prompts, options))
-    found = dict(kept.found) if kept else {}
-    if found:
-        print(f"{len(found)} of {len(prompts)} answers are there from before", flush=True)
+    by_number = dict(kept.found) if kept else {}
+    if by_number:
+        print(f"{len(by_number)} of {len(prompts)} answers are there from before", flush=True)
     started = time.perf_counter()
-    done = set(found)
+    done = set(by_number)
     for batch in answers_by_batch(model, tokenizer, prompts, progress=True, done=done, **options):
-        found |= batch
+        by_number |= batch
         if kept:
             kept.add(batch)
     seconds = time.perf_counter() - started
-    return [[found[i * n + j] for j in range(n)] for i in range(len(rows))], seconds, kept
+    in_order = [by_number[i] for i in range(len(prompts))]
+    answers = [in_order[start : start + n] for start in range(0, len(prompts), n)]
+    return Answered(answers, seconds, kept)
 
 
-def print_scores(result: dict, num_answers: int):
-    """The means, and the line of the F1 where it was asked for; of nothing else, the line alone."""
+def print_scores(result: dict[str, Any], num_answers: int) -> None:
+    """Print the means of the metrics, and the F1 of triples where it is one of them.
+
+    Where that F1 is the only metric, there is no table.
+    """
     rows, seconds, means = result["rows"], result["seconds"], result["metrics"]
     if list(means) != ["triple_f1"]:
         print_table(["metric", "mean"], [[name, f"{value:.4f}"] for name, value in means.items()])
@@ -218,23 +250,24 @@ def print_scores(result: dict, num_answers: int):
 def scored_answers(
     rows: list[Row], answers: Sequence[str | list[str]], scores: dict[str, list[float]]
 ) -> list[dict]:
-    """{prompt, answer, gold, a score of each metric} of every row; triple_f1 is called f1."""
-    found = []
+    """{prompt, answer, gold, a score of each metric} of every row; triple_f1 is named f1."""
+    entries = []
     for i, (row, answer) in enumerate(zip(rows, answers)):
         entry = {"prompt": row.prompt, "answer": answer, "gold": row.answers[0]}
         for name, values in scores.items():
             entry["f1" if name == "triple_f1" else name] = values[i]
-        found.append(entry)
-    return found
+        entries.append(entry)
+    return entries
 
 
-def probe_rows(args):
-    """Compare a tuned model with its base on --probe's rows, print and write what was asked for."""
+def probe_rows(args: argparse.Namespace) -> None:
+    """Compare a tuned model with its base on --probe's rows, print and write the results."""
     from finetune.evaluation.probe import compare, summary
 
     names = parse_metrics(args.metrics or "")
     check_packages(names)
-    result = compare(args, read_questions(args.probe, "--probe", reader_of(args)), names)
+    rows = read_questions(args.probe, "--probe", reader_of(args))
+    result = compare(args, rows, names)
     lines, sentence = summary(result)
     print_table([f"{result['rows']} prompts", "before", "after", "change"], lines)
     print(sentence)
@@ -242,13 +275,16 @@ def probe_rows(args):
         write_json(args.output, result)
 
 
-def evaluate(args):
+def evaluate(args: argparse.Namespace) -> None:
     """Raises ValueError, OSError; MemoryError that says what would make it fit."""
     with explained(lambda: inference_advice(args)):
-        (probe_rows if args.probe else evaluate_rows)(args)
+        if args.probe:
+            probe_rows(args)
+        else:
+            evaluate_rows(args)
 
 
-def main(argv: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="finetune.evaluate",
         description=__doc__,
@@ -258,15 +294,18 @@ def main(argv: list[str] | None = None) -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--test_path",
-        help="files (a comma list, as --eval_path takes) of rows with the right answers (one or a list) as output",
+        help="files (a comma list, as --eval_path takes) of rows with the right answers "
+        "(one or a list) as output",
     )
     what.add_argument(
         "--probe",
-        help="rows of general prompts: their loss, and --metrics, before and after tuning (data/probe.jsonl)",
+        help="rows of general prompts: their loss, and --metrics, before and after tuning "
+        "(data/probe.jsonl)",
     )
     parser.add_argument(
         "--metrics",
-        help=f"comma list of {', '.join((*METRICS, *GROUPS))} [triple_f1; with --probe the loss alone]",
+        help=f"comma list of {', '.join((*METRICS, *GROUPS))} "
+        "[triple_f1; with --probe the loss alone]",
     )
     parser.add_argument(
         "--predictions",
@@ -283,16 +322,23 @@ def main(argv: list[str] | None = None) -> int:
         "--f1_denominator",
         choices=("n", "50"),
         default="n",
-        help="divide the summed F1 by the number of rows, or by ChatGLM-Finetuning's constant 50 [n]",
+        help="divide the summed F1 by the number of rows, or by ChatGLM-Finetuning's constant 50 "
+        "[n]",
     )
     parser.add_argument("--output", help="JSON file of the scores and every answer")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
     args = parser.parse_args(argv)
     check_given(parser, args, EVALUATING)
     if args.num_answers > 1 and not args.do_sample:
         parser.error("--num_answers needs --do_sample: the likeliest answer is always the same")
     if args.probe and (args.predictions or args.num_answers > 1):
         parser.error(
-            "--probe writes its answers to --output, and one for each prompt: no --predictions, no --num_answers"
+            "--probe writes its answers to --output, and one for each prompt: "
+            "no --predictions, no --num_answers"
         )
     return run_command(parser.prog, lambda: evaluate(args))
 

@@ -1,7 +1,8 @@
 """METRICS: how good answers are, compared with one or several references. Free of torch.
 
-Every score lies in [0, 1]. A row has a list of answers (several where they were sampled) and a list of references; what several
-references mean is each metric's to say. Words are jieba's, without white space, so Chinese and English go through one door.
+Every score lies in [0, 1]. A row has a list of answers (several where they were sampled) and a list
+of references; each metric defines what several references mean. Words are jieba's, without white
+space, for Chinese and English alike.
 """
 
 import logging
@@ -11,85 +12,93 @@ from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-NEAR_DUPLICATE = (
-    0.7  # ROUGE-L above which two answers say the same (Self-Instruct, Wang et al. 2023)
-)
+if TYPE_CHECKING:
+    import jieba
+    from rouge_score.rouge_scorer import RougeScorer
+
+# ROUGE-L above which two answers say the same (Self-Instruct, Wang et al. 2023).
+NEAR_DUPLICATE = 0.7
 INSTALL = 'pip install -e ".[eval]"'
 
 
 @lru_cache(4096)
 def words(text: str) -> tuple[str, ...]:
+    """The words of a text, without white space."""
     return tuple(word for word in jieba_tokenizer().cut(text) if not word.isspace())
 
 
 @cache
-def jieba_tokenizer():
+def jieba_tokenizer() -> "jieba.Tokenizer":
+    """jieba's tokenizer, with its cache in the user's own folder."""
     import jieba
 
     jieba.setLogLevel(logging.WARNING)
     tokenizer = jieba.Tokenizer()
     folder = Path("~/.cache/glm-foundry").expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.tmp_dir = str(
-        folder
-    )  # its cache of the dictionary; by default a file in /tmp that anybody may have put there
+    # jieba caches its dictionary here. Its default is a file in /tmp, which any user may write.
+    tokenizer.tmp_dir = str(folder)
     return tokenizer
 
 
 class Words:
-    """`words` as rouge-score takes a tokenizer."""
+    """`words` with the interface that rouge-score expects of a tokenizer."""
 
     def tokenize(self, text: str) -> tuple[str, ...]:
         return words(text)
 
 
 @cache
-def rouge_scorer(kind: str):
+def rouge_scorer(kind: str) -> "RougeScorer":
+    """rouge-score's scorer of one kind ("rouge1", "rouge2" or "rougeL") over `words`."""
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer([kind], tokenizer=Words())
 
 
 def rouge(kind: str, answer: str, reference: str) -> float:
-    """F measure of ROUGE-1, -2 or -L over words; two empty texts are alike."""
+    """F measure of ROUGE-1, -2 or -L over words; 1 for two empty texts."""
     if not (words(answer) or words(reference)):
         return 1.0
     return rouge_scorer(kind).score(reference, answer)[kind].fmeasure
 
 
 def bleu4(answer: str, references: Sequence[str]) -> float:
-    """BLEU-4 of one answer against all references, smoothed as ChatGLM's fine-tuning scripts have it (nltk's method 3)."""
+    """BLEU-4 of one answer against all references.
+
+    It is smoothed as in ChatGLM's fine-tuning scripts (nltk's method 3).
+    """
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
-    said = list(words(answer))
-    if not said:
+    answer_words = list(words(answer))
+    if not answer_words:
         return float(any(not words(reference) for reference in references))
-    return float(
-        sentence_bleu(
-            [list(words(r)) for r in references],
-            said,
-            smoothing_function=SmoothingFunction().method3,
-        )
-    )
+    reference_words = [list(words(reference)) for reference in references]
+    smoothing = SmoothingFunction().method3
+    return float(sentence_bleu(reference_words, answer_words, smoothing_function=smoothing))
 
 
 def exact_match(answer: str, reference: str) -> float:
+    """1 where both texts are equal, white space at their ends aside; else 0."""
     return float(answer.strip() == reference.strip())
 
 
 def triples(answer: str) -> set[str]:
-    """Lines that are head_relation_tail, exactly three parts."""
+    """The lines of the form head_relation_tail, with exactly three parts."""
     return {line for line in answer.split("\n") if len(line.split("_")) == 3}
 
 
 def triple_f1(answer: str, gold: str) -> float:
     """F1 of one answer: predicted triples against the gold answer's lines, as sets."""
-    predicted, wanted = triples(answer), set(gold.split("\n"))
+    predicted = triples(answer)
+    wanted = set(gold.split("\n"))
     hits = len(predicted & wanted)
     if not hits:
         return 0.0
-    precision, recall = hits / len(predicted), hits / len(wanted)
+    precision = hits / len(predicted)
+    recall = hits / len(wanted)
     return 2 * precision * recall / (precision + recall)
 
 
@@ -100,12 +109,12 @@ def mean(values: Sequence[float]) -> float:
 def best(
     score: Callable[[str, str], float], answers: Sequence[str], references: Sequence[str]
 ) -> float:
-    """Each answer against the reference that it is nearest to; the mean over the answers."""
+    """The mean over the answers of each one's highest score against a reference."""
     return mean([max(score(answer, reference) for reference in references) for answer in answers])
 
 
 def coverage(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Each reference against the answer that is nearest to it by ROUGE-L; the mean over the references."""
+    """The mean over the references of each one's highest ROUGE-L against an answer."""
     return mean(
         [max(rouge("rougeL", answer, reference) for answer in answers) for reference in references]
     )
@@ -114,19 +123,19 @@ def coverage(answers: Sequence[str], references: Sequence[str]) -> float:
 def diversity(answers: Sequence[str], references: Sequence[str]) -> float:
     """Share of a row's answers that repeat no earlier one of it: 1 for a single answer.
 
-    With four questions a document this is the first line of ChatGLM-Finetuning's rubric for question generation, where each
-    near-duplicate costs 0.25 points.
+    With four questions a document this is the first line of ChatGLM-Finetuning's rubric for
+    question generation, where each near-duplicate costs 0.25 points.
     """
-    new = [
-        all(rouge("rougeL", answer, before) <= NEAR_DUPLICATE for before in answers[:i])
+    is_new = [
+        all(rouge("rougeL", answer, earlier) <= NEAR_DUPLICATE for earlier in answers[:i])
         for i, answer in enumerate(answers)
     ]
-    return mean(new)
+    return mean(is_new)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """`score(answers, references)` of one row; `needs`: packages it imports when used."""
+    """`score(answers, references)` of one row; `needs`: the packages that it imports."""
 
     score: Callable[[Sequence[str], Sequence[str]], float]
     needs: tuple[str, ...] = ()
@@ -155,31 +164,36 @@ GROUPS: dict[str, tuple[str, ...]] = {  # other spellings, and several at once
 
 
 def parse_metrics(text: str, flag: str = "--metrics") -> tuple[str, ...]:
-    """ "rouge,exact_match" to names of METRICS, each once, in their order; raises ValueError for an unknown name."""
-    found: list[str] = []
-    for name in filter(None, (part.strip() for part in text.split(","))):
+    """ "rouge,exact_match" -> names of METRICS, each once, in the order given.
+
+    Raises:
+        ValueError: a name is neither in METRICS nor in GROUPS.
+    """
+    names: list[str] = []
+    for part in text.split(","):
+        name = part.strip()
+        if not name:
+            continue
         if name not in METRICS and name not in GROUPS:
             raise ValueError(
                 f"{flag}: no metric {name!r}; there are {', '.join((*METRICS, *GROUPS))}"
             )
-        found += [each for each in GROUPS.get(name, (name,)) if each not in found]
-    return tuple(found)
+        names += [metric for metric in GROUPS.get(name, (name,)) if metric not in names]
+    return tuple(names)
 
 
-def check_packages(names: Sequence[str]):
+def check_packages(names: Sequence[str]) -> None:
     """Raises ValueError where a metric's packages are not installed."""
     for name in names:
-        if missing := [package for package in METRICS[name].needs if find_spec(package) is None]:
-            raise ValueError(
-                f"the metric {name} needs {' and '.join(missing).replace('_', '-')}: {INSTALL}"
-            )
+        missing = [package for package in METRICS[name].needs if find_spec(package) is None]
+        if missing:
+            packages = " and ".join(missing).replace("_", "-")
+            raise ValueError(f"the metric {name} needs {packages}: {INSTALL}")
 
 
 def score_rows(
     names: Sequence[str], answers: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
 ) -> dict[str, list[float]]:
-    """The score of every row by every named metric."""
-    return {
-        name: [float(METRICS[name].score(a, r)) for a, r in zip(answers, references, strict=True)]
-        for name in names
-    }
+    """{metric: the score of every row}."""
+    pairs = list(zip(answers, references, strict=True))
+    return {name: [float(METRICS[name].score(a, r)) for a, r in pairs] for name in names}

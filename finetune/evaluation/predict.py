@@ -1,4 +1,6 @@
-"""Answers of a tuned model, asked with the prompt it was trained on: one prompt, a file in batches, or a conversation.
+"""Answers of a tuned model, to one prompt, to a file in batches, or line by line.
+
+Prompts are encoded as in training.
 
 python -m finetune.predict --model_path output-glm2-lora/epoch-2-step-180 --prompt TEXT
 """
@@ -6,8 +8,9 @@ python -m finetune.predict --model_path output-glm2-lora/epoch-2-step-180 --prom
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from chatglm.checksums import add_verify_flag
 from chatglm.families import FAMILIES
@@ -17,11 +20,16 @@ from finetune.commands import Parser, run_command
 from finetune.config import PRECISIONS, parse_bool, parse_positive
 from finetune.flag_effects import PREDICTING, check_given
 from finetune.out_of_memory import explained, inference_advice
-from finetune.rows.formats import FORMATS, parse_columns
+from finetune.rows.formats import FORMATS, Row, parse_columns
 from finetune.rows.sources import RowReader, read_questions
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizer
 
-def generate_answers(model, tokenizer, prompts: list[str], **options) -> list[str]:
+
+def generate_answers(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizer", prompts: list[str], **options: Any
+) -> list[str]:
     """Answers in the order of `prompts`; `options` are `answers_by_batch`'s."""
     answers = [""] * len(prompts)
     for batch in answers_by_batch(model, tokenizer, prompts, **options):
@@ -31,24 +39,28 @@ def generate_answers(model, tokenizer, prompts: list[str], **options) -> list[st
 
 
 def answers_by_batch(
-    model,
-    tokenizer,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizer",
     prompts: list[str],
     *,
-    batch_size=8,
-    max_src_len=1024,
-    progress=False,
-    synced=False,
-    done=(),
-    seed=None,
-    **options,
+    batch_size: int = 8,
+    max_src_len: int = 1024,
+    progress: bool = False,
+    synced: bool = False,
+    done: Collection[int] = (),
+    seed: int | None = None,
+    **options: Any,
 ) -> Iterator[dict[int, str]]:
-    """{number of a prompt: its answer} of one left-padded batch after the other, the longest prompts first.
+    """{number of a prompt: its answer} of one left-padded batch after the other.
+
+    The longest prompts come first.
 
     Args:
-        max_src_len: longest prompt in tokens; must be training's for cut prompts to look as they did there.
-        synced: ZeRO-3: ranks keep stepping until the slowest has finished.
-        done: prompts answered before; a batch that has only such is left out, the others are what they would be without it.
+        max_src_len: longest prompt in tokens; use training's, so that prompts are truncated as
+            they were there.
+        synced: ZeRO-3: every rank keeps stepping until the slowest one has finished.
+        done: numbers of prompts that have an answer already. A batch of only such prompts is left
+            out; this does not change the other batches.
         seed: set anew for each batch, so that sampled answers do not depend on `done`.
         options: generate()'s, e.g. max_new_tokens, do_sample, top_p.
     """
@@ -60,27 +72,30 @@ def answers_by_batch(
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     if synced:
         options["synced_gpus"] = True
-    for start in tqdm(
-        range(0, len(order), batch_size), desc="answering", unit="batch", disable=not progress
-    ):
-        chosen = order[start : start + batch_size]
-        if all(i in done for i in chosen):
+    starts = range(0, len(order), batch_size)
+    for start in tqdm(starts, desc="answering", unit="batch", disable=not progress):
+        numbers = order[start : start + batch_size]
+        if all(i in done for i in numbers):
             continue
         if seed is not None:
             torch.manual_seed(seed + start)
-        written = generate_batch(model, tokenizer, [encoded[i] for i in chosen], **options)
+        generated = generate_batch(model, tokenizer, [encoded[i] for i in numbers], **options)
         yield {
             i: tokenizer.decode(ids, skip_special_tokens=True)
-            for i, (ids, _) in zip(chosen, written)
+            for i, (ids, _) in zip(numbers, generated)
         }
 
 
 def generate_batch(
-    model, tokenizer, encoded: list[list[int]], **options
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizer",
+    encoded: list[list[int]],
+    **options: Any,
 ) -> list[tuple[list[int], bool]]:
-    """(ids of its answer without the end token, whether an end token came) of each encoded prompt, padded on the left.
+    """(ids of the answer without the end token, whether an end token came) of each encoded prompt.
 
-    `options` are generate()'s; without do_sample the likeliest token is taken.
+    The prompts are padded on the left. `options` are generate()'s; without do_sample decoding is
+    greedy.
     """
     import torch
 
@@ -103,16 +118,21 @@ def generate_batch(
         out = model.generate(
             input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **options
         )
-    written = [row[longest:] for row in out.tolist()]
-    answers = [cut_at_stop(row, options["eos_token_id"]) for row in written]
-    return [(answer, len(answer) < len(row)) for answer, row in zip(answers, written)]
+    generated = [row[longest:] for row in out.tolist()]
+    answers = [cut_at_stop(row, options["eos_token_id"]) for row in generated]
+    return [(answer, len(answer) < len(row)) for answer, row in zip(answers, generated)]
 
 
 def cut_at_stop(ids: list[int], stops: list[int]) -> list[int]:
-    return next((ids[:i] for i, token in enumerate(ids) if token in stops), ids)
+    """The ids before the first end token; all where there is none."""
+    for i, token in enumerate(ids):
+        if token in stops:
+            return ids[:i]
+    return ids
 
 
-def add_model_flags(parser: argparse.ArgumentParser):
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that answers with a model."""
     parser.add_argument("--model_path", required=True, help="a model, adapter or prefix folder")
     parser.add_argument(
         "--base_model", help="base of an adapter or prefix folder (default: the one it names)"
@@ -131,6 +151,15 @@ def add_model_flags(parser: argparse.ArgumentParser):
         help="hold the frozen linear layers in so many bits, as QLoRA trains over them",
     )
     add_verify_flag(parser, "fast")
+    add_length_flags(parser)
+    parser.add_argument(
+        "--batch_size", type=parse_positive, default=8, help="prompts answered together [8]"
+    )
+    add_sampling_flags(parser)
+
+
+def add_length_flags(parser: argparse.ArgumentParser) -> None:
+    """The limits of a prompt and of an answer, in tokens."""
     parser.add_argument(
         "--max_src_len",
         type=parse_positive,
@@ -147,9 +176,10 @@ def add_model_flags(parser: argparse.ArgumentParser):
         default=2048,
         help="longest prompt and answer in tokens [2048]",
     )
-    parser.add_argument(
-        "--batch_size", type=parse_positive, default=8, help="prompts answered together [8]"
-    )
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Whether and how answers are sampled."""
     parser.add_argument(
         "--do_sample",
         type=parse_bool,
@@ -165,7 +195,8 @@ def add_model_flags(parser: argparse.ArgumentParser):
     parser.add_argument("--seed", type=int, default=1234, help="of sampling [1234]")
 
 
-def add_row_flags(parser: argparse.ArgumentParser):
+def add_row_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how rows of a file are read; `reader_of` takes them."""
     parser.add_argument(
         "--prompt_text",
         default="",
@@ -184,13 +215,18 @@ def add_row_flags(parser: argparse.ArgumentParser):
     )
 
 
-def reader_of(args) -> RowReader:
-    """From the flags of `add_row_flags`. Raises ValueError."""
+def reader_of(args: argparse.Namespace) -> RowReader:
+    """The reader that the flags of `add_row_flags` describe; raises ValueError."""
     return RowReader(args.prompt_text, args.data_format, parse_columns(args.columns))
 
 
-def load_for_inference(args):
-    """(model on its device, tokenizer, max_src_len, generate options) from the flags of `add_model_flags`."""
+def load_for_inference(
+    args: argparse.Namespace,
+) -> tuple["PreTrainedModel", "PreTrainedTokenizer", int, dict[str, Any]]:
+    """(model on its device, tokenizer, max_src_len, generate()'s options).
+
+    `args` are the flags of `add_model_flags`.
+    """
     from chatglm import load_tokenizer
 
     check_not_run(args.model_path, "--model_path")
@@ -206,13 +242,13 @@ def load_for_inference(args):
         quantization_bit=args.quantization_bit,
         verify=args.verify,
     )
-    trained = Path(args.model_path) / "train_config.json"
-    max_src_len = args.max_src_len or trained_length(trained) or 1024
-    options = (
-        {"max_new_tokens": args.max_new_tokens}
-        if args.max_new_tokens
-        else {"max_length": args.max_length}
-    )
+    train_config = Path(args.model_path) / "train_config.json"
+    max_src_len = args.max_src_len or trained_length(train_config) or 1024
+    options: dict[str, Any] = {}
+    if args.max_new_tokens:
+        options["max_new_tokens"] = args.max_new_tokens
+    else:
+        options["max_length"] = args.max_length
     options["do_sample"] = bool(args.do_sample)
     if args.do_sample:
         options |= {"top_p": args.top_p, "temperature": args.temperature}
@@ -220,13 +256,14 @@ def load_for_inference(args):
 
 
 def trained_length(config: Path) -> int | None:
-    """--max_src_len of training, as a checkpoint's train_config.json has it; None where there is no such file."""
+    """--max_src_len of training, from a checkpoint's train_config.json; None without that file."""
     if not config.is_file():
         return None
     value = read_json(config).get("max_src_len")
     if not isinstance(value, int) or value < 1:
         raise ValueError(
-            f"{config}: max_src_len must be a whole number above 0, got {shorten(value)}; say --max_src_len"
+            f"{config}: max_src_len must be a whole number above 0, got {shorten(value)}; "
+            "say --max_src_len"
         )
     return value
 
@@ -240,16 +277,22 @@ def load_ready(
     precision: str = "auto",
     quantization_bit: int | None = None,
     verify: str | None = None,
-):
-    """A model that may answer, on its device; arguments as the flags of `add_model_flags` say. "auto" is fp32 on a CPU."""
+) -> "PreTrainedModel":
+    """A model on its device, ready for inference.
+
+    The arguments are the values of the flags of `add_model_flags`. On a CPU the precision "auto" is
+    fp32.
+    """
     from chatglm import load_model
     from finetune.distributed import DTYPES, resolve_precision
 
     device = pick_device(device)
-    dtype = DTYPES[
-        "fp32" if precision == "auto" and device == "cpu" else resolve_precision(precision)
-    ]
-    if quantization_bit:  # quantised on its device, where it stays
+    if precision == "auto" and device == "cpu":
+        dtype = DTYPES["fp32"]
+    else:
+        dtype = DTYPES[resolve_precision(precision)]
+    if quantization_bit:
+        # Quantised weights cannot be moved, so they are loaded onto the device.
         return load_model(
             path,
             mode=mode,
@@ -263,6 +306,10 @@ def load_ready(
 
 
 def pick_device(name: str) -> str:
+    """The torch device of --device; a GPU number means the CPU on a machine without GPUs.
+
+    Raises ValueError where there is no such device.
+    """
     import torch
 
     if name.isdigit():
@@ -288,7 +335,8 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--prompt", help="answer this prompt (instruction and input together)")
     what.add_argument(
         "--file",
-        help="answer every row of these files (a comma list, as --train_path takes), each a single question",
+        help="answer every row of these files (a comma list, as --train_path takes), "
+        "each a single question",
     )
     what.add_argument(
         "--interactive", action="store_true", help="read prompts line by line, until end of input"
@@ -301,48 +349,61 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     """Raises ValueError, OSError; MemoryError that says what would make it fit."""
     with explained(lambda: inference_advice(args)):
         return answer(args)
 
 
-def answer(args) -> int:
+def answer(args: argparse.Namespace) -> int:
+    """Answer what the flags ask for: a file's rows, lines of the standard input, or a prompt."""
     rows = read_questions(args.file, "--file", reader_of(args)) if args.file else []
     model, tokenizer, max_src_len, options = load_for_inference(args)
-    # The seed is set at each batch: what loading draws, such as an adapter's first weights, changes no answer.
-    ask = {"batch_size": args.batch_size, "max_src_len": max_src_len, "seed": args.seed, **options}
+    options |= {"batch_size": args.batch_size, "max_src_len": max_src_len}
+    # The seed is set at each batch: random numbers drawn while loading, such as an adapter's
+    # initial weights, change no answer.
+    options["seed"] = args.seed
     if args.file:
-        answers = generate_answers(
-            model, tokenizer, [row.prompt for row in rows], progress=True, **ask
-        )
-        lines = "".join(
-            json.dumps(
-                {"prompt": r.prompt, "answer": a, "reference": list(r.answers)}, ensure_ascii=False
-            )
-            + "\n"
-            for r, a in zip(rows, answers)
-        )
-        if args.output:
-            from finetune.files import write_aside
-
-            write_aside(Path(args.output), lines)
-            print(f"{len(rows)} answers written to {args.output}")
-        else:
-            sys.stdout.write(lines)
+        prompts = [row.prompt for row in rows]
+        answers = generate_answers(model, tokenizer, prompts, progress=True, **options)
+        write_answers(rows, answers, args.output)
     elif args.interactive:
-        prompt = "" if not sys.stdin.isatty() else "> "
-        while True:
-            try:
-                line = input(prompt)
-            except (EOFError, KeyboardInterrupt):
-                break
-            if line.strip():
-                print(generate_answers(model, tokenizer, [line], **ask)[0], flush=True)
-                ask["seed"] += 1  # asked again, a question may get another answer
+        answer_lines(model, tokenizer, options)
     else:
-        print(generate_answers(model, tokenizer, [args.prompt], **ask)[0])
+        print(generate_answers(model, tokenizer, [args.prompt], **options)[0])
     return 0
+
+
+def write_answers(rows: list[Row], answers: list[str], output: str | None) -> None:
+    """Write JSON lines of {prompt, answer, reference} to a file, else to the standard output."""
+    lines = []
+    for row, text in zip(rows, answers):
+        entry = {"prompt": row.prompt, "answer": text, "reference": list(row.answers)}
+        lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+    if not output:
+        sys.stdout.write("".join(lines))
+        return
+    from finetune.files import write_aside
+
+    write_aside(Path(output), "".join(lines))
+    print(f"{len(rows)} answers written to {output}")
+
+
+def answer_lines(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizer", options: dict[str, Any]
+) -> None:
+    """Answer the standard input line by line, until its end or Ctrl-C."""
+    seed = options["seed"]
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt)
+        except (EOFError, KeyboardInterrupt):
+            break
+        if line.strip():
+            ask = options | {"seed": seed}
+            print(generate_answers(model, tokenizer, [line], **ask)[0], flush=True)
+            seed += 1  # so that the same question may get another answer
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,11 +1,12 @@
 """How much memory a fine-tuning needs, by part, without weights and without a GPU.
 
-    python -m finetune.memory --model chatglm2-6b --train_type lora --max_len 1560 --per_device_train_batch_size 1 --gpu A40
-    python -m finetune.memory --compare_seeds          (the published rows of memory against the formula)
-    python -m finetune.memory --table                  (what each method needs, as in docs/results.md)
-    python train.py --estimate_memory ...              (the run that the other flags describe)
+    python -m finetune.memory --model chatglm2-6b --train_type lora --max_len 1560 \\
+        --per_device_train_batch_size 1 --gpu A40
+    python -m finetune.memory --compare_seeds   the published rows of memory against the formula
+    python -m finetune.memory --table           what each method needs, as in docs/results.md
+    python train.py --estimate_memory ...       the run that the other flags describe
 
-The formula is finetune/memory/formula.py's. GB in print are GiB, as nvidia-smi's. Free of torch.
+finetune/memory/formula.py has the formula. GB in print are GiB, as nvidia-smi's. Free of torch.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from finetune.commands import Parser, run_command
 from finetune.config import TrainConfig, add_flag, changed_flags
@@ -29,7 +31,7 @@ from finetune.memory.run import Run, Zero
 from finetune.memory.shapes import PUBLISHED, read_shape, shape_source, short_name
 from finetune.methods import module_names
 
-LIMIT = 2**20  # no search for a batch or a length goes further
+LIMIT = 2**20  # the search for a batch or a length stops here
 
 
 def largest(run: Run, name: str, card: float, step: int = 1) -> int:
@@ -46,32 +48,34 @@ def largest(run: Run, name: str, card: float, step: int = 1) -> int:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
     return low * step
 
 
-Change = tuple[str, Run]  # what to change, in words and flags, and the run then
+Change = tuple[str, Run]  # the change in words and flags, and the changed run
 
 
 def cheapest_change(run: Run, card: float) -> str:
-    """The first change that makes a run fit, from those that cost little to those that cost
-    machines."""
+    """The first change that makes a run fit, from the cheap ones to those that need more GPUs."""
     for text, changed in changes_by_cost(run, card):
-        found = estimate(changed)
-        if changed != run and found.needed <= card:
-            return text + host_note(changed, found)
+        estimated = estimate(changed)
+        if changed != run and estimated.needed <= card:
+            return text + host_note(changed, estimated)
     return "nothing on this card: take a larger one"
 
 
-def host_note(run: Run, found: Estimate) -> str:
-    """What of the host's memory an offloaded optimizer takes."""
+def host_note(run: Run, estimated: Estimate) -> str:
+    """How much host memory an offloaded optimizer takes; empty without one."""
     if run.zero is None or not run.zero.offload_optimizer:
         return ""
-    return f" ({sum(found.host.values()) / GIB:.0f} GB of host RAM)"
+    return f" ({sum(estimated.host.values()) / GIB:.0f} GB of host RAM)"
 
 
 def changes_by_cost(run: Run, card: float) -> Iterator[Change]:
-    """Steps that are kept, then one row at a time with ZeRO, then shorter rows."""
+    """Changes that keep the step's rows, then one row at a time with ZeRO, then shorter rows."""
     yield from changes_of_batch(run, card)
     if not run.ours:
         packed = replace(run, mode="ours", precision="bf16")
@@ -85,11 +89,12 @@ def changes_by_cost(run: Run, card: float) -> Iterator[Change]:
 
 
 def checkpointed(run: Run) -> Run:
+    """The run with every layer checkpointed in full."""
     return replace(run, checkpointing=True, selective=False)
 
 
 def changes_of_batch(run: Run, card: float) -> Iterator[Change]:
-    """The same step, in smaller passes or with layers computed again."""
+    """The same step, in smaller passes or with recomputed layers."""
     yield "--gradient_checkpointing", checkpointed(run)
     if batch := largest(run, "batch", card):
         passes = -(-run.batch * run.accumulation // batch)
@@ -102,7 +107,7 @@ def changes_of_batch(run: Run, card: float) -> Iterator[Change]:
 
 
 def changes_of_zero(run: Run) -> Iterator[Change]:
-    """Smaller buckets, an offloaded optimizer, weights cut among this and more GPUs."""
+    """Smaller buckets, an offloaded optimizer, weights partitioned among these GPUs or more."""
     zero = run.zero or Zero(stage=0)
 
     def staged(run: Run, **change) -> Run:
@@ -123,7 +128,7 @@ def changes_of_zero(run: Run) -> Iterator[Change]:
 
 
 def read_zero(name: str, hidden: int) -> Zero:
-    """From a DeepSpeed file, looked up and filled as train.py does."""
+    """The Zero of a DeepSpeed file, which is looked up and filled as train.py does."""
     path, ds = read_ds_file(name)
     try:
         return make_zero(fill_sizes(ds.get("zero_optimization", {"stage": 0}), hidden))
@@ -132,7 +137,7 @@ def read_zero(name: str, hidden: int) -> Zero:
 
 
 def make_zero(section: dict) -> Zero:
-    """From a zero_optimization section; "auto" is DeepSpeed's choice."""
+    """The Zero of a zero_optimization section; "auto" is DeepSpeed's choice."""
     given = {key: value for key, value in section.items() if value != "auto"}
 
     def offloads(key: str) -> bool:
@@ -172,9 +177,13 @@ METHOD_TITLES = {"lora": "LoRA", "freeze": "freeze", "ptuning": "P-Tuning", "all
 
 
 def make_run(
-    config: TrainConfig, *, mode: str = "ours", gpus: int = 1, card: str = "A40", **more
+    config: TrainConfig, *, mode: str = "ours", gpus: int = 1, card: str = "A40", **more: Any
 ) -> Run:
-    """The run that train.py's flags describe; raises ValueError for what does not fit the model."""
+    """The run that train.py's flags describe; `more` are other fields of Run.
+
+    Raises:
+        ValueError: the estimate does not know a flag, or a name matches nothing in the model.
+    """
     if unknown := [name for name in UNKNOWN_FLAGS if getattr(config, name)]:
         raise ValueError(
             f"the estimate does not know --{unknown[0]}: leave it out to see the run without it"
@@ -205,19 +214,20 @@ def make_run(
         version=config.resolved_ptuning_version,
         **more,
     )
-    run.trained  # noqa: B018  a name that matches nothing is an error now
+    # A name that matches nothing raises here.
+    run.trained  # noqa: B018
     return run
 
 
 def resolve_precision(precision: str, mode: str, card: str) -> str:
-    """What "auto" is: what train.py finds on such a card; the published runs trained in fp16."""
+    """The precision that "auto" means: train.py's choice on a card; fp16 for published runs."""
     if precision != "auto":
         return precision
     return "fp16" if mode == "plain" or card.startswith(("V100", "T4")) else "bf16"
 
 
 def local_card() -> tuple[str, float] | None:
-    """Name and bytes of this machine's first GPU, asked of nvidia-smi."""
+    """(name, bytes) of this machine's first GPU, from nvidia-smi; None where there is none."""
     if not shutil.which("nvidia-smi"):
         return None
     try:
@@ -229,17 +239,17 @@ def local_card() -> tuple[str, float] | None:
         return None
 
 
-def report(run: Run, card: str, size: float) -> dict:
-    """Everything that is printed, in bytes."""
-    found = estimate(run)
-    fits = found.needed <= size
+def report(run: Run, card: str, size: float) -> dict[str, Any]:
+    """All figures that are printed, in bytes."""
+    estimated = estimate(run)
+    fits = estimated.needed <= size
     described = {key: value for key, value in dataclasses.asdict(run).items() if key != "shape"}
     return {
         "run": described | {"trained_parameters": run.trained_count},
-        "parts": found.parts,
-        "total": found.total,
-        "needed": found.needed,
-        "host": found.host,
+        "parts": estimated.parts,
+        "total": estimated.total,
+        "needed": estimated.needed,
+        "host": estimated.host,
         "card": {"name": card, "bytes": size},
         "fits": fits,
         "largest_batch": largest(run, "batch", size),
@@ -248,22 +258,22 @@ def report(run: Run, card: str, size: float) -> dict:
     }
 
 
-def show(model: str, run: Run, found: dict):
+def show(model: str, run: Run, figures: dict[str, Any]) -> None:
     """Print a report."""
-    print(
-        f"{describe_run(model, run)}; {run.trained_count:,} parameters trained; {shape_source(model)}\n"
-    )
-    show_parts("per GPU", found["parts"], "peak")
-    show_parts("host RAM, all processes", found["host"], "total")
-    card, size = found["card"]["name"], found["card"]["bytes"] / GIB
-    needed = f"{found['needed'] / GIB:.1f} GB"
-    if found["fits"]:
+    trained = f"{run.trained_count:,} parameters trained"
+    print(f"{describe_run(model, run)}; {trained}; {shape_source(model)}\n")
+    show_parts("per GPU", figures["parts"], "peak")
+    show_parts("host RAM, all processes", figures["host"], "total")
+    card = figures["card"]["name"]
+    size = figures["card"]["bytes"] / GIB
+    needed = f"{figures['needed'] / GIB:.1f} GB"
+    if figures["fits"]:
         print(f"\nfits: {needed} of the {card}'s {size:.1f}")
     else:
         print(f"\ndoes not fit: {needed}, and the {card} has {size:.1f}")
-        print(f"cheapest change that fits: {found['cheapest_change']}")
-    print(f"largest batch at {run.length} tokens: {show_largest(found['largest_batch'])}")
-    print(f"longest row at batch {run.batch}: {show_largest(found['longest_length'])}")
+        print(f"cheapest change that fits: {figures['cheapest_change']}")
+    print(f"largest batch at {run.length} tokens: {show_largest(figures['largest_batch'])}")
+    print(f"longest row at batch {run.batch}: {show_largest(figures['longest_length'])}")
     if run.ours:
         labelled = f"{100 * run.label_share:.0f} % of the tokens labelled"
         error = "the formula's error on published rows: --compare_seeds"
@@ -271,6 +281,7 @@ def show(model: str, run: Run, found: dict):
 
 
 def describe_run(model: str, run: Run) -> str:
+    """The model and the settings of a run, in one line."""
     offload = ", offload" if run.zero.offload_optimizer else ""
     kind = "selective" if run.selective else "on"
     checkpointing = kind if run.checkpointing else "off"
@@ -281,28 +292,33 @@ def describe_run(model: str, run: Run) -> str:
     )
 
 
-def show_parts(title: str, parts: dict[str, float], total: str):
+def show_parts(title: str, parts: dict[str, float], total: str) -> None:
+    """Print {part: bytes} as a table in GiB, with the sum in a last line named `total`."""
     print(f"{title:<28}{'GB':>8}")
     for name, size in (*parts.items(), (total, sum(parts.values()))):
-        print(f"  {name:<26}{round(size / GIB, 2) + 0.0:8.2f}")  # never -0.00
+        rounded = round(size / GIB, 2) + 0.0  # never -0.00
+        print(f"  {name:<26}{rounded:8.2f}")
 
 
 def show_largest(value: int) -> str:
-    """A batch or a length that fits."""
+    """A batch or a length that fits, in words where it is 0 or beyond the search."""
     if value == 0:
         return "none fits"
     return f"over {LIMIT // 2}" if value >= LIMIT // 2 else str(value)
 
 
-def estimate_run(config: TrainConfig):
-    """train.py --estimate_memory: for this machine's GPU, else for an A40, and the launcher's number of ranks."""
+def estimate_run(config: TrainConfig) -> None:
+    """Print the estimate of train.py --estimate_memory.
+
+    It is for this machine's GPU, else for an A40, and for the launcher's world size.
+    """
     card, size = local_card() or ("A40", CARDS["A40"] * MIB)
     run = make_run(config, gpus=int(os.environ.get("WORLD_SIZE", 1)), card=card)
     if int(os.environ.get("RANK", 0)) == 0:
         show(config.model_name_or_path, run, report(run, card, size))
 
 
-# method, --ds_file and GPUs of the table's runs.
+# Method, --ds_file and GPUs of each run in --table.
 TABLE_RUNS = (
     ("lora", "ds_zero2.json", 1),
     ("ptuning", "ds_zero2.json", 1),
@@ -312,8 +328,9 @@ TABLE_RUNS = (
 )
 
 
-def print_table(card: str, size: float) -> dict:
-    """What each method needs of one GPU at 1560 tokens, batch 1; the longest row on the card."""
+def print_table(card: str, size: float) -> dict[str, Any]:
+    """Print what each method needs of one GPU at 1560 tokens, batch 1, and the longest row that
+    fits the card; returns the figures."""
     print(
         "| model | method | GPUs | needed at 1560 tokens, GB | with checkpointing | "
         f"longest row on {card} | with checkpointing |\n|---|---|---|---|---|---|---|"
@@ -322,7 +339,8 @@ def print_table(card: str, size: float) -> dict:
     for model in PUBLISHED:
         for method, ds_file, gpus in TABLE_RUNS:
             row = table_row(model, method, ds_file, gpus, size)
-            need, longest = row["needed_gib"], [value or "none" for value in row["longest"]]
+            need = row["needed_gib"]
+            longest = [value or "none" for value in row["longest"]]
             print(
                 f"| {model} | {row['method']} | {gpus} | {need[0]:.1f} | {need[1]:.1f} | "
                 f"{longest[0]} | {longest[1]} |"
@@ -331,7 +349,7 @@ def print_table(card: str, size: float) -> dict:
     return {"card": card, "rows": rows}
 
 
-def table_row(model: str, method: str, ds_file: str, gpus: int, size: float) -> dict:
+def table_row(model: str, method: str, ds_file: str, gpus: int, size: float) -> dict[str, Any]:
     """Figures of one run without and with checkpointing, on a card of `size` bytes."""
     config = TrainConfig(
         model_name_or_path=model,
@@ -343,9 +361,10 @@ def table_row(model: str, method: str, ds_file: str, gpus: int, size: float) -> 
     )
     run = make_run(config, gpus=gpus)
     runs = [replace(run, checkpointing=on) for on in (False, True)]
+    offload = ", offload" if run.zero.offload_optimizer else ""
     return {
         "model": model,
-        "method": METHOD_TITLES[method] + (", offload" if run.zero.offload_optimizer else ""),
+        "method": METHOD_TITLES[method] + offload,
         "gpus": gpus,
         "needed_gib": [estimate(each).needed / GIB for each in runs],
         "longest": [largest(each, "length", size, step=8) for each in runs],
@@ -399,8 +418,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_flags(parser: argparse.ArgumentParser, args: dict) -> TrainConfig:
-    """The run that the flags describe; leave by `parser.error` where a flag has no effect beside the others."""
+def check_flags(parser: argparse.ArgumentParser, args: dict[str, Any]) -> TrainConfig:
+    """The training that the flags describe.
+
+    Exits by `parser.error` where a flag has no effect beside the others.
+    """
     check_given(parser, argparse.Namespace(**args), ESTIMATING | dict.fromkeys(FLAGS, ONE_RUN))
     given = {name: args[name] for name in FLAGS if name in args}
     try:
@@ -424,8 +446,10 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(parser.prog, lambda: run(args, config))
 
 
-def run(args: dict, config: TrainConfig):
-    card, size = args["gpu"], CARDS[args["gpu"]] * MIB
+def run(args: dict[str, Any], config: TrainConfig) -> None:
+    """Print what the flags ask for: an estimate, --table or --compare_seeds."""
+    card = args["gpu"]
+    size = CARDS[card] * MIB
     if args["json"] and not Path(args["json"]).parent.is_dir():
         raise ValueError(f"--json: no such folder: {Path(args['json']).parent}")
     if args["compare_seeds"]:

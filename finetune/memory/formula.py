@@ -2,8 +2,8 @@
 
 Peak = what stays (weights, optimizer, buffers) + the larger of two phases, the forward pass
 (activations and logits) and the step (gradients and temporaries); both times what the allocator
-cannot hand out again. Three constants are fitted, on the 27 A40 rows in finetune/memory/published.py;
-all else is counted. docs/results.md (Memory) has one run's parts side by side.
+cannot reuse. Three constants are fitted, on the 27 A40 rows in finetune/memory/published.py; all
+else is counted. docs/results.md (Memory) has one run's parts side by side.
 
 Every part is bytes on one GPU (or of one process). In the formulas N is the number of trained
 elements and L that of the largest trained parameter; e, w and g are the bytes of an activation, of
@@ -27,7 +27,7 @@ ALWAYS_SHOWN = ("weights", "gradients", "optimizer", "activations")
 
 @dataclass(frozen=True)
 class Constants:
-    """What no count gives; `--compare_seeds --fit` finds them again.
+    """Fitted constants, for what cannot be counted; `--compare_seeds --fit` fits them again.
 
     Attributes:
         context_gib: the CUDA context with every kernel of torch, cuBLAS's and NCCL's workspaces:

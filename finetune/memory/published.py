@@ -16,6 +16,7 @@ import itertools
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from finetune.memory.cards import CARDS, GIB, MIB
 from finetune.memory.formula import Constants, estimate
@@ -114,8 +115,10 @@ class Row:
     host: float | None = None
 
     def error(self, constants: Constants) -> float | None:
-        """Relative; None without a figure."""
-        return None if self.measured is None else self.reading(constants) / self.measured - 1
+        """The relative error of the estimate; None without a measured figure."""
+        if self.measured is None:
+            return None
+        return self.reading(constants) / self.measured - 1
 
     def reading(self, constants: Constants) -> float:
         return estimate(self.run, constants).reading(self.card)
@@ -124,12 +127,12 @@ class Row:
         return estimate(self.run, constants).needed > self.card
 
     def host_error(self) -> float:
-        """Relative, of the host's memory, where it is given."""
+        """The relative error of the host's memory, where that is given."""
         return sum(estimate(self.run).host.values()) / self.host - 1
 
 
 def fields(text: str) -> Iterator[list[str]]:
-    """The words of each row of a table above."""
+    """The cells of each row of a table above."""
     return (line.split() for line in text.strip().splitlines())
 
 
@@ -167,8 +170,9 @@ def a40_row(
         lora_modules=LORA_MODULES[model],
         freeze_names=layers_named(range(24, 28)),
     )
-    how = f"{' offload' if offloads else ''}{' ckpt' if run.checkpointing else ''}"
-    name = f"{method} {model} ZeRO-{stage}{how} {length} x{gpus}"
+    offload_note = " offload" if offloads else ""
+    checkpoint_note = " ckpt" if run.checkpointing else ""
+    name = f"{method} {model} ZeRO-{stage}{offload_note}{checkpoint_note} {length} x{gpus}"
     return Row(name, method, run, CARDS["A40"] * MIB, float(gib) * GIB)
 
 
@@ -190,7 +194,8 @@ def v01_row(method: str, projection: str, checkpointing: str, gib: str) -> Row:
         freeze_names=layers_named(range(23, 28)),
     )
     projected = " with projection" if run.projection and method == "ptuning" else ""
-    name = f"{method}{projected}{' ckpt' if run.checkpointing else ''} batch 2"
+    checkpoint_note = " ckpt" if run.checkpointing else ""
+    name = f"{method}{projected}{checkpoint_note} batch 2"
     return Row(name, method, run, CARDS["A40"] * MIB, float(gib) * GIB)
 
 
@@ -262,10 +267,11 @@ def fit(rows: list[Row]) -> Constants:
     """
     zero, one = Constants(0.0, 0.0, 0.0), Constants(0.0, 0.0, 1.0)
     # The formula is linear in `unshared`, and then in the others: two estimates a row are enough.
-    ends = [(estimate(r.run, zero), estimate(r.run, one), r.card, r.measured) for r in rows]
-    bare = [
-        (a.needed, b.needed - a.needed, a.cache, card, measured) for a, b, card, measured in ends
-    ]
+    bare = []
+    for row in rows:
+        low = estimate(row.run, zero)
+        span = estimate(row.run, one).needed - low.needed
+        bare.append((low.needed, span, low.cache, row.card, row.measured))
 
     def cost(constants: Constants) -> float:
         total = 0.0
@@ -280,12 +286,13 @@ def fit(rows: list[Row]) -> Constants:
     return min(choices, key=cost)
 
 
-def summary(errors: list[float]) -> dict:
-    size = [abs(e) for e in errors]
+def summary(errors: list[float]) -> dict[str, Any]:
+    """The number of relative errors, and the median and the largest of their absolute values."""
+    absolute = [abs(error) for error in errors]
     return {
-        "rows": len(size),
-        "median_abs_error": statistics.median(size),
-        "max_abs_error": max(size),
+        "rows": len(absolute),
+        "median_abs_error": statistics.median(absolute),
+        "max_abs_error": max(absolute),
     }
 
 
@@ -307,18 +314,18 @@ def compare(constants: Constants) -> dict:
 
 
 def compare_rows(rows: list[Row], constants: Constants) -> dict:
-    """Errors of the rows that ran, and which of those that were out of memory are said to be."""
-    known = [row for row in rows if row.measured is not None]
-    lost = [row for row in rows if row.measured is None]
-    found = summary([row.error(constants) for row in known])
-    found["table"] = [table_row(row, constants) for row in rows]
-    found["oom_false"] = sum(row.out_of_memory(constants) for row in known)
-    if lost:
-        caught = sum(row.out_of_memory(constants) for row in lost)
-        recall = caught / len(lost)
-        found |= {"oom_rows": len(lost), "oom_caught": caught, "oom_recall": recall}
-        found["host"] = summary([row.host_error() for row in rows])
-    return found
+    """Errors of the rows that ran, and how many of those out of memory the estimate predicts."""
+    ran = [row for row in rows if row.measured is not None]
+    failed = [row for row in rows if row.measured is None]
+    figures = summary([row.error(constants) for row in ran])
+    figures["table"] = [table_row(row, constants) for row in rows]
+    figures["oom_false"] = sum(row.out_of_memory(constants) for row in ran)
+    if failed:
+        caught = sum(row.out_of_memory(constants) for row in failed)
+        recall = caught / len(failed)
+        figures |= {"oom_rows": len(failed), "oom_caught": caught, "oom_recall": recall}
+        figures["host"] = summary([row.host_error() for row in rows])
+    return figures
 
 
 def table_row(row: Row, constants: Constants) -> dict:
@@ -334,46 +341,49 @@ def table_row(row: Row, constants: Constants) -> dict:
 
 def leave_one_method_out(rows: list[Row]) -> dict[str, dict]:
     """{group: errors of its rows under constants that are fitted to the others}."""
-    found = {}
+    figures = {}
     for group in dict.fromkeys(row.group for row in rows):
         fitted = fit([row for row in rows if row.group != group])
         errors = [row.error(fitted) for row in rows if row.group == group]
-        found[group] = summary(errors) | {"constants": vars(fitted)}
-    return found
+        figures[group] = summary(errors) | {"constants": vars(fitted)}
+    return figures
 
 
-def percent(found: dict, between: str = ", worst ") -> str:
+def percent(errors: dict[str, Any], between: str = ", worst ") -> str:
+    """A `summary` in per cent."""
     words = "median " if between == ", worst " else ""
-    median, worst = 100 * found["median_abs_error"], 100 * found["max_abs_error"]
+    median = 100 * errors["median_abs_error"]
+    worst = 100 * errors["max_abs_error"]
     return f"{words}{median:.1f} %{between}{worst:.1f} %"
 
 
-def print_report(report: dict):
-    for name, found in report.items():
+def print_report(report: dict[str, Any]) -> None:
+    """Print what `compare` returns."""
+    for name, figures in report.items():
         if name != "constants":
-            print_rows(name, found)
+            print_rows(name, figures)
     print("\n| left out of the fit | its median | its worst | constants then |\n|---|---|---|---|")
-    for group, found in report["a40"]["leave_one_method_out"].items():
-        print(f"| {group} | {percent(found, ' | ')} | {show_constants(found['constants'])} |")
+    for group, errors in report["a40"]["leave_one_method_out"].items():
+        print(f"| {group} | {percent(errors, ' | ')} | {show_constants(errors['constants'])} |")
     print(f"\nconstants: {show_constants(report['constants'])}")
 
 
-def print_rows(name: str, found: dict):
-    """The table of one source, and what it comes to."""
+def print_rows(name: str, figures: dict[str, Any]) -> None:
+    """Print the table of one source, and the summary of its errors."""
     print(f"\n| {name} | measured GiB | estimate | error |\n|---|---|---|---|")
-    for row in found["table"]:
+    for row in figures["table"]:
         measured = "OOM" if row["error"] is None else f"{row['measured_gib']:.1f}"
         estimated = f"{row['estimated_gib']:.1f}"
         print(f"| {row['row']} | {measured} | {estimated} | {show_error(row)} |")
-    wrong = f"{found['oom_false']} of them wrongly said to be out of memory"
-    print(f"\n{name}: {found['rows']} rows, {percent(found)}; {wrong}")
-    if "oom_rows" in found:
-        said = f"{found['oom_caught']} of {found['oom_rows']} said"
-        print(f"out of memory: {said}; host RAM {percent(found['host'])}")
+    wrong = f"{figures['oom_false']} of them wrongly said to be out of memory"
+    print(f"\n{name}: {figures['rows']} rows, {percent(figures)}; {wrong}")
+    if "oom_rows" in figures:
+        caught = f"{figures['oom_caught']} of {figures['oom_rows']} said"
+        print(f"out of memory: {caught}; host RAM {percent(figures['host'])}")
 
 
 def show_error(row: dict) -> str:
-    """The relative error, and whether the estimate says, or misses, that the card is too small."""
+    """The relative error, and whether the estimate says that the card is too small."""
     if row["error"] is None:
         return "(says OOM)" if row["out_of_memory"] else "missed"
     error = f"{100 * row['error']:+.1f} %"

@@ -16,8 +16,8 @@ class Zero:
     Attributes:
         reduce_bucket, live: reduce_bucket_size and stage3_max_live_parameters, in elements.
         overlap: overlap_comm; None for DeepSpeed's choice, which is on for stage 3.
-        obeyed: the file says more than how ranks talk, so that train.py keeps to its stage on one
-            rank too (stage_for).
+        obeyed: the file sets more than communication between ranks, so train.py keeps its stage on
+            one rank too (stage_for).
     """
 
     stage: int = 2
@@ -92,7 +92,7 @@ class Run:
 
     @property
     def adapters(self) -> bool:
-        """What is trained stands beside the model, which is frozen."""
+        """Whether the model is frozen, and what is trained stands beside it."""
         return METHODS[self.train_type].saves != "model"
 
     @cached_property
@@ -119,16 +119,15 @@ class Run:
 
     @property
     def trains_tied(self) -> bool:
-        """One weight is trained as embedding and as output layer."""
+        """Whether one weight is trained as both the embedding and the output layer."""
         return self.shape.tied and self.train_type == "all"
 
     @property
     def trains_output(self) -> bool:
-        """The output layer is trained."""
-        names = (".output_layer.", "lm_head")
-        return self.train_type == "all" or any(
-            part in name for name in self.trained for part in names
-        )
+        """Whether the output layer is trained."""
+        if self.train_type == "all":
+            return True
+        return any(".output_layer." in name or "lm_head" in name for name in self.trained)
 
     # ---- precision, in bytes
 
@@ -159,8 +158,8 @@ class Run:
 
     @property
     def zero_dropped(self) -> bool:
-        """train.py leaves ZeRO out on one rank (stage_for): no partitions, buckets
-        or flattened gradients."""
+        """Whether train.py leaves ZeRO out, on one rank (stage_for): then there are no partitions,
+        buckets or flattened gradients."""
         zero = self.zero
         if zero is None or zero.stage == 3 or zero.obeyed:
             return False
@@ -171,12 +170,12 @@ class Run:
 
     @property
     def deepspeed(self) -> Zero | None:
-        """DeepSpeed's settings at work. None: torch's optimizer alone, as in fp32 without ZeRO."""
+        """DeepSpeed's settings; None where torch's optimizer runs alone: in fp32 without ZeRO."""
         return None if self.zero_dropped and self.precision == "fp32" else self.zero
 
     @property
     def bf16_optimizer(self) -> bool:
-        """DeepSpeed's BF16_Optimizer is at work: bf16 without ZeRO."""
+        """Whether DeepSpeed's BF16_Optimizer runs: bf16 without ZeRO."""
         return self.zero_dropped and self.deepspeed is not None
 
     @property
@@ -243,12 +242,15 @@ def matching(shape: Shape, names: tuple[str, ...]) -> dict[str, int]:
     Raises:
         ValueError: there are no names, or one is in no parameter's.
     """
-    lost = [part for part in names if not any(part in name for name in shape.parameters)]
-    if lost or not names:
-        unmatched = ", ".join(map(repr, lost)) or "an empty list"
+    parameters = shape.parameters
+    unmatched = [part for part in names if not any(part in name for name in parameters)]
+    if unmatched or not names:
+        listed = ", ".join(map(repr, unmatched)) or "an empty list"
         raise ValueError(
-            f"--freeze_module_name: {unmatched} matches no parameter of {shape.layers} layers"
+            f"--freeze_module_name: {listed} matches no parameter of {shape.layers} layers"
         )
-    return {
-        name: size for name, size in shape.parameters.items() if any(part in name for part in names)
-    }
+    matches = {}
+    for name, size in parameters.items():
+        if any(part in name for part in names):
+            matches[name] = size
+    return matches

@@ -48,7 +48,11 @@ class Linear(NamedTuple):
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a config decides sizes. `glm1`: ChatGLM-6B's architecture, else ChatGLM2's."""
+    """The settings of a config that decide sizes.
+
+    Attributes:
+        glm1: ChatGLM-6B's architecture, else ChatGLM2's.
+    """
 
     glm1: bool
     layers: int
@@ -103,14 +107,14 @@ class Shape:
     @cached_property
     def layer_parameters(self) -> dict[str, int]:
         """{name in a layer: elements} of one layer."""
-        found = {}
+        sizes = {}
         for name in NORMS:
-            found |= self.norm(name)
+            sizes |= self.norm(name)
         for name, linear in self.linears.items():
-            found[f"{name}.weight"] = linear.inputs * linear.outputs
+            sizes[f"{name}.weight"] = linear.inputs * linear.outputs
             if linear.bias:
-                found[f"{name}.bias"] = linear.outputs
-        return found
+                sizes[f"{name}.bias"] = linear.outputs
+        return sizes
 
     @property
     def head_parameters(self) -> dict[str, int]:
@@ -125,15 +129,17 @@ class Shape:
         """{name: elements} of the whole model."""
         body = "transformer" if self.glm1 else "transformer.encoder"
         embedding = "transformer" if self.glm1 else "transformer.embedding"
-        found = {f"{embedding}.word_embeddings.weight": self.vocab * self.hidden}
+        sizes = {f"{embedding}.word_embeddings.weight": self.vocab * self.hidden}
         for i in range(self.layers):
             for name, size in self.layer_parameters.items():
-                found[f"{body}.layers.{i}.{name}"] = size
-        return found | self.norm(f"{body}.final_layernorm") | self.head_parameters
+                sizes[f"{body}.layers.{i}.{name}"] = size
+        return sizes | self.norm(f"{body}.final_layernorm") | self.head_parameters
 
     def layer_of(self, name: str) -> int | None:
-        """The layer that a parameter's name belongs to."""
-        return int(name.split("layers.")[1].split(".")[0]) if "layers." in name else None
+        """The number of the layer that a parameter belongs to; None outside the layers."""
+        if "layers." not in name:
+            return None
+        return int(name.split("layers.")[1].split(".")[0])
 
     @cached_property
     def total(self) -> int:
@@ -181,15 +187,15 @@ class Shape:
                     f"--lora_module_name: {name!r} matches no linear module; "
                     f"this model has {', '.join(sorted(known))}"
                 )
-        found = {}
+        sizes = {}
         for name in modules:
             if name == head:
-                found |= {"head.A": rank * self.hidden, "head.B": rank * self.vocab}
+                sizes |= {"head.A": rank * self.hidden, "head.B": rank * self.vocab}
                 continue
             for i in range(self.layers):
-                found[f"layers.{i}.{name}.A"] = rank * linears[name].inputs
-                found[f"layers.{i}.{name}.B"] = rank * linears[name].outputs
-        return found
+                sizes[f"layers.{i}.{name}.A"] = rank * linears[name].inputs
+                sizes[f"layers.{i}.{name}.B"] = rank * linears[name].outputs
+        return sizes
 
 
 def short_name(name: str) -> str:
@@ -220,20 +226,21 @@ def read_shape(model: str) -> Shape:
 def shape_source(model: str) -> str:
     """In words, what `read_shape` reads a model's sizes from."""
     path = Path(model)
-    path = path if path.name == "config.json" else path / "config.json"
-    return (
-        f"sizes of {path}"
-        if path.is_file()
-        else f"sizes of the published {model.lower()}, as there is no folder {model} here"
-    )
+    if path.name != "config.json":
+        path = path / "config.json"
+    if path.is_file():
+        return f"sizes of {path}"
+    return f"sizes of the published {model.lower()}, as there is no folder {model} here"
 
 
 def make_shape(config: dict) -> Shape:
-    """A key that is left out has the published default, as in chatglm/configuration.py."""
+    """The shape of a config; a key that is left out has the published default, as in
+    chatglm/configuration.py."""
     glm1 = config.get("glm_family") == "glm" or any(key in config for key in GLM_KEYS)
     given = {key: value for key, value in config.items() if value is not None}
     base = PUBLISHED["chatglm-6b" if glm1 else "chatglm2-6b"] | given
-    heads, hidden = base["num_attention_heads"], base["hidden_size"]
+    heads = base["num_attention_heads"]
+    hidden = base["hidden_size"]
     if not (isinstance(heads, int) and isinstance(hidden, int) and heads >= 1):
         raise ValueError(
             "config.json: hidden_size and num_attention_heads must be whole numbers, "

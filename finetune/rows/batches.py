@@ -1,4 +1,7 @@
-"""The rows of a step, and batches of them. The order of rows is a pure function of (seed, epoch), so a resume needs one number."""
+"""The rows of a step, and batches of them.
+
+The order of rows is a pure function of (seed, epoch), so a resumed run needs one number.
+"""
 
 from collections.abc import Sequence
 
@@ -12,25 +15,25 @@ SHORTEST_TRUNK = 8  # tokens; a shorter common beginning is not worth an attenti
 
 
 def epoch_order(lengths: np.ndarray, seed: int, epoch: int, *, group: int = 0) -> np.ndarray:
-    """The permutation of the rows in an epoch (from 0); the same on every rank and after every resume.
+    """The permutation of the rows in an epoch (from 0).
 
-    With `group`, rows of like length come together in batches of so many: sorted inside windows of 50 batches, the batches
-    then shuffled, the last, incomplete one left last.
+    It is the same on every rank and after every resume.
+
+    With `group`, rows of like length come together in batches of so many rows: they are sorted
+    inside windows of 50 batches, then the batches are shuffled. The last, incomplete batch stays
+    last.
     """
     draw = np.random.default_rng([seed, epoch])
     order = draw.permutation(len(lengths))
-    if group:
-        window = 50 * group
-        order = np.concatenate(
-            [
-                part[np.argsort(lengths[part], kind="stable")]
-                for part in np.split(order, range(window, len(order), window))
-            ]
-        )
-        whole = len(order) // group * group
-        batches = order[:whole].reshape(-1, group)
-        order = np.concatenate([batches[draw.permutation(len(batches))].ravel(), order[whole:]])
-    return order
+    if not group:
+        return order
+    window = 50 * group
+    windows = np.split(order, range(window, len(order), window))
+    order = np.concatenate([rows[np.argsort(lengths[rows], kind="stable")] for rows in windows])
+    whole = len(order) // group * group
+    batches = order[:whole].reshape(-1, group)
+    shuffled = batches[draw.permutation(len(batches))]
+    return np.concatenate([shuffled.ravel(), order[whole:]])
 
 
 def step_rows(
@@ -43,24 +46,24 @@ def step_rows(
     rank: int,
     world: int,
 ) -> list[list[int]]:
-    """The rows of one optimizer step on one rank: `accumulation` lists of row numbers, -1 for a place left empty.
+    """The rows of one optimizer step on one rank: `accumulation` lists of row numbers.
 
-    The step's rows do not depend on the number of ranks. They are dealt to passes and ranks longest first, each to the pass
-    with the fewest tokens so far, so that no rank waits long for another. Every list is the same length on every rank;
-    an epoch's last step may hold empty places, never an empty list.
+    The step's rows do not depend on the world size. They are assigned to passes and ranks longest
+    first, each to the pass with the fewest tokens so far, so that no rank waits long for another.
+    Every list has the same length on every rank. An epoch's last step may hold empty places (-1),
+    but no empty list.
     """
     passes = accumulation * world
     chunk = order[step * micro * passes : (step + 1) * micro * passes]
     room = -(-len(chunk) // passes)
-    dealt: list[list[int]] = [[] for _ in range(passes)]
+    assigned: list[list[int]] = [[] for _ in range(passes)]
     tokens = [0] * passes
     for row in chunk[np.argsort(-lengths[chunk], kind="stable")].tolist():
-        chosen = min(
-            (i for i in range(passes) if len(dealt[i]) < room), key=lambda i: (tokens[i], i)
-        )
-        dealt[chosen].append(row)
-        tokens[chosen] += int(lengths[row])
-    return [(rows + [-1] * room)[:room] for rows in dealt[rank::world]]
+        with_room = [i for i in range(passes) if len(assigned[i]) < room]
+        lightest = min(with_room, key=lambda i: (tokens[i], i))
+        assigned[lightest].append(row)
+        tokens[lightest] += int(lengths[row])
+    return [(rows + [-1] * room)[:room] for rows in assigned[rank::world]]
 
 
 def collate(
@@ -72,27 +75,31 @@ def collate(
     multiple: int = 1,
     pad_id: int = 0,
 ) -> dict:
-    """What nll_sum takes, for these rows: a ragged row of all of them, or a batch padded on the right.
+    """The arguments of nll_sum for these rows: one ragged row, or a batch padded on the right.
 
-    Nothing real looks right, so padding needs no attention mask. An empty place (-1) becomes the shortest row without labels,
-    so that every rank runs every pass.
+    Attention is causal, so padding on the right needs no attention mask. An empty place (-1)
+    becomes the shortest row without labels, so that every rank runs every pass.
 
     Args:
-        share: let the beginning that all rows have in common, if they have, be computed once (ragged, causal models).
-        multiple: make a ragged row's length a multiple of this, its number of predictions one of half of it, with what is
-            not counted.
+        ragged: join the rows end to end; else pad them with `pad_id`.
+        share: compute a beginning that all rows have in common only once (ragged, causal models).
+        multiple: make a ragged row's length a multiple of this, and its number of predictions a
+            multiple of half of it; what is added carries no loss.
     """
     filler = int(data.row_lengths.argmin()) if -1 in rows else None
-    ids = [data.ids(filler if r == -1 else r) for r in rows]
-    masked = [len(ids[i]) if r == -1 else data.n_masked(r) for i, r in enumerate(rows)]
-    known = [None if r == -1 else data.labels(r) for r in rows]
+    ids = [data.ids(filler if row == -1 else row) for row in rows]
+    masked = [len(ids[i]) if row == -1 else data.n_masked(row) for i, row in enumerate(rows)]
+    labels_of_rows = [None if row == -1 else data.labels(row) for row in rows]
     if ragged:
-        return lay_end_to_end(ids, masked, share, multiple, known)
-    shape = len(rows), max(map(len, ids))
-    input_ids, labels = np.full(shape, pad_id), np.full(shape, IGNORED)
-    for i, (row, n, own) in enumerate(zip(ids, masked, known)):
-        input_ids[i, : len(row)] = row
-        labels[i, n : len(row)] = (row if own is None else own)[n:]
+        return lay_end_to_end(ids, masked, share, multiple, labels_of_rows)
+    shape = (len(rows), max(map(len, ids)))
+    input_ids = np.full(shape, pad_id)
+    labels = np.full(shape, IGNORED)
+    for i, (row_ids, n_masked, row_labels) in enumerate(zip(ids, masked, labels_of_rows)):
+        stop = len(row_ids)
+        targets = row_ids if row_labels is None else row_labels
+        input_ids[i, :stop] = row_ids
+        labels[i, n_masked:stop] = targets[n_masked:]
     return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
 
 
@@ -103,52 +110,70 @@ def lay_end_to_end(
     multiple: int,
     labels: Sequence[np.ndarray | None] | None = None,
 ) -> dict:
-    """A ragged row (1, S) of sequences, without their last tokens, which predict nothing; see nll_sum for the other entries.
+    """A ragged row (1, S) of sequences, without their last tokens, which predict nothing.
 
-    `labels`: of each sequence, None where they are its ids after the first `masked`.
+    nll_sum describes the other entries.
+
+    Args:
+        masked: of each sequence, the number of its first ids that carry no loss.
+        labels: of each sequence; None where they are its ids after the first `masked`.
     """
     sequences = [np.asarray(sequence) for sequence in ids]
     trunk = common_beginning(sequences, masked) if share and len(ids) > 1 else 0
-    pieces, lengths, shared = ([sequences[0][:trunk]], [trunk], [0]) if trunk else ([], [], [])
-    keep, targets = [], []
+    pieces: list[np.ndarray] = []
+    lengths: list[int] = []
+    shared: list[int] = []
+    if trunk:
+        pieces.append(sequences[0][:trunk])
+        lengths.append(trunk)
+        shared.append(0)
+    keep: list[np.ndarray | list[int]] = []  # positions that predict
+    targets: list[np.ndarray | list[int]] = []
     stop = trunk
-    for sequence, n, known in zip(sequences, masked, labels or [None] * len(ids)):
-        predicts = np.arange(n - 1, len(sequence) - 1)
-        if known is not None:
-            predicts = predicts[known[n:] != IGNORED]
+    for sequence, n_masked, row_labels in zip(sequences, masked, labels or [None] * len(ids)):
+        predicts = np.arange(n_masked - 1, len(sequence) - 1)
+        if row_labels is not None:
+            predicts = predicts[row_labels[n_masked:] != IGNORED]
         if len(predicts):
             keep.append(predicts + stop - trunk)
-            targets.append((sequence if known is None else known)[predicts + 1])
-        else:  # an empty place: one prediction that is not counted keeps the shapes usual
+            targets.append((sequence if row_labels is None else row_labels)[predicts + 1])
+        else:  # an empty place: one prediction without loss keeps the shapes usual
             keep.append([stop])
             targets.append([IGNORED])
         pieces.append(sequence[trunk:-1])
         lengths.append(len(pieces[-1]))
         shared.append(trunk)
         stop += lengths[-1]
-    row, kept, wanted = (
-        np.concatenate(parts).astype(np.int64, copy=False) for parts in (pieces, keep, targets)
-    )
-    spare = -len(kept) % max(1, multiple // 2)
-    kept, wanted = (
-        np.append(kept, np.full(spare, kept[-1])),
-        np.append(wanted, np.full(spare, IGNORED)),
-    )
-    spare = -len(row) % multiple  # after the last sequence, where nothing looks
+    row = join_integers(pieces)
+    positions = join_integers(keep)
+    spare = -len(positions) % max(1, multiple // 2)
+    positions = np.append(positions, np.full(spare, positions[-1]))
+    predicted = np.append(join_integers(targets), np.full(spare, IGNORED))
+    # No other token attends to what follows the last sequence.
+    spare = -len(row) % multiple
     row = np.append(row, np.full(spare, row[-1]))
     lengths[-1] += spare
     return {
         "input_ids": torch.from_numpy(row)[None],
         "lengths": lengths,
         "shared": shared,
-        "keep": torch.from_numpy(kept),
-        "targets": torch.from_numpy(wanted),
+        "keep": torch.from_numpy(positions),
+        "targets": torch.from_numpy(predicted),
     }
 
 
+def join_integers(parts: Sequence[np.ndarray | list[int]]) -> np.ndarray:
+    """The parts end to end, int64."""
+    return np.concatenate(parts).astype(np.int64, copy=False)
+
+
 def common_beginning(sequences: list[np.ndarray], masked: list[int]) -> int:
-    """Tokens that all begin with; 0 where they are too few. They end before the first that predicts, and none is all of a sequence."""
-    trunk = max(0, min(min(n, len(row) - 1) - 1 for row, n in zip(sequences, masked)))
+    """The number of tokens that all sequences begin with; 0 where it is below SHORTEST_TRUNK.
+
+    The beginning ends before the first token that predicts, and is never a whole sequence.
+    """
+    limits = [min(n, len(row) - 1) - 1 for row, n in zip(sequences, masked)]
+    trunk = max(0, min(limits))
     for row in sequences[1:]:
         differs = row[:trunk] != sequences[0][:trunk]
         trunk = int(differs.argmax()) if differs.any() else trunk
@@ -156,6 +181,6 @@ def common_beginning(sequences: list[np.ndarray], masked: list[int]) -> int:
 
 
 def count_labels(batch: dict) -> int:
-    """Tokens of a collated batch that carry loss; the first column of labels has nothing that predicts it."""
+    """Tokens of a collated batch that carry loss; no token predicts the first column of labels."""
     labels = batch["labels"][:, 1:] if "labels" in batch else batch["targets"]
     return int((labels != IGNORED).sum())

@@ -1,11 +1,13 @@
-"""A row of somebody's JSON to a Row: FORMATS, found from a row's keys, and a map for columns of other names.
+"""FORMATS: the layouts of training rows in JSON, and how each becomes a Row.
 
-Free of torch. docs/data.md shows a row of each format.
+The format is found from a row's keys; columns of other names are mapped. Free of torch.
+docs/data.md shows a row of each format.
 """
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from chatglm.conversations import Turn, check_turns, rounds_of, tool_call, with_tools
 
@@ -14,7 +16,7 @@ from chatglm.conversations import Turn, check_turns, rounds_of, tool_call, with_
 class Row:
     """One question and its answer(s); `place` is "file:line" for messages.
 
-    A row that is more than that has `turns`, and its last question and answer as prompt and answers.
+    A conversation has `turns` too; its last question and answer are then prompt and answers.
     """
 
     prompt: str
@@ -27,14 +29,15 @@ class Row:
 
 
 class BadRow(ValueError):
-    """A row that no format reads; the message says where it is, what was wanted and what came."""
+    """A row that no format reads; the message says where it is, what was wanted and what it has."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """read(row, prompt_text) -> (prompt, answers) or a list of turns. It raises ValueError; a wrong type at a key is said by `_text`.
+    """One layout. A row is of this format where it has all `keys` and `also` holds.
 
-    A row is of this format where it has all `keys` and `also` holds.
+    Attributes:
+        read: (row, prompt_text) -> (prompt, answers) or a list of turns; raises ValueError.
     """
 
     keys: tuple[str, ...]
@@ -43,20 +46,21 @@ class Format:
     also: Callable[[dict], bool] = lambda row: True
 
 
-def _shown(value) -> str:
+def _shown(value: object) -> str:
+    """The beginning of a value, for error messages."""
     try:
         return json.dumps(value, ensure_ascii=False, default=str)[:60]
-    except TypeError:  # a key that JSON has not
+    except TypeError:  # a key that JSON does not have
         return repr(value)[:60]
 
 
-def is_missing(value) -> bool:
-    """Null, or the NaN that stands for it in tables."""
+def is_missing(value: object) -> bool:
+    """Whether a value is null, or the NaN that stands for it in tables."""
     return value is None or (isinstance(value, float) and value != value)
 
 
 def without_missing(row: dict) -> dict:
-    """A row without the keys whose value is missing: tables give every row every key."""
+    """A row without the keys whose value is missing: in a table every row has every key."""
     return {key: value for key, value in row.items() if not is_missing(value)}
 
 
@@ -68,53 +72,53 @@ def _text(row: dict, key: str, default: str | None = None) -> str:
 
 
 def _answers(row: dict, key: str) -> list[str]:
-    """Text, or a list of texts where there are several good answers (test files)."""
+    """The answers at a key: one text, or a list of several right ones (test files)."""
     value = row[key]
     if isinstance(value, list) and value and all(isinstance(x, str) for x in value):
         return value
     return [_text(row, key)]
 
 
-def _after(history, system: str, prompt: str, answers: list[str]):
-    """[[question, answer], ...] and a last question as turns, or (prompt, answers) where nothing goes before them."""
-    if not (
-        isinstance(history, list)
-        and all(
-            isinstance(p, (list, tuple)) and len(p) == 2 and all(isinstance(x, str) for x in p)
-            for p in history
-        )
-    ):
+def _is_question_and_answer(value: object) -> bool:
+    is_pair = isinstance(value, (list, tuple)) and len(value) == 2
+    return is_pair and all(isinstance(text, str) for text in value)
+
+
+def _after(
+    history: object, system: str, prompt: str, answers: list[str]
+) -> tuple[str, list[str]] | list[Turn]:
+    """[[question, answer], ...] and a last question as turns; (prompt, answers) where there is
+    neither a history nor a system text."""
+    if not (isinstance(history, list) and all(map(_is_question_and_answer, history))):
         raise ValueError(f'"history" must be a list of [question, answer], got {_shown(history)}')
     if not (history or system):
         return prompt, answers
     if len(answers) > 1:
         raise ValueError("a row with a history or a system text has one answer")
-    # As ChatGLM's tutorials read such rows: the history is what was said, the last answer is what is learnt.
-    turns = [t for q, a in history for t in (Turn("user", q), Turn("assistant", a, loss=False))]
-    return (
-        [Turn("system", system)] * bool(system)
-        + turns
-        + [Turn("user", prompt), Turn("assistant", answers[0])]
-    )
+    turns = [Turn("system", system)] if system else []
+    # As in ChatGLM's tutorials, answers of the history are context: only the last one is learnt.
+    for question, answer in history:
+        turns += [Turn("user", question), Turn("assistant", answer, loss=False)]
+    return [*turns, Turn("user", prompt), Turn("assistant", answers[0])]
 
 
-def _instruction(row, prompt_text):
+def _instruction(row: dict, prompt_text: str) -> tuple[str, list[str]]:
     return _text(row, "instruction") + _text(row, "input", ""), _answers(row, "output")
 
 
-def _alpaca(row, prompt_text):
-    prompt = "\n".join(filter(None, (_text(row, "instruction"), _text(row, "input", ""))))
-    return _after(
-        row.get("history") or [], _text(row, "system", ""), prompt, _answers(row, "output")
-    )
+def _alpaca(row: dict, prompt_text: str) -> tuple[str, list[str]] | list[Turn]:
+    texts = (_text(row, "instruction"), _text(row, "input", ""))
+    prompt = "\n".join(filter(None, texts))
+    system = _text(row, "system", "")
+    return _after(row.get("history") or [], system, prompt, _answers(row, "output"))
 
 
-def _prompt(row, prompt_text):
+def _prompt(row: dict, prompt_text: str) -> tuple[str, list[str]] | list[Turn]:
     return _after(row.get("history") or [], "", _text(row, "prompt"), _answers(row, "response"))
 
 
-def _belle(row, prompt_text):
-    # Its converter writes a space after every input.
+def _belle(row: dict, prompt_text: str) -> tuple[str, list[str]]:
+    # Belle's converter writes a space after every input.
     return _text(row, "input").rstrip(" "), _answers(row, "target")
 
 
@@ -126,7 +130,10 @@ def _list_of(row: dict, key: str) -> list[dict]:
 
 
 def _finish(turns: list[Turn], row: dict) -> list[Turn]:
-    """The turns up to the last answer, with the row's own system text and tools. Tools may be JSON in a string."""
+    """The turns up to the last answer, with the row's system text and tools before them.
+
+    Tools may be JSON in a string.
+    """
     while turns and turns[-1].role != "assistant":
         turns = turns[:-1]
     if system := _text(row, "system", ""):
@@ -143,32 +150,38 @@ def _finish(turns: list[Turn], row: dict) -> list[Turn]:
 
 
 def _calls(text: str | list | dict, loss: bool = True) -> list[Turn]:
-    """One or several {name, arguments}, perhaps as JSON text, as ChatGLM3's calls."""
+    """ChatGLM3's calls of one or several {name, arguments}, which may be JSON text."""
     try:
-        found = json.loads(text) if isinstance(text, str) else text
+        calls = json.loads(text) if isinstance(text, str) else text
     except ValueError:
         raise ValueError(
             f"a function call must be JSON of name and arguments, got {_shown(text)}"
         ) from None
     turns = []
-    for call in found if isinstance(found, list) else [found]:
-        arguments = (
-            call.get("arguments", call.get("parameters")) if isinstance(call, dict) else None
-        )
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments or "{}")
-            except ValueError:
-                raise ValueError(
-                    f"a function call's arguments are not valid JSON: {_shown(arguments)}"
-                ) from None
+    for call in calls if isinstance(calls, list) else [calls]:
+        arguments = _call_arguments(call)
         if not (isinstance(arguments, dict) and isinstance(call.get("name"), str)):
             raise ValueError(f"a function call has a name and arguments, got {_shown(call)}")
         turns.append(Turn("assistant", tool_call(arguments), call["name"], loss))
     return turns
 
 
-def _json_text(value, key: str) -> str:
+def _call_arguments(call: object) -> object:
+    """The arguments of a function call, parsed where they are JSON text; None where it has none."""
+    if not isinstance(call, dict):
+        return None
+    arguments = call.get("arguments", call.get("parameters"))
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        return json.loads(arguments or "{}")
+    except ValueError:
+        raise ValueError(
+            f"a function call's arguments are not valid JSON: {_shown(arguments)}"
+        ) from None
+
+
+def _json_text(value: object, key: str) -> str:
     try:
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     except TypeError:
@@ -198,28 +211,30 @@ SPEAKERS = {
 }
 
 
-def _sharegpt(row, prompt_text):
+def _sharegpt(row: dict, prompt_text: str) -> list[Turn]:
     turns: list[Turn] = []
     for number, turn in enumerate(_list_of(row, "conversations"), 1):
         role = _role(turn, "from", SPEAKERS, number)
-        turns += _calls(turn.get("value")) if role == "call" else [Turn(role, _text(turn, "value"))]
+        if role == "call":
+            turns += _calls(turn.get("value"))
+        else:
+            turns.append(Turn(role, _text(turn, "value")))
     return _finish(turns, row)
 
 
-def _chatglm3(row, prompt_text):
+def _chatglm3(row: dict, prompt_text: str) -> list[Turn]:
     turns: list[Turn] = []
     for turn in _list_of(row, "conversations"):
         loss = turn.get("loss", True)
         if not isinstance(loss, bool):
             raise ValueError(f'"loss" must be true or false, got {_shown(loss)}')
         if turn.get("role") == "tool":
-            if not isinstance(turn.get("parameters"), dict):
+            parameters = turn.get("parameters")
+            if not isinstance(parameters, dict):
                 raise ValueError(
-                    f'"parameters" of a tool turn must be an object, got {_shown(turn.get("parameters"))}'
+                    f'"parameters" of a tool turn must be an object, got {_shown(parameters)}'
                 )
-            turns.append(
-                Turn("assistant", tool_call(turn["parameters"]), _text(turn, "name"), loss)
-            )
+            turns.append(Turn("assistant", tool_call(parameters), _text(turn, "name"), loss))
             turns.append(Turn("observation", _json_text(turn.get("observation"), "observation")))
         else:
             turns.append(Turn(_text(turn, "role"), _text(turn, "content"), loss=loss))
@@ -236,16 +251,18 @@ ROLE_NAMES = {
 }
 
 
-def _openai(row, prompt_text):
+def _openai(row: dict, prompt_text: str) -> list[Turn]:
     turns: list[Turn] = []
     for number, message in enumerate(_list_of(row, "messages"), 1):
         role = _role(message, "role", ROLE_NAMES, number)
         text, calls = _parts(message.get("content"))
-        asked = message.get("tool_calls") or []
-        if not isinstance(asked, list):
-            raise ValueError(f'"tool_calls" must be a list, got {_shown(asked)}')
-        calls += [call.get("function", call) if isinstance(call, dict) else call for call in asked]
-        calls += [message["function_call"]] if message.get("function_call") else []
+        tool_calls = message.get("tool_calls") or []
+        if not isinstance(tool_calls, list):
+            raise ValueError(f'"tool_calls" must be a list, got {_shown(tool_calls)}')
+        for call in tool_calls:
+            calls.append(call.get("function", call) if isinstance(call, dict) else call)
+        if message.get("function_call"):
+            calls.append(message["function_call"])
         if text or not calls:
             turns.append(Turn(role, text))
         if calls:
@@ -253,8 +270,11 @@ def _openai(row, prompt_text):
     return _finish(turns, row)
 
 
-def _parts(content) -> tuple[str, list]:
-    """(text, tool calls) of a message's content: text, nothing, or a list of parts. Reasoning is no part of what is said."""
+def _parts(content: object) -> tuple[str, list]:
+    """(text, tool calls) of a message's content: text, null, or a list of parts.
+
+    Parts of reasoning are left out.
+    """
     if content is None or isinstance(content, str):
         return content or "", []
     if not (isinstance(content, list) and all(isinstance(part, dict) for part in content)):
@@ -266,11 +286,10 @@ def _parts(content) -> tuple[str, list]:
         if kind == "text" and isinstance(value, str):
             texts.append(value)
         elif kind == "tool_call":
-            calls += (
-                value
-                if isinstance(value, list)
-                else [json.loads(value) if isinstance(value, str) else value]
-            )
+            if isinstance(value, list):
+                calls += value
+            else:
+                calls.append(json.loads(value) if isinstance(value, str) else value)
         elif kind != "reasoning":
             raise ValueError(
                 f'a part of "content" is text, reasoning or a tool_call, got {_shown(part)}'
@@ -278,24 +297,23 @@ def _parts(content) -> tuple[str, list]:
     return "\n".join(texts), calls
 
 
-def _speaks(key: str) -> Callable[[dict], bool]:
-    def check(row):
+def _first_turn_has(key: str) -> Callable[[dict], bool]:
+    """Whether the first turn of a row's conversation has a key."""
+
+    def check(row: dict) -> bool:
         turns = row["conversations"]
-        return (
-            isinstance(turns, list)
-            and bool(turns)
-            and isinstance(turns[0], dict)
-            and key in turns[0]
-        )
+        if not isinstance(turns, list) or not turns:
+            return False
+        return isinstance(turns[0], dict) and key in turns[0]
 
     return check
 
 
-# The first that fits a row's keys is its format.
+# A row has the first format that fits its keys.
 FORMATS: dict[str, Format] = {
     "openai": Format(("messages",), _openai, ("tools",)),
-    "sharegpt": Format(("conversations",), _sharegpt, ("system", "tools"), _speaks("from")),
-    "chatglm3": Format(("conversations",), _chatglm3, ("tools",), _speaks("role")),
+    "sharegpt": Format(("conversations",), _sharegpt, ("system", "tools"), _first_turn_has("from")),
+    "chatglm3": Format(("conversations",), _chatglm3, ("tools",), _first_turn_has("role")),
     "prompt": Format(("prompt", "response"), _prompt, ("history",)),
     "alpaca": Format(
         ("instruction", "output"),
@@ -325,105 +343,89 @@ FORMATS: dict[str, Format] = {
 COLUMNS_REMEDY = (
     "; columns of other names are read with --columns, such as prompt=title,response=body"
 )
-COLUMN_NAMES = tuple(dict.fromkeys(name for f in FORMATS.values() for name in f.keys + f.optional))
+REQUIRED_NAMES = tuple(dict.fromkeys(chain(*(form.keys for form in FORMATS.values()))))
+OPTIONAL_NAMES = tuple(dict.fromkeys(chain(*(form.optional for form in FORMATS.values()))))
+COLUMN_NAMES = tuple(
+    dict.fromkeys(chain(*(form.keys + form.optional for form in FORMATS.values())))
+)
 
 
 def find_format(row: dict, remedy: str = "") -> str:
-    """The format of a row; a key without a value is no key.
+    """The name of a row's format; a key whose value is missing does not count.
 
-    Raises ValueError naming the keys that are missing, followed by `remedy`.
+    Raises:
+        ValueError: names the keys that are missing, followed by `remedy`.
     """
-    given, row = row, without_missing(row)
+    given = row
+    row = without_missing(row)
     for name, form in FORMATS.items():
         if all(key in row for key in form.keys) and form.also(row):
             return name
     if "conversations" in row:
+        turns = _shown(row["conversations"])
         raise ValueError(
-            f'"conversations" must be a list of {{from, value}} or {{role, content}}, got {_shown(row["conversations"])}'
+            f'"conversations" must be a list of {{from, value}} or {{role, content}}, got {turns}'
         )
     near = max(FORMATS.values(), key=lambda form: sum(key in row for key in form.keys))
-    if (
-        missing := [key for key in near.keys if key not in row]
-        if any(key in row for key in near.keys)
-        else []
-    ):
+    present = [key for key in near.keys if key in row]
+    missing = [key for key in near.keys if key not in row]
+    if present and missing:
         check_present(given, missing[0])
         raise ValueError(
-            f'no key "{missing[0]}"; a row with "{next(k for k in near.keys if k in row)}" has {", ".join(near.keys)}{remedy}'
+            f'no key "{missing[0]}"; a row with "{present[0]}" has {", ".join(near.keys)}{remedy}'
         )
-    wanted = " or ".join(
-        dict.fromkeys(", ".join(f'"{key}"' for key in form.keys) for form in FORMATS.values())
-    )
-    raise ValueError(
-        f"no format has these keys: {', '.join(map(str, row))[:200] or 'none'}; wanted {wanted}{remedy}"
-    )
+    key_lists = [", ".join(f'"{key}"' for key in form.keys) for form in FORMATS.values()]
+    wanted = " or ".join(dict.fromkeys(key_lists))
+    keys = ", ".join(map(str, row))[:200] or "none"
+    raise ValueError(f"no format has these keys: {keys}; wanted {wanted}{remedy}")
 
 
-def check_present(row: dict, key: str):
-    """Raises ValueError where a key that a format needs has no value."""
+def check_present(row: dict, key: str) -> None:
+    """Raises ValueError where a row has a key that a format needs, but its value is missing."""
     if key in row:
         raise ValueError(f'"{key}" must be text, got {_shown(row[key])}')
 
 
 def parse_columns(text: str) -> dict[str, str]:
-    """ "prompt=question,response=answer" -> {"prompt": "question", "response": "answer"}: our name, the file's column."""
+    """ "prompt=question,response=answer" -> {"prompt": "question", "response": "answer"}.
+
+    The keys are this project's names, the values the file's columns. Raises ValueError.
+    """
     columns: dict[str, str] = {}
     for pair in filter(None, map(str.strip, text.split(","))):
         name, equals, column = (part.strip() for part in pair.partition("="))
         if not (equals and column) or name not in COLUMN_NAMES or name in columns:
+            names = ", ".join(COLUMN_NAMES)
             raise ValueError(
-                f"--columns wants NAME=COLUMN,... with each NAME once, of {', '.join(COLUMN_NAMES)}; got {pair!r}"
+                f"--columns wants NAME=COLUMN,... with each NAME once, of {names}; got {pair!r}"
             )
         columns[name] = column
     return columns
 
 
 def parse_row(
-    item,
+    item: object,
     place: str,
     prompt_text: str = "",
     data_format: str = "auto",
     columns: dict[str, str] | None = None,
 ) -> Row:
-    """A JSON value to a Row.
+    """The Row of a JSON value.
 
-    An empty answer is one: "nothing", and the end token is learnt (spo_0.json has such rows).
+    An empty answer is allowed: the model learns to end at once (spo_0.json has such rows).
 
     Args:
+        place: "file:line", for messages.
         prompt_text: stands before the text of {text, answer}.
         data_format: a name of FORMATS, or "auto": found from the keys.
-        columns: our names -> the file's; other columns are not read. None: the caller has no --columns.
+        columns: this project's names -> the file's columns; other columns are not read. None: the
+            caller has no --columns.
     Raises:
-        BadRow: saying what was wanted, what came, and where.
+        BadRow: its message says what was wanted, what the value is, and where.
     """
     try:
-        if not isinstance(item, dict):
-            raise ValueError(f"wanted an object, got {type(item).__name__}")
-        if columns:
-            item = rename(item, columns)
-        remedy = COLUMNS_REMEDY if columns == {} else ""
-        form = FORMATS[find_format(item, remedy) if data_format == "auto" else data_format]
-        given, item = item, without_missing(item)
-        if missing := [key for key in form.keys if key not in item]:
-            check_present(given, missing[0])
-            raise ValueError(
-                f'no key "{missing[0]}"; --data_format {data_format} has {", ".join(form.keys)}'
-            )
-        made = form.read(item, prompt_text)
-        row = (
-            from_turns(made, place)
-            if isinstance(made, list)
-            else Row(made[0], tuple(made[1]), place)
-        )
-        if not row.prompt:
-            raise ValueError("the prompt is empty")
-        "".join(
-            [
-                row.prompt,
-                *row.answers,
-                *(text for turn in row.turns for text in (turn.content, turn.metadata)),
-            ]
-        ).encode()
+        row = _read_row(item, place, prompt_text, data_format, columns)
+        _check_unicode(row)
     except UnicodeEncodeError as error:
         raise BadRow(
             f"{place}: half a surrogate pair in the text: {error.object[error.start]!a}"
@@ -433,30 +435,73 @@ def parse_row(
     return row
 
 
+def _read_row(
+    item: object,
+    place: str,
+    prompt_text: str,
+    data_format: str,
+    columns: dict[str, str] | None,
+) -> Row:
+    """As `parse_row`, but raises ValueError without the place."""
+    if not isinstance(item, dict):
+        raise ValueError(f"wanted an object, got {type(item).__name__}")
+    if columns:
+        item = rename(item, columns)
+    remedy = COLUMNS_REMEDY if columns == {} else ""
+    form = FORMATS[find_format(item, remedy) if data_format == "auto" else data_format]
+    given = item
+    item = without_missing(given)
+    if missing := [key for key in form.keys if key not in item]:
+        check_present(given, missing[0])
+        raise ValueError(
+            f'no key "{missing[0]}"; --data_format {data_format} has {", ".join(form.keys)}'
+        )
+    content = form.read(item, prompt_text)
+    if isinstance(content, list):
+        row = from_turns(content, place)
+    else:
+        prompt, answers = content
+        row = Row(prompt, tuple(answers), place)
+    if not row.prompt:
+        raise ValueError("the prompt is empty")
+    return row
+
+
+def _check_unicode(row: Row) -> None:
+    """Raises UnicodeEncodeError for text that UTF-8 cannot hold."""
+    texts = [row.prompt, *row.answers]
+    for turn in row.turns:
+        texts += [turn.content, turn.metadata]
+    "".join(texts).encode()
+
+
 def rename(item: dict, columns: dict[str, str]) -> dict:
-    """The named columns under our names. Raises ValueError naming a column that a format needs and the row has not."""
-    optional = {name for form in FORMATS.values() for name in form.optional} - {
-        name for form in FORMATS.values() for name in form.keys
-    }
+    """A row with the columns that --columns names, under this project's names.
+
+    Raises:
+        ValueError: the row does not have a column that a format needs.
+    """
     for name, column in columns.items():
-        if column not in item and name not in optional:
+        is_needed = name in REQUIRED_NAMES or name not in OPTIONAL_NAMES
+        if column not in item and is_needed:
+            present = ", ".join(map(str, item))[:200] or "none"
             raise ValueError(
-                f'no column "{column}" (--columns {name}={column}); the row has {", ".join(map(str, item))[:200] or "none"}'
+                f'no column "{column}" (--columns {name}={column}); the row has {present}'
             )
     return {name: item[column] for name, column in columns.items() if column in item}
 
 
 def from_turns(turns: list[Turn], place: str) -> Row:
-    """A conversation as a Row: a single question and answer is a plain one."""
+    """The Row of a conversation; one of a single question and answer has no `turns`."""
     check_turns(turns)
     prompt = [turn.content for turn in turns if turn.role == "user"][-1]
     answer = turns[-1].content
-    plain = [turn.role for turn in turns] == ["user", "assistant"] and not turns[1].metadata
-    return Row(prompt, (answer,), place, () if plain else tuple(turns))
+    is_plain = [turn.role for turn in turns] == ["user", "assistant"] and not turns[1].metadata
+    return Row(prompt, (answer,), place, () if is_plain else tuple(turns))
 
 
 def refused_by(row: Row, family_name: str) -> str | None:
-    """Why a family cannot say a row, or None."""
+    """Why a family has no layout for a row; None where it has one."""
     if row.turns and family_name != "glm3":
         try:
             rounds_of(list(row.turns))
@@ -466,7 +511,14 @@ def refused_by(row: Row, family_name: str) -> str | None:
 
 
 def single_questions(rows: list[Row], flag: str) -> list[Row]:
-    """The rows, for who asks each its prompt alone. Raises ValueError at a conversation, whose history would be lost."""
-    if talk := next((row for row in rows if row.turns), None):
-        raise ValueError(f"{talk.place}: {flag} asks single questions, this row is a conversation")
+    """The same rows, for a caller that asks only their prompts.
+
+    Raises:
+        ValueError: a row is a conversation, whose history would be lost.
+    """
+    for row in rows:
+        if row.turns:
+            raise ValueError(
+                f"{row.place}: {flag} asks single questions, this row is a conversation"
+            )
     return rows

@@ -1,6 +1,6 @@
-"""Where rows come from: files, folders, patterns and hubs, each with a weight; how many rows of each an epoch reads.
+"""Where rows come from: files, folders, patterns and hubs, each with a weight.
 
-Free of torch.
+Also which of their rows an epoch reads. Free of torch.
 """
 
 import ast
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -23,10 +24,10 @@ from finetune.rows.formats import BadRow, Row, parse_row, refused_by, single_que
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 HUBS = ("hf://", "ms://")
-LINE_LIMIT = (
-    2**26
-)  # bytes of a line: no row is as long, and a packed file may unpack to a line of any length
-WHOLE_LIMIT = 2**30  # bytes that a packed JSON file may unpack to where it is not read line by line
+# Bytes of a line: no row is as long, and a packed file may unpack to a line of any length.
+LINE_LIMIT = 2**26
+# Bytes that a packed JSON file may unpack to where it is not read line by line.
+WHOLE_LIMIT = 2**30
 BROKEN_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)
 BOM = b"\xef\xbb\xbf"
 SPACE = re.compile("[ \t\r\n\ufeff]*")
@@ -36,7 +37,9 @@ SPACE = re.compile("[ \t\r\n\ufeff]*")
 class Source:
     """What one entry of --train_path names: files, or a data set of a hub.
 
-    weight: how often an epoch reads each of its rows; 0.3: three of ten, others in the next epoch.
+    Attributes:
+        weight: how often an epoch reads each of its rows. At 0.3 an epoch reads three rows of ten,
+            and the next epoch others.
     """
 
     name: str
@@ -52,29 +55,30 @@ def parse_sources(text: str, flag: str = "--train_path", *, weights: bool = True
     """ "a.json,b.jsonl:0.3,folder,part-*.jsonl,hf://owner/name:2" -> sources.
 
     Raises:
-        FileNotFoundError: nothing of that name, or nothing in a folder.
-        ValueError: no name at all, a weight that is not above 0, or one where `weights` are not taken.
+        FileNotFoundError: nothing has that name, or a folder is empty.
+        ValueError: there is no name at all, a weight is not above 0, or there is one although
+            `weights` is False.
     """
-    names = (
-        [text]
-        if Path(text).exists()
-        else [part.strip() for part in text.split(",") if part.strip()]
-    )
+    names = [text]
+    if not Path(text).exists():
+        names = [part.strip() for part in text.split(",") if part.strip()]
     if not names:
         raise ValueError(f"{flag}: no file in {text!r}")
     sources = [parse_source(name, flag) for name in names]
-    if weighted := next((source for source in sources if source.weight != 1 and not weights), None):
-        raise ValueError(f"{flag} takes no weights, got {weighted.name}:{weighted.weight:g}")
+    for source in sources:
+        if source.weight != 1 and not weights:
+            raise ValueError(f"{flag} takes no weights, got {source.name}:{source.weight:g}")
     return sources
 
 
 def parse_source(name: str, flag: str) -> Source:
+    """One entry of a comma list, "NAME" or "NAME:WEIGHT"; raises as `parse_sources`."""
     if not Path(name).exists():
         path, colon, weight = name.rpartition(":")
         try:
             number = float(weight) if colon else None
         except ValueError:
-            number = None  # a colon of the name's own
+            number = None  # the colon belongs to the name
         if number is not None:
             if not 0 < number < float("inf"):
                 raise ValueError(f"{flag}: a weight must be above 0, got {name}")
@@ -83,37 +87,43 @@ def parse_source(name: str, flag: str) -> Source:
 
 
 def find_files(name: str, flag: str) -> tuple[Path, ...]:
-    """The files of a name, sorted: itself, all of a folder, or all that a pattern fits."""
+    """The files of a name, sorted: the file itself, all of a folder, or all that match a pattern.
+
+    A hub's data set has no files. Raises FileNotFoundError where there are none.
+    """
     path = Path(name)
     if name.startswith(HUBS):
         return ()
     if path.is_file():
         return (path,)
     if path.is_dir():
-        found = sorted(
-            p
-            for p in path.rglob("*")
-            if p.is_file()
-            and p.name.removesuffix(".gz").endswith(SUFFIXES)
-            and not p.name.startswith(".")
-        )
-        if not found:
+        files = sorted(file for file in path.rglob("*") if is_data_file(file))
+        if not files:
             raise FileNotFoundError(f"{flag}: no {', '.join(SUFFIXES)} (or .gz) in {path}")
-        return tuple(found)
+        return tuple(files)
     if any(mark in name for mark in "*?["):
-        found = sorted(
-            p for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if p.is_file()
-        )
-        if found:
-            return tuple(found)
+        matches = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+        files = sorted(file for file in matches if file.is_file())
+        if files:
+            return tuple(files)
     raise FileNotFoundError(f"{flag}: no such file: {name}")
+
+
+def is_data_file(path: Path) -> bool:
+    """A file with one of SUFFIXES, perhaps before .gz, and not hidden."""
+    if not path.is_file() or path.name.startswith("."):
+        return False
+    return path.name.removesuffix(".gz").endswith(SUFFIXES)
 
 
 # ---- files to JSON values
 
 
 def read_parts(source: Source) -> Iterator[tuple[str, Iterator[tuple[str, object]]]]:
-    """(name, its (place, value) of every row) of each file, or of the hub; a place begins with that name."""
+    """(name, (place, value) of every row) of each file, or of the hub.
+
+    A place begins with that name.
+    """
     if source.is_hub:
         yield source.name, read_hub(source.name)
     for path in source.files:
@@ -127,7 +137,10 @@ def read_items(source: Source) -> Iterator[tuple[str, object]]:
 
 
 def read_file_items(path: str | Path) -> Iterator[tuple[str, object]]:
-    """(place, value) of a file: JSON, csv or tsv with a header, parquet; all but parquet also as .gz."""
+    """(place, value) of every row of a file.
+
+    Files are JSON, csv or tsv with a header, or parquet; all but parquet also as .gz.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
@@ -140,27 +153,32 @@ def read_file_items(path: str | Path) -> Iterator[tuple[str, object]]:
         yield from read_json_items(path)
 
 
-def open_data(path: Path):
-    """The file, its bytes unpacked as they are read. Raises ValueError where it is a Git LFS pointer."""
+def open_data(path: Path) -> IO[bytes]:
+    """The open file, unpacked while it is read; raises ValueError where it is a Git LFS pointer."""
     if is_lfs_pointer(path):
         raise pointer_error(path)
     return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line without a byte order mark) of every line; one line at a time is in memory.
+    """(number from 1, line without a byte order mark) of every line.
 
-    Raises BadRow: a line of more than LINE_LIMIT bytes, or not a whole gzip file.
+    One line at a time is in memory.
+
+    Raises:
+        BadRow: a line has more than LINE_LIMIT bytes, or the gzip file is not whole.
     """
-    # Local names: a generator may be closed when Python ends, after the modules.
-    broken, number = BROKEN_GZIP, 0
+    # A local name: a generator may be closed when Python ends, after the modules.
+    broken = BROKEN_GZIP
+    number = 0
     try:
         with open_data(path) as file:
             while line := file.readline(LINE_LIMIT + 1):
                 number += 1
                 if len(line) > LINE_LIMIT:
                     raise BadRow(
-                        f"{path}:{number}: a line of more than {LINE_LIMIT:,} bytes, which no row is"
+                        f"{path}:{number}: a line of more than {LINE_LIMIT:,} bytes, "
+                        "which no row is"
                     )
                 yield number, line.removeprefix(BOM)
     except broken as error:
@@ -170,7 +188,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def read_whole(path: Path) -> str:
     """The text of a file, unpacked.
 
-    Raises BadRow: not UTF-8, not a whole gzip file, or one that unpacks to more than WHOLE_LIMIT bytes.
+    Raises:
+        BadRow: it is not UTF-8, not a whole gzip file, or unpacks to more than WHOLE_LIMIT bytes.
     """
     packed = path.suffix == ".gz"
     try:
@@ -180,7 +199,8 @@ def read_whole(path: Path) -> str:
         raise BadRow(f"{path}: not a whole gzip file ({error})") from None
     if packed and len(content) > WHOLE_LIMIT:
         raise BadRow(
-            f"{path}: unpacks to more than {WHOLE_LIMIT:,} bytes; write one JSON object a line, or unpack it"
+            f"{path}: unpacks to more than {WHOLE_LIMIT:,} bytes; "
+            "write one JSON object a line, or unpack it"
         )
     try:
         return content.decode("utf-8-sig")
@@ -192,7 +212,8 @@ def read_whole(path: Path) -> str:
 def read_json_items(path: str | Path) -> Iterator[tuple[str, object]]:
     """(place, value) of each row of a JSON file; a line that does not parse comes as BadRow.
 
-    Read are JSON lines, a JSON list, objects one after the other over several lines each, and {"data": [rows]}.
+    It reads JSON lines, a JSON list, objects one after the other over several lines each, and
+    {"data": [rows]}.
     """
     path = Path(path)
     if not path.is_file():
@@ -217,7 +238,7 @@ def read_json_items(path: str | Path) -> Iterator[tuple[str, object]]:
 
 
 def begins_list(path: Path) -> bool:
-    """The first character of a JSON file is "["."""
+    """Whether the first character of a JSON file is "["."""
     try:
         with open_data(path) as file:
             while block := file.read(1 << 16):
@@ -229,7 +250,7 @@ def begins_list(path: Path) -> bool:
 
 
 def read_list(path: Path) -> list:
-    """Raises BadRow: the file is no JSON list."""
+    """The values of a JSON list; raises BadRow where the file is none."""
     text = read_whole(path)
     try:
         return json.loads(text)
@@ -239,28 +260,36 @@ def read_list(path: Path) -> list:
 
 
 def over_several_lines(line: bytes) -> bool:
-    """A file's first line begins a JSON object that goes on in the next line, as with `indent`."""
+    """Whether a file's first line begins a JSON object that continues in the next line, as with
+    `indent`."""
     text = line.strip()
-    return text.startswith(b"{") and text.endswith((b"{", b"[", b",")) and not text.endswith(b"},")
+    if not text.startswith(b"{") or text.endswith(b"},"):
+        return False
+    return text.endswith((b"{", b"[", b","))
 
 
 def read_values(path: Path) -> Iterator[tuple[str, object]]:
     """(place, value) of JSON objects one after the other, or of the rows of one {"data": [rows]}.
 
-    Raises BadRow: what is there is neither.
+    Raises:
+        BadRow: the file holds neither.
     """
-    text, decoder, values = read_whole(path), json.JSONDecoder(), []
-    start, number = SPACE.match(text).end(), 1
+    text = read_whole(path)
+    decoder = json.JSONDecoder()
+    values: list[tuple[int, int, object]] = []  # (offset in the text, line number, value)
+    start = skip_space(text, 0)
+    number = 1
     while start < len(text):
         try:
             value, stop = decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
-            line, message = getattr(error, "lineno", 1), getattr(error, "msg", error)
+            line = getattr(error, "lineno", 1)
+            message = getattr(error, "msg", error)
             wanted = "wanted one JSON object a line, objects one after the other, or a JSON list"
             raise BadRow(f"{path}:{line}: not valid JSON: {message}; {wanted}") from None
         number += text.count("\n", values[-1][0] if values else 0, start)
         values.append((start, number, value))
-        start = SPACE.match(text, stop).end()
+        start = skip_space(text, stop)
     rows = wrapped_rows(values[0][2]) if len(values) == 1 else None
     if rows:
         yield from ((f"{path}:data[{i}]", row) for i, row in enumerate(rows))
@@ -268,23 +297,33 @@ def read_values(path: Path) -> Iterator[tuple[str, object]]:
         yield from ((f"{path}:{number}", value) for _, number, value in values)
 
 
-def wrapped_rows(value) -> list[dict] | None:
-    """The rows of {"data": [rows]}; None where a value is no such thing."""
+def skip_space(text: str, start: int) -> int:
+    """The offset of the first character from `start` on that is no white space."""
+    return SPACE.match(text, start).end()
+
+
+def wrapped_rows(value: object) -> list[dict] | None:
+    """The rows of {"data": [rows]}; None for any other value."""
     rows = value.get("data") if isinstance(value, dict) else None
-    return rows if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else None
+    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+        return rows
+    return None
 
 
-def parse_line(line: str | bytes, place: str):
-    """The JSON value of a line, or a BadRow. Belle's lines are Python literals of JSON values, which no JSON begins like."""
+def parse_line(line: str | bytes, place: str) -> object:
+    """The JSON value of a line, or a BadRow.
+
+    Belle's lines are Python literals of JSON values; they begin with "{'", as no JSON does.
+    """
     try:
         text = line if isinstance(line, str) else line.decode("utf-8-sig")
-        # A literal's sets, bytes and tuples as keys are refused here, so formats see JSON alone.
-        return json.loads(
-            json.dumps(ast.literal_eval(text.strip())) if text.lstrip().startswith("{'") else text
-        )
+        if text.lstrip().startswith("{'"):
+            # Through JSON: it refuses sets, bytes and tuples as keys, so formats get JSON alone.
+            text = json.dumps(ast.literal_eval(text.strip()))
+        return json.loads(text)
     except UnicodeDecodeError:
         return BadRow(f"{place}: not UTF-8; save it as UTF-8")
-    # numbers and nesting beyond Python's limits, too
+    # Numbers and nesting beyond Python's limits too.
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         return BadRow(f"{place}: not valid JSON: {getattr(error, 'msg', error)}")
 
@@ -299,7 +338,8 @@ def text_lines(path: Path) -> Iterator[str]:
 
 
 def read_table(path: Path, delimiter: str) -> Iterator[tuple[str, object]]:
-    """Rows of text by the header's names."""
+    """(place, {column: text}) of every row of a table with a header; a row with a wrong number of
+    cells comes as BadRow."""
     csv.field_size_limit(LINE_LIMIT)
     reader = csv.DictReader(text_lines(path), delimiter=delimiter, strict=True)
     while True:
@@ -311,15 +351,14 @@ def read_table(path: Path, delimiter: str) -> Iterator[tuple[str, object]]:
             return
         place = f"{path}:{reader.line_num}"
         if None in row or None in row.values():
-            yield (
-                place,
-                BadRow(f"{place}: wanted {len(reader.fieldnames)} cells, as the header has"),
-            )
+            wanted = f"wanted {len(reader.fieldnames)} cells, as the header has"
+            yield place, BadRow(f"{place}: {wanted}")
         else:
             yield place, row
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, object]]:
+    """(place, value) of every row; raises ValueError without pyarrow."""
     if is_lfs_pointer(path):
         raise pointer_error(path)
     try:
@@ -328,24 +367,29 @@ def read_parquet(path: Path) -> Iterator[tuple[str, object]]:
     except ImportError:
         raise ValueError(f"{path} needs the library pyarrow: pip install pyarrow") from None
     try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
-        rows = (row for batch in batches for row in batch.to_pylist())
-        yield from ((f"{path}[{i}]", drop_nulls(row)) for i, row in enumerate(rows))
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                yield f"{path}[{number}]", drop_nulls(row)
+                number += 1
     except pyarrow.ArrowException as error:
         raise BadRow(f"{path}: not a parquet file: {str(error).splitlines()[0]}") from None
 
 
-def drop_nulls(value):
-    """Tables fill keys that a row does not have with null."""
+def drop_nulls(value: object) -> object:
+    """A value without keys that are null: tables fill in null for keys that a row does not have."""
     if isinstance(value, dict):
-        return {key: drop_nulls(x) for key, x in value.items() if x is not None}
-    return [drop_nulls(x) for x in value] if isinstance(value, list) else value
+        return {key: drop_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [drop_nulls(item) for item in value]
+    return value
 
 
 def read_hub(name: str) -> Iterator[tuple[str, object]]:
     """Rows of "hf://owner/name" or "ms://owner/name"; "#test" names another split than train.
 
-    Raises ValueError where the library is missing or the hub does not give the data set.
+    Raises:
+        ValueError: the library is not installed, or the hub does not give the data set.
     """
     data_set, _, split = name.split("://", 1)[1].partition("#")
     try:
@@ -363,9 +407,8 @@ def read_hub(name: str) -> Iterator[tuple[str, object]]:
             f'{name} needs a library that is not here ({error.name}): pip install "{needed}"'
         ) from None
     except Exception as error:  # whatever a hub, a proxy or a lack of network raises
-        raise ValueError(
-            f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-        ) from None
+        lines = str(error).splitlines() or [""]
+        raise ValueError(f"{name}: {type(error).__name__}: {lines[0][:200]}") from None
     yield from ((f"{name}[{i}]", drop_nulls(dict(row))) for i, row in enumerate(rows))
 
 
@@ -374,15 +417,15 @@ def read_hub(name: str) -> Iterator[tuple[str, object]]:
 
 @dataclass(frozen=True)
 class RowReader:
-    """How values become rows: parse_row's options, and what a family can say."""
+    """How values become rows: parse_row's options, and the family that is trained, if any."""
 
     prompt_text: str = ""
     data_format: str = "auto"
     columns: dict[str, str] | None = None
     family: str | None = None
 
-    def row(self, item, place: str) -> Row:
-        """Raises BadRow."""
+    def row(self, item: object, place: str) -> Row:
+        """The row of a JSON value; raises BadRow, also where the family has no layout for it."""
         if isinstance(item, BadRow):
             raise item
         row = parse_row(item, place, self.prompt_text, self.data_format, self.columns)
@@ -394,10 +437,14 @@ class RowReader:
 def parse_items(
     items: Iterable[tuple[str, object]], reader: RowReader, on_bad_row: str
 ) -> Iterator[tuple[str, Row | BadRow]]:
-    """(place, row) of each value; bad rows are raised with on_bad_row "error", else they come as BadRow."""
+    """(place, row) of each value.
+
+    Bad rows are raised with on_bad_row "error", else they come as BadRow.
+    """
     for place, item in items:
+        row: Row | BadRow
         try:
-            row: Row | BadRow = reader.row(item, place)
+            row = reader.row(item, place)
         except BadRow as error:
             if on_bad_row == "error":
                 raise
@@ -406,24 +453,27 @@ def parse_items(
 
 
 def no_rows(name: str | Path, bad: int) -> BadRow:
-    return BadRow(f"{name}: no rows" + (f" ({bad} bad ones skipped)" if bad else ""))
+    """The error of a file or source without a good row; `bad` rows were skipped."""
+    skipped = f" ({bad} bad ones skipped)" if bad else ""
+    return BadRow(f"{name}: no rows{skipped}")
 
 
 def read_rows(
     path: str | Path | Source,
     *,
-    on_bad_row="error",
+    on_bad_row: str = "error",
     limit: int | None = None,
     reader: RowReader | None = None,
-    prompt_text="",
+    prompt_text: str = "",
 ) -> tuple[list[Row], int]:
     """All rows of a file or source, at most `limit`, and the number of bad ones skipped.
 
     Raises:
-        BadRow: the first bad row, with on_bad_row "error"; or no good row at all.
+        BadRow: the first bad row, with on_bad_row "error"; or there is no good row.
     """
     items = read_items(path) if isinstance(path, Source) else read_file_items(path)
-    rows, bad = [], 0
+    rows: list[Row] = []
+    bad = 0
     for _, row in parse_items(items, reader or RowReader(prompt_text), on_bad_row):
         if isinstance(row, BadRow):
             bad += 1
@@ -437,50 +487,56 @@ def read_rows(
 
 
 def read_questions(text: str, flag: str, reader: RowReader) -> list[Row]:
-    """The rows of what `text` names, each a single question. Raises ValueError, FileNotFoundError as its parts do."""
-    return single_questions(
-        [
-            row
-            for source in parse_sources(text, flag, weights=False)
-            for row in read_rows(source, reader=reader)[0]
-        ],
-        flag,
-    )
+    """The rows of the sources in `text`, each a single question.
+
+    Raises:
+        ValueError, FileNotFoundError: as `parse_sources`, `read_rows` and `single_questions`.
+    """
+    rows: list[Row] = []
+    for source in parse_sources(text, flag, weights=False):
+        rows += read_rows(source, reader=reader)[0]
+    return single_questions(rows, flag)
 
 
 def hash_rows(rows: Iterable[Row]) -> str:
-    """Of the rows of a hub, which has no files to hash."""
-    digest, before = hashlib.sha256(b"["), b""
+    """The SHA-256 of rows; for those of a hub, which has no files to hash."""
+    digest = hashlib.sha256(b"[")
+    separator = b""
     for row in rows:
-        digest.update(before + repr((row.prompt, row.answers, row.turns)).encode())
-        before = b", "
+        digest.update(separator + repr((row.prompt, row.answers, row.turns)).encode())
+        separator = b", "
     digest.update(b"]")
     return digest.hexdigest()
 
 
 def join_hashes(digests: list[str]) -> str:
-    """One for the hashes of several files and hubs; of one its own."""
-    return (
-        digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
-    )
+    """One hash for those of several files and hubs; a single one stays as it is."""
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 # ---- which rows an epoch reads
 
 
 def replay_count(others: int, ratio: float) -> int:
-    """Rows of replay that are `ratio` of an epoch with `others` other rows."""
+    """The number of replay rows that make up `ratio` of an epoch with `others` other rows."""
     return round(others * ratio / (1 - ratio))
 
 
 def draw_rows(rows: int, drawn: int, seed: int, stream: int, epoch: int) -> np.ndarray:
-    """The `drawn` of `rows` row numbers that an epoch (from 0) reads of a source; equal drawn and rows: each once.
+    """The numbers of the rows that an epoch (from 0) reads of a source: `drawn` of its `rows` rows.
 
-    Epochs walk on through one permutation after another, so over all epochs no row is read more than once more often than another.
+    Where `drawn` equals `rows`, each is read once. Each epoch continues where the last one stopped
+    in a sequence of permutations, so at any time no row has been read more than once more often
+    than another.
     """
-    start, stop = epoch * drawn, (epoch + 1) * drawn
+    start = epoch * drawn
+    stop = start + drawn
     cycles = range(start // rows, -(-stop // rows))
-    walk = np.concatenate(
-        [np.random.default_rng([seed, stream, cycle]).permutation(rows) for cycle in cycles]
-    )
-    return walk[start - cycles.start * rows : stop - cycles.start * rows]
+    permutations = [
+        np.random.default_rng([seed, stream, cycle]).permutation(rows) for cycle in cycles
+    ]
+    walk = np.concatenate(permutations)
+    first = cycles.start * rows
+    return walk[start - first : stop - first]

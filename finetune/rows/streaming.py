@@ -1,7 +1,8 @@
-"""Rows of files larger than memory, read, shuffled and encoded on the way. Row n of the stream is a pure function of (seed, n).
+"""Rows of files larger than memory, read, shuffled and encoded while training runs.
 
-The lines of all files, pass after pass, are cut into blocks of --shuffle_buffer lines, and block b is permuted by (seed, b). So a run
-goes on at any row by counting lines up to its block: nothing of an iterator need be kept.
+Row n of the stream is a pure function of (seed, n). The lines of all files, pass after pass, are
+cut into blocks of --shuffle_buffer lines, and block b is permuted by (seed, b). So a run resumes at
+any row by counting lines up to its block: no state of an iterator is saved.
 """
 
 import hashlib
@@ -26,12 +27,16 @@ Line = tuple[str, bytes]  # place, text
 
 
 def file_lines(path: Path) -> Iterator[tuple[float, Line]]:
-    """(share of the file that was read, line) of each line that is not blank. Of a packed file the share is a guess.
+    """(share of the file that was read, line) of each line that is not blank.
 
-    Raises BadRow: JSON that is no JSON lines, or as `read_lines`.
+    The share of a .gz file is an estimate: it assumes that the file unpacks to four times its size.
+
+    Raises:
+        BadRow: JSON that is no JSON lines, or as `read_lines`.
     """
     size = path.stat().st_size * (4 if path.suffix == ".gz" else 1)
-    seen, begun = 0, False
+    seen = 0
+    begun = False
     for number, line in read_lines(path):
         seen += len(line)
         if not line.strip():
@@ -45,7 +50,11 @@ def file_lines(path: Path) -> Iterator[tuple[float, Line]]:
 
 
 def copies(weight: float, place: str, seed: int, turn: int) -> int:
-    """How often pass `turn` reads a line: `weight` on average. `place`: number of its file, and of the line in it."""
+    """How often pass `turn` reads a line: `weight` on average.
+
+    Args:
+        place: the number of the line's file, and of the line in it.
+    """
     whole = int(weight)
     if whole == weight:
         return whole
@@ -54,29 +63,35 @@ def copies(weight: float, place: str, seed: int, turn: int) -> int:
 
 
 def one_pass(sources: list[Source], seed: int, turn: int) -> Iterator[Line]:
-    """All lines once, by weight. OPEN_FILES files at a time take turns, so that they end together."""
+    """The lines of one pass over all files, each as often as its file's weight asks for.
+
+    At most OPEN_FILES files are open at a time. The next line comes from the one of which the
+    smallest share was read, so that they end together.
+    """
     files = [(source.weight, file) for source in sources for file in source.files]
     order = iter(np.random.default_rng([seed, turn, 0]).permutation(len(files)).tolist())
-    readers: list = []
+    # (share that was read, number of the file, its lines)
+    readers: list[tuple[float, int, Iterator[tuple[float, Line]]]] = []
     while True:
         while len(readers) < OPEN_FILES and (number := next(order, None)) is not None:
             heapq.heappush(readers, (0.0, number, file_lines(files[number][1])))
         if not readers:
             return
         _, number, lines = readers[0]
-        found = next(lines, None)
-        if found is None:
+        next_line = next(lines, None)
+        if next_line is None:
             heapq.heappop(readers)
             continue
-        share, line = found
+        share, line = next_line
         heapq.heapreplace(readers, (share, number, lines))
-        place = f"{number}:{line[0].rpartition(':')[2]}"  # not the path: the same files elsewhere are the same rows
+        # By the file's number, not its path: the same files in another folder give the same rows.
+        place = f"{number}:{line[0].rpartition(':')[2]}"
         for _ in range(copies(files[number][0], place, seed, turn)):
             yield line
 
 
 def endless(sources: list[Source], seed: int) -> Iterator[Line]:
-    """Pass after pass. Raises BadRow where there is nothing in the files."""
+    """The lines of pass after pass, without end. Raises BadRow where the files are empty."""
     turn = 0
     while True:
         empty = True
@@ -89,19 +104,35 @@ def endless(sources: list[Source], seed: int) -> Iterator[Line]:
 
 
 def mixed(lines: Iterator[Line], replay: Iterator[Line], ratio: float) -> Iterator[Line]:
-    """Two endless streams as one, `ratio` of it from the second at even distances."""
+    """Two endless streams as one; `ratio` of it comes from `replay`, at even distances."""
     n = 0
     while True:
-        yield next(replay if int((n + 1) * ratio) > int(n * ratio) else lines)
+        is_replay = int((n + 1) * ratio) > int(n * ratio)
+        yield next(replay if is_replay else lines)
         n += 1
 
 
+def check_streamable(source: Source) -> None:
+    """Raises ValueError where a source is no JSON lines."""
+    for path in source.files:
+        if not path.name.removesuffix(".gz").endswith((".json", ".jsonl")):
+            raise not_json_lines(path)
+    if source.is_hub:
+        raise not_json_lines(source.name)
+
+
+def not_json_lines(name: str | Path) -> ValueError:
+    return ValueError(f"--streaming reads JSON lines (.json, .jsonl, or those as .gz), got {name}")
+
+
 class Stream:
-    """Encoded rows by number. Threads may share it.
+    """Encoded rows by number. Several threads may share it.
 
     Args:
-        skip_bad: take another row of its block for one that does not parse, else raise BadRow.
-        skip_long: the same for one that would be cut.
+        block: lines of a block.
+        skip_bad: replace a row that does not parse by another one of its block, else raise BadRow.
+        skip_long: the same for a row that would be truncated.
+        replay_ratio: share of the stream that comes from `replay`.
         workers: threads that read so many steps ahead, in any order.
     """
 
@@ -113,38 +144,37 @@ class Stream:
         *,
         seed: int,
         block: int,
-        skip_bad=False,
-        skip_long=False,
+        skip_bad: bool = False,
+        skip_long: bool = False,
         replay: tuple[Source, ...] = (),
         replay_ratio: float = 0.0,
         workers: int = 1,
     ):
         for source in (*sources, *replay):
-            wrong = next(
-                (
-                    p
-                    for p in source.files
-                    if not p.name.removesuffix(".gz").endswith((".json", ".jsonl"))
-                ),
-                None,
-            )
-            if wrong or source.is_hub:
-                raise ValueError(
-                    f"--streaming reads JSON lines (.json, .jsonl, or those as .gz), got {wrong or source.name}"
-                )
-        self.sources, self.replay, self.ratio = sources, list(replay), replay_ratio
-        self.reader, self.encoder, self.seed, self.size = reader, encoder, seed, block
-        self.skip_bad, self.skip_long, self.workers = skip_bad, skip_long, workers
+            check_streamable(source)
+        self.sources = sources
+        self.replay = list(replay)
+        self.ratio = replay_ratio
+        self.reader = reader
+        self.encoder = encoder
+        self.seed = seed
+        self.size = block
+        self.skip_bad = skip_bad
+        self.skip_long = skip_long
+        self.workers = workers
         self.lock = threading.Lock()
         self.lines: Iterator[Line] | None = None
         self.next_block = 0
         self.blocks: dict[int, list[Line]] = {}
-        self.kept = 2
-        self.dropped: set[str] = set()  # places of rows that were met and not used
+        self.kept = 2  # the number of blocks in memory at most
+        self.dropped: set[str] = set()  # places of rows that were read and not used
 
     def all_lines(self) -> Iterator[Line]:
+        """The endless stream of lines, before it is cut into blocks."""
         lines = endless(self.sources, self.seed)
-        return mixed(lines, endless(self.replay, self.seed), self.ratio) if self.replay else lines
+        if not self.replay:
+            return lines
+        return mixed(lines, endless(self.replay, self.seed), self.ratio)
 
     def count(self) -> int:
         """Rows of the first pass, those of replay included; reads every file once."""
@@ -158,16 +188,20 @@ class Stream:
                 try:
                     self.read_to(number)
                 except BaseException:
-                    self.lines = None  # a generator that raised has ended: who asks next must meet the error too
+                    # A generator that raised has ended. Start anew, so that other threads get the
+                    # error too.
+                    self.lines = None
                     raise
             return self.blocks[number]
 
-    def read_to(self, number: int):
-        """Read on to a block. Those before it are kept: a slower thread may ask for them yet."""
+    def read_to(self, number: int) -> None:
+        """Read on to a block. The blocks before it stay: a slower thread may still need them."""
         if self.lines is None or number < self.next_block:
-            self.lines, self.next_block, self.blocks = self.all_lines(), 0, {}
+            self.lines = self.all_lines()
+            self.next_block = 0
+            self.blocks = {}
         passed = max(0, number + 1 - self.kept - self.next_block)
-        for _ in islice(self.lines, passed * self.size):  # lines of no block that is kept
+        for _ in islice(self.lines, passed * self.size):  # lines of blocks that are not needed
             pass
         for block in range(self.next_block + passed, number + 1):
             lines = list(islice(self.lines, self.size))
@@ -178,45 +212,60 @@ class Stream:
                 self.blocks.pop(min(self.blocks))
 
     def row(self, number: int) -> tuple[str, EncodedRow]:
-        """(place, encoded row). One that is dropped gives its turn to the next of its block that is not.
+        """(place, encoded row) of a number; for a dropped row the next usable one of its block.
 
-        Raises BadRow: it is malformed, without skip_bad; or none of its block is left.
+        Raises:
+            BadRow: the row is malformed, without skip_bad; or its block has no usable row.
         """
         block = self.block(number // self.size)
-        start, refusal = number % self.size, None
-        for place, line in (block[(start + i) % self.size] for i in range(self.size)):
+        start = number % self.size
+        refusal = None
+        for i in range(self.size):
+            place, line = block[(start + i) % self.size]
             try:
-                made = self.encoder.encode(self.reader.row(parse_line(line, place), place))
+                encoded = self.encoder.encode(self.reader.row(parse_line(line, place), place))
             except BadRow as error:
                 if not self.skip_bad:
                     raise
                 refusal = error
                 self.dropped.add(place)
                 continue
-            made = [row for row in made if row.learns and not (self.skip_long and row.truncated)]
-            if made:  # of a conversation that makes several rows (ChatGLM-6B), one
-                return place, made[number // self.size % len(made)]
+            usable = [row for row in encoded if self.is_usable(row)]
+            if usable:
+                # A conversation may make several rows (ChatGLM-6B): the block's number picks one.
+                return place, usable[number // self.size % len(usable)]
             self.dropped.add(place)
-            refusal = BadRow(
-                f"{place}: longer than --max_len {self.encoder.max_len} / --max_src_len {self.encoder.max_src_len}"
-            )
+            limits = f"--max_len {self.encoder.max_len} / --max_src_len {self.encoder.max_src_len}"
+            refusal = BadRow(f"{place}: longer than {limits}")
         raise BadRow(f"{refusal}; nor is any other of the {self.size} rows around it of use")
 
+    def is_usable(self, row: EncodedRow) -> bool:
+        """The row has a label, and is not truncated where such rows are skipped."""
+        return row.learns and not (self.skip_long and row.truncated)
+
     def rows(self, start: int, stop: int) -> Dataset:
-        """The rows of these numbers: a step's. Blocks are kept for the step that is due and those that workers read ahead."""
+        """The rows `start` to `stop` (excluded), which are a step's.
+
+        As many blocks stay in memory as this step and those that workers read ahead need.
+        """
         self.kept = max(self.kept, 2 + (self.workers + 1) * (stop - start) // self.size)
         return dataset_of([self.row(number) for number in range(start, stop)])
 
     def data_hash(self) -> str:
-        """Of the content of the files up to HASHED_WHOLE bytes; of larger ones, the size, mtime and pieces all over."""
+        """The SHA-256 of the fingerprints of all files."""
         digest = hashlib.sha256()
-        for file in (file for source in (*self.sources, *self.replay) for file in source.files):
-            digest.update(fingerprint(file).encode())
+        for source in (*self.sources, *self.replay):
+            for file in source.files:
+                digest.update(fingerprint(file).encode())
         return digest.hexdigest()
 
 
 def fingerprint(path: Path) -> str:
-    """Of a file's content, without reading a large one whole."""
+    """A hash of a file, that reads little of a large one.
+
+    Up to HASHED_WHOLE bytes it is the SHA-256 of the content; beyond, of the size, the mtime and
+    PIECES pieces spread over the file.
+    """
     stat = path.stat()
     if stat.st_size <= HASHED_WHOLE:
         return sha256(path)
