@@ -1,4 +1,7 @@
-"""Encoded rows as arrays: what goes in comes out, in memory and from a file; a file that is not whole is none."""
+"""Encoded rows as arrays: a round trip in memory and through a file.
+
+An incomplete file is refused.
+"""
 
 import numpy as np
 import pytest
@@ -20,7 +23,10 @@ TALK = EncodedRow(
 
 @st.composite
 def encoded_rows(draw):
-    """(place, encoded row): some with labels of their own, holes and other ids among them; some that learn nothing."""
+    """(place, encoded row): some with their own labels, gaps and other ids.
+
+    Some without any label.
+    """
     ids = draw(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=20))
     labels = None
     if draw(st.booleans()):
@@ -124,7 +130,10 @@ def test_a_mapped_file_may_go_and_cannot_be_written(tmp_path):
 
 
 def test_several_sources_are_one():
-    """Rows without a label do not count, nor with `is_skip` those that were cut; the numbering goes on from part to part."""
+    """Rows without a label are not numbered, nor truncated ones with `is_skip`.
+
+    The numbering continues from part to part.
+    """
     empty = EncodedRow([1, 2], 2, False)
     writer = RowWriter()
     for number, row in enumerate((PLAIN, empty, TALK, PLAIN)):

@@ -1,4 +1,4 @@
-"""Sources to encoded rows: tokenised once, found again by content and settings, and as they would be without a cache."""
+"""Sources to encoded rows: tokenised once, cached by content and settings; equal uncached."""
 
 import hashlib
 import json
@@ -45,7 +45,10 @@ class Counted(Encoder):
 
 @pytest.fixture
 def load(bases, tmp_path):
-    """load(path, ...) -> (rows as tuples, how many were tokenised); `family` and what Encoder, Preparation and prepare take."""
+    """load(path, ...) -> (rows as tuples, how many were tokenised).
+
+    It takes `family` and the arguments of Encoder, Preparation and prepare.
+    """
 
     def run(
         path,
@@ -73,7 +76,7 @@ def load(bases, tmp_path):
 
 @pytest.mark.parametrize("family", ["glm", "glm2", "glm3"])
 def test_encoded_rows_are_found_again(load, bases, tmp_path, family):
-    """By the content of the file and the settings; as `encode_rows` makes them, wherever they come from."""
+    """Keyed by the file's content and the settings; equal to `encode_rows`, cached or not."""
     file = write_rows(tmp_path / "rows.json", make_rows(6))
     plain = encode_rows(
         read_rows(file)[0],
@@ -143,7 +146,10 @@ def test_a_damaged_cache_is_made_anew(load, tmp_path):
 
 
 def test_nowhere_to_keep_them(load, tmp_path, capsys):
-    """A cache that cannot be made, and a disk that is full on the way: the rows are there all the same, and nothing half-written."""
+    """A cache that cannot be written, or a full disk: the rows are returned.
+
+    No partial file stays.
+    """
     file = write_rows(tmp_path / "rows.json", make_rows(6))
     (tmp_path / "file").touch()
     assert load(file, cache=tmp_path / "file")[1] == 6
@@ -178,7 +184,10 @@ def test_t11_the_key_of_the_cache(bases, tmp_path, monkeypatch):
 
 
 def test_t11_a_cache_within_its_limit(flags, tmp_path):
-    """The rows that were used last stay; what a killed run left goes after a day. A run whose rows alone are more goes on."""
+    """The rows used last stay; leftovers of a killed run go after a day.
+
+    A run whose own rows exceed the limit continues.
+    """
     cache = tmp_path / "cache"
     cache.mkdir()
     stale, fresh = cache / ".a.safetensors.1.tmp", cache / ".b.safetensors.2.tmp"
@@ -208,7 +217,10 @@ def test_t11_a_cache_within_its_limit(flags, tmp_path):
 
 
 def test_t11_a_new_format_of_the_cache_where_encodings_change():
-    """Fails where the same files give other encoded rows than before: raise CACHE_FORMAT and write the new digest here."""
+    """Fails where the same files encode differently than before.
+
+    Then raise CACHE_FORMAT and write the new digest here.
+    """
     folder = shared_file("data/chatglm2-tokenizer")
     digest = hashlib.sha256()
     for family in ("glm2", "glm3"):
@@ -230,7 +242,10 @@ def test_t11_a_new_format_of_the_cache_where_encodings_change():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_conversations_are_kept_and_shared_out(load, tmp_path, family):
-    """Several answers a row, several examples a conversation (ChatGLM-6B): read back, or tokenised by 2 processes, they are the same."""
+    """Several answers a row, several examples a conversation (ChatGLM-6B).
+
+    They are the same from the cache and tokenised by 2 processes.
+    """
     lines = [
         line
         for path in TALKS.split(",")
