@@ -1,9 +1,10 @@
-"""One byte of a checkpoint changes: every such change must be refused in one line, or be without effect on logits and losses.
+"""Flip one byte of a checkpoint: it must be refused in one line or have no effect.
 
     python benchmarks/byte_flips.py --flips 200 [--seed 1] [--json FILE]
     python benchmarks/byte_flips.py --loads 11 --size_mb 500      what the checks cost a load
 
-Tiny checkpoints of every method, a merged model and a predictor; a flip is loaded and resumed from in this process.
+No effect means equal logits and losses. The folders are tiny checkpoints of every method, a merged
+model and a predictor; a damaged folder is loaded and resumed from in this process.
 """
 
 import argparse
@@ -72,7 +73,10 @@ KEY, NUMBER = re.compile(rb'"[^"\n]*"(?=:)'), re.compile(rb"(?<=[ \[])-?\d[\d.e+
 
 @dataclass
 class Row:
-    """Flips of one kind of byte. `wrong`: read without a word and with an effect, or refused in another way than one line."""
+    """Counts of flips of one kind of byte.
+
+    `wrong`: read without an error and with an effect, or refused in more than one line.
+    """
 
     flipped: int = 0
     refused: int = 0
@@ -91,7 +95,7 @@ class Target:
 
 
 class Subject:
-    """A folder that is damaged, and what it gives undamaged: outputs of the loaded model, losses of the resumed run."""
+    """A folder to damage, with its undamaged outputs (of the loaded model) and losses (resumed)."""
 
     def __init__(self, name: str, folder: Path, flags: list[str] | None):
         self.name, self.folder, self.flags = name, folder, flags
@@ -287,7 +291,10 @@ def make_subjects(folder: Path, methods: tuple[str, ...]) -> list[Subject]:
 def run(
     folder: Path, *, flips: int, seed: int = 1, methods: tuple[str, ...] = tuple(METHODS)
 ) -> dict[str, Row]:
-    """{kind of byte: Row} of `flips` changes, spread evenly over kinds and, of a kind, over the files of all methods."""
+    """{kind of byte: Row} of `flips` changes, spread evenly over the kinds.
+
+    Within a kind they are spread over the files of all methods.
+    """
     draw = random.Random(seed)
     targets = [target for subject in make_subjects(folder, methods) for target in subject.targets()]
     draw.shuffle(targets)
@@ -311,9 +318,10 @@ def run(
 def time_loads(
     folder: Path, loads: int, size_mb: int
 ) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """{what is timed: {level: (seconds, CPU seconds) of each load}} of a model of about `size_mb` MB in fp32, the levels taking turns.
+    """{what is timed: {level: (seconds, CPU seconds) of each load}}.
 
-    transformers maps the weights into memory: a load alone reads next to none of them, the first logits read them all.
+    The model has about `size_mb` MB in fp32; the levels take turns. transformers maps the weights
+    into memory: a load alone reads almost none of them, the first logits read them all.
     """
     import torch
 
@@ -324,9 +332,8 @@ def time_loads(
     layers = max(1, round(size_mb / 43.5))  # MB of a layer of these sizes
     base = make_base(folder, rows, hidden_size=1024, num_layers=layers, heads=16, ffn=2752)
     write_checksums(base)
-    print(
-        f"{sum(p.stat().st_size for p in base.glob('*.safetensors')) / 1e6:.0f} MB of weights, {layers} layers"
-    )
+    size = sum(p.stat().st_size for p in base.glob("*.safetensors"))
+    print(f"{size / 1e6:.0f} MB of weights, {layers} layers")
     found = {what: {"off": [], "fast": []} for what in ("load alone", "load and first logits")}
     for _ in range(loads + 1):
         for what, levels in found.items():
@@ -346,7 +353,8 @@ def time_loads(
 
 def print_loads(found: dict[str, dict[str, list[tuple[float, float]]]]):
     print(
-        "| timed | unchecked, s | checked, s | ratio of pairs | ratio of CPU time |\n|---|---|---|---|---|"
+        "| timed | unchecked, s | checked, s | ratio of pairs | ratio of CPU time |\n"
+        "|---|---|---|---|---|"
     )
     for what, levels in found.items():
         wall = {
@@ -358,7 +366,8 @@ def print_loads(found: dict[str, dict[str, list[tuple[float, float]]]]):
             for i in (0, 1)
         ]
         print(
-            f"| {what} | {wall['off']:.3f} | {wall['fast']:.3f} | {ratios[0]:.3f} | {ratios[1]:.3f} |"
+            f"| {what} | {wall['off']:.3f} | {wall['fast']:.3f} "
+            f"| {ratios[0]:.3f} | {ratios[1]:.3f} |"
         )
 
 
@@ -384,7 +393,8 @@ def main(argv: list[str] | None = None) -> int:
             print("| byte in | flipped | refused | without effect | wrong |\n|---|---|---|---|---|")
             for kind, row in table.items():
                 print(
-                    f"| {kind} | {row.flipped} | {row.refused} | {row.without_effect} | {row.wrong} |"
+                    f"| {kind} | {row.flipped} | {row.refused} "
+                    f"| {row.without_effect} | {row.wrong} |"
                 )
                 wrong += row.wrong
         shutil.rmtree(Path(name) / "base", ignore_errors=True)

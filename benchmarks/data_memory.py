@@ -1,13 +1,17 @@
-"""Memory and time of a run's rows: bytes a token over all ranks, seconds of a cold and a warm start, how often rows are tokenised.
+"""Memory and time of a run's rows: bytes per token, start-up seconds, how often rows are tokenised.
 
-    python benchmarks/data_memory.py [--tokens 10000000,50000000] [--ranks 1,2] [--kind rows] [--json FILE]
+    python benchmarks/data_memory.py [--tokens 10000000,50000000] [--ranks 1,2] [--kind rows]
+        [--json FILE]
     python benchmarks/data_memory.py --batches
 
-Rows are drawn at random. Each rank loads them as train.py does and lays out the batches of a whole epoch, without a model. Memory is
-the proportional set size (Pss of /proc/self/smaps_rollup) above that of the process before it loads, summed over the ranks: a page
-that ranks share counts once. Seconds are those of the slowest rank, from the files to the rows. Exits with 1 where a goal is missed:
-every row tokenised once with a cold cache or none and never with a warm one; at most 6 bytes a token, of corpora of 40 million tokens
-or more, beside which what a process costs anyway is little; a warm start under 2 s, of 11 million tokens or less.
+Rows are random. Each rank loads them as train.py does and lays out the batches of a whole epoch,
+without a model. Memory is the proportional set size (Pss of /proc/self/smaps_rollup) above that of
+the process before it loads, summed over the ranks: a page that ranks share counts once. Seconds
+are those of the slowest rank, from the files to the rows. Exits with 1 where a goal is missed:
+- every row is tokenised once with a cold cache or none, and never with a warm one;
+- at most 6 bytes per token, for corpora of 40 million tokens or more, beside which the fixed cost
+  of a process is small;
+- a warm start under 2 s, for 11 million tokens or less.
 """
 
 import argparse
@@ -288,8 +292,8 @@ def batch_times(repetitions: int = 7) -> dict[str, float]:
 
 def print_line(row: dict):
     print(
-        f"{row['ranks']:5} {row['cache']:>5} {row['tokens']:>12,} {row['bytes_a_token']:>14.2f} {row['seconds']:>9.2f} "
-        f"{row['times_tokenised']:>10.2f}",
+        f"{row['ranks']:5} {row['cache']:>5} {row['tokens']:>12,} {row['bytes_a_token']:>14.2f} "
+        f"{row['seconds']:>9.2f} {row['times_tokenised']:>10.2f}",
         flush=True,
     )
 

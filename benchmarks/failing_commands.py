@@ -173,7 +173,8 @@ COMMANDS = [
         "finetune.evaluate --predictions",
         "finetune.evaluate",
         "finetune.evaluate",
-        "--model_path model --test_path eval.json --predictions predictions.jsonl --max_new_tokens 2",
+        "--model_path model --test_path eval.json --predictions predictions.jsonl "
+        "--max_new_tokens 2",
         reads={".predictions.jsonl.partial": "--predictions"},
         fine={".predictions.jsonl.partial": ANY},
     ),

@@ -14,9 +14,9 @@ already, in a folder of its own. A case is right where
 - every file of the folder is as before, nothing is new but what the command documents to leave
   (a run's record in --output_dir), and no temporary file is left.
 
-Some files may be missing or wrong without harm; those are in the table as `fine`, and right is
-exit code 0 then. Root, who may read and write everything, gives that right up in the fork. A full disk is a small tmpfs,
-which needs root: other users' runs leave those cases out.
+Some files may be missing or wrong without harm; the table lists those as `fine`, and their expected
+exit code is 0. As root, the fork gives up the right to read and write everything. A full disk is a
+small tmpfs, which needs root: other users' runs skip those cases.
 """
 
 import gzip
@@ -190,7 +190,7 @@ class Case:
 
     @property
     def names(self) -> set[str]:
-        """What its error may name: the file, its folder where that is one of several, or the flag."""
+        """What its error may name: the file, its folder if that is one of several, or the flag."""
         path = Path(self.path)
         names = {path.name, self.flag, *path.parts[1:]}
         return names | ({"not_a_folder"} if self.kind == "in_a_file" else set())

@@ -1,10 +1,10 @@
-"""Formats x families: rows read and encoded, labelled tokens, and whether these are exactly the answers.
+"""Formats x families: rows, encoded rows, labelled tokens, and whether labels equal the answers.
 
 python benchmarks/format_table.py --shared ../shared
 
-The samples of data/formats and the public files of SHARED/data/finetune. ChatGLM2 and ChatGLM3 use the real ChatGLM2 tokenizer,
-ChatGLM-6B a small stand-in for its own, whose counts of tokens say nothing of the real one. Exits with 1 where labels are not
-exactly the answers.
+The samples of data/formats and the public files of SHARED/data/finetune. ChatGLM2 and ChatGLM3 use
+the real ChatGLM2 tokenizer, ChatGLM-6B a small stand-in for its own, whose token counts say nothing
+about the real one. Exits with 1 where labels are not exactly the answers.
 """
 
 import argparse
@@ -30,7 +30,10 @@ ENDS = {"glm": ("<eop>",), "glm2": ("</s>",), "glm3": ("</s>", "<|user|>", "<|ob
 
 
 def learnt_answers(family: str, tokenizer, rows: list[EncodedRow]) -> list[list[int]]:
-    """The labelled ids of every answer, without the tokens that start and end one. Raises ValueError for an answer without its end."""
+    """The labelled ids of every answer, without its start and end tokens.
+
+    Raises ValueError for an answer without an end token.
+    """
     starts, ends = (
         {tokenizer.get_command(name) for name in names[family]} for names in (STARTS, ENDS)
     )
@@ -55,7 +58,7 @@ def learnt_answers(family: str, tokenizer, rows: list[EncodedRow]) -> list[list[
 
 
 def wanted_answers(family: str, row: Row) -> list[tuple[str, ...]]:
-    """The texts that are encoded one by one into each answer that carries loss: ChatGLM3's have a header line."""
+    """The texts of each answer with loss, encoded one by one; ChatGLM3's begin with a header."""
     turns = row.turns or (Turn("user", row.prompt), Turn("assistant", row.answers[0]))
     answers = [turn for turn in turns if turn.role == "assistant" and turn.loss]
     return [
@@ -107,7 +110,8 @@ def need(shared: Path, *folders: str):
     for folder in folders:
         if not (shared / folder).is_dir():
             sys.exit(
-                f"format_table.py: no such folder: {shared / folder}; --shared names the folder of the public data"
+                f"format_table.py: no such folder: {shared / folder}; "
+                "--shared names the folder of the public data"
             )
 
 
@@ -147,7 +151,8 @@ def main(argv: list[str] | None = None) -> int:
         tokenizers = load_tokenizers(args.shared, Path(folder))
         lines = [measure(path, tokenizers) for path in files]
     print(
-        "rows encoded / labelled tokens / answers whose labels are exactly their ids and decode to exactly their text\n"
+        "rows encoded / labelled tokens / answers whose labels are exactly their ids "
+        "and decode to exactly their text\n"
     )
     print(f"| file | format | rows | {' | '.join(tokenizers)} |")
     print("|---|---|---|" + "---|" * len(tokenizers))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Largest difference between the models and the originals' numbers, fixture by fixture, as a markdown table.
+"""A markdown table of the largest difference from the originals' numbers, fixture by fixture.
 
     python benchmarks/golden_table.py [--json FILE]
 

@@ -1,9 +1,10 @@
-"""Families x methods x ZeRO configurations x ranks, each trained for a few steps for real.
+"""Families x methods x ZeRO configurations x ranks, each trained for a few real steps.
 
-    python benchmarks/method_matrix.py [--json FILE] [--families glm2] [--methods lora,all] [--precision bf16]
+    python benchmarks/method_matrix.py [--json FILE] [--families glm2] [--methods lora,all]
+        [--precision bf16]
 
-Checks that the loss falls, and that 2 ranks give the losses of 1 rank at the same global batch (dropout 0). Under ZeRO-3
-every weight is partitioned.
+Checks that the loss falls, and that 2 ranks give the losses of 1 rank at the same global batch
+(dropout 0). Under ZeRO-3 every weight is partitioned.
 """
 
 import argparse
@@ -58,9 +59,10 @@ GLOBAL_BATCH, STEPS = 8, 8
 
 
 def prepare(folder: Path, families: list[str]):
-    """Tiny models of the families, with tokenizers made from the project's own sample data, and the ZeRO files.
+    """Write tiny models of the families, tokenizers made from the sample data, and the ZeRO files.
 
-    ZeRO-3 leaves weights below 100,000 elements whole; a tiny model has no others, so the threshold goes to 0 here.
+    ZeRO-3 leaves weights below 100,000 elements whole; a tiny model has no others, so the
+    threshold is 0 here.
     """
     from scripts.prepare_small_model import make_model
     from scripts.prepare_tokenizer import main as make_tokenizer
@@ -227,12 +229,14 @@ def main():
             )
     print(f"precision {args.precision}, global batch {GLOBAL_BATCH}, {STEPS} steps\n")
     print(
-        "| family | method | DeepSpeed file | first loss | last loss | 1 against 2 ranks, largest relative difference | |"
+        "| family | method | DeepSpeed file | first loss | last loss "
+        "| 1 against 2 ranks, largest relative difference | |"
     )
     print("|---|---|---|---|---|---|---|")
     for r in rows:
         print(
-            f"| {r['family']} | {r['method']} | {r['ds_file']} | {r['first_loss']:.4f} | {r['last_loss']:.4f} | "
+            f"| {r['family']} | {r['method']} | {r['ds_file']} "
+            f"| {r['first_loss']:.4f} | {r['last_loss']:.4f} | "
             f"{r['max_relative_difference_2_ranks']:.1e} | {'ok' if r['ok'] else 'FAILED'} |"
         )
     if args.json:

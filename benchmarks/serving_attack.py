@@ -4,9 +4,9 @@
 
 starts serving.server on a tiny random model (or on --model) and sends it legal and illegal
 requests: subnormal and huge numbers, wrong types, half-sent bodies, deep nesting, broken Unicode,
-clients that go away. Meanwhile a probe asks greedily and /health is timed. Exit code 1 where a reply was 5xx, a
-probe's answer was not what it is alone, /health took longer than --health_s, something kept memory
-reserved, or the server did not end well on SIGTERM.
+clients that disconnect. Meanwhile a probe sends a greedy request and /health is timed. Exit code 1
+where a reply was 5xx, a probe's answer differed from its answer alone, /health took longer than
+--health_s, memory stayed reserved, or the server did not end well on SIGTERM.
 """
 
 import argparse

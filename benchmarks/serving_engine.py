@@ -1,17 +1,22 @@
-"""Tokens a second of the engines: static batches in order of arrival, continuous batching, and transformers' own, in interleaved runs.
+"""Tokens per second of the engines, in interleaved runs: static, continuous, transformers' own.
 
-    python benchmarks/serving_engine.py [--peer] [--quick] [--json FILE] [--repetitions 5] [--threads 1] [--static 8] [--rows 16]
+    python benchmarks/serving_engine.py [--peer] [--quick] [--json FILE] [--repetitions 5]
+        [--threads 1] [--static 8] [--rows 16]
 
-The model has 6 layers of 512, ChatGLM2's proportions and its vocabulary, random weights in bf16. Such a model never stops, so each
-request asks for its own number of tokens: log-normal, median 100, at most 512; all are there from the start. Useful tokens are those
-asked for; what a static batch computes after a row has ended is not.
-    static           transformers' generate, batches of --static in order of arrival (serving.engines.static_engine under `fifo`)
+The model has 6 layers of 512, ChatGLM2's proportions and its vocabulary, random weights in bf16.
+Such a model never stops, so each request has its own number of tokens: log-normal, median 100, at
+most 512; all arrive at the start. Useful tokens are those requested; what a static batch computes
+after a row has ended is not useful.
+    static           transformers' generate, batches of --static in order of arrival
+                     (serving.engines.static_engine under `fifo`)
     continuous       --rows sequences at once (serving.engines.continuous_engine under `fcfs`)
 With --peer also, on one GlmForCausalLM of the same size:
-    peer             transformers' continuous batching (paged cache, sdpa): as many sequences at once, KV and prompt tokens as ours has
+    peer             transformers' continuous batching (paged cache, sdpa): as many sequences at
+                     once, KV and prompt tokens as `continuous` has
     continuous-glm   the continuous engine
-A ratio is taken within each repetition, whose subjects follow one another; the table shows medians. On a machine that others use too, the
-ratio by CPU seconds (of all threads; --threads 1) says more than the one by the clock.
+A ratio is taken within each repetition, whose subjects run one after another; the table shows
+medians. On a shared machine the ratio by CPU seconds (of all threads; --threads 1) says more than
+the one by wall-clock time.
 """
 
 import argparse
@@ -171,7 +176,10 @@ def peer(model, rows: int, kv_tokens: int):
 
 
 def measure(subjects, count: int, cap: int, repetitions: int, args) -> tuple[dict, dict]:
-    """Useful tokens a second of each subject, by repetition; and a second of this process's time, all threads together."""
+    """Useful tokens per second of each subject, by repetition.
+
+    Also per CPU second of this process, all threads together.
+    """
     rates, cpu_rates = {name: [] for name in subjects}, {name: [] for name in subjects}
     for subject in subjects.values():  # shapes are compiled, memory is there
         subject(workload(args.rows, min(cap, 96), 1))

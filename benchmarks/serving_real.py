@@ -1,13 +1,16 @@
 # ruff: noqa: E402
-"""Policies on the real continuous engine under an open-loop load, beside what the simulator says of the same requests.
+"""Policies on the real continuous engine under an open-loop load, next to their simulation.
 
     bash scripts/quickstart.sh
-    python benchmarks/serving_real.py --folder output/quickstart [--json FILE] [--policies fifo,s3,...] [--repetitions 3]
+    python benchmarks/serving_real.py --folder output/quickstart [--json FILE]
+        [--policies fifo,s3,...] [--repetitions 3]
 
-The quickstart's tuned model answers held-out prompts, drawn anew for each repetition, that come at Poisson times whether or not it
-keeps up; its exported predictor, in a process of its own, is asked when a prompt comes, and its time counts. Rates are those at which, by simulation, --at of these policies attains half of its
-objectives (SloRule: a multiple of the latency alone). Policies take turns within a repetition. The simulator gets the same arrivals,
-lengths and predictions, and a profile of the engine (scripts/profile_engine.py) made before each repetition: a shared machine's speed drifts.
+The quickstart's tuned model answers held-out prompts, drawn anew for each repetition, at Poisson
+arrival times that do not wait for it. Its exported predictor runs in a separate process, predicts
+when a prompt arrives, and its time counts. The rates are those at which, by simulation, each of
+--at attains half of its objectives (SloRule: a multiple of the latency alone). Policies take turns
+within a repetition. The simulator gets the same arrivals, lengths and predictions, and a profile of
+the engine (scripts/profile_engine.py) made before each repetition: a shared machine's speed drifts.
 """
 
 import argparse
@@ -37,7 +40,10 @@ SHOWN = ("attainment", "latency_mean_s", "latency_p99_s", "throughput_tps")
 
 
 def client(pipe, folder: str):
-    """In a process of its own: for every schedule (zero_s, [(seconds, text or None)]) that comes, send a prediction at each time."""
+    """The predictor's process: it sends a prediction at each time of every schedule received.
+
+    A schedule is (zero_s, [(seconds, text or None)]).
+    """
     from predictor.runtime import LengthPredictor
 
     predictor = LengthPredictor.from_pretrained(folder)
@@ -201,7 +207,10 @@ class Bench:
     def rate_at(
         self, name: str, count: int, slo: SloRule, wanted: float = 0.5, rounds: int = 9
     ) -> float:
-        """Requests a second at which the policy attains `wanted`, by simulation: bisection of the logarithm over 3 seeds."""
+        """Requests per second at which the policy attains `wanted`, by simulation.
+
+        Bisection of the logarithm, over 3 seeds.
+        """
         low, high = 0.1, 1000.0
         for _ in range(rounds):
             rate = float(np.sqrt(low * high))
@@ -218,7 +227,11 @@ class Bench:
 def compare(
     bench: Bench, policies: list[str], rate: float, args, slo: SloRule, log=print
 ) -> list[dict]:
-    """One row a policy: {policy, measured: {metric: [by repetition]}, simulated: the same, other_answers: answers of another length than recorded}."""
+    """One row per policy: {policy, measured, simulated, other_answers}.
+
+    `measured` and `simulated` are {metric: [by repetition]}; `other_answers` counts answers of
+    another length than recorded.
+    """
     rows = [
         {
             "policy": name,
@@ -241,14 +254,17 @@ def compare(
                 row["measured"][key].append(measured[key])
                 row["simulated"][key].append(simulated[key])
             log(
-                f"{rate:.1f}/s {repetition + 1}/{args.repetitions} {row['policy']:15} {measured['latency_mean_s']:8.3f} s, simulated {simulated['latency_mean_s']:8.3f} s"
+                f"{rate:.1f}/s {repetition + 1}/{args.repetitions} {row['policy']:15} "
+                f"{measured['latency_mean_s']:8.3f} s, "
+                f"simulated {simulated['latency_mean_s']:8.3f} s"
             )
     return rows
 
 
 def print_rows(rate: float, rows: list[dict]):
     print(
-        f"\n{rate:.1f} requests/s\n\n| policy | in time %, measured | simulated | mean latency s, measured | simulated | off by | p99 s, measured | simulated | tokens/s |"
+        f"\n{rate:.1f} requests/s\n\n| policy | in time %, measured | simulated "
+        "| mean latency s, measured | simulated | off by | p99 s, measured | simulated | tokens/s |"
     )
     print("|---" * 9 + "|")
     for row in rows:
@@ -285,7 +301,7 @@ def order_of(rows: list[dict], side: str) -> list[str]:
 
 
 def contradictions(rows: list[dict]) -> list[str]:
-    """Pairs that every repetition measured in one order of mean latency and the simulator told in the other."""
+    """Pairs ordered alike by mean latency in all repetitions, but reversed in simulation."""
     found = []
     for i, a in enumerate(rows):
         for b in rows[i + 1 :]:
@@ -338,7 +354,8 @@ def main(argv: list[str] | None = None) -> dict:
     for needed in ("merged", "predictor", "lengths_test.jsonl"):
         if not (args.folder / needed).exists():
             sys.exit(
-                f"serving_real.py: no such file: {args.folder / needed}; --folder names what scripts/quickstart.sh wrote"
+                f"serving_real.py: no such file: {args.folder / needed}; "
+                "--folder names what scripts/quickstart.sh wrote"
             )
 
     import torch
@@ -360,7 +377,9 @@ def main(argv: list[str] | None = None) -> dict:
     )
     errors = profile.made["errors"]["5_folds"]
     print(
-        f"engine profile: median {100 * errors['median_abs_error']:.1f} %, P90 {100 * errors['p90_abs_error']:.1f} % off in 5 folds; a prediction takes {1e3 * bench.predict_s:.2f} ms"
+        f"engine profile: median {100 * errors['median_abs_error']:.1f} %, "
+        f"P90 {100 * errors['p90_abs_error']:.1f} % off in 5 folds; "
+        f"a prediction takes {1e3 * bench.predict_s:.2f} ms"
     )
     slo = SloRule(args.slo_scale, 0.05)
     bench.serve("fcfs", bench.requests(40, 40.0, 999, slo))  # warm
@@ -378,8 +397,10 @@ def main(argv: list[str] | None = None) -> dict:
         print_rows(rate, rows)
         wrong = contradictions(rows)
         print(
-            f"\nlongest off by {100 * max(abs(off_by(row)) for row in rows):.1f} %; measured: {' < '.join(order_of(rows, 'measured'))}; "
-            f"simulated: {' < '.join(order_of(rows, 'simulated'))}; pairs told the wrong way round: {', '.join(wrong) or 'none'}; "
+            f"\nlongest off by {100 * max(abs(off_by(row)) for row in rows):.1f} %; "
+            f"measured: {' < '.join(order_of(rows, 'measured'))}; "
+            f"simulated: {' < '.join(order_of(rows, 'simulated'))}; "
+            f"pairs told the wrong way round: {', '.join(wrong) or 'none'}; "
             f"answers of another length than recorded: {sum(row['other_answers'] for row in rows)}"
         )
         result["loads"].append({"at": name, "rate": rate, "rows": rows, "wrong": wrong})

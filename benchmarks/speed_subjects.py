@@ -1,6 +1,7 @@
-"""The subjects of benchmarks/train_speed.py: each a process that trains on the same rows, a turn of steps at a time.
+"""The subjects of benchmarks/train_speed.py: processes that train on the same rows, in turns.
 
-Run by it as `speed_subjects.py SPEC`. At the top only the standard library: LLaMA-Factory's environment has none of our packages.
+train_speed.py runs it as `speed_subjects.py SPEC`. The imports at the top are of the standard
+library alone: LLaMA-Factory's environment has none of this project's packages.
 """
 
 import json
@@ -24,12 +25,14 @@ GLM_IDS = {
 }
 
 
-# ---- the rows and the models that every subject gets -------------------------------------------------------------
+# ---- the rows and the models that every subject gets
 
 
 def encode(shared: Path, family: str) -> list[tuple[list[int], int]]:
-    """(ids, number of masked ones) of the rows of spo_0.json. ChatGLM-6B's real tokenizer is not among the data: its rows
-    are those of ChatGLM2's in ChatGLM-6B's layout.
+    """(ids, number of masked ones) of each row of spo_0.json.
+
+    ChatGLM-6B's real tokenizer is not among the data: its rows are ChatGLM2's in ChatGLM-6B's
+    layout.
     """
     from chatglm import load_tokenizer
     from chatglm.families import FAMILIES
@@ -51,7 +54,7 @@ def ffn_size(hidden: int) -> int:
 
 
 def make_config(spec):
-    """A random model of the family's proportions and its released vocabulary, or the case's; heads of 64."""
+    """A configuration of the family's proportions and vocabulary, or the case's; heads of 64."""
     from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
 
     hidden = spec["hidden"]
@@ -73,7 +76,10 @@ def make_config(spec):
 
 
 def make_model(spec, dtype=None):
-    """The case's model in `dtype` (fp32), made in it: what another dtype has left behind would count as memory."""
+    """The case's random model, created in `dtype` (fp32).
+
+    What a conversion from another dtype leaves behind would count as memory.
+    """
     import torch
 
     from chatglm.modeling_glm import ChatGLM1ForConditionalGeneration
@@ -100,11 +106,11 @@ def batches(pairs, first_epoch: int = 0):
         yield from (order[i : i + BATCH].tolist() for i in range(0, len(order) - BATCH + 1, BATCH))
 
 
-# ---- the subjects: each yields the loss of one step after another ----------------------------------------------------
+# ---- the subjects: each yields the loss of one step after another
 
 
 def plain_formulas():
-    """Undo our lean operations: norm, rotary and activation as the seeds' modelling code spells them out."""
+    """Replace the lean norm, rotary and activation by those of the seeds' modelling code."""
     import torch
     import torch.nn.functional as F
 
@@ -152,7 +158,7 @@ def plain_formulas():
 
 
 def run_reference(spec, pairs):
-    """The seeds' loop: everything in fp32, every position through the output layer, the shifted logits copied."""
+    """The seeds' loop: fp32, every position through the output layer, the shifted logits copied."""
     import peft
     import torch
     import torch.nn.functional as F
@@ -233,7 +239,7 @@ def run_bare(spec, pairs):
 
 
 def warmed(pairs):
-    """(rows, counted): other rows first, for the kernels that are compiled for new shapes to be there, as soon in any run."""
+    """(rows, counted): first other rows that do not count, to compile kernels for new shapes."""
     from itertools import islice
 
     yield from ((rows, False) for rows in islice(batches(pairs, 1), WARM_STEPS))
@@ -241,7 +247,7 @@ def warmed(pairs):
 
 
 def useful_operations(spec, pairs, rows) -> float:
-    """Floating-point operations of a step that its result needs: products with weights, forward and backward."""
+    """Floating-point operations that a step needs: products with weights, forward and backward."""
     from finetune.memory.shapes import make_shape
     from finetune.rows.batches import lay_end_to_end
 
@@ -361,7 +367,7 @@ def make_glm(spec):
     return model
 
 
-# ---- a worker and its turns ------------------------------------------------------------------------------------------
+# ---- a worker and its turns
 
 
 def resident(field: str) -> int:
@@ -373,7 +379,7 @@ def resident(field: str) -> int:
 
 
 class Turns:
-    """The worker's side of the conversation: waits for a number of steps to do, tells what they took."""
+    """A worker's protocol: read a number of steps from stdin, print what they took."""
 
     def __init__(self, spec):
         self.clock = time.process_time if spec.get("cpu_time") else time.perf_counter
@@ -466,12 +472,12 @@ def profile(spec):
     events = [e for e in recorded.key_averages() if e.self_cpu_time_total]
     total = sum(e.self_cpu_time_total for e in events)
     print(
-        f"\n{spec['subject']}: {total / 4e6:.2f} s a step\n\n| operation | share | calls a step |\n|---|---|---|"
+        f"\n{spec['subject']}: {total / 4e6:.2f} s a step\n\n"
+        "| operation | share | calls a step |\n|---|---|---|"
     )
     for event in sorted(events, key=lambda e: -e.self_cpu_time_total)[:10]:
-        print(
-            f"| {event.key} | {100 * event.self_cpu_time_total / total:.0f} % | {event.count / 4:.0f} |"
-        )
+        share = 100 * event.self_cpu_time_total / total
+        print(f"| {event.key} | {share:.0f} % | {event.count / 4:.0f} |")
 
 
 def work_trainer(spec, pairs, turns):
@@ -544,7 +550,7 @@ def work_trainer(spec, pairs, turns):
 
 
 def make_fast_tokenizer(model: Path):
-    """tokenizer.model as the fast tokenizer that LLaMA-Factory asks for, by transformers' own converter."""
+    """tokenizer.model as LLaMA-Factory's fast tokenizer, made by transformers' converter."""
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConverter
@@ -560,7 +566,7 @@ def make_fast_tokenizer(model: Path):
 
 
 def work_llamafactory(spec):
-    """LLaMA-Factory's own training, from model and data set folders; rows in its order, tokens as it counts them."""
+    """LLaMA-Factory's training from model and data set folders; its row order and token counts."""
     import importlib.util
     import types
 

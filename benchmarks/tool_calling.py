@@ -1,13 +1,15 @@
-"""A small ChatGLM3 learns to call tools, and is asked questions that it has not seen.
+"""A small ChatGLM3 learns to call tools, tested on held-out questions.
 
-    OMP_NUM_THREADS=1 python benchmarks/tool_calling.py [--steps 500] [--out DIR] [--json FILE] [--show]
+    OMP_NUM_THREADS=1 python benchmarks/tool_calling.py [--steps 500] [--out DIR] [--json FILE]
+        [--show]
 
-Questions, tools and calls are glaive's (data/finetune of `shared`), Chinese and English: the calls that answer a question at once and
-whose arguments, numbers or Chinese words, stand in it word for word. Near-duplicates of a question are on one side, a quarter of the
-groups is held out; a held-out question is asked as it is, and with other values. Tools are cut to names, parameters and types. The
-model starts from random weights, so each question to learn from comes in copies with values of other questions. train.py
-reads the rows in glaive's own format; `model.chat` asks with the tools in the system message, and the call is read by
-`families.parse_tool_call`, which runs nothing.
+Questions, tools and calls are glaive's (data/finetune of `shared`), Chinese and English: the calls
+that answer a question at once and whose arguments, numbers or Chinese words, occur in it verbatim.
+Near-duplicates of a question are in one split; a quarter of the groups is held out. A held-out
+question is asked as it is, and with other values. Tools are reduced to names, parameters and types.
+The model starts from random weights, so each training question is repeated with values of other
+questions. train.py reads the rows in glaive's format; `model.chat` gets the tools in the system
+message, and `families.parse_tool_call`, which executes nothing, parses the call.
 """
 
 import argparse
@@ -44,7 +46,7 @@ class Call(NamedTuple):
 
 
 def read_calls(file: Path) -> list[Call]:
-    """The calls of a file that can be read off their question: every argument stands in it, once."""
+    """The calls of a file whose question contains every argument exactly once."""
     calls = []
     for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -64,7 +66,8 @@ def read_calls(file: Path) -> list[Call]:
 
 def can_be_copied(call: Call) -> bool:
     values = [str(value) for value in call.arguments.values()]
-    # A word is spelt otherwise after a quote than after a space, which is more than a small model learns in minutes.
+    # An English word is tokenised differently after a quote than after a space: too hard for a
+    # small model in minutes.
     plain = all(
         type(value) in (str, int, float) and not re.search("[A-Za-z ]", str(value))
         for value in call.arguments.values()
@@ -124,7 +127,7 @@ def as_row(call: Call) -> dict:
 
 
 def divide(calls: list[Call], share: float = 0.25) -> tuple[list[Call], list[Call]]:
-    """(to learn from, held out): near-duplicates of a question on one side; a held-out question is asked once."""
+    """(training, held-out) calls; near-duplicates share a side, held-out questions are distinct."""
     from predictor.labels import group_prompts, split
 
     questions = [call.question for call in calls]
@@ -136,7 +139,7 @@ def divide(calls: list[Call], share: float = 0.25) -> tuple[list[Call], list[Cal
 
 
 def prepare(folder: Path, train: list[Call], seed: int) -> Path:
-    """Write calls.jsonl, a tokenizer made from the calls and a random ChatGLM3; returns its folder."""
+    """Write calls.jsonl, a tokenizer made from the calls, a random ChatGLM3; returns its folder."""
     from chatglm.conversations import tool_call
     from scripts.prepare_small_model import make_model
     from scripts.prepare_tokenizer import main as make_tokenizer
@@ -227,7 +230,7 @@ def learn(rows: Path, base: Path, steps: int, seed: int) -> Path:
 
 
 def ask(checkpoint: Path, calls: list[Call], show: bool) -> dict[str, float]:
-    """Shares of the questions whose answer is a call that parses, has the right name, and the right arguments too."""
+    """Shares of the answers that parse as a call, have the right name, and also its arguments."""
     from chatglm import load_model, load_tokenizer
     from chatglm.families import TOOL_PREAMBLE
 
@@ -285,7 +288,8 @@ def main(argv: list[str] | None = None) -> int:
     for file in FILES:
         if not (SHARED / "data" / "finetune" / file).is_file():
             sys.exit(
-                f"tool_calling.py: no such file: {SHARED / 'data' / 'finetune' / file}; GLM_FOUNDRY_SHARED names the folder of the public data"
+                f"tool_calling.py: no such file: {SHARED / 'data' / 'finetune' / file}; "
+                "GLM_FOUNDRY_SHARED names the folder of the public data"
             )
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
@@ -311,13 +315,13 @@ def main(argv: list[str] | None = None) -> int:
         "seconds": time.perf_counter() - started,
     }
     print(
-        "| questions learnt from | held out | asked | steps | parses | right name | right name and arguments | seconds |\n"
-        + "|---" * 8
-        + "|"
+        "| questions learnt from | held out | asked | steps | parses | right name "
+        "| right name and arguments | seconds |\n" + "|---" * 8 + "|"
     )
     shares = " | ".join(f"{rate:.0%}" for rate in rates.values())
     print(
-        f"| {len(train)} | {len(held_out)} | {len(asked)} | {args.steps} | {shares} | {figures['seconds']:.0f} |"
+        f"| {len(train)} | {len(held_out)} | {len(asked)} | {args.steps} | {shares} "
+        f"| {figures['seconds']:.0f} |"
     )
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")

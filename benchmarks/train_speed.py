@@ -1,21 +1,27 @@
 """Training speed and memory, ours against its peers, in interleaved runs on the same rows.
 
-    python benchmarks/train_speed.py [--quick] [--json FILE] [--cases lora-glm2,full-glm2] [--threads 1,2] [--shared ../shared]
+    python benchmarks/train_speed.py [--quick] [--json FILE] [--cases lora-glm2,full-glm2]
+        [--threads 1,2] [--shared ../shared]
 
-Each subject (benchmarks/speed_subjects.py) is a process of its own that waits for its turn; a turn is a few optimizer steps on the
-same rows as everybody's.
+Each subject (benchmarks/speed_subjects.py) is a separate process that waits for its turn; a turn is
+a few optimizer steps, on the same rows for all subjects.
     reference     the seeds' loop on the same model: rows padded, full logits, fp32, plain formulas
-    trainer       transformers' Trainer with peft on GlmForCausalLM of the same size (glm2), at its best precision
-    llamafactory  LLaMA-Factory on the same GlmForCausalLM; --llamafactory PYTHON names the python of its own environment
+    trainer       transformers' Trainer with peft on GlmForCausalLM of the same size (glm2), at its
+                  best precision
+    llamafactory  LLaMA-Factory on the same GlmForCausalLM; --llamafactory PYTHON names the python
+                  of its environment
     bare          our model and loss in a loop without DeepSpeed
     peak          no training: the 4096 x 4096 x 4096 matrix product, for MFU
     ours          what train.py runs; bf16 unless the case's name ends in -fp32
-Tokens are real ones: padding does not count, whatever is computed once for several rows counts for each. Memory is the
-peak of the resident set in the turns above that of the idle process (imports done, no model yet). MFU counts useful
-multiply-adds alone: 4 N operations a token for LoRA, 6 N for full parameters, of the rows that each layer has to compute.
+Tokens are real ones: padding does not count; what is computed once for several rows counts for
+each. Memory is the peak of the resident set in the turns above that of the idle process (imports
+done, no model yet). MFU counts useful multiply-adds alone: 4 N operations per token for LoRA, 6 N
+for full parameters, of the rows that each layer has to compute.
 
-    python benchmarks/train_speed.py --ranks        1 rank against 2 through torchrun, and the time to the first step
-    python benchmarks/train_speed.py --profile      the operations of the reference, of bare and of ours (the first of --cases, 1 thread)
+    python benchmarks/train_speed.py --ranks     1 rank against 2 through torchrun, and the time to
+                                                 the first step
+    python benchmarks/train_speed.py --profile   the operations of the reference, of bare and of
+                                                 ours (the first of --cases, 1 thread)
 """
 
 import argparse
@@ -74,7 +80,10 @@ class Subject:
 
 
 def compare(specs: dict[str, dict], steps: int, repetitions: int) -> dict[str, dict]:
-    """{subject: {tokens_per_second, gflops: [of each turn], memory_gb, loss}}, the subjects taking turns on the same rows."""
+    """{subject: {tokens_per_second, gflops: [of each turn], memory_gb, loss}}.
+
+    The subjects take turns on the same rows.
+    """
     subjects = {name: Subject(spec) for name, spec in specs.items()}
     try:
         for subject in subjects.values():
@@ -155,7 +164,8 @@ def compare_case(case: str, threads: int, folder: Path, args) -> list[dict]:
         mfu, flops = middle_ratio(ours["gflops"], peak["gflops"]), statistics.median(peak["gflops"])
         precision = specs["ours"]["precision"]
         print(
-            f"| {case} | {threads} | {precision} GEMM peak | MFU {100 * mfu:.0f} % of {flops:,.0f} GFLOP/s | | | | |",
+            f"| {case} | {threads} | {precision} GEMM peak "
+            f"| MFU {100 * mfu:.0f} % of {flops:,.0f} GFLOP/s | | | | |",
             flush=True,
         )
         result.append(same | {"against": "peak", "mfu": mfu})
@@ -192,7 +202,8 @@ def compare_all(args):
         + "\n"
     )
     print(
-        "| case | threads | against | ours, tokens/s | theirs | ratio | memory, ours / theirs, GB | ratio |\n|---|---|---|---|---|---|---|---|",
+        "| case | threads | against | ours, tokens/s | theirs | ratio "
+        "| memory, ours / theirs, GB | ratio |\n|---|---|---|---|---|---|---|---|",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as name:
@@ -209,7 +220,10 @@ def compare_all(args):
 def run_once(
     work: Path, model: Path, rows: Path, ranks: int, method: str, name: str
 ) -> tuple[float, float]:
-    """(median tokens/s of train.py's later steps, seconds from the command to the first step), one thread a rank."""
+    """(median tokens/s of train.py's later steps, seconds from the command to the first step).
+
+    One thread per rank.
+    """
     out = work / name
     words = [
         "train.py",
@@ -267,7 +281,8 @@ def compare_ranks(args):
     from scripts.prepare_small_model import make_model as make_folder
 
     print(
-        "| method | 1 rank, tokens/s | 2 ranks | ratio | first step after, s: first start, later ones |\n|---|---|---|---|---|",
+        "| method | 1 rank, tokens/s | 2 ranks | ratio "
+        "| first step after, s: first start, later ones |\n|---|---|---|---|---|",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -295,7 +310,8 @@ def compare_ranks(args):
             one, two = ([pair[i][0] for pair in told] for i in (0, 1))
             starts = ", ".join(f"{first[1]:.1f}" for first, _ in told)
             print(
-                f"| {method} | {statistics.median(one):,.0f} | {statistics.median(two):,.0f} | {middle_ratio(two, one):.2f} | {starts} |",
+                f"| {method} | {statistics.median(one):,.0f} | {statistics.median(two):,.0f} "
+                f"| {middle_ratio(two, one):.2f} | {starts} |",
                 flush=True,
             )
 
@@ -351,7 +367,8 @@ def main():
     parser.add_argument(
         "--llamafactory",
         metavar="PYTHON",
-        help="python of an environment with llamafactory 0.9.5 (pip install llamafactory==0.9.5); without it that peer is left out",
+        help="python of an environment with llamafactory 0.9.5 (pip install llamafactory==0.9.5); "
+        "without it that peer is left out",
     )
     parser.add_argument(
         "--cpu_time",
@@ -361,7 +378,8 @@ def main():
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="one thread, four cases, 3 turns of one step, against reference and trainer: under 10 minutes",
+        help="one thread, four cases, 3 turns of one step, "
+        "against reference and trainer: under 10 minutes",
     )
     parser.add_argument(
         "--ranks",
@@ -375,14 +393,16 @@ def main():
     for needed in ("data/finetune/spo_0.json", "data/chatglm2-tokenizer"):
         if not (args.shared / needed).exists():
             sys.exit(
-                f"train_speed.py: no such file: {args.shared / needed}; --shared names the folder of the public data"
+                f"train_speed.py: no such file: {args.shared / needed}; "
+                "--shared names the folder of the public data"
             )
     if args.quick:
         args.threads, args.repetitions, args.steps, args.against = "1", 3, 1, "reference,trainer"
         args.cases = "lora-glm2,lora-glm2-fp32,full-glm2,lora-glm"
     if "llamafactory" in args.against and not args.llamafactory:
         print(
-            "llamafactory is left out: --llamafactory names the python of an environment with it (pip install llamafactory==0.9.5)"
+            "llamafactory is left out: --llamafactory names the python of an environment with it "
+            "(pip install llamafactory==0.9.5)"
         )
         args.against = ",".join(name for name in args.against.split(",") if name != "llamafactory")
     (profile if args.profile else compare_ranks if args.ranks else compare_all)(args)
