@@ -37,7 +37,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.speed_subjects import BATCH, MARK, encode, ffn_size  # noqa: E402
+from benchmarks.speed_subjects import BATCH, MARK, Spec, encode, ffn_size  # noqa: E402
 
 SUBJECTS = ROOT / "benchmarks" / "speed_subjects.py"
 
@@ -45,7 +45,7 @@ SUBJECTS = ROOT / "benchmarks" / "speed_subjects.py"
 class Subject:
     """A worker process."""
 
-    def __init__(self, spec):
+    def __init__(self, spec: Spec):
         self.spec = spec
         threads = str(spec["threads"])
         env = os.environ | {
@@ -79,7 +79,7 @@ class Subject:
         self.process.wait()
 
 
-def compare(specs: dict[str, dict], steps: int, repetitions: int) -> dict[str, dict]:
+def compare(specs: dict[str, Spec], steps: int, repetitions: int) -> dict[str, dict]:
     """{subject: {tokens_per_second, gflops: [of each turn], memory_gb, loss}}.
 
     The subjects take turns on the same rows.
@@ -97,12 +97,12 @@ def compare(specs: dict[str, dict], steps: int, repetitions: int) -> dict[str, d
             subject.end()
     return {
         name: {
-            "tokens_per_second": [t["tokens"] / t["seconds"] for t in told],
-            "memory_gb": max(t["memory"] for t in told) / 1e9,
-            "gflops": [t["operations"] / t["seconds"] / 1e9 for t in told],
-            "loss": told[-1]["loss"],
+            "tokens_per_second": [t["tokens"] / t["seconds"] for t in results],
+            "memory_gb": max(t["memory"] for t in results) / 1e9,
+            "gflops": [t["operations"] / t["seconds"] / 1e9 for t in results],
+            "loss": results[-1]["loss"],
         }
-        for name, told in turns.items()
+        for name, results in turns.items()
     }
 
 
@@ -111,11 +111,11 @@ def middle_ratio(a: list[float], b: list[float]) -> float:
     return statistics.median(x / y for x, y in zip(a, b))
 
 
-def make_specs(case: str, threads: int, folder: Path, args) -> dict[str, dict]:
-    """{subject: what its worker needs to know}, ours first."""
+def make_specs(case: str, threads: int, folder: Path, args: argparse.Namespace) -> dict[str, Spec]:
+    """{subject: its worker's spec}, ours first."""
     method, family, *fp32 = case.split("-")
     precision = "fp32" if fp32 else "bf16"
-    base = {
+    base: Spec = {
         "family": family,
         "method": method,
         "layers": args.layers,
@@ -126,17 +126,15 @@ def make_specs(case: str, threads: int, folder: Path, args) -> dict[str, dict]:
         "shared": str(args.shared),
         "cpu_time": args.cpu_time,
     }
-    specs = {}
+    specs: dict[str, Spec] = {}
     for name in ["ours", *args.against.split(",")]:
         if name in ("trainer", "llamafactory") and family == "glm":
             continue  # transformers has no ChatGLM-6B
-        theirs = (
-            "fp32"
-            if fp32 or name == "reference"
-            else args.trainer_precision
-            if name == "trainer"
-            else precision
-        )
+        theirs = precision
+        if fp32 or name == "reference":
+            theirs = "fp32"
+        elif name == "trainer":
+            theirs = args.trainer_precision
         specs[name] = base | {
             "subject": name,
             "precision": theirs,
@@ -148,11 +146,12 @@ def make_specs(case: str, threads: int, folder: Path, args) -> dict[str, dict]:
     return specs
 
 
-def compare_case(case: str, threads: int, folder: Path, args) -> list[dict]:
-    """Run one case, print its lines, return them as --json has them."""
+def compare_case(case: str, threads: int, folder: Path, args: argparse.Namespace) -> list[dict]:
+    """Run one case, print its lines, return them as in --json."""
     specs = make_specs(case, threads, folder, args)
-    told = compare(specs, args.steps, args.repetitions)
-    ours, result = told.pop("ours"), []
+    figures = compare(specs, args.steps, args.repetitions)
+    ours = figures.pop("ours")
+    result = []
     same = {
         "name": case,
         "threads": threads,
@@ -160,8 +159,9 @@ def compare_case(case: str, threads: int, folder: Path, args) -> list[dict]:
         "hidden": args.hidden,
         "vocab": args.vocab,
     }
-    if peak := told.pop("peak", None):
-        mfu, flops = middle_ratio(ours["gflops"], peak["gflops"]), statistics.median(peak["gflops"])
+    if peak := figures.pop("peak", None):
+        mfu = middle_ratio(ours["gflops"], peak["gflops"])
+        flops = statistics.median(peak["gflops"])
         precision = specs["ours"]["precision"]
         print(
             f"| {case} | {threads} | {precision} GEMM peak "
@@ -169,12 +169,11 @@ def compare_case(case: str, threads: int, folder: Path, args) -> list[dict]:
             flush=True,
         )
         result.append(same | {"against": "peak", "mfu": mfu})
-    for name, theirs in told.items():
-        speed, memory = (
-            middle_ratio(ours["tokens_per_second"], theirs["tokens_per_second"]),
-            ours["memory_gb"] / theirs["memory_gb"],
-        )
-        mine, others = (statistics.median(x["tokens_per_second"]) for x in (ours, theirs))
+    for name, theirs in figures.items():
+        speed = middle_ratio(ours["tokens_per_second"], theirs["tokens_per_second"])
+        memory = ours["memory_gb"] / theirs["memory_gb"]
+        mine = statistics.median(ours["tokens_per_second"])
+        others = statistics.median(theirs["tokens_per_second"])
         print(
             f"| {case} | {threads} | {name} | {mine:,.0f} | {others:,.0f} | {speed:.2f} | "
             f"{ours['memory_gb']:.2f} / {theirs['memory_gb']:.2f} | {memory:.2f} |",
@@ -193,7 +192,7 @@ def compare_case(case: str, threads: int, folder: Path, args) -> list[dict]:
     return result
 
 
-def compare_all(args):
+def compare_all(args: argparse.Namespace):
     """Every case against every subject."""
     result = []
     print(
@@ -276,7 +275,7 @@ def run_once(
     return statistics.median(speeds[20:]), first
 
 
-def compare_ranks(args):
+def compare_ranks(args: argparse.Namespace):
     """The same global batch on 1 rank (2 passes a step) and on 2."""
     from scripts.prepare_small_model import make_model as make_folder
 
@@ -297,29 +296,26 @@ def compare_ranks(args):
             ffn=ffn_size(args.hidden),
         )
         rows = args.shared / "data" / "finetune" / "spo_0.json"
-        for method in dict.fromkeys(
-            "lora" if case.startswith("lora") else "all" for case in args.cases.split(",")
-        ):
-            told = [
-                [
-                    run_once(work, model, rows, ranks, method, f"{method}-{ranks}")
-                    for ranks in (1, 2)
-                ]
-                for _ in range(args.repetitions)
-            ]
-            one, two = ([pair[i][0] for pair in told] for i in (0, 1))
-            starts = ", ".join(f"{first[1]:.1f}" for first, _ in told)
+        methods = ["lora" if case.startswith("lora") else "all" for case in args.cases.split(",")]
+        for method in dict.fromkeys(methods):
+            one, two, starts = [], [], []
+            for _ in range(args.repetitions):
+                speed, first_s = run_once(work, model, rows, 1, method, f"{method}-1")
+                one.append(speed)
+                starts.append(f"{first_s:.1f}")
+                two.append(run_once(work, model, rows, 2, method, f"{method}-2")[0])
             print(
                 f"| {method} | {statistics.median(one):,.0f} | {statistics.median(two):,.0f} "
-                f"| {middle_ratio(two, one):.2f} | {starts} |",
+                f"| {middle_ratio(two, one):.2f} | {', '.join(starts)} |",
                 flush=True,
             )
 
 
-def profile(args):
-    """Where the time of the reference goes, and where ours."""
+def profile(args: argparse.Namespace):
+    """Print where the time goes of the reference, of bare and of ours."""
     with tempfile.TemporaryDirectory() as name:
-        folder, args.against = Path(name), "reference,bare"
+        folder = Path(name)
+        args.against = "reference,bare"
         case = args.cases.split(",")[0]
         family = case.split("-")[1]
         (folder / f"{family}.json").write_text(json.dumps(encode(args.shared, family)))
@@ -333,7 +329,7 @@ def profile(args):
             )
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -397,7 +393,10 @@ def main():
                 "--shared names the folder of the public data"
             )
     if args.quick:
-        args.threads, args.repetitions, args.steps, args.against = "1", 3, 1, "reference,trainer"
+        args.threads = "1"
+        args.repetitions = 3
+        args.steps = 1
+        args.against = "reference,trainer"
         args.cases = "lora-glm2,lora-glm2-fp32,full-glm2,lora-glm"
     if "llamafactory" in args.against and not args.llamafactory:
         print(
@@ -405,7 +404,12 @@ def main():
             "(pip install llamafactory==0.9.5)"
         )
         args.against = ",".join(name for name in args.against.split(",") if name != "llamafactory")
-    (profile if args.profile else compare_ranks if args.ranks else compare_all)(args)
+    if args.profile:
+        profile(args)
+    elif args.ranks:
+        compare_ranks(args)
+    else:
+        compare_all(args)
 
 
 if __name__ == "__main__":
