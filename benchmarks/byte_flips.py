@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import random
 import re
@@ -94,12 +95,19 @@ class Target:
     places: tuple[tuple[int, int], ...]
 
 
+# {what is timed: {level of the checks: (seconds, CPU seconds) of each load}}
+Times = dict[str, dict[str, list[tuple[float, float]]]]
+
+
 class Subject:
     """A folder to damage, with its undamaged outputs (of the loaded model) and losses (resumed)."""
 
     def __init__(self, name: str, folder: Path, flags: list[str] | None):
-        self.name, self.folder, self.flags = name, folder, flags
-        self.outputs, self.losses = self.load(), self.resume()
+        self.name = name
+        self.folder = folder
+        self.flags = flags
+        self.outputs = self.load()
+        self.losses = self.resume()
 
     def load(self) -> bytes:
         import torch
@@ -109,18 +117,15 @@ class Subject:
         if self.name == "predictor":
             from predictor.runtime import LengthPredictor
 
-            found = LengthPredictor.from_pretrained(self.folder).predict(
-                ["抽取三元组：水泵漏油。", "hello"]
-            )
-            return b"".join(p.probabilities.tobytes() for p in found)
+            predictor = LengthPredictor.from_pretrained(self.folder)
+            predictions = predictor.predict(["抽取三元组：水泵漏油。", "hello"])
+            return b"".join(p.probabilities.tobytes() for p in predictions)
         tokenizer = load_tokenizer(self.folder)
         ids = torch.tensor([tokenizer.encode("抽取三元组：水泵漏油，轮胎异响。")])
         with torch.inference_mode():
             model = load_model(self.folder, dtype=torch.float32)
-            return (
-                model(input_ids=ids).logits.numpy().tobytes()
-                + repr(model.generation_config.eos_token_id).encode()
-            )
+            logits = model(input_ids=ids).logits.numpy().tobytes()
+        return logits + repr(model.generation_config.eos_token_id).encode()
 
     def resume(self) -> list[float]:
         """Losses of the steps after the checkpoint, in an output folder that holds nothing else."""
@@ -128,13 +133,11 @@ class Subject:
             return []
         with tempfile.TemporaryDirectory(dir=self.folder.parent.parent) as other:
             train(self.flags, Path(other), "--resume_from_checkpoint", str(self.folder))
-            lines = [
-                json.loads(line)
-                for line in (Path(other) / "metrics.jsonl").read_text().splitlines()
-            ]
-            return [
-                value for line in lines for name, value in line.items() if name.endswith("_loss")
-            ]
+            lines = (Path(other) / "metrics.jsonl").read_text().splitlines()
+        losses: list[float] = []
+        for line in map(json.loads, lines):
+            losses += [value for name, value in line.items() if name.endswith("_loss")]
+        return losses
 
     def targets(self) -> Iterator[Target]:
         for file in sorted(p for p in self.folder.rglob("*") if p.is_file()):
@@ -143,7 +146,7 @@ class Subject:
                     yield Target(self, file, kind, tuple(places))
 
     def outcome(self, damaged: Path, content: bytes) -> str:
-        """What becomes of `damaged` holding `content`: the name of Row's field."""
+        """The name of Row's field that counts the effect of writing `content` into `damaged`."""
         before = damaged.read_bytes()
         damaged.write_bytes(content)
         results = []
@@ -203,8 +206,9 @@ def train(flags: list[str], output_dir: Path, *more: str) -> Path:
 
 def make_rows(folder: Path) -> tuple[Path, Path]:
     """Files of rows: to answer, and of prompts with the lengths of their answers."""
-    parts, states = ("水泵", "油封", "火花塞", "节气门", "轮胎"), ("漏油", "抖动", "异响", "松动")
-    pairs = [(part, state) for part in parts for state in states]
+    parts = ("水泵", "油封", "火花塞", "节气门", "轮胎")
+    states = ("漏油", "抖动", "异响", "松动")
+    pairs = list(itertools.product(parts, states))
     rows = [
         {"instruction": "抽取三元组：", "input": f"{a}{b}。", "output": f"{a}_性能故障_{b}"}
         for a, b in pairs
@@ -252,7 +256,8 @@ def make_subjects(folder: Path, methods: tuple[str, ...]) -> list[Subject]:
     import merge_lora
 
     rows, lengths = make_rows(folder)
-    base, subjects = make_base(folder, rows), []
+    base = make_base(folder, rows)
+    subjects = []
     for method in methods:
         flags = [
             "--model_name_or_path",
@@ -274,16 +279,17 @@ def make_subjects(folder: Path, methods: tuple[str, ...]) -> list[Subject]:
             "--data_cache",
             "",
         ]
-        flags += [
-            *METHODS[method],
-            *(["--calibration_share", "0.3"] if method == "predictor" else ["--max_len", "96"]),
-        ]
+        flags += METHODS[method]
+        if method == "predictor":
+            flags += ["--calibration_share", "0.3"]
+        else:
+            flags += ["--max_len", "96"]
         output = folder / method
         train(flags, output)
-        found = output / "epoch-1-step-2"
-        subjects.append(Subject(method, found, flags))
+        checkpoint = output / "epoch-1-step-2"
+        subjects.append(Subject(method, checkpoint, flags))
         if method == "lora":
-            merge_lora.merge(base, found, folder / MERGED / MERGED)
+            merge_lora.merge(base, checkpoint, folder / MERGED / MERGED)
             subjects.append(Subject(MERGED, folder / MERGED / MERGED, None))
     return subjects
 
@@ -296,7 +302,9 @@ def run(
     Within a kind they are spread over the files of all methods.
     """
     draw = random.Random(seed)
-    targets = [target for subject in make_subjects(folder, methods) for target in subject.targets()]
+    targets: list[Target] = []
+    for subject in make_subjects(folder, methods):
+        targets += subject.targets()
     draw.shuffle(targets)
     table = {kind: Row() for kind in KINDS}
     seen: dict[Path, int] = dict.fromkeys((target.file for target in targets), 0)
@@ -315,10 +323,8 @@ def run(
     return table
 
 
-def time_loads(
-    folder: Path, loads: int, size_mb: int
-) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """{what is timed: {level: (seconds, CPU seconds) of each load}}.
+def time_loads(folder: Path, loads: int, size_mb: int) -> Times:
+    """Times of loads with the checks off and fast.
 
     The model has about `size_mb` MB in fp32; the levels take turns. transformers maps the weights
     into memory: a load alone reads almost none of them, the first logits read them all.
@@ -334,9 +340,10 @@ def time_loads(
     write_checksums(base)
     size = sum(p.stat().st_size for p in base.glob("*.safetensors"))
     print(f"{size / 1e6:.0f} MB of weights, {layers} layers")
-    found = {what: {"off": [], "fast": []} for what in ("load alone", "load and first logits")}
+    times: Times = {"load alone": {"off": [], "fast": []}}
+    times["load and first logits"] = {"off": [], "fast": []}
     for _ in range(loads + 1):
-        for what, levels in found.items():
+        for what, levels in times.items():
             for level, seconds in levels.items():
                 started, cpu = time.perf_counter(), time.process_time()
                 model = load_model(base, verify=level)
@@ -345,18 +352,18 @@ def time_loads(
                         model(input_ids=torch.tensor([[1, 2, 3]]))
                 seconds.append((time.perf_counter() - started, time.process_time() - cpu))
                 del model
-    return {
-        what: {level: seconds[1:] for level, seconds in levels.items()}
-        for what, levels in found.items()
-    }  # the first warms up
+    for levels in times.values():
+        for seconds in levels.values():
+            del seconds[0]  # the first load warms up
+    return times
 
 
-def print_loads(found: dict[str, dict[str, list[tuple[float, float]]]]):
+def print_loads(times: Times):
     print(
         "| timed | unchecked, s | checked, s | ratio of pairs | ratio of CPU time |\n"
         "|---|---|---|---|---|"
     )
-    for what, levels in found.items():
+    for what, levels in times.items():
         wall = {
             level: statistics.median(seconds for seconds, _ in values)
             for level, values in levels.items()

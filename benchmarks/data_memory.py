@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,14 +71,17 @@ def run_rank(words: list[str]):
 
     if int(os.environ["WORLD_SIZE"]) > 1:
         dist.init_process_group("gloo")
-    task, tokenised, encode = FineTuning(parse_config(words)), [0], Encoder.encode
+    task = FineTuning(parse_config(words))
+    tokenised = [0]
+    encode = Encoder.encode
 
-    def counted(*args):
+    def encode_and_count(*args):
         tokenised[0] += 1
         return encode(*args)
 
-    Encoder.encode = counted
-    task.layout  # noqa: B018 - made here, as it is no part of the rows
+    Encoder.encode = encode_and_count
+    # The property's first use builds the layout, which does not belong to the rows.
+    task.layout  # noqa: B018
     wait_for_all()
     before, started = proportional_memory(), time.perf_counter()
     task.load_rows()
@@ -198,7 +202,7 @@ def prepare_model(folder: Path) -> Path:
     )
 
 
-def write_rows(path: Path, rows) -> Path:
+def write_rows(path: Path, rows: Iterable[dict]) -> Path:
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return path
@@ -345,16 +349,19 @@ def main(argv: list[str] | None = None) -> int:
     if args.batches:
         print("\n".join(f"{ms:8.3f} ms  {name}" for name, ms in batch_times().items()))
         return 0
-    ranks, found = [int(count) for count in args.ranks.split(",")], []
+    ranks = [int(count) for count in args.ranks.split(",")]
+    rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = prepare_model(folder)
         print("ranks cache       tokens  bytes a token   seconds  tokenised", flush=True)
         for tokens in map(int, args.tokens.split(",")):
-            found += measure(folder, model, tokens, ranks, args.kind)
+            rows += measure(folder, model, tokens, ranks, args.kind)
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=2) + "\n")
-    goals = [goal for row in found for goal in missed(row)]
+        Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
+    goals: list[str] = []
+    for row in rows:
+        goals += missed(row)
     print("\n".join(goals) or "every goal is reached")
     return 1 if goals else 0
 

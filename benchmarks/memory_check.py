@@ -25,7 +25,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+    from finetune.memory.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -113,12 +118,12 @@ def make_config(case: Case) -> dict:
     }
 
 
-def make_run(case: Case):
+def make_run(case: Case) -> "Run":
     """The case as finetune.memory's Run."""
     from finetune.memory.run import Run
     from finetune.memory.shapes import make_shape
 
-    own = {"lora_dropout": 0.0} if case.loop == "ours" else {"code": "eager"}
+    of_loop = {"lora_dropout": 0.0} if case.loop == "ours" else {"code": "eager"}
     return Run(
         make_shape(make_config(case)),
         case.method,
@@ -131,7 +136,7 @@ def make_run(case: Case):
         lora_dim=8,
         lora_modules=tuple(case.lora.split(",")),
         cpu=True,
-        **own,
+        **of_loop,
     )
 
 
@@ -143,7 +148,7 @@ def status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def make_model(case: Case, dropout: float):
+def make_model(case: Case, dropout: float) -> "torch.nn.Module":
     """The case's random model in its precision, prepared by its method, in training mode."""
     import torch
 

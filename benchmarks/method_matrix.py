@@ -8,6 +8,7 @@ Checks that the loss falls, and that 2 ranks give the losses of 1 rank at the sa
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -172,7 +173,7 @@ def launch(folder: Path, world: int, cases: list, precision: str):
         sys.exit(f"{world} rank(s) failed:\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}")
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -185,16 +186,15 @@ def main():
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return worker(
-            Path(args.worker),
-            json.loads((Path(args.worker) / "cases.json").read_text()),
-            args.precision,
-        )
-    families, methods, zero = (
-        getattr(args, name).split(",") for name in ("families", "methods", "zero")
-    )
-    cases = [[f, m, z] for f in families for m in methods for z in zero]
-    rows, failed = [], 0
+        folder = Path(args.worker)
+        cases = json.loads((folder / "cases.json").read_text())
+        return worker(folder, cases, args.precision)
+    families = args.families.split(",")
+    methods = args.methods.split(",")
+    zero = args.zero.split(",")
+    cases = [list(case) for case in itertools.product(families, methods, zero)]
+    rows = []
+    failed = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, families)

