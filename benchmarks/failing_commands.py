@@ -173,7 +173,8 @@ COMMANDS = [
         "finetune.evaluate --predictions",
         "finetune.evaluate",
         "finetune.evaluate",
-        "--model_path model --test_path eval.json --predictions predictions.jsonl --max_new_tokens 2",
+        "--model_path model --test_path eval.json --predictions predictions.jsonl "
+        "--max_new_tokens 2",
         reads={".predictions.jsonl.partial": "--predictions"},
         fine={".predictions.jsonl.partial": ANY},
     ),
@@ -453,12 +454,16 @@ def make_world(world: Path):
 
 def make_serving_files(world: Path):
     """A profile, a device, a cluster, measurements and traces."""
-    shutil.copyfile(ROOT / "serving" / "profiles" / "rtx3090.json", world / "profile.json")
+    shutil.copyfile(
+        ROOT / "serving" / "cost_model" / "profiles" / "rtx3090.json", world / "profile.json"
+    )
     device = {"name": "card", "memory_bytes": 2**34, "bandwidth_bytes_s": 1e12, "flops_s": 1e14}
     (world / "device.json").write_text(json.dumps(device))
     link = {"bandwidth_bytes_s": 1e10, "latency_s": 1e-5}
     (world / "cluster.json").write_text(json.dumps({"devices": [device] * 2, "link": link}))
-    lines = [f"{0.1 * n + 0.02 * m},{n},{16 * m}" for n in range(1, 5) for m in range(1, 5)]
+    lines = []
+    for n in range(1, 5):
+        lines += [f"{0.1 * n + 0.02 * m},{n},{16 * m}" for m in range(1, 5)]
     text = "\n".join(["seconds,batch_size,output_tokens", *lines, ""])
     (world / "measured.csv").write_text(text)
     traces = world / "traces"

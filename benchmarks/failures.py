@@ -14,11 +14,12 @@ already, in a folder of its own. A case is right where
 - every file of the folder is as before, nothing is new but what the command documents to leave
   (a run's record in --output_dir), and no temporary file is left.
 
-Some files may be missing or wrong without harm; those are in the table as `fine`, and right is
-exit code 0 then. Root, who may read and write everything, gives that right up in the fork. A full disk is a small tmpfs,
-which needs root: other users' runs leave those cases out.
+Some files may be missing or wrong without harm; the table lists those as `fine`, and their expected
+exit code is 0. As root, the fork gives up the right to read and write everything. A full disk is a
+small tmpfs, which needs root: other users' runs skip those cases.
 """
 
+import argparse
 import gzip
 import os
 import shutil
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -77,10 +79,13 @@ def keep_half(path: Path):
     path.write_bytes(content[: len(content) // 2])
 
 
-def put(content: bytes):
-    return lambda path: path.write_bytes(
-        gzip.compress(content) if path.suffix == ".gz" else content
-    )
+def put(content: bytes) -> Callable[[Path], None]:
+    """A fault that replaces a file's content, compressed where the file is."""
+
+    def write(path: Path):
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+    return write
 
 
 def make_pointer(path: Path):
@@ -190,7 +195,7 @@ class Case:
 
     @property
     def names(self) -> set[str]:
-        """What its error may name: the file, its folder where that is one of several, or the flag."""
+        """What its error may name: the file, its folder if that is one of several, or the flag."""
         path = Path(self.path)
         names = {path.name, self.flag, *path.parts[1:]}
         return names | ({"not_a_folder"} if self.kind == "in_a_file" else set())
@@ -291,7 +296,7 @@ def run_one(world: Path, scratch: Path, show: bool, case: Case) -> dict:
     return row | {"kind": case.kind, "wrong": wrong, "seconds": seconds}
 
 
-def run_all(cases: list[Case], world: Path, scratch: Path, args) -> list[dict]:
+def run_all(cases: list[Case], world: Path, scratch: Path, args: argparse.Namespace) -> list[dict]:
     one = partial(run_one, world, scratch, args.show)
     if args.jobs == 1:
         return [one(case) for case in cases]
@@ -323,7 +328,7 @@ def print_totals(found: list[dict]):
     print(f"| all | | {len(found)} | {len(found) - wrong} | {wrong} |")
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     import_everything()
     with tempfile.TemporaryDirectory(prefix="failures-") as temporary:
         scratch = Path(temporary)
@@ -336,9 +341,9 @@ def run(args) -> int:
         )
         cases = list_cases(world)
         if os.geteuid():
-            kept = [case for case in cases if case.kind not in NEEDS_ROOT]
-            print(f"{len(cases) - len(kept)} cases left out: they need root")
-            cases = kept
+            possible = [case for case in cases if case.kind not in NEEDS_ROOT]
+            print(f"{len(cases) - len(possible)} cases left out: they need root")
+            cases = possible
         wanted = args.command.split(",")
         cases = [case for case in cases if any(part in case.command.name for part in wanted)]
         cases = [case for case in cases if args.kind in ("", case.kind)]

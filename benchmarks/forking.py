@@ -58,7 +58,8 @@ MODULES = (
 )
 # A logger's line begins with its name and level, or as DeepSpeed's does.
 ASIDE = re.compile(
-    r"WARNING|[\w.]+: (WARNING|INFO): |\[[^]]*\] \[(INFO|WARNING)\]|\S+:\d+: \w*Warning: |  warnings\.warn\("
+    r"WARNING|[\w.]+: (WARNING|INFO): |\[[^]]*\] \[(INFO|WARNING)\]"
+    r"|\S+:\d+: \w*Warning: |  warnings\.warn\("
 )
 
 
@@ -136,7 +137,7 @@ def run_child(module: str, argv: list[str], folder: Path, out: Path, err: Path):
 
 
 def obey_permissions():
-    """Give up root's right to read and write what permissions forbid (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH)."""
+    """Drop root's right to ignore file permissions (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH)."""
     libc = ctypes.CDLL(None)
     head = (ctypes.c_uint32 * 2)(0x20080522, 0)
     sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; then their upper halves

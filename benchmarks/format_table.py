@@ -1,10 +1,10 @@
-"""Formats x families: rows read and encoded, labelled tokens, and whether these are exactly the answers.
+"""Formats x families: rows, encoded rows, labelled tokens, and whether labels equal the answers.
 
 python benchmarks/format_table.py --shared ../shared
 
-The samples of data/formats and the public files of SHARED/data/finetune. ChatGLM2 and ChatGLM3 use the real ChatGLM2 tokenizer,
-ChatGLM-6B a small stand-in for its own, whose counts of tokens say nothing of the real one. Exits with 1 where labels are not
-exactly the answers.
+The samples of data/formats and the public files of SHARED/data/finetune. ChatGLM2 and ChatGLM3 use
+the real ChatGLM2 tokenizer, ChatGLM-6B a small stand-in for its own, whose token counts say nothing
+about the real one. Exits with 1 where labels are not exactly the answers.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -25,15 +26,22 @@ from finetune.rows.encoding import Encoder  # noqa: E402
 from finetune.rows.formats import FORMATS, Row, find_format, refused_by  # noqa: E402
 from finetune.rows.sources import read_file_items, read_rows  # noqa: E402
 
+if TYPE_CHECKING:
+    from chatglm.tokenization import ChatGLMTokenizer
+
 STARTS = {"glm": ("<sop>",), "glm2": (), "glm3": ("<|assistant|>",)}
 ENDS = {"glm": ("<eop>",), "glm2": ("</s>",), "glm3": ("</s>", "<|user|>", "<|observation|>")}
 
 
-def learnt_answers(family: str, tokenizer, rows: list[EncodedRow]) -> list[list[int]]:
-    """The labelled ids of every answer, without the tokens that start and end one. Raises ValueError for an answer without its end."""
-    starts, ends = (
-        {tokenizer.get_command(name) for name in names[family]} for names in (STARTS, ENDS)
-    )
+def learnt_answers(
+    family: str, tokenizer: "ChatGLMTokenizer", rows: list[EncodedRow]
+) -> list[list[int]]:
+    """The labelled ids of every answer, without its start and end tokens.
+
+    Raises ValueError for an answer without an end token.
+    """
+    starts = {tokenizer.get_command(name) for name in STARTS[family]}
+    ends = {tokenizer.get_command(name) for name in ENDS[family]}
     found = []
     for row in rows:
         part: list[int] | None = None
@@ -55,7 +63,7 @@ def learnt_answers(family: str, tokenizer, rows: list[EncodedRow]) -> list[list[
 
 
 def wanted_answers(family: str, row: Row) -> list[tuple[str, ...]]:
-    """The texts that are encoded one by one into each answer that carries loss: ChatGLM3's have a header line."""
+    """The texts of each answer with loss, encoded one by one; ChatGLM3's begin with a header."""
     turns = row.turns or (Turn("user", row.prompt), Turn("assistant", row.answers[0]))
     answers = [turn for turn in turns if turn.role == "assistant" and turn.loss]
     return [
@@ -64,7 +72,22 @@ def wanted_answers(family: str, row: Row) -> list[tuple[str, ...]]:
     ]
 
 
-def measure(path: Path, tokenizers: dict) -> dict:
+def count_labels(row: EncodedRow) -> int:
+    if row.labels:
+        return sum(label != IGNORED for label in row.labels)
+    return len(row.input_ids) - row.n_masked
+
+
+def is_exact(tokenizer: "ChatGLMTokenizer", ids: list[int], texts: tuple[str, ...]) -> bool:
+    """Whether labelled ids are those of the texts and decode to the last of them."""
+    parts = [tokenizer.encode_text(text) for text in texts]
+    content = ids[len(ids) - len(parts[-1]) :]
+    if ids != sum(parts, []):
+        return False
+    return tokenizer.decode(content, clean_up_tokenization_spaces=False) == texts[-1]
+
+
+def measure(path: Path, tokenizers: "dict[str, ChatGLMTokenizer]") -> dict:
     """One line of the table."""
     rows = [row.with_first_answer() for row in read_rows(path)[0]]
     line = {
@@ -78,26 +101,16 @@ def measure(path: Path, tokenizers: dict) -> dict:
         for row in rows:
             if refused_by(row, name):
                 continue
-            made = encoder.encode(row)
-            found, wanted = learnt_answers(name, tokenizer, made), wanted_answers(name, row)
-            if len(found) != len(wanted):
-                raise ValueError(f"{row.place}: {len(wanted)} answers, {len(found)} learnt")
+            encoded = encoder.encode(row)
+            learnt = learnt_answers(name, tokenizer, encoded)
+            wanted = wanted_answers(name, row)
+            if len(learnt) != len(wanted):
+                raise ValueError(f"{row.place}: {len(wanted)} answers, {len(learnt)} learnt")
             cell["encoded"] += 1
-            cell["labelled"] += sum(
-                sum(label != IGNORED for label in one.labels)
-                if one.labels
-                else len(one.input_ids) - one.n_masked
-                for one in made
-            )
-            for ids, texts in zip(found, wanted):
-                head = len(tokenizer.encode_text(texts[0])) if len(texts) > 1 else 0
-                cell["answers"] += 1
-                same_ids = ids == [i for text in texts for i in tokenizer.encode_text(text)]
-                cell["exact"] += (
-                    same_ids
-                    and tokenizer.decode(ids[head:], clean_up_tokenization_spaces=False)
-                    == texts[-1]
-                )
+            cell["labelled"] += sum(count_labels(one) for one in encoded)
+            cell["answers"] += len(wanted)
+            for ids, texts in zip(learnt, wanted):
+                cell["exact"] += is_exact(tokenizer, ids, texts)
         line[name] = cell
     return line
 
@@ -107,11 +120,12 @@ def need(shared: Path, *folders: str):
     for folder in folders:
         if not (shared / folder).is_dir():
             sys.exit(
-                f"format_table.py: no such folder: {shared / folder}; --shared names the folder of the public data"
+                f"format_table.py: no such folder: {shared / folder}; "
+                "--shared names the folder of the public data"
             )
 
 
-def load_tokenizers(shared: Path, folder: Path) -> dict:
+def load_tokenizers(shared: Path, folder: Path) -> "dict[str, ChatGLMTokenizer]":
     need(shared, "data/chatglm2-tokenizer", "golden/tokenizer/glm_standin")
     from chatglm.tokenization import TOKENIZERS
 
@@ -147,7 +161,8 @@ def main(argv: list[str] | None = None) -> int:
         tokenizers = load_tokenizers(args.shared, Path(folder))
         lines = [measure(path, tokenizers) for path in files]
     print(
-        "rows encoded / labelled tokens / answers whose labels are exactly their ids and decode to exactly their text\n"
+        "rows encoded / labelled tokens / answers whose labels are exactly their ids "
+        "and decode to exactly their text\n"
     )
     print(f"| file | format | rows | {' | '.join(tokenizers)} |")
     print("|---|---|---|" + "---|" * len(tokenizers))
@@ -159,9 +174,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"| {line['file']} | {line['format']} | {line['rows']:,} | {' | '.join(cells)} |")
     if args.output:
         write_aside(args.output, json.dumps(lines, indent=2) + "\n")
-    return int(
-        any(line[name]["exact"] < line[name]["answers"] for line in lines for name in tokenizers)
-    )
+    for line in lines:
+        if any(line[name]["exact"] < line[name]["answers"] for name in tokenizers):
+            return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Largest difference between the models and the originals' numbers, fixture by fixture, as a markdown table.
+"""A markdown table of the largest difference from the originals' numbers, fixture by fixture.
 
     python benchmarks/golden_table.py [--json FILE]
 
@@ -16,7 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

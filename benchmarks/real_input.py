@@ -1,8 +1,10 @@
-"""The real ChatGLM2 tokenizer and real data: a model of about 20M body parameters, pre-trained and LoRA-tuned from nothing.
+"""A model of about 20M body parameters, pre-trained and LoRA-tuned from scratch on real data.
 
-    python benchmarks/real_input.py --shared ../shared [--json FILE] [--figure FILE.png] [--pretrain_steps 300]
+    python benchmarks/real_input.py --shared ../shared [--json FILE] [--figure FILE.png]
+        [--pretrain_steps 300]
 
-Pre-training copies spans of the training texts (no triples); LoRA then learns the triples of spo_0.json; F1 is on spo_1.json.
+The tokenizer is the real ChatGLM2 one. Pre-training copies spans of the training texts (no
+triples); LoRA then learns the triples of spo_0.json; F1 is measured on spo_1.json.
 """
 
 import argparse
@@ -32,7 +34,7 @@ def first_rows(path: Path, folder: Path) -> Path:
 
 
 def copying_rows(texts: list[str], count: int, seed: int) -> list[dict]:
-    """Sibling tasks of extraction: repeat a text, or the part of it after a quoted word. No triples, no relations."""
+    """Rows of simpler tasks without triples: repeat a text, or its part after a quoted word."""
     draw = random.Random(seed)
     rows = []
     for _ in range(count):
@@ -162,7 +164,8 @@ def main():
     for needed in (train, test, shared / "data" / "chatglm2-tokenizer"):
         if not needed.exists():
             sys.exit(
-                f"real_input.py: no such file: {needed}; --shared names the folder of the public data"
+                f"real_input.py: no such file: {needed}; "
+                "--shared names the folder of the public data"
             )
     if args.quick:
         SIZE.update(QUICK)

@@ -4,9 +4,9 @@
 
 starts serving.server on a tiny random model (or on --model) and sends it legal and illegal
 requests: subnormal and huge numbers, wrong types, half-sent bodies, deep nesting, broken Unicode,
-clients that go away. Meanwhile a probe asks greedily and /health is timed. Exit code 1 where a reply was 5xx, a
-probe's answer was not what it is alone, /health took longer than --health_s, something kept memory
-reserved, or the server did not end well on SIGTERM.
+clients that disconnect. Meanwhile a probe sends a greedy request and /health is timed. Exit code 1
+where a reply was 5xx, a probe's answer differed from its answer alone, /health took longer than
+--health_s, memory stayed reserved, or the server did not end well on SIGTERM.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -439,15 +440,13 @@ def make_model(folder: Path) -> Path:
         "你好吗今天",
         "explain essay 1 2 3",
     ]
-    rows = [
-        {"prompt": f"{a} {i}", "response": f"{b} {a}"}
-        for i, a in enumerate(words * 12)
-        for b in words[:2]
-    ]
+    rows = []
+    for i, a in enumerate(words * 12):
+        rows += [{"prompt": f"{a} {i}", "response": f"{b} {a}"} for b in words[:2]]
     (folder / "rows.json").write_text(
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
     )
-    words = [
+    flags = [
         "--input",
         folder / "rows.json",
         "--output_dir",
@@ -457,7 +456,7 @@ def make_model(folder: Path) -> Path:
         "--family",
         "glm2",
     ]
-    if make_tokenizer([str(word) for word in words]):
+    if make_tokenizer([str(word) for word in flags]):
         raise ValueError("no tokenizer could be made")
     return make(
         "glm2",
@@ -470,7 +469,7 @@ def make_model(folder: Path) -> Path:
     )
 
 
-def start(args, model: Path, errors) -> tuple[subprocess.Popen, int]:
+def start(args: argparse.Namespace, model: Path, errors: TextIO) -> tuple[subprocess.Popen, int]:
     """(the server's process, its port)."""
     words = [
         "--model",
@@ -518,7 +517,7 @@ def table(sent: Counter) -> str:
     return "\n".join(lines)
 
 
-def attack(args) -> int:
+def attack(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or make_model(Path(folder))
         with open(Path(folder) / "errors.txt", "w") as errors:

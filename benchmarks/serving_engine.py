@@ -1,17 +1,22 @@
-"""Tokens a second of the engines: static batches in order of arrival, continuous batching, and transformers' own, in interleaved runs.
+"""Tokens per second of the engines, in interleaved runs: static, continuous, transformers' own.
 
-    python benchmarks/serving_engine.py [--peer] [--quick] [--json FILE] [--repetitions 5] [--threads 1] [--static 8] [--rows 16]
+    python benchmarks/serving_engine.py [--peer] [--quick] [--json FILE] [--repetitions 5]
+        [--threads 1] [--static 8] [--rows 16]
 
-The model has 6 layers of 512, ChatGLM2's proportions and its vocabulary, random weights in bf16. Such a model never stops, so each
-request asks for its own number of tokens: log-normal, median 100, at most 512; all are there from the start. Useful tokens are those
-asked for; what a static batch computes after a row has ended is not.
-    static           transformers' generate, batches of --static in order of arrival (serving.engines.static_engine under `fifo`)
+The model has 6 layers of 512, ChatGLM2's proportions and its vocabulary, random weights in bf16.
+Such a model never stops, so each request has its own number of tokens: log-normal, median 100, at
+most 512; all arrive at the start. Useful tokens are those requested; what a static batch computes
+after a row has ended is not useful.
+    static           transformers' generate, batches of --static in order of arrival
+                     (serving.engines.static_engine under `fifo`)
     continuous       --rows sequences at once (serving.engines.continuous_engine under `fcfs`)
 With --peer also, on one GlmForCausalLM of the same size:
-    peer             transformers' continuous batching (paged cache, sdpa): as many sequences at once, KV and prompt tokens as ours has
+    peer             transformers' continuous batching (paged cache, sdpa): as many sequences at
+                     once, KV and prompt tokens as `continuous` has
     continuous-glm   the continuous engine
-A ratio is taken within each repetition, whose subjects follow one another; the table shows medians. On a machine that others use too, the
-ratio by CPU seconds (of all threads; --threads 1) says more than the one by the clock.
+A ratio is taken within each repetition, whose subjects run one after another; the table shows
+medians. On a shared machine the ratio by CPU seconds (of all threads; --threads 1) says more than
+the one by wall-clock time.
 """
 
 import argparse
@@ -19,21 +24,30 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from serving.request import Limits
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 LAYERS, HIDDEN, VOCABULARY, FFN = 6, 512, 65024, 1712
-CAP, LONGEST_PROMPT, PREFILL = (
-    512,
-    96,
-    256,
-)  # tokens: of an answer, of a prompt, of prompts in one pass
+CAP = 512  # tokens of an answer
+LONGEST_PROMPT = 96  # tokens
+PREFILL = 256  # prompt tokens in one pass
+
+Work = list[tuple[list[int], int]]  # (prompt ids, answer tokens) of each request
+Subject = Callable[[Work], tuple[float, float]]  # the seconds and CPU seconds of a work
+Rates = dict[str, list[float]]  # {subject: tokens per second of each repetition}
 
 
-def workload(count: int, cap: int, seed: int) -> list[tuple[list[int], int]]:
-    """(prompt ids, answer tokens) of requests: prompts of 16 to LONGEST_PROMPT ids."""
+def workload(count: int, cap: int, seed: int) -> Work:
+    """Random requests: prompts of 16 to LONGEST_PROMPT ids, log-normal answer lengths."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
@@ -44,7 +58,8 @@ def workload(count: int, cap: int, seed: int) -> list[tuple[list[int], int]]:
     ]
 
 
-def make_model():
+def make_model() -> "PreTrainedModel":
+    """A random ChatGLM2 of LAYERS x HIDDEN."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -66,7 +81,7 @@ def make_model():
     ).eval()
 
 
-def make_glm():
+def make_glm() -> "PreTrainedModel":
     """GlmForCausalLM with the parameters of make_model's, in other names."""
     import torch
     from transformers import GlmConfig, GlmForCausalLM
@@ -91,7 +106,7 @@ def make_glm():
 
 
 class Clock:
-    """Seconds by the clock and of this process's threads together, from its making to stop()."""
+    """Wall-clock seconds, and CPU seconds of all threads, from construction to stop()."""
 
     def __init__(self):
         self._begin = time.perf_counter(), time.process_time()
@@ -100,8 +115,8 @@ class Clock:
         return time.perf_counter() - self._begin[0], time.process_time() - self._begin[1]
 
 
-def ours(name: str, policy: str, model, limits):
-    """A subject: work -> seconds and CPU seconds, through the scheduler with a wall clock."""
+def ours(name: str, policy: str, model: "PreTrainedModel", limits: "Limits") -> Subject:
+    """A subject that runs an engine under a policy, by the scheduler with a wall clock."""
     from serving.engines import Sampling, WallClock, make_engine
     from serving.policies.continuous import POLICIES
     from serving.request import Request
@@ -119,15 +134,15 @@ def ours(name: str, policy: str, model, limits):
         ]
         for _ in run(POLICIES[policy], engine, WallClock(), Replay(requests)):
             pass
-        found = clock.stop()
+        seconds = clock.stop()
         assert [len(a.tokens) for a in answers] == [length for _, length in work]
-        return found
+        return seconds
 
     return subject
 
 
-def peer(model, rows: int, kv_tokens: int):
-    """transformers' continuous batching; its cache is made once, its thread lives for a turn."""
+def peer(model: "PreTrainedModel", rows: int, kv_tokens: int) -> Subject:
+    """transformers' continuous batching; its cache is built once, its thread once a turn."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     page = 32
@@ -154,26 +169,33 @@ def peer(model, rows: int, kv_tokens: int):
                 manager.add_request(prompt, max_new_tokens=length): length
                 for prompt, length in work
             }
-            made = {}
-            while len(made) < len(work):
+            generated = {}
+            while len(generated) < len(work):
                 result = manager.get_result(timeout=1)
                 if result is None and not manager.is_running():
                     raise RuntimeError("transformers' continuous batching has died")
                 if result is not None and result.is_finished():
-                    made[result.request_id] = len(result.generated_tokens)
-            found = clock.stop()
+                    generated[result.request_id] = len(result.generated_tokens)
+            seconds = clock.stop()
         finally:
             manager.stop(keep_for_next_session=True)
-        assert made == wanted
-        return found
+        assert generated == wanted
+        return seconds
 
     return subject
 
 
-def measure(subjects, count: int, cap: int, repetitions: int, args) -> tuple[dict, dict]:
-    """Useful tokens a second of each subject, by repetition; and a second of this process's time, all threads together."""
-    rates, cpu_rates = {name: [] for name in subjects}, {name: [] for name in subjects}
-    for subject in subjects.values():  # shapes are compiled, memory is there
+def measure(
+    subjects: dict[str, Subject], count: int, cap: int, repetitions: int, args: argparse.Namespace
+) -> tuple[Rates, Rates]:
+    """Useful tokens per second of each subject, by repetition.
+
+    Also per CPU second of this process, all threads together.
+    """
+    rates: Rates = {name: [] for name in subjects}
+    cpu_rates: Rates = {name: [] for name in subjects}
+    # Warm-up: compiles shapes, allocates memory.
+    for subject in subjects.values():
         subject(workload(args.rows, min(cap, 96), 1))
     for repetition in range(repetitions):
         work = workload(count, cap, args.seed + 2 + repetition)
@@ -182,12 +204,13 @@ def measure(subjects, count: int, cap: int, repetitions: int, args) -> tuple[dic
             seconds, cpu_seconds = subject(work)
             rates[name].append(tokens / seconds)
             cpu_rates[name].append(tokens / cpu_seconds)
-            found = f"{rates[name][-1]:8.1f} tokens/s {cpu_rates[name][-1]:8.1f} tokens/CPU s"
-            print(f"{repetition + 1}/{repetitions} {name:14} {found}", file=sys.stderr, flush=True)
+            figures = f"{rates[name][-1]:8.1f} tokens/s {cpu_rates[name][-1]:8.1f} tokens/CPU s"
+            line = f"{repetition + 1}/{repetitions} {name:14} {figures}"
+            print(line, file=sys.stderr, flush=True)
     return rates, cpu_rates
 
 
-def main(argv=None) -> dict:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--quick", action="store_true", help="16 requests of at most 64 tokens, once"
@@ -206,7 +229,33 @@ def main(argv=None) -> dict:
         help="transformers' continuous batching too, and ours on the same GlmForCausalLM",
     )
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def ratios_of(rates: Rates, against: list[str]) -> dict[str, dict[str, float]]:
+    """{subject: {"x_other": median over the repetitions of its rate over the other's}}."""
+    ratios: dict[str, dict[str, float]] = {}
+    for name, mine in rates.items():
+        ratios[name] = {}
+        for other in against:
+            quotients = [a / b for a, b in zip(mine, rates[other])]
+            ratios[name][f"x_{other}"] = statistics.median(quotients)
+    return ratios
+
+
+def print_table(result: dict, against: list[str]):
+    titles = [f"{f'x {other}':>10}" for other in against]
+    print("".join([f"{'engine':14}", f"{'tokens/s':>10}", *titles, f"{'a CPU s':>10}", *titles]))
+    for name in result["rates"]:
+        line = f"{name:14}"
+        for rates, ratios in (("rates", "ratios"), ("cpu_rates", "cpu_ratios")):
+            line += f"{statistics.median(result[rates][name]):10.1f}"
+            line += "".join(f"{ratio:10.2f}" for ratio in result[ratios][name].values())
+        print(line)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse_args(argv)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(args.threads)
     import torch
@@ -233,35 +282,16 @@ def main(argv=None) -> dict:
             "continuous-glm": ours("continuous", "fcfs", glm, continuous),
         }
     rates, cpu_rates = measure(subjects, count, cap, repetitions, args)
+    against = [name for name in ("static", "peer") if name in subjects]
     result = {
         "threads": args.threads,
         "requests": count,
         "rates": rates,
         "cpu_rates": cpu_rates,
-        "ratios": {},
-        "cpu_ratios": {},
+        "ratios": ratios_of(rates, against),
+        "cpu_ratios": ratios_of(cpu_rates, against),
     }
-    against = [name for name in ("static", "peer") if name in subjects]
-    print(
-        f"{'engine':14}"
-        + "".join(
-            f"{title:>10}"
-            for unit in ("tokens/s", "a CPU s")
-            for title in (unit, *(f"x {other}" for other in against))
-        )
-    )
-    for name in subjects:
-        line = f"{name:14}"
-        for found, key in ((rates, "ratios"), (cpu_rates, "cpu_ratios")):
-            ratios = {
-                other: statistics.median(a / b for a, b in zip(found[name], found[other]))
-                for other in against
-            }
-            result[key][name] = {f"x_{other}": ratio for other, ratio in ratios.items()}
-            line += f"{statistics.median(found[name]):10.1f}" + "".join(
-                f"{ratio:10.2f}" for ratio in ratios.values()
-            )
-        print(line)
+    print_table(result, against)
     if args.json:
         write_json(args.json, result)
     return result

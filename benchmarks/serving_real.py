@@ -1,13 +1,16 @@
 # ruff: noqa: E402
-"""Policies on the real continuous engine under an open-loop load, beside what the simulator says of the same requests.
+"""Policies on the real continuous engine under an open-loop load, next to their simulation.
 
     bash scripts/quickstart.sh
-    python benchmarks/serving_real.py --folder output/quickstart [--json FILE] [--policies fifo,s3,...] [--repetitions 3]
+    python benchmarks/serving_real.py --folder output/quickstart [--json FILE]
+        [--policies fifo,s3,...] [--repetitions 3]
 
-The quickstart's tuned model answers held-out prompts, drawn anew for each repetition, that come at Poisson times whether or not it
-keeps up; its exported predictor, in a process of its own, is asked when a prompt comes, and its time counts. Rates are those at which, by simulation, --at of these policies attains half of its
-objectives (SloRule: a multiple of the latency alone). Policies take turns within a repetition. The simulator gets the same arrivals,
-lengths and predictions, and a profile of the engine (scripts/profile_engine.py) made before each repetition: a shared machine's speed drifts.
+The quickstart's tuned model answers held-out prompts, drawn anew for each repetition, at Poisson
+arrival times that do not wait for it. Its exported predictor runs in a separate process, predicts
+when a prompt arrives, and its time counts. The rates are those at which, by simulation, each of
+--at attains half of its objectives (SloRule: a multiple of the latency alone). Policies take turns
+within a repetition. The simulator gets the same arrivals, lengths and predictions, and a profile of
+the engine (scripts/profile_engine.py) made before each repetition: a shared machine's speed drifts.
 """
 
 import argparse
@@ -16,6 +19,8 @@ import multiprocessing
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +30,7 @@ import numpy as np
 
 from finetune.files import write_json
 from serving.cost_model.devices import find_device
-from serving.cost_model.model import CostModel, ModelShape
+from serving.cost_model.model import CostModel, ModelShape, Profile
 from serving.policies.continuous import POLICIES
 from serving.request import Limits, Request
 from serving.scheduler import Replay, VirtualClock, run
@@ -36,8 +41,11 @@ from serving.simulate.workload import SloRule, poisson_arrivals
 SHOWN = ("attainment", "latency_mean_s", "latency_p99_s", "throughput_tps")
 
 
-def client(pipe, folder: str):
-    """In a process of its own: for every schedule (zero_s, [(seconds, text or None)]) that comes, send a prediction at each time."""
+def client(pipe: Connection, folder: str):
+    """The predictor's process: it sends a prediction at each time of every schedule received.
+
+    A schedule is (zero_s, [(seconds, text or None)]).
+    """
     from predictor.runtime import LengthPredictor
 
     predictor = LengthPredictor.from_pretrained(folder)
@@ -73,24 +81,23 @@ class Bench:
         from predictor.runtime import LengthPredictor
         from serving.engines import make_engine
 
-        self.folder, self.limits, self.longest = model, limits, max_new_tokens
-        self.tokenizer, self.model = load_tokenizer(model), load_ready(model, device="cpu")
+        self.folder = model
+        self.limits = limits
+        self.longest = max_new_tokens
+        self.tokenizer = load_tokenizer(model)
+        self.model = load_ready(model, device="cpu")
         self.predictor = LengthPredictor.from_pretrained(predictor, served_model=model)
         family = FAMILIES[self.tokenizer.family]
         rows = [json.loads(line) for line in open(lengths, encoding="utf-8")]
-        ids = [
-            family.encode_prompt(self.tokenizer, row["prompt"], max_src_len).input_ids
-            for row in rows
-        ]
-        known = self.predictor.predict([row["prompt"] for row in rows])
-        self.asked = [
-            (r["prompt"], i, r["output_tokens"] + r["finished"], p)
-            for r, i, p in zip(rows, ids, known)
-        ]
+        predictions = self.predictor.predict([row["prompt"] for row in rows])
+        self.asked = []
+        for row, prediction in zip(rows, predictions):
+            ids = family.encode_prompt(self.tokenizer, row["prompt"], max_src_len).input_ids
+            tokens = row["output_tokens"] + row["finished"]
+            self.asked.append((row["prompt"], ids, tokens, prediction))
         self.engine = make_engine("continuous", self.model, limits, CostModel.of(self.shape, "CPU"))
-        self.objective_cost: CostModel | None = (
-            None  # of the first profile: objectives stay the same
-        )
+        # Of the first profile, so that objectives stay the same.
+        self.objective_cost: CostModel | None = None
         begin = time.perf_counter()
         for row in rows:
             self.predictor.predict(row["prompt"])
@@ -103,8 +110,12 @@ class Bench:
     def shape(self) -> ModelShape:
         return ModelShape.from_config(self.model.config.to_dict(), self.model.dtype.itemsize)
 
-    def profile(self, repetitions: int, progress=lambda timings, total: timings):
-        """Measure the engine; policies and simulator go by it from then on."""
+    def profile(
+        self,
+        repetitions: int,
+        progress: Callable[[Iterator, int], Iterable] = lambda timings, total: timings,
+    ) -> Profile:
+        """Measure the engine; policies and simulator use the new profile from then on."""
         from serving.engines.profiling import profile_engine
 
         profile, _ = profile_engine(
@@ -127,43 +138,29 @@ class Bench:
         """(request, which of `asked`) by arrival."""
         rng = np.random.default_rng(seed)
         which = rng.integers(0, len(self.asked), count)
-        prompts, outputs = (
-            np.array([len(self.asked[i][1]) for i in which]),
-            np.array([self.asked[i][2] for i in which]),
-        )
+        prompts = np.array([len(self.asked[i][1]) for i in which])
+        outputs = np.array([self.asked[i][2] for i in which])
         slo_s = slo(prompts, outputs, self.objective_cost, rng)
         arrivals = poisson_arrivals(count, rate, rng)
         rows = zip(arrivals.tolist(), slo_s.tolist(), which.tolist())
-        return [
-            (
-                Request(
-                    n,
-                    len(self.asked[i][1]),
-                    at,
-                    s,
-                    self.asked[i][3],
-                    self.asked[i][2],
-                    self.predict_s,
-                ),
-                i,
-            )
-            for n, (at, s, i) in enumerate(rows)
-        ]
+        requests = []
+        for n, (at_s, objective_s, i) in enumerate(rows):
+            _, ids, tokens, prediction = self.asked[i]
+            request = Request(n, len(ids), at_s, objective_s, prediction, tokens, self.predict_s)
+            requests.append((request, i))
+        return requests
 
     def simulate(self, name: str, requests: list[tuple[Request, int]]) -> dict[str, float]:
-        policy, engine = (
-            POLICIES[name],
-            SimulatedEngine(self.engine.cost, self.limits, padded=False),
-        )
-        shown = (
-            (r for r, _ in requests)
-            if policy.predicts
-            else (
+        """Metrics of the simulated engine."""
+        policy = POLICIES[name]
+        engine = SimulatedEngine(self.engine.cost, self.limits, padded=False)
+        seen = [r for r, _ in requests]
+        if not policy.predicts:
+            seen = [
                 Request(r.id, r.prompt_tokens, r.arrival_s, r.slo_s, None, r.output_tokens)
-                for r, _ in requests
-            )
-        )
-        return Collector().watch(run(policy, engine, VirtualClock(), Replay(shown))).summary()
+                for r in seen
+            ]
+        return Collector().watch(run(policy, engine, VirtualClock(), Replay(seen))).summary()
 
     def serve(
         self, name: str, requests: list[tuple[Request, int]]
@@ -171,54 +168,65 @@ class Bench:
         """(metrics, answer tokens by request) of the real engine."""
         from serving.engines import Inbox, Sampling, WallClock
 
-        policy, clock = POLICIES[name], WallClock()
+        policy = POLICIES[name]
+        clock = WallClock()
         inbox = Inbox(clock, self.engine)
         answers = []
-        self._pipe.send(
-            (
-                clock.zero_s,
-                [
-                    (r.arrival_s, self.asked[which][0] if policy.predicts else None)
-                    for r, which in requests
-                ],
-            )
-        )
+        calls = [
+            (request.arrival_s, self.asked[which][0] if policy.predicts else None)
+            for request, which in requests
+        ]
+        self._pipe.send((clock.zero_s, calls))
 
         def feed():
             for request, which in requests:
-                known, ids = self._pipe.recv(), self.asked[which][1]
-                live = Request(request.id, len(ids), request.arrival_s, request.slo_s, known)
+                prediction = self._pipe.recv()
+                ids = self.asked[which][1]
+                live = Request(request.id, len(ids), request.arrival_s, request.slo_s, prediction)
                 answers.append(self.engine.submit(live, ids, Sampling(self.longest)))
                 inbox.put(live)
             inbox.shut()
 
         feeder = threading.Thread(target=feed, daemon=True)
         feeder.start()
-        found = Collector().watch(run(policy, self.engine, clock, inbox))
+        metrics = Collector().watch(run(policy, self.engine, clock, inbox))
         feeder.join()
-        return found.summary(), [len(a.tokens) for a in answers]
+        return metrics.summary(), [len(a.tokens) for a in answers]
 
     def rate_at(
         self, name: str, count: int, slo: SloRule, wanted: float = 0.5, rounds: int = 9
     ) -> float:
-        """Requests a second at which the policy attains `wanted`, by simulation: bisection of the logarithm over 3 seeds."""
+        """Requests per second at which the policy attains `wanted`, by simulation.
+
+        Bisection of the logarithm, over 3 seeds.
+        """
         low, high = 0.1, 1000.0
         for _ in range(rounds):
             rate = float(np.sqrt(low * high))
-            got = np.mean(
-                [
-                    self.simulate(name, self.requests(count, rate, 100 + seed, slo))["attainment"]
-                    for seed in range(3)
-                ]
-            )
-            low, high = (rate, high) if got > wanted else (low, rate)
+            attained = []
+            for seed in range(3):
+                requests = self.requests(count, rate, 100 + seed, slo)
+                attained.append(self.simulate(name, requests)["attainment"])
+            if np.mean(attained) > wanted:
+                low = rate
+            else:
+                high = rate
         return float(np.sqrt(low * high))
 
 
 def compare(
-    bench: Bench, policies: list[str], rate: float, args, slo: SloRule, log=print
+    bench: Bench,
+    policies: list[str],
+    rate: float,
+    args: argparse.Namespace,
+    slo: SloRule,
+    log: Callable[[str], None] = print,
 ) -> list[dict]:
-    """One row a policy: {policy, measured: {metric: [by repetition]}, simulated: the same, other_answers: answers of another length than recorded}."""
+    """One row per policy: {policy, measured, simulated, other_answers}.
+
+    `measured` and `simulated` are {metric: [by repetition]}; `other_answers` counts answers of
+    another length than recorded.
+    """
     rows = [
         {
             "policy": name,
@@ -241,59 +249,67 @@ def compare(
                 row["measured"][key].append(measured[key])
                 row["simulated"][key].append(simulated[key])
             log(
-                f"{rate:.1f}/s {repetition + 1}/{args.repetitions} {row['policy']:15} {measured['latency_mean_s']:8.3f} s, simulated {simulated['latency_mean_s']:8.3f} s"
+                f"{rate:.1f}/s {repetition + 1}/{args.repetitions} {row['policy']:15} "
+                f"{measured['latency_mean_s']:8.3f} s, "
+                f"simulated {simulated['latency_mean_s']:8.3f} s"
             )
     return rows
 
 
 def print_rows(rate: float, rows: list[dict]):
     print(
-        f"\n{rate:.1f} requests/s\n\n| policy | in time %, measured | simulated | mean latency s, measured | simulated | off by | p99 s, measured | simulated | tokens/s |"
+        f"\n{rate:.1f} requests/s\n\n| policy | in time %, measured | simulated "
+        "| mean latency s, measured | simulated | off by | p99 s, measured | simulated | tokens/s |"
     )
     print("|---" * 9 + "|")
     for row in rows:
-        seen, told = row["measured"], row["simulated"]
+        measured = row["measured"]
+        simulated = row["simulated"]
         cells = [
-            shown(seen["attainment"], 100),
-            shown(told["attainment"], 100),
-            shown(seen["latency_mean_s"]),
-            shown(told["latency_mean_s"]),
+            shown(measured["attainment"], 100),
+            shown(simulated["attainment"], 100),
+            shown(measured["latency_mean_s"]),
+            shown(simulated["latency_mean_s"]),
             f"{100 * off_by(row):+.1f} %",
-            shown(seen["latency_p99_s"]),
-            shown(told["latency_p99_s"]),
-            shown(seen["throughput_tps"]),
+            shown(measured["latency_p99_s"]),
+            shown(simulated["latency_p99_s"]),
+            shown(measured["throughput_tps"]),
         ]
         print(f"| {row['policy']} | " + " | ".join(cells) + " |")
 
 
 def shown(values: list[float], by: float = 1) -> str:
+    """Mean and, where there is one, half the confidence interval of values times `by`."""
     mean, half = interval([by * v for v in values])
     return f"{mean:.3g}" + ("" if np.isnan(half) else f" ± {half:.2g}")
 
 
 def off_by(row: dict) -> float:
     """Simulated over measured mean latency, less 1."""
-    return float(
-        np.mean(row["simulated"]["latency_mean_s"]) / np.mean(row["measured"]["latency_mean_s"]) - 1
-    )
+    return mean_latency(row, "simulated") / mean_latency(row, "measured") - 1
+
+
+def mean_latency(row: dict, side: str) -> float:
+    """Seconds; `side` is measured or simulated."""
+    return float(np.mean(row[side]["latency_mean_s"]))
 
 
 def order_of(rows: list[dict], side: str) -> list[str]:
-    return [
-        row["policy"] for row in sorted(rows, key=lambda row: np.mean(row[side]["latency_mean_s"]))
-    ]
+    """The policies by mean latency, shortest first."""
+    ordered = sorted(rows, key=lambda row: mean_latency(row, side))
+    return [row["policy"] for row in ordered]
 
 
 def contradictions(rows: list[dict]) -> list[str]:
-    """Pairs that every repetition measured in one order of mean latency and the simulator told in the other."""
+    """Pairs ordered alike by mean latency in all repetitions, but reversed in simulation."""
     found = []
     for i, a in enumerate(rows):
         for b in rows[i + 1 :]:
-            seen = np.subtract(a["measured"]["latency_mean_s"], b["measured"]["latency_mean_s"])
-            told = np.mean(a["simulated"]["latency_mean_s"]) - np.mean(
-                b["simulated"]["latency_mean_s"]
-            )
-            if ((seen > 0).all() and told < 0) or ((seen < 0).all() and told > 0):
+            measured = np.subtract(a["measured"]["latency_mean_s"], b["measured"]["latency_mean_s"])
+            simulated = mean_latency(a, "simulated") - mean_latency(b, "simulated")
+            a_later = (measured > 0).all()
+            a_sooner = (measured < 0).all()
+            if (a_later and simulated < 0) or (a_sooner and simulated > 0):
                 found.append(f"{a['policy']} and {b['policy']}")
     return found
 
@@ -338,7 +354,8 @@ def main(argv: list[str] | None = None) -> dict:
     for needed in ("merged", "predictor", "lengths_test.jsonl"):
         if not (args.folder / needed).exists():
             sys.exit(
-                f"serving_real.py: no such file: {args.folder / needed}; --folder names what scripts/quickstart.sh wrote"
+                f"serving_real.py: no such file: {args.folder / needed}; "
+                "--folder names what scripts/quickstart.sh wrote"
             )
 
     import torch
@@ -360,7 +377,9 @@ def main(argv: list[str] | None = None) -> dict:
     )
     errors = profile.made["errors"]["5_folds"]
     print(
-        f"engine profile: median {100 * errors['median_abs_error']:.1f} %, P90 {100 * errors['p90_abs_error']:.1f} % off in 5 folds; a prediction takes {1e3 * bench.predict_s:.2f} ms"
+        f"engine profile: median {100 * errors['median_abs_error']:.1f} %, "
+        f"P90 {100 * errors['p90_abs_error']:.1f} % off in 5 folds; "
+        f"a prediction takes {1e3 * bench.predict_s:.2f} ms"
     )
     slo = SloRule(args.slo_scale, 0.05)
     bench.serve("fcfs", bench.requests(40, 40.0, 999, slo))  # warm
@@ -378,8 +397,10 @@ def main(argv: list[str] | None = None) -> dict:
         print_rows(rate, rows)
         wrong = contradictions(rows)
         print(
-            f"\nlongest off by {100 * max(abs(off_by(row)) for row in rows):.1f} %; measured: {' < '.join(order_of(rows, 'measured'))}; "
-            f"simulated: {' < '.join(order_of(rows, 'simulated'))}; pairs told the wrong way round: {', '.join(wrong) or 'none'}; "
+            f"\nlongest off by {100 * max(abs(off_by(row)) for row in rows):.1f} %; "
+            f"measured: {' < '.join(order_of(rows, 'measured'))}; "
+            f"simulated: {' < '.join(order_of(rows, 'simulated'))}; "
+            f"pairs told the wrong way round: {', '.join(wrong) or 'none'}; "
             f"answers of another length than recorded: {sum(row['other_answers'] for row in rows)}"
         )
         result["loads"].append({"at": name, "rate": rate, "rows": rows, "wrong": wrong})

@@ -1,16 +1,19 @@
-"""A small ChatGLM3 learns to call tools, and is asked questions that it has not seen.
+"""A small ChatGLM3 learns to call tools, tested on held-out questions.
 
-    OMP_NUM_THREADS=1 python benchmarks/tool_calling.py [--steps 500] [--out DIR] [--json FILE] [--show]
+    OMP_NUM_THREADS=1 python benchmarks/tool_calling.py [--steps 500] [--out DIR] [--json FILE]
+        [--show]
 
-Questions, tools and calls are glaive's (data/finetune of `shared`), Chinese and English: the calls that answer a question at once and
-whose arguments, numbers or Chinese words, stand in it word for word. Near-duplicates of a question are on one side, a quarter of the
-groups is held out; a held-out question is asked as it is, and with other values. Tools are cut to names, parameters and types. The
-model starts from random weights, so each question to learn from comes in copies with values of other questions. train.py
-reads the rows in glaive's own format; `model.chat` asks with the tools in the system message, and the call is read by
-`families.parse_tool_call`, which runs nothing.
+Questions, tools and calls are glaive's (data/finetune of `shared`), Chinese and English: the calls
+that answer a question at once and whose arguments, numbers or Chinese words, occur in it verbatim.
+Near-duplicates of a question are in one split; a quarter of the groups is held out. A held-out
+question is asked as it is, and with other values. Tools are reduced to names, parameters and types.
+The model starts from random weights, so each training question is repeated with values of other
+questions. train.py reads the rows in glaive's format; `model.chat` gets the tools in the system
+message, and `families.parse_tool_call`, which executes nothing, parses the call.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -44,7 +47,7 @@ class Call(NamedTuple):
 
 
 def read_calls(file: Path) -> list[Call]:
-    """The calls of a file that can be read off their question: every argument stands in it, once."""
+    """The calls of a file whose question contains every argument exactly once."""
     calls = []
     for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -63,8 +66,10 @@ def read_calls(file: Path) -> list[Call]:
 
 
 def can_be_copied(call: Call) -> bool:
+    """Whether a small model can learn the call: short values that occur once in the question."""
     values = [str(value) for value in call.arguments.values()]
-    # A word is spelt otherwise after a quote than after a space, which is more than a small model learns in minutes.
+    # An English word is tokenised differently after a quote than after a space: too hard for a
+    # small model in minutes.
     plain = all(
         type(value) in (str, int, float) and not re.search("[A-Za-z ]", str(value))
         for value in call.arguments.values()
@@ -73,19 +78,10 @@ def can_be_copied(call: Call) -> bool:
         0 < len(value) <= LONGEST_VALUE and len(places(value, call.question)) == 1
         for value in values
     )
-    apart = not any(a != b and a in b for a in values for b in values) and len(set(values)) == len(
-        values
-    )
+    overlap = any(a in b for a, b in itertools.permutations(values, 2))
     names = all(name.isidentifier() for name in call.arguments)
-    return (
-        bool(values)
-        and plain
-        and once
-        and apart
-        and names
-        and len(call.question) <= LONGEST_QUESTION
-        and call.name in call.tools
-    )
+    known = call.name in call.tools and len(call.question) <= LONGEST_QUESTION
+    return bool(values) and plain and once and not overlap and names and known
 
 
 def places(value: str, text: str) -> list[re.Match]:
@@ -96,8 +92,12 @@ def places(value: str, text: str) -> list[re.Match]:
 
 def values_of(calls: list[Call]) -> dict[type, list]:
     """{type: its values in the calls' arguments}."""
-    found = {(type(value), value) for call in calls for value in call.arguments.values()}
-    return {kind: sorted(value for of, value in found if of is kind) for kind in (str, int, float)}
+    values: dict[type, set] = {str: set(), int: set(), float: set()}
+    for call in calls:
+        for value in call.arguments.values():
+            if type(value) in values:
+                values[type(value)].add(value)
+    return {kind: sorted(distinct) for kind, distinct in values.items()}
 
 
 def with_other_values(call: Call, values: dict[type, list], draw: random.Random) -> Call:
@@ -124,7 +124,7 @@ def as_row(call: Call) -> dict:
 
 
 def divide(calls: list[Call], share: float = 0.25) -> tuple[list[Call], list[Call]]:
-    """(to learn from, held out): near-duplicates of a question on one side; a held-out question is asked once."""
+    """(training, held-out) calls; near-duplicates share a side, held-out questions are distinct."""
     from predictor.labels import group_prompts, split
 
     questions = [call.question for call in calls]
@@ -136,16 +136,16 @@ def divide(calls: list[Call], share: float = 0.25) -> tuple[list[Call], list[Cal
 
 
 def prepare(folder: Path, train: list[Call], seed: int) -> Path:
-    """Write calls.jsonl, a tokenizer made from the calls and a random ChatGLM3; returns its folder."""
+    """Write calls.jsonl, a tokenizer made from the calls, a random ChatGLM3; returns its folder."""
     from chatglm.conversations import tool_call
     from scripts.prepare_small_model import make_model
     from scripts.prepare_tokenizer import main as make_tokenizer
 
-    draw, values = random.Random(seed), values_of(train)
-    rows = [
-        *train,
-        *(with_other_values(call, values, draw) for call in train for _ in range(COPIES)),
-    ]
+    draw = random.Random(seed)
+    values = values_of(train)
+    rows = list(train)
+    for call in train:
+        rows += [with_other_values(call, values, draw) for _ in range(COPIES)]
     write_rows(folder / "calls.jsonl", map(as_row, rows))
     write_rows(
         folder / "texts.jsonl",
@@ -227,7 +227,7 @@ def learn(rows: Path, base: Path, steps: int, seed: int) -> Path:
 
 
 def ask(checkpoint: Path, calls: list[Call], show: bool) -> dict[str, float]:
-    """Shares of the questions whose answer is a call that parses, has the right name, and the right arguments too."""
+    """Shares of the answers that parse as a call, have the right name, and also its arguments."""
     from chatglm import load_model, load_tokenizer
     from chatglm.families import TOOL_PREAMBLE
 
@@ -285,23 +285,27 @@ def main(argv: list[str] | None = None) -> int:
     for file in FILES:
         if not (SHARED / "data" / "finetune" / file).is_file():
             sys.exit(
-                f"tool_calling.py: no such file: {SHARED / 'data' / 'finetune' / file}; GLM_FOUNDRY_SHARED names the folder of the public data"
+                f"tool_calling.py: no such file: {SHARED / 'data' / 'finetune' / file}; "
+                "GLM_FOUNDRY_SHARED names the folder of the public data"
             )
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.out or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        train, held_out = divide(
-            [call for file in FILES for call in read_calls(SHARED / "data" / "finetune" / file)]
-        )
-        draw, values = random.Random(args.seed + 1), values_of(train)
-        asked = [
-            call if n == 0 else with_other_values(call, values, draw)
-            for call in held_out
-            for n in range(VARIANTS)
-        ][: args.questions]
+        calls: list[Call] = []
+        for file in FILES:
+            calls += read_calls(SHARED / "data" / "finetune" / file)
+        train, held_out = divide(calls)
+        draw = random.Random(args.seed + 1)
+        values = values_of(train)
+        asked = []
+        for call in held_out:
+            asked.append(call)
+            asked += [with_other_values(call, values, draw) for _ in range(VARIANTS - 1)]
+        asked = asked[: args.questions]
         base = prepare(folder, train, args.seed)
-        rates = ask(learn(folder / "calls.jsonl", base, args.steps, args.seed), asked, args.show)
+        checkpoint = learn(folder / "calls.jsonl", base, args.steps, args.seed)
+        rates = ask(checkpoint, asked, args.show)
     figures = {
         "learnt_from": len(train),
         "held_out": len(held_out),
@@ -311,13 +315,13 @@ def main(argv: list[str] | None = None) -> int:
         "seconds": time.perf_counter() - started,
     }
     print(
-        "| questions learnt from | held out | asked | steps | parses | right name | right name and arguments | seconds |\n"
-        + "|---" * 8
-        + "|"
+        "| questions learnt from | held out | asked | steps | parses | right name "
+        "| right name and arguments | seconds |\n" + "|---" * 8 + "|"
     )
     shares = " | ".join(f"{rate:.0%}" for rate in rates.values())
     print(
-        f"| {len(train)} | {len(held_out)} | {len(asked)} | {args.steps} | {shares} | {figures['seconds']:.0f} |"
+        f"| {len(train)} | {len(held_out)} | {len(asked)} | {args.steps} | {shares} "
+        f"| {figures['seconds']:.0f} |"
     )
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")

@@ -1,21 +1,27 @@
 """Training speed and memory, ours against its peers, in interleaved runs on the same rows.
 
-    python benchmarks/train_speed.py [--quick] [--json FILE] [--cases lora-glm2,full-glm2] [--threads 1,2] [--shared ../shared]
+    python benchmarks/train_speed.py [--quick] [--json FILE] [--cases lora-glm2,full-glm2]
+        [--threads 1,2] [--shared ../shared]
 
-Each subject (benchmarks/speed_subjects.py) is a process of its own that waits for its turn; a turn is a few optimizer steps on the
-same rows as everybody's.
+Each subject (benchmarks/speed_subjects.py) is a separate process that waits for its turn; a turn is
+a few optimizer steps, on the same rows for all subjects.
     reference     the seeds' loop on the same model: rows padded, full logits, fp32, plain formulas
-    trainer       transformers' Trainer with peft on GlmForCausalLM of the same size (glm2), at its best precision
-    llamafactory  LLaMA-Factory on the same GlmForCausalLM; --llamafactory PYTHON names the python of its own environment
+    trainer       transformers' Trainer with peft on GlmForCausalLM of the same size (glm2), at its
+                  best precision
+    llamafactory  LLaMA-Factory on the same GlmForCausalLM; --llamafactory PYTHON names the python
+                  of its environment
     bare          our model and loss in a loop without DeepSpeed
     peak          no training: the 4096 x 4096 x 4096 matrix product, for MFU
     ours          what train.py runs; bf16 unless the case's name ends in -fp32
-Tokens are real ones: padding does not count, whatever is computed once for several rows counts for each. Memory is the
-peak of the resident set in the turns above that of the idle process (imports done, no model yet). MFU counts useful
-multiply-adds alone: 4 N operations a token for LoRA, 6 N for full parameters, of the rows that each layer has to compute.
+Tokens are real ones: padding does not count; what is computed once for several rows counts for
+each. Memory is the peak of the resident set in the turns above that of the idle process (imports
+done, no model yet). MFU counts useful multiply-adds alone: 4 N operations per token for LoRA, 6 N
+for full parameters, of the rows that each layer has to compute.
 
-    python benchmarks/train_speed.py --ranks        1 rank against 2 through torchrun, and the time to the first step
-    python benchmarks/train_speed.py --profile      the operations of the reference, of bare and of ours (the first of --cases, 1 thread)
+    python benchmarks/train_speed.py --ranks     1 rank against 2 through torchrun, and the time to
+                                                 the first step
+    python benchmarks/train_speed.py --profile   the operations of the reference, of bare and of
+                                                 ours (the first of --cases, 1 thread)
 """
 
 import argparse
@@ -31,7 +37,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.speed_subjects import BATCH, MARK, encode, ffn_size  # noqa: E402
+from benchmarks.speed_subjects import BATCH, MARK, Spec, encode, ffn_size  # noqa: E402
 
 SUBJECTS = ROOT / "benchmarks" / "speed_subjects.py"
 
@@ -39,7 +45,7 @@ SUBJECTS = ROOT / "benchmarks" / "speed_subjects.py"
 class Subject:
     """A worker process."""
 
-    def __init__(self, spec):
+    def __init__(self, spec: Spec):
         self.spec = spec
         threads = str(spec["threads"])
         env = os.environ | {
@@ -73,8 +79,11 @@ class Subject:
         self.process.wait()
 
 
-def compare(specs: dict[str, dict], steps: int, repetitions: int) -> dict[str, dict]:
-    """{subject: {tokens_per_second, gflops: [of each turn], memory_gb, loss}}, the subjects taking turns on the same rows."""
+def compare(specs: dict[str, Spec], steps: int, repetitions: int) -> dict[str, dict]:
+    """{subject: {tokens_per_second, gflops: [of each turn], memory_gb, loss}}.
+
+    The subjects take turns on the same rows.
+    """
     subjects = {name: Subject(spec) for name, spec in specs.items()}
     try:
         for subject in subjects.values():
@@ -88,12 +97,12 @@ def compare(specs: dict[str, dict], steps: int, repetitions: int) -> dict[str, d
             subject.end()
     return {
         name: {
-            "tokens_per_second": [t["tokens"] / t["seconds"] for t in told],
-            "memory_gb": max(t["memory"] for t in told) / 1e9,
-            "gflops": [t["operations"] / t["seconds"] / 1e9 for t in told],
-            "loss": told[-1]["loss"],
+            "tokens_per_second": [t["tokens"] / t["seconds"] for t in results],
+            "memory_gb": max(t["memory"] for t in results) / 1e9,
+            "gflops": [t["operations"] / t["seconds"] / 1e9 for t in results],
+            "loss": results[-1]["loss"],
         }
-        for name, told in turns.items()
+        for name, results in turns.items()
     }
 
 
@@ -102,11 +111,11 @@ def middle_ratio(a: list[float], b: list[float]) -> float:
     return statistics.median(x / y for x, y in zip(a, b))
 
 
-def make_specs(case: str, threads: int, folder: Path, args) -> dict[str, dict]:
-    """{subject: what its worker needs to know}, ours first."""
+def make_specs(case: str, threads: int, folder: Path, args: argparse.Namespace) -> dict[str, Spec]:
+    """{subject: its worker's spec}, ours first."""
     method, family, *fp32 = case.split("-")
     precision = "fp32" if fp32 else "bf16"
-    base = {
+    base: Spec = {
         "family": family,
         "method": method,
         "layers": args.layers,
@@ -117,17 +126,15 @@ def make_specs(case: str, threads: int, folder: Path, args) -> dict[str, dict]:
         "shared": str(args.shared),
         "cpu_time": args.cpu_time,
     }
-    specs = {}
+    specs: dict[str, Spec] = {}
     for name in ["ours", *args.against.split(",")]:
         if name in ("trainer", "llamafactory") and family == "glm":
             continue  # transformers has no ChatGLM-6B
-        theirs = (
-            "fp32"
-            if fp32 or name == "reference"
-            else args.trainer_precision
-            if name == "trainer"
-            else precision
-        )
+        theirs = precision
+        if fp32 or name == "reference":
+            theirs = "fp32"
+        elif name == "trainer":
+            theirs = args.trainer_precision
         specs[name] = base | {
             "subject": name,
             "precision": theirs,
@@ -139,11 +146,12 @@ def make_specs(case: str, threads: int, folder: Path, args) -> dict[str, dict]:
     return specs
 
 
-def compare_case(case: str, threads: int, folder: Path, args) -> list[dict]:
-    """Run one case, print its lines, return them as --json has them."""
+def compare_case(case: str, threads: int, folder: Path, args: argparse.Namespace) -> list[dict]:
+    """Run one case, print its lines, return them as in --json."""
     specs = make_specs(case, threads, folder, args)
-    told = compare(specs, args.steps, args.repetitions)
-    ours, result = told.pop("ours"), []
+    figures = compare(specs, args.steps, args.repetitions)
+    ours = figures.pop("ours")
+    result = []
     same = {
         "name": case,
         "threads": threads,
@@ -151,20 +159,21 @@ def compare_case(case: str, threads: int, folder: Path, args) -> list[dict]:
         "hidden": args.hidden,
         "vocab": args.vocab,
     }
-    if peak := told.pop("peak", None):
-        mfu, flops = middle_ratio(ours["gflops"], peak["gflops"]), statistics.median(peak["gflops"])
+    if peak := figures.pop("peak", None):
+        mfu = middle_ratio(ours["gflops"], peak["gflops"])
+        flops = statistics.median(peak["gflops"])
         precision = specs["ours"]["precision"]
         print(
-            f"| {case} | {threads} | {precision} GEMM peak | MFU {100 * mfu:.0f} % of {flops:,.0f} GFLOP/s | | | | |",
+            f"| {case} | {threads} | {precision} GEMM peak "
+            f"| MFU {100 * mfu:.0f} % of {flops:,.0f} GFLOP/s | | | | |",
             flush=True,
         )
         result.append(same | {"against": "peak", "mfu": mfu})
-    for name, theirs in told.items():
-        speed, memory = (
-            middle_ratio(ours["tokens_per_second"], theirs["tokens_per_second"]),
-            ours["memory_gb"] / theirs["memory_gb"],
-        )
-        mine, others = (statistics.median(x["tokens_per_second"]) for x in (ours, theirs))
+    for name, theirs in figures.items():
+        speed = middle_ratio(ours["tokens_per_second"], theirs["tokens_per_second"])
+        memory = ours["memory_gb"] / theirs["memory_gb"]
+        mine = statistics.median(ours["tokens_per_second"])
+        others = statistics.median(theirs["tokens_per_second"])
         print(
             f"| {case} | {threads} | {name} | {mine:,.0f} | {others:,.0f} | {speed:.2f} | "
             f"{ours['memory_gb']:.2f} / {theirs['memory_gb']:.2f} | {memory:.2f} |",
@@ -183,7 +192,7 @@ def compare_case(case: str, threads: int, folder: Path, args) -> list[dict]:
     return result
 
 
-def compare_all(args):
+def compare_all(args: argparse.Namespace):
     """Every case against every subject."""
     result = []
     print(
@@ -192,7 +201,8 @@ def compare_all(args):
         + "\n"
     )
     print(
-        "| case | threads | against | ours, tokens/s | theirs | ratio | memory, ours / theirs, GB | ratio |\n|---|---|---|---|---|---|---|---|",
+        "| case | threads | against | ours, tokens/s | theirs | ratio "
+        "| memory, ours / theirs, GB | ratio |\n|---|---|---|---|---|---|---|---|",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as name:
@@ -209,7 +219,10 @@ def compare_all(args):
 def run_once(
     work: Path, model: Path, rows: Path, ranks: int, method: str, name: str
 ) -> tuple[float, float]:
-    """(median tokens/s of train.py's later steps, seconds from the command to the first step), one thread a rank."""
+    """(median tokens/s of train.py's later steps, seconds from the command to the first step).
+
+    One thread per rank.
+    """
     out = work / name
     words = [
         "train.py",
@@ -262,12 +275,13 @@ def run_once(
     return statistics.median(speeds[20:]), first
 
 
-def compare_ranks(args):
+def compare_ranks(args: argparse.Namespace):
     """The same global batch on 1 rank (2 passes a step) and on 2."""
     from scripts.prepare_small_model import make_model as make_folder
 
     print(
-        "| method | 1 rank, tokens/s | 2 ranks | ratio | first step after, s: first start, later ones |\n|---|---|---|---|---|",
+        "| method | 1 rank, tokens/s | 2 ranks | ratio "
+        "| first step after, s: first start, later ones |\n|---|---|---|---|---|",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -282,28 +296,26 @@ def compare_ranks(args):
             ffn=ffn_size(args.hidden),
         )
         rows = args.shared / "data" / "finetune" / "spo_0.json"
-        for method in dict.fromkeys(
-            "lora" if case.startswith("lora") else "all" for case in args.cases.split(",")
-        ):
-            told = [
-                [
-                    run_once(work, model, rows, ranks, method, f"{method}-{ranks}")
-                    for ranks in (1, 2)
-                ]
-                for _ in range(args.repetitions)
-            ]
-            one, two = ([pair[i][0] for pair in told] for i in (0, 1))
-            starts = ", ".join(f"{first[1]:.1f}" for first, _ in told)
+        methods = ["lora" if case.startswith("lora") else "all" for case in args.cases.split(",")]
+        for method in dict.fromkeys(methods):
+            one, two, starts = [], [], []
+            for _ in range(args.repetitions):
+                speed, first_s = run_once(work, model, rows, 1, method, f"{method}-1")
+                one.append(speed)
+                starts.append(f"{first_s:.1f}")
+                two.append(run_once(work, model, rows, 2, method, f"{method}-2")[0])
             print(
-                f"| {method} | {statistics.median(one):,.0f} | {statistics.median(two):,.0f} | {middle_ratio(two, one):.2f} | {starts} |",
+                f"| {method} | {statistics.median(one):,.0f} | {statistics.median(two):,.0f} "
+                f"| {middle_ratio(two, one):.2f} | {', '.join(starts)} |",
                 flush=True,
             )
 
 
-def profile(args):
-    """Where the time of the reference goes, and where ours."""
+def profile(args: argparse.Namespace):
+    """Print where the time goes of the reference, of bare and of ours."""
     with tempfile.TemporaryDirectory() as name:
-        folder, args.against = Path(name), "reference,bare"
+        folder = Path(name)
+        args.against = "reference,bare"
         case = args.cases.split(",")[0]
         family = case.split("-")[1]
         (folder / f"{family}.json").write_text(json.dumps(encode(args.shared, family)))
@@ -317,7 +329,7 @@ def profile(args):
             )
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -351,7 +363,8 @@ def main():
     parser.add_argument(
         "--llamafactory",
         metavar="PYTHON",
-        help="python of an environment with llamafactory 0.9.5 (pip install llamafactory==0.9.5); without it that peer is left out",
+        help="python of an environment with llamafactory 0.9.5 (pip install llamafactory==0.9.5); "
+        "without it that peer is left out",
     )
     parser.add_argument(
         "--cpu_time",
@@ -361,7 +374,8 @@ def main():
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="one thread, four cases, 3 turns of one step, against reference and trainer: under 10 minutes",
+        help="one thread, four cases, 3 turns of one step, "
+        "against reference and trainer: under 10 minutes",
     )
     parser.add_argument(
         "--ranks",
@@ -375,17 +389,27 @@ def main():
     for needed in ("data/finetune/spo_0.json", "data/chatglm2-tokenizer"):
         if not (args.shared / needed).exists():
             sys.exit(
-                f"train_speed.py: no such file: {args.shared / needed}; --shared names the folder of the public data"
+                f"train_speed.py: no such file: {args.shared / needed}; "
+                "--shared names the folder of the public data"
             )
     if args.quick:
-        args.threads, args.repetitions, args.steps, args.against = "1", 3, 1, "reference,trainer"
+        args.threads = "1"
+        args.repetitions = 3
+        args.steps = 1
+        args.against = "reference,trainer"
         args.cases = "lora-glm2,lora-glm2-fp32,full-glm2,lora-glm"
     if "llamafactory" in args.against and not args.llamafactory:
         print(
-            "llamafactory is left out: --llamafactory names the python of an environment with it (pip install llamafactory==0.9.5)"
+            "llamafactory is left out: --llamafactory names the python of an environment with it "
+            "(pip install llamafactory==0.9.5)"
         )
         args.against = ",".join(name for name in args.against.split(",") if name != "llamafactory")
-    (profile if args.profile else compare_ranks if args.ranks else compare_all)(args)
+    if args.profile:
+        profile(args)
+    elif args.ranks:
+        compare_ranks(args)
+    else:
+        compare_all(args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Where tests find goldens and public data: `shared` beside the repository, or $GLM_FOUNDRY_SHARED."""
+"""Where tests read goldens and public data: `shared` next to the repository.
+
+$GLM_FOUNDRY_SHARED names another folder.
+"""
 
 import json
 import os
@@ -11,7 +14,7 @@ SHARED = Path(os.environ.get("GLM_FOUNDRY_SHARED", REPO_ROOT.parent / "shared"))
 
 
 def shared_file(relative: str) -> Path:
-    """Path of a file or folder under SHARED; skips the test (or the module, at import) where it is absent."""
+    """Path of a file or folder under SHARED; skips the test without it (at import, the module)."""
     path = SHARED / relative
     if not path.exists():
         reason = f"needs {relative}, not found under {SHARED} (set GLM_FOUNDRY_SHARED)"

@@ -61,7 +61,10 @@ def named(path: Path) -> str:
 
 
 def imports(tree: ast.AST):
-    """Every (top package, node) that a tree imports, also inside functions; relative imports are the package's own."""
+    """Every (top package, node) that a tree imports, in functions too.
+
+    Relative imports resolve to it.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name.split(".")[0], node) for alias in node.names)
@@ -93,7 +96,10 @@ def test_module_level_is_free_of_torch(name):
 
 @pytest.mark.parametrize("room", PURE)
 def test_serving_is_pure(room):
-    """numpy, scipy and the standard library, inside functions too; of the floors below only TAKEN. matplotlib draws."""
+    """numpy, scipy and the standard library, in functions too; of lower floors only TAKEN.
+
+    Pictures may import matplotlib.
+    """
     for path in (ROOT / "serving" / room).glob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         found = {package for package, _ in imports(tree)} - set(sys.stdlib_module_names)
@@ -140,7 +146,8 @@ def test_nothing_imports_in_a_circle():
     "name", ["predictor.runtime", "predictor.prediction", "serving.deployment.deployers"]
 )
 def test_serving_loads_no_training_code(name):
-    code = f"import sys, {name}; print([m for m in ('torch', 'transformers', 'deepspeed', 'peft', 'scipy') if m in sys.modules])"
+    heavy = ("torch", "transformers", "deepspeed", "peft", "scipy")
+    code = f"import sys, {name}; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

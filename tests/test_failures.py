@@ -1,4 +1,4 @@
-"""Commands with wrong files fail in one line: a sample of benchmarks/failures.py, and its judgement."""
+"""Wrong files fail in one line: a sample of benchmarks/failures.py, and its classification."""
 
 import json
 import os

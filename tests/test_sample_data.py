@@ -1,4 +1,4 @@
-"""The sample data: committed files equal what the generator writes, splits are apart, the tokenizer reads them back."""
+"""Sample data: committed files equal the generator's, splits are disjoint, tokenizer decodes."""
 
 import hashlib
 import json
@@ -199,7 +199,7 @@ def test_tokenizer_round_trips_the_data_and_strange_text(pieces):
 
 
 def test_a_word_is_the_same_pieces_in_the_answer_as_in_the_text(pieces):
-    """Copying needs it: at the start of an answer a word must not melt into the space put before the text."""
+    """Copying needs it: an answer's first word must not merge with the space before the text."""
     bad = total = 0
     for row in read_rows("spo_test.json"):
         text = " ".join(map(str, pieces.encode(row["input"])[1:])) + " "

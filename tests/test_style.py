@@ -1,4 +1,4 @@
-"""The readability figures of scripts/style_report.py: that they are counted right, and that the aims hold."""
+"""The readability figures of scripts/style_report.py: counted right, and within the aims."""
 
 import ast
 

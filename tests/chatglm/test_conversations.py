@@ -1,4 +1,7 @@
-"""Conversations as training rows: B.4 token by token for ChatGLM3, rounds for ChatGLM2, one row an answer for ChatGLM-6B."""
+"""Conversations as training rows, compared token by token with the originals.
+
+ChatGLM3 as in section B.4; ChatGLM2 as rounds; ChatGLM-6B as one row per answer.
+"""
 
 import json
 import keyword
@@ -43,7 +46,7 @@ def test_every_family_has_a_layout():
 
 
 def official(tokenizer, item, max_len):
-    """ChatGLM3's demo (seeds, B.4), written down step by step: ids and labels before the model's own shift."""
+    """ids and labels of ChatGLM3's demo (seeds, B.4), step by step, before the shift by one."""
     enc, command = tokenizer.encode_text, tokenizer.get_command
     ids, flags = [command("[gMASK]"), command("sop")], [0, 0]
 
@@ -112,7 +115,10 @@ ITEM = st.fixed_dictionaries(
 @settings(max_examples=80, deadline=None, database=None)
 @given(ITEM, st.sampled_from([10_000, 20, 40]))
 def test_glm3_is_the_demos(tokenizers, item, max_len):  # noqa: F811
-    """Ids and labels are the demo's; the other convention adds the role token of each answer that carries loss, and nothing else."""
+    """Ids and labels equal the demo's; the other convention adds only role tokens as labels.
+
+    Those are the role tokens of the answers that carry loss.
+    """
     from finetune.rows.formats import FORMATS
 
     turns = FORMATS["chatglm3"].read(item, "")
@@ -147,7 +153,10 @@ def test_one_round_is_the_single_row(tokenizers, name):  # noqa: F811
 
 
 def test_glm2_rounds(tokenizers):  # noqa: F811
-    """Before each answer stands the text of a chat; after it the end token is learnt, and not read."""
+    """Each answer follows the chat's own prompt.
+
+    The end token after it is a label, not an input.
+    """
     tokenizer = tokenizers["glm2"]
     (made,) = encode("glm2", tokenizers, TALK)
     end = tokenizer.get_command("</s>")

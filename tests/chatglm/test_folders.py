@@ -1,4 +1,4 @@
-"""Folders and adapters as people bring them: what is read all the same, and one line for what is not."""
+"""Model and adapter folders as people bring them: what loads, and one-line errors for the rest."""
 
 import ast
 import json
@@ -288,8 +288,8 @@ def test_a6_the_first_misfit_is_named_with_both_shapes(model_folder):
     for load in (load_model, AutoModelForCausalLM.from_pretrained):
         text = refusal(load, model_folder)
         assert (
-            f"{model_folder}: transformer.embedding.word_embeddings.weight has shape [400, 40], config.json asks for [400, 48]"
-            in text
+            f"{model_folder}: transformer.embedding.word_embeddings.weight has shape [400, 40], "
+            "config.json asks for [400, 48]" in text
         )
 
 
@@ -577,7 +577,7 @@ def test_a_runs_folder_names_a_checkpoint(tmp_path):
 
 
 def test_a8_an_adapter_names_no_module_to_import(adapter_folder, monkeypatch):
-    """peft imports what megatron_core says, which may lie in the folder that a command is started in."""
+    """peft imports megatron_core, which may exist in the folder that a command is started in."""
     (adapter_folder / "evil_layers.py").write_text(f"open({str(adapter_folder / 'ran')!r}, 'w')")
     monkeypatch.syspath_prepend(str(adapter_folder))
     edit_config(

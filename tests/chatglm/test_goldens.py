@@ -1,7 +1,8 @@
-"""The three models against the goldens: every number of the originals that an implementation can show.
+"""The three models against the goldens: every number of the originals that can be compared.
 
-`python -m tests.chatglm.test_goldens` prints the largest difference of each fixture as a markdown table. Padding
-positions are left out: the originals let them see everything, and nobody reads them.
+`python -m tests.chatglm.test_goldens` prints the largest difference of each fixture as a markdown
+table. Padding positions are left out: the originals let them attend to everything, and their
+outputs are not used.
 """
 
 import json
@@ -74,7 +75,7 @@ class Golden:
         return torch.arange(self["right.input_ids"].shape[1]) < lengths[:, None]
 
     def masks(self, start):
-        """The padded batch's mask in every form a caller may give it: 2-D, and 4-D with True = masked."""
+        """The padded batch's mask in every accepted form: 2-D, or 4-D with True = masked."""
         mask = self[f"{start}attention_mask"]
         if mask.dim() == 2:
             return [mask, ~self.visible(mask.bool())]
@@ -104,7 +105,10 @@ def relative(ours, theirs) -> float:
 
 
 class Spy:
-    """What the blocks were given and gave: masks and rotary angles, outputs of attention, MLP and block."""
+    """Inputs and outputs of the blocks: masks, rotary angles.
+
+    Outputs of attention, MLP and block.
+    """
 
     def __init__(self, model):
         body = model.transformer
@@ -138,11 +142,11 @@ class Spy:
             handle.remove()
 
 
-# ---- the measurements: each yields (fixture, difference, tolerance), a fixture once per way to compute it
+# ---- the measurements: each yields (fixture, difference, tolerance), once per way to compute it
 
 
 def train(model, g, start, loss_name="loss"):
-    """Loss, every gradient tensor and every gradient norm of a training step on the right-padded batch."""
+    """Loss, gradient tensors and gradient norms of a training step on the right-padded batch."""
     model.zero_grad()
     loss = model(input_ids=g["right.input_ids"], labels=g["right.labels"], use_cache=False).loss
     loss.backward()
@@ -198,7 +202,8 @@ def measure_forward(g):
         for mask in g.masks("left."):
             for inputs in ({}, {"position_ids": positions}):
                 if mask.dim() == 4 and not inputs and g.family != "glm":
-                    continue  # a 4-D mask does not number ChatGLM2's positions; ChatGLM-6B finds its own
+                    # ChatGLM2 derives no positions from a 4-D mask; ChatGLM-6B computes its own.
+                    continue
                 with Spy(model) as spy:
                     logits = model(ids, attention_mask=mask, **inputs).logits
                 yield "left.logits", gap(logits[real], g["left.logits"][real]), LOGITS
@@ -282,7 +287,8 @@ def measure_rope(g):
 
 def measure_train(g):
     yield from train(g.model, g, "train")
-    # train mode drops nothing, a single row has its own mean, and an attention mask changes no real token
+    # train mode drops nothing, the mean over a single row is that row's, and an attention mask
+    # changes no real token
     rows = zip(
         g["right.input_ids"],
         g["right.labels"],
@@ -355,7 +361,10 @@ def measure_lora(g):
 
 
 def write_prefix(g, kind, folder, layout):
-    """A P-Tuning folder: `layout` "prefix" holds nothing but the prefix, "full" all weights, "bin" both in a .bin."""
+    """A P-Tuning folder of the given layout.
+
+    "prefix" has only the prefix, "full" all weights, "bin" both in a .bin.
+    """
     folder = shutil.copytree(g.folder / "checkpoint", Path(folder, layout))
     state = g.prefix_state(kind)
     config = json.loads((folder / "config.json").read_text())
@@ -460,7 +469,10 @@ def test_parameter_names_are_the_checkpoints(family):
 
 
 def golden_table(count: int | None = None) -> list[dict]:
-    """family, fixture, difference (the largest of all ways to compute it) and tolerance of every fixture, or of the first `count`."""
+    """Family, fixture, largest difference and tolerance of every fixture, or of the first `count`.
+
+    The difference is the largest over all ways to compute the fixture.
+    """
     rows = []
     for param in list(fixtures())[:count]:
         family, name = param.values
@@ -475,7 +487,8 @@ def print_table(rows):
     print("| family | fixture | largest difference | tolerance |\n| --- | --- | --- | --- |")
     for row in rows:
         print(
-            f"| {row['family']} | {row['fixture']} | {row['difference']:.1e} | {row['tolerance']:.0e} |"
+            f"| {row['family']} | {row['fixture']} "
+            f"| {row['difference']:.1e} | {row['tolerance']:.0e} |"
         )
 
 

@@ -1,4 +1,7 @@
-"""Backward passes written by hand, against autograd through the plain formula in fp64: every choice of gradients, every dtype."""
+"""Hand-written backward passes against autograd through the plain formula in fp64.
+
+Every choice of trained inputs, every dtype.
+"""
 
 import pytest
 import torch
@@ -45,8 +48,10 @@ def assert_close(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, 
 
 
 def check(function, plain, inputs, trained, dtype, *, kind="dense", factor=1.0, out_dtype=None):
-    """`function` on inputs in `dtype` is `plain` on the same numbers in fp64, and so is the gradient of every input that is
-    `trained`; the others get none, and neither inputs nor the incoming gradient are written to.
+    """`function` in `dtype` equals `plain` on the same numbers in fp64, and so do the gradients.
+
+    Inputs that are `trained` get equal gradients, the others none; neither the inputs nor the
+    incoming gradient are written to.
     """
     inputs = [x.to(dtype) for x in inputs]
 
@@ -114,7 +119,7 @@ def test_swiglu(batch, length, width, dtype, kind):
 
 
 def rotate(x, turns, heads, pairs_of):
-    """eq. 34 as complex products: `pairs_of` lists which two dims make a number, and which turn it gets."""
+    """eq. 34 as complex products; `pairs_of` lists the two dims of each number and its angle."""
     out = x.clone()
     for a, b, turn in pairs_of:
         z = torch.complex(x[:, :, :heads, a], x[:, :, :heads, b]) * turns[..., turn]
@@ -135,7 +140,10 @@ def rotate(x, turns, heads, pairs_of):
     GRADS,
 )
 def test_rotate(way, batch, length, turned, others, quarter, per_row, dtype, kind):
-    """The first heads turn, the others and (in pairs) the second half of each head stay, bit for bit."""
+    """The first heads rotate.
+
+    The others, and the second half of a head in pairs, stay bit for bit.
+    """
     dim, heads = 4 * quarter, turned + others
     angles = 7 * noise(
         3, batch if per_row else 1, length, 1, quarter if way == "pairs" else 2 * quarter
@@ -220,7 +228,7 @@ def test_cpu_attention(which, block, length, more, batch, heads, dtype, kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [2 * kernels.QUERY_BLOCK + 7, 2 * kernels.QUERY_BLOCK])
 def test_cpu_attention_of_whole_blocks(length, dtype):
-    """Of the size it is used with, and with the views it is given: heads of one product, transposed."""
+    """At the size used in training, and with its views: heads of one product, transposed."""
     qkv = noise(1, 1, length, 6, 16)
     for prefix in (0, 9):
         mask = causal_mask(length, length + prefix, "cpu")
@@ -277,7 +285,10 @@ def loss_inputs(rows: int, words: int, biased: bool, size=1.0):
 def test_cross_entropy(
     rows, words, biased, trained, size, scale, factor, logits_bytes, cached_bytes, dtype, smoothing
 ):
-    """In one piece and in many, for every choice of what trains; also where the loss is multiplied afterwards."""
+    """In one chunk and in many, for every choice of trained inputs.
+
+    Also with the loss scaled after.
+    """
     inputs, targets = loss_inputs(
         rows, words, biased, size if dtype == torch.float32 else 1
     )  # large logits in bf16 are other logits
@@ -314,7 +325,7 @@ def test_cross_entropy(
 
 
 def test_cross_entropy_in_fp16_scales_at_last():
-    """One share in 30 million of a softmax over words is no fp16 number; with the loss scale it is."""
+    """A softmax share of 1 in 30 million underflows in fp16; with the loss scale it does not."""
     inputs, targets = loss_inputs(40, 300, False, 0.3)
     leaves = [x.half().requires_grad_() for x in inputs]
     exact = [x.detach().double().requires_grad_() for x in leaves]

@@ -1,4 +1,7 @@
-"""Folders of every kind: what loads, what is refused and how it is said; and conversations with what was loaded."""
+"""Folders of every kind: what loads, what is refused with which error.
+
+Chats with what was loaded.
+"""
 
 import json
 import os
@@ -37,7 +40,7 @@ def edit_config(folder, file="config.json", drop=(), **changes):
 
 
 def prefix_folder(source, target, family, keep_base=False, **options):
-    """A folder with a P-Tuning prefix of 3 tokens: alone, or beside the weights. Returns it and the tuned model."""
+    """(folder with a P-Tuning prefix of 3 tokens, the tuned model); with or without the weights."""
     torch.manual_seed(1)
     model = load_model(source, mode=family, pre_seq_len=3, **options)
     model.config.save_pretrained(target)
@@ -348,7 +351,8 @@ def test_import_is_quick_and_free_of_torch():
 import time; start = time.perf_counter()
 import sys, chatglm
 took = time.perf_counter() - start
-assert chatglm.FAMILIES and not {"torch", "transformers", "sentencepiece", "numpy"} & set(sys.modules)
+heavy = {"torch", "transformers", "sentencepiece", "numpy"}
+assert chatglm.FAMILIES and not heavy & set(sys.modules)
 print(took)
 """
     assert min(float(python(code)) for _ in range(2)) < 0.5
@@ -367,7 +371,8 @@ def test_auto_classes_in_any_order_of_imports(tiny_folders, imports):
 {imports}
 for family, folder in { ({f: str(p) for f, p in tiny_folders.items()})!r}.items():
     assert AutoConfig.from_pretrained(folder).glm_family == family
-    assert type(AutoModelForCausalLM.from_pretrained(folder)).__module__.startswith("chatglm.modeling_glm")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(model).__module__.startswith("chatglm.modeling_glm")
     assert AutoTokenizer.from_pretrained(folder).family == family
 print("fine")
 """
@@ -399,7 +404,10 @@ def script(model, ids):
 
 
 def conversation(chats, family, answer, **options):
-    """(chat's result, all of stream_chat's) where the model says `answer`, a list of texts and control ids."""
+    """(chat's result, all of stream_chat's) for a model that answers `answer`.
+
+    `answer` is a list of texts and control ids.
+    """
     model, tokenizer = chats[family]
     ids = []
     for part in answer:
@@ -611,7 +619,10 @@ def test_an_abandoned_stream_stops_generating(tiny_folders):
 )
 def test_our_models_are_registered_whatever_is_imported_first(code):
     """transformers.modeling_layers imports the auto module, and our models import it."""
-    check = "import sys; from transformers import AutoModel; assert 'chatglm.modeling_glm2' in sys.modules"
+    check = (
+        "import sys; from transformers import AutoModel; "
+        "assert 'chatglm.modeling_glm2' in sys.modules"
+    )
     done = subprocess.run(
         [sys.executable, "-c", f"{code}; {check}"], cwd=REPO_ROOT, capture_output=True, text=True
     )

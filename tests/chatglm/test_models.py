@@ -1,4 +1,4 @@
-"""What the models promise, at sizes the fixtures do not have and with random weights in every tensor."""
+"""Properties of the models at sizes that the fixtures lack, with random values in every tensor."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def family_of(model):
 
 
 def row(family, length, seed=0, answer=None):
-    """One row of `length` >= 4 ids. ChatGLM-6B: text, [gMASK], <sop>, and the last `answer` ids after it."""
+    """One row of `length` >= 4 ids; ChatGLM-6B's is text, [gMASK], <sop> and `answer` ids."""
     ids = torch.randint(6, 50, (length,), generator=torch.Generator().manual_seed(seed))
     if family == "glm":
         answer = length // 3 if answer is None else answer
@@ -57,7 +57,10 @@ def prompt_rows(family, *lengths):
 
 
 def step_logits(model, ids, cuts, give):
-    """Logits of a row fed in pieces: `cuts` are the pieces' ends; `give` names what the caller passes with each."""
+    """Logits of a row fed in chunks that end at `cuts`.
+
+    `give` names what the caller passes with each.
+    """
     cache, logits, start = None, [], 0
     for end in cuts:
         inputs = {}
@@ -188,7 +191,7 @@ def test_embeddings_in_place_of_ids_and_logits_to_keep(variant, prefix):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_cache_of_fixed_size_is_refused(variant):
-    """transformers makes a 4-D mask for it whose True means visible; in the originals' masks it means masked."""
+    """transformers builds a 4-D mask whose True means visible; in the originals it means masked."""
     model = model_of(variant)
     with pytest.raises(ValueError, match="needs a cache that grows"):
         generate(model, prompt_rows(family_of(model), 5, 7), 3, cache_implementation="static")
@@ -447,7 +450,10 @@ def test_rope_ratio_stretches_positions_in_glm2_and_the_base_in_glm3():
 
 @torch.no_grad()
 def test_without_multi_query_attention_each_head_has_its_own_query_key_and_value():
-    """The originals' layout there, as ChatGLM-6B's; with groups, as many as heads too, it is all q, all k, all v."""
+    """Fused q, k, v as in ChatGLM-6B; with groups the layout is all q, all k, all v.
+
+    That also holds for as many groups as heads.
+    """
     model = tiny_model("glm2", multi_query_attention=False)
     grouped = tiny_model("glm2", multi_query_group_num=6)
     state = model.state_dict()
@@ -512,7 +518,10 @@ def test_sharded_bin_with_old_rotary_tables(variant, tmp_path):
 
 
 def test_fresh_weights_are_the_originals(tmp_path):
-    """A prefix added to a checkpoint starts as torch's layers do, and drops out in training only."""
+    """A prefix added to a checkpoint is initialised as torch's layers are.
+
+    Dropout in training only.
+    """
     base = model_of("glm2")
     base.save_pretrained(tmp_path)
     for name, width in (("v2", 2 * 3 * 3 * 8), ("v2-mlp", 2 * 3 * 3 * 8), ("v1", 40)):
@@ -544,7 +553,7 @@ def test_fresh_weights_are_the_originals(tmp_path):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_trainer_trains(variant, tmp_path):
-    """Two micro-batches of unequal numbers of labels a step: the loss is the mean over both batches' labels."""
+    """Two micro-batches with unequal label counts: the loss is the mean over the labels of both."""
     family, own = VARIANTS[variant]
     model = tiny_model(family, **own)
     data = []

@@ -1,4 +1,7 @@
-"""Sequences in one row are the sequences alone: values, gradients and blindness, for every architecture and every P-Tuning."""
+"""Packed sequences equal the sequences alone: values, gradients, no attention across sequences.
+
+For every architecture and every P-Tuning.
+"""
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ SEQUENCES = st.lists(st.tuples(st.integers(4, 14), st.integers(0, 99)), min_size
 
 
 def pack(model, sequences, shared=None):
-    """The body's arguments for sequences end to end; with `shared`, the first is the trunk of the others."""
+    """The body's arguments for packed sequences; with `shared`, the first is the others' prefix."""
     ids, lengths = torch.cat(sequences)[None], [len(ids) for ids in sequences]
     shared = [0] + [shared] * (len(lengths) - 1) if shared else [0] * len(lengths)
     return {
@@ -48,7 +51,10 @@ def assert_near(found, wanted):
 @settings(max_examples=8, deadline=None, database=None)
 @given(shapes=SEQUENCES, draw=st.data())
 def test_packed_is_separate(variant, prefix, shapes, draw):
-    """Hidden states and every gradient; with `keep`, those of any places, the whole last layer computing no others."""
+    """Hidden states and every gradient.
+
+    With `keep`, the last layer computes only those positions.
+    """
     model = model_of(variant, prefix)
     rows = draw_rows(model, shapes)
     alone = torch.cat([hidden(model, input_ids=ids[None], use_cache=False) for ids in rows], dim=1)
@@ -105,8 +111,9 @@ def test_a_shared_trunk_changes_nothing(variant, prefix, trunk, shapes, draw):
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_no_sequence_sees_another(variant, prefix, attn):
-    """Other tokens in one sequence move no bit of the others. Naive packing, a row under a mask of ones, leaks: what this
-    test would see if isolation were lost.
+    """Other tokens in one sequence change no bit of the others.
+
+    Naive packing, one row under a mask of ones, leaks; that shows what this test would see.
     """
     model = model_of(variant, prefix)
     model.set_attn_implementation(attn)
@@ -171,7 +178,10 @@ def test_backends_agree(variant, prefix):
 @pytest.mark.parametrize("variant", CAUSAL)
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_flash_backends_get_no_mask_that_they_cannot_take(variant, prefix):
-    """Flash kernels know causality and a 2-D mask of padding, nothing else: packed rows must be refused or need no more."""
+    """Flash kernels know a causal mask and 2-D padding only.
+
+    Packed rows need no more than that, or are refused.
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     from chatglm.layers import eager_attention

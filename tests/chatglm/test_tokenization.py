@@ -1,4 +1,4 @@
-"""Tokenizers against the goldens of the originals, and the rule that text never becomes a control token."""
+"""Tokenizers against the originals' goldens; plain text never becomes a control token."""
 
 import copy
 import json
@@ -36,7 +36,10 @@ TYPED = [entry for entry in GOLDEN["glm"]["strings"] if "MASK]" in entry["text"]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """One source folder per family; glm3 has glm2's SentencePiece model and a tokenizer_config made here."""
+    """One source folder per family.
+
+    Glm3's is glm2's SentencePiece model with a new tokenizer_config.
+    """
     glm3 = tmp_path_factory.mktemp("glm3")
     shutil.copy(shared_file("data/chatglm2-tokenizer/tokenizer.model"), glm3)
     (glm3 / "tokenizer_config.json").write_text('{"name_or_path": "THUDM/chatglm3-6b"}')
@@ -342,7 +345,7 @@ def test_glm3_chat_cannot_be_escaped(tokenizers):
 
 @pytest.fixture(scope="module")
 def width_folding_folder(tmp_path_factory):
-    """A SentencePiece model with NFKC, which folds full-width forms to ASCII before it looks up pieces."""
+    """A SentencePiece model with NFKC, which folds full-width forms to ASCII before the lookup."""
     folder = tmp_path_factory.mktemp("nfkc")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["gMASK [x] <sop> user 你好 世界 ab abc"] * 20),
@@ -627,7 +630,10 @@ def test_encoding_cost_is_linear_and_loading_is_quick(folders, tokenizers):
 
 
 def test_families_module_needs_neither_torch_nor_transformers():
-    code = "import sys, chatglm.families; print({'torch', 'transformers', 'sentencepiece'} & set(sys.modules))"
+    code = (
+        "import sys, chatglm.families; "
+        "print({'torch', 'transformers', 'sentencepiece'} & set(sys.modules))"
+    )
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=REPO_ROOT, capture_output=True, text=True, check=True
     )

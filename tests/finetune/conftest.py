@@ -12,7 +12,10 @@ from tests.finetune.runs import METHODS, ROOT, STOPS, TWO_RANKS, launch, make_ro
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory) -> dict[str, Path]:
-    """{family: folder} of a random model, 2 layers of 64, with its tokenizer; "glm2-seed" and "glm2-wide" are others."""
+    """{family: folder} of random models, 2 layers of 64, with tokenizers.
+
+    Also "glm2-seed", "glm2-wide".
+    """
     from scripts.prepare_small_model import make_model
     from scripts.prepare_tokenizer import main as make_tokenizer
 
@@ -54,7 +57,10 @@ def rows_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def ds_files(tmp_path_factory) -> dict[str, str]:
-    """{name: path} of the ZeRO-3 files with every weight partitioned: by default ZeRO-3 leaves weights as small as ours whole."""
+    """{name: path} of the ZeRO-3 files changed to partition every weight.
+
+    By default ZeRO-3 leaves weights as small as the tests' whole.
+    """
     folder = tmp_path_factory.mktemp("ds_configs")
     for file in (ROOT / "ds_configs").glob("ds_zero3*.json"):
         ds = json.loads(file.read_text())
@@ -122,8 +128,11 @@ def adapter(flags, train, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def two_ranks(flags, rows_file, tmp_path_factory) -> list[list[str]]:
-    """The flags of TWO_RANKS, all trained on 2 ranks; a sixth, with dropout, has gone its second half twice, the last
-    time resumed from its middle, and a seventh is the sixth without interruption; an eighth stops early."""
+    """The flags of TWO_RANKS, and of three runs more, all trained on 2 ranks.
+
+    The sixth, with dropout, ran its second half twice, the second time resumed from its middle;
+    the seventh is the sixth without interruption; the eighth stops early.
+    """
     folder = tmp_path_factory.mktemp("two_ranks")
     shared = ["--per_device_train_batch_size", 2, "--num_train_epochs", 2, "--ds_file"]
     cases = [

@@ -99,7 +99,7 @@ def rows_of(data) -> list[tuple[str, list[int], int, list[int] | None]]:
 
 
 def child_env(**extra) -> dict[str, str]:
-    """The environment of a command line: without the ranks that training in this process has set."""
+    """A command line's environment, without the rank variables that training here has set."""
     env = {k: v for k, v in os.environ.items() if k not in LAUNCHED}
     path = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
     return (

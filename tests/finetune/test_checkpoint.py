@@ -1,4 +1,7 @@
-"""Whatever kills a run, the last committed checkpoint loads and the repeated steps are the uninterrupted run's, bit for bit."""
+"""Whatever kills a run, the last committed checkpoint loads.
+
+The repeated steps equal the uninterrupted run's, bit for bit.
+"""
 
 import json
 import os
@@ -105,7 +108,10 @@ PLACES = ["mkdir", "shards", "export", "config", "flush", "rename", "after_renam
 
 @pytest.mark.parametrize("place", PLACES)
 def test_killed_at_every_point_of_a_save(flags, train, tmp_path, monkeypatch, whole, place):
-    """The second of the saves dies at `place`; the resumed run ends as the uninterrupted one and leaves no litter."""
+    """The second save dies at `place`.
+
+    The resumed run ends as an uninterrupted one, without leftovers.
+    """
     from finetune import checkpoint, task
 
     words = flags(tmp_path / "out", *LONG, "--save_total_limit", 1)
@@ -190,9 +196,8 @@ def test_kill_9(flags, train, tmp_path, whole, moment):
         child.kill()
         child.wait()
     newest = committed_checkpoints(tmp_path / "out")[-1]
-    print(
-        f"waited {wait:.3f} s, newest {newest.name}, litter {[p.name for p in (tmp_path / 'out').glob('.epoch-*')]}"
-    )
+    litter = [p.name for p in (tmp_path / "out").glob(".epoch-*")]
+    print(f"waited {wait:.3f} s, newest {newest.name}, litter {litter}")
     train([*words, "--resume_from_checkpoint", "auto"])
     assert same_losses(tmp_path / "out", whole)
     assert (
@@ -267,7 +272,8 @@ def test_changed_data_is_refused(flags, whole, tmp_path, capsys, rows_file):
     [
         (
             lambda m: m | {"world_size": 3},
-            "3 ranks in steps of 12 rows, this run has 1 and steps of 4: go on with --gradient_accumulation_steps 3",
+            "3 ranks in steps of 12 rows, this run has 1 and steps of 4: "
+            "go on with --gradient_accumulation_steps 3",
         ),
         (lambda m: m | {"format_version": 99}, "format version 99"),
         (lambda m: m | {"zero_stage": 3}, "ZeRO-3 state, this run is on ZeRO-2"),
@@ -322,7 +328,7 @@ class Bomb:
 def test_t3_later_checkpoints_are_set_aside_on_an_explicit_resume(
     flags, train, tmp_path, rows_file, capsys
 ):
-    """Their weights and metrics are another run's; best.json names one of this run, by its own evaluation rows."""
+    """Their weights and metrics are another run's; best.json names one by this run's eval rows."""
     out = tmp_path / "out"
     words = flags(out, *LONG, "--lora_dropout", 0, "--report_to", "")
     train([*words, "--eval_path", str(rows_file)])
@@ -360,7 +366,7 @@ def test_t3_later_checkpoints_are_set_aside_on_an_explicit_resume(
     )
     run = json.loads((out / "run.json").read_text())
     assert run["best"]["value"] == now["value"]
-    # and with the same evaluation rows again, the first checkpoint counts, and the newest is resumed
+    # with the first evaluation rows again, the first checkpoint counts, and the newest is resumed
     assert (
         train([*words, "--resume_from_checkpoint", str(first), "--eval_path", str(rows_file)]).name
         == "epoch-3-step-12"
@@ -376,7 +382,10 @@ def test_t3_later_checkpoints_are_set_aside_on_an_explicit_resume(
 def test_t5_paths_are_compared_by_content(
     flags, train, tmp_path, bases, rows_file, ds_files, capsys
 ):
-    """The base, the rows and the DeepSpeed file at other paths are the same; other content at the same path is not."""
+    """Base, rows and DeepSpeed file may move to other paths.
+
+    Other content at one path is refused.
+    """
     out = tmp_path / "out"
     shared = ["--max_steps", 2, "--save_model_step", 1]
     train(flags(out, *shared, "--ds_file", ROOT / "ds_configs" / "ds_zero2.json"))
@@ -475,7 +484,10 @@ def test_an_earlier_run_is_not_mixed_with(flags, train, tmp_path, capsys):
 
 @pytest.mark.parametrize("ds_file", ["ds_zero2.json", "ds_zero3_no_offload.json"])
 def test_ptuning_goes_on_from_a_prefix_folder(flags, train, tmp_path, ds_file):
-    """A saved prefix is the next run's start, also where ZeRO-3 partitions it; no other method may drop it silently."""
+    """A saved prefix is the next run's start, also under ZeRO-3.
+
+    No other method may silently drop it.
+    """
     first = train(flags(tmp_path / "a", "--max_steps", 2, method="ptuning-v2"))
     words = flags(
         tmp_path / "b",

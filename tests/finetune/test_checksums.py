@@ -1,4 +1,7 @@
-"""Nothing loads, resumes or merges that was not read whole: checksums of every file, and how a deliberate change goes on."""
+"""Nothing incomplete loads, resumes or merges: checksums of every file.
+
+And how to continue after a deliberate change.
+"""
 
 import json
 import shutil

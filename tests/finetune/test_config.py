@@ -1,4 +1,4 @@
-"""Flags: ChatGLM-Finetuning's, row by row; spellings, files of flags, and one clear line for what is wrong."""
+"""Flags: ChatGLM-Finetuning's, row by row; spellings, YAML files, and one-line errors."""
 
 import dataclasses
 import json
@@ -231,7 +231,8 @@ def test_flags_that_change_nothing_may_be_given():
 def test_config_file(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(
-        "learning_rate: 1e-4\nis_skip: yes\nshare_prefix: 'False'\nmax_steps: 7\nlora_dim: 4\nmode:\nlora_dropout: 0\n"
+        "learning_rate: 1e-4\nis_skip: yes\nshare_prefix: 'False'\nmax_steps: 7\n"
+        "lora_dim: 4\nmode:\nlora_dropout: 0\n"
     )
     config = parse_config([*NEEDED, "--config", str(file), "--lora_dim", "2"])
     assert (
@@ -281,7 +282,13 @@ def test_refused_config_file(tmp_path, capsys, text, said):
 
 
 def test_help_is_quick_and_free_of_torch():
-    words = "import sys, train\ntry: train.main(['--help'])\nexcept SystemExit: pass\nprint(sorted({'torch', 'numpy', 'transformers', 'deepspeed', 'peft', 'datasets'} & set(sys.modules)))"
+    words = (
+        "import sys, train\n"
+        "try: train.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'deepspeed', 'peft', 'datasets'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", words],
         cwd=ROOT,
@@ -327,7 +334,10 @@ def test_changed_flags_are_named():
 
 
 def test_t9_hostile_yaml_is_refused_quickly(tmp_path, capsys):
-    """An alias bomb, deep nesting and a value of a megabyte: one short line each, and an alias of one value is read."""
+    """An alias bomb, deep nesting, a value of 1 MB: a short line each.
+
+    One alias of a scalar is read.
+    """
     file, lines = tmp_path / "c.yaml", ["a: &a [x, x, x, x, x, x, x, x, x]"]
     lines += [
         f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]"

@@ -14,8 +14,12 @@ def test_a_port_that_needs_root_falls_back():
     start = open("/proc/sys/net/ipv4/ip_unprivileged_port_start").read()
     if int(start) <= 520:
         pytest.skip(f"ports from {int(start)} on are free for everyone here")
-    # Another user, without root's rights; a process of its own, for a fork of this one may be refused its memory.
-    code = "import os; from finetune.distributed import allowed_port; os.geteuid() or os.setuid(65534); print(allowed_port(520))"
+    # Another user, without root's rights, in a new process: setuid in a fork of this one may fail
+    # for lack of memory.
+    code = (
+        "import os; from finetune.distributed import allowed_port; "
+        "os.geteuid() or os.setuid(65534); print(allowed_port(520))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPO_ROOT, capture_output=True, text=True, check=True
     )
@@ -29,7 +33,8 @@ def test_a_free_port_is_kept():
 def test_cpu_adam_that_cannot_build_falls_back(tmp_path):
     code = (
         "import torch; from finetune.distributed import cpu_adam;"
-        "print(cpu_adam([torch.nn.Parameter(torch.zeros(4))], {'lr': 1e-3, 'betas': (0.9, 0.95), 'eps': 1e-8, 'weight_decay': 0.0}))"
+        "settings = {'lr': 1e-3, 'betas': (0.9, 0.95), 'eps': 1e-8, 'weight_decay': 0.0};"
+        "print(cpu_adam([torch.nn.Parameter(torch.zeros(4))], settings))"
     )
     env = os.environ | {
         "CXX": "/bin/false",

@@ -1,4 +1,4 @@
-"""DeepSpeed files as people edit them: sections switched off with null, of another kind, in other encodings."""
+"""DeepSpeed files as people edit them: null sections, wrong types, other encodings."""
 
 import json
 
@@ -55,7 +55,7 @@ def filled(file: str) -> dict:
     "path", [path for path in OBJECTS if path not in ("optimizer.type", "scheduler.type")]
 )
 def test_t4_null_is_absent(tmp_path, path):
-    """In every section: the configuration, and the estimate of memory, are those of a file without it."""
+    """In every section: configuration and memory estimate are those of a file without it."""
     null = filled(written(tmp_path, changed(path, None)))
     assert null == filled(written(tmp_path, changed(path, None, drop=True)))
     assert read_zero(written(tmp_path, changed(path, None)), 64) == read_zero(

@@ -11,7 +11,8 @@ import train as command_line
 from finetune.checkpoint import read_manifest
 from tests.finetune.runs import ROOT, launch, metrics
 
-CASES = {  # method, flags; on one rank ZeRO-2 becomes no ZeRO where all is trained in fp32, and ZeRO-1 in bf16
+# method, flags; on one rank ZeRO-2 becomes no ZeRO where all is trained in fp32, ZeRO-1 in bf16
+CASES = {
     "lora-zero2": ("lora", ["--ds_file", "ds_zero2.json"]),
     "pissa-zero3": (
         "lora",
@@ -44,7 +45,10 @@ STAGES = {
 
 @pytest.fixture(scope="module")
 def runs(flags, tmp_path_factory) -> dict[str, tuple[Path, Path, Path]]:
-    """{case: output folders of the run on 2 ranks, of its second quarter and on on 1, of that run's second half on 2 again}."""
+    """{case: output folders of three runs}, each continuing the one before.
+
+    The first on 2 ranks, the second from its quarter on 1, the third from the second's half on 2.
+    """
     folder = tmp_path_factory.mktemp("elastic")
     (folder / "none.json").write_text(
         json.dumps(

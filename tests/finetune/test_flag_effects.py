@@ -1,4 +1,4 @@
-"""One table says when a flag has an effect, and one rule refuses it otherwise: every flag of every program."""
+"""One table of when a flag has an effect, one rule that refuses it otherwise, for all programs."""
 
 import argparse
 

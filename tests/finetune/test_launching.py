@@ -1,4 +1,4 @@
-"""Launchers but deepspeed and torchrun, which the tests of training use: accelerate's files, SLURM; several seeds of a run."""
+"""Launchers but deepspeed and torchrun: accelerate's files, SLURM; several seeds of a run."""
 
 import json
 import os
@@ -18,7 +18,7 @@ FILES = sorted((ROOT / "ds_configs" / "accelerate").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_accelerate_files(path, monkeypatch):
-    """Each names a DeepSpeed file of ours, which train.py takes from the launcher unless it is told another."""
+    """Each names a shipped DeepSpeed file, which train.py uses unless --ds_file names another."""
     deepspeed = yaml.safe_load(path.read_text())["deepspeed_config"]
     file = ROOT / deepspeed["deepspeed_config_file"]
     zero = json.loads(file.read_text())["zero_optimization"]

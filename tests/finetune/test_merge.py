@@ -1,4 +1,4 @@
-"""merge_lora.py: the merged model is the adapted one, the base is the right one, and no adapter goes in twice."""
+"""merge_lora.py: merged equals adapted, the base is checked, and no adapter is merged twice."""
 
 import json
 import os
@@ -108,7 +108,10 @@ def test_merged_is_adapted(flags, train, tmp_path, bases, capsys, family):
 
 
 def test_default_is_in_place(adapter, bases, tmp_path, capsys):
-    """As the old command: weights come into the adapter's folder; the adapter itself moves down and still works."""
+    """As the old command: weights go into the adapter's folder.
+
+    The adapter moves down and still loads.
+    """
     folder = tmp_path / "epoch-1-step-4"
     shutil.copytree(adapter, folder)
     wanted = logits(folder)

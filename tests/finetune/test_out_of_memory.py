@@ -1,4 +1,4 @@
-"""Memory that runs out, for real: one line with what is needed, what there is, and what would make it fit."""
+"""Real out-of-memory errors: one line with the need, what there is, and what would make it fit."""
 
 import resource
 
@@ -47,7 +47,10 @@ def test_t8_training(flags, tmp_path, capsys):
 
 
 def test_t8_the_advice_of_the_estimator(flags, tmp_path):
-    """Where memory is short the cheapest change that fits is named; where the estimate fits, that too is said."""
+    """Where memory is short the cheapest change that fits is named.
+
+    An estimate that fits is named too.
+    """
     config = parse_config(
         flags(tmp_path / "out", "--per_device_train_batch_size", 4096, "--precision", "fp32")
     )

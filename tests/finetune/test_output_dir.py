@@ -18,7 +18,9 @@ from finetune.record import read_run
 from tests.finetune.runs import ROOT, child_env, fill_disk, metrics
 from tests.finetune.test_checkpoint import stop_after
 
-HOLDER = "import sys; from pathlib import Path; from finetune.files import locked_folder\nwith locked_folder(Path(sys.argv[1]), 'x'): print('held', flush=True); sys.stdin.read()"
+HOLDER = """\
+import sys; from pathlib import Path; from finetune.files import locked_folder
+with locked_folder(Path(sys.argv[1]), 'x'): print('held', flush=True); sys.stdin.read()"""
 
 
 @pytest.fixture
@@ -142,7 +144,10 @@ def test_t2_a_full_disk_ends_no_run(flags, train, small_disk, monkeypatch, capsy
 
 
 def test_t2_how_a_run_ended_is_true_on_a_full_disk(flags, train, small_disk, monkeypatch, capsys):
-    """No room for the last checkpoint: an error, the one before stays, run.json says "failed" and is whole."""
+    """No room for the last checkpoint: an error; the one before stays.
+
+    Run.json is whole, "failed".
+    """
     out = small_disk / "out"
     at_steps(monkeypatch, {6: lambda: fill_disk(small_disk)})
     with pytest.raises(OSError, match="a checkpoint takes about"):

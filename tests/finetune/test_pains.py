@@ -1,6 +1,7 @@
-"""What users of fine-tuning toolkits suffer from, each pain by its number and name; docs/troubleshooting.md answers them.
+"""The known problems of fine-tuning toolkits, each by its number and name.
 
-Each has a short test here. COVERED names the tests that go deeper; two pains want figures, and FIGURES names the commands.
+docs/troubleshooting.md answers them. Each has a short test here. COVERED names the tests that go
+deeper; two problems need measured figures, and FIGURES names the commands.
 """
 
 import ast
@@ -123,7 +124,7 @@ def prepared(flags, family: str, method: str, **load):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pain_01_the_tokenizer_breaks_on_an_upgrade(family, bases, tmp_path):
-    """A folder with the published tokenizer_config.json, whose code is not there, loads, pads and survives a save."""
+    """A folder with the published tokenizer_config.json but not its code loads, pads and saves."""
     wanted = load_tokenizer(bases[family], mode=family)
     published = {
         "tokenizer_class": "ChatGLMTokenizer",
@@ -155,7 +156,10 @@ def test_pain_01_the_tokenizer_breaks_on_an_upgrade(family, bases, tmp_path):
 
 
 def test_pain_02_fine_tuning_has_no_effect(adapter, bases):
-    """The adapter is on the model, and the model is asked as it was trained: an answer follows the very ids of its training row."""
+    """The adapter is on the model, and the prompt is the training row's.
+
+    An answer follows the very ids of its training row.
+    """
     weights = load_file(adapter / "adapter_model.safetensors")
     assert all(tensor.abs().max() > 0 for name, tensor in weights.items() if "lora_B" in name)
     tuned, base = (
@@ -177,7 +181,10 @@ def test_pain_02_fine_tuning_has_no_effect(adapter, bases):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pain_03_loss_of_0_or_nan_in_fp16(family, bases):
-    """No row is without labels however long its prompt, and the loss of a half-precision model is summed in fp32."""
+    """Every row has labels however long its prompt.
+
+    A half-precision model's loss is summed in fp32.
+    """
     tokenizer = load_tokenizer(bases[family], mode=family)
     long = FAMILIES[family].encode_example(tokenizer, QUESTION * 50, ANSWER, 96, 64)
     assert (
@@ -224,7 +231,10 @@ def test_pain_04_half_against_float(family, method, flags):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pain_06_an_answer_never_stops(family, bases):
-    """The end token of an answer that is cut is kept and learnt, and generation stops at all of the family's."""
+    """A truncated answer keeps its end token as a label.
+
+    Generation stops at all of the family's.
+    """
     tokenizer = load_tokenizer(bases[family], mode=family)
     end = tokenizer.get_command(FAMILIES[family].end_token)
     row = example(family, bases[family], ANSWER * 50)
@@ -273,7 +283,10 @@ def test_pain_07_zero3_saves_empty_weights(flags, train, bases, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pain_08_a_ptuning_checkpoint_does_not_load(family, flags, bases, tmp_path):
-    """Its own length is found; another one that is asked for is refused by both numbers. As the official scripts save it: a .bin."""
+    """The prefix's length is read from it, as the official scripts save it: a .bin.
+
+    Another requested length is refused with both numbers.
+    """
     model = prepared(flags, family, "ptuning-v2")
     state = {
         name: tensor.contiguous()
@@ -312,7 +325,7 @@ def test_pain_09_gradient_checkpointing_with_a_prefix(family, method, flags, bas
 
 
 def test_pain_11_a_resume_loses_its_place_in_the_data(flags, train, tmp_path):
-    """Resumed inside the second epoch, a run repeats the uninterrupted one's steps bit for bit, dropout included."""
+    """A run resumed inside the second epoch repeats the steps bit for bit, dropout included."""
     words = flags(
         tmp_path / "out", "--num_train_epochs", 3, "--save_model_step", 2, "--lora_dropout", "0.3"
     )
@@ -382,7 +395,10 @@ def test_pain_13_the_loss_mask_of_several_turns(family, bases):
 
 
 def test_pain_14_cpu_adam_does_not_build(monkeypatch, capsys):
-    """Where a GPU's run offloads its optimizer and DeepSpeed's C++ part fails, torch's AdamW steps in its place, and says so."""
+    """Where a GPU run offloads its optimizer and DeepSpeed's C++ part fails, torch's AdamW runs.
+
+    A message says so.
+    """
     import deepspeed.ops.adam
 
     def broken(*args, **options):
@@ -437,7 +453,7 @@ def test_pain_15_merged_and_unmerged_answers_differ(adapter, bases, tmp_path):
     torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=1e-4)
 
 
-# ---- the table itself -------------------------------------------------------------------------------------
+# ---- the table itself ----------------------------------------------------------------------
 
 
 @cache
@@ -466,7 +482,10 @@ def test_every_pain_has_its_test():
 
 @pytest.mark.parametrize("guide", ["docs/troubleshooting.md", "docs/zh/troubleshooting.md"])
 def test_the_guide_answers_every_pain(guide):
-    """Its table has one row a pain, with the tests of COVERED and of this file, and a heading each."""
+    """Its table has one row a problem, with the tests of COVERED and of this file.
+
+    A heading each.
+    """
     text = (REPO_ROOT / guide).read_text(encoding="utf-8")
     rows = {
         int(line.split("|")[1]): line for line in text.splitlines() if re.match(r"\| \d+ \|", line)

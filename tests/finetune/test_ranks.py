@@ -1,4 +1,4 @@
-"""Two ranks: all cases of one launch (conftest.two_ranks), which costs more than any of its runs."""
+"""Two ranks: all cases of one launch (conftest.two_ranks), which costs more than any one run."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,10 @@ def test_two_ranks(two_ranks, number):
 
 @pytest.mark.launch
 def test_two_ranks_stop_early_where_one_does(two_ranks, flags, train, rows_file, tmp_path):
-    """The same losses, the same last step; the answers of both ranks are one file, each row once and in order."""
+    """The same losses, the same last step.
+
+    Both ranks' answers in one file, each row once, in order.
+    """
     words = two_ranks[7]
     two, one = Path(words[words.index("--output_dir") + 1]), tmp_path / "out"
     train(flags(one, "--eval_path", rows_file, *STOPS, method="all"))
@@ -56,7 +59,10 @@ def test_two_ranks_stop_early_where_one_does(two_ranks, flags, train, rows_file,
 
 @pytest.mark.launch
 def test_two_ranks_resume_and_refuse_another_count(two_ranks, capsys):
-    """ZeRO-3 on 2 ranks: a resume from the middle repeats the steps bit for bit; 1 rank is refused where its steps are smaller."""
+    """ZeRO-3 on 2 ranks: a resume from the middle repeats the steps bit for bit.
+
+    1 rank is refused, as its steps are smaller.
+    """
     resumed, whole = (Path(words[words.index("--output_dir") + 1]) for words in two_ranks[5:7])
     assert same_losses(resumed, whole) and len(metrics(whole)) == 8
     assert (
@@ -72,6 +78,6 @@ def test_two_ranks_resume_and_refuse_another_count(two_ranks, capsys):
         == 1
     )
     assert (
-        "made by 2 ranks in steps of 4 rows, this run has 1 and steps of 2: go on with --gradient_accumulation_steps 2"
-        in capsys.readouterr().err
+        "made by 2 ranks in steps of 4 rows, this run has 1 and steps of 2: "
+        "go on with --gradient_accumulation_steps 2" in capsys.readouterr().err
     )

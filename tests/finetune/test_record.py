@@ -1,4 +1,4 @@
-"""Evaluation in training: metrics and predictions, early stopping, run.json and loggers, through a resume."""
+"""Evaluation in training: metrics, predictions, early stopping, run.json, loggers, resumes."""
 
 import json
 import math
@@ -23,7 +23,8 @@ def steps_of(folder: Path) -> int:
     [
         ("loss", [3, 2, 1, 1, 2], 0, [0, 0, 0, 1, 2]),
         ("rougeL", [0.1, 0.3, 0.2, 0.4], 0, [0, 0, 1, 0]),
-        # each step is better than the last, but by 0.3 alone none but the third is better than the best that counted
+        # each step improves on the last; by more than 0.3 only the third improves on the best that
+        # counted
         ("loss", [1, 0.8, 0.6, 0.5], 0.3, [0, 1, 0, 1]),
         ("loss", [1, math.nan, 0.9], 0, [0, 1, 0]),
         ("bleu4", [math.nan, 0.1, 0.2], 0, [1, 0, 0]),
@@ -52,7 +53,7 @@ def stopped(flags, train, rows_file, tmp_path_factory):
 
 
 def test_a_run_stops_early(stopped):
-    """After three evaluations in a row that were not better by 0.5 than the last that was, and not before."""
+    """It stops after three evaluations in a row that improve by less than 0.5, and not before."""
     _, out, folder = stopped
     losses = metrics(out, "eval_loss")
     counted = [losses[0]]
@@ -113,7 +114,10 @@ def test_nan_is_never_the_best(tmp_path):
 
 
 def test_early_stopping_survives_a_resume(stopped, train, tmp_path):
-    """Resumed in the middle of its patience, a run stops where the uninterrupted one did; stopped, it does not go on."""
+    """Resumed within its patience, a run stops where the uninterrupted one did.
+
+    Stopped, it stays so.
+    """
     words, out, folder = stopped
     again = tmp_path / "out"
     shutil.copytree(out, again)
@@ -148,7 +152,10 @@ def test_early_stopping_survives_a_resume(stopped, train, tmp_path):
 
 
 def test_metrics_and_predictions_of_each_evaluation(flags, train, tmp_path):
-    """Every evaluation leaves its answers; the best is chosen by their score; all of it is in run.json."""
+    """Every evaluation writes its answers; the best is chosen by their score.
+
+    Run.json has it all.
+    """
     rows = write_rows(
         tmp_path / "eval.json",
         [row | {"output": [row["output"], "x"]} for row in make_rows(3, seed=3)],
@@ -256,7 +263,10 @@ def strict(text: str):
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
-    """In lines told now and in lines of an earlier sitting; none is the best, and the table takes the run."""
+    """In new lines and in an earlier session's lines.
+
+    None is the best, and the table shows the run.
+    """
 
     def told(done):
         config = parse_config(["--model_name_or_path", "m", "--train_path", "t", "--report_to="])
@@ -321,7 +331,7 @@ def test_records_that_cannot_be_read(tmp_path, content, said):
 
 
 def test_loggers(flags, train, tmp_path, monkeypatch):
-    """What is told to one is told to all, in order; a logger of one's own is an entry in LOGGERS."""
+    """Every logger gets every event, in order; a custom logger is an entry in LOGGERS."""
 
     class Lines:
         package = "json"
@@ -384,7 +394,10 @@ def test_a_missing_logger_or_metric_is_named_before_anything_is_written(
 
 
 def test_t11_run_json_does_not_grow_with_the_steps(flags, train, tmp_path, monkeypatch):
-    """The steps are in metrics.jsonl alone; who reads the run gets them, and nobody reads them to write run.json."""
+    """Steps are in metrics.jsonl alone.
+
+    Reading the run returns them, writing run.json needs none.
+    """
     out = tmp_path / "out"
     train(flags(out, "--max_steps", 2))
     assert "steps" not in json.loads((out / "run.json").read_text())

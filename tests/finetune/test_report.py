@@ -12,7 +12,10 @@ from tests.finetune.runs import ROOT, child_env
 
 
 def write_run(folder, steps: int, status="finished", **metrics):
-    """A record of `steps` steps with an evaluation at every fourth; metrics: name -> value per evaluation."""
+    """A record of `steps` steps, an evaluation at every fourth.
+
+    Metrics: name -> value per evaluation.
+    """
     lines = []
     for step in range(1, steps + 1):
         lines.append(
@@ -110,7 +113,8 @@ def test_what_is_drawn(runs):
 
 
 def test_small_parts(tmp_path):
-    # reach 1: (1+4+1)/3 in the middle, the ends alone; reach 5 has room for 2 on each side of the middle of five
+    # reach 1: (1+4+1)/3 in the middle, the ends alone; reach 5 has room for 2 on each side of the
+    # middle of five
     assert (
         smooth([1, 4, 1], 1) == pytest.approx([1, 2, 1])
         and smooth([1, 5], 0) == [1, 5]
@@ -140,7 +144,10 @@ def test_a_picture_of_another_kind_is_one_line(runs, capsys):
 
 
 def test_a_report_loads_no_torch(runs):
-    code = f"import sys; from finetune.report import main; main([{str(runs[0])!r}]); print('torch' in sys.modules)"
+    code = (
+        "import sys; from finetune.report import main; "
+        f"main([{str(runs[0])!r}]); print('torch' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""What makes training fast changes no number: every layout, LoRA's lean path and recomputation against a loop without any of it."""
+"""Optimisations change no number: layouts, lean LoRA and recomputation against a plain loop."""
 
 from types import SimpleNamespace
 
@@ -74,7 +74,7 @@ def gradient(model, loss) -> torch.Tensor:
 
 
 def plain(model, data, rows) -> tuple[float, torch.Tensor]:
-    """Mean loss and its gradient the textbook's way: a batch padded on the right, all logits, F.cross_entropy."""
+    """Mean loss and gradient, computed plainly: right-padded batch, all logits, F.cross_entropy."""
     rows = [row for row in rows if row >= 0]
     longest = max(len(data.ids(row)) for row in rows)
     ids, labels = (
@@ -174,7 +174,7 @@ def test_gradient_checkpointing_changes_nothing(flags, tmp_path, data, family, m
 @pytest.mark.parametrize("dropout", ["0", "0.4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lean_lora_is_pefts(flags, tmp_path, data, family, dropout, monkeypatch):
-    """On every linear layer, with the same dropout masks where there are any; each adapter trains by the lean path."""
+    """On every linear layer, with equal dropout masks if any; each adapter uses the lean path."""
     words = ["--lora_module_name", ALL_LINEAR, "--lora_dropout", dropout]
     lean = build(flags, tmp_path, family, "lora", *words)
     own = fill(
@@ -207,7 +207,7 @@ def test_lora_on_the_output_layer(flags, tmp_path, data, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_with_adapters_in_fp32(flags, tmp_path, data, family):
-    """Frozen weights in bf16: the gradients are fp32 and near those of fp32 throughout, as near as without the lean path."""
+    """Frozen weights in bf16: gradients are fp32, as near to full fp32 as without the lean path."""
     words = ["--lora_module_name", ALL_LINEAR]
     model = build(flags, tmp_path, family, "lora", *words, dtype=torch.bfloat16)
     for parameter in model.parameters():
@@ -312,7 +312,10 @@ def test_lean_lora_steps_aside(bases, data, monkeypatch, kind):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_runs_of_every_batching(flags, train, tmp_path, method):
-    """The same losses and norms step by step; rows grouped by length are other steps, but the plain loop's again."""
+    """The same losses and norms per step.
+
+    Rows grouped by length are other steps, equal to its loop.
+    """
     runs = {
         "ragged": [],
         "unshared": ["--share_prefix", "False"],

@@ -1,4 +1,7 @@
-"""A tool's call from a row of training data to the chat that reads it: benchmarks/tool_calling.py trains and measures it."""
+"""A tool's call from a training row to the chat that parses it.
+
+benchmarks/tool_calling.py trains and measures it.
+"""
 
 import random
 
@@ -31,7 +34,10 @@ TIP = Call(
 
 
 def test_a_call_is_learnt_where_a_chat_asks_for_it(bases):
-    """The ids of a row up to its call are those of the chat, and what is learnt after them is read back as the call."""
+    """A row's ids up to its call are the chat's.
+
+    The labels after them are parsed back as the call.
+    """
     tokenizer, family = load_tokenizer(bases["glm3"]), FAMILIES["glm3"]
     data = encode_rows(
         [parse_row(as_row(TIP), "row:1")], tokenizer, family, max_len=2000, max_src_len=1000

@@ -1,4 +1,4 @@
-"""Training against a plain PyTorch loop; what is trained, what is saved, what is said, and what stops a run."""
+"""Training against a plain PyTorch loop: what is trained, saved, printed, and what stops it."""
 
 import json
 import math
@@ -33,7 +33,7 @@ ZERO = ["ds_zero2.json", "ds_zero3_no_offload.json", "ds_zero3_offload.json"]
 
 
 def plain_run(words: list[str], steps: int) -> tuple[list[float], torch.nn.Module]:
-    """The losses of `steps` global batches in a loop that knows neither DeepSpeed nor the engine, and its model."""
+    """(losses of `steps` global batches, model) of a loop without DeepSpeed or the engine."""
     config = parse_config(words)
     tokenizer, rows = load_tokenizer(config.model_name_or_path), read_rows(config.train_path)[0]
     family, method = FAMILIES[tokenizer.family], make_method(config)
@@ -104,7 +104,10 @@ def logits_of(model, folder) -> torch.Tensor:
 
 @pytest.mark.parametrize("family, method", FAMILY_METHODS, ids=lambda x: x)
 def test_losses_and_export_are_a_plain_loops(flags, train, tmp_path, family, method):
-    """Every family and method; ZeRO files and accumulation take turns. The export is the plain loop's model."""
+    """Every family and method, with varied ZeRO files and accumulation.
+
+    Exports equal the plain loop's.
+    """
     number = FAMILY_METHODS.index((family, method))
     cut = [("4", "1"), ("2", "2"), ("1", "4")][number // 2 % 3]
     words = flags(
@@ -280,7 +283,10 @@ def test_clipping_is_deepspeeds(flags, train, tmp_path):
 )
 @pytest.mark.parametrize("ds_file", ZERO[:2])
 def test_bf16(flags, train, tmp_path, capsys, method, frozen, trained, ds_file):
-    """Base in bf16, adapters in fp32; whole models in bf16 over fp32 masters that keep steps bf16 would lose."""
+    """Base in bf16, adapters in fp32.
+
+    Whole models in bf16 with fp32 masters for the small steps.
+    """
     words = flags(
         tmp_path / "out",
         "--precision",
@@ -315,7 +321,10 @@ def test_bf16(flags, train, tmp_path, capsys, method, frozen, trained, ds_file):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_one_rank_without_partitions(flags, train, tmp_path, capsys, precision):
-    """ZeRO-2's copies are left out on one rank, said aloud; a file with a key of its own is obeyed, and the numbers are the same."""
+    """On one rank ZeRO-2's copies are left out, with a message; the numbers are the same.
+
+    A file with a custom key is obeyed.
+    """
     file = tmp_path / "own.json"
     ds = json.loads((ROOT / "ds_configs" / "ds_zero2.json").read_text())
     file.write_text(
@@ -354,7 +363,10 @@ def test_one_rank_without_partitions(flags, train, tmp_path, capsys, precision):
 
 
 def test_stages(tmp_path):
-    """What stays as the file says: several ranks, adapters, offload, fp16, ZeRO-3, and keys that say more than how ranks talk."""
+    """Cases that keep the file: several ranks, adapters, offload, fp16, ZeRO-3, other keys.
+
+    The other keys say more than how ranks communicate.
+    """
 
     def stage(precision="bf16", adapters=False, world=1, **zero):
         ds = {"zero_optimization": {"stage": 2} | zero}
@@ -399,7 +411,7 @@ def test_norms_on_a_cpu_are_right():
 
 
 def test_precision_overrides_the_ds_file_and_says_so(tmp_path, capsys):
-    """ChatGLM-Finetuning's own file, its fp16, its "auto" offload and its cosine warm-up included."""
+    """ChatGLM-Finetuning's file, with its fp16, its "auto" offload and its cosine warm-up."""
     old = {
         "train_batch_size": 32,
         "train_micro_batch_size_per_gpu": 4,
@@ -533,7 +545,9 @@ REFUSED = {  # words after a good command line -> what the error says
     "--train_type freeze --freeze_module_name=": "an empty list",
     "--max_src_len 3": "max_src_len",
     "--max_len 20 --max_src_len 19": "max_len",
-    "--model_name_or_path {tmp}/prefixed --train_type ptuning --pre_seq_len 9": "4 virtual tokens, but pre_seq_len=9",
+    "--model_name_or_path {tmp}/prefixed --train_type ptuning --pre_seq_len 9": (
+        "4 virtual tokens, but pre_seq_len=9"
+    ),
     "--resume_from_checkpoint {tmp}/none": "not a complete checkpoint",
     "--is_skip --max_len 24 --max_src_len 16": "longer than",
 }
@@ -686,7 +700,7 @@ def test_what_a_run_says_and_logs(flags, train, tmp_path, capfd):
 
 
 def test_evaluation_best_and_save_limit(flags, train, tmp_path):
-    """Loss of the evaluation rows is exact; the best and the newest checkpoint survive a limit of 1."""
+    """Evaluation loss is exact; the best and the newest checkpoint survive a limit of 1."""
     eval_rows = write_rows(tmp_path / "eval.json", make_rows(5, seed=3))
     out = tmp_path / "out"
     words = flags(
@@ -840,7 +854,8 @@ def test_a8_training_never_asks_to_run_a_folders_code(bases, flags, train, tmp_p
     words = [str(base) if word == str(bases["glm2"]) else word for word in flags(tmp_path / "out")]
     with pytest.raises(
         ValueError,
-        match=f'{base}/config.json: wanted .*chatglm.*got "evil"; code that comes with a model .* is never run',
+        match=f'{base}/config.json: wanted .*chatglm.*got "evil"; '
+        "code that comes with a model .* is never run",
     ):
         train(words)
     assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()

@@ -1,4 +1,7 @@
-"""LoRA's variants, quantised bases, NEFTune, label smoothing and partial recomputing: each against its definition."""
+"""LoRA variants, quantised bases, NEFTune, label smoothing, selective recomputation.
+
+Each against its definition.
+"""
 
 import json
 import math
@@ -51,7 +54,10 @@ def first_loss(flags, train, tmp_path_factory) -> float:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_losses_export_and_merge(flags, train, tmp_path, bases, first_loss, name):
-    """The plain loop's losses; the export, put on the original base, and merged into it, says what was trained."""
+    """The plain loop's losses.
+
+    The export, put on the original base and merged into it, is the model.
+    """
     words = flags(
         tmp_path / "out",
         *VARIANTS[name],
@@ -120,7 +126,10 @@ def test_pissa_resumes_and_refuses_another_start(flags, train, tmp_path, monkeyp
 
 
 def test_loraplus_has_two_rates(flags, train, tmp_path):
-    """B's first step is ratio times what it is without; A's is the same. AdamW's first step is the rate, whatever the gradient."""
+    """B's first step is `ratio` times that without it; A's is the same.
+
+    AdamW's first step is the learning rate, whatever the gradient.
+    """
     moved = {}
     for ratio in (1, 8):
         folder = train(
@@ -155,7 +164,10 @@ def test_loraplus_has_two_rates(flags, train, tmp_path):
 
 @pytest.mark.parametrize("bits, method", [(4, "lora"), (8, "lora"), (4, "ptuning-v2-mlp")])
 def test_quantised_base(flags, train, tmp_path, bases, bits, method):
-    """Steps over 4 and 8 bits: the plain loop's losses, falling; the adapter loads onto whole and onto quantised weights."""
+    """Steps over 4 and 8 bits: the plain loop's falling losses.
+
+    The adapter loads onto whole and onto quantised weights.
+    """
     pytest.importorskip("bitsandbytes")
     words = flags(
         tmp_path / "out", "--quantization_bit", bits, "--num_train_epochs", 4, method=method
@@ -251,7 +263,10 @@ LAYOUTS = [{"ragged": True}, {"ragged": True, "multiple": 32}, {"ragged": False}
 
 @pytest.mark.parametrize("lora", ["query_key_value", "query_key_value,output_layer"])
 def test_label_smoothing(flags, bases, data, lora):
-    """torch's own loss over all words, also where LoRA wraps the output layer; none in evaluation."""
+    """torch's own loss over the vocabulary, also with LoRA on the output layer.
+
+    None in evaluation.
+    """
     config = parse_config(flags("x", "--lora_module_name", lora))
     model = make_method(config).prepare(load_model(bases["glm2"], dtype=torch.float32)).eval()
     found, ids = [], [torch.tensor(data.ids(row)).long() for row in range(len(data))]
@@ -278,7 +293,10 @@ def test_label_smoothing(flags, bases, data, lora):
 
 
 def test_neftune_noise(bases, data):
-    """Uniform within alpha / sqrt(L d), L being the sequence's own length in every layout; off in evaluation."""
+    """Uniform within alpha / sqrt(L d), L each sequence's length in every layout.
+
+    Off in evaluation.
+    """
     model = load_model(bases["glm2"], dtype=torch.float32)
     seen = []
     model.get_input_embeddings().register_forward_hook(lambda m, args, out: seen.append(out))

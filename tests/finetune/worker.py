@@ -1,4 +1,7 @@
-"""One rank of several runs of train.py in a row, so that a launcher's start is paid once: worker.py CASES.json (lists of flags)."""
+"""One rank of several runs of train.py in a row: worker.py CASES.json (lists of flags).
+
+One launch serves all runs, so that its start-up time is paid once.
+"""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What the tests of the predictor share: a tiny encoder, learnable rows, and training in this process."""
+"""Shared by the predictor's tests: a tiny encoder, learnable rows, training in this process."""
 
 import json
 import random

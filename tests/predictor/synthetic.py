@@ -1,4 +1,4 @@
-"""Prompts whose answers' lengths depend on their words, with noise of a known distribution; and a predictor of them."""
+"""Prompts whose answers' lengths depend on their words, with known noise, and their predictor."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,10 @@ NOISE = 0.4  # standard deviation of log(1 + length), normal
 
 
 def make_rows(count: int, *, seed: int, factor: float = 1.0, turned: bool = False) -> list[dict]:
-    """Rows of different prompts answered by "m"; lengths `factor` times as long, or (`turned`) short where they would be long."""
+    """Rows of different prompts answered by "m", with lengths `factor` times as long.
+
+    `turned`: short where they would be long.
+    """
     generator = np.random.default_rng(seed)
     rows = []
     for i in range(count):

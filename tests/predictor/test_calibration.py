@@ -1,4 +1,7 @@
-"""Calibration on synthetic data of known distribution: coverage over many repetitions, with and without cut answers."""
+"""Calibration on synthetic data of known distribution, with and without censored answers.
+
+Coverage is measured over many repetitions.
+"""
 
 import json
 from dataclasses import replace
@@ -188,12 +191,12 @@ def normals(place, spread):
 @pytest.mark.parametrize("kind", ["lognormal", "heavy tail", "ties", "two kinds"])
 @pytest.mark.parametrize("bias, spread", [(0.0, 0.7), (0.8, 0.7), (0.0, 2.0), (-1.0, 0.3)])
 def test_quantiles_cover_what_they_say(kind, bias, spread, cut):
-    """A model may be right, biased, too unsure or too sure. Bins are wide, hence the hundredths on both sides."""
+    """A model may be right, biased, under- or overconfident. Bins are wide: hence tolerances."""
     rng = np.random.default_rng(0)
     covered = []
     for _ in range(30):
         place, lengths = draw(kind, rng, 300)
-        # A cap that knows of the length what the prompt says ends about 30 % of the answers before their time.
+        # A cap that knows of the length what the prompt says truncates about 30 % of the answers.
         caps = np.where(
             rng.random(300) < 2 * cut,
             np.maximum(np.expm1(place + rng.normal(0, 0.7, 300)), 1),
@@ -362,7 +365,7 @@ def test_decoders_survive_their_card(name, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name in HEADS])
 def test_decoders_keep_their_errors(name):
-    """Quantiles of log(length / median), cut answers taken for longer: as those of new prompts are."""
+    """Quantiles of log(length / median), truncated answers as censored: those of new prompts."""
     rng = np.random.default_rng(1)
     outputs, lengths = world(name, rng, 800)
     finished = rng.random(800) > 0.2
@@ -427,7 +430,10 @@ def test_cards_that_are_none(tmp_path, text, said):
 
 
 def test_newcomer_4_the_mean_is_the_answers_not_the_limits():
-    """39 answers, one of them cut at 512 tokens, under a limit of 8,192: 0.0015 in each bin above the cap made the mean larger than the q90."""
+    """39 answers, one truncated at 512 tokens, limit 8,192: the mean stays below the q90.
+
+    0.0015 in each bin above the cap made it larger.
+    """
     tokens = np.concatenate([np.random.default_rng(0).lognormal(np.log(6.6), 1.2, 38), [512.0]])
     tail = Tail.fit(tokens, tokens < 512, np.ones(39))
     inner = ndtr(np.log(EDGES[1:] / 6.6) / 1.2)
@@ -469,7 +475,10 @@ def test_newcomer_4_a_trained_predictor_has_its_tail(tmp_path, capsys):
 @pytest.mark.parametrize("index", [2.5, 4.0])
 @pytest.mark.parametrize("cut", [False, True])
 def test_newcomer_4_a_tail_is_found_though_answers_are_cut(index, cut):
-    """Of a Pareto distribution: its index, from whole answers and from a third of the longest quarter cut by a cap."""
+    """A Pareto distribution's index is recovered.
+
+    From whole answers, and with a third of the longest quarter truncated by a cap.
+    """
     tokens = 20 * np.random.default_rng(0).random(20_000) ** (-1 / index)
     cap = np.quantile(tokens, 0.92) if cut else np.inf
     found = Tail.fit(np.minimum(tokens, cap), tokens <= cap, np.ones(len(tokens)))

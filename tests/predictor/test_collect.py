@@ -1,4 +1,4 @@
-"""Lengths of a tiny model's answers: as predict answers, stopped and gone on with, and refused where lines would not fit."""
+"""Lengths of a tiny model's answers: equal to predict's, resumed, refused where lines differ."""
 
 import json
 import shutil
@@ -65,7 +65,10 @@ def collect(folder, prompts_file, tmp_path):
 
 
 def test_newcomer_6_a_checkpoint_is_named_with_its_run(collect, folder, tmp_path):
-    """Two runs' epoch-5-step-400 are two models; a predictor of another name than the served model's is told of."""
+    """epoch-5-step-400 of two runs are two models.
+
+    A name other than the served model's is reported.
+    """
     checkpoint = tmp_path / "lora" / "epoch-5-step-400"
     shutil.copytree(folder, checkpoint)
     code, content = collect("--limit", 1, model=checkpoint)
@@ -108,10 +111,9 @@ def test_lengths_are_those_of_predict(collect, folder, tmp_path, capsys):
         (0, "mine", None)
     }
     cut = sum(not row["finished"] for row in rows)
-    assert (
-        f"{len(rows)} answers of {sum(row['output_tokens'] for row in rows)} tokens, {cut} cut at --max_new_tokens {CAP}"
-        in capsys.readouterr().out
-    )
+    total = sum(row["output_tokens"] for row in rows)
+    line = f"{len(rows)} answers of {total} tokens, {cut} cut at --max_new_tokens {CAP}"
+    assert line in capsys.readouterr().out
     examples, _ = read_examples(tmp_path / "lengths.jsonl", served_model="x")
     assert [
         (e.prompt, e.labels[0].tokens, e.labels[0].finished, e.labels[0].served_model)
@@ -120,7 +122,10 @@ def test_lengths_are_those_of_predict(collect, folder, tmp_path, capsys):
 
 
 def test_finished_at_the_cap(collect):
-    """An answer whose end token is the last that the cap allows is finished; one token less, and it is not."""
+    """An answer whose end token is the last that the cap allows is finished.
+
+    One token less, not.
+    """
     one = next(row for row in rows_of(collect()[1]) if row["finished"] and row["output_tokens"])
     n = one["output_tokens"]
     found = {}
@@ -165,7 +170,7 @@ def test_more_prompts_and_samples(collect):
 
 
 def test_draws_follow_the_distribution():
-    """20,000 rows of the same logits: frequencies are those of softmax at the temperature within the nucleus."""
+    """20,000 rows of equal logits: frequencies are softmax at the temperature in the nucleus."""
     logits = torch.tensor([[2.0, 1.5, 0.0, -1.0, 0.7, -6.0]]).expand(20_000, -1)
     drawn = RowDraws(list(range(20_000)), 0.8, 0.9, "cpu")(None, logits).argmax(-1)
     wanted = TopPLogitsWarper(0.9)(None, logits[:1] / 0.8).softmax(-1)[0]
@@ -176,7 +181,10 @@ def test_draws_follow_the_distribution():
 
 
 def test_adapter_folder(collect, folder, tmp_path):
-    """A LoRA folder answers with its base, under its own name, and does not go on with the base's lines."""
+    """A LoRA folder answers with its base, under its own name.
+
+    It does not resume the base's lines.
+    """
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(

@@ -1,4 +1,4 @@
-"""Figures against arithmetic of their own: tables, groups, the noise ceiling, censoring, pictures."""
+"""Figures against separate arithmetic: tables, groups, noise ceiling, censoring, pictures."""
 
 import json
 import shutil
@@ -96,7 +96,10 @@ def test_one_predicted_length_is_one_group():
 
 
 def test_cut_answers(predictor, quick):
-    """Left out of tau and MAE; covered where the quantile lies beyond the cut; the product limit sees through the cap."""
+    """Excluded from tau and MAE; covered where the quantile lies beyond the cut.
+
+    The product-limit estimate corrects for the cap.
+    """
     rows = make_rows(400, seed=5)
     full = evaluate(predictor, examples_of(rows))
     cut = cap_rows(rows, 0.75)
@@ -135,7 +138,7 @@ def test_a_cut_at_the_quantile_is_not_covered():
 
 
 def test_the_noise_ceiling_is_that_of_the_noise():
-    """Runs around a mean that is known: tau between two of them, and of the mean itself, by simulation and by the function."""
+    """Runs around a known mean: tau between two runs, and to the mean, simulated and computed."""
     generator = np.random.default_rng(0)
     mean = generator.normal(0, 0.8, 500)
     runs = np.exp(mean[:, None] + generator.normal(0, NOISE, (500, 5)) + 4)
@@ -226,7 +229,7 @@ def test_the_command_refuses_in_one_line(tmp_path, folder, capsys):
 
 
 def test_answers_are_counted_by_the_served_models_tokenizer(tmp_path, folder, quick):
-    """As many tokens as the tokenizer makes of them; one that the predictor was not made for is refused unless told."""
+    """As many tokens as the tokenizer gives; a predictor for another is refused unless allowed."""
     from chatglm.loading import load_tokenizer
 
     (tmp_path / "served").mkdir()

@@ -1,4 +1,4 @@
-"""What is read of a prompt: the same in any batch and process, for any text, and what stands in it is found."""
+"""Features of a prompt: the same in any batch and process, for any text; all parts are detected."""
 
 import subprocess
 import sys
@@ -105,8 +105,10 @@ def test_a_kind_weighs_no_more_than_its_share(text):
 def test_reading_is_the_same_in_every_process():
     texts = ["Write 5 sentences about Ünïcode. 写三种方法", "", "a\nb", "x" * 3000]
     program = (
-        "import sys, hashlib; from predictor.features import Grams; g = Grams(eval(sys.stdin.read()));"
-        "h, t, w = g.all(); print(hashlib.sha256(h.tobytes() + t.tobytes() + w.tobytes() + g.hand().tobytes()).hexdigest())"
+        "import sys, hashlib; from predictor.features import Grams;"
+        "g = Grams(eval(sys.stdin.read()));"
+        "h, t, w = g.all(); content = h.tobytes() + t.tobytes() + w.tobytes() + g.hand().tobytes();"
+        "print(hashlib.sha256(content).hexdigest())"
     )
     run = [
         subprocess.run(

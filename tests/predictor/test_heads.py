@@ -1,4 +1,4 @@
-"""Every head's loss and decoding: finite, differentiable, least at the truth, and right about answers that were cut."""
+"""Every head's loss and decoding: finite, differentiable, least at the truth; censored labels."""
 
 import warnings
 
@@ -144,7 +144,10 @@ def test_losses_are_sums_by_weight(name):
 @pytest.mark.parametrize("width", [0.0, 0.5, 1.0, 3.0])
 @pytest.mark.parametrize("tokens", [0, 3, 5, 60, 1999, 2048, 9000])
 def test_distribution_is_least_at_the_soft_label(width, tokens):
-    """The minimiser is a normal in log length, so far as bins can tell, and there the ordinal term is zero."""
+    """The minimiser is a normal in log length, as far as bins can tell.
+
+    Its ordinal term is zero.
+    """
     from scipy.special import ndtr
 
     head = Distribution(LIMIT, 24, width, 1.0)
@@ -191,10 +194,14 @@ def test_bucket_training_finds_the_frequencies():
 
 
 def test_bucket_training_finds_the_product_limit_with_cut_answers():
-    """Four in the first class end there, four are cut there, two end in the third: of what outlives the first, all ends in the third."""
+    """Four end in the first class, four are cut there, two end in the third.
+
+    Of what outlives the first class, all ends in the third.
+    """
     head = KINDS["bucket"]
     tokens, finished = [10] * 4 + [10] * 4 + [500] * 2, [True] * 4 + [False] * 4 + [True] * 2
-    # Cut answers may end in their own class too: the likelihood is p0^4 (p0 + ... )^4 p2^2, whose sum over all classes is 1.
+    # Cut answers may end in their own class too: the likelihood is p0^4 (p0 + ... )^4 p2^2, whose
+    # sum over all classes is 1.
     np.testing.assert_allclose(
         minimise(head, tokens, finished).softmax(0)[[0, 2]], [4 / 6, 2 / 6], atol=2e-3
     )
@@ -206,7 +213,10 @@ def test_bucket_training_finds_the_product_limit_with_cut_answers():
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("cut", [0, 12, 100, 700, 2047, 2048, 50_000])
 def test_a_cut_answer_is_likelier_beyond_its_cut(name, cut):
-    """One class at a time, from the first to the last: the loss never rises by more than what is soft, and falls across the cut."""
+    """One class at a time, first to last: the loss rises by no more than what is soft.
+
+    It falls across the cut.
+    """
     head = KINDS[name]
     at = int(class_of(head.edges, np.array([cut]))[0])
     losses = [
@@ -312,7 +322,7 @@ def test_what_cut_answers_tell_of_the_order(name):
 
 @every
 def test_training_starts_at_the_constant(name):
-    """The bias alone is as good as any constant, but for soft labels and the half prompt that every class is given."""
+    """The bias alone is as good as any constant, but for soft labels and a half prompt a class."""
     head = KINDS[name]
     tokens = np.expm1(np.random.default_rng(0).normal(5, 1, 600)).round().clip(0, LIMIT - 1)
     bias = torch.from_numpy(np.asarray(head.starting_bias(tokens)))

@@ -1,4 +1,4 @@
-"""The kernel head against closed-form kernel ridge regression, and the lexical student beside the bag it learns from."""
+"""The kernel head against closed-form kernel ridge regression, and the lexical student's bag."""
 
 import numpy as np
 import pytest
@@ -91,7 +91,10 @@ def test_one_vector_like_many():
 
 
 def ridge_by_hand(kernel, vectors, y, weights, ridge):
-    """f and bias of least sum of w (f(x) + bias - y)^2 + ridge |f|^2 over the landmarks' span, by one linear system."""
+    """f and bias of least sum of w (f(x) + bias - y)^2 + ridge |f|^2, by one linear system.
+
+    f lies in the landmarks' span.
+    """
     across = kernel(vectors).astype(float)
     gram = kernel(kernel.landmarks * kernel.spread + kernel.center).astype(float)
     design = np.concatenate([across, np.ones((len(y), 1))], axis=1)
@@ -155,7 +158,7 @@ def test_heads_learn_and_a_greater_ridge_learns_less(name):
 
 @pytest.mark.parametrize("name", HEADS)
 def test_nothing_new_changes_nothing(name):
-    """Without labels, and with those that it was fitted to and a free hand, a head stays where it starts."""
+    """Without labels, or with those it was fitted to and a free hand, a head stays the same."""
     vectors, *labels = data(40)
     kernel, head = Kernel.fit(vectors, (3, 5), (1, 1), landmarks=10), KINDS[name]
     start = KernelHead.fit(kernel, head, vectors, *labels, ridge=1.0)

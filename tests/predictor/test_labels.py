@@ -1,4 +1,4 @@
-"""Rows to labels, groups that keep like prompts together, and splits that depend on the prompts alone."""
+"""Rows to labels, groups of similar prompts, and splits that depend on the prompts alone."""
 
 import gzip
 import json
@@ -259,7 +259,7 @@ def test_normalised_by_hand():
 
 @given(st.lists(st.text("abc水", max_size=9), min_size=1, max_size=6))
 def test_shingles_are_the_five_grams(prompts):
-    """Equal hashes where the 5-grams are equal, and only there; no window reaches into the next text."""
+    """Hashes are equal exactly where the 5-grams are; no window reaches into the next text."""
     padded = [text.ljust(5, "\0") for text in prompts]
     grams = [text[i : i + 5] for text in padded for i in range(len(text) - 4)]
     hashes, starts = shingle_hashes(prompts)
@@ -275,8 +275,14 @@ def jaccard(a: str, b: str) -> float:
 
 
 def test_near_duplicates_share_a_group_and_only_they():
-    long = "Explain in simple words how a steam engine turns the heat of burning coal into motion of wheels"
-    other = "List five cities in the north of Italy that a visitor with little money should not miss, and why"
+    long = (
+        "Explain in simple words how a steam engine turns "
+        "the heat of burning coal into motion of wheels"
+    )
+    other = (
+        "List five cities in the north of Italy "
+        "that a visitor with little money should not miss, and why"
+    )
     prompts = [
         long,
         other,
@@ -317,7 +323,10 @@ def test_groups_do_not_chain():
 
 
 def test_one_instruction_for_all_is_not_one_group(caplog):
-    template = "Read the report of the workshop below and write down every part that failed, one line each, in the order of the text: "
+    template = (
+        "Read the report of the workshop below and write down every part that failed, "
+        "one line each, in the order of the text: "
+    )
     prompts = [
         template + word for word in ("pump", "lamp", "seal", "tyre", "belt") for _ in range(2)
     ] + [f"{template}no. {n}" for n in range(30)]

@@ -1,4 +1,7 @@
-"""train.py --task predictor: every head and backbone learns, ranks and interruptions change nothing, bad flags are one line."""
+"""train.py --task predictor: every head and backbone learns; bad flags give one line.
+
+Ranks and interruptions change nothing.
+"""
 
 import json
 import os
@@ -90,7 +93,7 @@ CASES = [  # backbone, family, head, --train_type with its knobs
     ids=lambda value: value[0] if isinstance(value, list) else value or "-",
 )
 def test_learns(flags, train, tmp_path, backbone, family, head, method):
-    """The loss falls, and the saved folder is a predictor that says what the trained network says of unseen prompts."""
+    """The loss falls; the saved folder predicts what the trained network does on unseen prompts."""
     words = flags(
         tmp_path / "out",
         backbone,
@@ -150,7 +153,10 @@ def test_every_head_on_a_frozen_backbone(flags, train, tmp_path, head):
 
 @pytest.mark.parametrize("family", ["glm", "glm3"])
 def test_reuse_prefill(flags, train, tiny_folders, tmp_path, family):
-    """The head reads the served model's own states: exported without a model, it gives the same for prompts and for vectors."""
+    """The head reads the served model's states.
+
+    Exported without a model, it predicts the same for prompts and for vectors.
+    """
     folder = train(
         flags(
             tmp_path / "out",
@@ -217,7 +223,10 @@ def test_stop_and_resume_is_bit_identical(flags, train, tmp_path, monkeypatch, m
 
 
 def test_two_ranks(flags, train, tmp_path):
-    """DeepSpeed's launcher, ZeRO-2 and --train_type lora: the losses are one rank's, and the export says what the checkpoint says."""
+    """DeepSpeed's launcher, ZeRO-2 and --train_type lora: the losses are one rank's.
+
+    The export predicts what the checkpoint does.
+    """
     shared = [
         "--train_type",
         "lora",
@@ -329,7 +338,10 @@ def test_a_part_that_an_encoder_has_not_is_one_line(flags, capsys, tmp_path):
 
 
 def test_rows_of_two_models_and_test_rows(flags, train, tmp_path):
-    """--eval_path decides the best checkpoint; other models' rows and cut answers are learnt from."""
+    """--eval_path decides the best checkpoint.
+
+    Other models' rows and truncated answers are used.
+    """
     rows = (
         make_rows(100)
         + make_rows(100, served_model="other", seed=1)

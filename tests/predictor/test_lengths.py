@@ -1,4 +1,4 @@
-"""Rows laid out for training: other models' lengths made to speak as the predicted one's, weights, sides, and errors."""
+"""Rows laid out for training: other models' lengths rescaled, weights, splits, and errors."""
 
 import json
 
@@ -23,7 +23,10 @@ def examples_of(lists) -> list[Example]:
 
 
 def many(count=60, seed=0) -> list[Example]:
-    """Three models: b says twice as much as own and varies half as much, a says little; one length each of every prompt."""
+    """Three models, one length of every prompt each.
+
+    b's answers are twice as long as own's and vary half as much; a's are short.
+    """
     rng = np.random.default_rng(seed)
     made = []
     for _ in range(count):
@@ -226,7 +229,8 @@ def some_rows(count=80, served="m", tag="") -> list[dict]:
     ]
     return [
         {
-            "prompt": f"{words[i % 10]} {words[i // 10 % 10]} {tag}{i * 7919} {words[(3 * i + 1) % 10]}",
+            "prompt": f"{words[i % 10]} {words[i // 10 % 10]} "
+            f"{tag}{i * 7919} {words[(3 * i + 1) % 10]}",
             "output_tokens": 5 + i,
             "served_model": served,
         }
@@ -242,7 +246,10 @@ def config_of(train, **changes):
 
 def test_near_duplicates_stay_on_one_side(tmp_path):
     rows = some_rows(60)
-    long = " please answer this question as carefully and completely as you possibly can, with examples"
+    long = (
+        " please answer this question as carefully and completely as you possibly can, "
+        "with examples"
+    )
     rows += [
         {"prompt": row["prompt"] + long + ending, "output_tokens": 9, "served_model": "m"}
         for row in some_rows(20, tag="z")

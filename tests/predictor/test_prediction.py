@@ -87,7 +87,7 @@ def test_metrics_quantiles_are_those_of_predictions(rows, q):
     table = np.stack([rng.permutation(rows[0].probabilities) for _ in rows])
     found = quantiles(table, edges, q)
     wanted = [LengthPrediction(row, edges, 0.0).quantile(q) for row in table]
-    # Where the cumulative probability is q on a whole empty bin, rounding may choose either end of it.
+    # Where the cumulative probability is q on a whole empty bin, rounding may choose either end.
     ends = [LengthPrediction(row, edges, 0.0).probability_within(x) for row, x in zip(table, found)]
     assert all(
         abs(a - b) <= 1e-6 * edges[-1] or abs(end - q) <= 1e-9

@@ -154,7 +154,10 @@ def test_export_says_what_was_trained(folders, name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_p1_an_export_is_updated_and_loads(folders, name, tmp_path):
-    """Every kind of export: the sums of what an update writes are renewed, and the old folder goes only for one that loads."""
+    """Every kind of export: checksums of what an update writes are renewed.
+
+    The old folder is removed only for one that loads.
+    """
     folder = tmp_path / "served"
     shutil.copytree(folders[name][1], folder)
     old = LengthPredictor.from_pretrained(folder)
@@ -245,8 +248,10 @@ def test_more_prompts_than_a_chunk(lexical):
 def test_loads_without_training_packages(folders, name):
     code = (
         "import sys, time; start = time.perf_counter(); from predictor import LengthPredictor;"
-        "p = LengthPredictor.from_pretrained(sys.argv[1]); p.predict(['hello 3', '你好']); spent = time.perf_counter() - start;"
-        "print(spent, sorted({m.split('.')[0] for m in sys.modules} & set('torch transformers deepspeed peft scipy sklearn onnx datasets'.split())))"
+        "p = LengthPredictor.from_pretrained(sys.argv[1]); p.predict(['hello 3', '你好']);"
+        "spent = time.perf_counter() - start;"
+        "heavy = set('torch transformers deepspeed peft scipy sklearn onnx datasets'.split());"
+        "print(spent, sorted({m.split('.')[0] for m in sys.modules} & heavy))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(folders[name][1])],
@@ -268,7 +273,8 @@ def test_lexical_speed(lexical):
     for i in range(60):
         start = time.thread_time()
         predictor.predict(
-            f"Write a story about number {i} and its {i + 1} friends who live in a house by the sea."
+            f"Write a story about number {i} and its {i + 1} friends "
+            "who live in a house by the sea."
         )
         spent.append(time.thread_time() - start)
     assert np.median(spent) < 5e-3

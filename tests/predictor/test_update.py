@@ -1,4 +1,7 @@
-"""Drift is seen where there is some and only there; an update brings coverage back, keeps the order, and replaces a folder whole."""
+"""Drift is detected where there is some and only there; updates restore coverage, keep the order.
+
+An update replaces a folder atomically.
+"""
 
 import json
 import os
@@ -64,8 +67,10 @@ def test_no_drift_without_a_shift(predictor):
 
 @pytest.mark.parametrize("capped", [1.0, 0.6])
 def test_false_alarms_are_as_rare_as_p_says(predictor, capped):
-    """40 logs of the training distribution, whole or cut by a cap: p is below 0.05 in few of them, whatever the sampling error of
-    the calibration."""
+    """40 logs of the training distribution, whole or capped: p is below 0.05 in few of them.
+
+    Whatever the sampling error of the calibration.
+    """
     found = []
     for seed in range(100, 140):
         seen = Observed.of(examples_of(cap_rows(make_rows(200, seed=seed), capped)), "m")
@@ -117,7 +122,8 @@ def test_a_head_learns_what_calibration_cannot(predictor):
     assert better["before"] == plain["before"] and better["before"]["tau"] < 0
     assert better["after"]["tau"] > plain["after"]["tau"] + 0.3
     fresh = examples_of(make_rows(400, seed=6, turned=True))
-    # The share of 400 answers within a quantile that 400 others placed: 0.9, give or take 0.02 (one deviation).
+    # The share of 400 answers within a quantile that 400 others placed: 0.9, give or take 0.02 (one
+    # standard deviation).
     assert (
         abs(coverage(fitted, fresh, 0.9) - 0.9) < 0.07
         and abs(coverage(calibrated, fresh, 0.9) - 0.9) < 0.07
@@ -172,7 +178,8 @@ def test_rows_of_other_served_models_are_left_out(predictor):
     assert both["other_models_rows"] == 200 and both | {"other_models_rows": 0} == alone
     with pytest.raises(
         ValueError,
-        match="--min_rows: wanted at least 50 rows of different prompts answered by 'm', got 40 rows of 40 prompts and 200 of",
+        match="--min_rows: wanted at least 50 rows of different prompts answered by 'm', "
+        "got 40 rows of 40 prompts and 200 of",
     ):
         update(predictor, mixed[:40] + mixed[200:])
 

@@ -42,7 +42,10 @@ def serve(policy, requests, limits: Limits, engine=None):
 
 
 def native_glm(model=None):
-    """GlmForCausalLM with the weights of a ChatGLM2 or 3; without one a random Glm4ForCausalLM, which has two norms more in each layer."""
+    """GlmForCausalLM with the weights of a ChatGLM2 or 3; without one a random Glm4ForCausalLM.
+
+    The latter has two norms more in each layer.
+    """
     import torch
     from transformers import Glm4Config, Glm4ForCausalLM, GlmConfig, GlmForCausalLM
 
@@ -104,7 +107,7 @@ def native_glm(model=None):
 
 
 class TokenByToken:
-    """The engine of serving.simulate.engine, one iteration after the other, with nothing clever: its reference."""
+    """A reference for serving.simulate.engine's engine: iteration by iteration, no shortcuts."""
 
     def __init__(self, cost, limits):
         self.cost, self.limits = cost, limits

@@ -15,7 +15,7 @@ LIMITS = Limits(4, 400, 300)
 
 @given(st.lists(st.tuples(st.sampled_from("papo"), st.integers(0, 20)), max_size=60))
 def test_queue_is_an_ordered_set(moves):
-    """Against a sorted list: push with any key, look at the front, take from the front or from anywhere."""
+    """Against a sorted list: push any key, look at the front, remove from the front or anywhere."""
     keys, inside, count = {}, {}, 0
     queue = Queue(lambda record: (keys[record.request.id], FOREVER))
     for move, value in moves:
@@ -180,7 +180,7 @@ def test_pace_forgets():
 
 
 def test_s3_who_waits_may_withdraw():
-    """A withdrawn request leaves the queue at the next look and is never served; ids that do not wait are nothing."""
+    """A cancelled request leaves the queue at the next look, unserved; unknown ids are ignored."""
     from serving.engines import Inbox, WallClock
 
     inbox = Inbox(WallClock())

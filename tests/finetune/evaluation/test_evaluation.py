@@ -1,4 +1,4 @@
-"""python -m finetune.evaluate: metrics in a table, answers that survive an interruption, a probe before and after tuning."""
+"""python -m finetune.evaluate: tables of metrics, resumed answers, a probe around tuning."""
 
 import argparse
 import json
@@ -83,7 +83,10 @@ def test_metrics_predictions_and_their_table(adapter, rows, tmp_path, capsys):
     "sample", [[], ["--do_sample", "True", "--num_answers", "2", "--temperature", "2"]]
 )
 def test_an_interrupted_command_goes_on(adapter, rows, tmp_path, capsys, monkeypatch, sample):
-    """Answers made before are not made again, a torn line is, and the result is that of an uninterrupted command, sampled or not."""
+    """Finished answers are not generated again, a half-written line is; the result is the same.
+
+    The same as an uninterrupted command's, sampled or greedy.
+    """
     words = [
         "--model_path",
         str(adapter),
@@ -200,7 +203,10 @@ def test_conversations_are_refused(adapter, rows, tmp_path, capsys):
 
 
 def test_a_probe_of_rows_that_are_cut(adapter, tmp_path, capsys):
-    """A cut row keeps its loss in its own place; limits that leave no room for an answer are refused."""
+    """A truncated row keeps its loss at its own index.
+
+    Limits without room for an answer are refused.
+    """
     plain = make_rows(2)
     out, words = (
         tmp_path / "out.json",
@@ -281,7 +287,10 @@ def loss_of(folder, rows: list[dict]) -> float:
 
 
 def test_probe_before_and_after(adapter, bases, rows, tmp_path, capsys):
-    """The adapter names its base; the losses are those of the two models, and training on such rows lowers them."""
+    """The adapter names its base; the losses are those of both models.
+
+    Training on the rows lowers them.
+    """
     out = tmp_path / "probe.json"
     assert (
         evaluate.main(

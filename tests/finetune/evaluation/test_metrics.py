@@ -37,17 +37,20 @@ def score(name: str, answers: str | list[str], references: str | list[str]) -> f
         # bigrams the-cat and on-mat of 4
         ("rouge2", "the cat sat on mat", "the cat lay on mat", 2 / 4),
         ("rougeL", "the cat sat on mat", "the cat lay on mat", 4 / 5),
-        # order: unigrams all match, the longest common subsequence of "a b c d" and "d a b c" is "a b c", 3 of 4
+        # order: all unigrams match; the longest common subsequence of "a b c d" and "d a b c" is "a
+        # b c", 3 of 4
         ("rouge1", "a b c d", "d a b c", 1),
         ("rougeL", "a b c d", "d a b c", 3 / 4),
         # counts, not sets: "a a a" has one a of the reference's; p 1/3, r 1/2, F 2/5
         ("rouge1", "a a a", "a b", 2 / 5),
-        # Chinese words 女人 肾虚 会 引起 什么 ？ against 肾虚 会 引起 什么 病 ？: 5 of 6 shared, in order
+        # Chinese words 女人 肾虚 会 引起 什么 ？ and 肾虚 会 引起 什么 病 ？:
+        # 5 of 6 shared, in order
         ("rougeL", "女人肾虚会引起什么？", "肾虚会引起什么病？", 5 / 6),
         ("rouge1", "", "a", 0),
         ("rouge1", "a", "", 0),
         ("rougeL", "", " ", 1),
-        # BLEU: p1 4/5, p2 2/4, p3 0 of 3 and p4 0 of 2, smoothed to 1/(2*3) and 1/(4*2); same length, no penalty
+        # BLEU: p1 4/5, p2 2/4, p3 0 of 3 and p4 0 of 2, smoothed to 1/(2*3) and 1/(4*2); equal
+        # length, no penalty
         (
             "bleu4",
             "the cat sat on mat",
@@ -61,7 +64,8 @@ def score(name: str, answers: str | list[str], references: str | list[str]) -> f
         ("bleu4", "", "a", 0),
         ("bleu4", "", "", 1),
         ("bleu4", "a", "", 0),
-        # under four words: "a b" itself has p1 = p2 = 1, no 3-gram (1/2 by smoothing) and no 4-gram (1/4)
+        # under four words: "a b" against itself has p1 = p2 = 1, no 3-gram (1/2 by smoothing) and
+        # no 4-gram (1/4)
         ("bleu4", "a b", "a b", (1 / 2 * 1 / 4) ** 0.25),
         ("exact_match", " 一样\n", "一样", 1),
         ("exact_match", "a", "A", 0),
@@ -77,18 +81,20 @@ def test_by_hand(name, answer, reference, value):
 @pytest.mark.parametrize(
     "name, answers, references, value",
     [
-        # the nearest reference counts: 1/3 to the first ("a" of "a x y" and "a b c"), 2/3 to the second
+        # the nearest reference counts: 1/3 for the first ("a" of "a x y" and "a b c"), 2/3 for the
+        # second
         ("rouge1", "a x y", ["a b c", "x y z"], 2 / 3),
         # each answer against its nearest reference, then the mean: (2/3 + 0) / 2
         ("rouge1", ["a x y", "q"], ["a b c", "x y z"], 1 / 3),
-        # BLEU looks up n-grams in all references at once: p1 4/4 (a b from one, c d from the other), p2 a-b and c-d of 3,
-        # p3 0 of 2 and p4 0 of 1, smoothed to 1/(2*2) and 1/(4*1)
+        # BLEU counts n-grams in all references at once: p1 4/4 (a b from one, c d from the other),
+        # p2 a-b and c-d of 3, p3 0 of 2 and p4 0 of 1, smoothed to 1/(2*2) and 1/(4*1)
         ("bleu4", "a b c d", ["a b x y", "x y c d"], (1 * 2 / 3 * 1 / 4 * 1 / 4) ** 0.25),
         ("exact_match", ["a", "b", "c"], ["a", "b"], 2 / 3),
         ("triple_f1", "a_b_c", ["x_y_z", "a_b_c"], 1),
         # references: "a b" is met exactly, "c d" by half ("c x": one of two words), "q" not at all
         ("coverage", ["a b", "c x"], ["a b", "c d", "q"], (1 + 1 / 2 + 0) / 3),
-        # "a b c e" shares 3 of 4 words with the first: ROUGE-L 3/4 > 0.7, a repetition; "a b x y" 2/4 is none
+        # "a b c e" shares 3 of 4 words with the first: ROUGE-L 3/4 > 0.7, a repetition; "a b x y"
+        # has 2/4, not one
         ("diversity", ["a b c d", "a b c e", "a b x y", "a b c d"], ["-"], 2 / 4),
         ("diversity", "a", ["-"], 1),
     ],
@@ -148,7 +154,10 @@ def test_words_drop_white_space():
 
 
 def test_questions_of_the_seeds_set():
-    """Every reference question asked once covers all; the first alone is right, covers fewer, and is as diverse as one can be."""
+    """All reference questions asked once cover everything; the first alone covers less.
+
+    The first alone is right, and as diverse as one answer can be.
+    """
     pytest.importorskip("rouge_score")
     rows = [
         json.loads(line)["output"]

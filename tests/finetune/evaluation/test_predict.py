@@ -1,4 +1,4 @@
-"""Answers and their score: one prompt, a file, a conversation; batches that change nothing; F1 worked by hand."""
+"""Answers and their score: a prompt, a file, a conversation; batches change nothing; F1 by hand."""
 
 import io
 import json
@@ -159,7 +159,10 @@ def test_interactive(adapter, capsys, monkeypatch):
 
 @pytest.mark.launch
 def test_old_command(adapter, tmp_path, capsys, monkeypatch):
-    """predict.py, from any folder: standard input through a pipe, and by itself the well-known example."""
+    """predict.py from any folder: standard input through a pipe.
+
+    Without flags the built-in example.
+    """
     done = command(
         ROOT / "predict.py",
         "--model_path",
@@ -347,7 +350,7 @@ def test_wrong_flags(adapter, capsys, words):
 
 
 def test_t12_an_adapter_and_its_merged_folder_sample_alike(adapter, bases, tmp_path, capsys):
-    """The seed is set at the batch: what loading draws, more of it for an adapter, changes no answer."""
+    """The seed is set per batch: what loading draws, more for an adapter, changes no answer."""
     import merge_lora
 
     merged = tmp_path / "merged"

@@ -1,4 +1,4 @@
-"""The memory formula: exact counts, what autograd keeps, order between runs, the published rows, and the command."""
+"""The memory formula: exact counts, autograd's storages, order of runs, published rows, command."""
 
 import dataclasses
 import json
@@ -119,12 +119,15 @@ def test_prefix_counts_are_the_models(name, version, projection):
 @pytest.mark.parametrize("code", ["eager", "sdpa", "packed-cpu"])
 @pytest.mark.parametrize("name", ["glm", "glm2"])
 def test_saved_bytes_are_autograds(name, code, method, monkeypatch):
-    """Against the storages that autograd keeps of the second of 3 layers, weights apart. The tiny width makes what is not
-    counted (rotary tables, a norm's statistics, masks that all layers share) look large: 1.6 % of it.
+    """Against the storages that autograd keeps of the second of 3 layers, weights excluded.
+
+    The tiny width makes what is not counted (rotary tables, a norm's statistics, masks that all
+    layers share) look large: 1.6 %.
     """
     import torch
 
-    # DeepSpeed's ZeRO-3, wherever it has run in this process, leaves a linear behind that keeps its input in any case.
+    # DeepSpeed's ZeRO-3, once it has run in this process, leaves a patched linear that always keeps
+    # its input.
     monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
 
     from finetune.lora import use_lean_lora
@@ -197,7 +200,7 @@ def test_sizes_of_the_losss_pieces_are_the_kernels():
 
 
 def test_saved_bytes_of_the_originals_arithmetic():
-    """What the original code's lines keep, in half precision, where they differ from ours: written out here and counted."""
+    """What the original code keeps in half precision where it differs, written out and counted."""
     import torch
 
     rows, heads, keys, width, ffn = 64, 4, 96, 256, 1024
@@ -360,7 +363,7 @@ def test_cheapest_change():
 
 
 def test_selective_checkpointing_lies_between():
-    """For frozen weights it may keep more than no checkpointing: those keep no products of their own."""
+    """With frozen weights it may keep more than no checkpointing: their products keep nothing."""
     for shape, method in ((GLM, "lora"), (GLM2, "ptuning"), (GLM, "all"), (GLM2, "all")):
         none = Run(shape, method, batch=4, length=1560)
         some = replace(none, checkpointing=True, selective=True)
@@ -438,7 +441,10 @@ def test_zero_files(tmp_path):
 
 
 def test_one_gpu_is_spared_zero():
-    """As train.py has it: no copies, in fp32 not even of the weights; a file with keys of its own is obeyed."""
+    """As in train.py: no copies, in fp32 not even of the weights.
+
+    A file with custom keys is obeyed.
+    """
     for precision, bytes_each in (
         ("fp32", 16),
         ("bf16", 18),

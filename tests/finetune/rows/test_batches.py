@@ -1,4 +1,7 @@
-"""Rows in, batches out: parsing with file and line, counting, and an order that ranks and accumulation do not change."""
+"""Rows to batches: parsing with file and line, counting, an order that ranks do not change.
+
+Nor does gradient accumulation.
+"""
 
 import json
 
@@ -53,7 +56,8 @@ def test_grouped_epoch_order(rows, group, seed, epoch):
     batches = [lengths[order[i : i + group]] for i in range(0, whole, group)]
     rest = set(order[whole:])
     assert len(rest) == rows % group
-    # Each window of 50 batches is cut into batches by length, so no two batches of one window overlap.
+    # Each window of 50 batches is cut into batches by length, so no two batches of a window
+    # overlap.
     plain = epoch_order(lengths, seed, epoch)
     windows = [set(plain[i : i + 50 * group]) for i in range(0, rows, 50 * group)]
     for window in windows:
@@ -83,8 +87,9 @@ def test_epochs_and_seeds_differ(group):
     st.booleans(),
 )
 def test_step_rows(lengths, product, micro, seed, grouped):
-    """Micro batch x accumulation x ranks = one product: every step reads the same rows, each once an epoch. No pass has
-    many more tokens than another.
+    """Micro batch x accumulation x ranks = one product: every step reads the same rows.
+
+    Each row is read once an epoch. No pass has many more tokens than another.
     """
     size, rows = product * micro, len(lengths)
     order = epoch_order(lengths, seed, 0, group=size if grouped else 0)
@@ -298,7 +303,10 @@ def test_collate(shapes, draw):
     st.data(),
 )
 def test_collate_ragged(shapes, common, share, multiple, draw):
-    """Read backwards: each sequence's tokens, and what predicts what, are the rows'; rows may begin with `common` equal tokens."""
+    """Unpacked again, each sequence has the rows' tokens and labels.
+
+    Rows may begin with `common` equal tokens.
+    """
     ids = [
         [7] * min(common, length) + [100 * i + k for k in range(common, length)]
         for i, (length, _) in enumerate(shapes)
@@ -391,7 +399,10 @@ def test_skipped_rows_are_said(flags, train, tmp_path, capsys):
     ],
 )
 def test_the_seeds_own_files_are_read(name, count, empty):
-    """Also the rows whose answer is empty: "nothing to find" is an answer, and only its end token carries loss."""
+    """Rows with an empty answer too: "nothing to extract" is an answer.
+
+    Its end token carries the loss.
+    """
     rows, bad = read_rows(shared_file(f"data/finetune/{name}"))
     assert (len(rows), bad, sum(not any(row.answers) for row in rows)) == (count, 0, empty)
     for row in [row for row in rows if not any(row.answers)][:2]:
@@ -403,7 +414,7 @@ def test_the_seeds_own_files_are_read(name, count, empty):
 
 
 def test_t11_the_cache_keeps_what_was_used_last(tmp_path):
-    """Of three files of 80 KB a limit of 200 KB keeps the two used last; other files of the folder stay."""
+    """Of three files of 80 KB, a limit of 200 KB keeps the two used last; unrelated files stay."""
     import os
 
     from finetune.files import cache_arrays, read_arrays

@@ -1,4 +1,4 @@
-"""Every format: found from its keys, read from the samples and the real files, learnt as the answers and nothing else."""
+"""Every format: detected by its keys, read from samples and real files; only answers carry loss."""
 
 import json
 import random
@@ -54,7 +54,10 @@ def check_labels(family, tokenizer, row):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", FORMATS)
 def test_contract(tokenizers, name, family):
-    """Every format has a sample whose rows are found to be of it, are the same when it is named, and learn their answers alone."""
+    """Every format has a sample; its rows are detected as it, the same when named.
+
+    Only their answers carry loss.
+    """
     items = list(read_file_items(SAMPLES / f"{name}.jsonl"))
     assert len(items) == 3 and {find_format(item) for _, item in items} == {name}
     rows = sample(name)
@@ -155,7 +158,10 @@ REAL = {  # file -> (rows, rows with several turns, format)
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_files(tokenizers, name):
-    """All rows are read; of a drawn few, each family learns exactly the answers, those that are empty too."""
+    """All rows are read.
+
+    In a random sample, each family's labels are exactly the answers, empty or not.
+    """
     count, several, form = REAL[name]
     file = shared_file(f"data/finetune/{name}")
     rows, bad = read_rows(file)
@@ -316,7 +322,8 @@ def test_literals_are_json_values(tmp_path):
         "\n".join(
             [
                 *lines,
-                "{'messages': [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}], 'tools': {1}}",
+                "{'messages': [{'role': 'user', 'content': 'q'}, "
+                "{'role': 'assistant', 'content': 'a'}], 'tools': {1}}",
             ]
         )
     )
@@ -334,9 +341,8 @@ def test_columns(tmp_path):
     reader = RowReader(columns=columns)
     with pytest.raises(BadRow) as error:
         read_rows(file, reader=reader)
-    assert (
-        str(error.value)
-        == f'{file}:2: no column "answer text" (--columns response=answer text); the row has question'
+    assert str(error.value) == (
+        f'{file}:2: no column "answer text" (--columns response=answer text); the row has question'
     )
     rows, bad = read_rows(file, reader=reader, on_bad_row="skip")
     assert rows == [Row("q", ("a",), f"{file}:1")] and bad == 1

@@ -1,4 +1,7 @@
-"""Files of every kind, folders, hubs; weights and replay: which rows an epoch reads is a pure function of (seed, epoch)."""
+"""Files of every kind, folders, hubs; weights and replay.
+
+Which rows an epoch reads is a pure function of (seed, epoch).
+"""
 
 import collections
 import gzip
@@ -137,7 +140,7 @@ def test_names_and_weights(tmp_path):
 
 
 def test_hubs(monkeypatch, tmp_path):
-    """Through the libraries' own loaders; a library that is missing and a hub that does not answer are one line."""
+    """Through the libraries' loaders; a missing library and a silent hub give one-line errors."""
     import datasets
 
     asked = []
@@ -157,7 +160,8 @@ def test_hubs(monkeypatch, tmp_path):
         read_rows(parse_sources("hf://gone")[0])
     with pytest.raises(
         ValueError,
-        match=r'^ms://x/y needs a library that is not here \(modelscope\): pip install "modelscope\[datasets\]"$',
+        match=r"^ms://x/y needs a library that is not here \(modelscope\): "
+        r'pip install "modelscope\[datasets\]"$',
     ):
         read_rows(parse_sources("ms://x/y")[0])
     with monkeypatch.context() as patch:
@@ -206,7 +210,7 @@ def test_hash_of_files(tmp_path):
     st.integers(1, 6),
 )
 def test_drawn_rows(rows, drawn, seed, stream, epochs):
-    """Every epoch alone knows its rows; over all epochs every row is read as often as any other, or once more."""
+    """Each epoch's rows depend on it alone; over all epochs, rows' counts differ by at most one."""
     parts = [draw_rows(rows, drawn, seed, stream, epoch) for epoch in range(epochs)]
     counts = np.bincount(np.concatenate(parts), minlength=rows)
     assert (
@@ -468,7 +472,7 @@ def test_t6_the_line_that_is_wrong_is_named(tmp_path, text, said):
 
 
 def test_t9_a_packed_file_takes_no_more_memory_than_its_rows(tmp_path):
-    """600 MB of blanks, of one line, of a list and of a table's cell, in a process that may have 500 MB more than it has."""
+    """600 MB of blanks in a line, a list or a table's cell, in a process limited to 500 MB more."""
     words = """if True:
         import resource, sys
         from finetune.rows import sources

@@ -64,7 +64,10 @@ def read(stream, start, stop) -> list[str]:
     st.data(),
 )
 def test_any_row_is_reached_alone(sizes, block, seed, draw):
-    """Files of any sizes, blocks of any size: a stream that begins anywhere, or goes back, reads what one from the start reads."""
+    """A stream from any offset reads what one from the start reads, for all file and block sizes.
+
+    Also after it seeks back.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for number, size in enumerate(sizes):
             numbered(Path(folder, f"{number}.jsonl"), range(100 * number, 100 * number + size))
@@ -116,7 +119,7 @@ def test_threads_share_a_stream(tmp_path):
 
 @pytest.mark.parametrize("block, workers", [(3, 1), (3, 4), (16, 4), (100, 2)])
 def test_workers_in_any_order_read_files_once(tmp_path, monkeypatch, block, workers):
-    """Of the step that is due and those ahead of it any may come first, the last of them before the first one too."""
+    """The due step and those ahead of it may arrive in any order, the last before the first too."""
     numbered(tmp_path / "a.jsonl", range(1000))
     wanted = read(stream_of(tmp_path, block), 0, 400)
     begun, all_lines = [], Stream.all_lines
@@ -256,7 +259,7 @@ def stream_words(tmp_path):
 
 @pytest.mark.launch
 def test_killed_and_resumed_is_bit_identical(flags, train, tmp_path, stream_words):
-    """train.py killed by SIGKILL after a checkpoint ends, once resumed, as a run that nothing interrupted."""
+    """train.py, killed by SIGKILL after a checkpoint and resumed, ends as an uninterrupted run."""
     whole = train(flags(tmp_path / "whole", *stream_words))
     assert len(metrics(tmp_path / "whole")) == 12
     words = flags(tmp_path / "out", *stream_words, "--save_model_step", 2)
@@ -284,7 +287,7 @@ def test_killed_and_resumed_is_bit_identical(flags, train, tmp_path, stream_word
 
 
 def test_accumulation_and_epochs_of_a_stream(flags, train, tmp_path, stream_words, capsys):
-    """The rows of a step do not depend on how it is cut; without --max_steps the rows are counted."""
+    """A step's rows do not depend on how it is split; without --max_steps the rows are counted."""
     plain = [word for word in stream_words if word not in ("--max_steps", 12)]
     plain[plain.index("--lora_dropout") + 1] = "0"
     losses = []
@@ -338,7 +341,10 @@ def test_t5_the_same_files_elsewhere_are_the_same_stream(tmp_path):
 
 
 def test_t9_a_changed_middle_is_seen(tmp_path, monkeypatch):
-    """Of a small file by its content; of a large one by its time, where the change falls between the pieces."""
+    """A small file by its content.
+
+    A large one by its time, as the change may miss the sampled pieces.
+    """
     file = tmp_path / "a.jsonl"
     file.write_bytes(b"x" * 3_000_000)
     seen = []

@@ -1,4 +1,4 @@
-"""The cost model: real sizes, laws, a fit that finds what it should, the measured runs, the command line."""
+"""The cost model: real sizes, laws, a fit that recovers its input, measured runs, the command."""
 
 import csv
 import json
@@ -50,7 +50,10 @@ def on(*names: str, stages=None, profile=ROUGH, model=GLM2) -> CostModel:
 
 
 def test_real_sizes():
-    """ChatGLM-6B keeps 448 KiB of keys and values a token, ChatGLM2-6B 28 KiB; with the first vocabulary ChatGLM-6B has 6.26 billion parameters."""
+    """ChatGLM-6B keeps 448 KiB of keys and values a token, ChatGLM2-6B 28 KiB.
+
+    With the first vocabulary ChatGLM-6B has 6.26 billion parameters.
+    """
     assert (GLM1.kv_bytes_per_token, GLM2.kv_bytes_per_token) == (448 * 1024, 28 * 1024)
     assert GLM2.attention_bytes_per_token == 448 * 1024
     assert (GLM1.parameters, GLM2.parameters) == (6_255_206_400, 6_243_584_000)
@@ -77,14 +80,15 @@ def test_bytes_are_the_models(family):
 
 
 def test_a_step_by_hand():
-    """One GPU of 1e12 B/s, nothing but weights and KV at full bandwidth: (weights without the embedding + KV) / bandwidth."""
+    """One GPU of 1e12 B/s: (weights without the embedding + KV) / bandwidth, nothing else."""
     profile = Profile(weight_passes=1, kv_passes=1, layer_overhead_s=0)
     device = Device("one", 24 * GIB, 1e12, 1e14)
     step = CostModel.of(GLM2, device, profile).decode_step_s(4, 1000)
     assert step == pytest.approx(
         (GLM2.weight_bytes - GLM2.embedding_bytes + 1000 * 28 * 1024) / 1e12, rel=1e-12
     )
-    # Prompts of 4,000 tokens are bound by products: 2 P tokens, and causal attention's 2 layers hidden tokens^2.
+    # Prompts of 4,000 tokens are bound by products: 2 P tokens, and causal attention's 2 layers
+    # hidden tokens^2.
     read = CostModel.of(GLM2, device, replace(profile, compute_passes=1)).prefill_s(4000)
     work = (
         28 * (2 * GLM2.layer_bytes / 2 * 4000 + 2 * 4096 * 4000**2) / 1e14
@@ -94,7 +98,7 @@ def test_a_step_by_hand():
 
 
 def test_two_devices_by_hand():
-    """A split adds two hops a pass, the map's overhead, and the remote layers' cache over the link."""
+    """A split adds two hops a pass, the map's overhead, and remote layers' cache over the link."""
     link = Link(1e10, 1e-4)
     plain = Profile(
         hop_overhead_s=1e-3,
@@ -153,7 +157,10 @@ def test_decode_is_the_sum_of_its_steps(names, batch, context, steps, model):
 )
 @settings(max_examples=60, deadline=None)
 def test_chunks_share_their_pass(names, tokens, start, rows, model):
-    """Alone a chunk is a prefill; beside others it costs less, and however a pass is cut into chunks, it costs the same."""
+    """Alone a chunk is a prefill; beside others it costs less.
+
+    However a pass is cut into chunks, it costs the same.
+    """
     cost = on(*names, model=model)
     assert cost.chunk_s(tokens) == pytest.approx(cost.prefill_s(tokens))
     assert 0 < cost.chunk_s(tokens, start, rows) <= cost.chunk_s(tokens, start)
@@ -330,7 +337,7 @@ def test_profile_on_the_measured_rows(tmp_path):
 
 
 def test_p3_the_fit_gives_the_shipped_profile():
-    """scipy's non-negative least squares, on the rows that serving/cost_model/profiles/rtx3090.json was fitted to."""
+    """scipy's NNLS on the rows that serving/cost_model/profiles/rtx3090.json was fitted to."""
     rows, _ = read_rows(shared_file("data/uellm/measured_3090.csv"))
     found, shipped = (
         fit(rows, replace(DATASHEET, device="RTX3090", link="pcie3")),
@@ -343,7 +350,10 @@ def test_p3_the_fit_gives_the_shipped_profile():
 
 
 def test_profile_on_whole_runs():
-    """Runs of 10 to 30 batches in one process, none of them fitted: start-up comes once, and the rest adds up."""
+    """Runs of 10 to 30 batches in one process, none of them fitted: one start-up.
+
+    The rest adds up.
+    """
     profile, found = read_profile("rtx3090"), []
     with open(shared_file("data/uellm/measured.csv"), encoding="utf-8-sig", newline="") as file:
         for run in csv.DictReader(file):
@@ -429,7 +439,8 @@ def test_bad_profiles(tmp_path, capsys, content, message):
             "name must be text",
         ),
         (
-            '{"device": {"name": "x", "memory_bytes": 1e400, "bandwidth_bytes_s": 1, "flops_s": 1}}',
+            '{"device": {"name": "x", "memory_bytes": 1e400, '
+            '"bandwidth_bytes_s": 1, "flops_s": 1}}',
             "memory_bytes must be a number above 0",
         ),
         ("[" * 100_000, "not JSON that can be read"),

@@ -1,4 +1,7 @@
-"""The deployers: one contract for all, helr against the exhaustive search, and placements as accelerate and vLLM take them."""
+"""The deployers: one contract for all, and helr against the exhaustive search.
+
+Placements as accelerate and vLLM take them.
+"""
 
 import json
 import subprocess
@@ -51,7 +54,7 @@ def deeper(layers: int) -> ModelShape:
 
 
 def random_case(seed: int, devices: int, layers: int):
-    """Heterogeneous memory, speeds and links, now and then two devices alike; some cases fit nowhere."""
+    """Different memory, speeds and links, at times two equal devices; some cases fit nowhere."""
     rng = np.random.default_rng(seed)
     size = 100 * MIB
     model = ModelShape(
@@ -106,7 +109,10 @@ def placed(name: str, case):
 
 @pytest.mark.parametrize("name", DEPLOYERS)
 def test_contract(name):
-    """Each layer once, memory never broken, deterministic, latency the cost model's own; replicas lie apart."""
+    """Each layer once, within memory, deterministic, latency from the cost model.
+
+    Disjoint replicas.
+    """
     answered = 0
     for seed in range(0, 96, 4):
         case = model, cluster, need, profile = random_case(seed, 1 + seed % 5, 6)
@@ -151,7 +157,7 @@ def test_contract(name):
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_helr_equals_exhaustive(weight):
-    """200 random cases, up to 5 devices and 10 layers: the same optimum, and the same verdict where nothing fits."""
+    """200 random cases, up to 5 devices and 10 layers: the same optimum, or infeasible in both."""
     fits = 0
     for seed in range(200):
         case = model, cluster, need, profile = random_case(seed, 1 + seed % 5, 10 - seed % 3)
@@ -187,7 +193,10 @@ def test_one_weight_from_lr_to_he():
 
 
 def test_helr_on_the_measured_cluster():
-    """On 4 RTX 3090 one holds ChatGLM2-6B, and splitting only costs: the measured runs say so, and so does every search."""
+    """Of 4 RTX 3090 one holds ChatGLM2-6B.
+
+    Splitting only costs, in measured runs and every search.
+    """
     profile = read_profile("rtx3090")
     cluster = profile.cluster(4)
     found = {
@@ -241,7 +250,10 @@ def test_eight_and_sixty_four_devices_in_time():
 
 
 def test_groups_change_nothing():
-    """Devices alike are searched as counts; told apart by a hair they are searched one by one, with the same answer."""
+    """Equal devices are searched as counts.
+
+    Slightly different ones singly, with the same answer.
+    """
     device = Device("d", 5 * GIB, 1e12, 1e14)
     alike = Cluster.uniform([device] * 3 + [replace(device, bandwidth_bytes_s=5e11)] * 2)
     apart = Cluster.uniform([replace(d, name=f"d{i}") for i, d in enumerate(alike.devices)])
@@ -260,7 +272,8 @@ def test_infeasible_says_bytes():
     for name in DEPLOYERS:
         with pytest.raises(
             ValueError,
-            match=f"needs {GLM2.weight_bytes + kv:,} bytes .* there are {2 * (24576 * MIB - GIB):,} bytes",
+            match=f"needs {GLM2.weight_bytes + kv:,} bytes .* "
+            f"there are {2 * (24576 * MIB - GIB):,} bytes",
         ):
             DEPLOYERS[name].place(GLM2, cluster, need, DATASHEET)
     pieces = Pieces(GLM2, cluster, Need(500_000), DATASHEET)
@@ -304,7 +317,7 @@ def test_morphling_counts_its_stress_tests():
 @pytest.mark.parametrize("family", ["glm", "glm2", "glm3"])
 @pytest.mark.parametrize("prefix", [False, True])
 def test_device_map_covers_a_real_model(family, prefix):
-    """accelerate finds a device for every parameter and buffer, and the dispatched model answers as before."""
+    """accelerate places every parameter and buffer; the dispatched model answers as before."""
     import torch
     from accelerate import dispatch_model
     from accelerate.utils.modeling import check_device_map
@@ -504,7 +517,8 @@ def test_p2_numbers_that_are_none(flag, value, capsys):
             "a link needs bandwidth_bytes_s above 0",
         ),
         (
-            '{"devices": [{"name": "x", "memory_bytes": Infinity, "bandwidth_bytes_s": 1, "flops_s": 1}]}',
+            '{"devices": [{"name": "x", "memory_bytes": Infinity, '
+            '"bandwidth_bytes_s": 1, "flops_s": 1}]}',
             "memory_bytes must be a number above 0",
         ),
     ],

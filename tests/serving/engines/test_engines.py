@@ -1,4 +1,4 @@
-"""The real engines make the tokens that a model makes one prompt at a time, whatever plans do to them on the way."""
+"""The real engines generate a model's tokens for one prompt at a time, whatever the plans do."""
 
 import copy
 import json
@@ -85,7 +85,7 @@ def alone(model, prompt, most: int, stops=STOPS) -> list[int]:
 
 
 class Chaos:
-    """A policy that does whatever it may: small reservations, preemptions, odd chunks and horizons."""
+    """A policy of random valid plans: small reservations, preemptions, odd chunks and horizons."""
 
     predicts = False
 
@@ -256,7 +256,7 @@ def test_p4_every_policy_answers_whole(policy):
 
 @pytest.mark.parametrize("variant", ["glm", "glm2"])
 def test_p4_cancellation(variant):
-    """From another thread, from a listener, while waiting, and by a listener that fails: the others' tokens stay."""
+    """From another thread, a listener, in the queue, by a failing listener: others' tokens stay."""
     model = model_of(variant)
     engine = engine_of("continuous", model)
     asked = {
@@ -291,7 +291,10 @@ def test_p4_cancellation(variant):
 
 
 def test_sampling_is_each_requests_own():
-    """A seed gives the same tokens in any company; other seeds give others; top_p near 0 is greedy."""
+    """A seed gives the same tokens in any batch; other seeds give others.
+
+    Top_p near 0 is greedy.
+    """
     model = model_of("glm3")
     prompt = prompt_of(model, 9, 1)
 
@@ -383,7 +386,10 @@ def test_a_failed_model_harms_nobody_else():
 
 
 def test_lora_and_bf16():
-    """An adapter's layers take part. In bf16 each token is one that the model, alone, holds to be as good as the best."""
+    """An adapter's layers take part. In bf16 each token's logit is within rounding of the best.
+
+    The reference is the model alone.
+    """
     from peft import LoraConfig, get_peft_model
 
     for base, layer in (

@@ -1,4 +1,4 @@
-"""What every policy must keep, over every entry of POLICIES; each algorithm's own arithmetic by hand."""
+"""The contract of every policy, over all of POLICIES; each algorithm's arithmetic by hand."""
 
 import time
 from dataclasses import replace
@@ -106,7 +106,7 @@ def test_none_one_and_one_that_never_fits(name):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_only_oracles_read_the_truth(name):
-    """Other true lengths, the same predictions: the first plan is the same, and what is counted on, unless it is an oracle's."""
+    """Other true lengths, equal predictions: the same first plan and estimates, but for oracles."""
     rng = np.random.default_rng(1)
     rows = [
         (int(rng.integers(5, 60)), 10, 0.0, float(rng.uniform(0.5, 9)), int(rng.integers(2, 100)))
@@ -130,7 +130,10 @@ def test_those_that_need_no_prediction_take_none(name):
 
 
 def overload(long_at=0.5, count=1500):
-    """Three times what the engine can do, for a while; one long request near the beginning that cannot be in time."""
+    """Three times the engine's capacity, for a while.
+
+    An early long request that cannot be in time.
+    """
     limits = Limits(max_batch=4, kv_tokens=4000, max_tokens=1000)
     requests = [ask(i, 20, 20, 0.02 * i, 0.5, 20) for i in range(count)]
     first = next(i for i, r in enumerate(requests) if r.arrival_s >= long_at)
@@ -151,7 +154,10 @@ def test_deadline_starves_none_where_shortest_first_does():
 
 
 def test_late_ones_are_served_in_their_lane_in_order_of_arrival():
-    """Bounded waiting: whoever is late is admitted after no later arrival by the lane, at one row in twenty and at least one."""
+    """Bounded waiting: the lane admits late requests before later arrivals.
+
+    It has one row in twenty, and at least one.
+    """
     first, requests, limits = overload()
     events, _, _ = serve(Deadline(late_share=0.05), requests, limits)
     order = [e.id for e in events if e.kind == "admitted"]
@@ -177,7 +183,10 @@ def test_deadline_meets_more_objectives_than_order_of_arrival():
 
 
 def test_a_late_running_answer_gives_way_when_that_saves_a_deadline():
-    """One row: a long answer without hope runs; a short urgent one displaces it, and only if recomputing costs less than it frees."""
+    """One row: a hopeless long answer runs; a short urgent one preempts it.
+
+    Only if recomputation costs less than it frees.
+    """
     limits = Limits(max_batch=2, kv_tokens=3000, max_tokens=1400)
     requests = [ask(i, 10, 1300, 0.0, 5.0, 450) for i in range(2)] + [ask(2, 10, 20, 6.0, 1.0, 20)]
     done = {
@@ -215,8 +224,10 @@ def ids(batches):
 def test_slo_odbs_by_hand():
     """SLO 10, 20, 30 s and lengths 100, 50, 200; w1 = 1, w2 = 0.5, L1 = L2 = 1.2.
 
-    CM of {0} is 0 (1 x 10 + 0.5 x 100 = 60). Joining 1: T_l = ((10+10) + (20+10)) x 2 x 1.2 = 120, T_o = ((100+100) + (50+100)) x 2 x 1.2
-    = 840: 120 + 420 = 540. Joining 2 to {0, 1}: T_l = 90 x 3 x 1.2 = 324, T_o = 650 x 3 x 1.2 = 2340: 324 + 1170 = 1494.
+    CM of {0} is 0 (1 x 10 + 0.5 x 100 = 60).
+    Joining 1: T_l = ((10+10) + (20+10)) x 2 x 1.2 = 120,
+    T_o = ((100+100) + (50+100)) x 2 x 1.2 = 840: 120 + 420 = 540.
+    Joining 2 to {0, 1}: T_l = 90 x 3 x 1.2 = 324, T_o = 650 x 3 x 1.2 = 2340: 324 + 1170 = 1494.
     """
     knobs = SloOdbs(
         slo_weight=1.0, length_weight=0.5, slo_overhead=1.2, length_overhead=1.2, truth=True

@@ -1,4 +1,7 @@
-"""The server, driven by the real openai client over a tiny random model and a predictor of synthetic lengths; its parts by themselves."""
+"""The server, driven by the openai client over a tiny random model; its parts by themselves.
+
+The predictor is of synthetic lengths.
+"""
 
 import http.client
 import json
@@ -66,7 +69,7 @@ def folders(tmp_path_factory):
 
 
 def never_end(folder):
-    """The end token's logit is 0 and some other's is above it: greedy answers are as long as they are asked to be."""
+    """The end token's logit is 0 and another's is above it: greedy answers reach max_tokens."""
     from safetensors.torch import load_file, save_file
 
     [file] = folder.glob("*.safetensors")
@@ -181,7 +184,10 @@ def test_asked_by_its_script(server, tmp_path, capsys):
 
 
 def test_profiled_and_compared_with_its_simulation(folders, tmp_path, capsys):
-    """scripts/profile_engine.py's file fits a server and a simulator; benchmarks/serving_real.py runs both on the same requests."""
+    """scripts/profile_engine.py's file fits a server and a simulator.
+
+    benchmarks/serving_real.py runs both on the same requests.
+    """
     from benchmarks.serving_real import main as compare
     from scripts.profile_engine import main as profile
     from serving.cost_model.model import CostModel, ModelShape, read_profile
@@ -576,7 +582,7 @@ def test_gpu_figures_where_there_are_any(monkeypatch):
 
 
 def test_an_engine_that_fails_lets_nobody_wait(tiny_folders, caplog):
-    """Those who are served or wait hear of it, those who come later get 503, and so does whoever asks for its health."""
+    """Running and waiting requests get an error; later ones, and the health check, get 503."""
     from fastapi.testclient import TestClient
 
     from chatglm import load_tokenizer

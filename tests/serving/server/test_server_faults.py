@@ -35,7 +35,7 @@ JSON = {"Content-Type": "application/json"}
 
 @contextmanager
 def running(folder, *words, endless=True, prepare=None):
-    """A server's root, port, service, uvicorn server and thread; its exit code once it has ended."""
+    """A server's root, port, service, uvicorn server and thread; its exit code once it ended."""
     flags = [
         "--model",
         folder,
@@ -378,7 +378,8 @@ def test_s3_a_drains_end_answers_everybody(tiny_folders, caplog, engine, policy)
         wait_for(lambda: server.service.engine.count() == 8 and server.service.engine.rows)
         half = socket.create_connection(("127.0.0.1", server.port))
         half.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
         )
         time.sleep(0.2)
         begin = time.monotonic()
@@ -540,7 +541,8 @@ def test_s9_slow_clients_are_dropped(server):
     )
     header.sendall(b"GET /health HTTP/1.1\r\nHo")
     body.sendall(
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        b"Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
     )
     assert body.recv(1000).startswith(b"HTTP/1.1 408 ")
     with pytest.raises(ConnectionError):
@@ -701,7 +703,7 @@ def test_a_monitor_that_fails_ends_no_answer(tiny_folders, tmp_path):
 
 @pytest.mark.parametrize("part", ["engine", "policy", "model"])
 def test_an_engine_that_is_lost_answers_everybody_and_ends_the_process(tiny_folders, part):
-    """Exit code 1, so that a supervisor starts it anew; plain and streaming, running and waiting."""
+    """Exit code 1, so that a supervisor restarts it; plain and streaming, running and waiting."""
     broken = threading.Event()
 
     def prepare(service):

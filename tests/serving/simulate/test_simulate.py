@@ -101,7 +101,7 @@ def test_fewest_steps_is_the_first_to_reach_the_budget(base, growth, most, share
 
 
 def test_static_batches_as_the_continuous_engine_runs_them():
-    """Nothing is padded, prompts come in chunks, and rows that have ended cost no more: only their batch holds them."""
+    """No padding; prompts come in chunks; ended rows cost nothing, only their batch keeps them."""
     limits = Limits(4, 2000, 500, prefill_tokens=64)
     requests = [ask(0, 60, 3), ask(1, 20, 8), ask(2, 10, 5)]
     _, collector, engine = serve(
@@ -391,7 +391,10 @@ def test_residuals_of_an_exported_predictor(tmp_path):
 
 
 def test_a_row_that_comes_back_may_end_where_its_past_did():
-    """Preempted and admitted again, a row can be due at the very step that its former self was: entries tie but for their serial."""
+    """A preempted, readmitted row can be due at the step that its first run was.
+
+    The entries differ only in their serial.
+    """
     from serving.request import Plan, Record
 
     engine = SimulatedEngine(COST, Limits(prefill_tokens=4096))

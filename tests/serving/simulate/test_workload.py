@@ -56,7 +56,8 @@ def test_a_trace_that_is_not_there(tmp_path):
 def test_small_traces_of_both_formats(tmp_path):
     with gzip.open(tmp_path / "AzureLLMInferenceTrace_code.csv.gz", "wt") as file:
         file.write(
-            "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:50.9951690,396,0\n2023-11-16 18:15:46.4951600,374,44\n"
+            "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+            "2023-11-16 18:15:50.9951690,396,0\n2023-11-16 18:15:46.4951600,374,44\n"
         )
     times, prompts, outputs = read_trace("azure_code", tmp_path)
     assert (
@@ -149,7 +150,7 @@ def test_objectives_follow_their_rule():
 
 @pytest.mark.parametrize("sigma", [0.3, 0.8])
 def test_predictions_are_calibrated(sigma):
-    """The truth's quantile in its prediction is uniform: a share q of answers lies within the q-quantile."""
+    """The truth's quantile in its prediction is uniform: a share q lies within the q-quantile."""
     rng = np.random.default_rng(0)
     outputs = np.clip(np.round(100 * np.exp(rng.standard_normal(20_000))), 1, 1500).astype(int)
     index, predictions = PredictorModel.normal(sigma, 4096).predict(outputs, rng)
