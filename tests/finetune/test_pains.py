@@ -71,8 +71,8 @@ COVERED = {  # pain -> tests of it elsewhere: file::function, under tests/
         "finetune/test_training.py::test_gradient_checkpointing_changes_nothing",
     ],
     10: [
-        "finetune/test_memory.py::test_estimate_is_a_real_runs",
-        "finetune/test_memory.py::test_published_rows",
+        "finetune/memory/test_memory.py::test_estimate_is_a_real_runs",
+        "finetune/memory/test_memory.py::test_published_rows",
     ],
     11: [
         "finetune/test_checkpoint.py::test_stop_and_resume_is_bit_identical",

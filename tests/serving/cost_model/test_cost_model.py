@@ -25,9 +25,9 @@ from serving.cost_model.model import (
     even_stages,
     read_profile,
 )
-from tests.conftest import SPECIAL, shared_file, tiny_config, tiny_model
+from tests.conftest import REPO_ROOT, SPECIAL, shared_file, tiny_config, tiny_model
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = REPO_ROOT
 GLM2 = ModelShape.from_config("chatglm2-6b")
 GLM1 = ModelShape.from_config("chatglm-6b")
 ROUGH = Profile(
