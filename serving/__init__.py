@@ -1,2 +1,6 @@
-"""Serving by predicted length. request, cost_model, batching, continuous, deployment, scheduler, simulated, simulate, workload and
-metrics are a pure zone: no torch, no transformers, no web framework; an engine and a clock are handed to them."""
+"""Serving by predicted length.
+
+request, scheduler, policies, cost_model, deployment and simulate are a pure zone: they import no
+torch, no transformers and no web framework, and are handed an engine and a clock. engines runs the
+models; server puts an engine and a policy behind HTTP, server.service in between.
+"""

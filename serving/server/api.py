@@ -1,16 +1,18 @@
 """The HTTP face of a Service: OpenAI's chat completions and models, health, metrics.
 
-Errors are OpenAI's error objects. serving.server.door says who may come in, serving.server.fields what a request
-may say, serving.server.openapi what /openapi.json says of both.
+Errors are OpenAI's error objects. serving.server.door says who may come in,
+serving.server.fields what a request may say, serving.server.openapi what /openapi.json says of
+both.
 """
 
 import asyncio
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from functools import partial
+from typing import Any, NoReturn
 
 from fastapi import FastAPI
 from fastapi import Request as Http
@@ -18,6 +20,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from serving.server.chat import ChatRequest, TextStream, parse_body
 from serving.server.door import AccessLog, ApiError, Door, Keys
@@ -39,7 +42,9 @@ def make_app(
     access_log: bool = False,
     client_s: float = CLIENT_S,
 ) -> FastAPI:
-    """The application; its state.closing is an asyncio.Event that ends the wait for half-sent bodies.
+    """The application.
+
+    Its state.closing is an asyncio.Event that ends the wait for bodies that are still being sent.
 
     Args:
         keys: who may come in; None for everybody.
@@ -134,14 +139,14 @@ def model_card(service: Service) -> dict:
     }
 
 
-def check_model(service: Service, name: str | None):
+def check_model(service: Service, name: str | None) -> None:
     if name not in (None, service.name):
         raise ApiError(
             404, f"there is no model {name!r} here, only {service.name!r}", "model_not_found"
         )
 
 
-def check_json(http: Http):
+def check_json(http: Http) -> None:
     """Raises ApiError where the body is not declared as JSON; what any page may send is not."""
     declared = http.headers.get("content-type", "")
     if declared.split(";")[0].strip().lower() != "application/json":
@@ -150,7 +155,7 @@ def check_json(http: Http):
         raise ApiError(415, f"{wanted} {remedy}, got {declared[:64]!r}")
 
 
-async def read_json(http: Http, closing: asyncio.Event, client_s: float):
+async def read_json(http: Http, closing: asyncio.Event, client_s: float) -> Any:
     """The body's JSON.
 
     Raises:
@@ -187,14 +192,16 @@ async def read_body(http: Http) -> bytearray:
     return body
 
 
-def not_a_number(name: str):
+def not_a_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
 
 class Talk:
     """One answer on its way to its client. A client that goes away ends it."""
 
-    def __init__(self, service: Service, asked: ChatRequest, exchange: Exchange, http: Http):
+    def __init__(
+        self, service: Service, asked: ChatRequest, exchange: Exchange, http: Http
+    ) -> None:
         self.service, self.asked, self.exchange, self.http = service, asked, exchange, http
         self.stream = TextStream(service.tokenizer, asked.stop)
         self.head = {
@@ -215,8 +222,11 @@ class Talk:
         self.gone = True
         self.exchange.tokens.put_nowait(None)
 
-    async def texts(self):
-        """New text, piece by piece; ends with the answer, at a stop string, or when the client has gone."""
+    async def texts(self) -> AsyncIterator[str]:
+        """New text, piece by piece.
+
+        Ends with the answer, at a stop string, or when the client has gone.
+        """
         watcher = asyncio.create_task(self._watch())
         answer, stops = self.exchange.answer, self.service.engine.stop_ids
         try:
@@ -237,7 +247,7 @@ class Talk:
             watcher.cancel()
             self.service.cancel(self.exchange)
 
-    def check(self):
+    def check(self) -> None:
         """Raises ApiError where the answer did not come to an end of its own."""
         reason = self.exchange.answer.reason
         if not self.stopped and reason not in FINISH:
@@ -258,7 +268,7 @@ class Talk:
         )
         return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
 
-    async def whole(self):
+    async def whole(self) -> Response | dict:
         async with aclosing(self.texts()) as texts:
             text = "".join([piece async for piece in texts])
         if self.gone:
@@ -278,11 +288,15 @@ class Talk:
             "glm_foundry": report,
         }
 
-    async def events(self):
-        """Server-sent events: the role, pieces of text, the reason of the end with `glm_foundry`, usage where asked for, [DONE]."""
+    async def events(self) -> AsyncIterator[str]:
+        """Server-sent events.
+
+        The role, pieces of text, the finish reason with `glm_foundry`, usage where the client asks
+        for it, [DONE].
+        """
         usage = {"usage": None} if self.asked.include_usage else {}
 
-        def chunk(delta: dict, reason: str | None = None, **more) -> str:
+        def chunk(delta: dict, reason: str | None = None, **more: Any) -> str:
             choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
             return event(
                 self.head | {"object": "chat.completion.chunk", "choices": [choice]} | usage | more
@@ -311,12 +325,12 @@ class Talk:
 class EventStream(StreamingResponse):
     """A Talk's events. However it ends, be it before its first event, so does its answer."""
 
-    def __init__(self, talk: Talk):
+    def __init__(self, talk: Talk) -> None:
         headers = {"Cache-Control": "no-cache"}
         super().__init__(talk.events(), media_type="text/event-stream", headers=headers)
         self.talk = talk
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:

@@ -1,10 +1,17 @@
-"""Chats as OpenAI's clients write them, for the ChatGLM families: bodies to requests, messages to prompts, tokens to text. Free of torch."""
+"""Chats as OpenAI's clients write them, for the ChatGLM families.
+
+Bodies to requests, messages to prompts, tokens to text. Free of torch.
+"""
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from chatglm.families import FAMILIES
 from serving.server.fields import ignored, read_fields
+
+if TYPE_CHECKING:
+    from chatglm.tokenization import ChatGLMTokenizer
 
 MARKS = ",!:;?"  # whose width ChatGLM-6B's answers settle by the character that follows
 YEAR = "[[训练时间]]"
@@ -44,11 +51,12 @@ class ChatRequest:
     ignored: tuple[str, ...] = ()
 
 
-def parse_body(body) -> ChatRequest:
+def parse_body(body: Any) -> ChatRequest:
     """The request that a body's JSON says.
 
     Raises:
-        ValueError: in one line, where a field is not what serving.server.fields wants or is not obeyed.
+        ValueError: in one line, where a field is not what serving.server.fields wants or is not
+            obeyed.
     """
     found = read_fields(body)
     if (most := found.pop("max_completion_tokens", None)) is not None:
@@ -57,13 +65,19 @@ def parse_body(body) -> ChatRequest:
     return ChatRequest(**found, ignored=ignored(body))
 
 
-def encode_messages(tokenizer, messages: tuple[tuple[str, str], ...], **as_tuned) -> list[int]:
-    """The family's chat prompt. ChatGLM3 takes messages as they are; the others know no system: its text opens the first question.
+def encode_messages(
+    tokenizer: "ChatGLMTokenizer", messages: tuple[tuple[str, str], ...], **as_tuned: Any
+) -> list[int]:
+    """The family's chat prompt.
+
+    ChatGLM3 takes messages as they are. The others know no system role: the system's text opens
+    the first question.
 
     Args:
         as_tuned: options of the family's encode_chat.
     Raises:
-        ValueError: for ChatGLM-6B and ChatGLM2-6B, messages of user and assistant that do not take turns.
+        ValueError: for ChatGLM-6B and ChatGLM2-6B, messages of user and assistant that do not
+            take turns.
     """
     family = FAMILIES[tokenizer.family]
     if family.name == "glm3":
@@ -73,7 +87,8 @@ def encode_messages(tokenizer, messages: tuple[tuple[str, str], ...], **as_tuned
     turns = [(role, text) for role, text in messages if role != "system"]
     if any(role != ("user", "assistant")[i % 2] for i, (role, _) in enumerate(turns)):
         raise ValueError(
-            f"messages of user and assistant must take turns, the user first: {family.title} knows only rounds"
+            "messages of user and assistant must take turns, the user first: "
+            f"{family.title} knows only rounds"
         )
     texts = [text for _, text in turns]
     texts[0] = "\n\n".join([*system, texts[0]])
@@ -83,7 +98,10 @@ def encode_messages(tokenizer, messages: tuple[tuple[str, str], ...], **as_tuned
 
 
 def prompt_of(messages: tuple[tuple[str, str], ...]) -> str:
-    """What a length predictor is asked: the last question, after the system's text; earlier rounds are left out."""
+    """What a length predictor is asked: the last question, after the system's text.
+
+    Earlier rounds are left out.
+    """
     return "\n\n".join([*(text for role, text in messages if role == "system"), messages[-1][1]])
 
 
@@ -120,18 +138,21 @@ def borders_of(one: str) -> tuple[int, ...]:
 
 
 class TextStream:
-    """An answer's text as its tokens come: what add() returns is never taken back, and with what end() returns it is the answer.
+    """An answer's text as its tokens come.
+
+    What add() returns is never taken back; followed by what end() returns, it is the answer.
 
     Attributes:
         sent: the text so far.
         stopped: a stop string has come; the answer ends before it.
     """
 
-    def __init__(self, tokenizer, stops: tuple[str, ...] = ()):
+    def __init__(self, tokenizer: "ChatGLMTokenizer", stops: tuple[str, ...] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, stops
         family = FAMILIES[tokenizer.family]
         self._marks = MARKS if family.name == "glm" else ""
-        # ChatGLM3's first line is its message's header, blank but for tool calls, which stay text here.
+        # ChatGLM3's first line is its message's header, blank but for tool calls, which stay text
+        # here.
         self._process = FAMILIES["glm2" if family.name == "glm3" else family.name].process_response
         roles = (
             ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")

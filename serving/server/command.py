@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import sys
+from typing import TYPE_CHECKING
 
 from chatglm.families import FAMILIES
 from finetune.commands import Parser, run_command
@@ -22,6 +23,11 @@ from serving.request import Limits
 from serving.server.door import Keys, host_name, is_loopback
 from serving.server.monitor import Monitor
 from serving.server.service import Service
+
+if TYPE_CHECKING:
+    import torch
+
+    from serving.server.listener import Server
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--profile",
-        help="what this engine's steps take (scripts/profile_engine.py), for policies (default: the device's datasheet)",
+        help="what this engine's steps take (scripts/profile_engine.py), for policies "
+        "(default: the device's datasheet)",
     )
     parser.add_argument("--log", help="append a JSON line for every answer to this file")
     parser.add_argument(
@@ -89,7 +96,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--served_model_name",
-        help="the model's name in the API (default: the predictor's served model, or the folder's name)",
+        help="the model's name in the API "
+        "(default: the predictor's served model, or the folder's name)",
     )
     drain = "after SIGTERM, seconds for answers under way to end; then they get 503 [60]"
     parser.add_argument("--drain_s", type=float, default=60, help=drain)
@@ -110,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_bounds(args):
+def check_bounds(args: argparse.Namespace) -> None:
     """Raises ValueError for a number of the flags that no server can work with."""
     if not args.slo_s > 0:
         raise ValueError(f"--slo_s must be above 0, got {args.slo_s:g}")
@@ -124,7 +132,7 @@ def check_bounds(args):
         raise ValueError(f"--max_connections must be at least 1, got {args.max_connections}")
 
 
-def load_service(args) -> Service:
+def load_service(args: argparse.Namespace) -> Service:
     """Everything but HTTP, from the flags.
 
     Raises:
@@ -134,7 +142,8 @@ def load_service(args) -> Service:
     if policy.predicts and not args.predictor:
         free = ", ".join(name for name in SERVED if not POLICIES[name].predicts)
         raise ValueError(
-            f"--policy {args.policy} goes by predicted lengths and wants --predictor DIR; without one choose from {free}"
+            f"--policy {args.policy} goes by predicted lengths and wants --predictor DIR; "
+            f"without one choose from {free}"
         )
     check_bounds(args)
     profile = read_profile(args.profile or "datasheet")
@@ -198,8 +207,11 @@ def load_service(args) -> Service:
     )
 
 
-def cost_device(device) -> str:
-    """The table's device that is most like this torch.device; what is measured while serving soon counts more."""
+def cost_device(device: "torch.device") -> str:
+    """The device of the table that is most like this torch.device.
+
+    What is measured while serving soon counts more.
+    """
     if device.type != "cuda":
         return "CPU"
     import torch
@@ -216,7 +228,11 @@ def cost_device(device) -> str:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Before the model is loaded, so that nobody waits for that in vain. Raises ValueError where it cannot be."""
+    """A listening socket, made before the model is loaded so that nobody waits for that in vain.
+
+    Raises:
+        ValueError: the address cannot be bound.
+    """
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -230,7 +246,7 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-def keys_of(args, sock: socket.socket) -> Keys:
+def keys_of(args: argparse.Namespace, sock: socket.socket) -> Keys:
     """Who may come in, from the flags and the environment.
 
     Raises:
@@ -246,7 +262,7 @@ def keys_of(args, sock: socket.socket) -> Keys:
     return Keys(key)
 
 
-def make_server(service: Service, keys: Keys, args):
+def make_server(service: Service, keys: Keys, args: argparse.Namespace) -> "Server":
     """The serving.server.listener.Server of a service, from the flags."""
     from serving.server.listener import Server
 
@@ -268,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(parser.prog, lambda: run(args))
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(levelname)s: %(message)s")
     if args.access_log:
         logging.getLogger("serving.access").setLevel(logging.INFO)

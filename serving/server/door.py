@@ -9,6 +9,10 @@ import json
 import logging
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 access = logging.getLogger("serving.access")
 
@@ -24,7 +28,7 @@ class ApiError(Exception):
         message: str,
         code: str | None = None,
         headers: dict[str, str] | None = None,
-    ):
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.headers = status, message, code, headers
 
@@ -45,7 +49,7 @@ class Keys:
     api_key: str | None = None
     hosts: frozenset[str] | None = None
 
-    def check(self, path: str, headers: dict[bytes, bytes]):
+    def check(self, path: str, headers: dict[bytes, bytes]) -> None:
         """Raises ApiError."""
         host = host_name(headers.get(b"host", b"").decode("latin-1"))
         if self.hosts is not None and host not in self.hosts and not is_loopback(host):
@@ -82,10 +86,10 @@ def is_loopback(host: str) -> bool:
 class Door:
     """Lets in whom `keys` let in."""
 
-    def __init__(self, app, keys: Keys):
+    def __init__(self, app: "ASGIApp", keys: Keys) -> None:
         self.app, self.keys = app, keys
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         if scope["type"] == "http":
             try:
                 self.keys.check(scope["path"], dict(scope["headers"]))
@@ -95,7 +99,7 @@ class Door:
         await self.app(scope, receive, send)
 
 
-async def refuse(error: ApiError, send):
+async def refuse(error: ApiError, send: "Send") -> None:
     body = json.dumps(error.body()).encode()
     headers = {
         "Content-Type": "application/json",
@@ -113,16 +117,16 @@ class AccessLog:
     Nothing of headers, queries or bodies.
     """
 
-    def __init__(self, app):
+    def __init__(self, app: "ASGIApp") -> None:
         self.app = app
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         begin, status = time.perf_counter(), 0
 
-        async def noting(message):
+        async def noting(message: "Message") -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]

@@ -9,8 +9,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -36,7 +37,7 @@ class Connection(H11Protocol):
     most = 1024
     early = 0  # bytes that came while an earlier request was being answered
 
-    def connection_made(self, transport: asyncio.Transport):
+    def connection_made(self, transport: asyncio.Transport) -> None:
         if len(self.connections) < self.most:
             super().connection_made(transport)
             return
@@ -49,7 +50,7 @@ class Connection(H11Protocol):
         transport.set_protocol(asyncio.Protocol())
         transport.close()
 
-    def data_received(self, data: bytes):
+    def data_received(self, data: bytes) -> None:
         cycle = self.cycle
         if cycle is None or cycle.response_complete or cycle.more_body:
             self.early = 0
@@ -82,7 +83,7 @@ class Server(uvicorn.Server):
         keys: Keys | None = None,
         cors_origins: Sequence[str] = (),
         access_log: bool = False,
-    ):
+    ) -> None:
         app = make_app(service, keys, cors_origins, access_log, client_s)
         config = uvicorn.Config(
             app,
@@ -121,7 +122,7 @@ class Server(uvicorn.Server):
         self.hurry = self.should_exit = True  # all have been answered
 
     @contextmanager
-    def capture_signals(self):
+    def capture_signals(self) -> Iterator[None]:
         """As uvicorn's, but the signal is not raised again: a drained server has done its work."""
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -136,11 +137,11 @@ class Server(uvicorn.Server):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def handle_exit(self, number, frame):
+    def handle_exit(self, number: int, frame: FrameType | None) -> None:
         self.hurry = self.service.draining
         self.service.draining = self.should_exit = True
 
-    async def startup(self, sockets: list[socket.socket] | None = None):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             host, port = sockets[0].getsockname()[:2]
@@ -160,7 +161,7 @@ class Server(uvicorn.Server):
             if now - since > self.client_s:
                 connection.transport.abort()
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None):
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.service.draining = True
         self.closing.set()
         ending = asyncio.create_task(self._end_drain())

@@ -1,15 +1,23 @@
-"""What a server did, from the scheduler's events: a log that predictor.update reads, and metrics for Prometheus. Free of torch."""
+"""What a server did, from the scheduler's events.
+
+A log that predictor.update reads, and metrics for Prometheus. Free of torch.
+"""
 
 import json
 import logging
 import os
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from serving.request import Completion, Event, Limits, Record, Request
+
+if TYPE_CHECKING:
+    from serving.engines import Answer
 
 log = logging.getLogger(__name__)
 
@@ -21,10 +29,11 @@ RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.33, 2, 4, 10)
 class LogFile:
     """Lines appended to a file.
 
-    What cannot be written is dropped with one warning; each later line tries again, on its own line.
+    What cannot be written is dropped with one warning; each later line tries again, on its own
+    line.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         """Raises OSError where it cannot be opened."""
         self._file = open(path, "a+b", buffering=0)
         self._torn = self._ends_torn()
@@ -37,7 +46,7 @@ class LogFile:
         self._file.seek(-1, os.SEEK_END)
         return self._file.read(1) != b"\n"
 
-    def write(self, text: str):
+    def write(self, text: str) -> None:
         data = (b"\n" if self._torn else b"") + text.encode() + b"\n"
         written = 0
         try:
@@ -55,18 +64,24 @@ class LogFile:
             log.warning("the log %s goes on; lines lost: %d", self._file.name, self.lost)
             self.lost = 0
 
-    def close(self):
+    def close(self) -> None:
         with suppress(OSError):
             self._file.close()
 
 
 @dataclass
 class Watched:
-    """A request under way: its prompt's text, its answer (`reason` as serving.engines.Answer has it), and whether a stop string ended it."""
+    """A request under way.
+
+    Attributes:
+        prompt: its text.
+        answer: its `reason` says how it ended.
+        stopped: a stop string has ended it.
+    """
 
     request: Request
     prompt: str
-    answer: object
+    answer: "Answer"
     stopped: bool = False
 
     @property
@@ -77,9 +92,10 @@ class Watched:
 class Monitor:
     """Sees every event of the scheduler (a callable for serving.scheduler.run), in its thread.
 
-    A line of the log: served_model, output_tokens (without the end token), finished (the answer ended by itself; else it is at least so
-    long), reason, prompt_tokens, slo_s, in_time, arrived (seconds since 1970), queue_s, ttft_s, latency_s, preemptions, overruns,
-    "prediction" where one was made, and "prompt" with log_prompts: predictor.update needs it.
+    A line of the log: served_model, output_tokens (without the end token), finished (the answer
+    ended by itself; else it is at least so long), reason, prompt_tokens, slo_s, in_time, arrived
+    (seconds since 1970), queue_s, ttft_s, latency_s, preemptions, overruns, "prediction" where one
+    was made, and "prompt" with log_prompts: predictor.update needs it.
 
     Attributes:
         registry: of prometheus_client; None without the package.
@@ -91,7 +107,7 @@ class Monitor:
         limits: Limits,
         path: str | Path | None = None,
         log_prompts: bool = False,
-    ):
+    ) -> None:
         """Raises OSError where the log cannot be written."""
         self.served_model, self.limits, self.log_prompts = served_model, limits, log_prompts
         self._file = LogFile(path) if path else None
@@ -103,16 +119,22 @@ class Monitor:
         with suppress(ImportError):
             self._make_metrics()
 
-    def watch(self, request: Request, prompt: str, answer):
-        """Make a request's text and answer known, before the scheduler hears of it. From any thread."""
+    def watch(self, request: Request, prompt: str, answer: "Answer") -> None:
+        """Make a request's text and answer known, before the scheduler hears of it.
+
+        May be called from any thread.
+        """
         self._watched[request.id] = Watched(request, prompt, answer)
 
-    def stopped(self, request_id: int):
-        """A stop string has come: the answer is whole for its client, and its own length will not be known."""
+    def stopped(self, request_id: int) -> None:
+        """A stop string has come.
+
+        The answer is whole for its client, and its own length will not be known.
+        """
         if (watched := self._watched.get(request_id)) is not None:
             watched.stopped = True
 
-    def forget(self, request_id: int):
+    def forget(self, request_id: int) -> None:
         self._watched.pop(request_id, None)
 
     def exposition(self) -> bytes:
@@ -121,12 +143,12 @@ class Monitor:
 
         return generate_latest(self.registry)
 
-    def close(self):
+    def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def __call__(self, event: Event):
+    def __call__(self, event: Event) -> None:
         kind = event.kind
         if kind == "arrived":
             self._waiting.add(event.id)
@@ -209,7 +231,10 @@ class Monitor:
             self.slo.labels(str(in_time).lower()).inc()
 
     def attainment(self) -> float:
-        """Share of the RECENT last answers that were whole and in time; nan before there were any. Cancelled ones do not count."""
+        """Share of the RECENT last answers that were whole and in time; nan before there are any.
+
+        Cancelled ones do not count.
+        """
         recent = list(self._recent)
         return sum(recent) / len(recent) if recent else float("nan")
 
@@ -218,7 +243,7 @@ class Monitor:
 
         registry = CollectorRegistry()
 
-        def make(kind, name, text, labels=(), **more):
+        def make(kind: type, name: str, text: str, labels: Sequence[str] = (), **more: Any) -> Any:
             return kind(f"glm_{name}", text, labels, registry=registry, **more)
 
         self.requests = make(Counter, "requests", "Requests that ended, by how", ["reason"])

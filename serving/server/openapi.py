@@ -1,4 +1,7 @@
-"""/openapi.json: what serving.server.api serves; the request's schema is the table that checks it."""
+"""/openapi.json: what serving.server.api serves.
+
+The request's schema is made from the table that checks requests.
+"""
 
 from serving.server.fields import body_schema
 

@@ -1,4 +1,7 @@
-"""Between a server's handlers and its engine: one thread runs the scheduler, handlers ask and listen. Free of torch and of HTTP."""
+"""Between a server's handlers and its engine.
+
+One thread runs the scheduler; handlers ask and listen. Free of torch and of HTTP.
+"""
 
 import asyncio
 import itertools
@@ -7,12 +10,18 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from serving.engines import Answer, Inbox, Sampling, WallClock
+from serving.engines import Answer, Inbox, Sampling, TextEngine, WallClock
 from serving.request import Event, Policy, Request
 from serving.scheduler import run
 from serving.server.chat import ChatRequest, encode_messages, prompt_of
 from serving.server.monitor import Monitor
+
+if TYPE_CHECKING:
+    from chatglm.tokenization import ChatGLMTokenizer
+    from predictor.prediction import LengthPrediction
+    from predictor.runtime import LengthPredictor
 
 log = logging.getLogger(__name__)
 
@@ -67,15 +76,16 @@ class Service:
         as_tuned: options of the family's encode_chat.
         max_queue: requests that may wait beside the max_batch that run.
         draining: no new requests are taken. failure: why the engine has ended, or None.
-        on_failure: called in the engine's thread, once the engine has failed and all have heard of it.
+        on_failure: called in the engine's thread, once the engine has failed and all have heard of
+            it.
     """
 
     def __init__(
         self,
-        engine,
-        tokenizer,
+        engine: TextEngine,
+        tokenizer: "ChatGLMTokenizer",
         policy: Policy,
-        predictor,
+        predictor: "LengthPredictor | None",
         monitor: Monitor,
         *,
         name: str,
@@ -83,7 +93,7 @@ class Service:
         defaults: dict,
         as_tuned: dict,
         max_queue: int = 256,
-    ):
+    ) -> None:
         self.engine, self.tokenizer, self.policy, self.predictor, self.monitor = (
             engine,
             tokenizer,
@@ -102,10 +112,10 @@ class Service:
         self._ids = itertools.count()
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
 
-    def start(self):
+    def start(self) -> None:
         self._thread.start()
 
-    def stop(self, timeout_s: float = 10.0):
+    def stop(self, timeout_s: float = 10.0) -> None:
         """End the engine's thread; nobody listens any more to what is under way."""
         self.draining = True
         self.inbox.shut()
@@ -116,7 +126,7 @@ class Service:
         else:
             self.monitor.close()
 
-    def cancel_all(self):
+    def cancel_all(self) -> None:
         """End every answer, running or waiting."""
         for request_id in self.engine.cancel_all():
             self.inbox.withdraw(request_id)
@@ -128,8 +138,10 @@ class Service:
                     self.engine.forget(event.id)
         except BaseException as error:  # out of memory, a bug: nobody may wait for ever
             log.exception("the engine has failed")
-            self.failure = f"the engine has failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            self.inbox.shut()  # first: whoever comes later is refused by it, all others the engine knows
+            what = " ".join(str(error).split())[:200]
+            self.failure = f"the engine has failed: {type(error).__name__}: {what}"
+            # First: it refuses whoever comes later, and the engine knows all others.
+            self.inbox.shut()
             self.engine.end_all("failed")
             if self.on_failure is not None:
                 self.on_failure()
@@ -140,7 +152,7 @@ class Service:
         except Exception:  # figures and logs must not end the answers
             log.exception("request %s: the monitor failed at %r", event.id, event.kind)
 
-    def check_open(self):
+    def check_open(self) -> None:
         """Raises Closed."""
         if self.failure or self.draining:
             raise Closed(self.failure or "the server is shutting down")
@@ -193,7 +205,7 @@ class Service:
             raise Closed(str(self.failure or error)) from None
         return Exchange(request, answer, tokens, asked.ignored)
 
-    def cancel(self, exchange: Exchange):
+    def cancel(self, exchange: Exchange) -> None:
         """Nobody listens any more; nothing, where the answer has ended."""
         if exchange.answer.reason is None:
             self.engine.cancel(exchange.request.id)
@@ -215,7 +227,9 @@ class Service:
         most_tokens = min(most, default=None)
         return Sampling(max_new_tokens=most_tokens, seed=asked.seed, top_k=top_k, **options)
 
-    def _prepare(self, asked: ChatRequest, prompt: str):
+    def _prepare(
+        self, asked: ChatRequest, prompt: str
+    ) -> "tuple[list[int], LengthPrediction | None]":
         """(prompt ids, prediction or None). Raises TooLong, ValueError, Unpredicted."""
         most = self.engine.limits.max_tokens
         room = f"which leaves no room for an answer within {most} tokens (--max_tokens)"

@@ -1,11 +1,13 @@
 """Policies compared on a simulated engine: one table, policy x metric, over seeds and loads.
 
-    python -m serving.simulate --policies fifo,s3,slo_odbs,fcfs,sjf,deadline,oracle --workload azure_conv --rate 4,6,8 --seeds 5
+    python -m serving.simulate --policies fifo,s3,slo_odbs,fcfs,sjf,deadline,oracle \\
+        --workload azure_conv --rate 4,6,8 --seeds 5
     python -m serving.simulate --profile rtx3090 --gpus 4 --deployer even --rate 2
     python -m serving.simulate --experiment uellm --seeds 5 --json uellm.json
     python -m serving.simulate --search slo_odbs --workload poisson --rate 8 --seeds 3
 
-`--search` prints the knobs that a coordinate descent over SPACES finds on other seeds than a comparison uses.
+`--search` prints the knobs that a coordinate descent over SPACES finds on other seeds than a
+comparison uses.
 """
 
 import argparse
@@ -30,7 +32,10 @@ from serving.simulate.workload import WORKLOADS, PredictorModel, SloRule
 def plot(
     rows: list[dict], policies: dict[str, Policy], setting: Setting, folder: Path
 ) -> list[Path]:
-    """Attainment against load, and at the highest load the distribution of latency and the queue over time; PNG files."""
+    """The PNG files written: attainment against load, and latency and queue at the highest load.
+
+    Latency is plotted as its distribution, the queue over time.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -125,7 +130,11 @@ def parse_rates(text: str) -> list[float]:
 
 
 def make_cost(args: argparse.Namespace) -> tuple[CostModel, int]:
-    """(--profile or --device: the calibrated model of serving.cost_model, placed by --deployer; else LinearCost's lines, replicas)."""
+    """(cost model, replicas).
+
+    With --profile or --device the calibrated model of serving.cost_model, placed by --deployer;
+    else LinearCost.
+    """
     if not args.device and not args.profile:
         for flag in ("gpus", "deployer"):
             if getattr(args, flag) != build_parser().get_default(flag):
@@ -201,7 +210,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--predictor",
-        help="an exported predictor's folder, whose residuals predictions get; default: --predictor_sigma",
+        help="an exported predictor's folder, whose residuals predictions get; "
+        "default: --predictor_sigma",
     )
     add(
         "--predictor_sigma",
@@ -237,7 +247,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--profile",
-        help="calibrated cost model, such as rtx3090, or a file; default: straight lines near ChatGLM2-6B on one A100",
+        help="calibrated cost model, such as rtx3090, or a file; "
+        "default: straight lines near ChatGLM2-6B on one A100",
     )
     add("--device", help="serving.cost_model's device, such as A100-80G; default: the profile's")
     add("--gpus", type=whole(1, MOST_DEVICES), default=1, help="how many of them")
@@ -269,7 +280,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--experiment",
         choices=("uellm", "trace"),
-        help="run this one of serving.simulate.experiments; of the other flags it reads --seeds, --requests, --predictor and folders",
+        help="run this one of serving.simulate.experiments; of the other flags it reads --seeds, "
+        "--requests, --predictor and folders",
     )
     add(
         "--search", choices=sorted(SPACES), help="look for this policy's knobs instead of comparing"
@@ -309,10 +321,7 @@ def run_simulation(args: argparse.Namespace, names: list[str]) -> None:
     rows = compare(policies, setting, rates, args.seeds)
     print_table(rows)
     if args.json:
-        knobs = {
-            name: {f.name: getattr(p, f.name) for f in fields(p)} if is_dataclass(p) else {}
-            for name, p in inner_of(policies).items()
-        }
+        knobs = {name: knobs_of(policy) for name, policy in inner_of(policies).items()}
         write_json(args.json, {"settings": printable(args), "policies": knobs, "rows": rows})
     if args.plots:
         for path in plot(rows, policies, setting, args.plots):
@@ -323,6 +332,13 @@ def printable(args: argparse.Namespace) -> dict:
     return {
         key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
     }
+
+
+def knobs_of(policy: Policy) -> dict:
+    """A policy's fields and their values; none of one that is a plain function."""
+    if not is_dataclass(policy):
+        return {}
+    return {field.name: getattr(policy, field.name) for field in fields(policy)}
 
 
 def inner_of(policies: dict[str, Policy]) -> dict:

@@ -91,7 +91,7 @@ class Row:
         base: int,
         context: int,
         stop_tokens: int | None,
-    ):
+    ) -> None:
         request = record.request
         whole, most = request.output_tokens, limits.most_tokens(request, stop_tokens)
         self.id, self.base, self.context = request.id, base, context
@@ -114,13 +114,13 @@ class Made:
 
     __slots__ = ("elapsed", "emitted", "started", "finished", "overran")
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.elapsed, self.emitted = 0.0, 0
         self.started: list[tuple[int, float]] = []
         self.finished: list[Row] = []
         self.overran: list[Row] = []
 
-    def postpone(self, seconds: float):
+    def postpone(self, seconds: float) -> None:
         """The step begins with so many seconds more."""
         self.elapsed += seconds
         self.started = [(i, after_s + seconds) for i, after_s in self.started]
@@ -146,7 +146,7 @@ class SimulatedEngine:
             generate does.
     """
 
-    def __init__(self, cost: CostModel, limits: Limits, padded: bool = True):
+    def __init__(self, cost: CostModel, limits: Limits, padded: bool = True) -> None:
         self.cost, self.limits, self.padded = cost, limits, padded
         self.steps = 0
         self.rows: dict[int, Row] = {}

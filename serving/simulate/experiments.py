@@ -1,17 +1,19 @@
 """The experiments that ship: `python -m serving.simulate --experiment uellm | trace`.
 
-uellm: the setting of UELLM (arXiv 2409.14961): ChatGLM2-6B on 4 RTX 3090, its 100 Chinese instructions with three recorded answer lengths each
-(length_runs.csv). `published` repeats its runs, each system by its own rules; `fair` gives all the same rules, placement and answers.
+uellm: the setting of UELLM (arXiv 2409.14961): ChatGLM2-6B on 4 RTX 3090, its 100 Chinese
+instructions with three recorded answer lengths each (length_runs.csv). `published` repeats its
+runs, each system by its own rules; `fair` gives all the same rules, placement and answers.
 trace: the Azure traces on clusters of A100 and of mixed devices, the load swept.
 Both print tables and return them as {title: [row, ...]}.
 """
 
 import argparse
 import csv
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -36,11 +38,13 @@ from serving.simulate.workload import (
     poisson_arrivals,
 )
 
-TEMPLATE_TOKENS = 12  # of ChatGLM2's chat format around an instruction; the logged batches are about that much longer
+# Of ChatGLM2's chat format around an instruction; the logged batches are about that much longer.
+TEMPLATE_TOKENS = 12
 LONGEST = 2048
 PREDICT_S = 7.7e-3  # the encoder, p50 (docs/results.md)
-# Residuals of the log length, 21 quantiles, cross-validated: the encoder of `python benchmarks/predictor.py` with a regression head on
-# ChatGLM2-6B's answers to 644 instructions (tau 0.46). --predictor DIR takes those of another exported predictor.
+# Residuals of the log length, 21 quantiles, cross-validated: the encoder of
+# `python benchmarks/predictor.py` with a regression head on ChatGLM2-6B's answers to 644
+# instructions (tau 0.46). --predictor DIR takes those of another exported predictor.
 RESIDUALS = (
     -2.85,
     -1.09,
@@ -75,7 +79,7 @@ def predictor_of(args: argparse.Namespace) -> PredictorModel:
     )
 
 
-def print_rows(title: str, rows: list[dict], notes: tuple[str, ...] = ()):
+def print_rows(title: str, rows: list[dict], notes: tuple[str, ...] = ()) -> None:
     """As a Markdown table."""
     print(f"\n{title}\n", flush=True)
     names = list(rows[0])
@@ -86,7 +90,7 @@ def print_rows(title: str, rows: list[dict], notes: tuple[str, ...] = ()):
         print(f"\n{note}", flush=True)
 
 
-def shown(value) -> str:
+def shown(value: Any) -> str:
     if isinstance(value, str) or value is None:
         return value or ""
     if isinstance(value, tuple):
@@ -102,11 +106,16 @@ def shown(value) -> str:
 
 @dataclass(frozen=True)
 class Chunks:
-    """The batching of UELLM's scripts: sort, then cut where a batch has `rows` rows or its predicted lengths sum to `most_tokens`.
+    """The batching of UELLM's scripts.
+
+    Sorts, then cuts where a batch has `rows` rows or its predicted lengths sum to `most_tokens`.
 
     Attributes:
-        sort: arrival; length (its S3: by predicted length); slo (its UELLM: by SLO + length_weight x predicted length).
-        extra_tokens: prompt and answer of a batch end at its largest predicted length + this; None: at 2,048. longest_tokens: and no later.
+        sort: arrival; length (its S3: by predicted length); slo (its UELLM: by SLO + length_weight
+            x predicted length).
+        extra_tokens: prompt and answer of a batch end at its largest predicted length + this;
+            None: at 2,048.
+        longest_tokens: and no later.
     """
 
     sort: str = "arrival"
@@ -120,7 +129,7 @@ class Chunks:
     def length(self, request: Request) -> float:
         return expected_tokens(request.prediction)
 
-    def key(self, record: Record):
+    def key(self, record: Record) -> tuple[float, float, int]:
         request = record.request
         first = {
             "arrival": 0.0,
@@ -161,14 +170,19 @@ class Chunks:
 
 @dataclass(frozen=True)
 class System:
-    """One of the paper's. gpus: that its script loads the model on, by ChatGLM's even rule; logged: the start of its runs' paths."""
+    """One of the paper's systems.
+
+    Attributes:
+        gpus: that its script loads the model on, by ChatGLM's even rule.
+        logged: the start of its runs' paths.
+        stress_gpus: Morphling serves half of the batches on so many first, then loads the model
+            anew.
+    """
 
     policy: Chunks
     gpus: int
     logged: str
-    stress_gpus: int = (
-        0  # Morphling serves half of the batches on so many first, then loads the model anew
-    )
+    stress_gpus: int = 0
 
 
 PUBLISHED = {
@@ -187,7 +201,13 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Recorded:
-    """UELLM's instructions: prompt tokens (n,), answer tokens of three runs (n, 3), and the characters of the reference answers (n,)."""
+    """UELLM's instructions.
+
+    Attributes:
+        prompts: (n,) prompt tokens.
+        answers: (n, 3) answer tokens of three runs.
+        reference: (n,) characters of the reference answers.
+    """
 
     prompts: np.ndarray
     answers: np.ndarray
@@ -195,7 +215,12 @@ class Recorded:
 
     @classmethod
     def read(cls, folder: str | Path) -> "Recorded":
-        """Raises FileNotFoundError where the folder is not that of the recorded runs, ValueError for other files of these names."""
+        """The instructions in the folder of the recorded runs.
+
+        Raises:
+            FileNotFoundError: the folder is not that of the recorded runs.
+            ValueError: its files of these names hold something else.
+        """
         folder = Path(folder)
         rows, reference = (
             read_csv(folder / "length_runs.csv"),
@@ -215,7 +240,11 @@ class Recorded:
 
 
 def read_csv(path: Path) -> list[dict]:
-    """The rows of a recorded table; raises FileNotFoundError with the flag that names the folder."""
+    """The rows of a recorded table.
+
+    Raises:
+        FileNotFoundError: with the flag that names the folder.
+    """
     if not path.is_file():
         raise FileNotFoundError(
             f"no such file: {path}; --uellm_data names the folder of the recorded runs"
@@ -224,8 +253,12 @@ def read_csv(path: Path) -> list[dict]:
 
 
 def published_workload(recorded: Recorded, count: int, seed: int) -> Workload:
-    """All at time 0. Predicted: the reference answer's characters, as the repository's data has it; true: one of the three runs; objectives:
-    drawn as its dataset/deal.py draws them, by place in the file."""
+    """The paper's requests, all at time 0.
+
+    The predicted length is the reference answer's characters, as the repository's data has it; the
+    true one is that of one of the three runs. Objectives are drawn as its dataset/deal.py draws
+    them, by place in the file.
+    """
     rng = np.random.default_rng(seed)
     which = np.arange(count) % len(recorded.prompts)
     ranges = [(220, 250), (180, 220), (150, 180), (100, 120), (90, 100)] + [(150, 300)] * (
@@ -279,9 +312,10 @@ def published(recorded: Recorded, logs: list[dict], count: int, seeds: int) -> l
                 )
             )
         means = [interval(list(column)) for column in zip(*found)]
-        own = [
-            r for r in logs if r["path"].startswith(system.logged) and int(r["n_queries"]) == count
-        ]
+        own = []
+        for run in logs:
+            if run["path"].startswith(system.logged) and int(run["n_queries"]) == count:
+                own.append(run)
         seen = {
             "time s": [float(r["time_s"]) for r in own],
             "late %": [100 * float(r["slo_default_rate"]) for r in own],
@@ -307,7 +341,8 @@ def published(recorded: Recorded, logs: list[dict], count: int, seeds: int) -> l
 
 # ---- uellm, fair
 
-FAIR = {  # the same stopping rule (an answer's own end), predictions, arrivals, placement and limits for all
+# The same stopping rule (an answer's own end), predictions, arrivals, placement and limits for all.
+FAIR = {
     "baseline, Morphling (10 by arrival)": Static(Chunks()),
     "FIFO (64 by arrival)": POLICIES["fifo"],
     "S3": POLICIES["s3"],
@@ -328,7 +363,10 @@ CONTINUOUS = "fcfs (continuous)"  # what a server such as vLLM does without pred
 
 @dataclass(frozen=True, eq=False)
 class Fair:
-    """The fair setting: instructions drawn with one of their recorded answers; SloRule's objectives."""
+    """The fair setting.
+
+    Instructions are drawn with one of their recorded answers; objectives are SloRule's.
+    """
 
     recorded: Recorded
     cost: CostModel
@@ -360,7 +398,10 @@ class Fair:
         return found | {"slots": float((workload.output_tokens - 1).sum() / max(slots, 1))}
 
     def rate_at(self, policy: Policy, seeds: int, wanted: float = 0.5, rounds: int = 10) -> float:
-        """Requests a second at which the policy attains `wanted` on these seeds, by bisection of the logarithm."""
+        """Requests a second at which the policy attains `wanted` on these seeds.
+
+        Found by bisection of the logarithm.
+        """
         low, high = 0.02, 50.0
         for _ in range(rounds):
             rate = float(np.sqrt(low * high))
@@ -375,7 +416,11 @@ class Fair:
         return {key: float(np.mean([one[key] for one in found])) for key in found[0]}
 
     def bounds_of(self, workload: Workload) -> dict[str, float]:
-        """What no policy can beat: each request alone on an idle engine; an engine whose rows are always all useful, prefill left out."""
+        """What no policy can beat.
+
+        For latency and attainment: each request alone on an idle engine. For tokens a second: an
+        engine whose rows are always all useful, without prefill.
+        """
         cost, rows, prompts, outputs = (
             self.cost,
             self.limits.max_batch,
@@ -389,9 +434,8 @@ class Fair:
             ]
         )
         steps = (outputs - 1).sum()
-        context = float(
-            ((prompts + outputs / 2) * (outputs - 1)).sum() / steps
-        )  # of a row, the mean over steps
+        # Of a row, the mean over steps.
+        context = float(((prompts + outputs / 2) * (outputs - 1)).sum() / steps)
         pace = min(cost.decode_step_s(b, b * context) / b for b in range(1, rows + 1))
         return {
             "latency_s": float(alone.mean()),
@@ -424,7 +468,7 @@ def fair_rows(setting: Fair, policies: dict, rate: float | None, seeds: int) -> 
 def targets(
     load: list[dict], full: list[dict], bounds: dict[str, float], ours: str = OURS
 ) -> list[dict]:
-    """The wanted gains over each rival: reached, and the most that physics allows over the same rival."""
+    """The wanted gains over each rival: what is reached, and the bound over the same rival."""
     at, sat = ({row["system"]: row for row in rows} for rows in (load, full))
     rows = []
     for rival in (*RIVALS, CONTINUOUS):
@@ -435,19 +479,22 @@ def targets(
                 "against": rival,
                 "target": "mean latency -90 %",
                 "reached": f"{100 * (ours_latency / latency - 1):.1f} %",
-                "bound": f"{100 * (bounds['latency_s'] / latency - 1):.1f} % (every request alone: {bounds['latency_s']:.2f} s)",
+                "bound": f"{100 * (bounds['latency_s'] / latency - 1):.1f} % "
+                f"(every request alone: {bounds['latency_s']:.2f} s)",
             },
             {
                 "against": rival,
                 "target": "useful tokens/s x 5, all at once",
                 "reached": f"x {sat[ours]['useful tokens/s'][0] / tokens:.2f}",
-                "bound": f"x {bounds['tokens_s'] / tokens:.2f} (rows always full: {bounds['tokens_s']:.0f} tokens/s)",
+                "bound": f"x {bounds['tokens_s'] / tokens:.2f} "
+                f"(rows always full: {bounds['tokens_s']:.0f} tokens/s)",
             },
             {
                 "against": rival,
                 "target": "utilisation x 4, all at once",
                 "reached": f"x {sat[ours]['useful share of rows %'][0] / slots:.2f}",
-                "bound": f"x {100 / slots:.2f} (every row of every step useful); of its busy time x {100 / sat[rival]['busy %'][0]:.2f}",
+                "bound": f"x {100 / slots:.2f} (every row of every step useful); "
+                f"of its busy time x {100 / sat[rival]['busy %'][0]:.2f}",
             },
         ]
     rows.append(
@@ -466,7 +513,7 @@ def uellm(args: argparse.Namespace) -> dict[str, list[dict]]:
     logs = read_csv(Path(args.uellm_data) / "measured.csv")
     tables = {}
 
-    def show(title: str, rows: list[dict], *notes: str):
+    def show(title: str, rows: list[dict], *notes: str) -> None:
         print_rows(title, rows, notes)
         tables[title] = rows
 
@@ -499,12 +546,12 @@ def uellm(args: argparse.Namespace) -> dict[str, list[dict]]:
         f"Fair, {heavy:.2f} requests/s, where fcfs (continuous) attains 50 %; {what}",
         fair_rows(fair, FAIR, heavy, args.seeds),
     )
-    many = {
-        name: replace(one, count=2 * one.count) for name, one in settings.items()
-    }  # so that the last long answers weigh little
+    # Twice as many, so that the last long answers weigh little.
+    many = {name: replace(one, count=2 * one.count) for name, one in settings.items()}
     full = fair_rows(many["helr"], FAIR, None, args.seeds)
     show(
-        f"Fair, {2 * args.requests} requests all at once (saturation), {args.seeds} seeds, the same placement",
+        f"Fair, {2 * args.requests} requests all at once (saturation), {args.seeds} seeds, "
+        "the same placement",
         full,
     )
     bounds = fair.bounds(args.seeds) | {"tokens_s": many["helr"].bounds(args.seeds)["tokens_s"]}
@@ -514,11 +561,10 @@ def uellm(args: argparse.Namespace) -> dict[str, list[dict]]:
     own_full = fair_rows(many["even"], chain, None, args.seeds)
     show(f"All on one chain of 4 GPUs (even), {rate:.2f} requests/s", own_load)
     show(f"All on one chain of 4 GPUs (even), {2 * args.requests} requests all at once", own_full)
-    mixed = [
-        [row for row in rows if row["system"] != OURS]
-        + [row for row in best if row["system"] == OURS]
-        for rows, best in ((own_load, load), (own_full, full))
-    ]
+    mixed = []
+    for rows, best in ((own_load, load), (own_full, full)):
+        theirs = [row for row in rows if row["system"] != OURS]
+        mixed.append(theirs + [row for row in best if row["system"] == OURS])
     show("Targets and bounds, rivals on one chain of 4 GPUs, ours on helr", targets(*mixed, bounds))
     return tables
 
@@ -532,27 +578,29 @@ CLUSTERS = {
     "4 A100 + 4 A40 + 4 RTX3090": {"A100-80G": 4, "A40": 4, "RTX3090": 4},
 }
 TRACE_POLICIES = ("s3", "slo_odbs", "fcfs", "sjf", "deadline")
-TRACE_SLO = SloRule(
-    scale=15.0
-)  # below it the longest answers of the most hurried class are late even alone, and nobody reaches 99 %
+# Below this scale the longest answers of the most hurried class are late even alone, and nobody
+# reaches 99 %.
+TRACE_SLO = SloRule(scale=15.0)
 
 
 def trace(
     args: argparse.Namespace, clusters: dict = CLUSTERS, per_device: int = 300, least: int = 1500
 ) -> dict[str, list[dict]]:
-    """The largest load, in requests a second, at which 90 and 99 % of the requests are in time, goodput (load x share in time) there and in
-    overload: 1.5 times the largest load at which any policy has 90 %."""
+    """The largest load, in requests a second, at which 90 and 99 % of the requests are in time.
+
+    With goodput (load x share in time) there and in overload: 1.5 times the largest load at which
+    any policy has 90 %.
+    """
     model, profile = ModelShape.from_config("chatglm2-6b"), read_profile("datasheet")
     predictor = predictor_of(args)
     tables = {}
     for name in ("azure_conv", "azure_code"):
         rows = []
         for title, devices in clusters.items():
-            costs = [
-                CostModel.of(model, Cluster.uniform(d, 1), profile)
-                for d, n in devices.items()
-                for _ in range(n)
-            ]
+            costs = []
+            for device, number in devices.items():
+                for _ in range(number):
+                    costs.append(CostModel.of(model, Cluster.uniform(device, 1), profile))
             pairs = [(cost, Limits(64, cost.kv_capacity_tokens, 8192)) for cost in costs]
             speeds = [
                 1 / (cost.decode_step_s(32, 32 * 1000) / 32 * 200 + cost.prefill_s(1000))
@@ -605,7 +653,9 @@ def trace(
     return tables
 
 
-def attainment_of(policy: Policy, workloads: list[Workload], pairs: list, speeds: list[float]):
+def attainment_of(
+    policy: Policy, workloads: list[Workload], pairs: list, speeds: list[float]
+) -> Callable[[float], tuple[float, ...]]:
     """load -> share in time on each workload, remembered."""
 
     @lru_cache
@@ -620,8 +670,13 @@ def attainment_of(policy: Policy, workloads: list[Workload], pairs: list, speeds
     return attained
 
 
-def sweep(attained, devices: int, rounds: int = 6) -> dict[float, float | None]:
-    """{share in time: largest load with it} by bisection of the logarithm from 0.2 to 20 requests/s a device; None below."""
+def sweep(
+    attained: Callable[[float], tuple[float, ...]], devices: int, rounds: int = 6
+) -> dict[float, float | None]:
+    """{share in time: largest load with it}; None where no load tried has it.
+
+    By bisection of the logarithm from 0.2 to 20 requests/s a device.
+    """
     found: dict[float, float | None] = {}
     for wanted in (0.9, 0.99):
         low, high, best = 0.2 * devices, 20.0 * devices, None

@@ -206,7 +206,7 @@ class SloRule:
     length: str = "typical"
     classes: tuple[float, ...] = (0.5, 1.0, 2.0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         finite = math.isfinite(self.scale) and math.isfinite(self.floor_s)
         in_range = finite and self.scale > 0 and self.floor_s >= 0
         if self.length not in ("typical", "own") or not in_range:
@@ -253,7 +253,7 @@ class PredictorModel:
     bins: int = 40
     step: float = 0.02
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.limit < 2:
             raise ValueError(f"the longest answer must be at least 2 tokens, got {self.limit}")
 
