@@ -276,14 +276,12 @@ def make_subjects(folder: Path, methods: tuple[str, ...]) -> list[Subject]:
             "4",
             "--save_model_step",
             "2",
-            "--data_cache",
-            "",
         ]
         flags += METHODS[method]
         if method == "predictor":
             flags += ["--calibration_share", "0.3"]
         else:
-            flags += ["--max_len", "96"]
+            flags += ["--max_len", "96", "--data_cache", ""]
         output = folder / method
         train(flags, output)
         checkpoint = output / "epoch-1-step-2"

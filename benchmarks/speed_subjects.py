@@ -341,7 +341,6 @@ def run_ours(spec: Spec, pairs: Pairs) -> Iterator[Step]:
 
 def make_task(config: "TrainConfig", spec: Spec, folder: Path, data: "Dataset") -> SimpleNamespace:
     """A task as train.py's, with the spec's model and given rows."""
-    import numpy as np
 
     from chatglm.families import FAMILIES
     from finetune.distributed import DTYPES, resolve_precision
@@ -357,7 +356,6 @@ def make_task(config: "TrainConfig", spec: Spec, folder: Path, data: "Dataset") 
         method=method,
         model_path=str(folder),
         data=data,
-        lengths=np.array([len(ids) for ids in data.input_ids]),
         build_model=lambda dtype: method.prepare(make_model(spec, dtype)),
         loss_module=LossModule,
         count_labels=count_labels,
