@@ -1,15 +1,17 @@
-"""One byte of a checkpoint changes: every such change must be refused in one line, or be without effect on logits and losses.
+"""Flip one byte of a checkpoint: it must be refused in one line or have no effect.
 
     python benchmarks/byte_flips.py --flips 200 [--seed 1] [--json FILE]
     python benchmarks/byte_flips.py --loads 11 --size_mb 500      what the checks cost a load
 
-Tiny checkpoints of every method, a merged model and a predictor; a flip is loaded and resumed from in this process.
+No effect means equal logits and losses. The folders are tiny checkpoints of every method, a merged
+model and a predictor; a damaged folder is loaded and resumed from in this process.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import random
 import re
@@ -72,7 +74,10 @@ KEY, NUMBER = re.compile(rb'"[^"\n]*"(?=:)'), re.compile(rb"(?<=[ \[])-?\d[\d.e+
 
 @dataclass
 class Row:
-    """Flips of one kind of byte. `wrong`: read without a word and with an effect, or refused in another way than one line."""
+    """Counts of flips of one kind of byte.
+
+    `wrong`: read without an error and with an effect, or refused in more than one line.
+    """
 
     flipped: int = 0
     refused: int = 0
@@ -90,12 +95,19 @@ class Target:
     places: tuple[tuple[int, int], ...]
 
 
+# {what is timed: {level of the checks: (seconds, CPU seconds) of each load}}
+Times = dict[str, dict[str, list[tuple[float, float]]]]
+
+
 class Subject:
-    """A folder that is damaged, and what it gives undamaged: outputs of the loaded model, losses of the resumed run."""
+    """A folder to damage, with its undamaged outputs (of the loaded model) and losses (resumed)."""
 
     def __init__(self, name: str, folder: Path, flags: list[str] | None):
-        self.name, self.folder, self.flags = name, folder, flags
-        self.outputs, self.losses = self.load(), self.resume()
+        self.name = name
+        self.folder = folder
+        self.flags = flags
+        self.outputs = self.load()
+        self.losses = self.resume()
 
     def load(self) -> bytes:
         import torch
@@ -105,18 +117,15 @@ class Subject:
         if self.name == "predictor":
             from predictor.runtime import LengthPredictor
 
-            found = LengthPredictor.from_pretrained(self.folder).predict(
-                ["抽取三元组：水泵漏油。", "hello"]
-            )
-            return b"".join(p.probabilities.tobytes() for p in found)
+            predictor = LengthPredictor.from_pretrained(self.folder)
+            predictions = predictor.predict(["抽取三元组：水泵漏油。", "hello"])
+            return b"".join(p.probabilities.tobytes() for p in predictions)
         tokenizer = load_tokenizer(self.folder)
         ids = torch.tensor([tokenizer.encode("抽取三元组：水泵漏油，轮胎异响。")])
         with torch.inference_mode():
             model = load_model(self.folder, dtype=torch.float32)
-            return (
-                model(input_ids=ids).logits.numpy().tobytes()
-                + repr(model.generation_config.eos_token_id).encode()
-            )
+            logits = model(input_ids=ids).logits.numpy().tobytes()
+        return logits + repr(model.generation_config.eos_token_id).encode()
 
     def resume(self) -> list[float]:
         """Losses of the steps after the checkpoint, in an output folder that holds nothing else."""
@@ -124,13 +133,11 @@ class Subject:
             return []
         with tempfile.TemporaryDirectory(dir=self.folder.parent.parent) as other:
             train(self.flags, Path(other), "--resume_from_checkpoint", str(self.folder))
-            lines = [
-                json.loads(line)
-                for line in (Path(other) / "metrics.jsonl").read_text().splitlines()
-            ]
-            return [
-                value for line in lines for name, value in line.items() if name.endswith("_loss")
-            ]
+            lines = (Path(other) / "metrics.jsonl").read_text().splitlines()
+        losses: list[float] = []
+        for line in map(json.loads, lines):
+            losses += [value for name, value in line.items() if name.endswith("_loss")]
+        return losses
 
     def targets(self) -> Iterator[Target]:
         for file in sorted(p for p in self.folder.rglob("*") if p.is_file()):
@@ -139,7 +146,7 @@ class Subject:
                     yield Target(self, file, kind, tuple(places))
 
     def outcome(self, damaged: Path, content: bytes) -> str:
-        """What becomes of `damaged` holding `content`: the name of Row's field."""
+        """The name of Row's field that counts the effect of writing `content` into `damaged`."""
         before = damaged.read_bytes()
         damaged.write_bytes(content)
         results = []
@@ -199,8 +206,9 @@ def train(flags: list[str], output_dir: Path, *more: str) -> Path:
 
 def make_rows(folder: Path) -> tuple[Path, Path]:
     """Files of rows: to answer, and of prompts with the lengths of their answers."""
-    parts, states = ("水泵", "油封", "火花塞", "节气门", "轮胎"), ("漏油", "抖动", "异响", "松动")
-    pairs = [(part, state) for part in parts for state in states]
+    parts = ("水泵", "油封", "火花塞", "节气门", "轮胎")
+    states = ("漏油", "抖动", "异响", "松动")
+    pairs = list(itertools.product(parts, states))
     rows = [
         {"instruction": "抽取三元组：", "input": f"{a}{b}。", "output": f"{a}_性能故障_{b}"}
         for a, b in pairs
@@ -248,7 +256,8 @@ def make_subjects(folder: Path, methods: tuple[str, ...]) -> list[Subject]:
     import merge_lora
 
     rows, lengths = make_rows(folder)
-    base, subjects = make_base(folder, rows), []
+    base = make_base(folder, rows)
+    subjects = []
     for method in methods:
         flags = [
             "--model_name_or_path",
@@ -268,20 +277,17 @@ def make_subjects(folder: Path, methods: tuple[str, ...]) -> list[Subject]:
             "--save_model_step",
             "2",
         ]
-        flags += [
-            *METHODS[method],
-            *(
-                ["--calibration_share", "0.3"]
-                if method == "predictor"
-                else ["--max_len", "96", "--data_cache", ""]
-            ),
-        ]
+        flags += METHODS[method]
+        if method == "predictor":
+            flags += ["--calibration_share", "0.3"]
+        else:
+            flags += ["--max_len", "96", "--data_cache", ""]
         output = folder / method
         train(flags, output)
-        found = output / "epoch-1-step-2"
-        subjects.append(Subject(method, found, flags))
+        checkpoint = output / "epoch-1-step-2"
+        subjects.append(Subject(method, checkpoint, flags))
         if method == "lora":
-            merge_lora.merge(base, found, folder / MERGED / MERGED)
+            merge_lora.merge(base, checkpoint, folder / MERGED / MERGED)
             subjects.append(Subject(MERGED, folder / MERGED / MERGED, None))
     return subjects
 
@@ -289,9 +295,14 @@ def make_subjects(folder: Path, methods: tuple[str, ...]) -> list[Subject]:
 def run(
     folder: Path, *, flips: int, seed: int = 1, methods: tuple[str, ...] = tuple(METHODS)
 ) -> dict[str, Row]:
-    """{kind of byte: Row} of `flips` changes, spread evenly over kinds and, of a kind, over the files of all methods."""
+    """{kind of byte: Row} of `flips` changes, spread evenly over the kinds.
+
+    Within a kind they are spread over the files of all methods.
+    """
     draw = random.Random(seed)
-    targets = [target for subject in make_subjects(folder, methods) for target in subject.targets()]
+    targets: list[Target] = []
+    for subject in make_subjects(folder, methods):
+        targets += subject.targets()
     draw.shuffle(targets)
     table = {kind: Row() for kind in KINDS}
     seen: dict[Path, int] = dict.fromkeys((target.file for target in targets), 0)
@@ -310,12 +321,11 @@ def run(
     return table
 
 
-def time_loads(
-    folder: Path, loads: int, size_mb: int
-) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """{what is timed: {level: (seconds, CPU seconds) of each load}} of a model of about `size_mb` MB in fp32, the levels taking turns.
+def time_loads(folder: Path, loads: int, size_mb: int) -> Times:
+    """Times of loads with the checks off and fast.
 
-    transformers maps the weights into memory: a load alone reads next to none of them, the first logits read them all.
+    The model has about `size_mb` MB in fp32; the levels take turns. transformers maps the weights
+    into memory: a load alone reads almost none of them, the first logits read them all.
     """
     import torch
 
@@ -326,12 +336,12 @@ def time_loads(
     layers = max(1, round(size_mb / 43.5))  # MB of a layer of these sizes
     base = make_base(folder, rows, hidden_size=1024, num_layers=layers, heads=16, ffn=2752)
     write_checksums(base)
-    print(
-        f"{sum(p.stat().st_size for p in base.glob('*.safetensors')) / 1e6:.0f} MB of weights, {layers} layers"
-    )
-    found = {what: {"off": [], "fast": []} for what in ("load alone", "load and first logits")}
+    size = sum(p.stat().st_size for p in base.glob("*.safetensors"))
+    print(f"{size / 1e6:.0f} MB of weights, {layers} layers")
+    times: Times = {"load alone": {"off": [], "fast": []}}
+    times["load and first logits"] = {"off": [], "fast": []}
     for _ in range(loads + 1):
-        for what, levels in found.items():
+        for what, levels in times.items():
             for level, seconds in levels.items():
                 started, cpu = time.perf_counter(), time.process_time()
                 model = load_model(base, verify=level)
@@ -340,17 +350,18 @@ def time_loads(
                         model(input_ids=torch.tensor([[1, 2, 3]]))
                 seconds.append((time.perf_counter() - started, time.process_time() - cpu))
                 del model
-    return {
-        what: {level: seconds[1:] for level, seconds in levels.items()}
-        for what, levels in found.items()
-    }  # the first warms up
+    for levels in times.values():
+        for seconds in levels.values():
+            del seconds[0]  # the first load warms up
+    return times
 
 
-def print_loads(found: dict[str, dict[str, list[tuple[float, float]]]]):
+def print_loads(times: Times):
     print(
-        "| timed | unchecked, s | checked, s | ratio of pairs | ratio of CPU time |\n|---|---|---|---|---|"
+        "| timed | unchecked, s | checked, s | ratio of pairs | ratio of CPU time |\n"
+        "|---|---|---|---|---|"
     )
-    for what, levels in found.items():
+    for what, levels in times.items():
         wall = {
             level: statistics.median(seconds for seconds, _ in values)
             for level, values in levels.items()
@@ -360,7 +371,8 @@ def print_loads(found: dict[str, dict[str, list[tuple[float, float]]]]):
             for i in (0, 1)
         ]
         print(
-            f"| {what} | {wall['off']:.3f} | {wall['fast']:.3f} | {ratios[0]:.3f} | {ratios[1]:.3f} |"
+            f"| {what} | {wall['off']:.3f} | {wall['fast']:.3f} "
+            f"| {ratios[0]:.3f} | {ratios[1]:.3f} |"
         )
 
 
@@ -386,7 +398,8 @@ def main(argv: list[str] | None = None) -> int:
             print("| byte in | flipped | refused | without effect | wrong |\n|---|---|---|---|---|")
             for kind, row in table.items():
                 print(
-                    f"| {kind} | {row.flipped} | {row.refused} | {row.without_effect} | {row.wrong} |"
+                    f"| {kind} | {row.flipped} | {row.refused} "
+                    f"| {row.without_effect} | {row.wrong} |"
                 )
                 wrong += row.wrong
         shutil.rmtree(Path(name) / "base", ignore_errors=True)

@@ -304,14 +304,14 @@ COMMANDS = [
     ),
     Command(
         "serving.cost_model predict",
-        "serving.cost_model.fit",
+        "serving.cost_model",
         "serving.cost_model",
         "predict --profile profile.json --model model --output-tokens 4",
         reads={"profile.json": "--profile", "model/config.json": "--model"},
     ),
     Command(
         "serving.cost_model evaluate",
-        "serving.cost_model.fit",
+        "serving.cost_model",
         "serving.cost_model",
         "evaluate --profile profile.json --rows measured.csv --json errors.json",
         reads={"profile.json": "--profile", "measured.csv": "--rows"},
@@ -319,8 +319,8 @@ COMMANDS = [
         fine={"measured.csv": ("truncated",)},
     ),
     Command(
-        "serving.cost_model fit",
-        "serving.cost_model.fit",
+        "serving.cost_model",
+        "serving.cost_model",
         "serving.cost_model",
         "fit --start profile.json --rows measured.csv --device device.json --output fitted.json",
         reads={"profile.json": "--start", "measured.csv": "--rows", "device.json": "--device"},

@@ -10,6 +10,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -33,19 +34,19 @@ MODULES = (
     "finetune.predict",
     "finetune.evaluate",
     "finetune.evaluation.probe",
-    "finetune.memory",
+    "finetune.memory.__main__",
     "finetune.report",
     "finetune.seeds",
     "predictor.training",
     "predictor.evaluate",
     "predictor.export",
     "predictor.update",
-    "serving.server",
+    "serving.server.__main__",
     "serving.server.api",
-    "serving.simulate",
+    "serving.simulate.__main__",
     "serving.simulate.experiments",
-    "serving.deployment",
-    "serving.cost_model.fit",
+    "serving.deployment.__main__",
+    "serving.cost_model.__main__",
     "chatglm.modeling_glm",
     "chatglm.modeling_glm2",
     "chatglm.loading",
@@ -110,6 +111,12 @@ def run_forked(
     return done
 
 
+def command_of(module: str) -> ModuleType:
+    """The imported module that `python -m` runs: of a package its `__main__`."""
+    is_package = hasattr(sys.modules[module], "__path__")
+    return sys.modules[f"{module}.__main__" if is_package else module]
+
+
 def run_child(module: str, argv: list[str], folder: Path, out: Path, err: Path):
     """The fork's part; does not return."""
     os.setsid()
@@ -123,7 +130,7 @@ def run_child(module: str, argv: list[str], folder: Path, out: Path, err: Path):
         os.chdir(folder)
         os.environ |= {"HOME": str(folder), "TMPDIR": str(folder)}
         sys.argv = [module, *argv]
-        code = sys.modules[module].main(argv) or 0
+        code = command_of(module).main(argv) or 0
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else 1
         if isinstance(left.code, str):

@@ -1,13 +1,25 @@
-"""The subjects of benchmarks/train_speed.py: each a process that trains on the same rows, a turn of steps at a time.
+"""The subjects of benchmarks/train_speed.py: processes that train on the same rows, in turns.
 
-Run by it as `speed_subjects.py SPEC`. At the top only the standard library: LLaMA-Factory's environment has none of our packages.
+train_speed.py runs it as `speed_subjects.py SPEC`. The imports at the top are of the standard
+library alone: LLaMA-Factory's environment has none of this project's packages.
 """
 
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+    from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
+    from finetune.config import TrainConfig
+    from finetune.rows.arrays import Dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,12 +36,39 @@ GLM_IDS = {
 }
 
 
-# ---- the rows and the models that every subject gets -------------------------------------------------------------
+# (ids, number of masked ones at the start) of each row.
+Pairs = list[tuple[list[int], int]]
+# (row numbers, loss) of a step; None instead of rows for a step that only warms up.
+Step = tuple[list[int] | None, float]
 
 
-def encode(shared: Path, family: str) -> list[tuple[list[int], int]]:
-    """(ids, number of masked ones) of the rows of spo_0.json. ChatGLM-6B's real tokenizer is not among the data: its rows
-    are those of ChatGLM2's in ChatGLM-6B's layout.
+class Spec(TypedDict, total=False):
+    """What a worker process is started with."""
+
+    subject: str
+    family: str  # glm or glm2
+    method: str  # lora or full
+    precision: str  # fp32, bf16, or autocast for the trainer
+    layers: int
+    hidden: int
+    vocab: int
+    threads: int
+    rows: str  # JSON file of encode()'s pairs
+    shared: str  # folder of the public data
+    folder: str  # for the worker's files
+    cpu_time: bool  # CPU seconds instead of wall-clock seconds
+    python: str  # the worker's interpreter, where not this one
+    profile: bool  # print the operations of some steps, nothing else
+
+
+# ---- the rows and the models that every subject gets
+
+
+def encode(shared: Path, family: str) -> Pairs:
+    """(ids, number of masked ones) of each row of spo_0.json.
+
+    ChatGLM-6B's real tokenizer is not among the data: its rows are ChatGLM2's in ChatGLM-6B's
+    layout.
     """
     from chatglm import load_tokenizer
     from chatglm.families import FAMILIES
@@ -50,8 +89,8 @@ def ffn_size(hidden: int) -> int:
     return round(hidden * 13696 / 4096 / 16) * 16
 
 
-def make_config(spec):
-    """A random model of the family's proportions and its released vocabulary, or the case's; heads of 64."""
+def make_config(spec: Spec) -> "ChatGLM1Config | ChatGLM2Config":
+    """A configuration of the family's proportions and vocabulary, or the case's; heads of 64."""
     from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
 
     hidden = spec["hidden"]
@@ -72,8 +111,11 @@ def make_config(spec):
     )
 
 
-def make_model(spec, dtype=None):
-    """The case's model in `dtype` (fp32), made in it: what another dtype has left behind would count as memory."""
+def make_model(spec: Spec, dtype: "torch.dtype | None" = None) -> "torch.nn.Module":
+    """The case's random model, created in `dtype` (fp32).
+
+    What a conversion from another dtype leaves behind would count as memory.
+    """
     import torch
 
     from chatglm.modeling_glm import ChatGLM1ForConditionalGeneration
@@ -81,30 +123,27 @@ def make_model(spec, dtype=None):
 
     torch.manual_seed(0)
     torch.set_default_dtype(dtype or torch.float32)
-    kind = (
-        ChatGLM1ForConditionalGeneration
-        if spec["family"] == "glm"
-        else ChatGLM2ForConditionalGeneration
-    )
-    model = kind(make_config(spec))
+    models = {"glm": ChatGLM1ForConditionalGeneration, "glm2": ChatGLM2ForConditionalGeneration}
+    model = models[spec["family"]](make_config(spec))
     torch.set_default_dtype(torch.float32)
     return model
 
 
-def batches(pairs, first_epoch: int = 0):
-    """Row numbers of each step, for ever."""
+def batches(n_rows: int, first_epoch: int = 0) -> Iterator[list[int]]:
+    """Row numbers of each step, without end; every epoch is a new permutation."""
     import numpy as np
 
     for epoch in range(first_epoch, 10**6):
-        order = np.random.default_rng(epoch).permutation(len(pairs))
-        yield from (order[i : i + BATCH].tolist() for i in range(0, len(order) - BATCH + 1, BATCH))
+        order = np.random.default_rng(epoch).permutation(n_rows)
+        for first in range(0, n_rows - BATCH + 1, BATCH):
+            yield order[first : first + BATCH].tolist()
 
 
-# ---- the subjects: each yields the loss of one step after another ----------------------------------------------------
+# ---- the subjects: each yields the loss of one step after another
 
 
-def plain_formulas():
-    """Undo our lean operations: norm, rotary and activation as the seeds' modelling code spells them out."""
+def use_plain_formulas():
+    """Replace the lean norm, rotary and activation by those of the seeds' modelling code."""
     import torch
     import torch.nn.functional as F
 
@@ -114,9 +153,8 @@ def plain_formulas():
         @staticmethod
         def apply(x, weight, eps):
             wide = x.float()
-            return (weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps))).to(
-                x.dtype
-            )
+            normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+            return (weight * normed).to(x.dtype)
 
     class SwiGLU:
         @staticmethod
@@ -124,7 +162,7 @@ def plain_formulas():
             gate, up = both.chunk(2, dim=-1)
             return F.silu(gate) * up
 
-    class Pairs:
+    class RotatePairs:
         @staticmethod
         def apply(x, turns, heads, turn_):
             n = 2 * turns.shape[-1]
@@ -134,7 +172,7 @@ def plain_formulas():
             turned = torch.cat([turned, x[:, :, :heads, n:]], dim=-1)
             return torch.cat([turned, x[:, :, heads:]], dim=2)
 
-    class Halves:
+    class RotateHalves:
         @staticmethod
         def apply(x, turns, heads, turn_):
             parts = []
@@ -143,23 +181,21 @@ def plain_formulas():
                 parts.append(torch.cat([a * t.real - b * t.imag, b * t.real + a * t.imag], dim=-1))
             return torch.cat([torch.cat(parts, dim=-1), x[:, :, heads:]], dim=2)
 
-    modeling_glm2.RMSNormFunction, modeling_glm2.SwiGLUFunction, modeling_glm2.RotateFunction = (
-        Norm,
-        SwiGLU,
-        Pairs,
-    )
-    modeling_glm.RotateFunction = Halves
+    modeling_glm2.RMSNormFunction = Norm
+    modeling_glm2.SwiGLUFunction = SwiGLU
+    modeling_glm2.RotateFunction = RotatePairs
+    modeling_glm.RotateFunction = RotateHalves
 
 
-def run_reference(spec, pairs):
-    """The seeds' loop: everything in fp32, every position through the output layer, the shifted logits copied."""
+def run_reference(spec: Spec, pairs: Pairs) -> Iterator[Step]:
+    """The seeds' loop: fp32, every position through the output layer, the shifted logits copied."""
     import peft
     import torch
     import torch.nn.functional as F
 
     from finetune.rows.batches import collate
 
-    plain_formulas()
+    use_plain_formulas()
     model = make_model(spec)
     if spec["method"] == "lora":
         model = peft.get_peft_model(
@@ -169,7 +205,7 @@ def run_reference(spec, pairs):
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     model.train()
     data = our_dataset(pairs)
-    for rows in batches(pairs):
+    for rows in batches(len(pairs)):
         ids, labels = collate(data, rows, ragged=False, pad_id=3).values()
         logits = model(input_ids=ids, use_cache=False).logits.float()
         shifted, wanted = logits[:, :-1].contiguous(), labels[:, 1:].contiguous()
@@ -182,13 +218,14 @@ def run_reference(spec, pairs):
         yield rows, float(loss)
 
 
-def our_dataset(pairs):
+def our_dataset(pairs: Pairs) -> "Dataset":
     from finetune.rows.arrays import EncodedRow, dataset_of
 
     return dataset_of(("", EncodedRow(ids, n, False)) for ids, n in pairs)
 
 
-def run_bare(spec, pairs):
+def run_bare(spec: Spec, pairs: Pairs) -> Iterator[Step]:
+    """The project's model and loss in a loop without DeepSpeed."""
     import torch
 
     from finetune.lora import use_lean_lora
@@ -198,9 +235,8 @@ def run_bare(spec, pairs):
 
     lora = spec["method"] == "lora"
     wide = torch.float32 if spec["precision"] == "fp32" else torch.bfloat16
-    model = (Lora(8, 30, 0.0, "query_key_value") if lora else FullParameters()).prepare(
-        make_model(spec, wide)
-    )
+    method = Lora(8, 30, 0.0, "query_key_value") if lora else FullParameters()
+    model = method.prepare(make_model(spec, wide))
     trained = [p for p in model.parameters() if p.requires_grad]
     masters = trained
     if lora:
@@ -232,16 +268,18 @@ def run_bare(spec, pairs):
         yield rows if counted else None, float(loss)
 
 
-def warmed(pairs):
-    """(rows, counted): other rows first, for the kernels that are compiled for new shapes to be there, as soon in any run."""
+def warmed(pairs: Pairs) -> Iterator[tuple[list[int], bool]]:
+    """(rows, counted): first other rows that do not count, to compile kernels for new shapes."""
     from itertools import islice
 
-    yield from ((rows, False) for rows in islice(batches(pairs, 1), WARM_STEPS))
-    yield from ((rows, True) for rows in batches(pairs))
+    for rows in islice(batches(len(pairs), 1), WARM_STEPS):
+        yield rows, False
+    for rows in batches(len(pairs)):
+        yield rows, True
 
 
-def useful_operations(spec, pairs, rows) -> float:
-    """Floating-point operations of a step that its result needs: products with weights, forward and backward."""
+def useful_operations(spec: Spec, pairs: Pairs, rows: list[int]) -> float:
+    """Floating-point operations that a step needs: products with weights, forward and backward."""
     from finetune.memory.shapes import make_shape
     from finetune.rows.batches import lay_end_to_end
 
@@ -255,24 +293,20 @@ def useful_operations(spec, pairs, rows) -> float:
     return (4 if spec["method"] == "lora" else 6) * (body + shape.vocab * shape.hidden * kept)
 
 
-def run_peak(spec, pairs):
+def run_peak(spec: Spec, pairs: Pairs) -> Iterator[Step]:
+    """Square matrix products of 4096, without rows."""
     import torch
 
-    a, b = (
-        torch.randn(
-            4096, 4096, dtype=torch.float32 if spec["precision"] == "fp32" else torch.bfloat16
-        )
-        for _ in range(2)
-    )
+    dtype = torch.float32 if spec["precision"] == "fp32" else torch.bfloat16
+    a = torch.randn(4096, 4096, dtype=dtype)
+    b = torch.randn(4096, 4096, dtype=dtype)
     while True:
         a @ b
         yield [], 0.0
 
 
-def run_ours(spec, pairs):
-    """train.py's own engine and step, on rows handed to it."""
-    from types import SimpleNamespace
-
+def run_ours(spec: Spec, pairs: Pairs) -> Iterator[Step]:
+    """train.py's engine and step, on rows passed in through the task."""
     import numpy as np
 
     from finetune import engine as engine_module
@@ -305,9 +339,8 @@ def run_ours(spec, pairs):
         yield rows if counted else None, loss
 
 
-def make_task(config, spec, folder, data):
-    """train.py's task, with a model and rows of our own making."""
-    from types import SimpleNamespace
+def make_task(config: "TrainConfig", spec: Spec, folder: Path, data: "Dataset") -> SimpleNamespace:
+    """A task as train.py's, with the spec's model and given rows."""
 
     from chatglm.families import FAMILIES
     from finetune.distributed import DTYPES, resolve_precision
@@ -316,7 +349,8 @@ def make_task(config, spec, folder, data):
     from finetune.rows.batches import collate, count_labels
     from finetune.task import layout_of
 
-    method, dtype = make_method(config), DTYPES[resolve_precision(config.precision)]
+    method = make_method(config)
+    dtype = DTYPES[resolve_precision(config.precision)]
     layout = layout_of(config, FAMILIES[spec["family"]], SimpleNamespace(pad_token_id=3), dtype)
     task = SimpleNamespace(
         method=method,
@@ -327,11 +361,12 @@ def make_task(config, spec, folder, data):
         count_labels=count_labels,
         collate=lambda data, rows: collate(data, rows, **layout),
     )
-    task.rows_of_step = lambda *place: (data, task.chosen, 0)  # the rows of the step to come
+    # `chosen` holds the rows of the next step; run_ours sets it.
+    task.rows_of_step = lambda *place: (data, task.chosen, 0)
     return task
 
 
-def make_glm(spec):
+def make_glm(spec: Spec) -> "torch.nn.Module":
     """GlmForCausalLM of the same size, random."""
     import torch
     from transformers import GlmConfig, GlmForCausalLM
@@ -358,7 +393,7 @@ def make_glm(spec):
     return model
 
 
-# ---- a worker and its turns ------------------------------------------------------------------------------------------
+# ---- a worker and its turns
 
 
 def resident(field: str) -> int:
@@ -370,9 +405,9 @@ def resident(field: str) -> int:
 
 
 class Turns:
-    """The worker's side of the conversation: waits for a number of steps to do, tells what they took."""
+    """A worker's protocol: read a number of steps from stdin, print what they took."""
 
-    def __init__(self, spec):
+    def __init__(self, spec: Spec):
         self.clock = time.process_time if spec.get("cpu_time") else time.perf_counter
         self.left, self.idle, self.started = 0, resident("VmRSS"), 0.0
         self.tokens, self.operations, self.loss = 0, 0.0, 0.0
@@ -381,21 +416,20 @@ class Turns:
         if self.left:
             return
         if self.started:
-            told = {
+            figures = {
                 "seconds": self.clock() - self.started,
                 "tokens": self.tokens,
                 "operations": self.operations,
                 "loss": self.loss,
                 "memory": resident("VmHWM") - self.idle,
             }
-            print(MARK + json.dumps(told), flush=True)
+            print(MARK + json.dumps(figures), flush=True)
         word = sys.stdin.readline().split()
         if not word:
             os._exit(0)
         self.left, self.tokens, self.operations = int(word[0]), 0, 0.0
-        Path("/proc/self/clear_refs").write_text(
-            "5"
-        )  # the peak starts again at what is resident now
+        # Resets VmHWM to what is resident now.
+        Path("/proc/self/clear_refs").write_text("5")
         self.started = self.clock()
 
     def after_step(self, tokens: int, loss: float, operations: float = 0.0):
@@ -405,18 +439,19 @@ class Turns:
         self.loss = loss
 
 
-def read_rows(spec) -> list[tuple[list[int], int]]:
-    """encode()'s pairs; words beyond a smaller vocabulary become others, so that lengths stay."""
+def read_rows(spec: Spec) -> Pairs:
+    """encode()'s pairs; ids beyond a smaller vocabulary become others, so that lengths stay."""
     pairs = json.loads(Path(spec["rows"]).read_text())
-    return (
-        [([i % spec["vocab"] for i in ids], n) for ids, n in pairs]
-        if spec["family"] == "glm2"
-        else pairs
-    )
+    if spec["family"] != "glm2":
+        return pairs
+    return [([i % spec["vocab"] for i in ids], n) for ids, n in pairs]
 
 
-def work(spec):
-    """A worker's whole life."""
+RUNS = {"reference": run_reference, "bare": run_bare, "ours": run_ours, "peak": run_peak}
+
+
+def work(spec: Spec) -> None:
+    """Run the spec's subject, a turn of steps at a time, until stdin ends."""
     import torch
 
     torch.set_num_threads(spec["threads"])
@@ -427,34 +462,30 @@ def work(spec):
 
     if spec["subject"] == "ours":
         import deepspeed  # noqa: F401
-    pairs, turns = read_rows(spec), Turns(spec)
+    pairs = read_rows(spec)
+    turns = Turns(spec)
     if spec["subject"] == "trainer":
         return work_trainer(spec, pairs, turns)
-    steps = {"reference": run_reference, "bare": run_bare, "ours": run_ours, "peak": run_peak}[
-        spec["subject"]
-    ](spec, pairs)
     turns.before_step()
-    for rows, loss in steps:
-        if rows is not None:  # a step that only warms up
-            turns.after_step(
-                sum(len(pairs[r][0]) for r in rows),
-                loss,
-                useful_operations(spec, pairs, rows) if rows else 2 * 4096**3,
-            )
-            turns.before_step()
+    for rows, loss in RUNS[spec["subject"]](spec, pairs):
+        if rows is None:
+            continue
+        tokens = sum(len(pairs[r][0]) for r in rows)
+        operations = useful_operations(spec, pairs, rows) if rows else 2 * 4096**3
+        turns.after_step(tokens, loss, operations)
+        turns.before_step()
 
 
-def profile(spec):
+def profile(spec: Spec) -> None:
     """Print the operations in which 4 steps of a subject spend their time."""
     import torch
     from torch.profiler import profile as torch_profile
 
     torch.set_num_threads(1)
     pairs = read_rows(spec)
-    steps = {"reference": run_reference, "bare": run_bare, "ours": run_ours}[spec["subject"]](
-        spec, pairs
-    )
-    for rows, _ in steps:  # the first counted step: warm
+    steps = RUNS[spec["subject"]](spec, pairs)
+    # After the first step that counts, everything is warm.
+    for rows, _ in steps:
         if rows is not None:
             break
     with torch_profile() as recorded:
@@ -463,15 +494,16 @@ def profile(spec):
     events = [e for e in recorded.key_averages() if e.self_cpu_time_total]
     total = sum(e.self_cpu_time_total for e in events)
     print(
-        f"\n{spec['subject']}: {total / 4e6:.2f} s a step\n\n| operation | share | calls a step |\n|---|---|---|"
+        f"\n{spec['subject']}: {total / 4e6:.2f} s a step\n\n"
+        "| operation | share | calls a step |\n|---|---|---|"
     )
     for event in sorted(events, key=lambda e: -e.self_cpu_time_total)[:10]:
-        print(
-            f"| {event.key} | {100 * event.self_cpu_time_total / total:.0f} % | {event.count / 4:.0f} |"
-        )
+        share = 100 * event.self_cpu_time_total / total
+        print(f"| {event.key} | {share:.0f} % | {event.count / 4:.0f} |")
 
 
-def work_trainer(spec, pairs, turns):
+def work_trainer(spec: Spec, pairs: Pairs, turns: Turns) -> None:
+    """transformers' Trainer; its callbacks mark the steps of a turn."""
     import peft
     import torch
     from torch.utils.data import Dataset
@@ -485,8 +517,8 @@ def work_trainer(spec, pairs, turns):
             model,
             peft.LoraConfig(r=8, lora_alpha=30, target_modules=["q_proj", "k_proj", "v_proj"]),
         )
-    steps = batches(pairs)
-    order = []
+    steps = batches(len(pairs))
+    order: list[list[int]] = []
 
     class Rows(Dataset):
         def __len__(self):
@@ -499,7 +531,7 @@ def work_trainer(spec, pairs, turns):
 
     data = our_dataset(pairs)
 
-    def with_mask(rows):
+    def with_mask(rows: list[int]) -> dict[str, torch.Tensor]:
         ids, labels = collate(data, rows, ragged=False, pad_id=3).values()
         mask = torch.zeros_like(ids)
         for i, r in enumerate(rows):
@@ -540,8 +572,8 @@ def work_trainer(spec, pairs, turns):
     ).train()
 
 
-def make_fast_tokenizer(model: Path):
-    """tokenizer.model as the fast tokenizer that LLaMA-Factory asks for, by transformers' own converter."""
+def make_fast_tokenizer(model: Path) -> "PreTrainedTokenizerFast":
+    """tokenizer.model as LLaMA-Factory's fast tokenizer, made by transformers' converter."""
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConverter
@@ -556,32 +588,36 @@ def make_fast_tokenizer(model: Path):
     )
 
 
-def work_llamafactory(spec):
-    """LLaMA-Factory's own training, from model and data set folders; rows in its order, tokens as it counts them."""
+def write_llamafactory_inputs(spec: Spec, folder: Path):
+    """The model folder and the data set of LLaMA-Factory's run, rows in the order of batches()."""
+    data = Path(spec["shared"]) / "data"
+    make_glm(spec).save_pretrained(folder / "model")
+    tokenizer = make_fast_tokenizer(data / "chatglm2-tokenizer" / "tokenizer.model")
+    tokenizer.save_pretrained(folder / "model")
+    lines = (data / "finetune" / "spo_0.json").read_text().splitlines()[:ROWS]
+    rows = [json.loads(line) for line in lines]
+    ordered = []
+    for _, step in zip(range(10**3), batches(len(rows))):
+        ordered += [rows[r] for r in step]
+    (folder / "rows.json").write_text(json.dumps(ordered))
+    (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
+
+
+def work_llamafactory(spec: Spec) -> None:
+    """LLaMA-Factory's training from model and data set folders; its row order and token counts."""
     import importlib.util
     import types
 
-    # Wanted for sounds alone, and its CUDA build does not load beside a torch without CUDA.
+    # Needed for audio alone, and its CUDA build does not load beside a torch without CUDA.
     if importlib.util.find_spec("torchaudio") is None:
         sys.modules["torchaudio"] = types.ModuleType("torchaudio")
         sys.modules["torchaudio"].__spec__ = importlib.util.spec_from_loader("torchaudio", None)
     from llamafactory.train.tuner import run_exp
     from transformers import TrainerCallback
 
-    turns, folder = Turns(spec), Path(spec["folder"])
-    make_glm(spec).save_pretrained(folder / "model")
-    make_fast_tokenizer(
-        Path(spec["shared"]) / "data" / "chatglm2-tokenizer" / "tokenizer.model"
-    ).save_pretrained(folder / "model")
-    rows = [
-        json.loads(line)
-        for line in (Path(spec["shared"]) / "data" / "finetune" / "spo_0.json")
-        .read_text()
-        .splitlines()[:ROWS]
-    ]
-    order = [r for _, step in zip(range(10**3), batches(rows)) for r in step]
-    (folder / "rows.json").write_text(json.dumps([rows[r] for r in order]))
-    (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
+    turns = Turns(spec)
+    folder = Path(spec["folder"])
+    write_llamafactory_inputs(spec, folder)
 
     class Callback(TrainerCallback):
         def on_train_begin(self, args, state, control, train_dataloader, **kwargs):
@@ -632,5 +668,8 @@ def work_llamafactory(spec):
 
 
 if __name__ == "__main__":
-    told = json.loads(sys.argv[1])
-    profile(told) if told.get("profile") else work(told)
+    given: Spec = json.loads(sys.argv[1])
+    if given.get("profile"):
+        profile(given)
+    else:
+        work(given)
