@@ -20,7 +20,9 @@ FILES = sorted(
     if p.suffix in (".py", ".sh")
 )
 ELSEWHERE = {  # file -> the test that runs it
-    "benchmarks/data_memory.py": "tests/finetune/rows/test_data_memory.py::test_rows_are_tokenised_once",
+    "benchmarks/data_memory.py": (
+        "tests/finetune/rows/test_data_memory.py::test_rows_are_tokenised_once"
+    ),
     "benchmarks/failing_commands.py": "tests/test_failures.py::test_every_failure_is_one_line",
     "benchmarks/failures.py": "tests/test_failures.py::test_every_failure_is_one_line",
     "benchmarks/forking.py": "tests/test_failures.py::test_every_failure_is_one_line",
