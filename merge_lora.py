@@ -1,4 +1,6 @@
-"""Fold a LoRA adapter into its base model: python merge_lora.py --ori_model_dir BASE --model_dir ADAPTER --mode glm2."""
+"""Fold a LoRA adapter into its base model: python merge_lora.py --ori_model_dir BASE --model_dir
+ADAPTER --mode glm2.
+"""
 
 import argparse
 import json
@@ -25,10 +27,12 @@ MERGED_NOTE = "merged.json"
 def check_base(
     base: Path, adapter: Path, other_name: bool = False, verify: str | None = None
 ) -> str | None:
-    """None where the adapter is known to belong to the base; a word of warning where nothing can tell.
+    """None where the adapter is known to belong to the base; a word of warning where nothing can
+    tell.
 
     Raises:
-        ValueError: it belongs to another base, by its manifest's fingerprint, its shapes, or its base's name unless `other_name`.
+        ValueError: it belongs to another base, by its manifest's fingerprint, its shapes, or its
+            base's name unless `other_name`.
     """
     from chatglm.loading import base_fingerprint, iterate_weights
     from finetune.checkpoint import read_manifest
@@ -40,7 +44,8 @@ def check_base(
     if made_for.get("fingerprint"):
         if made_for["fingerprint"] != base_fingerprint(base):
             raise ValueError(
-                f"{adapter} was trained on {made_for['name_or_path']}, whose weights are not those of {base} (fingerprints differ)"
+                f"{adapter} was trained on {made_for['name_or_path']}, whose weights are not those "
+                f"of {base} (fingerprints differ)"
             )
         return None
     shapes = {name: tuple(tensor.shape) for name, tensor in iterate_weights(base)}
@@ -48,14 +53,19 @@ def check_base(
         target = base_name(name) + ".weight"
         if target not in shapes or shapes[target] != (out_size, in_size):
             raise ValueError(
-                f"{adapter} does not fit {base}: it changes {target} of {(out_size, in_size)}, found {shapes.get(target)}"
+                f"{adapter} does not fit {base}: it changes {target} of {(out_size, in_size)}, "
+                f"found {shapes.get(target)}"
             )
     if named and Path(named).name not in (base.name, base.resolve().name):
         if not other_name:
             raise ValueError(
-                f"{adapter} names {named} as its base, not {base.name}; if they are the same model, say --other_name"
+                f"{adapter} names {named} as its base, not {base.name}; "
+                "if they are the same model, say --other_name"
             )
-        return f"{adapter} names {named} as its base and has no manifest; its shapes fit {base}, its weights cannot be compared"
+        return (
+            f"{adapter} names {named} as its base and has no manifest; "
+            f"its shapes fit {base}, its weights cannot be compared"
+        )
     return f"{adapter} has no manifest: its shapes fit {base}, its weights cannot be compared"
 
 
@@ -84,14 +94,17 @@ def merge(
     device: str = "cpu",
     verify: str | None = None,
 ) -> "Merged":
-    """Write base + adapter to `save_dir`, which is there whole or as it was; returns what merging.Merged says.
+    """Write base + adapter to `save_dir`, which is there whole or as it was; returns what
+    merging.Merged says.
 
     Args:
         dtype: of the merged weights; None keeps the base's.
         device: where the products are computed, in fp32.
-        verify: how both folders are compared with their checksums, one of checksums.LEVELS; None: by SHA-256.
+        verify: how both folders are compared with their checksums, one of checksums.LEVELS; None:
+            by SHA-256.
     Raises:
-        ValueError: not an adapter, another base's, already merged, damaged, without effect, or a merged layer differs from the
+        ValueError: not an adapter, another base's, already merged, damaged, without effect, or a
+            merged layer differs from the
             adapted one.
         OSError: no room on the disk, or it cannot be written.
     """
@@ -134,7 +147,8 @@ def merge(
         )
         write_others(tokenizer, base, adapter, aside)
         if in_place:
-            # As the old command does it. The adapter moves down: a folder with both would be ambiguous.
+            # As the old command does it. The adapter moves down: a folder with both would be
+            # ambiguous.
             shutil.copytree(adapter, aside / "adapter", copy_function=link_or_copy)
         put_in_place(aside, save_dir)
     finally:
@@ -162,7 +176,9 @@ def write_others(
 
 
 def link_or_copy(source: str, target: str) -> None:
-    """A second name for a file, which takes no room; a copy where the file system has no such names."""
+    """A second name for a file, which takes no room; a copy where the file system has no such
+    names.
+    """
     try:
         os.link(source, target)
     except OSError:
@@ -199,7 +215,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--save_dir",
-        help="where the merged model goes (default: MODEL_DIR, its adapter moving to MODEL_DIR/adapter)",
+        help="where the merged model goes (default: MODEL_DIR, its adapter moving to "
+        "MODEL_DIR/adapter)",
     )
     parser.add_argument(
         "--dtype",
@@ -228,7 +245,8 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.save_dir == "":
         raise ValueError(
-            "--save_dir is empty: name a folder, or leave the flag out to merge in place of --model_dir"
+            "--save_dir is empty: name a folder, "
+            "or leave the flag out to merge in place of --model_dir"
         )
     for path, flag in ((Path(args.ori_model_dir), "--ori_model_dir"), (adapter, "--model_dir")):
         if not path.is_dir():
@@ -248,7 +266,8 @@ def run(args: argparse.Namespace) -> int:
         verify=args.verify,
     )
     print(
-        f"merged {merged.layers} layers into {save_dir}, {str(merged.dtype).removeprefix('torch.')} "
+        f"merged {merged.layers} layers into {save_dir}, "
+        f"{str(merged.dtype).removeprefix('torch.')} "
         f"(largest difference of outputs, merged against adapted: {merged.difference:.1e})"
     )
     return 0

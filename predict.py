@@ -1,12 +1,16 @@
-"""The old command: `python predict.py --model_path DIR` answers the well-known example. See `python -m finetune.predict`."""
+"""The old command: `python predict.py --model_path DIR` answers the well-known example. See `python
+-m finetune.predict`.
+"""
 
 import sys
 
 from finetune.evaluation.predict import build_parser, main
 
 EXAMPLE = (
-    '你现在是一个信息抽取模型，请你帮我抽取出关系内容为"性能故障", "部件故障", "组成"和 "检测工具"的相关三元组，'
-    '三元组内部用"_"连接，三元组之间用\\n分割。文本：故障现象：冷车启动困难，发动机抖动，用诊断仪检测发现火花塞积碳。'
+    '你现在是一个信息抽取模型，请你帮我抽取出关系内容为"性能故障", "部件故障", '
+    '"组成"和 "检测工具"的相关三元组，'
+    '三元组内部用"_"连接，三元组之间用\\n分割。'
+    "文本：故障现象：冷车启动困难，发动机抖动，用诊断仪检测发现火花塞积碳。"
 )
 
 if __name__ == "__main__":

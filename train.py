@@ -1,4 +1,6 @@
-"""Fine-tune a ChatGLM, or train a predictor of its answers' lengths. `python train.py --help` lists every flag; README.md shows the commands."""
+"""Fine-tune a ChatGLM, or train a predictor of its answers' lengths. `python train.py --help` lists
+every flag; README.md shows the commands.
+"""
 
 import sys
 

@@ -1,4 +1,6 @@
-"""What a run measured: output_dir/run.json and metrics.jsonl, and the LOGGERS that --report_to names. Free of torch."""
+"""What a run measured: output_dir/run.json and metrics.jsonl, and the LOGGERS that --report_to
+names. Free of torch.
+"""
 
 import json
 import math
@@ -42,7 +44,9 @@ class RunFlags(Protocol):
 
 
 class TensorBoard:
-    """Events in --tensorboard, else output_dir/runs; what an interrupted run told after its checkpoint is dropped."""
+    """Events in --tensorboard, else output_dir/runs; what an interrupted run told after its
+    checkpoint is dropped.
+    """
 
     package = "tensorboard"
 
@@ -62,7 +66,9 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases; its own environment variables say where to (WANDB_MODE=offline, WANDB_PROJECT). A resumed run keeps its page."""
+    """Weights & Biases; its own environment variables say where to (WANDB_MODE=offline,
+    WANDB_PROJECT). A resumed run keeps its page.
+    """
 
     package = "wandb"
 
@@ -91,7 +97,9 @@ class WandB:
 
 
 class SwanLab:
-    """SwanLab; its own environment variables say where to (SWANLAB_MODE=local). A resumed run keeps its page."""
+    """SwanLab; its own environment variables say where to (SWANLAB_MODE=local). A resumed run keeps
+    its page.
+    """
 
     package = "swanlab"
 
@@ -138,7 +146,9 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Commit of this code, with "+changes" where files differ from it; None outside of a repository."""
+    """Commit of this code, with "+changes" where files differ from it; None outside of a
+    repository.
+    """
 
     def git(*words):
         return subprocess.run(
@@ -165,14 +175,18 @@ def processor() -> str:
 
 
 def is_better(metric: str, value: float, than: float | None, by: float = 0.0) -> bool:
-    """`value` of a metric is better than another one (None: than nothing) by more than `by`; nan never is."""
+    """`value` of a metric is better than another one (None: than nothing) by more than `by`; nan
+    never is.
+    """
     if than is None:
         return not math.isnan(value)
     return (than - value if metric in LOWER_IS_BETTER else value - than) > by
 
 
 def read_run(folder: Path) -> dict:
-    """The record of a run with its "steps"; raises ValueError where there is none, or none that can be read."""
+    """The record of a run with its "steps"; raises ValueError where there is none, or none that can
+    be read.
+    """
     path = Path(folder) / RUN
     if not path.is_file():
         raise ValueError(f"{folder} holds no {RUN}: wanted the --output_dir of a run")
@@ -219,7 +233,9 @@ def to_json(value: object, **options) -> str:
 
 
 def read_steps(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl but a last one that a killed run left unfinished; raises ValueError where another is no step's."""
+    """The lines of a metrics.jsonl but a last one that a killed run left unfinished; raises
+    ValueError where another is no step's.
+    """
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     found = []
     for number, line in enumerate(lines, 1):
@@ -241,9 +257,10 @@ def now() -> str:
 class RunLog:
     """Writes a run's measurements; rank 0 alone has one.
 
-    Every step goes to metrics.jsonl at once, unrounded. run.json has all else that is known of the run, and is written whole at each
-    evaluation and save, at the end, and otherwise once a minute; its size does not grow with the steps. Where one of these cannot be
-    written, or a logger fails, a warning says so once and the run goes on.
+    Every step goes to metrics.jsonl at once, unrounded. run.json has all else that is known of the
+    run, and is written whole at each evaluation and save, at the end, and otherwise once a minute;
+    its size does not grow with the steps. Where one of these cannot be written, or a logger fails,
+    a warning says so once and the run goes on.
     """
 
     def __init__(
@@ -254,8 +271,10 @@ class RunLog:
         facts: dict,
         eval_data: str | None = None,
     ):
-        """`facts`: what of run.json the caller knows. `done`: steps that a resumed run has behind it. `eval_data`: tells one set
-        of evaluation rows from another; only values of the same set are compared."""
+        """`facts`: what of run.json the caller knows. `done`: steps that a resumed run has behind
+        it. `eval_data`: tells one set of evaluation rows from another; only values of the same set
+        are compared.
+        """
         self.config, self.output_dir, self.started = config, output_dir, time.monotonic()
         self.failing: set[str] = set()
         try:
@@ -282,9 +301,8 @@ class RunLog:
         lines = read_steps(self.path) if done and self.path.is_file() else []
         lines = [line for line in lines if line["step"] <= done]
         write_aside(self.path, "".join(to_json(line) + "\n" for line in lines))
-        self.best: dict | None = (
-            None  # step and value of the best evaluation on the present rows so far, the first of equals
-        )
+        # Step and value of the best evaluation on the present rows so far, the first of equals.
+        self.best: dict | None = None
         for line in lines:
             if self.sitting_of(line["step"]).get("eval_data") == eval_data:
                 self.note_best(line)
@@ -295,7 +313,8 @@ class RunLog:
                 self.loggers[name] = LOGGERS[name](config, output_dir, self.record["id"], done)
             except Exception as error:  # no account, no network: each package has errors of its own
                 raise ValueError(
-                    f"--report_to {name}: {' '.join(str(error).split())[:300] or type(error).__name__}"
+                    f"--report_to {name}: "
+                    f"{' '.join(str(error).split())[:300] or type(error).__name__}"
                 ) from error
         self.write()
 
@@ -312,7 +331,9 @@ class RunLog:
             self.write()
 
     def attempt(self, path: Path, write: Callable[[], object]) -> bool:
-        """Whether `write()` could write; the first failure of a row of them is a warning, and so is their end."""
+        """Whether `write()` could write; the first failure of a row of them is a warning, and so is
+        their end.
+        """
         try:
             write()
         except OSError as error:
@@ -362,7 +383,9 @@ class RunLog:
         return next((s for s in reversed(sittings) if s["first_step"] <= step), sittings[-1])
 
     def note_best(self, line: dict) -> None:
-        """Keep the step and value of a line of metrics.jsonl, where its evaluation is better than those before."""
+        """Keep the step and value of a line of metrics.jsonl, where its evaluation is better than
+        those before.
+        """
         metric = self.config.metric_for_best
         value = line.get(f"eval_{metric}")
         if value is not None and is_better(metric, value, self.best and self.best["value"]):
@@ -383,7 +406,9 @@ class RunLog:
                 self.warn(f"--report_to {name}", error)
 
     def write_over(self) -> None:
-        """The record, in less room, over the last one: how the run ended must be true on a full disk too."""
+        """The record, in less room, over the last one: how the run ended must be true on a full
+        disk too.
+        """
         overwrite(
             self.output_dir / RUN, to_json(json.loads(self.render()), ensure_ascii=False) + "\n"
         )

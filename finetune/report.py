@@ -172,7 +172,9 @@ def draw(runs: dict[str, dict]) -> bytes:
 
 
 def draw_panel(axes: "Axes", key: str, runs: dict[str, dict], colours: dict[str, str]) -> None:
-    """One measurement of all runs over their steps; a star marks the best evaluation that the run went by."""
+    """One measurement of all runs over their steps; a star marks the best evaluation that the run
+    went by.
+    """
     for name, run in runs.items():
         steps, values = series(run, key)
         if not steps:

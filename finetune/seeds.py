@@ -1,4 +1,6 @@
-"""Several seeds of one run: mean and deviation of what they ended with. python -m finetune.seeds OUTPUT_DIR reads OUTPUT_DIR/seed-*."""
+"""Several seeds of one run: mean and deviation of what they ended with. python -m finetune.seeds
+OUTPUT_DIR reads OUTPUT_DIR/seed-*.
+"""
 
 import math
 import re
@@ -12,7 +14,8 @@ from finetune.record import METRICS_FILE, read_run, read_steps
 
 
 def final_metrics(output_dir: Path) -> dict[str, float]:
-    """The last step and training loss of a run, and its last checkpoint's evaluation where it had one, as eval_loss and so on.
+    """The last step and training loss of a run, and its last checkpoint's evaluation where it had
+    one, as eval_loss and so on.
 
     Raises:
         ValueError: the folder holds no checkpoint, or its files do not tell these numbers.
@@ -39,7 +42,8 @@ def final_metrics(output_dir: Path) -> dict[str, float]:
 
 
 def summary(runs: dict[str, dict[str, float]], early: set[str] = frozenset()) -> list[list[str]]:
-    """Rows of text: a head, one run a row, mean, and sample deviation where there are two runs and more.
+    """Rows of text: a head, one run a row, mean, and sample deviation where there are two runs and
+    more.
 
     Args:
         early: the runs that stopped early, each at a step of its own.
@@ -51,7 +55,8 @@ def summary(runs: dict[str, dict[str, float]], early: set[str] = frozenset()) ->
     for name, found in runs.items():
         if found.keys() != names.keys() or name not in early and found["step"] != names["step"]:
             raise ValueError(
-                f"{name} ended at step {found['step']} with {', '.join(found)}; {first} at step {names['step']} with {', '.join(names)}"
+                f"{name} ended at step {found['step']} with {', '.join(found)}; "
+                f"{first} at step {names['step']} with {', '.join(names)}"
             )
     rows = [["run", *names]] + [
         [name, str(found["step"]), *(f"{found[c]:.6f}" for c in names if c != "step")]

@@ -13,7 +13,8 @@ class StoppedBySignal(Exception):
     """A signal ended the run before its last step; `folder` is the checkpoint of where it stopped.
 
     Attributes:
-        exit_code: 128 and the signal's number, as a shell has it: 143 after SIGTERM, 129 after SIGHUP, 130 after SIGINT.
+        exit_code: 128 and the signal's number, as a shell has it: 143 after SIGTERM, 129 after
+            SIGHUP, 130 after SIGINT.
     """
 
     def __init__(self, folder: Path, number: int):
@@ -22,7 +23,8 @@ class StoppedBySignal(Exception):
 
 
 class SignalWatch:
-    """A context in which STOP_SIGNALS are noted instead of obeyed; afterwards they do what they did before.
+    """A context in which STOP_SIGNALS are noted instead of obeyed; afterwards they do what they did
+    before.
 
     Attributes:
         number: of the last signal that came, 0 where none did.

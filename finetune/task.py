@@ -1,4 +1,6 @@
-"""What the loop trains: rows and how they are laid out, a model and its loss, metrics, and what is saved of it."""
+"""What the loop trains: rows and how they are laid out, a model and its loss, metrics, and what is
+saved of it.
+"""
 
 from collections.abc import Callable
 from functools import cached_property, lru_cache
@@ -60,7 +62,8 @@ class RowSet(Protocol):
 
 
 class FineTuning:
-    """A ChatGLM learns to answer. predictor/training.py has the other task: how long the answer will be.
+    """A ChatGLM learns to answer. predictor/training.py has the other task: how long the answer
+    will be.
 
     Attributes:
         data: the training rows; None where `stream` reads them.
@@ -157,7 +160,9 @@ class FineTuning:
         )
 
     def load_source(self, source: Source, name: str) -> tuple[Dataset, list[str]]:
-        """(rows, hashes of the files): encoded by the first rank of each node, mapped by the others."""
+        """(rows, hashes of the files): encoded by the first rank of each node, mapped by the
+        others.
+        """
         config = self.config
         limit = config.dataset_length if name == "train" else None
         # A test file may list several answers; the loss is of the first.
@@ -204,7 +209,7 @@ class FineTuning:
     ] = ()  # (rows, rows drawn an epoch) of each source; none: every row once
 
     def rows_per_epoch(self, steps: int | None, step_rows: int) -> int:
-        """With --streaming, as many as `steps` steps read, or where it is None, as one pass counts."""
+        """With --streaming, what `steps` steps read, or where it is None, what one pass counts."""
         if self.stream:
             return steps * step_rows if steps else self.stream.count()
         return sum(drawn for _, drawn in self.draws) or len(self.data)
@@ -212,7 +217,9 @@ class FineTuning:
     def rows_of_step(
         self, epoch: int, place: int, steps_per_epoch: int, step_rows: int
     ) -> tuple[Dataset, np.ndarray, int]:
-        """(rows, their order, number of the step in that order) for step `place` of an epoch: a pure function of these numbers."""
+        """(rows, their order, number of the step in that order) for step `place` of an epoch: a
+        pure function of these numbers.
+        """
         if self.stream:
             first = (epoch * steps_per_epoch + place) * step_rows
             return self.stream.rows(first, first + step_rows), np.arange(step_rows), 0
@@ -305,7 +312,9 @@ class FineTuning:
         return {name: mean(values) for name, values in scores.items()}
 
     def before_save(self, loss_module: nn.Module, *, evaluated: bool) -> None:
-        """What of a save every rank must take part in; rank 0 alone exports. `evaluated`: `evaluate` has just seen these weights."""
+        """What of a save every rank must take part in; rank 0 alone exports. `evaluated`:
+        `evaluate` has just seen these weights.
+        """
 
     def export(self, model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
         """Write what inference needs; `state` as checkpoint.export takes it."""
@@ -339,7 +348,9 @@ def layout_of(
 
 
 def shares_prefix(config: TrainConfig) -> bool:
-    """A beginning that rows share is computed once where neither dropout nor NEFTune acts, which would tie the rows' noise."""
+    """A beginning that rows share is computed once where neither dropout nor NEFTune acts, which
+    would tie the rows' noise.
+    """
     drops = {
         "lora": config.lora_dropout,
         "ptuning": config.prefix_dropout if config.resolved_ptuning_version == "v2" else 0,
@@ -352,6 +363,7 @@ def shares_prefix(config: TrainConfig) -> bool:
 def row_multiple(dtype: torch.dtype) -> int:
     """What the length of a ragged row should be a multiple of.
 
-    For half precision, oneDNN compiles its products anew for every shape, which takes longer than most products do.
+    For half precision, oneDNN compiles its products anew for every shape, which takes longer than
+    most products do.
     """
     return 64 if dtype != torch.float32 and not torch.cuda.is_available() else 1

@@ -1,8 +1,10 @@
 """Ask a server over its chat API: predicted and actual lengths, side by side.
 
-    python scripts/ask_server.py --server http://127.0.0.1:8000/v1 --prompts lengths_test.jsonl [--clients 8] [--slo_s 10] [--json FILE]
+    python scripts/ask_server.py --server http://127.0.0.1:8000/v1 --prompts lengths_test.jsonl
+        [--clients 8] [--slo_s 10] [--json FILE]
 
---server may also name a file that the server's output goes to: its address is read from there once it stands. Greedy answers.
+--server may also name a file that the server's output goes to: its address is read from there once
+it stands. Greedy answers.
 """
 
 import argparse
@@ -39,7 +41,9 @@ def address(server: str, patience_s: float = 120.0) -> str:
 
 
 def ask(url: str, name: str, prompt: str, slo_s: float, max_tokens: int | None) -> dict:
-    """{answer, output_tokens, predicted_tokens, in_time, latency_s, ...}, as the server reports them."""
+    """{answer, output_tokens, predicted_tokens, in_time, latency_s, ...}, as the server reports
+    them.
+    """
     body = {
         "model": name,
         "messages": [{"role": "user", "content": prompt}],
@@ -112,7 +116,8 @@ def run(args):
     for a in answers[:SHOWN]:
         known = a.get("predicted_tokens") or {"median": float("nan"), "q90": float("nan")}
         print(
-            f"{a['output_tokens']:8} {known['median']:18.0f} {known['q90']:7.0f} {a['latency_s']:10.2f}  {a['prompt'][:40]}"
+            f"{a['output_tokens']:8} {known['median']:18.0f} {known['q90']:7.0f} "
+            f"{a['latency_s']:10.2f}  {a['prompt'][:40]}"
         )
     known = [a for a in answers if a.get("predicted_tokens") and a["finished"]]
     within = sum(a["output_tokens"] <= a["predicted_tokens"]["q90"] for a in known) / max(
@@ -120,7 +125,8 @@ def run(args):
     )
     in_time = sum(a["in_time"] for a in answers) / len(answers)
     print(
-        f"{len(answers)} answers, {in_time:.0%} within {args.slo_s:g} s, {within:.0%} within their predicted q90"
+        f"{len(answers)} answers, {in_time:.0%} within {args.slo_s:g} s, "
+        f"{within:.0%} within their predicted q90"
     )
     if args.json:
         content = {

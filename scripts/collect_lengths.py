@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""Measure how long a model's answers are: it answers prompts in batches, and every answer's length is a line of --output.
+"""Measure how long a model's answers are: it answers prompts in batches, and every answer's length
+is a line of --output.
 
     python scripts/collect_lengths.py --model_path DIR --prompts FILE --output lengths.jsonl
 
-Prompts are JSON lines (also .gz) or a JSON list of {prompt}, {instruction, input} or {text}; the same prompt is asked once.
-A line has what the predictor is trained on: prompt, output_tokens (without the end token), finished (the end token came
-within --max_new_tokens), served_model. The same command goes on where it was stopped, also with more prompts or samples.
+Prompts are JSON lines (also .gz) or a JSON list of {prompt}, {instruction, input} or {text}; the
+same prompt is asked once.
+A line has what the predictor is trained on: prompt, output_tokens (without the end token), finished
+(the end token came within --max_new_tokens), served_model. The same command goes on where it was
+stopped, also with more prompts or samples.
 """
 
 import argparse
@@ -31,10 +34,12 @@ OPENING = b'{"prompt": '  # of every line written here
 
 
 class RowDraws:
-    """A logits processor after which the likeliest token is a sample, each row's from a generator of its own.
+    """A logits processor after which the likeliest token is a sample, each row's from a generator
+    of its own.
 
-    The maximum of logits plus Gumbel noise is a sample of their softmax. generate() draws for a whole batch from one
-    generator, so that an answer would depend on its neighbours; here it does only as far as padding changes rounding.
+    The maximum of logits plus Gumbel noise is a sample of their softmax. generate() draws for a
+    whole batch from one generator, so that an answer would depend on its neighbours; here it does
+    only as far as padding changes rounding.
 
     Args:
         seeds: of each row, below 2**63.
@@ -67,7 +72,9 @@ def row_seed(seed: int, prompt: str, sample: int) -> int:
 
 
 def read_prompts(path: str, limit: int | None) -> list[str]:
-    """The first `limit` distinct prompts of a file, in its order; raises BadRow for a bad one, or none."""
+    """The first `limit` distinct prompts of a file, in its order; raises BadRow for a bad one, or
+    none.
+    """
     found: dict[str, None] = {}
     for place, item in read_json_items(path):
         if len(found) == limit:
@@ -81,7 +88,9 @@ def read_prompts(path: str, limit: int | None) -> list[str]:
 
 
 def fingerprint(model) -> str:
-    """16 digits over names, shapes and 16 values of every weight, an adapter's too; half-precision copies agree."""
+    """16 digits over names, shapes and 16 values of every weight, an adapter's too; half-precision
+    copies agree.
+    """
     import torch
 
     digest = hashlib.sha256()
@@ -157,7 +166,8 @@ def collect(args) -> str:
     ]
     if cut := sum(e.truncated for e in encoded):
         print(
-            f"{cut} of {len(prompts)} prompts are longer than --max_src_len {max_src_len} and asked cut",
+            f"{cut} of {len(prompts)} prompts are longer than --max_src_len {max_src_len} "
+            "and asked cut",
             flush=True,
         )
     asked = [
@@ -233,7 +243,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", required=True, help="JSON lines to write, or to go on with")
     parser.add_argument(
         "--served_model",
-        help="name of the model in the lines (default: the folder's, of a checkpoint with its run's)",
+        help="name of the model in the lines (default: the folder's, "
+        "of a checkpoint with its run's)",
     )
     parser.add_argument(
         "--samples",
@@ -248,7 +259,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.samples > 1 and not args.do_sample:
         parser.error(
-            f"--samples {args.samples} without --do_sample would be the same answer {args.samples} times"
+            f"--samples {args.samples} without --do_sample would be the same answer "
+            f"{args.samples} times"
         )
     if args.max_length:
         parser.error("--max_length counts the prompt; say --max_new_tokens")

@@ -6,8 +6,9 @@ Three JSON-lines files (keys `instruction`, `input`, `output`) and a README with
     spo_train.json, spo_test.json   triple extraction: one line `subject_relation_object` per triple
     copy_pretrain.json              the sibling task, copying: nothing in it is a triple extracted from a sentence
 
-The same options always give the same bytes: every draw goes through `random.Random.random()`, the one method whose
-sequence Python keeps fixed across versions, and the held-out pairs are chosen by SHA-256.
+The same options always give the same bytes: every draw goes through `random.Random.random()`, the
+one method whose sequence Python keeps fixed across versions, and the held-out pairs are chosen by
+SHA-256.
 """
 
 import argparse
@@ -205,13 +206,17 @@ class Draw:
 
 
 def is_held_out(relation, subject, obj, share):
-    """Whether the pair is kept for the test split; about `share` of all pairs are, whatever the seed."""
+    """Whether the pair is kept for the test split; about `share` of all pairs are, whatever the
+    seed.
+    """
     digest = hashlib.sha256(f"{relation}_{subject}_{obj}".encode()).digest()
     return int.from_bytes(digest[:4], "big") < share * 2**32
 
 
 class Language:
-    """Sentences with their triples. `held_out` says which pairs a sentence may use: False seen ones, True kept ones."""
+    """Sentences with their triples. `held_out` says which pairs a sentence may use: False seen
+    ones, True kept ones.
+    """
 
     def __init__(self, draw, held_out_share):
         self.draw = draw
@@ -223,14 +228,18 @@ class Language:
         return self.draw.one(PARTS)
 
     def _pair(self, relation, subject, obj, held_out):
-        """Draw (subject, object) by the two functions until the pair is on the wanted side of the split."""
+        """Draw (subject, object) by the two functions until the pair is on the wanted side of the
+        split.
+        """
         while True:
             pair = subject(), obj()
             if is_held_out(relation, *pair, self.held_out_share) == held_out:
                 return pair
 
     def fact(self, relation, held_out):
-        """A clause of the relation and its triples (one, or two about two parts), in the order of the text."""
+        """A clause of the relation and its triples (one, or two about two parts), in the order of
+        the text.
+        """
         draw = self.draw
         if relation == PART_FAULT:
             subject, obj, templates = self.part, lambda: draw.one(STATES), PART_TEMPLATES
@@ -267,7 +276,9 @@ class Language:
         return f"行驶{self.draw.integer(2, 30)}万公里后"
 
     def sentence(self, held_out=False):
-        """(text, triples): one or two facts, of different relations, with noise clauses around; triples in text order."""
+        """(text, triples): one or two facts, of different relations, with noise clauses around;
+        triples in text order.
+        """
         draw = self.draw
         clauses, triples = [], []
         for relation in draw.several(RELATIONS, 2 if draw.chance(0.35) else 1):
@@ -284,7 +295,9 @@ class Language:
         return self.part() if kind == "部件" else self.draw.one(KINDS[kind])
 
     def words(self, count):
-        """`count` different words of every kind, relation names now and then, in no order that means anything."""
+        """`count` different words of every kind, relation names now and then, in no order that
+        means anything.
+        """
         chosen = []
         while len(chosen) < count:
             if self.draw.chance(0.08):
@@ -297,7 +310,9 @@ class Language:
 
 
 def extraction_rows(language, count, taken, held_out_rows=0):
-    """`count` rows whose inputs are not in `taken` (which grows); the first `held_out_rows` use held-out pairs only."""
+    """`count` rows whose inputs are not in `taken` (which grows); the first `held_out_rows` use
+    held-out pairs only.
+    """
     rows = []
     while len(rows) < count:
         text, triples = language.sentence(held_out=len(rows) < held_out_rows)
@@ -358,7 +373,9 @@ def copy_rows(language, count, forbidden):
 
 
 def build(seed, train_rows, test_rows, copy_count, held_out_share, held_out_test_rows):
-    """All rows by file name, in the order they are drawn: test first, so that nothing after it can hold its inputs."""
+    """All rows by file name, in the order they are drawn: test first, so that nothing after it can
+    hold its inputs.
+    """
     language = Language(Draw(seed), held_out_share)
     test = extraction_rows(language, test_rows, set(), held_out_test_rows)
     test_inputs = {row["input"] for row in test}

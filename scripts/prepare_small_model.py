@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Make a small ChatGLM of a family with random weights, for trials, tests and benchmarks.
 
-    python scripts/prepare_small_model.py --family glm2 --tokenizer DIR --output_dir DIR --hidden_size 256 --num_layers 4
+    python scripts/prepare_small_model.py --family glm2 --tokenizer DIR --output_dir DIR
+        --hidden_size 256 --num_layers 4
 
-The vocabulary follows the tokenizer, rounded up to a multiple of 64. The folder is a checkpoint like any published one.
+The vocabulary follows the tokenizer, rounded up to a multiple of 64. The folder is a checkpoint
+like any published one.
 """
 
 import argparse
@@ -85,7 +87,9 @@ def make_model(
     init_std=0.02,
     seed=1234,
 ) -> Path:
-    """Write a random model with its tokenizer to `output_dir`, whole or not at all; returns the folder."""
+    """Write a random model with its tokenizer to `output_dir`, whole or not at all; returns the
+    folder.
+    """
     import torch
 
     from chatglm import load_tokenizer
@@ -164,7 +168,8 @@ def run(family: str, tokenizer: str, output_dir: str, **sizes):
     folder = make_model(family, tokenizer, output, **sizes)
     vocabulary = read_json(folder / "config.json")
     print(
-        f"wrote {folder} (vocabulary {vocabulary.get('padded_vocab_size', vocabulary.get('vocab_size'))})"
+        f"wrote {folder} (vocabulary "
+        f"{vocabulary.get('padded_vocab_size', vocabulary.get('vocab_size'))})"
     )
 
 

@@ -3,9 +3,10 @@
 
     python scripts/prepare_tokenizer.py --input data/*.json --output_dir DIR --vocab_size 760
 
-Writes DIR/tokenizer.model and DIR/tokenizer_config.json. Conventions: byte-pair pieces with byte fallback, ids unk 0,
-bos 1, eos 2, no pad; text taken as it is (no NFKC, spaces kept); one piece per digit; a space put before the text.
-Newlines are byte pieces. [MASK], [gMASK], [sMASK], sop and eop are not in the model: the tokenizer class puts them after it.
+Writes DIR/tokenizer.model and DIR/tokenizer_config.json. Conventions: byte-pair pieces with byte
+fallback, ids unk 0, bos 1, eos 2, no pad; text taken as it is (no NFKC, spaces kept); one piece per
+digit; a space put before the text. Newlines are byte pieces. [MASK], [gMASK], [sMASK], sop and eop
+are not in the model: the tokenizer class puts them after it.
 """
 
 import argparse
@@ -31,7 +32,7 @@ TOKENIZER_CONFIG = {
 
 
 def read_rows(path):
-    """Rows of a JSON-lines file, or of one JSON list; ValueError names the file and line at fault."""
+    """Rows of a JSON-lines file, or of one JSON list; ValueError names the file and line."""
     text = path.read_text(encoding="utf-8")
     if text.lstrip().startswith("["):
         lines = [(1, text)]
@@ -52,8 +53,8 @@ def read_rows(path):
 def training_lines(rows):
     """Lines of text as a model would meet them: prompt wrapper, instruction with input, output.
 
-    Each starts with a split mark, so that no piece joins the space put before a text to its first word: a word
-    is then the same piece at the start of an answer as inside a sentence.
+    Each starts with a split mark, so that no piece joins the space put before a text to its first
+    word: a word is then the same piece at the start of an answer as inside a sentence.
     """
     for row in rows:
         fields = dict(row)
@@ -137,8 +138,9 @@ def main(argv=None):
         "--vocab_size",
         type=int,
         default=760,
-        help="pieces, byte pieces included; far more than the rows have words gives pieces that run across words, which "
-        "hurts copying (default %(default)s, right for this project's sample data)",
+        help="pieces, byte pieces included; far more than the rows have words gives pieces that "
+        "run across words, which hurts copying (default %(default)s, right for this project's "
+        "sample data)",
     )
     parser.add_argument(
         "--family",

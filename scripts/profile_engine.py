@@ -1,10 +1,14 @@
-"""Measure what serving a model costs on this machine, as a profile for the simulator, the deployers and the server.
+"""Measure what serving a model costs on this machine, as a profile for the simulator, the deployers
+and the server.
 
-    python scripts/profile_engine.py --model output/quickstart/merged --output output/quickstart/engine.json
-    python -m serving.simulate --profile output/quickstart/engine.json --model output/quickstart/merged --element_bytes 4 --rate 20
+    python scripts/profile_engine.py --model output/quickstart/merged \\
+        --output output/quickstart/engine.json
+    python -m serving.simulate --profile output/quickstart/engine.json \\
+        --model output/quickstart/merged --element_bytes 4 --rate 20
 
-Times decode steps of the real engine by rows and context, and prompts by length, in turns, and fits the cost model to the means.
---rows keeps them as the CSV file that `python -m serving.cost_model fit` reads.
+Times decode steps of the real engine by rows and context, and prompts by length, in turns, and fits
+the cost model to the means. --rows keeps them as the CSV file that `python -m serving.cost_model
+fit` reads.
 """
 
 import argparse
@@ -102,7 +106,8 @@ def run(args):
         write_aside(args.rows, table.getvalue())
     for name, found in profile.made["errors"].items():
         print(
-            f"{name:10} {found['rows']} timings: median {100 * found['median_abs_error']:.1f} %, P90 {100 * found['p90_abs_error']:.1f} %"
+            f"{name:10} {found['rows']} timings: median {100 * found['median_abs_error']:.1f} %, "
+            f"P90 {100 * found['p90_abs_error']:.1f} %"
         )
     print(f"wrote {args.output}")
 

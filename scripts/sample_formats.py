@@ -1,4 +1,6 @@
-"""Three rows of each format that finetune/rows/formats.py reads, written by hand for this project; prepare_sample_data.py puts them into data/formats/."""
+"""Three rows of each format that finetune/rows/formats.py reads, written by hand for this project;
+prepare_sample_data.py puts them into data/formats/.
+"""
 
 import json
 

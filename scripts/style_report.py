@@ -62,7 +62,9 @@ def is_nested(node: ast.AST) -> bool:
 
 
 def public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
-    """Functions of a module and methods of its classes whose names, and whose classes' names, are public."""
+    """Functions of a module and methods of its classes whose names, and whose classes' names, are
+    public.
+    """
     for node in tree.body:
         if isinstance(node, FUNCTIONS) and not node.name.startswith("_"):
             yield node

@@ -71,7 +71,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RowArrays:
-    """Encoded rows as the arrays of COLUMNS; `names` are the files, `facts` what the writer said."""
+    """Encoded rows as the arrays of COLUMNS; `names` are the files, `facts` the writer's."""
 
     columns: dict[str, np.ndarray]
     names: tuple[str, ...]

@@ -220,7 +220,9 @@ def test_quantised_base(flags, train, tmp_path, bases, bits, method):
 REFUSED = {
     "--use_dora --ds_file ds_zero3_no_offload.json": "ZeRO-3",
     "--quantization_bit 4 --ds_file ds_zero3_offload.json": "ZeRO-3",
-    "--quantization_bit 4 --train_type all --lora_dropout 0.1": "--quantization_bit needs frozen weights",
+    "--quantization_bit 4 --train_type all --lora_dropout 0.1": (
+        "--quantization_bit needs frozen weights"
+    ),
     "--quantization_bit 5": "invalid choice: 5",
     "--quantization_bit 4 --init_lora_weights pissa": "needs whole weights",
     "--init_lora_weights eva": "got 'eva'",
