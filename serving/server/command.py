@@ -286,6 +286,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(levelname)s: %(message)s")
+    # asyncio warns at each write to a client that has gone; the service cancels its answer.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     if args.access_log:
         logging.getLogger("serving.access").setLevel(logging.INFO)
     try:
