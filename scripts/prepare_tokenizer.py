@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from chatglm.files import read_text  # noqa: E402
 from finetune.commands import Parser, run_command  # noqa: E402
 from finetune.files import write_aside  # noqa: E402
 
@@ -31,9 +32,9 @@ TOKENIZER_CONFIG = {
 }
 
 
-def read_rows(path):
+def read_rows(path: Path) -> list[dict]:
     """Rows of a JSON-lines file, or of one JSON list; ValueError names the file and line."""
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     if text.lstrip().startswith("["):
         lines = [(1, text)]
     else:
@@ -42,8 +43,9 @@ def read_rows(path):
     for number, line in lines:
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number} is not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:  # numbers and nesting beyond limits, too
+            reason = getattr(error, "msg", error)
+            raise ValueError(f"{path}: line {number} is not JSON: {reason}") from None
         rows.extend(value if isinstance(value, list) else [value])
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: every row must be a JSON object with text values")
