@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatglm.checksums import add_verify_flag
+from chatglm.commands import Parser, run_command
 from chatglm.families import FAMILIES
 from chatglm.files import read_json
-from finetune.commands import Parser, run_command
 
 if TYPE_CHECKING:
     import torch
@@ -34,9 +34,9 @@ def check_base(
         ValueError: it belongs to another base, by its manifest's fingerprint, its shapes, or its
             base's name unless `other_name`.
     """
-    from chatglm.loading import base_fingerprint, iterate_weights
+    from chatglm.loading import base_fingerprint
+    from chatglm.weights import stored_shapes
     from finetune.checkpoint import read_manifest
-    from finetune.merging import base_name
 
     changed = adapter_shapes(adapter)
     named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
@@ -48,12 +48,12 @@ def check_base(
                 f"of {base} (fingerprints differ)"
             )
         return None
-    shapes = {name: tuple(tensor.shape) for name, tensor in iterate_weights(base)}
-    for name, (out_size, in_size) in changed.items():
-        target = base_name(name) + ".weight"
-        if target not in shapes or shapes[target] != (out_size, in_size):
+    shapes = {name: tuple(shape) for name, shape in stored_shapes(base).items()}
+    for name, wanted in changed.items():
+        target = f"{name}.weight"
+        if shapes.get(target) != wanted:
             raise ValueError(
-                f"{adapter} does not fit {base}: it changes {target} of {(out_size, in_size)}, "
+                f"{adapter} does not fit {base}: it changes {target} of {wanted}, "
                 f"found {shapes.get(target)}"
             )
     if named and Path(named).name not in (base.name, base.resolve().name):
@@ -70,11 +70,12 @@ def check_base(
 
 
 def adapter_shapes(adapter: Path) -> dict[str, tuple[int, int]]:
-    """module name -> (out, in) size of the weight that its A and B change."""
-    from chatglm.loading import read_tensors
+    """{module of the base: (out, in) size of the weight that its A and B change}."""
+    from chatglm.adapters import PEFT, read_adapter
 
     pairs: dict[str, dict[str, int]] = {}
-    for name, tensor in read_tensors(adapter_file(adapter)):
+    for peft_name, tensor in read_adapter(adapter).items():
+        name = peft_name.removeprefix(PEFT)
         for part, size in ((".lora_A.", tensor.shape[-1]), (".lora_B.", tensor.shape[0])):
             if part in name:
                 pairs.setdefault(name.split(part)[0], {})[part] = size
@@ -142,9 +143,7 @@ def merge(
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        merged = merge_weights(
-            base, adapter, adapter_file(adapter), aside, mode=mode, dtype=dtype, device=device
-        )
+        merged = merge_weights(base, adapter, aside, mode=mode, dtype=dtype, device=device)
         write_others(tokenizer, base, adapter, aside)
         if in_place:
             # As the old command does it. The adapter moves down: a folder with both would be
@@ -185,18 +184,8 @@ def link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def adapter_file(adapter: Path) -> Path:
-    files = [
-        adapter / name
-        for name in ("adapter_model.safetensors", "adapter_model.bin")
-        if (adapter / name).is_file()
-    ]
-    if not files:
-        raise ValueError(f"{adapter}: neither adapter_model.safetensors nor adapter_model.bin")
-    return files[0]
-
-
 def adapter_hash(adapter: Path) -> str:
+    from chatglm.adapters import adapter_file
     from finetune.files import sha256
 
     return sha256(adapter_file(adapter))

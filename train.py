@@ -4,7 +4,7 @@ every flag; README.md shows the commands.
 
 import sys
 
-from finetune.commands import run_command
+from chatglm.commands import run_command
 from finetune.config import TrainConfig, parse_config
 
 

@@ -41,8 +41,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.failing_commands import COMMANDS, Command, make_world  # noqa: E402
 from benchmarks.forking import Outcome, import_everything, run_forked  # noqa: E402
+from chatglm.commands import Parser, run_command  # noqa: E402
 from chatglm.files import LFS_POINTER  # noqa: E402
-from finetune.commands import Parser, run_command  # noqa: E402
 from finetune.files import write_json  # noqa: E402
 
 TIMEOUT_S = 30.0

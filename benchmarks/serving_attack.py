@@ -28,7 +28,7 @@ from typing import TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from finetune.commands import run_command  # noqa: E402
+from chatglm.commands import run_command  # noqa: E402
 from finetune.files import write_json  # noqa: E402
 from serving.server.fields import FIELDS, REFUSED, Number  # noqa: E402
 

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 PEFT = "base_model.model."
-# What savers put before a module's name: peft's own, TRL's of a model with a value head, none.
-SAVED_PREFIXES = (f"{PEFT}pretrained_model.", "pretrained_model.", PEFT)
+# What savers put before a module's name, some of it more than once: peft's own, and TRL's of a
+# model with a value head.
+SAVED_PREFIXES = (PEFT, "base_model.", "pretrained_model.")
 VALUE_HEAD = "v_head."  # TRL's: of a reward, no part of a language model
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -46,8 +47,8 @@ def peft_name(name: str) -> str | None:
     """peft's name of a tensor that another saver named so; None for TRL's value head."""
     if name.startswith(VALUE_HEAD):
         return None
-    prefix = next((p for p in SAVED_PREFIXES if name.startswith(p)), "")
-    name = name.removeprefix(prefix)
+    while prefix := next((p for p in SAVED_PREFIXES if name.startswith(p)), None):
+        name = name.removeprefix(prefix)
     # a whole model's state names the adapter, too
     return PEFT + re.sub(r"(\.lora_[A-Za-z_]+)\.default(?=\.|$)", r"\1", name)
 

@@ -15,13 +15,14 @@ import json
 import mmap
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TypeVar
 
+from .commands import Parser, run_command
 from .files import read_bytes, read_json
 
 CHECKSUMS = "checksums.json"
@@ -269,8 +270,26 @@ def add_verify_flag(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def main(argv: Iterable[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def run(folder: Path, renew: bool) -> None:
+    """Compare a folder with its checksums, or write them anew; raises ValueError, OSError."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such folder: {folder}")
+    if not renew and not (folder / CHECKSUMS).is_file():
+        raise ValueError(f"{folder} has no {CHECKSUMS}: there is nothing to compare with")
+    if renew:
+        write_checksums(folder)
+        print(f"{folder}: {len(read_checksums(folder))} files, checksums written")
+        return
+
+    def is_wanted(name: str) -> bool:  # trainer/ may be deleted to save room
+        return is_top(name) or (folder / name).parent.exists()
+
+    check_folder_files(folder, "full", wanted=is_wanted)
+    print(f"{folder}: every file is as it was written")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(
         prog="chatglm.checksums",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -284,26 +303,7 @@ def main(argv: Iterable[str] | None = None) -> int:
         help="write the checksums anew for the files as they are now",
     )
     args = parser.parse_args(argv)
-    try:
-        if not args.folder.is_dir():
-            raise FileNotFoundError(f"no such folder: {args.folder}")
-        if not args.renew and not (args.folder / CHECKSUMS).is_file():
-            raise ValueError(f"{args.folder} has no {CHECKSUMS}: there is nothing to compare with")
-        if args.renew:
-            write_checksums(args.folder)
-            print(f"{args.folder}: {len(read_checksums(args.folder))} files, checksums written")
-        else:
-            # trainer/ may be deleted to save room
-            check_folder_files(
-                args.folder,
-                "full",
-                wanted=lambda name: is_top(name) or (args.folder / name).parent.exists(),
-            )
-            print(f"{args.folder}: every file is as it was written")
-    except (ValueError, OSError) as error:
-        print(f"chatglm.checksums: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(parser.prog, lambda: run(args.folder, args.renew))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ __all__ = [
     "load_model",
     "load_prefix",
     "load_tokenizer",
+    "model_class_of",
     "named_base",
     "open_safetensors",
     "peft_name",
@@ -212,12 +213,9 @@ def load_model(
             "ChatGLM-6B's bidirectional context has no flash kernel; "
             'use attn_implementation="sdpa"'
         )
-    model_class: type[PreTrainedModel] = ChatGLM2ForConditionalGeneration
-    if isinstance(config, ChatGLM1Config):
-        model_class = ChatGLM1ForConditionalGeneration
     # transformers would report a new prefix as missing; what is really missing is an error below.
     with quiet_transformers():
-        model, info = model_class.from_pretrained(
+        model, info = model_class_of(config).from_pretrained(
             str(weights),
             config=config,
             dtype=dtype or "auto",
@@ -239,6 +237,13 @@ def load_model(
         load_prefix(model, path)
     set_stop_ids(model, path, weights, mode)
     return model.eval()
+
+
+def model_class_of(config: ChatGLMConfig) -> type[PreTrainedModel]:
+    """The class of the model with its output layer."""
+    if isinstance(config, ChatGLM1Config):
+        return ChatGLM1ForConditionalGeneration
+    return ChatGLM2ForConditionalGeneration
 
 
 def quantization(bits: int | None, dtype: torch.dtype | str | None) -> dict[str, Any]:

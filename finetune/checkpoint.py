@@ -16,14 +16,11 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from chatglm.checksums import CHECKSUMS, check_folder_files, write_checksums
@@ -36,7 +33,7 @@ from finetune.contents import path_contents
 from finetune.distributed import agree, rank, say, without_prints, world_size
 from finetune.ds_file import read_ds_file
 from finetune.elastic import read_shards, restore, weights_only
-from finetune.files import flush, flush_tree, set_modes, sha256, write_json
+from finetune.files import disk_errors, flush, flush_tree, set_modes, sha256, write_json
 from finetune.lora import check_lora_start, on_original_base
 from finetune.methods import Method
 from finetune.record import RUN, is_better, versions
@@ -271,19 +268,6 @@ def checkpoint_bytes(model: nn.Module, saves: str) -> int:
     return total
 
 
-@contextmanager
-def one_kind_of_error(folder: Path) -> Iterator[None]:
-    """Raise disk errors as OSError: torch and safetensors raise other types for them."""
-    try:
-        yield
-    except (RuntimeError, SafetensorError) as error:
-        text = " ".join(str(error).split())
-        by_torch = "PytorchStreamWriter" in text or "iostream" in text
-        if by_torch or isinstance(error, SafetensorError):
-            raise OSError(f"{folder}: cannot be written ({text[:200]})") from error
-        raise
-
-
 class Checkpointer:
     """Saves, finds again and prunes the checkpoints of one run."""
 
@@ -342,7 +326,7 @@ class Checkpointer:
         aside = self.output_dir / f".{final.name}.tmp"
         agree(lambda: self.make_room(aside))
         try:
-            with one_kind_of_error(final):
+            with disk_errors(final):
                 self.write(aside, final, epoch=epoch, step=step, metrics=metrics, patience=patience)
         except OSError:
             if rank() == 0:

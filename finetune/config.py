@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from chatglm.checksums import LEVELS
+from chatglm.commands import Parser, describe
 from chatglm.conversations import GLM3_LABELS
 from chatglm.families import FAMILIES
 from chatglm.files import read_text, shorten
-from finetune.commands import Parser, describe
 from finetune.evaluation.metrics import GROUPS, parse_metrics
 from finetune.files import CACHE_GB
 from finetune.flag_effects import TRAINING, Effect, refuse_without_effect

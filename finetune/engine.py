@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from chatglm.commands import describe
 from chatglm.loading import base_fingerprint, read_config, stored_prefix
 from finetune.checkpoint import (
     PREDICTIONS,
@@ -27,7 +28,6 @@ from finetune.checkpoint import (
     find_resume,
     remove_leftovers,
 )
-from finetune.commands import describe
 from finetune.config import TrainConfig
 from finetune.distributed import (
     DTYPES,

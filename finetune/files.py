@@ -2,7 +2,6 @@
 
 import ctypes
 import errno
-import hashlib
 import json
 import os
 import socket
@@ -13,18 +12,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-from chatglm.checksums import write_checksums
+from chatglm.checksums import hash_file, write_checksums
 
 LOCK = ".lock"
+CANNOT = "cannot be written: "
 CACHE_GB = 20.0  # default limit of --data_cache
 
 
 def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hash_file(path, fast=False)["sha256"]
 
 
 def flush(path: Path) -> None:
@@ -191,23 +187,34 @@ def exchange(aside: Path, output: Path) -> None:
 
 
 @contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """A context in which torch's and safetensors' errors of the disk become an OSError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        text = " ".join(str(error).split())
+        by_torch = "PytorchStreamWriter" in text or "iostream" in text
+        if by_torch or isinstance(error, SafetensorError):
+            raise OSError(errno.EIO, CANNOT + text[:200], str(path)) from error
+        raise
+
+
+@contextmanager
 def writing(path: Path) -> Iterator[None]:
     """A context in which errors of writing become an OSError that names `path`.
 
     The original error may name a temporary file, or none.
     """
-    from safetensors import SafetensorError
-
-    start = "cannot be written: "
     try:
-        yield
-    except SafetensorError as error:
-        raise OSError(errno.EIO, start + str(error), str(path)) from None
+        with disk_errors(path):
+            yield
     except OSError as error:
-        reason = (error.strerror or str(error)).removeprefix(start)
+        reason = (error.strerror or str(error)).removeprefix(CANNOT)
         if error.filename and Path(os.fsdecode(error.filename)) in path.parents:
             reason = f"{os.fsdecode(error.filename)}: {reason}"
-        raise OSError(error.errno or errno.EIO, start + reason, str(path)) from None
+        raise OSError(error.errno or errno.EIO, CANNOT + reason, str(path)) from None
 
 
 def write_aside(path: Path, content: str | bytes) -> None:
@@ -220,32 +227,31 @@ def write_aside(path: Path, content: str | bytes) -> None:
     new = [folder for folder in path.parents if not folder.exists()]
     with writing(path):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(aside, "wb") as file:
+            with written_whole(path, aside) as file:
                 file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
         finally:
             with suppress(OSError):
-                aside.unlink(missing_ok=True)
                 for folder in new:  # removes those that are empty
                     folder.rmdir()
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which is moved to `path` once the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+def written_whole(path: Path, aside: Path | None = None) -> Iterator[BinaryIO]:
+    """A file to write, which is moved to `path` once the block ends without an error.
+
+    Until then it is `aside`; by default a name that no other process uses.
+    """
+    aside = aside or path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        with open(aside, "xb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error says more
+            aside.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, content: object) -> None:

@@ -13,27 +13,26 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from chatglm.configuration import ChatGLM1Config, ChatGLMConfig
+from chatglm.adapters import adapter_file, read_adapter
+from chatglm.configuration import ChatGLMConfig
 from chatglm.folders import read_model_config
-from chatglm.loading import (
+from chatglm.loading import model_class_of, set_prefix
+from chatglm.weights import (
+    check_fit,
     open_safetensors,
     read_bin,
-    read_tensors,
-    set_prefix,
     stored_prefix,
+    stored_shapes,
     weight_files,
 )
-from chatglm.modeling_glm import ChatGLM1ForConditionalGeneration
-from chatglm.modeling_glm2 import ChatGLM2ForConditionalGeneration
-from finetune.checkpoint import check_disk, one_kind_of_error
+from finetune.checkpoint import check_disk
+from finetune.files import disk_errors
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 SHARD_BYTES = 2_000_000_000
 TOLERANCE = 1e-4  # of a layer's outputs in fp32, merged against adapted, over the largest of them
-# Of the names of peft and of TRL; some programs add them and some leave them out.
-PREFIXES = ("base_model.model.", "base_model.", "pretrained_model.")
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,8 @@ class BaseWeights:
     def __init__(self, folder: Path):
         self.folder = folder
         self.files: dict[str, Path] = {}  # tensor -> its file
-        self.bins: dict[
-            Path, dict[str, Tensor]
-        ] = {}  # files of torch's format, which are read whole
+        # Files of torch's format, which are read whole.
+        self.bins: dict[Path, dict[str, Tensor]] = {}
         for file in weight_files(folder):
             self.files |= dict.fromkeys(self.names_in(file), file)
 
@@ -79,42 +77,33 @@ class BaseWeights:
         with open_safetensors(file) as tensors:
             return tensors.get_tensor(name)
 
-    def shape(self, name: str) -> list[int]:
-        """The shape of a tensor, which is not read where the format allows it."""
-        file = self.files[name]
-        if file in self.bins:
-            return list(self.bins[file][name].shape)
-        with open_safetensors(file) as tensors:
-            return tensors.get_slice(name).get_shape()
-
     def dtype(self) -> torch.dtype:
         """The dtype of the first floating-point tensor."""
         dtypes = (self[name].dtype for name in self.files)
         return next(dtype for dtype in dtypes if dtype.is_floating_point)
 
 
-def empty_model(base: Path, mode: str) -> nn.Module:
+def empty_model(base: Path, mode: str, shapes: dict[str, list[int]]) -> nn.Module:
     """The model of a folder on the meta device, without memory for its weights.
+
+    Args:
+        shapes: `stored_shapes` of the folder.
 
     Raises:
         ValueError: the folder has no valid config.json, or holds a P-Tuning prefix alone.
     """
-    read_model_config(base)  # checks it: transformers would use defaults where there is none
-    config = ChatGLMConfig.from_pretrained(str(base))
-    if stored := stored_prefix(base):
+    config = ChatGLMConfig.from_dict(read_model_config(base) | {"glm_family": mode})
+    if stored := stored_prefix(base, shapes):
         if stored["only"]:
             raise ValueError(
                 f"{base} holds a P-Tuning prefix alone; LoRA was trained over a whole model"
             )
         set_prefix(config, base, stored, None, False, None)
-    config.glm_family = mode
-    is_first = isinstance(config, ChatGLM1Config)
-    model_class = ChatGLM1ForConditionalGeneration if is_first else ChatGLM2ForConditionalGeneration
     with torch.device("meta"):
-        return model_class(config).eval()
+        return model_class_of(config)(config).eval()
 
 
-def adapted_model(model: nn.Module, adapter: Path, file: Path) -> "PeftModel":
+def adapted_model(model: nn.Module, adapter: Path) -> "PeftModel":
     """`model` in a PeftModel whose adapter has weights, in fp32, and whose base has none yet.
 
     Raises:
@@ -123,6 +112,7 @@ def adapted_model(model: nn.Module, adapter: Path, file: Path) -> "PeftModel":
     from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
 
+    file = adapter_file(adapter)
     config = PeftConfig.from_pretrained(str(adapter))
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{adapter}: only LoRA adapters are merged, this is {config.peft_type}")
@@ -131,7 +121,7 @@ def adapted_model(model: nn.Module, adapter: Path, file: Path) -> "PeftModel":
             raise ValueError(
                 f"{adapter / 'adapter_config.json'}: {name} is not supported by this merge"
             )
-    state = {peft_name(name): tensor.float() for name, tensor in read_tensors(file)}
+    state = {name: tensor.float() for name, tensor in read_adapter(adapter).items()}
     config.inference_mode = True
     try:
         adapted = PeftModel(model, config, low_cpu_mem_usage=True)
@@ -163,18 +153,6 @@ def adapted_model(model: nn.Module, adapter: Path, file: Path) -> "PeftModel":
 def placeholder(shape: torch.Size) -> nn.Parameter:
     """A frozen parameter of zeros on the CPU that takes the memory of a single number."""
     return nn.Parameter(torch.zeros(()).expand(shape), requires_grad=False)
-
-
-def peft_name(name: str) -> str:
-    """A tensor's name in peft."""
-    return f"base_model.model.{base_name(name)}"
-
-
-def base_name(name: str) -> str:
-    """A tensor's name in the base."""
-    while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
-        name = name.removeprefix(prefix)
-    return name
 
 
 def is_adapters(name: str) -> bool:
@@ -283,7 +261,6 @@ def plan_shards(
 def merge_weights(
     base: Path,
     adapter: Path,
-    file: Path,
     output: Path,
     *,
     mode: str,
@@ -293,7 +270,6 @@ def merge_weights(
     """Write the weights and config.json of base + adapter into the folder `output`.
 
     Args:
-        file: the adapter's weights.
         mode: the base's family.
         dtype: of the result; None keeps the base's.
         device: where the products are computed.
@@ -305,14 +281,15 @@ def merge_weights(
     """
     weights = BaseWeights(base)
     dtype = dtype or weights.dtype()
-    model = empty_model(base, mode)
+    stored = stored_shapes(base)
+    model = empty_model(base, mode, stored)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     # Old folders hold tables besides, which are not copied.
     names = [name for name in weights.files if name in shapes]
-    check_names(base, model, shapes, weights)
+    check_base(base, model, stored)
     total = sum(math.prod(shapes[name]) for name in names) * dtype.itemsize
     check_disk(output, total + 10_000_000, "the merged model")
-    merger = Merger(weights, adapted_model(model, adapter, file), torch.device(device), dtype)
+    merger = Merger(weights, adapted_model(model, adapter), torch.device(device), dtype)
     for name in tied_parts(model):
         if name in merger.layers or name in merger.replaced:
             raise ValueError(
@@ -344,28 +321,24 @@ def save_shards(merger: Merger, shards: list[list[str]], output: Path) -> dict[s
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         if len(shards) == 1:
             file = "model.safetensors"
-        with one_kind_of_error(output):
+        with disk_errors(output):
             save_file({name: merger[name] for name in names}, output / file, {"format": "pt"})
         files |= dict.fromkeys(names, file)
     return files
 
 
-def check_names(
-    base: Path, model: nn.Module, shapes: dict[str, torch.Size], weights: BaseWeights
-) -> None:
-    """Raises ValueError where the folder lacks a tensor of the model, or its shape differs."""
-    tied = (model._tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
-    missing = [name for name in shapes if name not in weights.files and name not in tied]
+def check_base(base: Path, model: nn.Module, stored: dict[str, list[int]]) -> None:
+    """Raises ValueError where the folder lacks a tensor of the model, or its shape differs.
+
+    `stored` are the folder's shapes. A body under its own names loads, but is not merged.
+    """
+    check_fit(base, model, stored)
+    tied = model.all_tied_weights_keys
+    missing = [name for name in model.state_dict() if name not in stored and name not in tied]
     if missing:
         raise ValueError(
             f"{base}: the weights lack {len(missing)} tensors, the first is {missing[0]}"
         )
-    for name, shape in shapes.items():
-        if name not in weights.files:
-            continue
-        shape_in_file = weights.shape(name)
-        if shape_in_file != list(shape):
-            raise ValueError(f"{base}: {name} is {shape_in_file}, wanted {list(shape)}")
 
 
 def tied_parts(model: nn.Module) -> Iterator[str]:

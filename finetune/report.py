@@ -12,7 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.commands import Parser, run_command
+from chatglm.commands import Parser, run_command
 from finetune.files import write_aside
 from finetune.record import print_table, read_run
 

@@ -8,8 +8,8 @@ import statistics
 import sys
 from pathlib import Path
 
+from chatglm.commands import Parser, run_command
 from finetune.checkpoint import committed_checkpoints, read_manifest
-from finetune.commands import Parser, run_command
 from finetune.record import METRICS_FILE, read_run, read_steps
 
 

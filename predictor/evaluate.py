@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from finetune.commands import Parser, run_command, whole
+from chatglm.commands import Parser, run_command, whole
 from finetune.files import write_json
 from predictor.calibration import kaplan_meier, levels_of
 from predictor.labels import Example, data_hash, language, make_counter, read_examples

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chatglm.checksums import check_folder_files, is_top
-from finetune.commands import Parser, run_command
+from chatglm.commands import Parser, run_command
 from finetune.config import parse_bool
 from finetune.files import put_in_place, sha256, writing
 from predictor.backbones import BACKBONES, ChatGLM, Encoder

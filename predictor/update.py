@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chatglm.checksums import CHECKSUMS
+from chatglm.commands import Parser, run_command, whole
 from chatglm.files import read_json
-from finetune.commands import Parser, run_command, whole
 from finetune.files import put_in_place, sha256, write_json
 from finetune.rows.formats import BadRow
 from finetune.rows.sources import read_json_items

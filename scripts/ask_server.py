@@ -19,8 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from chatglm.commands import Parser, run_command
 from chatglm.files import read_text, shorten
-from finetune.commands import Parser, run_command
 from finetune.files import write_json
 
 SHOWN = 6  # answers that are printed

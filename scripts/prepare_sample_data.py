@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from finetune.commands import Parser, run_command  # noqa: E402
+from chatglm.commands import Parser, run_command  # noqa: E402
 from finetune.files import write_aside  # noqa: E402
 from scripts.sample_formats import render_samples  # noqa: E402
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from chatglm.commands import Parser, run_command  # noqa: E402
 from chatglm.families import FAMILIES  # noqa: E402
 from chatglm.files import read_json  # noqa: E402
-from finetune.commands import Parser, run_command  # noqa: E402
 from finetune.files import set_modes, writing  # noqa: E402
 
 

@@ -17,9 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from chatglm.commands import Parser, run_command  # noqa: E402
 from chatglm.files import read_text  # noqa: E402
-from finetune.commands import Parser, run_command  # noqa: E402
 from finetune.files import write_aside  # noqa: E402
+from finetune.rows.formats import BadRow  # noqa: E402
+from finetune.rows.sources import parse_line  # noqa: E402
 
 # What every ChatGLM2 prompt wraps around a row; a small vocabulary should not spell it in bytes.
 PROMPT_LINES = ("[Round 1]", "问：", "答：")
@@ -41,11 +43,9 @@ def read_rows(path: Path) -> list[dict]:
         lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     rows = []
     for number, line in lines:
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:  # numbers and nesting beyond limits, too
-            reason = getattr(error, "msg", error)
-            raise ValueError(f"{path}: line {number} is not JSON: {reason}") from None
+        value = parse_line(line, f"{path}: line {number}")
+        if isinstance(value, BadRow):
+            raise value
         rows.extend(value if isinstance(value, list) else [value])
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: every row must be a JSON object with text values")

@@ -20,9 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from chatglm.families import FAMILIES
-from finetune.commands import Parser, run_command
-from finetune.config import PRECISIONS
+from chatglm.commands import Parser, run_command
+from finetune.evaluation.predict import add_loading_flags
 from finetune.files import write_aside
 from serving.cost_model.fit import Row
 from serving.engines import ENGINES
@@ -49,16 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--repetitions", type=int, default=5, help="timings of each setting; their mean counts [5]"
     )
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, default="auto", help="of the weights [auto]"
-    )
-    parser.add_argument("--device", default="0", help='GPU number, "cpu" or a torch device [0]')
-    parser.add_argument(
-        "--base_model", help="base of an adapter or prefix folder (default: the one it names)"
-    )
-    parser.add_argument(
-        "--mode", choices=tuple(FAMILIES), help="family (default: found in the folder)"
-    )
+    add_loading_flags(parser)
     return parser
 
 

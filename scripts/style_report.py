@@ -218,7 +218,7 @@ def report(packages: list[str], output: str | None) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from finetune.commands import Parser, run_command
+    from chatglm.commands import Parser, run_command
 
     parser = Parser(prog="style_report.py", description=__doc__.split("\n")[0])
     parser.add_argument("packages", nargs="*", default=list(PACKAGES), metavar="PACKAGE")

@@ -26,7 +26,7 @@ TORCH_FREE = [
     "chatglm/histories.py",
     "chatglm/runs.py",
     "finetune/__init__.py",
-    "finetune/commands.py",
+    "chatglm/commands.py",
     "finetune/config.py",
     "finetune/ds_file.py",
     "finetune/evaluation/metrics.py",
@@ -43,17 +43,18 @@ PURE = ["", "cost_model", "deployment", "policies", "simulate"]  # rooms of serv
 # What the pure rooms take of the floors below.
 TAKEN = {
     "chatglm.files",
-    "finetune.commands",
+    "chatglm.commands",
     "finetune.config",
     "finetune.files",
     "finetune.memory.shapes",
     "predictor.decoder",
     "predictor.prediction",
 }
-PACKAGES = (".", "chatglm", "finetune", "predictor", "serving", "scripts", "benchmarks")
-SOURCES = sorted(
-    p for d in PACKAGES for p in ((ROOT / d).glob("*.py") if d == "." else (ROOT / d).rglob("*.py"))
-)
+PACKAGES = ("chatglm", "finetune", "predictor", "serving", "scripts", "benchmarks")
+SOURCES = [*ROOT.glob("*.py")]
+for package in PACKAGES:
+    SOURCES += (ROOT / package).rglob("*.py")
+SOURCES.sort()
 
 
 def named(path: Path) -> str:

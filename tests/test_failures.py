@@ -70,7 +70,7 @@ def test_what_is_left_behind_is_seen():
 
 
 FAILING = (
-    "from finetune.commands import run_command\nimport sys\n"
+    "from chatglm.commands import run_command\nimport sys\n"
     "print('ready', flush=True)\nsys.exit(run_command('prog', lambda: open('/no/such')))"
 )
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from chatglm.commands import Parser, run_command
 from chatglm.files import LFS_POINTER, read_json
-from finetune.commands import Parser, run_command
 
 WRONG = {
     "absent": (None, "No such file"),

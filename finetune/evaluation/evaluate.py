@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from finetune.commands import Parser, run_command
+from chatglm.commands import Parser, run_command
 from finetune.config import parse_positive
 from finetune.evaluation.metrics import (
     GROUPS,

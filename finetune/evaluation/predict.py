@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatglm.checksums import add_verify_flag
+from chatglm.commands import Parser, run_command
 from chatglm.families import FAMILIES
 from chatglm.files import read_json, shorten
 from chatglm.runs import check_not_run
-from finetune.commands import Parser, run_command
 from finetune.config import PRECISIONS, parse_bool, parse_positive
 from finetune.flag_effects import PREDICTING, check_given
 from finetune.out_of_memory import explained, inference_advice
@@ -134,16 +134,7 @@ def cut_at_stop(ids: list[int], stops: list[int]) -> list[int]:
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that answers with a model."""
     parser.add_argument("--model_path", required=True, help="a model, adapter or prefix folder")
-    parser.add_argument(
-        "--base_model", help="base of an adapter or prefix folder (default: the one it names)"
-    )
-    parser.add_argument(
-        "--mode", choices=tuple(FAMILIES), help="family (default: found in the folder)"
-    )
-    parser.add_argument("--device", default="0", help='GPU number, "cpu" or a torch device [0]')
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, default="auto", help="of the weights [auto]"
-    )
+    add_loading_flags(parser)
     parser.add_argument(
         "--quantization_bit",
         type=int,
@@ -156,6 +147,20 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--batch_size", type=parse_positive, default=8, help="prompts answered together [8]"
     )
     add_sampling_flags(parser)
+
+
+def add_loading_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that loads a model, beside the one that names its folder."""
+    parser.add_argument(
+        "--base_model", help="base of an adapter or prefix folder (default: the one it names)"
+    )
+    parser.add_argument(
+        "--mode", choices=tuple(FAMILIES), help="family (default: found in the folder)"
+    )
+    parser.add_argument("--device", default="0", help='GPU number, "cpu" or a torch device [0]')
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="auto", help="of the weights [auto]"
+    )
 
 
 def add_length_flags(parser: argparse.ArgumentParser) -> None:

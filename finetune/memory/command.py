@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune.commands import Parser, run_command
+from chatglm.commands import Parser, run_command
 from finetune.config import TrainConfig, add_flag, changed_flags
 from finetune.ds_file import BETWEEN_RANKS, fill_sizes, read_ds_file
 from finetune.files import write_json

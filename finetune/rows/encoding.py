@@ -150,8 +150,8 @@ class Preparation:
 class Prepared(NamedTuple):
     """Encoded rows of a source, ready for all ranks of a node.
 
-    path: the file that holds them; None: they are in memory, `rows`. temporary: it goes when all
-    have mapped it.
+    path: the file that holds them; None: they are in memory, `rows`. temporary: the file is deleted
+    once all ranks have mapped it.
     hashes: of the source's files.
     """
 
@@ -169,9 +169,7 @@ class Prepared(NamedTuple):
         return rows
 
     def release(self, cache_gb: float = CACHE_GB):
-        """Who needs the rows has mapped them: a temporary file goes, and from the cache what
-        exceeds its limit.
-        """
+        """Delete a temporary file, which all ranks have mapped, or prune the cache to its limit."""
         if self.temporary:
             self.path.unlink(missing_ok=True)
         elif self.path:
@@ -212,10 +210,10 @@ def prepare(
             os.utime(file)
         return Prepared(key, hashes, file)
     good = bad = 0
-    for _, row in preparation.rows(
-        source
-    ):  # all of them before the first is tokenised, which takes much longer
-        good, bad = good + isinstance(row, Row), bad + isinstance(row, BadRow)
+    # All of them before the first is tokenised, which takes much longer.
+    for _, row in preparation.rows(source):
+        good += isinstance(row, Row)
+        bad += isinstance(row, BadRow)
     if not good:
         raise no_rows(source.name, bad)
 
@@ -226,10 +224,9 @@ def prepare(
         ):
             for row in rows:
                 writer.add(place, row)
-        if changed := next(
-            (file for file, was in zip(source.files, stamps) if stamp(file) != was), None
-        ):
-            raise ValueError(f"{changed} was changed while it was read; start again")
+        for path, before in zip(source.files, stamps):
+            if stamp(path) != before:
+                raise ValueError(f"{path} was changed while it was read; start again")
         return writer
 
     facts = {"good": good, "bad": bad}

@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from finetune.commands import Parser, run_command, whole
+from chatglm.commands import Parser, run_command, whole
 from finetune.files import write_json
 from serving.cost_model.devices import MOST_DEVICES
 from serving.cost_model.fit import (

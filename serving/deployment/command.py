@@ -2,7 +2,7 @@
 
 import argparse
 
-from finetune.commands import Parser, run_command, whole
+from chatglm.commands import Parser, run_command, whole
 from finetune.files import write_json
 from finetune.memory.shapes import shape_source
 from serving.cost_model.devices import MOST_DEVICES, Cluster

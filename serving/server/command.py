@@ -10,9 +10,9 @@ import socket
 import sys
 from typing import TYPE_CHECKING
 
+from chatglm.commands import Parser, run_command
 from chatglm.families import FAMILIES
-from finetune.commands import Parser, run_command
-from finetune.config import PRECISIONS
+from finetune.evaluation.predict import add_loading_flags
 from predictor.labels import name_warning, served_name
 from predictor.runtime import LengthPredictor
 from serving.cost_model.devices import DEVICES
@@ -84,16 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with --log: prompts too, which predictor.update needs",
     )
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, default="auto", help="of the weights [auto]"
-    )
-    parser.add_argument("--device", default="0", help='GPU number, "cpu" or a torch device [0]')
-    parser.add_argument(
-        "--base_model", help="base of an adapter or prefix folder (default: the one it names)"
-    )
-    parser.add_argument(
-        "--mode", choices=tuple(FAMILIES), help="family (default: found in the folder)"
-    )
+    add_loading_flags(parser)
     parser.add_argument(
         "--served_model_name",
         help="the model's name in the API "

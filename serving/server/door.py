@@ -1,4 +1,4 @@
-"""Who may come in, before a request reaches the application: host, key; and a log line a request.
+"""Access control before the application, by Host header and API key; and the access log.
 
 ASGI middleware, free of torch.
 """
@@ -39,11 +39,11 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class Keys:
-    """Who may come in.
+    """What a request must carry to be served.
 
     Attributes:
-        api_key: wanted as "Authorization: Bearer KEY" for all but OPEN; None for no key.
-        hosts: names that the header Host may have, beside loopback's own; None for any.
+        api_key: wanted as "Authorization: Bearer KEY" for all paths but OPEN; None for no key.
+        hosts: values that the Host header may have, besides those of loopback; None for any.
     """
 
     api_key: str | None = None
@@ -74,7 +74,7 @@ def host_name(host: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """localhost, or an address of this machine to itself; no name that somebody's DNS answers."""
+    """localhost or a loopback address; no other name, since its DNS record may change."""
     if host == "localhost":
         return True
     try:
@@ -84,7 +84,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Door:
-    """Lets in whom `keys` let in."""
+    """Middleware that refuses what `keys` refuse."""
 
     def __init__(self, app: "ASGIApp", keys: Keys) -> None:
         self.app, self.keys = app, keys

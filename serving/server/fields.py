@@ -234,7 +234,7 @@ FIELDS: Mapping[str, Field] = {
     "messages": Messages("The chat; the last message is the user's."),
     "model": Text("The served model's name."),
     "max_tokens": Number(int, 1, MOST, "Tokens of the answer, at most."),
-    "max_completion_tokens": Number(int, 1, MOST, "As max_tokens, and goes before it."),
+    "max_completion_tokens": Number(int, 1, MOST, "As max_tokens, which it overrides."),
     "max_length": Number(int, 1, MOST, "Tokens of prompt and answer together, at most."),
     "temperature": Number(
         float, 0, 2, "0, and what is too small to matter, takes the likeliest token."
@@ -251,9 +251,9 @@ FIELDS: Mapping[str, Field] = {
         float, 0.01, 100, "Divides the logits of tokens that prompt or answer hold."
     ),
     "presence_penalty": Number(
-        float, -2, 2, "Taken from the logits of tokens that the answer holds."
+        float, -2, 2, "Subtracted from the logits of tokens that the answer holds."
     ),
-    "frequency_penalty": Number(float, -2, 2, "Taken from them for each time that they came."),
+    "frequency_penalty": Number(float, -2, 2, "Subtracted from them once per occurrence."),
     "seed": Number(int, -(2**63), 2**63 - 1, "Of this answer's sampling."),
     "stop": Stops("Texts that end the answer and are no part of it."),
     "stop_token_ids": TokenIds("Token ids that end the answer and are no part of it."),
@@ -325,7 +325,7 @@ SHOWN = 16  # names of ignored fields that a reply has
 
 
 def read_fields(body: Any) -> dict:
-    """The checked fields of a body that it says (null is not said).
+    """The checked fields that a body sets; null counts as not set.
 
     Raises:
         ValueError: in one line, where a field is not what it should be or is not obeyed here.

@@ -27,7 +27,7 @@ GRACE_S = 5  # beyond both, before uvicorn cancels what is left
 
 
 class Connection(H11Protocol):
-    """One more than `most` connections is told so and closed.
+    """HTTP/1.1 with limits: a connection beyond `most` gets a 503 and is closed.
 
     uvicorn reads on after each response, whatever already waits in its buffer: a client that sends
     requests without waiting for their replies fills memory and slows everybody. One that is
@@ -66,8 +66,8 @@ class Server(uvicorn.Server):
     """Serves until SIGTERM, SIGINT or a failure of the engine.
 
     Args:
-        drain_s: after a signal, for answers under way to end; then they and those that wait are
-            told 503. A second signal ends it.
+        drain_s: after a signal, for answers under way to end; then they and those that wait get
+            a 503. A second signal ends the drain.
         client_s: for a client to send a request's header, its body, and to read what was sent.
         max_connections: open at once.
         keys, cors_origins, access_log: as of serving.server.api.make_app.
@@ -95,16 +95,13 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=int(drain_s + FLUSH_S + GRACE_S),
         )
         super().__init__(config)
-        self.service, self.closing, self.drain_s, self.client_s = (
-            service,
-            app.state.closing,
-            drain_s,
-            client_s,
-        )
+        self.service = service
+        self.closing = app.state.closing
+        self.drain_s = drain_s
+        self.client_s = client_s
         self.hurry = False
-        self._since: dict[
-            Connection, float
-        ] = {}  # when a connection was first seen waiting for its client
+        # When a connection was first seen waiting for its client.
+        self._since: dict[Connection, float] = {}
         service.on_failure = self._engine_failed
 
     def serve_at(self, sock: socket.socket) -> int:
@@ -180,6 +177,6 @@ class Server(uvicorn.Server):
 
 
 def waits_for_client(connection: Connection) -> bool:
-    """For a request, or its header's rest, or for room to write."""
+    """Whether the server waits for a request, the rest of its header, or room to write."""
     cycle = connection.cycle
     return cycle is None or cycle.response_complete or connection.flow.write_paused

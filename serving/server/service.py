@@ -136,11 +136,11 @@ class Service:
             for event in run(self.policy, self.engine, self.clock, self.inbox, self._observe):
                 if event.kind in ("refused", "withdrawn"):
                     self.engine.forget(event.id)
-        except BaseException as error:  # out of memory, a bug: nobody may wait for ever
+        except BaseException as error:  # out of memory, a bug: every client must get an answer
             log.exception("the engine has failed")
             what = " ".join(str(error).split())[:200]
             self.failure = f"the engine has failed: {type(error).__name__}: {what}"
-            # First: it refuses whoever comes later, and the engine knows all others.
+            # First: later requests are refused there, and the engine knows all earlier ones.
             self.inbox.shut()
             self.engine.end_all("failed")
             if self.on_failure is not None:
@@ -206,7 +206,7 @@ class Service:
         return Exchange(request, answer, tokens, asked.ignored)
 
     def cancel(self, exchange: Exchange) -> None:
-        """Nobody listens any more; nothing, where the answer has ended."""
+        """Cancel an answer; nothing happens where it has ended."""
         if exchange.answer.reason is None:
             self.engine.cancel(exchange.request.id)
             self.inbox.withdraw(exchange.request.id)

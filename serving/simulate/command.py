@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.commands import Parser, number, run_command, whole
+from chatglm.commands import Parser, number, run_command, whole
 from finetune.files import write_aside, write_json
 from serving.cost_model.devices import MOST_DEVICES
 from serving.policies.continuous import POLICIES

@@ -4,7 +4,7 @@ import resource
 
 import pytest
 
-from finetune.commands import run_command
+from chatglm.commands import run_command
 from finetune.config import parse_config
 from finetune.engine import train
 from finetune.evaluation import predict
