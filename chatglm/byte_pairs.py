@@ -76,6 +76,14 @@ def read_ranks(path: str | Path) -> dict[bytes, int]:
     return ranks
 
 
+def ranks_file(ranks: dict[bytes, int]) -> bytes:
+    """The content of a vocabulary file with these ranks."""
+    lines = []
+    for token, rank in ranks.items():
+        lines.append(base64.b64encode(token) + b" %d\n" % rank)
+    return b"".join(lines)
+
+
 @cache
 def byte_names() -> dict[int, str]:
     """A printable character for each byte, as in every byte-level vocabulary (GPT-2's table)."""

@@ -12,9 +12,10 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from .families import infer_family
+from .evidence import infer_family
 
 PTUNING_VERSIONS = ("v1", "v2")
+SHARED_LAYOUT = ("glm2", "glm3", "glm4")  # families whose weights and config.json are alike
 MOST_LAYERS = 1000  # the largest release has 40; 10**8 would be built before weights are missed
 LARGEST_SIZE = 2**24  # of any other dimension of a weight
 
@@ -31,7 +32,7 @@ class ChatGLMConfig(PreTrainedConfig):
     model_type = "chatglm"
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    glm_family: str | None = None  # "glm" | "glm2" | "glm3"; the originals have no such key
+    glm_family: str | None = None  # a key of FAMILIES; the originals have no such key
     pre_seq_len: int | None = None
     prefix_projection: bool = False
     ptuning_version: str | None = None
@@ -136,7 +137,7 @@ class ChatGLM1Config(ChatGLMConfig):
 
 @strict
 class ChatGLM2Config(ChatGLMConfig):
-    """ChatGLM2-6B and ChatGLM3-6B, their 32k and 128k variants (`rope_ratio`) included."""
+    """ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B, their long variants (`rope_ratio`) included."""
 
     attribute_map = {
         "num_hidden_layers": "num_layers",
@@ -198,9 +199,10 @@ class ChatGLM2Config(ChatGLMConfig):
                 f"({self.num_key_value_heads})"
             )
         self.glm_family = self.glm_family or self.find_family(kwargs)
-        if self.glm_family not in (None, "glm2", "glm3"):
+        if self.glm_family not in (None, *SHARED_LAYOUT):
             raise ValueError(
-                f"glm_family must be glm2 or glm3 for these weights, got {self.glm_family!r}"
+                f"glm_family must be one of {', '.join(SHARED_LAYOUT)} for these weights, "
+                f"got {self.glm_family!r}"
             )
         if not 0 < self.rope_ratio < float("inf"):
             raise ValueError(f"rope_ratio must be above 0, got {self.rope_ratio}")
@@ -219,7 +221,7 @@ class ChatGLM2Config(ChatGLMConfig):
         # Without a folder no file counts, least of all those in the working directory.
         folder = kwargs.get("name_or_path") or os.devnull
         family = infer_family(str(folder), config=config)
-        return family if family in ("glm2", "glm3") else None
+        return family if family in SHARED_LAYOUT else None
 
     @property
     def num_key_value_heads(self) -> int:
@@ -231,9 +233,9 @@ class ChatGLM2Config(ChatGLMConfig):
 def untold_family(ratio: float) -> str:
     """The message where nothing tells how to read `rope_ratio`."""
     return (
-        f"rope_ratio {ratio} divides positions in ChatGLM2 and multiplies the base in ChatGLM3, "
-        "and nothing tells "
-        'which of them this is: say mode="glm2" or "glm3", or set "glm_family" in config.json'
+        f"rope_ratio {ratio} divides positions in ChatGLM2 and multiplies the base in ChatGLM3 and "
+        'GLM-4, and nothing tells which of them this is: say mode="glm2", "glm3" or "glm4", or set '
+        '"glm_family" in config.json'
     )
 
 

@@ -12,13 +12,14 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .families import (
-    ROLES,
-    TOOL_PREAMBLE,
+from .histories import ROLES, message_text
+from .prompts import (
     TextTokenizer,
-    _keep_tail,
     glm3_message,
+    glm4_message,
+    glm4_system,
     glm_chat_prompt,
+    keep_tail,
 )
 
 IGNORED = -100
@@ -34,12 +35,17 @@ ALLOWED_BEFORE: dict[str, tuple[str | None, ...]] = {
 
 
 class Turn(NamedTuple):
-    """One message; `metadata` is an assistant's header line: the name of the tool that it calls."""
+    """One message; `metadata` is an assistant's header line: the name of the tool that it calls.
+
+    Of a tool call, `content` is ChatGLM3's text and `call` the parameters, where they are known.
+    """
 
     role: str
     content: str
     metadata: str = ""
     loss: bool = True  # of an assistant; the others never carry any
+    tools: Any = None  # of a system: anything JSON
+    call: dict[str, Any] | None = None
 
 
 class EncodedTurns(NamedTuple):
@@ -56,7 +62,7 @@ def learns(turn: Turn) -> bool:
 
 
 def tool_call(parameters: dict[str, Any]) -> str:
-    """The text of a ChatGLM3 tool call, as `families.parse_tool_call` reads it back.
+    """The text of a ChatGLM3 tool call, as `prompts.parse_tool_call` reads it back.
 
     A parameter named like a keyword (from, class) is written as ChatGLM3's demo writes it, and is
     not read back.
@@ -71,15 +77,19 @@ def tool_call(parameters: dict[str, Any]) -> str:
 def with_tools(turns: list[Turn], tools: Any) -> list[Turn]:
     """The turns with their tools (anything JSON) in the system turn, where a chat has them.
 
-    The tools stand after the system's own text, or after TOOL_PREAMBLE where it has none.
-
     ChatGLM3's demo puts a second system turn before the row's own one; its chats have one.
     """
     has_system = bool(turns) and turns[0].role == "system"
-    text = turns[0].content if has_system else TOOL_PREAMBLE
-    tools_text = json.dumps(tools, indent=4, ensure_ascii=False)
-    rest = turns[1:] if has_system else turns
-    return [Turn("system", f"{text}\n{tools_text}"), *rest]
+    system = turns[0] if has_system else Turn("system", "")
+    return [system._replace(tools=tools), *(turns[1:] if has_system else turns)]
+
+
+def shown_text(turn: Turn) -> str:
+    """What a ChatGLM model is shown of a turn: a system's tools stand below its text."""
+    if turn.tools is None:
+        return turn.content
+    message = {"role": turn.role, "content": turn.content or None, "tools": turn.tools}
+    return message_text(message) or ""
 
 
 def check_turns(turns: list[Turn]) -> None:
@@ -103,12 +113,12 @@ def rounds_of(turns: list[Turn]) -> list[tuple[str, str, bool]]:
     Raises ValueError for a tool call or an observation.
     """
     if any(turn.metadata or turn.role == "observation" for turn in turns):
-        raise ValueError("tool calls and observations need ChatGLM3")
+        raise ValueError("tool calls and observations need ChatGLM3 or GLM-4")
     rounds: list[tuple[str, str, bool]] = []
     system = ""
     for before, turn in zip([None, *turns], turns):
         if turn.role == "system":
-            system = turn.content + "\n"
+            system = shown_text(turn) + "\n"
         elif turn.role == "user":
             rounds.append((system + turn.content, "", False))
             system = ""
@@ -139,7 +149,7 @@ def _glm(
             source = tokenizer.encode_text(text)
             if len(source) <= max_src_len:
                 break
-        source, cut = _keep_tail(source, max_src_len, tail=3)
+        source, cut = keep_tail(source, max_src_len, tail=3)
         room = max_len - len(source) - 3
         if room < 1:
             raise ValueError(
@@ -189,13 +199,40 @@ def _glm3(
     labels = [IGNORED, IGNORED]
     follows = False  # whether the turn before carries loss: the next token ends it
     for turn in turns:
-        message = glm3_message(tokenizer, turn.role, turn.metadata, turn.content)
+        message = glm3_message(tokenizer, turn.role, turn.metadata, shown_text(turn))
         first = follows or (role_labels and learns(turn))
         labels.append(message[0] if first else IGNORED)
         labels += message[1:] if learns(turn) else [IGNORED] * (len(message) - 1)
         ids += message
         follows = learns(turn)
     end = tokenizer.get_command("</s>")
+    return [_cut([*ids, end], [*labels, end if follows else IGNORED], max_len)]
+
+
+def _glm4(
+    tokenizer: TextTokenizer, turns: list[Turn], max_len: int, max_src_len: int, role_labels: bool
+) -> list[EncodedTurns]:
+    """One row, truncated to max_len.
+
+    Labels are an answer's header line and text, and the role token after it, which ends it; the
+    last one is <|user|>. Source: finetune.py of zai-org/GLM-4.
+    """
+    ids = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("<sop>")]
+    labels = [IGNORED, IGNORED]
+    follows = False  # whether the turn before carries loss: the next token ends it
+    for turn in turns:
+        if turn.role == "system":
+            message = glm4_system(tokenizer, turn.content, turn.tools)
+        else:
+            text = turn.content if turn.call is None else json.dumps(turn.call, ensure_ascii=False)
+            message = glm4_message(tokenizer, turn.role, turn.metadata, text)
+        if not message:  # nothing was said
+            continue
+        labels.append(message[0] if follows else IGNORED)
+        labels += message[1:] if learns(turn) else [IGNORED] * (len(message) - 1)
+        ids += message
+        follows = learns(turn)
+    end = tokenizer.get_command("<|user|>")
     return [_cut([*ids, end], [*labels, end if follows else IGNORED], max_len)]
 
 
@@ -206,4 +243,5 @@ CONVERSATIONS: dict[str, Callable[..., list[EncodedTurns]]] = {
     "glm": _glm,
     "glm2": _glm2,
     "glm3": _glm3,
+    "glm4": _glm4,
 }

@@ -92,7 +92,7 @@ def history_rounds(
         check_message(turn, f"history[{number}]")
         role, content = turn["role"], turn.get("content")
         if role == "observation" or turn.get("metadata") or turn.get("tools"):
-            raise ValueError(f"history[{number}]: {title} knows no tools; only ChatGLM3 does")
+            raise ValueError(f"history[{number}]: {title} knows no tools; ChatGLM3 and GLM-4 do")
         if role == "system":
             system += f"{content}\n" if content else ""
         elif role == "user":

@@ -18,7 +18,8 @@ from transformers.utils import logging as transformers_logging
 from .adapters import adapter_file, fit_adapter, load_adapter, peft_name, read_adapter
 from .checksums import check_folder_files, checks_folder, is_small, is_top
 from .configuration import ChatGLM1Config, ChatGLMConfig, untold_family
-from .families import FAMILIES, contradicts, infer_family
+from .evidence import contradicts, infer_family
+from .families import FAMILIES
 from .folders import (
     check_folder,
     check_json_files,

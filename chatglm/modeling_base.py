@@ -513,7 +513,7 @@ class ChatGLMCausalLM:
         """(answer, new history) from the generated text."""
         family = FAMILIES[tokenizer.family]
         history = copy.deepcopy(list(history or []))
-        if family.name == "glm3":
+        if family.roles:
             return family.process_response(text, [*history, {"role": role, "content": query}])
         answer = family.process_response(text)
         return answer, history + new_round(history, query, answer)

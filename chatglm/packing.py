@@ -223,10 +223,15 @@ def cumulative_lengths(lengths: list[int], device: Device) -> Tensor:
 def find_sequences(positions: Tensor) -> tuple[list[int], list[int]]:
     """(lengths, shared) of the sequences in a row of positions (S,), as Packing has them.
 
+    Positions that never fall are one sequence, whatever they are.
+
     Raises:
-        ValueError: a position jumps upward, or falls back into a sequence that is not the first.
+        ValueError: of several sequences, one has a position that jumps upward, or falls back into
+            a sequence that is not the first.
     """
     steps = positions[1:] - positions[:-1]
+    if (steps > 0).all():
+        return [len(positions)], [0]
     if len(jumps := (steps > 1).nonzero().flatten()):
         before, after = positions[jumps[0]], positions[jumps[0] + 1]
         raise ValueError(

@@ -1,291 +1,18 @@
-"""Tokenizers of the three ChatGLM families: SentencePiece with transformers' interface.
+"""The families' tokenizers: SentencePiece for ChatGLM, byte pairs for GLM-4."""
 
-One rule holds in every family: text never becomes a control token. Control ids are put in by
-position (prompt templates, `build_inputs_with_special_tokens`), and `[gMASK]` or `<|user|>` typed
-by a user becomes ordinary pieces. `encode_special_tokens=True` lifts the rule for trusted text, as
-the originals do.
-"""
-
-import json
 import re
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import sentencepiece
-from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizer
+from transformers import AutoTokenizer, BatchEncoding
 
 from .configuration import ChatGLM1Config, ChatGLM2Config, ChatGLMConfig
-from .families import (
-    FAMILIES,
-    ROLES,
-    contradicts,
-    glm2_build_prompt,
-    glm3_message,
-    glm_chat_prompt,
-    infer_family,
-)
-from .files import is_lfs_pointer, pointer_error
-from .folders import check_json_files, reading, without_marks
-
-# The originals' class name, so that a saved folder loads elsewhere too.
-_TOKENIZER_CLASS = "ChatGLMTokenizer"
-_SAVED_BY_LIBRARY = (
-    "added_tokens_decoder",
-    "backend",
-    "is_local",
-    "local_files_only",
-    "model_specific_special_tokens",
-)
-
-
-class ChatGLMTokenizer(PreTrainedTokenizer):
-    """What the three families share; `from_pretrained` returns the subclass of the folder's family.
-
-    `encode_special_tokens` (also a keyword of every call) makes control tokens written in text
-    become their ids. It is a choice of the caller: it is neither saved nor read from a folder.
-
-    Raises FileNotFoundError where the folder has no SentencePiece model, ValueError where that file
-    is not one or where the folder belongs to another family.
-    """
-
-    family: str | None = None
-    padding_side = "left"
-    model_input_names = ["input_ids", "attention_mask", "position_ids"]
-    # Control tokens that a caller may ask to be read from text, and whether they absorb the spaces
-    # around them.
-    _readable: tuple[str, ...] = ()
-    _readable_strips = False
-
-    def __init__(self, vocab_file: str, encode_special_tokens: bool = False, **kwargs):
-        if self.family is None:
-            raise TypeError(
-                "ChatGLMTokenizer is the shared base: use from_pretrained or one of its subclasses"
-            )
-        if encode_special_tokens and not self._readable:
-            raise ValueError(
-                f"{FAMILIES[self.family].title}'s tokenizer never reads control tokens from text"
-            )
-        if not vocab_file or not Path(vocab_file).is_file():
-            raise FileNotFoundError(
-                f"no SentencePiece model {FAMILIES[self.family].tokenizer_file} at {vocab_file}"
-            )
-        if is_lfs_pointer(vocab_file):
-            raise pointer_error(vocab_file)
-        try:
-            self.sp_model = sentencepiece.SentencePieceProcessor(str(vocab_file))
-        except RuntimeError as error:
-            raise ValueError(
-                f"{vocab_file} is not a SentencePiece model, or damaged: {error}"
-            ) from None
-        self.vocab_file = str(vocab_file)
-        self.encode_special_tokens = encode_special_tokens
-        self._commands = self._control_ids()
-        kwargs["glm_family"] = self.family
-        added = kwargs.pop("added_tokens_decoder", None) or {}
-        super().__init__(**kwargs)
-        for index, token in added.items():
-            if self._convert_token_to_id(str(token)) != int(index):
-                raise ValueError(
-                    f"added token {str(token)!r} ({index}) is not in "
-                    f"{self.__class__.__name__}'s vocabulary"
-                )
-
-    # ---- loading and saving
-
-    @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, *inputs, family: str | None = None, **kwargs
-    ) -> "ChatGLMTokenizer":
-        """Tokenizer of a folder or hub name; `family` decides where the files leave it open.
-
-        Code in the folder is never run, whatever its auto_map says.
-        """
-        if cls is ChatGLMTokenizer:
-            family = family or infer_family(folder)
-            if family not in TOKENIZERS:
-                raise ValueError(
-                    f"cannot tell from {folder} which of {', '.join(TOKENIZERS)} it is; "
-                    f"pass family=..., got {family!r}"
-                )
-            return TOKENIZERS[family].from_pretrained(folder, *inputs, **kwargs)
-        if evidence := contradicts(folder, cls.family):
-            raise ValueError(f"{folder} is not a {FAMILIES[cls.family].title} folder: {evidence}")
-        place = Path(folder, kwargs.get("subfolder") or "")
-        if place.is_dir() and "vocab_file" not in kwargs:
-            wanted = place / FAMILIES[cls.family].tokenizer_file
-            if not wanted.is_file():
-                raise FileNotFoundError(
-                    f"{place} has no {wanted.name}, "
-                    f"{FAMILIES[cls.family].title}'s SentencePiece model"
-                )
-            # not left to the library, which prefers any file named tokenizer.model
-            open(wanted, "rb").close()  # what the disk says; the library would hide it
-            kwargs["vocab_file"] = str(wanted)
-        # Only the caller may set it, not a folder's files.
-        kwargs.setdefault("encode_special_tokens", False)
-        kwargs.pop("trust_remote_code", None)
-        if not place.is_dir():
-            return super().from_pretrained(folder, *inputs, **kwargs)
-        check_json_files(place)
-        kwargs.pop("subfolder", None)
-        with reading(place), without_marks(place) as readable:
-            tokenizer = super().from_pretrained(str(readable), *inputs, **kwargs)
-        tokenizer.name_or_path = str(folder)
-        return tokenizer
-
-    def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> tuple[str, ...]:
-        """Write the model and tokenizer_config.json; returns paths.
-
-        The config has the originals' class name and "glm_family".
-        """
-        files = super().save_pretrained(save_directory, *args, **kwargs)
-        prefix = kwargs.get("filename_prefix")
-        name = "tokenizer_config.json"
-        path = Path(save_directory, f"{prefix}-{name}" if prefix else name)
-        config = json.loads(path.read_text(encoding="utf-8"))
-        for key in (*_SAVED_BY_LIBRARY, *self._not_saved, "encode_special_tokens"):
-            config.pop(key, None)
-        config.update(tokenizer_class=_TOKENIZER_CLASS, glm_family=self.family)
-        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
-        path.write_text(f"{text}\n", encoding="utf-8")
-        return files
-
-    # The originals of ChatGLM2/3 have these as read-only properties and fail on a config that sets
-    # them.
-    _not_saved = ("bos_token", "eos_token", "pad_token", "unk_token")
-
-    def save_vocabulary(
-        self, save_directory: str | Path, filename_prefix: str | None = None
-    ) -> tuple[str, ...]:
-        """Copy the SentencePiece model into `save_directory`; returns its path."""
-        name = FAMILIES[self.family].tokenizer_file
-        target = Path(save_directory, f"{filename_prefix}-{name}" if filename_prefix else name)
-        source = Path(self.vocab_file)
-        if not source.is_file():  # the folder that this tokenizer was loaded from is gone
-            target.write_bytes(self.sp_model.serialized_model_proto())
-        elif not target.exists() or not target.samefile(source):
-            shutil.copyfile(source, target)
-        return (str(target),)
-
-    # ---- vocabulary
-
-    def _control_ids(self) -> dict[str, int]:
-        raise NotImplementedError
-
-    @property
-    def vocab_size(self) -> int:
-        raise NotImplementedError
-
-    def __len__(self) -> int:
-        return self.vocab_size
-
-    def get_command(self, token: str) -> int:
-        """Id of a control token by its name. Raises KeyError where the family has no such token."""
-        if token not in self._commands:
-            raise KeyError(
-                f"{self.family} has no control token {token!r}; it has {', '.join(self._commands)}"
-            )
-        return self._commands[token]
-
-    def get_vocab(self) -> dict[str, int]:
-        """{token: id}, 65,000 items (glm: 130,000), built on each call: encoding needs none."""
-        return {self._name(index): index for index in range(self.vocab_size)}
-
-    def _name(self, index: int) -> str:
-        """A token's own name, control tokens included."""
-        raise NotImplementedError
-
-    def _convert_token_to_id_with_added_voc(self, token: str | None) -> int | None:
-        return None if token is None else self._convert_token_to_id(token)
-
-    def _add_tokens(self, new_tokens: Iterable, special_tokens: bool = False) -> int:
-        # Nothing enters the library's trie, which would split the tokens out of user text, and
-        # nothing enters the vocabulary: a checkpoint's spare rows have no names here.
-        for token in map(str, new_tokens):
-            if token and token not in self._commands and not self._has_piece(token):
-                raise ValueError(
-                    f"{token!r} is not in the vocabulary, and ChatGLM's vocabulary is fixed"
-                )
-        return 0
-
-    def _has_piece(self, token: str) -> bool:
-        return self.sp_model.id_to_piece(self.sp_model.piece_to_id(token)) == token
-
-    # ---- text to ids
-
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text: no special tokens are added and none can be typed."""
-        return self._sp_encode(text)
-
-    def _sp_encode(self, text: str) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # a lone surrogate, which JSON can carry and UTF-8 cannot
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self.sp_model.encode(text)
-
-    def _ids(self, text: str, encode_special_tokens: bool) -> list[int]:
-        if not encode_special_tokens:
-            return self.encode_text(text)
-        if not self._readable:
-            raise ValueError(
-                f"{FAMILIES[self.family].title}'s tokenizer never reads control tokens from text"
-            )
-        return self._trusted_ids(text)
-
-    def _trusted_ids(self, text: str) -> list[int]:
-        """Ids of text in which the control tokens `_readable` count as such."""
-        # text, token, text, token, ..., text
-        parts = re.split(f"({'|'.join(map(re.escape, self._readable))})", text)
-        ids = []
-        for i, part in enumerate(parts):
-            if i % 2:
-                ids.append(self._convert_token_to_id(part))
-                continue
-            if self._readable_strips:
-                part = part.lstrip() if i > 0 else part
-                part = part.rstrip() if i + 1 < len(parts) else part
-            ids += self._trusted_text_ids(part) if part else []
-        return ids
-
-    def _trusted_text_ids(self, text: str) -> list[int]:
-        return self.encode_text(text)
-
-    def tokenize(self, text: str, **kwargs) -> list[str]:
-        """Names of the pieces of `text`; takes `encode_special_tokens` like a call."""
-        special = kwargs.get("encode_special_tokens", self.encode_special_tokens)
-        split = kwargs.get("split_special_tokens", False)
-        return [self._name(index) for index in self._ids(text, special and not split)]
-
-    def apply_chat_template(self, *args, **kwargs) -> Any:
-        """Not for these models: a template renders text, and text never becomes control tokens."""
-        raise NotImplementedError(
-            f"chat prompts of {FAMILIES[self.family].title} are built from ids: "
-            f"use FAMILIES[{self.family!r}].encode_chat"
-        )
-
-    def get_special_tokens_mask(
-        self,
-        token_ids_0: list[int],
-        token_ids_1: list[int] | None = None,
-        already_has_special_tokens: bool = False,
-    ) -> list[int]:
-        """1 for each added special token, 0 for a token of the sequences."""
-        if already_has_special_tokens:
-            return super().get_special_tokens_mask(token_ids_0, token_ids_1, True)
-        # -1 stands for text, which no added id equals
-        second = None if token_ids_1 is None else [-1] * len(token_ids_1)
-        built = self.build_inputs_with_special_tokens([-1] * len(token_ids_0), second)
-        return [int(index != -1) for index in built]
-
-    # ---- ids to text
-
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return self.sp_model.decode_pieces(list(tokens))
+from .families import FAMILIES
+from .histories import ROLES
+from .prompts import glm2_build_prompt, glm_chat_prompt
+from .tokenization_base import ChatGLMTokenizer, RoleMessages, without_surrogates
+from .tokenization_glm4 import GLM4Tokenizer
 
 
 class GLMTokenizer(ChatGLMTokenizer):
@@ -377,7 +104,7 @@ class GLMTokenizer(ChatGLMTokenizer):
     def _pieces(self, text: str) -> list[int]:
         text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
         text = re.sub(" {2,80}", lambda run: f"<|blank_{len(run[0])}|>", text)
-        return self._sp_encode(text)
+        return self._vocabulary_ids(without_surrogates(text))
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text: no special tokens are added, control pieces in it are spelled out."""
@@ -549,17 +276,8 @@ class GLM2Tokenizer(ChatGLMTokenizer):
         """Text of a chat prompt, `[Round 1]` also without history."""
         return glm2_build_prompt(query, history)
 
-    def _pad(self, encoded_inputs: dict, *args, padding_side: str | None = None, **kwargs) -> dict:
-        length = len(encoded_inputs["input_ids"])
-        positions = encoded_inputs.pop("position_ids", None) or list(range(length))
-        encoded_inputs = super()._pad(encoded_inputs, *args, padding_side=padding_side, **kwargs)
-        padding = [0] * (len(encoded_inputs["input_ids"]) - length)
-        on_left = (padding_side or self.padding_side) == "left"
-        encoded_inputs["position_ids"] = padding + positions if on_left else positions + padding
-        return encoded_inputs
 
-
-class GLM3Tokenizer(GLM2Tokenizer):
+class GLM3Tokenizer(RoleMessages, GLM2Tokenizer):
     """ChatGLM3-6B: ChatGLM2's vocabulary and layout, and role tokens.
 
     `build_single_message` writes role tokens, plain text never becomes one. As in the original,
@@ -579,32 +297,12 @@ class GLM3Tokenizer(GLM2Tokenizer):
             return self._name(index)
         return super()._convert_id_to_token(index)
 
-    def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
-        """Ids of one message: role token, `metadata` and newline, text.
-
-        Raises ValueError for an unknown role.
-        """
-        return glm3_message(self, role, metadata, message)
-
-    def build_chat_input(
-        self,
-        query: str,
-        history: list | None = None,
-        role: str = "user",
-        return_tensors: str | None = "pt",
-    ) -> BatchEncoding:
-        """A batch of one chat, [1, S]: history, the query in its role, then `<|assistant|>`."""
-        ids = FAMILIES[self.family].encode_chat(self, query, history, role)
-        return self.pad({"input_ids": [ids]}, return_tensors=return_tensors)
-
-    def build_prompt(self, query: str, history: list | None = None) -> str:
-        raise NotImplementedError("ChatGLM3's roles have no text form: use build_chat_input")
-
 
 TOKENIZERS: dict[str, type[ChatGLMTokenizer]] = {
     "glm": GLMTokenizer,
     "glm2": GLM2Tokenizer,
     "glm3": GLM3Tokenizer,
+    "glm4": GLM4Tokenizer,
 }
 
 for _config in (ChatGLMConfig, ChatGLM1Config, ChatGLM2Config):

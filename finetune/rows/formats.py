@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from chatglm.conversations import Turn, check_turns, rounds_of, tool_call, with_tools
+from chatglm.families import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,8 @@ def _calls(text: str | list | dict, loss: bool = True) -> list[Turn]:
         arguments = _call_arguments(call)
         if not (isinstance(arguments, dict) and isinstance(call.get("name"), str)):
             raise ValueError(f"a function call has a name and arguments, got {_shown(call)}")
-        turns.append(Turn("assistant", tool_call(arguments), call["name"], loss))
+        text = tool_call(arguments)
+        turns.append(Turn("assistant", text, call["name"], loss, call=arguments))
     return turns
 
 
@@ -234,7 +236,8 @@ def _chatglm3(row: dict, prompt_text: str) -> list[Turn]:
                 raise ValueError(
                     f'"parameters" of a tool turn must be an object, got {_shown(parameters)}'
                 )
-            turns.append(Turn("assistant", tool_call(parameters), _text(turn, "name"), loss))
+            text, name = tool_call(parameters), _text(turn, "name")
+            turns.append(Turn("assistant", text, name, loss, call=parameters))
             turns.append(Turn("observation", _json_text(turn.get("observation"), "observation")))
         else:
             turns.append(Turn(_text(turn, "role"), _text(turn, "content"), loss=loss))
@@ -502,7 +505,7 @@ def from_turns(turns: list[Turn], place: str) -> Row:
 
 def refused_by(row: Row, family_name: str) -> str | None:
     """Why a family has no layout for a row; None where it has one."""
-    if row.turns and family_name != "glm3":
+    if row.turns and not FAMILIES[family_name].roles:
         try:
             rounds_of(list(row.turns))
         except ValueError as error:

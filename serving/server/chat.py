@@ -80,7 +80,7 @@ def encode_messages(
             take turns.
     """
     family = FAMILIES[tokenizer.family]
-    if family.name == "glm3":
+    if family.roles:
         history = [{"role": role, "content": text} for role, text in messages[:-1]]
         return family.encode_chat(tokenizer, messages[-1][1], history, **as_tuned)
     system = [text for role, text in messages if role == "system"]
@@ -153,11 +153,9 @@ class TextStream:
         self._marks = MARKS if family.name == "glm" else ""
         # ChatGLM3's first line is its message's header, blank but for tool calls, which stay text
         # here.
-        self._process = FAMILIES["glm2" if family.name == "glm3" else family.name].process_response
+        self._process = family.answer_text
         roles = (
-            ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
-            if family.name == "glm3"
-            else ()
+            ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>") if family.roles else ()
         )
         self._hidden = {tokenizer.get_command(role) for role in roles}
         self._ids: list[int] = []

@@ -1,40 +1,55 @@
-"""The three models against the goldens: every number of the originals that can be compared.
+"""The models against the goldens: every number of the originals that can be compared.
 
 `python -m tests.chatglm.test_goldens` prints the largest difference of each fixture as a markdown
 table. Padding positions are left out: the originals let them attend to everything, and their
 outputs are not used.
 """
 
+import copy
 import json
 import re
 import shutil
 import tempfile
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from chatglm import load_model
-from chatglm.families import FAMILIES
+from chatglm.modeling_glm2 import ChatGLM2Model
 from tests.conftest import shared_file
 
 LOGITS, LOSS, GRADIENT, EXACT = 5e-5, 1e-5, 1e-4, 0.0
+ANGLES = 1e-5  # cosines at positions up to 32,767, whose angles fp32 keeps to 2e-3
 # Inputs, and what documents the originals' own arithmetic: half-precision tables, integer weights.
 NOT_COMPARED = re.compile(
-    r"input_ids|labels|\.prompt$|attention_mask$|position_ids$|\.state\.|^rope_|^quant"
+    r"input_ids|labels|\.prompt$|attention_mask$|position_ids$|\.state\.|^rope_(?!ratio)|^quant"
+    r"|^rope_ratio\.(positions|.*float16)$"
 )
 OBSERVED = re.compile(
     r"^right\.built_|^mask\.(attention_mask|position_ids)$"
 )  # built by the originals' forward
 
 
-class Golden:
-    """One family's inputs and expected outputs, and its model."""
+# Whose goldens: the family of the checkpoint.
+SUBJECTS = {
+    "glm": "glm",
+    "glm2": "glm2",
+    "glm3": "glm3",
+    "relatives/glm4": "glm4",
+    "relatives/glm2_32k": "glm2",
+    "relatives/glm3_32k": "glm3",
+}
 
-    def __init__(self, family: str):
-        self.family, self.folder = family, shared_file(f"golden/{family}")
+
+class Golden:
+    """One checkpoint's inputs and expected outputs, and its model."""
+
+    def __init__(self, subject: str):
+        self.family, self.folder = SUBJECTS[subject], shared_file(f"golden/{subject}")
         self.facts = json.loads((self.folder / "golden.json").read_text(encoding="utf-8"))
         names = [
             name
@@ -88,8 +103,8 @@ class Golden:
 
 
 @lru_cache
-def golden(family: str) -> Golden:
-    return Golden(family)
+def golden(subject: str) -> Golden:
+    return Golden(subject)
 
 
 def gap(ours, theirs) -> float:
@@ -285,6 +300,37 @@ def measure_rope(g):
         yield "rope.cache", gap(torch.view_as_real(turns)[0], g["rope.cache"]), 1e-6
 
 
+def measure_rope_ratio(g):
+    """Rotary tables of the real size, for several ratios, where positions are far apart."""
+    positions = g["rope_ratio.positions"]
+    for name in g.names:
+        if name.startswith("rope_ratio."):
+            ratio = float(name.split(".")[1])
+            config = copy.copy(g.model.config)
+            config.rope_ratio, config.kv_channels = ratio, 128
+            turns = ChatGLM2Model.rotary(SimpleNamespace(config=config), positions[None])
+            yield name, gap(torch.view_as_real(turns)[0], g[name]), ANGLES
+
+
+def measure_far(g):
+    with torch.no_grad():
+        logits = g.model(g["far.input_ids"], position_ids=g["far.position_ids"]).logits
+    yield "far.logits", gap(logits, g["far.logits"]), LOGITS
+
+
+def measure_chunk(g):
+    """A cache of 7 tokens, then the others in one call."""
+    ids = g["hidden.input_ids"]
+    with torch.no_grad():
+        first = g.model(ids[:, :7], use_cache=True)
+        second = g.model(
+            ids[:, 7:],
+            past_key_values=first.past_key_values,
+            attention_mask=torch.ones_like(ids),
+        )
+    yield "chunk.logits", gap(second.logits, g["chunk.logits"]), LOGITS
+
+
 def measure_train(g):
     yield from train(g.model, g, "train")
     # train mode drops nothing, the mean over a single row is that row's, and an attention mask
@@ -427,6 +473,9 @@ GROUPS = {
     **dict.fromkeys(("gen", "gen_batch"), measure_gen),
     **{kind: partial(measure_ptuning, kind=kind) for kind in ("ptuning_noproj", "ptuning_proj")},
     "rope": measure_rope,
+    "rope_ratio": measure_rope_ratio,
+    "far": measure_far,
+    "chunk": measure_chunk,
     "train": measure_train,
     "train_untied": measure_train_untied,
     "lora": measure_lora,
@@ -434,20 +483,24 @@ GROUPS = {
 
 
 @cache
-def run(family, measure):
+def run(subject, measure):
     """{fixture: [(difference, tolerance), ...]}"""
     found = {}
-    for name, difference, tolerance in measure(golden(family)):
+    for name, difference, tolerance in measure(golden(subject)):
         found.setdefault(name, []).append((difference, tolerance))
     return found
 
 
-def measured(family, name):
-    return run(family, GROUPS[name.split(".")[0]])[name]
+def measured(subject, name):
+    return run(subject, GROUPS[name.split(".")[0]])[name]
 
 
 def fixtures():
-    return [pytest.param(f, name, id=f"{f}-{name}") for f in FAMILIES for name in golden(f).names]
+    return [
+        pytest.param(f, name, id=f"{f.split('/')[-1]}-{name}")
+        for f in SUBJECTS
+        for name in golden(f).names
+    ]
 
 
 @pytest.mark.parametrize("family, name", fixtures())
@@ -456,7 +509,7 @@ def test_golden(family, name):
     assert all(difference <= tolerance for difference, tolerance in results), results
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SUBJECTS)
 def test_parameter_names_are_the_checkpoints(family):
     """Except the rotary tables, which are computed."""
     stored = load_file(golden(family).folder / "checkpoint" / "model.safetensors")
