@@ -9,7 +9,7 @@ Near-duplicates of a question are in one split; a quarter of the groups is held 
 question is asked as it is, and with other values. Tools are reduced to names, parameters and types.
 The model starts from random weights, so each training question is repeated with values of other
 questions. train.py reads the rows in glaive's format; `model.chat` gets the tools in the system
-message, and `families.parse_tool_call`, which executes nothing, parses the call.
+message, and `prompts.parse_tool_call`, which executes nothing, parses the call.
 """
 
 import argparse
@@ -229,7 +229,7 @@ def learn(rows: Path, base: Path, steps: int, seed: int) -> Path:
 def ask(checkpoint: Path, calls: list[Call], show: bool) -> dict[str, float]:
     """Shares of the answers that parse as a call, have the right name, and also its arguments."""
     from chatglm import load_model, load_tokenizer
-    from chatglm.families import TOOL_PREAMBLE
+    from chatglm.histories import TOOL_PREAMBLE
 
     model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
     parsed = named = right = 0

@@ -152,6 +152,7 @@ def _tokenizer_evidence(path: Path, tokenizer: dict) -> Iterator[_Evidence]:
         elif "<|user|>" in text:
             sentence = f"<|user|>, a role token of ChatGLM3-6B and GLM-4-9B, is in {where}"
             yield _sign(sentence, "glm3", "glm4")
+            yield _sign(f"{where} lack GLM-4-9B's <sop>", "glm3", strong=False)
     if tokenizer.get("tokenizer_class") == "ChatGLM4Tokenizer":
         yield _sign("tokenizer_config.json names ChatGLM4Tokenizer", "glm4")
     if "ice_text.model" in code:
@@ -159,7 +160,8 @@ def _tokenizer_evidence(path: Path, tokenizer: dict) -> Iterator[_Evidence]:
     elif "tiktoken" in code:
         yield _sign("tokenization_chatglm.py reads a byte-pair vocabulary, GLM-4-9B's", "glm4")
     elif "<|user|>" in code:
-        yield _sign("tokenization_chatglm.py has ChatGLM3-6B's role tokens", "glm3")
+        sentence = "<|user|>, a role token of ChatGLM3-6B, is in tokenization_chatglm.py"
+        yield _sign(sentence, "glm3")
     elif code:
         yield _sign("tokenization_chatglm.py has no role tokens, so it is ChatGLM2-6B's", "glm2")
 

@@ -75,22 +75,18 @@ __all__ = [
 if TYPE_CHECKING:
     from peft import PeftModel
 
-log = logging.getLogger(__name__)
-
 # Tensors that say nothing about which model a folder holds: tables, tied copies, P-Tuning's own.
 NOT_IDENTITY = ("inv_freq", "lm_head.weight", "prefix_encoder.")
 
 
 def resolve_mode(path: str | Path, mode: str | None = None, base: str | Path | None = None) -> str:
-    """The family of a folder: `mode`, else what the folder or its base shows, else glm2.
-
-    The last comes with a warning.
+    """The family of a folder: `mode`, else what the folder or its base shows.
 
     Args:
         base: the base model of an adapter or prefix folder; by default the one that it names.
     Raises:
-        ValueError: `mode` is no family, the folder's files say that it cannot be that family, or
-            its config.json is no ChatGLM's.
+        ValueError: `mode` is no family, the folder's files say that it cannot be that family or
+            nothing of its family, or its config.json is no ChatGLM's.
         FileNotFoundError: there is no such folder.
     """
     folder = check_folder(path)
@@ -100,10 +96,10 @@ def resolve_mode(path: str | Path, mode: str | None = None, base: str | Path | N
         if mode is None:
             if (ratio := config.get("rope_ratio", 1)) != 1:
                 raise ValueError(f"{path}/config.json: {untold_family(ratio)}")
-            log.warning(
-                '%s does not tell its family; taking glm2 (say mode="glm3" for ChatGLM3)', path
+            raise ValueError(
+                f"{path} does not tell which of {', '.join(FAMILIES)} it is: say --mode "
+                '(in Python mode="glm3"), or set "glm_family" in its config.json'
             )
-            mode = "glm2"
     elif mode not in FAMILIES:
         raise ValueError(f"mode must be one of {', '.join(FAMILIES)}; got {mode!r}")
     elif evidence := contradicts(path, mode, base):
@@ -163,7 +159,7 @@ def load_model(
     Args:
         path: a folder of weights (safetensors, or .bin read with weights_only), a peft adapter
             folder, or a folder that holds only a P-Tuning prefix.
-        mode: "glm", "glm2" or "glm3"; found in the folder when None.
+        mode: a key of FAMILIES; found in the folder when None.
         dtype: of the weights; None keeps the checkpoint's.
         pre_seq_len, prefix_projection, ptuning_version: a new P-Tuning prefix of so many virtual
             tokens; a folder that has a prefix needs none of them, and any that is given must agree

@@ -45,6 +45,7 @@ VARIANTS = {  # test id -> (family, config changes)
     "glm": ("glm", {}),
     "glm2": ("glm2", {}),
     "glm3": ("glm3", {"rope_ratio": 5}),
+    "glm4": ("glm4", {"rope_ratio": 500, "layernorm_epsilon": 1.5625e-07}),
     "glm2-multi_head-linear_biases": (
         "glm2",
         {"multi_query_attention": False, "add_bias_linear": True},
@@ -89,6 +90,8 @@ def tiny_model(family: str, attn_implementation="sdpa", seed=0, **changes):
 
 def write_tokenizer(folder: Path, family: str) -> Path:
     """A tokenizer folder of a family, trained on a few words."""
+    if family == "glm4":
+        return write_byte_pairs(folder)
     import sentencepiece
 
     text = [
@@ -118,13 +121,26 @@ def write_tokenizer(folder: Path, family: str) -> Path:
     return folder
 
 
+def write_byte_pairs(folder: Path) -> Path:
+    """A GLM-4 tokenizer folder: single bytes, and the beginnings of a few words."""
+    from chatglm.byte_pairs import BYTES, ranks_file
+
+    ranks = {token: rank for rank, token in enumerate(BYTES)}
+    for word in ("你好", "世界", "今天", " 天气", "hello", " world", "user", "123"):
+        for end in range(2, len(word.encode()) + 1):
+            ranks.setdefault(word.encode()[:end], len(ranks))
+    (folder / "tokenizer.model").write_bytes(ranks_file(ranks))
+    (folder / "tokenizer_config.json").write_text('{"glm_family": "glm4"}')
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory) -> dict[str, Path]:
     """{family: folder} of a random model with its tokenizer, as save_pretrained writes them."""
     from chatglm.tokenization import ChatGLMTokenizer
 
     folders = {}
-    for family in ("glm", "glm2", "glm3"):
+    for family in ("glm", "glm2", "glm3", "glm4"):
         folder = write_tokenizer(tmp_path_factory.mktemp("tokenizer"), family)
         tokenizer = ChatGLMTokenizer.from_pretrained(str(folder))
         changes = {"padded_vocab_size": 400}

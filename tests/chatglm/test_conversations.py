@@ -19,13 +19,9 @@ from chatglm.conversations import (
     tool_call,
     with_tools,
 )
-from chatglm.families import (
-    FAMILIES,
-    TOOL_PREAMBLE,
-    glm2_build_prompt,
-    glm_chat_prompt,
-    parse_tool_call,
-)
+from chatglm.families import FAMILIES
+from chatglm.histories import TOOL_PREAMBLE
+from chatglm.prompts import glm2_build_prompt, glm_chat_prompt, parse_tool_call
 from tests.chatglm.test_families import tokenizers  # noqa: F401
 
 LONG = {"max_len": 10_000, "max_src_len": 9_000}

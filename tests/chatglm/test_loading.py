@@ -71,18 +71,17 @@ def test_mode_is_inferred_and_contradictions_are_refused(tiny_folders, family):
         for load in (load_model, load_tokenizer):
             with pytest.raises(ValueError, match=f"mode '{other}' does not fit .*glm_family"):
                 load(folder, mode=other)
-    with pytest.raises(ValueError, match="mode must be one of glm, glm2, glm3; got 'glm4'"):
-        load_model(folder, mode="glm4")
+    with pytest.raises(ValueError, match="mode must be one of glm, glm2, glm3, glm4; got 'glm5'"):
+        load_model(folder, mode="glm5")
 
 
-def test_a_folder_that_does_not_tell_is_glm2_with_a_warning(tiny_folders, tmp_path, caplog):
+def test_a_folder_that_does_not_tell_its_family_is_asked_about(tiny_folders, tmp_path):
     folder = shutil.copytree(tiny_folders["glm3"], tmp_path / "weights")
     (folder / "tokenizer_config.json").unlink()
     edit_config(folder, drop=["glm_family"])
-    assert load_model(folder).config.glm_family == "glm2"
-    assert any("does not tell its family" in record.message for record in caplog.records)
-    caplog.clear()
-    assert load_model(folder, mode="glm3").config.glm_family == "glm3" and not caplog.records
+    with pytest.raises(ValueError, match="does not tell which of glm, .* it is: say --mode"):
+        load_model(folder)
+    assert load_model(folder, mode="glm3").config.glm_family == "glm3"
     with pytest.raises(ValueError, match="does not fit"):
         load_model(folder, mode="glm")
 
@@ -212,7 +211,7 @@ def test_fingerprint_knows_the_model_whatever_the_folder(tiny_folders, tmp_path)
             assert base_fingerprint(changed) != wanted, name
             save_file({k: v for k, v in state.items() if k != name}, changed / WEIGHTS)
             assert base_fingerprint(changed) != wanted, name
-    assert len({base_fingerprint(folder) for folder in tiny_folders.values()}) == 3
+    assert len({base_fingerprint(folder) for folder in tiny_folders.values()}) == 4
 
 
 # ---- P-Tuning prefixes and adapters
@@ -312,7 +311,7 @@ def test_adapter_folders(tiny_folders, family, tmp_path):
     )
     assert load_tokenizer(tmp_path).family == family  # the base's
     assert load_model(tmp_path, dtype="bfloat16").base_model.model.dtype == torch.bfloat16
-    other = {"glm": "glm2", "glm2": "glm", "glm3": "glm"}[family]
+    other = "glm2" if family == "glm" else "glm"
     with pytest.raises(ValueError, match="does not fit .*base model"):
         load_model(tmp_path, mode=other)
     edit_config(tmp_path, "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"))
@@ -452,9 +451,10 @@ def test_an_answer_ends_at_each_stop_token_and_holds_none(chats, family):
     for stop in FAMILIES[family].stop_tokens:
         (answer, history), stream = conversation(chats, family, ["世界", stop, "hello"])
         assert answer == "世界" and stream[-1] == (answer, history), stop
-        last = history[-1]["content"] if family == "glm3" else history[-1][1]
+        roles = FAMILIES[family].roles
+        last = history[-1]["content"] if roles else history[-1][1]
         assert last == "世界"
-        if family != "glm3":
+        if not roles:
             assert history == [("你好", "世界")]
         # nothing but the stop token
         (answer, _), stream = conversation(chats, family, [stop])
@@ -470,7 +470,12 @@ def test_an_answer_ends_at_each_stop_token_and_holds_none(chats, family):
 def test_what_the_model_is_shown(chats):
     """chat() shows the model the family's own ids, history and roles included."""
     pairs, messages = [("a", "b")], [{"role": "user", "content": "a"}]
-    for family, history in (("glm", pairs), ("glm2", pairs), ("glm3", messages)):
+    for family, history in (
+        ("glm", pairs),
+        ("glm2", pairs),
+        ("glm3", messages),
+        ("glm4", messages),
+    ):
         model, tokenizer = chats[family]
         seen = []
         hook = model.get_input_embeddings().register_forward_pre_hook(
@@ -494,7 +499,7 @@ def test_what_the_model_is_shown(chats):
     text = "[Round 1]\n问：你好\n答：很 好\n[Round 2]\n问：世界\n答："
     assert asked["input_ids"][0].tolist()[:-2] == tokenizer.encode_text(text)
     model.config.chat_prompt = None
-    with pytest.raises(ValueError, match="only ChatGLM3 has roles"):
+    with pytest.raises(ValueError, match="only ChatGLM3 and GLM-4 have roles"):
         model.chat(tokenizer, "你好", role="observation")
 
 
@@ -532,7 +537,7 @@ def test_a10_a_chat_goes_on_from_either_form(chats, family):
     (from_messages, later), stream = conversation(chats, family, answer, history=messages)
     assert from_pairs == from_messages == "好" and stream[-1][1] == later and len(messages) == 2
     asked, said = {"role": "user", "content": "你好"}, {"role": "assistant", "content": "好"}
-    if family == "glm3":
+    if FAMILIES[family].roles:
         assert longer == later == [*messages, asked, said | {"metadata": ""}]
     else:
         assert longer == [*pairs, ("你好", "好")] and later == [*messages, asked, said]

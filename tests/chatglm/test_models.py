@@ -429,7 +429,7 @@ def test_half_precision_runs_and_keeps_fp32_angles(variant):
             )  # as the released weights were trained
             tables = [(place[:, None] * inv_freq), (place - 290)[:, None] * inv_freq]
         else:
-            base = 10000.0 * (own.get("rope_ratio", 1) if family == "glm3" else 1)
+            base = 10000.0 * (own.get("rope_ratio", 1) if family in ("glm3", "glm4") else 1)
             tables = [place[:, None].double() / base ** (torch.arange(0, 4, 2).double() / 4)]
         for turns, table in zip(seen[0][0, :, 0].chunk(len(tables), -1), tables):
             assert (turns.real - table.cos()).abs().max() < 1e-4 and (
