@@ -72,13 +72,17 @@ class AutoClassHook(importlib.abc.MetaPathFinder):
                 spec = finder.find_spec(name, path, target)
         if spec is None:
             return None
-        run = spec.loader.exec_module
+        loader = spec.loader
+        if loader is None:  # a namespace package, which transformers' modules are not
+            return spec
+        run = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             run(module)
             import_ours(name)
 
-        spec.loader.exec_module = exec_module
+        # of this one loader, which its finder made for this module
+        setattr(loader, "exec_module", exec_module)  # noqa: B010 (mypy: assignment to a method)
         return spec
 
 

@@ -15,7 +15,8 @@ from .folders import reading
 from .weights import read_tensors
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
 
 PEFT = "base_model.model."
 # What savers put before a module's name, some of it more than once: peft's own, and TRL's of a
@@ -127,7 +128,7 @@ def fit_adapter(model: nn.Module, state: dict[str, Tensor]) -> Fit:
     return Fit(state, missing, unexpected, misshapen)
 
 
-def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
+def load_adapter(model: "PreTrainedModel", folder: Path) -> "PeftModel":
     """The model in a PeftModel with the adapter of `folder`, in eval mode.
 
     Raises:
@@ -140,8 +141,8 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
 
     folder = Path(folder)
     config, state = read_adapter_config(folder), read_adapter(folder)
-    peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-    name = model.name_or_path
+    peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)
+    name = str(model.name_or_path)
     remedy = f"does its adapter belong to {name}?"
     places = set((getattr(model, "hf_device_map", None) or {}).values())
     if "disk" in places:
@@ -153,20 +154,20 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
         # peft spreads base and adapter over the devices again, and reads the file itself.
         with reading(folder, remedy), warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(model, str(folder), config=config)
-        check_names(folder, name, fit_adapter(model, state))
-        return model.eval()
+            spread = PeftModel.from_pretrained(model, str(folder), config=config)
+        check_names(folder, name, fit_adapter(spread, state))
+        return spread.eval()
     with reading(folder, remedy):
-        model = peft_class(model, config)
-    fit = fit_adapter(model, state)
+        adapted = peft_class(model, config)
+    fit = fit_adapter(adapted, state)
     check_names(folder, name, fit)
     with reading(adapter_file(folder)):
         try:
-            set_peft_model_state_dict(model, state)
+            set_peft_model_state_dict(adapted, state)
         except RuntimeError:  # shapes; some kinds of adapter change their own to the file's
             check_shapes(folder, name, fit)
             raise
-    return model.eval()
+    return adapted.eval()
 
 
 def check_names(folder: Path, base: str, fit: Fit) -> None:

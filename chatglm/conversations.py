@@ -106,7 +106,8 @@ def rounds_of(turns: list[Turn]) -> list[tuple[str, str, bool]]:
         raise ValueError("tool calls and observations need ChatGLM3")
     rounds: list[tuple[str, str, bool]] = []
     system = ""
-    for before, turn in zip([None, *turns], turns):
+    before = ""  # the role of the turn before
+    for turn in turns:
         if turn.role == "system":
             system = turn.content + "\n"
         elif turn.role == "user":
@@ -114,9 +115,9 @@ def rounds_of(turns: list[Turn]) -> list[tuple[str, str, bool]]:
             system = ""
         else:
             question, answer, _ = rounds[-1]
-            goes_on = before.role == "assistant"
-            text = f"{answer}\n{turn.content}" if goes_on else turn.content
+            text = f"{answer}\n{turn.content}" if before == "assistant" else turn.content
             rounds[-1] = (question, text, turn.loss)
+        before = turn.role
     return rounds
 
 

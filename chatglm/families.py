@@ -305,10 +305,14 @@ def parse_tool_call(code: str) -> dict[str, Any]:
         call = ast.parse(code.strip(), mode="eval").body
         if not isinstance(call, ast.Call) or getattr(call.func, "id", None) != "tool_call":
             raise ValueError("not a call of tool_call")
-        names = [keyword.arg for keyword in call.keywords]
-        if call.args or None in names or len(set(names)) != len(names):
+        if call.args:
             raise ValueError("arguments must be distinct keywords")
-        return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        parameters: dict[str, Any] = {}
+        for keyword in call.keywords:
+            if keyword.arg is None or keyword.arg in parameters:
+                raise ValueError("arguments must be distinct keywords")
+            parameters[keyword.arg] = ast.literal_eval(keyword.value)
+        return parameters
     # deep nesting makes the parser run out of stack or memory before it finds a syntax error
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(
@@ -402,16 +406,7 @@ def _evidence(
         if isinstance(family, str) and family in FAMILIES:
             yield _sign(f'{file} says "glm_family": "{family}"', family)
 
-    if (path / "ice_text.model").is_file():
-        yield _sign("the folder holds ice_text.model, ChatGLM-6B's tokenizer", "glm")
-    for key in ("position_encoding_2d", "inner_hidden_size"):
-        if key in config:
-            yield _sign(f"config.json has {key}, which only ChatGLM-6B has", "glm")
-    for key in ("multi_query_group_num", "padded_vocab_size"):
-        if key in config:
-            sentence = f"config.json has {key}, which ChatGLM2-6B and ChatGLM3-6B have"
-            yield _sign(sentence, "glm2", "glm3")
-
+    yield from _architecture_evidence(path, config)
     yield from _tokenizer_evidence(path, tokenizer)
 
     base = base or adapter.get("base_model_name_or_path")
@@ -434,6 +429,19 @@ def _evidence(
     if (ratio := config.get("rope_ratio")) in (16, 50, 500):
         family = "glm2" if ratio == 16 else "glm3"
         yield _sign(f"config.json has rope_ratio {ratio}", family, strong=False)
+
+
+def _architecture_evidence(path: Path, config: dict) -> Iterator[_Evidence]:
+    """What the keys of config.json and ChatGLM-6B's tokenizer file say."""
+    if (path / "ice_text.model").is_file():
+        yield _sign("the folder holds ice_text.model, ChatGLM-6B's tokenizer", "glm")
+    for key in ("position_encoding_2d", "inner_hidden_size"):
+        if key in config:
+            yield _sign(f"config.json has {key}, which only ChatGLM-6B has", "glm")
+    for key in ("multi_query_group_num", "padded_vocab_size"):
+        if key in config:
+            sentence = f"config.json has {key}, which ChatGLM2-6B and ChatGLM3-6B have"
+            yield _sign(sentence, "glm2", "glm3")
 
 
 def _tokenizer_evidence(path: Path, tokenizer: dict) -> Iterator[_Evidence]:

@@ -38,7 +38,7 @@ class RMSNorm(nn.Module):
         return RMSNormFunction.apply(x, self.weight, self.eps)
 
 
-class SelfAttention(nn.Module):
+class GLM2SelfAttention(nn.Module):
     """Grouped-query attention; the names of its layers are the originals'."""
 
     def __init__(self, config: ChatGLM2Config, layer_idx: int):
@@ -81,7 +81,7 @@ class SelfAttention(nn.Module):
         return self.dense(out), weights
 
 
-class MLP(nn.Module):
+class GLM2MLP(nn.Module):
     """The feed-forward part of a block, with SwiGLU."""
 
     def __init__(self, config: ChatGLM2Config):
@@ -100,9 +100,9 @@ class ChatGLM2Block(GradientCheckpointingLayer):
     def __init__(self, config: ChatGLM2Config, layer_idx: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
-        self.self_attention = SelfAttention(config, layer_idx)
+        self.self_attention = GLM2SelfAttention(config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
-        self.mlp = MLP(config)
+        self.mlp = GLM2MLP(config)
         self.hidden_dropout = config.hidden_dropout
 
     def forward(
@@ -127,15 +127,15 @@ class ChatGLM2Block(GradientCheckpointingLayer):
         return hidden_states + F.dropout(out, self.hidden_dropout, self.training)
 
 
-class Embedding(nn.Module):
+class TokenEmbedding(nn.Module):
     """Holds the token embeddings under the originals' name."""
 
     def __init__(self, config: ChatGLM2Config):
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        self.word_embeddings: nn.Module = nn.Embedding(config.padded_vocab_size, config.hidden_size)
 
 
-class Encoder(nn.Module):
+class TransformerLayers(nn.Module):
     """Holds the blocks under the originals' names; ChatGLM2Model runs them."""
 
     def __init__(self, config: ChatGLM2Config):
@@ -149,7 +149,7 @@ class ChatGLM2PreTrainedModel(ChatGLMPreTrainedModel):
     config_class = ChatGLM2Config
     _no_split_modules = ["ChatGLM2Block"]
     _supports_flash_attn = True
-    _can_record_outputs = {"hidden_states": ChatGLM2Block, "attentions": SelfAttention}
+    _can_record_outputs = {"hidden_states": ChatGLM2Block, "attentions": GLM2SelfAttention}
     _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]
 
 
@@ -159,11 +159,13 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
     It also owns `output_layer`, as the originals do; ChatGLM2ForConditionalGeneration applies it.
     """
 
+    config: ChatGLM2Config
+
     def __init__(self, config: ChatGLM2Config):
         super().__init__(config)
-        self.embedding = Embedding(config)
-        self.encoder = Encoder(config)
-        self.output_layer = OutputLayer(
+        self.embedding = TokenEmbedding(config)
+        self.encoder = TransformerLayers(config)
+        self.output_layer: nn.Module = OutputLayer(
             config.hidden_size, config.padded_vocab_size, bias=config.add_bias_linear
         )
         kv_size = 2 * config.num_layers * config.num_key_value_heads * config.kv_channels
@@ -266,6 +268,9 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
 
 class ChatGLM2ForConditionalGeneration(ChatGLMCausalLM, ChatGLM2PreTrainedModel, GenerationMixin):
     """The body with its output layer: `forward`, `generate`, `chat`, `stream_chat`."""
+
+    config: ChatGLM2Config
+    transformer: ChatGLM2Model
 
     _tied_weights_keys = {
         "transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"

@@ -7,6 +7,7 @@ the originals do.
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizer
+from transformers.utils import PaddingStrategy
 
 from .configuration import ChatGLM1Config, ChatGLM2Config, ChatGLMConfig
 from .families import (
@@ -52,7 +54,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     is not one or where the folder belongs to another family.
     """
 
-    family: str | None = None
+    family: str = ""  # a key of FAMILIES, in the subclasses
     padding_side = "left"
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     # Control tokens that a caller may ask to be read from text, and whether they absorb the spaces
@@ -61,7 +63,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     _readable_strips = False
 
     def __init__(self, vocab_file: str, encode_special_tokens: bool = False, **kwargs):
-        if self.family is None:
+        if not self.family:
             raise TypeError(
                 "ChatGLMTokenizer is the shared base: use from_pretrained or one of its subclasses"
             )
@@ -98,12 +100,17 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *inputs, family: str | None = None, **kwargs
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *inputs: Any,
+        family: str | None = None,
+        **kwargs: Any,
     ) -> "ChatGLMTokenizer":
         """Tokenizer of a folder or hub name; `family` decides where the files leave it open.
 
         Code in the folder is never run, whatever its auto_map says.
         """
+        folder = Path(pretrained_model_name_or_path)
         if cls is ChatGLMTokenizer:
             family = family or infer_family(folder)
             if family not in TOKENIZERS:
@@ -114,22 +121,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             return TOKENIZERS[family].from_pretrained(folder, *inputs, **kwargs)
         if evidence := contradicts(folder, cls.family):
             raise ValueError(f"{folder} is not a {FAMILIES[cls.family].title} folder: {evidence}")
-        place = Path(folder, kwargs.get("subfolder") or "")
+        place = folder / (kwargs.get("subfolder") or "")
         if place.is_dir() and "vocab_file" not in kwargs:
-            wanted = place / FAMILIES[cls.family].tokenizer_file
-            if not wanted.is_file():
-                raise FileNotFoundError(
-                    f"{place} has no {wanted.name}, "
-                    f"{FAMILIES[cls.family].title}'s SentencePiece model"
-                )
             # not left to the library, which prefers any file named tokenizer.model
-            open(wanted, "rb").close()  # what the disk says; the library would hide it
-            kwargs["vocab_file"] = str(wanted)
+            kwargs["vocab_file"] = str(cls._find_vocab_file(place))
         # Only the caller may set it, not a folder's files.
         kwargs.setdefault("encode_special_tokens", False)
         kwargs.pop("trust_remote_code", None)
         if not place.is_dir():
-            return super().from_pretrained(folder, *inputs, **kwargs)
+            return super().from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
         check_json_files(place)
         kwargs.pop("subfolder", None)
         with reading(place), without_marks(place) as readable:
@@ -137,7 +137,21 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         tokenizer.name_or_path = str(folder)
         return tokenizer
 
-    def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> tuple[str, ...]:
+    @classmethod
+    def _find_vocab_file(cls, folder: Path) -> Path:
+        """The SentencePiece model in a folder. Raises FileNotFoundError, OSError."""
+        family = FAMILIES[cls.family]
+        wanted = folder / family.tokenizer_file
+        if not wanted.is_file():
+            raise FileNotFoundError(
+                f"{folder} has no {wanted.name}, {family.title}'s SentencePiece model"
+            )
+        open(wanted, "rb").close()  # raises what the disk says; the library would hide it
+        return wanted
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> tuple[str, ...]:
         """Write the model and tokenizer_config.json; returns paths.
 
         The config has the originals' class name and "glm_family".
@@ -156,7 +170,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     # The originals of ChatGLM2/3 have these as read-only properties and fail on a config that sets
     # them.
-    _not_saved = ("bos_token", "eos_token", "pad_token", "unk_token")
+    _not_saved: tuple[str, ...] = ("bos_token", "eos_token", "pad_token", "unk_token")
 
     def save_vocabulary(
         self, save_directory: str | Path, filename_prefix: str | None = None
@@ -255,8 +269,13 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _trusted_text_ids(self, text: str) -> list[int]:
         return self.encode_text(text)
 
-    def tokenize(self, text: str, **kwargs) -> list[str]:
-        """Names of the pieces of `text`; takes `encode_special_tokens` like a call."""
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Names of the pieces of `text`; takes `encode_special_tokens` like a call.
+
+        As in transformers' own Python tokenizers, `pair` and `add_special_tokens` have no effect.
+        """
         special = kwargs.get("encode_special_tokens", self.encode_special_tokens)
         split = kwargs.get("split_special_tokens", False)
         return [self._name(index) for index in self._ids(text, special and not split)]
@@ -413,32 +432,48 @@ class GLMTokenizer(ChatGLMTokenizer):
         return self.sp_model.decode_pieces([self._whitespace.get(token, token) for token in tokens])
 
     def _decode(
-        self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs: Any,
     ) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         hidden = {self.pad_token_id}
         if skip_special_tokens:
             hidden |= set(self._commands.values())
-        return super()._decode([i for i in ids if i not in hidden], **kwargs)
+        shown = [i for i in ids if i not in hidden]
+        return super()._decode(shown, False, clean_up_tokenization_spaces, **kwargs)
 
-    def pad(self, encoded_inputs: Mapping | Sequence[Mapping], *args, **kwargs) -> BatchEncoding:
+    def pad(
+        self, encoded_inputs: Mapping | Sequence[Mapping], *args: Any, **kwargs: Any
+    ) -> BatchEncoding:
         """As the library's; masks and positions are rebuilt from the padded ids."""
-        if isinstance(encoded_inputs, (list, tuple)):
-            encoded_inputs = [_without_masks(row) for row in encoded_inputs]
+        rows: Any  # transformers' types do not say that a batch may hold tensors
+        if isinstance(encoded_inputs, Mapping):
+            rows = _without_masks(encoded_inputs)
         else:
-            encoded_inputs = _without_masks(encoded_inputs)
-        return super().pad(encoded_inputs, *args, **kwargs)
+            rows = [_without_masks(row) for row in encoded_inputs]
+        return super().pad(rows, *args, **kwargs)
 
     def _pad(
-        self, encoded_inputs: dict, *args, return_attention_mask: bool | None = None, **kwargs
+        self,
+        encoded_inputs: dict[str, list[int]] | BatchEncoding,
+        max_length: int | None = None,
+        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
     ) -> dict:
-        encoded_inputs = super()._pad(encoded_inputs, *args, return_attention_mask=False, **kwargs)
-        ids = encoded_inputs["input_ids"]
+        padded = super()._pad(
+            encoded_inputs, max_length, padding_strategy, pad_to_multiple_of, padding_side, False
+        )
+        ids = padded["input_ids"]
         span = self._span(ids)
         if return_attention_mask is not False:
-            encoded_inputs["attention_mask"] = self._prefix_mask(len(ids), *span)
-        encoded_inputs["position_ids"] = self._positions(ids, *span)
-        return encoded_inputs
+            padded["attention_mask"] = self._prefix_mask(len(ids), *span)
+        padded["position_ids"] = self._positions(ids, *span)
+        return padded
 
     def _span(self, ids: list[int]) -> tuple[int, int, int]:
         """Start and stop (exclusive) of a padded row, and where <sop> is (stop without one)."""
@@ -492,7 +527,7 @@ class GLM2Tokenizer(ChatGLMTokenizer):
 
     family = "glm2"
     vocab_files_names = {"vocab_file": FAMILIES["glm2"].tokenizer_file}
-    _controls = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+    _controls: tuple[str, ...] = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
     def __init__(self, vocab_file: str, clean_up_tokenization_spaces: bool = True, **kwargs):
         for name, token in {"eos": "</s>", "pad": "<unk>", "unk": "<unk>"}.items():
@@ -549,14 +584,29 @@ class GLM2Tokenizer(ChatGLMTokenizer):
         """Text of a chat prompt, `[Round 1]` also without history."""
         return glm2_build_prompt(query, history)
 
-    def _pad(self, encoded_inputs: dict, *args, padding_side: str | None = None, **kwargs) -> dict:
+    def _pad(
+        self,
+        encoded_inputs: dict[str, list[int]] | BatchEncoding,
+        max_length: int | None = None,
+        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
+    ) -> dict:
         length = len(encoded_inputs["input_ids"])
         positions = encoded_inputs.pop("position_ids", None) or list(range(length))
-        encoded_inputs = super()._pad(encoded_inputs, *args, padding_side=padding_side, **kwargs)
-        padding = [0] * (len(encoded_inputs["input_ids"]) - length)
+        padded = super()._pad(
+            encoded_inputs,
+            max_length,
+            padding_strategy,
+            pad_to_multiple_of,
+            padding_side,
+            return_attention_mask,
+        )
+        padding = [0] * (len(padded["input_ids"]) - length)
         on_left = (padding_side or self.padding_side) == "left"
-        encoded_inputs["position_ids"] = padding + positions if on_left else positions + padding
-        return encoded_inputs
+        padded["position_ids"] = padding + positions if on_left else positions + padding
+        return padded
 
 
 class GLM3Tokenizer(GLM2Tokenizer):
