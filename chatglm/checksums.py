@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .commands import Parser, run_command
 from .files import read_bytes, read_json
@@ -255,7 +255,9 @@ def checks_folder(
 
     def decorate(load: Callable[..., Loaded]) -> Callable[..., Loaded]:
         @functools.wraps(load)
-        def loading(path: str | Path, *args, verify: str | None = None, **options) -> Loaded:
+        def loading(
+            path: str | Path, *args: Any, verify: str | None = None, **options: Any
+        ) -> Loaded:
             with verified(path, verify, wanted):
                 return load(path, *args, **options)
 

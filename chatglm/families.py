@@ -389,7 +389,7 @@ def _evidence(
     config: dict | None = None,
     follow: bool = True,
 ) -> Iterator[_Evidence]:
-    """What a folder (or a model's name) says about its family, most telling first.
+    """What a folder (or a model's name) says about its family, the strongest first.
 
     Code is read as text only.
 
@@ -415,6 +415,15 @@ def _evidence(
             sentence = f"the adapter's base model: {evidence.sentence}"
             yield evidence._replace(sentence=sentence)
 
+    yield from _name_evidence(path, config, tokenizer)
+    # The two families read this field differently; these are the published values.
+    if (ratio := config.get("rope_ratio")) in (16, 50, 500):
+        family = "glm2" if ratio == 16 else "glm3"
+        yield _sign(f"config.json has rope_ratio {ratio}", family, strong=False)
+
+
+def _name_evidence(path: Path, config: dict, tokenizer: dict) -> Iterator[_Evidence]:
+    """What the names of the model say."""
     names = (
         config.get("_name_or_path"),
         tokenizer.get("name_or_path"),
@@ -424,11 +433,6 @@ def _evidence(
         family = _named_family(name) if isinstance(name, str) else None
         if family:
             yield _sign(f"it is named {name}", family, strong=False)
-
-    # The two families read this field differently; these are the published values.
-    if (ratio := config.get("rope_ratio")) in (16, 50, 500):
-        family = "glm2" if ratio == 16 else "glm3"
-        yield _sign(f"config.json has rope_ratio {ratio}", family, strong=False)
 
 
 def _architecture_evidence(path: Path, config: dict) -> Iterator[_Evidence]:

@@ -27,7 +27,7 @@ LONGEST_REASON = 300  # characters
 # of generation_config.json, which transformers believes until it generates
 NUMBERS = ("temperature", "top_p", "repetition_penalty")
 WHOLE_NUMBERS = ("max_length", "max_new_tokens", "min_length", "top_k", "num_beams", "pad_token_id")
-GENERATION = {
+GENERATION: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(NUMBERS, (int, float)),
     **dict.fromkeys(WHOLE_NUMBERS, int),
     "eos_token_id": (int, list),

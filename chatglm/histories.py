@@ -69,6 +69,12 @@ def message_text(message: dict) -> str | None:
     return content
 
 
+def refuse_tools(message: dict, place: str, title: str) -> None:
+    """Raises ValueError where a message holds tools, their results or a call of one."""
+    if message["role"] == "observation" or message.get("metadata") or message.get("tools"):
+        raise ValueError(f"{place}: {title} knows no tools; only ChatGLM3 does")
+
+
 def history_rounds(
     history: Iterable | None, query: str, title: str
 ) -> tuple[list[tuple[str, str]], str]:
@@ -90,9 +96,8 @@ def history_rounds(
             system = ""
             continue
         check_message(turn, f"history[{number}]")
+        refuse_tools(turn, f"history[{number}]", title)
         role, content = turn["role"], turn.get("content")
-        if role == "observation" or turn.get("metadata") or turn.get("tools"):
-            raise ValueError(f"history[{number}]: {title} knows no tools; only ChatGLM3 does")
         if role == "system":
             system += f"{content}\n" if content else ""
         elif role == "user":

@@ -1,7 +1,7 @@
 """What the two ChatGLM architectures share: attention, masks, rotary angles, prompt encoders."""
 
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,7 @@ def eager_attention(
     *,
     scaling: float,
     dropout: float = 0.0,
-    **_,
+    **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention in plain operations, softmax in fp32; also returns the weights (B, heads, Q, K)."""
     key, value = (repeat_kv(x, module.num_key_value_groups) for x in (key, value))
@@ -106,7 +106,7 @@ def attend(
     value: Tensor,
     mask: AttentionMask,
     prefix: Tensor | None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention through the library's backends (sdpa, eager, flash).
 

@@ -57,7 +57,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args, **kwargs
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
     ) -> Any:
         """transformers' from_pretrained, which reads a folder's weights only where they fit.
 
@@ -94,7 +94,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             FileNotFoundError: there are none.
         """
         files, shapes = weight_files(folder), stored_shapes(folder)
-        if (stored_prefix(folder, shapes) or {}).get("only"):
+        stored = stored_prefix(folder, shapes)
+        if stored and stored["only"]:
             raise ValueError(
                 f"{folder} holds a P-Tuning prefix alone, no model: "
                 f"chatglm.load_model({str(folder)!r}) puts it on its base"
@@ -240,12 +241,7 @@ class ChatGLMBody(ChatGLMPreTrainedModel):
         if position_ids is None or not alone:
             return None
         if position_ids.shape[0] > 1:
-            for row in position_ids:
-                if len(self.read_packing(row[None]).lengths) > 1:
-                    raise ValueError(
-                        "positions fall back: put the sequences in one row, "
-                        "or give an attention_mask for padded rows"
-                    )
+            self.check_one_sequence_each(position_ids)
             return None
         packing = self.read_packing(position_ids)
         if len(packing.lengths) == 1 and keep is None:
@@ -253,6 +249,15 @@ class ChatGLMBody(ChatGLMPreTrainedModel):
         if batch > 1 and len(packing.lengths) > 1:
             raise ValueError("positions fall back: put the sequences in one row")
         return replace(packing, keep=keep)
+
+    def check_one_sequence_each(self, position_ids: Tensor) -> None:
+        """Raises ValueError where one of several rows holds several sequences."""
+        for row in position_ids:
+            if len(self.read_packing(row[None]).lengths) > 1:
+                raise ValueError(
+                    "positions fall back: put the sequences in one row, "
+                    "or give an attention_mask for padded rows"
+                )
 
     def prepend_prompts(
         self, embeds: Tensor, position_ids: Tensor, packing: Packing
@@ -286,7 +291,7 @@ class ChatGLMBody(ChatGLMPreTrainedModel):
         position_ids: Tensor | None,
         past_key_values: Cache | None,
         packing: Packing | None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
         """Run embeddings (B, S, hidden_size) through all blocks, with virtual tokens added.
 
@@ -398,7 +403,7 @@ class ChatGLMCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, S, vocabulary) and, with `labels` (B, S), the mean loss of the next token.
 
@@ -431,7 +436,7 @@ class ChatGLMCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         )
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, *args, **kwargs) -> Any:
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' generate; takes the originals' 4-D mask (True = masked) too."""
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 4:
@@ -447,7 +452,7 @@ class ChatGLMCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         query: str,
         history: list | None = None,
         role: str = "user",
-        **options,
+        **options: Any,
     ) -> tuple[str | dict, list]:
         """One turn of a conversation: (answer, new history), sampled as the originals sample.
 
@@ -481,7 +486,7 @@ class ChatGLMCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         role: str = "user",
         past_key_values: Cache | None = None,
         return_past_key_values: bool = False,
-        **options,
+        **options: Any,
     ) -> Iterator[tuple]:
         """As `chat`, but yields (answer so far, history so far), and chat's result at the end.
 

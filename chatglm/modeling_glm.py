@@ -57,7 +57,7 @@ class GLMSelfAttention(nn.Module):
         prefix: Tensor | None = None,
         past_key_values: Cache | None = None,
         keep: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Output (B, S, hidden_size), or of the kept tokens, and the attention weights or None."""
         # From query, key and value of each head to all queries, all keys, all values.
@@ -101,7 +101,7 @@ class ChatGLM1Block(GradientCheckpointingLayer):
         prefix: Tensor | None = None,
         past_key_values: Cache | None = None,
         keep: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
         # `prefix` is a separate argument: gradient checkpointing drops any past_key_values.
         normed = self.input_layernorm(hidden_states)
@@ -215,7 +215,7 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         keep: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the final norm.
 
@@ -248,8 +248,9 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
                 input_ids, attention_mask, past_key_values if past else None
             )
         if past_key_values is not None:
+            last = last_positions(position_ids)
             # a field of ours, which find_positions reads
-            past_key_values.last_positions = last_positions(position_ids)  # type: ignore[attr-defined]
+            past_key_values.last_positions = last  # type: ignore[attr-defined]
         hidden_states = self.run_layers(
             self.layers,
             embeds,

@@ -3,6 +3,8 @@
 RMSNorm, SwiGLU, grouped queries, interleaved rotary positions on half of each head.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -65,7 +67,7 @@ class GLM2SelfAttention(nn.Module):
         prefix: Tensor | None = None,
         past_key_values: Cache | None = None,
         keep: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Output (B, S, hidden_size), or of the kept tokens, and the attention weights or None."""
         qkv = self.query_key_value(hidden_states).unflatten(-1, (-1, self.head_dim))
@@ -113,7 +115,7 @@ class ChatGLM2Block(GradientCheckpointingLayer):
         prefix: Tensor | None = None,
         past_key_values: Cache | None = None,
         keep: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
         # `prefix` is a separate argument: gradient checkpointing drops any past_key_values.
         out = self.input_layernorm(hidden_states)
@@ -226,7 +228,7 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         keep: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the final norm.
 

@@ -62,7 +62,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     _readable: tuple[str, ...] = ()
     _readable_strips = False
 
-    def __init__(self, vocab_file: str, encode_special_tokens: bool = False, **kwargs):
+    def __init__(self, vocab_file: str, encode_special_tokens: bool = False, **kwargs: Any):
         if not self.family:
             raise TypeError(
                 "ChatGLMTokenizer is the shared base: use from_pretrained or one of its subclasses"
@@ -110,7 +110,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
         Code in the folder is never run, whatever its auto_map says.
         """
-        folder = Path(pretrained_model_name_or_path)
+        folder = os.fspath(pretrained_model_name_or_path)
         if cls is ChatGLMTokenizer:
             family = family or infer_family(folder)
             if family not in TOKENIZERS:
@@ -121,7 +121,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             return TOKENIZERS[family].from_pretrained(folder, *inputs, **kwargs)
         if evidence := contradicts(folder, cls.family):
             raise ValueError(f"{folder} is not a {FAMILIES[cls.family].title} folder: {evidence}")
-        place = folder / (kwargs.get("subfolder") or "")
+        place = Path(folder, kwargs.get("subfolder") or "")
         if place.is_dir() and "vocab_file" not in kwargs:
             # not left to the library, which prefers any file named tokenizer.model
             kwargs["vocab_file"] = str(cls._find_vocab_file(place))
@@ -129,7 +129,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         kwargs.setdefault("encode_special_tokens", False)
         kwargs.pop("trust_remote_code", None)
         if not place.is_dir():
-            return super().from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
+            return super().from_pretrained(folder, *inputs, **kwargs)
         check_json_files(place)
         kwargs.pop("subfolder", None)
         with reading(place), without_marks(place) as readable:
@@ -280,7 +280,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         split = kwargs.get("split_special_tokens", False)
         return [self._name(index) for index in self._ids(text, special and not split)]
 
-    def apply_chat_template(self, *args, **kwargs) -> Any:
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
         """Not for these models: a template renders text, and text never becomes control tokens."""
         raise NotImplementedError(
             f"chat prompts of {FAMILIES[self.family].title} are built from ids: "
@@ -329,7 +329,7 @@ class GLMTokenizer(ChatGLMTokenizer):
     _readable = ("<sop>", "<eop>", "<unk>", "<pad>", "[MASK]")
     _readable_strips = True
 
-    def __init__(self, vocab_file: str, num_image_tokens: int = 20000, **kwargs):
+    def __init__(self, vocab_file: str, num_image_tokens: int = 20000, **kwargs: Any):
         self.num_image_tokens = num_image_tokens
         named = {"bos": "<sop>", "eos": "<eop>", "mask": "[MASK]", "pad": "<pad>", "unk": "<unk>"}
         for name, token in named.items():
@@ -413,7 +413,7 @@ class GLMTokenizer(ChatGLMTokenizer):
     def _trusted_text_ids(self, text: str) -> list[int]:
         return [piece + self.num_image_tokens for piece in self._pieces(text)]
 
-    def encode(self, *args, **kwargs) -> list[int]:
+    def encode(self, *args: Any, **kwargs: Any) -> list[int]:
         """Ids of a text or pair. Unlike a call it builds no mask, whose cost is length squared."""
         return super().encode(*args, **({"return_attention_mask": False} | kwargs))
 
@@ -529,7 +529,7 @@ class GLM2Tokenizer(ChatGLMTokenizer):
     vocab_files_names = {"vocab_file": FAMILIES["glm2"].tokenizer_file}
     _controls: tuple[str, ...] = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
-    def __init__(self, vocab_file: str, clean_up_tokenization_spaces: bool = True, **kwargs):
+    def __init__(self, vocab_file: str, clean_up_tokenization_spaces: bool = True, **kwargs: Any):
         for name, token in {"eos": "</s>", "pad": "<unk>", "unk": "<unk>"}.items():
             kwargs.setdefault(f"{name}_token", token)
         super().__init__(
@@ -621,7 +621,7 @@ class GLM3Tokenizer(GLM2Tokenizer):
     _controls = GLM2Tokenizer._controls + _roles
     _readable = _roles
 
-    def __init__(self, vocab_file: str, clean_up_tokenization_spaces: bool = False, **kwargs):
+    def __init__(self, vocab_file: str, clean_up_tokenization_spaces: bool = False, **kwargs: Any):
         super().__init__(vocab_file, clean_up_tokenization_spaces, **kwargs)
 
     def _convert_id_to_token(self, index: int) -> str:

@@ -191,6 +191,20 @@ def stored_prefix(path: Path, shapes: dict[str, list[int]] | None = None) -> Sto
     }
 
 
+def refuse_quantised(path: str | Path, shapes: dict[str, list[int]], bits: int | None) -> None:
+    """Raises ValueError where weights are one of the published int4 or int8 releases.
+
+    `bits`: config.json's quantization_bit.
+    """
+    scale = next((name for name in shapes if name.endswith(SCALE)), None)
+    if scale is not None:
+        said = f" (quantization_bit {bits})" if bits else ""
+        raise ValueError(
+            f"{path} holds weights quantised to 4 or 8 bits{said}, such as {scale}: take the "
+            "fp16 release of the model; --quantization_bit 4 or 8 quantises that while it loads"
+        )
+
+
 def check_fit(
     path: str | Path,
     model: "PreTrainedModel",
@@ -206,13 +220,7 @@ def check_fit(
     Raises:
         ValueError: the weights are quantised, a tensor has another shape, or is missing.
     """
-    if scales := [name for name in shapes if name.endswith(SCALE)]:
-        bits = getattr(model.config, "quantization_bit", None)
-        said = f" (quantization_bit {bits})" if bits else ""
-        raise ValueError(
-            f"{path} holds weights quantised to 4 or 8 bits{said}, such as {scales[0]}: take the "
-            "fp16 release of the model; --quantization_bit 4 or 8 quantises that while it loads"
-        )
+    refuse_quantised(path, shapes, getattr(model.config, "quantization_bit", None))
     tied = model.all_tied_weights_keys
     state = model.state_dict()
     wanted = {name: list(tensor.shape) for name, tensor in state.items() if name not in tied}
