@@ -39,20 +39,20 @@ WITH_AUTO_MODULE = {
 LAYERS = "transformers.modeling_layers"
 
 
-def is_half_done(name: str) -> bool:
+def is_importing(name: str) -> bool:
     """Whether a module is being imported right now."""
     spec = getattr(sys.modules.get(name), "__spec__", None)
     return getattr(spec, "_initializing", False)
 
 
-def import_ours(name: str) -> None:
+def import_registrations(name: str) -> None:
     """Import our modules that belong to transformers' module `name`, which has just run."""
     auto = "transformers.models.auto.modeling_auto"
     if name == LAYERS:
         if auto not in sys.modules:
             return
         name = auto
-    elif name == auto and is_half_done(LAYERS):
+    elif name == auto and is_importing(LAYERS):
         return
     for ours in WITH_AUTO_MODULE[name]:
         importlib.import_module(ours)
@@ -79,7 +79,7 @@ class AutoClassHook(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            import_ours(name)
+            import_registrations(name)
 
         # of this one loader, which its finder made for this module
         setattr(loader, "exec_module", exec_module)  # noqa: B010 (mypy: assignment to a method)

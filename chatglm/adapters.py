@@ -26,7 +26,7 @@ VALUE_HEAD = "v_head."  # TRL's: of a reward, no part of a language model
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-class Fit(NamedTuple):
+class AdapterFit(NamedTuple):
     """How an adapter file fits a model: names as peft saves them."""
 
     state: dict[str, Tensor]  # what the file holds
@@ -111,7 +111,7 @@ def peft_version() -> str:
     return peft.__version__
 
 
-def fit_adapter(model: nn.Module, state: dict[str, Tensor]) -> Fit:
+def fit_adapter(model: nn.Module, state: dict[str, Tensor]) -> AdapterFit:
     """How the tensors of `read_adapter` fit a PeftModel with a new adapter of their kind."""
     from peft import get_peft_model_state_dict
 
@@ -125,7 +125,7 @@ def fit_adapter(model: nn.Module, state: dict[str, Tensor]) -> Fit:
         elif state[name].shape != tensor.shape:
             misshapen.append((name, list(state[name].shape), list(tensor.shape)))
     unexpected = [name for name in state if name not in known]
-    return Fit(state, missing, unexpected, misshapen)
+    return AdapterFit(state, missing, unexpected, misshapen)
 
 
 def load_adapter(model: "PreTrainedModel", folder: Path) -> "PeftModel":
@@ -170,7 +170,7 @@ def load_adapter(model: "PreTrainedModel", folder: Path) -> "PeftModel":
     return adapted.eval()
 
 
-def check_names(folder: Path, base: str, fit: Fit) -> None:
+def check_names(folder: Path, base: str, fit: AdapterFit) -> None:
     """Raises ValueError where tensors are missing, or would not be read."""
     file = adapter_file(folder)
     if fit.missing:
@@ -189,7 +189,7 @@ def check_names(folder: Path, base: str, fit: Fit) -> None:
         )
 
 
-def check_shapes(folder: Path, base: str, fit: Fit) -> None:
+def check_shapes(folder: Path, base: str, fit: AdapterFit) -> None:
     """Raises ValueError for the first tensor of another shape than the model's."""
     for name, found, wanted in fit.misshapen:
         raise ValueError(

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
 from .commands import Parser, run_command
 from .files import read_bytes, read_json
@@ -40,7 +40,15 @@ Result = TypeVar("Result")
 asked_level: ContextVar[str | None] = ContextVar("asked_level", default=None)
 
 
-def hash_file(path: Path, *, fast: bool = True, strong: bool = True) -> dict:
+class FileHashes(TypedDict, total=False):
+    """A file's size and hashes, in hexadecimal, as checksums.json lists them."""
+
+    bytes: int
+    xxh3: str
+    sha256: str
+
+
+def hash_file(path: Path, *, fast: bool = True, strong: bool = True) -> FileHashes:
     """{"bytes", "xxh3", "sha256"} of a file; without the hash that is not asked for.
 
     The fast one is the XXH3 of the XXH3s of the file's blocks, so several threads can share a file.
@@ -65,7 +73,7 @@ def hash_file(path: Path, *, fast: bool = True, strong: bool = True) -> dict:
             finally:
                 for span in spans:
                     span.release()
-    hashes: dict = {"bytes": size}
+    hashes: FileHashes = {"bytes": size}
     if fast:
         hashes["xxh3"] = xxhash.xxh3_64_hexdigest(b"".join(blocks))
     if strong:
@@ -100,7 +108,7 @@ def write_checksums(folder: str | Path) -> int:
     return len(names)
 
 
-def render(files: dict) -> bytes:
+def render(files: dict[str, FileHashes]) -> bytes:
     """The content of checksums.json: the last entry is the XXH3 of all the others."""
     import xxhash
 
@@ -109,7 +117,7 @@ def render(files: dict) -> bytes:
     return (json.dumps(content | {"self": self_hash}, indent=1) + "\n").encode()
 
 
-def read_checksums(folder: Path) -> dict[str, dict] | None:
+def read_checksums(folder: Path) -> dict[str, FileHashes] | None:
     """{name: its hashes} as `write_checksums` wrote them, None where there are none.
 
     Raises:
@@ -173,7 +181,9 @@ def check_folder_files(
     compare_all(folder, chosen, "xxh3" if level == "fast" else "sha256")
 
 
-def compare_all(folder: Path, files: dict[str, dict], kind: str) -> None:
+def compare_all(
+    folder: Path, files: dict[str, FileHashes], kind: Literal["xxh3", "sha256"]
+) -> None:
     """Compare one kind of hash of `files`, {name: hashes}; blocks or files are hashed in threads.
 
     Raises:

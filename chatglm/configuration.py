@@ -197,7 +197,7 @@ class ChatGLM2Config(ChatGLMConfig):
         if not 0 < self.rope_ratio < float("inf"):
             raise ValueError(f"rope_ratio must be above 0, got {self.rope_ratio}")
         if self.glm_family is None and self.rope_ratio != 1:
-            raise ValueError(untold_family(self.rope_ratio))
+            raise ValueError(unclear_family_message(self.rope_ratio))
         self.validate_prefix()
         super().__post_init__(**kwargs)
 
@@ -234,7 +234,7 @@ class ChatGLM2Config(ChatGLMConfig):
         )
 
 
-def untold_family(ratio: float) -> str:
+def unclear_family_message(ratio: float) -> str:
     """The message where nothing tells how to read `rope_ratio`."""
     return (
         f"rope_ratio {ratio} divides positions in ChatGLM2 and multiplies the base in ChatGLM3, "

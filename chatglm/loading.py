@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from .adapters import adapter_file, fit_adapter, load_adapter, peft_name, read_adapter
 from .checksums import check_folder_files, checks_folder, is_small, is_top
-from .configuration import ChatGLM1Config, ChatGLMConfig, untold_family
+from .configuration import ChatGLM1Config, ChatGLMConfig, unclear_family_message
 from .families import FAMILIES, contradicts, infer_family
 from .folders import (
     check_folder,
@@ -99,7 +99,7 @@ def resolve_mode(path: str | Path, mode: str | None = None, base: str | Path | N
         mode = infer_family(path, base)
         if mode is None:
             if (ratio := config.get("rope_ratio", 1)) != 1:
-                raise ValueError(f"{path}/config.json: {untold_family(ratio)}")
+                raise ValueError(f"{path}/config.json: {unclear_family_message(ratio)}")
             log.warning(
                 '%s does not tell its family; taking glm2 (say mode="glm3" for ChatGLM3)', path
             )

@@ -24,7 +24,7 @@ from transformers.utils import can_return_tuple
 from .configuration import ChatGLMConfig
 from .families import FAMILIES
 from .folders import check_json_files, read_model_config, reading, without_marks
-from .histories import new_round
+from .histories import Answer, History, new_round
 from .layers import (
     AttentionMask,
     Device,
@@ -57,7 +57,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> Any:
         """transformers' from_pretrained, which reads a folder's weights only where they fit.
 
@@ -450,10 +450,10 @@ class ChatGLMCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         self,
         tokenizer: "ChatGLMTokenizer",
         query: str,
-        history: list | None = None,
+        history: History | None = None,
         role: str = "user",
         **options: Any,
-    ) -> tuple[str | dict, list]:
+    ) -> tuple[Answer, History]:
         """One turn of a conversation: (answer, new history), sampled as the originals sample.
 
         Args:
@@ -482,12 +482,12 @@ class ChatGLMCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         self,
         tokenizer: "ChatGLMTokenizer",
         query: str,
-        history: list | None = None,
+        history: History | None = None,
         role: str = "user",
         past_key_values: Cache | None = None,
         return_past_key_values: bool = False,
         **options: Any,
-    ) -> Iterator[tuple]:
+    ) -> Iterator[tuple[Any, ...]]:
         """As `chat`, but yields (answer so far, history so far), and chat's result at the end.
 
         With `return_past_key_values` a third item is the cache: given with the next turn, it saves
@@ -500,7 +500,7 @@ class ChatGLMCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         if return_past_key_values or cache is not None:
             cache = options["past_key_values"] = self.shared_cache(tokenizer, prompt, cache)
 
-        def result(text: str) -> tuple:
+        def result(text: str) -> tuple[Any, ...]:
             answer = self.finish_chat(tokenizer, text, query, history, role)
             return (*answer, cache) if return_past_key_values else answer
 
@@ -563,7 +563,7 @@ class ChatGLMCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         self,
         tokenizer: "ChatGLMTokenizer",
         query: str,
-        history: list | None,
+        history: History | None,
         role: str,
         options: dict[str, Any],
     ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -593,9 +593,9 @@ class ChatGLMCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         tokenizer: "ChatGLMTokenizer",
         text: str,
         query: str,
-        history: list | None,
+        history: History | None,
         role: str,
-    ) -> tuple[str | dict, list]:
+    ) -> tuple[Answer, History]:
         """(answer, new history) from the generated text."""
         family = FAMILIES[tokenizer.family]
         history = copy.deepcopy(list(history or []))

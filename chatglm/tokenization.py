@@ -23,7 +23,6 @@ from transformers.utils import PaddingStrategy
 from .configuration import ChatGLM1Config, ChatGLM2Config, ChatGLMConfig
 from .families import (
     FAMILIES,
-    ROLES,
     contradicts,
     glm2_build_prompt,
     glm3_message,
@@ -32,6 +31,7 @@ from .families import (
 )
 from .files import is_lfs_pointer, pointer_error
 from .folders import check_json_files, reading, without_marks
+from .histories import ROLES, History
 
 # The originals' class name, so that a saved folder loads elsewhere too.
 _TOKENIZER_CLASS = "ChatGLMTokenizer"
@@ -101,7 +101,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike,
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *inputs: Any,
         family: str | None = None,
         **kwargs: Any,
@@ -150,7 +150,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return wanted
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any
+        self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> tuple[str, ...]:
         """Write the model and tokenizer_config.json; returns paths.
 
@@ -216,7 +216,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _convert_token_to_id_with_added_voc(self, token: str | None) -> int | None:
         return None if token is None else self._convert_token_to_id(token)
 
-    def _add_tokens(self, new_tokens: Iterable, special_tokens: bool = False) -> int:
+    def _add_tokens(self, new_tokens: Iterable[Any], special_tokens: bool = False) -> int:
         # Nothing enters the library's trie, which would split the tokens out of user text, and
         # nothing enters the vocabulary: a checkpoint's spare rows have no names here.
         for token in map(str, new_tokens):
@@ -446,7 +446,10 @@ class GLMTokenizer(ChatGLMTokenizer):
         return super()._decode(shown, False, clean_up_tokenization_spaces, **kwargs)
 
     def pad(
-        self, encoded_inputs: Mapping | Sequence[Mapping], *args: Any, **kwargs: Any
+        self,
+        encoded_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        *args: Any,
+        **kwargs: Any,
     ) -> BatchEncoding:
         """As the library's; masks and positions are rebuilt from the padded ids."""
         rows: Any  # transformers' types do not say that a batch may hold tensors
@@ -464,7 +467,7 @@ class GLMTokenizer(ChatGLMTokenizer):
         pad_to_multiple_of: int | None = None,
         padding_side: str | None = None,
         return_attention_mask: bool | None = None,
-    ) -> dict:
+    ) -> dict[str, Any]:
         padded = super()._pad(
             encoded_inputs, max_length, padding_strategy, pad_to_multiple_of, padding_side, False
         )
@@ -513,7 +516,7 @@ class GLMTokenizer(ChatGLMTokenizer):
         return positions
 
 
-def _without_masks(encoded: Mapping) -> dict:
+def _without_masks(encoded: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of an encoding that do not depend on its padding."""
     rebuilt = ("attention_mask", "position_ids")
     return {key: value for key, value in encoded.items() if key not in rebuilt}
@@ -592,7 +595,7 @@ class GLM2Tokenizer(ChatGLMTokenizer):
         pad_to_multiple_of: int | None = None,
         padding_side: str | None = None,
         return_attention_mask: bool | None = None,
-    ) -> dict:
+    ) -> dict[str, Any]:
         length = len(encoded_inputs["input_ids"])
         positions = encoded_inputs.pop("position_ids", None) or list(range(length))
         padded = super()._pad(
@@ -639,7 +642,7 @@ class GLM3Tokenizer(GLM2Tokenizer):
     def build_chat_input(
         self,
         query: str,
-        history: list | None = None,
+        history: History | None = None,
         role: str = "user",
         return_tensors: str | None = "pt",
     ) -> BatchEncoding:
@@ -647,7 +650,7 @@ class GLM3Tokenizer(GLM2Tokenizer):
         ids = FAMILIES[self.family].encode_chat(self, query, history, role)
         return self.pad({"input_ids": [ids]}, return_tensors=return_tensors)
 
-    def build_prompt(self, query: str, history: list | None = None) -> str:
+    def build_prompt(self, query: str, history: History | None = None) -> str:
         raise NotImplementedError("ChatGLM3's roles have no text form: use build_chat_input")
 
 
