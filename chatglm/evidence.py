@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .byte_pairs import is_tiktoken_file
 from .families import FAMILIES
@@ -35,7 +35,7 @@ _NAME_PATTERNS = [
 GLM4_VOCABULARY = 151552  # rows of the embedding in every release
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         return read_json(path)
     except (OSError, ValueError):
@@ -52,7 +52,7 @@ def _read_text(path: Path) -> str:
 def _evidence(
     folder: str | Path,
     base: str | Path | None = None,
-    config: dict | None = None,
+    config: dict[str, Any] | None = None,
     follow: bool = True,
 ) -> Iterator[_Evidence]:
     """What a folder (or a model's name) says about its family, most telling first.
@@ -72,6 +72,22 @@ def _evidence(
         if isinstance(family, str) and family in FAMILIES:
             yield _sign(f'{file} says "glm_family": "{family}"', family)
 
+    yield from _architecture_evidence(path, config)
+    yield from _vocabulary_evidence(path)
+    yield from _tokenizer_evidence(path, tokenizer)
+
+    base = base or adapter.get("base_model_name_or_path")
+    if follow and isinstance(base, (str, Path)) and base:
+        for evidence in _evidence(base, follow=False):
+            sentence = f"the adapter's base model: {evidence.sentence}"
+            yield evidence._replace(sentence=sentence)
+
+    yield from _name_evidence(path, config, tokenizer)
+    yield from _value_evidence(config)
+
+
+def _architecture_evidence(path: Path, config: dict[str, Any]) -> Iterator[_Evidence]:
+    """What the keys of config.json and ChatGLM-6B's tokenizer file say."""
     if (path / "ice_text.model").is_file():
         yield _sign("the folder holds ice_text.model, ChatGLM-6B's tokenizer", "glm")
     for key in ("position_encoding_2d", "inner_hidden_size"):
@@ -84,15 +100,11 @@ def _evidence(
     if config.get("padded_vocab_size") == GLM4_VOCABULARY:
         yield _sign(f"config.json has GLM-4-9B's {GLM4_VOCABULARY} tokens", "glm4")
 
-    yield from _vocabulary_evidence(path)
-    yield from _tokenizer_evidence(path, tokenizer)
 
-    base = base or adapter.get("base_model_name_or_path")
-    if follow and isinstance(base, (str, Path)) and base:
-        for evidence in _evidence(base, follow=False):
-            sentence = f"the adapter's base model: {evidence.sentence}"
-            yield evidence._replace(sentence=sentence)
-
+def _name_evidence(
+    path: Path, config: dict[str, Any], tokenizer: dict[str, Any]
+) -> Iterator[_Evidence]:
+    """What the names of the model say."""
     names = (
         config.get("_name_or_path"),
         tokenizer.get("name_or_path"),
@@ -103,12 +115,15 @@ def _evidence(
         if family:
             yield _sign(f"it is named {name}", family, strong=False)
 
-    yield from _value_evidence(config)
 
-
-def _value_evidence(config: dict) -> Iterator[_Evidence]:
+def _value_evidence(config: dict[str, Any]) -> Iterator[_Evidence]:
     """What the published values of config.json say, where nothing else does."""
-    ratios = {16: ("glm2",), 50: ("glm3",), 500: ("glm3", "glm4"), 10000: ("glm4",)}
+    ratios: dict[float, tuple[str, ...]] = {
+        16: ("glm2",),
+        50: ("glm3",),
+        500: ("glm3", "glm4"),
+        10000: ("glm4",),
+    }
     ratio = config.get("rope_ratio")
     if isinstance(ratio, (int, float)) and ratio in ratios:
         yield _sign(f"config.json has rope_ratio {ratio}", *ratios[ratio], strong=False)
@@ -136,7 +151,7 @@ def begins_as_sentencepiece(path: Path) -> bool:
     return len(start) == 3 and start[0] == 0x0A and start[2] == 0x0A
 
 
-def _tokenizer_evidence(path: Path, tokenizer: dict) -> Iterator[_Evidence]:
+def _tokenizer_evidence(path: Path, tokenizer: dict[str, Any]) -> Iterator[_Evidence]:
     """What a folder's tokenizer files say; `tokenizer` is its tokenizer_config.json."""
     keys = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
     added = [tokenizer.get(key) for key in keys] + [_read_json(path / "added_tokens.json")]
@@ -175,7 +190,7 @@ def _named_family(name: str) -> str | None:
 
 
 def infer_family(
-    folder: str | Path, base: str | Path | None = None, config: dict | None = None
+    folder: str | Path, base: str | Path | None = None, config: dict[str, Any] | None = None
 ) -> str | None:
     """The family (a key of FAMILIES) of a checkpoint, tokenizer or adapter folder.
 

@@ -11,7 +11,15 @@ from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 from .glm4 import ASSISTANT_NAME, tools_text
-from .histories import ROLES, history_messages, history_rounds, message_text
+from .histories import (
+    ROLES,
+    Answer,
+    History,
+    Message,
+    history_messages,
+    history_rounds,
+    message_text,
+)
 
 _TRAINING_TIME = "[[训练时间]]"
 _TRAINING_YEAR = "2023年"
@@ -65,7 +73,7 @@ class Layout(NamedTuple):
     truncated: bool
 
 
-def keep_tail(ids: list[int], limit: int, tail: int) -> tuple[list[int], bool]:
+def truncate_prompt(ids: list[int], limit: int, tail: int) -> tuple[list[int], bool]:
     """Truncate ids to `limit`, but keep the last `tail`: "答：" and newlines ask for the answer.
 
     Returns the ids and whether they were truncated. Raises ValueError where limit < tail.
@@ -82,7 +90,7 @@ def glm_text(query: str) -> str:
 
 
 def glm_layout(tokenizer: TextTokenizer, prompt: str, max_src_len: int) -> Layout:
-    source, cut = keep_tail(tokenizer.encode_text(glm_text(prompt)), max_src_len, tail=3)
+    source, cut = truncate_prompt(tokenizer.encode_text(glm_text(prompt)), max_src_len, tail=3)
     prefix = source + [tokenizer.get_command("[gMASK]"), tokenizer.get_command("<sop>")]
     # <sop> itself is a label, as in the original's data set
     return Layout(prefix, n_masked=len(source) + 1, reserved=len(source) + 3, truncated=cut)
@@ -93,7 +101,7 @@ def glm2_text(query: str) -> str:
 
 
 def glm2_layout(tokenizer: TextTokenizer, prompt: str, max_src_len: int) -> Layout:
-    source, cut = keep_tail(tokenizer.encode_text(glm2_text(prompt)), max_src_len, tail=4)
+    source, cut = truncate_prompt(tokenizer.encode_text(glm2_text(prompt)), max_src_len, tail=4)
     prefix = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")] + source
     return Layout(prefix, n_masked=len(prefix), reserved=len(source) + 3, truncated=cut)
 
@@ -181,7 +189,7 @@ def encode_example(
 # ---- chats ----
 
 
-def glm_chat_prompt(query: str, history: list | None = None, rounds: bool = False) -> str:
+def glm_chat_prompt(query: str, history: History | None = None, rounds: bool = False) -> str:
     """ChatGLM-6B's chat text: the bare query without history, rounds counted from 0 with it.
 
     With `rounds` as models are tuned here: always rounds, counted from 1.
@@ -194,7 +202,7 @@ def glm_chat_prompt(query: str, history: list | None = None, rounds: bool = Fals
     return f"{turns}[Round {len(history) + first}]\n问：{query}\n答："
 
 
-def glm2_build_prompt(query: str, history: list | None = None) -> str:
+def glm2_build_prompt(query: str, history: History | None = None) -> str:
     """ChatGLM2-6B's chat text: rounds counted from 1, also without history."""
     history, query = history_rounds(history, query, "ChatGLM2-6B")
     rounds = "".join(
@@ -230,7 +238,7 @@ def check_user_role(role: str) -> None:
 def glm_chat(
     tokenizer: TextTokenizer,
     query: str,
-    history: list | None = None,
+    history: History | None = None,
     role: str = "user",
     rounds: bool = False,
 ) -> list[int]:
@@ -240,7 +248,7 @@ def glm_chat(
 
 
 def glm2_chat(
-    tokenizer: TextTokenizer, query: str, history: list | None = None, role: str = "user"
+    tokenizer: TextTokenizer, query: str, history: History | None = None, role: str = "user"
 ) -> list[int]:
     check_user_role(role)
     ids = tokenizer.encode_text(glm2_build_prompt(query, history))
@@ -248,7 +256,7 @@ def glm2_chat(
 
 
 def glm3_chat(
-    tokenizer: TextTokenizer, query: str, history: list | None = None, role: str = "user"
+    tokenizer: TextTokenizer, query: str, history: History | None = None, role: str = "user"
 ) -> list[int]:
     ids = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")]
     for message in history_messages(history):
@@ -258,7 +266,9 @@ def glm3_chat(
     return ids + glm3_message(tokenizer, role, "", query) + [tokenizer.get_command("<|assistant|>")]
 
 
-def glm4_system(tokenizer: TextTokenizer, content: str | None, tools: list | None) -> list[int]:
+def glm4_system(
+    tokenizer: TextTokenizer, content: str | None, tools: list[Any] | None
+) -> list[int]:
     """Ids of a system message: one message of the tools, if any, and one of the text, if any."""
     ids = []
     if tools is not None:
@@ -268,7 +278,7 @@ def glm4_system(tokenizer: TextTokenizer, content: str | None, tools: list | Non
 
 
 def glm4_chat(
-    tokenizer: TextTokenizer, query: str, history: list | None = None, role: str = "user"
+    tokenizer: TextTokenizer, query: str, history: History | None = None, role: str = "user"
 ) -> list[int]:
     ids = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("<sop>")]
     for message in history_messages(history):
@@ -310,10 +320,14 @@ def parse_tool_call(code: str) -> dict[str, Any]:
         call = ast.parse(code.strip(), mode="eval").body
         if not isinstance(call, ast.Call) or getattr(call.func, "id", None) != "tool_call":
             raise ValueError("not a call of tool_call")
-        names = [keyword.arg for keyword in call.keywords]
-        if call.args or None in names or len(set(names)) != len(names):
+        if call.args:
             raise ValueError("arguments must be distinct keywords")
-        return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        parameters: dict[str, Any] = {}
+        for keyword in call.keywords:
+            if keyword.arg is None or keyword.arg in parameters:
+                raise ValueError("arguments must be distinct keywords")
+            parameters[keyword.arg] = ast.literal_eval(keyword.value)
+        return parameters
     # deep nesting makes the parser run out of stack or memory before it finds a syntax error
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(
@@ -339,8 +353,8 @@ def parse_json_call(body: str) -> dict[str, Any]:
 
 
 def messages_response(
-    parse_call: Callable[[str], dict[str, Any]], text: str, history: list | None = None
-) -> tuple[str | dict, list[dict]]:
+    parse_call: Callable[[str], dict[str, Any]], text: str, history: History | None = None
+) -> tuple[Answer, list[Message]]:
     """Split an answer into its messages; `history` is copied, not changed.
 
     Args:
@@ -354,7 +368,7 @@ def messages_response(
     """
     history = history_messages(history)
     has_tools = bool(history) and history[0]["role"] == "system" and "tools" in history[0]
-    content: str | dict = ""
+    content: Answer = ""
     for response in text.split("<|assistant|>"):
         metadata, newline, body = response.partition("\n")
         if not newline:

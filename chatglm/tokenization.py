@@ -3,9 +3,11 @@
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer, BatchEncoding
+from transformers.utils import PaddingStrategy
 
 from .configuration import ChatGLM1Config, ChatGLM2Config, ChatGLMConfig
 from .families import FAMILIES
@@ -13,6 +15,15 @@ from .histories import ROLES
 from .prompts import glm2_build_prompt, glm_chat_prompt
 from .tokenization_base import ChatGLMTokenizer, RoleMessages, without_surrogates
 from .tokenization_glm4 import GLM4Tokenizer
+
+__all__ = [
+    "TOKENIZERS",
+    "ChatGLMTokenizer",
+    "GLM2Tokenizer",
+    "GLM3Tokenizer",
+    "GLM4Tokenizer",
+    "GLMTokenizer",
+]
 
 
 class GLMTokenizer(ChatGLMTokenizer):
@@ -37,7 +48,7 @@ class GLMTokenizer(ChatGLMTokenizer):
     _readable = ("<sop>", "<eop>", "<unk>", "<pad>", "[MASK]")
     _readable_strips = True
 
-    def __init__(self, vocab_file: str, num_image_tokens: int = 20000, **kwargs):
+    def __init__(self, vocab_file: str, num_image_tokens: int = 20000, **kwargs: Any):
         self.num_image_tokens = num_image_tokens
         named = {"bos": "<sop>", "eos": "<eop>", "mask": "[MASK]", "pad": "<pad>", "unk": "<unk>"}
         for name, token in named.items():
@@ -121,7 +132,7 @@ class GLMTokenizer(ChatGLMTokenizer):
     def _trusted_text_ids(self, text: str) -> list[int]:
         return [piece + self.num_image_tokens for piece in self._pieces(text)]
 
-    def encode(self, *args, **kwargs) -> list[int]:
+    def encode(self, *args: Any, **kwargs: Any) -> list[int]:
         """Ids of a text or pair. Unlike a call it builds no mask, whose cost is length squared."""
         return super().encode(*args, **({"return_attention_mask": False} | kwargs))
 
@@ -140,32 +151,51 @@ class GLMTokenizer(ChatGLMTokenizer):
         return self.sp_model.decode_pieces([self._whitespace.get(token, token) for token in tokens])
 
     def _decode(
-        self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs: Any,
     ) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         hidden = {self.pad_token_id}
         if skip_special_tokens:
             hidden |= set(self._commands.values())
-        return super()._decode([i for i in ids if i not in hidden], **kwargs)
+        shown = [i for i in ids if i not in hidden]
+        return super()._decode(shown, False, clean_up_tokenization_spaces, **kwargs)
 
-    def pad(self, encoded_inputs: Mapping | Sequence[Mapping], *args, **kwargs) -> BatchEncoding:
+    def pad(
+        self,
+        encoded_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        *args: Any,
+        **kwargs: Any,
+    ) -> BatchEncoding:
         """As the library's; masks and positions are rebuilt from the padded ids."""
-        if isinstance(encoded_inputs, (list, tuple)):
-            encoded_inputs = [_without_masks(row) for row in encoded_inputs]
+        rows: Any  # transformers' types do not say that a batch may hold tensors
+        if isinstance(encoded_inputs, Mapping):
+            rows = _without_masks(encoded_inputs)
         else:
-            encoded_inputs = _without_masks(encoded_inputs)
-        return super().pad(encoded_inputs, *args, **kwargs)
+            rows = [_without_masks(row) for row in encoded_inputs]
+        return super().pad(rows, *args, **kwargs)
 
     def _pad(
-        self, encoded_inputs: dict, *args, return_attention_mask: bool | None = None, **kwargs
-    ) -> dict:
-        encoded_inputs = super()._pad(encoded_inputs, *args, return_attention_mask=False, **kwargs)
-        ids = encoded_inputs["input_ids"]
+        self,
+        encoded_inputs: dict[str, list[int]] | BatchEncoding,
+        max_length: int | None = None,
+        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
+    ) -> dict[str, Any]:
+        padded = super()._pad(
+            encoded_inputs, max_length, padding_strategy, pad_to_multiple_of, padding_side, False
+        )
+        ids = padded["input_ids"]
         span = self._span(ids)
         if return_attention_mask is not False:
-            encoded_inputs["attention_mask"] = self._prefix_mask(len(ids), *span)
-        encoded_inputs["position_ids"] = self._positions(ids, *span)
-        return encoded_inputs
+            padded["attention_mask"] = self._prefix_mask(len(ids), *span)
+        padded["position_ids"] = self._positions(ids, *span)
+        return padded
 
     def _span(self, ids: list[int]) -> tuple[int, int, int]:
         """Start and stop (exclusive) of a padded row, and where <sop> is (stop without one)."""
@@ -205,7 +235,7 @@ class GLMTokenizer(ChatGLMTokenizer):
         return positions
 
 
-def _without_masks(encoded: Mapping) -> dict:
+def _without_masks(encoded: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of an encoding that do not depend on its padding."""
     rebuilt = ("attention_mask", "position_ids")
     return {key: value for key, value in encoded.items() if key not in rebuilt}
@@ -219,9 +249,9 @@ class GLM2Tokenizer(ChatGLMTokenizer):
 
     family = "glm2"
     vocab_files_names = {"vocab_file": FAMILIES["glm2"].tokenizer_file}
-    _controls = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+    _controls: tuple[str, ...] = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
-    def __init__(self, vocab_file: str, clean_up_tokenization_spaces: bool = True, **kwargs):
+    def __init__(self, vocab_file: str, clean_up_tokenization_spaces: bool = True, **kwargs: Any):
         for name, token in {"eos": "</s>", "pad": "<unk>", "unk": "<unk>"}.items():
             kwargs.setdefault(f"{name}_token", token)
         super().__init__(
@@ -289,7 +319,7 @@ class GLM3Tokenizer(RoleMessages, GLM2Tokenizer):
     _controls = GLM2Tokenizer._controls + _roles
     _readable = _roles
 
-    def __init__(self, vocab_file: str, clean_up_tokenization_spaces: bool = False, **kwargs):
+    def __init__(self, vocab_file: str, clean_up_tokenization_spaces: bool = False, **kwargs: Any):
         super().__init__(vocab_file, clean_up_tokenization_spaces, **kwargs)
 
     def _convert_id_to_token(self, index: int) -> str:

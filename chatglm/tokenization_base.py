@@ -7,6 +7,7 @@ the originals do.
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -15,11 +16,13 @@ from typing import Any
 
 import sentencepiece
 from transformers import BatchEncoding, PreTrainedTokenizer
+from transformers.utils import PaddingStrategy
 
 from .evidence import contradicts, infer_family
 from .families import FAMILIES
 from .files import is_lfs_pointer, pointer_error
 from .folders import check_json_files, reading, without_marks
+from .histories import History
 from .prompts import glm3_message
 
 # The originals' class name, so that a saved folder loads elsewhere too.
@@ -43,7 +46,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     damaged or of another kind or where the folder belongs to another family.
     """
 
-    family: str | None = None
+    family: str = ""  # a key of FAMILIES, in the subclasses
     padding_side = "left"
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     # Control tokens that a caller may ask to be read from text, and whether they absorb the spaces
@@ -51,8 +54,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     _readable: tuple[str, ...] = ()
     _readable_strips = False
 
-    def __init__(self, vocab_file: str, encode_special_tokens: bool = False, **kwargs):
-        if self.family is None:
+    def __init__(self, vocab_file: str, encode_special_tokens: bool = False, **kwargs: Any):
+        if not self.family:
             raise TypeError(
                 "ChatGLMTokenizer is the shared base: use from_pretrained or one of its subclasses"
             )
@@ -84,12 +87,17 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *inputs, family: str | None = None, **kwargs
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *inputs: Any,
+        family: str | None = None,
+        **kwargs: Any,
     ) -> "ChatGLMTokenizer":
         """Tokenizer of a folder or hub name; `family` decides where the files leave it open.
 
         Code in the folder is never run, whatever its auto_map says.
         """
+        folder = os.fspath(pretrained_model_name_or_path)
         if cls is ChatGLMTokenizer:
             family = family or infer_family(folder)
             if family not in FAMILIES:
@@ -102,14 +110,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             raise ValueError(f"{folder} is not a {FAMILIES[cls.family].title} folder: {evidence}")
         place = Path(folder, kwargs.get("subfolder") or "")
         if place.is_dir() and "vocab_file" not in kwargs:
-            wanted = place / FAMILIES[cls.family].tokenizer_file
-            if not wanted.is_file():
-                raise FileNotFoundError(
-                    f"{place} has no {wanted.name}, {FAMILIES[cls.family].title}'s vocabulary"
-                )
             # not left to the library, which prefers any file named tokenizer.model
-            open(wanted, "rb").close()  # what the disk says; the library would hide it
-            kwargs["vocab_file"] = str(wanted)
+            kwargs["vocab_file"] = str(cls._find_vocab_file(place))
         # Only the caller may set it, not a folder's files.
         kwargs.setdefault("encode_special_tokens", False)
         kwargs.pop("trust_remote_code", None)
@@ -122,7 +124,19 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         tokenizer.name_or_path = str(folder)
         return tokenizer
 
-    def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> tuple[str, ...]:
+    @classmethod
+    def _find_vocab_file(cls, folder: Path) -> Path:
+        """The vocabulary file in a folder. Raises FileNotFoundError, OSError."""
+        family = FAMILIES[cls.family]
+        wanted = folder / family.tokenizer_file
+        if not wanted.is_file():
+            raise FileNotFoundError(f"{folder} has no {wanted.name}, {family.title}'s vocabulary")
+        open(wanted, "rb").close()  # raises what the disk says; the library would hide it
+        return wanted
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> tuple[str, ...]:
         """Write the model and tokenizer_config.json; returns paths.
 
         The config has the originals' class name and "glm_family".
@@ -141,7 +155,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     # The originals of ChatGLM2/3 have these as read-only properties and fail on a config that sets
     # them.
-    _not_saved = ("bos_token", "eos_token", "pad_token", "unk_token")
+    _not_saved: tuple[str, ...] = ("bos_token", "eos_token", "pad_token", "unk_token")
 
     def save_vocabulary(
         self, save_directory: str | Path, filename_prefix: str | None = None
@@ -200,7 +214,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _convert_token_to_id_with_added_voc(self, token: str | None) -> int | None:
         return None if token is None else self._convert_token_to_id(token)
 
-    def _add_tokens(self, new_tokens: Iterable, special_tokens: bool = False) -> int:
+    def _add_tokens(self, new_tokens: Iterable[Any], special_tokens: bool = False) -> int:
         # Nothing enters the library's trie, which would split the tokens out of user text, and
         # nothing enters the vocabulary: a checkpoint's spare rows have no names here.
         for token in map(str, new_tokens):
@@ -249,13 +263,18 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _trusted_text_ids(self, text: str) -> list[int]:
         return self.encode_text(text)
 
-    def tokenize(self, text: str, **kwargs) -> list[str]:
-        """Names of the pieces of `text`; takes `encode_special_tokens` like a call."""
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Names of the pieces of `text`; takes `encode_special_tokens` like a call.
+
+        As in transformers' own Python tokenizers, `pair` and `add_special_tokens` have no effect.
+        """
         special = kwargs.get("encode_special_tokens", self.encode_special_tokens)
         split = kwargs.get("split_special_tokens", False)
         return [self._name(index) for index in self._ids(text, special and not split)]
 
-    def apply_chat_template(self, *args, **kwargs) -> Any:
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
         """Not for these models: a template renders text, and text never becomes control tokens."""
         raise NotImplementedError(
             f"chat prompts of {FAMILIES[self.family].title} are built from ids: "
@@ -281,14 +300,29 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return self.sp_model.decode_pieces(list(tokens))
 
-    def _pad(self, encoded_inputs: dict, *args, padding_side: str | None = None, **kwargs) -> dict:
+    def _pad(
+        self,
+        encoded_inputs: dict[str, list[int]] | BatchEncoding,
+        max_length: int | None = None,
+        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
+    ) -> dict[str, Any]:
         length = len(encoded_inputs["input_ids"])
         positions = encoded_inputs.pop("position_ids", None) or list(range(length))
-        encoded_inputs = super()._pad(encoded_inputs, *args, padding_side=padding_side, **kwargs)
-        padding = [0] * (len(encoded_inputs["input_ids"]) - length)
+        padded = super()._pad(
+            encoded_inputs,
+            max_length,
+            padding_strategy,
+            pad_to_multiple_of,
+            padding_side,
+            return_attention_mask,
+        )
+        padding = [0] * (len(padded["input_ids"]) - length)
         on_left = (padding_side or self.padding_side) == "left"
-        encoded_inputs["position_ids"] = padding + positions if on_left else positions + padding
-        return encoded_inputs
+        padded["position_ids"] = padding + positions if on_left else positions + padding
+        return padded
 
 
 def class_of_family(family: str) -> type[ChatGLMTokenizer]:
@@ -311,7 +345,7 @@ def without_surrogates(text: str) -> str:
     return text
 
 
-class RoleMessages:
+class RoleMessages(ChatGLMTokenizer):
     """What the tokenizers of families with roles have in common: chats as ids."""
 
     def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
@@ -324,7 +358,7 @@ class RoleMessages:
     def build_chat_input(
         self,
         query: str,
-        history: list | None = None,
+        history: History | None = None,
         role: str = "user",
         return_tensors: str | None = "pt",
     ) -> BatchEncoding:
@@ -332,6 +366,6 @@ class RoleMessages:
         ids = FAMILIES[self.family].encode_chat(self, query, history, role)
         return self.pad({"input_ids": [ids]}, return_tensors=return_tensors)
 
-    def build_prompt(self, query: str, history: list | None = None) -> str:
+    def build_prompt(self, query: str, history: History | None = None) -> str:
         title = FAMILIES[self.family].title
         raise NotImplementedError(f"{title}'s roles have no text form: use build_chat_input")

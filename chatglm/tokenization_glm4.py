@@ -1,18 +1,17 @@
 """GLM-4's tokenizer: byte pairs, and control tokens with the ids after them."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from .byte_pairs import byte_name, byte_pair_encoder, ranks_file, read_ranks
 from .families import FAMILIES
 from .glm4 import ASSISTANT_NAME
 from .histories import ROLES
-from .tokenization_base import ChatGLMTokenizer, RoleMessages
+from .tokenization_base import RoleMessages
 
 LONG_RELEASE = "名为 GLM-4 的"  # in the chat template of glm-4-9b-chat-1m
 
 
-class GLM4Tokenizer(RoleMessages, ChatGLMTokenizer):
+class GLM4Tokenizer(RoleMessages):
     """GLM-4-9B and CodeGeeX4: `[gMASK] <sop>`, then text.
 
     A pair is `[gMASK] <sop> A B <|endoftext|>`.
@@ -111,9 +110,15 @@ class GLM4Tokenizer(RoleMessages, ChatGLMTokenizer):
         return self._encoder.decoder.decode(names) if names else ""
 
     def _decode(
-        self, token_ids: int | Sequence[int], skip_special_tokens: bool = False, **kwargs: Any
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs: Any,
     ) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
         if skip_special_tokens:
             ids = [index for index in ids if index < len(self._tokens)]
-        return super()._decode(ids, **kwargs)
+        return super()._decode(
+            ids, clean_up_tokenization_spaces=clean_up_tokenization_spaces, **kwargs
+        )
