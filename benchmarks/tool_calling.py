@@ -229,7 +229,7 @@ def learn(rows: Path, base: Path, steps: int, seed: int) -> Path:
 def ask(checkpoint: Path, calls: list[Call], show: bool) -> dict[str, float]:
     """Shares of the answers that parse as a call, have the right name, and also its arguments."""
     from chatglm import load_model, load_tokenizer
-    from chatglm.families import TOOL_PREAMBLE
+    from chatglm.histories import TOOL_PREAMBLE
 
     model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
     parsed = named = right = 0

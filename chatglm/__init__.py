@@ -39,20 +39,20 @@ WITH_AUTO_MODULE = {
 LAYERS = "transformers.modeling_layers"
 
 
-def is_half_done(name: str) -> bool:
+def is_importing(name: str) -> bool:
     """Whether a module is being imported right now."""
     spec = getattr(sys.modules.get(name), "__spec__", None)
     return getattr(spec, "_initializing", False)
 
 
-def import_ours(name: str) -> None:
+def import_registrations(name: str) -> None:
     """Import our modules that belong to transformers' module `name`, which has just run."""
     auto = "transformers.models.auto.modeling_auto"
     if name == LAYERS:
         if auto not in sys.modules:
             return
         name = auto
-    elif name == auto and is_half_done(LAYERS):
+    elif name == auto and is_importing(LAYERS):
         return
     for ours in WITH_AUTO_MODULE[name]:
         importlib.import_module(ours)
@@ -72,13 +72,17 @@ class AutoClassHook(importlib.abc.MetaPathFinder):
                 spec = finder.find_spec(name, path, target)
         if spec is None:
             return None
-        run = spec.loader.exec_module
+        loader = spec.loader
+        if loader is None:  # a namespace package, which transformers' modules are not
+            return spec
+        run = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            import_ours(name)
+            import_registrations(name)
 
-        spec.loader.exec_module = exec_module
+        # of this one loader, which its finder made for this module
+        setattr(loader, "exec_module", exec_module)  # noqa: B010 (mypy: assignment to a method)
         return spec
 
 

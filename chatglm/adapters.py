@@ -15,7 +15,8 @@ from .folders import reading
 from .weights import read_tensors
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
 
 PEFT = "base_model.model."
 # What savers put before a module's name, some of it more than once: peft's own, and TRL's of a
@@ -25,7 +26,7 @@ VALUE_HEAD = "v_head."  # TRL's: of a reward, no part of a language model
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-class Fit(NamedTuple):
+class AdapterFit(NamedTuple):
     """How an adapter file fits a model: names as peft saves them."""
 
     state: dict[str, Tensor]  # what the file holds
@@ -110,7 +111,7 @@ def peft_version() -> str:
     return peft.__version__
 
 
-def fit_adapter(model: nn.Module, state: dict[str, Tensor]) -> Fit:
+def fit_adapter(model: nn.Module, state: dict[str, Tensor]) -> AdapterFit:
     """How the tensors of `read_adapter` fit a PeftModel with a new adapter of their kind."""
     from peft import get_peft_model_state_dict
 
@@ -124,10 +125,10 @@ def fit_adapter(model: nn.Module, state: dict[str, Tensor]) -> Fit:
         elif state[name].shape != tensor.shape:
             misshapen.append((name, list(state[name].shape), list(tensor.shape)))
     unexpected = [name for name in state if name not in known]
-    return Fit(state, missing, unexpected, misshapen)
+    return AdapterFit(state, missing, unexpected, misshapen)
 
 
-def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
+def load_adapter(model: "PreTrainedModel", folder: Path) -> "PeftModel":
     """The model in a PeftModel with the adapter of `folder`, in eval mode.
 
     Raises:
@@ -140,8 +141,8 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
 
     folder = Path(folder)
     config, state = read_adapter_config(folder), read_adapter(folder)
-    peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-    name = model.name_or_path
+    peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)
+    name = str(model.name_or_path)
     remedy = f"does its adapter belong to {name}?"
     places = set((getattr(model, "hf_device_map", None) or {}).values())
     if "disk" in places:
@@ -153,23 +154,23 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
         # peft spreads base and adapter over the devices again, and reads the file itself.
         with reading(folder, remedy), warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(model, str(folder), config=config)
-        check_names(folder, name, fit_adapter(model, state))
-        return model.eval()
+            spread = PeftModel.from_pretrained(model, str(folder), config=config)
+        check_names(folder, name, fit_adapter(spread, state))
+        return spread.eval()
     with reading(folder, remedy):
-        model = peft_class(model, config)
-    fit = fit_adapter(model, state)
+        adapted = peft_class(model, config)
+    fit = fit_adapter(adapted, state)
     check_names(folder, name, fit)
     with reading(adapter_file(folder)):
         try:
-            set_peft_model_state_dict(model, state)
+            set_peft_model_state_dict(adapted, state)
         except RuntimeError:  # shapes; some kinds of adapter change their own to the file's
             check_shapes(folder, name, fit)
             raise
-    return model.eval()
+    return adapted.eval()
 
 
-def check_names(folder: Path, base: str, fit: Fit) -> None:
+def check_names(folder: Path, base: str, fit: AdapterFit) -> None:
     """Raises ValueError where tensors are missing, or would not be read."""
     file = adapter_file(folder)
     if fit.missing:
@@ -188,7 +189,7 @@ def check_names(folder: Path, base: str, fit: Fit) -> None:
         )
 
 
-def check_shapes(folder: Path, base: str, fit: Fit) -> None:
+def check_shapes(folder: Path, base: str, fit: AdapterFit) -> None:
     """Raises ValueError for the first tensor of another shape than the model's."""
     for name, found, wanted in fit.misshapen:
         raise ValueError(

@@ -5,7 +5,7 @@ python -m chatglm.checksums FOLDER --renew    accept the files as they are, afte
 
 Loading compares XXH3, which takes a fraction of the time that reading the weights takes; resuming
 and merging compare SHA-256.
-A folder without checksums.json is somebody else's and loads as it is.
+A folder without checksums.json was written by another program and loads as it is.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
 from .commands import Parser, run_command
 from .files import read_bytes, read_json
@@ -34,11 +34,21 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".onnx", ".npz")
 BLOCK = 1 << 24  # bytes, 2 ms of XXH3
 THREADS = min(8, os.cpu_count() or 1)
 Loaded = TypeVar("Loaded")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 # The level of the load in progress; the load of its base model inherits it.
 asked_level: ContextVar[str | None] = ContextVar("asked_level", default=None)
 
 
-def hash_file(path: Path, *, fast: bool = True, strong: bool = True) -> dict:
+class FileHashes(TypedDict, total=False):
+    """A file's size and hashes, in hexadecimal, as checksums.json lists them."""
+
+    bytes: int
+    xxh3: str
+    sha256: str
+
+
+def hash_file(path: Path, *, fast: bool = True, strong: bool = True) -> FileHashes:
     """{"bytes", "xxh3", "sha256"} of a file; without the hash that is not asked for.
 
     The fast one is the XXH3 of the XXH3s of the file's blocks, so several threads can share a file.
@@ -47,7 +57,7 @@ def hash_file(path: Path, *, fast: bool = True, strong: bool = True) -> dict:
 
     size = path.stat().st_size
     if not size:
-        blocks, digest = [], hashlib.sha256()
+        blocks, sha256 = [], hashlib.sha256().hexdigest()
     else:
         # Memory-mapped: a thread that reads into a buffer takes the GIL for every block, and
         # loading holds it.
@@ -59,19 +69,19 @@ def hash_file(path: Path, *, fast: bool = True, strong: bool = True) -> dict:
             spans = [content[start : start + BLOCK] for start in range(0, size, BLOCK)]
             try:
                 blocks = in_threads(xxhash.xxh3_64_digest, spans) if fast else []
-                digest = hashlib.sha256(content) if strong else None
+                sha256 = hashlib.sha256(content).hexdigest() if strong else ""
             finally:
                 for span in spans:
                     span.release()
-    hashes: dict = {"bytes": size}
+    hashes: FileHashes = {"bytes": size}
     if fast:
         hashes["xxh3"] = xxhash.xxh3_64_hexdigest(b"".join(blocks))
     if strong:
-        hashes["sha256"] = digest.hexdigest()
+        hashes["sha256"] = sha256
     return hashes
 
 
-def in_threads(work: Callable, items: list) -> list:
+def in_threads(work: Callable[[Item], Result], items: list[Item]) -> list[Result]:
     """work(item) of each, in their order."""
     if len(items) < 2 or THREADS == 1:
         return [work(item) for item in items]
@@ -79,8 +89,11 @@ def in_threads(work: Callable, items: list) -> list:
         return list(pool.map(work, items))
 
 
-def write_checksums(folder: str | Path) -> None:
-    """Write checksums.json for the files in `folder` and below; it holds its own checksum too."""
+def write_checksums(folder: str | Path) -> int:
+    """Write checksums.json for the files in `folder` and below; it holds its own checksum too.
+
+    Returns the number of files.
+    """
     folder = Path(folder)
     names = []
     for path in folder.rglob("*"):
@@ -92,9 +105,10 @@ def write_checksums(folder: str | Path) -> None:
     temporary = folder / f".{CHECKSUMS}.tmp"
     temporary.write_bytes(render(dict(zip(names, hashes))))
     os.replace(temporary, folder / CHECKSUMS)
+    return len(names)
 
 
-def render(files: dict) -> bytes:
+def render(files: dict[str, FileHashes]) -> bytes:
     """The content of checksums.json: the last entry is the XXH3 of all the others."""
     import xxhash
 
@@ -103,7 +117,7 @@ def render(files: dict) -> bytes:
     return (json.dumps(content | {"self": self_hash}, indent=1) + "\n").encode()
 
 
-def read_checksums(folder: Path) -> dict[str, dict] | None:
+def read_checksums(folder: Path) -> dict[str, FileHashes] | None:
     """{name: its hashes} as `write_checksums` wrote them, None where there are none.
 
     Raises:
@@ -167,7 +181,9 @@ def check_folder_files(
     compare_all(folder, chosen, "xxh3" if level == "fast" else "sha256")
 
 
-def compare_all(folder: Path, files: dict[str, dict], kind: str) -> None:
+def compare_all(
+    folder: Path, files: dict[str, FileHashes], kind: Literal["xxh3", "sha256"]
+) -> None:
     """Compare one kind of hash of `files`, {name: hashes}; blocks or files are hashed in threads.
 
     Raises:
@@ -249,7 +265,9 @@ def checks_folder(
 
     def decorate(load: Callable[..., Loaded]) -> Callable[..., Loaded]:
         @functools.wraps(load)
-        def loading(path: str | Path, *args, verify: str | None = None, **options) -> Loaded:
+        def loading(
+            path: str | Path, *args: Any, verify: str | None = None, **options: Any
+        ) -> Loaded:
             with verified(path, verify, wanted):
                 return load(path, *args, **options)
 
@@ -270,15 +288,15 @@ def add_verify_flag(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def run(folder: Path, renew: bool) -> None:
+def compare_or_renew(folder: Path, renew: bool) -> None:
     """Compare a folder with its checksums, or write them anew; raises ValueError, OSError."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
     if not renew and not (folder / CHECKSUMS).is_file():
         raise ValueError(f"{folder} has no {CHECKSUMS}: there is nothing to compare with")
     if renew:
-        write_checksums(folder)
-        print(f"{folder}: {len(read_checksums(folder))} files, checksums written")
+        count = write_checksums(folder)
+        print(f"{folder}: {count} files, checksums written")
         return
 
     def is_wanted(name: str) -> bool:  # trainer/ may be deleted to save room
@@ -303,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
         help="write the checksums anew for the files as they are now",
     )
     args = parser.parse_args(argv)
-    return run_command(parser.prog, lambda: run(args.folder, args.renew))
+    return run_command(parser.prog, lambda: compare_or_renew(args.folder, args.renew))
 
 
 if __name__ == "__main__":

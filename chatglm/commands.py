@@ -8,14 +8,15 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
-FIRST_RANK_SPEAKS_S = 3.0
+RANK_0_FIRST_S = 3.0  # how long the other ranks wait before they print
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag is one line; the usage is for --help."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """Print one line to stderr and leave with exit code 2."""
         sys.exit(fail(self.prog, f"error: {one_line(message)} (--help lists the flags)", 2))
 
@@ -27,7 +28,8 @@ def run_command(prog: str, work: Callable[[], int | None]) -> int:
         What `work` returns (0 for None); 1 after a ValueError, OSError, MemoryError or a missing
         package; 130 after Ctrl-C.
     """
-    logging.lastResort.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     try:
         return work() or 0
     except BrokenPipeError:  # `| head` has read enough
@@ -47,7 +49,7 @@ def fail(prog: str, message: str, code: int) -> int:
     """
     if int(os.environ.get("RANK") or 0):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(FIRST_RANK_SPEAKS_S)
+        time.sleep(RANK_0_FIRST_S)
     print(f"{prog}: {message}", file=sys.stderr, flush=True)
     return code
 

@@ -40,7 +40,7 @@ class ChatGLMConfig(PreTrainedConfig):
     use_cache: bool = True
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "ChatGLMConfig":
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "ChatGLMConfig":
         if cls is ChatGLMConfig:
             cls = ChatGLM1Config if is_chatglm1(config_dict) else ChatGLM2Config
         asked = {"glm_family": family} if (family := kwargs.pop("glm_family", None)) else {}
@@ -107,12 +107,14 @@ class ChatGLM1Config(ChatGLMConfig):
     # "rounds": chat() counts [Round n] from 1, as the training prompt does
     chat_prompt: str | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.check_sizes(
             "vocab_size", "hidden_size", "num_layers", "num_attention_heads", "inner_hidden_size"
         )
         # The first release's config names neither; in every vocabulary both have a fixed distance
         # from <sop>.
+        if self.bos_token_id is None:
+            raise ValueError("bos_token_id must be the id of <sop>, got null")
         if self.mask_token_id is None:
             self.mask_token_id = self.bos_token_id - 4
         if self.gmask_token_id is None:
@@ -170,18 +172,8 @@ class ChatGLM2Config(ChatGLMConfig):
     pad_token_id: int | None = 0
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
-        expected = {
-            "rmsnorm": True,
-            "post_layer_norm": True,
-            "original_rope": True,
-            "apply_residual_connection_post_layernorm": False,
-        }
-        for name, value in expected.items():
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is not supported: every release has {value}"
-                )
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.check_structure()
         self.check_sizes(
             "num_layers",
             "padded_vocab_size",
@@ -205,9 +197,23 @@ class ChatGLM2Config(ChatGLMConfig):
         if not 0 < self.rope_ratio < float("inf"):
             raise ValueError(f"rope_ratio must be above 0, got {self.rope_ratio}")
         if self.glm_family is None and self.rope_ratio != 1:
-            raise ValueError(untold_family(self.rope_ratio))
+            raise ValueError(unclear_family_message(self.rope_ratio))
         self.validate_prefix()
         super().__post_init__(**kwargs)
+
+    def check_structure(self) -> None:
+        """Raises ValueError for a structure that no release has."""
+        expected = {
+            "rmsnorm": True,
+            "post_layer_norm": True,
+            "original_rope": True,
+            "apply_residual_connection_post_layernorm": False,
+        }
+        for name, value in expected.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is not supported: every release has {value}"
+                )
 
     def find_family(self, kwargs: dict[str, Any]) -> str | None:
         """The family that the files beside this configuration show, as `load_model` infers it."""
@@ -228,7 +234,7 @@ class ChatGLM2Config(ChatGLMConfig):
         )
 
 
-def untold_family(ratio: float) -> str:
+def unclear_family_message(ratio: float) -> str:
     """The message where nothing tells how to read `rope_ratio`."""
     return (
         f"rope_ratio {ratio} divides positions in ChatGLM2 and multiplies the base in ChatGLM3, "

@@ -12,14 +12,8 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .families import (
-    ROLES,
-    TOOL_PREAMBLE,
-    TextTokenizer,
-    _keep_tail,
-    glm3_message,
-    glm_chat_prompt,
-)
+from .families import TextTokenizer, glm3_message, glm_chat_prompt, truncate_prompt
+from .histories import ROLES, TOOL_PREAMBLE
 
 IGNORED = -100
 # Whether the role token <|assistant|> of an answer is a label: in the first it is, in the demo not.
@@ -50,7 +44,7 @@ class EncodedTurns(NamedTuple):
     truncated: bool
 
 
-def learns(turn: Turn) -> bool:
+def carries_loss(turn: Turn) -> bool:
     """Whether the turn carries loss."""
     return turn.role == "assistant" and turn.loss
 
@@ -91,7 +85,7 @@ def check_turns(turns: list[Turn]) -> None:
         if before not in ALLOWED_BEFORE[turn.role]:
             raise ValueError(f"turn {number}: {turn.role} cannot follow {before or 'nothing'}")
         before = turn.role
-    if not any(map(learns, turns)):
+    if not any(map(carries_loss, turns)):
         raise ValueError("no answer that carries loss")
 
 
@@ -106,7 +100,8 @@ def rounds_of(turns: list[Turn]) -> list[tuple[str, str, bool]]:
         raise ValueError("tool calls and observations need ChatGLM3")
     rounds: list[tuple[str, str, bool]] = []
     system = ""
-    for before, turn in zip([None, *turns], turns):
+    before = ""  # the role of the turn before
+    for turn in turns:
         if turn.role == "system":
             system = turn.content + "\n"
         elif turn.role == "user":
@@ -114,9 +109,9 @@ def rounds_of(turns: list[Turn]) -> list[tuple[str, str, bool]]:
             system = ""
         else:
             question, answer, _ = rounds[-1]
-            goes_on = before.role == "assistant"
-            text = f"{answer}\n{turn.content}" if goes_on else turn.content
+            text = f"{answer}\n{turn.content}" if before == "assistant" else turn.content
             rounds[-1] = (question, text, turn.loss)
+        before = turn.role
     return rounds
 
 
@@ -139,7 +134,7 @@ def _glm(
             source = tokenizer.encode_text(text)
             if len(source) <= max_src_len:
                 break
-        source, cut = _keep_tail(source, max_src_len, tail=3)
+        source, cut = truncate_prompt(source, max_src_len, tail=3)
         room = max_len - len(source) - 3
         if room < 1:
             raise ValueError(
@@ -190,11 +185,11 @@ def _glm3(
     follows = False  # whether the turn before carries loss: the next token ends it
     for turn in turns:
         message = glm3_message(tokenizer, turn.role, turn.metadata, turn.content)
-        first = follows or (role_labels and learns(turn))
+        first = follows or (role_labels and carries_loss(turn))
         labels.append(message[0] if first else IGNORED)
-        labels += message[1:] if learns(turn) else [IGNORED] * (len(message) - 1)
+        labels += message[1:] if carries_loss(turn) else [IGNORED] * (len(message) - 1)
         ids += message
-        follows = learns(turn)
+        follows = carries_loss(turn)
     end = tokenizer.get_command("</s>")
     return [_cut([*ids, end], [*labels, end if follows else IGNORED], max_len)]
 

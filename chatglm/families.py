@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from .files import read_json
-from .histories import (  # noqa: F401 (ROLES, TOOL_PREAMBLE: imported from here elsewhere)
+from .histories import (
     ROLES,
-    TOOL_PREAMBLE,
+    Answer,
+    History,
+    Message,
     history_messages,
     history_rounds,
     message_text,
@@ -109,7 +111,7 @@ class _Layout(NamedTuple):
     truncated: bool
 
 
-def _keep_tail(ids: list[int], limit: int, tail: int) -> tuple[list[int], bool]:
+def truncate_prompt(ids: list[int], limit: int, tail: int) -> tuple[list[int], bool]:
     """Truncate ids to `limit`, but keep the last `tail`: "答：" and newlines ask for the answer.
 
     Returns the ids and whether they were truncated. Raises ValueError where limit < tail.
@@ -126,7 +128,7 @@ def _glm_text(query: str) -> str:
 
 
 def _glm_layout(tokenizer: TextTokenizer, prompt: str, max_src_len: int) -> _Layout:
-    source, cut = _keep_tail(tokenizer.encode_text(_glm_text(prompt)), max_src_len, tail=3)
+    source, cut = truncate_prompt(tokenizer.encode_text(_glm_text(prompt)), max_src_len, tail=3)
     prefix = source + [tokenizer.get_command("[gMASK]"), tokenizer.get_command("<sop>")]
     # <sop> itself is a label, as in the original's data set
     return _Layout(prefix, n_masked=len(source) + 1, reserved=len(source) + 3, truncated=cut)
@@ -137,7 +139,7 @@ def _glm2_text(query: str) -> str:
 
 
 def _glm2_layout(tokenizer: TextTokenizer, prompt: str, max_src_len: int) -> _Layout:
-    source, cut = _keep_tail(tokenizer.encode_text(_glm2_text(prompt)), max_src_len, tail=4)
+    source, cut = truncate_prompt(tokenizer.encode_text(_glm2_text(prompt)), max_src_len, tail=4)
     prefix = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")] + source
     return _Layout(prefix, n_masked=len(prefix), reserved=len(source) + 3, truncated=cut)
 
@@ -208,7 +210,7 @@ def _encode_example(
 # ---- chats ----
 
 
-def glm_chat_prompt(query: str, history: list | None = None, rounds: bool = False) -> str:
+def glm_chat_prompt(query: str, history: History | None = None, rounds: bool = False) -> str:
     """ChatGLM-6B's chat text: the bare query without history, rounds counted from 0 with it.
 
     With `rounds` as models are tuned here: always rounds, counted from 1.
@@ -221,7 +223,7 @@ def glm_chat_prompt(query: str, history: list | None = None, rounds: bool = Fals
     return f"{turns}[Round {len(history) + first}]\n问：{query}\n答："
 
 
-def glm2_build_prompt(query: str, history: list | None = None) -> str:
+def glm2_build_prompt(query: str, history: History | None = None) -> str:
     """ChatGLM2-6B's chat text: rounds counted from 1, also without history."""
     history, query = history_rounds(history, query, "ChatGLM2-6B")
     rounds = "".join(
@@ -249,7 +251,7 @@ def _check_user_role(role: str) -> None:
 def _glm_chat(
     tokenizer: TextTokenizer,
     query: str,
-    history: list | None = None,
+    history: History | None = None,
     role: str = "user",
     rounds: bool = False,
 ) -> list[int]:
@@ -259,7 +261,7 @@ def _glm_chat(
 
 
 def _glm2_chat(
-    tokenizer: TextTokenizer, query: str, history: list | None = None, role: str = "user"
+    tokenizer: TextTokenizer, query: str, history: History | None = None, role: str = "user"
 ) -> list[int]:
     _check_user_role(role)
     ids = tokenizer.encode_text(glm2_build_prompt(query, history))
@@ -267,7 +269,7 @@ def _glm2_chat(
 
 
 def _glm3_chat(
-    tokenizer: TextTokenizer, query: str, history: list | None = None, role: str = "user"
+    tokenizer: TextTokenizer, query: str, history: History | None = None, role: str = "user"
 ) -> list[int]:
     ids = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")]
     for message in history_messages(history):
@@ -305,10 +307,14 @@ def parse_tool_call(code: str) -> dict[str, Any]:
         call = ast.parse(code.strip(), mode="eval").body
         if not isinstance(call, ast.Call) or getattr(call.func, "id", None) != "tool_call":
             raise ValueError("not a call of tool_call")
-        names = [keyword.arg for keyword in call.keywords]
-        if call.args or None in names or len(set(names)) != len(names):
+        if call.args:
             raise ValueError("arguments must be distinct keywords")
-        return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        parameters: dict[str, Any] = {}
+        for keyword in call.keywords:
+            if keyword.arg is None or keyword.arg in parameters:
+                raise ValueError("arguments must be distinct keywords")
+            parameters[keyword.arg] = ast.literal_eval(keyword.value)
+        return parameters
     # deep nesting makes the parser run out of stack or memory before it finds a syntax error
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(
@@ -316,7 +322,7 @@ def parse_tool_call(code: str) -> dict[str, Any]:
         ) from None
 
 
-def _glm3_response(text: str, history: list | None = None) -> tuple[str | dict, list[dict]]:
+def _glm3_response(text: str, history: History | None = None) -> tuple[Answer, list[Message]]:
     """Split an answer into its messages; `history` is copied, not changed.
 
     Returns (content, new history). Content is the last message's text, but
@@ -327,7 +333,7 @@ def _glm3_response(text: str, history: list | None = None) -> tuple[str | dict, 
     """
     history = history_messages(history)
     has_tools = bool(history) and history[0]["role"] == "system" and "tools" in history[0]
-    content: str | dict = ""
+    content: Answer = ""
     for response in text.split("<|assistant|>"):
         metadata, newline, body = response.partition("\n")
         if not newline:
@@ -365,7 +371,7 @@ def _sign(sentence: str, *families: str, strong: bool = True) -> _Evidence:
 _NAME_PATTERNS = [(r"glm[-_]?3", "glm3"), (r"glm[-_]?2", "glm2"), (r"chatglm[-_]?6b", "glm")]
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         return read_json(path)
     except (OSError, ValueError):
@@ -382,10 +388,10 @@ def _read_text(path: Path) -> str:
 def _evidence(
     folder: str | Path,
     base: str | Path | None = None,
-    config: dict | None = None,
+    config: dict[str, Any] | None = None,
     follow: bool = True,
 ) -> Iterator[_Evidence]:
-    """What a folder (or a model's name) says about its family, most telling first.
+    """What a folder (or a model's name) says about its family, the strongest first.
 
     Code is read as text only.
 
@@ -402,16 +408,7 @@ def _evidence(
         if isinstance(family, str) and family in FAMILIES:
             yield _sign(f'{file} says "glm_family": "{family}"', family)
 
-    if (path / "ice_text.model").is_file():
-        yield _sign("the folder holds ice_text.model, ChatGLM-6B's tokenizer", "glm")
-    for key in ("position_encoding_2d", "inner_hidden_size"):
-        if key in config:
-            yield _sign(f"config.json has {key}, which only ChatGLM-6B has", "glm")
-    for key in ("multi_query_group_num", "padded_vocab_size"):
-        if key in config:
-            sentence = f"config.json has {key}, which ChatGLM2-6B and ChatGLM3-6B have"
-            yield _sign(sentence, "glm2", "glm3")
-
+    yield from _architecture_evidence(path, config)
     yield from _tokenizer_evidence(path, tokenizer)
 
     base = base or adapter.get("base_model_name_or_path")
@@ -420,6 +417,17 @@ def _evidence(
             sentence = f"the adapter's base model: {evidence.sentence}"
             yield evidence._replace(sentence=sentence)
 
+    yield from _name_evidence(path, config, tokenizer)
+    # The two families read this field differently; these are the published values.
+    if (ratio := config.get("rope_ratio")) in (16, 50, 500):
+        family = "glm2" if ratio == 16 else "glm3"
+        yield _sign(f"config.json has rope_ratio {ratio}", family, strong=False)
+
+
+def _name_evidence(
+    path: Path, config: dict[str, Any], tokenizer: dict[str, Any]
+) -> Iterator[_Evidence]:
+    """What the names of the model say."""
     names = (
         config.get("_name_or_path"),
         tokenizer.get("name_or_path"),
@@ -430,13 +438,21 @@ def _evidence(
         if family:
             yield _sign(f"it is named {name}", family, strong=False)
 
-    # The two families read this field differently; these are the published values.
-    if (ratio := config.get("rope_ratio")) in (16, 50, 500):
-        family = "glm2" if ratio == 16 else "glm3"
-        yield _sign(f"config.json has rope_ratio {ratio}", family, strong=False)
+
+def _architecture_evidence(path: Path, config: dict[str, Any]) -> Iterator[_Evidence]:
+    """What the keys of config.json and ChatGLM-6B's tokenizer file say."""
+    if (path / "ice_text.model").is_file():
+        yield _sign("the folder holds ice_text.model, ChatGLM-6B's tokenizer", "glm")
+    for key in ("position_encoding_2d", "inner_hidden_size"):
+        if key in config:
+            yield _sign(f"config.json has {key}, which only ChatGLM-6B has", "glm")
+    for key in ("multi_query_group_num", "padded_vocab_size"):
+        if key in config:
+            sentence = f"config.json has {key}, which ChatGLM2-6B and ChatGLM3-6B have"
+            yield _sign(sentence, "glm2", "glm3")
 
 
-def _tokenizer_evidence(path: Path, tokenizer: dict) -> Iterator[_Evidence]:
+def _tokenizer_evidence(path: Path, tokenizer: dict[str, Any]) -> Iterator[_Evidence]:
     """What a folder's tokenizer files say; `tokenizer` is its tokenizer_config.json."""
     keys = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
     added = [tokenizer.get(key) for key in keys] + [_read_json(path / "added_tokens.json")]
@@ -465,7 +481,7 @@ def _named_family(name: str) -> str | None:
 
 
 def infer_family(
-    folder: str | Path, base: str | Path | None = None, config: dict | None = None
+    folder: str | Path, base: str | Path | None = None, config: dict[str, Any] | None = None
 ) -> str | None:
     """The family ("glm", "glm2", "glm3") of a checkpoint, tokenizer or adapter folder.
 

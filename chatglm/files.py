@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
-JSON_TYPES = {dict: "an object", list: "a list", str: "text"}
+JSON_TYPES: dict[type, str] = {dict: "an object", list: "a list", str: "text"}
 
 
 def read_bytes(path: str | Path) -> bytes:

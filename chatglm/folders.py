@@ -7,6 +7,7 @@ from codecs import BOM_UTF8
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .families import FAMILIES
 from .files import read_json, read_text, shorten
@@ -27,7 +28,7 @@ LONGEST_REASON = 300  # characters
 # of generation_config.json, which transformers believes until it generates
 NUMBERS = ("temperature", "top_p", "repetition_penalty")
 WHOLE_NUMBERS = ("max_length", "max_new_tokens", "min_length", "top_k", "num_beams", "pad_token_id")
-GENERATION = {
+GENERATION: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(NUMBERS, (int, float)),
     **dict.fromkeys(WHOLE_NUMBERS, int),
     "eos_token_id": (int, list),
@@ -105,7 +106,7 @@ def check_json_files(folder: Path) -> None:
                 check_generation(folder / name, values)
 
 
-def check_generation(path: Path, values: dict) -> None:
+def check_generation(path: Path, values: dict[str, Any]) -> None:
     """Raises ValueError for a value of generation_config.json that is of another type."""
     for name, kind in GENERATION.items():
         value = values.get(name)
@@ -145,7 +146,7 @@ def begins_with_mark(path: Path) -> bool:
         return file.read(len(BOM_UTF8)) == BOM_UTF8
 
 
-def read_model_config(folder: Path) -> dict:
+def read_model_config(folder: Path) -> dict[str, Any]:
     """config.json of a ChatGLM folder.
 
     Raises:
@@ -158,7 +159,7 @@ def read_model_config(folder: Path) -> dict:
     values = read_json(path)
     if (model_type := values.get("model_type", "chatglm")) != "chatglm":
         raise ValueError(
-            f'{path}: wanted "model_type": "chatglm", got {shorten(model_type)}{code_word(values)}'
+            f'{path}: wanted "model_type": "chatglm", got {shorten(model_type)}{code_note(values)}'
         )
     if (family := values.get("glm_family")) not in (None, *FAMILIES):
         raise ValueError(
@@ -178,11 +179,11 @@ def refuse_unknown_type(folder: str | Path) -> None:
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"{path}: model_type {shorten(model_type)} is not known{code_word(values)}"
+            f"{path}: model_type {shorten(model_type)} is not known{code_note(values)}"
         )
 
 
-def code_word(values: dict) -> str:
+def code_note(values: dict[str, Any]) -> str:
     """What an error adds for a folder that comes with code."""
     return "; code that comes with a model (auto_map) is never run" if "auto_map" in values else ""
 

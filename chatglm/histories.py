@@ -5,6 +5,7 @@ What was not said is None: the answer of a round that waits for one, the content
 
 import json
 from collections.abc import Iterable
+from typing import Any, TypeAlias
 
 from .files import shorten
 
@@ -12,16 +13,19 @@ ROLES = ("system", "user", "assistant", "observation")
 TOOL_PREAMBLE = (
     "Answer the following questions as best as you can. You have access to the following tools:"
 )
+Message: TypeAlias = dict[str, Any]  # role, content; ChatGLM3: metadata, tools
+History: TypeAlias = list[Any]  # a caller's, of either form; the functions below check it
+Answer: TypeAlias = str | dict[str, Any]  # ChatGLM3's tool calls and code are dicts
 FORMS = '[(query, answer), ...] or [{"role": ..., "content": ...}, ...]'
 
 
-def history_messages(history: Iterable | None) -> list[dict]:
+def history_messages(history: Iterable[Any] | None) -> list[Message]:
     """New messages (role, content, perhaps metadata and tools) of a history in either form.
 
     Raises:
         ValueError: it has neither form.
     """
-    messages: list[dict] = []
+    messages: list[Message] = []
     for number, turn in enumerate(turns_of(history)):
         if isinstance(turn, dict):
             check_message(turn, f"history[{number}]")
@@ -34,14 +38,14 @@ def history_messages(history: Iterable | None) -> list[dict]:
     return messages
 
 
-def turns_of(history: Iterable | None) -> list:
+def turns_of(history: Iterable[Any] | None) -> list[Any]:
     """The turns of a history. Raises ValueError where it is no sequence of turns."""
     if isinstance(history, (str, bytes, dict)) or not isinstance(history, (Iterable, type(None))):
         raise ValueError(f"history must be {FORMS}, got {shorten(history)}")
     return list(history or [])
 
 
-def check_message(turn: dict, place: str) -> None:
+def check_message(turn: Message, place: str) -> None:
     """Raises ValueError where a turn is no message."""
     role, content = turn.get("role"), turn.get("content")
     if not isinstance(role, str) or role not in ROLES:
@@ -60,7 +64,7 @@ def check_pair(turn: object, place: str) -> tuple[str | None, str | None]:
     return pair
 
 
-def message_text(message: dict) -> str | None:
+def message_text(message: Message) -> str | None:
     """What ChatGLM3 is shown of a message, its tools below its text; None where it says nothing."""
     content = message.get("content")
     if message["role"] == "system" and "tools" in message:
@@ -69,8 +73,14 @@ def message_text(message: dict) -> str | None:
     return content
 
 
+def refuse_tools(message: Message, place: str, title: str) -> None:
+    """Raises ValueError where a message holds tools, their results or a call of one."""
+    if message["role"] == "observation" or message.get("metadata") or message.get("tools"):
+        raise ValueError(f"{place}: {title} knows no tools; only ChatGLM3 does")
+
+
 def history_rounds(
-    history: Iterable | None, query: str, title: str
+    history: Iterable[Any] | None, query: str, title: str
 ) -> tuple[list[tuple[str, str]], str]:
     """((question, answer) rounds, query) for a family without roles.
 
@@ -90,9 +100,8 @@ def history_rounds(
             system = ""
             continue
         check_message(turn, f"history[{number}]")
+        refuse_tools(turn, f"history[{number}]", title)
         role, content = turn["role"], turn.get("content")
-        if role == "observation" or turn.get("metadata") or turn.get("tools"):
-            raise ValueError(f"history[{number}]: {title} knows no tools; only ChatGLM3 does")
         if role == "system":
             system += f"{content}\n" if content else ""
         elif role == "user":
@@ -106,7 +115,7 @@ def history_rounds(
     return rounds, system + query
 
 
-def new_round(history: list, query: str, answer: str) -> list:
+def new_round(history: History, query: str, answer: str) -> History:
     """What a round adds to a history, in the form of what it holds; pairs where it is empty."""
     if history and isinstance(history[-1], dict):
         return [{"role": "user", "content": query}, {"role": "assistant", "content": answer}]

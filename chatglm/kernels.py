@@ -245,20 +245,20 @@ class CrossEntropyFunction(torch.autograd.Function):
         rows = max(1, LOGITS_BYTES // (weight.shape[0] * hidden.element_size()))
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight and not len(hidden) else None
-        grad_bias = torch.zeros_like(bias) if need_bias else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and need_bias else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), rows):
             part = hidden[start : start + rows]
             part_targets = targets[start : start + rows]
             logits = F.linear(part, weight, bias)
             total += softmax_gradient_(logits, part_targets, scale, needed, smoothing)
-            if need_hidden:
+            if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[start : start + rows])
-            if need_weight and grad_weight is None:
-                grad_weight = logits.t() @ part
-            elif need_weight:
+            if grad_weight is not None:
                 grad_weight.addmm_(logits.t(), part)
-            if need_bias:
+            elif need_weight:
+                grad_weight = logits.t() @ part
+            if grad_bias is not None:
                 grad_bias += logits.sum(0)
             del logits
         ctx.gradients = grad_hidden, grad_weight, grad_bias

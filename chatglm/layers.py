@@ -1,14 +1,14 @@
 """What the two ChatGLM architectures share: attention, masks, rotary angles, prompt encoders."""
 
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration import ChatGLM1Config, ChatGLM2Config
+from .configuration import ChatGLM1Config, ChatGLM2Config, ChatGLMConfig
 
 GLMConfig: TypeAlias = ChatGLM1Config | ChatGLM2Config
 Device: TypeAlias = torch.device | str
@@ -17,7 +17,9 @@ Device: TypeAlias = torch.device | str
 class AttentionModule(Protocol):
     """What attention functions read of a block's SelfAttention."""
 
-    config: GLMConfig
+    @property
+    def config(self) -> ChatGLMConfig: ...
+
     layer_idx: int
     scaling: float
     attention_dropout: float
@@ -80,7 +82,7 @@ def eager_attention(
     *,
     scaling: float,
     dropout: float = 0.0,
-    **_,
+    **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention in plain operations, softmax in fp32; also returns the weights (B, heads, Q, K)."""
     key, value = (repeat_kv(x, module.num_key_value_groups) for x in (key, value))
@@ -104,7 +106,7 @@ def attend(
     value: Tensor,
     mask: AttentionMask,
     prefix: Tensor | None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention through the library's backends (sdpa, eager, flash).
 
@@ -223,17 +225,18 @@ class PrefixEncoder(nn.Module):
     def __init__(self, config: GLMConfig, embedding_dim: int):
         super().__init__()
         kv_heads, head_dim = config.num_key_value_heads, config.head_dim
-        self.shape = (config.pre_seq_len, 2 * config.num_layers, kv_heads, head_dim)
+        length = config.pre_seq_len or 0
+        self.shape = (length, 2 * config.num_layers, kv_heads, head_dim)
         kv_size = 2 * config.num_layers * kv_heads * head_dim
         if config.prefix_projection:
-            self.embedding = PrefixEmbedding(config.pre_seq_len, embedding_dim)
-            self.trans = nn.Sequential(
+            self.embedding = PrefixEmbedding(length, embedding_dim)
+            self.trans: nn.Sequential | None = nn.Sequential(
                 PrefixLinear(embedding_dim, config.hidden_size),
                 nn.Tanh(),
                 PrefixLinear(config.hidden_size, kv_size),
             )
         else:
-            self.embedding = PrefixEmbedding(config.pre_seq_len, kv_size)
+            self.embedding = PrefixEmbedding(length, kv_size)
             self.trans = None
         self.dropout = nn.Dropout(config.prefix_dropout)
 
@@ -256,7 +259,7 @@ class PromptEncoder(nn.Module):
 
     def __init__(self, config: GLMConfig):
         super().__init__()
-        self.embedding = nn.Embedding(config.pre_seq_len, config.hidden_size)
+        self.embedding = nn.Embedding(config.pre_seq_len or 0, config.hidden_size)
 
     def forward(self, batch_size: int) -> Tensor:
         """(B, P, hidden_size)."""

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from .adapters import adapter_file, fit_adapter, load_adapter, peft_name, read_adapter
 from .checksums import check_folder_files, checks_folder, is_small, is_top
-from .configuration import ChatGLM1Config, ChatGLMConfig, untold_family
+from .configuration import ChatGLM1Config, ChatGLMConfig, unclear_family_message
 from .families import FAMILIES, contradicts, infer_family
 from .folders import (
     check_folder,
@@ -28,11 +27,13 @@ from .folders import (
     reading,
     refuse_unknown_type,
 )
+from .modeling_base import ChatGLMCausalLM
 from .modeling_glm import ChatGLM1ForConditionalGeneration
 from .modeling_glm2 import ChatGLM2ForConditionalGeneration
 from .tokenization import ChatGLMTokenizer
 from .weights import (
     PREFIX,
+    StoredPrefix,
     iterate_weights,
     open_safetensors,
     read_bin,
@@ -57,7 +58,7 @@ __all__ = [
     "named_base",
     "open_safetensors",
     "peft_name",
-    "quantization",
+    "quantization_options",
     "quiet_transformers",
     "read_adapter",
     "read_bin",
@@ -98,7 +99,7 @@ def resolve_mode(path: str | Path, mode: str | None = None, base: str | Path | N
         mode = infer_family(path, base)
         if mode is None:
             if (ratio := config.get("rope_ratio", 1)) != 1:
-                raise ValueError(f"{path}/config.json: {untold_family(ratio)}")
+                raise ValueError(f"{path}/config.json: {unclear_family_message(ratio)}")
             log.warning(
                 '%s does not tell its family; taking glm2 (say mode="glm3" for ChatGLM3)', path
             )
@@ -156,7 +157,7 @@ def load_model(
     device_map: str | dict[str, Any] | None = None,
     base: str | Path | None = None,
     quantization_bit: int | None = None,
-) -> "PreTrainedModel | PeftModel":
+) -> "ChatGLMCausalLM | PeftModel":
     """A ChatGLM with its output layer, in eval mode.
 
     Args:
@@ -182,8 +183,7 @@ def load_model(
     path = check_folder(path)
     check_json_files(path)
     mode = resolve_mode(path, mode, base)
-    options = {
-        "mode": mode,
+    options: dict[str, Any] = {
         "dtype": dtype,
         "attn_implementation": attn_implementation,
         "device_map": device_map,
@@ -196,7 +196,9 @@ def load_model(
                 f"{path}: its base model {base} is an adapter itself; "
                 "merge that one first (merge_lora.py)"
             )
-        return load_adapter(load_model(base, **options), path)
+        model = load_model(base, mode=mode, **options)
+        assert isinstance(model, ChatGLMCausalLM)  # its folder is no adapter's
+        return load_adapter(model, path)
 
     stored = stored_prefix(path)
     with reading(path / "config.json"):
@@ -207,6 +209,31 @@ def load_model(
     if stored and stored["only"]:
         weights = check_folder(find_base(path, base))
         check_folder_files(weights, wanted=is_top)
+    is_prefix_new = weights != path or (stored is None and bool(pre_seq_len))
+    chatglm = load_whole(weights, config, is_prefix_new, **options)
+    if weights != path:
+        load_prefix(chatglm, path)
+    set_stop_ids(chatglm, path, weights, mode)
+    return chatglm.eval()
+
+
+def load_whole(
+    weights: Path,
+    config: ChatGLMConfig,
+    is_prefix_new: bool,
+    *,
+    dtype: torch.dtype | str | None,
+    attn_implementation: str,
+    device_map: str | dict[str, Any] | None,
+    quantization_bit: int | None,
+) -> ChatGLMCausalLM:
+    """The model of a folder of weights; the options are `load_model`'s.
+
+    Args:
+        is_prefix_new: the weights may lack the prefix that the configuration names.
+    Raises:
+        ValueError: a tensor is missing, or ChatGLM-6B is asked for flash attention.
+    """
     config.name_or_path = str(weights)
     if "flash" in attn_implementation and isinstance(config, ChatGLM1Config):
         raise ValueError(
@@ -222,31 +249,27 @@ def load_model(
             attn_implementation=attn_implementation,
             device_map=device_map,
             output_loading_info=True,
-            **quantization(quantization_bit, dtype),
+            **quantization_options(quantization_bit, dtype),
         )
-    # A prefix may be missing where it is new or comes from `path`; that the config names one is not
-    # enough.
+    # That the config names a prefix is not enough.
     missing = sorted(info["missing_keys"])
-    if weights != path or (stored is None and pre_seq_len):
+    if is_prefix_new:
         missing = [name for name in missing if not name.startswith(PREFIX)]
     if missing:
         raise ValueError(
             f"{weights}: the weights lack {len(missing)} tensors, the first is {missing[0]}"
         )
-    if weights != path:
-        load_prefix(model, path)
-    set_stop_ids(model, path, weights, mode)
-    return model.eval()
+    return model
 
 
-def model_class_of(config: ChatGLMConfig) -> type[PreTrainedModel]:
+def model_class_of(config: ChatGLMConfig) -> type[ChatGLMCausalLM]:
     """The class of the model with its output layer."""
     if isinstance(config, ChatGLM1Config):
         return ChatGLM1ForConditionalGeneration
     return ChatGLM2ForConditionalGeneration
 
 
-def quantization(bits: int | None, dtype: torch.dtype | str | None) -> dict[str, Any]:
+def quantization_options(bits: int | None, dtype: torch.dtype | str | None) -> dict[str, Any]:
     """from_pretrained's options for frozen weights in 4 or 8 bits.
 
     Sources: QLoRA, arXiv 2305.14314 (4); LLM.int8(), arXiv 2208.07339 (8).
@@ -258,12 +281,7 @@ def quantization(bits: int | None, dtype: torch.dtype | str | None) -> dict[str,
         return {}
     if bits not in (4, 8):
         raise ValueError(f"quantization_bit must be 4 or 8; got {bits}")
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            f'quantization_bit needs bitsandbytes: pip install -e ".[qlora]" ({error})'
-        ) from None
+    require_bitsandbytes()
     from transformers import BitsAndBytesConfig
 
     # It warns at every product that int8 rounds by way of fp16.
@@ -281,6 +299,16 @@ def quantization(bits: int | None, dtype: torch.dtype | str | None) -> dict[str,
             bnb_4bit_compute_dtype=compute,
         )
     }
+
+
+def require_bitsandbytes() -> None:
+    """Raises ValueError where bitsandbytes is not installed."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f'quantization_bit needs bitsandbytes: pip install -e ".[qlora]" ({error})'
+        ) from None
 
 
 @contextmanager
@@ -314,15 +342,15 @@ def base_fingerprint(path: str | Path) -> str:
             values = flat[::step][:16].half().to(torch.bfloat16).float()
             samples[name] = (tuple(tensor.shape), values.numpy().tobytes())
     for name in sorted(samples):
-        shape, values = samples[name]
-        digest.update(f"{name}{shape}".encode() + values)
+        shape, content = samples[name]
+        digest.update(f"{name}{shape}".encode() + content)
     return digest.hexdigest()
 
 
 def set_prefix(
     config: ChatGLMConfig,
     path: str | Path,
-    stored: dict | None,
+    stored: StoredPrefix | None,
     pre_seq_len: int | None,
     prefix_projection: bool,
     ptuning_version: str | None,
@@ -342,7 +370,11 @@ def set_prefix(
         raise ValueError(
             f"{path} holds a prefix of {stored['length']} virtual tokens, but {source}"
         )
-    if stored:
+    if stored is None:
+        config.pre_seq_len = pre_seq_len
+        config.ptuning_version = ptuning_version or "v2"
+        config.prefix_projection = prefix_projection and config.ptuning_version != "v1"
+    else:
         version = config.ptuning_version or "v2"
         if ptuning_version not in (None, version):
             raise ValueError(
@@ -353,17 +385,15 @@ def set_prefix(
         config.pre_seq_len = stored["length"]
         config.prefix_projection = stored["mlp"]
         config.ptuning_version = version
-    else:
-        config.pre_seq_len = pre_seq_len
-        config.ptuning_version = ptuning_version or "v2"
-        config.prefix_projection = prefix_projection and config.ptuning_version != "v1"
     config.validate_prefix()
 
 
-def load_prefix(model: nn.Module, path: Path) -> None:
+def load_prefix(model: ChatGLMCausalLM, path: Path) -> None:
     """Put the prefix of a prefix-only folder into a model built for it."""
     state = {name.split("prefix_encoder.")[1]: tensor for name, tensor in iterate_weights(path)}
     encoder = model.transformer.prefix_encoder
+    if encoder is None:
+        raise ValueError(f"{path} holds a prefix, but the model was built without one")
     partitioned = []
     for name, parameter in encoder.named_parameters():
         wanted = getattr(parameter, "ds_shape", parameter.shape)
@@ -381,7 +411,7 @@ def load_prefix(model: nn.Module, path: Path) -> None:
         encoder.load_state_dict(state)
 
 
-def set_stop_ids(model: PreTrainedModel, path: Path, base: Path, mode: str) -> None:
+def set_stop_ids(model: ChatGLMCausalLM, path: Path, base: Path, mode: str) -> None:
     """Make generate() stop at the family's stop tokens.
 
     Their ids come from the tokenizer in `path`, or else in `base`.

@@ -4,17 +4,19 @@ Virtual tokens, masks, the language-model head, chat.
 """
 
 import copy
-from collections.abc import Iterator
+import os
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from queue import Queue
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
@@ -22,9 +24,18 @@ from transformers.utils import can_return_tuple
 from .configuration import ChatGLMConfig
 from .families import FAMILIES
 from .folders import check_json_files, read_model_config, reading, without_marks
-from .histories import new_round
-from .layers import PrefixEmbedding, PrefixLinear, attention_visibility, padding_mask
-from .packing import Packing
+from .histories import Answer, History, new_round
+from .layers import (
+    AttentionMask,
+    Device,
+    PrefixEmbedding,
+    PrefixEncoder,
+    PrefixLinear,
+    PromptEncoder,
+    attention_visibility,
+    padding_mask,
+)
+from .packing import PackedMasks, Packing
 from .weights import check_fit, stored_prefix, stored_shapes, weight_files
 
 if TYPE_CHECKING:
@@ -46,7 +57,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path | None, *args, **kwargs
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> Any:
         """transformers' from_pretrained, which reads a folder's weights only where they fit.
 
@@ -56,12 +67,14 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         """
         folder = Path(pretrained_model_name_or_path or "")
         is_folder = pretrained_model_name_or_path is not None and folder.is_dir()
-        if not is_folder or any(map(kwargs.get, OTHER_SOURCES)):
+        if not is_folder or any(kwargs.get(name) for name in OTHER_SOURCES):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         check_json_files(folder)
         config = kwargs.get("config")
         if not isinstance(config, ChatGLMConfig):
-            config = cls.config_class.from_dict(read_model_config(folder))
+            config_class = cls.config_class
+            assert config_class is not None and issubclass(config_class, ChatGLMConfig)
+            config = config_class.from_dict(read_model_config(folder))
         files = cls.check_weights(folder, config)
         kwargs.setdefault("use_safetensors", files[0].suffix == ".safetensors")
         with reading(folder), without_marks(folder) as readable:
@@ -81,7 +94,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             FileNotFoundError: there are none.
         """
         files, shapes = weight_files(folder), stored_shapes(folder)
-        if (stored_prefix(folder, shapes) or {}).get("only"):
+        stored = stored_prefix(folder, shapes)
+        if stored and stored["only"]:
             raise ValueError(
                 f"{folder} holds a P-Tuning prefix alone, no model: "
                 f"chatglm.load_model({str(folder)!r}) puts it on its base"
@@ -102,12 +116,13 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         if isinstance(module, (PrefixEmbedding, PrefixLinear)):
             module.reset_parameters()
             return
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif hasattr(module, "weight") and getattr(module.weight, "ndim", 0) == 1:
-            nn.init.ones_(module.weight)
-        if isinstance(getattr(module, "bias", None), Tensor):
-            nn.init.zeros_(module.bias)
+        elif isinstance(weight, Tensor) and weight.ndim == 1:
+            nn.init.ones_(weight)
+        if isinstance(bias, Tensor):
+            nn.init.zeros_(bias)
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -115,21 +130,54 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
 
-class ChatGLMBody:
+class LayerInputs(NamedTuple):
+    """What `run_layers` gives to the blocks, with virtual tokens added."""
+
+    hidden_states: Tensor  # (B, S, hidden_size)
+    position_ids: Tensor
+    mask: AttentionMask
+    prefixes: int  # how many copies of v2's prefix the rows or their sequences need
+    keep: Tensor | None  # (N,) places that the last layer computes, None for all
+    text: slice | Tensor  # the places that are no virtual tokens
+
+
+class ChatGLMBody(ChatGLMPreTrainedModel):
     """How virtual tokens and masks reach a body.
 
     Callers never count virtual tokens: not in masks, not in positions.
     """
 
+    prefix_encoder: PrefixEncoder | PromptEncoder | None
+
+    def read_packing(self, position_ids: Tensor) -> Packing:
+        """The sequences of one row of positions."""
+        raise NotImplementedError
+
+    def rotary(self, position_ids: Tensor) -> Tensor:
+        """The rotary turns of each position, complex64."""
+        raise NotImplementedError
+
+    def default_positions(
+        self, padding: Tensor | None, past: int, length: int, device: Device
+    ) -> Tensor:
+        """Positions after `past` cached ones, for a body that can count them without the ids."""
+        raise NotImplementedError
+
+    def virtual_tokens(self, batch: int) -> Tensor:
+        """The prefix encoder's output. Raises ValueError where the model has none."""
+        if self.prefix_encoder is None:
+            raise ValueError("the model was built without virtual tokens (pre_seq_len)")
+        return self.prefix_encoder(batch)
+
     @property
     def prefix_length(self) -> int:
         """v2's key columns, which stand beside the sequence and its cache."""
-        return self.config.pre_seq_len if self.config.prefix_version == "v2" else 0
+        return (self.config.pre_seq_len or 0) if self.config.prefix_version == "v2" else 0
 
     @property
     def prompt_length(self) -> int:
         """v1's vectors, which are positions of the sequence and enter its cache."""
-        return self.config.pre_seq_len if self.config.prefix_version == "v1" else 0
+        return (self.config.pre_seq_len or 0) if self.config.prefix_version == "v1" else 0
 
     @staticmethod
     def cached_length(cache: Cache | None) -> int:
@@ -165,7 +213,7 @@ class ChatGLMBody:
                 virtual_positions = virtual_positions.expand(*position_ids.shape[:-1], count)
                 position_ids = torch.cat([virtual_positions, position_ids], dim=-1)
         if past == 0:
-            virtual = self.prefix_encoder(embeds.shape[0]).to(embeds.dtype)
+            virtual = self.virtual_tokens(embeds.shape[0]).to(embeds.dtype)
             embeds = torch.cat([virtual, embeds], dim=1)
         return embeds, attention_mask, position_ids
 
@@ -193,11 +241,7 @@ class ChatGLMBody:
         if position_ids is None or not alone:
             return None
         if position_ids.shape[0] > 1:
-            if any(len(self.read_packing(row[None]).lengths) > 1 for row in position_ids):
-                raise ValueError(
-                    "positions fall back: put the sequences in one row, "
-                    "or give an attention_mask for padded rows"
-                )
+            self.check_one_sequence_each(position_ids)
             return None
         packing = self.read_packing(position_ids)
         if len(packing.lengths) == 1 and keep is None:
@@ -205,6 +249,15 @@ class ChatGLMBody:
         if batch > 1 and len(packing.lengths) > 1:
             raise ValueError("positions fall back: put the sequences in one row")
         return replace(packing, keep=keep)
+
+    def check_one_sequence_each(self, position_ids: Tensor) -> None:
+        """Raises ValueError where one of several rows holds several sequences."""
+        for row in position_ids:
+            if len(self.read_packing(row[None]).lengths) > 1:
+                raise ValueError(
+                    "positions fall back: put the sequences in one row, "
+                    "or give an attention_mask for padded rows"
+                )
 
     def prepend_prompts(
         self, embeds: Tensor, position_ids: Tensor, packing: Packing
@@ -217,7 +270,7 @@ class ChatGLMBody:
         """
         count = self.prompt_length
         virtual_positions, shift = prompt_positions(position_ids, count)
-        virtual = self.prefix_encoder(1).to(embeds.dtype)
+        virtual = self.virtual_tokens(1).to(embeds.dtype)
         rows, positions = [], []
         for i, row in enumerate(embeds.split(packing.lengths, dim=1)):
             if not packing.shared[i]:
@@ -238,53 +291,64 @@ class ChatGLMBody:
         position_ids: Tensor | None,
         past_key_values: Cache | None,
         packing: Packing | None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
         """Run embeddings (B, S, hidden_size) through all blocks, with virtual tokens added.
 
         `packing` is `find_packing`'s result, the other arguments are the body's. Returns
         (B, S, hidden_size), or (1, N, hidden_size) of the N places that the packing keeps.
         """
-        past = self.cached_length(past_key_values)
-        batch, text_length = hidden_states.shape[:2]
-        text: slice | Tensor = slice(-text_length, None)  # the places that are no virtual tokens
-        keep = None
-        backend = self.config._attn_implementation
-        if packing is not None:
-            if self.prompt_length:
-                hidden_states, position_ids, packing, text = self.prepend_prompts(
-                    hidden_states, position_ids, packing
-                )
-            batch, keep = len(packing.lengths), packing.keep
-            mask = packing.masks(self.prefix_length, hidden_states.device, backend)
+        if packing is not None and position_ids is not None:
+            inputs = self.packed_inputs(hidden_states, position_ids, packing)
         else:
-            hidden_states, attention_mask, position_ids = self.prepend_prompt(
-                hidden_states, attention_mask, position_ids, past
-            )
-            length = hidden_states.shape[1]
-            mask, padding = self.split_mask(attention_mask, past + length)
-            if position_ids is None:
-                position_ids = self.default_positions(padding, past, length, hidden_states.device)
-            if mask is None:
-                mask = attention_visibility(
-                    q_len=length,
-                    kv_len=past + length,
-                    device=hidden_states.device,
-                    padding=padding,
-                    context=self.seen_by_all(position_ids, past),
-                    prefix_len=self.prefix_length,
-                    backend=backend,
-                )
-        prefix = self.prefix_encoder(batch) if self.config.prefix_version == "v2" else None
+            past = self.cached_length(past_key_values)
+            inputs = self.padded_inputs(hidden_states, attention_mask, position_ids, past)
+        hidden_states, position_ids, mask, prefixes, keep, text = inputs
+        prefix = self.virtual_tokens(prefixes) if self.config.prefix_version == "v2" else None
         turns = self.rotary(position_ids)[:, :, None]
         for i, block in enumerate(layers):
             layer_prefix = prefix[2 * i : 2 * i + 2] if prefix is not None else None
-            if keep is not None and i == len(layers) - 1:
-                mask, kwargs = mask.of_last_layer(), kwargs | {"keep": keep}
+            if keep is not None and i == len(layers) - 1 and isinstance(mask, PackedMasks):
+                mask, kwargs = mask.of_last_layer(keep), kwargs | {"keep": keep}
             hidden_states = block(
                 hidden_states, mask, turns, layer_prefix, past_key_values=past_key_values, **kwargs
             )
         return hidden_states if keep is not None else hidden_states[:, text]
+
+    def packed_inputs(self, embeds: Tensor, position_ids: Tensor, packing: Packing) -> LayerInputs:
+        """The blocks' inputs of a packed row: v1's vectors before its sequences, their masks."""
+        text: slice | Tensor = slice(-embeds.shape[1], None)
+        if self.prompt_length:
+            embeds, position_ids, packing, text = self.prepend_prompts(
+                embeds, position_ids, packing
+            )
+        backend = self.config._attn_implementation
+        mask = packing.masks(self.prefix_length, embeds.device, backend)
+        return LayerInputs(embeds, position_ids, mask, len(packing.lengths), packing.keep, text)
+
+    def padded_inputs(
+        self, embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: int
+    ) -> LayerInputs:
+        """The blocks' inputs of rows of one sequence each, after `past` cached positions."""
+        batch, text_length = embeds.shape[:2]
+        embeds, attention_mask, position_ids = self.prepend_prompt(
+            embeds, attention_mask, position_ids, past
+        )
+        length = embeds.shape[1]
+        mask, padding = self.split_mask(attention_mask, past + length)
+        if position_ids is None:
+            position_ids = self.default_positions(padding, past, length, embeds.device)
+        if mask is None:
+            mask = attention_visibility(
+                q_len=length,
+                kv_len=past + length,
+                device=embeds.device,
+                padding=padding,
+                context=self.seen_by_all(position_ids, past),
+                prefix_len=self.prefix_length,
+                backend=self.config._attn_implementation,
+            )
+        return LayerInputs(embeds, position_ids, mask, batch, None, slice(-text_length, None))
 
     def seen_by_all(self, position_ids: Tensor, past: int) -> Tensor | None:
         """(B, past + S) bool: keys that every row sees, later ones too; None if all is causal."""
@@ -320,11 +384,13 @@ def prompt_positions(position_ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return positions, torch.tensor([[count], [0]], device=device)
 
 
-class ChatGLMCausalLM:
+class ChatGLMCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
     """The head: logits, loss and generation over `self.transformer`.
 
     The classes list GenerationMixin themselves: transformers looks for it among direct bases only.
     """
+
+    transformer: ChatGLMBody
 
     @can_return_tuple
     def forward(
@@ -337,7 +403,7 @@ class ChatGLMCausalLM:
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, S, vocabulary) and, with `labels` (B, S), the mean loss of the next token.
 
@@ -359,7 +425,7 @@ class ChatGLMCausalLM:
         loss = None
         if labels is not None:
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+                logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs
             )
         return CausalLMOutputWithPast(
             loss=loss,
@@ -370,23 +436,24 @@ class ChatGLMCausalLM:
         )
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, *args, **kwargs) -> Any:
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' generate; takes the originals' 4-D mask (True = masked) too."""
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 4:
             # The last row of a prompt sees every real column, so it is the 2-D mask.
             kwargs["attention_mask"] = (~mask[:, 0, -1].bool()).long()
-        return super().generate(inputs, *args, **kwargs)
+        # transformers types self as a class of its own, of which no model is
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     @torch.inference_mode()
     def chat(
         self,
         tokenizer: "ChatGLMTokenizer",
         query: str,
-        history: list | None = None,
+        history: History | None = None,
         role: str = "user",
-        **options,
-    ) -> tuple[str | dict, list]:
+        **options: Any,
+    ) -> tuple[Answer, History]:
         """One turn of a conversation: (answer, new history), sampled as the originals sample.
 
         Args:
@@ -407,7 +474,7 @@ class ChatGLMCausalLM:
         ids = self.generate(**inputs, **options)[0, prompt_length:].tolist()
         # Decoding would write ChatGLM3's role tokens out by name.
         ids = [i for i in ids if i not in options["eos_token_id"]]
-        text = tokenizer.decode(ids, skip_special_tokens=True)
+        text = decode_text(tokenizer, ids)
         return self.finish_chat(tokenizer, text, query, history, role)
 
     @torch.inference_mode()
@@ -415,12 +482,12 @@ class ChatGLMCausalLM:
         self,
         tokenizer: "ChatGLMTokenizer",
         query: str,
-        history: list | None = None,
+        history: History | None = None,
         role: str = "user",
         past_key_values: Cache | None = None,
         return_past_key_values: bool = False,
-        **options,
-    ) -> Iterator[tuple]:
+        **options: Any,
+    ) -> Iterator[tuple[Any, ...]]:
         """As `chat`, but yields (answer so far, history so far), and chat's result at the end.
 
         With `return_past_key_values` a third item is the cache: given with the next turn, it saves
@@ -429,55 +496,74 @@ class ChatGLMCausalLM:
         """
         inputs, options = self.prepare_chat(tokenizer, query, history, role, options)
         prompt = inputs["input_ids"][0].tolist()
-        if return_past_key_values or past_key_values is not None:
-            if tokenizer.family == "glm" or self.config.prefix_version == "v1":
-                raise ValueError(
-                    "ChatGLM-6B and P-Tuning v1 cannot go on from another turn's cache"
-                )
-            cache = past_key_values or DynamicCache(config=self.config)
-            options["past_key_values"] = cache
-            shared = shared_length(prompt[:-1], getattr(cache, "token_ids", []))
-            unshared = cache.get_seq_length() - shared
-            if unshared:
-                cache.crop(-unshared)
+        cache = past_key_values
+        if return_past_key_values or cache is not None:
+            cache = options["past_key_values"] = self.shared_cache(tokenizer, prompt, cache)
+
+        def result(text: str) -> tuple[Any, ...]:
+            answer = self.finish_chat(tokenizer, text, query, history, role)
+            return (*answer, cache) if return_past_key_values else answer
+
+        ids: list[int] = []
+        # closing: a caller who stops reading cancels the generation
+        with closing(self.stream_ids(inputs | options)) as tokens:
+            for token in tokens:
+                if token in options["eos_token_id"]:
+                    continue
+                ids.append(token)
+                text = decode_text(tokenizer, ids)
+                if text and not text.endswith("\ufffd"):  # half of a character: wait for the rest
+                    yield result(text)
+        if cache is not None:
+            # a field of ours, which shared_cache reads
+            cache.token_ids = (prompt + ids)[: cache.get_seq_length()]  # type: ignore[attr-defined]
+        yield result(decode_text(tokenizer, ids))
+
+    def shared_cache(
+        self, tokenizer: "ChatGLMTokenizer", prompt: list[int], cache: Cache | None
+    ) -> Cache:
+        """A cache of what the last turn's ids and the prompt share; a new one for None.
+
+        Raises:
+            ValueError: the family or P-Tuning v1 cannot reuse a cache.
+        """
+        if tokenizer.family == "glm" or self.config.prefix_version == "v1":
+            raise ValueError("ChatGLM-6B and P-Tuning v1 cannot go on from another turn's cache")
+        cache = cache or DynamicCache(config=self.config)
+        shared = shared_length(prompt[:-1], getattr(cache, "token_ids", []))
+        unshared = cache.get_seq_length() - shared
+        if unshared:
+            cache.crop(-unshared)
+        return cache
+
+    def stream_ids(self, options: dict[str, Any]) -> Generator[int, None, None]:
+        """The ids that generate(**options) samples, in a thread; raises what it raises.
+
+        Closing the generator cancels the generation.
+        """
         streamer = IdStreamer()
         failure: list[BaseException] = []
 
         def run() -> None:
             try:
-                self.generate(**inputs, **options, streamer=streamer)
+                self.generate(**options, streamer=streamer)
             except BaseException as error:  # a thread must not swallow what its caller should see
                 failure.append(error)
                 streamer.end()
 
-        def result(ids: list[int]) -> tuple:
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            answer = self.finish_chat(tokenizer, text, query, history, role)
-            return (*answer, cache) if return_past_key_values else answer
-
         Thread(target=run, daemon=True).start()
-        ids = []
         try:
-            for token in streamer:
-                if token in options["eos_token_id"]:
-                    continue
-                ids.append(token)
-                text = tokenizer.decode(ids, skip_special_tokens=True)
-                if text and not text.endswith("\ufffd"):  # half of a character: wait for the rest
-                    yield result(ids)
+            yield from streamer
         finally:
-            streamer.abandoned = True  # a caller who stops reading cancels the generation
+            streamer.abandoned = True
         if failure:
             raise failure[0]
-        if "past_key_values" in options:
-            cache.token_ids = (prompt + ids)[: cache.get_seq_length()]
-        yield result(ids)
 
     def prepare_chat(
         self,
         tokenizer: "ChatGLMTokenizer",
         query: str,
-        history: list | None,
+        history: History | None,
         role: str,
         options: dict[str, Any],
     ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -507,9 +593,9 @@ class ChatGLMCausalLM:
         tokenizer: "ChatGLMTokenizer",
         text: str,
         query: str,
-        history: list | None,
+        history: History | None,
         role: str,
-    ) -> tuple[str | dict, list]:
+    ) -> tuple[Answer, History]:
         """(answer, new history) from the generated text."""
         family = FAMILIES[tokenizer.family]
         history = copy.deepcopy(list(history or []))
@@ -517,6 +603,13 @@ class ChatGLMCausalLM:
             return family.process_response(text, [*history, {"role": role, "content": query}])
         answer = family.process_response(text)
         return answer, history + new_round(history, query, answer)
+
+
+def decode_text(tokenizer: "ChatGLMTokenizer", ids: list[int]) -> str:
+    """The text of one row of ids, without special tokens."""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert isinstance(text, str)  # a list only for several rows
+    return text
 
 
 def shared_length(a: list[int], b: list[int]) -> int:
@@ -533,7 +626,7 @@ class IdStreamer:
     `put` raises RuntimeError once `abandoned` is set, which ends the generation.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.ids: Queue[int | None] = Queue()
         self.prompt_seen = False
         self.abandoned = False

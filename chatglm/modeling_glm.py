@@ -33,7 +33,7 @@ from .packing import Packing
 RESIDUAL_SCALE = 56**0.5
 
 
-class SelfAttention(nn.Module):
+class GLMSelfAttention(nn.Module):
     """Multi-head attention; the names of its layers are the original's."""
 
     num_key_value_groups = 1
@@ -57,7 +57,7 @@ class SelfAttention(nn.Module):
         prefix: Tensor | None = None,
         past_key_values: Cache | None = None,
         keep: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Output (B, S, hidden_size), or of the kept tokens, and the attention weights or None."""
         # From query, key and value of each head to all queries, all keys, all values.
@@ -71,7 +71,7 @@ class SelfAttention(nn.Module):
         return self.dense(out), weights
 
 
-class MLP(nn.Module):
+class GLMMLP(nn.Module):
     """The feed-forward part of a block, with GELU."""
 
     def __init__(self, config: ChatGLM1Config):
@@ -89,9 +89,9 @@ class ChatGLM1Block(GradientCheckpointingLayer):
     def __init__(self, config: ChatGLM1Config, layer_idx: int):
         super().__init__()
         self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
-        self.attention = SelfAttention(config, layer_idx)
+        self.attention = GLMSelfAttention(config, layer_idx)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
-        self.mlp = MLP(config)
+        self.mlp = GLMMLP(config)
 
     def forward(
         self,
@@ -101,7 +101,7 @@ class ChatGLM1Block(GradientCheckpointingLayer):
         prefix: Tensor | None = None,
         past_key_values: Cache | None = None,
         keep: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
         # `prefix` is a separate argument: gradient checkpointing drops any past_key_values.
         normed = self.input_layernorm(hidden_states)
@@ -119,16 +119,18 @@ class ChatGLM1PreTrainedModel(ChatGLMPreTrainedModel):
     config_class = ChatGLM1Config
     _no_split_modules = ["ChatGLM1Block"]
     _supports_flash_attn = False  # flash kernels cannot express the bidirectional context
-    _can_record_outputs = {"hidden_states": ChatGLM1Block, "attentions": SelfAttention}
+    _can_record_outputs = {"hidden_states": ChatGLM1Block, "attentions": GLMSelfAttention}
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
 
 
 class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
     """The body."""
 
+    config: ChatGLM1Config
+
     def __init__(self, config: ChatGLM1Config):
         super().__init__(config)
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.word_embeddings: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(ChatGLM1Block(config, i) for i in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
         self.prefix_encoder = make_prefix_encoder(config, embedding_dim=config.hidden_size)
@@ -213,7 +215,7 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         keep: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the final norm.
 
@@ -237,23 +239,21 @@ class ChatGLM1Model(ChatGLMBody, ChatGLM1PreTrainedModel):
             raise ValueError(
                 f"ChatGLM-6B's position_ids are (B, 2, S), got {list(position_ids.shape)}"
             )
-        batch = len(inputs_embeds if input_ids is None else input_ids)
-        packing = self.find_packing(position_ids, attention_mask, past_key_values, batch, keep)
+        embeds = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        packing = self.find_packing(
+            position_ids, attention_mask, past_key_values, len(embeds), keep
+        )
         if position_ids is None:
             position_ids = self.find_positions(
                 input_ids, attention_mask, past_key_values if past else None
             )
         if past_key_values is not None:
-            # The last real token has the greatest block position; padding, on either side, has 0.
-            last = position_ids.shape[-1] - 1 - position_ids[:, 1].flip(-1).argmax(-1)
-            last = last[:, None, None].expand(-1, 2, 1)
-            past_key_values.last_positions = position_ids.gather(-1, last)
-
-        if inputs_embeds is None:
-            inputs_embeds = self.word_embeddings(input_ids)
+            last = last_positions(position_ids)
+            # a field of ours, which find_positions reads
+            past_key_values.last_positions = last  # type: ignore[attr-defined]
         hidden_states = self.run_layers(
             self.layers,
-            inputs_embeds,
+            embeds,
             attention_mask,
             position_ids,
             past_key_values,
@@ -298,6 +298,15 @@ def check_every_row(found: Tensor, name: str) -> None:
         raise ValueError(f"ChatGLM-6B: row {row} of input_ids has no {name}; give position_ids")
 
 
+def last_positions(position_ids: Tensor) -> Tensor:
+    """(B, 2, 1) positions of each row's last real token, of position_ids (B, 2, S).
+
+    It has the greatest block position; padding, on either side, has 0.
+    """
+    last = position_ids.shape[-1] - 1 - position_ids[:, 1].flip(-1).argmax(-1)
+    return position_ids.gather(-1, last[:, None, None].expand(-1, 2, 1))
+
+
 def advance_positions(last: Tensor, count: int) -> Tensor:
     """(B, 2, count) positions after `last` (B, 2, 1): one place, block positions that count on."""
     steps = torch.arange(1, count + 1, device=last.device)
@@ -307,12 +316,15 @@ def advance_positions(last: Tensor, count: int) -> Tensor:
 class ChatGLM1ForConditionalGeneration(ChatGLMCausalLM, ChatGLM1PreTrainedModel, GenerationMixin):
     """The body with its output layer: `forward`, `generate`, `chat`, `stream_chat`."""
 
+    config: ChatGLM1Config
+    transformer: ChatGLM1Model
+
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
 
     def __init__(self, config: ChatGLM1Config):
         super().__init__(config)
         self.transformer = ChatGLM1Model(config)
-        self.lm_head = OutputLayer(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Module = OutputLayer(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -338,21 +350,27 @@ class ChatGLM1ForConditionalGeneration(ChatGLMCausalLM, ChatGLM1PreTrainedModel,
         self,
         outputs: ModelOutput,
         model_kwargs: dict[str, Any],
+        is_encoder_decoder: bool = False,
         num_new_tokens: int = 1,
-        **kwargs,
     ) -> dict[str, Any]:
         positions = model_kwargs.pop("position_ids")
         model_kwargs = super()._update_model_kwargs_for_generation(
-            outputs, model_kwargs, num_new_tokens=num_new_tokens, **kwargs
+            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
         )
         following = advance_positions(positions[..., -1:], num_new_tokens)
         return model_kwargs | {"position_ids": torch.cat([positions, following], dim=-1)}
 
     def _expand_inputs_for_generation(
-        self, expand_size: int = 1, position_ids: Tensor | None = None, **kwargs
-    ) -> tuple[Tensor, dict[str, Any]]:
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, **kwargs
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        position_ids = model_kwargs.pop("position_ids", None)
+        # transformers types self as a class of its own, of which no model is
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         if position_ids is not None:
             model_kwargs["position_ids"] = position_ids.repeat_interleave(expand_size, dim=0)

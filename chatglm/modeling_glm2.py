@@ -3,6 +3,8 @@
 RMSNorm, SwiGLU, grouped queries, interleaved rotary positions on half of each head.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,7 +40,7 @@ class RMSNorm(nn.Module):
         return RMSNormFunction.apply(x, self.weight, self.eps)
 
 
-class SelfAttention(nn.Module):
+class GLM2SelfAttention(nn.Module):
     """Grouped-query attention; the names of its layers are the originals'."""
 
     def __init__(self, config: ChatGLM2Config, layer_idx: int):
@@ -65,7 +67,7 @@ class SelfAttention(nn.Module):
         prefix: Tensor | None = None,
         past_key_values: Cache | None = None,
         keep: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Output (B, S, hidden_size), or of the kept tokens, and the attention weights or None."""
         qkv = self.query_key_value(hidden_states).unflatten(-1, (-1, self.head_dim))
@@ -81,7 +83,7 @@ class SelfAttention(nn.Module):
         return self.dense(out), weights
 
 
-class MLP(nn.Module):
+class GLM2MLP(nn.Module):
     """The feed-forward part of a block, with SwiGLU."""
 
     def __init__(self, config: ChatGLM2Config):
@@ -100,9 +102,9 @@ class ChatGLM2Block(GradientCheckpointingLayer):
     def __init__(self, config: ChatGLM2Config, layer_idx: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
-        self.self_attention = SelfAttention(config, layer_idx)
+        self.self_attention = GLM2SelfAttention(config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
-        self.mlp = MLP(config)
+        self.mlp = GLM2MLP(config)
         self.hidden_dropout = config.hidden_dropout
 
     def forward(
@@ -113,7 +115,7 @@ class ChatGLM2Block(GradientCheckpointingLayer):
         prefix: Tensor | None = None,
         past_key_values: Cache | None = None,
         keep: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
         # `prefix` is a separate argument: gradient checkpointing drops any past_key_values.
         out = self.input_layernorm(hidden_states)
@@ -127,15 +129,15 @@ class ChatGLM2Block(GradientCheckpointingLayer):
         return hidden_states + F.dropout(out, self.hidden_dropout, self.training)
 
 
-class Embedding(nn.Module):
+class TokenEmbedding(nn.Module):
     """Holds the token embeddings under the originals' name."""
 
     def __init__(self, config: ChatGLM2Config):
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        self.word_embeddings: nn.Module = nn.Embedding(config.padded_vocab_size, config.hidden_size)
 
 
-class Encoder(nn.Module):
+class TransformerLayers(nn.Module):
     """Holds the blocks under the originals' names; ChatGLM2Model runs them."""
 
     def __init__(self, config: ChatGLM2Config):
@@ -149,7 +151,7 @@ class ChatGLM2PreTrainedModel(ChatGLMPreTrainedModel):
     config_class = ChatGLM2Config
     _no_split_modules = ["ChatGLM2Block"]
     _supports_flash_attn = True
-    _can_record_outputs = {"hidden_states": ChatGLM2Block, "attentions": SelfAttention}
+    _can_record_outputs = {"hidden_states": ChatGLM2Block, "attentions": GLM2SelfAttention}
     _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]
 
 
@@ -159,11 +161,13 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
     It also owns `output_layer`, as the originals do; ChatGLM2ForConditionalGeneration applies it.
     """
 
+    config: ChatGLM2Config
+
     def __init__(self, config: ChatGLM2Config):
         super().__init__(config)
-        self.embedding = Embedding(config)
-        self.encoder = Encoder(config)
-        self.output_layer = OutputLayer(
+        self.embedding = TokenEmbedding(config)
+        self.encoder = TransformerLayers(config)
+        self.output_layer: nn.Module = OutputLayer(
             config.hidden_size, config.padded_vocab_size, bias=config.add_bias_linear
         )
         kv_size = 2 * config.num_layers * config.num_key_value_heads * config.kv_channels
@@ -224,7 +228,7 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         keep: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the final norm.
 
@@ -266,6 +270,9 @@ class ChatGLM2Model(ChatGLMBody, ChatGLM2PreTrainedModel):
 
 class ChatGLM2ForConditionalGeneration(ChatGLMCausalLM, ChatGLM2PreTrainedModel, GenerationMixin):
     """The body with its output layer: `forward`, `generate`, `chat`, `stream_chat`."""
+
+    config: ChatGLM2Config
+    transformer: ChatGLM2Model
 
     _tied_weights_keys = {
         "transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"

@@ -108,12 +108,13 @@ class PackedMasks:
     causal: bool
     keep: Tensor | None = None
 
-    def of_last_layer(self) -> "PackedMasks":
-        """The masks for the kept tokens alone."""
-        keep, lengths = self.packing.keep, self.packing.lengths
+    def of_last_layer(self, keep: Tensor) -> "PackedMasks":
+        """The masks for the kept tokens alone; `keep` is the packing's."""
+        lengths = self.packing.lengths
         edges = torch.tensor([0, *lengths]).cumsum(0)
         places = torch.searchsorted(keep.cpu(), edges).tolist()
-        masks, queries = [], []
+        masks: list[Tensor | None] = []
+        queries = []
         for i, (start, end) in enumerate(zip(places, places[1:])):
             mask = self.masks[i]
             if mask is None:

@@ -10,8 +10,11 @@ MANIFEST = "manifest.json"
 
 
 def step_of(folder: Path) -> int:
-    """The step in a checkpoint folder's name."""
-    return int(CHECKPOINT.search(folder.name).group(2))
+    """The step in a checkpoint folder's name. Raises ValueError where it has none."""
+    found = CHECKPOINT.search(folder.name)
+    if found is None:
+        raise ValueError(f"{folder} is not named epoch-E-step-S")
+    return int(found.group(2))
 
 
 def committed_checkpoints(output_dir: str | Path) -> list[Path]:

@@ -7,6 +7,7 @@ the originals do.
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,11 +18,11 @@ from typing import Any
 import numpy as np
 import sentencepiece
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizer
+from transformers.utils import PaddingStrategy
 
 from .configuration import ChatGLM1Config, ChatGLM2Config, ChatGLMConfig
 from .families import (
     FAMILIES,
-    ROLES,
     contradicts,
     glm2_build_prompt,
     glm3_message,
@@ -30,6 +31,7 @@ from .families import (
 )
 from .files import is_lfs_pointer, pointer_error
 from .folders import check_json_files, reading, without_marks
+from .histories import ROLES, History
 
 # The originals' class name, so that a saved folder loads elsewhere too.
 _TOKENIZER_CLASS = "ChatGLMTokenizer"
@@ -52,7 +54,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     is not one or where the folder belongs to another family.
     """
 
-    family: str | None = None
+    family: str = ""  # a key of FAMILIES, in the subclasses
     padding_side = "left"
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     # Control tokens that a caller may ask to be read from text, and whether they absorb the spaces
@@ -60,8 +62,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     _readable: tuple[str, ...] = ()
     _readable_strips = False
 
-    def __init__(self, vocab_file: str, encode_special_tokens: bool = False, **kwargs):
-        if self.family is None:
+    def __init__(self, vocab_file: str, encode_special_tokens: bool = False, **kwargs: Any):
+        if not self.family:
             raise TypeError(
                 "ChatGLMTokenizer is the shared base: use from_pretrained or one of its subclasses"
             )
@@ -98,12 +100,17 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *inputs, family: str | None = None, **kwargs
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *inputs: Any,
+        family: str | None = None,
+        **kwargs: Any,
     ) -> "ChatGLMTokenizer":
         """Tokenizer of a folder or hub name; `family` decides where the files leave it open.
 
         Code in the folder is never run, whatever its auto_map says.
         """
+        folder = os.fspath(pretrained_model_name_or_path)
         if cls is ChatGLMTokenizer:
             family = family or infer_family(folder)
             if family not in TOKENIZERS:
@@ -116,15 +123,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             raise ValueError(f"{folder} is not a {FAMILIES[cls.family].title} folder: {evidence}")
         place = Path(folder, kwargs.get("subfolder") or "")
         if place.is_dir() and "vocab_file" not in kwargs:
-            wanted = place / FAMILIES[cls.family].tokenizer_file
-            if not wanted.is_file():
-                raise FileNotFoundError(
-                    f"{place} has no {wanted.name}, "
-                    f"{FAMILIES[cls.family].title}'s SentencePiece model"
-                )
             # not left to the library, which prefers any file named tokenizer.model
-            open(wanted, "rb").close()  # what the disk says; the library would hide it
-            kwargs["vocab_file"] = str(wanted)
+            kwargs["vocab_file"] = str(cls._find_vocab_file(place))
         # Only the caller may set it, not a folder's files.
         kwargs.setdefault("encode_special_tokens", False)
         kwargs.pop("trust_remote_code", None)
@@ -137,7 +137,21 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         tokenizer.name_or_path = str(folder)
         return tokenizer
 
-    def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> tuple[str, ...]:
+    @classmethod
+    def _find_vocab_file(cls, folder: Path) -> Path:
+        """The SentencePiece model in a folder. Raises FileNotFoundError, OSError."""
+        family = FAMILIES[cls.family]
+        wanted = folder / family.tokenizer_file
+        if not wanted.is_file():
+            raise FileNotFoundError(
+                f"{folder} has no {wanted.name}, {family.title}'s SentencePiece model"
+            )
+        open(wanted, "rb").close()  # raises what the disk says; the library would hide it
+        return wanted
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> tuple[str, ...]:
         """Write the model and tokenizer_config.json; returns paths.
 
         The config has the originals' class name and "glm_family".
@@ -156,7 +170,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     # The originals of ChatGLM2/3 have these as read-only properties and fail on a config that sets
     # them.
-    _not_saved = ("bos_token", "eos_token", "pad_token", "unk_token")
+    _not_saved: tuple[str, ...] = ("bos_token", "eos_token", "pad_token", "unk_token")
 
     def save_vocabulary(
         self, save_directory: str | Path, filename_prefix: str | None = None
@@ -202,7 +216,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _convert_token_to_id_with_added_voc(self, token: str | None) -> int | None:
         return None if token is None else self._convert_token_to_id(token)
 
-    def _add_tokens(self, new_tokens: Iterable, special_tokens: bool = False) -> int:
+    def _add_tokens(self, new_tokens: Iterable[Any], special_tokens: bool = False) -> int:
         # Nothing enters the library's trie, which would split the tokens out of user text, and
         # nothing enters the vocabulary: a checkpoint's spare rows have no names here.
         for token in map(str, new_tokens):
@@ -255,13 +269,18 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _trusted_text_ids(self, text: str) -> list[int]:
         return self.encode_text(text)
 
-    def tokenize(self, text: str, **kwargs) -> list[str]:
-        """Names of the pieces of `text`; takes `encode_special_tokens` like a call."""
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Names of the pieces of `text`; takes `encode_special_tokens` like a call.
+
+        As in transformers' own Python tokenizers, `pair` and `add_special_tokens` have no effect.
+        """
         special = kwargs.get("encode_special_tokens", self.encode_special_tokens)
         split = kwargs.get("split_special_tokens", False)
         return [self._name(index) for index in self._ids(text, special and not split)]
 
-    def apply_chat_template(self, *args, **kwargs) -> Any:
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
         """Not for these models: a template renders text, and text never becomes control tokens."""
         raise NotImplementedError(
             f"chat prompts of {FAMILIES[self.family].title} are built from ids: "
@@ -310,7 +329,7 @@ class GLMTokenizer(ChatGLMTokenizer):
     _readable = ("<sop>", "<eop>", "<unk>", "<pad>", "[MASK]")
     _readable_strips = True
 
-    def __init__(self, vocab_file: str, num_image_tokens: int = 20000, **kwargs):
+    def __init__(self, vocab_file: str, num_image_tokens: int = 20000, **kwargs: Any):
         self.num_image_tokens = num_image_tokens
         named = {"bos": "<sop>", "eos": "<eop>", "mask": "[MASK]", "pad": "<pad>", "unk": "<unk>"}
         for name, token in named.items():
@@ -394,7 +413,7 @@ class GLMTokenizer(ChatGLMTokenizer):
     def _trusted_text_ids(self, text: str) -> list[int]:
         return [piece + self.num_image_tokens for piece in self._pieces(text)]
 
-    def encode(self, *args, **kwargs) -> list[int]:
+    def encode(self, *args: Any, **kwargs: Any) -> list[int]:
         """Ids of a text or pair. Unlike a call it builds no mask, whose cost is length squared."""
         return super().encode(*args, **({"return_attention_mask": False} | kwargs))
 
@@ -413,32 +432,51 @@ class GLMTokenizer(ChatGLMTokenizer):
         return self.sp_model.decode_pieces([self._whitespace.get(token, token) for token in tokens])
 
     def _decode(
-        self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs: Any,
     ) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         hidden = {self.pad_token_id}
         if skip_special_tokens:
             hidden |= set(self._commands.values())
-        return super()._decode([i for i in ids if i not in hidden], **kwargs)
+        shown = [i for i in ids if i not in hidden]
+        return super()._decode(shown, False, clean_up_tokenization_spaces, **kwargs)
 
-    def pad(self, encoded_inputs: Mapping | Sequence[Mapping], *args, **kwargs) -> BatchEncoding:
+    def pad(
+        self,
+        encoded_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        *args: Any,
+        **kwargs: Any,
+    ) -> BatchEncoding:
         """As the library's; masks and positions are rebuilt from the padded ids."""
-        if isinstance(encoded_inputs, (list, tuple)):
-            encoded_inputs = [_without_masks(row) for row in encoded_inputs]
+        rows: Any  # transformers' types do not say that a batch may hold tensors
+        if isinstance(encoded_inputs, Mapping):
+            rows = _without_masks(encoded_inputs)
         else:
-            encoded_inputs = _without_masks(encoded_inputs)
-        return super().pad(encoded_inputs, *args, **kwargs)
+            rows = [_without_masks(row) for row in encoded_inputs]
+        return super().pad(rows, *args, **kwargs)
 
     def _pad(
-        self, encoded_inputs: dict, *args, return_attention_mask: bool | None = None, **kwargs
-    ) -> dict:
-        encoded_inputs = super()._pad(encoded_inputs, *args, return_attention_mask=False, **kwargs)
-        ids = encoded_inputs["input_ids"]
+        self,
+        encoded_inputs: dict[str, list[int]] | BatchEncoding,
+        max_length: int | None = None,
+        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
+    ) -> dict[str, Any]:
+        padded = super()._pad(
+            encoded_inputs, max_length, padding_strategy, pad_to_multiple_of, padding_side, False
+        )
+        ids = padded["input_ids"]
         span = self._span(ids)
         if return_attention_mask is not False:
-            encoded_inputs["attention_mask"] = self._prefix_mask(len(ids), *span)
-        encoded_inputs["position_ids"] = self._positions(ids, *span)
-        return encoded_inputs
+            padded["attention_mask"] = self._prefix_mask(len(ids), *span)
+        padded["position_ids"] = self._positions(ids, *span)
+        return padded
 
     def _span(self, ids: list[int]) -> tuple[int, int, int]:
         """Start and stop (exclusive) of a padded row, and where <sop> is (stop without one)."""
@@ -478,7 +516,7 @@ class GLMTokenizer(ChatGLMTokenizer):
         return positions
 
 
-def _without_masks(encoded: Mapping) -> dict:
+def _without_masks(encoded: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of an encoding that do not depend on its padding."""
     rebuilt = ("attention_mask", "position_ids")
     return {key: value for key, value in encoded.items() if key not in rebuilt}
@@ -492,9 +530,9 @@ class GLM2Tokenizer(ChatGLMTokenizer):
 
     family = "glm2"
     vocab_files_names = {"vocab_file": FAMILIES["glm2"].tokenizer_file}
-    _controls = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+    _controls: tuple[str, ...] = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
-    def __init__(self, vocab_file: str, clean_up_tokenization_spaces: bool = True, **kwargs):
+    def __init__(self, vocab_file: str, clean_up_tokenization_spaces: bool = True, **kwargs: Any):
         for name, token in {"eos": "</s>", "pad": "<unk>", "unk": "<unk>"}.items():
             kwargs.setdefault(f"{name}_token", token)
         super().__init__(
@@ -549,14 +587,29 @@ class GLM2Tokenizer(ChatGLMTokenizer):
         """Text of a chat prompt, `[Round 1]` also without history."""
         return glm2_build_prompt(query, history)
 
-    def _pad(self, encoded_inputs: dict, *args, padding_side: str | None = None, **kwargs) -> dict:
+    def _pad(
+        self,
+        encoded_inputs: dict[str, list[int]] | BatchEncoding,
+        max_length: int | None = None,
+        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
+    ) -> dict[str, Any]:
         length = len(encoded_inputs["input_ids"])
         positions = encoded_inputs.pop("position_ids", None) or list(range(length))
-        encoded_inputs = super()._pad(encoded_inputs, *args, padding_side=padding_side, **kwargs)
-        padding = [0] * (len(encoded_inputs["input_ids"]) - length)
+        padded = super()._pad(
+            encoded_inputs,
+            max_length,
+            padding_strategy,
+            pad_to_multiple_of,
+            padding_side,
+            return_attention_mask,
+        )
+        padding = [0] * (len(padded["input_ids"]) - length)
         on_left = (padding_side or self.padding_side) == "left"
-        encoded_inputs["position_ids"] = padding + positions if on_left else positions + padding
-        return encoded_inputs
+        padded["position_ids"] = padding + positions if on_left else positions + padding
+        return padded
 
 
 class GLM3Tokenizer(GLM2Tokenizer):
@@ -571,7 +624,7 @@ class GLM3Tokenizer(GLM2Tokenizer):
     _controls = GLM2Tokenizer._controls + _roles
     _readable = _roles
 
-    def __init__(self, vocab_file: str, clean_up_tokenization_spaces: bool = False, **kwargs):
+    def __init__(self, vocab_file: str, clean_up_tokenization_spaces: bool = False, **kwargs: Any):
         super().__init__(vocab_file, clean_up_tokenization_spaces, **kwargs)
 
     def _convert_id_to_token(self, index: int) -> str:
@@ -589,7 +642,7 @@ class GLM3Tokenizer(GLM2Tokenizer):
     def build_chat_input(
         self,
         query: str,
-        history: list | None = None,
+        history: History | None = None,
         role: str = "user",
         return_tensors: str | None = "pt",
     ) -> BatchEncoding:
@@ -597,7 +650,7 @@ class GLM3Tokenizer(GLM2Tokenizer):
         ids = FAMILIES[self.family].encode_chat(self, query, history, role)
         return self.pad({"input_ids": [ids]}, return_tensors=return_tensors)
 
-    def build_prompt(self, query: str, history: list | None = None) -> str:
+    def build_prompt(self, query: str, history: History | None = None) -> str:
         raise NotImplementedError("ChatGLM3's roles have no text form: use build_chat_input")
 
 

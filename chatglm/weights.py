@@ -5,12 +5,16 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from .files import is_lfs_pointer, pointer_error, read_json, shorten
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -151,10 +155,21 @@ def stored_shapes(path: str | Path) -> dict[str, list[int]]:
     return shapes
 
 
-def stored_prefix(path: Path, shapes: dict[str, list[int]] | None = None) -> dict | None:
-    """What P-Tuning prefix a folder's weights hold: {"length", "width", "mlp", "only"}, or None.
+class StoredPrefix(TypedDict):
+    """A P-Tuning prefix in a folder's weights: virtual tokens, numbers of each, with an MLP or not.
 
-    `only`: nothing but the prefix is there (the official P-Tuning checkpoints, and ours).
+    only: nothing but the prefix is there (the official P-Tuning checkpoints, and ours).
+    """
+
+    length: int
+    width: int
+    mlp: bool
+    only: bool
+
+
+def stored_prefix(path: Path, shapes: dict[str, list[int]] | None = None) -> StoredPrefix | None:
+    """The P-Tuning prefix that a folder's weights hold, or None.
+
     `shapes`: `stored_shapes` of the folder, if they are read already.
     """
     shapes = stored_shapes(path) if shapes is None else shapes
@@ -176,8 +191,25 @@ def stored_prefix(path: Path, shapes: dict[str, list[int]] | None = None) -> dic
     }
 
 
+def refuse_quantised(path: str | Path, shapes: dict[str, list[int]], bits: int | None) -> None:
+    """Raises ValueError where weights are one of the published int4 or int8 releases.
+
+    `bits`: config.json's quantization_bit.
+    """
+    scale = next((name for name in shapes if name.endswith(SCALE)), None)
+    if scale is not None:
+        said = f" (quantization_bit {bits})" if bits else ""
+        raise ValueError(
+            f"{path} holds weights quantised to 4 or 8 bits{said}, such as {scale}: take the "
+            "fp16 release of the model; --quantization_bit 4 or 8 quantises that while it loads"
+        )
+
+
 def check_fit(
-    path: str | Path, model: nn.Module, shapes: dict[str, list[int]], ignored: str | None = None
+    path: str | Path,
+    model: "PreTrainedModel",
+    shapes: dict[str, list[int]],
+    ignored: str | None = None,
 ) -> None:
     """Compare what a folder's weights hold with what a model wants, before any of it is read.
 
@@ -188,13 +220,7 @@ def check_fit(
     Raises:
         ValueError: the weights are quantised, a tensor has another shape, or is missing.
     """
-    if scales := [name for name in shapes if name.endswith(SCALE)]:
-        bits = getattr(model.config, "quantization_bit", None)
-        said = f" (quantization_bit {bits})" if bits else ""
-        raise ValueError(
-            f"{path} holds weights quantised to 4 or 8 bits{said}, such as {scales[0]}: take the "
-            "fp16 release of the model; --quantization_bit 4 or 8 quantises that while it loads"
-        )
+    refuse_quantised(path, shapes, getattr(model.config, "quantization_bit", None))
     tied = model.all_tied_weights_keys
     state = model.state_dict()
     wanted = {name: list(tensor.shape) for name, tensor in state.items() if name not in tied}

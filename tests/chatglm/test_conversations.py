@@ -21,11 +21,11 @@ from chatglm.conversations import (
 )
 from chatglm.families import (
     FAMILIES,
-    TOOL_PREAMBLE,
     glm2_build_prompt,
     glm_chat_prompt,
     parse_tool_call,
 )
+from chatglm.histories import TOOL_PREAMBLE
 from tests.chatglm.test_families import tokenizers  # noqa: F401
 
 LONG = {"max_len": 10_000, "max_src_len": 9_000}

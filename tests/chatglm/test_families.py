@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 
 from chatglm.families import (
     FAMILIES,
-    ROLES,
-    TOOL_PREAMBLE,
     contradicts,
     infer_family,
     parse_tool_call,
 )
+from chatglm.histories import ROLES, TOOL_PREAMBLE
 from chatglm.tokenization import TOKENIZERS
 from tests.conftest import shared_file
 

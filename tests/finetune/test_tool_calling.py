@@ -20,7 +20,8 @@ from benchmarks.tool_calling import (
     with_other_values,
 )
 from chatglm import load_tokenizer
-from chatglm.families import FAMILIES, TOOL_PREAMBLE
+from chatglm.families import FAMILIES
+from chatglm.histories import TOOL_PREAMBLE
 from finetune.rows.encoding import encode_rows
 from finetune.rows.formats import parse_row
 from tests.conftest import shared_file

@@ -10,7 +10,8 @@ from benchmarks.format_table import learnt_answers, load_tokenizers, wanted_answ
 from benchmarks.format_table import main as print_table
 from chatglm import load_tokenizer
 from chatglm.conversations import IGNORED, Turn
-from chatglm.families import FAMILIES, TOOL_PREAMBLE
+from chatglm.families import FAMILIES
+from chatglm.histories import TOOL_PREAMBLE
 from finetune.rows.arrays import EncodedRow, dataset_of, join
 from finetune.rows.batches import collate
 from finetune.rows.encoding import Encoder
