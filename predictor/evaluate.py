@@ -272,14 +272,9 @@ def noise_ceiling(seen: Observed, scores: np.ndarray) -> dict | None:
         return None
     generator = np.random.default_rng(0)
     taus = np.zeros((DRAWS, 3))
+    answers = np.split(seen.tokens[order], starts[1:])
     for draw in range(DRAWS):
-        truth, one, others = np.zeros((3, len(several)))
-        for i, k in enumerate(several):
-            answers = seen.tokens[order[starts[k] : starts[k] + runs[k]]]
-            mixed = answers[generator.permutation(runs[k])]
-            truth[i] = mixed[0]
-            one[i] = mixed[1]
-            others[i] = np.median(mixed[1:])
+        truth, one, others = draw_runs([answers[k] for k in several], generator)
         taus[draw] = (
             kendall_tau(one, truth),
             kendall_tau(others, truth),
@@ -287,6 +282,20 @@ def noise_ceiling(seen: Observed, scores: np.ndarray) -> dict | None:
         )
     names = ("tau_of_one_run", "tau_of_median_of_others", "tau_of_predictor")
     return {"prompts": len(several), **dict(zip(names, taus.mean(axis=0).tolist()))}
+
+
+def draw_runs(
+    answers: list[np.ndarray], generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(one answer's length, another's, the median of all but the first), (N,), of N prompts.
+
+    answers: the lengths of each prompt's answers, two or more, which are drawn in random order.
+    """
+    first, second, median = np.zeros((3, len(answers)))
+    for i, lengths in enumerate(answers):
+        mixed = lengths[generator.permutation(len(lengths))]
+        first[i], second[i], median[i] = mixed[0], mixed[1], np.median(mixed[1:])
+    return first, second, median
 
 
 def timings(predictor: "LengthPredictor", prompts: list[str], batch_size: int) -> dict:
@@ -435,11 +444,18 @@ def run_evaluation(flags: EvaluationFlags) -> None:
     if flags.json:
         write_json(flags.json, report)
     if flags.picture and predicted:
-        from predictor.pictures import draw_evaluation
+        draw_picture(Path(flags.picture), predicted, seen, report)
 
-        probabilities, edges, _ = predicted
-        each = probabilities[seen.prompt]
-        draw_evaluation(Path(flags.picture), each, edges, seen.tokens, seen.finished, report)
+
+def draw_picture(
+    path: Path, predicted: tuple[np.ndarray, np.ndarray, np.ndarray], seen: Observed, report: dict
+) -> None:
+    """Draw the report; `predicted`: what `predict_arrays` returns for the prompts of `seen`."""
+    from predictor.pictures import draw_evaluation
+
+    probabilities, edges, _ = predicted
+    each = probabilities[seen.prompt]
+    draw_evaluation(path, each, edges, seen.tokens, seen.finished, report)
 
 
 def read_evaluation_rows(

@@ -48,9 +48,7 @@ def draw_evaluation(
     right.set_title(f"q90 covers {figures['coverage_90']:.1%}, q97.5 {figures['coverage_975']:.1%}")
     title = f"{report['prompts']} prompts, answers of {report['served_model']}"
     figure.suptitle(title.replace("$", r"\$"), fontsize=10)
-    image = io.BytesIO()
-    figure.savefig(image, format=path.suffix[1:], dpi=110)
-    write_aside(path, image.getvalue())
+    save_figure(figure, path)
 
 
 def new_figure() -> "Figure":
@@ -63,6 +61,13 @@ def new_figure() -> "Figure":
     figure = Figure(figsize=(11, 5), layout="constrained")
     FigureCanvasAgg(figure)  # opens no window and leaves the program's backend as it is
     return figure
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure in the format of the name's ending, whole or not at all."""
+    image = io.BytesIO()
+    figure.savefig(image, format=path.suffix[1:], dpi=110)
+    write_aside(path, image.getvalue())
 
 
 def draw_lengths(

@@ -383,7 +383,7 @@ def recalibrated(head: "Head", outputs: np.ndarray, seen: Observed) -> tuple[Dec
 
     everything = fit(np.ones(len(seen), bool))
     fold = fold_of(np.arange(len(seen.prompts)))[seen.prompt]
-    levels, ranks = np.zeros(len(seen)), np.zeros(len(seen))
+    levels, ranks = np.zeros((2, len(seen)))
     taus, counts = [], []
     probabilities = np.zeros((len(seen), len(everything.edges) - 1))
     for k in range(FOLDS):
