@@ -57,7 +57,7 @@ class Limits:
     max_tokens: int = 32_768
     prefill_tokens: int = 2048
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         smallest = min(self.max_batch, self.max_tokens, self.prefill_tokens)
         if smallest < 1 or self.max_tokens > self.kv_tokens:
             raise ValueError(
@@ -259,7 +259,7 @@ class Event(NamedTuple):
     what: object
 
 
-class CostModel(Protocol):
+class CostEstimator(Protocol):
     """Seconds and bytes of one placed model; serving.cost_model has the calibrated one.
 
     Tokens are sums over the batch, and prefill_s(0) is 0. decode_s is the closed form of steps in
@@ -283,27 +283,28 @@ class Policy(Protocol):
         predicts: it reads predictions, so the time to make them is charged.
     """
 
-    predicts: bool
+    @property
+    def predicts(self) -> bool: ...
 
     def length(self, request: Request) -> float:
         """Answer tokens to expect."""
 
     def order(
-        self, record: Record, now_s: float, pace_s: float, cost: CostModel
+        self, record: Record, now_s: float, pace_s: float, cost: CostEstimator
     ) -> tuple[float, float]:
         """(key, until_s): smaller keys are served first.
 
         Computed again once until_s has passed; the key may only have grown by then.
         """
 
-    def __call__(self, view: View, cost: CostModel) -> Plan: ...
+    def __call__(self, view: View, cost: CostEstimator) -> Plan: ...
 
 
 class Engine(Protocol):
     """Runs sequences: the simulated one, or one of the real ones."""
 
     limits: Limits
-    cost: CostModel
+    cost: CostEstimator
 
     def step(self, plan: Plan, budget_s: float = FOREVER) -> StepResult:
         """Carry out the plan, then decode.

@@ -10,14 +10,14 @@ from finetune.files import write_json
 from serving.cost_model.devices import MOST_DEVICES
 from serving.cost_model.fit import (
     PROMPT_TOKENS,
-    Row,
-    errors,
-    fit,
-    read_rows,
-    report,
+    Measurement,
+    fit_profile,
+    read_measurements,
+    relative_errors,
     row_seconds,
-    summary,
-    vague,
+    summarize_errors,
+    summarize_fits,
+    undetermined_coefficients,
 )
 from serving.cost_model.model import read_profile
 
@@ -25,7 +25,7 @@ from serving.cost_model.model import read_profile
 def run_predict(args: argparse.Namespace) -> None:
     """Print the seconds of one batch."""
     profile = read_profile(args.profile)
-    row = Row(
+    row = Measurement(
         1.0,
         args.batch,
         args.output_tokens,
@@ -42,9 +42,9 @@ def run_predict(args: argparse.Namespace) -> None:
     print(f"{seconds:.4f} s: {tokens} of {args.model} on {where}, {args.placement}{start}")
 
 
-def read_measurements(path: str) -> list[Row]:
+def load_measurements(path: str) -> list[Measurement]:
     """The rows of a file; prints a line for each that is left out."""
-    rows, left_out = read_rows(path)
+    rows, left_out = read_measurements(path)
     for line in left_out:
         print(line, file=sys.stderr)
     return rows
@@ -52,8 +52,8 @@ def read_measurements(path: str) -> list[Row]:
 
 def run_evaluate(args: argparse.Namespace) -> None:
     """Print the errors of a profile on measured rows."""
-    rows = read_measurements(args.rows)
-    figures = summary(errors(rows, read_profile(args.profile)))
+    rows = load_measurements(args.rows)
+    figures = summarize_errors(relative_errors(rows, read_profile(args.profile)))
     print(
         f"{figures['rows']} rows: median {100 * figures['median_abs_error']:.2f} %, "
         f"P90 {100 * figures['p90_abs_error']:.2f} % absolute relative error"
@@ -64,7 +64,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 def run_fit(args: argparse.Namespace) -> None:
     """Write the profile that measured rows give, and print its errors."""
-    rows = read_measurements(args.rows)
+    rows = load_measurements(args.rows)
     start = read_profile(args.start)
     start = replace(
         start,
@@ -72,13 +72,13 @@ def run_fit(args: argparse.Namespace) -> None:
         device=args.device or start.device,
         link=args.link or start.link,
     )
-    summaries = report(rows, start)
-    profile = fit(rows, start)
+    summaries = summarize_fits(rows, start)
+    profile = fit_profile(rows, start)
     made = {
         "command": fit_command(args),
         "from": args.about or Path(args.rows).name,
         "errors": summaries,
-        "not_told_apart_by_the_rows": vague(rows, profile),
+        "not_told_apart_by_the_rows": undetermined_coefficients(rows, profile),
     }
     replace(profile, made=made).save(args.output)
     for name, figures in summaries.items():

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from chatglm.files import read_json
 
@@ -43,7 +44,7 @@ class Device:
     reserved_bytes: int = GIB
     kind: str = "cuda"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise ValueError(f"device: name must be text, got {self.name!r}")
         for field in ("memory_bytes", "bandwidth_bytes_s", "flops_s"):
@@ -74,7 +75,7 @@ class Link:
     bandwidth_bytes_s: float
     latency_s: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         bandwidth_fits = _is_number(self.bandwidth_bytes_s) and self.bandwidth_bytes_s > 0
         latency_fits = _is_number(self.latency_s) and self.latency_s >= 0
         if not (bandwidth_fits and latency_fits):
@@ -90,7 +91,7 @@ class Cluster:
     devices: tuple[Device, ...]
     links: tuple[tuple[Link | None, ...], ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         n = len(self.devices)
         if not 0 < n <= MOST_DEVICES:
             raise ValueError(f"a cluster needs from 1 to {MOST_DEVICES} devices, got {n}")
@@ -120,6 +121,13 @@ class Cluster:
         n = len(devices)
         links = [tuple(None if i == j else link for j in range(n)) for i in range(n)]
         return cls(devices, tuple(links))
+
+    def link_between(self, source: int, target: int) -> Link:
+        """The link from one device to another. Raises ValueError for a device and itself."""
+        link = self.links[source][target]
+        if link is None:
+            raise ValueError(f"there is no link from device {source} to device {target}")
+        return link
 
     @cached_property
     def groups(self) -> list[list[int]]:
@@ -174,7 +182,7 @@ class Cluster:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a cluster: {error}") from None
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """As `from_json` reads it, devices and links in full."""
         return {
             "devices": [asdict(d) for d in self.devices],
@@ -194,7 +202,7 @@ def _is_number(value: object) -> bool:
     )
 
 
-def read_device(path: str | Path, **changes: object) -> Device:
+def read_device(path: str | Path, **changes: Any) -> Device:
     """One device from its own JSON file, with `changes` of its fields."""
     given = read_json(path)
     known = sorted(f.name for f in fields(Device))

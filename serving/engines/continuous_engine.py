@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from serving.engines.answers import TextEngine, choose
+from serving.engines.answers import TextEngine, choose_tokens
 from serving.engines.passes import Runner, Sequence
-from serving.request import FOREVER, CostModel, Limits, Plan, Record, StepResult
+from serving.request import FOREVER, CostEstimator, Limits, Plan, Record, StepResult
 
 
 class ContinuousEngine(TextEngine):
@@ -38,7 +38,7 @@ class ContinuousEngine(TextEngine):
         self,
         model: PreTrainedModel,
         limits: Limits,
-        cost: CostModel,
+        cost: CostEstimator,
         stop_ids: Ids[int] | None = None,
     ):
         self.runner = Runner(model.eval(), limits.kv_tokens)
@@ -187,7 +187,7 @@ class ContinuousEngine(TextEngine):
     def _add_tokens(self, rows: list[Sequence], logits: Tensor) -> int:
         """Choose each row's next token from logits (at least len(rows), V); returns tokens made."""
         emitted = 0
-        for row, token in zip(rows, choose(logits, [row.answer for row in rows])):
+        for row, token in zip(rows, choose_tokens(logits, [row.answer for row in rows])):
             if token is None:
                 row.answer.add(None, "failed")
             else:
