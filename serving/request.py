@@ -194,6 +194,11 @@ class Plan:
     wake_s: float = FOREVER
     wake_on_arrival: bool = True
 
+    @property
+    def longest_context_tokens(self) -> int:
+        """Of the admitted records; 0 where there are none."""
+        return max((record.context_tokens for record in self.admit), default=0)
+
 
 class StepResult(NamedTuple):
     """What an engine did in one step.

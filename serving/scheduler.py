@@ -367,9 +367,7 @@ def completion_of(record: Record, now_s: float, tokens: int, cut: bool) -> Compl
 
 def _padded_tokens(plan: Plan) -> int:
     """The context that a static batch's records are padded to; 0 for any other plan."""
-    if not plan.together:
-        return 0
-    return max((record.context_tokens for record in plan.admit), default=0)
+    return plan.longest_context_tokens if plan.together else 0
 
 
 def _check(

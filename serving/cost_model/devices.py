@@ -95,7 +95,7 @@ class Cluster:
         n = len(self.devices)
         if not 0 < n <= MOST_DEVICES:
             raise ValueError(f"a cluster needs from 1 to {MOST_DEVICES} devices, got {n}")
-        if len(self.links) != n or any(len(row) != n for row in self.links):
+        if list(map(len, self.links)) != [n] * n:
             raise ValueError(f"links must be a matrix of {n} x {n}, a row for each device")
         for i, row in enumerate(self.links):
             for j, link in enumerate(row):
@@ -118,8 +118,11 @@ class Cluster:
             listed = list(device)
         link = find_link(link) if isinstance(link, str) else link
         devices = tuple(find_device(d) if isinstance(d, str) else d for d in listed)
-        n = len(devices)
-        links = [tuple(None if i == j else link for j in range(n)) for i in range(n)]
+        links: list[tuple[Link | None, ...]] = []
+        for i in range(len(devices)):
+            row: list[Link | None] = [link] * len(devices)
+            row[i] = None
+            links.append(tuple(row))
         return cls(devices, tuple(links))
 
     def link_between(self, source: int, target: int) -> Link:
@@ -168,29 +171,31 @@ class Cluster:
         """
         given = read_json(path)
         try:
-            devices = [
-                find_device(d) if isinstance(d, str) else Device(**d) for d in given["devices"]
-            ]
+            devices = tuple(map(_device_from_json, given["devices"]))
             if "links" not in given:
                 link = given.get("link", "pcie4")
                 return cls.uniform(devices, link=link if isinstance(link, str) else Link(**link))
-            links = [
-                tuple(None if link is None else Link(**link) for link in row)
-                for row in given["links"]
-            ]
-            return cls(tuple(devices), tuple(links))
+            links = tuple(tuple(map(_link_from_json, row)) for row in given["links"])
+            return cls(devices, links)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a cluster: {error}") from None
 
     def to_json(self) -> dict[str, Any]:
         """As `from_json` reads it, devices and links in full."""
-        return {
-            "devices": [asdict(d) for d in self.devices],
-            "links": [
-                [None if link is None or i == j else asdict(link) for j, link in enumerate(row)]
-                for i, row in enumerate(self.links)
-            ],
-        }
+        links: list[list[dict[str, float] | None]] = []
+        for i, row in enumerate(self.links):
+            written = [None if link is None else asdict(link) for link in row]
+            written[i] = None
+            links.append(written)
+        return {"devices": list(map(asdict, self.devices)), "links": links}
+
+
+def _device_from_json(given: str | dict[str, Any]) -> Device:
+    return find_device(given) if isinstance(given, str) else Device(**given)
+
+
+def _link_from_json(given: dict[str, Any] | None) -> Link | None:
+    return None if given is None else Link(**given)
 
 
 def _is_number(value: object) -> bool:

@@ -23,6 +23,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -208,20 +209,21 @@ def named_stages(
             "placement must be even, single, alternate, lr, he, helr or layers such as 14,14, "
             f"got {placement!r}"
         )
-    stages = tuple((i, int(c)) for i, c in enumerate(counts))
-    if sum(n for _, n in stages) != layers or len(stages) > gpus:
+    numbers = list(map(int, counts))
+    if sum(numbers) != layers or len(numbers) > gpus:
         raise ValueError(
             f"placement {placement!r} must give the model's {layers} layers to at most "
             f"gpus = {gpus} devices"
         )
-    return tuple(s for s in stages if s[1]), None
+    return tuple((i, number) for i, number in enumerate(numbers) if number), None
 
 
 def row_seconds(row: Measurement, profile: Profile) -> float:
     """Seconds that the cost model predicts for a row."""
     shape = shape_of(row.model, row.element_bytes)
     stages, mapped = named_stages(row.placement, row.gpus, shape.layers)
-    count = max(row.gpus, 1 + max(d for d, _ in stages))
+    last_device, _ = max(stages)
+    count = max(row.gpus, 1 + last_device)
     model = CostModel(shape, profile.cluster(count), stages, profile, mapped)
     if row.phase == "prefill":
         return model.prefill_s(row.prompt_tokens, row.batch)
@@ -233,7 +235,8 @@ def row_seconds(row: Measurement, profile: Profile) -> float:
 
 def relative_errors(rows: Sequence[Measurement], profile: Profile) -> np.ndarray:
     """(n,) relative errors: predicted over measured seconds, less 1."""
-    return _seconds(rows, profile) / _measured(rows) - 1
+    errors: np.ndarray = _seconds(rows, profile) / _measured(rows) - 1
+    return errors
 
 
 def _seconds(rows: Sequence[Measurement], profile: Profile) -> np.ndarray:
@@ -253,8 +256,8 @@ def fit_profile(rows: Sequence[Measurement], start: Profile, prior: float = PRIO
     near `start` (SPREADS, PRIOR).
     """
     measured = _measured(rows)
-    spreads = np.array([SPREADS[name] for name in COEFFICIENTS])
-    begin = now = np.array([getattr(start, name) for name in COEFFICIENTS], float)
+    spreads = np.array(itemgetter(*COEFFICIENTS)(SPREADS))
+    begin = now = np.array(attrgetter(*COEFFICIENTS)(start), float)
     columns = None
     for rounds in range(40):
         if rounds % 10 == 0:
@@ -281,7 +284,7 @@ def undetermined_coefficients(rows: Sequence[Measurement], profile: Profile) -> 
 
     Those of which the rows leave more than half of the prior's spread.
     """
-    spreads = np.array([SPREADS[name] for name in COEFFICIENTS])
+    spreads = np.array(itemgetter(*COEFFICIENTS)(SPREADS))
     columns = _columns(rows, profile, spreads) / _measured(rows)[:, None]
     scaled = columns * spreads / PRIOR
     precision = scaled.T @ scaled * (PRIOR / HUBER) ** 2 + np.eye(len(spreads))
@@ -305,7 +308,8 @@ def _least_squares(left: np.ndarray, right: np.ndarray, scale: np.ndarray) -> np
     """argmin |left x - right|, x >= 0, with variables in units of `scale`."""
     from scipy.optimize import nnls
 
-    return nnls(left * scale, right)[0] * scale
+    solution: np.ndarray = nnls(left * scale, right)[0] * scale
+    return solution
 
 
 def held_out_errors(
@@ -315,12 +319,14 @@ def held_out_errors(
     prior: float = PRIOR,
 ) -> np.ndarray:
     """(n,) each row's error under the profile that is fitted without the rows of its group."""
-    groups = [group_of(i, row) for i, row in enumerate(rows)]
+    members: dict[object, list[int]] = {}
+    for i, row in enumerate(rows):
+        members.setdefault(group_of(i, row), []).append(i)
     held_out = np.zeros(len(rows))
-    for group in sorted(set(groups), key=str):
-        out = [i for i, g in enumerate(groups) if g == group]
-        profile = fit_profile([row for row, g in zip(rows, groups) if g != group], start, prior)
-        held_out[out] = relative_errors([rows[i] for i in out], profile)
+    for group in members.values():
+        others = sorted(set(range(len(rows))).difference(group))
+        profile = fit_profile([rows[i] for i in others], start, prior)
+        held_out[group] = relative_errors([rows[i] for i in group], profile)
     return held_out
 
 
@@ -351,6 +357,6 @@ def summarize_fits(rows: Sequence[Measurement], start: Profile) -> dict[str, dic
         ),
     }
     for name, way in ways.items():
-        if len({way(i, row) for i, row in enumerate(rows)}) > 1:
+        if len(set(map(way, range(len(rows)), rows))) > 1:
             summaries[name] = summarize_errors(held_out_errors(rows, start, way))
     return summaries

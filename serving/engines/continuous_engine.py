@@ -99,7 +99,7 @@ class ContinuousEngine(TextEngine):
                 row.reserve = tokens
                 if row.slab is not None:
                     self.runner.arena.reserve(row, tokens + self.runner.virtual)
-        longest = max((record.context_tokens for record in plan.admit), default=0)
+        longest = plan.longest_context_tokens
         for record in plan.admit:
             self._admit(record, plan, longest)
         emitted = 0
@@ -152,7 +152,9 @@ class ContinuousEngine(TextEngine):
             return 0
         emitted = self._add_tokens(decoding + prefilled, logits)
         now = time.perf_counter() - begin
-        started += [(row.id, now) for row in prefilled if row.made > 0]
+        for row in prefilled:
+            if row.made > 0:
+                started.append((row.id, now))
         return emitted
 
     def _next_chunks(self, prefill_tokens: int) -> list[tuple[Sequence, int]]:
@@ -202,10 +204,11 @@ class ContinuousEngine(TextEngine):
             self._drop(row)
         if not self._together:
             return sorted(ended, key=lambda row: row.id)
-        self._unreported |= {row.id: row for row in ended}
+        for row in ended:
+            self._unreported[row.id] = row
         if self.rows:
             return []
-        ended = [self._unreported[i] for i in sorted(self._unreported)]
+        ended = sorted(self._unreported.values(), key=lambda row: row.id)
         self._unreported = {}
         self._together = False
         return ended

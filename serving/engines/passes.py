@@ -84,12 +84,11 @@ class Sequence:
             return [list(range(start, end))]
         known = len(self.positions[0])
         beyond = max(end - max(start, known), 0)
-        last_place, last_block = (row[-1] for row in self.positions)
-        next_block = last_block + 1 + max(start - known, 0)
-        places, blocks = (row[start:end] for row in self.positions)
+        places, blocks = self.positions
+        next_block = blocks[-1] + 1 + max(start - known, 0)
         return [
-            places + [last_place] * beyond,
-            blocks + list(range(next_block, next_block + beyond)),
+            places[start:end] + [places[-1]] * beyond,
+            blocks[start:end] + list(range(next_block, next_block + beyond)),
         ]
 
 

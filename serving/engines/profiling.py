@@ -165,6 +165,18 @@ class TimingSetting(NamedTuple):
         )
 
 
+def fitting_settings(
+    batches: Sequence[int], contexts: Sequence[int], prompts: Sequence[int], limits: Limits
+) -> list[TimingSetting]:
+    """Every pair of batch and context, then every prompt, that the limits allow."""
+    settings: list[TimingSetting] = []
+    for batch, context in itertools.product(batches, contexts):
+        settings.append(TimingSetting("decode", batch, context))
+    for tokens in prompts:
+        settings.append(TimingSetting("prefill", 1, tokens))
+    return [setting for setting in settings if setting.fits(limits)]
+
+
 class Stopwatch:
     """Times an engine; `together`: it takes whole batches only (static)."""
 
@@ -239,9 +251,7 @@ def measure_engine(
     Raises:
         ValueError: none of the settings fits.
     """
-    settings = [TimingSetting("decode", *pair) for pair in itertools.product(batches, contexts)]
-    settings += [TimingSetting("prefill", 1, tokens) for tokens in prompts]
-    settings = [setting for setting in settings if setting.fits(engine.limits)]
+    settings = fitting_settings(batches, contexts, prompts, engine.limits)
     if not settings:
         raise ValueError(f"nothing to measure: no batch, context or prompt fits {engine.limits}")
     stopwatch = Stopwatch(engine, prompt_of, together)

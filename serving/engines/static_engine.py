@@ -235,7 +235,9 @@ class StaticEngine(TextEngine):
                 break
             fresh = self._next_tokens(going)
             now = time.perf_counter() - begin
-            started += [(row.id, now) for row in fresh if row.made == 1]
+            for row in fresh:
+                if row.made == 1:
+                    started.append((row.id, now))
             emitted += len(fresh)
             iterations += 1
         finished = [] if going else self._finish_batch()
@@ -282,7 +284,7 @@ class StaticEngine(TextEngine):
                 "take a static policy, or --engine continuous"
             )
         self._end()
-        longest = max(record.context_tokens for record in plan.admit)
+        longest = plan.longest_context_tokens
         for record in plan.admit:
             most = self.limits.most_tokens(record.request, plan.stop_tokens)
             row = StaticSequence(

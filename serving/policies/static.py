@@ -34,7 +34,7 @@ def answer_room(record: Record, limits: Limits) -> int:
     What the policy expects, doubled at every overrun, and at most what the limit leaves.
     """
     most = limits.max_tokens - record.context_tokens
-    wanted = record.length * 2**record.overruns - record.generated
+    wanted = record.length * (1 << record.overruns) - record.generated
     if record.overruns:
         wanted = max(wanted, record.length)
     if wanted >= most:
@@ -388,11 +388,12 @@ class Annealing:
         if not chosen:
             return []
         limits = view.limits
-        lengths = {}
+        lengths: dict[int, float] = {}
+        answers: dict[int, int] = {}
         for record in chosen:
+            answers[record.request.id] = answer_room(record, limits)
             left = expected_tokens(record.request.prediction) - record.generated
             lengths[record.request.id] = max(left, 1.0)
-        answers = {r.request.id: answer_room(r, limits) for r in chosen}
 
         def fits(rows: list[Record]) -> bool:
             if len(rows) == 1:
@@ -417,9 +418,9 @@ class Annealing:
             # Where none can meet its objective, the shorter sum of latencies still wins.
             return (met + 1e-6) / total
 
-        def start(order: Callable[[Record], tuple]) -> tuple[float, list[list[Record]]]:
+        def start(order: Callable[[Record], tuple[float, int]]) -> tuple[float, list[list[Record]]]:
             batches = [list(batch.records) for batch in chunks(sorted(chosen, key=order), limits)]
-            return gain([seconds(rows) for rows in batches], batches), batches
+            return gain(list(map(seconds, batches)), batches), batches
 
         first_gain, batches = start(by_arrival)
         other_gain, shortest_first = start(lambda r: (lengths[r.request.id], r.request.id))
@@ -447,7 +448,7 @@ def anneal(
         gain: of the batches' durations and the batches; larger is better.
     """
     rng = random.Random(knobs.seed)
-    times = [seconds(rows) for rows in batches]
+    times = list(map(seconds, batches))
     now = best_gain = gain(times, batches)
     best = batches
     for move in range(knobs.moves if len(batches) > 1 else 0):
