@@ -236,7 +236,7 @@ def measure_engine(
 ) -> Iterator[Measurement | None]:
     """One row for each setting: the mean of its timings.
 
-    The settings are timed in turns, so that a slow moment of the machine affects all alike.
+    The settings are timed in turns, so that other load on the machine affects all alike.
 
     Args:
         prompt_of: ids of a prompt of so many tokens.

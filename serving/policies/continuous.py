@@ -411,7 +411,7 @@ class Deadline:
             if record.admitted_s > record.until_s or request.id in draft.reserve:
                 continue
             slack = request.arrival_s + request.slo_s - now
-            # Sorts out most records before the dearer quantiles are computed.
+            # Rejects most records before the costlier quantiles are computed.
             if slack >= pace * record.length:
                 continue
             generated = generated_of(record)
