@@ -120,7 +120,7 @@ def ours(name: str, policy: str, model: "PreTrainedModel", limits: "Limits") -> 
     from serving.engines import Sampling, WallClock, make_engine
     from serving.policies.continuous import POLICIES
     from serving.request import Request
-    from serving.scheduler import Replay, run
+    from serving.scheduler import Replay, run_scheduler
     from serving.simulate.engine import LinearCost
 
     engine = make_engine(name, model, limits, LinearCost(), [])
@@ -132,7 +132,7 @@ def ours(name: str, policy: str, model: "PreTrainedModel", limits: "Limits") -> 
             engine.submit(r, prompt, Sampling(length))
             for r, (prompt, length) in zip(requests, work)
         ]
-        for _ in run(POLICIES[policy], engine, WallClock(), Replay(requests)):
+        for _ in run_scheduler(POLICIES[policy], engine, WallClock(), Replay(requests)):
             pass
         seconds = clock.stop()
         assert [len(a.tokens) for a in answers] == [length for _, length in work]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from serving.engines import Answer, Inbox, Sampling, TextEngine, WallClock
 from serving.request import Event, Policy, Request
-from serving.scheduler import run
+from serving.scheduler import run_scheduler
 from serving.server.chat import ChatRequest, encode_messages, prompt_of
 from serving.server.monitor import Monitor
 
@@ -133,7 +133,9 @@ class Service:
 
     def _serve(self):
         try:
-            for event in run(self.policy, self.engine, self.clock, self.inbox, self._observe):
+            for event in run_scheduler(
+                self.policy, self.engine, self.clock, self.inbox, self._observe
+            ):
                 if event.kind in ("refused", "withdrawn"):
                     self.engine.forget(event.id)
         except BaseException as error:  # out of memory, a bug: every client must get an answer

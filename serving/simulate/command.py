@@ -23,7 +23,7 @@ from finetune.files import write_aside, write_json
 from serving.cost_model.devices import MOST_DEVICES
 from serving.policies.continuous import POLICIES
 from serving.policies.static import Static
-from serving.request import CostModel, Limits, Policy
+from serving.request import CostEstimator, Limits, Policy
 from serving.simulate.compare import SPACES, Setting, compare, print_table, scorer, search, simulate
 from serving.simulate.engine import LinearCost
 from serving.simulate.workload import WORKLOADS, PredictorModel, SloRule
@@ -129,7 +129,7 @@ def parse_rates(text: str) -> list[float]:
     return [parse(part) for part in text.split(",")]
 
 
-def make_cost(args: argparse.Namespace) -> tuple[CostModel, int]:
+def make_cost(args: argparse.Namespace) -> tuple[CostEstimator, int]:
     """(cost model, replicas).
 
     With --profile or --device the calibrated model of serving.cost_model, placed by --deployer;

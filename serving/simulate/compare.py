@@ -11,8 +11,8 @@ from typing import TextIO
 import numpy as np
 
 from serving.policies.static import Static
-from serving.request import FOREVER, CostModel, Limits, Policy
-from serving.scheduler import Replay, VirtualClock, run
+from serving.request import FOREVER, CostEstimator, Limits, Policy
+from serving.scheduler import Replay, VirtualClock, run_scheduler
 from serving.simulate.engine import SimulatedEngine
 from serving.simulate.statistics import Collector, interval, share_of_gain
 from serving.simulate.workload import PredictorModel, SloRule, Workload, make_workload
@@ -85,7 +85,7 @@ def collected_later() -> Iterator[None]:
 
 
 def simulate(
-    policy: Policy, workload: Workload, cost: CostModel, limits: Limits, replicas: int = 1
+    policy: Policy, workload: Workload, cost: CostEstimator, limits: Limits, replicas: int = 1
 ) -> tuple[dict[str, float], Collector]:
     """(metrics, all completions) of one policy on one workload; deterministic."""
     engines = [SimulatedEngine(cost, limits) for _ in range(replicas)]
@@ -109,7 +109,7 @@ def serve(
         for k, engine in enumerate(engines):
             part = workload.part(which == k) if len(engines) > 1 else workload
             arrivals = Replay(part.requests(policy.predicts))
-            collector.watch(run(policy, engine, VirtualClock(), arrivals))
+            collector.watch(run_scheduler(policy, engine, VirtualClock(), arrivals))
     return collector.summary(total_of(engines)), collector, engines
 
 
@@ -141,7 +141,7 @@ class Setting:
 
     workload: str
     requests: int
-    cost: CostModel
+    cost: CostEstimator
     limits: Limits
     slo: SloRule = SloRule()
     predictor: PredictorModel | None = None

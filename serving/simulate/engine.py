@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from serving.request import FOREVER, CostModel, Limits, Plan, Record, StepResult
+from serving.request import FOREVER, CostEstimator, Limits, Plan, Record, StepResult
 
 MANY = 1 << 60
 
@@ -146,7 +146,7 @@ class SimulatedEngine:
             generate does.
     """
 
-    def __init__(self, cost: CostModel, limits: Limits, padded: bool = True) -> None:
+    def __init__(self, cost: CostEstimator, limits: Limits, padded: bool = True) -> None:
         self.cost, self.limits, self.padded = cost, limits, padded
         self.steps = 0
         self.rows: dict[int, Row] = {}

@@ -25,7 +25,7 @@ from serving.deployment.deployers import DEPLOYERS
 from serving.deployment.placement import Need
 from serving.policies.continuous import POLICIES
 from serving.policies.lengths import expected_tokens
-from serving.policies.static import Shape, Static
+from serving.policies.static import BatchShape, Static
 from serving.request import Batch, Limits, Policy, Record, Request, View
 from serving.simulate.compare import serve
 from serving.simulate.engine import SimulatedEngine
@@ -149,7 +149,7 @@ class Chunks:
             total += record.length
         batches = []
         for records in found:
-            shape, prompt = Shape(view.limits), max(r.context_tokens for r in records)
+            shape, prompt = BatchShape(view.limits), max(r.context_tokens for r in records)
             for record in records:
                 shape.takes(record, LONGEST - prompt)
             stop = (

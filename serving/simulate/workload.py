@@ -18,7 +18,7 @@ import numpy as np
 
 from chatglm.files import is_lfs_pointer, pointer_error
 from predictor.prediction import LengthPrediction, from_bins, make_edges
-from serving.request import CostModel, Request
+from serving.request import CostEstimator, Request
 
 TRACES = {
     "azure_conv": "AzureLLMInferenceTrace_conv.csv.gz",
@@ -216,7 +216,11 @@ class SloRule:
             )
 
     def __call__(
-        self, prompts: np.ndarray, outputs: np.ndarray, cost: CostModel, rng: np.random.Generator
+        self,
+        prompts: np.ndarray,
+        outputs: np.ndarray,
+        cost: CostEstimator,
+        rng: np.random.Generator,
     ) -> np.ndarray:
         """(n,) seconds.
 
@@ -328,7 +332,7 @@ def make_workload(
     name: str,
     count: int,
     rate: float,
-    cost: CostModel,
+    cost: CostEstimator,
     *,
     seed: int = 0,
     slo: SloRule = SloRule(),

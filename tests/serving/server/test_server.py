@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from predictor.update import main as update
 from serving.request import Limits, Request
-from serving.scheduler import Replay, VirtualClock, run
+from serving.scheduler import Replay, VirtualClock, run_scheduler
 from serving.server.chat import TextStream, encode_messages, parse_body, prompt_of
 from serving.server.command import main
 from serving.server.monitor import Monitor
@@ -546,7 +546,7 @@ def test_a_monitor_of_a_simulated_run(tmp_path):
     for request in requests:
         monitor.watch(request, "secret", SimpleNamespace(reason="stop"))
     list(
-        run(
+        run_scheduler(
             POLICIES["fcfs"],
             SimulatedEngine(LinearCost(), limits),
             VirtualClock(),

@@ -821,7 +821,7 @@ def test_any_body_is_a_request_or_one_line(body):
     """And a request's numbers are ones that sampling takes."""
     import torch
 
-    from serving.engines.answers import Answer, choose
+    from serving.engines.answers import Answer, choose_tokens
     from serving.server.service import Service
 
     try:
@@ -833,7 +833,7 @@ def test_any_body_is_a_request_or_one_line(body):
         return
     answer = Answer(0, [1, 2, 3], sampling, None)
     answer.tokens = [4, 4]
-    [token] = choose(torch.linspace(-30, 40, 64)[None], [answer])
+    [token] = choose_tokens(torch.linspace(-30, 40, 64)[None], [answer])
     assert token in range(64)
 
 
