@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, permutations
+from typing import Protocol
 
 import numpy as np
 
@@ -41,7 +42,7 @@ Level = tuple[np.ndarray, np.ndarray]
 
 def profile_of(cost: Profile | CostModel) -> Profile:
     """The profile, also of a cost model."""
-    return getattr(cost, "profile", cost)
+    return cost.profile if isinstance(cost, CostModel) else cost
 
 
 def objective(latency_s: np.ndarray, devices: int, scale_s: float, weight: float) -> np.ndarray:
@@ -63,7 +64,9 @@ class Single:
     argmin latency(d) over d with need(model) <= memory(d).
     """
 
-    def place(self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile) -> Placement:
+    def place(
+        self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile | CostModel
+    ) -> Placement:
         pieces = Pieces(model, cluster, need, profile_of(cost))
         fitting = [d for d in range(len(cluster.devices)) if pieces.room([d])[0] >= model.layers]
         if not fitting:
@@ -85,7 +88,9 @@ class Even:
 
     ends_as_layers: int = 2
 
-    def place(self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile) -> Placement:
+    def place(
+        self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile | CostModel
+    ) -> Placement:
         pieces = Pieces(model, cluster, need, profile_of(cost))
         count = len(cluster.devices)
         quota = math.ceil((model.layers + self.ends_as_layers) / count)
@@ -138,7 +143,9 @@ class Helr:
     def __post_init__(self):
         check_weight(self.efficiency_weight)
 
-    def place(self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile) -> Placement:
+    def place(
+        self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile | CostModel
+    ) -> Placement:
         pieces = Pieces(model, cluster, need, profile_of(cost))
         search = ChainSearch(pieces, self.efficiency_weight)
         chains = [search.run(first) for first in range(len(search.groups))]
@@ -398,7 +405,9 @@ class Exhaustive:
     def __post_init__(self):
         check_weight(self.efficiency_weight)
 
-    def place(self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile) -> Placement:
+    def place(
+        self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile | CostModel
+    ) -> Placement:
         pieces = Pieces(model, cluster, need, profile_of(cost))
         n = len(cluster.devices)
         plans = sum(math.perm(n, k) * math.comb(model.layers - 1, k - 1) for k in range(1, n + 1))
@@ -451,7 +460,9 @@ class Morphling:
     noise: float = 0.05
     seed: int = 0
 
-    def place(self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile) -> Placement:
+    def place(
+        self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile | CostModel
+    ) -> Placement:
         profile = profile_of(cost)
         pieces = Pieces(model, cluster, need, profile)
         plans = configurations(pieces)
@@ -505,8 +516,8 @@ class Morphling:
             seconds = np.array([pieces.seconds(*zip(*plan)) for plan in plans])
             scores = np.log(other.batch / seconds / [len(plan) for plan in plans])
             fitted.append(np.linalg.solve(features.T @ features + ridge, features.T @ scores))
-        fitted = np.array(fitted)
-        return fitted.mean(0), np.cov(fitted.T) + 1e-2 * np.eye(features.shape[1])
+        tasks = np.array(fitted)
+        return tasks.mean(0), np.cov(tasks.T) + 1e-2 * np.eye(features.shape[1])
 
     def features(self, pieces: Pieces, plan: Plan) -> np.ndarray:
         """(F,) features of a configuration, all near 1."""
@@ -573,7 +584,16 @@ def fill(room: np.ndarray, total: int) -> list[int] | None:
     return layers if left == 0 else None
 
 
-DEPLOYERS = {
+class Deployer(Protocol):
+    """Chooses a placement for a model on a cluster."""
+
+    def place(
+        self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile | CostModel
+    ) -> Placement:
+        """Raises Infeasible where it finds none within each device's memory."""
+
+
+DEPLOYERS: dict[str, Deployer] = {
     "even": Even(),
     "single": Single(),
     "he": Helr(1.0, "he"),  # he and lr are helr's two ends

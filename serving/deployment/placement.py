@@ -321,6 +321,7 @@ class Pieces:
         link_s: dict[Link, tuple[float, float]] = {}
         for i, j in permutations(range(n), 2):
             link = cluster.links[i][j]
+            assert link is not None  # Cluster checks all but the diagonal
             if link not in link_s:
                 hop = cm.hop_seconds(model, link, profile, tokens)
                 hop += steps * cm.hop_seconds(model, link, profile, batch)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from chatglm.families import FAMILIES
+from chatglm.families import FAMILIES, Family
 from serving.server.fields import ignored, read_fields
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def encode_messages(
         ValueError: for ChatGLM-6B and ChatGLM2-6B, messages of user and assistant that do not
             take turns.
     """
-    family = FAMILIES[tokenizer.family]
+    family = tokenizer_family(tokenizer)
     if family.name == "glm3":
         history = [{"role": role, "content": text} for role, text in messages[:-1]]
         return family.encode_chat(tokenizer, messages[-1][1], history, **as_tuned)
@@ -137,6 +137,12 @@ def borders_of(one: str) -> tuple[int, ...]:
     return tuple(borders)
 
 
+def tokenizer_family(tokenizer: "ChatGLMTokenizer") -> Family:
+    """The family of a loaded tokenizer, which always has one."""
+    assert tokenizer.family is not None
+    return FAMILIES[tokenizer.family]
+
+
 class TextStream:
     """An answer's text as its tokens come.
 
@@ -149,7 +155,7 @@ class TextStream:
 
     def __init__(self, tokenizer: "ChatGLMTokenizer", stops: tuple[str, ...] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, stops
-        family = FAMILIES[tokenizer.family]
+        family = tokenizer_family(tokenizer)
         self._marks = MARKS if family.name == "glm" else ""
         # ChatGLM3's first line is its message's header, blank but for tool calls, which stay text
         # here.
@@ -184,7 +190,9 @@ class TextStream:
         return self._send(self._process(self._decode()), growing=False)
 
     def _decode(self) -> str:
-        return self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        assert isinstance(text, str)  # a list only for a batch
+        return text
 
     def _send(self, text: str, growing: bool) -> str:
         places = [place for place in map(text.find, self._stops) if place >= 0]

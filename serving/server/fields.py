@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+Schema = dict[str, Any]  # a part of JSON Schema
+
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MOST = 2**31 - 1  # of counts and token ids
 STOPS = 4  # stop strings, as OpenAI has it
@@ -18,7 +20,7 @@ class Field(Protocol):
     def read(self, name: str, value: Any) -> Any:
         """The checked value. Raises ValueError, in one line, where it is not what it should be."""
 
-    def schema(self) -> dict:
+    def schema(self) -> Schema:
         """Of the field in JSON Schema (OpenAPI 3.1)."""
 
 
@@ -62,7 +64,7 @@ class Number:
             raise ValueError(f"{name} must be a {kind} {low} and at most {most}")
         return self.kind(value)
 
-    def schema(self) -> dict:
+    def schema(self) -> Schema:
         low = "exclusiveMinimum" if self.above else "minimum"
         kind = "integer" if self.kind is int else "number"
         return {
@@ -82,7 +84,7 @@ class Flag:
             raise ValueError(f"{name} must be true or false")
         return value
 
-    def schema(self) -> dict:
+    def schema(self) -> Schema:
         return {"type": ["boolean", "null"], "description": self.text}
 
 
@@ -100,7 +102,7 @@ class Text:
             )
         return check_characters(name, value)
 
-    def schema(self) -> dict:
+    def schema(self) -> Schema:
         return {"type": ["string", "null"], "maxLength": self.longest, "description": self.text}
 
 
@@ -122,7 +124,7 @@ class Stops:
             )
         return tuple(check_characters(name, stop) for stop in stops)
 
-    def schema(self) -> dict:
+    def schema(self) -> Schema:
         one = {"type": "string", "minLength": 1, "maxLength": STOP_CHARACTERS}
         many = {"type": "array", "items": one, "maxItems": STOPS}
         return {"anyOf": [one, many, {"type": "null"}], "description": self.text}
@@ -140,7 +142,7 @@ class TokenIds:
             )
         return frozenset(ids)
 
-    def schema(self) -> dict:
+    def schema(self) -> Schema:
         one = {"type": "integer", "minimum": 0, "maximum": MOST}
         return {
             "type": ["array", "null"],
@@ -161,7 +163,7 @@ class StreamOptions:
         wanted = value.get("include_usage")
         return wanted is not None and Flag("").read(f"{name}.include_usage", wanted)
 
-    def schema(self) -> dict:
+    def schema(self) -> Schema:
         inside = {"include_usage": Flag("A last chunk with the usage.").schema()}
         return {"type": ["object", "null"], "properties": inside, "description": self.text}
 
@@ -193,7 +195,7 @@ class Messages:
             raise ValueError(f"{name}.content must be text")
         return ROLES[role], check_characters(f"{name}.content", content)
 
-    def schema(self) -> dict:
+    def schema(self) -> Schema:
         part = {
             "type": "object",
             "required": ["type", "text"],
@@ -201,14 +203,14 @@ class Messages:
         }
         content = {"anyOf": [{"type": "string"}, {"type": "array", "items": part}]}
         nothing = {"anyOf": [*content["anyOf"], {"type": "null"}]}
-        message = {"type": "object", "required": ["role", "content"]}
+        message: Schema = {"type": "object", "required": ["role", "content"]}
         others = message | {
             "properties": {
                 "role": {"enum": [r for r in ROLES if r != "assistant"]},
                 "content": content,
             }
         }
-        answer = {"type": "object", "required": ["role"]}
+        answer: Schema = {"type": "object", "required": ["role"]}
         answer["properties"] = {"role": {"const": "assistant"}, "content": nothing}
         return {
             "type": "array",
@@ -324,7 +326,7 @@ HARMLESS = frozenset(
 SHOWN = 16  # names of ignored fields that a reply has
 
 
-def read_fields(body: Any) -> dict:
+def read_fields(body: Any) -> Schema:
     """The checked fields that a body sets; null counts as not set.
 
     Raises:
@@ -352,7 +354,7 @@ def ignored(body: dict) -> tuple[str, ...]:
     return tuple(name.encode("utf-8", "replace").decode()[:64] for name in unknown[:SHOWN])
 
 
-def body_schema() -> dict:
+def body_schema() -> Schema:
     """JSON Schema of a chat request's body; what is REFUSED stands in its description."""
     text = f"Not obeyed, so refused with 400: {', '.join(REFUSED)}. "
     text += "Unknown fields are named in glm_foundry.ignored."

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from serving.engines import Answer, Inbox, Sampling, TextEngine, WallClock
 from serving.request import Event, Policy, Request
@@ -187,7 +187,8 @@ class Service:
             predict_s=self.clock.now_s() - arrival_s,
         )
         sampling = self.sampling_of(asked, len(ids))
-        loop, tokens = asyncio.get_running_loop(), asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        tokens: asyncio.Queue[int | None] = asyncio.Queue()
 
         def listener(answer: Answer, token: int | None):
             if token is not None:
@@ -252,7 +253,7 @@ class Service:
         """Predicted and actual length of an ended answer; the `glm_foundry` field of a response."""
         request, answer = exchange.request, exchange.answer
         latency_s = self.clock.now_s() - request.arrival_s
-        found = {
+        found: dict[str, Any] = {
             "output_tokens": self.length(answer),
             "finished": answer.reason == "stop",
             "slo_s": request.slo_s,
