@@ -174,7 +174,7 @@ def load_service(flags: ServerFlags) -> Service:
             f"--policy {flags.policy} goes by predicted lengths and wants --predictor DIR; "
             f"without one choose from {free}"
         )
-    check_bounds(args)
+    check_bounds(flags)
     profile = read_profile(flags.profile or "datasheet")
     try:
         limits = Limits(
@@ -265,7 +265,7 @@ def cost_device(device: "torch.device") -> str:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket, made before the model is loaded, so that a taken port is an error at once.
+    """A listening socket, bound before the model is loaded: a taken port is an error at once.
 
     Raises:
         ValueError: the address cannot be bound.

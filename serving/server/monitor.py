@@ -291,6 +291,7 @@ class Monitor:
         """Load and memory of every GPU; `make` is that of _make_metrics."""
         if handles := nvml_handles():
             import pynvml
+            from prometheus_client import Gauge
 
             load = make(Gauge, "device_load", "Share of time in which the GPU was at work", ["gpu"])
             memory = make(
