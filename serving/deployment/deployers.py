@@ -68,7 +68,10 @@ class Single:
         self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile | CostModel
     ) -> Placement:
         pieces = Pieces(model, cluster, need, profile_of(cost))
-        fitting = [d for d in range(len(cluster.devices)) if pieces.room([d])[0] >= model.layers]
+        fitting = []
+        for device in range(len(cluster.devices)):
+            if pieces.room([device])[0] >= model.layers:
+                fitting.append(device)
         if not fitting:
             raise infeasible(model, cluster, need, "single: no device holds the model")
         best = min(fitting, key=lambda d: (pieces.seconds([d], [model.layers]), d))
@@ -148,13 +151,13 @@ class Helr:
     ) -> Placement:
         pieces = Pieces(model, cluster, need, profile_of(cost))
         search = ChainSearch(pieces, self.efficiency_weight)
-        chains = [search.run(first) for first in range(len(search.groups))]
+        chains = list(map(search.run, range(len(search.groups))))
         value, chain = min(chains, key=lambda found: found[0])
         if not math.isfinite(value):
             raise infeasible(
                 model, cluster, need, f"{self.name}: no chain of devices holds the model"
             )
-        unused = [list(group) for group in search.groups]
+        unused = list(map(list, search.groups))
         stages = [(unused[group].pop(0), layers) for group, layers in chain]
         return make_placement(pieces, stages, profile_of(cost), search.steps, self.name)
 
@@ -171,8 +174,8 @@ class ChainSearch:
         self.groups = pieces.cluster.groups
         weight = min(weight, 1 - TIE)
         self.latency_weight, self.device_price = 1 - weight, weight * pieces.scale
-        self.sizes = np.array([len(group) for group in self.groups])
-        if math.prod(int(n) + 1 for n in self.sizes) >= 2**62:
+        self.sizes = np.array(list(map(len, self.groups)))
+        if math.prod((self.sizes + 1).tolist()) >= 2**62:
             raise ValueError(
                 f"{len(self.groups)} groups of identical devices are more than this search can "
                 "count; give fewer kinds"
@@ -344,7 +347,8 @@ class ChainSearch:
 
         All orders of few groups; of more, by speed, by room and by hop from the first.
         """
-        others = [g for g in range(len(self.groups)) if g != first]
+        others = list(range(len(self.groups)))
+        others.remove(first)
         if len(others) <= 3:
             return [(first, *order) for order in permutations(others)]
         orders = []
@@ -410,7 +414,9 @@ class Exhaustive:
     ) -> Placement:
         pieces = Pieces(model, cluster, need, profile_of(cost))
         n = len(cluster.devices)
-        plans = sum(math.perm(n, k) * math.comb(model.layers - 1, k - 1) for k in range(1, n + 1))
+        plans = 0
+        for k in range(1, n + 1):
+            plans += math.perm(n, k) * math.comb(model.layers - 1, k - 1)
         if plans > self.max_plans:
             raise ValueError(
                 f"exhaustive: {plans:,} plans, more than max_plans = {self.max_plans:,}; use helr"
@@ -514,7 +520,7 @@ class Morphling:
             other = Need(need.kv_tokens_q90, *varied)
             pieces = Pieces(model, cluster, other, profile)
             seconds = np.array([pieces.seconds(*zip(*plan)) for plan in plans])
-            scores = np.log(other.batch / seconds / [len(plan) for plan in plans])
+            scores = np.log(other.batch / seconds / list(map(len, plans)))
             fitted.append(np.linalg.solve(features.T @ features + ridge, features.T @ scores))
         tasks = np.array(fitted)
         return tasks.mean(0), np.cov(tasks.T) + 1e-2 * np.eye(features.shape[1])
@@ -548,7 +554,7 @@ def configurations(pieces: Pieces) -> list[Plan]:
     plans: dict[tuple, None] = {}
     for order in orders:
         for k in range(1, min(n, total) + 1):
-            devices = [int(d) for d in order[:k]]
+            devices = list(map(int, order[:k]))
             ways = [
                 divide(total, np.ones(k)),
                 divide(total, 1 / pieces.layer[devices]),
@@ -558,7 +564,7 @@ def configurations(pieces: Pieces) -> list[Plan]:
             for layers in ways:
                 if layers is not None:
                     plans[tuple(zip(devices, layers))] = None
-    return [list(plan) for plan in plans]
+    return list(map(list, plans))
 
 
 def divide(total: int, shares: np.ndarray) -> list[int]:
@@ -570,7 +576,7 @@ def divide(total: int, shares: np.ndarray) -> list[int]:
         exact = np.full(len(shares), rest / len(shares))
     layers = np.floor(exact).astype(int)
     layers[np.argsort(layers - exact, kind="stable")[: rest - layers.sum()]] += 1
-    return [int(n) + 1 for n in layers]
+    return (layers + 1).tolist()
 
 
 def fill(room: np.ndarray, total: int) -> list[int] | None:

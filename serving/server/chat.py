@@ -83,14 +83,17 @@ def encode_messages(
     if family.name == "glm3":
         history = [{"role": role, "content": text} for role, text in messages[:-1]]
         return family.encode_chat(tokenizer, messages[-1][1], history, **as_tuned)
-    system = [text for role, text in messages if role == "system"]
-    turns = [(role, text) for role, text in messages if role != "system"]
-    if any(role != ("user", "assistant")[i % 2] for i, (role, _) in enumerate(turns)):
-        raise ValueError(
-            "messages of user and assistant must take turns, the user first: "
-            f"{family.title} knows only rounds"
-        )
-    texts = [text for _, text in turns]
+    system, texts = [], []
+    for role, text in messages:
+        if role == "system":
+            system.append(text)
+            continue
+        if role != ("user", "assistant")[len(texts) % 2]:
+            raise ValueError(
+                "messages of user and assistant must take turns, the user first: "
+                f"{family.title} knows only rounds"
+            )
+        texts.append(text)
     texts[0] = "\n\n".join([*system, texts[0]])
     return family.encode_chat(
         tokenizer, texts[-1], list(zip(texts[:-1:2], texts[1::2])), **as_tuned
@@ -102,7 +105,8 @@ def prompt_of(messages: tuple[tuple[str, str], ...]) -> str:
 
     Earlier rounds are left out.
     """
-    return "\n\n".join([*(text for role, text in messages if role == "system"), messages[-1][1]])
+    system = [text for role, text in messages if role == "system"]
+    return "\n\n".join([*system, messages[-1][1]])
 
 
 def held(text: str, whole: tuple[str, ...]) -> int:
@@ -165,7 +169,7 @@ class TextStream:
             if family.name == "glm3"
             else ()
         )
-        self._hidden = {tokenizer.get_command(role) for role in roles}
+        self._hidden = set(map(tokenizer.get_command, roles))
         self._ids: list[int] = []
         self._next = 1
         self.sent, self.stopped = "", False

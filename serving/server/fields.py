@@ -176,10 +176,12 @@ class Messages:
         """(role, text), the role one of system, user and assistant."""
         if not isinstance(value, list) or not value:
             raise ValueError(f"{name} must be a list of at least one message")
-        found = tuple(self._one(f"{name}[{i}]", message) for i, message in enumerate(value))
+        found = []
+        for i, message in enumerate(value):
+            found.append(self._one(f"{name}[{i}]", message))
         if found[-1][0] != "user":
             raise ValueError("the last message must be the user's")
-        return found
+        return tuple(found)
 
     @staticmethod
     def _one(name: str, message: Any) -> tuple[str, str]:
@@ -206,7 +208,7 @@ class Messages:
         message: Schema = {"type": "object", "required": ["role", "content"]}
         others = message | {
             "properties": {
-                "role": {"enum": [r for r in ROLES if r != "assistant"]},
+                "role": {"enum": ["system", "developer", "user"]},
                 "content": content,
             }
         }
@@ -222,14 +224,14 @@ class Messages:
 
 def joined(parts: list) -> str | None:
     """The text of a content in parts; None where one is no text."""
+    texts = []
     for part in parts:
-        if (
-            not isinstance(part, dict)
-            or part.get("type") != "text"
-            or not isinstance(part.get("text"), str)
-        ):
+        if not isinstance(part, dict) or part.get("type") != "text":
             return None
-    return "".join(part["text"] for part in parts)
+        if not isinstance(part.get("text"), str):
+            return None
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 FIELDS: Mapping[str, Field] = {
@@ -340,11 +342,11 @@ def read_fields(body: Any) -> Schema:
             raise ValueError(f"{name} is not supported here{remedy}")
     if body.get("messages") is None:
         raise ValueError("messages must be a list of at least one message")
-    return {
-        name: field.read(name, body[name])
-        for name, field in FIELDS.items()
-        if body.get(name) is not None
-    }
+    values = {}
+    for name, field in FIELDS.items():
+        if body.get(name) is not None:
+            values[name] = field.read(name, body[name])
+    return values
 
 
 def ignored(body: dict) -> tuple[str, ...]:

@@ -220,8 +220,10 @@ class Service:
                 counts = f"counts the prompt too, which has {prompt_tokens} tokens"
                 raise TooLong(f"max_length ({asked.max_length}) {counts}; say max_tokens")
             most.append(asked.max_length - prompt_tokens)
-        said = {name: getattr(asked, name) for name in OBEYED}
-        options = self.defaults | {name: value for name, value in said.items() if value is not None}
+        options = dict(self.defaults)
+        for name in OBEYED:
+            if (value := getattr(asked, name)) is not None:
+                options[name] = value
         if asked.do_sample is False:
             options["temperature"] = 0.0
         top_k = max(asked.top_k or 0, 0)
@@ -263,12 +265,12 @@ class Service:
         if exchange.ignored:
             found["ignored"] = exchange.ignored
         if (prediction := request.prediction) is not None:
-            said = {
+            predicted = {
                 "expected": prediction.expected_tokens,
                 "median": prediction.median_tokens,
                 "q90": prediction.quantile(0.9),
             }
-            found["predicted_tokens"] = {name: round(tokens, 1) for name, tokens in said.items()}
+            found["predicted_tokens"] = {name: round(n, 1) for name, n in predicted.items()}
         return found
 
     @staticmethod

@@ -362,13 +362,16 @@ class SimulatedEngine:
         """Prefill a static batch at once; every row makes its first token."""
         self._together = True
         rows = self._batch_rows(plan)
-        tokens = sum(row.context for row in rows)
+        tokens = reserved = 0
+        for row in rows:
+            tokens += row.context
+            reserved += row.reserve
+            self.rows[row.id] = row
         passes = 1 if self.padded else -(-tokens // self.limits.prefill_tokens)
         progress.elapsed = passes * self.cost.prefill_s(
             -(-tokens // passes), -(-len(rows) // passes)
         )
-        self._reserved += sum(row.reserve for row in rows)
-        self.rows.update((row.id, row) for row in rows)
+        self._reserved += reserved
         self._advance(0, progress.elapsed)
         self.prefill_tokens += tokens
         for row in rows:
