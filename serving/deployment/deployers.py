@@ -182,7 +182,10 @@ class ChainSearch:
             )
         self.strides = np.concatenate([[1], np.cumprod(self.sizes + 1)[:-1]])
         # One device stands for its group; `like` is the other device of a hop inside the group.
-        chosen, like = [g[0] for g in self.groups], [g[-1] for g in self.groups]
+        chosen, like = [], []
+        for group in self.groups:
+            chosen.append(group[0])
+            like.append(group[-1])
         self.layer, self.output = pieces.layer[chosen], pieces.output[chosen]
         self.hop, self.cache = pieces.hop[np.ix_(chosen, like)], pieces.cache[np.ix_(chosen, like)]
         ends = ((True, True), (True, False), (False, False), (False, True))

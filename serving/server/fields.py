@@ -5,6 +5,7 @@ Free of torch and of HTTP.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 Schema = dict[str, Any]  # a part of JSON Schema
@@ -122,7 +123,7 @@ class Stops:
             raise ValueError(
                 f"{name} must be texts of 1 to {STOP_CHARACTERS} characters, none of them empty"
             )
-        return tuple(check_characters(name, stop) for stop in stops)
+        return tuple(map(partial(check_characters, name), stops))
 
     def schema(self) -> Schema:
         one = {"type": "string", "minLength": 1, "maxLength": STOP_CHARACTERS}
