@@ -189,12 +189,12 @@ class Monitor:
         if self.registry is not None:
             self._count(done, tokens, reason, in_time)
         if self._file is not None and (tokens or finished):
-            self._file.write(self._line(done, tokens, reason, finished, in_time, watched))
+            self._write(done, tokens, reason, finished, in_time, watched)
         if request.prediction is not None and finished and self.registry is not None:
             self.ratio.observe((1 + tokens) / (1 + request.prediction.median_tokens))
             self.within.labels(str(tokens <= request.prediction.quantile(0.9)).lower()).inc()
 
-    def _line(
+    def _write(
         self,
         done: Completion,
         tokens: int,
@@ -202,8 +202,9 @@ class Monitor:
         finished: bool,
         in_time: bool,
         watched: Watched | None,
-    ) -> str:
-        """An answer's line of the log."""
+    ):
+        """Append an answer's line to the log, which must be open."""
+        assert self._file is not None
         request = done.request
         row: dict[str, Any] = {"prompt": watched.prompt} if watched and self.log_prompts else {}
         ttft_s = None
@@ -225,7 +226,7 @@ class Monitor:
             "overruns": done.overruns,
             "prediction": request.prediction.to_dict() if request.prediction is not None else None,
         }
-        return json.dumps(row)
+        self._file.write(json.dumps(row))
 
     def _count(self, done: Completion, tokens: int, reason: str, in_time: bool):
         request = done.request
