@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import permutations
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -97,12 +98,12 @@ class Placement:
 
     @property
     def devices(self) -> tuple[int, ...]:
-        return tuple(zip(*self.stages))[0]
+        return tuple(map(itemgetter(0), self.stages))
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Layers of each stage."""
-        return tuple(zip(*self.stages))[1]
+        return tuple(map(itemgetter(1), self.stages))
 
     def place_of(self, device: int) -> int | str:
         """The device as torch and accelerate name it: the index among GPUs, or "cpu"."""
