@@ -272,11 +272,10 @@ class ChatGLMBackbone:
         """Whether a predictor's folder holds a model that needs no base."""
         from chatglm.loading import stored_prefix
 
-        return (
-            cls.has_weights(folder)
-            and not (folder / "adapter_config.json").is_file()
-            and not (stored_prefix(folder) or {}).get("only")
-        )
+        if not cls.has_weights(folder) or (folder / "adapter_config.json").is_file():
+            return False
+        prefix = stored_prefix(folder)
+        return prefix is None or not prefix["only"]
 
     @staticmethod
     def has_weights(folder: Path) -> bool:

@@ -296,8 +296,11 @@ def pass_seconds(profile: Profile, batch: int) -> float:
 class Placed(Protocol):
     """A model's layers on a cluster: serving.deployment's Placement."""
 
-    cluster: Cluster
-    stages: tuple[tuple[int, int], ...]
+    @property
+    def cluster(self) -> Cluster: ...
+
+    @property
+    def stages(self) -> tuple[tuple[int, int], ...]: ...
 
 
 class CostModel:

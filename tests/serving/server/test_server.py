@@ -191,7 +191,7 @@ def test_profiled_and_compared_with_its_simulation(folders, tmp_path, capsys):
     from benchmarks.serving_real import main as compare
     from scripts.profile_engine import main as profile
     from serving.cost_model.model import CostModel, ModelShape, read_profile
-    from serving.server.command import build_parser, load_service
+    from serving.server.command import load_service, parse_flags
 
     model, predictor = folders
     words = [
@@ -225,7 +225,7 @@ def test_profiled_and_compared_with_its_simulation(folders, tmp_path, capsys):
     phases = [line.split(",")[7] for line in (tmp_path / "p.csv").read_text().splitlines()[1:]]
     assert set(phases) == {"decode", "prefill"}
     service = load_service(
-        build_parser().parse_args(
+        parse_flags(
             [*map(str, words), "--predictor", str(predictor), "--profile", str(tmp_path / "p.json")]
         )
     )

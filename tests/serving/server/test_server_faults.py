@@ -24,7 +24,7 @@ from serving.engines import Sampling, make_engine
 from serving.engines import answers as sampling_code
 from serving.request import Limits, Plan, Record, Request
 from serving.server.chat import parse_body
-from serving.server.command import bind, build_parser, keys_of, load_service, main, make_server
+from serving.server.command import bind, keys_of, load_service, main, make_server, parse_flags
 from serving.server.fields import FIELDS, REFUSED, Number, body_schema
 from serving.simulate.engine import LinearCost
 from tests.conftest import tiny_model
@@ -50,7 +50,7 @@ def running(folder, *words, endless=True, prepare=None):
         "--max_tokens",
         1024,
     ]
-    args = build_parser().parse_args([str(word) for word in (*flags, *words)])
+    args = parse_flags([str(word) for word in (*flags, *words)])
     sock = bind("127.0.0.1", 0)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # connections inherit it
     keys, service = keys_of(args, sock), load_service(args)
