@@ -16,7 +16,7 @@ from chatglm.files import read_json, read_text
 from predictor.prediction import LengthPrediction, from_bins
 from serving.cost_model.model import CostModel, ModelShape, read_profile
 from serving.policies.lengths import expected_tokens
-from serving.policies.static import Static
+from serving.policies.static import BatchShape, Static
 from serving.request import Batch, CostEstimator, Limits, Record, Request, View
 from serving.simulate.compare import serve
 from serving.simulate.engine import SimulatedEngine
