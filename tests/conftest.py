@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.warm import start_server
+
 REPO_ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("GLM_FOUNDRY_SHARED", REPO_ROOT.parent / "shared"))
 
@@ -20,6 +22,17 @@ def shared_file(relative: str) -> Path:
         reason = f"needs {relative}, not found under {SHARED} (set GLM_FOUNDRY_SHARED)"
         pytest.skip(reason, allow_module_level=True)
     return path
+
+
+def pytest_configure(config):
+    """The server of tests.warm, for this process and the workers that it starts."""
+    config.warm_server = start_server()
+
+
+def pytest_unconfigure(config):
+    if server := config.warm_server:
+        server.stdin.close()
+        server.wait()
 
 
 def pytest_collection_modifyitems(config, items):
