@@ -35,8 +35,21 @@ def pytest_unconfigure(config):
         server.wait()
 
 
+LONGEST_FIRST = (  # test files that take 20 s or more, begun first by scripts/test.sh
+    "tests/test_miniatures.py",
+    "tests/finetune/test_ranks.py",
+    "tests/serving/server/test_server.py",
+    "tests/finetune/test_elastic.py",
+    "tests/test_failures.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Tests marked slow run only with SLOW=1."""
+    """Tests marked slow run only with SLOW=1; under pytest-xdist, the longest files come first."""
+    if hasattr(config, "workerinput"):
+        place = {name: number for number, name in enumerate(LONGEST_FIRST)}
+        items.sort(key=lambda item: place.get(item.nodeid.split("::")[0], len(place)))
     if os.environ.get("SLOW", "0") not in ("", "0"):
         return
     slow = [item for item in items if item.get_closest_marker("slow")]
