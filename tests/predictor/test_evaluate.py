@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from predictor.labels import Label, LabelledPrompt
 from predictor.scores import kendall_tau, metrics_of
 from tests.conftest import REPO_ROOT, write_tokenizer
 from tests.predictor.synthetic import NOISE, cap_rows, examples_of, make_rows, train, write_rows
+from tests.warm import warm_python
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_the_command(tmp_path, folder):
         tmp_path / "rows.jsonl", make_rows(80, seed=7) + [{"prompt": "", "output_tokens": 3}]
     )
     command = [
-        sys.executable,
+        warm_python(),
         "-m",
         "predictor.evaluate",
         "--predictor",

@@ -6,7 +6,6 @@ An update replaces a folder atomically.
 import json
 import os
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from predictor.scores import kendall_tau
 from predictor.update import as_served, drift, fitted_on, read_log, update_predictor, write_updated
 from tests.conftest import REPO_ROOT
 from tests.predictor.synthetic import cap_rows, examples_of, make_rows, train, write_rows
+from tests.warm import warm_python
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +338,7 @@ def test_the_command(tmp_path, folder):
     ]
     log = write_rows(tmp_path / "log.jsonl", rows)
     command = [
-        sys.executable,
+        warm_python(),
         "-m",
         "predictor.update",
         "--predictor",

@@ -3,7 +3,6 @@
 import csv
 import json
 import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -33,6 +32,7 @@ from serving.cost_model.model import (
     read_profile,
 )
 from tests.conftest import REPO_ROOT, SPECIAL, shared_file, tiny_config, tiny_model
+from tests.warm import warm_python
 
 ROOT = REPO_ROOT
 GLM2 = ModelShape.from_config("chatglm2-6b")
@@ -497,7 +497,7 @@ def test_p2_large_numbers_take_no_memory(capsys):
 
 def run(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "serving.cost_model", *args],
+        [warm_python(), "-m", "serving.cost_model", *args],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -27,6 +27,7 @@ from serving.server.monitor import Monitor
 from serving.simulate.engine import LinearCost, SimulatedEngine
 from tests.finetune.runs import ROOT, child_env, make_rows, write_rows
 from tests.predictor import synthetic
+from tests.warm import warm_python
 
 JSON = {"Content-Type": "application/json"}
 LIMITS = {"--max_batch": 4, "--kv_tokens": 4096, "--max_tokens": 1024}
@@ -98,7 +99,7 @@ def start(folders, log, *more):
     ]
     words += ["--served_model_name", "m", *more]
     process = subprocess.Popen(
-        [sys.executable, "-m", "serving.server", *map(str, words)],
+        [warm_python(), "-m", "serving.server", *map(str, words)],
         cwd=ROOT,
         env=child_env(),
         stdout=subprocess.PIPE,

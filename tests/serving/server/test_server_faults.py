@@ -8,6 +8,7 @@ import json
 import logging
 import signal
 import socket
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from serving.server.command import bind, keys_of, load_service, main, make_serve
 from serving.server.fields import FIELDS, REFUSED, Number, body_schema
 from serving.simulate.engine import LinearCost
 from tests.conftest import tiny_model
+from tests.warm import warm_python
 
 ENDLESS = 250  # tokens of an answer that is under way for a while
 JSON = {"Content-Type": "application/json"}
@@ -854,8 +856,9 @@ def test_no_body_harms_a_probes_answer(server, draw, kind):
     assert probe == server.alone
 
 
-def test_the_attack_in_miniature(tiny_folders, tmp_path, capsys):
+def test_the_attack_in_miniature(tiny_folders, tmp_path, capsys, monkeypatch):
     """On a server of its own; a busy machine's /health may take longer than the script's limit."""
+    monkeypatch.setattr(sys, "executable", warm_python())  # what it starts the server with
     words = [
         "--bodies",
         "40",
