@@ -32,9 +32,9 @@ from predictor import frozen  # noqa: E402
 from predictor.config import PredictorConfig  # noqa: E402
 from predictor.decoder import Decoder  # noqa: E402
 from predictor.heads import HEADS, Regression  # noqa: E402
-from predictor.labels import Example, language, normalise, read_examples  # noqa: E402
+from predictor.labels import LabelledPrompt, language, normalise, read_examples  # noqa: E402
 from predictor.lengths import load_lengths  # noqa: E402
-from predictor.prediction import class_of  # noqa: E402
+from predictor.prediction import bins_of_lengths  # noqa: E402
 from predictor.scores import PINBALL_LEVELS, kendall_tau, metrics_of, pinball  # noqa: E402
 
 SPLITS = 5
@@ -233,7 +233,7 @@ class Test:
 
     @classmethod
     def of(cls, train: Path, test: Path, served_model: str) -> "Test":
-        def lengths(examples: list[Example]) -> np.ndarray:
+        def lengths(examples: list[LabelledPrompt]) -> np.ndarray:
             tokens: list[int] = []
             for e in examples:
                 tokens += [x.tokens for x in e.labels if x.served_model == served_model]
@@ -259,12 +259,14 @@ class Test:
             ]
         )
         buckets = np.linspace(0, 2048, 11)
-        guess = class_of(buckets, probabilities @ (decoder.edges[:-1] + decoder.edges[1:]) / 2)
+        guess = bins_of_lengths(
+            buckets, probabilities @ (decoder.edges[:-1] + decoder.edges[1:]) / 2
+        )
         return found | {
             "tau_all": kendall_tau(ranks, self.mean_log),
             "mae_ratio": found["mae"] / np.abs(self.tokens - np.median(self.trained)).mean(),
             "pinball_ratio": found["pinball"] / constant,
-            "bucket_accuracy": float((guess == class_of(buckets, self.tokens)).mean()),
+            "bucket_accuracy": float((guess == bins_of_lengths(buckets, self.tokens)).mean()),
         }
 
 
@@ -325,7 +327,7 @@ def cross_validate(args: argparse.Namespace, data: Data, teacher: str) -> dict[s
             for head in args.heads:
                 # S3's and UELLM's classes end at 2,048 tokens; wider ones would only do worse.
                 limit = 2048 if head == "bucket" else LIMIT
-                scorer, decoder, _ = frozen.fit(
+                scorer, decoder, _ = frozen.fit_predictor(
                     replace(rows.config, head=head, length_limit=limit), rows, features
                 )
                 if backbone == "encoder":
@@ -421,7 +423,7 @@ print(json.dumps({"load_s": load, "p50_ms": 1e3 * single[len(single) // 2],
 
 def export_all(args: argparse.Namespace, data: Data, teacher: str) -> dict:
     """Train on all answers and pairs, write the predictor into args.export."""
-    from predictor.export import export as export_folder
+    from predictor.export import export_predictor
 
     started = time.perf_counter()
     backbone = args.backbones[0]
@@ -431,7 +433,9 @@ def export_all(args: argparse.Namespace, data: Data, teacher: str) -> dict:
         make_config(args, data, backbone, data.everything(), teacher, head=head, output_dir=trained)
     )
     if backbone == "encoder":
-        export_folder(Path(trained), Path(args.export), onnx=True, int8=args.int8, overwrite=True)
+        export_predictor(
+            Path(trained), Path(args.export), onnx=True, int8=args.int8, overwrite=True
+        )
     prompts = [r["prompt"] for r in data.answers[:: len(data.answers) // 1024]][:1024]
     found = {"seconds": time.perf_counter() - started} | timings(args.export, prompts)
     print(", ".join(f"{name} {value:.3g}" for name, value in found.items()))
@@ -487,7 +491,7 @@ def languages(args: argparse.Namespace, data: Data) -> dict[str, list[dict]]:
     loaded = load_lengths(config, None, calibration=False)
     backbone = frozen.make_backbone(config, None)
     features = frozen.make_features(loaded.config, loaded, backbone)
-    scorer, decoder, _ = frozen.fit(loaded.config, loaded, features)
+    scorer, decoder, _ = frozen.fit_predictor(loaded.config, loaded, features)
     test = Test.of(train, tested, "text-davinci-003")
     outputs = np.concatenate(
         [scorer(test.prompts[i : i + 256]) for i in range(0, len(test.prompts), 256)]

@@ -120,7 +120,7 @@ def ours(name: str, policy: str, model: "PreTrainedModel", limits: "Limits") -> 
     from serving.engines import Sampling, WallClock, make_engine
     from serving.policies.continuous import POLICIES
     from serving.request import Request
-    from serving.scheduler import Replay, run
+    from serving.scheduler import Replay, run_scheduler
     from serving.simulate.engine import LinearCost
 
     engine = make_engine(name, model, limits, LinearCost(), [])
@@ -132,7 +132,7 @@ def ours(name: str, policy: str, model: "PreTrainedModel", limits: "Limits") -> 
             engine.submit(r, prompt, Sampling(length))
             for r, (prompt, length) in zip(requests, work)
         ]
-        for _ in run(POLICIES[policy], engine, WallClock(), Replay(requests)):
+        for _ in run_scheduler(POLICIES[policy], engine, WallClock(), Replay(requests)):
             pass
         seconds = clock.stop()
         assert [len(a.tokens) for a in answers] == [length for _, length in work]
@@ -213,7 +213,7 @@ def measure(
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--quick", action="store_true", help="16 requests of at most 64 tokens, once"
+        "--quick", action="store_true", help="8 requests of at most 24 tokens, once"
     )
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--repetitions", type=int, default=5)
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> dict:
     from serving.request import Limits
 
     torch.set_num_threads(args.threads)
-    count, cap, repetitions = (16, 64, 1) if args.quick else (args.requests, CAP, args.repetitions)
+    count, cap, repetitions = (8, 24, 1) if args.quick else (args.requests, CAP, args.repetitions)
     model = make_model()
     sizes = {"max_tokens": 4096, "prefill_tokens": PREFILL}
     static = Limits(max_batch=args.static, kv_tokens=args.static * 4096, **sizes)

@@ -33,7 +33,7 @@ from serving.cost_model.devices import find_device
 from serving.cost_model.model import CostModel, ModelShape, Profile
 from serving.policies.continuous import POLICIES
 from serving.request import Limits, Request
-from serving.scheduler import Replay, VirtualClock, run
+from serving.scheduler import Replay, VirtualClock, run_scheduler
 from serving.simulate.engine import SimulatedEngine
 from serving.simulate.statistics import Collector, interval
 from serving.simulate.workload import SloRule, poisson_arrivals
@@ -160,7 +160,9 @@ class Bench:
                 Request(r.id, r.prompt_tokens, r.arrival_s, r.slo_s, None, r.output_tokens)
                 for r in seen
             ]
-        return Collector().watch(run(policy, engine, VirtualClock(), Replay(seen))).summary()
+        return (
+            Collector().watch(run_scheduler(policy, engine, VirtualClock(), Replay(seen))).summary()
+        )
 
     def serve(
         self, name: str, requests: list[tuple[Request, int]]
@@ -189,7 +191,7 @@ class Bench:
 
         feeder = threading.Thread(target=feed, daemon=True)
         feeder.start()
-        metrics = Collector().watch(run(policy, self.engine, clock, inbox))
+        metrics = Collector().watch(run_scheduler(policy, self.engine, clock, inbox))
         feeder.join()
         return metrics.summary(), [len(a.tokens) for a in answers]
 

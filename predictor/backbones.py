@@ -4,25 +4,22 @@ torch and transformers are imported inside the functions that need them.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from chatglm.families import Family
     from predictor.scorers import Scorer
 
-
-class Backbone(Protocol):
-    """An entry of BACKBONES."""
-
-    def load_scorer(self, folder: Path, **options: Any) -> "Scorer":
-        """The scorer of a predictor's folder; `options` as `scorers.load_transformer` takes."""
+# Variables that name a proxy for the hub.
+PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
 
 @dataclass(frozen=True)
@@ -30,13 +27,14 @@ class NoBackbone:
     """`lexical`: no transformer, only the features of lexical.py."""
 
     def load_scorer(self, folder: Path, **options: Any) -> "Scorer":
+        """The scorer of a predictor's folder; it has no transformer that `options` could be for."""
         from predictor.scorers import FrozenScorer
 
         return FrozenScorer.load(folder, None)
 
 
 @dataclass(frozen=True)
-class Encoder:
+class EncoderBackbone:
     """A Hugging Face encoder (BERT, DistilBERT, MiniLM, ModernBERT, ...).
 
     A prompt's vector is the mean over its tokens of the states after each of `layers`, side by
@@ -67,17 +65,35 @@ class Encoder:
         self, dtype: "torch.dtype | None", method_options: dict, folder: str | None = None
     ) -> "PreTrainedModel":
         """The encoder, without a pooler or a task head; an adapter is merged into it."""
-        from transformers import AutoModel
-
-        from chatglm.folders import reading
-        from chatglm.loading import load_adapter, named_base, quiet_transformers
+        from chatglm.loading import load_adapter, named_base
 
         folder = folder or self.encoder_path
         check_reachable(folder)
-        adapter = Path(folder, "adapter_config.json").is_file()
-        source = named_base(Path(folder)) if adapter else folder
+        is_adapter = Path(folder, "adapter_config.json").is_file()
+        source = named_base(Path(folder)) if is_adapter else folder
         if source is None:
             raise ValueError(f"--encoder_path {folder}: adapter_config.json names no base model")
+        model = self._load_whole(source, dtype, folder)
+        if self.layers:
+            model = cut_after(model, max(self.layers))
+        if not is_adapter:
+            return model
+        adapted: Any = load_adapter(model, Path(folder))  # peft's attributes are untyped
+        return adapted.merge_and_unload()
+
+    def _load_whole(
+        self, source: str, dtype: "torch.dtype | None", folder: str
+    ) -> "PreTrainedModel":
+        """The encoder of `source` with all its layers; errors name `folder`.
+
+        Raises:
+            ValueError: weights are missing, or it reads fewer than max_src_len tokens.
+        """
+        from transformers import AutoModel
+
+        from chatglm.folders import reading
+        from chatglm.loading import quiet_transformers
+
         # transformers reports a pooler as missing; what is really missing raises below.
         with (
             self.checked(source) as readable,
@@ -88,7 +104,7 @@ class Encoder:
                 str(readable), dtype=dtype, output_loading_info=True, trust_remote_code=False
             )
         model.name_or_path = model.config.name_or_path = str(source)
-        missing = sorted(name for name in info["missing_keys"] if "pooler." not in name)
+        missing = sorted(filter(is_needed, info["missing_keys"]))
         if missing:
             raise ValueError(
                 f"--encoder_path {folder}: the weights lack {len(missing)} tensors, "
@@ -101,9 +117,7 @@ class Encoder:
             raise ValueError(
                 f"--max_src_len {self.max_src_len}: {folder} reads at most {positions} tokens"
             )
-        if self.layers:
-            model = cut_after(model, max(self.layers))
-        return load_adapter(model, Path(folder)).merge_and_unload() if adapter else model
+        return model
 
     @staticmethod
     @contextmanager
@@ -134,9 +148,9 @@ class Encoder:
         return True
 
     def encode(self, tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
-        from predictor.scorers import clean, keep_ends
+        from predictor.scorers import keep_ends, text_to_tokenise
 
-        text = clean(prompt, self.max_src_len)
+        text = text_to_tokenise(prompt, self.max_src_len)
         ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
         return keep_ends(ids, self.max_src_len)
 
@@ -158,34 +172,38 @@ class Encoder:
             mask[i, : len(row)] = 1
         return {"input_ids": ids, "attention_mask": mask}
 
-    def width(self, model: "PreTrainedModel") -> int:
+    def width(self, model: "torch.nn.Module") -> int:
         """The size of a prompt's vector."""
-        return model.config.hidden_size * max(1, len(self.layers))
+        return config_of(model).hidden_size * max(1, len(self.layers))
 
-    def vectors(self, model: "PreTrainedModel", batch: dict) -> "torch.Tensor":
+    def vectors(self, model: "torch.nn.Module", batch: dict) -> "torch.Tensor":
         """(B, width): means of the layers' states over the real tokens, side by side."""
         import torch
 
-        depth = model.config.num_hidden_layers
+        depth = config_of(model).num_hidden_layers
         if set(self.layers) <= {depth}:
             states = [model(**batch).last_hidden_state]
         else:
             output = model(**batch, output_hidden_states=True)
-            states = [
-                output.last_hidden_state if layer == depth else output.hidden_states[layer]
-                for layer in self.layers
-            ]
+            states = []
+            for layer in self.layers:
+                is_last = layer == depth  # after the final norm, where there is one
+                states.append(output.last_hidden_state if is_last else output.hidden_states[layer])
         mask = batch["attention_mask"].to(states[0].dtype)[:, :, None]
-        return torch.cat([(hidden * mask).sum(dim=1) / mask.sum(dim=1) for hidden in states], dim=1)
+        means = []
+        for hidden in states:
+            means.append((hidden * mask).sum(dim=1) / mask.sum(dim=1))
+        return torch.cat(means, dim=1)
 
     def load_scorer(self, folder: Path, **options: Any) -> "Scorer":
+        """The scorer of a predictor's folder; `options` as `scorers.load_transformer` takes."""
         from predictor.scorers import load_transformer
 
         return load_transformer(self, folder, **options)
 
 
 @dataclass(frozen=True)
-class ChatGLM:
+class ChatGLMBackbone:
     """The served model itself (as in UELLM): its last hidden state where the answer would begin.
 
     Prompts lie end to end in one packed row and do not attend to each other; a prefix that they
@@ -209,7 +227,7 @@ class ChatGLM:
 
     def load_model(
         self, dtype: "torch.dtype | None", method_options: dict, folder: str
-    ) -> "PreTrainedModel":
+    ) -> "PreTrainedModel | PeftModel":
         """The model with its output layer, which gets no gradient."""
         from chatglm.loading import load_model
 
@@ -222,7 +240,7 @@ class ChatGLM:
         *,
         base_model: str | None = None,
         base_fingerprint: str | None = None,
-    ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    ) -> "tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]":
         """(model, tokenizer) of a predictor's folder.
 
         The folder holds a whole model, an adapter or prefix to load on a base, or a head alone, for
@@ -235,22 +253,11 @@ class ChatGLM:
             FileNotFoundError: the base is not there.
             ValueError: it is another model than the head was trained on.
         """
-        from chatglm.loading import base_fingerprint as fingerprint_of
-        from chatglm.loading import named_base
-
         folder = Path(folder)
         has_weights = self.has_weights(folder)
         base = None
         if not self.is_whole(folder):
-            base = base_model or named_base(folder)
-            if not base or not Path(base).is_dir():
-                raise FileNotFoundError(
-                    f"{folder}: its base model ({base}) is not there; give base_model=FOLDER"
-                )
-            if base_fingerprint and fingerprint_of(base) != base_fingerprint:
-                raise ValueError(
-                    f"{folder} was trained on another model than {base}: their weights differ"
-                )
+            base = checked_base(folder, base_model, base_fingerprint)
         options = {"base": base} if has_weights and base else {}
         model = self.load_model(dtype, options, str(folder if has_weights else base))
         return model, self.tokenizer_of(folder, base)
@@ -265,23 +272,21 @@ class ChatGLM:
         """Whether a predictor's folder holds a model that needs no base."""
         from chatglm.loading import stored_prefix
 
-        return (
-            cls.has_weights(folder)
-            and not (folder / "adapter_config.json").is_file()
-            and not (stored_prefix(folder) or {}).get("only")
-        )
+        if not cls.has_weights(folder) or (folder / "adapter_config.json").is_file():
+            return False
+        prefix = stored_prefix(folder)
+        return prefix is None or not prefix["only"]
 
     @staticmethod
     def has_weights(folder: Path) -> bool:
         """Whether a predictor's folder holds a model, an adapter or a prefix beside its head."""
-        return any(
-            (Path(folder) / name).is_file() for name in ("adapter_config.json", "config.json")
-        )
+        is_adapter = (Path(folder) / "adapter_config.json").is_file()
+        return is_adapter or (Path(folder) / "config.json").is_file()
 
     def encode(self, tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
-        from predictor.scorers import clean
+        from predictor.scorers import text_to_tokenise
 
-        text = clean(prompt, self.max_src_len)
+        text = text_to_tokenise(prompt, self.max_src_len)
         return self.family.encode_prompt(tokenizer, text, self.max_src_len).input_ids
 
     def collate(
@@ -297,32 +302,61 @@ class ChatGLM:
             self.share_prefix and self.mode != "glm",
             multiple,
         )
-        batch = {name: packed[name] for name in ("input_ids", "lengths", "shared", "keep")}
-        return batch | {"prompts": len(rows)}
+        batch = {"prompts": len(rows)}
+        for name in ("input_ids", "lengths", "shared", "keep"):
+            batch[name] = packed[name]
+        return batch
 
-    def width(self, model: "PreTrainedModel") -> int:
+    def width(self, model: "torch.nn.Module") -> int:
         """The size of a prompt's vector."""
-        return model.config.hidden_size
+        return config_of(model).hidden_size
 
     def load_scorer(self, folder: Path, **options: Any) -> "Scorer":
+        """The scorer of a predictor's folder; `options` as `scorers.load_transformer` takes."""
         from predictor.scorers import load_transformer
 
         return load_transformer(self, folder, **options)
 
-    def vectors(self, model: "PreTrainedModel", batch: dict) -> "torch.Tensor":
+    def vectors(self, model: "torch.nn.Module", batch: dict) -> "torch.Tensor":
         """(B, hidden_size): the state after the final norm at each prompt's last token."""
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        positions = model.transformer.packed_positions(
+        network: Any = model  # torch types a submodule as Tensor | Module
+        if hasattr(network, "get_base_model"):
+            network = network.get_base_model()
+        positions = network.transformer.packed_positions(
             batch["input_ids"], batch["lengths"], batch["shared"]
         )
-        states = model.transformer(
+        states = network.transformer(
             input_ids=batch["input_ids"],
             position_ids=positions,
             keep=batch["keep"],
             use_cache=False,
         )
         return states.last_hidden_state[0, : batch["prompts"]]
+
+
+def config_of(model: "torch.nn.Module") -> Any:
+    """The configuration of a transformers' model, which torch types as Tensor | Module."""
+    return model.config
+
+
+def is_needed(weight: str) -> bool:
+    """Whether a weight must be in an encoder's folder: a pooler's need not."""
+    return "pooler." not in weight
+
+
+def checked_base(folder: Path, base_model: str | None, base_fingerprint: str | None) -> str:
+    """The base model of a predictor's folder; arguments and errors as `load_served` has them."""
+    from chatglm.loading import base_fingerprint as fingerprint_of
+    from chatglm.loading import named_base
+
+    base = base_model or named_base(folder)
+    if not base or not Path(base).is_dir():
+        raise FileNotFoundError(
+            f"{folder}: its base model ({base}) is not there; give base_model=FOLDER"
+        )
+    if base_fingerprint and fingerprint_of(base) != base_fingerprint:
+        raise ValueError(f"{folder} was trained on another model than {base}: their weights differ")
+    return base
 
 
 def check_reachable(name: str) -> None:
@@ -333,9 +367,6 @@ def check_reachable(name: str) -> None:
     """
     if Path(name).is_dir():
         return
-    import socket
-    from urllib.parse import urlsplit
-
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -352,10 +383,17 @@ def check_reachable(name: str) -> None:
         raise ValueError(
             f"--encoder_path {name}: no such folder, and HF_HUB_OFFLINE is set: {remedy}"
         )
-    proxies = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
-    if any(os.environ.get(proxy) for proxy in proxies):
+    if list(filter(os.environ.get, PROXIES)):
         return  # only the proxy resolves the hub's name
-    url = urlsplit(constants.ENDPOINT)
+    check_hub_answers(constants.ENDPOINT, name, remedy)
+
+
+def check_hub_answers(endpoint: str, name: str, remedy: str) -> None:
+    """Raises ValueError, with the remedy, where the hub at a URL takes no connection."""
+    import socket
+    from urllib.parse import urlsplit
+
+    url = urlsplit(endpoint)
     port = url.port or (443 if url.scheme == "https" else 80)
     try:
         socket.create_connection((url.hostname, port), timeout=5).close()
@@ -377,13 +415,18 @@ def cut_after(model: "PreTrainedModel", depth: int) -> "PreTrainedModel":
     whole = model.config.num_hidden_layers
     if not 1 <= depth <= whole:
         raise ValueError(f"--encoder_layers: {depth} is none of the encoder's {whole} layers")
-    name, stack = next(
-        (n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == whole
-    )
-    parent = model.get_submodule(name.rpartition(".")[0])
-    setattr(parent, name.rpartition(".")[2], stack[:depth])
-    model.config.num_hidden_layers = depth
-    return model
+    for name, stack in model.named_modules():
+        if isinstance(stack, nn.ModuleList) and len(stack) == whole:
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], stack[:depth])
+            model.config.num_hidden_layers = depth
+            return model
+    raise ValueError(f"--encoder_layers: no list of {whole} layers in {type(model).__name__}")
 
 
-BACKBONES = {"lexical": NoBackbone, "encoder": Encoder, "chatglm": ChatGLM}
+Backbone: TypeAlias = NoBackbone | EncoderBackbone | ChatGLMBackbone
+BACKBONES: dict[str, Callable[..., Backbone]] = {
+    "lexical": NoBackbone,
+    "encoder": EncoderBackbone,
+    "chatglm": ChatGLMBackbone,
+}

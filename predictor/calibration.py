@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from predictor.prediction import class_of
+from predictor.prediction import bins_of_lengths
 
 KNOTS = 201  # most points of a conformal map
 POINTS = 1024  # most labels in a ScoreScale
@@ -135,7 +135,7 @@ def cumulative(probabilities: np.ndarray) -> np.ndarray:
 def levels_of(probabilities: np.ndarray, edges: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """(N,): the cumulative probability of the lengths `tokens` (N,) under N predictions (N, K)."""
     total = cumulative(probabilities)
-    k = class_of(edges, tokens)
+    k = bins_of_lengths(edges, tokens)
     share = np.clip((tokens - edges[k]) / (edges[k + 1] - edges[k]), 0, 1)
     rows = np.arange(len(tokens))
     return total[rows, k] + share * (total[rows, k + 1] - total[rows, k])

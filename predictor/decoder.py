@@ -60,15 +60,8 @@ class Decoder:
             prompts: (n,) number of each label's prompt; a prompt's labels share a fold.
         """
         edges = head_edges(head)
-        raw = np.empty((len(tokens), len(edges) - 1))
         fold = np.unique(prompts, return_inverse=True)[1] % FOLDS
-        for k in range(FOLDS):
-            held = fold == k
-            if not held.any():
-                continue
-            rest = np.ones(len(held), bool) if held.all() else ~held
-            settings = head.fit(outputs[rest], tokens[rest], finished[rest], weights[rest])
-            raw[held] = head.reader(settings, edges)(outputs[held])[0]
+        raw = cross_fitted_masses(head, edges, outputs, tokens, finished, weights, fold)
         conformal = Conformal.fit(levels_of(raw, edges, tokens), finished, weights)
         errors = residuals_of(conformal.apply(raw), edges, tokens, finished, weights)
         return cls(
@@ -95,7 +88,7 @@ class Decoder:
         probabilities = self.conformal.apply(raw)
         return self.tail.apply(probabilities, self.edges) if self.tail else probabilities
 
-    def judge(
+    def decode_with_levels(
         self, outputs: np.ndarray, tokens: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(probabilities (N, K), rank scores (N,), levels (N,)).
@@ -109,12 +102,14 @@ class Decoder:
 
     def predictions(self, outputs: np.ndarray) -> list[LengthPrediction]:
         probabilities, ranks = self.decode(outputs)
-        return [LengthPrediction(p, self.edges, float(r)) for p, r in zip(probabilities, ranks)]
+        predictions = []
+        for masses, rank in zip(probabilities, ranks):
+            predictions.append(LengthPrediction(masses, self.edges, float(rank)))
+        return predictions
 
     def to_dict(self) -> dict:
-        name = next(name for name, kind in HEADS.items() if isinstance(self.head, kind))
         return {
-            "head": {"name": name, **asdict(self.head)},
+            "head": {"name": name_of_head(self.head), **asdict(self.head)},
             "settings": self.settings,
             "conformal": asdict(self.conformal),
             "edges": self.edges.tolist(),
@@ -141,6 +136,39 @@ class Decoder:
         )
 
 
+def cross_fitted_masses(
+    head: Head,
+    edges: np.ndarray,
+    outputs: np.ndarray,
+    tokens: np.ndarray,
+    finished: np.ndarray,
+    weights: np.ndarray,
+    fold: np.ndarray,
+) -> np.ndarray:
+    """(n, K) masses over `edges` of n labels, read with settings fitted to all other folds.
+
+    Args:
+        outputs, tokens, finished, weights: as `Decoder.fit` takes them; fold: (n,) of each label.
+    """
+    masses = np.empty((len(tokens), len(edges) - 1))
+    for k in range(FOLDS):
+        held = fold == k
+        if not held.any():
+            continue
+        rest = np.ones(len(held), bool) if held.all() else ~held
+        settings = head.fit(outputs[rest], tokens[rest], finished[rest], weights[rest])
+        masses[held] = head.reader(settings, edges)(outputs[held])[0]
+    return masses
+
+
+def name_of_head(head: Head) -> str:
+    """The key of HEADS of a head's class. Raises ValueError where there is none."""
+    for name, kind in HEADS.items():
+        if isinstance(head, kind):
+            return name
+    raise ValueError(f"{type(head).__name__} is none of HEADS")
+
+
 def residuals_of(
     probabilities: np.ndarray,
     edges: np.ndarray,
@@ -154,7 +182,9 @@ def residuals_of(
     """
     if not finished.any():
         return ()
-    medians = np.array([LengthPrediction(p, edges, 0.0).median_tokens for p in probabilities])
+    medians = np.empty(len(probabilities))
+    for i, masses in enumerate(probabilities):
+        medians[i] = LengthPrediction(masses, edges, 0.0).median_tokens
     errors = np.log(np.maximum(tokens, 1) / np.maximum(medians, 1))
     values, share = kaplan_meier(errors, finished, weights)
     levels = (np.arange(RESIDUALS) + 0.5) / RESIDUALS

@@ -21,7 +21,8 @@ import numpy as np
 from chatglm.commands import Parser, run_command, whole
 from finetune.files import write_json
 from predictor.calibration import kaplan_meier, levels_of
-from predictor.labels import Example, data_hash, language, make_counter, read_examples
+from predictor.command_flags import add_bad_row_flag, add_predictor_flags, add_yes_no
+from predictor.labels import LabelledPrompt, data_hash, language, make_counter, read_examples
 from predictor.scores import grouped, kendall_tau, metrics_of, quantiles
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Observed:
     others: int
 
     @classmethod
-    def of(cls, examples: list[Example], served_model: str) -> "Observed":
+    def of(cls, examples: list[LabelledPrompt], served_model: str) -> "Observed":
         """The labels of one served model; a prompt that comes in several examples is one prompt."""
         number: dict[str, int] = {}
         prompt, tokens, finished, others = [], [], [], 0
@@ -90,9 +91,9 @@ class Observed:
         return 1 / np.bincount(self.prompt, minlength=len(self.prompts))[self.prompt]
 
 
-def evaluate(
+def evaluate_predictor(
     predictor: "LengthPredictor",
-    examples: list[Example],
+    examples: list[LabelledPrompt],
     *,
     served_model: str = "",
     batch_size: int = 64,
@@ -114,27 +115,17 @@ def evaluate(
     arrays = probabilities[seen.prompt], edges, scores[seen.prompt], seen.tokens, seen.finished
     constant, source = constant_of(card, seen, served_model)
     groups = groups_of(seen.prompts, quantiles(probabilities, edges, 0.5))
-    groups = {name: column[seen.prompt] for name, column in groups.items()}
-    by_group = {}
-    for name, metrics in grouped(groups, *arrays).items():
-        key, value = name.split("=", 1)
-        del metrics["prompts"]
-        by_group[name] = metrics | count_answers(seen, constant, groups[key] == value)
     everything = np.ones(len(seen), bool)
     levels = levels_of(probabilities[seen.prompt], edges, seen.tokens)
     return {
-        "predictor": {
-            "backbone": card["backbone"]["name"],
-            "head": card["head"]["name"],
-            "served_model": card["served_model"]["name"],
-        },
+        "predictor": card_names(card),
         "served_model": served_model,
         "prompts": len(seen.prompts),
         "other_models_answers": seen.others,
         "training_rows": data_hash(examples) == card["training_data"]["sha256"],
         "constant": {"tokens": constant, "of": source},
-        "all": metrics_of(*arrays) | count_answers(seen, constant, everything),
-        "groups": by_group,
+        "all": metrics_of(*arrays) | answer_counts(seen, constant, everything),
+        "groups": metrics_by_group(groups, seen, arrays, constant),
         "product_limit": None if seen.finished.all() else product_limit(levels, seen),
         "calibration": {
             "nominal": list(NOMINAL),
@@ -145,10 +136,39 @@ def evaluate(
     }
 
 
-def check_observed(seen: Observed, examples: list[Example], served_model: str) -> None:
+def card_names(card: dict) -> dict[str, str]:
+    """The names of a predictor's backbone, head and served model."""
+    return {key: card[key]["name"] for key in ("backbone", "head", "served_model")}
+
+
+def metrics_by_group(
+    groups: dict[str, np.ndarray],
+    seen: Observed,
+    arrays: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+    constant: float,
+) -> dict[str, dict]:
+    """{"language=zh": metrics} of the answers to each group's prompts.
+
+    Args:
+        groups: what `groups_of` returns; arrays: of all answers, as `metrics_of` takes them.
+        constant: tokens; see `answer_counts`.
+    """
+    columns_of_answers = {}
+    for name, column in groups.items():
+        columns_of_answers[name] = column[seen.prompt]
+    by_group = {}
+    for name, metrics in grouped(columns_of_answers, *arrays).items():
+        key, value = name.split("=", 1)
+        del metrics["prompts"]
+        counts = answer_counts(seen, constant, columns_of_answers[key] == value)
+        by_group[name] = metrics | counts
+    return by_group
+
+
+def check_observed(seen: Observed, examples: list[LabelledPrompt], served_model: str) -> None:
     """Raises ValueError where there is nothing to evaluate."""
     if not len(seen):
-        names = set()
+        names: set[str] = set()
         for example in examples:
             names.update(label.served_model for label in example.labels)
         raise ValueError(
@@ -162,7 +182,7 @@ def check_observed(seen: Observed, examples: list[Example], served_model: str) -
         )
 
 
-def count_answers(seen: Observed, constant: float, chosen: np.ndarray) -> dict:
+def answer_counts(seen: Observed, constant: float, chosen: np.ndarray) -> dict:
     """{mae_constant, answers, cut} of the chosen (M,) answers.
 
     mae_constant: the mean error of always estimating `constant` tokens, of finished answers.
@@ -181,8 +201,11 @@ def predict_arrays(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(probabilities (N, K), edges (K + 1,), rank scores (N,)) of N prompts."""
     predictions = predictor.predict(prompts)
-    probabilities = np.stack([p.probabilities for p in predictions])
-    scores = np.array([p.rank_score for p in predictions])
+    probabilities = np.empty((len(predictions), len(predictions[0].probabilities)))
+    scores = np.empty(len(predictions))
+    for i, prediction in enumerate(predictions):
+        probabilities[i] = prediction.probabilities
+        scores[i] = prediction.rank_score
     return probabilities, predictions[0].edges, scores
 
 
@@ -203,19 +226,19 @@ def groups_of(prompts: list[str], medians: np.ndarray) -> dict[str, np.ndarray]:
     "language" is by the share of Chinese characters, "length" by quarters of the predicted
     `medians` (N,).
     """
-    languages = ["zh" if language(p) == "zh" else "other" for p in prompts]
+    languages = np.array(list(map(language, prompts)))
     bounds = np.unique(np.quantile(medians, [0.25, 0.5, 0.75]))
     quarter = np.searchsorted(bounds, medians, side="left")
-    names = {}
+    lengths = np.empty(len(prompts), object)
     for i in np.unique(quarter):
-        names[i] = f"{i + 1} (to {np.max(medians[quarter == i]):.0f})"
-    return {"language": np.array(languages), "length": np.array([names[i] for i in quarter])}
+        lengths[quarter == i] = f"{i + 1} (to {np.max(medians[quarter == i]):.0f})"
+    return {"language": np.where(languages == "zh", "zh", "other"), "length": lengths}
 
 
 def observed_levels(levels: np.ndarray, finished: np.ndarray) -> list[float]:
     """Share of answers within each NOMINAL quantile, from their levels (M,) in the predictions."""
     least = np.where(finished, levels, np.nextafter(levels, 2))
-    return [float((least <= q).mean()) for q in NOMINAL]
+    return (least[:, None] <= np.array(NOMINAL)).mean(axis=0).tolist()
 
 
 def product_limit(levels: np.ndarray, seen: Observed) -> dict[str, float]:
@@ -224,8 +247,8 @@ def product_limit(levels: np.ndarray, seen: Observed) -> dict[str, float]:
     Cut answers are censored: longer ones are assumed to distribute as those that went on.
     """
     values, share = kaplan_meier(levels, seen.finished, np.ones(len(levels)))
-    at = np.searchsorted(values, [0.9, 0.975], side="right") - 1
-    coverage = [float(share[i]) if i >= 0 else 0.0 for i in at]
+    at = np.searchsorted(values, [0.9, 0.975], side="right")
+    coverage = np.concatenate([[0.0], share])[at].tolist()
     return dict(zip(("coverage_90", "coverage_975"), coverage))
 
 
@@ -249,14 +272,9 @@ def noise_ceiling(seen: Observed, scores: np.ndarray) -> dict | None:
         return None
     generator = np.random.default_rng(0)
     taus = np.zeros((DRAWS, 3))
+    answers = np.split(seen.tokens[order], starts[1:])
     for draw in range(DRAWS):
-        truth, one, others = (np.zeros(len(several)) for _ in range(3))
-        for i, k in enumerate(several):
-            answers = seen.tokens[order[starts[k] : starts[k] + runs[k]]]
-            mixed = answers[generator.permutation(runs[k])]
-            truth[i] = mixed[0]
-            one[i] = mixed[1]
-            others[i] = np.median(mixed[1:])
+        truth, one, others = draw_runs([answers[k] for k in several], generator)
         taus[draw] = (
             kendall_tau(one, truth),
             kendall_tau(others, truth),
@@ -266,6 +284,20 @@ def noise_ceiling(seen: Observed, scores: np.ndarray) -> dict | None:
     return {"prompts": len(several), **dict(zip(names, taus.mean(axis=0).tolist()))}
 
 
+def draw_runs(
+    answers: list[np.ndarray], generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(one answer's length, another's, the median of all but the first), (N,), of N prompts.
+
+    answers: the lengths of each prompt's answers, two or more, which are drawn in random order.
+    """
+    first, second, median = np.zeros((3, len(answers)))
+    for i, lengths in enumerate(answers):
+        mixed = lengths[generator.permutation(len(lengths))]
+        first[i], second[i], median[i] = mixed[0], mixed[1], np.median(mixed[1:])
+    return first, second, median
+
+
 def timings(predictor: "LengthPredictor", prompts: list[str], batch_size: int) -> dict:
     """Milliseconds a prompt, from text to prediction, one by one and in batches.
 
@@ -273,11 +305,11 @@ def timings(predictor: "LengthPredictor", prompts: list[str], batch_size: int) -
     """
 
     def measure(size: int) -> np.ndarray:
-        batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-        # A last, smaller batch would look slow.
-        batches = [batch for batch in batches if len(batch) == size] or batches
+        # Without a last, smaller batch, which would look slow.
+        whole_batches = len(prompts) // size * size or len(prompts)
+        batches = [prompts[i : i + size] for i in range(0, whole_batches, size)]
         most_calls = WARM_UP + max(20, len(batches))
-        seconds = []
+        seconds: list[float] = []
         begun = time.perf_counter()
         while len(seconds) < most_calls:
             if len(seconds) > WARM_UP and time.perf_counter() - begun >= TIMED_SECONDS:
@@ -299,7 +331,7 @@ def timings(predictor: "LengthPredictor", prompts: list[str], batch_size: int) -
     }
 
 
-def table(report: dict) -> str:
+def evaluation_table(report: dict) -> str:
     """The report in words and columns."""
     made, constant = report["predictor"], report["constant"]
     head = (
@@ -323,105 +355,131 @@ def table(report: dict) -> str:
             f"q90 covers {limit['coverage_90']:.1%}, q97.5 {limit['coverage_975']:.1%}"
         )
     if ceiling := report["noise_ceiling"]:
-        lines.append(
-            f"noise ceiling, {ceiling['prompts']} prompts with several runs: "
-            f"tau of one run {ceiling['tau_of_one_run']:.3f}, "
-            f"of the median of the others {ceiling['tau_of_median_of_others']:.3f}; "
-            f"the predictor's there {ceiling['tau_of_predictor']:.3f}"
-        )
-    ms = report["milliseconds"]
-    lines.append(
+        lines.append(describe_noise_ceiling(ceiling))
+    lines.append(describe_timings(report["milliseconds"]))
+    return "\n".join(lines)
+
+
+def describe_noise_ceiling(ceiling: dict) -> str:
+    """What `noise_ceiling` returns, in one line."""
+    return (
+        f"noise ceiling, {ceiling['prompts']} prompts with several runs: "
+        f"tau of one run {ceiling['tau_of_one_run']:.3f}, "
+        f"of the median of the others {ceiling['tau_of_median_of_others']:.3f}; "
+        f"the predictor's there {ceiling['tau_of_predictor']:.3f}"
+    )
+
+
+def describe_timings(ms: dict) -> str:
+    """What `timings` returns, in one line."""
+    return (
         f"ms a prompt: single p50 {ms['single_p50']:.2f}, p99 {ms['single_p99']:.2f}; "
         f"in batches of {ms['batch_size']} "
         f"p50 {ms['batch_p50']:.3f}, p99 {ms['batch_p99']:.3f} "
         f"({ms['prompts_a_second']:.0f} prompts/s)"
     )
-    return "\n".join(lines)
 
 
 def columns(rows: dict[str, dict]) -> list[str]:
     """Lines of a table: a heading, and one line for each {name: metrics}."""
     lines = [["", *COLUMNS]]
     for name, metrics in rows.items():
-        lines.append([name, *(format(metrics[key], form) for key, form in COLUMNS.values())])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = []
-    for line in lines:
-        cells = [line[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
-        text.append("  ".join(cells))
+        line = [name]
+        for key, form in COLUMNS.values():
+            line.append(format(metrics[key], form))
+        lines.append(line)
+    text = [""] * len(lines)
+    for number, column in enumerate(zip(*lines)):
+        width = max(map(len, column))
+        for i, cell in enumerate(column):
+            text[i] += f"  {cell:>{width}}" if number else cell.ljust(width)
     return text
 
 
-def run(args: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class EvaluationFlags:
+    """The flags of `python -m predictor.evaluate`, whose texts say what each means."""
+
+    predictor: str
+    base_model: str | None
+    device: str
+    data: str
+    served_model: str | None
+    model_path: str | None
+    allow_other_tokenizer: bool
+    json: str | None
+    picture: str | None
+    batch_size: int
+    threads: int | None
+    on_bad_row: str
+
+
+def run_evaluation(flags: EvaluationFlags) -> None:
     """Evaluate, print the table, write the files."""
     from predictor.runtime import LengthPredictor
 
     predictor = LengthPredictor.from_pretrained(
-        args.predictor,
-        served_model=args.model_path,
-        allow_other_tokenizer=args.allow_other_tokenizer,
-        base_model=args.base_model,
-        device=args.device,
-        threads=args.threads,
+        flags.predictor,
+        served_model=flags.model_path,
+        allow_other_tokenizer=flags.allow_other_tokenizer,
+        base_model=flags.base_model,
+        device=flags.device,
+        threads=flags.threads,
     )
-    count = None
-    if args.model_path:
-        from chatglm.loading import load_tokenizer
-
-        count = make_counter(load_tokenizer(args.model_path))
-    served_model = args.served_model or predictor.card["served_model"]["name"]
-    paths = [path.strip() for path in args.data.split(",")]
-    examples, bad = read_examples(
-        paths, served_model=served_model, count=count, on_bad_row=args.on_bad_row
-    )
+    served_model = flags.served_model or predictor.card["served_model"]["name"]
+    examples, bad = read_evaluation_rows(flags, served_model)
     seen = Observed.of(examples, served_model)
     predicted = None
-    if args.picture and seen.finished.any():
+    if flags.picture and seen.finished.any():
         predicted = predict_arrays(predictor, seen.prompts)
-    report = evaluate(
+    report = evaluate_predictor(
         predictor,
         examples,
         served_model=served_model,
-        batch_size=args.batch_size,
+        batch_size=flags.batch_size,
         predicted=predicted,
     )
     report["bad_rows"] = bad
-    print(table(report) + (f"\n{bad} bad rows skipped" if bad else ""), flush=True)
-    if args.json:
-        write_json(args.json, report)
-    if args.picture:
-        from predictor.pictures import draw
-
-        probabilities, edges, _ = predicted
-        each = probabilities[seen.prompt]
-        draw(Path(args.picture), each, edges, seen.tokens, seen.finished, report)
-    return 0
+    print(evaluation_table(report) + (f"\n{bad} bad rows skipped" if bad else ""), flush=True)
+    if flags.json:
+        write_json(flags.json, report)
+    if flags.picture and predicted:
+        draw_picture(Path(flags.picture), predicted, seen, report)
 
 
-def add_predictor_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that load a predictor; predictor.update has them too."""
-    parser.add_argument("--predictor", required=True, metavar="DIR", help="folder of the predictor")
-    parser.add_argument(
-        "--base_model",
-        metavar="DIR",
-        help="of a ChatGLM backbone whose folder holds an adapter alone "
-        "(default: the one it names)",
-    )
-    parser.add_argument("--device", default="cpu", help="torch device of a transformer in it [cpu]")
+def draw_picture(
+    path: Path, predicted: tuple[np.ndarray, np.ndarray, np.ndarray], seen: Observed, report: dict
+) -> None:
+    """Draw the report; `predicted`: what `predict_arrays` returns for the prompts of `seen`."""
+    from predictor.pictures import draw_evaluation
+
+    probabilities, edges, _ = predicted
+    each = probabilities[seen.prompt]
+    draw_evaluation(path, each, edges, seen.tokens, seen.finished, report)
+
+
+def read_evaluation_rows(
+    flags: EvaluationFlags, served_model: str
+) -> tuple[list[LabelledPrompt], int]:
+    """(the rows of --data, number of bad ones skipped); those that name no model are of this."""
+    count = None
+    if flags.model_path:
+        from chatglm.loading import load_tokenizer
+
+        count = make_counter(load_tokenizer(flags.model_path))
+    paths = list(map(str.strip, flags.data.split(",")))
+    return read_examples(paths, served_model=served_model, count=count, on_bad_row=flags.on_bad_row)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.picture and Path(args.picture).suffix not in (".png", ".svg", ".pdf"):
-        parser.error(f"--picture {args.picture}: wanted a name that ends in .png, .svg or .pdf")
-    return run_command(parser.prog, lambda: run(args))
+    flags = EvaluationFlags(**vars(parser.parse_args(argv)))
+    if flags.picture and Path(flags.picture).suffix not in (".png", ".svg", ".pdf"):
+        parser.error(f"--picture {flags.picture}: wanted a name that ends in .png, .svg or .pdf")
+    return run_command(parser.prog, lambda: run_evaluation(flags))
 
 
 def build_parser() -> Parser:
-    from finetune.config import parse_bool
-
     parser = Parser(
         prog="predictor.evaluate",
         description=__doc__,
@@ -445,15 +503,18 @@ def build_parser() -> Parser:
         metavar="DIR",
         help="the served model's folder: its tokenizer counts answers, and must be the predictor's",
     )
-    parser.add_argument(
+    add_yes_no(
+        parser,
         "--allow_other_tokenizer",
-        type=parse_bool,
-        nargs="?",
-        const=True,
-        default=False,
-        metavar="True|False",
-        help="take a --model_path of another tokenizer all the same",
+        False,
+        "take a --model_path of another tokenizer all the same",
     )
+    add_output_flags(parser)
+    return parser
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of files, timings and bad rows."""
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     parser.add_argument(
         "--picture",
@@ -471,13 +532,7 @@ def build_parser() -> Parser:
         type=whole(1, 1024),
         help="of a transformer's arithmetic (default: as many as it likes)",
     )
-    parser.add_argument(
-        "--on_bad_row",
-        choices=("error", "skip"),
-        default="error",
-        help="what to do with a malformed row [error]",
-    )
-    return parser
+    add_bad_row_flag(parser, "error", "what to do with a malformed row [error]")
 
 
 if __name__ == "__main__":

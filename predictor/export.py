@@ -15,26 +15,26 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from chatglm.checksums import check_folder_files, is_top
 from chatglm.commands import Parser, run_command
-from finetune.config import parse_bool
 from finetune.files import put_in_place, sha256, writing
-from predictor.backbones import BACKBONES, ChatGLM, Encoder
+from predictor.backbones import BACKBONES, ChatGLMBackbone, EncoderBackbone, checked_base
+from predictor.command_flags import add_yes_no
 from predictor.decoder import CARD, read_card, write_card
 from predictor.kernel import FILE as KERNEL_FILE
 from predictor.lexical import FILE as LEXICAL_FILE
+from predictor.onnx_int8 import quantise
 from predictor.runtime import LengthPredictor
 from predictor.scorers import HEAD_FILE, ONNX_FILE, TOKENIZER_FILE, OnnxVectors, encode_all
 
 if TYPE_CHECKING:
-    from onnx import NodeProto
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-OURS = (HEAD_FILE, KERNEL_FILE, LEXICAL_FILE)
+HEAD_FILES = (HEAD_FILE, KERNEL_FILE, LEXICAL_FILE)
 # Largest allowed difference between torch's vectors and the export's, of the largest value.
 TOLERANCE = 1e-4
 INT8_COSINE = 0.98  # least mean cosine similarity of an int8 model's vectors to the exact ones
@@ -51,7 +51,7 @@ PROBES = [
 ]
 
 
-def export(
+def export_predictor(
     checkpoint: Path,
     output: Path,
     *,
@@ -77,23 +77,21 @@ def export(
     onnx = name == "encoder" if onnx is None else onnx
     check_options(checkpoint, name, onnx=onnx, int8=int8, merge=merge)
     check_output(checkpoint, output, overwrite)
-
+    for key in ("format", "format_version", "export"):
+        card.pop(key, None)
     aside = make_aside(output)
     try:
-        for file in OURS:
-            if (checkpoint / file).is_file():
-                with writing(output):
-                    shutil.copyfile(checkpoint / file, aside / file)
-        for key in ("format", "format_version", "export"):
-            card.pop(key, None)
+        copy_heads(checkpoint, aside, output)
         knobs = dict(card["backbone"])
         backbone = BACKBONES[knobs.pop("name")](**knobs)
         made = {"made_of": str(checkpoint.resolve())}
-        if name == "encoder":
+        if isinstance(backbone, EncoderBackbone):
             made |= export_encoder(backbone, checkpoint, aside, onnx, int8)
-        elif name == "chatglm":
+        elif isinstance(backbone, ChatGLMBackbone):
             card |= export_chatglm(backbone, checkpoint, aside, card.get("base_model"), merge)
-        finish(aside, card | {"export": made}, checkpoint, exact=not int8, again=name != "chatglm")
+        write_export_card(
+            aside, card | {"export": made}, checkpoint, exact=not int8, compare=name != "chatglm"
+        )
         put_in_place(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -117,6 +115,14 @@ def check_options(checkpoint: Path, backbone: str, *, onnx: bool, int8: bool, me
         )
 
 
+def copy_heads(checkpoint: Path, aside: Path, output: Path) -> None:
+    """Copy the head's files into `aside`. Raises OSError naming the output."""
+    for file in HEAD_FILES:
+        if (checkpoint / file).is_file():
+            with writing(output):
+                shutil.copyfile(checkpoint / file, aside / file)
+
+
 def make_aside(output: Path) -> Path:
     """An empty folder beside the output. Raises OSError."""
     aside = output.with_name(f".{output.name}.tmp")
@@ -132,8 +138,10 @@ def read_card_of(checkpoint: Path) -> dict:
     try:
         return read_card(checkpoint)
     except FileNotFoundError as error:
-        inside = [path.parent.name for path in checkpoint.glob(f"*/{CARD}")]
-        inside = sorted(name for name in inside if not name.startswith("."))
+        inside = []
+        for path in sorted(checkpoint.glob(f"*/{CARD}")):
+            if not path.parent.name.startswith("."):
+                inside.append(path.parent.name)
         hint = f"; in it are {', '.join(inside[:8])}" if inside else ""
         raise FileNotFoundError(f"--checkpoint: {error}{hint}") from None
 
@@ -162,7 +170,7 @@ def check_output(checkpoint: Path, output: Path, overwrite: bool) -> None:
 
 
 def export_encoder(
-    backbone: Encoder, checkpoint: Path, aside: Path, onnx: bool, int8: bool
+    backbone: EncoderBackbone, checkpoint: Path, aside: Path, onnx: bool, int8: bool
 ) -> dict:
     """Write the encoder and its tokenizer into `aside`; returns their part of the card."""
     import torch
@@ -180,12 +188,29 @@ def export_encoder(
         model.save_pretrained(str(aside))  # an adapter is merged by now
         tokenizer.save_pretrained(str(aside))
         return {"weights": "safetensors"}
-    model = model.eval()
+    return export_checked_onnx(backbone, model.eval(), tokenizer, aside, checkpoint, int8)
+
+
+def export_checked_onnx(
+    backbone: EncoderBackbone,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    aside: Path,
+    checkpoint: Path,
+    int8: bool,
+) -> dict:
+    """Write an ONNX model, beside its tokenizer, and compare it with torch on PROBES.
+
+    Returns:
+        Its part of the card.
+    Raises:
+        ValueError: ids or vectors differ from those of the checkpoint.
+    """
     rows = [backbone.encode(tokenizer, prompt) for prompt in PROBES]
     wanted = encode_all(backbone, model, tokenizer, rows)
     export_onnx(backbone, model, aside / ONNX_FILE)
     served = OnnxVectors(aside, backbone.max_src_len)
-    if any(served.ids(prompt) != row for prompt, row in zip(PROBES, rows)):
+    if list(map(served.ids, PROBES)) != rows:
         raise ValueError(
             f"{aside / TOKENIZER_FILE} gives other ids than the tokenizer of {checkpoint}"
         )
@@ -198,19 +223,23 @@ def export_encoder(
     made = {"weights": "onnx", "onnx_difference": difference}
     if int8:
         quantise(aside / ONNX_FILE)
-        vectors = OnnxVectors(aside, backbone.max_src_len)(PROBES)
-        norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(wanted, axis=1)
-        cosine = (vectors * wanted).sum(axis=1) / norms
-        if not cosine.mean() >= INT8_COSINE:
+        cosine = mean_cosine(OnnxVectors(aside, backbone.max_src_len)(PROBES), wanted)
+        if not cosine >= INT8_COSINE:
             raise ValueError(
-                f"--int8: vectors are only {cosine.mean():.3f} like the exact ones "
+                f"--int8: vectors are only {cosine:.3f} like the exact ones "
                 f"(cosine; wanted {INT8_COSINE}); leave it out"
             )
-        made |= {"weights": "onnx int8", "int8_cosine": float(cosine.mean())}
+        made |= {"weights": "onnx int8", "int8_cosine": cosine}
     return made
 
 
-def export_onnx(backbone: Encoder, model: "PreTrainedModel", file: Path) -> None:
+def mean_cosine(vectors: np.ndarray, wanted: np.ndarray) -> float:
+    """The mean cosine similarity of rows (N, D) with those of `wanted` (N, D)."""
+    norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(wanted, axis=1)
+    return float(((vectors * wanted).sum(axis=1) / norms).mean())
+
+
+def export_onnx(backbone: EncoderBackbone, model: "PreTrainedModel", file: Path) -> None:
     """Write an ONNX model: ids and mask (B, T) -> vectors (B, width), any B and T.
 
     Raises:
@@ -218,20 +247,14 @@ def export_onnx(backbone: Encoder, model: "PreTrainedModel", file: Path) -> None
     """
     import torch
 
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            f"--onnx needs {error.name}: pip install 'glm-foundry[onnx]' (or --onnx False)"
-        ) from None
+    check_onnx_packages()
 
     class Vectors(torch.nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.model = model
 
-        def forward(self, input_ids, attention_mask):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
             return backbone.vectors(
                 self.model, {"input_ids": input_ids, "attention_mask": attention_mask}
             )
@@ -244,6 +267,7 @@ def export_onnx(backbone: Encoder, model: "PreTrainedModel", file: Path) -> None
     batch = torch.export.Dim("batch", max=4096)
     tokens = torch.export.Dim("tokens", max=max(16, backbone.max_src_len))
     names = ["input_ids", "attention_mask"]
+    shape = {0: batch, 1: tokens}
     with quiet_exporter():
         torch.onnx.export(
             Vectors().eval(),
@@ -251,12 +275,23 @@ def export_onnx(backbone: Encoder, model: "PreTrainedModel", file: Path) -> None
             str(file),
             input_names=names,
             output_names=["vectors"],
-            dynamic_shapes={name: {0: batch, 1: tokens} for name in names},
+            dynamic_shapes=dict.fromkeys(names, shape),
             dynamo=True,
             external_data=False,
             verbose=False,
             opset_version=18,
         )
+
+
+def check_onnx_packages() -> None:
+    """Raises ValueError where a package of the onnx extra is missing."""
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"--onnx needs {error.name}: pip install 'glm-foundry[onnx]' (or --onnx False)"
+        ) from None
 
 
 @contextmanager
@@ -273,124 +308,8 @@ def quiet_exporter() -> Iterator[None]:
         log.setLevel(level)
 
 
-def quantise(file: Path) -> None:
-    """Rewrite an ONNX model's matrix products with weights, and large embeddings, to 8 bits.
-
-    A weight has one scale for each output, an activation one for each token (as in LLM.int8, arXiv
-    2208.07339): a token's outputs depend on nothing else in the batch, and a large value reduces
-    only its own token's precision. onnxruntime's quantize_dynamic has one scale for a whole batch,
-    so that a prompt's vector would depend on its neighbours.
-    """
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    model = onnx.load(str(file))
-    graph = model.graph
-    weights = {
-        tensor.name: tensor
-        for tensor in graph.initializer
-        if len(tensor.dims) == 2 and tensor.data_type == TensorProto.FLOAT
-    }
-    nodes, constants, quantised, used = [], [], {}, set()
-
-    def constant(name: str, value) -> str:
-        constants.append(numpy_helper.from_array(np.asarray(value), name))
-        return name
-
-    def add(op: str, inputs: list[str], output: str, **attributes) -> str:
-        nodes.append(helper.make_node(op, inputs, [output], **attributes))
-        return output
-
-    one = constant("q8.one", np.float32(1))
-    last = constant("q8.last", np.array([1], np.int64))
-    step = constant("q8.step", np.float32(1 / 127))
-    least = constant("q8.least", np.float32(1e-12))
-    flat = constant("q8.flat", np.array([-1], np.int64))
-    zero = constant("q8.zero", np.uint8(128))
-    zeros = constant("q8.zeros", np.array([128], np.uint8))
-
-    def quantise_tokens(x: str, width: int) -> tuple[str, str, str]:
-        """(uint8 (tokens, width), scales (tokens, 1), shape of x without its last axis)."""
-        if x not in quantised:
-            k = f"{x}.q8"
-            shape = constant(f"{k}.rows.shape", np.array([-1, width], np.int64))
-            rows = add("Reshape", [x, shape], f"{k}.rows")
-            size = add("Abs", [rows], f"{k}.size")
-            largest = add("ReduceMax", [size, last], f"{k}.largest", keepdims=1)
-            scaled = add("Mul", [largest, step], f"{k}.scaled")
-            scale = add("Max", [scaled, least], f"{k}.scale")
-            scales = add("Reshape", [scale, flat], f"{k}.scales")
-            count = add("Shape", [scales], f"{k}.count")
-            middle = add("Expand", [zeros, count], f"{k}.middle")
-            integers = add("QuantizeLinear", [rows, scales, middle], f"{k}.integers", axis=0)
-            quantised[x] = integers, scale, add("Shape", [x], f"{k}.outer", end=-1)
-        return quantised[x]
-
-    def eight_bits(name: str, axis: int) -> tuple[str, str]:
-        """(int8 weight, its scales), one scale for each slice along the other axis.
-
-        Made once where a weight is used twice.
-        """
-        key = f"{name}.q8.{axis}"
-        if key not in used:
-            value = numpy_helper.to_array(weights[name])
-            scale = np.abs(value).max(axis=axis, keepdims=True) / 127
-            scale = np.maximum(scale, 1e-12).astype(np.float32)
-            constant(key, np.round(value / scale).astype(np.int8))
-            constant(f"{key}.scale", scale.reshape(-1) if axis == 0 else scale)
-            used.add(key)
-        return key, f"{key}.scale"
-
-    def quantise_product(node: "NodeProto") -> None:
-        out, (x, name) = node.output[0], node.input
-        width, columns = weights[name].dims
-        integers, scale, outer = quantise_tokens(x, width)
-        weight, scales = eight_bits(name, 0)
-        product = add(
-            "MatMulIntegerToFloat",
-            [integers, weight, one, scales, zero],
-            f"{out}.q8.product",
-            domain="com.microsoft",
-        )
-        product = add("Mul", [product, scale], f"{out}.q8.scaled")
-        end = constant(f"{out}.q8.columns", np.array([columns], np.int64))
-        shape = add("Concat", [outer, end], f"{out}.q8.shape", axis=0)
-        add("Reshape", [product, shape], out)
-
-    def quantise_embedding(node: "NodeProto") -> None:
-        out, (name, ids) = node.output[0], node.input
-        table, scales = eight_bits(name, 1)
-        row = add("Gather", [table, ids], f"{out}.q8.row")
-        row = add("Cast", [row], f"{out}.q8.float", to=TensorProto.FLOAT)
-        scale = add("Gather", [scales, ids], f"{out}.q8.scale")
-        add("Mul", [row, scale], out)
-
-    def is_large_embedding(node: "NodeProto") -> bool:
-        if node.op_type != "Gather" or node.input[0] not in weights:
-            return False
-        return weights[node.input[0]].dims[0] > 1000
-
-    for node in graph.node:
-        if node.op_type == "MatMul" and node.input[1] in weights:
-            quantise_product(node)
-        elif is_large_embedding(node):
-            quantise_embedding(node)
-        else:
-            nodes.append(node)
-    wanted = set()
-    for node in nodes:
-        wanted.update(node.input)
-    tensors = [tensor for tensor in [*graph.initializer, *constants] if tensor.name in wanted]
-    del graph.node[:], graph.initializer[:], graph.value_info[:]
-    graph.node.extend(nodes)
-    graph.initializer.extend(tensors)
-    if not any(opset.domain == "com.microsoft" for opset in model.opset_import):
-        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-    onnx.save(model, str(file))
-
-
 def export_chatglm(
-    backbone: ChatGLM, checkpoint: Path, aside: Path, base: str | None, merge: bool
+    backbone: ChatGLMBackbone, checkpoint: Path, aside: Path, base: str | None, merge: bool
 ) -> dict:
     """Write the ChatGLM's files into `aside`; returns what changes in the card.
 
@@ -419,107 +338,126 @@ def export_chatglm(
 
 def copy_weights(checkpoint: Path, aside: Path) -> None:
     """Copy a checkpoint's adapter, or else its model, into `aside`."""
-    patterns = ("config.json", "model*.safetensors", "model*.index.json")
+    patterns = ["config.json", "model*.safetensors", "model*.index.json"]
     if (checkpoint / "adapter_config.json").is_file():
-        patterns = ("adapter_config.json", "adapter_model.safetensors")
+        patterns = ["adapter_config.json", "adapter_model.safetensors"]
     for pattern in patterns:
         for file in checkpoint.glob(pattern):
             shutil.copyfile(file, aside / file.name)
 
 
-def merge_into(backbone: ChatGLM, checkpoint: Path, aside: Path, base: str | None) -> None:
+def merge_into(backbone: ChatGLMBackbone, checkpoint: Path, aside: Path, base: str | None) -> None:
     """Write one whole model into `aside`, in the base's precision."""
     import torch
 
     from chatglm.loading import iterate_weights
 
+    base = checked_base(checkpoint, base, None)
     model, tokenizer = backbone.load_served(checkpoint, torch.float32, base_model=base)
     rows = [backbone.encode(tokenizer, prompt) for prompt in PROBES]
     before = encode_all(backbone, model.eval(), tokenizer, rows)
-    if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
-    difference = float(np.abs(encode_all(backbone, model, tokenizer, rows) - before).max())
+    merged: Any = model  # peft's attributes are untyped
+    if hasattr(merged, "merge_and_unload"):
+        merged = merged.merge_and_unload()
+    difference = float(np.abs(encode_all(backbone, merged, tokenizer, rows) - before).max())
     if not difference <= TOLERANCE * max(1.0, float(np.abs(before).max())):
         raise ValueError(
             f"--merge: the merged model's vectors differ from the adapted one's by "
             f"{difference:.1e}; nothing was written"
         )
-    dtype = next(tensor.dtype for _, tensor in iterate_weights(base))
-    model.to(dtype).save_pretrained(str(aside), max_shard_size="2GB")
+    _, first = next(iterate_weights(base))
+    merged.to(first.dtype).save_pretrained(str(aside), max_shard_size="2GB")
     (aside / "generation_config.json").unlink(missing_ok=True)
 
 
-def finish(aside: Path, card: dict, checkpoint: Path, *, exact: bool, again: bool) -> None:
+def write_export_card(
+    aside: Path, card: dict, checkpoint: Path, *, exact: bool, compare: bool
+) -> None:
     """Write the card with the sums of all files.
 
-    With `again`, load the folder and compare it with the checkpoint.
+    With `compare`, load the folder and compare it with the checkpoint.
 
     Raises:
         ValueError: its predictions differ, where they should be exact.
     """
-    card = {key: value for key, value in card.items() if value is not None}
+    for key in [key for key, value in card.items() if value is None]:
+        del card[key]
     files = {}
     for path in sorted(aside.iterdir()):
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     card["export"]["files"] = files
     write_card(aside, card)
-    if not again:
+    if not compare:
         return
     before = LengthPredictor.from_pretrained(checkpoint).predict(PROBES)
     after = LengthPredictor.from_pretrained(aside).predict(PROBES)
-    moved = [np.abs(a.cumulative - b.cumulative).max() for a, b in zip(before, after)]
-    if exact and not max(moved) <= 1e-3:
+    differences = []
+    for old, new in zip(before, after):
+        differences.append(np.abs(old.cumulative - new.cumulative).max())
+    moved = float(np.max(differences))
+    if exact and not moved <= 1e-3:
         raise ValueError(
-            f"the exported predictor's probabilities differ by {max(moved):.1e} "
+            f"the exported predictor's probabilities differ by {moved:.1e} "
             f"from those of {checkpoint}; nothing was written"
         )
-    card["export"]["probabilities_moved"] = float(max(moved))
+    card["export"]["probabilities_moved"] = moved
     write_card(aside, card)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="predictor.export", description=__doc__.split("\n")[0], allow_abbrev=False)
-    yes_no = {"type": parse_bool, "nargs": "?", "const": True, "metavar": "True|False"}
     parser.add_argument(
         "--checkpoint",
         required=True,
         help="what train.py --task predictor wrote: epoch-E-step-S, or a frozen backbone's folder",
     )
     parser.add_argument("--output", required=True, help="folder to write")
-    parser.add_argument(
+    add_yes_no(
+        parser,
         "--onnx",
-        **yes_no,
-        help="encoders: an ONNX model instead of torch's weights; serves without torch [True]",
+        None,
+        "encoders: an ONNX model instead of torch's weights; serves without torch [True]",
     )
-    parser.add_argument(
+    add_yes_no(
+        parser,
         "--int8",
-        **yes_no,
-        default=False,
-        help="encoders: 8-bit products, about twice as fast and a quarter the size [False]",
+        False,
+        "encoders: 8-bit products, about twice as fast and a quarter the size [False]",
     )
-    parser.add_argument(
+    add_yes_no(
+        parser,
         "--merge",
-        **yes_no,
-        default=False,
-        help="ChatGLM: one whole model instead of an adapter or prefix and its base [False]",
+        False,
+        "ChatGLM: one whole model instead of an adapter or prefix and its base [False]",
     )
-    parser.add_argument(
-        "--overwrite", **yes_no, default=False, help="replace an earlier export in --output [False]"
-    )
+    add_yes_no(parser, "--overwrite", False, "replace an earlier export in --output [False]")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
-    args = vars(parser.parse_args(argv))
-    return run_command(parser.prog, lambda: run(**args))
+    args = parser.parse_args(argv)
+
+    def work() -> None:
+        card = export_predictor(
+            Path(args.checkpoint),
+            Path(args.output),
+            onnx=args.onnx,
+            int8=args.int8,
+            merge=args.merge,
+            overwrite=args.overwrite,
+        )
+        print_export(card, args.output)
+
+    return run_command(parser.prog, work)
 
 
-def run(checkpoint: str, output: str, **choices: bool | None) -> None:
-    """Export, and print what was written; `choices` as `export` takes them."""
-    card = export(Path(checkpoint), Path(output), **choices)
+def print_export(card: dict, output: str) -> None:
+    """Print what was written to `output`, from its card."""
     made = card["export"]
-    size = sum(file["bytes"] for file in made["files"].values())
+    size = 0
+    for file in made["files"].values():
+        size += file["bytes"]
     words = [f"{card['backbone']['name']}", f"{size / 1e6:.1f} MB"]
     for key, value in made.items():
         if key in ("files", "made_of"):

@@ -95,9 +95,9 @@ ASKED = re.compile(
 )
 DIGITS, CAPITALS = re.compile(r"\d"), re.compile("[A-Z]")
 PHRASES = {
-    "one_sentence": ("one sentence", "a sentence", "one word", "single", "一句"),
-    "step_by_step": ("step by step", "step-by-step", "一步"),
-    "passage": ("the given", "the following", "下面的", "以下"),
+    "one_sentence": re.compile("one sentence|a sentence|one word|single|一句"),
+    "step_by_step": re.compile("step by step|step-by-step|一步"),
+    "passage": re.compile("the given|the following|下面的|以下"),
 }
 COUNTS = (
     "log words",
@@ -133,12 +133,13 @@ HANDS = len(HAND_NAMES)
 
 BASE = 0x9E3779B97F4A7C15
 LETTER, DIGIT, SINGLE = 1, 2, 3  # classes of characters; 0: between words
-SALTS = np.array([0x1F83D9ABFB41BD6B * (2 * i + 1) % 2**64 for i in range(len(KINDS))], np.uint64)
+# One for each kind: odd multiples of one number, modulo 2^64.
+SALTS = np.uint64(0x1F83D9ABFB41BD6B) * np.arange(1, 2 * len(KINDS), 2, dtype=np.uint64)
 KIND_WEIGHTS = np.array(list(KINDS.values()))
 
 
 @cache
-def tables() -> tuple[np.ndarray, np.ndarray]:
+def character_tables() -> tuple[np.ndarray, np.ndarray]:
     """(class of each character below 0x30000, powers of the base)."""
     classes = np.zeros(0x30000, np.uint8)
     for code in range(0x3000):
@@ -167,11 +168,13 @@ def cue_tables() -> tuple[tuple[np.ndarray, np.ndarray], dict[int, int]]:
 
     ((hashes of words and bigrams ascending, number of the cue), {hash of an opener: its number}).
     """
-    cues = []
+    cues: list[str] = []
+    owners: list[int] = []
     for i, words in enumerate(CUES.values()):
-        cues += [(word, i) for word in words.split()]
-    hashes, texts = cue_hashes([word for word, _ in cues])
-    numbers = np.array([i for _, i in cues])[texts]
+        cues += words.split()
+        owners += [i] * len(words.split())
+    hashes, texts = cue_hashes(cues)
+    numbers = np.array(owners)[texts]
     order = np.lexsort((numbers, hashes))
     openers = {int(h): i for i, h in enumerate(cue_hashes(OPENERS)[0])}
     return (hashes[order], numbers[order]), openers
@@ -214,9 +217,18 @@ class Grams:
         self.raw = [clip(text) for text in texts]
         self.lower = [text.lower() for text in self.raw]
         joined = "\0".join([*self.lower, ""])
-        self.codes = codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
-        classes, powers = tables()
-        self.kinds = kinds = classes[np.minimum(codes, 0x2FFFF)]
+        self.codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
+        self.kinds = character_tables()[0][np.minimum(self.codes, 0x2FFFF)]
+        self._find_words()
+        self._number_words()
+
+    def _find_words(self) -> None:
+        """Set starts, lengths and hashes of the words, and the values that hashes sum over.
+
+        begins: (W,) where each word's characters begin in `values`, which has those of all words
+        end to end.
+        """
+        codes, kinds, powers = self.codes, self.kinds, character_tables()[1]
         # A word begins where the class changes; a character that is a word by itself always begins
         # one. The last character is a zero.
         border = np.empty(len(kinds) + 1, bool)
@@ -228,7 +240,7 @@ class Grams:
         ends = border[1:]
         ends[:-1] |= kinds[1:] == SINGLE
         self.lengths = lengths = (ends & inner).nonzero()[0] + 1 - starts
-        # The characters of words end to end, each times the power of its place in the word.
+        # The characters of words, each times the power of its place in the word.
         self.begins = begins = lengths.cumsum() - lengths
         characters = inner.nonzero()[0]
         within = characters - starts.repeat(lengths)
@@ -237,16 +249,20 @@ class Grams:
             self.words = finalise(np.add.reduceat(self.values, begins))
         else:
             self.words = np.empty(0, np.uint64)
-        self.text_starts = np.array([0, *map(len, self.lower)]).cumsum() + np.arange(len(texts) + 1)
-        numbers = np.arange(len(starts))
-        if len(texts) == 1:
-            self.text_of = np.zeros(len(starts), np.int64)
+
+    def _number_words(self) -> None:
+        """Set each word's text and its place in that text, and the words of each text."""
+        count = len(self.texts)
+        self.text_starts = np.array([0, *map(len, self.lower)]).cumsum() + np.arange(count + 1)
+        numbers = np.arange(len(self.starts))
+        if count == 1:
+            self.text_of = np.zeros(len(self.starts), np.int64)
             self.place = numbers
         else:
-            self.text_of = self.text_starts.searchsorted(starts, side="right") - 1
-            first_words = self.text_of.searchsorted(np.arange(len(texts)))
+            self.text_of = self.text_starts.searchsorted(self.starts, side="right") - 1
+            first_words = self.text_of.searchsorted(np.arange(count))
             self.place = numbers - first_words[self.text_of]
-        self.word_counts = np.bincount(self.text_of, minlength=len(texts))
+        self.word_counts = np.bincount(self.text_of, minlength=count)
 
     @cached_property
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
@@ -275,10 +291,9 @@ class Grams:
             (np.concatenate([opening, opening_pairs]), np.concatenate([texts[early]] * 2)),
             (words[late], texts[late]),
         )
-        sizes = np.array([len(values) for values, _ in grams])
-        kind = np.arange(len(KINDS)).repeat(sizes)
-        values = np.concatenate([values for values, _ in grams])
-        owners = np.concatenate([owners for _, owners in grams])
+        all_values, all_owners = zip(*grams)
+        kind = np.arange(len(KINDS)).repeat(list(map(len, all_values)))
+        values, owners = np.concatenate(all_values), np.concatenate(all_owners)
         hashes = finalise(values + SALTS[kind])
         cell = owners * len(KINDS) + kind
         counts = np.bincount(cell, minlength=len(self.texts) * len(KINDS))
@@ -295,7 +310,7 @@ class Grams:
             owners = np.zeros(len(at), np.int64)
         else:
             owners = self.text_starts.searchsorted(at, side="right") - 1
-        return windows @ tables()[1][1 : INSIDE + 1], owners
+        return windows @ character_tables()[1][1 : INSIDE + 1], owners
 
     def hand(self) -> np.ndarray:
         """(N, HANDS): counts and cues in the order of HAND_NAMES."""
@@ -303,8 +318,8 @@ class Grams:
         features = np.zeros((count, HANDS), np.float32)
         cues, (table, openers) = len(CUES), cue_tables()
         pairs, first = self.pairs
-        row, column = look_up(table, np.concatenate([self.words, pairs]))
-        row = np.concatenate([np.arange(len(self.words)), first])[row]
+        found, column = look_up(table, np.concatenate([self.words, pairs]))
+        row = np.concatenate([np.arange(len(self.words)), first])[found]
         features[self.text_of[row], column] = 1
         early = self.place[row] < EARLY
         features[self.text_of[row[early]], cues + column[early]] = 1
@@ -317,8 +332,8 @@ class Grams:
         letters = np.bincount(self.text_of, self.lengths, minlength=count).tolist()
         lengths = map(len, self.texts)
         rows = zip(self.raw, self.lower, lengths, self.word_counts.tolist(), single, letters)
-        for i, row in enumerate(rows):
-            features[i, 2 * cues + len(OPENERS) :] = counts_of(*row)
+        for i, text in enumerate(rows):
+            features[i, 2 * cues + len(OPENERS) :] = counts_of(*text)
         return features
 
 
@@ -340,41 +355,42 @@ def counts_of(
     text: str, low: str, whole: int, words: int, single: float, letters: float
 ) -> list[float]:
     """COUNTS, UNITS and PHRASES of one text; see HAND_NAMES."""
-    words = words - 0.4 * single  # Chinese words have nearly two characters
-    head, _, rest = low.partition("\n")
-    questions = low.count("?") + low.count("？")
-    stripped = rest.strip()
+    word_count = words - 0.4 * single  # Chinese words have nearly two characters
+    _, _, rest = low.partition("\n")
     values = [
-        words,
-        len(low),
-        whole,
-        low.count("\n"),
-        len(rest),
-        bool(stripped),
-        questions,
+        log1p(word_count),
+        log1p(len(low)),
+        log1p(whole),
+        log1p(low.count("\n")),
+        log1p(len(rest)),
+        bool(rest.strip()),
+        log1p(low.count("?") + low.count("？")),
         low.rstrip().endswith(("?", "？")),
-        low.count(".") + low.count("。"),
-        low.count(",") + low.count("，"),
+        log1p(low.count(".") + low.count("。")),
+        log1p(low.count(",") + low.count("，")),
         '"' in low or "“" in low,
-        any(m in low for m in ("`", "{", "()", "</")),
+        "`" in low or "{" in low or "()" in low or "</" in low,
         ":" in low or "：" in low,
         single / max(1, letters),
-        letters / max(1, words),
-        0 < words <= 6,
-        words <= 12,
-        words > 60,
+        letters / max(1, word_count),
+        0 < word_count <= 6,
+        word_count <= 12,
+        word_count > 60,
         DIGITS.search(low) is not None,
         CAPITALS.subn("", text[:400])[1] / (min(len(text), 400) + 1),
     ]
-    for i in (0, 1, 2, 3, 4, 6, 8, 9):
-        values[i] = log1p(values[i])
+    values.extend(asked_amounts(low))
+    for phrase in PHRASES.values():
+        values.append(phrase.search(low) is not None)
+    return values
+
+
+def asked_amounts(low: str) -> list[float]:
+    """log(1 + the largest amount of each of UNITS that a lower-case text asks for), 0 for none."""
     asked = dict.fromkeys(UNITS, 0.0)
     for match in ASKED.finditer(low):
-        number = match.group(1)
-        value = NUMBERS.get(number) or int(number)
-        asked[match.lastgroup] = max(asked[match.lastgroup], log1p(value))
-    return [
-        *values,
-        *asked.values(),
-        *(any(p in low for p in phrases) for phrases in PHRASES.values()),
-    ]
+        number, unit = match.group(1), match.lastgroup
+        if unit:
+            value = NUMBERS.get(number) or int(number)
+            asked[unit] = max(asked[unit], log1p(value))
+    return list(asked.values())

@@ -16,14 +16,20 @@ import numpy as np
 from chatglm.families import FAMILIES
 from finetune.distributed import rank, say
 from finetune.files import CACHE_GB, cache_arrays, put_in_place, read_arrays, sha256, writing
-from predictor.backbones import BACKBONES, Backbone, Encoder
+from predictor.backbones import (
+    BACKBONES,
+    Backbone,
+    ChatGLMBackbone,
+    EncoderBackbone,
+    NoBackbone,
+)
 from predictor.config import PredictorConfig
 from predictor.decoder import CARD, FOLDS, Decoder, fold_of, read_card, write_card
-from predictor.heads import make_head
+from predictor.heads import Head, make_head
 from predictor.kernel import Kernel, KernelHead
 from predictor.labels import language
-from predictor.lengths import LengthRows, load_lengths, served_card
-from predictor.lexical import Bag, Lexical, crossed, plain
+from predictor.lengths import Labels, LengthRows, load_lengths, served_card
+from predictor.lexical import Bag, Lexical, cross_fitted, cues_alone
 from predictor.scorers import (
     HEAD_FILE,
     FrozenScorer,
@@ -35,7 +41,6 @@ from predictor.scores import metrics_of
 
 if TYPE_CHECKING:
     from chatglm.families import Family
-    from predictor.backbones import ChatGLM
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 SMALL_FILES = ("config.json", "tokenizer.json", "tokenizer.model", "vocab.txt")
@@ -72,15 +77,7 @@ def train_frozen(config: PredictorConfig) -> Path:
             written.
     """
     output = Path(config.output_dir or f"output-predictor-{config.backbone}-{config.head}")
-    if output.exists() and not (output / CARD).is_file() and any(output.iterdir()):
-        raise ValueError(
-            f"--output_dir {output} holds other things than a predictor; name another folder"
-        )
-    if (output / CARD).is_file() and not config.overwrite_output_dir:
-        raise ValueError(
-            f"--output_dir {output} already holds a predictor: "
-            "replace it with --overwrite_output_dir, or name another folder"
-        )
+    check_predictor_dir(output, overwrite=config.overwrite_output_dir)
     if rank() > 0:
         return output
     started = time.perf_counter()
@@ -94,11 +91,10 @@ def train_frozen(config: PredictorConfig) -> Path:
     config = rows.config
     say(rows.summary())
     backbone = make_backbone(config, family)
-    scorer, decoder, metrics = fit(config, rows, make_features(config, rows, backbone))
-    say(
-        f"trained in {time.perf_counter() - started:.0f} s; on prompts unseen in {FOLDS} folds: "
-        + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-    )
+    scorer, decoder, metrics = fit_predictor(config, rows, make_features(config, rows, backbone))
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    seconds = time.perf_counter() - started
+    say(f"trained in {seconds:.0f} s; on prompts unseen in {FOLDS} folds: {figures}")
     backbone_card = {"name": config.backbone, **asdict(backbone)}
     if config.backbone == "encoder":
         backbone_card["encoder_path"] = ""  # the encoder lies in the folder
@@ -114,18 +110,39 @@ def train_frozen(config: PredictorConfig) -> Path:
     return output
 
 
+def check_predictor_dir(output: Path, *, overwrite: bool) -> None:
+    """Raises ValueError where the folder is in use."""
+    if output.exists() and not (output / CARD).is_file() and any(output.iterdir()):
+        raise ValueError(
+            f"--output_dir {output} holds other things than a predictor; name another folder"
+        )
+    if (output / CARD).is_file() and not overwrite:
+        raise ValueError(
+            f"--output_dir {output} already holds a predictor: "
+            "replace it with --overwrite_output_dir, or name another folder"
+        )
+
+
 def make_backbone(config: PredictorConfig, family: "Family | None") -> Backbone:
     """The backbone of --backbone; `family`: the served model's, needed for chatglm."""
+    longest = longest_prompt(config)
     if config.backbone == "encoder":
-        knobs = {"encoder_path": config.encoder_path, "layers": config.layers}
-    elif config.backbone == "chatglm":
-        knobs = {"mode": family and family.name, "share_prefix": config.share_prefix}
-    else:
-        return BACKBONES[config.backbone]()
-    return BACKBONES[config.backbone](max_src_len=config.max_src_len, **knobs)
+        return EncoderBackbone(config.encoder_path, longest, config.layers)
+    if config.backbone == "chatglm":
+        if family is None:
+            raise ValueError("--backbone chatglm needs --model_name_or_path")
+        return ChatGLMBackbone(family.name, longest, config.share_prefix)
+    return BACKBONES[config.backbone]()
 
 
-def fit(
+def longest_prompt(config: PredictorConfig) -> int:
+    """--max_src_len, which PredictorConfig fills in."""
+    if config.max_src_len is None:
+        raise ValueError("--max_src_len is not set")
+    return config.max_src_len
+
+
+def fit_predictor(
     config: PredictorConfig, rows: LengthRows, features: Features
 ) -> tuple[FrozenScorer, Decoder, dict[str, float]]:
     """(scorer, decoder, metrics on unseen prompts).
@@ -133,41 +150,61 @@ def fit(
     The decoder is fitted to outputs for prompts unseen by the head: FOLDS heads, each fitted to all
     folds but one.
     """
-    lengths, own, folds = rows.train, own_prompts(rows), fold_of(rows.groups)
+    lengths, own = rows.train, own_prompts(rows)
     head = make_head(config)
     learnt = lengths.condensed(rows.own, config.other_models_weight)
-    matrix, held = features.matrix, folds[own]
-    prompt, tokens, finished, weights = lengths.of_model(rows.own)
-    place = np.searchsorted(own, prompt)
+    matrix, fold = features.matrix, fold_of(rows.groups)[own]
 
     def fit_on(chosen: np.ndarray) -> KernelHead:
-        kernel = Kernel.fit(
-            matrix[chosen],
-            features.sizes,
-            features.weights,
-            landmarks=config.landmarks,
-            seed=config.seed,
-        )
-        inside = np.isin(learnt.prompt, own[chosen])
-        labels = learnt.tokens[inside], learnt.finished[inside], learnt.weights[inside]
-        return KernelHead.fit(
-            kernel,
-            head,
-            matrix[chosen],
-            *labels,
-            np.searchsorted(own[chosen], learnt.prompt[inside]),
-            ridge=config.head_ridge,
-        )
+        return fit_kernel_head(config, head, features, matrix, learnt, own, chosen)
 
     outputs = np.zeros((len(own), head.width))
-    for fold in range(FOLDS):
-        if (held == fold).any():
-            outputs[held == fold] = fit_on(np.flatnonzero(held != fold))(matrix[held == fold])
+    for k in np.unique(fold):
+        held = fold == k
+        outputs[held] = fit_on(np.flatnonzero(~held))(matrix[held])
+    prompt, tokens, finished, weights = lengths.of_model(rows.own)
+    place = np.searchsorted(own, prompt)
     decoder = Decoder.fit(head, outputs[place], tokens, finished, weights, prompt)
     probabilities, ranks = decoder.decode(outputs[place])
     metrics = metrics_of(probabilities, decoder.edges, ranks, tokens, finished)
     top = fit_on(np.arange(len(own)))
     return FrozenScorer(None, features.earlier, features.lexical, top), decoder, metrics
+
+
+def fit_kernel_head(
+    config: PredictorConfig,
+    head: Head,
+    features: Features,
+    matrix: np.ndarray,
+    labels: Labels,
+    own: np.ndarray,
+    chosen: np.ndarray,
+) -> KernelHead:
+    """The kernel head of some of the prompts.
+
+    Args:
+        matrix: (len(own), D) features of the prompts whose numbers are `own`, ascending.
+        labels: of prompts by these numbers.
+        chosen: rows of `matrix` to fit to.
+    """
+    kernel = Kernel.fit(
+        matrix[chosen],
+        features.sizes,
+        features.weights,
+        landmarks=config.landmarks,
+        seed=config.seed,
+    )
+    inside = np.isin(labels.prompt, own[chosen])
+    return KernelHead.fit(
+        kernel,
+        head,
+        matrix[chosen],
+        labels.tokens[inside],
+        labels.finished[inside],
+        labels.weights[inside],
+        np.searchsorted(own[chosen], labels.prompt[inside]),
+        ridge=config.head_ridge,
+    )
 
 
 def own_prompts(rows: LengthRows) -> np.ndarray:
@@ -190,10 +227,10 @@ def own_prompts(rows: LengthRows) -> np.ndarray:
 def make_features(config: PredictorConfig, rows: LengthRows, backbone: Backbone) -> Features:
     """Features of the prompts of `own_prompts`, none of which uses the prompt's own lengths."""
     own = own_prompts(rows)
-    if config.backbone == "lexical":
+    if isinstance(backbone, NoBackbone):
         return lexical_features(config, rows, own)
     prompts = [rows.train.prompts[i] for i in own]
-    if config.backbone == "encoder":
+    if isinstance(backbone, EncoderBackbone):
         return encoder_features(config, backbone, prompts)
     vectors = vectors_of(
         backbone, config.model_name_or_path, prompts, config.data_cache, config.data_cache_gb
@@ -201,10 +238,12 @@ def make_features(config: PredictorConfig, rows: LengthRows, backbone: Backbone)
     return Features([vectors], (1.0,), None, None)
 
 
-def encoder_features(config: PredictorConfig, backbone: Encoder, prompts: list[str]) -> Features:
+def encoder_features(
+    config: PredictorConfig, backbone: EncoderBackbone, prompts: list[str]
+) -> Features:
     """A block for each layer, for the encoder's own head where it has one, and for the cues."""
     vectors, earlier = teacher_of(config, backbone, prompts)
-    lexical = plain(prompts)
+    lexical = cues_alone(prompts)
     width = vectors.shape[1] // max(1, len(backbone.layers))
     blocks = [vectors[:, i : i + width] for i in range(0, vectors.shape[1], width)]
     if earlier:
@@ -218,8 +257,10 @@ def lexical_features(config: PredictorConfig, rows: LengthRows, own: np.ndarray)
     prompts, folds = rows.train.prompts, fold_of(rows.groups)
     bag = Bag.of(prompts, bits=config.hash_bits)
     if config.encoder_path:
-        is_read = [config.encoder_language in ("all", language(p)) for p in prompts]
-        read = np.flatnonzero(is_read)
+        read = np.arange(len(prompts))
+        if config.encoder_language != "all":
+            languages = np.array(list(map(language, prompts)))
+            read = np.flatnonzero(languages == config.encoder_language)
         targets = teacher_targets(config, [prompts[i] for i in read])
         weights = (1.0, 0.5)
     else:
@@ -228,12 +269,12 @@ def lexical_features(config: PredictorConfig, rows: LengthRows, own: np.ndarray)
         weights = (1.0, 1.0)
     # Cross-fitted even where targets are no lengths: a student that has seen a prompt's rare words
     # is more accurate on it than on a new prompt.
-    student, outputs = crossed(bag, targets, read, own, folds, ridge=config.student_ridge)
+    student, outputs = cross_fitted(bag, targets, read, own, folds, ridge=config.student_ridge)
     return Features([outputs, bag.hand[own]], weights, student, None)
 
 
 def vectors_of(
-    backbone: "Encoder | ChatGLM",
+    backbone: EncoderBackbone | ChatGLMBackbone,
     folder: str,
     prompts: list[str],
     cache: str = "",
@@ -253,7 +294,10 @@ def vectors_of(
         name = f"vectors-{folder_key(folder, asdict(backbone))}.safetensors"
         file = Path(cache).expanduser() / name
     known = read_vectors(file) if file else {}
-    new = {key: prompt for key, prompt in zip(keys, prompts) if key not in known}
+    new = {}
+    for key, prompt in zip(keys, prompts):
+        if key not in known:
+            new[key] = prompt
     if new:
         vectors = compute_vectors(backbone, folder, list(new.values()))
         known |= dict(zip(new, vectors.astype(np.float32)))
@@ -262,7 +306,9 @@ def vectors_of(
     return np.stack([known[key] for key in keys])
 
 
-def compute_vectors(backbone: "Encoder | ChatGLM", folder: str, prompts: list[str]) -> np.ndarray:
+def compute_vectors(
+    backbone: EncoderBackbone | ChatGLMBackbone, folder: str, prompts: list[str]
+) -> np.ndarray:
     """(N, D) vectors of a backbone, on a GPU in bfloat16 where there is one."""
     import torch
 
@@ -270,7 +316,8 @@ def compute_vectors(backbone: "Encoder | ChatGLM", folder: str, prompts: list[st
     device, dtype = "cpu", torch.float32
     if torch.cuda.is_available():
         device, dtype = "cuda", torch.bfloat16
-    model = backbone.load_model(dtype, {}, folder).to(device).eval()
+    model: torch.nn.Module = backbone.load_model(dtype, {}, folder)
+    model.to(device).eval()
     rows = [backbone.encode(tokenizer, prompt) for prompt in prompts]
     return encode_all(backbone, model, tokenizer, rows, progress=True)
 
@@ -298,7 +345,7 @@ def write_vectors(file: Path, vectors: dict[str, np.ndarray], limit_gb: float = 
 
 
 def teacher_of(
-    config: PredictorConfig, backbone: Encoder, prompts: list[str]
+    config: PredictorConfig, backbone: EncoderBackbone, prompts: list[str]
 ) -> tuple[np.ndarray, LinearScorer | None]:
     """(vectors of the encoder, its linear layers).
 
@@ -324,7 +371,7 @@ def teacher_targets(config: PredictorConfig, prompts: list[str]) -> np.ndarray:
     layers = config.layers
     if not layers and (folder / CARD).is_file():
         layers = tuple(read_card(folder)["backbone"].get("layers", ()))
-    backbone = Encoder(config.encoder_path, config.max_src_len, layers)
+    backbone = EncoderBackbone(config.encoder_path, longest_prompt(config), layers)
     vectors, earlier = teacher_of(config, backbone, prompts)
     parts = []
     if earlier:
@@ -365,7 +412,7 @@ def fill_folder(
     scorer.top.save(aside)
     if scorer.lexical:
         scorer.lexical.save(aside)
-    if config.backbone == "encoder":
+    if isinstance(backbone, EncoderBackbone):
         import torch
 
         backbone.load_model(torch.float32, {}).save_pretrained(str(aside))

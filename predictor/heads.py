@@ -8,12 +8,12 @@ torch where its backbone does.
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
 from predictor.calibration import ScoreScale, fit_temperature
-from predictor.prediction import class_of, log_middles, make_edges
+from predictor.prediction import bins_of_lengths, log_middles, make_edges
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,11 @@ Reader = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 class Head(Protocol):
     """An entry of HEADS."""
 
-    length_limit: int
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def length_limit(self) -> int:
+        """The longest possible answer in tokens."""
 
     @property
     def width(self) -> int:
@@ -64,7 +68,9 @@ class Head(Protocol):
 class HeadConfig(Protocol):
     """Flags that make a head: `head` and the fields of its class."""
 
-    head: str
+    @property
+    def head(self) -> str:
+        """A key of HEADS."""
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -73,7 +79,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=1, keepdims=True)
 
 
-def wide(outputs: "Tensor") -> "Tensor":
+def at_least_float32(outputs: "Tensor") -> "Tensor":
     """A tensor in float32 or wider: half precision is widened, float64 stays (for L-BFGS)."""
     return outputs if outputs.dtype.itemsize > 4 else outputs.float()
 
@@ -85,6 +91,11 @@ class ClassHead:
     length_limit: int
 
     @property
+    def edges(self) -> np.ndarray:
+        """(width + 1,) tokens, ascending from 0 to length_limit."""
+        raise NotImplementedError
+
+    @property
     def width(self) -> int:
         return len(self.edges) - 1
 
@@ -92,7 +103,7 @@ class ClassHead:
         self, outputs: np.ndarray, tokens: np.ndarray, finished: np.ndarray, weights: np.ndarray
     ) -> dict:
         """{"temperature"}: that of least log loss; see Head.fit."""
-        first = class_of(self.edges, tokens)
+        first = bins_of_lengths(self.edges, tokens)
         classes = np.arange(self.width)[None]
         beyond = classes >= first[:, None]  # a cut answer is at least that long
         mask = np.where(finished[:, None], classes == first[:, None], beyond)
@@ -108,13 +119,13 @@ class ClassHead:
 
         def read(outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             own = softmax(outputs / settings["temperature"])
-            return spread(own, self.edges, edges), own @ log_middles(self.edges)
+            return rebin(own, self.edges, edges), own @ log_middles(self.edges)
 
         return read
 
     def starting_bias(self, tokens: np.ndarray) -> np.ndarray:
         """(width,): the classes' log frequencies, so that training begins at a constant's loss."""
-        counts = np.bincount(class_of(self.edges, tokens), minlength=self.width) + 0.5
+        counts = np.bincount(bins_of_lengths(self.edges, tokens), minlength=self.width) + 0.5
         return np.log(counts / counts.sum())
 
 
@@ -147,7 +158,7 @@ class Distribution(ClassHead):
         import torch
 
         edges = torch.as_tensor(self.edges, dtype=torch.float32, device=outputs.device)
-        log_p = wide(outputs).log_softmax(dim=1)
+        log_p = at_least_float32(outputs).log_softmax(dim=1)
         # The soft label's cumulative distribution: a normal in log length, label_width bins wide.
         inner = torch.log1p(edges[1:-1])
         sigma = 1.0
@@ -195,7 +206,7 @@ class Bucket(ClassHead):
         import torch
 
         edges = torch.as_tensor(self.edges, dtype=torch.float32, device=outputs.device)
-        log_p = wide(outputs).log_softmax(dim=1)
+        log_p = at_least_float32(outputs).log_softmax(dim=1)
         first = (torch.searchsorted(edges, tokens.float(), right=True) - 1).clamp(0, self.width - 1)
         classes = torch.arange(self.width, device=outputs.device)
         mask = torch.where(finished[:, None], classes == first[:, None], classes >= first[:, None])
@@ -249,7 +260,7 @@ class Regression(ScoreHead):
         """The loss summed over M labels; see Head.loss."""
         import torch
 
-        error = wide(outputs[:, 0]) - torch.log1p(tokens.float())
+        error = at_least_float32(outputs[:, 0]) - torch.log1p(tokens.float())
         return (weights * torch.where(finished, error, error.clamp_max(0)) ** 2).sum()
 
     def starting_bias(self, tokens: np.ndarray) -> np.ndarray:
@@ -280,7 +291,7 @@ class Ranking(ScoreHead):
         """The loss summed over M labels; see Head.loss."""
         import torch
 
-        scores = wide(outputs[:, 0])
+        scores = at_least_float32(outputs[:, 0])
         same_model = owners[:, None] == owners[None]
         longer = (tokens[:, None] > tokens[None]) & same_model & finished[None]
         if self.ranking_loss == "pairwise":
@@ -296,13 +307,13 @@ class Ranking(ScoreHead):
         return np.zeros(1)
 
 
-def spread(probabilities: np.ndarray, own: np.ndarray, edges: np.ndarray) -> np.ndarray:
+def rebin(probabilities: np.ndarray, own: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """(N, k) masses over `own` edges -> (N, K) over `edges`; mass is even inside a class."""
     if len(own) == len(edges) and np.array_equal(own, edges):
         return probabilities
     nothing = np.zeros((len(probabilities), 1))
     total = np.concatenate([nothing, np.cumsum(probabilities, axis=1)], axis=1)
-    k = class_of(own, edges)
+    k = bins_of_lengths(own, edges)
     share = np.clip((edges - own[k]) / (own[k + 1] - own[k]), 0, 1)
     return np.diff(total[:, k] + share * (total[:, k + 1] - total[:, k]), axis=1)
 

@@ -6,7 +6,7 @@ numpy to predict, torch to fit.
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -59,14 +59,11 @@ class Kernel:
         rows = ((vectors - center) / spread)[np.sort(chosen)].astype(np.float32)
         scales = []
         for start, size in zip(np.cumsum((0, *sizes[:-1])), sizes):
-            block = rows[:, start : start + size]
-            between = squared_distances(block, block)[np.triu_indices(len(rows), 1)]
-            scale = float(np.median(between)) if len(between) else 1.0
-            scales.append(scale or 1.0)
+            scales.append(median_distance(rows[:, start : start + size]))
         total = sum(block_weights)
         return cls(
             tuple(sizes),
-            tuple(w / total for w in block_weights),
+            tuple(weight / total for weight in block_weights),
             center.astype(np.float32),
             spread.astype(np.float32),
             tuple(scales),
@@ -122,6 +119,12 @@ def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.maximum((a * a).sum(axis=1)[:, None] + (b * b).sum(axis=1)[None] - 2 * (a @ b.T), 0)
 
 
+def median_distance(rows: np.ndarray) -> float:
+    """The median of the squared distances between rows (N, D); 1 where it would be 0."""
+    between = squared_distances(rows, rows)[np.triu_indices(len(rows), 1)]
+    return (float(np.median(between)) if len(between) else 1.0) or 1.0
+
+
 @dataclass(frozen=True)
 class KernelHead:
     """Outputs = k(x, landmarks) @ weight + bias: weight (R, width), bias (width,)."""
@@ -149,10 +152,9 @@ class KernelHead:
             "block_weights": np.array(kernel.block_weights),
             "scales": np.array(kernel.scales),
         }
-        save_file(
-            {name: np.ascontiguousarray(value) for name, value in arrays.items()},
-            Path(folder) / FILE,
-        )
+        for name, value in arrays.items():
+            arrays[name] = np.ascontiguousarray(value)
+        save_file(arrays, Path(folder) / FILE)
 
     @classmethod
     def load(cls, folder: Path) -> "KernelHead":
@@ -163,11 +165,10 @@ class KernelHead:
         try:
             arrays = load_file(Path(folder) / FILE)
             weight, bias = arrays.pop("weight"), arrays.pop("bias")
-            lists = {
-                name: tuple(arrays.pop(name).tolist())
-                for name in ("sizes", "block_weights", "scales")
-            }
-            return cls(Kernel(**lists, **arrays), weight, bias)
+            fields: dict[str, Any] = dict(arrays)  # of a Kernel; another key is a TypeError
+            for name in ("sizes", "block_weights", "scales"):
+                fields[name] = tuple(fields[name].tolist())
+            return cls(Kernel(**fields), weight, bias)
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             raise ValueError(f"{Path(folder) / FILE}: cannot be read ({error})") from None
 
@@ -196,38 +197,66 @@ class KernelHead:
             start: a head of the same kernel; f is the difference from it, so that few new labels
                 change it little.
         """
-        import torch
-
-        to_flat, at = kernel.basis, kernel(vectors).astype(np.float64)
-        flat = torch.from_numpy(at @ to_flat)
-        labels = [torch.as_tensor(x) for x in (tokens, finished, weights)]
-        prompt = torch.as_tensor(prompt)
-        owners = torch.zeros(len(tokens), dtype=torch.long)
+        at = kernel(vectors).astype(np.float64)
+        earlier = None
         if start is None:
-            first_weight, first_outputs = 0, 0
-            first_bias = head.starting_bias(np.asarray(tokens))
+            bias = head.starting_bias(np.asarray(tokens))
         else:
-            first_weight, first_outputs = start.weight, torch.from_numpy(at @ start.weight)
-            first_bias = start.bias.astype(np.float64)
-        inner = torch.zeros(flat.shape[1], len(first_bias), dtype=torch.float64, requires_grad=True)
-        bias = torch.tensor(first_bias, dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.LBFGS(
-            [inner, bias],
-            max_iter=200,
-            history_size=20,
-            line_search_fn="strong_wolfe",
-            tolerance_grad=1e-6,
+            bias = start.bias.astype(np.float64)
+            earlier = at @ start.weight
+        inner, bias = fit_in_basis(
+            head, at @ kernel.basis, (tokens, finished, weights), prompt, ridge, bias, earlier
         )
+        weight = kernel.basis @ inner
+        if start is not None:
+            weight = weight + start.weight
+        return cls(kernel, weight.astype(np.float32), bias.astype(np.float32))
 
-        def closure():
-            optimizer.zero_grad()
-            outputs = (first_outputs + flat @ inner + bias)[prompt]
-            loss = head.loss(outputs, *labels, owners) + ridge * (inner**2).sum()
-            if start is not None:
-                loss = loss + ridge * ((bias - torch.from_numpy(first_bias)) ** 2).sum()
-            loss.backward()
-            return loss
 
-        optimizer.step(closure)
-        weight = to_flat @ inner.detach().numpy() + first_weight
-        return cls(kernel, weight.astype(np.float32), bias.detach().numpy().astype(np.float32))
+def fit_in_basis(
+    head: "Head",
+    inputs: np.ndarray,
+    labels: tuple[np.ndarray, np.ndarray, np.ndarray],
+    prompt: np.ndarray,
+    ridge: float,
+    first_bias: np.ndarray,
+    earlier: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(weight (r, width), bias (width,)) that minimise the head's loss + ridge * |weight|^2.
+
+    Args:
+        inputs: (n, r) of n prompts.
+        labels: tokens, finished, weights (M,); prompt: (M,) the prompt of each.
+        first_bias: (width,) to start from.
+        earlier: (n, width) outputs that are added; with them the ridge also holds the bias near
+            `first_bias`.
+    """
+    import torch
+
+    flat = torch.from_numpy(inputs)
+    tokens, finished, weights = map(torch.as_tensor, labels)
+    chosen = torch.as_tensor(prompt)
+    owners = torch.zeros(len(tokens), dtype=torch.long)
+    start_bias = torch.tensor(first_bias, dtype=torch.float64)
+    inner = torch.zeros(flat.shape[1], len(first_bias), dtype=torch.float64, requires_grad=True)
+    bias = start_bias.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [inner, bias],
+        max_iter=200,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=1e-6,
+    )
+    added = torch.from_numpy(earlier) if earlier is not None else torch.zeros(())
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        outputs = (added + flat @ inner + bias)[chosen]
+        loss = head.loss(outputs, tokens, finished, weights, owners) + ridge * (inner**2).sum()
+        if earlier is not None:
+            loss = loss + ridge * ((bias - start_bias) ** 2).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return inner.detach().numpy(), bias.detach().numpy()

@@ -10,7 +10,7 @@ import logging
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -27,11 +27,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Key of the prompt -> key of its answer, the first that a row has.
+PROMPT_KEYS = {"prompt": "response", "instruction": "output", "text": "answer"}
 OPTIONAL = ("finished", "served_model", "source")  # null in them counts as absent
 LONGEST = 10_000_000  # tokens; a longer answer is a mistake in the data
 WANTED = "wanted prompt (or instruction, input) and output_tokens, or a prompt and its answer"
 SHINGLE = 5  # characters
 HASHES = 64  # MinHash values of a text
+CHINESE = re.compile("[\u3400-\u9fff]")
 CHECKPOINT = re.compile(r"epoch-\d+-step-\d+")  # name of a run's checkpoint
 BUCKET = 256  # leaders in one bucket
 VERIFIED = 8  # candidates of a text whose shingles are compared
@@ -50,7 +53,7 @@ class Label:
 
 
 @dataclass(frozen=True)
-class Example:
+class LabelledPrompt:
     """A prompt and the lengths of its answers.
 
     `place` is "file:line" of its first row, for messages.
@@ -63,13 +66,13 @@ class Example:
 
 
 def read_examples(
-    paths: str | Path | list[str | Path],
+    paths: str | Path | Sequence[str | Path],
     *,
     served_model: str,
     count: Callable[[str], int] | None = None,
     on_bad_row: str = "error",
     limit: int | None = None,
-) -> tuple[list[Example], int]:
+) -> tuple[list[LabelledPrompt], int]:
     """(examples by first appearance, number of bad rows skipped) of JSON-lines files or JSON lists.
 
     Files may be .gz. A row is measured ({prompt} or {instruction, input}, with output_tokens and
@@ -84,31 +87,45 @@ def read_examples(
     Raises:
         BadRow: the first bad row, with on_bad_row "error"; or there is no good row.
     """
-    examples: dict[str, Example] = {}
+    examples: dict[str, LabelledPrompt] = {}
     rows = bad = 0
     paths = [paths] if isinstance(paths, (str, Path)) else paths
-    for path in map(Path, paths):
-        for place, item in read_json_items(path):
-            if rows == limit:
-                break
-            try:
-                if isinstance(item, BadRow):
-                    raise item
-                example = parse_example(item, place, served_model, count, path.name)
-            except BadRow:
-                if on_bad_row == "error":
-                    raise
-                bad += 1
-                continue
-            rows += 1
-            earlier = examples.get(example.prompt)
-            if earlier:
-                example = replace(earlier, labels=earlier.labels + example.labels)
-            examples[example.prompt] = example
+    for place, item, source in read_label_items(paths):
+        if rows == limit:
+            break
+        try:
+            if isinstance(item, BadRow):
+                raise item
+            example = parse_example(item, place, served_model, count, source)
+        except BadRow:
+            if on_bad_row == "error":
+                raise
+            bad += 1
+            continue
+        rows += 1
+        earlier = examples.get(example.prompt)
+        if earlier:
+            example = replace(earlier, labels=earlier.labels + example.labels)
+        examples[example.prompt] = example
     if not examples:
         skipped = f" ({bad} bad ones skipped)" if bad else ""
         raise BadRow(f"{', '.join(map(str, paths))}: no rows{skipped}")
     return list(examples.values()), bad
+
+
+def read_label_items(paths: Sequence[str | Path]) -> Iterator[tuple[str, Any, str]]:
+    """(place, JSON value or BadRow, name of the file) of each item of the files, in order."""
+    for path in map(Path, paths):
+        for place, item in read_json_items(path):
+            yield place, item, path.name
+
+
+def first_key(item: dict, keys: Iterable[str]) -> str | None:
+    """The first of `keys` that an item has."""
+    for key in keys:
+        if key in item:
+            return key
+    return None
 
 
 def parse_prompt(item: Any, place: str) -> str:
@@ -119,7 +136,7 @@ def parse_prompt(item: Any, place: str) -> str:
     """
     if not isinstance(item, dict):
         raise BadRow(f"{place}: wanted an object, got {type(item).__name__}")
-    key = next((key for key in ("prompt", "instruction", "text") if key in item), None)
+    key = first_key(item, PROMPT_KEYS)
     if key is None:
         raise BadRow(f'{place}: no key "prompt"; {WANTED}')
     parts = {key: item[key]}
@@ -135,8 +152,8 @@ def parse_prompt(item: Any, place: str) -> str:
 
 def parse_example(
     item: Any, place: str, served_model: str, count: Callable[[str], int] | None, source: str
-) -> Example:
-    """The Example of one row.
+) -> LabelledPrompt:
+    """The LabelledPrompt of one row.
 
     Args:
         item: a JSON value; place: its "file:line".
@@ -146,7 +163,10 @@ def parse_example(
         BadRow: naming what was wanted, what came, and where.
     """
     prompt = parse_prompt(item, place)
-    item = {k: v for k, v in item.items() if not (k in OPTIONAL and is_missing(v))}
+    item = dict(item)
+    for key in OPTIONAL:
+        if key in item and is_missing(item[key]):
+            del item[key]
     served_model = checked(
         item.get("served_model", served_model), str, "served_model", "text", place
     )
@@ -156,19 +176,20 @@ def parse_example(
     if "output_tokens" in item:
         tokens = [checked(item["output_tokens"], int, "output_tokens", wanted, place)]
     else:
-        tokens = count_answers(item, prompt, place, count)
+        tokens = count_answer_tokens(item, prompt, place, count)
+    labels = []
     for n in tokens:
         if not 0 <= n <= LONGEST:
             raise BadRow(f'{place}: "output_tokens" must be {wanted}, got {n}')
-    return Example(prompt, tuple(Label(n, served_model, finished) for n in tokens), source, place)
+        labels.append(Label(n, served_model, finished))
+    return LabelledPrompt(prompt, tuple(labels), source, place)
 
 
-def count_answers(
+def count_answer_tokens(
     item: dict, prompt: str, place: str, count: Callable[[str], int] | None
 ) -> list[int]:
     """Tokens of each answer in a row without output_tokens. Raises BadRow where it has none."""
-    keys = {"prompt": "response", "instruction": "output", "text": "answer"}
-    key = keys[next(key for key in keys if key in item)]
+    key = PROMPT_KEYS[first_key(item, PROMPT_KEYS) or "prompt"]
     if key not in item:
         raise BadRow(f'{place}: no "output_tokens" and no "{key}"; {WANTED}')
     if count is None:
@@ -176,12 +197,11 @@ def count_answers(
             f'{place}: no "output_tokens"; counting the answer wants the served model\'s tokenizer'
         )
     answers = parse_row({"instruction": prompt, "output": item[key]}, place).answers
-    return [count(answer) for answer in answers]
+    return list(map(count, answers))
 
 
 def checked(value: Any, kind: type, key: str, wanted: str, place: str) -> Any:
     """The value, if its type is exactly `kind` (a bool is no int); raises BadRow otherwise."""
-    """The value, if it is of the kind (a bool is no number); raises BadRow otherwise."""
     if type(value) is not kind:
         raise BadRow(
             f'{place}: "{key}" must be {wanted}, got {json.dumps(value, ensure_ascii=True)[:60]}'
@@ -221,7 +241,7 @@ def make_counter(tokenizer: "PreTrainedTokenizerBase") -> Callable[[str], int]:
 
 def language(prompt: str) -> str:
     """ "zh" where more than a tenth of the characters are Chinese, else "en"."""
-    chinese = sum("\u3400" <= c <= "\u9fff" for c in prompt)
+    chinese = len(CHINESE.findall(prompt))
     return "zh" if chinese > 0.1 * len(prompt) else "en"
 
 
@@ -254,9 +274,9 @@ def group_prompts(prompts: list[str], *, threshold: float = 0.8) -> np.ndarray:
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be above 0 and at most 1; got {threshold}")
     texts, of_prompt = np.unique(
-        np.array([normalise(prompt) for prompt in prompts], object), return_inverse=True
+        np.array(list(map(normalise, prompts)), object), return_inverse=True
     )
-    leaders = lead(list(texts), threshold) if len(texts) > 1 else np.zeros(len(texts), int)
+    leaders = group_leaders(list(texts), threshold) if len(texts) > 1 else np.zeros(len(texts), int)
     largest = np.bincount(leaders).max(initial=0)
     if len(texts) >= 20 and largest > len(texts) / 4:
         log.warning(
@@ -269,7 +289,7 @@ def group_prompts(prompts: list[str], *, threshold: float = 0.8) -> np.ndarray:
     return first[group]
 
 
-def lead(texts: list[str], threshold: float) -> np.ndarray:
+def group_leaders(texts: list[str], threshold: float) -> np.ndarray:
     """(T,): the number of each text's leader, its own where it leads; a leader comes first.
 
     Texts are distinct. Only the first 256 leaders of a bucket are candidates, and of a text's
@@ -340,7 +360,7 @@ def most_similar(
     order = np.argsort(-equal, kind="stable")[:VERIFIED]
     # 0.2 below the threshold is about four standard errors of the estimated similarity.
     least = (threshold - 0.2) * HASHES
-    return [candidates[k] for k in order if equal[k] >= least]
+    return np.asarray(candidates)[order[equal[order] >= least]].tolist()
 
 
 def shingle_hashes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -355,7 +375,7 @@ def shingle_hashes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     hashes = np.zeros(windows, np.uint64)
     for k in range(SHINGLE):
         hashes = mix(hashes + codes[k : windows + k])
-    counts = np.array([len(text) - SHINGLE + 1 for text in padded])
+    counts = np.array(list(map(len, padded)), int) - SHINGLE + 1
     # Windows that reach into the next text are left out.
     inside = np.arange(counts.sum()) + np.repeat((SHINGLE - 1) * np.arange(len(texts)), counts)
     return hashes[inside], np.cumsum(counts) - counts
@@ -380,34 +400,39 @@ def split(
     """
     if not shares or min(shares.values()) < 0 or not sum(shares.values()) <= 1 + 1e-9:
         raise ValueError(f"shares must be from 0 to 1, 1 in all at most; got {shares}")
-    smallest: dict[int, str] = {}
-    for group, text in zip(groups.tolist(), map(normalise, prompts)):
-        smallest[group] = min(text, smallest.get(group, text))
-    names = list(shares)
+    draws = group_draws(groups, prompts, salt)
     # The first name gets the hashes above all others' bounds, so that the others' prompts do not
     # depend on its share.
-    bounds = np.cumsum([shares[name] for name in names[1:]] + [np.inf])
-    side = {}
-    for group, text in smallest.items():
-        digest = hashlib.sha256(f"{salt}\n{text}".encode("utf-8", "surrogatepass")).digest()
-        draw = int.from_bytes(digest[:8], "big") / 2**64
-        side[group] = int(np.searchsorted(bounds, draw, side="right"))
-    chosen = (np.array([side[group] for group in groups.tolist()], int) + 1) % len(names)
-    parts = {name: np.flatnonzero(chosen == n) for n, name in enumerate(names)}
-    empty = [name for name in names if not len(parts[name])]
+    bounds = np.cumsum([*list(shares.values())[1:], np.inf])
+    drawn = np.array(list(map(draws.__getitem__, groups.tolist())), float)
+    chosen = (np.searchsorted(bounds, drawn, side="right") + 1) % len(shares)
+    parts = {name: np.flatnonzero(chosen == n) for n, name in enumerate(shares)}
+    empty = [name for name, part in parts.items() if not len(part)]
     if empty:
         sizes = ", ".join(f"{name} {len(part)}" for name, part in parts.items())
         raise ValueError(
-            f"{len(prompts)} prompts in {len(side)} groups leave nothing for {empty[0]} "
+            f"{len(prompts)} prompts in {len(draws)} groups leave nothing for {empty[0]} "
             f"of {shares} ({sizes})"
         )
     return parts
 
 
-def data_hash(examples: list[Example]) -> str:
+def group_draws(groups: np.ndarray, prompts: list[str], salt: str) -> dict[int, float]:
+    """{group: a number in [0, 1) from a hash of its smallest normalised text}."""
+    smallest: dict[int, str] = {}
+    for group, text in zip(groups.tolist(), map(normalise, prompts)):
+        smallest[group] = min(text, smallest.get(group, text))
+    draws = {}
+    for group, text in smallest.items():
+        digest = hashlib.sha256(f"{salt}\n{text}".encode("utf-8", "surrogatepass")).digest()
+        draws[group] = int.from_bytes(digest[:8], "big") / 2**64
+    return draws
+
+
+def data_hash(examples: list[LabelledPrompt]) -> str:
     """sha256 over prompts and labels, whatever their order; sources and places do not count."""
-    rows = [
-        [e.prompt, sorted([x.served_model, x.tokens, x.finished] for x in e.labels)]
-        for e in examples
-    ]
+    rows = []
+    for example in examples:
+        labels = [[x.served_model, x.tokens, x.finished] for x in example.labels]
+        rows.append([example.prompt, sorted(labels)])
     return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()

@@ -1,8 +1,8 @@
 """The rows a predictor is trained on, split and laid out as arrays."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from predictor.config import PredictorConfig
 from predictor.decoder import tokenizer_hash
 from predictor.labels import (
     LONGEST,
-    Example,
+    LabelledPrompt,
     data_hash,
     group_prompts,
     make_counter,
@@ -58,7 +58,7 @@ class Lengths:
     @classmethod
     def of(
         cls,
-        examples: list[Example],
+        examples: list[LabelledPrompt],
         served_models: list[str],
         own: int,
         other_weight: float,
@@ -71,27 +71,22 @@ class Lengths:
             other_weight: share of a prompt's weight that lengths of other models have, where it has
                 lengths of both.
         """
-        counts = [len(e.labels) for e in examples]
-        labels = list(chain.from_iterable(e.labels for e in examples))
-        number = {name: i for i, name in enumerate(served_models)}
-        served = np.array([number[label.served_model] for label in labels], np.int64)
-        prompt = np.repeat(np.arange(len(examples)), counts)
-        mine = served == own
-        of_own = np.bincount(prompt, mine, minlength=len(examples))[prompt]
-        of_others = np.repeat(counts, counts) - of_own
-        share = np.where(
-            mine,
-            np.where(of_others > 0, 1 - other_weight, 1.0),
-            np.where(of_own > 0, other_weight, 1.0),
-        )
+        starts, models, tokens, finished = [0], [], [], []
+        for example in examples:
+            for label in example.labels:
+                models.append(label.served_model)
+                tokens.append(label.tokens)
+                finished.append(label.finished)
+            starts.append(len(tokens))
+        served = np.array(list(map(served_models.index, models)), np.int64)
         return cls(
-            [e.prompt for e in examples],
-            [e.place for e in examples],
-            np.concatenate([[0], np.cumsum(counts)]),
-            scale.apply(np.array([label.tokens for label in labels], float), served),
-            np.array([label.finished for label in labels], bool),
+            [example.prompt for example in examples],
+            [example.place for example in examples],
+            np.array(starts),
+            scale.apply(np.array(tokens, float), served),
+            np.array(finished, bool),
             served,
-            share / np.where(mine, of_own, of_others),
+            label_weights(np.diff(starts), served == own, other_weight),
             scale.limit,
         )
 
@@ -146,6 +141,25 @@ class Lengths:
         )
 
 
+def label_weights(counts: np.ndarray, mine: np.ndarray, other_weight: float) -> np.ndarray:
+    """(M,) weights of labels, summing to 1 over each prompt.
+
+    Args:
+        counts: (N,) labels of each prompt.
+        mine: (M,) whether a label is of the predicted model.
+        other_weight: share of a prompt's weight that other labels have, where it has both kinds.
+    """
+    prompt = np.repeat(np.arange(len(counts)), counts)
+    of_own = np.bincount(prompt, mine, minlength=len(counts))[prompt]
+    of_others = np.repeat(counts, counts) - of_own
+    share = np.where(
+        mine,
+        np.where(of_others > 0, 1 - other_weight, 1.0),
+        np.where(of_own > 0, other_weight, 1.0),
+    )
+    return share / np.where(mine, of_own, of_others)
+
+
 @dataclass(frozen=True)
 class Labels:
     """(M,) arrays: the prompt, tokens, finished and weight of each label."""
@@ -173,18 +187,22 @@ class Scale:
 
     @classmethod
     def fit(
-        cls, examples: list[Example], served_models: list[str], own: int, limit: int
+        cls, examples: list[LabelledPrompt], served_models: list[str], own: int, limit: int
     ) -> "Scale":
         """From training rows; a model with fewer than 20 lengths has the deviation of all."""
-        logs = {name: [] for name in served_models}
-        for e in examples:
-            for label in e.labels:
+        logs: dict[str, list[float]] = defaultdict(list)
+        for example in examples:
+            for label in example.labels:
                 logs[label.served_model].append(np.log1p(min(label.tokens, limit)))
-        every = np.concatenate([np.array(x) - np.mean(x) for x in logs.values() if x])
-        mean = np.array([np.mean(logs[name]) if logs[name] else 0.0 for name in served_models])
-        deviation = np.array(
-            [np.std(logs[name]) if len(logs[name]) >= 20 else every.std() for name in served_models]
-        )
+        mean, deviation = np.zeros(len(served_models)), np.full(len(served_models), np.nan)
+        differences = []
+        for i, name in enumerate(served_models):
+            if logs[name]:
+                mean[i] = np.mean(logs[name])
+                differences.append(np.array(logs[name]) - mean[i])
+            if len(logs[name]) >= 20:
+                deviation[i] = np.std(logs[name])
+        deviation[np.isnan(deviation)] = np.concatenate(differences).std()
         return cls(mean, np.maximum(deviation, 0.01), own, limit)
 
     def apply(self, tokens: np.ndarray, served: np.ndarray) -> np.ndarray:
@@ -217,9 +235,12 @@ class LengthRows:
 
     def summary(self) -> str:
         """One line for the log."""
-        sides = [side for side in (self.train, self.calibration) if side]
-        labels = sum(len(side.tokens) for side in sides)
-        cut = sum(int((~side.finished).sum()) for side in sides)
+        labels = cut = longest = 0
+        for side in (self.train, self.calibration):
+            if side:
+                labels += len(side.tokens)
+                cut += int((~side.finished).sum())
+                longest = max(longest, int(side.of_model(self.own)[1].max()))
         words = [f"{len(self.train)} prompts to train on"]
         if self.calibration:
             words.append(f"{len(self.calibration)} to calibrate")
@@ -233,11 +254,11 @@ class LengthRows:
             words.append(f"{cut} answers cut by their cap")
         if self.bad:
             words.append(f"{self.bad} bad rows skipped")
-        longest = int(max(side.of_model(self.own)[1].max() for side in sides))
-        if 2 * longest < self.config.length_limit:
+        limit = self.train.limit
+        if 2 * longest < limit:
             words.append(
                 f"longest answer {longest} tokens: beyond it, up to the limit of "
-                f"{self.config.length_limit}, lengths are extrapolated"
+                f"{limit}, lengths are extrapolated"
             )
         return ", ".join(words)
 
@@ -271,9 +292,8 @@ def load_lengths(
     if not name and config.model_name_or_path:
         name = served_name(config.model_name_or_path)
     count = make_counter(tokenizer) if tokenizer else None
-    paths = [path.strip() for path in config.train_path.split(",")]
     examples, bad = read_examples(
-        paths,
+        list(map(str.strip, config.train_path.split(","))),
         served_model=name,
         count=count,
         on_bad_row=config.on_bad_row,
@@ -288,19 +308,41 @@ def load_lengths(
             f"--served_model {name!r}: no row is of it; "
             f"{config.train_path} has {', '.join(served_models[:8])}"
         )
-    own = served_models.index(name)
     limit = config.length_limit or context_length(config)
     config = replace(config, served_model=name, length_limit=limit)
+    return lay_out(config, examples, test, served_models, limit, bad, calibration=calibration)
+
+
+def lay_out(
+    config: PredictorConfig,
+    examples: list[LabelledPrompt],
+    test: list[LabelledPrompt],
+    served_models: list[str],
+    limit: int,
+    bad: int,
+    *,
+    calibration: bool,
+) -> LengthRows:
+    """The rows of a run as arrays, split into sides.
+
+    Args:
+        config: the run's, with names and limits filled in.
+        limit: longest answer in tokens; bad: number of bad rows skipped.
+    Raises:
+        BadRow: too few rows of the served model's for a side.
+    """
+    own = served_models.index(config.served_model)
     examples, groups = leave_out_tests(config, examples, test)
     parts = split_sides(config, examples, groups, calibration=calibration)
-    sides = {side: [examples[i] for i in chosen.tolist()] for side, chosen in parts.items()}
+    sides = {}
+    for side, chosen in parts.items():
+        sides[side] = [examples[i] for i in chosen.tolist()]
     scale = Scale.fit(sides["train"], served_models, own, limit)
     arrays = {}
-    for side, chosen in sides.items():
-        weight = config.other_models_weight
-        arrays[side] = Lengths.of(chosen, served_models, own, weight, scale)
+    for side, rows in sides.items():
+        arrays[side] = Lengths.of(rows, served_models, own, config.other_models_weight, scale)
     for side, lengths in arrays.items():
-        check_enough(lengths, own, f"{name!r} to {SIDES[side]} on")
+        check_enough(lengths, own, f"{config.served_model!r} to {SIDES[side]} on")
     return LengthRows(
         config,
         arrays["train"],
@@ -314,9 +356,9 @@ def load_lengths(
     )
 
 
-def models_of(examples: list[Example]) -> list[str]:
+def models_of(examples: list[LabelledPrompt]) -> list[str]:
     """The names of the served models of examples, sorted."""
-    names = set()
+    names: set[str] = set()
     for example in examples:
         names.update(label.served_model for label in example.labels)
     return sorted(names)
@@ -324,7 +366,7 @@ def models_of(examples: list[Example]) -> list[str]:
 
 def read_tests(
     config: PredictorConfig, name: str, count: Callable[[str], int] | None
-) -> list[Example]:
+) -> list[LabelledPrompt]:
     """The rows of --eval_path; `name`: the model of rows that name none."""
     path, on_bad_row = config.eval_path, config.on_bad_row
     if not path:
@@ -333,8 +375,8 @@ def read_tests(
 
 
 def leave_out_tests(
-    config: PredictorConfig, examples: list[Example], test: list[Example]
-) -> tuple[list[Example], np.ndarray]:
+    config: PredictorConfig, examples: list[LabelledPrompt], test: list[LabelledPrompt]
+) -> tuple[list[LabelledPrompt], np.ndarray]:
     """(the rows to train on, (rows,) their groups of near-duplicates).
 
     Rows whose prompts are in a group with a test row are left out.
@@ -355,7 +397,11 @@ def leave_out_tests(
 
 
 def split_sides(
-    config: PredictorConfig, examples: list[Example], groups: np.ndarray, *, calibration: bool
+    config: PredictorConfig,
+    examples: list[LabelledPrompt],
+    groups: np.ndarray,
+    *,
+    calibration: bool,
 ) -> dict[str, np.ndarray]:
     """{side: numbers of its rows}: "train", and with `calibration` also "calibration"."""
     if not calibration:
@@ -373,13 +419,13 @@ def check_enough(lengths: Lengths, own: int, purpose: str) -> None:
 
 
 def lengths_to_test(
-    test: list[Example], served_models: list[str], own: int, scale: Scale
+    test: list[LabelledPrompt], served_models: list[str], own: int, scale: Scale
 ) -> Lengths | None:
     """The test rows of the predicted model, with their labels of all models that are trained on."""
     name = served_models[own]
     of_own = []
     for example in test:
-        if any(label.served_model == name for label in example.labels):
+        if name in models_of([example]):
             of_own.append(example)
     if not of_own:
         return None

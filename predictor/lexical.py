@@ -64,10 +64,10 @@ class Lexical:
         """Write lexical.safetensors."""
         from safetensors.numpy import save_file
 
-        save_file(
-            {name: np.ascontiguousarray(value) for name, value in vars(self).items()},
-            Path(folder) / FILE,
-        )
+        arrays = {}
+        for name, value in vars(self).items():
+            arrays[name] = np.ascontiguousarray(value)
+        save_file(arrays, Path(folder) / FILE)
 
     @classmethod
     def load(cls, folder: Path) -> "Lexical":
@@ -90,7 +90,7 @@ class Bag:
         rarity: (2^bits,): log(N / prompts with the gram), 0 where fewer than RARE have it.
     """
 
-    grams: object
+    grams: Any  # scipy is untyped
     hand: np.ndarray
     rarity: np.ndarray
     center: np.ndarray
@@ -173,7 +173,7 @@ class Bag:
         )
 
 
-def plain(prompts: list[str]) -> Lexical:
+def cues_alone(prompts: list[str]) -> Lexical:
     """Counts and cues alone, standardised on `prompts`, without a student."""
     hand = Grams(prompts).hand()
     nothing = np.zeros((1, 0), np.float16)
@@ -186,7 +186,7 @@ def plain(prompts: list[str]) -> Lexical:
     )
 
 
-def crossed(
+def cross_fitted(
     bag: Bag,
     targets: np.ndarray,
     known: np.ndarray,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from predictor.backbones import config_of
 from predictor.scorers import HEAD_FILE, TransformerBackbone
 
 if TYPE_CHECKING:
@@ -50,10 +51,11 @@ class LengthNetwork(nn.Module):
 
     @property
     def config(self) -> "PretrainedConfig":
-        return self.model.config
+        return config_of(self.model)
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
-        self.model.gradient_checkpointing_enable(**options)
+        model: Any = self.model  # torch types a model's methods as Tensor | Module
+        model.gradient_checkpointing_enable(**options)
 
     def forward(self, batch: dict, prompt: Tensor, served: Tensor) -> Tensor:
         """(M, width) head outputs in fp32 for M labels.
@@ -111,8 +113,6 @@ def save_head(state: dict[str, Tensor], own: int, folder: Path) -> None:
     if "apart.weight" in state:
         apart = HEAD_GAIN * state["apart.weight"].float().view(-1, *weight.shape)
         tensors |= {"weight": weight + apart[own], "all": torch.cat([weight[None], weight + apart])}
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        Path(folder) / HEAD_FILE,
-        {"format": "pt"},
-    )
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.contiguous()
+    save_file(tensors, Path(folder) / HEAD_FILE, {"format": "pt"})

@@ -11,11 +11,12 @@ from predictor.scores import quantiles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 STEPS = 12  # groups of prompts that the band's ends are averaged over
 
 
-def draw(
+def draw_evaluation(
     path: Path,
     probabilities: np.ndarray,
     edges: np.ndarray,
@@ -35,13 +36,7 @@ def draw(
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--picture needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    FigureCanvasAgg(figure)  # opens no window and leaves the program's backend as it is
+    figure = new_figure()
     left, right = figure.subplots(1, 2)
     draw_lengths(left, probabilities, edges, tokens, finished)
     figures = report["all"]
@@ -53,6 +48,23 @@ def draw(
     right.set_title(f"q90 covers {figures['coverage_90']:.1%}, q97.5 {figures['coverage_975']:.1%}")
     title = f"{report['prompts']} prompts, answers of {report['served_model']}"
     figure.suptitle(title.replace("$", r"\$"), fontsize=10)
+    save_figure(figure, path)
+
+
+def new_figure() -> "Figure":
+    """An empty figure. Raises ValueError where matplotlib is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--picture needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    FigureCanvasAgg(figure)  # opens no window and leaves the program's backend as it is
+    return figure
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure in the format of the name's ending, whole or not at all."""
     image = io.BytesIO()
     figure.savefig(image, format=path.suffix[1:], dpi=110)
     write_aside(path, image.getvalue())
@@ -81,26 +93,45 @@ def draw_lengths(
         alpha=0.15,
         label="predicted, 10 to 90 %",
     )
-    points = {"alpha": 0.5, "linewidths": 0}
-    panel.scatter(
-        median[finished], lengths[finished], s=9, color="tab:blue", label="answers", **points
-    )
-    if not finished.all():
-        points |= {"s": 14, "marker": "^", "color": "tab:orange", "label": "cut, would go on"}
-        panel.scatter(median[~finished], lengths[~finished], **points)
-    ends = [
-        min(median.min(), lengths.min()) * 0.8,
-        max(median.max(), lengths.max()) * 1.25,
-    ]
+    draw_points(panel, median, lengths, finished)
+    ends = (min(median.min(), lengths.min()) * 0.8, max(median.max(), lengths.max()) * 1.25)
     panel.plot(ends, ends, color="gray", linewidth=0.8)
     panel.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
     panel.set(xlabel="predicted median (tokens)", ylabel="real length (tokens)")
     panel.legend(loc="upper left", frameon=False, fontsize=8)
 
 
+def draw_points(
+    panel: "Axes", median: np.ndarray, lengths: np.ndarray, finished: np.ndarray
+) -> None:
+    """One point an answer: dots for finished ones, triangles for those that were cut."""
+    whole, cut = finished, ~finished
+    panel.scatter(
+        median[whole],
+        lengths[whole],
+        s=9,
+        color="tab:blue",
+        label="answers",
+        alpha=0.5,
+        linewidths=0,
+    )
+    if cut.any():
+        panel.scatter(
+            median[cut],
+            lengths[cut],
+            s=14,
+            marker="^",
+            color="tab:orange",
+            label="cut, would go on",
+            alpha=0.5,
+            linewidths=0,
+        )
+
+
 def geometric_means(values: np.ndarray, groups: list[np.ndarray]) -> np.ndarray:
     """(len(groups),): the geometric mean of `values` over each group of indices."""
-    return np.array([np.exp(np.log(values)[group].mean()) for group in groups])
+    logs = np.log(values)
+    return np.exp([logs[group].mean() for group in groups])
 
 
 def draw_calibration(panel: "Axes", curve: dict) -> None:

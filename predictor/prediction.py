@@ -122,7 +122,7 @@ def log_middles(edges: np.ndarray) -> np.ndarray:
     return np.log(np.maximum((edges[:-1] + edges[1:]) / 2, 1.0))
 
 
-def class_of(edges: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+def bins_of_lengths(edges: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """(n,): the bin of each length; lengths beyond the last edge belong to the last bin."""
     return np.clip(np.searchsorted(edges, tokens, side="right") - 1, 0, len(edges) - 2)
 

@@ -13,6 +13,7 @@ from finetune.files import sha256
 from predictor.backbones import BACKBONES, Backbone
 from predictor.decoder import Decoder, read_card, tokenizer_hash
 from predictor.prediction import LengthPrediction
+from predictor.scorers import FrozenScorer
 
 CHUNK = 256  # prompts scored together
 # Bytes; of a larger file only the size is compared, so that loading does not read a model twice.
@@ -29,7 +30,7 @@ class LengthPredictor:
     """
 
     def __init__(
-        self, score: Callable[[Sequence[str]], np.ndarray], decoder: Decoder, card: dict
+        self, score: Callable[[list[str]], np.ndarray], decoder: Decoder, card: dict
     ) -> None:
         self.score, self.decoder, self.card = score, decoder, card
 
@@ -62,14 +63,8 @@ class LengthPredictor:
         folder = Path(folder)
         check_folder_files(folder, wanted=is_top)
         card, decoder, backbone = read_predictor(folder)
-        counted = card["served_model"]["tokenizer_sha256"]
-        must_match = served_model and counted and not allow_other_tokenizer
-        if must_match and tokenizer_hash(served_model) != counted:
-            raise ValueError(
-                f"{folder} predicts lengths in tokens of {card['served_model']['name']}; "
-                f"{served_model} has another tokenizer "
-                "(allow_other_tokenizer takes it all the same)"
-            )
+        if served_model and not allow_other_tokenizer:
+            check_tokenizer(folder, card["served_model"], served_model)
         score = backbone.load_scorer(
             folder,
             device=device,
@@ -115,17 +110,32 @@ class LengthPredictor:
         Raises:
             ValueError: the predictor does not read vectors, or they are of another size.
         """
-        backbone = self.card["backbone"]["name"]
-        if backbone != "chatglm" or not getattr(self.score, "reads_vectors", False):
+        backbone, score = self.card["backbone"]["name"], self.score
+        if backbone != "chatglm" or not isinstance(score, FrozenScorer) or not score.reads_vectors:
             raise ValueError(
                 "only a predictor trained with --reuse_prefill reads vectors; "
                 f"this one's backbone is {backbone}"
             )
         vectors = np.asarray(vectors)
-        wanted = sum(self.score.top.kernel.sizes)
+        wanted = sum(score.top.kernel.sizes)
         if vectors.ndim != 2 or vectors.shape[1] != wanted:
             raise ValueError(f"vectors must be (N, {wanted}), got {vectors.shape}")
-        return self.decoder.predictions(self.score.head_of_vectors(vectors))
+        return self.decoder.predictions(score.head_of_vectors(vectors))
+
+
+def check_tokenizer(folder: Path, predicted: dict, served_model: str | Path) -> None:
+    """Raises ValueError where a served model's tokenizer is not that of the predicted model.
+
+    Args:
+        predicted: "served_model" of the predictor's card.
+    """
+    counted = predicted["tokenizer_sha256"]
+    if counted and tokenizer_hash(served_model) != counted:
+        raise ValueError(
+            f"{folder} predicts lengths in tokens of {predicted['name']}; "
+            f"{served_model} has another tokenizer "
+            "(allow_other_tokenizer takes it all the same)"
+        )
 
 
 def read_predictor(folder: Path) -> tuple[dict, Decoder, Backbone]:

@@ -18,7 +18,7 @@ from predictor.lexical import Lexical
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 BATCH_TOKENS = 8192  # of a forward pass
 HEAD_FILE = "head.safetensors"
@@ -43,16 +43,23 @@ class Scorer(Protocol):
 
 
 class TransformerBackbone(Protocol):
-    """A backbone with a transformer: Encoder or ChatGLM of backbones.py."""
+    """A backbone with a transformer: EncoderBackbone or ChatGLMBackbone of backbones.py."""
 
-    max_src_len: int
+    @property
+    def max_src_len(self) -> int:
+        """Tokens read of a prompt."""
 
     def has_weights(self, folder: Path) -> bool:
         """Whether a predictor's folder holds a model, an adapter or a prefix."""
 
     def load_served(
-        self, folder: Path, dtype: "torch.dtype | None", **base: Any
-    ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        self,
+        folder: Path,
+        dtype: "torch.dtype | None",
+        *,
+        base_model: str | None = None,
+        base_fingerprint: str | None = None,
+    ) -> "tuple[torch.nn.Module, PreTrainedTokenizerBase]":
         """(model, tokenizer) of a predictor's folder."""
 
     def encode(self, tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
@@ -63,7 +70,7 @@ class TransformerBackbone(Protocol):
     ) -> dict:
         """The batch that `vectors` takes, of rows of ids."""
 
-    def vectors(self, model: "PreTrainedModel", batch: dict) -> "torch.Tensor":
+    def vectors(self, model: "torch.nn.Module", batch: dict) -> "torch.Tensor":
         """(B, D) vectors of a batch."""
 
 
@@ -96,7 +103,7 @@ class TorchVectors:
         self.backbone, self.lock = backbone, threading.Lock()
         dtype = torch.float32 if device == "cpu" else None
         self.model, self.tokenizer = backbone.load_served(folder, dtype, **base)
-        self.model = self.model.to(device).eval()
+        self.model.to(device).eval()
 
     def __call__(self, prompts: list[str]) -> np.ndarray:
         with self.lock:  # a fast tokenizer sets its truncation anew at every call
@@ -104,16 +111,17 @@ class TorchVectors:
         return encode_all(self.backbone, self.model, self.tokenizer, rows)
 
 
-class Later:
+class LazyVectors:
     """Vectors whose scorer is made at the first call: the served model may never be needed."""
 
     def __init__(self, make: Callable[[], TorchVectors]):
-        self.make, self.made, self.lock = make, None, threading.Lock()
+        self.make, self.lock = make, threading.Lock()
+        self.made: TorchVectors | None = None
 
     def __call__(self, prompts: list[str]) -> np.ndarray:
         with self.lock:
-            self.made = self.made or self.make()
-        return self.made(prompts)
+            made = self.made = self.made or self.make()
+        return made(prompts)
 
 
 class OnnxVectors:
@@ -155,14 +163,16 @@ class OnnxVectors:
 
     def ids(self, prompt: str) -> list[int]:
         """The ids of a prompt, at most max_src_len."""
-        text = clean(prompt, self.max_src_len)
+        text = text_to_tokenise(prompt, self.max_src_len)
         return keep_ends(self.tokenizer.encode(text).ids, self.max_src_len)
 
     def __call__(self, prompts: list[str]) -> np.ndarray:
         rows = [self.ids(prompt) for prompt in prompts]
+        lengths = list(map(len, rows))
         vectors: list = [None] * len(rows)
-        for chosen in passes([len(row) for row in rows]):
-            ids = np.zeros((len(chosen), max(len(rows[i]) for i in chosen)), np.int64)
+        for chosen in forward_passes(lengths):
+            # The last row of a pass is the longest.
+            ids = np.zeros((len(chosen), lengths[chosen[-1]]), np.int64)
             mask = np.zeros_like(ids)
             for row, i in enumerate(chosen):
                 ids[row, : len(rows[i])] = rows[i]
@@ -185,6 +195,8 @@ class LinearScorer:
         self.bias = bias.astype(np.float64)
 
     def __call__(self, prompts: list[str]) -> np.ndarray:
+        if self.vectors is None:
+            raise TypeError("a linear head without a backbone reads vectors, not prompts")
         return self.head_of_vectors(self.vectors(prompts))
 
     @property
@@ -288,12 +300,13 @@ def load_transformer(
     def load_torch() -> TorchVectors:
         return TorchVectors(backbone, folder, device=device, threads=threads, **base)
 
+    vectors: Vectors
     if (folder / ONNX_FILE).is_file():
         vectors = OnnxVectors(folder, backbone.max_src_len, threads=threads)
     elif backbone.has_weights(folder):
         vectors = load_torch()
     else:
-        vectors = Later(load_torch)
+        vectors = LazyVectors(load_torch)
     if (folder / KERNEL_FILE).is_file():
         return FrozenScorer.load(folder, vectors)
     return load_head(folder, vectors)
@@ -322,7 +335,7 @@ def load_head(folder: Path, vectors: Vectors | None, *, every: bool = False) -> 
         raise ValueError(f"{folder / HEAD_FILE}: cannot be read ({error})") from None
 
 
-def clean(prompt: str, longest: int) -> str:
+def text_to_tokenise(prompt: str, longest: int) -> str:
     """The text to tokenise of a prompt of which `longest` tokens are kept.
 
     Its ends, with lone halves of surrogate pairs replaced: no tokenizer takes them.
@@ -339,12 +352,12 @@ def keep_ends(ids: list[int], longest: int) -> list[int]:
     return ids if len(ids) <= longest else ids[: longest - half] + ids[-half:]
 
 
-def passes(lengths: list[int]) -> Iterator[list[int]]:
+def forward_passes(lengths: list[int]) -> Iterator[list[int]]:
     """Lists of row numbers, one a forward pass, the longest rows first.
 
     Rows of a pass are of like length and have about BATCH_TOKENS tokens together.
     """
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     while order:
         size = max(1, BATCH_TOKENS // max(1, lengths[order[-1]]))
         yield order[-size:]
@@ -353,7 +366,7 @@ def passes(lengths: list[int]) -> Iterator[list[int]]:
 
 def encode_all(
     backbone: TransformerBackbone,
-    model: "PreTrainedModel",
+    model: "torch.nn.Module",
     tokenizer: "PreTrainedTokenizerBase",
     rows: list[list[int]],
     progress: bool = False,
@@ -368,7 +381,7 @@ def encode_all(
         torch.inference_mode(),
         tqdm(total=len(rows), desc="reading", unit="prompt", disable=not progress) as bar,
     ):
-        for chosen in passes([len(row) for row in rows]):
+        for chosen in forward_passes(list(map(len, rows))):
             batch = backbone.collate([rows[i] for i in chosen], tokenizer)
             for name, value in batch.items():
                 if isinstance(value, torch.Tensor):

@@ -60,30 +60,44 @@ def metrics_of(
             cut, and is left out of tau, mae, pinball, crps and under_90 (0 where none finished).
     """
     if finished is not None and not finished.all():
-        if finished.any():
-            metrics = metrics_of(
-                probabilities[finished], edges, rank_scores[finished], tokens[finished]
-            )
-        else:
-            metrics = dict.fromkeys(("tau", "mae", "pinball", "crps", "under_90"), 0.0)
-        least = np.where(finished, tokens, np.nextafter(tokens, np.inf))
-        q90, q975 = quantiles(probabilities, edges, 0.9), quantiles(probabilities, edges, 0.975)
-        return metrics | {
-            "coverage_90": float((least <= q90).mean()),
-            "coverage_975": float((least <= q975).mean()),
-            "reserved_90": float(q90.mean()),
-        }
-    at = {q: quantiles(probabilities, edges, q) for q in PINBALL_LEVELS}
+        return metrics_with_cuts(probabilities, edges, rank_scores, tokens, finished)
+    at, losses = {}, []
+    for q in PINBALL_LEVELS:
+        at[q] = quantiles(probabilities, edges, q)
+        losses.append(pinball(at[q], tokens, q))
     q90 = at[0.9]
     over = tokens > q90
     return {
         "tau": kendall_tau(rank_scores, tokens),
         "mae": float(np.abs(at[0.5] - tokens).mean()),
-        "pinball": float(np.mean([pinball(guess, tokens, q) for q, guess in at.items()])),
+        "pinball": float(np.mean(losses)),
         "crps": ranked_probability(probabilities, edges, tokens),
         "coverage_90": float((~over).mean()),
         "coverage_975": float((tokens <= at[0.975]).mean()),
         "under_90": float((tokens - q90)[over].mean()) if over.any() else 0.0,
+        "reserved_90": float(q90.mean()),
+    }
+
+
+def metrics_with_cuts(
+    probabilities: np.ndarray,
+    edges: np.ndarray,
+    rank_scores: np.ndarray,
+    tokens: np.ndarray,
+    finished: np.ndarray,
+) -> dict[str, float]:
+    """What `metrics_of` returns where some answers were cut."""
+    if finished.any():
+        metrics = metrics_of(
+            probabilities[finished], edges, rank_scores[finished], tokens[finished]
+        )
+    else:
+        metrics = dict.fromkeys(("tau", "mae", "pinball", "crps", "under_90"), 0.0)
+    least = np.where(finished, tokens, np.nextafter(tokens, np.inf))
+    q90, q975 = quantiles(probabilities, edges, 0.9), quantiles(probabilities, edges, 0.975)
+    return metrics | {
+        "coverage_90": float((least <= q90).mean()),
+        "coverage_975": float((least <= q975).mean()),
         "reserved_90": float(q90.mean()),
     }
 

@@ -16,7 +16,7 @@ from finetune.files import sha256
 from finetune.methods import make_method
 from finetune.out_of_memory import explained, training_advice
 from finetune.task import FineTuning, row_multiple, shares_prefix
-from predictor.backbones import ChatGLM, Encoder
+from predictor.backbones import ChatGLMBackbone, EncoderBackbone
 from predictor.config import PredictorConfig
 from predictor.decoder import Decoder, write_card
 from predictor.heads import make_head
@@ -57,12 +57,14 @@ class LengthTraining(FineTuning):
         self.method = make_method(config)
         if own:
             self.model_path = config.model_name_or_path
-            self.backbone = ChatGLM(self.family.name, config.max_src_len, shares_prefix(config))
+            self.backbone = ChatGLMBackbone(
+                self.family.name, config.max_src_len, shares_prefix(config)
+            )
             self.tokenizer = self.served_tokenizer
             name = self.family.title
         else:
             self.model_path = config.encoder_path
-            self.backbone = Encoder(config.encoder_path, config.max_src_len, config.layers)
+            self.backbone = EncoderBackbone(config.encoder_path, config.max_src_len, config.layers)
             self.tokenizer = self.backbone.load_tokenizer()
             name = Path(config.encoder_path).name
         self.title = f"length predictor on {name}"

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,13 +28,15 @@ from finetune.files import put_in_place, sha256, write_json
 from finetune.rows.formats import BadRow
 from finetune.rows.sources import read_json_items
 from predictor.calibration import kaplan_meier
+from predictor.command_flags import add_bad_row_flag, add_predictor_flags, add_yes_no
 from predictor.decoder import CARD, FOLDS, Decoder, fold_of, write_card
-from predictor.evaluate import Observed, add_predictor_flags
+from predictor.evaluate import Observed
 from predictor.kernel import FILE as KERNEL_FILE
 from predictor.kernel import KernelHead
-from predictor.labels import Example, parse_example
+from predictor.labels import LabelledPrompt, parse_example
 from predictor.prediction import LengthPrediction
 from predictor.runtime import CHUNK, LengthPredictor, read_predictor
+from predictor.scorers import FrozenScorer
 from predictor.scores import kendall_tau, metrics_of, quantiles
 
 if TYPE_CHECKING:
@@ -47,26 +49,26 @@ RIDGE = 0.5  # of a head whose folder does not name it
 
 
 @dataclass(frozen=True)
-class Log:
-    """Rows of a monitor's log, the newest last, one Example each.
+class MonitorLog:
+    """Rows of a monitor's log, the newest last, one LabelledPrompt each.
 
     Attributes:
-        said: for each row the prediction that it was served by, or None.
+        predictions: for each row the prediction that it was served by, or None.
         bad: number of bad rows skipped.
     """
 
-    examples: list[Example]
-    said: list[LengthPrediction | None]
+    examples: list[LabelledPrompt]
+    predictions: list[LengthPrediction | None]
     bad: int
 
 
-def read_log(paths: list[str], served_model: str, on_bad_row: str = "skip") -> Log:
+def read_log(paths: list[str], served_model: str, on_bad_row: str = "skip") -> MonitorLog:
     """Read a monitor's log; rows that name no model are of `served_model`.
 
     Raises:
         BadRow: the first bad row, with on_bad_row "error"; or no good row at all.
     """
-    examples, said, bad = [], [], 0
+    examples, predictions, bad = [], [], 0
     for path in map(Path, paths):
         for place, item in read_json_items(path):
             try:
@@ -80,15 +82,21 @@ def read_log(paths: list[str], served_model: str, on_bad_row: str = "skip") -> L
                 bad += 1
                 continue
             examples.append(example)
-            said.append(prediction)
+            predictions.append(prediction)
     if not examples:
         skipped = f" ({bad} bad ones skipped)" if bad else ""
         raise BadRow(f"--log {', '.join(paths)}: no rows{skipped}")
-    return Log(examples, said, bad)
+    return MonitorLog(examples, predictions, bad)
 
 
-def parse_prediction(item: dict, place: str) -> LengthPrediction | None:
-    """The "prediction" of a row of the log, None where it has none. Raises BadRow where damaged."""
+def parse_prediction(item: Any, place: str) -> LengthPrediction | None:
+    """The "prediction" of a row of the log, None where it has none.
+
+    Args:
+        item: an object of JSON, as `parse_example` takes it.
+    Raises:
+        BadRow: the prediction is damaged.
+    """
     if item.get("prediction") is None:
         return None
     try:
@@ -124,13 +132,13 @@ def drift(decoder: Decoder, outputs: np.ndarray, seen: Observed, fitted_on: int)
         ks, p, coverage_90, coverage_975, tau, mae, pinball, and mean_log_ratio: the mean of
         log((1 + length) / (1 + median)) of finished answers.
     """
-    probabilities, ranks, levels = decoder.judge(outputs[seen.prompt], seen.tokens)
-    return summary(
+    probabilities, ranks, levels = decoder.decode_with_levels(outputs[seen.prompt], seen.tokens)
+    return drift_figures(
         levels, decoder.conformal.knots[1], probabilities, decoder.edges, ranks, seen, fitted_on
     )
 
 
-def summary(
+def drift_figures(
     levels: np.ndarray,
     knots: np.ndarray,
     probabilities: np.ndarray,
@@ -187,10 +195,10 @@ def certainty(
     return np.where(sure, found, found[sure][-1] if sure.any() else 1.0)
 
 
-def as_served(log: Log, served_model: str) -> dict | None:
+def as_served(log: MonitorLog, served_model: str) -> dict | None:
     """Coverage of the predictions that requests were served by; None where the log has none."""
     rows = []
-    for prediction, example in zip(log.said, log.examples):
+    for prediction, example in zip(log.predictions, log.examples):
         label = example.labels[0]
         if prediction is not None and label.served_model == served_model:
             rows.append((prediction, label))
@@ -206,9 +214,9 @@ def as_served(log: Log, served_model: str) -> dict | None:
     return {"rows": len(rows)} | coverage
 
 
-def update(
+def update_predictor(
     predictor: LengthPredictor,
-    examples: list[Example],
+    examples: list[LabelledPrompt],
     *,
     refit: bool = True,
     min_rows: int = MIN_ROWS,
@@ -219,8 +227,8 @@ def update(
     Head settings and conformal map are fitted to these rows alone. With `refit`, so is a kernel
     head, as a difference from the old one, so that few rows change it little. The new head is
     calibrated on outputs for prompts it has not seen (FOLDS folds), and is taken only where these
-    are better (`is_better`) than the old head's, recalibrated likewise. "after" in the report is of
-    decoders that have not seen the row either, and has no p.
+    are better (`has_better_drift`) than the old head's, recalibrated likewise. "after" in the
+    report is of decoders that have not seen the row either, and has no p.
 
     Args:
         examples: rows of other served models are counted and left out.
@@ -233,35 +241,41 @@ def update(
     check_rows(seen, name, min_rows)
     old, scorer = predictor.decoder, predictor.score
     features = None
-    if hasattr(scorer, "top"):
+    if isinstance(scorer, FrozenScorer):
         features = in_chunks(scorer.features, seen.prompts)
         outputs = scorer.top(features)
     else:
         outputs = in_chunks(scorer, seen.prompts)
     before = drift(old, outputs, seen, fitted_on(predictor.card))
-    new = scorer
-    head = "as it was"
     decoder, after = recalibrated(old.head, outputs, seen)
-    if refit and features is None:
-        head = "as it was: only kernel heads over frozen backbones are fitted anew"
-    elif refit:
+    new, head = scorer, "as it was"
+    if refit and isinstance(scorer, FrozenScorer) and features is not None:
         top, unseen = refitted(scorer.top, old.head, features, seen, ridge)
         other, other_after = recalibrated(old.head, unseen, seen)
         head = "as it was: fitted anew it was no better on unseen rows"
-        if is_better(other_after, after):
+        if has_better_drift(other_after, after):
             head = "fitted anew"
             decoder, after = other, other_after
-            new = type(scorer)(scorer.vectors, scorer.earlier, scorer.lexical, top)
+            new = FrozenScorer(scorer.vectors, scorer.earlier, scorer.lexical, top)
+    elif refit:
+        head = "as it was: only kernel heads over frozen backbones are fitted anew"
     updates = predictor.card.get("updated", {}).get("updates", 0) + 1
-    entry = {
-        "updates": updates,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "rows": len(seen),
-        "prompts": len(seen.prompts),
-        "head": head,
-        "drift": {"before": before, "after": after},
-    }
-    report = {
+    report = update_report(name, seen, before, after, head, updates)
+    entry = update_entry(report)
+    card = predictor.card | decoder.to_dict() | {"updated": entry}
+    return LengthPredictor(new, decoder, card), report
+
+
+def update_report(
+    name: str, seen: Observed, before: dict, after: dict, head: str, updates: int
+) -> dict:
+    """The report of an update of the served model `name`.
+
+    Args:
+        before, after: what `drift` returns, of the old decoder and of the new one.
+        head: what became of it, in words; updates: their number, this one included.
+    """
+    return {
         "served_model": name,
         "rows": len(seen),
         "prompts": len(seen.prompts),
@@ -273,8 +287,18 @@ def update(
         "after": after,
         "updates": updates,
     }
-    card = predictor.card | decoder.to_dict() | {"updated": entry}
-    return LengthPredictor(new, decoder, card), report
+
+
+def update_entry(report: dict) -> dict:
+    """The card's "updated", from the update's report."""
+    return {
+        "updates": report["updates"],
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "rows": report["rows"],
+        "prompts": report["prompts"],
+        "head": report["head"],
+        "drift": {"before": report["before"], "after": report["after"]},
+    }
 
 
 def check_rows(seen: Observed, name: str, min_rows: int) -> None:
@@ -292,7 +316,7 @@ def check_rows(seen: Observed, name: str, min_rows: int) -> None:
         )
 
 
-def is_better(new: dict, old: dict) -> bool:
+def has_better_drift(new: dict, old: dict) -> bool:
     """Whether metrics are better by pinball and tau together.
 
     One percent of pinball counts as much as 0.02 of tau. Pinball alone is not enough: a flexible
@@ -311,7 +335,10 @@ def fitted_on(card: dict) -> int:
 
 def in_chunks(function: Callable[[list[str]], np.ndarray], prompts: list[str]) -> np.ndarray:
     """(N, D): the function's rows for N prompts, computed CHUNK at a time."""
-    return np.concatenate([function(prompts[i : i + CHUNK]) for i in range(0, len(prompts), CHUNK)])
+    chunks = []
+    for start in range(0, len(prompts), CHUNK):
+        chunks.append(function(prompts[start : start + CHUNK]))
+    return np.concatenate(chunks)
 
 
 def refitted(
@@ -356,21 +383,23 @@ def recalibrated(head: "Head", outputs: np.ndarray, seen: Observed) -> tuple[Dec
 
     everything = fit(np.ones(len(seen), bool))
     fold = fold_of(np.arange(len(seen.prompts)))[seen.prompt]
-    levels, ranks = np.zeros(len(seen)), np.zeros(len(seen))
+    levels, ranks = np.zeros((2, len(seen)))
     taus, counts = [], []
     probabilities = np.zeros((len(seen), len(everything.edges) - 1))
     for k in range(FOLDS):
         held = fold == k
         # Without finished answers in the other folds, lengths cannot be fitted to them.
         decoder = fit(~held) if seen.finished[~held].any() else everything
-        probabilities[held], ranks[held], levels[held] = decoder.judge(
+        probabilities[held], ranks[held], levels[held] = decoder.decode_with_levels(
             outputs[seen.prompt[held]], seen.tokens[held]
         )
         done = held & seen.finished
         taus.append(kendall_tau(ranks[done], seen.tokens[done]))
         counts.append(done.sum())
     knots = everything.conformal.knots[1]
-    found = summary(levels, knots, probabilities, everything.edges, ranks, seen, len(seen.prompts))
+    found = drift_figures(
+        levels, knots, probabilities, everything.edges, ranks, seen, len(seen.prompts)
+    )
     # Inside folds: rank scores of different decoders are not comparable.
     found["tau"] = float(np.average(taus, weights=counts))
     # Folds compensate for one another, so that a test would never reject.
@@ -401,7 +430,7 @@ def write_updated(predictor: LengthPredictor, source: Path, output: Path) -> Non
     try:
         shutil.copytree(source, aside)
         (aside / CHECKSUMS).unlink(missing_ok=True)  # it is of the old head and card
-        if hasattr(predictor.score, "top"):
+        if isinstance(predictor.score, FrozenScorer):
             predictor.score.top.save(aside)
         card = dict(predictor.card)
         for key in ("format", "format_version"):
@@ -448,11 +477,11 @@ def check_loads(folder: Path, predictor: LengthPredictor) -> None:
         LengthPredictor.from_pretrained(folder)
         return
     read_predictor(folder)  # the served model's weights are copies and are not read again
-    if hasattr(predictor.score, "top"):
+    if isinstance(predictor.score, FrozenScorer):
         KernelHead.load(folder)
 
 
-def describe(report: dict) -> str:
+def describe_update(report: dict) -> str:
     """The report in words."""
     words = (
         f"{report['rows']} rows of {report['prompts']} prompts answered by {report['served_model']}"
@@ -488,31 +517,55 @@ def describe_drift(figures: dict) -> str:
     return text + (f" (p {figures['p']:.2g})" if "p" in figures else "")
 
 
-def run(args: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class UpdateFlags:
+    """The flags of `python -m predictor.update`, whose texts say what each means."""
+
+    predictor: str
+    base_model: str | None
+    device: str
+    log: str
+    output: str | None
+    refit: bool
+    dry_run: bool
+    min_rows: int
+    newest: int
+    json: str | None
+    on_bad_row: str
+
+
+def run_update(flags: UpdateFlags) -> None:
     """Update the predictor, print the report, write the files."""
-    folder = Path(args.predictor)
+    folder = Path(flags.predictor)
     predictor = LengthPredictor.from_pretrained(
-        folder, base_model=args.base_model, device=args.device
+        folder, base_model=flags.base_model, device=flags.device
     )
     name = predictor.card["served_model"]["name"]
-    log = read_log([path.strip() for path in args.log.split(",")], name, args.on_bad_row)
-    of_model = [i for i, e in enumerate(log.examples) if e.labels[0].served_model == name]
-    newest = of_model[-args.newest :]
-    first = newest[0] if newest else 0
-    log = replace(log, examples=log.examples[first:], said=log.said[first:])
-    new, report = update(
-        predictor, log.examples, refit=args.refit, min_rows=args.min_rows, ridge=ridge_of(folder)
+    log = read_log(list(map(str.strip, flags.log.split(","))), name, flags.on_bad_row)
+    log = newest_rows(log, name, flags.newest)
+    new, report = update_predictor(
+        predictor, log.examples, refit=flags.refit, min_rows=flags.min_rows, ridge=ridge_of(folder)
     )
     report |= {"bad_rows": log.bad, "as_served": as_served(log, name)}
-    print(describe(report))
-    if not args.dry_run:
-        output = Path(args.output or args.predictor)
+    print(describe_update(report))
+    if not flags.dry_run:
+        output = Path(flags.output or flags.predictor)
         write_updated(new, folder, output)
         report["output"] = str(output)
         print(f"predictor: {output}, update {report['updates']}")
-    if args.json:
-        write_json(args.json, report)
-    return 0
+    if flags.json:
+        write_json(flags.json, report)
+
+
+def newest_rows(log: MonitorLog, served_model: str, count: int) -> MonitorLog:
+    """The log from the `count`-th last row of the served model on."""
+    of_model = []
+    for i, example in enumerate(log.examples):
+        if example.labels[0].served_model == served_model:
+            of_model.append(i)
+    newest = of_model[-count:]
+    first = newest[0] if newest else 0
+    return replace(log, examples=log.examples[first:], predictions=log.predictions[first:])
 
 
 def ridge_of(folder: Path) -> float:
@@ -526,13 +579,11 @@ def ridge_of(folder: Path) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
-    args = parser.parse_args(argv)
-    return run_command(parser.prog, lambda: run(args))
+    flags = UpdateFlags(**vars(parser.parse_args(argv)))
+    return run_command(parser.prog, lambda: run_update(flags))
 
 
 def build_parser() -> Parser:
-    from finetune.config import parse_bool
-
     parser = Parser(
         prog="predictor.update",
         description=__doc__,
@@ -550,16 +601,13 @@ def build_parser() -> Parser:
         metavar="DIR",
         help="write the predictor there (default: in place of --predictor)",
     )
-    boolean = {"type": parse_bool, "nargs": "?", "const": True, "metavar": "True|False"}
-    parser.add_argument(
+    add_yes_no(
+        parser,
         "--refit",
-        default=True,
-        **boolean,
-        help="fit a kernel head anew near the old one; False: calibration alone [True]",
+        True,
+        "fit a kernel head anew near the old one; False: calibration alone [True]",
     )
-    parser.add_argument(
-        "--dry_run", default=False, **boolean, help="report, and write no predictor [False]"
-    )
+    add_yes_no(parser, "--dry_run", False, "report, and write no predictor [False]")
     parser.add_argument(
         "--min_rows",
         type=whole(),
@@ -573,11 +621,10 @@ def build_parser() -> Parser:
         help=f"look at so many rows of the served model, the last ones [{NEWEST}]",
     )
     parser.add_argument("--json", metavar="FILE", help="write the report there")
-    parser.add_argument(
-        "--on_bad_row",
-        choices=("error", "skip"),
-        default="skip",
-        help="what to do with a malformed row; "
+    add_bad_row_flag(
+        parser,
+        "skip",
+        "what to do with a malformed row; "
         "the last one of a log that is being written is one [skip]",
     )
     return parser

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from chatglm.commands import Parser, run_command
 from finetune.evaluation.predict import add_loading_flags
 from finetune.files import write_aside
-from serving.cost_model.fit import Row
+from serving.cost_model.fit import Measurement
 from serving.engines import ENGINES
 from serving.request import Limits
 
@@ -91,7 +91,7 @@ def run(args):
     if args.rows:
         table = io.StringIO()
         writer = csv.writer(table)
-        writer.writerow("batch_size" if f.name == "batch" else f.name for f in fields(Row))
+        writer.writerow("batch_size" if f.name == "batch" else f.name for f in fields(Measurement))
         writer.writerows(asdict(row).values() for row in rows)
         write_aside(args.rows, table.getvalue())
     for name, found in profile.made["errors"].items():

@@ -12,6 +12,6 @@ if [ $# -eq 0 ]; then
 fi
 if [ $# -eq 0 ] && [ "$cores" -ge 2 ]; then
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-    set -- -n "$(( cores < 4 ? cores : 4 ))" --dist loadfile
+    set -- -n "$(( cores < 4 ? cores : 4 ))" --dist loadfile --no-loadscope-reorder
 fi
 exec python -m pytest "$@"

@@ -57,7 +57,7 @@ class Limits:
     max_tokens: int = 32_768
     prefill_tokens: int = 2048
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         smallest = min(self.max_batch, self.max_tokens, self.prefill_tokens)
         if smallest < 1 or self.max_tokens > self.kv_tokens:
             raise ValueError(
@@ -194,6 +194,11 @@ class Plan:
     wake_s: float = FOREVER
     wake_on_arrival: bool = True
 
+    @property
+    def longest_context_tokens(self) -> int:
+        """Of the admitted records; 0 where there are none."""
+        return max((record.context_tokens for record in self.admit), default=0)
+
 
 class StepResult(NamedTuple):
     """What an engine did in one step.
@@ -259,7 +264,7 @@ class Event(NamedTuple):
     what: object
 
 
-class CostModel(Protocol):
+class CostEstimator(Protocol):
     """Seconds and bytes of one placed model; serving.cost_model has the calibrated one.
 
     Tokens are sums over the batch, and prefill_s(0) is 0. decode_s is the closed form of steps in
@@ -268,8 +273,8 @@ class CostModel(Protocol):
     where they are its first and only ones.
     """
 
-    kv_capacity_tokens: int
-
+    @property
+    def kv_capacity_tokens(self) -> int: ...
     def prefill_s(self, tokens: int, batch: int = 1) -> float: ...
     def chunk_s(self, tokens: int, start: int = 0, rows: int = 0) -> float: ...
     def decode_step_s(self, batch: int, context_tokens: int) -> float: ...
@@ -283,27 +288,28 @@ class Policy(Protocol):
         predicts: it reads predictions, so the time to make them is charged.
     """
 
-    predicts: bool
+    @property
+    def predicts(self) -> bool: ...
 
     def length(self, request: Request) -> float:
         """Answer tokens to expect."""
 
     def order(
-        self, record: Record, now_s: float, pace_s: float, cost: CostModel
+        self, record: Record, now_s: float, pace_s: float, cost: CostEstimator
     ) -> tuple[float, float]:
         """(key, until_s): smaller keys are served first.
 
         Computed again once until_s has passed; the key may only have grown by then.
         """
 
-    def __call__(self, view: View, cost: CostModel) -> Plan: ...
+    def __call__(self, view: View, cost: CostEstimator) -> Plan: ...
 
 
 class Engine(Protocol):
     """Runs sequences: the simulated one, or one of the real ones."""
 
     limits: Limits
-    cost: CostModel
+    cost: CostEstimator
 
     def step(self, plan: Plan, budget_s: float = FOREVER) -> StepResult:
         """Carry out the plan, then decode.

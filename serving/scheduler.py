@@ -51,7 +51,7 @@ class Replay:
         self._requests = iter(requests)
         self._read()
 
-    def _read(self):
+    def _read(self) -> None:
         self._next: Request | None = next(self._requests, None)
         if self._next is None:
             self._next_s = FOREVER
@@ -68,8 +68,8 @@ class Replay:
 
     def due(self, now_s: float) -> list[Request]:
         """The requests that can be seen by now, each returned once."""
-        requests = []
-        while self._next_s <= now_s:
+        requests: list[Request] = []
+        while self._next is not None and self._next_s <= now_s:
             requests.append(self._next)
             self._read()
         return requests
@@ -126,8 +126,8 @@ class Queue:
 
     def __iter__(self) -> Iterator[Record]:
         """In order of keys, lazily; what was yielded stays in the queue until it is removed."""
-        for entry in self._out:
-            yield entry[3]
+        for seen in self._out:
+            yield seen[3]
         while (entry := self._pop()) is not None:
             self._out.append(entry)
             yield entry[3]
@@ -142,8 +142,6 @@ class Queue:
         # Records that are removed out of order leave their entries behind: rebuild when most are.
         if len(self._heap) > 2 * len(self._members) + 64:
             self._heap = [e for e in self._heap if _is_current(e)]
-            heapq.heapify(self._heap)
-            self._heap = [e for e in self._heap if e[3].waiting and e[2] == e[3].version]
             heapq.heapify(self._heap)
         if len(self._ages) > 2 * len(self._members) + 64:
             self._ages = [e for e in self._ages if e[2].waiting]
@@ -166,7 +164,7 @@ def _is_current(entry: tuple[float, int, int, Record]) -> bool:
     return entry[3].waiting and entry[2] == entry[3].version
 
 
-def run(
+def run_scheduler(
     policy: Policy,
     engine: Engine,
     clock: Clock,
@@ -258,9 +256,9 @@ class _Run:
             queue.push(record)
             yield Event(now_s, "arrived", request.id, record)
         for request_id in withdrawn:
-            if (record := queue.get(request_id)) is not None:
-                queue.remove(record)
-                completion = completion_of(record, now_s, record.generated, cut=True)
+            if (waiting := queue.get(request_id)) is not None:
+                queue.remove(waiting)
+                completion = completion_of(waiting, now_s, waiting.generated, cut=True)
                 yield Event(now_s, "withdrawn", request_id, completion)
 
     def _make_plan(self, now_s: float) -> Plan:
@@ -301,12 +299,12 @@ class _Run:
                 record.first_admitted_s = now_s
             yield Event(now_s, "admitted", record.request.id, record)
         for request_id, tokens in plan.reserve_tokens.items():
-            if (record := running.get(request_id)) is not None:
-                record.reserved_tokens = tokens
-                if tokens > record.most_reserved_tokens:
-                    record.most_reserved_tokens = tokens
+            if (holder := running.get(request_id)) is not None:
+                holder.reserved_tokens = tokens
+                if tokens > holder.most_reserved_tokens:
+                    holder.most_reserved_tokens = tokens
 
-    def _wait(self, wake_s: float, now_s: float):
+    def _wait(self, wake_s: float, now_s: float) -> None:
         """Wait for the next arrival or the policy's own time, with nothing running."""
         wake_s = min(wake_s, self.arrivals.next_s())
         if wake_s == FOREVER or wake_s <= now_s:
@@ -369,9 +367,7 @@ def completion_of(record: Record, now_s: float, tokens: int, cut: bool) -> Compl
 
 def _padded_tokens(plan: Plan) -> int:
     """The context that a static batch's records are padded to; 0 for any other plan."""
-    if not plan.together:
-        return 0
-    return max((record.context_tokens for record in plan.admit), default=0)
+    return plan.longest_context_tokens if plan.together else 0
 
 
 def _check(
@@ -424,7 +420,7 @@ def _check_reservations(
     return free
 
 
-def _check_admissions(plan: Plan, admitted: set[int]):
+def _check_admissions(plan: Plan, admitted: set[int]) -> None:
     """Each record waits, is admitted once, and gets KV memory for an answer."""
     padded = _padded_tokens(plan)
     for record in plan.admit:
@@ -439,7 +435,7 @@ def _check_admissions(plan: Plan, admitted: set[int]):
             )
 
 
-def _check_overruns(plan: Plan, overran: tuple[Record, ...], preempted: set[int]):
+def _check_overruns(plan: Plan, overran: tuple[Record, ...], preempted: set[int]) -> None:
     """Each record that fills its reservation gets more or is preempted."""
     for record in overran:
         request_id = record.request.id

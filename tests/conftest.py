@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.warm import start_server
+
 REPO_ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("GLM_FOUNDRY_SHARED", REPO_ROOT.parent / "shared"))
 
@@ -22,8 +24,32 @@ def shared_file(relative: str) -> Path:
     return path
 
 
+def pytest_configure(config):
+    """The server of tests.warm, for this process and the workers that it starts."""
+    config.warm_server = start_server()
+
+
+def pytest_unconfigure(config):
+    if server := config.warm_server:
+        server.stdin.close()
+        server.wait()
+
+
+LONGEST_FIRST = (  # test files that take 20 s or more, begun first by scripts/test.sh
+    "tests/test_miniatures.py",
+    "tests/finetune/test_ranks.py",
+    "tests/serving/server/test_server.py",
+    "tests/finetune/test_elastic.py",
+    "tests/test_failures.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Tests marked slow run only with SLOW=1."""
+    """Tests marked slow run only with SLOW=1; under pytest-xdist, the longest files come first."""
+    if hasattr(config, "workerinput"):
+        place = {name: number for number, name in enumerate(LONGEST_FIRST)}
+        items.sort(key=lambda item: place.get(item.nodeid.split("::")[0], len(place)))
     if os.environ.get("SLOW", "0") not in ("", "0"):
         return
     slow = [item for item in items if item.get_closest_marker("slow")]

@@ -14,6 +14,7 @@ from benchmarks.failures import Case, judge, left_behind
 from benchmarks.forking import Outcome
 from tests.conftest import REPO_ROOT
 from tests.finetune.runs import child_env
+from tests.warm import warm_python
 
 EVERY = 23  # of about 700 cases; no multiple of the number of kinds, so that these take turns
 REPORT = next(command for command in COMMANDS if command.name == "finetune.report")
@@ -26,7 +27,7 @@ def sample(tmp_path_factory) -> list[dict]:
     file = tmp_path_factory.mktemp("failures") / "cases.json"
     words = ["benchmarks/failures.py", "--every", str(EVERY), "--jobs", "1", "--json", str(file)]
     done = subprocess.run(
-        [sys.executable, *words],
+        [warm_python(), *words],
         cwd=REPO_ROOT,
         env=child_env(),
         capture_output=True,

@@ -12,6 +12,7 @@ import pytest
 
 from tests.conftest import REPO_ROOT, SHARED, shared_file
 from tests.finetune.runs import child_env
+from tests.warm import warm_python
 
 FILES = sorted(
     p
@@ -92,7 +93,7 @@ def run(*words, timeout: float = 600, **env) -> subprocess.CompletedProcess:
 def run_any(*words, timeout: float = 600, **env) -> subprocess.CompletedProcess:
     command = list(map(str, words))
     if command[0].endswith(".py"):
-        command.insert(0, sys.executable)
+        command.insert(0, warm_python())
     changed = child_env() | {"OMP_NUM_THREADS": "1"} | env
     return subprocess.run(
         command, cwd=REPO_ROOT, env=changed, capture_output=True, text=True, timeout=timeout

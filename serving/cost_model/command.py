@@ -10,88 +10,106 @@ from finetune.files import write_json
 from serving.cost_model.devices import MOST_DEVICES
 from serving.cost_model.fit import (
     PROMPT_TOKENS,
-    Row,
-    errors,
-    fit,
-    read_rows,
-    report,
+    Measurement,
+    fit_profile,
+    read_measurements,
+    relative_errors,
     row_seconds,
-    summary,
-    vague,
+    summarize_errors,
+    summarize_fits,
+    undetermined_coefficients,
 )
 from serving.cost_model.model import read_profile
 
 
-def run_predict(args: argparse.Namespace) -> None:
+def run_predict(
+    *,
+    profile: str,
+    gpus: int,
+    batch: int,
+    output_tokens: int,
+    prompt_tokens: int,
+    placement: str,
+    model: str,
+    warm: bool,
+) -> None:
     """Print the seconds of one batch."""
-    profile = read_profile(args.profile)
-    row = Row(
+    fitted = read_profile(profile)
+    row = Measurement(
         1.0,
-        args.batch,
-        args.output_tokens,
-        args.gpus,
-        args.placement,
-        args.prompt_tokens,
-        phase="batch" if args.warm else "",
-        model=args.model,
+        batch,
+        output_tokens,
+        gpus,
+        placement,
+        prompt_tokens,
+        phase="batch" if warm else "",
+        model=model,
     )
-    seconds = row_seconds(row, profile)
-    start = "" if args.warm else ", start-up included"
-    tokens = f"{args.batch} x ({args.prompt_tokens} + {args.output_tokens}) tokens"
-    where = f"{args.gpus} x {profile.device_name}"
-    print(f"{seconds:.4f} s: {tokens} of {args.model} on {where}, {args.placement}{start}")
+    seconds = row_seconds(row, fitted)
+    start = "" if warm else ", start-up included"
+    tokens = f"{batch} x ({prompt_tokens} + {output_tokens}) tokens"
+    where = f"{gpus} x {fitted.device_name}"
+    print(f"{seconds:.4f} s: {tokens} of {model} on {where}, {placement}{start}")
 
 
-def read_measurements(path: str) -> list[Row]:
+def load_measurements(path: str) -> list[Measurement]:
     """The rows of a file; prints a line for each that is left out."""
-    rows, left_out = read_rows(path)
+    rows, left_out = read_measurements(path)
     for line in left_out:
         print(line, file=sys.stderr)
     return rows
 
 
-def run_evaluate(args: argparse.Namespace) -> None:
+def run_evaluate(*, rows: str, profile: str, json: str | None) -> None:
     """Print the errors of a profile on measured rows."""
-    rows = read_measurements(args.rows)
-    figures = summary(errors(rows, read_profile(args.profile)))
+    measured = load_measurements(rows)
+    figures = summarize_errors(relative_errors(measured, read_profile(profile)))
     print(
         f"{figures['rows']} rows: median {100 * figures['median_abs_error']:.2f} %, "
         f"P90 {100 * figures['p90_abs_error']:.2f} % absolute relative error"
     )
-    if args.json:
-        write_json(args.json, figures)
+    if json:
+        write_json(json, figures)
 
 
-def run_fit(args: argparse.Namespace) -> None:
+def run_fit(
+    *,
+    rows: str,
+    output: str,
+    start: str,
+    device: str | None,
+    link: str | None,
+    about: str | None,
+) -> None:
     """Write the profile that measured rows give, and print its errors."""
-    rows = read_measurements(args.rows)
-    start = read_profile(args.start)
-    start = replace(
-        start,
-        name=Path(args.output).stem,
-        device=args.device or start.device,
-        link=args.link or start.link,
+    measured = load_measurements(rows)
+    prior = read_profile(start)
+    prior = replace(
+        prior,
+        name=Path(output).stem,
+        device=device or prior.device,
+        link=link or prior.link,
     )
-    summaries = report(rows, start)
-    profile = fit(rows, start)
+    summaries = summarize_fits(measured, prior)
+    profile = fit_profile(measured, prior)
     made = {
-        "command": fit_command(args),
-        "from": args.about or Path(args.rows).name,
+        "command": fit_command(rows, output, start=start, device=device, link=link),
+        "from": about or Path(rows).name,
         "errors": summaries,
-        "not_told_apart_by_the_rows": vague(rows, profile),
+        "not_told_apart_by_the_rows": undetermined_coefficients(measured, profile),
     }
-    replace(profile, made=made).save(args.output)
+    replace(profile, made=made).save(output)
     for name, figures in summaries.items():
         median, p90 = 100 * figures["median_abs_error"], 100 * figures["p90_abs_error"]
         print(f"{name:28} {figures['rows']:4} rows   median {median:5.2f} %   P90 {p90:5.2f} %")
 
 
-def fit_command(args: argparse.Namespace) -> str:
-    """The command that a profile keeps, with its files' names alone."""
-    rows, output = Path(args.rows).name, Path(args.output).name
+def fit_command(rows: str, output: str, **flags: str | None) -> str:
+    """The command that a profile records, with its files' names alone and the flags given."""
+    rows, output = Path(rows).name, Path(output).name
     command = f"python -m serving.cost_model fit --rows {rows} --output {output}"
-    for name in ("start", "device", "link"):
-        if value := getattr(args, name):
+    for name, value in flags.items():
+        if value:
             command += f" --{name} {value}"
     return command
 
@@ -160,5 +178,7 @@ def add_fit_flags(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
-    args = parser.parse_args(argv)
-    return run_command(parser.prog, lambda: args.run(args))
+    flags = vars(parser.parse_args(argv))
+    run = flags.pop("run")
+    del flags["verb"]
+    return run_command(parser.prog, lambda: run(**flags))

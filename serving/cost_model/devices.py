@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from chatglm.files import read_json
 
@@ -43,7 +44,7 @@ class Device:
     reserved_bytes: int = GIB
     kind: str = "cuda"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise ValueError(f"device: name must be text, got {self.name!r}")
         for field in ("memory_bytes", "bandwidth_bytes_s", "flops_s"):
@@ -74,7 +75,7 @@ class Link:
     bandwidth_bytes_s: float
     latency_s: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         bandwidth_fits = _is_number(self.bandwidth_bytes_s) and self.bandwidth_bytes_s > 0
         latency_fits = _is_number(self.latency_s) and self.latency_s >= 0
         if not (bandwidth_fits and latency_fits):
@@ -90,11 +91,11 @@ class Cluster:
     devices: tuple[Device, ...]
     links: tuple[tuple[Link | None, ...], ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         n = len(self.devices)
         if not 0 < n <= MOST_DEVICES:
             raise ValueError(f"a cluster needs from 1 to {MOST_DEVICES} devices, got {n}")
-        if len(self.links) != n or any(len(row) != n for row in self.links):
+        if list(map(len, self.links)) != [n] * n:
             raise ValueError(f"links must be a matrix of {n} x {n}, a row for each device")
         for i, row in enumerate(self.links):
             for j, link in enumerate(row):
@@ -117,9 +118,19 @@ class Cluster:
             listed = list(device)
         link = find_link(link) if isinstance(link, str) else link
         devices = tuple(find_device(d) if isinstance(d, str) else d for d in listed)
-        n = len(devices)
-        links = [tuple(None if i == j else link for j in range(n)) for i in range(n)]
+        links: list[tuple[Link | None, ...]] = []
+        for i in range(len(devices)):
+            row: list[Link | None] = [link] * len(devices)
+            row[i] = None
+            links.append(tuple(row))
         return cls(devices, tuple(links))
+
+    def link_between(self, source: int, target: int) -> Link:
+        """The link from one device to another. Raises ValueError for a device and itself."""
+        link = self.links[source][target]
+        if link is None:
+            raise ValueError(f"there is no link from device {source} to device {target}")
+        return link
 
     @cached_property
     def groups(self) -> list[list[int]]:
@@ -160,29 +171,31 @@ class Cluster:
         """
         given = read_json(path)
         try:
-            devices = [
-                find_device(d) if isinstance(d, str) else Device(**d) for d in given["devices"]
-            ]
+            devices = tuple(map(_device_from_json, given["devices"]))
             if "links" not in given:
                 link = given.get("link", "pcie4")
                 return cls.uniform(devices, link=link if isinstance(link, str) else Link(**link))
-            links = [
-                tuple(None if link is None else Link(**link) for link in row)
-                for row in given["links"]
-            ]
-            return cls(tuple(devices), tuple(links))
+            links = tuple(tuple(map(_link_from_json, row)) for row in given["links"])
+            return cls(devices, links)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a cluster: {error}") from None
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """As `from_json` reads it, devices and links in full."""
-        return {
-            "devices": [asdict(d) for d in self.devices],
-            "links": [
-                [None if link is None or i == j else asdict(link) for j, link in enumerate(row)]
-                for i, row in enumerate(self.links)
-            ],
-        }
+        links: list[list[dict[str, float] | None]] = []
+        for i, row in enumerate(self.links):
+            written = [None if link is None else asdict(link) for link in row]
+            written[i] = None
+            links.append(written)
+        return {"devices": list(map(asdict, self.devices)), "links": links}
+
+
+def _device_from_json(given: str | dict[str, Any]) -> Device:
+    return find_device(given) if isinstance(given, str) else Device(**given)
+
+
+def _link_from_json(given: dict[str, Any] | None) -> Link | None:
+    return None if given is None else Link(**given)
 
 
 def _is_number(value: object) -> bool:
@@ -194,7 +207,7 @@ def _is_number(value: object) -> bool:
     )
 
 
-def read_device(path: str | Path, **changes: object) -> Device:
+def read_device(path: str | Path, **changes: Any) -> Device:
     """One device from its own JSON file, with `changes` of its fields."""
     given = read_json(path)
     known = sorted(f.name for f in fields(Device))

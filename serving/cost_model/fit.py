@@ -23,7 +23,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from operator import attrgetter, itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,11 +56,11 @@ NEEDED = ("seconds", "batch_size", "output_tokens")
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """One measurement.
 
     Attributes:
-        experiment, query: what it belongs to; `report` holds those out together.
+        experiment, query: what it belongs to; `summarize_fits` holds those out together.
     """
 
     seconds: float
@@ -75,21 +77,22 @@ class Row:
     query: str = ""
 
 
-def read_rows(path: str | Path) -> tuple[list[Row], list[str]]:
+def read_measurements(path: str | Path) -> tuple[list[Measurement], list[str]]:
     """The rows of a file that can be used, and a line for each that lacks a time or a length.
 
     Raises:
         ValueError: no such file, a needed column or every row is missing, or a value is not a
             number of the right kind.
     """
-    rows, left_out = [], []
+    rows: list[Measurement] = []
+    left_out: list[str] = []
     for line, values in _read_lines(path):
         needed = ["seconds", "batch_size"]
         needed.append("prompt_tokens" if values.get("phase", "") == "prefill" else "output_tokens")
         if missing := [column for column in needed if not values.get(column)]:
             left_out.append(f"{path}, line {line}: left out, no {missing[0]}")
             continue
-        rows.append(_row(f"{path}, line {line}", values))
+        rows.append(_measurement(f"{path}, line {line}", values))
     if not rows:
         raise ValueError(f"{path} holds no row with a time and a length")
     return rows, left_out
@@ -112,7 +115,7 @@ def _read_lines(path: str | Path) -> list[tuple[int, dict[str, str]]]:
         raise ValueError(f"{path}: not a CSV file in UTF-8: {error}") from None
 
 
-def _stripped(row: dict) -> dict[str, str]:
+def _stripped(row: dict[str | Any, str | Any]) -> dict[str, str]:
     """Without the cells beyond the header, which csv keeps as a list."""
     values = {}
     for column, text in row.items():
@@ -121,30 +124,48 @@ def _stripped(row: dict) -> dict[str, str]:
     return values
 
 
-def _row(where: str, values: dict[str, str]) -> Row:
-    def number(column: str, default: float, least: float, integer: bool = True, most: float = 1e9):
+def _number(
+    where: str, values: dict[str, str], column: str, default: float, least: float, most: float
+) -> float:
+    """A cell's value; ValueError unless it is a number above 0 within the bounds."""
+    value = _parse(values.get(column), default)
+    if not (math.isfinite(value) and least <= value <= most):
         text = values.get(column) or default
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        in_range = math.isfinite(value) and least <= value <= most
-        if not in_range or (integer and value != int(value)):
-            kind = f"a whole number from {least:g} to {most:g}" if integer else "a number above 0"
-            raise ValueError(f"{where}: {column} must be {kind}, got {text!r}")
-        return int(value) if integer else value
+        raise ValueError(f"{where}: {column} must be a number above 0, got {text!r}")
+    return value
 
-    row = Row(
-        seconds=number("seconds", 0, 1e-12, integer=False),
-        batch=number("batch_size", 1, 1),
-        output_tokens=number("output_tokens", 1, 1),
-        gpus=number("gpus", 1, 1, most=MOST_DEVICES),
+
+def _whole(
+    where: str, values: dict[str, str], column: str, default: int, least: int, most: float = 1e9
+) -> int:
+    """A cell's value; ValueError unless it is a whole number within the bounds."""
+    value = _parse(values.get(column), default)
+    if not (math.isfinite(value) and least <= value <= most and value == int(value)):
+        kind = f"a whole number from {least:g} to {most:g}"
+        raise ValueError(f"{where}: {column} must be {kind}, got {values.get(column) or default!r}")
+    return int(value)
+
+
+def _parse(text: str | None, default: float) -> float:
+    """The number in a cell, `default` for an empty one; nan for any other text."""
+    try:
+        return float(text or default)
+    except ValueError:
+        return math.nan
+
+
+def _measurement(where: str, values: dict[str, str]) -> Measurement:
+    row = Measurement(
+        seconds=_number(where, values, "seconds", 0, 1e-12, 1e9),
+        batch=_whole(where, values, "batch_size", 1, 1),
+        output_tokens=_whole(where, values, "output_tokens", 1, 1),
+        gpus=_whole(where, values, "gpus", 1, 1, most=MOST_DEVICES),
         placement=values.get("placement", ""),
-        prompt_tokens=number("prompt_tokens", PROMPT_TOKENS, 1),
-        context_tokens=number("context_tokens", 0, 0),
+        prompt_tokens=_whole(where, values, "prompt_tokens", PROMPT_TOKENS, 1),
+        context_tokens=_whole(where, values, "context_tokens", 0, 0),
         phase=values.get("phase", ""),
         model=values.get("model") or "chatglm2-6b",
-        element_bytes=number("element_bytes", 2, 1, most=8),
+        element_bytes=_whole(where, values, "element_bytes", 2, 1, most=8),
         experiment=values.get("experiment", ""),
         query=values.get("query", ""),
     )
@@ -188,20 +209,21 @@ def named_stages(
             "placement must be even, single, alternate, lr, he, helr or layers such as 14,14, "
             f"got {placement!r}"
         )
-    stages = tuple((i, int(c)) for i, c in enumerate(counts))
-    if sum(n for _, n in stages) != layers or len(stages) > gpus:
+    numbers = list(map(int, counts))
+    if sum(numbers) != layers or len(numbers) > gpus:
         raise ValueError(
             f"placement {placement!r} must give the model's {layers} layers to at most "
             f"gpus = {gpus} devices"
         )
-    return tuple(s for s in stages if s[1]), None
+    return tuple((i, number) for i, number in enumerate(numbers) if number), None
 
 
-def row_seconds(row: Row, profile: Profile) -> float:
+def row_seconds(row: Measurement, profile: Profile) -> float:
     """Seconds that the cost model predicts for a row."""
     shape = shape_of(row.model, row.element_bytes)
     stages, mapped = named_stages(row.placement, row.gpus, shape.layers)
-    count = max(row.gpus, 1 + max(d for d, _ in stages))
+    last_device, _ = max(stages)
+    count = max(row.gpus, 1 + last_device)
     model = CostModel(shape, profile.cluster(count), stages, profile, mapped)
     if row.phase == "prefill":
         return model.prefill_s(row.prompt_tokens, row.batch)
@@ -211,20 +233,21 @@ def row_seconds(row: Row, profile: Profile) -> float:
     return warm + (model.startup_s if row.phase == "" else 0.0)
 
 
-def errors(rows: Sequence[Row], profile: Profile) -> np.ndarray:
+def relative_errors(rows: Sequence[Measurement], profile: Profile) -> np.ndarray:
     """(n,) relative errors: predicted over measured seconds, less 1."""
-    return _seconds(rows, profile) / _measured(rows) - 1
+    errors: np.ndarray = _seconds(rows, profile) / _measured(rows) - 1
+    return errors
 
 
-def _seconds(rows: Sequence[Row], profile: Profile) -> np.ndarray:
+def _seconds(rows: Sequence[Measurement], profile: Profile) -> np.ndarray:
     return np.array([row_seconds(row, profile) for row in rows])
 
 
-def _measured(rows: Sequence[Row]) -> np.ndarray:
+def _measured(rows: Sequence[Measurement]) -> np.ndarray:
     return np.array([row.seconds for row in rows])
 
 
-def fit(rows: Sequence[Row], start: Profile, prior: float = PRIOR) -> Profile:
+def fit_profile(rows: Sequence[Measurement], start: Profile, prior: float = PRIOR) -> Profile:
     """The profile that minimises Huber's loss of relative errors, with coefficients of at least 0.
 
     Seconds are linear in the coefficients but for the larger of weights and products. So columns
@@ -233,12 +256,12 @@ def fit(rows: Sequence[Row], start: Profile, prior: float = PRIOR) -> Profile:
     near `start` (SPREADS, PRIOR).
     """
     measured = _measured(rows)
-    spreads = np.array([SPREADS[name] for name in COEFFICIENTS])
-    begin = now = np.array([getattr(start, name) for name in COEFFICIENTS], float)
+    spreads = np.array(itemgetter(*COEFFICIENTS)(SPREADS))
+    begin = now = np.array(attrgetter(*COEFFICIENTS)(start), float)
     columns = None
     for rounds in range(40):
         if rounds % 10 == 0:
-            current = replace(start, **dict(zip(COEFFICIENTS, now.tolist())))
+            current = with_coefficients(start, now.tolist())
             columns = _columns(rows, current, spreads)
             # Link latencies and transfers, which no coefficient scales.
             fixed = _seconds(rows, current) - columns @ now
@@ -247,15 +270,21 @@ def fit(rows: Sequence[Row], start: Profile, prior: float = PRIOR) -> Profile:
         left = np.vstack([columns * (weights / measured)[:, None], np.diag(prior / spreads)])
         right = np.concatenate([weights * (1 - fixed / measured), prior / spreads * begin])
         now = _least_squares(left, right, spreads)
-    return replace(start, **{name: float(f"{value:.6g}") for name, value in zip(COEFFICIENTS, now)})
+    return with_coefficients(start, [float(f"{value:.6g}") for value in now])
 
 
-def vague(rows: Sequence[Row], profile: Profile) -> list[str]:
+def with_coefficients(profile: Profile, values: Sequence[float]) -> Profile:
+    """The profile with other COEFFICIENTS, in their order."""
+    changes: dict[str, Any] = dict(zip(COEFFICIENTS, values))
+    return replace(profile, **changes)
+
+
+def undetermined_coefficients(rows: Sequence[Measurement], profile: Profile) -> list[str]:
     """Coefficients that the rows do not determine: other values would fit them nearly as well.
 
     Those of which the rows leave more than half of the prior's spread.
     """
-    spreads = np.array([SPREADS[name] for name in COEFFICIENTS])
+    spreads = np.array(itemgetter(*COEFFICIENTS)(SPREADS))
     columns = _columns(rows, profile, spreads) / _measured(rows)[:, None]
     scaled = columns * spreads / PRIOR
     precision = scaled.T @ scaled * (PRIOR / HUBER) ** 2 + np.eye(len(spreads))
@@ -263,13 +292,14 @@ def vague(rows: Sequence[Row], profile: Profile) -> list[str]:
     return [name for name, share in zip(COEFFICIENTS, left) if share > 0.5]
 
 
-def _columns(rows: Sequence[Row], profile: Profile, spreads: np.ndarray) -> np.ndarray:
+def _columns(rows: Sequence[Measurement], profile: Profile, spreads: np.ndarray) -> np.ndarray:
     """(rows, coefficients) derivatives of the rows' seconds, by differences."""
     before = _seconds(rows, profile)
     columns = []
     for name, spread in zip(COEFFICIENTS, spreads):
         step = 1e-4 * spread
-        moved = replace(profile, **{name: getattr(profile, name) + step})
+        change: dict[str, Any] = {name: getattr(profile, name) + step}
+        moved = replace(profile, **change)
         columns.append((_seconds(rows, moved) - before) / step)
     return np.array(columns).T
 
@@ -278,28 +308,31 @@ def _least_squares(left: np.ndarray, right: np.ndarray, scale: np.ndarray) -> np
     """argmin |left x - right|, x >= 0, with variables in units of `scale`."""
     from scipy.optimize import nnls
 
-    return nnls(left * scale, right)[0] * scale
+    solution: np.ndarray = nnls(left * scale, right)[0] * scale
+    return solution
 
 
 def held_out_errors(
-    rows: Sequence[Row],
+    rows: Sequence[Measurement],
     start: Profile,
-    group_of: Callable[[int, Row], object],
+    group_of: Callable[[int, Measurement], object],
     prior: float = PRIOR,
 ) -> np.ndarray:
     """(n,) each row's error under the profile that is fitted without the rows of its group."""
-    groups = [group_of(i, row) for i, row in enumerate(rows)]
+    members: dict[object, list[int]] = {}
+    for i, row in enumerate(rows):
+        members.setdefault(group_of(i, row), []).append(i)
     held_out = np.zeros(len(rows))
-    for group in sorted(set(groups), key=str):
-        out = [i for i, g in enumerate(groups) if g == group]
-        profile = fit([row for row, g in zip(rows, groups) if g != group], start, prior)
-        held_out[out] = errors([rows[i] for i in out], profile)
+    for group in members.values():
+        others = sorted(set(range(len(rows))).difference(group))
+        profile = fit_profile([rows[i] for i in others], start, prior)
+        held_out[group] = relative_errors([rows[i] for i in group], profile)
     return held_out
 
 
-def summary(relative_errors: np.ndarray) -> dict[str, float]:
+def summarize_errors(errors: np.ndarray) -> dict[str, float]:
     """{rows, median_abs_error, p90_abs_error}."""
-    size = np.abs(relative_errors)
+    size = np.abs(errors)
     return {
         "rows": len(size),
         "median_abs_error": round(float(np.median(size)), 6),
@@ -307,15 +340,15 @@ def summary(relative_errors: np.ndarray) -> dict[str, float]:
     }
 
 
-def report(rows: Sequence[Row], start: Profile) -> dict[str, dict[str, float]]:
+def summarize_fits(rows: Sequence[Measurement], start: Profile) -> dict[str, dict[str, float]]:
     """{way of holding out: summary of errors} of fits.
 
     In sample, in 5 folds, and with each experiment, number of devices, and query or batch size left
     out as a whole.
     """
     shuffled = np.random.default_rng(0).permutation(len(rows)) % 5
-    summaries = {"in_sample": summary(errors(rows, fit(rows, start)))}
-    ways: dict[str, Callable[[int, Row], object]] = {
+    summaries = {"in_sample": summarize_errors(relative_errors(rows, fit_profile(rows, start)))}
+    ways: dict[str, Callable[[int, Measurement], object]] = {
         "5_folds": lambda i, row: shuffled[i],
         "without_its_experiment": lambda i, row: row.experiment,
         "without_its_number_of_gpus": lambda i, row: row.gpus,
@@ -324,6 +357,6 @@ def report(rows: Sequence[Row], start: Profile) -> dict[str, dict[str, float]]:
         ),
     }
     for name, way in ways.items():
-        if len({way(i, row) for i, row in enumerate(rows)}) > 1:
-            summaries[name] = summary(held_out_errors(rows, start, way))
+        if len(set(map(way, range(len(rows)), rows))) > 1:
+            summaries[name] = summarize_errors(held_out_errors(rows, start, way))
     return summaries

@@ -21,7 +21,7 @@ The coefficients (Profile) are fitted to measurements by serving/cost_model/fit.
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from chatglm.files import read_json
 from finetune.files import write_json
@@ -61,7 +61,9 @@ class ModelShape:
     glm1: bool = False
 
     @classmethod
-    def from_config(cls, config: dict | str | Path, element_bytes: int = 2) -> "ModelShape":
+    def from_config(
+        cls, config: dict[str, Any] | str | Path, element_bytes: int = 2
+    ) -> "ModelShape":
         """From a config.json's content, its path or its folder, or a published name.
 
         Published names are chatglm-6b, chatglm2-6b and chatglm3-6b.
@@ -128,8 +130,8 @@ class Profile:
     """
 
     name: str = "datasheet"
-    device: str | dict = "A100-80G"
-    link: str | dict = "pcie4"
+    device: str | dict[str, Any] = "A100-80G"
+    link: str | dict[str, Any] = "pcie4"
     weight_passes: float = 1.25
     compute_passes: float = 2.0
     kv_passes: float = 1.25
@@ -143,9 +145,9 @@ class Profile:
     batch_overhead_s: float = 0.0
     startup_s: float = 0.0
     startup_device_s: float = 0.0
-    made: dict = field(default_factory=dict, compare=False)
+    made: dict[str, Any] = field(default_factory=dict, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         texts = (str, dict)
         if (
             not isinstance(self.name, str)
@@ -164,9 +166,9 @@ class Profile:
     def cluster(self, count: int) -> Cluster:
         """`count` of the device that it was measured on, joined by its link."""
         try:
-            device, link = self.device, self.link
-            device = find_device(device) if isinstance(device, str) else Device(**device)
-            link = link if isinstance(link, str) else Link(**link)
+            named = self.device
+            device = find_device(named) if isinstance(named, str) else Device(**named)
+            link = self.link if isinstance(self.link, str) else Link(**self.link)
         except TypeError as error:
             raise ValueError(f"profile {self.name!r}: not a device or link: {error}") from None
         return Cluster.uniform(device, count, link=link)
@@ -179,7 +181,7 @@ class Profile:
         write_json(path, asdict(self))
 
 
-COEFFICIENTS = tuple(
+COEFFICIENTS: tuple[str, ...] = tuple(
     f.name for f in fields(Profile) if f.name not in ("name", "device", "link", "made")
 )
 DATASHEET = Profile()
@@ -294,8 +296,11 @@ def pass_seconds(profile: Profile, batch: int) -> float:
 class Placed(Protocol):
     """A model's layers on a cluster: serving.deployment's Placement."""
 
-    cluster: Cluster
-    stages: tuple[tuple[int, int], ...]
+    @property
+    def cluster(self) -> Cluster: ...
+
+    @property
+    def stages(self) -> tuple[tuple[int, int], ...]: ...
 
 
 class CostModel:
@@ -340,14 +345,15 @@ class CostModel:
         Equal devices make one product.
         """
         model, profile = self.model, self.profile
-        devices, links = self.cluster.devices, self.cluster.links
+        devices, link_between = self.cluster.devices, self.cluster.link_between
         counts: dict[Device, int] = {}
         self._per_context = 0.0
         for d, n in self.stages:
             counts[devices[d]] = counts.get(devices[d], 0) + n
             self._per_context += n * context_seconds(model, devices[d], profile)
             if d != self.first:
-                self._per_context += n * cache_seconds(model, links[d][self.first], profile, 1.0)
+                link = link_between(d, self.first)
+                self._per_context += n * cache_seconds(model, link, profile, 1.0)
         self._products: list[tuple[float, float]] = []
         attention = []
         for device, n in counts.items():
@@ -360,7 +366,7 @@ class CostModel:
         )
         # A chain returns to its first device: with the token, or with what the output layer reads.
         chain = [d for d, _ in self.stages] + [self.first]
-        hops = [links[a][b] for a, b in zip(chain, chain[1:]) if a != b]
+        hops = [link_between(a, b) for a, b in zip(chain, chain[1:]) if a != b]
         empty = sum(hop_seconds(model, link, profile, 0) for link in hops)
         self._per_row = sum(hop_seconds(model, link, profile, 1) for link in hops) - empty
         mapped_s = profile.mapped_overhead_s if self.mapped else 0.0
@@ -378,9 +384,12 @@ class CostModel:
         A cluster's layers are spread evenly, as accelerate does.
         """
         profile = read_profile(profile) if isinstance(profile, str) else profile
-        if hasattr(on, "stages"):
+        if isinstance(on, Device | str):
+            cluster = Cluster.uniform(on, 1)
+        elif isinstance(on, Cluster):
+            cluster = on
+        else:
             return cls(model, on.cluster, on.stages, profile)
-        cluster = on if isinstance(on, Cluster) else Cluster.uniform(on, 1)
         return cls(model, cluster, even_stages(model.layers, len(cluster.devices)), profile)
 
     def _pass(self, rows: int, batch: int) -> float:

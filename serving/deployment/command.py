@@ -1,6 +1,6 @@
 """Where a model's layers go, and what that costs: python -m serving.deployment."""
 
-import argparse
+from dataclasses import dataclass
 
 from chatglm.commands import Parser, run_command, whole
 from finetune.files import write_json
@@ -11,8 +11,26 @@ from serving.deployment.deployers import DEPLOYERS
 from serving.deployment.placement import Need
 
 
+@dataclass(frozen=True)
+class DeploymentFlags:
+    """The flags of the command; `main` has their meaning and defaults."""
+
+    model: str
+    device: str | None
+    gpus: int | None
+    cluster: str | None
+    profile: str
+    deployer: str
+    need_tokens: int
+    batch: int
+    prompt_tokens: int
+    output_tokens: int
+    picture: str | None
+    json: str | None
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="serving.deployment", description=__doc__.split("\n")[0])
+    parser = Parser(prog="serving.deployment", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add(
         "--model", default="chatglm2-6b", help="published name, folder or config.json [chatglm2-6b]"
@@ -48,27 +66,28 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.cluster and (args.device or args.gpus):
         parser.error("--cluster says which devices there are: leave out --device and --gpus")
-    return run_command(parser.prog, lambda: run(args))
+    flags = DeploymentFlags(**vars(args))
+    return run_command(parser.prog, lambda: place_model(flags))
 
 
-def run(args: argparse.Namespace) -> None:
-    profile = read_profile(args.profile)
-    cluster = make_cluster(args, profile)
-    model = ModelShape.from_config(args.model)
-    need = Need(args.need_tokens, args.batch, args.prompt_tokens, args.output_tokens)
-    placement = DEPLOYERS[args.deployer].place(model, cluster, need, profile)
-    print(f"model: {shape_source(args.model)}")
+def place_model(flags: DeploymentFlags) -> None:
+    profile = read_profile(flags.profile)
+    cluster = make_cluster(flags, profile)
+    model = ModelShape.from_config(flags.model)
+    need = Need(flags.need_tokens, flags.batch, flags.prompt_tokens, flags.output_tokens)
+    placement = DEPLOYERS[flags.deployer].place(model, cluster, need, profile)
+    print(f"model: {shape_source(flags.model)}")
     print(placement.describe())
-    if args.json:
-        write_json(args.json, placement.report())
-    if args.picture:
-        placement.picture(args.picture)
+    if flags.json:
+        write_json(flags.json, placement.report())
+    if flags.picture:
+        placement.picture(flags.picture)
 
 
-def make_cluster(args: argparse.Namespace, profile: Profile) -> Cluster:
-    count = args.gpus or 1
-    if args.cluster:
-        return Cluster.from_json(args.cluster)
-    if args.device:
-        return Cluster.uniform(args.device, count)
+def make_cluster(flags: DeploymentFlags, profile: Profile) -> Cluster:
+    count = flags.gpus or 1
+    if flags.cluster:
+        return Cluster.from_json(flags.cluster)
+    if flags.device:
+        return Cluster.uniform(flags.device, count)
     return profile.cluster(count)

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, permutations
+from typing import Protocol
 
 import numpy as np
 
@@ -41,7 +42,7 @@ Level = tuple[np.ndarray, np.ndarray]
 
 def profile_of(cost: Profile | CostModel) -> Profile:
     """The profile, also of a cost model."""
-    return getattr(cost, "profile", cost)
+    return cost.profile if isinstance(cost, CostModel) else cost
 
 
 def objective(latency_s: np.ndarray, devices: int, scale_s: float, weight: float) -> np.ndarray:
@@ -63,9 +64,14 @@ class Single:
     argmin latency(d) over d with need(model) <= memory(d).
     """
 
-    def place(self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile) -> Placement:
+    def place(
+        self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile | CostModel
+    ) -> Placement:
         pieces = Pieces(model, cluster, need, profile_of(cost))
-        fitting = [d for d in range(len(cluster.devices)) if pieces.room([d])[0] >= model.layers]
+        fitting = []
+        for device in range(len(cluster.devices)):
+            if pieces.room([device])[0] >= model.layers:
+                fitting.append(device)
         if not fitting:
             raise infeasible(model, cluster, need, "single: no device holds the model")
         best = min(fitting, key=lambda d: (pieces.seconds([d], [model.layers]), d))
@@ -85,7 +91,9 @@ class Even:
 
     ends_as_layers: int = 2
 
-    def place(self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile) -> Placement:
+    def place(
+        self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile | CostModel
+    ) -> Placement:
         pieces = Pieces(model, cluster, need, profile_of(cost))
         count = len(cluster.devices)
         quota = math.ceil((model.layers + self.ends_as_layers) / count)
@@ -138,16 +146,18 @@ class Helr:
     def __post_init__(self):
         check_weight(self.efficiency_weight)
 
-    def place(self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile) -> Placement:
+    def place(
+        self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile | CostModel
+    ) -> Placement:
         pieces = Pieces(model, cluster, need, profile_of(cost))
         search = ChainSearch(pieces, self.efficiency_weight)
-        chains = [search.run(first) for first in range(len(search.groups))]
+        chains = list(map(search.run, range(len(search.groups))))
         value, chain = min(chains, key=lambda found: found[0])
         if not math.isfinite(value):
             raise infeasible(
                 model, cluster, need, f"{self.name}: no chain of devices holds the model"
             )
-        unused = [list(group) for group in search.groups]
+        unused = list(map(list, search.groups))
         stages = [(unused[group].pop(0), layers) for group, layers in chain]
         return make_placement(pieces, stages, profile_of(cost), search.steps, self.name)
 
@@ -164,15 +174,18 @@ class ChainSearch:
         self.groups = pieces.cluster.groups
         weight = min(weight, 1 - TIE)
         self.latency_weight, self.device_price = 1 - weight, weight * pieces.scale
-        self.sizes = np.array([len(group) for group in self.groups])
-        if math.prod(int(n) + 1 for n in self.sizes) >= 2**62:
+        self.sizes = np.array(list(map(len, self.groups)))
+        if math.prod((self.sizes + 1).tolist()) >= 2**62:
             raise ValueError(
                 f"{len(self.groups)} groups of identical devices are more than this search can "
                 "count; give fewer kinds"
             )
         self.strides = np.concatenate([[1], np.cumprod(self.sizes + 1)[:-1]])
         # One device stands for its group; `like` is the other device of a hop inside the group.
-        chosen, like = [g[0] for g in self.groups], [g[-1] for g in self.groups]
+        chosen, like = [], []
+        for group in self.groups:
+            chosen.append(group[0])
+            like.append(group[-1])
         self.layer, self.output = pieces.layer[chosen], pieces.output[chosen]
         self.hop, self.cache = pieces.hop[np.ix_(chosen, like)], pieces.cache[np.ix_(chosen, like)]
         ends = ((True, True), (True, False), (False, False), (False, True))
@@ -337,7 +350,8 @@ class ChainSearch:
 
         All orders of few groups; of more, by speed, by room and by hop from the first.
         """
-        others = [g for g in range(len(self.groups)) if g != first]
+        others = list(range(len(self.groups)))
+        others.remove(first)
         if len(others) <= 3:
             return [(first, *order) for order in permutations(others)]
         orders = []
@@ -398,10 +412,14 @@ class Exhaustive:
     def __post_init__(self):
         check_weight(self.efficiency_weight)
 
-    def place(self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile) -> Placement:
+    def place(
+        self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile | CostModel
+    ) -> Placement:
         pieces = Pieces(model, cluster, need, profile_of(cost))
         n = len(cluster.devices)
-        plans = sum(math.perm(n, k) * math.comb(model.layers - 1, k - 1) for k in range(1, n + 1))
+        plans = 0
+        for k in range(1, n + 1):
+            plans += math.perm(n, k) * math.comb(model.layers - 1, k - 1)
         if plans > self.max_plans:
             raise ValueError(
                 f"exhaustive: {plans:,} plans, more than max_plans = {self.max_plans:,}; use helr"
@@ -451,7 +469,9 @@ class Morphling:
     noise: float = 0.05
     seed: int = 0
 
-    def place(self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile) -> Placement:
+    def place(
+        self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile | CostModel
+    ) -> Placement:
         profile = profile_of(cost)
         pieces = Pieces(model, cluster, need, profile)
         plans = configurations(pieces)
@@ -503,10 +523,10 @@ class Morphling:
             other = Need(need.kv_tokens_q90, *varied)
             pieces = Pieces(model, cluster, other, profile)
             seconds = np.array([pieces.seconds(*zip(*plan)) for plan in plans])
-            scores = np.log(other.batch / seconds / [len(plan) for plan in plans])
+            scores = np.log(other.batch / seconds / list(map(len, plans)))
             fitted.append(np.linalg.solve(features.T @ features + ridge, features.T @ scores))
-        fitted = np.array(fitted)
-        return fitted.mean(0), np.cov(fitted.T) + 1e-2 * np.eye(features.shape[1])
+        tasks = np.array(fitted)
+        return tasks.mean(0), np.cov(tasks.T) + 1e-2 * np.eye(features.shape[1])
 
     def features(self, pieces: Pieces, plan: Plan) -> np.ndarray:
         """(F,) features of a configuration, all near 1."""
@@ -537,7 +557,7 @@ def configurations(pieces: Pieces) -> list[Plan]:
     plans: dict[tuple, None] = {}
     for order in orders:
         for k in range(1, min(n, total) + 1):
-            devices = [int(d) for d in order[:k]]
+            devices = list(map(int, order[:k]))
             ways = [
                 divide(total, np.ones(k)),
                 divide(total, 1 / pieces.layer[devices]),
@@ -547,7 +567,7 @@ def configurations(pieces: Pieces) -> list[Plan]:
             for layers in ways:
                 if layers is not None:
                     plans[tuple(zip(devices, layers))] = None
-    return [list(plan) for plan in plans]
+    return list(map(list, plans))
 
 
 def divide(total: int, shares: np.ndarray) -> list[int]:
@@ -559,7 +579,7 @@ def divide(total: int, shares: np.ndarray) -> list[int]:
         exact = np.full(len(shares), rest / len(shares))
     layers = np.floor(exact).astype(int)
     layers[np.argsort(layers - exact, kind="stable")[: rest - layers.sum()]] += 1
-    return [int(n) + 1 for n in layers]
+    return (layers + 1).tolist()
 
 
 def fill(room: np.ndarray, total: int) -> list[int] | None:
@@ -573,7 +593,16 @@ def fill(room: np.ndarray, total: int) -> list[int] | None:
     return layers if left == 0 else None
 
 
-DEPLOYERS = {
+class Deployer(Protocol):
+    """Chooses a placement for a model on a cluster."""
+
+    def place(
+        self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile | CostModel
+    ) -> Placement:
+        """Raises Infeasible where it finds none within each device's memory."""
+
+
+DEPLOYERS: dict[str, Deployer] = {
     "even": Even(),
     "single": Single(),
     "he": Helr(1.0, "he"),  # he and lr are helr's two ends

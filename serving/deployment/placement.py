@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import permutations
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -97,12 +98,12 @@ class Placement:
 
     @property
     def devices(self) -> tuple[int, ...]:
-        return tuple(d for d, _ in self.stages)
+        return tuple(map(itemgetter(0), self.stages))
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Layers of each stage."""
-        return tuple(n for _, n in self.stages)
+        return tuple(map(itemgetter(1), self.stages))
 
     def place_of(self, device: int) -> int | str:
         """The device as torch and accelerate name it: the index among GPUs, or "cpu"."""
@@ -143,7 +144,7 @@ class Placement:
             raise ValueError(
                 "a pipeline's stages lie on different devices; this placement comes back to one"
             )
-        return ",".join(str(n) for n in self.layers)
+        return ",".join(map(str, self.layers))
 
     def replica_devices(self) -> list[tuple[int, ...]]:
         """The devices of each replica, in the chain's order; the first is this chain."""
@@ -156,7 +157,7 @@ class Placement:
                 used = taken | set(chosen.values())
                 chosen[device] = next(d for d in [device, *group] if d not in used)
             taken |= set(chosen.values())
-            chains.append(tuple(chosen[d] for d in self.devices))
+            chains.append(tuple(map(chosen.__getitem__, self.devices)))
         return chains
 
     def layers_of(self) -> dict[int, list[str]]:
@@ -171,16 +172,17 @@ class Placement:
 
     def report(self) -> dict:
         """All figures, for JSON; latency_per_token_s is of an answer of the need's batch."""
-        devices = [
-            {
-                "device": d,
-                "name": self.cluster.devices[d].name,
-                "layers": ",".join(runs),
-                "needed_bytes": self.memory_bytes[d],
-                "there_bytes": self.cluster.devices[d].usable_bytes,
-            }
-            for d, runs in self.layers_of().items()
-        ]
+        devices = []
+        for d, runs in self.layers_of().items():
+            devices.append(
+                {
+                    "device": d,
+                    "name": self.cluster.devices[d].name,
+                    "layers": ",".join(runs),
+                    "needed_bytes": self.memory_bytes[d],
+                    "there_bytes": self.cluster.devices[d].usable_bytes,
+                }
+            )
         return {
             "deployer": self.deployer,
             "need": asdict(self.need),
@@ -229,12 +231,15 @@ class Placement:
         devices = self.cluster.devices
         figure = Figure(figsize=(8, 1.2 + 0.45 * len(devices)), layout="constrained")
         axes = figure.add_subplot()
-        names = [f"{i} {d.name}" for i, d in enumerate(devices)]
+        names, sizes, kv, weights = [], [], [], []
         counts = cm.layers_by_device(self.stages)
         layer_bytes = kv_layer_bytes(self.model, self.need)
-        kv = [counts.get(i, 0) * layer_bytes / GIB for i in range(len(devices))]
-        weights = [self.memory_bytes.get(i, 0) / GIB - kv[i] for i in range(len(devices))]
-        axes.barh(names, [d.memory_bytes / GIB for d in devices], color="0.92", label="there")
+        for i, device in enumerate(devices):
+            names.append(f"{i} {device.name}")
+            sizes.append(device.memory_bytes / GIB)
+            kv.append(counts.get(i, 0) * layer_bytes / GIB)
+            weights.append(self.memory_bytes.get(i, 0) / GIB - kv[i])
+        axes.barh(names, sizes, color="0.92", label="there")
         axes.barh(names, weights, color="tab:blue", label="weights")
         axes.barh(names, kv, left=weights, color="tab:orange", label="KV at q90")
         for d, parts in self.layers_of().items():
@@ -321,6 +326,7 @@ class Pieces:
         link_s: dict[Link, tuple[float, float]] = {}
         for i, j in permutations(range(n), 2):
             link = cluster.links[i][j]
+            assert link is not None  # Cluster checks all but the diagonal
             if link not in link_s:
                 hop = cm.hop_seconds(model, link, profile, tokens)
                 hop += steps * cm.hop_seconds(model, link, profile, batch)

@@ -7,9 +7,9 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from serving.request import CostModel, Limits, Record, Request
+from serving.request import FOREVER, CostEstimator, Limits, Plan, Record, Request, StepResult
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (self.top_k >= 0 and 0 <= self.min_p <= 1 and self.repetition_penalty > 0):
             wanted = "top_k >= 0, 0 <= min_p <= 1 and repetition_penalty > 0"
             raise ValueError(f"wanted {wanted}; got {self}")
@@ -134,9 +134,13 @@ class Answer:
 
     def __iter__(self) -> Iterator[int]:
         n = 0
+
+        def has_news() -> bool:
+            return len(self.tokens) > n or self.reason is not None
+
         while True:
             with self._changed:
-                self._changed.wait_for(lambda n=n: len(self.tokens) > n or self.reason is not None)
+                self._changed.wait_for(has_news)
                 fresh = self.tokens[n:]
                 ended = self.reason is not None
             yield from fresh
@@ -156,7 +160,7 @@ class TextEngine:
         self,
         model: "PreTrainedModel",
         limits: Limits,
-        cost: CostModel,
+        cost: CostEstimator,
         stop_ids: Sequence[int] | None = None,
     ):
         self.model = model
@@ -198,15 +202,15 @@ class TextEngine:
             self._answers[request.id] = answer
         return answer
 
-    def check_prompt(self, prompt: list[int]):
+    def check_prompt(self, prompt: list[int]) -> None:
         """Raises ValueError where the model cannot read it."""
-        vocabulary = self.model.get_input_embeddings().num_embeddings
+        vocabulary = vocabulary_of(self.model)
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             raise ValueError(
                 f"prompt ids must be from 0 to {vocabulary - 1}; got {min(prompt)} to {max(prompt)}"
             )
 
-    def cancel(self, request_id: int):
+    def cancel(self, request_id: int) -> None:
         """End an answer now; nothing where the id is unknown.
 
         A running sequence leaves at the next iteration, a waiting one when it is admitted.
@@ -215,7 +219,7 @@ class TextEngine:
             answer.add(None, "cancelled")
             self._woken = True
 
-    def forget(self, request_id: int, reason: str = "refused"):
+    def forget(self, request_id: int, reason: str = "refused") -> None:
         """Drop a request that the scheduler refused, or never got."""
         with self._lock:
             answer = self._answers.pop(request_id, None)
@@ -229,7 +233,7 @@ class TextEngine:
             self.cancel(request_id)
         return known
 
-    def end_all(self, reason: str = "cancelled"):
+    def end_all(self, reason: str = "cancelled") -> None:
         """End every answer after step has raised, so that no thread waits for one."""
         for request_id in self._known():
             self.forget(request_id, reason)
@@ -242,12 +246,16 @@ class TextEngine:
         with self._lock:
             return list(self._answers)
 
-    def wake(self):
+    def wake(self) -> None:
         """Make a running step return after its iteration, where its plan has wake_on_arrival."""
         self._woken = True
 
     def generated(self, record: Record) -> int:
         return len(self._answers[record.request.id].tokens)
+
+    def step(self, plan: Plan, budget_s: float = FOREVER) -> StepResult:
+        """As Engine.step."""
+        raise NotImplementedError
 
     def answer_of(self, record: Record) -> Answer:
         try:
@@ -285,6 +293,12 @@ class TextEngine:
         return answer.id, len(answer.tokens), answer.reason not in ("stop", "length")
 
 
+def vocabulary_of(model: "PreTrainedModel") -> int:
+    """Rows of a model's embedding: its token ids are below."""
+    embedding: Any = model.get_input_embeddings()
+    return embedding.num_embeddings
+
+
 def model_stop_ids(model: "PreTrainedModel") -> Sequence[int]:
     """The stop ids of a model's generation_config."""
     stop_ids = model.generation_config.eos_token_id
@@ -293,7 +307,7 @@ def model_stop_ids(model: "PreTrainedModel") -> Sequence[int]:
     return [stop_ids] if isinstance(stop_ids, int) else stop_ids
 
 
-def choose(logits: "Tensor", answers: Sequence[Answer]) -> list[int | None]:
+def choose_tokens(logits: "Tensor", answers: Sequence[Answer]) -> list[int | None]:
     """The next token of each answer from logits (at least len(answers), V).
 
     None where they are not finite, or sampling fails.

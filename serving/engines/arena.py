@@ -6,19 +6,19 @@ keys[:decoding, :, :longest] in place: no gathering, no concatenation. When a ro
 row is copied to its slot: one copy an answer, not one a token.
 """
 
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
 SMALLEST = 64  # tokens of the smallest class
 
 
-def class_of(tokens: int) -> int:
+def slab_tokens(tokens: int) -> int:
     """The smallest class that holds so many tokens."""
     return max(SMALLEST, 1 << (tokens - 1).bit_length())
 
 
-class Row(Protocol):
+class ArenaRow(Protocol):
     """A sequence in the arena, which sets these attributes.
 
     Attributes:
@@ -26,12 +26,22 @@ class Row(Protocol):
         length: tokens written, which whoever writes them counts up.
     """
 
-    slab: "Slab | None"
+    slab: "Slab[Any] | None"
     slot: int
     length: int
 
 
-class Slab:
+RowT = TypeVar("RowT", bound=ArenaRow)
+
+
+def placed_slab(row: RowT) -> "Slab[RowT]":
+    """The slab where a row lies. Raises RuntimeError for a row outside the arena."""
+    if row.slab is None:
+        raise RuntimeError("the sequence has no slot in the KV arena")
+    return row.slab
+
+
+class Slab(Generic[RowT]):
     """Rows of `size` tokens.
 
     Attributes:
@@ -51,32 +61,36 @@ class Slab:
     ):
         self.size = size
         self.shape = (kv_heads, size, head_dim)
-        self.like = {"dtype": dtype, "device": device}
-        self.keys = [torch.zeros(0, *self.shape, **self.like) for _ in range(layers)]
-        self.values = [torch.zeros(0, *self.shape, **self.like) for _ in range(layers)]
-        self.rows: list[Row] = []
+        self.dtype = dtype
+        self.device = device
+        self.keys = [self._zeros(0) for _ in range(layers)]
+        self.values = [self._zeros(0) for _ in range(layers)]
+        self.rows: list[RowT] = []
         self.decoding = 0
 
     @property
     def slots(self) -> int:
         return len(self.keys[0])
 
-    def resize(self, slots: int):
+    def _zeros(self, slots: int) -> torch.Tensor:
+        return torch.zeros((slots, *self.shape), dtype=self.dtype, device=self.device)
+
+    def resize(self, slots: int) -> None:
         """Make room for so many rows, layer by layer: only one layer exists twice at a time."""
         used = len(self.rows)
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
                 # Zeros: unwritten places are masked, but 0 * nan would be nan.
-                tensors[layer] = torch.zeros(slots, *self.shape, **self.like)
+                tensors[layer] = self._zeros(slots)
                 tensors[layer][:used] = old[:used]
 
-    def copy(self, source: int, target: int):
+    def copy(self, source: int, target: int) -> None:
         length = self.rows[source].length
         for tensors in (self.keys, self.values):
             for x in tensors:
                 x[target, :, :length] = x[source, :, :length]
 
-    def swap(self, a: int, b: int):
+    def swap(self, a: int, b: int) -> None:
         if a == b:
             return
         rows = self.rows
@@ -89,7 +103,7 @@ class Slab:
         rows[a], rows[b] = rows[b], rows[a]
         rows[a].slot, rows[b].slot = a, b
 
-    def remove(self, slot: int):
+    def remove(self, slot: int) -> None:
         """Remove a row and close the gap.
 
         The last decoding row moves to the slot of a decoding one; the last of all rows moves to the
@@ -111,7 +125,7 @@ class Slab:
         rows.pop()
 
 
-class Arena:
+class Arena(Generic[RowT]):
     """All slabs. The arena places rows; it does not count reservations.
 
     Memory follows reservations: a row's class is less than twice its reservation. Slabs have spare
@@ -134,24 +148,24 @@ class Arena:
     ):
         self.shape = (layers, kv_heads, head_dim, dtype, device)
         self.tokens = tokens
-        self.slabs: dict[int, Slab] = {}
+        self.slabs: dict[int, Slab[RowT]] = {}
         self.migrations = 0
 
     @property
     def held(self) -> int:
         return sum(slab.size * slab.slots for slab in self.slabs.values())
 
-    def admit(self, row: Row, tokens: int):
+    def admit(self, row: RowT, tokens: int) -> None:
         """Give an empty row a slot for so many tokens; it does not decode yet."""
-        self._append(row, self._slab(class_of(tokens)))
+        self._append(row, self._slab(slab_tokens(tokens)))
         row.length = 0
 
-    def reserve(self, row: Row, tokens: int):
+    def reserve(self, row: RowT, tokens: int) -> None:
         """Make room for so many tokens; the row migrates where its class is too small."""
-        size = class_of(tokens)
-        if size <= row.slab.size:
+        size = slab_tokens(tokens)
+        old, slot = placed_slab(row), row.slot
+        if size <= old.size:
             return
-        old, slot = row.slab, row.slot
         is_decoding = slot < old.decoding
         new = self._slab(size)
         self._append(row, new)
@@ -164,15 +178,15 @@ class Arena:
             self.join(row)
         self.migrations += 1
 
-    def join(self, row: Row):
+    def join(self, row: RowT) -> None:
         """Move the row to the decoding ones of its slab."""
-        slab = row.slab
+        slab = placed_slab(row)
         slab.swap(row.slot, slab.decoding)
         slab.decoding += 1
 
-    def release(self, row: Row, wipe: bool = False):
+    def release(self, row: RowT, wipe: bool = False) -> None:
         """Remove a row; `wipe`: zero what it held, because it is not finite."""
-        slab = row.slab
+        slab = placed_slab(row)
         if wipe:
             for x in (*slab.keys, *slab.values):
                 x[row.slot].zero_()
@@ -183,19 +197,19 @@ class Arena:
         row.slab = None
         self._trim(slab)
 
-    def _slab(self, size: int) -> Slab:
+    def _slab(self, size: int) -> Slab[RowT]:
         layers, kv_heads, head_dim, dtype, device = self.shape
         if size not in self.slabs:
             self.slabs[size] = Slab(size, layers, kv_heads, head_dim, dtype, device)
         return self.slabs[size]
 
-    def _append(self, row: Row, slab: Slab):
+    def _append(self, row: RowT, slab: Slab[RowT]) -> None:
         if len(slab.rows) == slab.slots:
             self._grow(slab)
         row.slab, row.slot = slab, len(slab.rows)
         slab.rows.append(row)
 
-    def _grow(self, slab: Slab):
+    def _grow(self, slab: Slab[RowT]) -> None:
         """Add half as many slots; only one where the arena would exceed twice `tokens`."""
         spare = max(1, slab.slots // 2)
         if self._exceeds(spare * slab.size):
@@ -209,7 +223,7 @@ class Arena:
     def _exceeds(self, more_tokens: int) -> bool:
         return self.held + more_tokens > 2 * self.tokens
 
-    def _trim(self, slab: Slab):
+    def _trim(self, slab: Slab[RowT]) -> None:
         """Free a large slab that is empty; a small one stays for the next row."""
         if not slab.rows and slab.slots * slab.size > self.tokens // 4:
             slab.resize(0)

@@ -1,21 +1,9 @@
 """Models as the continuous engine runs them: blocks, positions, rotary angles, virtual tokens.
 
-Every body has
-    blocks              called with (hidden, one_pass, turns, keep=None): hidden is
-                        (1, N, hidden_size), one_pass a passes.Pass; returns
-                        (1, N or K, hidden_size)
-    embed, norm, head   the model's own modules
-    kv_heads, head_dim  of the keys and values that a block passes to the Pass
-    axes                1, or 2 where each token has a place and a block position (ChatGLM-6B)
-    positions(prompt), context(positions), turns(positions)
-    prompt              P-Tuning v1's vectors (1, P, hidden), or None
-    prefix              P-Tuning v2's keys and values (2 * layers, 1, kv_heads, P, D), or None
-    prompt_length, prefix_length    their P; 0 without
-
-and runs the modules in place: adapters on them take part, no weight is copied.
+A body (ServedBody) runs the modules in place: adapters on them take part, no weight is copied.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,24 +25,79 @@ class AttentionPass(Protocol):
     def attend(self, module: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
 
 
-class ChatGLM:
+class Block(Protocol):
+    """One decoder layer."""
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        one_pass: AttentionPass,
+        turns: Tensor,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """(1, N, hidden_size) -> (1, N or K, hidden_size); `keep` (K,) are the tokens computed."""
+
+
+class ServedBody(Protocol):
+    """What the continuous engine needs of a model.
+
+    Attributes:
+        blocks: the decoder layers, in order.
+        embed, norm, head: the model's own modules.
+        kv_heads, head_dim: of the keys and values that a block passes to the Pass.
+        axes: 1, or 2 where each token has a place and a block position (ChatGLM-6B).
+        prompt: P-Tuning v1's vectors (1, P, hidden), or None.
+        prefix: P-Tuning v2's keys and values (2 * layers, 1, kv_heads, P, D), or None.
+        prompt_length, prefix_length: their P; 0 without.
+    """
+
+    blocks: list[Block]
+    embed: nn.Module
+    norm: nn.Module
+    head: nn.Module
+    kv_heads: int
+    head_dim: int
+    axes: int
+    prompt: Tensor | None
+    prefix: Tensor | None
+    prompt_length: int
+    prefix_length: int
+
+    def positions(self, prompt: list[int]) -> Tensor:
+        """Positions (axes, S) of a prompt's tokens, virtual ones not counted."""
+
+    def context(self, positions: Tensor) -> int:
+        """How many tokens, the first ones, see each other both ways."""
+
+    def turns(self, positions: Tensor) -> Tensor:
+        """The rotary angles of positions (axes, N), as the blocks take them."""
+
+
+class ServedChatGLM:
     """ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B in this project's classes.
 
     Their blocks take a Pass in the place of the mask.
     """
 
     def __init__(self, model: PreTrainedModel):
-        self.body, config = model.transformer, model.config
-        holder = getattr(self.body, "encoder", self.body)
-        self.blocks, self.norm = list(holder.layers), holder.final_layernorm
-        self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings()
-        self.kv_heads, self.head_dim = config.num_key_value_heads, config.head_dim
+        # Any: transformers types a model's modules as Tensor | Module.
+        body: Any = model.transformer
+        config: Any = model.config
+        holder = getattr(body, "encoder", body)
+        self._body = body
+        self.blocks: list[Block] = list(holder.layers)
+        self.norm: nn.Module = holder.final_layernorm
+        self.embed: nn.Module = model.get_input_embeddings()
+        self.head: nn.Module = model.get_output_embeddings()
+        self.kv_heads: int = config.num_key_value_heads
+        self.head_dim: int = config.head_dim
         self.axes = 2 if config.glm_family == "glm" else 1
-        self.prompt_length, self.prefix_length = self.body.prompt_length, self.body.prefix_length
-        virtual = None
+        self.prompt_length: int = body.prompt_length
+        self.prefix_length: int = body.prefix_length
+        virtual: Tensor | None = None
         if self.prompt_length or self.prefix_length:
             with torch.inference_mode():
-                virtual = self.body.prefix_encoder(1).to(model.dtype)
+                virtual = body.prefix_encoder(1).to(model.dtype)
         self.prompt = virtual if self.prompt_length else None
         self.prefix = virtual if self.prefix_length else None
 
@@ -65,7 +108,7 @@ class ChatGLM:
             ValueError: ChatGLM-6B's prompt lacks [gMASK] or <sop>.
         """
         if self.axes == 2:
-            return self.body.count_positions(torch.tensor([prompt]))[0]
+            return self._body.count_positions(torch.tensor([prompt]))[0]
         return torch.arange(len(prompt))[None]
 
     def context(self, positions: Tensor) -> int:
@@ -74,7 +117,7 @@ class ChatGLM:
 
     def turns(self, positions: Tensor) -> Tensor:
         """The rotary angles of positions (axes, N), as the blocks take them."""
-        return self.body.rotary(positions[None] if self.axes == 2 else positions)[:, :, None]
+        return self._body.rotary(positions[None] if self.axes == 2 else positions)[:, :, None]
 
 
 class NativeGLM:
@@ -85,22 +128,25 @@ class NativeGLM:
             (rope_type dynamic or longrope).
     """
 
-    axes = 1
-    prompt_length = prefix_length = 0
-    prompt = prefix = None
-
     def __init__(self, model: GlmForCausalLM | Glm4ForCausalLM):
-        body = model.model
+        # Any: transformers types a model's modules as Tensor | Module.
+        body: Any = model.model
+        self.axes = 1
+        self.prompt: Tensor | None = None
+        self.prefix: Tensor | None = None
+        self.prompt_length = self.prefix_length = 0
         self.rotary = body.rotary_emb
         if self.rotary.rope_type in ("dynamic", "longrope"):
             raise ValueError(
                 "the continuous engine wants rotary angles that depend on positions alone, "
                 f"got rope_type {self.rotary.rope_type!r}"
             )
-        self.blocks, self.norm = [NativeBlock(layer) for layer in body.layers], body.norm
-        self.embed, self.head = body.embed_tokens, model.lm_head
-        self.kv_heads = model.config.num_key_value_heads
-        self.head_dim = body.layers[0].self_attn.head_dim
+        self.blocks: list[Block] = [NativeBlock(layer) for layer in body.layers]
+        self.norm: nn.Module = body.norm
+        self.embed: nn.Module = body.embed_tokens
+        self.head: nn.Module = model.lm_head
+        self.kv_heads: int = body.config.num_key_value_heads
+        self.head_dim: int = body.layers[0].self_attn.head_dim
 
     def positions(self, prompt: list[int]) -> Tensor:
         return torch.arange(len(prompt))[None]
@@ -124,13 +170,11 @@ class NativeBlock:
     The layer's own forward has no argument for one.
     """
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: Any):
         self.layer, self.attention = layer, layer.self_attn
         # GLM-4-0414 norms the outputs of attention and MLP too.
-        self.norms = [
-            getattr(layer, name, torch.nn.Identity())
-            for name in ("post_self_attn_layernorm", "post_mlp_layernorm")
-        ]
+        self.attention_norm = getattr(layer, "post_self_attn_layernorm", nn.Identity())
+        self.mlp_norm = getattr(layer, "post_mlp_layernorm", nn.Identity())
 
     def __call__(
         self,
@@ -142,27 +186,29 @@ class NativeBlock:
         layer, attention = self.layer, self.attention
         normed = layer.input_layernorm(hidden)
         # (1, N, heads, D); the projections have just made them, so they are turned in place.
-        query, key, value = (
-            project(normed).unflatten(-1, (-1, attention.head_dim))
-            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
+        by_head = (-1, attention.head_dim)
+        query = attention.q_proj(normed).unflatten(-1, by_head)
+        key = attention.k_proj(normed).unflatten(-1, by_head)
+        value = attention.v_proj(normed).unflatten(-1, by_head)
         turn_pairs_(query, turns)
         turn_pairs_(key, turns)
-        out = one_pass.attend(attention, *(x.transpose(1, 2) for x in (query, key, value)))
+        out = one_pass.attend(
+            attention, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        )
         if keep is not None:
             hidden = hidden[:, keep]
-        hidden = hidden + self.norms[0](attention.o_proj(out))
-        return hidden + self.norms[1](layer.mlp(layer.post_attention_layernorm(hidden)))
+        hidden = hidden + self.attention_norm(attention.o_proj(out))
+        return hidden + self.mlp_norm(layer.mlp(layer.post_attention_layernorm(hidden)))
 
 
-def body_of(model: PreTrainedModel) -> ChatGLM | NativeGLM:
+def body_of(model: PreTrainedModel) -> ServedBody:
     """The body of a model with its output layer.
 
     Raises:
         ValueError: the continuous engine cannot run such a model.
     """
     if hasattr(getattr(model, "transformer", None), "prefix_length"):
-        return ChatGLM(model)
+        return ServedChatGLM(model)
     if isinstance(model, (GlmForCausalLM, Glm4ForCausalLM)):
         return NativeGLM(model)
     raise ValueError(

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from serving.engines.answers import TextEngine, choose
+from serving.engines.answers import TextEngine, choose_tokens
 from serving.engines.passes import Runner, Sequence
-from serving.request import FOREVER, CostModel, Limits, Plan, Record, StepResult
+from serving.request import FOREVER, CostEstimator, Limits, Plan, Record, StepResult
 
 
 class ContinuousEngine(TextEngine):
@@ -38,7 +38,7 @@ class ContinuousEngine(TextEngine):
         self,
         model: PreTrainedModel,
         limits: Limits,
-        cost: CostModel,
+        cost: CostEstimator,
         stop_ids: Ids[int] | None = None,
     ):
         self.runner = Runner(model.eval(), limits.kv_tokens)
@@ -99,7 +99,7 @@ class ContinuousEngine(TextEngine):
                 row.reserve = tokens
                 if row.slab is not None:
                     self.runner.arena.reserve(row, tokens + self.runner.virtual)
-        longest = max((record.context_tokens for record in plan.admit), default=0)
+        longest = plan.longest_context_tokens
         for record in plan.admit:
             self._admit(record, plan, longest)
         emitted = 0
@@ -152,7 +152,9 @@ class ContinuousEngine(TextEngine):
             return 0
         emitted = self._add_tokens(decoding + prefilled, logits)
         now = time.perf_counter() - begin
-        started += [(row.id, now) for row in prefilled if row.made > 0]
+        for row in prefilled:
+            if row.made > 0:
+                started.append((row.id, now))
         return emitted
 
     def _next_chunks(self, prefill_tokens: int) -> list[tuple[Sequence, int]]:
@@ -187,7 +189,7 @@ class ContinuousEngine(TextEngine):
     def _add_tokens(self, rows: list[Sequence], logits: Tensor) -> int:
         """Choose each row's next token from logits (at least len(rows), V); returns tokens made."""
         emitted = 0
-        for row, token in zip(rows, choose(logits, [row.answer for row in rows])):
+        for row, token in zip(rows, choose_tokens(logits, [row.answer for row in rows])):
             if token is None:
                 row.answer.add(None, "failed")
             else:
@@ -202,10 +204,11 @@ class ContinuousEngine(TextEngine):
             self._drop(row)
         if not self._together:
             return sorted(ended, key=lambda row: row.id)
-        self._unreported |= {row.id: row for row in ended}
+        for row in ended:
+            self._unreported[row.id] = row
         if self.rows:
             return []
-        ended = [self._unreported[i] for i in sorted(self._unreported)]
+        ended = sorted(self._unreported.values(), key=lambda row: row.id)
         self._unreported = {}
         self._together = False
         return ended

@@ -8,6 +8,7 @@ what the blocks are.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,8 @@ from transformers import PreTrainedModel
 
 from chatglm.layers import causal_mask
 from serving.engines.answers import Answer
-from serving.engines.arena import Arena, Slab
-from serving.engines.bodies import Attention, body_of
+from serving.engines.arena import Arena, Slab, placed_slab
+from serving.engines.bodies import Attention, ServedBody, body_of
 from serving.request import Record
 
 
@@ -57,7 +58,7 @@ class Sequence:
         self.positions: list[list[int]] = positions.tolist()
         self.context = context
         self.computed = 0
-        self.slab: Slab | None = None
+        self.slab: Slab[Sequence] | None = None
         self.slot = self.length = 0
 
     @property
@@ -83,12 +84,11 @@ class Sequence:
             return [list(range(start, end))]
         known = len(self.positions[0])
         beyond = max(end - max(start, known), 0)
-        last_place, last_block = (row[-1] for row in self.positions)
-        next_block = last_block + 1 + max(start - known, 0)
-        places, blocks = (row[start:end] for row in self.positions)
+        places, blocks = self.positions
+        next_block = blocks[-1] + 1 + max(start - known, 0)
         return [
-            places + [last_place] * beyond,
-            blocks + list(range(next_block, next_block + beyond)),
+            places[start:end] + [places[-1]] * beyond,
+            blocks[start:end] + list(range(next_block, next_block + beyond)),
         ]
 
 
@@ -97,11 +97,13 @@ class Chunk:
     """Tokens `start` to `end` of a sequence's slot, virtual ones included.
 
     Attributes:
+        slab: where the sequence lies.
         mask: (1, 1, end - start, end); None where it is only causal.
         is_end: the prompt is complete with it.
     """
 
     row: Sequence
+    slab: Slab[Sequence]
     start: int
     end: int
     mask: Tensor | None
@@ -123,7 +125,7 @@ class Decoding:
         mask: (rows, 1, 1, longest); None where all rows are as long.
     """
 
-    slab: Slab
+    slab: Slab[Sequence]
     slots: Tensor
     lengths: Tensor
     longest: int
@@ -160,9 +162,13 @@ class Pass:
             (1, N or K, heads * D).
         """
         layer, scale = module.layer_idx, module.scaling
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
+        query = query[0].transpose(0, 1)  # (N, heads, D)
+        key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)
         is_kept = self.keep is not None and layer == self.last_layer
-        out = query.new_zeros(len(self.keep) if is_kept else len(query), *query.shape[1:])
+        count = len(query)
+        if self.keep is not None and is_kept:
+            count = len(self.keep)
+        out = query.new_zeros(count, *query.shape[1:])
         start = 0
         for part in self.decoding:
             span = slice(start, start + len(part.slots))
@@ -208,9 +214,9 @@ def attend_decoding(
     return seen.flatten(1, 2)
 
 
-def write_chunk(chunk: Chunk, layer: int, key: Tensor, value: Tensor):
+def write_chunk(chunk: Chunk, layer: int, key: Tensor, value: Tensor) -> None:
     """Write a chunk's keys and values (count, kv_heads, D) to its slot."""
-    slab, slot = chunk.row.slab, chunk.row.slot
+    slab, slot = chunk.slab, chunk.row.slot
     slab.keys[layer][slot][:, chunk.start : chunk.end] = key.transpose(0, 1)
     slab.values[layer][slot][:, chunk.start : chunk.end] = value.transpose(0, 1)
 
@@ -219,7 +225,7 @@ def attend_chunk(
     chunk: Chunk, layer: int, query: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
     """Attention (Q, heads, D) of queries (Q, heads, D) to a chunk's slot up to the chunk's end."""
-    slab, slot = chunk.row.slab, chunk.row.slot
+    slab, slot = chunk.slab, chunk.row.slot
     keys, values = slab.keys[layer][slot], slab.values[layer][slot]
     seen = F.scaled_dot_product_attention(
         query.transpose(0, 1)[None],
@@ -243,13 +249,13 @@ class Inputs:
         virtual_starts: where P-Tuning v1's vectors begin.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.ids: list[int] = []
         self.positions: list[list[int]] = [[], []]
         self.kept: list[int] = []
         self.virtual_starts: list[int] = []
 
-    def add(self, ids: list[int], positions: list[list[int]], shift: int = 0):
+    def add(self, ids: list[int], positions: list[list[int]], shift: int = 0) -> None:
         """Append tokens, their places moved on by `shift`."""
         self.ids += ids
         self.positions[0] += [place + shift for place in positions[0]]
@@ -264,8 +270,9 @@ class Runner:
     """
 
     def __init__(self, model: PreTrainedModel, kv_tokens: int):
-        if hasattr(model, "get_base_model"):  # a peft model; its base has LoRA's layers in it
-            model = model.get_base_model()
+        get_base_model: Any = getattr(model, "get_base_model", None)
+        if get_base_model is not None:  # a peft model; its base has LoRA's layers in it
+            model = get_base_model()
         devices = {parameter.device for parameter in model.parameters()}
         if len(devices) > 1 or "meta" in str(devices):
             raise ValueError(
@@ -273,10 +280,10 @@ class Runner:
                 f"found {sorted(map(str, devices))}; try --engine static"
             )
         self.model = model
-        self.body = body_of(model)
+        self.body: ServedBody = body_of(model)
         self.device = devices.pop()
         self.virtual = self.body.prefix_length + self.body.prompt_length
-        self.arena = Arena(
+        self.arena: Arena[Sequence] = Arena(
             len(self.body.blocks),
             self.body.kv_heads,
             self.body.head_dim,
@@ -285,16 +292,19 @@ class Runner:
             kv_tokens,
         )
 
-    def admit(self, row: Sequence):
+    def admit(self, row: Sequence) -> None:
         """Give the sequence a slot, with P-Tuning v2's keys and values in it."""
         self.arena.admit(row, row.reserve + self.virtual)
         if (prefix := self.body.prefix) is not None:
             row.length = self.body.prefix_length
+            slab = placed_slab(row)
             for layer in range(len(prefix) // 2):
-                row.slab.keys[layer][row.slot, :, : row.length] = prefix[2 * layer, 0]
-                row.slab.values[layer][row.slot, :, : row.length] = prefix[2 * layer + 1, 0]
+                slab.keys[layer][row.slot, :, : row.length] = prefix[2 * layer, 0]
+                slab.values[layer][row.slot, :, : row.length] = prefix[2 * layer + 1, 0]
 
-    def run(self, decoding: list[Slab], chunks: list[tuple[Sequence, int]]) -> Tensor | None:
+    def run(
+        self, decoding: list[Slab[Sequence]], chunks: list[tuple[Sequence, int]]
+    ) -> Tensor | None:
         """One forward pass; each chunk is so many tokens of its sequence.
 
         Returns:
@@ -320,7 +330,7 @@ class Runner:
                 row.length += 1
         return self.body.head(self.body.norm(hidden))[0] if wanted else None
 
-    def _add_decoding(self, inputs: Inputs, slab: Slab) -> Decoding:
+    def _add_decoding(self, inputs: Inputs, slab: Slab[Sequence]) -> Decoding:
         """Append the newest token of each decoding row of a slab."""
         rows = slab.rows[: slab.decoding]
         for row in rows:
@@ -344,7 +354,7 @@ class Runner:
         if not row.left:
             inputs.kept.append(len(inputs.ids) - 1)
         mask = self.chunk_mask(row, start)
-        return Chunk(row, start, row.length, mask, is_end=not row.left)
+        return Chunk(row, placed_slab(row), start, row.length, mask, is_end=not row.left)
 
     def _blocks(self, inputs: Inputs, one_pass: Pass, padding: int) -> Tensor:
         """Hidden states (1, N + padding or K, hidden) after the last block."""
@@ -354,12 +364,13 @@ class Runner:
         ids = torch.tensor(inputs.ids + [0] * padding, device=self.device)
         hidden = body.embed(ids)[None]
         for start in inputs.virtual_starts:
+            assert body.prompt is not None  # a virtual start comes with a prompt_length
             hidden[:, start : start + body.prompt_length] = body.prompt
         for block in body.blocks[:-1]:
             hidden = block(hidden, one_pass, turns)
         return body.blocks[-1](hidden, one_pass, turns, keep=one_pass.keep)
 
-    def decode_part(self, slab: Slab, rows: list[Sequence]) -> Decoding:
+    def decode_part(self, slab: Slab[Sequence], rows: list[Sequence]) -> Decoding:
         lengths = [row.length for row in rows]
         longest = max(lengths) + 1
         at = torch.tensor(lengths, device=self.device)

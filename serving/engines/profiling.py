@@ -7,15 +7,22 @@ import itertools
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from chatglm.families import FAMILIES
 from serving.cost_model.devices import Device
-from serving.cost_model.fit import Row, errors, fit, held_out_errors, summary
+from serving.cost_model.fit import (
+    PROMPT_TOKENS,
+    Measurement,
+    fit_profile,
+    held_out_errors,
+    relative_errors,
+    summarize_errors,
+)
 from serving.cost_model.model import DATASHEET, CostModel, ModelShape, Profile
 from serving.engines import make_engine
-from serving.engines.answers import Sampling, TextEngine
+from serving.engines.answers import Sampling, TextEngine, vocabulary_of
 from serving.request import FOREVER, Limits, Plan, Record, Request
 
 if TYPE_CHECKING:
@@ -29,10 +36,10 @@ STEPS = 12  # decode steps of one timing
 PRIOR = 1e-4
 FOLDS = 5
 
-Progress = Callable[[Iterator[Row | None], int], Iterator[Row | None]]
+Progress = Callable[[Iterator[Measurement | None], int], Iterator[Measurement | None]]
 
 
-def no_progress(timings: Iterator[Row | None], total: int) -> Iterator[Row | None]:
+def no_progress(timings: Iterator[Measurement | None], total: int) -> Iterator[Measurement | None]:
     return timings
 
 
@@ -45,7 +52,7 @@ def profile_engine(
     device: Device | str,
     repetitions: int = 5,
     progress: Progress = no_progress,
-) -> tuple[Profile, list[Row]]:
+) -> tuple[Profile, list[Measurement]]:
     """Measure the engine `name` on a loaded model, and fit a profile to it.
 
     Args:
@@ -55,13 +62,13 @@ def profile_engine(
     """
     shape = ModelShape.from_config(model.config.to_dict(), model.dtype.itemsize)
     engine = make_engine(name, model, limits, CostModel.of(shape, device), [])
-    prompt_of, frame = prompt_maker(tokenizer, model.get_input_embeddings().num_embeddings)
+    prompt_of, frame = prompt_maker(tokenizer, vocabulary_of(model))
     least = max(16, frame + 1)
     longest = limits.max_tokens - STEPS - 4
     batches = powers(1, limits.max_batch)
     contexts = powers(2 * least, int(longest / 1.5))
     prompts = powers(least, longest)
-    timings = measure(
+    timings = measure_engine(
         engine,
         prompt_of,
         folder,
@@ -74,16 +81,20 @@ def profile_engine(
     )
     total = (len(batches) * len(contexts) + len(prompts)) * (repetitions + 1)
     rows = [row for row in progress(timings, total) if row is not None]
-    start = replace(DATASHEET, name="engine", device=device)
-    fitted = fit(rows, start, PRIOR)
+    described = device if isinstance(device, str) else asdict(device)
+    start = replace(DATASHEET, name="engine", device=described)
+    fitted = fit_profile(rows, start, PRIOR)
     folds = random.Random(0).sample(range(len(rows)), len(rows))
     held_out = held_out_errors(rows, start, lambda i, row: folds[i] % FOLDS, PRIOR)
-    report = {"in_sample": summary(errors(rows, fitted)), "5_folds": summary(held_out)}
+    report = {
+        "in_sample": summarize_errors(relative_errors(rows, fitted)),
+        "5_folds": summarize_errors(held_out),
+    }
     source = f"{len(rows)} timings of the {name} engine on {folder}"
     return replace(fitted, made={"from": source, "errors": report}), rows
 
 
-def spread(batch: int, context: int) -> list[int]:
+def spread_contexts(batch: int, context: int) -> list[int]:
     """Contexts of `batch` rows, evenly from half to one and a half of their mean."""
     return [max(round(context * (0.5 + (i + 0.5) / batch)), 1) for i in range(batch)]
 
@@ -103,6 +114,8 @@ def prompt_maker(
 
     A prompt is random ids in the family's frame, without which its model cannot read it.
     """
+    if tokenizer.family is None:
+        raise ValueError("the tokenizer names no model family, whose prompts it should make")
     family = FAMILIES[tokenizer.family]
     frame = family.encode_prompt(tokenizer, "", 1 << 20).input_ids
     draw = random.Random(0)
@@ -114,7 +127,7 @@ def prompt_maker(
     return prompt_of, len(frame)
 
 
-class Setting(NamedTuple):
+class TimingSetting(NamedTuple):
     """What is timed.
 
     Decode steps of `batch` rows with a mean context of `tokens`, or the prefill of one prompt of
@@ -130,17 +143,38 @@ class Setting(NamedTuple):
             return self.tokens + 2 <= limits.max_tokens
         return (
             self.batch <= limits.max_batch
-            and max(spread(self.batch, self.tokens)) + STEPS + 4 <= limits.max_tokens
+            and max(spread_contexts(self.batch, self.tokens)) + STEPS + 4 <= limits.max_tokens
             and self.batch * (self.tokens + STEPS + 5) <= limits.kv_tokens
         )
 
-    def row(self, seconds: float, model: str, element_bytes: int) -> Row:
+    def measurement(self, seconds: float, model: str, element_bytes: int) -> Measurement:
         if self.phase == "prefill":
-            counts = {"batch": 1, "output_tokens": 1, "prompt_tokens": self.tokens}
+            batch, output_tokens, prompt_tokens, context_tokens = 1, 1, self.tokens, 0
         else:
-            context_tokens = sum(spread(self.batch, self.tokens)) + self.batch
-            counts = {"batch": self.batch, "output_tokens": STEPS, "context_tokens": context_tokens}
-        return Row(seconds, phase=self.phase, model=model, element_bytes=element_bytes, **counts)
+            batch, output_tokens, prompt_tokens = self.batch, STEPS, PROMPT_TOKENS
+            context_tokens = sum(spread_contexts(batch, self.tokens)) + batch
+        return Measurement(
+            seconds,
+            batch,
+            output_tokens,
+            prompt_tokens=prompt_tokens,
+            context_tokens=context_tokens,
+            phase=self.phase,
+            model=model,
+            element_bytes=element_bytes,
+        )
+
+
+def fitting_settings(
+    batches: Sequence[int], contexts: Sequence[int], prompts: Sequence[int], limits: Limits
+) -> list[TimingSetting]:
+    """Every pair of batch and context, then every prompt, that the limits allow."""
+    settings: list[TimingSetting] = []
+    for batch, context in itertools.product(batches, contexts):
+        settings.append(TimingSetting("decode", batch, context))
+    for tokens in prompts:
+        settings.append(TimingSetting("prefill", 1, tokens))
+    return [setting for setting in settings if setting.fits(limits)]
 
 
 class Stopwatch:
@@ -154,7 +188,7 @@ class Stopwatch:
         self.together = together
         self._ids = itertools.count()
 
-    def seconds(self, setting: Setting) -> float:
+    def seconds(self, setting: TimingSetting) -> float:
         if setting.phase == "prefill":
             return self._admit([setting.tokens], 1)[1]
         return self._decode(setting.batch, setting.tokens)
@@ -179,7 +213,7 @@ class Stopwatch:
     def _decode(self, batch: int, context: int) -> float:
         """Seconds of STEPS decode steps."""
         engine = self.engine
-        records, _ = self._admit(spread(batch, context), STEPS + 3)
+        records, _ = self._admit(spread_contexts(batch, context), STEPS + 3)
         before = engine.generated(records[-1])
         elapsed_s = engine.step(Plan(horizon_steps=STEPS)).elapsed_s
         steps = engine.generated(records[-1]) - before
@@ -189,7 +223,7 @@ class Stopwatch:
         return elapsed_s * STEPS / steps
 
 
-def measure(
+def measure_engine(
     engine: TextEngine,
     prompt_of: Callable[[int], list[int]],
     model: str,
@@ -199,10 +233,10 @@ def measure(
     prompts: Sequence[int],
     repetitions: int = 3,
     together: bool = False,
-) -> Iterator[Row | None]:
+) -> Iterator[Measurement | None]:
     """One row for each setting: the mean of its timings.
 
-    The settings are timed in turns, so that a slow moment of the machine affects all alike.
+    The settings are timed in turns, so that other load on the machine affects all alike.
 
     Args:
         prompt_of: ids of a prompt of so many tokens.
@@ -217,9 +251,7 @@ def measure(
     Raises:
         ValueError: none of the settings fits.
     """
-    settings = [Setting("decode", *pair) for pair in itertools.product(batches, contexts)]
-    settings += [Setting("prefill", 1, tokens) for tokens in prompts]
-    settings = [setting for setting in settings if setting.fits(engine.limits)]
+    settings = fitting_settings(batches, contexts, prompts, engine.limits)
     if not settings:
         raise ValueError(f"nothing to measure: no batch, context or prompt fits {engine.limits}")
     stopwatch = Stopwatch(engine, prompt_of, together)
@@ -231,4 +263,4 @@ def measure(
                 timings[i].append(seconds)
             yield None
     for setting, seconds_of_turns in zip(settings, timings):
-        yield setting.row(statistics.fmean(seconds_of_turns), model, element_bytes)
+        yield setting.measurement(statistics.fmean(seconds_of_turns), model, element_bytes)

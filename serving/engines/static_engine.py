@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria
 
-from serving.engines.answers import Answer, TextEngine, choose
-from serving.request import FOREVER, CostModel, Limits, Plan, StepResult
+from serving.engines.answers import Answer, TextEngine, choose_tokens
+from serving.request import FOREVER, CostEstimator, Limits, Plan, StepResult
 
 # A stop id that no vocabulary has. Without any, generate would stop at the model's own.
 NO_TOKEN = 1 << 30
 
 
-class Row:
+class StaticSequence:
     """A sequence of the batch.
 
     Attributes:
@@ -58,7 +58,7 @@ class Row:
 class Generation:
     """generate() on a batch, one token at a time: next() makes one for each row that is not out."""
 
-    def __init__(self, engine: "StaticEngine", rows: list[Row]):
+    def __init__(self, engine: "StaticEngine", rows: list[StaticSequence]):
         self._engine = engine
         self._rows = rows
         self._go: queue.SimpleQueue[bool] = queue.SimpleQueue()
@@ -74,11 +74,11 @@ class Generation:
             raise result
         return result
 
-    def end(self):
+    def end(self) -> None:
         """End the thread."""
         self._go.put(False)
 
-    def _run(self):
+    def _run(self) -> None:
         try:
             if not self._go.get():
                 return
@@ -87,12 +87,13 @@ class Generation:
         except BaseException as error:  # the engine's thread raises it
             self._made.put(error)
 
-    def _generate(self):
+    def _generate(self) -> None:
         engine = self._engine
         ids, mask = pad_left([row.answer.prompt + row.answer.tokens for row in self._rows])
-        device = engine.model.get_input_embeddings().weight.device
+        model: Any = engine.model  # PreTrainedModel does not declare generate()
+        device = model.get_input_embeddings().weight.device
         with torch.inference_mode():
-            engine.model.generate(
+            model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 do_sample=False,
@@ -145,7 +146,7 @@ class Chooser(LogitsProcessor):
     Scores (B, V) of rows that take the likeliest token stay as they are.
     """
 
-    def __init__(self, rows: list[Row]):
+    def __init__(self, rows: list[StaticSequence]):
         self._rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -163,7 +164,7 @@ class Chooser(LogitsProcessor):
     @staticmethod
     def _force(scores: Tensor, i: int, answer: Answer) -> bool:
         """Sample row i and make that token its likeliest; False where sampling failed."""
-        (token,) = choose(scores[i : i + 1], [answer])
+        (token,) = choose_tokens(scores[i : i + 1], [answer])
         if token is None:
             return False
         scores[i] = -torch.inf
@@ -185,18 +186,19 @@ class StaticEngine(TextEngine):
         self,
         model: PreTrainedModel,
         limits: Limits,
-        cost: CostModel,
+        cost: CostEstimator,
         stop_ids: Sequence[int] | None = None,
     ):
         super().__init__(model.eval(), limits, cost, stop_ids)
-        self.rows: dict[int, Row] = {}
+        self.rows: dict[int, StaticSequence] = {}
         self._generation: Generation | None = None
 
-    def check_prompt(self, prompt: list[int]):
+    def check_prompt(self, prompt: list[int]) -> None:
         super().check_prompt(prompt)
         body = getattr(self.model, "transformer", None)
-        if hasattr(body, "count_positions"):  # ChatGLM-6B: raises where [gMASK] or <sop> is missing
-            body.count_positions(torch.tensor([prompt]))
+        count_positions = getattr(body, "count_positions", None)
+        if count_positions is not None:  # ChatGLM-6B: raises where [gMASK] or <sop> is missing
+            count_positions(torch.tensor([prompt]))
 
     def step(self, plan: Plan, budget_s: float = FOREVER) -> StepResult:
         """As Engine.step.
@@ -210,7 +212,7 @@ class StaticEngine(TextEngine):
             self._end()  # otherwise its thread waits for ever
             raise
 
-    def end_all(self, reason: str = "cancelled"):
+    def end_all(self, reason: str = "cancelled") -> None:
         super().end_all(reason)
         self._end()
 
@@ -233,7 +235,9 @@ class StaticEngine(TextEngine):
                 break
             fresh = self._next_tokens(going)
             now = time.perf_counter() - begin
-            started += [(row.id, now) for row in fresh if row.made == 1]
+            for row in fresh:
+                if row.made == 1:
+                    started.append((row.id, now))
             emitted += len(fresh)
             iterations += 1
         finished = [] if going else self._finish_batch()
@@ -242,15 +246,16 @@ class StaticEngine(TextEngine):
         elapsed_s = time.perf_counter() - begin
         return StepResult(elapsed_s, emitted, tuple(started), tuple(finished), tuple(overran))
 
-    def _going_rows(self) -> list[Row]:
+    def _going_rows(self) -> list[StaticSequence]:
         """Rows that make more tokens; those whose answers have ended are out from now on."""
         for row in self.rows.values():
             row.out = row.out or row.answer.reason is not None
         return [row for row in self.rows.values() if not row.out]
 
-    def _next_tokens(self, going: list[Row]) -> list[Row]:
+    def _next_tokens(self, going: list[StaticSequence]) -> list[StaticSequence]:
         """One token for each row; returns the rows that got it (not those that failed)."""
         before = [row.made for row in going]
+        assert self._generation is not None  # rows that make tokens have one
         if not self._generation.next():
             # max_new_tokens is more than any row may have
             raise RuntimeError("generate ended before its rows did")
@@ -264,7 +269,7 @@ class StaticEngine(TextEngine):
         self._end()
         return finished
 
-    def _carry_out(self, plan: Plan):
+    def _carry_out(self, plan: Plan) -> None:
         """Preempt, reserve and admit, as the plan says."""
         for record in plan.preempt:
             self.rows.pop(record.request.id).out = True
@@ -279,16 +284,18 @@ class StaticEngine(TextEngine):
                 "take a static policy, or --engine continuous"
             )
         self._end()
-        longest = max(record.context_tokens for record in plan.admit)
+        longest = plan.longest_context_tokens
         for record in plan.admit:
             most = self.limits.most_tokens(record.request, plan.stop_tokens)
-            row = Row(self.answer_of(record), plan.reserve_tokens[record.request.id], longest, most)
+            row = StaticSequence(
+                self.answer_of(record), plan.reserve_tokens[record.request.id], longest, most
+            )
             self.rows[row.id] = row
         waiting = [row for row in self.rows.values() if row.answer.reason is None]
         if waiting:
             self._generation = Generation(self, waiting)
 
-    def _end(self):
+    def _end(self) -> None:
         """End the thread of the running batch, if there is one."""
         if self._generation is not None:
             self._generation.end()

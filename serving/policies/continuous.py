@@ -1,6 +1,6 @@
 """Iteration-level policies: sequences join and leave the batch one by one.
 
-    Policy = Callable[[View, CostModel], Plan]
+    Policy = Callable[[View, CostEstimator], Plan]
 
 with length() and order() beside it (serving.request.Policy): the queue is ordered by keys, so a
 call looks at few requests. POLICIES, all policies that can be chosen, is at the foot.
@@ -19,7 +19,7 @@ from serving.policies.lengths import (
     tokens_left,
 )
 from serving.policies.static import BATCH_POLICIES, Static
-from serving.request import FOREVER, CostModel, Limits, Plan, Record, Request, View
+from serving.request import FOREVER, CostEstimator, Limits, Plan, Policy, Record, Request, View
 
 
 class Draft:
@@ -122,11 +122,11 @@ class Fcfs:
         return self.block_tokens
 
     def order(
-        self, record: Record, now_s: float, pace_s: float, cost: CostModel
+        self, record: Record, now_s: float, pace_s: float, cost: CostEstimator
     ) -> tuple[float, float]:
         return record.request.arrival_s, FOREVER
 
-    def __call__(self, view: View, cost: CostModel) -> Plan:
+    def __call__(self, view: View, cost: CostEstimator) -> Plan:
         draft, limits = Draft(view), view.limits
         if view.overran:
             make_room(
@@ -167,7 +167,7 @@ class Sjf:
         return quantile_tokens(request.prediction, self.reserve_quantile)
 
     def order(
-        self, record: Record, now_s: float, pace_s: float, cost: CostModel
+        self, record: Record, now_s: float, pace_s: float, cost: CostEstimator
     ) -> tuple[float, float]:
         return tokens_left(record.request, record.generated), FOREVER
 
@@ -178,7 +178,7 @@ class Sjf:
             left = quantile_left(record.request.prediction, generated, self.reserve_quantile)
         return min(record.request.prompt_tokens + generated + math.ceil(left), limits.max_tokens)
 
-    def __call__(self, view: View, cost: CostModel) -> Plan:
+    def __call__(self, view: View, cost: CostEstimator) -> Plan:
         draft = self.draft(view)
         return draft.plan(wake_on_arrival=draft.rows < view.limits.max_batch)
 
@@ -224,7 +224,7 @@ class Srpt(Sjf):
 
     advantage: float = 2.0
 
-    def __call__(self, view: View, cost: CostModel) -> Plan:
+    def __call__(self, view: View, cost: CostEstimator) -> Plan:
         return self.draft(view).plan()
 
     def fill(self, draft: Draft) -> None:
@@ -326,7 +326,7 @@ class Deadline:
         return min(record.request.prompt_tokens + generated + math.ceil(left), limits.max_tokens)
 
     def order(
-        self, record: Record, now_s: float, pace_s: float, cost: CostModel
+        self, record: Record, now_s: float, pace_s: float, cost: CostEstimator
     ) -> tuple[float, float]:
         request, context = record.request, record.context_tokens
         pace_s = pace_s or cost.decode_step_s(1, context)
@@ -338,7 +338,7 @@ class Deadline:
             key += self.work_weight * (prefill + pace_s * self.left(record, record.generated))
         return (key, latest) if now_s <= latest else (key + self.late_s, FOREVER)
 
-    def __call__(self, view: View, cost: CostModel) -> Plan:
+    def __call__(self, view: View, cost: CostEstimator) -> Plan:
         draft, limits = Draft(view), view.limits
         if view.overran:
             make_room(
@@ -382,7 +382,7 @@ class Deadline:
                 return record
         return None
 
-    def displace(self, draft: Draft, record: Record, cost: CostModel) -> float:
+    def displace(self, draft: Draft, record: Record, cost: CostEstimator) -> float:
         """Preempt for a request that must start now; the time to plan again."""
         view = draft.view
         work = cost.prefill_s(record.context_tokens)
@@ -398,7 +398,7 @@ class Deadline:
             draft.add(record, tokens)
         return FOREVER
 
-    def late_victim(self, draft: Draft, cost: CostModel, least: float) -> Record | None:
+    def late_victim(self, draft: Draft, cost: CostEstimator, least: float) -> Record | None:
         """The late running record whose preemption saves most row-seconds, above `least`."""
         view = draft.view
         now, pace = view.now_s, view.pace_s
@@ -411,7 +411,7 @@ class Deadline:
             if record.admitted_s > record.until_s or request.id in draft.reserve:
                 continue
             slack = request.arrival_s + request.slo_s - now
-            # Sorts out most records before the dearer quantiles are computed.
+            # Rejects most records before the costlier quantiles are computed.
             if slack >= pace * record.length:
                 continue
             generated = generated_of(record)
@@ -431,7 +431,8 @@ class Deadline:
         return [*rows, oldest]
 
 
-POLICIES = {name: Static(batching) for name, batching in BATCH_POLICIES.items()} | {
+POLICIES: dict[str, Policy] = {
+    **{name: Static(batching) for name, batching in BATCH_POLICIES.items()},
     "fcfs": Fcfs(),
     "sjf": Sjf(),
     "srpt": Srpt(),

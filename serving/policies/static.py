@@ -1,6 +1,6 @@
 """Static batches: which waiting requests run together, padded to one shape, until all have ended.
 
-    BatchPolicy: (View, CostModel) -> Iterable[Batch]
+    BatchPolicy: (View, CostEstimator) -> Iterable[Batch]
 
 makes batches of all waiting requests, the one to run first first. `Static` turns it into a Policy:
 it starts the first batch when nothing runs. So a policy that finds its first batch without looking
@@ -16,16 +16,16 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from serving.policies.lengths import bucket_tokens, expected_tokens, quantile_tokens
-from serving.request import FOREVER, Batch, CostModel, Limits, Plan, Record, Request, View
+from serving.request import FOREVER, Batch, CostEstimator, Limits, Plan, Record, Request, View
 
 
 class BatchPolicy(Protocol):
     """A frozen dataclass that makes batches; `predicts` and `length` are a Policy's."""
 
-    predicts: ClassVar[bool]
-
+    @property
+    def predicts(self) -> bool: ...
     def length(self, request: Request) -> float: ...
-    def __call__(self, view: View, cost: CostModel) -> Iterable[Batch]: ...
+    def __call__(self, view: View, cost: CostEstimator) -> Iterable[Batch]: ...
 
 
 def answer_room(record: Record, limits: Limits) -> int:
@@ -34,7 +34,7 @@ def answer_room(record: Record, limits: Limits) -> int:
     What the policy expects, doubled at every overrun, and at most what the limit leaves.
     """
     most = limits.max_tokens - record.context_tokens
-    wanted = record.length * 2**record.overruns - record.generated
+    wanted = record.length * (1 << record.overruns) - record.generated
     if record.overruns:
         wanted = max(wanted, record.length)
     if wanted >= most:
@@ -42,7 +42,7 @@ def answer_room(record: Record, limits: Limits) -> int:
     return max(1, min(most, math.ceil(wanted)))
 
 
-class Shape:
+class BatchShape:
     """A padded batch that grows: rows x (longest prompt + longest answer) KV tokens."""
 
     __slots__ = ("records", "prompt", "answer", "limits")
@@ -73,12 +73,12 @@ class Shape:
 
 def chunks(records: Iterable[Record], limits: Limits) -> Iterator[Batch]:
     """Consecutive batches of records in their order, each as large as the limits allow."""
-    shape = Shape(limits)
+    shape = BatchShape(limits)
     for record in records:
         answer = answer_room(record, limits)
         if not shape.takes(record, answer):
             yield shape.batch()
-            shape = Shape(limits)
+            shape = BatchShape(limits)
             shape.takes(record, answer)
     if shape.records:
         yield shape.batch()
@@ -103,7 +103,7 @@ class Fifo:
     def length(self, request: Request) -> float:
         return self.reserve_tokens
 
-    def __call__(self, view: View, cost: CostModel) -> Iterator[Batch]:
+    def __call__(self, view: View, cost: CostEstimator) -> Iterator[Batch]:
         return chunks(sorted(view.waiting.everyone(), key=by_arrival), view.limits)
 
 
@@ -130,7 +130,7 @@ class S3:
     def length(self, request: Request) -> float:
         return bucket_tokens(request.prediction, self.buckets, self.longest_tokens)
 
-    def __call__(self, view: View, cost: CostModel) -> list[Batch]:
+    def __call__(self, view: View, cost: CostEstimator) -> list[Batch]:
         records = list(view.waiting.everyone())
         rooms = [answer_room(r, view.limits) for r in records]
         prompts = [r.context_tokens for r in records]
@@ -229,7 +229,7 @@ class SloOdbs:
     truth: bool = False
     predicts: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.sort_by not in ("slo", "length", "composite"):
             raise ValueError(f"sort_by is slo, length or composite; got {self.sort_by!r}")
 
@@ -238,12 +238,12 @@ class SloOdbs:
             return request.output_tokens
         return quantile_tokens(request.prediction, self.reserve_quantile)
 
-    def __call__(self, view: View, cost: CostModel) -> list[Batch]:
+    def __call__(self, view: View, cost: CostEstimator) -> list[Batch]:
         if not len(view.waiting):
             return []
         limits = view.limits
-        batches: list[tuple[float, Shape]] = []
-        shape, largest = Shape(limits), (0.0, 0.0, 0.0)
+        batches: list[tuple[float, BatchShape]] = []
+        shape, largest = BatchShape(limits), (0.0, 0.0, 0.0)
         slo_sum = length_sum = 0.0
         for slo, length, composite, record in self.sorted_rows(view):
             rows, answer = len(shape.records), answer_room(record, limits)
@@ -254,7 +254,7 @@ class SloOdbs:
             weighted = self.slo_weight * slo_term + self.length_weight * length_term
             if rows and (weighted > self.threshold or not shape.takes(record, answer)):
                 batches.append((largest[0], shape))
-                shape, largest = Shape(limits), (0.0, 0.0, 0.0)
+                shape, largest = BatchShape(limits), (0.0, 0.0, 0.0)
                 slo_sum = length_sum = 0.0
                 rows = 0
             if not rows:
@@ -327,7 +327,7 @@ class UellmReleased:
     def length(self, request: Request) -> float:
         return expected_tokens(request.prediction)
 
-    def __call__(self, view: View, cost: CostModel) -> Iterator[Batch]:
+    def __call__(self, view: View, cost: CostEstimator) -> Iterator[Batch]:
         def composite(record: Record) -> tuple[float, float, int]:
             objective = self.slo_weight * record.request.slo_s
             return (objective + self.length_weight * record.length, *by_arrival(record))
@@ -338,13 +338,13 @@ class UellmReleased:
             return shape.batch(math.ceil(largest) + self.extra_tokens)
 
         limits = view.limits
-        shape, largest = Shape(limits), 0.0
+        shape, largest = BatchShape(limits), 0.0
         for record in sorted(view.waiting.everyone(), key=composite):
             answer, n = answer_room(record, limits), len(shape.records)
             far = (record.length - largest) * (n + 1) * self.overhead > self.threshold
             if n and (n >= self.rows or far or not shape.takes(record, answer)):
                 yield batch()
-                shape, largest, n = Shape(limits), 0.0, 0
+                shape, largest, n = BatchShape(limits), 0.0, 0
             if not n:
                 shape.takes(record, answer)
             largest = max(largest, record.length)
@@ -381,18 +381,19 @@ class Annealing:
     def length(self, request: Request) -> float:
         return quantile_tokens(request.prediction, self.reserve_quantile)
 
-    def __call__(self, view: View, cost: CostModel) -> list[Batch]:
+    def __call__(self, view: View, cost: CostEstimator) -> list[Batch]:
         waiting = view.waiting.everyone()
         by_deadline = sorted(waiting, key=lambda r: (r.request.deadline_s, r.request.id))
         chosen = by_deadline[: self.window]
         if not chosen:
             return []
         limits = view.limits
-        lengths = {}
+        lengths: dict[int, float] = {}
+        answers: dict[int, int] = {}
         for record in chosen:
+            answers[record.request.id] = answer_room(record, limits)
             left = expected_tokens(record.request.prediction) - record.generated
             lengths[record.request.id] = max(left, 1.0)
-        answers = {r.request.id: answer_room(r, limits) for r in chosen}
 
         def fits(rows: list[Record]) -> bool:
             if len(rows) == 1:
@@ -417,16 +418,16 @@ class Annealing:
             # Where none can meet its objective, the shorter sum of latencies still wins.
             return (met + 1e-6) / total
 
-        def start(order: Callable[[Record], tuple]) -> tuple[float, list[list[Record]]]:
+        def start(order: Callable[[Record], tuple[float, int]]) -> tuple[float, list[list[Record]]]:
             batches = [list(batch.records) for batch in chunks(sorted(chosen, key=order), limits)]
-            return gain([seconds(rows) for rows in batches], batches), batches
+            return gain(list(map(seconds, batches)), batches), batches
 
         first_gain, batches = start(by_arrival)
         other_gain, shortest_first = start(lambda r: (lengths[r.request.id], r.request.id))
         if other_gain > first_gain * (1 + 1e-9):
             batches = shortest_first
         best = anneal(batches, fits, seconds, gain, self)
-        shape = Shape(limits)
+        shape = BatchShape(limits)
         for record in best[0]:
             shape.takes(record, answers[record.request.id])
         return [shape.batch()]
@@ -447,7 +448,7 @@ def anneal(
         gain: of the batches' durations and the batches; larger is better.
     """
     rng = random.Random(knobs.seed)
-    times = [seconds(rows) for rows in batches]
+    times = list(map(seconds, batches))
     now = best_gain = gain(times, batches)
     best = batches
     for move in range(knobs.moves if len(batches) > 1 else 0):
@@ -501,7 +502,7 @@ class Oracle:
     def length(self, request: Request) -> float:
         return request.output_tokens
 
-    def __call__(self, view: View, cost: CostModel) -> Iterator[Batch]:
+    def __call__(self, view: View, cost: CostEstimator) -> Iterator[Batch]:
         waiting = view.waiting.everyone()
         shortest_first = sorted(waiting, key=lambda r: (r.length - r.generated, *by_arrival(r)))
         return chunks(shortest_first, view.limits)
@@ -525,11 +526,11 @@ class Static:
         return self.batching.length(request)
 
     def order(
-        self, record: Record, now_s: float, pace_s: float, cost: CostModel
+        self, record: Record, now_s: float, pace_s: float, cost: CostEstimator
     ) -> tuple[float, float]:
         return record.request.arrival_s, FOREVER
 
-    def __call__(self, view: View, cost: CostModel) -> Plan:
+    def __call__(self, view: View, cost: CostEstimator) -> Plan:
         if view.running:
             return self.supervise(view)
         first = next(iter(self.batching(view, cost)), None)
@@ -567,7 +568,7 @@ class Static:
 # The fields of odbs, slo_dbs and slo_odbs were found by `python -m serving.simulate --search NAME
 # --workload poisson --rate 1.5,2.5,4 --seeds 2 --requests 600 --slo_scale 10` (its seeds are not
 # those of comparisons). SloOdbs's own defaults are the repository's weights.
-BATCH_POLICIES = {
+BATCH_POLICIES: dict[str, BatchPolicy] = {
     "fifo": Fifo(),
     "s3": S3(),
     "odbs": SloOdbs(slo_weight=0.0, sort_by="length"),

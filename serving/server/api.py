@@ -9,7 +9,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any, NoReturn
@@ -53,7 +53,8 @@ def make_app(
         client_s: within which a client must have sent its body.
     """
     app = FastAPI(title="GLM Foundry", docs_url=None, redoc_url=None)
-    app.openapi = lambda: document(service.name, guarded=bool(keys and keys.api_key))
+    schema = partial(document, service.name, guarded=bool(keys and keys.api_key))
+    app.openapi = schema  # type: ignore[method-assign]  # FastAPI's documented way
     app.state.closing = asyncio.Event()
     if keys is not None:
         app.add_middleware(Door, keys=keys)
@@ -222,7 +223,7 @@ class Talk:
         self.gone = True
         self.exchange.tokens.put_nowait(None)
 
-    async def texts(self) -> AsyncIterator[str]:
+    async def texts(self) -> AsyncGenerator[str, None]:
         """New text, piece by piece.
 
         Ends with the answer, at a stop string, or when the client has gone.
@@ -259,7 +260,9 @@ class Talk:
             raise ApiError(500, f"the answer was {reason}", reason)
 
     def finish_reason(self) -> str:
-        return "stop" if self.stopped else FINISH[self.exchange.answer.reason]
+        """OpenAI's; of an answer that `check` has passed."""
+        reason = self.exchange.answer.reason
+        return "stop" if self.stopped or reason is None else FINISH[reason]
 
     def usage(self) -> dict:
         prompt, made = (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from chatglm.families import FAMILIES
+from chatglm.families import FAMILIES, Family
 from serving.server.fields import ignored, read_fields
 
 if TYPE_CHECKING:
@@ -79,18 +79,22 @@ def encode_messages(
         ValueError: for ChatGLM-6B and ChatGLM2-6B, messages of user and assistant that do not
             take turns.
     """
-    family = FAMILIES[tokenizer.family]
+    family = tokenizer_family(tokenizer)
     if family.roles:
         history = [{"role": role, "content": text} for role, text in messages[:-1]]
         return family.encode_chat(tokenizer, messages[-1][1], history, **as_tuned)
-    system = [text for role, text in messages if role == "system"]
-    turns = [(role, text) for role, text in messages if role != "system"]
-    if any(role != ("user", "assistant")[i % 2] for i, (role, _) in enumerate(turns)):
-        raise ValueError(
-            "messages of user and assistant must take turns, the user first: "
-            f"{family.title} knows only rounds"
-        )
-    texts = [text for _, text in turns]
+    system: list[str] = []
+    texts: list[str] = []
+    for role, text in messages:
+        if role == "system":
+            system.append(text)
+            continue
+        if role != ("user", "assistant")[len(texts) % 2]:
+            raise ValueError(
+                "messages of user and assistant must take turns, the user first: "
+                f"{family.title} knows only rounds"
+            )
+        texts.append(text)
     texts[0] = "\n\n".join([*system, texts[0]])
     return family.encode_chat(
         tokenizer, texts[-1], list(zip(texts[:-1:2], texts[1::2])), **as_tuned
@@ -102,7 +106,8 @@ def prompt_of(messages: tuple[tuple[str, str], ...]) -> str:
 
     Earlier rounds are left out.
     """
-    return "\n\n".join([*(text for role, text in messages if role == "system"), messages[-1][1]])
+    system = [text for role, text in messages if role == "system"]
+    return "\n\n".join([*system, messages[-1][1]])
 
 
 def held(text: str, whole: tuple[str, ...]) -> int:
@@ -137,6 +142,12 @@ def borders_of(one: str) -> tuple[int, ...]:
     return tuple(borders)
 
 
+def tokenizer_family(tokenizer: "ChatGLMTokenizer") -> Family:
+    """The family of a loaded tokenizer, which always has one."""
+    assert tokenizer.family is not None
+    return FAMILIES[tokenizer.family]
+
+
 class TextStream:
     """An answer's text as its tokens come.
 
@@ -149,7 +160,7 @@ class TextStream:
 
     def __init__(self, tokenizer: "ChatGLMTokenizer", stops: tuple[str, ...] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, stops
-        family = FAMILIES[tokenizer.family]
+        family = tokenizer_family(tokenizer)
         self._marks = MARKS if family.name == "glm" else ""
         # ChatGLM3's first line is its message's header, blank but for tool calls, which stay text
         # here.
@@ -157,7 +168,7 @@ class TextStream:
         roles = (
             ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>") if family.roles else ()
         )
-        self._hidden = {tokenizer.get_command(role) for role in roles}
+        self._hidden = set(map(tokenizer.get_command, roles))
         self._ids: list[int] = []
         self._next = 1
         self.sent, self.stopped = "", False
@@ -182,7 +193,9 @@ class TextStream:
         return self._send(self._process(self._decode()), growing=False)
 
     def _decode(self) -> str:
-        return self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        assert isinstance(text, str)  # a list only for a batch
+        return text
 
     def _send(self, text: str, growing: bool) -> str:
         places = [place for place in map(text.find, self._stops) if place >= 0]

@@ -8,24 +8,26 @@ import logging
 import os
 import socket
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from chatglm.commands import Parser, run_command
-from chatglm.families import FAMILIES
 from finetune.evaluation.predict import add_loading_flags
 from predictor.labels import name_warning, served_name
 from predictor.runtime import LengthPredictor
 from serving.cost_model.devices import DEVICES
-from serving.cost_model.model import CostModel, ModelShape, read_profile
+from serving.cost_model.model import CostModel, ModelShape, Profile, read_profile
 from serving.engines import ENGINES, make_engine
 from serving.policies.continuous import POLICIES
 from serving.request import Limits
+from serving.server.chat import tokenizer_family
 from serving.server.door import Keys, host_name, is_loopback
 from serving.server.monitor import Monitor
 from serving.server.service import Service
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from serving.server.listener import Server
 
@@ -36,7 +38,39 @@ KEY_VARIABLE = "GLM_API_KEY"
 SERVED = [name for name in POLICIES if "oracle" not in name]  # an oracle wants true lengths
 
 
-def build_parser() -> argparse.ArgumentParser:
+@dataclass(frozen=True)
+class ServerFlags:
+    """The flags of the command; `server_parser` has their meaning and defaults."""
+
+    model: str
+    predictor: str | None
+    policy: str
+    engine: str
+    host: str
+    port: int
+    max_batch: int
+    kv_tokens: int
+    max_tokens: int
+    slo_s: float
+    profile: str | None
+    log: str | None
+    log_prompts: bool
+    base_model: str | None
+    mode: str | None
+    device: str
+    precision: str
+    served_model_name: str | None
+    drain_s: float
+    max_queue: int
+    max_connections: int
+    client_s: float
+    api_key: str | None
+    allowed_hosts: str
+    cors_origins: str
+    access_log: bool
+
+
+def server_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="serving.server",
         description=__doc__,
@@ -109,38 +143,42 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_bounds(args: argparse.Namespace) -> None:
+def parse_flags(argv: list[str] | None = None) -> ServerFlags:
+    return ServerFlags(**vars(server_parser().parse_args(argv)))
+
+
+def check_bounds(flags: ServerFlags) -> None:
     """Raises ValueError for a number of the flags that no server can work with."""
-    if not args.slo_s > 0:
-        raise ValueError(f"--slo_s must be above 0, got {args.slo_s:g}")
-    if not 0 < args.client_s < 1e6:
-        raise ValueError(f"--client_s must be above 0 and below 1e6, got {args.client_s:g}")
-    if not 0 <= args.drain_s < 1e6:
-        raise ValueError(f"--drain_s must be at least 0 and below 1e6, got {args.drain_s:g}")
-    if args.max_queue < 0:
-        raise ValueError(f"--max_queue must be at least 0, got {args.max_queue}")
-    if args.max_connections < 1:
-        raise ValueError(f"--max_connections must be at least 1, got {args.max_connections}")
+    if not flags.slo_s > 0:
+        raise ValueError(f"--slo_s must be above 0, got {flags.slo_s:g}")
+    if not 0 < flags.client_s < 1e6:
+        raise ValueError(f"--client_s must be above 0 and below 1e6, got {flags.client_s:g}")
+    if not 0 <= flags.drain_s < 1e6:
+        raise ValueError(f"--drain_s must be at least 0 and below 1e6, got {flags.drain_s:g}")
+    if flags.max_queue < 0:
+        raise ValueError(f"--max_queue must be at least 0, got {flags.max_queue}")
+    if flags.max_connections < 1:
+        raise ValueError(f"--max_connections must be at least 1, got {flags.max_connections}")
 
 
-def load_service(args: argparse.Namespace) -> Service:
+def load_service(flags: ServerFlags) -> Service:
     """Everything but HTTP, from the flags.
 
     Raises:
         ValueError, OSError: in one line, what does not fit or is not there.
     """
-    policy = POLICIES[args.policy]
-    if policy.predicts and not args.predictor:
+    policy = POLICIES[flags.policy]
+    if policy.predicts and not flags.predictor:
         free = ", ".join(name for name in SERVED if not POLICIES[name].predicts)
         raise ValueError(
-            f"--policy {args.policy} goes by predicted lengths and wants --predictor DIR; "
+            f"--policy {flags.policy} goes by predicted lengths and wants --predictor DIR; "
             f"without one choose from {free}"
         )
-    check_bounds(args)
-    profile = read_profile(args.profile or "datasheet")
+    check_bounds(flags)
+    profile = read_profile(flags.profile or "datasheet")
     try:
         limits = Limits(
-            max_batch=args.max_batch, kv_tokens=args.kv_tokens, max_tokens=args.max_tokens
+            max_batch=flags.max_batch, kv_tokens=flags.kv_tokens, max_tokens=flags.max_tokens
         )
     except ValueError as error:
         raise ValueError(f"--max_batch, --kv_tokens, --max_tokens: {error}") from None
@@ -148,54 +186,61 @@ def load_service(args: argparse.Namespace) -> Service:
     from chatglm import load_tokenizer
     from finetune.evaluation.predict import load_ready
 
-    tokenizer = load_tokenizer(args.model, mode=args.mode, base=args.base_model)
-    predictor = (
-        LengthPredictor.from_pretrained(args.predictor, served_model=tokenizer.name_or_path)
-        if args.predictor
-        else None
-    )
+    tokenizer = load_tokenizer(flags.model, mode=flags.mode, base=flags.base_model)
+    predictor = None
+    if flags.predictor:
+        predictor = LengthPredictor.from_pretrained(
+            flags.predictor, served_model=tokenizer.name_or_path
+        )
     model = load_ready(
-        args.model,
-        mode=args.mode,
-        base=args.base_model,
-        device=args.device,
-        precision=args.precision,
+        flags.model,
+        mode=flags.mode,
+        base=flags.base_model,
+        device=flags.device,
+        precision=flags.precision,
     )
+    name = service_name(flags, predictor)
+    rounds = getattr(model.config, "chat_prompt", None) == "rounds"
+    defaults = tokenizer_family(tokenizer).chat_defaults
+    return Service(
+        make_engine(flags.engine, model, limits, make_cost(model, profile)),
+        tokenizer,
+        policy,
+        predictor,
+        Monitor(name, limits, flags.log, flags.log_prompts),
+        name=name,
+        slo_s=flags.slo_s,
+        defaults={"temperature": defaults["temperature"], "top_p": defaults["top_p"]},
+        as_tuned={"rounds": True} if rounds else {},
+        max_queue=flags.max_queue,
+    )
+
+
+def make_cost(model: "PreTrainedModel", profile: Profile) -> CostModel:
+    """The cost model of a loaded model on its device."""
+    import torch
+
     weight = model.get_input_embeddings().weight
-    cost = CostModel.of(
-        ModelShape.from_config(model.config.to_dict(), weight.itemsize),
-        cost_device(weight.device),
-        profile,
-    )
-    family = FAMILIES[tokenizer.family]
-    name = args.served_model_name or (
-        predictor.card["served_model"]["name"] if predictor else served_name(args.model)
-    )
-    predicted = predictor.card["served_model"]["name"] if predictor else name
+    assert isinstance(weight, torch.Tensor)
+    shape = ModelShape.from_config(model.config.to_dict(), weight.itemsize)
+    return CostModel.of(shape, cost_device(weight.device), profile)
+
+
+def service_name(flags: ServerFlags, predictor: LengthPredictor | None) -> str:
+    """The model's name in the API; warns where it does not suit the predictor."""
+    if predictor is None:
+        return flags.served_model_name or served_name(flags.model)
+    predicted: str = predictor.card["served_model"]["name"]
+    name = flags.served_model_name or predicted
     if name != predicted:
         log.warning(
             "the predictor is of %r: predictor.update will take the log's %r for another model",
             predicted,
             name,
         )
-    elif (
-        predictor
-        and not args.served_model_name
-        and (warning := name_warning(predicted, args.model))
-    ):
+    elif not flags.served_model_name and (warning := name_warning(predicted, flags.model)):
         log.warning(warning)
-    return Service(
-        make_engine(args.engine, model, limits, cost),
-        tokenizer,
-        policy,
-        predictor,
-        Monitor(name, limits, args.log, args.log_prompts),
-        name=name,
-        slo_s=args.slo_s,
-        defaults={key: family.chat_defaults[key] for key in ("temperature", "top_p")},
-        as_tuned={"rounds": True} if getattr(model.config, "chat_prompt", None) == "rounds" else {},
-        max_queue=args.max_queue,
-    )
+    return name
 
 
 def cost_device(device: "torch.device") -> str:
@@ -208,18 +253,19 @@ def cost_device(device: "torch.device") -> str:
     import torch
 
     found = torch.cuda.get_device_properties(device)
-    alike = [
-        name
-        for name in DEVICES
-        if name.split("-")[0].removeprefix("RTX") in found.name.replace(" ", "")
-    ]
-    return min(
-        alike or ["A100-80G"], key=lambda name: abs(DEVICES[name].memory_bytes - found.total_memory)
-    )
+    alike = []
+    for name in DEVICES:
+        if name.split("-")[0].removeprefix("RTX") in found.name.replace(" ", ""):
+            alike.append(name)
+
+    def memory_gap(name: str) -> float:
+        return abs(DEVICES[name].memory_bytes - found.total_memory)
+
+    return min(alike or ["A100-80G"], key=memory_gap)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket, made before the model is loaded so that nobody waits for that in vain.
+    """A listening socket, bound before the model is loaded: a taken port is an error at once.
 
     Raises:
         ValueError: the address cannot be bound.
@@ -237,49 +283,50 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-def keys_of(args: argparse.Namespace, sock: socket.socket) -> Keys:
+def keys_of(flags: ServerFlags, sock: socket.socket) -> Keys:
     """Who may come in, from the flags and the environment.
 
     Raises:
         ValueError: a key that no header can hold.
     """
-    key = args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE)
+    key = flags.api_key if flags.api_key is not None else os.environ.get(KEY_VARIABLE)
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
         wanted = "printable ASCII characters, not empty, without spaces around them"
         raise ValueError(f"--api_key (or {KEY_VARIABLE}) must be {wanted}")
-    named = {host_name(host.strip()) for host in args.allowed_hosts.split(",") if host.strip()}
+    hosts = filter(None, map(str.strip, flags.allowed_hosts.split(",")))
+    named = set(map(host_name, hosts))
     if named or is_loopback(sock.getsockname()[0]):
-        return Keys(key, frozenset(named | {args.host.lower()}))
+        return Keys(key, frozenset(named | {flags.host.lower()}))
     return Keys(key)
 
 
-def make_server(service: Service, keys: Keys, args: argparse.Namespace) -> "Server":
+def make_server(service: Service, keys: Keys, flags: ServerFlags) -> "Server":
     """The serving.server.listener.Server of a service, from the flags."""
     from serving.server.listener import Server
 
-    origins = [origin.strip() for origin in args.cors_origins.split(",")]
+    origins = map(str.strip, flags.cors_origins.split(","))
     return Server(
         service,
-        drain_s=args.drain_s,
-        client_s=args.client_s,
-        max_connections=args.max_connections,
+        drain_s=flags.drain_s,
+        client_s=flags.client_s,
+        max_connections=flags.max_connections,
         keys=keys,
         cors_origins=tuple(filter(None, origins)),
-        access_log=args.access_log,
+        access_log=flags.access_log,
     )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    return run_command(parser.prog, lambda: run(args))
+    flags = parse_flags(argv)
+    return run_command("serving.server", lambda: serve_model(flags))
 
 
-def run(args: argparse.Namespace) -> int:
+def serve_model(flags: ServerFlags) -> int:
+    """Serve until a signal ends it; the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(levelname)s: %(message)s")
     # asyncio warns at each write to a client that has gone; the service cancels its answer.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
-    if args.access_log:
+    if flags.access_log:
         logging.getLogger("serving.access").setLevel(logging.INFO)
     try:
         import fastapi  # noqa: F401
@@ -288,10 +335,10 @@ def run(args: argparse.Namespace) -> int:
         raise ImportError(
             f'{error.name} is not installed; pip install "glm-foundry[serve]"'
         ) from None
-    sock = bind(args.host, args.port)
-    keys = keys_of(args, sock)
-    service = load_service(args)
-    return make_server(service, keys, args).serve_at(sock)
+    sock = bind(flags.host, flags.port)
+    keys = keys_of(flags, sock)
+    service = load_service(flags)
+    return make_server(service, keys, flags).serve_at(sock)
 
 
 if __name__ == "__main__":

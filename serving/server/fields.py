@@ -5,7 +5,10 @@ Free of torch and of HTTP.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
+
+Schema = dict[str, Any]  # a part of JSON Schema
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MOST = 2**31 - 1  # of counts and token ids
@@ -18,7 +21,7 @@ class Field(Protocol):
     def read(self, name: str, value: Any) -> Any:
         """The checked value. Raises ValueError, in one line, where it is not what it should be."""
 
-    def schema(self) -> dict:
+    def schema(self) -> Schema:
         """Of the field in JSON Schema (OpenAPI 3.1)."""
 
 
@@ -62,7 +65,7 @@ class Number:
             raise ValueError(f"{name} must be a {kind} {low} and at most {most}")
         return self.kind(value)
 
-    def schema(self) -> dict:
+    def schema(self) -> Schema:
         low = "exclusiveMinimum" if self.above else "minimum"
         kind = "integer" if self.kind is int else "number"
         return {
@@ -82,7 +85,7 @@ class Flag:
             raise ValueError(f"{name} must be true or false")
         return value
 
-    def schema(self) -> dict:
+    def schema(self) -> Schema:
         return {"type": ["boolean", "null"], "description": self.text}
 
 
@@ -100,7 +103,7 @@ class Text:
             )
         return check_characters(name, value)
 
-    def schema(self) -> dict:
+    def schema(self) -> Schema:
         return {"type": ["string", "null"], "maxLength": self.longest, "description": self.text}
 
 
@@ -120,9 +123,9 @@ class Stops:
             raise ValueError(
                 f"{name} must be texts of 1 to {STOP_CHARACTERS} characters, none of them empty"
             )
-        return tuple(check_characters(name, stop) for stop in stops)
+        return tuple(map(partial(check_characters, name), stops))
 
-    def schema(self) -> dict:
+    def schema(self) -> Schema:
         one = {"type": "string", "minLength": 1, "maxLength": STOP_CHARACTERS}
         many = {"type": "array", "items": one, "maxItems": STOPS}
         return {"anyOf": [one, many, {"type": "null"}], "description": self.text}
@@ -140,7 +143,7 @@ class TokenIds:
             )
         return frozenset(ids)
 
-    def schema(self) -> dict:
+    def schema(self) -> Schema:
         one = {"type": "integer", "minimum": 0, "maximum": MOST}
         return {
             "type": ["array", "null"],
@@ -161,7 +164,7 @@ class StreamOptions:
         wanted = value.get("include_usage")
         return wanted is not None and Flag("").read(f"{name}.include_usage", wanted)
 
-    def schema(self) -> dict:
+    def schema(self) -> Schema:
         inside = {"include_usage": Flag("A last chunk with the usage.").schema()}
         return {"type": ["object", "null"], "properties": inside, "description": self.text}
 
@@ -174,10 +177,12 @@ class Messages:
         """(role, text), the role one of system, user and assistant."""
         if not isinstance(value, list) or not value:
             raise ValueError(f"{name} must be a list of at least one message")
-        found = tuple(self._one(f"{name}[{i}]", message) for i, message in enumerate(value))
+        found = []
+        for i, message in enumerate(value):
+            found.append(self._one(f"{name}[{i}]", message))
         if found[-1][0] != "user":
             raise ValueError("the last message must be the user's")
-        return found
+        return tuple(found)
 
     @staticmethod
     def _one(name: str, message: Any) -> tuple[str, str]:
@@ -193,7 +198,7 @@ class Messages:
             raise ValueError(f"{name}.content must be text")
         return ROLES[role], check_characters(f"{name}.content", content)
 
-    def schema(self) -> dict:
+    def schema(self) -> Schema:
         part = {
             "type": "object",
             "required": ["type", "text"],
@@ -201,14 +206,14 @@ class Messages:
         }
         content = {"anyOf": [{"type": "string"}, {"type": "array", "items": part}]}
         nothing = {"anyOf": [*content["anyOf"], {"type": "null"}]}
-        message = {"type": "object", "required": ["role", "content"]}
+        message: Schema = {"type": "object", "required": ["role", "content"]}
         others = message | {
             "properties": {
-                "role": {"enum": [r for r in ROLES if r != "assistant"]},
+                "role": {"enum": ["system", "developer", "user"]},
                 "content": content,
             }
         }
-        answer = {"type": "object", "required": ["role"]}
+        answer: Schema = {"type": "object", "required": ["role"]}
         answer["properties"] = {"role": {"const": "assistant"}, "content": nothing}
         return {
             "type": "array",
@@ -220,14 +225,14 @@ class Messages:
 
 def joined(parts: list) -> str | None:
     """The text of a content in parts; None where one is no text."""
+    texts = []
     for part in parts:
-        if (
-            not isinstance(part, dict)
-            or part.get("type") != "text"
-            or not isinstance(part.get("text"), str)
-        ):
+        if not isinstance(part, dict) or part.get("type") != "text":
             return None
-    return "".join(part["text"] for part in parts)
+        if not isinstance(part.get("text"), str):
+            return None
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 FIELDS: Mapping[str, Field] = {
@@ -324,7 +329,7 @@ HARMLESS = frozenset(
 SHOWN = 16  # names of ignored fields that a reply has
 
 
-def read_fields(body: Any) -> dict:
+def read_fields(body: Any) -> Schema:
     """The checked fields that a body sets; null counts as not set.
 
     Raises:
@@ -338,11 +343,11 @@ def read_fields(body: Any) -> dict:
             raise ValueError(f"{name} is not supported here{remedy}")
     if body.get("messages") is None:
         raise ValueError("messages must be a list of at least one message")
-    return {
-        name: field.read(name, body[name])
-        for name, field in FIELDS.items()
-        if body.get(name) is not None
-    }
+    values = {}
+    for name, field in FIELDS.items():
+        if body.get(name) is not None:
+            values[name] = field.read(name, body[name])
+    return values
 
 
 def ignored(body: dict) -> tuple[str, ...]:
@@ -352,7 +357,7 @@ def ignored(body: dict) -> tuple[str, ...]:
     return tuple(name.encode("utf-8", "replace").decode()[:64] for name in unknown[:SHOWN])
 
 
-def body_schema() -> dict:
+def body_schema() -> Schema:
     """JSON Schema of a chat request's body; what is REFUSED stands in its description."""
     text = f"Not obeyed, so refused with 400: {', '.join(REFUSED)}. "
     text += "Unknown fields are named in glm_foundry.ignored."

@@ -37,7 +37,9 @@ class Connection(H11Protocol):
     most = 1024
     early = 0  # bytes that came while an earlier request was being answered
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(  # type: ignore[override]  # as uvicorn's own, which is given a Transport
+        self, transport: asyncio.Transport
+    ) -> None:
         if len(self.connections) < self.most:
             super().connection_made(transport)
             return
@@ -140,7 +142,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self.started:
+        if self.started and sockets:
             host, port = sockets[0].getsockname()[:2]
             host = f"[{host}]" if ":" in host else host
             print(f"serving {self.service.name} at http://{host}:{port}/v1", flush=True)

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from serving.request import Completion, Event, Limits, Record, Request
 
 if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
     from serving.engines import Answer
 
 log = logging.getLogger(__name__)
@@ -115,12 +117,12 @@ class Monitor:
         self._waiting: set[int] = set()
         self._running: dict[int, Record] = {}
         self._recent: deque[bool] = deque(maxlen=RECENT)
-        self.registry = None
+        self.registry: CollectorRegistry | None = None
         with suppress(ImportError):
             self._make_metrics()
 
     def watch(self, request: Request, prompt: str, answer: "Answer") -> None:
-        """Make a request's text and answer known, before the scheduler hears of it.
+        """Make a request's text and answer known, before the scheduler gets it.
 
         May be called from any thread.
         """
@@ -138,9 +140,10 @@ class Monitor:
         self._watched.pop(request_id, None)
 
     def exposition(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+        """All metrics in Prometheus' text format; `registry` must be there."""
         from prometheus_client import generate_latest
 
+        assert self.registry is not None
         return generate_latest(self.registry)
 
     def close(self) -> None:
@@ -153,6 +156,7 @@ class Monitor:
         if kind == "arrived":
             self._waiting.add(event.id)
         elif kind == "admitted":
+            assert isinstance(event.what, Record)
             self._waiting.discard(event.id)
             self._running[event.id] = event.what
         elif kind == "preempted":
@@ -167,6 +171,7 @@ class Monitor:
         if kind in ("finished", "withdrawn"):
             self._waiting.discard(event.id)
             self._running.pop(event.id, None)
+            assert isinstance(event.what, Completion)
             self._finish(event.what, self._watched.pop(event.id, None))
 
     def _reason(self, event: Event) -> str:
@@ -198,8 +203,13 @@ class Monitor:
         in_time: bool,
         watched: Watched | None,
     ):
+        """Append an answer's line to the log, which must be open."""
+        assert self._file is not None
         request = done.request
-        row = {"prompt": watched.prompt} if watched and self.log_prompts else {}
+        row: dict[str, Any] = {"prompt": watched.prompt} if watched and self.log_prompts else {}
+        ttft_s = None
+        if done.first_token_s >= 0:
+            ttft_s = round(done.first_token_s - request.arrival_s, 4)
         row |= {
             "served_model": self.served_model,
             "output_tokens": tokens,
@@ -210,9 +220,7 @@ class Monitor:
             "in_time": in_time,
             "arrived": round(time.time() - done.latency_s, 3),
             "queue_s": round(max(done.admitted_s - request.arrival_s, 0.0), 4),
-            "ttft_s": round(done.first_token_s - request.arrival_s, 4)
-            if done.first_token_s >= 0
-            else None,
+            "ttft_s": ttft_s,
             "latency_s": round(done.latency_s, 4),
             "preemptions": done.preemptions,
             "overruns": done.overruns,
@@ -277,8 +285,14 @@ class Monitor:
         make(Gauge, "slo_attainment", f"Share in time of the last {RECENT}").set_function(
             self.attainment
         )
+        self._make_device_metrics(make)
+        self.registry = registry
+
+    def _make_device_metrics(self, make: Callable[..., Any]):
+        """Load and memory of every GPU; `make` is that of _make_metrics."""
         if handles := nvml_handles():
             import pynvml
+            from prometheus_client import Gauge
 
             load = make(Gauge, "device_load", "Share of time in which the GPU was at work", ["gpu"])
             memory = make(
@@ -291,16 +305,15 @@ class Monitor:
                 memory.labels(str(i)).set_function(
                     lambda h=handle: pynvml.nvmlDeviceGetMemoryInfo(h).used
                 )
-        self.registry = registry
 
 
-def nvml_handles() -> list:
+def nvml_handles() -> list[Any]:
     """Of every GPU that the driver shows, where there are any and nvidia-ml-py is installed."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return list(map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount())))
     except (
         Exception
     ) as error:  # no package, no driver, no GPU: each library version has its own error

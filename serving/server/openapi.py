@@ -3,7 +3,7 @@
 The request's schema is made from the table that checks requests.
 """
 
-from serving.server.fields import body_schema
+from serving.server.fields import Schema, body_schema
 
 ERRORS = {
     400: "A field is wrong or not obeyed, or the prompt is too long",
@@ -19,7 +19,7 @@ ERRORS = {
 }
 
 
-def error_schema() -> dict:
+def error_schema() -> Schema:
     nullable = {"type": ["string", "null"]}
     inside = {
         "message": {"type": "string"},
@@ -31,10 +31,10 @@ def error_schema() -> dict:
     return {"type": "object", "required": ["error"], "properties": {"error": error}}
 
 
-def completion_schema() -> dict:
-    message = {"type": "object", "required": ["role", "content"]}
+def completion_schema() -> Schema:
+    message: Schema = {"type": "object", "required": ["role", "content"]}
     message["properties"] = {"role": {"const": "assistant"}, "content": {"type": "string"}}
-    choice = {"type": "object", "required": ["index", "message", "finish_reason"]}
+    choice: Schema = {"type": "object", "required": ["index", "message", "finish_reason"]}
     choice["properties"] = {
         "index": {"const": 0},
         "message": message,
@@ -42,8 +42,8 @@ def completion_schema() -> dict:
         "logprobs": {"type": "null"},
     }
     counts = ("prompt_tokens", "completion_tokens", "total_tokens")
-    usage = {"type": "object", "required": list(counts)}
-    usage["properties"] = {name: {"type": "integer", "minimum": 0} for name in counts}
+    usage: Schema = {"type": "object", "required": list(counts)}
+    usage["properties"] = dict.fromkeys(counts, {"type": "integer", "minimum": 0})
     properties = {
         "id": {"type": "string"},
         "object": {"const": "chat.completion"},
@@ -59,7 +59,7 @@ def completion_schema() -> dict:
     return {"type": "object", "required": list(properties), "properties": properties}
 
 
-def document(model: str, guarded: bool) -> dict:
+def document(model: str, guarded: bool) -> Schema:
     """An OpenAPI 3.1 document; `guarded`: a key is wanted."""
     schemas = {
         "ChatRequest": body_schema(),
@@ -71,14 +71,14 @@ def document(model: str, guarded: bool) -> dict:
         "required": ["id", "object"],
         "properties": {"id": {"type": "string"}, "object": {"const": "model"}},
     }
-    cards = {"type": "object", "required": ["object", "data"]}
+    cards: Schema = {"type": "object", "required": ["object", "data"]}
     cards["properties"] = {"object": {"const": "list"}, "data": {"type": "array", "items": card}}
     status = {
         "type": "object",
         "required": ["status"],
         "properties": {"status": {"type": "string"}},
     }
-    chat = {
+    chat: Schema = {
         "summary": "Answer a chat",
         "requestBody": {"required": True, "content": json_of(ref("ChatRequest"))},
         "responses": answers(
@@ -87,14 +87,14 @@ def document(model: str, guarded: bool) -> dict:
     }
     chat["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     named = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
-    health = answers("It serves", status, 403)
+    health: Schema = answers("It serves", status, 403)
     health["503"] = {
         "description": "It drains, or its engine has failed",
         "content": json_of(status),
     }
-    metrics = answers("Prometheus' text format", {}, 401, 403, 501)
+    metrics: Schema = answers("Prometheus' text format", {}, 401, 403, 501)
     metrics["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
-    found = {
+    found: Schema = {
         "openapi": "3.1.0",
         "info": {
             "title": "GLM Foundry",
@@ -129,16 +129,16 @@ def document(model: str, guarded: bool) -> dict:
     return found
 
 
-def ref(name: str) -> dict:
+def ref(name: str) -> Schema:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def json_of(schema: dict) -> dict:
+def json_of(schema: Schema) -> Schema:
     return {"application/json": {"schema": schema}}
 
 
-def answers(text: str, schema: dict, *errors: int) -> dict:
-    found = {"200": {"description": text, "content": json_of(schema)}}
+def answers(text: str, schema: Schema, *errors: int) -> Schema:
+    found: Schema = {"200": {"description": text, "content": json_of(schema)}}
     for status in errors:
         found[str(status)] = {
             "description": ERRORS.get(status, "Not here"),

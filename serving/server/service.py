@@ -10,11 +10,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from serving.engines import Answer, Inbox, Sampling, TextEngine, WallClock
 from serving.request import Event, Policy, Request
-from serving.scheduler import run
+from serving.scheduler import run_scheduler
 from serving.server.chat import ChatRequest, encode_messages, prompt_of
 from serving.server.monitor import Monitor
 
@@ -133,7 +133,9 @@ class Service:
 
     def _serve(self):
         try:
-            for event in run(self.policy, self.engine, self.clock, self.inbox, self._observe):
+            for event in run_scheduler(
+                self.policy, self.engine, self.clock, self.inbox, self._observe
+            ):
                 if event.kind in ("refused", "withdrawn"):
                     self.engine.forget(event.id)
         except BaseException as error:  # out of memory, a bug: every client must get an answer
@@ -187,7 +189,8 @@ class Service:
             predict_s=self.clock.now_s() - arrival_s,
         )
         sampling = self.sampling_of(asked, len(ids))
-        loop, tokens = asyncio.get_running_loop(), asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        tokens: asyncio.Queue[int | None] = asyncio.Queue()
 
         def listener(answer: Answer, token: int | None):
             if token is not None:
@@ -219,8 +222,10 @@ class Service:
                 counts = f"counts the prompt too, which has {prompt_tokens} tokens"
                 raise TooLong(f"max_length ({asked.max_length}) {counts}; say max_tokens")
             most.append(asked.max_length - prompt_tokens)
-        said = {name: getattr(asked, name) for name in OBEYED}
-        options = self.defaults | {name: value for name, value in said.items() if value is not None}
+        options = dict(self.defaults)
+        for name in OBEYED:
+            if (value := getattr(asked, name)) is not None:
+                options[name] = value
         if asked.do_sample is False:
             options["temperature"] = 0.0
         top_k = max(asked.top_k or 0, 0)
@@ -252,7 +257,7 @@ class Service:
         """Predicted and actual length of an ended answer; the `glm_foundry` field of a response."""
         request, answer = exchange.request, exchange.answer
         latency_s = self.clock.now_s() - request.arrival_s
-        found = {
+        found: dict[str, Any] = {
             "output_tokens": self.length(answer),
             "finished": answer.reason == "stop",
             "slo_s": request.slo_s,
@@ -262,12 +267,12 @@ class Service:
         if exchange.ignored:
             found["ignored"] = exchange.ignored
         if (prediction := request.prediction) is not None:
-            said = {
+            predicted = {
                 "expected": prediction.expected_tokens,
                 "median": prediction.median_tokens,
                 "q90": prediction.quantile(0.9),
             }
-            found["predicted_tokens"] = {name: round(tokens, 1) for name, tokens in said.items()}
+            found["predicted_tokens"] = {name: round(n, 1) for name, n in predicted.items()}
         return found
 
     @staticmethod

@@ -11,175 +11,136 @@ comparison uses.
 """
 
 import argparse
-import io
 import sys
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from chatglm.commands import Parser, number, run_command, whole
-from finetune.files import write_aside, write_json
+from finetune.files import write_json
 from serving.cost_model.devices import MOST_DEVICES
 from serving.policies.continuous import POLICIES
-from serving.policies.static import Static
-from serving.request import CostModel, Limits, Policy
-from serving.simulate.compare import SPACES, Setting, compare, print_table, scorer, search, simulate
+from serving.policies.static import BatchPolicy, Static
+from serving.request import CostEstimator, Limits, Policy
+from serving.simulate.compare import (
+    SPACES,
+    ComparisonSetting,
+    compare_policies,
+    print_comparison,
+    scorer,
+    search,
+)
 from serving.simulate.engine import LinearCost
 from serving.simulate.workload import WORKLOADS, PredictorModel, SloRule
 
+GPUS, DEPLOYER = 1, "helr"  # the defaults
 
-def plot(
-    rows: list[dict], policies: dict[str, Policy], setting: Setting, folder: Path
-) -> list[Path]:
-    """The PNG files written: attainment against load, and latency and queue at the highest load.
 
-    Latency is plotted as its distribution, the queue over time.
-    """
-    import matplotlib
+@dataclass(frozen=True)
+class SimulationFlags:
+    """The flags of the command; `simulation_parser` has their meaning and defaults."""
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    policies: str
+    workload: str
+    rate: list[float]
+    requests: int
+    seeds: int
+    slo_scale: float
+    slo_floor_s: float
+    slo_length: str
+    predictor: str | None
+    predictor_sigma: float
+    predict_s: float
+    longest_answer: int
+    max_batch: int
+    kv_tokens: int | None
+    max_tokens: int
+    prefill_tokens: int
+    profile: str | None
+    device: str | None
+    gpus: int
+    deployer: str
+    need_tokens: int
+    model: str
+    element_bytes: int
+    traces: str
+    uellm_data: str
+    experiment: str | None
+    search: str | None
+    json: Path | None
+    plots: Path | None
 
-    highest = max(row["rate"] for row in rows)
-    figures = {name: pyplot.subplots(figsize=(7, 4)) for name in ("attainment", "latency", "queue")}
-    for name, policy in policies.items():
-        style = {
-            "label": name,
-            "linestyle": "--" if isinstance(policy, Static) else "-",
-            "linewidth": 1.4,
-        }
-        own = sorted((row for row in rows if row["policy"] == name), key=lambda row: row["rate"])
-        rates, seen = (
-            [row["rate"] for row in own],
-            np.array([row["by_seed"]["attainment"] for row in own]),
-        )
-        (line,) = figures["attainment"][1].plot(
-            rates, seen.mean(axis=1), marker="o", markersize=3, **style
-        )
-        figures["attainment"][1].fill_between(
-            rates,
-            seen.min(axis=1),
-            seen.max(axis=1),
-            color=line.get_color(),
-            alpha=0.15,
-            linewidth=0,
-        )
-        kept = simulate(
-            policy,
-            setting.make(highest, 0),
-            setting.cost,
-            setting.limits,
-            replicas=setting.replicas,
-        )[1].columns
-        arrived, admitted, finished = (
-            np.asarray(kept[c]) for c in ("arrival_s", "admitted_s", "finish_s")
-        )
-        latency = np.sort(finished - arrived)
-        figures["latency"][1].plot(latency, np.linspace(0, 1, len(latency)), **style)
-        times = np.sort(np.concatenate([arrived, admitted]))
-        waiting = np.searchsorted(np.sort(arrived), times, "right") - np.searchsorted(
-            np.sort(admitted), times, "right"
-        )
-        figures["queue"][1].plot(times, waiting, **style | {"linewidth": 0.9})
-    labels = {
-        "attainment": (
-            "requests a second",
-            "share answered in time; band: all seeds",
-            "Attainment against load",
-        ),
-        "latency": ("latency, s", "share of requests", f"Latency at {highest:g} requests/s"),
-        "queue": ("time, s", "waiting requests", f"Queue at {highest:g} requests/s"),
-    }
-    written = []
-    for name, (figure, axes) in figures.items():
-        across, up, title = labels[name]
-        axes.set(
-            xlabel=across,
-            ylabel=up,
-            title=f"{title}: {setting.workload}, {setting.requests} requests",
-        )
-        if name != "queue":
-            axes.set(xscale="log", ylim=(0, 1.02))
-        if name == "attainment":
-            axes.set_xticks(rates, [f"{rate:g}" for rate in rates], minor=False)
-            axes.minorticks_off()
-        axes.grid(alpha=0.25, linewidth=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(
-            fontsize=8,
-            frameon=False,
-            loc="upper left",
-            bbox_to_anchor=(1, 1),
-            title="dashed: static batches",
-            title_fontsize=7,
-        )
-        figure.tight_layout()
-        written.append(folder / f"{name}.png")
-        image = io.BytesIO()
-        figure.savefig(image, dpi=120)
-        write_aside(written[-1], image.getvalue())
-        pyplot.close(figure)
-    return written
+    def printable(self) -> dict[str, Any]:
+        """By name, with paths as text."""
+        values = {}
+        for name, value in vars(self).items():
+            values[name] = str(value) if isinstance(value, Path) else value
+        return values
 
 
 def parse_rates(text: str) -> list[float]:
     """Requests a second, with commas between them."""
-    parse = number(1e-6, 1e6)
-    return [parse(part) for part in text.split(",")]
+    return list(map(number(1e-6, 1e6), text.split(",")))
 
 
-def make_cost(args: argparse.Namespace) -> tuple[CostModel, int]:
+def make_cost(flags: SimulationFlags) -> tuple[CostEstimator, int]:
     """(cost model, replicas).
 
     With --profile or --device the calibrated model of serving.cost_model, placed by --deployer;
     else LinearCost.
     """
-    if not args.device and not args.profile:
-        for flag in ("gpus", "deployer"):
-            if getattr(args, flag) != build_parser().get_default(flag):
-                raise ValueError(f"--{flag} goes with --profile or --device")
-        return LinearCost() if not args.kv_tokens else replace(
-            LinearCost(), kv_capacity_tokens=args.kv_tokens
-        ), 1
+    if flags.device or flags.profile:
+        return make_placed_cost(flags)
+    if flags.gpus != GPUS:
+        raise ValueError("--gpus goes with --profile or --device")
+    if flags.deployer != DEPLOYER:
+        raise ValueError("--deployer goes with --profile or --device")
+    if flags.kv_tokens:
+        return replace(LinearCost(), kv_capacity_tokens=flags.kv_tokens), 1
+    return LinearCost(), 1
+
+
+def make_placed_cost(flags: SimulationFlags) -> tuple[CostEstimator, int]:
+    """(cost model of one replica, replicas) of the calibrated model, placed by --deployer."""
     from serving.cost_model.devices import Cluster
     from serving.cost_model.model import CostModel, ModelShape, read_profile
     from serving.deployment.deployers import DEPLOYERS
     from serving.deployment.placement import Need
 
-    profile = read_profile(args.profile or "datasheet")
-    cluster = Cluster.uniform(args.device, args.gpus) if args.device else profile.cluster(args.gpus)
-    placement = DEPLOYERS[args.deployer].place(
-        ModelShape.from_config(args.model, args.element_bytes),
-        cluster,
-        Need(args.need_tokens),
-        profile,
-    )
+    profile = read_profile(flags.profile or "datasheet")
+    if flags.device:
+        cluster = Cluster.uniform(flags.device, flags.gpus)
+    else:
+        cluster = profile.cluster(flags.gpus)
+    model = ModelShape.from_config(flags.model, flags.element_bytes)
+    need = Need(flags.need_tokens)
+    placement = DEPLOYERS[flags.deployer].place(model, cluster, need, profile)
     return CostModel.of(placement.model, placement, profile), placement.replicas
 
 
-def make_setting(args: argparse.Namespace) -> Setting:
-    cost, replicas = make_cost(args)
-    kv_tokens = args.kv_tokens or cost.kv_capacity_tokens
-    if args.predictor:
-        predictor = PredictorModel.from_card(args.predictor, args.longest_answer)
+def make_setting(flags: SimulationFlags) -> ComparisonSetting:
+    cost, replicas = make_cost(flags)
+    kv_tokens = flags.kv_tokens or cost.kv_capacity_tokens
+    max_tokens = min(flags.max_tokens, kv_tokens)
+    if flags.predictor:
+        predictor = PredictorModel.from_card(flags.predictor, flags.longest_answer)
     else:
-        predictor = PredictorModel.normal(args.predictor_sigma, args.longest_answer)
-    return Setting(
-        args.workload,
-        args.requests,
+        predictor = PredictorModel.normal(flags.predictor_sigma, flags.longest_answer)
+    return ComparisonSetting(
+        flags.workload,
+        flags.requests,
         cost,
-        Limits(args.max_batch, kv_tokens, min(args.max_tokens, kv_tokens), args.prefill_tokens),
-        SloRule(args.slo_scale, args.slo_floor_s, args.slo_length),
+        Limits(flags.max_batch, kv_tokens, max_tokens, flags.prefill_tokens),
+        SloRule(flags.slo_scale, flags.slo_floor_s, flags.slo_length),
         predictor,
-        args.predict_s,
-        args.traces,
+        flags.predict_s,
+        flags.traces,
         replicas,
     )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="serving.simulate", description=__doc__.split("\n")[0])
+def simulation_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="serving.simulate", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add(
         "--policies",
@@ -251,10 +212,10 @@ def build_parser() -> argparse.ArgumentParser:
         "default: straight lines near ChatGLM2-6B on one A100",
     )
     add("--device", help="serving.cost_model's device, such as A100-80G; default: the profile's")
-    add("--gpus", type=whole(1, MOST_DEVICES), default=1, help="how many of them")
+    add("--gpus", type=whole(1, MOST_DEVICES), default=GPUS, help="how many of them")
     add(
         "--deployer",
-        default="helr",
+        default=DEPLOYER,
         choices=("even", "single", "he", "lr", "helr", "morphling"),
         help="places the layers; room for more chains makes replicas",
     )
@@ -283,66 +244,70 @@ def build_parser() -> argparse.ArgumentParser:
         help="run this one of serving.simulate.experiments; of the other flags it reads --seeds, "
         "--requests, --predictor and folders",
     )
-    add(
-        "--search", choices=sorted(SPACES), help="look for this policy's knobs instead of comparing"
-    )
+    add("--search", choices=sorted(SPACES), help="search this policy's knobs instead of comparing")
     add("--json", type=Path, help="write the table here too")
     add("--plots", type=Path, help="write attainment, latency and queue plots into this folder")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    names = [name for name in args.policies.split(",") if name]
+    parser = simulation_parser()
+    flags = SimulationFlags(**vars(parser.parse_args(argv)))
+    names = list(filter(None, flags.policies.split(",")))
     if unknown := [name for name in names if name not in POLICIES]:
         parser.error(f"--policies: {', '.join(unknown)} unknown; there are {', '.join(POLICIES)}")
     if not names:
         parser.error(f"--policies: name at least one of {', '.join(POLICIES)}")
-    return run_command(parser.prog, lambda: run_simulation(args, names))
+    return run_command(parser.prog, lambda: run_simulation(flags, names))
 
 
-def run_simulation(args: argparse.Namespace, names: list[str]) -> None:
-    setting, rates = make_setting(args), args.rate
-    if args.experiment:
-        from serving.simulate.experiments import EXPERIMENTS
+def run_simulation(flags: SimulationFlags, names: list[str]) -> None:
+    """An experiment, a search, or the comparison of the named policies."""
+    setting = make_setting(flags)
+    if flags.experiment:
+        run_experiment(flags, flags.experiment)
+    elif flags.search:
+        policy, score = POLICIES[flags.search], scorer(setting, flags.rate, flags.seeds)
+        for better, reached in search(policy, SPACES[flags.search], score):
+            print(f"{reached:.4f}  {better}", flush=True)
+    else:
+        run_comparison(flags, setting, {name: POLICIES[name] for name in names})
 
-        tables = EXPERIMENTS[args.experiment](args)
-        if args.json:
-            write_json(args.json, {"settings": printable(args), "tables": tables})
-        return
-    if args.search:
-        for policy, got in search(
-            POLICIES[args.search], SPACES[args.search], scorer(setting, rates, args.seeds)
-        ):
-            print(f"{got:.4f}  {policy}", flush=True)
-        return
-    policies = {name: POLICIES[name] for name in names}
-    rows = compare(policies, setting, rates, args.seeds)
-    print_table(rows)
-    if args.json:
-        knobs = {name: knobs_of(policy) for name, policy in inner_of(policies).items()}
-        write_json(args.json, {"settings": printable(args), "policies": knobs, "rows": rows})
-    if args.plots:
-        for path in plot(rows, policies, setting, args.plots):
+
+def run_experiment(flags: SimulationFlags, name: str) -> None:
+    from serving.simulate.experiment_common import ExperimentFlags
+    from serving.simulate.experiments import EXPERIMENTS
+
+    tables = EXPERIMENTS[name](
+        ExperimentFlags(
+            flags.seeds, flags.requests, flags.predictor, flags.uellm_data, flags.traces
+        )
+    )
+    if flags.json:
+        write_json(flags.json, {"settings": flags.printable(), "tables": tables})
+
+
+def run_comparison(
+    flags: SimulationFlags, setting: ComparisonSetting, policies: dict[str, Policy]
+) -> None:
+    rows = compare_policies(policies, setting, flags.rate, flags.seeds)
+    print_comparison(rows)
+    if flags.json:
+        knobs = {name: knobs_of(policy) for name, policy in policies.items()}
+        write_json(flags.json, {"settings": flags.printable(), "policies": knobs, "rows": rows})
+    if flags.plots:
+        from serving.simulate.plots import write_plots
+
+        for path in write_plots(rows, policies, setting, flags.plots):
             print(f"wrote {path}", file=sys.stderr)
 
 
-def printable(args: argparse.Namespace) -> dict:
-    return {
-        key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
-    }
-
-
-def knobs_of(policy: Policy) -> dict:
-    """A policy's fields and their values; none of one that is a plain function."""
-    if not is_dataclass(policy):
+def knobs_of(policy: Policy | BatchPolicy) -> dict[str, Any]:
+    """The fields of a policy, or of a static one's batching; none of a plain function."""
+    inner = policy.batching if isinstance(policy, Static) else policy
+    if not is_dataclass(inner):
         return {}
-    return {field.name: getattr(policy, field.name) for field in fields(policy)}
-
-
-def inner_of(policies: dict[str, Policy]) -> dict:
-    return {name: p.batching if isinstance(p, Static) else p for name, p in policies.items()}
+    return {field.name: getattr(inner, field.name) for field in fields(inner)}
 
 
 if __name__ == "__main__":

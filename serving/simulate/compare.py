@@ -4,17 +4,16 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import TextIO
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any, TextIO, TypedDict, TypeVar
 
 import numpy as np
 
-from serving.policies.static import Static
-from serving.request import FOREVER, CostModel, Limits, Policy
-from serving.scheduler import Replay, VirtualClock, run
+from serving.policies.static import BatchPolicy, Static
+from serving.request import FOREVER, CostEstimator, Limits, Policy
+from serving.scheduler import Replay, VirtualClock, run_scheduler
 from serving.simulate.engine import SimulatedEngine
-from serving.simulate.statistics import Collector, interval, share_of_gain
+from serving.simulate.statistics import Collector, SummedTotals, interval, share_of_gain
 from serving.simulate.workload import PredictorModel, SloRule, Workload, make_workload
 
 COLUMNS = {  # metric -> (heading, unit, factor)
@@ -37,7 +36,9 @@ COLUMNS = {  # metric -> (heading, unit, factor)
 SEARCH_SEEDS = 1000  # searches use seeds from here on, comparisons 0, 1, ...
 
 
-SPACES = {  # fields of a policy that are worth a search, and values to try
+SPACES: dict[
+    str, dict[str, tuple[Any, ...]]
+] = {  # fields of a policy that are worth a search, and values to try
     "odbs": {
         "threshold": (500, 1000, 2000, 4000, 8000, 15_000, 30_000, 60_000),
         "reserve_quantile": (0.5, 0.8, 0.9, 0.97),
@@ -72,8 +73,25 @@ SPACES = {  # fields of a policy that are worth a search, and values to try
 }
 
 
+class ComparisonRow(TypedDict):
+    """One policy at one rate.
+
+    Attributes:
+        rate: requests a second.
+        seconds: that the runs took.
+        by_seed: the values of each metric, one a seed.
+        metrics: (mean, half width of the 95 % interval) of each.
+    """
+
+    rate: float
+    policy: str
+    seconds: float
+    by_seed: dict[str, list[float]]
+    metrics: dict[str, tuple[float, float]]
+
+
 @contextmanager
-def collected_later() -> Iterator[None]:
+def garbage_collection_paused() -> Iterator[None]:
     """No garbage collection meanwhile: a run makes millions of short-lived objects, no cycles."""
     was = gc.isenabled()
     gc.disable()
@@ -85,7 +103,7 @@ def collected_later() -> Iterator[None]:
 
 
 def simulate(
-    policy: Policy, workload: Workload, cost: CostModel, limits: Limits, replicas: int = 1
+    policy: Policy, workload: Workload, cost: CostEstimator, limits: Limits, replicas: int = 1
 ) -> tuple[dict[str, float], Collector]:
     """(metrics, all completions) of one policy on one workload; deterministic."""
     engines = [SimulatedEngine(cost, limits) for _ in range(replicas)]
@@ -104,44 +122,50 @@ def serve(
     Requests are distributed over the replicas in turn, in proportion to the speeds.
     """
     collector = Collector()
-    which = deal(len(workload), speeds or [1.0] * len(engines))
-    with collected_later():
+    which = assign_replicas(len(workload), speeds or [1.0] * len(engines))
+    with garbage_collection_paused():
         for k, engine in enumerate(engines):
             part = workload.part(which == k) if len(engines) > 1 else workload
             arrivals = Replay(part.requests(policy.predicts))
-            collector.watch(run(policy, engine, VirtualClock(), arrivals))
-    return collector.summary(total_of(engines)), collector, engines
+            collector.watch(run_scheduler(policy, engine, VirtualClock(), arrivals))
+    return collector.summary(engine_totals(engines)), collector, engines
 
 
-def deal(count: int, speeds: list[float]) -> np.ndarray:
+def assign_replicas(count: int, speeds: list[float]) -> np.ndarray:
     """(count,) index of the replica of each request.
 
     Each replica's share is its speed's, and its requests are evenly spaced.
     """
-    share = np.asarray(speeds, float) / np.sum(speeds)
-    made = [(np.arange(int(np.ceil(count * s)) + 1) + 0.5) / s for s in share]
-    owner = np.repeat(np.arange(len(speeds)), [len(m) for m in made])
-    return owner[np.argsort(np.concatenate(made), kind="stable")][:count]
+    shares = np.asarray(speeds, float) / np.sum(speeds)
+    numbers = np.ceil(count * shares).astype(int) + 1
+    places = [(np.arange(number) + 0.5) / share for number, share in zip(numbers, shares)]
+    owner = np.repeat(np.arange(len(speeds)), numbers)
+    return owner[np.argsort(np.concatenate(places), kind="stable")][:count]
 
 
-def total_of(engines: list[SimulatedEngine]) -> SimpleNamespace:
+def engine_totals(engines: list[SimulatedEngine]) -> SummedTotals:
     """EngineTotals of all engines: seconds are means over replicas, tokens sums."""
-    totals = {}
-    for name in ("busy_s", "row_s"):
-        totals[name] = sum(getattr(e, name) for e in engines) / len(engines)
-    for name in ("reserved_token_s", "used_token_s", "prefill_tokens", "step_rows", "steps"):
-        totals[name] = sum(getattr(e, name) for e in engines)
-    limits = SimpleNamespace(kv_tokens=sum(e.limits.kv_tokens for e in engines))
-    return SimpleNamespace(**totals, limits=limits)
+    totals = SummedTotals()
+    for engine in engines:
+        totals.busy_s += engine.busy_s
+        totals.row_s += engine.row_s
+        totals.reserved_token_s += engine.reserved_token_s
+        totals.used_token_s += engine.used_token_s
+        totals.prefill_tokens += engine.prefill_tokens
+        totals.step_rows += engine.step_rows
+        totals.kv_tokens += engine.kv_tokens
+    totals.busy_s /= len(engines)
+    totals.row_s /= len(engines)
+    return totals
 
 
 @dataclass(frozen=True)
-class Setting:
+class ComparisonSetting:
     """All that a comparison of policies fixes, but for rate and seed."""
 
     workload: str
     requests: int
-    cost: CostModel
+    cost: CostEstimator
     limits: Limits
     slo: SloRule = SloRule()
     predictor: PredictorModel | None = None
@@ -171,38 +195,52 @@ class Setting:
         return made
 
 
-def compare(
+def compare_policies(
     policies: dict[str, Policy],
-    setting: Setting,
+    setting: ComparisonSetting,
     rates: list[float],
     seeds: int,
     first_seed: int = 0,
-) -> list[dict]:
+) -> list[ComparisonRow]:
     """One row a rate and policy.
 
-    {rate, policy, seconds, metrics: {name: (mean, half width)}, by_seed: {name: [...]}}; with fifo
-    and oracle among the policies also share_of_gain, of the mean latency.
+    With fifo and oracle among the policies also share_of_gain, of the mean latency.
     """
-    rows = []
+    rows: list[ComparisonRow] = []
     for rate in rates:
         workloads = [setting.make(rate, first_seed + seed) for seed in range(seeds)]
-        by_policy = {}
+        by_policy, seconds = {}, {}
         for name, policy in policies.items():
             started = time.perf_counter()
-            by_seed = [run_setting(policy, workload, setting) for workload in workloads]
-            seconds = time.perf_counter() - started
-            by_policy[name] = {key: [one[key] for one in by_seed] for key in by_seed[0]}
-            rows.append(
-                {"rate": rate, "policy": name, "seconds": seconds, "by_seed": by_policy[name]}
-            )
+            by_policy[name] = metrics_by_seed(policy, workloads, setting)
+            seconds[name] = time.perf_counter() - started
         if "fifo" in by_policy and "oracle" in by_policy:
             add_shares(by_policy)
-        for row in rows[-len(policies) :]:
-            row["metrics"] = {key: interval(values) for key, values in row["by_seed"].items()}
+        for name, by_seed in by_policy.items():
+            rows.append(
+                {
+                    "rate": rate,
+                    "policy": name,
+                    "seconds": seconds[name],
+                    "by_seed": by_seed,
+                    "metrics": {key: interval(values) for key, values in by_seed.items()},
+                }
+            )
     return rows
 
 
-def run_setting(policy: Policy, workload: Workload, setting: Setting) -> dict[str, float]:
+def metrics_by_seed(
+    policy: Policy, workloads: list[Workload], setting: ComparisonSetting
+) -> dict[str, list[float]]:
+    """{metric: its value on each workload}."""
+    by_seed: dict[str, list[float]] = {}
+    for workload in workloads:
+        for name, value in run_setting(policy, workload, setting).items():
+            by_seed.setdefault(name, []).append(value)
+    return by_seed
+
+
+def run_setting(policy: Policy, workload: Workload, setting: ComparisonSetting) -> dict[str, float]:
     """The metrics of one policy on one workload of a setting."""
     return simulate(policy, workload, setting.cost, setting.limits, setting.replicas)[0]
 
@@ -215,37 +253,46 @@ def add_shares(by_policy: dict[str, dict[str, list[float]]]) -> None:
         by_seed["share_of_gain"] = [share_of_gain(*triple) for triple in triples]
 
 
-def print_table(rows: list[dict], file: TextIO | None = None) -> None:
+def print_comparison(rows: list[ComparisonRow], file: TextIO | None = None) -> None:
     """A line for each rate and policy; units in the second line.
 
     The mean and, of 3 seeds or more, half of its 95 % interval.
     """
-    shown = [name for name in COLUMNS if any(name in row["metrics"] for row in rows)]
-    lines = [
-        ["rate", "policy", *(COLUMNS[name][0] for name in shown)],
-        ["1/s", "", *(COLUMNS[name][1] for name in shown)],
-    ]
+    present = set().union(*(row["metrics"] for row in rows))
+    shown = [name for name in COLUMNS if name in present]
+    headings, units = ["rate", "policy"], ["1/s", ""]
+    for name in shown:
+        headings.append(COLUMNS[name][0])
+        units.append(COLUMNS[name][1])
+    lines = [headings, units]
     for row in rows:
         line = [f"{row['rate']:g}", row["policy"]]
         for name in shown:
             mean, half = row["metrics"].get(name, (np.nan, np.nan))
-            line.append(cell(mean, half, COLUMNS[name][2]))
+            line.append(format_interval(mean, half, COLUMNS[name][2]))
         lines.append(line)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    print_aligned(lines, file)
+
+
+def print_aligned(lines: list[list[str]], file: TextIO | None) -> None:
+    """Columns side by side, aligned to the right but for the second one."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         aligned = [text.rjust(width) for text, width in zip(line, widths)]
-        aligned[1] = line[1].ljust(widths[1])  # the policy
+        aligned[1] = line[1].ljust(widths[1])
         print("  ".join(aligned).rstrip(), file=file)
 
 
-def cell(mean: float, half: float, factor: float) -> str:
+def format_interval(mean: float, half: float, factor: float) -> str:
     """A mean to 4 digits, without powers of ten; "-" where there is none."""
     if np.isnan(mean):
         return "-"
-    return digits(mean * factor, 4) + ("" if np.isnan(half) else f" ±{digits(half * factor, 2)}")
+    return significant_digits(mean * factor, 4) + (
+        "" if np.isnan(half) else f" ±{significant_digits(half * factor, 2)}"
+    )
 
 
-def digits(value: float, count: int) -> str:
+def significant_digits(value: float, count: int) -> str:
     """A number to `count` significant digits, whole ones as they are."""
     if value == 0 or not np.isfinite(value):
         return f"{value:g}"
@@ -254,9 +301,24 @@ def digits(value: float, count: int) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
+Choice = TypeVar("Choice", Policy, BatchPolicy)
+
+
+def with_knob(policy: Policy, knob: str, value: object) -> Policy:
+    """The policy with another value of one field; a static one's is its batching's."""
+    if isinstance(policy, Static):
+        return Static(with_field(policy.batching, knob, value))
+    return with_field(policy, knob, value)
+
+
+def with_field(choice: Choice, name: str, value: object) -> Choice:
+    assert is_dataclass(choice) and not isinstance(choice, type)
+    return replace(choice, **{name: value})
+
+
 def search(
     policy: Policy,
-    space: dict[str, tuple],
+    space: dict[str, tuple[Any, ...]],
     score: Callable[[Policy], float],
     rounds: int = 2,
 ) -> Iterator[tuple[Policy, float]]:
@@ -269,27 +331,25 @@ def search(
     Yields:
         (policy, score) of the start and of each better one; the last is the result.
     """
-    inner = policy.batching if isinstance(policy, Static) else policy
     best = score(policy)
     yield policy, best
-    tried = set()
+    tried: set[Policy] = set()
     for _ in range(rounds):
         before = best
         for knob, values in space.items():
             for value in values:
-                other = replace(inner, **{knob: value})
-                if other in tried or other == inner:
+                other = with_knob(policy, knob, value)
+                if other in tried or other == policy:
                     continue
                 tried.add(other)
-                wrapped = Static(other) if isinstance(policy, Static) else other
-                if (got := score(wrapped)) > best:
-                    inner, best = other, got
-                    yield wrapped, got
+                if (found := score(other)) > best:
+                    policy, best = other, found
+                    yield policy, best
         if best == before:
             return
 
 
-def scorer(setting: Setting, rates: list[float], seeds: int) -> Callable[[Policy], float]:
+def scorer(setting: ComparisonSetting, rates: list[float], seeds: int) -> Callable[[Policy], float]:
     """policy -> mean attainment over rates and seeds.
 
     Less a millionth of the mean latency, which decides between equals.

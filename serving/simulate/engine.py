@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from serving.request import FOREVER, CostModel, Limits, Plan, Record, StepResult
+from serving.request import FOREVER, CostEstimator, Limits, Plan, Record, StepResult
 
 MANY = 1 << 60
 
@@ -52,7 +52,7 @@ class LinearCost:
         return steps * (self.step_s + self.row_s * batch + self.token_s * mean_context)
 
 
-class Row:
+class SimulatedSequence:
     """A sequence in the engine.
 
     Attributes:
@@ -61,7 +61,7 @@ class Row:
         target: answer tokens to make since its admission; 0 of one that had ended in a static batch
             when it was preempted.
         cut: its answer stops before its own end.
-        kept: answer tokens made before its admission.
+        generated_before: answer tokens made before its admission.
         reserve: KV tokens held for it.
         joined: the step after which its first new token is there; -1 before.
         prefilled: prompt tokens computed so far.
@@ -75,7 +75,7 @@ class Row:
         "context",
         "target",
         "cut",
-        "kept",
+        "generated_before",
         "reserve",
         "joined",
         "prefilled",
@@ -95,7 +95,7 @@ class Row:
         request = record.request
         whole, most = request.output_tokens, limits.most_tokens(request, stop_tokens)
         self.id, self.base, self.context = request.id, base, context
-        self.kept, self.reserve = record.generated, reserve
+        self.generated_before, self.reserve = record.generated, reserve
         ended = record.generated >= min(whole, limits.most_tokens(request))
         self.target = 0 if ended else max(min(whole, most) - record.generated, 1)
         self.cut = record.generated + self.target < whole
@@ -103,7 +103,7 @@ class Row:
         self.prefilled, self.ends_at, self.alive = 0, -1, True
 
 
-class Made:
+class StepProgress:
     """What a step has done so far.
 
     Attributes:
@@ -117,8 +117,8 @@ class Made:
     def __init__(self) -> None:
         self.elapsed, self.emitted = 0.0, 0
         self.started: list[tuple[int, float]] = []
-        self.finished: list[Row] = []
-        self.overran: list[Row] = []
+        self.finished: list[SimulatedSequence] = []
+        self.overran: list[SimulatedSequence] = []
 
     def postpone(self, seconds: float) -> None:
         """The step begins with so many seconds more."""
@@ -126,7 +126,9 @@ class Made:
         self.started = [(i, after_s + seconds) for i, after_s in self.started]
 
     def result(self) -> StepResult:
-        done = tuple([(row.id, row.kept + row.target, row.cut) for row in self.finished])
+        done = tuple(
+            [(row.id, row.generated_before + row.target, row.cut) for row in self.finished]
+        )
         full = tuple([row.id for row in self.overran])
         return StepResult(self.elapsed, self.emitted, tuple(self.started), done, full)
 
@@ -146,27 +148,32 @@ class SimulatedEngine:
             generate does.
     """
 
-    def __init__(self, cost: CostModel, limits: Limits, padded: bool = True) -> None:
+    def __init__(self, cost: CostEstimator, limits: Limits, padded: bool = True) -> None:
         self.cost, self.limits, self.padded = cost, limits, padded
         self.steps = 0
-        self.rows: dict[int, Row] = {}
+        self.rows: dict[int, SimulatedSequence] = {}
         self._decoding = self._context = self._reserved = self._noted = 0
         # (step at which it ends or is full, id, serial, row); dead rows are skipped when met
-        self._ends: list[tuple[int, int, int, Row]] = []
-        self._prefills: deque[Row] = deque()
+        self._ends: list[tuple[int, int, int, SimulatedSequence]] = []
+        self._prefills: deque[SimulatedSequence] = deque()
         self._together = False
         # Ended rows of a static batch, waiting for its others.
-        self._held: dict[int, Row] = {}
+        self._held: dict[int, SimulatedSequence] = {}
         # What a process's first call takes besides.
         self._startup_s = getattr(cost, "startup_s", 0.0)
         self.busy_s = self.row_s = self.reserved_token_s = self.used_token_s = 0.0
         self.prefill_tokens = self.step_rows = 0
 
+    @property
+    def kv_tokens(self) -> int:
+        """The KV cache, over all sequences."""
+        return self.limits.kv_tokens
+
     def generated(self, record: Record) -> int:
         row = self.rows[record.request.id]
         if row.joined < 0:
-            return row.kept
-        return row.kept + min(1 + self.steps - row.joined, row.target)
+            return row.generated_before
+        return row.generated_before + min(1 + self.steps - row.joined, row.target)
 
     # ---- one step
 
@@ -177,16 +184,16 @@ class SimulatedEngine:
             self._drop(self.rows[record.request.id])
         if plan.reserve_tokens:
             self._reserve(plan.reserve_tokens)
-        made = Made()
+        progress = StepProgress()
         if plan.admit:
-            self._admit(plan, made)
-        self._decode(plan, budget_s, made)
+            self._admit(plan, progress)
+        self._decode(plan, budget_s, progress)
         if self._together and not self.rows:
             self._together = False
         if plan.admit and self._startup_s:
-            made.postpone(self._startup_s)
+            progress.postpone(self._startup_s)
             self._startup_s = 0.0
-        return made.result()
+        return progress.result()
 
     def _reserve(self, reserve_tokens: Mapping[int, int]):
         """Change the reservations of rows that are in the engine already."""
@@ -199,41 +206,41 @@ class SimulatedEngine:
             if row.joined >= 0 and request_id not in self._held:
                 self._expect(row)
 
-    def _admit(self, plan: Plan, made: Made):
+    def _admit(self, plan: Plan, progress: StepProgress):
         if plan.together:
-            self._start_together(plan, made)
+            self._start_together(plan, progress)
             return
         for record in plan.admit:
             reserve, context = plan.reserve_tokens[record.request.id], record.context_tokens
-            row = Row(record, self.limits, reserve, context, context, None)
+            row = SimulatedSequence(record, self.limits, reserve, context, context, None)
             self.rows[row.id] = row
             self._reserved += row.reserve
             self._prefills.append(row)
 
-    def _decode(self, plan: Plan, budget_s: float, made: Made):
+    def _decode(self, plan: Plan, budget_s: float, progress: StepProgress):
         """Iterate from event to event, until one is the scheduler's or the budget is spent."""
         chunk = plan.prefill_tokens or self.limits.prefill_tokens
         last_step = self.steps + (plan.horizon_steps or MANY)
-        self._collect(made)
-        while self._goes_on(made, budget_s) and self.steps < last_step:
+        self._collect(progress)
+        while self._goes_on(progress, budget_s) and self.steps < last_step:
             k = self._next_event(last_step, chunk) - self.steps
             seconds = self._seconds(k, chunk)
-            if made.elapsed + seconds > budget_s and k > 1:
-                left = budget_s - made.elapsed
+            if progress.elapsed + seconds > budget_s and k > 1:
+                left = budget_s - progress.elapsed
                 k, seconds = fewest_steps(lambda n: self._seconds(n, chunk), k, seconds, left)
-            made.elapsed += seconds
-            made.emitted += k * (self._decoding - (len(self._held) if self.padded else 0))
+            progress.elapsed += seconds
+            progress.emitted += k * (self._decoding - (len(self._held) if self.padded else 0))
             self._advance(k, seconds)
             if self._prefills:
-                self._prefill(k * chunk, made)
-            self._collect(made)
+                self._prefill(k * chunk, progress)
+            self._collect(progress)
 
-    def _goes_on(self, made: Made, budget_s: float) -> bool:
+    def _goes_on(self, progress: StepProgress, budget_s: float) -> bool:
         """No row has stopped, and the budget is not spent; a step that has taken no time goes on
         in any case."""
-        if made.finished or made.overran or not self.rows:
+        if progress.finished or progress.overran or not self.rows:
             return False
-        return not made.elapsed or made.elapsed < budget_s
+        return not progress.elapsed or progress.elapsed < budget_s
 
     def _next_event(self, last_step: int, chunk: int) -> int:
         """The step, at most last_step, at which a row ends or fills its reservation, or at which
@@ -253,8 +260,9 @@ class SimulatedEngine:
         if not self._prefills:
             return seconds
         prompts = iter(self._prefills)
-        row = next(prompts)
-        done = row.prefilled
+        row: SimulatedSequence | None = self._prefills[0]
+        next(prompts)
+        done = self._prefills[0].prefilled
         for _ in range(k):
             left, rows = chunk, self._decoding
             while left > 0 and row is not None:
@@ -276,7 +284,7 @@ class SimulatedEngine:
         self.steps += k
         self._context += grown
 
-    def _prefill(self, left: int, made: Made):
+    def _prefill(self, left: int, progress: StepProgress):
         """Compute so many prompt tokens; a prompt that is done makes its first answer token."""
         while left > 0 and self._prefills:
             row = self._prefills[0]
@@ -286,21 +294,21 @@ class SimulatedEngine:
             left -= take
             if row.prefilled == row.context:
                 self._prefills.popleft()
-                self._start(row, made)
+                self._start(row, progress)
 
-    def _start(self, row: Row, made: Made):
+    def _start(self, row: SimulatedSequence, progress: StepProgress):
         self._join(row)
         if row.target:
-            made.started.append((row.id, made.elapsed))
-            made.emitted += 1
+            progress.started.append((row.id, progress.elapsed))
+            progress.emitted += 1
 
-    def _join(self, row: Row):
+    def _join(self, row: SimulatedSequence):
         row.joined = self.steps
         self._decoding += 1
         self._context += row.context + 1
         self._expect(row)
 
-    def _expect(self, row: Row):
+    def _expect(self, row: SimulatedSequence):
         """Note the step at which the row has made its last token or fills its reservation."""
         ends_at = row.joined - 1 + min(row.target, row.reserve - row.base)
         if ends_at != row.ends_at:
@@ -308,32 +316,32 @@ class SimulatedEngine:
             self._noted += 1  # ties between a row and its own past are broken by it
             heapq.heappush(self._ends, (ends_at, row.id, self._noted, row))
 
-    def _collect(self, made: Made):
+    def _collect(self, progress: StepProgress):
         """Note the rows that end or fill their reservation at this step."""
         ends = self._ends
         while ends and ends[0][0] <= self.steps:
             step, _, _, row = heapq.heappop(ends)
             if row.alive and step == row.ends_at and row.id not in self._held:
-                self._stop(row, made)
+                self._stop(row, progress)
         if self._held and len(self._held) == len(self.rows):
             ended = [self._held[i] for i in sorted(self._held)]
-            made.finished += ended
+            progress.finished += ended
             for row in ended:
                 self._drop(row)
 
-    def _stop(self, row: Row, made: Made):
+    def _stop(self, row: SimulatedSequence, progress: StepProgress):
         """A row has filled its reservation, or made its last token."""
         if row.target > row.reserve - row.base:
-            made.overran.append(row)
+            progress.overran.append(row)
         elif self._together:
             self._held[row.id] = row
             if not self.padded:
                 self._leave(row)
         else:
-            made.finished.append(row)
+            progress.finished.append(row)
             self._drop(row)
 
-    def _drop(self, row: Row):
+    def _drop(self, row: SimulatedSequence):
         row.alive = False
         del self.rows[row.id]
         held = self._held.pop(row.id, None)
@@ -343,36 +351,43 @@ class SimulatedEngine:
         elif self.padded or not held:
             self._leave(row)
 
-    def _leave(self, row: Row):
+    def _leave(self, row: SimulatedSequence):
         """No more of its tokens are computed."""
         self._decoding -= 1
         self._context -= row.context + 1 + self.steps - row.joined
 
     # ---- static batches
 
-    def _start_together(self, plan: Plan, made: Made):
+    def _start_together(self, plan: Plan, progress: StepProgress):
         """Prefill a static batch at once; every row makes its first token."""
         self._together = True
         rows = self._batch_rows(plan)
-        tokens = sum(row.context for row in rows)
+        tokens = reserved = 0
+        for row in rows:
+            tokens += row.context
+            reserved += row.reserve
+            self.rows[row.id] = row
         passes = 1 if self.padded else -(-tokens // self.limits.prefill_tokens)
-        made.elapsed = passes * self.cost.prefill_s(-(-tokens // passes), -(-len(rows) // passes))
-        self._reserved += sum(row.reserve for row in rows)
-        self.rows.update((row.id, row) for row in rows)
-        self._advance(0, made.elapsed)
+        progress.elapsed = passes * self.cost.prefill_s(
+            -(-tokens // passes), -(-len(rows) // passes)
+        )
+        self._reserved += reserved
+        self._advance(0, progress.elapsed)
         self.prefill_tokens += tokens
         for row in rows:
             row.prefilled = row.context
-            self._start(row, made)
+            self._start(row, progress)
 
-    def _batch_rows(self, plan: Plan) -> list[Row]:
+    def _batch_rows(self, plan: Plan) -> list[SimulatedSequence]:
         """The rows of a static batch: as long as its longest, computed so far where padded."""
         longest = max(record.context_tokens for record in plan.admit)
         rows = []
         for record in plan.admit:
             reserve = plan.reserve_tokens[record.request.id]
             context = longest if self.padded else record.context_tokens
-            rows.append(Row(record, self.limits, reserve, longest, context, plan.stop_tokens))
+            rows.append(
+                SimulatedSequence(record, self.limits, reserve, longest, context, plan.stop_tokens)
+            )
         return rows
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from serving.request import Completion, Event, Limits
+from serving.request import Completion, Event
 
 COLUMNS = (
     "arrival_s",
@@ -25,7 +25,6 @@ COLUMNS = (
 class EngineTotals(Protocol):
     """What the metrics read of a simulated engine (engine.SimulatedEngine), or of several."""
 
-    limits: Limits
     busy_s: float
     row_s: float
     reserved_token_s: float
@@ -33,20 +32,40 @@ class EngineTotals(Protocol):
     prefill_tokens: int
     step_rows: int
 
+    @property
+    def kv_tokens(self) -> int:
+        """The KV cache, over all sequences."""
+
+
+@dataclass
+class SummedTotals:
+    """EngineTotals of several engines."""
+
+    busy_s: float = 0.0
+    row_s: float = 0.0
+    reserved_token_s: float = 0.0
+    used_token_s: float = 0.0
+    prefill_tokens: int = 0
+    step_rows: int = 0
+    kv_tokens: int = 0
+
+
+def empty_columns() -> dict[str, "array[float]"]:
+    return {name: array("d") for name in COLUMNS}
+
 
 @dataclass(eq=False)
 class Collector:
     """A monitor that keeps completions as columns, and counts the events of each kind."""
 
-    columns: dict[str, array] = field(
-        default_factory=lambda: {name: array("d") for name in COLUMNS}
-    )
+    columns: dict[str, "array[float]"] = field(default_factory=empty_columns)
     counts: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, event: Event) -> None:
         kind = event.kind
         self.counts[kind] = self.counts.get(kind, 0) + 1
         if kind == "finished":
+            assert isinstance(event.what, Completion)
             self.add(event.what)
 
     def add(self, done: Completion) -> None:
@@ -67,12 +86,12 @@ class Collector:
         return self
 
     def summary(self, engine: EngineTotals | None = None) -> dict[str, float]:
-        """`summary` of all completions; refused requests count as late."""
+        """`completion_metrics` of all completions; refused requests count as late."""
         columns = {name: np.asarray(column) for name, column in self.columns.items()}
-        return summary(columns, self.counts, engine)
+        return completion_metrics(columns, self.counts, engine)
 
 
-def summary(
+def completion_metrics(
     c: dict[str, np.ndarray], counts: dict[str, int], engine: EngineTotals | None = None
 ) -> dict[str, float]:
     """Metrics of completions in columns (COLUMNS).
@@ -129,13 +148,13 @@ def summary(
 
 
 def engine_metrics(engine: EngineTotals, span_s: float, useful_tokens: float) -> dict[str, float]:
-    """The part of `summary` that needs a simulated engine."""
+    """The part of `completion_metrics` that needs a simulated engine."""
     return {
         "utilisation": engine.busy_s / span_s,
         "mean_rows": engine.row_s / max(engine.busy_s, 1e-9),
         "padding_waste": 1 - useful_tokens / max(engine.prefill_tokens + engine.step_rows, 1),
         "kv_waste": 1 - engine.used_token_s / max(engine.reserved_token_s, 1e-9),
-        "kv_used": engine.used_token_s / (engine.limits.kv_tokens * span_s),
+        "kv_used": engine.used_token_s / (engine.kv_tokens * span_s),
     }
 
 

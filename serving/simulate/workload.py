@@ -18,7 +18,7 @@ import numpy as np
 
 from chatglm.files import is_lfs_pointer, pointer_error
 from predictor.prediction import LengthPrediction, from_bins, make_edges
-from serving.request import CostModel, Request
+from serving.request import CostEstimator, Request
 
 TRACES = {
     "azure_conv": "AzureLLMInferenceTrace_conv.csv.gz",
@@ -62,7 +62,9 @@ class Workload:
         for start in range(0, len(self), 4096):
             part = slice(start, start + 4096)
             lists = [column[part].tolist() for column in columns]
-            which = self.prediction[part].tolist() if predicted else [None] * len(lists[0])
+            which: list[int | None] = [None] * len(lists[0])
+            if predicts and self.prediction is not None:
+                which = self.prediction[part].tolist()
             rows = zip(*lists, which)
             for i, (prompt, arrival, slo, output, k) in enumerate(rows, start):
                 prediction = None if k is None else self.predictions[k]
@@ -71,11 +73,14 @@ class Workload:
     def part(self, mask: np.ndarray) -> "Workload":
         """The requests of a mask or index; predictions stay shared."""
         which = None if self.prediction is None else self.prediction[mask]
-        columns = {
-            name: getattr(self, name)[mask]
-            for name in ("arrival_s", "prompt_tokens", "output_tokens", "slo_s")
-        }
-        return replace(self, **columns, prediction=which)
+        return replace(
+            self,
+            arrival_s=self.arrival_s[mask],
+            prompt_tokens=self.prompt_tokens[mask],
+            output_tokens=self.output_tokens[mask],
+            slo_s=self.slo_s[mask],
+            prediction=which,
+        )
 
     def at_rate(self, requests_per_s: float) -> "Workload":
         """The same requests, their gaps scaled to this mean rate."""
@@ -87,7 +92,7 @@ class Workload:
         return replace(self, arrival_s=(self.arrival_s - self.arrival_s[0]) * scale)
 
 
-# ---- when requests come
+# ---- arrivals
 
 
 def poisson_arrivals(count: int, rate: float, rng: np.random.Generator) -> np.ndarray:
@@ -106,7 +111,7 @@ def gamma_arrivals(
     return np.cumsum(rng.gamma(shape, 1 / (rate * shape), count))
 
 
-# ---- how long they are
+# ---- lengths
 
 
 def lognormal_lengths(
@@ -184,7 +189,7 @@ def repeated(
     return times[where % n] + where // n * period, prompts[where % n], outputs[where % n]
 
 
-# ---- what is wanted and predicted
+# ---- objectives and predictions
 
 
 @dataclass(frozen=True)
@@ -197,7 +202,7 @@ class SloRule:
     Attributes:
         length: "typical": the output is the workload's mean, as users who wait for an answer do not
             know its length; "own": the request's own, so that the objective is proportional for
-            all; but then it tells a policy the true length.
+            all; but then it reveals the true length to a policy.
         classes: factors given out at random, equally often: users differ in their patience.
     """
 
@@ -216,7 +221,11 @@ class SloRule:
             )
 
     def __call__(
-        self, prompts: np.ndarray, outputs: np.ndarray, cost: CostModel, rng: np.random.Generator
+        self,
+        prompts: np.ndarray,
+        outputs: np.ndarray,
+        cost: CostEstimator,
+        rng: np.random.Generator,
     ) -> np.ndarray:
         """(n,) seconds.
 
@@ -275,16 +284,16 @@ class PredictorModel:
             )
         try:
             residuals = np.asarray(card["residuals"], float)
-            limit = limit or int(card["served_model"]["length_limit"])
+            longest = limit or int(card["served_model"]["length_limit"])
         except (KeyError, TypeError, ValueError, OverflowError):
-            residuals = np.array([np.nan])
+            residuals, longest = np.array([np.nan]), 0
         in_range = residuals.ndim == 1 and (np.abs(residuals) < 100).all()
         if not in_range or (np.diff(residuals) < 0).any():
             raise ValueError(
                 f"{path}: its card's residuals are no ascending list of numbers; "
                 "make it anew with train.py or predictor.update"
             )
-        return cls(residuals, limit)
+        return cls(residuals, longest)
 
     @classmethod
     def normal(cls, sigma: float, limit: int = 2048) -> "PredictorModel":
@@ -300,7 +309,8 @@ class PredictorModel:
                 f"got {sigma}"
             )
         errors = NormalDist(0, max(sigma, 1e-3))
-        return cls(np.array([errors.inv_cdf((i + 0.5) / 199) for i in range(199)]), limit)
+        quantiles = (np.arange(199) + 0.5) / 199
+        return cls(np.array(list(map(errors.inv_cdf, quantiles.tolist()))), limit)
 
     def predict(
         self, outputs: np.ndarray, rng: np.random.Generator
@@ -310,7 +320,7 @@ class PredictorModel:
         drawn = np.interp(rng.random(len(outputs)), quantiles, self.residuals)
         centres = np.round((np.log(outputs) - drawn) / self.step).astype(np.int64)
         which, index = np.unique(centres, return_inverse=True)
-        return index, tuple(self.around(float(c) * self.step) for c in which)
+        return index, tuple(map(self.around, (which * self.step).tolist()))
 
     def around(self, centre: float) -> LengthPrediction:
         """The table around a centre, as a histogram over the lengths up to the limit.
@@ -328,7 +338,7 @@ def make_workload(
     name: str,
     count: int,
     rate: float,
-    cost: CostModel,
+    cost: CostEstimator,
     *,
     seed: int = 0,
     slo: SloRule = SloRule(),

@@ -39,9 +39,8 @@ def small():
 
 
 def check_golden(encoder, file):
-    strings = json.loads(
-        shared_file(f"golden/relatives/tokenizer/{file}").read_text(encoding="utf-8")
-    )["strings"]
+    golden = json.loads(shared_file(f"golden/relatives/tokenizer/{file}").read_text("utf-8"))
+    strings = golden["strings"]
     assert len(strings) > 50
     for row in strings:
         plain = row["ids_plain"]

@@ -526,7 +526,7 @@ def test_a8_code_that_comes_with_a_folder_never_runs(model_folder, monkeypatch, 
 
 
 def test_a8_an_encoder_with_code_of_its_own_is_refused(model_folder, monkeypatch):
-    from predictor.backbones import Encoder
+    from predictor.backbones import EncoderBackbone
 
     edit_config(
         model_folder,
@@ -535,7 +535,7 @@ def test_a8_an_encoder_with_code_of_its_own_is_refused(model_folder, monkeypatch
     )
     (model_folder / "evil.py").write_text("raise SystemExit('this file must not run')")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
-    encoder = Encoder(str(model_folder), max_src_len=8)
+    encoder = EncoderBackbone(str(model_folder), max_src_len=8)
     for load in (encoder.load_tokenizer, lambda: encoder.load_model(torch.float32, {})):
         assert "is never run" in refusal(load)
 

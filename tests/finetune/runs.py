@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.warm import warm_python
+
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ["水泵", "油封", "火花塞", "节气门", "滤网", "发动机", "轮胎", "灯泡"]
 STATES = ["漏油", "抖动", "异响", "积碳", "松动", "不亮", "过热"]
@@ -110,11 +112,14 @@ def child_env(**extra) -> dict[str, str]:
 
 
 def command(
-    *words, ok: bool | None = True, timeout: float = 300, **options
+    *words, ok: bool | None = True, timeout: float = 300, warm: bool = True, **options
 ) -> subprocess.CompletedProcess:
-    """Run python with `words`. `ok`: must succeed, must fail, or None for either."""
+    """Run python with `words`. `ok`: must succeed, must fail, or None for either.
+
+    `warm`: as a fork of a process with the libraries (tests.warm).
+    """
     done = subprocess.run(
-        [sys.executable, *map(str, words)],
+        [warm_python() if warm else sys.executable, *map(str, words)],
         cwd=options.pop("cwd", ROOT),
         env=child_env(),
         capture_output=True,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from predictor.labels import Example, Label
+from predictor.labels import Label, LabelledPrompt
 
 KINDS = {"name": 1.5, "list": 2.5, "explain": 3.5, "essay": 4.5}  # mean of log(1 + length)
 TOPICS = [
@@ -64,9 +64,9 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def examples_of(rows: list[dict]) -> list[Example]:
+def examples_of(rows: list[dict]) -> list[LabelledPrompt]:
     return [
-        Example(
+        LabelledPrompt(
             row["prompt"],
             (Label(row["output_tokens"], row["served_model"], row["finished"]),),
             "log",

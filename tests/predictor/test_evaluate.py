@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,11 +10,19 @@ import pytest
 from predictor import LengthPrediction, LengthPredictor
 from predictor import evaluate as module
 from predictor.decoder import read_card, write_card
-from predictor.evaluate import NOMINAL, Observed, evaluate, groups_of, noise_ceiling, table
-from predictor.labels import Example, Label
+from predictor.evaluate import (
+    NOMINAL,
+    Observed,
+    evaluate_predictor,
+    evaluation_table,
+    groups_of,
+    noise_ceiling,
+)
+from predictor.labels import Label, LabelledPrompt
 from predictor.scores import kendall_tau, metrics_of
 from tests.conftest import REPO_ROOT, write_tokenizer
 from tests.predictor.synthetic import NOISE, cap_rows, examples_of, make_rows, train, write_rows
+from tests.warm import warm_python
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +42,7 @@ def quick(monkeypatch):
 
 def test_figures_of_a_good_predictor(predictor, quick):
     rows = make_rows(400, seed=2)
-    report = evaluate(predictor, examples_of(rows))
+    report = evaluate_predictor(predictor, examples_of(rows))
     tokens = np.array([row["output_tokens"] for row in rows])
     found = predictor.predict([row["prompt"] for row in rows])
     figures = report["all"]
@@ -74,8 +81,8 @@ def test_groups_are_figures_of_their_rows(predictor, quick):
         row | {"prompt": "请列出河流、灯和面包" + row["prompt"][-8:]}
         for row in make_rows(60, seed=4)
     ]
-    report = evaluate(predictor, examples_of(rows))
-    alone = evaluate(predictor, examples_of(rows[:120]))
+    report = evaluate_predictor(predictor, examples_of(rows))
+    alone = evaluate_predictor(predictor, examples_of(rows[:120]))
     assert report["groups"]["language=other"] == pytest.approx(alone["all"])
     assert report["groups"]["language=zh"]["answers"] == 60
     lengths = {name: part for name, part in report["groups"].items() if name.startswith("length=")}
@@ -101,10 +108,10 @@ def test_cut_answers(predictor, quick):
     The product-limit estimate corrects for the cap.
     """
     rows = make_rows(400, seed=5)
-    full = evaluate(predictor, examples_of(rows))
+    full = evaluate_predictor(predictor, examples_of(rows))
     cut = cap_rows(rows, 0.75)
-    report = evaluate(predictor, examples_of(cut))
-    done = evaluate(predictor, examples_of([row for row in cut if row["finished"]]))
+    report = evaluate_predictor(predictor, examples_of(cut))
+    done = evaluate_predictor(predictor, examples_of([row for row in cut if row["finished"]]))
     for name in ("tau", "mae", "pinball", "crps", "mae_constant"):
         assert report["all"][name] == pytest.approx(done["all"][name], rel=1e-5)
     found = predictor.predict([row["prompt"] for row in cut])
@@ -122,7 +129,9 @@ def test_cut_answers(predictor, quick):
     assert report["calibration"]["observed"][NOMINAL.index(0.9)] == pytest.approx(
         report["all"]["coverage_90"], abs=0.01
     )
-    assert "answers were cut" in table(report) and "answers were cut" not in table(full)
+    assert "answers were cut" in evaluation_table(
+        report
+    ) and "answers were cut" not in evaluation_table(full)
 
 
 def test_a_cut_at_the_quantile_is_not_covered():
@@ -143,12 +152,12 @@ def test_the_noise_ceiling_is_that_of_the_noise():
     mean = generator.normal(0, 0.8, 500)
     runs = np.exp(mean[:, None] + generator.normal(0, NOISE, (500, 5)) + 4)
     examples = [
-        Example(f"p {i}", tuple(Label(int(t * 100), "m") for t in row), "", "")
+        LabelledPrompt(f"p {i}", tuple(Label(int(t * 100), "m") for t in row), "", "")
         for i, row in enumerate(runs)
     ]
     examples += [
-        Example("alone", (Label(3, "m"),), "", ""),
-        Example("cut", (Label(3, "m"), Label(4, "m", False)), "", ""),
+        LabelledPrompt("alone", (Label(3, "m"),), "", ""),
+        LabelledPrompt("cut", (Label(3, "m"), Label(4, "m", False)), "", ""),
     ]
     seen = Observed.of(examples, "m")
     found = noise_ceiling(seen, np.append(mean, [0, 0]))
@@ -164,24 +173,24 @@ def test_the_noise_ceiling_is_that_of_the_noise():
 def test_rows_of_other_served_models(predictor, quick):
     rows = make_rows(60, seed=6)
     mixed = examples_of(rows + [row | {"served_model": "n", "output_tokens": 999} for row in rows])
-    report = evaluate(predictor, mixed)
+    report = evaluate_predictor(predictor, mixed)
     assert report["other_models_answers"] == 60 and report["all"] == pytest.approx(
-        evaluate(predictor, examples_of(rows))["all"]
+        evaluate_predictor(predictor, examples_of(rows))["all"]
     )
-    assert "60 of other served models left out" in table(report)
-    other = evaluate(predictor, mixed, served_model="n")
+    assert "60 of other served models left out" in evaluation_table(report)
+    other = evaluate_predictor(predictor, mixed, served_model="n")
     assert other["constant"]["of"] == "these rows" and other["constant"]["tokens"] == 999
     with pytest.raises(
         ValueError, match="--served_model 'q': no row is of it; the rows are of m, n"
     ):
-        evaluate(predictor, mixed, served_model="q")
+        evaluate_predictor(predictor, mixed, served_model="q")
     with pytest.raises(ValueError, match="none of the 60 answers of 'm' finished"):
-        evaluate(predictor, examples_of([row | {"finished": False} for row in rows]))
+        evaluate_predictor(predictor, examples_of([row | {"finished": False} for row in rows]))
 
 
 def test_training_rows_are_told(predictor, quick):
-    report = evaluate(predictor, examples_of(make_rows(400, seed=1)))
-    assert report["training_rows"] and "rows it was trained on" in table(report)
+    report = evaluate_predictor(predictor, examples_of(make_rows(400, seed=1)))
+    assert report["training_rows"] and "rows it was trained on" in evaluation_table(report)
 
 
 def test_the_command(tmp_path, folder):
@@ -189,7 +198,7 @@ def test_the_command(tmp_path, folder):
         tmp_path / "rows.jsonl", make_rows(80, seed=7) + [{"prompt": "", "output_tokens": 3}]
     )
     command = [
-        sys.executable,
+        warm_python(),
         "-m",
         "predictor.evaluate",
         "--predictor",
@@ -283,10 +292,12 @@ def test_a_predictor_that_knows_nothing_has_every_figure(quick):
                 LengthPrediction(np.ones(2) / 2, np.array([0.0, 4.0, 8.0]), 1.0) for _ in prompts
             ]
 
-    report = evaluate(Constant(), [Example(f"p {i}", (Label(0, "m"),), "", "") for i in range(30)])
+    report = evaluate_predictor(
+        Constant(), [LabelledPrompt(f"p {i}", (Label(0, "m"),), "", "") for i in range(30)]
+    )
     assert (
         report["all"]["tau"] == 0
         and report["all"]["coverage_90"] == 1
         and report["constant"]["of"] == "these rows"
     )
-    assert "nan" not in table(report)
+    assert "nan" not in evaluation_table(report)

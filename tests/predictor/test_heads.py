@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from predictor.heads import HEADS, Distribution, class_of, log_middles, make_head, softmax, spread
+from predictor.heads import (
+    HEADS,
+    Distribution,
+    bins_of_lengths,
+    log_middles,
+    make_head,
+    rebin,
+    softmax,
+)
 from predictor.prediction import make_edges
 
 LIMIT = 2048
@@ -189,7 +197,7 @@ def test_distribution_training_finds_the_soft_label(tokens):
 def test_bucket_training_finds_the_frequencies():
     head = KINDS["bucket"]
     tokens = np.repeat([10, 300, 2000], [5, 3, 2])
-    wanted = np.bincount(class_of(head.edges, tokens), minlength=10) / 10
+    wanted = np.bincount(bins_of_lengths(head.edges, tokens), minlength=10) / 10
     np.testing.assert_allclose(minimise(head, tokens).softmax(0), wanted, atol=2e-3)
 
 
@@ -218,7 +226,7 @@ def test_a_cut_answer_is_likelier_beyond_its_cut(name, cut):
     It falls across the cut.
     """
     head = KINDS[name]
-    at = int(class_of(head.edges, np.array([cut]))[0])
+    at = int(bins_of_lengths(head.edges, np.array([cut]))[0])
     losses = [
         float(loss_of(head, 12.0 * torch.eye(head.width)[k][None], [cut], [False]))
         for k in range(head.width)
@@ -234,7 +242,7 @@ def test_a_cut_answer_pushes_mass_past_the_cut(name):
     head = KINDS[name]
     outputs = torch.zeros(1, head.width, requires_grad=True)
     (slope,) = torch.autograd.grad(loss_of(head, outputs, [500], [False]), outputs)
-    at = int(class_of(head.edges, np.array([500]))[0])
+    at = int(bins_of_lengths(head.edges, np.array([500]))[0])
     assert slope[0, : at - 1].sum() > 0 and (slope[0, at + 3 :] < 0).all()
 
 
@@ -394,7 +402,7 @@ def test_longer_outputs_rank_higher_and_lie_further_right(name):
 def test_decoded_distributions_know_the_data(name):
     head, outputs, settings, tokens = fitted(name, count=3000)
     probabilities, _ = head.reader(settings, head.edges)(outputs)
-    at = class_of(head.edges, tokens)
+    at = bins_of_lengths(head.edges, tokens)
     gain = np.log(probabilities[np.arange(len(at)), at] + 1e-12) - np.log(
         np.bincount(at, minlength=probabilities.shape[1])[at] / len(at)
     )
@@ -416,9 +424,9 @@ def test_settings_survive_json(name):
 def test_spread_keeps_mass_where_it_was():
     own, fine = np.array([0.0, 10.0, 40.0]), np.array([0.0, 5.0, 10.0, 20.0, 30.0, 40.0])
     np.testing.assert_allclose(
-        spread(np.array([[0.4, 0.6]]), own, fine), [[0.2, 0.2, 0.2, 0.2, 0.2]]
+        rebin(np.array([[0.4, 0.6]]), own, fine), [[0.2, 0.2, 0.2, 0.2, 0.2]]
     )
-    np.testing.assert_allclose(spread(np.array([[0.4, 0.6]]), own, np.array([0.0, 40.0])), [[1.0]])
+    np.testing.assert_allclose(rebin(np.array([[0.4, 0.6]]), own, np.array([0.0, 40.0])), [[1.0]])
 
 
 def test_softmax_of_huge_logits():
@@ -431,4 +439,4 @@ def test_softmax_of_huge_logits():
     "tokens, place", [(0, 0), (3, 0), (4, 1), (9, 1), (10, 2), (99, 2), (100, 2), (10**9, 2)]
 )
 def test_class_of_a_length(tokens, place):
-    assert class_of(np.array([0.0, 4.0, 10.0, 100.0]), np.array([tokens]))[0] == place
+    assert bins_of_lengths(np.array([0.0, 4.0, 10.0, 100.0]), np.array([tokens]))[0] == place

@@ -7,7 +7,7 @@ from predictor.features import HANDS
 from predictor.heads import HEADS
 from predictor.kernel import FILE, Kernel, KernelHead, squared_distances
 from predictor.lexical import FILE as LEXICAL_FILE
-from predictor.lexical import Bag, Lexical, crossed, plain
+from predictor.lexical import Bag, Lexical, cross_fitted, cues_alone
 from tests.predictor.test_heads import KINDS
 
 PROMPTS = [
@@ -225,7 +225,7 @@ def test_head_saved_and_read_back(tmp_path):
 def test_damaged_files_are_named(tmp_path, harm, kind, file):
     vectors, *labels = data()
     if kind is Lexical:
-        plain(["a", "b"]).save(tmp_path)
+        cues_alone(["a", "b"]).save(tmp_path)
     else:
         KernelHead.fit(
             Kernel.fit(vectors, (3, 5), (1, 1), landmarks=9),
@@ -329,16 +329,16 @@ def test_crossed_students_have_not_seen_what_they_speak_of(student):
     bag, _, targets = student
     everyone = np.arange(len(PROMPTS))
     folds = everyone % 5
-    _, before = crossed(bag, targets, everyone, everyone, folds, ridge=1.0)
+    _, before = cross_fitted(bag, targets, everyone, everyone, folds, ridge=1.0)
     wild = targets.copy()
     wild[folds == 3] += 1000
-    _, after = crossed(bag, wild, everyone, everyone, folds, ridge=1.0)
+    _, after = cross_fitted(bag, wild, everyone, everyone, folds, ridge=1.0)
     np.testing.assert_array_equal(before[folds == 3], after[folds == 3])
     assert np.abs(before - after)[folds != 3].max() > 1
 
 
 def test_plain_is_counts_and_cues_alone():
-    lexical = plain(PROMPTS)
+    lexical = cues_alone(PROMPTS)
     found = lexical(PROMPTS)
     assert found.shape == (len(PROMPTS), HANDS) and lexical.sizes == (0, HANDS)
     assert np.abs(found.mean(axis=0)).max() < 0.3 and np.abs(found).max() <= 5

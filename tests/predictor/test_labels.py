@@ -13,8 +13,8 @@ from chatglm import load_tokenizer
 from chatglm.families import FAMILIES
 from finetune.rows.formats import BadRow
 from predictor.labels import (
-    Example,
     Label,
+    LabelledPrompt,
     data_hash,
     group_prompts,
     make_counter,
@@ -175,7 +175,7 @@ def test_rows_of_a_prompt_are_one_example(tmp_path):
         ),
     ]
     examples, bad = read_examples(files, served_model="m")
-    assert examples[0] == Example("x", (Label(1, "m"), Label(3, "n")), "s", f"{files[0]}:1")
+    assert examples[0] == LabelledPrompt("x", (Label(1, "m"), Label(3, "n")), "s", f"{files[0]}:1")
     assert [e.prompt for e in examples] == ["x", "y", "z"] and bad == 0
     assert [e.prompt for e in read_examples(files, served_model="m", limit=3)[0]] == [
         "x",
@@ -183,8 +183,8 @@ def test_rows_of_a_prompt_are_one_example(tmp_path):
     ]  # three rows
     turned = read_examples(files[::-1], served_model="m")[0]
     assert data_hash(turned) == data_hash(examples) != data_hash(examples[:2])
-    assert data_hash([Example("x", (Label(1, "m", False),), "s", "")]) != data_hash(
-        [Example("x", (Label(1, "m"),), "s", "")]
+    assert data_hash([LabelledPrompt("x", (Label(1, "m", False),), "s", "")]) != data_hash(
+        [LabelledPrompt("x", (Label(1, "m"),), "s", "")]
     )
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from predictor.config import PredictorConfig
-from predictor.labels import Example, Label, normalise
+from predictor.labels import Label, LabelledPrompt, normalise
 from predictor.lengths import Lengths, Scale, load_lengths
 
 MODELS = ["a", "b", "own"]
@@ -18,11 +18,13 @@ labels = st.builds(Label, st.integers(0, 5000), st.sampled_from(MODELS), st.bool
 rows = st.lists(st.lists(labels, min_size=1, max_size=5), min_size=1, max_size=20)
 
 
-def examples_of(lists) -> list[Example]:
-    return [Example(f"prompt {i}", tuple(found), "s", f"f:{i}") for i, found in enumerate(lists)]
+def examples_of(lists) -> list[LabelledPrompt]:
+    return [
+        LabelledPrompt(f"prompt {i}", tuple(found), "s", f"f:{i}") for i, found in enumerate(lists)
+    ]
 
 
-def many(count=60, seed=0) -> list[Example]:
+def many(count=60, seed=0) -> list[LabelledPrompt]:
     """Three models, one length of every prompt each.
 
     b's answers are twice as long as own's and vary half as much; a's are short.
@@ -104,7 +106,7 @@ def test_scale_of_a_model_that_always_says_the_same():
 def test_lengths_beyond_the_limit_do_not_pull_the_scale():
     limit = 500
     short = [
-        Example(
+        LabelledPrompt(
             e.prompt, tuple(Label(min(x.tokens, limit), x.served_model) for x in e.labels), "s", "p"
         )
         for e in many()
@@ -184,7 +186,7 @@ def test_condensed_keeps_own_labels_and_adds_one_for_all_others():
 def test_condensed_without_others_is_the_own_labels():
     examples = many()
     lengths = Lengths.of(examples, MODELS, OWN, 0.0, Scale.fit(examples, MODELS, OWN, 10_000))
-    alone = [Example(e.prompt, e.labels[:1], "s", "p") for e in examples]
+    alone = [LabelledPrompt(e.prompt, e.labels[:1], "s", "p") for e in examples]
     only = Lengths.of(alone, MODELS, OWN, 0.7, Scale.fit(alone, MODELS, OWN, 10_000))
     for found in (lengths.condensed(OWN, 0.0), only.condensed(OWN, 0.7)):
         assert found.prompt.tolist() == list(range(60)) and found.weights.tolist() == [1] * 60

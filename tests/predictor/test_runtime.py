@@ -16,11 +16,11 @@ from predictor import LengthPredictor
 from predictor import export as exporting
 from predictor import update as updating
 from predictor.decoder import tokenizer_hash
-from predictor.labels import Example, Label
+from predictor.labels import Label, LabelledPrompt
 from predictor.prediction import LengthPrediction
 from predictor.runtime import CHUNK
-from predictor.scorers import clean, keep_ends
-from predictor.update import update, write_updated
+from predictor.scorers import keep_ends, text_to_tokenise
+from predictor.update import update_predictor, write_updated
 from tests.finetune.runs import ROOT, child_env
 from tests.predictor.conftest import make_rows
 
@@ -114,11 +114,13 @@ FILES = {
 }
 
 
-def turned_examples() -> list[Example]:
+def turned_examples() -> list[LabelledPrompt]:
     """Words that meant long mean short: a frozen backbone's head is fitted anew."""
     rows = make_rows(80, seed=3)
     return [
-        Example(row["prompt"], (Label(round(2500 / row["output_tokens"]), "tiny"),), "log", "")
+        LabelledPrompt(
+            row["prompt"], (Label(round(2500 / row["output_tokens"]), "tiny"),), "log", ""
+        )
         for row in rows
     ]
 
@@ -161,7 +163,7 @@ def test_p1_an_export_is_updated_and_loads(folders, name, tmp_path):
     folder = tmp_path / "served"
     shutil.copytree(folders[name][1], folder)
     old = LengthPredictor.from_pretrained(folder)
-    new, report = update(old, turned_examples())
+    new, report = update_predictor(old, turned_examples())
     assert (report["head"] == "fitted anew") == (name in ("lexical", "int8", "torch"))
     write_updated(new, folder, folder)
     loaded = LengthPredictor.from_pretrained(folder)
@@ -178,7 +180,7 @@ def test_p1_an_update_that_does_not_load_replaces_nothing(folders, tmp_path, mon
     folder = tmp_path / "served"
     shutil.copytree(folders["lexical"][1], folder)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    new, _ = update(LengthPredictor.from_pretrained(folder), turned_examples())
+    new, _ = update_predictor(LengthPredictor.from_pretrained(folder), turned_examples())
     monkeypatch.setattr(updating, "with_new_sums", lambda card, _: card)
     with pytest.raises(
         ValueError, match="kernel.safetensors: (torn|changed since it was exported)"
@@ -191,7 +193,7 @@ def test_p1_an_update_that_does_not_load_replaces_nothing(folders, tmp_path, mon
 def test_p1_a_checkpoint_keeps_true_sums(trained_encoder, tmp_path):
     folder = tmp_path / "checkpoint"
     shutil.copytree(trained_encoder, folder)
-    new, _ = update(LengthPredictor.from_pretrained(folder), turned_examples())
+    new, _ = update_predictor(LengthPredictor.from_pretrained(folder), turned_examples())
     write_updated(new, folder, folder)
     assert "predictor.json" in read_checksums(folder)
     check_folder_files(folder, "full")
@@ -474,5 +476,5 @@ def test_what_is_read_of_long_prompts():
         and keep_ends(list(range(10)), 5) == [0, 1, 2, 8, 9]
         and keep_ends([1, 2], 2) == [1, 2]
     )
-    assert clean("a" * 100 + "b" * 900 + "c" * 100, 2) == "a" * 80 + "c" * 80
-    assert clean("é\ud800x", 8) == "é?x"
+    assert text_to_tokenise("a" * 100 + "b" * 900 + "c" * 100, 2) == "a" * 80 + "c" * 80
+    assert text_to_tokenise("é\ud800x", 8) == "é?x"

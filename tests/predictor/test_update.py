@@ -6,7 +6,6 @@ An update replaces a folder atomically.
 import json
 import os
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -18,11 +17,12 @@ from predictor import update as module
 from predictor.decoder import read_card
 from predictor.evaluate import Observed
 from predictor.kernel import FILE as KERNEL_FILE
-from predictor.labels import Example, Label
+from predictor.labels import Label, LabelledPrompt
 from predictor.scores import kendall_tau
-from predictor.update import as_served, drift, fitted_on, read_log, update, write_updated
+from predictor.update import as_served, drift, fitted_on, read_log, update_predictor, write_updated
 from tests.conftest import REPO_ROOT
 from tests.predictor.synthetic import cap_rows, examples_of, make_rows, train, write_rows
+from tests.warm import warm_python
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def predictor(folder):
 @pytest.fixture(scope="module")
 def shifted_update(folder):
     """(predictor, report) after 600 rows that are twice as long."""
-    return update(
+    return update_predictor(
         LengthPredictor.from_pretrained(folder), examples_of(make_rows(600, seed=2, factor=2.0))
     )
 
@@ -57,7 +57,7 @@ def tau(predictor, examples) -> float:
 
 
 def test_no_drift_without_a_shift(predictor):
-    _, report = update(predictor, examples_of(make_rows(300, seed=3)), refit=False)
+    _, report = update_predictor(predictor, examples_of(make_rows(300, seed=3)), refit=False)
     assert not report["drifted"] and report["before"]["p"] > 0.05
     assert (
         abs(report["before"]["mean_log_ratio"]) < 0.1
@@ -109,15 +109,15 @@ def test_a_shift_is_seen_and_undone(predictor, shifted_update):
     assert (
         0.85 <= coverage(new, fresh, 0.9) <= 0.95 and 0.95 <= coverage(new, fresh, 0.975) <= 0.995
     )
-    again = update(new, fresh, refit=False)[1]
+    again = update_predictor(new, fresh, refit=False)[1]
     assert not again["drifted"] and again["updates"] == 2
 
 
 def test_a_head_learns_what_calibration_cannot(predictor):
     """Words that meant long mean short: order comes back with the head alone."""
     rows = make_rows(400, seed=5, turned=True)
-    calibrated, plain = update(predictor, examples_of(rows), refit=False)
-    fitted, better = update(predictor, examples_of(rows))
+    calibrated, plain = update_predictor(predictor, examples_of(rows), refit=False)
+    fitted, better = update_predictor(predictor, examples_of(rows))
     assert plain["head"] == "as it was" and better["head"] == "fitted anew"
     assert better["before"] == plain["before"] and better["before"]["tau"] < 0
     assert better["after"]["tau"] > plain["after"]["tau"] + 0.3
@@ -135,7 +135,7 @@ def test_other_heads_are_calibrated_alone(predictor):
     trained = LengthPredictor(
         lambda prompts: predictor.score(prompts), predictor.decoder, predictor.card
     )
-    new, report = update(trained, examples_of(make_rows(600, seed=2, factor=2.0)))
+    new, report = update_predictor(trained, examples_of(make_rows(600, seed=2, factor=2.0)))
     assert report["head"].startswith("as it was: only kernel heads") and new.score is trained.score
     assert 0.85 <= coverage(new, examples_of(make_rows(600, seed=4, factor=2.0)), 0.9) <= 0.95
 
@@ -154,8 +154,8 @@ def test_the_old_predictor_serves_on(folder, predictor, shifted_update):
 def test_answers_that_were_cut_are_longer_than_that(predictor):
     """A cap in the log is not taken for shorter answers, neither as drift nor by what is fitted."""
     cut = cap_rows(make_rows(300, seed=17), 0.7)
-    new, report = update(predictor, examples_of(cut), refit=False)
-    believed, naive = update(
+    new, report = update_predictor(predictor, examples_of(cut), refit=False)
+    believed, naive = update_predictor(
         predictor, examples_of([row | {"finished": True} for row in cut]), refit=False
     )
     assert report["cut"] > 60 and report["before"]["p"] > 1e-3 > 1e-5 > naive["before"]["p"]
@@ -165,32 +165,36 @@ def test_answers_that_were_cut_are_longer_than_that(predictor):
 
 def test_a_repeated_prompt_counts_once(predictor):
     rows = make_rows(200, seed=10)
-    report = update(predictor, examples_of(rows + [rows[0]] * 500), refit=False)[1]
+    report = update_predictor(predictor, examples_of(rows + [rows[0]] * 500), refit=False)[1]
     assert report["rows"] == 700 and report["prompts"] == 200 and not report["drifted"]
 
 
 def test_rows_of_other_served_models_are_left_out(predictor):
     mine, others = make_rows(200, seed=11), make_rows(200, seed=12, factor=9.0)
     mixed = examples_of(mine) + [
-        Example(row["prompt"], (Label(row["output_tokens"], "other"),), "log", "") for row in others
+        LabelledPrompt(row["prompt"], (Label(row["output_tokens"], "other"),), "log", "")
+        for row in others
     ]
-    alone, both = update(predictor, examples_of(mine))[1], update(predictor, mixed)[1]
+    alone, both = (
+        update_predictor(predictor, examples_of(mine))[1],
+        update_predictor(predictor, mixed)[1],
+    )
     assert both["other_models_rows"] == 200 and both | {"other_models_rows": 0} == alone
     with pytest.raises(
         ValueError,
         match="--min_rows: wanted at least 50 rows of different prompts answered by 'm', "
         "got 40 rows of 40 prompts and 200 of",
     ):
-        update(predictor, mixed[:40] + mixed[200:])
+        update_predictor(predictor, mixed[:40] + mixed[200:])
 
 
 def test_too_few_rows_are_refused(predictor):
     with pytest.raises(ValueError, match="wanted at least 50 .* got 49 rows of 49 prompts"):
-        update(predictor, examples_of(make_rows(49, seed=13)))
+        update_predictor(predictor, examples_of(make_rows(49, seed=13)))
     with pytest.raises(ValueError, match="wanted at least 50 .* got 90 rows of 1 prompts"):
-        update(predictor, examples_of(make_rows(1, seed=13) * 90))
+        update_predictor(predictor, examples_of(make_rows(1, seed=13) * 90))
     with pytest.raises(ValueError, match="none of the 60 answers of 'm' finished"):
-        update(
+        update_predictor(
             predictor, examples_of([row | {"finished": False} for row in make_rows(60, seed=13)])
         )
 
@@ -208,7 +212,7 @@ def test_a_log_as_the_monitor_writes_it(tmp_path, predictor):
     with open(path, "a") as file:
         file.write('{"prompt": "torn')
     log = read_log([str(path)], "m")
-    assert len(log.examples) == 60 and log.bad == 1 and log.said[3] is None
+    assert len(log.examples) == 60 and log.bad == 1 and log.predictions[3] is None
     assert all(e.labels[0].served_model == "m" for e in log.examples)
     served = as_served(log, "m")
     expected = np.mean(
@@ -334,7 +338,7 @@ def test_the_command(tmp_path, folder):
     ]
     log = write_rows(tmp_path / "log.jsonl", rows)
     command = [
-        sys.executable,
+        warm_python(),
         "-m",
         "predictor.update",
         "--predictor",

@@ -4,7 +4,7 @@ import pytest
 
 from predictor.prediction import from_bins
 from serving.request import FOREVER, Limits, Request, StepResult
-from serving.scheduler import Replay, VirtualClock, run
+from serving.scheduler import Replay, VirtualClock, run_scheduler
 from serving.simulate.engine import LinearCost, SimulatedEngine
 from serving.simulate.statistics import Collector
 
@@ -37,7 +37,7 @@ def serve(policy, requests, limits: Limits, engine=None):
     """(events, collector, engine) of a whole run."""
     engine = engine or SimulatedEngine(COST, limits)
     collector = Collector()
-    events = list(run(policy, engine, VirtualClock(), Replay(requests), collector))
+    events = list(run_scheduler(policy, engine, VirtualClock(), Replay(requests), collector))
     return events, collector, engine
 
 

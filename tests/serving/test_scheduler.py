@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from serving.policies.continuous import POLICIES, Fcfs
 from serving.request import FOREVER, Limits, Plan, Record
-from serving.scheduler import Queue, Replay, VirtualClock, paced, run
+from serving.scheduler import Queue, Replay, VirtualClock, paced, run_scheduler
 from serving.simulate.engine import SimulatedEngine
 from tests.serving.conftest import COST, ask, serve
 
@@ -145,7 +145,7 @@ def test_limits_are_validated():
 def test_a_monitor_sees_every_event_first():
     seen = []
     engine = SimulatedEngine(COST, LIMITS)
-    for event in run(
+    for event in run_scheduler(
         POLICIES["deadline"],
         engine,
         VirtualClock(),
@@ -189,6 +189,8 @@ def test_s3_who_waits_may_withdraw():
     for i in (0, 2, 7):
         inbox.withdraw(i)
     inbox.shut()
-    events = list(run(POLICIES["fcfs"], SimulatedEngine(COST, LIMITS), VirtualClock(), inbox))
+    events = list(
+        run_scheduler(POLICIES["fcfs"], SimulatedEngine(COST, LIMITS), VirtualClock(), inbox)
+    )
     assert [event.id for event in events if event.kind == "withdrawn"] == [0, 2]
     assert [event.id for event in events if event.kind == "finished"] == [1, 3]

@@ -259,7 +259,7 @@ def test_a5_the_base_gives_tokenizer_and_family(adapter, bases, tmp_path, capsys
 
 
 def test_a5_the_server_takes_the_bases_tokenizer(adapter, bases, tmp_path):
-    from serving.server.command import build_parser, load_service
+    from serving.server.command import load_service, parse_flags
 
     folder = bare_adapter(adapter, tmp_path / "bare")
     words = [
@@ -274,7 +274,7 @@ def test_a5_the_server_takes_the_bases_tokenizer(adapter, bases, tmp_path):
         "--max_tokens",
         64,
     ]
-    service = load_service(build_parser().parse_args([*map(str, words)]))
+    service = load_service(parse_flags([*map(str, words)]))
     assert (
         service.tokenizer.name_or_path == str(bases["glm2"]) and service.tokenizer.family == "glm2"
     )

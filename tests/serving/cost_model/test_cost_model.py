@@ -3,7 +3,6 @@
 import csv
 import json
 import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +13,15 @@ from hypothesis import strategies as st
 
 from serving.cost_model.command import main
 from serving.cost_model.devices import DEVICES, GIB, Cluster, Device, Link, find_device, read_device
-from serving.cost_model.fit import Row, errors, fit, named_stages, read_rows, row_seconds, summary
+from serving.cost_model.fit import (
+    Measurement,
+    fit_profile,
+    named_stages,
+    read_measurements,
+    relative_errors,
+    row_seconds,
+    summarize_errors,
+)
 from serving.cost_model.model import (
     COEFFICIENTS,
     DATASHEET,
@@ -25,6 +32,7 @@ from serving.cost_model.model import (
     read_profile,
 )
 from tests.conftest import REPO_ROOT, SPECIAL, shared_file, tiny_config, tiny_model
+from tests.warm import warm_python
 
 ROOT = REPO_ROOT
 GLM2 = ModelShape.from_config("chatglm2-6b")
@@ -272,11 +280,11 @@ def test_own_devices(tmp_path):
 # ---- calibration
 
 
-def made_up(count: int, profile: Profile, slow: float = 0.0) -> list[Row]:
+def made_up(count: int, profile: Profile, slow: float = 0.0) -> list[Measurement]:
     rng = np.random.default_rng(0)
     rows = []
     for i in range(count):
-        row = Row(
+        row = Measurement(
             1.0,
             int(rng.choice([1, 1, 4, 16, 30])),
             int(rng.integers(100, 1500)),
@@ -291,9 +299,9 @@ def made_up(count: int, profile: Profile, slow: float = 0.0) -> list[Row]:
 def test_fit_finds_the_profile_despite_slow_runs():
     truth = replace(ROUGH, device="RTX3090", link="pcie3", attention_passes=4.0, startup_s=1.5)
     rows = made_up(60, truth, slow=0.1)
-    found = fit(rows[:50], replace(DATASHEET, device="RTX3090", link="pcie3"))
-    assert np.median(np.abs(errors(rows[50:], found))) < 0.01
-    assert np.max(np.abs(errors(rows[50:], found))) < 0.03
+    found = fit_profile(rows[:50], replace(DATASHEET, device="RTX3090", link="pcie3"))
+    assert np.median(np.abs(relative_errors(rows[50:], found))) < 0.01
+    assert np.max(np.abs(relative_errors(rows[50:], found))) < 0.03
     assert found.startup_s == pytest.approx(
         1.5, rel=0.1
     ) and found.attention_passes == pytest.approx(4, rel=0.1)
@@ -322,12 +330,14 @@ def test_profile_on_the_measured_rows(tmp_path):
         and found["p90_abs_error"] <= 0.10
     )
     # Not fitted: the same with two of seven questions and two batch sizes left out.
-    usable, left_out = read_rows(rows)
+    usable, left_out = read_measurements(rows)
     assert len(left_out) == 1
     held = [row.query in ("q2", "q3") or row.batch in (10, 25) for row in usable]
     start = replace(DATASHEET, device="RTX3090", link="pcie3")
-    profile = fit([row for row, out in zip(usable, held) if not out], start)
-    unseen = summary(errors([row for row, out in zip(usable, held) if out], profile))
+    profile = fit_profile([row for row, out in zip(usable, held) if not out], start)
+    unseen = summarize_errors(
+        relative_errors([row for row, out in zip(usable, held) if out], profile)
+    )
     assert (
         unseen["rows"] == 37
         and unseen["median_abs_error"] <= 0.03
@@ -337,9 +347,9 @@ def test_profile_on_the_measured_rows(tmp_path):
 
 def test_p3_the_fit_gives_the_shipped_profile():
     """scipy's NNLS on the rows that serving/cost_model/profiles/rtx3090.json was fitted to."""
-    rows, _ = read_rows(shared_file("data/uellm/measured_3090.csv"))
+    rows, _ = read_measurements(shared_file("data/uellm/measured_3090.csv"))
     found, shipped = (
-        fit(rows, replace(DATASHEET, device="RTX3090", link="pcie3")),
+        fit_profile(rows, replace(DATASHEET, device="RTX3090", link="pcie3")),
         read_profile("rtx3090"),
     )
     for name in COEFFICIENTS:
@@ -487,7 +497,7 @@ def test_p2_large_numbers_take_no_memory(capsys):
 
 def run(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "serving.cost_model", *args],
+        [warm_python(), "-m", "serving.cost_model", *args],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -5,7 +5,6 @@ Placements as accelerate and vLLM take them.
 
 import json
 import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -37,6 +36,7 @@ from serving.deployment.deployers import (
 )
 from serving.deployment.placement import Infeasible, Need, Pieces, make_placement
 from tests.conftest import REPO_ROOT, tiny_config, tiny_model
+from tests.warm import warm_python
 
 GLM2 = ModelShape.from_config("chatglm2-6b")
 NEED = Need(kv_tokens_q90=8000, batch=8, prompt_tokens=35, output_tokens=300)
@@ -418,7 +418,7 @@ def test_no_deployer_beats_lr(seed, devices, layers):
 
 def run(*words) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "serving.deployment", *map(str, words)],
+        [warm_python(), "-m", "serving.deployment", *map(str, words)],
         cwd=REPO_ROOT,
         capture_output=True,
         text=True,

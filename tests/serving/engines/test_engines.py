@@ -12,10 +12,10 @@ import torch
 import serving.engines.arena
 from predictor.prediction import from_bins
 from serving.engines import ENGINES, Inbox, Sampling, WallClock, make_engine
-from serving.engines.arena import Arena, class_of
+from serving.engines.arena import Arena, slab_tokens
 from serving.policies.continuous import POLICIES
 from serving.request import FOREVER, Limits, Plan, Record, Request
-from serving.scheduler import Replay, VirtualClock, run
+from serving.scheduler import Replay, VirtualClock, run_scheduler
 from serving.simulate.engine import LinearCost, SimulatedEngine
 from tests.conftest import SPECIAL, VARIANTS, tiny_model
 from tests.serving.conftest import native_glm
@@ -160,7 +160,7 @@ def serve(engine, policy, asked: dict, requests=None):
         Request(i, len(p), 0.0, 100.0, prediction_of(12), 12) for i, (p, _) in asked.items()
     ]
     answers = {r.id: engine.submit(r, *asked[r.id]) for r in requests}
-    return answers, list(run(policy, engine, WallClock(), Replay(requests)))
+    return answers, list(run_scheduler(policy, engine, WallClock(), Replay(requests)))
 
 
 def some(model, count, seed):
@@ -218,7 +218,7 @@ def test_events_are_the_simulated_engines(name, together, seed):
         if hasattr(engine, "submit"):
             for request in requests:
                 engine.submit(request, *asked[request.id])
-        events = run(Chaos(seed, together), engine, VirtualClock(), Replay(requests))
+        events = run_scheduler(Chaos(seed, together), engine, VirtualClock(), Replay(requests))
         stories.append(
             [(e.kind, e.id, e.what.output_tokens if e.kind == "finished" else None) for e in events]
         )
@@ -274,7 +274,7 @@ def test_p4_cancellation(variant):
 
     answers = {r.id: engine.submit(r, *asked[r.id], stop_after) for r in requests}
     engine.cancel(11)
-    events = list(run(Chaos(3), engine, WallClock(), Replay(requests)))
+    events = list(run_scheduler(Chaos(3), engine, WallClock(), Replay(requests)))
     for i, (prompt, _) in asked.items():
         whole = alone(model, prompt, 30)
         most = {0: 5, 1: 3, 11: 0}.get(i, 30)
@@ -343,7 +343,8 @@ def test_live_arrivals_stream():
     asked = some(model, 6, 9)
     events = []
     thread = threading.Thread(
-        target=lambda: events.extend(run(POLICIES["deadline"], engine, clock, inbox)), daemon=True
+        target=lambda: events.extend(run_scheduler(POLICIES["deadline"], engine, clock, inbox)),
+        daemon=True,
     )
     thread.start()
     for i, (prompt, sampling) in asked.items():
@@ -510,7 +511,7 @@ def test_arena_keeps_what_rows_wrote(seed):
             )
             for x in (*row.slab.keys, *row.slab.values):
                 assert (x[row.slot, :, : row.length] == number).all()
-        assert arena.held <= max(2 * arena.tokens, 2 * sum(map(class_of, reserved.values())))
+        assert arena.held <= max(2 * arena.tokens, 2 * sum(map(slab_tokens, reserved.values())))
 
     for number in range(1, 120):
         tokens = rng.randint(1, 60)

@@ -20,13 +20,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from predictor.update import main as update
 from serving.request import Limits, Request
-from serving.scheduler import Replay, VirtualClock, run
+from serving.scheduler import Replay, VirtualClock, run_scheduler
 from serving.server.chat import TextStream, encode_messages, parse_body, prompt_of
 from serving.server.command import main
 from serving.server.monitor import Monitor
 from serving.simulate.engine import LinearCost, SimulatedEngine
 from tests.finetune.runs import ROOT, child_env, make_rows, write_rows
 from tests.predictor import synthetic
+from tests.warm import warm_python
 
 JSON = {"Content-Type": "application/json"}
 LIMITS = {"--max_batch": 4, "--kv_tokens": 4096, "--max_tokens": 1024}
@@ -98,7 +99,7 @@ def start(folders, log, *more):
     ]
     words += ["--served_model_name", "m", *more]
     process = subprocess.Popen(
-        [sys.executable, "-m", "serving.server", *map(str, words)],
+        [warm_python(), "-m", "serving.server", *map(str, words)],
         cwd=ROOT,
         env=child_env(),
         stdout=subprocess.PIPE,
@@ -191,7 +192,7 @@ def test_profiled_and_compared_with_its_simulation(folders, tmp_path, capsys):
     from benchmarks.serving_real import main as compare
     from scripts.profile_engine import main as profile
     from serving.cost_model.model import CostModel, ModelShape, read_profile
-    from serving.server.command import build_parser, load_service
+    from serving.server.command import load_service, parse_flags
 
     model, predictor = folders
     words = [
@@ -225,7 +226,7 @@ def test_profiled_and_compared_with_its_simulation(folders, tmp_path, capsys):
     phases = [line.split(",")[7] for line in (tmp_path / "p.csv").read_text().splitlines()[1:]]
     assert set(phases) == {"decode", "prefill"}
     service = load_service(
-        build_parser().parse_args(
+        parse_flags(
             [*map(str, words), "--predictor", str(predictor), "--profile", str(tmp_path / "p.json")]
         )
     )
@@ -546,7 +547,7 @@ def test_a_monitor_of_a_simulated_run(tmp_path):
     for request in requests:
         monitor.watch(request, "secret", SimpleNamespace(reason="stop"))
     list(
-        run(
+        run_scheduler(
             POLICIES["fcfs"],
             SimulatedEngine(LinearCost(), limits),
             VirtualClock(),

@@ -8,6 +8,7 @@ import json
 import logging
 import signal
 import socket
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -24,10 +25,11 @@ from serving.engines import Sampling, make_engine
 from serving.engines import answers as sampling_code
 from serving.request import Limits, Plan, Record, Request
 from serving.server.chat import parse_body
-from serving.server.command import bind, build_parser, keys_of, load_service, main, make_server
+from serving.server.command import bind, keys_of, load_service, main, make_server, parse_flags
 from serving.server.fields import FIELDS, REFUSED, Number, body_schema
 from serving.simulate.engine import LinearCost
 from tests.conftest import tiny_model
+from tests.warm import warm_python
 
 ENDLESS = 250  # tokens of an answer that is under way for a while
 JSON = {"Content-Type": "application/json"}
@@ -50,7 +52,7 @@ def running(folder, *words, endless=True, prepare=None):
         "--max_tokens",
         1024,
     ]
-    args = build_parser().parse_args([str(word) for word in (*flags, *words)])
+    args = parse_flags([str(word) for word in (*flags, *words)])
     sock = bind("127.0.0.1", 0)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # connections inherit it
     keys, service = keys_of(args, sock), load_service(args)
@@ -821,7 +823,7 @@ def test_any_body_is_a_request_or_one_line(body):
     """And a request's numbers are ones that sampling takes."""
     import torch
 
-    from serving.engines.answers import Answer, choose
+    from serving.engines.answers import Answer, choose_tokens
     from serving.server.service import Service
 
     try:
@@ -833,7 +835,7 @@ def test_any_body_is_a_request_or_one_line(body):
         return
     answer = Answer(0, [1, 2, 3], sampling, None)
     answer.tokens = [4, 4]
-    [token] = choose(torch.linspace(-30, 40, 64)[None], [answer])
+    [token] = choose_tokens(torch.linspace(-30, 40, 64)[None], [answer])
     assert token in range(64)
 
 
@@ -854,8 +856,9 @@ def test_no_body_harms_a_probes_answer(server, draw, kind):
     assert probe == server.alone
 
 
-def test_the_attack_in_miniature(tiny_folders, tmp_path, capsys):
+def test_the_attack_in_miniature(tiny_folders, tmp_path, capsys, monkeypatch):
     """On a server of its own; a busy machine's /health may take longer than the script's limit."""
+    monkeypatch.setattr(sys, "executable", warm_python())  # what it starts the server with
     words = [
         "--bodies",
         "40",

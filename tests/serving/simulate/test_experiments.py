@@ -1,7 +1,6 @@
 """The experiments on made-up recordings: small, but whole."""
 
 import json
-from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -11,18 +10,12 @@ from serving.policies.continuous import POLICIES
 from serving.policies.static import Static
 from serving.request import Limits
 from serving.simulate.command import main
-from serving.simulate.compare import deal, serve, simulate
+from serving.simulate.compare import assign_replicas, serve, simulate
 from serving.simulate.engine import SimulatedEngine
-from serving.simulate.experiments import (
-    FAIR,
-    RESIDUALS,
-    Chunks,
-    Fair,
-    Recorded,
-    published_workload,
-    shown,
-    trace,
-)
+from serving.simulate.experiment_common import RESIDUALS, ExperimentFlags, format_cell
+from serving.simulate.experiments import trace_experiment
+from serving.simulate.uellm_fair import FAIR, FairSetting
+from serving.simulate.uellm_published import Chunks, Recorded, published_workload
 from serving.simulate.workload import PredictorModel, make_workload
 from tests.serving.conftest import COST, ask
 from tests.serving.conftest import serve as run_all
@@ -131,7 +124,7 @@ def test_no_policy_beats_the_bounds():
     recorded = Recorded(
         rng.integers(5, 60, 30), rng.integers(5, 300, (30, 3)), rng.integers(5, 300, 30)
     )
-    fair = Fair(
+    fair = FairSetting(
         recorded,
         cost,
         Limits(16, cost.kv_capacity_tokens, 2048),
@@ -172,9 +165,9 @@ def test_start_up_is_charged_once():
 
 
 def test_replicas_share_by_speed_and_lose_nobody():
-    owner = deal(1000, [3.0, 1.0])
+    owner = assign_replicas(1000, [3.0, 1.0])
     assert np.bincount(owner).tolist() == [750, 250] and np.bincount(
-        deal(10, [1.0] * 4)
+        assign_replicas(10, [1.0] * 4)
     ).tolist() == [3, 3, 2, 2]
     assert all(
         250 - 1 <= (owner[i : i + 333] == 1).sum() * 3 <= 250 + 3 for i in range(0, 666, 333)
@@ -231,8 +224,8 @@ def test_trace_finds_a_load(tmp_path):
                 f"2023-11-16 18:{i // 60:02d}:{i % 60:02d}.0000000,{100 + i},{20 + i % 7}\n"
                 for i in range(120)
             )
-    tables = trace(
-        Namespace(traces=str(tmp_path), seeds=1, predictor=None),
+    tables = trace_experiment(
+        ExperimentFlags(traces=str(tmp_path), seeds=1),
         {"mixed": {"A100-80G": 1, "RTX3090": 1}},
         per_device=10,
         least=20,
@@ -243,8 +236,8 @@ def test_trace_finds_a_load(tmp_path):
         assert 0 <= row["goodput in overload"][0] <= row["overload"]
 
 
-def test_shown():
-    assert [shown(x) for x in ((0.12345, float("nan")), (1234.5, 6.0), "x", None, 3)] == [
+def test_format_cell():
+    assert [format_cell(x) for x in ((0.12345, float("nan")), (1234.5, 6.0), "x", None, 3)] == [
         "0.123",
         "1234 ± 6",
         "x",

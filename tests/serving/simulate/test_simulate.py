@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from serving.policies.continuous import POLICIES, Deadline
 from serving.request import Limits
-from serving.simulate.command import build_parser, main
+from serving.simulate.command import main, simulation_parser
 from serving.simulate.compare import (
     SEARCH_SEEDS,
     SPACES,
-    Setting,
-    compare,
+    ComparisonSetting,
+    compare_policies,
     scorer,
     search,
     simulate,
@@ -225,7 +225,9 @@ def test_p2_numbers_that_are_none(name, value, capsys):
 
 
 def test_p2_every_number_of_the_command_is_tried():
-    wanted = {action.dest for action in build_parser()._actions if action.type not in (None, Path)}
+    wanted = {
+        action.dest for action in simulation_parser()._actions if action.type not in (None, Path)
+    }
     assert wanted == set(NUMBERS)
 
 
@@ -338,7 +340,7 @@ def test_the_table_is_aligned_and_has_units(capsys):
 
 
 def test_search_only_goes_up_and_uses_other_seeds():
-    setting = Setting("poisson", 80, COST, Limits(16, 20_000, 4096))
+    setting = ComparisonSetting("poisson", 80, COST, Limits(16, 20_000, 4096))
     seen = list(
         search(
             POLICIES["slo_odbs"],
@@ -348,7 +350,9 @@ def test_search_only_goes_up_and_uses_other_seeds():
     )
     assert [score for _, score in seen] == sorted(score for _, score in seen)
     assert SEARCH_SEEDS > 100
-    assert compare({"fifo": POLICIES["fifo"]}, setting, [5.0], 1)[0]["by_seed"]["requests"] == [80]
+    assert compare_policies({"fifo": POLICIES["fifo"]}, setting, [5.0], 1)[0]["by_seed"][
+        "requests"
+    ] == [80]
 
 
 @pytest.mark.parametrize("name", SPACES)

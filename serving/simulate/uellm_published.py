@@ -1,0 +1,264 @@
+"""UELLM's runs (arXiv 2409.14961) repeated: each of its systems by its own rules.
+
+ChatGLM2-6B on RTX 3090, its 100 Chinese instructions with three recorded answer lengths each
+(length_runs.csv), all requests at once.
+"""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from chatglm.files import read_json, read_text
+from predictor.prediction import LengthPrediction, from_bins
+from serving.cost_model.model import CostModel, ModelShape, read_profile
+from serving.policies.lengths import expected_tokens
+from serving.policies.static import BatchShape, Static
+from serving.request import Batch, CostEstimator, Limits, Record, Request, View
+from serving.simulate.compare import serve
+from serving.simulate.engine import SimulatedEngine
+from serving.simulate.experiment_common import LONGEST, TableRow
+from serving.simulate.statistics import interval
+from serving.simulate.workload import Workload
+
+# Of ChatGLM2's chat format around an instruction; the logged batches are about that much longer.
+TEMPLATE_TOKENS = 12
+LOADING_S = 7.0  # Morphling's second loading of the model
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The batching of UELLM's scripts.
+
+    Sorts, then cuts where a batch has `rows` rows or its predicted lengths sum to `most_tokens`.
+
+    Attributes:
+        sort: arrival; length (its S3: by predicted length); slo (its UELLM: by SLO + length_weight
+            x predicted length).
+        extra_tokens: prompt and answer of a batch end at its largest predicted length + this;
+            None: at 2,048.
+        longest_tokens: and no later.
+    """
+
+    sort: str = "arrival"
+    rows: int = 10
+    most_tokens: float = float("inf")
+    extra_tokens: int | None = None
+    longest_tokens: int = LONGEST
+    length_weight: float = 0.5
+    predicts: ClassVar[bool] = True
+
+    def length(self, request: Request) -> float:
+        return expected_tokens(request.prediction)
+
+    def key(self, record: Record) -> tuple[float, float, int]:
+        request = record.request
+        first = {
+            "arrival": 0.0,
+            "length": record.length,
+            "slo": request.slo_s + self.length_weight * record.length,
+        }[self.sort]
+        return first, request.arrival_s, request.id
+
+    def __call__(self, view: View, cost: CostEstimator) -> list[Batch]:
+        groups: list[list[Record]] = []
+        total = 0.0
+        for record in sorted(view.waiting.everyone(), key=self.key):
+            full = not groups or len(groups[-1]) >= self.rows
+            if full or total + record.length > self.most_tokens:
+                groups.append([])
+                total = 0.0
+            groups[-1].append(record)
+            total += record.length
+        return [self.padded_batch(records, view.limits) for records in groups]
+
+    def padded_batch(self, records: Sequence[Record], limits: Limits) -> Batch:
+        """One batch of these records, stopped `extra_tokens` after its largest prediction."""
+        shape, prompt = BatchShape(limits), max(record.context_tokens for record in records)
+        for record in records:
+            shape.takes(record, LONGEST - prompt)
+        if self.extra_tokens is None:
+            return shape.batch(None)
+        longest = max(record.length for record in records)
+        end = min(round(longest) + self.extra_tokens, self.longest_tokens)
+        return shape.batch(max(1, end - prompt))
+
+
+@dataclass(frozen=True)
+class System:
+    """One of the paper's systems.
+
+    Attributes:
+        gpus: that its script loads the model on, by ChatGLM's even rule.
+        logged: the start of its runs' paths.
+        stress_gpus: Morphling serves half of the batches on so many first, then loads the model
+            again.
+    """
+
+    policy: Chunks
+    gpus: int
+    logged: str
+    stress_gpus: int = 0
+
+
+PUBLISHED = {
+    "UELLM-all": System(Chunks("slo", extra_tokens=50), 1, "UELM/UELM-all/"),
+    "UELLM-batch": System(
+        Chunks("slo", extra_tokens=500, longest_tokens=1024, length_weight=0.3),
+        4,
+        "UELM/UELM-batch/",
+    ),
+    "UELLM-deploy": System(Chunks(), 1, "UELM/UELM-deploy/"),
+    "S3": System(Chunks("length", 20, 1024), 4, "UELM/S3/"),
+    "Morphling": System(Chunks(), 1, "UELM/Morphing/", stress_gpus=2),
+    "baseline": System(Chunks(), 1, "UELM/baseline/300/"),
+}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """UELLM's instructions.
+
+    Attributes:
+        prompts: (n,) prompt tokens.
+        answers: (n, 3) answer tokens of three runs.
+        reference: (n,) characters of the reference answers.
+    """
+
+    prompts: np.ndarray
+    answers: np.ndarray
+    reference: np.ndarray
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Recorded":
+        """The instructions in the folder of the recorded runs.
+
+        Raises:
+            FileNotFoundError: the folder is not that of the recorded runs.
+            ValueError: its files of these names hold something else.
+        """
+        folder = Path(folder)
+        rows = read_csv(folder / "length_runs.csv")
+        reference = folder / "alpaca_data_zh_output.json"
+        try:
+            outputs = [row["output"] for row in read_json(reference, list)]
+            prompts, answers = [], []
+            for row in rows:
+                prompts.append(int(row["prompt_tokens_chatglm2"]) + TEMPLATE_TOKENS)
+                answers.append([int(row["run_1"]), int(row["run_2"]), int(row["run_3"])])
+            characters = [text if isinstance(text, int) else len(text) for text in outputs]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"--uellm_data {folder}: length_runs.csv or {reference.name} has no {error}"
+            ) from None
+        return cls(np.array(prompts), np.array(answers), np.array(characters))
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a recorded table.
+
+    Raises:
+        FileNotFoundError: with the flag that names the folder.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no such file: {path}; --uellm_data names the folder of the recorded runs"
+        )
+    return list(csv.DictReader(read_text(path).splitlines()))
+
+
+def exact_prediction(tokens: int) -> LengthPrediction:
+    """All mass within half a token of this length."""
+    return from_bins(np.array([1e-9, 1.0]), np.array([0.0, tokens - 0.5, tokens + 0.5]))
+
+
+def published_workload(recorded: Recorded, count: int, seed: int) -> Workload:
+    """The paper's requests, all at time 0.
+
+    The predicted length is the reference answer's characters, as the repository's data has it; the
+    true one is that of one of the three runs. Objectives are drawn as its dataset/deal.py draws
+    them, by place in the file.
+    """
+    rng = np.random.default_rng(seed)
+    which = np.arange(count) % len(recorded.prompts)
+    ranges = [(220, 250), (180, 220), (150, 180), (100, 120), (90, 100)]
+    ranges += [(150, 300)] * (count // 20)
+    drawn = [rng.integers(low, high + 1, 20) for low, high in ranges]
+    slo_s = np.concatenate(drawn)[:count].astype(float)
+    lengths, index = np.unique(recorded.reference[which], return_inverse=True)
+    predictions = tuple(map(exact_prediction, lengths.tolist()))
+    answers = recorded.answers[which, rng.integers(0, 3, count)]
+    return Workload(np.zeros(count), recorded.prompts[which], answers, slo_s, index, predictions)
+
+
+def published_rows(
+    recorded: Recorded, logs: list[dict[str, str]], count: int, seeds: int
+) -> list[TableRow]:
+    """One row a system: simulated figures, beside those of its logged runs of as many requests."""
+    model, profile = ModelShape.from_config("chatglm2-6b"), read_profile("rtx3090")
+    rows = []
+    for name, system in PUBLISHED.items():
+        cost = CostModel.of(model, profile.cluster(system.gpus), profile)
+        stress = None
+        if system.stress_gpus:
+            stress = CostModel.of(model, profile.cluster(system.stress_gpus), profile)
+        simulated = []
+        for seed in range(seeds):
+            workload = published_workload(recorded, count, seed)
+            simulated.append(run_published(system, workload, cost, stress))
+        logged = []
+        for run in logs:
+            if run["path"].startswith(system.logged) and int(run["n_queries"]) == count:
+                logged.append(logged_figures(run))
+        rows.append(published_row(name, system.gpus, simulated, logged))
+    return rows
+
+
+def run_published(
+    system: System, workload: Workload, cost: CostModel, stress: CostModel | None
+) -> dict[str, float]:
+    """Figures of one run by column; `stress` is what Morphling serves half of the batches on."""
+    count, policy = len(workload), Static(system.policy)
+    limits = Limits(64, cost.kv_capacity_tokens, LONGEST)
+    _, collector, engines = serve(policy, workload, [SimulatedEngine(cost, limits)])
+    finish_s = np.asarray(collector.columns["finish_s"])
+    late = finish_s > np.asarray(collector.columns["slo_s"])
+    seconds = finish_s.max()
+    if stress is not None:  # reported in its time, not in its objectives
+        half = workload.part(np.arange(count // 2))
+        metrics, _, _ = serve(policy, half, [SimulatedEngine(stress, limits)])
+        seconds += metrics["span_s"] + LOADING_S
+    return {
+        "time s": seconds,
+        "mean latency s": finish_s.mean(),
+        "late %": late.mean() * 100,
+        "padded tokens/s": (engines[0].step_rows + count) / seconds,
+        "useful tokens/s": np.asarray(collector.columns["output"]).sum() / seconds,
+        "answers cut %": np.asarray(collector.columns["cut"]).mean() * 100,
+    }
+
+
+def logged_figures(run: dict[str, str]) -> dict[str, float]:
+    """Figures of one logged run (measured.csv), by column."""
+    seconds = float(run["time_s"])
+    return {
+        "time s": seconds,
+        "late %": 100 * float(run["slo_default_rate"]),
+        "padded tokens/s": float(run["padded_tokens"]) / seconds,
+    }
+
+
+def published_row(
+    name: str, gpus: int, simulated: list[dict[str, float]], logged: list[dict[str, float]]
+) -> TableRow:
+    """Intervals over seeds; a logged column is None where no run was logged."""
+    row: TableRow = {"system": name, "GPUs": gpus}
+    for key in simulated[0]:
+        row[key] = interval([figures[key] for figures in simulated])
+        if key in ("time s", "late %", "padded tokens/s"):
+            runs = [figures[key] for figures in logged]
+            row[f"{key}, logged"] = interval(runs) if runs else None
+    return row
