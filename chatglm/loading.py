@@ -95,6 +95,8 @@ def resolve_mode(path: str | Path, mode: str | None = None, base: str | Path | N
     if mode is None:
         mode = infer_family(path, base)
         if mode is None:
+            if (folder / "adapter_config.json").is_file():
+                find_base(folder, base)  # if it is not there, say so
             if (ratio := config.get("rope_ratio", 1)) != 1:
                 raise ValueError(f"{path}/config.json: {unclear_family_message(ratio)}")
             raise ValueError(
