@@ -10,12 +10,11 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from chatglm.files import read_json
 from finetune.files import LastingStream, LineFile, overwrite, write_aside
@@ -29,9 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class RunFlags(Protocol):
-    """The flags that a record reads; the configuration is a dataclass, and all of it is written."""
+    """The flags that a record reads; all of the configuration is written."""
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
+    def to_dict(self) -> dict[str, Any]: ...
 
     @property
     def metric_for_best(self) -> str: ...
@@ -83,7 +82,7 @@ class WandB:
             id=run_id,
             resume="allow",
             dir=str(output_dir),
-            config=asdict(config),
+            config=config.to_dict(),
         )
         self.run.define_metric(
             "*", step_metric="step"
@@ -112,7 +111,7 @@ class SwanLab:
             id=run_id[:21],
             resume="allow",
             logdir=str(output_dir / "swanlog"),
-            config=asdict(config),
+            config=config.to_dict(),
         )
 
     def add(self, step: int, values: dict[str, float]) -> None:
@@ -292,7 +291,7 @@ class RunLog:
                 {"started": now(), "first_step": done + 1, "eval_data": eval_data},
             ],
             **facts,
-            "flags": asdict(config),
+            "flags": config.to_dict(),
             "versions": versions(),
             "git_commit": git_commit(),
         }
