@@ -7,7 +7,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from finetune.config import TrainConfig
+from finetune.config import RunConfig, TrainConfig
 from finetune.ds_file import read_ds_file
 from finetune.files import sha256
 from finetune.rows.sources import parse_sources
@@ -16,7 +16,7 @@ TOKENIZERS = ("tokenizer.model", "ice_text.model", "tokenizer.json", "vocab.txt"
 
 
 def path_contents(
-    config: TrainConfig, *, fingerprint: str | None, data: str, model_path: str
+    config: RunConfig, *, fingerprint: str | None, data: str, model_path: str
 ) -> dict[str, str]:
     """{flag: text that identifies its content} of the given flags that name a file or folder.
 
@@ -25,7 +25,7 @@ def path_contents(
         data: hash of the training rows.
     """
     contents = {"ds_file": hash_json(read_ds_file(config.ds_file)[1]), "train_path": data}
-    if config.task == "finetune":
+    if isinstance(config, TrainConfig):
         contents["train_path"] = f"{data} {describe_sources(config.train_path)}"
         if config.replay_path:
             # The hash of their rows is a part of `data`.

@@ -6,14 +6,15 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from finetune.config import TrainConfig
+from finetune.config import RunConfig, TrainConfig
 from finetune.ds_file import fill_sizes, read_ds_file, stage_for
 
 if TYPE_CHECKING:
@@ -25,14 +26,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def rank() -> int:
+    """The number of this process among all."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
-def say(*words) -> None:
+def say(*words: object) -> None:
     """Print on rank 0."""
     if rank() == 0:
         print(*words, flush=True)
@@ -120,12 +123,19 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def on_device(batch: dict, device: torch.device) -> dict:
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """A collated batch with its tensors on `device`."""
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
+    moved = dict(batch)
+    for name, value in moved.items():
+        if isinstance(value, torch.Tensor):
+            moved[name] = value.to(device, non_blocking=True)
+    return moved
+
+
+def whole_size(parameter: torch.nn.Parameter) -> int:
+    """Number of elements of a parameter before ZeRO-3 partitions it."""
+    size: int = getattr(parameter, "ds_numel", None) or parameter.numel()
+    return size
 
 
 def agree(decide: Callable[[], T]) -> T:
@@ -146,25 +156,42 @@ def agree(decide: Callable[[], T]) -> T:
     return answer[0]
 
 
+@dataclass(frozen=True)
+class Answer(Generic[T]):
+    """What a rank tells the others in first_of_node: on the first of a node, a value or an error.
+
+    Attributes:
+        made: the value alone, or nothing.
+    """
+
+    made: tuple[T, ...] = ()
+    error: Exception | None = None
+
+
 def first_of_node(make: Callable[[], T]) -> T:
     """What `make()` returns on the first rank of a node, on all ranks of the node.
 
     It may take hours: no time limit applies. An error on one node is raised on all.
     """
-    answer: tuple = (False, None, None)
+    answer: Answer[T] = Answer()
     if local_rank() == 0:
         try:
-            answer = (True, make(), None)
+            answer = Answer((make(),))
         except (ValueError, OSError, MemoryError, ImportError) as error:
-            answer = (True, None, error)
-    of_rank = [answer]
+            answer = Answer(error=error)
+    gathered: list[Any] = [answer]
     if world_size() > 1:
         wait_for_all()
-        of_rank = [None] * world_size()
-        dist.all_gather_object(of_rank, answer)
-    if error := next((error for _, _, error in of_rank if error is not None), None):
-        raise error
-    return next(made for first, made, _ in reversed(of_rank[: rank() + 1]) if first)
+        gathered = [None] * world_size()
+        dist.all_gather_object(gathered, answer)
+    answers: list[Answer[T]] = gathered
+    for other in answers:
+        if other.error is not None:
+            raise other.error
+    for other in reversed(answers[: rank() + 1]):
+        if other.made:
+            return other.made[0]
+    raise RuntimeError("no rank below this one is the first of a node")
 
 
 def wait_for_all() -> None:
@@ -204,7 +231,7 @@ def resolve_precision(precision: str) -> str:
 
 
 def deepspeed_config(
-    config: TrainConfig,
+    config: RunConfig,
     *,
     precision: str,
     adapters: bool,
@@ -262,7 +289,7 @@ def deepspeed_config(
     return ds
 
 
-def fill_scheduler(ds: dict, config: TrainConfig, total_steps: int, path: str) -> None:
+def fill_scheduler(ds: dict, config: RunConfig, total_steps: int, path: str) -> None:
     """Fill the scheduler of a DeepSpeed configuration with warmup, learning rates and steps.
 
     Raises:
@@ -309,7 +336,7 @@ def fill_precision(ds: dict, precision: str, adapters: bool, file_name: str) -> 
         ds.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
 
 
-def fill_optimizer(ds: dict, config: TrainConfig) -> None:
+def fill_optimizer(ds: dict, config: RunConfig) -> None:
     """Set learning rate, weight decay and "auto" values of the optimizer in a configuration."""
     optimizer = ds.get("optimizer", {"type": "AdamW"})
     params = optimizer.setdefault("params", {})
@@ -322,28 +349,28 @@ def fill_optimizer(ds: dict, config: TrainConfig) -> None:
     ds["optimizer"] = optimizer
 
 
-def check_zero3(config: TrainConfig, file_name: str) -> None:
+def check_zero3(config: RunConfig, file_name: str) -> None:
     """Raises ValueError for flags that need whole weights, which ZeRO-3 partitions."""
     if config.train_type == "lora" and config.use_dora:
         raise ValueError(
             f"--use_dora reads whole base weights, which ZeRO-3 takes apart ({file_name}): "
             f"use ZeRO-2, ds_zero2.json"
         )
-    if config.quantization_bit:
+    if isinstance(config, TrainConfig) and config.quantization_bit:
         raise ValueError(
             f"--quantization_bit: ZeRO-3 cannot take quantised weights apart ({file_name}): "
             f"use ZeRO-2, ds_zero2.json"
         )
 
 
-def lr_ratios(config: TrainConfig) -> list[float]:
+def lr_ratios(config: RunConfig) -> list[float]:
     """The learning rate of each parameter group, divided by --learning_rate."""
     if config.train_type == "lora" and config.loraplus_lr_ratio != 1:
         return [1.0, config.loraplus_lr_ratio]
     return [1.0]
 
 
-def parameter_groups(model: torch.nn.Module, config: TrainConfig) -> list:
+def parameter_groups(model: torch.nn.Module, config: RunConfig) -> list:
     """The trainable parameters as the optimizer takes them.
 
     A list of parameters; under LoRA+ (arXiv 2402.12354) two groups, the second with B and its own

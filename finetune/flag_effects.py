@@ -6,6 +6,7 @@ Free of torch.
 import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -133,11 +134,15 @@ ESTIMATING: dict[str, Effect] = {
 
 
 def check_given(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, effects: dict[str, Effect]
+    parser: argparse.ArgumentParser, values: dict[str, Any], effects: dict[str, Effect]
 ) -> None:
-    """Call `parser.error` for a flag that is not at its default and has no effect."""
-    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    """Call `parser.error` for a flag that is not at its default and has no effect.
+
+    Args:
+        values: {flag: value} as parsed.
+    """
+    given = [name for name, value in values.items() if value != parser.get_default(name)]
     try:
-        refuse_without_effect(args, given, effects)
+        refuse_without_effect(SimpleNamespace(**values), given, effects)
     except ValueError as error:
         parser.error(str(error))

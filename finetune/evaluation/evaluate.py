@@ -277,7 +277,9 @@ def probe_rows(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Raises ValueError, OSError; MemoryError that says what would make it fit."""
-    with explained(lambda: inference_advice(args)):
+    with explained(
+        lambda: inference_advice(args.model_path, args.batch_size, args.quantization_bit)
+    ):
         if args.probe:
             probe_rows(args)
         else:
@@ -332,7 +334,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    check_given(parser, args, EVALUATING)
+    check_given(parser, vars(args), EVALUATING)
     if args.num_answers > 1 and not args.do_sample:
         parser.error("--num_answers needs --do_sample: the likeliest answer is always the same")
     if args.probe and (args.predictions or args.num_answers > 1):
