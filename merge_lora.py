@@ -2,11 +2,11 @@
 ADAPTER --mode glm2.
 """
 
-import argparse
 import json
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,8 @@ from chatglm.files import read_json
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
+    from chatglm.tokenization import ChatGLMTokenizer
     from finetune.merging import Merged
 
 MERGED_NOTE = "merged.json"
@@ -155,9 +155,7 @@ def merge(
     return merged
 
 
-def write_others(
-    tokenizer: "PreTrainedTokenizerBase", base: Path, adapter: Path, folder: Path
-) -> None:
+def write_others(tokenizer: "ChatGLMTokenizer", base: Path, adapter: Path, folder: Path) -> None:
     """What belongs to a merged model besides its weights and config.json."""
     from transformers import GenerationConfig
 
@@ -224,14 +222,27 @@ def main(argv: list[str] | None = None) -> int:
         help="the base is the adapter's although its folder is named otherwise",
     )
     args = parser.parse_args(argv)
-    return run_command(parser.prog, lambda: run(args))
+    return run_command(parser.prog, lambda: merge_folders(MergeFlags(**vars(args))))
 
 
-def run(args: argparse.Namespace) -> int:
-    adapter, save_dir = (
-        Path(args.model_dir),
-        Path(args.model_dir if args.save_dir is None else args.save_dir),
-    )
+@dataclass(frozen=True)
+class MergeFlags:
+    """The command line."""
+
+    ori_model_dir: str
+    model_dir: str
+    mode: str | None
+    save_dir: str | None
+    dtype: str | None
+    device: str
+    verify: str | None
+    other_name: bool
+
+
+def merge_folders(args: MergeFlags) -> int:
+    """Merge, and print what was merged; raises as `merge`."""
+    adapter = Path(args.model_dir)
+    save_dir = adapter if args.save_dir is None else Path(args.save_dir)
     if args.save_dir == "":
         raise ValueError(
             "--save_dir is empty: name a folder, "
@@ -250,7 +261,7 @@ def run(args: argparse.Namespace) -> int:
         save_dir,
         args.mode,
         args.other_name,
-        dtype=args.dtype and DTYPES[args.dtype],
+        dtype=DTYPES[args.dtype] if args.dtype else None,
         device=pick_device(args.device),
         verify=args.verify,
     )

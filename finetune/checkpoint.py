@@ -38,7 +38,7 @@ from finetune.elastic import read_shards, restore, weights_only
 from finetune.files import disk_errors, flush, flush_tree, set_modes, sha256, write_json
 from finetune.lora import check_lora_start, on_original_base
 from finetune.methods import Method
-from finetune.record import RUN, is_better, versions
+from finetune.record import RUN, is_better_value, versions
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -639,7 +639,7 @@ class Checkpointer:
             if manifest.get("eval_data", self.eval_data) != self.eval_data:
                 continue
             value = manifest["metrics"].get(metric)
-            if value is not None and is_better(metric, value, best.value if best else None):
+            if value is not None and is_better_value(metric, value, best.value if best else None):
                 best = BestCheckpoint(folder.name, value)
         return best
 

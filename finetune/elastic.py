@@ -11,18 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from finetune.distributed import rank, world_size
+from finetune.distributed import rank, whole_size, world_size
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
-
-    Optimizer = torch.optim.Optimizer | ZeROOptimizer
 
 MASTER = "fp32"  # key of the master weights, beside the optimizer's keys of its state
 Pieces = dict[str, dict[str, list[Tensor]]]  # as in TrainerState
@@ -222,9 +220,9 @@ def restore(engine: "DeepSpeedEngine", saved: TrainerState) -> None:
         inner.state[vector] = empty_state(vector, saved.step, keys)
     with torch.no_grad():
         for name, parameter in trained.items():
-            size = parameter.ds_numel if is_partitioned(parameter) else parameter.numel()
             for key in (MASTER, *keys):
-                copy_part(outer, parameter, key, saved.whole(name, key, size))
+                whole = saved.whole(name, key, whole_size(parameter))
+                copy_part(outer, parameter, key, whole)
     restore_counters(engine, inner, saved)
 
 
@@ -259,7 +257,9 @@ def empty_state(vector: Tensor, step: Tensor | int | None, keys: list[str]) -> d
     return state | {key: torch.zeros_like(vector) for key in keys}
 
 
-def copy_part(optimizer: "Optimizer", parameter: Tensor, key: str, whole: Tensor) -> None:
+def copy_part(
+    optimizer: "torch.optim.Optimizer | ZeROOptimizer", parameter: Tensor, key: str, whole: Tensor
+) -> None:
     """Copy this rank's part of a parameter's master or optimizer state.
 
     Args:
@@ -268,7 +268,7 @@ def copy_part(optimizer: "Optimizer", parameter: Tensor, key: str, whole: Tensor
     """
     if is_partitioned(parameter):
         copy_partition(optimizer, parameter, key, whole)
-    elif not is_plain(optimizer):
+    elif not isinstance(optimizer, torch.optim.Optimizer):
         copy_fragment(optimizer, parameter, key, whole)
     elif key != MASTER:
         optimizer.state[parameter][key].copy_(whole.view_as(parameter))
@@ -286,12 +286,13 @@ def copy_partition(optimizer: "ZeROOptimizer", parameter: Tensor, key: str, whol
     part = padded.narrow(0, place.numel() * rank(), place.numel())
     place.copy_(part)
     if key == MASTER:
-        parameter.ds_tensor.copy_(part)
+        share: Tensor = vars(parameter)["ds_tensor"]
+        share.copy_(part)
 
 
 def copy_fragment(optimizer: "ZeROOptimizer", parameter: Tensor, key: str, whole: Tensor) -> None:
     """ZeRO-1 and 2, BF16_Optimizer: copy the part in this rank's flat vector, if there is one."""
-    mapping = parameter._hp_mapping
+    mapping: Any = vars(parameter)["_hp_mapping"]
     if mapping is None:
         return
     here, there = mapping.hp_fragment_address, mapping.lp_fragment_address

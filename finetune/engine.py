@@ -54,7 +54,7 @@ from finetune.files import LastingStream, locked_folder
 from finetune.lora import use_lean_lora
 from finetune.out_of_memory import explained, training_advice
 from finetune.recompute import recompute
-from finetune.record import RunLog, check_loggers, is_better, processor
+from finetune.record import RunLog, check_loggers, is_better_value, processor
 from finetune.rows.batches import step_rows
 from finetune.stopping import STOPPED, SignalWatch, StoppedBySignal
 from finetune.task import FineTuning, Task
@@ -598,7 +598,7 @@ class Loop:
         self.show(f"step {self.done} evaluation: {', '.join(words)}")
         best = agree(self.checkpointer.best)
         metric = self.config.metric_for_best
-        return is_better(metric, metrics[metric], best.value if best else None)
+        return is_better_value(metric, metrics[metric], best.value if best else None)
 
     def save(self, improved: bool, needed: bool = True) -> Path | None:
         """Save the checkpoint of this step; returns its folder.
@@ -658,7 +658,7 @@ class Patience:
     def see(self, metrics: dict[str, float]) -> None:
         """Count an evaluation."""
         value = agree(lambda: metrics[self.metric])
-        if is_better(self.metric, value, self.best, self.min_delta):
+        if is_better_value(self.metric, value, self.best, self.min_delta):
             self.best = value
             self.since = 0
         else:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from finetune.files import disk_errors
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 SHARD_BYTES = 2_000_000_000
 TOLERANCE = 1e-4  # of a layer's outputs in fp32, merged against adapted, over the largest of them
@@ -83,7 +84,7 @@ class BaseWeights:
         return next(dtype for dtype in dtypes if dtype.is_floating_point)
 
 
-def empty_model(base: Path, mode: str, shapes: dict[str, list[int]]) -> nn.Module:
+def empty_model(base: Path, mode: str, shapes: dict[str, list[int]]) -> "PreTrainedModel":
     """The model of a folder on the meta device, without memory for its weights.
 
     Args:
@@ -103,7 +104,7 @@ def empty_model(base: Path, mode: str, shapes: dict[str, list[int]]) -> nn.Modul
         return model_class_of(config)(config).eval()
 
 
-def adapted_model(model: nn.Module, adapter: Path) -> "PeftModel":
+def adapted_model(model: "PreTrainedModel", adapter: Path) -> "PeftModel":
     """`model` in a PeftModel whose adapter has weights, in fp32, and whose base has none yet.
 
     Raises:
@@ -128,9 +129,9 @@ def adapted_model(model: nn.Module, adapter: Path) -> "PeftModel":
         for module in adapted.modules():
             if isinstance(module, LoraLayer):
                 # peft moves an adapter to its base's device, which must not be "meta".
-                inner = module.get_base_layer()
+                inner: Any = module.get_base_layer()
                 inner.weight = placeholder(inner.weight.shape)
-        result = set_peft_model_state_dict(adapted, state, low_cpu_mem_usage=True)
+        result: Any = set_peft_model_state_dict(adapted, state, low_cpu_mem_usage=True)
     except (RuntimeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{adapter} does not fit its base: {reason}") from None
@@ -172,9 +173,10 @@ class Merger:
         self.base = base
         self.device = device
         self.dtype = dtype
-        self.layers = {}  # with LoRA
-        self.replaced = {}  # trained whole
-        for name, module in adapted.base_model.model.named_modules():
+        self.layers: dict[str, Any] = {}  # peft's LoraLayer, each a module too
+        self.replaced: dict[str, Any] = {}  # trained whole
+        base_model: Any = adapted.base_model
+        for name, module in base_model.model.named_modules():
             if isinstance(module, LoraLayer):
                 self.layers[name] = module
             if isinstance(module, ModulesToSaveWrapper):
@@ -327,7 +329,7 @@ def save_shards(merger: Merger, shards: list[list[str]], output: Path) -> dict[s
     return files
 
 
-def check_base(base: Path, model: nn.Module, stored: dict[str, list[int]]) -> None:
+def check_base(base: Path, model: "PreTrainedModel", stored: dict[str, list[int]]) -> None:
     """Raises ValueError where the folder lacks a tensor of the model, or its shape differs.
 
     `stored` are the folder's shapes. A body under its own names loads, but is not merged.
@@ -341,7 +343,7 @@ def check_base(base: Path, model: nn.Module, stored: dict[str, list[int]]) -> No
         )
 
 
-def tied_parts(model: nn.Module) -> Iterator[str]:
+def tied_parts(model: "PreTrainedModel") -> Iterator[str]:
     """Names of modules that share their weight with another."""
     if model.config.tie_word_embeddings:
         for name, source in (model._tied_weights_keys or {}).items():

@@ -159,6 +159,7 @@ class Lora:
         linear = sorted({path.rsplit(".", 1)[-1] for path in paths})
         is_default = self.init_lora_weights == "default"
         generates = hasattr(model, "prepare_inputs_for_generation")
+        start: Any = True if is_default else self.init_lora_weights  # peft lists its names
         config = LoraConfig(
             r=self.lora_dim,
             lora_alpha=self.lora_alpha,
@@ -166,12 +167,13 @@ class Lora:
             target_modules=self.target_modules(linear),
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
-            init_lora_weights=True if is_default else self.init_lora_weights,
+            init_lora_weights=start,
             bias="none",
             task_type="CAUSAL_LM" if generates else "FEATURE_EXTRACTION",
             inference_mode=False,
         )
-        adapted = get_peft_model(model, config)
+        base: Any = model  # of peft's types
+        adapted = get_peft_model(base, config)
         if self.init_lora_weights.startswith(("pissa", "olora")):
             remember_start(adapted)
         return adapted

@@ -298,11 +298,12 @@ class FineTuning:
         return count_labels(batch)
 
     def evaluate(
-        self, loss_module: nn.Module, model: nn.Module, *, synced: bool, predictions: Path
+        self, loss_module: nn.Module, model: Any, *, synced: bool, predictions: Path
     ) -> dict[str, float]:
         """Loss, and --eval_metrics of greedy answers, on the evaluation rows.
 
         Args:
+            model: of transformers or peft.
             synced: ZeRO-3, ranks must step together.
             predictions: file that gets the answers, where there are any.
         """

@@ -147,7 +147,8 @@ class LengthTraining:
             bias,
         )
 
-    def loss_module(self, model: nn.Module) -> nn.Module:
+    def loss_module(self, model: Any) -> nn.Module:
+        """LengthLoss of the network that build_model returned."""
         return LengthLoss(model, self.head)
 
     def count_labels(self, batch: dict[str, Any]) -> float:

@@ -119,7 +119,7 @@ def collate(
         multiple: make a ragged row's length a multiple of this, and its number of predictions a
             multiple of half of it; what is added carries no loss.
     """
-    filler = int(data.row_lengths.argmin()) if -1 in rows else None
+    filler = int(data.row_lengths.argmin()) if -1 in rows else -1
     ids = [data.ids(filler if row == -1 else row) for row in rows]
     masked = [len(ids[i]) if row == -1 else data.n_masked(row) for i, row in enumerate(rows)]
     labels_of_rows = [None if row == -1 else data.labels(row) for row in rows]
@@ -137,7 +137,7 @@ def collate(
 
 
 def lay_end_to_end(
-    ids: Sequence[Sequence[int]],
+    ids: Sequence[Sequence[int] | np.ndarray],
     masked: list[int],
     share: bool,
     multiple: int,
