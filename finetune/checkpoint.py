@@ -443,7 +443,7 @@ class Checkpointer:
     def warn_if_untrained(self, state: dict[str, Tensor]) -> None:
         """Print a warning where no LoRA B has changed from zero."""
         lora_b = [t for name, t in state.items() if "lora_B" in name]
-        if lora_b and not any(t.any() for t in lora_b):
+        if lora_b and not any(map(Tensor.any, lora_b)):
             say(
                 "WARNING: every LoRA B is still zero, so this adapter changes nothing: "
                 "is the learning rate 0, or every answer empty?"
@@ -519,7 +519,7 @@ class Checkpointer:
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             lines = str(error).splitlines()
             first = str(error).split("\n")[0]
-            reason = next((line for line in lines if "WeightsUnpickler" in line), first)
+            reason = next(filter(lambda line: "WeightsUnpickler" in line, lines), first)
             raise ValueError(
                 f"{folder}/trainer: a shard is torn, or holds more than tensors ({reason[:200]})"
             ) from None
@@ -577,8 +577,10 @@ class Checkpointer:
         predictions = (self.output_dir / PREDICTIONS).glob("step-*.jsonl")
         answers = [path for path in predictions if int(path.stem.split("-")[1]) > done]
         earlier = self.output_dir.glob(f"{SET_ASIDE}-*")
-        numbers = [int(path.name.rsplit("-", 1)[1]) for path in earlier]
-        aside = self.output_dir / f"{SET_ASIDE}-{max(numbers, default=0) + 1}"
+        last = 0
+        for path in earlier:
+            last = max(last, int(path.name.rsplit("-", 1)[1]))
+        aside = self.output_dir / f"{SET_ASIDE}-{last + 1}"
         (aside / PREDICTIONS).mkdir(parents=True)
         for path in later:
             os.replace(path, aside / path.name)

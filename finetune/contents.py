@@ -47,10 +47,15 @@ def hash_json(value: object) -> str:
 
 def hash_tokenizer(folder: Path) -> str | None:
     """SHA-256 of a folder's tokenizer model, None where it has none."""
-    return next((sha256(folder / name) for name in TOKENIZERS if (folder / name).is_file()), None)
+    for name in TOKENIZERS:
+        if (folder / name).is_file():
+            return sha256(folder / name)
+    return None
 
 
 def describe_sources(text: str) -> str:
     """JSON of each part of --train_path: weight, number of files, and name where it is a hub's."""
-    parts = [(s.weight, len(s.files), s.name if s.is_hub else "") for s in parse_sources(text)]
+    parts = []
+    for source in parse_sources(text):
+        parts.append((source.weight, len(source.files), source.name if source.is_hub else ""))
     return json.dumps(parts)

@@ -68,7 +68,7 @@ class TrainerState:
     pieces: Pieces
     step: Tensor | int | None
     rates: list[float]
-    counters: dict
+    counters: dict[str, Any]
     scaler: object = None
 
     def whole(self, name: str, key: str, numel: int) -> Tensor:
@@ -90,7 +90,9 @@ def read_shards(folder: Path) -> TrainerState:
         raise ValueError(f"{folder}: no *model_states.pt")
     model = load_shard(models[0])
     optimizer_files = files_by_rank(folder, "*optim_states.pt")
-    shards = [load_shard(path)["optimizer_state_dict"] for path in optimizer_files]
+    shards: list[dict[str, Any]] = []
+    for path in optimizer_files:
+        shards.append(load_shard(path)["optimizer_state_dict"])
     if shards and len(shards) != model["dp_world_size"]:
         raise ValueError(
             f"{folder}: {model['dp_world_size']} ranks wrote it, shards of {len(shards)} are there"
@@ -104,15 +106,19 @@ def read_shards(folder: Path) -> TrainerState:
     else:
         optimizer = shards[0]["optimizer_state_dict"]
         pieces = read_partitioned(shards, model["param_shapes"])
-    step = next((state["step"] for state in optimizer["state"].values() if "step" in state), None)
+    step = None
+    for state in optimizer["state"].values():
+        if step is None:
+            step = state.get("step")
     rates = [group["lr"] for group in optimizer["param_groups"]]
     scaler = shards[0].get("loss_scaler") if shards else None
     return TrainerState(pieces, step, rates, model, scaler)
 
 
-def load_shard(path: Path) -> dict:
+def load_shard(path: Path) -> dict[str, Any]:
     """A file of DeepSpeed's, its tensors mapped into memory."""
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    shard: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return shard
 
 
 def files_by_rank(folder: Path, pattern: str) -> list[Path]:
@@ -124,9 +130,13 @@ def files_by_rank(folder: Path, pattern: str) -> list[Path]:
     return [files[number] for number in sorted(files)]
 
 
-def state_tensors(state: dict) -> dict[str, Tensor]:
+def state_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of an optimizer's state that have an element per element of the parameter."""
-    return {key: value for key, value in state.items() if key != "step" and torch.is_tensor(value)}
+    tensors: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if key != "step" and torch.is_tensor(value):
+            tensors[key] = value
+    return tensors
 
 
 def add_part(pieces: Pieces, name: str, vectors: dict[str, Tensor], start: int, size: int) -> None:
@@ -136,7 +146,7 @@ def add_part(pieces: Pieces, name: str, vectors: dict[str, Tensor], start: int, 
         of_parameter.setdefault(key, []).append(vector.narrow(0, start, size))
 
 
-def read_plain(model: dict) -> Pieces:
+def read_plain(model: dict[str, Any]) -> Pieces:
     """The pieces of a run without ZeRO, each a whole parameter.
 
     torch's optimizer numbers the trained parameters in their order. They are fp32, so they are
@@ -163,7 +173,7 @@ def read_plain(model: dict) -> Pieces:
     return pieces
 
 
-def read_flat(shards: list[dict]) -> Pieces:
+def read_flat(shards: list[dict[str, Any]]) -> Pieces:
     """The pieces of ZeRO-1 and 2 and of BF16_Optimizer.
 
     Each group is one vector, cut into a part per rank; a shard says where its pieces start.
@@ -179,7 +189,7 @@ def read_flat(shards: list[dict]) -> Pieces:
     return pieces
 
 
-def read_partitioned(shards: list[dict], shapes: list[dict]) -> Pieces:
+def read_partitioned(shards: list[dict[str, Any]], shapes: list[dict[str, torch.Size]]) -> Pieces:
     """The pieces of ZeRO-3.
 
     Every parameter is cut into equal parts, one per rank, the last padded. The parts of a rank lie
@@ -212,9 +222,11 @@ def restore(engine: "DeepSpeedEngine", saved: TrainerState) -> None:
     """
     outer = engine.optimizer
     trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
-    if missing := [name for name in trained if name not in saved.pieces]:
-        raise ValueError(f"the shards hold nothing of {missing[0]}")
-    keys = [key for key in next(iter(saved.pieces.values())) if key != MASTER]
+    for name in trained:
+        if name not in saved.pieces:
+            raise ValueError(f"the shards hold nothing of {name}")
+    keys = list(next(iter(saved.pieces.values())))
+    keys.remove(MASTER)
     inner = outer if is_plain(outer) else outer.optimizer
     for vector in trained.values() if is_plain(outer) else flat_groups(outer):
         inner.state[vector] = empty_state(vector, saved.step, keys)
@@ -246,15 +258,23 @@ def flat_groups(optimizer: "ZeROOptimizer") -> list[Tensor]:
         "single_partition_of_fp32_groups",  # ZeRO-1 and 2
         "fp32_groups_flat_partition",  # BF16_Optimizer
     )
-    return next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))
+    for name in names:
+        if hasattr(optimizer, name):
+            groups: list[Tensor] = getattr(optimizer, name)
+            return groups
+    raise TypeError(f"{type(optimizer).__name__} has none of {', '.join(names)}")
 
 
-def empty_state(vector: Tensor, step: Tensor | int | None, keys: list[str]) -> dict:
+def empty_state(
+    vector: Tensor, step: Tensor | int | None, keys: list[str]
+) -> dict[str, Tensor | int]:
     """An optimizer's state of one tensor: zeros for each key, and the count of steps."""
     if torch.is_tensor(step):
         step = step.clone().to(vector.device)
-    state = {} if step is None else {"step": step}
-    return state | {key: torch.zeros_like(vector) for key in keys}
+    state: dict[str, Tensor | int] = {} if step is None else {"step": step}
+    for key in keys:
+        state[key] = torch.zeros_like(vector)
+    return state
 
 
 def copy_part(

@@ -209,7 +209,7 @@ def run_facts(
         "rows": schedule.rows,
         "rows_per_step": schedule.global_batch,
         "total_steps": schedule.total_steps,
-        "parameters": {"trainable": trained_size(sizes), "all": sum(size for _, size, _ in sizes)},
+        "parameters": {"trainable": trained_size(sizes), "all": whole_model_size(sizes)},
     }
 
 
@@ -316,10 +316,15 @@ def trained_size(sizes: list[ParameterSize]) -> int:
     return sum(size for _, size, is_trained in sizes if is_trained)
 
 
+def whole_model_size(sizes: list[ParameterSize]) -> int:
+    """Elements of all parameters."""
+    return sum(size for _, size, _ in sizes)
+
+
 def parameter_report(sizes: list[ParameterSize]) -> str:
     """Text of the names, sizes and share of the trainable parameters."""
     trained = trained_size(sizes)
-    total = sum(size for _, size, _ in sizes)
+    total = whole_model_size(sizes)
     lines = [f"  {name} {size:,}" for name, size, is_trained in sizes if is_trained]
     if len(lines) > 8:
         lines = [*lines[:4], f"  ... {len(lines) - 8} more ...", *lines[-4:]]

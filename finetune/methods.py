@@ -68,7 +68,8 @@ class Freeze:
         """Raises ValueError, with the parameters' names, when a part matches no parameter."""
         parts = module_names(self.freeze_module_name)
         names = [name for name, _ in model.named_parameters()]
-        unmatched = [part for part in parts if not any(part in name for name in names)]
+        text = "\n".join(names)
+        unmatched = [part for part in parts if part not in text]
         if unmatched or not parts:
             wanted = ", ".join(map(repr, unmatched)) or "an empty list"
             raise ValueError(
@@ -76,7 +77,7 @@ class Freeze:
                 f"this model has {summarise_names(names)}"
             )
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(any(part in name for part in parts))
+            parameter.requires_grad_(any(map(name.__contains__, parts)))
         return model
 
 
@@ -155,8 +156,10 @@ class Lora:
 
         from finetune.lora import remember_start
 
-        paths = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        linear = sorted({path.rsplit(".", 1)[-1] for path in paths})
+        linear: set[str] = set()
+        for path, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                linear.add(path.rsplit(".", 1)[-1])
         is_default = self.init_lora_weights == "default"
         generates = hasattr(model, "prepare_inputs_for_generation")
         start: Any = True if is_default else self.init_lora_weights  # peft lists its names
@@ -164,7 +167,7 @@ class Lora:
             r=self.lora_dim,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=self.target_modules(linear),
+            target_modules=self.target_modules(sorted(linear)),
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
             init_lora_weights=start,

@@ -329,8 +329,7 @@ class FineTuning:
         """The means of --eval_metrics; answers and scores of every row go to `predictions`."""
         rows = self.eval_rows
         found = [[answer] for answer in answers]
-        references = [row.answers for row in rows]
-        scores = score_rows(self.config.answer_metrics, found, references)
+        scores = score_rows(self.config.answer_metrics, found, [row.answers for row in rows])
         try:
             write_aside(predictions, prediction_lines(rows, answers, scores))
         except OSError as error:  # the scores are known all the same

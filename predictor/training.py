@@ -47,7 +47,7 @@ class EncodedPrompts:
     @cached_property
     def row_lengths(self) -> np.ndarray:
         """(prompts,) tokens of each."""
-        return np.array([len(ids) for ids in self.input_ids])
+        return np.array(list(map(len, self.input_ids)))
 
     def __len__(self) -> int:
         return len(self.input_ids)
