@@ -148,14 +148,14 @@ def check_loggers(names: Iterable[str]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of all that may change a run's numbers."""
-    found = {"python": platform.python_version()}
+    """{package: version} of all that may change a run's numbers."""
+    numbers = {"python": platform.python_version()}
     for name in ("torch", "transformers", "deepspeed", "peft", "safetensors", "glm-foundry"):
         try:
-            found[name] = version(name)
+            numbers[name] = version(name)
         except PackageNotFoundError:  # run from its folder
-            found[name] = "not installed"
-    return found
+            numbers[name] = "not installed"
+    return numbers
 
 
 def git_commit() -> str | None:
@@ -206,12 +206,12 @@ def read_run(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{folder} holds no {RUN}: wanted the --output_dir of a run")
     run = read_json(path)
-    found = run.get("format_version")
-    if not isinstance(found, int):
+    number = run.get("format_version")
+    if not isinstance(number, int):
         raise ValueError(f"{path}: not a run's record")
-    if found > FORMAT_VERSION:
+    if number > FORMAT_VERSION:
         raise ValueError(
-            f"{path}: format version {found}, this program reads up to {FORMAT_VERSION}"
+            f"{path}: format version {number}, this program reads up to {FORMAT_VERSION}"
         )
     if not run.get("steps"):
         metrics = path.with_name(METRICS_FILE)
