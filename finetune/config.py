@@ -17,6 +17,7 @@ from chatglm.commands import Parser, describe
 from chatglm.files import read_text, shorten
 from finetune.evaluation.metrics import GROUPS
 from finetune.flag_effects import TRAINING, Effect, refuse_without_effect
+from finetune.flag_groups import PRECISIONS as PRECISIONS
 from finetune.flag_groups import (
     AnswerFlags,
     DataFlags,
@@ -30,6 +31,8 @@ from finetune.flag_groups import (
     check_share,
 )
 from finetune.flags import add_flag, fixed_flag, flag, flag_type
+from finetune.flags import parse_bool as parse_bool  # for the other commands' flags
+from finetune.flags import parse_positive as parse_positive
 
 CONFIG_LIMIT = 2**16  # bytes of a --config
 # The order of the flags in --help and in the files of a run; those of another task come last.

@@ -420,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_parser() -> Parser:
-    from finetune.flags import parse_bool
+    from finetune.config import parse_bool
 
     parser = Parser(
         prog="predictor.evaluate",

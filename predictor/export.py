@@ -21,8 +21,8 @@ import numpy as np
 
 from chatglm.checksums import check_folder_files, is_top
 from chatglm.commands import Parser, run_command
+from finetune.config import parse_bool
 from finetune.files import put_in_place, sha256, writing
-from finetune.flags import parse_bool
 from predictor.backbones import BACKBONES, ChatGLM, Encoder
 from predictor.decoder import CARD, read_card, write_card
 from predictor.kernel import FILE as KERNEL_FILE

@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from chatglm.commands import Parser, run_command  # noqa: E402
 from chatglm.families import FAMILIES  # noqa: E402
+from finetune.config import parse_positive  # noqa: E402
 from finetune.evaluation.predict import add_model_flags, generate_batch, load_for_inference  # noqa: E402
 from finetune.files import writing  # noqa: E402
-from finetune.flags import parse_positive  # noqa: E402
 from finetune.rows.formats import BadRow  # noqa: E402
 from finetune.rows.sources import read_json_items  # noqa: E402
 from predictor.labels import parse_prompt, served_name  # noqa: E402

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chatglm.commands import Parser, run_command
+from finetune.config import parse_positive
 from finetune.evaluation.metrics import (
     GROUPS,
     METRICS,
@@ -37,7 +38,6 @@ from finetune.evaluation.predict import (
 )
 from finetune.files import write_aside, write_json
 from finetune.flag_effects import EVALUATING, check_given
-from finetune.flags import parse_positive
 from finetune.out_of_memory import explained, inference_advice
 from finetune.record import print_columns
 from finetune.rows.arrays import Dataset

@@ -17,9 +17,8 @@ from chatglm.commands import Parser, run_command
 from chatglm.families import FAMILIES
 from chatglm.files import read_json, shorten
 from chatglm.runs import check_not_run
+from finetune.config import PRECISIONS, parse_bool, parse_positive
 from finetune.flag_effects import PREDICTING, check_given
-from finetune.flag_groups import PRECISIONS
-from finetune.flags import parse_bool, parse_positive
 from finetune.out_of_memory import explained, inference_advice
 from finetune.rows.formats import FORMATS, Row, parse_columns
 from finetune.rows.sources import RowReader, read_questions

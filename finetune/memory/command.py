@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from chatglm.commands import Parser, run_command
-from finetune.config import TrainConfig, changed_flags
+from finetune.config import TrainConfig, add_flag, changed_flags
 from finetune.ds_file import BETWEEN_RANKS, fill_sizes, read_ds_file
 from finetune.files import write_json
 from finetune.flag_effects import ESTIMATING, ONE_RUN, TRAINING, check_given, refuse_without_effect
-from finetune.flags import add_flag
 from finetune.memory.cards import CARDS, GIB, MIB
 from finetune.memory.formula import Estimate, estimate
 from finetune.memory.run import Run, Zero
