@@ -69,6 +69,15 @@ def write_timings(path: Path, rows: list[Row]):
     write_aside(path, table.getvalue())
 
 
+def print_errors(errors: dict[str, dict[str, float]]):
+    """The fit's errors, a line for each kind of timing."""
+    for name, found in errors.items():
+        print(
+            f"{name:10} {found['rows']} timings: median {100 * found['median_abs_error']:.1f} %, "
+            f"P90 {100 * found['p90_abs_error']:.1f} %"
+        )
+
+
 def run(args: argparse.Namespace):
     limits = Limits(args.max_batch, args.kv_tokens, args.max_tokens)
     from tqdm import tqdm
@@ -99,11 +108,7 @@ def run(args: argparse.Namespace):
     replace(profile, name=args.output.stem).save(args.output)
     if args.rows:
         write_timings(args.rows, rows)
-    for name, found in profile.made["errors"].items():
-        print(
-            f"{name:10} {found['rows']} timings: median {100 * found['median_abs_error']:.1f} %, "
-            f"P90 {100 * found['p90_abs_error']:.1f} %"
-        )
+    print_errors(profile.made["errors"])
     print(f"wrote {args.output}")
 
 
