@@ -100,15 +100,16 @@ def run_forked(
     Args:
         stop_at: SIGTERM is sent once this is in its output.
     """
-    out, err = (folder.parent / f"{folder.name}.{name}" for name in ("out", "err"))
+    out = folder.parent / f"{folder.name}.out"
+    err = folder.parent / f"{folder.name}.err"
     child = os.fork()
     if not child:
         run_child(module, argv, folder, out, err)
     status, timed_out = wait_for(child, timeout_s, out, stop_at)
-    done = Outcome(status, *(path.read_text(errors="replace") for path in (out, err)), timed_out)
+    printed, errors = out.read_text(errors="replace"), err.read_text(errors="replace")
     out.unlink()
     err.unlink()
-    return done
+    return Outcome(status, printed, errors, timed_out)
 
 
 def command_of(module: str) -> ModuleType:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast, TrainingArguments
 
     from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
     from finetune.config import TrainConfig
@@ -78,9 +78,13 @@ def encode(shared: Path, family: str) -> Pairs:
     tokenizer = load_tokenizer(shared / "data" / "chatglm2-tokenizer", mode="glm2")
     rows, _ = read_rows(shared / "data" / "finetune" / "spo_0.json", limit=ROWS)
     data = encode_rows(rows, tokenizer, FAMILIES["glm2"], max_len=768, max_src_len=512)
-    pairs = [(data.ids(row).tolist(), data.n_masked(row)) for row in range(len(data))]
-    if family == "glm":
-        pairs = [(ids[2:n] + [130001, 130004] + ids[n:-1] + [130005], n - 1) for ids, n in pairs]
+    pairs = []
+    for row in range(len(data)):
+        ids, n = data.ids(row).tolist(), data.n_masked(row)
+        if family == "glm":
+            pairs.append((ids[2:n] + [130001, 130004] + ids[n:-1] + [130005], n - 1))
+        else:
+            pairs.append((ids, n))
     return pairs
 
 
@@ -187,6 +191,10 @@ def use_plain_formulas():
     modeling_glm.RotateFunction = RotateHalves
 
 
+def trained_of(model: "torch.nn.Module") -> "list[torch.nn.Parameter]":
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def run_reference(spec: Spec, pairs: Pairs) -> Iterator[Step]:
     """The seeds' loop: fp32, every position through the output layer, the shifted logits copied."""
     import peft
@@ -201,7 +209,7 @@ def run_reference(spec: Spec, pairs: Pairs) -> Iterator[Step]:
         model = peft.get_peft_model(
             model, peft.LoraConfig(r=8, lora_alpha=30, target_modules=["query_key_value"])
         )
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = trained_of(model)
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     model.train()
     data = our_dataset(pairs)
@@ -237,7 +245,7 @@ def run_bare(spec: Spec, pairs: Pairs) -> Iterator[Step]:
     wide = torch.float32 if spec["precision"] == "fp32" else torch.bfloat16
     method = Lora(8, 30, 0.0, "query_key_value") if lora else FullParameters()
     model = method.prepare(make_model(spec, wide))
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = trained_of(model)
     masters = trained
     if lora:
         for p in trained:
@@ -284,13 +292,15 @@ def useful_operations(spec: Spec, pairs: Pairs, rows: list[int]) -> float:
     from finetune.rows.batches import lay_end_to_end
 
     shape = make_shape(make_config(spec).to_dict())
-    batch = lay_end_to_end(
-        [pairs[r][0] for r in rows], [pairs[r][1] for r in rows], spec["family"] != "glm", 1
-    )
+    batch = lay_end_to_end(*map(list, zip(*(pairs[r] for r in rows))), spec["family"] != "glm", 1)
     tokens, kept = batch["input_ids"].numel(), len(batch["keep"])
     qkv, *rest = (inputs * outputs for inputs, outputs, _ in shape.linears.values())
     body = (shape.layers - 1) * (qkv + sum(rest)) * tokens + qkv * tokens + sum(rest) * kept
     return (4 if spec["method"] == "lora" else 6) * (body + shape.vocab * shape.hidden * kept)
+
+
+def count_tokens(pairs: Pairs, rows: list[int]) -> int:
+    return sum(len(pairs[r][0]) for r in rows)
 
 
 def run_peak(spec: Spec, pairs: Pairs) -> Iterator[Step]:
@@ -470,7 +480,7 @@ def work(spec: Spec) -> None:
     for rows, loss in RUNS[spec["subject"]](spec, pairs):
         if rows is None:
             continue
-        tokens = sum(len(pairs[r][0]) for r in rows)
+        tokens = count_tokens(pairs, rows)
         operations = useful_operations(spec, pairs, rows) if rows else 2 * 4096**3
         turns.after_step(tokens, loss, operations)
         turns.before_step()
@@ -507,7 +517,7 @@ def work_trainer(spec: Spec, pairs: Pairs, turns: Turns) -> None:
     import peft
     import torch
     from torch.utils.data import Dataset
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback
 
     from finetune.rows.batches import collate
 
@@ -547,9 +557,22 @@ def work_trainer(spec: Spec, pairs: Pairs, turns: Turns) -> None:
             turns.before_step()
 
         def on_step_end(self, args, state, control, **kwargs):
-            turns.after_step(sum(len(pairs[r][0]) for r in order[state.global_step - 1]), 0.0)
+            turns.after_step(count_tokens(pairs, order[state.global_step - 1]), 0.0)
 
-    args = TrainingArguments(
+    Sequential(
+        model=model,
+        args=trainer_arguments(spec),
+        train_dataset=Rows(),
+        data_collator=with_mask,
+        callbacks=[Callback()],
+    ).train()
+
+
+def trainer_arguments(spec: Spec) -> "TrainingArguments":
+    """transformers' settings of the case."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
         output_dir=spec["folder"],
         per_device_train_batch_size=BATCH,
         max_steps=10**6,
@@ -563,13 +586,6 @@ def work_trainer(spec: Spec, pairs: Pairs, turns: Turns) -> None:
         bf16=spec["precision"] == "autocast",
         dataloader_pin_memory=False,
     )
-    Sequential(
-        model=model,
-        args=args,
-        train_dataset=Rows(),
-        data_collator=with_mask,
-        callbacks=[Callback()],
-    ).train()
 
 
 def make_fast_tokenizer(model: Path) -> "PreTrainedTokenizerFast":
@@ -595,10 +611,10 @@ def write_llamafactory_inputs(spec: Spec, folder: Path):
     tokenizer = make_fast_tokenizer(data / "chatglm2-tokenizer" / "tokenizer.model")
     tokenizer.save_pretrained(folder / "model")
     lines = (data / "finetune" / "spo_0.json").read_text().splitlines()[:ROWS]
-    rows = [json.loads(line) for line in lines]
-    ordered = []
+    rows = list(map(json.loads, lines))
+    ordered: list[dict] = []
     for _, step in zip(range(10**3), batches(len(rows))):
-        ordered += [rows[r] for r in step]
+        ordered += map(rows.__getitem__, step)
     (folder / "rows.json").write_text(json.dumps(ordered))
     (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
 
@@ -621,7 +637,7 @@ def work_llamafactory(spec: Spec) -> None:
 
     class Callback(TrainerCallback):
         def on_train_begin(self, args, state, control, train_dataloader, **kwargs):
-            self.lengths = [len(ids) for ids in train_dataloader.dataset["input_ids"]]
+            self.lengths = list(map(len, train_dataloader.dataset["input_ids"]))
 
         def on_step_begin(self, args, state, control, **kwargs):
             turns.before_step()
@@ -630,6 +646,11 @@ def work_llamafactory(spec: Spec) -> None:
             first = (state.global_step - 1) * BATCH
             turns.after_step(sum(self.lengths[first : first + BATCH]), 0.0)
 
+    run_exp(llamafactory_settings(spec, folder), callbacks=[Callback()])
+
+
+def llamafactory_settings(spec: Spec, folder: Path) -> dict:
+    """LLaMA-Factory's settings of the case."""
     method = {"finetuning_type": "full"}
     if spec["method"] == "lora":
         method = {
@@ -639,32 +660,29 @@ def work_llamafactory(spec: Spec) -> None:
             "lora_dropout": 0.0,
             "lora_target": "q_proj,k_proj,v_proj",
         }
-    run_exp(
-        {
-            "stage": "sft",
-            "do_train": True,
-            "model_name_or_path": str(folder / "model"),
-            "dataset": "rows",
-            "dataset_dir": str(folder),
-            "template": "empty",
-            "cutoff_len": 768,
-            "disable_shuffling": True,
-            "overwrite_cache": True,
-            "output_dir": str(folder / "out"),
-            "per_device_train_batch_size": BATCH,
-            "gradient_accumulation_steps": 1,
-            "max_steps": 10**3,
-            "learning_rate": 1e-4,
-            "bf16": spec["precision"] == "bf16",
-            "disable_gradient_checkpointing": True,
-            "use_cpu": True,
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "report_to": "none",
-            **method,
-        },
-        callbacks=[Callback()],
-    )
+    return {
+        "stage": "sft",
+        "do_train": True,
+        "model_name_or_path": str(folder / "model"),
+        "dataset": "rows",
+        "dataset_dir": str(folder),
+        "template": "empty",
+        "cutoff_len": 768,
+        "disable_shuffling": True,
+        "overwrite_cache": True,
+        "output_dir": str(folder / "out"),
+        "per_device_train_batch_size": BATCH,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 10**3,
+        "learning_rate": 1e-4,
+        "bf16": spec["precision"] == "bf16",
+        "disable_gradient_checkpointing": True,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        **method,
+    }
 
 
 if __name__ == "__main__":
