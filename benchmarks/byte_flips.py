@@ -104,7 +104,7 @@ Times = dict[str, dict[str, list[tuple[float, float]]]]
 class Subject:
     """A folder to damage, with its undamaged outputs (of the loaded model) and losses (resumed)."""
 
-    def __init__(self, name: str, folder: Path, flags: list[str] | None):
+    def __init__(self, name: str, folder: Path, flags: list[str] | None) -> None:
         self.name = name
         self.folder = folder
         self.flags = flags
@@ -356,7 +356,7 @@ def time_loads(folder: Path, loads: int, size_mb: int) -> Times:
     return times
 
 
-def print_loads(times: Times):
+def print_loads(times: Times) -> None:
     import numpy as np
 
     print(

@@ -79,7 +79,7 @@ def count_encodings() -> list[int]:
     return count
 
 
-def lay_out_epoch(task: "FineTuning"):
+def lay_out_epoch(task: "FineTuning") -> None:
     """Lay out this rank's batches of an epoch."""
     from finetune.distributed import rank, world_size
     from finetune.rows.batches import step_rows
@@ -100,7 +100,7 @@ def lay_out_epoch(task: "FineTuning"):
         task.collate(data, rows)
 
 
-def run_rank(words: list[str]):
+def run_rank(words: list[str]) -> None:
     """Load rows, lay out an epoch, print what it took."""
     import torch.distributed as dist
 
@@ -198,7 +198,7 @@ def prepare_model(folder: Path) -> Path:
     from scripts.prepare_small_model import make_model
     from scripts.prepare_tokenizer import main as make_tokenizer
 
-    rows = [make_row(random.Random(seed), "rows") for seed in range(200)]
+    rows = (make_row(random.Random(seed), "rows") for seed in range(200))
     write_rows(folder / "sample.jsonl", rows)
     arguments = [
         "--input",
@@ -310,7 +310,7 @@ def batch_times(repetitions: int = 7) -> dict[str, float]:
     return found
 
 
-def print_line(row: dict):
+def print_line(row: dict) -> None:
     print(
         f"{row['ranks']:5} {row['cache']:>5} {row['tokens']:>12,} {row['bytes_a_token']:>14.2f} "
         f"{row['seconds']:>9.2f} {row['times_tokenised']:>10.2f}",

@@ -415,11 +415,11 @@ def make_lengths(count: int) -> list[dict]:
     return rows
 
 
-def make_world(world: Path):
+def make_world(world: Path) -> None:
     """A model, an adapter, a predictor, rows and the other files that COMMANDS name."""
     world.mkdir()
 
-    def do(module: str, flags: str):
+    def do(module: str, flags: str) -> None:
         done = run_forked(module, shlex.split(flags), world)
         if done.code:
             raise ValueError(f"{module} {flags}: exit code {done.code}\n{done.out}\n{done.err}")
@@ -450,7 +450,7 @@ def make_world(world: Path):
     make_serving_files(world)
 
 
-def make_serving_files(world: Path):
+def make_serving_files(world: Path) -> None:
     """A profile, a device, a cluster, measurements and traces."""
     shutil.copyfile(
         ROOT / "serving" / "cost_model" / "profiles" / "rtx3090.json", world / "profile.json"

@@ -52,29 +52,29 @@ FULL_DISK_KIB = 64
 # ---- what is wrong with a file that is read
 
 
-def remove(path: Path):
+def remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink()
 
 
-def make_folder(path: Path):
+def make_folder(path: Path) -> None:
     remove(path)
     path.mkdir()
 
 
-def make_file(path: Path):
+def make_file(path: Path) -> None:
     remove(path)
     path.write_text("a file\n")
 
 
-def make_empty_folder(path: Path):
+def make_empty_folder(path: Path) -> None:
     remove(path)
     path.mkdir()
 
 
-def keep_half(path: Path):
+def keep_half(path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
 
@@ -82,21 +82,21 @@ def keep_half(path: Path):
 def put(content: bytes) -> Callable[[Path], None]:
     """A fault that replaces a file's content, compressed where the file is."""
 
-    def write(path: Path):
+    def write(path: Path) -> None:
         path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
     return write
 
 
-def make_pointer(path: Path):
+def make_pointer(path: Path) -> None:
     path.write_bytes(LFS_POINTER + b"\noid sha256:" + b"0" * 64 + b"\nsize 1234567\n")
 
 
-def make_empty(path: Path):
+def make_empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-def deny(path: Path):
+def deny(path: Path) -> None:
     path.chmod(0)
 
 
@@ -246,7 +246,7 @@ def run_case(world: Path, case: Case, folder: Path) -> list[str]:
     finally:
         if case.kind == "full_disk":
             subprocess.run(["umount", str(folder / "disk")], check=True)
-    return judge(case, done, left_behind(before, after, case))
+    return faults_of(case, done, left_behind(before, after, case))
 
 
 def contains_any(text: str, parts: Iterable[str]) -> bool:
@@ -269,7 +269,8 @@ def left_behind(before: dict, after: dict, case: Case) -> list[str]:
     return sorted(changed)
 
 
-def judge(case: Case, done: Outcome, left: list[str]) -> list[str]:
+def faults_of(case: Case, done: Outcome, left: list[str]) -> list[str]:
+    """What is wrong with how a case ended; `left` is of left_behind()."""
     lines = done.error_lines()
     if case.is_fine and done.code == 0:
         return []
@@ -311,7 +312,7 @@ def run_all(cases: list[Case], world: Path, scratch: Path, jobs: int, show: bool
         return list(pool.map(one, cases))
 
 
-def check_controls(commands: dict[str, Command], world: Path, scratch: Path):
+def check_controls(commands: dict[str, Command], world: Path, scratch: Path) -> None:
     """Raises ValueError where a command fails though nothing is wrong."""
     for name, command in commands.items():
         folder = scratch / "control"
@@ -324,7 +325,7 @@ def check_controls(commands: dict[str, Command], world: Path, scratch: Path):
             )
 
 
-def print_totals(found: list[dict]):
+def print_totals(found: list[dict]) -> None:
     count: Counter[tuple[str, str]] = Counter()
     other: Counter[tuple[str, str]] = Counter()
     for row in found:

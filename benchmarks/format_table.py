@@ -116,7 +116,7 @@ def measure(path: Path, tokenizers: "dict[str, ChatGLMTokenizer]") -> dict:
     return line
 
 
-def need(shared: Path, *folders: str):
+def need(shared: Path, *folders: str) -> None:
     """Leave with one line where a folder of the public data is not there."""
     for folder in folders:
         if not (shared / folder).is_dir():
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def print_table(lines: list[dict], families: list[str]):
+def print_table(lines: list[dict], families: list[str]) -> None:
     print(
         "rows encoded / labelled tokens / answers whose labels are exactly their ids "
         "and decode to exactly their text\n"

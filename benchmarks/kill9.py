@@ -59,7 +59,9 @@ def last_step(out: Path) -> int:
     return max(losses(out), default=0)
 
 
-def wait_for_moment(run: subprocess.Popen, out: Path, target: int | None, draw: random.Random):
+def wait_for_moment(
+    run: subprocess.Popen, out: Path, target: int | None, draw: random.Random
+) -> None:
     """Wait for a save under way, or, with `target`, for that step and a random moment."""
     while run.poll() is None:
         saving = any(out.glob(".epoch-*")) if out.is_dir() else False
@@ -89,7 +91,7 @@ def kill_once(resume: list[str], out: Path, kill: int, draw: random.Random) -> d
     }
 
 
-def print_table(rows: list[dict]):
+def print_table(rows: list[dict]) -> None:
     print("| kill | inside a save | last step told | last committed step |\n|---|---|---|---|")
     for r in rows:
         print(
@@ -98,7 +100,7 @@ def print_table(rows: list[dict]):
         )
 
 
-def main() -> int:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -106,7 +108,11 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=40, help="of the run that is killed [40]")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", metavar="FILE")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
     draw = random.Random(args.seed)
     from benchmarks.method_matrix import prepare
 
@@ -127,8 +133,9 @@ def main() -> int:
         finished = losses(out)
     different = [step for step in whole if finished.get(step) != whole[step]]
     print_table(rows)
+    same = len(whole) - len(different)
     print(
-        f"\n{args.kills} kills ({in_save} inside a save); {len(whole) - len(different)} of "
+        f"\n{args.kills} kills ({in_save} inside a save); {same} of "
         f"{len(whole)} losses bit-identical to the uninterrupted run"
     )
     if args.json:

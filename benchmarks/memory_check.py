@@ -179,12 +179,12 @@ def trained_of(model: "torch.nn.Module") -> "list[torch.nn.Parameter]":
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def forget_peak():
+def forget_peak() -> None:
     """Set VmHWM back to what is resident now."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def train_plain(case: Case, steps: int):
+def train_plain(case: Case, steps: int) -> None:
     """Steps of the seeds' loop."""
     import torch
 
@@ -213,7 +213,7 @@ def train_plain(case: Case, steps: int):
         optimizer.zero_grad()
 
 
-def train_ours(case: Case, steps: int):
+def train_ours(case: Case, steps: int) -> None:
     """Steps of our loop on one batch."""
     import torch
 
@@ -255,7 +255,7 @@ def train_ours(case: Case, steps: int):
         optimizer.zero_grad()
 
 
-def worker(name: str):
+def worker(name: str) -> None:
     """Train the case in this process and print {"peak": bytes above idle}."""
     import torch
 

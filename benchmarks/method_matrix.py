@@ -61,7 +61,7 @@ ZERO = ("ds_zero2.json", "ds_zero3_no_offload.json", "ds_zero3_offload.json")
 GLOBAL_BATCH, STEPS = 8, 8
 
 
-def prepare(folder: Path, families: list[str]):
+def prepare(folder: Path, families: list[str]) -> None:
     """Write tiny models of the families, tokenizers made from the sample data, and the ZeRO files.
 
     ZeRO-3 leaves weights below 100,000 elements whole; a tiny model has no others, so the
@@ -85,7 +85,7 @@ def prepare(folder: Path, families: list[str]):
         )
 
 
-def worker(folder: Path, cases: list[list[str]], precision: str):
+def worker(folder: Path, cases: list[list[str]], precision: str) -> None:
     """Train every case in this process (one of the ranks) and let rank 0 write the losses."""
     from finetune.config import parse_config
     from finetune.distributed import rank, world_size
@@ -112,7 +112,7 @@ def worker(folder: Path, cases: list[list[str]], precision: str):
             )
 
 
-def launch(folder: Path, world: int, cases: list, precision: str):
+def launch(folder: Path, world: int, cases: list, precision: str) -> None:
     """Run the worker on `world` ranks, through DeepSpeed's launcher for more than one."""
     (folder / "cases.json").write_text(json.dumps(cases))
     script = [str(Path(__file__).resolve()), "--worker", str(folder), "--precision", precision]
@@ -174,7 +174,7 @@ def compare(folder: Path, case: list[str], precision: str) -> dict:
     }
 
 
-def print_table(rows: list[dict]):
+def print_table(rows: list[dict]) -> None:
     print(
         "| family | method | DeepSpeed file | first loss | last loss "
         "| 1 against 2 ranks, largest relative difference | |"

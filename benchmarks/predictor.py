@@ -13,6 +13,7 @@ import argparse
 import csv
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -504,7 +505,7 @@ def languages(args: argparse.Namespace, data: Data) -> dict[str, list[dict]]:
 def replace_test(test: Test, chosen: np.ndarray) -> Test:
     """The prompts where `chosen`, (N,) bool, is true."""
     return Test(
-        [test.prompts[i] for i in np.flatnonzero(chosen)],
+        list(itertools.compress(test.prompts, chosen)),
         test.tokens[chosen],
         test.mean_log[chosen],
         test.trained,

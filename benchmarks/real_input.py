@@ -56,14 +56,14 @@ def copying_rows(texts: list[str], count: int, seed: int) -> list[dict]:
     return rows
 
 
-def run(*command: str):
+def run(*command: str) -> None:
     """Run a command of the project in its folder."""
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=os.environ)
     if done.returncode:
         sys.exit(f"failed: {' '.join(command)}")
 
 
-def pretrain_model(work: Path, shared: Path, train: Path, steps: int, common: list[str]):
+def pretrain_model(work: Path, shared: Path, train: Path, steps: int, common: list[str]) -> None:
     """A random model, trained for `steps` on copying; lands in work/pretrain."""
     from scripts.prepare_small_model import make_model
 
@@ -96,7 +96,7 @@ def last_checkpoint(folder: Path) -> Path:
     return max(folder.glob("epoch-*-step-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
 
 
-def draw_curves(curves: dict[str, list[dict]], file: str):
+def draw_curves(curves: dict[str, list[dict]], file: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -148,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def tune(model: Path, train: Path, test: Path, work: Path, epochs: int, common: list[str]):
+def tune(model: Path, train: Path, test: Path, work: Path, epochs: int, common: list[str]) -> None:
     """LoRA on the triples, merged; lands in work/lora and work/merged."""
     run(
         "train.py",
@@ -204,7 +204,7 @@ def find_files(shared: Path) -> tuple[Path, Path]:
     return train, test
 
 
-def main():
+def main() -> None:
     args = build_parser().parse_args()
     shared, work = Path(args.shared).resolve(), Path(args.work_dir).resolve()
     train, test = find_files(shared)

@@ -110,7 +110,7 @@ def make_glm() -> "PreTrainedModel":
 class Clock:
     """Wall-clock seconds, and CPU seconds of all threads, from construction to stop()."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._begin = time.perf_counter(), time.process_time()
 
     def stop(self) -> tuple[float, float]:
@@ -244,7 +244,7 @@ def ratios_of(rates: Rates, against: list[str]) -> dict[str, dict[str, float]]:
     return ratios
 
 
-def print_table(result: dict, against: list[str]):
+def print_table(result: dict, against: list[str]) -> None:
     titles = [f"{f'x {other}':>10}" for other in against]
     print("".join([f"{'engine':14}", f"{'tokens/s':>10}", *titles, f"{'a CPU s':>10}", *titles]))
     for name in result["rates"]:

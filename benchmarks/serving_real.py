@@ -43,7 +43,7 @@ from serving.simulate.workload import SloRule, poisson_arrivals
 SHOWN = ("attainment", "latency_mean_s", "latency_p99_s", "throughput_tps")
 
 
-def client(pipe: Connection, folder: str):
+def client(pipe: Connection, folder: str) -> None:
     """The predictor's process: it sends a prediction at each time of every schedule received.
 
     A schedule is (zero_s, [(seconds, text or None)]).
@@ -80,7 +80,7 @@ class Bench:
         limits: Limits,
         max_src_len: int,
         max_new_tokens: int,
-    ):
+    ) -> None:
         from chatglm import load_tokenizer
         from chatglm.families import FAMILIES
         from finetune.evaluation.predict import load_ready
@@ -183,7 +183,7 @@ class Bench:
             calls.append((request.arrival_s, self.asked[which][0] if policy.predicts else None))
         self._pipe.send((clock.zero_s, calls))
 
-        def feed():
+        def feed() -> None:
             for request, which in requests:
                 prediction = self._pipe.recv()
                 ids = self.asked[which][1]
@@ -255,7 +255,7 @@ def compare(
     return rows
 
 
-def print_rows(rate: float, rows: list[dict]):
+def print_rows(rate: float, rows: list[dict]) -> None:
     print(
         f"\n{rate:.1f} requests/s\n\n| policy | in time %, measured | simulated "
         "| mean latency s, measured | simulated | off by | p99 s, measured | simulated | tokens/s |"
@@ -299,7 +299,7 @@ def order_of(rows: list[dict], side: str) -> list[str]:
     return [row["policy"] for row in ordered]
 
 
-def print_orders(rows: list[dict], wrong: list[str]):
+def print_orders(rows: list[dict], wrong: list[str]) -> None:
     """How far the simulation is off, and in which order each side has the policies."""
     furthest = np.abs(list(map(off_by, rows))).max()
     others = sum(row["other_answers"] for row in rows)
@@ -401,14 +401,22 @@ def main(argv: list[str] | None = None) -> dict:
         f"P90 {100 * errors['p90_abs_error']:.1f} % off in 5 folds; "
         f"a prediction takes {1e3 * bench.predict_s:.2f} ms"
     )
-    slo = SloRule(args.slo_scale, 0.05)
-    bench.serve("fcfs", bench.requests(40, 40.0, 999, slo))  # warm
     result = {
         "settings": vars(args) | {"folder": str(args.folder), "json": str(args.json)},
         "profile": errors,
         "predict_s": bench.predict_s,
-        "loads": [],
+        "loads": compare_loads(bench, args),
     }
+    if args.json:
+        write_json(args.json, result)
+    return result
+
+
+def compare_loads(bench: Bench, args: argparse.Namespace) -> list[dict]:
+    """The policies at the rate of each of --at; printed."""
+    slo = SloRule(args.slo_scale, 0.05)
+    bench.serve("fcfs", bench.requests(40, 40.0, 999, slo))  # warm
+    loads = []
     for name in args.at.split(","):
         rate = bench.rate_at(name, args.requests, slo)
         rows = compare(
@@ -422,10 +430,8 @@ def main(argv: list[str] | None = None) -> dict:
         print_rows(rate, rows)
         wrong = contradictions(rows)
         print_orders(rows, wrong)
-        result["loads"].append({"at": name, "rate": rate, "rows": rows, "wrong": wrong})
-    if args.json:
-        write_json(args.json, result)
-    return result
+        loads.append({"at": name, "rate": rate, "rows": rows, "wrong": wrong})
+    return loads
 
 
 if __name__ == "__main__":

@@ -11,11 +11,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerFast, TrainingArguments
+    from transformers import (
+        PreTrainedTokenizerFast,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
 
     from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
     from finetune.config import TrainConfig
@@ -146,7 +151,7 @@ def batches(n_rows: int, first_epoch: int = 0) -> Iterator[list[int]]:
 # ---- the subjects: each yields the loss of one step after another
 
 
-def use_plain_formulas():
+def use_plain_formulas() -> None:
     """Replace the lean norm, rotary and activation by those of the seeds' modelling code."""
     import torch
     import torch.nn.functional as F
@@ -155,20 +160,20 @@ def use_plain_formulas():
 
     class Norm:
         @staticmethod
-        def apply(x, weight, eps):
+        def apply(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
             wide = x.float()
             normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
             return (weight * normed).to(x.dtype)
 
     class SwiGLU:
         @staticmethod
-        def apply(both):
+        def apply(both: torch.Tensor) -> torch.Tensor:
             gate, up = both.chunk(2, dim=-1)
             return F.silu(gate) * up
 
     class RotatePairs:
         @staticmethod
-        def apply(x, turns, heads, turn_):
+        def apply(x: torch.Tensor, turns: torch.Tensor, heads: int, turn_: object) -> torch.Tensor:
             n = 2 * turns.shape[-1]
             a, b = x[:, :, :heads, :n].unflatten(-1, (-1, 2)).unbind(-1)
             cos, sin = turns.real, turns.imag
@@ -178,7 +183,7 @@ def use_plain_formulas():
 
     class RotateHalves:
         @staticmethod
-        def apply(x, turns, heads, turn_):
+        def apply(x: torch.Tensor, turns: torch.Tensor, heads: int, turn_: object) -> torch.Tensor:
             parts = []
             for half, t in zip(x[:, :, :heads].chunk(2, -1), turns.chunk(2, -1)):
                 a, b = half.chunk(2, -1)
@@ -417,12 +422,12 @@ def resident(field: str) -> int:
 class Turns:
     """A worker's protocol: read a number of steps from stdin, print what they took."""
 
-    def __init__(self, spec: Spec):
+    def __init__(self, spec: Spec) -> None:
         self.clock = time.process_time if spec.get("cpu_time") else time.perf_counter
         self.left, self.idle, self.started = 0, resident("VmRSS"), 0.0
         self.tokens, self.operations, self.loss = 0, 0.0, 0.0
 
-    def before_step(self):
+    def before_step(self) -> None:
         if self.left:
             return
         if self.started:
@@ -442,7 +447,7 @@ class Turns:
         Path("/proc/self/clear_refs").write_text("5")
         self.started = self.clock()
 
-    def after_step(self, tokens: int, loss: float, operations: float = 0.0):
+    def after_step(self, tokens: int, loss: float, operations: float = 0.0) -> None:
         self.left -= 1
         self.tokens += tokens
         self.operations += operations
@@ -531,10 +536,10 @@ def work_trainer(spec: Spec, pairs: Pairs, turns: Turns) -> None:
     order: list[list[int]] = []
 
     class Rows(Dataset):
-        def __len__(self):
+        def __len__(self) -> int:
             return 10**7
 
-        def __getitem__(self, i):
+        def __getitem__(self, i: int) -> int:
             while len(order) <= i // BATCH:
                 order.append(next(steps))
             return order[i // BATCH][i % BATCH]
@@ -553,10 +558,22 @@ def work_trainer(spec: Spec, pairs: Pairs, turns: Turns) -> None:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
     class Callback(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
+        def on_step_begin(
+            self,
+            args: "TrainingArguments",
+            state: "TrainerState",
+            control: "TrainerControl",
+            **kwargs: Any,
+        ) -> None:
             turns.before_step()
 
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_step_end(
+            self,
+            args: "TrainingArguments",
+            state: "TrainerState",
+            control: "TrainerControl",
+            **kwargs: Any,
+        ) -> None:
             turns.after_step(count_tokens(pairs, order[state.global_step - 1]), 0.0)
 
     Sequential(
@@ -604,7 +621,7 @@ def make_fast_tokenizer(model: Path) -> "PreTrainedTokenizerFast":
     )
 
 
-def write_llamafactory_inputs(spec: Spec, folder: Path):
+def write_llamafactory_inputs(spec: Spec, folder: Path) -> None:
     """The model folder and the data set of LLaMA-Factory's run, rows in the order of batches()."""
     data = Path(spec["shared"]) / "data"
     make_glm(spec).save_pretrained(folder / "model")
@@ -636,13 +653,32 @@ def work_llamafactory(spec: Spec) -> None:
     write_llamafactory_inputs(spec, folder)
 
     class Callback(TrainerCallback):
-        def on_train_begin(self, args, state, control, train_dataloader, **kwargs):
+        def on_train_begin(
+            self,
+            args: "TrainingArguments",
+            state: "TrainerState",
+            control: "TrainerControl",
+            train_dataloader: Any,
+            **kwargs: Any,
+        ) -> None:
             self.lengths = list(map(len, train_dataloader.dataset["input_ids"]))
 
-        def on_step_begin(self, args, state, control, **kwargs):
+        def on_step_begin(
+            self,
+            args: "TrainingArguments",
+            state: "TrainerState",
+            control: "TrainerControl",
+            **kwargs: Any,
+        ) -> None:
             turns.before_step()
 
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_step_end(
+            self,
+            args: "TrainingArguments",
+            state: "TrainerState",
+            control: "TrainerControl",
+            **kwargs: Any,
+        ) -> None:
             first = (state.global_step - 1) * BATCH
             turns.after_step(sum(self.lengths[first : first + BATCH]), 0.0)
 

@@ -258,7 +258,7 @@ def read_all_calls() -> list[Call]:
     return calls
 
 
-def print_figures(figures: dict[str, float], rates: dict[str, float]):
+def print_figures(figures: dict[str, float], rates: dict[str, float]) -> None:
     print(
         "| questions learnt from | held out | asked | steps | parses | right name "
         "| right name and arguments | seconds |\n" + "|---" * 8 + "|"

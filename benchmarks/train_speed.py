@@ -48,7 +48,7 @@ SUBJECTS = ROOT / "benchmarks" / "speed_subjects.py"
 class Subject:
     """A worker process."""
 
-    def __init__(self, spec: Spec):
+    def __init__(self, spec: Spec) -> None:
         self.spec = spec
         threads = str(spec["threads"])
         env = os.environ | {
@@ -77,7 +77,7 @@ class Subject:
         self.log.seek(0)
         sys.exit(f"{self.spec['subject']} failed:\n{self.log.read()[-3000:]}")
 
-    def end(self):
+    def end(self) -> None:
         self.process.kill()
         self.process.wait()
 
@@ -201,7 +201,7 @@ def compare_case(case: str, threads: int, folder: Path, args: argparse.Namespace
     return result
 
 
-def compare_all(args: argparse.Namespace):
+def compare_all(args: argparse.Namespace) -> None:
     """Every case against every subject."""
     result = []
     print(
@@ -242,11 +242,9 @@ def run_once(
         *("--data_cache", work / "cache"),
         "--overwrite_output_dir",
     ]
-    launcher = (
-        ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
-        if ranks == 2
-        else []
-    )
+    launcher = []
+    if ranks == 2:
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617"]
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *map(str, [*launcher, *words])],
@@ -265,7 +263,7 @@ def run_once(
     return statistics.median(speeds[20:]), first
 
 
-def compare_ranks(args: argparse.Namespace):
+def compare_ranks(args: argparse.Namespace) -> None:
     """The same global batch on 1 rank (2 passes a step) and on 2."""
     from scripts.prepare_small_model import make_model as make_folder
 
@@ -303,7 +301,7 @@ def compare_ranks(args: argparse.Namespace):
             )
 
 
-def profile(args: argparse.Namespace):
+def profile(args: argparse.Namespace) -> None:
     """Print where the time goes of the reference, of bare and of ours."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

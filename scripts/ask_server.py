@@ -111,7 +111,7 @@ def ask_all(
         raise ValueError(f"{url}: its answer is not that of a GLM Foundry server") from None
 
 
-def print_answers(answers: list[dict]):
+def print_answers(answers: list[dict]) -> None:
     print("  actual  predicted: median     q90  latency s  prompt")
     for a in answers[:SHOWN]:
         known = a.get("predicted_tokens") or {"median": float("nan"), "q90": float("nan")}
@@ -132,7 +132,7 @@ def share_within_q90(answers: list[dict]) -> float:
     return within / max(known, 1)
 
 
-def run(args: argparse.Namespace):
+def run(args: argparse.Namespace) -> None:
     url = address(args.server)
     prompts = read_prompts(args.prompts)
     answers = ask_all(url, prompts, args.clients, args.slo_s, args.max_tokens)

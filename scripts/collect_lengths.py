@@ -63,7 +63,9 @@ class RowDraws:
         seeds: of each row, below 2**63.
     """
 
-    def __init__(self, seeds: list[int], temperature: float, top_p: float, device: "torch.device"):
+    def __init__(
+        self, seeds: list[int], temperature: float, top_p: float, device: "torch.device"
+    ) -> None:
         import torch
         from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -196,7 +198,7 @@ class Answers:
         options: dict[str, Any],
         sampling: dict[str, float],
         seed: int,
-    ):
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.options = options
@@ -336,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(parser.prog, lambda: run(args))
 
 
-def run(args: argparse.Namespace):
+def run(args: argparse.Namespace) -> None:
     try:
         print(collect(args))
     except KeyboardInterrupt:

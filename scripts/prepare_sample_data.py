@@ -190,7 +190,7 @@ Triple = tuple[str, str, str]  # subject, relation, object
 class Draw:
     """Draws that stay the same from one Python version to the next."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
 
     def chance(self, probability: float) -> bool:
@@ -227,7 +227,7 @@ class Language:
     ones.
     """
 
-    def __init__(self, draw: Draw, held_out_share: float):
+    def __init__(self, draw: Draw, held_out_share: float) -> None:
         self.draw = draw
         self.held_out_share = held_out_share
 
@@ -500,7 +500,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_command("prepare_sample_data.py", lambda: run(args))
 
 
-def run(args: argparse.Namespace):
+def run(args: argparse.Namespace) -> None:
     files = build(
         args.seed,
         args.train_rows,

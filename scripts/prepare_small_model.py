@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(parser.prog, lambda: run(**args))
 
 
-def run(family: str, tokenizer: str, output_dir: str, **sizes: Any):
+def run(family: str, tokenizer: str, output_dir: str, **sizes: Any) -> None:
     output = Path(output_dir)
     if output.exists() and any(output.iterdir()) and not (output / "config.json").is_file():
         raise ValueError(f"--output_dir {output} is not empty and holds no model")

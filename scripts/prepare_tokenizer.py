@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     )
 
 
-def run(inputs: list[Path], output_dir: Path, vocab_size: int, family: str):
+def run(inputs: list[Path], output_dir: Path, vocab_size: int, family: str) -> None:
     name = "ice_text.model" if family == "glm" else "tokenizer.model"
     settings: dict = TOKENIZER_CONFIG | {"glm_family": family}
     if family == "glm":

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(parser.prog, lambda: run(args))
 
 
-def write_timings(path: Path, rows: list[Row]):
+def write_timings(path: Path, rows: list[Row]) -> None:
     """The timings as CSV."""
     table = io.StringIO()
     writer = csv.writer(table)
@@ -69,7 +69,7 @@ def write_timings(path: Path, rows: list[Row]):
     write_aside(path, table.getvalue())
 
 
-def print_errors(errors: dict[str, dict[str, float]]):
+def print_errors(errors: dict[str, dict[str, float]]) -> None:
     """The fit's errors, a line for each kind of timing."""
     for name, found in errors.items():
         print(
@@ -78,7 +78,7 @@ def print_errors(errors: dict[str, dict[str, float]]):
         )
 
 
-def run(args: argparse.Namespace):
+def run(args: argparse.Namespace) -> None:
     limits = Limits(args.max_batch, args.kv_tokens, args.max_tokens)
     from tqdm import tqdm
 

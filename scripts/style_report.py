@@ -116,7 +116,7 @@ def find_circles(graph: dict[str, set[str]]) -> list[list[str]]:
     stack: list[str] = []
     circles: list[list[str]] = []
 
-    def visit(module: str):
+    def visit(module: str) -> None:
         order[module] = lowest[module] = len(order)
         stack.append(module)
         for other in sorted(graph[module]):
@@ -179,7 +179,7 @@ def largest_complexity(package: str) -> int:
     return max(found)
 
 
-def print_figures(rows: dict[str, Figures]):
+def print_figures(rows: dict[str, Figures]) -> None:
     heads = (
         "package",
         "lines",
