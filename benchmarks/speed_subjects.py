@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import (
         PreTrainedTokenizerFast,
+        TrainerCallback,
         TrainerControl,
         TrainerState,
         TrainingArguments,
@@ -517,12 +518,38 @@ def profile(spec: Spec) -> None:
         print(f"| {event.key} | {share:.0f} % | {event.count / 4:.0f} |")
 
 
+def step_callback(turns: Turns, tokens_of: Callable[[int], int]) -> "TrainerCallback":
+    """A callback that marks the steps of a turn; `tokens_of` counts a step's, numbered from 0."""
+    from transformers import TrainerCallback
+
+    class Callback(TrainerCallback):
+        def on_step_begin(
+            self,
+            args: "TrainingArguments",
+            state: "TrainerState",
+            control: "TrainerControl",
+            **kwargs: Any,
+        ) -> None:
+            turns.before_step()
+
+        def on_step_end(
+            self,
+            args: "TrainingArguments",
+            state: "TrainerState",
+            control: "TrainerControl",
+            **kwargs: Any,
+        ) -> None:
+            turns.after_step(tokens_of(state.global_step - 1), 0.0)
+
+    return Callback()
+
+
 def work_trainer(spec: Spec, pairs: Pairs, turns: Turns) -> None:
     """transformers' Trainer; its callbacks mark the steps of a turn."""
     import peft
     import torch
     from torch.utils.data import Dataset
-    from transformers import Trainer, TrainerCallback
+    from transformers import Trainer
 
     from finetune.rows.batches import collate
 
@@ -557,31 +584,12 @@ def work_trainer(spec: Spec, pairs: Pairs, turns: Turns) -> None:
         def _get_train_sampler(self, *args):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    class Callback(TrainerCallback):
-        def on_step_begin(
-            self,
-            args: "TrainingArguments",
-            state: "TrainerState",
-            control: "TrainerControl",
-            **kwargs: Any,
-        ) -> None:
-            turns.before_step()
-
-        def on_step_end(
-            self,
-            args: "TrainingArguments",
-            state: "TrainerState",
-            control: "TrainerControl",
-            **kwargs: Any,
-        ) -> None:
-            turns.after_step(count_tokens(pairs, order[state.global_step - 1]), 0.0)
-
     Sequential(
         model=model,
         args=trainer_arguments(spec),
         train_dataset=Rows(),
         data_collator=with_mask,
-        callbacks=[Callback()],
+        callbacks=[step_callback(turns, lambda step: count_tokens(pairs, order[step]))],
     ).train()
 
 
@@ -652,7 +660,9 @@ def work_llamafactory(spec: Spec) -> None:
     folder = Path(spec["folder"])
     write_llamafactory_inputs(spec, folder)
 
-    class Callback(TrainerCallback):
+    lengths: list[int] = []  # tokens of each row, in LLaMA-Factory's order
+
+    class ReadLengths(TrainerCallback):
         def on_train_begin(
             self,
             args: "TrainingArguments",
@@ -661,28 +671,10 @@ def work_llamafactory(spec: Spec) -> None:
             train_dataloader: Any,
             **kwargs: Any,
         ) -> None:
-            self.lengths = list(map(len, train_dataloader.dataset["input_ids"]))
+            lengths.extend(map(len, train_dataloader.dataset["input_ids"]))
 
-        def on_step_begin(
-            self,
-            args: "TrainingArguments",
-            state: "TrainerState",
-            control: "TrainerControl",
-            **kwargs: Any,
-        ) -> None:
-            turns.before_step()
-
-        def on_step_end(
-            self,
-            args: "TrainingArguments",
-            state: "TrainerState",
-            control: "TrainerControl",
-            **kwargs: Any,
-        ) -> None:
-            first = (state.global_step - 1) * BATCH
-            turns.after_step(sum(self.lengths[first : first + BATCH]), 0.0)
-
-    run_exp(llamafactory_settings(spec, folder), callbacks=[Callback()])
+    marks = step_callback(turns, lambda step: sum(lengths[step * BATCH : (step + 1) * BATCH]))
+    run_exp(llamafactory_settings(spec, folder), callbacks=[ReadLengths(), marks])
 
 
 def llamafactory_settings(spec: Spec, folder: Path) -> dict:
