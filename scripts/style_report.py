@@ -80,6 +80,17 @@ def public_functions(tree: ast.Module) -> Iterator[Function]:
                     yield member
 
 
+def repeated_names(packages: tuple[str, ...]) -> dict[str, list[str]]:
+    """{name: modules} of the public functions and classes that more than one module defines."""
+    modules: dict[str, list[str]] = {}
+    for package in packages:
+        for path in source_files(package):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, (*FUNCTIONS, ast.ClassDef)) and not node.name.startswith("_"):
+                    modules.setdefault(node.name, []).append(module_name(path))
+    return {name: places for name, places in modules.items() if len(places) > 1}
+
+
 def untyped_arguments(tree: ast.Module) -> Iterator[tuple[int, str, str]]:
     """(line, function, argument) of each argument of a public function that has no annotation."""
     for function in public_functions(tree):
