@@ -298,7 +298,11 @@ def useful_operations(spec: Spec, pairs: Pairs, rows: list[int]) -> float:
     from finetune.rows.batches import lay_end_to_end
 
     shape = make_shape(make_config(spec).to_dict())
-    batch = lay_end_to_end(*map(list, zip(*(pairs[r] for r in rows))), spec["family"] != "glm", 1)
+    ids, masked = [], []
+    for row in rows:
+        ids.append(pairs[row][0])
+        masked.append(pairs[row][1])
+    batch = lay_end_to_end(ids, masked, spec["family"] != "glm", 1)
     tokens, kept = batch["input_ids"].numel(), len(batch["keep"])
     qkv, *rest = (inputs * outputs for inputs, outputs, _ in shape.linears.values())
     body = (shape.layers - 1) * (qkv + sum(rest)) * tokens + qkv * tokens + sum(rest) * kept
