@@ -2,11 +2,11 @@
 ADAPTER --mode glm2.
 """
 
-import argparse
 import json
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,8 @@ from chatglm.files import read_json
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
+    from chatglm.tokenization import ChatGLMTokenizer
     from finetune.merging import Merged
 
 MERGED_NOTE = "merged.json"
@@ -27,15 +27,13 @@ MERGED_NOTE = "merged.json"
 def check_base(
     base: Path, adapter: Path, other_name: bool = False, verify: str | None = None
 ) -> str | None:
-    """None where the adapter is known to belong to the base; a word of warning where nothing can
-    tell.
+    """None where the adapter is known to belong to the base, else the text of a warning.
 
     Raises:
         ValueError: it belongs to another base, by its manifest's fingerprint, its shapes, or its
             base's name unless `other_name`.
     """
     from chatglm.loading import base_fingerprint
-    from chatglm.weights import stored_shapes
     from finetune.checkpoint import read_manifest
 
     changed = adapter_shapes(adapter)
@@ -48,14 +46,7 @@ def check_base(
                 f"of {base} (fingerprints differ)"
             )
         return None
-    shapes = {name: tuple(shape) for name, shape in stored_shapes(base).items()}
-    for name, wanted in changed.items():
-        target = f"{name}.weight"
-        if shapes.get(target) != wanted:
-            raise ValueError(
-                f"{adapter} does not fit {base}: it changes {target} of {wanted}, "
-                f"found {shapes.get(target)}"
-            )
+    check_shapes(base, adapter, changed)
     if named and Path(named).name not in (base.name, base.resolve().name):
         if not other_name:
             raise ValueError(
@@ -67,6 +58,20 @@ def check_base(
             f"its shapes fit {base}, its weights cannot be compared"
         )
     return f"{adapter} has no manifest: its shapes fit {base}, its weights cannot be compared"
+
+
+def check_shapes(base: Path, adapter: Path, changed: dict[str, tuple[int, int]]) -> None:
+    """Raises ValueError where the base has no weight of a shape in adapter_shapes(adapter)."""
+    from chatglm.weights import stored_shapes
+
+    shapes = stored_shapes(base)
+    for name, wanted in changed.items():
+        target = f"{name}.weight"
+        found = tuple(shapes[target]) if target in shapes else None
+        if found != wanted:
+            raise ValueError(
+                f"{adapter} does not fit {base}: it changes {target} of {wanted}, found {found}"
+            )
 
 
 def adapter_shapes(adapter: Path) -> dict[str, tuple[int, int]]:
@@ -95,8 +100,7 @@ def merge(
     device: str = "cpu",
     verify: str | None = None,
 ) -> "Merged":
-    """Write base + adapter to `save_dir`, which is there whole or as it was; returns what
-    merging.Merged says.
+    """Write base + adapter to `save_dir`, which is replaced as a whole or stays as it was.
 
     Args:
         dtype: of the merged weights; None keeps the base's.
@@ -105,18 +109,42 @@ def merge(
             by SHA-256.
     Raises:
         ValueError: not an adapter, another base's, already merged, damaged, without effect, or a
-            merged layer differs from the
-            adapted one.
+            merged layer differs from the adapted one.
         OSError: no room on the disk, or it cannot be written.
     """
     from chatglm import load_tokenizer
-    from chatglm.checksums import check_folder_files, is_top
     from chatglm.loading import resolve_mode
-    from chatglm.runs import check_not_run
     from finetune.files import put_in_place
     from finetune.merging import merge_weights
 
     base, adapter, save_dir = base.resolve(), adapter.resolve(), save_dir.resolve()
+    check_folders(base, adapter, save_dir, verify)
+    if word := check_base(base, adapter, other_name, verify):
+        print(f"WARNING: {word}", file=sys.stderr)
+
+    mode = resolve_mode(base, mode)
+    tokenizer = load_tokenizer(base, mode=mode, verify=verify)
+    aside = save_dir.with_name(f".{save_dir.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        merged = merge_weights(base, adapter, aside, mode=mode, dtype=dtype, device=device)
+        write_others(tokenizer, base, adapter, aside)
+        if save_dir == adapter:
+            # As the old command does it. The adapter moves down: a folder with both would be
+            # ambiguous.
+            shutil.copytree(adapter, aside / "adapter", copy_function=link_or_copy)
+        put_in_place(aside, save_dir)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return merged
+
+
+def check_folders(base: Path, adapter: Path, save_dir: Path, verify: str | None) -> None:
+    """Raises ValueError where a folder is not what it should be, damaged, or merged already."""
+    from chatglm.checksums import check_folder_files, is_top
+    from chatglm.runs import check_not_run
+
     check_not_run(adapter, "--model_dir")
     if (adapter / MERGED_NOTE).is_file():
         raise ValueError(
@@ -129,35 +157,14 @@ def merge(
         raise ValueError(
             f"{base} already holds this adapter ({MERGED_NOTE}); merging twice would apply it twice"
         )
-    in_place = save_dir == adapter
-    if not in_place and save_dir.exists() and (not save_dir.is_dir() or any(save_dir.iterdir())):
+    is_free = not save_dir.exists() or (save_dir.is_dir() and not any(save_dir.iterdir()))
+    if save_dir != adapter and not is_free:
         raise ValueError(f"--save_dir {save_dir} is not empty")
     for folder in (base, adapter):
         check_folder_files(folder, verify, default="full", wanted=is_top)
-    if word := check_base(base, adapter, other_name, verify):
-        print(f"WARNING: {word}", file=sys.stderr)
-
-    mode = resolve_mode(base, mode)
-    tokenizer = load_tokenizer(base, mode=mode, verify=verify)
-    aside = save_dir.with_name(f".{save_dir.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-        merged = merge_weights(base, adapter, aside, mode=mode, dtype=dtype, device=device)
-        write_others(tokenizer, base, adapter, aside)
-        if in_place:
-            # As the old command does it. The adapter moves down: a folder with both would be
-            # ambiguous.
-            shutil.copytree(adapter, aside / "adapter", copy_function=link_or_copy)
-        put_in_place(aside, save_dir)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return merged
 
 
-def write_others(
-    tokenizer: "PreTrainedTokenizerBase", base: Path, adapter: Path, folder: Path
-) -> None:
+def write_others(tokenizer: "ChatGLMTokenizer", base: Path, adapter: Path, folder: Path) -> None:
     """What belongs to a merged model besides its weights and config.json."""
     from transformers import GenerationConfig
 
@@ -185,6 +192,7 @@ def link_or_copy(source: str, target: str) -> None:
 
 
 def adapter_hash(adapter: Path) -> str:
+    """SHA-256 of the adapter's weights."""
     from chatglm.adapters import adapter_file
     from finetune.files import sha256
 
@@ -224,14 +232,27 @@ def main(argv: list[str] | None = None) -> int:
         help="the base is the adapter's although its folder is named otherwise",
     )
     args = parser.parse_args(argv)
-    return run_command(parser.prog, lambda: run(args))
+    return run_command(parser.prog, lambda: merge_folders(MergeFlags(**vars(args))))
 
 
-def run(args: argparse.Namespace) -> int:
-    adapter, save_dir = (
-        Path(args.model_dir),
-        Path(args.model_dir if args.save_dir is None else args.save_dir),
-    )
+@dataclass(frozen=True)
+class MergeFlags:
+    """The command line."""
+
+    ori_model_dir: str
+    model_dir: str
+    mode: str | None
+    save_dir: str | None
+    dtype: str | None
+    device: str
+    verify: str | None
+    other_name: bool
+
+
+def merge_folders(args: MergeFlags) -> int:
+    """Merge, and print what was merged; raises as `merge`."""
+    adapter = Path(args.model_dir)
+    save_dir = adapter if args.save_dir is None else Path(args.save_dir)
     if args.save_dir == "":
         raise ValueError(
             "--save_dir is empty: name a folder, "
@@ -250,7 +271,7 @@ def run(args: argparse.Namespace) -> int:
         save_dir,
         args.mode,
         args.other_name,
-        dtype=args.dtype and DTYPES[args.dtype],
+        dtype=DTYPES[args.dtype] if args.dtype else None,
         device=pick_device(args.device),
         verify=args.verify,
     )

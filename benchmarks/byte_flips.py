@@ -16,16 +16,18 @@ import json
 import random
 import re
 import shutil
-import statistics
 import sys
 import tempfile
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.rows import write_rows  # noqa: E402
 
 METHODS = {
     "lora": ["--train_type", "lora", "--lora_dropout", "0"],
@@ -102,7 +104,7 @@ Times = dict[str, dict[str, list[tuple[float, float]]]]
 class Subject:
     """A folder to damage, with its undamaged outputs (of the loaded model) and losses (resumed)."""
 
-    def __init__(self, name: str, folder: Path, flags: list[str] | None):
+    def __init__(self, name: str, folder: Path, flags: list[str] | None) -> None:
         self.name = name
         self.folder = folder
         self.flags = flags
@@ -140,8 +142,8 @@ class Subject:
         return losses
 
     def targets(self) -> Iterator[Target]:
-        for file in sorted(p for p in self.folder.rglob("*") if p.is_file()):
-            for kind, places in kinds_of(file):
+        for file in sorted(self.folder.rglob("*")):
+            for kind, places in kinds_of(file) if file.is_file() else ():
                 if places:
                     yield Target(self, file, kind, tuple(places))
 
@@ -161,9 +163,13 @@ class Subject:
                     results.append("wrong")
         finally:
             damaged.write_bytes(before)
-        return next(
-            result for result in ("wrong", "refused", "without_effect") if result in results
-        )
+        if "wrong" in results:
+            return "wrong"
+        return "refused" if "refused" in results else "without_effect"
+
+
+def spans(pattern: re.Pattern[bytes], content: bytes) -> list[tuple[int, int]]:
+    return [match.span() for match in pattern.finditer(content)]
 
 
 def kinds_of(file: Path) -> Iterator[tuple[str, list[tuple[int, int]]]]:
@@ -176,10 +182,8 @@ def kinds_of(file: Path) -> Iterator[tuple[str, list[tuple[int, int]]]]:
     elif file.name in ("manifest.json", "checksums.json"):
         yield file.name.removesuffix(".json"), whole
     elif file.suffix == ".json":
-        yield from (
-            ("JSON key", [m.span() for m in KEY.finditer(content)]),
-            ("JSON number", [m.span() for m in NUMBER.finditer(content)]),
-        )
+        yield "JSON key", spans(KEY, content)
+        yield "JSON number", spans(NUMBER, content)
         yield "JSON, other", whole
     elif file.suffix == ".pt":
         yield "trainer shard", whole
@@ -208,23 +212,21 @@ def make_rows(folder: Path) -> tuple[Path, Path]:
     """Files of rows: to answer, and of prompts with the lengths of their answers."""
     parts = ("水泵", "油封", "火花塞", "节气门", "轮胎")
     states = ("漏油", "抖动", "异响", "松动")
-    pairs = list(itertools.product(parts, states))
-    rows = [
-        {"instruction": "抽取三元组：", "input": f"{a}{b}。", "output": f"{a}_性能故障_{b}"}
-        for a, b in pairs
-    ]
-    lengths = [
-        {"prompt": f"抽取三元组：{a}{b}。{n}", "output_tokens": 5 + 3 * n, "served_model": "tiny"}
-        for n, (a, b) in enumerate(pairs)
-    ]
-    for name, content in (("rows.jsonl", rows), ("lengths.jsonl", lengths)):
-        (folder / name).write_text(
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content), encoding="utf-8"
+    rows: list[dict] = []
+    lengths: list[dict] = []
+    for n, (a, b) in enumerate(itertools.product(parts, states)):
+        rows.append(
+            {"instruction": "抽取三元组：", "input": f"{a}{b}。", "output": f"{a}_性能故障_{b}"}
         )
-    return folder / "rows.jsonl", folder / "lengths.jsonl"
+        prompt = f"抽取三元组：{a}{b}。{n}"
+        lengths.append({"prompt": prompt, "output_tokens": 5 + 3 * n, "served_model": "tiny"})
+    return (
+        write_rows(folder / "rows.jsonl", rows),
+        write_rows(folder / "lengths.jsonl", lengths),
+    )
 
 
-def make_base(folder: Path, rows: Path, **sizes) -> Path:
+def make_base(folder: Path, rows: Path, **sizes: int) -> Path:
     """A random ChatGLM2, by default of 2 layers of 64, with a tokenizer of its own."""
     from scripts.prepare_small_model import make_model
     from scripts.prepare_tokenizer import main as make_tokenizer
@@ -251,6 +253,23 @@ def make_base(folder: Path, rows: Path, **sizes) -> Path:
         )
 
 
+def flags_of(method: str, base: Path, rows: Path, lengths: Path) -> list[str]:
+    """The flags of a training of 4 steps that saves after 2."""
+    flags = [
+        *("--model_name_or_path", str(base)),
+        *("--train_path", str(lengths if method == "predictor" else rows)),
+        *("--report_to", ""),
+        *("--max_src_len", "64"),
+        *("--per_device_train_batch_size", "4"),
+        *("--max_steps", "4"),
+        *("--save_model_step", "2"),
+        *METHODS[method],
+    ]
+    if method == "predictor":
+        return [*flags, "--calibration_share", "0.3"]
+    return [*flags, "--max_len", "96", "--data_cache", ""]
+
+
 def make_subjects(folder: Path, methods: tuple[str, ...]) -> list[Subject]:
     """A checkpoint of step 2 of each method, and a merged LoRA."""
     import merge_lora
@@ -259,29 +278,7 @@ def make_subjects(folder: Path, methods: tuple[str, ...]) -> list[Subject]:
     base = make_base(folder, rows)
     subjects = []
     for method in methods:
-        flags = [
-            "--model_name_or_path",
-            str(base),
-            "--train_path",
-            str(lengths if method == "predictor" else rows),
-            "--report_to",
-            "",
-        ]
-        flags += [
-            "--max_src_len",
-            "64",
-            "--per_device_train_batch_size",
-            "4",
-            "--max_steps",
-            "4",
-            "--save_model_step",
-            "2",
-        ]
-        flags += METHODS[method]
-        if method == "predictor":
-            flags += ["--calibration_share", "0.3"]
-        else:
-            flags += ["--max_len", "96", "--data_cache", ""]
+        flags = flags_of(method, base, rows, lengths)
         output = folder / method
         train(flags, output)
         checkpoint = output / "epoch-1-step-2"
@@ -305,10 +302,13 @@ def run(
         targets += subject.targets()
     draw.shuffle(targets)
     table = {kind: Row() for kind in KINDS}
-    seen: dict[Path, int] = dict.fromkeys((target.file for target in targets), 0)
+    by_kind: dict[str, list[Target]] = defaultdict(list)
+    for target in targets:
+        by_kind[target.kind].append(target)
+    seen: Counter[Path] = Counter()
     for number in range(flips):
         kind = KINDS[number % len(KINDS)]
-        target = min((t for t in targets if t.kind == kind), key=lambda t: seen[t.file])
+        target = min(by_kind[kind], key=lambda t: seen[t.file])
         seen[target.file] += 1
         content = bytearray(target.file.read_bytes())
         start, end = draw.choice(target.places)
@@ -356,22 +356,18 @@ def time_loads(folder: Path, loads: int, size_mb: int) -> Times:
     return times
 
 
-def print_loads(times: Times):
+def print_loads(times: Times) -> None:
+    import numpy as np
+
     print(
         "| timed | unchecked, s | checked, s | ratio of pairs | ratio of CPU time |\n"
         "|---|---|---|---|---|"
     )
     for what, levels in times.items():
-        wall = {
-            level: statistics.median(seconds for seconds, _ in values)
-            for level, values in levels.items()
-        }
-        ratios = [
-            statistics.median(a[i] / b[i] for a, b in zip(levels["fast"], levels["off"]))
-            for i in (0, 1)
-        ]
+        unchecked, checked = np.array(levels["off"]), np.array(levels["fast"])
+        ratios = np.median(checked / unchecked, axis=0)
         print(
-            f"| {what} | {wall['off']:.3f} | {wall['fast']:.3f} "
+            f"| {what} | {np.median(unchecked[:, 0]):.3f} | {np.median(checked[:, 0]):.3f} "
             f"| {ratios[0]:.3f} | {ratios[1]:.3f} |"
         )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.forking import run_forked
+from benchmarks.rows import write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -389,15 +390,16 @@ COMMANDS = [
 def make_rows(count: int, seed: int) -> list[dict]:
     draw = random.Random(seed)
     parts, states = ("水泵", "油封", "火花塞", "滤网"), ("漏油", "抖动", "异响", "积碳")
-    facts = [[(draw.choice(parts), draw.choice(states)) for _ in range(3)] for _ in range(count)]
-    return [
-        {
-            "instruction": "抽取：",
-            "input": "，".join(part + state for part, state in row),
-            "output": "\n".join(f"{part}_{state}" for part, state in row),
-        }
-        for row in facts
-    ]
+    rows = []
+    for _ in range(count):
+        clauses, triples = [], []
+        for _ in range(3):
+            part, state = draw.choice(parts), draw.choice(states)
+            clauses.append(part + state)
+            triples.append(f"{part}_{state}")
+        row = {"instruction": "抽取：", "input": "，".join(clauses)}
+        rows.append(row | {"output": "\n".join(triples)})
+    return rows
 
 
 def make_lengths(count: int) -> list[dict]:
@@ -413,23 +415,19 @@ def make_lengths(count: int) -> list[dict]:
     return rows
 
 
-def write_lines(path: Path, rows: list[dict]):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def make_world(world: Path):
+def make_world(world: Path) -> None:
     """A model, an adapter, a predictor, rows and the other files that COMMANDS name."""
     world.mkdir()
 
-    def do(module: str, flags: str):
+    def do(module: str, flags: str) -> None:
         done = run_forked(module, shlex.split(flags), world)
         if done.code:
             raise ValueError(f"{module} {flags}: exit code {done.code}\n{done.out}\n{done.err}")
 
-    write_lines(world / "rows.json", make_rows(12, 1))
-    write_lines(world / "eval.json", make_rows(4, 2))
-    write_lines(world / "lengths.jsonl", make_lengths(80))
-    write_lines(world / "log.jsonl", make_lengths(130))
+    write_rows(world / "rows.json", make_rows(12, 1))
+    write_rows(world / "eval.json", make_rows(4, 2))
+    write_rows(world / "lengths.jsonl", make_lengths(80))
+    write_rows(world / "log.jsonl", make_lengths(130))
     do("scripts.prepare_tokenizer", "--input rows.json --output_dir tokenizer --vocab_size 330")
     do(
         "scripts.prepare_small_model",
@@ -452,7 +450,7 @@ def make_world(world: Path):
     make_serving_files(world)
 
 
-def make_serving_files(world: Path):
+def make_serving_files(world: Path) -> None:
     """A profile, a device, a cluster, measurements and traces."""
     shutil.copyfile(
         ROOT / "serving" / "cost_model" / "profiles" / "rtx3090.json", world / "profile.json"
@@ -472,6 +470,6 @@ def make_serving_files(world: Path):
     text = "\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines, ""])
     (traces / "AzureLLMInferenceTrace_conv.csv.gz").write_bytes(gzip.compress(text.encode()))
     rows = [{"timestamp": 500 * n, "input_length": 40, "output_length": 9} for n in range(40)]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
+    text = "\n".join([*map(json.dumps, rows), ""])
     path = traces / "mooncake_conversation_trace.jsonl.gz"
     path.write_bytes(gzip.compress(text.encode()))

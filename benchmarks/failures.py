@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -52,29 +52,29 @@ FULL_DISK_KIB = 64
 # ---- what is wrong with a file that is read
 
 
-def remove(path: Path):
+def remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink()
 
 
-def make_folder(path: Path):
+def make_folder(path: Path) -> None:
     remove(path)
     path.mkdir()
 
 
-def make_file(path: Path):
+def make_file(path: Path) -> None:
     remove(path)
     path.write_text("a file\n")
 
 
-def make_empty_folder(path: Path):
+def make_empty_folder(path: Path) -> None:
     remove(path)
     path.mkdir()
 
 
-def keep_half(path: Path):
+def keep_half(path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
 
@@ -82,21 +82,21 @@ def keep_half(path: Path):
 def put(content: bytes) -> Callable[[Path], None]:
     """A fault that replaces a file's content, compressed where the file is."""
 
-    def write(path: Path):
+    def write(path: Path) -> None:
         path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
     return write
 
 
-def make_pointer(path: Path):
+def make_pointer(path: Path) -> None:
     path.write_bytes(LFS_POINTER + b"\noid sha256:" + b"0" * 64 + b"\nsize 1234567\n")
 
 
-def make_empty(path: Path):
+def make_empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-def deny(path: Path):
+def deny(path: Path) -> None:
     path.chmod(0)
 
 
@@ -229,7 +229,9 @@ def run_case(world: Path, case: Case, folder: Path) -> list[str]:
     place = folder / case.path
     if case.written:
         place = OUTPUT_KINDS[case.kind](folder, Path(case.path), case.path.endswith("/"))
-        argv = [str(place) if word == case.path.rstrip("/") else word for word in argv]
+        for number, word in enumerate(argv):
+            if word == case.path.rstrip("/"):
+                argv[number] = str(place)
     else:
         kinds = FOLDER_KINDS if place.is_dir() else FILE_KINDS
         kinds[case.kind](place)
@@ -244,25 +246,31 @@ def run_case(world: Path, case: Case, folder: Path) -> list[str]:
     finally:
         if case.kind == "full_disk":
             subprocess.run(["umount", str(folder / "disk")], check=True)
-    return judge(case, done, left_behind(before, after, case))
+    return faults_of(case, done, left_behind(before, after, case))
+
+
+def contains_any(text: str, parts: Iterable[str]) -> bool:
+    return any(part in text for part in parts)
 
 
 def left_behind(before: dict, after: dict, case: Case) -> list[str]:
     """What a failed command has changed, removed or left."""
     keeps = case.command.keeps
     if case.written:  # another output may be there, whole
-        keeps = (*keeps, *(path.rstrip("/") for path in case.command.writes if path != case.path))
+        others = [path.rstrip("/") for path in case.command.writes if path != case.path]
+        keeps = (*keeps, *others)
     lost = before.keys() - after.keys()
-    changed = [f"removed {path}" for path in lost if not any(part in path for part in keeps)]
+    changed = [f"removed {path}" for path in lost if not contains_any(path, keeps)]
     for path, state in after.items():
         if Path(path).name.endswith(LITTER):
             changed.append(f"left {path}")
-        elif before.get(path) != state and not any(part in path for part in keeps):
+        elif before.get(path) != state and not contains_any(path, keeps):
             changed.append(f"{'changed' if path in before else 'new'} {path}")
     return sorted(changed)
 
 
-def judge(case: Case, done: Outcome, left: list[str]) -> list[str]:
+def faults_of(case: Case, done: Outcome, left: list[str]) -> list[str]:
+    """What is wrong with how a case ended; `left` is of left_behind()."""
     lines = done.error_lines()
     if case.is_fine and done.code == 0:
         return []
@@ -275,7 +283,7 @@ def judge(case: Case, done: Outcome, left: list[str]) -> list[str]:
     if len(lines) != 1 or not lines[0].startswith(begins):
         shown = " / ".join(lines[-2:])[-300:]
         wrong.append(f"{len(lines)} lines on stderr: {shown}" if lines else "nothing on stderr")
-    elif not any(name in lines[0] for name in case.names):
+    elif not contains_any(lines[0], case.names):
         wrong.append(f"names none of {', '.join(sorted(case.names))}: {lines[0]}")
     return wrong + left[:4]
 
@@ -296,15 +304,15 @@ def run_one(world: Path, scratch: Path, show: bool, case: Case) -> dict:
     return row | {"kind": case.kind, "wrong": wrong, "seconds": seconds}
 
 
-def run_all(cases: list[Case], world: Path, scratch: Path, args: argparse.Namespace) -> list[dict]:
-    one = partial(run_one, world, scratch, args.show)
-    if args.jobs == 1:
-        return [one(case) for case in cases]
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("fork")) as pool:
+def run_all(cases: list[Case], world: Path, scratch: Path, jobs: int, show: bool) -> list[dict]:
+    one = partial(run_one, world, scratch, show)
+    if jobs == 1:
+        return list(map(one, cases))
+    with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
         return list(pool.map(one, cases))
 
 
-def check_controls(commands: dict[str, Command], world: Path, scratch: Path):
+def check_controls(commands: dict[str, Command], world: Path, scratch: Path) -> None:
     """Raises ValueError where a command fails though nothing is wrong."""
     for name, command in commands.items():
         folder = scratch / "control"
@@ -317,15 +325,34 @@ def check_controls(commands: dict[str, Command], world: Path, scratch: Path):
             )
 
 
-def print_totals(found: list[dict]):
-    count = Counter((row["command"], row["kind"]) for row in found)
-    other = Counter((row["command"], row["kind"]) for row in found if row["wrong"])
+def print_totals(found: list[dict]) -> None:
+    count: Counter[tuple[str, str]] = Counter()
+    other: Counter[tuple[str, str]] = Counter()
+    for row in found:
+        count[row["command"], row["kind"]] += 1
+        other[row["command"], row["kind"]] += bool(row["wrong"])
     print("\n| command | kind | cases | one line | other |\n|---|---|---|---|---|")
     for (command, kind), cases in sorted(count.items()):
         wrong = other[command, kind]
         print(f"| {command} | {kind} | {cases} | {cases - wrong} | {wrong} |")
     wrong = other.total()
     print(f"| all | | {len(found)} | {len(found) - wrong} | {wrong} |")
+
+
+def choose(cases: list[Case], commands: list[str], kind: str, path: str) -> list[Case]:
+    """The cases of some commands, a kind and a path, by parts of their names; "" is every one."""
+    chosen = []
+    impossible = 0
+    for case in cases:
+        if os.geteuid() and case.kind in NEEDS_ROOT:
+            impossible += 1
+            continue
+        is_wanted = kind in ("", case.kind) and path in case.path
+        if is_wanted and contains_any(case.command.name, commands):
+            chosen.append(case)
+    if impossible:
+        print(f"{impossible} cases left out: they need root")
+    return chosen
 
 
 def run(args: argparse.Namespace) -> int:
@@ -339,18 +366,10 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"what the commands work on was made in {time.monotonic() - started:.0f} s", flush=True
         )
-        cases = list_cases(world)
-        if os.geteuid():
-            possible = [case for case in cases if case.kind not in NEEDS_ROOT]
-            print(f"{len(cases) - len(possible)} cases left out: they need root")
-            cases = possible
-        wanted = args.command.split(",")
-        cases = [case for case in cases if any(part in case.command.name for part in wanted)]
-        cases = [case for case in cases if args.kind in ("", case.kind)]
-        cases = [case for case in cases if args.path in case.path]
+        cases = choose(list_cases(world), args.command.split(","), args.kind, args.path)
         cases = cases[:: args.every]
         check_controls({case.command.name: case.command for case in cases}, world, scratch)
-        found = run_all(cases, world, scratch, args)
+        found = run_all(cases, world, scratch, args.jobs, args.show)
     print_totals(found)
     print(f"{time.monotonic() - started:.0f} s")
     if args.json:

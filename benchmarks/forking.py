@@ -64,7 +64,7 @@ ASIDE = re.compile(
 )
 
 
-def import_everything():
+def import_everything() -> None:
     """What the forks share. Sets environment variables: not for a process with other work."""
     os.environ |= ENVIRONMENT
     for name in MODULES:
@@ -82,10 +82,13 @@ class Outcome:
 
     def error_lines(self) -> list[str]:
         """The lines of stderr without progress bars and loggers' lines."""
-        lines = [line.rsplit("\r", 1)[-1] for line in self.err.split("\n")]
         bars = re.compile(r".*\d+%\|.*\||.*\d+(it|answer|timing)s? \[")
-        kept = [line for line in lines if line.strip() and not bars.match(line)]
-        return [line for line in kept if not ASIDE.match(line)]
+        errors = []
+        for text in self.err.split("\n"):
+            line = text.rsplit("\r", 1)[-1]
+            if line.strip() and not bars.match(line) and not ASIDE.match(line):
+                errors.append(line)
+        return errors
 
 
 def run_forked(
@@ -100,15 +103,16 @@ def run_forked(
     Args:
         stop_at: SIGTERM is sent once this is in its output.
     """
-    out, err = (folder.parent / f"{folder.name}.{name}" for name in ("out", "err"))
+    out = folder.parent / f"{folder.name}.out"
+    err = folder.parent / f"{folder.name}.err"
     child = os.fork()
     if not child:
         run_child(module, argv, folder, out, err)
     status, timed_out = wait_for(child, timeout_s, out, stop_at)
-    done = Outcome(status, *(path.read_text(errors="replace") for path in (out, err)), timed_out)
+    printed, errors = out.read_text(errors="replace"), err.read_text(errors="replace")
     out.unlink()
     err.unlink()
-    return done
+    return Outcome(status, printed, errors, timed_out)
 
 
 def command_of(module: str) -> ModuleType:
@@ -117,7 +121,7 @@ def command_of(module: str) -> ModuleType:
     return sys.modules[f"{module}.__main__" if is_package else module]
 
 
-def run_child(module: str, argv: list[str], folder: Path, out: Path, err: Path):
+def run_child(module: str, argv: list[str], folder: Path, out: Path, err: Path) -> None:
     """The fork's part; does not return."""
     os.setsid()
     for path, handle in ((out, 1), (err, 2)):
@@ -143,7 +147,7 @@ def run_child(module: str, argv: list[str], folder: Path, out: Path, err: Path):
         os._exit(code)
 
 
-def obey_permissions():
+def obey_permissions() -> None:
     """Drop root's right to ignore file permissions (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH)."""
     libc = ctypes.CDLL(None)
     head = (ctypes.c_uint32 * 2)(0x20080522, 0)

@@ -40,8 +40,8 @@ def learnt_answers(
 
     Raises ValueError for an answer without an end token.
     """
-    starts = {tokenizer.get_command(name) for name in STARTS[family]}
-    ends = {tokenizer.get_command(name) for name in ENDS[family]}
+    starts = set(map(tokenizer.get_command, STARTS[family]))
+    ends = set(map(tokenizer.get_command, ENDS[family]))
     found = []
     for row in rows:
         part: list[int] | None = None
@@ -65,22 +65,23 @@ def learnt_answers(
 def wanted_answers(family: str, row: Row) -> list[tuple[str, ...]]:
     """The texts of each answer with loss, encoded one by one; ChatGLM3's begin with a header."""
     turns = row.turns or (Turn("user", row.prompt), Turn("assistant", row.answers[0]))
-    answers = [turn for turn in turns if turn.role == "assistant" and turn.loss]
-    return [
-        (f"{turn.metadata}\n", turn.content) if family == "glm3" else (turn.content,)
-        for turn in answers
-    ]
+    answers: list[tuple[str, ...]] = []
+    for turn in turns:
+        if turn.role == "assistant" and turn.loss:
+            header = (f"{turn.metadata}\n",) if family == "glm3" else ()
+            answers.append((*header, turn.content))
+    return answers
 
 
 def count_labels(row: EncodedRow) -> int:
     if row.labels:
-        return sum(label != IGNORED for label in row.labels)
+        return len(row.labels) - row.labels.count(IGNORED)
     return len(row.input_ids) - row.n_masked
 
 
 def is_exact(tokenizer: "ChatGLMTokenizer", ids: list[int], texts: tuple[str, ...]) -> bool:
     """Whether labelled ids are those of the texts and decode to the last of them."""
-    parts = [tokenizer.encode_text(text) for text in texts]
+    parts = list(map(tokenizer.encode_text, texts))
     content = ids[len(ids) - len(parts[-1]) :]
     if ids != sum(parts, []):
         return False
@@ -107,7 +108,7 @@ def measure(path: Path, tokenizers: "dict[str, ChatGLMTokenizer]") -> dict:
             if len(learnt) != len(wanted):
                 raise ValueError(f"{row.place}: {len(wanted)} answers, {len(learnt)} learnt")
             cell["encoded"] += 1
-            cell["labelled"] += sum(count_labels(one) for one in encoded)
+            cell["labelled"] += sum(map(count_labels, encoded))
             cell["answers"] += len(wanted)
             for ids, texts in zip(learnt, wanted):
                 cell["exact"] += is_exact(tokenizer, ids, texts)
@@ -115,7 +116,7 @@ def measure(path: Path, tokenizers: "dict[str, ChatGLMTokenizer]") -> dict:
     return line
 
 
-def need(shared: Path, *folders: str):
+def need(shared: Path, *folders: str) -> None:
     """Leave with one line where a folder of the public data is not there."""
     for folder in folders:
         if not (shared / folder).is_dir():
@@ -152,32 +153,36 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     need(args.shared, "data/finetune")
     files = [ROOT / "data" / "formats" / f"{name}.jsonl" for name in FORMATS]
-    files += [
-        path
-        for path in sorted((args.shared / "data" / "finetune").iterdir())
-        if not path.name.startswith("toolalpaca")
-    ]
+    for path in sorted((args.shared / "data" / "finetune").iterdir()):
+        if not path.name.startswith("toolalpaca"):
+            files.append(path)
     with tempfile.TemporaryDirectory() as folder:
         tokenizers = load_tokenizers(args.shared, Path(folder))
         lines = [measure(path, tokenizers) for path in files]
-    print(
-        "rows encoded / labelled tokens / answers whose labels are exactly their ids "
-        "and decode to exactly their text\n"
-    )
-    print(f"| file | format | rows | {' | '.join(tokenizers)} |")
-    print("|---|---|---|" + "---|" * len(tokenizers))
-    for line in lines:
-        cells = [
-            f"{c['encoded']:,} / {c['labelled']:,} / {c['exact']:,} of {c['answers']:,}"
-            for c in (line[name] for name in tokenizers)
-        ]
-        print(f"| {line['file']} | {line['format']} | {line['rows']:,} | {' | '.join(cells)} |")
+    print_table(lines, list(tokenizers))
     if args.output:
         write_aside(args.output, json.dumps(lines, indent=2) + "\n")
     for line in lines:
         if any(line[name]["exact"] < line[name]["answers"] for name in tokenizers):
             return 1
     return 0
+
+
+def print_table(lines: list[dict], families: list[str]) -> None:
+    print(
+        "rows encoded / labelled tokens / answers whose labels are exactly their ids "
+        "and decode to exactly their text\n"
+    )
+    print(f"| file | format | rows | {' | '.join(families)} |")
+    print("|---|---|---|" + "---|" * len(families))
+    for line in lines:
+        cells = []
+        for name in families:
+            c = line[name]
+            cells.append(
+                f"{c['encoded']:,} / {c['labelled']:,} / {c['exact']:,} of {c['answers']:,}"
+            )
+        print(f"| {line['file']} | {line['format']} | {line['rows']:,} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

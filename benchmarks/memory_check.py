@@ -142,10 +142,10 @@ def make_run(case: Case) -> "Run":
 
 def status(name: str) -> int:
     """Bytes of one line of /proc/self/status."""
-    line = next(
-        text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith(name)
-    )
-    return int(line.split()[1]) * 1024
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise KeyError(name)
 
 
 def make_model(case: Case, dropout: float) -> "torch.nn.Module":
@@ -175,12 +175,16 @@ def make_model(case: Case, dropout: float) -> "torch.nn.Module":
     )
 
 
-def forget_peak():
+def trained_of(model: "torch.nn.Module") -> "list[torch.nn.Parameter]":
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def forget_peak() -> None:
     """Set VmHWM back to what is resident now."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def train_plain(case: Case, steps: int):
+def train_plain(case: Case, steps: int) -> None:
     """Steps of the seeds' loop."""
     import torch
 
@@ -188,7 +192,7 @@ def train_plain(case: Case, steps: int):
     if case.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    optimizer = torch.optim.AdamW(trained_of(model), lr=1e-4)
     ids = torch.randint(0, case.vocab - 20, (case.batch, case.length))
     if case.family == "glm":
         ids[:, case.length // 2], ids[:, case.length // 2 + 1] = (
@@ -209,7 +213,7 @@ def train_plain(case: Case, steps: int):
         optimizer.zero_grad()
 
 
-def train_ours(case: Case, steps: int):
+def train_ours(case: Case, steps: int) -> None:
     """Steps of our loop on one batch."""
     import torch
 
@@ -219,7 +223,7 @@ def train_ours(case: Case, steps: int):
     from finetune.rows.batches import collate, count_labels
 
     model = make_model(case, dropout=0.0)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = trained_of(model)
     if case.method == "lora":
         for p in trained:
             p.data = p.data.float()
@@ -251,7 +255,7 @@ def train_ours(case: Case, steps: int):
         optimizer.zero_grad()
 
 
-def worker(name: str):
+def worker(name: str) -> None:
     """Train the case in this process and print {"peak": bytes above idle}."""
     import torch
 
@@ -288,31 +292,41 @@ def main() -> int:
     if args.worker:
         worker(args.worker)
         return 0
+    table = measure_cases((args.cases or "").split(","))
+    if table is None:
+        return 1
+    report = report_of(table)
+    if args.json:
+        Path(args.json).write_text(json.dumps(report | {"table": table}, indent=2) + "\n")
+    return 0
+
+
+def measure_cases(parts: list[str]) -> list[dict] | None:
+    """Measure the cases with one of `parts` in their names, print a line of each.
+
+    None where a case failed; what it wrote is printed.
+    """
     from finetune.memory.cards import MIB
     from finetune.memory.formula import estimate
-    from finetune.memory.published import summary
 
-    wanted = [
-        case
-        for case in CASES
-        if not args.cases or any(part in case for part in args.cases.split(","))
-    ]
     env = os.environ | {
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
-    table = []
+    table: list[dict] = []
     print("| case | parameters | measured MiB | estimate | error |\n|---|---|---|---|---|")
-    for case in wanted:
+    for case in CASES:
+        if not any(part in case for part in parts):
+            continue
         run = make_run(CASES[case])
         done = subprocess.run(
             [sys.executable, __file__, "--worker", case], env=env, capture_output=True, text=True
         )
         if done.returncode:
             print(done.stderr, file=sys.stderr)
-            return 1
+            return None
         measured = json.loads(done.stdout.splitlines()[-1])["peak"]
         found = estimate(run).total
         table.append(
@@ -329,6 +343,13 @@ def main() -> int:
             f"| {found / MIB:.0f} | {100 * (found / measured - 1):+.1f} % |",
             flush=True,
         )
+    return table
+
+
+def report_of(table: list[dict]) -> dict:
+    """The errors of all cases and of each loop; printed."""
+    from finetune.memory.published import summary
+
     report = summary([row["error"] for row in table])
     for loop in ("plain", "ours"):
         if found := [r for r in table if CASES[r["case"]].loop == loop]:
@@ -338,9 +359,7 @@ def main() -> int:
                 end="",
             )
     print(f"\n{report['rows']} cases, {error_text(report)}")
-    if args.json:
-        Path(args.json).write_text(json.dumps(report | {"table": table}, indent=2) + "\n")
-    return 0
+    return report
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.rows import read_lines  # noqa: E402
+
 METHODS = {
     "lora": ["--train_type", "lora", "--lora_dropout", "0"],
     "freeze": ["--train_type", "freeze", "--freeze_module_name", "layers.1."],
@@ -59,7 +61,7 @@ ZERO = ("ds_zero2.json", "ds_zero3_no_offload.json", "ds_zero3_offload.json")
 GLOBAL_BATCH, STEPS = 8, 8
 
 
-def prepare(folder: Path, families: list[str]):
+def prepare(folder: Path, families: list[str]) -> None:
     """Write tiny models of the families, tokenizers made from the sample data, and the ZeRO files.
 
     ZeRO-3 leaves weights below 100,000 elements whole; a tiny model has no others, so the
@@ -75,25 +77,15 @@ def prepare(folder: Path, families: list[str]):
         (folder / name).write_text(json.dumps(ds))
     for family in families:
         tokenizer = folder / f"tokenizer-{family}"
-        code = make_tokenizer(
-            [
-                "--input",
-                str(ROOT / "data" / "spo_train.json"),
-                "--output_dir",
-                str(tokenizer),
-                "--vocab_size",
-                "800",
-                "--family",
-                family,
-            ]
-        )
+        flags = ["--input", str(ROOT / "data" / "spo_train.json"), "--output_dir", str(tokenizer)]
+        code = make_tokenizer([*flags, "--vocab_size", "800", "--family", family])
         assert code == 0
         make_model(
             family, tokenizer, folder / family, hidden_size=64, num_layers=2, heads=4, ffn=128
         )
 
 
-def worker(folder: Path, cases: list[list[str]], precision: str):
+def worker(folder: Path, cases: list[list[str]], precision: str) -> None:
     """Train every case in this process (one of the ranks) and let rank 0 write the losses."""
     from finetune.config import parse_config
     from finetune.distributed import rank, world_size
@@ -103,53 +95,24 @@ def worker(folder: Path, cases: list[list[str]], precision: str):
         world = int(os.environ.get("WORLD_SIZE", 1))
         out = folder / f"out-{family}-{method}-{zero.removesuffix('.json')}-{world}"
         flags = [
-            "--model_name_or_path",
-            str(folder / family),
-            "--mode",
-            family,
-            "--train_path",
-            str(ROOT / "data" / "spo_train.json"),
-        ]
-        flags += [
-            "--dataset_length",
-            str(GLOBAL_BATCH * 2),
-            "--num_train_epochs",
-            str(STEPS // 2),
-            "--max_len",
-            "160",
-            "--max_src_len",
-            "120",
-        ]
-        flags += [
-            "--per_device_train_batch_size",
-            str(GLOBAL_BATCH // world),
-            "--learning_rate",
-            RATES[method],
-            "--warmup_ratio",
-            "0",
-        ]
-        flags += [
-            "--ds_file",
-            str(folder / zero),
-            "--precision",
-            precision,
-            "--output_dir",
-            str(out),
-            "--save_total_limit",
-            "1",
-            "--show_loss_step",
-            "1000",
+            *("--model_name_or_path", str(folder / family), "--mode", family),
+            *("--train_path", str(ROOT / "data" / "spo_train.json"), "--output_dir", str(out)),
+            *("--dataset_length", str(GLOBAL_BATCH * 2), "--num_train_epochs", str(STEPS // 2)),
+            *("--max_len", "160", "--max_src_len", "120", "--show_loss_step", "1000"),
+            *("--per_device_train_batch_size", str(GLOBAL_BATCH // world)),
+            *("--learning_rate", RATES[method], "--warmup_ratio", "0"),
+            *("--ds_file", str(folder / zero), "--precision", precision),
+            *("--save_total_limit", "1"),
         ]
         train(parse_config(flags + METHODS[method]))
         if rank() == 0:
-            lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-            losses = [line["train_loss"] for line in lines]
+            losses = [line["train_loss"] for line in read_lines(out / "metrics.jsonl")]
             (folder / f"{out.name}.json").write_text(
                 json.dumps({"losses": losses, "world": world_size()})
             )
 
 
-def launch(folder: Path, world: int, cases: list, precision: str):
+def launch(folder: Path, world: int, cases: list, precision: str) -> None:
     """Run the worker on `world` ranks, through DeepSpeed's launcher for more than one."""
     (folder / "cases.json").write_text(json.dumps(cases))
     script = [str(Path(__file__).resolve()), "--worker", str(folder), "--precision", precision]
@@ -173,7 +136,7 @@ def launch(folder: Path, world: int, cases: list, precision: str):
         sys.exit(f"{world} rank(s) failed:\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}")
 
 
-def main() -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -184,50 +147,34 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--worker", metavar="FOLDER", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        folder = Path(args.worker)
-        cases = json.loads((folder / "cases.json").read_text())
-        return worker(folder, cases, args.precision)
-    families = args.families.split(",")
-    methods = args.methods.split(",")
-    zero = args.zero.split(",")
-    cases = [list(case) for case in itertools.product(families, methods, zero)]
-    rows = []
-    failed = 0
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        prepare(folder, families)
-        for world in (1, 2):
-            launch(folder, world, cases, args.precision)
-        for family, method, file in cases:
-            one, two = (
-                json.loads(
-                    (
-                        folder / f"out-{family}-{method}-{file.removesuffix('.json')}-{w}.json"
-                    ).read_text()
-                )["losses"]
-                for w in (1, 2)
-            )
-            apart = max(abs(a - b) / a for a, b in zip(one, two))
-            good = (
-                one[-1] < one[0]
-                and two[-1] < two[0]
-                and apart < (1e-4 if args.precision == "fp32" else 0.05)
-            )
-            failed += not good
-            rows.append(
-                {
-                    "family": family,
-                    "method": method,
-                    "ds_file": file,
-                    "first_loss": one[0],
-                    "last_loss": one[-1],
-                    "max_relative_difference_2_ranks": apart,
-                    "ok": good,
-                }
-            )
-    print(f"precision {args.precision}, global batch {GLOBAL_BATCH}, {STEPS} steps\n")
+    return parser
+
+
+def losses_of(folder: Path, family: str, method: str, file: str, ranks: int) -> list[float]:
+    """The losses that rank 0 of a case wrote."""
+    name = f"out-{family}-{method}-{file.removesuffix('.json')}-{ranks}.json"
+    return json.loads((folder / name).read_text())["losses"]
+
+
+def compare(folder: Path, case: list[str], precision: str) -> dict:
+    """A line of the table: the losses of 1 rank against those of 2."""
+    family, method, file = case
+    one = losses_of(folder, family, method, file, 1)
+    two = losses_of(folder, family, method, file, 2)
+    apart = max(abs(a - b) / a for a, b in zip(one, two))
+    falls = one[-1] < one[0] and two[-1] < two[0]
+    return {
+        "family": family,
+        "method": method,
+        "ds_file": file,
+        "first_loss": one[0],
+        "last_loss": one[-1],
+        "max_relative_difference_2_ranks": apart,
+        "ok": falls and apart < (1e-4 if precision == "fp32" else 0.05),
+    }
+
+
+def print_table(rows: list[dict]) -> None:
     print(
         "| family | method | DeepSpeed file | first loss | last loss "
         "| 1 against 2 ranks, largest relative difference | |"
@@ -239,11 +186,31 @@ def main() -> int:
             f"| {r['first_loss']:.4f} | {r['last_loss']:.4f} | "
             f"{r['max_relative_difference_2_ranks']:.1e} | {'ok' if r['ok'] else 'FAILED'} |"
         )
+
+
+def main() -> int:
+    args = build_parser().parse_args()
+    if args.worker:
+        folder = Path(args.worker)
+        worker(folder, json.loads((folder / "cases.json").read_text()), args.precision)
+        return 0
+    families = args.families.split(",")
+    methods = args.methods.split(",")
+    zero = args.zero.split(",")
+    cases = list(map(list, itertools.product(families, methods, zero)))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder, families)
+        for world in (1, 2):
+            launch(folder, world, cases, args.precision)
+        rows = [compare(folder, case, args.precision) for case in cases]
+    print(f"precision {args.precision}, global batch {GLOBAL_BATCH}, {STEPS} steps\n")
+    print_table(rows)
     if args.json:
         Path(args.json).write_text(
             json.dumps({"precision": args.precision, "rows": rows}, indent=2) + "\n"
         )
-    return 1 if failed else 0
+    return 0 if all(row["ok"] for row in rows) else 1
 
 
 if __name__ == "__main__":

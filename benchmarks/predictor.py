@@ -13,21 +13,23 @@ import argparse
 import csv
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.rows import read_lines, write_rows  # noqa: E402
 from predictor import frozen  # noqa: E402
 from predictor.config import PredictorConfig  # noqa: E402
 from predictor.decoder import Decoder  # noqa: E402
@@ -87,18 +89,38 @@ STAGE_1_MODEL = "alpaca_chinese_dataset/english_original"
 
 def read(file: Path) -> list[dict]:
     with gzip.open(file, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
-def write(file: Path, rows: Iterable[dict]) -> Path:
-    file.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
-    return file
+        return list(map(json.loads, lines))
 
 
 def split_of(prompt: str) -> int:
     return int(hashlib.sha256(normalise(prompt).encode()).hexdigest(), 16) % SPLITS
+
+
+def part(rows: list[dict], k: int) -> tuple[list[dict], list[dict]]:
+    """(rows outside split k, rows in it)."""
+    train, test = [], []
+    for row in rows:
+        (test if split_of(row["prompt"]) == k else train).append(row)
+    return train, test
+
+
+def labelled(
+    examples: list[LabelledPrompt], served_model: str
+) -> tuple[list[LabelledPrompt], np.ndarray]:
+    """(the examples with answers of the model, the lengths of all its answers)."""
+    found: list[LabelledPrompt] = []
+    tokens: list[int] = []
+    for example in examples:
+        lengths = [x.tokens for x in example.labels if x.served_model == served_model]
+        tokens += lengths
+        if lengths:
+            found.append(example)
+    return found, np.array(tokens, float)
+
+
+def capped_log(tokens: list[int]) -> float:
+    """Mean of log(1 + length), lengths capped at 2,048 tokens."""
+    return float(np.log1p(np.minimum(2048, tokens)).mean())
 
 
 @dataclass
@@ -112,16 +134,18 @@ class Data:
     @classmethod
     def prepare(cls, source: Path, folder: Path) -> "Data":
         folder.mkdir(parents=True, exist_ok=True)
-        answers = [
-            {
-                "prompt": r["instruction"],
-                "output_tokens": r["output_tokens_chatglm2"],
-                "served_model": r["model"],
-            }
-            for r in read(source / "alpaca_eval.jsonl.gz")
-        ]
+        answers = []
         # Some pairs repeat prompts of the answers: no pair may know a tested prompt.
-        tested = {normalise(r["prompt"]) for r in answers}
+        tested = set()
+        for r in read(source / "alpaca_eval.jsonl.gz"):
+            tested.add(normalise(r["instruction"]))
+            answers.append(
+                {
+                    "prompt": r["instruction"],
+                    "output_tokens": r["output_tokens_chatglm2"],
+                    "served_model": r["model"],
+                }
+            )
         pairs: dict[str, list] = {"en": [], "both": []}
         for r in read(source / "instructions.jsonl.gz"):
             prompt = r["instruction"] + ("\n" + r["input"] if r["input"] else "")
@@ -135,24 +159,21 @@ class Data:
                 pairs["both"].append(row)
                 if r["lang"] == "en":
                     pairs["en"].append(row)
-        return cls(
-            folder,
-            answers,
-            {name: write(folder / f"pairs-{name}.jsonl", rows) for name, rows in pairs.items()},
-        )
+        files = {
+            name: write_rows(folder / f"pairs-{name}.jsonl", rows) for name, rows in pairs.items()
+        }
+        return cls(folder, answers, files)
 
     def split(self, k: int) -> tuple[Path, Path]:
         """(rows to train on, rows to test on) of a split."""
-        sides = [
-            [r for r in self.answers if (split_of(r["prompt"]) == k) == test]
-            for test in (False, True)
-        ]
-        return write(self.folder / f"train-{k}.jsonl", sides[0]), write(
-            self.folder / f"test-{k}.jsonl", sides[1]
+        train, test = part(self.answers, k)
+        return (
+            write_rows(self.folder / f"train-{k}.jsonl", train),
+            write_rows(self.folder / f"test-{k}.jsonl", test),
         )
 
     def everything(self) -> Path:
-        return write(self.folder / "answers.jsonl", self.answers)
+        return write_rows(self.folder / "answers.jsonl", self.answers)
 
     def tuned_encoder(self, encoder: str) -> str:
         """MiniLM after an epoch on the English pairs, through train.py; made once."""
@@ -198,7 +219,7 @@ def find_encoder(args: argparse.Namespace) -> str:
 
 
 def make_config(
-    args: argparse.Namespace, data: Data, backbone: str, answers: Path, teacher: str, **more
+    args: argparse.Namespace, data: Data, backbone: str, answers: Path, teacher: str, **more: Any
 ) -> PredictorConfig:
     pairs = f",{data.pairs['en']}" if backbone == "lexical" else ""
     return PredictorConfig(
@@ -233,31 +254,23 @@ class Test:
 
     @classmethod
     def of(cls, train: Path, test: Path, served_model: str) -> "Test":
-        def lengths(examples: list[LabelledPrompt]) -> np.ndarray:
-            tokens: list[int] = []
-            for e in examples:
-                tokens += [x.tokens for x in e.labels if x.served_model == served_model]
-            return np.array(tokens, float)
-
         examples, _ = read_examples(test, served_model="")
-        tested = [e for e in examples if any(x.served_model == served_model for x in e.labels)]
-        mean = [np.mean([np.log1p(min(2048, x.tokens)) for x in e.labels]) for e in tested]
-        return cls(
-            [e.prompt for e in tested],
-            lengths(tested),
-            np.array(mean),
-            lengths(read_examples(train, served_model="")[0]),
-        )
+        tested, tokens = labelled(examples, served_model)
+        _, trained = labelled(read_examples(train, served_model="")[0], served_model)
+        prompts, mean = [], []
+        for e in tested:
+            prompts.append(e.prompt)
+            mean.append(capped_log([x.tokens for x in e.labels]))
+        return cls(prompts, tokens, np.array(mean), trained)
 
     def measure(self, decoder: Decoder, outputs: np.ndarray) -> dict[str, float]:
         probabilities, ranks = decoder.decode(outputs)
         found = metrics_of(probabilities, decoder.edges, ranks, self.tokens)
-        constant = np.mean(
-            [
-                pinball(np.full(len(self.tokens), np.quantile(self.trained, q)), self.tokens, q)
-                for q in PINBALL_LEVELS
-            ]
-        )
+        losses = []
+        for q in PINBALL_LEVELS:
+            guess = np.full(len(self.tokens), np.quantile(self.trained, q))
+            losses.append(pinball(guess, self.tokens, q))
+        constant = np.mean(losses)
         buckets = np.linspace(0, 2048, 11)
         guess = bins_of_lengths(
             buckets, probabilities @ (decoder.edges[:-1] + decoder.edges[1:]) / 2
@@ -277,23 +290,15 @@ def baselines(train: Path, test: Test, served_model: str) -> dict[str, dict[str,
     from sklearn.model_selection import KFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
 
-    examples = [
-        e
-        for e in read_examples(train, served_model="")[0]
-        if any(x.served_model == served_model for x in e.labels)
-    ]
+    examples, tokens = labelled(read_examples(train, served_model="")[0], served_model)
     prompts = [e.prompt for e in examples]
-    tokens = np.array(
-        [next(x.tokens for x in e.labels if x.served_model == served_model) for e in examples],
-        float,
-    )
     ridge = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), Ridge(1.0))
     target = np.log1p(tokens)
     scores = {
         "constant": (np.zeros(len(prompts)), np.zeros(len(test.prompts))),
         "prompt length": (
-            np.log1p([len(p) for p in prompts]),
-            np.log1p([len(p) for p in test.prompts]),
+            np.log1p(list(map(len, prompts))),
+            np.log1p(list(map(len, test.prompts))),
         ),
         "TF-IDF + ridge": (
             cross_val_predict(ridge, prompts, target, cv=KFold(5)),
@@ -377,13 +382,8 @@ SIXTY_TOKENS = (
 )
 
 
-def timings(folder: str, prompts: list[str]) -> dict[str, float]:
-    """Prediction times of a predictor folder, measured in a separate process on one thread.
-
-    Milliseconds per prompt (p50 and p99 of single prompts, p50 of SIXTY_TOKENS), prompts per second
-    in batches of 256, and load seconds.
-    """
-    code = """
+# What the process of timings() runs.
+TIMING = """
 import json, sys, time
 started = time.perf_counter()
 from predictor import LengthPredictor
@@ -409,9 +409,17 @@ print(json.dumps({"load_s": load, "p50_ms": 1e3 * single[len(single) // 2],
                   "sixty_tokens_p50_ms": 1e3 * sixty[100],
                   "batch_prompts_per_s": sorted(batches)[len(batches) // 2]}))
 """
+
+
+def timings(folder: str, prompts: list[str]) -> dict[str, float]:
+    """Prediction times of a predictor folder, measured in a separate process on one thread.
+
+    Milliseconds per prompt (p50 and p99 of single prompts, p50 of SIXTY_TOKENS), prompts per second
+    in batches of 256, and load seconds.
+    """
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", code, folder, SIXTY_TOKENS],
+        [sys.executable, "-c", TIMING, folder, SIXTY_TOKENS],
         input=json.dumps(prompts),
         text=True,
         env=env,
@@ -438,7 +446,7 @@ def export_all(args: argparse.Namespace, data: Data, teacher: str) -> dict:
         )
     prompts = [r["prompt"] for r in data.answers[:: len(data.answers) // 1024]][:1024]
     found = {"seconds": time.perf_counter() - started} | timings(args.export, prompts)
-    print(", ".join(f"{name} {value:.3g}" for name, value in found.items()))
+    print(", ".join([f"{name} {value:.3g}" for name, value in found.items()]))
     return found
 
 
@@ -450,20 +458,16 @@ def ceilings(args: argparse.Namespace, data: Data) -> dict[str, float]:
     lengths: dict[str, dict[str, int]] = {}
     for r in data.answers:
         lengths.setdefault(r["prompt"], {})[r["served_model"]] = r["output_tokens"]
-    own = np.array([x[args.served_model] for x in lengths.values()])
-    others = np.array(
-        [
-            np.mean([np.log1p(min(2048, n)) for m, n in x.items() if m != args.served_model])
-            for x in lengths.values()
-        ]
-    )
-    found = {"true lengths of 46 other models": kendall_tau(others, own)}
+    own, others = [], []
+    for by_model in lengths.values():
+        own.append(by_model.pop(args.served_model))
+        others.append(capped_log(list(by_model.values())))
+    found = {"true lengths of 46 other models": kendall_tau(np.array(others), np.array(own))}
     file = args.data.parent / "uellm/length_runs.csv"
     if file.is_file():
         with open(file, encoding="utf-8") as rows:
-            runs = np.array(
-                [[float(row[f"run_{i}"]) for i in (1, 2, 3)] for row in csv.DictReader(rows)]
-            )
+            table = list(csv.DictReader(rows))
+        runs = np.array([[row["run_1"], row["run_2"], row["run_3"]] for row in table], float)
         taus = [kendall_tau(runs[:, i], runs[:, j]) for i, j in ((1, 0), (2, 0), (2, 1))]
         found["one run by another (UELLM's three runs, 100 Chinese prompts)"] = float(np.mean(taus))
     return found
@@ -472,15 +476,13 @@ def ceilings(args: argparse.Namespace, data: Data) -> dict[str, float]:
 def languages(args: argparse.Namespace, data: Data) -> dict[str, list[dict]]:
     """Figures of one writer, text-davinci-003, per language; a fifth of the prompts is tested."""
     sources = ("alpaca_chinese_dataset/translated", STAGE_1_MODEL)
-    rows = [
-        json.loads(line) for line in data.pairs["both"].read_text(encoding="utf-8").splitlines()
-    ]
-    rows = [
-        row | {"served_model": "text-davinci-003"} for row in rows if row["served_model"] in sources
-    ]
-    sides = [[r for r in rows if (split_of(r["prompt"]) == 0) == test] for test in (False, True)]
-    train = write(data.folder / "languages-train.jsonl", sides[0])
-    tested = write(data.folder / "languages-test.jsonl", sides[1])
+    rows = []
+    for row in read_lines(data.pairs["both"]):
+        if row["served_model"] in sources:
+            rows.append(row | {"served_model": "text-davinci-003"})
+    sides = part(rows, 0)
+    train = write_rows(data.folder / "languages-train.jsonl", sides[0])
+    tested = write_rows(data.folder / "languages-test.jsonl", sides[1])
     config = PredictorConfig(
         backbone="lexical",
         head=args.heads[0] if len(args.heads) == 1 else "regression",
@@ -493,28 +495,30 @@ def languages(args: argparse.Namespace, data: Data) -> dict[str, list[dict]]:
     features = frozen.make_features(loaded.config, loaded, backbone)
     scorer, decoder, _ = frozen.fit_predictor(loaded.config, loaded, features)
     test = Test.of(train, tested, "text-davinci-003")
-    outputs = np.concatenate(
-        [scorer(test.prompts[i : i + 256]) for i in range(0, len(test.prompts), 256)]
-    )
-    spoken = np.array([language(p) for p in test.prompts])
+    outputs = []
+    for first in range(0, len(test.prompts), 256):
+        outputs.append(scorer(test.prompts[first : first + 256]))
+    scores = np.concatenate(outputs)
+    spoken = np.array(list(map(language, test.prompts)))
     found = {}
     for name in ("en", "zh"):
-        part = spoken == name
-        chosen = replace_test(test, part)
-        found[f"lexical, {name} ({part.sum()} prompts)"] = [chosen.measure(decoder, outputs[part])]
+        chosen = spoken == name
+        metrics = replace_test(test, chosen).measure(decoder, scores[chosen])
+        found[f"lexical, {name} ({chosen.sum()} prompts)"] = [metrics]
     return found
 
 
-def replace_test(test: Test, part: np.ndarray) -> Test:
+def replace_test(test: Test, chosen: np.ndarray) -> Test:
+    """The prompts where `chosen`, (N,) bool, is true."""
     return Test(
-        [p for p, yes in zip(test.prompts, part) if yes],
-        test.tokens[part],
-        test.mean_log[part],
+        list(itertools.compress(test.prompts, chosen)),
+        test.tokens[chosen],
+        test.mean_log[chosen],
         test.trained,
     )
 
 
-def main(argv: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -567,7 +571,11 @@ def main(argv: list[str] | None = None) -> int:
         help="folder for what is made once",
     )
     parser.add_argument("--json", metavar="FILE", help="write all numbers there")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    args = build_parser().parse_args(argv)
     args.backbones = args.backbones or (["lexical"] if args.export else ["lexical", "encoder"])
     if args.no_teacher:
         args.backbones = ["lexical"]
@@ -582,6 +590,11 @@ def main(argv: list[str] | None = None) -> int:
         sys.exit(
             "predictor.py: scikit-learn is not installed; pip install 'glm-foundry[benchmark]'"
         )
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
     data = Data.prepare(args.data, args.work)
     if args.languages:
         results = languages(args, data)

@@ -19,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.rows import read_lines, write_rows  # noqa: E402
+
 SIZE = {"hidden_size": 512, "num_layers": 6, "heads": 8, "groups": 2, "ffn": 1720, "length": 2048}
 
 
@@ -54,62 +56,47 @@ def copying_rows(texts: list[str], count: int, seed: int) -> list[dict]:
     return rows
 
 
-def run(*command: str):
+def run(*command: str) -> None:
     """Run a command of the project in its folder."""
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=os.environ)
     if done.returncode:
         sys.exit(f"failed: {' '.join(command)}")
 
 
-def pretrain_model(work: Path, shared: Path, train: Path, steps: int, common: list[str]):
+def pretrain_model(work: Path, shared: Path, train: Path, steps: int, common: list[str]) -> None:
     """A random model, trained for `steps` on copying; lands in work/pretrain."""
     from scripts.prepare_small_model import make_model
 
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     base = make_model("glm2", shared / "data" / "chatglm2-tokenizer", work / "random", **SIZE)
-    texts = [
-        json.loads(line)["input"] for line in train.read_text(encoding="utf-8").split("\n") if line
-    ]
-    rows = copying_rows(texts, steps * 32, seed=1)
-    (work / "copy.json").write_text(
-        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8"
-    )
+    texts = [row["input"] for row in read_lines(train)]
+    write_rows(work / "copy.json", copying_rows(texts, steps * 32, seed=1))
     run(
         "train.py",
-        "--model_name_or_path",
-        str(base),
-        "--train_path",
-        str(work / "copy.json"),
-        "--train_type",
-        "all",
-        "--max_len",
-        "160",
-        "--max_src_len",
-        "100",
-        "--per_device_train_batch_size",
-        "32",
-        "--learning_rate",
-        "6e-4",
-        "--weight_decay",
-        "0.01",
-        "--max_steps",
-        str(steps),
-        "--output_dir",
-        str(work / "pretrain"),
+        *("--model_name_or_path", str(base), "--train_path", str(work / "copy.json")),
+        *("--train_type", "all", "--max_len", "160", "--max_src_len", "100"),
+        *("--per_device_train_batch_size", "32", "--learning_rate", "6e-4"),
+        *("--weight_decay", "0.01", "--max_steps", str(steps)),
+        *("--output_dir", str(work / "pretrain")),
         *common,
     )
 
 
 def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_lines(folder / "metrics.jsonl")
+
+
+def values_of(lines: list[dict], name: str) -> list[tuple[int, float]]:
+    """(step, value) of the lines that have it."""
+    return [(line["step"], line[name]) for line in lines if name in line]
 
 
 def last_checkpoint(folder: Path) -> Path:
     return max(folder.glob("epoch-*-step-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
 
 
-def draw_curves(curves: dict[str, list[dict]], file: str):
+def draw_curves(curves: dict[str, list[dict]], file: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -117,14 +104,14 @@ def draw_curves(curves: dict[str, list[dict]], file: str):
 
     figure, axes = plt.subplots(1, len(curves), figsize=(10, 3.4))
     for axis, (title, lines) in zip(axes, curves.items()):
-        steps, losses = zip(*((x["step"], x["train_loss"]) for x in lines if "train_loss" in x))
+        steps, losses = zip(*values_of(lines, "train_loss"))
         smooth, value = [], losses[0]
         for loss in losses:
             value = 0.9 * value + 0.1 * loss
             smooth.append(value)
         axis.plot(steps, losses, color="0.8", linewidth=0.8)
         axis.plot(steps, smooth, color="tab:blue", label="training loss")
-        held_out = [(x["step"], x["eval_loss"]) for x in lines if "eval_loss" in x]
+        held_out = values_of(lines, "eval_loss")
         if held_out:
             axis.plot(*zip(*held_out), "o-", color="tab:orange", label="held-out loss (spo_1.json)")
         axis.set(title=title, xlabel="optimizer step", ylabel="loss per token")
@@ -133,7 +120,7 @@ def draw_curves(curves: dict[str, list[dict]], file: str):
     figure.savefig(file, dpi=110)
 
 
-def main():
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -158,131 +145,107 @@ def main():
     )
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--figure", metavar="FILE")
-    args = parser.parse_args()
-    shared, work = Path(args.shared).resolve(), Path(args.work_dir).resolve()
-    train, test = (shared / "data" / "finetune" / name for name in ("spo_0.json", "spo_1.json"))
+    return parser
+
+
+def tune(model: Path, train: Path, test: Path, work: Path, epochs: int, common: list[str]) -> None:
+    """LoRA on the triples, merged; lands in work/lora and work/merged."""
+    run(
+        "train.py",
+        "--overwrite_output_dir",
+        *("--model_name_or_path", str(model), "--output_dir", str(work / "lora")),
+        *("--train_path", str(train), "--eval_path", str(test)),
+        *("--train_type", "lora", "--lora_dim", "16", "--lora_alpha", "32"),
+        *("--lora_module_name", "query_key_value,dense_h_to_4h,dense_4h_to_h,dense"),
+        *("--max_len", "512", "--max_src_len", "384", "--per_device_train_batch_size", "16"),
+        *("--learning_rate", "2e-3", "--num_train_epochs", str(epochs)),
+        *common,
+    )
+    adapter = last_checkpoint(work / "lora")
+    shutil.rmtree(work / "merged", ignore_errors=True)
+    folders = ("--model_dir", str(adapter), "--save_dir", str(work / "merged"))
+    run("merge_lora.py", "--ori_model_dir", str(model), *folders)
+
+
+def evaluate(model: Path, test: Path, output: Path) -> float:
+    """F1 of the model's triples; the scores land in `output`."""
+    run(
+        *("-m", "finetune.evaluate", "--model_path", str(model), "--test_path", str(test)),
+        *("--max_src_len", "384", "--max_new_tokens", "200", "--batch_size", "10"),
+        *("--output", str(output)),
+    )
+    return json.loads(output.read_text())["f1"]
+
+
+def median_speed(lines: list[dict]) -> float:
+    """The upper median of tokens per second."""
+    speeds = sorted(line["tokens_per_second"] for line in lines if "tokens_per_second" in line)
+    return speeds[len(speeds) // 2]
+
+
+def shown(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map("{:.3f}".format, value))
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def find_files(shared: Path) -> tuple[Path, Path]:
+    """(training rows, test rows); leaves with one line where something is missing."""
+    train = shared / "data" / "finetune" / "spo_0.json"
+    test = shared / "data" / "finetune" / "spo_1.json"
     for needed in (train, test, shared / "data" / "chatglm2-tokenizer"):
         if not needed.exists():
             sys.exit(
                 f"real_input.py: no such file: {needed}; "
                 "--shared names the folder of the public data"
             )
+    return train, test
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    shared, work = Path(args.shared).resolve(), Path(args.work_dir).resolve()
+    train, test = find_files(shared)
     if args.quick:
         SIZE.update(QUICK)
         args.pretrain_steps = 2
         shutil.rmtree(work, ignore_errors=True)
-        train, test = (
-            first_rows(path, work.parent / f"{work.name}-rows") for path in (train, test)
-        )
+        rows = work.parent / f"{work.name}-rows"
+        train, test = first_rows(train, rows), first_rows(test, rows)
     common = ["--mode", "glm2", "--show_loss_step", "25", "--precision", args.precision]
     if not args.keep_pretrained:
         pretrain_model(work, shared, train, args.pretrain_steps, common)
     model = last_checkpoint(work / "pretrain")
-    limits = ["--max_src_len", "384", "--max_new_tokens", "200", "--batch_size", "10"]
-    run(
-        "-m",
-        "finetune.evaluate",
-        "--model_path",
-        str(model),
-        "--test_path",
-        str(test),
-        *limits,
-        "--output",
-        str(work / "before.json"),
-    )
-    run(
-        "train.py",
-        "--overwrite_output_dir",
-        "--model_name_or_path",
-        str(model),
-        "--train_path",
-        str(train),
-        "--eval_path",
-        str(test),
-        "--train_type",
-        "lora",
-        "--lora_module_name",
-        "query_key_value,dense_h_to_4h,dense_4h_to_h,dense",
-        "--lora_dim",
-        "16",
-        "--lora_alpha",
-        "32",
-        "--max_len",
-        "512",
-        "--max_src_len",
-        "384",
-        "--per_device_train_batch_size",
-        "16",
-        "--learning_rate",
-        "2e-3",
-        "--num_train_epochs",
-        str(args.lora_epochs),
-        "--output_dir",
-        str(work / "lora"),
-        *common,
-    )
-    adapter = last_checkpoint(work / "lora")
-    shutil.rmtree(work / "merged", ignore_errors=True)
-    run(
-        "merge_lora.py",
-        "--ori_model_dir",
-        str(model),
-        "--model_dir",
-        str(adapter),
-        "--save_dir",
-        str(work / "merged"),
-    )
-    run(
-        "-m",
-        "finetune.evaluate",
-        "--model_path",
-        str(work / "merged"),
-        "--test_path",
-        str(test),
-        *limits,
-        "--output",
-        str(work / "after.json"),
-    )
-
-    curves = {
-        "pre-training: copying spans": metrics(work / "pretrain"),
-        "LoRA: triples of spo_0.json": metrics(work / "lora"),
-    }
-    speed = {}
-    for name, lines in zip(("pretrain", "lora"), curves.values()):
-        speeds = sorted(x["tokens_per_second"] for x in lines if "tokens_per_second" in x)
-        speed[name] = speeds[len(speeds) // 2]
-    f1 = {
-        when: json.loads((work / f"{when}.json").read_text())["f1"] for when in ("before", "after")
-    }
-    evals = [x["eval_loss"] for x in metrics(work / "lora") if "eval_loss" in x]
+    f1_before = evaluate(model, test, work / "before.json")
+    tune(model, train, test, work, args.lora_epochs, common)
+    f1_after = evaluate(work / "merged", test, work / "after.json")
+    pretraining, tuning = metrics(work / "pretrain"), metrics(work / "lora")
     result = {
         "body_parameters": 6 * (512 * 768 + 768 + 512 * 512 + 512 * 2 * 1720 + 1720 * 512 + 2 * 512)
         + 512,
         "precision": args.precision,
         "pretrain_steps": args.pretrain_steps,
-        "pretrain_tokens_per_second": speed["pretrain"],
-        "lora_tokens_per_second": speed["lora"],
-        "eval_loss": evals,
-        "f1_before": f1["before"],
-        "f1_after": f1["after"],
+        "pretrain_tokens_per_second": median_speed(pretraining),
+        "lora_tokens_per_second": median_speed(tuning),
+        "eval_loss": [loss for _, loss in values_of(tuning, "eval_loss")],
+        "f1_before": f1_before,
+        "f1_after": f1_after,
     }
     print("\n| figure | value |\n|---|---|")
     for name, value in result.items():
-        shown = (
-            ", ".join(f"{v:.3f}" for v in value)
-            if isinstance(value, list)
-            else f"{value:,.4g}"
-            if isinstance(value, float)
-            else f"{value:,}"
-            if isinstance(value, int)
-            else value
-        )
-        print(f"| {name} | {shown} |")
+        print(f"| {name} | {shown(value)} |")
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
     if args.figure:
-        draw_curves(curves, args.figure)
+        draw_curves(
+            {
+                "pre-training: copying spans": pretraining,
+                "LoRA: triples of spo_0.json": tuning,
+            },
+            args.figure,
+        )
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from typing import TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.rows import write_rows  # noqa: E402
 from chatglm.commands import run_command  # noqa: E402
 from finetune.files import write_json  # noqa: E402
 from serving.server.fields import FIELDS, REFUSED, Number  # noqa: E402
@@ -107,6 +108,16 @@ TEXTS = (
 )
 
 
+ODD_TYPES = ("text/plain", "", "application/x-www-form-urlencoded", "x" * 5000)
+ODD_HOSTS = ("evil.example", "", "[::", "localhost:99999999", "127.0.0.1.evil.example")
+ODD_PATHS = (
+    "/",
+    "/v1/models/%00%ff%ed%a0%80",
+    "/../etc/passwd",
+    "/v1/models/" + "x" * 9000,
+)
+
+
 def legal_number(field: Number, draw: random.Random) -> float:
     """Within the field's range, its ends and what is barely above its least included."""
     tiny = 5e-324 if field.kind is float else 1
@@ -140,9 +151,10 @@ def legal(draw: random.Random) -> dict:
 
 
 def numbers(draw: random.Random) -> bytes:
-    body = legal(draw) | {
-        draw.choice(list(FIELDS)): draw.choice(NUMBERS) for _ in range(draw.randint(1, 3))
-    }
+    body = legal(draw)
+    for _ in range(draw.randint(1, 3)):
+        name = draw.choice(list(FIELDS))
+        body[name] = draw.choice(NUMBERS)
     if draw.random() < 0.3:
         body[draw.choice(list(FIELDS))] = "@"
         return json.dumps(body).replace('"@"', draw.choice(TOKENS)).encode()
@@ -151,9 +163,10 @@ def numbers(draw: random.Random) -> bytes:
 
 def types(draw: random.Random) -> bytes:
     names = [*FIELDS, *REFUSED, "unknown", "\ud800", "user"]
-    body = legal(draw) | {
-        draw.choice(names): draw.choice(VALUES) for _ in range(draw.randint(1, 3))
-    }
+    body = legal(draw)
+    for _ in range(draw.randint(1, 3)):
+        name = draw.choice(names)
+        body[name] = draw.choice(VALUES)
     return json.dumps(body).encode()
 
 
@@ -168,9 +181,8 @@ def texts(draw: random.Random) -> bytes:
         ]
     }
     if draw.random() < 0.3:
-        body["stop"] = draw.choice(
-            [draw.choice(TEXTS), [draw.choice(TEXTS) for _ in range(draw.randint(0, 6))]]
-        )
+        several = draw.choices(TEXTS, k=draw.randint(0, 6))
+        body["stop"] = draw.choice([draw.choice(TEXTS), several])
     if draw.random() < 0.1:
         body["model"] = draw.choice(TEXTS)
     return json.dumps(body, ensure_ascii=draw.random() < 0.5).encode("utf-8", "surrogatepass")
@@ -265,59 +277,26 @@ def ahead(port: int) -> tuple[int, bytes]:
 def oddities(port: int, draw: random.Random) -> tuple[int, bytes]:
     """Requests that are odd outside their bodies."""
     body = json.dumps(legal(draw)).encode()
-    return draw.choice(
-        [
-            lambda: post(
-                port,
-                body,
-                {
-                    "Content-Type": draw.choice(
-                        ["text/plain", "", "application/x-www-form-urlencoded", "x" * 5000]
-                    )
-                },
-            ),
-            lambda: post(
-                port,
-                body,
-                {
-                    "Host": draw.choice(
-                        ["evil.example", "", "[::", "localhost:99999999", "127.0.0.1.evil.example"]
-                    )
-                },
-            ),
-            lambda: post(
-                port, b"", method=draw.choice(["HEAD", "PUT", "DELETE", "OPTIONS", "PATCH"])
-            ),
-            lambda: post(
-                port,
-                b"",
-                method="GET",
-                path=draw.choice(
-                    [
-                        "/",
-                        "/v1/models/%00%ff%ed%a0%80",
-                        "/../etc/passwd",
-                        "/v1/models/" + "x" * 9000,
-                    ]
-                ),
-            ),
-            lambda: post(
-                port,
-                body,
-                {
-                    "Origin": "http://evil.example",
-                    "Authorization": "Bearer \xff",
-                    "Accept": "x" * 9000,
-                },
-            ),
-            lambda: ahead(port),
-            lambda: (
-                post(port, body, {"Transfer-Encoding": "chunked"})
-                if draw.random() < 0.1
-                else post(port, b"", method="TRACE")
-            ),
-        ]
-    )()
+    kind = draw.choice(["type", "host", "method", "path", "headers", "ahead", "chunked"])
+    if kind == "method":
+        return post(port, b"", method=draw.choice(["HEAD", "PUT", "DELETE", "OPTIONS", "PATCH"]))
+    if kind == "path":
+        return post(port, b"", method="GET", path=draw.choice(ODD_PATHS))
+    if kind == "ahead":
+        return ahead(port)
+    if kind == "chunked" and draw.random() >= 0.1:
+        return post(port, b"", method="TRACE")
+    headers = {
+        "type": {"Content-Type": draw.choice(ODD_TYPES)},
+        "host": {"Host": draw.choice(ODD_HOSTS)},
+        "headers": {
+            "Origin": "http://evil.example",
+            "Authorization": "Bearer \xff",
+            "Accept": "x" * 9000,
+        },
+        "chunked": {"Transfer-Encoding": "chunked"},
+    }
+    return post(port, body, headers[kind])
 
 
 class Attack:
@@ -326,7 +305,7 @@ class Attack:
     Its figures grow while it runs.
     """
 
-    def __init__(self, port: int, seed: int):
+    def __init__(self, port: int, seed: int) -> None:
         self.port, self.seed = port, seed
         self.sent: Counter = (
             Counter()
@@ -347,18 +326,17 @@ class Attack:
             raise ValueError(f"a probe got {status} {found}")
         return found["choices"][0]["message"]["content"], found["usage"]["completion_tokens"]
 
-    def run(self, bodies: int, seconds: float, threads: int):
+    def run(self, bodies: int, seconds: float, threads: int) -> None:
         alone = {text: self.probe(text) for text in PROBES}
         until = time.monotonic() + seconds
         watchers = [
             threading.Thread(target=self._watch),
             threading.Thread(target=self._compare, args=(alone,)),
         ]
-        shares = [bodies // threads + (i < bodies % threads) for i in range(threads)]
-        senders = [
-            threading.Thread(target=self._send, args=(share, until, self.seed + i))
-            for i, share in enumerate(shares)
-        ]
+        senders = []
+        for i in range(threads):
+            share = bodies // threads + (i < bodies % threads)
+            senders.append(threading.Thread(target=self._send, args=(share, until, self.seed + i)))
         for thread in watchers + senders:
             thread.start()
         for thread in senders:
@@ -367,7 +345,7 @@ class Attack:
         for thread in watchers:
             thread.join()
 
-    def _send(self, bodies: int, until: float, seed: int):
+    def _send(self, bodies: int, until: float, seed: int) -> None:
         draw = random.Random(seed)
         for _ in range(bodies):
             if time.monotonic() > until:
@@ -393,7 +371,7 @@ class Attack:
                 if status >= 500 or b'"server_error"' in reply:
                     self.bad.append(f"{kind} got {status} {reply[-300:]!r} for {body[:500]!r}")
 
-    def _compare(self, alone: dict):
+    def _compare(self, alone: dict) -> None:
         while not self._stop.is_set():
             for text, wanted in alone.items():
                 try:
@@ -404,7 +382,7 @@ class Attack:
                 if found != wanted:
                     self.bad.append(f"the probe {text!r} got {found!r}, alone {wanted!r}")
 
-    def _watch(self):
+    def _watch(self) -> None:
         while not self._stop.wait(0.05):
             begin = time.monotonic()
             try:
@@ -415,7 +393,7 @@ class Attack:
                 self.bad.append(f"/health said {status!r}")
             self.slowest_s = max(self.slowest_s, time.monotonic() - begin)
 
-    def settle(self, seconds: float = 30.0):
+    def settle(self, seconds: float = 30.0) -> None:
         """Wait until nothing runs, waits or holds memory; what still does is noted."""
         names = ("glm_running_requests", "glm_waiting_requests", "glm_kv_reserved_tokens")
         until = time.monotonic() + seconds
@@ -440,23 +418,12 @@ def make_model(folder: Path) -> Path:
         "你好吗今天",
         "explain essay 1 2 3",
     ]
-    rows = []
+    rows: list[dict] = []
     for i, a in enumerate(words * 12):
         rows += [{"prompt": f"{a} {i}", "response": f"{b} {a}"} for b in words[:2]]
-    (folder / "rows.json").write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
-    flags = [
-        "--input",
-        folder / "rows.json",
-        "--output_dir",
-        folder / "tokenizer",
-        "--vocab_size",
-        "400",
-        "--family",
-        "glm2",
-    ]
-    if make_tokenizer([str(word) for word in flags]):
+    write_rows(folder / "rows.json", rows)
+    flags = ["--input", folder / "rows.json", "--output_dir", folder / "tokenizer"]
+    if make_tokenizer([*map(str, flags), "--vocab_size", "400", "--family", "glm2"]):
         raise ValueError("no tokenizer could be made")
     return make(
         "glm2",
@@ -503,17 +470,16 @@ def start(args: argparse.Namespace, model: Path, errors: TextIO) -> tuple[subpro
 
 def table(sent: Counter) -> str:
     statuses = sorted({status for _, status in sent})
-    lines = [
-        "| sent | bodies | " + " | ".join(str(s) if s else "no reply" for s in statuses) + " |"
-    ]
-    lines.append("|---" * (2 + len(statuses)) + "|")
+    heads = ["sent", "bodies"]
+    for status in statuses:
+        heads.append(str(status) if status else "no reply")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for kind in ("legal", *BODIES, "leaves", "oddities"):
         counts = [sent[kind, status] for status in statuses]
-        lines.append(
-            f"| {kind} | {sum(counts)} | "
-            + " | ".join(str(count) if count else "" for count in counts)
-            + " |"
-        )
+        cells = [kind, str(sum(counts))]
+        for count in counts:
+            cells.append(str(count) if count else "")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -533,33 +499,43 @@ def attack(args: argparse.Namespace) -> int:
             with suppress(ProcessLookupError):
                 process.kill()
             process.wait()
-        said = (Path(folder) / "errors.txt").read_text()
+        errors_text = (Path(folder) / "errors.txt").read_text()
     if code:
         found.bad.append(f"the server ended with {code}")
-    if "Traceback" in said:
-        found.bad.append(f"the server wrote a traceback: ...{said[-1500:]}")
+    if "Traceback" in errors_text:
+        found.bad.append(f"the server wrote a traceback: ...{errors_text[-1500:]}")
     if found.slowest_s > args.health_s:
         found.bad.append(f"/health took {found.slowest_s:.2f} s")
-    total = sum(found.sent.values())
+    print_figures(found, took)
+    if args.json:
+        write_json(args.json, figures_of(found, took))
+    return 1 if found.bad else 0
+
+
+def figures_of(found: Attack, seconds: float) -> dict:
+    """What --json writes."""
+    sent = []
+    for (kind, status), count in sorted(found.sent.items()):
+        sent.append({"kind": kind, "status": status, "count": count})
+    return {
+        "requests": found.sent.total(),
+        "seconds": seconds,
+        "probes": found.probes,
+        "slowest_health_s": found.slowest_s,
+        "sent": sent,
+        "faults": found.bad,
+    }
+
+
+def print_figures(found: Attack, seconds: float) -> None:
     print(table(found.sent))
-    print(f"{total} requests in {took:.0f} s; {found.probes} probe answers compared")
+    print(
+        f"{found.sent.total()} requests in {seconds:.0f} s; {found.probes} probe answers compared"
+    )
     print(f"slowest /health {found.slowest_s * 1000:.0f} ms")
     print(f"faults: {len(found.bad)}")
     for line in found.bad[:10]:
         print(f"  {line}", file=sys.stderr)
-    if args.json:
-        sent = [
-            {"kind": kind, "status": status, "count": count}
-            for (kind, status), count in sorted(found.sent.items())
-        ]
-        figures = {
-            "requests": total,
-            "seconds": took,
-            "probes": found.probes,
-            "slowest_health_s": found.slowest_s,
-        }
-        write_json(args.json, figures | {"sent": sent, "faults": found.bad})
-    return 1 if found.bad else 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,6 +20,7 @@ the one by wall-clock time.
 """
 
 import argparse
+import operator
 import os
 import statistics
 import sys
@@ -52,10 +53,11 @@ def workload(count: int, cap: int, seed: int) -> Work:
 
     rng = np.random.default_rng(seed)
     lengths = np.clip(np.round(rng.lognormal(np.log(100), 1.0, count)), 1, cap).astype(int).tolist()
-    return [
-        (rng.integers(0, VOCABULARY, rng.integers(16, LONGEST_PROMPT + 1)).tolist(), length)
-        for length in lengths
-    ]
+    work: Work = []
+    for length in lengths:
+        prompt = rng.integers(0, VOCABULARY, rng.integers(16, LONGEST_PROMPT + 1)).tolist()
+        work.append((prompt, length))
+    return work
 
 
 def make_model() -> "PreTrainedModel":
@@ -108,7 +110,7 @@ def make_glm() -> "PreTrainedModel":
 class Clock:
     """Wall-clock seconds, and CPU seconds of all threads, from construction to stop()."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._begin = time.perf_counter(), time.process_time()
 
     def stop(self) -> tuple[float, float]:
@@ -125,17 +127,17 @@ def ours(name: str, policy: str, model: "PreTrainedModel", limits: "Limits") -> 
 
     engine = make_engine(name, model, limits, LinearCost(), [])
 
-    def subject(work) -> tuple[float, float]:
+    def subject(work: Work) -> tuple[float, float]:
         clock = Clock()
-        requests = [Request(i, len(prompt), 0.0, 1e9) for i, (prompt, _) in enumerate(work)]
-        answers = [
-            engine.submit(r, prompt, Sampling(length))
-            for r, (prompt, length) in zip(requests, work)
-        ]
+        requests, answers = [], []
+        for number, (prompt, length) in enumerate(work):
+            requests.append(Request(number, len(prompt), 0.0, 1e9))
+            answers.append(engine.submit(requests[-1], prompt, Sampling(length)))
         for _ in run_scheduler(POLICIES[policy], engine, WallClock(), Replay(requests)):
             pass
         seconds = clock.stop()
-        assert [len(a.tokens) for a in answers] == [length for _, length in work]
+        for answer, (_, length) in zip(answers, work):
+            assert len(answer.tokens) == length
         return seconds
 
     return subject
@@ -161,14 +163,13 @@ def peer(model: "PreTrainedModel", rows: int, kv_tokens: int) -> Subject:
         generation_config=nothing_stops, continuous_batching_config=settings
     )
 
-    def subject(work) -> tuple[float, float]:
+    def subject(work: Work) -> tuple[float, float]:
         manager.start()
         try:
             clock = Clock()
-            wanted = {
-                manager.add_request(prompt, max_new_tokens=length): length
-                for prompt, length in work
-            }
+            wanted = {}
+            for prompt, length in work:
+                wanted[manager.add_request(prompt, max_new_tokens=length)] = length
             generated = {}
             while len(generated) < len(work):
                 result = manager.get_result(timeout=1)
@@ -238,19 +239,19 @@ def ratios_of(rates: Rates, against: list[str]) -> dict[str, dict[str, float]]:
     for name, mine in rates.items():
         ratios[name] = {}
         for other in against:
-            quotients = [a / b for a, b in zip(mine, rates[other])]
+            quotients = map(operator.truediv, mine, rates[other])
             ratios[name][f"x_{other}"] = statistics.median(quotients)
     return ratios
 
 
-def print_table(result: dict, against: list[str]):
+def print_table(result: dict, against: list[str]) -> None:
     titles = [f"{f'x {other}':>10}" for other in against]
     print("".join([f"{'engine':14}", f"{'tokens/s':>10}", *titles, f"{'a CPU s':>10}", *titles]))
     for name in result["rates"]:
         line = f"{name:14}"
         for rates, ratios in (("rates", "ratios"), ("cpu_rates", "cpu_ratios")):
             line += f"{statistics.median(result[rates][name]):10.1f}"
-            line += "".join(f"{ratio:10.2f}" for ratio in result[ratios][name].values())
+            line += "".join(map("{:10.2f}".format, result[ratios][name].values()))
         print(line)
 
 

@@ -14,11 +14,11 @@ the engine (scripts/profile_engine.py) made before each repetition: a shared mac
 """
 
 import argparse
-import json
 import multiprocessing
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,7 +28,9 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
+from benchmarks.rows import read_lines
 from finetune.files import write_json
+from predictor.prediction import LengthPrediction
 from serving.cost_model.devices import find_device
 from serving.cost_model.model import CostModel, ModelShape, Profile
 from serving.policies.continuous import POLICIES
@@ -41,7 +43,7 @@ from serving.simulate.workload import SloRule, poisson_arrivals
 SHOWN = ("attainment", "latency_mean_s", "latency_p99_s", "throughput_tps")
 
 
-def client(pipe: Connection, folder: str):
+def client(pipe: Connection, folder: str) -> None:
     """The predictor's process: it sends a prediction at each time of every schedule received.
 
     A schedule is (zero_s, [(seconds, text or None)]).
@@ -59,6 +61,10 @@ def client(pipe: Connection, folder: str):
             pipe.send(None if text is None else predictor.predict(text)[0])
 
 
+def without_prediction(r: Request) -> Request:
+    return Request(r.id, r.prompt_tokens, r.arrival_s, r.slo_s, None, r.output_tokens)
+
+
 class Bench:
     """A tuned model, its predictor, and prompts with known answers.
 
@@ -74,7 +80,7 @@ class Bench:
         limits: Limits,
         max_src_len: int,
         max_new_tokens: int,
-    ):
+    ) -> None:
         from chatglm import load_tokenizer
         from chatglm.families import FAMILIES
         from finetune.evaluation.predict import load_ready
@@ -88,9 +94,9 @@ class Bench:
         self.model = load_ready(model, device="cpu")
         self.predictor = LengthPredictor.from_pretrained(predictor, served_model=model)
         family = FAMILIES[self.tokenizer.family]
-        rows = [json.loads(line) for line in open(lengths, encoding="utf-8")]
+        rows = read_lines(Path(lengths))
         predictions = self.predictor.predict([row["prompt"] for row in rows])
-        self.asked = []
+        self.asked: list[tuple[str, list[int], int, LengthPrediction]] = []
         for row, prediction in zip(rows, predictions):
             ids = family.encode_prompt(self.tokenizer, row["prompt"], max_src_len).input_ids
             tokens = row["output_tokens"] + row["finished"]
@@ -138,8 +144,11 @@ class Bench:
         """(request, which of `asked`) by arrival."""
         rng = np.random.default_rng(seed)
         which = rng.integers(0, len(self.asked), count)
-        prompts = np.array([len(self.asked[i][1]) for i in which])
-        outputs = np.array([self.asked[i][2] for i in which])
+        prompt_tokens, output_tokens = [], []
+        for i in which:
+            prompt_tokens.append(len(self.asked[i][1]))
+            output_tokens.append(self.asked[i][2])
+        prompts, outputs = np.array(prompt_tokens), np.array(output_tokens)
         slo_s = slo(prompts, outputs, self.objective_cost, rng)
         arrivals = poisson_arrivals(count, rate, rng)
         rows = zip(arrivals.tolist(), slo_s.tolist(), which.tolist())
@@ -154,12 +163,9 @@ class Bench:
         """Metrics of the simulated engine."""
         policy = POLICIES[name]
         engine = SimulatedEngine(self.engine.cost, self.limits, padded=False)
-        seen = [r for r, _ in requests]
-        if not policy.predicts:
-            seen = [
-                Request(r.id, r.prompt_tokens, r.arrival_s, r.slo_s, None, r.output_tokens)
-                for r in seen
-            ]
+        seen = []
+        for request, _ in requests:
+            seen.append(request if policy.predicts else without_prediction(request))
         return (
             Collector().watch(run_scheduler(policy, engine, VirtualClock(), Replay(seen))).summary()
         )
@@ -174,13 +180,12 @@ class Bench:
         clock = WallClock()
         inbox = Inbox(clock, self.engine)
         answers = []
-        calls = [
-            (request.arrival_s, self.asked[which][0] if policy.predicts else None)
-            for request, which in requests
-        ]
+        calls = []
+        for request, which in requests:
+            calls.append((request.arrival_s, self.asked[which][0] if policy.predicts else None))
         self._pipe.send((clock.zero_s, calls))
 
-        def feed():
+        def feed() -> None:
             for request, which in requests:
                 prediction = self._pipe.recv()
                 ids = self.asked[which][1]
@@ -229,24 +234,18 @@ def compare(
     `measured` and `simulated` are {metric: [by repetition]}; `other_answers` counts answers of
     another length than recorded.
     """
-    rows = [
-        {
-            "policy": name,
-            "measured": {key: [] for key in SHOWN},
-            "simulated": {key: [] for key in SHOWN},
-            "other_answers": 0,
-        }
-        for name in policies
-    ]
+    rows: list[dict] = []
+    for name in policies:
+        sides = {"measured": defaultdict(list), "simulated": defaultdict(list)}
+        rows.append({"policy": name, **sides, "other_answers": 0})
     for repetition in range(args.repetitions):
         bench.profile(args.profile_repetitions)
         requests = bench.requests(args.requests, rate, repetition, slo)
         for row in rows:
             simulated = bench.simulate(row["policy"], requests)
             measured, lengths = bench.serve(row["policy"], requests)
-            row["other_answers"] += sum(
-                n != r.output_tokens for n, (r, _) in zip(lengths, requests)
-            )
+            for length, (request, _) in zip(lengths, requests):
+                row["other_answers"] += length != request.output_tokens
             for key in SHOWN:
                 row["measured"][key].append(measured[key])
                 row["simulated"][key].append(simulated[key])
@@ -258,7 +257,7 @@ def compare(
     return rows
 
 
-def print_rows(rate: float, rows: list[dict]):
+def print_rows(rate: float, rows: list[dict]) -> None:
     print(
         f"\n{rate:.1f} requests/s\n\n| policy | in time %, measured | simulated "
         "| mean latency s, measured | simulated | off by | p99 s, measured | simulated | tokens/s |"
@@ -282,7 +281,7 @@ def print_rows(rate: float, rows: list[dict]):
 
 def shown(values: list[float], by: float = 1) -> str:
     """Mean and, where there is one, half the confidence interval of values times `by`."""
-    mean, half = interval([by * v for v in values])
+    mean, half = interval((by * np.array(values)).tolist())
     return f"{mean:.3g}" + ("" if np.isnan(half) else f" ± {half:.2g}")
 
 
@@ -302,6 +301,19 @@ def order_of(rows: list[dict], side: str) -> list[str]:
     return [row["policy"] for row in ordered]
 
 
+def print_orders(rows: list[dict], wrong: list[str]) -> None:
+    """How far the simulation is off, and in which order each side has the policies."""
+    furthest = np.abs(list(map(off_by, rows))).max()
+    others = sum(row["other_answers"] for row in rows)
+    print(
+        f"\nlongest off by {100 * furthest:.1f} %; "
+        f"measured: {' < '.join(order_of(rows, 'measured'))}; "
+        f"simulated: {' < '.join(order_of(rows, 'simulated'))}; "
+        f"pairs told the wrong way round: {', '.join(wrong) or 'none'}; "
+        f"answers of another length than recorded: {others}"
+    )
+
+
 def contradictions(rows: list[dict]) -> list[str]:
     """Pairs ordered alike by mean latency in all repetitions, but reversed in simulation."""
     found = []
@@ -316,7 +328,7 @@ def contradictions(rows: list[dict]) -> list[str]:
     return found
 
 
-def main(argv: list[str] | None = None) -> dict:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -348,18 +360,26 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--profile_repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures here")
-    args = parser.parse_args(argv)
-    policies, at = args.policies.split(","), args.at.split(",")
-    if unknown := [name for name in policies + at if name not in POLICIES]:
-        parser.error(f"no policy {unknown[0]!r}; there are {', '.join(POLICIES)}")
+    return parser
 
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    for name in [*args.policies.split(","), *args.at.split(",")]:
+        if name not in POLICIES:
+            parser.error(f"no policy {name!r}; there are {', '.join(POLICIES)}")
     for needed in ("merged", "predictor", "lengths_test.jsonl"):
         if not (args.folder / needed).exists():
             sys.exit(
                 f"serving_real.py: no such file: {args.folder / needed}; "
                 "--folder names what scripts/quickstart.sh wrote"
             )
+    return args
 
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse_args(argv)
     import torch
     from tqdm import tqdm
 
@@ -383,32 +403,37 @@ def main(argv: list[str] | None = None) -> dict:
         f"P90 {100 * errors['p90_abs_error']:.1f} % off in 5 folds; "
         f"a prediction takes {1e3 * bench.predict_s:.2f} ms"
     )
-    slo = SloRule(args.slo_scale, 0.05)
-    bench.serve("fcfs", bench.requests(40, 40.0, 999, slo))  # warm
     result = {
         "settings": vars(args) | {"folder": str(args.folder), "json": str(args.json)},
         "profile": errors,
         "predict_s": bench.predict_s,
-        "loads": [],
+        "loads": compare_loads(bench, args),
     }
-    for name in at:
-        rate = bench.rate_at(name, args.requests, slo)
-        rows = compare(
-            bench, policies, rate, args, slo, lambda line: print(line, file=sys.stderr, flush=True)
-        )
-        print_rows(rate, rows)
-        wrong = contradictions(rows)
-        print(
-            f"\nlongest off by {100 * max(abs(off_by(row)) for row in rows):.1f} %; "
-            f"measured: {' < '.join(order_of(rows, 'measured'))}; "
-            f"simulated: {' < '.join(order_of(rows, 'simulated'))}; "
-            f"pairs told the wrong way round: {', '.join(wrong) or 'none'}; "
-            f"answers of another length than recorded: {sum(row['other_answers'] for row in rows)}"
-        )
-        result["loads"].append({"at": name, "rate": rate, "rows": rows, "wrong": wrong})
     if args.json:
         write_json(args.json, result)
     return result
+
+
+def compare_loads(bench: Bench, args: argparse.Namespace) -> list[dict]:
+    """The policies at the rate of each of --at; printed."""
+    slo = SloRule(args.slo_scale, 0.05)
+    bench.serve("fcfs", bench.requests(40, 40.0, 999, slo))  # warm
+    loads = []
+    for name in args.at.split(","):
+        rate = bench.rate_at(name, args.requests, slo)
+        rows = compare(
+            bench,
+            args.policies.split(","),
+            rate,
+            args,
+            slo,
+            lambda line: print(line, file=sys.stderr, flush=True),
+        )
+        print_rows(rate, rows)
+        wrong = contradictions(rows)
+        print_orders(rows, wrong)
+        loads.append({"at": name, "rate": rate, "rows": rows, "wrong": wrong})
+    return loads
 
 
 if __name__ == "__main__":

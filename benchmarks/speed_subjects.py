@@ -8,14 +8,20 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerFast
+    from transformers import (
+        PreTrainedTokenizerFast,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
 
     from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
     from finetune.config import TrainConfig
@@ -78,9 +84,13 @@ def encode(shared: Path, family: str) -> Pairs:
     tokenizer = load_tokenizer(shared / "data" / "chatglm2-tokenizer", mode="glm2")
     rows, _ = read_rows(shared / "data" / "finetune" / "spo_0.json", limit=ROWS)
     data = encode_rows(rows, tokenizer, FAMILIES["glm2"], max_len=768, max_src_len=512)
-    pairs = [(data.ids(row).tolist(), data.n_masked(row)) for row in range(len(data))]
-    if family == "glm":
-        pairs = [(ids[2:n] + [130001, 130004] + ids[n:-1] + [130005], n - 1) for ids, n in pairs]
+    pairs = []
+    for row in range(len(data)):
+        ids, n = data.ids(row).tolist(), data.n_masked(row)
+        if family == "glm":
+            pairs.append((ids[2:n] + [130001, 130004] + ids[n:-1] + [130005], n - 1))
+        else:
+            pairs.append((ids, n))
     return pairs
 
 
@@ -142,7 +152,7 @@ def batches(n_rows: int, first_epoch: int = 0) -> Iterator[list[int]]:
 # ---- the subjects: each yields the loss of one step after another
 
 
-def use_plain_formulas():
+def use_plain_formulas() -> None:
     """Replace the lean norm, rotary and activation by those of the seeds' modelling code."""
     import torch
     import torch.nn.functional as F
@@ -151,20 +161,20 @@ def use_plain_formulas():
 
     class Norm:
         @staticmethod
-        def apply(x, weight, eps):
+        def apply(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
             wide = x.float()
             normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
             return (weight * normed).to(x.dtype)
 
     class SwiGLU:
         @staticmethod
-        def apply(both):
+        def apply(both: torch.Tensor) -> torch.Tensor:
             gate, up = both.chunk(2, dim=-1)
             return F.silu(gate) * up
 
     class RotatePairs:
         @staticmethod
-        def apply(x, turns, heads, turn_):
+        def apply(x: torch.Tensor, turns: torch.Tensor, heads: int, turn_: object) -> torch.Tensor:
             n = 2 * turns.shape[-1]
             a, b = x[:, :, :heads, :n].unflatten(-1, (-1, 2)).unbind(-1)
             cos, sin = turns.real, turns.imag
@@ -174,7 +184,7 @@ def use_plain_formulas():
 
     class RotateHalves:
         @staticmethod
-        def apply(x, turns, heads, turn_):
+        def apply(x: torch.Tensor, turns: torch.Tensor, heads: int, turn_: object) -> torch.Tensor:
             parts = []
             for half, t in zip(x[:, :, :heads].chunk(2, -1), turns.chunk(2, -1)):
                 a, b = half.chunk(2, -1)
@@ -185,6 +195,10 @@ def use_plain_formulas():
     modeling_glm2.SwiGLUFunction = SwiGLU
     modeling_glm2.RotateFunction = RotatePairs
     modeling_glm.RotateFunction = RotateHalves
+
+
+def trained_of(model: "torch.nn.Module") -> "list[torch.nn.Parameter]":
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def run_reference(spec: Spec, pairs: Pairs) -> Iterator[Step]:
@@ -201,7 +215,7 @@ def run_reference(spec: Spec, pairs: Pairs) -> Iterator[Step]:
         model = peft.get_peft_model(
             model, peft.LoraConfig(r=8, lora_alpha=30, target_modules=["query_key_value"])
         )
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = trained_of(model)
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     model.train()
     data = our_dataset(pairs)
@@ -237,7 +251,7 @@ def run_bare(spec: Spec, pairs: Pairs) -> Iterator[Step]:
     wide = torch.float32 if spec["precision"] == "fp32" else torch.bfloat16
     method = Lora(8, 30, 0.0, "query_key_value") if lora else FullParameters()
     model = method.prepare(make_model(spec, wide))
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = trained_of(model)
     masters = trained
     if lora:
         for p in trained:
@@ -284,13 +298,19 @@ def useful_operations(spec: Spec, pairs: Pairs, rows: list[int]) -> float:
     from finetune.rows.batches import lay_end_to_end
 
     shape = make_shape(make_config(spec).to_dict())
-    batch = lay_end_to_end(
-        [pairs[r][0] for r in rows], [pairs[r][1] for r in rows], spec["family"] != "glm", 1
-    )
+    ids, masked = [], []
+    for row in rows:
+        ids.append(pairs[row][0])
+        masked.append(pairs[row][1])
+    batch = lay_end_to_end(ids, masked, spec["family"] != "glm", 1)
     tokens, kept = batch["input_ids"].numel(), len(batch["keep"])
     qkv, *rest = (inputs * outputs for inputs, outputs, _ in shape.linears.values())
     body = (shape.layers - 1) * (qkv + sum(rest)) * tokens + qkv * tokens + sum(rest) * kept
     return (4 if spec["method"] == "lora" else 6) * (body + shape.vocab * shape.hidden * kept)
+
+
+def count_tokens(pairs: Pairs, rows: list[int]) -> int:
+    return sum(len(pairs[r][0]) for r in rows)
 
 
 def run_peak(spec: Spec, pairs: Pairs) -> Iterator[Step]:
@@ -407,12 +427,12 @@ def resident(field: str) -> int:
 class Turns:
     """A worker's protocol: read a number of steps from stdin, print what they took."""
 
-    def __init__(self, spec: Spec):
+    def __init__(self, spec: Spec) -> None:
         self.clock = time.process_time if spec.get("cpu_time") else time.perf_counter
         self.left, self.idle, self.started = 0, resident("VmRSS"), 0.0
         self.tokens, self.operations, self.loss = 0, 0.0, 0.0
 
-    def before_step(self):
+    def before_step(self) -> None:
         if self.left:
             return
         if self.started:
@@ -432,7 +452,7 @@ class Turns:
         Path("/proc/self/clear_refs").write_text("5")
         self.started = self.clock()
 
-    def after_step(self, tokens: int, loss: float, operations: float = 0.0):
+    def after_step(self, tokens: int, loss: float, operations: float = 0.0) -> None:
         self.left -= 1
         self.tokens += tokens
         self.operations += operations
@@ -470,7 +490,7 @@ def work(spec: Spec) -> None:
     for rows, loss in RUNS[spec["subject"]](spec, pairs):
         if rows is None:
             continue
-        tokens = sum(len(pairs[r][0]) for r in rows)
+        tokens = count_tokens(pairs, rows)
         operations = useful_operations(spec, pairs, rows) if rows else 2 * 4096**3
         turns.after_step(tokens, loss, operations)
         turns.before_step()
@@ -502,12 +522,38 @@ def profile(spec: Spec) -> None:
         print(f"| {event.key} | {share:.0f} % | {event.count / 4:.0f} |")
 
 
+def step_callback(turns: Turns, tokens_of: Callable[[int], int]) -> "TrainerCallback":
+    """A callback that marks the steps of a turn; `tokens_of` counts a step's, numbered from 0."""
+    from transformers import TrainerCallback
+
+    class Callback(TrainerCallback):
+        def on_step_begin(
+            self,
+            args: "TrainingArguments",
+            state: "TrainerState",
+            control: "TrainerControl",
+            **kwargs: Any,
+        ) -> None:
+            turns.before_step()
+
+        def on_step_end(
+            self,
+            args: "TrainingArguments",
+            state: "TrainerState",
+            control: "TrainerControl",
+            **kwargs: Any,
+        ) -> None:
+            turns.after_step(tokens_of(state.global_step - 1), 0.0)
+
+    return Callback()
+
+
 def work_trainer(spec: Spec, pairs: Pairs, turns: Turns) -> None:
     """transformers' Trainer; its callbacks mark the steps of a turn."""
     import peft
     import torch
     from torch.utils.data import Dataset
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer
 
     from finetune.rows.batches import collate
 
@@ -521,10 +567,10 @@ def work_trainer(spec: Spec, pairs: Pairs, turns: Turns) -> None:
     order: list[list[int]] = []
 
     class Rows(Dataset):
-        def __len__(self):
+        def __len__(self) -> int:
             return 10**7
 
-        def __getitem__(self, i):
+        def __getitem__(self, i: int) -> int:
             while len(order) <= i // BATCH:
                 order.append(next(steps))
             return order[i // BATCH][i % BATCH]
@@ -542,14 +588,20 @@ def work_trainer(spec: Spec, pairs: Pairs, turns: Turns) -> None:
         def _get_train_sampler(self, *args):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    class Callback(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            turns.before_step()
+    Sequential(
+        model=model,
+        args=trainer_arguments(spec),
+        train_dataset=Rows(),
+        data_collator=with_mask,
+        callbacks=[step_callback(turns, lambda step: count_tokens(pairs, order[step]))],
+    ).train()
 
-        def on_step_end(self, args, state, control, **kwargs):
-            turns.after_step(sum(len(pairs[r][0]) for r in order[state.global_step - 1]), 0.0)
 
-    args = TrainingArguments(
+def trainer_arguments(spec: Spec) -> "TrainingArguments":
+    """transformers' settings of the case."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
         output_dir=spec["folder"],
         per_device_train_batch_size=BATCH,
         max_steps=10**6,
@@ -563,13 +615,6 @@ def work_trainer(spec: Spec, pairs: Pairs, turns: Turns) -> None:
         bf16=spec["precision"] == "autocast",
         dataloader_pin_memory=False,
     )
-    Sequential(
-        model=model,
-        args=args,
-        train_dataset=Rows(),
-        data_collator=with_mask,
-        callbacks=[Callback()],
-    ).train()
 
 
 def make_fast_tokenizer(model: Path) -> "PreTrainedTokenizerFast":
@@ -588,17 +633,17 @@ def make_fast_tokenizer(model: Path) -> "PreTrainedTokenizerFast":
     )
 
 
-def write_llamafactory_inputs(spec: Spec, folder: Path):
+def write_llamafactory_inputs(spec: Spec, folder: Path) -> None:
     """The model folder and the data set of LLaMA-Factory's run, rows in the order of batches()."""
     data = Path(spec["shared"]) / "data"
     make_glm(spec).save_pretrained(folder / "model")
     tokenizer = make_fast_tokenizer(data / "chatglm2-tokenizer" / "tokenizer.model")
     tokenizer.save_pretrained(folder / "model")
     lines = (data / "finetune" / "spo_0.json").read_text().splitlines()[:ROWS]
-    rows = [json.loads(line) for line in lines]
-    ordered = []
+    rows = list(map(json.loads, lines))
+    ordered: list[dict] = []
     for _, step in zip(range(10**3), batches(len(rows))):
-        ordered += [rows[r] for r in step]
+        ordered += map(rows.__getitem__, step)
     (folder / "rows.json").write_text(json.dumps(ordered))
     (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
 
@@ -619,17 +664,25 @@ def work_llamafactory(spec: Spec) -> None:
     folder = Path(spec["folder"])
     write_llamafactory_inputs(spec, folder)
 
-    class Callback(TrainerCallback):
-        def on_train_begin(self, args, state, control, train_dataloader, **kwargs):
-            self.lengths = [len(ids) for ids in train_dataloader.dataset["input_ids"]]
+    lengths: list[int] = []  # tokens of each row, in LLaMA-Factory's order
 
-        def on_step_begin(self, args, state, control, **kwargs):
-            turns.before_step()
+    class ReadLengths(TrainerCallback):
+        def on_train_begin(
+            self,
+            args: "TrainingArguments",
+            state: "TrainerState",
+            control: "TrainerControl",
+            train_dataloader: Any,
+            **kwargs: Any,
+        ) -> None:
+            lengths.extend(map(len, train_dataloader.dataset["input_ids"]))
 
-        def on_step_end(self, args, state, control, **kwargs):
-            first = (state.global_step - 1) * BATCH
-            turns.after_step(sum(self.lengths[first : first + BATCH]), 0.0)
+    marks = step_callback(turns, lambda step: sum(lengths[step * BATCH : (step + 1) * BATCH]))
+    run_exp(llamafactory_settings(spec, folder), callbacks=[ReadLengths(), marks])
 
+
+def llamafactory_settings(spec: Spec, folder: Path) -> dict:
+    """LLaMA-Factory's settings of the case."""
     method = {"finetuning_type": "full"}
     if spec["method"] == "lora":
         method = {
@@ -639,32 +692,29 @@ def work_llamafactory(spec: Spec) -> None:
             "lora_dropout": 0.0,
             "lora_target": "q_proj,k_proj,v_proj",
         }
-    run_exp(
-        {
-            "stage": "sft",
-            "do_train": True,
-            "model_name_or_path": str(folder / "model"),
-            "dataset": "rows",
-            "dataset_dir": str(folder),
-            "template": "empty",
-            "cutoff_len": 768,
-            "disable_shuffling": True,
-            "overwrite_cache": True,
-            "output_dir": str(folder / "out"),
-            "per_device_train_batch_size": BATCH,
-            "gradient_accumulation_steps": 1,
-            "max_steps": 10**3,
-            "learning_rate": 1e-4,
-            "bf16": spec["precision"] == "bf16",
-            "disable_gradient_checkpointing": True,
-            "use_cpu": True,
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "report_to": "none",
-            **method,
-        },
-        callbacks=[Callback()],
-    )
+    return {
+        "stage": "sft",
+        "do_train": True,
+        "model_name_or_path": str(folder / "model"),
+        "dataset": "rows",
+        "dataset_dir": str(folder),
+        "template": "empty",
+        "cutoff_len": 768,
+        "disable_shuffling": True,
+        "overwrite_cache": True,
+        "output_dir": str(folder / "out"),
+        "per_device_train_batch_size": BATCH,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 10**3,
+        "learning_rate": 1e-4,
+        "bf16": spec["precision"] == "bf16",
+        "disable_gradient_checkpointing": True,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        **method,
+    }
 
 
 if __name__ == "__main__":

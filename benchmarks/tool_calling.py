@@ -22,12 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.rows import write_rows  # noqa: E402
 
 SHARED = Path(os.environ.get("GLM_FOUNDRY_SHARED", ROOT.parent / "shared"))
 FILES = ("glaive_toolcall_zh.jsonl", "glaive_toolcall_en.jsonl")
@@ -51,10 +52,10 @@ def read_calls(file: Path) -> list[Call]:
     calls = []
     for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        tools = {
-            t["name"]: {k: p.get("type") for k, p in t["parameters"].get("properties", {}).items()}
-            for t in json.loads(row["tools"])
-        }
+        tools = {}
+        for tool in json.loads(row["tools"]):
+            properties = tool["parameters"].get("properties", {})
+            tools[tool["name"]] = {name: value.get("type") for name, value in properties.items()}
         for before, turn in zip(row["conversations"], row["conversations"][1:]):
             if turn["from"] != "function_call" or before["from"] != "human":
                 continue
@@ -67,21 +68,21 @@ def read_calls(file: Path) -> list[Call]:
 
 def can_be_copied(call: Call) -> bool:
     """Whether a small model can learn the call: short values that occur once in the question."""
-    values = [str(value) for value in call.arguments.values()]
-    # An English word is tokenised differently after a quote than after a space: too hard for a
-    # small model in minutes.
-    plain = all(
-        type(value) in (str, int, float) and not re.search("[A-Za-z ]", str(value))
-        for value in call.arguments.values()
-    )
-    once = all(
-        0 < len(value) <= LONGEST_VALUE and len(places(value, call.question)) == 1
-        for value in values
-    )
-    overlap = any(a in b for a, b in itertools.permutations(values, 2))
-    names = all(name.isidentifier() for name in call.arguments)
+    values = list(map(str, call.arguments.values()))
+    for value in call.arguments.values():
+        # An English word is tokenised differently after a quote than after a space: too hard for a
+        # small model in minutes.
+        if type(value) not in (str, int, float) or re.search("[A-Za-z ]", str(value)):
+            return False
+    for text in values:
+        if not 0 < len(text) <= LONGEST_VALUE or len(places(text, call.question)) != 1:
+            return False
+    for one, other in itertools.permutations(values, 2):
+        if one in other:
+            return False
+    names = all(map(str.isidentifier, call.arguments))
     known = call.name in call.tools and len(call.question) <= LONGEST_QUESTION
-    return bool(values) and plain and once and not overlap and names and known
+    return bool(values) and names and known
 
 
 def places(value: str, text: str) -> list[re.Match]:
@@ -102,14 +103,19 @@ def values_of(calls: list[Call]) -> dict[type, list]:
 
 def with_other_values(call: Call, values: dict[type, list], draw: random.Random) -> Call:
     """The same question with other values, of the same types."""
-    new = {
-        name: draw.choice(values[type(value)] or [value]) for name, value in call.arguments.items()
-    }
     question = call.question
-    spots = {name: places(str(value), question)[0] for name, value in call.arguments.items()}
+    new, spots = {}, {}
+    for name, value in call.arguments.items():
+        new[name] = draw.choice(values[type(value)] or [value])
+        spots[name] = places(str(value), question)[0]
     for name in sorted(spots, key=lambda name: -spots[name].start()):
         question = question[: spots[name].start()] + str(new[name]) + question[spots[name].end() :]
     return call._replace(question=question, arguments=new)
+
+
+def varied(call: Call, values: dict[type, list], draw: random.Random, count: int) -> list[Call]:
+    """The question `count` times, with other values each time."""
+    return [with_other_values(call, values, draw) for _ in range(count)]
 
 
 def shown_tools(tools: dict) -> list[dict]:
@@ -145,84 +151,34 @@ def prepare(folder: Path, train: list[Call], seed: int) -> Path:
     values = values_of(train)
     rows = list(train)
     for call in train:
-        rows += [with_other_values(call, values, draw) for _ in range(COPIES)]
+        rows += varied(call, values, draw, COPIES)
+    texts = []
+    for call in train:
+        tools = json.dumps(shown_tools(call.tools), indent=4)
+        output = f"{call.name}\n{tool_call(call.arguments)}"
+        texts.append({"input": call.question, "output": output, "tools": tools})
     write_rows(folder / "calls.jsonl", map(as_row, rows))
-    write_rows(
-        folder / "texts.jsonl",
-        (
-            {
-                "input": call.question,
-                "output": f"{call.name}\n{tool_call(call.arguments)}",
-                "tools": json.dumps(shown_tools(call.tools), indent=4),
-            }
-            for call in train
-        ),
-    )
-    code = make_tokenizer(
-        [
-            "--input",
-            str(folder / "texts.jsonl"),
-            "--output_dir",
-            str(folder / "tokenizer"),
-            "--vocab_size",
-            "1100",
-            "--family",
-            "glm3",
-        ]
-    )
+    write_rows(folder / "texts.jsonl", texts)
+    flags = ["--input", str(folder / "texts.jsonl"), "--output_dir", str(folder / "tokenizer")]
+    code = make_tokenizer([*flags, "--vocab_size", "1100", "--family", "glm3"])
     assert code == 0
     sizes = {"hidden_size": 256, "num_layers": 2, "heads": 4, "groups": 2, "ffn": 512}
     return make_model("glm3", folder / "tokenizer", folder / "random", **sizes)
 
 
-def write_rows(file: Path, rows: Iterable[dict]):
-    file.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
-
-
 def learn(rows: Path, base: Path, steps: int, seed: int) -> Path:
     """Train all weights with train.py; returns the checkpoint."""
     out = rows.with_suffix("")
-    subprocess.run(
-        [
-            sys.executable,
-            "train.py",
-            "--train_path",
-            rows,
-            "--model_name_or_path",
-            base,
-            "--train_type",
-            "all",
-            "--ds_file",
-            "ds_zero2.json",
-            "--max_len",
-            str(MAX_LEN),
-            "--max_src_len",
-            str(MAX_LEN // 2),
-            "--per_device_train_batch_size",
-            "16",
-            "--learning_rate",
-            "2e-3",
-            "--weight_decay",
-            "0",
-            "--num_train_epochs",
-            "1000",
-            "--max_steps",
-            str(steps),
-            "--show_loss_step",
-            "50",
-            "--seed",
-            str(seed),
-            "--output_dir",
-            out,
-            "--overwrite_output_dir",
-            "--save_total_limit",
-            "1",
-        ],
-        cwd=ROOT,
-        check=True,
-    )
+    words = [
+        *("--train_path", rows, "--model_name_or_path", base, "--output_dir", out),
+        *("--train_type", "all", "--ds_file", "ds_zero2.json"),
+        *("--max_len", MAX_LEN, "--max_src_len", MAX_LEN // 2),
+        *("--per_device_train_batch_size", 16, "--learning_rate", "2e-3", "--weight_decay", 0),
+        *("--num_train_epochs", 1000, "--max_steps", steps, "--show_loss_step", 50),
+        *("--seed", seed, "--save_total_limit", 1),
+        "--overwrite_output_dir",
+    ]
+    subprocess.run([sys.executable, "train.py", *map(str, words)], cwd=ROOT, check=True)
     return max(out.glob("epoch-*-step-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
 
 
@@ -246,16 +202,9 @@ def ask(checkpoint: Path, calls: list[Call], show: bool) -> dict[str, float]:
             named += answer["name"] == call.name
             right += answer == {"name": call.name, "parameters": call.arguments}
         if show:
-            print(
-                json.dumps(
-                    {
-                        "question": call.question,
-                        "wanted": [call.name, call.arguments],
-                        "got": answer,
-                    },
-                    ensure_ascii=False,
-                )
-            )
+            wanted = [call.name, call.arguments]
+            shown = {"question": call.question, "wanted": wanted, "got": answer}
+            print(json.dumps(shown, ensure_ascii=False))
     return {
         "parsed": parsed / len(calls),
         "right_name": named / len(calls),
@@ -263,7 +212,7 @@ def ask(checkpoint: Path, calls: list[Call], show: bool) -> dict[str, float]:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -281,28 +230,55 @@ def main(argv: list[str] | None = None) -> int:
         "--show", action="store_true", help="print every question, call wanted and answer"
     )
     parser.add_argument("--questions", type=int, help="ask only so many held-out questions [all]")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def questions_of(held_out: list[Call], train: list[Call], seed: int) -> list[Call]:
+    """Each held-out question as it is, and with other values."""
+    draw = random.Random(seed + 1)
+    values = values_of(train)
+    asked = []
+    for call in held_out:
+        asked.append(call)
+        asked += varied(call, values, draw, VARIANTS - 1)
+    return asked
+
+
+def read_all_calls() -> list[Call]:
+    """The calls of all FILES; leaves with one line where a file is missing."""
     for file in FILES:
         if not (SHARED / "data" / "finetune" / file).is_file():
             sys.exit(
                 f"tool_calling.py: no such file: {SHARED / 'data' / 'finetune' / file}; "
                 "GLM_FOUNDRY_SHARED names the folder of the public data"
             )
+    calls: list[Call] = []
+    for file in FILES:
+        calls += read_calls(SHARED / "data" / "finetune" / file)
+    return calls
+
+
+def print_figures(figures: dict[str, float], rates: dict[str, float]) -> None:
+    print(
+        "| questions learnt from | held out | asked | steps | parses | right name "
+        "| right name and arguments | seconds |\n" + "|---" * 8 + "|"
+    )
+    shares = " | ".join(map("{:.0%}".format, rates.values()))
+    print(
+        f"| {figures['learnt_from']} | {figures['held_out']} | {figures['asked']} "
+        f"| {figures['steps']} | {shares} | {figures['seconds']:.0f} |"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    calls = read_all_calls()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.out or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        calls: list[Call] = []
-        for file in FILES:
-            calls += read_calls(SHARED / "data" / "finetune" / file)
         train, held_out = divide(calls)
-        draw = random.Random(args.seed + 1)
-        values = values_of(train)
-        asked = []
-        for call in held_out:
-            asked.append(call)
-            asked += [with_other_values(call, values, draw) for _ in range(VARIANTS - 1)]
-        asked = asked[: args.questions]
+        asked = questions_of(held_out, train, args.seed)[: args.questions]
         base = prepare(folder, train, args.seed)
         checkpoint = learn(folder / "calls.jsonl", base, args.steps, args.seed)
         rates = ask(checkpoint, asked, args.show)
@@ -314,15 +290,7 @@ def main(argv: list[str] | None = None) -> int:
         **rates,
         "seconds": time.perf_counter() - started,
     }
-    print(
-        "| questions learnt from | held out | asked | steps | parses | right name "
-        "| right name and arguments | seconds |\n" + "|---" * 8 + "|"
-    )
-    shares = " | ".join(f"{rate:.0%}" for rate in rates.values())
-    print(
-        f"| {len(train)} | {len(held_out)} | {len(asked)} | {args.steps} | {shares} "
-        f"| {figures['seconds']:.0f} |"
-    )
+    print_figures(figures, rates)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
     return 0

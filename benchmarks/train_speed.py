@@ -26,17 +26,20 @@ for full parameters, of the rows that each layer has to compute.
 
 import argparse
 import json
+import operator
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.rows import read_lines  # noqa: E402
 from benchmarks.speed_subjects import BATCH, MARK, Spec, encode, ffn_size  # noqa: E402
 
 SUBJECTS = ROOT / "benchmarks" / "speed_subjects.py"
@@ -45,7 +48,7 @@ SUBJECTS = ROOT / "benchmarks" / "speed_subjects.py"
 class Subject:
     """A worker process."""
 
-    def __init__(self, spec: Spec):
+    def __init__(self, spec: Spec) -> None:
         self.spec = spec
         threads = str(spec["threads"])
         env = os.environ | {
@@ -74,7 +77,7 @@ class Subject:
         self.log.seek(0)
         sys.exit(f"{self.spec['subject']} failed:\n{self.log.read()[-3000:]}")
 
-    def end(self):
+    def end(self) -> None:
         self.process.kill()
         self.process.wait()
 
@@ -88,27 +91,33 @@ def compare(specs: dict[str, Spec], steps: int, repetitions: int) -> dict[str, d
     try:
         for subject in subjects.values():
             subject.turn(1)
-        turns = {name: [] for name in subjects}
+        turns: dict[str, list[dict]] = defaultdict(list)
         for _ in range(repetitions):
             for name, subject in subjects.items():
                 turns[name].append(subject.turn(steps))
     finally:
         for subject in subjects.values():
             subject.end()
+    return {name: summarise(results) for name, results in turns.items()}
+
+
+def summarise(turns: list[dict]) -> dict:
+    """A subject's figures, of its turns in order."""
+    speeds, gflops = [], []
+    for turn in turns:
+        speeds.append(turn["tokens"] / turn["seconds"])
+        gflops.append(turn["operations"] / turn["seconds"] / 1e9)
     return {
-        name: {
-            "tokens_per_second": [t["tokens"] / t["seconds"] for t in results],
-            "memory_gb": max(t["memory"] for t in results) / 1e9,
-            "gflops": [t["operations"] / t["seconds"] / 1e9 for t in results],
-            "loss": results[-1]["loss"],
-        }
-        for name, results in turns.items()
+        "tokens_per_second": speeds,
+        "memory_gb": max(turn["memory"] for turn in turns) / 1e9,
+        "gflops": gflops,
+        "loss": turns[-1]["loss"],
     }
 
 
 def middle_ratio(a: list[float], b: list[float]) -> float:
     """Median over the turns of one figure over another."""
-    return statistics.median(x / y for x, y in zip(a, b))
+    return statistics.median(map(operator.truediv, a, b))
 
 
 def make_specs(case: str, threads: int, folder: Path, args: argparse.Namespace) -> dict[str, Spec]:
@@ -192,7 +201,7 @@ def compare_case(case: str, threads: int, folder: Path, args: argparse.Namespace
     return result
 
 
-def compare_all(args: argparse.Namespace):
+def compare_all(args: argparse.Namespace) -> None:
     """Every case against every subject."""
     result = []
     print(
@@ -226,37 +235,16 @@ def run_once(
     out = work / name
     words = [
         "train.py",
-        "--model_name_or_path",
-        model,
-        "--train_path",
-        rows,
-        "--train_type",
-        method,
-        "--lora_dropout",
-        "0",
-        "--max_len",
-        768,
-        "--max_src_len",
-        512,
-        "--per_device_train_batch_size",
-        BATCH,
-        "--gradient_accumulation_steps",
-        2 // ranks,
-        "--precision",
-        "bf16",
-        "--max_steps",
-        40,
-        "--output_dir",
-        out,
-        "--data_cache",
-        work / "cache",
+        *("--model_name_or_path", model, "--train_path", rows, "--output_dir", out),
+        *("--train_type", method, "--lora_dropout", "0", "--precision", "bf16"),
+        *("--max_len", 768, "--max_src_len", 512, "--max_steps", 40),
+        *("--per_device_train_batch_size", BATCH, "--gradient_accumulation_steps", 2 // ranks),
+        *("--data_cache", work / "cache"),
         "--overwrite_output_dir",
     ]
-    launcher = (
-        ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
-        if ranks == 2
-        else []
-    )
+    launcher = []
+    if ranks == 2:
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617"]
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *map(str, [*launcher, *words])],
@@ -271,11 +259,11 @@ def run_once(
     first = time.perf_counter() - started
     if process.wait():
         sys.exit(f"failed: {' '.join(map(str, words))}")
-    speeds = [json.loads(line)["tokens_per_second"] for line in log.read_text().splitlines()]
+    speeds = [line["tokens_per_second"] for line in read_lines(log)]
     return statistics.median(speeds[20:]), first
 
 
-def compare_ranks(args: argparse.Namespace):
+def compare_ranks(args: argparse.Namespace) -> None:
     """The same global batch on 1 rank (2 passes a step) and on 2."""
     from scripts.prepare_small_model import make_model as make_folder
 
@@ -296,7 +284,9 @@ def compare_ranks(args: argparse.Namespace):
             ffn=ffn_size(args.hidden),
         )
         rows = args.shared / "data" / "finetune" / "spo_0.json"
-        methods = ["lora" if case.startswith("lora") else "all" for case in args.cases.split(",")]
+        methods = []
+        for case in args.cases.split(","):
+            methods.append("lora" if case.startswith("lora") else "all")
         for method in dict.fromkeys(methods):
             one, two, starts = [], [], []
             for _ in range(args.repetitions):
@@ -311,7 +301,7 @@ def compare_ranks(args: argparse.Namespace):
             )
 
 
-def profile(args: argparse.Namespace):
+def profile(args: argparse.Namespace) -> None:
     """Print where the time goes of the reference, of bare and of ours."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -329,7 +319,7 @@ def profile(args: argparse.Namespace):
             )
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -384,7 +374,11 @@ def main() -> None:
     )
     parser.add_argument("--profile", action="store_true", help="instead: where a step's time goes")
     parser.add_argument("--json", metavar="FILE")
-    args = parser.parse_args()
+    return parser
+
+
+def parse_args() -> argparse.Namespace:
+    args = build_parser().parse_args()
     args.shared = Path(args.shared).resolve()
     for needed in ("data/finetune/spo_0.json", "data/chatglm2-tokenizer"):
         if not (args.shared / needed).exists():
@@ -403,7 +397,14 @@ def main() -> None:
             "llamafactory is left out: --llamafactory names the python of an environment with it "
             "(pip install llamafactory==0.9.5)"
         )
-        args.against = ",".join(name for name in args.against.split(",") if name != "llamafactory")
+        names = args.against.split(",")
+        names.remove("llamafactory")
+        args.against = ",".join(names)
+    return args
+
+
+def main() -> None:
+    args = parse_args()
     if args.profile:
         profile(args)
     elif args.ranks:

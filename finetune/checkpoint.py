@@ -16,8 +16,9 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -28,15 +29,16 @@ from chatglm.families import Family
 from chatglm.files import read_json
 from chatglm.loading import PREFIX, read_tensors, stop_ids
 from chatglm.runs import MANIFEST, check_not_run, committed_checkpoints, step_of
-from finetune.config import TrainConfig
+from chatglm.tokenization import ChatGLMTokenizer
+from finetune.config import RunConfig
 from finetune.contents import path_contents
-from finetune.distributed import agree, rank, say, without_prints, world_size
+from finetune.distributed import agree, rank, say, whole_size, without_prints, world_size
 from finetune.ds_file import read_ds_file
 from finetune.elastic import read_shards, restore, weights_only
 from finetune.files import disk_errors, flush, flush_tree, set_modes, sha256, write_json
 from finetune.lora import check_lora_start, on_original_base
 from finetune.methods import Method
-from finetune.record import RUN, is_better, versions
+from finetune.record import RUN, is_better_value, versions
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -54,19 +56,37 @@ class NoRoom(OSError):
 class SavedTask(Protocol):
     """What a checkpoint needs to know of the task that is trained (finetune.task.FineTuning)."""
 
-    method: Method
-    family: Family | None
-    model_path: str
-    eval_hash: str
+    @property
+    def method(self) -> Method: ...
 
-    def data_hash(self) -> str: ...
+    @property
+    def family(self) -> Family | None: ...
 
-    def before_save(self, loss_module: nn.Module, *, evaluated: bool) -> None: ...
+    @property
+    def model_path(self) -> str: ...
 
-    def export(self, model: nn.Module, state: dict[str, Tensor], folder: Path) -> None: ...
+    @property
+    def eval_hash(self) -> str | None:
+        """Of the evaluation rows; None without."""
+
+    def data_hash(self) -> str:
+        """Of the training rows: a resumed run must have the same."""
+
+    def evaluation_id(self) -> str | None:
+        """Text that is the same where two values of --metric_for_best are comparable."""
+
+    def before_save(self, loss_module: nn.Module, *, evaluated: bool) -> None:
+        """What of a save every rank must take part in.
+
+        Args:
+            evaluated: the task's evaluation has just seen these weights.
+        """
+
+    def export(self, model: Any, state: dict[str, Tensor], folder: Path) -> None:
+        """Write what inference needs of the trained model; `state` as export_model takes it."""
 
 
-def read_manifest(folder: str | Path, verify: str | None = None) -> dict | None:
+def read_manifest(folder: str | Path, verify: str | None = None) -> dict[str, Any] | None:
     """The manifest of a checkpoint, or None where there is none.
 
     Args:
@@ -88,6 +108,18 @@ def read_manifest(folder: str | Path, verify: str | None = None) -> dict | None:
         raise ValueError(
             f"{path}: format version {version}, this program reads up to {FORMAT_VERSION}"
         )
+    return manifest
+
+
+def read_committed(folder: Path, verify: str | None = None) -> dict[str, Any]:
+    """As read_manifest, of a folder that must have a manifest.
+
+    Raises:
+        ValueError: also where there is none.
+    """
+    manifest = read_manifest(folder, verify)
+    if manifest is None:
+        raise ValueError(f"{folder}: no {MANIFEST}")
     return manifest
 
 
@@ -191,8 +223,8 @@ def gathered_state(model: nn.Module, *, trainable_only: bool) -> dict[str, Tenso
     return state
 
 
-def export(
-    model: nn.Module,
+def export_model(
+    model: Any,
     method: Method,
     tokenizer: "PreTrainedTokenizerBase",
     state: dict[str, Tensor],
@@ -201,6 +233,7 @@ def export(
     """Write what inference needs of `model`: weights, config, tokenizer.
 
     Args:
+        model: of transformers or peft, as `method.prepare` returns it.
         method: its `saves` says which weights: adapter, prefix or all.
         state: gathered trainable parameters, or all of them where method.saves is "model".
     """
@@ -216,19 +249,24 @@ def export(
         export_prefix(model, state, folder)
     else:
         if model.config.tie_word_embeddings:
-            for tied, source in (model._tied_weights_keys or {}).items():
-                if source in state:
-                    state.pop(tied, None)
+            drop_tied(model, state)
         model.save_pretrained(str(folder), state_dict=state, max_shard_size="2GB")
     generation = getattr(model, "generation_config", None)
-    if generation is not None:
+    if generation is not None and isinstance(tokenizer, ChatGLMTokenizer):
         generation.eos_token_id = stop_ids(tokenizer)
         generation.pad_token_id = tokenizer.pad_token_id
         generation.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
 
 
-def export_prefix(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+def drop_tied(model: Any, state: dict[str, Tensor]) -> None:
+    """Remove from `state` the tensors that are another name of one that it has."""
+    for tied, source in (model._tied_weights_keys or {}).items():
+        if source in state:
+            state.pop(tied, None)
+
+
+def export_prefix(model: Any, state: dict[str, Tensor], folder: Path) -> None:
     """Write the weights of a P-Tuning prefix and the config.json that names its base."""
     from safetensors.torch import save_file
 
@@ -259,7 +297,7 @@ def checkpoint_bytes(model: nn.Module, saves: str) -> int:
     """
     total = 10_000_000
     for parameter in model.parameters():
-        numel = parameter.ds_numel if hasattr(parameter, "ds_id") else parameter.numel()
+        numel = whole_size(parameter)
         size = parameter.element_size()
         if parameter.requires_grad or saves == "model":
             total += numel * size
@@ -268,19 +306,49 @@ def checkpoint_bytes(model: nn.Module, saves: str) -> int:
     return total
 
 
+@dataclass(frozen=True)
+class BestCheckpoint:
+    """A checkpoint's folder name, and its value of --metric_for_best."""
+
+    name: str
+    value: float
+
+    def to_dict(self, metric: str) -> dict[str, Any]:
+        """The content of best.json."""
+        return {"checkpoint": self.name, "metric": metric, "value": self.value}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come when a checkpoint is saved.
+
+    Attributes:
+        epoch: from 1.
+        step: number of optimizer steps.
+        metrics: of the evaluation of this step, empty without one.
+        patience: the state of early stopping.
+    """
+
+    epoch: int
+    step: int
+    metrics: dict[str, float]
+    patience: dict[str, Any]
+
+
 class Checkpointer:
     """Saves, finds again and prunes the checkpoints of one run."""
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: RunConfig,
         output_dir: Path,
         engine: "DeepSpeedEngine",
         model: nn.Module,
         task: SavedTask,
         *,
-        base: dict,
+        base: dict[str, Any],
     ):
+        """`base`: path and fingerprint of the base model."""
         self.config = config
         self.output_dir = output_dir
         self.engine = engine
@@ -289,7 +357,7 @@ class Checkpointer:
         self.base = base
         self.needed = checkpoint_bytes(model, task.method.saves)
         self.data = agree(task.data_hash)
-        self.eval_data = agree(self.identify_evaluation)
+        self.eval_data = agree(task.evaluation_id)
         self.contents = agree(
             lambda: path_contents(
                 config,
@@ -299,35 +367,21 @@ class Checkpointer:
             )
         )
 
-    def identify_evaluation(self) -> str | None:
-        """Text that is the same where two values of --metric_for_best are comparable.
-
-        The hash of the rows; for metrics of written answers also their longest length.
-        """
-        config = self.config
-        if not config.eval_path:
-            return None
-        if config.metric_for_best == "loss":
-            return self.task.eval_hash
-        return f"{self.task.eval_hash} {config.eval_max_new_tokens}"
-
-    def save(self, *, epoch: int, step: int, metrics: dict, patience: dict) -> Path:
+    def save(self, progress: "Progress") -> Path:
         """Write output_dir/epoch-E-step-S on all ranks; when this returns it is committed.
-
-        Metrics, and the state of early stopping, go into its manifest.
 
         Raises:
             NoRoom: on every rank, before anything is written.
             OSError: on the rank that could not write.
         """
-        final = self.output_dir / f"epoch-{epoch}-step-{step}"
+        final = self.output_dir / f"epoch-{progress.epoch}-step-{progress.step}"
         if agree((final / MANIFEST).is_file):
             return final
         aside = self.output_dir / f".{final.name}.tmp"
         agree(lambda: self.make_room(aside))
         try:
             with disk_errors(final):
-                self.write(aside, final, epoch=epoch, step=step, metrics=metrics, patience=patience)
+                self.write(aside, final, progress)
         except OSError:
             if rank() == 0:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -336,15 +390,14 @@ class Checkpointer:
         return final
 
     def make_room(self, aside: Path) -> None:
+        """Make the empty folder `aside`; raises NoRoom where a checkpoint would not fit."""
         shutil.rmtree(aside, ignore_errors=True)
         check_disk(self.output_dir, self.needed)
         aside.mkdir()
 
-    def write(
-        self, aside: Path, final: Path, *, epoch: int, step: int, metrics: dict, patience: dict
-    ) -> None:
+    def write(self, aside: Path, final: Path, progress: "Progress") -> None:
         """Every rank's part of `save`."""
-        self.task.before_save(self.engine.module, evaluated=bool(metrics))
+        self.task.before_save(self.engine.module, evaluated=bool(progress.metrics))
         self.engine.save_checkpoint(
             str(aside / "trainer"), tag="state", save_latest=False, exclude_frozen_parameters=True
         )
@@ -354,24 +407,8 @@ class Checkpointer:
             return
         self.task.export(self.model, state, aside)
         self.config.save(aside / "train_config.json")
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "task": self.config.task,
-            "family": self.task.family and self.task.family.name,
-            "method": self.config.train_type,
-            "base_model": self.base,
-            "train_data": self.data,
-            "eval_data": self.eval_data,
-            "contents": self.contents,
-            "epoch": epoch,
-            "step": step,
-            "world_size": world_size(),
-            "zero_stage": self.engine.zero_optimization_stage(),
-            "metrics": metrics,
-            "early_stopping": patience,
-            "versions": versions(),
-        }
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(self.manifest(progress), indent=2, ensure_ascii=False)
+        (aside / MANIFEST).write_text(text + "\n")
         set_modes(aside)
         write_checksums(aside)
         flush_tree(aside)
@@ -383,22 +420,43 @@ class Checkpointer:
         flush(self.output_dir)  # so that the rename survives a power cut
         self.warn_if_untrained(state)
 
+    def manifest(self, progress: "Progress") -> dict[str, Any]:
+        """The content of manifest.json."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "task": self.config.task,
+            "family": self.task.family and self.task.family.name,
+            "method": self.config.train_type,
+            "base_model": self.base,
+            "train_data": self.data,
+            "eval_data": self.eval_data,
+            "contents": self.contents,
+            "epoch": progress.epoch,
+            "step": progress.step,
+            "world_size": world_size(),
+            "zero_stage": self.engine.zero_optimization_stage(),
+            "metrics": progress.metrics,
+            "early_stopping": progress.patience,
+            "versions": versions(),
+        }
+
     def warn_if_untrained(self, state: dict[str, Tensor]) -> None:
+        """Print a warning where no LoRA B has changed from zero."""
         lora_b = [t for name, t in state.items() if "lora_B" in name]
-        if lora_b and not any(t.any() for t in lora_b):
+        if lora_b and not any(map(Tensor.any, lora_b)):
             say(
                 "WARNING: every LoRA B is still zero, so this adapter changes nothing: "
                 "is the learning rate 0, or every answer empty?"
             )
 
-    def resume(self, folder: Path) -> dict:
+    def resume(self, folder: Path) -> dict[str, Any]:
         """Load a checkpoint into the engine; returns its manifest.
 
         Raises:
             ValueError: it was made by other flags, rows or base model, or in steps of other
                 sizes, or its shards are damaged.
         """
-        manifest = read_manifest(folder, self.config.verify)
+        manifest = read_committed(folder, self.config.verify)
         saved = read_json(folder / "train_config.json")
         elastic = manifest["world_size"] != world_size()
         self.check_flags(folder, saved, manifest.get("contents", {}), elastic)
@@ -415,7 +473,7 @@ class Checkpointer:
         say(f"resumed from {folder}{made_by if elastic else ''}")
         return manifest
 
-    def check_stage(self, folder: Path, manifest: dict) -> None:
+    def check_stage(self, folder: Path, manifest: dict[str, Any]) -> None:
         """Raises ValueError where the checkpoint's shards are of another ZeRO stage."""
         stage = self.engine.zero_optimization_stage()
         # Old manifests do not have the stage: it was the DeepSpeed file's.
@@ -427,7 +485,7 @@ class Checkpointer:
                 f"its weights can still be a new run's start"
             )
 
-    def check_contents(self, folder: Path, manifest: dict) -> None:
+    def check_contents(self, folder: Path, manifest: dict[str, Any]) -> None:
         """Raises ValueError where base model, rows or another file behind a flag has changed."""
         fingerprint = manifest["base_model"].get("fingerprint")
         if fingerprint and fingerprint != self.base.get("fingerprint"):
@@ -461,7 +519,7 @@ class Checkpointer:
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             lines = str(error).splitlines()
             first = str(error).split("\n")[0]
-            reason = next((line for line in lines if "WeightsUnpickler" in line), first)
+            reason = next(filter(lambda line: "WeightsUnpickler" in line, lines), first)
             raise ValueError(
                 f"{folder}/trainer: a shard is torn, or holds more than tensors ({reason[:200]})"
             ) from None
@@ -469,7 +527,7 @@ class Checkpointer:
             raise ValueError(f"{folder}/trainer: DeepSpeed could not load its shards")
 
     def check_flags(
-        self, folder: Path, saved: dict, contents: dict[str, str], elastic: bool
+        self, folder: Path, saved: dict[str, Any], contents: dict[str, str], elastic: bool
     ) -> None:
         """Raises ValueError where flags that shape training differ.
 
@@ -506,7 +564,7 @@ class Checkpointer:
             if folder.parent.resolve() == self.output_dir.resolve():
                 done = step_of(folder)
             else:
-                done = read_manifest(folder, self.config.verify)["step"]
+                done = read_committed(folder, self.config.verify)["step"]
             checkpoints = committed_checkpoints(self.output_dir)
             later = [path for path in checkpoints if step_of(path) > done]
             if later:
@@ -519,8 +577,10 @@ class Checkpointer:
         predictions = (self.output_dir / PREDICTIONS).glob("step-*.jsonl")
         answers = [path for path in predictions if int(path.stem.split("-")[1]) > done]
         earlier = self.output_dir.glob(f"{SET_ASIDE}-*")
-        numbers = [int(path.name.rsplit("-", 1)[1]) for path in earlier]
-        aside = self.output_dir / f"{SET_ASIDE}-{max(numbers, default=0) + 1}"
+        last = 0
+        for path in earlier:
+            last = max(last, int(path.name.rsplit("-", 1)[1]))
+        aside = self.output_dir / f"{SET_ASIDE}-{last + 1}"
         (aside / PREDICTIONS).mkdir(parents=True)
         for path in later:
             os.replace(path, aside / path.name)
@@ -535,12 +595,9 @@ class Checkpointer:
         if best is None:
             path.unlink(missing_ok=True)
             return
-        metric = self.config.metric_for_best
-        write_json(
-            path, {"checkpoint": best["checkpoint"], "metric": metric, "value": best["value"]}
-        )
+        write_json(path, best.to_dict(self.config.metric_for_best))
 
-    def check_batch(self, folder: Path, ranks: int, saved: dict) -> None:
+    def check_batch(self, folder: Path, ranks: int, saved: dict[str, Any]) -> None:
         """Raises ValueError where another number of ranks would change how many rows a step has."""
         micro, accumulation = "per_device_train_batch_size", "gradient_accumulation_steps"
         rows = ranks * saved[micro] * saved[accumulation]
@@ -563,37 +620,37 @@ class Checkpointer:
             return
         path = self.output_dir / "best.json"
         try:
-            write_json(path, {"checkpoint": folder.name, "metric": metric, "value": value})
+            write_json(path, BestCheckpoint(folder.name, value).to_dict(metric))
         except OSError as error:  # the manifests have it too
             say(f"WARNING: {path} cannot be written ({error.strerror or error}); going on")
 
-    def best(self) -> dict | None:
-        """Folder name and value of the best checkpoint by the evaluation rows of this run.
+    def best(self) -> "BestCheckpoint | None":
+        """The best checkpoint by the evaluation rows of this run.
 
         Read from the manifests: after a kill best.json may be one save behind. Checkpoints come
         oldest first, and of equal ones the first is the best, as everywhere.
         """
         metric = self.config.metric_for_best
-        best = None
+        best: BestCheckpoint | None = None
         for folder in committed_checkpoints(self.output_dir):
             try:
-                manifest = read_manifest(folder, self.config.verify)
+                manifest = read_committed(folder, self.config.verify)
             except ValueError as error:  # an old checkpoint's damage is no reason to end this run
                 say(f"WARNING: {error}")
                 continue
             if manifest.get("eval_data", self.eval_data) != self.eval_data:
                 continue
             value = manifest["metrics"].get(metric)
-            if value is not None and is_better(metric, value, best and best["value"]):
-                best = {"checkpoint": folder.name, "value": value}
+            if value is not None and is_better_value(metric, value, best.value if best else None):
+                best = BestCheckpoint(folder.name, value)
         return best
 
     def prune(self) -> None:
         """Keep the newest --save_total_limit checkpoints, and the best."""
         if rank() == 0 and self.config.save_total_limit:
-            best = (self.best() or {}).get("checkpoint")
+            best = self.best()
             for folder in committed_checkpoints(self.output_dir)[: -self.config.save_total_limit]:
-                if folder.name != best:
+                if best is None or folder.name != best.name:
                     # Renamed first: a half-deleted folder must not look like a checkpoint.
                     aside = folder.with_name(f".{folder.name}.tmp")
                     os.replace(folder, aside)
@@ -602,5 +659,6 @@ class Checkpointer:
 
 
 def barrier() -> None:
+    """Wait for all ranks."""
     if dist.is_initialized() and world_size() > 1:
         dist.barrier()

@@ -7,7 +7,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from finetune.config import TrainConfig
+from finetune.config import RunConfig, TrainConfig
 from finetune.ds_file import read_ds_file
 from finetune.files import sha256
 from finetune.rows.sources import parse_sources
@@ -16,7 +16,7 @@ TOKENIZERS = ("tokenizer.model", "ice_text.model", "tokenizer.json", "vocab.txt"
 
 
 def path_contents(
-    config: TrainConfig, *, fingerprint: str | None, data: str, model_path: str
+    config: RunConfig, *, fingerprint: str | None, data: str, model_path: str
 ) -> dict[str, str]:
     """{flag: text that identifies its content} of the given flags that name a file or folder.
 
@@ -25,7 +25,7 @@ def path_contents(
         data: hash of the training rows.
     """
     contents = {"ds_file": hash_json(read_ds_file(config.ds_file)[1]), "train_path": data}
-    if config.task == "finetune":
+    if isinstance(config, TrainConfig):
         contents["train_path"] = f"{data} {describe_sources(config.train_path)}"
         if config.replay_path:
             # The hash of their rows is a part of `data`.
@@ -47,10 +47,15 @@ def hash_json(value: object) -> str:
 
 def hash_tokenizer(folder: Path) -> str | None:
     """SHA-256 of a folder's tokenizer model, None where it has none."""
-    return next((sha256(folder / name) for name in TOKENIZERS if (folder / name).is_file()), None)
+    for name in TOKENIZERS:
+        if (folder / name).is_file():
+            return sha256(folder / name)
+    return None
 
 
 def describe_sources(text: str) -> str:
     """JSON of each part of --train_path: weight, number of files, and name where it is a hub's."""
-    parts = [(s.weight, len(s.files), s.name if s.is_hub else "") for s in parse_sources(text)]
+    parts = []
+    for source in parse_sources(text):
+        parts.append((source.weight, len(source.files), source.name if source.is_hub else ""))
     return json.dumps(parts)

@@ -6,14 +6,15 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from finetune.config import TrainConfig
+from finetune.config import RunConfig, TrainConfig
 from finetune.ds_file import fill_sizes, read_ds_file, stage_for
 
 if TYPE_CHECKING:
@@ -25,14 +26,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def rank() -> int:
+    """The number of this process among all."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
-def say(*words) -> None:
+def say(*words: object) -> None:
     """Print on rank 0."""
     if rank() == 0:
         print(*words, flush=True)
@@ -49,6 +52,7 @@ def without_prints() -> redirect_stdout:
 
 
 def free_port() -> int:
+    """A TCP port of this machine that no program uses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -72,6 +76,16 @@ def allowed_port(port: int) -> int:
     return port
 
 
+def check_not_mpi() -> None:
+    """Raises ValueError where MPI started several processes."""
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if int(os.environ.get(name, 1)) > 1:
+            raise ValueError(
+                f"started by MPI ({name}), which gives no RANK: "
+                f"use deepspeed's pdsh launcher or torchrun"
+            )
+
+
 def init_distributed() -> None:
     """Join the process group of deepspeed or torchrun; without a launcher, one of a single rank.
 
@@ -86,12 +100,7 @@ def init_distributed() -> None:
     )
     env = os.environ
     if "RANK" not in env:
-        for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-            if int(env.get(name, 1)) > 1:
-                raise ValueError(
-                    f"started by MPI ({name}), which gives no RANK: "
-                    f"use deepspeed's pdsh launcher or torchrun"
-                )
+        check_not_mpi()
         env.update(
             RANK="0",
             LOCAL_RANK="0",
@@ -120,12 +129,19 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def on_device(batch: dict, device: torch.device) -> dict:
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """A collated batch with its tensors on `device`."""
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
+    moved = dict(batch)
+    for name, value in moved.items():
+        if isinstance(value, torch.Tensor):
+            moved[name] = value.to(device, non_blocking=True)
+    return moved
+
+
+def whole_size(parameter: torch.nn.Parameter) -> int:
+    """Number of elements of a parameter before ZeRO-3 partitions it."""
+    size: int = getattr(parameter, "ds_numel", None) or parameter.numel()
+    return size
 
 
 def agree(decide: Callable[[], T]) -> T:
@@ -146,25 +162,42 @@ def agree(decide: Callable[[], T]) -> T:
     return answer[0]
 
 
+@dataclass(frozen=True)
+class Answer(Generic[T]):
+    """What a rank tells the others in first_of_node: on the first of a node, a value or an error.
+
+    Attributes:
+        made: the value alone, or nothing.
+    """
+
+    made: tuple[T, ...] = ()
+    error: Exception | None = None
+
+
 def first_of_node(make: Callable[[], T]) -> T:
     """What `make()` returns on the first rank of a node, on all ranks of the node.
 
     It may take hours: no time limit applies. An error on one node is raised on all.
     """
-    answer: tuple = (False, None, None)
+    answer: Answer[T] = Answer()
     if local_rank() == 0:
         try:
-            answer = (True, make(), None)
+            answer = Answer((make(),))
         except (ValueError, OSError, MemoryError, ImportError) as error:
-            answer = (True, None, error)
-    of_rank = [answer]
+            answer = Answer(error=error)
+    gathered: list[Any] = [answer]
     if world_size() > 1:
         wait_for_all()
-        of_rank = [None] * world_size()
-        dist.all_gather_object(of_rank, answer)
-    if error := next((error for _, _, error in of_rank if error is not None), None):
-        raise error
-    return next(made for first, made, _ in reversed(of_rank[: rank() + 1]) if first)
+        gathered = [None] * world_size()
+        dist.all_gather_object(gathered, answer)
+    answers: list[Answer[T]] = gathered
+    for other in answers:
+        if other.error is not None:
+            raise other.error
+    for other in reversed(answers[: rank() + 1]):
+        if other.made:
+            return other.made[0]
+    raise RuntimeError("no rank below this one is the first of a node")
 
 
 def wait_for_all() -> None:
@@ -178,7 +211,7 @@ def wait_for_all() -> None:
         f"barrier {next(BARRIERS)}", dist.distributed_c10d._get_default_store()
     )
     store.set(str(rank()), "")
-    ranks = [str(number) for number in range(world_size())]
+    ranks = list(map(str, range(world_size())))
     pause = 0.002
     while not store.check(ranks):
         time.sleep(pause)
@@ -188,7 +221,7 @@ def wait_for_all() -> None:
 def sum_over_ranks(*values: float) -> list[float]:
     """Each value summed over all ranks, in fp64."""
     if world_size() == 1:  # saves waiting for the device
-        return [float(value) for value in values]
+        return list(map(float, values))
     total = torch.tensor(values, dtype=torch.float64, device=device())
     dist.all_reduce(total)
     return total.tolist()
@@ -204,14 +237,14 @@ def resolve_precision(precision: str) -> str:
 
 
 def deepspeed_config(
-    config: TrainConfig,
+    config: RunConfig,
     *,
     precision: str,
     adapters: bool,
     total_steps: int,
     hidden_size: int,
     world: int,
-) -> dict:
+) -> dict[str, Any]:
     """The DeepSpeed file with batch, optimizer, schedule and precision filled from the flags.
 
     Args:
@@ -227,14 +260,7 @@ def deepspeed_config(
             be combined with the flags.
     """
     path, ds = read_ds_file(config.ds_file)
-    micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    ds["train_micro_batch_size_per_gpu"] = micro
-    ds["gradient_accumulation_steps"] = accumulation
-    ds["train_batch_size"] = micro * accumulation * world
-    ds["steps_per_print"] = 10**9  # never: the progress bar shows the steps
-    if ds.get("gradient_clipping", "auto") == "auto":
-        ds["gradient_clipping"] = 1.0
-
+    fill_batch(ds, config, world)
     fill_scheduler(ds, config, total_steps, str(path))
     fill_precision(ds, precision, adapters, path.name)
     zero = ds.setdefault("zero_optimization", {"stage": 0})
@@ -262,7 +288,18 @@ def deepspeed_config(
     return ds
 
 
-def fill_scheduler(ds: dict, config: TrainConfig, total_steps: int, path: str) -> None:
+def fill_batch(ds: dict[str, Any], config: RunConfig, world: int) -> None:
+    """Fill the batch sizes of a DeepSpeed configuration, and its gradient clipping."""
+    micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    ds["train_micro_batch_size_per_gpu"] = micro
+    ds["gradient_accumulation_steps"] = accumulation
+    ds["train_batch_size"] = micro * accumulation * world
+    ds["steps_per_print"] = 10**9  # never: the progress bar shows the steps
+    if ds.get("gradient_clipping", "auto") == "auto":
+        ds["gradient_clipping"] = 1.0
+
+
+def fill_scheduler(ds: dict[str, Any], config: RunConfig, total_steps: int, path: str) -> None:
     """Fill the scheduler of a DeepSpeed configuration with warmup, learning rates and steps.
 
     Raises:
@@ -291,7 +328,7 @@ def fill_scheduler(ds: dict, config: TrainConfig, total_steps: int, path: str) -
     schedule.pop("last_batch_iteration", None)
 
 
-def fill_precision(ds: dict, precision: str, adapters: bool, file_name: str) -> None:
+def fill_precision(ds: dict[str, Any], precision: str, adapters: bool, file_name: str) -> None:
     """Set fp16 and bf16 of a DeepSpeed configuration, and the dtype of accumulated gradients."""
     asked = None
     if is_on(ds, "bf16"):
@@ -309,7 +346,7 @@ def fill_precision(ds: dict, precision: str, adapters: bool, file_name: str) -> 
         ds.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
 
 
-def fill_optimizer(ds: dict, config: TrainConfig) -> None:
+def fill_optimizer(ds: dict[str, Any], config: RunConfig) -> None:
     """Set learning rate, weight decay and "auto" values of the optimizer in a configuration."""
     optimizer = ds.get("optimizer", {"type": "AdamW"})
     params = optimizer.setdefault("params", {})
@@ -322,43 +359,44 @@ def fill_optimizer(ds: dict, config: TrainConfig) -> None:
     ds["optimizer"] = optimizer
 
 
-def check_zero3(config: TrainConfig, file_name: str) -> None:
+def check_zero3(config: RunConfig, file_name: str) -> None:
     """Raises ValueError for flags that need whole weights, which ZeRO-3 partitions."""
     if config.train_type == "lora" and config.use_dora:
         raise ValueError(
             f"--use_dora reads whole base weights, which ZeRO-3 takes apart ({file_name}): "
             f"use ZeRO-2, ds_zero2.json"
         )
-    if config.quantization_bit:
+    if isinstance(config, TrainConfig) and config.quantization_bit:
         raise ValueError(
             f"--quantization_bit: ZeRO-3 cannot take quantised weights apart ({file_name}): "
             f"use ZeRO-2, ds_zero2.json"
         )
 
 
-def lr_ratios(config: TrainConfig) -> list[float]:
+def lr_ratios(config: RunConfig) -> list[float]:
     """The learning rate of each parameter group, divided by --learning_rate."""
     if config.train_type == "lora" and config.loraplus_lr_ratio != 1:
         return [1.0, config.loraplus_lr_ratio]
     return [1.0]
 
 
-def parameter_groups(model: torch.nn.Module, config: TrainConfig) -> list:
+def parameter_groups(model: torch.nn.Module, config: RunConfig) -> list[Any]:
     """The trainable parameters as the optimizer takes them.
 
     A list of parameters; under LoRA+ (arXiv 2402.12354) two groups, the second with B and its own
     learning rate.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    others: list[torch.nn.Parameter] = []
+    b_matrices: list[torch.nn.Parameter] = []
     ratios = lr_ratios(config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_second = len(ratios) > 1 and ".lora_B." in name
+            (b_matrices if is_second else others).append(parameter)
     if len(ratios) == 1:
-        return list(trained.values())
-    others = [p for name, p in trained.items() if ".lora_B." not in name]
-    b_matrices = [p for name, p in trained.items() if ".lora_B." in name]
-    return [
-        {"params": group, "lr": config.learning_rate * ratio}
-        for group, ratio in zip((others, b_matrices), ratios)
-    ]
+        return others
+    rates = [config.learning_rate * ratio for ratio in ratios]
+    return [{"params": others, "lr": rates[0]}, {"params": b_matrices, "lr": rates[1]}]
 
 
 def fit_to_one_rank(engine: "DeepSpeedEngine", parameters: list) -> None:
@@ -377,13 +415,13 @@ def fit_to_one_rank(engine: "DeepSpeedEngine", parameters: list) -> None:
     if bf16:
         whole = engine.optimizer.get_grads_for_norm
 
-        def grads_for_norm(for_clipping: bool = False):
+        def grads_for_norm(for_clipping: bool = False) -> Any:
             return whole(for_clipping=True) if for_clipping else (pieces(whole()[0]), {})
 
         engine.optimizer.get_grads_for_norm = grads_for_norm
     if plain:  # DeepSpeed clips without ZeRO too, but does not store the norm
 
-        def clip():
+        def clip() -> None:
             gradients = [p.grad for p in parameters if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(pieces(gradients))
             torch.nn.utils.clip_grads_with_norm_(parameters, engine.gradient_clipping(), norm)
@@ -405,7 +443,7 @@ def pieces(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return cut
 
 
-def is_on(ds: dict, name: str) -> bool:
+def is_on(ds: dict[str, Any], name: str) -> bool:
     """Whether a section of a DeepSpeed configuration is enabled."""
     return ds.get(name, {}).get("enabled") is True
 
@@ -430,7 +468,7 @@ def find_auto(node: object, where: str = "") -> str | None:
     return None
 
 
-def make_optimizer(parameters: list, ds: dict) -> torch.optim.Optimizer | None:
+def make_optimizer(parameters: list, ds: dict[str, Any]) -> torch.optim.Optimizer | None:
     """AdamW, removed from the configuration `ds`: torch's fused one, or DeepSpeed's under offload.
 
     None for any other optimizer, which stays in `ds` for DeepSpeed to build.
@@ -439,7 +477,9 @@ def make_optimizer(parameters: list, ds: dict) -> torch.optim.Optimizer | None:
         return None
     given = ds.pop("optimizer")["params"]
     names = ("lr", "betas", "eps", "weight_decay")
-    params = {name: value for name, value in given.items() if name in names}
+    params = dict(given)
+    for name in given.keys() - set(names):
+        del params[name]
     params["betas"] = tuple(params["betas"])
     zero = ds["zero_optimization"]
     ds["zero_allow_untested_optimizer"] = True
@@ -451,7 +491,7 @@ def make_optimizer(parameters: list, ds: dict) -> torch.optim.Optimizer | None:
     return torch.optim.AdamW(parameters, fused=True, **params)
 
 
-def cpu_adam(parameters: list, params: dict) -> torch.optim.Optimizer | None:
+def cpu_adam(parameters: list, params: dict[str, Any]) -> torch.optim.Optimizer | None:
     """DeepSpeed's CPU Adam, or None where its C++ part cannot be built."""
     try:
         from deepspeed.ops.adam import DeepSpeedCPUAdam

@@ -49,7 +49,7 @@ KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
 }
 
 
-def read_ds_file(name: str) -> tuple[Path, dict]:
+def read_ds_file(name: str) -> tuple[Path, dict[str, Any]]:
     """(path, content without nulls) of a DeepSpeed file; a bare name may be one of ds_configs/.
 
     Raises:
@@ -57,8 +57,8 @@ def read_ds_file(name: str) -> tuple[Path, dict]:
         ValueError: it is not a JSON object, or one of its sections is not.
     """
     folder = ROOT / "ds_configs"
-    path = next((p for p in (Path(name), folder / name) if p.is_file()), None)
-    if path is None:
+    path = Path(name) if Path(name).is_file() else folder / name
+    if not path.is_file():
         shipped = ", ".join(sorted(p.name for p in folder.glob("*.json")))
         raise FileNotFoundError(f"--ds_file: no such file: {name}; ds_configs/ has {shipped}")
     try:
@@ -77,7 +77,7 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-def check_kinds(ds: dict) -> None:
+def check_kinds(ds: dict[str, Any]) -> None:
     """Raises ValueError naming the first key whose value is not of the type that KINDS says."""
     for path, (kind, wanted) in KINDS.items():
         value: Any = ds
@@ -88,7 +88,7 @@ def check_kinds(ds: dict) -> None:
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not dict):
             raise ValueError(f"{path} must be {wanted}, got {shorten(value)}")
     betas = ds.get("optimizer", {}).get("params", {}).get("betas", "auto")
-    if betas != "auto" and [type(beta) in NUMBER for beta in betas] != [True, True]:
+    if betas != "auto" and not is_pair(betas):
         raise ValueError(
             f"optimizer.params.betas must be a list of two numbers, got {shorten(betas)}"
         )
@@ -102,7 +102,12 @@ def check_kinds(ds: dict) -> None:
             raise ValueError(f'{section} needs a "type", such as {EXAMPLES[section]}')
 
 
-def fill_sizes(zero: dict, hidden_size: int) -> dict:
+def is_pair(values: list[object]) -> bool:
+    """Whether they are two numbers."""
+    return len(values) == 2 and type(values[0]) in NUMBER and type(values[1]) in NUMBER
+
+
+def fill_sizes(zero: dict[str, Any], hidden_size: int) -> dict[str, Any]:
     """zero_optimization with its "auto" sizes as transformers chooses them for a model's width.
 
     ZeRO-1 and 2 get buckets of at least 2**24 elements, 64 MiB in fp32: small models would wait
@@ -114,7 +119,11 @@ def fill_sizes(zero: dict, hidden_size: int) -> dict:
         "stage3_prefetch_bucket_size": int(0.9 * square),
         "stage3_param_persistence_threshold": 10 * hidden_size,
     }
-    return zero | {key: value for key, value in by_width.items() if zero.get(key) == "auto"}
+    filled = dict(zero)
+    for key, value in by_width.items():
+        if zero.get(key) == "auto":
+            filled[key] = value
+    return filled
 
 
 # Keys of zero_optimization about partitioning and communication: no effect on a single rank.
@@ -130,7 +139,7 @@ BETWEEN_RANKS = {
 }
 
 
-def stage_for(ds: dict, precision: str, adapters: bool, world: int) -> int:
+def stage_for(ds: dict[str, Any], precision: str, adapters: bool, world: int) -> int:
     """The ZeRO stage to use: the file's, or on one rank the cheapest that computes the same.
 
     On one rank ZeRO-2 still copies every gradient into a bucket, sums it into a new buffer and

@@ -11,18 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from finetune.distributed import rank, world_size
+from finetune.distributed import rank, whole_size, world_size
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
-
-    Optimizer = torch.optim.Optimizer | ZeROOptimizer
 
 MASTER = "fp32"  # key of the master weights, beside the optimizer's keys of its state
 Pieces = dict[str, dict[str, list[Tensor]]]  # as in TrainerState
@@ -70,7 +68,7 @@ class TrainerState:
     pieces: Pieces
     step: Tensor | int | None
     rates: list[float]
-    counters: dict
+    counters: dict[str, Any]
     scaler: object = None
 
     def whole(self, name: str, key: str, numel: int) -> Tensor:
@@ -92,7 +90,9 @@ def read_shards(folder: Path) -> TrainerState:
         raise ValueError(f"{folder}: no *model_states.pt")
     model = load_shard(models[0])
     optimizer_files = files_by_rank(folder, "*optim_states.pt")
-    shards = [load_shard(path)["optimizer_state_dict"] for path in optimizer_files]
+    shards: list[dict[str, Any]] = []
+    for path in optimizer_files:
+        shards.append(load_shard(path)["optimizer_state_dict"])
     if shards and len(shards) != model["dp_world_size"]:
         raise ValueError(
             f"{folder}: {model['dp_world_size']} ranks wrote it, shards of {len(shards)} are there"
@@ -106,15 +106,19 @@ def read_shards(folder: Path) -> TrainerState:
     else:
         optimizer = shards[0]["optimizer_state_dict"]
         pieces = read_partitioned(shards, model["param_shapes"])
-    step = next((state["step"] for state in optimizer["state"].values() if "step" in state), None)
+    step = None
+    for state in optimizer["state"].values():
+        if step is None:
+            step = state.get("step")
     rates = [group["lr"] for group in optimizer["param_groups"]]
     scaler = shards[0].get("loss_scaler") if shards else None
     return TrainerState(pieces, step, rates, model, scaler)
 
 
-def load_shard(path: Path) -> dict:
+def load_shard(path: Path) -> dict[str, Any]:
     """A file of DeepSpeed's, its tensors mapped into memory."""
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    shard: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return shard
 
 
 def files_by_rank(folder: Path, pattern: str) -> list[Path]:
@@ -126,9 +130,13 @@ def files_by_rank(folder: Path, pattern: str) -> list[Path]:
     return [files[number] for number in sorted(files)]
 
 
-def state_tensors(state: dict) -> dict[str, Tensor]:
+def state_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of an optimizer's state that have an element per element of the parameter."""
-    return {key: value for key, value in state.items() if key != "step" and torch.is_tensor(value)}
+    tensors: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if key != "step" and torch.is_tensor(value):
+            tensors[key] = value
+    return tensors
 
 
 def add_part(pieces: Pieces, name: str, vectors: dict[str, Tensor], start: int, size: int) -> None:
@@ -138,7 +146,7 @@ def add_part(pieces: Pieces, name: str, vectors: dict[str, Tensor], start: int, 
         of_parameter.setdefault(key, []).append(vector.narrow(0, start, size))
 
 
-def read_plain(model: dict) -> Pieces:
+def read_plain(model: dict[str, Any]) -> Pieces:
     """The pieces of a run without ZeRO, each a whole parameter.
 
     torch's optimizer numbers the trained parameters in their order. They are fp32, so they are
@@ -165,7 +173,7 @@ def read_plain(model: dict) -> Pieces:
     return pieces
 
 
-def read_flat(shards: list[dict]) -> Pieces:
+def read_flat(shards: list[dict[str, Any]]) -> Pieces:
     """The pieces of ZeRO-1 and 2 and of BF16_Optimizer.
 
     Each group is one vector, cut into a part per rank; a shard says where its pieces start.
@@ -181,7 +189,7 @@ def read_flat(shards: list[dict]) -> Pieces:
     return pieces
 
 
-def read_partitioned(shards: list[dict], shapes: list[dict]) -> Pieces:
+def read_partitioned(shards: list[dict[str, Any]], shapes: list[dict[str, torch.Size]]) -> Pieces:
     """The pieces of ZeRO-3.
 
     Every parameter is cut into equal parts, one per rank, the last padded. The parts of a rank lie
@@ -214,17 +222,19 @@ def restore(engine: "DeepSpeedEngine", saved: TrainerState) -> None:
     """
     outer = engine.optimizer
     trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
-    if missing := [name for name in trained if name not in saved.pieces]:
-        raise ValueError(f"the shards hold nothing of {missing[0]}")
-    keys = [key for key in next(iter(saved.pieces.values())) if key != MASTER]
+    for name in trained:
+        if name not in saved.pieces:
+            raise ValueError(f"the shards hold nothing of {name}")
+    keys = list(next(iter(saved.pieces.values())))
+    keys.remove(MASTER)
     inner = outer if is_plain(outer) else outer.optimizer
     for vector in trained.values() if is_plain(outer) else flat_groups(outer):
         inner.state[vector] = empty_state(vector, saved.step, keys)
     with torch.no_grad():
         for name, parameter in trained.items():
-            size = parameter.ds_numel if is_partitioned(parameter) else parameter.numel()
             for key in (MASTER, *keys):
-                copy_part(outer, parameter, key, saved.whole(name, key, size))
+                whole = saved.whole(name, key, whole_size(parameter))
+                copy_part(outer, parameter, key, whole)
     restore_counters(engine, inner, saved)
 
 
@@ -248,18 +258,28 @@ def flat_groups(optimizer: "ZeROOptimizer") -> list[Tensor]:
         "single_partition_of_fp32_groups",  # ZeRO-1 and 2
         "fp32_groups_flat_partition",  # BF16_Optimizer
     )
-    return next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))
+    for name in names:
+        if hasattr(optimizer, name):
+            groups: list[Tensor] = getattr(optimizer, name)
+            return groups
+    raise TypeError(f"{type(optimizer).__name__} has none of {', '.join(names)}")
 
 
-def empty_state(vector: Tensor, step: Tensor | int | None, keys: list[str]) -> dict:
+def empty_state(
+    vector: Tensor, step: Tensor | int | None, keys: list[str]
+) -> dict[str, Tensor | int]:
     """An optimizer's state of one tensor: zeros for each key, and the count of steps."""
     if torch.is_tensor(step):
         step = step.clone().to(vector.device)
-    state = {} if step is None else {"step": step}
-    return state | {key: torch.zeros_like(vector) for key in keys}
+    state: dict[str, Tensor | int] = {} if step is None else {"step": step}
+    for key in keys:
+        state[key] = torch.zeros_like(vector)
+    return state
 
 
-def copy_part(optimizer: "Optimizer", parameter: Tensor, key: str, whole: Tensor) -> None:
+def copy_part(
+    optimizer: "torch.optim.Optimizer | ZeROOptimizer", parameter: Tensor, key: str, whole: Tensor
+) -> None:
     """Copy this rank's part of a parameter's master or optimizer state.
 
     Args:
@@ -268,7 +288,7 @@ def copy_part(optimizer: "Optimizer", parameter: Tensor, key: str, whole: Tensor
     """
     if is_partitioned(parameter):
         copy_partition(optimizer, parameter, key, whole)
-    elif not is_plain(optimizer):
+    elif not isinstance(optimizer, torch.optim.Optimizer):
         copy_fragment(optimizer, parameter, key, whole)
     elif key != MASTER:
         optimizer.state[parameter][key].copy_(whole.view_as(parameter))
@@ -286,12 +306,13 @@ def copy_partition(optimizer: "ZeROOptimizer", parameter: Tensor, key: str, whol
     part = padded.narrow(0, place.numel() * rank(), place.numel())
     place.copy_(part)
     if key == MASTER:
-        parameter.ds_tensor.copy_(part)
+        share: Tensor = vars(parameter)["ds_tensor"]
+        share.copy_(part)
 
 
 def copy_fragment(optimizer: "ZeROOptimizer", parameter: Tensor, key: str, whole: Tensor) -> None:
     """ZeRO-1 and 2, BF16_Optimizer: copy the part in this rank's flat vector, if there is one."""
-    mapping = parameter._hp_mapping
+    mapping: Any = vars(parameter)["_hp_mapping"]
     if mapping is None:
         return
     here, there = mapping.hp_fragment_address, mapping.lp_fragment_address

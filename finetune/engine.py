@@ -4,13 +4,13 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGTERM
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,12 +23,13 @@ from finetune.checkpoint import (
     PREDICTIONS,
     Checkpointer,
     NoRoom,
+    Progress,
     check_checkpoint,
     check_disk,
     find_resume,
     remove_leftovers,
 )
-from finetune.config import TrainConfig
+from finetune.config import RunConfig, TrainConfig
 from finetune.distributed import (
     DTYPES,
     agree,
@@ -43,18 +44,20 @@ from finetune.distributed import (
     resolve_precision,
     say,
     sum_over_ranks,
+    whole_size,
     without_prints,
     world_size,
 )
+from finetune.epochs import RowSet
 from finetune.evaluation.metrics import check_packages
 from finetune.files import LastingStream, locked_folder
 from finetune.lora import use_lean_lora
 from finetune.out_of_memory import explained, training_advice
 from finetune.recompute import recompute
-from finetune.record import RunLog, check_loggers, is_better, processor
+from finetune.record import RunLog, check_loggers, is_better_value, processor
 from finetune.rows.batches import step_rows
 from finetune.stopping import STOPPED, SignalWatch, StoppedBySignal
-from finetune.task import FineTuning, RowSet
+from finetune.task import FineTuning, Task
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -97,7 +100,15 @@ class Schedule:
         return (done - 1) // self.steps_per_epoch + 1
 
 
-def train(config: TrainConfig, make_task: Callable[[TrainConfig], FineTuning] = FineTuning) -> Path:
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def train(config: TrainConfig) -> Path:
+    """Fine-tune; returns the last checkpoint's folder. Raises: as train_task."""
+    return train_task(config, FineTuning)
+
+
+def train_task(config: Config, make_task: Callable[[Config], Task]) -> Path:
     """Train the task that `make_task(config)` makes; returns the last checkpoint's folder.
 
     Raises:
@@ -108,41 +119,24 @@ def train(config: TrainConfig, make_task: Callable[[TrainConfig], FineTuning] = 
         MemoryError: says what is needed, what there is, and what would make it fit.
     """
     with explained(lambda: training_advice(config)):
-        return run_training(config, make_task)
+        task = make_task(config)
+        output_dir = Path(config.output_dir or task.default_output_dir)
+        check_start(config, Path(task.model_path))
+        init_distributed()
+        lock = locked_folder(output_dir, "--output_dir") if rank() == 0 else nullcontext()
+        agree(lock.__enter__)
+        try:
+            return train_locked(config, task, output_dir)
+        finally:
+            lock.__exit__(None, None, None)
 
 
-def run_training(config: TrainConfig, make_task: Callable[[TrainConfig], FineTuning]) -> Path:
-    """As `train`, but errors of memory stay as they are."""
-    task = make_task(config)
-    output_dir = Path(config.output_dir or task.default_output_dir)
-    check_start(config, Path(task.model_path))
-    init_distributed()
-    lock = locked_folder(output_dir, "--output_dir") if rank() == 0 else nullcontext()
-    agree(lock.__enter__)
-    try:
-        return train_locked(config, task, output_dir)
-    finally:
-        lock.__exit__(None, None, None)
-
-
-def train_locked(config: TrainConfig, task: FineTuning, output_dir: Path) -> Path:
-    """`train` once the output folder is locked."""
+def train_locked(config: RunConfig, task: Task, output_dir: Path) -> Path:
+    """`train_task` once the output folder is locked."""
     agree(lambda: check_output_dir(config, output_dir))
-    folder = None
-    if config.resume_from_checkpoint:
-        folder = agree(lambda: find_resume(config.resume_from_checkpoint, output_dir))
-        if folder:
-            agree(lambda: check_checkpoint(folder, config.verify))
+    folder = find_start(config, output_dir)
     task.load_rows()
-    global_batch = (
-        config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
-    )
-    schedule = Schedule(
-        task.rows_per_epoch(config.max_steps, global_batch),
-        global_batch,
-        config.num_train_epochs,
-        config.max_steps,
-    )
+    schedule = make_schedule(config, task)
     engine, model, precision = build_engine(config, task, schedule.total_steps)
     sizes = parameter_sizes(model)
     say(parameter_report(sizes))
@@ -155,7 +149,7 @@ def train_locked(config: TrainConfig, task: FineTuning, output_dir: Path) -> Pat
             output_dir, replace=config.overwrite_output_dir and not config.resume_from_checkpoint
         )
     agree(lambda: check_disk(output_dir, checkpointer.needed))
-    resumed = {}
+    resumed: dict[str, Any] = {}
     if folder:
         resumed = checkpointer.resume(folder)
         checkpointer.set_later_aside(folder)
@@ -168,20 +162,39 @@ def train_locked(config: TrainConfig, task: FineTuning, output_dir: Path) -> Pat
         f"{schedule.rows} rows, {schedule.total_steps} steps of {schedule.global_batch} rows"
     )
     last = loop.run()
-    if task.stream and task.stream.dropped:
-        say(f"{len(task.stream.dropped)} rows of the stream were bad or too long, and dropped")
+    if dropped := task.dropped_rows():
+        say(f"{dropped} rows of the stream were bad or too long, and dropped")
     return last
 
 
+def find_start(config: RunConfig, output_dir: Path) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint means, its files compared with their sums."""
+    resume = config.resume_from_checkpoint
+    if not resume:
+        return None
+    folder = agree(lambda: find_resume(resume, output_dir))
+    if folder:
+        agree(lambda: check_checkpoint(folder, config.verify))
+    return folder
+
+
+def make_schedule(config: RunConfig, task: Task) -> Schedule:
+    """The steps of a run whose rows are loaded."""
+    micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    global_batch = micro * accumulation * world_size()
+    rows = task.rows_per_epoch(config.max_steps, global_batch)
+    return Schedule(rows, global_batch, config.num_train_epochs, config.max_steps)
+
+
 def run_facts(
-    config: TrainConfig,
-    task: FineTuning,
+    config: RunConfig,
+    task: Task,
     schedule: Schedule,
     checkpointer: Checkpointer,
     precision: str,
-    sizes: list[tuple[str, int, bool]],
-) -> dict:
-    """What run.json says of a run besides its flags; `sizes` as parameter_sizes returns them."""
+    sizes: list["ParameterSize"],
+) -> dict[str, Any]:
+    """What run.json says of a run besides its flags."""
     if torch.cuda.is_available():
         device_name = torch.cuda.get_device_name(device())
     else:
@@ -196,17 +209,15 @@ def run_facts(
         "rows": schedule.rows,
         "rows_per_step": schedule.global_batch,
         "total_steps": schedule.total_steps,
-        "parameters": {
-            "trainable": sum(size for _, size, trained in sizes if trained),
-            "all": sum(size for _, size, _ in sizes),
-        },
+        "parameters": {"trainable": trained_size(sizes), "all": whole_model_size(sizes)},
     }
 
 
-def check_start(config: TrainConfig, base: Path) -> None:
+def check_start(config: RunConfig, base: Path) -> None:
     """Raises ValueError for a missing package, or a base that the method cannot start from."""
     check_loggers(config.loggers)
-    check_packages(config.answer_metrics)
+    if isinstance(config, TrainConfig):
+        check_packages(config.answer_metrics)
     if (base / "adapter_config.json").is_file():
         raise ValueError(
             f"--model_name_or_path {base} is a LoRA adapter: merge it first "
@@ -220,7 +231,7 @@ def check_start(config: TrainConfig, base: Path) -> None:
         )
 
 
-def check_output_dir(config: TrainConfig, output_dir: Path) -> None:
+def check_output_dir(config: RunConfig, output_dir: Path) -> None:
     """Raises ValueError where an earlier run's checkpoints would be neither used nor replaced."""
     earlier = sorted(output_dir.glob("epoch-*-step-*"), key=lambda path: path.stat().st_mtime)
     if earlier and not (config.resume_from_checkpoint or config.overwrite_output_dir):
@@ -232,7 +243,7 @@ def check_output_dir(config: TrainConfig, output_dir: Path) -> None:
 
 
 def build_engine(
-    config: TrainConfig, task: FineTuning, total_steps: int
+    config: RunConfig, task: Task, total_steps: int
 ) -> tuple["DeepSpeedEngine", nn.Module, str]:
     """(DeepSpeed engine, model, precision).
 
@@ -260,11 +271,7 @@ def build_engine(
     seed_step(config.seed, 0, stream=0)  # new weights are equal on every rank
     model = task.build_model(DTYPES[precision])
     if adapters and precision == "bf16":
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-                if hasattr(parameter, "ds_tensor"):  # ZeRO-3: this rank's share is what counts
-                    parameter.ds_tensor.data = parameter.ds_tensor.data.float()
+        convert_trained_to_fp32(model)
     use_lean_lora(model)
     recompute(model, config.gradient_checkpointing, config.gradient_checkpointing_layers)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -278,15 +285,46 @@ def build_engine(
     return engine, model, precision
 
 
-def parameter_sizes(model: nn.Module) -> list[tuple[str, int, bool]]:
-    """(name, number of elements, whether it is trained) of each parameter."""
-    return [(n, full_size(p), p.requires_grad) for n, p in model.named_parameters()]
+def convert_trained_to_fp32(model: nn.Module) -> None:
+    """Convert the trainable parameters to fp32."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+            share = getattr(parameter, "ds_tensor", None)
+            if share is not None:  # ZeRO-3: this rank's share is what counts
+                share.data = share.data.float()
 
 
-def parameter_report(sizes: list[tuple[str, int, bool]]) -> str:
+class ParameterSize(NamedTuple):
+    """A parameter's number of elements."""
+
+    name: str
+    size: int
+    is_trained: bool
+
+
+def parameter_sizes(model: nn.Module) -> list[ParameterSize]:
+    """The size of each parameter."""
+    sizes = []
+    for name, parameter in model.named_parameters():
+        sizes.append(ParameterSize(name, full_size(parameter), parameter.requires_grad))
+    return sizes
+
+
+def trained_size(sizes: list[ParameterSize]) -> int:
+    """Elements of the trainable parameters."""
+    return sum(size for _, size, is_trained in sizes if is_trained)
+
+
+def whole_model_size(sizes: list[ParameterSize]) -> int:
+    """Elements of all parameters."""
+    return sum(size for _, size, _ in sizes)
+
+
+def parameter_report(sizes: list[ParameterSize]) -> str:
     """Text of the names, sizes and share of the trainable parameters."""
-    trained = sum(size for _, size, is_trained in sizes if is_trained)
-    total = sum(size for _, size, _ in sizes)
+    trained = trained_size(sizes)
+    total = whole_model_size(sizes)
     lines = [f"  {name} {size:,}" for name, size, is_trained in sizes if is_trained]
     if len(lines) > 8:
         lines = [*lines[:4], f"  ... {len(lines) - 8} more ...", *lines[-4:]]
@@ -296,18 +334,32 @@ def parameter_report(sizes: list[tuple[str, int, bool]]) -> str:
 
 def full_size(parameter: nn.Parameter) -> int:
     """Number of elements of a parameter before ZeRO-3 partitions it or 4 bits pack it."""
-    if hasattr(parameter, "ds_id"):
-        return parameter.ds_numel
     packed = getattr(parameter, "quant_state", None)
-    return packed.shape.numel() if packed else parameter.numel()
+    return packed.shape.numel() if packed else whole_size(parameter)
 
 
-def data_facts(config: TrainConfig, task: FineTuning, train_hash: str) -> dict:
+def data_facts(config: RunConfig, task: Task, train_hash: str) -> dict[str, Any]:
     """Paths and hashes of a run's rows."""
-    facts = {"train": {"path": config.train_path, "sha256": train_hash}}
+    facts: dict[str, Any] = {"train": {"path": config.train_path, "sha256": train_hash}}
     if config.eval_path:
         facts["eval"] = {"path": config.eval_path, "sha256": agree(lambda: task.eval_hash)}
     return facts
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """What one rank computes in a step.
+
+    Attributes:
+        rows: numbers of the rows of `data`, without empty places.
+        tokens: of these rows.
+        batches: one per pass.
+    """
+
+    data: RowSet
+    rows: list[int]
+    tokens: int
+    batches: list[Mapping[str, Any]]
 
 
 class Loop:
@@ -315,14 +367,14 @@ class Loop:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: RunConfig,
         engine: "DeepSpeedEngine",
         model: nn.Module,
-        task: FineTuning,
+        task: Task,
         schedule: Schedule,
         checkpointer: Checkpointer,
-        resumed: dict,
-        facts: dict,
+        resumed: dict[str, Any],
+        facts: dict[str, Any],
     ):
         """`resumed`: the manifest of the loaded checkpoint, or {}; `facts`: as run_facts."""
         self.config = config
@@ -340,9 +392,9 @@ class Loop:
             resumed.get("early_stopping") if same_rows else None,
         )
         self.signals = SignalWatch()
-        self.last_metrics: dict = {}
+        self.last_metrics: dict[str, float] = {}
         self.workers = ThreadPoolExecutor(config.num_workers) if config.num_workers else None
-        self.ahead: dict[int, Future] = {}  # step -> its batches, which a worker is making
+        self.ahead: dict[int, Future[StepBatches]] = {}  # step -> what a worker is making
 
     def run(self) -> Path:
         """Run the steps that are left; returns the last checkpoint's folder.
@@ -371,9 +423,8 @@ class Loop:
         )
         status = "failed"
         try:
-            folder, status = self.run_steps(bar, writer)
-            if folder is None:
-                folder = self.save(improved=False)
+            saved, status = self.run_steps(bar, writer)
+            folder = saved or self.save_needed()
         finally:  # so that an error is printed on a new line
             bar.close()
             if self.workers:
@@ -419,9 +470,16 @@ class Loop:
             return folder, "stopped early"
         return folder, "finished"
 
+    def save_needed(self) -> Path:
+        """`save` of a checkpoint that the run cannot go on without."""
+        folder = self.save(improved=False)
+        if folder is None:
+            raise RuntimeError("a needed checkpoint is saved, or save raises")
+        return folder
+
     def is_due(self, interval: int | None) -> bool:
         """Whether something that happens every `interval` steps (None: never) happens now."""
-        return bool(interval) and self.done % interval == 0
+        return interval is not None and self.done % interval == 0
 
     def measured_step(self, bar: tqdm, writer: RunLog | None) -> bool:
         """Run one optimizer step, show and log it; True where a signal wants a stop."""
@@ -455,48 +513,55 @@ class Loop:
             (mean loss over the step's labelled tokens on all ranks, norm of its gradient before
             clipping, number of tokens without padding, whether a signal wants a stop).
         """
-        config, engine = self.config, self.engine
-        data, rows, tokens, batches = self.batches()
-        labelled_here = sum(map(self.task.count_labels, batches))
+        engine = self.engine
+        made = self.batches()
+        labelled_here = sum(map(self.task.count_labels, made.batches))
         stop_here = bool(self.signals.number)
-        labelled, tokens, stop = sum_over_ranks(labelled_here, tokens, stop_here)
+        labelled, tokens, stop = sum_over_ranks(labelled_here, made.tokens, stop_here)
 
         engine.train()
-        seed_step(config.seed, self.done + 1, stream=1 + rank())
+        seed_step(self.config.seed, self.done + 1, stream=1 + rank())
         # backward() divides by the number of passes and DeepSpeed averages over ranks. The scale
         # undoes both, so that the sum is divided once.
-        scale = len(batches) * world_size() / labelled
+        scale = len(made.batches) * world_size() / labelled
         total = 0.0
-        for batch in batches:
+        for batch in made.batches:
             loss = engine(scale=scale, **on_device(batch, engine.device))
             engine.backward(loss)
             engine.step()
             total += float(loss.detach()) / scale
         self.done += 1
-        loss = sum_over_ranks(total)[0] / labelled
+        mean = sum_over_ranks(total)[0] / labelled
         norm = float(engine.get_global_grad_norm() or 0)
+        self.check_finite(mean, norm, made)
+        return mean, norm, int(tokens), stop > 0
+
+    def check_finite(self, loss: float, norm: float, made: "StepBatches") -> None:
+        """Raises TrainingFailed where the loss or the norm of its gradient is not finite."""
         # DeepSpeed silently skips a step of infinite gradients; only with the loss scale of fp16
         # is that a normal event.
-        if not math.isfinite(loss) or not (math.isfinite(norm) or engine.fp16_enabled()):
-            places = ", ".join(data.place(row) for row in rows)
-            raise TrainingFailed(
-                f"the loss is {loss}, the norm of its gradient {norm} at step {self.done} "
-                f"(rank {rank()} read {places}); nothing was saved of this step. "
-                f"Try a lower --learning_rate or --precision bf16 or fp32"
-            )
-        return loss, norm, int(tokens), stop > 0
+        norm_fits = math.isfinite(norm) or self.engine.fp16_enabled()
+        if math.isfinite(loss) and norm_fits:
+            return
+        places = ", ".join(map(made.data.place, made.rows))
+        raise TrainingFailed(
+            f"the loss is {loss}, the norm of its gradient {norm} at step {self.done} "
+            f"(rank {rank()} read {places}); nothing was saved of this step. "
+            f"Try a lower --learning_rate or --precision bf16 or fp32"
+        )
 
-    def batches(self) -> tuple[RowSet, list[int], int, list[dict]]:
+    def batches(self) -> "StepBatches":
         """The result of make_batches for the next step; workers start on the steps after it."""
-        last = min(self.done + self.config.num_workers, self.schedule.total_steps - 1)
-        for step in range(self.done + 1, last + 1):
-            if step not in self.ahead:
-                self.ahead[step] = self.workers.submit(self.make_batches, step)
+        if self.workers:
+            last = min(self.done + self.config.num_workers, self.schedule.total_steps - 1)
+            for step in range(self.done + 1, last + 1):
+                if step not in self.ahead:
+                    self.ahead[step] = self.workers.submit(self.make_batches, step)
         made = self.ahead.pop(self.done, None)
         return made.result() if made else self.make_batches(self.done)
 
-    def make_batches(self, step: int) -> tuple[RowSet, list[int], int, list[dict]]:
-        """(rows, numbers of this rank's rows, their tokens, collated batches) of a step.
+    def make_batches(self, step: int) -> "StepBatches":
+        """The batches of a step on this rank.
 
         A pure function of the step, safe to call in a worker thread.
         """
@@ -517,7 +582,8 @@ class Loop:
         for chosen in passes:
             rows += [row for row in chosen if row >= 0]
         tokens = int(data.row_lengths[rows].sum())
-        return data, rows, tokens, [self.task.collate(data, chosen) for chosen in passes]
+        batches = [self.task.collate(data, chosen) for chosen in passes]
+        return StepBatches(data, rows, tokens, batches)
 
     def evaluate(self, writer: RunLog | None) -> bool:
         """Compute the task's metrics; True where --metric_for_best is the best so far."""
@@ -537,7 +603,7 @@ class Loop:
         self.show(f"step {self.done} evaluation: {', '.join(words)}")
         best = agree(self.checkpointer.best)
         metric = self.config.metric_for_best
-        return is_better(metric, metrics[metric], best and best["value"])
+        return is_better_value(metric, metrics[metric], best.value if best else None)
 
     def save(self, improved: bool, needed: bool = True) -> Path | None:
         """Save the checkpoint of this step; returns its folder.
@@ -551,11 +617,9 @@ class Loop:
             OSError: it cannot be written; always where only this rank of several failed.
         """
         try:
+            epoch = self.schedule.epoch_of(max(self.done, 1))
             folder = self.checkpointer.save(
-                epoch=self.schedule.epoch_of(max(self.done, 1)),
-                step=self.done,
-                metrics=self.last_metrics,
-                patience=self.patience.state(),
+                Progress(epoch, self.done, self.last_metrics, self.patience.state())
             )
         except OSError as error:
             on_all_ranks = isinstance(error, NoRoom) or world_size() == 1
@@ -586,18 +650,20 @@ class Patience:
         since: number of evaluations after it.
     """
 
-    def __init__(self, metric: str, min_delta: float, saved: dict | None):
+    def __init__(self, metric: str, min_delta: float, saved: dict[str, Any] | None):
         """`saved`: the `state()` of a checkpoint; it is ignored where it is of another metric."""
         self.metric = metric
         self.min_delta = min_delta
-        same = saved and saved["metric"] == metric
-        self.best: float | None = saved["best"] if same else None
-        self.since: int = saved["since"] if same else 0
+        self.best: float | None = None
+        self.since = 0
+        if saved and saved["metric"] == metric:
+            self.best = saved["best"]
+            self.since = saved["since"]
 
     def see(self, metrics: dict[str, float]) -> None:
         """Count an evaluation."""
         value = agree(lambda: metrics[self.metric])
-        if is_better(self.metric, value, self.best, self.min_delta):
+        if is_better_value(self.metric, value, self.best, self.min_delta):
             self.best = value
             self.since = 0
         else:
@@ -605,9 +671,10 @@ class Patience:
 
     def ended(self, patience: int | None) -> bool:
         """Whether `patience` evaluations (None: any number) brought nothing better."""
-        return bool(patience) and self.since >= patience
+        return patience is not None and self.since >= patience
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint's manifest stores of it."""
         return {"metric": self.metric, "best": self.best, "since": self.since}
 
 

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from chatglm.checksums import hash_file, write_checksums
 
@@ -20,6 +20,7 @@ CACHE_GB = 20.0  # default limit of --data_cache
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     return hash_file(path, fast=False)["sha256"]
 
 
@@ -102,7 +103,7 @@ class LastingStream:
         with suppress(OSError):
             self.stream.flush()
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
 

@@ -6,6 +6,7 @@ Free of torch.
 import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -35,16 +36,6 @@ def refuse_without_effect(config: object, given: Iterable[str], effects: dict[st
             )
 
 
-def drops(c: Any) -> bool:
-    """Whether dropout or NEFTune's noise acts: then rows do not share a prefix (finetune.task)."""
-    dropout = 0.0
-    if c.train_type == "lora":
-        dropout = c.lora_dropout
-    elif c.train_type == "ptuning" and c.resolved_ptuning_version == "v2":
-        dropout = c.prefix_dropout
-    return bool(dropout or c.neftune_noise_alpha)
-
-
 LORA = Effect("--train_type lora; got {c.train_type}", lambda c: c.train_type == "lora")
 PTUNING = Effect("--train_type ptuning; got {c.train_type}", lambda c: c.train_type == "ptuning")
 EVALUATION = Effect("--eval_path", lambda c: c.has_evaluation)
@@ -68,7 +59,7 @@ TRAINING: dict[str, Effect] = {
     ),
     "share_prefix": Effect(
         "--batching ragged, a --mode other than glm, and neither dropout nor --neftune_noise_alpha",
-        lambda c: c.batching == "ragged" and c.mode != "glm" and not drops(c),
+        lambda c: c.batching == "ragged" and c.mode != "glm" and not c.has_noise,
     ),
     "gradient_checkpointing_layers": Effect(
         "--gradient_checkpointing True or selective", lambda c: c.gradient_checkpointing != "False"
@@ -143,11 +134,15 @@ ESTIMATING: dict[str, Effect] = {
 
 
 def check_given(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, effects: dict[str, Effect]
+    parser: argparse.ArgumentParser, values: dict[str, Any], effects: dict[str, Effect]
 ) -> None:
-    """Call `parser.error` for a flag that is not at its default and has no effect."""
-    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    """Call `parser.error` for a flag that is not at its default and has no effect.
+
+    Args:
+        values: {flag: value} as parsed.
+    """
+    given = [name for name, value in values.items() if value != parser.get_default(name)]
     try:
-        refuse_without_effect(args, given, effects)
+        refuse_without_effect(SimpleNamespace(**values), given, effects)
     except ValueError as error:
         parser.error(str(error))

@@ -7,6 +7,7 @@ changes the base weights: its adapter is exported as one of the original base.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -73,11 +74,11 @@ def use_lean_lora(model: nn.Module) -> nn.Module:
 
     for module in model.modules():
         if type(module) is Linear and type(module.base_layer) is nn.Linear:
-            module.forward = _lean_forward.__get__(module)
+            vars(module)["forward"] = MethodType(_lean_forward, module)
     return model
 
 
-def _lean_forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+def _lean_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The forward of a peft LoRA layer `self`, by LoraFunction where the layer is plain."""
     base, active = self.base_layer, self.active_adapters
     plain = (
@@ -112,21 +113,22 @@ def remember_start(model: nn.Module) -> None:
 
     The original weight is W = rest + scaling * B0 A0.
     """
-    model.lora_start = {}
+    start: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:
-            model.lora_start[name] = parameter.detach().float().cpu().clone()
+            start[name] = parameter.detach().float().cpu().clone()
+    vars(model)["lora_start"] = start
 
 
 @contextmanager
-def on_original_base(model: nn.Module, state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """The trained state of a peft model as an adapter of the original base.
+def on_original_base(model: Any, state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The trained state of a model, plain or of peft, as an adapter of the original base.
 
     rest + scaling * B A = W + scaling * [B, -B0] [A; A0], a plain adapter of twice the rank. Within
     the context, peft's configuration of the model is that adapter's. A model without a stored
     start: its state unchanged.
     """
-    start = getattr(model, "lora_start", None)
+    start: dict[str, Tensor] | None = getattr(model, "lora_start", None)
     if start is None:
         yield state
         return
@@ -155,7 +157,7 @@ def check_lora_start(model: nn.Module, adapter: dict[str, Tensor]) -> None:
     With another start, the base lacks another part. Only the products B A are compared: the signs
     of an SVD's factors may differ between machines.
     """
-    start = model.lora_start
+    start: dict[str, Tensor] = vars(model)["lora_start"]
     for name, a in start.items():
         if ".lora_A." not in name:
             continue

@@ -1,7 +1,8 @@
 """The loss: negative log likelihood summed over labelled tokens. The engine divides it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,18 +41,20 @@ def nll_sum(
         smoothing: share of the wanted probability that is spread evenly over all words (arXiv
             1512.00567 section 7).
     """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = without_peft(model)
     if labels is None:
-        positions = model.transformer.packed_positions(input_ids, lengths, shared)
-        hidden = model.transformer(
+        positions = inner.transformer.packed_positions(input_ids, lengths, shared)
+        hidden = inner.transformer(
             input_ids=input_ids, position_ids=positions, keep=keep, use_cache=False
         ).last_hidden_state[0]
     else:
-        hidden = model.transformer(input_ids=input_ids, use_cache=False).last_hidden_state
+        hidden = inner.transformer(input_ids=input_ids, use_cache=False).last_hidden_state
         targets = labels[:, 1:]
         labelled = targets != IGNORED
         hidden, targets = hidden[:, :-1][labelled], targets[labelled]
-    output_layer = model.get_output_embeddings()
+    if targets is None:
+        raise ValueError("a ragged row needs its targets")
+    output_layer = inner.get_output_embeddings()
     if isinstance(output_layer, OutputLayer):
         return output_layer(hidden, targets, scale, smoothing)
     # An output layer that LoRA wraps does not compute the loss.
@@ -64,13 +67,19 @@ def nll_sum(
     )
 
 
+def without_peft(model: nn.Module) -> Any:
+    """The ChatGLM inside of a peft model, or the model itself."""
+    base = getattr(model, "get_base_model", None)
+    return base() if base else model
+
+
 def sequence_lengths(
     input_ids: Tensor,
     *,
     labels: Tensor | None = None,
     lengths: list[int] | None = None,
     keep: Tensor | None = None,
-    **_,
+    **_: Any,
 ) -> Tensor:
     """(B, 1) or (1, S): the length without padding of each token's sequence.
 
@@ -80,6 +89,8 @@ def sequence_lengths(
     if labels is not None:  # the last token of a row is labelled; padding follows
         places = torch.arange(labels.shape[1], device=labels.device)
         return ((labels != IGNORED) * places).amax(1, keepdim=True).clamp(min=1)
+    if keep is None:
+        raise ValueError("a ragged row needs its keep")
     counts = torch.tensor(lengths, device=input_ids.device)
     unpadded = counts.clone()
     unpadded[-1] = keep[-1] + 1 - counts[:-1].sum()  # the last sequence includes the padding
@@ -87,7 +98,7 @@ def sequence_lengths(
 
 
 @contextmanager
-def noisy_embeddings(model: nn.Module, alpha: float, batch: dict) -> Iterator[None]:
+def noisy_embeddings(model: nn.Module, alpha: float, batch: Mapping[str, Any]) -> Iterator[None]:
     """NEFTune (arXiv 2310.05914): a context in which embeddings get uniform noise.
 
     Its amplitude is alpha / sqrt(length of the sequence * width).
@@ -96,13 +107,12 @@ def noisy_embeddings(model: nn.Module, alpha: float, batch: dict) -> Iterator[No
         yield
         return
 
-    def add_noise(module, args, embeds):
+    def add_noise(module: nn.Module, args: Any, embeds: Tensor) -> Tensor:
         bound = alpha / (sequence_lengths(**batch)[..., None] * embeds.shape[-1]).sqrt()
         noise = (torch.rand_like(embeds, dtype=torch.float32) * 2 - 1).mul_(bound)
         return embeds + noise.to(embeds.dtype)
 
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hook = model.get_input_embeddings().register_forward_hook(add_noise)
+    hook = without_peft(model).get_input_embeddings().register_forward_hook(add_noise)
     try:
         yield
     finally:
@@ -122,7 +132,7 @@ class LossModule(nn.Module):
         self.smoothing = smoothing
         self.noise_alpha = noise_alpha
 
-    def forward(self, scale: float = 1.0, **batch) -> Tensor:
+    def forward(self, scale: float = 1.0, **batch: Any) -> Tensor:
         if not self.training:
             return nll_sum(self.model, scale=scale, **batch)
         with noisy_embeddings(self.model, self.noise_alpha, batch):

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from finetune.files import disk_errors
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 SHARD_BYTES = 2_000_000_000
 TOLERANCE = 1e-4  # of a layer's outputs in fp32, merged against adapted, over the largest of them
@@ -79,11 +80,13 @@ class BaseWeights:
 
     def dtype(self) -> torch.dtype:
         """The dtype of the first floating-point tensor."""
-        dtypes = (self[name].dtype for name in self.files)
-        return next(dtype for dtype in dtypes if dtype.is_floating_point)
+        for name in self.files:
+            if self[name].dtype.is_floating_point:
+                return self[name].dtype
+        raise ValueError(f"{self.folder}: no tensor of floating-point numbers")
 
 
-def empty_model(base: Path, mode: str, shapes: dict[str, list[int]]) -> nn.Module:
+def empty_model(base: Path, mode: str, shapes: dict[str, list[int]]) -> "PreTrainedModel":
     """The model of a folder on the meta device, without memory for its weights.
 
     Args:
@@ -103,7 +106,7 @@ def empty_model(base: Path, mode: str, shapes: dict[str, list[int]]) -> nn.Modul
         return model_class_of(config)(config).eval()
 
 
-def adapted_model(model: nn.Module, adapter: Path) -> "PeftModel":
+def adapted_model(model: "PreTrainedModel", adapter: Path) -> "PeftModel":
     """`model` in a PeftModel whose adapter has weights, in fp32, and whose base has none yet.
 
     Raises:
@@ -128,26 +131,32 @@ def adapted_model(model: nn.Module, adapter: Path) -> "PeftModel":
         for module in adapted.modules():
             if isinstance(module, LoraLayer):
                 # peft moves an adapter to its base's device, which must not be "meta".
-                inner = module.get_base_layer()
+                inner: Any = module.get_base_layer()
                 inner.weight = placeholder(inner.weight.shape)
-        result = set_peft_model_state_dict(adapted, state, low_cpu_mem_usage=True)
+        result: Any = set_peft_model_state_dict(adapted, state, low_cpu_mem_usage=True)
     except (RuntimeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{adapter} does not fit its base: {reason}") from None
-    on_meta = [name for name, parameter in adapted.named_parameters() if parameter.is_meta]
-    missing = [name for name in on_meta if is_adapters(name)]
+    check_loaded(adapted, file, result.unexpected_keys)
+    return adapted.eval()
+
+
+def check_loaded(adapted: "PeftModel", file: Path, unexpected: list[str]) -> None:
+    """Raises ValueError where an adapter's file lacks tensors, or has some that no layer takes."""
+    missing: list[str] = []
+    for name, parameter in adapted.named_parameters():
+        if parameter.is_meta and is_adapters(name):
+            missing.append(name)
     if missing:
         raise ValueError(
             f"{file}: {len(missing)} tensors that adapter_config.json names are not in it, "
             f"the first is {missing[0]}"
         )
-    unexpected = result.unexpected_keys
     if unexpected:
         raise ValueError(
             f"{file}: {len(unexpected)} of its tensors belong to no part of the model, "
             f"the first is {unexpected[0]}"
         )
-    return adapted.eval()
 
 
 def placeholder(shape: torch.Size) -> nn.Parameter:
@@ -172,9 +181,10 @@ class Merger:
         self.base = base
         self.device = device
         self.dtype = dtype
-        self.layers = {}  # with LoRA
-        self.replaced = {}  # trained whole
-        for name, module in adapted.base_model.model.named_modules():
+        self.layers: dict[str, Any] = {}  # peft's LoraLayer, each a module too
+        self.replaced: dict[str, Any] = {}  # trained whole
+        base_model: Any = adapted.base_model
+        for name, module in base_model.model.named_modules():
             if isinstance(module, LoraLayer):
                 self.layers[name] = module
             if isinstance(module, ModulesToSaveWrapper):
@@ -224,22 +234,31 @@ class Merger:
         else:
             generator = torch.Generator().manual_seed(0)
             probe = torch.randn(8, inner.in_features, generator=generator).to(self.device)
-        before = layer(probe)
-        layer.merge()
-        after = layer(probe)
-        difference = float((after - before).abs().max() / before.abs().max().clamp(min=1e-9))
-        if not difference <= TOLERANCE:
-            raise ValueError(
-                f"{name}: merged outputs differ from adapted ones by {difference:.2e} "
-                f"(allowed {TOLERANCE:.0e}); nothing was written"
-            )
-        self.difference = max(self.difference, difference)
+        self.difference = max(self.difference, merge_and_compare(name, layer, probe))
         merged = {part: getattr(inner, part).detach() for part in parts}
         base = self.base[f"{name}.weight"].to(self.device)
         self.changed += bool((merged["weight"].to(self.dtype) != base.to(self.dtype)).any())
         layer.merged_adapters.clear()
         inner.weight = placeholder(inner.weight.shape)
         return merged
+
+
+def merge_and_compare(name: str, layer: Any, probe: Tensor) -> float:
+    """Merge a peft layer; returns the difference of its outputs, relative to the largest.
+
+    Raises:
+        ValueError: it is above TOLERANCE, or not a number.
+    """
+    before = layer(probe)
+    layer.merge()
+    after = layer(probe)
+    difference = float((after - before).abs().max() / before.abs().max().clamp(min=1e-9))
+    if not difference <= TOLERANCE:
+        raise ValueError(
+            f"{name}: merged outputs differ from adapted ones by {difference:.2e} "
+            f"(allowed {TOLERANCE:.0e}); nothing was written"
+        )
+    return difference
 
 
 def plan_shards(
@@ -302,14 +321,19 @@ def merge_weights(
             f"{adapter} changes nothing: every merged weight is the base's ({base}); "
             f"nothing was written"
         )
-    if len(set(files.values())) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": files}
-        text = json.dumps(index, indent=2, sort_keys=True)
-        (output / "model.safetensors.index.json").write_text(text + "\n")
+    write_index(files, total, output)
     model.config.dtype = dtype
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(str(output))
     return Merged(len(merger.layers), merger.difference, dtype)
+
+
+def write_index(files: dict[str, str], total: int, output: Path) -> None:
+    """Write the index of several shards: {tensor: file name}, and their bytes."""
+    if len(set(files.values())) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": files}
+        text = json.dumps(index, indent=2, sort_keys=True)
+        (output / "model.safetensors.index.json").write_text(text + "\n")
 
 
 def save_shards(merger: Merger, shards: list[list[str]], output: Path) -> dict[str, str]:
@@ -327,7 +351,7 @@ def save_shards(merger: Merger, shards: list[list[str]], output: Path) -> dict[s
     return files
 
 
-def check_base(base: Path, model: nn.Module, stored: dict[str, list[int]]) -> None:
+def check_base(base: Path, model: "PreTrainedModel", stored: dict[str, list[int]]) -> None:
     """Raises ValueError where the folder lacks a tensor of the model, or its shape differs.
 
     `stored` are the folder's shapes. A body under its own names loads, but is not merged.
@@ -341,7 +365,7 @@ def check_base(base: Path, model: nn.Module, stored: dict[str, list[int]]) -> No
         )
 
 
-def tied_parts(model: nn.Module) -> Iterator[str]:
+def tied_parts(model: "PreTrainedModel") -> Iterator[str]:
     """Names of modules that share their weight with another."""
     if model.config.tie_word_embeddings:
         for name, source in (model._tied_weights_keys or {}).items():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
 
-class Module(Protocol):
+class TrainableModel(Protocol):
     """What the methods use of a model, a torch.nn.Module."""
 
     def named_parameters(self) -> Iterator[tuple[str, Any]]: ...
@@ -30,14 +30,14 @@ class Method(Protocol):
 
     saves: ClassVar[str]
 
-    def model_options(self) -> dict:
+    def model_options(self) -> dict[str, Any]:
         """Options of load_model."""
 
-    def prepare(self, model: Module) -> Module:
+    def prepare(self, model: TrainableModel) -> Any:
         """Set which parameters require a gradient; returns the model to train."""
 
 
-class MethodFlags(Protocol):
+class ConfigOfMethod(Protocol):
     """A configuration: `train_type` and the fields of the method of that name."""
 
     @property
@@ -49,7 +49,7 @@ def module_names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def quantization(bits: int | None) -> dict:
+def quantization(bits: int | None) -> dict[str, Any]:
     """The option of load_model for --quantization_bit."""
     return {"quantization_bit": bits} if bits else {}
 
@@ -61,14 +61,15 @@ class Freeze:
     freeze_module_name: str
     saves: ClassVar[str] = "model"
 
-    def model_options(self) -> dict:
+    def model_options(self) -> dict[str, Any]:
         return {}
 
-    def prepare(self, model: Module) -> Module:
+    def prepare(self, model: TrainableModel) -> Any:
         """Raises ValueError, with the parameters' names, when a part matches no parameter."""
         parts = module_names(self.freeze_module_name)
         names = [name for name, _ in model.named_parameters()]
-        unmatched = [part for part in parts if not any(part in name for name in names)]
+        text = "\n".join(names)
+        unmatched = [part for part in parts if part not in text]
         if unmatched or not parts:
             wanted = ", ".join(map(repr, unmatched)) or "an empty list"
             raise ValueError(
@@ -76,7 +77,7 @@ class Freeze:
                 f"this model has {summarise_names(names)}"
             )
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(any(part in name for part in parts))
+            parameter.requires_grad_(any(map(name.__contains__, parts)))
         return model
 
 
@@ -112,14 +113,14 @@ class PTuning:
     quantization_bit: int | None = None
     saves: ClassVar[str] = "prefix"
 
-    def model_options(self) -> dict:
+    def model_options(self) -> dict[str, Any]:
         return quantization(self.quantization_bit) | {
             "pre_seq_len": self.pre_seq_len,
             "prefix_projection": self.prefix_projection and self.resolved_ptuning_version == "v2",
             "ptuning_version": self.resolved_ptuning_version,
         }
 
-    def prepare(self, model: Module) -> Module:
+    def prepare(self, model: TrainableModel) -> Any:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("prefix_encoder" in name)
         model.config.prefix_dropout = self.prefix_dropout
@@ -145,33 +146,37 @@ class Lora:
     quantization_bit: int | None = None
     saves: ClassVar[str] = "adapter"
 
-    def model_options(self) -> dict:
+    def model_options(self) -> dict[str, Any]:
         return quantization(self.quantization_bit)
 
-    def prepare(self, model: Module) -> Module:
+    def prepare(self, model: TrainableModel) -> Any:
         """Raises ValueError naming the linear modules when a name matches none."""
         from peft import LoraConfig, get_peft_model
         from torch import nn
 
         from finetune.lora import remember_start
 
-        paths = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        linear = sorted({path.rsplit(".", 1)[-1] for path in paths})
+        linear: set[str] = set()
+        for path, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                linear.add(path.rsplit(".", 1)[-1])
         is_default = self.init_lora_weights == "default"
         generates = hasattr(model, "prepare_inputs_for_generation")
+        start: Any = True if is_default else self.init_lora_weights  # peft lists its names
         config = LoraConfig(
             r=self.lora_dim,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=self.target_modules(linear),
+            target_modules=self.target_modules(sorted(linear)),
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
-            init_lora_weights=True if is_default else self.init_lora_weights,
+            init_lora_weights=start,
             bias="none",
             task_type="CAUSAL_LM" if generates else "FEATURE_EXTRACTION",
             inference_mode=False,
         )
-        adapted = get_peft_model(model, config)
+        base: Any = model  # of peft's types
+        adapted = get_peft_model(base, config)
         if self.init_lora_weights.startswith(("pissa", "olora")):
             remember_start(adapted)
         return adapted
@@ -196,17 +201,26 @@ class FullParameters:
 
     saves: ClassVar[str] = "model"
 
-    def model_options(self) -> dict:
+    def model_options(self) -> dict[str, Any]:
         return {}
 
-    def prepare(self, model: Module) -> Module:
+    def prepare(self, model: TrainableModel) -> Any:
         return model.requires_grad_(True)
 
 
-def make_method(config: MethodFlags) -> Method:
+def make_method(config: ConfigOfMethod) -> Method:
     """The method of `config.train_type`, with the configuration's fields of the same names."""
     method = METHODS[config.train_type]
-    return method(**{f.name: getattr(config, f.name) for f in fields(method)})
+    values = {}
+    for f in fields(method):
+        if hasattr(config, f.name):  # a task without the flag has the method's default
+            values[f.name] = getattr(config, f.name)
+    return method(**values)
 
 
-METHODS = {"freeze": Freeze, "ptuning": PTuning, "lora": Lora, "all": FullParameters}
+METHODS: dict[str, type[Any]] = {
+    "freeze": Freeze,
+    "ptuning": PTuning,
+    "lora": Lora,
+    "all": FullParameters,
+}

@@ -1,6 +1,5 @@
 """One-line errors of memory: what is needed, what there is, and what would make it fit."""
 
-import argparse
 import errno
 import os
 import resource
@@ -10,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from finetune.config import TrainConfig
+    from finetune.config import RunConfig
 
 GIB = 2**30
 # Messages of torch, CUDA's libraries and C++ for errors of memory without a type of their own.
@@ -58,8 +57,9 @@ def memory_there() -> tuple[str, float]:
     return "CPU", size
 
 
-def training_advice(config: "TrainConfig", there: tuple[str, float] | None = None) -> str:
+def training_advice(config: "RunConfig", there: tuple[str, float] | None = None) -> str:
     """The advice for a run of train.py that ran out of memory. `there`: as memory_there()."""
+    from finetune.config import TrainConfig
     from finetune.distributed import resolve_precision, world_size
     from finetune.memory.command import cheapest_change, make_run
     from finetune.memory.formula import estimate
@@ -70,7 +70,7 @@ def training_advice(config: "TrainConfig", there: tuple[str, float] | None = Non
         "--gradient_checkpointing True, a lower --per_device_train_batch_size "
         "or a lower --max_len takes less"
     )
-    if config.task != "finetune":  # the formula covers fine-tuning only
+    if not isinstance(config, TrainConfig):  # the formula covers fine-tuning only
         return f"{has}; {smaller.replace('--max_len', '--max_src_len')}"
     try:
         config = replace(config, precision=resolve_precision(config.precision))
@@ -84,12 +84,12 @@ def training_advice(config: "TrainConfig", there: tuple[str, float] | None = Non
     return f"{needs}; what would make it fit: {cheapest_change(run, size)}"
 
 
-def inference_advice(args: argparse.Namespace) -> str:
-    """The advice for a command with the flags of finetune.predict.add_model_flags."""
+def inference_advice(model_path: str, batch_size: int, quantization_bit: int | None) -> str:
+    """The advice for a command that answers `batch_size` prompts at a time."""
     where, size = memory_there()
-    bits = "" if args.quantization_bit == 4 else ", --quantization_bit 4"
+    bits = "" if quantization_bit == 4 else ", --quantization_bit 4"
     return (
-        f"{args.model_path} with {args.batch_size} prompts at a time needs more than the "
+        f"{model_path} with {batch_size} prompts at a time needs more than the "
         f"{size / GIB:.1f} GB of this {where}: give a lower --batch_size, --max_src_len or "
         f"--max_new_tokens{bits}, or another --device"
     )

@@ -1,5 +1,7 @@
 """Gradient checkpointing: which blocks recompute which activations in the backward pass."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -9,7 +11,7 @@ def recompute(model: nn.Module, how: str, layers: str = "") -> None:
     """Switch on gradient checkpointing.
 
     Args:
-        how: "False" (off), "True" or "selective" (keep_products).
+        how: "False" (off), "True" or "selective" (save_products).
         layers: --gradient_checkpointing_layers, "" for all layers.
 
     Raises:
@@ -17,10 +19,11 @@ def recompute(model: nn.Module, how: str, layers: str = "") -> None:
     """
     if how == "False":
         return
-    options: dict = {"use_reentrant": False}
+    options: dict[str, Any] = {"use_reentrant": False}
     if how == "selective":
-        options["context_fn"] = keep_products
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        options["context_fn"] = save_products
+    transformer: Any = model  # of transformers or peft, or a length network with the method
+    transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     if not layers:
         return
     # N means the first N: backward frees the activations of the others before it recomputes theirs.
@@ -35,10 +38,10 @@ def recompute(model: nn.Module, how: str, layers: str = "") -> None:
         block.gradient_checkpointing = first <= number <= last
 
 
-def keep_products() -> tuple:
+def save_products() -> tuple[Any, Any]:
     """The contexts of selective gradient checkpointing.
 
-    The results of matrix products and attention are kept, everything else is recomputed.
+    The results of matrix products and attention are saved, everything else is recomputed.
     """
     from torch.utils.checkpoint import create_selective_checkpoint_contexts
 

@@ -10,12 +10,11 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from chatglm.files import read_json
 from finetune.files import LastingStream, LineFile, overwrite, write_aside
@@ -29,9 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class RunFlags(Protocol):
-    """The flags that a record reads; the configuration is a dataclass, and all of it is written."""
+    """The flags that a record reads; all of the configuration is written."""
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
+    def to_dict(self) -> dict[str, Any]: ...
 
     @property
     def metric_for_best(self) -> str: ...
@@ -44,8 +43,9 @@ class RunFlags(Protocol):
 
 
 class TensorBoard:
-    """Events in --tensorboard, else output_dir/runs; what an interrupted run told after its
-    checkpoint is dropped.
+    """Events in --tensorboard, else output_dir/runs.
+
+    Those that an interrupted run wrote after its checkpoint are dropped.
     """
 
     package = "tensorboard"
@@ -66,8 +66,9 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases; its own environment variables say where to (WANDB_MODE=offline,
-    WANDB_PROJECT). A resumed run keeps its page.
+    """Weights & Biases, set up by its environment variables (WANDB_MODE=offline, WANDB_PROJECT).
+
+    A resumed run continues its page.
     """
 
     package = "wandb"
@@ -83,11 +84,10 @@ class WandB:
             id=run_id,
             resume="allow",
             dir=str(output_dir),
-            config=asdict(config),
+            config=config.to_dict(),
         )
-        self.run.define_metric(
-            "*", step_metric="step"
-        )  # its own counter never goes back; ours does after a resume
+        # Its own counter never goes back; the step does after a resume.
+        self.run.define_metric("*", step_metric="step")
 
     def add(self, step: int, values: dict[str, float]) -> None:
         self.run.log({"step": step, **values})
@@ -97,8 +97,9 @@ class WandB:
 
 
 class SwanLab:
-    """SwanLab; its own environment variables say where to (SWANLAB_MODE=local). A resumed run keeps
-    its page.
+    """SwanLab, set up by its environment variables (SWANLAB_MODE=local).
+
+    A resumed run continues its page.
     """
 
     package = "swanlab"
@@ -112,7 +113,7 @@ class SwanLab:
             id=run_id[:21],
             resume="allow",
             logdir=str(output_dir / "swanlog"),
-            config=asdict(config),
+            config=config.to_dict(),
         )
 
     def add(self, step: int, values: dict[str, float]) -> None:
@@ -122,7 +123,19 @@ class SwanLab:
         self.run.finish()
 
 
-LOGGERS = {"tensorboard": TensorBoard, "wandb": WandB, "swanlab": SwanLab}
+class Logger(Protocol):
+    """Where measurements also go: an instance of one of LOGGERS."""
+
+    def add(self, step: int, values: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+LOGGERS: dict[str, type[TensorBoard] | type[WandB] | type[SwanLab]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "swanlab": SwanLab,
+}
 
 
 def check_loggers(names: Iterable[str]) -> None:
@@ -135,68 +148,70 @@ def check_loggers(names: Iterable[str]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of all that may change a run's numbers."""
-    found = {"python": platform.python_version()}
+    """{package: version} of all that may change a run's numbers."""
+    numbers = {"python": platform.python_version()}
     for name in ("torch", "transformers", "deepspeed", "peft", "safetensors", "glm-foundry"):
         try:
-            found[name] = version(name)
+            numbers[name] = version(name)
         except PackageNotFoundError:  # run from its folder
-            found[name] = "not installed"
-    return found
+            numbers[name] = "not installed"
+    return numbers
 
 
 def git_commit() -> str | None:
-    """Commit of this code, with "+changes" where files differ from it; None outside of a
-    repository.
-    """
+    """Commit of this code, with "+changes" where files differ; None outside of a repository."""
 
-    def git(*words):
+    def git(*words: str) -> str:
         return subprocess.run(
             ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=20, check=True
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + (
-            "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
+        commit = git("rev-parse", "HEAD")
+        changes = git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return None
+    return f"{commit}+changes" if changes else commit
 
 
 def processor() -> str:
     """Name of this machine's CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        for line in lines:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
 
 
-def is_better(metric: str, value: float, than: float | None, by: float = 0.0) -> bool:
-    """`value` of a metric is better than another one (None: than nothing) by more than `by`; nan
-    never is.
+def is_better_value(metric: str, value: float, than: float | None, by: float = 0.0) -> bool:
+    """Whether a metric's `value` is better than another (None: than nothing) by more than `by`.
+
+    nan never is.
     """
     if than is None:
         return not math.isnan(value)
     return (than - value if metric in LOWER_IS_BETTER else value - than) > by
 
 
-def read_run(folder: Path) -> dict:
-    """The record of a run with its "steps"; raises ValueError where there is none, or none that can
-    be read.
+def read_run(folder: Path) -> dict[str, Any]:
+    """The record of a run with its "steps".
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
     """
     path = Path(folder) / RUN
     if not path.is_file():
         raise ValueError(f"{folder} holds no {RUN}: wanted the --output_dir of a run")
     run = read_json(path)
-    found = run.get("format_version")
-    if not isinstance(found, int):
+    number = run.get("format_version")
+    if not isinstance(number, int):
         raise ValueError(f"{path}: not a run's record")
-    if found > FORMAT_VERSION:
+    if number > FORMAT_VERSION:
         raise ValueError(
-            f"{path}: format version {found}, this program reads up to {FORMAT_VERSION}"
+            f"{path}: format version {number}, this program reads up to {FORMAT_VERSION}"
         )
     if not run.get("steps"):
         metrics = path.with_name(METRICS_FILE)
@@ -204,53 +219,59 @@ def read_run(folder: Path) -> dict:
     return run
 
 
-def print_table(heads: list[str], lines: list[list[str]]) -> None:
-    """Columns of numbers on the right, others on the left."""
-    columns = list(zip(heads, *lines))
-    right = [all(cell[:1] in "+-0123456789" for cell in cells) for _, *cells in columns]
-    padded = [
-        [
-            cell.rjust(max(map(len, cells))) if r else cell.ljust(max(map(len, cells)))
-            for cell in cells
-        ]
-        for r, cells in zip(right, columns)
-    ]
-    for line in zip(*padded):
+def print_columns(heads: list[str], lines: list[list[str]]) -> None:
+    """Print a table: columns of numbers on the right, others on the left."""
+    columns = []
+    for head, *cells in zip(heads, *lines):
+        width = max(map(len, [head, *cells]))
+        align = str.rjust if is_numeric(cells) else str.ljust
+        columns.append([align(cell, width) for cell in [head, *cells]])
+    for line in zip(*columns):
         print("  ".join(line).rstrip())
 
 
-def to_json(value: object, **options) -> str:
-    """JSON text with null for inf and nan, which JSON has no word for."""
-
-    def finite(value):
-        if isinstance(value, dict):
-            return {key: finite(v) for key, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [finite(v) for v in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(finite(value), **options)
+def is_numeric(cells: list[str]) -> bool:
+    """Whether every cell begins as a number, or is empty."""
+    return all(cell[:1] in "+-0123456789" for cell in cells)
 
 
-def read_steps(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl but a last one that a killed run left unfinished; raises
-    ValueError where another is no step's.
+def to_json(value: object, **options: Any) -> str:
+    """JSON text with null for inf and nan, which JSON cannot write."""
+    return json.dumps(finite_or_none(value), **options)
+
+
+def finite_or_none(value: object) -> object:
+    """A JSON value with None in place of every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: finite_or_none(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return list(map(finite_or_none, value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, but not a last one that a killed run left unfinished.
+
+    Raises:
+        ValueError: another line is not a step's.
     """
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    found = []
+    steps = []
     for number, line in enumerate(lines, 1):
         try:
-            found.append({"step": (told := json.loads(line))["step"]} | told)
+            values = json.loads(line)
+            steps.append({"step": values["step"]} | values)
         except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(lines) and not line.endswith("}"):
-                return found
+                return steps
             raise ValueError(
                 f"{path}:{number}: wanted an object with a step, got {line[:60]!r}"
             ) from None
-    return found
+    return steps
 
 
-def now() -> str:
+def utc_now() -> str:
+    """The time in ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
@@ -268,57 +289,66 @@ class RunLog:
         config: RunFlags,
         output_dir: Path,
         done: int,
-        facts: dict,
+        facts: dict[str, Any],
         eval_data: str | None = None,
     ):
-        """`facts`: what of run.json the caller knows. `done`: steps that a resumed run has behind
-        it. `eval_data`: tells one set of evaluation rows from another; only values of the same set
-        are compared.
         """
-        self.config, self.output_dir, self.started = config, output_dir, time.monotonic()
+        Args:
+            done: number of steps before a resumed run.
+            facts: what of run.json the caller knows.
+            eval_data: identifies the evaluation rows; only values on the same rows are compared.
+        """
+        self.config = config
+        self.output_dir = output_dir
+        self.started = time.monotonic()
         self.failing: set[str] = set()
         try:
             before = read_run(output_dir) if done else {}
         except ValueError:
             before = {}
         self.seconds_before = before.get("seconds", 0.0)
-        self.record = {
+        sitting = {"started": utc_now(), "first_step": done + 1, "eval_data": eval_data}
+        self.record: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "id": before.get("id", uuid.uuid4().hex),
             "status": "running",
-            "started": before.get("started", now()),
-            "sittings": [
-                *before.get("sittings", []),
-                {"started": now(), "first_step": done + 1, "eval_data": eval_data},
-            ],
+            "started": before.get("started", utc_now()),
+            "sittings": [*before.get("sittings", []), sitting],
             **facts,
-            "flags": asdict(config),
+            "flags": config.to_dict(),
             "versions": versions(),
             "git_commit": git_commit(),
         }
         self.path = output_dir / METRICS_FILE
-        # A resumed run repeats the steps after its checkpoint: the first telling of them goes.
-        lines = read_steps(self.path) if done and self.path.is_file() else []
-        lines = [line for line in lines if line["step"] <= done]
-        write_aside(self.path, "".join(to_json(line) + "\n" for line in lines))
         # Step and value of the best evaluation on the present rows so far, the first of equals.
-        self.best: dict | None = None
-        for line in lines:
+        self.best: dict[str, Any] | None = None
+        for line in self.truncate_steps(done):
             if self.sitting_of(line["step"]).get("eval_data") == eval_data:
                 self.note_best(line)
         self.file = LineFile(self.path)
-        self.loggers = {}
-        for name in config.loggers:
-            try:
-                self.loggers[name] = LOGGERS[name](config, output_dir, self.record["id"], done)
-            except Exception as error:  # no account, no network: each package has errors of its own
-                raise ValueError(
-                    f"--report_to {name}: "
-                    f"{' '.join(str(error).split())[:300] or type(error).__name__}"
-                ) from error
+        self.loggers = self.open_loggers(done)
         self.write()
 
+    def truncate_steps(self, done: int) -> list[dict[str, Any]]:
+        """The first `done` steps, to which metrics.jsonl is cut: a resumed run repeats the rest."""
+        lines = read_steps(self.path) if done and self.path.is_file() else []
+        lines = [line for line in lines if line["step"] <= done]
+        write_aside(self.path, "".join(to_json(line) + "\n" for line in lines))
+        return lines
+
+    def open_loggers(self, done: int) -> dict[str, Logger]:
+        """The loggers of --report_to; raises ValueError where one cannot start."""
+        loggers: dict[str, Logger] = {}
+        for name in self.config.loggers:
+            try:
+                loggers[name] = LOGGERS[name](self.config, self.output_dir, self.record["id"], done)
+            except Exception as error:  # no account, no network: each package has errors of its own
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                raise ValueError(f"--report_to {name}: {reason}") from error
+        return loggers
+
     def add(self, step: int, values: dict[str, float]) -> None:
+        """Write the values of a step."""
         for name, logger in list(self.loggers.items()):
             try:
                 logger.add(step, values)
@@ -331,8 +361,9 @@ class RunLog:
             self.write()
 
     def attempt(self, path: Path, write: Callable[[], object]) -> bool:
-        """Whether `write()` could write; the first failure of a row of them is a warning, and so is
-        their end.
+        """Whether `write()` could write.
+
+        The first of several failures in a row prints a warning, and their end a line.
         """
         try:
             write()
@@ -345,13 +376,11 @@ class RunLog:
         return True
 
     def warn(self, what: str, error: Exception) -> None:
+        """Print a warning, unless the last attempt failed too."""
         if what not in self.failing:
             self.failing.add(what)
-            reason = (
-                getattr(error, "strerror", None)
-                or " ".join(str(error).split())[:200]
-                or type(error).__name__
-            )
+            text = " ".join(str(error).split())[:200]
+            reason = getattr(error, "strerror", None) or text or type(error).__name__
             reason = reason.removeprefix("cannot be written: ")  # as finetune.files.writing says it
             print(
                 f"WARNING: {what} cannot be written ({reason}); training goes on",
@@ -371,27 +400,31 @@ class RunLog:
         seconds = time.monotonic() - self.started
         self.record["sittings"][-1]["seconds"] = round(seconds, 1)
         record = self.record | {
-            "updated": now(),
+            "updated": utc_now(),
             "seconds": round(self.seconds_before + seconds, 1),
             "best": self.best,
         }
         return to_json(record, indent=2, ensure_ascii=False) + "\n"
 
-    def sitting_of(self, step: int) -> dict:
+    def sitting_of(self, step: int) -> dict[str, Any]:
         """The sitting that made a step."""
-        sittings = self.record["sittings"]
-        return next((s for s in reversed(sittings) if s["first_step"] <= step), sittings[-1])
+        sittings: list[dict[str, Any]] = self.record["sittings"]
+        for sitting in reversed(sittings):
+            if sitting["first_step"] <= step:
+                return sitting
+        return sittings[-1]
 
-    def note_best(self, line: dict) -> None:
-        """Keep the step and value of a line of metrics.jsonl, where its evaluation is better than
-        those before.
-        """
+    def note_best(self, line: dict[str, Any]) -> None:
+        """Remember the evaluation in a line of metrics.jsonl where it is the best so far."""
         metric = self.config.metric_for_best
         value = line.get(f"eval_{metric}")
-        if value is not None and is_better(metric, value, self.best and self.best["value"]):
+        if value is not None and is_better_value(
+            metric, value, self.best["value"] if self.best else None
+        ):
             self.best = {"step": line["step"], "metric": metric, "value": value}
 
     def close(self, status: str) -> None:
+        """Write everything, with how the run ended."""
         self.record["status"] = status
         self.attempt(self.path, self.file.flush)
         self.file.close()
@@ -406,9 +439,6 @@ class RunLog:
                 self.warn(f"--report_to {name}", error)
 
     def write_over(self) -> None:
-        """The record, in less room, over the last one: how the run ended must be true on a full
-        disk too.
-        """
-        overwrite(
-            self.output_dir / RUN, to_json(json.loads(self.render()), ensure_ascii=False) + "\n"
-        )
+        """Replace run.json in place by shorter text, which a full disk has room for."""
+        text = to_json(json.loads(self.render()), ensure_ascii=False)
+        overwrite(self.output_dir / RUN, text + "\n")

@@ -2,10 +2,10 @@
 saved of it.
 """
 
-from collections.abc import Callable
-from functools import cached_property, lru_cache
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from chatglm.families import FAMILIES, Family
 from chatglm.loading import load_model, load_tokenizer, resolve_mode
-from finetune.checkpoint import export
-from finetune.config import TrainConfig
+from finetune.checkpoint import SavedTask, export_model
+from finetune.config import RunConfig, TrainConfig
 from finetune.distributed import (
     agree,
     first_of_node,
@@ -24,19 +24,19 @@ from finetune.distributed import (
     wait_for_all,
     world_size,
 )
+from finetune.epochs import EpochRows, RowSet
 from finetune.evaluation.evaluate import answers_of_ranks, evaluation_loss, prediction_lines
 from finetune.evaluation.metrics import mean, score_rows
 from finetune.files import write_aside
 from finetune.loss import LossModule
 from finetune.methods import make_method
 from finetune.rows.arrays import Dataset, join
-from finetune.rows.batches import collate, count_labels, epoch_order
+from finetune.rows.batches import Batch, Layout, collate, count_labels
 from finetune.rows.encoding import Encoder, Preparation, choose_rows, prepare
-from finetune.rows.formats import parse_columns, single_questions
+from finetune.rows.formats import Row, parse_columns, single_questions
 from finetune.rows.sources import (
     RowReader,
     Source,
-    draw_rows,
     join_hashes,
     parse_sources,
     read_rows,
@@ -48,29 +48,59 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class RowSet(Protocol):
-    """What the loop asks of its rows: a Dataset has it, and the prompts of a length predictor."""
+class Task(SavedTask, Protocol):
+    """What the loop trains: FineTuning here, predictor.training.LengthTraining."""
 
     @property
-    def row_lengths(self) -> np.ndarray:
-        """(rows,) tokens of each."""
+    def title(self) -> str:
+        """Its name in the log."""
 
-    def __len__(self) -> int: ...
+    @property
+    def default_output_dir(self) -> str: ...
 
-    def place(self, row: int) -> str:
-        """ "file:line", for messages."""
+    def load_rows(self) -> None:
+        """Raises ValueError, FileNotFoundError for rows that do not fit."""
+
+    def rows_per_epoch(self, steps: int | None, step_rows: int) -> int:
+        """The rows of an epoch, in a run of `steps` steps of `step_rows` rows."""
+
+    def rows_of_step(
+        self, epoch: int, place: int, steps_per_epoch: int, step_rows: int
+    ) -> tuple[RowSet, np.ndarray, int]:
+        """(rows, their order, number of the step in that order) for step `place` of an epoch: a
+        pure function of these numbers.
+        """
+
+    def collate(self, data: Any, rows: list[int]) -> Mapping[str, Any]:
+        """The batch of these rows of `data`, which rows_of_step returned; -1 is an empty place."""
+
+    def count_labels(self, batch: Any) -> float:
+        """What the summed loss of a batch of `collate` is divided by."""
+
+    def dropped_rows(self) -> int:
+        """The number of rows that were bad or too long, found while training."""
+
+    def build_model(self, dtype: torch.dtype) -> nn.Module:
+        """The model, prepared by its method: what trains requires a gradient."""
+
+    def loss_module(self, model: nn.Module) -> nn.Module:
+        """The module whose forward returns the loss of a batch, summed and scaled."""
+
+    def evaluate(
+        self, loss_module: nn.Module, model: nn.Module, *, synced: bool, predictions: Path
+    ) -> dict[str, float]:
+        """The metrics on the evaluation rows.
+
+        Args:
+            synced: ZeRO-3, ranks must step together.
+            predictions: file that gets the answers, where there are any.
+        """
 
 
 class FineTuning:
     """A ChatGLM learns to answer. predictor/training.py has the other task: how long the answer
     will be.
-
-    Attributes:
-        data: the training rows; None where `stream` reads them.
-        count_labels(batch) -> int: what a batch's summed loss is divided by.
     """
-
-    count_labels = staticmethod(count_labels)
 
     def __init__(self, config: TrainConfig):
         self.config = config
@@ -81,6 +111,23 @@ class FineTuning:
         self.title = self.family.title
         self.default_output_dir = f"output-{self.family.name}-{config.train_type}"
         self.dtype = torch.float32
+        self.hash = ""
+        self.stream: Stream | None = None
+        self.loaded: EpochRows[Dataset] | None = None  # where no stream reads the rows
+        self.eval_data: Dataset | None = None
+        self.eval_rows: list[Row] = []
+        self.eval_hash: str | None = None
+
+    @property
+    def epochs(self) -> EpochRows[Dataset]:
+        """The loaded training rows; raises RuntimeError before load_rows, and with --streaming."""
+        if self.loaded is None:
+            raise RuntimeError("the training rows are not loaded")
+        return self.loaded
+
+    @property
+    def data(self) -> Dataset:
+        return self.epochs.data
 
     def load_rows(self) -> None:
         """Raises ValueError, FileNotFoundError for rows that do not fit."""
@@ -109,7 +156,7 @@ class FineTuning:
             block=config.shuffle_buffer,
             skip_bad=config.on_bad_row == "skip",
             skip_long=config.is_skip,
-            replay=replay,
+            replay=tuple(replay),
             replay_ratio=config.replay_ratio,
             workers=config.num_workers,
         )
@@ -118,17 +165,24 @@ class FineTuning:
         """Read every source; where there are several, or one has a weight, an epoch draws rows."""
         loaded = [self.load_source(source, "train") for source in sources]
         loaded += [self.load_source(source, "replay") for source in replay]
-        self.data = join([data for data, _ in loaded])
-        self.hash = join_hashes([found for _, hashes in loaded for found in hashes])
-        if len(loaded) == 1 and sources[0].weight == 1:
-            return
-        together = [*sources, *replay]
-        sizes = [len(data) for data, _ in loaded]
-        shares = [size * source.weight for size, source in zip(sizes, together)]
-        counts = draw_counts(shares, len(sources), self.config.replay_ratio)
-        self.draws = tuple(zip(sizes, counts))
-        words = [f"{count} rows of {source.name}" for count, source in zip(counts, together)]
+        parts = [data for data, _ in loaded]
+        self.hash = hash_of_sources(loaded)
+        draws: tuple[tuple[int, int], ...] = ()
+        if len(loaded) > 1 or sources[0].weight != 1:
+            draws = self.draws_of([*sources, *replay], parts, len(sources))
+        grouped = self.config.batching == "grouped"
+        self.loaded = EpochRows(join(parts), self.config.seed, grouped, draws)
+
+    def draws_of(
+        self, sources: list[Source], parts: list[Dataset], own: int
+    ) -> tuple[tuple[int, int], ...]:
+        """(rows, rows that an epoch draws) of each source; the first `own` are --train_path's."""
+        sizes = [len(data) for data in parts]
+        shares = [size * source.weight for size, source in zip(sizes, sources)]
+        counts = draw_counts(shares, own, self.config.replay_ratio)
+        words = [f"{count} rows of {source.name}" for count, source in zip(counts, sources)]
         say("an epoch reads " + ", ".join(words))
+        return tuple(zip(sizes, counts))
 
     def load_eval_rows(self, held_out: list[Source]) -> None:
         config = self.config
@@ -139,7 +193,16 @@ class FineTuning:
             self.eval_rows = single_questions(rows, "--eval_metrics")
         loaded = [self.load_source(source, "eval") for source in held_out]
         self.eval_data = join([data for data, _ in loaded])
-        self.eval_hash = join_hashes([found for _, hashes in loaded for found in hashes])
+        self.eval_hash = hash_of_sources(loaded)
+
+    def evaluation_id(self) -> str | None:
+        """The hash of the rows; for metrics of written answers also their longest length."""
+        config = self.config
+        if not config.eval_path:
+            return None
+        if config.metric_for_best == "loss":
+            return self.eval_hash
+        return f"{self.eval_hash} {config.eval_max_new_tokens}"
 
     def data_hash(self) -> str:
         """Of the training rows: a resumed run must have the same."""
@@ -187,76 +250,35 @@ class FineTuning:
             if local_rank() == 0:
                 prepared.release(config.data_cache_gb)
         data = choose_rows(rows, preparation.encoder, config.is_skip and name != "eval")
-        bad = rows.facts["bad"]
-        words = [f"{len(data)} {name} rows"]
-        words += [f"{bad} bad ones skipped"] if bad else []
-        words += (
-            [f"{data.skipped} too long, skipped"]
-            if data.skipped
-            else [f"{data.truncated} cut"]
-            if data.truncated
-            else []
-        )
-        say(", ".join(words))
+        say(describe_rows(data, name, rows.facts["bad"]))
         return data, prepared.hashes
 
     # ---- which rows a step reads
-
-    data: Dataset | None = None
-    stream: Stream | None = None
-    draws: tuple[
-        tuple[int, int], ...
-    ] = ()  # (rows, rows drawn an epoch) of each source; none: every row once
 
     def rows_per_epoch(self, steps: int | None, step_rows: int) -> int:
         """With --streaming, what `steps` steps read, or where it is None, what one pass counts."""
         if self.stream:
             return steps * step_rows if steps else self.stream.count()
-        return sum(drawn for _, drawn in self.draws) or len(self.data)
+        return self.epochs.count()
 
     def rows_of_step(
         self, epoch: int, place: int, steps_per_epoch: int, step_rows: int
     ) -> tuple[Dataset, np.ndarray, int]:
-        """(rows, their order, number of the step in that order) for step `place` of an epoch: a
-        pure function of these numbers.
-        """
+        """As in Task."""
         if self.stream:
             first = (epoch * steps_per_epoch + place) * step_rows
             return self.stream.rows(first, first + step_rows), np.arange(step_rows), 0
-        return (
-            self.data,
-            self.order(epoch, step_rows if self.config.batching == "grouped" else 0),
-            place,
-        )
+        return self.epochs.of_step(epoch, place, step_rows)
 
-    @cached_property
-    def order(self) -> Callable[[int, int], np.ndarray]:
-        return lru_cache(2)(self.make_order)
-
-    def make_order(self, epoch: int, group: int) -> np.ndarray:
-        if not self.draws:
-            return epoch_order(self.data.row_lengths, self.config.seed, epoch, group=group).astype(
-                np.int32
-            )
-        starts = np.cumsum([0, *(rows for rows, _ in self.draws)])
-        drawn = np.concatenate(
-            [
-                start + draw_rows(rows, count, self.config.seed, number, epoch)
-                for number, (start, (rows, count)) in enumerate(zip(starts, self.draws))
-            ]
-        )
-        return drawn[
-            epoch_order(self.data.row_lengths[drawn], self.config.seed, epoch, group=group)
-        ].astype(np.int32)
+    def dropped_rows(self) -> int:
+        return len(self.stream.dropped) if self.stream else 0
 
     def build_model(self, dtype: torch.dtype) -> nn.Module:
         """The model, prepared by its method: what trains requires a gradient."""
         self.dtype = dtype
-        return self.method.prepare(
-            load_model(
-                self.model_path, mode=self.family.name, dtype=dtype, **self.method.model_options()
-            )
-        )
+        options = self.method.model_options()
+        model = load_model(self.model_path, mode=self.family.name, dtype=dtype, **options)
+        return self.method.prepare(model)
 
     def loss_module(self, model: nn.Module) -> nn.Module:
         return LossModule(
@@ -266,22 +288,28 @@ class FineTuning:
         )
 
     @cached_property
-    def layout(self) -> dict:
+    def layout(self) -> Layout:
         return layout_of(self.config, self.family, self.tokenizer, self.dtype)
 
-    def collate(self, data: Dataset, rows: list[int]) -> dict:
+    def collate(self, data: Dataset, rows: list[int]) -> Batch:
         return collate(data, rows, **self.layout)
 
+    def count_labels(self, batch: Batch) -> int:
+        return count_labels(batch)
+
     def evaluate(
-        self, loss_module: nn.Module, model: nn.Module, *, synced: bool, predictions: Path
+        self, loss_module: nn.Module, model: Any, *, synced: bool, predictions: Path
     ) -> dict[str, float]:
         """Loss, and --eval_metrics of greedy answers, on the evaluation rows.
 
         Args:
+            model: of transformers or peft.
             synced: ZeRO-3, ranks must step together.
             predictions: file that gets the answers, where there are any.
         """
         config = self.config
+        if self.eval_data is None:
+            raise RuntimeError("the evaluation rows are not loaded")
         batch = config.per_device_eval_batch_size or config.per_device_train_batch_size
         metrics = {"loss": evaluation_loss(loss_module, self.eval_data, batch, **self.layout)}
         if config.answer_metrics:
@@ -300,11 +328,8 @@ class FineTuning:
     def score(self, answers: list[str], predictions: Path) -> dict[str, float]:
         """The means of --eval_metrics; answers and scores of every row go to `predictions`."""
         rows = self.eval_rows
-        scores = score_rows(
-            self.config.answer_metrics,
-            [[answer] for answer in answers],
-            [row.answers for row in rows],
-        )
+        found = [[answer] for answer in answers]
+        scores = score_rows(self.config.answer_metrics, found, [row.answers for row in rows])
         try:
             write_aside(predictions, prediction_lines(rows, answers, scores))
         except OSError as error:  # the scores are known all the same
@@ -312,13 +337,31 @@ class FineTuning:
         return {name: mean(values) for name, values in scores.items()}
 
     def before_save(self, loss_module: nn.Module, *, evaluated: bool) -> None:
-        """What of a save every rank must take part in; rank 0 alone exports. `evaluated`:
-        `evaluate` has just seen these weights.
-        """
+        """Nothing: rank 0 alone exports."""
 
     def export(self, model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
-        """Write what inference needs; `state` as checkpoint.export takes it."""
-        export(model, self.method, self.tokenizer, state, folder)
+        """Write what inference needs; `state` as checkpoint.export_model takes it."""
+        export_model(model, self.method, self.tokenizer, state, folder)
+
+
+def hash_of_sources(loaded: list[tuple[Dataset, list[str]]]) -> str:
+    """One hash of all files; `loaded` as FineTuning.load_source returns it."""
+    hashes: list[str] = []
+    for _, found in loaded:
+        hashes += found
+    return join_hashes(hashes)
+
+
+def describe_rows(data: Dataset, name: str, bad: int) -> str:
+    """One line of how many rows there are, and how many were skipped or cut."""
+    words = [f"{len(data)} {name} rows"]
+    if bad:
+        words.append(f"{bad} bad ones skipped")
+    if data.skipped:
+        words.append(f"{data.skipped} too long, skipped")
+    elif data.truncated:
+        words.append(f"{data.truncated} cut")
+    return ", ".join(words)
 
 
 def draw_counts(shares: list[float], own: int, replay_ratio: float) -> list[int]:
@@ -336,7 +379,7 @@ def draw_counts(shares: list[float], own: int, replay_ratio: float) -> list[int]
 
 def layout_of(
     config: TrainConfig, family: Family, tokenizer: "PreTrainedTokenizerBase", dtype: torch.dtype
-) -> dict:
+) -> Layout:
     """collate's options: how the rows of a pass are laid out."""
     share = family.name != "glm" and shares_prefix(config)
     return {
@@ -347,17 +390,11 @@ def layout_of(
     }
 
 
-def shares_prefix(config: TrainConfig) -> bool:
+def shares_prefix(config: RunConfig) -> bool:
     """A beginning that rows share is computed once where neither dropout nor NEFTune acts, which
     would tie the rows' noise.
     """
-    drops = {
-        "lora": config.lora_dropout,
-        "ptuning": config.prefix_dropout if config.resolved_ptuning_version == "v2" else 0,
-    }
-    return (
-        config.share_prefix and not drops.get(config.train_type) and not config.neftune_noise_alpha
-    )
+    return config.share_prefix and not config.has_noise
 
 
 def row_multiple(dtype: torch.dtype) -> int:

@@ -302,7 +302,7 @@ class ChatGLMBackbone:
             self.share_prefix and self.mode != "glm",
             multiple,
         )
-        batch = {"prompts": len(rows)}
+        batch: dict[str, Any] = {"prompts": len(rows)}
         for name in ("input_ids", "lengths", "shared", "keep"):
             batch[name] = packed[name]
         return batch

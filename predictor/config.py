@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from finetune.config import TrainConfig, flag, keep
-from finetune.flag_effects import TRAINING, Effect, drops
+from finetune.config import RunConfig
+from finetune.flag_effects import TRAINING, Effect
+from finetune.flags import fixed_flag, flag
 from finetune.methods import METHODS
 from predictor.backbones import BACKBONES
 from predictor.heads import HEADS
@@ -52,7 +53,7 @@ EFFECTS: dict[str, Effect] = {
     ),
     "share_prefix": Effect(
         "--backbone chatglm, a --mode other than glm, and no dropout",
-        lambda c: c.backbone == "chatglm" and c.mode != "glm" and not drops(c),
+        lambda c: c.backbone == "chatglm" and c.mode != "glm" and not c.has_noise,
     ),
     "data_cache": FROZEN,
     "data_cache_gb": Effect(
@@ -81,7 +82,7 @@ EFFECTS: dict[str, Effect] = {
 
 
 @dataclass(frozen=True)
-class PredictorConfig(TrainConfig):
+class PredictorConfig(RunConfig):
     """All flags of train.py --task predictor.
 
     Lengths are tokens of the served model, without its end token.
@@ -89,144 +90,125 @@ class PredictorConfig(TrainConfig):
 
     title: ClassVar[str] = "Train a predictor of the length of a served model's answers"
     effects: ClassVar[dict[str, Effect]] = TRAINING | EFFECTS
-    unused: ClassVar[tuple[str, ...]] = (
-        "max_len",
-        "is_skip",
-        "prompt_text",
-        "data_format",
-        "columns",
-        "glm3_labels",
-        "replay_path",
-        "replay_ratio",
-        "streaming",
-        "shuffle_buffer",
-        "preprocessing_num_workers",
-        "eval_metrics",
-        "eval_f1",
-        "eval_max_new_tokens",
-        "estimate_memory",
-        "label_smoothing",
-        "neftune_noise_alpha",
-        "quantization_bit",
-    )
 
-    task: str = keep("predictor", "what is trained", choices=("finetune", "predictor"))
-    model_name_or_path: str = keep(
+    task: str = fixed_flag("predictor", "what is trained", choices=("finetune", "predictor"))
+    model_name_or_path: str = fixed_flag(
         "",
         "folder of the served model: its tokenizer counts lengths; with --backbone chatglm it is "
         "the backbone too (not needed where rows carry output_tokens and the backbone is another)",
     )
-    train_path: str = keep(
+    train_path: str = fixed_flag(
         "",
         "comma list of rows: {prompt, output_tokens, served_model?, finished?}, or answers to "
         "count: {instruction, input, output} (required)",
     )
     eval_path: str = flag("", "rows for the metrics; else the calibration rows serve")
-    train_type: str | None = keep(
+    # None only until __post_init__ fills in the default of the backbone.
+    train_type: str = fixed_flag(
         None,
         "how the backbone is trained; none: not at all, a head on its frozen vectors [chatglm: "
         "lora; encoder: all; lexical: none]",
         choices=TRAIN_TYPES,
     )
-    learning_rate: float | None = keep(None, "highest learning rate [all, freeze: 5e-5; else 1e-3]")
+    learning_rate: float = fixed_flag(None, "highest learning rate [all, freeze: 5e-5; else 1e-3]")
     metric_for_best: str = flag(
         "loss", "what makes a checkpoint the best", choices=("loss", "tau", "mae")
     )
-    batching: str = keep(
+    batching: str = fixed_flag(
         "ragged",
         "grouped: prompts of like length in one pass, which spares an encoder padding",
         choices=("ragged", "grouped"),
     )
     # predictor
-    backbone: str = keep(
+    backbone: str = fixed_flag(
         "lexical",
         "lexical: n-grams and counts, no transformer; encoder: a Hugging Face encoder "
         "(--encoder_path); chatglm: the served model itself",
         choices=tuple(BACKBONES),
     )
-    head: str = keep(
+    head: str = fixed_flag(
         "distribution",
         "distribution: log-spaced bins; bucket: equal classes; regression: log length; "
         "ranking: order only",
         choices=tuple(HEADS),
     )
-    encoder_path: str = keep(
+    encoder_path: str = fixed_flag(
         "", "folder of a Hugging Face encoder; for --backbone lexical, a teacher for its n-grams"
     )
-    encoder_language: str = keep(
+    encoder_language: str = fixed_flag(
         "all", "lexical: prompts that the teacher reads", choices=("all", "en", "zh")
     )
-    encoder_layers: str = keep(
+    encoder_layers: str = fixed_flag(
         "",
         "comma list of the encoder's layers whose means are read, from 1; it is cut after the "
         "highest [the last]",
     )
-    reuse_prefill: bool = keep(
+    reuse_prefill: bool = fixed_flag(
         False,
         "--backbone chatglm: a head on the served model's own prompt state, which costs nothing "
         "when serving",
     )
-    served_model: str = keep(
+    served_model: str = fixed_flag(
         "",
         "name of the model whose answers are predicted "
         "[the folder's, of a checkpoint with its run's]",
     )
-    other_models_weight: float = keep(
+    other_models_weight: float = fixed_flag(
         0.85,
         "share of a prompt's weight that lengths of other served models get, where there are any",
     )
-    length_limit: int | None = keep(
+    length_limit: int | None = fixed_flag(
         None, "longest answer in tokens [the served model's context, else 8192]", positive=True
     )
-    num_bins: int = keep(32, "classes of the distribution, spaced in log length", positive=True)
-    label_width: float = keep(1.0, "distribution: width of a soft label, in bins")
-    crps_weight: float = keep(1.0, "distribution: weight of the ordinal term")
-    num_buckets: int = keep(10, "bucket: number of equal classes", positive=True)
-    ranking_loss: str = keep("pairwise", "ranking: which loss", choices=("pairwise", "listmle"))
-    calibration_share: float = keep(
+    num_bins: int = fixed_flag(
+        32, "classes of the distribution, spaced in log length", positive=True
+    )
+    label_width: float = fixed_flag(1.0, "distribution: width of a soft label, in bins")
+    crps_weight: float = fixed_flag(1.0, "distribution: weight of the ordinal term")
+    num_buckets: int = fixed_flag(10, "bucket: number of equal classes", positive=True)
+    ranking_loss: str = fixed_flag(
+        "pairwise", "ranking: which loss", choices=("pairwise", "listmle")
+    )
+    calibration_share: float = fixed_flag(
         0.15,
         "share of the prompts that is kept for calibration; a frozen backbone's head calibrates on "
         "all of them, each by a head that has not seen it",
     )
-    hash_bits: int = keep(18, "lexical: n-grams are hashed to 2^N rows")
-    student_ridge: float = keep(3.0, "lexical: ridge penalty of the student of n-grams")
-    student_dims: int = keep(
+    hash_bits: int = fixed_flag(18, "lexical: n-grams are hashed to 2^N rows")
+    student_ridge: float = fixed_flag(3.0, "lexical: ridge penalty of the student of n-grams")
+    student_dims: int = fixed_flag(
         64,
         "lexical with --encoder_path: principal components of the teacher's vectors that the "
         "student learns",
     )
-    head_ridge: float = keep(0.5, "frozen backbone: ridge penalty of the kernel head")
-    landmarks: int = keep(
+    head_ridge: float = fixed_flag(0.5, "frozen backbone: ridge penalty of the kernel head")
+    landmarks: int = fixed_flag(
         1024, "frozen backbone: prompts that the kernel compares with", positive=True
     )
-    near_duplicates: float = keep(
+    near_duplicates: float = fixed_flag(
         0.8, "prompts at least so alike (Jaccard of 5-grams) stay on one side of every split"
     )
 
-    has_evaluation: ClassVar[bool] = True
-    evaluated: ClassVar[tuple[str, ...]] = ("loss", "tau", "mae")
-
-    def __post_init__(self):
-        self._fill_in()
-        super().__post_init__()
+    def __post_init__(self) -> None:
+        """Check all flags; raises ValueError naming the first that is wrong."""
+        self._fill_in_defaults()
+        self.check_groups()
         self._check_backbone()
         self._check_numbers()
 
-    def _fill_in(self) -> None:
+    def _fill_in_defaults(self) -> None:
         """Set the flags whose default depends on other flags."""
         if not self.train_type:
             kinds = {
                 "chatglm": "none" if self.reuse_prefill else "lora",
                 "encoder": "all",
-                "lexical": "none",
             }
-            object.__setattr__(self, "train_type", kinds.get(self.backbone))
+            self.fill_in("train_type", kinds.get(self.backbone, "none"))
         if self.max_src_len is None:
-            object.__setattr__(self, "max_src_len", 256)
-        object.__setattr__(self, "max_len", self.max_src_len + 1)  # there is a prompt and no answer
+            self.fill_in("max_src_len", 256)
         if self.learning_rate is None:
             rate = 5e-5 if self.train_type in ("all", "freeze") else 1e-3
-            object.__setattr__(self, "learning_rate", rate)
+            self.fill_in("learning_rate", rate)
 
     def _check_backbone(self) -> None:
         """Raises ValueError where --backbone, --train_type and --encoder_path do not fit."""
@@ -295,3 +277,12 @@ class PredictorConfig(TrainConfig):
     def needs_model(self) -> bool:
         """Whether the served model's folder is needed: without it rows must bring their lengths."""
         return self.backbone == "chatglm"
+
+    @property
+    def has_evaluation(self) -> bool:
+        """A run always evaluates, without --eval_path on the calibration rows."""
+        return True
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        return ("loss", "tau", "mae")

@@ -3,19 +3,22 @@
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chatglm.families import FAMILIES
+from chatglm.families import FAMILIES, Family
 from chatglm.loading import load_tokenizer, resolve_mode
-from finetune.checkpoint import export
+from chatglm.tokenization import ChatGLMTokenizer
+from finetune.checkpoint import export_model
 from finetune.distributed import on_device, rank, say, world_size
+from finetune.epochs import EpochRows
 from finetune.files import sha256
 from finetune.methods import make_method
 from finetune.out_of_memory import explained, training_advice
-from finetune.task import FineTuning, row_multiple, shares_prefix
+from finetune.task import row_multiple, shares_prefix
 from predictor.backbones import ChatGLMBackbone, EncoderBackbone
 from predictor.config import PredictorConfig
 from predictor.decoder import Decoder, write_card
@@ -23,6 +26,11 @@ from predictor.heads import make_head
 from predictor.lengths import Lengths, load_lengths, served_card
 from predictor.network import LengthLoss, LengthNetwork, save_head
 from predictor.scores import metrics_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ANSWER_TOKENS = 315  # a part of evaluation_id, as in the manifests of earlier versions
 
 
 @dataclass(frozen=True)
@@ -33,29 +41,36 @@ class EncodedPrompts:
     input_ids: list[list[int]]
 
     def place(self, row: int) -> str:
+        """ "file:line" of a prompt, for messages."""
         return self.lengths.places[row]
 
     @cached_property
     def row_lengths(self) -> np.ndarray:
         """(prompts,) tokens of each."""
-        return np.array([len(ids) for ids in self.input_ids])
+        return np.array(list(map(len, self.input_ids)))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.input_ids)
 
 
-class LengthTraining(FineTuning):
-    """Trains an encoder, or the served ChatGLM itself, to predict the lengths of answers."""
+class LengthTraining:
+    """Trains an encoder, or the served ChatGLM itself, to predict the lengths of answers.
+
+    A finetune.task.Task.
+    """
 
     def __init__(self, config: PredictorConfig):
-        self.config, self.dtype = config, torch.float32
-        own = config.backbone == "chatglm"
-        self.family, self.served_tokenizer = None, None
+        self.config = config
+        self.dtype = torch.float32
+        self.family: Family | None = None
+        self.served_tokenizer: ChatGLMTokenizer | None = None
         if config.model_name_or_path:
             self.family = FAMILIES[resolve_mode(config.model_name_or_path, config.mode)]
             self.served_tokenizer = load_tokenizer(config.model_name_or_path, mode=self.family.name)
         self.method = make_method(config)
-        if own:
+        self.backbone: ChatGLMBackbone | EncoderBackbone
+        self.tokenizer: PreTrainedTokenizerBase
+        if config.backbone == "chatglm" and self.family and self.served_tokenizer:
             self.model_path = config.model_name_or_path
             self.backbone = ChatGLMBackbone(
                 self.family.name, config.max_src_len, shares_prefix(config)
@@ -64,27 +79,56 @@ class LengthTraining(FineTuning):
             name = self.family.title
         else:
             self.model_path = config.encoder_path
-            self.backbone = EncoderBackbone(config.encoder_path, config.max_src_len, config.layers)
-            self.tokenizer = self.backbone.load_tokenizer()
+            encoder = EncoderBackbone(config.encoder_path, config.max_src_len, config.layers)
+            self.backbone = encoder
+            self.tokenizer = encoder.load_tokenizer()
             name = Path(config.encoder_path).name
         self.title = f"length predictor on {name}"
         self.default_output_dir = f"output-predictor-{config.backbone}-{config.head}"
-        self.calibrated: tuple[Decoder, dict] | None = None
+        self.calibrated: tuple[Decoder, dict[str, float]] | None = None
+        self.eval_data: EncodedPrompts | None = None
+        self.eval_hash: str | None = None
 
     def load_rows(self) -> None:
         """Read, split and encode the rows, and make the head."""
         self.rows = load_lengths(self.config, self.served_tokenizer)
         say(self.rows.summary())
+        if self.rows.calibration is None:
+            raise ValueError("a backbone that is trained in steps needs calibration rows")
         self.head = make_head(self.rows.config)
-        self.data = self.encode(self.rows.train)
+        data = self.encode(self.rows.train)
+        self.epochs = EpochRows(data, self.config.seed, self.config.batching == "grouped")
         self.calibration = self.encode(self.rows.calibration)
-        self.eval_data = self.encode(self.rows.test) if self.rows.test else None
-        self.eval_hash = sha256(Path(self.config.eval_path)) if self.config.eval_path else None
+        if self.rows.test:
+            self.eval_data = self.encode(self.rows.test)
+        if self.config.eval_path:
+            self.eval_hash = sha256(Path(self.config.eval_path))
+
+    def rows_per_epoch(self, steps: int | None, step_rows: int) -> int:
+        """As in Task."""
+        return self.epochs.count()
+
+    def rows_of_step(
+        self, epoch: int, place: int, steps_per_epoch: int, step_rows: int
+    ) -> tuple[EncodedPrompts, np.ndarray, int]:
+        """As in Task."""
+        return self.epochs.of_step(epoch, place, step_rows)
+
+    def dropped_rows(self) -> int:
+        return 0  # bad rows are skipped when they are loaded
+
+    def evaluation_id(self) -> str | None:
+        """The hash of the evaluation rows; longer where the best metric is not the loss."""
+        if self.eval_hash is None or self.config.metric_for_best == "loss":
+            return self.eval_hash
+        return f"{self.eval_hash} {ANSWER_TOKENS}"
 
     def data_hash(self) -> str:
+        """Of all rows: a resumed run must have the same."""
         return self.rows.hash
 
     def encode(self, lengths: Lengths) -> EncodedPrompts:
+        """The prompts as the backbone's ids."""
         ids = [self.backbone.encode(self.tokenizer, prompt) for prompt in lengths.prompts]
         return EncodedPrompts(lengths, ids)
 
@@ -105,32 +149,32 @@ class LengthTraining(FineTuning):
             bias,
         )
 
-    def loss_module(self, model: nn.Module) -> nn.Module:
+    def loss_module(self, model: Any) -> nn.Module:
+        """LengthLoss of the network that build_model returned."""
         return LengthLoss(model, self.head)
 
-    @staticmethod
-    def count_labels(batch: dict) -> float:
+    def count_labels(self, batch: dict[str, Any]) -> float:
         return float(batch["weights"].sum())
 
-    def collate(self, data: EncodedPrompts, rows: list[int]) -> dict:
-        """A batch of prompts and, end to end, all their labels.
+    def collate(self, data: EncodedPrompts, rows: list[int]) -> dict[str, Any]:
+        """The arguments of LengthLoss: a batch of prompts and, end to end, all their labels.
 
         A row of -1 is padding: the shortest prompt with weight 0.
         """
         labels = data.lengths
-        filler = int(data.row_lengths.argmin()) if -1 in rows else None
-        chosen = [filler if row == -1 else row for row in rows]
+        numbers = np.array(rows)
+        is_row = numbers >= 0
+        chosen = np.where(is_row, numbers, data.row_lengths.argmin())
         counts = np.diff(labels.starts)[chosen]
-        every = np.concatenate([np.arange(labels.starts[i], labels.starts[i + 1]) for i in chosen])
-        is_real = np.repeat([row != -1 for row in rows], counts)
-        weights = (labels.weights[every] * is_real).astype(np.float32)
+        places = np.concatenate([np.arange(*labels.starts[i : i + 2]) for i in chosen])
+        weights = (labels.weights[places] * np.repeat(is_row, counts)).astype(np.float32)
         ids = [data.input_ids[i] for i in chosen]
         batch = self.backbone.collate(ids, self.tokenizer, multiple=row_multiple(self.dtype))
         return batch | {
-            "tokens": torch.from_numpy(labels.tokens[every]),
-            "finished": torch.from_numpy(labels.finished[every]),
+            "tokens": torch.from_numpy(labels.tokens[places]),
+            "finished": torch.from_numpy(labels.finished[places]),
             "weights": torch.from_numpy(weights),
-            "served": torch.from_numpy(labels.served[every]),
+            "served": torch.from_numpy(labels.served[places]),
             "prompt": torch.from_numpy(np.repeat(np.arange(len(chosen)), counts)),
         }
 
@@ -139,7 +183,7 @@ class LengthTraining(FineTuning):
         """(prompts, width) head outputs for the served model, computed by all ranks together."""
         config = self.config
         size = config.per_device_eval_batch_size or config.per_device_train_batch_size
-        found = torch.zeros(len(data), self.head.width, dtype=torch.float64)
+        outputs = torch.zeros(len(data), self.head.width, dtype=torch.float64)
         order = data.row_lengths.argsort(kind="stable").tolist()
         per_pass = size * world_size()
         device = network.head.weight.device
@@ -155,12 +199,12 @@ class LengthTraining(FineTuning):
             served = torch.full_like(prompt, self.rows.own)
             rows = network(on_device(batch, device), prompt, served).double().cpu()
             if mine:
-                found[mine] = rows
+                outputs[mine] = rows
         if world_size() > 1:
-            total = found.to(device)
+            total = outputs.to(device)
             torch.distributed.all_reduce(total)
-            found = total.cpu()
-        return found.numpy()
+            outputs = total.cpu()
+        return outputs.numpy()
 
     def evaluate(
         self, loss_module: nn.Module, model: nn.Module, *, synced: bool, predictions: Path
@@ -169,9 +213,10 @@ class LengthTraining(FineTuning):
 
         Loss, tau, MAE and coverage; `predictions` is not written.
         """
-        self.calibrated = decoder, metrics = self.calibrate(loss_module.network)
+        network = network_of(loss_module)
+        self.calibrated = decoder, metrics = self.calibrate(network)
         if self.eval_data:
-            outputs = self.outputs(loss_module.network, self.eval_data)
+            outputs = self.outputs(network, self.eval_data)
             metrics = self.measure(decoder, outputs, self.eval_data.lengths)
         return metrics
 
@@ -186,9 +231,14 @@ class LengthTraining(FineTuning):
     def measure(self, decoder: Decoder, outputs: np.ndarray, lengths: Lengths) -> dict[str, float]:
         """Loss and metrics of outputs (prompts, width) for the served model's labels."""
         prompt, tokens, finished, weights = lengths.of_model(self.rows.own)
-        tensors = [torch.from_numpy(x) for x in (outputs[prompt], tokens, finished, weights)]
-        owners = torch.zeros(len(tokens), dtype=torch.long)
-        loss = float(self.head.loss(*tensors, owners)) / weights.sum()
+        total = self.head.loss(
+            torch.from_numpy(outputs[prompt]),
+            torch.from_numpy(tokens),
+            torch.from_numpy(finished),
+            torch.from_numpy(weights),
+            torch.zeros(len(tokens), dtype=torch.long),
+        )
+        loss = float(total) / weights.sum()
         probabilities, ranks = decoder.decode(outputs[prompt])
         return {"loss": loss} | metrics_of(probabilities, decoder.edges, ranks, tokens, finished)
 
@@ -196,17 +246,16 @@ class LengthTraining(FineTuning):
         """Calibrate, on every rank, unless an evaluation has: a checkpoint is a full predictor."""
         if not evaluated:
             loss_module.eval()
-            self.calibrated = self.calibrate(loss_module.network)
+            self.calibrated = self.calibrate(network_of(loss_module))
             loss_module.train()
 
     def export(self, model: LengthNetwork, state: dict[str, Tensor], folder: Path) -> None:
         """Write a folder that LengthPredictor loads: backbone, head and card."""
-        inner = {
-            name.removeprefix("model."): tensor
-            for name, tensor in state.items()
-            if name.startswith("model.")
-        }
-        export(model.model, self.method, self.tokenizer, inner, folder)
+        if self.calibrated is None:
+            raise RuntimeError("a predictor is calibrated before it is exported")
+        prefix = "model."
+        inner = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+        export_model(model.model, self.method, self.tokenizer, inner, folder)
         save_head(state, self.rows.own, folder)
         decoder, metrics = self.calibrated
         backbone = {"name": self.config.backbone, **asdict(self.backbone)}
@@ -222,16 +271,24 @@ class LengthTraining(FineTuning):
         write_card(folder, card)
 
 
+def network_of(loss_module: nn.Module) -> LengthNetwork:
+    """The network inside of a LengthLoss."""
+    network = loss_module.network
+    if not isinstance(network, LengthNetwork):
+        raise TypeError(f"wanted a LengthNetwork, got {type(network).__name__}")
+    return network
+
+
 def train_predictor(config: PredictorConfig) -> Path:
     """Train, calibrate and export; returns the predictor's folder.
 
-    Raises: as finetune.engine.train.
+    Raises: as finetune.engine.train_task.
     """
     if config.train_type == "none":
         from predictor.frozen import train_frozen
 
         with explained(lambda: training_advice(config)):
             return train_frozen(config)
-    from finetune.engine import train
+    from finetune.engine import train_task
 
-    return train(config, LengthTraining)
+    return train_task(config, LengthTraining)

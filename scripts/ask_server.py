@@ -95,23 +95,23 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(parser.prog, lambda: run(args))
 
 
-def run(args):
-    url = address(args.server)
-    prompts = read_prompts(args.prompts)
+def ask_all(
+    url: str, prompts: list[str], clients: int, slo_s: float, max_tokens: int | None
+) -> list[dict]:
+    """The answers to all prompts, `clients` of them under way at once. Raises ValueError."""
     try:
-        with ThreadPoolExecutor(args.clients) as pool:
+        with ThreadPoolExecutor(clients) as pool:
             name = name_of(url)
-            answers = list(
-                pool.map(
-                    lambda prompt: ask(url, name, prompt, args.slo_s, args.max_tokens), prompts
-                )
-            )
+            return list(pool.map(lambda prompt: ask(url, name, prompt, slo_s, max_tokens), prompts))
     except urllib.error.HTTPError as error:
         raise ValueError(f"{url}: {error.read().decode(errors='replace')}") from None
     except urllib.error.URLError as error:
         raise ValueError(f"{url}: {error.reason}") from None
     except (KeyError, TypeError, json.JSONDecodeError):
         raise ValueError(f"{url}: its answer is not that of a GLM Foundry server") from None
+
+
+def print_answers(answers: list[dict]) -> None:
     print("  actual  predicted: median     q90  latency s  prompt")
     for a in answers[:SHOWN]:
         known = a.get("predicted_tokens") or {"median": float("nan"), "q90": float("nan")}
@@ -119,10 +119,25 @@ def run(args):
             f"{a['output_tokens']:8} {known['median']:18.0f} {known['q90']:7.0f} "
             f"{a['latency_s']:10.2f}  {a['prompt'][:40]}"
         )
-    known = [a for a in answers if a.get("predicted_tokens") and a["finished"]]
-    within = sum(a["output_tokens"] <= a["predicted_tokens"]["q90"] for a in known) / max(
-        len(known), 1
-    )
+
+
+def share_within_q90(answers: list[dict]) -> float:
+    """Of the finished answers with a prediction, those of at most its 90 % quantile."""
+    known = within = 0
+    for answer in answers:
+        predicted = answer.get("predicted_tokens")
+        if predicted and answer["finished"]:
+            known += 1
+            within += answer["output_tokens"] <= predicted["q90"]
+    return within / max(known, 1)
+
+
+def run(args: argparse.Namespace) -> None:
+    url = address(args.server)
+    prompts = read_prompts(args.prompts)
+    answers = ask_all(url, prompts, args.clients, args.slo_s, args.max_tokens)
+    print_answers(answers)
+    within = share_within_q90(answers)
     in_time = sum(a["in_time"] for a in answers) / len(answers)
     print(
         f"{len(answers)} answers, {in_time:.0%} within {args.slo_s:g} s, "

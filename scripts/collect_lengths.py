@@ -17,20 +17,38 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from chatglm.commands import Parser, run_command  # noqa: E402
 from chatglm.families import FAMILIES  # noqa: E402
 from finetune.config import parse_positive  # noqa: E402
-from finetune.evaluation.predict import add_model_flags, generate_batch, load_for_inference  # noqa: E402
+from finetune.evaluation.predict import (  # noqa: E402
+    add_model_flags,
+    generate_batch,
+    load_for_inference,
+)
 from finetune.files import writing  # noqa: E402
 from finetune.rows.formats import BadRow  # noqa: E402
 from finetune.rows.sources import read_json_items  # noqa: E402
 from predictor.labels import parse_prompt, served_name  # noqa: E402
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizer
+
 OPENING = b'{"prompt": '  # of every line written here
+
+
+class Question(NamedTuple):
+    """A prompt to ask: its text, its ids as the model gets them, and which sample this is."""
+
+    prompt: str
+    ids: list[int]
+    sample: int
 
 
 class RowDraws:
@@ -45,14 +63,18 @@ class RowDraws:
         seeds: of each row, below 2**63.
     """
 
-    def __init__(self, seeds: list[int], temperature: float, top_p: float, device):
+    def __init__(
+        self, seeds: list[int], temperature: float, top_p: float, device: "torch.device"
+    ) -> None:
         import torch
         from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
         self.warpers = [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)]
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self.generators = []
+        for seed in seeds:
+            self.generators.append(torch.Generator(device).manual_seed(seed))
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, input_ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
         import torch
 
         scores = scores.float()
@@ -65,10 +87,9 @@ class RowDraws:
 
 
 def row_seed(seed: int, prompt: str, sample: int) -> int:
-    return (
-        int.from_bytes(hashlib.sha256(f"{seed} {sample} {prompt}".encode()).digest()[:8], "big")
-        >> 1
-    )
+    """A sample's seed, below 2**63."""
+    digest = hashlib.sha256(f"{seed} {sample} {prompt}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def read_prompts(path: str, limit: int | None) -> list[str]:
@@ -87,7 +108,7 @@ def read_prompts(path: str, limit: int | None) -> list[str]:
     return list(found)
 
 
-def fingerprint(model) -> str:
+def fingerprint(model: "PreTrainedModel") -> str:
     """16 digits over names, shapes and 16 values of every weight, an adapter's too; half-precision
     copies agree.
     """
@@ -109,7 +130,7 @@ def read_done(path: Path, made_with: dict) -> tuple[set[tuple[str, int]], int]:
     """
     content = path.read_bytes() if path.exists() else b""
     whole = content.rfind(b"\n") + 1
-    done = set()
+    done: set[tuple[str, int]] = set()
     for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
         try:
             row = json.loads(line)
@@ -124,27 +145,122 @@ def read_done(path: Path, made_with: dict) -> tuple[set[tuple[str, int]], int]:
                 was = f"made with {key} {theirs.get(key)!r}, now it is {made_with.get(key)!r}"
                 raise ValueError(f"--output {path}:{number}: {was}; name another file")
     torn = content[whole:]
-    if not torn.startswith(OPENING[: len(torn)]):  # nothing of anybody else's is cut away
+    if not torn.startswith(OPENING[: len(torn)]):  # lines of another program are not cut away
         raise ValueError(
             f"--output {path}: its end is not a line of collect_lengths; name another file"
         )
     return done, whole
 
 
-def open_to_append(path: Path):
+def open_to_append(path: Path) -> BinaryIO:
     path.parent.mkdir(parents=True, exist_ok=True)
     return open(path, "ab")
 
 
-def collect(args) -> str:
-    """Ask what is not yet in the output, longest prompts first; returns a line on what was done."""
+def encode_questions(
+    tokenizer: Any,  # a ChatGLMTokenizer, which load_for_inference gives as transformers' class
+    prompts: list[str],
+    samples: int,
+    max_src_len: int,
+    done: set[tuple[str, int]],
+) -> list[Question]:
+    """What is not yet done, longest prompts first: what needs most memory comes first."""
+    family = FAMILIES[tokenizer.family]
+    questions: list[Question] = []
+    cut = 0
+    for prompt in prompts:
+        encoded = family.encode_prompt(tokenizer, prompt, max_src_len)
+        cut += encoded.truncated
+        for sample in range(samples):
+            if (prompt, sample) not in done:
+                questions.append(Question(prompt, encoded.input_ids, sample))
+    if cut:
+        print(
+            f"{cut} of {len(prompts)} prompts are longer than --max_src_len {max_src_len} "
+            "and asked cut",
+            flush=True,
+        )
+    questions.sort(key=lambda question: -len(question.ids))
+    return questions
+
+
+class Answers:
+    """A model's answers to questions, greedy or sampled with a seed of each question.
+
+    Args:
+        options: of generate(). sampling: temperature and top_p; empty for greedy answers.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizer",
+        options: dict[str, Any],
+        sampling: dict[str, float],
+        seed: int,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.options = options
+        self.sampling = sampling
+        self.seed = seed
+
+    def answer(self, batch: list[Question]) -> Iterator[tuple[Question, list[int], bool]]:
+        """(question, ids of its answer, whether the end token came)."""
+        options = dict(self.options)
+        if self.sampling:
+            seeds = []
+            for question in batch:
+                seeds.append(row_seed(self.seed, question.prompt, question.sample))
+            draws = RowDraws(seeds, **self.sampling, device=self.model.device)
+            options["logits_processor"] = [draws]
+        prompts = [question.ids for question in batch]
+        answers = generate_batch(self.model, self.tokenizer, prompts, **options)
+        for question, (ids, ended) in zip(batch, answers):
+            yield question, ids, ended
+
+
+def write_answers(
+    answers: Answers,
+    questions: list[Question],
+    file: BinaryIO,
+    row_end: dict[str, Any],
+    batch_size: int,
+    keep_answers: bool,
+) -> tuple[int, int]:
+    """Append a line for each answer, batch by batch; returns (tokens, unfinished answers)."""
     from tqdm import tqdm
 
+    tokens = unfinished = 0
+    start = time.monotonic()
+    with tqdm(total=len(questions), desc="answering", unit="answer") as bar:
+        for first in range(0, len(questions), batch_size):
+            batch = questions[first : first + batch_size]
+            lines = []
+            for question, ids, ended in answers.answer(batch):
+                row = {"prompt": question.prompt, "output_tokens": len(ids), "finished": ended}
+                row |= {"sample": question.sample, **row_end}
+                if keep_answers:
+                    row["answer"] = answers.tokenizer.decode(ids, skip_special_tokens=True)
+                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+                tokens += len(ids)
+                unfinished += not ended
+            file.write("".join(lines).encode())
+            file.flush()
+            rate = tokens / (time.monotonic() - start)
+            bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+            bar.update(len(batch))
+    os.fsync(file.fileno())
+    return tokens, unfinished
+
+
+def collect(args: argparse.Namespace) -> str:
+    """Ask what is not yet in the output; returns a line on what was done."""
     prompts = read_prompts(args.prompts, args.limit)
     model, tokenizer, max_src_len, options = load_for_inference(args)
-    sampling = (
-        {"temperature": args.temperature, "top_p": args.top_p} if options.pop("do_sample") else {}
-    )
+    sampling = {}
+    if options.pop("do_sample"):
+        sampling = {"temperature": args.temperature, "top_p": args.top_p}
     for name in ("temperature", "top_p"):
         options.pop(name, None)  # RowDraws samples instead
     settings = {
@@ -159,70 +275,20 @@ def collect(args) -> str:
     }
     output = Path(args.output)
     done, whole = read_done(output, row_end | settings)
-
-    encoded = [
-        FAMILIES[tokenizer.family].encode_prompt(tokenizer, prompt, max_src_len)
-        for prompt in prompts
-    ]
-    if cut := sum(e.truncated for e in encoded):
-        print(
-            f"{cut} of {len(prompts)} prompts are longer than --max_src_len {max_src_len} "
-            "and asked cut",
-            flush=True,
-        )
-    asked = [
-        (i, sample)
-        for i in range(len(prompts))
-        for sample in range(args.samples)
-        if (prompts[i], sample) not in done
-    ]
-    asked.sort(
-        key=lambda one: -len(encoded[one[0]].input_ids)
-    )  # what needs most memory comes first
-    tokens = unfinished = 0
-    start = time.monotonic()
-    with (
-        writing(output),
-        open_to_append(output) as file,
-        tqdm(total=len(asked), desc="answering", unit="answer") as bar,
-    ):
+    questions = encode_questions(tokenizer, prompts, args.samples, max_src_len, done)
+    answers = Answers(model, tokenizer, options, sampling, args.seed)
+    row_end |= {"settings": settings}
+    with writing(output), open_to_append(output) as file:
         file.truncate(whole)
-        for batch in (
-            asked[n : n + args.batch_size] for n in range(0, len(asked), args.batch_size)
-        ):
-            if sampling:
-                seeds = [row_seed(args.seed, prompts[i], sample) for i, sample in batch]
-                options["logits_processor"] = [RowDraws(seeds, **sampling, device=model.device)]
-            lines = []
-            answers = generate_batch(
-                model, tokenizer, [encoded[i].input_ids for i, _ in batch], **options
-            )
-            for (i, sample), (ids, ended) in zip(batch, answers):
-                row = {
-                    "prompt": prompts[i],
-                    "output_tokens": len(ids),
-                    "finished": ended,
-                    "sample": sample,
-                }
-                row |= row_end | {"settings": settings}
-                if args.keep_answers:
-                    row["answer"] = tokenizer.decode(ids, skip_special_tokens=True)
-                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-                tokens += len(ids)
-                unfinished += not ended
-            file.write("".join(lines).encode())
-            file.flush()
-            bar.set_postfix_str(
-                f"{tokens / (time.monotonic() - start):.0f} tokens/s", refresh=False
-            )
-            bar.update(len(batch))
-        os.fsync(file.fileno())
+        tokens, unfinished = write_answers(
+            answers, questions, file, row_end, args.batch_size, args.keep_answers
+        )
     there = f"; {len(done)} were there" if done else ""
     cut = f"{unfinished} cut at --max_new_tokens {args.max_new_tokens}"
-    return f"{len(asked)} answers of {tokens} tokens, {cut}, written to {output}{there}"
+    return f"{len(questions)} answers of {tokens} tokens, {cut}, written to {output}{there}"
 
 
-def main(argv: list[str] | None = None) -> int:
+def build_parser() -> Parser:
     # "resolve": flags of finetune.predict that mean something else here are given anew
     layout = argparse.RawDescriptionHelpFormatter
     parser = Parser(
@@ -256,6 +322,11 @@ def main(argv: list[str] | None = None) -> int:
         "--limit", type=parse_positive, help="ask only so many prompts, the first of the file"
     )
     parser.add_argument("--keep_answers", action="store_true", help="write the answers' text too")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
     args = parser.parse_args(argv)
     if args.samples > 1 and not args.do_sample:
         parser.error(
@@ -267,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(parser.prog, lambda: run(args))
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     try:
         print(collect(args))
     except KeyboardInterrupt:

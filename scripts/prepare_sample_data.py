@@ -4,7 +4,7 @@
 Three JSON-lines files (keys `instruction`, `input`, `output`) and a README with their hashes:
 
     spo_train.json, spo_test.json   triple extraction: one line `subject_relation_object` per triple
-    copy_pretrain.json              the sibling task, copying: nothing in it is a triple extracted from a sentence
+    copy_pretrain.json              the sibling task, copying: no triple of a sentence is asked for
 
 The same options always give the same bytes: every draw goes through `random.Random.random()`, the
 one method whose sequence Python keeps fixed across versions, and the held-out pairs are chosen by
@@ -16,6 +16,7 @@ import hashlib
 import json
 import random
 import sys
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -183,30 +184,36 @@ KINDS = {
 }
 
 
+Triple = tuple[str, str, str]  # subject, relation, object
+
+
 class Draw:
     """Draws that stay the same from one Python version to the next."""
 
-    def __init__(self, seed):
+    def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
 
-    def chance(self, probability):
+    def chance(self, probability: float) -> bool:
         return self._random.random() < probability
 
-    def integer(self, low, high):
+    def integer(self, low: int, high: int) -> int:
         """A whole number, low <= n <= high."""
         return low + int(self._random.random() * (high - low + 1))
 
-    def one(self, items):
+    def one(self, items: Sequence[str]) -> str:
         return items[int(self._random.random() * len(items))]
 
-    def several(self, items, count):
+    def several(self, items: Sequence[str], count: int) -> list[str]:
         """`count` different items, in drawn order."""
         rest = list(items)
-        return [rest.pop(int(self._random.random() * len(rest))) for _ in range(count)]
+        chosen = []
+        for _ in range(count):
+            chosen.append(rest.pop(int(self._random.random() * len(rest))))
+        return chosen
 
 
-def is_held_out(relation, subject, obj, share):
-    """Whether the pair is kept for the test split; about `share` of all pairs are, whatever the
+def is_held_out(relation: str, subject: str, obj: str, share: float) -> bool:
+    """Whether the pair is reserved for the test split; about `share` of all pairs are, whatever the
     seed.
     """
     digest = hashlib.sha256(f"{relation}_{subject}_{obj}".encode()).digest()
@@ -214,20 +221,28 @@ def is_held_out(relation, subject, obj, share):
 
 
 class Language:
-    """Sentences with their triples. `held_out` says which pairs a sentence may use: False seen
-    ones, True kept ones.
+    """Sentences with their triples.
+
+    `held_out` says which pairs a sentence may use: those of the training files, or the held-out
+    ones.
     """
 
-    def __init__(self, draw, held_out_share):
+    def __init__(self, draw: Draw, held_out_share: float) -> None:
         self.draw = draw
         self.held_out_share = held_out_share
 
-    def part(self):
+    def part(self) -> str:
         if self.draw.chance(0.2):
             return self.draw.one(CORNERS) + self.draw.one(CORNER_PARTS)
         return self.draw.one(PARTS)
 
-    def _pair(self, relation, subject, obj, held_out):
+    def _pair(
+        self,
+        relation: str,
+        subject: Callable[[], str],
+        obj: Callable[[], str],
+        held_out: bool,
+    ) -> tuple[str, str]:
         """Draw (subject, object) by the two functions until the pair is on the wanted side of the
         split.
         """
@@ -236,11 +251,12 @@ class Language:
             if is_held_out(relation, *pair, self.held_out_share) == held_out:
                 return pair
 
-    def fact(self, relation, held_out):
+    def fact(self, relation: str, held_out: bool) -> tuple[str, list[Triple]]:
         """A clause of the relation and its triples (one, or two about two parts), in the order of
         the text.
         """
         draw = self.draw
+        templates: tuple[str, ...]
         if relation == PART_FAULT:
             subject, obj, templates = self.part, lambda: draw.one(STATES), PART_TEMPLATES
         elif relation == PERFORMANCE_FAULT:
@@ -264,10 +280,10 @@ class Language:
                 return TWIN_TEMPLATE.format(s=s, t=t, o=o), [(s, relation, o), (t, relation, o)]
         return draw.one(templates).format(s=s, o=o), [(s, relation, o)]
 
-    def _measured(self):
+    def _measured(self) -> str:
         return self.part() if self.draw.chance(0.5) else self.draw.one(QUANTITIES)
 
-    def opening(self):
+    def opening(self) -> str:
         """Brand, body, year or mileage: noise in front of a sentence."""
         if self.draw.chance(0.5):
             return (
@@ -275,12 +291,13 @@ class Language:
             )
         return f"行驶{self.draw.integer(2, 30)}万公里后"
 
-    def sentence(self, held_out=False):
+    def sentence(self, held_out: bool = False) -> tuple[str, list[Triple]]:
         """(text, triples): one or two facts, of different relations, with noise clauses around;
         triples in text order.
         """
         draw = self.draw
-        clauses, triples = [], []
+        clauses: list[str] = []
+        triples: list[Triple] = []
         for relation in draw.several(RELATIONS, 2 if draw.chance(0.35) else 1):
             text, found = self.fact(relation, held_out)
             clauses.append(text)
@@ -291,14 +308,14 @@ class Language:
             clauses.insert(0, self.opening())
         return "，".join(clauses) + "。", triples
 
-    def word(self, kind):
+    def word(self, kind: str) -> str:
         return self.part() if kind == "部件" else self.draw.one(KINDS[kind])
 
-    def words(self, count):
+    def words(self, count: int) -> list[str]:
         """`count` different words of every kind, relation names now and then, in no order that
         means anything.
         """
-        chosen = []
+        chosen: list[str] = []
         while len(chosen) < count:
             if self.draw.chance(0.08):
                 word = self.draw.one(RELATIONS)
@@ -309,26 +326,23 @@ class Language:
         return chosen
 
 
-def extraction_rows(language, count, taken, held_out_rows=0):
+def extraction_rows(
+    language: Language, count: int, taken: set[str], held_out_rows: int = 0
+) -> list[dict[str, str]]:
     """`count` rows whose inputs are not in `taken` (which grows); the first `held_out_rows` use
     held-out pairs only.
     """
-    rows = []
+    rows: list[dict[str, str]] = []
     while len(rows) < count:
         text, triples = language.sentence(held_out=len(rows) < held_out_rows)
         if text not in taken:
             taken.add(text)
-            rows.append(
-                {
-                    "instruction": EXTRACT,
-                    "input": text,
-                    "output": "\n".join("_".join(t) for t in triples),
-                }
-            )
+            output = "\n".join(map("_".join, triples))
+            rows.append({"instruction": EXTRACT, "input": text, "output": output})
     return rows
 
 
-def copy_row(language):
+def copy_row(language: Language) -> dict[str, str]:
     """One row of the copying task."""
     draw, kind = language.draw, language.draw.integer(0, 99)
     if kind < 10:
@@ -343,26 +357,27 @@ def copy_row(language):
     if kind < 75:
         kinds = draw.several(list(KINDS), draw.integer(3, 5))
         wanted = kinds[: draw.integer(1, 3)]
-        words = {kind: language.word(kind) for kind in kinds}
+        picked = {kind: language.word(kind) for kind in kinds}
         return {
             "instruction": PICK.format("_".join(wanted)),
-            "input": "，".join(draw.several(list(words.values()), len(words))),
-            "output": "_".join(words[kind] for kind in wanted),
+            "input": "，".join(draw.several(list(picked.values()), len(picked))),
+            "output": "_".join(map(picked.__getitem__, wanted)),
         }
     if kind < 93:
         words = language.words(draw.integer(2, 6))
         return {"instruction": JOIN, "input": "，".join(words), "output": "_".join(words)}
-    groups = [language.words(draw.integer(2, 3)) for _ in range(2)]
+    groups = (language.words(draw.integer(2, 3)), language.words(draw.integer(2, 3)))
     return {
         "instruction": JOIN_LINES,
-        "input": "；".join("，".join(group) for group in groups),
-        "output": "\n".join("_".join(group) for group in groups),
+        "input": "；".join(map("，".join, groups)),
+        "output": "\n".join(map("_".join, groups)),
     }
 
 
-def copy_rows(language, count, forbidden):
+def copy_rows(language: Language, count: int, forbidden: Collection[str]) -> list[dict[str, str]]:
     """`count` different copying rows, none with an input in `forbidden`."""
-    rows, seen = [], set()
+    rows: list[dict[str, str]] = []
+    seen = set()
     while len(rows) < count:
         row = copy_row(language)
         key = row["instruction"], row["input"]
@@ -372,7 +387,14 @@ def copy_rows(language, count, forbidden):
     return rows
 
 
-def build(seed, train_rows, test_rows, copy_count, held_out_share, held_out_test_rows):
+def build(
+    seed: int,
+    train_rows: int,
+    test_rows: int,
+    copy_count: int,
+    held_out_share: float,
+    held_out_test_rows: int,
+) -> dict[str, list[dict[str, str]]]:
     """All rows by file name, in the order they are drawn: test first, so that nothing after it can
     hold its inputs.
     """
@@ -385,74 +407,37 @@ def build(seed, train_rows, test_rows, copy_count, held_out_share, held_out_test
 
 
 PROBE = Path(__file__).resolve().parent.parent / "data" / "probe.jsonl"
+README = Path(__file__).resolve().parent / "sample_data_readme.txt"  # a template of data/README.md
 PURPOSE = {
     "spo_train.json": "triple extraction, for LoRA or any other tuning",
     "spo_test.json": "triple extraction, to measure F1; no input is in another file",
-    "copy_pretrain.json": "copying, joining and picking words, to pre-train a tiny model from scratch",
+    "copy_pretrain.json": (
+        "copying, joining and picking words, to pre-train a tiny model from scratch"
+    ),
 }
 
-README = """# Sample data
 
-Made by `scripts/prepare_sample_data.py`, all but `probe.jsonl`; do not edit by hand. The command that wrote the others and this page:
-
-    {command}
-
-The same command gives the same bytes. The tests compare.
-
-## Files
-
-| file | rows | for | SHA-256 |
-|---|---|---|---|
-{table}
-| probe.jsonl | {probe_rows} | general prompts, to see what tuning made a model forget (docs/evaluation.md); written by hand | {probe_hash} |
-
-Three rows of each format that training reads, written by hand (`scripts/sample_formats.py`); docs/data.md shows the schema of each:
-
-| file | rows | SHA-256 |
-|---|---|---|
-{formats}
-
-## Schema
-
-One JSON object per line, UTF-8; the three files above have three text fields:
-
-| field | meaning |
-|---|---|
-| `instruction` | what to do |
-| `input` | the text to do it with; the prompt is instruction + input with nothing between |
-| `output` | the answer; its lines are separated by real newlines |
-
-Extraction answers hold one triple per line, `subject_relation_object`, in the order of the text; subject and object
-stand literally in the input. Relations: `部件故障` (part, fault), `性能故障` (quantity, level), `组成` (component, assembly),
-`检测工具` (tool, what it measures).
-
-## How the rows are made
-
-The language is made up and small on purpose, so that a model of a few million parameters learns it on a laptop: templates
-filled with car parts, faults, quantities, tools; one fact or two of different relations; clauses that hold no fact; made-up
-brands and mileages. It says nothing about real cars, and scores on it say nothing about real extraction.
-
-- About {share:.0%} of all (subject, relation, object) combinations are held out, chosen by hash. No sentence of
-  `spo_train.json` or `copy_pretrain.json` states one (a list of random words may hold both words). Of the {test} test
-  rows the first {held_out} are made of held-out combinations only; the others are new sentences from the other combinations.
-- No test input is an input of another file.
-- `copy_pretrain.json` never asks for a triple: it copies sentences and strings of random words, joins listed words by `_`
-  (relation names are words like any other there), and picks words of a kind from a list.
-
-`probe.jsonl` is written by hand for this project: knowledge, sums, translation, rewriting, small talk, advice, a refusal and code, most
-of it in Chinese, a quarter in English. Nothing in it is about extraction.
-
-## Licence
-
-Generated by this project from its own word lists and templates, or written for it, with no outside text; Apache-2.0.
-"""
+def render(rows: list[dict[str, str]]) -> bytes:
+    """JSON lines."""
+    lines = []
+    for row in rows:
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    return "".join(lines).encode("utf-8")
 
 
-def render(rows):
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
+def table_of(contents: dict[str, bytes], purposes: dict[str, str] | None = None) -> str:
+    """A Markdown line for each file: name, rows, where given its purpose, SHA-256."""
+    lines = []
+    for name, content in contents.items():
+        cells = [name, str(content.count(b"\n"))]
+        if purposes:
+            cells.append(purposes[name])
+        cells.append(hashlib.sha256(content).hexdigest())
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def parse_args(argv=None):
+def build_parser() -> Parser:
     parser = Parser(
         prog="prepare_sample_data.py",
         description=__doc__,
@@ -490,6 +475,11 @@ def parse_args(argv=None):
         type=int,
         help="test rows made of held-out combinations only (default 60 %% of --test_rows)",
     )
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = build_parser()
     args = parser.parse_args(argv)
     if args.held_out_test_rows is None:
         args.held_out_test_rows = args.test_rows * 6 // 10
@@ -499,17 +489,18 @@ def parse_args(argv=None):
         parser.error(f"--held_out_share must lie between 0.05 and 0.9, got {args.held_out_share}")
     if not 0 <= args.held_out_test_rows <= args.test_rows:
         parser.error(
-            f"--held_out_test_rows must lie between 0 and --test_rows, got {args.held_out_test_rows}"
+            "--held_out_test_rows must lie between 0 and --test_rows, "
+            f"got {args.held_out_test_rows}"
         )
     return args
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     return run_command("prepare_sample_data.py", lambda: run(args))
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     files = build(
         args.seed,
         args.train_rows,
@@ -519,27 +510,20 @@ def run(args):
         args.held_out_test_rows,
     )
     contents = {name: render(rows) for name, rows in files.items()}
-    table = "\n".join(
-        f"| {name} | {len(files[name])} | {PURPOSE[name]} | {hashlib.sha256(content).hexdigest()} |"
-        for name, content in contents.items()
-    )
     command = (
-        f"python scripts/prepare_sample_data.py --output_dir data --seed {args.seed} --train_rows {args.train_rows} "
-        f"--test_rows {args.test_rows} --copy_rows {args.copy_rows} \\\n        "
+        f"python scripts/prepare_sample_data.py --output_dir data --seed {args.seed} "
+        f"--train_rows {args.train_rows} --test_rows {args.test_rows} "
+        f"--copy_rows {args.copy_rows} \\\n        "
         f"--held_out_share {args.held_out_share} --held_out_test_rows {args.held_out_test_rows}"
     )
     probe = PROBE.read_bytes()
     samples = render_samples()
-    formats = "\n".join(
-        f"| {name} | {len(content.splitlines())} | {hashlib.sha256(content).hexdigest()} |"
-        for name, content in samples.items()
-    )
-    readme = README.format(
+    readme = README.read_text(encoding="utf-8").format(
         probe_rows=probe.count(b"\n"),
         probe_hash=hashlib.sha256(probe).hexdigest(),
         command=command,
-        table=table,
-        formats=formats,
+        table=table_of(contents, PURPOSE),
+        formats=table_of(samples),
         share=args.held_out_share,
         held_out=args.held_out_test_rows,
         test=args.test_rows,

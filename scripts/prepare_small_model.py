@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -21,10 +22,18 @@ from chatglm.families import FAMILIES  # noqa: E402
 from chatglm.files import read_json  # noqa: E402
 from finetune.files import set_modes, writing  # noqa: E402
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
+    from chatglm.tokenization import ChatGLMTokenizer
+
+COMMANDS = {"bos_token_id": "<sop>", "mask_token_id": "[MASK]", "gmask_token_id": "[gMASK]"}
+
 
 def make_config(
     family: str,
-    tokenizer,
+    tokenizer: "ChatGLMTokenizer",
     *,
     hidden_size: int,
     num_layers: int,
@@ -33,12 +42,12 @@ def make_config(
     ffn: int,
     length: int,
     init_std: float,
-):
+) -> "ChatGLM1Config | ChatGLM2Config":
     """A configuration of the family's architecture for the tokenizer's ids."""
     from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
 
     vocab = -(-len(tokenizer) // 64) * 64
-    shared = {
+    shared: dict[str, Any] = {
         "hidden_size": hidden_size,
         "num_layers": num_layers,
         "num_attention_heads": heads,
@@ -48,13 +57,8 @@ def make_config(
         "eos_token_id": tokenizer.eos_token_id,
     }
     if family == "glm":
-        commands = {
-            key: tokenizer.get_command(token)
-            for key, token in (
-                ("bos_token_id", "<sop>"),
-                ("mask_token_id", "[MASK]"),
-                ("gmask_token_id", "[gMASK]"),
-            )
+        commands: dict[str, Any] = {
+            key: tokenizer.get_command(token) for key, token in COMMANDS.items()
         }
         return ChatGLM1Config(
             vocab_size=vocab,
@@ -78,14 +82,14 @@ def make_model(
     tokenizer_dir: str | Path,
     output_dir: str | Path,
     *,
-    hidden_size=256,
-    num_layers=4,
-    heads=8,
-    groups=2,
-    ffn=688,
-    length=2048,
-    init_std=0.02,
-    seed=1234,
+    hidden_size: int = 256,
+    num_layers: int = 4,
+    heads: int = 8,
+    groups: int = 2,
+    ffn: int = 688,
+    length: int = 2048,
+    init_std: float = 0.02,
+    seed: int = 1234,
 ) -> Path:
     """Write a random model with its tokenizer to `output_dir`, whole or not at all; returns the
     folder.
@@ -93,7 +97,7 @@ def make_model(
     import torch
 
     from chatglm import load_tokenizer
-    from chatglm.loading import stop_ids
+    from chatglm.configuration import ChatGLM1Config
     from chatglm.modeling_glm import ChatGLM1ForConditionalGeneration
     from chatglm.modeling_glm2 import ChatGLM2ForConditionalGeneration
 
@@ -110,14 +114,17 @@ def make_model(
         length=length,
         init_std=init_std,
     )
-    model = (
-        ChatGLM1ForConditionalGeneration if family == "glm" else ChatGLM2ForConditionalGeneration
-    )(config)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = (
-        stop_ids(tokenizer),
-        tokenizer.pad_token_id,
-    )
-    output_dir = Path(output_dir)
+    if isinstance(config, ChatGLM1Config):
+        return save_model(ChatGLM1ForConditionalGeneration(config), tokenizer, Path(output_dir))
+    return save_model(ChatGLM2ForConditionalGeneration(config), tokenizer, Path(output_dir))
+
+
+def save_model(model: "PreTrainedModel", tokenizer: "ChatGLMTokenizer", output_dir: Path) -> Path:
+    """Write a model and its tokenizer beside `output_dir`, then rename; raises OSError."""
+    from chatglm.loading import stop_ids
+
+    model.generation_config.eos_token_id = stop_ids(tokenizer)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
     aside = output_dir.with_name(f".{output_dir.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -161,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(parser.prog, lambda: run(**args))
 
 
-def run(family: str, tokenizer: str, output_dir: str, **sizes):
+def run(family: str, tokenizer: str, output_dir: str, **sizes: Any) -> None:
     output = Path(output_dir)
     if output.exists() and any(output.iterdir()) and not (output / "config.json").is_file():
         raise ValueError(f"--output_dir {output} is not empty and holds no model")

@@ -13,6 +13,7 @@ import argparse
 import io
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -40,19 +41,22 @@ def read_rows(path: Path) -> list[dict]:
     if text.lstrip().startswith("["):
         lines = [(1, text)]
     else:
-        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    rows = []
+        lines = list(enumerate(text.split("\n"), 1))
+    rows: list[dict] = []
     for number, line in lines:
+        if not line.strip():
+            continue
         value = parse_line(line, f"{path}: line {number}")
         if isinstance(value, BadRow):
             raise value
-        rows.extend(value if isinstance(value, list) else [value])
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: every row must be a JSON object with text values")
+        for row in value if isinstance(value, list) else [value]:
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}: every row must be a JSON object with text values")
+            rows.append(row)
     return rows
 
 
-def training_lines(rows):
+def training_lines(rows: Iterable[dict]) -> Iterator[str]:
     """Lines of text as a model would meet them: prompt wrapper, instruction with input, output.
 
     Each starts with a split mark, so that no piece joins the space put before a text to its first
@@ -62,14 +66,14 @@ def training_lines(rows):
         fields = dict(row)
         texts = [*PROMPT_LINES, str(fields.pop("instruction", "")) + str(fields.pop("input", ""))]
         for value in fields.values():
-            texts.extend(str(item) for item in (value if isinstance(value, list) else [value]))
+            texts.extend(map(str, value if isinstance(value, list) else [value]))
         for text in texts:
             for line in text.replace(PRE_SPLIT, " ").split("\n"):
                 if line:
                     yield PRE_SPLIT + line
 
 
-def glm_symbols():
+def glm_symbols() -> list[str]:
     """ChatGLM-6B's own pieces, in the original's order: whitespace, then control tokens."""
     blanks = [f"<|blank_{n}|>" for n in range(2, 81)]
     return [
@@ -87,7 +91,7 @@ def glm_symbols():
     ]
 
 
-def train(lines, vocab_size, family="glm2"):
+def train(lines: Iterable[str], vocab_size: int, family: str = "glm2") -> bytes:
     """The trained model's bytes; one thread, no sampling, so the same lines give the same bytes."""
     import sentencepiece
 
@@ -119,7 +123,7 @@ def train(lines, vocab_size, family="glm2"):
     return model.getvalue()
 
 
-def main(argv=None):
+def build_parser() -> Parser:
     parser = Parser(
         prog="prepare_tokenizer.py",
         description=__doc__,
@@ -150,28 +154,35 @@ def main(argv=None):
         default="glm2",
         help="whose conventions (default %(default)s)",
     )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
     args = parser.parse_args(argv)
-    return run_command(parser.prog, lambda: run(args))
-
-
-def run(args):
-    name = "ice_text.model" if args.family == "glm" else "tokenizer.model"
-    settings = (
-        TOKENIZER_CONFIG
-        | {"glm_family": args.family}
-        | ({"num_image_tokens": 0} if args.family == "glm" else {})
+    return run_command(
+        parser.prog, lambda: run(args.input, args.output_dir, args.vocab_size, args.family)
     )
-    rows = [row for path in args.input for row in read_rows(path)]
+
+
+def run(inputs: list[Path], output_dir: Path, vocab_size: int, family: str) -> None:
+    name = "ice_text.model" if family == "glm" else "tokenizer.model"
+    settings: dict = TOKENIZER_CONFIG | {"glm_family": family}
+    if family == "glm":
+        settings["num_image_tokens"] = 0
+    rows: list[dict] = []
+    for path in inputs:
+        rows += read_rows(path)
     if not rows:
-        raise ValueError(f"--input {', '.join(map(str, args.input))}: no rows")
+        raise ValueError(f"--input {', '.join(map(str, inputs))}: no rows")
     try:
-        model = train(training_lines(rows), args.vocab_size, args.family)
+        model = train(training_lines(rows), vocab_size, family)
     except RuntimeError as error:  # sentencepiece: the last line says what is wrong
         raise ValueError(str(error).strip().splitlines()[-1]) from None
-    write_aside(args.output_dir / name, model)
+    write_aside(output_dir / name, model)
     config = json.dumps(settings, ensure_ascii=False, indent=2) + "\n"
-    write_aside(args.output_dir / "tokenizer_config.json", config.encode("utf-8"))
-    print(f"wrote {args.output_dir / name} ({len(rows)} rows, {args.vocab_size} pieces)")
+    write_aside(output_dir / "tokenizer_config.json", config.encode("utf-8"))
+    print(f"wrote {output_dir / name} ({len(rows)} rows, {vocab_size} pieces)")
 
 
 if __name__ == "__main__":

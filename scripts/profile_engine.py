@@ -15,7 +15,7 @@ import argparse
 import csv
 import io
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import astuple, fields, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -60,7 +60,25 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(parser.prog, lambda: run(args))
 
 
-def run(args):
+def write_timings(path: Path, rows: list[Measurement]) -> None:
+    """The timings as CSV."""
+    table = io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow("batch_size" if f.name == "batch" else f.name for f in fields(Measurement))
+    writer.writerows(map(astuple, rows))
+    write_aside(path, table.getvalue())
+
+
+def print_errors(errors: dict[str, dict[str, float]]) -> None:
+    """The fit's errors, a line for each kind of timing."""
+    for name, found in errors.items():
+        print(
+            f"{name:10} {found['rows']} timings: median {100 * found['median_abs_error']:.1f} %, "
+            f"P90 {100 * found['p90_abs_error']:.1f} %"
+        )
+
+
+def run(args: argparse.Namespace) -> None:
     limits = Limits(args.max_batch, args.kv_tokens, args.max_tokens)
     from tqdm import tqdm
 
@@ -85,20 +103,12 @@ def run(args):
         limits,
         cost_device(model.device),
         args.repetitions,
-        lambda timings, total: tqdm(timings, total=total, desc="timing", unit="timing"),
+        lambda timings, total: iter(tqdm(timings, total=total, desc="timing", unit="timing")),
     )
     replace(profile, name=args.output.stem).save(args.output)
     if args.rows:
-        table = io.StringIO()
-        writer = csv.writer(table)
-        writer.writerow("batch_size" if f.name == "batch" else f.name for f in fields(Measurement))
-        writer.writerows(asdict(row).values() for row in rows)
-        write_aside(args.rows, table.getvalue())
-    for name, found in profile.made["errors"].items():
-        print(
-            f"{name:10} {found['rows']} timings: median {100 * found['median_abs_error']:.1f} %, "
-            f"P90 {100 * found['p90_abs_error']:.1f} %"
-        )
+        write_timings(args.rows, rows)
+    print_errors(profile.made["errors"])
     print(f"wrote {args.output}")
 
 

@@ -3,6 +3,7 @@ prepare_sample_data.py puts them into data/formats/.
 """
 
 import json
+from typing import Any
 
 WEATHER = {
     "name": "get_weather",
@@ -23,12 +24,20 @@ TAGS = ("部件#水泵*材质#铸铁*特点#耐用", "铸铁水泵，结实耐�
 HUMAN, GPT = ("from", "human"), ("from", "gpt")
 
 
-def said(role, text):
+def said(role: tuple[str, str], text: str) -> dict[str, str]:
+    """A turn of ShareGPT's format."""
     return dict([role, ("value", text)])
 
 
-def message(role, content, **more):
+def message(role: str, content: str | list[dict] | None, **more: Any) -> dict[str, Any]:
+    """A turn of OpenAI's format."""
     return {"role": role, "content": content, **more}
+
+
+def ask_as(prompt: str, answer: str, layout: str = "{}") -> list[dict[str, str]]:
+    """The three questions and answers under these keys, the questions in `layout`."""
+    pairs = (PUMP, SEAL, LIGHT)
+    return [{prompt: layout.format(question), answer: text} for question, text in pairs]
 
 
 CALL = {"name": "get_weather", "arguments": {"city": "青岛"}}
@@ -42,7 +51,7 @@ SAMPLES: dict[str, list[dict]] = {
         {"instruction": "抽取部件：", "input": "今天天气好。", "output": ""},
         {"instruction": LIGHT[0], "output": LIGHT[1]},
     ],
-    "text": [{"text": q, "answer": a} for q, a in (PUMP, SEAL, LIGHT)],
+    "text": ask_as("text", "answer"),
     "alpaca": [
         {"system": "你是一位修车师傅。", "instruction": PUMP[0], "input": "", "output": PUMP[1]},
         {
@@ -58,16 +67,14 @@ SAMPLES: dict[str, list[dict]] = {
         {"prompt": SEAL[0], "response": SEAL[1], "history": [list(PUMP)]},
         {"prompt": LIGHT[0], "response": LIGHT[1], "history": [list(PUMP), list(SEAL)]},
     ],
-    "question": [{"question": q, "answer": a} for q, a in (PUMP, SEAL, LIGHT)],
+    "question": ask_as("question", "answer"),
     "advertisegen": [
         {"content": TAGS[0], "summary": TAGS[1]},
         {"content": "部件#轮胎*特点#静音", "summary": "静音轮胎，把路噪留在车外。"},
         {"content": "部件#灯泡*颜色#暖白", "summary": "暖白灯光，照亮回家的路。"},
     ],
-    "belle": [{"input": q + " ", "target": a} for q, a in (PUMP, SEAL, LIGHT)],
-    "context": [
-        {"context": f"Instruction: {q}\nAnswer: ", "target": a} for q, a in (PUMP, SEAL, LIGHT)
-    ],
+    "belle": ask_as("input", "target", "{} "),
+    "context": ask_as("context", "target", "Instruction: {}\nAnswer: "),
     "sharegpt": [
         {
             "conversations": [
@@ -170,8 +177,9 @@ def render_samples() -> dict[str, bytes]:
     """{file name: content}: JSON lines; Belle's are Python literals, as its own files."""
     made = {}
     for name, rows in SAMPLES.items():
-        lines = [
-            repr(row) if name == "belle" else json.dumps(row, ensure_ascii=False) for row in rows
-        ]
-        made[f"formats/{name}.jsonl"] = "".join(line + "\n" for line in lines).encode("utf-8")
+        text = ""
+        for row in rows:
+            text += repr(row) if name == "belle" else json.dumps(row, ensure_ascii=False)
+            text += "\n"
+        made[f"formats/{name}.jsonl"] = text.encode("utf-8")
     return made

@@ -6,7 +6,7 @@ The columns, and what the project aims at (tests/test_style.py holds the aims):
     lines       lines of Python
     over 100    lines of more than 100 columns: 0
     compr.      comprehensions and generator expressions per 1,000 lines: under 15
-    nested      comprehensions with more than one condition or more than two loops: 0
+    nested      comprehensions with more than one condition or more than one loop: 0
     p95         lines of a function that 95 % of the functions stay under: under 35
     complexity  the largest cyclomatic complexity of a function (McCabe 1976, by radon): under 25
     untyped     arguments of public functions without an annotation: 0
@@ -25,6 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 PACKAGES = ("chatglm", "finetune", "predictor", "serving", "scripts", "benchmarks")
 COLUMNS = 100
+Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -55,13 +57,17 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def is_nested(node: ast.AST) -> bool:
+def is_nested(node: Comprehension) -> bool:
     """More than one condition, or two loops and more."""
     loops = node.generators
     return len(loops) > 1 or sum(len(loop.ifs) for loop in loops) > 1
 
 
-def public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
+def is_public_method(name: str) -> bool:
+    return name == "__init__" or not name.startswith("_")
+
+
+def public_functions(tree: ast.Module) -> Iterator[Function]:
     """Functions of a module and methods of its classes whose names, and whose classes' names, are
     public.
     """
@@ -70,9 +76,19 @@ def public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
             yield node
         elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             for member in node.body:
-                is_public = isinstance(member, FUNCTIONS) and not member.name.startswith("_")
-                if is_public or getattr(member, "name", "") == "__init__":
+                if isinstance(member, FUNCTIONS) and is_public_method(member.name):
                     yield member
+
+
+def repeated_names(packages: tuple[str, ...]) -> dict[str, list[str]]:
+    """{name: modules} of the public functions and classes that more than one module defines."""
+    modules: dict[str, list[str]] = {}
+    for package in packages:
+        for path in source_files(package):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, (*FUNCTIONS, ast.ClassDef)) and not node.name.startswith("_"):
+                    modules.setdefault(node.name, []).append(module_name(path))
+    return {name: places for name, places in modules.items() if len(places) > 1}
 
 
 def untyped_arguments(tree: ast.Module) -> Iterator[tuple[int, str, str]]:
@@ -101,7 +117,7 @@ def imported_modules(path: Path, modules: dict[str, Path]) -> set[str]:
             for alias in node.names:
                 inner = f"{base}.{alias.name}"
                 found.add(inner if inner in modules else base)
-    return {module for module in found if module in modules and module != name}
+    return (found & modules.keys()) - {name}
 
 
 def find_circles(graph: dict[str, set[str]]) -> list[list[str]]:
@@ -111,7 +127,7 @@ def find_circles(graph: dict[str, set[str]]) -> list[list[str]]:
     stack: list[str] = []
     circles: list[list[str]] = []
 
-    def visit(module: str):
+    def visit(module: str) -> None:
         order[module] = lowest[module] = len(order)
         stack.append(module)
         for other in sorted(graph[module]):
@@ -135,7 +151,9 @@ def find_circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 def import_circles(packages: tuple[str, ...] = PACKAGES) -> list[list[str]]:
     """The circles of imports among the modules of `packages`."""
-    modules = {module_name(path): path for name in packages for path in source_files(name)}
+    modules: dict[str, Path] = {}
+    for package in packages:
+        modules |= {module_name(path): path for path in source_files(package)}
     return find_circles({name: imported_modules(path, modules) for name, path in modules.items()})
 
 
@@ -155,7 +173,7 @@ def measure(package: str) -> Figures:
                 figures.comprehensions += 1
                 figures.nested += is_nested(node)
             elif isinstance(node, FUNCTIONS):
-                lengths.append(node.end_lineno - node.lineno + 1)
+                lengths.append((node.end_lineno or node.lineno) - node.lineno + 1)
     lengths.sort()
     figures.p95_lines = lengths[int(0.95 * len(lengths))] if lengths else 0
     figures.circles = len(import_circles((package,)))
@@ -172,7 +190,7 @@ def largest_complexity(package: str) -> int:
     return max(found)
 
 
-def print_figures(rows: dict[str, Figures]):
+def print_figures(rows: dict[str, Figures]) -> None:
     heads = (
         "package",
         "lines",

@@ -32,6 +32,8 @@ TORCH_FREE = [
     "finetune/evaluation/metrics.py",
     "finetune/files.py",
     "finetune/flag_effects.py",
+    "finetune/flag_groups.py",
+    "finetune/flags.py",
     "finetune/memory/*.py",
     "finetune/methods.py",
     "finetune/record.py",

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from benchmarks.failing_commands import COMMANDS
-from benchmarks.failures import Case, judge, left_behind
+from benchmarks.failures import Case, faults_of, left_behind
 from benchmarks.forking import Outcome
 from tests.conftest import REPO_ROOT
 from tests.finetune.runs import child_env
@@ -58,7 +58,7 @@ def test_every_failure_is_one_line(sample):
     ],
 )
 def test_the_judgement(code, err, said):
-    found = judge(CASE, Outcome(code, "", err), [])
+    found = faults_of(CASE, Outcome(code, "", err), [])
     assert (not found) if said is None else said in found[0]
 
 

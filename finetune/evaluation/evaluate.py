@@ -39,7 +39,7 @@ from finetune.evaluation.predict import (
 from finetune.files import write_aside, write_json
 from finetune.flag_effects import EVALUATING, check_given
 from finetune.out_of_memory import explained, inference_advice
-from finetune.record import print_table
+from finetune.record import print_columns
 from finetune.rows.arrays import Dataset
 from finetune.rows.batches import collate, count_labels
 from finetune.rows.formats import Row
@@ -239,7 +239,7 @@ def print_scores(result: dict[str, Any], num_answers: int) -> None:
     """
     rows, seconds, means = result["rows"], result["seconds"], result["metrics"]
     if list(means) != ["triple_f1"]:
-        print_table(["metric", "mean"], [[name, f"{value:.4f}"] for name, value in means.items()])
+        print_columns(["metric", "mean"], [[name, f"{value:.4f}"] for name, value in means.items()])
         print(f"over {rows} rows, {num_answers} answer(s) each, {seconds:.1f} s")
     if "f1" in result:
         denominator = result["denominator"]
@@ -269,7 +269,7 @@ def probe_rows(args: argparse.Namespace) -> None:
     rows = read_questions(args.probe, "--probe", reader_of(args))
     result = compare(args, rows, names)
     lines, sentence = summary(result)
-    print_table([f"{result['rows']} prompts", "before", "after", "change"], lines)
+    print_columns([f"{result['rows']} prompts", "before", "after", "change"], lines)
     print(sentence)
     if args.output:
         write_json(args.output, result)
@@ -277,7 +277,9 @@ def probe_rows(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Raises ValueError, OSError; MemoryError that says what would make it fit."""
-    with explained(lambda: inference_advice(args)):
+    with explained(
+        lambda: inference_advice(args.model_path, args.batch_size, args.quantization_bit)
+    ):
         if args.probe:
             probe_rows(args)
         else:
@@ -332,7 +334,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    check_given(parser, args, EVALUATING)
+    check_given(parser, vars(args), EVALUATING)
     if args.num_answers > 1 and not args.do_sample:
         parser.error("--num_answers needs --do_sample: the likeliest answer is always the same")
     if args.probe and (args.predictions or args.num_answers > 1):

@@ -356,7 +356,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Raises ValueError, OSError; MemoryError that says what would make it fit."""
-    with explained(lambda: inference_advice(args)):
+    with explained(
+        lambda: inference_advice(args.model_path, args.batch_size, args.quantization_bit)
+    ):
         return answer(args)
 
 
@@ -414,7 +416,7 @@ def answer_lines(
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    check_given(parser, args, PREDICTING)
+    check_given(parser, vars(args), PREDICTING)
     if not (args.prompt or args.file or args.interactive):
         parser.error("say what to answer: --prompt TEXT, --file FILE or --interactive")
     return run_command(parser.prog, lambda: run(args))

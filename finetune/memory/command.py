@@ -423,7 +423,7 @@ def check_flags(parser: argparse.ArgumentParser, args: dict[str, Any]) -> TrainC
 
     Exits by `parser.error` where a flag has no effect beside the others.
     """
-    check_given(parser, argparse.Namespace(**args), ESTIMATING | dict.fromkeys(FLAGS, ONE_RUN))
+    check_given(parser, args, ESTIMATING | dict.fromkeys(FLAGS, ONE_RUN))
     given = {name: args[name] for name in FLAGS if name in args}
     try:
         config = TrainConfig(

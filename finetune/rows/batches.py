@@ -4,14 +4,47 @@ The order of rows is a pure function of (seed, epoch), so a resumed run needs on
 """
 
 from collections.abc import Sequence
+from typing import TypedDict, final
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from chatglm.conversations import IGNORED
 from finetune.rows.arrays import Dataset
 
 SHORTEST_TRUNK = 8  # tokens; a shorter common beginning is not worth an attention call
+
+
+@final
+class PaddedBatch(TypedDict):
+    """Rows side by side: the arguments of nll_sum, both (B, S)."""
+
+    input_ids: Tensor
+    labels: Tensor
+
+
+@final
+class RaggedBatch(TypedDict):
+    """Rows end to end: the arguments of nll_sum, which describes them."""
+
+    input_ids: Tensor
+    lengths: list[int]
+    shared: list[int]
+    keep: Tensor
+    targets: Tensor
+
+
+Batch = PaddedBatch | RaggedBatch
+
+
+class Layout(TypedDict):
+    """How the rows of a pass are laid out: the options of `collate`."""
+
+    ragged: bool
+    share: bool
+    multiple: int
+    pad_id: int
 
 
 def epoch_order(lengths: np.ndarray, seed: int, epoch: int, *, group: int = 0) -> np.ndarray:
@@ -74,7 +107,7 @@ def collate(
     share: bool = False,
     multiple: int = 1,
     pad_id: int = 0,
-) -> dict:
+) -> Batch:
     """The arguments of nll_sum for these rows: one ragged row, or a batch padded on the right.
 
     Attention is causal, so padding on the right needs no attention mask. An empty place (-1)
@@ -86,7 +119,7 @@ def collate(
         multiple: make a ragged row's length a multiple of this, and its number of predictions a
             multiple of half of it; what is added carries no loss.
     """
-    filler = int(data.row_lengths.argmin()) if -1 in rows else None
+    filler = int(data.row_lengths.argmin()) if -1 in rows else -1
     ids = [data.ids(filler if row == -1 else row) for row in rows]
     masked = [len(ids[i]) if row == -1 else data.n_masked(row) for i, row in enumerate(rows)]
     labels_of_rows = [None if row == -1 else data.labels(row) for row in rows]
@@ -104,12 +137,12 @@ def collate(
 
 
 def lay_end_to_end(
-    ids: Sequence[Sequence[int]],
+    ids: Sequence[Sequence[int] | np.ndarray],
     masked: list[int],
     share: bool,
     multiple: int,
     labels: Sequence[np.ndarray | None] | None = None,
-) -> dict:
+) -> RaggedBatch:
     """A ragged row (1, S) of sequences, without their last tokens, which predict nothing.
 
     nll_sum describes the other entries.
@@ -180,7 +213,7 @@ def common_beginning(sequences: list[np.ndarray], masked: list[int]) -> int:
     return trunk if trunk >= SHORTEST_TRUNK else 0
 
 
-def count_labels(batch: dict) -> int:
+def count_labels(batch: Batch) -> int:
     """Tokens of a collated batch that carry loss; no token predicts the first column of labels."""
     labels = batch["labels"][:, 1:] if "labels" in batch else batch["targets"]
     return int((labels != IGNORED).sum())

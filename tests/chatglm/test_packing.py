@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.recompute import keep_products
+from finetune.recompute import save_products
 from tests.chatglm.test_models import CLOSE, PREFIXES, family_of, model_of, row
 from tests.conftest import VARIANTS, tiny_model
 
 CAUSAL = [variant for variant in VARIANTS if VARIANTS[variant][0] != "glm"]
-RECOMPUTE = {"True": {}, "selective": {"context_fn": keep_products}}
+RECOMPUTE = {"True": {}, "selective": {"context_fn": save_products}}
 # each sequence: its length, and the seed of its tokens
 SEQUENCES = st.lists(st.tuples(st.integers(4, 14), st.integers(0, 99)), min_size=1, max_size=4)
 

@@ -142,7 +142,9 @@ def test_killed_at_every_point_of_a_save(flags, train, tmp_path, monkeypatch, wh
         elif place == "config":
             patch.setattr(checkpoint, "write_checksums", dying(checkpoint.write_checksums))
         elif place in ("export", "flush"):
-            module, name = {"export": (task, "export"), "flush": (checkpoint, "flush_tree")}[place]
+            module, name = {"export": (task, "export_model"), "flush": (checkpoint, "flush_tree")}[
+                place
+            ]
             patch.setattr(module, name, dying(getattr(module, name), before=place == "export"))
         elif place == "prune":
             patch.setattr(

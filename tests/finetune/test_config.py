@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from finetune.config import TrainConfig, parse_bool, parse_config
+from finetune.config import TrainConfig, parse_config
+from finetune.flags import parse_bool
 from tests.finetune.runs import ROOT, child_env
 
 NEEDED = ["--model_name_or_path", "m", "--train_path", "t"]

@@ -10,7 +10,7 @@ import pytest
 from finetune import record, report
 from finetune.config import parse_config
 from finetune.engine import Patience
-from finetune.record import is_better, read_run
+from finetune.record import is_better_value, read_run
 from tests.finetune.runs import ROOT, STOPS, make_rows, metrics, write_rows
 
 
@@ -41,7 +41,11 @@ def test_patience_by_hand(metric, values, min_delta, since):
             metric, min_delta, json.loads(json.dumps(patience.state()))
         )  # as a resume does
     assert Patience("another", 0, patience.state()).best is None
-    assert is_better("mae", 1, 2) and is_better("bleu4", 2, 1) and not is_better("bleu4", 1, 1)
+    assert (
+        is_better_value("mae", 1, 2)
+        and is_better_value("bleu4", 2, 1)
+        and not is_better_value("bleu4", 1, 1)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +107,13 @@ def test_of_equal_checkpoints_the_first_is_the_best(flags, train, rows_file, tmp
 def test_nan_is_never_the_best(tmp_path):
     found = None
     for value in (float("nan"), 0.9, 0.5, float("nan"), 0.5):
-        if is_better("loss", value, found):
+        if is_better_value("loss", value, found):
             found = value
     assert (
         found == 0.5
-        and is_better("f1", 0.1, None)
-        and not is_better("f1", float("nan"), None)
-        and not is_better("f1", 0.6, 0.5, by=0.2)
+        and is_better_value("f1", 0.1, None)
+        and not is_better_value("f1", float("nan"), None)
+        and not is_better_value("f1", 0.6, 0.5, by=0.2)
     )
 
 
@@ -294,7 +298,7 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
         == read_run(tmp_path)["steps"]
     )
     assert run["best"] is None and run["more"] == [None, {"deep": None}]
-    assert report.table({"a": read_run(tmp_path)})[1][0][3:6] == [
+    assert report.runs_table({"a": read_run(tmp_path)})[1][0][3:6] == [
         "3/3",
         "1.0000",
         "-",

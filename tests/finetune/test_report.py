@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from finetune import report
-from finetune.report import clock, names_of, panels, series, smooth
+from finetune.report import clock, panels, run_names, series, smooth
 from tests.finetune.runs import ROOT, child_env
 
 
@@ -122,7 +122,7 @@ def test_small_parts(tmp_path):
     )
     assert smooth([1, 2, 6, 4, 5], 5) == pytest.approx([1, 3, 18 / 5, 5, 5])
     assert [clock(s) for s in (0.4, 59.6, 7325)] == ["0:00:00", "0:01:00", "2:02:05"]
-    assert names_of([tmp_path / "a" / "x", tmp_path / "b" / "x"]) == ["a/x", "b/x"] and names_of(
+    assert run_names([tmp_path / "a" / "x", tmp_path / "b" / "x"]) == ["a/x", "b/x"] and run_names(
         [tmp_path / "x"]
     ) == ["x"]
 

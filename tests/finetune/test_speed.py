@@ -14,7 +14,7 @@ from finetune.evaluation.evaluate import evaluation_loss
 from finetune.lora import use_lean_lora
 from finetune.loss import LossModule, nll_sum
 from finetune.methods import make_method
-from finetune.recompute import keep_products
+from finetune.recompute import save_products
 from finetune.rows.batches import IGNORED, collate, count_labels
 from finetune.rows.encoding import encode_rows
 from finetune.rows.formats import parse_row
@@ -161,7 +161,7 @@ def test_gradient_checkpointing_changes_nothing(flags, tmp_path, data, family, m
 
     without = run()
     kwargs = {"use_reentrant": False} | (
-        {"context_fn": keep_products} if how == "selective" else {}
+        {"context_fn": save_products} if how == "selective" else {}
     )
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     for found, wanted in zip(run(), without):

@@ -282,13 +282,15 @@ def test_an_epoch_of_weighted_files_and_replay(flags, tmp_path, three_files, cap
     )  # 20 + 3, and 8 of 31 are replay
     read = collections.Counter()
     for epoch in range(10):
-        order = task.order(epoch, 0)
+        order = task.epochs.order(epoch, 0)
         files = [task.data.place(row).split(":")[0][-7] for row in order]
         assert collections.Counter(files) == {"a": 20, "b": 3, "r": 8}
         assert (
-            np.array_equal(order, task_of(words).make_order(epoch, 0)) if epoch in (0, 9) else True
+            np.array_equal(order, task_of(words).epochs.make_order(epoch, 0))
+            if epoch in (0, 9)
+            else True
         )
-        assert sorted(task.order(epoch, 4)) == sorted(order)  # grouped: the same rows
+        assert sorted(task.epochs.order(epoch, 4)) == sorted(order)  # grouped: the same rows
         read.update(order.tolist())
     assert (
         {read[i] for i in range(20)} == {10}
