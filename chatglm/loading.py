@@ -96,7 +96,7 @@ def resolve_mode(path: str | Path, mode: str | None = None, base: str | Path | N
         mode = infer_family(path, base)
         if mode is None:
             if (folder / "adapter_config.json").is_file():
-                find_base(folder, base)  # if it is not there, say so
+                base_of_adapter(folder, base)  # if there is none, say so
             if (ratio := config.get("rope_ratio", 1)) != 1:
                 raise ValueError(f"{path}/config.json: {unclear_family_message(ratio)}")
             raise ValueError(
@@ -108,6 +108,22 @@ def resolve_mode(path: str | Path, mode: str | None = None, base: str | Path | N
     elif evidence := contradicts(path, mode, base):
         raise ValueError(f"mode {mode!r} does not fit {path}: {evidence}")
     return mode
+
+
+def base_of_adapter(path: Path, base: str | Path | None) -> Path:
+    """The folder of an adapter's base model: `base`, else the one that it names.
+
+    Raises:
+        ValueError: it names none, or that is an adapter itself.
+        FileNotFoundError: it is not there.
+    """
+    folder = find_base(path, base)
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{path}: its base model {folder} is an adapter itself; "
+            "merge that one first (merge_lora.py)"
+        )
+    return folder
 
 
 def read_config(path: str | Path) -> PreTrainedConfig:
@@ -189,13 +205,7 @@ def load_model(
         "quantization_bit": quantization_bit,
     }
     if (path / "adapter_config.json").is_file():
-        base = find_base(path, base)
-        if (base / "adapter_config.json").is_file():
-            raise ValueError(
-                f"{path}: its base model {base} is an adapter itself; "
-                "merge that one first (merge_lora.py)"
-            )
-        model = load_model(base, mode=mode, **options)
+        model = load_model(base_of_adapter(path, base), mode=mode, **options)
         assert isinstance(model, ChatGLMCausalLM)  # its folder is no adapter's
         return load_adapter(model, path)
 
