@@ -34,13 +34,13 @@ def is_tiktoken_file(path: str | Path) -> bool:
     try:
         with open(path, "rb") as file:
             line = file.read(BEGINNING).split(b"\n")[0]
-        parse_line(line)
+        parse_rank(line)
     except (OSError, ValueError):
         return False
     return True
 
 
-def parse_line(line: bytes) -> tuple[bytes, int]:
+def parse_rank(line: bytes) -> tuple[bytes, int]:
     """(token, rank) of one line. Raises ValueError."""
     token, rank = line.split()
     try:
@@ -62,7 +62,7 @@ def read_ranks(path: str | Path) -> dict[bytes, int]:
         if not line:
             continue
         try:
-            token, rank = parse_line(line)
+            token, rank = parse_rank(line)
         except ValueError:
             shown = shorten(line.decode("utf-8", "replace"))
             raise ValueError(

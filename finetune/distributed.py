@@ -163,7 +163,7 @@ def agree(decide: Callable[[], T]) -> T:
 
 
 @dataclass(frozen=True)
-class Answer(Generic[T]):
+class Outcome(Generic[T]):
     """What a rank tells the others in first_of_node: on the first of a node, a value or an error.
 
     Attributes:
@@ -179,18 +179,18 @@ def first_of_node(make: Callable[[], T]) -> T:
 
     It may take hours: no time limit applies. An error on one node is raised on all.
     """
-    answer: Answer[T] = Answer()
+    answer: Outcome[T] = Outcome()
     if local_rank() == 0:
         try:
-            answer = Answer((make(),))
+            answer = Outcome((make(),))
         except (ValueError, OSError, MemoryError, ImportError) as error:
-            answer = Answer(error=error)
+            answer = Outcome(error=error)
     gathered: list[Any] = [answer]
     if world_size() > 1:
         wait_for_all()
         gathered = [None] * world_size()
         dist.all_gather_object(gathered, answer)
-    answers: list[Answer[T]] = gathered
+    answers: list[Outcome[T]] = gathered
     for other in answers:
         if other.error is not None:
             raise other.error

@@ -31,7 +31,7 @@ from finetune.files import write_aside
 from finetune.loss import LossModule
 from finetune.methods import make_method
 from finetune.rows.arrays import Dataset, join
-from finetune.rows.batches import Batch, Layout, collate, count_labels
+from finetune.rows.batches import Batch, BatchLayout, collate, count_labels
 from finetune.rows.encoding import Encoder, Preparation, choose_rows, prepare
 from finetune.rows.formats import Row, parse_columns, single_questions
 from finetune.rows.sources import (
@@ -288,7 +288,7 @@ class FineTuning:
         )
 
     @cached_property
-    def layout(self) -> Layout:
+    def layout(self) -> BatchLayout:
         return layout_of(self.config, self.family, self.tokenizer, self.dtype)
 
     def collate(self, data: Dataset, rows: list[int]) -> Batch:
@@ -379,7 +379,7 @@ def draw_counts(shares: list[float], own: int, replay_ratio: float) -> list[int]
 
 def layout_of(
     config: TrainConfig, family: Family, tokenizer: "PreTrainedTokenizerBase", dtype: torch.dtype
-) -> Layout:
+) -> BatchLayout:
     """collate's options: how the rows of a pass are laid out."""
     share = family.name != "glm" and shares_prefix(config)
     return {

@@ -38,7 +38,7 @@ class RaggedBatch(TypedDict):
 Batch = PaddedBatch | RaggedBatch
 
 
-class Layout(TypedDict):
+class BatchLayout(TypedDict):
     """How the rows of a pass are laid out: the options of `collate`."""
 
     ragged: bool

@@ -203,7 +203,7 @@ def load_service(flags: ServerFlags) -> Service:
     rounds = getattr(model.config, "chat_prompt", None) == "rounds"
     defaults = tokenizer_family(tokenizer).chat_defaults
     return Service(
-        make_engine(flags.engine, model, limits, make_cost(model, profile)),
+        make_engine(flags.engine, model, limits, served_cost_model(model, profile)),
         tokenizer,
         policy,
         predictor,
@@ -216,7 +216,7 @@ def load_service(flags: ServerFlags) -> Service:
     )
 
 
-def make_cost(model: "PreTrainedModel", profile: Profile) -> CostModel:
+def served_cost_model(model: "PreTrainedModel", profile: Profile) -> CostModel:
     """The cost model of a loaded model on its device."""
     import torch
 
