@@ -108,7 +108,7 @@ def make_app(
     async def chat_completions(http: Http):
         try:
             check_json(http)
-            asked = parse_body(await read_body(http, app.state.closing, client_s))
+            asked = parse_body(await read_json_body(http, app.state.closing, client_s))
             check_model(service, asked.model)
             exchange = await service.ask(asked)
         except ClientDisconnect:
@@ -156,7 +156,7 @@ def check_json(http: Http) -> None:
         raise ApiError(415, f"{wanted} {remedy}, got {declared[:64]!r}")
 
 
-async def read_body(http: Http, closing: asyncio.Event, client_s: float) -> Any:
+async def read_json_body(http: Http, closing: asyncio.Event, client_s: float) -> Any:
     """The body's JSON.
 
     Raises:
