@@ -29,8 +29,13 @@ from finetune.rows.sources import read_file_items, read_rows  # noqa: E402
 if TYPE_CHECKING:
     from chatglm.tokenization import ChatGLMTokenizer
 
-STARTS = {"glm": ("<sop>",), "glm2": (), "glm3": ("<|assistant|>",)}
-ENDS = {"glm": ("<eop>",), "glm2": ("</s>",), "glm3": ("</s>", "<|user|>", "<|observation|>")}
+STARTS = {"glm": ("<sop>",), "glm2": (), "glm3": ("<|assistant|>",), "glm4": ("<|assistant|>",)}
+ENDS = {
+    "glm": ("<eop>",),
+    "glm2": ("</s>",),
+    "glm3": ("</s>", "<|user|>", "<|observation|>"),
+    "glm4": ("<|endoftext|>", "<|user|>", "<|observation|>"),
+}
 
 
 def learnt_answers(
@@ -63,13 +68,16 @@ def learnt_answers(
 
 
 def wanted_answers(family: str, row: Row) -> list[tuple[str, ...]]:
-    """The texts of each answer with loss, encoded one by one; ChatGLM3's begin with a header."""
+    """The texts of each answer with loss, encoded one by one; with roles a header comes first."""
     turns = row.turns or (Turn("user", row.prompt), Turn("assistant", row.answers[0]))
     answers: list[tuple[str, ...]] = []
     for turn in turns:
         if turn.role == "assistant" and turn.loss:
-            header = (f"{turn.metadata}\n",) if family == "glm3" else ()
-            answers.append((*header, turn.content))
+            header = (f"{turn.metadata}\n",) if FAMILIES[family].roles else ()
+            text = turn.content
+            if family == "glm4" and turn.call is not None:
+                text = json.dumps(turn.call, ensure_ascii=False)
+            answers.append((*header, text))
     return answers
 
 
@@ -127,7 +135,8 @@ def need(shared: Path, *folders: str) -> None:
 
 
 def load_tokenizers(shared: Path, folder: Path) -> "dict[str, ChatGLMTokenizer]":
-    need(shared, "data/chatglm2-tokenizer", "golden/tokenizer/glm_standin")
+    standins = ("golden/tokenizer/glm_standin", "golden/relatives/tokenizer/glm4_standin")
+    need(shared, "data/chatglm2-tokenizer", *standins)
     from chatglm.tokenization import TOKENIZERS
 
     shutil.copy(shared / "data" / "chatglm2-tokenizer" / "tokenizer.model", folder)
@@ -135,6 +144,7 @@ def load_tokenizers(shared: Path, folder: Path) -> "dict[str, ChatGLMTokenizer]"
         "glm": shared / "golden" / "tokenizer" / "glm_standin",
         "glm2": shared / "data" / "chatglm2-tokenizer",
         "glm3": folder,
+        "glm4": shared / standins[1],
     }
     return {name: TOKENIZERS[name].from_pretrained(path) for name, path in folders.items()}
 

@@ -670,8 +670,8 @@ class Patience:
             self.since += 1
 
     def ended(self, patience: int | None) -> bool:
-        """Whether `patience` evaluations (None: any number) brought nothing better."""
-        return patience is not None and self.since >= patience
+        """Whether `patience` evaluations (None or 0: any number) brought nothing better."""
+        return bool(patience) and self.since >= (patience or 0)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint's manifest stores of it."""

@@ -168,7 +168,7 @@ def test_metrics_of_an_evaluation():
     "words, said",
     [
         ("--train_type qlora", "qlora"),
-        ("--mode glm4", "glm4"),
+        ("--mode glm5", "glm5"),
         ("--precision int8", "int8"),
         ("--prefix_projection maybe", "maybe"),
         ("--max_len many", "--max_len"),

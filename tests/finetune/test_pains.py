@@ -350,7 +350,7 @@ def test_pain_12_typed_role_tokens_become_control_tokens(family, bases):
         for name in (
             *FAMILIES[family].stop_tokens,
             "[gMASK]",
-            "<sop>" if family == "glm" else "sop",
+            "<sop>" if family in ("glm", "glm4") else "sop",
         )
     )
     encode = FAMILIES[family].encode_example

@@ -537,7 +537,7 @@ REFUSED = {  # words after a good command line -> what the error says
     "--model_name_or_path {tmp}/none": "none",
     "--mode glm": "does not fit",
     "--model_name_or_path {tmp}/torn": "torn",
-    "--model_name_or_path {tmp}": "tokenizer",
+    "--model_name_or_path {tmp}": "does not tell which of glm",
     "--lora_module_name query": "dense_4h_to_h",
     "--lora_module_name ,": "matches no linear module",
     "--train_type freeze": "layers.27.",

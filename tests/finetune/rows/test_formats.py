@@ -11,7 +11,6 @@ from benchmarks.format_table import main as print_table
 from chatglm import load_tokenizer
 from chatglm.conversations import IGNORED, Turn
 from chatglm.families import FAMILIES
-from chatglm.histories import TOOL_PREAMBLE
 from finetune.rows.arrays import EncodedRow, dataset_of, join
 from finetune.rows.batches import collate
 from finetune.rows.encoding import Encoder
@@ -126,18 +125,23 @@ def test_what_the_samples_say():
     # the three ways to write a tool call are one
     tools = json.loads((SAMPLES / "chatglm3.jsonl").read_text().splitlines()[2])["tools"]
     call = [
-        Turn("assistant", "```python\ntool_call(city='青岛')\n```", "get_weather"),
+        Turn(
+            "assistant",
+            "```python\ntool_call(city='青岛')\n```",
+            "get_weather",
+            call={"city": "青岛"},
+        ),
         Turn("observation", '{"weather": "小雨", "temperature": 12}'),
         Turn("assistant", "青岛现在小雨，十二度，出门请带伞。"),
     ]
     system, asked = (
-        Turn("system", f"{TOOL_PREAMBLE}\n{json.dumps(tools, indent=4, ensure_ascii=False)}"),
+        Turn("system", "", tools=tools),
         Turn("user", "青岛天气怎么样？"),
     )
     assert sample("sharegpt")[2].turns == (system, asked, *call)
     assert (
         sample("openai")[2].turns[1:] == (asked, *call)
-        and '"type": "function"' in sample("openai")[2].turns[0].content
+        and sample("openai")[2].turns[0].tools[0]["type"] == "function"
     )
     assert sample("chatglm3")[2].turns == (system, asked, Turn("assistant", "我来查一下。"), *call)
 
