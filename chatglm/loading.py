@@ -31,7 +31,7 @@ from .folders import (
 from .modeling_base import ChatGLMCausalLM
 from .modeling_glm import ChatGLM1ForConditionalGeneration
 from .modeling_glm2 import ChatGLM2ForConditionalGeneration
-from .tokenization_base import ChatGLMTokenizer
+from .tokenization import ChatGLMTokenizer
 from .weights import (
     PREFIX,
     StoredPrefix,

@@ -3,6 +3,8 @@
 import gzip
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -230,3 +232,14 @@ def test_end_to_end(number):
     )
     assert made[0, len(golden["prompt_ids"]) :].tolist() == golden["new_ids"]
     assert tokenizer.decode(golden["new_ids"]) == golden["decoded"]
+
+
+def test_loading_alone_knows_every_tokenizer():
+    """Without transformers' auto modules, whose import registers them too."""
+    code = (
+        "import chatglm.loading, chatglm.tokenization_base as base\n"
+        "from chatglm.families import FAMILIES\n"
+        "print([base.class_of_family(name).family for name in FAMILIES] == list(FAMILIES))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
