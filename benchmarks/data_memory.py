@@ -67,15 +67,15 @@ def proportional_memory() -> int:
 
 def count_encodings() -> list[int]:
     """Count the rows that this process tokenises from now on; returns [count], which grows."""
-    from finetune.rows.encoding import Encoder
+    from finetune.rows.encoding import RowEncoder
 
-    count, encode = [0], Encoder.encode
+    count, encode = [0], RowEncoder.encode
 
     def counted(*args):
         count[0] += 1
         return encode(*args)
 
-    Encoder.encode = counted
+    RowEncoder.encode = counted
     return count
 
 

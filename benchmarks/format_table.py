@@ -22,7 +22,7 @@ from chatglm.conversations import IGNORED, Turn  # noqa: E402
 from chatglm.families import FAMILIES  # noqa: E402
 from finetune.files import write_aside  # noqa: E402
 from finetune.rows.arrays import EncodedRow  # noqa: E402
-from finetune.rows.encoding import Encoder  # noqa: E402
+from finetune.rows.encoding import RowEncoder  # noqa: E402
 from finetune.rows.formats import FORMATS, Row, find_format, refused_by  # noqa: E402
 from finetune.rows.sources import read_file_items, read_rows  # noqa: E402
 
@@ -105,7 +105,7 @@ def measure(path: Path, tokenizers: "dict[str, ChatGLMTokenizer]") -> dict:
         "rows": len(rows),
     }
     for name, tokenizer in tokenizers.items():
-        encoder = Encoder(tokenizer, FAMILIES[name], 1_000_000, 900_000)
+        encoder = RowEncoder(tokenizer, FAMILIES[name], 1_000_000, 900_000)
         cell = {"encoded": 0, "labelled": 0, "answers": 0, "exact": 0}
         for row in rows:
             if refused_by(row, name):

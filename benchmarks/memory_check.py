@@ -348,12 +348,12 @@ def measure_cases(parts: list[str]) -> list[dict] | None:
 
 def report_of(table: list[dict]) -> dict:
     """The errors of all cases and of each loop; printed."""
-    from finetune.memory.published import summary
+    from finetune.memory.published import error_summary
 
-    report = summary([row["error"] for row in table])
+    report = error_summary([row["error"] for row in table])
     for loop in ("plain", "ours"):
         if found := [r for r in table if CASES[r["case"]].loop == loop]:
-            report[loop] = summary([row["error"] for row in found])
+            report[loop] = error_summary([row["error"] for row in found])
             print(
                 f"\n{loop}: {len(found)} cases, {error_text(report[loop])}",
                 end="",

@@ -32,7 +32,11 @@ def read_text(path: str | Path) -> str:
     Raises:
         ValueError: it is not UTF-8, or a Git LFS pointer. OSError: as `read_bytes`.
     """
-    content = read_bytes(path)
+    return decode_utf8(read_bytes(path), path)
+
+
+def decode_utf8(content: bytes, path: str | Path) -> str:
+    """UTF-8 as text, without a byte order mark. Raises ValueError, which names `path`."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -219,7 +219,7 @@ class Merger:
         """
         layer = self.layers[name]
         inner = layer.get_base_layer()
-        parts = [part for part, _ in inner.named_parameters(recurse=False)]
+        parts = list(dict(inner.named_parameters(recurse=False)))
         # The adapter may include the bias. The first call decides which tensors are the base's: a
         # layer is merged twice where its weight and bias are in two files.
         if name not in self.base_parts:
@@ -302,9 +302,11 @@ def merge_weights(
     dtype = dtype or weights.dtype()
     stored = stored_shapes(base)
     model = empty_model(base, mode, stored)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    shapes: dict[str, torch.Size] = {}
+    for name, tensor in model.state_dict().items():
+        shapes[name] = tensor.shape
     # Old folders hold tables besides, which are not copied.
-    names = [name for name in weights.files if name in shapes]
+    names = list(filter(shapes.__contains__, weights.files))
     check_base(base, model, stored)
     total = sum(math.prod(shapes[name]) for name in names) * dtype.itemsize
     check_disk(output, total + 10_000_000, "the merged model")

@@ -70,8 +70,11 @@ def series(run: dict[str, Any], key: str) -> tuple[list[int], list[float]]:
 def smooth(values: list[float], reach: int) -> list[float]:
     """Means over `reach` values on each side, over fewer, as many on both, near the ends."""
     sums = [0.0, *accumulate(values)]
-    reaches = [min(reach, i, len(values) - 1 - i) for i in range(len(values))]
-    return [(sums[i + r + 1] - sums[i - r]) / (2 * r + 1) for i, r in enumerate(reaches)]
+    means = []
+    for i in range(len(values)):
+        r = min(reach, i, len(values) - 1 - i)
+        means.append((sums[i + r + 1] - sums[i - r]) / (2 * r + 1))
+    return means
 
 
 def clock(seconds: float) -> str:

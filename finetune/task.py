@@ -2,7 +2,7 @@
 saved of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,7 +32,7 @@ from finetune.loss import LossModule
 from finetune.methods import make_method
 from finetune.rows.arrays import Dataset, join
 from finetune.rows.batches import Batch, BatchLayout, collate, count_labels
-from finetune.rows.encoding import Encoder, Preparation, choose_rows, prepare
+from finetune.rows.encoding import Preparation, RowEncoder, choose_rows, prepare
 from finetune.rows.formats import Row, parse_columns, single_questions
 from finetune.rows.sources import (
     RowReader,
@@ -165,7 +165,7 @@ class FineTuning:
         """Read every source; where there are several, or one has a weight, an epoch draws rows."""
         loaded = [self.load_source(source, "train") for source in sources]
         loaded += [self.load_source(source, "replay") for source in replay]
-        parts = [data for data, _ in loaded]
+        parts, _ = zip(*loaded)
         self.hash = hash_of_sources(loaded)
         draws: tuple[tuple[int, int], ...] = ()
         if len(loaded) > 1 or sources[0].weight != 1:
@@ -174,10 +174,10 @@ class FineTuning:
         self.loaded = EpochRows(join(parts), self.config.seed, grouped, draws)
 
     def draws_of(
-        self, sources: list[Source], parts: list[Dataset], own: int
+        self, sources: list[Source], parts: Sequence[Dataset], own: int
     ) -> tuple[tuple[int, int], ...]:
         """(rows, rows that an epoch draws) of each source; the first `own` are --train_path's."""
-        sizes = [len(data) for data in parts]
+        sizes = list(map(len, parts))
         shares = [size * source.weight for size, source in zip(sizes, sources)]
         counts = draw_counts(shares, own, self.config.replay_ratio)
         words = [f"{count} rows of {source.name}" for count, source in zip(counts, sources)]
@@ -192,7 +192,8 @@ class FineTuning:
                 rows += read_rows(source, on_bad_row=config.on_bad_row, reader=self.reader)[0]
             self.eval_rows = single_questions(rows, "--eval_metrics")
         loaded = [self.load_source(source, "eval") for source in held_out]
-        self.eval_data = join([data for data, _ in loaded])
+        parts, _ = zip(*loaded)
+        self.eval_data = join(parts)
         self.eval_hash = hash_of_sources(loaded)
 
     def evaluation_id(self) -> str | None:
@@ -216,9 +217,9 @@ class FineTuning:
         )
 
     @property
-    def encoder(self) -> Encoder:
+    def encoder(self) -> RowEncoder:
         config = self.config
-        return Encoder(
+        return RowEncoder(
             self.tokenizer, self.family, config.max_len, config.max_src_len, config.glm3_labels
         )
 

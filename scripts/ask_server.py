@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -92,7 +93,20 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, help="write all answers here")
     args = parser.parse_args(argv)
-    return run_command(parser.prog, lambda: run(args))
+    flags = AskFlags(**vars(args))
+    return run_command(parser.prog, lambda: ask_and_report(flags))
+
+
+@dataclass(frozen=True)
+class AskFlags:
+    """The flags of this command."""
+
+    server: str
+    prompts: str
+    clients: int
+    slo_s: float
+    max_tokens: int | None
+    json: Path | None
 
 
 def ask_all(
@@ -132,25 +146,25 @@ def share_within_q90(answers: list[dict]) -> float:
     return within / max(known, 1)
 
 
-def run(args: argparse.Namespace) -> None:
-    url = address(args.server)
-    prompts = read_prompts(args.prompts)
-    answers = ask_all(url, prompts, args.clients, args.slo_s, args.max_tokens)
+def ask_and_report(flags: AskFlags) -> None:
+    url = address(flags.server)
+    prompts = read_prompts(flags.prompts)
+    answers = ask_all(url, prompts, flags.clients, flags.slo_s, flags.max_tokens)
     print_answers(answers)
     within = share_within_q90(answers)
     in_time = sum(a["in_time"] for a in answers) / len(answers)
     print(
-        f"{len(answers)} answers, {in_time:.0%} within {args.slo_s:g} s, "
+        f"{len(answers)} answers, {in_time:.0%} within {flags.slo_s:g} s, "
         f"{within:.0%} within their predicted q90"
     )
-    if args.json:
+    if flags.json:
         content = {
             "answers": len(answers),
             "in_time": in_time,
             "within_q90": within,
             "all": answers,
         }
-        write_json(args.json, content)
+        write_json(flags.json, content)
 
 
 def read_prompts(path: str) -> list[str]:

@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -27,6 +28,7 @@ from chatglm.commands import Parser, run_command  # noqa: E402
 from chatglm.families import FAMILIES  # noqa: E402
 from finetune.config import parse_positive  # noqa: E402
 from finetune.evaluation.predict import (  # noqa: E402
+    InferenceFlags,
     add_model_flags,
     generate_batch,
     load_for_inference,
@@ -38,7 +40,9 @@ from predictor.labels import parse_prompt, served_name  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizer
+    from transformers import PreTrainedModel
+
+    from chatglm.tokenization import ChatGLMTokenizer
 
 OPENING = b'{"prompt": '  # of every line written here
 
@@ -158,7 +162,7 @@ def open_to_append(path: Path) -> BinaryIO:
 
 
 def encode_questions(
-    tokenizer: Any,  # a ChatGLMTokenizer, which load_for_inference gives as transformers' class
+    tokenizer: "ChatGLMTokenizer",
     prompts: list[str],
     samples: int,
     max_src_len: int,
@@ -194,7 +198,7 @@ class Answers:
     def __init__(
         self,
         model: "PreTrainedModel",
-        tokenizer: "PreTrainedTokenizer",
+        tokenizer: "ChatGLMTokenizer",
         options: dict[str, Any],
         sampling: dict[str, float],
         seed: int,
@@ -254,37 +258,49 @@ def write_answers(
     return tokens, unfinished
 
 
-def collect(args: argparse.Namespace) -> str:
+@dataclass(frozen=True)
+class CollectionFlags(InferenceFlags):
+    """The flags of this command."""
+
+    prompts: str
+    output: str
+    served_model: str | None
+    samples: int
+    limit: int | None
+    keep_answers: bool
+
+
+def collect(flags: CollectionFlags) -> str:
     """Ask what is not yet in the output; returns a line on what was done."""
-    prompts = read_prompts(args.prompts, args.limit)
-    model, tokenizer, max_src_len, options = load_for_inference(args)
+    prompts = read_prompts(flags.prompts, flags.limit)
+    model, tokenizer, max_src_len, options = load_for_inference(flags)
     sampling = {}
     if options.pop("do_sample"):
-        sampling = {"temperature": args.temperature, "top_p": args.top_p}
+        sampling = {"temperature": flags.temperature, "top_p": flags.top_p}
     for name in ("temperature", "top_p"):
         options.pop(name, None)  # RowDraws samples instead
     settings = {
         "weights": fingerprint(model),
         "max_src_len": max_src_len,
-        "max_new_tokens": args.max_new_tokens,
+        "max_new_tokens": flags.max_new_tokens,
         **sampling,
     }
-    row_end = {
-        "served_model": args.served_model or served_name(args.model_path),
-        "seed": args.seed if sampling else None,
+    row_end: dict[str, Any] = {
+        "served_model": flags.served_model or served_name(flags.model_path),
+        "seed": flags.seed if sampling else None,
     }
-    output = Path(args.output)
+    output = Path(flags.output)
     done, whole = read_done(output, row_end | settings)
-    questions = encode_questions(tokenizer, prompts, args.samples, max_src_len, done)
-    answers = Answers(model, tokenizer, options, sampling, args.seed)
+    questions = encode_questions(tokenizer, prompts, flags.samples, max_src_len, done)
+    answers = Answers(model, tokenizer, options, sampling, flags.seed)
     row_end |= {"settings": settings}
     with writing(output), open_to_append(output) as file:
         file.truncate(whole)
         tokens, unfinished = write_answers(
-            answers, questions, file, row_end, args.batch_size, args.keep_answers
+            answers, questions, file, row_end, flags.batch_size, flags.keep_answers
         )
     there = f"; {len(done)} were there" if done else ""
-    cut = f"{unfinished} cut at --max_new_tokens {args.max_new_tokens}"
+    cut = f"{unfinished} cut at --max_new_tokens {flags.max_new_tokens}"
     return f"{len(questions)} answers of {tokens} tokens, {cut}, written to {output}{there}"
 
 
@@ -335,12 +351,13 @@ def main(argv: list[str] | None = None) -> int:
         )
     if args.max_length:
         parser.error("--max_length counts the prompt; say --max_new_tokens")
-    return run_command(parser.prog, lambda: run(args))
+    flags = CollectionFlags(**vars(args))
+    return run_command(parser.prog, lambda: run(flags))
 
 
-def run(args: argparse.Namespace) -> None:
+def run(flags: CollectionFlags) -> None:
     try:
-        print(collect(args))
+        print(collect(flags))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; the same command goes on from here") from None
 

@@ -17,6 +17,7 @@ import json
 import random
 import sys
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -478,7 +479,20 @@ def build_parser() -> Parser:
     return parser
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+@dataclass(frozen=True)
+class SampleFlags:
+    """The flags of this command."""
+
+    output_dir: Path
+    seed: int
+    train_rows: int
+    test_rows: int
+    copy_rows: int
+    held_out_share: float
+    held_out_test_rows: int
+
+
+def parse_args(argv: list[str] | None = None) -> SampleFlags:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.held_out_test_rows is None:
@@ -492,29 +506,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             "--held_out_test_rows must lie between 0 and --test_rows, "
             f"got {args.held_out_test_rows}"
         )
-    return args
+    return SampleFlags(**vars(args))
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    return run_command("prepare_sample_data.py", lambda: run(args))
+    flags = parse_args(argv)
+    return run_command("prepare_sample_data.py", lambda: write_samples(flags))
 
 
-def run(args: argparse.Namespace) -> None:
+def write_samples(flags: SampleFlags) -> None:
     files = build(
-        args.seed,
-        args.train_rows,
-        args.test_rows,
-        args.copy_rows,
-        args.held_out_share,
-        args.held_out_test_rows,
+        flags.seed,
+        flags.train_rows,
+        flags.test_rows,
+        flags.copy_rows,
+        flags.held_out_share,
+        flags.held_out_test_rows,
     )
     contents = {name: render(rows) for name, rows in files.items()}
     command = (
-        f"python scripts/prepare_sample_data.py --output_dir data --seed {args.seed} "
-        f"--train_rows {args.train_rows} --test_rows {args.test_rows} "
-        f"--copy_rows {args.copy_rows} \\\n        "
-        f"--held_out_share {args.held_out_share} --held_out_test_rows {args.held_out_test_rows}"
+        f"python scripts/prepare_sample_data.py --output_dir data --seed {flags.seed} "
+        f"--train_rows {flags.train_rows} --test_rows {flags.test_rows} "
+        f"--copy_rows {flags.copy_rows} \\\n        "
+        f"--held_out_share {flags.held_out_share} --held_out_test_rows {flags.held_out_test_rows}"
     )
     probe = PROBE.read_bytes()
     samples = render_samples()
@@ -524,14 +538,14 @@ def run(args: argparse.Namespace) -> None:
         command=command,
         table=table_of(contents, PURPOSE),
         formats=table_of(samples),
-        share=args.held_out_share,
-        held_out=args.held_out_test_rows,
-        test=args.test_rows,
+        share=flags.held_out_share,
+        held_out=flags.held_out_test_rows,
+        test=flags.test_rows,
     )
     contents |= samples | {"README.md": readme.encode("utf-8")}
     for name, content in contents.items():
-        write_aside(args.output_dir / name, content)
-    print(f"wrote {', '.join(contents)} to {args.output_dir}")
+        write_aside(flags.output_dir / name, content)
+    print(f"wrote {', '.join(contents)} to {flags.output_dir}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from chatglm.commands import Parser, run_command  # noqa: E402
 from chatglm.files import read_text  # noqa: E402
 from finetune.files import write_aside  # noqa: E402
 from finetune.rows.formats import BadRow  # noqa: E402
-from finetune.rows.sources import parse_line  # noqa: E402
+from finetune.rows.sources import parse_row_line  # noqa: E402
 
 # What every ChatGLM2 prompt wraps around a row; a small vocabulary should not spell it in bytes.
 PROMPT_LINES = ("[Round 1]", "问：", "答：")
@@ -46,7 +46,7 @@ def read_rows(path: Path) -> list[dict]:
     for number, line in lines:
         if not line.strip():
             continue
-        value = parse_line(line, f"{path}: line {number}")
+        value = parse_row_line(line, f"{path}: line {number}")
         if isinstance(value, BadRow):
             raise value
         for row in value if isinstance(value, list) else [value]:

@@ -15,7 +15,7 @@ import argparse
 import csv
 import io
 import sys
-from dataclasses import astuple, fields, replace
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,6 +26,24 @@ from finetune.files import write_aside
 from serving.cost_model.fit import Measurement
 from serving.engines import ENGINES
 from serving.request import Limits
+
+
+@dataclass(frozen=True)
+class ProfileFlags:
+    """The flags of this command."""
+
+    model: str
+    output: Path
+    rows: Path | None
+    engine: str
+    max_batch: int
+    max_tokens: int
+    kv_tokens: int
+    repetitions: int
+    base_model: str | None
+    mode: str | None
+    device: str
+    precision: str
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.repetitions < 1:
         parser.error(f"--repetitions must be at least 1, got {args.repetitions}")
-    return run_command(parser.prog, lambda: run(args))
+    flags = ProfileFlags(**vars(args))
+    return run_command(parser.prog, lambda: profile(flags))
 
 
 def write_timings(path: Path, rows: list[Measurement]) -> None:
@@ -78,8 +97,8 @@ def print_errors(errors: dict[str, dict[str, float]]) -> None:
         )
 
 
-def run(args: argparse.Namespace) -> None:
-    limits = Limits(args.max_batch, args.kv_tokens, args.max_tokens)
+def profile(flags: ProfileFlags) -> None:
+    limits = Limits(flags.max_batch, flags.kv_tokens, flags.max_tokens)
     from tqdm import tqdm
 
     from chatglm import load_tokenizer
@@ -87,29 +106,29 @@ def run(args: argparse.Namespace) -> None:
     from serving.engines.profiling import profile_engine
     from serving.server.command import cost_device
 
-    tokenizer = load_tokenizer(args.model, mode=args.mode, base=args.base_model)
+    tokenizer = load_tokenizer(flags.model, mode=flags.mode, base=flags.base_model)
     model = load_ready(
-        args.model,
-        mode=args.mode,
-        base=args.base_model,
-        device=args.device,
-        precision=args.precision,
+        flags.model,
+        mode=flags.mode,
+        base=flags.base_model,
+        device=flags.device,
+        precision=flags.precision,
     )
-    profile, rows = profile_engine(
-        args.engine,
+    measured, rows = profile_engine(
+        flags.engine,
         model,
         tokenizer,
-        args.model,
+        flags.model,
         limits,
         cost_device(model.device),
-        args.repetitions,
+        flags.repetitions,
         lambda timings, total: iter(tqdm(timings, total=total, desc="timing", unit="timing")),
     )
-    replace(profile, name=args.output.stem).save(args.output)
-    if args.rows:
-        write_timings(args.rows, rows)
-    print_errors(profile.made["errors"])
-    print(f"wrote {args.output}")
+    replace(measured, name=flags.output.stem).save(flags.output)
+    if flags.rows:
+        write_timings(flags.rows, rows)
+    print_errors(measured.made["errors"])
+    print(f"wrote {flags.output}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +30,8 @@ from finetune.evaluation.metrics import (
     score_rows,
 )
 from finetune.evaluation.predict import (
+    InferenceFlags,
+    RowReadingFlags,
     add_model_flags,
     add_row_flags,
     answers_by_batch,
@@ -47,7 +50,22 @@ from finetune.rows.sources import read_questions
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizer
+    from transformers import PreTrainedModel
+
+    from chatglm.tokenization import ChatGLMTokenizer
+
+
+@dataclass(frozen=True)
+class AnswerEvaluationFlags(InferenceFlags, RowReadingFlags):
+    """The flags of `python -m finetune.evaluate`."""
+
+    test_path: str | None
+    probe: str | None
+    metrics: str | None
+    predictions: str | None
+    num_answers: int
+    f1_denominator: str
+    output: str | None
 
 
 def evaluation_loss(
@@ -78,7 +96,7 @@ def evaluation_loss(
 
 
 def answers_of_ranks(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizer", rows: list[Row], **options: Any
+    model: "PreTrainedModel", tokenizer: "ChatGLMTokenizer", rows: list[Row], **options: Any
 ) -> list[str]:
     """Greedy answers to rows; the ranks share the work and all get every answer.
 
@@ -96,7 +114,7 @@ def answers_of_ranks(
     answers = generate_answers(model, tokenizer, prompts, **options)
     if world == 1:
         return answers
-    of_rank: list = [None] * world
+    of_rank: list[Any] = [None] * world
     dist.all_gather_object(of_rank, answers)
     return [of_rank[i % world][i // world] for i in range(len(rows))]
 
@@ -152,47 +170,49 @@ class KeptAnswers:
 
 
 def dependencies(
-    args: argparse.Namespace, prompts: list[str], options: dict[str, Any]
+    flags: AnswerEvaluationFlags, prompts: list[str], options: dict[str, Any]
 ) -> dict[str, Any]:
     """What answers depend on: the model's files and how they are loaded, the prompts, and the
     options of generation."""
-    files = Path(args.model_path).iterdir()
-    weights = sorted(path for path in files if path.suffix in (".safetensors", ".bin"))
+    stamps = []
+    for path in sorted(Path(flags.model_path).iterdir()):
+        if path.suffix in (".safetensors", ".bin"):
+            stamps.append([path.name, path.stat().st_size, path.stat().st_mtime_ns])
     return {
-        "model": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
-        "base_model": args.base_model,
-        "mode": args.mode,
-        "precision": args.precision,
-        "quantization_bit": args.quantization_bit,
+        "model": stamps,
+        "base_model": flags.base_model,
+        "mode": flags.mode,
+        "precision": flags.precision,
+        "quantization_bit": flags.quantization_bit,
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "options": options,
     }
 
 
-def evaluate_rows(args: argparse.Namespace) -> None:
+def evaluate_rows(flags: AnswerEvaluationFlags) -> None:
     """Answer --test_path's rows, score the answers, print and write the results."""
-    names = parse_metrics(args.metrics or "triple_f1")
+    names = parse_metrics(flags.metrics or "triple_f1")
     check_packages(names)
-    rows = read_questions(args.test_path, "--test_path", reader_of(args))
-    answered = answer_questions(args, rows)
+    rows = read_questions(flags.test_path or "", "--test_path", reader_of(flags))
+    answered = answer_questions(flags, rows)
     scores = score_rows(names, answered.answers, [row.answers for row in rows])
-    written: list[str | list[str]] = list(answered.answers)
-    if args.num_answers == 1:
-        written = [answers[0] for answers in answered.answers]
+    written: list[str | list[str]] = []
+    for answers in answered.answers:
+        written.append(answers[0] if flags.num_answers == 1 else answers)
     if answered.kept:
         answered.kept.replace_by(prediction_lines(rows, written, scores))
     result: dict[str, Any] = {
         "rows": len(rows),
-        "denominator": args.f1_denominator,
+        "denominator": flags.f1_denominator,
         "seconds": answered.seconds,
         "metrics": {name: mean(values) for name, values in scores.items()},
     }
     if "triple_f1" in names:
-        divisor = 50 if args.f1_denominator == "50" else len(rows)
+        divisor = 50 if flags.f1_denominator == "50" else len(rows)
         result["f1"] = math.fsum(scores["triple_f1"]) / divisor
-    print_scores(result, args.num_answers)
-    if args.output:
-        write_json(args.output, result | {"answers": scored_answers(rows, written, scores)})
+    print_scores(result, flags.num_answers)
+    if flags.output:
+        write_json(flags.output, result | {"answers": scored_answers(rows, written, scores)})
 
 
 class Answered(NamedTuple):
@@ -206,17 +226,17 @@ class Answered(NamedTuple):
     kept: KeptAnswers | None
 
 
-def answer_questions(args: argparse.Namespace, rows: list[Row]) -> Answered:
+def answer_questions(flags: AnswerEvaluationFlags, rows: list[Row]) -> Answered:
     """The answers to rows; those that an interrupted command has kept are not generated again."""
-    n = args.num_answers
-    model, tokenizer, max_src_len, options = load_for_inference(args)
-    options |= {"batch_size": args.batch_size, "max_src_len": max_src_len, "seed": args.seed}
+    n = flags.num_answers
+    model, tokenizer, max_src_len, options = load_for_inference(flags)
+    options |= {"batch_size": flags.batch_size, "max_src_len": max_src_len, "seed": flags.seed}
     prompts = []
     for row in rows:
         prompts += [row.prompt] * n
     kept = None
-    if args.predictions:
-        kept = KeptAnswers(Path(args.predictions), dependencies(args, prompts, options))
+    if flags.predictions:
+        kept = KeptAnswers(Path(flags.predictions), dependencies(flags, prompts, options))
     by_number = dict(kept.found) if kept else {}
     if by_number:
         print(f"{len(by_number)} of {len(prompts)} answers are there from before", flush=True)
@@ -249,41 +269,41 @@ def print_scores(result: dict[str, Any], num_answers: int) -> None:
 
 def scored_answers(
     rows: list[Row], answers: Sequence[str | list[str]], scores: dict[str, list[float]]
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """{prompt, answer, gold, a score of each metric} of every row; triple_f1 is named f1."""
     entries = []
     for i, (row, answer) in enumerate(zip(rows, answers)):
-        entry = {"prompt": row.prompt, "answer": answer, "gold": row.answers[0]}
+        entry: dict[str, Any] = {"prompt": row.prompt, "answer": answer, "gold": row.answers[0]}
         for name, values in scores.items():
             entry["f1" if name == "triple_f1" else name] = values[i]
         entries.append(entry)
     return entries
 
 
-def probe_rows(args: argparse.Namespace) -> None:
+def probe_rows(flags: AnswerEvaluationFlags) -> None:
     """Compare a tuned model with its base on --probe's rows, print and write the results."""
-    from finetune.evaluation.probe import compare, summary
+    from finetune.evaluation.probe import compare_with_base, forgetting_table
 
-    names = parse_metrics(args.metrics or "")
+    names = parse_metrics(flags.metrics or "")
     check_packages(names)
-    rows = read_questions(args.probe, "--probe", reader_of(args))
-    result = compare(args, rows, names)
-    lines, sentence = summary(result)
+    rows = read_questions(flags.probe or "", "--probe", reader_of(flags))
+    result = compare_with_base(flags, rows, names)
+    lines, sentence = forgetting_table(result)
     print_columns([f"{result['rows']} prompts", "before", "after", "change"], lines)
     print(sentence)
-    if args.output:
-        write_json(args.output, result)
+    if flags.output:
+        write_json(flags.output, result)
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def evaluate(flags: AnswerEvaluationFlags) -> None:
     """Raises ValueError, OSError; MemoryError that says what would make it fit."""
     with explained(
-        lambda: inference_advice(args.model_path, args.batch_size, args.quantization_bit)
+        lambda: inference_advice(flags.model_path, flags.batch_size, flags.quantization_bit)
     ):
-        if args.probe:
-            probe_rows(args)
+        if flags.probe:
+            probe_rows(flags)
         else:
-            evaluate_rows(args)
+            evaluate_rows(flags)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -342,7 +362,8 @@ def main(argv: list[str] | None = None) -> int:
             "--probe writes its answers to --output, and one for each prompt: "
             "no --predictions, no --num_answers"
         )
-    return run_command(parser.prog, lambda: evaluate(args))
+    flags = AnswerEvaluationFlags(**vars(args))
+    return run_command(parser.prog, lambda: evaluate(flags))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def bleu4(answer: str, references: Sequence[str]) -> float:
     answer_words = list(words(answer))
     if not answer_words:
         return float(any(not words(reference) for reference in references))
-    reference_words = [list(words(reference)) for reference in references]
+    reference_words = list(map(list, map(words, references)))
     smoothing = SmoothingFunction().method3
     return float(sentence_bleu(reference_words, answer_words, smoothing_function=smoothing))
 
@@ -110,14 +110,18 @@ def best(
     score: Callable[[str, str], float], answers: Sequence[str], references: Sequence[str]
 ) -> float:
     """The mean over the answers of each one's highest score against a reference."""
-    return mean([max(score(answer, reference) for reference in references) for answer in answers])
+    scores = []
+    for answer in answers:
+        scores.append(max(map(partial(score, answer), references)))
+    return mean(scores)
 
 
 def coverage(answers: Sequence[str], references: Sequence[str]) -> float:
     """The mean over the references of each one's highest ROUGE-L against an answer."""
-    return mean(
-        [max(rouge("rougeL", answer, reference) for answer in answers) for reference in references]
-    )
+    scores = []
+    for reference in references:
+        scores.append(max(rouge("rougeL", answer, reference) for answer in answers))
+    return mean(scores)
 
 
 def diversity(answers: Sequence[str], references: Sequence[str]) -> float:
@@ -126,10 +130,10 @@ def diversity(answers: Sequence[str], references: Sequence[str]) -> float:
     With four questions a document this is the first line of ChatGLM-Finetuning's rubric for
     question generation, where each near-duplicate costs 0.25 points.
     """
-    is_new = [
-        all(rouge("rougeL", answer, earlier) <= NEAR_DUPLICATE for earlier in answers[:i])
-        for i, answer in enumerate(answers)
-    ]
+    is_new = []
+    for i, answer in enumerate(answers):
+        nearest = max((rouge("rougeL", answer, earlier) for earlier in answers[:i]), default=0.0)
+        is_new.append(nearest <= NEAR_DUPLICATE)
     return mean(is_new)
 
 
@@ -194,6 +198,11 @@ def check_packages(names: Sequence[str]) -> None:
 def score_rows(
     names: Sequence[str], answers: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
 ) -> dict[str, list[float]]:
-    """{metric: the score of every row}."""
-    pairs = list(zip(answers, references, strict=True))
-    return {name: [float(METRICS[name].score(a, r)) for a, r in pairs] for name in names}
+    """{metric: the score of every row}. Raises ValueError for another number of references."""
+    if len(answers) != len(references):
+        raise ValueError(f"{len(answers)} rows of answers, {len(references)} of references")
+    scores: dict[str, list[float]] = {}
+    for name in names:
+        of_rows = map(METRICS[name].score, answers, references)
+        scores[name] = list(map(float, of_rows))
+    return scores

@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +25,53 @@ from finetune.rows.formats import FORMATS, Row, parse_columns
 from finetune.rows.sources import RowReader, read_questions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizer
+    from transformers import PreTrainedModel
+
+    from chatglm.tokenization import ChatGLMTokenizer
+
+
+@dataclass(frozen=True)
+class RowReadingFlags:
+    """The flags of `add_row_flags`."""
+
+    prompt_text: str
+    data_format: str
+    columns: str
+
+
+@dataclass(frozen=True)
+class InferenceFlags:
+    """The flags of `add_model_flags`."""
+
+    model_path: str
+    base_model: str | None
+    mode: str | None
+    device: str
+    precision: str
+    quantization_bit: int | None
+    verify: str
+    max_src_len: int | None
+    max_new_tokens: int | None
+    max_length: int
+    batch_size: int
+    do_sample: bool | None
+    top_p: float
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class PredictionFlags(InferenceFlags, RowReadingFlags):
+    """The flags of `python -m finetune.predict`."""
+
+    prompt: str | None
+    file: str | None
+    interactive: bool
+    output: str | None
 
 
 def generate_answers(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizer", prompts: list[str], **options: Any
+    model: "PreTrainedModel", tokenizer: "ChatGLMTokenizer", prompts: list[str], **options: Any
 ) -> list[str]:
     """Answers in the order of `prompts`; `options` are `answers_by_batch`'s."""
     answers = [""] * len(prompts)
@@ -40,7 +83,7 @@ def generate_answers(
 
 def answers_by_batch(
     model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizer",
+    tokenizer: "ChatGLMTokenizer",
     prompts: list[str],
     *,
     batch_size: int = 8,
@@ -72,23 +115,29 @@ def answers_by_batch(
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     if synced:
         options["synced_gpus"] = True
+    answered = set(done)
     starts = range(0, len(order), batch_size)
     for start in tqdm(starts, desc="answering", unit="batch", disable=not progress):
         numbers = order[start : start + batch_size]
-        if all(i in done for i in numbers):
+        if answered.issuperset(numbers):
             continue
         if seed is not None:
             torch.manual_seed(seed + start)
         generated = generate_batch(model, tokenizer, [encoded[i] for i in numbers], **options)
-        yield {
-            i: tokenizer.decode(ids, skip_special_tokens=True)
-            for i, (ids, _) in zip(numbers, generated)
-        }
+        batch: dict[int, str] = {}
+        for i, (ids, _) in zip(numbers, generated):
+            batch[i] = decoded_text(tokenizer, ids)
+        yield batch
+
+
+def decoded_text(tokenizer: "ChatGLMTokenizer", ids: list[int]) -> str:
+    """The text of an answer's ids, without control tokens."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def generate_batch(
     model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizer",
+    tokenizer: "ChatGLMTokenizer",
     encoded: list[list[int]],
     **options: Any,
 ) -> list[tuple[list[int], bool]]:
@@ -115,12 +164,16 @@ def generate_batch(
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
     with torch.inference_mode():
-        out = model.generate(
+        generate: Any = model.generate
+        out = generate(
             input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **options
         )
-    generated = [row[longest:] for row in out.tolist()]
-    answers = [cut_at_stop(row, options["eos_token_id"]) for row in generated]
-    return [(answer, len(answer) < len(row)) for answer, row in zip(answers, generated)]
+    answers = []
+    for row in out.tolist():
+        generated = row[longest:]
+        answer = cut_at_stop(generated, options["eos_token_id"])
+        answers.append((answer, len(answer) < len(generated)))
+    return answers
 
 
 def cut_at_stop(ids: list[int], stops: list[int]) -> list[int]:
@@ -220,43 +273,40 @@ def add_row_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def reader_of(args: argparse.Namespace) -> RowReader:
-    """The reader that the flags of `add_row_flags` describe; raises ValueError."""
-    return RowReader(args.prompt_text, args.data_format, parse_columns(args.columns))
+def reader_of(flags: RowReadingFlags) -> RowReader:
+    """The reader that the flags describe; raises ValueError."""
+    return RowReader(flags.prompt_text, flags.data_format, parse_columns(flags.columns))
 
 
 def load_for_inference(
-    args: argparse.Namespace,
-) -> tuple["PreTrainedModel", "PreTrainedTokenizer", int, dict[str, Any]]:
-    """(model on its device, tokenizer, max_src_len, generate()'s options).
-
-    `args` are the flags of `add_model_flags`.
-    """
+    flags: InferenceFlags,
+) -> tuple["PreTrainedModel", "ChatGLMTokenizer", int, dict[str, Any]]:
+    """(model on its device, tokenizer, max_src_len, generate()'s options)."""
     from chatglm import load_tokenizer
 
-    check_not_run(args.model_path, "--model_path")
+    check_not_run(flags.model_path, "--model_path")
     tokenizer = load_tokenizer(
-        args.model_path, mode=args.mode, base=args.base_model, verify=args.verify
+        flags.model_path, mode=flags.mode, base=flags.base_model, verify=flags.verify
     )
     model = load_ready(
-        args.model_path,
-        mode=args.mode,
-        base=args.base_model,
-        device=args.device,
-        precision=args.precision,
-        quantization_bit=args.quantization_bit,
-        verify=args.verify,
+        flags.model_path,
+        mode=flags.mode,
+        base=flags.base_model,
+        device=flags.device,
+        precision=flags.precision,
+        quantization_bit=flags.quantization_bit,
+        verify=flags.verify,
     )
-    train_config = Path(args.model_path) / "train_config.json"
-    max_src_len = args.max_src_len or trained_length(train_config) or 1024
+    train_config = Path(flags.model_path) / "train_config.json"
+    max_src_len = flags.max_src_len or trained_length(train_config) or 1024
     options: dict[str, Any] = {}
-    if args.max_new_tokens:
-        options["max_new_tokens"] = args.max_new_tokens
+    if flags.max_new_tokens:
+        options["max_new_tokens"] = flags.max_new_tokens
     else:
-        options["max_length"] = args.max_length
-    options["do_sample"] = bool(args.do_sample)
-    if args.do_sample:
-        options |= {"top_p": args.top_p, "temperature": args.temperature}
+        options["max_length"] = flags.max_length
+    options["do_sample"] = bool(flags.do_sample)
+    if flags.do_sample:
+        options |= {"top_p": flags.top_p, "temperature": flags.temperature}
     return model, tokenizer, max_src_len, options
 
 
@@ -354,30 +404,30 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(args: argparse.Namespace) -> int:
+def answer_with_advice(flags: PredictionFlags) -> int:
     """Raises ValueError, OSError; MemoryError that says what would make it fit."""
     with explained(
-        lambda: inference_advice(args.model_path, args.batch_size, args.quantization_bit)
+        lambda: inference_advice(flags.model_path, flags.batch_size, flags.quantization_bit)
     ):
-        return answer(args)
+        return answer(flags)
 
 
-def answer(args: argparse.Namespace) -> int:
+def answer(flags: PredictionFlags) -> int:
     """Answer what the flags ask for: a file's rows, lines of the standard input, or a prompt."""
-    rows = read_questions(args.file, "--file", reader_of(args)) if args.file else []
-    model, tokenizer, max_src_len, options = load_for_inference(args)
-    options |= {"batch_size": args.batch_size, "max_src_len": max_src_len}
+    rows = read_questions(flags.file, "--file", reader_of(flags)) if flags.file else []
+    model, tokenizer, max_src_len, options = load_for_inference(flags)
+    options |= {"batch_size": flags.batch_size, "max_src_len": max_src_len}
     # The seed is set at each batch: random numbers drawn while loading, such as an adapter's
     # initial weights, change no answer.
-    options["seed"] = args.seed
-    if args.file:
+    options["seed"] = flags.seed
+    if flags.file:
         prompts = [row.prompt for row in rows]
         answers = generate_answers(model, tokenizer, prompts, progress=True, **options)
-        write_answers(rows, answers, args.output)
-    elif args.interactive:
+        write_answers(rows, answers, flags.output)
+    elif flags.interactive:
         answer_lines(model, tokenizer, options)
     else:
-        print(generate_answers(model, tokenizer, [args.prompt], **options)[0])
+        print(generate_answers(model, tokenizer, [flags.prompt or ""], **options)[0])
     return 0
 
 
@@ -397,7 +447,7 @@ def write_answers(rows: list[Row], answers: list[str], output: str | None) -> No
 
 
 def answer_lines(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizer", options: dict[str, Any]
+    model: "PreTrainedModel", tokenizer: "ChatGLMTokenizer", options: dict[str, Any]
 ) -> None:
     """Answer the standard input line by line, until its end or Ctrl-C."""
     seed = options["seed"]
@@ -419,7 +469,8 @@ def main(argv: list[str] | None = None) -> int:
     check_given(parser, vars(args), PREDICTING)
     if not (args.prompt or args.file or args.interactive):
         parser.error("say what to answer: --prompt TEXT, --file FILE or --interactive")
-    return run_command(parser.prog, lambda: run(args))
+    flags = PredictionFlags(**vars(args))
+    return run_command(parser.prog, lambda: answer_with_advice(flags))
 
 
 if __name__ == "__main__":

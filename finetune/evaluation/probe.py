@@ -3,14 +3,21 @@
 Row by row. python -m finetune.evaluate --probe data/probe.jsonl --model_path TUNED runs it.
 """
 
-import argparse
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from finetune.checkpoint import read_manifest
 from finetune.evaluation.metrics import mean, score_rows
-from finetune.evaluation.predict import generate_answers, load_for_inference, trained_length
+from finetune.evaluation.predict import (
+    InferenceFlags,
+    generate_answers,
+    load_for_inference,
+    trained_length,
+)
 from finetune.rows.arrays import Dataset
 from finetune.rows.batches import collate, count_labels
 from finetune.rows.encoding import encode_rows
@@ -61,7 +68,7 @@ def row_losses(model: "PreTrainedModel", data: Dataset) -> list[tuple[float, int
     return losses
 
 
-def examine(args: argparse.Namespace, rows: list[Row], names: tuple[str, ...]) -> dict[str, Any]:
+def examine(flags: InferenceFlags, rows: list[Row], names: tuple[str, ...]) -> dict[str, Any]:
     """One model's figures: {"means": {name: value}, "loss": of each row, "answer": of each row}.
 
     `rows` are single questions; answers are generated only where `names` has metrics.
@@ -70,28 +77,28 @@ def examine(args: argparse.Namespace, rows: list[Row], names: tuple[str, ...]) -
 
     from chatglm.families import FAMILIES
 
-    model, tokenizer, max_src_len, options = load_for_inference(args)
+    model, tokenizer, max_src_len, options = load_for_inference(flags)
     # A single question may be truncated, but keeps its end token: no row is dropped.
     data = encode_rows(
         [row.with_first_answer() for row in rows],
         tokenizer,
         FAMILIES[tokenizer.family],
-        max_len=args.max_length,
-        max_src_len=min(max_src_len, args.max_length - 1),
+        max_len=flags.max_length,
+        max_src_len=min(max_src_len, flags.max_length - 1),
     )
     losses = row_losses(model, data)
-    tokens = sum(count for _, count in losses)
-    means = {"loss per token": math.fsum(total for total, _ in losses) / tokens}
+    sums, counts = zip(*losses)
+    means = {"loss per token": math.fsum(sums) / sum(counts)}
     figures = {"means": means, "loss": [total / count for total, count in losses]}
     if names:
         answers = generate_answers(
             model,
             tokenizer,
             [row.prompt for row in rows],
-            batch_size=args.batch_size,
+            batch_size=flags.batch_size,
             max_src_len=max_src_len,
             progress=True,
-            seed=args.seed,
+            seed=flags.seed,
             **options,
         )
         figures["answer"] = answers
@@ -103,23 +110,24 @@ def examine(args: argparse.Namespace, rows: list[Row], names: tuple[str, ...]) -
     return figures
 
 
-def compare(args: argparse.Namespace, rows: list[Row], names: tuple[str, ...]) -> dict[str, Any]:
+def compare_with_base(
+    flags: InferenceFlags, rows: list[Row], names: tuple[str, ...]
+) -> dict[str, Any]:
     """The figures of a tuned model and of its base, as `python -m finetune.evaluate --probe` writes
-    them; model_path and base_model of `args` name the two.
+    them; model_path and base_model of `flags` name the two.
 
     Raises:
         ValueError: no base model is named; or as the loading of models.
     """
-    tuned = Path(args.model_path)
-    base = base_of(tuned, args.base_model)
-    max_src_len = args.max_src_len or trained_length(tuned / "train_config.json")
-    tuned_args = vars(args) | {"max_src_len": max_src_len}
-    base_args = tuned_args | {"model_path": str(base), "base_model": None}
-    before = examine(argparse.Namespace(**base_args), rows, names)
-    after = examine(argparse.Namespace(**tuned_args), rows, names)
+    tuned = Path(flags.model_path)
+    base = base_of(tuned, flags.base_model)
+    max_src_len = flags.max_src_len or trained_length(tuned / "train_config.json")
+    tuned_flags = replace(flags, max_src_len=max_src_len)
+    before = examine(replace(tuned_flags, model_path=str(base), base_model=None), rows, names)
+    after = examine(tuned_flags, rows, names)
     answers = []
     for i, row in enumerate(rows):
-        entry = {"prompt": row.prompt, "reference": list(row.answers)}
+        entry: dict[str, Any] = {"prompt": row.prompt, "reference": list(row.answers)}
         for name in ("loss", "answer"):
             if name in before:
                 entry[f"{name}_before"] = before[name][i]
@@ -135,7 +143,7 @@ def compare(args: argparse.Namespace, rows: list[Row], names: tuple[str, ...]) -
     }
 
 
-def summary(result: dict[str, Any]) -> tuple[list[list[str]], str]:
+def forgetting_table(result: dict[str, Any]) -> tuple[list[list[str]], str]:
     """Lines of (name, before, after, change), and a sentence on the rows whose loss rose."""
     before, after = result["before"], result["after"]
     lines = []
@@ -144,7 +152,7 @@ def summary(result: dict[str, Any]) -> tuple[list[list[str]], str]:
         lines.append([name, f"{before[name]:.4f}", f"{after[name]:.4f}", f"{change:+.4f}"])
     rises = [row["loss_after"] - row["loss_before"] for row in result["answers"]]
     worst = result["answers"][rises.index(max(rises))]
-    higher = sum(row["loss_after"] > row["loss_before"] for row in result["answers"])
+    higher = int((np.array(rises) > 0).sum())
     prompt = " ".join(worst["prompt"].split())[:60]
     return lines, (
         f"{higher} of {result['rows']} rows have a higher loss than before; "

@@ -33,9 +33,10 @@ def layers_in_graph(run: Run) -> int:
     layers = run.shape.layers
     if run.train_type != "freeze" or (run.checkpointing and not run.ours):
         return layers
-    trained = [run.shape.layer_of(name) for name in run.trained]
-    if None not in trained:
-        return layers - min(trained)
+    numbers = list(map(run.shape.layer_of, run.trained))
+    inside = [number for number in numbers if number is not None]
+    if len(inside) == len(numbers):
+        return layers - min(inside)
     return 0 if all(map(stands_after_layers, run.trained)) else layers
 
 

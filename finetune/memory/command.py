@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from chatglm.commands import Parser, run_command
 from finetune.config import TrainConfig, add_flag, changed_flags
@@ -34,14 +34,18 @@ from finetune.methods import module_names
 LIMIT = 2**20  # the search for a batch or a length stops here
 
 
-def largest(run: Run, name: str, card: float, step: int = 1) -> int:
+def largest(run: Run, name: Literal["batch", "length"], card: float, step: int = 1) -> int:
     """The largest "batch" or "length" that fits the card, all rows at their longest.
 
     In multiples of `step`; 0 where none fits.
     """
 
     def fits(units: int) -> bool:
-        return estimate(replace(run, real_tokens=None, **{name: units * step})).needed <= card
+        if name == "batch":
+            changed = replace(run, real_tokens=None, batch=units * step)
+        else:
+            changed = replace(run, real_tokens=None, length=units * step)
+        return estimate(changed).needed <= card
 
     low, high = 0, 1
     while high * step < LIMIT and fits(high):
@@ -55,6 +59,7 @@ def largest(run: Run, name: str, card: float, step: int = 1) -> int:
     return low * step
 
 
+Mode = Literal["ours", "plain"]
 Change = tuple[str, Run]  # the change in words and flags, and the changed run
 
 
@@ -110,7 +115,7 @@ def changes_of_zero(run: Run) -> Iterator[Change]:
     """Smaller buckets, an offloaded optimizer, weights partitioned among these GPUs or more."""
     zero = run.zero or Zero(stage=0)
 
-    def staged(run: Run, **change) -> Run:
+    def staged(run: Run, **change: Any) -> Run:
         return replace(run, zero=replace(zero, overlap=None, **change))
 
     if zero.reduce_bucket > 5e7:
@@ -121,10 +126,10 @@ def changes_of_zero(run: Run) -> Iterator[Change]:
         if gpus < run.gpus:
             continue
         on_gpus = f" on {gpus} GPUs" if gpus > run.gpus else ""
-        three = staged(replace(run, gpus=gpus), stage=3)
-        yield f"--ds_file ds_zero3_no_offload.json{on_gpus}", three
-        offloaded = replace(three.zero, offload_optimizer=True, offload_param=True)
-        yield f"--ds_file ds_zero3_offload.json{on_gpus}", replace(three, zero=offloaded)
+        more = replace(run, gpus=gpus)
+        yield f"--ds_file ds_zero3_no_offload.json{on_gpus}", staged(more, stage=3)
+        offloaded = staged(more, stage=3, offload_optimizer=True, offload_param=True)
+        yield f"--ds_file ds_zero3_offload.json{on_gpus}", offloaded
 
 
 def read_zero(name: str, hidden: int) -> Zero:
@@ -136,7 +141,7 @@ def read_zero(name: str, hidden: int) -> Zero:
         raise ValueError(f"--ds_file: {path} is no DeepSpeed configuration") from None
 
 
-def make_zero(section: dict) -> Zero:
+def make_zero(section: dict[str, Any]) -> Zero:
     """The Zero of a zero_optimization section; "auto" is DeepSpeed's choice."""
     given = {key: value for key, value in section.items() if value != "auto"}
 
@@ -177,7 +182,7 @@ METHOD_TITLES = {"lora": "LoRA", "freeze": "freeze", "ptuning": "P-Tuning", "all
 
 
 def make_run(
-    config: TrainConfig, *, mode: str = "ours", gpus: int = 1, card: str = "A40", **more: Any
+    config: TrainConfig, *, mode: Mode = "ours", gpus: int = 1, card: str = "A40", **more: Any
 ) -> Run:
     """The run that train.py's flags describe; `more` are other fields of Run.
 
@@ -201,7 +206,7 @@ def make_run(
         length=config.max_len,
         checkpointing=checkpointing != "False",
         selective=checkpointing == "selective",
-        precision=resolve_precision(config.precision, mode, card),
+        precision=precision_on(config.precision, mode, card),
         gpus=gpus,
         zero=read_zero(config.ds_file, shape.hidden),
         accumulation=config.gradient_accumulation_steps,
@@ -219,7 +224,7 @@ def make_run(
     return run
 
 
-def resolve_precision(precision: str, mode: str, card: str) -> str:
+def precision_on(precision: str, mode: str, card: str) -> str:
     """The precision that "auto" means: train.py's choice on a card; fp16 for published runs."""
     if precision != "auto":
         return precision
@@ -239,7 +244,7 @@ def local_card() -> tuple[str, float] | None:
         return None
 
 
-def report(run: Run, card: str, size: float) -> dict[str, Any]:
+def memory_figures(run: Run, card: str, size: float) -> dict[str, Any]:
     """All figures that are printed, in bytes."""
     estimated = estimate(run)
     fits = estimated.needed <= size
@@ -259,7 +264,7 @@ def report(run: Run, card: str, size: float) -> dict[str, Any]:
 
 
 def show(model: str, run: Run, figures: dict[str, Any]) -> None:
-    """Print a report."""
+    """Print `memory_figures`."""
     trained = f"{run.trained_count:,} parameters trained"
     print(f"{describe_run(model, run)}; {trained}; {shape_source(model)}\n")
     show_parts("per GPU", figures["parts"], "peak")
@@ -282,14 +287,21 @@ def show(model: str, run: Run, figures: dict[str, Any]) -> None:
 
 def describe_run(model: str, run: Run) -> str:
     """The model and the settings of a run, in one line."""
-    offload = ", offload" if run.zero.offload_optimizer else ""
+    stage, offload = zero_words(run)
     kind = "selective" if run.selective else "on"
     checkpointing = kind if run.checkpointing else "off"
     return (
-        f"{model}, {run.train_type}, {run.mode}, {run.precision}, ZeRO-{run.zero.stage}{offload}, "
+        f"{model}, {run.train_type}, {run.mode}, {run.precision}, ZeRO-{stage}{offload}, "
         f"{run.gpus} GPU(s), {run.batch} row(s) of {run.length} tokens, "
         f"gradient checkpointing {checkpointing}"
     )
+
+
+def zero_words(run: Run) -> tuple[int, str]:
+    """ZeRO's stage, and ", offload" where the optimizer is offloaded."""
+    if run.zero is None:
+        return 0, ""
+    return run.zero.stage, ", offload" if run.zero.offload_optimizer else ""
 
 
 def show_parts(title: str, parts: dict[str, float], total: str) -> None:
@@ -315,7 +327,7 @@ def estimate_run(config: TrainConfig) -> None:
     card, size = local_card() or ("A40", CARDS["A40"] * MIB)
     run = make_run(config, gpus=int(os.environ.get("WORLD_SIZE", 1)), card=card)
     if int(os.environ.get("RANK", 0)) == 0:
-        show(config.model_name_or_path, run, report(run, card, size))
+        show(config.model_name_or_path, run, memory_figures(run, card, size))
 
 
 # Method, --ds_file and GPUs of each run in --table.
@@ -328,7 +340,7 @@ TABLE_RUNS = (
 )
 
 
-def print_table(card: str, size: float) -> dict[str, Any]:
+def print_methods(card: str, size: float) -> dict[str, Any]:
     """Print what each method needs of one GPU at 1560 tokens, batch 1, and the longest row that
     fits the card; returns the figures."""
     print(
@@ -338,7 +350,7 @@ def print_table(card: str, size: float) -> dict[str, Any]:
     rows = []
     for model in PUBLISHED:
         for method, ds_file, gpus in TABLE_RUNS:
-            row = table_row(model, method, ds_file, gpus, size)
+            row = method_row(model, method, ds_file, gpus, size)
             need = row["needed_gib"]
             longest = [value or "none" for value in row["longest"]]
             print(
@@ -349,7 +361,7 @@ def print_table(card: str, size: float) -> dict[str, Any]:
     return {"card": card, "rows": rows}
 
 
-def table_row(model: str, method: str, ds_file: str, gpus: int, size: float) -> dict[str, Any]:
+def method_row(model: str, method: str, ds_file: str, gpus: int, size: float) -> dict[str, Any]:
     """Figures of one run without and with checkpointing, on a card of `size` bytes."""
     config = TrainConfig(
         model_name_or_path=model,
@@ -361,7 +373,7 @@ def table_row(model: str, method: str, ds_file: str, gpus: int, size: float) -> 
     )
     run = make_run(config, gpus=gpus)
     runs = [replace(run, checkpointing=on) for on in (False, True)]
-    offload = ", offload" if run.zero.offload_optimizer else ""
+    _, offload = zero_words(run)
     return {
         "model": model,
         "method": METHOD_TITLES[method] + offload,
@@ -443,23 +455,26 @@ def main(argv: list[str] | None = None) -> int:
     if not (args["compare_seeds"] or args["table"] or args["model"]):
         parser.error("--model is required: a folder with config.json or a published name")
     config = check_flags(parser, args)
-    return run_command(parser.prog, lambda: run(args, config))
+    return run_command(parser.prog, lambda: print_memory(args, config))
 
 
-def run(args: dict[str, Any], config: TrainConfig) -> None:
+def print_memory(args: dict[str, Any], config: TrainConfig) -> None:
     """Print what the flags ask for: an estimate, --table or --compare_seeds."""
     card = args["gpu"]
     size = CARDS[card] * MIB
     if args["json"] and not Path(args["json"]).parent.is_dir():
         raise ValueError(f"--json: no such folder: {Path(args['json']).parent}")
     if args["compare_seeds"]:
+        from finetune.memory import published
         from finetune.memory.formula import Constants
-        from finetune.memory.published import a40_rows, compare, fit, print_report
 
-        figures = compare(fit(a40_rows()) if args["fit"] else Constants())
-        print_report(figures)
+        constants = Constants()
+        if args["fit"]:
+            constants = published.fit_constants(published.a40_rows())
+        figures = published.compare_published(constants)
+        published.print_comparison_with_published(figures)
     elif args["table"]:
-        figures = print_table(card, size)
+        figures = print_methods(card, size)
     else:
         described = make_run(
             config,
@@ -469,7 +484,7 @@ def run(args: dict[str, Any], config: TrainConfig) -> None:
             label_share=args["label_share"],
             real_tokens=args["real_tokens"],
         )
-        figures = report(described, card, size)
+        figures = memory_figures(described, card, size)
         show(args["model"], described, figures)
     if args["json"]:
         write_json(args["json"], figures)

@@ -122,7 +122,7 @@ def weights(run: Run) -> float:
     whole = run.element * frozen + run.weight_element * run.trained_count
     if run.stage < 3:
         return whole
-    return 0.0 if run.deepspeed.offload_param else whole / run.gpus
+    return 0.0 if run.zero_settings.offload_param else whole / run.gpus
 
 
 def gradients(run: Run) -> float:
@@ -158,7 +158,7 @@ def passing_gradient(run: Run) -> float:
 def reduces_copy(run: Run) -> bool:
     """ZeRO-3 reduces a copy of the largest gradient: one too large for a bucket, or a tied output
     layer's, which waits for the embedding's until their sum is reduced."""
-    return run.largest_trained > run.deepspeed.reduce_bucket or run.trains_tied
+    return run.largest_trained > run.zero_settings.reduce_bucket or run.trains_tied
 
 
 def reduce_copies(run: Run) -> float:
@@ -170,7 +170,7 @@ def reduce_copies(run: Run) -> float:
     """
     if run.stage == 0 or run.gpus == 1:
         return 0
-    count, largest, bucket = run.trained_count, run.largest_trained, run.deepspeed.reduce_bucket
+    count, largest, bucket = run.trained_count, run.largest_trained, run.zero_settings.reduce_bucket
     outgrown = min(largest, bucket + count / run.gpus) if largest > bucket else 0
     return run.gradient_element * max(min(count, bucket), outgrown)
 
@@ -231,16 +231,16 @@ def zero_buffers(run: Run) -> float:
     if run.stage == 0 or run.bf16_optimizer:
         return 0.0
     element = run.weight_element if run.adapters else run.element
-    bucket = run.deepspeed.reduce_bucket * element
+    bucket = run.zero_settings.reduce_bucket * element
     if run.stage == 3:
         return bucket + gathered_weights(run)
-    return bucket * (2 if run.deepspeed.overlaps else 1)
+    return bucket * (2 if run.zero_settings.overlaps else 1)
 
 
 def gathered_weights(run: Run) -> float:
     """Bytes of the weights that ZeRO-3 has gathered at once: e x max_live_parameters, at least the
     largest parameter and at most all."""
-    live = min(run.shape.total, run.deepspeed.live)
+    live = min(run.shape.total, run.zero_settings.live)
     return run.element * max(max(run.shape.parameters.values()), live)
 
 
@@ -252,7 +252,7 @@ def gather_cache(run: Run) -> float:
     block is used again only when the other stream has passed it. In the end every weight and
     gradient has had a block (PyTorch's FSDP limits its gathers for this reason).
     """
-    if run.stage != 3 or not run.deepspeed.overlaps:
+    if run.stage != 3 or not run.zero_settings.overlaps:
         return 0.0
     weights_left = run.element * run.shape.total - gathered_weights(run)
     gradients_left = run.element * run.trained_count - passing_gradient(run)

@@ -15,8 +15,10 @@ inputs gets all.
 import itertools
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from finetune.memory.cards import CARDS, GIB, MIB
 from finetune.memory.formula import Constants, estimate
@@ -98,7 +100,7 @@ LORA_MODULES = {
 
 
 @dataclass(frozen=True)
-class Row:
+class PublishedRun:
     """One published figure.
 
     Attributes:
@@ -127,13 +129,15 @@ class Row:
         return estimate(self.run, constants).needed > self.card
 
     def host_error(self) -> float:
-        """The relative error of the host's memory, where that is given."""
+        """The relative error of the host's memory. Raises ValueError where that is not given."""
+        if self.host is None:
+            raise ValueError(f"{self.name}: no published figure of the host's memory")
         return sum(estimate(self.run).host.values()) / self.host - 1
 
 
 def fields(text: str) -> Iterator[list[str]]:
     """The cells of each row of a table above."""
-    return (line.split() for line in text.strip().splitlines())
+    return map(str.split, text.strip().splitlines())
 
 
 def layers_named(numbers: range) -> tuple[str, ...]:
@@ -141,8 +145,8 @@ def layers_named(numbers: range) -> tuple[str, ...]:
     return tuple(f"layers.{i}." for i in numbers)
 
 
-def a40_rows() -> list[Row]:
-    return [a40_row(*words) for words in fields(A40)]
+def a40_rows() -> list[PublishedRun]:
+    return list(itertools.starmap(a40_row, fields(A40)))
 
 
 def a40_row(
@@ -154,7 +158,7 @@ def a40_row(
     length: str,
     gpus: str,
     gib: str,
-) -> Row:
+) -> PublishedRun:
     offloads = offload == "yes"
     run = Run(
         MODELS[model],
@@ -173,14 +177,14 @@ def a40_row(
     offload_note = " offload" if offloads else ""
     checkpoint_note = " ckpt" if run.checkpointing else ""
     name = f"{method} {model} ZeRO-{stage}{offload_note}{checkpoint_note} {length} x{gpus}"
-    return Row(name, method, run, CARDS["A40"] * MIB, float(gib) * GIB)
+    return PublishedRun(name, method, run, CARDS["A40"] * MIB, float(gib) * GIB)
 
 
-def v01_rows() -> list[Row]:
-    return [v01_row(*words) for words in fields(V01)]
+def v01_rows() -> list[PublishedRun]:
+    return list(itertools.starmap(v01_row, fields(V01)))
 
 
-def v01_row(method: str, projection: str, checkpointing: str, gib: str) -> Row:
+def v01_row(method: str, projection: str, checkpointing: str, gib: str) -> PublishedRun:
     run = Run(
         MODELS["ChatGLM"],
         method,
@@ -196,26 +200,27 @@ def v01_row(method: str, projection: str, checkpointing: str, gib: str) -> Row:
     projected = " with projection" if run.projection and method == "ptuning" else ""
     checkpoint_note = " ckpt" if run.checkpointing else ""
     name = f"{method}{projected}{checkpoint_note} batch 2"
-    return Row(name, method, run, CARDS["A40"] * MIB, float(gib) * GIB)
+    return PublishedRun(name, method, run, CARDS["A40"] * MIB, float(gib) * GIB)
 
 
-def deepspeed_rows() -> list[Row]:
-    return [deepspeed_row(*words) for words in fields(DEEPSPEED)]
+def deepspeed_rows() -> list[PublishedRun]:
+    return list(itertools.starmap(deepspeed_row, fields(DEEPSPEED)))
 
 
 def deepspeed_row(
     gpus: str, stage: str, live: str, batch: str, checkpointing: str, mib: str, host: str
-) -> Row:
+) -> PublishedRun:
     shape = MODELS["ChatGLM"]
-    given = {"live": float(live)} if live not in ("-", "auto") else {}
+    given = None if live in ("-", "auto") else float(live)
     zero = Zero(
         stage=int(stage),
         offload_optimizer=True,
         offload_param=stage == "3",
         overlap=False,
         reduce_bucket=shape.hidden**2 if stage == "3" else 5e8,
-        **given,
     )
+    if given is not None:
+        zero = replace(zero, live=given)
     run = Run(
         shape,
         "all",
@@ -227,48 +232,57 @@ def deepspeed_row(
         gpus=int(gpus),
         zero=zero,
     )
-    shown = f"{given['live']:g}" if given else "default"
+    shown = "default" if given is None else f"{given:g}"
     ckpt = " ckpt" if run.checkpointing else ""
     name = f"all ZeRO-{stage} offload{ckpt} live {shown} batch {batch} x{gpus}"
     measured = None if mib == "OOM" else float(mib) * MIB
-    return Row(name, "all", run, CARDS["V100-16G"] * MIB, measured, float(host) * 1e9)
+    return PublishedRun(name, "all", run, CARDS["V100-16G"] * MIB, measured, float(host) * 1e9)
 
 
-def lora_rows() -> list[Row]:
-    return [lora_row(*words) for words in fields(LORA)]
+def lora_rows() -> list[PublishedRun]:
+    return list(itertools.starmap(lora_row, fields(LORA)))
 
 
-def lora_row(rank: str, batch: str, mib: str) -> Row:
-    method = {"train_type": "all"}
+def lora_row(rank: str, batch: str, mib: str) -> PublishedRun:
+    run = Run(
+        MODELS["ChatGLM"],
+        "all",
+        "plain",
+        batch=int(batch),
+        length=512,
+        precision="fp16",
+        zero=None,
+    )
     if int(rank):
-        method = {
-            "train_type": "lora",
-            "lora_dim": int(rank),
-            "lora_modules": ("all",),
-            "lora_dropout": 0.05,
-        }
-    shared = {"mode": "plain", "length": 512, "precision": "fp16", "zero": None}
-    run = Run(MODELS["ChatGLM"], batch=int(batch), **shared, **method)
+        run = replace(
+            run,
+            train_type="lora",
+            lora_dim=int(rank),
+            lora_modules=("all",),
+            lora_dropout=0.05,
+        )
     name = f"{run.train_type} r {rank} batch {batch}"
-    return Row(name, run.train_type, run, CARDS["A100-80G"] * MIB, float(mib) * MIB)
+    return PublishedRun(name, run.train_type, run, CARDS["A100-80G"] * MIB, float(mib) * MIB)
 
 
-GRID = {
-    "context_gib": [0.4 + 0.1 * i for i in range(12)],  # to 1.5
-    "reserve": [0.01 * i for i in range(21)],  # to 0.20
-    "unshared": [0.1 * i for i in range(11)],  # to 1.0
+GRID: dict[str, list[float]] = {
+    "context_gib": np.arange(0.4, 1.55, 0.1).tolist(),
+    "reserve": np.arange(0.0, 0.205, 0.01).tolist(),
+    "unshared": np.arange(0.0, 1.05, 0.1).tolist(),
 }
 
 
-def fit(rows: list[Row]) -> Constants:
+def fit_constants(rows: list[PublishedRun]) -> Constants:
     """Least squares of the relative errors over the grid of plausible constants.
 
     Deterministic: ties go to the smaller ones.
     """
     zero, one = Constants(0.0, 0.0, 0.0), Constants(0.0, 0.0, 1.0)
     # The formula is linear in `unshared`, and then in the others: two estimates a row are enough.
-    bare = []
+    bare: list[tuple[float, float, float, float, float]] = []
     for row in rows:
+        if row.measured is None:  # out of memory
+            continue
         low = estimate(row.run, zero)
         span = estimate(row.run, one).needed - low.needed
         bare.append((low.needed, span, low.cache, row.card, row.measured))
@@ -281,14 +295,15 @@ def fit(rows: list[Row]) -> Constants:
             total += (max(needed, min(needed + cache, card)) / measured - 1) ** 2
         return total
 
-    grid = itertools.product(*GRID.values())
-    choices = (Constants(*(round(v, 2) for v in values)) for values in grid)
+    choices: list[Constants] = []
+    for context, reserve, unshared in itertools.product(*GRID.values()):
+        choices.append(Constants(round(context, 2), round(reserve, 2), round(unshared, 2)))
     return min(choices, key=cost)
 
 
-def summary(errors: list[float]) -> dict[str, Any]:
+def error_summary(errors: list[float]) -> dict[str, Any]:
     """The number of relative errors, and the median and the largest of their absolute values."""
-    absolute = [abs(error) for error in errors]
+    absolute = list(map(abs, errors))
     return {
         "rows": len(absolute),
         "median_abs_error": statistics.median(absolute),
@@ -296,7 +311,17 @@ def summary(errors: list[float]) -> dict[str, Any]:
     }
 
 
-def compare(constants: Constants) -> dict:
+def errors_of(rows: list[PublishedRun], constants: Constants) -> list[float]:
+    """The relative errors of the rows that ran."""
+    errors: list[float] = []
+    for row in rows:
+        error = row.error(constants)
+        if error is not None:
+            errors.append(error)
+    return errors
+
+
+def compare_published(constants: Constants) -> dict[str, Any]:
     """The figures of --compare_seeds; every table also row by row."""
     tables = {
         "a40": a40_rows(),
@@ -304,7 +329,9 @@ def compare(constants: Constants) -> dict:
         "deepspeed": deepspeed_rows(),
         "lora": lora_rows(),
     }
-    report: dict = {name: compare_rows(rows, constants) for name, rows in tables.items()}
+    report: dict[str, Any] = {}
+    for name, rows in tables.items():
+        report[name] = compare_rows(rows, constants)
     left_out = leave_one_method_out(tables["a40"])
     report["a40"]["leave_one_method_out"] = left_out
     worst = max(found["max_abs_error"] for found in left_out.values())
@@ -313,22 +340,28 @@ def compare(constants: Constants) -> dict:
     return report
 
 
-def compare_rows(rows: list[Row], constants: Constants) -> dict:
+def compare_rows(rows: list[PublishedRun], constants: Constants) -> dict[str, Any]:
     """Errors of the rows that ran, and how many of those out of memory the estimate predicts."""
-    ran = [row for row in rows if row.measured is not None]
-    failed = [row for row in rows if row.measured is None]
-    figures = summary([row.error(constants) for row in ran])
-    figures["table"] = [table_row(row, constants) for row in rows]
-    figures["oom_false"] = sum(row.out_of_memory(constants) for row in ran)
+    figures = error_summary(errors_of(rows, constants))
+    figures["table"] = []
+    false = caught = failed = 0
+    for row in rows:
+        figures["table"].append(published_figures(row, constants))
+        said = row.out_of_memory(constants)
+        if row.measured is None:
+            failed += 1
+            caught += said
+        else:
+            false += said
+    figures["oom_false"] = false
     if failed:
-        caught = sum(row.out_of_memory(constants) for row in failed)
-        recall = caught / len(failed)
-        figures |= {"oom_rows": len(failed), "oom_caught": caught, "oom_recall": recall}
-        figures["host"] = summary([row.host_error() for row in rows])
+        recall = caught / failed
+        figures |= {"oom_rows": failed, "oom_caught": caught, "oom_recall": recall}
+        figures["host"] = error_summary([row.host_error() for row in rows])
     return figures
 
 
-def table_row(row: Row, constants: Constants) -> dict:
+def published_figures(row: PublishedRun, constants: Constants) -> dict[str, Any]:
     """One row of a table, in GiB; measured and error are None where it was out of memory."""
     return {
         "row": row.name,
@@ -339,36 +372,39 @@ def table_row(row: Row, constants: Constants) -> dict:
     }
 
 
-def leave_one_method_out(rows: list[Row]) -> dict[str, dict]:
+def leave_one_method_out(rows: list[PublishedRun]) -> dict[str, dict[str, Any]]:
     """{group: errors of its rows under constants that are fitted to the others}."""
     figures = {}
     for group in dict.fromkeys(row.group for row in rows):
-        fitted = fit([row for row in rows if row.group != group])
-        errors = [row.error(fitted) for row in rows if row.group == group]
-        figures[group] = summary(errors) | {"constants": vars(fitted)}
+        inside: list[PublishedRun] = []
+        others: list[PublishedRun] = []
+        for row in rows:
+            (inside if row.group == group else others).append(row)
+        fitted = fit_constants(others)
+        figures[group] = error_summary(errors_of(inside, fitted)) | {"constants": vars(fitted)}
     return figures
 
 
 def percent(errors: dict[str, Any], between: str = ", worst ") -> str:
-    """A `summary` in per cent."""
+    """An `error_summary` in per cent."""
     words = "median " if between == ", worst " else ""
     median = 100 * errors["median_abs_error"]
     worst = 100 * errors["max_abs_error"]
     return f"{words}{median:.1f} %{between}{worst:.1f} %"
 
 
-def print_report(report: dict[str, Any]) -> None:
-    """Print what `compare` returns."""
+def print_comparison_with_published(report: dict[str, Any]) -> None:
+    """Print what `compare_published` returns."""
     for name, figures in report.items():
         if name != "constants":
-            print_rows(name, figures)
+            print_published(name, figures)
     print("\n| left out of the fit | its median | its worst | constants then |\n|---|---|---|---|")
     for group, errors in report["a40"]["leave_one_method_out"].items():
         print(f"| {group} | {percent(errors, ' | ')} | {show_constants(errors['constants'])} |")
     print(f"\nconstants: {show_constants(report['constants'])}")
 
 
-def print_rows(name: str, figures: dict[str, Any]) -> None:
+def print_published(name: str, figures: dict[str, Any]) -> None:
     """Print the table of one source, and the summary of its errors."""
     print(f"\n| {name} | measured GiB | estimate | error |\n|---|---|---|---|")
     for row in figures["table"]:
@@ -382,7 +418,7 @@ def print_rows(name: str, figures: dict[str, Any]) -> None:
         print(f"out of memory: {caught}; host RAM {percent(figures['host'])}")
 
 
-def show_error(row: dict) -> str:
+def show_error(row: dict[str, Any]) -> str:
     """The relative error, and whether the estimate says that the card is too small."""
     if row["error"] is None:
         return "(says OOM)" if row["out_of_memory"] else "missed"

@@ -174,6 +174,13 @@ class Run:
         return None if self.zero_dropped and self.precision == "fp32" else self.zero
 
     @property
+    def zero_settings(self) -> Zero:
+        """`deepspeed`. Raises ValueError without DeepSpeed."""
+        if self.deepspeed is None:
+            raise ValueError("torch's optimizer runs alone: there are no ZeRO settings")
+        return self.deepspeed
+
+    @property
     def bf16_optimizer(self) -> bool:
         """Whether DeepSpeed's BF16_Optimizer runs: bf16 without ZeRO."""
         return self.zero_dropped and self.deepspeed is not None

@@ -107,7 +107,7 @@ class Shape:
     @cached_property
     def layer_parameters(self) -> dict[str, int]:
         """{name in a layer: elements} of one layer."""
-        sizes = {}
+        sizes: dict[str, int] = {}
         for name in NORMS:
             sizes |= self.norm(name)
         for name, linear in self.linears.items():
@@ -187,7 +187,7 @@ class Shape:
                     f"--lora_module_name: {name!r} matches no linear module; "
                     f"this model has {', '.join(sorted(known))}"
                 )
-        sizes = {}
+        sizes: dict[str, int] = {}
         for name in modules:
             if name == head:
                 sizes |= {"head.A": rank * self.hidden, "head.B": rank * self.vocab}

@@ -10,12 +10,11 @@ import re
 import zlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -75,7 +74,7 @@ class RowArrays:
 
     columns: dict[str, np.ndarray]
     names: tuple[str, ...]
-    facts: dict
+    facts: dict[str, Any]
 
     def __len__(self) -> int:
         return len(self.columns["n_masked"])
@@ -136,10 +135,10 @@ class Dataset:
     @cached_property
     def starts(self) -> list[int]:
         """The number of each part's first row, and of all rows."""
-        sizes = (
-            len(part) if rows is None else len(rows) for part, rows in zip(self.parts, self.chosen)
-        )
-        return list(accumulate(sizes, initial=0))
+        starts = [0]
+        for part, rows in zip(self.parts, self.chosen):
+            starts.append(starts[-1] + len(part if rows is None else rows))
+        return starts
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -177,13 +176,13 @@ class Dataset:
     @cached_property
     def row_lengths(self) -> np.ndarray:
         """(rows,) int32, tokens of each row."""
-        lengths = [part.lengths for part in self.parts]
-        return np.concatenate(
-            [found if rows is None else found[rows] for found, rows in zip(lengths, self.chosen)]
-        )
+        lengths = []
+        for part, rows in zip(self.parts, self.chosen):
+            lengths.append(part.lengths if rows is None else part.lengths[rows])
+        return np.concatenate(lengths)
 
 
-def choose(part: RowArrays, is_skip: bool = False) -> Dataset:
+def chosen_rows(part: RowArrays, is_skip: bool = False) -> Dataset:
     """The rows of a part that have a label; with `is_skip` none that was cut."""
     truncated = part.truncated
     counts = part.columns["n_masked"] < part.lengths
@@ -193,14 +192,17 @@ def choose(part: RowArrays, is_skip: bool = False) -> Dataset:
     return Dataset((part,), (rows,), int(truncated.sum()), int(len(part) - counts.sum()))
 
 
-def join(parts: list[Dataset]) -> Dataset:
+def join(parts: Sequence[Dataset]) -> Dataset:
     """Several as one, in this order; nothing is copied."""
-    return Dataset(
-        tuple(part for data in parts for part in data.parts),
-        tuple(rows for data in parts for rows in data.chosen),
-        sum(data.truncated for data in parts),
-        sum(data.skipped for data in parts),
-    )
+    arrays: list[RowArrays] = []
+    chosen: list[np.ndarray | None] = []
+    truncated = skipped = 0
+    for data in parts:
+        arrays += data.parts
+        chosen += data.chosen
+        truncated += data.truncated
+        skipped += data.skipped
+    return Dataset(tuple(arrays), tuple(chosen), truncated, skipped)
 
 
 def dataset_of(rows: Iterable[tuple[str, EncodedRow]]) -> Dataset:
@@ -217,14 +219,16 @@ class RowWriter:
 
     def __init__(self, file: BinaryIO | None = None):
         self.file, self.crc, self.tokens = file, 0, 0
-        self.columns = {name: array(code) for name, code in COLUMNS.items()}
+        self.columns: dict[str, array[int]] = {}
+        for name, code in COLUMNS.items():
+            self.columns[name] = array(code)
         for name in ("starts", "learnt_starts", "changed_starts"):
             self.columns[name].append(0)
         self.forms: dict[tuple[int, str, str], int] = {}
         if file is not None:
             file.write(bytes(HEADER))
 
-    def add(self, place: Place, row: EncodedRow):
+    def add(self, place: Place, row: EncodedRow) -> None:
         columns = self.columns
         if row.labels is not None:
             self.add_labels(len(columns["n_masked"]), row)
@@ -241,7 +245,7 @@ class RowWriter:
             self.write(columns["ids"])
             columns["ids"] = array(COLUMNS["ids"])
 
-    def add_labels(self, number: int, row: EncodedRow):
+    def add_labels(self, number: int, row: EncodedRow) -> None:
         columns = self.columns
         ids, labels = np.array(row.input_ids, np.int32), np.array(row.labels, np.int32)
         learnt = ids == labels
@@ -253,30 +257,38 @@ class RowWriter:
         columns["changed_to"].extend(labels[changed].tolist())
         columns["changed_starts"].append(len(columns["changed_at"]))
 
-    def write(self, content):
+    def write(self, content: "array[int]") -> None:
+        """Raises ValueError without a file."""
+        if self.file is None:
+            raise ValueError("the rows are in memory: there is no file to write")
         self.file.write(content)
         self.crc = zlib.crc32(content, self.crc)
 
-    def in_memory(self, names: tuple[str, ...], facts: dict) -> RowArrays:
+    def in_memory(self, names: tuple[str, ...], facts: dict[str, Any]) -> RowArrays:
         """The rows without a file, not copied."""
-        columns = {
-            name: np.frombuffer(self.columns[name], CODES[code][1])
-            for name, code in COLUMNS.items()
-        }
+        columns = {}
+        for name, code in COLUMNS.items():
+            columns[name] = np.frombuffer(self.columns[name], CODES[code][1])
         return RowArrays(columns, names, facts | {"forms": list(self.forms)})
 
-    def finish(self, key: str, facts: dict):
-        """Write what is left. `key` says what the rows depend on, `facts` are JSON."""
+    def finish(self, key: str, facts: dict[str, Any]) -> None:
+        """Write what is left. `key` says what the rows depend on, `facts` are JSON.
+
+        Raises ValueError without a file.
+        """
+        if self.file is None:
+            raise ValueError("the rows are in memory: there is no file to finish")
         columns = self.columns
         columns["facts"].frombytes(json.dumps(facts | {"forms": list(self.forms)}).encode())
         if self.tokens % 2:
             columns["ids"].append(0)
-        sizes = {name: len(column) for name, column in columns.items()}
-        sizes["ids"] = self.tokens + self.tokens % 2
+        sizes = []
         for name in COLUMNS:
+            sizes.append(len(columns[name]))
             self.write(columns[name])
+        sizes[0] = self.tokens + self.tokens % 2  # most of the ids have been written before
         metadata = {"key": key, "crc32": str(self.crc)}
-        text = json.dumps({"__metadata__": metadata} | layout(list(sizes.values()))).encode()
+        text = json.dumps({"__metadata__": metadata} | layout(sizes)).encode()
         self.file.seek(0)
         self.file.write((HEADER - 8).to_bytes(8, "little") + text.ljust(HEADER - 8))
         self.file.flush()
@@ -307,9 +319,10 @@ def map_rows(
     return RowArrays(columns, names, json.loads(columns["facts"].tobytes()))
 
 
-def layout(sizes: list[int]) -> dict[str, dict]:
+def layout(sizes: list[int]) -> dict[str, dict[str, Any]]:
     """What safetensors' header says of the arrays of COLUMNS, of these sizes."""
-    found, start = {}, 0
+    found: dict[str, dict[str, Any]] = {}
+    start = 0
     for (name, code), size in zip(COLUMNS.items(), sizes):
         stop = start + size * array(code).itemsize
         found[name] = {"dtype": CODES[code][0], "shape": [size], "data_offsets": [start, stop]}
@@ -317,7 +330,7 @@ def layout(sizes: list[int]) -> dict[str, dict]:
     return found
 
 
-def read_header(content: bytes, total: int) -> dict | None:
+def read_header(content: bytes, total: int) -> dict[str, Any] | None:
     """The header that RowWriter writes to a file of `total` bytes; None for any other."""
     try:
         header = json.loads(content[8:])

@@ -120,9 +120,13 @@ def collate(
             multiple of half of it; what is added carries no loss.
     """
     filler = int(data.row_lengths.argmin()) if -1 in rows else -1
-    ids = [data.ids(filler if row == -1 else row) for row in rows]
-    masked = [len(ids[i]) if row == -1 else data.n_masked(row) for i, row in enumerate(rows)]
-    labels_of_rows = [None if row == -1 else data.labels(row) for row in rows]
+    ids: list[np.ndarray] = []
+    masked: list[int] = []
+    labels_of_rows: list[np.ndarray | None] = []
+    for row in rows:
+        ids.append(data.ids(filler if row == -1 else row))
+        masked.append(len(ids[-1]) if row == -1 else data.n_masked(row))
+        labels_of_rows.append(None if row == -1 else data.labels(row))
     if ragged:
         return lay_end_to_end(ids, masked, share, multiple, labels_of_rows)
     shape = (len(rows), max(map(len, ids)))
@@ -151,7 +155,7 @@ def lay_end_to_end(
         masked: of each sequence, the number of its first ids that carry no loss.
         labels: of each sequence; None where they are its ids after the first `masked`.
     """
-    sequences = [np.asarray(sequence) for sequence in ids]
+    sequences = list(map(np.asarray, ids))
     trunk = common_beginning(sequences, masked) if share and len(ids) > 1 else 0
     pieces: list[np.ndarray] = []
     lengths: list[int] = []

@@ -16,13 +16,25 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 from chatglm.conversations import CONVERSATIONS, GLM3_LABELS, IGNORED
+from chatglm.families import Family
 from finetune.files import CACHE_GB, prune, sha256, written_whole
-from finetune.rows.arrays import Dataset, EncodedRow, Place, RowArrays, RowWriter, choose, map_rows
+from finetune.rows.arrays import (
+    Dataset,
+    EncodedRow,
+    Place,
+    RowArrays,
+    RowWriter,
+    chosen_rows,
+    map_rows,
+)
 from finetune.rows.formats import BadRow, Row
 from finetune.rows.sources import RowReader, Source, hash_rows, no_rows, parse_items, read_parts
+
+if TYPE_CHECKING:
+    from chatglm.tokenization import ChatGLMTokenizer
 
 # Of --data_cache; raised where the same files and settings give other ids or places than before.
 CACHE_FORMAT = 2
@@ -31,18 +43,18 @@ AHEAD = 4  # chunks a process that wait for their turn
 
 
 @dataclass(frozen=True)
-class Encoder:
+class RowEncoder:
     """Rows to ids as a family is trained. Lengths are in tokens; role_labels as
     `chatglm.conversations` has it.
     """
 
-    tokenizer: object
-    family: object
+    tokenizer: "ChatGLMTokenizer"
+    family: Family
     max_len: int
     max_src_len: int
     glm3_labels: str = GLM3_LABELS[0]
 
-    def check(self, row: Row):
+    def check(self, row: Row) -> None:
         """Raises BadRow: several answers (a test file)."""
         if len(row.answers) != 1:
             raise BadRow(
@@ -72,22 +84,20 @@ class Encoder:
         for ids, labels, cut in CONVERSATIONS[self.family.name](
             self.tokenizer, list(row.turns), self.max_len, self.max_src_len, role_labels
         ):
-            first = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
+            first = count_ignored(labels)
             encoded.append(
                 EncodedRow(ids, first, cut, None if labels[first:] == ids[first:] else labels)
             )
         return encoded
 
-    def settings(self) -> list:
+    def settings(self) -> list[Any]:
         """All that encoded rows depend on but the rows: the tokenizer's model, the settings and
         CACHE_FORMAT; as JSON.
         """
         tokenizer = self.tokenizer
-        options = {
-            k: v
-            for k, v in tokenizer.init_kwargs.items()
-            if k not in ("vocab_file", "name_or_path")
-        }
+        options = dict(tokenizer.init_kwargs)
+        for where in ("vocab_file", "name_or_path"):
+            options.pop(where, None)
         lengths = [self.max_len, self.max_src_len]
         return [
             CACHE_FORMAT,
@@ -100,6 +110,14 @@ class Encoder:
         ]
 
 
+def count_ignored(labels: list[int]) -> int:
+    """The number of labels before the first that carries loss."""
+    for number, label in enumerate(labels):
+        if label != IGNORED:
+            return number
+    return len(labels)
+
+
 @dataclass(frozen=True)
 class Preparation:
     """How a source becomes encoded rows.
@@ -108,7 +126,7 @@ class Preparation:
     """
 
     reader: RowReader
-    encoder: Encoder
+    encoder: RowEncoder
     on_bad_row: str = "error"
     limit: int | None = None
     first_answer: bool = False
@@ -127,7 +145,9 @@ class Preparation:
                     return
 
     def good_rows(self, source: Source) -> Iterator[tuple[Place, Row]]:
-        return ((place, row) for place, row in self.rows(source) if isinstance(row, Row))
+        for place, row in self.rows(source):
+            if isinstance(row, Row):
+                yield place, row
 
     def hashes(self, source: Source) -> list[str]:
         """The SHA-256 of each file; of a hub, of its rows."""
@@ -163,21 +183,23 @@ class Prepared(NamedTuple):
 
     def load(self, source: Source) -> RowArrays:
         """Raises OSError where the file is gone."""
-        rows = self.rows if self.path is None else map_rows(self.path, names_of(source), self.key)
+        rows = self.rows if self.path is None else map_rows(self.path, row_places(source), self.key)
         if rows is None:
             raise OSError(f"--data_cache: {self.path} went away before it was read; start again")
         return rows
 
-    def release(self, cache_gb: float = CACHE_GB):
+    def release(self, cache_gb: float = CACHE_GB) -> None:
         """Delete a temporary file, which all ranks have mapped, or prune the cache to its limit."""
+        if self.path is None:
+            return
         if self.temporary:
             self.path.unlink(missing_ok=True)
-        elif self.path:
+        else:
             with suppress(OSError):
                 prune(self.path.parent, cache_gb * 1e9)
 
 
-def names_of(source: Source) -> tuple[str, ...]:
+def row_places(source: Source) -> tuple[str, ...]:
     """What places of its rows begin with."""
     return (source.name,) if source.is_hub else tuple(map(str, source.files))
 
@@ -203,7 +225,7 @@ def prepare(
     """
     stamps = [stamp(file) for file in source.files]
     hashes = preparation.hashes(source)
-    key, names = preparation.key(source, hashes), names_of(source)
+    key, names = preparation.key(source, hashes), row_places(source)
     file = cache / f"{key}.safetensors" if cache else None
     if file and map_rows(file, names, key, verify=True) is not None:
         with suppress(OSError):  # of another user
@@ -245,13 +267,13 @@ def prepare(
         return Prepared(key, hashes, None, rows=encode(None).in_memory(names, facts))
     with tempfile.NamedTemporaryFile(
         prefix="glm-foundry-", suffix=".safetensors", delete=False
-    ) as output:
+    ) as temporary:
         try:
-            encode(output).finish(key, facts)
+            encode(cast(BinaryIO, temporary)).finish(key, facts)  # a wrapper of one
         except BaseException:
-            os.unlink(output.name)
+            os.unlink(temporary.name)
             raise
-    return Prepared(key, hashes, Path(output.name), temporary=True)
+    return Prepared(key, hashes, Path(temporary.name), temporary=True)
 
 
 def stamp(file: Path) -> tuple[int, int]:
@@ -261,23 +283,30 @@ def stamp(file: Path) -> tuple[int, int]:
 
 
 def encode_rows(
-    rows: list[Row], tokenizer, family, *, max_len: int, max_src_len: int, is_skip=False, **options
+    rows: list[Row],
+    tokenizer: "ChatGLMTokenizer",
+    family: Family,
+    *,
+    max_len: int,
+    max_src_len: int,
+    is_skip: bool = False,
+    **options: Any,
 ) -> Dataset:
-    """Rows in memory as `family` trains on them; `options` are Encoder's.
+    """Rows in memory as `family` trains on them; `options` are RowEncoder's.
 
     Raises:
         ValueError: no row has a label within the lengths, or one has several answers (a test file).
     """
-    encoder, writer = Encoder(tokenizer, family, max_len, max_src_len, **options), RowWriter()
+    encoder, writer = RowEncoder(tokenizer, family, max_len, max_src_len, **options), RowWriter()
     for row in rows:
         for made in encoder.encode(row):
             writer.add(Place(0, row.place), made)
     return choose_rows(writer.in_memory(("",), {"good": len(rows), "bad": 0}), encoder, is_skip)
 
 
-def choose_rows(rows: RowArrays, encoder: Encoder, is_skip: bool) -> Dataset:
+def choose_rows(rows: RowArrays, encoder: RowEncoder, is_skip: bool) -> Dataset:
     """The rows that are trained on. Raises ValueError where none is left."""
-    data = choose(rows, is_skip)
+    data = chosen_rows(rows, is_skip)
     if not len(data):
         raise ValueError(
             f"all {rows.facts['good']} rows are longer than --max_len {encoder.max_len} / "
@@ -287,7 +316,7 @@ def choose_rows(rows: RowArrays, encoder: Encoder, is_skip: bool) -> Dataset:
 
 
 def tokenise(
-    encoder: Encoder, rows: Iterable[tuple[Place, Row]], total: int, progress: bool, workers: int
+    encoder: RowEncoder, rows: Iterable[tuple[Place, Row]], total: int, progress: bool, workers: int
 ) -> Iterator[tuple[Place, list[EncodedRow]]]:
     """What `encoder` makes of each row, in their order; over `workers` processes. A bar shows where
     it takes seconds.
@@ -298,7 +327,8 @@ def tokenise(
         for chunk, encoded in encode_chunks(
             encoder, chunks_of(rows), workers if total > CHUNK else 1
         ):
-            yield from ((place, made) for (place, _), made in zip(chunk, encoded))
+            for (place, _), made in zip(chunk, encoded):
+                yield place, made
             bar.update(len(chunk))
 
 
@@ -312,16 +342,17 @@ def chunks_of(rows: Iterable[tuple[Place, Row]]) -> Iterator[Chunk]:
 
 
 def encode_chunks(
-    encoder: Encoder, chunks: Iterator[Chunk], workers: int
+    encoder: RowEncoder, chunks: Iterator[Chunk], workers: int
 ) -> Iterator[tuple[Chunk, list[list[EncodedRow]]]]:
     if workers < 2:
-        yield from ((chunk, [encoder.encode(row) for _, row in chunk]) for chunk in chunks)
+        for chunk in chunks:
+            yield chunk, [encoder.encode(row) for _, row in chunk]
         return
     # Forked, so that the tokenizer needs no pickling and transformers no second import.
     with ProcessPoolExecutor(
         workers, multiprocessing.get_context("fork"), _start_worker, (encoder,)
     ) as pool:
-        waiting: deque[tuple[Chunk, Future]] = deque()
+        waiting: deque[tuple[Chunk, Future[list[list[EncodedRow]]]]] = deque()
         for chunk in chunks:
             waiting.append((chunk, pool.submit(_encode_chunk, [row for _, row in chunk])))
             if len(waiting) > AHEAD * workers:
@@ -331,10 +362,14 @@ def encode_chunks(
             yield chunk, made.result()
 
 
-def _start_worker(encoder: Encoder):
+_encoder: RowEncoder | None = None  # of a worker process
+
+
+def _start_worker(encoder: RowEncoder) -> None:
     global _encoder
     _encoder = encoder
 
 
 def _encode_chunk(rows: list[Row]) -> list[list[EncodedRow]]:
-    return [_encoder.encode(row) for row in rows]
+    assert _encoder is not None  # _start_worker has run
+    return list(map(_encoder.encode, rows))

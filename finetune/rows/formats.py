@@ -5,9 +5,8 @@ docs/data.md shows a row of each format.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 
 from chatglm.conversations import Turn, check_turns, rounds_of, tool_call, with_tools
 from chatglm.families import FAMILIES
@@ -75,14 +74,21 @@ def _text(row: dict, key: str, default: str | None = None) -> str:
 def _answers(row: dict, key: str) -> list[str]:
     """The answers at a key: one text, or a list of several right ones (test files)."""
     value = row[key]
-    if isinstance(value, list) and value and all(isinstance(x, str) for x in value):
+    if isinstance(value, list) and value and all_texts(value):
         return value
     return [_text(row, key)]
 
 
+def all_texts(values: Sequence[object]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def all_objects(values: Sequence[object]) -> bool:
+    return all(isinstance(value, dict) for value in values)
+
+
 def _is_question_and_answer(value: object) -> bool:
-    is_pair = isinstance(value, (list, tuple)) and len(value) == 2
-    return is_pair and all(isinstance(text, str) for text in value)
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all_texts(value)
 
 
 def _after(
@@ -125,7 +131,7 @@ def _belle(row: dict, prompt_text: str) -> tuple[str, list[str]]:
 
 def _list_of(row: dict, key: str) -> list[dict]:
     turns = row[key]
-    if not (isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns)):
+    if not (isinstance(turns, list) and turns and all_objects(turns)):
         raise ValueError(f'"{key}" must be a list of turns, got {_shown(turns)}')
     return [without_missing(turn) for turn in turns]
 
@@ -150,7 +156,7 @@ def _finish(turns: list[Turn], row: dict) -> list[Turn]:
     return with_tools(turns, tools) if tools else turns
 
 
-def _calls(text: str | list | dict, loss: bool = True) -> list[Turn]:
+def _calls(text: object, loss: bool = True) -> list[Turn]:
     """ChatGLM3's calls of one or several {name, arguments}, which may be JSON text."""
     try:
         calls = json.loads(text) if isinstance(text, str) else text
@@ -161,10 +167,10 @@ def _calls(text: str | list | dict, loss: bool = True) -> list[Turn]:
     turns = []
     for call in calls if isinstance(calls, list) else [calls]:
         arguments = _call_arguments(call)
-        if not (isinstance(arguments, dict) and isinstance(call.get("name"), str)):
+        name = call.get("name") if isinstance(call, dict) else None
+        if not (isinstance(arguments, dict) and isinstance(name, str)):
             raise ValueError(f"a function call has a name and arguments, got {_shown(call)}")
-        text = tool_call(arguments)
-        turns.append(Turn("assistant", text, call["name"], loss, call=arguments))
+        turns.append(Turn("assistant", tool_call(arguments), name, loss, call=arguments))
     return turns
 
 
@@ -280,7 +286,7 @@ def _parts(content: object) -> tuple[str, list]:
     """
     if content is None or isinstance(content, str):
         return content or "", []
-    if not (isinstance(content, list) and all(isinstance(part, dict) for part in content)):
+    if not (isinstance(content, list) and all_objects(content)):
         raise ValueError(f'"content" must be text or a list of parts, got {_shown(content)}')
     texts, calls = [], []
     for part in content:
@@ -346,11 +352,16 @@ FORMATS: dict[str, Format] = {
 COLUMNS_REMEDY = (
     "; columns of other names are read with --columns, such as prompt=title,response=body"
 )
-REQUIRED_NAMES = tuple(dict.fromkeys(chain(*(form.keys for form in FORMATS.values()))))
-OPTIONAL_NAMES = tuple(dict.fromkeys(chain(*(form.optional for form in FORMATS.values()))))
-COLUMN_NAMES = tuple(
-    dict.fromkeys(chain(*(form.keys + form.optional for form in FORMATS.values())))
-)
+_REQUIRED: list[str] = []
+_OPTIONAL: list[str] = []
+_COLUMNS: list[str] = []
+for _form in FORMATS.values():
+    _REQUIRED += _form.keys
+    _OPTIONAL += _form.optional
+    _COLUMNS += _form.keys + _form.optional
+REQUIRED_NAMES = tuple(dict.fromkeys(_REQUIRED))
+OPTIONAL_NAMES = tuple(dict.fromkeys(_OPTIONAL))
+COLUMN_NAMES = tuple(dict.fromkeys(_COLUMNS))
 
 
 def find_format(row: dict, remedy: str = "") -> str:
@@ -362,22 +373,26 @@ def find_format(row: dict, remedy: str = "") -> str:
     given = row
     row = without_missing(row)
     for name, form in FORMATS.items():
-        if all(key in row for key in form.keys) and form.also(row):
+        if row.keys() >= set(form.keys) and form.also(row):
             return name
     if "conversations" in row:
         turns = _shown(row["conversations"])
         raise ValueError(
             f'"conversations" must be a list of {{from, value}} or {{role, content}}, got {turns}'
         )
-    near = max(FORMATS.values(), key=lambda form: sum(key in row for key in form.keys))
-    present = [key for key in near.keys if key in row]
-    missing = [key for key in near.keys if key not in row]
+    near = max(FORMATS.values(), key=lambda form: len(row.keys() & set(form.keys)))
+    present: list[str] = []
+    missing: list[str] = []
+    for key in near.keys:
+        (present if key in row else missing).append(key)
     if present and missing:
         check_present(given, missing[0])
         raise ValueError(
             f'no key "{missing[0]}"; a row with "{present[0]}" has {", ".join(near.keys)}{remedy}'
         )
-    key_lists = [", ".join(f'"{key}"' for key in form.keys) for form in FORMATS.values()]
+    key_lists = []
+    for form in FORMATS.values():
+        key_lists.append('"' + '", "'.join(form.keys) + '"')
     wanted = " or ".join(dict.fromkeys(key_lists))
     keys = ", ".join(map(str, row))[:200] or "none"
     raise ValueError(f"no format has these keys: {keys}; wanted {wanted}{remedy}")
@@ -396,7 +411,7 @@ def parse_columns(text: str) -> dict[str, str]:
     """
     columns: dict[str, str] = {}
     for pair in filter(None, map(str.strip, text.split(","))):
-        name, equals, column = (part.strip() for part in pair.partition("="))
+        name, equals, column = map(str.strip, pair.partition("="))
         if not (equals and column) or name not in COLUMN_NAMES or name in columns:
             names = ", ".join(COLUMN_NAMES)
             raise ValueError(

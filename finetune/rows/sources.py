@@ -15,11 +15,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO, cast
 
 import numpy as np
 
-from chatglm.files import is_lfs_pointer, pointer_error
+from chatglm.files import decode_utf8, is_lfs_pointer, pointer_error
 from finetune.rows.formats import BadRow, Row, parse_row, refused_by, single_questions
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
@@ -64,8 +64,10 @@ def parse_sources(text: str, flag: str = "--train_path", *, weights: bool = True
         names = [part.strip() for part in text.split(",") if part.strip()]
     if not names:
         raise ValueError(f"{flag}: no file in {text!r}")
-    sources = [parse_source(name, flag) for name in names]
-    for source in sources:
+    sources = []
+    for name in names:
+        source = parse_source(name, flag)
+        sources.append(source)
         if source.weight != 1 and not weights:
             raise ValueError(f"{flag} takes no weights, got {source.name}:{source.weight:g}")
     return sources
@@ -153,11 +155,11 @@ def read_file_items(path: str | Path) -> Iterator[tuple[str, object]]:
         yield from read_json_items(path)
 
 
-def open_data(path: Path) -> IO[bytes]:
+def open_data(path: Path) -> BinaryIO:
     """The open file, unpacked while it is read; raises ValueError where it is a Git LFS pointer."""
     if is_lfs_pointer(path):
         raise pointer_error(path)
-    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+    return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else open(path, "rb")
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -203,10 +205,9 @@ def read_whole(path: Path) -> str:
             "write one JSON object a line, or unpack it"
         )
     try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise BadRow(f"{path}:{line}: not UTF-8; save it as UTF-8") from None
+        return decode_utf8(content, path)
+    except ValueError as error:
+        raise BadRow(str(error)) from None
 
 
 def read_json_items(path: str | Path) -> Iterator[tuple[str, object]]:
@@ -219,22 +220,31 @@ def read_json_items(path: str | Path) -> Iterator[tuple[str, object]]:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     if begins_list(path):
-        yield from ((f"{path}[{i}]", item) for i, item in enumerate(read_list(path)))
+        for i, item in enumerate(read_list(path)):
+            yield f"{path}[{i}]", item
         return
-    lines = ((number, line) for number, line in read_lines(path) if line.strip())
+    lines = filled_lines(path)
     first, second = next(lines, None), next(lines, None)
     if first is None:
         return
     number, line = first
-    item = parse_line(line, f"{path}:{number}")
+    item = parse_row_line(line, f"{path}:{number}")
     if isinstance(item, BadRow) and over_several_lines(line):
         yield from read_values(path)
     elif second is None and (rows := wrapped_rows(item)):
-        yield from ((f"{path}:data[{i}]", row) for i, row in enumerate(rows))
+        for i, row in enumerate(rows):
+            yield f"{path}:data[{i}]", row
     else:
         yield f"{path}:{number}", item
         for number, line in chain([second] if second else [], lines):
-            yield f"{path}:{number}", parse_line(line, f"{path}:{number}")
+            yield f"{path}:{number}", parse_row_line(line, f"{path}:{number}")
+
+
+def filled_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """`read_lines` without the blank ones."""
+    for number, line in read_lines(path):
+        if line.strip():
+            yield number, line
 
 
 def begins_list(path: Path) -> bool:
@@ -292,14 +302,17 @@ def read_values(path: Path) -> Iterator[tuple[str, object]]:
         start = skip_space(text, stop)
     rows = wrapped_rows(values[0][2]) if len(values) == 1 else None
     if rows:
-        yield from ((f"{path}:data[{i}]", row) for i, row in enumerate(rows))
-    else:
-        yield from ((f"{path}:{number}", value) for _, number, value in values)
+        for i, row in enumerate(rows):
+            yield f"{path}:data[{i}]", row
+        return
+    for _, number, value in values:
+        yield f"{path}:{number}", value
 
 
 def skip_space(text: str, start: int) -> int:
     """The offset of the first character from `start` on that is no white space."""
-    return SPACE.match(text, start).end()
+    found = SPACE.match(text, start)
+    return found.end() if found else start
 
 
 def wrapped_rows(value: object) -> list[dict] | None:
@@ -310,7 +323,7 @@ def wrapped_rows(value: object) -> list[dict] | None:
     return None
 
 
-def parse_line(line: str | bytes, place: str) -> object:
+def parse_row_line(line: str | bytes, place: str) -> object:
     """The JSON value of a line, or a BadRow.
 
     Belle's lines are Python literals of JSON values; they begin with "{'", as no JSON does.
@@ -351,7 +364,7 @@ def read_table(path: Path, delimiter: str) -> Iterator[tuple[str, object]]:
             return
         place = f"{path}:{reader.line_num}"
         if None in row or None in row.values():
-            wanted = f"wanted {len(reader.fieldnames)} cells, as the header has"
+            wanted = f"wanted {len(reader.fieldnames or [])} cells, as the header has"
             yield place, BadRow(f"{place}: {wanted}")
         else:
             yield place, row
@@ -534,9 +547,9 @@ def draw_rows(rows: int, drawn: int, seed: int, stream: int, epoch: int) -> np.n
     start = epoch * drawn
     stop = start + drawn
     cycles = range(start // rows, -(-stop // rows))
-    permutations = [
-        np.random.default_rng([seed, stream, cycle]).permutation(rows) for cycle in cycles
-    ]
+    permutations = []
+    for cycle in cycles:
+        permutations.append(np.random.default_rng([seed, stream, cycle]).permutation(rows))
     walk = np.concatenate(permutations)
     first = cycles.start * rows
     return walk[start - first : stop - first]

@@ -16,9 +16,9 @@ import numpy as np
 
 from finetune.files import sha256
 from finetune.rows.arrays import Dataset, EncodedRow, dataset_of
-from finetune.rows.encoding import Encoder
+from finetune.rows.encoding import RowEncoder
 from finetune.rows.formats import BadRow
-from finetune.rows.sources import RowReader, Source, over_several_lines, parse_line, read_lines
+from finetune.rows.sources import RowReader, Source, over_several_lines, parse_row_line, read_lines
 
 OPEN_FILES = 64
 HASHED_WHOLE = 2**30  # bytes of a file; a larger one takes longer than a few seconds
@@ -68,7 +68,10 @@ def one_pass(sources: list[Source], seed: int, turn: int) -> Iterator[Line]:
     At most OPEN_FILES files are open at a time. The next line comes from the one of which the
     smallest share was read, so that they end together.
     """
-    files = [(source.weight, file) for source in sources for file in source.files]
+    files: list[tuple[float, Path]] = []
+    for source in sources:
+        for path in source.files:
+            files.append((source.weight, path))
     order = iter(np.random.default_rng([seed, turn, 0]).permutation(len(files)).tolist())
     # (share that was read, number of the file, its lines)
     readers: list[tuple[float, int, Iterator[tuple[float, Line]]]] = []
@@ -140,7 +143,7 @@ class Stream:
         self,
         sources: list[Source],
         reader: RowReader,
-        encoder: Encoder,
+        encoder: RowEncoder,
         *,
         seed: int,
         block: int,
@@ -223,7 +226,7 @@ class Stream:
         for i in range(self.size):
             place, line = block[(start + i) % self.size]
             try:
-                encoded = self.encoder.encode(self.reader.row(parse_line(line, place), place))
+                encoded = self.encoder.encode(self.reader.row(parse_row_line(line, place), place))
             except BadRow as error:
                 if not self.skip_bad:
                     raise

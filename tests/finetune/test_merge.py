@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import merge_lora
 from chatglm import load_model, load_tokenizer
-from finetune.evaluation.predict import build_parser, load_for_inference
+from finetune.evaluation.predict import PredictionFlags, build_parser, load_for_inference
 from tests.finetune.runs import fill_disk
 
 
@@ -317,7 +317,11 @@ def test_merged_cuts_prompts_as_training_did(adapter, bases, tmp_path, capsys):
     for folder in (adapter, tmp_path / "merged"):
         assert (
             load_for_inference(
-                build_parser().parse_args(["--model_path", str(folder), "--device", "cpu"])
+                PredictionFlags(
+                    **vars(
+                        build_parser().parse_args(["--model_path", str(folder), "--device", "cpu"])
+                    )
+                )
             )[2]
             == 64
         )

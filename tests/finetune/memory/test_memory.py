@@ -16,7 +16,7 @@ from finetune.memory.cards import CARDS, GIB, MIB
 from finetune.memory.command import cheapest_change, largest, main, make_run, read_zero
 from finetune.memory.formula import Constants, estimate
 from finetune.memory.layers import Layer, kept_bytes_per_token
-from finetune.memory.published import a40_rows, compare, fit
+from finetune.memory.published import a40_rows, compare_published, fit_constants
 from finetune.memory.run import Run, Zero
 from finetune.memory.shapes import PUBLISHED, make_shape, read_shape
 from tests.finetune.runs import ROOT, child_env
@@ -389,7 +389,7 @@ def test_ours_needs_less_than_plain():
 
 @cache
 def figures() -> dict:
-    return compare(Constants())
+    return compare_published(Constants())
 
 
 def test_published_rows():
@@ -405,7 +405,7 @@ def test_published_rows():
 def test_constants_are_the_fits():
     """Three for all rows; nobody typed in better ones."""
     assert len(dataclasses.fields(Constants)) == 3
-    assert fit(a40_rows()) == Constants()
+    assert fit_constants(a40_rows()) == Constants()
 
 
 # configurations and the command

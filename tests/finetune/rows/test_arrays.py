@@ -10,7 +10,15 @@ from safetensors.numpy import load_file
 
 from chatglm.conversations import IGNORED
 from finetune.rows import arrays
-from finetune.rows.arrays import EncodedRow, Place, RowWriter, choose, dataset_of, join, map_rows
+from finetune.rows.arrays import (
+    EncodedRow,
+    Place,
+    RowWriter,
+    chosen_rows,
+    dataset_of,
+    join,
+    map_rows,
+)
 from tests.finetune.runs import rows_of
 
 NAMES = ("first.jsonl", "second.2024.json")
@@ -136,7 +144,7 @@ def test_several_sources_are_one():
     for number, row in enumerate((PLAIN, empty, TALK, PLAIN)):
         writer.add(Place(0, f":{number}"), row)
     part = writer.in_memory(("a",), {})
-    both = join([choose(part, is_skip=True), dataset_of([("x", TALK)]), choose(part)])
+    both = join([chosen_rows(part, is_skip=True), dataset_of([("x", TALK)]), chosen_rows(part)])
     assert [place for place, *_ in rows_of(both)] == ["a:0", "a:3", "x", "a:0", "a:2", "a:3"]
     assert rows_of(both)[4] == ("a:2", TALK.input_ids, 2, TALK.labels)
     assert both.row_lengths.tolist() == [3, 3, 9, 3, 9, 3] and (

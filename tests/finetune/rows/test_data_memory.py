@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from benchmarks import data_memory
-from finetune.rows.encoding import Encoder
+from finetune.rows.encoding import RowEncoder
 from tests.finetune.runs import ROOT, child_env, free_port, make_rows, write_rows
 
 RANK = """
@@ -34,7 +34,7 @@ def test_rows_are_tokenised_once(tmp_path, monkeypatch, capsys):
     words = data_memory.flags_of(tmp_path, model, corpus)
     found = [data_memory.run_ranks(2, [*words, "--data_cache", str(tmp_path / "cache")])]
     monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setattr(Encoder, "encode", Encoder.encode)  # put back at the end
+    monkeypatch.setattr(RowEncoder, "encode", RowEncoder.encode)  # put back at the end
     for cache in (str(tmp_path / "cache"), ""):
         data_memory.run_rank([*words, "--data_cache", cache])
         found.append(

@@ -19,8 +19,8 @@ from finetune.config import parse_config
 from finetune.rows import encoding
 from finetune.rows.encoding import (
     CACHE_FORMAT,
-    Encoder,
     Preparation,
+    RowEncoder,
     choose_rows,
     encode_rows,
     prepare,
@@ -37,7 +37,7 @@ TALKS = ",".join(
 )
 
 
-class Counted(Encoder):
+class Counted(RowEncoder):
     """Counts the rows it encodes."""
 
     def encode(self, row):
@@ -47,7 +47,7 @@ class Counted(Encoder):
 
 @pytest.fixture
 def load(bases, tmp_path):
-    """load(path, ...) -> (rows as tuples, how many were tokenised); `family` and what Encoder,
+    """load(path, ...) -> (rows as tuples, how many were tokenised); `family` and what RowEncoder,
     Preparation and prepare take.
     """
 
@@ -129,7 +129,7 @@ def test_other_token_ids_of_the_same_model_file_are_other_rows(bases, tmp_path):
     )
     (source,) = parse_sources(str(write_rows(tmp_path / "rows.json", make_rows(2))))
     keys = {
-        Preparation(RowReader(), Encoder(t, FAMILIES["glm"], 80, 50)).key(source, ["x"])
+        Preparation(RowReader(), RowEncoder(t, FAMILIES["glm"], 80, 50)).key(source, ["x"])
         for t in (first, first, other)
     }
     assert len(keys) == 2
@@ -174,9 +174,9 @@ def test_t11_the_key_of_the_cache(bases, tmp_path, monkeypatch):
     tokenizer = load_tokenizer(bases["glm2"])
 
     def key(max_src_len=32, hashes=("x",)):
-        return Preparation(RowReader(), Encoder(tokenizer, FAMILIES["glm2"], 64, max_src_len)).key(
-            source, list(hashes)
-        )
+        return Preparation(
+            RowReader(), RowEncoder(tokenizer, FAMILIES["glm2"], 64, max_src_len)
+        ).key(source, list(hashes))
 
     found = {key(), key(31), key(hashes=("y",))}
     monkeypatch.setattr(encoding, "__file__", "/nowhere")
@@ -226,7 +226,7 @@ def test_t11_a_new_format_of_the_cache_where_encodings_change():
     for family in ("glm2", "glm3"):
         preparation = Preparation(
             RowReader(family=family),
-            Encoder(load_tokenizer(folder, mode=family), FAMILIES[family], 120, 80),
+            RowEncoder(load_tokenizer(folder, mode=family), FAMILIES[family], 120, 80),
             "skip",
         )
         for name in ("sharegpt", "openai", "chatglm3", "alpaca", "prompt", "instruction", "belle"):
@@ -286,7 +286,7 @@ def test_bad_rows_are_met_before_anything_is_tokenised(load, tmp_path):
 def test_a_file_that_changes_on_the_way_is_refused(load, bases, tmp_path):
     file = write_rows(tmp_path / "rows.json", make_rows(70))
 
-    class Meddling(Encoder):
+    class Meddling(RowEncoder):
         def encode(self, row):
             write_rows(file, make_rows(3))
             return super().encode(row)

@@ -13,7 +13,7 @@ from chatglm.conversations import IGNORED, Turn
 from chatglm.families import FAMILIES
 from finetune.rows.arrays import EncodedRow, dataset_of, join
 from finetune.rows.batches import collate
-from finetune.rows.encoding import Encoder
+from finetune.rows.encoding import RowEncoder
 from finetune.rows.formats import (
     FORMATS,
     BadRow,
@@ -43,7 +43,7 @@ def tokenizers(tmp_path_factory):
 
 def check_labels(family, tokenizer, row):
     """The labelled ids are the answers', each encoded by itself, whatever stands around them."""
-    encoder = Encoder(tokenizer, FAMILIES[family], 100_000, 90_000)
+    encoder = RowEncoder(tokenizer, FAMILIES[family], 100_000, 90_000)
     wanted = [
         [i for text in texts for i in tokenizer.encode_text(text)]
         for texts in wanted_answers(family, row)
@@ -66,7 +66,7 @@ def test_contract(tokenizers, name, family):
         if refused_by(row, family):
             assert family != "glm3" and any(turn.metadata for turn in row.turns)
             with pytest.raises(ValueError, match="need ChatGLM3"):
-                Encoder(tokenizers[family], FAMILIES[family], 4000, 3000).encode(row)
+                RowEncoder(tokenizers[family], FAMILIES[family], 4000, 3000).encode(row)
         else:
             check_labels(family, tokenizers[family], row)
     for key in FORMATS[name].keys:
@@ -407,7 +407,7 @@ def test_training_on_conversations(flags, train, tmp_path, bases):
     tokenizer, model = load_tokenizer(bases["glm2"]), load_model(bases["glm2"], dtype=torch.float32)
     total = count = 0.0
     for row in sample("sharegpt")[:2]:
-        (made,) = Encoder(tokenizer, FAMILIES["glm2"], 400, 300).encode(row)
+        (made,) = RowEncoder(tokenizer, FAMILIES["glm2"], 400, 300).encode(row)
         labels = torch.tensor(
             made.labels or [IGNORED] * made.n_masked + made.input_ids[made.n_masked :]
         )
