@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chatglm.adapter_folders import refuse_foreign
 from chatglm.checksums import add_verify_flag
 from chatglm.commands import Parser, run_command
 from chatglm.families import FAMILIES
@@ -76,10 +77,12 @@ def check_shapes(base: Path, adapter: Path, changed: dict[str, tuple[int, int]])
 
 def adapter_shapes(adapter: Path) -> dict[str, tuple[int, int]]:
     """{module of the base: (out, in) size of the weight that its A and B change}."""
-    from chatglm.adapters import PEFT, read_adapter
+    from chatglm.adapters import PEFT, read_adapter, refuse_layout
 
     pairs: dict[str, dict[str, int]] = {}
-    for peft_name, tensor in read_adapter(adapter).items():
+    state = read_adapter(adapter)
+    refuse_layout(adapter, state)
+    for peft_name, tensor in state.items():
         name = peft_name.removeprefix(PEFT)
         for part, size in ((".lora_A.", tensor.shape[-1]), (".lora_B.", tensor.shape[0])):
             if part in name:
@@ -146,6 +149,7 @@ def check_folders(base: Path, adapter: Path, save_dir: Path, verify: str | None)
     from chatglm.runs import check_not_run
 
     check_not_run(adapter, "--model_dir")
+    refuse_foreign(adapter)
     if (adapter / MERGED_NOTE).is_file():
         raise ValueError(
             f"{adapter} is merged already ({MERGED_NOTE}); its adapter is in {adapter / 'adapter'}"
@@ -259,6 +263,7 @@ def merge_folders(args: MergeFlags) -> int:
             "or leave the flag out to merge in place of --model_dir"
         )
     for path, flag in ((Path(args.ori_model_dir), "--ori_model_dir"), (adapter, "--model_dir")):
+        refuse_foreign(path)
         if not path.is_dir():
             raise FileNotFoundError(f"{flag}: no such folder: {path}")
     # torch: seconds, and only once the flags are right

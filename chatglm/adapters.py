@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
+from .adapter_folders import conversion
 from .files import read_json, shorten
 from .folders import reading
 from .weights import read_tensors
@@ -19,11 +20,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PEFT = "base_model.model."
-# What savers put before a module's name, some of it more than once: peft's own, and TRL's of a
-# model with a value head.
-SAVED_PREFIXES = (PEFT, "base_model.", "pretrained_model.")
+# What savers put before a module's name, some of it more than once: peft's own, TRL's of a model
+# with a value head, and that of DeepSpeed's and torch's wrappers.
+SAVED_PREFIXES = (PEFT, "base_model.", "pretrained_model.", "module.")
 VALUE_HEAD = "v_head."  # TRL's: of a reward, no part of a language model
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+# Keys of adapter_config.json that peft does not know and that change no number: of the machine
+# that saved it, of peft 0.2 and of ms-swift. The layout that they name shows in the tensors.
+SAVERS_KEYS = (
+    *("runtime_config", "enable_lora", "merge_weights", "swift_type", "model_key_mapping"),
+    *("group_size", "lora_dtype", "use_qa_lora", "use_merged_linear"),
+    *("lorap_lr_ratio", "lorap_emb_lr", "lr_ratio"),
+)
+# A layer of GlmForCausalLM, the name that transformers gives to a converted GLM-4.
+SPLIT_LAYER = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)")
+PROMPT = "prompt_embeddings"  # peft's name of what its PREFIX_TUNING trains
 
 
 class AdapterFit(NamedTuple):
@@ -50,6 +61,9 @@ def peft_name(name: str) -> str | None:
         return None
     while prefix := next((p for p in SAVED_PREFIXES if name.startswith(p)), None):
         name = name.removeprefix(prefix)
+    # ms-swift before 1.5
+    name = re.sub(r"\.loramodule_\w+\.(lora_[AB])$", r".\1.weight", name)
+    name = re.sub(r"\.loramodule_\w+\.(lora_[AB])", r".\1", name)
     # a whole model's state names the adapter, too
     return PEFT + re.sub(r"(\.lora_[A-Za-z_]+)\.default(?=\.|$)", r"\1", name)
 
@@ -82,19 +96,23 @@ def read_adapter_config(folder: Path) -> "PeftConfig":
 
     path = folder / "adapter_config.json"
     values = read_json(path)
-    values.pop("runtime_config", None)  # of the machine that saved it
+    kind = values.get("peft_type") or values.get("swift_type")
+    values["peft_type"] = kind
+    for key in SAVERS_KEYS:
+        values.pop(key, None)
     if values.get("megatron_config") is not None:
         # peft would import the module that megatron_core names
         raise ValueError(
             f"{path}: an adapter of Megatron's layers (megatron_config) is not read here"
         )
-    kind = values.get("peft_type")
     if kind is None:
         raise ValueError(f"{path} has no peft_type, such as LORA: it is no adapter's configuration")
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(f"{path}: peft {peft_version()} knows no peft_type {shorten(kind)}")
     with reading(path):
         config = PeftConfig.from_peft_type(**values)
+    if kind == "PREFIX_TUNING":
+        raise ValueError(prefix_message(folder))
     if config.is_prompt_learning or config.is_adaption_prompt or kind == "XLORA":
         raise ValueError(
             f"{path}: peft_type {kind} cannot be put on a ChatGLM here, wanted LORA "
@@ -103,6 +121,40 @@ def read_adapter_config(folder: Path) -> "PeftConfig":
         )
     config.inference_mode = True
     return config
+
+
+def prefix_message(folder: Path) -> str:
+    """What to do with an adapter of peft's PREFIX_TUNING."""
+    return (
+        f"{folder} holds a prefix of peft's PREFIX_TUNING, which is P-Tuning v2's here; "
+        f"convert it: {conversion(folder)}"
+    )
+
+
+def refuse_layout(folder: Path, state: dict[str, Tensor]) -> None:
+    """Raises ValueError for tensors that belong to a ChatGLM, but in another layout.
+
+    Args:
+        state: `read_adapter` of the folder.
+    """
+    pairs: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if PROMPT in name:
+            raise ValueError(prefix_message(folder))
+        if SPLIT_LAYER.match(name.removeprefix(PEFT)):
+            raise ValueError(
+                f"{folder} was made for GlmForCausalLM, whose layers have other names, such as "
+                f"{name}; convert it: {conversion(folder)}"
+            )
+        if ".lora_A" in name:
+            pairs[name.replace(".lora_A", ".lora_B")] = tensor
+    for name, a in pairs.items():
+        b = state.get(name)
+        if b is not None and (b.dim() == 3 or (b.dim() == 2 and b.shape[1] != a.shape[0])):
+            raise ValueError(
+                f"{folder} holds LoRA of parts of a layer (MergedLinear, as peft 0.2 made it for "
+                f"one target module), such as {name}; convert it: {conversion(folder)}"
+            )
 
 
 def peft_version() -> str:
@@ -142,6 +194,8 @@ def load_adapter(model: "PreTrainedModel", folder: Path) -> "PeftModel":
     folder = Path(folder)
     config, state = read_adapter_config(folder), read_adapter(folder)
     peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)
+    if getattr(model.config, "model_type", None) == "chatglm":
+        refuse_layout(folder, state)
     name = str(model.name_or_path)
     remedy = f"does its adapter belong to {name}?"
     places = set((getattr(model, "hf_device_map", None) or {}).values())

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .adapter_folders import refuse_foreign
 from .families import FAMILIES
 from .files import read_json, read_text, shorten
 from .runs import check_not_run
@@ -84,9 +85,11 @@ def check_folder(path: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: it is none.
-        ValueError: it is the folder of a run, whose checkpoints are the models.
+        ValueError: it is the folder of a run, whose checkpoints are the models, or an adapter of
+            another program that has to be converted.
     """
     path = Path(path)
+    refuse_foreign(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no such model folder: {path}{download_hint(str(path))}")
     check_not_run(path)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from chatglm.adapters import adapter_file, read_adapter
+from chatglm.adapters import adapter_file, read_adapter, read_adapter_config
 from chatglm.configuration import ChatGLMConfig
 from chatglm.folders import read_model_config
 from chatglm.loading import model_class_of, set_prefix
@@ -112,11 +112,11 @@ def adapted_model(model: "PreTrainedModel", adapter: Path) -> "PeftModel":
     Raises:
         ValueError: the adapter's file and its configuration do not fit each other or the model.
     """
-    from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
+    from peft import LoraConfig, PeftModel, set_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
 
     file = adapter_file(adapter)
-    config = PeftConfig.from_pretrained(str(adapter))
+    config = read_adapter_config(adapter)
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{adapter}: only LoRA adapters are merged, this is {config.peft_type}")
     for name in ("layer_replication", "trainable_token_indices", "target_parameters"):

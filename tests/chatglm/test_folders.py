@@ -176,7 +176,9 @@ def test_a7_adapter_configurations(adapter_folder):
         "base_model_name_or_path": values["base_model_name_or_path"],
     }
     path.write_text(json.dumps(prefix))
-    assert "PREFIX_TUNING cannot be put on a ChatGLM here" in refusal(load_model, adapter_folder)
+    assert "peft's PREFIX_TUNING, which is P-Tuning v2's here; convert it" in refusal(
+        load_model, adapter_folder
+    )
     path.write_text(json.dumps(values | {"base_model_name_or_path": str(adapter_folder)}))
     assert "is an adapter itself" in refusal(load_model, adapter_folder)
 

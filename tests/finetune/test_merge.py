@@ -217,7 +217,7 @@ class Bomb:
         ("no_weights", "adapter_model"),
         ("other_weights", "no LoRA weights"),
         ("config", "adapter_config.json"),
-        ("no_config", "no LoRA adapter"),
+        ("no_config", "without an adapter_config.json"),
     ],
 )
 def test_damaged_adapters_are_one_line(old_adapter, bases, tmp_path, capsys, damage, said):
