@@ -172,6 +172,7 @@ def load_model(
     device_map: str | dict[str, Any] | None = None,
     base: str | Path | None = None,
     quantization_bit: int | None = None,
+    keep_quantized: bool = False,
 ) -> "ChatGLMCausalLM | PeftModel":
     """A ChatGLM with its output layer, in eval mode.
 
@@ -185,7 +186,10 @@ def load_model(
             with it.
         base: the base model of an adapter or prefix folder; by default the one that it names.
         quantization_bit: 4 (nf4, double quantisation) or 8 (int8) bits for the linear layers,
-            except the output layer and a prefix's own; computed in `dtype`. Needs bitsandbytes.
+            except the output layer and a prefix's own; computed in `dtype`. Needs bitsandbytes,
+            and the fp16 release.
+        keep_quantized: leave the weights of a published int8 or int4 folder packed, which are
+            dequantised otherwise.
         verify: how files are compared with the folder's checksums.json: fast, full or off.
     Returns:
         ChatGLM1ForConditionalGeneration or ChatGLM2ForConditionalGeneration; for an adapter
@@ -203,6 +207,7 @@ def load_model(
         "attn_implementation": attn_implementation,
         "device_map": device_map,
         "quantization_bit": quantization_bit,
+        "keep_quantized": keep_quantized,
     }
     if (path / "adapter_config.json").is_file():
         model = load_model(base_of_adapter(path, base), mode=mode, **options)
@@ -235,6 +240,7 @@ def load_whole(
     attn_implementation: str,
     device_map: str | dict[str, Any] | None,
     quantization_bit: int | None,
+    keep_quantized: bool,
 ) -> ChatGLMCausalLM:
     """The model of a folder of weights; the options are `load_model`'s.
 
@@ -258,6 +264,7 @@ def load_whole(
             attn_implementation=attn_implementation,
             device_map=device_map,
             output_loading_info=True,
+            keep_quantized=keep_quantized,
             **quantization_options(quantization_bit, dtype),
         )
     # That the config names a prefix is not enough.

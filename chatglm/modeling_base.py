@@ -36,6 +36,7 @@ from .layers import (
     padding_mask,
 )
 from .packing import PackedMasks, Packing
+from .quantization import dequantize_modules, pack_modules, quantize_modules
 from .weights import check_fit, stored_prefix, stored_shapes, weight_files
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_attention_backend = True
+    scale_dtype: torch.dtype | None = None  # of quantised weights; None: the weights' own
 
     @classmethod
     def from_pretrained(
@@ -63,25 +65,60 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: a folder's files hold something else, such as a P-Tuning prefix alone,
-                quantised weights or a tensor of another shape; the message is one line.
+                or a tensor of another shape; the message is one line.
+
+        A published int8 or int4 folder is dequantised, unless `keep_quantized`.
         """
         folder = Path(pretrained_model_name_or_path or "")
         is_folder = pretrained_model_name_or_path is not None and folder.is_dir()
         if not is_folder or any(kwargs.get(name) for name in OTHER_SOURCES):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        keep_quantized = kwargs.pop("keep_quantized", False)
         check_json_files(folder)
         config = kwargs.get("config")
         if not isinstance(config, ChatGLMConfig):
             config_class = cls.config_class
             assert config_class is not None and issubclass(config_class, ChatGLMConfig)
             config = config_class.from_dict(read_model_config(folder))
+        if config.quantization_bit and kwargs.get("quantization_config"):
+            raise ValueError(
+                f"{folder} is quantised already (quantization_bit {config.quantization_bit}): "
+                "bitsandbytes quantises the fp16 release"
+            )
         files = cls.check_weights(folder, config)
         kwargs.setdefault("use_safetensors", files[0].suffix == ".safetensors")
         with reading(folder), without_marks(folder) as readable:
             loaded = super().from_pretrained(str(readable), *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config.name_or_path = str(folder)
+        if model.config.quantization_bit and not keep_quantized:
+            model.dequantize()
         return loaded
+
+    def post_init(self) -> None:
+        """As transformers', after the modules that the config's release quantises are packed."""
+        if bits := self.config.quantization_bit:
+            pack_modules(self, bits, bool(self.config.quantization_embeddings))
+        super().post_init()
+
+    def quantize(self, bits: int) -> "ChatGLMPreTrainedModel":
+        """Pack the linear layers of every block in 4 or 8 bits, as the published releases are.
+
+        Other programs' backends quantise in other forms: `load_model(quantization_bit=...)` takes
+        bitsandbytes. Raises ValueError for other bits, or where the model is packed already.
+        """
+        if self.config.quantization_bit:
+            raise ValueError(f"the model is in {self.config.quantization_bit} bits already")
+        quantize_modules(self, bits, self.scale_dtype)
+        self.config.quantization_bit = bits
+        return self
+
+    def dequantize(self) -> "ChatGLMPreTrainedModel":
+        """Make ordinary layers of packed ones."""
+        dequantize_modules(self)
+        self.config.quantization_bit = self.config.quantization_embeddings = None
+        self.tie_weights()
+        return self
 
     @classmethod
     def check_weights(cls, folder: Path, config: ChatGLMConfig) -> list[Path]:

@@ -117,6 +117,7 @@ class ChatGLM1Block(GradientCheckpointingLayer):
 class ChatGLM1PreTrainedModel(ChatGLMPreTrainedModel):
     config: ChatGLM1Config
     config_class = ChatGLM1Config
+    scale_dtype = torch.float16
     _no_split_modules = ["ChatGLM1Block"]
     _supports_flash_attn = False  # flash kernels cannot express the bidirectional context
     _can_record_outputs = {"hidden_states": ChatGLM1Block, "attentions": GLMSelfAttention}
