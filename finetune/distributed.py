@@ -278,6 +278,10 @@ def deepspeed_config(
     zero["stage"] = stage_for(ds, precision, adapters, world)
     if asked == 3:
         check_zero3(config, path.name)
+        if str(config.gradient_checkpointing) == "selective":
+            # ZeRO-3's linear adds the bias in place to a product that selective checkpointing has
+            # saved: with it every gradient before that layer is wrong.
+            zero["memory_efficient_linear"] = False
     if world == 1 and zero["stage"] == 1:
         ds["bf16"].setdefault("immediate_grad_update", True)
     if zero["stage"] != asked:
