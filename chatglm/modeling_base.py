@@ -92,7 +92,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config.name_or_path = str(folder)
         if model.config.quantization_bit and not keep_quantized:
-            model.dequantize()
+            model.widen_quantized()
         return loaded
 
     def post_init(self) -> None:
@@ -113,7 +113,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         self.config.quantization_bit = bits
         return self
 
-    def dequantize(self) -> "ChatGLMPreTrainedModel":
+    def widen_quantized(self) -> "ChatGLMPreTrainedModel":
         """Make ordinary layers of packed ones."""
         dequantize_modules(self)
         self.config.quantization_bit = self.config.quantization_embeddings = None

@@ -85,7 +85,9 @@ class QuantizedLinear(nn.Module):
             bits,
         )
         self.layer_type = type(linear)
-        self.weight, self.weight_scale = packed_parameters(*linear.weight.shape, bits)
+        self.weight, self.weight_scale = packed_parameters(
+            linear.out_features, linear.in_features, bits
+        )
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:

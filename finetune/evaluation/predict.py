@@ -49,6 +49,7 @@ class InferenceFlags:
     device: str
     precision: str
     quantization_bit: int | None
+    keep_quantized: bool
     verify: str
     max_src_len: int | None
     max_new_tokens: int | None
@@ -194,6 +195,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         choices=(4, 8),
         help="hold the frozen linear layers in so many bits, as QLoRA trains over them",
     )
+    add_packing_flag(parser)
     add_verify_flag(parser, "fast")
     add_length_flags(parser)
     parser.add_argument(
@@ -213,6 +215,15 @@ def add_loading_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="0", help='GPU number, "cpu" or a torch device [0]')
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="auto", help="of the weights [auto]"
+    )
+
+
+def add_packing_flag(parser: argparse.ArgumentParser) -> None:
+    """Whether a published int8 or int4 release stays packed."""
+    parser.add_argument(
+        "--keep_quantized",
+        action="store_true",
+        help="leave a published int8 or int4 model packed: less memory, slower [dequantised]",
     )
 
 
@@ -295,6 +306,7 @@ def load_for_inference(
         device=flags.device,
         precision=flags.precision,
         quantization_bit=flags.quantization_bit,
+        keep_quantized=flags.keep_quantized,
         verify=flags.verify,
     )
     train_config = Path(flags.model_path) / "train_config.json"
@@ -331,6 +343,7 @@ def load_ready(
     device: str = "0",
     precision: str = "auto",
     quantization_bit: int | None = None,
+    keep_quantized: bool = False,
     verify: str | None = None,
 ) -> "PreTrainedModel":
     """A model on its device, ready for inference.
@@ -357,7 +370,10 @@ def load_ready(
             device_map={"": device},
             verify=verify,
         ).eval()
-    return load_model(path, mode=mode, dtype=dtype, base=base, verify=verify).to(device).eval()
+    model = load_model(
+        path, mode=mode, dtype=dtype, base=base, keep_quantized=keep_quantized, verify=verify
+    )
+    return model.to(device).eval()
 
 
 def pick_device(name: str) -> str:
