@@ -16,6 +16,7 @@ from chatglm.checksums import add_verify_flag
 from chatglm.commands import Parser, run_command
 from chatglm.families import FAMILIES
 from chatglm.files import read_json, shorten
+from chatglm.hub import resolve_folder
 from chatglm.runs import check_not_run
 from finetune.config import PRECISIONS, parse_bool, parse_positive
 from finetune.flag_effects import PREDICTING, check_given
@@ -235,11 +236,10 @@ def load_for_inference(
     from chatglm import load_tokenizer
 
     check_not_run(args.model_path, "--model_path")
-    tokenizer = load_tokenizer(
-        args.model_path, mode=args.mode, base=args.base_model, verify=args.verify
-    )
+    folder = resolve_folder(args.model_path, weights=True)
+    tokenizer = load_tokenizer(folder, mode=args.mode, base=args.base_model, verify=args.verify)
     model = load_ready(
-        args.model_path,
+        folder,
         mode=args.mode,
         base=args.base_model,
         device=args.device,
@@ -247,7 +247,7 @@ def load_for_inference(
         quantization_bit=args.quantization_bit,
         verify=args.verify,
     )
-    train_config = Path(args.model_path) / "train_config.json"
+    train_config = folder / "train_config.json"
     max_src_len = args.max_src_len or trained_length(train_config) or 1024
     options: dict[str, Any] = {}
     if args.max_new_tokens:
@@ -274,7 +274,7 @@ def trained_length(config: Path) -> int | None:
 
 
 def load_ready(
-    path: str,
+    path: str | Path,
     *,
     mode: str | None = None,
     base: str | None = None,
