@@ -249,7 +249,7 @@ def explain(error: Exception, asked: HubName) -> Exception:
         return OSError(error.errno, error.strerror, str(place))
     return ConnectionError(
         f"{asked}: the transfer from {hub} broke off ({reason_of(error)}); "
-        "the same command goes on where it stopped"
+        "run the same command again: files that came whole are kept"
     )
 
 

@@ -32,7 +32,7 @@ from .hub import recover_folder, resolve_folder
 from .modeling_base import ChatGLMCausalLM
 from .modeling_glm import ChatGLM1ForConditionalGeneration
 from .modeling_glm2 import ChatGLM2ForConditionalGeneration
-from .tokenization_base import ChatGLMTokenizer
+from .tokenization import ChatGLMTokenizer
 from .weights import (
     PREFIX,
     StoredPrefix,
