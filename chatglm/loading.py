@@ -28,6 +28,7 @@ from .folders import (
     reading,
     refuse_unknown_type,
 )
+from .hub import recover_folder, resolve_folder
 from .modeling_base import ChatGLMCausalLM
 from .modeling_glm import ChatGLM1ForConditionalGeneration
 from .modeling_glm2 import ChatGLM2ForConditionalGeneration
@@ -90,13 +91,15 @@ def resolve_mode(path: str | Path, mode: str | None = None, base: str | Path | N
             nothing of its family, or its config.json is no ChatGLM's.
         FileNotFoundError: there is no such folder.
     """
-    folder = check_folder(path)
-    config = read_model_config(folder) if (folder / "config.json").is_file() else {}
+    path = check_folder(path)
+    base = resolve_folder(base) if base else None
+    config = read_model_config(path) if (path / "config.json").is_file() else {}
     if mode is None:
         mode = infer_family(path, base)
+        if mode is None and (path / "adapter_config.json").is_file():
+            # if there is none, say so
+            mode = infer_family(path, base_of_adapter(path, base, weights=False))
         if mode is None:
-            if (folder / "adapter_config.json").is_file():
-                base_of_adapter(folder, base)  # if there is none, say so
             if (ratio := config.get("rope_ratio", 1)) != 1:
                 raise ValueError(f"{path}/config.json: {unclear_family_message(ratio)}")
             raise ValueError(
@@ -110,14 +113,14 @@ def resolve_mode(path: str | Path, mode: str | None = None, base: str | Path | N
     return mode
 
 
-def base_of_adapter(path: Path, base: str | Path | None) -> Path:
+def base_of_adapter(path: Path, base: str | Path | None, *, weights: bool = True) -> Path:
     """The folder of an adapter's base model: `base`, else the one that it names.
 
     Raises:
         ValueError: it names none, or that is an adapter itself.
         FileNotFoundError: it is not there.
     """
-    folder = find_base(path, base)
+    folder = find_base(path, base, weights=weights)
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"{path}: its base model {folder} is an adapter itself; "
@@ -153,9 +156,12 @@ def load_tokenizer(
     """
     path = check_folder(path)
     mode = resolve_mode(path, mode, base)
-    base = base or named_base(path)
-    if not (path / FAMILIES[mode].tokenizer_file).is_file() and base and Path(base).is_dir():
-        path = Path(base)
+    given, base = base, base or named_base(path)
+    if not (path / FAMILIES[mode].tokenizer_file).is_file() and base:
+        # a published config.json names its model too, which is no base
+        is_base = given or (path / "adapter_config.json").is_file()
+        source = recover_folder(base, weights=False) if is_base else Path(base)
+        path = source if source.is_dir() else path
     return ChatGLMTokenizer.from_pretrained(str(path), family=mode)
 
 
@@ -178,7 +184,8 @@ def load_model(
 
     Args:
         path: a folder of weights (safetensors, or .bin read with weights_only), a peft adapter
-            folder, or a folder that holds only a P-Tuning prefix.
+            folder, or a folder that holds only a P-Tuning prefix; or a hub's name of such a model
+            (chatglm.hub).
         mode: a key of FAMILIES; found in the folder when None.
         dtype: of the weights; None keeps the checkpoint's.
         pre_seq_len, prefix_projection, ptuning_version: a new P-Tuning prefix of so many virtual

@@ -17,6 +17,7 @@ from chatglm.checksums import add_verify_flag
 from chatglm.commands import Parser, run_command
 from chatglm.families import FAMILIES
 from chatglm.files import read_json, shorten
+from chatglm.hub import resolve_folder
 from chatglm.runs import check_not_run
 from finetune.config import PRECISIONS, parse_bool, parse_positive
 from finetune.flag_effects import PREDICTING, check_given
@@ -296,11 +297,10 @@ def load_for_inference(
     from chatglm import load_tokenizer
 
     check_not_run(flags.model_path, "--model_path")
-    tokenizer = load_tokenizer(
-        flags.model_path, mode=flags.mode, base=flags.base_model, verify=flags.verify
-    )
+    folder = resolve_folder(flags.model_path, weights=True)
+    tokenizer = load_tokenizer(folder, mode=flags.mode, base=flags.base_model, verify=flags.verify)
     model = load_ready(
-        flags.model_path,
+        folder,
         mode=flags.mode,
         base=flags.base_model,
         device=flags.device,
@@ -309,7 +309,7 @@ def load_for_inference(
         keep_quantized=flags.keep_quantized,
         verify=flags.verify,
     )
-    train_config = Path(flags.model_path) / "train_config.json"
+    train_config = folder / "train_config.json"
     max_src_len = flags.max_src_len or trained_length(train_config) or 1024
     options: dict[str, Any] = {}
     if flags.max_new_tokens:
@@ -336,7 +336,7 @@ def trained_length(config: Path) -> int | None:
 
 
 def load_ready(
-    path: str,
+    path: str | Path,
     *,
     mode: str | None = None,
     base: str | None = None,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chatglm.files import read_json
+from chatglm.hub import resolve_folder
 
 # The published config.json's, as far as sizes go (chatglm/configuration.py has them as defaults,
 # but needs transformers).
@@ -204,12 +205,14 @@ def short_name(name: str) -> str:
 
 
 def read_shape(model: str) -> Shape:
-    """The shape of a folder with a config.json, else of a published name, in any case of letters.
+    """The shape of a folder with a config.json, else of a published name, in any case of letters,
+    else of a hub's name, whose config.json alone is downloaded.
 
     Raises:
-        ValueError: neither, or the file is not a ChatGLM's.
+        ValueError: none of these, or the file is not a ChatGLM's.
+        OSError: the hub does not give it; as chatglm.hub.resolve_folder.
     """
-    path = Path(model) / "config.json"
+    path = resolve_folder(model) / "config.json"
     if not path.is_file():
         if model.lower() in PUBLISHED:
             return make_shape(PUBLISHED[model.lower()])
