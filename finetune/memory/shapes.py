@@ -34,7 +34,17 @@ _GLM2 = {
     "add_bias_linear": False,
     "tie_word_embeddings": False,
 }
-PUBLISHED = {"chatglm-6b": _GLM, "chatglm2-6b": _GLM2, "chatglm3-6b": _GLM2}
+_GLM4 = _GLM2 | {"num_layers": 40, "padded_vocab_size": 151552}
+PUBLISHED = {
+    "chatglm-6b": _GLM,
+    "chatglm2-6b": _GLM2,
+    "chatglm3-6b": _GLM2,
+    "glm-4-9b": _GLM4,
+    "glm-4-9b-chat": _GLM4,
+    "glm-4-9b-chat-1m": _GLM4 | {"multi_query_group_num": 4},
+    "codegeex4-all-9b": _GLM4,
+}
+TABLED = ("chatglm-6b", "chatglm2-6b", "chatglm3-6b", "glm-4-9b")  # one of each shape
 GLM_KEYS = ("position_encoding_2d", "inner_hidden_size", "max_sequence_length")
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
