@@ -26,9 +26,9 @@ class NoSuchHead:
         self.from_pretrained(config.name_or_path or type(config).__name__)
 
 
-def subclasses(parent: type) -> list[Any]:
+def subclasses(parent: Any) -> list[Any]:
     """All classes below `parent`."""
-    found = []
+    found: list[Any] = []
     for child in parent.__subclasses__():
         found += [child, *subclasses(child)]
     return found

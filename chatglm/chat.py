@@ -148,7 +148,7 @@ class ChatMethods:
     def stream_generate(
         self, input_ids: Tensor, return_past_key_values: bool = False, **options: Any
     ) -> Iterator[Any]:
-        """Yields ids (B, S + n) after each of generate's steps n = 1, 2, ..., the prompt's included.
+        """Yields ids (B, S + n), the prompt's included, after generate's step n = 1, 2, ...
 
         Args:
             input_ids: (B, S).

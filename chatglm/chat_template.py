@@ -138,7 +138,9 @@ def render_glm3(tokenizer: Any, messages: list[Message], prompt: bool) -> Render
 
 def render_glm4(tokenizer: Any, messages: list[Message], prompt: bool) -> Rendered:
     """GLM-4's messages: role token, header line, text; an empty one has no ids."""
-    parts = [("[gMASK]<sop>", [tokenizer.get_command(name) for name in ("[gMASK]", "<sop>")], False)]
+    parts = [
+        ("[gMASK]<sop>", [tokenizer.get_command(name) for name in ("[gMASK]", "<sop>")], False)
+    ]
     for message in messages:
         role, metadata, content = message["role"], message.get("metadata", ""), message["content"]
         texts = [content]
@@ -222,7 +224,7 @@ RENDERERS: dict[str, Callable[[Any, list[Message], bool], Rendered]] = {
 }
 
 
-def render(
+def render_conversation(
     tokenizer: Any, conversation: Any, tools: list[Any] | None, prompt: bool
 ) -> Rendered:
     """A conversation of messages; with `prompt` up to where an answer begins.

@@ -5,18 +5,14 @@ Virtual tokens, masks, the language-model head, chat.
 
 import copy
 import os
-from collections.abc import Generator, Iterator
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from queue import Queue
-from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
@@ -38,7 +34,7 @@ from .packing import PackedMasks, Packing
 from .weights import check_fit, stored_prefix, stored_shapes, weight_files
 
 if TYPE_CHECKING:
-    from .tokenization_base import ChatGLMTokenizer
+    pass
 
 # Options of from_pretrained by which it reads weights from elsewhere than a folder's usual files.
 OTHER_SOURCES = ("state_dict", "subfolder", "variant", "gguf_file")
@@ -72,7 +68,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         kwargs.pop("trust_remote_code", None)
         device = kwargs.pop("device", None)
         if device is not None and kwargs.get("device_map") is not None:
-            raise ValueError(f"give either device or device_map; got both")
+            raise ValueError("give either device or device_map; got both")
         loaded = cls.read_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         if device is not None:
             (loaded[0] if isinstance(loaded, tuple) else loaded).to(device)
@@ -468,5 +464,4 @@ class ChatGLMCausalLM(ChatMethods, ChatGLMPreTrainedModel, GenerationMixin):
         if mask is not None and mask.dim() == 4:
             # The last row of a prompt sees every real column, so it is the 2-D mask.
             kwargs["attention_mask"] = (~mask[:, 0, -1].bool()).long()
-        # transformers types self as a class of its own, of which no model is
-        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+        return super().generate(inputs, *args, **kwargs)

@@ -69,4 +69,5 @@ def guard_code() -> None:
         return fetch(source, module_file, *args, **kwargs)
 
     guarded.refuses_chatglm = True  # type: ignore[attr-defined]
-    dynamic_module_utils.get_cached_module_file = guarded
+    module: Any = dynamic_module_utils  # its type does not say that a function may be replaced
+    module.get_cached_module_file = guarded

@@ -18,7 +18,7 @@ import sentencepiece
 from transformers import BatchEncoding, PreTrainedTokenizer
 from transformers.utils import PaddingStrategy
 
-from .chat_template import TEMPLATES, render
+from .chat_template import TEMPLATES, render_conversation
 from .evidence import contradicts, infer_family
 from .families import FAMILIES
 from .files import is_lfs_pointer, pointer_error
@@ -313,38 +313,44 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         Raises:
             ValueError: a message has another form, or an option is not for these models.
         """
-        for name, value in (("documents", documents), ("chat_template", chat_template)):
-            if value is not None:
-                title = FAMILIES[self.family].title
-                raise ValueError(f"{name}: {title}'s prompts are built from ids, without templates")
+        self._check_template_options(documents=documents, chat_template=chat_template)
         if return_assistant_tokens_mask and not (tokenize and return_dict):
             raise ValueError("return_assistant_tokens_mask needs tokenize and return_dict")
         if continue_final_message and add_generation_prompt:
             raise ValueError("give continue_final_message or add_generation_prompt, not both")
-        first = conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None
+        first = (
+            conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None
+        )
         is_batch = isinstance(first, (list, tuple)) or hasattr(first, "messages")
         rows = []
         for messages in conversation if is_batch else [conversation]:
-            rows.append(render(self, messages, tools, add_generation_prompt))
+            rows.append(render_conversation(self, messages, tools, add_generation_prompt))
         if not tokenize:
             texts = [row.text for row in rows]
             return texts if is_batch else texts[0]
         limit = max_length if truncation else None
-        ids = [row.ids[:limit] for row in rows]
-        masks = [row.assistant[:limit] for row in rows]
         batch = self.pad(
-            {"input_ids": ids},
-            padding=padding or False,
+            {"input_ids": [row.ids[:limit] for row in rows]},
+            padding=padding,
             max_length=max_length,
             padding_side=kwargs.get("padding_side"),
             return_tensors=return_tensors,
         )
         if return_assistant_tokens_mask:
-            batch["assistant_masks"] = padded_masks(masks, batch["input_ids"], self.padding_side)
+            side = kwargs.get("padding_side") or self.padding_side
+            masks = [row.assistant[:limit] for row in rows]
+            batch["assistant_masks"] = padded_masks(masks, batch["input_ids"], side)
             batch.convert_to_tensors(return_tensors)
         if not is_batch and return_tensors is None:
             batch = BatchEncoding({name: value[0] for name, value in batch.items()})
         return batch if return_dict else batch["input_ids"]
+
+    def _check_template_options(self, **options: Any) -> None:
+        """Raises ValueError where an option that these models have no use for is given."""
+        for name, value in options.items():
+            if value is not None:
+                title = FAMILIES[self.family].title
+                raise ValueError(f"{name}: {title}'s prompts are built from ids, without templates")
 
     def get_special_tokens_mask(
         self,
