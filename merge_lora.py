@@ -14,7 +14,7 @@ from chatglm.checksums import add_verify_flag
 from chatglm.commands import Parser, run_command
 from chatglm.families import FAMILIES
 from chatglm.files import read_json
-from chatglm.hub import recover_folder, resolve_folder, short_name
+from chatglm.hub import model_short_name, recover_folder, resolve_folder
 
 if TYPE_CHECKING:
     import torch
@@ -49,10 +49,10 @@ def check_base(
             )
         return None
     check_shapes(base, adapter, changed)
-    if named and short_name(named) not in (base.name, short_name(base.resolve())):
+    if named and model_short_name(named) not in (base.name, model_short_name(base.resolve())):
         if not other_name:
             raise ValueError(
-                f"{adapter} names {named} as its base, not {short_name(base)}; "
+                f"{adapter} names {named} as its base, not {model_short_name(base)}; "
                 "if they are the same model, say --other_name"
             )
         return (

@@ -13,6 +13,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from .evidence import infer_family
+from .remote_code import guard_code
 
 PTUNING_VERSIONS = ("v1", "v2")
 SHARED_LAYOUT = ("glm2", "glm3", "glm4")  # families whose weights and config.json are alike
@@ -266,3 +267,4 @@ def is_chatglm1(config_dict: dict[str, Any]) -> bool:
 
 
 AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
+guard_code()

@@ -139,7 +139,7 @@ def recover_folder(named: str | Path, *, weights: bool = True) -> Path:
     return resolve_folder(named, weights=weights)
 
 
-def short_name(folder: str | Path) -> str:
+def model_short_name(folder: str | Path) -> str:
     """The last part of a model's name or path, without a revision."""
     path = repository_of(folder) or str(folder)
     asked = parse_hub_name(path)

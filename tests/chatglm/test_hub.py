@@ -16,11 +16,11 @@ from chatglm.hub import (
     HubName,
     choose_files,
     missing_weights,
+    model_short_name,
     parse_hub_name,
     recover_folder,
     repository_of,
     resolve_folder,
-    short_name,
 )
 from tests.chatglm.hub_server import COMMIT, Hub, running
 from tests.conftest import REPO_ROOT
@@ -110,8 +110,8 @@ def test_a_folder_wins(tmp_path, monkeypatch):
 def test_the_cache_names_the_model():
     folder = f"/home/u/hub/models--THUDM--chatglm3-6b/snapshots/{COMMIT}"
     assert repository_of(folder) == "THUDM/chatglm3-6b"
-    assert short_name(folder) == short_name("THUDM/chatglm3-6b@v1") == "chatglm3-6b"
-    assert short_name("/models/chatglm3-6b") == "chatglm3-6b"
+    assert model_short_name(folder) == model_short_name("THUDM/chatglm3-6b@v1") == "chatglm3-6b"
+    assert model_short_name("/models/chatglm3-6b") == "chatglm3-6b"
     assert repository_of("/models/chatglm3-6b") is None
 
 
