@@ -275,7 +275,7 @@ def test_a6_half_quantised_folders_are_named(model_folder, bits):
         state[key + "_scale"] = torch.ones(rows, dtype=torch.float16)
     save_file(state, model_folder / WEIGHTS)
     # The other layers of a release are quantised too (test_quantization.py loads whole ones).
-    wanted = "config.json asks for" if bits == 4 else "dense.weight_scale"
+    wanted = "config.json asks for" if bits == 4 else "weight_scale"
     for load in (load_model, AutoModelForCausalLM.from_pretrained):
         text = refusal(load, model_folder)
         assert str(model_folder) in text and wanted in text
