@@ -15,6 +15,7 @@ from chatglm.checksums import add_verify_flag
 from chatglm.commands import Parser, run_command
 from chatglm.families import FAMILIES
 from chatglm.files import read_json
+from chatglm.hub import model_short_name, recover_folder, resolve_folder
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from finetune.merging import Merged
 
 MERGED_NOTE = "merged.json"
+DEFAULT_BASE = "ChatGLM2-6B"
 
 
 def check_base(
@@ -48,10 +50,10 @@ def check_base(
             )
         return None
     check_shapes(base, adapter, changed)
-    if named and Path(named).name not in (base.name, base.resolve().name):
+    if named and model_short_name(named) not in (base.name, model_short_name(base.resolve())):
         if not other_name:
             raise ValueError(
-                f"{adapter} names {named} as its base, not {base.name}; "
+                f"{adapter} names {named} as its base, not {model_short_name(base)}; "
                 "if they are the same model, say --other_name"
             )
         return (
@@ -206,7 +208,9 @@ def adapter_hash(adapter: Path) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="merge_lora.py", description=__doc__)
     parser.add_argument(
-        "--ori_model_dir", default="ChatGLM2-6B", help="the base model [ChatGLM2-6B]"
+        "--ori_model_dir",
+        help="the base model, a folder or a hub's name (default: ChatGLM2-6B where that is here, "
+        "else the one that the adapter names)",
     )
     parser.add_argument(
         "--model_dir", default="output-glm2/epoch-2-step-3900/", help="the adapter folder"
@@ -239,11 +243,25 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(parser.prog, lambda: merge_folders(MergeFlags(**vars(args))))
 
 
+def base_folder(given: str | None, adapter: Path) -> Path:
+    """The base model's folder: what --ori_model_dir says, else DEFAULT_BASE where that is here,
+    else the one that the adapter names.
+
+    Raises:
+        OSError: a hub does not give it; as chatglm.hub.resolve_folder.
+    """
+    if given is None and not Path(DEFAULT_BASE).is_dir():
+        named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+        if isinstance(named, str) and named:
+            return recover_folder(named)
+    return resolve_folder(given or DEFAULT_BASE, weights=True)
+
+
 @dataclass(frozen=True)
 class MergeFlags:
     """The command line."""
 
-    ori_model_dir: str
+    ori_model_dir: str | None
     model_dir: str
     mode: str | None
     save_dir: str | None
@@ -262,8 +280,10 @@ def merge_folders(args: MergeFlags) -> int:
             "--save_dir is empty: name a folder, "
             "or leave the flag out to merge in place of --model_dir"
         )
-    for path, flag in ((Path(args.ori_model_dir), "--ori_model_dir"), (adapter, "--model_dir")):
-        refuse_foreign(path)
+    adapter = resolve_folder(adapter, weights=True)
+    refuse_foreign(adapter)
+    base = base_folder(args.ori_model_dir, adapter)
+    for path, flag in ((base, "--ori_model_dir"), (adapter, "--model_dir")):
         if not path.is_dir():
             raise FileNotFoundError(f"{flag}: no such folder: {path}")
     # torch: seconds, and only once the flags are right
@@ -271,7 +291,7 @@ def merge_folders(args: MergeFlags) -> int:
     from finetune.evaluation.predict import pick_device
 
     merged = merge(
-        Path(args.ori_model_dir),
+        base,
         adapter,
         save_dir,
         args.mode,

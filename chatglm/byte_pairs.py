@@ -25,7 +25,7 @@ GLM4_PATTERN = (
     r"|\s+(?!\S)"
     r"|\s+"
 )
-BYTES = [bytes([value]) for value in range(256)]
+BYTES = tuple(bytes([value]) for value in range(256))
 BEGINNING = 64  # bytes that show what a file is
 
 

@@ -24,6 +24,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 
 from .commands import Parser, run_command
 from .files import read_bytes, read_json
+from .hub import resolve_folder
 
 CHECKSUMS = "checksums.json"
 FORMAT_VERSION = 1
@@ -258,7 +259,8 @@ def verified(
 def checks_folder(
     wanted: Callable[[str], bool] = is_top,
 ) -> Callable[[Callable[..., Loaded]], Callable[..., Loaded]]:
-    """Decorator of a loader whose first argument is a folder: checks the files that it reads.
+    """Decorator of a loader whose first argument is a folder or a hub's name, which becomes the
+    folder: checks the files that it reads.
 
     The loader gets one more keyword, `verify`: one of LEVELS.
     """
@@ -268,8 +270,9 @@ def checks_folder(
         def loading(
             path: str | Path, *args: Any, verify: str | None = None, **options: Any
         ) -> Loaded:
-            with verified(path, verify, wanted):
-                return load(path, *args, **options)
+            folder = resolve_folder(path, weights=wanted("model.safetensors"))
+            with verified(folder, verify, wanted):
+                return load(folder, *args, **options)
 
         return loading
 

@@ -13,6 +13,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from .evidence import infer_family
+from .remote_code import guard_code
 
 PTUNING_VERSIONS = ("v1", "v2")
 SHARED_LAYOUT = ("glm2", "glm3", "glm4")  # families whose weights and config.json are alike
@@ -39,6 +40,8 @@ class ChatGLMConfig(PreTrainedConfig):
     prefix_dropout: float = 0.1  # fixed in the originals; acts on v2's prefix in training only
     initializer_range: float = 0.02
     use_cache: bool = True
+    quantization_bit: int | None = None  # of the weights in the files: 4, 8, or None (also 0)
+    quantization_embeddings: bool | None = None
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "ChatGLMConfig":
@@ -53,7 +56,11 @@ class ChatGLMConfig(PreTrainedConfig):
         names = set(type(self).__annotations__) | set(ChatGLMConfig.__annotations__)
         fields = {name: full[name] for name in names if full.get(name) is not None}
         # Other readers (vLLM, llama.cpp) know the family by this one architecture name.
-        return super().to_diff_dict() | fields | {"architectures": ["ChatGLMModel"]}
+        saved = super().to_diff_dict() | fields | {"architectures": ["ChatGLMModel"]}
+        for name in ("quantization_bit", "quantization_embeddings"):
+            if not full.get(name):
+                saved.pop(name, None)
+        return saved
 
     def check_sizes(self, *names: str) -> None:
         """Raises ValueError where a field cannot be a weight's dimension or a number of layers."""
@@ -61,6 +68,12 @@ class ChatGLMConfig(PreTrainedConfig):
             most = MOST_LAYERS if name == "num_layers" else LARGEST_SIZE
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must be 1 to {most}, got {getattr(self, name)}")
+
+    def validate_quantization(self) -> None:
+        """Raises ValueError for another quantization_bit than 4 and 8; 0 means none."""
+        self.quantization_bit = self.quantization_bit or None
+        if self.quantization_bit not in (None, 4, 8):
+            raise ValueError(f"quantization_bit must be 4 or 8, got {self.quantization_bit}")
 
     def validate_prefix(self) -> None:
         """Raises ValueError for a P-Tuning field out of its range."""
@@ -126,6 +139,7 @@ class ChatGLM1Config(ChatGLMConfig):
             )
         self.glm_family = self.glm_family or "glm"
         self.validate_prefix()
+        self.validate_quantization()
         super().__post_init__(**kwargs)
 
     @property
@@ -201,6 +215,7 @@ class ChatGLM2Config(ChatGLMConfig):
         if self.glm_family is None and self.rope_ratio != 1:
             raise ValueError(unclear_family_message(self.rope_ratio))
         self.validate_prefix()
+        self.validate_quantization()
         super().__post_init__(**kwargs)
 
     def check_structure(self) -> None:
@@ -252,3 +267,4 @@ def is_chatglm1(config_dict: dict[str, Any]) -> bool:
 
 
 AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
+guard_code()

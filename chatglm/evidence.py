@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from .byte_pairs import is_tiktoken_file
 from .families import FAMILIES
 from .files import read_json
+from .hub import repository_of
 
 
 class _Evidence(NamedTuple):
@@ -108,7 +109,7 @@ def _name_evidence(
     names = (
         config.get("_name_or_path"),
         tokenizer.get("name_or_path"),
-        Path(path.absolute()).name,
+        repository_of(path) or path.absolute().name,
     )
     for name in names:
         family = _named_family(name) if isinstance(name, str) else None

@@ -1,7 +1,5 @@
 """Model folders: checks before a library reads one, and its errors in one line. Free of torch."""
 
-import os
-import re
 import tempfile
 from codecs import BOM_UTF8
 from collections.abc import Iterator
@@ -12,6 +10,7 @@ from typing import Any
 from .adapter_folders import refuse_foreign
 from .families import FAMILIES
 from .files import read_json, read_text, shorten
+from .hub import recover_folder, resolve_folder
 from .runs import check_not_run
 
 JSON_FILES = (
@@ -72,26 +71,19 @@ def is_explained(error: Exception, place: str | Path) -> bool:
     )
 
 
-def download_hint(name: str) -> str:
-    """How to get a model that a hub's name, such as THUDM/chatglm2-6b, stands for; else nothing."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        return ""
-    command = f"hf download {name} --local-dir {name.split('/')[1]}"
-    return f"; to get it from a hub: `{command}`, then give that folder"
-
-
-def check_folder(path: str | Path) -> Path:
-    """`path`, which is a folder.
+def check_folder(path: str | Path, *, weights: bool = False) -> Path:
+    """The folder of a path or a hub's name; `weights` as in `chatglm.hub.resolve_folder`.
 
     Raises:
-        FileNotFoundError: it is none.
+        FileNotFoundError: there is none.
         ValueError: it is the folder of a run, whose checkpoints are the models, or an adapter of
             another program that has to be converted.
+        OSError: a hub does not give it; as `chatglm.hub.resolve_folder`.
     """
-    path = Path(path)
+    path = resolve_folder(path, weights=weights)
     refuse_foreign(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"no such model folder: {path}{download_hint(str(path))}")
+        raise FileNotFoundError(f"no such model folder: {path}")
     check_not_run(path)
     return path
 
@@ -207,18 +199,22 @@ def named_base(path: Path) -> str | None:
     return None
 
 
-def find_base(path: Path, base: str | Path | None) -> Path:
+def find_base(path: Path, base: str | Path | None, *, weights: bool = True) -> Path:
     """The folder of the base of an adapter or prefix folder: `base`, else the one that it names.
+
+    Either may be a hub's name; `weights` as in `chatglm.hub.resolve_folder`.
 
     Raises:
         ValueError: it names none.
         FileNotFoundError: the base is not there.
+        OSError: a hub does not give it; as `chatglm.hub.resolve_folder`.
     """
     folder = base or named_base(path)
     if not folder:
         raise ValueError(
             f"{path} holds an adapter or a prefix and names no base model; give base=FOLDER"
         )
-    if not os.path.isdir(folder):
+    found = recover_folder(folder, weights=weights)
+    if not found.is_dir():
         raise FileNotFoundError(f"{path}: its base model {folder} is not there; give base=FOLDER")
-    return Path(folder)
+    return found

@@ -28,6 +28,7 @@ from .folders import (
     reading,
     refuse_unknown_type,
 )
+from .hub import recover_folder, resolve_folder
 from .modeling_base import ChatGLMCausalLM
 from .modeling_glm import ChatGLM1ForConditionalGeneration
 from .modeling_glm2 import ChatGLM2ForConditionalGeneration
@@ -90,13 +91,15 @@ def resolve_mode(path: str | Path, mode: str | None = None, base: str | Path | N
             nothing of its family, or its config.json is no ChatGLM's.
         FileNotFoundError: there is no such folder.
     """
-    folder = check_folder(path)
-    config = read_model_config(folder) if (folder / "config.json").is_file() else {}
+    path = check_folder(path)
+    base = resolve_folder(base) if base else None
+    config = read_model_config(path) if (path / "config.json").is_file() else {}
     if mode is None:
         mode = infer_family(path, base)
+        if mode is None and (path / "adapter_config.json").is_file():
+            # if there is none, say so
+            mode = infer_family(path, base_of_adapter(path, base, weights=False))
         if mode is None:
-            if (folder / "adapter_config.json").is_file():
-                base_of_adapter(folder, base)  # if there is none, say so
             if (ratio := config.get("rope_ratio", 1)) != 1:
                 raise ValueError(f"{path}/config.json: {unclear_family_message(ratio)}")
             raise ValueError(
@@ -110,14 +113,14 @@ def resolve_mode(path: str | Path, mode: str | None = None, base: str | Path | N
     return mode
 
 
-def base_of_adapter(path: Path, base: str | Path | None) -> Path:
+def base_of_adapter(path: Path, base: str | Path | None, *, weights: bool = True) -> Path:
     """The folder of an adapter's base model: `base`, else the one that it names.
 
     Raises:
         ValueError: it names none, or that is an adapter itself.
         FileNotFoundError: it is not there.
     """
-    folder = find_base(path, base)
+    folder = find_base(path, base, weights=weights)
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"{path}: its base model {folder} is an adapter itself; "
@@ -153,9 +156,12 @@ def load_tokenizer(
     """
     path = check_folder(path)
     mode = resolve_mode(path, mode, base)
-    base = base or named_base(path)
-    if not (path / FAMILIES[mode].tokenizer_file).is_file() and base and Path(base).is_dir():
-        path = Path(base)
+    given, base = base, base or named_base(path)
+    if not (path / FAMILIES[mode].tokenizer_file).is_file() and base:
+        # a published config.json names its model too, which is no base
+        is_base = given or (path / "adapter_config.json").is_file()
+        source = recover_folder(base, weights=False) if is_base else Path(base)
+        path = source if source.is_dir() else path
     return ChatGLMTokenizer.from_pretrained(str(path), family=mode)
 
 
@@ -172,12 +178,14 @@ def load_model(
     device_map: str | dict[str, Any] | None = None,
     base: str | Path | None = None,
     quantization_bit: int | None = None,
+    keep_quantized: bool = False,
 ) -> "ChatGLMCausalLM | PeftModel":
     """A ChatGLM with its output layer, in eval mode.
 
     Args:
         path: a folder of weights (safetensors, or .bin read with weights_only), a peft adapter
-            folder, or a folder that holds only a P-Tuning prefix.
+            folder, or a folder that holds only a P-Tuning prefix; or a hub's name of such a model
+            (chatglm.hub).
         mode: a key of FAMILIES; found in the folder when None.
         dtype: of the weights; None keeps the checkpoint's.
         pre_seq_len, prefix_projection, ptuning_version: a new P-Tuning prefix of so many virtual
@@ -185,7 +193,10 @@ def load_model(
             with it.
         base: the base model of an adapter or prefix folder; by default the one that it names.
         quantization_bit: 4 (nf4, double quantisation) or 8 (int8) bits for the linear layers,
-            except the output layer and a prefix's own; computed in `dtype`. Needs bitsandbytes.
+            except the output layer and a prefix's own; computed in `dtype`. Needs bitsandbytes,
+            and the fp16 release.
+        keep_quantized: leave the weights of a published int8 or int4 folder packed, which are
+            dequantised otherwise.
         verify: how files are compared with the folder's checksums.json: fast, full or off.
     Returns:
         ChatGLM1ForConditionalGeneration or ChatGLM2ForConditionalGeneration; for an adapter
@@ -203,6 +214,7 @@ def load_model(
         "attn_implementation": attn_implementation,
         "device_map": device_map,
         "quantization_bit": quantization_bit,
+        "keep_quantized": keep_quantized,
     }
     if (path / "adapter_config.json").is_file():
         model = load_model(base_of_adapter(path, base), mode=mode, **options)
@@ -235,6 +247,7 @@ def load_whole(
     attn_implementation: str,
     device_map: str | dict[str, Any] | None,
     quantization_bit: int | None,
+    keep_quantized: bool,
 ) -> ChatGLMCausalLM:
     """The model of a folder of weights; the options are `load_model`'s.
 
@@ -258,6 +271,7 @@ def load_whole(
             attn_implementation=attn_implementation,
             device_map=device_map,
             output_loading_info=True,
+            keep_quantized=keep_quantized,
             **quantization_options(quantization_bit, dtype),
         )
     # That the config names a prefix is not enough.

@@ -5,26 +5,21 @@ Virtual tokens, masks, the language-model head, chat.
 
 import copy
 import os
-from collections.abc import Generator, Iterator
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from queue import Queue
-from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
+from .chat import ChatMethods
 from .configuration import ChatGLMConfig
-from .families import FAMILIES
 from .folders import check_json_files, read_model_config, reading, without_marks
-from .histories import Answer, History, new_round
 from .layers import (
     AttentionMask,
     Device,
@@ -36,10 +31,11 @@ from .layers import (
     padding_mask,
 )
 from .packing import PackedMasks, Packing
+from .quantization import dequantize_modules, pack_modules, quantize_modules
 from .weights import check_fit, stored_prefix, stored_shapes, weight_files
 
 if TYPE_CHECKING:
-    from .tokenization_base import ChatGLMTokenizer
+    pass
 
 # Options of from_pretrained by which it reads weights from elsewhere than a folder's usual files.
 OTHER_SOURCES = ("state_dict", "subfolder", "variant", "gguf_file")
@@ -54,6 +50,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_attention_backend = True
+    scale_dtype: torch.dtype | None = None  # of quantised weights; None: the weights' own
 
     @classmethod
     def from_pretrained(
@@ -61,27 +58,89 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """transformers' from_pretrained, which reads a folder's weights only where they fit.
 
+        Also takes two keywords of the originals: `device`, where the model goes once it is read,
+        and `empty_init`, which has no effect here (weights are never initialised and then read).
+
         Raises:
             ValueError: a folder's files hold something else, such as a P-Tuning prefix alone,
-                quantised weights or a tensor of another shape; the message is one line.
+                or a tensor of another shape; the message is one line.
+
+        A published int8 or int4 folder is dequantised, unless `keep_quantized`.
         """
+        kwargs.pop("empty_init", None)
+        # transformers would run custom_generate/generate.py of the folder.
+        kwargs.pop("trust_remote_code", None)
+        device = kwargs.pop("device", None)
+        if device is not None and kwargs.get("device_map") is not None:
+            raise ValueError("give either device or device_map; got both")
+        loaded = cls.read_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if device is not None:
+            (loaded[0] if isinstance(loaded, tuple) else loaded).to(device)
+        return loaded
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        """A model of random weights; `device` and `empty_init` as in `from_pretrained`."""
+        kwargs.pop("empty_init", None)
+        device = kwargs.pop("device", None)
+        model = super()._from_config(config, **kwargs)
+        return model if device is None else model.to(device)
+
+    @classmethod
+    def read_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """`from_pretrained` without the originals' own keywords."""
         folder = Path(pretrained_model_name_or_path or "")
         is_folder = pretrained_model_name_or_path is not None and folder.is_dir()
         if not is_folder or any(kwargs.get(name) for name in OTHER_SOURCES):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        keep_quantized = kwargs.pop("keep_quantized", False)
         check_json_files(folder)
         config = kwargs.get("config")
         if not isinstance(config, ChatGLMConfig):
             config_class = cls.config_class
             assert config_class is not None and issubclass(config_class, ChatGLMConfig)
             config = config_class.from_dict(read_model_config(folder))
+        if config.quantization_bit and kwargs.get("quantization_config"):
+            raise ValueError(
+                f"{folder} is quantised already (quantization_bit {config.quantization_bit}): "
+                "bitsandbytes quantises the fp16 release"
+            )
         files = cls.check_weights(folder, config)
         kwargs.setdefault("use_safetensors", files[0].suffix == ".safetensors")
         with reading(folder), without_marks(folder) as readable:
             loaded = super().from_pretrained(str(readable), *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config.name_or_path = str(folder)
+        if model.config.quantization_bit and not keep_quantized:
+            model.widen_quantized()
         return loaded
+
+    def post_init(self) -> None:
+        """As transformers', after the modules that the config's release quantises are packed."""
+        if bits := self.config.quantization_bit:
+            pack_modules(self, bits, bool(self.config.quantization_embeddings))
+        super().post_init()
+
+    def quantize(self, bits: int) -> "ChatGLMPreTrainedModel":
+        """Pack the linear layers of every block in 4 or 8 bits, as the published releases are.
+
+        Other programs' backends quantise in other forms: `load_model(quantization_bit=...)` takes
+        bitsandbytes. Raises ValueError for other bits, or where the model is packed already.
+        """
+        if self.config.quantization_bit:
+            raise ValueError(f"the model is in {self.config.quantization_bit} bits already")
+        quantize_modules(self, bits, self.scale_dtype)
+        self.config.quantization_bit = bits
+        return self
+
+    def widen_quantized(self) -> "ChatGLMPreTrainedModel":
+        """Make ordinary layers of packed ones."""
+        dequantize_modules(self)
+        self.config.quantization_bit = self.config.quantization_embeddings = None
+        self.tie_weights()
+        return self
 
     @classmethod
     def check_weights(cls, folder: Path, config: ChatGLMConfig) -> list[Path]:
@@ -384,7 +443,7 @@ def prompt_positions(position_ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return positions, torch.tensor([[count], [0]], device=device)
 
 
-class ChatGLMCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
+class ChatGLMCausalLM(ChatMethods, ChatGLMPreTrainedModel, GenerationMixin):
     """The head: logits, loss and generation over `self.transformer`.
 
     The classes list GenerationMixin themselves: transformers looks for it among direct bases only.
@@ -442,205 +501,4 @@ class ChatGLMCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         if mask is not None and mask.dim() == 4:
             # The last row of a prompt sees every real column, so it is the 2-D mask.
             kwargs["attention_mask"] = (~mask[:, 0, -1].bool()).long()
-        # transformers types self as a class of its own, of which no model is
-        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
-
-    @torch.inference_mode()
-    def chat(
-        self,
-        tokenizer: "ChatGLMTokenizer",
-        query: str,
-        history: History | None = None,
-        role: str = "user",
-        **options: Any,
-    ) -> tuple[Answer, History]:
-        """One turn of a conversation: (answer, new history), sampled as the originals sample.
-
-        Args:
-            history: (query, answer) pairs or message dicts with role, content and, for ChatGLM3's
-                system, tools.
-            role: ChatGLM3 only: whose turn `query` is (user, observation, system).
-            options: generate()'s; the defaults are the family's (`chat_defaults`). `max_length`
-                counts the prompt.
-        Returns:
-            ChatGLM3's answer is a dict where it calls a tool or the code interpreter, and its
-            history is messages; the others' history has the form of the given one, pairs where
-            none is given.
-        Raises:
-            ValueError: the history has another form, or says what the family cannot.
-        """
-        inputs, options = self.prepare_chat(tokenizer, query, history, role, options)
-        prompt_length = inputs["input_ids"].shape[1]
-        ids = self.generate(**inputs, **options)[0, prompt_length:].tolist()
-        # Decoding would write ChatGLM3's role tokens out by name.
-        ids = [i for i in ids if i not in options["eos_token_id"]]
-        text = decode_text(tokenizer, ids)
-        return self.finish_chat(tokenizer, text, query, history, role)
-
-    @torch.inference_mode()
-    def stream_chat(
-        self,
-        tokenizer: "ChatGLMTokenizer",
-        query: str,
-        history: History | None = None,
-        role: str = "user",
-        past_key_values: Cache | None = None,
-        return_past_key_values: bool = False,
-        **options: Any,
-    ) -> Iterator[tuple[Any, ...]]:
-        """As `chat`, but yields (answer so far, history so far), and chat's result at the end.
-
-        With `return_past_key_values` a third item is the cache: given with the next turn, it saves
-        recomputing what the turns share. Not for ChatGLM-6B, whose context is bidirectional, nor
-        for P-Tuning v1.
-        """
-        inputs, options = self.prepare_chat(tokenizer, query, history, role, options)
-        prompt = inputs["input_ids"][0].tolist()
-        cache = past_key_values
-        if return_past_key_values or cache is not None:
-            cache = options["past_key_values"] = self.shared_cache(tokenizer, prompt, cache)
-
-        def result(text: str) -> tuple[Any, ...]:
-            answer = self.finish_chat(tokenizer, text, query, history, role)
-            return (*answer, cache) if return_past_key_values else answer
-
-        ids: list[int] = []
-        # closing: a caller who stops reading cancels the generation
-        with closing(self.stream_ids(inputs | options)) as tokens:
-            for token in tokens:
-                if token in options["eos_token_id"]:
-                    continue
-                ids.append(token)
-                text = decode_text(tokenizer, ids)
-                if text and not text.endswith("\ufffd"):  # half of a character: wait for the rest
-                    yield result(text)
-        if cache is not None:
-            # a field of ours, which shared_cache reads
-            cache.token_ids = (prompt + ids)[: cache.get_seq_length()]  # type: ignore[attr-defined]
-        yield result(decode_text(tokenizer, ids))
-
-    def shared_cache(
-        self, tokenizer: "ChatGLMTokenizer", prompt: list[int], cache: Cache | None
-    ) -> Cache:
-        """A cache of what the last turn's ids and the prompt share; a new one for None.
-
-        Raises:
-            ValueError: the family or P-Tuning v1 cannot reuse a cache.
-        """
-        if tokenizer.family == "glm" or self.config.prefix_version == "v1":
-            raise ValueError("ChatGLM-6B and P-Tuning v1 cannot go on from another turn's cache")
-        cache = cache or DynamicCache(config=self.config)
-        shared = shared_length(prompt[:-1], getattr(cache, "token_ids", []))
-        unshared = cache.get_seq_length() - shared
-        if unshared:
-            cache.crop(-unshared)
-        return cache
-
-    def stream_ids(self, options: dict[str, Any]) -> Generator[int, None, None]:
-        """The ids that generate(**options) samples, in a thread; raises what it raises.
-
-        Closing the generator cancels the generation.
-        """
-        streamer = IdStreamer()
-        failure: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                self.generate(**options, streamer=streamer)
-            except BaseException as error:  # a thread must not swallow what its caller should see
-                failure.append(error)
-                streamer.end()
-
-        Thread(target=run, daemon=True).start()
-        try:
-            yield from streamer
-        finally:
-            streamer.abandoned = True
-        if failure:
-            raise failure[0]
-
-    def prepare_chat(
-        self,
-        tokenizer: "ChatGLMTokenizer",
-        query: str,
-        history: History | None,
-        role: str,
-        options: dict[str, Any],
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(model inputs, generate options) of one turn."""
-        family = FAMILIES[tokenizer.family]
-        # A fine-tuned ChatGLM-6B counts rounds as its training prompts do.
-        counts_rounds = getattr(self.config, "chat_prompt", None) == "rounds"
-        form = {"rounds": True} if counts_rounds else {}
-        ids = family.encode_chat(tokenizer, query, history, role, **form)
-        inputs = {"input_ids": torch.tensor([ids], device=self.device)}
-        stops = [tokenizer.get_command(token) for token in family.stop_tokens]
-        defaults = family.chat_defaults | {
-            "eos_token_id": stops,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-        if "max_new_tokens" in options:
-            del defaults["max_length"]
-        options = defaults | options
-        if isinstance(options["eos_token_id"], int):
-            options["eos_token_id"] = [options["eos_token_id"]]
-        if not options["do_sample"]:
-            options |= {"top_p": None, "temperature": None, "top_k": None}
-        return inputs, options
-
-    def finish_chat(
-        self,
-        tokenizer: "ChatGLMTokenizer",
-        text: str,
-        query: str,
-        history: History | None,
-        role: str,
-    ) -> tuple[Answer, History]:
-        """(answer, new history) from the generated text."""
-        family = FAMILIES[tokenizer.family]
-        history = copy.deepcopy(list(history or []))
-        if family.roles:
-            return family.process_response(text, [*history, {"role": role, "content": query}])
-        answer = family.process_response(text)
-        return answer, history + new_round(history, query, answer)
-
-
-def decode_text(tokenizer: "ChatGLMTokenizer", ids: list[int]) -> str:
-    """The text of one row of ids, without special tokens."""
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    assert isinstance(text, str)  # a list only for several rows
-    return text
-
-
-def shared_length(a: list[int], b: list[int]) -> int:
-    """The length of the beginning that two sequences of ids have in common."""
-    for i, (x, y) in enumerate(zip(a, b)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
-
-
-class IdStreamer:
-    """generate()'s streamer as an iterator of token ids, without the prompt's.
-
-    `put` raises RuntimeError once `abandoned` is set, which ends the generation.
-    """
-
-    def __init__(self) -> None:
-        self.ids: Queue[int | None] = Queue()
-        self.prompt_seen = False
-        self.abandoned = False
-
-    def put(self, value: Tensor) -> None:
-        if self.abandoned:
-            raise RuntimeError("the reader of this stream has stopped")
-        if self.prompt_seen:
-            for token in value.flatten().tolist():
-                self.ids.put(token)
-        self.prompt_seen = True
-
-    def end(self) -> None:
-        self.ids.put(None)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.ids.get, None)
+        return super().generate(inputs, *args, **kwargs)

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin
+from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .auto_classes import register_model
 from .configuration import ChatGLM1Config
 from .kernels import OutputLayer, RotateFunction, turn_halves_
 from .layers import (
@@ -117,6 +118,7 @@ class ChatGLM1Block(GradientCheckpointingLayer):
 class ChatGLM1PreTrainedModel(ChatGLMPreTrainedModel):
     config: ChatGLM1Config
     config_class = ChatGLM1Config
+    scale_dtype = torch.float16
     _no_split_modules = ["ChatGLM1Block"]
     _supports_flash_attn = False  # flash kernels cannot express the bidirectional context
     _can_record_outputs = {"hidden_states": ChatGLM1Block, "attentions": GLMSelfAttention}
@@ -377,5 +379,4 @@ class ChatGLM1ForConditionalGeneration(ChatGLMCausalLM, ChatGLM1PreTrainedModel,
         return input_ids, model_kwargs
 
 
-AutoModel.register(ChatGLM1Config, ChatGLM1Model, exist_ok=True)
-AutoModelForCausalLM.register(ChatGLM1Config, ChatGLM1ForConditionalGeneration, exist_ok=True)
+register_model(ChatGLM1ForConditionalGeneration)

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin
+from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .auto_classes import register_model
 from .configuration import ChatGLM2Config
 from .kernels import OutputLayer, RMSNormFunction, RotateFunction, SwiGLUFunction, turn_pairs_
 from .layers import (
@@ -290,5 +291,4 @@ class ChatGLM2ForConditionalGeneration(ChatGLMCausalLM, ChatGLM2PreTrainedModel,
         self.transformer.output_layer = value
 
 
-AutoModel.register(ChatGLM2Config, ChatGLM2Model, exist_ok=True)
-AutoModelForCausalLM.register(ChatGLM2Config, ChatGLM2ForConditionalGeneration, exist_ok=True)
+register_model(ChatGLM2ForConditionalGeneration)

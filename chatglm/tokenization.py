@@ -1,5 +1,6 @@
 """The families' tokenizers: SentencePiece for ChatGLM, byte pairs for GLM-4."""
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -13,6 +14,7 @@ from .configuration import ChatGLM1Config, ChatGLM2Config, ChatGLMConfig
 from .families import FAMILIES
 from .histories import ROLES
 from .prompts import glm2_build_prompt, glm_chat_prompt
+from .remote_code import holds_chatglm
 from .tokenization_base import ChatGLMTokenizer, RoleMessages, without_surrogates
 from .tokenization_glm4 import GLM4Tokenizer
 
@@ -337,3 +339,31 @@ TOKENIZERS: dict[str, type[ChatGLMTokenizer]] = {
 
 for _config in (ChatGLMConfig, ChatGLM1Config, ChatGLM2Config):
     AutoTokenizer.register(_config, ChatGLMTokenizer, exist_ok=True)
+
+
+def open_auto_tokenizer() -> None:
+    """Let AutoTokenizer.from_pretrained give ChatGLMTokenizer for every ChatGLM, once.
+
+    To be registered is not enough: with trust_remote_code=True AutoTokenizer prefers the code in
+    the folder.
+    """
+    original = AutoTokenizer.from_pretrained
+    if getattr(original, "gives_chatglm", False):
+        return
+
+    @functools.wraps(original)
+    def from_pretrained(source: Any, *inputs: Any, **kwargs: Any) -> Any:
+        config = kwargs.get("config")
+        is_ours = isinstance(config, ChatGLMConfig) if config else holds_chatglm(source, **kwargs)
+        if not is_ours:
+            return original(source, *inputs, **kwargs)
+        for name in ("config", "trust_remote_code", "code_revision", "use_fast", "tokenizer_type"):
+            kwargs.pop(name, None)
+        return ChatGLMTokenizer.from_pretrained(source, *inputs, **kwargs)
+
+    from_pretrained.gives_chatglm = True  # type: ignore[attr-defined]
+    door: Any = AutoTokenizer  # its type does not say that a method may be replaced
+    door.from_pretrained = from_pretrained
+
+
+open_auto_tokenizer()

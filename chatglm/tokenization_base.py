@@ -18,6 +18,7 @@ import sentencepiece
 from transformers import BatchEncoding, PreTrainedTokenizer
 from transformers.utils import PaddingStrategy
 
+from .chat_template import TEMPLATES, render_conversation
 from .evidence import contradicts, infer_family
 from .families import FAMILIES
 from .files import is_lfs_pointer, pointer_error
@@ -139,9 +140,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     ) -> tuple[str, ...]:
         """Write the model and tokenizer_config.json; returns paths.
 
-        The config has the originals' class name and "glm_family".
+        The config has the originals' class name and "glm_family". chat_template.jinja is for other
+        programs: the folder's own, else one of plain messages (`chat_template.TEMPLATES`).
         """
-        files = super().save_pretrained(save_directory, *args, **kwargs)
+        own = self.chat_template
+        self.chat_template = own or TEMPLATES[self.family]
+        try:
+            files = super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.chat_template = own
         prefix = kwargs.get("filename_prefix")
         name = "tokenizer_config.json"
         path = Path(save_directory, f"{prefix}-{name}" if prefix else name)
@@ -274,12 +281,76 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         split = kwargs.get("split_special_tokens", False)
         return [self._name(index) for index in self._ids(text, special and not split)]
 
-    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
-        """Not for these models: a template renders text, and text never becomes control tokens."""
-        raise NotImplementedError(
-            f"chat prompts of {FAMILIES[self.family].title} are built from ids: "
-            f"use FAMILIES[{self.family!r}].encode_chat"
+    def apply_chat_template(  # type: ignore[override]  # the library's names, fewer of them
+        self,
+        conversation: Any,
+        tools: list[Any] | None = None,
+        documents: Any = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        tokenize: bool = True,
+        padding: bool | str = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool = True,
+        return_assistant_tokens_mask: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """A conversation of messages, or a batch of them, as a batch of ids, ids alone or text.
+
+        The prompt is the family's own, whatever template the folder has: ids are put together
+        message by message, so text in a message never becomes a control token.
+
+        Args:
+            conversation: [{"role": ..., "content": ...}, ...], or a list of those.
+            tools: ChatGLM3 and GLM-4: JSON schemas, or Python functions.
+            return_dict: a BatchEncoding; else ids alone.
+            return_assistant_tokens_mask: also assistant_masks, 1 for each id that the assistant
+                writes: ChatGLM3's and GLM-4's answers from their header line on, of the others the
+                last answer.
+        Raises:
+            ValueError: a message has another form, or an option is not for these models.
+        """
+        self._check_template_options(documents=documents, chat_template=chat_template)
+        if return_assistant_tokens_mask and not (tokenize and return_dict):
+            raise ValueError("return_assistant_tokens_mask needs tokenize and return_dict")
+        if continue_final_message and add_generation_prompt:
+            raise ValueError("give continue_final_message or add_generation_prompt, not both")
+        first = (
+            conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None
         )
+        is_batch = isinstance(first, (list, tuple)) or hasattr(first, "messages")
+        rows = []
+        for messages in conversation if is_batch else [conversation]:
+            rows.append(render_conversation(self, messages, tools, add_generation_prompt))
+        if not tokenize:
+            texts = [row.text for row in rows]
+            return texts if is_batch else texts[0]
+        limit = max_length if truncation else None
+        batch = self.pad(
+            {"input_ids": [row.ids[:limit] for row in rows]},
+            padding=padding,
+            max_length=max_length,
+            padding_side=kwargs.get("padding_side"),
+            return_tensors=return_tensors,
+        )
+        if return_assistant_tokens_mask:
+            side = kwargs.get("padding_side") or self.padding_side
+            masks = [row.assistant[:limit] for row in rows]
+            batch["assistant_masks"] = padded_masks(masks, batch["input_ids"], side)
+            batch.convert_to_tensors(return_tensors)
+        if not is_batch and return_tensors is None:
+            batch = BatchEncoding({name: value[0] for name, value in batch.items()})
+        return batch if return_dict else batch["input_ids"]
+
+    def _check_template_options(self, **options: Any) -> None:
+        """Raises ValueError where an option that these models have no use for is given."""
+        for name, value in options.items():
+            if value is not None:
+                title = FAMILIES[self.family].title
+                raise ValueError(f"{name}: {title}'s prompts are built from ids, without templates")
 
     def get_special_tokens_mask(
         self,
@@ -323,6 +394,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         on_left = (padding_side or self.padding_side) == "left"
         padded["position_ids"] = padding + positions if on_left else positions + padding
         return padded
+
+
+def padded_masks(masks: list[list[int]], rows: Any, side: str) -> list[list[int]]:
+    """Masks of rows with 0 where the rows were padded."""
+    padded = []
+    for mask, row in zip(masks, rows):
+        padding = [0] * (len(row) - len(mask))
+        padded.append(padding + mask if side == "left" else mask + padding)
+    return padded
 
 
 def class_of_family(family: str) -> type[ChatGLMTokenizer]:

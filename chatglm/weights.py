@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .files import is_lfs_pointer, pointer_error, read_json, shorten
+from .quantization import SCALE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,7 +22,6 @@ log = logging.getLogger(__name__)
 PREFIX = "transformer.prefix_encoder."
 WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
 BODY = "transformer."
-SCALE = "weight_scale"  # ends the names of the scales in the published int4 and int8 folders
 
 
 def weight_files(path: str | Path) -> list[Path]:
@@ -191,17 +191,20 @@ def stored_prefix(path: Path, shapes: dict[str, list[int]] | None = None) -> Sto
     }
 
 
-def refuse_quantised(path: str | Path, shapes: dict[str, list[int]], bits: int | None) -> None:
-    """Raises ValueError where weights are one of the published int4 or int8 releases.
+def scale_in(shapes: dict[str, list[int]]) -> str | None:
+    """The first scale of quantised weights among a folder's tensors; None where there is none."""
+    for name in shapes:
+        if name.endswith(SCALE):
+            return name
+    return None
 
-    `bits`: config.json's quantization_bit.
-    """
-    scale = next((name for name in shapes if name.endswith(SCALE)), None)
-    if scale is not None:
-        said = f" (quantization_bit {bits})" if bits else ""
+
+def refuse_quantized(path: str | Path, shapes: dict[str, list[int]]) -> None:
+    """Raises ValueError where weights are one of the published int4 or int8 releases."""
+    if scale := scale_in(shapes):
         raise ValueError(
-            f"{path} holds weights quantised to 4 or 8 bits{said}, such as {scale}: take the "
-            "fp16 release of the model; --quantization_bit 4 or 8 quantises that while it loads"
+            f"{path} holds weights quantised to 4 or 8 bits, such as {scale}: an adapter is merged "
+            "into the fp16 release of the model"
         )
 
 
@@ -218,9 +221,14 @@ def check_fit(
         shapes: `stored_shapes` of the folder.
         ignored: part of the names that may be missing.
     Raises:
-        ValueError: the weights are quantised, a tensor has another shape, or is missing.
+        ValueError: the weights are quantised and the config does not say so, or a tensor is missing
+            or has another shape.
     """
-    refuse_quantised(path, shapes, getattr(model.config, "quantization_bit", None))
+    if (scale := scale_in(shapes)) and not model.config.quantization_bit:
+        raise ValueError(
+            f"{path} holds {scale}, of weights quantised to 4 or 8 bits, and its config.json has "
+            "no quantization_bit"
+        )
     tied = model.all_tied_weights_keys
     state = model.state_dict()
     wanted = {name: list(tensor.shape) for name, tensor in state.items() if name not in tied}

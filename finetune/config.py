@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 
 from chatglm.commands import Parser, describe
 from chatglm.files import read_text, shorten
+from finetune.aliases import renamed_arguments, tell_renamed
 from finetune.evaluation.metrics import GROUPS
 from finetune.flag_effects import TRAINING, Effect, refuse_without_effect
 from finetune.flag_groups import PRECISIONS as PRECISIONS
@@ -280,7 +282,7 @@ def parse_config(
     task = asked_task(argv)
     config_class = TrainConfig if task not in tasks else tasks[task]()
     parser = build_parser(config_class)
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(with_our_names(parser, config_class, argv)))
     given.pop("deepspeed", None)
     if "deepspeed_config" in given:
         given["ds_file"] = given.pop("deepspeed_config")
@@ -292,6 +294,19 @@ def parse_config(
         return config
     except (ValueError, OSError) as error:
         parser.error(describe(error))
+
+
+def with_our_names(
+    parser: argparse.ArgumentParser, config_class: type[RunConfig], argv: list[str] | None
+) -> list[str]:
+    """The command line with other projects' flags renamed; one without a counterpart ends it."""
+    known = frozenset(f.name for f in flags_of(config_class))
+    try:
+        arguments, lines = renamed_arguments(sys.argv[1:] if argv is None else argv, known)
+    except ValueError as error:
+        parser.error(str(error))
+    tell_renamed(lines)
+    return arguments
 
 
 def asked_task(argv: list[str] | None) -> str:

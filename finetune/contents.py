@@ -7,6 +7,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from chatglm.hub import model_short_name
 from finetune.config import RunConfig, TrainConfig
 from finetune.ds_file import read_ds_file
 from finetune.files import sha256
@@ -36,7 +37,7 @@ def path_contents(
             contents[name] = f"{weights} {hash_tokenizer(Path(folder))}"
     if config.task == "predictor" and config.model_name_or_path:
         # The folder's name is by default the name of the served model.
-        contents["model_name_or_path"] += f" {Path(config.model_name_or_path).name}"
+        contents["model_name_or_path"] += f" {model_short_name(config.model_name_or_path)}"
     return contents
 
 

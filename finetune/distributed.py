@@ -8,12 +8,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from chatglm.hub import parse_hub_name, resolve_folder
 from finetune.config import RunConfig, TrainConfig
 from finetune.ds_file import fill_sizes, read_ds_file, stage_for
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 T = TypeVar("T")
+Config = TypeVar("Config", bound=RunConfig)
 BARRIERS = itertools.count()  # numbers of the barriers, the same on every rank
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -92,6 +94,8 @@ def init_distributed() -> None:
     Raises:
         ValueError: started by MPI, which sets no RANK.
     """
+    if dist.is_initialized():
+        return
     import deepspeed
 
     # DeepSpeed and transformers use deprecated names, with a warning at every step.
@@ -200,6 +204,20 @@ def first_of_node(make: Callable[[], T]) -> T:
     raise RuntimeError("no rank below this one is the first of a node")
 
 
+def with_local_model(config: Config) -> Config:
+    """`config`, in which a hub's name of the base is its folder; one rank of a node downloads it.
+
+    Raises: as chatglm.hub.resolve_folder.
+    """
+    name = config.model_name_or_path
+    if not parse_hub_name(name):
+        return config
+    init_distributed()
+    weights = getattr(config, "backbone", "chatglm") == "chatglm"
+    folder = first_of_node(lambda: resolve_folder(name, weights=weights))
+    return replace(config, model_name_or_path=str(folder))
+
+
 def wait_for_all() -> None:
     """A barrier without a time limit, for work of hours on some ranks.
 
@@ -278,6 +296,10 @@ def deepspeed_config(
     zero["stage"] = stage_for(ds, precision, adapters, world)
     if asked == 3:
         check_zero3(config, path.name)
+        if str(config.gradient_checkpointing) == "selective":
+            # ZeRO-3's linear adds the bias in place to a product that selective checkpointing has
+            # saved: with it every gradient before that layer is wrong.
+            zero["memory_efficient_linear"] = False
     if world == 1 and zero["stage"] == 1:
         ds["bf16"].setdefault("immediate_grad_update", True)
     if zero["stage"] != asked:

@@ -45,6 +45,7 @@ from finetune.distributed import (
     say,
     sum_over_ranks,
     whole_size,
+    with_local_model,
     without_prints,
     world_size,
 )
@@ -119,6 +120,7 @@ def train_task(config: Config, make_task: Callable[[Config], Task]) -> Path:
         MemoryError: says what is needed, what there is, and what would make it fit.
     """
     with explained(lambda: training_advice(config)):
+        config = with_local_model(config)
         task = make_task(config)
         output_dir = Path(config.output_dir or task.default_output_dir)
         check_start(config, Path(task.model_path))

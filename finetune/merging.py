@@ -21,6 +21,7 @@ from chatglm.weights import (
     check_fit,
     open_safetensors,
     read_bin,
+    refuse_quantized,
     stored_prefix,
     stored_shapes,
     weight_files,
@@ -358,6 +359,7 @@ def check_base(base: Path, model: "PreTrainedModel", stored: dict[str, list[int]
 
     `stored` are the folder's shapes. A body under its own names loads, but is not merged.
     """
+    refuse_quantized(base, stored)
     check_fit(base, model, stored)
     tied = model.all_tied_weights_keys
     missing = [name for name in model.state_dict() if name not in stored and name not in tied]

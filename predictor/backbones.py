@@ -346,14 +346,17 @@ def is_needed(weight: str) -> bool:
 
 def checked_base(folder: Path, base_model: str | None, base_fingerprint: str | None) -> str:
     """The base model of a predictor's folder; arguments and errors as `load_served` has them."""
+    from chatglm.hub import recover_folder
     from chatglm.loading import base_fingerprint as fingerprint_of
     from chatglm.loading import named_base
 
     base = base_model or named_base(folder)
-    if not base or not Path(base).is_dir():
+    found = recover_folder(base) if base else None
+    if not found or not found.is_dir():
         raise FileNotFoundError(
             f"{folder}: its base model ({base}) is not there; give base_model=FOLDER"
         )
+    base = str(found)
     if base_fingerprint and fingerprint_of(base) != base_fingerprint:
         raise ValueError(f"{folder} was trained on another model than {base}: their weights differ")
     return base

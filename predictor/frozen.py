@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chatglm.families import FAMILIES
-from finetune.distributed import rank, say
+from finetune.distributed import rank, say, with_local_model
 from finetune.files import CACHE_GB, cache_arrays, put_in_place, read_arrays, sha256, writing
 from predictor.backbones import (
     BACKBONES,
@@ -82,6 +82,7 @@ def train_frozen(config: PredictorConfig) -> Path:
         return output
     started = time.perf_counter()
     family, tokenizer = None, None
+    config = with_local_model(config)
     if config.model_name_or_path:
         from chatglm.loading import load_tokenizer, resolve_mode
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from chatglm.hub import model_short_name
 from finetune.rows.formats import BadRow, is_missing, parse_row
 from finetune.rows.sources import read_json_items
 from predictor.features import BASE, finalise
@@ -217,7 +218,7 @@ def served_name(folder: str | Path) -> str:
     path = Path(folder).resolve()
     if CHECKPOINT.fullmatch(path.name) and path.parent.name:
         return f"{path.parent.name}/{path.name}"
-    return path.name
+    return model_short_name(path if path.is_dir() else folder)
 
 
 def name_warning(predicted: str, folder: str | Path) -> str | None:

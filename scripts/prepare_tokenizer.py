@@ -123,6 +123,35 @@ def train(lines: Iterable[str], vocab_size: int, family: str = "glm2") -> bytes:
     return model.getvalue()
 
 
+def train_byte_pairs(lines: Iterable[str], vocab_size: int) -> bytes:
+    """A byte-pair vocabulary of the lines in tiktoken's format, GLM-4's; the bytes come first.
+
+    Raises ValueError where the single bytes alone are more.
+    """
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    from chatglm.byte_pairs import BYTES, GLM4_PATTERN, byte_names, ranks_file
+
+    if vocab_size < len(BYTES):
+        raise ValueError(f"--vocab_size must be at least {len(BYTES)}, got {vocab_size}")
+    trained = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(GLM4_PATTERN), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trained.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trained.train_from_iterator((line.removeprefix(PRE_SPLIT) for line in lines), trainer)
+    values = {name: value for value, name in byte_names().items()}
+    ranks = {byte: rank for rank, byte in enumerate(BYTES)}
+    vocabulary = trained.get_vocab()
+    for name in sorted(vocabulary, key=vocabulary.__getitem__):
+        ranks.setdefault(bytes(map(values.__getitem__, name)), len(ranks))
+    return ranks_file(ranks)
+
+
 def build_parser() -> Parser:
     parser = Parser(
         prog="prepare_tokenizer.py",
@@ -150,7 +179,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument(
         "--family",
-        choices=("glm", "glm2", "glm3"),
+        choices=("glm", "glm2", "glm3", "glm4"),
         default="glm2",
         help="whose conventions (default %(default)s)",
     )
@@ -176,7 +205,11 @@ def run(inputs: list[Path], output_dir: Path, vocab_size: int, family: str) -> N
     if not rows:
         raise ValueError(f"--input {', '.join(map(str, inputs))}: no rows")
     try:
-        model = train(training_lines(rows), vocab_size, family)
+        lines = training_lines(rows)
+        if family == "glm4":
+            model = train_byte_pairs(lines, vocab_size)
+        else:
+            model = train(lines, vocab_size, family)
     except RuntimeError as error:  # sentencepiece: the last line says what is wrong
         raise ValueError(str(error).strip().splitlines()[-1]) from None
     write_aside(output_dir / name, model)

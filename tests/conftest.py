@@ -5,6 +5,7 @@ $GLM_FOUNDRY_SHARED names another folder.
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,16 @@ def write_byte_pairs(folder: Path) -> Path:
     (folder / "tokenizer.model").write_bytes(ranks_file(ranks))
     (folder / "tokenizer_config.json").write_text('{"glm_family": "glm4"}')
     return folder
+
+
+@pytest.fixture(autouse=True)
+def plain_linear():
+    """ZeRO-3 replaces torch's linear for the whole process: put it back after each test."""
+    yield
+    patched = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    made = getattr(patched, "InsertPostInitMethodToModuleSubClasses", None)
+    if hasattr(made, "linear_bk"):
+        sys.modules["torch"].nn.functional.linear = made.linear_bk
 
 
 @pytest.fixture(scope="session")

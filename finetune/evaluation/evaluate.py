@@ -184,6 +184,7 @@ def dependencies(
         "mode": flags.mode,
         "precision": flags.precision,
         "quantization_bit": flags.quantization_bit,
+        "keep_quantized": flags.keep_quantized,
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "options": options,
     }

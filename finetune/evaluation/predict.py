@@ -17,6 +17,7 @@ from chatglm.checksums import add_verify_flag
 from chatglm.commands import Parser, run_command
 from chatglm.families import FAMILIES
 from chatglm.files import read_json, shorten
+from chatglm.hub import resolve_folder
 from chatglm.runs import check_not_run
 from finetune.config import PRECISIONS, parse_bool, parse_positive
 from finetune.flag_effects import PREDICTING, check_given
@@ -49,6 +50,7 @@ class InferenceFlags:
     device: str
     precision: str
     quantization_bit: int | None
+    keep_quantized: bool
     verify: str
     max_src_len: int | None
     max_new_tokens: int | None
@@ -194,6 +196,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         choices=(4, 8),
         help="hold the frozen linear layers in so many bits, as QLoRA trains over them",
     )
+    add_packing_flag(parser)
     add_verify_flag(parser, "fast")
     add_length_flags(parser)
     parser.add_argument(
@@ -213,6 +216,15 @@ def add_loading_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="0", help='GPU number, "cpu" or a torch device [0]')
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="auto", help="of the weights [auto]"
+    )
+
+
+def add_packing_flag(parser: argparse.ArgumentParser) -> None:
+    """Whether a published int8 or int4 release stays packed."""
+    parser.add_argument(
+        "--keep_quantized",
+        action="store_true",
+        help="leave a published int8 or int4 model packed: less memory, slower [dequantised]",
     )
 
 
@@ -285,19 +297,19 @@ def load_for_inference(
     from chatglm import load_tokenizer
 
     check_not_run(flags.model_path, "--model_path")
-    tokenizer = load_tokenizer(
-        flags.model_path, mode=flags.mode, base=flags.base_model, verify=flags.verify
-    )
+    folder = resolve_folder(flags.model_path, weights=True)
+    tokenizer = load_tokenizer(folder, mode=flags.mode, base=flags.base_model, verify=flags.verify)
     model = load_ready(
-        flags.model_path,
+        folder,
         mode=flags.mode,
         base=flags.base_model,
         device=flags.device,
         precision=flags.precision,
         quantization_bit=flags.quantization_bit,
+        keep_quantized=flags.keep_quantized,
         verify=flags.verify,
     )
-    train_config = Path(flags.model_path) / "train_config.json"
+    train_config = folder / "train_config.json"
     max_src_len = flags.max_src_len or trained_length(train_config) or 1024
     options: dict[str, Any] = {}
     if flags.max_new_tokens:
@@ -324,13 +336,14 @@ def trained_length(config: Path) -> int | None:
 
 
 def load_ready(
-    path: str,
+    path: str | Path,
     *,
     mode: str | None = None,
     base: str | None = None,
     device: str = "0",
     precision: str = "auto",
     quantization_bit: int | None = None,
+    keep_quantized: bool = False,
     verify: str | None = None,
 ) -> "PreTrainedModel":
     """A model on its device, ready for inference.
@@ -357,7 +370,10 @@ def load_ready(
             device_map={"": device},
             verify=verify,
         ).eval()
-    return load_model(path, mode=mode, dtype=dtype, base=base, verify=verify).to(device).eval()
+    model = load_model(
+        path, mode=mode, dtype=dtype, base=base, keep_quantized=keep_quantized, verify=verify
+    )
+    return model.to(device).eval()
 
 
 def pick_device(name: str) -> str:

@@ -33,6 +33,7 @@ def base_of(folder: Path, given: str | None) -> Path:
     Raises:
         ValueError: no model is named, or it is not there.
     """
+    from chatglm.hub import recover_folder
     from chatglm.loading import named_base
 
     manifest = read_manifest(folder)
@@ -43,12 +44,13 @@ def base_of(folder: Path, given: str | None) -> Path:
             f"--base_model: {folder} does not say what it was tuned from; "
             "wanted the folder of that model"
         )
-    if not Path(base).is_dir():
+    base = recover_folder(base)
+    if not base.is_dir():
         raise ValueError(
             f"--base_model: {folder} was tuned from {base}, which is not there; "
             "wanted the folder of that model"
         )
-    return Path(base)
+    return base
 
 
 def row_losses(model: "PreTrainedModel", data: Dataset) -> list[tuple[float, int]]:

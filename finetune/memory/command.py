@@ -28,7 +28,7 @@ from finetune.flag_effects import ESTIMATING, ONE_RUN, TRAINING, check_given, re
 from finetune.memory.cards import CARDS, GIB, MIB
 from finetune.memory.formula import Estimate, estimate
 from finetune.memory.run import Run, Zero
-from finetune.memory.shapes import PUBLISHED, read_shape, shape_source, short_name
+from finetune.memory.shapes import PUBLISHED, TABLED, read_shape, shape_source, short_name
 from finetune.methods import module_names
 
 LIMIT = 2**20  # the search for a batch or a length stops here
@@ -348,7 +348,7 @@ def print_methods(card: str, size: float) -> dict[str, Any]:
         f"longest row on {card} | with checkpointing |\n|---|---|---|---|---|---|---|"
     )
     rows = []
-    for model in PUBLISHED:
+    for model in TABLED:
         for method, ds_file, gpus in TABLE_RUNS:
             row = method_row(model, method, ds_file, gpus, size)
             need = row["needed_gib"]

@@ -18,8 +18,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from finetune.memory.cards import CARDS, GIB, MIB
 from finetune.memory.formula import Constants, estimate
 from finetune.memory.run import Run, Zero
@@ -266,9 +264,9 @@ def lora_row(rank: str, batch: str, mib: str) -> PublishedRun:
 
 
 GRID: dict[str, list[float]] = {
-    "context_gib": np.arange(0.4, 1.55, 0.1).tolist(),
-    "reserve": np.arange(0.0, 0.205, 0.01).tolist(),
-    "unshared": np.arange(0.0, 1.05, 0.1).tolist(),
+    "context_gib": [0.4 + 0.1 * i for i in range(12)],  # to 1.5
+    "reserve": [0.01 * i for i in range(21)],  # to 0.20
+    "unshared": [0.1 * i for i in range(11)],  # to 1.0
 }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chatglm.files import read_json
+from chatglm.hub import resolve_folder
 
 # The published config.json's, as far as sizes go (chatglm/configuration.py has them as defaults,
 # but needs transformers).
@@ -33,7 +34,17 @@ _GLM2 = {
     "add_bias_linear": False,
     "tie_word_embeddings": False,
 }
-PUBLISHED = {"chatglm-6b": _GLM, "chatglm2-6b": _GLM2, "chatglm3-6b": _GLM2}
+_GLM4 = _GLM2 | {"num_layers": 40, "padded_vocab_size": 151552}
+PUBLISHED = {
+    "chatglm-6b": _GLM,
+    "chatglm2-6b": _GLM2,
+    "chatglm3-6b": _GLM2,
+    "glm-4-9b": _GLM4,
+    "glm-4-9b-chat": _GLM4,
+    "glm-4-9b-chat-1m": _GLM4 | {"multi_query_group_num": 4},
+    "codegeex4-all-9b": _GLM4,
+}
+TABLED = ("chatglm-6b", "chatglm2-6b", "chatglm3-6b", "glm-4-9b")  # one of each shape
 GLM_KEYS = ("position_encoding_2d", "inner_hidden_size", "max_sequence_length")
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
@@ -204,12 +215,14 @@ def short_name(name: str) -> str:
 
 
 def read_shape(model: str) -> Shape:
-    """The shape of a folder with a config.json, else of a published name, in any case of letters.
+    """The shape of a folder with a config.json, else of a published name, in any case of letters,
+    else of a hub's name, whose config.json alone is downloaded.
 
     Raises:
-        ValueError: neither, or the file is not a ChatGLM's.
+        ValueError: none of these, or the file is not a ChatGLM's.
+        OSError: the hub does not give it; as chatglm.hub.resolve_folder.
     """
-    path = Path(model) / "config.json"
+    path = resolve_folder(model) / "config.json"
     if not path.is_file():
         if model.lower() in PUBLISHED:
             return make_shape(PUBLISHED[model.lower()])

@@ -38,7 +38,7 @@ MODULES = {
         "transformer.prefix_encoder",
     ),
 }
-MODULES["glm3"] = MODULES["glm2"]
+MODULES["glm3"] = MODULES["glm4"] = MODULES["glm2"]
 
 
 @dataclass(frozen=True)

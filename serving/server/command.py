@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from chatglm.commands import Parser, run_command
-from finetune.evaluation.predict import add_loading_flags
+from finetune.evaluation.predict import add_loading_flags, add_packing_flag
 from predictor.labels import name_warning, served_name
 from predictor.runtime import LengthPredictor
 from serving.cost_model.devices import DEVICES
@@ -59,6 +59,7 @@ class ServerFlags:
     mode: str | None
     device: str
     precision: str
+    keep_quantized: bool
     served_model_name: str | None
     drain_s: float
     max_queue: int
@@ -119,6 +120,7 @@ def server_parser() -> argparse.ArgumentParser:
         help="with --log: prompts too, which predictor.update needs",
     )
     add_loading_flags(parser)
+    add_packing_flag(parser)
     parser.add_argument(
         "--served_model_name",
         help="the model's name in the API "
@@ -198,6 +200,7 @@ def load_service(flags: ServerFlags) -> Service:
         base=flags.base_model,
         device=flags.device,
         precision=flags.precision,
+        keep_quantized=flags.keep_quantized,
     )
     name = service_name(flags, predictor)
     rounds = getattr(model.config, "chat_prompt", None) == "rounds"

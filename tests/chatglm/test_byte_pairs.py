@@ -30,12 +30,12 @@ def write_vocabulary(path, tokens):
 
 @pytest.fixture
 def vocabulary(tmp_path):
-    return write_vocabulary(tmp_path / "tokenizer.model", BYTES + MERGES)
+    return write_vocabulary(tmp_path / "tokenizer.model", [*BYTES, *MERGES])
 
 
 @pytest.fixture(scope="module")
 def small():
-    return byte_pair_encoder({token: rank for rank, token in enumerate(BYTES + MERGES)})
+    return byte_pair_encoder({token: rank for rank, token in enumerate([*BYTES, *MERGES])})
 
 
 def check_golden(encoder, file):
@@ -67,7 +67,7 @@ def test_stand_in_vocabulary_gives_the_originals_ids():
 @given(st.text())
 def test_bytes_come_back(small, text):
     ids = small.encode(text, add_special_tokens=False).ids
-    tokens = BYTES + MERGES
+    tokens = [*BYTES, *MERGES]
     assert b"".join(tokens[i] for i in ids) == text.encode()
 
 
@@ -78,7 +78,7 @@ def test_lowest_rank_is_merged_first(small):
 
 
 def test_every_way_to_a_token_is_a_merge():
-    ranks = {token: rank for rank, token in enumerate(BYTES + MERGES)}
+    ranks = {token: rank for rank, token in enumerate([*BYTES, *MERGES])}
     assert [merge for merge in find_merges(ranks) if "".join(merge) == "abc"] == [
         ("a", "bc"),
         ("ab", "c"),

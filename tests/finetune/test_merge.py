@@ -64,7 +64,7 @@ def old_adapter(adapter, tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", ["glm", "glm2", "glm3"])
+@pytest.mark.parametrize("family", ["glm", "glm2", "glm3", "glm4"])
 def test_merged_is_adapted(flags, train, tmp_path, bases, capsys, family):
     folder = train(
         flags(

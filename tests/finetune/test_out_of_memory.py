@@ -65,6 +65,11 @@ def test_t8_the_advice_of_the_estimator(flags, tmp_path):
     )
 
 
+def answer_with_advice(words):
+    args = predict.build_parser().parse_args(words)
+    return predict.answer_with_advice(predict.PredictionFlags(**vars(args)))
+
+
 def test_t8_inference(bases, tmp_path, capsys):
     """A batch of half a million tokens in a process that may have 200 MB more than it has."""
     rows = tmp_path / "rows.jsonl"
@@ -81,13 +86,10 @@ def test_t8_inference(bases, tmp_path, capsys):
         "--max_new_tokens",
         "2",
     ]
-    args = predict.build_parser().parse_args(words)
     assert (
         run_command(
             "finetune.predict",
-            lambda: predict.run(
-                predict.build_parser().parse_args(words[:4] + ["--prompt", "a", *words[-2:]])
-            ),
+            lambda: answer_with_advice([*words[:4], "--prompt", "a", *words[-2:]]),
         )
         == 0
     )
@@ -96,7 +98,7 @@ def test_t8_inference(bases, tmp_path, capsys):
         there = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (there + 2 * 10**8, before[1]))
     try:
-        code = run_command("finetune.predict", lambda: predict.run(args))
+        code = run_command("finetune.predict", lambda: answer_with_advice(words))
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     line = capsys.readouterr().err.splitlines()[-1]

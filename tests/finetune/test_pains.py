@@ -502,3 +502,21 @@ def test_the_guide_answers_every_pain(guide):
             f"{guide}, pain {pain}: {wanted}"
         )
         assert re.search(rf"^## {pain}\. ", text, re.M), f"{guide}: no heading for pain {pain}"
+
+
+def test_zero3_with_selective_checkpointing_trains_the_same(flags, train, bases, tmp_path):
+    """ZeRO-3's own linear adds biases into products that selective checkpointing has saved."""
+    biased = shutil.copytree(bases["glm2"], tmp_path / "biased")
+    state = load_file(biased / "model.safetensors")
+    for name, tensor in state.items():
+        if name.endswith("bias"):
+            state[name] = torch.ones_like(tensor)
+    save_file(state, biased / "model.safetensors", {"format": "pt"})
+    (biased / "checksums.json").unlink(missing_ok=True)
+    losses = []
+    for how in ("selective", "False"):  # DeepSpeed never takes its linear back
+        words = ["--ds_file", "ds_zero3_no_offload.json", "--gradient_checkpointing", how]
+        words += ["--model_name_or_path", biased, "--precision", "fp32", "--max_steps", 4]
+        train(flags(tmp_path / how, *words, method="all"))
+        losses.append(metrics(tmp_path / how))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

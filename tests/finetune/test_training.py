@@ -29,6 +29,7 @@ from finetune.task import FineTuning
 from tests.finetune.runs import METHODS, ROOT, child_env, make_rows, metrics, write_rows
 
 FAMILY_METHODS = [(family, method) for family in ("glm", "glm2", "glm3") for method in METHODS]
+FAMILY_METHODS += [("glm4", "lora"), ("glm4", "ptuning-v2-mlp")]
 ZERO = ["ds_zero2.json", "ds_zero3_no_offload.json", "ds_zero3_offload.json"]
 
 

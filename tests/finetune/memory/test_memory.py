@@ -530,7 +530,7 @@ def test_tables(tmp_path, capsys):
     } < set(found["a40"])
     assert main(["--table", "--gpu", "RTX3090", "--json", str(file)]) == 0
     assert (
-        len(json.loads(file.read_text())["rows"]) == 15
+        len(json.loads(file.read_text())["rows"]) == 20
         and "longest row on RTX3090" in capsys.readouterr().out
     )
 

@@ -236,7 +236,7 @@ def test_files_that_are_not_there_or_not_text(tmp_path):
         read_rows(tmp_path / "gbk.json")
 
 
-@pytest.mark.parametrize("family", ["glm", "glm2", "glm3"])
+@pytest.mark.parametrize("family", ["glm", "glm2", "glm3", "glm4"])
 def test_encode_counts_cuts_and_skips(bases, family):
     tokenizer, rows = (
         load_tokenizer(bases[family]),

@@ -75,7 +75,7 @@ def load(bases, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("family", ["glm", "glm2", "glm3"])
+@pytest.mark.parametrize("family", ["glm", "glm2", "glm3", "glm4"])
 def test_encoded_rows_are_found_again(load, bases, tmp_path, family):
     """By the content of the file and the settings; as `encode_rows` makes them, wherever they come
     from.

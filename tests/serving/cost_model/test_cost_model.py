@@ -72,7 +72,7 @@ def test_real_sizes():
     )
 
 
-@pytest.mark.parametrize("family", ["glm", "glm2", "glm3"])
+@pytest.mark.parametrize("family", ["glm", "glm2", "glm3", "glm4"])
 def test_bytes_are_the_models(family):
     shape = ModelShape.from_config(tiny_config(family).to_dict(), element_bytes=4)
     model = tiny_model(family)

@@ -314,7 +314,7 @@ def test_morphling_counts_its_stress_tests():
 # ---- what it hands on
 
 
-@pytest.mark.parametrize("family", ["glm", "glm2", "glm3"])
+@pytest.mark.parametrize("family", ["glm", "glm2", "glm3", "glm4"])
 @pytest.mark.parametrize("prefix", [False, True])
 def test_device_map_covers_a_real_model(family, prefix):
     """accelerate places every parameter and buffer; the dispatched model answers as before."""

@@ -174,6 +174,15 @@ def some(model, count, seed):
     }
 
 
+@pytest.mark.parametrize("variant", ["glm", "glm2"])
+def test_packed_weights_give_the_tokens_made_alone(variant):
+    model = tiny_model(variant).quantize(8)
+    asked = some(model, 4, seed=0)
+    answers, _ = serve(engine_of("continuous", model), Chaos(0), asked)
+    for i, (prompt, sampling) in asked.items():
+        assert answers[i].tokens == alone(model, prompt, sampling.max_new_tokens)
+
+
 @pytest.mark.parametrize("variant, prefix", CASES, ids=["-".join(case) for case in CASES])
 @pytest.mark.parametrize("seed", range(3))
 def test_tokens_are_those_made_alone(variant, prefix, seed):

@@ -472,7 +472,7 @@ def test_flags_that_do_not_fit(folders, words, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("family", ["glm", "glm2", "glm3"])
+@pytest.mark.parametrize("family", ["glm", "glm2", "glm3", "glm4"])
 def test_streams_never_take_back(tiny_folders, family):
     """Whatever tokens come, what was sent begins the answer, and no half of a character is sent."""
     from chatglm import load_tokenizer

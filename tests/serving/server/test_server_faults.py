@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
 import httpx
@@ -734,11 +734,10 @@ def test_an_engine_that_is_lost_answers_everybody_and_ends_the_process(tiny_fold
         asked = Together(server, *[{"max_tokens": ENDLESS, "stream": i % 2 == 1} for i in range(6)])
         wait_for(lambda: server.service.engine.count() == 6)
         broken.set()
-        if part != "model":  # a running step ends at the next arrival
-            asked = Together(server, {}), asked
-        replies = [
-            r for one in (asked if isinstance(asked, tuple) else (asked,)) for r in one.replies
-        ]
+        if part != "model":  # a running step ends at the next arrival, which may come too late
+            with suppress(httpx.TransportError):
+                ask(server)
+        replies = asked.replies
         server.thread.join(20)
         assert not server.thread.is_alive() and server.code == 1
     for reply in replies:
