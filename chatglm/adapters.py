@@ -34,6 +34,8 @@ SAVERS_KEYS = (
 )
 # A layer of GlmForCausalLM, the name that transformers gives to a converted GLM-4.
 SPLIT_LAYER = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)")
+# peft's starts of LoRA that take a part of the base's weights into A and B.
+STARTS_IN_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 PROMPT = "prompt_embeddings"  # peft's name of what its PREFIX_TUNING trains
 
 
@@ -155,6 +157,23 @@ def refuse_layout(folder: Path, state: dict[str, Tensor]) -> None:
                 f"{folder} holds LoRA of parts of a layer (MergedLinear, as peft 0.2 made it for "
                 f"one target module), such as {name}; convert it: {conversion(folder)}"
             )
+
+
+def refuse_changed_base(folder: Path, start: object) -> None:
+    """Raises ValueError for LoRA relative to a base that its start changed.
+
+    PeftModel repeats the start on the base where it loads such an adapter; nothing else does.
+
+    Args:
+        start: init_lora_weights of adapter_config.json.
+    """
+    if isinstance(start, str) and start.startswith(STARTS_IN_BASE):
+        raise ValueError(
+            f"{folder / 'adapter_config.json'}: init_lora_weights {start}: training changed its "
+            "base, and the original one does not fit it; save it as a plain adapter where it was "
+            "made (peft's save_pretrained: path_initial_model_for_weight_conversion, "
+            "LLaMA-Factory: pissa_convert)"
+        )
 
 
 def peft_version() -> str:

@@ -232,6 +232,8 @@ class Scaling:
     @classmethod
     def of(cls, source: AdapterSource, lora_alpha: float | None) -> "Scaling":
         """What a source and --lora_alpha say. Raises ValueError where neither or both do."""
+        from .adapters import refuse_changed_base
+
         if source.values is None:
             if lora_alpha is None:
                 raise ValueError(
@@ -244,6 +246,7 @@ class Scaling:
         kind = values.get("peft_type") or values.get("swift_type")
         if kind != "LORA":
             raise ValueError(f"{file}: wanted peft_type LORA, got {shorten(kind)}")
+        refuse_changed_base(source.path, values.get("init_lora_weights"))
         for key in PLAIN_KEYS:
             if values.get(key):
                 raise ValueError(f"{file}: {key} is not converted; merge it where it was made")

@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from chatglm.adapters import adapter_file, read_adapter, read_adapter_config
+from chatglm.adapters import (
+    adapter_file,
+    read_adapter,
+    read_adapter_config,
+    refuse_changed_base,
+)
 from chatglm.configuration import ChatGLMConfig
 from chatglm.folders import read_model_config
 from chatglm.loading import model_class_of, set_prefix
@@ -120,6 +125,7 @@ def adapted_model(model: "PreTrainedModel", adapter: Path) -> "PeftModel":
     config = read_adapter_config(adapter)
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{adapter}: only LoRA adapters are merged, this is {config.peft_type}")
+    refuse_changed_base(adapter, config.init_lora_weights)
     for name in ("layer_replication", "trainable_token_indices", "target_parameters"):
         if getattr(config, name, None):
             raise ValueError(

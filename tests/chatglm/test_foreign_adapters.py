@@ -375,3 +375,36 @@ def test_prefix_tuning(tiny_folders, tmp_path, family):
         assert torch.equal(prefix[2 * number].squeeze(), key.squeeze())
         assert torch.equal(prefix[2 * number + 1].squeeze(), value.squeeze())
     assert not torch.allclose(logits_of(model), logits_of(load_model(base)), atol=1e-2)
+
+
+# ---- adapters whose start changed the base
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
+def test_a_start_that_changes_the_base(tiny_folders, tmp_path, start):
+    """load_model repeats the start, as peft does; a merge, which does not, refuses."""
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny_folders["glm2"]
+    config = LoraConfig(
+        r=2, target_modules=["query_key_value"], init_lora_weights=start, task_type="CAUSAL_LM"
+    )
+    torch.manual_seed(0)
+    model = get_peft_model(load_model(base), config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter *= 1.5
+    model.save_pretrained(tmp_path / "ad")
+    edit_config(tmp_path / "ad", "adapter_config.json", base_model_name_or_path=str(base))
+    for door in (
+        lambda: merge(base, tmp_path / "ad", tmp_path),
+        lambda: convert(tmp_path / "ad", base, tmp_path / "out"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"init_lora_weights {start}: training changed its base"
+        ):
+            door()
+    torch.manual_seed(0)
+    if start != "pissa_niter_2":  # whose SVD is drawn at random
+        assert torch.allclose(logits_of(load_model(tmp_path / "ad")), logits_of(model), atol=1e-4)
