@@ -30,7 +30,7 @@ from chatglm.files import read_json
 from chatglm.loading import PREFIX, read_tensors, stop_ids
 from chatglm.runs import MANIFEST, check_not_run, committed_checkpoints, step_of
 from chatglm.tokenization import ChatGLMTokenizer
-from finetune.config import RunConfig
+from finetune.config import RunConfig, TrainConfig
 from finetune.contents import path_contents
 from finetune.distributed import agree, rank, say, whole_size, without_prints, world_size
 from finetune.ds_file import read_ds_file
@@ -550,6 +550,8 @@ class Checkpointer:
     def next_start(self, folder: Path) -> str:
         """The flags, and the merge before them, of a new run that starts from a checkpoint."""
         if self.task.method.saves == "adapter":
+            if isinstance(self.config, TrainConfig):
+                return f"--adapter {folder}"
             base = self.config.model_name_or_path
             return (
                 f"merge_lora.py --ori_model_dir {base} --model_dir {folder} --save_dir MERGED, "

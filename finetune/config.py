@@ -35,6 +35,7 @@ from finetune.flag_groups import (
 from finetune.flags import add_flag, fixed_flag, flag, flag_type
 from finetune.flags import parse_bool as parse_bool  # for the other commands' flags
 from finetune.flags import parse_positive as parse_positive
+from finetune.start_adapter import add_adapter_flags
 
 CONFIG_LIMIT = 2**16  # bytes of a --config
 # The order of the flags in --help and in the files of a run; those of another task come last.
@@ -44,7 +45,7 @@ replay_ratio streaming shuffle_buffer preprocessing_num_workers max_len max_src_
 on_bad_row prompt_text dataset_length train_type per_device_train_batch_size
 gradient_accumulation_steps num_train_epochs max_steps learning_rate weight_decay warmup_ratio
 batching share_prefix gradient_checkpointing gradient_checkpointing_layers label_smoothing
-neftune_noise_alpha precision num_workers data_cache data_cache_gb seed ds_file lora_dim
+neftune_noise_alpha precision num_workers data_cache data_cache_gb seed ds_file adapter lora_dim
 lora_alpha lora_dropout lora_module_name use_rslora use_dora init_lora_weights loraplus_lr_ratio
 quantization_bit freeze_module_name pre_seq_len prefix_projection ptuning_version prefix_dropout
 output_dir overwrite_output_dir show_loss_step save_model_step save_total_limit eval_step
@@ -170,6 +171,11 @@ class TrainConfig(RunConfig, RowFlags, AnswerFlags):
     neftune_noise_alpha: float = fixed_flag(
         0.0, "NEFTune: noise on the embeddings in training; 5 to 15 are usual, 0 is none"
     )
+    adapter: str | None = fixed_flag(
+        None,
+        "a LoRA adapter of the base model to train on, this toolkit's or another's; rank, alpha "
+        "and modules are its own",
+    )
     quantization_bit: int | None = fixed_flag(
         None,
         "QLoRA: frozen linear layers in 4 (nf4) or 8 (int8) bits; needs bitsandbytes; "
@@ -289,6 +295,7 @@ def parse_config(
     try:
         file = given.pop("config", None)
         given = (read_config_file(file, config_class) if file else {}) | given
+        given = add_adapter_flags(given)
         config = config_class(**(flags_of_launcher() | given))
         refuse_without_effect(config, changed_flags(config_class, given), config_class.effects)
         return config

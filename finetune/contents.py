@@ -7,7 +7,11 @@ import hashlib
 import json
 from pathlib import Path
 
+from chatglm.adapters import adapter_file
+from chatglm.files import read_json
+from chatglm.folders import check_folder
 from chatglm.hub import model_short_name
+from chatglm.runs import MANIFEST
 from finetune.config import RunConfig, TrainConfig
 from finetune.ds_file import read_ds_file
 from finetune.files import sha256
@@ -24,6 +28,8 @@ def path_contents(
     Args:
         fingerprint: of the weights in `model_path`, the model that is trained.
         data: hash of the training rows.
+    Raises:
+        ValueError: --adapter was trained on another base.
     """
     contents = {"ds_file": hash_json(read_ds_file(config.ds_file)[1]), "train_path": data}
     if isinstance(config, TrainConfig):
@@ -31,6 +37,8 @@ def path_contents(
         if config.replay_path:
             # The hash of their rows is a part of `data`.
             contents["replay_path"] = describe_sources(config.replay_path)
+        if config.adapter:
+            contents["adapter"] = adapter_content(config.adapter, fingerprint)
     for name in ("model_name_or_path", "encoder_path"):
         if folder := getattr(config, name, ""):
             weights = fingerprint if folder == model_path else None
@@ -39,6 +47,25 @@ def path_contents(
         # The folder's name is by default the name of the served model.
         contents["model_name_or_path"] += f" {model_short_name(config.model_name_or_path)}"
     return contents
+
+
+def adapter_content(path: str, fingerprint: str | None) -> str:
+    """SHA-256 of the weights of --adapter.
+
+    Args:
+        fingerprint: of the base's weights.
+    Raises:
+        ValueError: by its manifest, where it has one, it was trained on other weights.
+    """
+    folder = check_folder(path, weights=True)
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    made_for = manifest.get("base_model") or {}
+    if made_for.get("fingerprint") not in (None, fingerprint):
+        raise ValueError(
+            f"--adapter {folder} was trained on {made_for.get('name_or_path')}, whose weights are "
+            "not those of --model_name_or_path (fingerprints differ)"
+        )
+    return sha256(adapter_file(folder))
 
 
 def hash_json(value: object) -> str:

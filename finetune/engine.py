@@ -223,7 +223,8 @@ def check_start(config: RunConfig, base: Path) -> None:
     if (base / "adapter_config.json").is_file():
         raise ValueError(
             f"--model_name_or_path {base} is a LoRA adapter: merge it first "
-            f"(merge_lora.py --save_dir), then train on the result"
+            f"(merge_lora.py --save_dir), then train on the result; or train the adapter on: its "
+            f"base here, and --adapter {base}"
         )
     stored = None if config.train_type == "ptuning" else stored_prefix(base)
     if stored and stored["only"]:

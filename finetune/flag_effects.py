@@ -65,7 +65,11 @@ TRAINING: dict[str, Effect] = {
         "--gradient_checkpointing True or selective", lambda c: c.gradient_checkpointing != "False"
     ),
     **dict.fromkeys(("lora_dim", "lora_alpha", "lora_dropout", "lora_module_name"), LORA),
-    **dict.fromkeys(("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio"), LORA),
+    **dict.fromkeys(("use_rslora", "use_dora", "loraplus_lr_ratio"), LORA),
+    "init_lora_weights": Effect(
+        "--train_type lora without --adapter; got {c.train_type}",
+        lambda c: c.train_type == "lora" and not getattr(c, "adapter", None),
+    ),
     "quantization_bit": Effect(
         "frozen weights, --train_type lora or ptuning; got {c.train_type}",
         lambda c: c.train_type in ("lora", "ptuning"),

@@ -14,6 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from chatglm.adapters import (
+    check_names,
+    check_shapes,
+    fit_adapter,
+    read_adapter,
+    read_adapter_config,
+    refuse_changed_base,
+    refuse_layout,
+)
+from chatglm.folders import check_folder, reading
+
 
 class LoraFunction(torch.autograd.Function):
     """x W^T + b + scaling * (dropped A^T) B^T, arXiv 2106.09685 eq. 3.
@@ -106,6 +117,36 @@ def _lean_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.lora_B[name].weight,
         self.scaling[name],
     )
+
+
+def continue_adapter(model: Any, path: str, dropout: float) -> Any:
+    """`model` in a PeftModel whose trainable LoRA has the values of an adapter.
+
+    Args:
+        model: the adapter's base, of transformers.
+        path: its folder, or a hub's name.
+        dropout: on LoRA's input.
+    Raises:
+        ValueError: it does not fit the base, or is relative to a changed one.
+        FileNotFoundError: it is not there.
+    """
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    folder = check_folder(path, weights=True)
+    config: Any = read_adapter_config(folder)  # of LoRA
+    state = read_adapter(folder)
+    refuse_layout(folder, state)
+    refuse_changed_base(folder, config.init_lora_weights)
+    config.lora_dropout, config.inference_mode = dropout, False
+    config.init_lora_weights = True
+    base = str(model.name_or_path)
+    with reading(folder, f"does its adapter belong to {base}?"):
+        adapted = get_peft_model(model, config)
+    fit = fit_adapter(adapted, state)
+    check_names(folder, base, fit)
+    check_shapes(folder, base, fit)
+    set_peft_model_state_dict(adapted, state)
+    return adapted
 
 
 def remember_start(model: nn.Module) -> None:

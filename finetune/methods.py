@@ -133,7 +133,8 @@ class PTuning:
 class Lora:
     """LoRA (arXiv 2106.09685) by peft, and its variants (docs/methods.md).
 
-    W + alpha / r * B A, with B zero at the start.
+    W + alpha / r * B A, with B zero at the start, or with the A and B of `adapter`, a folder whose
+    configuration then counts in place of the fields (finetune.start_adapter).
     """
 
     lora_dim: int
@@ -143,6 +144,7 @@ class Lora:
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: str = "default"
+    adapter: str | None = None
     quantization_bit: int | None = None
     saves: ClassVar[str] = "adapter"
 
@@ -154,8 +156,10 @@ class Lora:
         from peft import LoraConfig, get_peft_model
         from torch import nn
 
-        from finetune.lora import remember_start
+        from finetune.lora import continue_adapter, remember_start
 
+        if self.adapter:
+            return continue_adapter(model, self.adapter, self.lora_dropout)
         linear: set[str] = set()
         for path, module in model.named_modules():
             if isinstance(module, nn.Linear):

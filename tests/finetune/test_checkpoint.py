@@ -445,7 +445,7 @@ def test_training_longer_names_the_way(flags, whole, capsys):
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert (
         "cannot be made longer; train on from its result instead" in line
-        and "merge_lora.py --ori_model_dir" in line
+        and f"--adapter {whole}" in line
     )
 
 

@@ -13,6 +13,7 @@ from predictor.config import PredictorConfig
 NEEDED = ["--model_name_or_path", "m", "--train_path", "t"]
 # Flags that change every run, whatever the others say.
 GLOBAL = {
+    "adapter",  # finetune.start_adapter refuses it beside another --train_type
     "verify",
     "task",
     "model_name_or_path",
