@@ -283,6 +283,7 @@ def test_t10_every_flag_of_the_other_commands():
         "device",
         "precision",
         "quantization_bit",
+        "keep_quantized",
         "max_src_len",
         "max_new_tokens",
         "do_sample",

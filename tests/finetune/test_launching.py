@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from finetune import seeds
 from finetune.checkpoint import committed_checkpoints, read_manifest
 from finetune.config import parse_config
 from tests.finetune.runs import ROOT, child_env, command, free_port, metrics
+from tests.warm import warm_python
 
 FILES = sorted((ROOT / "ds_configs" / "accelerate").glob("*.yaml"))
 
@@ -211,3 +213,33 @@ def test_the_documented_loop_names_flags_that_exist():
         re.search(r"for seed in 1 2 3; do.*--seed \$seed --output_dir out/seed-\$seed", text, re.S)
         and "python -m finetune.seeds out" in text
     )
+
+
+SCRIPTS = sorted((ROOT / "scripts" / "launch").glob("*.sh"))
+
+
+def run_script(script: Path, *words) -> subprocess.CompletedProcess:
+    warm = Path(warm_python()).parent
+    env = child_env(MASTER_PORT=str(free_port()), FREEZE="layers.1.")
+    env["PATH"] = f"{warm}{os.pathsep}{env['PATH']}"
+    return subprocess.run(
+        ["bash", str(script), *map(str, words)], env=env, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_launch_scripts_train(script, bases, rows_file, tmp_path):
+    data, small = rows_file, ["--max_len", 96, "--max_src_len", 64]
+    if script.stem == "predictor":
+        data, small = tmp_path / "lengths.jsonl", ["--max_src_len", 64]
+        lines = []
+        for number in range(40):
+            line = {"prompt": f"row {number}", "output_tokens": 1 + number, "served_model": "m"}
+            lines.append(json.dumps(line | {"finished": True, "sample": 0}) + "\n")
+        data.write_text("".join(lines))
+    words = [bases["glm2"], data, tmp_path / "out", *small, "--max_steps", 2, "--precision", "fp32"]
+    done = run_script(script, *words)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert committed_checkpoints(tmp_path / "out")
+    lost = run_script(script, bases["glm2"])
+    assert lost.returncode == 2 and lost.stderr.startswith("usage: bash scripts/launch/")

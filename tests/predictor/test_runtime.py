@@ -102,6 +102,7 @@ FILES = {
         "adapter_config.json",
         "tokenizer.model",
         "tokenizer_config.json",
+        "chat_template.jinja",
         "head.safetensors",
     },
     "merged": {
@@ -109,6 +110,7 @@ FILES = {
         "config.json",
         "tokenizer.model",
         "tokenizer_config.json",
+        "chat_template.jinja",
         "head.safetensors",
     },
 }

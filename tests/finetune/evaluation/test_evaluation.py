@@ -137,7 +137,13 @@ def test_kept_answers_of_another_command_are_not_used(adapter, rows, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    "changed", [{"precision": "bf16"}, {"quantization_bit": 4}, {"mode": "glm3"}]
+    "changed",
+    [
+        {"precision": "bf16"},
+        {"quantization_bit": 4},
+        {"keep_quantized": True},
+        {"mode": "glm3"},
+    ],
 )
 def test_kept_answers_depend_on_how_the_model_is_loaded(tmp_path, changed):
     args = {
@@ -146,6 +152,7 @@ def test_kept_answers_depend_on_how_the_model_is_loaded(tmp_path, changed):
         "mode": None,
         "precision": "fp32",
         "quantization_bit": None,
+        "keep_quantized": False,
     }
     depends = [
         evaluate.dependencies(argparse.Namespace(**args | more), ["x"], {})

@@ -1,0 +1,20 @@
+#!/bin/bash
+# All parameters by ZeRO-3, weights and optimizer in the host's memory: slower, four GPUs of 24 GB.
+#   bash scripts/launch/full_zero3_offload.sh MODEL DATA OUTPUT [more flags of train.py]
+# About 120 GB of host memory for a 6B model. OUTPUT/epoch-E-step-S is a whole model.
+# GPUs: CUDA_VISIBLE_DEVICES=0,1 chooses them; a step's rows are GPUs x batch x accumulation.
+set -euo pipefail
+if [ $# -lt 3 ]; then
+    echo "usage: bash scripts/launch/full_zero3_offload.sh MODEL DATA OUTPUT [more flags of train.py]" >&2
+    exit 2
+fi
+model="$1" data="$2" output="$3"
+shift 3
+root="$(cd "$(dirname "$0")/../.." && pwd)"
+deepspeed --master_port "${MASTER_PORT:-29500}" "$root/train.py" \
+    --model_name_or_path "$model" --train_path "$data" --output_dir "$output" \
+    --train_type all \
+    --per_device_train_batch_size 1 --gradient_accumulation_steps 4 --gradient_checkpointing \
+    --max_len 1560 --max_src_len 1024 --learning_rate 1e-5 --num_train_epochs 2 \
+    --ds_file ds_zero3_offload.json \
+    "$@"  # a flag given here again wins
