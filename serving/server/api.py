@@ -31,7 +31,7 @@ BODY_BYTES = 2 * 2**20
 CLIENT_S = 30.0  # for a whole body
 RETRY_S = 2  # what a busy server tells its clients to wait
 CLOSING = "the server is shutting down"
-GONE = 499  # for the access log; nobody reads it
+GONE = 499  # for the access log: the client has left
 FINISH = {"stop": "stop", "length": "length", "cut": "length"}
 
 

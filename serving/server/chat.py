@@ -110,7 +110,7 @@ def prompt_of(messages: tuple[tuple[str, str], ...]) -> str:
     return "\n\n".join([*system, messages[-1][1]])
 
 
-def held(text: str, whole: tuple[str, ...]) -> int:
+def unfinished_length(text: str, whole: tuple[str, ...]) -> int:
     """How long the longest ending of `text` is that begins, but is not, one of `whole`.
 
     One pass for each over as much of the text as it is long.
@@ -183,7 +183,7 @@ class TextStream:
         text = self._decode().rstrip("\ufffd")  # half of a character
         if (space := text.find(" ", max(len(text) - CLEANED, 0))) >= 0:
             text = text[:space]
-        text = self._process(text[: len(text) - held(text, (YEAR,))])
+        text = self._process(text[: len(text) - unfinished_length(text, (YEAR,))])
         if text and text[-1] in self._marks:
             text = text[:-1]
         return self._send(text, growing=True)
@@ -202,7 +202,7 @@ class TextStream:
         if places:
             self.stopped, text = True, text[: min(places)]
         elif growing:
-            text = text[: len(text) - held(text, self._stops)]
+            text = text[: len(text) - unfinished_length(text, self._stops)]
         new = text[len(self.sent) :] if text.startswith(self.sent) else ""
         self.sent += new
         return new

@@ -116,7 +116,7 @@ class Service:
         self._thread.start()
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """End the engine's thread; nobody listens any more to what is under way."""
+        """End the engine's thread; no more events of what is under way are read."""
         self.draining = True
         self.inbox.shut()
         self.cancel_all()
