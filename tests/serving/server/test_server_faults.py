@@ -317,21 +317,21 @@ def test_numbers_that_are_none_are_400(server, token):
 
 @given(st.text("ab", max_size=40), st.lists(st.text("ab", min_size=1, max_size=12), max_size=3))
 def test_s2_what_a_stream_holds_back(text, stops):
-    from serving.server.chat import held
+    from serving.server.chat import unfinished_length
 
     naive = max(
         (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
     )
-    assert held(text, tuple(stops)) == naive
+    assert unfinished_length(text, tuple(stops)) == naive
 
 
 def test_s2_the_worst_stops_cost_little(server):
     """Texts and stops that nearly match everywhere."""
-    from serving.server.chat import held
+    from serving.server.chat import unfinished_length
 
     long = "a" * 100_000 + "b"
     begin = time.perf_counter()
-    assert held("a" * 100_000, (long,)) == 100_000
+    assert unfinished_length("a" * 100_000, (long,)) == 100_000
     assert time.perf_counter() - begin < 2
     stops = ["a" * 255 + x for x in "bcde"]
     begin = time.perf_counter()
