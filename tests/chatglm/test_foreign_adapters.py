@@ -4,15 +4,20 @@ The oracle is algebra: a base whose weights are W + scaling * B A, or peft's own
 """
 
 import json
+import subprocess
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import merge_lora
+from chatglm import convert_adapter as command
 from chatglm import load_model
 from chatglm.convert_adapter import convert_adapter as convert
+from finetune.evaluation import predict
 from tests.chatglm.test_loading import edit_config, logits_of
+from tests.conftest import REPO_ROOT
+from tests.warm import warm_python
 
 QKV = {
     "glm": "transformer.layers.{}.attention.query_key_value",
@@ -408,3 +413,136 @@ def test_a_start_that_changes_the_base(tiny_folders, tmp_path, start):
     torch.manual_seed(0)
     if start != "pissa_niter_2":  # whose SVD is drawn at random
         assert torch.allclose(logits_of(load_model(tmp_path / "ad")), logits_of(model), atol=1e-4)
+
+
+# ---- errors, and the command
+
+
+def flat(folder, lora, names=PEFT_NAMES, **more):
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(named(lora, names) | more, folder / "chatglm-lora.pt")
+    return folder / "chatglm-lora.pt"
+
+
+NAME = "base_model.model.transformer.encoder.layers.0.self_attention.query_key_value.lora_A.weight"
+WRONG = {  # test id -> (tensors that replace some of a file's, what is said)
+    "others": ({"base_model.model.lm_head.weight": torch.ones(2)}, "it holds .*lm_head.weight"),
+    "zero3": ({NAME: torch.ones(0)}, "is empty, as ZeRO-3 leaves a tensor"),
+    "pair": ({NAME.replace("layers.0", "layers.9"): torch.ones(4, 40)}, "lacks .*lora_B"),
+    "width": ({NAME: torch.ones(4, 39)}, r"is \[96, 40\] there, its LoRA is of \[96, 39\]"),
+    "group": ({NAME: torch.ones(6, 40)}, "are no LoRA of 1 of"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_files_that_cannot_be_converted(tiny_folders, tmp_path, case):
+    base = tiny_folders["glm2"]
+    tensors, said = WRONG[case]
+    file = flat(tmp_path / "ad", random_lora(base), **tensors)
+    with pytest.raises(ValueError, match=said):
+        convert(file, base, tmp_path / "out", lora_alpha=8)
+    assert [path.name for path in tmp_path.iterdir()] == ["ad"]
+
+
+CONFIGS = {  # test id -> (changes of adapter_config.json, what is said)
+    "dora": ({"use_dora": True}, "use_dora is not converted"),
+    "rank": ({"r": 8}, "says r 8, .* has rank 4"),
+    "alpha": ({"lora_alpha": "8"}, "lora_alpha must be int or float"),
+    "pattern": ({"alpha_pattern": [1]}, "alpha_pattern must be dict"),
+    "kind": ({"peft_type": "IA3"}, "wanted peft_type LORA, got .IA3."),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_configurations_that_cannot_be_converted(tiny_folders, tmp_path, case):
+    base = tiny_folders["glm2"]
+    changes, said = CONFIGS[case]
+    lora = named(random_lora(base), PEFT_NAMES)
+    folder = write_adapter(tmp_path / "ad", peft_config(base, **changes), lora)
+    with pytest.raises(ValueError, match=said):
+        convert(folder, base, tmp_path / "out")
+
+
+def test_a_llama_made_of_a_chatglm_is_refused(tiny_folders, tmp_path):
+    base = tiny_folders["glm3"]
+    lora = {"model.layers.0.mlp.gate_proj": (torch.ones(4, 40), torch.ones(56, 4))}
+    folder = write_adapter(tmp_path / "ad", peft_config(base), named(lora, PEFT_NAMES))
+    with pytest.raises(ValueError, match="gate_proj is no layer of GlmForCausalLM.*Llama"):
+        convert(folder, base, tmp_path / "out")
+
+
+def test_a_prefix_of_other_heads_is_refused(tiny_folders, tmp_path):
+    folder, _ = peft_prefix(tiny_folders["glm2"], tmp_path / "ad")
+    with pytest.raises(ValueError, match=r"wanted one tensor of \(virtual tokens, \d+\)"):
+        convert(folder, tiny_folders["glm"], tmp_path / "out")
+
+
+def test_folders_of_ms_swift_1(tiny_folders, tmp_path):
+    base = tiny_folders["glm2"]
+    lora = random_lora(base)
+    config = peft_config(base, **SWIFT)
+    tensors = named(lora, "{}.lora_{}.default.weight")
+    write_adapter(tmp_path / "checkpoint-2" / "default", config, tensors)
+    (tmp_path / "checkpoint-2" / "configuration.json").write_text("{}")
+    with pytest.raises(ValueError, match="checkpoint of ms-swift, its adapter is in .*default"):
+        load_model(tmp_path / "checkpoint-2")
+    convert(tmp_path / "checkpoint-2", base, tmp_path / "out")
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors").keys() == set(
+        named(lora, PEFT_NAMES)
+    )
+
+
+def test_code_in_a_file_is_never_run(tiny_folders, tmp_path):
+    import os
+    import pickle
+
+    class Runs:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (tmp_path / "chatglm-lora.pt").write_bytes(pickle.dumps({"a": Runs()}))
+    with pytest.raises(ValueError, match="holds something else than tensors"):
+        convert(tmp_path / "chatglm-lora.pt", tiny_folders["glm2"], tmp_path / "out", lora_alpha=8)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_command(tiny_folders, tmp_path, capsys):
+    base, out = tiny_folders["glm"], tmp_path / "out"
+    file = flat(tmp_path / "ad", random_lora(base))
+    assert predict.main(["--model_path", str(file.parent), "--prompt", "a", "--device", "cpu"]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"python -m chatglm.convert_adapter {file} --base BASE --output FOLDER" in said
+    words = [str(file), "--base", str(base), "--output", str(out)]
+    assert command.main(words) == 1
+    error = capsys.readouterr().err.strip()
+    assert "give --lora_alpha" in error and len(error.splitlines()) == 1
+    words += ["--lora_alpha", "8"]
+    done = subprocess.run(
+        [warm_python(), "-m", "chatglm.convert_adapter", *words],
+        capture_output=True,
+        text=True,
+        cwd=REPO_ROOT,
+        check=True,
+    )
+    assert done.stdout.strip() == f"{out}: LoRA of 3 layers, rank 4, alpha 8, of {base}"
+    assert command.main(words) == 1
+    assert "is there already" in capsys.readouterr().err
+    greedy = ["--prompt", "你好", "--device", "cpu", "--max_new_tokens", "3"]
+    assert predict.main(["--model_path", str(out), *greedy]) == 0
+
+
+# ---- prefixes of THUDM's ptuning and of ChatGLM-Efficient-Tuning's p_tuning
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_official_prefixes_are_read(tiny_folders, tmp_path, projection):
+    source = tiny_folders["glm2"]
+    torch.manual_seed(1)
+    tuned = load_model(source, pre_seq_len=3, prefix_projection=projection)
+    state = {k: t for k, t in tuned.state_dict().items() if "prefix_encoder" in k}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    config = json.loads((source / "config.json").read_text())
+    config |= {"pre_seq_len": 3, "prefix_projection": projection, "_name_or_path": str(source)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "finetuning_args.json").write_text('{"finetuning_type": "p_tuning"}')
+    assert torch.equal(logits_of(load_model(tmp_path)), logits_of(tuned))
