@@ -116,11 +116,13 @@ OLD_FLAGS: dict[str, OldFlag] = {
         MULTI_GPU, reason="the base is --model_name_or_path, what is written --output_dir"
     ),
     "is_resume": OldFlag(
-        MULTI_GPU, reason="a run goes on with --resume_from_checkpoint auto, or a checkpoint's path"
+        MULTI_GPU,
+        reason="--resume_from_checkpoint auto goes on with a run, --adapter FOLDER with its LoRA",
     ),
     "resume_path": OldFlag(
         MULTI_GPU,
-        reason="it names a file of some weights; --resume_from_checkpoint takes a checkpoint here",
+        reason="its chatglm-lora.pt becomes a folder by python -m chatglm.convert_adapter, which "
+        "--adapter takes",
     ),
     "train_file": OldFlag(THUDM, "train_path"),
     "validation_file": OldFlag(THUDM, "eval_path"),

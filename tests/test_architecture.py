@@ -19,6 +19,7 @@ LAYERS = {
 HEAVY = {"torch", "transformers", "deepspeed", "peft", "numpy", "datasets", "safetensors"}
 TORCH_FREE = [
     "chatglm/__init__.py",
+    "chatglm/adapter_folders.py",
     "chatglm/conversations.py",
     "chatglm/families.py",
     "chatglm/files.py",
@@ -38,6 +39,7 @@ TORCH_FREE = [
     "finetune/methods.py",
     "finetune/record.py",
     "finetune/report.py",
+    "finetune/start_adapter.py",
     "finetune/rows/formats.py",
     "train.py",
 ]
