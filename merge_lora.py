@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 from chatglm.adapter_folders import refuse_foreign
 from chatglm.checksums import add_verify_flag
 from chatglm.commands import Parser, run_command
-from chatglm.families import FAMILIES
+from chatglm.families import CHATGLM_FAMILIES, FAMILIES
 from chatglm.files import read_json
 from chatglm.hub import model_short_name, recover_folder, resolve_folder
 
 if TYPE_CHECKING:
     import torch
 
-    from chatglm.tokenization import ChatGLMTokenizer
+    from chatglm.family_tokenizer import FamilyTokenizer
     from finetune.merging import Merged
 
 MERGED_NOTE = "merged.json"
@@ -79,11 +79,10 @@ def check_shapes(base: Path, adapter: Path, changed: dict[str, tuple[int, int]])
 
 def adapter_shapes(adapter: Path) -> dict[str, tuple[int, int]]:
     """{module of the base: (out, in) size of the weight that its A and B change}."""
-    from chatglm.adapters import PEFT, read_adapter, refuse_layout
+    from chatglm.adapters import PEFT, read_adapter
 
     pairs: dict[str, dict[str, int]] = {}
     state = read_adapter(adapter)
-    refuse_layout(adapter, state)
     for peft_name, tensor in state.items():
         name = peft_name.removeprefix(PEFT)
         for part, size in ((".lora_A.", tensor.shape[-1]), (".lora_B.", tensor.shape[0])):
@@ -118,16 +117,19 @@ def merge(
         OSError: no room on the disk, or it cannot be written.
     """
     from chatglm import load_tokenizer
+    from chatglm.adapters import read_adapter, refuse_layout
     from chatglm.loading import resolve_mode
     from finetune.files import put_in_place
     from finetune.merging import merge_weights
 
     base, adapter, save_dir = base.resolve(), adapter.resolve(), save_dir.resolve()
     check_folders(base, adapter, save_dir, verify)
+    mode = resolve_mode(base, mode)
+    if mode in CHATGLM_FAMILIES:
+        refuse_layout(adapter, read_adapter(adapter))
     if word := check_base(base, adapter, other_name, verify):
         print(f"WARNING: {word}", file=sys.stderr)
 
-    mode = resolve_mode(base, mode)
     tokenizer = load_tokenizer(base, mode=mode, verify=verify)
     aside = save_dir.with_name(f".{save_dir.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -170,7 +172,7 @@ def check_folders(base: Path, adapter: Path, save_dir: Path, verify: str | None)
         check_folder_files(folder, verify, default="full", wanted=is_top)
 
 
-def write_others(tokenizer: "ChatGLMTokenizer", base: Path, adapter: Path, folder: Path) -> None:
+def write_others(tokenizer: "FamilyTokenizer", base: Path, adapter: Path, folder: Path) -> None:
     """What belongs to a merged model besides its weights and config.json."""
     from transformers import GenerationConfig
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, Cache, DynamicCache
 
-from .families import FAMILIES
+from .families import FAMILIES, family_of
 from .histories import Answer, History, history_rounds, new_round
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ class ChatMethods:
             raise ValueError("ChatGLM-6B cannot go on from another turn's cache")
         if not history:
             return self.build_inputs(tokenizer, query)
-        if FAMILIES[tokenizer.family].roles:
+        if family_of(tokenizer).roles:
             ids = self.chat_ids(tokenizer, query, None, "user")[2:]  # without [gMASK] sop
         else:
             turn = history_rounds(history, query, "ChatGLM2-6B")[0]
@@ -266,15 +266,14 @@ class ChatMethods:
         # A fine-tuned ChatGLM-6B counts rounds as its training prompts do.
         counts_rounds = getattr(self.config, "chat_prompt", None) == "rounds"
         form = {"rounds": True} if counts_rounds else {}
-        return FAMILIES[tokenizer.family].encode_chat(tokenizer, query, history, role, **form)
+        return family_of(tokenizer).encode_chat(tokenizer, query, history, role, **form)
 
     def chat_options(
         self, tokenizer: "ChatGLMTokenizer", options: dict[str, Any]
     ) -> dict[str, Any]:
         """generate's options of a chat: the family's, then those given."""
-        family = FAMILIES[tokenizer.family]
-        stops = [tokenizer.get_command(token) for token in family.stop_tokens]
-        defaults = family.chat_defaults | {
+        stops = tokenizer.stop_ids
+        defaults = family_of(tokenizer).chat_defaults | {
             "eos_token_id": stops,
             "pad_token_id": tokenizer.pad_token_id,
         }
@@ -296,7 +295,7 @@ class ChatMethods:
         role: str,
     ) -> tuple[Answer, History]:
         """(answer, new history) from the generated text."""
-        family = FAMILIES[tokenizer.family]
+        family = family_of(tokenizer)
         history = copy.deepcopy(list(history or []))
         if family.roles:
             return family.process_response(text, [*history, {"role": role, "content": query}])

@@ -7,12 +7,14 @@ here loads elsewhere.
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from .evidence import infer_family
+from .folders import reading, refuse_unknown_type
 from .remote_code import guard_code
 
 PTUNING_VERSIONS = ("v1", "v2")
@@ -268,3 +270,14 @@ def is_chatglm1(config_dict: dict[str, Any]) -> bool:
 
 AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
 guard_code()
+
+
+def read_config(path: str | Path) -> PreTrainedConfig:
+    """The transformers configuration of a model, ours or another; code beside it is never run.
+
+    Raises:
+        ValueError: it cannot be read, or its model_type is not known.
+    """
+    refuse_unknown_type(path)
+    with reading(path):
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)

@@ -12,6 +12,8 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from .causal_prompts import END, TemplateTokenizer, template_messages
+from .families import Family
 from .histories import ROLES, message_text
 from .prompts import (
     TextTokenizer,
@@ -237,6 +239,64 @@ def _glm4(
     return [_cut([*ids, end], [*labels, end if follows else IGNORED], max_len)]
 
 
+def _causal(
+    tokenizer: Any, turns: list[Turn], max_len: int, max_src_len: int, role_labels: bool
+) -> list[EncodedTurns]:
+    """By the model's chat template, one row where it only adds to what it wrote before.
+
+    A template that writes earlier answers otherwise than the last one (Qwen3's leaves their
+    thoughts out) gives a row an answer. Labels are an answer's header, text and end.
+    """
+    rows: list[EncodedTurns] = []
+    ids: list[int] = []
+    labels: list[int] = []
+    messages, tools = template_messages([turn_message(turn) for turn in turns], tokenizer.tool_role)
+    skipped = len(turns) - len(messages)  # a system turn that has tools alone
+    for number, turn in enumerate(turns):
+        if not carries_loss(turn):
+            continue
+        before = messages[: number - skipped]
+        prompt = tokenizer.encode_messages(before, tools)
+        learnt = answer_ids(tokenizer, turn, [*before, messages[number - skipped]], tools, prompt)
+        if ids and prompt[: len(ids)] != ids:
+            rows.append(_cut(ids, labels, max_len))
+            ids, labels = [], []
+        labels = labels + [IGNORED] * (len(prompt) - len(ids)) + learnt
+        ids = prompt + learnt
+    return [*rows, _cut(ids, labels, max_len)]
+
+
+def turn_message(turn: Turn) -> dict[str, Any]:
+    """A turn as a message of a history."""
+    message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+    for key, value in (("metadata", turn.metadata), ("tools", turn.tools), ("call", turn.call)):
+        if value:
+            message[key] = value
+    return message
+
+
+def answer_ids(
+    tokenizer: TemplateTokenizer,
+    turn: Turn,
+    messages: list[dict[str, Any]],
+    tools: Any,
+    prompt: list[int],
+) -> list[int]:
+    """What the model learns to write of a turn, the last of `messages`: header, text, end.
+
+    Raises:
+        ValueError: the template writes a call of a tool elsewhere than after the prompt.
+    """
+    end = tokenizer.get_command(END)
+    if turn.call is None:
+        return [*tokenizer.answer_header, *tokenizer.encode_text(turn.content), end]
+    whole = tokenizer.encode_messages(messages, tools, prompts_answer=False)
+    if whole[: len(prompt)] != prompt:
+        raise ValueError("the chat template does not write a call of a tool after the prompt")
+    written = whole[len(prompt) :]
+    return [*written[: written.index(end)], end] if end in written else [*written, end]
+
+
 # (tokenizer, turns, max_len, max_src_len, role_labels) -> rows, by the family's name.
 # `turns` pass check_turns. role_labels: the token <|assistant|> is a label too (GLM3_LABELS).
 # Raises ValueError for turns that the family cannot express.
@@ -245,4 +305,29 @@ CONVERSATIONS: dict[str, Callable[..., list[EncodedTurns]]] = {
     "glm2": _glm2,
     "glm3": _glm3,
     "glm4": _glm4,
+    "causal": _causal,
 }
+
+
+def encode_conversation(
+    family: Family,
+    tokenizer: Any,
+    turns: list[Turn],
+    max_len: int,
+    max_src_len: int,
+    role_labels: bool,
+) -> list[EncodedTurns]:
+    """The training rows of a conversation; the arguments are those of CONVERSATIONS.
+
+    Raises:
+        ValueError: the family cannot express the turns.
+    """
+    if not family.raw:
+        encode = CONVERSATIONS[family.name]
+        return encode(tokenizer, turns, max_len, max_src_len, role_labels)
+    rounds = rounds_of(turns)
+    if len(rounds) > 1:
+        raise ValueError("prompt_style raw: a text to go on with has one answer, got several turns")
+    query, answer, _ = rounds[0]
+    row = family.encode_example(tokenizer, query, answer, max_len, max_src_len)
+    return [EncodedTurns(row.input_ids, row.labels, row.truncated)]

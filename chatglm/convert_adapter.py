@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .adapter_folders import TENSOR_SUFFIXES, lora_file, swift_adapter
 from .commands import Parser, number, run_command
-from .families import FAMILIES
+from .families import CHATGLM_FAMILIES
 from .files import read_json, shorten
 
 if TYPE_CHECKING:
@@ -350,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
         help="LoRA's alpha, where the source does not say it",
     )
     parser.add_argument(
-        "--mode", choices=tuple(FAMILIES), help="family (default: found in the base folder)"
+        "--mode", choices=CHATGLM_FAMILIES, help="family (default: found in the base folder)"
     )
     args = parser.parse_args(argv)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .byte_pairs import is_tiktoken_file
-from .families import FAMILIES
+from .families import CHATGLM_FAMILIES, FAMILIES
 from .files import read_json
 from .hub import repository_of
 
@@ -33,6 +33,8 @@ _NAME_PATTERNS = [
     (r"glm[-_]?2|codegeex[-_]?2", "glm2"),
     (r"chatglm[-_]?6b", "glm"),
 ]
+# transformers' causal models that the family `causal` takes: their layers have the same parts.
+CAUSAL_TYPES = ("glm", "glm4", "llama", "qwen2", "qwen3")
 GLM4_VOCABULARY = 151552  # rows of the embedding in every release
 
 
@@ -68,16 +70,20 @@ def _evidence(
     tokenizer = _read_json(path / "tokenizer_config.json")
     adapter = _read_json(path / "adapter_config.json")
 
+    base = base or adapter.get("base_model_name_or_path")
+    if causal := causal_sentence(config, tokenizer, base if follow else None):
+        yield _sign(causal, "causal")
+        return
+
     for file, values in (("config.json", config), ("tokenizer_config.json", tokenizer)):
         family = values.get("glm_family")
-        if isinstance(family, str) and family in FAMILIES:
+        if isinstance(family, str) and family in CHATGLM_FAMILIES:
             yield _sign(f'{file} says "glm_family": "{family}"', family)
 
     yield from _architecture_evidence(path, config)
     yield from _vocabulary_evidence(path)
     yield from _tokenizer_evidence(path, tokenizer)
 
-    base = base or adapter.get("base_model_name_or_path")
     if follow and isinstance(base, (str, Path)) and base:
         for evidence in _evidence(base, follow=False):
             sentence = f"the adapter's base model: {evidence.sentence}"
@@ -85,6 +91,26 @@ def _evidence(
 
     yield from _name_evidence(path, config, tokenizer)
     yield from _value_evidence(config)
+
+
+def causal_sentence(
+    config: dict[str, Any], tokenizer: dict[str, Any], base: object = None
+) -> str | None:
+    """The sign that a folder's model is no ChatGLM but another causal model; None without one.
+
+    Args:
+        config, tokenizer: config.json and tokenizer_config.json.
+        base: the folder of an adapter's base model.
+    """
+    if (model_type := config.get("model_type")) in CAUSAL_TYPES:
+        return f'config.json says "model_type": "{model_type}"'
+    if not config and tokenizer.get("glm_family") == "causal":
+        return 'tokenizer_config.json says "glm_family": "causal"'
+    if not config and isinstance(base, (str, Path)) and base:
+        model_type = _read_json(Path(base, "config.json")).get("model_type")
+        if model_type in CAUSAL_TYPES:
+            return f'the config.json of its base model says "model_type": "{model_type}"'
+    return None
 
 
 def _architecture_evidence(path: Path, config: dict[str, Any]) -> Iterator[_Evidence]:

@@ -4,22 +4,25 @@ Free of torch and transformers, so that `FAMILIES` can feed `choices=` without a
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
-from . import prompts
+from . import causal_prompts, prompts, raw_prompts
 
 
 @dataclass(frozen=True)
 class Family:
-    """One generation of ChatGLM: names, defaults and text/id layouts.
+    """One generation of ChatGLM, or other causal models: names, defaults and text/id layouts.
 
     chat_defaults: generate()'s options in a chat where the caller gives none; `max_length` counts
         the prompt
     prompt_text(query) -> str: a training prompt's text (glm3: the query itself; its role and
         newline are ids)
     roles: messages have roles, and tools: a conversation is one sequence of messages
+    role_tokens: control tokens of roles, which an answer's text does not show
+    shares_beginning: rows of a pass may share their first tokens (causal attention, our classes)
+    raw: prompts are texts to go on with (raw_prompts)
     encode_prompt(tokenizer, prompt, max_src_len) -> EncodedPrompt
     encode_example(tokenizer, prompt, answer, max_len, max_src_len) -> Example
     encode_chat(tokenizer, query, history=None, role="user") -> list[int]: ids of a chat up to the
@@ -49,8 +52,12 @@ class Family:
     chat_prompt: Callable[..., str] | None
     answer_text: Callable[[str], str]
     process_response: Callable[..., Any]
+    role_tokens: tuple[str, ...] = ()
+    shares_beginning: bool = True
+    raw: bool = False
 
 
+ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 # ---- the families ----
 
 FAMILIES: dict[str, Family] = {
@@ -76,6 +83,7 @@ FAMILIES: dict[str, Family] = {
         chat_prompt=prompts.glm_chat_prompt,
         answer_text=prompts.glm_response,
         process_response=prompts.glm_response,
+        shares_beginning=False,
     ),
     "glm2": Family(
         name="glm2",
@@ -122,6 +130,7 @@ FAMILIES: dict[str, Family] = {
         chat_prompt=None,
         answer_text=prompts.glm2_response,
         process_response=partial(prompts.messages_response, prompts.parse_fenced_call),
+        role_tokens=ROLE_TOKENS,
     ),
     "glm4": Family(
         name="glm4",
@@ -145,5 +154,73 @@ FAMILIES: dict[str, Family] = {
         chat_prompt=None,
         answer_text=prompts.glm2_response,
         process_response=partial(prompts.messages_response, prompts.parse_json_call),
+        role_tokens=ROLE_TOKENS,
+    ),
+    "causal": Family(
+        name="causal",
+        title="causal language model",
+        roles=True,
+        layers_prefix="model.layers.",
+        tokenizer_file="tokenizer.json",
+        end_token=causal_prompts.END,
+        stop_tokens=(),
+        chat_defaults={
+            "max_length": 8192,
+            "num_beams": 1,
+            "do_sample": True,
+            "top_p": 0.8,
+            "temperature": 0.8,
+        },
+        prompt_text=raw_prompts.raw_text,
+        encode_prompt=partial(prompts.encode_prompt, causal_prompts.causal_layout),
+        encode_example=partial(
+            prompts.encode_example, causal_prompts.causal_layout, causal_prompts.END
+        ),
+        encode_chat=causal_prompts.causal_chat,
+        chat_prompt=None,
+        answer_text=str.strip,
+        process_response=causal_prompts.causal_response,
+        shares_beginning=False,
     ),
 }
+CHATGLM_FAMILIES = ("glm", "glm2", "glm3", "glm4")  # those of our own model classes
+
+
+def raw_family(family: Family) -> Family:
+    """The family with texts to go on with in the place of its prompts."""
+    layout = raw_prompts.raw_layout_of(family.name)
+    end = raw_prompts.RAW_END.get(family.name, family.end_token)
+    tokens = raw_prompts.RAW_TOKENS.get(family.name)
+    return replace(
+        family,
+        raw=True,
+        roles=False,
+        role_tokens=(),
+        end_token=end,
+        prompt_text=raw_prompts.raw_text,
+        encode_prompt=partial(prompts.encode_prompt, layout),
+        encode_example=partial(prompts.encode_example, layout, end),
+        encode_chat=partial(raw_prompts.raw_chat, tokens),
+        chat_prompt=None,
+        answer_text=raw_prompts.raw_text,
+        process_response=raw_prompts.raw_text,
+    )
+
+
+RAW_FAMILIES = {name: raw_family(family) for name, family in FAMILIES.items()}
+
+
+class StyledTokenizer(Protocol):
+    """What `family_of` reads of a tokenizer."""
+
+    @property
+    def family(self) -> str: ...
+
+    @property
+    def prompt_style(self) -> str: ...
+
+
+def family_of(tokenizer: StyledTokenizer) -> Family:
+    """The family whose prompts a tokenizer writes: of the style "raw", the text alone."""
+    families = RAW_FAMILIES if tokenizer.prompt_style == "raw" else FAMILIES
+    return families[tokenizer.family]

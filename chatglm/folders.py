@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapter_folders import refuse_foreign
-from .families import FAMILIES
+from .families import CHATGLM_FAMILIES
 from .files import read_json, read_text, shorten
 from .hub import recover_folder, resolve_folder
 from .runs import check_not_run
@@ -156,9 +156,9 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f'{path}: wanted "model_type": "chatglm", got {shorten(model_type)}{code_note(values)}'
         )
-    if (family := values.get("glm_family")) not in (None, *FAMILIES):
+    if (family := values.get("glm_family")) not in (None, *CHATGLM_FAMILIES):
         raise ValueError(
-            f'{path}: "glm_family" is one of {", ".join(FAMILIES)}, got {shorten(family)}'
+            f'{path}: "glm_family" is one of {", ".join(CHATGLM_FAMILIES)}, got {shorten(family)}'
         )
     return values
 

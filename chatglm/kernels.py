@@ -123,6 +123,23 @@ def turn_halves_(x: Tensor, turns: Tensor) -> None:
     b.copy_(b_turned)
 
 
+def turn_rotated_halves_(x: Tensor, turns: Tensor) -> None:
+    """Llama's way: dims (0, D/2), (1, D/2 + 1), ... of each head form the pairs.
+
+    Args:
+        x: (1, N, heads, D), turned in place.
+        turns: (1, N, 1, D / 2) complex64.
+    """
+    cos, sin = turns.real, turns.imag
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
+    wide = a.float() * cos
+    b_turned = b.float() * cos
+    b_turned.addcmul_(a.float(), sin)
+    a.copy_(wide.addcmul_(b.float(), sin, value=-1))
+    b.copy_(b_turned)
+
+
 class CpuAttentionFunction(torch.autograd.Function):
     """scaled_dot_product_attention on a CPU with a backward pass of a few large products.
 

@@ -11,14 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .adapters import adapter_file, fit_adapter, load_adapter, peft_name, read_adapter
+from .causal import load_causal, set_causal_stops
 from .checksums import check_folder_files, checks_folder, is_small, is_top
-from .configuration import ChatGLM1Config, ChatGLMConfig, unclear_family_message
+from .configuration import (
+    ChatGLM1Config,
+    ChatGLMConfig,
+    read_config,
+    unclear_family_message,
+)
 from .evidence import contradicts, infer_family
-from .families import FAMILIES
+from .families import CHATGLM_FAMILIES, FAMILIES
+from .family_tokenizer import FamilyTokenizer
 from .folders import (
     check_folder,
     check_json_files,
@@ -26,13 +33,13 @@ from .folders import (
     named_base,
     read_model_config,
     reading,
-    refuse_unknown_type,
 )
 from .hub import recover_folder, resolve_folder
 from .modeling_base import ChatGLMCausalLM
 from .modeling_glm import ChatGLM1ForConditionalGeneration
 from .modeling_glm2 import ChatGLM2ForConditionalGeneration
 from .tokenization import ChatGLMTokenizer
+from .tokenization_causal import CausalTokenizer
 from .weights import (
     PREFIX,
     StoredPrefix,
@@ -88,14 +95,17 @@ def resolve_mode(path: str | Path, mode: str | None = None, base: str | Path | N
         base: the base model of an adapter or prefix folder; by default the one that it names.
     Raises:
         ValueError: `mode` is no family, the folder's files say that it cannot be that family or
-            nothing of its family, or its config.json is no ChatGLM's.
+            nothing of its family, or its config.json is of a model of no family.
         FileNotFoundError: there is no such folder.
     """
     path = check_folder(path)
     base = resolve_folder(base) if base else None
-    config = read_model_config(path) if (path / "config.json").is_file() else {}
+    inferred = infer_family(path, base)
+    config: dict[str, Any] = {}
+    if inferred != "causal" and (path / "config.json").is_file():
+        config = read_model_config(path)
     if mode is None:
-        mode = infer_family(path, base)
+        mode = inferred
         if mode is None and (path / "adapter_config.json").is_file():
             # if there is none, say so
             mode = infer_family(path, base_of_adapter(path, base, weights=False))
@@ -103,7 +113,7 @@ def resolve_mode(path: str | Path, mode: str | None = None, base: str | Path | N
             if (ratio := config.get("rope_ratio", 1)) != 1:
                 raise ValueError(f"{path}/config.json: {unclear_family_message(ratio)}")
             raise ValueError(
-                f"{path} does not tell which of {', '.join(FAMILIES)} it is: say --mode "
+                f"{path} does not tell which of {', '.join(CHATGLM_FAMILIES)} it is: say --mode "
                 '(in Python mode="glm3"), or set "glm_family" in its config.json'
             )
     elif mode not in FAMILIES:
@@ -129,27 +139,21 @@ def base_of_adapter(path: Path, base: str | Path | None, *, weights: bool = True
     return folder
 
 
-def read_config(path: str | Path) -> PreTrainedConfig:
-    """The transformers configuration of a model, ours or another; code beside it is never run.
-
-    Raises:
-        ValueError: it cannot be read, or its model_type is not known.
-    """
-    from transformers import AutoConfig
-
-    refuse_unknown_type(path)
-    with reading(path):
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-
-
 @checks_folder(is_small)
 def load_tokenizer(
-    path: str | Path, *, mode: str | None = None, base: str | Path | None = None
-) -> ChatGLMTokenizer:
+    path: str | Path,
+    *,
+    mode: str | None = None,
+    base: str | Path | None = None,
+    prompt_style: str | None = None,
+) -> FamilyTokenizer:
     """The tokenizer of a folder; of the base model, where an adapter folder has none of its own.
 
     Args:
         base: the base model of an adapter or prefix folder; by default the one that it names.
+        prompt_style: "chat" or "raw" (a text to go on with); None: as the folder was trained.
+    Returns:
+        a ChatGLMTokenizer, or a CausalTokenizer for the family causal.
     Raises:
         ValueError: `mode` contradicts the folder, or a file of the tokenizer is damaged.
         FileNotFoundError: no tokenizer model there.
@@ -162,7 +166,10 @@ def load_tokenizer(
         is_base = given or (path / "adapter_config.json").is_file()
         source = recover_folder(base, weights=False) if is_base else Path(base)
         path = source if source.is_dir() else path
-    return ChatGLMTokenizer.from_pretrained(str(path), family=mode)
+    style = {"prompt_style": prompt_style} if prompt_style else {}
+    if mode == "causal":
+        return CausalTokenizer.from_pretrained(str(path), **style)
+    return ChatGLMTokenizer.from_pretrained(str(path), family=mode, **style)
 
 
 @checks_folder()
@@ -179,8 +186,8 @@ def load_model(
     base: str | Path | None = None,
     quantization_bit: int | None = None,
     keep_quantized: bool = False,
-) -> "ChatGLMCausalLM | PeftModel":
-    """A ChatGLM with its output layer, in eval mode.
+) -> "PreTrainedModel | PeftModel":
+    """A ChatGLM, or another causal model, with its output layer, in eval mode.
 
     Args:
         path: a folder of weights (safetensors, or .bin read with weights_only), a peft adapter
@@ -199,8 +206,8 @@ def load_model(
             dequantised otherwise.
         verify: how files are compared with the folder's checksums.json: fast, full or off.
     Returns:
-        ChatGLM1ForConditionalGeneration or ChatGLM2ForConditionalGeneration; for an adapter
-        folder, that in a PeftModel.
+        ChatGLM1ForConditionalGeneration or ChatGLM2ForConditionalGeneration, for the family
+        causal transformers' own class; for an adapter folder, that in a PeftModel.
     Raises:
         ValueError: mode, prefix or base contradict the folder, a file is damaged, or the weights
             do not fit.
@@ -218,9 +225,18 @@ def load_model(
     }
     if (path / "adapter_config.json").is_file():
         model = load_model(base_of_adapter(path, base), mode=mode, **options)
-        assert isinstance(model, ChatGLMCausalLM)  # its folder is no adapter's
+        assert isinstance(model, PreTrainedModel)  # its folder is no adapter's
         return load_adapter(model, path)
 
+    if mode == "causal":
+        refuse_prefix(path, pre_seq_len, keep_quantized)
+        return load_causal_ready(
+            path,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            device_map=device_map,
+            quantization=quantization_options(quantization_bit, dtype),
+        )
     stored = stored_prefix(path)
     with reading(path / "config.json"):
         config = ChatGLMConfig.from_dict(read_model_config(path) | {"glm_family": mode})
@@ -236,6 +252,28 @@ def load_model(
         load_prefix(chatglm, path)
     set_stop_ids(chatglm, path, weights, mode)
     return chatglm.eval()
+
+
+def refuse_prefix(path: Path, pre_seq_len: int | None, keep_quantized: bool) -> None:
+    """Raises ValueError where a causal model is asked for what ChatGLM alone has here."""
+    if pre_seq_len:
+        raise ValueError(
+            f"{path}: P-Tuning's virtual tokens are for ChatGLM; train this model by lora, freeze "
+            "or all"
+        )
+    if keep_quantized:
+        raise ValueError(f"{path}: keep_quantized is for ChatGLM's int8 and int4 releases")
+
+
+def load_causal_ready(folder: Path, **options: Any) -> PreTrainedModel:
+    """`load_causal`, and generate() stops where the tokenizer's answers end."""
+    with quiet_transformers():
+        model = load_causal(folder, **options)
+    if (folder / FAMILIES["causal"].tokenizer_file).is_file():
+        tokenizer = CausalTokenizer.from_pretrained(str(folder))
+        pad = tokenizer.pad_token_id
+        set_causal_stops(model, tokenizer.stop_ids, pad if isinstance(pad, int) else None)
+    return model
 
 
 def load_whole(
@@ -447,6 +485,6 @@ def set_stop_ids(model: ChatGLMCausalLM, path: Path, base: Path, mode: str) -> N
             return
 
 
-def stop_ids(tokenizer: ChatGLMTokenizer) -> list[int]:
+def stop_ids(tokenizer: FamilyTokenizer) -> list[int]:
     """Ids that end an answer in the tokenizer's family."""
-    return [tokenizer.get_command(token) for token in FAMILIES[tokenizer.family].stop_tokens]
+    return tokenizer.stop_ids

@@ -221,6 +221,28 @@ def cumulative_lengths(lengths: list[int], device: Device) -> Tensor:
     return edges.cumsum(0, dtype=torch.int32)
 
 
+def packed_states(
+    model: Any, input_ids: Tensor, lengths: list[int], shared: list[int], keep: Tensor
+) -> Tensor:
+    """(N, H) last hidden states at the places `keep` (N,) of a packed row (1, S).
+
+    Args:
+        model: a ChatGLM, which computes only those places in its last block; or another causal
+            model of transformers, whose masks find the sequences by positions that begin anew
+            (transformers.masking_utils.find_packed_sequence_indices).
+        lengths, shared: of the row's sequences, as in Packing; another model's share nothing.
+    """
+    body = getattr(model, "transformer", None)
+    if body is not None:
+        positions = body.packed_positions(input_ids, lengths, shared)
+        states = body(input_ids=input_ids, position_ids=positions, keep=keep, use_cache=False)
+        return states.last_hidden_state[0]
+    parts = [torch.arange(length, device=input_ids.device) for length in lengths]
+    positions = torch.cat(parts)[None]
+    states = model.model(input_ids=input_ids, position_ids=positions, use_cache=False)
+    return states.last_hidden_state[0, keep]
+
+
 def find_sequences(positions: Tensor) -> tuple[list[int], list[int]]:
     """(lengths, shared) of the sequences in a row of positions (S,), as Packing has them.
 

@@ -20,7 +20,8 @@ from transformers.utils import PaddingStrategy
 
 from .chat_template import TEMPLATES, render_conversation
 from .evidence import contradicts, infer_family
-from .families import FAMILIES
+from .families import CHATGLM_FAMILIES, FAMILIES
+from .family_tokenizer import FamilyTokenizer, checked_style
 from .files import is_lfs_pointer, pointer_error
 from .folders import check_json_files, reading, without_marks
 from .histories import History
@@ -37,7 +38,7 @@ _SAVED_BY_LIBRARY = (
 )
 
 
-class ChatGLMTokenizer(PreTrainedTokenizer):
+class ChatGLMTokenizer(FamilyTokenizer, PreTrainedTokenizer):
     """What the families share; `from_pretrained` returns the subclass of the folder's family.
 
     `encode_special_tokens` (also a keyword of every call) makes control tokens written in text
@@ -47,7 +48,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     damaged or of another kind or where the folder belongs to another family.
     """
 
-    family: str = ""  # a key of FAMILIES, in the subclasses
     padding_side = "left"
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     # Control tokens that a caller may ask to be read from text, and whether they absorb the spaces
@@ -77,6 +77,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         kwargs["glm_family"] = self.family
         added = kwargs.pop("added_tokens_decoder", None) or {}
         super().__init__(**kwargs)
+        self.prompt_style = checked_style(kwargs.get("prompt_style"))
         for index, token in added.items():
             if self._convert_token_to_id(str(token)) != int(index):
                 raise ValueError(
@@ -101,9 +102,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         folder = os.fspath(pretrained_model_name_or_path)
         if cls is ChatGLMTokenizer:
             family = family or infer_family(folder)
-            if family not in FAMILIES:
+            if family not in CHATGLM_FAMILIES:
                 raise ValueError(
-                    f"cannot tell from {folder} which of {', '.join(FAMILIES)} it is; "
+                    f"cannot tell from {folder} which of {', '.join(CHATGLM_FAMILIES)} it is; "
                     f"pass family=..., got {family!r}"
                 )
             return class_of_family(family).from_pretrained(folder, *inputs, **kwargs)
@@ -194,6 +195,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def _control_ids(self) -> dict[str, int]:
         raise NotImplementedError
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids that end an answer in the tokenizer's family."""
+        return [self.get_command(token) for token in FAMILIES[self.family].stop_tokens]
 
     @property
     def vocab_size(self) -> int:
@@ -413,7 +419,7 @@ def class_of_family(family: str) -> type[ChatGLMTokenizer]:
         if found.family == family:
             return found
         classes += found.__subclasses__()
-    raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
+    raise ValueError(f"family must be one of {', '.join(CHATGLM_FAMILIES)}; got {family!r}")
 
 
 def without_surrogates(text: str) -> str:

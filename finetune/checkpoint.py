@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from chatglm.checksums import CHECKSUMS, check_folder_files, write_checksums
 from chatglm.families import Family
+from chatglm.family_tokenizer import FamilyTokenizer
 from chatglm.files import read_json
 from chatglm.loading import PREFIX, read_tensors, stop_ids
 from chatglm.runs import MANIFEST, check_not_run, committed_checkpoints, step_of
-from chatglm.tokenization import ChatGLMTokenizer
 from finetune.config import RunConfig, TrainConfig
 from finetune.contents import path_contents
 from finetune.distributed import agree, rank, say, whole_size, without_prints, world_size
@@ -252,7 +252,7 @@ def export_model(
             drop_tied(model, state)
         model.save_pretrained(str(folder), state_dict=state, max_shard_size="2GB")
     generation = getattr(model, "generation_config", None)
-    if generation is not None and isinstance(tokenizer, ChatGLMTokenizer):
+    if generation is not None and isinstance(tokenizer, FamilyTokenizer):
         generation.eos_token_id = stop_ids(tokenizer)
         generation.pad_token_id = tokenizer.pad_token_id
         generation.save_pretrained(str(folder))

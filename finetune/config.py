@@ -40,9 +40,9 @@ from finetune.start_adapter import add_adapter_flags
 CONFIG_LIMIT = 2**16  # bytes of a --config
 # The order of the flags in --help and in the files of a run; those of another task come last.
 ORDER = """
-task model_name_or_path mode train_path eval_path data_format columns glm3_labels replay_path
-replay_ratio streaming shuffle_buffer preprocessing_num_workers max_len max_src_len is_skip
-on_bad_row prompt_text dataset_length train_type per_device_train_batch_size
+task model_name_or_path mode prompt_style train_path eval_path data_format columns glm3_labels
+replay_path replay_ratio streaming shuffle_buffer preprocessing_num_workers max_len max_src_len
+is_skip on_bad_row prompt_text dataset_length train_type per_device_train_batch_size
 gradient_accumulation_steps num_train_epochs max_steps learning_rate weight_decay warmup_ratio
 batching share_prefix gradient_checkpointing gradient_checkpointing_layers label_smoothing
 neftune_noise_alpha precision num_workers data_cache data_cache_gb seed ds_file adapter lora_dim

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from chatglm.checksums import LEVELS
 from chatglm.conversations import GLM3_LABELS
 from chatglm.families import FAMILIES
+from chatglm.raw_prompts import PROMPT_STYLES
 from finetune.evaluation.metrics import parse_metrics
 from finetune.files import CACHE_GB
 from finetune.flags import fixed_flag, flag, parse_checkpointing
@@ -47,7 +48,13 @@ class ModelFlags:
     )
     model_name_or_path: str = fixed_flag("", "folder of the base model (required)")
     mode: str | None = fixed_flag(
-        None, "model family; found in the folder when not given, else glm2", choices=tuple(FAMILIES)
+        None, "model family; found in the folder when not given", choices=tuple(FAMILIES)
+    )
+    prompt_style: str | None = fixed_flag(
+        None,
+        "chat: the family's prompts; raw: the text alone, as base models go on with it "
+        "[as the folder was trained, else chat]",
+        choices=PROMPT_STYLES,
     )
 
 

@@ -135,7 +135,8 @@ def continue_adapter(model: Any, path: str, dropout: float) -> Any:
     folder = check_folder(path, weights=True)
     config: Any = read_adapter_config(folder)  # of LoRA
     state = read_adapter(folder)
-    refuse_layout(folder, state)
+    if model.config.model_type == "chatglm":
+        refuse_layout(folder, state)
     refuse_changed_base(folder, config.init_lora_weights)
     config.lora_dropout, config.inference_mode = dropout, False
     config.init_lora_weights = True

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chatglm.kernels import OutputLayer
+from chatglm.packing import packed_states
 from finetune.rows.batches import IGNORED
 
 
@@ -30,7 +31,7 @@ def nll_sum(
     labelled.
 
     Args:
-        model: a ChatGLM with its output layer, bare or inside peft.
+        model: a ChatGLM or another causal model with its output layer, bare or inside peft.
         input_ids: (B, S) of a padded batch, or (1, S) of a ragged row.
         scale: factor of the loss. Multiplying afterwards may take a pass over the gradients.
         labels: (B, S) of a padded batch, not shifted, IGNORED where there is no loss.
@@ -43,12 +44,12 @@ def nll_sum(
     """
     inner = without_peft(model)
     if labels is None:
-        positions = inner.transformer.packed_positions(input_ids, lengths, shared)
-        hidden = inner.transformer(
-            input_ids=input_ids, position_ids=positions, keep=keep, use_cache=False
-        ).last_hidden_state[0]
+        if lengths is None or shared is None or keep is None:
+            raise ValueError("a ragged row needs its lengths, shared and keep")
+        hidden = packed_states(inner, input_ids, lengths, shared, keep)
     else:
-        hidden = inner.transformer(input_ids=input_ids, use_cache=False).last_hidden_state
+        body = inner.base_model
+        hidden = body(input_ids=input_ids, use_cache=False).last_hidden_state
         targets = labels[:, 1:]
         labelled = targets != IGNORED
         hidden, targets = hidden[:, :-1][labelled], targets[labelled]
@@ -68,7 +69,7 @@ def nll_sum(
 
 
 def without_peft(model: nn.Module) -> Any:
-    """The ChatGLM inside of a peft model, or the model itself."""
+    """The model of transformers inside of a peft model, or the model itself."""
     base = getattr(model, "get_base_model", None)
     return base() if base else model
 

@@ -19,6 +19,7 @@ from chatglm.adapters import (
     read_adapter_config,
     refuse_changed_base,
 )
+from chatglm.causal import empty_causal
 from chatglm.configuration import ChatGLMConfig
 from chatglm.folders import read_model_config
 from chatglm.loading import model_class_of, set_prefix
@@ -101,6 +102,8 @@ def empty_model(base: Path, mode: str, shapes: dict[str, list[int]]) -> "PreTrai
     Raises:
         ValueError: the folder has no valid config.json, or holds a P-Tuning prefix alone.
     """
+    if mode == "causal":
+        return empty_causal(base)
     config = ChatGLMConfig.from_dict(read_model_config(base) | {"glm_family": mode})
     if stored := stored_prefix(base, shapes):
         if stored["only"]:

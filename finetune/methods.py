@@ -129,6 +129,9 @@ class PTuning:
         return model
 
 
+SPLIT_QKV = ("q_proj", "k_proj", "v_proj")
+
+
 @dataclass(frozen=True)
 class Lora:
     """LoRA (arXiv 2106.09685) by peft, and its variants (docs/methods.md).
@@ -188,6 +191,10 @@ class Lora:
     def target_modules(self, linear: list[str]) -> list[str] | str:
         """peft's target_modules, of a model whose linear modules have the names `linear`."""
         wanted = module_names(self.lora_module_name)
+        if "query_key_value" in wanted and "query_key_value" not in linear:
+            # The same layer in three, as GLM, Llama and Qwen have it.
+            place = wanted.index("query_key_value")
+            wanted[place : place + 1] = [name for name in SPLIT_QKV if name in linear]
         if wanted == ["all-linear"]:
             return "all-linear"  # peft's word for all but the output layer
         for name in wanted or [""]:

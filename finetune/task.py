@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chatglm.families import FAMILIES, Family
+from chatglm.families import Family, family_of
 from chatglm.loading import load_model, load_tokenizer, resolve_mode
 from finetune.checkpoint import SavedTask, export_model
 from finetune.config import RunConfig, TrainConfig
@@ -104,8 +104,11 @@ class FineTuning:
 
     def __init__(self, config: TrainConfig):
         self.config = config
-        self.family = FAMILIES[resolve_mode(config.model_name_or_path, config.mode)]
-        self.tokenizer = load_tokenizer(config.model_name_or_path, mode=self.family.name)
+        mode = resolve_mode(config.model_name_or_path, config.mode)
+        self.tokenizer = load_tokenizer(
+            config.model_name_or_path, mode=mode, prompt_style=config.prompt_style
+        )
+        self.family = family_of(self.tokenizer)
         self.method = make_method(config)
         self.model_path = config.model_name_or_path
         self.title = self.family.title
@@ -382,7 +385,7 @@ def layout_of(
     config: TrainConfig, family: Family, tokenizer: "PreTrainedTokenizerBase", dtype: torch.dtype
 ) -> BatchLayout:
     """collate's options: how the rows of a pass are laid out."""
-    share = family.name != "glm" and shares_prefix(config)
+    share = family.shares_beginning and shares_prefix(config)
     return {
         "ragged": config.batching == "ragged",
         "share": share,

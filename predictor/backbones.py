@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from chatglm.families import Family
+    from chatglm.family_tokenizer import FamilyTokenizer
     from predictor.scorers import Scorer
 
 # Variables that name a proxy for the hub.
@@ -284,10 +285,12 @@ class ChatGLMBackbone:
         return is_adapter or (Path(folder) / "config.json").is_file()
 
     def encode(self, tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
+        from chatglm.families import family_of
         from predictor.scorers import text_to_tokenise
 
         text = text_to_tokenise(prompt, self.max_src_len)
-        return self.family.encode_prompt(tokenizer, text, self.max_src_len).input_ids
+        family = family_of(cast("FamilyTokenizer", tokenizer))  # load_tokenizer's
+        return family.encode_prompt(tokenizer, text, self.max_src_len).input_ids
 
     def collate(
         self, rows: list[list[int]], tokenizer: "PreTrainedTokenizerBase", *, multiple: int = 1
@@ -299,7 +302,7 @@ class ChatGLMBackbone:
         packed = lay_end_to_end(
             [[*row, 0] for row in rows],
             [len(row) for row in rows],
-            self.share_prefix and self.mode != "glm",
+            self.share_prefix and self.family.shares_beginning,
             multiple,
         )
         batch: dict[str, Any] = {"prompts": len(rows)}
@@ -319,19 +322,15 @@ class ChatGLMBackbone:
 
     def vectors(self, model: "torch.nn.Module", batch: dict) -> "torch.Tensor":
         """(B, hidden_size): the state after the final norm at each prompt's last token."""
+        from chatglm.packing import packed_states
+
         network: Any = model  # torch types a submodule as Tensor | Module
         if hasattr(network, "get_base_model"):
             network = network.get_base_model()
-        positions = network.transformer.packed_positions(
-            batch["input_ids"], batch["lengths"], batch["shared"]
+        states = packed_states(
+            network, batch["input_ids"], batch["lengths"], batch["shared"], batch["keep"]
         )
-        states = network.transformer(
-            input_ids=batch["input_ids"],
-            position_ids=positions,
-            keep=batch["keep"],
-            use_cache=False,
-        )
-        return states.last_hidden_state[0, : batch["prompts"]]
+        return states[: batch["prompts"]]
 
 
 def config_of(model: "torch.nn.Module") -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chatglm.families import FAMILIES
+from chatglm.families import family_of
 from finetune.distributed import rank, say, with_local_model
 from finetune.files import CACHE_GB, cache_arrays, put_in_place, read_arrays, sha256, writing
 from predictor.backbones import (
@@ -86,8 +86,11 @@ def train_frozen(config: PredictorConfig) -> Path:
     if config.model_name_or_path:
         from chatglm.loading import load_tokenizer, resolve_mode
 
-        family = FAMILIES[resolve_mode(config.model_name_or_path, config.mode)]
-        tokenizer = load_tokenizer(config.model_name_or_path, mode=family.name)
+        mode = resolve_mode(config.model_name_or_path, config.mode)
+        tokenizer = load_tokenizer(
+            config.model_name_or_path, mode=mode, prompt_style=config.prompt_style
+        )
+        family = family_of(tokenizer)
     rows = load_lengths(config, tokenizer, calibration=False)
     config = rows.config
     say(rows.summary())

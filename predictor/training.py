@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chatglm.families import FAMILIES, Family
+from chatglm.families import Family, family_of
+from chatglm.family_tokenizer import FamilyTokenizer
 from chatglm.loading import load_tokenizer, resolve_mode
-from chatglm.tokenization import ChatGLMTokenizer
 from finetune.checkpoint import export_model
 from finetune.distributed import on_device, rank, say, world_size
 from finetune.epochs import EpochRows
@@ -63,10 +63,13 @@ class LengthTraining:
         self.config = config
         self.dtype = torch.float32
         self.family: Family | None = None
-        self.served_tokenizer: ChatGLMTokenizer | None = None
+        self.served_tokenizer: FamilyTokenizer | None = None
         if config.model_name_or_path:
-            self.family = FAMILIES[resolve_mode(config.model_name_or_path, config.mode)]
-            self.served_tokenizer = load_tokenizer(config.model_name_or_path, mode=self.family.name)
+            mode = resolve_mode(config.model_name_or_path, config.mode)
+            self.served_tokenizer = load_tokenizer(
+                config.model_name_or_path, mode=mode, prompt_style=config.prompt_style
+            )
+            self.family = family_of(self.served_tokenizer)
         self.method = make_method(config)
         self.backbone: ChatGLMBackbone | EncoderBackbone
         self.tokenizer: PreTrainedTokenizerBase

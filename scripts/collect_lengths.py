@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from chatglm.commands import Parser, run_command  # noqa: E402
-from chatglm.families import FAMILIES  # noqa: E402
+from chatglm.families import family_of  # noqa: E402
 from finetune.config import parse_positive  # noqa: E402
 from finetune.evaluation.predict import (  # noqa: E402
     InferenceFlags,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from chatglm.tokenization import ChatGLMTokenizer
+    from chatglm.family_tokenizer import FamilyTokenizer
 
 OPENING = b'{"prompt": '  # of every line written here
 
@@ -162,14 +162,14 @@ def open_to_append(path: Path) -> BinaryIO:
 
 
 def encode_questions(
-    tokenizer: "ChatGLMTokenizer",
+    tokenizer: "FamilyTokenizer",
     prompts: list[str],
     samples: int,
     max_src_len: int,
     done: set[tuple[str, int]],
 ) -> list[Question]:
     """What is not yet done, longest prompts first: what needs most memory comes first."""
-    family = FAMILIES[tokenizer.family]
+    family = family_of(tokenizer)
     questions: list[Question] = []
     cut = 0
     for prompt in prompts:
@@ -198,7 +198,7 @@ class Answers:
     def __init__(
         self,
         model: "PreTrainedModel",
-        tokenizer: "ChatGLMTokenizer",
+        tokenizer: "FamilyTokenizer",
         options: dict[str, Any],
         sampling: dict[str, float],
         seed: int,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from chatglm.commands import Parser, run_command  # noqa: E402
-from chatglm.families import FAMILIES  # noqa: E402
+from chatglm.families import CHATGLM_FAMILIES  # noqa: E402
 from chatglm.files import read_json  # noqa: E402
 from finetune.files import set_modes, writing  # noqa: E402
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from chatglm.configuration import ChatGLM1Config, ChatGLM2Config
-    from chatglm.tokenization import ChatGLMTokenizer
+    from chatglm.family_tokenizer import FamilyTokenizer
 
 COMMANDS = {"bos_token_id": "<sop>", "mask_token_id": "[MASK]", "gmask_token_id": "[gMASK]"}
 
 
 def make_config(
     family: str,
-    tokenizer: "ChatGLMTokenizer",
+    tokenizer: "FamilyTokenizer",
     *,
     hidden_size: int,
     num_layers: int,
@@ -119,7 +119,7 @@ def make_model(
     return save_model(ChatGLM2ForConditionalGeneration(config), tokenizer, Path(output_dir))
 
 
-def save_model(model: "PreTrainedModel", tokenizer: "ChatGLMTokenizer", output_dir: Path) -> Path:
+def save_model(model: "PreTrainedModel", tokenizer: "FamilyTokenizer", output_dir: Path) -> Path:
     """Write a model and its tokenizer beside `output_dir`, then rename; raises OSError."""
     from chatglm.loading import stop_ids
 
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--family", choices=tuple(FAMILIES), default="glm2", help="[glm2]")
+    parser.add_argument("--family", choices=CHATGLM_FAMILIES, default="glm2", help="[glm2]")
     parser.add_argument("--tokenizer", required=True, help="folder of the tokenizer")
     parser.add_argument(
         "--output_dir", required=True, help="folder to write; replaced if it is a model already"

@@ -42,6 +42,7 @@ class ProfileFlags:
     repetitions: int
     base_model: str | None
     mode: str | None
+    prompt_style: str | None
     device: str
     precision: str
 
@@ -106,7 +107,9 @@ def profile(flags: ProfileFlags) -> None:
     from serving.engines.profiling import profile_engine
     from serving.server.command import cost_device
 
-    tokenizer = load_tokenizer(flags.model, mode=flags.mode, base=flags.base_model)
+    tokenizer = load_tokenizer(
+        flags.model, mode=flags.mode, base=flags.base_model, prompt_style=flags.prompt_style
+    )
     model = load_ready(
         flags.model,
         mode=flags.mode,

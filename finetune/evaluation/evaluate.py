@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from chatglm.tokenization import ChatGLMTokenizer
+    from chatglm.family_tokenizer import FamilyTokenizer
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def evaluation_loss(
 
 
 def answers_of_ranks(
-    model: "PreTrainedModel", tokenizer: "ChatGLMTokenizer", rows: list[Row], **options: Any
+    model: "PreTrainedModel", tokenizer: "FamilyTokenizer", rows: list[Row], **options: Any
 ) -> list[str]:
     """Greedy answers to rows; the ranks share the work and all get every answer.
 

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from chatglm.checksums import add_verify_flag
 from chatglm.commands import Parser, run_command
-from chatglm.families import FAMILIES
+from chatglm.families import FAMILIES, family_of
 from chatglm.files import read_json, shorten
 from chatglm.hub import resolve_folder
+from chatglm.raw_prompts import PROMPT_STYLES
 from chatglm.runs import check_not_run
 from finetune.config import PRECISIONS, parse_bool, parse_positive
 from finetune.flag_effects import PREDICTING, check_given
@@ -28,7 +29,7 @@ from finetune.rows.sources import RowReader, read_questions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from chatglm.tokenization import ChatGLMTokenizer
+    from chatglm.family_tokenizer import FamilyTokenizer
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class InferenceFlags:
     model_path: str
     base_model: str | None
     mode: str | None
+    prompt_style: str | None
     device: str
     precision: str
     quantization_bit: int | None
@@ -73,7 +75,7 @@ class PredictionFlags(InferenceFlags, RowReadingFlags):
 
 
 def generate_answers(
-    model: "PreTrainedModel", tokenizer: "ChatGLMTokenizer", prompts: list[str], **options: Any
+    model: "PreTrainedModel", tokenizer: "FamilyTokenizer", prompts: list[str], **options: Any
 ) -> list[str]:
     """Answers in the order of `prompts`; `options` are `answers_by_batch`'s."""
     answers = [""] * len(prompts)
@@ -85,7 +87,7 @@ def generate_answers(
 
 def answers_by_batch(
     model: "PreTrainedModel",
-    tokenizer: "ChatGLMTokenizer",
+    tokenizer: "FamilyTokenizer",
     prompts: list[str],
     *,
     batch_size: int = 8,
@@ -112,7 +114,7 @@ def answers_by_batch(
     import torch
     from tqdm import tqdm
 
-    family = FAMILIES[tokenizer.family]
+    family = family_of(tokenizer)
     encoded = [family.encode_prompt(tokenizer, prompt, max_src_len).input_ids for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     if synced:
@@ -132,14 +134,14 @@ def answers_by_batch(
         yield batch
 
 
-def decoded_text(tokenizer: "ChatGLMTokenizer", ids: list[int]) -> str:
+def decoded_text(tokenizer: "FamilyTokenizer", ids: list[int]) -> str:
     """The text of an answer's ids, without control tokens."""
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def generate_batch(
     model: "PreTrainedModel",
-    tokenizer: "ChatGLMTokenizer",
+    tokenizer: "FamilyTokenizer",
     encoded: list[list[int]],
     **options: Any,
 ) -> list[tuple[list[int], bool]]:
@@ -212,6 +214,11 @@ def add_loading_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--mode", choices=tuple(FAMILIES), help="family (default: found in the folder)"
+    )
+    parser.add_argument(
+        "--prompt_style",
+        choices=PROMPT_STYLES,
+        help="chat: the family's prompts; raw: the text alone [as it was trained, else chat]",
     )
     parser.add_argument("--device", default="0", help='GPU number, "cpu" or a torch device [0]')
     parser.add_argument(
@@ -292,13 +299,19 @@ def reader_of(flags: RowReadingFlags) -> RowReader:
 
 def load_for_inference(
     flags: InferenceFlags,
-) -> tuple["PreTrainedModel", "ChatGLMTokenizer", int, dict[str, Any]]:
+) -> tuple["PreTrainedModel", "FamilyTokenizer", int, dict[str, Any]]:
     """(model on its device, tokenizer, max_src_len, generate()'s options)."""
     from chatglm import load_tokenizer
 
     check_not_run(flags.model_path, "--model_path")
     folder = resolve_folder(flags.model_path, weights=True)
-    tokenizer = load_tokenizer(folder, mode=flags.mode, base=flags.base_model, verify=flags.verify)
+    tokenizer = load_tokenizer(
+        folder,
+        mode=flags.mode,
+        base=flags.base_model,
+        prompt_style=flags.prompt_style,
+        verify=flags.verify,
+    )
     model = load_ready(
         folder,
         mode=flags.mode,
@@ -463,7 +476,7 @@ def write_answers(rows: list[Row], answers: list[str], output: str | None) -> No
 
 
 def answer_lines(
-    model: "PreTrainedModel", tokenizer: "ChatGLMTokenizer", options: dict[str, Any]
+    model: "PreTrainedModel", tokenizer: "FamilyTokenizer", options: dict[str, Any]
 ) -> None:
     """Answer the standard input line by line, until its end or Ctrl-C."""
     seed = options["seed"]

@@ -77,14 +77,14 @@ def examine(flags: InferenceFlags, rows: list[Row], names: tuple[str, ...]) -> d
     """
     import torch
 
-    from chatglm.families import FAMILIES
+    from chatglm.families import family_of
 
     model, tokenizer, max_src_len, options = load_for_inference(flags)
     # A single question may be truncated, but keeps its end token: no row is dropped.
     data = encode_rows(
         [row.with_first_answer() for row in rows],
         tokenizer,
-        FAMILIES[tokenizer.family],
+        family_of(tokenizer),
         max_len=flags.max_length,
         max_src_len=min(max_src_len, flags.max_length - 1),
     )

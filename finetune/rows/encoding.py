@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
-from chatglm.conversations import CONVERSATIONS, GLM3_LABELS, IGNORED
+from chatglm.conversations import GLM3_LABELS, IGNORED, encode_conversation
 from chatglm.families import Family
 from finetune.files import CACHE_GB, prune, sha256, written_whole
 from finetune.rows.arrays import (
@@ -34,7 +34,7 @@ from finetune.rows.formats import BadRow, Row
 from finetune.rows.sources import RowReader, Source, hash_rows, no_rows, parse_items, read_parts
 
 if TYPE_CHECKING:
-    from chatglm.tokenization import ChatGLMTokenizer
+    from chatglm.family_tokenizer import FamilyTokenizer
 
 # Of --data_cache; raised where the same files and settings give other ids or places than before.
 CACHE_FORMAT = 2
@@ -48,17 +48,22 @@ class RowEncoder:
     `chatglm.conversations` has it.
     """
 
-    tokenizer: "ChatGLMTokenizer"
+    tokenizer: "FamilyTokenizer"
     family: Family
     max_len: int
     max_src_len: int
     glm3_labels: str = GLM3_LABELS[0]
 
     def check(self, row: Row) -> None:
-        """Raises BadRow: several answers (a test file)."""
+        """Raises BadRow: several answers (a test file), or raw text of several turns."""
         if len(row.answers) != 1:
             raise BadRow(
                 f"{row.place}: a training row has one output, got a list of {len(row.answers)}"
+            )
+        if self.family.raw and len(row.turns) > 2:
+            raise BadRow(
+                f"{row.place}: prompt_style raw: a text to go on with has one answer, "
+                f"got {len(row.turns)} turns"
             )
 
     def encode(self, row: Row) -> list[EncodedRow]:
@@ -81,8 +86,13 @@ class RowEncoder:
                 )
             ]
         encoded = []
-        for ids, labels, cut in CONVERSATIONS[self.family.name](
-            self.tokenizer, list(row.turns), self.max_len, self.max_src_len, role_labels
+        for ids, labels, cut in encode_conversation(
+            self.family,
+            self.tokenizer,
+            list(row.turns),
+            self.max_len,
+            self.max_src_len,
+            role_labels,
         ):
             first = count_ignored(labels)
             encoded.append(
@@ -284,7 +294,7 @@ def stamp(file: Path) -> tuple[int, int]:
 
 def encode_rows(
     rows: list[Row],
-    tokenizer: "ChatGLMTokenizer",
+    tokenizer: "FamilyTokenizer",
     family: Family,
     *,
     max_len: int,

@@ -3,13 +3,21 @@
 A body (ServedBody) runs the modules in place: adapters on them take part, no weight is copied.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import Glm4ForCausalLM, GlmForCausalLM, PreTrainedModel
+from transformers import (
+    Glm4ForCausalLM,
+    GlmForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
 
-from chatglm.kernels import turn_pairs_
+from chatglm.kernels import turn_pairs_, turn_rotated_halves_
 
 
 class Attention(Protocol):
@@ -120,15 +128,17 @@ class ServedChatGLM:
         return self._body.rotary(positions[None] if self.axes == 2 else positions)[:, :, None]
 
 
-class NativeGLM:
-    """transformers' GlmForCausalLM and Glm4ForCausalLM.
+class CausalBody:
+    """transformers' GLM, GLM-4, Llama, Qwen2 and Qwen3.
 
+    Args:
+        make_block: of a decoder layer.
     Raises:
         ValueError: a sequence's rotary angles would depend on the longest sequence of the pass
-            (rope_type dynamic or longrope).
+            (rope_type dynamic or longrope), or a layer attends to a window.
     """
 
-    def __init__(self, model: GlmForCausalLM | Glm4ForCausalLM):
+    def __init__(self, model: PreTrainedModel, make_block: Callable[[Any], Block]):
         # Any: transformers types a model's modules as Tensor | Module.
         body: Any = model.model
         self.axes = 1
@@ -141,10 +151,16 @@ class NativeGLM:
                 "the continuous engine wants rotary angles that depend on positions alone, "
                 f"got rope_type {self.rotary.rope_type!r}"
             )
-        self.blocks: list[Block] = [NativeBlock(layer) for layer in body.layers]
+        kinds = set(getattr(body.config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            raise ValueError(
+                f"the continuous engine wants layers of full attention, got {', '.join(kinds)}; "
+                "try --engine static"
+            )
+        self.blocks: list[Block] = [make_block(layer) for layer in body.layers]
         self.norm: nn.Module = body.norm
         self.embed: nn.Module = body.embed_tokens
-        self.head: nn.Module = model.lm_head
+        self.head: nn.Module = model.get_output_embeddings()
         self.kv_heads: int = body.config.num_key_value_heads
         self.head_dim: int = body.layers[0].self_attn.head_dim
 
@@ -164,17 +180,22 @@ class NativeGLM:
         return torch.complex(cos[..., :half], sin[..., :half])[:, :, None]
 
 
-class NativeBlock:
-    """A decoder layer of transformers' GLM, computed with a Pass.
+class CausalBlock:
+    """A decoder layer of transformers' causal models, computed with a Pass.
 
     The layer's own forward has no argument for one.
+
+    Args:
+        turn_: applies the rotary angles (1, N, 1, D / 2) to (1, N, heads, D) in place.
     """
 
-    def __init__(self, layer: Any):
-        self.layer, self.attention = layer, layer.self_attn
-        # GLM-4-0414 norms the outputs of attention and MLP too.
+    def __init__(self, layer: Any, turn_: Callable[[Tensor, Tensor], Any]):
+        self.layer, self.attention, self.turn_ = layer, layer.self_attn, turn_
+        # GLM-4-0414 norms the outputs of attention and MLP too, Qwen3 each head's query and key.
         self.attention_norm = getattr(layer, "post_self_attn_layernorm", nn.Identity())
         self.mlp_norm = getattr(layer, "post_mlp_layernorm", nn.Identity())
+        self.query_norm = getattr(self.attention, "q_norm", nn.Identity())
+        self.key_norm = getattr(self.attention, "k_norm", nn.Identity())
 
     def __call__(
         self,
@@ -187,11 +208,11 @@ class NativeBlock:
         normed = layer.input_layernorm(hidden)
         # (1, N, heads, D); the projections have just made them, so they are turned in place.
         by_head = (-1, attention.head_dim)
-        query = attention.q_proj(normed).unflatten(-1, by_head)
-        key = attention.k_proj(normed).unflatten(-1, by_head)
+        query = self.query_norm(attention.q_proj(normed).unflatten(-1, by_head))
+        key = self.key_norm(attention.k_proj(normed).unflatten(-1, by_head))
         value = attention.v_proj(normed).unflatten(-1, by_head)
-        turn_pairs_(query, turns)
-        turn_pairs_(key, turns)
+        self.turn_(query, turns)
+        self.turn_(key, turns)
         out = one_pass.attend(
             attention, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         )
@@ -210,8 +231,10 @@ def body_of(model: PreTrainedModel) -> ServedBody:
     if hasattr(getattr(model, "transformer", None), "prefix_length"):
         return ServedChatGLM(model)
     if isinstance(model, (GlmForCausalLM, Glm4ForCausalLM)):
-        return NativeGLM(model)
+        return CausalBody(model, lambda layer: CausalBlock(layer, turn_pairs_))
+    if isinstance(model, (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)):
+        return CausalBody(model, lambda layer: CausalBlock(layer, turn_rotated_halves_))
     raise ValueError(
-        f"the continuous engine runs ChatGLM and GLM models, got {type(model).__name__}; "
-        "try --engine static"
+        "the continuous engine runs ChatGLM, GLM, Llama and Qwen models, "
+        f"got {type(model).__name__}; try --engine static"
     )

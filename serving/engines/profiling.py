@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from chatglm.families import FAMILIES
+from chatglm.families import family_of
 from serving.cost_model.devices import Device
 from serving.cost_model.fit import (
     PROMPT_TOKENS,
@@ -28,7 +28,7 @@ from serving.request import FOREVER, Limits, Plan, Record, Request
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from chatglm.tokenization import ChatGLMTokenizer
+    from chatglm.family_tokenizer import FamilyTokenizer
 
 STEPS = 12  # decode steps of one timing
 # Nearly no prior: every term of a single device's cost is measured, and a CPU is nowhere near its
@@ -46,7 +46,7 @@ def no_progress(timings: Iterator[Measurement | None], total: int) -> Iterator[M
 def profile_engine(
     name: str,
     model: "PreTrainedModel",
-    tokenizer: "ChatGLMTokenizer",
+    tokenizer: "FamilyTokenizer",
     folder: str,
     limits: Limits,
     device: Device | str,
@@ -108,7 +108,7 @@ def powers(least: int, most: int) -> list[int]:
 
 
 def prompt_maker(
-    tokenizer: "ChatGLMTokenizer", vocabulary: int
+    tokenizer: "FamilyTokenizer", vocabulary: int
 ) -> tuple[Callable[[int], list[int]], int]:
     """(function from a length in tokens to ids of such a prompt, tokens of the prompt's frame).
 
@@ -116,7 +116,7 @@ def prompt_maker(
     """
     if tokenizer.family is None:
         raise ValueError("the tokenizer names no model family, whose prompts it should make")
-    family = FAMILIES[tokenizer.family]
+    family = family_of(tokenizer)
     frame = family.encode_prompt(tokenizer, "", 1 << 20).input_ids
     draw = random.Random(0)
 

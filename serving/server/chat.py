@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from chatglm.families import FAMILIES, Family
+from chatglm.families import Family, family_of
 from serving.server.fields import ignored, read_fields
 
 if TYPE_CHECKING:
-    from chatglm.tokenization import ChatGLMTokenizer
+    from chatglm.family_tokenizer import FamilyTokenizer
 
 MARKS = ",!:;?"  # whose width ChatGLM-6B's answers settle by the character that follows
 YEAR = "[[训练时间]]"
@@ -66,7 +66,7 @@ def parse_body(body: Any) -> ChatRequest:
 
 
 def encode_messages(
-    tokenizer: "ChatGLMTokenizer", messages: tuple[tuple[str, str], ...], **as_tuned: Any
+    tokenizer: "FamilyTokenizer", messages: tuple[tuple[str, str], ...], **as_tuned: Any
 ) -> list[int]:
     """The family's chat prompt.
 
@@ -142,10 +142,9 @@ def borders_of(one: str) -> tuple[int, ...]:
     return tuple(borders)
 
 
-def tokenizer_family(tokenizer: "ChatGLMTokenizer") -> Family:
+def tokenizer_family(tokenizer: "FamilyTokenizer") -> Family:
     """The family of a loaded tokenizer, which always has one."""
-    assert tokenizer.family is not None
-    return FAMILIES[tokenizer.family]
+    return family_of(tokenizer)
 
 
 class TextStream:
@@ -158,17 +157,14 @@ class TextStream:
         stopped: a stop string has come; the answer ends before it.
     """
 
-    def __init__(self, tokenizer: "ChatGLMTokenizer", stops: tuple[str, ...] = ()) -> None:
+    def __init__(self, tokenizer: "FamilyTokenizer", stops: tuple[str, ...] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, stops
         family = tokenizer_family(tokenizer)
         self._marks = MARKS if family.name == "glm" else ""
         # ChatGLM3's first line is its message's header, blank but for tool calls, which stay text
         # here.
         self._process = family.answer_text
-        roles = (
-            ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>") if family.roles else ()
-        )
-        self._hidden = set(map(tokenizer.get_command, roles))
+        self._hidden = set(map(tokenizer.get_command, family.role_tokens))
         self._ids: list[int] = []
         self._next = 1
         self.sent, self.stopped = "", False

@@ -57,6 +57,7 @@ class ServerFlags:
     log_prompts: bool
     base_model: str | None
     mode: str | None
+    prompt_style: str | None
     device: str
     precision: str
     keep_quantized: bool
@@ -188,7 +189,9 @@ def load_service(flags: ServerFlags) -> Service:
     from chatglm import load_tokenizer
     from finetune.evaluation.predict import load_ready
 
-    tokenizer = load_tokenizer(flags.model, mode=flags.mode, base=flags.base_model)
+    tokenizer = load_tokenizer(
+        flags.model, mode=flags.mode, base=flags.base_model, prompt_style=flags.prompt_style
+    )
     predictor = None
     if flags.predictor:
         predictor = LengthPredictor.from_pretrained(

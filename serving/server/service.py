@@ -19,7 +19,7 @@ from serving.server.chat import ChatRequest, encode_messages, prompt_of
 from serving.server.monitor import Monitor
 
 if TYPE_CHECKING:
-    from chatglm.tokenization import ChatGLMTokenizer
+    from chatglm.family_tokenizer import FamilyTokenizer
     from predictor.prediction import LengthPrediction
     from predictor.runtime import LengthPredictor
 
@@ -83,7 +83,7 @@ class Service:
     def __init__(
         self,
         engine: TextEngine,
-        tokenizer: "ChatGLMTokenizer",
+        tokenizer: "FamilyTokenizer",
         policy: Policy,
         predictor: "LengthPredictor | None",
         monitor: Monitor,

@@ -19,7 +19,7 @@ from chatglm.conversations import (
     tool_call,
     with_tools,
 )
-from chatglm.families import FAMILIES
+from chatglm.families import CHATGLM_FAMILIES, FAMILIES
 from chatglm.histories import TOOL_PREAMBLE
 from chatglm.prompts import glm2_build_prompt, glm_chat_prompt, parse_tool_call
 from tests.chatglm.test_families import tokenizers  # noqa: F401
@@ -138,7 +138,7 @@ def test_glm3_is_the_demos(tokenizers, item, max_len):  # noqa: F811
         )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CHATGLM_FAMILIES)
 def test_one_round_is_the_single_row(tokenizers, name):  # noqa: F811
     turns = [Turn("user", "水泵漏油。"), Turn("assistant", "水泵_部件故障_漏油")]
     (made,) = encode(name, tokenizers, turns)

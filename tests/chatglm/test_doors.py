@@ -16,7 +16,7 @@ from transformers import (
     BertConfig,
 )
 
-from chatglm.families import FAMILIES
+from chatglm.families import CHATGLM_FAMILIES, FAMILIES
 from chatglm.loading import load_model, load_tokenizer
 from chatglm.modeling_base import ChatGLMCausalLM
 from chatglm.multi_gpu import auto_configure_device_map, load_model_on_gpus
@@ -68,11 +68,14 @@ def publish(source, folder, family):
 @pytest.fixture(scope="module")
 def published(tiny_folders, tmp_path_factory):
     parent = tmp_path_factory.mktemp("published")
-    return {family: publish(tiny_folders[family], parent / family, family) for family in FAMILIES}
+    return {
+        family: publish(tiny_folders[family], parent / family, family)
+        for family in CHATGLM_FAMILIES
+    }
 
 
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHATGLM_FAMILIES)
 def test_the_snippet_of_every_release(published, family, auto):
     folder = str(published[family])
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
@@ -121,7 +124,7 @@ def test_other_model_types_keep_transformers_behaviour(tmp_path):
     assert AutoConfig.from_pretrained(str(tmp_path), trust_remote_code=True).theirs
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHATGLM_FAMILIES)
 @pytest.mark.parametrize("projection", [False, True])
 def test_ptuning_main_of_the_originals(published, family, projection):
     folder = str(published[family])
@@ -152,7 +155,7 @@ def test_device_and_empty_init(published):
 # ---- the originals' methods
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(scope="module", params=CHATGLM_FAMILIES)
 def loaded(request, tiny_folders):
     folder = tiny_folders[request.param]
     return load_model(folder), load_tokenizer(folder)

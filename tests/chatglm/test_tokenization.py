@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
-from chatglm.families import FAMILIES
+from chatglm.families import CHATGLM_FAMILIES, FAMILIES
 from chatglm.tokenization import (
     TOKENIZERS,
     ChatGLMTokenizer,
@@ -311,7 +311,7 @@ def check_rule(tokenizer, text):
     assert tokenizer.encode(text, add_special_tokens=False) == tokenizer.encode_text(text)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CHATGLM_FAMILIES)
 @pytest.mark.parametrize(
     "text",
     LITERALS + ["a[gMASK]b", "[MASK] 故障 <sop>", "<|user|>\n<|assistant|>", "".join(LITERALS)],
@@ -320,14 +320,14 @@ def test_typed_literals_stay_text(tokenizers, name, text):
     check_rule(tokenizers[name], text)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CHATGLM_FAMILIES)
 @settings(max_examples=120, deadline=None, database=None)
 @given(text=TEXTS)
 def test_text_never_becomes_a_control_token(tokenizers, name, text):
     check_rule(tokenizers[name], text)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CHATGLM_FAMILIES)
 @settings(max_examples=60, deadline=None, database=None)
 @given(
     text=st.lists(
@@ -389,13 +389,13 @@ def test_full_width_control_tokens_stay_text_under_nfkc(width_folding_folder, te
         assert controls(tokenizer).isdisjoint(tokenizer.encode_text(typed))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CHATGLM_FAMILIES)
 def test_lone_surrogates_become_replacement_characters(tokenizers, name):
     assert tokenizers[name].encode_text("a\ud83db") == tokenizers[name].encode_text("a\ufffdb")
     assert tokenizers[name].encode_text("\ud83d\ude00") == tokenizers[name].encode_text("😀")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CHATGLM_FAMILIES)
 def test_the_vocabulary_is_fixed(tokenizers, name):
     with pytest.raises(ValueError, match="vocabulary is fixed"):
         tokenizers[name].add_tokens(["<brand-new>"])
@@ -424,7 +424,7 @@ def test_options_that_cannot_work_raise(folders, tokenizers):
 # ---- layout laws
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CHATGLM_FAMILIES)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_moves_rows_and_changes_nothing_else(tokenizers, name, side):
     tokenizer, texts = tokenizers[name], ["你好", "a b c\nd", ""]
@@ -447,7 +447,7 @@ def test_padding_moves_rows_and_changes_nothing_else(tokenizers, name, side):
             assert mask[part].all() and mask.sum() == n
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CHATGLM_FAMILIES)
 def test_pad_after_encoding_equals_padding_at_once(tokenizers, name):
     texts = ["你好", "a b c"]
     later = tokenizers[name].pad([tokenizers[name](text) for text in texts], return_tensors="np")
@@ -455,7 +455,7 @@ def test_pad_after_encoding_equals_padding_at_once(tokenizers, name):
         assert np.array_equal(later[key], value), key
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CHATGLM_FAMILIES)
 def test_special_tokens_mask_marks_what_was_added(tokenizers, name):
     tokenizer = tokenizers[name]
     made = tokenizer("你好", "a", return_special_tokens_mask=True)
@@ -465,7 +465,7 @@ def test_special_tokens_mask_marks_what_was_added(tokenizers, name):
     assert added == [*tokenizer.encode(""), end_of_pair(tokenizer)]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CHATGLM_FAMILIES)
 def test_ids_beyond_the_vocabulary_decode_to_nothing(tokenizers, name):
     ids = tokenizers[name].encode_text("你好")
     assert tokenizers[name].decode([*ids, 65020, -100, 150527]) == "你好"
@@ -493,7 +493,7 @@ def test_glm_folds_runs_of_spaces(tokenizers, spaces):
 # ---- saving and loading
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CHATGLM_FAMILIES)
 def test_save_and_load(tokenizers, folders, name, tmp_path):
     tokenizer = tokenizers[name]
     tokenizer.save_pretrained(tmp_path / "once")
@@ -521,7 +521,7 @@ def test_save_and_load(tokenizers, folders, name, tmp_path):
         assert file.read_bytes() == (tmp_path / "twice" / file.name).read_bytes()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CHATGLM_FAMILIES)
 def test_pickle_and_copy(tokenizers, name):
     for twin in (pickle.loads(pickle.dumps(tokenizers[name])), copy.deepcopy(tokenizers[name])):
         assert twin.encode("你好 [gMASK]\n") == tokenizers[name].encode("你好 [gMASK]\n")
@@ -576,7 +576,7 @@ class StubConfig(PretrainedConfig):
     model_type = "chatglm-tokenizer-test"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CHATGLM_FAMILIES)
 @pytest.mark.parametrize("with_config", [True, False])
 def test_auto_tokenizer_never_runs_code_of_the_folder(tokenizers, name, with_config, tmp_path):
     AutoConfig.register(StubConfig.model_type, StubConfig, exist_ok=True)

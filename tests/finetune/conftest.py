@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.causal_folders import make_causal_folder
 from tests.finetune.runs import METHODS, ROOT, STOPS, TWO_RANKS, launch, make_rows, write_rows
 
 
@@ -14,7 +15,7 @@ from tests.finetune.runs import METHODS, ROOT, STOPS, TWO_RANKS, launch, make_ro
 def bases(tmp_path_factory) -> dict[str, Path]:
     """{family: folder} of random models, 2 layers of 64, with tokenizers.
 
-    Also "glm2-seed", "glm2-wide".
+    Also "glm2-seed", "glm2-wide", and "qwen2", a model of transformers.
     """
     from scripts.prepare_small_model import make_model
     from scripts.prepare_tokenizer import main as make_tokenizer
@@ -36,6 +37,7 @@ def bases(tmp_path_factory) -> dict[str, Path]:
         for name, options in ({family: {}} | others).items():
             sizes = {"hidden_size": 64, "num_layers": 2, "heads": 4, "ffn": 128} | options
             made[name] = make_model(family, tokenizer, folder / name, **sizes)
+    made["qwen2"] = make_causal_folder(folder / "qwen2", "qwen2")
     return made
 
 

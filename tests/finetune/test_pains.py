@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 import merge_lora
 from chatglm import load_model, load_tokenizer
 from chatglm.conversations import CONVERSATIONS, IGNORED, Turn
-from chatglm.families import FAMILIES
+from chatglm.families import CHATGLM_FAMILIES, FAMILIES
 from chatglm.loading import stop_ids
 from finetune.config import parse_config
 from finetune.distributed import make_optimizer
@@ -122,7 +122,7 @@ def prepared(flags, family: str, method: str, **load):
     ).train()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHATGLM_FAMILIES)
 def test_pain_01_the_tokenizer_breaks_on_an_upgrade(family, bases, tmp_path):
     """A folder with the published tokenizer_config.json but not its code loads, pads and saves."""
     wanted = load_tokenizer(bases[family], mode=family)
@@ -179,7 +179,7 @@ def test_pain_02_fine_tuning_has_no_effect(adapter, bases):
         ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHATGLM_FAMILIES)
 def test_pain_03_loss_of_0_or_nan_in_fp16(family, bases):
     """Every row has labels however long its prompt.
 
@@ -206,7 +206,7 @@ def test_pain_03_loss_of_0_or_nan_in_fp16(family, bases):
 
 
 @pytest.mark.parametrize("method", ["lora", "ptuning-v1", "ptuning-v2-mlp"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHATGLM_FAMILIES)
 def test_pain_04_half_against_float(family, method, flags):
     """fp32 adapters and prefixes over a half-precision model: forward, backward and generation."""
     model = prepared(flags, family, method, dtype=torch.bfloat16)
@@ -229,7 +229,7 @@ def test_pain_04_half_against_float(family, method, flags):
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHATGLM_FAMILIES)
 def test_pain_06_an_answer_never_stops(family, bases):
     """A truncated answer keeps its end token as a label.
 
@@ -281,7 +281,7 @@ def test_pain_07_zero3_saves_empty_weights(flags, train, bases, tmp_path):
     assert all(not torch.equal(saved[name], base[name]) for name in base)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHATGLM_FAMILIES)
 def test_pain_08_a_ptuning_checkpoint_does_not_load(family, flags, bases, tmp_path):
     """The prefix's length is read from it, as the official scripts save it: a .bin.
 
@@ -307,7 +307,7 @@ def test_pain_08_a_ptuning_checkpoint_does_not_load(family, flags, bases, tmp_pa
 
 
 @pytest.mark.parametrize("method", ["ptuning-v1", "ptuning-v2", "ptuning-v2-mlp"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHATGLM_FAMILIES)
 def test_pain_09_gradient_checkpointing_with_a_prefix(family, method, flags, bases):
     gradients = []
     for checkpointing in (False, True):
@@ -342,7 +342,7 @@ def test_pain_11_a_resume_loses_its_place_in_the_data(flags, train, tmp_path):
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHATGLM_FAMILIES)
 def test_pain_12_typed_role_tokens_become_control_tokens(family, bases):
     tokenizer = load_tokenizer(bases[family], mode=family)
     control = set(
@@ -366,7 +366,7 @@ def test_pain_12_typed_role_tokens_become_control_tokens(family, bases):
     ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHATGLM_FAMILIES)
 def test_pain_13_the_loss_mask_of_several_turns(family, bases):
     """Every answer is learnt, with what ends it; no question is."""
     tokenizer = load_tokenizer(bases[family], mode=family)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from chatglm import load_model, load_tokenizer
-from chatglm.families import FAMILIES
+from chatglm.families import CHATGLM_FAMILIES, FAMILIES
 from finetune import lora as lora_module
 from finetune.config import parse_config
 from finetune.evaluation.evaluate import evaluation_loss
@@ -172,7 +172,7 @@ def test_gradient_checkpointing_changes_nothing(flags, tmp_path, data, family, m
 
 
 @pytest.mark.parametrize("dropout", ["0", "0.4"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHATGLM_FAMILIES)
 def test_lean_lora_is_pefts(flags, tmp_path, data, family, dropout, monkeypatch):
     """On every linear layer, with equal dropout masks if any; each adapter uses the lean path."""
     words = ["--lora_module_name", ALL_LINEAR, "--lora_dropout", dropout]
@@ -195,7 +195,7 @@ def test_lean_lora_is_pefts(flags, tmp_path, data, family, dropout, monkeypatch)
         assert_same(results[1], plain(own, data[family], ROWS))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHATGLM_FAMILIES)
 def test_lora_on_the_output_layer(flags, tmp_path, data, family):
     """peft wraps it, so the loss is that of its logits."""
     name = "lm_head" if family == "glm" else "output_layer"
@@ -205,7 +205,7 @@ def test_lora_on_the_output_layer(flags, tmp_path, data, family):
         assert_same(fast(model, data[family], ROWS, layout), wanted)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHATGLM_FAMILIES)
 def test_bf16_with_adapters_in_fp32(flags, tmp_path, data, family):
     """Frozen weights in bf16: gradients are fp32, as near to full fp32 as without the lean path."""
     words = ["--lora_module_name", ALL_LINEAR]

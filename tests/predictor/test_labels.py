@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatglm import load_tokenizer
-from chatglm.families import FAMILIES
+from chatglm.families import CHATGLM_FAMILIES, FAMILIES
 from finetune.rows.formats import BadRow
 from predictor.labels import (
     Label,
@@ -213,7 +213,7 @@ def test_files_that_cannot_be_read(tmp_path):
             read_examples(tmp_path / name, served_model="m")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHATGLM_FAMILIES)
 def test_counter_counts_what_is_trained_on(tiny_folders, family):
     tokenizer = load_tokenizer(tiny_folders[family])
     for answer in ("", "你好 世界", " hello\n\n world  a", "</s> <eop> [gMASK]", "🙂"):

@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 
 from chatglm import load_tokenizer
-from chatglm.families import FAMILIES
+from chatglm.families import CHATGLM_FAMILIES, FAMILIES
 from finetune.config import parse_config
 from finetune.rows import encoding
 from finetune.rows.encoding import (
@@ -240,7 +240,7 @@ def test_t11_a_new_format_of_the_cache_where_encodings_change():
     assert (CACHE_FORMAT, digest.hexdigest()[:16]) == (2, "3de3fb34a950b0c0")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHATGLM_FAMILIES)
 def test_conversations_are_kept_and_shared_out(load, tmp_path, family):
     """Several answers a row, several examples a conversation (ChatGLM-6B): read back, or tokenised
     by 2 processes, they are the same.

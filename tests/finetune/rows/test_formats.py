@@ -10,7 +10,7 @@ from benchmarks.format_table import learnt_answers, load_tokenizers, wanted_answ
 from benchmarks.format_table import main as print_table
 from chatglm import load_tokenizer
 from chatglm.conversations import IGNORED, Turn
-from chatglm.families import FAMILIES
+from chatglm.families import CHATGLM_FAMILIES, FAMILIES
 from finetune.rows.arrays import EncodedRow, dataset_of, join
 from finetune.rows.batches import collate
 from finetune.rows.encoding import RowEncoder
@@ -51,7 +51,7 @@ def check_labels(family, tokenizer, row):
     assert learnt_answers(family, tokenizer, encoder.encode(row)) == wanted, row.place
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CHATGLM_FAMILIES)
 @pytest.mark.parametrize("name", FORMATS)
 def test_contract(tokenizers, name, family):
     """Every format has a sample; its rows are detected as it, the same when named.
@@ -177,7 +177,7 @@ def test_real_files(tokenizers, name):
         + [row for row in rows if row.answers == ("",)][:3]
     )
     for row in drawn:
-        for family in FAMILIES:
+        for family in CHATGLM_FAMILIES:
             if not refused_by(row, family):
                 check_labels(family, tokenizers[family], row.with_first_answer())
 
@@ -445,7 +445,7 @@ def test_the_table_of_formats(tmp_path, monkeypatch, capsys):
         capsys.readouterr().out.splitlines()
     ) == 4 + len(lines)
     for line in lines:
-        for name in FAMILIES:
+        for name in CHATGLM_FAMILIES:
             cell = line[name]
             assert cell["exact"] == cell["answers"] >= cell["encoded"] > 0
             assert cell["encoded"] == 3 - (

@@ -17,6 +17,7 @@ from serving.policies.continuous import POLICIES
 from serving.request import FOREVER, Limits, Plan, Record, Request
 from serving.scheduler import Replay, VirtualClock, run_scheduler
 from serving.simulate.engine import LinearCost, SimulatedEngine
+from tests.causal_folders import random_causal_model
 from tests.conftest import SPECIAL, VARIANTS, tiny_model
 from tests.serving.conftest import native_glm
 
@@ -31,7 +32,8 @@ NATIVE = {
     "native-glm3": "glm3",
     "native-glm4": None,
 }  # transformers' GLM; whose weights it has
-CASES = [(v, "plain") for v in (*VARIANTS, *NATIVE)] + [
+CAUSAL = ("llama", "qwen2", "qwen3")  # transformers' too, random weights
+CASES = [(v, "plain") for v in (*VARIANTS, *NATIVE, *CAUSAL)] + [
     (v, p) for v in ("glm", "glm2") for p in ("v2", "v1")
 ]
 SMALL = Limits(max_batch=6, kv_tokens=200, max_tokens=60, prefill_tokens=16)
@@ -51,6 +53,8 @@ def model_of(variant, prefix="plain"):
     if (variant, prefix) not in MODELS:
         if variant in NATIVE:
             MODELS[variant, prefix] = native_glm(NATIVE[variant] and model_of(NATIVE[variant]))
+        elif variant in CAUSAL:
+            MODELS[variant, prefix] = random_causal_model(variant, vocab_size=100)
         else:
             family, own = VARIANTS[variant]
             MODELS[variant, prefix] = tiny_model(family, **own | PREFIXES[prefix])

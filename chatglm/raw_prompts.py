@@ -1,0 +1,84 @@
+"""Prompts of base models: the model goes on with a text, without roles or rounds.
+
+Pure functions, free of torch; `families.family_of` gives them to a tokenizer of the style "raw".
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from .histories import History, turns_of
+from .prompts import Layout, TextTokenizer
+
+PROMPT_STYLES = ("chat", "raw")
+
+
+class RawTokens(NamedTuple):
+    """Control tokens around a text: before it, and between it and what the model writes."""
+
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+
+RAW_TOKENS = {
+    "glm": RawTokens(after=("[gMASK]", "<sop>")),
+    "glm2": RawTokens(before=("[gMASK]", "sop")),
+    "glm3": RawTokens(before=("[gMASK]", "sop")),
+    "glm4": RawTokens(before=("[gMASK]", "<sop>")),
+}
+RAW_END = {"glm": "<eop>", "glm2": "</s>", "glm3": "</s>", "glm4": "<|endoftext|>"}
+
+
+def raw_ids(
+    tokens: RawTokens | None, tokenizer: Any, text: list[int]
+) -> tuple[list[int], list[int]]:
+    """(ids before and of the text, ids after it). `tokens`: None for the tokenizer's own start."""
+    if tokens is None:
+        return [*tokenizer.raw_start, *text], []
+    before = [tokenizer.get_command(token) for token in tokens.before]
+    return before + text, [tokenizer.get_command(token) for token in tokens.after]
+
+
+def raw_layout(
+    tokens: RawTokens | None, tokenizer: TextTokenizer, prompt: str, max_src_len: int
+) -> Layout:
+    """A text to go on with; of a long one the end is kept, at most `max_src_len` tokens."""
+    text = tokenizer.encode_text(prompt)
+    source, after = raw_ids(tokens, tokenizer, text[-max_src_len:])
+    prefix = source + after
+    # As in ChatGLM-6B's chats, <sop> is a label.
+    n_masked = len(prefix) - bool(after)
+    return Layout(prefix, n_masked, len(prefix) + 1, truncated=len(text) > max_src_len)
+
+
+def raw_chat(
+    tokens: RawTokens | None,
+    tokenizer: TextTokenizer,
+    query: str,
+    history: History | None = None,
+    role: str = "user",
+    rounds: bool = False,
+) -> list[int]:
+    """Ids of a text to go on with.
+
+    Raises:
+        ValueError: there is a history or a role, which a text has not.
+    """
+    if turns_of(history) or role != "user":
+        raise ValueError("prompt_style raw: a text to go on with has no earlier turns and no roles")
+    source, after = raw_ids(tokens, tokenizer, tokenizer.encode_text(query))
+    return source + after
+
+
+def raw_text(text: str) -> str:
+    """The text itself."""
+    return text
+
+
+def raw_layout_of(family: str) -> Callable[[TextTokenizer, str, int], Layout]:
+    """`raw_layout` of a family."""
+    tokens = RAW_TOKENS.get(family)
+
+    def layout(tokenizer: TextTokenizer, prompt: str, max_src_len: int) -> Layout:
+        return raw_layout(tokens, tokenizer, prompt, max_src_len)
+
+    return layout
