@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from .configuration import read_config
 from .evidence import CAUSAL_TYPES
@@ -87,16 +93,21 @@ def check_causal_weights(folder: Path, config: PreTrainedConfig) -> None:
     """Raises ValueError or FileNotFoundError where a folder's weights are not the model's."""
     weight_files(folder)
     if getattr(config, "quantization_config", None) is None:
-        with reading(folder / "config.json"), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        with reading(folder / "config.json"):
+            model = model_on_meta(config)
         check_fit(folder, model, stored_shapes(folder))
 
 
 def empty_causal(folder: Path) -> PreTrainedModel:
     """The model of a folder on the meta device, without memory for its weights."""
-    config = causal_config(folder)
+    return model_on_meta(causal_config(folder)).eval()
+
+
+def model_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model without memory; by its class, as from_config would partition it in a ZeRO-3 run."""
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).eval()
+        return model_class(config)
 
 
 def give_loss(model: PreTrainedModel) -> None:

@@ -98,7 +98,9 @@ def template_messages(messages: list[Message], tool_role: str) -> tuple[list[Mes
     return given, tools
 
 
-def causal_response(text: str, history: History | None = None) -> tuple[Answer, list[Message]]:
+def causal_response(
+    text: str | list[str], history: History | None = None
+) -> tuple[Answer, list[Message]]:
     """(answer, history with it). Calls of tools stay text."""
-    answer = text.strip()
+    answer = "".join(text).strip()
     return answer, [*history_messages(history), {"role": "assistant", "content": answer}]

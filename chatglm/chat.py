@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import BatchEncoding, Cache, DynamicCache
 
 from .families import FAMILIES, family_of
+from .files import shorten
 from .histories import Answer, History, history_rounds, new_round
 
 if TYPE_CHECKING:
@@ -58,8 +59,7 @@ class ChatMethods:
         ids = self.generate(**inputs, **options)[0, prompt_length:].tolist()
         # Decoding would write ChatGLM3's role tokens out by name.
         ids = [i for i in ids if i not in options["eos_token_id"]]
-        text = decode_text(tokenizer, ids)
-        return self.finish_chat(tokenizer, text, query, history, role)
+        return self.finish_chat(tokenizer, ids, query, history, role)
 
     @torch.inference_mode()
     def stream_chat(
@@ -84,25 +84,26 @@ class ChatMethods:
         if return_past_key_values or cache is not None:
             cache = options["past_key_values"] = self.shared_cache(tokenizer, prompt, cache)
 
-        def result(text: str) -> tuple[Any, ...]:
-            answer = self.finish_chat(tokenizer, text, query, history, role)
+        def result() -> tuple[Any, ...]:
+            answer = self.finish_chat(tokenizer, ids, query, history, role)
             return (*answer, cache) if return_past_key_values else answer
 
         ids: list[int] = []
-        # closing: a caller who stops reading cancels the generation
-        with closing(self.stream_steps(inputs | options)) as steps:
-            for step in steps:
-                token = int(step[0])
-                if token in options["eos_token_id"]:
-                    continue
-                ids.append(token)
-                text = decode_text(tokenizer, ids)
-                if text and not text.endswith("\ufffd"):  # half of a character: wait for the rest
-                    yield result(text)
-        if cache is not None:
-            # a field of ours, which shared_cache reads
-            cache.token_ids = (prompt + ids)[: cache.get_seq_length()]  # type: ignore[attr-defined]
-        yield result(decode_text(tokenizer, ids))
+        try:
+            # closing: a caller who stops reading cancels the generation
+            with closing(self.stream_steps(inputs | options)) as steps:
+                for step in steps:
+                    token = int(step[0])
+                    if token in options["eos_token_id"]:
+                        continue
+                    ids.append(token)
+                    text = decode_text(tokenizer, ids)
+                    if text and not text.endswith("\ufffd"):  # half of a character
+                        yield result()
+        finally:
+            if cache is not None:
+                remember_ids(cache, prompt + ids)
+        yield result()
 
     def shared_cache(
         self, tokenizer: "ChatGLMTokenizer", prompt: list[int], cache: Cache | None
@@ -119,6 +120,7 @@ class ChatMethods:
         unshared = cache.get_seq_length() - shared
         if unshared:
             cache.crop(-unshared)
+        remember_ids(cache, prompt[:shared])
         return cache
 
     def stream_steps(self, options: dict[str, Any]) -> Generator[Tensor, None, None]:
@@ -136,11 +138,13 @@ class ChatMethods:
                 failure.append(error)
                 streamer.end()
 
-        Thread(target=run, daemon=True).start()
+        thread = Thread(target=run, daemon=True)
+        thread.start()
         try:
             yield from streamer
         finally:
             streamer.abandoned = True
+            thread.join()  # it may be within a step, which writes into the cache
         if failure:
             raise failure[0]
 
@@ -185,6 +189,8 @@ class ChatMethods:
         Raises:
             ValueError: there are no queries, or not as many histories.
         """
+        if isinstance(queries, str):
+            raise ValueError(f"chat_batch takes a list of queries, got one: {shorten(queries)}")
         histories = [[] for _ in queries] if histories is None else histories
         if not queries or len(histories) != len(queries):
             raise ValueError(
@@ -202,8 +208,7 @@ class ChatMethods:
         for row, query, history in zip(output, queries, histories):
             ids = row[inputs["input_ids"].shape[1] :].tolist()
             ids = [i for i in ids if i not in options["eos_token_id"]]
-            text = decode_text(tokenizer, ids)
-            answers.append(self.finish_chat(tokenizer, text, query, history, "user")[0])
+            answers.append(self.finish_chat(tokenizer, ids, query, history, "user")[0])
         return answers, output, inputs
 
     def build_inputs(
@@ -222,9 +227,10 @@ class ChatMethods:
         """
         if tokenizer.family == "glm":
             raise ValueError("ChatGLM-6B cannot go on from another turn's cache")
-        if not history:
-            return self.build_inputs(tokenizer, query)
-        if family_of(tokenizer).roles:
+        family = family_of(tokenizer)
+        if not history or family.raw:  # raw: build_inputs refuses a history
+            return self.build_inputs(tokenizer, query, history)
+        if family.roles:
             ids = self.chat_ids(tokenizer, query, None, "user")[2:]  # without [gMASK] sop
         else:
             turn = history_rounds(history, query, "ChatGLM2-6B")[0]
@@ -280,8 +286,10 @@ class ChatMethods:
         if "max_new_tokens" in options:
             del defaults["max_length"]
         options = defaults | options
+        refuse_other_outputs(options)
         if isinstance(options["eos_token_id"], int):
             options["eos_token_id"] = [options["eos_token_id"]]
+        options["eos_token_id"] = options["eos_token_id"] or stops
         if not options["do_sample"]:
             options |= {"top_p": None, "temperature": None, "top_k": None}
         return options
@@ -289,17 +297,21 @@ class ChatMethods:
     def finish_chat(
         self,
         tokenizer: "ChatGLMTokenizer",
-        text: str,
+        ids: list[int],
         query: str,
         history: History | None,
         role: str,
     ) -> tuple[Answer, History]:
-        """(answer, new history) from the generated text."""
+        """(answer, new history) from the generated ids."""
         family = family_of(tokenizer)
         history = copy.deepcopy(list(history or []))
         if family.roles:
-            return family.process_response(text, [*history, {"role": role, "content": query}])
-        answer = family.process_response(text)
+            # An answer of several messages: the role token between them is told by its id, since
+            # its name may also be text, and decoding leaves it out.
+            parts = split_at(ids, tokenizer.get_command("<|assistant|>"))
+            texts = [decode_text(tokenizer, part) for part in parts]
+            return family.process_response(texts, [*history, {"role": role, "content": query}])
+        answer = family.process_response(decode_text(tokenizer, ids))
         return answer, history + new_round(history, query, answer)
 
 
@@ -308,6 +320,31 @@ def decode_text(tokenizer: "ChatGLMTokenizer", ids: list[int]) -> str:
     text = tokenizer.decode(ids, skip_special_tokens=True)
     assert isinstance(text, str)  # a list only for several rows
     return text
+
+
+def split_at(ids: list[int], separator: int) -> list[list[int]]:
+    """The parts of ids between those that equal `separator`."""
+    parts: list[list[int]] = [[]]
+    for index in ids:
+        if index == separator:
+            parts.append([])
+        else:
+            parts[-1].append(index)
+    return parts
+
+
+def remember_ids(cache: Cache, ids: list[int]) -> None:
+    """Note in a cache which ids its positions hold: a field of ours, which shared_cache reads."""
+    cache.token_ids = ids[: cache.get_seq_length()]  # type: ignore[attr-defined]
+
+
+def refuse_other_outputs(options: dict[str, Any]) -> None:
+    """Raises ValueError for options of generate() by which a chat would have other outputs."""
+    if options.get("num_return_sequences", 1) != 1 or options.get("return_dict_in_generate"):
+        raise ValueError(
+            "a chat has one answer, as text: num_return_sequences and return_dict_in_generate are "
+            "for generate()"
+        )
 
 
 def shared_length(a: list[int], b: list[int]) -> int:

@@ -7,6 +7,8 @@ GlmForCausalLM, and prefixes of peft's PREFIX_TUNING. Written is a folder that e
 """
 
 import json
+import math
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -87,7 +89,7 @@ def read_named(file: Path) -> "dict[str, Tensor]":
 
 def convert_adapter(
     path: Path,
-    base: Path,
+    base: str | Path,
     output: Path,
     *,
     lora_alpha: float | None = None,
@@ -110,7 +112,7 @@ def convert_adapter(
     from .folders import check_folder, read_model_config
     from .loading import resolve_mode
 
-    base = check_folder(base).resolve()
+    base = check_folder(base, weights=True).resolve()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"--output {output} is there already: name a new folder")
     source = read_source(path)
@@ -256,10 +258,16 @@ class Scaling:
         alphas = checked_setting(file, "alpha_pattern", values.get("alpha_pattern") or {}, (dict,))
         for name, own in alphas.items():
             checked_setting(file, f"alpha_pattern of {name}", own, (int, float))
+            try:
+                re.compile(name)
+            except re.error as error:
+                raise ValueError(f"{file}: alpha_pattern {name!r} is no pattern: {error}") from None
         rank = None if values.get("rank_pattern") else values.get("r")
         enabled = values.get(ENABLED)
         if enabled is not None:
             checked_setting(file, ENABLED, enabled, (list,))
+            if not enabled or not all(isinstance(is_on, bool) for is_on in enabled):
+                raise ValueError(f"{file}: {ENABLED} must be true or false, got {enabled}")
         return cls(alpha, alphas, rank, bool(values.get("use_rslora")), enabled)
 
     def __call__(self, module: str, rank: int) -> float:
@@ -277,6 +285,8 @@ def checked_setting(file: Path, name: str, value: Any, kinds: tuple[type, ...]) 
     if isinstance(value, bool) or not isinstance(value, kinds):
         wanted = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"{file}: {name} must be {wanted}, got {shorten(value)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{file}: {name} must be a number, got {value}")
     return value
 
 
@@ -342,7 +352,7 @@ def write_prefix(source: AdapterSource, base: Path, config: "ChatGLMConfig", fol
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="chatglm.convert_adapter", description=__doc__)
     parser.add_argument("source", type=Path, help="the file or folder of the adapter")
-    parser.add_argument("--base", type=Path, required=True, help="the folder of its base model")
+    parser.add_argument("--base", required=True, help="its base model: a folder or a hub's name")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write")
     parser.add_argument(
         "--lora_alpha",

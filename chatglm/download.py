@@ -28,7 +28,8 @@ def known_hashes(folder: Path) -> dict[str, str]:
     that is named so; a folder of its own has a note of three lines on each, the second is the hash.
     """
     hashes = {}
-    for path in sorted(folder.iterdir()):
+    noted = [folder / note.stem for note in (folder / METADATA).glob("*.metadata")]
+    for path in sorted({*folder.iterdir(), *noted}):
         note = folder / METADATA / f"{path.name}.metadata"
         known = ""
         if path.is_symlink():

@@ -27,11 +27,12 @@ def _sign(sentence: str, *families: str, strong: bool = True) -> _Evidence:
     return _Evidence(frozenset(families), strong, sentence)
 
 
+_END = r"(?![a-z0-9])"  # chatglm-2e-5 and chatglm-3epochs name no generation
 _NAME_PATTERNS = [
-    (r"glm[-_]?4|codegeex[-_]?4", "glm4"),
-    (r"glm[-_]?3|longalign[-_]6b", "glm3"),
-    (r"glm[-_]?2|codegeex[-_]?2", "glm2"),
-    (r"chatglm[-_]?6b", "glm"),
+    (rf"(glm|codegeex)[-_]?4{_END}", "glm4"),
+    (rf"glm[-_]?3{_END}|longalign[-_]6b", "glm3"),
+    (rf"(glm|codegeex)[-_]?2{_END}", "glm2"),
+    (rf"chatglm[-_]?6b{_END}", "glm"),
 ]
 # transformers' causal models that the family `causal` takes: their layers have the same parts.
 CAUSAL_TYPES = ("glm", "glm4", "llama", "qwen2", "qwen3")
@@ -189,12 +190,13 @@ def _tokenizer_evidence(path: Path, tokenizer: dict[str, Any]) -> Iterator[_Evid
         "the chat template": json.dumps(template, ensure_ascii=False),
     }
     for where, text in texts.items():
+        strong = where == "the added tokens"  # any program may write a template
         if "[gMASK]<sop>" in text or "<|begin_of_image|>" in text:
-            yield _sign(f"{where} are GLM-4-9B's", "glm4")
+            yield _sign(f"GLM-4-9B's tokens are in {where}", "glm4", strong=strong)
         elif "<|user|>" in text:
             sentence = f"<|user|>, a role token of ChatGLM3-6B and GLM-4-9B, is in {where}"
-            yield _sign(sentence, "glm3", "glm4")
-            yield _sign(f"{where} lack GLM-4-9B's <sop>", "glm3", strong=False)
+            yield _sign(sentence, "glm3", "glm4", strong=strong)
+            yield _sign(f"GLM-4-9B's <sop> is not in {where}", "glm3", strong=False)
     if tokenizer.get("tokenizer_class") == "ChatGLM4Tokenizer":
         yield _sign("tokenizer_config.json names ChatGLM4Tokenizer", "glm4")
     if "ice_text.model" in code:

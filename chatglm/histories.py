@@ -54,6 +54,8 @@ def check_message(turn: Message, place: str) -> None:
         raise ValueError(f"{place}: content must be text, got {shorten(content)}")
     if not isinstance(turn.get("metadata"), (str, type(None))):
         raise ValueError(f"{place}: metadata must be text, got {shorten(turn['metadata'])}")
+    if not isinstance(turn.get("tools"), (list, dict, type(None))):
+        raise ValueError(f"{place}: tools must be a list, got {shorten(turn['tools'])}")
 
 
 def check_pair(turn: object, place: str) -> tuple[str | None, str | None]:
@@ -67,7 +69,7 @@ def check_pair(turn: object, place: str) -> tuple[str | None, str | None]:
 def message_text(message: Message) -> str | None:
     """What ChatGLM3 is shown of a message, its tools below its text; None where it says nothing."""
     content = message.get("content")
-    if message["role"] == "system" and "tools" in message:
+    if message["role"] == "system" and message.get("tools") is not None:
         tools = json.dumps(message["tools"], indent=4, ensure_ascii=False)
         return f"{TOOL_PREAMBLE if content is None else content}\n{tools}"
     return content

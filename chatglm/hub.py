@@ -115,7 +115,8 @@ def missing_weights(folder: Path) -> list[str]:
     for name in WEIGHT_FILES:
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = set(read_json(index).get("weight_map", {}).values())
+            files = read_json(index).get("weight_map")
+            shards = set(files.values()) if isinstance(files, dict) else set()
             return sorted(shard for shard in shards if not (folder / shard).is_file())
     return [WEIGHT_FILES[0]]
 

@@ -66,6 +66,12 @@ def pair_tensors(source: object, state: dict[str, Tensor]) -> dict[str, tuple[Te
                 f"{source}: {name} is empty, as ZeRO-3 leaves a tensor that is saved without "
                 "gathering it: the weights are not in this file"
             )
+        if tensor.dim() not in (2, 3) or not tensor.is_floating_point():
+            raise ValueError(
+                f"{source}: {name} is no matrix of LoRA: {tensor.dtype}, shape {list(tensor.shape)}"
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"{source}: {name} holds numbers that are not finite")
         parts.setdefault(match[1], {})[match[2]] = tensor.detach()
     if not parts:
         raise ValueError(f"{source} holds no LoRA tensors")

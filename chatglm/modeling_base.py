@@ -20,6 +20,7 @@ from transformers.utils import can_return_tuple
 from .chat import ChatMethods
 from .configuration import ChatGLMConfig
 from .folders import check_json_files, read_model_config, reading, without_marks
+from .hub import resolve_folder
 from .layers import (
     AttentionMask,
     Device,
@@ -38,7 +39,32 @@ if TYPE_CHECKING:
     pass
 
 # Options of from_pretrained by which it reads weights from elsewhere than a folder's usual files.
-OTHER_SOURCES = ("state_dict", "subfolder", "variant", "gguf_file")
+OTHER_SOURCES = ("state_dict", "variant", "gguf_file")
+# Options of from_pretrained that are for a hub: with one of them transformers downloads.
+HUB_ALONE = ("cache_dir", "force_download", "local_files_only", "revision", "token", "proxies")
+
+
+def local_folder(name: str, options: dict[str, Any]) -> str:
+    """The folder of weights that a folder or a hub's name and `subfolder` mean.
+
+    Args:
+        options: from_pretrained's, from which `subfolder` is taken; a hub's name is left to
+            transformers where one of HUB_ALONE is given.
+    Raises:
+        ValueError: the subfolder lies outside.
+        OSError: a hub does not give it; as chatglm.hub.resolve_folder.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        if options.get("subfolder") or any(options.get(key) for key in HUB_ALONE):
+            return name
+        path = resolve_folder(name, weights=True)
+    if subfolder := options.pop("subfolder", None):
+        inner = path / subfolder
+        if not inner.resolve().is_relative_to(path.resolve()):
+            raise ValueError(f"subfolder {subfolder!r} is not inside of {path}")
+        path = inner
+    return str(path)
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
@@ -73,7 +99,10 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         device = kwargs.pop("device", None)
         if device is not None and kwargs.get("device_map") is not None:
             raise ValueError("give either device or device_map; got both")
-        loaded = cls.read_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        source = pretrained_model_name_or_path
+        if source is not None and not any(kwargs.get(name) for name in OTHER_SOURCES):
+            source = local_folder(str(source), kwargs)
+        loaded = cls.read_pretrained(source, *args, **kwargs)
         if device is not None:
             (loaded[0] if isinstance(loaded, tuple) else loaded).to(device)
         return loaded
@@ -91,11 +120,11 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> Any:
         """`from_pretrained` without the originals' own keywords."""
+        keep_quantized = kwargs.pop("keep_quantized", False)
         folder = Path(pretrained_model_name_or_path or "")
         is_folder = pretrained_model_name_or_path is not None and folder.is_dir()
         if not is_folder or any(kwargs.get(name) for name in OTHER_SOURCES):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        keep_quantized = kwargs.pop("keep_quantized", False)
         check_json_files(folder)
         config = kwargs.get("config")
         if not isinstance(config, ChatGLMConfig):

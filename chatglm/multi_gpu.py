@@ -1,19 +1,24 @@
 """A model over several GPUs of one machine, by the functions of THUDM's utils.py."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from .folders import check_folder, read_model_config
+from .folders import check_folder, find_base, read_model_config
 
 # Modules beside the layers that stay on the first GPU, for ChatGLM-6B and for the others.
 ENDS = {
-    "glm": ("transformer.word_embeddings", "transformer.final_layernorm", "lm_head"),
+    "glm": (
+        "transformer.word_embeddings",
+        "transformer.final_layernorm",
+        "transformer.prefix_encoder",
+        "lm_head",
+    ),
     "glm2": (
         "transformer.embedding",
         "transformer.encoder.final_layernorm",
+        "transformer.prefix_encoder",
         "transformer.output_layer",
     ),
 }
@@ -64,11 +69,14 @@ def load_model_on_gpus(
 
     options.pop("trust_remote_code", None)
     options.setdefault("dtype", torch.float16)
-    folder = check_folder(Path(checkpoint_path))
+    folder = check_folder(os.fspath(checkpoint_path), weights=True)
     if device_map is None:
         if num_gpus > torch.cuda.device_count():
             raise ValueError(f"num_gpus={num_gpus}, but {torch.cuda.device_count()} are there")
-        layers = read_model_config(folder).get("num_layers", 28)
+        whole = folder
+        if (folder / "adapter_config.json").is_file():
+            whole = find_base(folder, options.get("base"))
+        layers = read_model_config(whole).get("num_layers", 28)
         family = resolve_mode(folder, options.get("mode"))
         device_map = auto_configure_device_map(num_gpus, num_layers=layers, family=family)
     return load_model(folder, device_map=device_map, **options)

@@ -353,11 +353,14 @@ def parse_json_call(body: str) -> dict[str, Any]:
 
 
 def messages_response(
-    parse_call: Callable[[str], dict[str, Any]], text: str, history: History | None = None
+    parse_call: Callable[[str], dict[str, Any]],
+    text: str | list[str],
+    history: History | None = None,
 ) -> tuple[Answer, list[Message]]:
     """Split an answer into its messages; `history` is copied, not changed.
 
     Args:
+        text: of the answer, <|assistant|> between its messages; or those messages.
         parse_call: the parameters of a tool call's text; raises ValueError for other text.
     Returns:
         (content, new history). Content is the last message's text, but
@@ -369,7 +372,7 @@ def messages_response(
     history = history_messages(history)
     has_tools = bool(history) and history[0]["role"] == "system" and "tools" in history[0]
     content: Answer = ""
-    for response in text.split("<|assistant|>"):
+    for response in text.split("<|assistant|>") if isinstance(text, str) else text:
         metadata, newline, body = response.partition("\n")
         if not newline:
             metadata, body = "", response

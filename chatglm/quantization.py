@@ -43,7 +43,8 @@ def quantize_rows(
     scale = weight.abs().max(dim=-1).values / most
     scale = scale.to(scale_dtype or weight.dtype)
     divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
-    integers = torch.round(weight / divisor[:, None]).to(torch.int8)
+    # A scale rounded down gives quotients beyond the largest integer.
+    integers = torch.round(weight / divisor[:, None]).clamp(-most, most).to(torch.int8)
     return (pack_pairs(integers) if bits == 4 else integers), scale
 
 

@@ -5,6 +5,7 @@ Folders of other model types are left to transformers.
 """
 
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +59,33 @@ def refuse_code(source: object, file: str, **options: Any) -> None:
 
 
 def guard_code() -> None:
-    """Put `refuse_code` before transformers' get_cached_module_file, once."""
+    """Put `refuse_code` before the two functions by which transformers fetches code, once.
+
+    The class that an auto_map names may lie in another repository (REPOSITORY--FILE.CLASS), so the
+    folder that names it is asked about too.
+    """
     fetch = dynamic_module_utils.get_cached_module_file
+    find = dynamic_module_utils.get_class_from_dynamic_module
     if getattr(fetch, "refuses_chatglm", False):
         return
 
     @functools.wraps(fetch)
-    def guarded(source: Any, module_file: str, *args: Any, **kwargs: Any) -> str:
-        refuse_code(source, module_file, **kwargs)
-        return fetch(source, module_file, *args, **kwargs)
+    def guarded_fetch(
+        pretrained_model_name_or_path: Any, module_file: str, *args: Any, **kwargs: Any
+    ) -> str:
+        refuse_code(pretrained_model_name_or_path, module_file, **kwargs)
+        return fetch(pretrained_model_name_or_path, module_file, *args, **kwargs)
 
-    guarded.refuses_chatglm = True  # type: ignore[attr-defined]
+    @functools.wraps(find)
+    def guarded_find(
+        class_reference: str, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        refuse_code(pretrained_model_name_or_path, class_reference, **kwargs)
+        return find(class_reference, pretrained_model_name_or_path, *args, **kwargs)
+
+    guarded_fetch.refuses_chatglm = True  # type: ignore[attr-defined]
     module: Any = dynamic_module_utils  # its type does not say that a function may be replaced
-    module.get_cached_module_file = guarded
+    module.get_cached_module_file = guarded_fetch
+    for name, loaded in list(sys.modules.items()):
+        if name.startswith("transformers.") and vars(loaded).get(find.__name__) is find:
+            setattr(loaded, find.__name__, guarded_find)

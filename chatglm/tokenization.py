@@ -347,23 +347,25 @@ def open_auto_tokenizer() -> None:
     To be registered is not enough: with trust_remote_code=True AutoTokenizer prefers the code in
     the folder.
     """
-    original = AutoTokenizer.from_pretrained
+    original = AutoTokenizer.__dict__["from_pretrained"].__func__
     if getattr(original, "gives_chatglm", False):
         return
 
     @functools.wraps(original)
-    def from_pretrained(source: Any, *inputs: Any, **kwargs: Any) -> Any:
-        config = kwargs.get("config")
+    def from_pretrained(
+        cls: type, pretrained_model_name_or_path: Any, *inputs: Any, **kwargs: Any
+    ) -> Any:
+        source, config = pretrained_model_name_or_path, kwargs.get("config")
         is_ours = isinstance(config, ChatGLMConfig) if config else holds_chatglm(source, **kwargs)
         if not is_ours:
-            return original(source, *inputs, **kwargs)
+            return original(cls, source, *inputs, **kwargs)
         for name in ("config", "trust_remote_code", "code_revision", "use_fast", "tokenizer_type"):
             kwargs.pop(name, None)
         return ChatGLMTokenizer.from_pretrained(source, *inputs, **kwargs)
 
     from_pretrained.gives_chatglm = True  # type: ignore[attr-defined]
     door: Any = AutoTokenizer  # its type does not say that a method may be replaced
-    door.from_pretrained = from_pretrained
+    door.from_pretrained = classmethod(from_pretrained)
 
 
 open_auto_tokenizer()

@@ -20,7 +20,7 @@ from transformers.utils import PaddingStrategy
 
 from .chat_template import TEMPLATES, render_conversation
 from .evidence import contradicts, infer_family
-from .families import CHATGLM_FAMILIES, FAMILIES
+from .families import CHATGLM_FAMILIES, FAMILIES, family_of
 from .family_tokenizer import FamilyTokenizer, checked_style
 from .files import is_lfs_pointer, pointer_error
 from .folders import check_json_files, reading, without_marks
@@ -319,6 +319,8 @@ class ChatGLMTokenizer(FamilyTokenizer, PreTrainedTokenizer):
         Raises:
             ValueError: a message has another form, or an option is not for these models.
         """
+        if self.prompt_style == "raw":
+            raise ValueError("prompt_style raw: the model goes on with a text, without a template")
         self._check_template_options(documents=documents, chat_template=chat_template)
         if return_assistant_tokens_mask and not (tokenize and return_dict):
             raise ValueError("return_assistant_tokens_mask needs tokenize and return_dict")
@@ -449,7 +451,7 @@ class RoleMessages(ChatGLMTokenizer):
         return_tensors: str | None = "pt",
     ) -> BatchEncoding:
         """A batch of one chat, [1, S]: history, the query in its role, then `<|assistant|>`."""
-        ids = FAMILIES[self.family].encode_chat(self, query, history, role)
+        ids = family_of(self).encode_chat(self, query, history, role)
         return self.pad({"input_ids": [ids]}, return_tensors=return_tensors)
 
     def build_prompt(self, query: str, history: History | None = None) -> str:

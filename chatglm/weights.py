@@ -1,6 +1,7 @@
 """Weight files: which of a folder count, their tensors, whether these fit a model to be built."""
 
 import logging
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -191,6 +192,10 @@ def stored_prefix(path: Path, shapes: dict[str, list[int]] | None = None) -> Sto
     }
 
 
+# Tensors without effect on a language model: tables, P-Tuning's own, a value head, a tied copy.
+HARMLESS = re.compile(r"inv_freq$|rotary_|prefix_encoder\.|^v_head\.|^lm_head\.weight$")
+
+
 def scale_in(shapes: dict[str, list[int]]) -> str | None:
     """The first scale of quantised weights among a folder's tensors; None where there is none."""
     for name in shapes:
@@ -242,3 +247,26 @@ def check_fit(
     lost = sorted(name for name in lost if ignored is None or ignored not in name)
     if lost:
         raise ValueError(f"{path}: the weights lack {len(lost)} tensors, the first is {lost[0]}")
+    known = {name.removeprefix(BODY) for name in state}
+    check_extra(path, [name for name in shapes if name.removeprefix(BODY) not in known])
+
+
+def check_extra(path: str | Path, names: list[str]) -> None:
+    """What becomes of tensors that a folder holds and its model does not have.
+
+    Tables, a prefix and a value head change nothing; others get a warning.
+
+    Raises:
+        ValueError: they are LoRA's that was never merged, or a vision model's.
+    """
+    extra = [name for name in names if not HARMLESS.search(name)]
+    if not extra:
+        return
+    words = f"{path} holds {len(extra)} tensors that the model does not have, such as {extra[0]}"
+    if any(".lora_" in name for name in extra):
+        raise ValueError(
+            f"{words}: LoRA that is not merged; save it as an adapter, or merged, where it was made"
+        )
+    if any("vision." in name for name in extra):
+        raise ValueError(f"{words}: models of images are not loaded here")
+    log.warning("%s: they are not read", words)

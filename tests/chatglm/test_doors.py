@@ -106,7 +106,7 @@ def test_code_of_a_processor_is_refused(published, tmp_path):
     (folder / "processing_evil.py").write_text("raise SystemExit('code of the folder ran')\n")
     processor = {"auto_map": {"AutoProcessor": "processing_evil.Processor"}}
     (folder / "processor_config.json").write_text(json.dumps(processor))
-    with pytest.raises(ValueError, match="is a ChatGLM, whose processing_evil.py is never run"):
+    with pytest.raises(ValueError, match="is a ChatGLM, whose processing_evil.* is never run"):
         AutoProcessor.from_pretrained(str(folder), trust_remote_code=True)
 
 
@@ -212,7 +212,7 @@ def test_process_response(loaded):
 def test_device_maps_of_several_gpus(tiny_folders):
     chatglm2 = auto_configure_device_map(4)
     counts = [list(chatglm2.values()).count(gpu) for gpu in range(4)]
-    assert counts == [6 + 3, 8, 8, 6]  # 28 layers, and the ends on the first
+    assert counts == [6 + 4, 8, 8, 6]  # 28 layers, and the ends on the first
     assert "transformer.layers.27" in auto_configure_device_map(2, family="glm")
     with pytest.raises(ValueError, match="num_gpus must be 1 to 28"):
         auto_configure_device_map(0)
