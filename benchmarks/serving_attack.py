@@ -23,6 +23,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -436,24 +437,43 @@ def make_model(folder: Path) -> Path:
     )
 
 
-def start(args: argparse.Namespace, model: Path, errors: TextIO) -> tuple[subprocess.Popen, int]:
+@dataclass(frozen=True)
+class AttackFlags:
+    """The command's flags; see main."""
+
+    bodies: int
+    seconds: float
+    threads: int
+    seed: int
+    health_s: float
+    model: str | None
+    predictor: str | None
+    policy: str
+    engine: str
+    device: str
+    json: Path | None
+
+
+def start_server(
+    flags: AttackFlags, model: str | Path, errors: TextIO
+) -> tuple[subprocess.Popen, int]:
     """(the server's process, its port)."""
     words = [
         "--model",
         model,
         "--policy",
-        args.policy,
+        flags.policy,
         "--engine",
-        args.engine,
+        flags.engine,
         "--port",
         0,
         "--device",
-        args.device,
+        flags.device,
         "--client_s",
         5,
     ]
     words += ["--max_batch", 8, "--kv_tokens", 4096, "--max_tokens", 512, "--drain_s", 10]
-    words += ["--predictor", args.predictor] if args.predictor else []
+    words += ["--predictor", flags.predictor] if flags.predictor else []
     process = subprocess.Popen(
         [sys.executable, "-m", "serving.server", *map(str, words)],
         cwd=ROOT,
@@ -483,14 +503,15 @@ def table(sent: Counter) -> str:
     return "\n".join(lines)
 
 
-def attack(args: argparse.Namespace) -> int:
+def attack(flags: AttackFlags) -> int:
+    """Attack a server, print and write the figures; 1 where a fault was found, else 0."""
     with tempfile.TemporaryDirectory() as folder:
-        model = args.model or make_model(Path(folder))
+        model = flags.model or make_model(Path(folder))
         with open(Path(folder) / "errors.txt", "w") as errors:
-            process, port = start(args, model, errors)
+            process, port = start_server(flags, model, errors)
         try:
-            found, begin = Attack(port, args.seed), time.monotonic()
-            found.run(args.bodies, args.seconds, args.threads)
+            found, begin = Attack(port, flags.seed), time.monotonic()
+            found.run(flags.bodies, flags.seconds, flags.threads)
             took = time.monotonic() - begin
             found.settle()
             process.send_signal(signal.SIGTERM)
@@ -504,11 +525,11 @@ def attack(args: argparse.Namespace) -> int:
         found.bad.append(f"the server ended with {code}")
     if "Traceback" in errors_text:
         found.bad.append(f"the server wrote a traceback: ...{errors_text[-1500:]}")
-    if found.slowest_s > args.health_s:
+    if found.slowest_s > flags.health_s:
         found.bad.append(f"/health took {found.slowest_s:.2f} s")
     print_figures(found, took)
-    if args.json:
-        write_json(args.json, figures_of(found, took))
+    if flags.json:
+        write_json(flags.json, figures_of(found, took))
     return 1 if found.bad else 0
 
 
@@ -557,8 +578,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--engine", default="continuous", help="as of serving.server [continuous]")
     parser.add_argument("--device", default="cpu", help="as of serving.server [cpu]")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    args = parser.parse_args(argv)
-    return run_command("serving_attack", lambda: attack(args))
+    flags = AttackFlags(**vars(parser.parse_args(argv)))
+    return run_command("serving_attack", lambda: attack(flags))
 
 
 if __name__ == "__main__":

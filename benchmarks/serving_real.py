@@ -20,6 +20,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -221,11 +222,27 @@ class Bench:
         return float(np.sqrt(low * high))
 
 
+@dataclass(frozen=True)
+class BenchFlags:
+    """The command's flags; see build_parser."""
+
+    folder: Path
+    policies: str
+    at: str
+    requests: int
+    repetitions: int
+    max_batch: int
+    slo_scale: float
+    profile_repetitions: int
+    threads: int
+    json: Path | None
+
+
 def compare(
     bench: Bench,
     policies: list[str],
     rate: float,
-    args: argparse.Namespace,
+    flags: BenchFlags,
     slo: SloRule,
     log: Callable[[str], None] = print,
 ) -> list[dict]:
@@ -238,9 +255,9 @@ def compare(
     for name in policies:
         sides = {"measured": defaultdict(list), "simulated": defaultdict(list)}
         rows.append({"policy": name, **sides, "other_answers": 0})
-    for repetition in range(args.repetitions):
-        bench.profile(args.profile_repetitions)
-        requests = bench.requests(args.requests, rate, repetition, slo)
+    for repetition in range(flags.repetitions):
+        bench.profile(flags.profile_repetitions)
+        requests = bench.requests(flags.requests, rate, repetition, slo)
         for row in rows:
             simulated = bench.simulate(row["policy"], requests)
             measured, lengths = bench.serve(row["policy"], requests)
@@ -250,7 +267,7 @@ def compare(
                 row["measured"][key].append(measured[key])
                 row["simulated"][key].append(simulated[key])
             log(
-                f"{rate:.1f}/s {repetition + 1}/{args.repetitions} {row['policy']:15} "
+                f"{rate:.1f}/s {repetition + 1}/{flags.repetitions} {row['policy']:15} "
                 f"{measured['latency_mean_s']:8.3f} s, "
                 f"simulated {simulated['latency_mean_s']:8.3f} s"
             )
@@ -363,38 +380,39 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_flags(argv: list[str] | None) -> BenchFlags:
+    """The flags, checked; a wrong one ends the process with a line."""
     parser = build_parser()
-    args = parser.parse_args(argv)
-    for name in [*args.policies.split(","), *args.at.split(",")]:
+    flags = BenchFlags(**vars(parser.parse_args(argv)))
+    for name in [*flags.policies.split(","), *flags.at.split(",")]:
         if name not in POLICIES:
             parser.error(f"no policy {name!r}; there are {', '.join(POLICIES)}")
     for needed in ("merged", "predictor", "lengths_test.jsonl"):
-        if not (args.folder / needed).exists():
+        if not (flags.folder / needed).exists():
             sys.exit(
-                f"serving_real.py: no such file: {args.folder / needed}; "
+                f"serving_real.py: no such file: {flags.folder / needed}; "
                 "--folder names what scripts/quickstart.sh wrote"
             )
-    return args
+    return flags
 
 
 def main(argv: list[str] | None = None) -> dict:
-    args = parse_args(argv)
+    flags = parse_flags(argv)
     import torch
     from tqdm import tqdm
 
-    torch.set_num_threads(args.threads)
-    limits = Limits(args.max_batch, args.max_batch * 256, 256)
+    torch.set_num_threads(flags.threads)
+    limits = Limits(flags.max_batch, flags.max_batch * 256, 256)
     bench = Bench(
-        str(args.folder / "merged"),
-        str(args.folder / "predictor"),
-        str(args.folder / "lengths_test.jsonl"),
+        str(flags.folder / "merged"),
+        str(flags.folder / "predictor"),
+        str(flags.folder / "lengths_test.jsonl"),
         limits,
         120,
         96,
     )
     profile = bench.profile(
-        args.profile_repetitions,
+        flags.profile_repetitions,
         lambda timings, total: tqdm(timings, total=total, desc="profile", disable=None),
     )
     errors = profile.made["errors"]["5_folds"]
@@ -404,28 +422,28 @@ def main(argv: list[str] | None = None) -> dict:
         f"a prediction takes {1e3 * bench.predict_s:.2f} ms"
     )
     result = {
-        "settings": vars(args) | {"folder": str(args.folder), "json": str(args.json)},
+        "settings": asdict(flags) | {"folder": str(flags.folder), "json": str(flags.json)},
         "profile": errors,
         "predict_s": bench.predict_s,
-        "loads": compare_loads(bench, args),
+        "loads": compare_loads(bench, flags),
     }
-    if args.json:
-        write_json(args.json, result)
+    if flags.json:
+        write_json(flags.json, result)
     return result
 
 
-def compare_loads(bench: Bench, args: argparse.Namespace) -> list[dict]:
+def compare_loads(bench: Bench, flags: BenchFlags) -> list[dict]:
     """The policies at the rate of each of --at; printed."""
-    slo = SloRule(args.slo_scale, 0.05)
+    slo = SloRule(flags.slo_scale, 0.05)
     bench.serve("fcfs", bench.requests(40, 40.0, 999, slo))  # warm
     loads = []
-    for name in args.at.split(","):
-        rate = bench.rate_at(name, args.requests, slo)
+    for name in flags.at.split(","):
+        rate = bench.rate_at(name, flags.requests, slo)
         rows = compare(
             bench,
-            args.policies.split(","),
+            flags.policies.split(","),
             rate,
-            args,
+            flags,
             slo,
             lambda line: print(line, file=sys.stderr, flush=True),
         )
