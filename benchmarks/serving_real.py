@@ -33,7 +33,7 @@ from benchmarks.rows import read_lines
 from finetune.files import write_json
 from predictor.prediction import LengthPrediction
 from serving.cost_model.devices import find_device
-from serving.cost_model.model import CostModel, ModelShape, Profile
+from serving.cost_model.model import CostModel, ModelSizes, Profile
 from serving.policies.continuous import POLICIES
 from serving.request import Limits, Request
 from serving.scheduler import Replay, VirtualClock, run_scheduler
@@ -114,8 +114,8 @@ class Bench:
         context.Process(target=client, args=(theirs, predictor), daemon=True).start()
 
     @property
-    def shape(self) -> ModelShape:
-        return ModelShape.from_config(self.model.config.to_dict(), self.model.dtype.itemsize)
+    def shape(self) -> ModelSizes:
+        return ModelSizes.from_config(self.model.config.to_dict(), self.model.dtype.itemsize)
 
     def profile(
         self,

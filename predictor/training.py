@@ -136,7 +136,7 @@ class LengthTraining:
         self.dtype = dtype
         options = self.method.model_options()
         model = self.backbone.load_model(dtype, options, self.model_path)
-        model = self.method.prepare(model)
+        model = self.method.make_trainable(model)
         if self.config.backbone == "chatglm" and not model.config.tie_word_embeddings:
             model.get_output_embeddings().requires_grad_(False)  # no gradient reaches it
         bias = torch.tensor(self.head.starting_bias(self.rows.train.tokens), dtype=torch.float32)

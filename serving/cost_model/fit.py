@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from serving.cost_model.devices import MOST_DEVICES
-from serving.cost_model.model import COEFFICIENTS, CostModel, ModelShape, Profile, even_stages
+from serving.cost_model.model import COEFFICIENTS, CostModel, ModelSizes, Profile, even_stages
 
 PROMPT_TOKENS = 35  # of the measured batches: the longest ran to 2,048 tokens with 2,013 new ones
 HUBER = 0.03  # relative errors beyond it count linearly: other work on the machine slowed some runs
@@ -181,9 +181,9 @@ def _measurement(where: str, values: dict[str, str]) -> Measurement:
 
 
 @lru_cache
-def shape_of(model: str, element_bytes: int) -> ModelShape:
-    """ModelShape.from_config, remembered."""
-    return ModelShape.from_config(model, element_bytes)
+def shape_of(model: str, element_bytes: int) -> ModelSizes:
+    """ModelSizes.from_config, remembered."""
+    return ModelSizes.from_config(model, element_bytes)
 
 
 def named_stages(

@@ -6,7 +6,7 @@ from chatglm.commands import Parser, run_command, whole
 from finetune.files import write_json
 from finetune.memory.shapes import shape_source
 from serving.cost_model.devices import MOST_DEVICES, Cluster
-from serving.cost_model.model import ModelShape, Profile, read_profile
+from serving.cost_model.model import ModelSizes, Profile, read_profile
 from serving.deployment.deployers import DEPLOYERS
 from serving.deployment.placement import Need
 
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 def place_model(flags: DeploymentFlags) -> None:
     profile = read_profile(flags.profile)
     cluster = make_cluster(flags, profile)
-    model = ModelShape.from_config(flags.model)
+    model = ModelSizes.from_config(flags.model)
     need = Need(flags.need_tokens, flags.batch, flags.prompt_tokens, flags.output_tokens)
     placement = DEPLOYERS[flags.deployer].place(model, cluster, need, profile)
     print(f"model: {shape_source(flags.model)}")

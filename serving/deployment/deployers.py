@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from serving.cost_model.devices import Cluster
-from serving.cost_model.model import CostModel, ModelShape, Profile
+from serving.cost_model.model import CostModel, ModelSizes, Profile
 from serving.deployment.placement import (
     Infeasible,
     Need,
@@ -65,7 +65,7 @@ class Single:
     """
 
     def place(
-        self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile | CostModel
+        self, model: ModelSizes, cluster: Cluster, need: Need, cost: Profile | CostModel
     ) -> Placement:
         pieces = Pieces(model, cluster, need, profile_of(cost))
         fitting = []
@@ -92,7 +92,7 @@ class Even:
     ends_as_layers: int = 2
 
     def place(
-        self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile | CostModel
+        self, model: ModelSizes, cluster: Cluster, need: Need, cost: Profile | CostModel
     ) -> Placement:
         pieces = Pieces(model, cluster, need, profile_of(cost))
         count = len(cluster.devices)
@@ -147,7 +147,7 @@ class Helr:
         check_weight(self.efficiency_weight)
 
     def place(
-        self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile | CostModel
+        self, model: ModelSizes, cluster: Cluster, need: Need, cost: Profile | CostModel
     ) -> Placement:
         pieces = Pieces(model, cluster, need, profile_of(cost))
         search = ChainSearch(pieces, self.efficiency_weight)
@@ -413,7 +413,7 @@ class Exhaustive:
         check_weight(self.efficiency_weight)
 
     def place(
-        self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile | CostModel
+        self, model: ModelSizes, cluster: Cluster, need: Need, cost: Profile | CostModel
     ) -> Placement:
         pieces = Pieces(model, cluster, need, profile_of(cost))
         n = len(cluster.devices)
@@ -470,7 +470,7 @@ class Morphling:
     seed: int = 0
 
     def place(
-        self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile | CostModel
+        self, model: ModelSizes, cluster: Cluster, need: Need, cost: Profile | CostModel
     ) -> Placement:
         profile = profile_of(cost)
         pieces = Pieces(model, cluster, need, profile)
@@ -505,7 +505,7 @@ class Morphling:
 
     def meta_learn(
         self,
-        model: ModelShape,
+        model: ModelSizes,
         cluster: Cluster,
         need: Need,
         profile: Profile,
@@ -597,7 +597,7 @@ class Deployer(Protocol):
     """Chooses a placement for a model on a cluster."""
 
     def place(
-        self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile | CostModel
+        self, model: ModelSizes, cluster: Cluster, need: Need, cost: Profile | CostModel
     ) -> Placement:
         """Raises Infeasible where it finds none within each device's memory."""
 

@@ -18,7 +18,7 @@ import numpy as np
 from finetune.files import write_aside
 from serving.cost_model import model as cm
 from serving.cost_model.devices import GIB, Cluster, Device, Link
-from serving.cost_model.model import CostModel, ModelShape, Profile
+from serving.cost_model.model import CostModel, ModelSizes, Profile
 
 # (embedding, layer, final norm, output layer, P-Tuning's encoder) of chatglm/modeling_glm.py and
 # chatglm/modeling_glm2.py
@@ -85,7 +85,7 @@ class Placement:
         search_steps: what the search counts: table entries, plans, or stress tests.
     """
 
-    model: ModelShape
+    model: ModelSizes
     cluster: Cluster
     need: Need
     stages: tuple[tuple[int, int], ...]
@@ -258,13 +258,13 @@ class Placement:
         write_aside(Path(path), image.getvalue())
 
 
-def kv_layer_bytes(model: ModelShape, need: Need) -> int:
+def kv_layer_bytes(model: ModelSizes, need: Need) -> int:
     """One layer's share of the KV that must fit."""
     return need.kv_tokens_q90 * model.kv_bytes_per_token // model.layers
 
 
 def layers_that_fit(
-    model: ModelShape, device: Device, need: Need, first: bool = False, last: bool = False
+    model: ModelSizes, device: Device, need: Need, first: bool = False, last: bool = False
 ) -> int:
     """How many layers fit with their KV, beside the ends that the device would hold.
 
@@ -276,7 +276,7 @@ def layers_that_fit(
     return min(model.layers, free // (model.layer_bytes + kv_layer_bytes(model, need)))
 
 
-def infeasible(model: ModelShape, cluster: Cluster, need: Need, what: str) -> Infeasible:
+def infeasible(model: ModelSizes, cluster: Cluster, need: Need, what: str) -> Infeasible:
     """The error for a need that does not fit, with the bytes needed and available."""
     kv = kv_layer_bytes(model, need) * model.layers
     weights = model.layers * model.layer_bytes + model.end_bytes(True, True)
@@ -307,7 +307,7 @@ class Pieces:
         split, fixed: of a chain of several devices, and of every chain.
     """
 
-    def __init__(self, model: ModelShape, cluster: Cluster, need: Need, profile: Profile):
+    def __init__(self, model: ModelSizes, cluster: Cluster, need: Need, profile: Profile):
         self.model, self.cluster, self.need = model, cluster, need
         devices, n = cluster.devices, len(cluster.devices)
         batch, tokens, steps = need.batch, need.batch * need.prompt_tokens, need.output_tokens - 1

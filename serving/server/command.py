@@ -16,7 +16,7 @@ from finetune.evaluation.predict import add_loading_flags, add_packing_flag
 from predictor.labels import name_warning, served_name
 from predictor.runtime import LengthPredictor
 from serving.cost_model.devices import DEVICES
-from serving.cost_model.model import CostModel, ModelShape, Profile, read_profile
+from serving.cost_model.model import CostModel, ModelSizes, Profile, read_profile
 from serving.engines import ENGINES, make_engine
 from serving.policies.continuous import POLICIES
 from serving.request import Limits
@@ -225,7 +225,7 @@ def served_cost_model(model: "PreTrainedModel", profile: Profile) -> CostModel:
 
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
-    shape = ModelShape.from_config(model.config.to_dict(), weight.itemsize)
+    shape = ModelSizes.from_config(model.config.to_dict(), weight.itemsize)
     return CostModel.of(shape, cost_device(weight.device), profile)
 
 

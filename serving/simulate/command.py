@@ -103,7 +103,7 @@ def make_cost(flags: SimulationFlags) -> tuple[CostEstimator, int]:
 def make_placed_cost(flags: SimulationFlags) -> tuple[CostEstimator, int]:
     """(cost model of one replica, replicas) of the calibrated model, placed by --deployer."""
     from serving.cost_model.devices import Cluster
-    from serving.cost_model.model import CostModel, ModelShape, read_profile
+    from serving.cost_model.model import CostModel, ModelSizes, read_profile
     from serving.deployment.deployers import DEPLOYERS
     from serving.deployment.placement import Need
 
@@ -112,7 +112,7 @@ def make_placed_cost(flags: SimulationFlags) -> tuple[CostEstimator, int]:
         cluster = Cluster.uniform(flags.device, flags.gpus)
     else:
         cluster = profile.cluster(flags.gpus)
-    model = ModelShape.from_config(flags.model, flags.element_bytes)
+    model = ModelSizes.from_config(flags.model, flags.element_bytes)
     need = Need(flags.need_tokens)
     placement = DEPLOYERS[flags.deployer].place(model, cluster, need, profile)
     return CostModel.of(placement.model, placement, profile), placement.replicas

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from serving.cost_model.devices import Cluster
-from serving.cost_model.model import CostModel, ModelShape, Profile, read_profile
+from serving.cost_model.model import CostModel, ModelSizes, Profile, read_profile
 from serving.deployment.deployers import DEPLOYERS
 from serving.deployment.placement import Need
 from serving.policies.continuous import POLICIES
@@ -64,7 +64,7 @@ def uellm_experiment(flags: ExperimentFlags) -> Tables:
 
 def make_fair_setting(flags: ExperimentFlags, recorded: Recorded, deployer: str) -> FairSetting:
     """ChatGLM2-6B on 4 RTX 3090, placed by this deployer."""
-    model, profile = ModelShape.from_config("chatglm2-6b"), read_profile("rtx3090")
+    model, profile = ModelSizes.from_config("chatglm2-6b"), read_profile("rtx3090")
     placement = DEPLOYERS[deployer].place(model, profile.cluster(4), Need(20_000, 10), profile)
     cost = CostModel.of(model, placement, profile)
     limits = Limits(64, cost.kv_capacity_tokens, LONGEST + 64)
@@ -148,7 +148,7 @@ class ReplicaCluster:
 
     @classmethod
     def make(
-        cls, devices: Mapping[str, int], model: ModelShape, profile: Profile
+        cls, devices: Mapping[str, int], model: ModelSizes, profile: Profile
     ) -> "ReplicaCluster":
         """So many replicas on each kind of device."""
         costs = []
@@ -186,7 +186,7 @@ def trace_experiment(
     Args:
         per_device, least: requests of a run: so many a device, and at least so many.
     """
-    model, profile = ModelShape.from_config("chatglm2-6b"), read_profile("datasheet")
+    model, profile = ModelSizes.from_config("chatglm2-6b"), read_profile("datasheet")
     tables: Tables = {}
     for name in ("azure_conv", "azure_code"):
         rows: list[TableRow] = []

@@ -14,7 +14,7 @@ import numpy as np
 
 from chatglm.files import read_json, read_text
 from predictor.prediction import LengthPrediction, from_bins
-from serving.cost_model.model import CostModel, ModelShape, read_profile
+from serving.cost_model.model import CostModel, ModelSizes, read_profile
 from serving.policies.lengths import expected_tokens
 from serving.policies.static import BatchShape, Static
 from serving.request import Batch, CostEstimator, Limits, Record, Request, View
@@ -198,7 +198,7 @@ def published_rows(
     recorded: Recorded, logs: list[dict[str, str]], count: int, seeds: int
 ) -> list[TableRow]:
     """One row a system: simulated figures, beside those of its logged runs of as many requests."""
-    model, profile = ModelShape.from_config("chatglm2-6b"), read_profile("rtx3090")
+    model, profile = ModelSizes.from_config("chatglm2-6b"), read_profile("rtx3090")
     rows = []
     for name, system in PUBLISHED.items():
         cost = CostModel.of(model, profile.cluster(system.gpus), profile)

@@ -17,7 +17,7 @@ from serving.cost_model.devices import GIB, MIB, Cluster, Device, Link
 from serving.cost_model.model import (
     DATASHEET,
     CostModel,
-    ModelShape,
+    ModelSizes,
     layers_by_device,
     read_profile,
 )
@@ -38,11 +38,11 @@ from serving.deployment.placement import Infeasible, Need, Pieces, make_placemen
 from tests.conftest import REPO_ROOT, tiny_config, tiny_model
 from tests.warm import warm_python
 
-GLM2 = ModelShape.from_config("chatglm2-6b")
+GLM2 = ModelSizes.from_config("chatglm2-6b")
 NEED = Need(kv_tokens_q90=8000, batch=8, prompt_tokens=35, output_tokens=300)
 
 
-def deeper(layers: int) -> ModelShape:
+def deeper(layers: int) -> ModelSizes:
     """ChatGLM2-6B with another number of layers."""
     return replace(
         GLM2,
@@ -57,7 +57,7 @@ def random_case(seed: int, devices: int, layers: int):
     """Different memory, speeds and links, at times two equal devices; some cases fit nowhere."""
     rng = np.random.default_rng(seed)
     size = 100 * MIB
-    model = ModelShape(
+    model = ModelSizes(
         layers,
         1024,
         1024,
@@ -323,7 +323,7 @@ def test_device_map_covers_a_real_model(family, prefix):
     from accelerate.utils.modeling import check_device_map
 
     config = tiny_config(family)
-    shape = ModelShape.from_config(config.to_dict(), element_bytes=4)
+    shape = ModelSizes.from_config(config.to_dict(), element_bytes=4)
     model = tiny_model(family, pre_seq_len=4 if prefix else None)
     size = shape.weight_bytes
     cluster = Cluster.uniform(
@@ -449,7 +449,7 @@ def test_the_command_says_where_layers_go(tmp_path, capsys):
     said = json.loads(out.read_text())
     need = Need(30_000, 4)
     placement = DEPLOYERS["helr"].place(
-        ModelShape.from_config("chatglm-6b"), Cluster.from_json(cluster), need, DATASHEET
+        ModelSizes.from_config("chatglm-6b"), Cluster.from_json(cluster), need, DATASHEET
     )
     assert len(placement.stages) == placement.replicas == 2  # or the test has nothing to tell apart
     assert said["device_map"] == placement.to_device_map() and said["replicas"] == [[0, 1], [2, 3]]

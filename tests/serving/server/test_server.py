@@ -191,7 +191,7 @@ def test_profiled_and_compared_with_its_simulation(folders, tmp_path, capsys):
     """
     from benchmarks.serving_real import main as compare
     from scripts.profile_engine import main as profile
-    from serving.cost_model.model import CostModel, ModelShape, read_profile
+    from serving.cost_model.model import CostModel, ModelSizes, read_profile
     from serving.server.command import load_service, parse_flags
 
     model, predictor = folders
@@ -221,7 +221,7 @@ def test_profiled_and_compared_with_its_simulation(folders, tmp_path, capsys):
         )
         == 0
     )
-    cost = CostModel.of(ModelShape.from_config(model, 4), "CPU", read_profile(tmp_path / "p.json"))
+    cost = CostModel.of(ModelSizes.from_config(model, 4), "CPU", read_profile(tmp_path / "p.json"))
     assert 0 < cost.decode_step_s(1, 30) < 1 and 0 < cost.prefill_s(30) < 1
     phases = [line.split(",")[7] for line in (tmp_path / "p.csv").read_text().splitlines()[1:]]
     assert set(phases) == {"decode", "prefill"}

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from serving.cost_model.model import CostModel, ModelShape, read_profile
+from serving.cost_model.model import CostModel, ModelSizes, read_profile
 from serving.policies.continuous import POLICIES
 from serving.policies.static import Static
 from serving.request import Limits
@@ -118,7 +118,7 @@ def test_a_stop_counts_the_prompt():
 
 
 def test_no_policy_beats_the_bounds():
-    model, profile = ModelShape.from_config("chatglm2-6b"), read_profile("rtx3090")
+    model, profile = ModelSizes.from_config("chatglm2-6b"), read_profile("rtx3090")
     cost = CostModel.of(model, profile.cluster(1), profile)
     rng = np.random.default_rng(0)
     recorded = Recorded(
@@ -145,7 +145,7 @@ def test_no_policy_beats_the_bounds():
 
 
 def test_start_up_is_charged_once():
-    model, profile = ModelShape.from_config("chatglm2-6b"), read_profile("rtx3090")
+    model, profile = ModelSizes.from_config("chatglm2-6b"), read_profile("rtx3090")
     cost = CostModel.of(model, profile.cluster(2), profile)
     assert cost.startup_s > 1
     limits = Limits(4, 10_000, 2048)
