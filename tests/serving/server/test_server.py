@@ -545,7 +545,7 @@ def test_a_monitor_of_a_simulated_run(tmp_path):
         Request(9, 300, 1.0, 5.0)
     ]
     for request in requests:
-        monitor.watch(request, "secret", SimpleNamespace(reason="stop"))
+        monitor.track(request, "secret", SimpleNamespace(reason="stop"))
     list(
         run_scheduler(
             POLICIES["fcfs"],
@@ -609,7 +609,7 @@ def test_an_engine_that_fails_lets_nobody_wait(tiny_folders, caplog):
         name="m",
         slo_s=5.0,
         defaults={},
-        as_tuned={},
+        prompt_options={},
     )
     client = TestClient(make_app(service))
     body = {"messages": [{"role": "user", "content": "x"}]}
