@@ -65,7 +65,7 @@ class Limits:
                 f"got {self}"
             )
 
-    def most_tokens(self, request: Request, stop_tokens: int | None = None) -> int:
+    def max_answer_tokens(self, request: Request, stop_tokens: int | None = None) -> int:
         """Answer tokens after which an answer is truncated."""
         most = self.max_tokens - request.prompt_tokens
         return most if stop_tokens is None else min(most, stop_tokens)
@@ -163,7 +163,7 @@ class Waiting(Protocol):
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Record]: ...
     def oldest(self) -> Record: ...
-    def everyone(self) -> Collection[Record]: ...
+    def all_records(self) -> Collection[Record]: ...
 
 
 @dataclass(frozen=True, slots=True)

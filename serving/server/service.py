@@ -123,7 +123,7 @@ class Service:
     def stop(self, timeout_s: float = 10.0) -> None:
         """End the engine's thread; events of running answers are no longer read."""
         self.draining = True
-        self.inbox.shut()
+        self.inbox.close()
         self.cancel_all()
         self._thread.join(timeout_s)
         if self._thread.is_alive():  # it may still write to the log, so the log stays open
@@ -148,7 +148,7 @@ class Service:
             what = " ".join(str(error).split())[:200]
             self.failure = f"the engine has failed: {type(error).__name__}: {what}"
             # First, so that later requests are refused and the engine knows all earlier ones.
-            self.inbox.shut()
+            self.inbox.close()
             self.engine.end_all("failed")
             if self.on_failure is not None:
                 self.on_failure()

@@ -93,10 +93,10 @@ class SimulatedSequence:
         stop_tokens: int | None,
     ) -> None:
         request = record.request
-        whole, most = request.output_tokens, limits.most_tokens(request, stop_tokens)
+        whole, most = request.output_tokens, limits.max_answer_tokens(request, stop_tokens)
         self.id, self.base, self.context = request.id, base, context
         self.generated_before, self.reserve = record.generated, reserve
-        ended = record.generated >= min(whole, limits.most_tokens(request))
+        ended = record.generated >= min(whole, limits.max_answer_tokens(request))
         self.target = 0 if ended else max(min(whole, most) - record.generated, 1)
         self.cut = record.generated + self.target < whole
         self.joined = -1

@@ -66,7 +66,7 @@ class Chunks:
     def __call__(self, view: View, cost: CostEstimator) -> list[Batch]:
         groups: list[list[Record]] = []
         total = 0.0
-        for record in sorted(view.waiting.everyone(), key=self.key):
+        for record in sorted(view.waiting.all_records(), key=self.key):
             full = not groups or len(groups[-1]) >= self.rows
             if full or total + record.length > self.most_tokens:
                 groups.append([])
@@ -79,7 +79,7 @@ class Chunks:
         """One batch of these records, stopped `extra_tokens` after its largest prediction."""
         shape, prompt = BatchShape(limits), max(record.context_tokens for record in records)
         for record in records:
-            shape.takes(record, LONGEST - prompt)
+            shape.try_add(record, LONGEST - prompt)
         if self.extra_tokens is None:
             return shape.batch(None)
         longest = max(record.length for record in records)

@@ -346,8 +346,8 @@ def test_device_map_covers_a_real_model(family, prefix):
     on_cpu = make_placement(
         Pieces(shape, Cluster.uniform("CPU"), Need(10), DATASHEET), [(0, 3)], DATASHEET, 0, "cpu"
     )
-    moved = dispatch_model(model, on_cpu.to_device_map(family, prefix), force_hooks=True)
-    assert torch.equal(moved(ids).logits, before)
+    exchange_rows = dispatch_model(model, on_cpu.to_device_map(family, prefix), force_hooks=True)
+    assert torch.equal(exchange_rows(ids).logits, before)
 
 
 def test_forms_for_others(tmp_path):
