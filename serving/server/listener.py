@@ -91,7 +91,7 @@ class Server(uvicorn.Server):
         app = make_app(service, access_rules, cors_origins, access_log, client_s)
         config = uvicorn.Config(
             app,
-            http=type("Limited", (LimitedConnection,), {"most": max_connections}),
+            http=type("Limited", (LimitedConnection,), {"max_open": max_connections}),
             ws="none",
             log_level="error",
             access_log=False,

@@ -40,7 +40,7 @@ MODELS, KNOWN = {}, {}
 
 @pytest.fixture(autouse=True)
 def small_classes(monkeypatch):
-    monkeypatch.setattr(serving.engines.arena, "SMALLEST", 4)
+    monkeypatch.setattr(serving.engines.arena, "SMALLEST_SLAB", 4)
 
 
 def prediction_of(tokens: float):
