@@ -81,7 +81,7 @@ def place_model(flags: DeploymentFlags) -> None:
     if flags.json:
         write_json(flags.json, placement.report())
     if flags.picture:
-        placement.picture(flags.picture)
+        placement.draw(flags.picture)
 
 
 def make_cluster(flags: DeploymentFlags, profile: Profile) -> Cluster:
