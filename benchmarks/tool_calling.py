@@ -131,10 +131,10 @@ def as_row(call: Call) -> dict:
 
 def divide(calls: list[Call], share: float = 0.25) -> tuple[list[Call], list[Call]]:
     """(training, held-out) calls; near-duplicates share a side, held-out questions are distinct."""
-    from predictor.labels import group_prompts, split
+    from predictor.labels import group_prompts, split_groups
 
     questions = [call.question for call in calls]
-    sides = split(
+    sides = split_groups(
         group_prompts(questions), questions, {"train": 1 - share, "test": share}, salt="tools"
     )
     held_out = {calls[i].question: calls[i] for i in sides["test"]}

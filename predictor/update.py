@@ -243,20 +243,20 @@ def update_predictor(
     features = None
     if isinstance(scorer, FrozenScorer):
         features = in_chunks(scorer.features, seen.prompts)
-        outputs = scorer.top(features)
+        outputs = scorer.kernel_head(features)
     else:
         outputs = in_chunks(scorer, seen.prompts)
     before = drift(old, outputs, seen, fitted_on(predictor.card))
     decoder, after = recalibrated(old.head, outputs, seen)
     new, head = scorer, "as it was"
     if refit and isinstance(scorer, FrozenScorer) and features is not None:
-        top, unseen = refitted(scorer.top, old.head, features, seen, ridge)
+        top, unseen = refitted(scorer.kernel_head, old.head, features, seen, ridge)
         other, other_after = recalibrated(old.head, unseen, seen)
         head = "as it was: fitted anew it was no better on unseen rows"
         if has_better_drift(other_after, after):
             head = "fitted anew"
             decoder, after = other, other_after
-            new = FrozenScorer(scorer.vectors, scorer.earlier, scorer.lexical, top)
+            new = FrozenScorer(scorer.vectors, scorer.encoder_head, scorer.lexical, top)
     elif refit:
         head = "as it was: only kernel heads over frozen backbones are fitted anew"
     updates = predictor.card.get("updated", {}).get("updates", 0) + 1
@@ -431,7 +431,7 @@ def write_updated(predictor: LengthPredictor, source: Path, output: Path) -> Non
         shutil.copytree(source, aside)
         (aside / CHECKSUMS).unlink(missing_ok=True)  # it is of the old head and card
         if isinstance(predictor.score, FrozenScorer):
-            predictor.score.top.save(aside)
+            predictor.score.kernel_head.save(aside)
         card = dict(predictor.card)
         for key in ("format", "format_version"):
             card.pop(key, None)
