@@ -103,8 +103,8 @@ def save_head(state: dict[str, Tensor], target_model: int, folder: Path) -> None
     """Write head.safetensors from a LengthNetwork's state, in fp32.
 
     It holds weight (width, hidden_size) and bias (width,) of the predicted model, number
-    `target_model`. With several served models also `all` (models + 1, width, hidden_size): the weights of
-    the shared layer and then of every served model.
+    `target_model`. With several served models also `all` (models + 1, width, hidden_size): the
+    weights of the shared layer and then of every served model.
     """
     from safetensors.torch import save_file
 
