@@ -29,7 +29,7 @@ from predictor.heads import Head, make_head
 from predictor.kernel import Kernel, KernelHead
 from predictor.labels import language
 from predictor.lengths import LabelArrays, LengthRows, load_lengths, served_card
-from predictor.lexical import Bag, Lexical, cross_fitted, cues_alone
+from predictor.lexical import Lexical, NgramMatrix, cross_fit, lexical_without_student
 from predictor.scorers import (
     HEAD_FILE,
     FrozenScorer,
@@ -168,8 +168,12 @@ def fit_predictor(
     decoder = Decoder.fit(head, outputs[place], tokens, finished, weights, prompt)
     probabilities, ranks = decoder.decode(outputs[place])
     metrics = metrics_of(probabilities, decoder.edges, ranks, tokens, finished)
-    top = fit_on_rows(np.arange(len(numbers)))
-    return FrozenScorer(None, features.encoder_head, features.lexical, top), decoder, metrics
+    kernel_head = fit_on_rows(np.arange(len(numbers)))
+    return (
+        FrozenScorer(None, features.encoder_head, features.lexical, kernel_head),
+        decoder,
+        metrics,
+    )
 
 
 def fit_kernel_head(
@@ -244,7 +248,7 @@ def encoder_features(
 ) -> Features:
     """A block for each layer, for the encoder's own head where it has one, and for the cues."""
     vectors, encoder_head = teacher_vectors(config, backbone, prompts)
-    lexical = cues_alone(prompts)
+    lexical = lexical_without_student(prompts)
     width = vectors.shape[1] // max(1, len(backbone.layers))
     blocks = [vectors[:, i : i + width] for i in range(0, vectors.shape[1], width)]
     if encoder_head:
@@ -256,7 +260,7 @@ def encoder_features(
 def lexical_features(config: PredictorConfig, rows: LengthRows, numbers: np.ndarray) -> Features:
     """A block of the outputs of n-gram students, and one of counts and cues."""
     prompts, folds = rows.train.prompts, fold_of(rows.groups)
-    bag = Bag.of(prompts, bits=config.hash_bits)
+    ngrams = NgramMatrix.of(prompts, bits=config.hash_bits)
     if config.encoder_path:
         teacher_rows = np.arange(len(prompts))
         if config.encoder_language != "all":
@@ -270,10 +274,10 @@ def lexical_features(config: PredictorConfig, rows: LengthRows, numbers: np.ndar
         weights = (1.0, 1.0)
     # Cross-fitted even where targets are no lengths: a student that has seen a prompt's rare words
     # is more accurate on it than on a new prompt.
-    student, outputs = cross_fitted(
-        bag, targets, teacher_rows, numbers, folds, ridge=config.student_ridge
+    student, outputs = cross_fit(
+        ngrams, targets, teacher_rows, numbers, folds, ridge=config.student_ridge
     )
-    return Features([outputs, bag.hand[numbers]], weights, student, None)
+    return Features([outputs, ngrams.cue_features[numbers]], weights, student, None)
 
 
 def vectors_of(

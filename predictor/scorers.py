@@ -220,13 +220,13 @@ class FrozenScorer:
         vectors: Vectors | None,
         encoder_head: LinearScorer | None,
         lexical: Lexical | None,
-        top: KernelHead,
+        kernel_head: KernelHead,
     ):
         self.vectors, self.encoder_head, self.lexical, self.kernel_head = (
             vectors,
             encoder_head,
             lexical,
-            top,
+            kernel_head,
         )
 
     @property
@@ -274,9 +274,9 @@ class FrozenScorer:
 
     def head_of_vectors(self, vectors: np.ndarray) -> np.ndarray:
         """(N, D) of all features -> (N, width)."""
-        return self.kernel_head(self.checked(vectors))
+        return self.kernel_head(self.check_width(vectors))
 
-    def checked(self, features: np.ndarray) -> np.ndarray:
+    def check_width(self, features: np.ndarray) -> np.ndarray:
         """The features. Raises ValueError where their number is not the kernel's."""
         wanted = sum(self.kernel_head.kernel.sizes)
         if features.shape[1] != wanted:

@@ -116,7 +116,7 @@ def is_distribution(prediction: LengthPrediction) -> bool:
     return bool((mass >= 0).all() and mass.sum() > 0 and (np.diff(edges) > 0).all())
 
 
-def drift(decoder: Decoder, outputs: np.ndarray, seen: Observed, fitted_on: int) -> dict:
+def drift(decoder: Decoder, outputs: np.ndarray, seen: Observed, fitted_prompt_count: int) -> dict:
     """How far lengths have moved from the predictions of `decoder`.
 
     ks is the Kolmogorov-Smirnov distance between the probability integral transform of the lengths
@@ -134,7 +134,13 @@ def drift(decoder: Decoder, outputs: np.ndarray, seen: Observed, fitted_on: int)
     """
     probabilities, ranks, levels = decoder.decode_with_levels(outputs[seen.prompt], seen.tokens)
     return drift_figures(
-        levels, decoder.conformal.knots[1], probabilities, decoder.edges, ranks, seen, fitted_on
+        levels,
+        decoder.conformal.knots[1],
+        probabilities,
+        decoder.edges,
+        ranks,
+        seen,
+        fitted_prompt_count,
     )
 
 
@@ -145,7 +151,7 @@ def drift_figures(
     edges: np.ndarray,
     ranks: np.ndarray,
     seen: Observed,
-    fitted_on: int,
+    fitted_prompt_count: int,
 ) -> dict:
     """What `drift` returns, from the levels (M,) of M answers in their predictions (M, K)."""
     from scipy.stats import kstwo
@@ -158,9 +164,11 @@ def drift_figures(
     distances = np.abs(np.concatenate([[0.0], share])[at] - knots)
     # Where answers were cut, less is known of the longer ones, and distances there count less
     # (Hall and Wellner 1980).
-    factors = np.concatenate([[1.0], certainty(values, share, levels, seen)])[at]
+    factors = np.concatenate([[1.0], confidence_factors(values, share, levels, seen)])[at]
     farthest = float((distances * factors).max(initial=0.0))
-    sample_size = len(seen.prompts) * fitted_on / (len(seen.prompts) + fitted_on)
+    sample_size = (
+        len(seen.prompts) * fitted_prompt_count / (len(seen.prompts) + fitted_prompt_count)
+    )
     metrics = metrics_of(probabilities, edges, ranks, seen.tokens, seen.finished)
     median = quantiles(probabilities, edges, 0.5)
     ratio = np.log1p(seen.tokens) - np.log1p(median)
@@ -174,7 +182,7 @@ def drift_figures(
     return found
 
 
-def certainty(
+def confidence_factors(
     values: np.ndarray, share: np.ndarray, levels: np.ndarray, seen: Observed
 ) -> np.ndarray:
     """(m,): factors for the distances of `share` from the truth; 1 before any cut, less after.
@@ -184,18 +192,18 @@ def certainty(
     """
     weights = seen.weights
     order = np.argsort(levels)
-    heavier = np.concatenate([np.cumsum(weights[order][::-1])[::-1], [0.0]])
-    at_risk = heavier[np.searchsorted(levels[order], values, side="left")]
+    weight_at_or_above = np.concatenate([np.cumsum(weights[order][::-1])[::-1], [0.0]])
+    at_risk = weight_at_or_above[np.searchsorted(levels[order], values, side="left")]
     left = np.concatenate([[1.0], 1 - share])
     ended = (1 - left[1:] / left[:-1]) * at_risk
-    sure = at_risk - ended > 1e-9  # all but the very last
+    is_positive = at_risk - ended > 1e-9  # all but the very last
     terms = ended / np.maximum(at_risk * (at_risk - ended), 1e-12)
-    spread = weights.sum() * np.cumsum(np.where(sure, terms, 0.0))
+    spread = weights.sum() * np.cumsum(np.where(is_positive, terms, 0.0))
     found = 1 / ((1 + spread) * np.maximum(left[1:], 1e-12))
-    return np.where(sure, found, found[sure][-1] if sure.any() else 1.0)
+    return np.where(is_positive, found, found[is_positive][-1] if is_positive.any() else 1.0)
 
 
-def as_served(log: MonitorLog, served_model: str) -> dict | None:
+def served_coverage(log: MonitorLog, served_model: str) -> dict | None:
     """Coverage of the predictions that requests were served by; None where the log has none."""
     rows = []
     for prediction, example in zip(log.predictions, log.examples):
@@ -246,17 +254,17 @@ def update_predictor(
         outputs = scorer.kernel_head(features)
     else:
         outputs = in_chunks(scorer, seen.prompts)
-    before = drift(old, outputs, seen, fitted_on(predictor.card))
-    decoder, after = recalibrated(old.head, outputs, seen)
+    before = drift(old, outputs, seen, fitted_prompt_count(predictor.card))
+    decoder, after = recalibrate(old.head, outputs, seen)
     new, head = scorer, "as it was"
     if refit and isinstance(scorer, FrozenScorer) and features is not None:
-        top, unseen = refitted(scorer.kernel_head, old.head, features, seen, ridge)
-        other, other_after = recalibrated(old.head, unseen, seen)
+        kernel_head, unseen = refit_head(scorer.kernel_head, old.head, features, seen, ridge)
+        new_decoder, new_after = recalibrate(old.head, unseen, seen)
         head = "as it was: fitted anew it was no better on unseen rows"
-        if has_better_drift(other_after, after):
+        if has_better_drift(new_after, after):
             head = "fitted anew"
-            decoder, after = other, other_after
-            new = FrozenScorer(scorer.vectors, scorer.encoder_head, scorer.lexical, top)
+            decoder, after = new_decoder, new_after
+            new = FrozenScorer(scorer.vectors, scorer.encoder_head, scorer.lexical, kernel_head)
     elif refit:
         head = "as it was: only kernel heads over frozen backbones are fitted anew"
     updates = predictor.card.get("updated", {}).get("updates", 0) + 1
@@ -326,7 +334,7 @@ def has_better_drift(new: dict, old: dict) -> bool:
     return new["tau"] - old["tau"] > 2 * log_ratio
 
 
-def fitted_on(card: dict) -> int:
+def fitted_prompt_count(card: dict) -> int:
     """The number of prompts that a predictor's calibration was fitted to."""
     data = card["training_data"]
     updated = card.get("updated", {}).get("prompts")
@@ -341,8 +349,8 @@ def in_chunks(function: Callable[[list[str]], np.ndarray], prompts: list[str]) -
     return np.concatenate(chunks)
 
 
-def refitted(
-    top: KernelHead, head: "Head", features: np.ndarray, seen: Observed, ridge: float
+def refit_head(
+    kernel_head: KernelHead, head: "Head", features: np.ndarray, seen: Observed, ridge: float
 ) -> tuple[KernelHead, np.ndarray]:
     """(the kernel head `top` fitted to the rows, outputs (prompts, width) for unseen prompts).
 
@@ -358,16 +366,18 @@ def refitted(
             seen.weights[inside],
             number[seen.prompt[inside]],
         )
-        return type(top).fit(top.kernel, head, features[chosen], *labels, ridge=ridge, start=top)
+        return type(kernel_head).fit(
+            kernel_head.kernel, head, features[chosen], *labels, ridge=ridge, start=kernel_head
+        )
 
     fold = fold_of(np.arange(len(seen.prompts)))
-    unseen = np.zeros((len(features), top.weight.shape[1]))
+    unseen = np.zeros((len(features), kernel_head.weight.shape[1]))
     for k in range(FOLDS):
         unseen[fold == k] = refit(fold != k)(features[fold == k])
     return refit(np.ones(len(features), bool)), unseen
 
 
-def recalibrated(head: "Head", outputs: np.ndarray, seen: Observed) -> tuple[Decoder, dict]:
+def recalibrate(head: "Head", outputs: np.ndarray, seen: Observed) -> tuple[Decoder, dict]:
     """(a decoder fitted to all rows, drift of decoders on rows they were not fitted to)."""
 
     def fit(chosen: np.ndarray) -> Decoder:
@@ -381,30 +391,30 @@ def recalibrated(head: "Head", outputs: np.ndarray, seen: Observed) -> tuple[Dec
             prompt,
         )
 
-    everything = fit(np.ones(len(seen), bool))
+    full_decoder = fit(np.ones(len(seen), bool))
     fold = fold_of(np.arange(len(seen.prompts)))[seen.prompt]
     levels, ranks = np.zeros((2, len(seen)))
     taus, counts = [], []
-    probabilities = np.zeros((len(seen), len(everything.edges) - 1))
+    probabilities = np.zeros((len(seen), len(full_decoder.edges) - 1))
     for k in range(FOLDS):
-        held = fold == k
+        held_out = fold == k
         # Without finished answers in the other folds, lengths cannot be fitted to them.
-        decoder = fit(~held) if seen.finished[~held].any() else everything
-        probabilities[held], ranks[held], levels[held] = decoder.decode_with_levels(
-            outputs[seen.prompt[held]], seen.tokens[held]
+        decoder = fit(~held_out) if seen.finished[~held_out].any() else full_decoder
+        probabilities[held_out], ranks[held_out], levels[held_out] = decoder.decode_with_levels(
+            outputs[seen.prompt[held_out]], seen.tokens[held_out]
         )
-        done = held & seen.finished
+        done = held_out & seen.finished
         taus.append(kendall_tau(ranks[done], seen.tokens[done]))
         counts.append(done.sum())
-    knots = everything.conformal.knots[1]
+    knots = full_decoder.conformal.knots[1]
     found = drift_figures(
-        levels, knots, probabilities, everything.edges, ranks, seen, len(seen.prompts)
+        levels, knots, probabilities, full_decoder.edges, ranks, seen, len(seen.prompts)
     )
     # Inside folds: rank scores of different decoders are not comparable.
     found["tau"] = float(np.average(taus, weights=counts))
     # Folds compensate for one another, so that a test would never reject.
     del found["p"]
-    return everything, found
+    return full_decoder, found
 
 
 def write_updated(predictor: LengthPredictor, source: Path, output: Path) -> None:
@@ -435,15 +445,15 @@ def write_updated(predictor: LengthPredictor, source: Path, output: Path) -> Non
         card = dict(predictor.card)
         for key in ("format", "format_version"):
             card.pop(key, None)
-        write_card(aside, with_new_sums(card, aside))
-        renew_manifest(aside)
+        write_card(aside, with_new_checksums(card, aside))
+        update_manifest(aside)
         check_loads(aside, predictor)
         put_in_place(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def with_new_sums(card: dict, folder: Path) -> dict:
+def with_new_checksums(card: dict, folder: Path) -> dict:
     """The card with the size and sha256 of the head that an update wrote, if it has such sums."""
     files = card.get("export", {}).get("files", {})
     if KERNEL_FILE not in files:
@@ -453,7 +463,7 @@ def with_new_sums(card: dict, folder: Path) -> dict:
     return card | {"export": card["export"] | {"files": files | {KERNEL_FILE: written}}}
 
 
-def renew_manifest(folder: Path) -> None:
+def update_manifest(folder: Path) -> None:
     """Update the sums of the written files in a checkpoint's manifest, where there is one."""
     from finetune.checkpoint import MANIFEST
 
@@ -546,7 +556,7 @@ def run_update(flags: UpdateFlags) -> None:
     new, report = update_predictor(
         predictor, log.examples, refit=flags.refit, min_rows=flags.min_rows, ridge=ridge_of(folder)
     )
-    report |= {"bad_rows": log.bad, "as_served": as_served(log, name)}
+    report |= {"bad_rows": log.bad, "as_served": served_coverage(log, name)}
     print(describe_update(report))
     if not flags.dry_run:
         output = Path(flags.output or flags.predictor)
