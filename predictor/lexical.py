@@ -101,7 +101,7 @@ class NgramMatrix:
 
     @classmethod
     def of(cls, prompts: list[str], *, bits: int, chunk: int = 1024) -> "NgramMatrix":
-        """The matrix of prompts, n-grams hashed to 2^bits columns; reads `chunk` prompts at a time."""
+        """The matrix of prompts, n-grams hashed to 2^bits columns, `chunk` prompts at a time."""
         from scipy.sparse import csr_matrix, diags
 
         columns, values, ends, cue_blocks = [], [], [0], []

@@ -293,7 +293,7 @@ def pass_seconds(profile: Profile, batch: int) -> float:
     )
 
 
-class Placed(Protocol):
+class PlacedModel(Protocol):
     """A model's layers on a cluster: serving.deployment's Placement."""
 
     @property
@@ -376,7 +376,7 @@ class CostModel:
     def of(
         cls,
         model: ModelSizes,
-        on: Placed | Cluster | Device | str,
+        on: PlacedModel | Cluster | Device | str,
         profile: Profile | str = DATASHEET,
     ) -> "CostModel":
         """From a Placement, a Cluster, a Device or a device's name.

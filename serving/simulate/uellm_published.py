@@ -30,7 +30,7 @@ LOADING_S = 7.0  # Morphling's second loading of the model
 
 
 @dataclass(frozen=True)
-class Chunks:
+class ChunkedBatching:
     """The batching of UELLM's scripts.
 
     Sorts, then cuts where a batch has `rows` rows or its predicted lengths sum to `most_tokens`.
@@ -88,7 +88,7 @@ class Chunks:
 
 
 @dataclass(frozen=True)
-class System:
+class PublishedSystem:
     """One of the paper's systems.
 
     Attributes:
@@ -98,28 +98,28 @@ class System:
             again.
     """
 
-    policy: Chunks
+    policy: ChunkedBatching
     gpus: int
     logged: str
     stress_gpus: int = 0
 
 
 PUBLISHED = {
-    "UELLM-all": System(Chunks("slo", extra_tokens=50), 1, "UELM/UELM-all/"),
-    "UELLM-batch": System(
-        Chunks("slo", extra_tokens=500, longest_tokens=1024, length_weight=0.3),
+    "UELLM-all": PublishedSystem(ChunkedBatching("slo", extra_tokens=50), 1, "UELM/UELM-all/"),
+    "UELLM-batch": PublishedSystem(
+        ChunkedBatching("slo", extra_tokens=500, longest_tokens=1024, length_weight=0.3),
         4,
         "UELM/UELM-batch/",
     ),
-    "UELLM-deploy": System(Chunks(), 1, "UELM/UELM-deploy/"),
-    "S3": System(Chunks("length", 20, 1024), 4, "UELM/S3/"),
-    "Morphling": System(Chunks(), 1, "UELM/Morphing/", stress_gpus=2),
-    "baseline": System(Chunks(), 1, "UELM/baseline/300/"),
+    "UELLM-deploy": PublishedSystem(ChunkedBatching(), 1, "UELM/UELM-deploy/"),
+    "S3": PublishedSystem(ChunkedBatching("length", 20, 1024), 4, "UELM/S3/"),
+    "Morphling": PublishedSystem(ChunkedBatching(), 1, "UELM/Morphing/", stress_gpus=2),
+    "baseline": PublishedSystem(ChunkedBatching(), 1, "UELM/baseline/300/"),
 }
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedAnswers:
     """UELLM's instructions.
 
     Attributes:
@@ -133,7 +133,7 @@ class Recorded:
     reference: np.ndarray
 
     @classmethod
-    def read(cls, folder: str | Path) -> "Recorded":
+    def read(cls, folder: str | Path) -> "RecordedAnswers":
         """The instructions in the folder of the recorded runs.
 
         Raises:
@@ -175,7 +175,7 @@ def exact_prediction(tokens: int) -> LengthPrediction:
     return from_bins(np.array([1e-9, 1.0]), np.array([0.0, tokens - 0.5, tokens + 0.5]))
 
 
-def published_workload(recorded: Recorded, count: int, seed: int) -> Workload:
+def published_workload(recorded: RecordedAnswers, count: int, seed: int) -> Workload:
     """The paper's requests, all at time 0.
 
     The predicted length is the reference answer's characters, as the repository's data has it; the
@@ -195,7 +195,7 @@ def published_workload(recorded: Recorded, count: int, seed: int) -> Workload:
 
 
 def published_rows(
-    recorded: Recorded, logs: list[dict[str, str]], count: int, seeds: int
+    recorded: RecordedAnswers, logs: list[dict[str, str]], count: int, seeds: int
 ) -> list[TableRow]:
     """One row a system: simulated figures, beside those of its logged runs of as many requests."""
     model, profile = ModelSizes.from_config("chatglm2-6b"), read_profile("rtx3090")
@@ -218,7 +218,7 @@ def published_rows(
 
 
 def run_published(
-    system: System, workload: Workload, cost: CostModel, stress: CostModel | None
+    system: PublishedSystem, workload: Workload, cost: CostModel, stress: CostModel | None
 ) -> dict[str, float]:
     """Figures of one run by column; `stress` is what Morphling serves half of the batches on."""
     count, policy = len(workload), Static(system.policy)

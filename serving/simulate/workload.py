@@ -172,7 +172,7 @@ def parse_trace(file: Iterable[str], name: str) -> Iterator[tuple[float, int, in
         yield float(row["timestamp"]) / 1000, int(row["input_length"]), int(row["output_length"])
 
 
-def repeated(
+def repeat_trace(
     count: int,
     times: np.ndarray,
     prompts: np.ndarray,
@@ -370,7 +370,7 @@ def make_workload(
             if not fits.any():
                 raise ValueError(f"--max_tokens {max_tokens}: no request of {name} is so short")
             times, prompts, outputs = times[fits], prompts[fits], outputs[fits]
-        arrivals, prompts, outputs = repeated(count, times, prompts, outputs, rng)
+        arrivals, prompts, outputs = repeat_trace(count, times, prompts, outputs, rng)
     else:
         prompts = lognormal_lengths(count, rng, 200, 1.0, 2048)
         outputs = lognormal_lengths(count, rng, 100, 1.0, 2048)

@@ -330,8 +330,8 @@ def test_profile_on_the_measured_rows(tmp_path):
         and found["p90_abs_error"] <= 0.10
     )
     # Not fitted: the same with two of seven questions and two batch sizes left out.
-    usable, left_out = read_measurements(rows)
-    assert len(left_out) == 1
+    usable, skipped = read_measurements(rows)
+    assert len(skipped) == 1
     held = [row.query in ("q2", "q3") or row.batch in (10, 25) for row in usable]
     start = replace(DATASHEET, device="RTX3090", link="pcie3")
     profile = fit_profile([row for row, out in zip(usable, held) if not out], start)
