@@ -168,7 +168,9 @@ class Bench:
         for request, _ in requests:
             seen.append(request if policy.predicts else without_prediction(request))
         return (
-            Collector().watch(run_scheduler(policy, engine, VirtualClock(), Replay(seen))).summary()
+            Collector()
+            .consume(run_scheduler(policy, engine, VirtualClock(), Replay(seen)))
+            .summary()
         )
 
     def serve(
@@ -193,11 +195,11 @@ class Bench:
                 live = Request(request.id, len(ids), request.arrival_s, request.slo_s, prediction)
                 answers.append(self.engine.submit(live, ids, Sampling(self.longest)))
                 inbox.put(live)
-            inbox.shut()
+            inbox.close()
 
         feeder = threading.Thread(target=feed, daemon=True)
         feeder.start()
-        metrics = Collector().watch(run_scheduler(policy, self.engine, clock, inbox))
+        metrics = Collector().consume(run_scheduler(policy, self.engine, clock, inbox))
         feeder.join()
         return metrics.summary(), [len(a.tokens) for a in answers]
 
@@ -326,7 +328,7 @@ def print_orders(rows: list[dict], wrong: list[str]) -> None:
         f"\nlongest off by {100 * furthest:.1f} %; "
         f"measured: {' < '.join(order_of(rows, 'measured'))}; "
         f"simulated: {' < '.join(order_of(rows, 'simulated'))}; "
-        f"pairs told the wrong way round: {', '.join(wrong) or 'none'}; "
+        f"pairs in the wrong order: {', '.join(wrong) or 'none'}; "
         f"answers of another length than recorded: {others}"
     )
 

@@ -335,7 +335,7 @@ def test_the_table_is_aligned_and_has_units(capsys):
     ]  # of the columns after the policy
     assert len(lines) == 6 and len(ends) == 12
     for line in lines:
-        assert not re.search_knobs(r"\de[+-]\d", line)
+        assert not re.search(r"\de[+-]\d", line)
         assert all(end >= len(line) or (line[end - 1] != " " and line[end] == " ") for end in ends)
 
 
