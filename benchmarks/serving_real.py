@@ -328,7 +328,7 @@ def print_orders(rows: list[dict], wrong: list[str]) -> None:
         f"\nlongest off by {100 * furthest:.1f} %; "
         f"measured: {' < '.join(order_of(rows, 'measured'))}; "
         f"simulated: {' < '.join(order_of(rows, 'simulated'))}; "
-        f"pairs in the wrong order: {', '.join(wrong) or 'none'}; "
+        f"pairs told the wrong way round: {', '.join(wrong) or 'none'}; "
         f"answers of another length than recorded: {others}"
     )
 
