@@ -171,7 +171,7 @@ class PredictorConfig(RunConfig):
     )
     calibration_share: float = fixed_flag(
         0.15,
-        "share of the prompts that is kept for calibration; a frozen backbone's head calibrates on "
+        "share of the prompts held out for calibration; a frozen backbone's head calibrates on "
         "all of them, each by a head that has not seen it",
     )
     hash_bits: int = fixed_flag(18, "lexical: n-grams are hashed to 2^N rows")

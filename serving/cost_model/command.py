@@ -172,7 +172,7 @@ def add_fit_flags(parser: argparse.ArgumentParser) -> None:
         "--device", help="the rows' device: a name of serving/cost_model/devices.py or a .json file"
     )
     add("--link", help="the link between the rows' devices, by name")
-    add("--about", help="where the rows are from, kept in the profile")
+    add("--about", help="where the rows are from, stored in the profile")
     parser.set_defaults(run=run_fit)
 
 

@@ -250,7 +250,7 @@ def fit_profile(rows: Sequence[Measurement], start: Profile, prior: float = PRIO
     """The profile that minimises Huber's loss of relative errors, with coefficients of at least 0.
 
     Seconds are linear in the coefficients but for the larger of weights and products. So columns
-    are differences at the current coefficients, and a few rounds settle both that choice and
+    are differences at the current coefficients, and a few rounds converge on both that choice and
     Huber's weights (iteratively reweighted least squares). What the rows do not determine stays
     near `start` (SPREADS, PRIOR).
     """

@@ -243,16 +243,16 @@ class PassInputs:
     """The token row of a pass while it is built.
 
     Attributes:
-        ids: token ids; 0 where a virtual token stands.
+        ids: token ids; 0 for a virtual token.
         positions: places, and block positions (ChatGLM-6B).
-        kept: indices of the tokens after which another comes.
+        output_indices: of the tokens whose successor is computed.
         virtual_starts: where P-Tuning v1's vectors begin.
     """
 
     def __init__(self) -> None:
         self.ids: list[int] = []
         self.positions: list[list[int]] = [[], []]
-        self.kept: list[int] = []
+        self.output_indices: list[int] = []
         self.virtual_starts: list[int] = []
 
     def add(self, ids: list[int], positions: list[list[int]], shift: int = 0) -> None:
@@ -315,11 +315,11 @@ class ModelRunner:
         inputs = PassInputs()
         parts = [self._add_decoding(inputs, slab) for slab in decoding]
         pieces = [self._add_chunk(inputs, row, count) for row, count in chunks]
-        count, wanted = len(inputs.ids), len(inputs.kept)
+        count, wanted = len(inputs.ids), len(inputs.output_indices)
         keep = None
         if chunks:
             kept_padding = padded_count(wanted) - wanted
-            keep = torch.tensor(inputs.kept + [0] * kept_padding, device=self.device)
+            keep = torch.tensor(inputs.output_indices + [0] * kept_padding, device=self.device)
         hidden = self._blocks(
             inputs,
             ForwardPass(parts, pieces, len(self.body.blocks) - 1, keep),
@@ -335,7 +335,7 @@ class ModelRunner:
         rows = slab.rows[: slab.decoding]
         for row in rows:
             last = len(row.answer.prompt) + len(row.answer.tokens) - 1
-            inputs.kept.append(len(inputs.ids))
+            inputs.output_indices.append(len(inputs.ids))
             inputs.add(
                 [row.answer.tokens[-1]], row.positions_of(last, last + 1), self.body.prompt_length
             )
@@ -354,7 +354,7 @@ class ModelRunner:
         row.computed = end
         row.length += count
         if not row.uncomputed:
-            inputs.kept.append(len(inputs.ids) - 1)
+            inputs.output_indices.append(len(inputs.ids) - 1)
         mask = self.chunk_mask(row, start)
         return Chunk(row, placed_slab(row), start, row.length, mask, is_end=not row.uncomputed)
 

@@ -175,7 +175,7 @@ def load_service(flags: ServerFlags) -> Service:
     if policy.predicts and not flags.predictor:
         free = ", ".join(name for name in SERVED if not POLICIES[name].predicts)
         raise ValueError(
-            f"--policy {flags.policy} goes by predicted lengths and wants --predictor DIR; "
+            f"--policy {flags.policy} uses predicted lengths and needs --predictor DIR; "
             f"without one choose from {free}"
         )
     check_bounds(flags)
@@ -249,7 +249,7 @@ def service_name(flags: ServerFlags, predictor: LengthPredictor | None) -> str:
 
 
 def cost_device(device: "torch.device") -> str:
-    """The device of the table that is most like this torch.device.
+    """The entry of DEVICES that is most similar to this torch.device.
 
     The policies soon go by step times that are measured while serving.
     """
@@ -257,16 +257,16 @@ def cost_device(device: "torch.device") -> str:
         return "CPU"
     import torch
 
-    found = torch.cuda.get_device_properties(device)
-    alike = []
+    properties = torch.cuda.get_device_properties(device)
+    similar_devices = []
     for name in DEVICES:
-        if name.split("-")[0].removeprefix("RTX") in found.name.replace(" ", ""):
-            alike.append(name)
+        if name.split("-")[0].removeprefix("RTX") in properties.name.replace(" ", ""):
+            similar_devices.append(name)
 
     def memory_gap(name: str) -> float:
-        return abs(DEVICES[name].memory_bytes - found.total_memory)
+        return abs(DEVICES[name].memory_bytes - properties.total_memory)
 
-    return min(alike or ["A100-80G"], key=memory_gap)
+    return min(similar_devices or ["A100-80G"], key=memory_gap)
 
 
 def bind(host: str, port: int) -> socket.socket:

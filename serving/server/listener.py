@@ -112,7 +112,7 @@ class Server(uvicorn.Server):
         """Serve at a listening socket.
 
         Returns:
-            The process's exit code: 1 where the engine failed, so that a supervisor starts it anew.
+            The process's exit code: 1 where the engine failed, so that a supervisor restarts it.
         """
         self.service.start()
         self.run(sockets=[sock])

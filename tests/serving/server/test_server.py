@@ -455,7 +455,7 @@ def test_metrics_and_a_log_that_updates_the_predictor(server, folders, tmp_path,
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--policy", "deadline"], "wants --predictor DIR; without one choose from"),
+        (["--policy", "deadline"], "needs --predictor DIR; without one choose from"),
         (["--policy", "fcfs", "--max_tokens", "99999"], "max_tokens <= kv_tokens"),
         (["--policy", "fcfs", "--slo_s", "0"], "--slo_s must be above 0"),
         (["--policy", "fcfs", "--client_s", "nan"], "--client_s must be above 0"),

@@ -439,5 +439,5 @@ def test_a_card_without_residuals_says_so(tmp_path):
         "served_model": {"length_limit": 512},
     }
     (tmp_path / "predictor.json").write_text(json.dumps(card))
-    with pytest.raises(ValueError, match="card keeps no residuals"):
+    with pytest.raises(ValueError, match="card has no residuals"):
         PredictorModel.from_card(tmp_path)
