@@ -106,22 +106,22 @@ class TorchVectors:
         self.model.to(device).eval()
 
     def __call__(self, prompts: list[str]) -> np.ndarray:
-        with self.lock:  # a fast tokenizer sets its truncation anew at every call
+        with self.lock:  # a fast tokenizer sets its truncation again at every call
             rows = [self.backbone.encode(self.tokenizer, prompt) for prompt in prompts]
         return encode_all(self.backbone, self.model, self.tokenizer, rows)
 
 
 class LazyVectors:
-    """Vectors whose scorer is made at the first call: the served model may never be needed."""
+    """Vectors whose scorer is loaded at the first call: the served model may never be needed."""
 
-    def __init__(self, make: Callable[[], TorchVectors]):
-        self.make, self.lock = make, threading.Lock()
-        self.made: TorchVectors | None = None
+    def __init__(self, load: Callable[[], TorchVectors]):
+        self.load, self.lock = load, threading.Lock()
+        self.loaded: TorchVectors | None = None
 
     def __call__(self, prompts: list[str]) -> np.ndarray:
         with self.lock:
-            made = self.made = self.made or self.make()
-        return made(prompts)
+            loaded = self.loaded = self.loaded or self.load()
+        return loaded(prompts)
 
 
 class OnnxVectors:
@@ -142,7 +142,7 @@ class OnnxVectors:
             ) from None
         try:
             self.tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-        except Exception as error:  # tokenizers raises nothing narrower
+        except Exception as error:  # tokenizers raises plain Exception
             raise ValueError(
                 f"{folder / TOKENIZER_FILE}: cannot be read ({str(error)[:200]})"
             ) from None
@@ -156,7 +156,7 @@ class OnnxVectors:
             self.session = onnxruntime.InferenceSession(
                 str(folder / ONNX_FILE), options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # onnxruntime's own kinds
+        except Exception as error:  # onnxruntime has its own exception types
             raise ValueError(
                 f"{folder / ONNX_FILE}: cannot be read ({str(error).splitlines()[0][:200]})"
             ) from None
@@ -209,10 +209,10 @@ class LinearScorer:
 
 
 class FrozenScorer:
-    """A kernel head `top` over frozen features.
+    """A kernel head over frozen features.
 
     The features are blocks in this order, each of which may be absent (None): a transformer's
-    vectors, the outputs of an earlier linear head for them, lexical features.
+    vectors, the outputs of the encoder's trained linear head for them, lexical features.
     """
 
     def __init__(
@@ -262,7 +262,7 @@ class FrozenScorer:
         if self.vectors:
             blocks.append(self.vectors(prompts))
         if self.encoder_head:
-            # The earlier head reads the last layer, which comes last.
+            # The encoder's head reads the last layer, which comes last.
             size = self.encoder_head.weight.shape[1]
             blocks.append(self.encoder_head.head_of_vectors(blocks[0][:, -size:]))
         if self.lexical:

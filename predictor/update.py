@@ -30,7 +30,7 @@ from finetune.rows.sources import read_json_items
 from predictor.calibration import kaplan_meier
 from predictor.command_flags import add_bad_row_flag, add_predictor_flags, add_yes_no
 from predictor.decoder import CARD, FOLDS, Decoder, fold_of, write_card
-from predictor.evaluate import Observed
+from predictor.evaluate import ObservedLengths
 from predictor.kernel import FILE as KERNEL_FILE
 from predictor.kernel import KernelHead
 from predictor.labels import LabelledPrompt, parse_example
@@ -116,7 +116,9 @@ def is_distribution(prediction: LengthPrediction) -> bool:
     return bool((mass >= 0).all() and mass.sum() > 0 and (np.diff(edges) > 0).all())
 
 
-def drift(decoder: Decoder, outputs: np.ndarray, seen: Observed, fitted_prompt_count: int) -> dict:
+def drift(
+    decoder: Decoder, outputs: np.ndarray, observed: ObservedLengths, fitted_prompt_count: int
+) -> dict:
     """How far lengths have moved from the predictions of `decoder`.
 
     ks is the Kolmogorov-Smirnov distance between the probability integral transform of the lengths
@@ -126,20 +128,22 @@ def drift(decoder: Decoder, outputs: np.ndarray, seen: Observed, fitted_prompt_c
     sampling error.
 
     Args:
-        outputs: (prompts, width) of the head for seen.prompts.
+        outputs: (prompts, width) of the head for observed.prompts.
         fitted_on: prompts that the decoder was fitted to.
     Returns:
         ks, p, coverage_90, coverage_975, tau, mae, pinball, and mean_log_ratio: the mean of
         log((1 + length) / (1 + median)) of finished answers.
     """
-    probabilities, ranks, levels = decoder.decode_with_levels(outputs[seen.prompt], seen.tokens)
+    probabilities, ranks, levels = decoder.decode_with_levels(
+        outputs[observed.prompt], observed.tokens
+    )
     return drift_figures(
         levels,
         decoder.conformal.knots[1],
         probabilities,
         decoder.edges,
         ranks,
-        seen,
+        observed,
         fitted_prompt_count,
     )
 
@@ -150,47 +154,49 @@ def drift_figures(
     probabilities: np.ndarray,
     edges: np.ndarray,
     ranks: np.ndarray,
-    seen: Observed,
+    observed: ObservedLengths,
     fitted_prompt_count: int,
 ) -> dict:
     """What `drift` returns, from the levels (M,) of M answers in their predictions (M, K)."""
     from scipy.stats import kstwo
 
-    values, share = kaplan_meier(levels, seen.finished, seen.weights)
+    values, share = kaplan_meier(levels, observed.finished, observed.weights)
     # Nothing is known beyond the longest answer, where some were cut.
-    if seen.finished.sum() < len(seen):
+    if observed.finished.sum() < len(observed):
         knots = knots[knots <= levels.max()]
     at = np.searchsorted(values, knots, side="right")
     distances = np.abs(np.concatenate([[0.0], share])[at] - knots)
     # Where answers were cut, less is known of the longer ones, and distances there count less
     # (Hall and Wellner 1980).
-    factors = np.concatenate([[1.0], confidence_factors(values, share, levels, seen)])[at]
+    factors = np.concatenate([[1.0], confidence_factors(values, share, levels, observed)])[at]
     farthest = float((distances * factors).max(initial=0.0))
     sample_size = (
-        len(seen.prompts) * fitted_prompt_count / (len(seen.prompts) + fitted_prompt_count)
+        len(observed.prompts) * fitted_prompt_count / (len(observed.prompts) + fitted_prompt_count)
     )
-    metrics = metrics_of(probabilities, edges, ranks, seen.tokens, seen.finished)
+    metrics = metrics_of(probabilities, edges, ranks, observed.tokens, observed.finished)
     median = quantiles(probabilities, edges, 0.5)
-    ratio = np.log1p(seen.tokens) - np.log1p(median)
+    ratio = np.log1p(observed.tokens) - np.log1p(median)
     found = {
         "ks": float(distances.max(initial=0.0)),
         "p": float(kstwo.sf(farthest, max(1, round(sample_size)))),
     }
     for name in ("coverage_90", "coverage_975", "tau", "mae", "pinball"):
         found[name] = metrics[name]
-    found["mean_log_ratio"] = float(ratio[seen.finished].mean()) if seen.finished.any() else 0.0
+    found["mean_log_ratio"] = (
+        float(ratio[observed.finished].mean()) if observed.finished.any() else 0.0
+    )
     return found
 
 
 def confidence_factors(
-    values: np.ndarray, share: np.ndarray, levels: np.ndarray, seen: Observed
+    values: np.ndarray, share: np.ndarray, levels: np.ndarray, observed: ObservedLengths
 ) -> np.ndarray:
     """(m,): factors for the distances of `share` from the truth; 1 before any cut, less after.
 
     With them the distance of the product-limit estimate is asymptotically a Brownian bridge's, as
     that of the empirical distribution.
     """
-    weights = seen.weights
+    weights = observed.weights
     order = np.argsort(levels)
     weight_at_or_above = np.concatenate([np.cumsum(weights[order][::-1])[::-1], [0.0]])
     at_risk = weight_at_or_above[np.searchsorted(levels[order], values, side="left")]
@@ -245,21 +251,21 @@ def update_predictor(
         ValueError: fewer than `min_rows` prompts of the served model, or none that finished.
     """
     name = predictor.card["served_model"]["name"]
-    seen = Observed.of(examples, name)
-    check_rows(seen, name, min_rows)
+    observed = ObservedLengths.of(examples, name)
+    check_rows(observed, name, min_rows)
     old, scorer = predictor.decoder, predictor.score
     features = None
     if isinstance(scorer, FrozenScorer):
-        features = in_chunks(scorer.features, seen.prompts)
+        features = in_chunks(scorer.features, observed.prompts)
         outputs = scorer.kernel_head(features)
     else:
-        outputs = in_chunks(scorer, seen.prompts)
-    before = drift(old, outputs, seen, fitted_prompt_count(predictor.card))
-    decoder, after = recalibrate(old.head, outputs, seen)
+        outputs = in_chunks(scorer, observed.prompts)
+    before = drift(old, outputs, observed, fitted_prompt_count(predictor.card))
+    decoder, after = recalibrate(old.head, outputs, observed)
     new, head = scorer, "as it was"
     if refit and isinstance(scorer, FrozenScorer) and features is not None:
-        kernel_head, unseen = refit_head(scorer.kernel_head, old.head, features, seen, ridge)
-        new_decoder, new_after = recalibrate(old.head, unseen, seen)
+        kernel_head, unseen = refit_head(scorer.kernel_head, old.head, features, observed, ridge)
+        new_decoder, new_after = recalibrate(old.head, unseen, observed)
         head = "as it was: fitted anew it was no better on unseen rows"
         if has_better_drift(new_after, after):
             head = "fitted anew"
@@ -268,14 +274,14 @@ def update_predictor(
     elif refit:
         head = "as it was: only kernel heads over frozen backbones are fitted anew"
     updates = predictor.card.get("updated", {}).get("updates", 0) + 1
-    report = update_report(name, seen, before, after, head, updates)
+    report = update_report(name, observed, before, after, head, updates)
     entry = update_entry(report)
     card = predictor.card | decoder.to_dict() | {"updated": entry}
     return LengthPredictor(new, decoder, card), report
 
 
 def update_report(
-    name: str, seen: Observed, before: dict, after: dict, head: str, updates: int
+    name: str, observed: ObservedLengths, before: dict, after: dict, head: str, updates: int
 ) -> dict:
     """The report of an update of the served model `name`.
 
@@ -285,10 +291,10 @@ def update_report(
     """
     return {
         "served_model": name,
-        "rows": len(seen),
-        "prompts": len(seen.prompts),
-        "cut": int((~seen.finished).sum()),
-        "other_models_rows": seen.others,
+        "rows": len(observed),
+        "prompts": len(observed.prompts),
+        "cut": int((~observed.finished).sum()),
+        "other_models_rows": observed.others,
         "before": before,
         "drifted": before["p"] < SIGNIFICANT,
         "head": head,
@@ -309,18 +315,18 @@ def update_entry(report: dict) -> dict:
     }
 
 
-def check_rows(seen: Observed, name: str, min_rows: int) -> None:
+def check_rows(observed: ObservedLengths, name: str, min_rows: int) -> None:
     """Raises ValueError where rows of the served model are too few, or none finished."""
     wanted = max(min_rows, 2 * FOLDS)
-    if len(seen.prompts) < wanted:
-        others = f" and {seen.others} of other served models" if seen.others else ""
+    if len(observed.prompts) < wanted:
+        others = f" and {observed.others} of other served models" if observed.others else ""
         raise ValueError(
             f"--min_rows: wanted at least {wanted} rows of different prompts answered by {name!r}, "
-            f"got {len(seen)} rows of {len(seen.prompts)} prompts{others}"
+            f"got {len(observed)} rows of {len(observed.prompts)} prompts{others}"
         )
-    if not seen.finished.any():
+    if not observed.finished.any():
         raise ValueError(
-            f"none of the {len(seen)} answers of {name!r} finished: their lengths are not known"
+            f"none of the {len(observed)} answers of {name!r} finished: their lengths are not known"
         )
 
 
@@ -350,65 +356,71 @@ def in_chunks(function: Callable[[list[str]], np.ndarray], prompts: list[str]) -
 
 
 def refit_head(
-    kernel_head: KernelHead, head: "Head", features: np.ndarray, seen: Observed, ridge: float
+    kernel_head: KernelHead,
+    head: "Head",
+    features: np.ndarray,
+    observed: ObservedLengths,
+    ridge: float,
 ) -> tuple[KernelHead, np.ndarray]:
-    """(the kernel head `top` fitted to the rows, outputs (prompts, width) for unseen prompts).
+    """(the kernel head fitted to the rows, outputs (prompts, width) for unseen prompts).
 
     The outputs are of FOLDS heads, each fitted to all folds but one.
     """
 
     def refit(chosen: np.ndarray) -> KernelHead:
-        inside = chosen[seen.prompt]
+        inside = chosen[observed.prompt]
         number = np.cumsum(chosen) - 1
         labels = (
-            seen.tokens[inside],
-            seen.finished[inside],
-            seen.weights[inside],
-            number[seen.prompt[inside]],
+            observed.tokens[inside],
+            observed.finished[inside],
+            observed.weights[inside],
+            number[observed.prompt[inside]],
         )
         return type(kernel_head).fit(
             kernel_head.kernel, head, features[chosen], *labels, ridge=ridge, start=kernel_head
         )
 
-    fold = fold_of(np.arange(len(seen.prompts)))
+    fold = fold_of(np.arange(len(observed.prompts)))
     unseen = np.zeros((len(features), kernel_head.weight.shape[1]))
     for k in range(FOLDS):
         unseen[fold == k] = refit(fold != k)(features[fold == k])
     return refit(np.ones(len(features), bool)), unseen
 
 
-def recalibrate(head: "Head", outputs: np.ndarray, seen: Observed) -> tuple[Decoder, dict]:
+def recalibrate(
+    head: "Head", outputs: np.ndarray, observed: ObservedLengths
+) -> tuple[Decoder, dict]:
     """(a decoder fitted to all rows, drift of decoders on rows they were not fitted to)."""
 
     def fit(chosen: np.ndarray) -> Decoder:
-        prompt = seen.prompt[chosen]
+        prompt = observed.prompt[chosen]
         return Decoder.fit(
             head,
             outputs[prompt],
-            seen.tokens[chosen],
-            seen.finished[chosen],
-            seen.weights[chosen],
+            observed.tokens[chosen],
+            observed.finished[chosen],
+            observed.weights[chosen],
             prompt,
         )
 
-    full_decoder = fit(np.ones(len(seen), bool))
-    fold = fold_of(np.arange(len(seen.prompts)))[seen.prompt]
-    levels, ranks = np.zeros((2, len(seen)))
+    full_decoder = fit(np.ones(len(observed), bool))
+    fold = fold_of(np.arange(len(observed.prompts)))[observed.prompt]
+    levels, ranks = np.zeros((2, len(observed)))
     taus, counts = [], []
-    probabilities = np.zeros((len(seen), len(full_decoder.edges) - 1))
+    probabilities = np.zeros((len(observed), len(full_decoder.edges) - 1))
     for k in range(FOLDS):
         held_out = fold == k
         # Without finished answers in the other folds, lengths cannot be fitted to them.
-        decoder = fit(~held_out) if seen.finished[~held_out].any() else full_decoder
+        decoder = fit(~held_out) if observed.finished[~held_out].any() else full_decoder
         probabilities[held_out], ranks[held_out], levels[held_out] = decoder.decode_with_levels(
-            outputs[seen.prompt[held_out]], seen.tokens[held_out]
+            outputs[observed.prompt[held_out]], observed.tokens[held_out]
         )
-        done = held_out & seen.finished
-        taus.append(kendall_tau(ranks[done], seen.tokens[done]))
+        done = held_out & observed.finished
+        taus.append(kendall_tau(ranks[done], observed.tokens[done]))
         counts.append(done.sum())
     knots = full_decoder.conformal.knots[1]
     found = drift_figures(
-        levels, knots, probabilities, full_decoder.edges, ranks, seen, len(seen.prompts)
+        levels, knots, probabilities, full_decoder.edges, ranks, observed, len(observed.prompts)
     )
     # Inside folds: rank scores of different decoders are not comparable.
     found["tau"] = float(np.average(taus, weights=counts))

@@ -15,7 +15,7 @@ from finetune.rows.formats import BadRow
 from predictor import LengthPrediction, LengthPredictor
 from predictor import update as module
 from predictor.decoder import read_card
-from predictor.evaluate import Observed
+from predictor.evaluate import ObservedLengths
 from predictor.kernel import FILE as KERNEL_FILE
 from predictor.labels import Label, LabelledPrompt
 from predictor.scores import kendall_tau
@@ -51,7 +51,7 @@ def shifted_update(folder):
 
 
 def coverage(predictor, examples, q) -> float:
-    seen = Observed.of(examples, "m")
+    seen = ObservedLengths.of(examples, "m")
     found = predictor.predict(seen.prompts)
     return float(np.mean([t <= found[i].quantile(q) for i, t in zip(seen.prompt, seen.tokens)]))
 
@@ -80,7 +80,7 @@ def test_false_alarms_are_as_rare_as_p_says(predictor, capped):
     """
     found = []
     for seed in range(100, 140):
-        seen = Observed.of(examples_of(cap_rows(make_rows(200, seed=seed), capped)), "m")
+        seen = ObservedLengths.of(examples_of(cap_rows(make_rows(200, seed=seed), capped)), "m")
         found.append(
             drift(
                 predictor.decoder,
