@@ -157,7 +157,7 @@ def metrics_by_group(
 
     Args:
         groups: what `groups_of` returns; arrays: of all answers, as `metrics_of` takes them.
-        constant: tokens; see `answer_counts`.
+        constant: tokens; see `count_answers`.
     """
     columns_of_answers = {}
     for name, column in groups.items():

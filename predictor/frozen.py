@@ -52,7 +52,7 @@ class Features:
 
     Attributes:
         weights: of the blocks, for Kernel.fit.
-        lexical, earlier: they compute their blocks for new prompts; see FrozenScorer.
+        lexical, encoder_head: they compute their blocks for new prompts; see FrozenScorer.
     """
 
     blocks: list[np.ndarray]
@@ -230,7 +230,7 @@ def target_prompts(rows: LengthRows) -> np.ndarray:
 
 
 def make_features(config: PredictorConfig, rows: LengthRows, backbone: Backbone) -> Features:
-    """Features of the prompts of `own_prompts`, none of which uses the prompt's own lengths."""
+    """Features of the prompts of `target_prompts`, none of which uses the prompt's own lengths."""
     numbers = target_prompts(rows)
     if isinstance(backbone, NoBackbone):
         return lexical_features(config, rows, numbers)

@@ -129,7 +129,7 @@ def drift(
 
     Args:
         outputs: (prompts, width) of the head for observed.prompts.
-        fitted_on: prompts that the decoder was fitted to.
+        fitted_prompt_count: prompts that the decoder was fitted to.
     Returns:
         ks, p, coverage_90, coverage_975, tau, mae, pinball, and mean_log_ratio: the mean of
         log((1 + length) / (1 + median)) of finished answers.

@@ -74,7 +74,7 @@ def encode_messages(
     put before the first question.
 
     Args:
-        as_tuned: options of the family's encode_chat.
+        prompt_options: options of the family's encode_chat.
     Raises:
         ValueError: for ChatGLM-6B and ChatGLM2-6B, messages of user and assistant that do not
             take turns.

@@ -73,7 +73,7 @@ class Service:
     Attributes:
         name: of the served model. slo_s: of requests without one.
         defaults: temperature and top_p of requests without them.
-        as_tuned: options of the family's encode_chat.
+        prompt_options: options of the family's encode_chat.
         max_queue: requests that may wait beside the max_batch that run.
         draining: no new requests are taken. failure: why the engine has ended, or None.
         on_failure: called in the engine's thread, after the engine has failed and every answer
