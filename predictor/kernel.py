@@ -234,8 +234,8 @@ def fit_in_basis(
         inputs: (n, r) of n prompts.
         labels: tokens, finished, weights (M,); prompt: (M,) the prompt of each.
         first_bias: (width,) to start from.
-        earlier_outputs: (n, width) outputs that are added; with them the ridge also holds the bias near
-            `first_bias`.
+        earlier_outputs: (n, width), which are added; with them the ridge also holds the bias
+            near `first_bias`.
     """
     import torch
 
