@@ -311,7 +311,7 @@ class Attack:
         self.sent: Counter = (
             Counter()
         )  # (kind, status); status 0: no reply was waited for, or the connection was closed
-        self.bad: list[str] = []
+        self.faults: list[str] = []
         self.probes, self.slowest_s = 0, 0.0
         self._lock, self._stop = threading.Lock(), threading.Event()
 
@@ -370,7 +370,7 @@ class Attack:
             with self._lock:
                 self.sent[kind, status] += 1
                 if status >= 500 or b'"server_error"' in reply:
-                    self.bad.append(f"{kind} got {status} {reply[-300:]!r} for {body[:500]!r}")
+                    self.faults.append(f"{kind} got {status} {reply[-300:]!r} for {body[:500]!r}")
 
     def _compare(self, alone: dict) -> None:
         while not self._stop.is_set():
@@ -381,7 +381,7 @@ class Attack:
                     found = error
                 self.probes += 1
                 if found != wanted:
-                    self.bad.append(f"the probe {text!r} got {found!r}, alone {wanted!r}")
+                    self.faults.append(f"the probe {text!r} got {found!r}, alone {wanted!r}")
 
     def _watch(self) -> None:
         while not self._stop.wait(0.05):
@@ -391,10 +391,10 @@ class Attack:
             except (OSError, http.client.HTTPException) as error:
                 status = error
             if status != 200:
-                self.bad.append(f"/health said {status!r}")
+                self.faults.append(f"/health said {status!r}")
             self.slowest_s = max(self.slowest_s, time.monotonic() - begin)
 
-    def settle(self, seconds: float = 30.0) -> None:
+    def wait_until_idle(self, seconds: float = 30.0) -> None:
         """Wait until nothing runs, waits or holds memory; what still does is noted."""
         names = ("glm_running_requests", "glm_waiting_requests", "glm_kv_reserved_tokens")
         until = time.monotonic() + seconds
@@ -402,7 +402,7 @@ class Attack:
             lines = post(self.port, b"", method="GET", path="/metrics")[1].decode().splitlines()
             left = [line for line in lines if line.startswith(names) and not line.endswith(" 0.0")]
             if not left or time.monotonic() > until:
-                self.bad += [f"after everything: {line}" for line in left]
+                self.faults += [f"after everything: {line}" for line in left]
                 return
             time.sleep(0.1)
 
@@ -513,7 +513,7 @@ def attack(flags: AttackFlags) -> int:
             found, begin = Attack(port, flags.seed), time.monotonic()
             found.run(flags.bodies, flags.seconds, flags.threads)
             took = time.monotonic() - begin
-            found.settle()
+            found.wait_until_idle()
             process.send_signal(signal.SIGTERM)
             code = process.wait(30)
         finally:
@@ -522,15 +522,15 @@ def attack(flags: AttackFlags) -> int:
             process.wait()
         errors_text = (Path(folder) / "errors.txt").read_text()
     if code:
-        found.bad.append(f"the server ended with {code}")
+        found.faults.append(f"the server ended with {code}")
     if "Traceback" in errors_text:
-        found.bad.append(f"the server wrote a traceback: ...{errors_text[-1500:]}")
+        found.faults.append(f"the server wrote a traceback: ...{errors_text[-1500:]}")
     if found.slowest_s > flags.health_s:
-        found.bad.append(f"/health took {found.slowest_s:.2f} s")
+        found.faults.append(f"/health took {found.slowest_s:.2f} s")
     print_figures(found, took)
     if flags.json:
         write_json(flags.json, figures_of(found, took))
-    return 1 if found.bad else 0
+    return 1 if found.faults else 0
 
 
 def figures_of(found: Attack, seconds: float) -> dict:
@@ -544,7 +544,7 @@ def figures_of(found: Attack, seconds: float) -> dict:
         "probes": found.probes,
         "slowest_health_s": found.slowest_s,
         "sent": sent,
-        "faults": found.bad,
+        "faults": found.faults,
     }
 
 
@@ -554,8 +554,8 @@ def print_figures(found: Attack, seconds: float) -> None:
         f"{found.sent.total()} requests in {seconds:.0f} s; {found.probes} probe answers compared"
     )
     print(f"slowest /health {found.slowest_s * 1000:.0f} ms")
-    print(f"faults: {len(found.bad)}")
-    for line in found.bad[:10]:
+    print(f"faults: {len(found.faults)}")
+    for line in found.faults[:10]:
         print(f"  {line}", file=sys.stderr)
 
 

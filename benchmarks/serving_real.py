@@ -44,7 +44,7 @@ from serving.simulate.workload import SloRule, poisson_arrivals
 SHOWN = ("attainment", "latency_mean_s", "latency_p99_s", "throughput_tps")
 
 
-def client(pipe: Connection, folder: str) -> None:
+def run_predictor(pipe: Connection, folder: str) -> None:
     """The predictor's process: it sends a prediction at each time of every schedule received.
 
     A schedule is (zero_s, [(seconds, text or None)]).
@@ -70,7 +70,7 @@ class Bench:
     """A tuned model, its predictor, and prompts with known answers.
 
     Attributes:
-        asked: [(text, ids, answer tokens with the end token, prediction)].
+        known_prompts: [(text, ids, answer tokens with the end token, prediction)].
     """
 
     def __init__(
@@ -97,11 +97,11 @@ class Bench:
         family = FAMILIES[self.tokenizer.family]
         rows = read_lines(Path(lengths))
         predictions = self.predictor.predict([row["prompt"] for row in rows])
-        self.asked: list[tuple[str, list[int], int, LengthPrediction]] = []
+        self.known_prompts: list[tuple[str, list[int], int, LengthPrediction]] = []
         for row, prediction in zip(rows, predictions):
             ids = family.encode_prompt(self.tokenizer, row["prompt"], max_src_len).input_ids
             tokens = row["output_tokens"] + row["finished"]
-            self.asked.append((row["prompt"], ids, tokens, prediction))
+            self.known_prompts.append((row["prompt"], ids, tokens, prediction))
         self.engine = make_engine("continuous", self.model, limits, CostModel.of(self.shape, "CPU"))
         # Of the first profile, so that objectives stay the same.
         self.objective_cost: CostModel | None = None
@@ -111,7 +111,7 @@ class Bench:
         self.predict_s = (time.perf_counter() - begin) / len(rows)
         context = multiprocessing.get_context("spawn")  # a fork would take torch's threads along
         self._pipe, theirs = context.Pipe()
-        context.Process(target=client, args=(theirs, predictor), daemon=True).start()
+        context.Process(target=run_predictor, args=(theirs, predictor), daemon=True).start()
 
     @property
     def shape(self) -> ModelSizes:
@@ -142,20 +142,20 @@ class Bench:
     def requests(
         self, count: int, rate: float, seed: int, slo: SloRule
     ) -> list[tuple[Request, int]]:
-        """(request, which of `asked`) by arrival."""
+        """(request, which of `known_prompts`) by arrival."""
         rng = np.random.default_rng(seed)
-        which = rng.integers(0, len(self.asked), count)
+        which = rng.integers(0, len(self.known_prompts), count)
         prompt_tokens, output_tokens = [], []
         for i in which:
-            prompt_tokens.append(len(self.asked[i][1]))
-            output_tokens.append(self.asked[i][2])
+            prompt_tokens.append(len(self.known_prompts[i][1]))
+            output_tokens.append(self.known_prompts[i][2])
         prompts, outputs = np.array(prompt_tokens), np.array(output_tokens)
         slo_s = slo(prompts, outputs, self.objective_cost, rng)
         arrivals = poisson_arrivals(count, rate, rng)
         rows = zip(arrivals.tolist(), slo_s.tolist(), which.tolist())
         requests = []
         for n, (at_s, objective_s, i) in enumerate(rows):
-            _, ids, tokens, prediction = self.asked[i]
+            _, ids, tokens, prediction = self.known_prompts[i]
             request = Request(n, len(ids), at_s, objective_s, prediction, tokens, self.predict_s)
             requests.append((request, i))
         return requests
@@ -185,13 +185,15 @@ class Bench:
         answers = []
         calls = []
         for request, which in requests:
-            calls.append((request.arrival_s, self.asked[which][0] if policy.predicts else None))
+            calls.append(
+                (request.arrival_s, self.known_prompts[which][0] if policy.predicts else None)
+            )
         self._pipe.send((clock.zero_s, calls))
 
         def feed() -> None:
             for request, which in requests:
                 prediction = self._pipe.recv()
-                ids = self.asked[which][1]
+                ids = self.known_prompts[which][1]
                 live = Request(request.id, len(ids), request.arrival_s, request.slo_s, prediction)
                 answers.append(self.engine.submit(live, ids, Sampling(self.longest)))
                 inbox.put(live)
