@@ -19,7 +19,6 @@ exit code is 0. As root, the fork gives up the right to read and write everythin
 small tmpfs, which needs root: other users' runs skip those cases.
 """
 
-import argparse
 import gzip
 import os
 import shutil
@@ -355,7 +354,21 @@ def choose(cases: list[Case], commands: list[str], kind: str, path: str) -> list
     return chosen
 
 
-def run(args: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class SweepFlags:
+    """The command's flags; see main."""
+
+    command: str
+    kind: str
+    path: str
+    every: int
+    jobs: int
+    show: bool
+    json: str | None
+
+
+def run_sweep(flags: SweepFlags) -> int:
+    """Run the chosen cases, print and write them; 1 where one is wrong, else 0."""
     import_everything()
     with tempfile.TemporaryDirectory(prefix="failures-") as temporary:
         scratch = Path(temporary)
@@ -366,14 +379,14 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"what the commands work on was made in {time.monotonic() - started:.0f} s", flush=True
         )
-        cases = choose(list_cases(world), args.command.split(","), args.kind, args.path)
-        cases = cases[:: args.every]
+        cases = choose(list_cases(world), flags.command.split(","), flags.kind, flags.path)
+        cases = cases[:: flags.every]
         check_controls({case.command.name: case.command for case in cases}, world, scratch)
-        found = run_all(cases, world, scratch, args.jobs, args.show)
+        found = run_all(cases, world, scratch, flags.jobs, flags.show)
     print_totals(found)
     print(f"{time.monotonic() - started:.0f} s")
-    if args.json:
-        write_json(args.json, found)
+    if flags.json:
+        write_json(flags.json, found)
     return int(any(row["wrong"] for row in found))
 
 
@@ -391,8 +404,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="cases under way at once [2]")
     parser.add_argument("--show", action="store_true", help="print cases that are right, too")
     parser.add_argument("--json", metavar="FILE", help="write all cases there")
-    args = parser.parse_args(argv)
-    return run_command(parser.prog, lambda: run(args))
+    flags = SweepFlags(**vars(parser.parse_args(argv)))
+    return run_command(parser.prog, lambda: run_sweep(flags))
 
 
 if __name__ == "__main__":

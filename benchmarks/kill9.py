@@ -100,7 +100,7 @@ def print_table(rows: list[dict]) -> None:
         )
 
 
-def parse_args() -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -108,17 +108,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=40, help="of the run that is killed [40]")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", metavar="FILE")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> int:
-    args = parse_args()
+    args = build_parser().parse_args()
     draw = random.Random(args.seed)
-    from benchmarks.method_matrix import prepare
+    from benchmarks.method_matrix import make_models
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder, ["glm2"])
+        make_models(folder, ["glm2"])
         command = train_words(folder / "glm2", args.steps)
         subprocess.run([*command, "--output_dir", str(folder / "whole")], check=True, **QUIET)
         whole = losses(folder / "whole")

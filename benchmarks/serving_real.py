@@ -20,6 +20,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from benchmarks.rows import read_lines
 from finetune.files import write_json
 from predictor.prediction import LengthPrediction
 from serving.cost_model.devices import find_device
-from serving.cost_model.model import CostModel, ModelShape, Profile
+from serving.cost_model.model import CostModel, ModelSizes, Profile
 from serving.policies.continuous import POLICIES
 from serving.request import Limits, Request
 from serving.scheduler import Replay, VirtualClock, run_scheduler
@@ -43,7 +44,7 @@ from serving.simulate.workload import SloRule, poisson_arrivals
 SHOWN = ("attainment", "latency_mean_s", "latency_p99_s", "throughput_tps")
 
 
-def client(pipe: Connection, folder: str) -> None:
+def run_predictor(pipe: Connection, folder: str) -> None:
     """The predictor's process: it sends a prediction at each time of every schedule received.
 
     A schedule is (zero_s, [(seconds, text or None)]).
@@ -69,7 +70,7 @@ class Bench:
     """A tuned model, its predictor, and prompts with known answers.
 
     Attributes:
-        asked: [(text, ids, answer tokens with the end token, prediction)].
+        known_prompts: [(text, ids, answer tokens with the end token, prediction)].
     """
 
     def __init__(
@@ -96,11 +97,11 @@ class Bench:
         family = FAMILIES[self.tokenizer.family]
         rows = read_lines(Path(lengths))
         predictions = self.predictor.predict([row["prompt"] for row in rows])
-        self.asked: list[tuple[str, list[int], int, LengthPrediction]] = []
+        self.known_prompts: list[tuple[str, list[int], int, LengthPrediction]] = []
         for row, prediction in zip(rows, predictions):
             ids = family.encode_prompt(self.tokenizer, row["prompt"], max_src_len).input_ids
             tokens = row["output_tokens"] + row["finished"]
-            self.asked.append((row["prompt"], ids, tokens, prediction))
+            self.known_prompts.append((row["prompt"], ids, tokens, prediction))
         self.engine = make_engine("continuous", self.model, limits, CostModel.of(self.shape, "CPU"))
         # Of the first profile, so that objectives stay the same.
         self.objective_cost: CostModel | None = None
@@ -110,11 +111,11 @@ class Bench:
         self.predict_s = (time.perf_counter() - begin) / len(rows)
         context = multiprocessing.get_context("spawn")  # a fork would take torch's threads along
         self._pipe, theirs = context.Pipe()
-        context.Process(target=client, args=(theirs, predictor), daemon=True).start()
+        context.Process(target=run_predictor, args=(theirs, predictor), daemon=True).start()
 
     @property
-    def shape(self) -> ModelShape:
-        return ModelShape.from_config(self.model.config.to_dict(), self.model.dtype.itemsize)
+    def shape(self) -> ModelSizes:
+        return ModelSizes.from_config(self.model.config.to_dict(), self.model.dtype.itemsize)
 
     def profile(
         self,
@@ -141,20 +142,20 @@ class Bench:
     def requests(
         self, count: int, rate: float, seed: int, slo: SloRule
     ) -> list[tuple[Request, int]]:
-        """(request, which of `asked`) by arrival."""
+        """(request, which of `known_prompts`) by arrival."""
         rng = np.random.default_rng(seed)
-        which = rng.integers(0, len(self.asked), count)
+        which = rng.integers(0, len(self.known_prompts), count)
         prompt_tokens, output_tokens = [], []
         for i in which:
-            prompt_tokens.append(len(self.asked[i][1]))
-            output_tokens.append(self.asked[i][2])
+            prompt_tokens.append(len(self.known_prompts[i][1]))
+            output_tokens.append(self.known_prompts[i][2])
         prompts, outputs = np.array(prompt_tokens), np.array(output_tokens)
         slo_s = slo(prompts, outputs, self.objective_cost, rng)
         arrivals = poisson_arrivals(count, rate, rng)
         rows = zip(arrivals.tolist(), slo_s.tolist(), which.tolist())
         requests = []
         for n, (at_s, objective_s, i) in enumerate(rows):
-            _, ids, tokens, prediction = self.asked[i]
+            _, ids, tokens, prediction = self.known_prompts[i]
             request = Request(n, len(ids), at_s, objective_s, prediction, tokens, self.predict_s)
             requests.append((request, i))
         return requests
@@ -167,7 +168,9 @@ class Bench:
         for request, _ in requests:
             seen.append(request if policy.predicts else without_prediction(request))
         return (
-            Collector().watch(run_scheduler(policy, engine, VirtualClock(), Replay(seen))).summary()
+            Collector()
+            .consume(run_scheduler(policy, engine, VirtualClock(), Replay(seen)))
+            .summary()
         )
 
     def serve(
@@ -182,21 +185,23 @@ class Bench:
         answers = []
         calls = []
         for request, which in requests:
-            calls.append((request.arrival_s, self.asked[which][0] if policy.predicts else None))
+            calls.append(
+                (request.arrival_s, self.known_prompts[which][0] if policy.predicts else None)
+            )
         self._pipe.send((clock.zero_s, calls))
 
         def feed() -> None:
             for request, which in requests:
                 prediction = self._pipe.recv()
-                ids = self.asked[which][1]
+                ids = self.known_prompts[which][1]
                 live = Request(request.id, len(ids), request.arrival_s, request.slo_s, prediction)
                 answers.append(self.engine.submit(live, ids, Sampling(self.longest)))
                 inbox.put(live)
-            inbox.shut()
+            inbox.close()
 
         feeder = threading.Thread(target=feed, daemon=True)
         feeder.start()
-        metrics = Collector().watch(run_scheduler(policy, self.engine, clock, inbox))
+        metrics = Collector().consume(run_scheduler(policy, self.engine, clock, inbox))
         feeder.join()
         return metrics.summary(), [len(a.tokens) for a in answers]
 
@@ -221,11 +226,27 @@ class Bench:
         return float(np.sqrt(low * high))
 
 
+@dataclass(frozen=True)
+class BenchFlags:
+    """The command's flags; see build_parser."""
+
+    folder: Path
+    policies: str
+    at: str
+    requests: int
+    repetitions: int
+    max_batch: int
+    slo_scale: float
+    profile_repetitions: int
+    threads: int
+    json: Path | None
+
+
 def compare(
     bench: Bench,
     policies: list[str],
     rate: float,
-    args: argparse.Namespace,
+    flags: BenchFlags,
     slo: SloRule,
     log: Callable[[str], None] = print,
 ) -> list[dict]:
@@ -238,9 +259,9 @@ def compare(
     for name in policies:
         sides = {"measured": defaultdict(list), "simulated": defaultdict(list)}
         rows.append({"policy": name, **sides, "other_answers": 0})
-    for repetition in range(args.repetitions):
-        bench.profile(args.profile_repetitions)
-        requests = bench.requests(args.requests, rate, repetition, slo)
+    for repetition in range(flags.repetitions):
+        bench.profile(flags.profile_repetitions)
+        requests = bench.requests(flags.requests, rate, repetition, slo)
         for row in rows:
             simulated = bench.simulate(row["policy"], requests)
             measured, lengths = bench.serve(row["policy"], requests)
@@ -250,7 +271,7 @@ def compare(
                 row["measured"][key].append(measured[key])
                 row["simulated"][key].append(simulated[key])
             log(
-                f"{rate:.1f}/s {repetition + 1}/{args.repetitions} {row['policy']:15} "
+                f"{rate:.1f}/s {repetition + 1}/{flags.repetitions} {row['policy']:15} "
                 f"{measured['latency_mean_s']:8.3f} s, "
                 f"simulated {simulated['latency_mean_s']:8.3f} s"
             )
@@ -363,38 +384,39 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_flags(argv: list[str] | None) -> BenchFlags:
+    """The flags, checked; a wrong one ends the process with a line."""
     parser = build_parser()
-    args = parser.parse_args(argv)
-    for name in [*args.policies.split(","), *args.at.split(",")]:
+    flags = BenchFlags(**vars(parser.parse_args(argv)))
+    for name in [*flags.policies.split(","), *flags.at.split(",")]:
         if name not in POLICIES:
             parser.error(f"no policy {name!r}; there are {', '.join(POLICIES)}")
     for needed in ("merged", "predictor", "lengths_test.jsonl"):
-        if not (args.folder / needed).exists():
+        if not (flags.folder / needed).exists():
             sys.exit(
-                f"serving_real.py: no such file: {args.folder / needed}; "
+                f"serving_real.py: no such file: {flags.folder / needed}; "
                 "--folder names what scripts/quickstart.sh wrote"
             )
-    return args
+    return flags
 
 
 def main(argv: list[str] | None = None) -> dict:
-    args = parse_args(argv)
+    flags = parse_flags(argv)
     import torch
     from tqdm import tqdm
 
-    torch.set_num_threads(args.threads)
-    limits = Limits(args.max_batch, args.max_batch * 256, 256)
+    torch.set_num_threads(flags.threads)
+    limits = Limits(flags.max_batch, flags.max_batch * 256, 256)
     bench = Bench(
-        str(args.folder / "merged"),
-        str(args.folder / "predictor"),
-        str(args.folder / "lengths_test.jsonl"),
+        str(flags.folder / "merged"),
+        str(flags.folder / "predictor"),
+        str(flags.folder / "lengths_test.jsonl"),
         limits,
         120,
         96,
     )
     profile = bench.profile(
-        args.profile_repetitions,
+        flags.profile_repetitions,
         lambda timings, total: tqdm(timings, total=total, desc="profile", disable=None),
     )
     errors = profile.made["errors"]["5_folds"]
@@ -404,28 +426,28 @@ def main(argv: list[str] | None = None) -> dict:
         f"a prediction takes {1e3 * bench.predict_s:.2f} ms"
     )
     result = {
-        "settings": vars(args) | {"folder": str(args.folder), "json": str(args.json)},
+        "settings": asdict(flags) | {"folder": str(flags.folder), "json": str(flags.json)},
         "profile": errors,
         "predict_s": bench.predict_s,
-        "loads": compare_loads(bench, args),
+        "loads": compare_loads(bench, flags),
     }
-    if args.json:
-        write_json(args.json, result)
+    if flags.json:
+        write_json(flags.json, result)
     return result
 
 
-def compare_loads(bench: Bench, args: argparse.Namespace) -> list[dict]:
+def compare_loads(bench: Bench, flags: BenchFlags) -> list[dict]:
     """The policies at the rate of each of --at; printed."""
-    slo = SloRule(args.slo_scale, 0.05)
+    slo = SloRule(flags.slo_scale, 0.05)
     bench.serve("fcfs", bench.requests(40, 40.0, 999, slo))  # warm
     loads = []
-    for name in args.at.split(","):
-        rate = bench.rate_at(name, args.requests, slo)
+    for name in flags.at.split(","):
+        rate = bench.rate_at(name, flags.requests, slo)
         rows = compare(
             bench,
-            args.policies.split(","),
+            flags.policies.split(","),
             rate,
-            args,
+            flags,
             slo,
             lambda line: print(line, file=sys.stderr, flush=True),
         )

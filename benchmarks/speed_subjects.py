@@ -250,7 +250,7 @@ def run_bare(spec: Spec, pairs: Pairs) -> Iterator[Step]:
     lora = spec["method"] == "lora"
     wide = torch.float32 if spec["precision"] == "fp32" else torch.bfloat16
     method = Lora(8, 30, 0.0, "query_key_value") if lora else FullParameters()
-    model = method.prepare(make_model(spec, wide))
+    model = method.make_trainable(make_model(spec, wide))
     trained = trained_of(model)
     masters = trained
     if lora:
@@ -376,7 +376,7 @@ def make_task(config: "TrainConfig", spec: Spec, folder: Path, data: "Dataset") 
         method=method,
         model_path=str(folder),
         data=data,
-        build_model=lambda dtype: method.prepare(make_model(spec, dtype)),
+        build_model=lambda dtype: method.make_trainable(make_model(spec, dtype)),
         loss_module=LossModule,
         count_labels=count_labels,
         collate=lambda data, rows: collate(data, rows, **layout),

@@ -131,17 +131,17 @@ def as_row(call: Call) -> dict:
 
 def divide(calls: list[Call], share: float = 0.25) -> tuple[list[Call], list[Call]]:
     """(training, held-out) calls; near-duplicates share a side, held-out questions are distinct."""
-    from predictor.labels import group_prompts, split
+    from predictor.labels import group_prompts, split_groups
 
     questions = [call.question for call in calls]
-    sides = split(
+    sides = split_groups(
         group_prompts(questions), questions, {"train": 1 - share, "test": share}, salt="tools"
     )
     held_out = {calls[i].question: calls[i] for i in sides["test"]}
     return [calls[i] for i in sides["train"]], list(held_out.values())
 
 
-def prepare(folder: Path, train: list[Call], seed: int) -> Path:
+def write_base_model(folder: Path, train: list[Call], seed: int) -> Path:
     """Write calls.jsonl, a tokenizer made from the calls, a random ChatGLM3; returns its folder."""
     from chatglm.conversations import tool_call
     from scripts.prepare_small_model import make_model
@@ -279,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         train, held_out = divide(calls)
         asked = questions_of(held_out, train, args.seed)[: args.questions]
-        base = prepare(folder, train, args.seed)
+        base = write_base_model(folder, train, args.seed)
         checkpoint = learn(folder / "calls.jsonl", base, args.steps, args.seed)
         rates = ask(checkpoint, asked, args.show)
     figures = {

@@ -34,6 +34,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,30 +121,52 @@ def middle_ratio(a: list[float], b: list[float]) -> float:
     return statistics.median(map(operator.truediv, a, b))
 
 
-def make_specs(case: str, threads: int, folder: Path, args: argparse.Namespace) -> dict[str, Spec]:
+@dataclass(frozen=True)
+class SpeedFlags:
+    """The command's flags; see build_parser."""
+
+    shared: Path
+    cases: str
+    against: str
+    threads: str
+    layers: int
+    hidden: int
+    vocab: int
+    steps: int
+    repetitions: int
+    trainer_precision: str
+    llamafactory: str | None
+    cpu_time: bool
+    quick: bool
+    ranks: bool
+    profile: bool
+    json: str | None
+
+
+def make_specs(case: str, threads: int, folder: Path, flags: SpeedFlags) -> dict[str, Spec]:
     """{subject: its worker's spec}, ours first."""
     method, family, *fp32 = case.split("-")
     precision = "fp32" if fp32 else "bf16"
     base: Spec = {
         "family": family,
         "method": method,
-        "layers": args.layers,
-        "hidden": args.hidden,
-        "vocab": args.vocab,
+        "layers": flags.layers,
+        "hidden": flags.hidden,
+        "vocab": flags.vocab,
         "threads": threads,
         "rows": str(folder / f"{family}.json"),
-        "shared": str(args.shared),
-        "cpu_time": args.cpu_time,
+        "shared": str(flags.shared),
+        "cpu_time": flags.cpu_time,
     }
     specs: dict[str, Spec] = {}
-    for name in ["ours", *args.against.split(",")]:
+    for name in ["ours", *flags.against.split(",")]:
         if name in ("trainer", "llamafactory") and family == "glm":
             continue  # transformers has no ChatGLM-6B
         theirs = precision
         if fp32 or name == "reference":
             theirs = "fp32"
         elif name == "trainer":
-            theirs = args.trainer_precision
+            theirs = flags.trainer_precision
         specs[name] = base | {
             "subject": name,
             "precision": theirs,
@@ -151,22 +174,22 @@ def make_specs(case: str, threads: int, folder: Path, args: argparse.Namespace) 
         }
         Path(specs[name]["folder"]).mkdir()
     if "llamafactory" in specs:
-        specs["llamafactory"]["python"] = args.llamafactory
+        specs["llamafactory"]["python"] = flags.llamafactory
     return specs
 
 
-def compare_case(case: str, threads: int, folder: Path, args: argparse.Namespace) -> list[dict]:
+def compare_case(case: str, threads: int, folder: Path, flags: SpeedFlags) -> list[dict]:
     """Run one case, print its lines, return them as in --json."""
-    specs = make_specs(case, threads, folder, args)
-    figures = compare(specs, args.steps, args.repetitions)
+    specs = make_specs(case, threads, folder, flags)
+    figures = compare(specs, flags.steps, flags.repetitions)
     ours = figures.pop("ours")
     result = []
     same = {
         "name": case,
         "threads": threads,
-        "layers": args.layers,
-        "hidden": args.hidden,
-        "vocab": args.vocab,
+        "layers": flags.layers,
+        "hidden": flags.hidden,
+        "vocab": flags.vocab,
     }
     if peak := figures.pop("peak", None):
         mfu = middle_ratio(ours["gflops"], peak["gflops"])
@@ -201,12 +224,12 @@ def compare_case(case: str, threads: int, folder: Path, args: argparse.Namespace
     return result
 
 
-def compare_all(args: argparse.Namespace) -> None:
+def compare_all(flags: SpeedFlags) -> None:
     """Every case against every subject."""
     result = []
     print(
-        f"model {args.layers} x {args.hidden}, batch {BATCH}"
-        + (f", vocabulary {args.vocab:,}" if args.vocab != 65024 else "")
+        f"model {flags.layers} x {flags.hidden}, batch {BATCH}"
+        + (f", vocabulary {flags.vocab:,}" if flags.vocab != 65024 else "")
         + "\n"
     )
     print(
@@ -217,12 +240,12 @@ def compare_all(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for family in ("glm2", "glm"):
-            (folder / f"{family}.json").write_text(json.dumps(encode(args.shared, family)))
-        for case in args.cases.split(","):
-            for threads in map(int, args.threads.split(",")):
-                result += compare_case(case, threads, folder, args)
-                if args.json:
-                    Path(args.json).write_text(json.dumps({"cases": result}, indent=2) + "\n")
+            (folder / f"{family}.json").write_text(json.dumps(encode(flags.shared, family)))
+        for case in flags.cases.split(","):
+            for threads in map(int, flags.threads.split(",")):
+                result += compare_case(case, threads, folder, flags)
+                if flags.json:
+                    Path(flags.json).write_text(json.dumps({"cases": result}, indent=2) + "\n")
 
 
 def run_once(
@@ -263,7 +286,7 @@ def run_once(
     return statistics.median(speeds[20:]), first
 
 
-def compare_ranks(args: argparse.Namespace) -> None:
+def compare_ranks(flags: SpeedFlags) -> None:
     """The same global batch on 1 rank (2 passes a step) and on 2."""
     from scripts.prepare_small_model import make_model as make_folder
 
@@ -276,20 +299,20 @@ def compare_ranks(args: argparse.Namespace) -> None:
         work = Path(folder)
         model = make_folder(
             "glm2",
-            args.shared / "data" / "chatglm2-tokenizer",
+            flags.shared / "data" / "chatglm2-tokenizer",
             work / "model",
-            hidden_size=args.hidden,
-            num_layers=args.layers,
-            heads=args.hidden // 64,
-            ffn=ffn_size(args.hidden),
+            hidden_size=flags.hidden,
+            num_layers=flags.layers,
+            heads=flags.hidden // 64,
+            ffn=ffn_size(flags.hidden),
         )
-        rows = args.shared / "data" / "finetune" / "spo_0.json"
+        rows = flags.shared / "data" / "finetune" / "spo_0.json"
         methods = []
-        for case in args.cases.split(","):
+        for case in flags.cases.split(","):
             methods.append("lora" if case.startswith("lora") else "all")
         for method in dict.fromkeys(methods):
             one, two, starts = [], [], []
-            for _ in range(args.repetitions):
+            for _ in range(flags.repetitions):
                 speed, first_s = run_once(work, model, rows, 1, method, f"{method}-1")
                 one.append(speed)
                 starts.append(f"{first_s:.1f}")
@@ -301,15 +324,14 @@ def compare_ranks(args: argparse.Namespace) -> None:
             )
 
 
-def profile(args: argparse.Namespace) -> None:
+def profile_subjects(flags: SpeedFlags) -> None:
     """Print where the time goes of the reference, of bare and of ours."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        args.against = "reference,bare"
-        case = args.cases.split(",")[0]
+        case = flags.cases.split(",")[0]
         family = case.split("-")[1]
-        (folder / f"{family}.json").write_text(json.dumps(encode(args.shared, family)))
-        specs = make_specs(case, 1, folder, args)
+        (folder / f"{family}.json").write_text(json.dumps(encode(flags.shared, family)))
+        specs = make_specs(case, 1, folder, replace(flags, against="reference,bare"))
         for subject in ("reference", "bare", "ours"):
             spec = specs[subject] | {"profile": True}
             subprocess.run(
@@ -377,7 +399,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args() -> argparse.Namespace:
+def parse_flags() -> SpeedFlags:
+    """The flags, with --quick and absent peers applied."""
     args = build_parser().parse_args()
     args.shared = Path(args.shared).resolve()
     for needed in ("data/finetune/spo_0.json", "data/chatglm2-tokenizer"):
@@ -400,17 +423,17 @@ def parse_args() -> argparse.Namespace:
         names = args.against.split(",")
         names.remove("llamafactory")
         args.against = ",".join(names)
-    return args
+    return SpeedFlags(**vars(args))
 
 
 def main() -> None:
-    args = parse_args()
-    if args.profile:
-        profile(args)
-    elif args.ranks:
-        compare_ranks(args)
+    flags = parse_flags()
+    if flags.profile:
+        profile_subjects(flags)
+    elif flags.ranks:
+        compare_ranks(flags)
     else:
-        compare_all(args)
+        compare_all(flags)
 
 
 if __name__ == "__main__":

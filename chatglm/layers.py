@@ -30,7 +30,7 @@ class AttentionModule(Protocol):
 class SequenceAttention(Protocol):
     """Attention over a row that holds several sequences; blocks take it in the place of a mask.
 
-    `packing.PackedMasks` separates sequences of a training row, the Pass of `serving` attends to
+    `packing.PackedMasks` separates sequences of a training row, `serving`'s ForwardPass attends to
     the sequences' cached keys and values.
     """
 

@@ -233,7 +233,7 @@ def export_model(
     """Write what inference needs of `model`: weights, config, tokenizer.
 
     Args:
-        model: of transformers or peft, as `method.prepare` returns it.
+        model: of transformers or peft, as `method.make_trainable` returns it.
         method: its `saves` says which weights: adapter, prefix or all.
         state: gathered trainable parameters, or all of them where method.saves is "model".
     """

@@ -503,7 +503,7 @@ class Loop:
             }
             writer.add(self.done, values)
         if self.is_due(self.config.show_loss_step) or self.done == self.schedule.total_steps:
-            self.show(
+            self.print_line(
                 f"epoch {self.schedule.epoch_of(self.done)} step {self.done} loss {loss:.6f} "
                 f"lr {lr:.3e} grad_norm {norm:.4f} tokens/s {speed:.0f}"
             )
@@ -603,7 +603,7 @@ class Loop:
         if writer:
             writer.add(self.done, {f"eval_{name}": value for name, value in metrics.items()})
         words = [f"{name} {value:.4f}" for name, value in metrics.items()]
-        self.show(f"step {self.done} evaluation: {', '.join(words)}")
+        self.print_line(f"step {self.done} evaluation: {', '.join(words)}")
         best = agree(self.checkpointer.best)
         metric = self.config.metric_for_best
         return is_better_value(metric, metrics[metric], best.value if best else None)
@@ -628,7 +628,7 @@ class Loop:
             on_all_ranks = isinstance(error, NoRoom) or world_size() == 1
             if needed or not on_all_ranks or isinstance(error, FileExistsError):
                 raise
-            self.show(
+            self.print_line(
                 f"WARNING: no checkpoint of step {self.done}: {describe(error)}; "
                 f"training goes on, the next save tries again"
             )
@@ -639,7 +639,7 @@ class Loop:
         self.checkpointer.prune()
         return folder
 
-    def show(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line above the progress bar, on rank 0."""
         if rank() == 0:
             tqdm.write(text, file=LastingStream(sys.stdout))

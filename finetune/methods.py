@@ -33,7 +33,7 @@ class Method(Protocol):
     def model_options(self) -> dict[str, Any]:
         """Options of load_model."""
 
-    def prepare(self, model: TrainableModel) -> Any:
+    def make_trainable(self, model: TrainableModel) -> Any:
         """Set which parameters require a gradient; returns the model to train."""
 
 
@@ -64,7 +64,7 @@ class Freeze:
     def model_options(self) -> dict[str, Any]:
         return {}
 
-    def prepare(self, model: TrainableModel) -> Any:
+    def make_trainable(self, model: TrainableModel) -> Any:
         """Raises ValueError, with the parameters' names, when a part matches no parameter."""
         parts = module_names(self.freeze_module_name)
         names = [name for name, _ in model.named_parameters()]
@@ -120,7 +120,7 @@ class PTuning:
             "ptuning_version": self.resolved_ptuning_version,
         }
 
-    def prepare(self, model: TrainableModel) -> Any:
+    def make_trainable(self, model: TrainableModel) -> Any:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("prefix_encoder" in name)
         model.config.prefix_dropout = self.prefix_dropout
@@ -154,7 +154,7 @@ class Lora:
     def model_options(self) -> dict[str, Any]:
         return quantization(self.quantization_bit)
 
-    def prepare(self, model: TrainableModel) -> Any:
+    def make_trainable(self, model: TrainableModel) -> Any:
         """Raises ValueError naming the linear modules when a name matches none."""
         from peft import LoraConfig, get_peft_model
         from torch import nn
@@ -215,7 +215,7 @@ class FullParameters:
     def model_options(self) -> dict[str, Any]:
         return {}
 
-    def prepare(self, model: TrainableModel) -> Any:
+    def make_trainable(self, model: TrainableModel) -> Any:
         return model.requires_grad_(True)
 
 

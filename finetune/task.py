@@ -5,6 +5,7 @@ saved of it.
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -26,7 +27,7 @@ from finetune.distributed import (
 )
 from finetune.epochs import EpochRows, RowSet
 from finetune.evaluation.evaluate import answers_of_ranks, evaluation_loss, prediction_lines
-from finetune.evaluation.metrics import mean, score_rows
+from finetune.evaluation.metrics import score_rows
 from finetune.files import write_aside
 from finetune.loss import LossModule
 from finetune.methods import make_method
@@ -282,7 +283,7 @@ class FineTuning:
         self.dtype = dtype
         options = self.method.model_options()
         model = load_model(self.model_path, mode=self.family.name, dtype=dtype, **options)
-        return self.method.prepare(model)
+        return self.method.make_trainable(model)
 
     def loss_module(self, model: nn.Module) -> nn.Module:
         return LossModule(
@@ -338,7 +339,7 @@ class FineTuning:
             write_aside(predictions, prediction_lines(rows, answers, scores))
         except OSError as error:  # the scores are known all the same
             say(f"WARNING: {predictions} cannot be written ({error.strerror or error}); going on")
-        return {name: mean(values) for name, values in scores.items()}
+        return {name: fmean(values) for name, values in scores.items()}
 
     def before_save(self, loss_module: nn.Module, *, evaluated: bool) -> None:
         """Nothing: rank 0 alone exports."""

@@ -59,7 +59,10 @@ class EncoderBackbone:
 
         folder = folder or self.encoder_path
         check_reachable(folder)
-        with self.checked(folder) as readable, reading(f"--encoder_path {folder}: its tokenizer"):
+        with (
+            self.readable_folder(folder) as readable,
+            reading(f"--encoder_path {folder}: its tokenizer"),
+        ):
             return AutoTokenizer.from_pretrained(str(readable), trust_remote_code=False)
 
     def load_model(
@@ -76,7 +79,7 @@ class EncoderBackbone:
             raise ValueError(f"--encoder_path {folder}: adapter_config.json names no base model")
         model = self._load_whole(source, dtype, folder)
         if self.layers:
-            model = cut_after(model, max(self.layers))
+            model = truncate_layers(model, max(self.layers))
         if not is_adapter:
             return model
         adapted: Any = load_adapter(model, Path(folder))  # peft's attributes are untyped
@@ -97,7 +100,7 @@ class EncoderBackbone:
 
         # transformers reports a pooler as missing; what is really missing raises below.
         with (
-            self.checked(source) as readable,
+            self.readable_folder(source) as readable,
             reading(f"--encoder_path {source}"),
             quiet_transformers(),
         ):
@@ -105,7 +108,7 @@ class EncoderBackbone:
                 str(readable), dtype=dtype, output_loading_info=True, trust_remote_code=False
             )
         model.name_or_path = model.config.name_or_path = str(source)
-        missing = sorted(filter(is_needed, info["missing_keys"]))
+        missing = sorted(filter(is_required_weight, info["missing_keys"]))
         if missing:
             raise ValueError(
                 f"--encoder_path {folder}: the weights lack {len(missing)} tensors, "
@@ -122,7 +125,7 @@ class EncoderBackbone:
 
     @staticmethod
     @contextmanager
-    def checked(folder: str) -> Iterator[str | Path]:
+    def readable_folder(folder: str) -> Iterator[str | Path]:
         """A local folder in a form that transformers reads, or a hub's name unchanged.
 
         Raises:
@@ -258,7 +261,7 @@ class ChatGLMBackbone:
         has_weights = self.has_weights(folder)
         base = None
         if not self.is_whole(folder):
-            base = checked_base(folder, base_model, base_fingerprint)
+            base = find_base_model(folder, base_model, base_fingerprint)
         options = {"base": base} if has_weights and base else {}
         model = self.load_model(dtype, options, str(folder if has_weights else base))
         return model, self.tokenizer_of(folder, base)
@@ -338,12 +341,12 @@ def config_of(model: "torch.nn.Module") -> Any:
     return model.config
 
 
-def is_needed(weight: str) -> bool:
+def is_required_weight(weight: str) -> bool:
     """Whether a weight must be in an encoder's folder: a pooler's need not."""
     return "pooler." not in weight
 
 
-def checked_base(folder: Path, base_model: str | None, base_fingerprint: str | None) -> str:
+def find_base_model(folder: Path, base_model: str | None, base_fingerprint: str | None) -> str:
     """The base model of a predictor's folder; arguments and errors as `load_served` has them."""
     from chatglm.hub import recover_folder
     from chatglm.loading import base_fingerprint as fingerprint_of
@@ -406,7 +409,7 @@ def check_hub_answers(endpoint: str, name: str, remedy: str) -> None:
         ) from None
 
 
-def cut_after(model: "PreTrainedModel", depth: int) -> "PreTrainedModel":
+def truncate_layers(model: "PreTrainedModel", depth: int) -> "PreTrainedModel":
     """Remove an encoder's layers above `depth`, in place; returns it.
 
     Raises:

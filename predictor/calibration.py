@@ -8,18 +8,18 @@ import numpy as np
 
 from predictor.prediction import bins_of_lengths
 
-KNOTS = 201  # most points of a conformal map
-POINTS = 1024  # most labels in a ScoreScale
-NEAR = 0.4  # standard deviations of the score: bandwidth of the kernel over scores
+MAX_KNOTS = 201  # most points of a conformal map
+MAX_POINTS = 1024  # most labels in a ScoreScale
+KERNEL_BANDWIDTH = 0.4  # standard deviations of the score: bandwidth of the kernel over scores
 GRID = 256  # points at which a residual's distribution is tabulated
-ALL = 0.003  # kernel weight of a label at any distance
-FURTHEST = 2.5  # standard deviations at which scores are clipped
-FLOOR = 1e-6  # mass spread over all bins
-MOST_CUT = 0.1  # share of the labels
+MIN_KERNEL_WEIGHT = 0.003  # kernel weight of a label at any distance
+MAX_DEVIATIONS = 2.5  # standard deviations at which scores are clipped
+MASS_FLOOR = 1e-6  # mass spread over all bins
+MAX_CENSORED_SHARE = 0.1  # share of the labels
 # Bounds of a tail's index: at 2 an answer beyond the tail's start is twice as long on average;
 # below 2, the limit decides the mean.
-LEAST_INDEX = 2.0
-MOST_INDEX = 20.0
+MIN_TAIL_INDEX = 2.0
+MAX_TAIL_INDEX = 20.0
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Conformal:
             finished: (n,); weights: (n,), summing to 1 over each prompt.
         """
         if not finished.any():
-            return cls()  # cut answers alone say nothing of lengths
+            return cls()  # lengths cannot be estimated from cut answers alone
         raw, share = kaplan_meier(np.clip(levels, 0, 1), finished, weights, never=1.0)
-        if len(raw) > KNOTS:
-            chosen = np.unique(np.round(np.linspace(0, len(raw) - 1, KNOTS)).astype(int))
+        if len(raw) > MAX_KNOTS:
+            chosen = np.unique(np.round(np.linspace(0, len(raw) - 1, MAX_KNOTS)).astype(int))
             raw, share = raw[chosen], share[chosen]
         inside = (raw > 0) & (raw < 1)
         raw, share = np.r_[0.0, raw[inside], 1.0], np.r_[0.0, share[inside], 1.0]
@@ -72,9 +72,9 @@ class Conformal:
 class Tail:
     """A bound on mass beyond the longest answer seen: P(L > x | L > start) <= (x / start)^-index.
 
-    How much mass lies beyond `start` is decided by the conformal map and stays. Where it lies no
-    data say, and a head without examples there may spread it up to the limit, so that the mean is
-    the limit's and not the answers'. The index is the maximum-likelihood estimate of a Pareto tail
+    The conformal map decides how much mass lies beyond `start`. The data do not say where it lies,
+    and a head without examples there may spread it up to the limit, so that the mean is the
+    limit's and not the answers'. The index is the maximum-likelihood estimate of a Pareto tail
     (Hill 1975, "A simple general approach to inference about the tail of a distribution") from the
     longest quarter of the answers; those that were cut are censored.
 
@@ -86,16 +86,16 @@ class Tail:
     index: float
 
     def __post_init__(self):
-        if not (1 <= self.start < np.inf and LEAST_INDEX <= self.index <= MOST_INDEX):
+        if not (1 <= self.start < np.inf and MIN_TAIL_INDEX <= self.index <= MAX_TAIL_INDEX):
             raise ValueError(f"no tail: {self}")
 
     @classmethod
     def fit(cls, tokens: np.ndarray, finished: np.ndarray, weights: np.ndarray) -> "Tail | None":
         """The tail of n labels: tokens, finished, weights (n,).
 
-        None where more than MOST_CUT were cut: quantiles then lie beyond what was seen.
+        None where more than MAX_CENSORED_SHARE were cut: quantiles then lie beyond what was seen.
         """
-        if weights[~finished].sum() > MOST_CUT * weights.sum():
+        if weights[~finished].sum() > MAX_CENSORED_SHARE * weights.sum():
             return None
         order = np.argsort(tokens, kind="stable")
         share = np.cumsum(weights[order]) / weights.sum()
@@ -103,8 +103,10 @@ class Tail:
         above = tokens > threshold
         excess = float(weights[above] @ np.log(tokens[above] / threshold))
         ended = float(weights[above & finished].sum())
-        index = ended / excess if excess > 0 else LEAST_INDEX
-        return cls(max(float(tokens.max()), 1.0), float(np.clip(index, LEAST_INDEX, MOST_INDEX)))
+        index = ended / excess if excess > 0 else MIN_TAIL_INDEX
+        return cls(
+            max(float(tokens.max()), 1.0), float(np.clip(index, MIN_TAIL_INDEX, MAX_TAIL_INDEX))
+        )
 
     def apply(self, probabilities: np.ndarray, edges: np.ndarray) -> np.ndarray:
         """(N, K) masses over `edges`, those of bins wholly beyond `start` held within the bound."""
@@ -121,13 +123,13 @@ class Tail:
 def cumulative(probabilities: np.ndarray) -> np.ndarray:
     """(N, K) bin masses -> (N, K + 1) cumulative probabilities at the edges, from 0 to 1.
 
-    FLOOR of the mass is spread over all bins: an overconfident model would otherwise give many
-    lengths the level 1, which no map of levels could tell apart.
+    MASS_FLOOR of the mass is spread over all bins: an overconfident model would otherwise give many
+    lengths the level 1, which no map of levels can distinguish.
     """
     total = np.zeros((len(probabilities), probabilities.shape[1] + 1))
     np.cumsum(probabilities, axis=1, out=total[:, 1:])
-    total *= (1 - FLOOR) / total[:, -1:]
-    total += np.linspace(0, FLOOR, total.shape[1])
+    total *= (1 - MASS_FLOOR) / total[:, -1:]
+    total += np.linspace(0, MASS_FLOOR, total.shape[1])
     total[:, -1] = 1
     return total
 
@@ -184,8 +186,8 @@ class ScoreScale:
             if not finished.all():
                 weights = redistribute(z, logs - intercept - slope * z, finished, given)
         chosen = np.flatnonzero(weights > 0)
-        if len(chosen) > POINTS:  # a systematic sample in the order of scores
-            places = np.linspace(0, len(chosen) - 1, POINTS).astype(int)
+        if len(chosen) > MAX_POINTS:  # a systematic sample in the order of scores
+            places = np.linspace(0, len(chosen) - 1, MAX_POINTS).astype(int)
             chosen = chosen[np.argsort(z[chosen], kind="stable")][places]
         residuals = logs - intercept - slope * z
         columns = []
@@ -204,19 +206,21 @@ class ScoreScale:
         weights = np.array(self.weights)
         mean = np.average(residuals, weights=weights)
         deviation = max(float(np.sqrt(np.average((residuals - mean) ** 2, weights=weights))), 0.02)
-        blur = 0.33 * deviation * len(residuals) ** -0.2
+        smoothing = 0.33 * deviation * len(residuals) ** -0.2
         # Each label's smoothed step, tabulated on a grid over the residuals: the distribution at a
         # score is a weighted mean of the steps of labels near it.
-        low = residuals.min() - 12 * blur
-        step = (np.ptp(residuals) + 24 * blur) / (GRID - 1)
+        low = residuals.min() - 12 * smoothing
+        step = (np.ptp(residuals) + 24 * smoothing) / (GRID - 1)
         grid = low + step * np.arange(GRID)[None]
-        steps = 1 / (1 + np.exp(-np.clip((grid - residuals[:, None]) / blur, -40, 40)))
+        steps = 1 / (1 + np.exp(-np.clip((grid - residuals[:, None]) / smoothing, -40, 40)))
         logs = np.log1p(edges[1:-1])
 
         def read(scores: np.ndarray) -> np.ndarray:
-            z = np.clip((scores - self.center) / self.spread, -FURTHEST, FURTHEST)
-            near = (np.exp(((z[:, None] - points) / NEAR) ** 2 / -2) + ALL) * weights
-            curve = (near @ steps) / near.sum(axis=1, keepdims=True)
+            z = np.clip((scores - self.center) / self.spread, -MAX_DEVIATIONS, MAX_DEVIATIONS)
+            kernel_weights = (
+                np.exp(((z[:, None] - points) / KERNEL_BANDWIDTH) ** 2 / -2) + MIN_KERNEL_WEIGHT
+            ) * weights
+            curve = (kernel_weights @ steps) / kernel_weights.sum(axis=1, keepdims=True)
             at = np.clip((logs - self.location(scores)[:, None] - low) / step, 0, GRID - 1.001)
             left = at.astype(int)
             share = at - left
@@ -232,7 +236,7 @@ class ScoreScale:
 def redistribute(
     scores: np.ndarray, residuals: np.ndarray, finished: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-    """(n,): weights after every cut answer has passed its weight to larger residuals of like score.
+    """(n,): weights after each cut answer's weight is moved to larger residuals of similar score.
 
     Redistribution to the right (Efron 1967); a cut answer with no larger residual counts as
     finished at its cut.
@@ -243,10 +247,10 @@ def redistribute(
     w = weights[order].astype(float)
     done = finished[order]
     for i in np.flatnonzero(~done):
-        near = w[i + 1 :] * np.exp(((s[i + 1 :] - s[i]) / NEAR) ** 2 / -2)
-        total = near.sum()
+        kernel_weights = w[i + 1 :] * np.exp(((s[i + 1 :] - s[i]) / KERNEL_BANDWIDTH) ** 2 / -2)
+        total = kernel_weights.sum()
         if done[i + 1 :].any() and total > 0:
-            w[i + 1 :] += w[i] * near / total
+            w[i + 1 :] += w[i] * kernel_weights / total
             w[i] = 0
     redistributed = np.empty(len(w))
     redistributed[order] = w

@@ -9,7 +9,7 @@ from finetune.flags import fixed_flag, flag
 from finetune.methods import METHODS
 from predictor.backbones import BACKBONES
 from predictor.heads import HEADS
-from predictor.labels import LONGEST
+from predictor.labels import MAX_TOKENS
 
 MOST_BINS = 10_000  # of a head, each an output
 TRAIN_TYPES = (*METHODS, "none")
@@ -171,7 +171,7 @@ class PredictorConfig(RunConfig):
     )
     calibration_share: float = fixed_flag(
         0.15,
-        "share of the prompts that is kept for calibration; a frozen backbone's head calibrates on "
+        "share of the prompts held out for calibration; a frozen backbone's head calibrates on "
         "all of them, each by a head that has not seen it",
     )
     hash_bits: int = fixed_flag(18, "lexical: n-grams are hashed to 2^N rows")
@@ -232,7 +232,7 @@ class PredictorConfig(RunConfig):
 
     def _check_numbers(self) -> None:
         """Raises ValueError naming the first flag that is out of its range."""
-        largest = {"length_limit": LONGEST, "num_bins": MOST_BINS, "num_buckets": MOST_BINS}
+        largest = {"length_limit": MAX_TOKENS, "num_bins": MOST_BINS, "num_buckets": MOST_BINS}
         for name, most in largest.items():
             value = getattr(self, name)
             if value is not None and not 2 <= value <= most:

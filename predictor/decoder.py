@@ -61,7 +61,7 @@ class Decoder:
         """
         edges = head_edges(head)
         fold = np.unique(prompts, return_inverse=True)[1] % FOLDS
-        raw = cross_fitted_masses(head, edges, outputs, tokens, finished, weights, fold)
+        raw = cross_fit_masses(head, edges, outputs, tokens, finished, weights, fold)
         conformal = Conformal.fit(levels_of(raw, edges, tokens), finished, weights)
         errors = residuals_of(conformal.apply(raw), edges, tokens, finished, weights)
         return cls(
@@ -136,7 +136,7 @@ class Decoder:
         )
 
 
-def cross_fitted_masses(
+def cross_fit_masses(
     head: Head,
     edges: np.ndarray,
     outputs: np.ndarray,

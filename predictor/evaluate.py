@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 DRAWS = 10  # random choices of the run that is predicted, for the noise ceiling
 TIMED_SECONDS = 2.0  # at most, for single prompts, and again for batches
-WARM_UP = 5  # calls that are not timed
+WARM_UP_CALLS = 5  # calls that are not timed
 NOMINAL = tuple(np.round(np.arange(0.05, 1, 0.05), 2).tolist()) + (0.975,)
 COLUMNS = {  # heading -> (metric, format)
     "answers": ("answers", "d"),
@@ -47,7 +47,7 @@ COLUMNS = {  # heading -> (metric, format)
 
 
 @dataclass(frozen=True)
-class Observed:
+class ObservedLengths:
     """The lengths of a served model's answers to prompts, in (M,) arrays.
 
     Attributes:
@@ -62,7 +62,7 @@ class Observed:
     others: int
 
     @classmethod
-    def of(cls, examples: list[LabelledPrompt], served_model: str) -> "Observed":
+    def of(cls, examples: list[LabelledPrompt], served_model: str) -> "ObservedLengths":
         """The labels of one served model; a prompt that comes in several examples is one prompt."""
         number: dict[str, int] = {}
         prompt, tokens, finished, others = [], [], [], 0
@@ -109,30 +109,36 @@ def evaluate_predictor(
     """
     card = predictor.card
     served_model = served_model or card["served_model"]["name"]
-    seen = Observed.of(examples, served_model)
-    check_observed(seen, examples, served_model)
-    probabilities, edges, scores = predicted or predict_arrays(predictor, seen.prompts)
-    arrays = probabilities[seen.prompt], edges, scores[seen.prompt], seen.tokens, seen.finished
-    constant, source = constant_of(card, seen, served_model)
-    groups = groups_of(seen.prompts, quantiles(probabilities, edges, 0.5))
-    everything = np.ones(len(seen), bool)
-    levels = levels_of(probabilities[seen.prompt], edges, seen.tokens)
+    observed = ObservedLengths.of(examples, served_model)
+    check_observed(observed, examples, served_model)
+    probabilities, edges, scores = predicted or predict_arrays(predictor, observed.prompts)
+    arrays = (
+        probabilities[observed.prompt],
+        edges,
+        scores[observed.prompt],
+        observed.tokens,
+        observed.finished,
+    )
+    constant, source = constant_estimate(card, observed, served_model)
+    groups = groups_of(observed.prompts, quantiles(probabilities, edges, 0.5))
+    everything = np.ones(len(observed), bool)
+    levels = levels_of(probabilities[observed.prompt], edges, observed.tokens)
     return {
         "predictor": card_names(card),
         "served_model": served_model,
-        "prompts": len(seen.prompts),
-        "other_models_answers": seen.others,
+        "prompts": len(observed.prompts),
+        "other_models_answers": observed.others,
         "training_rows": data_hash(examples) == card["training_data"]["sha256"],
         "constant": {"tokens": constant, "of": source},
-        "all": metrics_of(*arrays) | answer_counts(seen, constant, everything),
-        "groups": metrics_by_group(groups, seen, arrays, constant),
-        "product_limit": None if seen.finished.all() else product_limit(levels, seen),
+        "all": metrics_of(*arrays) | count_answers(observed, constant, everything),
+        "groups": metrics_by_group(groups, observed, arrays, constant),
+        "product_limit": None if observed.finished.all() else product_limit(levels, observed),
         "calibration": {
             "nominal": list(NOMINAL),
-            "observed": observed_levels(levels, seen.finished),
+            "observed": observed_levels(levels, observed.finished),
         },
-        "noise_ceiling": noise_ceiling(seen, scores),
-        "milliseconds": timings(predictor, seen.prompts, batch_size),
+        "noise_ceiling": noise_ceiling(observed, scores),
+        "milliseconds": measure_timings(predictor, observed.prompts, batch_size),
     }
 
 
@@ -143,7 +149,7 @@ def card_names(card: dict) -> dict[str, str]:
 
 def metrics_by_group(
     groups: dict[str, np.ndarray],
-    seen: Observed,
+    observed: ObservedLengths,
     arrays: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray],
     constant: float,
 ) -> dict[str, dict]:
@@ -151,23 +157,25 @@ def metrics_by_group(
 
     Args:
         groups: what `groups_of` returns; arrays: of all answers, as `metrics_of` takes them.
-        constant: tokens; see `answer_counts`.
+        constant: tokens; see `count_answers`.
     """
     columns_of_answers = {}
     for name, column in groups.items():
-        columns_of_answers[name] = column[seen.prompt]
+        columns_of_answers[name] = column[observed.prompt]
     by_group = {}
     for name, metrics in grouped(columns_of_answers, *arrays).items():
         key, value = name.split("=", 1)
         del metrics["prompts"]
-        counts = answer_counts(seen, constant, columns_of_answers[key] == value)
+        counts = count_answers(observed, constant, columns_of_answers[key] == value)
         by_group[name] = metrics | counts
     return by_group
 
 
-def check_observed(seen: Observed, examples: list[LabelledPrompt], served_model: str) -> None:
+def check_observed(
+    observed: ObservedLengths, examples: list[LabelledPrompt], served_model: str
+) -> None:
     """Raises ValueError where there is nothing to evaluate."""
-    if not len(seen):
+    if not len(observed):
         names: set[str] = set()
         for example in examples:
             names.update(label.served_model for label in example.labels)
@@ -175,24 +183,24 @@ def check_observed(seen: Observed, examples: list[LabelledPrompt], served_model:
             f"--served_model {served_model!r}: no row is of it; "
             f"the rows are of {', '.join(sorted(names)[:8])}"
         )
-    if not seen.finished.any():
+    if not observed.finished.any():
         raise ValueError(
-            f"none of the {len(seen)} answers of {served_model!r} finished: "
+            f"none of the {len(observed)} answers of {served_model!r} finished: "
             "their lengths are not known"
         )
 
 
-def answer_counts(seen: Observed, constant: float, chosen: np.ndarray) -> dict:
+def count_answers(observed: ObservedLengths, constant: float, chosen: np.ndarray) -> dict:
     """{mae_constant, answers, cut} of the chosen (M,) answers.
 
     mae_constant: the mean error of always estimating `constant` tokens, of finished answers.
     """
-    done = chosen & seen.finished
-    error = float(np.abs(seen.tokens[done] - constant).mean()) if done.any() else 0.0
+    done = chosen & observed.finished
+    error = float(np.abs(observed.tokens[done] - constant).mean()) if done.any() else 0.0
     return {
         "mae_constant": error,
         "answers": int(chosen.sum()),
-        "cut": int((chosen & ~seen.finished).sum()),
+        "cut": int((chosen & ~observed.finished).sum()),
     }
 
 
@@ -209,15 +217,17 @@ def predict_arrays(
     return probabilities, predictions[0].edges, scores
 
 
-def constant_of(card: dict, seen: Observed, served_model: str) -> tuple[float, str]:
+def constant_estimate(
+    card: dict, observed: ObservedLengths, served_model: str
+) -> tuple[float, str]:
     """(the best constant estimate, whose median it is).
 
-    The training data's median where the card has one of this served model; else that of `seen`.
+    The training data's median where the card has one of this served model; else that of `observed`.
     """
     known = card["training_data"].get("median_tokens")
     if known is not None and served_model == card["served_model"]["name"]:
         return float(known), "the training data"
-    return float(np.median(seen.tokens)), "these rows"
+    return float(np.median(observed.tokens)), "these rows"
 
 
 def groups_of(prompts: list[str], medians: np.ndarray) -> dict[str, np.ndarray]:
@@ -241,18 +251,18 @@ def observed_levels(levels: np.ndarray, finished: np.ndarray) -> list[float]:
     return (least[:, None] <= np.array(NOMINAL)).mean(axis=0).tolist()
 
 
-def product_limit(levels: np.ndarray, seen: Observed) -> dict[str, float]:
+def product_limit(levels: np.ndarray, observed: ObservedLengths) -> dict[str, float]:
     """{coverage_90, coverage_975} by the estimate of Kaplan and Meier.
 
     Cut answers are censored: longer ones are assumed to distribute as those that went on.
     """
-    values, share = kaplan_meier(levels, seen.finished, np.ones(len(levels)))
+    values, share = kaplan_meier(levels, observed.finished, np.ones(len(levels)))
     at = np.searchsorted(values, [0.9, 0.975], side="right")
     coverage = np.concatenate([[0.0], share])[at].tolist()
     return dict(zip(("coverage_90", "coverage_975"), coverage))
 
 
-def noise_ceiling(seen: Observed, scores: np.ndarray) -> dict | None:
+def noise_ceiling(observed: ObservedLengths, scores: np.ndarray) -> dict | None:
     """How well the finished answers of one prompt predict one another.
 
     No predictor that sees only the prompt can do much better. None where fewer than two prompts
@@ -263,16 +273,16 @@ def noise_ceiling(seen: Observed, scores: np.ndarray) -> dict | None:
     Returns:
         prompts, tau_of_one_run, tau_of_median_of_others, and tau_of_predictor on the same answers.
     """
-    order = np.flatnonzero(seen.finished)
-    order = order[np.argsort(seen.prompt[order], kind="stable")]
-    prompt, runs = np.unique(seen.prompt[order], return_counts=True)
+    order = np.flatnonzero(observed.finished)
+    order = order[np.argsort(observed.prompt[order], kind="stable")]
+    prompt, runs = np.unique(observed.prompt[order], return_counts=True)
     starts = np.cumsum(runs) - runs
     several = np.flatnonzero(runs >= 2)
     if len(several) < 2:
         return None
     generator = np.random.default_rng(0)
     taus = np.zeros((DRAWS, 3))
-    answers = np.split(seen.tokens[order], starts[1:])
+    answers = np.split(observed.tokens[order], starts[1:])
     for draw in range(DRAWS):
         truth, one, others = draw_runs([answers[k] for k in several], generator)
         taus[draw] = (
@@ -298,7 +308,7 @@ def draw_runs(
     return first, second, median
 
 
-def timings(predictor: "LengthPredictor", prompts: list[str], batch_size: int) -> dict:
+def measure_timings(predictor: "LengthPredictor", prompts: list[str], batch_size: int) -> dict:
     """Milliseconds a prompt, from text to prediction, one by one and in batches.
 
     Also prompts a second in batches.
@@ -308,17 +318,17 @@ def timings(predictor: "LengthPredictor", prompts: list[str], batch_size: int) -
         # Without a last, smaller batch, which would look slow.
         whole_batches = len(prompts) // size * size or len(prompts)
         batches = [prompts[i : i + size] for i in range(0, whole_batches, size)]
-        most_calls = WARM_UP + max(20, len(batches))
+        most_calls = WARM_UP_CALLS + max(20, len(batches))
         seconds: list[float] = []
         begun = time.perf_counter()
         while len(seconds) < most_calls:
-            if len(seconds) > WARM_UP and time.perf_counter() - begun >= TIMED_SECONDS:
+            if len(seconds) > WARM_UP_CALLS and time.perf_counter() - begun >= TIMED_SECONDS:
                 break
             batch = batches[len(seconds) % len(batches)]
             start = time.perf_counter()
             predictor.predict(batch)
             seconds.append((time.perf_counter() - start) / len(batch))
-        return 1000 * np.array(seconds[WARM_UP:])
+        return 1000 * np.array(seconds[WARM_UP_CALLS:])
 
     single, batched = measure(1), measure(min(batch_size, len(prompts)))
     return {
@@ -343,7 +353,7 @@ def evaluation_table(report: dict) -> str:
     lines = [head]
     if report["training_rows"]:
         lines.append("These are the rows it was trained on: figures on unseen rows are worse.")
-    lines += columns({"all": report["all"], **report["groups"]})
+    lines += table_lines({"all": report["all"], **report["groups"]})
     lines.append(
         f"MAE, pinball in tokens; constant: always {constant['tokens']:g} tokens, "
         f"the median of {constant['of']}"
@@ -371,7 +381,7 @@ def describe_noise_ceiling(ceiling: dict) -> str:
 
 
 def describe_timings(ms: dict) -> str:
-    """What `timings` returns, in one line."""
+    """What `measure_timings` returns, in one line."""
     return (
         f"ms a prompt: single p50 {ms['single_p50']:.2f}, p99 {ms['single_p99']:.2f}; "
         f"in batches of {ms['batch_size']} "
@@ -380,7 +390,7 @@ def describe_timings(ms: dict) -> str:
     )
 
 
-def columns(rows: dict[str, dict]) -> list[str]:
+def table_lines(rows: dict[str, dict]) -> list[str]:
     """Lines of a table: a heading, and one line for each {name: metrics}."""
     lines = [["", *COLUMNS]]
     for name, metrics in rows.items():
@@ -428,10 +438,10 @@ def run_evaluation(flags: EvaluationFlags) -> None:
     )
     served_model = flags.served_model or predictor.card["served_model"]["name"]
     examples, bad = read_evaluation_rows(flags, served_model)
-    seen = Observed.of(examples, served_model)
+    observed = ObservedLengths.of(examples, served_model)
     predicted = None
-    if flags.picture and seen.finished.any():
-        predicted = predict_arrays(predictor, seen.prompts)
+    if flags.picture and observed.finished.any():
+        predicted = predict_arrays(predictor, observed.prompts)
     report = evaluate_predictor(
         predictor,
         examples,
@@ -444,18 +454,21 @@ def run_evaluation(flags: EvaluationFlags) -> None:
     if flags.json:
         write_json(flags.json, report)
     if flags.picture and predicted:
-        draw_picture(Path(flags.picture), predicted, seen, report)
+        draw_picture(Path(flags.picture), predicted, observed, report)
 
 
 def draw_picture(
-    path: Path, predicted: tuple[np.ndarray, np.ndarray, np.ndarray], seen: Observed, report: dict
+    path: Path,
+    predicted: tuple[np.ndarray, np.ndarray, np.ndarray],
+    observed: ObservedLengths,
+    report: dict,
 ) -> None:
-    """Draw the report; `predicted`: what `predict_arrays` returns for the prompts of `seen`."""
+    """Draw the report; `predicted`: what `predict_arrays` returns for the prompts of `observed`."""
     from predictor.pictures import draw_evaluation
 
     probabilities, edges, _ = predicted
-    each = probabilities[seen.prompt]
-    draw_evaluation(path, each, edges, seen.tokens, seen.finished, report)
+    each = probabilities[observed.prompt]
+    draw_evaluation(path, each, edges, observed.tokens, observed.finished, report)
 
 
 def read_evaluation_rows(

@@ -22,7 +22,7 @@ import numpy as np
 from chatglm.checksums import check_folder_files, is_top
 from chatglm.commands import Parser, run_command
 from finetune.files import put_in_place, sha256, writing
-from predictor.backbones import BACKBONES, ChatGLMBackbone, EncoderBackbone, checked_base
+from predictor.backbones import BACKBONES, ChatGLMBackbone, EncoderBackbone, find_base_model
 from predictor.command_flags import add_yes_no
 from predictor.decoder import CARD, read_card, write_card
 from predictor.kernel import FILE as KERNEL_FILE
@@ -352,7 +352,7 @@ def merge_into(backbone: ChatGLMBackbone, checkpoint: Path, aside: Path, base: s
 
     from chatglm.loading import iterate_weights
 
-    base = checked_base(checkpoint, base, None)
+    base = find_base_model(checkpoint, base, None)
     model, tokenizer = backbone.load_served(checkpoint, torch.float32, base_model=base)
     rows = [backbone.encode(tokenizer, prompt) for prompt in PROBES]
     before = encode_all(backbone, model.eval(), tokenizer, rows)

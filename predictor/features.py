@@ -67,12 +67,12 @@ CUES = {
     "others": "he she they his her their it its 他 她",
     "yes_no": "is are was were do does did can will has have am 吗",
 }
-OPENING_WORDS = (
+OPENING_TEXT = (
     "what how why who when where which is are do does did can could give write explain list name "
     "describe create generate make tell find i you the a if provide suggest design rewrite come "
     "identify classify translate imagine please in for hi"
 )
-OPENERS = OPENING_WORDS.split()
+OPENING_WORDS = OPENING_TEXT.split()
 EARLY = 8  # words
 ONE_TO_TEN = "one two three four five six seven eight nine ten"
 ENGLISH = {word: n for n, word in enumerate(ONE_TO_TEN.split(), 1)} | {"twenty": 20}
@@ -121,15 +121,15 @@ COUNTS = (
     "digits",
     "capitals",
 )
-HAND_NAMES = (
+CUE_FEATURE_NAMES = (
     [f"cue {name}" for name in CUES]
     + [f"early {name}" for name in CUES]
-    + [f"opens {word}" for word in OPENERS]
+    + [f"opens {word}" for word in OPENING_WORDS]
     + list(COUNTS)
     + [f"asks {name}" for name in UNITS]
     + list(PHRASES)
 )
-HANDS = len(HAND_NAMES)
+NUM_CUE_FEATURES = len(CUE_FEATURE_NAMES)
 
 BASE = 0x9E3779B97F4A7C15
 LETTER, DIGIT, SINGLE = 1, 2, 3  # classes of characters; 0: between words
@@ -164,7 +164,7 @@ def character_tables() -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def cue_tables() -> tuple[tuple[np.ndarray, np.ndarray], dict[int, int]]:
-    """The hashes of CUES and OPENERS.
+    """The hashes of CUES and OPENING_WORDS.
 
     ((hashes of words and bigrams ascending, number of the cue), {hash of an opener: its number}).
     """
@@ -176,13 +176,13 @@ def cue_tables() -> tuple[tuple[np.ndarray, np.ndarray], dict[int, int]]:
     hashes, texts = cue_hashes(cues)
     numbers = np.array(owners)[texts]
     order = np.lexsort((numbers, hashes))
-    openers = {int(h): i for i, h in enumerate(cue_hashes(OPENERS)[0])}
+    openers = {int(h): i for i, h in enumerate(cue_hashes(OPENING_WORDS)[0])}
     return (hashes[order], numbers[order]), openers
 
 
 def cue_hashes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """(hashes, numbers of texts): of a text of one word its hash, of a longer one its pairs'."""
-    grams = Grams(texts)
+    grams = TextGrams(texts)
     single = grams.word_counts[grams.text_of] == 1
     pairs, first = grams.pairs
     hashes = np.concatenate([grams.words[single], pairs])
@@ -203,7 +203,7 @@ def clip(text: str) -> str:
     return text if len(text) <= HEAD + TAIL else f"{text[:HEAD]}\n{text[-TAIL:]}"
 
 
-class Grams:
+class TextGrams:
     """The words of a batch of texts and their hashes; n-grams and features derive from them.
 
     Attributes:
@@ -312,10 +312,10 @@ class Grams:
             owners = self.text_starts.searchsorted(at, side="right") - 1
         return windows @ character_tables()[1][1 : INSIDE + 1], owners
 
-    def hand(self) -> np.ndarray:
-        """(N, HANDS): counts and cues in the order of HAND_NAMES."""
+    def cue_features(self) -> np.ndarray:
+        """(N, NUM_CUE_FEATURES): counts and cues in the order of CUE_FEATURE_NAMES."""
         count = len(self.texts)
-        features = np.zeros((count, HANDS), np.float32)
+        features = np.zeros((count, NUM_CUE_FEATURES), np.float32)
         cues, (table, openers) = len(CUES), cue_tables()
         pairs, first = self.pairs
         found, column = look_up(table, np.concatenate([self.words, pairs]))
@@ -333,7 +333,7 @@ class Grams:
         lengths = map(len, self.texts)
         rows = zip(self.raw, self.lower, lengths, self.word_counts.tolist(), single, letters)
         for i, text in enumerate(rows):
-            features[i, 2 * cues + len(OPENERS) :] = counts_of(*text)
+            features[i, 2 * cues + len(OPENING_WORDS) :] = counts_of(*text)
         return features
 
 
@@ -354,7 +354,7 @@ def look_up(
 def counts_of(
     text: str, low: str, whole: int, words: int, single: float, letters: float
 ) -> list[float]:
-    """COUNTS, UNITS and PHRASES of one text; see HAND_NAMES."""
+    """COUNTS, UNITS and PHRASES of one text; see CUE_FEATURE_NAMES."""
     word_count = words - 0.4 * single  # Chinese words have nearly two characters
     _, _, rest = low.partition("\n")
     values = [

@@ -28,8 +28,8 @@ from predictor.decoder import CARD, FOLDS, Decoder, fold_of, read_card, write_ca
 from predictor.heads import Head, make_head
 from predictor.kernel import Kernel, KernelHead
 from predictor.labels import language
-from predictor.lengths import Labels, LengthRows, load_lengths, served_card
-from predictor.lexical import Bag, Lexical, cross_fitted, cues_alone
+from predictor.lengths import LabelArrays, LengthRows, load_lengths, served_card
+from predictor.lexical import Lexical, NgramMatrix, cross_fit, lexical_without_student
 from predictor.scorers import (
     HEAD_FILE,
     FrozenScorer,
@@ -52,13 +52,13 @@ class Features:
 
     Attributes:
         weights: of the blocks, for Kernel.fit.
-        lexical, earlier: they compute their blocks for new prompts; see FrozenScorer.
+        lexical, encoder_head: they compute their blocks for new prompts; see FrozenScorer.
     """
 
     blocks: list[np.ndarray]
     weights: tuple[float, ...]
     lexical: Lexical | None
-    earlier: LinearScorer | None
+    encoder_head: LinearScorer | None
 
     @property
     def matrix(self) -> np.ndarray:
@@ -154,25 +154,29 @@ def fit_predictor(
     The decoder is fitted to outputs for prompts unseen by the head: FOLDS heads, each fitted to all
     folds but one.
     """
-    lengths, own = rows.train, own_prompts(rows)
+    lengths, numbers = rows.train, target_prompts(rows)
     head = make_head(config)
-    learnt = lengths.condensed(rows.own, config.other_models_weight)
-    matrix, fold = features.matrix, fold_of(rows.groups)[own]
+    labels = lengths.condense(rows.target_model, config.other_models_weight)
+    matrix, fold = features.matrix, fold_of(rows.groups)[numbers]
 
-    def fit_on(chosen: np.ndarray) -> KernelHead:
-        return fit_kernel_head(config, head, features, matrix, learnt, own, chosen)
+    def fit_on_rows(chosen: np.ndarray) -> KernelHead:
+        return fit_kernel_head(config, head, features, matrix, labels, numbers, chosen)
 
-    outputs = np.zeros((len(own), head.width))
+    outputs = np.zeros((len(numbers), head.width))
     for k in np.unique(fold):
-        held = fold == k
-        outputs[held] = fit_on(np.flatnonzero(~held))(matrix[held])
-    prompt, tokens, finished, weights = lengths.of_model(rows.own)
-    place = np.searchsorted(own, prompt)
+        held_out = fold == k
+        outputs[held_out] = fit_on_rows(np.flatnonzero(~held_out))(matrix[held_out])
+    prompt, tokens, finished, weights = lengths.of_model(rows.target_model)
+    place = np.searchsorted(numbers, prompt)
     decoder = Decoder.fit(head, outputs[place], tokens, finished, weights, prompt)
     probabilities, ranks = decoder.decode(outputs[place])
     metrics = metrics_of(probabilities, decoder.edges, ranks, tokens, finished)
-    top = fit_on(np.arange(len(own)))
-    return FrozenScorer(None, features.earlier, features.lexical, top), decoder, metrics
+    kernel_head = fit_on_rows(np.arange(len(numbers)))
+    return (
+        FrozenScorer(None, features.encoder_head, features.lexical, kernel_head),
+        decoder,
+        metrics,
+    )
 
 
 def fit_kernel_head(
@@ -180,14 +184,14 @@ def fit_kernel_head(
     head: Head,
     features: Features,
     matrix: np.ndarray,
-    labels: Labels,
-    own: np.ndarray,
+    labels: LabelArrays,
+    numbers: np.ndarray,
     chosen: np.ndarray,
 ) -> KernelHead:
     """The kernel head of some of the prompts.
 
     Args:
-        matrix: (len(own), D) features of the prompts whose numbers are `own`, ascending.
+        matrix: (len(numbers), D) features of the prompts with these numbers, ascending.
         labels: of prompts by these numbers.
         chosen: rows of `matrix` to fit to.
     """
@@ -198,7 +202,7 @@ def fit_kernel_head(
         landmarks=config.landmarks,
         seed=config.seed,
     )
-    inside = np.isin(labels.prompt, own[chosen])
+    inside = np.isin(labels.prompt, numbers[chosen])
     return KernelHead.fit(
         kernel,
         head,
@@ -206,12 +210,12 @@ def fit_kernel_head(
         labels.tokens[inside],
         labels.finished[inside],
         labels.weights[inside],
-        np.searchsorted(own[chosen], labels.prompt[inside]),
+        np.searchsorted(numbers[chosen], labels.prompt[inside]),
         ridge=config.head_ridge,
     )
 
 
-def own_prompts(rows: LengthRows) -> np.ndarray:
+def target_prompts(rows: LengthRows) -> np.ndarray:
     """Numbers of the prompts with a length of the predicted model, which the head learns from.
 
     The other prompts serve to fit students only.
@@ -219,21 +223,21 @@ def own_prompts(rows: LengthRows) -> np.ndarray:
     Raises:
         ValueError: there are too few.
     """
-    own = np.unique(rows.train.of_model(rows.own)[0])
-    if len(own) < 2 * FOLDS:
+    numbers = np.unique(rows.train.of_model(rows.target_model)[0])
+    if len(numbers) < 2 * FOLDS:
         raise ValueError(
-            f"only {len(own)} prompts have a length of {rows.config.served_model!r}; "
+            f"only {len(numbers)} prompts have a length of {rows.config.served_model!r}; "
             f"at least {2 * FOLDS} are needed"
         )
-    return own
+    return numbers
 
 
 def make_features(config: PredictorConfig, rows: LengthRows, backbone: Backbone) -> Features:
-    """Features of the prompts of `own_prompts`, none of which uses the prompt's own lengths."""
-    own = own_prompts(rows)
+    """Features of the prompts of `target_prompts`, none of which uses the prompt's own lengths."""
+    numbers = target_prompts(rows)
     if isinstance(backbone, NoBackbone):
-        return lexical_features(config, rows, own)
-    prompts = [rows.train.prompts[i] for i in own]
+        return lexical_features(config, rows, numbers)
+    prompts = [rows.train.prompts[i] for i in numbers]
     if isinstance(backbone, EncoderBackbone):
         return encoder_features(config, backbone, prompts)
     vectors = vectors_of(
@@ -246,35 +250,37 @@ def encoder_features(
     config: PredictorConfig, backbone: EncoderBackbone, prompts: list[str]
 ) -> Features:
     """A block for each layer, for the encoder's own head where it has one, and for the cues."""
-    vectors, earlier = teacher_of(config, backbone, prompts)
-    lexical = cues_alone(prompts)
+    vectors, encoder_head = teacher_vectors(config, backbone, prompts)
+    lexical = lexical_without_student(prompts)
     width = vectors.shape[1] // max(1, len(backbone.layers))
     blocks = [vectors[:, i : i + width] for i in range(0, vectors.shape[1], width)]
-    if earlier:
-        blocks.append(earlier.head_of_vectors(vectors[:, -width:]))
+    if encoder_head:
+        blocks.append(encoder_head.head_of_vectors(vectors[:, -width:]))
     blocks.append(lexical(prompts))
-    return Features(blocks, (1.0,) * len(blocks), lexical, earlier)
+    return Features(blocks, (1.0,) * len(blocks), lexical, encoder_head)
 
 
-def lexical_features(config: PredictorConfig, rows: LengthRows, own: np.ndarray) -> Features:
+def lexical_features(config: PredictorConfig, rows: LengthRows, numbers: np.ndarray) -> Features:
     """A block of the outputs of n-gram students, and one of counts and cues."""
     prompts, folds = rows.train.prompts, fold_of(rows.groups)
-    bag = Bag.of(prompts, bits=config.hash_bits)
+    ngrams = NgramMatrix.of(prompts, bits=config.hash_bits)
     if config.encoder_path:
-        read = np.arange(len(prompts))
+        teacher_rows = np.arange(len(prompts))
         if config.encoder_language != "all":
             languages = np.array(list(map(language, prompts)))
-            read = np.flatnonzero(languages == config.encoder_language)
-        targets = teacher_targets(config, [prompts[i] for i in read])
+            teacher_rows = np.flatnonzero(languages == config.encoder_language)
+        targets = teacher_targets(config, [prompts[i] for i in teacher_rows])
         weights = (1.0, 0.5)
     else:
-        read = np.arange(len(prompts))
+        teacher_rows = np.arange(len(prompts))
         targets = rows.train.mean_scores()[:, None]
         weights = (1.0, 1.0)
     # Cross-fitted even where targets are no lengths: a student that has seen a prompt's rare words
     # is more accurate on it than on a new prompt.
-    student, outputs = cross_fitted(bag, targets, read, own, folds, ridge=config.student_ridge)
-    return Features([outputs, bag.hand[own]], weights, student, None)
+    student, outputs = cross_fit(
+        ngrams, targets, teacher_rows, numbers, folds, ridge=config.student_ridge
+    )
+    return Features([outputs, ngrams.cue_features[numbers]], weights, student, None)
 
 
 def vectors_of(
@@ -348,7 +354,7 @@ def write_vectors(file: Path, vectors: dict[str, np.ndarray], limit_gb: float = 
     cache_arrays(file, {"keys": keys, "vectors": np.stack(list(vectors.values()))}, limit_gb)
 
 
-def teacher_of(
+def teacher_vectors(
     config: PredictorConfig, backbone: EncoderBackbone, prompts: list[str]
 ) -> tuple[np.ndarray, LinearScorer | None]:
     """(vectors of the encoder, its linear layers).
@@ -356,13 +362,13 @@ def teacher_of(
     The layers are those it was trained with where --encoder_path is a predictor; else None.
     """
     folder = Path(config.encoder_path)
-    earlier = None
+    encoder_head = None
     if (folder / CARD).is_file() and (folder / HEAD_FILE).is_file():
-        earlier = load_head(folder, None, every=True)
+        encoder_head = load_head(folder, None, every=True)
     vectors = vectors_of(
         backbone, config.encoder_path, prompts, config.data_cache, config.data_cache_gb
     )
-    return vectors, earlier
+    return vectors, encoder_head
 
 
 def teacher_targets(config: PredictorConfig, prompts: list[str]) -> np.ndarray:
@@ -376,10 +382,10 @@ def teacher_targets(config: PredictorConfig, prompts: list[str]) -> np.ndarray:
     if not layers and (folder / CARD).is_file():
         layers = tuple(read_card(folder)["backbone"].get("layers", ()))
     backbone = EncoderBackbone(config.encoder_path, longest_prompt(config), layers)
-    vectors, earlier = teacher_of(config, backbone, prompts)
+    vectors, encoder_head = teacher_vectors(config, backbone, prompts)
     parts = []
-    if earlier:
-        guess = earlier.head_of_vectors(vectors[:, -earlier.weight.shape[1] :])
+    if encoder_head:
+        guess = encoder_head.head_of_vectors(vectors[:, -encoder_head.weight.shape[1] :])
         parts.append((guess - guess.mean(axis=0)) / (guess.std(axis=0) + 1e-6))
     standard = (vectors - vectors.mean(axis=0)) / (vectors.std(axis=0) + 1e-6)
     sample = standard[np.random.default_rng(0).permutation(len(standard))[:6000]]
@@ -403,17 +409,17 @@ def write_predictor(
         shutil.rmtree(aside, ignore_errors=True)
         try:
             aside.mkdir()
-            fill_folder(aside, config, backbone, scorer, card)
+            write_folder_files(aside, config, backbone, scorer, card)
             put_in_place(aside, output)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def fill_folder(
+def write_folder_files(
     aside: Path, config: PredictorConfig, backbone: Backbone, scorer: FrozenScorer, card: dict
 ) -> None:
     """Write head, backbone, flags and card."""
-    scorer.top.save(aside)
+    scorer.kernel_head.save(aside)
     if scorer.lexical:
         scorer.lexical.save(aside)
     if isinstance(backbone, EncoderBackbone):
@@ -421,12 +427,12 @@ def fill_folder(
 
         backbone.load_model(torch.float32, {}).save_pretrained(str(aside))
         backbone.load_tokenizer().save_pretrained(str(aside))
-        if scorer.earlier:
+        if scorer.encoder_head:
             from safetensors.numpy import save_file
 
             tensors = {
-                "weight": scorer.earlier.weight.astype(np.float32),
-                "bias": scorer.earlier.bias.astype(np.float32),
+                "weight": scorer.encoder_head.weight.astype(np.float32),
+                "bias": scorer.encoder_head.bias.astype(np.float32),
             }
             save_file(tensors, aside / HEAD_FILE)
     if config.backbone == "chatglm":

@@ -118,8 +118,8 @@ class ClassHead:
         """(N, width) outputs -> (probabilities over `edges` (N, K), rank scores (N,))."""
 
         def read(outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            own = softmax(outputs / settings["temperature"])
-            return rebin(own, self.edges, edges), own @ log_middles(self.edges)
+            classes = softmax(outputs / settings["temperature"])
+            return rebin(classes, self.edges, edges), classes @ log_middles(self.edges)
 
         return read
 
@@ -307,14 +307,14 @@ class Ranking(ScoreHead):
         return np.zeros(1)
 
 
-def rebin(probabilities: np.ndarray, own: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """(N, k) masses over `own` edges -> (N, K) over `edges`; mass is even inside a class."""
-    if len(own) == len(edges) and np.array_equal(own, edges):
+def rebin(probabilities: np.ndarray, source_edges: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """(N, k) masses over `source_edges` -> (N, K) over `edges`; mass is even inside a class."""
+    if len(source_edges) == len(edges) and np.array_equal(source_edges, edges):
         return probabilities
-    nothing = np.zeros((len(probabilities), 1))
-    total = np.concatenate([nothing, np.cumsum(probabilities, axis=1)], axis=1)
-    k = bins_of_lengths(own, edges)
-    share = np.clip((edges - own[k]) / (own[k + 1] - own[k]), 0, 1)
+    zeros = np.zeros((len(probabilities), 1))
+    total = np.concatenate([zeros, np.cumsum(probabilities, axis=1)], axis=1)
+    k = bins_of_lengths(source_edges, edges)
+    share = np.clip((edges - source_edges[k]) / (source_edges[k + 1] - source_edges[k]), 0, 1)
     return np.diff(total[:, k] + share * (total[:, k + 1] - total[:, k]), axis=1)
 
 

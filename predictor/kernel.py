@@ -198,14 +198,20 @@ class KernelHead:
                 change it little.
         """
         at = kernel(vectors).astype(np.float64)
-        earlier = None
+        earlier_outputs = None
         if start is None:
             bias = head.starting_bias(np.asarray(tokens))
         else:
             bias = start.bias.astype(np.float64)
-            earlier = at @ start.weight
+            earlier_outputs = at @ start.weight
         inner, bias = fit_in_basis(
-            head, at @ kernel.basis, (tokens, finished, weights), prompt, ridge, bias, earlier
+            head,
+            at @ kernel.basis,
+            (tokens, finished, weights),
+            prompt,
+            ridge,
+            bias,
+            earlier_outputs,
         )
         weight = kernel.basis @ inner
         if start is not None:
@@ -220,7 +226,7 @@ def fit_in_basis(
     prompt: np.ndarray,
     ridge: float,
     first_bias: np.ndarray,
-    earlier: np.ndarray | None,
+    earlier_outputs: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(weight (r, width), bias (width,)) that minimise the head's loss + ridge * |weight|^2.
 
@@ -228,8 +234,8 @@ def fit_in_basis(
         inputs: (n, r) of n prompts.
         labels: tokens, finished, weights (M,); prompt: (M,) the prompt of each.
         first_bias: (width,) to start from.
-        earlier: (n, width) outputs that are added; with them the ridge also holds the bias near
-            `first_bias`.
+        earlier_outputs: (n, width), which are added; with them the ridge also holds the bias
+            near `first_bias`.
     """
     import torch
 
@@ -247,13 +253,13 @@ def fit_in_basis(
         line_search_fn="strong_wolfe",
         tolerance_grad=1e-6,
     )
-    added = torch.from_numpy(earlier) if earlier is not None else torch.zeros(())
+    added = torch.from_numpy(earlier_outputs) if earlier_outputs is not None else torch.zeros(())
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
         outputs = (added + flat @ inner + bias)[chosen]
         loss = head.loss(outputs, tokens, finished, weights, owners) + ridge * (inner**2).sum()
-        if earlier is not None:
+        if earlier_outputs is not None:
             loss = loss + ridge * ((bias - start_bias) ** 2).sum()
         loss.backward()
         return loss

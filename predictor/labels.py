@@ -31,14 +31,16 @@ log = logging.getLogger(__name__)
 # Key of the prompt -> key of its answer, the first that a row has.
 PROMPT_KEYS = {"prompt": "response", "instruction": "output", "text": "answer"}
 OPTIONAL = ("finished", "served_model", "source")  # null in them counts as absent
-LONGEST = 10_000_000  # tokens; a longer answer is a mistake in the data
-WANTED = "wanted prompt (or instruction, input) and output_tokens, or a prompt and its answer"
+MAX_TOKENS = 10_000_000  # tokens; a longer answer is a mistake in the data
+EXPECTED_KEYS = (
+    "wanted prompt (or instruction, input) and output_tokens, or a prompt and its answer"
+)
 SHINGLE = 5  # characters
 HASHES = 64  # MinHash values of a text
 CHINESE = re.compile("[\u3400-\u9fff]")
 CHECKPOINT = re.compile(r"epoch-\d+-step-\d+")  # name of a run's checkpoint
-BUCKET = 256  # leaders in one bucket
-VERIFIED = 8  # candidates of a text whose shingles are compared
+MAX_BUCKET = 256  # leaders in one bucket
+MAX_VERIFIED = 8  # candidates of a text whose shingles are compared
 
 
 @dataclass(frozen=True)
@@ -139,12 +141,12 @@ def parse_prompt(item: Any, place: str) -> str:
         raise BadRow(f"{place}: wanted an object, got {type(item).__name__}")
     key = first_key(item, PROMPT_KEYS)
     if key is None:
-        raise BadRow(f'{place}: no key "prompt"; {WANTED}')
+        raise BadRow(f'{place}: no key "prompt"; {EXPECTED_KEYS}')
     parts = {key: item[key]}
     if key == "instruction" and not is_missing(item.get("input")):
         parts["input"] = item["input"]
     for name, value in parts.items():
-        checked(value, str, name, "text", place)
+        check_type(value, str, name, "text", place)
     prompt = parse_row({"text": "".join(parts.values()), "answer": ""}, place).prompt
     if not prompt.strip():
         raise BadRow(f"{place}: the prompt is empty")
@@ -168,20 +170,20 @@ def parse_example(
     for key in OPTIONAL:
         if key in item and is_missing(item[key]):
             del item[key]
-    served_model = checked(
+    served_model = check_type(
         item.get("served_model", served_model), str, "served_model", "text", place
     )
-    finished = checked(item.get("finished", True), bool, "finished", "true or false", place)
-    source = checked(item.get("source", source), str, "source", "text", place)
-    wanted = f"a whole number from 0 to {LONGEST:,}"
+    finished = check_type(item.get("finished", True), bool, "finished", "true or false", place)
+    source = check_type(item.get("source", source), str, "source", "text", place)
+    expected = f"a whole number from 0 to {MAX_TOKENS:,}"
     if "output_tokens" in item:
-        tokens = [checked(item["output_tokens"], int, "output_tokens", wanted, place)]
+        tokens = [check_type(item["output_tokens"], int, "output_tokens", expected, place)]
     else:
         tokens = count_answer_tokens(item, prompt, place, count)
     labels = []
     for n in tokens:
-        if not 0 <= n <= LONGEST:
-            raise BadRow(f'{place}: "output_tokens" must be {wanted}, got {n}')
+        if not 0 <= n <= MAX_TOKENS:
+            raise BadRow(f'{place}: "output_tokens" must be {expected}, got {n}')
         labels.append(Label(n, served_model, finished))
     return LabelledPrompt(prompt, tuple(labels), source, place)
 
@@ -192,7 +194,7 @@ def count_answer_tokens(
     """Tokens of each answer in a row without output_tokens. Raises BadRow where it has none."""
     key = PROMPT_KEYS[first_key(item, PROMPT_KEYS) or "prompt"]
     if key not in item:
-        raise BadRow(f'{place}: no "output_tokens" and no "{key}"; {WANTED}')
+        raise BadRow(f'{place}: no "output_tokens" and no "{key}"; {EXPECTED_KEYS}')
     if count is None:
         raise BadRow(
             f'{place}: no "output_tokens"; counting the answer wants the served model\'s tokenizer'
@@ -201,11 +203,11 @@ def count_answer_tokens(
     return list(map(count, answers))
 
 
-def checked(value: Any, kind: type, key: str, wanted: str, place: str) -> Any:
+def check_type(value: Any, kind: type, key: str, expected: str, place: str) -> Any:
     """The value, if its type is exactly `kind` (a bool is no int); raises BadRow otherwise."""
     if type(value) is not kind:
         raise BadRow(
-            f'{place}: "{key}" must be {wanted}, got {json.dumps(value, ensure_ascii=True)[:60]}'
+            f'{place}: "{key}" must be {expected}, got {json.dumps(value, ensure_ascii=True)[:60]}'
         )
     return value
 
@@ -320,7 +322,7 @@ def group_leaders(texts: list[str], threshold: float) -> np.ndarray:
                 break
         else:
             for key in text_keys:
-                if len(buckets[key]) < BUCKET:
+                if len(buckets[key]) < MAX_BUCKET:
                     buckets[key].append(i)
     return leaders
 
@@ -330,7 +332,7 @@ def min_hashes(shingles: np.ndarray, starts: np.ndarray) -> np.ndarray:
     signatures = np.empty((len(starts), HASHES), np.uint32)
     for k in range(HASHES):
         # Multiply-shift: the upper half of a product with an odd number is a sufficient hash.
-        factor, shift = mix(np.array([2 * k, 2 * k + 1], np.uint64))
+        factor, shift = splitmix64(np.array([2 * k, 2 * k + 1], np.uint64))
         hashed = (shingles * (factor | np.uint64(1)) + shift) >> np.uint64(32)
         signatures[:, k] = np.minimum.reduceat(hashed.astype(np.uint32), starts)
     return signatures
@@ -346,9 +348,9 @@ def band_keys(signatures: np.ndarray, threshold: float) -> list[list[int]]:
     bands = HASHES // rows
     keys = np.zeros((len(signatures), bands), np.uint64)
     for column in range(rows):
-        keys = mix(keys + signatures[:, column::rows])
+        keys = splitmix64(keys + signatures[:, column::rows])
     # The band's number is hashed too: bands share no buckets.
-    return mix(keys + np.arange(bands, dtype=np.uint64)).tolist()
+    return splitmix64(keys + np.arange(bands, dtype=np.uint64)).tolist()
 
 
 def most_similar(
@@ -358,7 +360,7 @@ def most_similar(
     if not candidates:
         return []
     equal = (signatures[candidates] == signatures[i]).sum(1)
-    order = np.argsort(-equal, kind="stable")[:VERIFIED]
+    order = np.argsort(-equal, kind="stable")[:MAX_VERIFIED]
     # 0.2 below the threshold is about four standard errors of the estimated similarity.
     least = (threshold - 0.2) * HASHES
     return np.asarray(candidates)[order[equal[order] >= least]].tolist()
@@ -375,19 +377,19 @@ def shingle_hashes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     windows = len(codes) - SHINGLE + 1
     hashes = np.zeros(windows, np.uint64)
     for k in range(SHINGLE):
-        hashes = mix(hashes + codes[k : windows + k])
+        hashes = splitmix64(hashes + codes[k : windows + k])
     counts = np.array(list(map(len, padded)), int) - SHINGLE + 1
     # Windows that reach into the next text are left out.
     inside = np.arange(counts.sum()) + np.repeat((SHINGLE - 1) * np.arange(len(texts)), counts)
     return hashes[inside], np.cumsum(counts) - counts
 
 
-def mix(values: np.ndarray) -> np.ndarray:
+def splitmix64(values: np.ndarray) -> np.ndarray:
     """One step of splitmix64 (Steele et al. 2014), which also maps 0 to a hash."""
     return finalise(values + np.uint64(BASE))
 
 
-def split(
+def split_groups(
     groups: np.ndarray, prompts: list[str], shares: dict[str, float], *, salt: str = ""
 ) -> dict[str, np.ndarray]:
     """{side: indices (n,) of its prompts, ascending}.
@@ -405,8 +407,8 @@ def split(
     # The first name gets the hashes above all others' bounds, so that the others' prompts do not
     # depend on its share.
     bounds = np.cumsum([*list(shares.values())[1:], np.inf])
-    drawn = np.array(list(map(draws.__getitem__, groups.tolist())), float)
-    chosen = (np.searchsorted(bounds, drawn, side="right") + 1) % len(shares)
+    group_hashes = np.array(list(map(draws.__getitem__, groups.tolist())), float)
+    chosen = (np.searchsorted(bounds, group_hashes, side="right") + 1) % len(shares)
     parts = {name: np.flatnonzero(chosen == n) for n, name in enumerate(shares)}
     empty = [name for name, part in parts.items() if not len(part)]
     if empty:

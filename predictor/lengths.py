@@ -13,14 +13,14 @@ from finetune.rows.formats import BadRow
 from predictor.config import PredictorConfig
 from predictor.decoder import tokenizer_hash
 from predictor.labels import (
-    LONGEST,
+    MAX_TOKENS,
     LabelledPrompt,
     data_hash,
     group_prompts,
     make_counter,
     read_examples,
     served_name,
-    split,
+    split_groups,
 )
 
 if TYPE_CHECKING:
@@ -31,11 +31,11 @@ SIDES = {"train": "train", "calibration": "calibrate"}  # what their rows are fo
 
 
 @dataclass(frozen=True)
-class Lengths:
+class LengthArrays:
     """Prompts and their labels: those of prompt i are starts[i] to starts[i + 1] of (M,) arrays.
 
     Lengths of other served models are mapped to the predicted model's: log(1 + L) shifted and
-    scaled to that model's mean and deviation (`Scale`), so that any head can learn from them.
+    scaled to that model's mean and deviation (`LengthScale`), so that any head can learn from them.
 
     Attributes:
         tokens: float64; finished: bool.
@@ -60,14 +60,14 @@ class Lengths:
         cls,
         examples: list[LabelledPrompt],
         served_models: list[str],
-        own: int,
+        target_model: int,
         other_weight: float,
-        scale: "Scale",
-    ) -> "Lengths":
+        scale: "LengthScale",
+    ) -> "LengthArrays":
         """The labels of examples.
 
         Args:
-            own: number in `served_models` of the predicted model.
+            target_model: number in `served_models` of the predicted model.
             other_weight: share of a prompt's weight that lengths of other models have, where it has
                 lengths of both.
         """
@@ -86,7 +86,7 @@ class Lengths:
             scale.apply(np.array(tokens, float), served),
             np.array(finished, bool),
             served,
-            label_weights(np.diff(starts), served == own, other_weight),
+            label_weights(np.diff(starts), served == target_model, other_weight),
             scale.limit,
         )
 
@@ -112,56 +112,58 @@ class Lengths:
         mean = total / np.bincount(prompt, self.weights, minlength=len(self))
         return (mean - mean.mean()) / max(mean.std(), 1e-6)
 
-    def condensed(self, own: int, other_weight: float) -> "Labels":
-        """The labels a small head learns from: those of `own`, and one a prompt for all others.
+    def condense(self, target_model: int, other_weight: float) -> "LabelArrays":
+        """The labels a small head learns from: the target model's, and one a prompt for all others.
 
-        That one is the mean log length of other models' answers, shifted and scaled to the mean and
-        deviation of the own ones: a mean of many has less noise than one answer. Other models' cut
-        answers count at their cut.
+        That one is the mean log length of other models' answers, shifted and scaled to the mean
+        and deviation of the target model's: a mean of many has less noise than one answer. Other
+        models' cut answers count at their cut.
         """
-        prompt, tokens, finished, weights = self.of_model(own)
-        others = self.served != own
+        prompt, tokens, finished, weights = self.of_model(target_model)
+        others = self.served != target_model
         others &= np.isin(self.prompt_of, prompt)
         if not others.any() or not other_weight:
-            return Labels(prompt, tokens, finished, weights)
+            return LabelArrays(prompt, tokens, finished, weights)
         owner, logs = self.prompt_of[others], np.log1p(self.tokens[others])
         counts = np.bincount(owner, minlength=len(self))
-        those = np.flatnonzero(counts)
-        mean = (np.bincount(owner, logs, minlength=len(self))[those]) / counts[those]
-        mine = np.log1p(tokens)
-        scale = mine.std() / max(mean.std(), 1e-6)
-        scaled = np.average(mine, weights=weights) + (mean - mean.mean()) * scale
-        has_both = np.isin(prompt, those)
-        own_weights = weights * np.where(has_both, 1 - other_weight, 1.0)
-        return Labels(
-            np.concatenate([prompt, those]),
+        other_prompts = np.flatnonzero(counts)
+        mean = (
+            (np.bincount(owner, logs, minlength=len(self))[other_prompts]) / counts[other_prompts]
+        )
+        target_logs = np.log1p(tokens)
+        scale = target_logs.std() / max(mean.std(), 1e-6)
+        scaled = np.average(target_logs, weights=weights) + (mean - mean.mean()) * scale
+        has_both = np.isin(prompt, other_prompts)
+        target_weights = weights * np.where(has_both, 1 - other_weight, 1.0)
+        return LabelArrays(
+            np.concatenate([prompt, other_prompts]),
             np.concatenate([tokens, np.clip(np.expm1(scaled), 0, self.limit)]),
-            np.concatenate([finished, np.ones(len(those), bool)]),
-            np.concatenate([own_weights, np.full(len(those), other_weight)]),
+            np.concatenate([finished, np.ones(len(other_prompts), bool)]),
+            np.concatenate([target_weights, np.full(len(other_prompts), other_weight)]),
         )
 
 
-def label_weights(counts: np.ndarray, mine: np.ndarray, other_weight: float) -> np.ndarray:
+def label_weights(counts: np.ndarray, is_target: np.ndarray, other_weight: float) -> np.ndarray:
     """(M,) weights of labels, summing to 1 over each prompt.
 
     Args:
         counts: (N,) labels of each prompt.
-        mine: (M,) whether a label is of the predicted model.
+        is_target: (M,) whether a label is of the predicted model.
         other_weight: share of a prompt's weight that other labels have, where it has both kinds.
     """
     prompt = np.repeat(np.arange(len(counts)), counts)
-    of_own = np.bincount(prompt, mine, minlength=len(counts))[prompt]
-    of_others = np.repeat(counts, counts) - of_own
+    of_target = np.bincount(prompt, is_target, minlength=len(counts))[prompt]
+    of_others = np.repeat(counts, counts) - of_target
     share = np.where(
-        mine,
+        is_target,
         np.where(of_others > 0, 1 - other_weight, 1.0),
-        np.where(of_own > 0, other_weight, 1.0),
+        np.where(of_target > 0, other_weight, 1.0),
     )
-    return share / np.where(mine, of_own, of_others)
+    return share / np.where(is_target, of_target, of_others)
 
 
 @dataclass(frozen=True)
-class Labels:
+class LabelArrays:
     """(M,) arrays: the prompt, tokens, finished and weight of each label."""
 
     prompt: np.ndarray
@@ -171,24 +173,24 @@ class Labels:
 
 
 @dataclass(frozen=True)
-class Scale:
+class LengthScale:
     """Maps lengths of other served models to the predicted one's.
 
     Attributes:
         mean, deviation: (models,) of log(1 + L) of each served model.
-        own: the predicted model's number.
+        target_model: the predicted model's number.
         limit: longest answer in tokens.
     """
 
     mean: np.ndarray
     deviation: np.ndarray
-    own: int
+    target_model: int
     limit: int
 
     @classmethod
     def fit(
-        cls, examples: list[LabelledPrompt], served_models: list[str], own: int, limit: int
-    ) -> "Scale":
+        cls, examples: list[LabelledPrompt], served_models: list[str], target_model: int, limit: int
+    ) -> "LengthScale":
         """From training rows; a model with fewer than 20 lengths has the deviation of all."""
         logs: dict[str, list[float]] = defaultdict(list)
         for example in examples:
@@ -203,13 +205,13 @@ class Scale:
             if len(logs[name]) >= 20:
                 deviation[i] = np.std(logs[name])
         deviation[np.isnan(deviation)] = np.concatenate(differences).std()
-        return cls(mean, np.maximum(deviation, 0.01), own, limit)
+        return cls(mean, np.maximum(deviation, 0.01), target_model, limit)
 
     def apply(self, tokens: np.ndarray, served: np.ndarray) -> np.ndarray:
-        """(M,) lengths on the predicted model's scale; its own are unchanged."""
+        """(M,) lengths on the predicted model's scale; its lengths are unchanged."""
         z = (np.log1p(np.minimum(tokens, self.limit)) - self.mean[served]) / self.deviation[served]
-        scaled = np.expm1(self.mean[self.own] + self.deviation[self.own] * z)
-        return np.where(served == self.own, tokens, np.clip(scaled, 0, self.limit))
+        scaled = np.expm1(self.mean[self.target_model] + self.deviation[self.target_model] * z)
+        return np.where(served == self.target_model, tokens, np.clip(scaled, 0, self.limit))
 
 
 @dataclass(frozen=True)
@@ -219,17 +221,17 @@ class LengthRows:
     Attributes:
         config: the run's, with names and limits filled in.
         groups: (training prompts,) number of each one's group of near-duplicates.
-        own: number in served_models of the predicted model.
+        target_model: number in served_models of the predicted model.
         hash: of the rows; bad: number of bad rows skipped.
     """
 
     config: PredictorConfig
-    train: Lengths
-    calibration: Lengths | None
+    train: LengthArrays
+    calibration: LengthArrays | None
     groups: np.ndarray
-    test: Lengths | None
+    test: LengthArrays | None
     served_models: list[str]
-    own: int
+    target_model: int
     hash: str
     bad: int
 
@@ -240,7 +242,7 @@ class LengthRows:
             if side:
                 labels += len(side.tokens)
                 cut += int((~side.finished).sum())
-                longest = max(longest, int(side.of_model(self.own)[1].max()))
+                longest = max(longest, int(side.of_model(self.target_model)[1].max()))
         words = [f"{len(self.train)} prompts to train on"]
         if self.calibration:
             words.append(f"{len(self.calibration)} to calibrate")
@@ -248,7 +250,7 @@ class LengthRows:
             words.append(f"{len(self.test)} to test")
         words.append(
             f"{labels} lengths of {len(self.served_models)} served model(s), "
-            f"predicted: {self.served_models[self.own]}"
+            f"predicted: {self.served_models[self.target_model]}"
         )
         if cut:
             words.append(f"{cut} answers cut by their cap")
@@ -269,7 +271,7 @@ class LengthRows:
             "sha256": self.hash,
             "prompts": len(self.train) + calibration,
             "calibration_prompts": calibration,
-            "median_tokens": float(np.median(self.train.of_model(self.own)[1])),
+            "median_tokens": float(np.median(self.train.of_model(self.target_model)[1])),
             "served_models": self.served_models,
         }
 
@@ -299,10 +301,10 @@ def load_lengths(
         on_bad_row=config.on_bad_row,
         limit=config.dataset_length,
     )
-    served_models = models_of(examples)
+    served_models = served_models_of(examples)
     if not config.served_model and len(served_models) == 1:
         name = served_models[0]
-    test = read_tests(config, name, count)
+    test = read_test_examples(config, name, count)
     if name not in served_models:
         raise BadRow(
             f"--served_model {name!r}: no row is of it; "
@@ -310,10 +312,12 @@ def load_lengths(
         )
     limit = config.length_limit or context_length(config)
     config = replace(config, served_model=name, length_limit=limit)
-    return lay_out(config, examples, test, served_models, limit, bad, calibration=calibration)
+    return make_length_rows(
+        config, examples, test, served_models, limit, bad, calibration=calibration
+    )
 
 
-def lay_out(
+def make_length_rows(
     config: PredictorConfig,
     examples: list[LabelledPrompt],
     test: list[LabelledPrompt],
@@ -331,32 +335,34 @@ def lay_out(
     Raises:
         BadRow: too few rows of the served model's for a side.
     """
-    own = served_models.index(config.served_model)
-    examples, groups = leave_out_tests(config, examples, test)
+    target_model = served_models.index(config.served_model)
+    examples, groups = exclude_test_groups(config, examples, test)
     parts = split_sides(config, examples, groups, calibration=calibration)
     sides = {}
     for side, chosen in parts.items():
         sides[side] = [examples[i] for i in chosen.tolist()]
-    scale = Scale.fit(sides["train"], served_models, own, limit)
+    scale = LengthScale.fit(sides["train"], served_models, target_model, limit)
     arrays = {}
     for side, rows in sides.items():
-        arrays[side] = Lengths.of(rows, served_models, own, config.other_models_weight, scale)
+        arrays[side] = LengthArrays.of(
+            rows, served_models, target_model, config.other_models_weight, scale
+        )
     for side, lengths in arrays.items():
-        check_enough(lengths, own, f"{config.served_model!r} to {SIDES[side]} on")
+        check_label_count(lengths, target_model, f"{config.served_model!r} to {SIDES[side]} on")
     return LengthRows(
         config,
         arrays["train"],
         arrays.get("calibration"),
         groups[parts["train"]],
-        lengths_to_test(test, served_models, own, scale),
+        target_test_rows(test, served_models, target_model, scale),
         served_models,
-        own,
+        target_model,
         data_hash(examples),
         bad,
     )
 
 
-def models_of(examples: list[LabelledPrompt]) -> list[str]:
+def served_models_of(examples: list[LabelledPrompt]) -> list[str]:
     """The names of the served models of examples, sorted."""
     names: set[str] = set()
     for example in examples:
@@ -364,7 +370,7 @@ def models_of(examples: list[LabelledPrompt]) -> list[str]:
     return sorted(names)
 
 
-def read_tests(
+def read_test_examples(
     config: PredictorConfig, name: str, count: Callable[[str], int] | None
 ) -> list[LabelledPrompt]:
     """The rows of --eval_path; `name`: the model of rows that name none."""
@@ -374,7 +380,7 @@ def read_tests(
     return read_examples(path, served_model=name, count=count, on_bad_row=on_bad_row)[0]
 
 
-def leave_out_tests(
+def exclude_test_groups(
     config: PredictorConfig, examples: list[LabelledPrompt], test: list[LabelledPrompt]
 ) -> tuple[list[LabelledPrompt], np.ndarray]:
     """(the rows to train on, (rows,) their groups of near-duplicates).
@@ -387,13 +393,13 @@ def leave_out_tests(
     prompts = [e.prompt for e in [*examples, *test]]
     groups = group_prompts(prompts, threshold=config.near_duplicates)
     groups, tested = groups[: len(examples)], set(groups[len(examples) :].tolist())
-    kept = [i for i, group in enumerate(groups.tolist()) if group not in tested]
-    if not kept:
+    remaining = [i for i, group in enumerate(groups.tolist()) if group not in tested]
+    if not remaining:
         raise BadRow(
             f"--eval_path {config.eval_path} has every prompt of {config.train_path}: "
             "no rows are left to train on"
         )
-    return [examples[i] for i in kept], groups[kept]
+    return [examples[i] for i in remaining], groups[remaining]
 
 
 def split_sides(
@@ -408,32 +414,32 @@ def split_sides(
         return {"train": np.arange(len(examples))}
     share = config.calibration_share
     shares = {"train": 1 - share, "calibration": share}
-    return split(groups, [e.prompt for e in examples], shares)
+    return split_groups(groups, [e.prompt for e in examples], shares)
 
 
-def check_enough(lengths: Lengths, own: int, purpose: str) -> None:
+def check_label_count(lengths: LengthArrays, target_model: int, purpose: str) -> None:
     """Raises BadRow where fewer than two labels are of the predicted model."""
-    count = len(lengths.of_model(own)[0])
+    count = len(lengths.of_model(target_model)[0])
     if count < 2:
         raise BadRow(f"too few rows of {purpose}: {count}")
 
 
-def lengths_to_test(
-    test: list[LabelledPrompt], served_models: list[str], own: int, scale: Scale
-) -> Lengths | None:
+def target_test_rows(
+    test: list[LabelledPrompt], served_models: list[str], target_model: int, scale: LengthScale
+) -> LengthArrays | None:
     """The test rows of the predicted model, with their labels of all models that are trained on."""
-    name = served_models[own]
-    of_own = []
+    name = served_models[target_model]
+    of_target = []
     for example in test:
-        if name in models_of([example]):
-            of_own.append(example)
-    if not of_own:
+        if name in served_models_of([example]):
+            of_target.append(example)
+    if not of_target:
         return None
     known = []
-    for example in of_own:
+    for example in of_target:
         labels = tuple(label for label in example.labels if label.served_model in served_models)
         known.append(replace(example, labels=labels))
-    return Lengths.of(known, served_models, own, 0.0, scale)
+    return LengthArrays.of(known, served_models, target_model, 0.0, scale)
 
 
 def context_length(config: PredictorConfig) -> int:
@@ -446,9 +452,9 @@ def context_length(config: PredictorConfig) -> int:
         length = values.get(name)
         if not length:
             continue
-        if type(length) is not int or not 2 <= length <= LONGEST:
+        if type(length) is not int or not 2 <= length <= MAX_TOKENS:
             raise ValueError(
-                f"{file}: {name} must be a whole number from 2 to {LONGEST:,}, "
+                f"{file}: {name} must be a whole number from 2 to {MAX_TOKENS:,}, "
                 f"got {shorten(length)}; or give --length_limit"
             )
         return length

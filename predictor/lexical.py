@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from predictor.features import HANDS, Grams
+from predictor.features import NUM_CUE_FEATURES, TextGrams
 
-HAND_WEIGHT = 0.3  # of a standardised count or cue beside n-grams in the student
-RARE = 2  # prompts; a gram in fewer is ignored
-CLIPPED = 5.0  # standard deviations at which counts and cues are clipped
+CUE_WEIGHT = 0.3  # of a standardised count or cue beside n-grams in the student
+MIN_PROMPTS = 2  # prompts; a gram in fewer is ignored
+MAX_DEVIATIONS = 5.0  # standard deviations at which counts and cues are clipped
 FILE = "lexical.safetensors"
 
 
@@ -25,8 +25,8 @@ class Lexical:
 
     Attributes:
         table: (2^bits, T) float16: what a gram adds to the student's outputs, its rarity included.
-        hand_table: (HANDS, T), bias: (T,): likewise of counts and cues.
-        center, spread: (HANDS,).
+        hand_table: (NUM_CUE_FEATURES, T), bias: (T,): likewise of counts and cues.
+        center, spread: (NUM_CUE_FEATURES,).
     """
 
     table: np.ndarray
@@ -38,13 +38,15 @@ class Lexical:
     @property
     def sizes(self) -> tuple[int, int]:
         """Columns of the student's outputs, and of counts and cues."""
-        return self.table.shape[1], HANDS
+        return self.table.shape[1], NUM_CUE_FEATURES
 
     def __call__(self, prompts: list[str]) -> np.ndarray:
-        """(N, T + HANDS) float32."""
-        grams = Grams(prompts)
-        hand = np.clip((grams.hand() - self.center) / self.spread, -CLIPPED, CLIPPED)
-        student = hand @ self.hand_table + self.bias
+        """(N, T + NUM_CUE_FEATURES) float32."""
+        grams = TextGrams(prompts)
+        cue_features = np.clip(
+            (grams.cue_features() - self.center) / self.spread, -MAX_DEVIATIONS, MAX_DEVIATIONS
+        )
+        student = cue_features @ self.hand_table + self.bias
         if student.shape[1]:
             hashes, texts, weights = grams.all()
             rows = self.table[hashes & np.uint64(len(self.table) - 1)].astype(np.float32)
@@ -58,7 +60,7 @@ class Lexical:
                 student[texts[first]] += np.add.reduceat(
                     rows[order] * weights[order][:, None], first
                 )
-        return np.concatenate([student, hand], axis=1)
+        return np.concatenate([student, cue_features], axis=1)
 
     def save(self, folder: Path) -> None:
         """Write lexical.safetensors."""
@@ -82,48 +84,51 @@ class Lexical:
 
 
 @dataclass(frozen=True)
-class Bag:
-    """Prompts as sparse rows of n-grams, with counts and cues: what students are fitted on.
+class NgramMatrix:
+    """Prompts as sparse rows of n-grams, with counts and cues; students are fitted to them.
 
     Attributes:
-        grams: scipy CSR (N, 2^bits), weighted by rarity; hand: (N, HANDS) standardised.
-        rarity: (2^bits,): log(N / prompts with the gram), 0 where fewer than RARE have it.
+        grams: scipy CSR (N, 2^bits), weighted by rarity.
+        cue_features: (N, NUM_CUE_FEATURES), standardised.
+        rarity: (2^bits,): log(N / prompts with the gram), 0 where fewer than MIN_PROMPTS have it.
     """
 
     grams: Any  # scipy is untyped
-    hand: np.ndarray
+    cue_features: np.ndarray
     rarity: np.ndarray
     center: np.ndarray
     spread: np.ndarray
 
     @classmethod
-    def of(cls, prompts: list[str], *, bits: int, chunk: int = 1024) -> "Bag":
-        """The bag of prompts, n-grams hashed to 2^bits columns, read `chunk` prompts at a time."""
+    def of(cls, prompts: list[str], *, bits: int, chunk: int = 1024) -> "NgramMatrix":
+        """The matrix of prompts, n-grams hashed to 2^bits columns, `chunk` prompts at a time."""
         from scipy.sparse import csr_matrix, diags
 
-        columns, values, ends, hands = [], [], [0], []
+        columns, values, ends, cue_blocks = [], [], [0], []
         for start in range(0, len(prompts), chunk):
-            grams = Grams(prompts[start : start + chunk])
+            grams = TextGrams(prompts[start : start + chunk])
             hashes, texts, weights = grams.all()
             order = texts.argsort(kind="stable")
             columns.append((hashes[order] & np.uint64(2**bits - 1)).astype(np.int32))
             values.append(weights[order])
             counts = np.bincount(texts, minlength=len(grams.texts))
             ends.extend((ends[-1] + counts.cumsum()).tolist())
-            hands.append(grams.hand())
+            cue_blocks.append(grams.cue_features())
         matrix = csr_matrix(
             (np.concatenate(values), np.concatenate(columns), ends), shape=(len(prompts), 2**bits)
         )
         matrix.sum_duplicates()
-        seen = np.bincount(matrix.indices, minlength=2**bits)
-        rarity = np.log(len(prompts) / np.maximum(seen, 1)) + 0.1
-        rarity = np.where(seen >= RARE, rarity, 0).astype(np.float32)
-        hand = np.concatenate(hands)
-        center, spread = hand.mean(axis=0), hand.std(axis=0) + 0.05
+        prompt_counts = np.bincount(matrix.indices, minlength=2**bits)
+        rarity = np.log(len(prompts) / np.maximum(prompt_counts, 1)) + 0.1
+        rarity = np.where(prompt_counts >= MIN_PROMPTS, rarity, 0).astype(np.float32)
+        cue_features = np.concatenate(cue_blocks)
+        center, spread = cue_features.mean(axis=0), cue_features.std(axis=0) + 0.05
         scaled = (matrix @ diags(rarity)).tocsr().astype(np.float32)
         return cls(
             scaled,
-            np.clip((hand - center) / spread, -CLIPPED, CLIPPED).astype(np.float32),
+            np.clip((cue_features - center) / spread, -MAX_DEVIATIONS, MAX_DEVIATIONS).astype(
+                np.float32
+            ),
             rarity,
             center,
             spread,
@@ -140,54 +145,54 @@ class Bag:
         """
         from scipy.sparse import csr_matrix, hstack
 
-        columns = [self.grams[rows], csr_matrix(self.hand[rows] * HAND_WEIGHT)]
+        columns = [self.grams[rows], csr_matrix(self.cue_features[rows] * CUE_WEIGHT)]
         x = hstack(columns).tocsr().astype(np.float32)
-        back = x.T.tocsr()
+        transposed = x.T.tocsr()
         bias = targets.mean(axis=0)
         weight = np.zeros((x.shape[1], targets.shape[1]), np.float32)
-        left = back @ (targets - bias).astype(np.float32)
-        step, size = left.copy(), (left * left).sum(axis=0)
+        residual = transposed @ (targets - bias).astype(np.float32)
+        direction, squared_norm = residual.copy(), (residual * residual).sum(axis=0)
         for _ in range(rounds):
-            product = back @ (x @ step) + ridge * step
-            along = size / np.maximum((step * product).sum(axis=0), 1e-12)
-            weight += along * step
-            left -= along * product
-            before, size = size, (left * left).sum(axis=0)
-            step = left + (size / np.maximum(before, 1e-12)) * step
-        table = weight[:-HANDS] * self.rarity[:, None]
+            product = transposed @ (x @ direction) + ridge * direction
+            step_size = squared_norm / np.maximum((direction * product).sum(axis=0), 1e-12)
+            weight += step_size * direction
+            residual -= step_size * product
+            previous, squared_norm = squared_norm, (residual * residual).sum(axis=0)
+            direction = residual + (squared_norm / np.maximum(previous, 1e-12)) * direction
+        table = weight[:-NUM_CUE_FEATURES] * self.rarity[:, None]
         return Lexical(
             table.astype(np.float16),
-            weight[-HANDS:] * HAND_WEIGHT,
+            weight[-NUM_CUE_FEATURES:] * CUE_WEIGHT,
             bias.astype(np.float32),
             self.center.astype(np.float32),
             self.spread.astype(np.float32),
         )
 
     def outputs(self, student: Lexical, rows: np.ndarray) -> np.ndarray:
-        """(n, T) outputs of `student` for the prompts `rows` of the bag."""
-        safe = np.where(self.rarity > 0, self.rarity, 1)[:, None]
+        """(n, T) outputs of `student` for the prompts `rows` of the matrix."""
+        nonzero_rarity = np.where(self.rarity > 0, self.rarity, 1)[:, None]
         return (
-            self.grams[rows] @ (student.table.astype(np.float32) / safe)
-            + self.hand[rows] @ student.hand_table
+            self.grams[rows] @ (student.table.astype(np.float32) / nonzero_rarity)
+            + self.cue_features[rows] @ student.hand_table
             + student.bias
         )
 
 
-def cues_alone(prompts: list[str]) -> Lexical:
+def lexical_without_student(prompts: list[str]) -> Lexical:
     """Counts and cues alone, standardised on `prompts`, without a student."""
-    hand = Grams(prompts).hand()
-    nothing = np.zeros((1, 0), np.float16)
+    cue_features = TextGrams(prompts).cue_features()
+    no_ngrams = np.zeros((1, 0), np.float16)
     return Lexical(
-        nothing,
-        np.zeros((HANDS, 0), np.float32),
+        no_ngrams,
+        np.zeros((NUM_CUE_FEATURES, 0), np.float32),
         np.zeros(0, np.float32),
-        hand.mean(axis=0),
-        hand.std(axis=0) + 0.05,
+        cue_features.mean(axis=0),
+        cue_features.std(axis=0) + 0.05,
     )
 
 
-def cross_fitted(
-    bag: Bag,
+def cross_fit(
+    ngrams: NgramMatrix,
     targets: np.ndarray,
     known: np.ndarray,
     wanted: np.ndarray,
@@ -196,19 +201,19 @@ def cross_fitted(
 ) -> tuple[Lexical, np.ndarray]:
     """(student of all `known` prompts, outputs (len(wanted), T) for the `wanted` ones).
 
-    The outputs are cross-fitted: those of a known prompt are of a student that has not seen it.
+    The outputs are cross-fitted: those of a `known` prompt come from a student fitted without it.
 
     Args:
-        targets: (len(known), T); known, wanted: numbers of prompts in the bag.
+        targets: (len(known), T); known, wanted: rows of the matrix.
         folds: (N,) fold of every prompt.
-        options: of Bag.fit.
+        options: of NgramMatrix.fit.
     """
-    student = bag.fit(targets, known, **options)
-    outputs = bag.outputs(student, wanted)
-    inside = np.isin(wanted, known)
-    for fold in np.unique(folds[wanted[inside]]):
+    student = ngrams.fit(targets, known, **options)
+    outputs = ngrams.outputs(student, wanted)
+    is_known = np.isin(wanted, known)
+    for fold in np.unique(folds[wanted[is_known]]):
         rest = folds[known] != fold
-        held = inside & (folds[wanted] == fold)
-        unseen = bag.fit(targets[rest], known[rest], **options)
-        outputs[held] = bag.outputs(unseen, wanted[held])
+        held_out = is_known & (folds[wanted] == fold)
+        unseen = ngrams.fit(targets[rest], known[rest], **options)
+        outputs[held_out] = ngrams.outputs(unseen, wanted[held_out])
     return student, outputs

@@ -99,12 +99,12 @@ class LengthLoss(nn.Module):
         return scale * self.length_head.loss(outputs, tokens, finished, weights, served)
 
 
-def save_head(state: dict[str, Tensor], own: int, folder: Path) -> None:
+def save_head(state: dict[str, Tensor], target_model: int, folder: Path) -> None:
     """Write head.safetensors from a LengthNetwork's state, in fp32.
 
-    It holds weight (width, hidden_size) and bias (width,) of the predicted served model, number
-    `own`. With several served models also `all` (models + 1, width, hidden_size): the weights of
-    the shared layer and then of every served model.
+    It holds weight (width, hidden_size) and bias (width,) of the predicted model, number
+    `target_model`. With several served models also `all` (models + 1, width, hidden_size): the
+    weights of the shared layer and then of every served model.
     """
     from safetensors.torch import save_file
 
@@ -112,7 +112,10 @@ def save_head(state: dict[str, Tensor], own: int, folder: Path) -> None:
     tensors = {"weight": weight, "bias": state["head.bias"].float()}
     if "apart.weight" in state:
         apart = HEAD_GAIN * state["apart.weight"].float().view(-1, *weight.shape)
-        tensors |= {"weight": weight + apart[own], "all": torch.cat([weight[None], weight + apart])}
+        tensors |= {
+            "weight": weight + apart[target_model],
+            "all": torch.cat([weight[None], weight + apart]),
+        }
     for name, tensor in tensors.items():
         tensors[name] = tensor.contiguous()
     save_file(tensors, Path(folder) / HEAD_FILE, {"format": "pt"})

@@ -117,7 +117,7 @@ class LengthPredictor:
                 f"this one's backbone is {backbone}"
             )
         vectors = np.asarray(vectors)
-        wanted = sum(score.top.kernel.sizes)
+        wanted = sum(score.kernel_head.kernel.sizes)
         if vectors.ndim != 2 or vectors.shape[1] != wanted:
             raise ValueError(f"vectors must be (N, {wanted}), got {vectors.shape}")
         return self.decoder.predictions(score.head_of_vectors(vectors))

@@ -106,22 +106,22 @@ class TorchVectors:
         self.model.to(device).eval()
 
     def __call__(self, prompts: list[str]) -> np.ndarray:
-        with self.lock:  # a fast tokenizer sets its truncation anew at every call
+        with self.lock:  # a fast tokenizer sets its truncation again at every call
             rows = [self.backbone.encode(self.tokenizer, prompt) for prompt in prompts]
         return encode_all(self.backbone, self.model, self.tokenizer, rows)
 
 
 class LazyVectors:
-    """Vectors whose scorer is made at the first call: the served model may never be needed."""
+    """Vectors whose scorer is loaded at the first call: the served model may never be needed."""
 
-    def __init__(self, make: Callable[[], TorchVectors]):
-        self.make, self.lock = make, threading.Lock()
-        self.made: TorchVectors | None = None
+    def __init__(self, load: Callable[[], TorchVectors]):
+        self.load, self.lock = load, threading.Lock()
+        self.loaded: TorchVectors | None = None
 
     def __call__(self, prompts: list[str]) -> np.ndarray:
         with self.lock:
-            made = self.made = self.made or self.make()
-        return made(prompts)
+            loaded = self.loaded = self.loaded or self.load()
+        return loaded(prompts)
 
 
 class OnnxVectors:
@@ -142,7 +142,7 @@ class OnnxVectors:
             ) from None
         try:
             self.tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-        except Exception as error:  # tokenizers raises nothing narrower
+        except Exception as error:  # tokenizers raises plain Exception
             raise ValueError(
                 f"{folder / TOKENIZER_FILE}: cannot be read ({str(error)[:200]})"
             ) from None
@@ -156,7 +156,7 @@ class OnnxVectors:
             self.session = onnxruntime.InferenceSession(
                 str(folder / ONNX_FILE), options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # onnxruntime's own kinds
+        except Exception as error:  # onnxruntime has its own exception types
             raise ValueError(
                 f"{folder / ONNX_FILE}: cannot be read ({str(error).splitlines()[0][:200]})"
             ) from None
@@ -209,41 +209,46 @@ class LinearScorer:
 
 
 class FrozenScorer:
-    """A kernel head `top` over frozen features.
+    """A kernel head over frozen features.
 
     The features are blocks in this order, each of which may be absent (None): a transformer's
-    vectors, the outputs of an earlier linear head for them, lexical features.
+    vectors, the outputs of the encoder's trained linear head for them, lexical features.
     """
 
     def __init__(
         self,
         vectors: Vectors | None,
-        earlier: LinearScorer | None,
+        encoder_head: LinearScorer | None,
         lexical: Lexical | None,
-        top: KernelHead,
+        kernel_head: KernelHead,
     ):
-        self.vectors, self.earlier, self.lexical, self.top = vectors, earlier, lexical, top
+        self.vectors, self.encoder_head, self.lexical, self.kernel_head = (
+            vectors,
+            encoder_head,
+            lexical,
+            kernel_head,
+        )
 
     @property
     def width(self) -> int:
-        return len(self.top.bias)
+        return len(self.kernel_head.bias)
 
     @property
     def reads_vectors(self) -> bool:
         """Whether a transformer's vectors are its only features."""
-        return self.earlier is None and self.lexical is None
+        return self.encoder_head is None and self.lexical is None
 
     @classmethod
     def load(cls, folder: Path, vectors: Vectors | None) -> "FrozenScorer":
         """The scorer of a folder. Raises ValueError naming a file that is missing or damaged."""
         folder = Path(folder)
-        earlier = load_head(folder, None) if (folder / HEAD_FILE).is_file() else None
+        encoder_head = load_head(folder, None) if (folder / HEAD_FILE).is_file() else None
         lexical = Lexical.load(folder) if (folder / LEXICAL_FILE).is_file() else None
         if not (vectors or lexical):
             raise ValueError(f"{folder / LEXICAL_FILE}: cannot be read (no such file)")
-        scorer = cls(vectors, earlier, lexical, KernelHead.load(folder))
-        known = (sum(lexical.sizes) if lexical else 0) + (earlier.width if earlier else 0)
-        wanted = sum(scorer.top.kernel.sizes)
+        scorer = cls(vectors, encoder_head, lexical, KernelHead.load(folder))
+        known = (sum(lexical.sizes) if lexical else 0) + (encoder_head.width if encoder_head else 0)
+        wanted = sum(scorer.kernel_head.kernel.sizes)
         if wanted < known or (wanted > known and not vectors):
             raise ValueError(
                 f"{folder / KERNEL_FILE} wants {wanted} features, "
@@ -256,10 +261,10 @@ class FrozenScorer:
         blocks = []
         if self.vectors:
             blocks.append(self.vectors(prompts))
-        if self.earlier:
-            # The earlier head reads the last layer, which comes last.
-            size = self.earlier.weight.shape[1]
-            blocks.append(self.earlier.head_of_vectors(blocks[0][:, -size:]))
+        if self.encoder_head:
+            # The encoder's head reads the last layer, which comes last.
+            size = self.encoder_head.weight.shape[1]
+            blocks.append(self.encoder_head.head_of_vectors(blocks[0][:, -size:]))
         if self.lexical:
             blocks.append(self.lexical(prompts))
         return np.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0]
@@ -269,11 +274,11 @@ class FrozenScorer:
 
     def head_of_vectors(self, vectors: np.ndarray) -> np.ndarray:
         """(N, D) of all features -> (N, width)."""
-        return self.top(self.checked(vectors))
+        return self.kernel_head(self.check_width(vectors))
 
-    def checked(self, features: np.ndarray) -> np.ndarray:
+    def check_width(self, features: np.ndarray) -> np.ndarray:
         """The features. Raises ValueError where their number is not the kernel's."""
-        wanted = sum(self.top.kernel.sizes)
+        wanted = sum(self.kernel_head.kernel.sizes)
         if features.shape[1] != wanted:
             raise ValueError(
                 f"{KERNEL_FILE} wants {wanted} features a prompt, got {features.shape[1]}: "

@@ -23,7 +23,7 @@ from predictor.backbones import ChatGLMBackbone, EncoderBackbone
 from predictor.config import PredictorConfig
 from predictor.decoder import Decoder, write_card
 from predictor.heads import make_head
-from predictor.lengths import Lengths, load_lengths, served_card
+from predictor.lengths import LengthArrays, load_lengths, served_card
 from predictor.network import LengthLoss, LengthNetwork, save_head
 from predictor.scores import metrics_of
 
@@ -37,7 +37,7 @@ ANSWER_TOKENS = 315  # a part of evaluation_id, as in the manifests of earlier v
 class EncodedPrompts:
     """The rows that the loop trains on: `lengths` are the labels, input_ids[i] prompt i's ids."""
 
-    lengths: Lengths
+    lengths: LengthArrays
     input_ids: list[list[int]]
 
     def place(self, row: int) -> str:
@@ -130,7 +130,7 @@ class LengthTraining:
         """Of all rows: a resumed run must have the same."""
         return self.rows.hash
 
-    def encode(self, lengths: Lengths) -> EncodedPrompts:
+    def encode(self, lengths: LengthArrays) -> EncodedPrompts:
         """The prompts as the backbone's ids."""
         ids = [self.backbone.encode(self.tokenizer, prompt) for prompt in lengths.prompts]
         return EncodedPrompts(lengths, ids)
@@ -139,7 +139,7 @@ class LengthTraining:
         self.dtype = dtype
         options = self.method.model_options()
         model = self.backbone.load_model(dtype, options, self.model_path)
-        model = self.method.prepare(model)
+        model = self.method.make_trainable(model)
         if self.config.backbone == "chatglm" and not model.config.tie_word_embeddings:
             model.get_output_embeddings().requires_grad_(False)  # no gradient reaches it
         bias = torch.tensor(self.head.starting_bias(self.rows.train.tokens), dtype=torch.float32)
@@ -199,7 +199,7 @@ class LengthTraining:
                 multiple=row_multiple(self.dtype),
             )
             prompt = torch.arange(len(mine) or 1, device=device)
-            served = torch.full_like(prompt, self.rows.own)
+            served = torch.full_like(prompt, self.rows.target_model)
             rows = network(on_device(batch, device), prompt, served).double().cpu()
             if mine:
                 outputs[mine] = rows
@@ -227,13 +227,15 @@ class LengthTraining:
         """The decoder for the network as it is, and its metrics on the calibration rows."""
         lengths = self.calibration.lengths
         outputs = self.outputs(network, self.calibration)
-        prompt, tokens, finished, weights = lengths.of_model(self.rows.own)
+        prompt, tokens, finished, weights = lengths.of_model(self.rows.target_model)
         decoder = Decoder.fit(self.head, outputs[prompt], tokens, finished, weights, prompt)
         return decoder, self.measure(decoder, outputs, lengths)
 
-    def measure(self, decoder: Decoder, outputs: np.ndarray, lengths: Lengths) -> dict[str, float]:
+    def measure(
+        self, decoder: Decoder, outputs: np.ndarray, lengths: LengthArrays
+    ) -> dict[str, float]:
         """Loss and metrics of outputs (prompts, width) for the served model's labels."""
-        prompt, tokens, finished, weights = lengths.of_model(self.rows.own)
+        prompt, tokens, finished, weights = lengths.of_model(self.rows.target_model)
         total = self.head.loss(
             torch.from_numpy(outputs[prompt]),
             torch.from_numpy(tokens),
@@ -259,7 +261,7 @@ class LengthTraining:
         prefix = "model."
         inner = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
         export_model(model.model, self.method, self.tokenizer, inner, folder)
-        save_head(state, self.rows.own, folder)
+        save_head(state, self.rows.target_model, folder)
         decoder, metrics = self.calibrated
         backbone = {"name": self.config.backbone, **asdict(self.backbone)}
         if self.config.backbone == "encoder":

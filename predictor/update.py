@@ -30,7 +30,7 @@ from finetune.rows.sources import read_json_items
 from predictor.calibration import kaplan_meier
 from predictor.command_flags import add_bad_row_flag, add_predictor_flags, add_yes_no
 from predictor.decoder import CARD, FOLDS, Decoder, fold_of, write_card
-from predictor.evaluate import Observed
+from predictor.evaluate import ObservedLengths
 from predictor.kernel import FILE as KERNEL_FILE
 from predictor.kernel import KernelHead
 from predictor.labels import LabelledPrompt, parse_example
@@ -116,7 +116,9 @@ def is_distribution(prediction: LengthPrediction) -> bool:
     return bool((mass >= 0).all() and mass.sum() > 0 and (np.diff(edges) > 0).all())
 
 
-def drift(decoder: Decoder, outputs: np.ndarray, seen: Observed, fitted_on: int) -> dict:
+def drift(
+    decoder: Decoder, outputs: np.ndarray, observed: ObservedLengths, fitted_prompt_count: int
+) -> dict:
     """How far lengths have moved from the predictions of `decoder`.
 
     ks is the Kolmogorov-Smirnov distance between the probability integral transform of the lengths
@@ -126,15 +128,23 @@ def drift(decoder: Decoder, outputs: np.ndarray, seen: Observed, fitted_on: int)
     sampling error.
 
     Args:
-        outputs: (prompts, width) of the head for seen.prompts.
-        fitted_on: prompts that the decoder was fitted to.
+        outputs: (prompts, width) of the head for observed.prompts.
+        fitted_prompt_count: prompts that the decoder was fitted to.
     Returns:
         ks, p, coverage_90, coverage_975, tau, mae, pinball, and mean_log_ratio: the mean of
         log((1 + length) / (1 + median)) of finished answers.
     """
-    probabilities, ranks, levels = decoder.decode_with_levels(outputs[seen.prompt], seen.tokens)
+    probabilities, ranks, levels = decoder.decode_with_levels(
+        outputs[observed.prompt], observed.tokens
+    )
     return drift_figures(
-        levels, decoder.conformal.knots[1], probabilities, decoder.edges, ranks, seen, fitted_on
+        levels,
+        decoder.conformal.knots[1],
+        probabilities,
+        decoder.edges,
+        ranks,
+        observed,
+        fitted_prompt_count,
     )
 
 
@@ -144,58 +154,62 @@ def drift_figures(
     probabilities: np.ndarray,
     edges: np.ndarray,
     ranks: np.ndarray,
-    seen: Observed,
-    fitted_on: int,
+    observed: ObservedLengths,
+    fitted_prompt_count: int,
 ) -> dict:
     """What `drift` returns, from the levels (M,) of M answers in their predictions (M, K)."""
     from scipy.stats import kstwo
 
-    values, share = kaplan_meier(levels, seen.finished, seen.weights)
+    values, share = kaplan_meier(levels, observed.finished, observed.weights)
     # Nothing is known beyond the longest answer, where some were cut.
-    if seen.finished.sum() < len(seen):
+    if observed.finished.sum() < len(observed):
         knots = knots[knots <= levels.max()]
     at = np.searchsorted(values, knots, side="right")
     distances = np.abs(np.concatenate([[0.0], share])[at] - knots)
     # Where answers were cut, less is known of the longer ones, and distances there count less
     # (Hall and Wellner 1980).
-    factors = np.concatenate([[1.0], certainty(values, share, levels, seen)])[at]
+    factors = np.concatenate([[1.0], confidence_factors(values, share, levels, observed)])[at]
     farthest = float((distances * factors).max(initial=0.0))
-    sample_size = len(seen.prompts) * fitted_on / (len(seen.prompts) + fitted_on)
-    metrics = metrics_of(probabilities, edges, ranks, seen.tokens, seen.finished)
+    sample_size = (
+        len(observed.prompts) * fitted_prompt_count / (len(observed.prompts) + fitted_prompt_count)
+    )
+    metrics = metrics_of(probabilities, edges, ranks, observed.tokens, observed.finished)
     median = quantiles(probabilities, edges, 0.5)
-    ratio = np.log1p(seen.tokens) - np.log1p(median)
+    ratio = np.log1p(observed.tokens) - np.log1p(median)
     found = {
         "ks": float(distances.max(initial=0.0)),
         "p": float(kstwo.sf(farthest, max(1, round(sample_size)))),
     }
     for name in ("coverage_90", "coverage_975", "tau", "mae", "pinball"):
         found[name] = metrics[name]
-    found["mean_log_ratio"] = float(ratio[seen.finished].mean()) if seen.finished.any() else 0.0
+    found["mean_log_ratio"] = (
+        float(ratio[observed.finished].mean()) if observed.finished.any() else 0.0
+    )
     return found
 
 
-def certainty(
-    values: np.ndarray, share: np.ndarray, levels: np.ndarray, seen: Observed
+def confidence_factors(
+    values: np.ndarray, share: np.ndarray, levels: np.ndarray, observed: ObservedLengths
 ) -> np.ndarray:
     """(m,): factors for the distances of `share` from the truth; 1 before any cut, less after.
 
     With them the distance of the product-limit estimate is asymptotically a Brownian bridge's, as
     that of the empirical distribution.
     """
-    weights = seen.weights
+    weights = observed.weights
     order = np.argsort(levels)
-    heavier = np.concatenate([np.cumsum(weights[order][::-1])[::-1], [0.0]])
-    at_risk = heavier[np.searchsorted(levels[order], values, side="left")]
+    weight_at_or_above = np.concatenate([np.cumsum(weights[order][::-1])[::-1], [0.0]])
+    at_risk = weight_at_or_above[np.searchsorted(levels[order], values, side="left")]
     left = np.concatenate([[1.0], 1 - share])
     ended = (1 - left[1:] / left[:-1]) * at_risk
-    sure = at_risk - ended > 1e-9  # all but the very last
+    is_positive = at_risk - ended > 1e-9  # all but the very last
     terms = ended / np.maximum(at_risk * (at_risk - ended), 1e-12)
-    spread = weights.sum() * np.cumsum(np.where(sure, terms, 0.0))
+    spread = weights.sum() * np.cumsum(np.where(is_positive, terms, 0.0))
     found = 1 / ((1 + spread) * np.maximum(left[1:], 1e-12))
-    return np.where(sure, found, found[sure][-1] if sure.any() else 1.0)
+    return np.where(is_positive, found, found[is_positive][-1] if is_positive.any() else 1.0)
 
 
-def as_served(log: MonitorLog, served_model: str) -> dict | None:
+def served_coverage(log: MonitorLog, served_model: str) -> dict | None:
     """Coverage of the predictions that requests were served by; None where the log has none."""
     rows = []
     for prediction, example in zip(log.predictions, log.examples):
@@ -237,37 +251,37 @@ def update_predictor(
         ValueError: fewer than `min_rows` prompts of the served model, or none that finished.
     """
     name = predictor.card["served_model"]["name"]
-    seen = Observed.of(examples, name)
-    check_rows(seen, name, min_rows)
+    observed = ObservedLengths.of(examples, name)
+    check_rows(observed, name, min_rows)
     old, scorer = predictor.decoder, predictor.score
     features = None
     if isinstance(scorer, FrozenScorer):
-        features = in_chunks(scorer.features, seen.prompts)
-        outputs = scorer.top(features)
+        features = in_chunks(scorer.features, observed.prompts)
+        outputs = scorer.kernel_head(features)
     else:
-        outputs = in_chunks(scorer, seen.prompts)
-    before = drift(old, outputs, seen, fitted_on(predictor.card))
-    decoder, after = recalibrated(old.head, outputs, seen)
+        outputs = in_chunks(scorer, observed.prompts)
+    before = drift(old, outputs, observed, fitted_prompt_count(predictor.card))
+    decoder, after = recalibrate(old.head, outputs, observed)
     new, head = scorer, "as it was"
     if refit and isinstance(scorer, FrozenScorer) and features is not None:
-        top, unseen = refitted(scorer.top, old.head, features, seen, ridge)
-        other, other_after = recalibrated(old.head, unseen, seen)
+        kernel_head, unseen = refit_head(scorer.kernel_head, old.head, features, observed, ridge)
+        new_decoder, new_after = recalibrate(old.head, unseen, observed)
         head = "as it was: fitted anew it was no better on unseen rows"
-        if has_better_drift(other_after, after):
+        if has_better_drift(new_after, after):
             head = "fitted anew"
-            decoder, after = other, other_after
-            new = FrozenScorer(scorer.vectors, scorer.earlier, scorer.lexical, top)
+            decoder, after = new_decoder, new_after
+            new = FrozenScorer(scorer.vectors, scorer.encoder_head, scorer.lexical, kernel_head)
     elif refit:
         head = "as it was: only kernel heads over frozen backbones are fitted anew"
     updates = predictor.card.get("updated", {}).get("updates", 0) + 1
-    report = update_report(name, seen, before, after, head, updates)
+    report = update_report(name, observed, before, after, head, updates)
     entry = update_entry(report)
     card = predictor.card | decoder.to_dict() | {"updated": entry}
     return LengthPredictor(new, decoder, card), report
 
 
 def update_report(
-    name: str, seen: Observed, before: dict, after: dict, head: str, updates: int
+    name: str, observed: ObservedLengths, before: dict, after: dict, head: str, updates: int
 ) -> dict:
     """The report of an update of the served model `name`.
 
@@ -277,10 +291,10 @@ def update_report(
     """
     return {
         "served_model": name,
-        "rows": len(seen),
-        "prompts": len(seen.prompts),
-        "cut": int((~seen.finished).sum()),
-        "other_models_rows": seen.others,
+        "rows": len(observed),
+        "prompts": len(observed.prompts),
+        "cut": int((~observed.finished).sum()),
+        "other_models_rows": observed.others,
         "before": before,
         "drifted": before["p"] < SIGNIFICANT,
         "head": head,
@@ -301,18 +315,18 @@ def update_entry(report: dict) -> dict:
     }
 
 
-def check_rows(seen: Observed, name: str, min_rows: int) -> None:
+def check_rows(observed: ObservedLengths, name: str, min_rows: int) -> None:
     """Raises ValueError where rows of the served model are too few, or none finished."""
     wanted = max(min_rows, 2 * FOLDS)
-    if len(seen.prompts) < wanted:
-        others = f" and {seen.others} of other served models" if seen.others else ""
+    if len(observed.prompts) < wanted:
+        others = f" and {observed.others} of other served models" if observed.others else ""
         raise ValueError(
             f"--min_rows: wanted at least {wanted} rows of different prompts answered by {name!r}, "
-            f"got {len(seen)} rows of {len(seen.prompts)} prompts{others}"
+            f"got {len(observed)} rows of {len(observed.prompts)} prompts{others}"
         )
-    if not seen.finished.any():
+    if not observed.finished.any():
         raise ValueError(
-            f"none of the {len(seen)} answers of {name!r} finished: their lengths are not known"
+            f"none of the {len(observed)} answers of {name!r} finished: their lengths are not known"
         )
 
 
@@ -326,7 +340,7 @@ def has_better_drift(new: dict, old: dict) -> bool:
     return new["tau"] - old["tau"] > 2 * log_ratio
 
 
-def fitted_on(card: dict) -> int:
+def fitted_prompt_count(card: dict) -> int:
     """The number of prompts that a predictor's calibration was fitted to."""
     data = card["training_data"]
     updated = card.get("updated", {}).get("prompts")
@@ -341,70 +355,78 @@ def in_chunks(function: Callable[[list[str]], np.ndarray], prompts: list[str]) -
     return np.concatenate(chunks)
 
 
-def refitted(
-    top: KernelHead, head: "Head", features: np.ndarray, seen: Observed, ridge: float
+def refit_head(
+    kernel_head: KernelHead,
+    head: "Head",
+    features: np.ndarray,
+    observed: ObservedLengths,
+    ridge: float,
 ) -> tuple[KernelHead, np.ndarray]:
-    """(the kernel head `top` fitted to the rows, outputs (prompts, width) for unseen prompts).
+    """(the kernel head fitted to the rows, outputs (prompts, width) for unseen prompts).
 
     The outputs are of FOLDS heads, each fitted to all folds but one.
     """
 
     def refit(chosen: np.ndarray) -> KernelHead:
-        inside = chosen[seen.prompt]
+        inside = chosen[observed.prompt]
         number = np.cumsum(chosen) - 1
         labels = (
-            seen.tokens[inside],
-            seen.finished[inside],
-            seen.weights[inside],
-            number[seen.prompt[inside]],
+            observed.tokens[inside],
+            observed.finished[inside],
+            observed.weights[inside],
+            number[observed.prompt[inside]],
         )
-        return type(top).fit(top.kernel, head, features[chosen], *labels, ridge=ridge, start=top)
+        return type(kernel_head).fit(
+            kernel_head.kernel, head, features[chosen], *labels, ridge=ridge, start=kernel_head
+        )
 
-    fold = fold_of(np.arange(len(seen.prompts)))
-    unseen = np.zeros((len(features), top.weight.shape[1]))
+    fold = fold_of(np.arange(len(observed.prompts)))
+    unseen = np.zeros((len(features), kernel_head.weight.shape[1]))
     for k in range(FOLDS):
         unseen[fold == k] = refit(fold != k)(features[fold == k])
     return refit(np.ones(len(features), bool)), unseen
 
 
-def recalibrated(head: "Head", outputs: np.ndarray, seen: Observed) -> tuple[Decoder, dict]:
+def recalibrate(
+    head: "Head", outputs: np.ndarray, observed: ObservedLengths
+) -> tuple[Decoder, dict]:
     """(a decoder fitted to all rows, drift of decoders on rows they were not fitted to)."""
 
     def fit(chosen: np.ndarray) -> Decoder:
-        prompt = seen.prompt[chosen]
+        prompt = observed.prompt[chosen]
         return Decoder.fit(
             head,
             outputs[prompt],
-            seen.tokens[chosen],
-            seen.finished[chosen],
-            seen.weights[chosen],
+            observed.tokens[chosen],
+            observed.finished[chosen],
+            observed.weights[chosen],
             prompt,
         )
 
-    everything = fit(np.ones(len(seen), bool))
-    fold = fold_of(np.arange(len(seen.prompts)))[seen.prompt]
-    levels, ranks = np.zeros((2, len(seen)))
+    full_decoder = fit(np.ones(len(observed), bool))
+    fold = fold_of(np.arange(len(observed.prompts)))[observed.prompt]
+    levels, ranks = np.zeros((2, len(observed)))
     taus, counts = [], []
-    probabilities = np.zeros((len(seen), len(everything.edges) - 1))
+    probabilities = np.zeros((len(observed), len(full_decoder.edges) - 1))
     for k in range(FOLDS):
-        held = fold == k
+        held_out = fold == k
         # Without finished answers in the other folds, lengths cannot be fitted to them.
-        decoder = fit(~held) if seen.finished[~held].any() else everything
-        probabilities[held], ranks[held], levels[held] = decoder.decode_with_levels(
-            outputs[seen.prompt[held]], seen.tokens[held]
+        decoder = fit(~held_out) if observed.finished[~held_out].any() else full_decoder
+        probabilities[held_out], ranks[held_out], levels[held_out] = decoder.decode_with_levels(
+            outputs[observed.prompt[held_out]], observed.tokens[held_out]
         )
-        done = held & seen.finished
-        taus.append(kendall_tau(ranks[done], seen.tokens[done]))
+        done = held_out & observed.finished
+        taus.append(kendall_tau(ranks[done], observed.tokens[done]))
         counts.append(done.sum())
-    knots = everything.conformal.knots[1]
+    knots = full_decoder.conformal.knots[1]
     found = drift_figures(
-        levels, knots, probabilities, everything.edges, ranks, seen, len(seen.prompts)
+        levels, knots, probabilities, full_decoder.edges, ranks, observed, len(observed.prompts)
     )
     # Inside folds: rank scores of different decoders are not comparable.
     found["tau"] = float(np.average(taus, weights=counts))
     # Folds compensate for one another, so that a test would never reject.
     del found["p"]
-    return everything, found
+    return full_decoder, found
 
 
 def write_updated(predictor: LengthPredictor, source: Path, output: Path) -> None:
@@ -431,19 +453,19 @@ def write_updated(predictor: LengthPredictor, source: Path, output: Path) -> Non
         shutil.copytree(source, aside)
         (aside / CHECKSUMS).unlink(missing_ok=True)  # it is of the old head and card
         if isinstance(predictor.score, FrozenScorer):
-            predictor.score.top.save(aside)
+            predictor.score.kernel_head.save(aside)
         card = dict(predictor.card)
         for key in ("format", "format_version"):
             card.pop(key, None)
-        write_card(aside, with_new_sums(card, aside))
-        renew_manifest(aside)
+        write_card(aside, with_new_checksums(card, aside))
+        update_manifest(aside)
         check_loads(aside, predictor)
         put_in_place(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def with_new_sums(card: dict, folder: Path) -> dict:
+def with_new_checksums(card: dict, folder: Path) -> dict:
     """The card with the size and sha256 of the head that an update wrote, if it has such sums."""
     files = card.get("export", {}).get("files", {})
     if KERNEL_FILE not in files:
@@ -453,7 +475,7 @@ def with_new_sums(card: dict, folder: Path) -> dict:
     return card | {"export": card["export"] | {"files": files | {KERNEL_FILE: written}}}
 
 
-def renew_manifest(folder: Path) -> None:
+def update_manifest(folder: Path) -> None:
     """Update the sums of the written files in a checkpoint's manifest, where there is one."""
     from finetune.checkpoint import MANIFEST
 
@@ -546,7 +568,7 @@ def run_update(flags: UpdateFlags) -> None:
     new, report = update_predictor(
         predictor, log.examples, refit=flags.refit, min_rows=flags.min_rows, ridge=ridge_of(folder)
     )
-    report |= {"bad_rows": log.bad, "as_served": as_served(log, name)}
+    report |= {"bad_rows": log.bad, "as_served": served_coverage(log, name)}
     print(describe_update(report))
     if not flags.dry_run:
         output = Path(flags.output or flags.predictor)

@@ -84,11 +84,11 @@ step lengths python scripts/collect_lengths.py --model_path "$OUT/merged" --prom
     --served_model quickstart --max_src_len 120 --max_new_tokens 96 --batch_size 50
 step length_split python - "$OUT" <<'PY'
 import json, sys
-from predictor.labels import group_prompts, split
+from predictor.labels import group_prompts, split_groups
 out = sys.argv[1]
 lines = open(f"{out}/lengths.jsonl").readlines()
 prompts = [json.loads(line)["prompt"] for line in lines]
-for side, chosen in split(group_prompts(prompts), prompts, {"train": 0.75, "test": 0.25}).items():
+for side, chosen in split_groups(group_prompts(prompts), prompts, {"train": 0.75, "test": 0.25}).items():
     open(f"{out}/lengths_{side}.jsonl", "w").writelines(lines[i] for i in chosen)
 PY
 step predictor python train.py --task predictor --backbone lexical --model_name_or_path "$OUT/merged" --served_model quickstart \

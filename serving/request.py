@@ -1,4 +1,4 @@
-"""The shared nouns of serving, and who owns each of their fields.
+"""The data types that all of serving shares, and which part of it writes each of their fields.
 
 Times are in seconds, lengths in tokens of the served model.
 """
@@ -65,7 +65,7 @@ class Limits:
                 f"got {self}"
             )
 
-    def most_tokens(self, request: Request, stop_tokens: int | None = None) -> int:
+    def max_answer_tokens(self, request: Request, stop_tokens: int | None = None) -> int:
         """Answer tokens after which an answer is truncated."""
         most = self.max_tokens - request.prompt_tokens
         return most if stop_tokens is None else min(most, stop_tokens)
@@ -87,10 +87,10 @@ class Record:
     Attributes:
         length: answer tokens that the policy expects; computed once, at arrival.
         key, until_s: place in the queue, and the time until which that key holds.
-        generated: answer tokens kept when it last stopped running (preemption discards the KV
+        generated: answer tokens when it last stopped running (preemption discards the KV
             cache, not the text).
-        base_tokens: KV tokens at its last admission: prompt, kept answer, and in a static batch the
-            padding before them.
+        base_tokens: KV tokens at its last admission: prompt, earlier answer, and in a static batch
+            the padding before them.
         reserved_tokens: KV tokens reserved for it; 0 while it waits.
         overruns: how often the answer outgrew its reservation.
     """
@@ -145,7 +145,7 @@ class View:
         overran: running records whose answers fill their reservation: the plan must reserve more
             for them or preempt them.
         kv_free_tokens: not reserved.
-        generated: answer tokens that a running record has by now, those kept from before included.
+        generated: answer tokens of a running record so far, those before a preemption included.
         pace_s: recent seconds between two tokens of a running answer; 0 before there are any.
     """
 
@@ -163,7 +163,7 @@ class Waiting(Protocol):
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Record]: ...
     def oldest(self) -> Record: ...
-    def everyone(self) -> Collection[Record]: ...
+    def all_records(self) -> Collection[Record]: ...
 
 
 @dataclass(frozen=True, slots=True)

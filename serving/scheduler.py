@@ -22,7 +22,7 @@ from serving.request import (
     View,
 )
 
-PACE_MEMORY_S = 5.0  # the running mean of the pace forgets within so many seconds
+PACE_MEMORY_S = 5.0  # memory of the pace's running mean
 
 
 class VirtualClock:
@@ -91,16 +91,16 @@ class Queue:
         self._order = order
         self._heap: list[tuple[float, int, int, Record]] = []
         self._members: dict[int, Record] = {}
-        # Entries given to the policy and not yet put back.
-        self._out: list[tuple[float, int, int, Record]] = []
+        # Entries that iteration has yielded and restore_unadmitted has not put back.
+        self._yielded: list[tuple[float, int, int, Record]] = []
         # A second heap, by arrival.
-        self._ages: list[tuple[float, int, Record]] = []
+        self._by_arrival: list[tuple[float, int, Record]] = []
         self.now_s = 0.0
 
     def __len__(self) -> int:
         return len(self._members)
 
-    def everyone(self) -> Collection[Record]:
+    def all_records(self) -> Collection[Record]:
         return self._members.values()
 
     def get(self, request_id: int) -> Record | None:
@@ -112,7 +112,7 @@ class Queue:
         record.key, record.until_s = self._order(record)
         if record.request.id not in self._members:
             self._members[record.request.id] = record
-            heapq.heappush(self._ages, (record.request.arrival_s, record.request.id, record))
+            heapq.heappush(self._by_arrival, (record.request.arrival_s, record.request.id, record))
         heapq.heappush(self._heap, (record.key, record.request.id, record.version, record))
 
     def remove(self, record: Record) -> None:
@@ -120,32 +120,32 @@ class Queue:
         del self._members[record.request.id]
 
     def oldest(self) -> Record:
-        while not self._ages[0][2].waiting:
-            heapq.heappop(self._ages)
-        return self._ages[0][2]
+        while not self._by_arrival[0][2].waiting:
+            heapq.heappop(self._by_arrival)
+        return self._by_arrival[0][2]
 
     def __iter__(self) -> Iterator[Record]:
         """In order of keys, lazily; what was yielded stays in the queue until it is removed."""
-        for seen in self._out:
-            yield seen[3]
+        for *_, record in self._yielded:
+            yield record
         while (entry := self._pop()) is not None:
-            self._out.append(entry)
+            self._yielded.append(entry)
             yield entry[3]
 
-    def settle(self) -> None:
-        """Put back the entries that a policy looked at and did not admit."""
-        if self._out:
-            for entry in self._out:
+    def restore_unadmitted(self) -> None:
+        """Put back the entries that a policy has read and not admitted."""
+        if self._yielded:
+            for entry in self._yielded:
                 if entry[3].waiting:
                     heapq.heappush(self._heap, entry)
-            self._out.clear()
+            self._yielded.clear()
         # Records that are removed out of order leave their entries behind: rebuild when most are.
         if len(self._heap) > 2 * len(self._members) + 64:
             self._heap = [e for e in self._heap if _is_current(e)]
             heapq.heapify(self._heap)
-        if len(self._ages) > 2 * len(self._members) + 64:
-            self._ages = [e for e in self._ages if e[2].waiting]
-            heapq.heapify(self._ages)
+        if len(self._by_arrival) > 2 * len(self._members) + 64:
+            self._by_arrival = [e for e in self._by_arrival if e[2].waiting]
+            heapq.heapify(self._by_arrival)
 
     def _pop(self) -> tuple[float, int, int, Record] | None:
         while self._heap:
@@ -231,8 +231,8 @@ class _Run:
                 continue
 
             plan = self._make_plan(now)
-            yield from self._carry_out(plan, now)
-            queue.settle()
+            yield from self._apply_plan(plan, now)
+            queue.restore_unadmitted()
             wake_s = plan.wake_s
             if plan.wake_on_arrival:
                 wake_s = min(wake_s, arrivals.next_s())
@@ -241,7 +241,7 @@ class _Run:
                 continue
             result = self.engine.step(plan, wake_s - now)
             clock.advance(result.elapsed_s)
-            yield from self._take_result(result, now)
+            yield from self._record_result(result, now)
 
     def _receive(self, now_s: float) -> Iterator[Event]:
         """Queue the requests that have arrived, drop those that were cancelled."""
@@ -276,10 +276,10 @@ class _Run:
         )
         plan = self.policy(view, engine.cost)
         if plan.admit or plan.preempt or plan.reserve_tokens or self.overran:
-            self.free = _check(plan, self.running, self.overran, self.free, engine.limits)
+            self.free = _check_plan(plan, self.running, self.overran, self.free, engine.limits)
         return plan
 
-    def _carry_out(self, plan: Plan, now_s: float) -> Iterator[Event]:
+    def _apply_plan(self, plan: Plan, now_s: float) -> Iterator[Event]:
         """Preempt, admit and reserve in the scheduler's own records."""
         queue, running = self.queue, self.running
         for record in plan.preempt:
@@ -314,12 +314,12 @@ class _Run:
             )
         self.clock.wait_until(wake_s)
 
-    def _take_result(self, result: StepResult, start_s: float) -> Iterator[Event]:
+    def _record_result(self, result: StepResult, start_s: float) -> Iterator[Event]:
         """Record what the engine's step, begun at start_s, has done."""
         running = self.running
         if result.emitted_tokens and result.elapsed_s:
             between_s = result.elapsed_s * len(running) / result.emitted_tokens
-            self.pace_s = paced(self.pace_s, result.elapsed_s, between_s)
+            self.pace_s = updated_pace(self.pace_s, result.elapsed_s, between_s)
         for request_id, after_s in result.started:
             record = running[request_id]
             if record.first_token_s < 0:
@@ -339,15 +339,15 @@ class _Run:
                 yield Event(now_s, "overran", record.request.id, record)
 
 
-def paced(pace_s: float, elapsed_s: float, seen_s: float) -> float:
+def updated_pace(pace_s: float, elapsed_s: float, latest_s: float) -> float:
     """A running mean of the seconds between two tokens of an answer.
 
-    It forgets within PACE_MEMORY_S; `seen_s` is the mean over the last `elapsed_s`.
+    Its memory is PACE_MEMORY_S; `latest_s` is the mean over the last `elapsed_s`.
     """
     if not pace_s:
-        return seen_s
+        return latest_s
     weight = min(elapsed_s / PACE_MEMORY_S, 1.0)
-    return pace_s + weight * (seen_s - pace_s)
+    return pace_s + weight * (latest_s - pace_s)
 
 
 def completion_of(record: Record, now_s: float, tokens: int, cut: bool) -> Completion:
@@ -370,7 +370,7 @@ def _padded_tokens(plan: Plan) -> int:
     return plan.longest_context_tokens if plan.together else 0
 
 
-def _check(
+def _check_plan(
     plan: Plan,
     running: dict[int, Record],
     overran: tuple[Record, ...],

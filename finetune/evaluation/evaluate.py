@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chatglm.commands import Parser, run_command
@@ -25,7 +26,6 @@ from finetune.evaluation.metrics import (
     GROUPS,
     METRICS,
     check_packages,
-    mean,
     parse_metrics,
     score_rows,
 )
@@ -206,7 +206,7 @@ def evaluate_rows(flags: AnswerEvaluationFlags) -> None:
         "rows": len(rows),
         "denominator": flags.f1_denominator,
         "seconds": answered.seconds,
-        "metrics": {name: mean(values) for name, values in scores.items()},
+        "metrics": {name: fmean(values) for name, values in scores.items()},
     }
     if "triple_f1" in names:
         divisor = 50 if flags.f1_denominator == "50" else len(rows)

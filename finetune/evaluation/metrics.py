@@ -6,12 +6,12 @@ space, for Chinese and English alike.
 """
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -102,10 +102,6 @@ def triple_f1(answer: str, gold: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
 def best(
     score: Callable[[str, str], float], answers: Sequence[str], references: Sequence[str]
 ) -> float:
@@ -113,7 +109,7 @@ def best(
     scores = []
     for answer in answers:
         scores.append(max(map(partial(score, answer), references)))
-    return mean(scores)
+    return fmean(scores)
 
 
 def coverage(answers: Sequence[str], references: Sequence[str]) -> float:
@@ -121,7 +117,7 @@ def coverage(answers: Sequence[str], references: Sequence[str]) -> float:
     scores = []
     for reference in references:
         scores.append(max(rouge("rougeL", answer, reference) for answer in answers))
-    return mean(scores)
+    return fmean(scores)
 
 
 def diversity(answers: Sequence[str], references: Sequence[str]) -> float:
@@ -134,7 +130,7 @@ def diversity(answers: Sequence[str], references: Sequence[str]) -> float:
     for i, answer in enumerate(answers):
         nearest = max((rouge("rougeL", answer, earlier) for earlier in answers[:i]), default=0.0)
         is_new.append(nearest <= NEAR_DUPLICATE)
-    return mean(is_new)
+    return fmean(is_new)
 
 
 @dataclass(frozen=True)
@@ -151,7 +147,7 @@ METRICS: dict[str, Metric] = {
     "rouge2": Metric(partial(best, partial(rouge, "rouge2")), ROUGE),
     "rougeL": Metric(partial(best, partial(rouge, "rougeL")), ROUGE),
     "bleu4": Metric(
-        lambda answers, references: mean([bleu4(answer, references) for answer in answers]),
+        lambda answers, references: fmean([bleu4(answer, references) for answer in answers]),
         ("nltk", "jieba"),
     ),
     "exact_match": Metric(partial(best, exact_match)),

@@ -263,7 +263,7 @@ def memory_figures(run: Run, card: str, size: float) -> dict[str, Any]:
     }
 
 
-def show(model: str, run: Run, figures: dict[str, Any]) -> None:
+def print_figures(model: str, run: Run, figures: dict[str, Any]) -> None:
     """Print `memory_figures`."""
     trained = f"{run.trained_count:,} parameters trained"
     print(f"{describe_run(model, run)}; {trained}; {shape_source(model)}\n")
@@ -327,7 +327,7 @@ def estimate_run(config: TrainConfig) -> None:
     card, size = local_card() or ("A40", CARDS["A40"] * MIB)
     run = make_run(config, gpus=int(os.environ.get("WORLD_SIZE", 1)), card=card)
     if int(os.environ.get("RANK", 0)) == 0:
-        show(config.model_name_or_path, run, memory_figures(run, card, size))
+        print_figures(config.model_name_or_path, run, memory_figures(run, card, size))
 
 
 # Method, --ds_file and GPUs of each run in --table.
@@ -485,7 +485,7 @@ def print_memory(args: dict[str, Any], config: TrainConfig) -> None:
             real_tokens=args["real_tokens"],
         )
         figures = memory_figures(described, card, size)
-        show(args["model"], described, figures)
+        print_figures(args["model"], described, figures)
     if args["json"]:
         write_json(args["json"], figures)
 

@@ -11,7 +11,7 @@ against, and e the bytes of an activation.
 from dataclasses import dataclass
 from typing import Literal
 
-from finetune.memory.shapes import Shape, short_name
+from finetune.memory.shapes import ModelShape, short_name
 
 Code = Literal["original", "eager", "sdpa", "packed", "packed-cpu"]
 
@@ -33,7 +33,7 @@ class Layer:
             a mask of the input's dtype.
     """
 
-    shape: Shape
+    shape: ModelShape
     code: Code
     keys: int
     element: int

@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Literal
 
 from finetune.memory.layers import Code, Layer
-from finetune.memory.shapes import Shape, short_name
+from finetune.memory.shapes import ModelShape, short_name
 from finetune.methods import METHODS
 
 
@@ -48,7 +48,7 @@ class Run:
         cpu: no CUDA context and no caching allocator.
     """
 
-    shape: Shape
+    shape: ModelShape
     train_type: str = "lora"
     mode: Literal["ours", "plain"] = "ours"
     batch: int = 16
@@ -243,7 +243,7 @@ class Run:
         )
 
 
-def matching(shape: Shape, names: tuple[str, ...]) -> dict[str, int]:
+def matching(shape: ModelShape, names: tuple[str, ...]) -> dict[str, int]:
     """{name: elements} of the parameters whose names contain one of `names`.
 
     Raises:

@@ -58,7 +58,7 @@ class Linear(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """The settings of a config that decide sizes.
 
     Attributes:
@@ -214,7 +214,7 @@ def short_name(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def read_shape(model: str) -> Shape:
+def read_shape(model: str) -> ModelShape:
     """The shape of a folder with a config.json, else of a published name, in any case of letters,
     else of a hub's name, whose config.json alone is downloaded.
 
@@ -246,7 +246,7 @@ def shape_source(model: str) -> str:
     return f"sizes of the published {model.lower()}, as there is no folder {model} here"
 
 
-def make_shape(config: dict) -> Shape:
+def make_shape(config: dict) -> ModelShape:
     """The shape of a config; a key that is left out has the published default, as in
     chatglm/configuration.py."""
     glm1 = config.get("glm_family") == "glm" or any(key in config for key in GLM_KEYS)
@@ -264,9 +264,9 @@ def make_shape(config: dict) -> Shape:
     return _glm2_shape(base)
 
 
-def _glm_shape(config: dict, tied: bool) -> Shape:
+def _glm_shape(config: dict, tied: bool) -> ModelShape:
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    return Shape(
+    return ModelShape(
         glm1=True,
         layers=config["num_layers"],
         hidden=hidden,
@@ -281,10 +281,10 @@ def _glm_shape(config: dict, tied: bool) -> Shape:
     )
 
 
-def _glm2_shape(config: dict) -> Shape:
+def _glm2_shape(config: dict) -> ModelShape:
     heads = config["num_attention_heads"]
     grouped = config["multi_query_attention"]
-    return Shape(
+    return ModelShape(
         glm1=False,
         layers=config["num_layers"],
         hidden=config["hidden_size"],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from chatglm.commands import Parser, run_command, whole
 from finetune.files import write_json
-from serving.cost_model.devices import MOST_DEVICES
+from serving.cost_model.devices import MAX_DEVICES
 from serving.cost_model.fit import (
     PROMPT_TOKENS,
     Measurement,
@@ -54,8 +54,8 @@ def run_predict(
 
 def load_measurements(path: str) -> list[Measurement]:
     """The rows of a file; prints a line for each that is left out."""
-    rows, left_out = read_measurements(path)
-    for line in left_out:
+    rows, skipped = read_measurements(path)
+    for line in skipped:
         print(line, file=sys.stderr)
     return rows
 
@@ -145,7 +145,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_predict_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--gpus", type=whole(1, MOST_DEVICES), default=1, help="number of the profile's devices")
+    add("--gpus", type=whole(1, MAX_DEVICES), default=1, help="number of the profile's devices")
     add("--batch", type=whole(), default=1, help="sequences in the batch")
     add("--output-tokens", type=whole(), required=True, help="new tokens of the longest answer")
     add(
@@ -172,7 +172,7 @@ def add_fit_flags(parser: argparse.ArgumentParser) -> None:
         "--device", help="the rows' device: a name of serving/cost_model/devices.py or a .json file"
     )
     add("--link", help="the link between the rows' devices, by name")
-    add("--about", help="where the rows are from, kept in the profile")
+    add("--about", help="where the rows are from, stored in the profile")
     parser.set_defaults(run=run_fit)
 
 

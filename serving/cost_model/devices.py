@@ -21,7 +21,7 @@ from typing import Any
 from chatglm.files import read_json
 
 MIB, GIB = 2**20, 2**30
-MOST_DEVICES = 1024  # of a cluster, whose links are a matrix
+MAX_DEVICES = 1024  # of a cluster, whose links are a matrix
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class Cluster:
 
     def __post_init__(self) -> None:
         n = len(self.devices)
-        if not 0 < n <= MOST_DEVICES:
-            raise ValueError(f"a cluster needs from 1 to {MOST_DEVICES} devices, got {n}")
+        if not 0 < n <= MAX_DEVICES:
+            raise ValueError(f"a cluster needs from 1 to {MAX_DEVICES} devices, got {n}")
         if list(map(len, self.links)) != [n] * n:
             raise ValueError(f"links must be a matrix of {n} x {n}, a row for each device")
         for i, row in enumerate(self.links):
@@ -110,8 +110,8 @@ class Cluster:
         link: "Link | str" = "pcie4",
     ) -> "Cluster":
         """`count` equal devices, or the listed ones, with the same link between any two."""
-        if count is not None and not 0 < count <= MOST_DEVICES:
-            raise ValueError(f"a cluster needs from 1 to {MOST_DEVICES} devices, got {count}")
+        if count is not None and not 0 < count <= MAX_DEVICES:
+            raise ValueError(f"a cluster needs from 1 to {MAX_DEVICES} devices, got {count}")
         if isinstance(device, Device | str):
             listed = [device] * (1 if count is None else count)
         else:
@@ -141,21 +141,21 @@ class Cluster:
         groups: list[list[int]] = []
         for i in range(len(self.devices)):
             for group in groups:
-                if self._belongs(i, group):
+                if self._belongs_to_group(i, group):
                     group.append(i)
                     break
             else:
                 groups.append([i])
         return groups
 
-    def _belongs(self, i: int, group: list[int]) -> bool:
+    def _belongs_to_group(self, i: int, group: list[int]) -> bool:
         # A device like the first is like the others too: all but their mutual links are the same.
         first = group[0]
-        if not self._alike(i, first):
+        if not self._are_interchangeable(i, first):
             return False
         return len(group) == 1 or self.links[i][first] == self.links[first][group[1]]
 
-    def _alike(self, i: int, j: int) -> bool:
+    def _are_interchangeable(self, i: int, j: int) -> bool:
         """Equal devices, with equal links to each other and to all others."""
         links = self.links
         if self.devices[i] != self.devices[j] or links[i][j] != links[j][i]:

@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from serving.cost_model.devices import MOST_DEVICES
-from serving.cost_model.model import COEFFICIENTS, CostModel, ModelShape, Profile, even_stages
+from serving.cost_model.devices import MAX_DEVICES
+from serving.cost_model.model import COEFFICIENTS, CostModel, ModelSizes, Profile, even_stages
 
 PROMPT_TOKENS = 35  # of the measured batches: the longest ran to 2,048 tokens with 2,013 new ones
 HUBER = 0.03  # relative errors beyond it count linearly: other work on the machine slowed some runs
@@ -52,7 +52,7 @@ SPREADS = {
     "startup_device_s": 1.0,
 }
 PHASES = ("", "batch", "prefill", "decode")
-NEEDED = ("seconds", "batch_size", "output_tokens")
+REQUIRED_COLUMNS = ("seconds", "batch_size", "output_tokens")
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,17 @@ def read_measurements(path: str | Path) -> tuple[list[Measurement], list[str]]:
             number of the right kind.
     """
     rows: list[Measurement] = []
-    left_out: list[str] = []
+    skipped: list[str] = []
     for line, values in _read_lines(path):
         needed = ["seconds", "batch_size"]
         needed.append("prompt_tokens" if values.get("phase", "") == "prefill" else "output_tokens")
         if missing := [column for column in needed if not values.get(column)]:
-            left_out.append(f"{path}, line {line}: left out, no {missing[0]}")
+            skipped.append(f"{path}, line {line}: left out, no {missing[0]}")
             continue
         rows.append(_measurement(f"{path}, line {line}", values))
     if not rows:
         raise ValueError(f"{path} holds no row with a time and a length")
-    return rows, left_out
+    return rows, skipped
 
 
 def _read_lines(path: str | Path) -> list[tuple[int, dict[str, str]]]:
@@ -104,10 +104,9 @@ def _read_lines(path: str | Path) -> list[tuple[int, dict[str, str]]]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             columns = reader.fieldnames or []
-            if missing := [column for column in NEEDED if column not in columns]:
-                raise ValueError(
-                    f"{path}: column {missing[0]!r} is missing; needed are {', '.join(NEEDED)}"
-                )
+            if missing := [column for column in REQUIRED_COLUMNS if column not in columns]:
+                needed = ", ".join(REQUIRED_COLUMNS)
+                raise ValueError(f"{path}: column {missing[0]!r} is missing; needed are {needed}")
             return [(reader.line_num, _stripped(row)) for row in reader]
     except FileNotFoundError:
         raise ValueError(f"no such file: {path}") from None
@@ -159,7 +158,7 @@ def _measurement(where: str, values: dict[str, str]) -> Measurement:
         seconds=_number(where, values, "seconds", 0, 1e-12, 1e9),
         batch=_whole(where, values, "batch_size", 1, 1),
         output_tokens=_whole(where, values, "output_tokens", 1, 1),
-        gpus=_whole(where, values, "gpus", 1, 1, most=MOST_DEVICES),
+        gpus=_whole(where, values, "gpus", 1, 1, most=MAX_DEVICES),
         placement=values.get("placement", ""),
         prompt_tokens=_whole(where, values, "prompt_tokens", PROMPT_TOKENS, 1),
         context_tokens=_whole(where, values, "context_tokens", 0, 0),
@@ -181,9 +180,9 @@ def _measurement(where: str, values: dict[str, str]) -> Measurement:
 
 
 @lru_cache
-def shape_of(model: str, element_bytes: int) -> ModelShape:
-    """ModelShape.from_config, remembered."""
-    return ModelShape.from_config(model, element_bytes)
+def shape_of(model: str, element_bytes: int) -> ModelSizes:
+    """ModelSizes.from_config, remembered."""
+    return ModelSizes.from_config(model, element_bytes)
 
 
 def named_stages(
@@ -251,26 +250,26 @@ def fit_profile(rows: Sequence[Measurement], start: Profile, prior: float = PRIO
     """The profile that minimises Huber's loss of relative errors, with coefficients of at least 0.
 
     Seconds are linear in the coefficients but for the larger of weights and products. So columns
-    are differences at the current coefficients, and a few rounds settle both that choice and
+    are differences at the current coefficients, and a few rounds converge on both that choice and
     Huber's weights (iteratively reweighted least squares). What the rows do not determine stays
     near `start` (SPREADS, PRIOR).
     """
     measured = _measured(rows)
     spreads = np.array(itemgetter(*COEFFICIENTS)(SPREADS))
-    begin = now = np.array(attrgetter(*COEFFICIENTS)(start), float)
+    start_values = values = np.array(attrgetter(*COEFFICIENTS)(start), float)
     columns = None
     for rounds in range(40):
         if rounds % 10 == 0:
-            current = with_coefficients(start, now.tolist())
+            current = with_coefficients(start, values.tolist())
             columns = _columns(rows, current, spreads)
             # Link latencies and transfers, which no coefficient scales.
-            fixed = _seconds(rows, current) - columns @ now
-        off = np.abs((columns @ now + fixed) / measured - 1)
-        weights = np.sqrt(HUBER / np.maximum(off, HUBER))
+            fixed = _seconds(rows, current) - columns @ values
+        abs_errors = np.abs((columns @ values + fixed) / measured - 1)
+        weights = np.sqrt(HUBER / np.maximum(abs_errors, HUBER))
         left = np.vstack([columns * (weights / measured)[:, None], np.diag(prior / spreads)])
-        right = np.concatenate([weights * (1 - fixed / measured), prior / spreads * begin])
-        now = _least_squares(left, right, spreads)
-    return with_coefficients(start, [float(f"{value:.6g}") for value in now])
+        right = np.concatenate([weights * (1 - fixed / measured), prior / spreads * start_values])
+        values = _least_squares(left, right, spreads)
+    return with_coefficients(start, [float(f"{value:.6g}") for value in values])
 
 
 def with_coefficients(profile: Profile, values: Sequence[float]) -> Profile:
@@ -348,7 +347,7 @@ def summarize_fits(rows: Sequence[Measurement], start: Profile) -> dict[str, dic
     """
     shuffled = np.random.default_rng(0).permutation(len(rows)) % 5
     summaries = {"in_sample": summarize_errors(relative_errors(rows, fit_profile(rows, start)))}
-    ways: dict[str, Callable[[int, Measurement], object]] = {
+    groupings: dict[str, Callable[[int, Measurement], object]] = {
         "5_folds": lambda i, row: shuffled[i],
         "without_its_experiment": lambda i, row: row.experiment,
         "without_its_number_of_gpus": lambda i, row: row.gpus,
@@ -356,7 +355,7 @@ def summarize_fits(rows: Sequence[Measurement], start: Profile) -> dict[str, dic
             row.query or (row.experiment, row.batch, row.placement)
         ),
     }
-    for name, way in ways.items():
-        if len(set(map(way, range(len(rows)), rows))) > 1:
-            summaries[name] = summarize_errors(held_out_errors(rows, start, way))
+    for name, group_of in groupings.items():
+        if len(set(map(group_of, range(len(rows)), rows))) > 1:
+            summaries[name] = summarize_errors(held_out_errors(rows, start, group_of))
     return summaries

@@ -32,7 +32,7 @@ PROFILE_FOLDER = Path(__file__).parent / "profiles"
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class ModelSizes:
     """The sizes of a model that decide its cost, in bytes of half precision by default.
 
     Attributes:
@@ -63,7 +63,7 @@ class ModelShape:
     @classmethod
     def from_config(
         cls, config: dict[str, Any] | str | Path, element_bytes: int = 2
-    ) -> "ModelShape":
+    ) -> "ModelSizes":
         """From a config.json's content, its path or its folder, or a published name.
 
         Published names are chatglm-6b, chatglm2-6b and chatglm3-6b.
@@ -214,7 +214,7 @@ def read_profile(name: str | Path) -> Profile:
 
 
 def product_terms(
-    model: ModelShape, size: int, device: Device, profile: Profile
+    model: ModelSizes, size: int, device: Device, profile: Profile
 ) -> tuple[float, float]:
     """Of matrices of `size` bytes: seconds to read them, and to multiply one token's row.
 
@@ -226,7 +226,7 @@ def product_terms(
     return read_s, multiply_s
 
 
-def context_seconds(model: ModelShape, device: Device, profile: Profile) -> float:
+def context_seconds(model: ModelSizes, device: Device, profile: Profile) -> float:
     """Seconds to attend to one cached token, in one layer."""
     cached = (
         profile.kv_passes * model.kv_bytes_per_token
@@ -236,7 +236,7 @@ def context_seconds(model: ModelShape, device: Device, profile: Profile) -> floa
 
 
 def layer_seconds(
-    model: ModelShape, device: Device, profile: Profile, rows: float, context: float = 0.0
+    model: ModelSizes, device: Device, profile: Profile, rows: float, context: float = 0.0
 ) -> float:
     """Seconds of one layer in one pass.
 
@@ -251,7 +251,7 @@ def layer_seconds(
 
 
 def prefill_attention_seconds(
-    model: ModelShape, device: Device, profile: Profile, tokens: float, batch: int
+    model: ModelSizes, device: Device, profile: Profile, tokens: float, batch: int
 ) -> float:
     """Seconds of one layer's causal attention inside `batch` equal prompts of `tokens` in all.
 
@@ -260,13 +260,13 @@ def prefill_attention_seconds(
     return profile.compute_passes * 2 * model.query * tokens * tokens / batch / device.flops_s
 
 
-def output_seconds(model: ModelShape, device: Device, profile: Profile, rows: float) -> float:
+def output_seconds(model: ModelSizes, device: Device, profile: Profile, rows: float) -> float:
     """Seconds of the output layer, for the `rows` tokens whose successor is computed."""
     read, multiply = product_terms(model, model.output_bytes, device, profile)
     return max(read, multiply * rows)
 
 
-def hop_seconds(model: ModelShape, link: Link, profile: Profile, rows: float) -> float:
+def hop_seconds(model: ModelSizes, link: Link, profile: Profile, rows: float) -> float:
     """Seconds to move the hidden states of `rows` tokens to the next device."""
     return (
         profile.hop_overhead_s
@@ -275,7 +275,7 @@ def hop_seconds(model: ModelShape, link: Link, profile: Profile, rows: float) ->
     )
 
 
-def cache_seconds(model: ModelShape, link: Link, profile: Profile, context: float) -> float:
+def cache_seconds(model: ModelSizes, link: Link, profile: Profile, context: float) -> float:
     """Seconds to move one remote layer's cache to the first device, in one pass.
 
     Only for programs that gather every cache there (cache_link_passes).
@@ -293,7 +293,7 @@ def pass_seconds(profile: Profile, batch: int) -> float:
     )
 
 
-class Placed(Protocol):
+class PlacedModel(Protocol):
     """A model's layers on a cluster: serving.deployment's Placement."""
 
     @property
@@ -317,7 +317,7 @@ class CostModel:
 
     def __init__(
         self,
-        model: ModelShape,
+        model: ModelSizes,
         cluster: Cluster,
         stages: Sequence[tuple[int, int]],
         profile: Profile = DATASHEET,
@@ -375,8 +375,8 @@ class CostModel:
     @classmethod
     def of(
         cls,
-        model: ModelShape,
-        on: Placed | Cluster | Device | str,
+        model: ModelSizes,
+        on: PlacedModel | Cluster | Device | str,
         profile: Profile | str = DATASHEET,
     ) -> "CostModel":
         """From a Placement, a Cluster, a Device or a device's name.

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from chatglm.commands import Parser, run_command, whole
 from finetune.files import write_json
 from finetune.memory.shapes import shape_source
-from serving.cost_model.devices import MOST_DEVICES, Cluster
-from serving.cost_model.model import ModelShape, Profile, read_profile
+from serving.cost_model.devices import MAX_DEVICES, Cluster
+from serving.cost_model.model import ModelSizes, Profile, read_profile
 from serving.deployment.deployers import DEPLOYERS
 from serving.deployment.placement import Need
 
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         "--device",
         help="of serving/cost_model/devices.py, or a .json file (default: the profile's)",
     )
-    add("--gpus", type=whole(1, MOST_DEVICES), help="how many of them [1]")
+    add("--gpus", type=whole(1, MAX_DEVICES), help="how many of them [1]")
     add("--cluster", help="instead of --device and --gpus: a .json file of devices and links")
     add(
         "--profile",
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 def place_model(flags: DeploymentFlags) -> None:
     profile = read_profile(flags.profile)
     cluster = make_cluster(flags, profile)
-    model = ModelShape.from_config(flags.model)
+    model = ModelSizes.from_config(flags.model)
     need = Need(flags.need_tokens, flags.batch, flags.prompt_tokens, flags.output_tokens)
     placement = DEPLOYERS[flags.deployer].place(model, cluster, need, profile)
     print(f"model: {shape_source(flags.model)}")
@@ -81,7 +81,7 @@ def place_model(flags: DeploymentFlags) -> None:
     if flags.json:
         write_json(flags.json, placement.report())
     if flags.picture:
-        placement.picture(flags.picture)
+        placement.draw(flags.picture)
 
 
 def make_cluster(flags: DeploymentFlags, profile: Profile) -> Cluster:

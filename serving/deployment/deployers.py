@@ -20,18 +20,18 @@ from typing import Protocol
 import numpy as np
 
 from serving.cost_model.devices import Cluster
-from serving.cost_model.model import CostModel, ModelShape, Profile
+from serving.cost_model.model import CostModel, ModelSizes, Profile
 from serving.deployment.placement import (
     Infeasible,
+    LatencyTerms,
     Need,
-    Pieces,
     Placement,
     infeasible,
     layers_that_fit,
     make_placement,
 )
 
-TABLE_BYTES = 2 * 2**30  # no search keeps a larger table
+TABLE_BYTES = 2 * 2**30  # the largest table of a search
 TIE = 1e-6  # of a latency: decides between placements of equally many devices at weight 1
 
 Plan = list[tuple[int, int]]  # [(device, layers), ...]
@@ -65,18 +65,18 @@ class Single:
     """
 
     def place(
-        self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile | CostModel
+        self, model: ModelSizes, cluster: Cluster, need: Need, cost: Profile | CostModel
     ) -> Placement:
-        pieces = Pieces(model, cluster, need, profile_of(cost))
+        terms = LatencyTerms(model, cluster, need, profile_of(cost))
         fitting = []
         for device in range(len(cluster.devices)):
-            if pieces.room([device])[0] >= model.layers:
+            if terms.layer_capacity([device])[0] >= model.layers:
                 fitting.append(device)
         if not fitting:
             raise infeasible(model, cluster, need, "single: no device holds the model")
-        best = min(fitting, key=lambda d: (pieces.seconds([d], [model.layers]), d))
+        best = min(fitting, key=lambda d: (terms.seconds([d], [model.layers]), d))
         return make_placement(
-            pieces, [(best, model.layers)], profile_of(cost), len(cluster.devices), "single"
+            terms, [(best, model.layers)], profile_of(cost), len(cluster.devices), "single"
         )
 
 
@@ -92,15 +92,15 @@ class Even:
     ends_as_layers: int = 2
 
     def place(
-        self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile | CostModel
+        self, model: ModelSizes, cluster: Cluster, need: Need, cost: Profile | CostModel
     ) -> Placement:
-        pieces = Pieces(model, cluster, need, profile_of(cost))
+        terms = LatencyTerms(model, cluster, need, profile_of(cost))
         count = len(cluster.devices)
         quota = math.ceil((model.layers + self.ends_as_layers) / count)
         # Shares may leave the last devices empty; the chain then ends sooner, and its last device
         # holds the output layer.
         for used in range(count, 0, -1):
-            room = np.maximum(pieces.room(range(used)), 0)
+            room = np.maximum(terms.layer_capacity(range(used)), 0)
             if room.sum() < model.layers or (room == 0).any():
                 continue
             layers, left = [], model.layers
@@ -111,7 +111,7 @@ class Even:
                 left -= layers[-1]
             if left == 0 and layers[-1]:
                 return make_placement(
-                    pieces, list(enumerate(layers)), profile_of(cost), used, "even"
+                    terms, list(enumerate(layers)), profile_of(cost), used, "even"
                 )
         raise infeasible(
             model, cluster, need, "even: no share of the first devices, in order, holds the model"
@@ -147,10 +147,10 @@ class Helr:
         check_weight(self.efficiency_weight)
 
     def place(
-        self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile | CostModel
+        self, model: ModelSizes, cluster: Cluster, need: Need, cost: Profile | CostModel
     ) -> Placement:
-        pieces = Pieces(model, cluster, need, profile_of(cost))
-        search = ChainSearch(pieces, self.efficiency_weight)
+        terms = LatencyTerms(model, cluster, need, profile_of(cost))
+        search = ChainSearch(terms, self.efficiency_weight)
         chains = list(map(search.run, range(len(search.groups))))
         value, chain = min(chains, key=lambda found: found[0])
         if not math.isfinite(value):
@@ -159,21 +159,21 @@ class Helr:
             )
         unused = list(map(list, search.groups))
         stages = [(unused[group].pop(0), layers) for group, layers in chain]
-        return make_placement(pieces, stages, profile_of(cost), search.steps, self.name)
+        return make_placement(terms, stages, profile_of(cost), search.steps, self.name)
 
 
 class ChainSearch:
     """Helr's table for one need: `run(first group)` -> (objective, [(group, layers), ...]).
 
-    Built level by level (devices used). A level keeps only what may still beat a chain already
-    known (`_rest` is a lower bound of the remaining cost).
+    Built level by level (devices used). A level contains only states that may still beat a known
+    chain (`_lower_bound` bounds the remaining cost).
     """
 
-    def __init__(self, pieces: Pieces, weight: float):
-        self.layers, self.pieces, self.steps = pieces.model.layers, pieces, 0
-        self.groups = pieces.cluster.groups
+    def __init__(self, terms: LatencyTerms, weight: float):
+        self.layers, self.terms, self.steps = terms.model.layers, terms, 0
+        self.groups = terms.cluster.groups
         weight = min(weight, 1 - TIE)
-        self.latency_weight, self.device_price = 1 - weight, weight * pieces.scale
+        self.latency_weight, self.device_price = 1 - weight, weight * terms.scale
         self.sizes = np.array(list(map(len, self.groups)))
         if math.prod((self.sizes + 1).tolist()) >= 2**62:
             raise ValueError(
@@ -181,53 +181,58 @@ class ChainSearch:
                 "count; give fewer kinds"
             )
         self.strides = np.concatenate([[1], np.cumprod(self.sizes + 1)[:-1]])
-        # One device stands for its group; `like` is the other device of a hop inside the group.
-        chosen, like = [], []
+        # One device represents its group; a hop inside the group goes to `hop_partner`.
+        chosen, hop_partner = [], []
         for group in self.groups:
             chosen.append(group[0])
-            like.append(group[-1])
-        self.layer, self.output = pieces.layer[chosen], pieces.output[chosen]
-        self.hop, self.cache = pieces.hop[np.ix_(chosen, like)], pieces.cache[np.ix_(chosen, like)]
+            hop_partner.append(group[-1])
+        self.layer, self.output = terms.layer[chosen], terms.output[chosen]
+        self.hop, self.cache = (
+            terms.hop[np.ix_(chosen, hop_partner)],
+            terms.cache[np.ix_(chosen, hop_partner)],
+        )
         ends = ((True, True), (True, False), (False, False), (False, True))
-        devices = [pieces.cluster.devices[d] for d in chosen]
+        devices = [terms.cluster.devices[d] for d in chosen]
         room = []
         for end in ends:
-            room.append([layers_that_fit(pieces.model, d, pieces.need, *end) for d in devices])
+            room.append([layers_that_fit(terms.model, d, terms.need, *end) for d in devices])
         self.room_alone, self.room_first, self.room_middle, self.room_last = np.array(room)
         self.reachable = ~np.eye(len(chosen), dtype=bool) | (self.sizes > 1)
-        self.bound = math.inf  # some chain costs this; costlier ones are not followed
+        self.upper_bound = math.inf  # cost of a known chain; costlier ones are pruned
 
     def run(self, first: int) -> tuple[float, list[tuple[int, int]]]:
         """The best chain that starts in a group.
 
         (inf, []) where none fits, or none is better than another group's.
         """
-        total, w, tied = self.layers, self.latency_weight, self.pieces.model.tied
+        total, w, tied = self.layers, self.latency_weight, self.terms.model.tied
         self.steps += total
         head = self.output[first] if tied else 0.0
         per_layer = w * (self.layer + self.cache[first])
         output = 0.0 if tied else self.output
-        close = w * (self.hop[:, first] + output + self.pieces.split + self.pieces.fixed)
+        close = w * (self.hop[:, first] + output + self.terms.split + self.terms.fixed)
         best, end = math.inf, None
         if self.room_alone[first] >= total:
-            alone = total * self.layer[first] + self.output[first] + self.pieces.fixed
+            alone = total * self.layer[first] + self.output[first] + self.terms.fixed
             best, end = w * alone + self.device_price, (0, first, 0, 0)
-        for order in self._orders(first):
-            self.bound = min(self.bound, self._filled(order, per_layer, close, head))
-        self.bound = min(self.bound, best)
+        for order in self._group_orders(first):
+            self.upper_bound = min(
+                self.upper_bound, self._greedy_cost(order, per_layer, close, head)
+            )
+        self.upper_bound = min(self.upper_bound, best)
 
         levels: list[Level] = []
-        kept_bytes = 0
+        table_bytes = 0
         states, rows = self._first_level(first, head)
         while len(states):
             counts = states[:, None] // self.strides % (self.sizes + 1)
-            least = rows.min(1) + self._rest(counts, per_layer, close)
-            worth = (least <= self.bound * (1 + 1e-9)).any(1)
-            states, rows, counts = states[worth], rows[worth], counts[worth]
+            least = rows.min(1) + self._lower_bound(counts, per_layer, close)
+            promising = (least <= self.upper_bound * (1 + 1e-9)).any(1)
+            states, rows, counts = states[promising], rows[promising], counts[promising]
             levels.append((states, rows))
             self.steps += rows.size
-            kept_bytes += rows.nbytes
-            if kept_bytes > TABLE_BYTES:
+            table_bytes += rows.nbytes
+            if table_bytes > TABLE_BYTES:
                 raise ValueError(
                     f"{len(self.groups)} groups of identical devices need a table of over "
                     f"{TABLE_BYTES:,} bytes; give fewer kinds of devices and links"
@@ -238,15 +243,15 @@ class ChainSearch:
                 if not free.any() or self.room_middle[e] < 1:
                     continue
                 used = states[free]
-                before = self._before(rows[free], e, per_layer)
-                costs = self._extend(before, e, per_layer)
+                before = self._entry_costs(rows[free], e, per_layer)
+                costs = self._middle_costs(before, e, per_layer)
                 extended.append((e, used + self.strides[e], costs))
-                value, at, placed = self._close(before, e, per_layer, close)
+                value, at, placed = self._end_costs(before, e, per_layer, close)
                 if value < best:
                     best, end = float(value), (int(used[at]), e, placed, len(levels))
-            self.bound = min(self.bound, best)
+            self.upper_bound = min(self.upper_bound, best)
             states, rows = self._next_level(extended, states[:0])
-        return best, self._walk(levels, first, end, per_layer) if end else []
+        return best, self._backtrack(levels, first, end, per_layer) if end else []
 
     def _first_level(self, first: int, head: float) -> Level:
         """One device, of the first group, with any number of layers but all."""
@@ -258,7 +263,7 @@ class ChainSearch:
         rows[0, first, 1 : room + 1] = self.latency_weight * latency + self.device_price
         return self.strides[first : first + 1], rows
 
-    def _before(self, rows: np.ndarray, e: int, per_layer: np.ndarray) -> np.ndarray:
+    def _entry_costs(self, rows: np.ndarray, e: int, per_layer: np.ndarray) -> np.ndarray:
         """(states, layers placed) the least cost to enter a device of group e, less e's layers'.
 
         Subtracting per_layer[e] for every layer placed makes the minimum over k a window.
@@ -266,12 +271,12 @@ class ChainSearch:
         entering = self.latency_weight * self.hop[:, e] + self.device_price
         return (rows + entering[:, None]).min(1) - per_layer[e] * np.arange(self.layers)
 
-    def _extend(self, before: np.ndarray, e: int, per_layer: np.ndarray) -> np.ndarray:
+    def _middle_costs(self, before: np.ndarray, e: int, per_layer: np.ndarray) -> np.ndarray:
         """(states, layers placed) the least cost with a middle stage on a device of group e."""
         window = window_min(before, int(self.room_middle[e]))
         return window + per_layer[e] * np.arange(self.layers)
 
-    def _close(
+    def _end_costs(
         self, before: np.ndarray, e: int, per_layer: np.ndarray, close: np.ndarray
     ) -> tuple[float, int, int]:
         """(cost, state's index, layers before e) of the best chain that ends on group e."""
@@ -297,14 +302,14 @@ class ChainSearch:
             rows[np.searchsorted(states, reached), e] = values
         return states, rows
 
-    def _walk(
+    def _backtrack(
         self, levels: list[Level], first: int, end: tuple[int, int, int, int], per_layer: np.ndarray
     ) -> list[tuple[int, int]]:
         """The best chain's stages, from its last: which stage before each gave its minimum."""
         state, e, placed, depth = end
         stages = [(e, self.layers - placed)]
 
-        def arrivals(state: int, depth: int, e: int) -> np.ndarray:
+        def entry_costs(state: int, depth: int, e: int) -> np.ndarray:
             """(last group, layers placed) costs with the hop from that group to e."""
             states, rows = levels[depth - 1]
             hop = self.latency_weight * self.hop[:, e]
@@ -313,39 +318,41 @@ class ChainSearch:
         while state:
             # `state` are the devices before stage e, `placed` their layers; the last of them is of
             # this group.
-            group = int(np.argmin(arrivals(state, depth, e)[:, placed]))
+            group = int(np.argmin(entry_costs(state, depth, e)[:, placed]))
             state -= int(self.strides[group])
             depth -= 1
             if not state:
                 return [(first, placed), *reversed(stages)]
             low = max(0, placed - int(self.room_middle[group]))
-            options = arrivals(state, depth, group)[:, low:placed].min(0)
+            options = entry_costs(state, depth, group)[:, low:placed].min(0)
             options = options + per_layer[group] * (placed - np.arange(low, placed))
             before = low + int(np.argmin(options))
             stages.append((group, placed - before))
             e, placed = group, before
         return stages  # one device alone
 
-    def _rest(self, counts: np.ndarray, per_layer: np.ndarray, close: np.ndarray) -> np.ndarray:
+    def _lower_bound(
+        self, counts: np.ndarray, per_layer: np.ndarray, close: np.ndarray
+    ) -> np.ndarray:
         """(states, layers placed) a lower bound of the cost to complete each chain.
 
         The remaining layers are placed, in fractions, where a layer with its part of the entering
         cost is cheapest.
         """
         hops = np.where(self.reachable, self.hop, np.inf).min(0)
-        ways = self.latency_weight * hops + self.device_price
-        ways = np.where(np.isfinite(ways), ways, self.device_price)
-        dear = per_layer + ways / np.maximum(self.room_middle, 1)
+        entry_cost = self.latency_weight * hops + self.device_price
+        entry_cost = np.where(np.isfinite(entry_cost), entry_cost, self.device_price)
+        cost_per_layer = per_layer + entry_cost / np.maximum(self.room_middle, 1)
         left = np.tile(self.layers - np.arange(self.layers, dtype=float), (len(counts), 1))
         cost = np.full_like(left, close.min())
-        for e in np.argsort(dear, kind="stable"):
+        for e in np.argsort(cost_per_layer, kind="stable"):
             free = (self.sizes[e] - counts[:, e]) * max(0, int(self.room_middle[e]))
-            taken = np.minimum(left, free[:, None])
-            cost += taken * dear[e]
-            left -= taken
+            placed_here = np.minimum(left, free[:, None])
+            cost += placed_here * cost_per_layer[e]
+            left -= placed_here
         return np.where(left > 0, np.inf, cost)
 
-    def _orders(self, first: int) -> list[tuple[int, ...]]:
+    def _group_orders(self, first: int) -> list[tuple[int, ...]]:
         """Orders of the groups, to start from a good chain.
 
         All orders of few groups; of more, by speed, by room and by hop from the first.
@@ -359,7 +366,7 @@ class ChainSearch:
             orders.append((first, *sorted(others, key=lambda g: (key[g], g))))
         return orders
 
-    def _filled(
+    def _greedy_cost(
         self, order: tuple[int, ...], per_layer: np.ndarray, close: np.ndarray, head: float
     ) -> float:
         """The cost of the chain that fills the groups in this order, device by device.
@@ -413,9 +420,9 @@ class Exhaustive:
         check_weight(self.efficiency_weight)
 
     def place(
-        self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile | CostModel
+        self, model: ModelSizes, cluster: Cluster, need: Need, cost: Profile | CostModel
     ) -> Placement:
-        pieces = Pieces(model, cluster, need, profile_of(cost))
+        terms = LatencyTerms(model, cluster, need, profile_of(cost))
         n = len(cluster.devices)
         plans = 0
         for k in range(1, n + 1):
@@ -428,16 +435,16 @@ class Exhaustive:
         for k in range(1, min(n, model.layers) + 1):
             layers = np.array(list(compositions(model.layers, k)))
             for devices in permutations(range(n), k):
-                latency = pieces.seconds(devices, layers)
-                values = objective(latency, k, pieces.scale, self.efficiency_weight)
-                values = np.where((layers <= pieces.room(devices)).all(1), values, np.inf)
+                latency = terms.seconds(devices, layers)
+                values = objective(latency, k, terms.scale, self.efficiency_weight)
+                values = np.where((layers <= terms.layer_capacity(devices)).all(1), values, np.inf)
                 if values.min() < best:
                     best, chosen = values.min(), list(zip(devices, layers[np.argmin(values)]))
         if chosen is None:
             raise infeasible(
                 model, cluster, need, "exhaustive: no chain of devices holds the model"
             )
-        return make_placement(pieces, chosen, profile_of(cost), plans, "exhaustive")
+        return make_placement(terms, chosen, profile_of(cost), plans, "exhaustive")
 
 
 def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
@@ -470,42 +477,42 @@ class Morphling:
     seed: int = 0
 
     def place(
-        self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile | CostModel
+        self, model: ModelSizes, cluster: Cluster, need: Need, cost: Profile | CostModel
     ) -> Placement:
         profile = profile_of(cost)
-        pieces = Pieces(model, cluster, need, profile)
-        plans = configurations(pieces)
-        features = np.array([self.features(pieces, plan) for plan in plans])
+        terms = LatencyTerms(model, cluster, need, profile)
+        plans = configurations(terms)
+        features = np.array([self.features(terms, plan) for plan in plans])
         weights, spread = self.meta_learn(model, cluster, need, profile, plans, features)
         precision = np.linalg.inv(spread)
-        pull = precision @ weights
+        precision_mean = precision @ weights
         best, tested, scores = None, np.zeros(len(plans), bool), np.full(len(plans), -np.inf)
         while not tested.all() and (best is None or tested.sum() < self.stress_tests):
             spread = np.linalg.inv(precision)
             deviation = np.sqrt(np.einsum("ij,jk,ik->i", features, spread, features))
-            hope = features @ (spread @ pull) + self.curiosity * deviation
-            at = int(np.argmax(np.where(tested, -np.inf, hope)))
+            upper_bound = features @ (spread @ precision_mean) + self.curiosity * deviation
+            at = int(np.argmax(np.where(tested, -np.inf, upper_bound)))
             tested[at] = True
             try:
-                placement = make_placement(pieces, plans[at], profile, 0, "morphling")
+                placement = make_placement(terms, plans[at], profile, 0, "morphling")
                 score = math.log(need.batch / placement.expected_latency_s / len(plans[at]))
             except Infeasible:
                 # Out of memory: far below the prior's mean.
                 placement = None
                 score = float(features[at] @ weights) - 2.0
             precision = precision + np.outer(features[at], features[at]) / self.noise**2
-            pull = pull + features[at] * score / self.noise**2
+            precision_mean = precision_mean + features[at] * score / self.noise**2
             if placement and score > scores.max():
                 best = at
             scores[at] = score if placement else -np.inf
         if best is None:
             what = f"morphling: none of {len(plans)} configurations holds the model"
             raise infeasible(model, cluster, need, what)
-        return make_placement(pieces, plans[best], profile, int(tested.sum()), "morphling")
+        return make_placement(terms, plans[best], profile, int(tested.sum()), "morphling")
 
     def meta_learn(
         self,
-        model: ModelShape,
+        model: ModelSizes,
         cluster: Cluster,
         need: Need,
         profile: Profile,
@@ -521,20 +528,20 @@ class Morphling:
             sizes = (need.batch, need.prompt_tokens, need.output_tokens)
             varied = [max(1, round(f * size)) for f, size in zip(factors, sizes)]
             other = Need(need.kv_tokens_q90, *varied)
-            pieces = Pieces(model, cluster, other, profile)
-            seconds = np.array([pieces.seconds(*zip(*plan)) for plan in plans])
+            terms = LatencyTerms(model, cluster, other, profile)
+            seconds = np.array([terms.seconds(*zip(*plan)) for plan in plans])
             scores = np.log(other.batch / seconds / list(map(len, plans)))
             fitted.append(np.linalg.solve(features.T @ features + ridge, features.T @ scores))
         tasks = np.array(fitted)
         return tasks.mean(0), np.cov(tasks.T) + 1e-2 * np.eye(features.shape[1])
 
-    def features(self, pieces: Pieces, plan: Plan) -> np.ndarray:
+    def features(self, terms: LatencyTerms, plan: Plan) -> np.ndarray:
         """(F,) features of a configuration, all near 1."""
         devices, layers = zip(*plan)
         chosen = list(devices)
-        usable = np.array([d.usable_bytes for d in pieces.cluster.devices])
-        speed = pieces.layer.min() / pieces.layer[chosen]
-        share = np.array(layers) / pieces.model.layers
+        usable = np.array([d.usable_bytes for d in terms.cluster.devices])
+        speed = terms.layer.min() / terms.layer[chosen]
+        share = np.array(layers) / terms.model.layers
         memory = usable[chosen].sum() / usable.sum()
         k = len(plan)
         return np.array(
@@ -542,35 +549,35 @@ class Morphling:
         )
 
 
-def configurations(pieces: Pieces) -> list[Plan]:
+def configurations(terms: LatencyTerms) -> list[Plan]:
     """Morphling's search space: orders of devices x number used x ways to divide the layers.
 
     Each plan comes once.
     """
-    n, total = len(pieces.layer), pieces.model.layers
-    usable = np.array([d.usable_bytes for d in pieces.cluster.devices])
+    n, total = len(terms.layer), terms.model.layers
+    usable = np.array([d.usable_bytes for d in terms.cluster.devices])
     orders = [
         list(range(n)),
-        list(np.argsort(pieces.layer, kind="stable")),
+        list(np.argsort(terms.layer, kind="stable")),
         list(np.argsort(-usable, kind="stable")),
     ]
     plans: dict[tuple, None] = {}
     for order in orders:
         for k in range(1, min(n, total) + 1):
             devices = list(map(int, order[:k]))
-            ways = [
-                divide(total, np.ones(k)),
-                divide(total, 1 / pieces.layer[devices]),
-                divide(total, usable[devices].astype(float)),
-                fill(pieces.room(devices), total),
+            divisions = [
+                divide_by_shares(total, np.ones(k)),
+                divide_by_shares(total, 1 / terms.layer[devices]),
+                divide_by_shares(total, usable[devices].astype(float)),
+                fill_in_order(terms.layer_capacity(devices), total),
             ]
-            for layers in ways:
+            for layers in divisions:
                 if layers is not None:
                     plans[tuple(zip(devices, layers))] = None
     return list(map(list, plans))
 
 
-def divide(total: int, shares: np.ndarray) -> list[int]:
+def divide_by_shares(total: int, shares: np.ndarray) -> list[int]:
     """Whole layers, at least 1 each, as near to the shares as possible (largest remainder)."""
     rest = total - len(shares)
     if shares.sum() > 0:
@@ -582,7 +589,7 @@ def divide(total: int, shares: np.ndarray) -> list[int]:
     return (layers + 1).tolist()
 
 
-def fill(room: np.ndarray, total: int) -> list[int] | None:
+def fill_in_order(room: np.ndarray, total: int) -> list[int] | None:
     """Layers that fill each device before the next, at least 1 each; None where they do not fit."""
     if (room < 1).any() or room.sum() < total:
         return None
@@ -597,7 +604,7 @@ class Deployer(Protocol):
     """Chooses a placement for a model on a cluster."""
 
     def place(
-        self, model: ModelShape, cluster: Cluster, need: Need, cost: Profile | CostModel
+        self, model: ModelSizes, cluster: Cluster, need: Need, cost: Profile | CostModel
     ) -> Placement:
         """Raises Infeasible where it finds none within each device's memory."""
 

@@ -18,7 +18,7 @@ import numpy as np
 from finetune.files import write_aside
 from serving.cost_model import model as cm
 from serving.cost_model.devices import GIB, Cluster, Device, Link
-from serving.cost_model.model import CostModel, ModelShape, Profile
+from serving.cost_model.model import CostModel, ModelSizes, Profile
 
 # (embedding, layer, final norm, output layer, P-Tuning's encoder) of chatglm/modeling_glm.py and
 # chatglm/modeling_glm2.py
@@ -85,7 +85,7 @@ class Placement:
         search_steps: what the search counts: table entries, plans, or stress tests.
     """
 
-    model: ModelShape
+    model: ModelSizes
     cluster: Cluster
     need: Need
     stages: tuple[tuple[int, int], ...]
@@ -105,7 +105,7 @@ class Placement:
         """Layers of each stage."""
         return tuple(map(itemgetter(1), self.stages))
 
-    def place_of(self, device: int) -> int | str:
+    def device_name(self, device: int) -> int | str:
         """The device as torch and accelerate name it: the index among GPUs, or "cpu"."""
         if self.cluster.devices[device].kind == "cpu":
             return "cpu"
@@ -117,7 +117,7 @@ class Placement:
         """For from_pretrained(device_map=...) and accelerate.dispatch_model.
 
         Args:
-            family: glm, glm2 or glm3 (default: what the model's shape says).
+            family: glm, glm2 or glm3 (default: by the model's sizes).
             prefix: the model has a P-Tuning encoder.
         """
         if (family or "glm2") not in MODULES:
@@ -126,14 +126,14 @@ class Placement:
             kind = "glm" if self.model.glm1 else "glm2 or glm3"
             raise ValueError(f"this placement is of a {kind} model, not of {family}")
         embedding, layer, norm, output, encoder = MODULES["glm" if self.model.glm1 else "glm2"]
-        first, last = self.place_of(self.devices[0]), self.place_of(self.devices[-1])
+        first, last = self.device_name(self.devices[0]), self.device_name(self.devices[-1])
         device_map = {embedding: first}
         if prefix:
             device_map[encoder] = first
         index = 0
         for device, count in self.stages:
             for _ in range(count):
-                device_map[layer.format(index)] = self.place_of(device)
+                device_map[layer.format(index)] = self.device_name(device)
                 index += 1
         device_map[norm] = device_map[output] = first if self.model.tied else last
         return device_map
@@ -142,21 +142,21 @@ class Placement:
         """VLLM_PP_LAYER_PARTITION; --pipeline-parallel-size is the number of its parts."""
         if len(set(self.devices)) < len(self.stages):
             raise ValueError(
-                "a pipeline's stages lie on different devices; this placement comes back to one"
+                "a pipeline's stages lie on different devices; this placement returns to one"
             )
         return ",".join(map(str, self.layers))
 
     def replica_devices(self) -> list[tuple[int, ...]]:
         """The devices of each replica, in the chain's order; the first is this chain."""
         chains: list[tuple[int, ...]] = []
-        taken: set[int] = set()
+        assigned: set[int] = set()
         for _ in range(self.replicas):
             chosen: dict[int, int] = {}
             for device in dict.fromkeys(self.devices):
                 group = next(g for g in self.cluster.groups if device in g)
-                used = taken | set(chosen.values())
+                used = assigned | set(chosen.values())
                 chosen[device] = next(d for d in [device, *group] if d not in used)
-            taken |= set(chosen.values())
+            assigned |= set(chosen.values())
             chains.append(tuple(map(chosen.__getitem__, self.devices)))
         return chains
 
@@ -221,7 +221,7 @@ class Placement:
         ]
         return "\n".join(lines)
 
-    def picture(self, path: str | Path) -> None:
+    def draw(self, path: str | Path) -> None:
         """Draw each device's memory as a bar: weights, KV, free, and its layers.
 
         The title has latency, utilisation and replicas. Needs matplotlib.
@@ -258,13 +258,13 @@ class Placement:
         write_aside(Path(path), image.getvalue())
 
 
-def kv_layer_bytes(model: ModelShape, need: Need) -> int:
+def kv_layer_bytes(model: ModelSizes, need: Need) -> int:
     """One layer's share of the KV that must fit."""
     return need.kv_tokens_q90 * model.kv_bytes_per_token // model.layers
 
 
 def layers_that_fit(
-    model: ModelShape, device: Device, need: Need, first: bool = False, last: bool = False
+    model: ModelSizes, device: Device, need: Need, first: bool = False, last: bool = False
 ) -> int:
     """How many layers fit with their KV, beside the ends that the device would hold.
 
@@ -276,7 +276,7 @@ def layers_that_fit(
     return min(model.layers, free // (model.layer_bytes + kv_layer_bytes(model, need)))
 
 
-def infeasible(model: ModelShape, cluster: Cluster, need: Need, what: str) -> Infeasible:
+def infeasible(model: ModelSizes, cluster: Cluster, need: Need, what: str) -> Infeasible:
     """The error for a need that does not fit, with the bytes needed and available."""
     kv = kv_layer_bytes(model, need) * model.layers
     weights = model.layers * model.layer_bytes + model.end_bytes(True, True)
@@ -292,7 +292,7 @@ def infeasible(model: ModelShape, cluster: Cluster, need: Need, what: str) -> In
     )
 
 
-class Pieces:
+class LatencyTerms:
     """The latency of a need's batch as a sum of terms of layers, hops and ends, in seconds.
 
     latency(chain) = sum n_i (layer[d_i] + cache[d_1, d_i]) + sum hop[d_i, d_i+1] + hop[d_k, d_1]
@@ -307,7 +307,7 @@ class Pieces:
         split, fixed: of a chain of several devices, and of every chain.
     """
 
-    def __init__(self, model: ModelShape, cluster: Cluster, need: Need, profile: Profile):
+    def __init__(self, model: ModelSizes, cluster: Cluster, need: Need, profile: Profile):
         self.model, self.cluster, self.need = model, cluster, need
         devices, n = cluster.devices, len(cluster.devices)
         batch, tokens, steps = need.batch, need.batch * need.prompt_tokens, need.output_tokens - 1
@@ -360,7 +360,7 @@ class Pieces:
     def _output_of(self, devices: list[int]) -> np.floating:
         return self.output[devices[0] if self.model.tied else devices[-1]]
 
-    def room(self, devices: Sequence[int]) -> np.ndarray:
+    def layer_capacity(self, devices: Sequence[int]) -> np.ndarray:
         """(stages,) layers that fit on each device of a chain."""
         last = len(devices) - 1
         room = []
@@ -380,13 +380,17 @@ def count_replicas(cluster: Cluster, devices: Sequence[int]) -> int:
 
 
 def make_placement(
-    pieces: Pieces, stages: Sequence[tuple[int, int]], profile: Profile, steps: int, deployer: str
+    terms: LatencyTerms,
+    stages: Sequence[tuple[int, int]],
+    profile: Profile,
+    steps: int,
+    deployer: str,
 ) -> Placement:
     """The placement of these stages, with latency from the cost model.
 
     Raises Infeasible where a device would hold more than it has.
     """
-    model, cluster, need = pieces.model, pieces.cluster, pieces.need
+    model, cluster, need = terms.model, terms.cluster, terms.need
     cost = CostModel(model, cluster, stages, profile)
     layers = cm.layers_by_device(cost.stages)
     memory = {
@@ -399,7 +403,7 @@ def make_placement(
             what = f"{deployer}: {layers[d]} layers on device {d} need {size:,} bytes, it has"
             raise infeasible(model, cluster, need, f"{what} {usable:,}")
     latency = cost.equal_batch_s(need.batch, need.prompt_tokens, need.output_tokens)
-    busy = pieces.busy(*zip(*cost.stages))
+    busy = terms.busy(*zip(*cost.stages))
     return Placement(
         model,
         cluster,

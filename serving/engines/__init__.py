@@ -3,7 +3,7 @@
     limits = Limits(max_batch=16, kv_tokens=8192, max_tokens=2048)
     engine = make_engine("continuous", model, limits, cost)
     answer = engine.submit(request, prompt_ids, Sampling(temperature=0.8), listener)  # any thread
-    for event in run(policy, engine, clock, inbox): ...                               # one thread
+    for event in run_scheduler(policy, engine, clock, inbox): ...  # one thread
 
 The simulated engine is serving.simulate.engine. Nothing of torch is imported before an engine is
 made.

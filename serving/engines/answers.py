@@ -1,4 +1,4 @@
-"""The text side of an engine: prompts in, tokens out as they are made, ends and sampling.
+"""The answers of an engine: prompts, tokens as they are generated, stop conditions, sampling.
 
 Free of torch at import.
 """
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-COLDEST = 1e-5  # a temperature below takes the likeliest token; fp32 has no room for much less
-NUCLEUS = 256  # top-p tries so many likeliest tokens before it sorts the whole vocabulary
+MIN_TEMPERATURE = 1e-5  # a lower one takes the likeliest token; fp32 has no range for it
+TOP_P_CANDIDATES = 256  # top-p tries so many likeliest tokens before it sorts the whole vocabulary
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one answer is made.
+    """How one answer is sampled.
 
     Attributes:
         max_new_tokens: the answer ends there, for "length"; None: at the engine's limits, "cut".
-        temperature: 0, or less than COLDEST, takes the likeliest token.
+        temperature: 0, or less than MIN_TEMPERATURE, takes the likeliest token.
         top_p: sample among the likeliest tokens that have this much probability together.
         seed: of the answer's generator; None draws one.
         ignore_stops: go on past stop ids (benchmarks).
@@ -63,14 +63,14 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature < COLDEST
+        return self.temperature < MIN_TEMPERATURE
 
     @property
     def penalizes(self) -> bool:
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
 
     @property
-    def plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether it takes the likeliest token of the model's unchanged logits."""
         return self.greedy and not self.penalizes
 
@@ -85,8 +85,8 @@ class Answer:
         reason: None while it grows; then "stop" (a stop id), "length" (max_new_tokens), "cut" (the
             engine's limits, or a plan's), "cancelled", "refused" or "failed" (the model's output
             was not finite, or sampling failed).
-        generator: of its sampling, on the model's device; made when first needed. A preemption does
-            not rewind it.
+        generator: of its sampling, on the model's device; created when first needed. A
+            preemption does not rewind it.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class Answer:
 
 
 class TextEngine:
-    """What both real engines share: the answers by request, and when an answer ends.
+    """Base class of the real engines: the answers by request id, and when an answer ends.
 
     submit, wake, cancel and forget may be called from any thread; step and generated only from the
     scheduler's.
@@ -220,7 +220,7 @@ class TextEngine:
             self._woken = True
 
     def forget(self, request_id: int, reason: str = "refused") -> None:
-        """Drop a request that the scheduler refused, or never got."""
+        """Drop a request that the scheduler refused or did not receive."""
         with self._lock:
             answer = self._answers.pop(request_id, None)
         if answer is not None:
@@ -228,21 +228,21 @@ class TextEngine:
 
     def cancel_all(self) -> list[int]:
         """Cancel every answer; returns their ids."""
-        known = self._known()
-        for request_id in known:
+        registered = self._registered_ids()
+        for request_id in registered:
             self.cancel(request_id)
-        return known
+        return registered
 
     def end_all(self, reason: str = "cancelled") -> None:
         """End every answer after step has raised, so that no thread waits for one."""
-        for request_id in self._known():
+        for request_id in self._registered_ids():
             self.forget(request_id, reason)
 
     def count(self) -> int:
         """Registered answers: waiting, running, and cancelled ones that have not left yet."""
         return len(self._answers)
 
-    def _known(self) -> list[int]:
+    def _registered_ids(self) -> list[int]:
         with self._lock:
             return list(self._answers)
 
@@ -265,7 +265,7 @@ class TextEngine:
                 f"request {record.request.id} was admitted before its prompt was submitted"
             ) from None
 
-    def give(self, answer: Answer, token: int, most: int) -> bool:
+    def add_token(self, answer: Answer, token: int, most: int) -> bool:
         """Add a token; `most` tokens are the engine's limit.
 
         Returns:
@@ -283,7 +283,7 @@ class TextEngine:
             reason = None
         return not answer.add(token, reason) or answer.reason is not None
 
-    def finished(self, answer: Answer) -> tuple[int, int, bool]:
+    def take_finished(self, answer: Answer) -> tuple[int, int, bool]:
         """Drop an ended answer; returns its line of StepResult.finished: (id, tokens, cut).
 
         An answer that reached its max_new_tokens is not cut.
@@ -317,7 +317,7 @@ def choose_tokens(logits: "Tensor", answers: Sequence[Answer]) -> list[int | Non
     is_finite = best.values.isfinite().tolist()
     tokens = [token if is_finite[i] else None for i, token in enumerate(best.indices.tolist())]
     for i, answer in enumerate(answers):
-        if tokens[i] is None or answer.sampling.plain:
+        if tokens[i] is None or answer.sampling.is_plain:
             continue
         try:
             tokens[i] = sample(logits[i], answer)
@@ -380,7 +380,7 @@ def sample(logits: "Tensor", answer: Answer) -> int:
     if sampling.top_p < 1:
         if ids is None:
             vocabulary = probabilities
-            probabilities, ids = vocabulary.topk(min(NUCLEUS, len(vocabulary)))
+            probabilities, ids = vocabulary.topk(min(TOP_P_CANDIDATES, len(vocabulary)))
             if float(probabilities.sum()) < sampling.top_p:
                 probabilities, ids = vocabulary.sort(descending=True)
         beyond = probabilities.cumsum(0) - probabilities >= sampling.top_p

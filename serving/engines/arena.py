@@ -10,12 +10,12 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-SMALLEST = 64  # tokens of the smallest class
+SMALLEST_SLAB = 64  # tokens of the smallest class
 
 
 def slab_tokens(tokens: int) -> int:
     """The smallest class that holds so many tokens."""
-    return max(SMALLEST, 1 << (tokens - 1).bit_length())
+    return max(SMALLEST_SLAB, 1 << (tokens - 1).bit_length())
 
 
 class ArenaRow(Protocol):
@@ -23,7 +23,7 @@ class ArenaRow(Protocol):
 
     Attributes:
         slab: where it lies; None outside the arena. slot: its place in the slab.
-        length: tokens written, which whoever writes them counts up.
+        length: tokens written, which the writer counts up.
     """
 
     slab: "Slab[Any] | None"
@@ -133,7 +133,7 @@ class Arena(Generic[RowT]):
 
     Attributes:
         tokens: what the reservations add up to at most.
-        held: tokens that the slabs have room for.
+        capacity_tokens: tokens that the slabs have room for.
         migrations: rows that moved to a larger class.
     """
 
@@ -152,7 +152,7 @@ class Arena(Generic[RowT]):
         self.migrations = 0
 
     @property
-    def held(self) -> int:
+    def capacity_tokens(self) -> int:
         return sum(slab.size * slab.slots for slab in self.slabs.values())
 
     def admit(self, row: RowT, tokens: int) -> None:
@@ -175,23 +175,23 @@ class Arena(Generic[RowT]):
         old.remove(slot)
         self._trim(old)
         if is_decoding:
-            self.join(row)
+            self.start_decoding(row)
         self.migrations += 1
 
-    def join(self, row: RowT) -> None:
+    def start_decoding(self, row: RowT) -> None:
         """Move the row to the decoding ones of its slab."""
         slab = placed_slab(row)
         slab.swap(row.slot, slab.decoding)
         slab.decoding += 1
 
-    def release(self, row: RowT, wipe: bool = False) -> None:
-        """Remove a row; `wipe`: zero what it held, because it is not finite."""
+    def release(self, row: RowT, zero: bool = False) -> None:
+        """Remove a row; `zero`: zero its memory, because it is not finite."""
         slab = placed_slab(row)
-        if wipe:
+        if zero:
             for x in (*slab.keys, *slab.values):
                 x[row.slot].zero_()
         slab.remove(row.slot)
-        if wipe:
+        if zero:
             for x in (*slab.keys, *slab.values):
                 x[len(slab.rows) :].zero_()
         row.slab = None
@@ -221,7 +221,7 @@ class Arena(Generic[RowT]):
         slab.resize(slab.slots + spare)
 
     def _exceeds(self, more_tokens: int) -> bool:
-        return self.held + more_tokens > 2 * self.tokens
+        return self.capacity_tokens + more_tokens > 2 * self.tokens
 
     def _trim(self, slab: Slab[RowT]) -> None:
         """Free a large slab that is empty; a small one stays for the next row."""

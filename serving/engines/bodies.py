@@ -21,14 +21,14 @@ from chatglm.kernels import turn_pairs_, turn_rotated_halves_
 
 
 class Attention(Protocol):
-    """What a Pass needs of an attention module."""
+    """What a ForwardPass needs of an attention module."""
 
     layer_idx: int
     scaling: float
 
 
 class AttentionPass(Protocol):
-    """What a block needs of a Pass."""
+    """What a block needs of a ForwardPass."""
 
     def attend(self, module: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
 
@@ -39,7 +39,7 @@ class Block(Protocol):
     def __call__(
         self,
         hidden: Tensor,
-        one_pass: AttentionPass,
+        forward_pass: AttentionPass,
         turns: Tensor,
         keep: Tensor | None = None,
     ) -> Tensor:
@@ -52,7 +52,7 @@ class ServedBody(Protocol):
     Attributes:
         blocks: the decoder layers, in order.
         embed, norm, head: the model's own modules.
-        kv_heads, head_dim: of the keys and values that a block passes to the Pass.
+        kv_heads, head_dim: of the keys and values that a block passes to the ForwardPass.
         axes: 1, or 2 where each token has a place and a block position (ChatGLM-6B).
         prompt: P-Tuning v1's vectors (1, P, hidden), or None.
         prefix: P-Tuning v2's keys and values (2 * layers, 1, kv_heads, P, D), or None.
@@ -84,7 +84,7 @@ class ServedBody(Protocol):
 class ServedChatGLM:
     """ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B in this project's classes.
 
-    Their blocks take a Pass in the place of the mask.
+    Their blocks take a ForwardPass in the place of the mask.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -181,7 +181,7 @@ class CausalBody:
 
 
 class CausalBlock:
-    """A decoder layer of transformers' causal models, computed with a Pass.
+    """A decoder layer of transformers' causal models, computed with a ForwardPass.
 
     The layer's own forward has no argument for one.
 
@@ -200,7 +200,7 @@ class CausalBlock:
     def __call__(
         self,
         hidden: Tensor,
-        one_pass: AttentionPass,
+        forward_pass: AttentionPass,
         turns: Tensor,
         keep: Tensor | None = None,
     ) -> Tensor:
@@ -213,7 +213,7 @@ class CausalBlock:
         value = attention.v_proj(normed).unflatten(-1, by_head)
         self.turn_(query, turns)
         self.turn_(key, turns)
-        out = one_pass.attend(
+        out = forward_pass.attend(
             attention, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         )
         if keep is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from serving.engines.answers import TextEngine, choose_tokens
-from serving.engines.passes import Runner, Sequence
+from serving.engines.passes import ModelRunner, Sequence
 from serving.request import FOREVER, CostEstimator, Limits, Plan, Record, StepResult
 
 
@@ -28,7 +28,7 @@ class ContinuousEngine(TextEngine):
     Args:
         model: a ChatGLM, or transformers' GlmForCausalLM or Glm4ForCausalLM, on one device; with or
             without adapters and P-Tuning prefixes.
-        cost: for policies; nothing here reads it.
+        cost: for policies; the engine does not read it.
         stop_ids: what ends an answer; None for those of its generation_config.
     Raises:
         ValueError: not such a model.
@@ -41,7 +41,7 @@ class ContinuousEngine(TextEngine):
         cost: CostEstimator,
         stop_ids: Ids[int] | None = None,
     ):
-        self.runner = Runner(model.eval(), limits.kv_tokens)
+        self.runner = ModelRunner(model.eval(), limits.kv_tokens)
         super().__init__(self.runner.model, limits, cost, stop_ids)
         self.rows: dict[int, Sequence] = {}
         self._prefills: deque[Sequence] = deque()
@@ -59,13 +59,13 @@ class ContinuousEngine(TextEngine):
         begin = time.perf_counter()
         started: list[tuple[int, float]] = []
         ended: list[Sequence] = []
-        emitted = self._carry_out(plan, begin, started)
+        emitted = self._apply_plan(plan, begin, started)
         prefill_tokens = plan.prefill_tokens or self.limits.prefill_tokens
         steps = 0
         last_step = plan.horizon_steps or FOREVER
         while True:
-            ended += self._take_ended()
-            overran = self._overrunning()
+            ended += self._remove_ended()
+            overran = self._overrun_ids()
             if ended or overran or not self.rows or steps >= last_step:
                 break
             if (steps or emitted) and time.perf_counter() - begin >= budget_s:
@@ -77,23 +77,23 @@ class ContinuousEngine(TextEngine):
         if plan.wake_on_arrival:
             self._woken = False
         elapsed_s = time.perf_counter() - begin
-        finished = tuple(self.finished(row.answer) for row in ended)
+        finished = tuple(self.take_finished(row.answer) for row in ended)
         return StepResult(elapsed_s, emitted, tuple(started), finished, tuple(overran))
 
-    def _overrunning(self) -> list[int]:
+    def _overrun_ids(self) -> list[int]:
         """Ids of the decoding rows whose answers fill what is reserved for them."""
         ids = []
         for row in self.rows.values():
-            is_decoding = not row.left and row.answer.reason is None
-            if is_decoding and row.full:
+            is_decoding = not row.uncomputed and row.answer.reason is None
+            if is_decoding and row.is_full:
                 ids.append(row.id)
         return ids
 
-    def _carry_out(self, plan: Plan, begin: float, started: list[tuple[int, float]]) -> int:
+    def _apply_plan(self, plan: Plan, begin: float, started: list[tuple[int, float]]) -> int:
         """Preempt, reserve, admit; prefill a static batch at once. Returns first tokens made."""
         for record in plan.preempt:
             if self._unreported.pop(record.request.id, None) is None:
-                self._drop(self.rows[record.request.id])
+                self._remove(self.rows[record.request.id])
         for request_id, tokens in plan.reserve_tokens.items():
             if (row := self.rows.get(request_id)) is not None:
                 row.reserve = tokens
@@ -118,7 +118,7 @@ class ContinuousEngine(TextEngine):
             record,
             base=longest if plan.together else record.context_tokens,
             reserve=plan.reserve_tokens[record.request.id],
-            most=self.limits.most_tokens(
+            most=self.limits.max_answer_tokens(
                 record.request, plan.stop_tokens if plan.together else None
             ),
             positions=positions,
@@ -147,13 +147,13 @@ class ContinuousEngine(TextEngine):
         if not decoding and not chunks:
             return 0
         logits = self.runner.run(slabs, chunks)
-        prefilled = self._join_prefilled()
+        prefilled = self._start_prefilled()
         if logits is None:
             return 0
         emitted = self._add_tokens(decoding + prefilled, logits)
         now = time.perf_counter() - begin
         for row in prefilled:
-            if row.made > 0:
+            if row.new_tokens > 0:
                 started.append((row.id, now))
         return emitted
 
@@ -165,7 +165,7 @@ class ContinuousEngine(TextEngine):
         """
         chunks: list[tuple[Sequence, int]] = []
         for row in self._prefills:
-            count = min(prefill_tokens, row.left)
+            count = min(prefill_tokens, row.uncomputed)
             if row.computed < row.context:
                 whole = row.context - row.computed
                 if count < whole and chunks:
@@ -177,12 +177,12 @@ class ContinuousEngine(TextEngine):
             prefill_tokens -= count
         return chunks
 
-    def _join_prefilled(self) -> list[Sequence]:
-        """The sequences whose prompts are complete: from now on they decode."""
+    def _start_prefilled(self) -> list[Sequence]:
+        """Move the sequences whose prompts are complete to decoding; returns them."""
         prefilled = []
-        while self._prefills and not self._prefills[0].left:
+        while self._prefills and not self._prefills[0].uncomputed:
             row = self._prefills.popleft()
-            self.runner.arena.join(row)
+            self.runner.arena.start_decoding(row)
             prefilled.append(row)
         return prefilled
 
@@ -194,14 +194,14 @@ class ContinuousEngine(TextEngine):
                 row.answer.add(None, "failed")
             else:
                 emitted += row.answer.reason is None
-                self.give(row.answer, token, row.most)
+                self.add_token(row.answer, token, row.max_answer)
         return emitted
 
-    def _take_ended(self) -> list[Sequence]:
+    def _remove_ended(self) -> list[Sequence]:
         """Drop rows whose answers have ended; returns those to report now, in order of id."""
         ended = [row for row in self.rows.values() if row.answer.reason is not None]
         for row in ended:
-            self._drop(row)
+            self._remove(row)
         if not self._together:
             return sorted(ended, key=lambda row: row.id)
         for row in ended:
@@ -213,9 +213,9 @@ class ContinuousEngine(TextEngine):
         self._together = False
         return ended
 
-    def _drop(self, row: Sequence):
+    def _remove(self, row: Sequence):
         del self.rows[row.id]
         if row in self._prefills:
             self._prefills.remove(row)
         if row.slab is not None:
-            self.runner.arena.release(row, wipe=row.answer.reason == "failed")
+            self.runner.arena.release(row, zero=row.answer.reason == "failed")

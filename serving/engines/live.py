@@ -17,13 +17,13 @@ class WallClock:
 
     Attributes:
         zero_s: when it was made, of time.perf_counter.
-        news: the condition that wait_until sleeps on; an Inbox of the same clock notifies it.
+        changed: the condition that wait_until sleeps on; an Inbox of the same clock notifies it.
     """
 
     def __init__(self):
         self.zero_s = time.perf_counter()
-        self.news = threading.Condition()
-        self.unseen = False
+        self.changed = threading.Condition()
+        self.notified = False
 
     def now_s(self) -> float:
         return time.perf_counter() - self.zero_s
@@ -32,15 +32,15 @@ class WallClock:
         pass
 
     def wait_until(self, time_s: float):
-        """Sleep until then, or until there is news."""
-        with self.news:
-            self.news.wait_for(lambda: self.unseen, max(time_s - self.now_s(), 0.0))
-            self.unseen = False
+        """Sleep until then, or until notify() is called."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.notified, max(time_s - self.now_s(), 0.0))
+            self.notified = False
 
     def notify(self):
-        with self.news:
-            self.unseen = True
-            self.news.notify_all()
+        with self.changed:
+            self.notified = True
+            self.changed.notify_all()
 
 
 class Inbox:
@@ -54,28 +54,28 @@ class Inbox:
         self._clock, self._engine = clock, engine
         self._waiting: deque[Request] = deque()
         self._withdrawn: deque[int] = deque()
-        self._shut = False
+        self._closed = False
 
     @property
     def closed(self) -> bool:
-        return self._shut and not self._waiting
+        return self._closed and not self._waiting
 
     def put(self, request: Request):
-        """Raises RuntimeError when it is shut."""
-        if self._shut:
-            raise RuntimeError(f"request {request.id} comes too late: the inbox is shut")
+        """Raises RuntimeError when it is closed."""
+        if self._closed:
+            raise RuntimeError(f"request {request.id} comes too late: the inbox is closed")
         self._waiting.append(request)
-        self.tell()
+        self._wake()
 
-    def shut(self):
+    def close(self):
         """No more arrivals: the scheduler ends when all are served."""
-        self._shut = True
-        self.tell()
+        self._closed = True
+        self._wake()
 
     def next_s(self) -> float:
         if self._waiting:
             return 0.0
-        return float("inf") if self._shut else self._clock.now_s() + IDLE_S
+        return float("inf") if self._closed else self._clock.now_s() + IDLE_S
 
     def due(self, now_s: float) -> list[Request]:
         requests = []
@@ -89,13 +89,13 @@ class Inbox:
         From any thread, after put().
         """
         self._withdrawn.append(request_id)
-        self.tell()
+        self._wake()
 
     def withdrawn(self) -> list[int]:
         """Ids withdrawn since the last call."""
         return [self._withdrawn.popleft() for _ in range(len(self._withdrawn))]
 
-    def tell(self):
+    def _wake(self):
         """Wake the scheduler."""
         self._clock.notify()
         if self._engine is not None:

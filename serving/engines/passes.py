@@ -1,10 +1,10 @@
 """One forward pass over many sequences: the model's own blocks on one row of tokens.
 
-The new tokens of all sequences stand in one row (1, N, hidden): first those of decoding sequences,
+The new tokens of all sequences are in one row (1, N, hidden): first those of decoding sequences,
 one each, in the order of their slabs; then chunks of prompts. Projections, norms and MLPs work on
-each token alone, so the weights are read once. A Pass takes the place of the mask in the blocks and
-computes what depends on the sequence: attention against the KV arena. serving.engines.bodies says
-what the blocks are.
+each token alone, so the weights are read once. A ForwardPass takes the place of the mask in the
+blocks and computes what depends on the sequence: attention against the KV arena.
+serving.engines.bodies defines the blocks.
 """
 
 from dataclasses import dataclass
@@ -27,15 +27,15 @@ class Sequence:
 
     Attributes:
         ids: the prompt and the answer's tokens at its admission.
-        earlier: answer tokens at its admission.
+        tokens_at_admission: answer tokens at its admission.
         context: so many first tokens see each other both ways, and are computed in one piece
             (ChatGLM-6B; else 0).
         computed: of ids, how many are in the arena.
         length: tokens in the arena, virtual ones included.
         positions: places of the prompt's tokens and, for ChatGLM-6B, their block positions; those
             of later tokens follow from the last.
-        base, reserve, most: context at admission, KV tokens reserved, answer tokens after which it
-            is cut.
+        base, reserve, max_answer: context at admission, KV tokens reserved, answer tokens after
+            which it is truncated.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class Sequence:
         self.answer = answer
         self.base = base
         self.reserve = reserve
-        self.most = most
+        self.max_answer = most
         self.ids = answer.prompt + answer.tokens
-        self.earlier = len(answer.tokens)
+        self.tokens_at_admission = len(answer.tokens)
         self.positions: list[list[int]] = positions.tolist()
         self.context = context
         self.computed = 0
@@ -62,30 +62,30 @@ class Sequence:
         self.slot = self.length = 0
 
     @property
-    def left(self) -> int:
+    def uncomputed(self) -> int:
         """Tokens of ids that are not computed yet."""
         return len(self.ids) - self.computed
 
     @property
-    def made(self) -> int:
+    def new_tokens(self) -> int:
         """Answer tokens since its admission."""
-        return len(self.answer.tokens) - self.earlier
+        return len(self.answer.tokens) - self.tokens_at_admission
 
     @property
-    def full(self) -> bool:
-        return self.base + self.made >= self.reserve
+    def is_full(self) -> bool:
+        return self.base + self.new_tokens >= self.reserve
 
-    def place(self, start: int, end: int) -> list[list[int]]:
+    def positions_of(self, start: int, end: int) -> list[list[int]]:
         """Positions of tokens start to end of prompt and answer.
 
         One list of places and, for ChatGLM-6B, one of block positions.
         """
         if len(self.positions) == 1:
             return [list(range(start, end))]
-        known = len(self.positions[0])
-        beyond = max(end - max(start, known), 0)
+        registered = len(self.positions[0])
+        beyond = max(end - max(start, registered), 0)
         places, blocks = self.positions
-        next_block = blocks[-1] + 1 + max(start - known, 0)
+        next_block = blocks[-1] + 1 + max(start - registered, 0)
         return [
             places[start:end] + [places[-1]] * beyond,
             blocks[start:end] + list(range(next_block, next_block + beyond)),
@@ -133,7 +133,7 @@ class Decoding:
 
 
 @dataclass
-class Pass:
+class ForwardPass:
     """Attends to the arena for the tokens of one forward pass.
 
     Attributes:
@@ -239,20 +239,20 @@ def attend_chunk(
     return seen[0].transpose(0, 1)
 
 
-class Inputs:
-    """The token row of a pass as it is put together.
+class PassInputs:
+    """The token row of a pass while it is built.
 
     Attributes:
-        ids: token ids; 0 where a virtual token stands.
+        ids: token ids; 0 for a virtual token.
         positions: places, and block positions (ChatGLM-6B).
-        kept: indices of the tokens after which another comes.
+        output_indices: of the tokens whose successor is computed.
         virtual_starts: where P-Tuning v1's vectors begin.
     """
 
     def __init__(self) -> None:
         self.ids: list[int] = []
         self.positions: list[list[int]] = [[], []]
-        self.kept: list[int] = []
+        self.output_indices: list[int] = []
         self.virtual_starts: list[int] = []
 
     def add(self, ids: list[int], positions: list[list[int]], shift: int = 0) -> None:
@@ -262,7 +262,7 @@ class Inputs:
         self.positions[1] += positions[-1]
 
 
-class Runner:
+class ModelRunner:
     """A model's body and an arena that fits it.
 
     Raises:
@@ -312,34 +312,36 @@ class Runner:
             slab by slab, then of each sequence whose prompt is complete with its chunk. None where
             K is 0.
         """
-        inputs = Inputs()
+        inputs = PassInputs()
         parts = [self._add_decoding(inputs, slab) for slab in decoding]
         pieces = [self._add_chunk(inputs, row, count) for row, count in chunks]
-        count, wanted = len(inputs.ids), len(inputs.kept)
+        count, wanted = len(inputs.ids), len(inputs.output_indices)
         keep = None
         if chunks:
-            kept_padding = rounded(wanted) - wanted
-            keep = torch.tensor(inputs.kept + [0] * kept_padding, device=self.device)
+            kept_padding = padded_count(wanted) - wanted
+            keep = torch.tensor(inputs.output_indices + [0] * kept_padding, device=self.device)
         hidden = self._blocks(
             inputs,
-            Pass(parts, pieces, len(self.body.blocks) - 1, keep),
-            padding=rounded(count) - count,
+            ForwardPass(parts, pieces, len(self.body.blocks) - 1, keep),
+            padding=padded_count(count) - count,
         )
         for slab in decoding:
             for row in slab.rows[: slab.decoding]:
                 row.length += 1
         return self.body.head(self.body.norm(hidden))[0] if wanted else None
 
-    def _add_decoding(self, inputs: Inputs, slab: Slab[Sequence]) -> Decoding:
+    def _add_decoding(self, inputs: PassInputs, slab: Slab[Sequence]) -> Decoding:
         """Append the newest token of each decoding row of a slab."""
         rows = slab.rows[: slab.decoding]
         for row in rows:
             last = len(row.answer.prompt) + len(row.answer.tokens) - 1
-            inputs.kept.append(len(inputs.ids))
-            inputs.add([row.answer.tokens[-1]], row.place(last, last + 1), self.body.prompt_length)
+            inputs.output_indices.append(len(inputs.ids))
+            inputs.add(
+                [row.answer.tokens[-1]], row.positions_of(last, last + 1), self.body.prompt_length
+            )
         return self.decode_part(slab, rows)
 
-    def _add_chunk(self, inputs: Inputs, row: Sequence, count: int) -> Chunk:
+    def _add_chunk(self, inputs: PassInputs, row: Sequence, count: int) -> Chunk:
         """Append the next `count` tokens of a sequence, P-Tuning v1's vectors before its first."""
         virtual = self.body.prompt_length
         start = row.length
@@ -348,15 +350,15 @@ class Runner:
             inputs.add([0] * virtual, [list(range(virtual)), [0] * virtual])
             row.length += virtual
         end = row.computed + count
-        inputs.add(row.ids[row.computed : end], row.place(row.computed, end), virtual)
+        inputs.add(row.ids[row.computed : end], row.positions_of(row.computed, end), virtual)
         row.computed = end
         row.length += count
-        if not row.left:
-            inputs.kept.append(len(inputs.ids) - 1)
+        if not row.uncomputed:
+            inputs.output_indices.append(len(inputs.ids) - 1)
         mask = self.chunk_mask(row, start)
-        return Chunk(row, placed_slab(row), start, row.length, mask, is_end=not row.left)
+        return Chunk(row, placed_slab(row), start, row.length, mask, is_end=not row.uncomputed)
 
-    def _blocks(self, inputs: Inputs, one_pass: Pass, padding: int) -> Tensor:
+    def _blocks(self, inputs: PassInputs, forward_pass: ForwardPass, padding: int) -> Tensor:
         """Hidden states (1, N + padding or K, hidden) after the last block."""
         body = self.body
         positions = [row + [0] * padding for row in inputs.positions[: body.axes]]
@@ -367,8 +369,8 @@ class Runner:
             assert body.prompt is not None  # a virtual start comes with a prompt_length
             hidden[:, start : start + body.prompt_length] = body.prompt
         for block in body.blocks[:-1]:
-            hidden = block(hidden, one_pass, turns)
-        return body.blocks[-1](hidden, one_pass, turns, keep=one_pass.keep)
+            hidden = block(hidden, forward_pass, turns)
+        return body.blocks[-1](hidden, forward_pass, turns, keep=forward_pass.keep)
 
     def decode_part(self, slab: Slab[Sequence], rows: list[Sequence]) -> Decoding:
         lengths = [row.length for row in rows]
@@ -394,7 +396,7 @@ class Runner:
         return mask
 
 
-def rounded(tokens: int) -> int:
+def padded_count(tokens: int) -> int:
     """The count that `tokens` is padded to: few shapes.
 
     oneDNN compiles its half-precision products for each new shape.

@@ -20,7 +20,7 @@ from serving.cost_model.fit import (
     relative_errors,
     summarize_errors,
 )
-from serving.cost_model.model import DATASHEET, CostModel, ModelShape, Profile
+from serving.cost_model.model import DATASHEET, CostModel, ModelSizes, Profile
 from serving.engines import make_engine
 from serving.engines.answers import Sampling, TextEngine, vocabulary_of
 from serving.request import FOREVER, Limits, Plan, Record, Request
@@ -60,7 +60,7 @@ def profile_engine(
         device: the Device, or its name, that the profile's coefficients are relative to.
         progress: wraps the iterator of timings, given their number, for a progress bar.
     """
-    shape = ModelShape.from_config(model.config.to_dict(), model.dtype.itemsize)
+    shape = ModelSizes.from_config(model.config.to_dict(), model.dtype.itemsize)
     engine = make_engine(name, model, limits, CostModel.of(shape, device), [])
     prompt_of, frame = prompt_maker(tokenizer, vocabulary_of(model))
     least = max(16, frame + 1)

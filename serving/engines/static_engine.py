@@ -21,8 +21,8 @@ from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria
 from serving.engines.answers import Answer, TextEngine, choose_tokens
 from serving.request import FOREVER, CostEstimator, Limits, Plan, StepResult
 
-# A stop id that no vocabulary has. Without any, generate would stop at the model's own.
-NO_TOKEN = 1 << 30
+# A stop id outside every vocabulary. Without a stop id, generate takes the model's own.
+UNUSED_STOP_ID = 1 << 30
 
 
 class StaticSequence:
@@ -31,9 +31,9 @@ class StaticSequence:
     Attributes:
         reserve: KV tokens reserved for it.
         base: KV tokens at its admission: prompt, earlier answer and the padding before them.
-        most: answer tokens after which it is cut.
-        earlier: answer tokens that it had at its admission.
-        out: it makes no more tokens.
+        max_answer: answer tokens after which it is truncated.
+        tokens_at_admission: answer tokens that it had then.
+        inactive: no more tokens are generated for it.
     """
 
     def __init__(self, answer: Answer, reserve: int, base: int, most: int):
@@ -41,51 +41,51 @@ class StaticSequence:
         self.answer = answer
         self.reserve = reserve
         self.base = base
-        self.most = most
-        self.earlier = len(answer.tokens)
-        self.out = False
+        self.max_answer = most
+        self.tokens_at_admission = len(answer.tokens)
+        self.inactive = False
 
     @property
-    def made(self) -> int:
+    def new_tokens(self) -> int:
         """Answer tokens since its admission."""
-        return len(self.answer.tokens) - self.earlier
+        return len(self.answer.tokens) - self.tokens_at_admission
 
     @property
-    def full(self) -> bool:
-        return self.base + self.made >= self.reserve
+    def is_full(self) -> bool:
+        return self.base + self.new_tokens >= self.reserve
 
 
-class Generation:
-    """generate() on a batch, one token at a time: next() makes one for each row that is not out."""
+class BatchGeneration:
+    """generate() on a batch, one token at a time: next() makes one for each active row."""
 
     def __init__(self, engine: "StaticEngine", rows: list[StaticSequence]):
         self._engine = engine
         self._rows = rows
-        self._go: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        # True: every row that is not out got a token; False: generate has returned.
-        self._made: queue.SimpleQueue[BaseException | bool] = queue.SimpleQueue()
+        self._resume: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        # True: every active row has a new token; False: generate has returned.
+        self._results: queue.SimpleQueue[BaseException | bool] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True, name="generate").start()
 
     def next(self) -> bool:
         """False when generate has returned. Raises what it raised."""
-        self._go.put(True)
-        result = self._made.get()
+        self._resume.put(True)
+        result = self._results.get()
         if isinstance(result, BaseException):
             raise result
         return result
 
     def end(self) -> None:
         """End the thread."""
-        self._go.put(False)
+        self._resume.put(False)
 
     def _run(self) -> None:
         try:
-            if not self._go.get():
+            if not self._resume.get():
                 return
             self._generate()
-            self._made.put(False)
+            self._results.put(False)
         except BaseException as error:  # the engine's thread raises it
-            self._made.put(error)
+            self._results.put(error)
 
     def _generate(self) -> None:
         engine = self._engine
@@ -101,22 +101,22 @@ class Generation:
                 top_k=None,
                 temperature=None,
                 max_new_tokens=engine.limits.max_tokens,
-                eos_token_id=[NO_TOKEN],  # only Control ends a row
+                eos_token_id=[UNUSED_STOP_ID],  # only PauseAfterToken ends a row
                 pad_token_id=0,
-                logits_processor=[Chooser(self._rows)],
-                stopping_criteria=[Control(self._pause)],
+                logits_processor=[SampledTokens(self._rows)],
+                stopping_criteria=[PauseAfterToken(self._pause)],
             )
 
     def _pause(self, tokens: list[int]) -> list[bool]:
-        """Hand over the newest token of each row, wait for next(); returns which rows are out."""
+        """Add the newest token of each row, wait for next(); returns which rows are inactive."""
         for row, token in zip(self._rows, tokens):
-            if row.out or row.answer.reason is not None:
+            if row.inactive or row.answer.reason is not None:
                 continue
-            self._engine.give(row.answer, token, row.most)
-        self._made.put(True)
-        if not self._go.get():
+            self._engine.add_token(row.answer, token, row.max_answer)
+        self._results.put(True)
+        if not self._resume.get():
             return [True] * len(self._rows)
-        return [row.out for row in self._rows]
+        return [row.inactive for row in self._rows]
 
 
 def pad_left(texts: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -130,8 +130,8 @@ def pad_left(texts: list[list[int]]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-class Control(StoppingCriteria):
-    """Stops the rows that `pause` names, given the newest token of each row."""
+class PauseAfterToken(StoppingCriteria):
+    """Calls `pause` with the newest token of each row; stops the rows for which it returns true."""
 
     def __init__(self, pause: Callable[[list[int]], list[bool]]):
         self._pause = pause
@@ -140,8 +140,8 @@ class Control(StoppingCriteria):
         return torch.tensor(self._pause(input_ids[:, -1].tolist()), device=input_ids.device)
 
 
-class Chooser(LogitsProcessor):
-    """Makes greedy search take each sampled row's choice.
+class SampledTokens(LogitsProcessor):
+    """Makes greedy search take the sampled token of each row.
 
     Scores (B, V) of rows that take the likeliest token stay as they are.
     """
@@ -151,18 +151,18 @@ class Chooser(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         for i, row in enumerate(self._rows):
-            if row.out:
+            if row.inactive:
                 continue
-            if row.answer.sampling.plain:
+            if row.answer.sampling.is_plain:
                 failed = not bool(scores[i].max().isfinite())
             else:
-                failed = not self._force(scores, i, row.answer)
+                failed = not self._force_sampled(scores, i, row.answer)
             if failed:
                 row.answer.add(None, "failed")
         return scores
 
     @staticmethod
-    def _force(scores: Tensor, i: int, answer: Answer) -> bool:
+    def _force_sampled(scores: Tensor, i: int, answer: Answer) -> bool:
         """Sample row i and make that token its likeliest; False where sampling failed."""
         (token,) = choose_tokens(scores[i : i + 1], [answer])
         if token is None:
@@ -178,7 +178,7 @@ class StaticEngine(TextEngine):
     Args:
         model: has generate(); on any devices (load_model(..., device_map=...) spreads it with
             accelerate).
-        cost: for policies; nothing here reads it.
+        cost: for policies; the engine does not read it.
         stop_ids: what ends an answer; None for the model's own (chatglm.loading sets them).
     """
 
@@ -191,7 +191,7 @@ class StaticEngine(TextEngine):
     ):
         super().__init__(model.eval(), limits, cost, stop_ids)
         self.rows: dict[int, StaticSequence] = {}
-        self._generation: Generation | None = None
+        self._generation: BatchGeneration | None = None
 
     def check_prompt(self, prompt: list[int]) -> None:
         super().check_prompt(prompt)
@@ -209,7 +209,7 @@ class StaticEngine(TextEngine):
         try:
             return self._step(plan, budget_s)
         except BaseException:
-            self._end()  # otherwise its thread waits for ever
+            self._end()  # otherwise its thread waits forever
             raise
 
     def end_all(self, reason: str = "cancelled") -> None:
@@ -218,61 +218,61 @@ class StaticEngine(TextEngine):
 
     def _step(self, plan: Plan, budget_s: float) -> StepResult:
         begin = time.perf_counter()
-        self._carry_out(plan)
+        self._apply_plan(plan)
         started: list[tuple[int, float]] = []
         emitted = iterations = 0
         last = FOREVER
         if plan.horizon_steps:
             last = plan.horizon_steps + bool(plan.admit)  # a prefill is no decode step
         while True:
-            going = self._going_rows()
-            overran = [row.id for row in going if row.full]
-            if not going or overran or iterations >= last:
+            active_rows = self._active_rows()
+            overran = [row.id for row in active_rows if row.is_full]
+            if not active_rows or overran or iterations >= last:
                 break
             if iterations and time.perf_counter() - begin >= budget_s:
                 break
             if iterations and self._woken and plan.wake_on_arrival:
                 break
-            fresh = self._next_tokens(going)
+            fresh = self._next_tokens(active_rows)
             now = time.perf_counter() - begin
             for row in fresh:
-                if row.made == 1:
+                if row.new_tokens == 1:
                     started.append((row.id, now))
             emitted += len(fresh)
             iterations += 1
-        finished = [] if going else self._finish_batch()
+        finished = [] if active_rows else self._finish_batch()
         if plan.wake_on_arrival:
             self._woken = False
         elapsed_s = time.perf_counter() - begin
         return StepResult(elapsed_s, emitted, tuple(started), tuple(finished), tuple(overran))
 
-    def _going_rows(self) -> list[StaticSequence]:
-        """Rows that make more tokens; those whose answers have ended are out from now on."""
+    def _active_rows(self) -> list[StaticSequence]:
+        """Rows that make more tokens; those whose answers have ended become inactive."""
         for row in self.rows.values():
-            row.out = row.out or row.answer.reason is not None
-        return [row for row in self.rows.values() if not row.out]
+            row.inactive = row.inactive or row.answer.reason is not None
+        return [row for row in self.rows.values() if not row.inactive]
 
-    def _next_tokens(self, going: list[StaticSequence]) -> list[StaticSequence]:
+    def _next_tokens(self, active_rows: list[StaticSequence]) -> list[StaticSequence]:
         """One token for each row; returns the rows that got it (not those that failed)."""
-        before = [row.made for row in going]
+        before = [row.new_tokens for row in active_rows]
         assert self._generation is not None  # rows that make tokens have one
         if not self._generation.next():
             # max_new_tokens is more than any row may have
             raise RuntimeError("generate ended before its rows did")
-        return [row for row, made in zip(going, before) if row.made > made]
+        return [row for row, made in zip(active_rows, before) if row.new_tokens > made]
 
     def _finish_batch(self) -> list[tuple[int, int, bool]]:
         """End the batch; the lines of StepResult.finished, in order of id."""
         rows = sorted(self.rows.values(), key=lambda row: row.id)
-        finished = [self.finished(row.answer) for row in rows]
+        finished = [self.take_finished(row.answer) for row in rows]
         self.rows = {}
         self._end()
         return finished
 
-    def _carry_out(self, plan: Plan) -> None:
+    def _apply_plan(self, plan: Plan) -> None:
         """Preempt, reserve and admit, as the plan says."""
         for record in plan.preempt:
-            self.rows.pop(record.request.id).out = True
+            self.rows.pop(record.request.id).inactive = True
         for request_id, tokens in plan.reserve_tokens.items():
             if (row := self.rows.get(request_id)) is not None:
                 row.reserve = tokens
@@ -286,14 +286,14 @@ class StaticEngine(TextEngine):
         self._end()
         longest = plan.longest_context_tokens
         for record in plan.admit:
-            most = self.limits.most_tokens(record.request, plan.stop_tokens)
+            most = self.limits.max_answer_tokens(record.request, plan.stop_tokens)
             row = StaticSequence(
                 self.answer_of(record), plan.reserve_tokens[record.request.id], longest, most
             )
             self.rows[row.id] = row
         waiting = [row for row in self.rows.values() if row.answer.reason is None]
         if waiting:
-            self._generation = Generation(self, waiting)
+            self._generation = BatchGeneration(self, waiting)
 
     def _end(self) -> None:
         """End the thread of the running batch, if there is one."""

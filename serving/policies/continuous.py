@@ -13,26 +13,26 @@ from typing import ClassVar
 
 from serving.policies.lengths import (
     COARSE,
-    expected_left,
-    quantile_left,
+    expected_remaining,
+    quantile_remaining,
     quantile_tokens,
-    tokens_left,
+    remaining_tokens,
 )
 from serving.policies.static import BATCH_POLICIES, Static
 from serving.request import FOREVER, CostEstimator, Limits, Plan, Policy, Record, Request, View
 
 
-class Draft:
-    """A plan in the making, and the KV tokens and rows that it leaves free or takes.
+class PlanDraft:
+    """A plan while it is built, and the KV tokens and rows that it leaves free or takes.
 
     Attributes:
         free: KV tokens that are not reserved.
         rows: sequences in the batch.
         reserve: KV tokens by request id.
-        gone: ids of the preempted requests.
+        preempted_ids: ids of the preempted requests.
     """
 
-    __slots__ = ("view", "free", "rows", "admit", "preempt", "reserve", "gone")
+    __slots__ = ("view", "free", "rows", "admit", "preempt", "reserve", "preempted_ids")
 
     def __init__(self, view: View):
         self.view = view
@@ -41,10 +41,10 @@ class Draft:
         self.admit: list[Record] = []
         self.preempt: list[Record] = []
         self.reserve: dict[int, int] = {}
-        self.gone: set[int] = set()
+        self.preempted_ids: set[int] = set()
 
-    def add(self, record: Record, tokens: int) -> bool:
-        """Admit with so many KV tokens reserved; False where they or a row are lacking."""
+    def try_admit(self, record: Record, tokens: int) -> bool:
+        """Admit with so many KV tokens reserved; False where tokens or a row are lacking."""
         if tokens > self.free or self.rows >= self.view.limits.max_batch:
             return False
         self.admit.append(record)
@@ -53,7 +53,7 @@ class Draft:
         self.rows += 1
         return True
 
-    def grow(self, record: Record, tokens: int) -> bool:
+    def try_grow(self, record: Record, tokens: int) -> bool:
         """Raise a running record's reservation to so many KV tokens; False where they lack."""
         if tokens - record.reserved_tokens > self.free:
             return False
@@ -61,10 +61,10 @@ class Draft:
         self.free -= tokens - record.reserved_tokens
         return True
 
-    def drop(self, record: Record) -> None:
+    def preempt_record(self, record: Record) -> None:
         """Preempt a running record."""
         self.preempt.append(record)
-        self.gone.add(record.request.id)
+        self.preempted_ids.add(record.request.id)
         self.free += self.reserve.pop(record.request.id, record.reserved_tokens)
         self.rows -= 1
 
@@ -79,7 +79,7 @@ class Draft:
 
 
 def make_room(
-    draft: Draft, wanted: Callable[[Record, int], int], victims: Callable[[], list[Record]]
+    draft: PlanDraft, wanted: Callable[[Record, int], int], victims: Callable[[], list[Record]]
 ) -> None:
     """Grow or preempt all records that overran.
 
@@ -90,14 +90,14 @@ def make_room(
     """
     queue = None
     for record in draft.view.overran:
-        if record.request.id in draft.gone:
+        if record.request.id in draft.preempted_ids:
             continue
         tokens = wanted(record, draft.view.generated(record))
-        while not draft.grow(record, tokens):
+        while not draft.try_grow(record, tokens):
             if queue is None:
                 queue = iter(victims())
-            victim = next((v for v in queue if v.request.id not in draft.gone), record)
-            draft.drop(victim)
+            victim = next((v for v in queue if v.request.id not in draft.preempted_ids), record)
+            draft.preempt_record(victim)
             if victim is record:
                 break
 
@@ -127,7 +127,7 @@ class Fcfs:
         return record.request.arrival_s, FOREVER
 
     def __call__(self, view: View, cost: CostEstimator) -> Plan:
-        draft, limits = Draft(view), view.limits
+        draft, limits = PlanDraft(view), view.limits
         if view.overran:
             make_room(
                 draft,
@@ -138,7 +138,9 @@ class Fcfs:
             spare = int(self.watermark * limits.kv_tokens)
             for record in view.waiting:
                 tokens = min(record.context_tokens + self.block_tokens, limits.max_tokens)
-                if (draft.free - tokens < spare and draft.rows) or not draft.add(record, tokens):
+                if (draft.free - tokens < spare and draft.rows) or not draft.try_admit(
+                    record, tokens
+                ):
                     break
         all_admitted = len(view.waiting) <= len(draft.admit)
         return draft.plan(wake_on_arrival=draft.rows < limits.max_batch and all_admitted)
@@ -169,22 +171,26 @@ class Sjf:
     def order(
         self, record: Record, now_s: float, pace_s: float, cost: CostEstimator
     ) -> tuple[float, float]:
-        return tokens_left(record.request, record.generated), FOREVER
+        return remaining_tokens(record.request, record.generated), FOREVER
 
     def reserve(self, record: Record, generated: int, limits: Limits) -> int:
         """KV tokens for the prompt, the answer so far and the quantile of the rest."""
-        left = record.length
+        remaining = record.length
         if generated:
-            left = quantile_left(record.request.prediction, generated, self.reserve_quantile)
-        return min(record.request.prompt_tokens + generated + math.ceil(left), limits.max_tokens)
+            remaining = quantile_remaining(
+                record.request.prediction, generated, self.reserve_quantile
+            )
+        return min(
+            record.request.prompt_tokens + generated + math.ceil(remaining), limits.max_tokens
+        )
 
     def __call__(self, view: View, cost: CostEstimator) -> Plan:
-        draft = self.draft(view)
+        draft = self.make_draft(view)
         return draft.plan(wake_on_arrival=draft.rows < view.limits.max_batch)
 
-    def draft(self, view: View) -> Draft:
+    def make_draft(self, view: View) -> PlanDraft:
         """A draft with the overruns handled and, where that preempted none, new requests."""
-        draft = Draft(view)
+        draft = PlanDraft(view)
         if view.overran:
             make_room(
                 draft,
@@ -192,22 +198,22 @@ class Sjf:
                 lambda: self.victims(view),
             )
         if not draft.preempt:
-            self.fill(draft)
+            self.admit_waiting(draft)
         return draft
 
-    def fill(self, draft: Draft) -> None:
+    def admit_waiting(self, draft: PlanDraft) -> None:
         """Admit in the queue's order while there is room."""
         limits = draft.view.limits
         if draft.rows < limits.max_batch:
             for record in draft.view.waiting:
-                if not draft.add(record, self.reserve(record, record.generated, limits)):
+                if not draft.try_admit(record, self.reserve(record, record.generated, limits)):
                     break
 
     def victims(self, view: View) -> list[Record]:
         """Running records, the one with most tokens left first."""
         return sorted(
             view.running.values(),
-            key=lambda r: (-tokens_left(r.request, view.generated(r)), r.request.id),
+            key=lambda r: (-remaining_tokens(r.request, view.generated(r)), r.request.id),
         )
 
 
@@ -225,11 +231,11 @@ class Srpt(Sjf):
     advantage: float = 2.0
 
     def __call__(self, view: View, cost: CostEstimator) -> Plan:
-        return self.draft(view).plan()
+        return self.make_draft(view).plan()
 
-    def fill(self, draft: Draft) -> None:
+    def admit_waiting(self, draft: PlanDraft) -> None:
         """Admit while there is room, then displace longer running answers."""
-        super().fill(draft)
+        super().admit_waiting(draft)
         view, victims = draft.view, None
         if len(draft.admit) == len(view.waiting):
             return
@@ -241,12 +247,12 @@ class Srpt(Sjf):
             victim = next((v for v in victims if v.request.id not in draft.reserve), None)
             if victim is None:
                 break
-            left = tokens_left(record.request, record.generated)
-            victim_left = tokens_left(victim.request, view.generated(victim))
-            if victim_left < self.advantage * left:
+            remaining = remaining_tokens(record.request, record.generated)
+            victim_left = remaining_tokens(victim.request, view.generated(victim))
+            if victim_left < self.advantage * remaining:
                 break
-            draft.drop(victim)
-            if not draft.add(record, self.reserve(record, record.generated, view.limits)):
+            draft.preempt_record(victim)
+            if not draft.try_admit(record, self.reserve(record, record.generated, view.limits)):
                 break
 
 
@@ -305,25 +311,29 @@ class Deadline:
             return request.output_tokens
         return quantile_tokens(request.prediction, self.admit_quantile)
 
-    def left(self, record: Record, generated: int, q: float | None = None) -> float:
+    def remaining(self, record: Record, generated: int, q: float | None = None) -> float:
         """Answer tokens that follow the `generated` ones: their mean, or the q-quantile."""
         request = record.request
         if self.truth:
             return max(request.output_tokens - generated, 1)
         generated -= generated % COARSE
         if q is None:
-            return expected_left(request.prediction, generated)
-        return quantile_left(request.prediction, generated, q)
+            return expected_remaining(request.prediction, generated)
+        return quantile_remaining(request.prediction, generated, q)
 
     def reserve(self, record: Record, generated: int, limits: Limits) -> int:
         """KV tokens for the prompt, the answer so far and what is expected of the rest."""
         if self.truth:
-            left = self.left(record, generated)
+            remaining = self.remaining(record, generated)
         elif generated:
-            left = max(self.left(record, generated, self.admit_quantile), self.grow_tokens)
+            remaining = max(
+                self.remaining(record, generated, self.admit_quantile), self.grow_tokens
+            )
         else:
-            left = record.length
-        return min(record.request.prompt_tokens + generated + math.ceil(left), limits.max_tokens)
+            remaining = record.length
+        return min(
+            record.request.prompt_tokens + generated + math.ceil(remaining), limits.max_tokens
+        )
 
     def order(
         self, record: Record, now_s: float, pace_s: float, cost: CostEstimator
@@ -331,15 +341,15 @@ class Deadline:
         request, context = record.request, record.context_tokens
         pace_s = pace_s or cost.decode_step_s(1, context)
         prefill = cost.prefill_s(context)
-        shortest = pace_s * self.left(record, record.generated, self.hope_quantile)
+        shortest = pace_s * self.remaining(record, record.generated, self.hope_quantile)
         latest = request.arrival_s + request.slo_s - prefill - shortest
         key = request.arrival_s + self.slo_weight * request.slo_s
         if self.work_weight:
-            key += self.work_weight * (prefill + pace_s * self.left(record, record.generated))
+            key += self.work_weight * (prefill + pace_s * self.remaining(record, record.generated))
         return (key, latest) if now_s <= latest else (key + self.late_s, FOREVER)
 
     def __call__(self, view: View, cost: CostEstimator) -> Plan:
-        draft, limits = Draft(view), view.limits
+        draft, limits = PlanDraft(view), view.limits
         if view.overran:
             make_room(
                 draft,
@@ -349,8 +359,8 @@ class Deadline:
         blocked, wake_s = None, FOREVER
         may_preempt = self.preempt_gain < FOREVER
         if not draft.preempt and len(view.waiting):
-            blocked = self.fill(draft)
-            if blocked is not None and may_preempt and not self.late(blocked, view.now_s):
+            blocked = self.admit_waiting(draft)
+            if blocked is not None and may_preempt and not self.is_late(blocked, view.now_s):
                 wake_s = self.displace(draft, blocked, cost)
         full = draft.rows >= limits.max_batch or blocked is not None
         if full and may_preempt:
@@ -358,35 +368,35 @@ class Deadline:
         return draft.plan(wake_s=wake_s, wake_on_arrival=not full)
 
     @staticmethod
-    def late(record: Record, at_s: float) -> bool:
+    def is_late(record: Record, at_s: float) -> bool:
         """Whether the record's latest start lies before this time."""
         return record.until_s == FOREVER or at_s > record.until_s
 
-    def fill(self, draft: Draft) -> Record | None:
+    def admit_waiting(self, draft: PlanDraft) -> Record | None:
         """Admit in order while there is room; the first record that could not be admitted."""
         view, limits = draft.view, draft.view.limits
         if draft.rows >= limits.max_batch:
             return next(iter(view.waiting))
         first = view.waiting.oldest()
-        if self.late(first, view.now_s):
+        if self.is_late(first, view.now_s):
             # The rows of the lane: those that were late when they were admitted.
             lane = sum([not r.admitted_s <= r.until_s < FOREVER for r in view.running.values()])
             if lane < self.late_share * (draft.rows + 1):
                 tokens = self.reserve(first, first.generated, limits)
-                if not draft.add(first, tokens):
+                if not draft.try_admit(first, tokens):
                     return first
         for record in view.waiting:
             if record.request.id in draft.reserve:
                 continue
-            if not draft.add(record, self.reserve(record, record.generated, limits)):
+            if not draft.try_admit(record, self.reserve(record, record.generated, limits)):
                 return record
         return None
 
-    def displace(self, draft: Draft, record: Record, cost: CostEstimator) -> float:
+    def displace(self, draft: PlanDraft, record: Record, cost: CostEstimator) -> float:
         """Preempt for a request that must start now; the time to plan again."""
         view = draft.view
         work = cost.prefill_s(record.context_tokens)
-        work += view.pace_s * self.left(record, record.generated)
+        work += view.pace_s * self.remaining(record, record.generated)
         # A row ends about every work / rows seconds.
         must_s = record.request.deadline_s - work - work / max(draft.rows, 1)
         if view.now_s < must_s:
@@ -394,11 +404,11 @@ class Deadline:
         victim = self.late_victim(draft, cost, self.preempt_gain * work)
         tokens = self.reserve(record, record.generated, view.limits)
         if victim is not None and tokens <= draft.free + victim.reserved_tokens:
-            draft.drop(victim)
-            draft.add(record, tokens)
+            draft.preempt_record(victim)
+            draft.try_admit(record, tokens)
         return FOREVER
 
-    def late_victim(self, draft: Draft, cost: CostEstimator, least: float) -> Record | None:
+    def late_victim(self, draft: PlanDraft, cost: CostEstimator, least: float) -> Record | None:
         """The late running record whose preemption saves most row-seconds, above `least`."""
         view = draft.view
         now, pace = view.now_s, view.pace_s
@@ -416,8 +426,10 @@ class Deadline:
                 continue
             generated = generated_of(record)
             # An upper bound: prefilling it again is still to be subtracted.
-            saved = pace * self.left(record, generated)
-            if saved > best and slack < pace * self.left(record, generated, self.hope_quantile):
+            saved = pace * self.remaining(record, generated)
+            if saved > best and slack < pace * self.remaining(
+                record, generated, self.hope_quantile
+            ):
                 saved -= prefill_s(request.prompt_tokens + generated) * rows
                 if saved > best:
                     best, victim = saved, record

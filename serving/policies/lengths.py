@@ -31,17 +31,17 @@ def bucket_tokens(prediction: LengthPrediction, buckets: int, longest_tokens: in
 
 
 @lru_cache(maxsize=1 << 18)
-def expected_left(prediction: LengthPrediction, generated: int) -> float:
+def expected_remaining(prediction: LengthPrediction, generated: int) -> float:
     """Predicted mean of the tokens that follow the `generated` ones, at least 1."""
     return max(remaining(prediction, generated).expected_tokens, 1.0)
 
 
 @lru_cache(maxsize=1 << 18)
-def quantile_left(prediction: LengthPrediction, generated: int, q: float) -> float:
+def quantile_remaining(prediction: LengthPrediction, generated: int, q: float) -> float:
     """The q-quantile of the tokens that follow the `generated` ones, at least 1."""
     return max(remaining(prediction, generated).quantile(q), 1.0)
 
 
-def tokens_left(request: Request, generated: int) -> float:
+def remaining_tokens(request: Request, generated: int) -> float:
     """Predicted mean of the tokens that follow the `generated` ones, to multiples of COARSE."""
-    return expected_left(request.prediction, generated - generated % COARSE)
+    return expected_remaining(request.prediction, generated - generated % COARSE)

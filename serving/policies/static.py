@@ -28,7 +28,7 @@ class BatchPolicy(Protocol):
     def __call__(self, view: View, cost: CostEstimator) -> Iterable[Batch]: ...
 
 
-def answer_room(record: Record, limits: Limits) -> int:
+def reserved_answer_tokens(record: Record, limits: Limits) -> int:
     """Answer tokens to reserve for the rest of an answer.
 
     What the policy expects, doubled at every overrun, and at most what the limit leaves.
@@ -52,7 +52,7 @@ class BatchShape:
         self.prompt = self.answer = 0
         self.limits = limits
 
-    def takes(self, record: Record, answer: int) -> bool:
+    def try_add(self, record: Record, answer: int) -> bool:
         """Add the record if the batch stays within the limits; an empty batch takes any."""
         rows = len(self.records) + 1
         prompt = max(self.prompt, record.context_tokens)
@@ -75,11 +75,11 @@ def chunks(records: Iterable[Record], limits: Limits) -> Iterator[Batch]:
     """Consecutive batches of records in their order, each as large as the limits allow."""
     shape = BatchShape(limits)
     for record in records:
-        answer = answer_room(record, limits)
-        if not shape.takes(record, answer):
+        answer = reserved_answer_tokens(record, limits)
+        if not shape.try_add(record, answer):
             yield shape.batch()
             shape = BatchShape(limits)
-            shape.takes(record, answer)
+            shape.try_add(record, answer)
     if shape.records:
         yield shape.batch()
 
@@ -104,7 +104,7 @@ class Fifo:
         return self.reserve_tokens
 
     def __call__(self, view: View, cost: CostEstimator) -> Iterator[Batch]:
-        return chunks(sorted(view.waiting.everyone(), key=by_arrival), view.limits)
+        return chunks(sorted(view.waiting.all_records(), key=by_arrival), view.limits)
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ class S3:
         return bucket_tokens(request.prediction, self.buckets, self.longest_tokens)
 
     def __call__(self, view: View, cost: CostEstimator) -> list[Batch]:
-        records = list(view.waiting.everyone())
-        rooms = [answer_room(r, view.limits) for r in records]
+        records = list(view.waiting.all_records())
+        rooms = [reserved_answer_tokens(r, view.limits) for r in records]
         prompts = [r.context_tokens for r in records]
         bins = decreasing_first_fit(prompts, rooms, view.limits.kv_tokens, view.limits.max_batch)
         batches = []
@@ -246,19 +246,19 @@ class SloOdbs:
         shape, largest = BatchShape(limits), (0.0, 0.0, 0.0)
         slo_sum = length_sum = 0.0
         for slo, length, composite, record in self.sorted_rows(view):
-            rows, answer = len(shape.records), answer_room(record, limits)
+            rows, answer = len(shape.records), reserved_answer_tokens(record, limits)
             row = (composite, slo, length)
             slo_term, length_term = self.terms(
                 rows, slo_sum + slo, length_sum + length, largest if rows else row
             )
             weighted = self.slo_weight * slo_term + self.length_weight * length_term
-            if rows and (weighted > self.threshold or not shape.takes(record, answer)):
+            if rows and (weighted > self.threshold or not shape.try_add(record, answer)):
                 batches.append((largest[0], shape))
                 shape, largest = BatchShape(limits), (0.0, 0.0, 0.0)
                 slo_sum = length_sum = 0.0
                 rows = 0
             if not rows:
-                shape.takes(record, answer)
+                shape.try_add(record, answer)
             slo_sum += slo
             length_sum += length
             largest = max(largest, row)
@@ -270,7 +270,7 @@ class SloOdbs:
         """(SLO left, length left, composite, record) of each waiting record, by `sort_by`."""
         now, w1, w2 = view.now_s, self.slo_weight, self.length_weight
         rows = []
-        for record in view.waiting.everyone():
+        for record in view.waiting.all_records():
             request = record.request
             slo = max(request.arrival_s + request.slo_s - now, 0.0)
             answer = request.output_tokens if self.truth else expected_tokens(request.prediction)
@@ -339,14 +339,14 @@ class UellmReleased:
 
         limits = view.limits
         shape, largest = BatchShape(limits), 0.0
-        for record in sorted(view.waiting.everyone(), key=composite):
-            answer, n = answer_room(record, limits), len(shape.records)
+        for record in sorted(view.waiting.all_records(), key=composite):
+            answer, n = reserved_answer_tokens(record, limits), len(shape.records)
             far = (record.length - largest) * (n + 1) * self.overhead > self.threshold
-            if n and (n >= self.rows or far or not shape.takes(record, answer)):
+            if n and (n >= self.rows or far or not shape.try_add(record, answer)):
                 yield batch()
                 shape, largest, n = BatchShape(limits), 0.0, 0
             if not n:
-                shape.takes(record, answer)
+                shape.try_add(record, answer)
             largest = max(largest, record.length)
         if shape.records:
             yield batch()
@@ -382,7 +382,7 @@ class Annealing:
         return quantile_tokens(request.prediction, self.reserve_quantile)
 
     def __call__(self, view: View, cost: CostEstimator) -> list[Batch]:
-        waiting = view.waiting.everyone()
+        waiting = view.waiting.all_records()
         by_deadline = sorted(waiting, key=lambda r: (r.request.deadline_s, r.request.id))
         chosen = by_deadline[: self.window]
         if not chosen:
@@ -391,7 +391,7 @@ class Annealing:
         lengths: dict[int, float] = {}
         answers: dict[int, int] = {}
         for record in chosen:
-            answers[record.request.id] = answer_room(record, limits)
+            answers[record.request.id] = reserved_answer_tokens(record, limits)
             left = expected_tokens(record.request.prediction) - record.generated
             lengths[record.request.id] = max(left, 1.0)
 
@@ -429,7 +429,7 @@ class Annealing:
         best = anneal(batches, fits, seconds, gain, self)
         shape = BatchShape(limits)
         for record in best[0]:
-            shape.takes(record, answers[record.request.id])
+            shape.try_add(record, answers[record.request.id])
         return [shape.batch()]
 
 
@@ -456,7 +456,7 @@ def anneal(
         b = rng.choice([a - 1, a + 1, rng.randrange(len(batches))])
         if not 0 <= b < len(batches) or a == b:
             continue
-        one, two = moved(batches[a], batches[b], abs(a - b) == 1, rng)
+        one, two = exchange_rows(batches[a], batches[b], abs(a - b) == 1, rng)
         if not fits(two) or (one and not fits(one)):
             continue
         trial, trial_times = list(batches), list(times)
@@ -473,7 +473,7 @@ def anneal(
     return best
 
 
-def moved(
+def exchange_rows(
     one: list[Record], two: list[Record], adjacent: bool, rng: random.Random
 ) -> tuple[list[Record], list[Record]]:
     """Copies of two batches after one request moves from `one` to `two`, or two are swapped.
@@ -503,7 +503,7 @@ class Oracle:
         return request.output_tokens
 
     def __call__(self, view: View, cost: CostEstimator) -> Iterator[Batch]:
-        waiting = view.waiting.everyone()
+        waiting = view.waiting.all_records()
         shortest_first = sorted(waiting, key=lambda r: (r.length - r.generated, *by_arrival(r)))
         return chunks(shortest_first, view.limits)
 
@@ -532,7 +532,7 @@ class Static:
 
     def __call__(self, view: View, cost: CostEstimator) -> Plan:
         if view.running:
-            return self.supervise(view)
+            return self.replan_running(view)
         first = next(iter(self.batching(view, cost)), None)
         if first is None:
             return Plan()
@@ -546,7 +546,7 @@ class Static:
             wake_on_arrival=False,
         )
 
-    def supervise(self, view: View) -> Plan:
+    def replan_running(self, view: View) -> Plan:
         """A plan for a batch that runs: grow or preempt the rows that overran."""
         limits, free = view.limits, view.kv_free_tokens
         preempt: list[Record] = []
@@ -554,7 +554,7 @@ class Static:
         may_grow = getattr(self.batching, "grows", True)
         for record in view.overran:
             had = record.reserved_tokens - record.base_tokens
-            room = max(answer_room(record, limits), 2 * had)
+            room = max(reserved_answer_tokens(record, limits), 2 * had)
             room = min(room, limits.max_tokens - record.context_tokens)
             if may_grow and room - had <= free:
                 reserve[record.request.id] = record.base_tokens + room

@@ -1,8 +1,8 @@
-"""The HTTP face of a Service: OpenAI's chat completions and models, health, metrics.
+"""The HTTP API of a Service: OpenAI's chat completions and models, health, metrics.
 
-Errors are OpenAI's error objects. serving.server.door says who may come in,
-serving.server.fields what a request may say, serving.server.openapi what /openapi.json says of
-both.
+Errors are OpenAI's error objects. serving.server.access checks host and key,
+serving.server.fields the fields of a request; serving.server.openapi describes both in
+/openapi.json.
 """
 
 import asyncio
@@ -22,22 +22,29 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from serving.server.access import AccessControl, AccessLog, AccessRules, ApiError
 from serving.server.chat import ChatRequest, TextStream, parse_body
-from serving.server.door import AccessLog, ApiError, Door, Keys
-from serving.server.openapi import document
-from serving.server.service import Busy, Closed, Exchange, Service, TooLong, Unpredicted
+from serving.server.openapi import openapi_document
+from serving.server.service import (
+    ActiveRequest,
+    PredictionFailed,
+    PromptTooLong,
+    QueueFull,
+    Service,
+    ServiceClosed,
+)
 
 BODY_BYTES = 2 * 2**20
 CLIENT_S = 30.0  # for a whole body
-RETRY_S = 2  # what a busy server tells its clients to wait
+RETRY_S = 2  # Retry-After of a busy server
 CLOSING = "the server is shutting down"
-GONE = 499  # for the access log: the client has left
+CLIENT_CLOSED_REQUEST = 499  # for the access log: the client has disconnected
 FINISH = {"stop": "stop", "length": "length", "cut": "length"}
 
 
 def make_app(
     service: Service,
-    keys: Keys | None = None,
+    access_rules: AccessRules | None = None,
     cors_origins: Sequence[str] = (),
     access_log: bool = False,
     client_s: float = CLIENT_S,
@@ -47,17 +54,19 @@ def make_app(
     Its state.closing is an asyncio.Event that ends the wait for bodies that are still being sent.
 
     Args:
-        keys: who may come in; None for everybody.
-        cors_origins: origins of web pages that may ask; "*" for all.
+        access_rules: the hosts and the key that requests must carry; None accepts all requests.
+        cors_origins: origins of web pages that may send requests; "*" for all.
         access_log: log a line for each request.
         client_s: within which a client must have sent its body.
     """
     app = FastAPI(title="GLM Foundry", docs_url=None, redoc_url=None)
-    schema = partial(document, service.name, guarded=bool(keys and keys.api_key))
+    schema = partial(
+        openapi_document, service.name, needs_key=bool(access_rules and access_rules.api_key)
+    )
     app.openapi = schema  # type: ignore[method-assign]  # FastAPI's documented way
     app.state.closing = asyncio.Event()
-    if keys is not None:
-        app.add_middleware(Door, keys=keys)
+    if access_rules is not None:
+        app.add_middleware(AccessControl, rules=access_rules)
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -75,11 +84,11 @@ def make_app(
 
     @app.exception_handler(HTTPException)
     async def http_error(http: Http, error: HTTPException):
-        found = ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}")
-        return JSONResponse(found.body(), error.status_code, headers=error.headers)
+        wrapped = ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}")
+        return JSONResponse(wrapped.body(), error.status_code, headers=error.headers)
 
     @app.exception_handler(Exception)
-    async def our_error(http: Http, error: Exception):
+    async def internal_error(http: Http, error: Exception):
         return JSONResponse(ApiError(500, f"internal error: {type(error).__name__}").body(), 500)
 
     @get("/health")
@@ -108,25 +117,25 @@ def make_app(
     async def chat_completions(http: Http):
         try:
             check_json(http)
-            asked = parse_body(await read_json_body(http, app.state.closing, client_s))
-            check_model(service, asked.model)
-            exchange = await service.ask(asked)
+            chat_request = parse_body(await read_json_body(http, app.state.closing, client_s))
+            check_model(service, chat_request.model)
+            active = await service.ask(chat_request)
         except ClientDisconnect:
-            return Response(status_code=GONE)
-        except Closed as error:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        except ServiceClosed as error:
             raise ApiError(503, str(error), "unavailable") from None
-        except Busy as error:
+        except QueueFull as error:
             raise ApiError(429, str(error), "busy", {"Retry-After": str(RETRY_S)}) from None
-        except Unpredicted as error:
+        except PredictionFailed as error:
             raise ApiError(500, str(error), "failed") from None
-        except TooLong as error:
+        except PromptTooLong as error:
             raise ApiError(400, str(error), "context_length_exceeded") from None
         except ValueError as error:
             raise ApiError(400, str(error)) from None
-        talk = Talk(service, asked, exchange, http)
-        if asked.stream:
-            return EventStream(talk)
-        return await talk.whole()
+        response = ChatResponse(service, chat_request, active, http)
+        if chat_request.stream:
+            return EventStream(response)
+        return await response.complete()
 
     return app
 
@@ -148,7 +157,10 @@ def check_model(service: Service, name: str | None) -> None:
 
 
 def check_json(http: Http) -> None:
-    """Raises ApiError where the body is not declared as JSON; what any page may send is not."""
+    """Raises ApiError where the body is not declared as JSON.
+
+    A web page of another origin can send other content types without a CORS preflight.
+    """
     declared = http.headers.get("content-type", "")
     if declared.split(";")[0].strip().lower() != "application/json":
         wanted = "wanted the header Content-Type: application/json"
@@ -163,9 +175,14 @@ async def read_json_body(http: Http, closing: asyncio.Event, client_s: float) ->
         ApiError: it is too large or too late, or `closing` came first.
         ValueError: it is no JSON.
     """
-    reading, ending = asyncio.create_task(read_body(http)), asyncio.create_task(closing.wait())
+    reading, closing_wait = (
+        asyncio.create_task(read_body(http)),
+        asyncio.create_task(closing.wait()),
+    )
     try:
-        await asyncio.wait({reading, ending}, timeout=client_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(
+            {reading, closing_wait}, timeout=client_s, return_when=asyncio.FIRST_COMPLETED
+        )
         if not reading.done():
             if closing.is_set():
                 raise ApiError(503, CLOSING, "unavailable", {"Connection": "close"})
@@ -174,7 +191,7 @@ async def read_json_body(http: Http, closing: asyncio.Event, client_s: float) ->
         body = reading.result()
     finally:
         reading.cancel()
-        ending.cancel()
+        closing_wait.cancel()
     try:
         return json.loads(body.decode(), parse_constant=not_a_number)
     except RecursionError:
@@ -197,20 +214,25 @@ def not_a_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
 
-class Talk:
-    """One answer on its way to its client. A client that goes away ends it."""
+class ChatResponse:
+    """The response to one chat request. The answer is cancelled when its client disconnects."""
 
     def __init__(
-        self, service: Service, asked: ChatRequest, exchange: Exchange, http: Http
+        self, service: Service, chat_request: ChatRequest, active: ActiveRequest, http: Http
     ) -> None:
-        self.service, self.asked, self.exchange, self.http = service, asked, exchange, http
-        self.stream = TextStream(service.tokenizer, asked.stop)
+        self.service, self.chat_request, self.active, self.http = (
+            service,
+            chat_request,
+            active,
+            http,
+        )
+        self.stream = TextStream(service.tokenizer, chat_request.stop)
         self.head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": service.name,
         }
-        self.gone = self.token_stopped = False
+        self.disconnected = self.token_stopped = False
 
     @property
     def stopped(self) -> bool:
@@ -220,37 +242,37 @@ class Talk:
     async def _watch(self):
         while (await self.http.receive())["type"] != "http.disconnect":
             pass
-        self.gone = True
-        self.exchange.tokens.put_nowait(None)
+        self.disconnected = True
+        self.active.tokens.put_nowait(None)
 
-    async def texts(self) -> AsyncGenerator[str, None]:
+    async def text_pieces(self) -> AsyncGenerator[str, None]:
         """New text, piece by piece.
 
-        Ends with the answer, at a stop string, or when the client has gone.
+        Ends with the answer, at a stop string, or when the client has disconnected.
         """
         watcher = asyncio.create_task(self._watch())
-        answer, stops = self.exchange.answer, self.service.engine.stop_ids
+        answer, stops = self.active.answer, self.service.engine.stop_ids
         try:
-            while (token := await self.exchange.tokens.get()) is not None:
-                if token in self.asked.stop_token_ids:
+            while (token := await self.active.tokens.get()) is not None:
+                if token in self.chat_request.stop_token_ids:
                     self.token_stopped = True
                     break
                 if token not in stops and (new := self.stream.add(token)):
                     yield new
                 if self.stream.stopped:
                     break
-            whole = self.token_stopped or answer.reason in FINISH
-            if whole and not self.stream.stopped and (new := self.stream.end()):
+            is_complete = self.token_stopped or answer.reason in FINISH
+            if is_complete and not self.stream.stopped and (new := self.stream.end()):
                 yield new
             if self.stopped:
                 self.service.monitor.stopped(answer.id)
         finally:
             watcher.cancel()
-            self.service.cancel(self.exchange)
+            self.service.cancel(self.active)
 
-    def check(self) -> None:
-        """Raises ApiError where the answer did not come to an end of its own."""
-        reason = self.exchange.answer.reason
+    def check_ended(self) -> None:
+        """Raises ApiError where the answer failed or was cancelled."""
+        reason = self.active.answer.reason
         if not self.stopped and reason not in FINISH:
             if reason == "failed":
                 why = "the model's output was not finite, or could not be sampled"
@@ -260,30 +282,34 @@ class Talk:
             raise ApiError(500, f"the answer was {reason}", reason)
 
     def finish_reason(self) -> str:
-        """OpenAI's; of an answer that `check` has passed."""
-        reason = self.exchange.answer.reason
+        """OpenAI's; of an answer that `check_ended` has passed."""
+        reason = self.active.answer.reason
         return "stop" if self.stopped or reason is None else FINISH[reason]
 
     def usage(self) -> dict:
-        prompt, made = (
-            self.exchange.request.prompt_tokens,
-            self.service.length(self.exchange.answer),
+        prompt, completion_tokens = (
+            self.active.request.prompt_tokens,
+            self.service.length(self.active.answer),
         )
-        return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt + completion_tokens,
+        }
 
-    async def whole(self) -> Response | dict:
-        async with aclosing(self.texts()) as texts:
+    async def complete(self) -> Response | dict:
+        async with aclosing(self.text_pieces()) as texts:
             text = "".join([piece async for piece in texts])
-        if self.gone:
-            return Response(status_code=GONE)
-        self.check()
+        if self.disconnected:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        self.check_ended()
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": text},
             "finish_reason": self.finish_reason(),
             "logprobs": None,
         }
-        report = self.service.report(self.exchange)
+        report = self.service.report(self.active)
         return self.head | {
             "object": "chat.completion",
             "choices": [choice],
@@ -297,7 +323,7 @@ class Talk:
         The role, pieces of text, the finish reason with `glm_foundry`, usage where the client asks
         for it, [DONE].
         """
-        usage = {"usage": None} if self.asked.include_usage else {}
+        usage = {"usage": None} if self.chat_request.include_usage else {}
 
         def chunk(delta: dict, reason: str | None = None, **more: Any) -> str:
             choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
@@ -305,19 +331,19 @@ class Talk:
                 self.head | {"object": "chat.completion.chunk", "choices": [choice]} | usage | more
             )
 
-        async with aclosing(self.texts()) as texts:
+        async with aclosing(self.text_pieces()) as texts:
             yield chunk({"role": "assistant", "content": ""})
             async for piece in texts:
                 yield chunk({"content": piece})
-        if self.gone:
+        if self.disconnected:
             return
         try:
-            self.check()
+            self.check_ended()
         except ApiError as error:
             yield event(error.body())
             return
-        yield chunk({}, self.finish_reason(), glm_foundry=self.service.report(self.exchange))
-        if self.asked.include_usage:
+        yield chunk({}, self.finish_reason(), glm_foundry=self.service.report(self.active))
+        if self.chat_request.include_usage:
             yield event(
                 self.head
                 | {"object": "chat.completion.chunk", "choices": [], "usage": self.usage()}
@@ -326,18 +352,21 @@ class Talk:
 
 
 class EventStream(StreamingResponse):
-    """A Talk's events. However it ends, be it before its first event, so does its answer."""
+    """A ChatResponse's events.
 
-    def __init__(self, talk: Talk) -> None:
+    When the stream ends, even before its first event, so does the answer.
+    """
+
+    def __init__(self, response: ChatResponse) -> None:
         headers = {"Cache-Control": "no-cache"}
-        super().__init__(talk.events(), media_type="text/event-stream", headers=headers)
-        self.talk = talk
+        super().__init__(response.events(), media_type="text/event-stream", headers=headers)
+        self.response = response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.talk.service.cancel(self.talk.exchange)
+            self.response.service.cancel(self.response.active)
 
 
 def event(body: dict) -> str:

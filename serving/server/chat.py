@@ -1,4 +1,4 @@
-"""Chats as OpenAI's clients write them, for the ChatGLM families.
+"""OpenAI chat requests for the ChatGLM families.
 
 Bodies to requests, messages to prompts, tokens to text. Free of torch.
 """
@@ -8,26 +8,27 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from chatglm.families import Family, family_of
-from serving.server.fields import ignored, read_fields
+from serving.server.fields import read_fields, unknown_fields
 
 if TYPE_CHECKING:
     from chatglm.family_tokenizer import FamilyTokenizer
 
-MARKS = ",!:;?"  # whose width ChatGLM-6B's answers settle by the character that follows
-YEAR = "[[训练时间]]"
-CLEANED = 4  # characters within which decoding may yet remove a space (" n't")
-DECODED = 256  # tokens; a longer answer is decoded less often than at every token
+# ChatGLM-6B's answers have these in half or full width, depending on the next character.
+WIDTH_AMBIGUOUS_MARKS = ",!:;?"
+YEAR_TOKEN = "[[训练时间]]"
+SPACE_LOOKBACK = 4  # characters; decoding may still remove a space among the last ones (" n't")
+DECODE_EVERY = 256  # tokens; the text is decoded one token less often for each so many
 
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A body of /v1/chat/completions, checked. Attributes that are None were not said.
+    """A body of /v1/chat/completions, checked. Attributes that are None were not given.
 
     Attributes:
         messages: (role, text), role one of system, user, assistant; the last is the user's.
         max_length: tokens of prompt and answer together.
-        stop, stop_token_ids: texts and tokens that end the answer and are no part of it.
-        ignored: names of fields that nothing here knows.
+        stop, stop_token_ids: texts and tokens that end the answer and are not part of it.
+        unknown_fields: names of unknown fields.
     """
 
     messages: tuple[tuple[str, str], ...]
@@ -48,33 +49,32 @@ class ChatRequest:
     stream: bool = False
     include_usage: bool = False
     slo_s: float | None = None
-    ignored: tuple[str, ...] = ()
+    unknown_fields: tuple[str, ...] = ()
 
 
 def parse_body(body: Any) -> ChatRequest:
-    """The request that a body's JSON says.
+    """The request in a body's JSON.
 
     Raises:
-        ValueError: in one line, where a field is not what serving.server.fields wants or is not
-            obeyed.
+        ValueError: in one line, where serving.server.fields refuses a field.
     """
-    found = read_fields(body)
-    if (most := found.pop("max_completion_tokens", None)) is not None:
-        found["max_tokens"] = most
-    found["include_usage"] = found.pop("stream_options", False)
-    return ChatRequest(**found, ignored=ignored(body))
+    fields_read = read_fields(body)
+    if (max_tokens := fields_read.pop("max_completion_tokens", None)) is not None:
+        fields_read["max_tokens"] = max_tokens
+    fields_read["include_usage"] = fields_read.pop("stream_options", False)
+    return ChatRequest(**fields_read, unknown_fields=unknown_fields(body))
 
 
 def encode_messages(
-    tokenizer: "FamilyTokenizer", messages: tuple[tuple[str, str], ...], **as_tuned: Any
+    tokenizer: "FamilyTokenizer", messages: tuple[tuple[str, str], ...], **prompt_options: Any
 ) -> list[int]:
     """The family's chat prompt.
 
-    ChatGLM3 takes messages as they are. The others know no system role: the system's text opens
-    the first question.
+    ChatGLM3 takes messages as they are. The others have no system role: the system's text is
+    put before the first question.
 
     Args:
-        as_tuned: options of the family's encode_chat.
+        prompt_options: options of the family's encode_chat.
     Raises:
         ValueError: for ChatGLM-6B and ChatGLM2-6B, messages of user and assistant that do not
             take turns.
@@ -82,7 +82,7 @@ def encode_messages(
     family = tokenizer_family(tokenizer)
     if family.roles:
         history = [{"role": role, "content": text} for role, text in messages[:-1]]
-        return family.encode_chat(tokenizer, messages[-1][1], history, **as_tuned)
+        return family.encode_chat(tokenizer, messages[-1][1], history, **prompt_options)
     system: list[str] = []
     texts: list[str] = []
     for role, text in messages:
@@ -97,12 +97,12 @@ def encode_messages(
         texts.append(text)
     texts[0] = "\n\n".join([*system, texts[0]])
     return family.encode_chat(
-        tokenizer, texts[-1], list(zip(texts[:-1:2], texts[1::2])), **as_tuned
+        tokenizer, texts[-1], list(zip(texts[:-1:2], texts[1::2])), **prompt_options
     )
 
 
 def prompt_of(messages: tuple[tuple[str, str], ...]) -> str:
-    """What a length predictor is asked: the last question, after the system's text.
+    """The prompt for the length predictor: the system's text and the last question.
 
     Earlier rounds are left out.
     """
@@ -110,34 +110,34 @@ def prompt_of(messages: tuple[tuple[str, str], ...]) -> str:
     return "\n\n".join([*system, messages[-1][1]])
 
 
-def unfinished_length(text: str, whole: tuple[str, ...]) -> int:
-    """How long the longest ending of `text` is that begins, but is not, one of `whole`.
+def longest_partial_match(text: str, patterns: tuple[str, ...]) -> int:
+    """Length of the longest suffix of `text` that is a proper prefix of one of `patterns`.
 
-    One pass for each over as much of the text as it is long.
+    Linear in the length of the patterns.
     """
-    return max((ending(text, one) for one in whole), default=0)
+    return max((partial_match_length(text, pattern) for pattern in patterns), default=0)
 
 
-def ending(text: str, one: str) -> int:
-    borders, matched = borders_of(one), 0
-    for character in text[max(len(text) - len(one) + 1, 0) :]:
-        while matched and one[matched] != character:
+def partial_match_length(text: str, pattern: str) -> int:
+    borders, matched = prefix_function(pattern), 0
+    for character in text[max(len(text) - len(pattern) + 1, 0) :]:
+        while matched and pattern[matched] != character:
             matched = borders[matched - 1]
-        matched += one[matched] == character
+        matched += pattern[matched] == character
     return matched
 
 
 @lru_cache(64)
-def borders_of(one: str) -> tuple[int, ...]:
-    """Of each beginning of a text, the length of its longest proper ending that begins it too.
+def prefix_function(pattern: str) -> tuple[int, ...]:
+    """For each prefix of a pattern, the length of its longest proper suffix that is a prefix too.
 
     Knuth, Morris and Pratt, 1977.
     """
     borders, length = [0], 0
-    for character in one[1:]:
-        while length and one[length] != character:
+    for character in pattern[1:]:
+        while length and pattern[length] != character:
             length = borders[length - 1]
-        length += one[length] == character
+        length += pattern[length] == character
         borders.append(length)
     return tuple(borders)
 
@@ -150,7 +150,7 @@ def tokenizer_family(tokenizer: "FamilyTokenizer") -> Family:
 class TextStream:
     """An answer's text as its tokens come.
 
-    What add() returns is never taken back; followed by what end() returns, it is the answer.
+    The answer is the concatenation of what add() returns and what end() returns.
 
     Attributes:
         sent: the text so far.
@@ -160,7 +160,7 @@ class TextStream:
     def __init__(self, tokenizer: "FamilyTokenizer", stops: tuple[str, ...] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, stops
         family = tokenizer_family(tokenizer)
-        self._marks = MARKS if family.name == "glm" else ""
+        self._marks = WIDTH_AMBIGUOUS_MARKS if family.name == "glm" else ""
         # ChatGLM3's first line is its message's header, blank but for tool calls, which stay text
         # here.
         self._process = family.answer_text
@@ -170,16 +170,16 @@ class TextStream:
         self.sent, self.stopped = "", False
 
     def add(self, token: int) -> str:
-        """New text that this token made certain; it must not be a stop id."""
+        """The text that is certain since this token, which must not be a stop id."""
         if token not in self._hidden:
             self._ids.append(token)
         if self.stopped or len(self._ids) < self._next:
             return ""
-        self._next = len(self._ids) + 1 + len(self._ids) // DECODED
-        text = self._decode().rstrip("\ufffd")  # half of a character
-        if (space := text.find(" ", max(len(text) - CLEANED, 0))) >= 0:
+        self._next = len(self._ids) + 1 + len(self._ids) // DECODE_EVERY
+        text = self._decode().rstrip("\ufffd")  # an incomplete character
+        if (space := text.find(" ", max(len(text) - SPACE_LOOKBACK, 0))) >= 0:
             text = text[:space]
-        text = self._process(text[: len(text) - unfinished_length(text, (YEAR,))])
+        text = self._process(text[: len(text) - longest_partial_match(text, (YEAR_TOKEN,))])
         if text and text[-1] in self._marks:
             text = text[:-1]
         return self._send(text, growing=True)
@@ -198,7 +198,7 @@ class TextStream:
         if places:
             self.stopped, text = True, text[: min(places)]
         elif growing:
-            text = text[: len(text) - unfinished_length(text, self._stops)]
+            text = text[: len(text) - longest_partial_match(text, self._stops)]
         new = text[len(self.sent) :] if text.startswith(self.sent) else ""
         self.sent += new
         return new

@@ -16,12 +16,12 @@ from finetune.evaluation.predict import add_loading_flags, add_packing_flag
 from predictor.labels import name_warning, served_name
 from predictor.runtime import LengthPredictor
 from serving.cost_model.devices import DEVICES
-from serving.cost_model.model import CostModel, ModelShape, Profile, read_profile
+from serving.cost_model.model import CostModel, ModelSizes, Profile, read_profile
 from serving.engines import ENGINES, make_engine
 from serving.policies.continuous import POLICIES
 from serving.request import Limits
+from serving.server.access import AccessRules, host_name, is_loopback
 from serving.server.chat import tokenizer_family
-from serving.server.door import Keys, host_name, is_loopback
 from serving.server.monitor import Monitor
 from serving.server.service import Service
 
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 2048
 KEY_VARIABLE = "GLM_API_KEY"
-SERVED = [name for name in POLICIES if "oracle" not in name]  # an oracle wants true lengths
+SERVED = [name for name in POLICIES if "oracle" not in name]  # an oracle needs true lengths
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ def server_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="a model, adapter or prefix folder")
     parser.add_argument(
-        "--predictor", help="folder of a length predictor; without one: policies that ask for none"
+        "--predictor", help="folder of a length predictor; without one: policies that use none"
     )
     parser.add_argument(
-        "--policy", choices=SERVED, default="deadline", help="who is served when [deadline]"
+        "--policy", choices=SERVED, default="deadline", help="the scheduling policy [deadline]"
     )
     parser.add_argument(
         "--engine",
@@ -107,7 +107,7 @@ def server_parser() -> argparse.ArgumentParser:
         "--slo_s",
         type=float,
         default=30.0,
-        help="seconds to a whole answer, of requests that do not say [30]",
+        help="seconds to a whole answer, of requests without slo_s [30]",
     )
     parser.add_argument(
         "--profile",
@@ -133,13 +133,15 @@ def server_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_queue", type=int, default=256, help=queue)
     connections = "connections open at once [1024]"
     parser.add_argument("--max_connections", type=int, default=1024, help=connections)
-    client = "seconds for a client to send a header, a body, or to read what was sent [30]"
+    client = "seconds for a client to send a header, a body, or to read the response [30]"
     parser.add_argument("--client_s", type=float, default=30.0, help=client)
-    key = f"key that all but /health must bring (better: the environment's {KEY_VARIABLE})"
+    key = f"key that all requests but /health must carry (better: the environment's {KEY_VARIABLE})"
     parser.add_argument("--api_key", help=key)
-    hosts = "names, with commas, that the header Host may have (default on loopback: its own)"
+    hosts = "names, with commas, that the header Host may have (default on loopback: --host)"
     parser.add_argument("--allowed_hosts", default="", help=hosts)
-    origins = 'origins, with commas, of web pages that may ask; "*" for all (default: none)'
+    origins = (
+        'origins, with commas, of web pages that may send requests; "*" for all (default: none)'
+    )
     parser.add_argument("--cors_origins", default="", help=origins)
     lines = "a line for each request on the standard error output"
     parser.add_argument("--access_log", action="store_true", help=lines)
@@ -151,7 +153,7 @@ def parse_flags(argv: list[str] | None = None) -> ServerFlags:
 
 
 def check_bounds(flags: ServerFlags) -> None:
-    """Raises ValueError for a number of the flags that no server can work with."""
+    """Raises ValueError for a number of the flags that is out of range."""
     if not flags.slo_s > 0:
         raise ValueError(f"--slo_s must be above 0, got {flags.slo_s:g}")
     if not 0 < flags.client_s < 1e6:
@@ -168,13 +170,13 @@ def load_service(flags: ServerFlags) -> Service:
     """Everything but HTTP, from the flags.
 
     Raises:
-        ValueError, OSError: in one line, what does not fit or is not there.
+        ValueError, OSError: in one line, what does not fit or is missing.
     """
     policy = POLICIES[flags.policy]
     if policy.predicts and not flags.predictor:
         free = ", ".join(name for name in SERVED if not POLICIES[name].predicts)
         raise ValueError(
-            f"--policy {flags.policy} goes by predicted lengths and wants --predictor DIR; "
+            f"--policy {flags.policy} uses predicted lengths and needs --predictor DIR; "
             f"without one choose from {free}"
         )
     check_bounds(flags)
@@ -217,7 +219,7 @@ def load_service(flags: ServerFlags) -> Service:
         name=name,
         slo_s=flags.slo_s,
         defaults={"temperature": defaults["temperature"], "top_p": defaults["top_p"]},
-        as_tuned={"rounds": True} if rounds else {},
+        prompt_options={"rounds": True} if rounds else {},
         max_queue=flags.max_queue,
     )
 
@@ -228,12 +230,12 @@ def served_cost_model(model: "PreTrainedModel", profile: Profile) -> CostModel:
 
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
-    shape = ModelShape.from_config(model.config.to_dict(), weight.itemsize)
+    shape = ModelSizes.from_config(model.config.to_dict(), weight.itemsize)
     return CostModel.of(shape, cost_device(weight.device), profile)
 
 
 def service_name(flags: ServerFlags, predictor: LengthPredictor | None) -> str:
-    """The model's name in the API; warns where it does not suit the predictor."""
+    """The model's name in the API; warns where it differs from the predictor's."""
     if predictor is None:
         return flags.served_model_name or served_name(flags.model)
     predicted: str = predictor.card["served_model"]["name"]
@@ -250,24 +252,24 @@ def service_name(flags: ServerFlags, predictor: LengthPredictor | None) -> str:
 
 
 def cost_device(device: "torch.device") -> str:
-    """The device of the table that is most like this torch.device.
+    """The entry of DEVICES that is most similar to this torch.device.
 
-    What is measured while serving soon counts more.
+    The policies soon go by step times that are measured while serving.
     """
     if device.type != "cuda":
         return "CPU"
     import torch
 
-    found = torch.cuda.get_device_properties(device)
-    alike = []
+    properties = torch.cuda.get_device_properties(device)
+    similar_devices = []
     for name in DEVICES:
-        if name.split("-")[0].removeprefix("RTX") in found.name.replace(" ", ""):
-            alike.append(name)
+        if name.split("-")[0].removeprefix("RTX") in properties.name.replace(" ", ""):
+            similar_devices.append(name)
 
     def memory_gap(name: str) -> float:
-        return abs(DEVICES[name].memory_bytes - found.total_memory)
+        return abs(DEVICES[name].memory_bytes - properties.total_memory)
 
-    return min(alike or ["A100-80G"], key=memory_gap)
+    return min(similar_devices or ["A100-80G"], key=memory_gap)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -289,8 +291,8 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-def keys_of(flags: ServerFlags, sock: socket.socket) -> Keys:
-    """Who may come in, from the flags and the environment.
+def access_rules_of(flags: ServerFlags, sock: socket.socket) -> AccessRules:
+    """The hosts and the key that are accepted, from the flags and the environment.
 
     Raises:
         ValueError: a key that no header can hold.
@@ -302,11 +304,11 @@ def keys_of(flags: ServerFlags, sock: socket.socket) -> Keys:
     hosts = filter(None, map(str.strip, flags.allowed_hosts.split(",")))
     named = set(map(host_name, hosts))
     if named or is_loopback(sock.getsockname()[0]):
-        return Keys(key, frozenset(named | {flags.host.lower()}))
-    return Keys(key)
+        return AccessRules(key, frozenset(named | {flags.host.lower()}))
+    return AccessRules(key)
 
 
-def make_server(service: Service, keys: Keys, flags: ServerFlags) -> "Server":
+def make_server(service: Service, access_rules: AccessRules, flags: ServerFlags) -> "Server":
     """The serving.server.listener.Server of a service, from the flags."""
     from serving.server.listener import Server
 
@@ -316,7 +318,7 @@ def make_server(service: Service, keys: Keys, flags: ServerFlags) -> "Server":
         drain_s=flags.drain_s,
         client_s=flags.client_s,
         max_connections=flags.max_connections,
-        keys=keys,
+        access_rules=access_rules,
         cors_origins=tuple(filter(None, origins)),
         access_log=flags.access_log,
     )
@@ -342,9 +344,9 @@ def serve_model(flags: ServerFlags) -> int:
             f'{error.name} is not installed; pip install "glm-foundry[serve]"'
         ) from None
     sock = bind(flags.host, flags.port)
-    keys = keys_of(flags, sock)
+    access_rules = access_rules_of(flags, sock)
     service = load_service(flags)
-    return make_server(service, keys, flags).serve_at(sock)
+    return make_server(service, access_rules, flags).serve_at(sock)
 
 
 if __name__ == "__main__":

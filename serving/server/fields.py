@@ -43,7 +43,7 @@ def check_characters(name: str, text: str) -> str:
 
 @dataclass(frozen=True)
 class Number:
-    """A number from `least` to `most`; `above`: `least` itself is too little."""
+    """A number from `least` to `most`; `above`: `least` itself is excluded."""
 
     kind: type
     least: float
@@ -158,7 +158,7 @@ class StreamOptions:
     text: str
 
     def read(self, name: str, value: Any) -> bool:
-        """Whether usage is wanted."""
+        """Whether the client asks for the usage."""
         if not isinstance(value, dict):
             raise ValueError(f"{name} must be an object")
         wanted = value.get("include_usage")
@@ -177,12 +177,12 @@ class Messages:
         """(role, text), the role one of system, user and assistant."""
         if not isinstance(value, list) or not value:
             raise ValueError(f"{name} must be a list of at least one message")
-        found = []
+        messages = []
         for i, message in enumerate(value):
-            found.append(self._one(f"{name}[{i}]", message))
-        if found[-1][0] != "user":
+            messages.append(self._one(f"{name}[{i}]", message))
+        if messages[-1][0] != "user":
             raise ValueError("the last message must be the user's")
-        return tuple(found)
+        return tuple(messages)
 
     @staticmethod
     def _one(name: str, message: Any) -> tuple[str, str]:
@@ -191,7 +191,7 @@ class Messages:
             raise ValueError(f"{name} must be an object with a role of {', '.join(ROLES)}")
         content = message.get("content")
         if isinstance(content, list):
-            content = joined(content)
+            content = text_of_parts(content)
         if content is None and role == "assistant":
             content = ""
         if not isinstance(content, str):
@@ -205,7 +205,7 @@ class Messages:
             "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
         }
         content = {"anyOf": [{"type": "string"}, {"type": "array", "items": part}]}
-        nothing = {"anyOf": [*content["anyOf"], {"type": "null"}]}
+        nullable_content = {"anyOf": [*content["anyOf"], {"type": "null"}]}
         message: Schema = {"type": "object", "required": ["role", "content"]}
         others = message | {
             "properties": {
@@ -214,7 +214,7 @@ class Messages:
             }
         }
         answer: Schema = {"type": "object", "required": ["role"]}
-        answer["properties"] = {"role": {"const": "assistant"}, "content": nothing}
+        answer["properties"] = {"role": {"const": "assistant"}, "content": nullable_content}
         return {
             "type": "array",
             "items": {"anyOf": [others, answer]},
@@ -223,7 +223,7 @@ class Messages:
         }
 
 
-def joined(parts: list) -> str | None:
+def text_of_parts(parts: list) -> str | None:
     """The text of a content in parts; None where one is no text."""
     texts = []
     for part in parts:
@@ -242,7 +242,7 @@ FIELDS: Mapping[str, Field] = {
     "max_completion_tokens": Number(int, 1, MOST, "As max_tokens, which it overrides."),
     "max_length": Number(int, 1, MOST, "Tokens of prompt and answer together, at most."),
     "temperature": Number(
-        float, 0, 2, "0, and what is too small to matter, takes the likeliest token."
+        float, 0, 2, "0, or a value too small to sample with, takes the likeliest token."
     ),
     "top_p": Number(
         float, 0, 1, "Sample among the likeliest tokens of this much probability.", above=True
@@ -260,13 +260,13 @@ FIELDS: Mapping[str, Field] = {
     ),
     "frequency_penalty": Number(float, -2, 2, "Subtracted from them once per occurrence."),
     "seed": Number(int, -(2**63), 2**63 - 1, "Of this answer's sampling."),
-    "stop": Stops("Texts that end the answer and are no part of it."),
-    "stop_token_ids": TokenIds("Token ids that end the answer and are no part of it."),
+    "stop": Stops("Texts that end the answer and are not part of it."),
+    "stop_token_ids": TokenIds("Token ids that end the answer and are not part of it."),
     "stream": Flag("Server-sent events."),
     "stream_options": StreamOptions("Of a stream."),
     "slo_s": Number(float, 0, 1e9, "Seconds within which the whole answer is wanted.", above=True),
 }
-# Would change an answer and are not obeyed: refused, but for the values that ask for nothing.
+# They would change an answer and are not supported: refused, except for their neutral values.
 REFUSED: Mapping[str, tuple] = {
     "n": (1,),
     "best_of": (1,),
@@ -315,7 +315,7 @@ REFUSED: Mapping[str, tuple] = {
     "history": ([],),
 }
 # Fields that change no answer: neither refused nor named as ignored.
-HARMLESS = frozenset(
+NO_EFFECT = frozenset(
     [
         "user",
         "metadata",
@@ -333,12 +333,12 @@ def read_fields(body: Any) -> Schema:
     """The checked fields that a body sets; null counts as not set.
 
     Raises:
-        ValueError: in one line, where a field is not what it should be or is not obeyed here.
+        ValueError: in one line, where a field is not what it should be or is not supported here.
     """
     if not isinstance(body, dict):
         raise ValueError(f"the body must be a JSON object, got {type(body).__name__}")
-    for name, harmless in REFUSED.items():
-        if body.get(name) is not None and body[name] not in harmless:
+    for name, neutral_values in REFUSED.items():
+        if body.get(name) is not None and body[name] not in neutral_values:
             remedy = "; say max_tokens" if name == "max_new_tokens" else ""
             raise ValueError(f"{name} is not supported here{remedy}")
     if body.get("messages") is None:
@@ -350,16 +350,16 @@ def read_fields(body: Any) -> Schema:
     return values
 
 
-def ignored(body: dict) -> tuple[str, ...]:
-    """Names of fields that nothing here knows, the first SHOWN, cut to 64 characters."""
-    known = {*FIELDS, *REFUSED, *HARMLESS}
+def unknown_fields(body: dict) -> tuple[str, ...]:
+    """Names of unknown fields, the first SHOWN, cut to 64 characters."""
+    known = {*FIELDS, *REFUSED, *NO_EFFECT}
     unknown = [name for name in body if name not in known]
     return tuple(name.encode("utf-8", "replace").decode()[:64] for name in unknown[:SHOWN])
 
 
 def body_schema() -> Schema:
-    """JSON Schema of a chat request's body; what is REFUSED stands in its description."""
-    text = f"Not obeyed, so refused with 400: {', '.join(REFUSED)}. "
+    """JSON Schema of a chat request's body; its description names the REFUSED fields."""
+    text = f"Not supported, so refused with 400: {', '.join(REFUSED)}. "
     text += "Unknown fields are named in glm_foundry.ignored."
     properties = {name: field.schema() for name, field in FIELDS.items()}
     return {

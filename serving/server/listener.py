@@ -1,6 +1,6 @@
-"""uvicorn with limits on connections and slow clients, and a drain that answers everybody.
+"""uvicorn with limits on connections and slow clients, and a drain that answers every request.
 
-It ends, too, when the engine fails.
+The server also exits when the engine fails.
 """
 
 import asyncio
@@ -16,35 +16,37 @@ from types import FrameType
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from serving.server.access import AccessRules, ApiError
 from serving.server.api import CLIENT_S, RETRY_S, make_app
-from serving.server.door import ApiError, Keys
 from serving.server.service import Service
 
-EARLY_BYTES = 65536
+MAX_PIPELINED_BYTES = 65536
 TICK_S = 0.1
 FLUSH_S = 1.0  # after the drain, for what has been written to reach its clients
 GRACE_S = 5  # beyond both, before uvicorn cancels what is left
 
 
-class Connection(H11Protocol):
-    """HTTP/1.1 with limits: a connection beyond `most` gets a 503 and is closed.
+class LimitedConnection(H11Protocol):
+    """HTTP/1.1 with limits: a connection beyond `max_open` gets a 503 and is closed.
 
     uvicorn reads on after each response, whatever already waits in its buffer: a client that sends
-    requests without waiting for their replies fills memory and slows everybody. One that is
-    EARLY_BYTES ahead is dropped.
+    requests without waiting for their replies fills memory and delays all others. One that is
+    MAX_PIPELINED_BYTES ahead is dropped.
     """
 
-    most = 1024
-    early = 0  # bytes that came while an earlier request was being answered
+    max_open = 1024
+    pipelined_bytes = 0  # bytes that came while an earlier request was being answered
 
     def connection_made(  # type: ignore[override]  # as uvicorn's own, which is given a Transport
         self, transport: asyncio.Transport
     ) -> None:
-        if len(self.connections) < self.most:
+        if len(self.connections) < self.max_open:
             super().connection_made(transport)
             return
         body = json.dumps(
-            ApiError(503, f"{self.most} connections are open (--max_connections)", "busy").body()
+            ApiError(
+                503, f"{self.max_open} connections are open (--max_connections)", "busy"
+            ).body()
         )
         head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
         head += f"Content-Length: {len(body)}\r\n"
@@ -55,10 +57,10 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         cycle = self.cycle
         if cycle is None or cycle.response_complete or cycle.more_body:
-            self.early = 0
+            self.pipelined_bytes = 0
         else:
-            self.early += len(data)
-        if self.early > EARLY_BYTES:
+            self.pipelined_bytes += len(data)
+        if self.pipelined_bytes > MAX_PIPELINED_BYTES:
             self.transport.abort()
         else:
             super().data_received(data)
@@ -70,9 +72,9 @@ class Server(uvicorn.Server):
     Args:
         drain_s: after a signal, for answers under way to end; then they and those that wait get
             a 503. A second signal ends the drain.
-        client_s: for a client to send a request's header, its body, and to read what was sent.
+        client_s: for a client to send a request's header, its body, and to read the response.
         max_connections: open at once.
-        keys, cors_origins, access_log: as of serving.server.api.make_app.
+        access_rules, cors_origins, access_log: as of serving.server.api.make_app.
     """
 
     def __init__(
@@ -82,14 +84,14 @@ class Server(uvicorn.Server):
         drain_s: float = 60.0,
         client_s: float = CLIENT_S,
         max_connections: int = 1024,
-        keys: Keys | None = None,
+        access_rules: AccessRules | None = None,
         cors_origins: Sequence[str] = (),
         access_log: bool = False,
     ) -> None:
-        app = make_app(service, keys, cors_origins, access_log, client_s)
+        app = make_app(service, access_rules, cors_origins, access_log, client_s)
         config = uvicorn.Config(
             app,
-            http=type("Limited", (Connection,), {"most": max_connections}),
+            http=type("Limited", (LimitedConnection,), {"max_open": max_connections}),
             ws="none",
             log_level="error",
             access_log=False,
@@ -101,16 +103,16 @@ class Server(uvicorn.Server):
         self.closing = app.state.closing
         self.drain_s = drain_s
         self.client_s = client_s
-        self.hurry = False
+        self.skip_drain = False
         # When a connection was first seen waiting for its client.
-        self._since: dict[Connection, float] = {}
+        self._waiting_since: dict[LimitedConnection, float] = {}
         service.on_failure = self._engine_failed
 
     def serve_at(self, sock: socket.socket) -> int:
         """Serve at a listening socket.
 
         Returns:
-            The process's exit code: 1 where the engine failed, so that a supervisor starts it anew.
+            The process's exit code: 1 where the engine failed, so that a supervisor restarts it.
         """
         self.service.start()
         self.run(sockets=[sock])
@@ -118,11 +120,11 @@ class Server(uvicorn.Server):
         return 0 if self.started and not self.service.failure else 1
 
     def _engine_failed(self):
-        self.hurry = self.should_exit = True  # all have been answered
+        self.skip_drain = self.should_exit = True  # every request has been answered
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, but the signal is not raised again: a drained server has done its work."""
+        """As uvicorn's, but the signal is not raised again: a drained server exits with code 0."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -137,7 +139,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, number: int, frame: FrameType | None) -> None:
-        self.hurry = self.service.draining
+        self.skip_drain = self.service.draining
         self.service.draining = self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -155,22 +157,22 @@ class Server(uvicorn.Server):
     def _drop_slow(self):
         now = time.monotonic()
         waiting = [c for c in self.server_state.connections if waits_for_client(c)]
-        self._since = {c: self._since.get(c, now) for c in waiting}
-        for connection, since in self._since.items():
+        self._waiting_since = {c: self._waiting_since.get(c, now) for c in waiting}
+        for connection, since in self._waiting_since.items():
             if now - since > self.client_s:
                 connection.transport.abort()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.service.draining = True
         self.closing.set()
-        ending = asyncio.create_task(self._end_drain())
+        drain_task = asyncio.create_task(self._end_drain())
         await super().shutdown(sockets)
-        ending.cancel()
+        drain_task.cancel()
 
     async def _end_drain(self):
-        """Wait for answers under way; then end them, those that wait, and whoever does not read."""
+        """Wait for running answers; then cancel them and those that wait, and close connections."""
         until = time.monotonic() + self.drain_s
-        while time.monotonic() < until and not self.hurry:
+        while time.monotonic() < until and not self.skip_drain:
             await asyncio.sleep(TICK_S)
         self.service.cancel_all()
         await asyncio.sleep(FLUSH_S)
@@ -178,7 +180,7 @@ class Server(uvicorn.Server):
             connection.transport.abort()
 
 
-def waits_for_client(connection: Connection) -> bool:
+def waits_for_client(connection: LimitedConnection) -> bool:
     """Whether the server waits for a request, the rest of its header, or room to write."""
     cycle = connection.cycle
     return cycle is None or cycle.response_complete or connection.flow.write_paused

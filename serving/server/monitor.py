@@ -1,6 +1,6 @@
-"""What a server did, from the scheduler's events.
+"""The server's log and metrics, from the scheduler's events.
 
-A log that predictor.update reads, and metrics for Prometheus. Free of torch.
+predictor.update reads the log, Prometheus the metrics. Free of torch.
 """
 
 import json
@@ -38,33 +38,33 @@ class LogFile:
     def __init__(self, path: str | Path) -> None:
         """Raises OSError where it cannot be opened."""
         self._file = open(path, "a+b", buffering=0)
-        self._torn = self._ends_torn()
-        self.lost = 0
+        self._ends_mid_line = self._has_partial_line()
+        self.lost_lines = 0
 
-    def _ends_torn(self) -> bool:
-        """Whether who wrote to it last was ended, or its disk full, in the middle of a line."""
+    def _has_partial_line(self) -> bool:
+        """Whether the file ends within a line: its writer was killed, or the disk was full."""
         if not self._file.seekable() or not self._file.seek(0, os.SEEK_END):
             return False
         self._file.seek(-1, os.SEEK_END)
         return self._file.read(1) != b"\n"
 
     def write(self, text: str) -> None:
-        data = (b"\n" if self._torn else b"") + text.encode() + b"\n"
+        data = (b"\n" if self._ends_mid_line else b"") + text.encode() + b"\n"
         written = 0
         try:
             while written < len(data):
                 written += self._file.write(data[written:]) or 0
         except OSError as error:
-            self._torn = self._torn or written > 0
-            self.lost += 1
-            if self.lost == 1:
+            self._ends_mid_line = self._ends_mid_line or written > 0
+            self.lost_lines += 1
+            if self.lost_lines == 1:
                 name = self._file.name
                 log.error("the log %s: %s; lines are lost until it can be written", name, error)
             return
-        self._torn = False
-        if self.lost:
-            log.warning("the log %s goes on; lines lost: %d", self._file.name, self.lost)
-            self.lost = 0
+        self._ends_mid_line = False
+        if self.lost_lines:
+            log.warning("the log %s goes on; lines lost: %d", self._file.name, self.lost_lines)
+            self.lost_lines = 0
 
     def close(self) -> None:
         with suppress(OSError):
@@ -72,7 +72,7 @@ class LogFile:
 
 
 @dataclass
-class Watched:
+class TrackedRequest:
     """A request under way.
 
     Attributes:
@@ -92,7 +92,7 @@ class Watched:
 
 
 class Monitor:
-    """Sees every event of the scheduler (a callable for serving.scheduler.run), in its thread.
+    """Receives every event of the scheduler, in its thread (`observe` of run_scheduler).
 
     A line of the log: served_model, output_tokens (without the end token), finished (the answer
     ended by itself; else it is at least so long), reason, prompt_tokens, slo_s, in_time, arrived
@@ -113,7 +113,7 @@ class Monitor:
         """Raises OSError where the log cannot be written."""
         self.served_model, self.limits, self.log_prompts = served_model, limits, log_prompts
         self._file = LogFile(path) if path else None
-        self._watched: dict[int, Watched] = {}
+        self._tracked: dict[int, TrackedRequest] = {}
         self._waiting: set[int] = set()
         self._running: dict[int, Record] = {}
         self._recent: deque[bool] = deque(maxlen=RECENT)
@@ -121,23 +121,23 @@ class Monitor:
         with suppress(ImportError):
             self._make_metrics()
 
-    def watch(self, request: Request, prompt: str, answer: "Answer") -> None:
-        """Make a request's text and answer known, before the scheduler gets it.
+    def track(self, request: Request, prompt: str, answer: "Answer") -> None:
+        """Register a request's text and answer, before the scheduler gets it.
 
         May be called from any thread.
         """
-        self._watched[request.id] = Watched(request, prompt, answer)
+        self._tracked[request.id] = TrackedRequest(request, prompt, answer)
 
     def stopped(self, request_id: int) -> None:
-        """A stop string has come.
+        """Record that a stop string has ended the answer.
 
-        The answer is whole for its client, and its own length will not be known.
+        The answer is complete for its client; the length without the stop string stays unknown.
         """
-        if (watched := self._watched.get(request_id)) is not None:
-            watched.stopped = True
+        if (tracked := self._tracked.get(request_id)) is not None:
+            tracked.stopped = True
 
     def forget(self, request_id: int) -> None:
-        self._watched.pop(request_id, None)
+        self._tracked.pop(request_id, None)
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format; `registry` must be there."""
@@ -172,15 +172,15 @@ class Monitor:
             self._waiting.discard(event.id)
             self._running.pop(event.id, None)
             assert isinstance(event.what, Completion)
-            self._finish(event.what, self._watched.pop(event.id, None))
+            self._finish(event.what, self._tracked.pop(event.id, None))
 
     def _reason(self, event: Event) -> str:
-        watched = self._watched.get(event.id)
-        return "refused" if event.kind == "refused" else watched.reason if watched else "unknown"
+        tracked = self._tracked.get(event.id)
+        return "refused" if event.kind == "refused" else tracked.reason if tracked else "unknown"
 
-    def _finish(self, done: Completion, watched: Watched | None):
+    def _finish(self, done: Completion, tracked: TrackedRequest | None):
         request = done.request
-        reason = watched.reason if watched else "cut" if done.cut else "stop"
+        reason = tracked.reason if tracked else "cut" if done.cut else "stop"
         finished = reason == "stop"
         tokens = done.output_tokens - finished  # without the end token
         in_time = done.finish_s <= request.deadline_s and (not done.cut or reason == "stop_string")
@@ -189,7 +189,7 @@ class Monitor:
         if self.registry is not None:
             self._count(done, tokens, reason, in_time)
         if self._file is not None and (tokens or finished):
-            self._write(done, tokens, reason, finished, in_time, watched)
+            self._write(done, tokens, reason, finished, in_time, tracked)
         if request.prediction is not None and finished and self.registry is not None:
             self.ratio.observe((1 + tokens) / (1 + request.prediction.median_tokens))
             self.within.labels(str(tokens <= request.prediction.quantile(0.9)).lower()).inc()
@@ -201,12 +201,12 @@ class Monitor:
         reason: str,
         finished: bool,
         in_time: bool,
-        watched: Watched | None,
+        tracked: TrackedRequest | None,
     ):
         """Append an answer's line to the log, which must be open."""
         assert self._file is not None
         request = done.request
-        row: dict[str, Any] = {"prompt": watched.prompt} if watched and self.log_prompts else {}
+        row: dict[str, Any] = {"prompt": tracked.prompt} if tracked and self.log_prompts else {}
         ttft_s = None
         if done.first_token_s >= 0:
             ttft_s = round(done.first_token_s - request.arrival_s, 4)
@@ -251,51 +251,61 @@ class Monitor:
 
         registry = CollectorRegistry()
 
-        def make(kind: type, name: str, text: str, labels: Sequence[str] = (), **more: Any) -> Any:
+        def make_metric(
+            kind: type, name: str, text: str, labels: Sequence[str] = (), **more: Any
+        ) -> Any:
             return kind(f"glm_{name}", text, labels, registry=registry, **more)
 
-        self.requests = make(Counter, "requests", "Requests that ended, by how", ["reason"])
-        self.events = make(Counter, "scheduler_events", "Preemptions and overruns", ["kind"])
-        self.tokens = make(Counter, "tokens", "Tokens of requests that ended", ["kind"])
-        self.slo = make(
+        self.requests = make_metric(Counter, "requests", "Requests that ended, by how", ["reason"])
+        self.events = make_metric(Counter, "scheduler_events", "Preemptions and overruns", ["kind"])
+        self.tokens = make_metric(Counter, "tokens", "Tokens of requests that ended", ["kind"])
+        self.slo = make_metric(
             Counter, "slo", "Answers by whether they were whole and in time", ["in_time"]
         )
-        self.ttft = make(
+        self.ttft = make_metric(
             Histogram, "time_to_first_token_seconds", "Arrival to first token", buckets=SECONDS
         )
-        self.latency = make(Histogram, "latency_seconds", "Arrival to last token", buckets=SECONDS)
-        self.ratio = make(
+        self.latency = make_metric(
+            Histogram, "latency_seconds", "Arrival to last token", buckets=SECONDS
+        )
+        self.ratio = make_metric(
             Histogram,
             "length_ratio",
             "(1 + actual) / (1 + predicted median) tokens of whole answers",
             buckets=RATIOS,
         )
-        self.within = make(
+        self.within = make_metric(
             Counter,
             "predictions",
             "Whole answers by whether they were within the predicted q90",
             ["within_q90"],
         )
-        make(Gauge, "waiting_requests", "In the queue").set_function(lambda: len(self._waiting))
-        make(Gauge, "running_requests", "On the engine").set_function(lambda: len(self._running))
-        make(Gauge, "kv_reserved_tokens", "KV tokens reserved").set_function(
+        make_metric(Gauge, "waiting_requests", "In the queue").set_function(
+            lambda: len(self._waiting)
+        )
+        make_metric(Gauge, "running_requests", "On the engine").set_function(
+            lambda: len(self._running)
+        )
+        make_metric(Gauge, "kv_reserved_tokens", "KV tokens reserved").set_function(
             lambda: sum(record.reserved_tokens for record in list(self._running.values()))
         )
-        make(Gauge, "kv_limit_tokens", "KV tokens there are").set(self.limits.kv_tokens)
-        make(Gauge, "slo_attainment", f"Share in time of the last {RECENT}").set_function(
+        make_metric(Gauge, "kv_limit_tokens", "KV tokens there are").set(self.limits.kv_tokens)
+        make_metric(Gauge, "slo_attainment", f"Share in time of the last {RECENT}").set_function(
             self.attainment
         )
-        self._make_device_metrics(make)
+        self._make_device_metrics(make_metric)
         self.registry = registry
 
-    def _make_device_metrics(self, make: Callable[..., Any]):
-        """Load and memory of every GPU; `make` is that of _make_metrics."""
+    def _make_device_metrics(self, make_metric: Callable[..., Any]):
+        """Load and memory of every GPU; `make_metric` is that of _make_metrics."""
         if handles := nvml_handles():
             import pynvml
             from prometheus_client import Gauge
 
-            load = make(Gauge, "device_load", "Share of time in which the GPU was at work", ["gpu"])
-            memory = make(
+            load = make_metric(
+                Gauge, "device_load", "Share of time in which the GPU was at work", ["gpu"]
+            )
+            memory = make_metric(
                 Gauge, "device_memory_bytes", "Memory in use on the GPU, by anyone", ["gpu"]
             )
             for i, handle in enumerate(handles):
@@ -308,7 +318,7 @@ class Monitor:
 
 
 def nvml_handles() -> list[Any]:
-    """Of every GPU that the driver shows, where there are any and nvidia-ml-py is installed."""
+    """The NVML handle of every GPU; empty without GPUs or without nvidia-ml-py."""
     try:
         import pynvml
 

@@ -6,14 +6,14 @@ The request's schema is made from the table that checks requests.
 from serving.server.fields import Schema, body_schema
 
 ERRORS = {
-    400: "A field is wrong or not obeyed, or the prompt is too long",
+    400: "A field is wrong or not supported, or the prompt is too long",
     401: "No key, or a wrong one",
     403: "The header Host names another server",
     404: "No such model",
     408: "The body did not come in time",
     413: "The body is too large",
     415: "The body is not declared as application/json",
-    429: "As many requests wait as may; Retry-After says when to try again",
+    429: "The queue is full; Retry-After says when to try again",
     500: "The model failed",
     503: "The server is shutting down",
 }
@@ -59,8 +59,8 @@ def completion_schema() -> Schema:
     return {"type": "object", "required": list(properties), "properties": properties}
 
 
-def document(model: str, guarded: bool) -> Schema:
-    """An OpenAPI 3.1 document; `guarded`: a key is wanted."""
+def openapi_document(model: str, needs_key: bool) -> Schema:
+    """An OpenAPI 3.1 document; `needs_key`: requests must carry a key."""
     schemas = {
         "ChatRequest": body_schema(),
         "ChatCompletion": completion_schema(),
@@ -80,21 +80,21 @@ def document(model: str, guarded: bool) -> Schema:
     }
     chat: Schema = {
         "summary": "Answer a chat",
-        "requestBody": {"required": True, "content": json_of(ref("ChatRequest"))},
-        "responses": answers(
-            "The answer; with stream, server-sent events", ref("ChatCompletion"), *ERRORS
+        "requestBody": {"required": True, "content": json_content(schema_ref("ChatRequest"))},
+        "responses": responses_of(
+            "The answer; with stream, server-sent events", schema_ref("ChatCompletion"), *ERRORS
         ),
     }
     chat["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     named = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
-    health: Schema = answers("It serves", status, 403)
+    health: Schema = responses_of("It serves", status, 403)
     health["503"] = {
         "description": "It drains, or its engine has failed",
-        "content": json_of(status),
+        "content": json_content(status),
     }
-    metrics: Schema = answers("Prometheus' text format", {}, 401, 403, 501)
+    metrics: Schema = responses_of("Prometheus' text format", {}, 401, 403, 501)
     metrics["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
-    found: Schema = {
+    document: Schema = {
         "openapi": "3.1.0",
         "info": {
             "title": "GLM Foundry",
@@ -106,14 +106,14 @@ def document(model: str, guarded: bool) -> Schema:
             "/v1/models": {
                 "get": {
                     "summary": "The served model",
-                    "responses": answers("A list of one", cards, 401, 403),
+                    "responses": responses_of("A list of one", cards, 401, 403),
                 }
             },
             "/v1/models/{name}": {
                 "parameters": [named],
                 "get": {
                     "summary": "The served model",
-                    "responses": answers("The model", card, 401, 403, 404),
+                    "responses": responses_of("The model", card, 401, 403, 404),
                 },
             },
             "/health": {
@@ -123,25 +123,25 @@ def document(model: str, guarded: bool) -> Schema:
         },
         "components": {"schemas": schemas},
     }
-    if guarded:
-        found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        found["security"] = [{"key": []}]
-    return found
+    if needs_key:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+    return document
 
 
-def ref(name: str) -> Schema:
+def schema_ref(name: str) -> Schema:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def json_of(schema: Schema) -> Schema:
+def json_content(schema: Schema) -> Schema:
     return {"application/json": {"schema": schema}}
 
 
-def answers(text: str, schema: Schema, *errors: int) -> Schema:
-    found: Schema = {"200": {"description": text, "content": json_of(schema)}}
+def responses_of(text: str, schema: Schema, *errors: int) -> Schema:
+    document: Schema = {"200": {"description": text, "content": json_content(schema)}}
     for status in errors:
-        found[str(status)] = {
+        document[str(status)] = {
             "description": ERRORS.get(status, "Not here"),
-            "content": json_of(ref("Error")),
+            "content": json_content(schema_ref("Error")),
         }
-    return found
+    return document

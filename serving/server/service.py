@@ -1,6 +1,6 @@
-"""Between a server's handlers and its engine.
+"""What connects a server's handlers with its engine.
 
-One thread runs the scheduler; handlers ask and listen. Free of torch and of HTTP.
+One thread runs the scheduler; handlers submit requests and read tokens. Free of torch and of HTTP.
 """
 
 import asyncio
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHARACTERS = 100  # a token; a prompt of more than that is too long without being tokenized
-OBEYED = (  # as Sampling has them
+MAX_CHARACTERS_PER_TOKEN = 100  # a longer prompt is refused without being tokenized
+SAMPLING_FIELDS = (  # those of a ChatRequest that Sampling has under the same name
     "temperature",
     "top_p",
     "min_p",
@@ -36,48 +36,48 @@ OBEYED = (  # as Sampling has them
 )
 
 
-class TooLong(ValueError):
+class PromptTooLong(ValueError):
     """A prompt that leaves no room for an answer."""
 
 
-class Busy(RuntimeError):
-    """As many requests are under way and wait as may."""
+class QueueFull(RuntimeError):
+    """max_batch requests run and max_queue wait."""
 
 
-class Unpredicted(RuntimeError):
+class PredictionFailed(RuntimeError):
     """The predictor failed on this prompt."""
 
 
-class Closed(RuntimeError):
+class ServiceClosed(RuntimeError):
     """No new requests: the server is shutting down, or its engine has failed."""
 
 
 @dataclass(frozen=True)
-class Exchange:
+class ActiveRequest:
     """One request under way.
 
     Attributes:
         tokens: yields each token as it comes, and None when there is no more.
-        ignored: names of its unknown fields.
+        unknown_fields: names of its unknown fields.
     """
 
     request: Request
     answer: Answer
     tokens: asyncio.Queue
-    ignored: tuple[str, ...] = ()
+    unknown_fields: tuple[str, ...] = ()
 
 
 class Service:
-    """A model, its predictor, a policy, and the thread in which they work.
+    """A model, its predictor, a policy, and the thread that runs them.
 
     Attributes:
-        name: of the served model. slo_s: of requests that do not say.
-        defaults: temperature and top_p of requests that do not say.
-        as_tuned: options of the family's encode_chat.
+        name: of the served model. slo_s: of requests without one.
+        defaults: temperature and top_p of requests without them.
+        prompt_options: options of the family's encode_chat.
         max_queue: requests that may wait beside the max_batch that run.
         draining: no new requests are taken. failure: why the engine has ended, or None.
-        on_failure: called in the engine's thread, once the engine has failed and all have heard of
-            it.
+        on_failure: called in the engine's thread, after the engine has failed and every answer
+            has ended.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Service:
         name: str,
         slo_s: float,
         defaults: dict,
-        as_tuned: dict,
+        prompt_options: dict,
         max_queue: int = 256,
     ) -> None:
         self.engine, self.tokenizer, self.policy, self.predictor, self.monitor = (
@@ -101,7 +101,12 @@ class Service:
             predictor,
             monitor,
         )
-        self.name, self.slo_s, self.defaults, self.as_tuned = name, slo_s, defaults, as_tuned
+        self.name, self.slo_s, self.defaults, self.prompt_options = (
+            name,
+            slo_s,
+            defaults,
+            prompt_options,
+        )
         self.max_queue = max_queue
         self.on_failure: Callable[[], None] | None = None
         self.draining, self.failure = False, None
@@ -116,12 +121,12 @@ class Service:
         self._thread.start()
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """End the engine's thread; no more events of what is under way are read."""
+        """End the engine's thread; events of running answers are no longer read."""
         self.draining = True
-        self.inbox.shut()
+        self.inbox.close()
         self.cancel_all()
         self._thread.join(timeout_s)
-        if self._thread.is_alive():  # it may yet write to the log, which the process's end closes
+        if self._thread.is_alive():  # it may still write to the log, so the log stays open
             log.warning("the engine has not ended its step within %g s", timeout_s)
         else:
             self.monitor.close()
@@ -138,12 +143,12 @@ class Service:
             ):
                 if event.kind in ("refused", "withdrawn"):
                     self.engine.forget(event.id)
-        except BaseException as error:  # out of memory, a bug: every client must get an answer
+        except BaseException as error:  # out of memory, a bug: every client must get a response
             log.exception("the engine has failed")
             what = " ".join(str(error).split())[:200]
             self.failure = f"the engine has failed: {type(error).__name__}: {what}"
-            # First: later requests are refused there, and the engine knows all earlier ones.
-            self.inbox.shut()
+            # First, so that later requests are refused and the engine knows all earlier ones.
+            self.inbox.close()
             self.engine.end_all("failed")
             if self.on_failure is not None:
                 self.on_failure()
@@ -157,29 +162,31 @@ class Service:
     def check_open(self) -> None:
         """Raises Closed."""
         if self.failure or self.draining:
-            raise Closed(self.failure or "the server is shutting down")
+            raise ServiceClosed(self.failure or "the server is shutting down")
 
-    async def ask(self, asked: ChatRequest) -> Exchange:
-        """Tokenize, predict, and hand over to the engine.
+    async def ask(self, chat_request: ChatRequest) -> ActiveRequest:
+        """Tokenize the prompt, predict its length, and submit it to the engine.
 
         Raises:
-            ValueError: messages that the family has no form for.
+            ValueError: the family's prompt format has no place for these messages.
             TooLong: they leave no room for an answer.
             Closed, Busy, Unpredicted: none is made.
         """
         self.check_open()
         limits = self.engine.limits
         if self.engine.count() + self._preparing >= limits.max_batch + self.max_queue:
-            raise Busy(f"{self.max_queue} requests wait already (--max_queue); try again later")
+            raise QueueFull(
+                f"{self.max_queue} requests wait already (--max_queue); try again later"
+            )
         arrival_s = self.clock.now_s()
-        prompt = prompt_of(asked.messages)
+        prompt = prompt_of(chat_request.messages)
         self._preparing += 1
         try:
-            ids, prediction = await asyncio.to_thread(self._prepare, asked, prompt)
+            ids, prediction = await asyncio.to_thread(self._prepare, chat_request, prompt)
         finally:
             self._preparing -= 1
         self.check_open()
-        slo_s = self.slo_s if asked.slo_s is None else asked.slo_s
+        slo_s = self.slo_s if chat_request.slo_s is None else chat_request.slo_s
         request = Request(
             next(self._ids),
             len(ids),
@@ -188,7 +195,7 @@ class Service:
             prediction,
             predict_s=self.clock.now_s() - arrival_s,
         )
-        sampling = self.sampling_of(asked, len(ids))
+        sampling = self.sampling_of(chat_request, len(ids))
         loop = asyncio.get_running_loop()
         tokens: asyncio.Queue[int | None] = asyncio.Queue()
 
@@ -199,81 +206,90 @@ class Service:
                 loop.call_soon_threadsafe(tokens.put_nowait, None)
 
         answer = self.engine.submit(request, ids, sampling, listener)
-        self.monitor.watch(request, prompt, answer)
+        self.monitor.track(request, prompt, answer)
         try:
             self.inbox.put(request)
         except RuntimeError as error:  # it was shut in between
             self.engine.forget(request.id)
             self.monitor.forget(request.id)
-            raise Closed(str(self.failure or error)) from None
-        return Exchange(request, answer, tokens, asked.ignored)
+            raise ServiceClosed(str(self.failure or error)) from None
+        return ActiveRequest(request, answer, tokens, chat_request.unknown_fields)
 
-    def cancel(self, exchange: Exchange) -> None:
+    def cancel(self, active: ActiveRequest) -> None:
         """Cancel an answer; nothing happens where it has ended."""
-        if exchange.answer.reason is None:
-            self.engine.cancel(exchange.request.id)
-            self.inbox.withdraw(exchange.request.id)
+        if active.answer.reason is None:
+            self.engine.cancel(active.request.id)
+            self.inbox.withdraw(active.request.id)
 
-    def sampling_of(self, asked: ChatRequest, prompt_tokens: int) -> Sampling:
+    def sampling_of(self, chat_request: ChatRequest, prompt_tokens: int) -> Sampling:
         """Raises TooLong where max_length leaves no room for an answer."""
-        most = [asked.max_tokens] if asked.max_tokens is not None else []
-        if asked.max_length is not None:
-            if asked.max_length <= prompt_tokens:
+        token_limits = [chat_request.max_tokens] if chat_request.max_tokens is not None else []
+        if chat_request.max_length is not None:
+            if chat_request.max_length <= prompt_tokens:
                 counts = f"counts the prompt too, which has {prompt_tokens} tokens"
-                raise TooLong(f"max_length ({asked.max_length}) {counts}; say max_tokens")
-            most.append(asked.max_length - prompt_tokens)
+                raise PromptTooLong(
+                    f"max_length ({chat_request.max_length}) {counts}; say max_tokens"
+                )
+            token_limits.append(chat_request.max_length - prompt_tokens)
         options = dict(self.defaults)
-        for name in OBEYED:
-            if (value := getattr(asked, name)) is not None:
+        for name in SAMPLING_FIELDS:
+            if (value := getattr(chat_request, name)) is not None:
                 options[name] = value
-        if asked.do_sample is False:
+        if chat_request.do_sample is False:
             options["temperature"] = 0.0
-        top_k = max(asked.top_k or 0, 0)
-        most_tokens = min(most, default=None)
-        return Sampling(max_new_tokens=most_tokens, seed=asked.seed, top_k=top_k, **options)
+        top_k = max(chat_request.top_k or 0, 0)
+        max_new_tokens = min(token_limits, default=None)
+        return Sampling(
+            max_new_tokens=max_new_tokens, seed=chat_request.seed, top_k=top_k, **options
+        )
 
     def _prepare(
-        self, asked: ChatRequest, prompt: str
+        self, chat_request: ChatRequest, prompt: str
     ) -> "tuple[list[int], LengthPrediction | None]":
         """(prompt ids, prediction or None). Raises TooLong, ValueError, Unpredicted."""
-        most = self.engine.limits.max_tokens
-        room = f"which leaves no room for an answer within {most} tokens (--max_tokens)"
-        count, characters = len(asked.messages), sum(len(text) for _, text in asked.messages)
-        if characters > CHARACTERS * most or count > most:
-            raise TooLong(f"the prompt has {count} messages and {characters} characters, {room}")
-        ids = encode_messages(self.tokenizer, asked.messages, **self.as_tuned)
-        if len(ids) >= most:
-            raise TooLong(f"the prompt has {len(ids)} tokens, {room}")
+        max_tokens = self.engine.limits.max_tokens
+        room = f"which leaves no room for an answer within {max_tokens} tokens (--max_tokens)"
+        count, characters = (
+            len(chat_request.messages),
+            sum(len(text) for _, text in chat_request.messages),
+        )
+        if characters > MAX_CHARACTERS_PER_TOKEN * max_tokens or count > max_tokens:
+            raise PromptTooLong(
+                f"the prompt has {count} messages and {characters} characters, {room}"
+            )
+        ids = encode_messages(self.tokenizer, chat_request.messages, **self.prompt_options)
+        if len(ids) >= max_tokens:
+            raise PromptTooLong(f"the prompt has {len(ids)} tokens, {room}")
         if self.predictor is None:
             return ids, None
         try:
             return ids, self.predictor.predict(prompt)[0]
-        except Exception as error:  # whatever a predictor raises is no fault of the request
+        except Exception as error:  # a failing predictor is the server's error, not the request's
             log.exception("the predictor failed")
             why = type(error).__name__
-            raise Unpredicted(f"the answer's length could not be predicted: {why}") from None
+            raise PredictionFailed(f"the answer's length could not be predicted: {why}") from None
 
-    def report(self, exchange: Exchange) -> dict:
+    def report(self, active: ActiveRequest) -> dict:
         """Predicted and actual length of an ended answer; the `glm_foundry` field of a response."""
-        request, answer = exchange.request, exchange.answer
+        request, answer = active.request, active.answer
         latency_s = self.clock.now_s() - request.arrival_s
-        found: dict[str, Any] = {
+        report_fields: dict[str, Any] = {
             "output_tokens": self.length(answer),
             "finished": answer.reason == "stop",
             "slo_s": request.slo_s,
             "latency_s": round(latency_s, 4),
             "in_time": latency_s <= request.slo_s,
         }
-        if exchange.ignored:
-            found["ignored"] = exchange.ignored
+        if active.unknown_fields:
+            report_fields["ignored"] = active.unknown_fields
         if (prediction := request.prediction) is not None:
             predicted = {
                 "expected": prediction.expected_tokens,
                 "median": prediction.median_tokens,
                 "q90": prediction.quantile(0.9),
             }
-            found["predicted_tokens"] = {name: round(n, 1) for name, n in predicted.items()}
-        return found
+            report_fields["predicted_tokens"] = {name: round(n, 1) for name, n in predicted.items()}
+        return report_fields
 
     @staticmethod
     def length(answer: Answer) -> int:

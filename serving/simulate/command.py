@@ -18,17 +18,17 @@ from typing import Any
 
 from chatglm.commands import Parser, number, run_command, whole
 from finetune.files import write_json
-from serving.cost_model.devices import MOST_DEVICES
+from serving.cost_model.devices import MAX_DEVICES
 from serving.policies.continuous import POLICIES
 from serving.policies.static import BatchPolicy, Static
 from serving.request import CostEstimator, Limits, Policy
 from serving.simulate.compare import (
     SPACES,
     ComparisonSetting,
+    attainment_scorer,
     compare_policies,
     print_comparison,
-    scorer,
-    search,
+    search_knobs,
 )
 from serving.simulate.engine import LinearCost
 from serving.simulate.workload import WORKLOADS, PredictorModel, SloRule
@@ -103,7 +103,7 @@ def make_cost(flags: SimulationFlags) -> tuple[CostEstimator, int]:
 def make_placed_cost(flags: SimulationFlags) -> tuple[CostEstimator, int]:
     """(cost model of one replica, replicas) of the calibrated model, placed by --deployer."""
     from serving.cost_model.devices import Cluster
-    from serving.cost_model.model import CostModel, ModelShape, read_profile
+    from serving.cost_model.model import CostModel, ModelSizes, read_profile
     from serving.deployment.deployers import DEPLOYERS
     from serving.deployment.placement import Need
 
@@ -112,7 +112,7 @@ def make_placed_cost(flags: SimulationFlags) -> tuple[CostEstimator, int]:
         cluster = Cluster.uniform(flags.device, flags.gpus)
     else:
         cluster = profile.cluster(flags.gpus)
-    model = ModelShape.from_config(flags.model, flags.element_bytes)
+    model = ModelSizes.from_config(flags.model, flags.element_bytes)
     need = Need(flags.need_tokens)
     placement = DEPLOYERS[flags.deployer].place(model, cluster, need, profile)
     return CostModel.of(placement.model, placement, profile), placement.replicas
@@ -212,7 +212,7 @@ def simulation_parser() -> argparse.ArgumentParser:
         "default: straight lines near ChatGLM2-6B on one A100",
     )
     add("--device", help="serving.cost_model's device, such as A100-80G; default: the profile's")
-    add("--gpus", type=whole(1, MOST_DEVICES), default=GPUS, help="how many of them")
+    add("--gpus", type=whole(1, MAX_DEVICES), default=GPUS, help="how many of them")
     add(
         "--deployer",
         default=DEPLOYER,
@@ -267,8 +267,8 @@ def run_simulation(flags: SimulationFlags, names: list[str]) -> None:
     if flags.experiment:
         run_experiment(flags, flags.experiment)
     elif flags.search:
-        policy, score = POLICIES[flags.search], scorer(setting, flags.rate, flags.seeds)
-        for better, reached in search(policy, SPACES[flags.search], score):
+        policy, score = POLICIES[flags.search], attainment_scorer(setting, flags.rate, flags.seeds)
+        for better, reached in search_knobs(policy, SPACES[flags.search], score):
             print(f"{reached:.4f}  {better}", flush=True)
     else:
         run_comparison(flags, setting, {name: POLICIES[name] for name in names})

@@ -93,12 +93,12 @@ class ComparisonRow(TypedDict):
 @contextmanager
 def garbage_collection_paused() -> Iterator[None]:
     """No garbage collection meanwhile: a run makes millions of short-lived objects, no cycles."""
-    was = gc.isenabled()
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was:
+        if was_enabled:
             gc.enable()
 
 
@@ -127,7 +127,7 @@ def serve(
         for k, engine in enumerate(engines):
             part = workload.part(which == k) if len(engines) > 1 else workload
             arrivals = Replay(part.requests(policy.predicts))
-            collector.watch(run_scheduler(policy, engine, VirtualClock(), arrivals))
+            collector.consume(run_scheduler(policy, engine, VirtualClock(), arrivals))
     return collector.summary(engine_totals(engines)), collector, engines
 
 
@@ -215,7 +215,7 @@ def compare_policies(
             by_policy[name] = metrics_by_seed(policy, workloads, setting)
             seconds[name] = time.perf_counter() - started
         if "fifo" in by_policy and "oracle" in by_policy:
-            add_shares(by_policy)
+            add_share_of_gain(by_policy)
         for name, by_seed in by_policy.items():
             rows.append(
                 {
@@ -245,7 +245,7 @@ def run_setting(policy: Policy, workload: Workload, setting: ComparisonSetting) 
     return simulate(policy, workload, setting.cost, setting.limits, setting.replicas)[0]
 
 
-def add_shares(by_policy: dict[str, dict[str, list[float]]]) -> None:
+def add_share_of_gain(by_policy: dict[str, dict[str, list[float]]]) -> None:
     """Add share_of_gain by seed to each policy's metrics."""
     name = "latency_mean_s"
     for by_seed in by_policy.values():
@@ -304,19 +304,19 @@ def significant_digits(value: float, count: int) -> str:
 Choice = TypeVar("Choice", Policy, BatchPolicy)
 
 
-def with_knob(policy: Policy, knob: str, value: object) -> Policy:
+def replace_knob(policy: Policy, knob: str, value: object) -> Policy:
     """The policy with another value of one field; a static one's is its batching's."""
     if isinstance(policy, Static):
-        return Static(with_field(policy.batching, knob, value))
-    return with_field(policy, knob, value)
+        return Static(replace_field(policy.batching, knob, value))
+    return replace_field(policy, knob, value)
 
 
-def with_field(choice: Choice, name: str, value: object) -> Choice:
+def replace_field(choice: Choice, name: str, value: object) -> Choice:
     assert is_dataclass(choice) and not isinstance(choice, type)
     return replace(choice, **{name: value})
 
 
-def search(
+def search_knobs(
     policy: Policy,
     space: dict[str, tuple[Any, ...]],
     score: Callable[[Policy], float],
@@ -338,7 +338,7 @@ def search(
         before = best
         for knob, values in space.items():
             for value in values:
-                other = with_knob(policy, knob, value)
+                other = replace_knob(policy, knob, value)
                 if other in tried or other == policy:
                     continue
                 tried.add(other)
@@ -349,7 +349,9 @@ def search(
             return
 
 
-def scorer(setting: ComparisonSetting, rates: list[float], seeds: int) -> Callable[[Policy], float]:
+def attainment_scorer(
+    setting: ComparisonSetting, rates: list[float], seeds: int
+) -> Callable[[Policy], float]:
     """policy -> mean attainment over rates and seeds.
 
     Less a millionth of the mean latency, which decides between equals.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from serving.request import FOREVER, CostEstimator, Limits, Plan, Record, StepResult
 
-MANY = 1 << 60
+NO_STEP_LIMIT = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,15 @@ class SimulatedSequence:
         stop_tokens: int | None,
     ) -> None:
         request = record.request
-        whole, most = request.output_tokens, limits.most_tokens(request, stop_tokens)
+        full_length, max_tokens = (
+            request.output_tokens,
+            limits.max_answer_tokens(request, stop_tokens),
+        )
         self.id, self.base, self.context = request.id, base, context
         self.generated_before, self.reserve = record.generated, reserve
-        ended = record.generated >= min(whole, limits.most_tokens(request))
-        self.target = 0 if ended else max(min(whole, most) - record.generated, 1)
-        self.cut = record.generated + self.target < whole
+        ended = record.generated >= min(full_length, limits.max_answer_tokens(request))
+        self.target = 0 if ended else max(min(full_length, max_tokens) - record.generated, 1)
+        self.cut = record.generated + self.target < full_length
         self.joined = -1
         self.prefilled, self.ends_at, self.alive = 0, -1, True
 
@@ -121,7 +124,7 @@ class StepProgress:
         self.overran: list[SimulatedSequence] = []
 
     def postpone(self, seconds: float) -> None:
-        """The step begins with so many seconds more."""
+        """Add seconds before the step's start."""
         self.elapsed += seconds
         self.started = [(i, after_s + seconds) for i, after_s in self.started]
 
@@ -152,14 +155,14 @@ class SimulatedEngine:
         self.cost, self.limits, self.padded = cost, limits, padded
         self.steps = 0
         self.rows: dict[int, SimulatedSequence] = {}
-        self._decoding = self._context = self._reserved = self._noted = 0
+        self._decoding = self._context = self._reserved = self._serial = 0
         # (step at which it ends or is full, id, serial, row); dead rows are skipped when met
         self._ends: list[tuple[int, int, int, SimulatedSequence]] = []
         self._prefills: deque[SimulatedSequence] = deque()
         self._together = False
-        # Ended rows of a static batch, waiting for its others.
-        self._held: dict[int, SimulatedSequence] = {}
-        # What a process's first call takes besides.
+        # Ended rows of a static batch that wait for its other rows.
+        self._ended_waiting: dict[int, SimulatedSequence] = {}
+        # The additional time of a process's first call.
         self._startup_s = getattr(cost, "startup_s", 0.0)
         self.busy_s = self.row_s = self.reserved_token_s = self.used_token_s = 0.0
         self.prefill_tokens = self.step_rows = 0
@@ -181,7 +184,7 @@ class SimulatedEngine:
         """Preempt, reserve and admit what the plan says, then decode until a row ends or fills its
         reservation, the plan's horizon is reached, or budget_s seconds have gone by."""
         for record in plan.preempt:
-            self._drop(self.rows[record.request.id])
+            self._remove(self.rows[record.request.id])
         if plan.reserve_tokens:
             self._reserve(plan.reserve_tokens)
         progress = StepProgress()
@@ -203,8 +206,8 @@ class SimulatedEngine:
                 continue
             self._reserved += tokens - row.reserve
             row.reserve = tokens
-            if row.joined >= 0 and request_id not in self._held:
-                self._expect(row)
+            if row.joined >= 0 and request_id not in self._ended_waiting:
+                self._schedule_end(row)
 
     def _admit(self, plan: Plan, progress: StepProgress):
         if plan.together:
@@ -220,24 +223,28 @@ class SimulatedEngine:
     def _decode(self, plan: Plan, budget_s: float, progress: StepProgress):
         """Iterate from event to event, until one is the scheduler's or the budget is spent."""
         chunk = plan.prefill_tokens or self.limits.prefill_tokens
-        last_step = self.steps + (plan.horizon_steps or MANY)
-        self._collect(progress)
-        while self._goes_on(progress, budget_s) and self.steps < last_step:
+        last_step = self.steps + (plan.horizon_steps or NO_STEP_LIMIT)
+        self._collect_ended(progress)
+        while self._should_continue(progress, budget_s) and self.steps < last_step:
             k = self._next_event(last_step, chunk) - self.steps
             seconds = self._seconds(k, chunk)
             if progress.elapsed + seconds > budget_s and k > 1:
-                left = budget_s - progress.elapsed
-                k, seconds = fewest_steps(lambda n: self._seconds(n, chunk), k, seconds, left)
+                remaining = budget_s - progress.elapsed
+                k, seconds = smallest_step_count(
+                    lambda n: self._seconds(n, chunk), k, seconds, remaining
+                )
             progress.elapsed += seconds
-            progress.emitted += k * (self._decoding - (len(self._held) if self.padded else 0))
+            progress.emitted += k * (
+                self._decoding - (len(self._ended_waiting) if self.padded else 0)
+            )
             self._advance(k, seconds)
             if self._prefills:
                 self._prefill(k * chunk, progress)
-            self._collect(progress)
+            self._collect_ended(progress)
 
-    def _goes_on(self, progress: StepProgress, budget_s: float) -> bool:
-        """No row has stopped, and the budget is not spent; a step that has taken no time goes on
-        in any case."""
+    def _should_continue(self, progress: StepProgress, budget_s: float) -> bool:
+        """Whether no row has stopped and the budget is not spent; a step that has taken no time
+        continues in any case."""
         if progress.finished or progress.overran or not self.rows:
             return False
         return not progress.elapsed or progress.elapsed < budget_s
@@ -264,11 +271,11 @@ class SimulatedEngine:
         next(prompts)
         done = self._prefills[0].prefilled
         for _ in range(k):
-            left, rows = chunk, self._decoding
-            while left > 0 and row is not None:
-                take = min(left, row.context - done)
+            remaining, rows = chunk, self._decoding
+            while remaining > 0 and row is not None:
+                take = min(remaining, row.context - done)
                 seconds += self.cost.chunk_s(take, done, rows)
-                left, rows, done = left - take, rows + take, done + take
+                remaining, rows, done = remaining - take, rows + take, done + take
                 if done == row.context:
                     row = next(prompts, None)
                     done = row.prefilled if row else 0
@@ -284,75 +291,75 @@ class SimulatedEngine:
         self.steps += k
         self._context += grown
 
-    def _prefill(self, left: int, progress: StepProgress):
+    def _prefill(self, remaining: int, progress: StepProgress):
         """Compute so many prompt tokens; a prompt that is done makes its first answer token."""
-        while left > 0 and self._prefills:
+        while remaining > 0 and self._prefills:
             row = self._prefills[0]
-            take = min(left, row.context - row.prefilled)
+            take = min(remaining, row.context - row.prefilled)
             row.prefilled += take
             self.prefill_tokens += take
-            left -= take
+            remaining -= take
             if row.prefilled == row.context:
                 self._prefills.popleft()
                 self._start(row, progress)
 
     def _start(self, row: SimulatedSequence, progress: StepProgress):
-        self._join(row)
+        self._start_decoding(row)
         if row.target:
             progress.started.append((row.id, progress.elapsed))
             progress.emitted += 1
 
-    def _join(self, row: SimulatedSequence):
+    def _start_decoding(self, row: SimulatedSequence):
         row.joined = self.steps
         self._decoding += 1
         self._context += row.context + 1
-        self._expect(row)
+        self._schedule_end(row)
 
-    def _expect(self, row: SimulatedSequence):
+    def _schedule_end(self, row: SimulatedSequence):
         """Note the step at which the row has made its last token or fills its reservation."""
         ends_at = row.joined - 1 + min(row.target, row.reserve - row.base)
         if ends_at != row.ends_at:
             row.ends_at = ends_at
-            self._noted += 1  # ties between a row and its own past are broken by it
-            heapq.heappush(self._ends, (ends_at, row.id, self._noted, row))
+            self._serial += 1  # ties between a row and its own past are broken by it
+            heapq.heappush(self._ends, (ends_at, row.id, self._serial, row))
 
-    def _collect(self, progress: StepProgress):
+    def _collect_ended(self, progress: StepProgress):
         """Note the rows that end or fill their reservation at this step."""
         ends = self._ends
         while ends and ends[0][0] <= self.steps:
             step, _, _, row = heapq.heappop(ends)
-            if row.alive and step == row.ends_at and row.id not in self._held:
-                self._stop(row, progress)
-        if self._held and len(self._held) == len(self.rows):
-            ended = [self._held[i] for i in sorted(self._held)]
+            if row.alive and step == row.ends_at and row.id not in self._ended_waiting:
+                self._end_row(row, progress)
+        if self._ended_waiting and len(self._ended_waiting) == len(self.rows):
+            ended = [self._ended_waiting[i] for i in sorted(self._ended_waiting)]
             progress.finished += ended
             for row in ended:
-                self._drop(row)
+                self._remove(row)
 
-    def _stop(self, row: SimulatedSequence, progress: StepProgress):
+    def _end_row(self, row: SimulatedSequence, progress: StepProgress):
         """A row has filled its reservation, or made its last token."""
         if row.target > row.reserve - row.base:
             progress.overran.append(row)
         elif self._together:
-            self._held[row.id] = row
+            self._ended_waiting[row.id] = row
             if not self.padded:
-                self._leave(row)
+                self._stop_computing(row)
         else:
             progress.finished.append(row)
-            self._drop(row)
+            self._remove(row)
 
-    def _drop(self, row: SimulatedSequence):
+    def _remove(self, row: SimulatedSequence):
         row.alive = False
         del self.rows[row.id]
-        held = self._held.pop(row.id, None)
+        held = self._ended_waiting.pop(row.id, None)
         self._reserved -= row.reserve
         if row.joined < 0:
             self._prefills.remove(row)
         elif self.padded or not held:
-            self._leave(row)
+            self._stop_computing(row)
 
-    def _leave(self, row: SimulatedSequence):
-        """No more of its tokens are computed."""
+    def _stop_computing(self, row: SimulatedSequence):
+        """Stop counting the row among those that are computed."""
         self._decoding -= 1
         self._context -= row.context + 1 + self.steps - row.joined
 
@@ -391,15 +398,15 @@ class SimulatedEngine:
         return rows
 
 
-def fewest_steps(
-    seconds_of: Callable[[int], float], most: int, seconds: float, budget_s: float
+def smallest_step_count(
+    seconds_of: Callable[[int], float], max_steps: int, seconds: float, budget_s: float
 ) -> tuple[int, float]:
     """(k, seconds_of(k)) for the smallest k >= 1 with seconds_of(k) >= budget_s; seconds_of grows,
-    and seconds_of(most) = seconds > budget_s.
+    and seconds_of(max_steps) = seconds > budget_s.
 
     Interpolates between the ends, and halves where that moves too little.
     """
-    low, low_s, high, high_s = 0, 0.0, most, seconds
+    low, low_s, high, high_s = 0, 0.0, max_steps, seconds
     halve = False
     while high - low > 1:
         if halve:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from serving.cost_model.devices import Cluster
-from serving.cost_model.model import CostModel, ModelShape, Profile, read_profile
+from serving.cost_model.model import CostModel, ModelSizes, Profile, read_profile
 from serving.deployment.deployers import DEPLOYERS
 from serving.deployment.placement import Need
 from serving.policies.continuous import POLICIES
@@ -31,15 +31,15 @@ from serving.simulate.experiment_common import (
 )
 from serving.simulate.statistics import interval
 from serving.simulate.uellm_fair import (
+    BASELINES,
     CONTINUOUS,
-    FAIR,
+    FAIR_POLICIES,
     OURS,
-    RIVALS,
     FairSetting,
     fair_rows,
     target_rows,
 )
-from serving.simulate.uellm_published import Recorded, published_rows, read_csv
+from serving.simulate.uellm_published import RecordedAnswers, published_rows, read_csv
 from serving.simulate.workload import SloRule, Workload, make_workload
 
 Tables = dict[str, list[TableRow]]
@@ -49,7 +49,7 @@ Tables = dict[str, list[TableRow]]
 
 def uellm_experiment(flags: ExperimentFlags) -> Tables:
     """The published runs repeated, then the fair setting and its bounds."""
-    recorded = Recorded.read(flags.uellm_data)
+    recorded = RecordedAnswers.read(flags.uellm_data)
     logs = read_csv(Path(flags.uellm_data) / "measured.csv")
     printed = PrintedTables()
     for count in (100, 300):
@@ -62,9 +62,11 @@ def uellm_experiment(flags: ExperimentFlags) -> Tables:
     return printed.tables
 
 
-def make_fair_setting(flags: ExperimentFlags, recorded: Recorded, deployer: str) -> FairSetting:
+def make_fair_setting(
+    flags: ExperimentFlags, recorded: RecordedAnswers, deployer: str
+) -> FairSetting:
     """ChatGLM2-6B on 4 RTX 3090, placed by this deployer."""
-    model, profile = ModelShape.from_config("chatglm2-6b"), read_profile("rtx3090")
+    model, profile = ModelSizes.from_config("chatglm2-6b"), read_profile("rtx3090")
     placement = DEPLOYERS[deployer].place(model, profile.cluster(4), Need(20_000, 10), profile)
     cost = CostModel.of(model, placement, profile)
     limits = Limits(64, cost.kv_capacity_tokens, LONGEST + 64)
@@ -77,18 +79,18 @@ def add_fair_tables(
 ) -> None:
     """All policies on helr's placement at two loads and in saturation, then the targets."""
     fair, seeds = settings["helr"], flags.seeds
-    rate = fair.rate_at(FAIR["FIFO (64 by arrival)"], seeds)
+    rate = fair.rate_at(FAIR_POLICIES["FIFO (64 by arrival)"], seeds)
     what = f"{flags.requests} requests, {seeds} seeds, helr: {fair.replicas} replicas of 1 GPU"
-    load = fair_rows(fair, FAIR, rate, seeds)
+    load = fair_rows(fair, FAIR_POLICIES, rate, seeds)
     printed.add(f"Fair, {rate:.2f} requests/s, where FIFO attains 50 %; {what}", load)
-    heavy = fair.rate_at(FAIR["fcfs (continuous)"], seeds)
+    heavy = fair.rate_at(FAIR_POLICIES["fcfs (continuous)"], seeds)
     printed.add(
         f"Fair, {heavy:.2f} requests/s, where fcfs (continuous) attains 50 %; {what}",
-        fair_rows(fair, FAIR, heavy, seeds),
+        fair_rows(fair, FAIR_POLICIES, heavy, seeds),
     )
     # Twice as many, so that the last long answers weigh little.
     twice = replace(fair, count=2 * fair.count)
-    full = fair_rows(twice, FAIR, None, seeds)
+    full = fair_rows(twice, FAIR_POLICIES, None, seeds)
     printed.add(
         f"Fair, {twice.count} requests all at once (saturation), {seeds} seeds, the same placement",
         full,
@@ -99,7 +101,7 @@ def add_fair_tables(
     chain_load, chain_full = add_chain_tables(printed, chain, rate, seeds)
     printed.add(
         "Targets and bounds, rivals on one chain of 4 GPUs, ours on helr",
-        target_rows(with_ours(chain_load, load), with_ours(chain_full, full), bounds),
+        target_rows(replace_ours(chain_load, load), replace_ours(chain_full, full), bounds),
     )
 
 
@@ -107,7 +109,7 @@ def add_chain_tables(
     printed: PrintedTables, chain: FairSetting, rate: float, seeds: int
 ) -> tuple[list[TableRow], list[TableRow]]:
     """(rows at the rate, rows of twice as many requests at once) on one chain of 4 GPUs."""
-    policies = {name: FAIR[name] for name in (*RIVALS, CONTINUOUS, OURS)}
+    policies = {name: FAIR_POLICIES[name] for name in (*BASELINES, CONTINUOUS, OURS)}
     twice = replace(chain, count=2 * chain.count)
     load = fair_rows(chain, policies, rate, seeds)
     full = fair_rows(twice, policies, None, seeds)
@@ -116,9 +118,9 @@ def add_chain_tables(
     return load, full
 
 
-def with_ours(rivals: list[TableRow], best: list[TableRow]) -> list[TableRow]:
+def replace_ours(baselines: list[TableRow], best: list[TableRow]) -> list[TableRow]:
     """The rows of the rivals, and our row of `best`."""
-    theirs = [row for row in rivals if row["system"] != OURS]
+    theirs = [row for row in baselines if row["system"] != OURS]
     return theirs + [row for row in best if row["system"] == OURS]
 
 
@@ -148,7 +150,7 @@ class ReplicaCluster:
 
     @classmethod
     def make(
-        cls, devices: Mapping[str, int], model: ModelShape, profile: Profile
+        cls, devices: Mapping[str, int], model: ModelSizes, profile: Profile
     ) -> "ReplicaCluster":
         """So many replicas on each kind of device."""
         costs = []
@@ -186,7 +188,7 @@ def trace_experiment(
     Args:
         per_device, least: requests of a run: so many a device, and at least so many.
     """
-    model, profile = ModelShape.from_config("chatglm2-6b"), read_profile("datasheet")
+    model, profile = ModelSizes.from_config("chatglm2-6b"), read_profile("datasheet")
     tables: Tables = {}
     for name in ("azure_conv", "azure_code"):
         rows: list[TableRow] = []

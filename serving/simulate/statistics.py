@@ -80,7 +80,7 @@ class Collector:
         columns["reserved"].append(done.reserved_tokens)
         columns["cut"].append(done.cut)
 
-    def watch(self, events: Iterable[Event]) -> "Collector":
+    def consume(self, events: Iterable[Event]) -> "Collector":
         for event in events:
             self(event)
         return self

@@ -13,12 +13,12 @@ from serving.simulate.compare import serve
 from serving.simulate.engine import SimulatedEngine
 from serving.simulate.experiment_common import PREDICT_S, TableRow, mean_of
 from serving.simulate.statistics import interval
-from serving.simulate.uellm_published import Chunks, Recorded
+from serving.simulate.uellm_published import ChunkedBatching, RecordedAnswers
 from serving.simulate.workload import PredictorModel, SloRule, Workload, poisson_arrivals
 
 # The same stopping rule (an answer's own end), predictions, arrivals, placement and limits for all.
-FAIR: dict[str, Policy] = {
-    "baseline, Morphling (10 by arrival)": Static(Chunks()),
+FAIR_POLICIES: dict[str, Policy] = {
+    "baseline, Morphling (10 by arrival)": Static(ChunkedBatching()),
     "FIFO (64 by arrival)": POLICIES["fifo"],
     "S3": POLICIES["s3"],
     "UELLM released (sort, chunks of 10)": POLICIES["uellm_released"],
@@ -32,7 +32,7 @@ FAIR: dict[str, Policy] = {
     "deadline, true lengths": POLICIES["deadline_oracle"],
 }
 OURS = "deadline (ours)"
-RIVALS = ("baseline, Morphling (10 by arrival)", "S3")  # of UELLM's paper, in static batches
+BASELINES = ("baseline, Morphling (10 by arrival)", "S3")  # of UELLM's paper, in static batches
 CONTINUOUS = "fcfs (continuous)"  # what a server such as vLLM does without predictions
 
 FAIR_COLUMNS = {  # heading -> (metric, factor)
@@ -53,7 +53,7 @@ class FairSetting:
     Instructions are drawn with one of their recorded answers; objectives are SloRule's.
     """
 
-    recorded: Recorded
+    recorded: RecordedAnswers
     cost: CostModel
     limits: Limits
     replicas: int
@@ -159,9 +159,9 @@ def target_rows(
     """
     at_load, at_full = by_system(load), by_system(full)
     rows: list[TableRow] = []
-    for rival in (*RIVALS, CONTINUOUS):
-        rows.append(latency_target(rival, at_load[rival], at_load[ours], bounds))
-        rows += throughput_targets(rival, at_full[rival], at_full[ours], bounds)
+    for baseline in (*BASELINES, CONTINUOUS):
+        rows.append(latency_target(baseline, at_load[baseline], at_load[ours], bounds))
+        rows += throughput_targets(baseline, at_full[baseline], at_full[ours], bounds)
     rows.append(
         {
             "against": "all",
@@ -174,11 +174,11 @@ def target_rows(
 
 
 def latency_target(
-    rival: str, theirs: TableRow, ours: TableRow, bounds: dict[str, float]
+    baseline: str, theirs: TableRow, ours: TableRow, bounds: dict[str, float]
 ) -> TableRow:
     latency = mean_of(theirs, "mean latency s")
     return {
-        "against": rival,
+        "against": baseline,
         "target": "mean latency -90 %",
         "reached": f"{100 * (mean_of(ours, 'mean latency s') / latency - 1):.1f} %",
         "bound": f"{100 * (bounds['latency_s'] / latency - 1):.1f} % "
@@ -187,19 +187,19 @@ def latency_target(
 
 
 def throughput_targets(
-    rival: str, theirs: TableRow, ours: TableRow, bounds: dict[str, float]
+    baseline: str, theirs: TableRow, ours: TableRow, bounds: dict[str, float]
 ) -> list[TableRow]:
     tokens, slots = mean_of(theirs, "useful tokens/s"), mean_of(theirs, "useful share of rows %")
     return [
         {
-            "against": rival,
+            "against": baseline,
             "target": "useful tokens/s x 5, all at once",
             "reached": f"x {mean_of(ours, 'useful tokens/s') / tokens:.2f}",
             "bound": f"x {bounds['tokens_s'] / tokens:.2f} "
             f"(rows always full: {bounds['tokens_s']:.0f} tokens/s)",
         },
         {
-            "against": rival,
+            "against": baseline,
             "target": "utilisation x 4, all at once",
             "reached": f"x {mean_of(ours, 'useful share of rows %') / slots:.2f}",
             "bound": f"x {100 / slots:.2f} (every row of every step useful); "

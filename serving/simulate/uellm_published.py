@@ -14,7 +14,7 @@ import numpy as np
 
 from chatglm.files import read_json, read_text
 from predictor.prediction import LengthPrediction, from_bins
-from serving.cost_model.model import CostModel, ModelShape, read_profile
+from serving.cost_model.model import CostModel, ModelSizes, read_profile
 from serving.policies.lengths import expected_tokens
 from serving.policies.static import BatchShape, Static
 from serving.request import Batch, CostEstimator, Limits, Record, Request, View
@@ -30,7 +30,7 @@ LOADING_S = 7.0  # Morphling's second loading of the model
 
 
 @dataclass(frozen=True)
-class Chunks:
+class ChunkedBatching:
     """The batching of UELLM's scripts.
 
     Sorts, then cuts where a batch has `rows` rows or its predicted lengths sum to `most_tokens`.
@@ -66,7 +66,7 @@ class Chunks:
     def __call__(self, view: View, cost: CostEstimator) -> list[Batch]:
         groups: list[list[Record]] = []
         total = 0.0
-        for record in sorted(view.waiting.everyone(), key=self.key):
+        for record in sorted(view.waiting.all_records(), key=self.key):
             full = not groups or len(groups[-1]) >= self.rows
             if full or total + record.length > self.most_tokens:
                 groups.append([])
@@ -79,7 +79,7 @@ class Chunks:
         """One batch of these records, stopped `extra_tokens` after its largest prediction."""
         shape, prompt = BatchShape(limits), max(record.context_tokens for record in records)
         for record in records:
-            shape.takes(record, LONGEST - prompt)
+            shape.try_add(record, LONGEST - prompt)
         if self.extra_tokens is None:
             return shape.batch(None)
         longest = max(record.length for record in records)
@@ -88,7 +88,7 @@ class Chunks:
 
 
 @dataclass(frozen=True)
-class System:
+class PublishedSystem:
     """One of the paper's systems.
 
     Attributes:
@@ -98,28 +98,28 @@ class System:
             again.
     """
 
-    policy: Chunks
+    policy: ChunkedBatching
     gpus: int
     logged: str
     stress_gpus: int = 0
 
 
 PUBLISHED = {
-    "UELLM-all": System(Chunks("slo", extra_tokens=50), 1, "UELM/UELM-all/"),
-    "UELLM-batch": System(
-        Chunks("slo", extra_tokens=500, longest_tokens=1024, length_weight=0.3),
+    "UELLM-all": PublishedSystem(ChunkedBatching("slo", extra_tokens=50), 1, "UELM/UELM-all/"),
+    "UELLM-batch": PublishedSystem(
+        ChunkedBatching("slo", extra_tokens=500, longest_tokens=1024, length_weight=0.3),
         4,
         "UELM/UELM-batch/",
     ),
-    "UELLM-deploy": System(Chunks(), 1, "UELM/UELM-deploy/"),
-    "S3": System(Chunks("length", 20, 1024), 4, "UELM/S3/"),
-    "Morphling": System(Chunks(), 1, "UELM/Morphing/", stress_gpus=2),
-    "baseline": System(Chunks(), 1, "UELM/baseline/300/"),
+    "UELLM-deploy": PublishedSystem(ChunkedBatching(), 1, "UELM/UELM-deploy/"),
+    "S3": PublishedSystem(ChunkedBatching("length", 20, 1024), 4, "UELM/S3/"),
+    "Morphling": PublishedSystem(ChunkedBatching(), 1, "UELM/Morphing/", stress_gpus=2),
+    "baseline": PublishedSystem(ChunkedBatching(), 1, "UELM/baseline/300/"),
 }
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedAnswers:
     """UELLM's instructions.
 
     Attributes:
@@ -133,7 +133,7 @@ class Recorded:
     reference: np.ndarray
 
     @classmethod
-    def read(cls, folder: str | Path) -> "Recorded":
+    def read(cls, folder: str | Path) -> "RecordedAnswers":
         """The instructions in the folder of the recorded runs.
 
         Raises:
@@ -175,7 +175,7 @@ def exact_prediction(tokens: int) -> LengthPrediction:
     return from_bins(np.array([1e-9, 1.0]), np.array([0.0, tokens - 0.5, tokens + 0.5]))
 
 
-def published_workload(recorded: Recorded, count: int, seed: int) -> Workload:
+def published_workload(recorded: RecordedAnswers, count: int, seed: int) -> Workload:
     """The paper's requests, all at time 0.
 
     The predicted length is the reference answer's characters, as the repository's data has it; the
@@ -195,10 +195,10 @@ def published_workload(recorded: Recorded, count: int, seed: int) -> Workload:
 
 
 def published_rows(
-    recorded: Recorded, logs: list[dict[str, str]], count: int, seeds: int
+    recorded: RecordedAnswers, logs: list[dict[str, str]], count: int, seeds: int
 ) -> list[TableRow]:
     """One row a system: simulated figures, beside those of its logged runs of as many requests."""
-    model, profile = ModelShape.from_config("chatglm2-6b"), read_profile("rtx3090")
+    model, profile = ModelSizes.from_config("chatglm2-6b"), read_profile("rtx3090")
     rows = []
     for name, system in PUBLISHED.items():
         cost = CostModel.of(model, profile.cluster(system.gpus), profile)
@@ -218,7 +218,7 @@ def published_rows(
 
 
 def run_published(
-    system: System, workload: Workload, cost: CostModel, stress: CostModel | None
+    system: PublishedSystem, workload: Workload, cost: CostModel, stress: CostModel | None
 ) -> dict[str, float]:
     """Figures of one run by column; `stress` is what Morphling serves half of the batches on."""
     count, policy = len(workload), Static(system.policy)

@@ -172,7 +172,7 @@ def parse_trace(file: Iterable[str], name: str) -> Iterator[tuple[float, int, in
         yield float(row["timestamp"]) / 1000, int(row["input_length"]), int(row["output_length"])
 
 
-def repeated(
+def repeat_trace(
     count: int,
     times: np.ndarray,
     prompts: np.ndarray,
@@ -203,7 +203,7 @@ class SloRule:
         length: "typical": the output is the workload's mean, as users who wait for an answer do not
             know its length; "own": the request's own, so that the objective is proportional for
             all; but then it reveals the true length to a policy.
-        classes: factors given out at random, equally often: users differ in their patience.
+        classes: factors given out at random, equally often: users differ in how long they wait.
     """
 
     scale: float = 5.0
@@ -279,7 +279,7 @@ class PredictorModel:
         card = read_card(folder.parent if folder.is_file() else folder)
         if not card.get("residuals"):
             raise ValueError(
-                f"{path}: its card keeps no residuals; make it anew with train.py or "
+                f"{path}: its card has no residuals; train it again with train.py or "
                 "predictor.update, or give --predictor_sigma"
             )
         try:
@@ -291,7 +291,7 @@ class PredictorModel:
         if not in_range or (np.diff(residuals) < 0).any():
             raise ValueError(
                 f"{path}: its card's residuals are no ascending list of numbers; "
-                "make it anew with train.py or predictor.update"
+                "train it again with train.py or predictor.update"
             )
         return cls(residuals, longest)
 
@@ -370,7 +370,7 @@ def make_workload(
             if not fits.any():
                 raise ValueError(f"--max_tokens {max_tokens}: no request of {name} is so short")
             times, prompts, outputs = times[fits], prompts[fits], outputs[fits]
-        arrivals, prompts, outputs = repeated(count, times, prompts, outputs, rng)
+        arrivals, prompts, outputs = repeat_trace(count, times, prompts, outputs, rng)
     else:
         prompts = lognormal_lengths(count, rng, 200, 1.0, 2048)
         outputs = lognormal_lengths(count, rng, 100, 1.0, 2048)

@@ -117,7 +117,7 @@ def prepared(flags, family: str, method: str, **load):
     """The model of a method, as a run of it starts."""
     config = parse_config(flags("unused", family=family, method=method))
     made = make_method(config)
-    return made.prepare(
+    return made.make_trainable(
         load_model(config.model_name_or_path, **made.model_options(), **load)
     ).train()
 

@@ -105,7 +105,7 @@ def build(flags, tmp_path, family, name, *more, dtype=torch.float32):
     """The model of a method, with the lean LoRA that training gives it."""
     config = parse_config(flags(tmp_path, *more, family=family, method=name))
     torch.manual_seed(0)
-    model = make_method(config).prepare(
+    model = make_method(config).make_trainable(
         load_model(config.model_name_or_path, dtype=dtype, **make_method(config).model_options())
     )
     return use_lean_lora(fill(model))
@@ -178,7 +178,7 @@ def test_lean_lora_is_pefts(flags, tmp_path, data, family, dropout, monkeypatch)
     words = ["--lora_module_name", ALL_LINEAR, "--lora_dropout", dropout]
     lean = build(flags, tmp_path, family, "lora", *words)
     own = fill(
-        make_method(parse_config(flags(tmp_path, *words, family=family))).prepare(
+        make_method(parse_config(flags(tmp_path, *words, family=family))).make_trainable(
             load_model(lean.peft_config["default"].base_model_name_or_path, dtype=torch.float32)
         )
     )

@@ -39,7 +39,7 @@ def plain_run(words: list[str], steps: int) -> tuple[list[float], torch.nn.Modul
     tokenizer, rows = load_tokenizer(config.model_name_or_path), read_rows(config.train_path)[0]
     family, method = FAMILIES[tokenizer.family], make_method(config)
     seed_step(config.seed, 0, stream=0)  # new weights as the run draws them
-    model = method.prepare(
+    model = method.make_trainable(
         load_model(config.model_name_or_path, dtype=torch.float32, **method.model_options())
     ).train()
     trained = [p for p in model.parameters() if p.requires_grad]

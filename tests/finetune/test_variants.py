@@ -270,7 +270,9 @@ def test_label_smoothing(flags, bases, data, lora):
     None in evaluation.
     """
     config = parse_config(flags("x", "--lora_module_name", lora))
-    model = make_method(config).prepare(load_model(bases["glm2"], dtype=torch.float32)).eval()
+    model = (
+        make_method(config).make_trainable(load_model(bases["glm2"], dtype=torch.float32)).eval()
+    )
     found, ids = [], [torch.tensor(data.ids(row)).long() for row in range(len(data))]
     masked = [data.n_masked(row) for row in range(len(data))]
     for smoothing in (0.0, 0.2):

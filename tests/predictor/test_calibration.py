@@ -14,7 +14,7 @@ from scipy.special import ndtr
 
 from predictor import LengthPredictor
 from predictor.calibration import (
-    KNOTS,
+    MAX_KNOTS,
     Conformal,
     ScoreScale,
     Tail,
@@ -132,7 +132,7 @@ def test_conformal_maps_are_monotone(rows, seed):
     conformal = Conformal.fit(levels, finished, weights)
     raw, share = np.array(conformal.raw), np.array(conformal.calibrated)
     assert (raw[0], share[0], raw[-1], share[-1]) == (0, 0, 1, 1)
-    assert (np.diff(raw) > 0).all() and (np.diff(share) >= 0).all() and len(raw) <= KNOTS + 2
+    assert (np.diff(raw) > 0).all() and (np.diff(share) >= 0).all() and len(raw) <= MAX_KNOTS + 2
     masses = np.random.default_rng(seed).dirichlet(np.full(12, 0.3), 5)
     found = conformal.apply(masses)
     assert (found >= 0).all()

@@ -12,7 +12,7 @@ from predictor import evaluate as module
 from predictor.decoder import read_card, write_card
 from predictor.evaluate import (
     NOMINAL,
-    Observed,
+    ObservedLengths,
     evaluate_predictor,
     evaluation_table,
     groups_of,
@@ -159,7 +159,7 @@ def test_the_noise_ceiling_is_that_of_the_noise():
         LabelledPrompt("alone", (Label(3, "m"),), "", ""),
         LabelledPrompt("cut", (Label(3, "m"), Label(4, "m", False)), "", ""),
     ]
-    seen = Observed.of(examples, "m")
+    seen = ObservedLengths.of(examples, "m")
     found = noise_ceiling(seen, np.append(mean, [0, 0]))
     assert found["prompts"] == 500
     correlation = 0.8**2 / (0.8**2 + NOISE**2)  # tau of normals: 2 / pi asin(r)

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from predictor.features import CUES, HAND_NAMES, HANDS, HEAD, KINDS, TAIL, Grams, clip
+from predictor.features import (
+    CUE_FEATURE_NAMES,
+    CUES,
+    HEAD,
+    KINDS,
+    NUM_CUE_FEATURES,
+    TAIL,
+    TextGrams,
+    clip,
+)
 from tests.conftest import REPO_ROOT
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -52,19 +61,19 @@ any_text = st.one_of(
 )
 
 
-def hand(text: str) -> dict[str, float]:
-    return dict(zip(HAND_NAMES, Grams([text]).hand()[0].tolist()))
+def cue_features(text: str) -> dict[str, float]:
+    return dict(zip(CUE_FEATURE_NAMES, TextGrams([text]).cue_features()[0].tolist()))
 
 
 def asked(text: str) -> dict[str, float]:
     return {
         name[5:]: round(float(np.expm1(value)), 3)
-        for name, value in hand(text).items()
+        for name, value in cue_features(text).items()
         if name.startswith("asks") and value
     }
 
 
-def grams_of(grams: Grams, row: int = 0) -> list[tuple[int, float]]:
+def grams_of(grams: TextGrams, row: int = 0) -> list[tuple[int, float]]:
     hashes, texts, weights = grams.all()
     return sorted(zip(hashes[texts == row].tolist(), weights[texts == row].tolist()))
 
@@ -78,18 +87,18 @@ def grams_of(grams: Grams, row: int = 0) -> list[tuple[int, float]]:
 @example(["", ""])
 @example(["", "a", ""])
 def test_a_text_reads_the_same_in_any_batch(texts):
-    many = Grams(texts)
-    rows = many.hand()
+    many = TextGrams(texts)
+    rows = many.cue_features()
     hashes, owners, weights = many.all()
     assert (
-        rows.shape == (len(texts), HANDS)
+        rows.shape == (len(texts), NUM_CUE_FEATURES)
         and np.isfinite(rows).all()
         and len(hashes) == len(owners) == len(weights)
     )
     assert np.isfinite(weights).all() and (weights > 0).all() and weights.dtype == np.float32
     for i, text in enumerate(texts):
-        alone = Grams([text])
-        np.testing.assert_array_equal(alone.hand()[0], rows[i])
+        alone = TextGrams([text])
+        np.testing.assert_array_equal(alone.cue_features()[0], rows[i])
         assert grams_of(alone) == grams_of(many, i)
 
 
@@ -97,7 +106,7 @@ def test_a_text_reads_the_same_in_any_batch(texts):
 @given(any_text)
 def test_a_kind_weighs_no_more_than_its_share(text):
     """n grams of a kind weigh KINDS[kind] / sqrt(n) each."""
-    _, _, weights = Grams([text]).all()
+    _, _, weights = TextGrams([text]).all()
     most = sum(share**2 for share in KINDS.values())
     assert (weights.astype(float) ** 2).sum() <= most + 1e-5
 
@@ -105,9 +114,9 @@ def test_a_kind_weighs_no_more_than_its_share(text):
 def test_reading_is_the_same_in_every_process():
     texts = ["Write 5 sentences about Ünïcode. 写三种方法", "", "a\nb", "x" * 3000]
     program = (
-        "import sys, hashlib; from predictor.features import Grams;"
-        "g = Grams(eval(sys.stdin.read()));"
-        "h, t, w = g.all(); content = h.tobytes() + t.tobytes() + w.tobytes() + g.hand().tobytes();"
+        "import sys, hashlib; from predictor.features import TextGrams;"
+        "g = TextGrams(eval(sys.stdin.read()));"
+        "arrays = (*g.all(), g.cue_features()); content = b''.join(x.tobytes() for x in arrays);"
         "print(hashlib.sha256(content).hexdigest())"
     )
     run = [
@@ -129,23 +138,23 @@ def test_no_overflow_is_complained_of():
     with warnings.catch_warnings(), np.errstate(all="raise"):
         warnings.simplefilter("error")
         for text in ODD:
-            Grams([text]).all()
-            Grams([text, text]).hand()
+            TextGrams([text]).all()
+            TextGrams([text, text]).cue_features()
 
 
 @quick
 @given(any_text)
 def test_empty_lines_and_case_change_no_word(text):
-    one, two = Grams([text]), Grams([text.upper().lower() if text.isascii() else text])
+    one, two = TextGrams([text]), TextGrams([text.upper().lower() if text.isascii() else text])
     np.testing.assert_array_equal(one.words, two.words)
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n", "...", "👍👍"])
 def test_a_text_without_words(text):
-    grams = Grams([text, "a word", text])
+    grams = TextGrams([text, "a word", text])
     hashes, owners, _ = grams.all()
     assert set(owners.tolist()) == {1} and len(hashes) > 0
-    assert hand(text)["log words"] == 0 and Grams([text]).words.size == 0
+    assert cue_features(text)["log words"] == 0 and TextGrams([text]).words.size == 0
 
 
 # ---- clipping
@@ -163,7 +172,7 @@ def test_clipping_keeps_both_ends(size):
 
 def test_what_stands_at_the_ends_of_a_long_text_is_read():
     filling = "lorem ipsum " * 50_000
-    found = hand("Summarize this: " + filling + " Write a poem of 12 lines")
+    found = cue_features("Summarize this: " + filling + " Write a poem of 12 lines")
     assert (
         found["cue summary"]
         and found["early summary"]
@@ -172,8 +181,8 @@ def test_what_stands_at_the_ends_of_a_long_text_is_read():
     )
     assert found["log all characters"] > np.log(600_000) > found["log characters"]
     np.testing.assert_array_equal(
-        Grams(["a b " + "m" * 9000 + " c d"]).hand()[0, :60],
-        Grams(["a b " + "m" * 8000 + " c d"]).hand()[0, :60],
+        TextGrams(["a b " + "m" * 9000 + " c d"]).cue_features()[0, :60],
+        TextGrams(["a b " + "m" * 8000 + " c d"]).cue_features()[0, :60],
     )
 
 
@@ -197,7 +206,7 @@ def test_what_stands_at_the_ends_of_a_long_text_is_read():
     ],
 )
 def test_words(text, count):
-    assert len(Grams([text]).words) == count
+    assert len(TextGrams([text]).words) == count
 
 
 @quick
@@ -206,8 +215,8 @@ def test_words(text, count):
     st.lists(st.sampled_from(["zz", "你", "1", "yyyyyyyy", ","]), max_size=6),
 )
 def test_a_words_hash_does_not_know_its_place(word, before):
-    alone = Grams([word]).words
-    found = Grams([" ".join([*before, word])]).words
+    alone = TextGrams([word]).words
+    found = TextGrams([" ".join([*before, word])]).words
     np.testing.assert_array_equal(found[len(found) - len(alone) :], alone)
 
 
@@ -219,17 +228,17 @@ def test_grams_do_not_know_their_place_but_the_first_and_last_ones_do():
         f"{middle} aa bb cc dd ee ff gg",
         f"aa bb cc dd ee ff gg {middle}",
     ):
-        hashes, _, _ = Grams([text]).all()
+        hashes, _, _ = TextGrams([text]).all()
         kinds[text] = set(hashes.tolist())
     one, two, three = kinds.values()
     assert one != two != three
-    word = set(Grams(["hello"]).all()[0].tolist())
+    word = set(TextGrams(["hello"]).all()[0].tolist())
     # As a word alone: word, inside (2), first (2: alone and beside nothing), last.
     assert len(word) == 6
-    inner = set(Grams(["p q r s t hello u v w"]).all()[0].tolist())
+    inner = set(TextGrams(["p q r s t hello u v w"]).all()[0].tolist())
     assert (
         len(word & inner) == 3
-        and len(word & set(Grams(["p q r s t hello"]).all()[0].tolist())) == 4
+        and len(word & set(TextGrams(["p q r s t hello"]).all()[0].tolist())) == 4
     )
 
 
@@ -237,11 +246,11 @@ def test_different_words_have_different_hashes():
     words = {
         f"{a}{b}{n}" for a in "abcdefghij" for b in "klmnopqrst" for n in ("", "ing", "er", "ed")
     } | {"ab", "ba", "aab", "aba", "a", "aa", "aaa"}
-    assert len({int(Grams([w]).words[0]) for w in words}) == len(words)
+    assert len({int(TextGrams([w]).words[0]) for w in words}) == len(words)
 
 
 def test_order_of_two_words_counts():
-    one, two = (set(Grams([t]).all()[0].tolist()) for t in ("dog bites man", "man bites dog"))
+    one, two = (set(TextGrams([t]).all()[0].tolist()) for t in ("dog bites man", "man bites dog"))
     assert one != two and len(one & two) >= 3
 
 
@@ -253,11 +262,11 @@ def test_every_cue_is_found(cue):
     for word in CUES[cue].split():
         chinese = not word.isascii()
         for text in (word, word.upper(), f"请{word}吧。" if chinese else f"please, {word}!"):
-            found = hand(text)
+            found = cue_features(text)
             assert found[f"cue {cue}"] == 1 and found[f"early {cue}"] == 1, text
-        late = hand("z " * 20 + word)
+        late = cue_features("z " * 20 + word)
         assert late[f"cue {cue}"] == 1 and late[f"early {cue}"] == 0
-    assert not hand("zz qq")[f"cue {cue}"]
+    assert not cue_features("zz qq")[f"cue {cue}"]
 
 
 @pytest.mark.parametrize(
@@ -286,7 +295,7 @@ def test_every_cue_is_found(cue):
     ],
 )
 def test_what_is_seen(text, name):
-    assert hand(text)[name] > 0
+    assert cue_features(text)[name] > 0
 
 
 @pytest.mark.parametrize(
@@ -301,16 +310,16 @@ def test_what_is_seen(text, name):
     ],
 )
 def test_what_is_not_seen(text, name):
-    assert hand(text)[name] == 0
+    assert cue_features(text)[name] == 0
 
 
 def test_share_of_chinese():
     assert (
-        hand("你好世界")["chinese share"],
-        hand("hello")["chinese share"],
-        hand("")["chinese share"],
+        cue_features("你好世界")["chinese share"],
+        cue_features("hello")["chinese share"],
+        cue_features("")["chinese share"],
     ) == (1, 0, 0)
-    assert 0 < hand("你好 world")["chinese share"] < 1
+    assert 0 < cue_features("你好 world")["chinese share"] < 1
 
 
 @pytest.mark.parametrize(
@@ -373,7 +382,7 @@ def test_the_beginning_of_a_number_is_not_the_number(text):
 def test_no_text_takes_long(text):
     import time
 
-    Grams(["warm"]).hand()
+    TextGrams(["warm"]).cue_features()
     started = time.perf_counter()
-    Grams([text]).hand()
+    TextGrams([text]).cue_features()
     assert time.perf_counter() - started < 0.5

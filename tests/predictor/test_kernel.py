@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from predictor.features import HANDS
+from predictor.features import NUM_CUE_FEATURES
 from predictor.heads import HEADS
 from predictor.kernel import FILE, Kernel, KernelHead, squared_distances
 from predictor.lexical import FILE as LEXICAL_FILE
-from predictor.lexical import Bag, Lexical, cross_fitted, cues_alone
+from predictor.lexical import Lexical, NgramMatrix, cross_fit, lexical_without_student
 from tests.predictor.test_heads import KINDS
 
 PROMPTS = [
@@ -225,7 +225,7 @@ def test_head_saved_and_read_back(tmp_path):
 def test_damaged_files_are_named(tmp_path, harm, kind, file):
     vectors, *labels = data()
     if kind is Lexical:
-        cues_alone(["a", "b"]).save(tmp_path)
+        lexical_without_student(["a", "b"]).save(tmp_path)
     else:
         KernelHead.fit(
             Kernel.fit(vectors, (3, 5), (1, 1), landmarks=9),
@@ -253,26 +253,26 @@ def test_a_file_of_something_else_is_named(tmp_path, kind, file):
 
 @pytest.fixture(scope="module")
 def student():
-    bag = Bag.of(PROMPTS, bits=14, chunk=10)
+    ngrams = NgramMatrix.of(PROMPTS, bits=14, chunk=10)
     rng = np.random.default_rng(0)
     targets = np.stack(
         [np.array([len(p) for p in PROMPTS]), np.array(["List" in p for p in PROMPTS])], axis=1
     ) + 0.1 * rng.standard_normal((len(PROMPTS), 2))
-    return bag, bag.fit(targets, np.arange(len(PROMPTS)), ridge=1.0), targets
+    return ngrams, ngrams.fit(targets, np.arange(len(PROMPTS)), ridge=1.0), targets
 
 
 def test_student_says_what_its_bag_says(student):
-    bag, lexical, _ = student
+    ngrams, lexical, _ = student
     found = lexical(PROMPTS)
     assert (
-        found.shape == (len(PROMPTS), 2 + HANDS)
+        found.shape == (len(PROMPTS), 2 + NUM_CUE_FEATURES)
         and found.dtype == np.float32
-        and lexical.sizes == (2, HANDS)
+        and lexical.sizes == (2, NUM_CUE_FEATURES)
     )
     np.testing.assert_allclose(
-        found[:, :2], bag.outputs(lexical, np.arange(len(PROMPTS))), atol=2e-3, rtol=2e-3
+        found[:, :2], ngrams.outputs(lexical, np.arange(len(PROMPTS))), atol=2e-3, rtol=2e-3
     )
-    np.testing.assert_allclose(found[:, 2:], bag.hand, atol=1e-4)
+    np.testing.assert_allclose(found[:, 2:], ngrams.cue_features, atol=1e-4)
 
 
 def test_student_reads_one_like_many(student):
@@ -293,52 +293,59 @@ def test_student_saved_and_read_back(student, tmp_path):
 
 
 def test_student_learns(student):
-    bag, lexical, targets = student
+    ngrams, lexical, targets = student
     found = lexical(PROMPTS)[:, :2]
     assert all(np.corrcoef(found[:, i], targets[:, i])[0, 1] > 0.9 for i in range(2))
 
 
 def test_bag_in_another_order_or_in_chunks(student):
-    bag, _, targets = student
+    ngrams, _, targets = student
     order = np.random.default_rng(1).permutation(len(PROMPTS))
-    other = Bag.of([PROMPTS[i] for i in order], bits=14)
-    np.testing.assert_allclose(other.rarity, bag.rarity, atol=1e-6)
-    np.testing.assert_allclose(other.grams.toarray(), bag.grams[order].toarray(), atol=1e-5)
-    np.testing.assert_allclose(other.hand, bag.hand[order], atol=1e-4)
+    other = NgramMatrix.of([PROMPTS[i] for i in order], bits=14)
+    np.testing.assert_allclose(other.rarity, ngrams.rarity, atol=1e-6)
+    np.testing.assert_allclose(other.grams.toarray(), ngrams.grams[order].toarray(), atol=1e-5)
+    np.testing.assert_allclose(other.cue_features, ngrams.cue_features[order], atol=1e-4)
 
 
 def test_student_is_ridge_regression_when_let_finish(student):
-    bag, _, targets = student
+    ngrams, _, targets = student
     from scipy.sparse import csr_matrix, hstack
 
     rows = np.arange(0, len(PROMPTS), 2)
-    x = hstack([bag.grams[rows], csr_matrix(bag.hand[rows] * 0.3)]).toarray().astype(float)
+    x = (
+        hstack([ngrams.grams[rows], csr_matrix(ngrams.cue_features[rows] * 0.3)])
+        .toarray()
+        .astype(float)
+    )
     y = targets[rows] - targets[rows].mean(axis=0)
     dual = np.linalg.solve(x @ x.T + 3 * np.eye(len(rows)), y)
-    wanted = hstack([bag.grams, csr_matrix(bag.hand * 0.3)]).toarray() @ (x.T @ dual) + targets[
-        rows
-    ].mean(axis=0)
-    lexical = bag.fit(targets[rows], rows, ridge=3.0, rounds=200)
+    wanted = hstack([ngrams.grams, csr_matrix(ngrams.cue_features * 0.3)]).toarray() @ (
+        x.T @ dual
+    ) + targets[rows].mean(axis=0)
+    lexical = ngrams.fit(targets[rows], rows, ridge=3.0, rounds=200)
     np.testing.assert_allclose(
-        bag.outputs(lexical, np.arange(len(PROMPTS))), wanted, atol=5e-3 * np.abs(wanted).max()
+        ngrams.outputs(lexical, np.arange(len(PROMPTS))), wanted, atol=5e-3 * np.abs(wanted).max()
     )
 
 
 def test_crossed_students_have_not_seen_what_they_speak_of(student):
     """A prompt's own target, however wild, leaves its output as it was."""
-    bag, _, targets = student
+    ngrams, _, targets = student
     everyone = np.arange(len(PROMPTS))
     folds = everyone % 5
-    _, before = cross_fitted(bag, targets, everyone, everyone, folds, ridge=1.0)
+    _, before = cross_fit(ngrams, targets, everyone, everyone, folds, ridge=1.0)
     wild = targets.copy()
     wild[folds == 3] += 1000
-    _, after = cross_fitted(bag, wild, everyone, everyone, folds, ridge=1.0)
+    _, after = cross_fit(ngrams, wild, everyone, everyone, folds, ridge=1.0)
     np.testing.assert_array_equal(before[folds == 3], after[folds == 3])
     assert np.abs(before - after)[folds != 3].max() > 1
 
 
 def test_plain_is_counts_and_cues_alone():
-    lexical = cues_alone(PROMPTS)
+    lexical = lexical_without_student(PROMPTS)
     found = lexical(PROMPTS)
-    assert found.shape == (len(PROMPTS), HANDS) and lexical.sizes == (0, HANDS)
+    assert found.shape == (len(PROMPTS), NUM_CUE_FEATURES) and lexical.sizes == (
+        0,
+        NUM_CUE_FEATURES,
+    )
     assert np.abs(found.mean(axis=0)).max() < 0.3 and np.abs(found).max() <= 5

@@ -21,7 +21,7 @@ from predictor.labels import (
     normalise,
     read_examples,
     shingle_hashes,
-    split,
+    split_groups,
 )
 from tests.conftest import shared_file
 
@@ -353,7 +353,7 @@ def test_real_prompts(instructions):
     assert len(vicuna) == 371 and all(groups[i] in evaluated for i in vicuna)
     counts = np.bincount(groups)
     assert counts.max() < 50 and (counts > 0).sum() < len({*map(normalise, prompts + asked)})
-    parts = split(groups, prompts + asked, {"train": 0.8, "valid": 0.1, "test": 0.1})
+    parts = split_groups(groups, prompts + asked, {"train": 0.8, "valid": 0.1, "test": 0.1})
     assert (
         sum(map(len, parts.values())) == len(groups)
         and abs(len(parts["test"]) / len(groups) - 0.1) < 0.02
@@ -370,7 +370,9 @@ def test_real_prompts(instructions):
 @settings(max_examples=40, deadline=None)
 def test_a_prompt_has_its_side_in_any_data(prompts, salt):
     def side_of(prompts):
-        parts = split(np.arange(len(prompts)), prompts, {"train": 0.5, "test": 0.5}, salt=salt)
+        parts = split_groups(
+            np.arange(len(prompts)), prompts, {"train": 0.5, "test": 0.5}, salt=salt
+        )
         assert sorted(np.concatenate([*parts.values()]).tolist()) == list(range(len(prompts)))
         return {prompts[i]: name for name, part in parts.items() for i in part}
 
@@ -384,7 +386,7 @@ def test_a_prompt_has_its_side_in_any_data(prompts, salt):
 def test_split_shares_and_groups():
     prompts = [f"question {n} " + "abcdefghij"[n % 10] * 5 for n in range(5000)]
     groups = np.arange(5000) // 2 * 2
-    parts = split(groups, prompts, {"train": 0.5, "valid": 0.1, "test": 0.2})
+    parts = split_groups(groups, prompts, {"train": 0.5, "valid": 0.1, "test": 0.2})
     assert [round(len(parts[name]) / 5000, 1) for name in ("train", "valid", "test")] == [
         0.7,
         0.1,
@@ -394,11 +396,11 @@ def test_split_shares_and_groups():
         {*groups[parts[a]]}.isdisjoint(groups[parts[b]])
         for a, b in (("train", "valid"), ("train", "test"), ("valid", "test"))
     )
-    again = split(groups, prompts, {"train": 0.0, "valid": 0.1, "test": 0.2})
+    again = split_groups(groups, prompts, {"train": 0.0, "valid": 0.1, "test": 0.2})
     assert all((parts[name] == again[name]).all() for name in parts)
     assert not np.array_equal(
         parts["test"],
-        split(groups, prompts, {"train": 0.7, "valid": 0.1, "test": 0.2}, salt="x")["test"],
+        split_groups(groups, prompts, {"train": 0.7, "valid": 0.1, "test": 0.2}, salt="x")["test"],
     )
 
 
@@ -417,4 +419,4 @@ def test_split_shares_and_groups():
 )
 def test_splits_that_cannot_be(shares, said):
     with pytest.raises(ValueError, match=said):
-        split(np.array([0, 0, 2]), ["a", "a", "b"], shares)
+        split_groups(np.array([0, 0, 2]), ["a", "a", "b"], shares)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from predictor.config import PredictorConfig
 from predictor.labels import Label, LabelledPrompt, normalise
-from predictor.lengths import Lengths, Scale, load_lengths
+from predictor.lengths import LengthArrays, LengthScale, load_lengths
 
 MODELS = ["a", "b", "own"]
 OWN = 2
@@ -48,7 +48,7 @@ def many(count=60, seed=0) -> list[LabelledPrompt]:
 
 def test_scale_maps_a_model_onto_the_own_one():
     examples = many()
-    scale = Scale.fit(examples, MODELS, OWN, 100_000)
+    scale = LengthScale.fit(examples, MODELS, OWN, 100_000)
     tokens = np.array([label.tokens for e in examples for label in e.labels], float)
     served = np.array([MODELS.index(label.served_model) for e in examples for label in e.labels])
     logs = np.log1p(scale.apply(tokens, served))
@@ -66,7 +66,7 @@ def test_scale_maps_a_model_onto_the_own_one():
 @given(rows)
 def test_own_lengths_come_back_as_they_are(lists):
     examples = examples_of([*lists, [Label(7, "own"), Label(9, "a")]])
-    scale = Scale.fit(examples, MODELS, OWN, 2000)
+    scale = LengthScale.fit(examples, MODELS, OWN, 2000)
     tokens = np.array([label.tokens for e in examples for label in e.labels], float)
     served = np.array([MODELS.index(label.served_model) for e in examples for label in e.labels])
     found = scale.apply(tokens, served)
@@ -80,7 +80,7 @@ def test_own_lengths_come_back_as_they_are(lists):
 
 def test_scale_of_few_lengths_borrows_the_spread_of_all():
     examples = many(60) + examples_of([[Label(10, "few")], [Label(11, "few")]])
-    scale = Scale.fit(examples, [*MODELS, "few", "none"], OWN, 10_000)
+    scale = LengthScale.fit(examples, [*MODELS, "few", "none"], OWN, 10_000)
     logs = [
         np.log1p(
             [label.tokens for e in examples for label in e.labels if label.served_model == name]
@@ -95,7 +95,7 @@ def test_scale_of_few_lengths_borrows_the_spread_of_all():
 
 def test_scale_of_a_model_that_always_says_the_same():
     examples = many(40) + examples_of([[Label(100, "dull")] for _ in range(30)])
-    scale = Scale.fit(examples, ["a", "b", "own", "dull"], OWN, 10_000)
+    scale = LengthScale.fit(examples, ["a", "b", "own", "dull"], OWN, 10_000)
     assert scale.apply(np.array([100.0]), np.array([3]))[0] == pytest.approx(
         np.expm1(scale.mean[OWN])
     )
@@ -111,7 +111,10 @@ def test_lengths_beyond_the_limit_do_not_pull_the_scale():
         )
         for e in many()
     ]
-    one, two = Scale.fit(many(), MODELS, OWN, limit), Scale.fit(short, MODELS, OWN, limit)
+    one, two = (
+        LengthScale.fit(many(), MODELS, OWN, limit),
+        LengthScale.fit(short, MODELS, OWN, limit),
+    )
     np.testing.assert_allclose(one.mean, two.mean)
     np.testing.assert_allclose(one.deviation, two.deviation)
 
@@ -123,8 +126,8 @@ def test_lengths_beyond_the_limit_do_not_pull_the_scale():
 @given(rows, st.sampled_from([0.0, 0.3, 0.7, 0.99]))
 def test_weights_are_one_for_each_prompt(lists, other_weight):
     examples = examples_of([*lists, [Label(7, "own")]])
-    lengths = Lengths.of(
-        examples, MODELS, OWN, other_weight, Scale.fit(examples, MODELS, OWN, 4000)
+    lengths = LengthArrays.of(
+        examples, MODELS, OWN, other_weight, LengthScale.fit(examples, MODELS, OWN, 4000)
     )
     assert len(lengths) == len(examples) and lengths.starts[-1] == len(lengths.tokens) == sum(
         len(e.labels) for e in examples
@@ -150,7 +153,9 @@ def test_weights_are_one_for_each_prompt(lists, other_weight):
 
 def test_mean_scores_follow_the_lengths():
     examples = many()
-    lengths = Lengths.of(examples, MODELS, OWN, 0.7, Scale.fit(examples, MODELS, OWN, 10_000))
+    lengths = LengthArrays.of(
+        examples, MODELS, OWN, 0.7, LengthScale.fit(examples, MODELS, OWN, 10_000)
+    )
     scores = lengths.mean_scores()
     assert scores.mean() == pytest.approx(0, abs=1e-9) and scores.std() == pytest.approx(1)
     assert np.corrcoef(scores, [np.log1p(e.labels[0].tokens) for e in examples])[0, 1] > 0.95
@@ -158,9 +163,9 @@ def test_mean_scores_follow_the_lengths():
 
 def test_no_spread_is_not_blown_up_from_rounding():
     same = examples_of([[Label(5, "own"), Label(8, "a"), Label(9, "b")]] * 3)
-    lengths = Lengths.of(same, MODELS, OWN, 0.7, Scale.fit(same, MODELS, OWN, 100))
+    lengths = LengthArrays.of(same, MODELS, OWN, 0.7, LengthScale.fit(same, MODELS, OWN, 100))
     np.testing.assert_allclose(lengths.mean_scores(), 0, atol=1e-6)
-    np.testing.assert_allclose(lengths.condensed(OWN, 0.7).tokens, 5, atol=1e-6)
+    np.testing.assert_allclose(lengths.condense(OWN, 0.7).tokens, 5, atol=1e-6)
 
 
 # ---- condensed
@@ -168,8 +173,10 @@ def test_no_spread_is_not_blown_up_from_rounding():
 
 def test_condensed_keeps_own_labels_and_adds_one_for_all_others():
     examples = many() + examples_of([[Label(50, "own"), Label(70, "own", False)], [Label(90, "a")]])
-    lengths = Lengths.of(examples, MODELS, OWN, 0.7, Scale.fit(examples, MODELS, OWN, 10_000))
-    found = lengths.condensed(OWN, 0.7)
+    lengths = LengthArrays.of(
+        examples, MODELS, OWN, 0.7, LengthScale.fit(examples, MODELS, OWN, 10_000)
+    )
+    found = lengths.condense(OWN, 0.7)
     assert len(found.prompt) == 62 + 60  # the prompt that only another model answered is left out
     np.testing.assert_array_equal(found.tokens[:62], lengths.of_model(OWN)[1])
     total = np.bincount(found.prompt, found.weights, minlength=62)
@@ -185,10 +192,12 @@ def test_condensed_keeps_own_labels_and_adds_one_for_all_others():
 
 def test_condensed_without_others_is_the_own_labels():
     examples = many()
-    lengths = Lengths.of(examples, MODELS, OWN, 0.0, Scale.fit(examples, MODELS, OWN, 10_000))
+    lengths = LengthArrays.of(
+        examples, MODELS, OWN, 0.0, LengthScale.fit(examples, MODELS, OWN, 10_000)
+    )
     alone = [LabelledPrompt(e.prompt, e.labels[:1], "s", "p") for e in examples]
-    only = Lengths.of(alone, MODELS, OWN, 0.7, Scale.fit(alone, MODELS, OWN, 10_000))
-    for found in (lengths.condensed(OWN, 0.0), only.condensed(OWN, 0.7)):
+    only = LengthArrays.of(alone, MODELS, OWN, 0.7, LengthScale.fit(alone, MODELS, OWN, 10_000))
+    for found in (lengths.condense(OWN, 0.0), only.condense(OWN, 0.7)):
         assert found.prompt.tolist() == list(range(60)) and found.weights.tolist() == [1] * 60
 
 
@@ -196,8 +205,10 @@ def test_condensed_without_others_is_the_own_labels():
 @given(rows)
 def test_condensed_weights_are_one_for_each_own_prompt(lists):
     examples = examples_of([*lists, [Label(7, "own"), Label(3, "b")]])
-    lengths = Lengths.of(examples, MODELS, OWN, 0.6, Scale.fit(examples, MODELS, OWN, 4000))
-    found = lengths.condensed(OWN, 0.6)
+    lengths = LengthArrays.of(
+        examples, MODELS, OWN, 0.6, LengthScale.fit(examples, MODELS, OWN, 4000)
+    )
+    found = lengths.condense(OWN, 0.6)
     total = np.bincount(found.prompt, found.weights, minlength=len(examples))
     own = np.unique(lengths.of_model(OWN)[0])
     np.testing.assert_allclose(total[own], 1)
@@ -308,7 +319,7 @@ def test_what_is_tested_is_not_trained_on(tmp_path):
     assert len(trained) == 65 and not trained & {normalise(row["prompt"]) for row in tests}
     assert (
         len(found.test) == 15
-        and (found.test.served == found.own).all()
+        and (found.test.served == found.target_model).all()
         and found.test.weights.tolist() == [1] * 15
     )
     assert "15 to test" in found.summary()
@@ -324,9 +335,9 @@ def test_the_files_order_changes_no_side(tmp_path):
 def test_rows_of_several_models_are_one_prompt_each(tmp_path):
     rows = some_rows(40) + some_rows(40, served="other")
     found = load_lengths(config_of(write(tmp_path / "rows.jsonl", rows)), None)
-    assert (found.served_models, found.own) == (["m", "other"], 0) and len(found.train) + len(
-        found.calibration
-    ) == 40
+    assert (found.served_models, found.target_model) == (["m", "other"], 0) and len(
+        found.train
+    ) + len(found.calibration) == 40
     assert (
         np.diff(found.train.starts) == 2
     ).all() and "80 lengths of 2 served model(s), predicted: m" in found.summary()

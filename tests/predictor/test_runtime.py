@@ -183,7 +183,7 @@ def test_p1_an_update_that_does_not_load_replaces_nothing(folders, tmp_path, mon
     shutil.copytree(folders["lexical"][1], folder)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     new, _ = update_predictor(LengthPredictor.from_pretrained(folder), turned_examples())
-    monkeypatch.setattr(updating, "with_new_sums", lambda card, _: card)
+    monkeypatch.setattr(updating, "with_new_checksums", lambda card, _: card)
     with pytest.raises(
         ValueError, match="kernel.safetensors: (torn|changed since it was exported)"
     ):

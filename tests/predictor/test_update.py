@@ -15,11 +15,18 @@ from finetune.rows.formats import BadRow
 from predictor import LengthPrediction, LengthPredictor
 from predictor import update as module
 from predictor.decoder import read_card
-from predictor.evaluate import Observed
+from predictor.evaluate import ObservedLengths
 from predictor.kernel import FILE as KERNEL_FILE
 from predictor.labels import Label, LabelledPrompt
 from predictor.scores import kendall_tau
-from predictor.update import as_served, drift, fitted_on, read_log, update_predictor, write_updated
+from predictor.update import (
+    drift,
+    fitted_prompt_count,
+    read_log,
+    served_coverage,
+    update_predictor,
+    write_updated,
+)
 from tests.conftest import REPO_ROOT
 from tests.predictor.synthetic import cap_rows, examples_of, make_rows, train, write_rows
 from tests.warm import warm_python
@@ -44,7 +51,7 @@ def shifted_update(folder):
 
 
 def coverage(predictor, examples, q) -> float:
-    seen = Observed.of(examples, "m")
+    seen = ObservedLengths.of(examples, "m")
     found = predictor.predict(seen.prompts)
     return float(np.mean([t <= found[i].quantile(q) for i, t in zip(seen.prompt, seen.tokens)]))
 
@@ -73,10 +80,13 @@ def test_false_alarms_are_as_rare_as_p_says(predictor, capped):
     """
     found = []
     for seed in range(100, 140):
-        seen = Observed.of(examples_of(cap_rows(make_rows(200, seed=seed), capped)), "m")
+        seen = ObservedLengths.of(examples_of(cap_rows(make_rows(200, seed=seed), capped)), "m")
         found.append(
             drift(
-                predictor.decoder, predictor.score(seen.prompts), seen, fitted_on(predictor.card)
+                predictor.decoder,
+                predictor.score(seen.prompts),
+                seen,
+                fitted_prompt_count(predictor.card),
             )["p"]
         )
     assert np.mean(np.array(found) < 0.05) <= 0.15 and min(found) > 1e-4
@@ -214,7 +224,7 @@ def test_a_log_as_the_monitor_writes_it(tmp_path, predictor):
     log = read_log([str(path)], "m")
     assert len(log.examples) == 60 and log.bad == 1 and log.predictions[3] is None
     assert all(e.labels[0].served_model == "m" for e in log.examples)
-    served = as_served(log, "m")
+    served = served_coverage(log, "m")
     expected = np.mean(
         [
             row["output_tokens"] <= LengthPrediction.from_dict(p).quantile(0.9)

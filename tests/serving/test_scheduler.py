@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from serving.policies.continuous import POLICIES, Fcfs
 from serving.request import FOREVER, Limits, Plan, Record
-from serving.scheduler import Queue, Replay, VirtualClock, paced, run_scheduler
+from serving.scheduler import Queue, Replay, VirtualClock, run_scheduler, updated_pace
 from serving.simulate.engine import SimulatedEngine
 from tests.serving.conftest import COST, ask, serve
 
@@ -35,8 +35,10 @@ def test_queue_is_an_ordered_set(moves):
             if front:
                 queue.remove(front[-1])
                 del inside[front[-1].request.id]
-        queue.settle()
-        assert len(queue) == len(inside) and {r.request.id for r in queue.everyone()} == set(inside)
+        queue.restore_unadmitted()
+        assert len(queue) == len(inside) and {r.request.id for r in queue.all_records()} == set(
+            inside
+        )
         if inside:
             assert queue.oldest().request.id == min(inside)
     assert [r.request.id for r in queue] == sorted(inside, key=lambda i: (keys[i], i))
@@ -55,7 +57,7 @@ def test_a_key_that_has_run_out_is_asked_for_again():
     for i in range(2):
         queue.push(Record(ask(i)))
     assert [r.request.id for r in queue] == [0, 1]
-    queue.settle()
+    queue.restore_unadmitted()
     queue.now_s = 6.0
     assert [r.request.id for r in queue] == [1, 0]
 
@@ -66,9 +68,9 @@ def test_a_record_that_comes_back_is_there_once():
     for _ in range(300):
         queue.push(record)
         queue.remove(record)
-        queue.settle()
+        queue.restore_unadmitted()
     queue.push(record)
-    assert list(queue) == [record] and len(queue._heap) + len(queue._out) <= 70
+    assert list(queue) == [record] and len(queue._heap) + len(queue._yielded) <= 70
 
 
 def test_arrivals_are_seen_after_their_prediction():
@@ -93,7 +95,7 @@ class Bad(Fcfs):
 
 
 def first_waiting(view):
-    return next(iter(view.waiting.everyone()))
+    return next(iter(view.waiting.all_records()))
 
 
 @pytest.mark.parametrize(
@@ -129,8 +131,8 @@ def test_a_plan_that_breaks_a_limit_is_an_error(spoil, message):
 
 def test_too_many_rows_is_an_error():
     def all_of_them(view, plan):
-        everyone = tuple(view.waiting.everyone())
-        return Plan(everyone, (), {r.request.id: 30 for r in everyone})
+        all_records = tuple(view.waiting.all_records())
+        return Plan(all_records, (), {r.request.id: 30 for r in all_records})
 
     with pytest.raises(RuntimeError, match="5 sequences"):
         serve(Bad(all_of_them), [ask(i, 20, 5) for i in range(5)], LIMITS)
@@ -174,9 +176,9 @@ def test_preempted_answers_keep_their_text():
 
 
 def test_pace_forgets():
-    assert paced(0.0, 1.0, 0.5) == 0.5
-    assert paced(0.5, 100.0, 0.1) == pytest.approx(0.1)
-    assert paced(0.5, 0.5, 0.1) == pytest.approx(0.46)
+    assert updated_pace(0.0, 1.0, 0.5) == 0.5
+    assert updated_pace(0.5, 100.0, 0.1) == pytest.approx(0.1)
+    assert updated_pace(0.5, 0.5, 0.1) == pytest.approx(0.46)
 
 
 def test_s3_who_waits_may_withdraw():
@@ -188,7 +190,7 @@ def test_s3_who_waits_may_withdraw():
         inbox.put(ask(i, prompt=10, output=20))
     for i in (0, 2, 7):
         inbox.withdraw(i)
-    inbox.shut()
+    inbox.close()
     events = list(
         run_scheduler(POLICIES["fcfs"], SimulatedEngine(COST, LIMITS), VirtualClock(), inbox)
     )

@@ -143,7 +143,7 @@ def test_saved_bytes_are_autograds(name, code, method, monkeypatch):
     body = model.transformer
     block = body.layers[1] if name == "glm" else body.encoder.layers[1]
     if method.startswith("lora"):
-        model = Lora(4, 8, dropout, ",".join(ALL_LINEAR)).prepare(model)
+        model = Lora(4, 8, dropout, ",".join(ALL_LINEAR)).make_trainable(model)
         if packed:
             use_lean_lora(model)
     rows, length, inside, kept = 2, 160, [False], {}

@@ -26,7 +26,7 @@ from serving.cost_model.model import (
     COEFFICIENTS,
     DATASHEET,
     CostModel,
-    ModelShape,
+    ModelSizes,
     Profile,
     even_stages,
     read_profile,
@@ -35,8 +35,8 @@ from tests.conftest import REPO_ROOT, SPECIAL, shared_file, tiny_config, tiny_mo
 from tests.warm import warm_python
 
 ROOT = REPO_ROOT
-GLM2 = ModelShape.from_config("chatglm2-6b")
-GLM1 = ModelShape.from_config("chatglm-6b")
+GLM2 = ModelSizes.from_config("chatglm2-6b")
+GLM1 = ModelSizes.from_config("chatglm-6b")
 ROUGH = Profile(
     mapped_overhead_s=2e-4,
     hop_overhead_s=1e-3,
@@ -68,13 +68,13 @@ def test_real_sizes():
     assert GLM1.tied and GLM1.weight_bytes == 28 * GLM1.layer_bytes + GLM1.output_bytes
     path = shared_file("data/chatglm2-tokenizer/config.json")
     assert (
-        ModelShape.from_config(path) == ModelShape.from_config(json.loads(path.read_text())) == GLM2
+        ModelSizes.from_config(path) == ModelSizes.from_config(json.loads(path.read_text())) == GLM2
     )
 
 
 @pytest.mark.parametrize("family", ["glm", "glm2", "glm3", "glm4"])
 def test_bytes_are_the_models(family):
-    shape = ModelShape.from_config(tiny_config(family).to_dict(), element_bytes=4)
+    shape = ModelSizes.from_config(tiny_config(family).to_dict(), element_bytes=4)
     model = tiny_model(family)
     assert shape.weight_bytes == sum(p.numel() * p.element_size() for p in model.parameters())
     layers = model.transformer.layers if family == "glm" else model.transformer.encoder.layers
@@ -330,8 +330,8 @@ def test_profile_on_the_measured_rows(tmp_path):
         and found["p90_abs_error"] <= 0.10
     )
     # Not fitted: the same with two of seven questions and two batch sizes left out.
-    usable, left_out = read_measurements(rows)
-    assert len(left_out) == 1
+    usable, skipped = read_measurements(rows)
+    assert len(skipped) == 1
     held = [row.query in ("q2", "q3") or row.batch in (10, 25) for row in usable]
     start = replace(DATASHEET, device="RTX3090", link="pcie3")
     profile = fit_profile([row for row, out in zip(usable, held) if not out], start)

@@ -17,7 +17,7 @@ from serving.cost_model.devices import GIB, MIB, Cluster, Device, Link
 from serving.cost_model.model import (
     DATASHEET,
     CostModel,
-    ModelShape,
+    ModelSizes,
     layers_by_device,
     read_profile,
 )
@@ -29,20 +29,20 @@ from serving.deployment.deployers import (
     Helr,
     Morphling,
     compositions,
-    divide,
-    fill,
+    divide_by_shares,
+    fill_in_order,
     objective,
     window_min,
 )
-from serving.deployment.placement import Infeasible, Need, Pieces, make_placement
+from serving.deployment.placement import Infeasible, LatencyTerms, Need, make_placement
 from tests.conftest import REPO_ROOT, tiny_config, tiny_model
 from tests.warm import warm_python
 
-GLM2 = ModelShape.from_config("chatglm2-6b")
+GLM2 = ModelSizes.from_config("chatglm2-6b")
 NEED = Need(kv_tokens_q90=8000, batch=8, prompt_tokens=35, output_tokens=300)
 
 
-def deeper(layers: int) -> ModelShape:
+def deeper(layers: int) -> ModelSizes:
     """ChatGLM2-6B with another number of layers."""
     return replace(
         GLM2,
@@ -57,7 +57,7 @@ def random_case(seed: int, devices: int, layers: int):
     """Different memory, speeds and links, at times two equal devices; some cases fit nowhere."""
     rng = np.random.default_rng(seed)
     size = 100 * MIB
-    model = ModelShape(
+    model = ModelSizes(
         layers,
         1024,
         1024,
@@ -138,7 +138,7 @@ def test_contract(name):
         assert cost.kv_capacity_tokens >= need.kv_tokens_q90
         batch = [need.prompt_tokens] * need.batch, [need.output_tokens] * need.batch
         assert placement.expected_latency_s == cost.batch_s(*batch)
-        assert Pieces(model, cluster, need, profile).seconds(
+        assert LatencyTerms(model, cluster, need, profile).seconds(
             placement.devices, placement.layers
         ) == pytest.approx(placement.expected_latency_s)
         assert (
@@ -164,7 +164,7 @@ def test_helr_equals_exhaustive(weight):
         values = []
         for deployer in (Helr(weight), Exhaustive(weight)):
             placement = placed(deployer, case)
-            scale = Pieces(*case).scale
+            scale = LatencyTerms(*case).scale
             values.append(
                 placement
                 and objective(placement.expected_latency_s, len(placement.stages), scale, weight)
@@ -276,9 +276,9 @@ def test_infeasible_says_bytes():
             f"there are {2 * (24576 * MIB - GIB):,} bytes",
         ):
             DEPLOYERS[name].place(GLM2, cluster, need, DATASHEET)
-    pieces = Pieces(GLM2, cluster, Need(500_000), DATASHEET)
+    terms = LatencyTerms(GLM2, cluster, Need(500_000), DATASHEET)
     with pytest.raises(Infeasible, match="28 layers on device 0 need"):
-        make_placement(pieces, [(0, 28)], DATASHEET, 0, "by hand")
+        make_placement(terms, [(0, 28)], DATASHEET, 0, "by hand")
     for bad in ({"kv_tokens_q90": -1}, {"kv_tokens_q90": 1, "batch": 0}, {"kv_tokens_q90": 1.5}):
         with pytest.raises(ValueError, match="must be a whole number"):
             Need(**bad)
@@ -323,14 +323,14 @@ def test_device_map_covers_a_real_model(family, prefix):
     from accelerate.utils.modeling import check_device_map
 
     config = tiny_config(family)
-    shape = ModelShape.from_config(config.to_dict(), element_bytes=4)
+    shape = ModelSizes.from_config(config.to_dict(), element_bytes=4)
     model = tiny_model(family, pre_seq_len=4 if prefix else None)
     size = shape.weight_bytes
     cluster = Cluster.uniform(
         [Device(n, 10 * size, 1e12, 1e14, reserved_bytes=0) for n in ("a", "b", "c")]
     )
-    pieces = Pieces(shape, cluster, Need(10), DATASHEET)
-    placement = make_placement(pieces, [(0, 1), (2, 2)], DATASHEET, 0, "by hand")
+    terms = LatencyTerms(shape, cluster, Need(10), DATASHEET)
+    placement = make_placement(terms, [(0, 1), (2, 2)], DATASHEET, 0, "by hand")
     mapped = placement.to_device_map(family, prefix)
     check_device_map(model, mapped)
     assert set(mapped.values()) == {0, 2}
@@ -344,34 +344,42 @@ def test_device_map_covers_a_real_model(family, prefix):
     ids = torch.tensor([[7, 51, 54, 9]])
     before = model(ids).logits
     on_cpu = make_placement(
-        Pieces(shape, Cluster.uniform("CPU"), Need(10), DATASHEET), [(0, 3)], DATASHEET, 0, "cpu"
+        LatencyTerms(shape, Cluster.uniform("CPU"), Need(10), DATASHEET),
+        [(0, 3)],
+        DATASHEET,
+        0,
+        "cpu",
     )
-    moved = dispatch_model(model, on_cpu.to_device_map(family, prefix), force_hooks=True)
-    assert torch.equal(moved(ids).logits, before)
+    exchange_rows = dispatch_model(model, on_cpu.to_device_map(family, prefix), force_hooks=True)
+    assert torch.equal(exchange_rows(ids).logits, before)
 
 
 def test_forms_for_others(tmp_path):
     cluster = Cluster.uniform(["CPU", "RTX3090", "RTX3090"])
     placement = make_placement(
-        Pieces(GLM2, cluster, NEED, DATASHEET), [(2, 14), (0, 4), (1, 10)], DATASHEET, 0, "by hand"
+        LatencyTerms(GLM2, cluster, NEED, DATASHEET),
+        [(2, 14), (0, 4), (1, 10)],
+        DATASHEET,
+        0,
+        "by hand",
     )
     mapped = placement.to_device_map()
     assert [mapped[f"transformer.encoder.layers.{i}"] for i in (0, 14, 18)] == [1, "cpu", 0]
     assert placement.to_pipeline_partition() == "14,4,10"
-    placement.picture(tmp_path / "placement.png")
+    placement.draw(tmp_path / "placement.png")
     assert (tmp_path / "placement.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="glm2 or glm3 model, not of glm"):
         placement.to_device_map("glm")
     with pytest.raises(ValueError, match="family must be one of"):
         placement.to_device_map("llama")
     woven = make_placement(
-        Pieces(GLM2, Cluster.uniform("A40", 2), NEED, DATASHEET),
+        LatencyTerms(GLM2, Cluster.uniform("A40", 2), NEED, DATASHEET),
         [(0, 10), (1, 10), (0, 8)],
         DATASHEET,
         0,
         "woven",
     )
-    with pytest.raises(ValueError, match="comes back to one"):
+    with pytest.raises(ValueError, match="returns to one"):
         woven.to_pipeline_partition()
 
 
@@ -392,7 +400,7 @@ def test_window_min(length, width, seed):
 @given(st.integers(1, 60), st.lists(st.floats(0.01, 100), min_size=1, max_size=8))
 @settings(max_examples=50, deadline=None)
 def test_divide(extra, shares):
-    layers = divide(len(shares) + extra, np.array(shares))
+    layers = divide_by_shares(len(shares) + extra, np.array(shares))
     assert sum(layers) == len(shares) + extra and min(layers) >= 1
     exact = np.array(shares) / sum(shares) * extra
     assert np.all(np.abs(np.array(layers) - 1 - exact) < 1)
@@ -401,7 +409,10 @@ def test_divide(extra, shares):
 def test_compositions_and_fill():
     assert sorted(compositions(4, 2)) == [(1, 3), (2, 2), (3, 1)]
     assert list(compositions(3, 1)) == [(3,)]
-    assert fill(np.array([5, 5, 5]), 7) == [5, 1, 1] and fill(np.array([2, 2]), 5) is None
+    assert (
+        fill_in_order(np.array([5, 5, 5]), 7) == [5, 1, 1]
+        and fill_in_order(np.array([2, 2]), 5) is None
+    )
 
 
 @given(st.integers(0, 10_000), st.integers(1, 5), st.integers(5, 14))
@@ -449,7 +460,7 @@ def test_the_command_says_where_layers_go(tmp_path, capsys):
     said = json.loads(out.read_text())
     need = Need(30_000, 4)
     placement = DEPLOYERS["helr"].place(
-        ModelShape.from_config("chatglm-6b"), Cluster.from_json(cluster), need, DATASHEET
+        ModelSizes.from_config("chatglm-6b"), Cluster.from_json(cluster), need, DATASHEET
     )
     assert len(placement.stages) == placement.replicas == 2  # or the test has nothing to tell apart
     assert said["device_map"] == placement.to_device_map() and said["replicas"] == [[0, 1], [2, 3]]

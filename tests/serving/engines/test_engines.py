@@ -42,7 +42,7 @@ MODELS, KNOWN = {}, {}
 
 @pytest.fixture(autouse=True)
 def small_classes(monkeypatch):
-    monkeypatch.setattr(serving.engines.arena, "SMALLEST", 4)
+    monkeypatch.setattr(serving.engines.arena, "SMALLEST_SLAB", 4)
 
 
 def prediction_of(tokens: float):
@@ -366,7 +366,7 @@ def test_live_arrivals_stream():
         inbox.put(request)
         if i % 2:
             assert list(answer) == alone(model, prompt, sampling.max_new_tokens)
-    inbox.shut()
+    inbox.close()
     thread.join(30)
     assert not thread.is_alive() and sum(e.kind == "finished" for e in events) == 6
     with pytest.raises(RuntimeError, match="too late"):
@@ -524,7 +524,9 @@ def test_arena_keeps_what_rows_wrote(seed):
             )
             for x in (*row.slab.keys, *row.slab.values):
                 assert (x[row.slot, :, : row.length] == number).all()
-        assert arena.held <= max(2 * arena.tokens, 2 * sum(map(slab_tokens, reserved.values())))
+        assert arena.capacity_tokens <= max(
+            2 * arena.tokens, 2 * sum(map(slab_tokens, reserved.values()))
+        )
 
     for number in range(1, 120):
         tokens = rng.randint(1, 60)
@@ -537,7 +539,7 @@ def test_arena_keeps_what_rows_wrote(seed):
         check()
         chosen = rng.choice(list(rows))
         if chosen not in joined and rng.random() < 0.7:
-            arena.join(rows[chosen])
+            arena.start_decoding(rows[chosen])
             joined.add(chosen)
         elif rng.random() < 0.5 and sum(reserved.values()) + 20 <= arena.tokens:
             reserved[chosen] += 20
@@ -584,5 +586,5 @@ def test_wall_clock_sleeps_until_there_is_news():
     assert (
         clock.now_s() < 10 and [r.id for r in inbox.due(clock.now_s())] == [0] and not inbox.closed
     )
-    inbox.shut()
+    inbox.close()
     assert inbox.closed and inbox.next_s() == FOREVER

@@ -191,7 +191,7 @@ def test_profiled_and_compared_with_its_simulation(folders, tmp_path, capsys):
     """
     from benchmarks.serving_real import main as compare
     from scripts.profile_engine import main as profile
-    from serving.cost_model.model import CostModel, ModelShape, read_profile
+    from serving.cost_model.model import CostModel, ModelSizes, read_profile
     from serving.server.command import load_service, parse_flags
 
     model, predictor = folders
@@ -221,7 +221,7 @@ def test_profiled_and_compared_with_its_simulation(folders, tmp_path, capsys):
         )
         == 0
     )
-    cost = CostModel.of(ModelShape.from_config(model, 4), "CPU", read_profile(tmp_path / "p.json"))
+    cost = CostModel.of(ModelSizes.from_config(model, 4), "CPU", read_profile(tmp_path / "p.json"))
     assert 0 < cost.decode_step_s(1, 30) < 1 and 0 < cost.prefill_s(30) < 1
     phases = [line.split(",")[7] for line in (tmp_path / "p.csv").read_text().splitlines()[1:]]
     assert set(phases) == {"decode", "prefill"}
@@ -455,7 +455,7 @@ def test_metrics_and_a_log_that_updates_the_predictor(server, folders, tmp_path,
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--policy", "deadline"], "wants --predictor DIR; without one choose from"),
+        (["--policy", "deadline"], "needs --predictor DIR; without one choose from"),
         (["--policy", "fcfs", "--max_tokens", "99999"], "max_tokens <= kv_tokens"),
         (["--policy", "fcfs", "--slo_s", "0"], "--slo_s must be above 0"),
         (["--policy", "fcfs", "--client_s", "nan"], "--client_s must be above 0"),
@@ -545,7 +545,7 @@ def test_a_monitor_of_a_simulated_run(tmp_path):
         Request(9, 300, 1.0, 5.0)
     ]
     for request in requests:
-        monitor.watch(request, "secret", SimpleNamespace(reason="stop"))
+        monitor.track(request, "secret", SimpleNamespace(reason="stop"))
     list(
         run_scheduler(
             POLICIES["fcfs"],
@@ -609,7 +609,7 @@ def test_an_engine_that_fails_lets_nobody_wait(tiny_folders, caplog):
         name="m",
         slo_s=5.0,
         defaults={},
-        as_tuned={},
+        prompt_options={},
     )
     client = TestClient(make_app(service))
     body = {"messages": [{"role": "user", "content": "x"}]}

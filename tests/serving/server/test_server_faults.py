@@ -25,7 +25,14 @@ from serving.engines import Sampling, make_engine
 from serving.engines import answers as sampling_code
 from serving.request import Limits, Plan, Record, Request
 from serving.server.chat import parse_body
-from serving.server.command import bind, keys_of, load_service, main, make_server, parse_flags
+from serving.server.command import (
+    access_rules_of,
+    bind,
+    load_service,
+    main,
+    make_server,
+    parse_flags,
+)
 from serving.server.fields import FIELDS, REFUSED, Number, body_schema
 from serving.simulate.engine import LinearCost
 from tests.conftest import tiny_model
@@ -55,7 +62,7 @@ def running(folder, *words, endless=True, prepare=None):
     args = parse_flags([str(word) for word in (*flags, *words)])
     sock = bind("127.0.0.1", 0)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # connections inherit it
-    keys, service = keys_of(args, sock), load_service(args)
+    keys, service = access_rules_of(args, sock), load_service(args)
     if endless:
         service.engine.stop_ids = frozenset()
     if prepare is not None:
@@ -271,7 +278,7 @@ def test_s4_a_stop_token_ends_the_answer_before_it(server):
 def test_s4_fields_that_are_not_obeyed_are_refused_by_name(name):
     body = {"messages": [{"role": "user", "content": "x"}]}
     assert parse_body(body | {name: None}) and all(
-        parse_body(body | {name: harmless}) for harmless in REFUSED[name]
+        parse_body(body | {name: neutral_values}) for neutral_values in REFUSED[name]
     )
     with pytest.raises(ValueError, match=f"^{name} is not supported here"):
         parse_body(body | {name: 7})
@@ -317,21 +324,21 @@ def test_numbers_that_are_none_are_400(server, token):
 
 @given(st.text("ab", max_size=40), st.lists(st.text("ab", min_size=1, max_size=12), max_size=3))
 def test_s2_what_a_stream_holds_back(text, stops):
-    from serving.server.chat import unfinished_length
+    from serving.server.chat import longest_partial_match
 
     naive = max(
         (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
     )
-    assert unfinished_length(text, tuple(stops)) == naive
+    assert longest_partial_match(text, tuple(stops)) == naive
 
 
 def test_s2_the_worst_stops_cost_little(server):
     """Texts and stops that nearly match everywhere."""
-    from serving.server.chat import unfinished_length
+    from serving.server.chat import longest_partial_match
 
     long = "a" * 100_000 + "b"
     begin = time.perf_counter()
-    assert unfinished_length("a" * 100_000, (long,)) == 100_000
+    assert longest_partial_match("a" * 100_000, (long,)) == 100_000
     assert time.perf_counter() - begin < 2
     stops = ["a" * 255 + x for x in "bcde"]
     begin = time.perf_counter()

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from serving.cost_model.model import CostModel, ModelShape, read_profile
+from serving.cost_model.model import CostModel, ModelSizes, read_profile
 from serving.policies.continuous import POLICIES
 from serving.policies.static import Static
 from serving.request import Limits
@@ -14,8 +14,8 @@ from serving.simulate.compare import assign_replicas, serve, simulate
 from serving.simulate.engine import SimulatedEngine
 from serving.simulate.experiment_common import RESIDUALS, ExperimentFlags, format_cell
 from serving.simulate.experiments import trace_experiment
-from serving.simulate.uellm_fair import FAIR, FairSetting
-from serving.simulate.uellm_published import Chunks, Recorded, published_workload
+from serving.simulate.uellm_fair import FAIR_POLICIES, FairSetting
+from serving.simulate.uellm_published import ChunkedBatching, RecordedAnswers, published_workload
 from serving.simulate.workload import PredictorModel, make_workload
 from tests.serving.conftest import COST, ask
 from tests.serving.conftest import serve as run_all
@@ -66,12 +66,12 @@ def test_the_experiment_prints_and_writes_its_tables(recorded, capsys):
     assert first["UELLM-all"]["answers cut %"][0] > 0 == first["S3"]["answers cut %"][0]
     for title, rows in tables.items():
         if title.startswith("Fair"):
-            assert [row["system"] for row in rows] == list(FAIR)
+            assert [row["system"] for row in rows] == list(FAIR_POLICIES)
     assert any("bound" in row for row in tables["Targets and bounds, same placement"])
 
 
 def test_published_objectives_follow_the_place_in_the_file(recorded):
-    made = published_workload(Recorded.read(recorded), 300, 0)
+    made = published_workload(RecordedAnswers.read(recorded), 300, 0)
     for part, (low, high) in zip(
         range(0, 300, 20),
         [(220, 250), (180, 220), (150, 180), (100, 120), (90, 100)] + [(150, 300)] * 10,
@@ -85,7 +85,8 @@ def test_published_objectives_follow_the_place_in_the_file(recorded):
 
 
 @pytest.mark.parametrize(
-    "chunks, sizes", [(Chunks(rows=4), [4, 4, 2]), (Chunks("length", 20, 60), [5, 2, 1, 1, 1])]
+    "chunks, sizes",
+    [(ChunkedBatching(rows=4), [4, 4, 2]), (ChunkedBatching("length", 20, 60), [5, 2, 1, 1, 1])],
 )
 def test_chunks_by_rows_and_by_sum(chunks, sizes):
     lengths = [5, 8, 10, 15, 20, 25, 30, 40, 50, 60]
@@ -110,7 +111,7 @@ def test_chunks_by_rows_and_by_sum(chunks, sizes):
 
 
 def test_a_stop_counts_the_prompt():
-    policy = Static(Chunks("slo", extra_tokens=50))
+    policy = Static(ChunkedBatching("slo", extra_tokens=50))
     request = ask(0, 30, 500, predicted=100)
     events, _, _ = run_all(policy, [request], Limits(8, 10_000, 2048))
     done = next(e.what for e in events if e.kind == "finished")
@@ -118,10 +119,10 @@ def test_a_stop_counts_the_prompt():
 
 
 def test_no_policy_beats_the_bounds():
-    model, profile = ModelShape.from_config("chatglm2-6b"), read_profile("rtx3090")
+    model, profile = ModelSizes.from_config("chatglm2-6b"), read_profile("rtx3090")
     cost = CostModel.of(model, profile.cluster(1), profile)
     rng = np.random.default_rng(0)
-    recorded = Recorded(
+    recorded = RecordedAnswers(
         rng.integers(5, 60, 30), rng.integers(5, 300, (30, 3)), rng.integers(5, 300, 30)
     )
     fair = FairSetting(
@@ -135,7 +136,7 @@ def test_no_policy_beats_the_bounds():
     for rate in (2.0, None):
         workload = fair.workload(rate, 1)
         bounds = fair.bounds_of(workload)
-        for policy in FAIR.values():
+        for policy in FAIR_POLICIES.values():
             got = fair.run(policy, workload)
             assert (
                 got["latency_mean_s"] >= bounds["latency_s"]
@@ -145,7 +146,7 @@ def test_no_policy_beats_the_bounds():
 
 
 def test_start_up_is_charged_once():
-    model, profile = ModelShape.from_config("chatglm2-6b"), read_profile("rtx3090")
+    model, profile = ModelSizes.from_config("chatglm2-6b"), read_profile("rtx3090")
     cost = CostModel.of(model, profile.cluster(2), profile)
     assert cost.startup_s > 1
     limits = Limits(4, 10_000, 2048)

@@ -17,12 +17,12 @@ from serving.simulate.compare import (
     SEARCH_SEEDS,
     SPACES,
     ComparisonSetting,
+    attainment_scorer,
     compare_policies,
-    scorer,
-    search,
+    search_knobs,
     simulate,
 )
-from serving.simulate.engine import LinearCost, SimulatedEngine, fewest_steps
+from serving.simulate.engine import LinearCost, SimulatedEngine, smallest_step_count
 from serving.simulate.workload import PredictorModel, make_workload
 from tests.serving.conftest import COST, TokenByToken, ask, serve
 
@@ -96,7 +96,7 @@ def test_fewest_steps_is_the_first_to_reach_the_budget(base, growth, most, share
         return k * base + growth * k * (k - 1) / 2
 
     budget = share * seconds(most)
-    k, took = fewest_steps(seconds, most, seconds(most), budget)
+    k, took = smallest_step_count(seconds, most, seconds(most), budget)
     assert took == seconds(k) >= budget and (k == 1 or seconds(k - 1) < budget)
 
 
@@ -342,10 +342,10 @@ def test_the_table_is_aligned_and_has_units(capsys):
 def test_search_only_goes_up_and_uses_other_seeds():
     setting = ComparisonSetting("poisson", 80, COST, Limits(16, 20_000, 4096))
     seen = list(
-        search(
+        search_knobs(
             POLICIES["slo_odbs"],
             {"threshold": (100, 1e9), "sort_by": ("composite",)},
-            scorer(setting, [20.0], 1),
+            attainment_scorer(setting, [20.0], 1),
         )
     )
     assert [score for _, score in seen] == sorted(score for _, score in seen)
@@ -439,5 +439,5 @@ def test_a_card_without_residuals_says_so(tmp_path):
         "served_model": {"length_limit": 512},
     }
     (tmp_path / "predictor.json").write_text(json.dumps(card))
-    with pytest.raises(ValueError, match="card keeps no residuals"):
+    with pytest.raises(ValueError, match="card has no residuals"):
         PredictorModel.from_card(tmp_path)

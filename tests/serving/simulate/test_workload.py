@@ -16,7 +16,7 @@ from serving.simulate.workload import (
     make_workload,
     poisson_arrivals,
     read_trace,
-    repeated,
+    repeat_trace,
 )
 from tests.conftest import shared_file
 from tests.serving.conftest import COST, ask
@@ -74,7 +74,7 @@ def test_small_traces_of_both_formats(tmp_path):
 
 
 def test_repeating_goes_around_and_keeps_the_order():
-    times, prompts, outputs = repeated(
+    times, prompts, outputs = repeat_trace(
         10,
         np.array([0.0, 1, 3]),
         np.array([1, 2, 3]),

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-access = logging.getLogger("serving.access")
+access_logger = logging.getLogger("serving.access")
 
-OPEN = ("/health",)  # a supervisor's probe has no key
+OPEN_PATHS = ("/health",)  # a supervisor's probe sends no key
 
 
 class ApiError(Exception):
@@ -38,11 +38,12 @@ class ApiError(Exception):
 
 
 @dataclass(frozen=True)
-class Keys:
-    """What a request must carry to be served.
+class AccessRules:
+    """The host and the key that a request must carry to be served.
 
     Attributes:
-        api_key: wanted as "Authorization: Bearer KEY" for all paths but OPEN; None for no key.
+        api_key: required as "Authorization: Bearer KEY" for all paths but OPEN_PATHS;
+            None for no key.
         hosts: values that the Host header may have, besides those of loopback; None for any.
     """
 
@@ -56,7 +57,7 @@ class Keys:
             raise ApiError(
                 403, f"this server is not {host[:64]!r} (--allowed_hosts)", "host_not_allowed"
             )
-        if self.api_key is None or path in OPEN:
+        if self.api_key is None or path in OPEN_PATHS:
             return
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         if scheme.lower() != b"bearer" or not hmac.compare_digest(
@@ -83,38 +84,38 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-class Door:
-    """Middleware that refuses what `keys` refuse."""
+class AccessControl:
+    """ASGI middleware that answers requests against `rules` with an error."""
 
-    def __init__(self, app: "ASGIApp", keys: Keys) -> None:
-        self.app, self.keys = app, keys
+    def __init__(self, app: "ASGIApp", rules: AccessRules) -> None:
+        self.app, self.rules = app, rules
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         if scope["type"] == "http":
             try:
-                self.keys.check(scope["path"], dict(scope["headers"]))
+                self.rules.check(scope["path"], dict(scope["headers"]))
             except ApiError as error:
-                await refuse(error, send)
+                await send_error(error, send)
                 return
         await self.app(scope, receive, send)
 
 
-async def refuse(error: ApiError, send: "Send") -> None:
+async def send_error(error: ApiError, send: "Send") -> None:
     body = json.dumps(error.body()).encode()
     headers = {
         "Content-Type": "application/json",
         "Content-Length": str(len(body)),
         **(error.headers or {}),
     }
-    found = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": found})
+    raw_headers = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": raw_headers})
     await send({"type": "http.response.body", "body": body})
 
 
 class AccessLog:
     """A line for each request when it has ended: client, method, path, status and seconds.
 
-    Nothing of headers, queries or bodies.
+    Headers, queries and bodies are not logged.
     """
 
     def __init__(self, app: "ASGIApp") -> None:
@@ -126,19 +127,19 @@ class AccessLog:
             return
         begin, status = time.perf_counter(), 0
 
-        async def noting(message: "Message") -> None:
+        async def send_and_note_status(message: "Message") -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self.app(scope, receive, noting)
+            await self.app(scope, receive, send_and_note_status)
         finally:
             client = (scope.get("client") or ("-",))[0]
-            # As it was sent, so percent-encoded: a path cannot forge a line.
+            # The raw path is percent-encoded, so that it cannot contain a newline.
             path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:200]
-            access.info(
+            access_logger.info(
                 "%s %s %s %d %.3f s",
                 client,
                 scope["method"],
