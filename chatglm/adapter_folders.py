@@ -1,4 +1,4 @@
-"""Folders and files of adapters that no door opens as they are, and what to do with each.
+"""Folders and files of adapters that are not read as they are, and what to do with each.
 
 Free of torch: told by the names of files alone.
 """

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapter_folders import refuse_foreign
+from .evidence import CAUSAL_TYPES
 from .families import CHATGLM_FAMILIES
 from .files import read_json, read_text, shorten
 from .hub import recover_folder, resolve_folder
@@ -154,7 +155,8 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     values = read_json(path)
     if (model_type := values.get("model_type", "chatglm")) != "chatglm":
         raise ValueError(
-            f'{path}: wanted "model_type": "chatglm", got {shorten(model_type)}{code_note(values)}'
+            f'{path}: wanted "model_type": "chatglm" or one of {", ".join(CAUSAL_TYPES)}; '
+            f"got {shorten(model_type)}{code_note(values)}"
         )
     if (family := values.get("glm_family")) not in (None, *CHATGLM_FAMILIES):
         raise ValueError(

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
+from .adapters import read_adapter, refuse_layout
 from .chat import ChatMethods
 from .configuration import ChatGLMConfig
 from .folders import check_json_files, read_model_config, reading, without_marks
@@ -42,6 +43,18 @@ if TYPE_CHECKING:
 OTHER_SOURCES = ("state_dict", "variant", "gguf_file")
 # Options of from_pretrained that are for a hub: with one of them transformers downloads.
 HUB_ALONE = ("cache_dir", "force_download", "local_files_only", "revision", "token", "proxies")
+
+
+def add_adapter(model: Any, folder: Path) -> None:
+    """Put a peft adapter on a model, as transformers' Auto classes do.
+
+    Raises:
+        ValueError: its layout is another's, or it does not fit the model.
+        FileNotFoundError: it has no weights.
+    """
+    refuse_layout(folder, read_adapter(folder))
+    with reading(folder, f"does its adapter belong to {model.name_or_path}?"):
+        model.load_adapter(str(folder))
 
 
 def local_folder(name: str, options: dict[str, Any]) -> str:
@@ -102,9 +115,15 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         source = pretrained_model_name_or_path
         if source is not None and not any(kwargs.get(name) for name in OTHER_SOURCES):
             source = local_folder(str(source), kwargs)
+        # Of an adapter's folder the Auto classes give the base, and this path.
+        adapter_options = kwargs.pop("adapter_kwargs", None) or {}
+        adapter = adapter_options.get("_adapter_model_path")
         loaded = cls.read_pretrained(source, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if adapter is not None:
+            add_adapter(model, Path(adapter))
         if device is not None:
-            (loaded[0] if isinstance(loaded, tuple) else loaded).to(device)
+            model.to(device)
         return loaded
 
     @classmethod

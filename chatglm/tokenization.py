@@ -364,8 +364,8 @@ def open_auto_tokenizer() -> None:
         return ChatGLMTokenizer.from_pretrained(source, *inputs, **kwargs)
 
     from_pretrained.gives_chatglm = True  # type: ignore[attr-defined]
-    door: Any = AutoTokenizer  # its type does not say that a method may be replaced
-    door.from_pretrained = classmethod(from_pretrained)
+    auto_class: Any = AutoTokenizer  # its type does not say that a method may be replaced
+    auto_class.from_pretrained = classmethod(from_pretrained)
 
 
 open_auto_tokenizer()

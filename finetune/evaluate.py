@@ -1,4 +1,4 @@
-"""The door of finetune/evaluation/evaluate.py: python -m finetune.evaluate."""
+"""The command python -m finetune.evaluate; the code is finetune/evaluation/evaluate.py."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The door of finetune/evaluation/predict.py: python -m finetune.predict."""
+"""The command python -m finetune.predict; the code is finetune/evaluation/predict.py."""
 
 import sys
 

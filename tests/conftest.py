@@ -174,11 +174,16 @@ def plain_linear():
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory) -> dict[str, Path]:
     """{family: folder} of a random model with its tokenizer, as save_pretrained writes them."""
+    return make_tiny_folders(tmp_path_factory.mktemp)
+
+
+def make_tiny_folders(make_folder) -> dict[str, Path]:
+    """`tiny_folders`; make_folder(name) gives a new folder."""
     from chatglm.tokenization import ChatGLMTokenizer
 
     folders = {}
     for family in ("glm", "glm2", "glm3", "glm4"):
-        folder = write_tokenizer(tmp_path_factory.mktemp("tokenizer"), family)
+        folder = write_tokenizer(make_folder("tokenizer"), family)
         tokenizer = ChatGLMTokenizer.from_pretrained(str(folder))
         changes = {"padded_vocab_size": 400}
         if family == "glm":
@@ -192,7 +197,7 @@ def tiny_folders(tmp_path_factory) -> dict[str, Path]:
             changes = {"vocab_size": 400} | {
                 f"{k}_token_id": tokenizer.get_command(v) for k, v in ids.items()
             }
-        folders[family] = tmp_path_factory.mktemp(family)
+        folders[family] = make_folder(family)
         tiny_model(family, seed=len(folders), **changes).save_pretrained(folders[family])
         tokenizer.save_pretrained(folders[family])
     return folders

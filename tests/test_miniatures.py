@@ -65,6 +65,7 @@ ELSEWHERE = {  # file -> the test that runs it
     "scripts/style_report.py": "tests/test_style.py::test_report_in_miniature",
 }
 HERE = {  # file -> the test of this file that runs it
+    "benchmarks/entry_points.py": "test_entry_points",
     "benchmarks/golden_table.py": "test_golden_table",
     "benchmarks/kill9.py": "test_kill9",
     "benchmarks/method_matrix.py": "test_method_matrix",
@@ -126,6 +127,12 @@ def test_golden_table(tmp_path):
     assert (
         done.stdout.count("\n") == 4 and len(json.loads((tmp_path / "out.json").read_text())) == 2
     )
+
+
+def test_entry_points(tmp_path):
+    done = run("benchmarks/entry_points.py", "--kinds", "chatglm2-6b,Mistral")
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(rows) == 4 and rows[2].count("same") == 7 and "mistral" in rows[3]
 
 
 @pytest.mark.slow

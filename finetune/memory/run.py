@@ -105,7 +105,9 @@ class Run:
             return shape.prefix(self.pre_seq_len, self.projection, self.version)
         if self.train_type == "all":
             return shape.parameters
-        return matching(shape, self.freeze_names)
+        if self.train_type == "freeze":
+            return matching(shape, self.freeze_names)
+        raise ValueError(f"--estimate_memory does not know --train_type {self.train_type}")
 
     @cached_property
     def trained_count(self) -> int:

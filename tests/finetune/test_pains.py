@@ -169,8 +169,8 @@ def test_pain_02_fine_tuning_has_no_effect(adapter, bases):
     row = example("glm2", adapter)
     with torch.no_grad():
         assert loss_of(tuned, row) < loss_of(base, row) - 0.1
-    for name, family in FAMILIES.items():
-        tokenizer = load_tokenizer(bases[name], mode=name)
+    for name in CHATGLM_FAMILIES:
+        family, tokenizer = FAMILIES[name], load_tokenizer(bases[name], mode=name)
         asked = family.encode_prompt(tokenizer, QUESTION, 64).input_ids
         learnt = family.encode_example(tokenizer, QUESTION, ANSWER, 96, 64).input_ids
         assert learnt[: len(asked)] == asked and learnt[len(asked) :] == [

@@ -1,0 +1,49 @@
+#!/usr/bin/env python3
+"""A markdown table of every kind of checkpoint through every way in: Auto classes, load_model,
+predict, server, training.
+
+    python benchmarks/entry_points.py [--kinds "chatglm2-6b,qwen2 (instruct)"]
+
+The checkpoints are tiny, random and laid out as published. "same": the greedy answer of load_model,
+token for token. Exits with 1 where a way gives another answer.
+"""
+
+import argparse
+import contextlib
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kinds", help="comma list of kinds [all]")
+    args = parser.parse_args(argv)
+    from tests.conftest import make_tiny_folders
+    from tests.test_entry_points import OTHER, WAYS, entry_table
+
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        (place / "published").mkdir()
+
+        def make_folder(name: str) -> Path:
+            return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=place))
+
+        kinds = tuple(args.kinds.split(",")) if args.kinds else None
+        with contextlib.redirect_stdout(sys.stderr):
+            table = entry_table(kinds, make_tiny_folders(make_folder), place)
+    ways = ["load_model", *WAYS]
+    print(f"| checkpoint | {' | '.join(ways)} |")
+    print("|---" * (len(ways) + 1) + "|")
+    for kind, found in table.items():
+        cells = [found.get(way, "refused") for way in ways]
+        print(f"| {kind} | {' | '.join(cells)} |")
+    return int(any(OTHER in found.values() for found in table.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
