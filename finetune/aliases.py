@@ -127,10 +127,10 @@ def switched_on(name: str, text: str) -> bool:
         raise ValueError(f"--{name}: {error}") from None
 
 
-def tell_renamed(lines: Sequence[str]) -> None:
-    """Write the lines as one to stderr, on the first rank alone."""
+def tell_renamed(lines: Sequence[str], between: str = "; ") -> None:
+    """Write the lines to stderr, as one or with another text between, on the first rank alone."""
     if lines and os.environ.get("RANK", "0") == "0":
-        print("; ".join(lines), file=sys.stderr)
+        print(between.join(lines), file=sys.stderr)
 
 
 # In the order of the projects. A name that several share stands with the first.

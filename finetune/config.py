@@ -402,7 +402,9 @@ def our_values(path: str, known: frozenset[str], data_dir: str) -> dict[str, Any
         values, more = renamed_values(values, known)
     except ValueError as error:
         raise ValueError(f"--config: {path}: {error}") from None
-    tell_renamed(lines + more)
+    if unknown := [name for name in values if name not in known]:
+        raise ValueError(f"--config: {path}: unknown flag {shorten(unknown[0])}")
+    tell_renamed(lines + more, "\n")
     return values
 
 
@@ -416,8 +418,6 @@ def read_config_file(
     """
     fields = {f.name: f for f in flags_of(config_class)}
     values = our_values(path, frozenset(fields), data_dir)
-    if unknown := [name for name in values if name not in fields]:
-        raise ValueError(f"--config: {path}: unknown flag {shorten(unknown[0])}")
     checked: dict[str, Any] = {}
     for name, value in values.items():
         try:

@@ -113,6 +113,8 @@ def _data(section: dict[str, Any], data_dir: str, flags: dict[str, Any], lines: 
             lines.append(f"data_config.{key} is --{ours} {flags[ours]}")
     workers = section.pop("num_proc", None)
     if workers is not None:
+        if isinstance(workers, bool) or not isinstance(workers, int):
+            raise ValueError(f"data_config.num_proc must be a number, got {shorten(workers)}")
         flags["preprocessing_num_workers"] = min(int(workers), os.cpu_count() or 1)
         lines.append(
             f"data_config.num_proc is --preprocessing_num_workers "
@@ -167,7 +169,8 @@ def _method(section: dict[str, Any], flags: dict[str, Any], lines: list[str]) ->
         chosen["lora_dropout"] = given.pop("lora_dropout", 0.0)
         modules = given.pop("target_modules", None)
         if modules:
-            chosen["lora_module_name"] = modules if isinstance(modules, str) else ",".join(modules)
+            names = modules if isinstance(modules, list) else [modules]
+            chosen["lora_module_name"] = ",".join(map(str, names))
     elif kind == "PREFIX_TUNING":
         chosen = {"train_type": "ptuning", "ptuning_version": "v2"}
         chosen["pre_seq_len"] = given.pop("num_virtual_tokens", 16)
