@@ -1,11 +1,13 @@
 """finetune_hf.py's command line and YAML, and old names in a --config file."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from finetune.aliases import renamed_values
 from finetune.config import TrainConfig, flags_of, parse_config
+from tests.finetune.runs import ROOT, metrics
 
 OURS = frozenset(f.name for f in flags_of(TrainConfig))
 LORA = """\
@@ -55,6 +57,28 @@ def test_the_lora_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     said = capsys.readouterr().err.splitlines()
     assert "save_steps is save_model_step here" in said
     assert "data_config.train_file is --train_path data/train.json" in said
+
+
+def test_a_run(tmp_path: Path, train: Callable[[list[str]], Path], bases: dict[str, Path]) -> None:
+    """finetune_hf.py's words train on scored rows and plain texts, for as many steps as it says."""
+    data = tmp_path / "data"
+    data.mkdir()
+    samples = ROOT / "data" / "formats"
+    rows = (samples / "scored.jsonl").read_text() + (samples / "document.jsonl").read_text()
+    (data / "train.json").write_text(rows)
+    (data / "dev.json").write_text((samples / "document.jsonl").read_text())
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "data_config: {train_file: train.json, val_file: dev.json}\n"
+        "max_input_length: 16\nmax_output_length: 16\n"
+        f"training_args: {{output_dir: {tmp_path / 'out'}, max_steps: 5, eval_steps: 3,\n"
+        "  per_device_train_batch_size: 4, logging_steps: 1}\n"
+        "peft_config: {peft_type: LORA, r: 4}\n"
+    )
+    last = train([str(data), str(bases["glm2"]), str(file)])
+    losses = metrics(tmp_path / "out")
+    assert len(losses) == 5 and all(0 < loss < 20 for loss in losses)
+    assert last.name.endswith("step-5") and (last / "adapter_config.json").is_file()
 
 
 def test_other_methods(tmp_path: Path) -> None:
