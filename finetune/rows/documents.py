@@ -26,15 +26,19 @@ def encode_document(
     """
     source, after = raw_ids(RAW_TOKENS.get(family), tokenizer, [])
     prefix = source + after
-    room = max_len - len(prefix)
+    # A row's first token is never learnt; without a token before the text, a row begins with the
+    # last one of the row before.
+    overlap = 0 if prefix else 1
+    room = max_len - len(prefix) - overlap
     if room < 1:
         raise ValueError(
             f"max_len={max_len} leaves no room for text after {len(prefix)} control tokens"
         )
     end = tokenizer.get_command(RAW_FAMILIES[family].end_token)
     ids = [*tokenizer.encode_text(text), end]
-    n_masked = len(prefix) - bool(after)  # <sop> is a label, as in ChatGLM-6B's chats
+    n_masked = len(prefix) + overlap - bool(after)  # <sop> is a label, as in ChatGLM-6B's chats
     rows = []
-    for start in range(0, len(ids), room):
-        rows.append(EncodedRow(prefix + ids[start : start + room], n_masked, False))
+    for start in range(0, len(ids) - overlap, room):
+        piece = ids[start : start + overlap + room]
+        rows.append(EncodedRow(prefix + piece, n_masked, False))
     return rows
