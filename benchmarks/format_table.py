@@ -69,6 +69,8 @@ def learnt_answers(
 
 def wanted_answers(family: str, row: Row) -> list[tuple[str, ...]]:
     """The texts of each answer with loss, encoded one by one; with roles a header comes first."""
+    if row.is_document:
+        return [(row.answers[0],)]
     turns = row.turns or (Turn("user", row.prompt), Turn("assistant", row.answers[0]))
     answers: list[tuple[str, ...]] = []
     for turn in turns:

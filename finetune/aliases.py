@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from finetune.flags import parse_bool
 
@@ -67,6 +68,36 @@ def renamed_arguments(argv: Sequence[str], known: frozenset[str]) -> tuple[list[
     return arguments, lines
 
 
+def renamed_values(
+    values: dict[str, Any], known: frozenset[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """As `renamed_arguments`, for the flags of a --config file.
+
+    Raises:
+        ValueError: as there, or two names of one flag are in the file.
+    """
+    renamed: dict[str, Any] = {}
+    lines: list[str] = []
+    for name, value in values.items():
+        ours = name
+        if name == "deepspeed" and isinstance(value, str):
+            ours = "ds_file"
+        elif isinstance(name, str) and name in OLD_FLAGS and name not in known:
+            old = counterpart(name, known)
+            ours = old.ours
+            if old.value and not switched_on(name, str(value)):
+                continue
+            value = old.value or value
+        if ours != name:
+            lines.append(f"{name} is {ours} here")
+            if ours in values:
+                raise ValueError(f"{name} is {ours} here, which the file has too")
+        if ours in renamed:
+            raise ValueError(f"{name} is {ours} here, which the file has twice")
+        renamed[ours] = value
+    return renamed, lines
+
+
 def counterpart(name: str, known: frozenset[str]) -> OldFlag:
     """The entry of a flag that has a counterpart among the known ones.
 
@@ -96,10 +127,10 @@ def switched_on(name: str, text: str) -> bool:
         raise ValueError(f"--{name}: {error}") from None
 
 
-def tell_renamed(lines: Sequence[str]) -> None:
-    """Write the lines as one to stderr, on the first rank alone."""
+def tell_renamed(lines: Sequence[str], between: str = "; ") -> None:
+    """Write the lines to stderr, as one or with another text between, on the first rank alone."""
     if lines and os.environ.get("RANK", "0") == "0":
-        print("; ".join(lines), file=sys.stderr)
+        print(between.join(lines), file=sys.stderr)
 
 
 # In the order of the projects. A name that several share stands with the first.
@@ -183,4 +214,39 @@ OLD_FLAGS: dict[str, OldFlag] = {
     "eval_batch_size": OldFlag(RLHF, "per_device_eval_batch_size"),
     "tokenizer_path": OldFlag(RLHF, reason="the tokenizer is the one of --model_name_or_path"),
     "bits": OldFlag(RLHF, reason="--quantization_bit 4 or 8; --precision for the rest"),
+    "device_map": OldFlag(RLHF, reason="the launcher gives each process its GPU"),
+    "low_cpu_mem_usage": OldFlag(RLHF, reason="weights are always read file by file"),
+    "lora_train_bias": OldFlag(
+        RLHF, reason="biases are not trained with LoRA; none was its default"
+    ),
+    "eval_accumulation_steps": OldFlag(RLHF, reason="logits are not kept in an evaluation"),
+    "do_pred": OldFlag(RLHF, reason="python -m finetune.predict answers a file"),
+    "test_filename": OldFlag(RLHF, reason="python -m finetune.predict answers a file"),
+    "output_filename": OldFlag(RLHF, reason="python -m finetune.predict answers a file"),
+    "checkpoint": OldFlag(
+        RLHF,
+        reason="--resume_from_checkpoint FOLDER goes on with a run, --adapter FOLDER with its LoRA",
+    ),
+    "concat_samples": OldFlag(RLHF, reason="rows are always put end to end; see --batching"),
+    "data_types": OldFlag(RLHF, reason="--data_format auto finds the format of each row"),
+    "max_grad_norm": OldFlag(TRAINER, reason="gradient_clipping of --ds_file is the largest norm"),
+    "max_length_generation": OldFlag(RLHF, "eval_max_new_tokens"),
+    "do_sample": OldFlag(RLHF, reason="answers in training are greedy; finetune.evaluate samples"),
+    "num_return_sequences": OldFlag(
+        RLHF, reason="answers in training are greedy; finetune.evaluate samples"
+    ),
+    "top_k": OldFlag(RLHF, reason="answers in training are greedy; finetune.evaluate samples"),
+    "top_p": OldFlag(RLHF, reason="answers in training are greedy; finetune.evaluate samples"),
+    "temperature": OldFlag(
+        RLHF, reason="answers in training are greedy; finetune.evaluate samples"
+    ),
+    "repetition_penalty": OldFlag(RLHF, reason="answers in training are greedy, without a penalty"),
+    "freeze_ratio": OldFlag(RLHF, reason="there are no reward models here"),
+    "reference_model_name_or_path": OldFlag(RLHF, reason="there is no DPO here"),
+    "beta": OldFlag(RLHF, reason="there is no DPO here"),
+    "max_length_prompt": OldFlag(RLHF, reason="there is no DPO here; see --max_src_len"),
+    "sft_model_path": OldFlag(RLHF, reason="there is no PPO here"),
+    "reward_model_path": OldFlag(RLHF, reason="there is no PPO here"),
+    "reward_checkpoint": OldFlag(RLHF, reason="there is no PPO here"),
+    "pretrain_filename": OldFlag(RLHF, reason="there is no PPO here; texts go to --train_path"),
 }

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 
 from chatglm.commands import Parser, describe
 from chatglm.files import read_text, shorten
-from finetune.aliases import renamed_arguments, tell_renamed
+from finetune.aliases import renamed_arguments, renamed_values, tell_renamed
+from finetune.demo_layout import demo_flags, has_demo_layout, split_demo_command
 from finetune.evaluation.metrics import GROUPS
 from finetune.flag_effects import TRAINING, Effect, refuse_without_effect
 from finetune.flag_groups import PRECISIONS as PRECISIONS
@@ -285,6 +286,10 @@ def parse_config(
     Args:
         tasks: name of each --task besides fine-tuning -> function that imports its configuration.
     """
+    try:
+        argv, data_dir = split_demo_command(sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        build_parser().error(str(error))
     task = asked_task(argv)
     config_class = TrainConfig if task not in tasks else tasks[task]()
     parser = build_parser(config_class)
@@ -294,7 +299,7 @@ def parse_config(
         given["ds_file"] = given.pop("deepspeed_config")
     try:
         file = given.pop("config", None)
-        given = (read_config_file(file, config_class) if file else {}) | given
+        given = (read_config_file(file, config_class, data_dir) if file else {}) | given
         given = add_adapter_flags(given)
         config = config_class(**(flags_of_launcher() | given))
         refuse_without_effect(config, changed_flags(config_class, given), config_class.effects)
@@ -385,12 +390,34 @@ def parse_yaml(text: str) -> object:
         raise ValueError(str(error)) from None
 
 
-def read_config_file(path: str, config_class: type[RunConfig] = TrainConfig) -> dict[str, Any]:
-    """Flags from a YAML or JSON mapping, their types checked as on the command line."""
+def our_values(path: str, known: frozenset[str], data_dir: str) -> dict[str, Any]:
+    """The mapping of a file under this project's names; a line says which had others."""
     values = read_mapping(path)
-    fields = {f.name: f for f in flags_of(config_class)}
-    if unknown := [name for name in values if name not in fields]:
+    lines: list[str] = []
+    try:
+        if has_demo_layout(values):
+            values, lines = demo_flags(values, data_dir)
+        elif data_dir:
+            raise ValueError("wanted data_config, training_args, peft_config of finetune_hf.py")
+        values, more = renamed_values(values, known)
+    except ValueError as error:
+        raise ValueError(f"--config: {path}: {error}") from None
+    if unknown := [name for name in values if name not in known]:
         raise ValueError(f"--config: {path}: unknown flag {shorten(unknown[0])}")
+    tell_renamed(lines + more, "\n")
+    return values
+
+
+def read_config_file(
+    path: str, config_class: type[RunConfig] = TrainConfig, data_dir: str = ""
+) -> dict[str, Any]:
+    """Flags from a YAML or JSON mapping, their types checked as on the command line.
+
+    Args:
+        data_dir: where the data files of a finetune_hf.py file are.
+    """
+    fields = {f.name: f for f in flags_of(config_class)}
+    values = our_values(path, frozenset(fields), data_dir)
     checked: dict[str, Any] = {}
     for name, value in values.items():
         try:

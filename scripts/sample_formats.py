@@ -75,6 +75,29 @@ SAMPLES: dict[str, list[dict]] = {
     ],
     "belle": ask_as("input", "target", "{} "),
     "context": ask_as("context", "target", "Instruction: {}\nAnswer: "),
+    "scored": [
+        {
+            "prompt": PUMP[0],
+            "answers": [{"answer": "不知道。", "score": 0}, {"answer": PUMP[1], "score": 1}],
+            "prefix": "",
+        },
+        {
+            "prompt": f"问题：{SEAL[0]}",
+            "answers": [{"answer": SEAL[1], "score": 2}, {"answer": "每年。", "score": 2}],
+            "prefix": "答：",
+        },
+        {
+            "prompt": LIGHT[0],
+            "answers": [{"answer": LIGHT[1], "score": 1}],
+            "prefix": "",
+            "data_type": "human_generated",
+        },
+    ],
+    "document": [
+        {"text": "水泵漏油时，先检查油封，老化的油封要更换。"},
+        {"text": "油封一般六万公里检查一次。\n渗油就换。", "source": "手册"},
+        {"text": "To change a headlight bulb, switch the light off first."},
+    ],
     "sharegpt": [
         {
             "conversations": [

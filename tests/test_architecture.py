@@ -29,6 +29,7 @@ TORCH_FREE = [
     "finetune/__init__.py",
     "chatglm/commands.py",
     "finetune/config.py",
+    "finetune/demo_layout.py",
     "finetune/ds_file.py",
     "finetune/evaluation/metrics.py",
     "finetune/files.py",

@@ -30,6 +30,7 @@ from finetune.rows.arrays import (
     chosen_rows,
     map_rows,
 )
+from finetune.rows.documents import encode_document
 from finetune.rows.formats import BadRow, Row
 from finetune.rows.sources import RowReader, Source, hash_rows, no_rows, parse_items, read_parts
 
@@ -67,12 +68,15 @@ class RowEncoder:
             )
 
     def encode(self, row: Row) -> list[EncodedRow]:
-        """One row; of a conversation in ChatGLM-6B's layout, one an answer. A row cut so short that
+        """One row; of a conversation in ChatGLM-6B's layout, one an answer; of a text without a
+        question, one a piece of max_len. A row cut so short that
         no answer is left learns nothing.
 
         Raises ValueError: several answers (a test file), or limits that leave no room.
         """
         self.check(row)
+        if row.is_document:
+            return encode_document(self.tokenizer, self.family.name, row.answers[0], self.max_len)
         role_labels = self.glm3_labels == GLM3_LABELS[0]
         if not row.turns:
             made = self.family.encode_example(

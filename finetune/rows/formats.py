@@ -17,12 +17,18 @@ class Row:
     """One question and its answer(s); `place` is "file:line" for messages.
 
     A conversation has `turns` too; its last question and answer are then prompt and answers.
+    A text without a question, all of which is learnt, has the prompt "" and is its one answer.
     """
 
     prompt: str
     answers: tuple[str, ...]
     place: str
     turns: tuple[Turn, ...] = ()
+
+    @property
+    def is_document(self) -> bool:
+        """Whether it is a text without a question."""
+        return not self.prompt and not self.turns
 
     def with_first_answer(self) -> "Row":
         return replace(self, answers=self.answers[:1])
@@ -110,6 +116,12 @@ def _after(
 
 
 def _instruction(row: dict, prompt_text: str) -> tuple[str, list[str]]:
+    output = row["output"]
+    if isinstance(output, int) and not isinstance(output, bool):
+        raise ValueError(
+            f'"output" must be text, got {output}: such lists of UELLM hold the answers\' lengths, '
+            "not the answers"
+        )
     return _text(row, "instruction") + _text(row, "input", ""), _answers(row, "output")
 
 
@@ -122,6 +134,51 @@ def _alpaca(row: dict, prompt_text: str) -> tuple[str, list[str]] | list[Turn]:
 
 def _prompt(row: dict, prompt_text: str) -> tuple[str, list[str]] | list[Turn]:
     return _after(row.get("history") or [], "", _text(row, "prompt"), _answers(row, "response"))
+
+
+HUMAN = "human_generated"  # the only data_type that RLHF's fine-tuning reads
+
+
+def _scored(row: dict, prompt_text: str) -> tuple[str, list[str]] | list[Turn]:
+    """RLHF (sunzeyeah): the answer of the highest score, the first of several such."""
+    answers = row["answers"]
+    if not (isinstance(answers, list) and answers and all_objects(answers)):
+        raise ValueError(f'"answers" must be a list of {{answer, score}}, got {_shown(answers)}')
+    kind = row.get("data_type", HUMAN)
+    if kind != HUMAN:
+        raise ValueError(f'"data_type" must be {HUMAN} or absent, got {_shown(kind)}')
+    best = max(answers, key=_score)
+    if not _text(best, "answer"):
+        raise ValueError(f"the answer of the highest score is empty: {_shown(best)}")
+    prompt = _text(row, "prompt")
+    if not prompt:
+        raise ValueError("the prompt is empty")
+    return _after([], _text(row, "system", ""), prompt + _text(row, "prefix", ""), [best["answer"]])
+
+
+def _score(answer: dict) -> float:
+    """The score of one of several answers; 0 where it has none."""
+    score = answer.get("score", 0)
+    if isinstance(score, bool) or not isinstance(score, (int, float)) or is_missing(score):
+        raise ValueError(f'"score" must be a number, got {_shown(score)}')
+    return score
+
+
+# What may stand beside the text of a document; with other keys --data_format document says so.
+ABOUT_DOCUMENTS = frozenset(
+    ("text", "id", "meta", "metadata", "source", "url", "title", "date", "timestamp")
+)
+
+
+def _is_document(row: dict) -> bool:
+    return row.keys() <= ABOUT_DOCUMENTS
+
+
+def _document(row: dict, prompt_text: str) -> tuple[str, list[str]]:
+    text = _text(row, "text")
+    if not text.strip():
+        raise ValueError('"text" is empty')
+    return "", [text]
 
 
 def _belle(row: dict, prompt_text: str) -> tuple[str, list[str]]:
@@ -324,6 +381,7 @@ FORMATS: dict[str, Format] = {
     "sharegpt": Format(("conversations",), _sharegpt, ("system", "tools"), _first_turn_has("from")),
     "chatglm3": Format(("conversations",), _chatglm3, ("tools",), _first_turn_has("role")),
     "prompt": Format(("prompt", "response"), _prompt, ("history",)),
+    "scored": Format(("prompt", "answers"), _scored, ("prefix", "system", "data_type")),
     "alpaca": Format(
         ("instruction", "output"),
         _alpaca,
@@ -348,6 +406,7 @@ FORMATS: dict[str, Format] = {
         ("context", "target"),
         lambda row, prompt_text: (_text(row, "context"), _answers(row, "target")),
     ),
+    "document": Format(("text",), _document, also=_is_document),
 }
 COLUMNS_REMEDY = (
     "; columns of other names are read with --columns, such as prompt=title,response=body"
@@ -374,6 +433,8 @@ def find_format(row: dict, remedy: str = "") -> str:
     row = without_missing(row)
     for name, form in FORMATS.items():
         if row.keys() >= set(form.keys) and form.also(row):
+            if name == "document":  # not a row of {text, answer} whose answer is missing
+                check_present(given, "answer")
             return name
     if "conversations" in row:
         turns = _shown(row["conversations"])
@@ -480,7 +541,7 @@ def _read_row(
     else:
         prompt, answers = content
         row = Row(prompt, tuple(answers), place)
-    if not row.prompt:
+    if not row.prompt and form is not FORMATS["document"]:
         raise ValueError("the prompt is empty")
     return row
 
@@ -532,9 +593,11 @@ def single_questions(rows: list[Row], flag: str) -> list[Row]:
     """The same rows, for a caller that asks only their prompts.
 
     Raises:
-        ValueError: a row is a conversation, whose history would be lost.
+        ValueError: a row is a conversation, whose history would be lost, or has no question.
     """
     for row in rows:
+        if row.is_document:
+            raise ValueError(f"{row.place}: {flag} asks questions, this row is a text without one")
         if row.turns:
             raise ValueError(
                 f"{row.place}: {flag} asks single questions, this row is a conversation"

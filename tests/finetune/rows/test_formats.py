@@ -10,7 +10,7 @@ from benchmarks.format_table import learnt_answers, load_tokenizers, wanted_answ
 from benchmarks.format_table import main as print_table
 from chatglm import load_tokenizer
 from chatglm.conversations import IGNORED, Turn
-from chatglm.families import CHATGLM_FAMILIES, FAMILIES
+from chatglm.families import CHATGLM_FAMILIES, FAMILIES, RAW_FAMILIES
 from finetune.rows.arrays import EncodedRow, dataset_of, join
 from finetune.rows.batches import collate
 from finetune.rows.encoding import RowEncoder
@@ -22,6 +22,7 @@ from finetune.rows.formats import (
     parse_columns,
     parse_row,
     refused_by,
+    single_questions,
 )
 from finetune.rows.sources import RowReader, read_file_items, read_rows
 from tests.conftest import shared_file
@@ -301,6 +302,17 @@ BAD = [
         },
         '"observation" must be text or',
     ),
+    ({"prompt": "x", "answers": []}, '"answers" must be a list of {answer, score}, got []'),
+    ({"prompt": "x", "answers": ["y"]}, '"answers" must be a list of {answer, score}'),
+    ({"prompt": "x", "answers": [{"answer": "y", "score": "1"}]}, '"score" must be a number'),
+    ({"prompt": "x", "answers": [{"score": 1}]}, '"answer" must be text, got null'),
+    ({"prompt": "x", "answers": [{"answer": "", "score": 1}]}, "highest score is empty"),
+    ({"prompt": "", "answers": [{"answer": "y"}], "prefix": "答："}, "the prompt is empty"),
+    ({"prompt": "x", "answers": [{"answer": "y"}], "data_type": "gpt"}, "human_generated"),
+    ({"text": " "}, '"text" is empty'),
+    ({"text": "x", "answer": None}, '"answer" must be text, got null'),
+    ({"text": "x", "label": 1}, 'no key "answer"'),
+    ({"instruction": "x", "output": 120}, "hold the answers' lengths"),
     ({"input": {("a", "b"): 1}, "target": "x"}, "\"input\" must be text, got {('a', 'b')"),
 ]
 
@@ -418,6 +430,36 @@ def test_training_on_conversations(flags, train, tmp_path, bases):
     assert metrics(tmp_path / "out") == pytest.approx([total / count], rel=1e-5)
 
 
+def test_the_best_of_scored_answers():
+    answers = [row.answers for row in sample("scored")]
+    assert answers[0] == ("先检查油封，老化的油封要更换。",)
+    assert answers[1] == ("一般六万公里检查一次，渗油就换。",)  # the first of equal scores
+    assert sample("scored")[1].prompt == "问题：油封多久换一次？答："
+    row = {"prompt": "x", "answers": [{"answer": "y"}], "system": "s"}
+    assert parse_row(row, "f:1").turns[0] == Turn("system", "s")
+
+
+@pytest.mark.parametrize("family", CHATGLM_FAMILIES)
+def test_a_long_document_becomes_pieces(tokenizers, family):
+    """All of the text is learnt once, in order, with one end token after the last piece."""
+    tokenizer = tokenizers[family]
+    text = "水泵漏油时，先检查油封。" * 5
+    pieces = RowEncoder(tokenizer, FAMILIES[family], 16, 8).encode(Row("", (text,), "f:1"))
+    assert len(pieces) > 1 and max(len(piece.input_ids) for piece in pieces) == 16
+    start = 2  # two control tokens, of which ChatGLM-6B's <sop> is a label
+    learnt = sum((piece.input_ids[start:] for piece in pieces), [])
+    assert learnt[:-1] == tokenizer.encode_text(text)
+    assert learnt[-1] == tokenizer.get_command(RAW_FAMILIES[family].end_token)
+    assert {piece.n_masked for piece in pieces} == {start - (family == "glm")}
+    with pytest.raises(ValueError, match="leaves no room for text"):
+        RowEncoder(tokenizer, FAMILIES[family], 2, 1).encode(Row("", (text,), "f:1"))
+
+
+def test_a_document_asks_nothing():
+    with pytest.raises(ValueError, match="f:1: --test_path asks questions"):
+        single_questions([Row("", ("text",), "f:1")], "--test_path")
+
+
 def test_samples_are_our_own():
     """No row of the samples is in the public files."""
     ours = [line for file in SAMPLES.iterdir() for line in file.read_text().splitlines()]
@@ -461,7 +503,6 @@ def test_the_guide_shows_every_format():
     shown = re.findall(r"^\*\*(\w+)\*\*:.*?```json\n(.*?)\n```", text, re.DOTALL | re.MULTILINE)
     assert {name for name, _ in shown} == FORMATS.keys() and len(shown) == len(FORMATS)
     for name, row in shown:
-        assert (
-            find_format(json.loads(row)) == name
-            and parse_row(json.loads(row), "docs/data.md:1").prompt
-        )
+        read = parse_row(json.loads(row), "docs/data.md:1")
+        assert find_format(json.loads(row)) == name
+        assert bool(read.prompt) != read.is_document and read.is_document == (name == "document")
