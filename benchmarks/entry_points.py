@@ -17,6 +17,31 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
+SHORT = 20  # characters; what is longer is an error, which gets a note
+
+
+def print_table(table: dict[str, dict[str, str]], ways: list[str]) -> None:
+    """Rows of checkpoints, columns of ways in; errors as numbered notes below."""
+    notes: list[str] = []
+
+    def cell(text: str) -> str:
+        if len(text) <= SHORT:
+            return text
+        if text not in notes:
+            notes.append(text)
+        return f"no ({notes.index(text) + 1})"
+
+    print(f"| checkpoint | {' | '.join(ways)} |")
+    print("|---" * (len(ways) + 1) + "|")
+    for kind, found in table.items():
+        refusal = found["load_model"]  # where that refuses, so do all the others
+        cells = [cell(found.get(way, refusal)) for way in ways]
+        print(f"| {kind} | {' | '.join(cells)} |")
+    print()
+    for number, note in enumerate(notes, 1):
+        print(f"{number}. {note}")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -36,12 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         kinds = tuple(args.kinds.split(",")) if args.kinds else None
         with contextlib.redirect_stdout(sys.stderr):
             table = entry_table(kinds, make_tiny_folders(make_folder), place)
-    ways = ["load_model", *WAYS]
-    print(f"| checkpoint | {' | '.join(ways)} |")
-    print("|---" * (len(ways) + 1) + "|")
-    for kind, found in table.items():
-        cells = [found.get(way, "refused") for way in ways]
-        print(f"| {kind} | {' | '.join(cells)} |")
+    print_table(table, ["load_model", *WAYS])
     return int(any(OTHER in found.values() for found in table.values()))
 
 

@@ -4,9 +4,11 @@ Ids are put together message by message, so text never becomes a control token. 
 render text, in which other programs cannot tell the two apart.
 """
 
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from .conversations import tool_call
 from .families import FAMILIES
 from .glm4 import ASSISTANT_NAME, tools_text
 from .histories import Message, check_message, history_rounds, message_text, turns_of
@@ -79,14 +81,15 @@ def read_messages(conversation: Any, tools: list[Any] | None, family: str) -> li
         place = f"messages[{number}]"
         if not isinstance(turn, dict):
             raise ValueError(f'{place}: wanted {{"role": ..., "content": ...}}, got {turn!r:.60}')
-        if turn.get("tool_calls"):
-            raise ValueError(f"{place}: give a tool call as metadata (its name) and content")
         message = {key: value for key, value in turn.items() if value is not None}
         if message.get("role") == "tool":
             message["role"] = "observation"
         message["content"] = text_content(message.get("content", ""), place)
         check_message(message, place)
-        messages.append(message)
+        calls = called_tools(message.pop("tool_calls", None), family, place)
+        if message["content"] or not calls:
+            messages.append(message)
+        messages += calls
     if not messages:
         raise ValueError("a conversation needs at least one message")
     if tools and not FAMILIES[family].roles:
@@ -96,6 +99,37 @@ def read_messages(conversation: Any, tools: list[Any] | None, family: str) -> li
         if messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": ""})
         messages[0]["tools"] = [as_schema(tool) for tool in tools]
+    return messages
+
+
+def called_tools(calls: Any, family: str, place: str) -> list[Message]:
+    """An assistant's messages for OpenAI's `tool_calls`: a name as metadata, the call as content.
+
+    Raises:
+        ValueError: a call has another form, or the family knows no tools.
+    """
+    if not calls:
+        return []
+    if not FAMILIES[family].roles:
+        raise ValueError(f"{place}: {FAMILIES[family].title} knows no tools; ChatGLM3 and GLM-4 do")
+    messages: list[Message] = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function") if isinstance(call, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        arguments = function.get("arguments", {}) if isinstance(function, dict) else None
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except ValueError:
+                arguments = None
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            raise ValueError(
+                f'{place}: a call is {{"function": {{"name": ..., "arguments": {{...}}}}}}, '
+                f"got {call!r:.80}"
+            )
+        as_json = family == "glm4"
+        text = json.dumps(arguments, ensure_ascii=False) if as_json else tool_call(arguments)
+        messages.append({"role": "assistant", "metadata": name, "content": text})
     return messages
 
 

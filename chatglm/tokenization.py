@@ -28,6 +28,32 @@ __all__ = [
 ]
 
 
+WHITESPACE_NAMES = {"\n": "<n>", "\t": "<|tab|>"}
+
+
+def whitespace_pieces(text: str) -> tuple[str, list[int]]:
+    """A text with ChatGLM-6B's pieces for its whitespace, and where its characters come from.
+
+    Returns:
+        (the text as SentencePiece is given it, of each of its characters, and of its end, the place
+        of the character in `text`).
+    """
+    parts: list[str] = []
+    origins: list[int] = []
+    for found in re.finditer(r"\n|\t| {2,80}|[^\n\t ]+| ", text):
+        run, start = found[0], found.start()
+        name = WHITESPACE_NAMES.get(run)
+        if name is None and run.startswith("  "):
+            name = f"<|blank_{len(run)}|>"
+        if name is None:
+            origins += range(start, start + len(run))
+            parts.append(run)
+        else:
+            origins += [start] * len(name)
+            parts.append(name)
+    return "".join(parts), [*origins, len(text)]
+
+
 class GLMTokenizer(ChatGLMTokenizer):
     """ChatGLM-6B: text, then `[gMASK] <sop>`; a pair is `A [gMASK] <sop> B <eop>`.
 
@@ -115,9 +141,7 @@ class GLMTokenizer(ChatGLMTokenizer):
         return self.sp_model.piece_to_id(token) + self.num_image_tokens
 
     def _pieces(self, text: str) -> list[int]:
-        text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
-        text = re.sub(" {2,80}", lambda run: f"<|blank_{len(run[0])}|>", text)
-        return self._vocabulary_ids(without_surrogates(text))
+        return self._vocabulary_ids(without_surrogates(whitespace_pieces(text)[0]))
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text: no special tokens are added, control pieces in it are spelled out."""
@@ -130,6 +154,17 @@ class GLMTokenizer(ChatGLMTokenizer):
         for piece in pieces:
             ids += self._control_pieces.get(piece, [piece])
         return [index + self.num_image_tokens for index in ids]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        written, origins = whitespace_pieces(text)
+        encoded = self.sp_model.encode(without_surrogates(written), return_type="offset_mapping")
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        for piece, (start, end) in zip(encoded["ids"], encoded["offsets"]):
+            spelled = self._control_pieces.get(piece, [piece])
+            ids += [index + self.num_image_tokens for index in spelled]
+            offsets += [(origins[start], origins[end])] * len(spelled)
+        return ids, offsets
 
     def _trusted_text_ids(self, text: str) -> list[int]:
         return [piece + self.num_image_tokens for piece in self._pieces(text)]

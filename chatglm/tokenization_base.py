@@ -249,6 +249,55 @@ class ChatGLMTokenizer(FamilyTokenizer, PreTrainedTokenizer):
     def _vocabulary_ids(self, text: str) -> list[int]:
         return self.sp_model.encode(text)
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """(ids of `encode_text`, first character and the one after the last of each id's text)."""
+        encoded = self.sp_model.encode(without_surrogates(text), return_type="offset_mapping")
+        return encoded["ids"], encoded["offsets"]
+
+    def __call__(
+        self, text: Any = None, *args: Any, return_offsets_mapping: bool = False, **kwargs: Any
+    ) -> BatchEncoding:
+        """transformers' call; `return_offsets_mapping` works as with its fast tokenizers.
+
+        offset_mapping has the characters (first, last + 1) of each token, (0, 0) for control tokens
+        and padding.
+
+        Raises:
+            ValueError: offsets are asked for of pairs, words, or text with control tokens.
+        """
+        if not return_offsets_mapping:
+            return super().__call__(text, *args, **kwargs)
+        given = ("text_pair", "is_split_into_words", "encode_special_tokens", "text_target")
+        if args or any(kwargs.get(name) for name in given) or self.encode_special_tokens:
+            raise ValueError("return_offsets_mapping takes one text, or a list of texts, alone")
+        tensors = kwargs.pop("return_tensors", None)
+        texts = [text] if isinstance(text, str) else text
+        unpadded = super().__call__(texts, **kwargs | {"padding": False})["input_ids"]
+        batch = super().__call__(texts, **kwargs)
+        on_left = (kwargs.get("padding_side") or self.padding_side) == "left"
+        batch["offset_mapping"] = []
+        for one, row, padded in zip(texts, unpadded, batch["input_ids"]):
+            spans = self._row_offsets(one, len(row), kwargs.get("add_special_tokens", True))
+            padding = [(0, 0)] * (len(padded) - len(spans))
+            batch["offset_mapping"].append(padding + spans if on_left else spans + padding)
+        if isinstance(text, str) and tensors is None:
+            batch = BatchEncoding({name: value[0] for name, value in batch.items()})
+        return batch.convert_to_tensors(tensors)
+
+    def _row_offsets(self, text: str, length: int, has_special: bool) -> list[tuple[int, int]]:
+        """The offsets of a row's `length` tokens, its special ones included."""
+        offsets = self.encode_with_offsets(text)[1]
+        special = len(self.build_inputs_with_special_tokens([])) if has_special else 0
+        count = length - special
+        on_left = self.truncation_side == "left"
+        kept = offsets[len(offsets) - count :] if on_left else offsets[:count]
+        if not has_special:
+            return kept
+        rest = iter(kept)
+        # -1 stands for text, which no added id equals
+        built = self.build_inputs_with_special_tokens([-1] * len(kept))
+        return [next(rest) if index == -1 else (0, 0) for index in built]
+
     def _ids(self, text: str, encode_special_tokens: bool) -> list[int]:
         if not encode_special_tokens:
             return self.encode_text(text)

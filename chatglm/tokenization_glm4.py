@@ -6,7 +6,7 @@ from .byte_pairs import byte_name, byte_pair_encoder, ranks_file, read_ranks
 from .families import FAMILIES
 from .glm4 import ASSISTANT_NAME
 from .histories import ROLES
-from .tokenization_base import RoleMessages
+from .tokenization_base import RoleMessages, without_surrogates
 
 LONG_RELEASE = "名为 GLM-4 的"  # in the chat template of glm-4-9b-chat-1m
 
@@ -49,6 +49,10 @@ class GLM4Tokenizer(RoleMessages):
         self._ranks = read_ranks(self.vocab_file)
         self._encoder = byte_pair_encoder(self._ranks)
         self._tokens = list(self._ranks)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoded = self._encoder.encode(without_surrogates(text), add_special_tokens=False)
+        return encoded.ids, encoded.offsets
 
     def _vocabulary_bytes(self) -> bytes:
         return ranks_file(self._ranks)

@@ -61,7 +61,7 @@ def snippet(folder: Path, wanted: dict[str, Any], _: Path) -> str:
     tokenizer = AutoTokenizer.from_pretrained(str(base), trust_remote_code=True)
     model = AutoModel.from_pretrained(str(folder), trust_remote_code=True).float().eval()
     if not hasattr(model, "chat"):
-        return "transformers' own class, without chat"
+        return "no chat"
     answer, _ = model.chat(tokenizer, QUESTION, history=[], **GREEDY)
     text = wanted["tokenizer"].decode(wanted["chat"], skip_special_tokens=True)
     found = wanted["family"].process_response(text, *([[]] if wanted["family"].roles else []))
@@ -72,7 +72,7 @@ def by_class(auto: Any) -> Callable[[Path, dict[str, Any], Path], str]:
     def load(folder: Path, wanted: dict[str, Any], _: Path) -> str:
         model = auto.from_pretrained(str(folder), trust_remote_code=True).float().eval()
         if model.get_output_embeddings() is None:
-            return "transformers' own body"
+            return "body alone"
         return judge(continued(model, wanted["ids"], wanted["tokenizer"]), wanted["chat"])
 
     return load
@@ -170,7 +170,8 @@ def measure(folder: Path, place: Path) -> dict[str, str]:
 
 def said(error: Exception) -> str:
     """An error's first line without the folders of this run; only transformers writes several."""
-    return re.sub(r"(/[\w.-]+)+/", "", str(error).strip().splitlines()[0])
+    line = re.sub(r" <class '[^']+'>", "", str(error).strip().splitlines()[0])
+    return re.sub(r"(/[\w.-]+)+/", "", line)
 
 
 def entry_table(kinds: tuple[str, ...] | None, tiny_folders, place: Path) -> dict[str, dict]:

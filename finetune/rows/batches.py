@@ -168,6 +168,7 @@ def lay_end_to_end(
     targets: list[np.ndarray | list[int]] = []
     stop = trunk
     for sequence, n_masked, row_labels in zip(sequences, masked, labels or [None] * len(ids)):
+        n_masked = max(n_masked, 1)  # nothing predicts a sequence's first token
         predicts = np.arange(n_masked - 1, len(sequence) - 1)
         if row_labels is not None:
             predicts = predicts[row_labels[n_masked:] != IGNORED]

@@ -85,7 +85,7 @@ class RowEncoder:
             return [
                 EncodedRow(
                     made.input_ids,
-                    made.n_masked + (self.family.name == "glm3" and not role_labels),
+                    made.n_masked + self.masks_role_token,
                     made.truncated,
                 )
             ]
@@ -104,6 +104,12 @@ class RowEncoder:
             )
         return encoded
 
+    @property
+    def masks_role_token(self) -> bool:
+        """Whether ChatGLM3's <|assistant|> before an answer carries no loss; else it does."""
+        has_role = self.family.name == "glm3" and not self.family.raw
+        return has_role and self.glm3_labels != GLM3_LABELS[0]
+
     def settings(self) -> list[Any]:
         """All that encoded rows depend on but the rows: the tokenizer's model, the settings and
         CACHE_FORMAT; as JSON.
@@ -116,6 +122,7 @@ class RowEncoder:
         return [
             CACHE_FORMAT,
             self.family.name,
+            self.family.raw,
             lengths,
             self.glm3_labels,
             options,

@@ -158,6 +158,32 @@ def test_a_chat_has_one_answer(talker):
     assert isinstance(answer, str)
 
 
+CALL = {"type": "function", "function": {"name": "f", "arguments": '{"city": "x"}'}}
+
+
+@pytest.mark.parametrize("family", ["glm3", "glm4"])
+def test_openai_calls_are_the_familys_own(tiny_folders, family):
+    tokenizer = load_tokenizer(tiny_folders[family])
+    asked = {"role": "user", "content": "天气"}
+    called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    told = {"role": "tool", "content": "sunny"}
+    content = '{"city": "x"}' if family == "glm4" else "```python\ntool_call(city='x')\n```"
+    own = {"role": "assistant", "metadata": "f", "content": content}
+    observed = {"role": "observation", "content": "sunny"}
+    wanted = tokenizer.apply_chat_template([asked, own, observed], add_generation_prompt=True)
+    found = tokenizer.apply_chat_template([asked, called, told], add_generation_prompt=True)
+    assert found["input_ids"] == wanted["input_ids"]
+    odd = called | {"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}
+    with pytest.raises(ValueError, match=r"messages\[1\]: a call is"):
+        tokenizer.apply_chat_template([asked, odd])
+
+
+def test_openai_calls_need_a_family_with_tools(tiny_folders):
+    tokenizer = load_tokenizer(tiny_folders["glm2"])
+    with pytest.raises(ValueError, match="ChatGLM2-6B knows no tools"):
+        tokenizer.apply_chat_template([{"role": "assistant", "tool_calls": [CALL]}])
+
+
 def test_tools_that_are_none_say_nothing():
     message = {"role": "system", "content": "x", "tools": None}
     assert message_text(message) == "x"

@@ -11,6 +11,9 @@ import merge_lora
 from chatglm import load_model, load_tokenizer
 from chatglm.families import family_of
 from finetune.evaluation.predict import generate_answers
+from finetune.rows.batches import lay_end_to_end
+from finetune.rows.encoding import RowEncoder
+from finetune.rows.formats import parse_row
 from tests.causal_folders import make_causal_folder
 from tests.finetune.runs import metrics, rows_of
 
@@ -122,6 +125,17 @@ def test_raw_text_is_trained_and_asked_raw(flags, train, tmp_path, family, rows_
     seen = family_of(asked).encode_prompt(asked, row["instruction"] + row["input"], 64)
     assert ids[: len(seen.input_ids)] == seen.input_ids
     assert load_tokenizer(folder, prompt_style="chat").prompt_style == "chat"
+
+
+def test_raw_text_learns_its_first_token(bases):
+    """Also of ChatGLM3 with the demo's labels, and where nothing stands before an answer."""
+    tokenizer = load_tokenizer(bases["glm3"], prompt_style="raw")
+    encoder = RowEncoder(tokenizer, family_of(tokenizer), 50, 40, "chatglm3_demo")
+    row = parse_row({"prompt": "水泵", "response": "漏油"}, "f:1")
+    (made,) = encoder.encode(row)
+    assert made.input_ids[made.n_masked :][:-1] == tokenizer.encode_text("漏油")
+    batch = lay_end_to_end([[5, 6, 7], [8, 9]], [0, 0], False, 1)
+    assert batch["targets"].tolist() == [6, 7, 9] and batch["keep"].tolist() == [0, 1, 2]
 
 
 def test_raw_text_has_no_rounds(flags, train, tmp_path):

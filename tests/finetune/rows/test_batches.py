@@ -170,7 +170,6 @@ BAD = {
     "{}": '"text"',
     '{"instruction": "a", "input": "b"}': '"output"',
     '{"output": "b"}': '"instruction"',
-    '{"text": "a"}': '"answer"',
     '{"instruction": 1, "output": "b"}': '"instruction" must be text, got 1',
     '{"instruction": "a", "output": null}': "null",
     '{"instruction": "", "output": "b"}': "prompt is empty",
