@@ -31,9 +31,9 @@ from finetune.evaluation.metrics import score_rows
 from finetune.files import write_aside
 from finetune.loss import LossModule
 from finetune.methods import make_method
-from finetune.rows.arrays import Dataset, join
+from finetune.rows.arrays import Dataset, join_datasets
 from finetune.rows.batches import Batch, BatchLayout, collate, count_labels
-from finetune.rows.encoding import Preparation, RowEncoder, choose_rows, prepare
+from finetune.rows.encoding import Preparation, RowEncoder, choose_rows, prepare_rows
 from finetune.rows.formats import Row, parse_columns, single_questions
 from finetune.rows.sources import (
     RowReader,
@@ -175,7 +175,7 @@ class FineTuning:
         if len(loaded) > 1 or sources[0].weight != 1:
             draws = self.draws_of([*sources, *replay], parts, len(sources))
         grouped = self.config.batching == "grouped"
-        self.loaded = EpochRows(join(parts), self.config.seed, grouped, draws)
+        self.loaded = EpochRows(join_datasets(parts), self.config.seed, grouped, draws)
 
     def draws_of(
         self, sources: list[Source], parts: Sequence[Dataset], own: int
@@ -197,7 +197,7 @@ class FineTuning:
             self.eval_rows = single_questions(rows, "--eval_metrics")
         loaded = [self.load_source(source, "eval") for source in held_out]
         parts, _ = zip(*loaded)
-        self.eval_data = join(parts)
+        self.eval_data = join_datasets(parts)
         self.eval_hash = hash_of_sources(loaded)
 
     def evaluation_id(self) -> str | None:
@@ -239,7 +239,7 @@ class FineTuning:
         )
         cache = Path(config.data_cache).expanduser() if config.data_cache else None
         prepared = first_of_node(
-            lambda: prepare(
+            lambda: prepare_rows(
                 source,
                 preparation,
                 cache=cache,

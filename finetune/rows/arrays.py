@@ -192,7 +192,7 @@ def chosen_rows(part: RowArrays, is_skip: bool = False) -> Dataset:
     return Dataset((part,), (rows,), int(truncated.sum()), int(len(part) - counts.sum()))
 
 
-def join(parts: Sequence[Dataset]) -> Dataset:
+def join_datasets(parts: Sequence[Dataset]) -> Dataset:
     """Several as one, in this order; nothing is copied."""
     arrays: list[RowArrays] = []
     chosen: list[np.ndarray | None] = []

@@ -225,7 +225,7 @@ def row_places(source: Source) -> tuple[str, ...]:
     return (source.name,) if source.is_hub else tuple(map(str, source.files))
 
 
-def prepare(
+def prepare_rows(
     source: Source,
     preparation: Preparation,
     *,

@@ -16,7 +16,7 @@ from finetune.rows.arrays import (
     RowWriter,
     chosen_rows,
     dataset_of,
-    join,
+    join_datasets,
     map_rows,
 )
 from tests.finetune.runs import rows_of
@@ -144,7 +144,9 @@ def test_several_sources_are_one():
     for number, row in enumerate((PLAIN, empty, TALK, PLAIN)):
         writer.add(Place(0, f":{number}"), row)
     part = writer.in_memory(("a",), {})
-    both = join([chosen_rows(part, is_skip=True), dataset_of([("x", TALK)]), chosen_rows(part)])
+    both = join_datasets(
+        [chosen_rows(part, is_skip=True), dataset_of([("x", TALK)]), chosen_rows(part)]
+    )
     assert [place for place, *_ in rows_of(both)] == ["a:0", "a:3", "x", "a:0", "a:2", "a:3"]
     assert rows_of(both)[4] == ("a:2", TALK.input_ids, 2, TALK.labels)
     assert both.row_lengths.tolist() == [3, 3, 9, 3, 9, 3] and (

@@ -23,7 +23,7 @@ from finetune.rows.encoding import (
     RowEncoder,
     choose_rows,
     encode_rows,
-    prepare,
+    prepare_rows,
 )
 from finetune.rows.formats import BadRow
 from finetune.rows.sources import RowReader, parse_sources, read_rows
@@ -48,7 +48,7 @@ class Counted(RowEncoder):
 @pytest.fixture
 def load(bases, tmp_path):
     """load(path, ...) -> (rows as tuples, how many were tokenised); `family` and what RowEncoder,
-    Preparation and prepare take.
+    Preparation and prepare_rows take.
     """
 
     def run(
@@ -66,7 +66,7 @@ def load(bases, tmp_path):
         object.__setattr__(encoder, "seen", [])
         (source,) = parse_sources(str(path))
         preparation = Preparation(reader or RowReader(family=family), encoder, **options)
-        prepared = prepare(source, preparation, cache=cache, workers=workers, shared=shared)
+        prepared = prepare_rows(source, preparation, cache=cache, workers=workers, shared=shared)
         data = choose_rows(prepared.load(source), encoder, is_skip)
         if prepared.temporary:
             prepared.path.unlink()
@@ -231,7 +231,7 @@ def test_t11_a_new_format_of_the_cache_where_encodings_change():
         )
         for name in ("sharegpt", "openai", "chatglm3", "alpaca", "prompt", "instruction", "belle"):
             (source,) = parse_sources(str(SAMPLES / f"{name}.jsonl"))
-            rows = rows_of(prepare(source, preparation).load(source))
+            rows = rows_of(prepare_rows(source, preparation).load(source))
             digest.update(
                 json.dumps(
                     [[place.removeprefix(source.name), *row] for place, *row in rows]
@@ -294,7 +294,7 @@ def test_a_file_that_changes_on_the_way_is_refused(load, bases, tmp_path):
     encoder = Meddling(load_tokenizer(bases["glm2"]), FAMILIES["glm2"], 80, 50)
     (source,) = parse_sources(str(file))
     with pytest.raises(ValueError, match=r"rows\.json was changed while it was read; start again"):
-        prepare(source, Preparation(RowReader(), encoder), cache=tmp_path / "cache")
+        prepare_rows(source, Preparation(RowReader(), encoder), cache=tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
 

@@ -11,7 +11,7 @@ from benchmarks.format_table import main as print_table
 from chatglm import load_tokenizer
 from chatglm.conversations import IGNORED, Turn
 from chatglm.families import CHATGLM_FAMILIES, FAMILIES, RAW_FAMILIES
-from finetune.rows.arrays import EncodedRow, dataset_of, join
+from finetune.rows.arrays import EncodedRow, dataset_of, join_datasets
 from finetune.rows.batches import collate
 from finetune.rows.encoding import RowEncoder
 from finetune.rows.formats import (
@@ -372,7 +372,7 @@ def test_several_answers_in_a_batch():
     """Holes and replaced labels are in both layouts what the row says."""
     row = EncodedRow([1, 2, 3, 4, 5, 6, 7], 2, False, [IGNORED, IGNORED, 3, 99, IGNORED, 6, 7])
     plain = EncodedRow([8, 9, 10], 1, False)
-    data = join([dataset_of([("a", plain)]), dataset_of([("b", row), ("c", plain)])])
+    data = join_datasets([dataset_of([("a", plain)]), dataset_of([("b", row), ("c", plain)])])
     assert rows_of(data) == [
         ("a", [8, 9, 10], 1, None),
         ("b", row.input_ids, 2, row.labels),
