@@ -38,6 +38,8 @@ class Sampling:
             else multiplies them (arXiv 1909.05858).
         presence_penalty, frequency_penalty: subtracted from the logits of the answer's tokens, once
             and for each of their occurrences.
+        logit_bias: (token id, what is added to its logit); ids beyond the vocabulary count for
+            nothing.
     """
 
     max_new_tokens: int | None = None
@@ -50,6 +52,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not (self.top_k >= 0 and 0 <= self.min_p <= 1 and self.repetition_penalty > 0):
@@ -67,7 +70,12 @@ class Sampling:
 
     @property
     def penalizes(self) -> bool:
-        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
+        return bool(
+            self.repetition_penalty != 1
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+        )
 
     @property
     def is_plain(self) -> bool:
@@ -343,6 +351,9 @@ def penalized(logits: "Tensor", answer: Answer) -> "Tensor":
     if answer.tokens:
         made, times = torch.tensor(answer.tokens, device=logits.device).unique(return_counts=True)
         logits[made] -= sampling.presence_penalty + sampling.frequency_penalty * times
+    for token, bias in sampling.logit_bias:
+        if token < len(logits):
+            logits[token] += bias
     return logits
 
 

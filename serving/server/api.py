@@ -59,7 +59,7 @@ def make_app(
         access_log: log a line for each request.
         client_s: within which a client must have sent its body.
     """
-    app = FastAPI(title="GLM Foundry", docs_url=None, redoc_url=None)
+    app = FastAPI(title="GLM Foundry", docs_url=None, redoc_url=None, redirect_slashes=False)
     schema = partial(
         openapi_document, service.name, needs_key=bool(access_rules and access_rules.api_key)
     )

@@ -25,7 +25,9 @@ class ChatRequest:
     """A body of /v1/chat/completions, checked. Attributes that are None were not given.
 
     Attributes:
-        messages: (role, text), role one of system, user, assistant; the last is the user's.
+        messages: (role, text), role one of system, user, assistant; the last is the user's, or
+            the assistant's, which the answer goes on with.
+        logit_bias: (token id, what is added to its logit).
         max_length: tokens of prompt and answer together.
         stop, stop_token_ids: texts and tokens that end the answer and are not part of it.
         unknown_fields: names of unknown fields.
@@ -43,6 +45,7 @@ class ChatRequest:
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    logit_bias: tuple[tuple[int, float], ...] | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
@@ -70,16 +73,19 @@ def encode_messages(
 ) -> list[int]:
     """The family's chat prompt.
 
-    ChatGLM3 takes messages as they are. The others have no system role: the system's text is
-    put before the first question.
+    ChatGLM3 and GLM-4 take messages as they are. The others have no system role: the system's
+    text is put before the first question, and messages of one role in a row are joined. A last
+    message of the assistant is the beginning of the answer.
 
     Args:
         prompt_options: options of the family's encode_chat.
     Raises:
-        ValueError: for ChatGLM-6B and ChatGLM2-6B, messages of user and assistant that do not
-            take turns.
+        ValueError: for ChatGLM-6B and ChatGLM2-6B, messages of which the assistant's are first.
     """
     family = tokenizer_family(tokenizer)
+    if messages[-1][0] == "assistant":
+        asked = encode_messages(tokenizer, messages[:-1], **prompt_options)
+        return asked + answer_beginning(tokenizer, messages[-1][1])
     if family.roles:
         history = [{"role": role, "content": text} for role, text in messages[:-1]]
         return family.encode_chat(tokenizer, messages[-1][1], history, **prompt_options)
@@ -89,16 +95,27 @@ def encode_messages(
         if role == "system":
             system.append(text)
             continue
-        if role != ("user", "assistant")[len(texts) % 2]:
+        if role == ("user", "assistant")[len(texts) % 2]:
+            texts.append(text)
+        elif texts:
+            texts[-1] += f"\n{text}"
+        else:
             raise ValueError(
-                "messages of user and assistant must take turns, the user first: "
-                f"{family.title} knows only rounds"
+                f"the first message must be the user's: {family.title} knows only rounds"
             )
-        texts.append(text)
     texts[0] = "\n\n".join([*system, texts[0]])
     return family.encode_chat(
         tokenizer, texts[-1], list(zip(texts[:-1:2], texts[1::2])), **prompt_options
     )
+
+
+def answer_beginning(tokenizer: "FamilyTokenizer", text: str) -> list[int]:
+    """Ids of an answer's beginning: what the family writes before it, then the text."""
+    prompt = encode_messages(tokenizer, (("user", "a"),))
+    family = tokenizer_family(tokenizer)
+    trained = family.encode_prompt(tokenizer, "a", len(prompt) + 64).input_ids
+    has_header = family.roles and trained[: len(prompt)] == prompt
+    return [*(trained[len(prompt) :] if has_header else []), *tokenizer.encode_text(text)]
 
 
 def prompt_of(messages: tuple[tuple[str, str], ...]) -> str:
@@ -107,7 +124,8 @@ def prompt_of(messages: tuple[tuple[str, str], ...]) -> str:
     Earlier rounds are left out.
     """
     system = [text for role, text in messages if role == "system"]
-    return "\n\n".join([*system, messages[-1][1]])
+    asked = [text for role, text in messages if role == "user"]
+    return "\n\n".join([*system, asked[-1]])
 
 
 def longest_partial_match(text: str, patterns: tuple[str, ...]) -> int:

@@ -15,6 +15,7 @@ MOST = 2**31 - 1  # of counts and token ids
 STOPS = 4  # stop strings, as OpenAI has it
 STOP_CHARACTERS = 256
 STOP_IDS = 64
+BIASES = 300  # tokens of a logit_bias, as OpenAI has it
 
 
 class Field(Protocol):
@@ -74,6 +75,9 @@ class Number:
             "maximum": self.most,
             "description": self.text,
         }
+
+
+BIAS = Number(float, -100, 100, "")
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,31 @@ class TokenIds:
 
 
 @dataclass(frozen=True)
+class LogitBias:
+    text: str
+
+    def read(self, name: str, value: Any) -> tuple[tuple[int, float], ...]:
+        """(token id, what is added to its logit) in ascending order."""
+        if not isinstance(value, dict) or len(value) > BIASES:
+            raise ValueError(f"{name} must be an object of at most {BIASES} token ids")
+        biases = []
+        for token, bias in value.items():
+            if not token.isascii() or not token.isdigit() or int(token) > MOST:
+                raise ValueError(f"{name} must name tokens by ids from 0 to {MOST}")
+            biases.append((int(token), BIAS.read(f"{name}[{token}]", bias)))
+        return tuple(sorted(biases))
+
+    def schema(self) -> Schema:
+        return {
+            "type": ["object", "null"],
+            "maxProperties": BIASES,
+            "propertyNames": {"pattern": "^[0-9]+$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+            "description": self.text,
+        }
+
+
+@dataclass(frozen=True)
 class StreamOptions:
     text: str
 
@@ -180,8 +209,14 @@ class Messages:
         messages = []
         for i, message in enumerate(value):
             messages.append(self._one(f"{name}[{i}]", message))
-        if messages[-1][0] != "user":
-            raise ValueError("the last message must be the user's")
+        if messages[-1][0] == "system":
+            raise ValueError(
+                "the last message must be the user's, or the assistant's to go on with"
+            )
+        if messages[-1] == ("assistant", ""):
+            raise ValueError("the last message is the assistant's and empty: there is no question")
+        if all(role != "user" for role, _ in messages):
+            raise ValueError("a chat needs at least one message of the user")
         return tuple(messages)
 
     @staticmethod
@@ -236,7 +271,7 @@ def text_of_parts(parts: list) -> str | None:
 
 
 FIELDS: Mapping[str, Field] = {
-    "messages": Messages("The chat; the last message is the user's."),
+    "messages": Messages("The chat; a last message of the assistant is gone on with."),
     "model": Text("The served model's name."),
     "max_tokens": Number(int, 1, MOST, "Tokens of the answer, at most."),
     "max_completion_tokens": Number(int, 1, MOST, "As max_tokens, which it overrides."),
@@ -245,7 +280,7 @@ FIELDS: Mapping[str, Field] = {
         float, 0, 2, "0, or a value too small to sample with, takes the likeliest token."
     ),
     "top_p": Number(
-        float, 0, 1, "Sample among the likeliest tokens of this much probability.", above=True
+        float, 0, 1, "Sample among the likeliest tokens of this much probability; 0: the likeliest."
     ),
     "top_k": Number(int, -1, MOST, "Sample among so many likeliest tokens; 0 or -1 for all."),
     "min_p": Number(
@@ -259,6 +294,7 @@ FIELDS: Mapping[str, Field] = {
         float, -2, 2, "Subtracted from the logits of tokens that the answer holds."
     ),
     "frequency_penalty": Number(float, -2, 2, "Subtracted from them once per occurrence."),
+    "logit_bias": LogitBias("Added to the logits of tokens: {token id: -100 to 100}."),
     "seed": Number(int, -(2**63), 2**63 - 1, "Of this answer's sampling."),
     "stop": Stops("Texts that end the answer and are not part of it."),
     "stop_token_ids": TokenIds("Token ids that end the answer and are not part of it."),
@@ -280,7 +316,6 @@ REFUSED: Mapping[str, tuple] = {
     "logprobs": (False,),
     "top_logprobs": (0,),
     "prompt_logprobs": (0,),
-    "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "guided_json": (),
     "guided_regex": (),

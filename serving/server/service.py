@@ -33,6 +33,7 @@ SAMPLING_FIELDS = (  # those of a ChatRequest that Sampling has under the same n
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
+    "logit_bias",
 )
 
 
@@ -160,7 +161,7 @@ class Service:
             log.exception("request %s: the monitor failed at %r", event.id, event.kind)
 
     def check_open(self) -> None:
-        """Raises Closed."""
+        """Raises ServiceClosed."""
         if self.failure or self.draining:
             raise ServiceClosed(self.failure or "the server is shutting down")
 
@@ -169,8 +170,8 @@ class Service:
 
         Raises:
             ValueError: the family's prompt format has no place for these messages.
-            TooLong: they leave no room for an answer.
-            Closed, Busy, Unpredicted: none is made.
+            PromptTooLong: they leave no room for an answer.
+            ServiceClosed, QueueFull, PredictionFailed: none is made.
         """
         self.check_open()
         limits = self.engine.limits
@@ -222,7 +223,7 @@ class Service:
             self.inbox.withdraw(active.request.id)
 
     def sampling_of(self, chat_request: ChatRequest, prompt_tokens: int) -> Sampling:
-        """Raises TooLong where max_length leaves no room for an answer."""
+        """Raises PromptTooLong where max_length leaves no room for an answer."""
         token_limits = [chat_request.max_tokens] if chat_request.max_tokens is not None else []
         if chat_request.max_length is not None:
             if chat_request.max_length <= prompt_tokens:
@@ -235,8 +236,8 @@ class Service:
         for name in SAMPLING_FIELDS:
             if (value := getattr(chat_request, name)) is not None:
                 options[name] = value
-        if chat_request.do_sample is False:
-            options["temperature"] = 0.0
+        if chat_request.do_sample is False or options.get("top_p") == 0:
+            options |= {"temperature": 0.0, "top_p": 1.0}
         top_k = max(chat_request.top_k or 0, 0)
         max_new_tokens = min(token_limits, default=None)
         return Sampling(
@@ -246,7 +247,8 @@ class Service:
     def _prepare(
         self, chat_request: ChatRequest, prompt: str
     ) -> "tuple[list[int], LengthPrediction | None]":
-        """(prompt ids, prediction or None). Raises TooLong, ValueError, Unpredicted."""
+        """(prompt ids, prediction or None). Raises PromptTooLong, ValueError,
+        PredictionFailed."""
         max_tokens = self.engine.limits.max_tokens
         room = f"which leaves no room for an answer within {max_tokens} tokens (--max_tokens)"
         count, characters = (

@@ -306,8 +306,41 @@ def test_the_prompt_is_the_familys_chat(server, folders):
     )
     assert found.choices[0].message.content == answer
     messages[0] = {"role": "system", "content": "简短"}
-    with pytest.raises(openai.BadRequestError, match="take turns"):
+    with pytest.raises(openai.BadRequestError, match="the first message must be the user's"):
         server.client.chat.completions.create(model="m", messages=messages)
+
+
+def test_messages_that_do_not_take_turns(server):
+    def answer(*messages, **options):
+        given = [{"role": role, "content": text} for role, text in messages]
+        options = {"max_tokens": 12, "temperature": 0} | options
+        found = server.client.chat.completions.create(model="m", messages=given, **options)
+        return found.choices[0].message.content
+
+    joined = answer(("user", "水泵\n漏油"))
+    assert answer(("user", "水泵"), ("user", "漏油")) == joined
+    for last in (("assistant", ""), ("system", "简短")):
+        with pytest.raises(openai.BadRequestError, match="the last message"):
+            answer(("user", "水泵"), last)
+    with pytest.raises(openai.BadRequestError, match="at least one message of the user"):
+        answer(("assistant", "好"))
+
+
+def test_top_p_0_is_greedy_and_biases_move_tokens(server):
+    greedy = ask(server, "水泵", temperature=0).choices[0].message.content
+    assert ask(server, "水泵", temperature=1, top_p=0).choices[0].message.content == greedy
+    biased = ask(server, "水泵", temperature=0, max_tokens=3, logit_bias={"40": 100})
+    plain = ask(server, "水泵", temperature=0, max_tokens=3)
+    assert biased.choices[0].message.content != plain.choices[0].message.content
+    assert ask(server, "水泵", temperature=0, logit_bias={"999999": 100}).choices[
+        0
+    ].message.content == (greedy)
+
+
+def test_no_path_redirects(server):
+    body = {"messages": [{"role": "user", "content": "x"}]}
+    found = httpx.post(f"{server.root}/v1/chat/completions/", json=body)
+    assert found.status_code == 404
 
 
 def test_concurrent_answers_are_those_of_one_at_a_time(server):
@@ -371,7 +404,7 @@ def test_a_client_that_goes_away_ends_its_answer(server):
         ({}, "messages must be a list"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0] must be"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content must be text"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "must be the user's"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "at least one message of the user"),
         ({"messages": [{"role": "user", "content": "x"}], "n": 2}, "n is not supported"),
         (
             {"messages": [{"role": "user", "content": "x"}], "max_tokens": 0},

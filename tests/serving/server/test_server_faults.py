@@ -306,7 +306,10 @@ def test_s5_a_role_that_is_no_text_is_400(server, role):
         ({"text": "x" * 300_000}, "300000 characters, which leaves no room"),
         ({"temperature": 10**400}, "at most 2"),
         ({"max_tokens": 2**31}, "at most 2147483647"),
-        ({"top_p": 0}, "above 0"),
+        ({"top_p": -0.1}, "at least 0"),
+        ({"logit_bias": {"a": 1}}, "token"),
+        ({"logit_bias": {"5": 101}}, "logit_bias[5] must be a number at least -100"),
+        ({"logit_bias": {str(i): 1 for i in range(301)}}, "at most 300"),
         ({"seed": 2**63}, "at most 9223372036854775807"),
     ],
 )
