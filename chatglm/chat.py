@@ -18,6 +18,7 @@ from transformers import BatchEncoding, Cache, DynamicCache
 from .families import FAMILIES, family_of
 from .files import shorten
 from .histories import Answer, History, history_rounds, new_round
+from .prompts import split_at
 
 if TYPE_CHECKING:
     from .tokenization_base import ChatGLMTokenizer
@@ -320,17 +321,6 @@ def decode_text(tokenizer: "ChatGLMTokenizer", ids: list[int]) -> str:
     text = tokenizer.decode(ids, skip_special_tokens=True)
     assert isinstance(text, str)  # a list only for several rows
     return text
-
-
-def split_at(ids: list[int], separator: int) -> list[list[int]]:
-    """The parts of ids between those that equal `separator`."""
-    parts: list[list[int]] = [[]]
-    for index in ids:
-        if index == separator:
-            parts.append([])
-        else:
-            parts[-1].append(index)
-    return parts
 
 
 def remember_ids(cache: Cache, ids: list[int]) -> None:

@@ -387,3 +387,14 @@ def messages_response(
             with suppress(ValueError):
                 content = {"name": metadata.strip(), "parameters": parse_call(body)}
     return content, history
+
+
+def split_at(ids: list[int], separator: int) -> list[list[int]]:
+    """The parts of ids between those that equal `separator`."""
+    parts: list[list[int]] = [[]]
+    for index in ids:
+        if index == separator:
+            parts.append([])
+        else:
+            parts[-1].append(index)
+    return parts

@@ -33,6 +33,7 @@ from serving.server.service import (
     Service,
     ServiceClosed,
 )
+from serving.server.tools import begins_as_call, parsed_answer
 
 BODY_BYTES = 2 * 2**20
 CLIENT_S = 30.0  # for a whole body
@@ -233,6 +234,7 @@ class ChatResponse:
             "model": service.name,
         }
         self.disconnected = self.token_stopped = False
+        self.ids: list[int] = []  # of the answer, without what ended it
 
     @property
     def stopped(self) -> bool:
@@ -257,7 +259,10 @@ class ChatResponse:
                 if token in self.chat_request.stop_token_ids:
                     self.token_stopped = True
                     break
-                if token not in stops and (new := self.stream.add(token)):
+                if token in stops:
+                    continue
+                self.ids.append(token)
+                if new := self.stream.add(token):
                     yield new
                 if self.stream.stopped:
                     break
@@ -281,6 +286,29 @@ class ChatResponse:
                 raise ApiError(503, f"{CLOSING}; the answer was {reason}", "unavailable")
             raise ApiError(500, f"the answer was {reason}", reason)
 
+    def tool_calls(self) -> tuple[str, list[dict]]:
+        """(text beside them, OpenAI's tool_calls) of an ended answer."""
+        if not self.chat_request.tools or self.stopped:
+            return "", []
+        return parsed_answer(self.service.tokenizer, self.ids, self.chat_request.tools)
+
+    def message_of(self, text: str, calls: list[dict]) -> dict:
+        """OpenAI's message: text, or calls of tools."""
+        message: dict[str, Any] = {"role": "assistant", "content": text or None}
+        if self.chat_request.gives_function_call:
+            return message | {"function_call": calls[0]["function"]}
+        return message | {"tool_calls": calls}
+
+    def calls_delta(self, text: str, calls: list[dict]) -> dict:
+        """A stream's delta of calls, each whole."""
+        delta: dict[str, Any] = {"content": text} if text else {}
+        if self.chat_request.gives_function_call:
+            return delta | {"function_call": calls[0]["function"]}
+        return delta | {"tool_calls": [{"index": i} | call for i, call in enumerate(calls)]}
+
+    def calls_reason(self) -> str:
+        return "function_call" if self.chat_request.gives_function_call else "tool_calls"
+
     def finish_reason(self) -> str:
         """OpenAI's; of an answer that `check_ended` has passed."""
         reason = self.active.answer.reason
@@ -303,10 +331,12 @@ class ChatResponse:
         if self.disconnected:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         self.check_ended()
+        beside, calls = self.tool_calls()
+        message = {"role": "assistant", "content": text}
         choice = {
             "index": 0,
-            "message": {"role": "assistant", "content": text},
-            "finish_reason": self.finish_reason(),
+            "message": self.message_of(beside, calls) if calls else message,
+            "finish_reason": self.calls_reason() if calls else self.finish_reason(),
             "logprobs": None,
         }
         report = self.service.report(self.active)
@@ -331,10 +361,17 @@ class ChatResponse:
                 self.head | {"object": "chat.completion.chunk", "choices": [choice]} | usage | more
             )
 
+        held: list[str] = []  # text that may turn out to be a call of a tool
+        is_call: bool | None = None if self.chat_request.tools else False
         async with aclosing(self.text_pieces()) as texts:
             yield chunk({"role": "assistant", "content": ""})
             async for piece in texts:
-                yield chunk({"content": piece})
+                if is_call is None:
+                    is_call = begins_as_call(self.service.tokenizer, self.ids)
+                held.append(piece)
+                if is_call is False:
+                    yield chunk({"content": "".join(held)})
+                    held.clear()
         if self.disconnected:
             return
         try:
@@ -342,7 +379,13 @@ class ChatResponse:
         except ApiError as error:
             yield event(error.body())
             return
-        yield chunk({}, self.finish_reason(), glm_foundry=self.service.report(self.active))
+        beside, calls = self.tool_calls()
+        if not calls and held:
+            yield chunk({"content": "".join(held)})
+        if calls:
+            yield chunk(self.calls_delta(beside if held else "", calls))
+        reason = self.calls_reason() if calls else self.finish_reason()
+        yield chunk({}, reason, glm_foundry=self.service.report(self.active))
         if self.chat_request.include_usage:
             yield event(
                 self.head

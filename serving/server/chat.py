@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from chatglm.chat_template import called_tools
 from chatglm.families import Family, family_of
-from serving.server.fields import read_fields, unknown_fields
+from serving.server.fields import ChatMessage, read_fields, unknown_fields
+from serving.server.tools import check_tools
 
 if TYPE_CHECKING:
     from chatglm.family_tokenizer import FamilyTokenizer
@@ -25,15 +27,19 @@ class ChatRequest:
     """A body of /v1/chat/completions, checked. Attributes that are None were not given.
 
     Attributes:
-        messages: (role, text), role one of system, user, assistant; the last is the user's, or
-            the assistant's, which the answer goes on with.
+        messages: the last is the user's, a tool's result, or the assistant's, which the answer
+            goes on with.
+        tools: what the model is shown of tools, as OpenAI's objects.
+        gives_function_call: the client is of openai 0.28 and gets `function_call`.
         logit_bias: (token id, what is added to its logit).
         max_length: tokens of prompt and answer together.
         stop, stop_token_ids: texts and tokens that end the answer and are not part of it.
         unknown_fields: names of unknown fields.
     """
 
-    messages: tuple[tuple[str, str], ...]
+    messages: tuple[ChatMessage, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    gives_function_call: bool = False
     model: str | None = None
     max_tokens: int | None = None
     max_length: int | None = None
@@ -65,11 +71,20 @@ def parse_body(body: Any) -> ChatRequest:
     if (max_tokens := fields_read.pop("max_completion_tokens", None)) is not None:
         fields_read["max_tokens"] = max_tokens
     fields_read["include_usage"] = fields_read.pop("stream_options", False)
+    functions = fields_read.pop("functions", ())
+    shows_tools = fields_read.pop("tool_choice", True)
+    shows_functions = fields_read.pop("function_call", True)
+    tools = fields_read.pop("tools", ()) or functions
+    fields_read["tools"] = tools if shows_tools and shows_functions else ()
+    fields_read["gives_function_call"] = bool(functions)
     return ChatRequest(**fields_read, unknown_fields=unknown_fields(body))
 
 
 def encode_messages(
-    tokenizer: "FamilyTokenizer", messages: tuple[tuple[str, str], ...], **prompt_options: Any
+    tokenizer: "FamilyTokenizer",
+    messages: tuple[ChatMessage, ...],
+    tools: tuple[dict[str, Any], ...] = (),
+    **prompt_options: Any,
 ) -> list[int]:
     """The family's chat prompt.
 
@@ -78,20 +93,27 @@ def encode_messages(
     message of the assistant is the beginning of the answer.
 
     Args:
+        tools: stand in the system's message.
         prompt_options: options of the family's encode_chat.
     Raises:
-        ValueError: for ChatGLM-6B and ChatGLM2-6B, messages of which the assistant's are first.
+        ValueError: for ChatGLM-6B and ChatGLM2-6B, messages of which the assistant's are first;
+            tools, their calls or results for a family that knows none.
     """
     family = tokenizer_family(tokenizer)
-    if messages[-1][0] == "assistant":
-        asked = encode_messages(tokenizer, messages[:-1], **prompt_options)
-        return asked + answer_beginning(tokenizer, messages[-1][1])
+    if tools or any(message.calls or message.role == "observation" for message in messages):
+        check_tools(family)
+    if messages[-1].role == "assistant":
+        asked = encode_messages(tokenizer, messages[:-1], tools, **prompt_options)
+        return asked + answer_beginning(tokenizer, messages[-1].text)
     if family.roles:
-        history = [{"role": role, "content": text} for role, text in messages[:-1]]
-        return family.encode_chat(tokenizer, messages[-1][1], history, **prompt_options)
+        history = message_dicts(messages, tools, family)
+        last = history.pop()
+        return family.encode_chat(
+            tokenizer, last["content"], history, last["role"], **prompt_options
+        )
     system: list[str] = []
     texts: list[str] = []
-    for role, text in messages:
+    for role, text, _ in messages:
         if role == "system":
             system.append(text)
             continue
@@ -111,20 +133,36 @@ def encode_messages(
 
 def answer_beginning(tokenizer: "FamilyTokenizer", text: str) -> list[int]:
     """Ids of an answer's beginning: what the family writes before it, then the text."""
-    prompt = encode_messages(tokenizer, (("user", "a"),))
+    prompt = encode_messages(tokenizer, (ChatMessage("user", "a"),))
     family = tokenizer_family(tokenizer)
     trained = family.encode_prompt(tokenizer, "a", len(prompt) + 64).input_ids
     has_header = family.roles and trained[: len(prompt)] == prompt
     return [*(trained[len(prompt) :] if has_header else []), *tokenizer.encode_text(text)]
 
 
-def prompt_of(messages: tuple[tuple[str, str], ...]) -> str:
+def message_dicts(
+    messages: tuple[ChatMessage, ...], tools: tuple[dict[str, Any], ...], family: Family
+) -> list[dict[str, Any]]:
+    """Messages as a history of a family with roles."""
+    history: list[dict[str, Any]] = []
+    for role, text, calls in messages:
+        if text or not calls:
+            history.append({"role": role, "content": text})
+        history += called_tools(list(calls), family.name, "messages")
+    if tools:
+        if history[0]["role"] != "system":
+            history.insert(0, {"role": "system", "content": None})
+        history[0]["tools"] = list(tools)
+    return history
+
+
+def prompt_of(messages: tuple[ChatMessage, ...]) -> str:
     """The prompt for the length predictor: the system's text and the last question.
 
     Earlier rounds are left out.
     """
-    system = [text for role, text in messages if role == "system"]
-    asked = [text for role, text in messages if role == "user"]
+    system = [text for role, text, _ in messages if role == "system"]
+    asked = [text for role, text, _ in messages if role == "user"]
     return "\n\n".join([*system, asked[-1]])
 
 

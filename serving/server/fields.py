@@ -3,19 +3,43 @@
 Free of torch and of HTTP.
 """
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 Schema = dict[str, Any]  # a part of JSON Schema
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "observation",
+    "function": "observation",
+}
+TOOLS = 128  # of a request, as OpenAI has it
+TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 MOST = 2**31 - 1  # of counts and token ids
 STOPS = 4  # stop strings, as OpenAI has it
 STOP_CHARACTERS = 256
 STOP_IDS = 64
 BIASES = 300  # tokens of a logit_bias, as OpenAI has it
+
+
+class ChatMessage(NamedTuple):
+    """A message of a chat.
+
+    Attributes:
+        role: system, user, assistant or observation.
+        calls: an assistant's calls of tools: {"function": {"name", "arguments"}}.
+    """
+
+    role: str
+    text: str
+    calls: tuple[dict[str, Any], ...] = ()
 
 
 class Field(Protocol):
@@ -202,36 +226,38 @@ class StreamOptions:
 class Messages:
     text: str
 
-    def read(self, name: str, value: Any) -> tuple[tuple[str, str], ...]:
-        """(role, text), the role one of system, user and assistant."""
+    def read(self, name: str, value: Any) -> tuple[ChatMessage, ...]:
+        """The messages."""
         if not isinstance(value, list) or not value:
             raise ValueError(f"{name} must be a list of at least one message")
         messages = []
         for i, message in enumerate(value):
             messages.append(self._one(f"{name}[{i}]", message))
-        if messages[-1][0] == "system":
+        last = messages[-1]
+        if last.role == "system":
             raise ValueError(
                 "the last message must be the user's, or the assistant's to go on with"
             )
-        if messages[-1] == ("assistant", ""):
-            raise ValueError("the last message is the assistant's and empty: there is no question")
-        if all(role != "user" for role, _ in messages):
+        if last.role == "assistant" and (last.calls or not last.text):
+            raise ValueError("the last message is the assistant's without text: nothing is asked")
+        if all(message.role != "user" for message in messages):
             raise ValueError("a chat needs at least one message of the user")
         return tuple(messages)
 
     @staticmethod
-    def _one(name: str, message: Any) -> tuple[str, str]:
+    def _one(name: str, message: Any) -> ChatMessage:
         role = message.get("role") if isinstance(message, dict) else None
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"{name} must be an object with a role of {', '.join(ROLES)}")
         content = message.get("content")
         if isinstance(content, list):
             content = text_of_parts(content)
+        calls = read_calls(name, message) if role == "assistant" else ()
         if content is None and role == "assistant":
             content = ""
         if not isinstance(content, str):
             raise ValueError(f"{name}.content must be text")
-        return ROLES[role], check_characters(f"{name}.content", content)
+        return ChatMessage(ROLES[role], check_characters(f"{name}.content", content), calls)
 
     def schema(self) -> Schema:
         part = {
@@ -244,18 +270,139 @@ class Messages:
         message: Schema = {"type": "object", "required": ["role", "content"]}
         others = message | {
             "properties": {
-                "role": {"enum": ["system", "developer", "user"]},
+                "role": {"enum": ["system", "developer", "user", "tool", "function"]},
                 "content": content,
             }
         }
         answer: Schema = {"type": "object", "required": ["role"]}
-        answer["properties"] = {"role": {"const": "assistant"}, "content": nullable_content}
+        answer["properties"] = {
+            "role": {"const": "assistant"},
+            "content": nullable_content,
+            "tool_calls": {"type": ["array", "null"], "items": CALL_SCHEMA, "maxItems": TOOLS},
+        }
         return {
             "type": "array",
             "items": {"anyOf": [others, answer]},
             "minItems": 1,
             "description": self.text,
         }
+
+
+CALL_SCHEMA: Schema = {
+    "type": "object",
+    "required": ["function"],
+    "properties": {
+        "function": {
+            "type": "object",
+            "required": ["name"],
+            "properties": {
+                "name": {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"},
+                "arguments": {
+                    "type": "string",
+                    "description": "A JSON object.",
+                    "contentMediaType": "application/json",
+                },
+            },
+        }
+    },
+}
+
+
+def read_calls(name: str, message: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """An assistant's calls of tools; `function_call` of older clients is one.
+
+    Raises:
+        ValueError: one has another form, or its arguments are no JSON object.
+    """
+    calls = message.get("tool_calls") or []
+    if message.get("function_call") is not None:
+        calls = [{"function": message["function_call"]}]
+    if not isinstance(calls, list) or len(calls) > TOOLS:
+        raise ValueError(f"{name}.tool_calls must be a list of at most {TOOLS} calls")
+    read = []
+    for number, call in enumerate(calls):
+        place = f"{name}.tool_calls[{number}]"
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            raise ValueError(f"{place} must be an object with a function")
+        arguments = function.get("arguments") or "{}"
+        try:
+            values = json.loads(arguments) if isinstance(arguments, str) else arguments
+        except (ValueError, RecursionError):
+            values = None
+        if not isinstance(values, dict):
+            raise ValueError(f"{place}.function.arguments must be a JSON object")
+        tool = check_tool_name(f"{place}.function.name", function.get("name"))
+        read.append({"function": {"name": tool, "arguments": values}})
+    return tuple(read)
+
+
+def check_tool_name(name: str, value: Any) -> str:
+    """A tool's name. Raises ValueError where it is none."""
+    if not isinstance(value, str) or not TOOL_NAME.fullmatch(value):
+        raise ValueError(f"{name} must be 1 to 64 letters, digits, _ and -")
+    return value
+
+
+@dataclass(frozen=True)
+class Tools:
+    """`functions`: as clients of openai 0.28 give them, without the object around each."""
+
+    text: str
+    functions: bool = False
+
+    def read(self, name: str, value: Any) -> tuple[dict[str, Any], ...]:
+        """{"type": "function", "function": {"name", ...}} of each tool."""
+        if not isinstance(value, list) or len(value) > TOOLS:
+            raise ValueError(f"{name} must be a list of at most {TOOLS} tools")
+        tools = []
+        for number, tool in enumerate(value):
+            place = f"{name}[{number}]"
+            is_tool = isinstance(tool, dict) and (
+                self.functions or tool.get("type", "function") == "function"
+            )
+            function = tool if self.functions else is_tool and tool.get("function")
+            if not is_tool or not isinstance(function, dict):
+                raise ValueError(f"{place} must be an object of type function, with a function")
+            check_tool_name(f"{place}.name", function.get("name"))
+            if not isinstance(function.get("parameters", {}), (dict, type(None))):
+                raise ValueError(f"{place}.parameters must be an object")
+            check_characters(place, json.dumps(function, ensure_ascii=False))
+            tools.append({"type": "function", "function": function})
+        return tuple(tools)
+
+    def schema(self) -> Schema:
+        function: Schema = {
+            "type": "object",
+            "required": ["name"],
+            "properties": {
+                "name": {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"},
+                "description": {"type": ["string", "null"]},
+                "parameters": {"type": ["object", "null"]},
+            },
+        }
+        tool: Schema = {"type": "object", "required": ["type", "function"]}
+        tool["properties"] = {"type": {"const": "function"}, "function": function}
+        return {
+            "type": ["array", "null"],
+            "items": function if self.functions else tool,
+            "maxItems": TOOLS,
+            "description": self.text,
+        }
+
+
+@dataclass(frozen=True)
+class ToolChoice:
+    text: str
+
+    def read(self, name: str, value: Any) -> bool:
+        """Whether the model is shown the tools."""
+        if value not in ("none", "auto"):
+            raise ValueError(f'{name} must be "none" or "auto": a call cannot be forced here')
+        return value == "auto"
+
+    def schema(self) -> Schema:
+        return {"enum": ["none", "auto", None], "description": self.text}
 
 
 def text_of_parts(parts: list) -> str | None:
@@ -298,6 +445,10 @@ FIELDS: Mapping[str, Field] = {
     "seed": Number(int, -(2**63), 2**63 - 1, "Of this answer's sampling."),
     "stop": Stops("Texts that end the answer and are not part of it."),
     "stop_token_ids": TokenIds("Token ids that end the answer and are not part of it."),
+    "tools": Tools("Functions that the answer may call; ChatGLM3 and GLM-4."),
+    "functions": Tools("As tools, in the form of openai 0.28.", functions=True),
+    "tool_choice": ToolChoice("auto, or none: the model is shown no tools."),
+    "function_call": ToolChoice("As tool_choice, for functions."),
     "stream": Flag("Server-sent events."),
     "stream_options": StreamOptions("Of a stream."),
     "slo_s": Number(float, 0, 1e9, "Seconds within which the whole answer is wanted.", above=True),
@@ -309,10 +460,6 @@ REFUSED: Mapping[str, tuple] = {
     "num_beams": (1,),
     "num_return_sequences": (1,),
     "use_beam_search": (False,),
-    "tools": ([],),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "tool_choice": ("none", "auto"),
     "logprobs": (False,),
     "top_logprobs": (0,),
     "prompt_logprobs": (0,),

@@ -33,12 +33,17 @@ def error_schema() -> Schema:
 
 def completion_schema() -> Schema:
     message: Schema = {"type": "object", "required": ["role", "content"]}
-    message["properties"] = {"role": {"const": "assistant"}, "content": {"type": "string"}}
+    message["properties"] = {
+        "role": {"const": "assistant"},
+        "content": {"type": ["string", "null"]},
+        "tool_calls": {"type": "array", "items": {"type": "object"}},
+        "function_call": {"type": "object"},
+    }
     choice: Schema = {"type": "object", "required": ["index", "message", "finish_reason"]}
     choice["properties"] = {
         "index": {"const": 0},
         "message": message,
-        "finish_reason": {"enum": ["stop", "length"]},
+        "finish_reason": {"enum": ["stop", "length", "tool_calls", "function_call"]},
         "logprobs": {"type": "null"},
     }
     counts = ("prompt_tokens", "completion_tokens", "total_tokens")

@@ -253,13 +253,15 @@ class Service:
         room = f"which leaves no room for an answer within {max_tokens} tokens (--max_tokens)"
         count, characters = (
             len(chat_request.messages),
-            sum(len(text) for _, text in chat_request.messages),
+            sum(len(message.text) for message in chat_request.messages),
         )
         if characters > MAX_CHARACTERS_PER_TOKEN * max_tokens or count > max_tokens:
             raise PromptTooLong(
                 f"the prompt has {count} messages and {characters} characters, {room}"
             )
-        ids = encode_messages(self.tokenizer, chat_request.messages, **self.prompt_options)
+        ids = encode_messages(
+            self.tokenizer, chat_request.messages, chat_request.tools, **self.prompt_options
+        )
         if len(ids) >= max_tokens:
             raise PromptTooLong(f"the prompt has {len(ids)} tokens, {room}")
         if self.predictor is None:

@@ -5,6 +5,7 @@ import pytest
 from chatglm import load_tokenizer
 from chatglm.families import CHATGLM_FAMILIES, family_of
 from serving.server.chat import encode_messages, parse_body, prompt_of
+from serving.server.fields import ChatMessage
 from tests.causal_folders import KINDS, make_causal_folder
 
 
@@ -13,7 +14,7 @@ def test_the_prompt_is_a_training_rows_beginning(tiny_folders, tmp_path, family)
     """What the model is shown is what it has learnt to write: header, then text."""
     folder = tiny_folders.get(family) or make_causal_folder(tmp_path / family, family)
     tokenizer = load_tokenizer(folder)
-    messages = (("user", "你好"), ("assistant", "世界"))
+    messages = (ChatMessage("user", "你好"), ChatMessage("assistant", "世界"))
     ids = encode_messages(tokenizer, messages, **({"rounds": True} if family == "glm" else {}))
     row = family_of(tokenizer).encode_example(tokenizer, "你好", "世界", 200, 150)
     if family == "glm3":  # its chats and rows have the same ids but for how the limit is counted

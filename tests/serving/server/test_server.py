@@ -402,7 +402,7 @@ def test_a_client_that_goes_away_ends_its_answer(server):
         (b"{", "not valid JSON"),
         ([], "must be a JSON object"),
         ({}, "messages must be a list"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0] must be"),
+        ({"messages": [{"role": "bot", "content": "x"}]}, "messages[0] must be"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content must be text"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "at least one message of the user"),
         ({"messages": [{"role": "user", "content": "x"}], "n": 2}, "n is not supported"),

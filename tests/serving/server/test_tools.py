@@ -1,0 +1,178 @@
+"""Tools over the chat API: prompts, calls, results, streams; families without."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import httpx
+import pytest
+
+from chatglm import load_tokenizer
+from serving.server.chat import encode_messages, parse_body
+from serving.server.tools import begins_as_call, parsed_answer
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "of a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+ASKED = {"role": "user", "content": "天气"}
+CALL = {"name": "weather", "arguments": '{"city": "x"}'}
+CALLED = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "1", "type": "function", "function": CALL}],
+}
+RESULT = {"role": "tool", "tool_call_id": "1", "content": "sunny"}
+
+
+@pytest.fixture(params=["glm3", "glm4"])
+def tokenizer(request, tiny_folders):
+    return load_tokenizer(tiny_folders[request.param])
+
+
+def request_of(*messages, **fields):
+    return parse_body({"messages": list(messages)} | fields)
+
+
+def test_the_prompt_is_the_templates(tokenizer):
+    asked = request_of(ASKED, CALLED, RESULT, tools=[WEATHER])
+    ids = encode_messages(tokenizer, asked.messages, asked.tools)
+    wanted = tokenizer.apply_chat_template(
+        [ASKED, CALLED, RESULT], tools=[WEATHER], add_generation_prompt=True
+    )["input_ids"]
+    assert ids == wanted
+    hidden = request_of(ASKED, tools=[WEATHER], tool_choice="none")
+    plain = request_of(ASKED)
+    assert encode_messages(tokenizer, hidden.messages, hidden.tools) == encode_messages(
+        tokenizer, plain.messages
+    )
+
+
+def ids_of(tokenizer, *parts):
+    """Ids of an answer's messages, the role token between them."""
+    ids = []
+    for part in parts:
+        ids += [tokenizer.get_command("<|assistant|>"), *tokenizer.encode_text(part)]
+    return ids[1:]
+
+
+def call_text(tokenizer, arguments):
+    if tokenizer.family == "glm4":
+        return f"weather\n{json.dumps(arguments)}"
+    given = ", ".join(f"{k}={v!r}" for k, v in arguments.items())
+    return f"weather\n```python\ntool_call({given})\n```"
+
+
+def test_answers_are_read(tokenizer):
+    call = call_text(tokenizer, {"city": "x"})
+    text, calls = parsed_answer(tokenizer, ids_of(tokenizer, call), [WEATHER])
+    assert text == "" and calls[0]["function"]["name"] == "weather"
+    assert json.loads(calls[0]["function"]["arguments"]) == {"city": "x"}
+    text, calls = parsed_answer(tokenizer, ids_of(tokenizer, "\nhello", call), [WEATHER])
+    assert text == "hello" and len(calls) == 1
+    for other in ("\nhello", call.replace("weather", "other"), "weather\nno call"):
+        text, calls = parsed_answer(tokenizer, ids_of(tokenizer, other), [WEATHER])
+        assert not calls and text
+    assert begins_as_call(tokenizer, ids_of(tokenizer, call)) is True
+    assert begins_as_call(tokenizer, ids_of(tokenizer, "\nhello")) is False
+    assert begins_as_call(tokenizer, ids_of(tokenizer, "hello")) is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("old", [False, True], ids=["tools", "functions"])
+def test_a_reply_has_the_calls(tokenizer, stream, old):
+    from serving.server.api import ChatResponse
+
+    fields = {"functions": [WEATHER["function"]]} if old else {"tools": [WEATHER]}
+    asked = request_of(ASKED, stream=stream, **fields)
+    ids = ids_of(tokenizer, call_text(tokenizer, {"city": "x"}))
+
+    async def reply():
+        tokens = asyncio.Queue()
+        for token in [*ids, tokenizer.stop_ids[0], None]:
+            tokens.put_nowait(token)
+        answer = SimpleNamespace(id=0, reason="stop", tokens=ids)
+        active = SimpleNamespace(
+            answer=answer, tokens=tokens, request=SimpleNamespace(prompt_tokens=3)
+        )
+        engine = SimpleNamespace(stop_ids=frozenset(tokenizer.stop_ids))
+        service = SimpleNamespace(
+            tokenizer=tokenizer,
+            engine=engine,
+            name="m",
+            report=lambda _: {},
+            length=lambda _: len(ids),
+            cancel=lambda _: None,
+            draining=False,
+        )
+
+        async def receive():
+            await asyncio.sleep(60)
+
+        response = ChatResponse(service, asked, active, SimpleNamespace(receive=receive))
+        if not stream:
+            return await response.complete()
+        return [line async for line in response.events()]
+
+    found = asyncio.run(reply())
+    if stream:
+        chunks = [json.loads(line.removeprefix("data: ")) for line in found if "{" in line]
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks if chunk["choices"]]
+        assert not any(delta.get("content") for delta in deltas)
+        message = next(d for d in deltas if "tool_calls" in d or "function_call" in d)
+        reason = [c["choices"][0]["finish_reason"] for c in chunks if c["choices"]][-1]
+    else:
+        message, reason = found["choices"][0]["message"], found["choices"][0]["finish_reason"]
+        assert message["content"] is None
+    function = message["function_call"] if old else message["tool_calls"][0]["function"]
+    assert function == {"name": "weather", "arguments": '{"city": "x"}'}
+    assert reason == ("function_call" if old else "tool_calls")
+
+
+def test_families_without_tools(tiny_folders):
+    tokenizer = load_tokenizer(tiny_folders["glm2"])
+    for asked in (request_of(ASKED, tools=[WEATHER]), request_of(ASKED, CALLED, RESULT)):
+        with pytest.raises(ValueError, match="ChatGLM2-6B knows no tools here"):
+            encode_messages(tokenizer, asked.messages, asked.tools)
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"tools": [3]}, r"tools\[0\] must be an object of type function"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+            r"\[0\].name must be",
+        ),
+        ({"tools": [WEATHER] * 129}, "at most 128 tools"),
+        ({"tools": [WEATHER], "tool_choice": "required"}, "a call cannot be forced here"),
+        ({"messages": [ASKED, {"role": "assistant", "tool_calls": [{}]}, RESULT]}, "a function"),
+        (
+            {
+                "messages": [
+                    ASKED,
+                    {"role": "assistant", "function_call": {"name": "f", "arguments": "["}},
+                    RESULT,
+                ]
+            },
+            "arguments must be a JSON object",
+        ),
+    ],
+)
+def test_odd_tools_are_refused(fields, said):
+    with pytest.raises(ValueError, match=said):
+        parse_body({"messages": [ASKED]} | fields)
+
+
+def test_tools_through_http(tiny_folders):
+    """The whole way, an answer that is text."""
+    from tests.serving.server.test_server_faults import running
+
+    with running(tiny_folders["glm4"], "--served_model_name", "m", endless=False) as server:
+        body = {"model": "m", "messages": [ASKED], "tools": [WEATHER], "max_tokens": 6}
+        reply = httpx.post(f"{server.root}/v1/chat/completions", json=body, timeout=60).json()
+        assert reply["choices"][0]["finish_reason"] in ("stop", "length", "tool_calls")
