@@ -299,6 +299,12 @@ class ChatResponse:
             return message | {"function_call": calls[0]["function"]}
         return message | {"tool_calls": calls}
 
+    def may_be_call(self) -> bool:
+        """Whether what is being written is a call of a tool, or its first line has not ended."""
+        if not self.chat_request.tools:
+            return False
+        return begins_as_call(self.service.tokenizer, self.ids) is not False
+
     def calls_delta(self, text: str, calls: list[dict]) -> dict:
         """A stream's delta of calls, each whole."""
         delta: dict[str, Any] = {"content": text} if text else {}
@@ -361,17 +367,15 @@ class ChatResponse:
                 self.head | {"object": "chat.completion.chunk", "choices": [choice]} | usage | more
             )
 
-        held: list[str] = []  # text that may turn out to be a call of a tool
-        is_call: bool | None = None if self.chat_request.tools else False
+        held = ""  # text that may turn out to be a call of a tool
+        streamed = False
         async with aclosing(self.text_pieces()) as texts:
             yield chunk({"role": "assistant", "content": ""})
             async for piece in texts:
-                if is_call is None:
-                    is_call = begins_as_call(self.service.tokenizer, self.ids)
-                held.append(piece)
-                if is_call is False:
-                    yield chunk({"content": "".join(held)})
-                    held.clear()
+                held += piece
+                if not self.may_be_call():
+                    yield chunk({"content": held})
+                    held, streamed = "", True
         if self.disconnected:
             return
         try:
@@ -380,10 +384,10 @@ class ChatResponse:
             yield event(error.body())
             return
         beside, calls = self.tool_calls()
-        if not calls and held:
-            yield chunk({"content": "".join(held)})
         if calls:
-            yield chunk(self.calls_delta(beside if held else "", calls))
+            yield chunk(self.calls_delta("" if streamed else beside, calls))
+        elif held:
+            yield chunk({"content": held})
         reason = self.calls_reason() if calls else self.finish_reason()
         yield chunk({}, reason, glm_foundry=self.service.report(self.active))
         if self.chat_request.include_usage:

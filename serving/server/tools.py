@@ -27,8 +27,9 @@ def check_tools(family: Family) -> None:
 
 
 def begins_as_call(tokenizer: "FamilyTokenizer", ids: Sequence[int]) -> bool | None:
-    """Whether an answer's first line names a tool; None while that line has not ended."""
-    text = decoded(tokenizer, ids)
+    """Whether the first line of an answer's last message names a tool; None while it is written."""
+    last = split_at(list(ids), tokenizer.get_command("<|assistant|>"))[-1]
+    text = decoded(tokenizer, last)
     header, newline, _ = text.partition("\n")
     return bool(header.strip()) if newline else None
 

@@ -80,45 +80,44 @@ def test_answers_are_read(tokenizer):
     assert begins_as_call(tokenizer, ids_of(tokenizer, call)) is True
     assert begins_as_call(tokenizer, ids_of(tokenizer, "\nhello")) is False
     assert begins_as_call(tokenizer, ids_of(tokenizer, "hello")) is None
+    assert begins_as_call(tokenizer, ids_of(tokenizer, "\nhello", call)) is True
+
+
+async def reply_of(tokenizer, ids, stream=True, **fields):
+    """What a client gets for an answer of these ids: the reply, or the lines of its stream."""
+    from serving.server.api import ChatResponse
+
+    tokens = asyncio.Queue()
+    for token in [*ids, tokenizer.stop_ids[0], None]:
+        tokens.put_nowait(token)
+    answer = SimpleNamespace(id=0, reason="stop", tokens=ids)
+    active = SimpleNamespace(answer=answer, tokens=tokens, request=SimpleNamespace(prompt_tokens=3))
+    service = SimpleNamespace(
+        tokenizer=tokenizer,
+        engine=SimpleNamespace(stop_ids=frozenset(tokenizer.stop_ids)),
+        name="m",
+        report=lambda _: {},
+        length=lambda _: len(ids),
+        cancel=lambda _: None,
+        draining=False,
+    )
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    asked = request_of(ASKED, stream=stream, **fields)
+    response = ChatResponse(service, asked, active, SimpleNamespace(receive=receive))
+    if not stream:
+        return await response.complete()
+    return [line async for line in response.events()]
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("old", [False, True], ids=["tools", "functions"])
 def test_a_reply_has_the_calls(tokenizer, stream, old):
-    from serving.server.api import ChatResponse
-
     fields = {"functions": [WEATHER["function"]]} if old else {"tools": [WEATHER]}
-    asked = request_of(ASKED, stream=stream, **fields)
     ids = ids_of(tokenizer, call_text(tokenizer, {"city": "x"}))
-
-    async def reply():
-        tokens = asyncio.Queue()
-        for token in [*ids, tokenizer.stop_ids[0], None]:
-            tokens.put_nowait(token)
-        answer = SimpleNamespace(id=0, reason="stop", tokens=ids)
-        active = SimpleNamespace(
-            answer=answer, tokens=tokens, request=SimpleNamespace(prompt_tokens=3)
-        )
-        engine = SimpleNamespace(stop_ids=frozenset(tokenizer.stop_ids))
-        service = SimpleNamespace(
-            tokenizer=tokenizer,
-            engine=engine,
-            name="m",
-            report=lambda _: {},
-            length=lambda _: len(ids),
-            cancel=lambda _: None,
-            draining=False,
-        )
-
-        async def receive():
-            await asyncio.sleep(60)
-
-        response = ChatResponse(service, asked, active, SimpleNamespace(receive=receive))
-        if not stream:
-            return await response.complete()
-        return [line async for line in response.events()]
-
-    found = asyncio.run(reply())
+    found = asyncio.run(reply_of(tokenizer, ids, stream, **fields))
     if stream:
         chunks = [json.loads(line.removeprefix("data: ")) for line in found if "{" in line]
         deltas = [chunk["choices"][0]["delta"] for chunk in chunks if chunk["choices"]]
@@ -131,6 +130,15 @@ def test_a_reply_has_the_calls(tokenizer, stream, old):
     function = message["function_call"] if old else message["tool_calls"][0]["function"]
     assert function == {"name": "weather", "arguments": '{"city": "x"}'}
     assert reason == ("function_call" if old else "tool_calls")
+
+
+def test_text_streams_and_a_call_after_it_does_not(tokenizer):
+    call = call_text(tokenizer, {"city": "x"})
+    found = asyncio.run(reply_of(tokenizer, ids_of(tokenizer, "\nhello", call), tools=[WEATHER]))
+    chunks = [json.loads(line.removeprefix("data: ")) for line in found if "{" in line]
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks if chunk["choices"]]
+    assert "".join(delta.get("content") or "" for delta in deltas).strip() == "hello"
+    assert sum("tool_calls" in delta for delta in deltas) == 1
 
 
 def test_families_without_tools(tiny_folders):
