@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .causal_prompts import END, TemplateTokenizer, template_messages
+from .causal_prompts import end_before_next, template_messages, written_answer
 from .families import Family
 from .histories import ROLES, message_text
 from .prompts import (
@@ -245,19 +245,20 @@ def _causal(
     """By the model's chat template, one row where it only adds to what it wrote before.
 
     A template that writes earlier answers otherwise than the last one (Qwen3's leaves their
-    thoughts out) gives a row an answer. Labels are an answer's header, text and end.
+    thoughts out) gives a row an answer. Labels are what it writes of an answer, and its end.
     """
     rows: list[EncodedTurns] = []
     ids: list[int] = []
     labels: list[int] = []
-    messages, tools = template_messages([turn_message(turn) for turn in turns], tokenizer.tool_role)
+    messages, tools = template_messages(tokenizer, [turn_message(turn) for turn in turns])
     skipped = len(turns) - len(messages)  # a system turn that has tools alone
     for number, turn in enumerate(turns):
         if not carries_loss(turn):
             continue
-        before = messages[: number - skipped]
-        prompt = tokenizer.encode_messages(before, tools)
-        learnt = answer_ids(tokenizer, turn, [*before, messages[number - skipped]], tools, prompt)
+        prompt = tokenizer.encode_messages(messages[: number - skipped], tools)
+        count = number - skipped + 1
+        learnt = written_answer(tokenizer, messages[:count], tools, prompt, turn.call)
+        learnt[-1] = end_before_next(tokenizer, messages[: count + 1], tools, prompt + learnt)
         if ids and prompt[: len(ids)] != ids:
             rows.append(_cut(ids, labels, max_len))
             ids, labels = [], []
@@ -269,32 +270,12 @@ def _causal(
 def turn_message(turn: Turn) -> dict[str, Any]:
     """A turn as a message of a history."""
     message: dict[str, Any] = {"role": turn.role, "content": turn.content}
-    for key, value in (("metadata", turn.metadata), ("tools", turn.tools), ("call", turn.call)):
-        if value:
+    if turn.metadata:
+        message["metadata"] = turn.metadata
+    for key, value in (("tools", turn.tools), ("call", turn.call)):
+        if value is not None:
             message[key] = value
     return message
-
-
-def answer_ids(
-    tokenizer: TemplateTokenizer,
-    turn: Turn,
-    messages: list[dict[str, Any]],
-    tools: Any,
-    prompt: list[int],
-) -> list[int]:
-    """What the model learns to write of a turn, the last of `messages`: header, text, end.
-
-    Raises:
-        ValueError: the template writes a call of a tool elsewhere than after the prompt.
-    """
-    end = tokenizer.get_command(END)
-    if turn.call is None:
-        return [*tokenizer.answer_header, *tokenizer.encode_text(turn.content), end]
-    whole = tokenizer.encode_messages(messages, tools, prompts_answer=False)
-    if whole[: len(prompt)] != prompt:
-        raise ValueError("the chat template does not write a call of a tool after the prompt")
-    written = whole[len(prompt) :]
-    return [*written[: written.index(end)], end] if end in written else [*written, end]
 
 
 # (tokenizer, turns, max_len, max_src_len, role_labels) -> rows, by the family's name.

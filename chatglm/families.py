@@ -173,9 +173,7 @@ FAMILIES: dict[str, Family] = {
         },
         prompt_text=raw_prompts.raw_text,
         encode_prompt=partial(prompts.encode_prompt, causal_prompts.causal_layout),
-        encode_example=partial(
-            prompts.encode_example, causal_prompts.causal_layout, causal_prompts.END
-        ),
+        encode_example=causal_prompts.causal_example,
         encode_chat=causal_prompts.causal_chat,
         chat_prompt=None,
         answer_text=str.strip,

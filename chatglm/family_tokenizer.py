@@ -19,6 +19,11 @@ class FamilyTokenizer(PreTrainedTokenizerBase):
     prompt_style: str = "chat"
 
     @property
+    def answer_header_text(self) -> str:
+        """What a chat template writes between a prompt and its answer; "" for the others."""
+        return ""
+
+    @property
     def stop_ids(self) -> list[int]:
         """Ids that end an answer."""
         raise NotImplementedError

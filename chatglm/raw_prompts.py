@@ -6,6 +6,7 @@ Pure functions, free of torch; `families.family_of` gives them to a tokenizer of
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from .causal_prompts import END
 from .histories import History, turns_of
 from .prompts import Layout, TextTokenizer
 
@@ -33,7 +34,8 @@ def raw_ids(
 ) -> tuple[list[int], list[int]]:
     """(ids before and of the text, ids after it). `tokens`: None for the tokenizer's own start."""
     if tokens is None:
-        return [*tokenizer.raw_start, *text], []
+        ids = [*tokenizer.raw_start, *text]
+        return ids or [tokenizer.get_command(END)], []  # a model needs a first token
     before = [tokenizer.get_command(token) for token in tokens.before]
     return before + text, [tokenizer.get_command(token) for token in tokens.after]
 
@@ -43,7 +45,7 @@ def raw_layout(
 ) -> Layout:
     """A text to go on with; of a long one the end is kept, at most `max_src_len` tokens."""
     text = tokenizer.encode_text(prompt)
-    source, after = raw_ids(tokens, tokenizer, text[-max_src_len:])
+    source, after = raw_ids(tokens, tokenizer, text[max(0, len(text) - max_src_len) :])
     prefix = source + after
     # As in ChatGLM-6B's chats, <sop> is a label.
     n_masked = len(prefix) - bool(after)

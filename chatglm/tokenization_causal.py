@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from .histories import Message
 # One character stands for each control token that a message spells, while the template is rendered.
 PRIVATE = range(0xF0000, 0xFFFFE)
 PROBE = "\U000f0000"
+TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # of a text, not of a message
 SAVED_CLASS = "PreTrainedTokenizerFast"  # what a saved folder names: any program has it
 
 
@@ -145,22 +147,12 @@ class CausalTokenizer(FamilyTokenizer, PreTrainedTokenizerFast):
         """
         marks: dict[str, str] = {}
         hidden = self._hide(messages, marks)
-        try:
-            text = self.apply_chat_template(
-                hidden,
-                tools=self._hide(tools, marks) or None,
-                tokenize=False,
-                add_generation_prompt=prompts_answer,
-            )
-        except (TemplateError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"the chat template of {self.name_or_path} refuses the messages: "
-                f"{' '.join(str(error).split())}"
-            ) from None
+        shown = self._hide(tools, marks) or None
+        text = self._render(hidden, shown, prompts_answer=prompts_answer)
         whole = self._readers[0]
         texts = {mark: spelled for spelled, mark in marks.items()}
         ids: list[int] = []
-        for part in re.split(f"([{chr(PRIVATE[0])}-{chr(PRIVATE[-1])}])", str(text)):
+        for part in re.split(f"([{chr(PRIVATE[0])}-{chr(PRIVATE[-1])}])", text):
             if part in texts:
                 ids += self.encode_text(texts[part])
             elif part:
@@ -177,48 +169,114 @@ class CausalTokenizer(FamilyTokenizer, PreTrainedTokenizerFast):
             clean = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             return self._control_pattern.sub(lambda found: mark_of(found[0], marks), clean)
         if isinstance(value, dict):
-            return {key: self._hide(item, marks) for key, item in value.items()}
+            hidden = {}
+            for key, item in value.items():
+                hidden[self._hide(key, marks)] = self._hide(item, marks)
+            return hidden
         if isinstance(value, (list, tuple)):
             return [self._hide(item, marks) for item in value]
         return value
 
-    # ---- what the template writes around an answer
+    # ---- what the template writes
 
     @cached_property
-    def _around_answer(self) -> tuple[list[int], int]:
-        """(ids between the prompt for an answer and the answer, id that ends the answer)."""
-        question: Message = {"role": "user", "content": "a"}
+    def _around_answer(self) -> tuple[str, list[int], int]:
+        """(text between the prompt for an answer and the answer, its ids, id that ends it).
+
+        The ids are empty unless the text is blank and stays apart from the answer's tokens.
+        """
+        before = self._probed_start()
         answer: Message = {"role": "assistant", "content": PROBE}
-        prompt = self._render([question], prompts_answer=True)
-        once = self._render([question, answer], prompts_answer=False)
+        prompt = self._render(before, prompts_answer=True)
+        once = self._render([*before, answer], prompts_answer=False)
         header = ""
         if once.startswith(prompt) and PROBE in once:
             header = once[len(prompt) : once.index(PROBE)]
-        again = self._render([question, answer, question], prompts_answer=True)
+        again = self._render([*before, answer, before[-1]], prompts_answer=True)
         whole = self._readers[0]
         after = whole.encode(again.partition(PROBE)[2], add_special_tokens=False).ids
         end = next((i for i in after if i in self.stop_ids), self.stop_ids[0])
-        return list(whole.encode(header, add_special_tokens=False).ids), end
+        ids = list(whole.encode(header, add_special_tokens=False).ids)
+        plain = [{"role": "assistant", "content": "a"}]
+        said = self.encode_messages([*before, *plain], prompts_answer=False)
+        start = len(self.encode_messages(before))
+        is_apart = said[start:][: len(ids) + 1] == [*ids, *self.encode_text("a")][: len(ids) + 1]
+        return header, ids if is_apart and not header.strip() else [], end
 
-    def _render(self, messages: list[Message], *, prompts_answer: bool) -> str:
-        return str(
-            self.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompts_answer)
-        )
+    def _probed_start(self) -> list[Message]:
+        """Messages up to a question that the template takes: some want a system's first."""
+        question: Message = {"role": "user", "content": "a"}
+        system: Message = {"role": "system", "content": "a"}
+        try:
+            self._render([question], prompts_answer=True)
+        except ValueError:
+            return [system, question]
+        return [question]
+
+    def _render(self, messages: list[Message], tools: Any = None, *, prompts_answer: bool) -> str:
+        """The template's text. Raises ValueError where it refuses the messages."""
+        try:
+            return str(
+                self.apply_chat_template(
+                    messages, tools=tools, tokenize=False, add_generation_prompt=prompts_answer
+                )
+            )
+        except (TemplateError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"the chat template of {self.name_or_path} refuses the messages: "
+                f"{' '.join(str(error).split())}"
+            ) from None
 
     @property
     def answer_header(self) -> list[int]:
-        """Ids that the template writes between the prompt for an answer and the answer."""
-        return self._around_answer[0] if self.chat_template else []
+        """Ids of the blank text that the template writes between a prompt and its answer."""
+        return self._around_answer[1] if self.chat_template else []
+
+    @property
+    def answer_header_text(self) -> str:
+        """What the template writes between a prompt and its answer, such as Qwen3's no thoughts."""
+        return self._around_answer[0] if self.chat_template else ""
 
     @property
     def answer_end(self) -> int:
-        """The id that ends an answer: the first that the template writes after one."""
-        return self._around_answer[1] if self.chat_template else self.stop_ids[0]
+        """The id that ends an answer: the first that the template writes after one; of raw text,
+        the end of a text.
+        """
+        if self.chat_template and self.prompt_style == "chat":
+            return self._around_answer[2]
+        ends = [self.convert_tokens_to_ids(token) for token in TEXT_ENDS]
+        return next((index for index in ends if index in self.stop_ids), self.stop_ids[0])
 
     @property
     def tool_role(self) -> str:
         """The template's role of a tool's result."""
         return "observation" if "observation" in str(self.chat_template) else "tool"
+
+    @cached_property
+    def renders_calls(self) -> bool:
+        """Whether the template writes an assistant's `tool_calls`."""
+        function = {"name": "f", "arguments": {"a": PROBE}}
+        call: Message = {"role": "assistant", "content": ""}
+        call["tool_calls"] = [{"type": "function", "function": function}]
+        with suppress(ValueError):
+            return PROBE in self._render([*self._probed_start(), call], prompts_answer=False)
+        return False
+
+    @cached_property
+    def place_of_tools(self) -> str | None:
+        """Where the template reads tools: "argument", the "system" message, or None."""
+        function = {"name": PROBE, "description": "", "parameters": {}}
+        tool = {"type": "function", "function": function}
+        question = self._probed_start()[-1]
+        system: Message = {"role": "system", "content": "a"}
+        for start in ([question], [system, question]):
+            with suppress(ValueError):
+                if PROBE in self._render(start, [tool], prompts_answer=True):
+                    return "argument"
+        with suppress(ValueError):
+            shown = self._render([system | {"tools": [tool]}, question], prompts_answer=True)
+            return "system" if PROBE in shown else None
+        return None
 
 
 def mark_of(spelled: str, marks: dict[str, str]) -> str:

@@ -154,6 +154,8 @@ def _training(
         lines.append("training_args.max_steps decides alone: --num_train_epochs is as many")
     for key, value in absent.items():
         lines.append(f"training_args has no {key}: --{key} {value}, transformers' default")
+    if isinstance(workers := section.get("dataloader_num_workers"), int):
+        section["dataloader_num_workers"] = min(workers, os.cpu_count() or 1)
     flags |= section | absent
 
 

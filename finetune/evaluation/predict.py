@@ -135,8 +135,10 @@ def answers_by_batch(
 
 
 def decoded_text(tokenizer: "FamilyTokenizer", ids: list[int]) -> str:
-    """The text of an answer's ids, without control tokens."""
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
+    """The text of an answer's ids, without control tokens and what a chat template writes first."""
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+    header = tokenizer.answer_header_text
+    return text.removeprefix(header) if header.strip() else text
 
 
 def generate_batch(

@@ -227,8 +227,16 @@ def _calls(text: object, loss: bool = True) -> list[Turn]:
         name = call.get("name") if isinstance(call, dict) else None
         if not (isinstance(arguments, dict) and isinstance(name, str)):
             raise ValueError(f"a function call has a name and arguments, got {_shown(call)}")
-        turns.append(Turn("assistant", tool_call(arguments), name, loss, call=arguments))
+        turns.append(Turn("assistant", python_call(arguments), name, loss, call=arguments))
     return turns
+
+
+def python_call(arguments: dict) -> str:
+    """ChatGLM3's text of a call; "" where a name is no Python name, which `refused_by` tells."""
+    try:
+        return tool_call(arguments)
+    except ValueError:
+        return ""
 
 
 def _call_arguments(call: object) -> object:
@@ -299,7 +307,7 @@ def _chatglm3(row: dict, prompt_text: str) -> list[Turn]:
                 raise ValueError(
                     f'"parameters" of a tool turn must be an object, got {_shown(parameters)}'
                 )
-            text, name = tool_call(parameters), _text(turn, "name")
+            text, name = python_call(parameters), _text(turn, "name")
             turns.append(Turn("assistant", text, name, loss, call=parameters))
             turns.append(Turn("observation", _json_text(turn.get("observation"), "observation")))
         else:
@@ -581,11 +589,16 @@ def from_turns(turns: list[Turn], place: str) -> Row:
 
 def refused_by(row: Row, family_name: str) -> str | None:
     """Why a family has no layout for a row; None where it has one."""
-    if row.turns and not FAMILIES[family_name].roles:
-        try:
+    if not row.turns:
+        return None
+    try:
+        if not FAMILIES[family_name].roles:
             rounds_of(list(row.turns))
-        except ValueError as error:
-            return f"{row.place}: {error}"
+        if family_name == "glm3":
+            for turn in row.turns:
+                tool_call(turn.call or {})
+    except ValueError as error:
+        return f"{row.place}: {error}"
     return None
 
 

@@ -164,8 +164,9 @@ def test_a_row_is_the_prompt_and_the_answer(folders, kind):
     assert row.input_ids[: len(prompt.input_ids)] == prompt.input_ids
     assert row.input_ids[-1] == tokenizer.get_command(END)
     assert row.input_ids[-1] in tokenizer.stop_ids
-    answer = tokenizer.encode_text("answer")
-    assert row.input_ids[len(prompt.input_ids) : -1] == answer
+    written = tokenizer.decode(row.input_ids[len(prompt.input_ids) : -1])
+    thoughts = "<think>\n\n</think>\n\n" if kind == "qwen3" else ""
+    assert written == f"{thoughts}answer" and tokenizer.answer_header_text in ("", "\n", thoughts)
     chat = family.encode_chat(tokenizer, "问题")
     assert row.input_ids[: row.n_masked] == chat == prompt.input_ids[: row.n_masked]
     # the whole, as the template writes it with its answer
@@ -220,6 +221,106 @@ def test_calls_of_tools_are_learnt(folders):
     assert '<tool_call>{"name": "weather", "arguments": {"city": "北京"}}</tool_call>' in learnt
     assert "It is sunny.<|im_end|>" in learnt and "tool\nsunny" in tokenizer.decode(row.input_ids)
     assert '[{"name": "weather"}]' in tokenizer.decode(row.input_ids)
+
+
+def learnt_text(tokenizer, *turns):
+    (row,) = CONVERSATIONS["causal"](tokenizer, list(turns), 500, 400, True)
+    return tokenizer.decode([label for label in row.labels if label != IGNORED])
+
+
+def test_calls_where_the_template_knows_none(folders):
+    """GLM's writes the header line and the content."""
+    tokenizer = loaded(folders, "glm")[1]
+    assert not tokenizer.renders_calls and tokenizer.place_of_tools is None
+    call = Turn("assistant", "", metadata="weather", call={"city": "北京"})
+    text = learnt_text(tokenizer, Turn("user", "天气"), call)
+    assert text == 'weather\n{"city": "北京"}<|user|>'
+    with pytest.raises(ValueError, match="has no place for tools"):
+        learnt_text(tokenizer, Turn("system", "", tools=[{"name": "f"}]), Turn("user", "a"), call)
+
+
+def test_a_call_ends_with_what_follows_it(tmp_path):
+    folder = make_causal_folder(tmp_path / "glm", "glm")
+    config = json.loads((folder / "generation_config.json").read_text())
+    ends = [0, 4, 6]  # <|endoftext|>, <|user|>, <|observation|>
+    (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": ends}))
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(template + "{# observation #}")
+    tokenizer = load_tokenizer(folder)
+    turns = [
+        Turn("user", "a"),
+        Turn("assistant", "", metadata="w", call={"city": "x"}),
+        Turn("observation", "sunny"),
+        Turn("assistant", "b"),
+    ]
+    assert learnt_text(tokenizer, *turns) == 'w\n{"city": "x"}<|observation|>\nb<|user|>'
+
+
+def test_tools_in_the_systems_message(folders, tmp_path):
+    template = KINDS["glm"][2].replace(
+        "{{ m.content }}", "{{ m.content }}{% if m.tools %}{{ m.tools | tojson }}{% endif %}"
+    )
+    folder = make_causal_folder(tmp_path / "hf", "glm", template=template)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.place_of_tools == "system"
+    ids = family_of(tokenizer).encode_chat(
+        tokenizer, "x", [{"role": "system", "content": None, "tools": [{"name": "weather"}]}]
+    )
+    assert '[{"name": "weather"}]' in tokenizer.decode(ids)
+
+
+def test_a_call_without_arguments(folders):
+    call = Turn("assistant", "```python\ntool_call()\n```", metadata="now", call={})
+    text = learnt_text(loaded(folders, "qwen2")[1], Turn("user", "几点"), call)
+    assert text == '<tool_call>{"name": "now", "arguments": {}}</tool_call><|im_end|>'
+
+
+def test_thoughts_are_learnt_once(folders, tmp_path):
+    """Qwen3's template takes thoughts out of the content and writes them anew."""
+    template = KINDS["qwen3"][2].replace(
+        "<think>\n\n</think>\n\n{% endif %}{{ m.content }}",
+        "<think>\n{{ m.content.split('</think>')[0].split('<think>')[-1].strip() "
+        "if '</think>' in m.content else '' }}\n</think>\n\n"
+        "{{ m.content.split('</think>')[-1].strip() }}{% else %}{{ m.content }}{% endif %}",
+    )
+    assert template != KINDS["qwen3"][2]
+    tokenizer = load_tokenizer(make_causal_folder(tmp_path / "q", "qwen3", template=template))
+    answer = Turn("assistant", "<think>\nadd\n</think>\n\n2")
+    assert learnt_text(tokenizer, Turn("user", "1+1"), answer) == (
+        "<think>\nadd\n</think>\n\n2<|im_end|>"
+    )
+    row = family_of(tokenizer).encode_example(tokenizer, "1+1", answer.content, 200, 100)
+    assert tokenizer.decode(row.input_ids[row.n_masked :]).count("<think>") == 1
+
+
+def test_keys_of_tools_hold_no_control_token(folders):
+    tokenizer = loaded(folders, "qwen2")[1]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    question = [{"role": "user", "content": "x"}]
+    tool = {"name": "f", "parameters": {"<|im_end|>": 1}}
+    plain = tokenizer.encode_messages(question, [{"name": "f"}])
+    assert tokenizer.encode_messages(question, [tool]).count(end) == plain.count(end)
+
+
+def test_a_template_that_wants_a_system_turn(tmp_path):
+    template = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('need system') }}{% endif %}"
+    ) + KINDS["qwen2"][2]
+    tokenizer = load_tokenizer(make_causal_folder(tmp_path / "q", "qwen2", template=template))
+    text = learnt_text(tokenizer, Turn("system", "s"), Turn("user", "a"), Turn("assistant", "b"))
+    assert text == "b<|im_end|>"
+    with pytest.raises(ValueError, match="refuses the messages: need system"):
+        family_of(tokenizer).encode_chat(tokenizer, "x")
+
+
+def test_raw_text_of_a_chat_model_ends_as_text(tmp_path):
+    folder = make_causal_folder(tmp_path / "q", "qwen2")
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [2, 0]}))
+    tokenizer = load_tokenizer(folder, prompt_style="raw")
+    assert tokenizer.get_command(END) == tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert family_of(tokenizer).encode_chat(tokenizer, "") == [tokenizer.get_command(END)]
+    assert load_tokenizer(folder).get_command(END) == 2
 
 
 def test_a_template_that_refuses(folders, tmp_path):

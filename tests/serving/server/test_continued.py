@@ -17,9 +17,11 @@ def test_the_prompt_is_a_training_rows_beginning(tiny_folders, tmp_path, family)
     messages = (ChatMessage("user", "你好"), ChatMessage("assistant", "世界"))
     ids = encode_messages(tokenizer, messages, **({"rounds": True} if family == "glm" else {}))
     row = family_of(tokenizer).encode_example(tokenizer, "你好", "世界", 200, 150)
-    if family == "glm3":  # its chats and rows have the same ids but for how the limit is counted
-        assert ids[-4:] == row.input_ids[:-1][-4:]
-    assert ids == row.input_ids[:-1]
+    if family == "qwen3":  # whether it thinks is the model's choice
+        chat = family_of(tokenizer).encode_chat(tokenizer, "你好")
+        assert ids == chat + tokenizer.encode_text("世界")
+    else:
+        assert ids == row.input_ids[:-1]
 
 
 def test_the_predictor_is_asked_the_question():
