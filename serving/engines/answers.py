@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from serving.request import FOREVER, CostEstimator, Limits, Plan, Record, Request, StepResult
 
@@ -40,6 +40,8 @@ class Sampling:
             and for each of their occurrences.
         logit_bias: (token id, what is added to its logit); ids beyond the vocabulary count for
             nothing.
+        logprobs: keep the log probability of each token, and of so many likeliest ones, by the
+            model's unchanged logits; None for none.
     """
 
     max_new_tokens: int | None = None
@@ -53,6 +55,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if not (self.top_k >= 0 and 0 <= self.min_p <= 1 and self.repetition_penalty > 0):
@@ -83,6 +86,18 @@ class Sampling:
         return self.greedy and not self.penalizes
 
 
+class TokenLogprobs(NamedTuple):
+    """Log probabilities at one place of an answer.
+
+    Attributes:
+        chosen: of the token there.
+        top: (token, its log probability) of the likeliest ones, the likeliest first.
+    """
+
+    chosen: float
+    top: list[tuple[int, float]]
+
+
 class Answer:
     """One answer as it grows. The engine writes it, any thread may read it.
 
@@ -93,6 +108,7 @@ class Answer:
         reason: None while it grows; then "stop" (a stop id), "length" (max_new_tokens), "cut" (the
             engine's limits, or a plan's), "cancelled", "refused" or "failed" (the model's output
             was not finite, or sampling failed).
+        logprobs: of each token, where its sampling asks for them.
         generator: of its sampling, on the model's device; created when first needed. A
             preemption does not rewind it.
     """
@@ -108,6 +124,7 @@ class Answer:
         self.prompt = prompt
         self.sampling = sampling
         self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
         self.reason: str | None = None
         self.generator: Generator | None = None
         self._listener = listener
@@ -325,14 +342,29 @@ def choose_tokens(logits: "Tensor", answers: Sequence[Answer]) -> list[int | Non
     is_finite = best.values.isfinite().tolist()
     tokens = [token if is_finite[i] else None for i, token in enumerate(best.indices.tolist())]
     for i, answer in enumerate(answers):
-        if tokens[i] is None or answer.sampling.is_plain:
+        if tokens[i] is None:
             continue
         try:
-            tokens[i] = sample(logits[i], answer)
+            if not answer.sampling.is_plain:
+                tokens[i] = sample(logits[i], answer)
+            if answer.sampling.logprobs is not None:
+                found = token_logprobs(logits[i], int(tokens[i] or 0), answer.sampling.logprobs)
+                answer.logprobs.append(found)
         except Exception:  # one row's sampling must not end the other answers
             log.exception("request %s: sampling failed", answer.id)
             tokens[i] = None
     return tokens
+
+
+def token_logprobs(logits: "Tensor", token: int, count: int) -> TokenLogprobs:
+    """Log probabilities of a token and of the `count` likeliest ones by logits (V,)."""
+    import torch
+
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    top = logprobs.topk(min(count, len(logprobs)))
+    return TokenLogprobs(
+        float(logprobs[token]), list(zip(top.indices.tolist(), top.values.tolist()))
+    )
 
 
 def penalized(logits: "Tensor", answer: Answer) -> "Tensor":

@@ -153,7 +153,8 @@ class SampledTokens(LogitsProcessor):
         for i, row in enumerate(self._rows):
             if row.inactive:
                 continue
-            if row.answer.sampling.is_plain:
+            sampling = row.answer.sampling
+            if sampling.is_plain and sampling.logprobs is None:
                 failed = not bool(scores[i].max().isfinite())
             else:
                 failed = not self._force_sampled(scores, i, row.answer)

@@ -235,6 +235,7 @@ class ChatResponse:
         }
         self.disconnected = self.token_stopped = False
         self.ids: list[int] = []  # of the answer, without what ended it
+        self.reported = 0  # how many of them a stream has given the log probabilities of
 
     @property
     def stopped(self) -> bool:
@@ -299,6 +300,24 @@ class ChatResponse:
             return message | {"function_call": calls[0]["function"]}
         return message | {"tool_calls": calls}
 
+    def next_logprobs(self) -> dict | None:
+        """OpenAI's logprobs of the tokens that it has not given yet."""
+        if not self.chat_request.logprobs:
+            return None
+        start, self.reported = self.reported, len(self.ids)
+        entries = []
+        for place in range(start, self.reported):
+            chosen, top = self.active.answer.logprobs[place]
+            alternatives = [self.logprob_entry(token, value) for token, value in top]
+            entry = self.logprob_entry(self.ids[place], chosen)
+            entries.append(entry | {"top_logprobs": alternatives})
+        return {"content": entries, "refusal": None}
+
+    def logprob_entry(self, token: int, logprob: float) -> dict:
+        """OpenAI's object of one token."""
+        text = self.service.tokenizer.decode([token])
+        return {"token": text, "logprob": logprob, "bytes": list(str(text).encode())}
+
     def may_be_call(self) -> bool:
         """Whether what is being written is a call of a tool, or its first line has not ended."""
         if not self.chat_request.tools:
@@ -343,7 +362,7 @@ class ChatResponse:
             "index": 0,
             "message": self.message_of(beside, calls) if calls else message,
             "finish_reason": self.calls_reason() if calls else self.finish_reason(),
-            "logprobs": None,
+            "logprobs": self.next_logprobs(),
         }
         report = self.service.report(self.active)
         return self.head | {
@@ -362,7 +381,9 @@ class ChatResponse:
         usage = {"usage": None} if self.chat_request.include_usage else {}
 
         def chunk(delta: dict, reason: str | None = None, **more: Any) -> str:
-            choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
+            choice = {"index": 0, "delta": delta, "finish_reason": reason}
+            has_new = len(self.ids) > self.reported
+            choice["logprobs"] = self.next_logprobs() if has_new else None
             return event(
                 self.head | {"object": "chat.completion.chunk", "choices": [choice]} | usage | more
             )

@@ -442,6 +442,8 @@ FIELDS: Mapping[str, Field] = {
     ),
     "frequency_penalty": Number(float, -2, 2, "Subtracted from them once per occurrence."),
     "logit_bias": LogitBias("Added to the logits of tokens: {token id: -100 to 100}."),
+    "logprobs": Flag("Give the log probability of each token, by the model's own logits."),
+    "top_logprobs": Number(int, 0, 20, "With logprobs: those of so many likeliest tokens too."),
     "seed": Number(int, -(2**63), 2**63 - 1, "Of this answer's sampling."),
     "stop": Stops("Texts that end the answer and are not part of it."),
     "stop_token_ids": TokenIds("Token ids that end the answer and are not part of it."),
@@ -460,8 +462,6 @@ REFUSED: Mapping[str, tuple] = {
     "num_beams": (1,),
     "num_return_sequences": (1,),
     "use_beam_search": (False,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "prompt_logprobs": (0,),
     "response_format": ({"type": "text"},),
     "guided_json": (),
@@ -529,6 +529,8 @@ def read_fields(body: Any) -> Schema:
     for name, field in FIELDS.items():
         if body.get(name) is not None:
             values[name] = field.read(name, body[name])
+    if "top_logprobs" in values and not values.get("logprobs"):
+        raise ValueError("top_logprobs needs logprobs true")
     return values
 
 

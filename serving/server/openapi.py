@@ -44,7 +44,7 @@ def completion_schema() -> Schema:
         "index": {"const": 0},
         "message": message,
         "finish_reason": {"enum": ["stop", "length", "tool_calls", "function_call"]},
-        "logprobs": {"type": "null"},
+        "logprobs": {"type": ["object", "null"]},
     }
     counts = ("prompt_tokens", "completion_tokens", "total_tokens")
     usage: Schema = {"type": "object", "required": list(counts)}

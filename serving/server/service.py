@@ -240,8 +240,13 @@ class Service:
             options |= {"temperature": 0.0, "top_p": 1.0}
         top_k = max(chat_request.top_k or 0, 0)
         max_new_tokens = min(token_limits, default=None)
+        logprobs = chat_request.top_logprobs or 0 if chat_request.logprobs else None
         return Sampling(
-            max_new_tokens=max_new_tokens, seed=chat_request.seed, top_k=top_k, **options
+            max_new_tokens=max_new_tokens,
+            seed=chat_request.seed,
+            top_k=top_k,
+            logprobs=logprobs,
+            **options,
         )
 
     def _prepare(

@@ -588,3 +588,32 @@ def test_wall_clock_sleeps_until_there_is_news():
     )
     inbox.close()
     assert inbox.closed and inbox.next_s() == FOREVER
+
+
+@pytest.mark.parametrize("engine_name", ["continuous", "static"])
+def test_log_probabilities_are_the_models(engine_name):
+    """Of each token, also where it is sampled or moved by a penalty; rows beside get none."""
+    model = model_of("glm2")
+    prompts = [prompt_of(model, 7 + i, i) for i in range(3)]
+    options = {"max_new_tokens": 6, "ignore_stops": True}
+    rows = [
+        Sampling(**options, logprobs=3),
+        Sampling(**options),
+        Sampling(**options, temperature=1.0, seed=3, repetition_penalty=1.3, logprobs=0),
+    ]
+    together = engine_name == "static"
+    answers, _ = serve(
+        engine_of(engine_name, model), Chaos(1, together), dict(enumerate(zip(prompts, rows)))
+    )
+    assert answers[1].logprobs == []
+    for prompt, answer in ((prompts[0], answers[0]), (prompts[2], answers[2])):
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + answer.tokens])).logits[0, len(prompt) - 1 : -1]
+        wanted = torch.log_softmax(logits.float(), -1)
+        for place, token in enumerate(answer.tokens):
+            chosen, top = answer.logprobs[place]
+            assert chosen == pytest.approx(float(wanted[place, token]), abs=1e-3)
+            assert len(top) == answer.sampling.logprobs
+            for other, value in top:
+                assert value == pytest.approx(float(wanted[place, other]), abs=1e-3)
+    assert [found.top[0][0] for found in answers[0].logprobs] == answers[0].tokens

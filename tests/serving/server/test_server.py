@@ -337,6 +337,21 @@ def test_top_p_0_is_greedy_and_biases_move_tokens(server):
     ].message.content == (greedy)
 
 
+def test_log_probabilities(server):
+    options = {"temperature": 0, "max_tokens": 8, "logprobs": True, "top_logprobs": 2}
+    found = ask(server, "水泵", **options).choices[0]
+    entries = found.logprobs.content
+    assert len(entries) == 8 and all(len(entry.top_logprobs) == 2 for entry in entries)
+    assert all(entry.logprob == entry.top_logprobs[0].logprob <= 0 for entry in entries)
+    streamed = []
+    for chunk in ask(server, "水泵", stream=True, **options):
+        for choice in chunk.choices:
+            streamed += choice.logprobs.content if choice.logprobs else []
+    assert [entry.token for entry in streamed] == [entry.token for entry in entries]
+    with pytest.raises(openai.BadRequestError, match="top_logprobs needs logprobs true"):
+        ask(server, "水泵", top_logprobs=2)
+
+
 def test_no_path_redirects(server):
     body = {"messages": [{"role": "user", "content": "x"}]}
     found = httpx.post(f"{server.root}/v1/chat/completions/", json=body)
