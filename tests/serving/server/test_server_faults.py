@@ -636,7 +636,7 @@ def test_s9_the_openapi_document_says_what_is_served(server):
     }
     schema = document["components"]["schemas"]["ChatRequest"]
     assert schema == body_schema() and set(schema["properties"]) == set(FIELDS)
-    body = {"messages": [{"role": "user", "content": "x"}]}
+    body = {"messages": [{"role": "user", "content": "x"}], "logprobs": True}
     for name, field in FIELDS.items():
         if isinstance(field, Number):
             said = schema["properties"][name]
