@@ -23,7 +23,7 @@ from .evidence import CAUSAL_TYPES
 from .files import read_json, shorten
 from .folders import check_json_files, code_note, reading, without_marks
 from .kernels import OutputLayer
-from .weights import check_fit, stored_shapes, weight_files
+from .weights import check_fit, refuse_missing, stored_shapes, weight_files
 
 # peft reads this old name of transformers' classes.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -80,10 +80,7 @@ def load_causal(
             **quantization,
         )
     model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(
-            f"{folder}: the weights lack {len(missing)} tensors, the first is {missing[0]}"
-        )
+    refuse_missing(folder, sorted(info["missing_keys"]))
     model.name_or_path = model.config.name_or_path = str(folder)
     give_loss(model)
     return model.eval()

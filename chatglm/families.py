@@ -58,6 +58,13 @@ class Family:
 
 
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+CHAT_DEFAULTS = {  # of ChatGLM2-6B and later
+    "max_length": 8192,
+    "num_beams": 1,
+    "do_sample": True,
+    "top_p": 0.8,
+    "temperature": 0.8,
+}
 # ---- the families ----
 
 FAMILIES: dict[str, Family] = {
@@ -93,13 +100,7 @@ FAMILIES: dict[str, Family] = {
         tokenizer_file="tokenizer.model",
         end_token="</s>",
         stop_tokens=("</s>",),
-        chat_defaults={
-            "max_length": 8192,
-            "num_beams": 1,
-            "do_sample": True,
-            "top_p": 0.8,
-            "temperature": 0.8,
-        },
+        chat_defaults=CHAT_DEFAULTS,
         prompt_text=prompts.glm2_text,
         encode_prompt=partial(prompts.encode_prompt, prompts.glm2_layout),
         encode_example=partial(prompts.encode_example, prompts.glm2_layout, "</s>"),
@@ -116,13 +117,7 @@ FAMILIES: dict[str, Family] = {
         tokenizer_file="tokenizer.model",
         end_token="</s>",
         stop_tokens=("</s>", "<|user|>", "<|observation|>"),
-        chat_defaults={
-            "max_length": 8192,
-            "num_beams": 1,
-            "do_sample": True,
-            "top_p": 0.8,
-            "temperature": 0.8,
-        },
+        chat_defaults=CHAT_DEFAULTS,
         prompt_text=prompts.glm3_text,
         encode_prompt=partial(prompts.encode_prompt, prompts.glm3_layout),
         encode_example=partial(prompts.encode_example, prompts.glm3_layout, "</s>"),
@@ -140,13 +135,7 @@ FAMILIES: dict[str, Family] = {
         tokenizer_file="tokenizer.model",
         end_token="<|user|>",
         stop_tokens=("<|endoftext|>", "<|user|>", "<|observation|>"),
-        chat_defaults={
-            "max_length": 8192,
-            "num_beams": 1,
-            "do_sample": True,
-            "top_p": 0.8,
-            "temperature": 0.8,
-        },
+        chat_defaults=CHAT_DEFAULTS,
         prompt_text=prompts.glm3_text,
         encode_prompt=partial(prompts.encode_prompt, prompts.glm4_layout),
         encode_example=partial(prompts.encode_example, prompts.glm4_layout, "<|user|>"),
@@ -164,13 +153,7 @@ FAMILIES: dict[str, Family] = {
         tokenizer_file="tokenizer.json",
         end_token=causal_prompts.END,
         stop_tokens=(),
-        chat_defaults={
-            "max_length": 8192,
-            "num_beams": 1,
-            "do_sample": True,
-            "top_p": 0.8,
-            "temperature": 0.8,
-        },
+        chat_defaults=CHAT_DEFAULTS,
         prompt_text=raw_prompts.raw_text,
         encode_prompt=partial(prompts.encode_prompt, causal_prompts.causal_layout),
         encode_example=causal_prompts.causal_example,
@@ -186,9 +169,9 @@ CHATGLM_FAMILIES = ("glm", "glm2", "glm3", "glm4")  # those of our own model cla
 
 def raw_family(family: Family) -> Family:
     """The family with texts to go on with in the place of its prompts."""
-    layout = raw_prompts.raw_layout_of(family.name)
     end = raw_prompts.RAW_END.get(family.name, family.end_token)
     tokens = raw_prompts.RAW_TOKENS.get(family.name)
+    layout = partial(raw_prompts.raw_layout, tokens)
     return replace(
         family,
         raw=True,

@@ -47,6 +47,7 @@ from .weights import (
     open_safetensors,
     read_bin,
     read_tensors,
+    refuse_missing,
     stored_prefix,
     weight_files,
 )
@@ -316,10 +317,7 @@ def load_whole(
     missing = sorted(info["missing_keys"])
     if is_prefix_new:
         missing = [name for name in missing if not name.startswith(PREFIX)]
-    if missing:
-        raise ValueError(
-            f"{weights}: the weights lack {len(missing)} tensors, the first is {missing[0]}"
-        )
+    refuse_missing(weights, missing)
     return model
 
 

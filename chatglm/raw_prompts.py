@@ -3,7 +3,6 @@
 Pure functions, free of torch; `families.family_of` gives them to a tokenizer of the style "raw".
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .causal_prompts import END
@@ -74,13 +73,3 @@ def raw_chat(
 def raw_text(text: str) -> str:
     """The text itself."""
     return text
-
-
-def raw_layout_of(family: str) -> Callable[[TextTokenizer, str, int], Layout]:
-    """`raw_layout` of a family."""
-    tokens = RAW_TOKENS.get(family)
-
-    def layout(tokenizer: TextTokenizer, prompt: str, max_src_len: int) -> Layout:
-        return raw_layout(tokens, tokenizer, prompt, max_src_len)
-
-    return layout

@@ -17,6 +17,7 @@ from .family_tokenizer import FamilyTokenizer, checked_style
 from .files import read_json
 from .folders import check_json_files, reading, without_marks
 from .histories import Message
+from .tokenization_base import without_surrogates
 
 # One character stands for each control token that a message spells, while the template is rendered.
 PRIVATE = range(0xF0000, 0xFFFFE)
@@ -121,7 +122,7 @@ class CausalTokenizer(FamilyTokenizer, PreTrainedTokenizerFast):
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text: no special tokens are added and none can be typed."""
-        clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        clean = without_surrogates(text)
         return list(self._readers[1].encode(clean, add_special_tokens=False).ids)
 
     @property
@@ -166,7 +167,7 @@ class CausalTokenizer(FamilyTokenizer, PreTrainedTokenizerFast):
             marks: {control token as spelled: its character}; new ones are added.
         """
         if isinstance(value, str):
-            clean = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            clean = without_surrogates(value)
             return self._control_pattern.sub(lambda found: mark_of(found[0], marks), clean)
         if isinstance(value, dict):
             hidden = {}

@@ -245,10 +245,15 @@ def check_fit(
             raise ValueError(f"{path}: {name} has shape {found}, config.json asks for {shape}")
     lost = [name for name in wanted if name.removeprefix(BODY) not in stored]
     lost = sorted(name for name in lost if ignored is None or ignored not in name)
-    if lost:
-        raise ValueError(f"{path}: the weights lack {len(lost)} tensors, the first is {lost[0]}")
+    refuse_missing(path, lost)
     known = {name.removeprefix(BODY) for name in state}
     check_extra(path, [name for name in shapes if name.removeprefix(BODY) not in known])
+
+
+def refuse_missing(path: str | Path, names: list[str]) -> None:
+    """Raises ValueError where a folder's weights lack tensors of these names."""
+    if names:
+        raise ValueError(f"{path}: the weights lack {len(names)} tensors, the first is {names[0]}")
 
 
 def check_extra(path: str | Path, names: list[str]) -> None:

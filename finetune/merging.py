@@ -27,6 +27,7 @@ from chatglm.weights import (
     check_fit,
     open_safetensors,
     read_bin,
+    refuse_missing,
     refuse_quantized,
     stored_prefix,
     stored_shapes,
@@ -372,10 +373,7 @@ def check_base(base: Path, model: "PreTrainedModel", stored: dict[str, list[int]
     check_fit(base, model, stored)
     tied = model.all_tied_weights_keys
     missing = [name for name in model.state_dict() if name not in stored and name not in tied]
-    if missing:
-        raise ValueError(
-            f"{base}: the weights lack {len(missing)} tensors, the first is {missing[0]}"
-        )
+    refuse_missing(base, missing)
 
 
 def tied_parts(model: "PreTrainedModel") -> Iterator[str]:

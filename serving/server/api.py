@@ -235,6 +235,7 @@ class ChatResponse:
         }
         self.disconnected = self.token_stopped = False
         self.ids: list[int] = []  # of the answer, without what ended it
+        self.decided = (-1, False)  # (number of a message, whether it is a call of a tool)
         self.reported = 0  # how many of them a stream has given the log probabilities of
 
     @property
@@ -322,7 +323,14 @@ class ChatResponse:
         """Whether what is being written is a call of a tool, or its first line has not ended."""
         if not self.chat_request.tools:
             return False
-        return begins_as_call(self.service.tokenizer, self.ids) is not False
+        tokenizer = self.service.tokenizer
+        message = self.ids.count(tokenizer.get_command("<|assistant|>"))
+        if message != self.decided[0]:  # else its first line, which ended before, said it
+            is_call = begins_as_call(tokenizer, self.ids)
+            if is_call is None:
+                return True
+            self.decided = (message, is_call)
+        return self.decided[1]
 
     def calls_delta(self, text: str, calls: list[dict]) -> dict:
         """A stream's delta of calls, each whole."""
