@@ -24,6 +24,8 @@ class Request:
             read it.
         predict_s: how long its prediction takes: a scheduler sees the request that much after its
             arrival.
+        priority: requests of a lower one leave the queue first, whatever the policy; what runs is
+            not preempted for them.
     """
 
     id: int
@@ -33,6 +35,7 @@ class Request:
     prediction: LengthPrediction | None = None
     output_tokens: int = 1
     predict_s: float = 0.0
+    priority: int = 0
 
     @property
     def deadline_s(self) -> float:
@@ -86,7 +89,8 @@ class Record:
 
     Attributes:
         length: answer tokens that the policy expects; computed once, at arrival.
-        key, until_s: place in the queue, and the time until which that key holds.
+        key, until_s: place in the queue among those of its priority, and the time until which that
+            key holds.
         generated: answer tokens when it last stopped running (preemption discards the KV
             cache, not the text).
         base_tokens: KV tokens at its last admission: prompt, earlier answer, and in a static batch
@@ -139,8 +143,9 @@ class View:
     """What a policy may look at: the scheduler's own structures, not a copy. Read it, keep nothing.
 
     Attributes:
-        waiting: iterates in the order of the policy's keys, at O(log n) an element; .oldest() is
-            the record that arrived first; .everyone() is all of them in no order; len().
+        waiting: iterates in the order of priorities, then the policy's keys, at O(log n) an
+            element; .oldest() is the record that arrived first; .most_urgent() are those of the
+            lowest priority there is, in no order; len().
         running: records by request id.
         overran: running records whose answers fill their reservation: the plan must reserve more
             for them or preempt them.
@@ -163,7 +168,7 @@ class Waiting(Protocol):
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Record]: ...
     def oldest(self) -> Record: ...
-    def all_records(self) -> Collection[Record]: ...
+    def most_urgent(self) -> Collection[Record]: ...
 
 
 @dataclass(frozen=True, slots=True)

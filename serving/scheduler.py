@@ -22,6 +22,9 @@ from serving.request import (
     View,
 )
 
+# Priority, key, request id, the record's version, record.
+HeapEntry = tuple[int, float, int, int, Record]
+
 PACE_MEMORY_S = 5.0  # memory of the pace's running mean
 
 
@@ -80,7 +83,7 @@ class Replay:
 
 
 class Queue:
-    """Waiting records in a heap of their policy's keys.
+    """Waiting records in a heap of their priorities and their policy's keys.
 
     A key holds until its record's until_s; after that it is computed again, but only when its entry
     comes to the top. That is exact as long as keys only grow. Entries of records that were removed
@@ -89,10 +92,11 @@ class Queue:
 
     def __init__(self, order: Callable[[Record], tuple[float, float]]):
         self._order = order
-        self._heap: list[tuple[float, int, int, Record]] = []
+        self._heap: list[HeapEntry] = []
         self._members: dict[int, Record] = {}
+        self._levels: dict[int, dict[int, Record]] = {}  # the same, by priority
         # Entries that iteration has yielded and restore_unadmitted has not put back.
-        self._yielded: list[tuple[float, int, int, Record]] = []
+        self._yielded: list[HeapEntry] = []
         # A second heap, by arrival.
         self._by_arrival: list[tuple[float, int, Record]] = []
         self.now_s = 0.0
@@ -100,8 +104,10 @@ class Queue:
     def __len__(self) -> int:
         return len(self._members)
 
-    def all_records(self) -> Collection[Record]:
-        return self._members.values()
+    def most_urgent(self) -> Collection[Record]:
+        if not self._levels:
+            return ()
+        return self._levels[min(self._levels)].values()
 
     def get(self, request_id: int) -> Record | None:
         return self._members.get(request_id)
@@ -112,12 +118,20 @@ class Queue:
         record.key, record.until_s = self._order(record)
         if record.request.id not in self._members:
             self._members[record.request.id] = record
+            self._levels.setdefault(record.request.priority, {})[record.request.id] = record
             heapq.heappush(self._by_arrival, (record.request.arrival_s, record.request.id, record))
-        heapq.heappush(self._heap, (record.key, record.request.id, record.version, record))
+        request = record.request
+        entry = (request.priority, record.key, request.id, record.version, record)
+        heapq.heappush(self._heap, entry)
 
     def remove(self, record: Record) -> None:
         record.waiting = False
-        del self._members[record.request.id]
+        request = record.request
+        del self._members[request.id]
+        level = self._levels[request.priority]
+        del level[request.id]
+        if not level:
+            del self._levels[request.priority]
 
     def oldest(self) -> Record:
         while not self._by_arrival[0][2].waiting:
@@ -130,13 +144,13 @@ class Queue:
             yield record
         while (entry := self._pop()) is not None:
             self._yielded.append(entry)
-            yield entry[3]
+            yield entry[-1]
 
     def restore_unadmitted(self) -> None:
         """Put back the entries that a policy has read and not admitted."""
         if self._yielded:
             for entry in self._yielded:
-                if entry[3].waiting:
+                if entry[-1].waiting:
                     heapq.heappush(self._heap, entry)
             self._yielded.clear()
         # Records that are removed out of order leave their entries behind: rebuild when most are.
@@ -147,11 +161,11 @@ class Queue:
             self._by_arrival = [e for e in self._by_arrival if e[2].waiting]
             heapq.heapify(self._by_arrival)
 
-    def _pop(self) -> tuple[float, int, int, Record] | None:
+    def _pop(self) -> HeapEntry | None:
         while self._heap:
             entry = heapq.heappop(self._heap)
-            record = entry[3]
-            if not record.waiting or entry[2] != record.version:
+            record = entry[-1]
+            if not record.waiting or entry[3] != record.version:
                 continue
             if self.now_s > record.until_s:
                 self.push(record)
@@ -160,8 +174,8 @@ class Queue:
         return None
 
 
-def _is_current(entry: tuple[float, int, int, Record]) -> bool:
-    return entry[3].waiting and entry[2] == entry[3].version
+def _is_current(entry: HeapEntry) -> bool:
+    return entry[-1].waiting and entry[3] == entry[-1].version
 
 
 def run_scheduler(

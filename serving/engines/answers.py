@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MIN_TEMPERATURE = 1e-5  # a lower one takes the likeliest token; fp32 has no range for it
+LOGPROB_TOKENS = 128  # of a prompt whose logits are in memory at once
 TOP_P_CANDIDATES = 256  # top-p tries so many likeliest tokens before it sorts the whole vocabulary
 
 
@@ -40,8 +41,11 @@ class Sampling:
             and for each of their occurrences.
         logit_bias: (token id, what is added to its logit); ids beyond the vocabulary count for
             nothing.
+        bad_words: token sequences that the answer must not hold.
         logprobs: keep the log probability of each token, and of so many likeliest ones, by the
             model's unchanged logits; None for none.
+        prompt_logprobs: as logprobs, of the prompt's tokens.
+        embeds: keep the mean of the prompt's hidden states.
     """
 
     max_new_tokens: int | None = None
@@ -55,7 +59,10 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    embeds: bool = False
 
     def __post_init__(self) -> None:
         if not (self.top_k >= 0 and 0 <= self.min_p <= 1 and self.repetition_penalty > 0):
@@ -78,6 +85,7 @@ class Sampling:
             or self.presence_penalty
             or self.frequency_penalty
             or self.logit_bias
+            or self.bad_words
         )
 
     @property
@@ -109,6 +117,10 @@ class Answer:
             engine's limits, or a plan's), "cancelled", "refused" or "failed" (the model's output
             was not finite, or sampling failed).
         logprobs: of each token, where its sampling asks for them.
+        prompt_logprobs: of each of the prompt's tokens, where asked for; None for its first.
+        embedding: mean (hidden_size,) of the prompt's states after the final norm, fp32, where
+            asked for.
+        prompt_seen: how many of the prompt's tokens the last two cover.
         generator: of its sampling, on the model's device; created when first needed. A
             preemption does not rewind it.
     """
@@ -125,10 +137,19 @@ class Answer:
         self.sampling = sampling
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs | None] = []
+        self.embedding: Tensor | None = None
+        self.prompt_seen = 0
         self.reason: str | None = None
         self.generator: Generator | None = None
         self._listener = listener
         self._changed = threading.Condition()
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether states of its prompt are still asked for."""
+        asks = self.sampling.embeds or self.sampling.prompt_logprobs is not None
+        return asks and self.prompt_seen < len(self.prompt)
 
     def add(self, token: int | None, reason: str | None = None) -> bool:
         """Append a token, if there is one, and end where `reason` is given.
@@ -348,23 +369,55 @@ def choose_tokens(logits: "Tensor", answers: Sequence[Answer]) -> list[int | Non
             if not answer.sampling.is_plain:
                 tokens[i] = sample(logits[i], answer)
             if answer.sampling.logprobs is not None:
-                found = token_logprobs(logits[i], int(tokens[i] or 0), answer.sampling.logprobs)
-                answer.logprobs.append(found)
+                chosen = [int(tokens[i] or 0)]
+                found = token_logprobs(logits[i : i + 1], chosen, answer.sampling.logprobs)
+                answer.logprobs += found
         except Exception:  # one row's sampling must not end the other answers
             log.exception("request %s: sampling failed", answer.id)
             tokens[i] = None
     return tokens
 
 
-def token_logprobs(logits: "Tensor", token: int, count: int) -> TokenLogprobs:
-    """Log probabilities of a token and of the `count` likeliest ones by logits (V,)."""
+def token_logprobs(logits: "Tensor", tokens: Sequence[int], count: int) -> list[TokenLogprobs]:
+    """Log probabilities of tokens (N) and of the `count` likeliest ones by logits (N, V)."""
     import torch
 
     logprobs = torch.log_softmax(logits.float(), dim=-1)
-    top = logprobs.topk(min(count, len(logprobs)))
-    return TokenLogprobs(
-        float(logprobs[token]), list(zip(top.indices.tolist(), top.values.tolist()))
-    )
+    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
+    top = logprobs.topk(min(count, logprobs.shape[1]))
+    found = []
+    for value, ids, values in zip(chosen.tolist(), top.indices.tolist(), top.values.tolist()):
+        found.append(TokenLogprobs(value, list(zip(ids, values))))
+    return found
+
+
+def read_prompt(
+    answer: Answer, states: "Tensor", start: int, head: Callable[["Tensor"], "Tensor"]
+) -> None:
+    """Keep what an answer's sampling asks of its prompt.
+
+    Args:
+        states: (count, hidden_size), after the final norm, of the prompt's tokens from `start`;
+            tokens that were read before, and those beyond the prompt, are left out.
+        head: of hidden states into logits.
+    """
+    first, size = max(answer.prompt_seen, start), len(answer.prompt)
+    states = states[first - start : size - start]
+    if not len(states):
+        return
+    answer.prompt_seen = first + len(states)
+    if answer.sampling.embeds:
+        part = states.float().sum(0) / size
+        answer.embedding = part if answer.embedding is None else answer.embedding + part
+    if (count := answer.sampling.prompt_logprobs) is None:
+        return
+    if first == 0:
+        answer.prompt_logprobs.append(None)
+    followers = answer.prompt[first + 1 : answer.prompt_seen + 1]
+    for place in range(0, len(followers), LOGPROB_TOKENS):
+        tokens = followers[place : place + LOGPROB_TOKENS]
+        logits = head(states[place : place + len(tokens)])
+        answer.prompt_logprobs += token_logprobs(logits, tokens, count)
 
 
 def penalized(logits: "Tensor", answer: Answer) -> "Tensor":
@@ -386,7 +439,14 @@ def penalized(logits: "Tensor", answer: Answer) -> "Tensor":
     for token, bias in sampling.logit_bias:
         if token < len(logits):
             logits[token] += bias
+    for word in sampling.bad_words:
+        if word[-1] < len(logits) and ends_with(answer.tokens, word[:-1]):
+            logits[word[-1]] = -torch.inf
     return logits
+
+
+def ends_with(tokens: Sequence[int], ending: Sequence[int]) -> bool:
+    return not ending or tuple(tokens[-len(ending) :]) == tuple(ending)
 
 
 def generator_of(answer: Answer, device: "torch.device") -> "Generator":

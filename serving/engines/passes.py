@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chatglm.layers import causal_mask
-from serving.engines.answers import Answer
+from serving.engines.answers import Answer, read_prompt
 from serving.engines.arena import Arena, Slab, placed_slab
 from serving.engines.bodies import Attention, ServedBody, body_of
 from serving.request import Record
@@ -99,7 +99,7 @@ class Chunk:
     Attributes:
         slab: where the sequence lies.
         mask: (1, 1, end - start, end); None where it is only causal.
-        is_end: the prompt is complete with it.
+        kept: how many of its last tokens the last layer computes: none, 1 or all.
     """
 
     row: Sequence
@@ -107,7 +107,7 @@ class Chunk:
     start: int
     end: int
     mask: Tensor | None
-    is_end: bool
+    kept: int
 
     @property
     def count(self) -> int:
@@ -181,9 +181,10 @@ class ForwardPass:
             chunk_query, mask = query[span], chunk.mask
             write_chunk(chunk, layer, key[span], value[span])
             if is_kept:
-                if not chunk.is_end:
+                if not chunk.kept:
                     continue
-                chunk_query, mask = chunk_query[-1:], None  # the last token sees all others
+                if chunk.kept == 1:
+                    chunk_query, mask = chunk_query[-1:], None  # the last token sees all others
             seen = attend_chunk(chunk, layer, chunk_query, mask, scale)
             out[target : target + len(seen)] = seen
             target += len(seen)
@@ -245,7 +246,10 @@ class PassInputs:
     Attributes:
         ids: token ids; 0 for a virtual token.
         positions: places, and block positions (ChatGLM-6B).
-        output_indices: of the tokens whose successor is computed.
+        output_indices: of the tokens that the last layer computes.
+        next_places: which of them are those whose successor is computed.
+        prompts: (sequence, where its chunk begins in output_indices, its tokens computed before
+            the chunk), of those that read their prompts' states.
         virtual_starts: where P-Tuning v1's vectors begin.
     """
 
@@ -253,6 +257,8 @@ class PassInputs:
         self.ids: list[int] = []
         self.positions: list[list[int]] = [[], []]
         self.output_indices: list[int] = []
+        self.next_places: list[int] = []
+        self.prompts: list[tuple[Sequence, int, int]] = []
         self.virtual_starts: list[int] = []
 
     def add(self, ids: list[int], positions: list[list[int]], shift: int = 0) -> None:
@@ -260,6 +266,12 @@ class PassInputs:
         self.ids += ids
         self.positions[0] += [place + shift for place in positions[0]]
         self.positions[1] += positions[-1]
+
+    def keep_last(self, count: int, is_end: bool) -> None:
+        """The last layer computes the last `count` tokens; `is_end`: the last one's successor."""
+        self.output_indices += range(len(self.ids) - count, len(self.ids))
+        if is_end:
+            self.next_places.append(len(self.output_indices) - 1)
 
 
 class ModelRunner:
@@ -310,7 +322,7 @@ class ModelRunner:
         Returns:
             Logits (at least K, V) of the K tokens after which another comes: of each decoding row,
             slab by slab, then of each sequence whose prompt is complete with its chunk. None where
-            K is 0.
+            K is 0. Answers that read their prompts have got what they ask for.
         """
         inputs = PassInputs()
         parts = [self._add_decoding(inputs, slab) for slab in decoding]
@@ -328,17 +340,34 @@ class ModelRunner:
         for slab in decoding:
             for row in slab.rows[: slab.decoding]:
                 row.length += 1
-        return self.body.head(self.body.norm(hidden))[0] if wanted else None
+        if not wanted:
+            return None
+        hidden = self.body.norm(hidden)
+        if inputs.prompts:
+            hidden = self._read_prompts(inputs, hidden[0])
+        return self.body.head(hidden)[0] if inputs.next_places else None
+
+    def _read_prompts(self, inputs: PassInputs, hidden: Tensor) -> Tensor:
+        """Give sequences the states that they read; the states (1, K', hidden) that are left.
+
+        Args:
+            hidden: (K, hidden), of inputs.output_indices.
+        """
+        for row, place, start in inputs.prompts:
+            count = row.computed - start
+            read_prompt(row.answer, hidden[place : place + count], start, self.body.head)
+        padding = padded_count(len(inputs.next_places)) - len(inputs.next_places)
+        return hidden[inputs.next_places + [0] * padding][None]
 
     def _add_decoding(self, inputs: PassInputs, slab: Slab[Sequence]) -> Decoding:
         """Append the newest token of each decoding row of a slab."""
         rows = slab.rows[: slab.decoding]
         for row in rows:
             last = len(row.answer.prompt) + len(row.answer.tokens) - 1
-            inputs.output_indices.append(len(inputs.ids))
             inputs.add(
                 [row.answer.tokens[-1]], row.positions_of(last, last + 1), self.body.prompt_length
             )
+            inputs.keep_last(1, is_end=True)
         return self.decode_part(slab, rows)
 
     def _add_chunk(self, inputs: PassInputs, row: Sequence, count: int) -> Chunk:
@@ -349,14 +378,17 @@ class ModelRunner:
             inputs.virtual_starts.append(len(inputs.ids))
             inputs.add([0] * virtual, [list(range(virtual)), [0] * virtual])
             row.length += virtual
-        end = row.computed + count
-        inputs.add(row.ids[row.computed : end], row.positions_of(row.computed, end), virtual)
+        before, end = row.computed, row.computed + count
+        inputs.add(row.ids[before:end], row.positions_of(before, end), virtual)
         row.computed = end
         row.length += count
-        if not row.uncomputed:
-            inputs.output_indices.append(len(inputs.ids) - 1)
-        mask = self.chunk_mask(row, start)
-        return Chunk(row, placed_slab(row), start, row.length, mask, is_end=not row.uncomputed)
+        kept = int(not row.uncomputed)
+        if row.answer.reads_prompt:
+            kept = row.length - start
+            place = len(inputs.output_indices) + kept - count  # virtual tokens are left out
+            inputs.prompts.append((row, place, before))
+        inputs.keep_last(kept, is_end=not row.uncomputed)
+        return Chunk(row, placed_slab(row), start, row.length, self.chunk_mask(row, start), kept)
 
     def _blocks(self, inputs: PassInputs, forward_pass: ForwardPass, padding: int) -> Tensor:
         """Hidden states (1, N + padding or K, hidden) after the last block."""

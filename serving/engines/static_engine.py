@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria
 
-from serving.engines.answers import Answer, TextEngine, choose_tokens
+from serving.engines.answers import Answer, TextEngine, choose_tokens, read_prompt
 from serving.request import FOREVER, CostEstimator, Limits, Plan, StepResult
 
 # A stop id outside every vocabulary. Without a stop id, generate takes the model's own.
@@ -293,8 +293,21 @@ class StaticEngine(TextEngine):
             )
             self.rows[row.id] = row
         waiting = [row for row in self.rows.values() if row.answer.reason is None]
+        for reader in waiting:
+            if reader.answer.reads_prompt:
+                self._read_prompt(reader.answer)
         if waiting:
             self._generation = BatchGeneration(self, waiting)
+
+    @torch.inference_mode()
+    def _read_prompt(self, answer: Answer) -> None:
+        """A pass of its own: generate() gives no states of prompts."""
+        # Any: transformers types a model's modules as Tensor | Module.
+        model: Any = self.model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        ids = torch.tensor([answer.prompt], device=model.get_input_embeddings().weight.device)
+        states = base.base_model(input_ids=ids).last_hidden_state[0]
+        read_prompt(answer, states, 0, base.get_output_embeddings())
 
     def _end(self) -> None:
         """End the thread of the running batch, if there is one."""

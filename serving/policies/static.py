@@ -104,7 +104,7 @@ class Fifo:
         return self.reserve_tokens
 
     def __call__(self, view: View, cost: CostEstimator) -> Iterator[Batch]:
-        return chunks(sorted(view.waiting.all_records(), key=by_arrival), view.limits)
+        return chunks(sorted(view.waiting.most_urgent(), key=by_arrival), view.limits)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class S3:
         return bucket_tokens(request.prediction, self.buckets, self.longest_tokens)
 
     def __call__(self, view: View, cost: CostEstimator) -> list[Batch]:
-        records = list(view.waiting.all_records())
+        records = list(view.waiting.most_urgent())
         rooms = [reserved_answer_tokens(r, view.limits) for r in records]
         prompts = [r.context_tokens for r in records]
         bins = decreasing_first_fit(prompts, rooms, view.limits.kv_tokens, view.limits.max_batch)
@@ -270,7 +270,7 @@ class SloOdbs:
         """(SLO left, length left, composite, record) of each waiting record, by `sort_by`."""
         now, w1, w2 = view.now_s, self.slo_weight, self.length_weight
         rows = []
-        for record in view.waiting.all_records():
+        for record in view.waiting.most_urgent():
             request = record.request
             slo = max(request.arrival_s + request.slo_s - now, 0.0)
             answer = request.output_tokens if self.truth else expected_tokens(request.prediction)
@@ -339,7 +339,7 @@ class UellmReleased:
 
         limits = view.limits
         shape, largest = BatchShape(limits), 0.0
-        for record in sorted(view.waiting.all_records(), key=composite):
+        for record in sorted(view.waiting.most_urgent(), key=composite):
             answer, n = reserved_answer_tokens(record, limits), len(shape.records)
             far = (record.length - largest) * (n + 1) * self.overhead > self.threshold
             if n and (n >= self.rows or far or not shape.try_add(record, answer)):
@@ -382,7 +382,7 @@ class Annealing:
         return quantile_tokens(request.prediction, self.reserve_quantile)
 
     def __call__(self, view: View, cost: CostEstimator) -> list[Batch]:
-        waiting = view.waiting.all_records()
+        waiting = view.waiting.most_urgent()
         by_deadline = sorted(waiting, key=lambda r: (r.request.deadline_s, r.request.id))
         chosen = by_deadline[: self.window]
         if not chosen:
@@ -503,7 +503,7 @@ class Oracle:
         return request.output_tokens
 
     def __call__(self, view: View, cost: CostEstimator) -> Iterator[Batch]:
-        waiting = view.waiting.all_records()
+        waiting = view.waiting.most_urgent()
         shortest_first = sorted(waiting, key=lambda r: (r.length - r.generated, *by_arrival(r)))
         return chunks(shortest_first, view.limits)
 

@@ -66,7 +66,7 @@ class ChunkedBatching:
     def __call__(self, view: View, cost: CostEstimator) -> list[Batch]:
         groups: list[list[Record]] = []
         total = 0.0
-        for record in sorted(view.waiting.all_records(), key=self.key):
+        for record in sorted(view.waiting.most_urgent(), key=self.key):
             full = not groups or len(groups[-1]) >= self.rows
             if full or total + record.length > self.most_tokens:
                 groups.append([])

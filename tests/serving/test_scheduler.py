@@ -36,7 +36,7 @@ def test_queue_is_an_ordered_set(moves):
                 queue.remove(front[-1])
                 del inside[front[-1].request.id]
         queue.restore_unadmitted()
-        assert len(queue) == len(inside) and {r.request.id for r in queue.all_records()} == set(
+        assert len(queue) == len(inside) and {r.request.id for r in queue.most_urgent()} == set(
             inside
         )
         if inside:
@@ -95,7 +95,7 @@ class Bad(Fcfs):
 
 
 def first_waiting(view):
-    return next(iter(view.waiting.all_records()))
+    return next(iter(view.waiting.most_urgent()))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_plan_that_breaks_a_limit_is_an_error(spoil, message):
 
 def test_too_many_rows_is_an_error():
     def all_of_them(view, plan):
-        all_records = tuple(view.waiting.all_records())
+        all_records = tuple(view.waiting.most_urgent())
         return Plan(all_records, (), {r.request.id: 30 for r in all_records})
 
     with pytest.raises(RuntimeError, match="5 sequences"):
