@@ -1,46 +1,44 @@
-"""The HTTP API of a Service: OpenAI's chat completions and models, health, metrics.
+"""The HTTP API of a Service: OpenAI's endpoints, health, metrics.
 
-Errors are OpenAI's error objects. serving.server.access checks host and key,
-serving.server.fields the fields of a request; serving.server.openapi describes both in
-/openapi.json.
+Each endpoint's requests and responses are a module of their own. Errors are OpenAI's error
+objects. serving.server.access checks host and key, serving.server.fields the fields of a request;
+serving.server.openapi describes them in /openapi.json.
 """
 
 import asyncio
 import json
-import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
 from fastapi import FastAPI
 from fastapi import Request as Http
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
 
 from serving.server.access import AccessControl, AccessLog, AccessRules, ApiError
-from serving.server.chat import ChatRequest, TextStream, parse_body
+from serving.server.chat import parse_body
+from serving.server.chat_completions import ChatResponse
+from serving.server.choices import CLIENT_CLOSED_REQUEST, CLOSING, EventStream
+from serving.server.completions import CompletionResponse, parse_completion
+from serving.server.embeddings import EmbeddingResponse, parse_embedding
 from serving.server.openapi import openapi_document
+from serving.server.responses import ResponsesResponse, parse_response
 from serving.server.service import (
-    ActiveRequest,
     PredictionFailed,
     PromptTooLong,
     QueueFull,
     Service,
     ServiceClosed,
 )
-from serving.server.tools import begins_as_call, parsed_answer
 
 BODY_BYTES = 2 * 2**20
 CLIENT_S = 30.0  # for a whole body
 RETRY_S = 2  # Retry-After of a busy server
-CLOSING = "the server is shutting down"
-CLIENT_CLOSED_REQUEST = 499  # for the access log: the client has disconnected
-FINISH = {"stop": "stop", "length": "length", "cut": "length"}
+Parse = Callable[[Any], Any]  # of a body's JSON into a GenerationRequest
+Respond = Callable[..., Any]  # of (service, request, group, http) into an endpoint's response
 
 
 def make_app(
@@ -114,31 +112,52 @@ def make_app(
             service.monitor.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8"
         )
 
-    @app.post("/v1/chat/completions")
-    async def chat_completions(http: Http):
+    post = partial(app.post, response_model=None)
+
+    async def answer(http: Http, parse: Parse, respond: Respond) -> Response | dict[str, Any]:
         try:
             check_json(http)
-            chat_request = parse_body(await read_json_body(http, app.state.closing, client_s))
-            check_model(service, chat_request.model)
-            active = await service.ask(chat_request)
+            asked = parse(await read_json_body(http, app.state.closing, client_s))
+            check_model(service, asked.model)
+            group = await service.ask(asked)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
-        except ServiceClosed as error:
-            raise ApiError(503, str(error), "unavailable") from None
-        except QueueFull as error:
-            raise ApiError(429, str(error), "busy", {"Retry-After": str(RETRY_S)}) from None
-        except PredictionFailed as error:
-            raise ApiError(500, str(error), "failed") from None
-        except PromptTooLong as error:
-            raise ApiError(400, str(error), "context_length_exceeded") from None
-        except ValueError as error:
-            raise ApiError(400, str(error)) from None
-        response = ChatResponse(service, chat_request, active, http)
-        if chat_request.stream:
+        except (ServiceClosed, QueueFull, PredictionFailed, ValueError) as error:
+            raise api_error_of(error) from None
+        response = respond(service, asked, group, http)
+        if asked.stream:
             return EventStream(response)
         return await response.complete()
 
+    @post("/v1/chat/completions")
+    async def chat_completions(http: Http):
+        return await answer(http, parse_body, ChatResponse)
+
+    @post("/v1/completions")
+    async def completions(http: Http):
+        return await answer(http, parse_completion, CompletionResponse)
+
+    @post("/v1/embeddings")
+    async def embeddings(http: Http):
+        return await answer(http, parse_embedding, EmbeddingResponse)
+
+    @post("/v1/responses")
+    async def responses(http: Http):
+        return await answer(http, parse_response, ResponsesResponse)
+
     return app
+
+
+def api_error_of(error: Exception) -> ApiError:
+    """What a client gets where the service takes no request."""
+    if isinstance(error, ServiceClosed):
+        return ApiError(503, str(error), "unavailable")
+    if isinstance(error, QueueFull):
+        return ApiError(429, str(error), "busy", {"Retry-After": str(RETRY_S)})
+    if isinstance(error, PredictionFailed):
+        return ApiError(500, str(error), "failed")
+    code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
+    return ApiError(400, str(error), code)
 
 
 def model_card(service: Service) -> dict:
@@ -213,237 +232,3 @@ async def read_body(http: Http) -> bytearray:
 
 def not_a_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
-
-
-class ChatResponse:
-    """The response to one chat request. The answer is cancelled when its client disconnects."""
-
-    def __init__(
-        self, service: Service, chat_request: ChatRequest, active: ActiveRequest, http: Http
-    ) -> None:
-        self.service, self.chat_request, self.active, self.http = (
-            service,
-            chat_request,
-            active,
-            http,
-        )
-        self.stream = TextStream(service.tokenizer, chat_request.stop)
-        self.head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": service.name,
-        }
-        self.disconnected = self.token_stopped = False
-        self.ids: list[int] = []  # of the answer, without what ended it
-        self.decided = (-1, False)  # (number of a message, whether it is a call of a tool)
-        self.reported = 0  # how many of them a stream has given the log probabilities of
-
-    @property
-    def stopped(self) -> bool:
-        """The client's stop string or stop token has come."""
-        return self.stream.stopped or self.token_stopped
-
-    async def _watch(self):
-        while (await self.http.receive())["type"] != "http.disconnect":
-            pass
-        self.disconnected = True
-        self.active.tokens.put_nowait(None)
-
-    async def text_pieces(self) -> AsyncGenerator[str, None]:
-        """New text, piece by piece.
-
-        Ends with the answer, at a stop string, or when the client has disconnected.
-        """
-        watcher = asyncio.create_task(self._watch())
-        answer, stops = self.active.answer, self.service.engine.stop_ids
-        try:
-            while (token := await self.active.tokens.get()) is not None:
-                if token in self.chat_request.stop_token_ids:
-                    self.token_stopped = True
-                    break
-                if token in stops:
-                    continue
-                self.ids.append(token)
-                if new := self.stream.add(token):
-                    yield new
-                if self.stream.stopped:
-                    break
-            is_complete = self.token_stopped or answer.reason in FINISH
-            if is_complete and not self.stream.stopped and (new := self.stream.end()):
-                yield new
-            if self.stopped:
-                self.service.monitor.stopped(answer.id)
-        finally:
-            watcher.cancel()
-            self.service.cancel(self.active)
-
-    def check_ended(self) -> None:
-        """Raises ApiError where the answer failed or was cancelled."""
-        reason = self.active.answer.reason
-        if not self.stopped and reason not in FINISH:
-            if reason == "failed":
-                why = "the model's output was not finite, or could not be sampled"
-                raise ApiError(500, self.service.failure or why, "failed")
-            if self.service.draining:
-                raise ApiError(503, f"{CLOSING}; the answer was {reason}", "unavailable")
-            raise ApiError(500, f"the answer was {reason}", reason)
-
-    def tool_calls(self) -> tuple[str, list[dict]]:
-        """(text beside them, OpenAI's tool_calls) of an ended answer."""
-        if not self.chat_request.tools or self.stopped:
-            return "", []
-        return parsed_answer(self.service.tokenizer, self.ids, self.chat_request.tools)
-
-    def message_of(self, text: str, calls: list[dict]) -> dict:
-        """OpenAI's message: text, or calls of tools."""
-        message: dict[str, Any] = {"role": "assistant", "content": text or None}
-        if self.chat_request.gives_function_call:
-            return message | {"function_call": calls[0]["function"]}
-        return message | {"tool_calls": calls}
-
-    def next_logprobs(self) -> dict | None:
-        """OpenAI's logprobs of the tokens that it has not given yet."""
-        if not self.chat_request.logprobs:
-            return None
-        start, self.reported = self.reported, len(self.ids)
-        entries = []
-        for place in range(start, self.reported):
-            chosen, top = self.active.answer.logprobs[place]
-            alternatives = [self.logprob_entry(token, value) for token, value in top]
-            entry = self.logprob_entry(self.ids[place], chosen)
-            entries.append(entry | {"top_logprobs": alternatives})
-        return {"content": entries, "refusal": None}
-
-    def logprob_entry(self, token: int, logprob: float) -> dict:
-        """OpenAI's object of one token."""
-        text = self.service.tokenizer.decode([token])
-        return {"token": text, "logprob": logprob, "bytes": list(str(text).encode())}
-
-    def may_be_call(self) -> bool:
-        """Whether what is being written is a call of a tool, or its first line has not ended."""
-        if not self.chat_request.tools:
-            return False
-        tokenizer = self.service.tokenizer
-        message = self.ids.count(tokenizer.get_command("<|assistant|>"))
-        if message != self.decided[0]:  # else its first line, which ended before, said it
-            is_call = begins_as_call(tokenizer, self.ids)
-            if is_call is None:
-                return True
-            self.decided = (message, is_call)
-        return self.decided[1]
-
-    def calls_delta(self, text: str, calls: list[dict]) -> dict:
-        """A stream's delta of calls, each whole."""
-        delta: dict[str, Any] = {"content": text} if text else {}
-        if self.chat_request.gives_function_call:
-            return delta | {"function_call": calls[0]["function"]}
-        return delta | {"tool_calls": [{"index": i} | call for i, call in enumerate(calls)]}
-
-    def calls_reason(self) -> str:
-        return "function_call" if self.chat_request.gives_function_call else "tool_calls"
-
-    def finish_reason(self) -> str:
-        """OpenAI's; of an answer that `check_ended` has passed."""
-        reason = self.active.answer.reason
-        return "stop" if self.stopped or reason is None else FINISH[reason]
-
-    def usage(self) -> dict:
-        prompt, completion_tokens = (
-            self.active.request.prompt_tokens,
-            self.service.length(self.active.answer),
-        )
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt + completion_tokens,
-        }
-
-    async def complete(self) -> Response | dict:
-        async with aclosing(self.text_pieces()) as texts:
-            text = "".join([piece async for piece in texts])
-        if self.disconnected:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
-        self.check_ended()
-        beside, calls = self.tool_calls()
-        message = {"role": "assistant", "content": text}
-        choice = {
-            "index": 0,
-            "message": self.message_of(beside, calls) if calls else message,
-            "finish_reason": self.calls_reason() if calls else self.finish_reason(),
-            "logprobs": self.next_logprobs(),
-        }
-        report = self.service.report(self.active)
-        return self.head | {
-            "object": "chat.completion",
-            "choices": [choice],
-            "usage": self.usage(),
-            "glm_foundry": report,
-        }
-
-    async def events(self) -> AsyncIterator[str]:
-        """Server-sent events.
-
-        The role, pieces of text, the finish reason with `glm_foundry`, usage where the client asks
-        for it, [DONE].
-        """
-        usage = {"usage": None} if self.chat_request.include_usage else {}
-
-        def chunk(delta: dict, reason: str | None = None, **more: Any) -> str:
-            choice = {"index": 0, "delta": delta, "finish_reason": reason}
-            has_new = len(self.ids) > self.reported
-            choice["logprobs"] = self.next_logprobs() if has_new else None
-            return event(
-                self.head | {"object": "chat.completion.chunk", "choices": [choice]} | usage | more
-            )
-
-        held = ""  # text that may turn out to be a call of a tool
-        streamed = False
-        async with aclosing(self.text_pieces()) as texts:
-            yield chunk({"role": "assistant", "content": ""})
-            async for piece in texts:
-                held += piece
-                if not self.may_be_call():
-                    yield chunk({"content": held})
-                    held, streamed = "", True
-        if self.disconnected:
-            return
-        try:
-            self.check_ended()
-        except ApiError as error:
-            yield event(error.body())
-            return
-        beside, calls = self.tool_calls()
-        if calls:
-            yield chunk(self.calls_delta("" if streamed else beside, calls))
-        elif held:
-            yield chunk({"content": held})
-        reason = self.calls_reason() if calls else self.finish_reason()
-        yield chunk({}, reason, glm_foundry=self.service.report(self.active))
-        if self.chat_request.include_usage:
-            yield event(
-                self.head
-                | {"object": "chat.completion.chunk", "choices": [], "usage": self.usage()}
-            )
-        yield "data: [DONE]\n\n"
-
-
-class EventStream(StreamingResponse):
-    """A ChatResponse's events.
-
-    When the stream ends, even before its first event, so does the answer.
-    """
-
-    def __init__(self, response: ChatResponse) -> None:
-        headers = {"Cache-Control": "no-cache"}
-        super().__init__(response.events(), media_type="text/event-stream", headers=headers)
-        self.response = response
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.response.service.cancel(self.response.active)
-
-
-def event(body: dict) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=True)}\n\n"

@@ -1,66 +1,53 @@
 """OpenAI chat requests for the ChatGLM families.
 
-Bodies to requests, messages to prompts, tokens to text. Free of torch.
+Bodies to requests, messages to prompts. Free of torch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from chatglm.chat_template import called_tools
 from chatglm.families import Family, family_of
-from serving.server.fields import ChatMessage, read_fields, unknown_fields
+from serving.server.fields import CHAT_TABLE, ChatMessage
+from serving.server.generation import GenerationRequest, PromptIds, settle_options
+from serving.server.text_stream import TextStream
 from serving.server.tools import check_tools
 
 if TYPE_CHECKING:
     from chatglm.family_tokenizer import FamilyTokenizer
 
-# ChatGLM-6B's answers have these in half or full width, depending on the next character.
-WIDTH_AMBIGUOUS_MARKS = ",!:;?"
-YEAR_TOKEN = "[[训练时间]]"
-SPACE_LOOKBACK = 4  # characters; decoding may still remove a space among the last ones (" n't")
-DECODE_EVERY = 256  # tokens; the text is decoded one token less often for each so many
 
-
-@dataclass(frozen=True)
-class ChatRequest:
-    """A body of /v1/chat/completions, checked. Attributes that are None were not given.
+@dataclass(frozen=True, kw_only=True)
+class ChatRequest(GenerationRequest):
+    """A body of /v1/chat/completions, checked.
 
     Attributes:
         messages: the last is the user's, a tool's result, or the assistant's, which the answer
             goes on with.
         tools: what the model is shown of tools, as OpenAI's objects.
         gives_function_call: the client is of openai 0.28 and gets `function_call`.
-        logit_bias: (token id, what is added to its logit).
-        max_length: tokens of prompt and answer together.
-        stop, stop_token_ids: texts and tokens that end the answer and are not part of it.
-        unknown_fields: names of unknown fields.
     """
 
     messages: tuple[ChatMessage, ...]
     tools: tuple[dict[str, Any], ...] = ()
     gives_function_call: bool = False
-    model: str | None = None
-    max_tokens: int | None = None
-    max_length: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    do_sample: bool | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: tuple[tuple[int, float], ...] | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: frozenset[int] = frozenset()
-    stream: bool = False
-    include_usage: bool = False
-    slo_s: float | None = None
-    unknown_fields: tuple[str, ...] = ()
+
+    @property
+    def shown_tools(self) -> tuple[dict[str, Any], ...]:
+        return self.tools
+
+    def sizes(self) -> tuple[int, int]:
+        return len(self.messages), sum(len(message.text) for message in self.messages)
+
+    def encoded(
+        self, tokenizer: "FamilyTokenizer", prompt_options: dict[str, Any]
+    ) -> list[PromptIds]:
+        ids = encode_messages(tokenizer, self.messages, self.tools, **prompt_options)
+        return [PromptIds(ids, prompt_of(self.messages))]
+
+    def text_stream(self, tokenizer: "FamilyTokenizer", prompt: Sequence[int]) -> TextStream:
+        return TextStream(tokenizer, tokenizer_family(tokenizer), self.stop)
 
 
 def parse_body(body: Any) -> ChatRequest:
@@ -69,17 +56,19 @@ def parse_body(body: Any) -> ChatRequest:
     Raises:
         ValueError: in one line, where serving.server.fields refuses a field.
     """
-    fields_read = read_fields(body)
+    fields_read = CHAT_TABLE.read(body)
+    if "top_logprobs" in fields_read and not fields_read.get("logprobs"):
+        raise ValueError("top_logprobs needs logprobs true")
     if (max_tokens := fields_read.pop("max_completion_tokens", None)) is not None:
         fields_read["max_tokens"] = max_tokens
-    fields_read["include_usage"] = fields_read.pop("stream_options", False)
+    settle_options(fields_read)
     functions = fields_read.pop("functions", ())
     shows_tools = fields_read.pop("tool_choice", True)
     shows_functions = fields_read.pop("function_call", True)
     tools = fields_read.pop("tools", ()) or functions
     fields_read["tools"] = tools if shows_tools and shows_functions else ()
     fields_read["gives_function_call"] = bool(functions)
-    return ChatRequest(**fields_read, unknown_fields=unknown_fields(body))
+    return ChatRequest(**fields_read, unknown_fields=CHAT_TABLE.unknown(body))
 
 
 def encode_messages(
@@ -168,95 +157,6 @@ def prompt_of(messages: tuple[ChatMessage, ...]) -> str:
     return "\n\n".join([*system, asked[-1]])
 
 
-def longest_partial_match(text: str, patterns: tuple[str, ...]) -> int:
-    """Length of the longest suffix of `text` that is a proper prefix of one of `patterns`.
-
-    Linear in the length of the patterns.
-    """
-    return max((partial_match_length(text, pattern) for pattern in patterns), default=0)
-
-
-def partial_match_length(text: str, pattern: str) -> int:
-    borders, matched = prefix_function(pattern), 0
-    for character in text[max(len(text) - len(pattern) + 1, 0) :]:
-        while matched and pattern[matched] != character:
-            matched = borders[matched - 1]
-        matched += pattern[matched] == character
-    return matched
-
-
-@lru_cache(64)
-def prefix_function(pattern: str) -> tuple[int, ...]:
-    """For each prefix of a pattern, the length of its longest proper suffix that is a prefix too.
-
-    Knuth, Morris and Pratt, 1977.
-    """
-    borders, length = [0], 0
-    for character in pattern[1:]:
-        while length and pattern[length] != character:
-            length = borders[length - 1]
-        length += pattern[length] == character
-        borders.append(length)
-    return tuple(borders)
-
-
 def tokenizer_family(tokenizer: "FamilyTokenizer") -> Family:
     """The family of a loaded tokenizer, which always has one."""
     return family_of(tokenizer)
-
-
-class TextStream:
-    """An answer's text as its tokens come.
-
-    The answer is the concatenation of what add() returns and what end() returns.
-
-    Attributes:
-        sent: the text so far.
-        stopped: a stop string has come; the answer ends before it.
-    """
-
-    def __init__(self, tokenizer: "FamilyTokenizer", stops: tuple[str, ...] = ()) -> None:
-        self._tokenizer, self._stops = tokenizer, stops
-        family = tokenizer_family(tokenizer)
-        self._marks = WIDTH_AMBIGUOUS_MARKS if family.name == "glm" else ""
-        # ChatGLM3's first line is its message's header, blank but for tool calls, which stay text
-        # here.
-        self._process = family.answer_text
-        self._hidden = set(map(tokenizer.get_command, family.role_tokens))
-        self._ids: list[int] = []
-        self._next = 1
-        self.sent, self.stopped = "", False
-
-    def add(self, token: int) -> str:
-        """The text that is certain since this token, which must not be a stop id."""
-        if token not in self._hidden:
-            self._ids.append(token)
-        if self.stopped or len(self._ids) < self._next:
-            return ""
-        self._next = len(self._ids) + 1 + len(self._ids) // DECODE_EVERY
-        text = self._decode().rstrip("\ufffd")  # an incomplete character
-        if (space := text.find(" ", max(len(text) - SPACE_LOOKBACK, 0))) >= 0:
-            text = text[:space]
-        text = self._process(text[: len(text) - longest_partial_match(text, (YEAR_TOKEN,))])
-        if text and text[-1] in self._marks:
-            text = text[:-1]
-        return self._send(text, growing=True)
-
-    def end(self) -> str:
-        """The rest of the text."""
-        return self._send(self._process(self._decode()), growing=False)
-
-    def _decode(self) -> str:
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        assert isinstance(text, str)  # a list only for a batch
-        return text
-
-    def _send(self, text: str, growing: bool) -> str:
-        places = [place for place in map(text.find, self._stops) if place >= 0]
-        if places:
-            self.stopped, text = True, text[: min(places)]
-        elif growing:
-            text = text[: len(text) - longest_partial_match(text, self._stops)]
-        new = text[len(self.sent) :] if text.startswith(self.sent) else ""
-        self.sent += new
-        return new

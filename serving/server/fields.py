@@ -20,10 +20,16 @@ ROLES = {
     "tool": "observation",
     "function": "observation",
 }
+MESSAGES = 65536  # of a chat
 TOOLS = 128  # of a request, as OpenAI has it
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 MOST = 2**31 - 1  # of counts and token ids
 STOPS = 4  # stop strings, as OpenAI has it
+BAD_WORDS = 64
+PROMPTS = 128  # in a request
+ANSWERS = 128  # to a prompt, as OpenAI has it
+TOP_LOGPROBS = 20
+PRIORITY = 1000
 STOP_CHARACTERS = 256
 STOP_IDS = 64
 BIASES = 300  # tokens of a logit_bias, as OpenAI has it
@@ -137,16 +143,21 @@ class Text:
 
 @dataclass(frozen=True)
 class Stops:
+    """At most `most` texts, or one."""
+
     text: str
+    most: int = STOPS
 
     def read(self, name: str, value: Any) -> tuple[str, ...]:
         stops = [value] if isinstance(value, str) else value
         if (
             not isinstance(stops, list)
-            or len(stops) > STOPS
+            or len(stops) > self.most
             or not all(isinstance(s, str) for s in stops)
         ):
-            raise ValueError(f"{name} must be a text or at most {STOPS} texts, none of them empty")
+            raise ValueError(
+                f"{name} must be a text or at most {self.most} texts, none of them empty"
+            )
         if not all(0 < len(stop) <= STOP_CHARACTERS for stop in stops):
             raise ValueError(
                 f"{name} must be texts of 1 to {STOP_CHARACTERS} characters, none of them empty"
@@ -155,7 +166,7 @@ class Stops:
 
     def schema(self) -> Schema:
         one = {"type": "string", "minLength": 1, "maxLength": STOP_CHARACTERS}
-        many = {"type": "array", "items": one, "maxItems": STOPS}
+        many = {"type": "array", "items": one, "maxItems": self.most}
         return {"anyOf": [one, many, {"type": "null"}], "description": self.text}
 
 
@@ -204,6 +215,52 @@ class LogitBias:
             "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
             "description": self.text,
         }
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Texts or token ids: one or several."""
+
+    text: str
+
+    def read(self, name: str, value: Any) -> tuple[str | tuple[int, ...], ...]:
+        prompts = value if isinstance(value, list) else [value]
+        if prompts and all(type(token) is int for token in prompts):
+            prompts = [prompts]
+        if not 0 < len(prompts) <= PROMPTS:
+            raise ValueError(f"{name} must be 1 to {PROMPTS} texts or lists of token ids")
+        read: list[str | tuple[int, ...]] = []
+        for number, prompt in enumerate(prompts):
+            place = f"{name}[{number}]" if len(prompts) > 1 else name
+            if isinstance(prompt, str):
+                read.append(check_characters(place, prompt))
+                continue
+            ids: list[Any] = prompt if isinstance(prompt, list) and prompt else [None]
+            if not all(type(token) is int and 0 <= token <= MOST for token in ids):
+                raise ValueError(f"{place} must be a text, or token ids from 0 to {MOST}")
+            read.append(tuple(ids))
+        return tuple(read)
+
+    def schema(self) -> Schema:
+        token = {"type": "integer", "minimum": 0, "maximum": MOST}
+        ids = {"type": "array", "items": token, "minItems": 1}
+        texts = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": PROMPTS}
+        several = {"type": "array", "items": ids, "minItems": 1, "maxItems": PROMPTS}
+        return {"anyOf": [{"type": "string"}, texts, ids, several], "description": self.text}
+
+
+@dataclass(frozen=True)
+class Encoding:
+    text: str
+
+    def read(self, name: str, value: Any) -> bool:
+        """Whether it is base64."""
+        if value not in ("float", "base64"):
+            raise ValueError(f'{name} must be "float" or "base64"')
+        return value == "base64"
+
+    def schema(self) -> Schema:
+        return {"enum": ["float", "base64", None], "description": self.text}
 
 
 @dataclass(frozen=True)
@@ -417,11 +474,11 @@ def text_of_parts(parts: list) -> str | None:
     return "".join(texts)
 
 
-FIELDS: Mapping[str, Field] = {
-    "messages": Messages("The chat; a last message of the assistant is gone on with."),
+# Of every endpoint that samples answers.
+SAMPLING: Mapping[str, Field] = {
     "model": Text("The served model's name."),
-    "max_tokens": Number(int, 1, MOST, "Tokens of the answer, at most."),
-    "max_completion_tokens": Number(int, 1, MOST, "As max_tokens, which it overrides."),
+    "n": Number(int, 1, ANSWERS, "Answers to the prompt; a seed counts up from one to the next."),
+    "best_of": Number(int, 1, ANSWERS, "As n, and must be n: no answers are made and left out."),
     "max_length": Number(int, 1, MOST, "Tokens of prompt and answer together, at most."),
     "temperature": Number(
         float, 0, 2, "0, or a value too small to sample with, takes the likeliest token."
@@ -442,23 +499,33 @@ FIELDS: Mapping[str, Field] = {
     ),
     "frequency_penalty": Number(float, -2, 2, "Subtracted from them once per occurrence."),
     "logit_bias": LogitBias("Added to the logits of tokens: {token id: -100 to 100}."),
-    "logprobs": Flag("Give the log probability of each token, by the model's own logits."),
-    "top_logprobs": Number(int, 0, 20, "With logprobs: those of so many likeliest tokens too."),
+    "bad_words": Stops("Texts whose tokens the answer does not hold.", BAD_WORDS),
     "seed": Number(int, -(2**63), 2**63 - 1, "Of this answer's sampling."),
     "stop": Stops("Texts that end the answer and are not part of it."),
     "stop_token_ids": TokenIds("Token ids that end the answer and are not part of it."),
+    "stream": Flag("Server-sent events."),
+    "stream_options": StreamOptions("Of a stream."),
+    "slo_s": Number(float, 0, 1e9, "Seconds within which the whole answer is wanted.", above=True),
+    "priority": Number(
+        int, -PRIORITY, PRIORITY, "Requests of a lower one leave the queue first; 0 without one."
+    ),
+}
+FIELDS: Mapping[str, Field] = {
+    "messages": Messages("The chat; a last message of the assistant is gone on with."),
+    **SAMPLING,
+    "max_tokens": Number(int, 1, MOST, "Tokens of the answer, at most."),
+    "max_completion_tokens": Number(int, 1, MOST, "As max_tokens, which it overrides."),
+    "logprobs": Flag("Give the log probability of each token, by the model's own logits."),
+    "top_logprobs": Number(
+        int, 0, TOP_LOGPROBS, "With logprobs: those of so many likeliest tokens too."
+    ),
     "tools": Tools("Functions that the answer may call; ChatGLM3 and GLM-4."),
     "functions": Tools("As tools, in the form of openai 0.28.", functions=True),
     "tool_choice": ToolChoice("auto, or none: the model is shown no tools."),
     "function_call": ToolChoice("As tool_choice, for functions."),
-    "stream": Flag("Server-sent events."),
-    "stream_options": StreamOptions("Of a stream."),
-    "slo_s": Number(float, 0, 1e9, "Seconds within which the whole answer is wanted.", above=True),
 }
 # They would change an answer and are not supported: refused, except for their neutral values.
 REFUSED: Mapping[str, tuple] = {
-    "n": (1,),
-    "best_of": (1,),
     "num_beams": (1,),
     "num_return_sequences": (1,),
     "use_beam_search": (False,),
@@ -483,7 +550,6 @@ REFUSED: Mapping[str, tuple] = {
     "top_a": (0,),
     "tfs": (1,),
     "mirostat": (0,),
-    "bad_words": ([],),
     "logits_processors": ([],),
     "allowed_token_ids": (),
     "truncate_prompt_tokens": (),
@@ -511,44 +577,56 @@ NO_EFFECT = frozenset(
 SHOWN = 16  # names of ignored fields that a reply has
 
 
-def read_fields(body: Any) -> Schema:
-    """The checked fields that a body sets; null counts as not set.
+@dataclass(frozen=True)
+class FieldTable:
+    """The fields of an endpoint's body.
 
-    Raises:
-        ValueError: in one line, where a field is not what it should be or is not supported here.
+    Attributes:
+        refused: fields that would change an answer and are not supported, by their neutral values.
+        required: a field that each body has.
     """
-    if not isinstance(body, dict):
-        raise ValueError(f"the body must be a JSON object, got {type(body).__name__}")
-    for name, neutral_values in REFUSED.items():
-        if body.get(name) is not None and body[name] not in neutral_values:
-            remedy = "; say max_tokens" if name == "max_new_tokens" else ""
-            raise ValueError(f"{name} is not supported here{remedy}")
-    if body.get("messages") is None:
-        raise ValueError("messages must be a list of at least one message")
-    values = {}
-    for name, field in FIELDS.items():
-        if body.get(name) is not None:
-            values[name] = field.read(name, body[name])
-    if "top_logprobs" in values and not values.get("logprobs"):
-        raise ValueError("top_logprobs needs logprobs true")
-    return values
+
+    fields: Mapping[str, Field]
+    refused: Mapping[str, tuple]
+    required: str
+
+    def read(self, body: Any) -> dict[str, Any]:
+        """The checked fields that a body sets; null counts as not set.
+
+        Raises:
+            ValueError: in one line, where a field is not what it should be or is not supported.
+        """
+        if not isinstance(body, dict):
+            raise ValueError(f"the body must be a JSON object, got {type(body).__name__}")
+        for name, neutral_values in self.refused.items():
+            if body.get(name) is not None and body[name] not in neutral_values:
+                remedy = "; say max_tokens" if name == "max_new_tokens" else ""
+                raise ValueError(f"{name} is not supported here{remedy}")
+        values = {}
+        for name, field in self.fields.items():
+            if body.get(name) is not None:
+                values[name] = field.read(name, body[name])
+            elif name == self.required:
+                raise ValueError(f"{name} is required")
+        return values
+
+    def unknown(self, body: dict) -> tuple[str, ...]:
+        """Names of unknown fields, the first SHOWN, cut to 64 characters."""
+        known = {*self.fields, *self.refused, *NO_EFFECT}
+        unknown = [name for name in body if name not in known]
+        return tuple(name.encode("utf-8", "replace").decode()[:64] for name in unknown[:SHOWN])
+
+    def schema(self) -> Schema:
+        """JSON Schema of a body; its description names the refused fields."""
+        text = f"Not supported, so refused with 400: {', '.join(self.refused)}. "
+        text += "Unknown fields are named in glm_foundry.ignored."
+        properties = {name: field.schema() for name, field in self.fields.items()}
+        return {
+            "type": "object",
+            "required": [self.required],
+            "properties": properties,
+            "description": text,
+        }
 
 
-def unknown_fields(body: dict) -> tuple[str, ...]:
-    """Names of unknown fields, the first SHOWN, cut to 64 characters."""
-    known = {*FIELDS, *REFUSED, *NO_EFFECT}
-    unknown = [name for name in body if name not in known]
-    return tuple(name.encode("utf-8", "replace").decode()[:64] for name in unknown[:SHOWN])
-
-
-def body_schema() -> Schema:
-    """JSON Schema of a chat request's body; its description names the REFUSED fields."""
-    text = f"Not supported, so refused with 400: {', '.join(REFUSED)}. "
-    text += "Unknown fields are named in glm_foundry.ignored."
-    properties = {name: field.schema() for name, field in FIELDS.items()}
-    return {
-        "type": "object",
-        "required": ["messages"],
-        "properties": properties,
-        "description": text,
-    }
+CHAT_TABLE = FieldTable(FIELDS, REFUSED, "messages")

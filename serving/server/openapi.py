@@ -3,7 +3,10 @@
 The request's schema is made from the table that checks requests.
 """
 
-from serving.server.fields import Schema, body_schema
+from serving.server.completions import COMPLETION_TABLE
+from serving.server.embeddings import EMBEDDING_TABLE
+from serving.server.fields import CHAT_TABLE, Schema
+from serving.server.responses import RESPONSES_TABLE
 
 ERRORS = {
     400: "A field is wrong or not supported, or the prompt is too long",
@@ -41,34 +44,121 @@ def completion_schema() -> Schema:
     }
     choice: Schema = {"type": "object", "required": ["index", "message", "finish_reason"]}
     choice["properties"] = {
-        "index": {"const": 0},
+        "index": {"type": "integer", "minimum": 0},
         "message": message,
         "finish_reason": {"enum": ["stop", "length", "tool_calls", "function_call"]},
         "logprobs": {"type": ["object", "null"]},
     }
-    counts = ("prompt_tokens", "completion_tokens", "total_tokens")
-    usage: Schema = {"type": "object", "required": list(counts)}
-    usage["properties"] = dict.fromkeys(counts, {"type": "integer", "minimum": 0})
+    return response_schema("chat.completion", choice)
+
+
+def usage_schema(*counts: str) -> Schema:
+    return {
+        "type": "object",
+        "required": list(counts),
+        "properties": dict.fromkeys(counts, {"type": "integer", "minimum": 0}),
+    }
+
+
+REPORT: Schema = {
+    "type": "object",
+    "description": "Predicted and actual length, seconds in the queue and in all, whether the "
+    "deadline was met, and names of ignored fields.",
+}
+
+
+def response_schema(kind: str, choice: Schema) -> Schema:
+    """Of a response with choices; `kind`: its field `object`."""
     properties = {
         "id": {"type": "string"},
-        "object": {"const": "chat.completion"},
+        "object": {"const": kind},
         "created": {"type": "integer"},
         "model": {"type": "string"},
-        "choices": {"type": "array", "items": choice, "minItems": 1, "maxItems": 1},
-        "usage": usage,
-        "glm_foundry": {
-            "type": "object",
-            "description": "Predicted and actual length, and names of ignored fields.",
-        },
+        "choices": {"type": "array", "items": choice, "minItems": 1},
+        "usage": usage_schema("prompt_tokens", "completion_tokens", "total_tokens"),
+        "glm_foundry": REPORT,
     }
     return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def text_completion_schema() -> Schema:
+    choice: Schema = {"type": "object", "required": ["index", "text", "finish_reason"]}
+    choice["properties"] = {
+        "index": {"type": "integer", "minimum": 0},
+        "text": {"type": "string"},
+        "finish_reason": {"enum": ["stop", "length"]},
+        "logprobs": {"type": ["object", "null"]},
+    }
+    return response_schema("text_completion", choice)
+
+
+def embedding_list_schema() -> Schema:
+    vector = {"anyOf": [{"type": "array", "items": {"type": "number"}}, {"type": "string"}]}
+    entry: Schema = {"type": "object", "required": ["object", "index", "embedding"]}
+    entry["properties"] = {
+        "object": {"const": "embedding"},
+        "index": {"type": "integer", "minimum": 0},
+        "embedding": vector,
+    }
+    properties: Schema = {
+        "object": {"const": "list"},
+        "data": {"type": "array", "items": entry, "minItems": 1},
+        "model": {"type": "string"},
+        "usage": usage_schema("prompt_tokens", "total_tokens"),
+    }
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def responses_schema() -> Schema:
+    properties: Schema = {
+        "id": {"type": "string"},
+        "object": {"const": "response"},
+        "created_at": {"type": "integer"},
+        "model": {"type": "string"},
+        "status": {"enum": ["completed", "incomplete"]},
+        "output": {"type": "array", "items": {"type": "object"}},
+        "usage": usage_schema("input_tokens", "output_tokens", "total_tokens"),
+        "glm_foundry": REPORT,
+    }
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+# By endpoint: what it does, the names of its schemas, whether it streams.
+ENDPOINTS = {
+    "/v1/chat/completions": ("Answer a chat", "ChatRequest", "ChatCompletion", True),
+    "/v1/completions": ("Go on with texts", "CompletionRequest", "TextCompletion", True),
+    "/v1/embeddings": ("Mean hidden states", "EmbeddingRequest", "EmbeddingList", False),
+    "/v1/responses": ("Answer a chat in the newer form", "ResponsesRequest", "Response", True),
+}
+
+
+def endpoint(summary: str, request: str, response: str, streams: bool) -> Schema:
+    """The entry of an endpoint that runs the model."""
+    entry: Schema = {
+        "summary": summary,
+        "requestBody": {"required": True, "content": json_content(schema_ref(request))},
+        "responses": responses_of(
+            "The answer; with stream, server-sent events" if streams else "The answer",
+            schema_ref(response),
+            *ERRORS,
+        ),
+    }
+    if streams:
+        entry["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    return entry
 
 
 def openapi_document(model: str, needs_key: bool) -> Schema:
     """An OpenAPI 3.1 document; `needs_key`: requests must carry a key."""
     schemas = {
-        "ChatRequest": body_schema(),
+        "ChatRequest": CHAT_TABLE.schema(),
         "ChatCompletion": completion_schema(),
+        "CompletionRequest": COMPLETION_TABLE.schema(),
+        "TextCompletion": text_completion_schema(),
+        "EmbeddingRequest": EMBEDDING_TABLE.schema(),
+        "EmbeddingList": embedding_list_schema(),
+        "ResponsesRequest": RESPONSES_TABLE.schema(),
+        "Response": responses_schema(),
         "Error": error_schema(),
     }
     card = {
@@ -83,14 +173,7 @@ def openapi_document(model: str, needs_key: bool) -> Schema:
         "required": ["status"],
         "properties": {"status": {"type": "string"}},
     }
-    chat: Schema = {
-        "summary": "Answer a chat",
-        "requestBody": {"required": True, "content": json_content(schema_ref("ChatRequest"))},
-        "responses": responses_of(
-            "The answer; with stream, server-sent events", schema_ref("ChatCompletion"), *ERRORS
-        ),
-    }
-    chat["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    endpoints = {path: {"post": endpoint(*words)} for path, words in ENDPOINTS.items()}
     named = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     health: Schema = responses_of("It serves", status, 403)
     health["503"] = {
@@ -104,10 +187,10 @@ def openapi_document(model: str, needs_key: bool) -> Schema:
         "info": {
             "title": "GLM Foundry",
             "version": "1",
-            "description": f"OpenAI's chat completions for the model {model}.",
+            "description": f"OpenAI's API for the model {model}.",
         },
         "paths": {
-            "/v1/chat/completions": {"post": chat},
+            **endpoints,
             "/v1/models": {
                 "get": {
                     "summary": "The served model",

@@ -10,12 +10,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
+from predictor.prediction import from_bins
 from serving.engines import Answer, Inbox, Sampling, TextEngine, WallClock
-from serving.request import Event, Policy, Request
+from serving.request import Event, Policy, Record, Request
 from serving.scheduler import run_scheduler
-from serving.server.chat import ChatRequest, encode_messages, prompt_of
+from serving.server.generation import GenerationRequest, PromptIds, banned_sequences
 from serving.server.monitor import Monitor
 
 if TYPE_CHECKING:
@@ -26,7 +29,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_CHARACTERS_PER_TOKEN = 100  # a longer prompt is refused without being tokenized
-SAMPLING_FIELDS = (  # those of a ChatRequest that Sampling has under the same name
+ONE_TOKEN = from_bins(np.ones(1), np.array([0.0, 1.0]))  # of what makes no answer: embeddings
+SAMPLING_FIELDS = (  # those of a GenerationRequest that Sampling has under the same name
     "temperature",
     "top_p",
     "min_p",
@@ -53,19 +57,38 @@ class ServiceClosed(RuntimeError):
     """No new requests: the server is shutting down, or its engine has failed."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class ActiveRequest:
-    """One request under way.
+    """One answer under way.
 
     Attributes:
-        tokens: yields each token as it comes, and None when there is no more.
-        unknown_fields: names of its unknown fields.
+        admitted_s: when it first left the queue; None before.
     """
 
     request: Request
     answer: Answer
-    tokens: asyncio.Queue
+    admitted_s: float | None = None
+
+
+class AnswerGroup(NamedTuple):
+    """The answers to one request of a client.
+
+    Attributes:
+        tokens: yields (place of an answer, its next token) as they come; None for a token when
+            the answer has no more.
+        unknown_fields: names of the request's unknown fields.
+    """
+
+    answers: list[ActiveRequest]
+    tokens: "asyncio.Queue[tuple[int, int | None]]"
     unknown_fields: tuple[str, ...] = ()
+
+
+def seed_of(seed: int | None, number: int) -> int | None:
+    """Of a prompt's answer of this number."""
+    if seed is None or seed + number < 2**63:
+        return None if seed is None else seed + number
+    return seed - number
 
 
 class Service:
@@ -116,6 +139,7 @@ class Service:
         self.clock = WallClock()
         self.inbox = Inbox(self.clock, engine)
         self._ids = itertools.count()
+        self._active: dict[int, ActiveRequest] = {}
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -155,6 +179,9 @@ class Service:
                 self.on_failure()
 
     def _observe(self, event: Event):
+        if event.kind == "admitted" and (active := self._active.get(event.id)) is not None:
+            assert isinstance(event.what, Record)
+            active.admitted_s = event.what.first_admitted_s
         try:
             self.monitor(event)
         except Exception:  # figures and logs must not end the answers
@@ -165,56 +192,87 @@ class Service:
         if self.failure or self.draining:
             raise ServiceClosed(self.failure or "the server is shutting down")
 
-    async def ask(self, chat_request: ChatRequest) -> ActiveRequest:
-        """Tokenize the prompt, predict its length, and submit it to the engine.
+    async def ask(self, asked: GenerationRequest) -> AnswerGroup:
+        """Tokenize the prompts, predict their answers' lengths, and submit them to the engine.
 
         Raises:
-            ValueError: the family's prompt format has no place for these messages.
-            PromptTooLong: they leave no room for an answer.
+            ValueError: the family's prompt format has no place for these prompts.
+            PromptTooLong: one leaves no room for an answer.
             ServiceClosed, QueueFull, PredictionFailed: none is made.
         """
         self.check_open()
-        limits = self.engine.limits
-        if self.engine.count() + self._preparing >= limits.max_batch + self.max_queue:
+        count = asked.prompt_count * asked.n
+        self._check_room(count)
+        arrival_s = self.clock.now_s()
+        self._preparing += count
+        try:
+            prompts = await asyncio.to_thread(self._prepare, asked)
+        finally:
+            self._preparing -= count
+        self.check_open()
+        group = AnswerGroup([], asyncio.Queue(), asked.unknown_fields)
+        try:
+            for prompt, prediction in prompts:
+                for number in range(asked.n):
+                    sampling = self.sampling_of(asked, len(prompt.ids), number)
+                    self._submit(group, asked, prompt, prediction, sampling, arrival_s)
+        except BaseException:
+            self.release(group)
+            raise
+        return group
+
+    def _check_room(self, count: int) -> None:
+        """Raises QueueFull, or ValueError where so many answers never have room."""
+        room = self.engine.limits.max_batch + self.max_queue
+        if count > room:
+            raise ValueError(
+                f"a request may ask for {room} answers (--max_batch and --max_queue), got {count}"
+            )
+        if self.engine.count() + self._preparing + count > room:
             raise QueueFull(
                 f"{self.max_queue} requests wait already (--max_queue); try again later"
             )
-        arrival_s = self.clock.now_s()
-        prompt = prompt_of(chat_request.messages)
-        self._preparing += 1
-        try:
-            ids, prediction = await asyncio.to_thread(self._prepare, chat_request, prompt)
-        finally:
-            self._preparing -= 1
-        self.check_open()
-        slo_s = self.slo_s if chat_request.slo_s is None else chat_request.slo_s
+
+    def _submit(
+        self,
+        group: AnswerGroup,
+        asked: GenerationRequest,
+        prompt: PromptIds,
+        prediction: "LengthPrediction | None",
+        sampling: Sampling,
+        arrival_s: float,
+    ) -> None:
+        """Give an answer to the engine and to its group. Raises ServiceClosed."""
+        slo_s = self.slo_s if asked.slo_s is None else asked.slo_s
+        predict_s = self.clock.now_s() - arrival_s
         request = Request(
             next(self._ids),
-            len(ids),
+            len(prompt.ids),
             arrival_s,
             slo_s,
             prediction,
-            predict_s=self.clock.now_s() - arrival_s,
+            predict_s=predict_s,
+            priority=asked.priority,
         )
-        sampling = self.sampling_of(chat_request, len(ids))
         loop = asyncio.get_running_loop()
-        tokens: asyncio.Queue[int | None] = asyncio.Queue()
+        tokens, place = group.tokens, len(group.answers)
 
         def listener(answer: Answer, token: int | None):
             if token is not None:
-                loop.call_soon_threadsafe(tokens.put_nowait, token)
+                loop.call_soon_threadsafe(tokens.put_nowait, (place, token))
             if answer.reason is not None:
-                loop.call_soon_threadsafe(tokens.put_nowait, None)
+                loop.call_soon_threadsafe(tokens.put_nowait, (place, None))
 
-        answer = self.engine.submit(request, ids, sampling, listener)
-        self.monitor.track(request, prompt, answer)
+        answer = self.engine.submit(request, prompt.ids, sampling, listener)
+        active = self._active[request.id] = ActiveRequest(request, answer)
+        group.answers.append(active)
+        self.monitor.track(request, prompt.text, answer)
         try:
             self.inbox.put(request)
         except RuntimeError as error:  # it was shut in between
             self.engine.forget(request.id)
             self.monitor.forget(request.id)
             raise ServiceClosed(str(self.failure or error)) from None
-        return ActiveRequest(request, answer, tokens, chat_request.unknown_fields)
 
     def cancel(self, active: ActiveRequest) -> None:
         """Cancel an answer; nothing happens where it has ended."""
@@ -222,75 +280,108 @@ class Service:
             self.engine.cancel(active.request.id)
             self.inbox.withdraw(active.request.id)
 
-    def sampling_of(self, chat_request: ChatRequest, prompt_tokens: int) -> Sampling:
-        """Raises PromptTooLong where max_length leaves no room for an answer."""
-        token_limits = [chat_request.max_tokens] if chat_request.max_tokens is not None else []
-        if chat_request.max_length is not None:
-            if chat_request.max_length <= prompt_tokens:
+    def release(self, group: AnswerGroup) -> None:
+        """Cancel what has not ended of a group, which nobody reads any more."""
+        for active in group.answers:
+            self.cancel(active)
+            self._active.pop(active.request.id, None)
+
+    def sampling_of(self, asked: GenerationRequest, prompt_tokens: int, number: int) -> Sampling:
+        """Of a prompt's answer of this number.
+
+        Raises:
+            PromptTooLong: max_length leaves no room for an answer.
+        """
+        token_limits = [asked.max_tokens] if asked.max_tokens is not None else []
+        if asked.max_length is not None:
+            if asked.max_length <= prompt_tokens:
                 counts = f"counts the prompt too, which has {prompt_tokens} tokens"
-                raise PromptTooLong(
-                    f"max_length ({chat_request.max_length}) {counts}; say max_tokens"
-                )
-            token_limits.append(chat_request.max_length - prompt_tokens)
+                raise PromptTooLong(f"max_length ({asked.max_length}) {counts}; say max_tokens")
+            token_limits.append(asked.max_length - prompt_tokens)
         options = dict(self.defaults)
         for name in SAMPLING_FIELDS:
-            if (value := getattr(chat_request, name)) is not None:
+            if (value := getattr(asked, name)) is not None:
                 options[name] = value
-        if chat_request.do_sample is False or options.get("top_p") == 0:
+        if asked.do_sample is False or options.get("top_p") == 0:
             options |= {"temperature": 0.0, "top_p": 1.0}
-        top_k = max(chat_request.top_k or 0, 0)
-        max_new_tokens = min(token_limits, default=None)
-        logprobs = chat_request.top_logprobs or 0 if chat_request.logprobs else None
         return Sampling(
-            max_new_tokens=max_new_tokens,
-            seed=chat_request.seed,
-            top_k=top_k,
-            logprobs=logprobs,
+            max_new_tokens=max(min(token_limits), 1) if token_limits else None,
+            seed=seed_of(asked.seed, number),
+            top_k=max(asked.top_k or 0, 0),
+            bad_words=banned_sequences(self.tokenizer, asked.bad_words),
+            logprobs=asked.top_logprobs or 0 if asked.logprobs else None,
+            prompt_logprobs=asked.prompt_logprobs,
+            embeds=asked.embeds,
             **options,
         )
 
     def _prepare(
-        self, chat_request: ChatRequest, prompt: str
-    ) -> "tuple[list[int], LengthPrediction | None]":
-        """(prompt ids, prediction or None). Raises PromptTooLong, ValueError,
-        PredictionFailed."""
+        self, asked: GenerationRequest
+    ) -> "list[tuple[PromptIds, LengthPrediction | None]]":
+        """The prompts and the predictions of their answers.
+
+        Raises:
+            PromptTooLong, ValueError, PredictionFailed: none is made.
+        """
         max_tokens = self.engine.limits.max_tokens
         room = f"which leaves no room for an answer within {max_tokens} tokens (--max_tokens)"
-        count, characters = (
-            len(chat_request.messages),
-            sum(len(message.text) for message in chat_request.messages),
-        )
+        count, characters = asked.sizes()
         if characters > MAX_CHARACTERS_PER_TOKEN * max_tokens or count > max_tokens:
             raise PromptTooLong(
-                f"the prompt has {count} messages and {characters} characters, {room}"
+                f"the prompt has {count} messages or tokens and {characters} characters, {room}"
             )
-        ids = encode_messages(
-            self.tokenizer, chat_request.messages, chat_request.tools, **self.prompt_options
-        )
-        if len(ids) >= max_tokens:
-            raise PromptTooLong(f"the prompt has {len(ids)} tokens, {room}")
+        prepared = []
+        for prompt in asked.encoded(self.tokenizer, self.prompt_options):
+            if len(prompt.ids) >= max_tokens:
+                raise PromptTooLong(f"the prompt has {len(prompt.ids)} tokens, {room}")
+            prediction = ONE_TOKEN if asked.embeds else self._predict(prompt.text)
+            prepared.append((prompt, prediction))
+        return prepared
+
+    def _predict(self, text: str) -> "LengthPrediction | None":
+        """None without a predictor. Raises PredictionFailed."""
         if self.predictor is None:
-            return ids, None
+            return None
         try:
-            return ids, self.predictor.predict(prompt)[0]
+            return self.predictor.predict(text)[0]
         except Exception as error:  # a failing predictor is the server's error, not the request's
             log.exception("the predictor failed")
             why = type(error).__name__
             raise PredictionFailed(f"the answer's length could not be predicted: {why}") from None
 
-    def report(self, active: ActiveRequest) -> dict:
-        """Predicted and actual length of an ended answer; the `glm_foundry` field of a response."""
+    def report(self, group: AnswerGroup) -> dict[str, Any]:
+        """Predicted and actual lengths of ended answers; the `glm_foundry` field of a response."""
+        reports = [self.answer_report(active) for active in group.answers]
+        report_fields = reports[0]
+        if len(reports) > 1:
+            report_fields = {
+                "output_tokens": sum(report["output_tokens"] for report in reports),
+                "finished": all(report["finished"] for report in reports),
+                "slo_s": reports[0]["slo_s"],
+                "queue_s": max(report["queue_s"] for report in reports),
+                "latency_s": max(report["latency_s"] for report in reports),
+                "in_time": all(report["in_time"] for report in reports),
+                "answers": reports,
+            }
+        if group.unknown_fields:
+            report_fields["ignored"] = group.unknown_fields
+        return report_fields
+
+    def answer_report(self, active: ActiveRequest) -> dict[str, Any]:
+        """Of one ended answer."""
         request, answer = active.request, active.answer
         latency_s = self.clock.now_s() - request.arrival_s
+        queue_s = latency_s
+        if active.admitted_s is not None:
+            queue_s = max(active.admitted_s - request.arrival_s, 0.0)
         report_fields: dict[str, Any] = {
             "output_tokens": self.length(answer),
             "finished": answer.reason == "stop",
             "slo_s": request.slo_s,
+            "queue_s": round(queue_s, 4),
             "latency_s": round(latency_s, 4),
             "in_time": latency_s <= request.slo_s,
         }
-        if active.unknown_fields:
-            report_fields["ignored"] = active.unknown_fields
         if (prediction := request.prediction) is not None:
             predicted = {
                 "expected": prediction.expected_tokens,

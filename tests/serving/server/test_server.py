@@ -18,12 +18,14 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from chatglm.families import family_of
 from predictor.update import main as update
 from serving.request import Limits, Request
 from serving.scheduler import Replay, VirtualClock, run_scheduler
-from serving.server.chat import TextStream, encode_messages, parse_body, prompt_of
+from serving.server.chat import encode_messages, parse_body, prompt_of
 from serving.server.command import main
 from serving.server.monitor import Monitor
+from serving.server.text_stream import TextStream
 from serving.simulate.engine import LinearCost, SimulatedEngine
 from tests.finetune.runs import ROOT, child_env, make_rows, write_rows
 from tests.predictor import synthetic
@@ -416,11 +418,11 @@ def test_a_client_that_goes_away_ends_its_answer(server):
     [
         (b"{", "not valid JSON"),
         ([], "must be a JSON object"),
-        ({}, "messages must be a list"),
+        ({}, "messages is required"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "messages[0] must be"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content must be text"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "at least one message of the user"),
-        ({"messages": [{"role": "user", "content": "x"}], "n": 2}, "n is not supported"),
+        ({"messages": [{"role": "user", "content": "x"}], "n": 0}, "n must be a whole"),
         (
             {"messages": [{"role": "user", "content": "x"}], "max_tokens": 0},
             "max_tokens must be a whole number at least 1",
@@ -539,12 +541,12 @@ def test_streams_never_take_back(tiny_folders, family):
             draw.shuffle(ids)
         ids = [i for i in ids if i != first and i not in (tokenizer.pad_token_id,)]
         stops = ("世界", "c :") if case % 5 == 0 else ()
-        stream = TextStream(tokenizer, stops)
+        stream = TextStream(tokenizer, family_of(tokenizer), stops)
         sent = ""
         for i in ids:
             sent += stream.add(i)
             assert case % 3 or "\ufffd" not in sent
-        whole = TextStream(tokenizer, stops)
+        whole = TextStream(tokenizer, family_of(tokenizer), stops)
         whole._next = 10**9
         assert [whole.add(i) for i in ids] == [""] * len(ids)
         assert (sent if stream.stopped else sent + stream.end()) == whole.end()

@@ -33,7 +33,7 @@ from serving.server.command import (
     make_server,
     parse_flags,
 )
-from serving.server.fields import FIELDS, REFUSED, Number, body_schema
+from serving.server.fields import CHAT_TABLE, FIELDS, REFUSED, Number
 from serving.simulate.engine import LinearCost
 from tests.conftest import tiny_model
 from tests.warm import warm_python
@@ -325,7 +325,7 @@ def test_numbers_that_are_none_are_400(server, token):
 
 @given(st.text("ab", max_size=40), st.lists(st.text("ab", min_size=1, max_size=12), max_size=3))
 def test_s2_what_a_stream_holds_back(text, stops):
-    from serving.server.chat import longest_partial_match
+    from serving.server.text_stream import longest_partial_match
 
     naive = max(
         (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
@@ -335,7 +335,7 @@ def test_s2_what_a_stream_holds_back(text, stops):
 
 def test_s2_the_worst_stops_cost_little(server):
     """Texts and stops that nearly match everywhere."""
-    from serving.server.chat import longest_partial_match
+    from serving.server.text_stream import longest_partial_match
 
     long = "a" * 100_000 + "b"
     begin = time.perf_counter()
@@ -635,12 +635,13 @@ def test_s9_the_openapi_document_says_what_is_served(server):
         if method != "parameters"
     }
     schema = document["components"]["schemas"]["ChatRequest"]
-    assert schema == body_schema() and set(schema["properties"]) == set(FIELDS)
+    assert schema == CHAT_TABLE.schema() and set(schema["properties"]) == set(FIELDS)
     body = {"messages": [{"role": "user", "content": "x"}], "logprobs": True}
     for name, field in FIELDS.items():
         if isinstance(field, Number):
             said = schema["properties"][name]
-            assert parse_body(body | {name: said["maximum"]})
+            n = {"n": said["maximum"]} if name == "best_of" else {}
+            assert parse_body(body | n | {name: said["maximum"]})
             for value in (
                 said["maximum"] * 2 + 2,
                 said.get("exclusiveMinimum", said.get("minimum", 0) - 1),
@@ -817,6 +818,7 @@ messages = st.just([{"role": "user", "content": "你好"}])
 numbers = st.one_of(
     [st.floats(), st.integers(), st.sampled_from([5e-324, 1e-45, 1e308, 10**400, -(10**400)])]
 )
+letters = SimpleNamespace(encode_text=lambda text: [ord(letter) % 64 for letter in text])
 bodies = st.builds(
     lambda base, odd: base | odd,
     st.fixed_dictionaries({"messages": messages | any_json}),
@@ -835,8 +837,8 @@ def test_any_body_is_a_request_or_one_line(body):
 
     try:
         asked = parse_body(body)
-        service = SimpleNamespace(defaults={"temperature": 0.8, "top_p": 0.8})
-        sampling = Service.sampling_of(service, asked, 5)
+        service = SimpleNamespace(defaults={"temperature": 0.8, "top_p": 0.8}, tokenizer=letters)
+        sampling = Service.sampling_of(service, asked, 5, 0)
     except ValueError as error:
         assert "\n" not in str(error) and len(str(error)) < 500
         return

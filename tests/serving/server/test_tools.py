@@ -85,13 +85,15 @@ def test_answers_are_read(tokenizer):
 
 async def reply_of(tokenizer, ids, stream=True, **fields):
     """What a client gets for an answer of these ids: the reply, or the lines of its stream."""
-    from serving.server.api import ChatResponse
+    from serving.server.chat_completions import ChatResponse
+    from serving.server.service import AnswerGroup
 
     tokens = asyncio.Queue()
     for token in [*ids, tokenizer.stop_ids[0], None]:
-        tokens.put_nowait(token)
-    answer = SimpleNamespace(id=0, reason="stop", tokens=ids)
-    active = SimpleNamespace(answer=answer, tokens=tokens, request=SimpleNamespace(prompt_tokens=3))
+        tokens.put_nowait((0, token))
+    answer = SimpleNamespace(id=0, reason="stop", tokens=ids, prompt=[], logprobs=[])
+    active = SimpleNamespace(answer=answer, request=SimpleNamespace(prompt_tokens=3))
+    group = AnswerGroup([active], tokens)
     service = SimpleNamespace(
         tokenizer=tokenizer,
         engine=SimpleNamespace(stop_ids=frozenset(tokenizer.stop_ids)),
@@ -99,6 +101,7 @@ async def reply_of(tokenizer, ids, stream=True, **fields):
         report=lambda _: {},
         length=lambda _: len(ids),
         cancel=lambda _: None,
+        release=lambda _: None,
         draining=False,
     )
 
@@ -106,7 +109,7 @@ async def reply_of(tokenizer, ids, stream=True, **fields):
         await asyncio.sleep(60)
 
     asked = request_of(ASKED, stream=stream, **fields)
-    response = ChatResponse(service, asked, active, SimpleNamespace(receive=receive))
+    response = ChatResponse(service, asked, group, SimpleNamespace(receive=receive))
     if not stream:
         return await response.complete()
     return [line async for line in response.events()]
