@@ -18,10 +18,18 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
-from serving.server.access import AccessControl, AccessLog, AccessRules, ApiError
+from serving.server.access import (
+    CLIENT_CLOSED_REQUEST,
+    REQUEST_ID,
+    AccessControl,
+    AccessRules,
+    ApiError,
+    RequestObserver,
+    note_error,
+)
 from serving.server.chat import parse_body
 from serving.server.chat_completions import ChatResponse
-from serving.server.choices import CLIENT_CLOSED_REQUEST, CLOSING, EventStream
+from serving.server.choices import CLOSING, EventStream
 from serving.server.completions import CompletionResponse, parse_completion
 from serving.server.embeddings import EmbeddingResponse, parse_embedding
 from serving.server.openapi import openapi_document
@@ -60,7 +68,7 @@ def make_app(
     """
     app = FastAPI(title="GLM Foundry", docs_url=None, redoc_url=None, redirect_slashes=False)
     schema = partial(
-        openapi_document, service.name, needs_key=bool(access_rules and access_rules.api_key)
+        openapi_document, service.name, needs_key=bool(access_rules and access_rules.keys)
     )
     app.openapi = schema  # type: ignore[method-assign]  # FastAPI's documented way
     app.state.closing = asyncio.Event()
@@ -72,28 +80,34 @@ def make_app(
             allow_origins=list(cors_origins),
             allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],
+            expose_headers=[REQUEST_ID, "Retry-After"],
         )
-    if access_log:
-        app.add_middleware(AccessLog)
+    app.add_middleware(RequestObserver, count=service.monitor.count_exchange, writes_log=access_log)
     get = partial(app.api_route, methods=["GET", "HEAD"])
 
     @app.exception_handler(ApiError)
     async def api_error(http: Http, error: ApiError):
+        note_error(http.scope, error)
         return JSONResponse(error.body(), error.status, headers=error.headers)
 
     @app.exception_handler(HTTPException)
     async def http_error(http: Http, error: HTTPException):
         wrapped = ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}")
+        note_error(http.scope, wrapped)
         return JSONResponse(wrapped.body(), error.status_code, headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def internal_error(http: Http, error: Exception):
-        return JSONResponse(ApiError(500, f"internal error: {type(error).__name__}").body(), 500)
 
     @get("/health")
     async def health():
         state = service.failure or ("draining" if service.draining else "ok")
         return JSONResponse({"status": state}, 200 if state == "ok" else 503)
+
+    @get("/health/live")
+    async def live():
+        return {"status": "ok"}
+
+    @get("/health/ready")
+    async def ready():
+        return await health()
 
     @get("/v1/models")
     async def models():

@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatglm.commands import Parser, run_command
@@ -20,8 +21,9 @@ from serving.cost_model.model import CostModel, ModelSizes, Profile, read_profil
 from serving.engines import ENGINES, make_engine
 from serving.policies.continuous import POLICIES
 from serving.request import Limits
-from serving.server.access import AccessRules, host_name, is_loopback
+from serving.server.access import AccessRules, access_logger, host_name, is_loopback
 from serving.server.chat import tokenizer_family
+from serving.server.keys import KeyRing
 from serving.server.monitor import Monitor
 from serving.server.service import Service
 
@@ -67,6 +69,7 @@ class ServerFlags:
     max_connections: int
     client_s: float
     api_key: str | None
+    api_keys: str | None
     allowed_hosts: str
     cors_origins: str
     access_log: bool
@@ -137,13 +140,15 @@ def server_parser() -> argparse.ArgumentParser:
     parser.add_argument("--client_s", type=float, default=30.0, help=client)
     key = f"key that all requests but /health must carry (better: the environment's {KEY_VARIABLE})"
     parser.add_argument("--api_key", help=key)
+    keys = "file of more keys, by name and hash (python -m serving.server.keys adds one)"
+    parser.add_argument("--api_keys", metavar="FILE", help=keys)
     hosts = "names, with commas, that the header Host may have (default on loopback: --host)"
     parser.add_argument("--allowed_hosts", default="", help=hosts)
     origins = (
         'origins, with commas, of web pages that may send requests; "*" for all (default: none)'
     )
     parser.add_argument("--cors_origins", default="", help=origins)
-    lines = "a line for each request on the standard error output"
+    lines = "a JSON line for each request on the standard error output"
     parser.add_argument("--access_log", action="store_true", help=lines)
     return parser
 
@@ -292,20 +297,23 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def access_rules_of(flags: ServerFlags, sock: socket.socket) -> AccessRules:
-    """The hosts and the key that are accepted, from the flags and the environment.
+    """The hosts and the keys that are accepted, from the flags and the environment.
 
     Raises:
-        ValueError: a key that no header can hold.
+        ValueError, OSError: a key that no header can hold, or a file of keys that is wrong.
     """
     key = flags.api_key if flags.api_key is not None else os.environ.get(KEY_VARIABLE)
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
         wanted = "printable ASCII characters, not empty, without spaces around them"
         raise ValueError(f"--api_key (or {KEY_VARIABLE}) must be {wanted}")
+    keys = None
+    if key is not None or flags.api_keys is not None:
+        keys = KeyRing(key, Path(flags.api_keys) if flags.api_keys is not None else None)
     hosts = filter(None, map(str.strip, flags.allowed_hosts.split(",")))
     named = set(map(host_name, hosts))
     if named or is_loopback(sock.getsockname()[0]):
-        return AccessRules(key, frozenset(named | {flags.host.lower()}))
-    return AccessRules(key)
+        return AccessRules(keys, frozenset(named | {flags.host.lower()}))
+    return AccessRules(keys)
 
 
 def make_server(service: Service, access_rules: AccessRules, flags: ServerFlags) -> "Server":
@@ -324,6 +332,15 @@ def make_server(service: Service, access_rules: AccessRules, flags: ServerFlags)
     )
 
 
+def write_access_log() -> None:
+    """Write the access log's lines to standard error as they are, without a logger's name."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    access_logger.addHandler(handler)
+    access_logger.setLevel(logging.INFO)
+    access_logger.propagate = False
+
+
 def main(argv: list[str] | None = None) -> int:
     flags = parse_flags(argv)
     return run_command("serving.server", lambda: serve_model(flags))
@@ -335,7 +352,7 @@ def serve_model(flags: ServerFlags) -> int:
     # asyncio warns at each write to a client that has gone; the service cancels its answer.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     if flags.access_log:
-        logging.getLogger("serving.access").setLevel(logging.INFO)
+        write_access_log()
     try:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401

@@ -9,15 +9,18 @@ import signal
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from serving.server.access import AccessRules, ApiError
+from serving.server.access import REQUEST_ID, AccessRules, ApiError
 from serving.server.api import CLIENT_S, RETRY_S, make_app
+from serving.server.monitor import Monitor
 from serving.server.service import Service
 
 MAX_PIPELINED_BYTES = 65536
@@ -35,6 +38,7 @@ class LimitedConnection(H11Protocol):
     """
 
     max_open = 1024
+    monitor: Monitor | None = None
     pipelined_bytes = 0  # bytes that came while an earlier request was being answered
 
     def connection_made(  # type: ignore[override]  # as uvicorn's own, which is given a Transport
@@ -49,10 +53,26 @@ class LimitedConnection(H11Protocol):
             ).body()
         )
         head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-        head += f"Content-Length: {len(body)}\r\n"
+        head += f"Content-Length: {len(body)}\r\n{REQUEST_ID}: {uuid.uuid4().hex}\r\n"
         transport.write(f"{head}Retry-After: {RETRY_S}\r\nConnection: close\r\n\r\n{body}".encode())
         transport.set_protocol(asyncio.Protocol())
         transport.close()
+        if self.monitor is not None:
+            self.monitor.count_refusal("connections")
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP as every other error is answered."""
+        body = json.dumps(ApiError(400, msg).body()).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (REQUEST_ID.lower().encode(), uuid.uuid4().hex.encode()),
+            (b"connection", b"close"),
+        ]
+        start = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+        for event in (start, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event=event))
+        self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         cycle = self.cycle
@@ -89,9 +109,10 @@ class Server(uvicorn.Server):
         access_log: bool = False,
     ) -> None:
         app = make_app(service, access_rules, cors_origins, access_log, client_s)
+        limits = {"max_open": max_connections, "monitor": service.monitor}
         config = uvicorn.Config(
             app,
-            http=type("Limited", (LimitedConnection,), {"max_open": max_connections}),
+            http=type("Limited", (LimitedConnection,), limits),
             ws="none",
             log_level="error",
             access_log=False,

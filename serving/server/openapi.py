@@ -180,6 +180,7 @@ def openapi_document(model: str, needs_key: bool) -> Schema:
         "description": "It drains, or its engine has failed",
         "content": json_content(status),
     }
+    live = responses_of("It answers", status, 403)
     metrics: Schema = responses_of("Prometheus' text format", {}, 401, 403, 501)
     metrics["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
     document: Schema = {
@@ -206,6 +207,16 @@ def openapi_document(model: str, needs_key: bool) -> Schema:
             },
             "/health": {
                 "get": {"summary": "Whether it serves", "security": [], "responses": health}
+            },
+            "/health/live": {
+                "get": {"summary": "Whether it answers", "security": [], "responses": live}
+            },
+            "/health/ready": {
+                "get": {
+                    "summary": "Whether it takes new requests",
+                    "security": [],
+                    "responses": health,
+                }
             },
             "/metrics": {"get": {"summary": "Figures for Prometheus", "responses": metrics}},
         },

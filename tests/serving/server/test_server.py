@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from chatglm.families import family_of
 from predictor.update import main as update
+from serving.engines import Answer, Sampling
 from serving.request import Limits, Request
 from serving.scheduler import Replay, VirtualClock, run_scheduler
 from serving.server.chat import encode_messages, parse_body, prompt_of
@@ -595,7 +596,9 @@ def test_a_monitor_of_a_simulated_run(tmp_path):
         Request(9, 300, 1.0, 5.0)
     ]
     for request in requests:
-        monitor.track(request, "secret", SimpleNamespace(reason="stop"))
+        answer = Answer(request.id, [], Sampling(), None)
+        answer.add(None, "stop")
+        monitor.track(request, "secret", answer)
     list(
         run_scheduler(
             POLICIES["fcfs"],
