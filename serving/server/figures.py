@@ -111,7 +111,7 @@ class Figures:
         import pynvml
         from prometheus_client import Gauge
 
-        gauges = []
+        gauges: list[Any] = []
         for name, text in DEVICE_GAUGES.items():
             gauges.append(Gauge(f"glm_{name}", text, ["gpu"], registry=self.registry))
         load, memory = gauges
