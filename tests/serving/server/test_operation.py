@@ -255,7 +255,7 @@ def test_a_line_stays_one_line_without_queries(server):
 
 def test_a_stream_that_its_client_leaves_is_499(server):
     headers = dict(server.client.headers) | {"X-Request-Id": "left"}
-    url = f"{server.client.base_url}{CHAT.lstrip('/')}"
+    url = f"http://127.0.0.1:{server.port}{CHAT}"
     with httpx.stream("POST", url, json=LONG_STREAM, headers=headers, timeout=60) as reply:
         assert reply.status_code == 200 and next(reply.iter_lines())
     line = access_line(server, "left")
