@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chatglm.commands import Parser, run_command
+from finetune.files import flush
 
 log = logging.getLogger(__name__)
 
@@ -185,6 +186,7 @@ def append_key(path: Path, key: NamedKey) -> None:
         except BaseException:
             os.unlink(temporary)
             raise
+        flush(path.parent)
 
 
 def make_key(name: str, path: Path | None) -> int:

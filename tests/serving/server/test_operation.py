@@ -26,7 +26,7 @@ from predictor.prediction import LengthPrediction
 from serving.server import figures, keys
 from serving.server.command import main, parse_flags
 from serving.server.figures import refusal_reason
-from serving.server.keys import KeyRing, key_digest, read_keys
+from serving.server.keys import KeyRing, NamedKey, append_key, key_digest, read_keys
 from tests.finetune.runs import ROOT
 from tests.serving.server.conftest import start
 from tests.serving.server.test_server_faults import running
@@ -320,6 +320,20 @@ def test_new_keys_are_added_to_a_file_or_shown(tmp_path, capsys):
     assert shown.err == f"three {key_digest(shown.out.strip().encode())}\n"
     assert keys.main(["two words"]) == 1
     assert "NAME must be 1 to 64 letters" in capsys.readouterr().err
+
+
+def test_keys_that_are_added_at_once_are_all_there(tmp_path):
+    file = tmp_path / "keys.txt"
+    names = [f"k{i}" for i in range(12)]
+    threads = []
+    for name in names:
+        entry = NamedKey(name, key_digest(name.encode()))
+        threads.append(threading.Thread(target=append_key, args=(file, entry)))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(key.name for key in read_keys(file)) == sorted(names)
 
 
 @pytest.mark.parametrize(
