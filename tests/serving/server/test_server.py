@@ -321,10 +321,13 @@ def test_messages_that_do_not_take_turns(server):
 
     joined = answer(("user", "水泵\n漏油"))
     assert answer(("user", "水泵"), ("user", "漏油")) == joined
-    for last in (("assistant", ""), ("system", "简短")):
-        with pytest.raises(openai.BadRequestError, match="the last message"):
-            answer(("user", "水泵"), last)
-    with pytest.raises(openai.BadRequestError, match="at least one message of the user"):
+    with pytest.raises(openai.BadRequestError, match="the last message"):
+        answer(("user", "水泵"), ("assistant", ""))
+    with pytest.raises(openai.BadRequestError, match="the last message must be the user's"):
+        answer(("user", "水泵"), ("assistant", "好"), ("system", "简短"))
+    assert answer(("user", "水泵"), ("system", "简短")) == answer(("user", "简短\n\n水泵"))
+    assert answer(("system", "水泵")) == answer(("user", "水泵"))
+    with pytest.raises(openai.BadRequestError, match="not the assistant's"):
         answer(("assistant", "好"))
 
 
@@ -421,7 +424,7 @@ def test_a_client_that_goes_away_ends_its_answer(server):
         ({}, "messages is required"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "messages[0] must be"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content must be text"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "at least one message of the user"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "not the assistant's"),
         ({"messages": [{"role": "user", "content": "x"}], "n": 0}, "n must be a whole"),
         (
             {"messages": [{"role": "user", "content": "x"}], "max_tokens": 0},
