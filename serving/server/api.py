@@ -7,7 +7,8 @@ serving.server.openapi describes them in /openapi.json.
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
 
@@ -31,7 +32,7 @@ from serving.server.chat import parse_body
 from serving.server.chat_completions import ChatResponse
 from serving.server.choices import CLOSING, EventStream
 from serving.server.completions import CompletionResponse, parse_completion
-from serving.server.embeddings import EmbeddingResponse, parse_embedding
+from serving.server.embeddings import EmbeddingResponse, embedding_list, parse_embedding
 from serving.server.openapi import openapi_document
 from serving.server.responses import ResponsesResponse, parse_response
 from serving.server.service import (
@@ -96,6 +97,10 @@ def make_app(
         note_error(http.scope, wrapped)
         return JSONResponse(wrapped.body(), error.status_code, headers=error.headers)
 
+    @app.exception_handler(ClientDisconnect)
+    async def client_gone(http: Http, error: Exception):
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
     @get("/health")
     async def health():
         state = service.failure or ("draining" if service.draining else "ok")
@@ -111,12 +116,17 @@ def make_app(
 
     @get("/v1/models")
     async def models():
-        return {"object": "list", "data": [model_card(service)]}
+        names = [service.name]
+        if service.text_encoder is not None:
+            names.append(service.text_encoder.name)
+        cards = [model_card(name, service.started) for name in names]
+        return {"object": "list", "data": cards}
 
     @get("/v1/models/{name:path}")
     async def model(name: str):
-        check_model(service, name)
-        return model_card(service)
+        if service.text_encoder is None or name != service.text_encoder.name:
+            check_model(name, service.name)
+        return model_card(name, service.started)
 
     @get("/metrics")
     async def metrics():
@@ -128,16 +138,16 @@ def make_app(
 
     post = partial(app.post, response_model=None)
 
+    async def read(http: Http, parse: Parse) -> Any:
+        check_json(http)
+        with api_errors():
+            return parse(await read_json_body(http, app.state.closing, client_s))
+
     async def answer(http: Http, parse: Parse, respond: Respond) -> Response | dict[str, Any]:
-        try:
-            check_json(http)
-            asked = parse(await read_json_body(http, app.state.closing, client_s))
-            check_model(service, asked.model)
+        asked = await read(http, parse)
+        check_model(asked.model, service.name)
+        with api_errors():
             group = await service.ask(asked)
-        except ClientDisconnect:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
-        except (ServiceClosed, QueueFull, PredictionFailed, ValueError) as error:
-            raise api_error_of(error) from None
         response = respond(service, asked, group, http)
         if asked.stream:
             return EventStream(response)
@@ -153,7 +163,14 @@ def make_app(
 
     @post("/v1/embeddings")
     async def embeddings(http: Http):
-        return await answer(http, parse_embedding, EmbeddingResponse)
+        if (encoder := service.text_encoder) is None:
+            return await answer(http, parse_embedding, EmbeddingResponse)
+        asked = await read(http, parse_embedding)
+        check_model(asked.model, encoder.name)
+        with api_errors():
+            service.check_open()
+            vectors, tokens = await asyncio.to_thread(encoder.encode, asked.inputs)
+        return embedding_list(vectors, tokens, asked.as_base64, encoder.name)
 
     @post("/v1/responses")
     async def responses(http: Http):
@@ -162,8 +179,17 @@ def make_app(
     return app
 
 
+@contextmanager
+def api_errors() -> Iterator[None]:
+    """Raises ApiError where a request is wrong or the service takes none."""
+    try:
+        yield
+    except (ServiceClosed, QueueFull, PredictionFailed, ValueError) as error:
+        raise api_error_of(error) from None
+
+
 def api_error_of(error: Exception) -> ApiError:
-    """What a client gets where the service takes no request."""
+    """What a client gets for an error of the service."""
     if isinstance(error, ServiceClosed):
         return ApiError(503, str(error), "unavailable")
     if isinstance(error, QueueFull):
@@ -174,20 +200,13 @@ def api_error_of(error: Exception) -> ApiError:
     return ApiError(400, str(error), code)
 
 
-def model_card(service: Service) -> dict:
-    return {
-        "id": service.name,
-        "object": "model",
-        "created": service.started,
-        "owned_by": "glm-foundry",
-    }
+def model_card(name: str, started: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": started, "owned_by": "glm-foundry"}
 
 
-def check_model(service: Service, name: str | None) -> None:
-    if name not in (None, service.name):
-        raise ApiError(
-            404, f"there is no model {name!r} here, only {service.name!r}", "model_not_found"
-        )
+def check_model(name: str | None, served: str) -> None:
+    if name not in (None, served):
+        raise ApiError(404, f"there is no model {name!r} here, only {served!r}", "model_not_found")
 
 
 def check_json(http: Http) -> None:

@@ -116,7 +116,9 @@ def encode_messages(
             raise ValueError(
                 f"the first message must be the user's: {family.title} knows only rounds"
             )
-    texts[0] = "\n\n".join([*system, texts[0]])
+    if len(texts) % 2 == 0 and texts:
+        raise ValueError(f"the last message must be the user's: {family.title} knows only rounds")
+    texts[:1] = ["\n\n".join([*system, *texts[:1]])]
     return family.encode_chat(
         tokenizer, texts[-1], list(zip(texts[:-1:2], texts[1::2])), **prompt_options
     )
@@ -141,7 +143,7 @@ def message_dicts(
             history.append({"role": role, "content": text})
         history += called_tools(list(calls), family.name, "messages")
     if tools:
-        if history[0]["role"] != "system":
+        if history[0]["role"] != "system" or len(history) == 1:  # the last is what is asked
             history.insert(0, {"role": "system", "content": None})
         history[0]["tools"] = list(tools)
     return history
@@ -154,7 +156,7 @@ def prompt_of(messages: tuple[ChatMessage, ...]) -> str:
     """
     system = [text for role, text, _ in messages if role == "system"]
     asked = [text for role, text, _ in messages if role == "user"]
-    return "\n\n".join([*system, asked[-1]])
+    return "\n\n".join([*system, *asked[-1:]])
 
 
 def tokenizer_family(tokenizer: "FamilyTokenizer") -> Family:

@@ -104,11 +104,18 @@ class Choice:
             self._call_decided = (message, is_call)
         return self._call_decided[1]
 
-    def next_logprobs(self) -> list[tuple[int, TokenLogprobs]]:
-        """(token, its log probabilities) of the tokens that have not been given yet."""
-        start, self._reported = self._reported, len(self.ids)
-        logprobs = self.active.answer.logprobs[start : self._reported]
-        return list(zip(self.ids[start:], logprobs))
+    def next_logprobs(self, with_end: bool = False) -> list[tuple[int, TokenLogprobs]]:
+        """(token, its log probabilities) of the tokens that have not been given yet.
+
+        Args:
+            with_end: the end token counts as one.
+        """
+        answer = self.active.answer
+        ids = self.ids
+        if with_end and self.ended and answer.reason == "stop" and not self.stopped:
+            ids = answer.tokens
+        start, self._reported = self._reported, len(ids)
+        return list(zip(ids[start:], answer.logprobs[start:]))
 
 
 class Choices:

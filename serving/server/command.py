@@ -64,6 +64,7 @@ class ServerFlags:
     precision: str
     keep_quantized: bool
     served_model_name: str | None
+    embedding_model: str | None
     drain_s: float
     max_queue: int
     max_connections: int
@@ -130,6 +131,8 @@ def server_parser() -> argparse.ArgumentParser:
         help="the model's name in the API "
         "(default: the predictor's served model, or the folder's name)",
     )
+    encoder = "folder of a text encoder for /v1/embeddings (default: the served model's states)"
+    parser.add_argument("--embedding_model", help=encoder)
     drain = "after SIGTERM, seconds for answers under way to end; then they get 503 [60]"
     parser.add_argument("--drain_s", type=float, default=60, help=drain)
     queue = "requests that may wait beside those served; more get 429 [256]"
@@ -194,7 +197,7 @@ def load_service(flags: ServerFlags) -> Service:
         raise ValueError(f"--max_batch, --kv_tokens, --max_tokens: {error}") from None
 
     from chatglm import load_tokenizer
-    from finetune.evaluation.predict import load_ready
+    from finetune.evaluation.predict import load_ready, pick_device
 
     tokenizer = load_tokenizer(
         flags.model, mode=flags.mode, base=flags.base_model, prompt_style=flags.prompt_style
@@ -212,10 +215,15 @@ def load_service(flags: ServerFlags) -> Service:
         precision=flags.precision,
         keep_quantized=flags.keep_quantized,
     )
+    text_encoder = None
+    if flags.embedding_model:
+        from serving.server.text_encoder import load_text_encoder
+
+        text_encoder = load_text_encoder(flags.embedding_model, pick_device(flags.device))
     name = service_name(flags, predictor)
     rounds = getattr(model.config, "chat_prompt", None) == "rounds"
     defaults = tokenizer_family(tokenizer).chat_defaults
-    return Service(
+    service = Service(
         make_engine(flags.engine, model, limits, served_cost_model(model, profile)),
         tokenizer,
         policy,
@@ -227,6 +235,8 @@ def load_service(flags: ServerFlags) -> Service:
         prompt_options={"rounds": True} if rounds else {},
         max_queue=flags.max_queue,
     )
+    service.text_encoder = text_encoder
+    return service
 
 
 def served_cost_model(model: "PreTrainedModel", profile: Profile) -> CostModel:

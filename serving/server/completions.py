@@ -170,6 +170,8 @@ class CompletionResponse:
     def logprobs(self, choice: Choice, with_prompt: bool) -> dict[str, Any] | None:
         """OpenAI's object for the tokens not given yet; None where not asked for.
 
+        The end token counts, as in vLLM: lm-evaluation-harness leaves out the last token.
+
         Args:
             with_prompt: those of the prompt are first among them.
         """
@@ -180,7 +182,7 @@ class CompletionResponse:
             answer = choice.active.answer
             found += zip(answer.prompt, answer.prompt_logprobs)
         if not self.asked.makes_nothing:
-            found += choice.next_logprobs()
+            found += choice.next_logprobs(with_end=True)
         tokens, values, offsets = [], [], []
         likeliest: list[dict[str, float] | None] = []
         for token, logprobs in found:
@@ -192,8 +194,11 @@ class CompletionResponse:
             if logprobs is None:
                 likeliest.append(None)
                 continue
-            alternatives = {self.token_text(other): value for other, value in logprobs.top}
-            likeliest.append(alternatives | {text: logprobs.chosen})
+            alternatives = {text: logprobs.chosen}
+            for other, value in logprobs.top:
+                name = self.token_text(other)  # two tokens may have one: the likelier counts
+                alternatives[name] = max(value, alternatives.get(name, value))
+            likeliest.append(alternatives)
         return {
             "tokens": tokens,
             "token_logprobs": values,

@@ -92,13 +92,8 @@ class EmbeddingResponse:
         if self.choices.disconnected:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         vectors = [self.vector(choice) for choice in self.choices.all]
-        prompt_tokens = self.choices.usage()["prompt_tokens"]
-        return {
-            "object": "list",
-            "data": embedding_objects(vectors, self.asked.as_base64),
-            "model": self.service.name,
-            "usage": {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens},
-        }
+        tokens = self.choices.usage()["prompt_tokens"]
+        return embedding_list(vectors, tokens, self.asked.as_base64, self.service.name)
 
     @staticmethod
     def vector(choice: Choice) -> np.ndarray:
@@ -113,12 +108,15 @@ class EmbeddingResponse:
         return vector / length
 
 
-def embedding_objects(vectors: list[np.ndarray], as_base64: bool) -> list[dict[str, Any]]:
-    """OpenAI's objects of vectors (D,)."""
+def embedding_list(
+    vectors: list[np.ndarray], tokens: int, as_base64: bool, model: str
+) -> dict[str, Any]:
+    """OpenAI's response of vectors (D,), for which so many tokens were read."""
     objects = []
     for index, vector in enumerate(vectors):
         values: Any = vector.tolist()
         if as_base64:
             values = base64.b64encode(vector.astype("<f4").tobytes()).decode()
         objects.append({"object": "embedding", "index": index, "embedding": values})
-    return objects
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": objects, "model": model, "usage": usage}

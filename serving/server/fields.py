@@ -291,14 +291,10 @@ class Messages:
         for i, message in enumerate(value):
             messages.append(self._one(f"{name}[{i}]", message))
         last = messages[-1]
-        if last.role == "system":
-            raise ValueError(
-                "the last message must be the user's, or the assistant's to go on with"
-            )
         if last.role == "assistant" and (last.calls or not last.text):
             raise ValueError("the last message is the assistant's without text: nothing is asked")
-        if all(message.role != "user" for message in messages):
-            raise ValueError("a chat needs at least one message of the user")
+        if all(message.role == "assistant" for message in messages):
+            raise ValueError("a chat needs at least one message that is not the assistant's")
         return tuple(messages)
 
     @staticmethod

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from chatglm.family_tokenizer import FamilyTokenizer
     from predictor.prediction import LengthPrediction
     from predictor.runtime import LengthPredictor
+    from serving.server.text_encoder import TextEncoder
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ class Service:
         defaults: temperature and top_p of requests without them.
         prompt_options: options of the family's encode_chat.
         max_queue: requests that may wait beside the max_batch that run.
+        text_encoder: what embeddings come from; None for the served model.
         draining: no new requests are taken. failure: why the engine has ended, or None.
         on_failure: called in the engine's thread, after the engine has failed and every answer
             has ended.
@@ -132,6 +134,7 @@ class Service:
             prompt_options,
         )
         self.max_queue = max_queue
+        self.text_encoder: TextEncoder | None = None
         self.on_failure: Callable[[], None] | None = None
         self.draining, self.failure = False, None
         self._preparing = 0

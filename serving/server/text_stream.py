@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 WIDTH_AMBIGUOUS_MARKS = ",!:;?"
 YEAR_TOKEN = "[[训练时间]]"
 SPACE_LOOKBACK = 4  # characters; decoding may still remove a space among the last ones (" n't")
-DECODE_EVERY = 256  # tokens; the text is decoded one token less often for each so many
+SPACES = " \u2581\u0120"  # as vocabularies write them
+WINDOW_TOKENS = 48  # decoded anew for each token, at most
+LAG_TOKENS = 8  # of them, after which the text before does not change
 
 
 def longest_partial_match(text: str, patterns: tuple[str, ...]) -> int:
@@ -48,6 +50,57 @@ def prefix_function(pattern: str) -> tuple[int, ...]:
     return tuple(borders)
 
 
+class GrowingText:
+    """The decoded text of tokens as they come, in time that does not grow with the text.
+
+    Only the last tokens are decoded anew, after a few before them whose text is left out: a
+    SentencePiece decoder drops the space before a text's first word.
+
+    Args:
+        before: tokens that the text goes on with.
+    """
+
+    def __init__(self, tokenizer: "FamilyTokenizer", before: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._settled = ""  # the text before that of _ids
+        self._context, self._ids = list(before), list[int]()
+        self._skipped = self._context_length(self._context)
+
+    def add(self, token: int) -> None:
+        self._ids.append(token)
+
+    def ends_with_space(self) -> bool:
+        """Whether the last token is of spaces, which decoding may remove with those before it."""
+        name = self._tokenizer.convert_ids_to_tokens(self._ids[-1:])
+        return bool(name) and not str(name[0]).strip(SPACES)
+
+    def text(self) -> str:
+        """The text of all tokens."""
+        whole = self._settled + self._decode(self._context + self._ids)[self._skipped :]
+        if len(self._ids) >= WINDOW_TOKENS:
+            self._settle(whole)
+        return whole
+
+    def _settle(self, whole: str) -> None:
+        """Decode fewer tokens from here on, where that gives the same text."""
+        window = self._context + self._ids
+        context, ids = window[-2 * LAG_TOKENS : -LAG_TOKENS], window[-LAG_TOKENS:]
+        skipped = self._context_length(context)
+        tail = self._decode(context + ids)[skipped:]
+        if whole.endswith(tail):
+            self._settled = whole[: len(whole) - len(tail)]
+            self._context, self._ids, self._skipped = context, ids, skipped
+
+    def _context_length(self, context: list[int]) -> int:
+        """Characters of a context's text, but for an incomplete last one."""
+        return len(self._decode(context).rstrip("\ufffd")) if context else 0
+
+    def _decode(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        assert isinstance(text, str)  # a list only for a batch
+        return text
+
+
 class TextStream:
     """An answer's text as its tokens come.
 
@@ -68,25 +121,22 @@ class TextStream:
         stops: tuple[str, ...] = (),
         before: Sequence[int] = (),
     ) -> None:
-        self._tokenizer, self._stops = tokenizer, stops
+        self._stops = stops
         self._marks = WIDTH_AMBIGUOUS_MARKS if family.name == "glm" else ""
         # ChatGLM3's first line is its message's header, blank but for tool calls, which stay text
         # here.
         self._process = family.answer_text
         self._hidden = set(map(tokenizer.get_command, family.role_tokens))
-        self._before, self._ids = list(before), list[int]()
-        self._skipped = len(self._text(self._before).rstrip("\ufffd")) if before else 0
-        self._next = 1
+        self._tokens = GrowingText(tokenizer, before)
         self.sent, self.stopped = "", False
 
     def add(self, token: int) -> str:
         """The text that is certain since this token, which must not be a stop id."""
         if token not in self._hidden:
-            self._ids.append(token)
-        if self.stopped or len(self._ids) < self._next:
+            self._tokens.add(token)
+        if self.stopped or self._tokens.ends_with_space():
             return ""
-        self._next = len(self._ids) + 1 + len(self._ids) // DECODE_EVERY
-        text = self._decode().rstrip("\ufffd")  # an incomplete character
+        text = self._tokens.text().rstrip("\ufffd")  # an incomplete character
         if (space := text.find(" ", max(len(text) - SPACE_LOOKBACK, 0))) >= 0:
             text = text[:space]
         text = self._process(text[: len(text) - longest_partial_match(text, (YEAR_TOKEN,))])
@@ -96,15 +146,7 @@ class TextStream:
 
     def end(self) -> str:
         """The rest of the text."""
-        return self._send(self._process(self._decode()), growing=False)
-
-    def _decode(self) -> str:
-        return self._text(self._before + self._ids)[self._skipped :]
-
-    def _text(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True)
-        assert isinstance(text, str)  # a list only for a batch
-        return text
+        return self._send(self._process(self._tokens.text()), growing=False)
 
     def _send(self, text: str, growing: bool) -> str:
         places = [place for place in map(text.find, self._stops) if place >= 0]

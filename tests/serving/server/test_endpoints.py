@@ -136,6 +136,22 @@ def test_prompts_have_log_probabilities(server):
     )
 
 
+def test_an_end_token_has_its_log_probability(server):
+    """lm-evaluation-harness leaves out the last entry, whatever it is."""
+    ids = raw_ids(server, "list river")
+    [token] = greedy(server, ids, 1)
+    engine = server.service.engine
+    before, engine.stop_ids = engine.stop_ids, frozenset([token])
+    try:
+        reply = complete(server, ids, max_tokens=4, logprobs=1)
+    finally:
+        engine.stop_ids = before
+    choice = reply.choices[0]
+    assert choice.text == "" and choice.finish_reason == "stop"
+    assert len(choice.logprobs.tokens) == len(choice.logprobs.token_logprobs) == 1
+    assert reply.usage.completion_tokens == 0
+
+
 @pytest.mark.parametrize(
     "body, message",
     [
