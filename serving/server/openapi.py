@@ -90,7 +90,7 @@ def openapi_document(model: str, needs_key: bool) -> Schema:
             "The answer; with stream, server-sent events", schema_ref("ChatCompletion"), *ERRORS
         ),
     }
-    chat["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    chat["responses"]["200"]["content"]["text/event-stream"] = event_stream()
     named = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     health: Schema = responses_of("It serves", status, 403)
     health["503"] = {
@@ -132,6 +132,13 @@ def openapi_document(model: str, needs_key: bool) -> Schema:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
     return document
+
+
+def event_stream() -> Schema:
+    """The content of a reply in server-sent events; the schema is one event's (OpenAPI 3.1)."""
+    event: Schema = {"type": "object", "required": ["data"]}
+    event["properties"] = {"data": {"type": "string", "description": "A chunk's JSON, or [DONE]"}}
+    return {"schema": event}
 
 
 def schema_ref(name: str) -> Schema:
