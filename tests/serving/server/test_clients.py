@@ -81,36 +81,47 @@ def test_the_table_in_miniature(tmp_path, capsys):
 
 # ---- lm_eval
 
-TASK = """\
-task: tiny
+DATA = """\
+task: NAME
 dataset_path: json
-dataset_kwargs: {data_files: DATA}
+dataset_kwargs: {data_files: ROWS}
 test_split: train
-output_type: TYPE
+"""
+TASKS = {  # one of each kind of request of lm_eval
+    "tiny_choices": """\
+output_type: multiple_choice
 doc_to_text: "{{question}}"
 doc_to_target: "{{answer}}"
-"""
-CHOICES = TASK.replace("TYPE", "multiple_choice") + 'doc_to_choice: ["yes", "no"]\n'
-WRITTEN = TASK.replace("TYPE", "generate_until") + (
-    "generation_kwargs: {until: ['.'], max_gen_toks: 8}\nmetric_list: [{metric: exact_match}]\n"
-)
-ROLLING = (
-    TASK.replace("TYPE", "loglikelihood_rolling").replace('"{{question}}"', '""')
-    + "metric_list: [{metric: word_perplexity}]\n"
-)
+doc_to_choice: ["yes", "no"]
+""",
+    "tiny_written": """\
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["."], max_gen_toks: 8}
+metric_list: [{metric: exact_match}]
+""",
+    "tiny_rolling": """\
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list: [{metric: word_perplexity}]
+""",
+}
 
 
-def lm_eval_results(folder, target, tokenizer, task):
-    """The figures of lm_eval's own report of one task."""
+def lm_eval_results(folder, target, tokenizer):
+    """{task: figures} of lm_eval's own report."""
     rows = [{"question": f"Is {i} a number?", "answer": "yes"} for i in range(6)]
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "tiny.yaml").write_text(task.replace("DATA", str(data)))
+    for name, task in TASKS.items():
+        text = DATA.replace("NAME", name).replace("ROWS", str(data)) + task
+        (folder / f"{name}.yaml").write_text(text)
     given = f"model=m,base_url={target.base_url}/completions,tokenizer={tokenizer}"
-    given += ",max_length=1024,num_concurrent=2,batch_size=2"
     words = [environment_python("lm_eval"), "-m", "lm_eval", "run", "--model", "local-completions"]
-    words += ["--model_args", given, "--tasks", "tiny", "--include_path", folder]
-    words += ["--output_path", folder / "out", "--trust_remote_code"]
+    words += ["--model_args", f"{given},max_length=1024,num_concurrent=2", "--batch_size", 2]
+    words += ["--tasks", ",".join(TASKS), "--include_path", folder, "--output_path", folder / "out"]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     env.pop("PYTHONPATH", None)
     done = subprocess.run(
@@ -118,15 +129,31 @@ def lm_eval_results(folder, target, tokenizer, task):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     [report] = (folder / "out").rglob("results_*.json")
-    return json.loads(report.read_text())["results"]["tiny"]
+    return json.loads(report.read_text())["results"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 def test_lm_eval(kind, tmp_path):
     """The tokenizer_backend is huggingface (the default here): requests hold token ids."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     folder = make_causal_folder(tmp_path / "model", kind)
     with target_of(folder) as target:
-        for name, task in (("choices", CHOICES), ("written", WRITTEN), ("rolling", ROLLING)):
-            (tmp_path / name).mkdir()
-            assert lm_eval_results(tmp_path / name, target, folder, task)
+        found = lm_eval_results(tmp_path, target, folder)
+    assert set(found) == set(TASKS)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    total = words = 0
+    for number in range(6):
+        question = f"Is {number} a number?"
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else None
+        first = tokenizer.eos_token_id if first is None else first
+        ids = torch.tensor([[first, *tokenizer.encode(question, add_special_tokens=False)]])
+        with torch.no_grad():
+            scores = model(ids).logits.log_softmax(-1)[0, :-1]
+        total += scores.gather(1, ids[0, 1:, None]).sum().item()
+        words += len(question.split())
+    wanted = 2.718281828459045 ** (-total / words)
+    assert found["tiny_rolling"]["word_perplexity,none"] == pytest.approx(wanted, rel=1e-3)
