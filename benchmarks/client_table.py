@@ -64,9 +64,10 @@ def ask_clients(flags: TableFlags, folder: Path) -> list[dict]:
         asked = [python, CALLS_FILE, "--base_url", f"http://127.0.0.1:{port}/v1", "--model", "m"]
         asked += ["--json", folder / "found.json"]
         asked += ["--clients", flags.clients] if flags.clients else []
-        env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        env = dict(os.environ)
+        env.pop("PYTHONPATH", None)
         done = subprocess.run(
-            [str(word) for word in asked], capture_output=True, text=True, env=env, cwd=folder
+            list(map(str, asked)), capture_output=True, text=True, env=env, cwd=folder
         )
         if done.returncode:
             raise ValueError(f"client_calls.py failed: {done.stderr[-1000:]}")
@@ -88,8 +89,8 @@ def client_rows(found: list[dict]) -> list[str]:
     lines = ["| client | call | result |", "|---|---|---|"]
     for line in found:
         said = f" ({line['detail']})" if line["detail"] else ""
-        cells = [line["client"], line["call"], line["result"] + said]
-        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+        result = f"{line['result']}{said}".replace("|", "/")
+        lines.append(f"| {line['client']} | {line['call']} | {result} |")
     return lines
 
 
@@ -101,7 +102,7 @@ def count_lines(found: list[dict]) -> list[str]:
         for line in found:
             if client in ("all", line["client"]):
                 counts[line["result"]] += 1
-        said = ", ".join(f"{count} {result}" for result, count in counts.items())
+        said = f"{counts['ok']} ok, {counts['refused']} refused, {counts['wrong']} wrong"
         lines.append(f"{client}: {sum(counts.values())} calls, {said}")
     return lines
 

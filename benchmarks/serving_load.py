@@ -227,7 +227,7 @@ class Client:
 
 
 async def ask_until(
-    port: int, clients: int, draw: random.Random, until: Callable[[], bool], max_tokens: int
+    port: int, clients: int, seed: int, until: Callable[[], bool], max_tokens: int
 ) -> Figures:
     """`clients` clients, each asking one request after the other until `until()` is true."""
     figures = Figures()
@@ -241,7 +241,7 @@ async def ask_until(
                 client.close()
         client.close()
 
-    await asyncio.gather(*[one(draw.randrange(2**31)) for _ in range(clients)])
+    await asyncio.gather(*map(one, range(seed, seed + clients)))
     return figures
 
 
@@ -265,7 +265,6 @@ def steady(flags: argparse.Namespace) -> dict:
     faults: list[str] = []
     with serving(flags, faults, SMALL) as server:
         attack, sockets = Attack(server.port, flags.seed), server.sockets()
-        draw = random.Random(flags.seed)
         samples: list[tuple[float, float]] = [(0.0, server.rss_mib())]
         begin, seconds = time.monotonic(), flags.minutes * 60
 
@@ -280,7 +279,7 @@ def steady(flags: argparse.Namespace) -> dict:
             found = await ask_until(
                 server.port,
                 flags.clients,
-                draw,
+                flags.seed,
                 lambda: time.monotonic() - begin > seconds,
                 flags.tokens,
             )
@@ -348,8 +347,8 @@ def disconnects(flags: argparse.Namespace) -> dict:
     left_by: Counter = Counter()
     with serving(flags, faults, SMALL) as server:
         attack = Attack(server.port, flags.seed)
-        before = [attack.probe(text) for text in PROBES]
-        sockets, draw = server.sockets(), random.Random(flags.seed)
+        before = list(map(attack.probe, PROBES))
+        sockets = server.sockets()
 
         async def run() -> None:
             limit = asyncio.Semaphore(flags.at_once)
@@ -366,14 +365,14 @@ def disconnects(flags: argparse.Namespace) -> dict:
                     except (OSError, TimeoutError, asyncio.TimeoutError) as error:
                         faults.append(f"{kind}: {type(error).__name__}: {error}")
 
-            await asyncio.gather(*[one(draw.randrange(2**31)) for _ in range(flags.clients)])
+            await asyncio.gather(*map(one, range(flags.seed, flags.seed + flags.clients)))
 
         begin = time.monotonic()
         asyncio.run(run())
         took = time.monotonic() - begin
         attack.wait_until_idle()
         idle_s = time.monotonic() - begin - took
-        after = [attack.probe(text) for text in PROBES]
+        after = list(map(attack.probe, PROBES))
         if after != before:
             faults.append(f"the probes said {before} before and {after} after")
         left = server.settled_sockets(sockets)
@@ -400,7 +399,7 @@ class BareEngine:
         from serving.server.command import load_service, parse_flags
 
         words = ["--model", flags.model, *limits_of(flags)]
-        self.service = load_service(parse_flags([str(word) for word in words]))
+        self.service = load_service(parse_flags(list(map(str, words))))
         self.flags, self.count = flags, 0
         threading.Thread(target=self._serve, daemon=True).start()
 
@@ -459,7 +458,7 @@ def bodies_of_set(flags: argparse.Namespace, seed: int) -> list[dict]:
 
 def http_set(server: ServerProcess, flags: argparse.Namespace, seed: int) -> dict:
     """The set of requests over HTTP, from as many clients; its CPU time and times."""
-    requests = [request_bytes(body) for body in bodies_of_set(flags, seed)]
+    requests = list(map(request_bytes, bodies_of_set(flags, seed)))
     figures = Figures()
 
     async def one(client: Client) -> None:
@@ -485,7 +484,7 @@ def cost(flags: argparse.Namespace) -> dict:
         for name in ("clients", "requests", "tokens", "max_batch", "policy"):
             words += [f"--{name}", getattr(flags, name)]
         child = subprocess.Popen(
-            [str(word) for word in words],
+            list(map(str, words)),
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -638,9 +637,7 @@ def schemathesis(port: int, flags: argparse.Namespace, faults: list[str]) -> dic
         words += ["--phases", "examples,coverage,fuzzing", "--checks", "all", "--no-color"]
         words += ["-n", flags.examples, "--seed", flags.seed, "--continue-on-failure"]
         words += ["--warnings", "off", "--request-timeout", TIMEOUT_S]
-        done = subprocess.run(
-            [str(word) for word in words], capture_output=True, text=True, cwd=folder
-        )
+        done = subprocess.run(list(map(str, words)), capture_output=True, text=True, cwd=folder)
     said = done.stdout
     if done.returncode:
         begin = max(said.find("= FAILURES ="), said.find("= ERRORS ="), 0)
