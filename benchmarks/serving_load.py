@@ -175,6 +175,8 @@ class Figures:
 
     requests: int = 0
     errors: Counter = field(default_factory=Counter)
+    error_times_s: list[float] = field(default_factory=list)  # since the clients began
+    begin_s: float = field(default_factory=time.monotonic)
     ttft_s: list[float] = field(default_factory=list)
     total_s: list[float] = field(default_factory=list)
 
@@ -196,6 +198,7 @@ class Client:
             await asyncio.wait_for(self._exchange(request, figures), TIMEOUT_S)
         except (OSError, ValueError, TimeoutError, asyncio.TimeoutError) as error:
             figures.errors[f"{type(error).__name__}: {str(error)[:100]}"] += 1
+            figures.error_times_s.append(time.monotonic() - figures.begin_s)
             self.close()
         figures.requests += 1
 
@@ -293,7 +296,9 @@ def steady(flags: argparse.Namespace) -> dict:
         left = server.settled_sockets(sockets)
         faults += attack.faults
     if found.errors:
-        faults.append(f"errors of clients: {dict(found.errors.most_common(5))}")
+        times = ", ".join(f"{seconds:.1f}" for seconds in found.error_times_s[:20])
+        said = dict(found.errors.most_common(5))
+        faults.append(f"errors of clients: {said}, after seconds {times}")
     if left > sockets:
         faults.append(f"{left} sockets are open, {sockets} at the start")
     quarter, half, end = SAMPLES // 4, SAMPLES // 2, SAMPLES
