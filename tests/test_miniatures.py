@@ -40,6 +40,14 @@ ELSEWHERE = {  # file -> the test that runs it
     "benchmarks/serving_attack.py": (
         "tests/serving/server/test_server_faults.py::test_the_attack_in_miniature"
     ),
+    "benchmarks/client_calls.py": "tests/serving/server/test_clients.py::test_openai",
+    "benchmarks/client_env.py": (
+        "tests/serving/server/test_load.py::test_an_environment_is_made_once"
+    ),
+    "benchmarks/client_table.py": (
+        "tests/serving/server/test_clients.py::test_the_table_in_miniature"
+    ),
+    "benchmarks/serving_load.py": "tests/serving/server/test_load.py::test_steady",
     "benchmarks/rows.py": ("tests/finetune/rows/test_data_memory.py::test_rows_are_tokenised_once"),
     "benchmarks/speed_subjects.py": "tests/test_miniatures.py::test_b1_train_speed",
     "scripts/ask_server.py": "tests/serving/server/test_server.py::test_asked_by_its_script",

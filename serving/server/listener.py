@@ -125,8 +125,8 @@ class Server(uvicorn.Server):
         self.drain_s = drain_s
         self.client_s = client_s
         self.skip_drain = False
-        # When a connection was first seen waiting for its client.
-        self._waiting_since: dict[LimitedConnection, float] = {}
+        # When a connection was first seen waiting for its client, and its request at that time.
+        self._waiting_since: dict[LimitedConnection, tuple[object, float]] = {}
         service.on_failure = self._engine_failed
 
     def serve_at(self, sock: socket.socket) -> int:
@@ -177,9 +177,15 @@ class Server(uvicorn.Server):
 
     def _drop_slow(self):
         now = time.monotonic()
-        waiting = [c for c in self.server_state.connections if waits_for_client(c)]
-        self._waiting_since = {c: self._waiting_since.get(c, now) for c in waiting}
-        for connection, since in self._waiting_since.items():
+        before, self._waiting_since = self._waiting_since, {}
+        for connection in list(self.server_state.connections):
+            if not waits_for_client(connection):
+                continue
+            # A busy loop looks seldom: a wait after another request is a new one.
+            request, since = before.get(connection, (None, now))
+            if request is not connection.cycle:
+                since = now
+            self._waiting_since[connection] = (connection.cycle, since)
             if now - since > self.client_s:
                 connection.transport.abort()
 

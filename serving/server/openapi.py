@@ -144,7 +144,7 @@ def endpoint(summary: str, request: str, response: str, streams: bool) -> Schema
         ),
     }
     if streams:
-        entry["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        entry["responses"]["200"]["content"]["text/event-stream"] = event_stream()
     return entry
 
 
@@ -226,6 +226,13 @@ def openapi_document(model: str, needs_key: bool) -> Schema:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
     return document
+
+
+def event_stream() -> Schema:
+    """The content of a reply in server-sent events; the schema is one event's (OpenAPI 3.1)."""
+    event: Schema = {"type": "object", "required": ["data"]}
+    event["properties"] = {"data": {"type": "string", "description": "A chunk's JSON, or [DONE]"}}
+    return {"schema": event}
 
 
 def schema_ref(name: str) -> Schema:

@@ -867,6 +867,19 @@ def test_no_body_harms_a_probes_answer(server, draw, kind):
     assert probe == server.alone
 
 
+def test_a_connection_in_use_is_not_dropped_for_being_idle_now_and_then(server):
+    """It waits for its client whenever the server looks, but never for client_s at a stretch."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection.connect()
+    begin = connection.sock
+    for _ in range(14):
+        connection.request("GET", "/health")
+        assert connection.getresponse().read()
+        assert connection.sock is begin
+        time.sleep(0.3)
+    connection.close()
+
+
 def test_the_attack_in_miniature(tiny_folders, tmp_path, capsys, monkeypatch):
     """On a server of its own; a busy machine's /health may take longer than the script's limit."""
     monkeypatch.setattr(sys, "executable", warm_python())  # what it starts the server with
