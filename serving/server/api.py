@@ -25,6 +25,7 @@ from starlette.types import Receive, Scope, Send
 from serving.server.access import AccessControl, AccessLog, AccessRules, ApiError
 from serving.server.chat import ChatRequest, TextStream, parse_body
 from serving.server.openapi import openapi_document
+from serving.server.predictors import add_predictor_routes
 from serving.server.service import (
     ActiveRequest,
     PredictionFailed,
@@ -138,6 +139,11 @@ def make_app(
             return EventStream(response)
         return await response.complete()
 
+    async def json_body(http: Http):
+        check_json(http)
+        return await read_json_body(http, app.state.closing, client_s)
+
+    add_predictor_routes(app, lambda: service.predictors, json_body)
     return app
 
 

@@ -23,6 +23,14 @@ from serving.request import Limits
 from serving.server.access import AccessRules, host_name, is_loopback
 from serving.server.chat import tokenizer_family
 from serving.server.monitor import Monitor
+from serving.server.predictors import Predictors
+from serving.server.recalibration import (
+    MIN_EVERY,
+    Recalibrator,
+    add_version_metric,
+    checked_output,
+    resume,
+)
 from serving.server.service import Service
 
 if TYPE_CHECKING:
@@ -70,6 +78,10 @@ class ServerFlags:
     allowed_hosts: str
     cors_origins: str
     access_log: bool
+    predictor_dir: str | None
+    recalibrate: bool
+    recalibrate_every: int
+    recalibrated_dir: str | None
 
 
 def server_parser() -> argparse.ArgumentParser:
@@ -145,7 +157,20 @@ def server_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cors_origins", default="", help=origins)
     lines = "a line for each request on the standard error output"
     parser.add_argument("--access_log", action="store_true", help=lines)
+    add_predictor_updates(parser)
     return parser
+
+
+def add_predictor_updates(parser: argparse.ArgumentParser) -> None:
+    """Add the flags by which the predictor is replaced while serving."""
+    root = "folder within which POST /v1/predictor may name another predictor (default: none)"
+    parser.add_argument("--predictor_dir", metavar="DIR", help=root)
+    update = "update the predictor in the background from the lengths of the answers"
+    parser.add_argument("--recalibrate", action="store_true", help=update)
+    every = "with --recalibrate: whole answers from one update to the next [500]"
+    parser.add_argument("--recalibrate_every", type=int, default=500, help=every)
+    output = "with --recalibrate: folder of the best update (default: PREDICTOR-recalibrated)"
+    parser.add_argument("--recalibrated_dir", metavar="DIR", help=output)
 
 
 def parse_flags(argv: list[str] | None = None) -> ServerFlags:
@@ -166,6 +191,24 @@ def check_bounds(flags: ServerFlags) -> None:
         raise ValueError(f"--max_connections must be at least 1, got {flags.max_connections}")
 
 
+def check_predictor_flags(flags: ServerFlags) -> None:
+    """Raises ValueError for flags of the predictor that do not fit."""
+    if flags.recalibrated_dir and not flags.recalibrate:
+        raise ValueError("--recalibrated_dir needs --recalibrate")
+    if not flags.predictor:
+        if flags.recalibrate or flags.predictor_dir:
+            flag = "--recalibrate" if flags.recalibrate else "--predictor_dir"
+            raise ValueError(f"{flag} needs --predictor DIR")
+        return
+    if flags.predictor_dir and not os.path.isdir(flags.predictor_dir):
+        raise ValueError(f"--predictor_dir {flags.predictor_dir}: not a folder")
+    if flags.recalibrate_every < MIN_EVERY:
+        least = f"--recalibrate_every must be at least {MIN_EVERY}"
+        raise ValueError(f"{least}, got {flags.recalibrate_every}")
+    if flags.recalibrate:
+        checked_output(flags.recalibrated_dir, flags.predictor)
+
+
 def load_service(flags: ServerFlags) -> Service:
     """Everything but HTTP, from the flags.
 
@@ -180,6 +223,7 @@ def load_service(flags: ServerFlags) -> Service:
             f"without one choose from {free}"
         )
     check_bounds(flags)
+    check_predictor_flags(flags)
     profile = read_profile(flags.profile or "datasheet")
     try:
         limits = Limits(
@@ -210,7 +254,7 @@ def load_service(flags: ServerFlags) -> Service:
     name = service_name(flags, predictor)
     rounds = getattr(model.config, "chat_prompt", None) == "rounds"
     defaults = tokenizer_family(tokenizer).chat_defaults
-    return Service(
+    service = Service(
         make_engine(flags.engine, model, limits, served_cost_model(model, profile)),
         tokenizer,
         policy,
@@ -222,6 +266,34 @@ def load_service(flags: ServerFlags) -> Service:
         prompt_options={"rounds": True} if rounds else {},
         max_queue=flags.max_queue,
     )
+    if predictor is not None:
+        add_predictors(service, predictor, flags)
+    return service
+
+
+def add_predictors(service: Service, first: LengthPredictor, flags: ServerFlags) -> None:
+    """Let the service's predictor be replaced, and recalibrated with --recalibrate."""
+    assert flags.predictor is not None
+    predictors = Predictors(
+        first,
+        flags.predictor,
+        served_model=service.tokenizer.name_or_path,
+        install=service.use_predictor,
+        root=flags.predictor_dir,
+    )
+    service.predictors = predictors
+    registry = service.monitor.registry
+    if registry is not None:
+        add_version_metric(predictors, registry)
+    if not flags.recalibrate:
+        return
+    output = checked_output(flags.recalibrated_dir, flags.predictor)
+    recalibrator = Recalibrator(
+        predictors, every=flags.recalibrate_every, output=output, registry=registry
+    )
+    resume(predictors, recalibrator.output)
+    service.monitor.on_answer = recalibrator.observe
+    service.recalibrator = recalibrator
 
 
 def served_cost_model(model: "PreTrainedModel", profile: Profile) -> CostModel:
@@ -336,6 +408,8 @@ def serve_model(flags: ServerFlags) -> int:
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     if flags.access_log:
         logging.getLogger("serving.access").setLevel(logging.INFO)
+    for name in ("predictors", "recalibration"):  # what becomes of a new predictor is said
+        logging.getLogger(f"serving.server.{name}").setLevel(logging.INFO)
     try:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401

@@ -101,6 +101,8 @@ class Monitor:
 
     Attributes:
         registry: of prometheus_client; None without the package.
+        on_answer: called with each answer's prompt, tokens (without the end token) and whether it
+            ended by itself, in the scheduler's thread.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class Monitor:
         self._waiting: set[int] = set()
         self._running: dict[int, Record] = {}
         self._recent: deque[bool] = deque(maxlen=RECENT)
+        self.on_answer: Callable[[str, int, bool], None] | None = None
         self.registry: CollectorRegistry | None = None
         with suppress(ImportError):
             self._make_metrics()
@@ -190,6 +193,8 @@ class Monitor:
             self._count(done, tokens, reason, in_time)
         if self._file is not None and (tokens or finished):
             self._write(done, tokens, reason, finished, in_time, tracked)
+        if self.on_answer is not None and tracked is not None and (tokens or finished):
+            self.on_answer(tracked.prompt, tokens, finished)
         if request.prediction is not None and finished and self.registry is not None:
             self.ratio.observe((1 + tokens) / (1 + request.prediction.median_tokens))
             self.within.labels(str(tokens <= request.prediction.quantile(0.9)).lower()).inc()

@@ -11,6 +11,7 @@ ERRORS = {
     403: "The header Host names another server",
     404: "No such model",
     408: "The body did not come in time",
+    409: "Another predictor is being loaded",
     413: "The body is too large",
     415: "The body is not declared as application/json",
     429: "The queue is full; Retry-After says when to try again",
@@ -83,11 +84,14 @@ def openapi_document(model: str, needs_key: bool) -> Schema:
         "required": ["status"],
         "properties": {"status": {"type": "string"}},
     }
+    chat_errors = sorted(set(ERRORS) - {409})
     chat: Schema = {
         "summary": "Answer a chat",
         "requestBody": {"required": True, "content": json_content(schema_ref("ChatRequest"))},
         "responses": responses_of(
-            "The answer; with stream, server-sent events", schema_ref("ChatCompletion"), *ERRORS
+            "The answer; with stream, server-sent events",
+            schema_ref("ChatCompletion"),
+            *chat_errors,
         ),
     }
     chat["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
@@ -121,6 +125,7 @@ def openapi_document(model: str, needs_key: bool) -> Schema:
                     "responses": responses_of("The model", card, 401, 403, 404),
                 },
             },
+            "/v1/predictor": predictor_path(),
             "/health": {
                 "get": {"summary": "Whether it serves", "security": [], "responses": health}
             },
@@ -132,6 +137,25 @@ def openapi_document(model: str, needs_key: bool) -> Schema:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
     return document
+
+
+def predictor_path() -> Schema:
+    """What serves the predictor and replaces it."""
+    serving: Schema = {"type": "object", "required": ["path", "name", "version", "since", "card"]}
+    wanted = {"type": "object", "required": ["path"], "properties": {"path": {"type": "string"}}}
+    return {
+        "get": {
+            "summary": "The length predictor that serves",
+            "responses": responses_of("Its folder and card", serving, 401, 403, 404),
+        },
+        "post": {
+            "summary": "Replace it by that of a folder within --predictor_dir",
+            "requestBody": {"required": True, "content": json_content(wanted)},
+            "responses": responses_of(
+                "The new one", serving, 400, 401, 403, 404, 408, 409, 413, 415
+            ),
+        },
+    }
 
 
 def schema_ref(name: str) -> Schema:
