@@ -59,6 +59,7 @@ class ServerFlags:
     max_batch: int
     kv_tokens: int
     max_tokens: int
+    prefix_cache_tokens: int
     slo_s: float
     profile: str | None
     log: str | None
@@ -115,6 +116,8 @@ def server_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max_tokens", type=int, default=2048, help="longest prompt and answer, in tokens [2048]"
     )
+    prefixes = "tokens of common prefixes of prompts to keep; 0: prompts share nothing [2048]"
+    parser.add_argument("--prefix_cache_tokens", type=int, default=2048, help=prefixes)
     parser.add_argument(
         "--slo_s",
         type=float,
@@ -185,6 +188,10 @@ def check_bounds(flags: ServerFlags) -> None:
         raise ValueError(f"--client_s must be above 0 and below 1e6, got {flags.client_s:g}")
     if not 0 <= flags.drain_s < 1e6:
         raise ValueError(f"--drain_s must be at least 0 and below 1e6, got {flags.drain_s:g}")
+    if flags.prefix_cache_tokens < 0:
+        raise ValueError(
+            f"--prefix_cache_tokens must be at least 0, got {flags.prefix_cache_tokens}"
+        )
     if flags.max_queue < 0:
         raise ValueError(f"--max_queue must be at least 0, got {flags.max_queue}")
     if flags.max_connections < 1:
@@ -254,8 +261,11 @@ def load_service(flags: ServerFlags) -> Service:
     name = service_name(flags, predictor)
     rounds = getattr(model.config, "chat_prompt", None) == "rounds"
     defaults = tokenizer_family(tokenizer).chat_defaults
+    options = {}
+    if flags.engine == "continuous":
+        options["prefix_cache_tokens"] = flags.prefix_cache_tokens
     service = Service(
-        make_engine(flags.engine, model, limits, served_cost_model(model, profile)),
+        make_engine(flags.engine, model, limits, served_cost_model(model, profile), **options),
         tokenizer,
         policy,
         predictor,
@@ -266,6 +276,8 @@ def load_service(flags: ServerFlags) -> Service:
         prompt_options={"rounds": True} if rounds else {},
         max_queue=flags.max_queue,
     )
+    if (prefixes := getattr(service.engine, "prefixes", None)) is not None:
+        service.monitor.watch_prefixes(lambda: prefixes.copied_tokens)
     if predictor is not None:
         add_predictors(service, predictor, flags)
     return service

@@ -124,6 +124,15 @@ class Monitor:
         with suppress(ImportError):
             self._make_metrics()
 
+    def watch_prefixes(self, copied_tokens: Callable[[], int]) -> None:
+        """Show, as a metric, how many prompt tokens the engine has copied from common prefixes."""
+        if self.registry is not None:
+            from prometheus_client import Gauge
+
+            text = "Prompt tokens copied from common prefixes instead of computed"
+            gauge = Gauge("glm_prefix_copied_tokens", text, registry=self.registry)
+            gauge.set_function(copied_tokens)
+
     def track(self, request: Request, prompt: str, answer: "Answer") -> None:
         """Register a request's text and answer, before the scheduler gets it.
 
