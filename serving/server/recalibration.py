@@ -36,8 +36,9 @@ CHARACTERS = 20_000_000  # of the prompts that are kept
 MIN_EVERY = 40
 MIN_PROMPTS = 10  # different ones to fit to; predictor.update's least
 UPDATE_S = 3600.0  # an update that takes longer is killed
-NICE = 19
+NICE = 10  # a tenth of the share of an engine on the CPU; at 19 a busy machine leaves it nothing
 OUTCOMES = ("taken", "dropped", "failed")
+PYTHON = sys.executable
 PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -135,11 +136,13 @@ class Recalibrator:
         """(outcome, why). Raises UpdateFailed, ValueError, OSError."""
         serving = self.predictors.current
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        candidate = self.output.with_name(f".{self.output.name}.{os.getpid()}.tmp")
-        with tempfile.TemporaryDirectory(prefix="recalibration-") as work:
-            report_file = Path(work) / "report.json"
-            self._write_rows(Path(work) / "rows.jsonl", rows)
-            try:
+        # Beside the output, so that one rename puts the update in place.
+        aside = self.output.with_name(f".{self.output.name}.{os.getpid()}.tmp")
+        candidate = aside / "predictor"
+        try:
+            with tempfile.TemporaryDirectory(prefix="recalibration-") as work:
+                report_file = Path(work) / "report.json"
+                self._write_rows(Path(work) / "rows.jsonl", rows)
                 self._run_process(
                     ["--predictor", str(serving.origin), "--against", str(serving.folder)],
                     ["--log", str(Path(work) / "rows.jsonl"), "--hold_out", str(hold_out)],
@@ -147,18 +150,18 @@ class Recalibrator:
                     ["--output", str(candidate), "--json", str(report_file)],
                 )
                 held_out = read_json(report_file)["held_out"]
-                text = describe_held_out(held_out)
-                if not held_out["better"]:
-                    return "dropped", text
-                new = self.predictors.load(candidate)
-                with self.predictors.exclusive():
-                    if self.predictors.current is not serving:
-                        return "dropped", "another predictor has been put in place meanwhile"
-                    put_in_place(candidate, self.output)
-                    self.predictors.use_recalibrated(new, self.output, serving.origin)
-                return "taken", text
-            finally:
-                shutil.rmtree(candidate, ignore_errors=True)
+            text = describe_held_out(held_out)
+            if not held_out["better"]:
+                return "dropped", text
+            new = self.predictors.load(candidate)
+            with self.predictors.exclusive():
+                if self.predictors.current is not serving:
+                    return "dropped", "another predictor has been put in place meanwhile"
+                put_in_place(candidate, self.output)
+                self.predictors.use_recalibrated(new, self.output, serving.origin)
+            return "taken", text
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
     def _write_rows(self, path: Path, rows: list[tuple[str, int, bool]]):
         with path.open("w", encoding="utf-8") as file:
@@ -173,7 +176,7 @@ class Recalibrator:
 
     def _run_process(self, *words: list[str]):
         """Run predictor.update beside the engine. Raises UpdateFailed."""
-        command = [sys.executable, "-m", "predictor.update", *sum(words, [])]
+        command = [PYTHON, "-m", "predictor.update", *sum(words, [])]
         paths = [str(PROJECT), os.environ.get("PYTHONPATH", "")]
         env = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),

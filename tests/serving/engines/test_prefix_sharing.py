@@ -8,6 +8,7 @@ import torch
 
 import serving.engines.arena
 from serving.engines import Sampling, WallClock, make_engine, prefix_sharing
+from serving.engines import answers as sampling_code
 from serving.engines.prefix_sharing import common_length
 from serving.policies.continuous import POLICIES
 from serving.request import Limits, Request
@@ -161,6 +162,21 @@ def test_a_failed_row_is_no_source():
             for layer in (*slab.keys, *slab.values):
                 assert layer.isfinite().all()
     assert engine.prefixes.copied_tokens > 20
+
+
+def test_an_answer_whose_sampling_failed_leaves_nothing(monkeypatch):
+    """Its keys and values are finite, and are not kept all the same."""
+
+    def broken(logits, answer):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(sampling_code, "sample", broken)
+    model = model_of("glm2")
+    engine = engine_of(model, tokens=100)
+    asked = {i: (prompt_of(model, 12, 1), Sampling(3, temperature=1.0)) for i in range(3)}
+    answers, _ = serve(engine, POLICIES["fcfs"], asked)
+    assert {answer.reason for answer in answers.values()} == {"failed"}
+    assert not engine.prefixes.kept and engine.prefixes.kept_tokens == 0
 
 
 def test_what_is_not_finite_is_not_kept():

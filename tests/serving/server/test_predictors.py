@@ -18,10 +18,12 @@ from predictor.held_out import censored_pinball, is_better_held_out
 from predictor.prediction import LengthPrediction
 from predictor.runtime import LengthPredictor
 from predictor.update import main as update
+from serving.server import recalibration
 from serving.server.command import load_service, parse_flags
 from serving.server.recalibration import MIN_EVERY, Recalibrator, resume
 from tests.predictor import synthetic
 from tests.serving.server.test_server_faults import error_of, running, wait_for
+from tests.warm import warm_python
 
 JSON = {"Content-Type": "application/json"}
 MEAN = 20  # tokens of an answer: its lengths are geometric
@@ -68,6 +70,13 @@ def end_bias(service) -> dict:
     with torch.inference_mode():
         weight[[end, OTHER]] = 0
     return {str(end): 100 - float(np.log(MEAN - 1)), str(OTHER): 100}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Updates run at normal priority, in forks of a process that has imported the libraries."""
+    monkeypatch.setattr(recalibration, "NICE", 0)
+    monkeypatch.setattr(recalibration, "PYTHON", warm_python())
 
 
 CLIENT = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
@@ -230,7 +239,7 @@ def test_sighup_reads_the_folder_again(tiny_folders, root, caplog):
 # ---- recalibrating it
 
 
-def test_it_recalibrates_while_it_serves(tiny_folders, root, tmp_path, caplog):
+def test_it_recalibrates_while_it_serves(tiny_folders, root, quick, caplog):
     """Of a third of the lengths, q90 covers half; then what it should, and so on restart."""
     caplog.set_level(logging.INFO, "serving.server.recalibration")
     prompts = [row["prompt"] for row in geometric_rows(400, 5)]
@@ -257,7 +266,7 @@ def test_it_recalibrates_while_it_serves(tiny_folders, root, tmp_path, caplog):
         wait_for(lambda: "recalibration" in caplog.text, 60)
         assert "recalibration taken: on the 40 newest answers" in caplog.text
         server.service.recalibrator.every = 10**9
-        assert 0.80 <= covered(prompts[EVERY : EVERY + 200]) <= 0.97
+        assert 0.80 <= covered(prompts[EVERY : EVERY + 150]) <= 0.97
         said = serving(server)
         assert said["version"] == 2 and said["path"] == str(output)
         assert said["origin"] == str(root / "third")
@@ -288,7 +297,7 @@ class Room:
             self.recalibrator.observe(row["prompt"], row["output_tokens"], row["finished"])
 
 
-def test_a_worse_one_is_not_taken(tiny_folders, root, caplog):
+def test_a_worse_one_is_not_taken(tiny_folders, root, quick, caplog):
     """Lengths that were a third for a while: an update fitted to them loses on the newest."""
     caplog.set_level(logging.INFO, "serving.server.recalibration")
     room = Room(tiny_folders, root / "right")
@@ -298,14 +307,12 @@ def test_a_worse_one_is_not_taken(tiny_folders, root, caplog):
     assert room.predictors.current is serves and room.service.predictor is serves.predictor
     assert "recalibration dropped: on the 100 newest answers" in caplog.text
     assert not (root / "right-recalibrated").exists()
-    room.see(geometric_rows(40, 4))
-    assert room.recalibrator.recalibrate() in ("dropped", "taken")
     samples = list(room.service.monitor.registry.collect())
     [tried] = [metric for metric in samples if metric.name == "glm_recalibrations"]
-    assert sum(s.value for s in tried.samples if s.name.endswith("_total")) == 2
+    assert sum(s.value for s in tried.samples if s.name.endswith("_total")) == 1
 
 
-def test_what_fails_leaves_the_old_one(tiny_folders, root, caplog, monkeypatch):
+def test_what_fails_leaves_the_old_one(tiny_folders, root, quick, caplog):
     room = Room(tiny_folders, root / "third")
     serves = room.predictors.current
     room.see([{"prompt": "one", "output_tokens": 3, "finished": True}] * 100)
@@ -313,8 +320,8 @@ def test_what_fails_leaves_the_old_one(tiny_folders, root, caplog, monkeypatch):
     assert "--min_rows" in caplog.text
     room.see(geometric_rows(200, 6))
 
-    def kill():
-        wait_for(lambda: room.recalibrator.process is not None)
+    def kill():  # while it writes the new folder
+        wait_for(lambda: any(root.glob(".*.tmp/.*")), 60)
         room.recalibrator.process.kill()
 
     killer = threading.Thread(target=kill)
@@ -322,6 +329,7 @@ def test_what_fails_leaves_the_old_one(tiny_folders, root, caplog, monkeypatch):
     assert room.recalibrator.recalibrate() == "failed"
     killer.join()
     assert "ended with -9" in caplog.text
+    assert sorted(path.name for path in root.iterdir()) == ["right", "third"]
     (root / "third" / "predictor.json").rename(root / "third" / "gone")
     room.see(geometric_rows(200, 7))
     assert room.recalibrator.recalibrate() == "failed"  # the original has gone
@@ -330,7 +338,7 @@ def test_what_fails_leaves_the_old_one(tiny_folders, root, caplog, monkeypatch):
     assert left == ["right", "third"]
 
 
-def test_an_update_is_not_put_over_another_predictor(tiny_folders, root, caplog):
+def test_an_update_is_not_put_over_another_predictor(tiny_folders, root, quick, caplog):
     """POST or SIGHUP came while it was made: it is of the old one, and dropped."""
     caplog.set_level(logging.INFO, "serving.server.recalibration")
     room = Room(tiny_folders, root / "third")
