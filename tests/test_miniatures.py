@@ -78,6 +78,7 @@ HERE = {  # file -> the test of this file that runs it
     "benchmarks/kill9.py": "test_kill9",
     "benchmarks/method_matrix.py": "test_method_matrix",
     "benchmarks/predictor.py": "test_predictor_benchmark",
+    "benchmarks/prefix_sharing.py": "test_prefix_sharing",
     "benchmarks/real_input.py": "test_real_input",
     "benchmarks/serving_engine.py": "test_serving_engine",
     "benchmarks/tool_calling.py": "test_tool_calling",
@@ -241,6 +242,13 @@ def test_real_input(tmp_path):
         "f1_after" in json.loads((tmp_path / "out.json").read_text())
         and "| f1_after |" in done.stdout
     )
+
+
+def test_prefix_sharing(tmp_path):
+    done = run("benchmarks/prefix_sharing.py", "--quick", "--json", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    copied = {name: figures["copied_tokens"] for name, figures in found.items()}
+    assert copied == {"off": [0], "on": [3 * 64], "kept": [4 * 64]}, done.stdout
 
 
 def test_serving_engine(tmp_path):

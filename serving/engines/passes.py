@@ -7,6 +7,7 @@ blocks and computes what depends on the sequence: attention against the KV arena
 serving.engines.bodies defines the blocks.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ class Sequence:
         tokens_at_admission: answer tokens at its admission.
         context: so many first tokens see each other both ways, and are computed in one piece
             (ChatGLM-6B; else 0).
+        key: sequences of another key share no prefix with it.
         computed: of ids, how many are in the arena.
         length: tokens in the arena, virtual ones included.
         positions: places of the prompt's tokens and, for ChatGLM-6B, their block positions; those
@@ -57,6 +59,7 @@ class Sequence:
         self.tokens_at_admission = len(answer.tokens)
         self.positions: list[list[int]] = positions.tolist()
         self.context = context
+        self.key: Hashable = None
         self.computed = 0
         self.slab: Slab[Sequence] | None = None
         self.slot = self.length = 0

@@ -34,6 +34,7 @@ from serving.server.choices import CLOSING, EventStream
 from serving.server.completions import CompletionResponse, parse_completion
 from serving.server.embeddings import EmbeddingResponse, embedding_list, parse_embedding
 from serving.server.openapi import openapi_document
+from serving.server.predictors import add_predictor_routes
 from serving.server.responses import ResponsesResponse, parse_response
 from serving.server.service import (
     PredictionFailed,
@@ -176,6 +177,10 @@ def make_app(
     async def responses(http: Http):
         return await answer(http, parse_response, ResponsesResponse)
 
+    async def json_body(http: Http) -> Any:
+        return await read(http, lambda body: body)
+
+    add_predictor_routes(app, lambda: service.predictors, json_body)
     return app
 
 

@@ -153,11 +153,18 @@ class Server(uvicorn.Server):
             number: signal.signal(number, self.handle_exit)
             for number in (signal.SIGTERM, signal.SIGINT)
         }
+        if self.service.predictors is not None and hasattr(signal, "SIGHUP"):
+            before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self.handle_reload)
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def handle_reload(self, number: int, frame: FrameType | None) -> None:
+        """SIGHUP: read --predictor again, in a thread."""
+        if self.service.predictors is not None:
+            threading.Thread(target=self.service.predictors.reload, daemon=True).start()
 
     def handle_exit(self, number: int, frame: FrameType | None) -> None:
         self.skip_drain = self.service.draining

@@ -107,6 +107,8 @@ class Monitor:
 
     Attributes:
         figures: the metrics; None without prometheus-client.
+        on_answer: called with each answer's prompt, tokens (without the end token) and whether it
+            ended by itself, in the scheduler's thread.
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class Monitor:
         # Of whole answers: (log of actual over predicted length, whether it is within the q90).
         self._predicted: deque[tuple[float, bool]] = deque(maxlen=RECENT)
         self.figures: Figures | None = None
+        self.on_answer: Callable[[str, int, bool], None] | None = None
         with suppress(ImportError):
             self.figures = Figures(self._gauges())
 
@@ -133,6 +136,15 @@ class Monitor:
     def registry(self) -> "CollectorRegistry | None":
         """Of prometheus_client; None without the package."""
         return self.figures.registry if self.figures is not None else None
+
+    def watch_prefixes(self, copied_tokens: Callable[[], int]) -> None:
+        """Show, as a metric, how many prompt tokens the engine has copied from common prefixes."""
+        if self.registry is not None:
+            from prometheus_client import Gauge
+
+            text = "Prompt tokens copied from common prefixes instead of computed"
+            gauge = Gauge("glm_prefix_copied_tokens", text, registry=self.registry)
+            gauge.set_function(copied_tokens)
 
     def track(self, request: Request, prompt: str, answer: "Answer") -> None:
         """Register a request's text and answer, before the scheduler gets it.
@@ -214,6 +226,8 @@ class Monitor:
             self.figures.observe("answer_tokens", tokens)
             if request.prediction is not None:
                 self.figures.observe("predicted_tokens", request.prediction.median_tokens)
+        if self.on_answer is not None and tracked is not None and (tokens or finished):
+            self.on_answer(tracked.prompt, tokens, finished)
 
     def _compare_lengths(self, done: Completion, tokens: int, finished: bool) -> None:
         """Predicted with actual length, of an answer that ended by itself."""

@@ -14,6 +14,7 @@ ERRORS = {
     403: "The header Host names another server",
     404: "No such model",
     408: "The body did not come in time",
+    409: "Another predictor is being loaded",
     413: "The body is too large",
     415: "The body is not declared as application/json",
     429: "The queue is full; Retry-After says when to try again",
@@ -140,7 +141,7 @@ def endpoint(summary: str, request: str, response: str, streams: bool) -> Schema
         "responses": responses_of(
             "The answer; with stream, server-sent events" if streams else "The answer",
             schema_ref(response),
-            *ERRORS,
+            *sorted(set(ERRORS) - {409}),
         ),
     }
     if streams:
@@ -205,6 +206,7 @@ def openapi_document(model: str, needs_key: bool) -> Schema:
                     "responses": responses_of("The model", card, 401, 403, 404),
                 },
             },
+            "/v1/predictor": predictor_path(),
             "/health": {
                 "get": {"summary": "Whether it serves", "security": [], "responses": health}
             },
@@ -233,6 +235,25 @@ def event_stream() -> Schema:
     event: Schema = {"type": "object", "required": ["data"]}
     event["properties"] = {"data": {"type": "string", "description": "A chunk's JSON, or [DONE]"}}
     return {"schema": event}
+
+
+def predictor_path() -> Schema:
+    """What serves the predictor and replaces it."""
+    serving: Schema = {"type": "object", "required": ["path", "name", "version", "since", "card"]}
+    wanted = {"type": "object", "required": ["path"], "properties": {"path": {"type": "string"}}}
+    return {
+        "get": {
+            "summary": "The length predictor that serves",
+            "responses": responses_of("Its folder and card", serving, 401, 403, 404),
+        },
+        "post": {
+            "summary": "Replace it by that of a folder within --predictor_dir",
+            "requestBody": {"required": True, "content": json_content(wanted)},
+            "responses": responses_of(
+                "The new one", serving, 400, 401, 403, 404, 408, 409, 413, 415
+            ),
+        },
+    }
 
 
 def schema_ref(name: str) -> Schema:

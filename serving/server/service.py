@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from chatglm.family_tokenizer import FamilyTokenizer
     from predictor.prediction import LengthPrediction
     from predictor.runtime import LengthPredictor
+    from serving.server.predictors import Predictors
+    from serving.server.recalibration import Recalibrator
     from serving.server.text_encoder import TextEncoder
 
 log = logging.getLogger(__name__)
@@ -101,6 +103,7 @@ class Service:
         prompt_options: options of the family's encode_chat.
         max_queue: requests that may wait beside the max_batch that run.
         text_encoder: what embeddings come from; None for the served model.
+        predictors: what replaces `predictor` while serving; recalibrator: what updates it.
         draining: no new requests are taken. failure: why the engine has ended, or None.
         on_failure: called in the engine's thread, after the engine has failed and every answer
             has ended.
@@ -135,6 +138,8 @@ class Service:
         )
         self.max_queue = max_queue
         self.text_encoder: TextEncoder | None = None
+        self.predictors: Predictors | None = None
+        self.recalibrator: Recalibrator | None = None
         self.on_failure: Callable[[], None] | None = None
         self.draining, self.failure = False, None
         self._preparing = 0
@@ -147,10 +152,18 @@ class Service:
 
     def start(self) -> None:
         self._thread.start()
+        if self.recalibrator is not None:
+            self.recalibrator.start()
+
+    def use_predictor(self, predictor: "LengthPredictor") -> None:
+        """Predict later requests by this one; those in preparation keep the one before."""
+        self.predictor = predictor
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """End the engine's thread; events of running answers are no longer read."""
         self.draining = True
+        if self.recalibrator is not None:
+            self.recalibrator.close()
         self.inbox.close()
         self.cancel_all()
         self._thread.join(timeout_s)
