@@ -16,10 +16,20 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
     from transformers import PreTrainedModel
 
+    from serving.engines.adapters import AdapterSet, LoadedAdapter
+
 log = logging.getLogger(__name__)
 
 MIN_TEMPERATURE = 1e-5  # a lower one takes the likeliest token; fp32 has no range for it
 TOP_P_CANDIDATES = 256  # top-p tries so many likeliest tokens before it sorts the whole vocabulary
+
+
+class UnknownAdapter(ValueError):
+    """No adapter of this name is loaded."""
+
+
+class AdapterExists(ValueError):
+    """An adapter of this name is loaded already."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class Sampling:
             nothing.
         logprobs: keep the log probability of each token, and of so many likeliest ones, by the
             model's unchanged logits; None for none.
+        adapter: name of the loaded adapter that answers; None for the model itself.
     """
 
     max_new_tokens: int | None = None
@@ -56,6 +67,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if not (self.top_k >= 0 and 0 <= self.min_p <= 1 and self.repetition_penalty > 0):
@@ -111,6 +123,7 @@ class Answer:
         logprobs: of each token, where its sampling asks for them.
         generator: of its sampling, on the model's device; created when first needed. A
             preemption does not rewind it.
+        adapter: the adapter of its sampling, held until the engine drops the answer.
     """
 
     def __init__(
@@ -127,6 +140,7 @@ class Answer:
         self.logprobs: list[TokenLogprobs] = []
         self.reason: str | None = None
         self.generator: Generator | None = None
+        self.adapter: LoadedAdapter | None = None
         self._listener = listener
         self._changed = threading.Condition()
 
@@ -192,6 +206,7 @@ class TextEngine:
         self.limits = limits
         self.cost = cost
         self.stop_ids = frozenset(model_stop_ids(model) if stop_ids is None else stop_ids)
+        self.adapters: AdapterSet | None = None  # of the engines that take adapters
         self._answers: dict[int, Answer] = {}
         self._woken = False
         self._lock = threading.Lock()
@@ -211,7 +226,7 @@ class TextEngine:
                 should return at once.
         Raises:
             ValueError: the prompt is not request.prompt_tokens long, or the model cannot read it;
-                the id is in use.
+                the id is in use; no such adapter is loaded (UnknownAdapter).
         """
         prompt = list(prompt_ids)
         if len(prompt) != request.prompt_tokens or not prompt:
@@ -224,6 +239,10 @@ class TextEngine:
         with self._lock:
             if request.id in self._answers:
                 raise ValueError(f"request {request.id} is being answered already")
+            if (name := answer.sampling.adapter) is not None:
+                if self.adapters is None:
+                    raise UnknownAdapter(f"no adapter {name!r}: this engine takes none")
+                answer.adapter = self.adapters.acquire(name)
             self._answers[request.id] = answer
         return answer
 
@@ -246,10 +265,16 @@ class TextEngine:
 
     def forget(self, request_id: int, reason: str = "refused") -> None:
         """Drop a request that the scheduler refused or did not receive."""
+        if (answer := self._drop_answer(request_id)) is not None:
+            answer.add(None, reason)
+
+    def _drop_answer(self, request_id: int) -> Answer | None:
+        """Forget an answer and release its adapter; None where the id is unknown."""
         with self._lock:
             answer = self._answers.pop(request_id, None)
-        if answer is not None:
-            answer.add(None, reason)
+        if answer is not None and answer.adapter is not None and self.adapters is not None:
+            self.adapters.release(answer.adapter)
+        return answer
 
     def cancel_all(self) -> list[int]:
         """Cancel every answer; returns their ids."""
@@ -313,8 +338,7 @@ class TextEngine:
 
         An answer that reached its max_new_tokens is not cut.
         """
-        with self._lock:
-            self._answers.pop(answer.id, None)
+        self._drop_answer(answer.id)
         return answer.id, len(answer.tokens), answer.reason not in ("stop", "length")
 
 

@@ -43,6 +43,7 @@ class ContinuousEngine(TextEngine):
     ):
         self.runner = ModelRunner(model.eval(), limits.kv_tokens)
         super().__init__(self.runner.model, limits, cost, stop_ids)
+        self.adapters = self.runner.adapters
         self.rows: dict[int, Sequence] = {}
         self._prefills: deque[Sequence] = deque()
         self._together = False
