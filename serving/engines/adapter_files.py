@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from chatglm.adapters import (
@@ -21,11 +20,12 @@ from chatglm.adapters import (
     refuse_changed_base,
     refuse_layout,
 )
-from chatglm.checksums import check_folder_files, is_top
+from chatglm.checksums import CHECKSUMS, check_folder_files, is_top
 from chatglm.files import read_json, shorten
 
 CONFIG = "adapter_config.json"
 LARGEST_FILE_BYTES = 2**32
+LARGEST_JSON_BYTES = 2**20
 LARGEST_RANK = 1024
 # Keys that are read here, or that change no number of an adapter that is only applied.
 READ_KEYS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules")
@@ -79,8 +79,9 @@ def read_lora(
     file = adapter_file(folder)
     if file.suffix != ".safetensors":
         raise ValueError(f"{file} is not served: wanted adapter_model.safetensors")
-    if (size := file.stat().st_size) > LARGEST_FILE_BYTES:
-        raise ValueError(f"{file} has {size:,} bytes, wanted at most {LARGEST_FILE_BYTES:,}")
+    check_bytes(file, LARGEST_FILE_BYTES)
+    for name in (CONFIG, CHECKSUMS):
+        check_bytes(folder / name, LARGEST_JSON_BYTES)
     check_folder_files(folder, wanted=is_top)
     config = read_lora_config(folder)
     state = read_adapter(folder)
@@ -98,16 +99,20 @@ def read_lora(
         if not a.shape[0] == b.shape[1] == rank:
             ranks = f"A of rank {a.shape[0]} and B of rank {b.shape[1]}"
             raise ValueError(f"{file}: {ranks} for {name}, {CONFIG} says {rank}")
+        if not (a.is_floating_point() and b.is_floating_point()):
+            raise ValueError(f"{file}: the factors of {name} are {a.dtype} and {b.dtype}")
         scaled = b.float() * config.scale_of(name)
-        if not (is_finite(a) and is_finite(scaled)):
-            raise ValueError(f"{file}: the factors of {name} are not finite numbers")
         factors[name] = LoraFactors(a.float(), scaled.t().contiguous())
+        check_finite(file, name, factors[name])
     check_complete(file, config.targets, sizes, pairs)
     return factors
 
 
-def is_finite(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and bool(tensor.isfinite().all())
+def check_bytes(file: Path, most: int) -> None:
+    """Raises ValueError where a file is larger than `most` bytes."""
+    size = file.stat().st_size if file.is_file() else 0
+    if size > most:
+        raise ValueError(f"{file} has {size:,} bytes, wanted at most {most:,}")
 
 
 class LoraSettings(NamedTuple):
@@ -265,13 +270,11 @@ def targeted(targets: tuple[str, ...], sizes: Mapping[str, tuple[int, int]]) -> 
             yield name
 
 
-def placed(factors: LoraFactors, device: torch.device, dtype: torch.dtype) -> LoraFactors:
-    """The factors on a device, as `dtype`.
+def check_finite(place: Path, module: str, factors: LoraFactors) -> None:
+    """Raises ValueError where factors hold nan or are infinite, as they may be in half precision.
 
-    Raises:
-        ValueError: they overflow there.
+    A token of another adapter adds 0 times each of B's numbers.
     """
-    moved = LoraFactors(*(factor.to(device, dtype) for factor in factors))
-    if not (is_finite(moved.a) and is_finite(moved.b)):
-        raise ValueError(f"the adapter's factors are too large for {dtype}")
-    return moved
+    if not all(bool(factor.isfinite().all()) for factor in factors):
+        dtype = str(factors.a.dtype).removeprefix("torch.")
+        raise ValueError(f"{place}: the factors of {module} are not finite numbers in {dtype}")

@@ -25,7 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from serving.engines.adapter_files import LoraFactors, linear_sizes, placed, read_lora
+from serving.engines.adapter_files import (
+    LoraFactors,
+    check_finite,
+    linear_sizes,
+    read_lora,
+)
 from serving.engines.answers import AdapterExists, UnknownAdapter
 
 log = logging.getLogger(__name__)
@@ -185,7 +190,10 @@ class AdapterSet:
         )
         on_device = {}
         for module, pair in factors.items():
-            on_device[module] = placed(pair, self._device_of(module), model.dtype)
+            device = self._device_of(module)
+            moved = LoraFactors(pair.a.to(device, model.dtype), pair.b.to(device, model.dtype))
+            check_finite(Path(folder), module, moved)
+            on_device[module] = moved
         with self._building:
             self._check_room(name)
             number = next(self._numbers)
@@ -254,14 +262,10 @@ class AdapterSet:
     def _check_model(self) -> None:
         """Raises ValueError where the served model takes no adapters."""
         if getattr(self._model.config, "pre_seq_len", None):
-            raise ValueError(
-                "the served model has a P-Tuning prefix; adapters need a model without"
-            )
+            raise ValueError("the served model has a P-Tuning prefix: adapters need one without")
         for module in self._model.modules():
             if type(module).__module__.startswith("peft."):
-                raise ValueError(
-                    "the served model is an adapter itself; serve its base, or merge it"
-                )
+                raise ValueError("the served model is an adapter itself: serve its base")
 
     def _device_of(self, module: str) -> torch.device:
         """Where a layer's weight lies. Raises ValueError where it is moved for each pass."""

@@ -22,7 +22,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from serving.engines.answers import UnknownAdapter
 from serving.server.access import AccessControl, AccessLog, AccessRules, ApiError
+from serving.server.adapters import add_adapter_routes
 from serving.server.chat import ChatRequest, TextStream, parse_body
 from serving.server.openapi import openapi_document
 from serving.server.service import (
@@ -79,6 +81,12 @@ def make_app(
         app.add_middleware(AccessLog)
     get = partial(app.api_route, methods=["GET", "HEAD"])
 
+    async def checked_body(http: Http) -> Any:
+        check_json(http)
+        return await read_json_body(http, app.state.closing, client_s)
+
+    add_adapter_routes(app, service, checked_body)
+
     @app.exception_handler(ApiError)
     async def api_error(http: Http, error: ApiError):
         return JSONResponse(error.body(), error.status, headers=error.headers)
@@ -99,12 +107,12 @@ def make_app(
 
     @get("/v1/models")
     async def models():
-        return {"object": "list", "data": [model_card(service)]}
+        return {"object": "list", "data": [model_card(service), *service.adapters.cards()]}
 
     @get("/v1/models/{name:path}")
     async def model(name: str):
         check_model(service, name)
-        return model_card(service)
+        return service.adapters.card(name) or model_card(service)
 
     @get("/metrics")
     async def metrics():
@@ -129,6 +137,8 @@ def make_app(
             raise ApiError(429, str(error), "busy", {"Retry-After": str(RETRY_S)}) from None
         except PredictionFailed as error:
             raise ApiError(500, str(error), "failed") from None
+        except UnknownAdapter as error:  # unloaded since
+            raise ApiError(404, str(error), "model_not_found") from None
         except PromptTooLong as error:
             raise ApiError(400, str(error), "context_length_exceeded") from None
         except ValueError as error:
@@ -147,14 +157,15 @@ def model_card(service: Service) -> dict:
         "object": "model",
         "created": service.started,
         "owned_by": "glm-foundry",
+        "root": service.name,
+        "parent": None,
     }
 
 
 def check_model(service: Service, name: str | None) -> None:
-    if name not in (None, service.name):
-        raise ApiError(
-            404, f"there is no model {name!r} here, only {service.name!r}", "model_not_found"
-        )
+    if name not in (None, service.name) and name not in service.adapters:
+        served = ", ".join(map(repr, [service.name, *service.adapters.names()]))
+        raise ApiError(404, f"there is no model {name!r} here, only {served}", "model_not_found")
 
 
 def check_json(http: Http) -> None:
@@ -231,7 +242,7 @@ class ChatResponse:
         self.head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": service.name,
+            "model": active.answer.sampling.adapter or service.name,
         }
         self.disconnected = self.token_stopped = False
         self.ids: list[int] = []  # of the answer, without what ended it

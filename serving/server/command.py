@@ -70,6 +70,8 @@ class ServerFlags:
     allowed_hosts: str
     cors_origins: str
     access_log: bool
+    adapter: list[str]
+    adapter_dir: str | None
 
 
 def server_parser() -> argparse.ArgumentParser:
@@ -145,6 +147,10 @@ def server_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cors_origins", default="", help=origins)
     lines = "a line for each request on the standard error output"
     parser.add_argument("--access_log", action="store_true", help=lines)
+    adapter = "a LoRA adapter of the model, and the name by which requests choose it; repeatable"
+    parser.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR", help=adapter)
+    root = "folder whose LoRA adapters clients may load and unload (default: none)"
+    parser.add_argument("--adapter_dir", metavar="ROOT", help=root)
     return parser
 
 
@@ -210,7 +216,7 @@ def load_service(flags: ServerFlags) -> Service:
     name = service_name(flags, predictor)
     rounds = getattr(model.config, "chat_prompt", None) == "rounds"
     defaults = tokenizer_family(tokenizer).chat_defaults
-    return Service(
+    service = Service(
         make_engine(flags.engine, model, limits, served_cost_model(model, profile)),
         tokenizer,
         policy,
@@ -222,6 +228,10 @@ def load_service(flags: ServerFlags) -> Service:
         prompt_options={"rounds": True} if rounds else {},
         max_queue=flags.max_queue,
     )
+    service.adapters.load_given(flags.adapter)
+    if flags.adapter_dir is not None:
+        service.adapters.open_root(flags.adapter_dir)
+    return service
 
 
 def served_cost_model(model: "PreTrainedModel", profile: Profile) -> CostModel:

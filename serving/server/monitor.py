@@ -97,7 +97,8 @@ class Monitor:
     A line of the log: served_model, output_tokens (without the end token), finished (the answer
     ended by itself; else it is at least so long), reason, prompt_tokens, slo_s, in_time, arrived
     (seconds since 1970), queue_s, ttft_s, latency_s, preemptions, overruns, "prediction" where one
-    was made, and "prompt" with log_prompts: predictor.update needs it.
+    was made, "adapter" where one answered, and "prompt" with log_prompts: predictor.update needs
+    it.
 
     Attributes:
         registry: of prometheus_client; None without the package.
@@ -226,6 +227,8 @@ class Monitor:
             "overruns": done.overruns,
             "prediction": request.prediction.to_dict() if request.prediction is not None else None,
         }
+        if tracked is not None and tracked.answer.sampling.adapter is not None:
+            row["adapter"] = tracked.answer.sampling.adapter
         self._file.write(json.dumps(row))
 
     def _count(self, done: Completion, tokens: int, reason: str, in_time: bool):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from serving.engines import Answer, Inbox, Sampling, TextEngine, WallClock
 from serving.request import Event, Policy, Request
 from serving.scheduler import run_scheduler
+from serving.server.adapters import AdapterRegistry
 from serving.server.chat import ChatRequest, encode_messages, prompt_of
 from serving.server.monitor import Monitor
 
@@ -76,6 +77,7 @@ class Service:
         defaults: temperature and top_p of requests without them.
         prompt_options: options of the family's encode_chat.
         max_queue: requests that may wait beside the max_batch that run.
+        adapters: those that a request's `model` may name.
         draining: no new requests are taken. failure: why the engine has ended, or None.
         on_failure: called in the engine's thread, after the engine has failed and every answer
             has ended.
@@ -109,6 +111,7 @@ class Service:
             prompt_options,
         )
         self.max_queue = max_queue
+        self.adapters = AdapterRegistry(engine, name)
         self.on_failure: Callable[[], None] | None = None
         self.draining, self.failure = False, None
         self._preparing = 0
@@ -171,6 +174,7 @@ class Service:
         Raises:
             ValueError: the family's prompt format has no place for these messages.
             PromptTooLong: they leave no room for an answer.
+            UnknownAdapter: `model` names no loaded adapter.
             ServiceClosed, QueueFull, PredictionFailed: none is made.
         """
         self.check_open()
@@ -246,6 +250,7 @@ class Service:
             seed=chat_request.seed,
             top_k=top_k,
             logprobs=logprobs,
+            adapter=self.adapters.chosen(chat_request.model),
             **options,
         )
 
@@ -289,6 +294,8 @@ class Service:
             "latency_s": round(latency_s, 4),
             "in_time": latency_s <= request.slo_s,
         }
+        if (adapter := answer.sampling.adapter) is not None:
+            report_fields["adapter"] = adapter
         if active.unknown_fields:
             report_fields["ignored"] = active.unknown_fields
         if (prediction := request.prediction) is not None:
