@@ -56,9 +56,9 @@ def linear_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """{name: (out, in)} of a model's linear modules, quantised ones too."""
     sizes = {}
     for name, module in model.named_modules():
-        size = getattr(module, "out_features", None), getattr(module, "in_features", None)
-        if isinstance(size[0], int) and isinstance(size[1], int):
-            sizes[name] = size
+        rows, columns = getattr(module, "out_features", None), getattr(module, "in_features", None)
+        if isinstance(rows, int) and isinstance(columns, int):
+            sizes[name] = rows, columns
     return sizes
 
 

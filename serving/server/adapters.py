@@ -89,7 +89,7 @@ class AdapterRegistry:
     def card(self, name: str) -> dict[str, Any] | None:
         """One of them; None where there is no such adapter."""
         found = self._cards.get(name)
-        return found and found.describe(self.base)
+        return None if found is None else found.describe(self.base)
 
     def chosen(self, model: str | None) -> str | None:
         """The adapter that a request's `model` means; None for the model itself."""

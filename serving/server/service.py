@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from serving.engines import Answer, Inbox, Sampling, TextEngine, WallClock
@@ -200,7 +200,8 @@ class Service:
             prediction,
             predict_s=self.clock.now_s() - arrival_s,
         )
-        sampling = self.sampling_of(chat_request, len(ids))
+        adapter = self.adapters.chosen(chat_request.model)
+        sampling = replace(self.sampling_of(chat_request, len(ids)), adapter=adapter)
         loop = asyncio.get_running_loop()
         tokens: asyncio.Queue[int | None] = asyncio.Queue()
 
@@ -250,7 +251,6 @@ class Service:
             seed=chat_request.seed,
             top_k=top_k,
             logprobs=logprobs,
-            adapter=self.adapters.chosen(chat_request.model),
             **options,
         )
 
