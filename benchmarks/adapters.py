@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from serving.engines import TextEngine
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -98,31 +100,22 @@ def make_subject(
     """A subject whose rows have the adapters `names` in turn."""
     import numpy as np
 
-    from serving.engines import Sampling, WallClock, make_engine
+    from serving.engines import Sampling, WallClock
     from serving.policies.continuous import POLICIES
-    from serving.request import Limits, Request
+    from serving.request import Request
     from serving.scheduler import Replay, run_scheduler
-    from serving.simulate.engine import LinearCost
 
-    # `fifo` plans for prompts and 2,048 tokens of each row.
-    limits = Limits(max_batch=rows, kv_tokens=rows * 4096, max_tokens=2048)
-    engine = make_engine(engine_name, model, limits, LinearCost(), [])
-    for name in names:
-        if name is not None:
-            assert engine.adapters is not None
-            engine.adapters.load(name, folder / name)
+    engine = make_loaded_engine(engine_name, model, folder, names, rows)
+    policy, vocabulary = POLICIES[POLICY_OF[engine_name]], model.config.padded_vocab_size
 
     def subject(seed: int) -> tuple[float, float]:
-        rng = np.random.default_rng(seed)
-        vocabulary = model.get_input_embeddings().num_embeddings
+        prompts = np.random.default_rng(seed).integers(0, vocabulary, (rows, PROMPT)).tolist()
         answers, requests = [], []
         begin, cpu_begin = time.perf_counter(), time.process_time()
-        for number in range(rows):
-            prompt = rng.integers(0, vocabulary, PROMPT).tolist()
+        for number, prompt in enumerate(prompts):
             sampling = Sampling(tokens, adapter=names[number % len(names)])
             requests.append(Request(number, PROMPT, 0.0, 1e9))
             answers.append(engine.submit(requests[-1], prompt, sampling))
-        policy = POLICIES[POLICY_OF[engine_name]]
         for _ in run_scheduler(policy, engine, WallClock(), Replay(requests)):
             pass
         seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
@@ -130,6 +123,24 @@ def make_subject(
         return rows * tokens / seconds, rows * tokens / cpu_seconds
 
     return subject
+
+
+def make_loaded_engine(
+    name: str, model: "PreTrainedModel", folder: Path, adapters: list[str | None], rows: int
+) -> "TextEngine":
+    """An engine of so many rows with the adapters of a folder loaded."""
+    from serving.engines import make_engine
+    from serving.request import Limits
+    from serving.simulate.engine import LinearCost
+
+    # `fifo` plans for prompts and 2,048 tokens of each row.
+    limits = Limits(max_batch=rows, kv_tokens=rows * 4096, max_tokens=2048)
+    engine = make_engine(name, model, limits, LinearCost(), [])
+    for adapter in adapters:
+        if adapter is not None:
+            assert engine.adapters is not None
+            engine.adapters.load(adapter, folder / adapter)
+    return engine
 
 
 def measure(subjects: dict[str, Subject], repetitions: int) -> tuple[Rates, Rates]:
@@ -149,6 +160,22 @@ def measure(subjects: dict[str, Subject], repetitions: int) -> tuple[Rates, Rate
                 line = f"{repetition + 1}/{repetitions} {name:6} {figures}"
                 print(line, file=sys.stderr, flush=True)
     return rates, cpu_rates
+
+
+def measure_all(args: argparse.Namespace, tokens: int, repetitions: int) -> tuple[Rates, Rates]:
+    """`measure` of the three subjects, from the command's flags."""
+    model = make_base(args.vocabulary)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        names = write_adapters(model, folder, args.adapters, args.rank)
+        subjects = {}
+        every = [("none", [None]), ("one", names[:1]), ("many", names)]
+        for name, adapters in every:
+            # An engine hooks its model's layers, so each has a model of its own.
+            subjects[name] = make_subject(
+                args.engine, make_base(args.vocabulary), folder, adapters, args.rows, tokens
+            )
+        return measure(subjects, repetitions)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -174,6 +201,18 @@ def ratio(rates: Rates, name: str, other: str) -> float:
     return statistics.median(quotients)
 
 
+def print_table(result: dict) -> None:
+    columns = ("tokens/s", "x one", "x none", "tokens/CPU s", "x one", "x none")
+    print(f"| {result['rows']} rows | adapters | {' | '.join(columns)} |")
+    print(f"|---|---{'|---' * len(columns)}|")
+    for name, count in (("none", 0), ("one", 1), ("many", result["adapters"])):
+        line = f"| {name} | {count} |"
+        for by in (result["rates"], result["cpu_rates"]):
+            ratios = f"{ratio(by, name, 'one'):.2f} | {ratio(by, name, 'none'):.2f}"
+            line += f" {statistics.median(by[name]):.0f} | {ratios} |"
+        print(line)
+
+
 def main(argv: list[str] | None = None) -> dict:
     args = build_parser().parse_args(argv)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -184,18 +223,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     torch.set_num_threads(args.threads)
     tokens, repetitions = (4, 1) if args.quick else (args.tokens, args.repetitions)
-    model = make_base(args.vocabulary)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        names = write_adapters(model, folder, args.adapters, args.rank)
-        subjects = {}
-        every = [("none", [None]), ("one", names[:1]), ("many", names)]
-        for name, adapters in every:
-            # An engine hooks its model's layers, so each has a model of its own.
-            subjects[name] = make_subject(
-                args.engine, make_base(args.vocabulary), folder, adapters, args.rows, tokens
-            )
-        rates, cpu_rates = measure(subjects, repetitions)
+    rates, cpu_rates = measure_all(args, tokens, repetitions)
     result = {
         "engine": args.engine,
         "rows": args.rows,
@@ -206,15 +234,7 @@ def main(argv: list[str] | None = None) -> dict:
         "many_over_one": ratio(rates, "many", "one"),
         "many_over_one_cpu": ratio(cpu_rates, "many", "one"),
     }
-    columns = ("tokens/s", "x one", "x none", "tokens/CPU s", "x one", "x none")
-    print(f"| {args.rows} rows | adapters | {' | '.join(columns)} |")
-    print(f"|---|---{'|---' * len(columns)}|")
-    for name, count in (("none", 0), ("one", 1), ("many", args.adapters)):
-        line = f"| {name} | {count} |"
-        for by in (rates, cpu_rates):
-            ratios = f"{ratio(by, name, 'one'):.2f} | {ratio(by, name, 'none'):.2f}"
-            line += f" {statistics.median(by[name]):.0f} | {ratios} |"
-        print(line)
+    print_table(result)
     if args.json:
         write_json(args.json, result)
     return result

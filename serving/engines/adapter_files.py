@@ -95,16 +95,28 @@ def read_lora(
             found = f"A of {list(a.shape)} and B of {list(b.shape)}"
             wanted = f"the layer has {sizes[name]}" if name in sizes else "it has no such layer"
             raise ValueError(f"{file} does not fit {base}: {found} for {name}, {wanted} (out, in)")
-        rank = config.rank_of(name)
-        if not a.shape[0] == b.shape[1] == rank:
-            ranks = f"A of rank {a.shape[0]} and B of rank {b.shape[1]}"
-            raise ValueError(f"{file}: {ranks} for {name}, {CONFIG} says {rank}")
-        if not (a.is_floating_point() and b.is_floating_point()):
-            raise ValueError(f"{file}: the factors of {name} are {a.dtype} and {b.dtype}")
-        scaled = b.float() * config.scale_of(name)
-        factors[name] = LoraFactors(a.float(), scaled.t().contiguous())
-        check_finite(file, name, factors[name])
-    check_complete(file, config.targets, sizes, pairs)
+        factors[name] = scaled_factors(file, name, a, b, config)
+    check_targets(file, config.targets, sizes, pairs)
+    return factors
+
+
+def scaled_factors(
+    file: Path, module: str, a: Tensor, b: Tensor, config: "LoraSettings"
+) -> LoraFactors:
+    """The factors of a layer from its A (r, in) and B (out, r).
+
+    Raises:
+        ValueError: another rank than the configuration's, or not finite numbers.
+    """
+    rank = config.rank_of(module)
+    if not a.shape[0] == b.shape[1] == rank:
+        ranks = f"A of rank {a.shape[0]} and B of rank {b.shape[1]}"
+        raise ValueError(f"{file}: {ranks} for {module}, {CONFIG} says {rank}")
+    if not (a.is_floating_point() and b.is_floating_point()):
+        raise ValueError(f"{file}: the factors of {module} are {a.dtype} and {b.dtype}")
+    scaled = b.float() * config.scale_of(module)
+    factors = LoraFactors(a.float(), scaled.t().contiguous())
+    check_finite(file, module, factors)
     return factors
 
 
@@ -251,7 +263,7 @@ def paired_factors(file: Path, state: dict[str, Tensor]) -> dict[str, tuple[Tens
     return pairs
 
 
-def check_complete(
+def check_targets(
     file: Path,
     targets: tuple[str, ...] | None,
     sizes: Mapping[str, tuple[int, int]],

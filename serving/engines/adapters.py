@@ -25,13 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from serving.engines.adapter_errors import AdapterExists, UnknownAdapter
 from serving.engines.adapter_files import (
     LoraFactors,
     check_finite,
     linear_sizes,
     read_lora,
 )
-from serving.engines.answers import AdapterExists, UnknownAdapter
 
 log = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from serving.engines.adapter_errors import UnknownAdapter
 from serving.request import FOREVER, CostEstimator, Limits, Plan, Record, Request, StepResult
 
 if TYPE_CHECKING:
@@ -22,14 +23,6 @@ log = logging.getLogger(__name__)
 
 MIN_TEMPERATURE = 1e-5  # a lower one takes the likeliest token; fp32 has no range for it
 TOP_P_CANDIDATES = 256  # top-p tries so many likeliest tokens before it sorts the whole vocabulary
-
-
-class UnknownAdapter(ValueError):
-    """No adapter of this name is loaded."""
-
-
-class AdapterExists(ValueError):
-    """An adapter of this name is loaded already."""
 
 
 @dataclass(frozen=True)
@@ -239,12 +232,17 @@ class TextEngine:
         with self._lock:
             if request.id in self._answers:
                 raise ValueError(f"request {request.id} is being answered already")
-            if (name := answer.sampling.adapter) is not None:
-                if self.adapters is None:
-                    raise UnknownAdapter(f"no adapter {name!r}: this engine takes none")
-                answer.adapter = self.adapters.acquire(name)
+            answer.adapter = self._acquire(answer.sampling.adapter)
             self._answers[request.id] = answer
         return answer
+
+    def _acquire(self, name: str | None) -> "LoadedAdapter | None":
+        """The adapter of a name for one more answer. Raises UnknownAdapter."""
+        if name is None:
+            return None
+        if self.adapters is None:
+            raise UnknownAdapter(f"no adapter {name!r}: this engine takes none")
+        return self.adapters.acquire(name)
 
     def check_prompt(self, prompt: list[int]) -> None:
         """Raises ValueError where the model cannot read it."""

@@ -15,15 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from serving.engines.answers import AdapterExists, TextEngine, UnknownAdapter
+from serving.engines.adapter_errors import AdapterExists, UnknownAdapter
+from serving.engines.answers import TextEngine
 from serving.server.access import ApiError
 from serving.server.fields import Schema, Text
 from serving.server.openapi import json_content, responses_of
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-
-    from serving.server.service import Service
 
 log = logging.getLogger(__name__)
 
@@ -150,13 +149,13 @@ class AdapterRegistry:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
         except UnknownAdapter as error:
-            raise ApiError(404, one_line(error), "model_not_found") from None
+            raise ApiError(404, sendable_message(error), "model_not_found") from None
         except AdapterExists as error:
-            raise ApiError(409, one_line(error), "adapter_exists") from None
+            raise ApiError(409, sendable_message(error), "adapter_exists") from None
         except FileNotFoundError as error:
-            raise ApiError(404, one_line(error), "adapter_not_found") from None
+            raise ApiError(404, sendable_message(error), "adapter_not_found") from None
         except (ValueError, OSError) as error:
-            raise ApiError(400, one_line(error)) from None
+            raise ApiError(400, sendable_message(error)) from None
         except Exception as error:  # out of memory: the answers under way go on
             log.exception("an adapter could not be loaded")
             what = f"the adapter could not be loaded: {type(error).__name__}"
@@ -165,7 +164,7 @@ class AdapterRegistry:
             self._waiting -= 1
 
 
-def one_line(error: Exception) -> str:
+def sendable_message(error: Exception) -> str:
     """An error's text; what of it no reply can encode is replaced."""
     text = " ".join(str(error).encode("utf-8", "replace").decode().split())
     return text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE - 3]}..."
@@ -207,21 +206,18 @@ def read_names(body: Any, names: tuple[str, ...]) -> list[str]:
 
 
 def add_adapter_routes(
-    app: "FastAPI", service: "Service", read_body: Callable[[Any], Awaitable[Any]]
+    app: "FastAPI", registry: AdapterRegistry, read_body: Callable[[Any], Awaitable[Any]]
 ) -> None:
     """vLLM's routes to load and unload adapters, where the server has an --adapter_dir.
 
     Args:
         read_body: the JSON of a request; raises ApiError or ValueError.
     """
-    registry = service.adapters
     if registry.root is None:
         return
     from fastapi import Request as HttpRequest
 
     async def values(http: Any, *names: str) -> list[str]:
-        if service.failure or service.draining:
-            raise ApiError(503, service.failure or "the server is shutting down", "unavailable")
         try:
             return read_names(await read_body(http), names)
         except ValueError as error:

@@ -22,7 +22,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from serving.engines.answers import UnknownAdapter
+from serving.engines.adapter_errors import UnknownAdapter
 from serving.server.access import AccessControl, AccessLog, AccessRules, ApiError
 from serving.server.adapters import add_adapter_routes
 from serving.server.chat import ChatRequest, TextStream, parse_body
@@ -82,10 +82,14 @@ def make_app(
     get = partial(app.api_route, methods=["GET", "HEAD"])
 
     async def checked_body(http: Http) -> Any:
+        try:
+            service.check_open()
+        except ServiceClosed as error:
+            raise ApiError(503, str(error), "unavailable") from None
         check_json(http)
         return await read_json_body(http, app.state.closing, client_s)
 
-    add_adapter_routes(app, service, checked_body)
+    add_adapter_routes(app, service.adapters, checked_body)
 
     @app.exception_handler(ApiError)
     async def api_error(http: Http, error: ApiError):

@@ -227,9 +227,7 @@ class Monitor:
             "overruns": done.overruns,
             "prediction": request.prediction.to_dict() if request.prediction is not None else None,
         }
-        if tracked is not None and tracked.answer.sampling.adapter is not None:
-            row["adapter"] = tracked.answer.sampling.adapter
-        self._file.write(json.dumps(row))
+        self._file.write(json.dumps(row | adapter_field(tracked)))
 
     def _count(self, done: Completion, tokens: int, reason: str, in_time: bool):
         request = done.request
@@ -318,6 +316,12 @@ class Monitor:
                 memory.labels(str(i)).set_function(
                     lambda h=handle: pynvml.nvmlDeviceGetMemoryInfo(h).used
                 )
+
+
+def adapter_field(tracked: TrackedRequest | None) -> dict[str, str]:
+    """The adapter that answered, as a field of the log; empty where it was the model itself."""
+    name = tracked.answer.sampling.adapter if tracked else None
+    return {} if name is None else {"adapter": name}
 
 
 def nvml_handles() -> list[Any]:

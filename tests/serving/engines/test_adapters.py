@@ -12,9 +12,9 @@ import serving.engines.adapter_files
 import serving.engines.arena
 from chatglm import load_model
 from serving.engines import ENGINES, Sampling
+from serving.engines.adapter_errors import AdapterExists, UnknownAdapter
 from serving.engines.adapter_files import linear_sizes, read_lora
 from serving.engines.adapters import AdapterSet
-from serving.engines.answers import AdapterExists, UnknownAdapter
 from serving.policies.continuous import POLICIES
 from serving.request import Limits, Request
 from serving.scheduler import Replay, run_scheduler
