@@ -167,7 +167,6 @@ class AdapterSet:
         self._numbers = itertools.count(1)
         # Of the thread that runs the model.
         self._hooks: dict[str, Any] = {}
-        self._hooked: dict[str, Stack] = self._stacks
 
     def names(self) -> list[str]:
         with self._lock:
@@ -302,7 +301,7 @@ class AdapterSet:
     def _running(self, numbers: list[int], padding: int, by_row: bool) -> Iterator[None]:
         with self._lock:
             stacks = self._stacks
-        if stacks is not self._hooked:
+        if stacks.keys() != self._hooks.keys():
             self._set_hooks(stacks)
         distinct = set(numbers)
         if distinct <= {0}:
@@ -329,7 +328,6 @@ class AdapterSet:
         for name in stacks.keys() - self._hooks.keys():
             module = self._model.get_submodule(name)
             self._hooks[name] = module.register_forward_hook(partial(self._add, name))
-        self._hooked = stacks
 
     def _add(self, name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         """The forward hook of a layer; None leaves the output as it is."""

@@ -168,7 +168,7 @@ def model_card(service: Service) -> dict:
 
 def check_model(service: Service, name: str | None) -> None:
     if name not in (None, service.name) and name not in service.adapters:
-        served = ", ".join(map(repr, [service.name, *service.adapters.names()]))
+        served = ", ".join(map(repr, [service.name, *service.adapters.names()[:8]]))
         raise ApiError(404, f"there is no model {name!r} here, only {served}", "model_not_found")
 
 

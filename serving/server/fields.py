@@ -419,7 +419,7 @@ def text_of_parts(parts: list) -> str | None:
 
 FIELDS: Mapping[str, Field] = {
     "messages": Messages("The chat; a last message of the assistant is gone on with."),
-    "model": Text("The served model's name."),
+    "model": Text("The served model's name, or that of one of its adapters."),
     "max_tokens": Number(int, 1, MOST, "Tokens of the answer, at most."),
     "max_completion_tokens": Number(int, 1, MOST, "As max_tokens, which it overrides."),
     "max_length": Number(int, 1, MOST, "Tokens of prompt and answer together, at most."),
