@@ -22,11 +22,13 @@ from chatglm.adapters import (
 )
 from chatglm.checksums import CHECKSUMS, check_folder_files, is_top
 from chatglm.files import read_json, shorten
+from chatglm.weights import open_safetensors
 
 CONFIG = "adapter_config.json"
 LARGEST_FILE_BYTES = 2**32
 LARGEST_JSON_BYTES = 2**20
 LARGEST_RANK = 1024
+MOST_ENTRIES = 2048  # of a list or pattern of modules
 # Keys that are read here, or that change no number of an adapter that is only applied.
 READ_KEYS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules")
 KNOWN_KEYS = {
@@ -84,6 +86,11 @@ def read_lora(
         check_bytes(folder / name, LARGEST_JSON_BYTES)
     check_folder_files(folder, wanted=is_top)
     config = read_lora_config(folder)
+    with open_safetensors(file) as tensors:
+        count = len(tensors.keys())
+    if count > 2 * len(sizes):
+        room = f"{base} has {len(sizes)} linear layers"
+        raise ValueError(f"{file} does not fit {base}: it holds {count:,} tensors, {room}")
     state = read_adapter(folder)
     if is_chatglm:
         refuse_layout(folder, state)
@@ -217,8 +224,9 @@ def read_pattern(path: Path, values: dict[str, Any], key: str) -> dict[str, Any]
         ValueError: a key is more than a name: a regular expression may take forever.
     """
     pattern = values.get(key) or {}
-    if not isinstance(pattern, dict):
-        raise ValueError(f"{path}: {key} must be an object, got {shorten(pattern)}")
+    if not isinstance(pattern, dict) or len(pattern) > MOST_ENTRIES:
+        wanted = f"an object of at most {MOST_ENTRIES} modules"
+        raise ValueError(f"{path}: {key} must be {wanted}, got {shorten(pattern)}")
     names = {}
     for given, value in pattern.items():
         name = given.replace("\\.", ".")
@@ -233,8 +241,10 @@ def listed_targets(path: Path, values: dict[str, Any]) -> tuple[str, ...] | None
     targets = values.get("target_modules")
     if targets is None or isinstance(targets, str):
         return None
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise ValueError(f"{path}: target_modules must be a list of names, got {shorten(targets)}")
+    is_list = isinstance(targets, list) and len(targets) <= MOST_ENTRIES
+    if not is_list or not all(isinstance(target, str) for target in targets):
+        wanted = f"a list of at most {MOST_ENTRIES} names"
+        raise ValueError(f"{path}: target_modules must be {wanted}, got {shorten(targets)}")
     is_whole = values.get("exclude_modules") is None and values.get("layers_to_transform") is None
     return tuple(targets) if is_whole else None
 

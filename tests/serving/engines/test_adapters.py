@@ -297,6 +297,11 @@ def put_other(name):
     return lambda state: state.update({f"base_model.model.{name}": torch.zeros(2, 40)})
 
 
+def put_many(state):
+    for number in range(500):
+        state[f"base_model.model.{number}.lora_A.weight"] = torch.zeros(1, 1)
+
+
 def truncate(folder):
     file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-40])
@@ -328,6 +333,12 @@ REFUSED_FOLDERS = {
     "rank": (set_value("r", 3), "A of rank 4 and B of rank 4"),
     "no rank": (set_value("r", 0), "r must be a whole number from 1 to 1024, got 0"),
     "alpha": (set_value("lora_alpha", float("inf")), "lora_alpha must be a number below"),
+    "many targets": (set_value("target_modules", ["x"] * 3000), "at most 2048 names"),
+    "many modules": (
+        set_value("rank_pattern", dict.fromkeys(map(str, range(3000)), 4)),
+        "at most 2048 modules",
+    ),
+    "many tensors": (set_tensors(put_many), "it holds 506 tensors"),
     "pattern": (set_value("alpha_pattern", {"(a+)+$": 3}), "alpha_pattern must name modules"),
     "flag": (set_value("use_rslora", "yes"), "use_rslora must be true or false"),
     "targets": (set_value("target_modules", ["dense_h_to_4h"]), "holds no factors of"),
@@ -383,6 +394,29 @@ def test_models_that_take_none(world):
         engine_of("continuous", here.model).submit(
             Request(0, 5, 0.0, 1.0), [31] * 5, Sampling(3, adapter="nobody")
         )
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_peft_saves_is_read_with_its_scales(tmp_path, rslora):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        use_rslora=rslora,
+        target_modules=["query_key_value", "dense", "dense_4h_to_h"],
+        rank_pattern={"dense": 2},
+        alpha_pattern={"layers.1.self_attention.query_key_value": 3},
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(tiny_model("glm2"), config)
+    adapted.save_pretrained(str(tmp_path / "x"))
+    factors = read_lora(tmp_path / "x", linear_sizes(tiny_model("glm2")), "m", True)
+    assert len(factors) == 9
+    for name, (a, b) in factors.items():
+        layer = adapted.base_model.model.get_submodule(name)
+        torch.testing.assert_close((a.t() @ b).t(), layer.get_delta_weight("default"))
 
 
 def test_too_many_adapters_and_a_taken_name(world, monkeypatch):
