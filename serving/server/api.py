@@ -246,7 +246,7 @@ class ChatResponse:
         self.head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": active.answer.sampling.adapter or service.name,
+            "model": chat_request.model or service.name,
         }
         self.disconnected = self.token_stopped = False
         self.ids: list[int] = []  # of the answer, without what ended it

@@ -79,12 +79,14 @@ class TrackedRequest:
         prompt: its text.
         answer: its `reason` says how it ended.
         stopped: a stop string has ended it.
+        adapter: name of the one that answers.
     """
 
     request: Request
     prompt: str
     answer: "Answer"
     stopped: bool = False
+    adapter: str | None = None
 
     @property
     def reason(self) -> str:
@@ -122,12 +124,14 @@ class Monitor:
         with suppress(ImportError):
             self._make_metrics()
 
-    def track(self, request: Request, prompt: str, answer: "Answer") -> None:
+    def track(
+        self, request: Request, prompt: str, answer: "Answer", adapter: str | None = None
+    ) -> None:
         """Register a request's text and answer, before the scheduler gets it.
 
         May be called from any thread.
         """
-        self._tracked[request.id] = TrackedRequest(request, prompt, answer)
+        self._tracked[request.id] = TrackedRequest(request, prompt, answer, adapter=adapter)
 
     def stopped(self, request_id: int) -> None:
         """Record that a stop string has ended the answer.
@@ -320,8 +324,9 @@ class Monitor:
 
 def adapter_field(tracked: TrackedRequest | None) -> dict[str, str]:
     """The adapter that answered, as a field of the log; empty where it was the model itself."""
-    name = tracked.answer.sampling.adapter if tracked else None
-    return {} if name is None else {"adapter": name}
+    if tracked is None or tracked.adapter is None:
+        return {}
+    return {"adapter": tracked.adapter}
 
 
 def nvml_handles() -> list[Any]:

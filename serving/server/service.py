@@ -212,7 +212,7 @@ class Service:
                 loop.call_soon_threadsafe(tokens.put_nowait, None)
 
         answer = self.engine.submit(request, ids, sampling, listener)
-        self.monitor.track(request, prompt, answer)
+        self.monitor.track(request, prompt, answer, adapter)
         try:
             self.inbox.put(request)
         except RuntimeError as error:  # it was shut in between
