@@ -66,6 +66,8 @@ class MonitorLog:
 def read_log(paths: list[str], served_model: str, on_bad_row: str = "skip") -> MonitorLog:
     """Read a monitor's log; rows that name no model are of `served_model`.
 
+    Rows that an adapter answered are left out: their lengths are another model's.
+
     Raises:
         BadRow: the first bad row, with on_bad_row "error"; or no good row at all.
     """
@@ -75,6 +77,8 @@ def read_log(paths: list[str], served_model: str, on_bad_row: str = "skip") -> M
             try:
                 if isinstance(item, BadRow):
                     raise item
+                if isinstance(item, dict) and item.get("adapter"):
+                    continue
                 example = parse_example(item, place, served_model, None, path.name)
                 prediction = parse_prediction(item, place)
             except BadRow:

@@ -73,6 +73,7 @@ ELSEWHERE = {  # file -> the test that runs it
     "scripts/style_report.py": "tests/test_style.py::test_report_in_miniature",
 }
 HERE = {  # file -> the test of this file that runs it
+    "benchmarks/adapters.py": "test_adapters",
     "benchmarks/entry_points.py": "test_entry_points",
     "benchmarks/golden_table.py": "test_golden_table",
     "benchmarks/kill9.py": "test_kill9",
@@ -254,6 +255,13 @@ def test_prefix_sharing(tmp_path):
 def test_serving_engine(tmp_path):
     run("benchmarks/serving_engine.py", "--quick", "--rows", 4, "--json", tmp_path / "out.json")
     assert set(json.loads((tmp_path / "out.json").read_text())["rates"]) == {"static", "continuous"}
+
+
+def test_adapters(tmp_path):
+    done = run("benchmarks/adapters.py", "--quick", "--rows", 4, "--json", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert set(found["rates"]) == {"none", "one", "many"} and found["many_over_one"] > 0
+    assert "| many | 8 |" in done.stdout
 
 
 @pytest.mark.launch

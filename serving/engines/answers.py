@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from serving.engines.adapter_errors import UnknownAdapter
 from serving.request import FOREVER, CostEstimator, Limits, Plan, Record, Request, StepResult
 
 if TYPE_CHECKING:
     import torch
     from torch import Generator, Tensor
     from transformers import PreTrainedModel
+
+    from serving.engines.adapters import AdapterSet, LoadedAdapter
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +49,7 @@ class Sampling:
             model's unchanged logits; None for none.
         prompt_logprobs: as logprobs, of the prompt's tokens.
         embeds: keep the mean of the prompt's hidden states.
+        adapter: name of the loaded adapter that answers; None for the model itself.
     """
 
     max_new_tokens: int | None = None
@@ -63,6 +67,7 @@ class Sampling:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     embeds: bool = False
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if not (self.top_k >= 0 and 0 <= self.min_p <= 1 and self.repetition_penalty > 0):
@@ -123,6 +128,7 @@ class Answer:
         prompt_seen: how many of the prompt's tokens the last two cover.
         generator: of its sampling, on the model's device; created when first needed. A
             preemption does not rewind it.
+        adapter: the adapter of its sampling, held until the engine drops the answer.
     """
 
     def __init__(
@@ -142,6 +148,7 @@ class Answer:
         self.prompt_seen = 0
         self.reason: str | None = None
         self.generator: Generator | None = None
+        self.adapter: LoadedAdapter | None = None
         self._listener = listener
         self._changed = threading.Condition()
 
@@ -213,6 +220,7 @@ class TextEngine:
         self.limits = limits
         self.cost = cost
         self.stop_ids = frozenset(model_stop_ids(model) if stop_ids is None else stop_ids)
+        self.adapters: AdapterSet | None = None  # of the engines that take adapters
         self._answers: dict[int, Answer] = {}
         self._woken = False
         self._lock = threading.Lock()
@@ -232,7 +240,7 @@ class TextEngine:
                 should return at once.
         Raises:
             ValueError: the prompt is not request.prompt_tokens long, or the model cannot read it;
-                the id is in use.
+                the id is in use; no such adapter is loaded (UnknownAdapter).
         """
         prompt = list(prompt_ids)
         if len(prompt) != request.prompt_tokens or not prompt:
@@ -245,8 +253,17 @@ class TextEngine:
         with self._lock:
             if request.id in self._answers:
                 raise ValueError(f"request {request.id} is being answered already")
+            answer.adapter = self._acquire(answer.sampling.adapter)
             self._answers[request.id] = answer
         return answer
+
+    def _acquire(self, name: str | None) -> "LoadedAdapter | None":
+        """The adapter of a name for one more answer. Raises UnknownAdapter."""
+        if name is None:
+            return None
+        if self.adapters is None:
+            raise UnknownAdapter(f"no adapter {name!r}: this engine takes none")
+        return self.adapters.acquire(name)
 
     def check_prompt(self, prompt: list[int]) -> None:
         """Raises ValueError where the model cannot read it."""
@@ -267,10 +284,16 @@ class TextEngine:
 
     def forget(self, request_id: int, reason: str = "refused") -> None:
         """Drop a request that the scheduler refused or did not receive."""
+        if (answer := self._drop_answer(request_id)) is not None:
+            answer.add(None, reason)
+
+    def _drop_answer(self, request_id: int) -> Answer | None:
+        """Forget an answer and release its adapter; None where the id is unknown."""
         with self._lock:
             answer = self._answers.pop(request_id, None)
-        if answer is not None:
-            answer.add(None, reason)
+        if answer is not None and answer.adapter is not None and self.adapters is not None:
+            self.adapters.release(answer.adapter)
+        return answer
 
     def cancel_all(self) -> list[int]:
         """Cancel every answer; returns their ids."""
@@ -334,8 +357,7 @@ class TextEngine:
 
         An answer that reached its max_new_tokens is not cut.
         """
-        with self._lock:
-            self._answers.pop(answer.id, None)
+        self._drop_answer(answer.id)
         return answer.id, len(answer.tokens), answer.reason not in ("stop", "length")
 
 

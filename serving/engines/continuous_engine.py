@@ -51,6 +51,7 @@ class ContinuousEngine(TextEngine):
         if prefix_cache_tokens and self.runner.body.axes == 1:
             self.prefixes = PrefixCache(prefix_cache_tokens, self.runner.virtual)
         super().__init__(self.runner.model, limits, cost, stop_ids)
+        self.adapters = self.runner.adapters
         self.rows: dict[int, Sequence] = {}
         self._prefills: deque[Sequence] = deque()
         self._together = False

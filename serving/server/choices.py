@@ -229,12 +229,17 @@ class EventStream(StreamingResponse):
             self.choices.release()
 
 
-def response_head(kind: str, service: Service) -> dict[str, Any]:
-    """id, created and model of a response; `kind`: what its id begins with."""
+def response_head(kind: str, service: Service, model: str | None) -> dict[str, Any]:
+    """id, created and model of a response.
+
+    Args:
+        kind: what its id begins with.
+        model: that of the request: the served model, an adapter, or None.
+    """
     return {
         "id": f"{kind}-{uuid.uuid4().hex}",
         "created": int(time.time()),
-        "model": service.name,
+        "model": model or service.name,
     }
 
 

@@ -87,6 +87,8 @@ class ServerFlags:
     recalibrate: bool
     recalibrate_every: int
     recalibrated_dir: str | None
+    adapter: list[str]
+    adapter_dir: str | None
 
 
 def server_parser() -> argparse.ArgumentParser:
@@ -169,6 +171,10 @@ def server_parser() -> argparse.ArgumentParser:
     lines = "a JSON line for each request on the standard error output"
     parser.add_argument("--access_log", action="store_true", help=lines)
     add_predictor_updates(parser)
+    adapter = "a LoRA adapter of the model, and the name by which requests choose it; repeatable"
+    parser.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR", help=adapter)
+    root = "folder whose LoRA adapters clients may load and unload (default: none)"
+    parser.add_argument("--adapter_dir", metavar="ROOT", help=root)
     return parser
 
 
@@ -294,6 +300,9 @@ def load_service(flags: ServerFlags) -> Service:
         service.monitor.watch_prefixes(lambda: prefixes.copied_tokens)
     if predictor is not None:
         add_predictors(service, predictor, flags)
+    service.adapters.load_given(flags.adapter)
+    if flags.adapter_dir is not None:
+        service.adapters.open_root(flags.adapter_dir)
     return service
 
 

@@ -79,6 +79,7 @@ class TrackedRequest:
         answer: its `reason` says how it ended.
         request_id: of the client's HTTP request; None where none is known.
         stopped: a stop string has ended it.
+        adapter: name of the one that answers.
     """
 
     request: Request
@@ -86,6 +87,7 @@ class TrackedRequest:
     answer: "Answer"
     request_id: str | None = None
     stopped: bool = False
+    adapter: str | None = None
 
     @property
     def embeds(self) -> bool:
@@ -103,7 +105,8 @@ class Monitor:
     A line of the log: served_model, output_tokens (without the end token), finished (the answer
     ended by itself; else it is at least so long), reason, prompt_tokens, slo_s, in_time, arrived
     (seconds since 1970), queue_s, ttft_s, latency_s, preemptions, overruns, request_id,
-    "prediction" where one was made, and "prompt" with log_prompts: predictor.update needs it.
+    "prediction" where one was made, "adapter" where one answered, and "prompt" with log_prompts:
+    predictor.update needs it.
 
     Attributes:
         figures: the metrics; None without prometheus-client.
@@ -146,13 +149,17 @@ class Monitor:
             gauge = Gauge("glm_prefix_copied_tokens", text, registry=self.registry)
             gauge.set_function(copied_tokens)
 
-    def track(self, request: Request, prompt: str, answer: "Answer") -> None:
+    def track(
+        self, request: Request, prompt: str, answer: "Answer", adapter: str | None = None
+    ) -> None:
         """Register a request's text and answer, before the scheduler gets it.
 
         May be called from any thread.
         """
         request_id = current_request_id.get()
-        self._tracked[request.id] = TrackedRequest(request, prompt, answer, request_id)
+        self._tracked[request.id] = TrackedRequest(
+            request, prompt, answer, request_id, adapter=adapter
+        )
 
     def stopped(self, request_id: int) -> None:
         """Record that a stop string has ended the answer.
@@ -274,7 +281,7 @@ class Monitor:
             "request_id": tracked.request_id if tracked else None,
             "prediction": request.prediction.to_dict() if request.prediction is not None else None,
         }
-        self._file.write(json.dumps(row))
+        self._file.write(json.dumps(row | adapter_field(tracked)))
 
     @staticmethod
     def _count(figures: Figures, done: Completion, tokens: int, reason: str, in_time: bool) -> None:
@@ -354,3 +361,10 @@ class Monitor:
             "length_drift_log_ratio": self.drift,
             "q90_coverage_ratio": self.coverage,
         }
+
+
+def adapter_field(tracked: TrackedRequest | None) -> dict[str, str]:
+    """The adapter that answered, as a field of the log; empty where it was the model itself."""
+    if tracked is None or tracked.adapter is None:
+        return {}
+    return {"adapter": tracked.adapter}

@@ -18,6 +18,7 @@ from predictor.prediction import from_bins
 from serving.engines import Answer, Inbox, Sampling, TextEngine, WallClock
 from serving.request import Event, Policy, Record, Request
 from serving.scheduler import run_scheduler
+from serving.server.adapters import AdapterRegistry
 from serving.server.generation import GenerationRequest, PromptIds, banned_sequences
 from serving.server.monitor import Monitor
 
@@ -104,6 +105,7 @@ class Service:
         max_queue: requests that may wait beside the max_batch that run.
         text_encoder: what embeddings come from; None for the served model.
         predictors: what replaces `predictor` while serving; recalibrator: what updates it.
+        adapters: those that a request's `model` may name.
         draining: no new requests are taken. failure: why the engine has ended, or None.
         on_failure: called in the engine's thread, after the engine has failed and every answer
             has ended.
@@ -140,6 +142,7 @@ class Service:
         self.text_encoder: TextEncoder | None = None
         self.predictors: Predictors | None = None
         self.recalibrator: Recalibrator | None = None
+        self.adapters = AdapterRegistry(engine, name)
         self.on_failure: Callable[[], None] | None = None
         self.draining, self.failure = False, None
         self._preparing = 0
@@ -214,6 +217,7 @@ class Service:
         Raises:
             ValueError: the family's prompt format has no place for these prompts.
             PromptTooLong: one leaves no room for an answer.
+            UnknownAdapter: `model` names no loaded adapter.
             ServiceClosed, QueueFull, PredictionFailed: none is made.
         """
         self.check_open()
@@ -282,7 +286,7 @@ class Service:
         answer = self.engine.submit(request, prompt.ids, sampling, listener)
         active = self._active[request.id] = ActiveRequest(request, answer)
         group.answers.append(active)
-        self.monitor.track(request, prompt.text, answer)
+        self.monitor.track(request, prompt.text, answer, sampling.adapter)
         try:
             self.inbox.put(request)
         except RuntimeError as error:  # it was shut in between
@@ -398,6 +402,8 @@ class Service:
             "latency_s": round(latency_s, 4),
             "in_time": latency_s <= request.slo_s,
         }
+        if (adapter := answer.sampling.adapter) is not None:
+            report_fields["adapter"] = adapter
         if (prediction := request.prediction) is not None:
             predicted = {
                 "expected": prediction.expected_tokens,

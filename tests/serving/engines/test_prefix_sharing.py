@@ -247,7 +247,7 @@ def test_the_least_recently_used_leaves_first():
     assert small.prefixes.kept_tokens == 20
 
 
-def test_other_keys_and_prompt_logprobs_share_nothing(monkeypatch):
+def test_other_keys_and_prompts_that_are_read_share_nothing():
     """An adapter's keys and values are its own; log probabilities need every prompt token."""
     model = model_of("glm2")
     asked = {i: (prompt_of(model, 40, 1), Sampling(2)) for i in range(4)}
@@ -262,9 +262,10 @@ def test_other_keys_and_prompt_logprobs_share_nothing(monkeypatch):
     serve(engine, POLICIES["fcfs"], asked)
     assert engine.prefixes.copied_tokens == 2 * 39
     engine = engine_of(model, 100, WIDE)
-    monkeypatch.setattr(prefix_sharing, "reads_whole_prompt", lambda row: row.id == 1)
-    serve(engine, POLICIES["fcfs"], asked)
+    asked[1] = (asked[1][0], Sampling(2, prompt_logprobs=0, embeds=True))
+    answers, _ = serve(engine, POLICIES["fcfs"], asked)
     assert engine.prefixes.copied_tokens == 2 * 39
+    assert len(answers[1].prompt_logprobs) == 40 and answers[1].prompt_seen == 40
 
 
 def test_chatglm_6b_shares_nothing():
