@@ -89,7 +89,8 @@ class Choice:
         """(text beside them, OpenAI's tool_calls) of an ended answer."""
         if not self.asked.shown_tools or self.stopped:
             return "", []
-        return parsed_answer(self.service.tokenizer, self.ids, self.asked.shown_tools)
+        text, calls = parsed_answer(self.service.tokenizer, self.ids, self.asked.shown_tools)
+        return text, calls if self.asked.parallel_tool_calls else calls[:1]
 
     def may_be_call(self) -> bool:
         """Whether what is being written is a call of a tool, or its first line has not ended."""

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from chatglm.family_tokenizer import FamilyTokenizer
 
 
+CALL_FORMS = {"glm3": "fenced", "glm4": "json"}  # keys of serving.server.structured.CALL_RULES
+
+
 def decoded(tokenizer: "FamilyTokenizer", ids: Sequence[int]) -> str:
     """The text of ids, without control tokens."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))
