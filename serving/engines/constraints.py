@@ -67,14 +67,12 @@ class Grammar:
     """
 
     def __init__(self, source: str, vocabulary: TokenVocabulary) -> None:
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
-        self._start = LLMatcher(vocabulary.llguidance, source, log_level=0)
-        probe = self._start.deep_copy()
-        probe.compute_bitmask()  # an expression may turn out to be too complex only here
-        for state in (self._start, probe):
-            if state.is_error():
-                raise ValueError(first_line(state.get_error()))
+        limits = LLParserLimits(verbose_errors=False)
+        self._start = LLMatcher(vocabulary.llguidance, source, log_level=0, limits=limits)
+        if self._start.is_error():
+            raise ValueError(f"the grammar is refused: {short_reason(self._start.get_error())}")
 
     def matcher(self) -> "Matcher":
         return Matcher(self._start.deep_copy())
@@ -104,7 +102,7 @@ class Matcher:
 
     def _check(self) -> None:
         if self._state.is_error():
-            raise RuntimeError(f"the grammar failed: {first_line(self._state.get_error())}")
+            raise RuntimeError(f"the grammar failed: {short_reason(self._state.get_error())}")
 
     def allowed(self) -> Any:
         """Whether each id may come next: numpy bool, of the vocabulary and some padding."""
@@ -150,9 +148,6 @@ class Matcher:
         return masked
 
 
-def first_line(error: str) -> str:
-    """llguidance's reason without the state and the grammar that follow it."""
-    for line in error.split("\n"):
-        if line.strip():
-            return " ".join(line.split())[:ERROR_CHARACTERS]
-    return "no reason is given"
+def short_reason(error: str) -> str:
+    """llguidance's reason in one line, without the state that may follow it."""
+    return " ".join(error.partition("<state>")[0].split())[:ERROR_CHARACTERS]

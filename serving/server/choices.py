@@ -75,6 +75,8 @@ class Choice:
         if not self.stopped and reason not in FINISH:
             if reason == "failed":
                 why = "the model's output was not finite, or could not be sampled"
+                if self.asked.has_grammar:
+                    why += ", or its grammar became too complex"
                 raise ApiError(500, self.service.failure or why, "failed")
             if self.service.draining:
                 raise ApiError(503, f"{CLOSING}; the answer was {reason}", "unavailable")

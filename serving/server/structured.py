@@ -43,12 +43,12 @@ def guided_schema(name: str, schema: Any, whitespace: str) -> dict[str, Any]:
         schema = {} if schema else {"not": {}}
     if not isinstance(schema, dict):
         raise ValueError(f"{name} must be a JSON schema: an object")
-    check_bounds(name, schema)
+    check_schema_size(name, schema)
     options = {"whitespace_pattern": whitespace, "coerce_one_of": True}
     return {**schema, "x-guidance": options}
 
 
-def check_bounds(name: str, schema: Any) -> None:
+def check_schema_size(name: str, schema: Any) -> None:
     """Raises ValueError where JSON is too large or nested too deep."""
     level, depth = [schema], 0
     while level:
@@ -193,7 +193,10 @@ class StructuredOutputs:
     text: str
 
     def read(self, name: str, value: Any) -> Form:
-        given = [kind for kind in value if value[kind]] if isinstance(value, dict) else []
+        given = []
+        for kind, inside in value.items() if isinstance(value, dict) else ():
+            if inside is not None and inside is not False:
+                given.append(kind)
         if given == ["json_object"]:
             return json_form(name, ANY_OBJECT)
         if len(given) != 1 or given[0] not in STRUCTURED:
@@ -324,7 +327,7 @@ def fenced_call(
     """
     place = f"tools[{number}].function.parameters"
     parameters = parameters_of(function)
-    check_bounds(place, parameters)
+    check_schema_size(place, parameters)
     properties = parameters.get("properties") or {}
     if not isinstance(properties, dict):
         raise ValueError(f"{place}.properties must be an object")

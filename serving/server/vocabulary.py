@@ -27,7 +27,8 @@ def token_bytes(tokenizer: "FamilyTokenizer") -> list[bytes | None]:
     if tokenizer.family == "causal":
         return causal_bytes(kind)
     if tokenizer.family == "glm4":
-        return byte_level_bytes([kind._name(index) for index in range(kind.vocab_size)])
+        texts = byte_level_bytes([kind._name(index) for index in range(kind.vocab_size)])
+        return texts + [None] * (len(tokenizer) - len(texts))
     return sentencepiece_bytes(kind)
 
 

@@ -40,7 +40,9 @@ TOOLS += [{"type": "function", "function": {"name": "time"}}]
 @pytest.fixture(scope="module", params=FAMILIES)
 def client(request, tiny_folders):
     with running(
-        tiny_folders[request.param], "--served_model_name", "m", endless=False
+        tiny_folders[request.param],
+        *("--served_model_name", "m", "--max_tokens", "2048", "--kv_tokens", "8192"),
+        endless=False,
     ) as server:
         found = openai.OpenAI(base_url=f"{server.root}/v1", api_key="-", max_retries=0)
         found.family, found.root = request.param, server.root
@@ -159,7 +161,6 @@ def test_a_call_or_a_text_of_the_form(client):
         ({"guided_json": json.loads('{"items":' * 80 + "{}" + "}" * 80)}, "deeper than 64"),
         ({"guided_json": {"enum": ["x" * 70000]}}, "at most 65536 characters"),
         ({"guided_regex": "("}, "unclosed group"),
-        ({"guided_regex": "(a{1000}){1000}"}, "too many expressions"),
         ({"guided_grammar": "start: ("}, ""),
         ({"guided_choice": []}, "1 to 1024 texts"),
         ({"guided_choice": ["a"], "guided_regex": "a"}, "one form"),

@@ -160,7 +160,7 @@ def test_families_without_tools(tiny_folders):
             r"\[0\].name must be",
         ),
         ({"tools": [WEATHER] * 129}, "at most 128 tools"),
-        ({"tools": [WEATHER], "tool_choice": "required"}, "a call cannot be forced here"),
+        ({"tool_choice": "required"}, "a call is required, and there are no tools"),
         ({"messages": [ASKED, {"role": "assistant", "tool_calls": [{}]}, RESULT]}, "a function"),
         (
             {
