@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from .glm4 import ASSISTANT_NAME, tools_text
 from .histories import (
@@ -343,9 +343,14 @@ def read_value(written: str, tree: ast.expr) -> Any:
     Raises ValueError, TypeError or RecursionError where it is neither.
     """
     try:
-        return json.loads(written)
+        return json.loads(written, parse_constant=refuse_constant)
     except ValueError:
         return ast.literal_eval(tree)
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """Raises ValueError: NaN and the infinities, which Python's JSON takes, are no JSON."""
+    raise ValueError(f"{name} is no JSON number")
 
 
 def parse_fenced_call(body: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from serving.server.generation import GenerationRequest, PromptIds, settle_optio
 from serving.server.structured import AnswerShape, Form, answer_grammar, single_form
 from serving.server.text_stream import TextStream
 from serving.server.tool_choice import ToolSelection
-from serving.server.tools import CALL_FORMS, check_tools
+from serving.server.tools import call_form, check_tools
 from serving.server.vocabulary import drops_first_space
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def encode_messages(
     """
     family = tokenizer_family(tokenizer)
     if tools or any(message.calls or message.role == "observation" for message in messages):
-        check_tools(family)
+        check_tools(tokenizer)
     if messages[-1].role == "assistant":
         asked = encode_messages(tokenizer, messages[:-1], tools, **prompt_options)
         return asked + answer_beginning(tokenizer, messages[-1].text)
@@ -165,8 +165,7 @@ def answer_shape(tokenizer: "FamilyTokenizer") -> AnswerShape:
     """How the tokenizer's family writes an answer."""
     family = tokenizer_family(tokenizer)
     header = str(tokenizer.decode(answer_beginning(tokenizer, ""))) if family.roles else ""
-    calls = CALL_FORMS.get(family.name)
-    return AnswerShape(header, drops_first_space(tokenizer), calls)
+    return AnswerShape(header, drops_first_space(tokenizer), call_form(tokenizer))
 
 
 def message_dicts(
@@ -177,12 +176,24 @@ def message_dicts(
     for role, text, calls in messages:
         if text or not calls:
             history.append({"role": role, "content": text})
-        history += called_tools(list(calls), family.name, "messages")
+        if family.name == "causal":
+            history += template_calls(calls)
+        else:
+            history += called_tools(list(calls), family.name, "messages")
     if tools:
         if history[0]["role"] != "system" or len(history) == 1:  # the last is what is asked
             history.insert(0, {"role": "system", "content": None})
         history[0]["tools"] = list(tools)
     return history
+
+
+def template_calls(calls: tuple[dict[str, Any], ...]) -> list[dict[str, Any]]:
+    """An assistant's messages for its calls, as chat templates are given them."""
+    messages = []
+    for call in calls:
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        messages.append({"role": "assistant", "metadata": name, "content": "", "call": arguments})
+    return messages
 
 
 def prompt_of(messages: tuple[ChatMessage, ...]) -> str:

@@ -99,6 +99,8 @@ class Choice:
         if not self.asked.shown_tools:
             return False
         tokenizer = self.service.tokenizer
+        if tokenizer.family == "causal":
+            return begins_as_call(tokenizer, self.ids) is not False
         message = self.ids.count(tokenizer.get_command("<|assistant|>"))
         if message != self._call_decided[0]:  # else its first line, which ended before, said it
             is_call = begins_as_call(tokenizer, self.ids)

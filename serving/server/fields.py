@@ -504,7 +504,7 @@ FIELDS: Mapping[str, Field] = {
     "top_logprobs": Number(
         int, 0, TOP_LOGPROBS, "With logprobs: those of so many likeliest tokens too."
     ),
-    "tools": Tools("Functions that the answer may call; ChatGLM3 and GLM-4."),
+    "tools": Tools("Functions that the answer may call; of models that know tools."),
     "functions": Tools("As tools, in the form of openai 0.28.", functions=True),
     "tool_choice": ToolChoice("auto; none: no tools are shown; required, or one by its name."),
     "function_call": ToolChoice("As tool_choice, for functions."),

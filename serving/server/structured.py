@@ -7,6 +7,7 @@ import json
 import keyword
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 JSON_CHARACTERS = 65536  # of a schema, or a grammar
@@ -355,4 +356,30 @@ def fenced_call(
     return f"{shape.space}{header} {shape.space}{opening} first{number}_0 {closing}"
 
 
-CALL_RULES = {"json": json_call, "fenced": fenced_call}
+def object_call(
+    shape: AnswerShape,
+    number: int,
+    function: dict[str, Any],
+    rules: list[str],
+    parts: list[dict[str, Any]],
+    key: str,
+    opening: str = "",
+    closing: str = "",
+) -> str:
+    """Other models' call: a JSON object with the name, and the arguments under `key`."""
+    name = f"tools[{number}].function.parameters"
+    schema = guided_schema(name, parameters_of(function), CALL_WHITESPACE)
+    parts.append({"name": f"arguments{number}", "json_schema": schema})
+    header = f"{lark_text(shape.header)} " if shape.header else ""
+    begin = lark_text(f'{opening}{{"name": "{function["name"]}", "{key}": ')
+    return f"{header}{shape.space}{begin} @arguments{number} {lark_text('}' + closing)}"
+
+
+CALL_RULES = {
+    "json": json_call,
+    "fenced": fenced_call,
+    "tagged": partial(
+        object_call, key="arguments", opening="<tool_call>\n", closing="\n</tool_call>"
+    ),
+    "named": partial(object_call, key="parameters"),
+}

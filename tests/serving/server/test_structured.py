@@ -8,9 +8,10 @@ import openai
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
+from tests.causal_folders import make_causal_folder
 from tests.serving.server.test_server_faults import running
 
-FAMILIES = ["glm", "glm2", "glm3", "glm4"]
+FAMILIES = ["glm", "glm2", "glm3", "glm4", "qwen2"]
 ASK = [{"role": "user", "content": "你好"}]
 
 
@@ -38,9 +39,12 @@ TOOLS += [{"type": "function", "function": {"name": "time"}}]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def client(request, tiny_folders):
+def client(request, tiny_folders, tmp_path_factory):
+    folder = tiny_folders.get(request.param)
+    if folder is None:
+        folder = make_causal_folder(tmp_path_factory.mktemp("causal"), request.param)
     with running(
-        tiny_folders[request.param],
+        folder,
         *("--served_model_name", "m", "--max_tokens", "2048", "--kv_tokens", "8192"),
         endless=False,
     ) as server:
@@ -184,3 +188,17 @@ def test_what_is_no_form_is_refused_in_one_line(client, fields, said):
     reply = httpx.post(f"{client.root}/v1/chat/completions", json=body, timeout=20)
     message = reply.json()["error"]["message"]
     assert reply.status_code == 400 and said in message and "\n" not in message
+
+
+def test_responses_have_forms_and_forced_calls_too(client):
+    reply = client.responses.parse(model="m", input="你好", text_format=Person, temperature=1.0)
+    assert isinstance(reply.output_parsed, Person)
+    if client.family in ("glm", "glm2"):
+        return
+    tool = {"type": "function", "strict": True, **WEATHER}
+    reply = client.responses.create(
+        model="m", input="你好", tools=[tool], tool_choice="required", temperature=1.0
+    )
+    [call] = reply.output
+    assert call.type == "function_call" and call.name == "weather"
+    arguments_of(call)
