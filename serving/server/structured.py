@@ -5,7 +5,7 @@ Free of torch, of HTTP and of llguidance, whose JSON of grammars the functions b
 
 import json
 import keyword
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -375,7 +375,7 @@ def object_call(
     return f"{header}{shape.space}{begin} @arguments{number} {lark_text('}' + closing)}"
 
 
-CALL_RULES = {
+CALL_RULES: dict[str, Callable[..., str]] = {
     "json": json_call,
     "fenced": fenced_call,
     "tagged": partial(
