@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from .glm4 import ASSISTANT_NAME, tools_text
 from .histories import (
@@ -312,12 +312,13 @@ def glm2_response(text: str) -> str:
 
 
 def parse_tool_call(code: str) -> dict[str, Any]:
-    """Keywords of a `tool_call(name=literal, ...)` text, read as literals and never executed.
+    """Keywords of a `tool_call(name=value, ...)` text, read as JSON or literals, never executed.
 
     Raises ValueError where the text is anything but one such call.
     """
     try:
-        call = ast.parse(code.strip(), mode="eval").body
+        source = code.strip()
+        call = ast.parse(source, mode="eval").body
         if not isinstance(call, ast.Call) or getattr(call.func, "id", None) != "tool_call":
             raise ValueError("not a call of tool_call")
         if call.args:
@@ -326,13 +327,30 @@ def parse_tool_call(code: str) -> dict[str, Any]:
         for keyword in call.keywords:
             if keyword.arg is None or keyword.arg in parameters:
                 raise ValueError("arguments must be distinct keywords")
-            parameters[keyword.arg] = ast.literal_eval(keyword.value)
+            written = ast.get_source_segment(source, keyword.value) or ""
+            parameters[keyword.arg] = read_value(written, keyword.value)
         return parameters
     # deep nesting makes the parser run out of stack or memory before it finds a syntax error
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(
             f"wanted tool_call(name=literal, ...), got {code[:200]!r}: {error}"
         ) from None
+
+
+def read_value(written: str, tree: ast.expr) -> Any:
+    """A value of a call: JSON, as constrained answers write it, or else a Python literal.
+
+    Raises ValueError, TypeError or RecursionError where it is neither.
+    """
+    try:
+        return json.loads(written, parse_constant=refuse_constant)
+    except ValueError:
+        return ast.literal_eval(tree)
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """Raises ValueError: NaN and the infinities, which Python's JSON takes, are no JSON."""
+    raise ValueError(f"{name} is no JSON number")
 
 
 def parse_fenced_call(body: str) -> dict[str, Any]:

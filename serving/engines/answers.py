@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from serving.engines.adapters import AdapterSet, LoadedAdapter
+    from serving.engines.constraints import Grammar, Matcher
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Sampling:
         prompt_logprobs: as logprobs, of the prompt's tokens.
         embeds: keep the mean of the prompt's hidden states.
         adapter: name of the loaded adapter that answers; None for the model itself.
+        grammar: what the answer's text must be; None for any text.
     """
 
     max_new_tokens: int | None = None
@@ -68,6 +70,7 @@ class Sampling:
     prompt_logprobs: int | None = None
     embeds: bool = False
     adapter: str | None = None
+    grammar: "Grammar | None" = None
 
     def __post_init__(self) -> None:
         if not (self.top_k >= 0 and 0 <= self.min_p <= 1 and self.repetition_penalty > 0):
@@ -96,7 +99,7 @@ class Sampling:
     @property
     def is_plain(self) -> bool:
         """Whether it takes the likeliest token of the model's unchanged logits."""
-        return self.greedy and not self.penalizes
+        return self.greedy and not self.penalizes and self.grammar is None
 
 
 class TokenLogprobs(NamedTuple):
@@ -129,6 +132,7 @@ class Answer:
         generator: of its sampling, on the model's device; created when first needed. A
             preemption does not rewind it.
         adapter: the adapter of its sampling, held until the engine drops the answer.
+        matcher: of its grammar, where it has one; created when first needed.
     """
 
     def __init__(
@@ -149,6 +153,7 @@ class Answer:
         self.reason: str | None = None
         self.generator: Generator | None = None
         self.adapter: LoadedAdapter | None = None
+        self.matcher: Matcher | None = None
         self._listener = listener
         self._changed = threading.Condition()
 
@@ -484,8 +489,18 @@ def generator_of(answer: Answer, device: "torch.device") -> "Generator":
     return answer.generator
 
 
+def matcher_of(answer: Answer) -> "Matcher | None":
+    """The state of an answer's grammar after its tokens; None where it has no grammar."""
+    if answer.sampling.grammar is None:
+        return None
+    if answer.matcher is None:
+        answer.matcher = answer.sampling.grammar.matcher()
+    answer.matcher.follow(answer.tokens)
+    return answer.matcher
+
+
 def sample(logits: "Tensor", answer: Answer) -> int:
-    """One token from logits (V,): penalties, temperature, top-k, top-p, min-p, in this order.
+    """One token from logits (V,): penalties, grammar, temperature, top-k, top-p, min-p.
 
     Top-p: arXiv 1904.09751; min-p: arXiv 2407.01082.
     """
@@ -493,8 +508,11 @@ def sample(logits: "Tensor", answer: Answer) -> int:
 
     sampling = answer.sampling
     logits = penalized(logits, answer)
+    matcher = matcher_of(answer)
     if sampling.greedy:
-        return int(logits.argmax())
+        return int(logits.argmax()) if matcher is None else matcher.best(logits)
+    if matcher is not None:
+        logits = matcher.masked(logits)
     generator = generator_of(answer, logits.device)
     # Less their largest, so that a small temperature makes none infinite.
     probabilities = torch.softmax((logits - logits.max()) / sampling.temperature, dim=-1)

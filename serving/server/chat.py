@@ -4,15 +4,18 @@ Bodies to requests, messages to prompts. Free of torch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from chatglm.chat_template import called_tools
 from chatglm.families import Family, family_of
 from serving.server.fields import CHAT_TABLE, ChatMessage
 from serving.server.generation import GenerationRequest, PromptIds, settle_options
+from serving.server.structured import AnswerShape, Form, answer_grammar, single_form
 from serving.server.text_stream import TextStream
-from serving.server.tools import check_tools
+from serving.server.tool_choice import ToolSelection
+from serving.server.tools import call_form, check_tools
+from serving.server.vocabulary import drops_first_space
 
 if TYPE_CHECKING:
     from chatglm.family_tokenizer import FamilyTokenizer
@@ -27,11 +30,15 @@ class ChatRequest(GenerationRequest):
             goes on with.
         tools: what the model is shown of tools, as OpenAI's objects.
         gives_function_call: the client is of openai 0.28 and gets `function_call`.
+        forces_call: the answer must be a call of one of the tools.
+        form: of the answer's text.
     """
 
     messages: tuple[ChatMessage, ...]
     tools: tuple[dict[str, Any], ...] = ()
     gives_function_call: bool = False
+    forces_call: bool = False
+    form: Form | None = None
 
     @property
     def shown_tools(self) -> tuple[dict[str, Any], ...]:
@@ -46,8 +53,21 @@ class ChatRequest(GenerationRequest):
         ids = encode_messages(tokenizer, self.messages, self.tools, **prompt_options)
         return [PromptIds(ids, prompt_of(self.messages))]
 
+    @property
+    def has_grammar(self) -> bool:
+        return self.form is not None or self.forces_call
+
+    def grammar_source(self, tokenizer: "FamilyTokenizer") -> str:
+        form = None if self.forces_call else self.form
+        return answer_grammar(answer_shape(tokenizer), form, self.tools)
+
     def text_stream(self, tokenizer: "FamilyTokenizer", prompt: Sequence[int]) -> TextStream:
-        return TextStream(tokenizer, tokenizer_family(tokenizer), self.stop)
+        family = tokenizer_family(tokenizer)
+        if self.form is not None:  # what the grammar accepted, unchanged but for blank ends
+            return TextStream(
+                tokenizer, replace(family, answer_text=str.strip), self.stop, exact=True
+            )
+        return TextStream(tokenizer, family, self.stop)
 
 
 def parse_body(body: Any) -> ChatRequest:
@@ -63,11 +83,19 @@ def parse_body(body: Any) -> ChatRequest:
         fields_read["max_tokens"] = max_tokens
     settle_options(fields_read)
     functions = fields_read.pop("functions", ())
-    shows_tools = fields_read.pop("tool_choice", True)
-    shows_functions = fields_read.pop("function_call", True)
-    tools = fields_read.pop("tools", ()) or functions
-    fields_read["tools"] = tools if shows_tools and shows_functions else ()
+    selection = fields_read.pop("tool_choice", None)
+    function_selection = fields_read.pop("function_call", None)
+    selection = selection or function_selection or ToolSelection()
+    fields_read["tools"] = selection.shown(fields_read.pop("tools", ()) or functions)
+    fields_read["forces_call"] = selection.mode == "required"
     fields_read["gives_function_call"] = bool(functions)
+    fields_read["form"] = single_form(fields_read)
+    has_grammar = fields_read["form"] is not None or fields_read["forces_call"]
+    if has_grammar and fields_read["messages"][-1].role == "assistant":
+        raise ValueError(
+            "response_format and a required call need a new answer: the last message is the "
+            "assistant's, which the answer would go on with"
+        )
     return ChatRequest(**fields_read, unknown_fields=CHAT_TABLE.unknown(body))
 
 
@@ -92,7 +120,7 @@ def encode_messages(
     """
     family = tokenizer_family(tokenizer)
     if tools or any(message.calls or message.role == "observation" for message in messages):
-        check_tools(family)
+        check_tools(tokenizer)
     if messages[-1].role == "assistant":
         asked = encode_messages(tokenizer, messages[:-1], tools, **prompt_options)
         return asked + answer_beginning(tokenizer, messages[-1].text)
@@ -133,6 +161,13 @@ def answer_beginning(tokenizer: "FamilyTokenizer", text: str) -> list[int]:
     return [*(trained[len(prompt) :] if has_header else []), *tokenizer.encode_text(text)]
 
 
+def answer_shape(tokenizer: "FamilyTokenizer") -> AnswerShape:
+    """How the tokenizer's family writes an answer."""
+    family = tokenizer_family(tokenizer)
+    header = str(tokenizer.decode(answer_beginning(tokenizer, ""))) if family.roles else ""
+    return AnswerShape(header, drops_first_space(tokenizer), call_form(tokenizer))
+
+
 def message_dicts(
     messages: tuple[ChatMessage, ...], tools: tuple[dict[str, Any], ...], family: Family
 ) -> list[dict[str, Any]]:
@@ -141,12 +176,24 @@ def message_dicts(
     for role, text, calls in messages:
         if text or not calls:
             history.append({"role": role, "content": text})
-        history += called_tools(list(calls), family.name, "messages")
+        if family.name == "causal":
+            history += template_calls(calls)
+        else:
+            history += called_tools(list(calls), family.name, "messages")
     if tools:
         if history[0]["role"] != "system" or len(history) == 1:  # the last is what is asked
             history.insert(0, {"role": "system", "content": None})
         history[0]["tools"] = list(tools)
     return history
+
+
+def template_calls(calls: tuple[dict[str, Any], ...]) -> list[dict[str, Any]]:
+    """An assistant's messages for its calls, as chat templates are given them."""
+    messages = []
+    for call in calls:
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        messages.append({"role": "assistant", "metadata": name, "content": "", "call": arguments})
+    return messages
 
 
 def prompt_of(messages: tuple[ChatMessage, ...]) -> str:

@@ -75,6 +75,8 @@ class Choice:
         if not self.stopped and reason not in FINISH:
             if reason == "failed":
                 why = "the model's output was not finite, or could not be sampled"
+                if self.asked.has_grammar:
+                    why += ", or its grammar became too complex"
                 raise ApiError(500, self.service.failure or why, "failed")
             if self.service.draining:
                 raise ApiError(503, f"{CLOSING}; the answer was {reason}", "unavailable")
@@ -89,13 +91,16 @@ class Choice:
         """(text beside them, OpenAI's tool_calls) of an ended answer."""
         if not self.asked.shown_tools or self.stopped:
             return "", []
-        return parsed_answer(self.service.tokenizer, self.ids, self.asked.shown_tools)
+        text, calls = parsed_answer(self.service.tokenizer, self.ids, self.asked.shown_tools)
+        return text, calls if self.asked.parallel_tool_calls else calls[:1]
 
     def may_be_call(self) -> bool:
         """Whether what is being written is a call of a tool, or its first line has not ended."""
         if not self.asked.shown_tools:
             return False
         tokenizer = self.service.tokenizer
+        if tokenizer.family == "causal":
+            return begins_as_call(tokenizer, self.ids) is not False
         message = self.ids.count(tokenizer.get_command("<|assistant|>"))
         if message != self._call_decided[0]:  # else its first line, which ended before, said it
             is_call = begins_as_call(tokenizer, self.ids)

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
+from serving.server.structured import Guided, ResponseFormat, StructuredOutputs
+from serving.server.tool_choice import ToolChoice
+
 Schema = dict[str, Any]  # a part of JSON Schema
 
 ROLES = {
@@ -444,20 +447,6 @@ class Tools:
         }
 
 
-@dataclass(frozen=True)
-class ToolChoice:
-    text: str
-
-    def read(self, name: str, value: Any) -> bool:
-        """Whether the model is shown the tools."""
-        if value not in ("none", "auto"):
-            raise ValueError(f'{name} must be "none" or "auto": a call cannot be forced here')
-        return value == "auto"
-
-    def schema(self) -> Schema:
-        return {"enum": ["none", "auto", None], "description": self.text}
-
-
 def text_of_parts(parts: list) -> str | None:
     """The text of a content in parts; None where one is no text."""
     texts = []
@@ -515,10 +504,17 @@ FIELDS: Mapping[str, Field] = {
     "top_logprobs": Number(
         int, 0, TOP_LOGPROBS, "With logprobs: those of so many likeliest tokens too."
     ),
-    "tools": Tools("Functions that the answer may call; ChatGLM3 and GLM-4."),
+    "tools": Tools("Functions that the answer may call; of models that know tools."),
     "functions": Tools("As tools, in the form of openai 0.28.", functions=True),
-    "tool_choice": ToolChoice("auto, or none: the model is shown no tools."),
+    "tool_choice": ToolChoice("auto; none: no tools are shown; required, or one by its name."),
     "function_call": ToolChoice("As tool_choice, for functions."),
+    "parallel_tool_calls": Flag("false: the reply has one call at most."),
+    "response_format": ResponseFormat("The form of the answer's text."),
+    "guided_json": Guided("json", "A JSON schema of the answer; as response_format."),
+    "guided_regex": Guided("regex", "A regular expression that the answer matches as a whole."),
+    "guided_choice": Guided("choice", "Texts, one of which is the answer."),
+    "guided_grammar": Guided("grammar", "A grammar of the answer, in Lark or GBNF."),
+    "structured_outputs": StructuredOutputs("One of json, regex, choice, grammar, json_object."),
 }
 # They would change an answer and are not supported: refused, except for their neutral values.
 REFUSED: Mapping[str, tuple] = {
@@ -625,4 +621,5 @@ class FieldTable:
         }
 
 
-CHAT_TABLE = FieldTable(FIELDS, REFUSED, "messages")
+CHAT_REFUSED = {name: neutral for name, neutral in REFUSED.items() if name not in FIELDS}
+CHAT_TABLE = FieldTable(FIELDS, CHAT_REFUSED, "messages")

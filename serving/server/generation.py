@@ -37,6 +37,7 @@ class GenerationRequest:
         stop, stop_token_ids: texts and tokens that end the answer and are not part of it.
         priority: requests of a lower one leave the queue first.
         unknown_fields: names of unknown fields.
+        parallel_tool_calls: whether the reply may have several calls of tools.
     """
 
     model: str | None = None
@@ -63,6 +64,7 @@ class GenerationRequest:
     slo_s: float | None = None
     priority: int = 0
     unknown_fields: tuple[str, ...] = ()
+    parallel_tool_calls: bool = True
 
     @property
     def prompt_count(self) -> int:
@@ -82,6 +84,19 @@ class GenerationRequest:
     def shown_tools(self) -> tuple[dict[str, Any], ...]:
         """Tools that the answer may call."""
         return ()
+
+    @property
+    def has_grammar(self) -> bool:
+        """Whether an answer's text must have a form."""
+        return False
+
+    def grammar_source(self, tokenizer: "FamilyTokenizer") -> str:
+        """The grammar of its answers, in llguidance's JSON, where it has one.
+
+        Raises:
+            ValueError: in one line, where it cannot be written.
+        """
+        raise NotImplementedError
 
     def sizes(self) -> tuple[int, int]:
         """(messages or tokens, characters) of the longest prompt, known before it is encoded."""

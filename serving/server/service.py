@@ -10,16 +10,19 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from predictor.prediction import from_bins
 from serving.engines import Answer, Inbox, Sampling, TextEngine, WallClock
+from serving.engines.constraints import Grammar
 from serving.request import Event, Policy, Record, Request
 from serving.scheduler import run_scheduler
 from serving.server.adapters import AdapterRegistry
 from serving.server.generation import GenerationRequest, PromptIds, banned_sequences
+from serving.server.grammars import GrammarCompiler
 from serving.server.monitor import Monitor
 
 if TYPE_CHECKING:
@@ -149,6 +152,7 @@ class Service:
         self.started = int(time.time())
         self.clock = WallClock()
         self.inbox = Inbox(self.clock, engine)
+        self.grammars = GrammarCompiler(tokenizer, lambda: sorted(engine.stop_ids))
         self._ids = itertools.count()
         self._active: dict[int, ActiveRequest] = {}
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
@@ -227,6 +231,10 @@ class Service:
         self._preparing += count
         try:
             prompts = await asyncio.to_thread(self._prepare, asked)
+            grammar = None
+            if asked.has_grammar:
+                write = partial(asked.grammar_source, self.tokenizer)
+                grammar = await self.grammars.compiled(write)
         finally:
             self._preparing -= count
         self.check_open()
@@ -234,7 +242,7 @@ class Service:
         try:
             for prompt, prediction in prompts:
                 for number in range(asked.n):
-                    sampling = self.sampling_of(asked, len(prompt.ids), number)
+                    sampling = self.sampling_of(asked, len(prompt.ids), number, grammar)
                     self._submit(group, asked, prompt, prediction, sampling, arrival_s)
         except BaseException:
             self.release(group)
@@ -306,7 +314,13 @@ class Service:
             self.cancel(active)
             self._active.pop(active.request.id, None)
 
-    def sampling_of(self, asked: GenerationRequest, prompt_tokens: int, number: int) -> Sampling:
+    def sampling_of(
+        self,
+        asked: GenerationRequest,
+        prompt_tokens: int,
+        number: int,
+        grammar: Grammar | None = None,
+    ) -> Sampling:
         """Of a prompt's answer of this number.
 
         Raises:
@@ -332,6 +346,7 @@ class Service:
             logprobs=asked.top_logprobs or 0 if asked.logprobs else None,
             prompt_logprobs=asked.prompt_logprobs,
             embeds=asked.embeds,
+            grammar=grammar,
             **options,
         )
 

@@ -58,10 +58,14 @@ class GrowingText:
 
     Args:
         before: tokens that the text goes on with.
+        exact: spaces before marks stay, which some tokenizers remove.
     """
 
-    def __init__(self, tokenizer: "FamilyTokenizer", before: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: "FamilyTokenizer", before: Sequence[int] = (), exact: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
+        self._cleaning = {"clean_up_tokenization_spaces": False} if exact else {}
         self._settled = ""  # the text before that of _ids
         self._context, self._ids = list(before), list[int]()
         self._skipped = self._context_length(self._context)
@@ -96,7 +100,7 @@ class GrowingText:
         return len(self._decode(context).rstrip("\ufffd")) if context else 0
 
     def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        text = self._tokenizer.decode(ids, skip_special_tokens=True, **self._cleaning)
         assert isinstance(text, str)  # a list only for a batch
         return text
 
@@ -109,6 +113,7 @@ class TextStream:
     Args:
         family: its answer_text makes an answer's decoded tokens into text.
         before: tokens that the answer goes on with, for the space that may come between.
+        exact: as GrowingText's.
     Attributes:
         sent: the text so far.
         stopped: a stop string has come; the answer ends before it.
@@ -120,6 +125,7 @@ class TextStream:
         family: Family,
         stops: tuple[str, ...] = (),
         before: Sequence[int] = (),
+        exact: bool = False,
     ) -> None:
         self._stops = stops
         self._marks = WIDTH_AMBIGUOUS_MARKS if family.name == "glm" else ""
@@ -127,7 +133,7 @@ class TextStream:
         # here.
         self._process = family.answer_text
         self._hidden = set(map(tokenizer.get_command, family.role_tokens))
-        self._tokens = GrowingText(tokenizer, before)
+        self._tokens = GrowingText(tokenizer, before, exact)
         self.sent, self.stopped = "", False
 
     def add(self, token: int) -> str:

@@ -1,18 +1,28 @@
 """Calls of tools over the chat API: of requests into prompts, of answers into OpenAI's tool_calls.
 
-ChatGLM3 and GLM-4 write a call as a message whose header line is the tool's name. Free of torch.
+ChatGLM3 and GLM-4 write a call as a message whose header line is the tool's name, other models as
+JSON. Free of torch.
 """
 
 import json
+import re
 import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from chatglm.families import Family, family_of
-from chatglm.prompts import split_at
+from chatglm.families import family_of
+from chatglm.prompts import refuse_constant, split_at
+from serving.server.text_stream import longest_partial_match
 
 if TYPE_CHECKING:
     from chatglm.family_tokenizer import FamilyTokenizer
+
+
+CALL_FORMS = {"glm3": "fenced", "glm4": "json"}  # keys of serving.server.structured.CALL_RULES
+# What shows in a chat template how its model writes calls -> keys of CALL_RULES.
+TEMPLATE_FORMS = {"<tool_call>": "tagged", '"parameters": ': "named"}
+OPENING_TAG = "<tool_call>"
+TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
 
 def decoded(tokenizer: "FamilyTokenizer", ids: Sequence[int]) -> str:
@@ -20,14 +30,40 @@ def decoded(tokenizer: "FamilyTokenizer", ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-def check_tools(family: Family) -> None:
-    """Raises ValueError where the family's messages have no place for tools."""
-    if not family.role_tokens:
-        raise ValueError(f"tools: {family.title} knows no tools here; ChatGLM3 and GLM-4 do")
+def call_form(tokenizer: "FamilyTokenizer") -> str | None:
+    """How a tokenizer's model writes a call of a tool; None where it knows none."""
+    if tokenizer.family != "causal":
+        return CALL_FORMS.get(family_of(tokenizer).name)
+    causal: Any = tokenizer
+    template = str(causal.chat_template or "")
+    if tokenizer.prompt_style == "raw" or causal.place_of_tools is None:
+        return None
+    for sign, form in TEMPLATE_FORMS.items():
+        if sign in template:
+            return form
+    return None
+
+
+def check_tools(tokenizer: "FamilyTokenizer") -> None:
+    """Raises ValueError where the tokenizer's messages have no place for tools."""
+    family = family_of(tokenizer)
+    if family.role_tokens or call_form(tokenizer) is not None:
+        return
+    if family.name == "causal":
+        raise ValueError(
+            "tools: this model's chat template writes no calls in a form that is read here: "
+            "<tool_call> (Qwen), or name and parameters (Llama 3.1)"
+        )
+    raise ValueError(f"tools: {family.title} knows no tools here; ChatGLM3 and GLM-4 do")
 
 
 def begins_as_call(tokenizer: "FamilyTokenizer", ids: Sequence[int]) -> bool | None:
-    """Whether the first line of an answer's last message names a tool; None while it is written."""
+    """Whether the first line of an answer's last message names a tool; None while it is written.
+
+    For other causal models: whether the answer is a call so far, or one begins at its end.
+    """
+    if tokenizer.family == "causal":
+        return is_written_call(decoded(tokenizer, ids).strip())
     last = split_at(list(ids), tokenizer.get_command("<|assistant|>"))[-1]
     text = decoded(tokenizer, last)
     header, newline, _ = text.partition("\n")
@@ -42,6 +78,8 @@ def parsed_answer(
     What names no tool of the request, or whose arguments are none, stays text.
     """
     family = family_of(tokenizer)
+    if tokenizer.family == "causal":
+        return written_calls(decoded(tokenizer, ids), tools)
     names = {tool["function"]["name"] for tool in tools}
     texts: list[str] = []
     calls: list[dict[str, Any]] = []
@@ -54,6 +92,42 @@ def parsed_answer(
         else:
             texts.append(family.answer_text(written))
     return "\n".join(filter(None, texts)), calls
+
+
+def is_written_call(text: str) -> bool:
+    """Whether a text is a call of a tool, or a beginning of one at its end."""
+    ending = longest_partial_match(text, (OPENING_TAG,))
+    return not text or text.startswith("{") or OPENING_TAG in text or ending > 0
+
+
+def written_calls(text: str, tools: Sequence[Any]) -> tuple[str, list[dict[str, Any]]]:
+    """As parsed_answer, of calls that are JSON: in tags, or the whole text."""
+    names = {tool["function"]["name"] for tool in tools}
+    calls: list[dict[str, Any]] = []
+    rest: list[str] = []
+    place = 0
+    for found in TAGGED.finditer(text):
+        if (call := json_call_of(found[1], names)) is not None:
+            rest.append(text[place : found.start()])
+            calls.append(call)
+            place = found.end()
+    rest.append(text[place:])
+    beside = "".join(rest).strip()
+    if not calls and (call := json_call_of(beside, names)) is not None:
+        return "", [call]
+    return beside, calls
+
+
+def json_call_of(text: str, names: set[str]) -> dict[str, Any] | None:
+    """The call in {"name", "arguments" or "parameters"}; None where it is none of `names`."""
+    try:
+        value = json.loads(text, parse_constant=refuse_constant)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(value, dict) or value.get("name") not in names:
+        return None
+    arguments = value.get("arguments", value.get("parameters"))
+    return tool_call_of(value["name"], arguments) if isinstance(arguments, dict) else None
 
 
 def tool_call_of(name: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -180,10 +180,18 @@ def test_tool_calls_are_read_as_literals(arguments):
     assert tool_answer(code) == {"name": "track", "parameters": arguments}
 
 
+def test_values_of_tool_calls_may_be_json():
+    code = r'tool_call(a=true, b=[null, {"c": false}], d="\u00e9\/\"", e=1e3)'
+    wanted = {"a": True, "b": [None, {"c": False}], "d": 'é/"', "e": 1000.0}
+    assert parse_tool_call(code) == wanted
+
+
 @pytest.mark.parametrize(
     "code",
     [
         "",
+        "tool_call(a=NaN)",
+        "tool_call(a=[-Infinity])",
         "tool_call(",
         "tool_call('positional')",
         "tool_call(**{'a': 1})",

@@ -33,7 +33,7 @@ from serving.server.command import (
     make_server,
     parse_flags,
 )
-from serving.server.fields import CHAT_TABLE, FIELDS, REFUSED, Number
+from serving.server.fields import CHAT_REFUSED, CHAT_TABLE, FIELDS, REFUSED, Number
 from serving.simulate.engine import LinearCost
 from tests.conftest import tiny_model
 from tests.warm import warm_python
@@ -274,11 +274,11 @@ def test_s4_a_stop_token_ends_the_answer_before_it(server):
     assert reply.json()["choices"][0]["finish_reason"] == "stop"
 
 
-@pytest.mark.parametrize("name", [name for name in REFUSED])
+@pytest.mark.parametrize("name", [name for name in CHAT_REFUSED])
 def test_s4_fields_that_are_not_obeyed_are_refused_by_name(name):
     body = {"messages": [{"role": "user", "content": "x"}]}
     assert parse_body(body | {name: None}) and all(
-        parse_body(body | {name: neutral_values}) for neutral_values in REFUSED[name]
+        parse_body(body | {name: neutral_values}) for neutral_values in CHAT_REFUSED[name]
     )
     with pytest.raises(ValueError, match=f"^{name} is not supported here"):
         parse_body(body | {name: 7})

@@ -9,7 +9,8 @@ import pytest
 
 from chatglm import load_tokenizer
 from serving.server.chat import encode_messages, parse_body
-from serving.server.tools import begins_as_call, parsed_answer
+from serving.server.tools import begins_as_call, call_form, parsed_answer
+from tests.causal_folders import make_causal_folder
 
 WEATHER = {
     "type": "function",
@@ -160,7 +161,7 @@ def test_families_without_tools(tiny_folders):
             r"\[0\].name must be",
         ),
         ({"tools": [WEATHER] * 129}, "at most 128 tools"),
-        ({"tools": [WEATHER], "tool_choice": "required"}, "a call cannot be forced here"),
+        ({"tool_choice": "required"}, "a call is required, and there are no tools"),
         ({"messages": [ASKED, {"role": "assistant", "tool_calls": [{}]}, RESULT]}, "a function"),
         (
             {
@@ -177,6 +178,45 @@ def test_families_without_tools(tiny_folders):
 def test_odd_tools_are_refused(fields, said):
     with pytest.raises(ValueError, match=said):
         parse_body({"messages": [ASKED]} | fields)
+
+
+LLAMA31 = (
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{% if tools and loop.last %}{{ tools | tojson }}{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}"
+    '{{ \'{"name": "\' + c.function.name + \'", "parameters": \' }}'
+    "{{ c.function.arguments | tojson }}"
+    "{% endfor %}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+
+
+def test_other_models_calls(tmp_path):
+    written = '{"name": "weather", "%s": {"city": "x"}}'
+    qwen = load_tokenizer(make_causal_folder(tmp_path / "qwen", "qwen2"))
+    llama = load_tokenizer(make_causal_folder(tmp_path / "llama", "llama", LLAMA31))
+    plain = load_tokenizer(make_causal_folder(tmp_path / "plain", "llama"))
+    assert (call_form(qwen), call_form(llama), call_form(plain)) == ("tagged", "named", None)
+    tagged = f"<tool_call>\n{written % 'arguments'}\n</tool_call>"
+    for tokenizer, text, beside, count in (
+        (qwen, tagged, "", 1),
+        (qwen, f"I look.\n{tagged}\n{tagged}", "I look.", 2),
+        (qwen, tagged.replace("weather", "other"), tagged.replace("weather", "other"), 0),
+        (qwen, "no call", "no call", 0),
+        (llama, written % "parameters", "", 1),
+        (llama, "{not json", "{not json", 0),
+    ):
+        found, calls = parsed_answer(tokenizer, tokenizer.encode_text(text), [WEATHER])
+        assert found == beside and len(calls) == count
+        for call in calls:
+            assert json.loads(call["function"]["arguments"]) == {"city": "x"}
+        assert begins_as_call(tokenizer, tokenizer.encode_text(text)) is ("no call" not in text)
+        asked = request_of(ASKED, CALLED, RESULT, tools=[WEATHER])
+        prompt = tokenizer.decode(encode_messages(tokenizer, asked.messages, asked.tools))
+        assert "of a city" in prompt and '"city": "x"' in prompt and "sunny" in prompt
+    asked = request_of(ASKED, tools=[WEATHER])
+    with pytest.raises(ValueError, match="writes no calls in a form that is read here"):
+        encode_messages(plain, asked.messages, asked.tools)
 
 
 def test_tools_through_http(tiny_folders):
