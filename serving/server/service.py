@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +17,6 @@ import numpy as np
 
 from predictor.prediction import from_bins
 from serving.engines import Answer, Inbox, Sampling, TextEngine, WallClock
-from serving.engines.constraints import Grammar
 from serving.request import Event, Policy, Record, Request
 from serving.scheduler import run_scheduler
 from serving.server.adapters import AdapterRegistry
@@ -238,11 +237,13 @@ class Service:
         finally:
             self._preparing -= count
         self.check_open()
+        adapter = self.adapters.chosen(asked.model)
         group = AnswerGroup([], asyncio.Queue(), asked.unknown_fields)
         try:
             for prompt, prediction in prompts:
                 for number in range(asked.n):
-                    sampling = self.sampling_of(asked, len(prompt.ids), number, grammar)
+                    sampling = self.sampling_of(asked, len(prompt.ids), number)
+                    sampling = replace(sampling, grammar=grammar, adapter=adapter)
                     self._submit(group, asked, prompt, prediction, sampling, arrival_s)
         except BaseException:
             self.release(group)
@@ -314,14 +315,8 @@ class Service:
             self.cancel(active)
             self._active.pop(active.request.id, None)
 
-    def sampling_of(
-        self,
-        asked: GenerationRequest,
-        prompt_tokens: int,
-        number: int,
-        grammar: Grammar | None = None,
-    ) -> Sampling:
-        """Of a prompt's answer of this number.
+    def sampling_of(self, asked: GenerationRequest, prompt_tokens: int, number: int) -> Sampling:
+        """Of a prompt's answer of this number, but for its grammar and adapter.
 
         Raises:
             PromptTooLong: max_length leaves no room for an answer.
@@ -346,7 +341,6 @@ class Service:
             logprobs=asked.top_logprobs or 0 if asked.logprobs else None,
             prompt_logprobs=asked.prompt_logprobs,
             embeds=asked.embeds,
-            grammar=grammar,
             **options,
         )
 
