@@ -16,7 +16,7 @@ from tests.warm import warm_python
 
 FILES = sorted(
     p
-    for folder in ("scripts", "benchmarks")
+    for folder in ("scripts", "benchmarks", "examples")
     for p in (REPO_ROOT / folder).iterdir()
     if p.suffix in (".py", ".sh")
 )
@@ -50,6 +50,10 @@ ELSEWHERE = {  # file -> the test that runs it
     "benchmarks/serving_load.py": "tests/serving/server/test_load.py::test_steady",
     "benchmarks/rows.py": ("tests/finetune/rows/test_data_memory.py::test_rows_are_tokenised_once"),
     "benchmarks/speed_subjects.py": "tests/test_miniatures.py::test_b1_train_speed",
+    "examples/curl.sh": "tests/test_examples.py::test_curl",
+    "examples/langchain_client.py": "tests/test_examples.py::test_langchain_client",
+    "examples/openai_client.py": "tests/test_examples.py::test_openai_client",
+    "examples/tools.py": "tests/test_examples.py::test_tools",
     "scripts/ask_server.py": "tests/serving/server/test_server.py::test_asked_by_its_script",
     "scripts/collect_lengths.py": (
         "tests/predictor/test_collect.py::test_lengths_are_those_of_predict"

@@ -19,7 +19,7 @@ from serving.engines.adapter_errors import AdapterExists, UnknownAdapter
 from serving.engines.answers import TextEngine
 from serving.server.access import ApiError
 from serving.server.fields import Schema, Text
-from serving.server.openapi import json_content, responses_of
+from serving.server.openapi_parts import json_content, responses_of
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
