@@ -407,8 +407,8 @@ class Attack:
             time.sleep(0.1)
 
 
-def make_model(folder: Path) -> Path:
-    """A random ChatGLM2 of 2 x 64 with a tokenizer of 400 pieces."""
+def make_model(folder: Path, **sizes: int) -> Path:
+    """A random ChatGLM2 with a tokenizer of 400 pieces; of 2 layers of 64 without `sizes`."""
     from scripts.prepare_small_model import make_model as make
     from scripts.prepare_tokenizer import main as make_tokenizer
 
@@ -426,15 +426,8 @@ def make_model(folder: Path) -> Path:
     flags = ["--input", folder / "rows.json", "--output_dir", folder / "tokenizer"]
     if make_tokenizer([*map(str, flags), "--vocab_size", "400", "--family", "glm2"]):
         raise ValueError("no tokenizer could be made")
-    return make(
-        "glm2",
-        folder / "tokenizer",
-        folder / "model",
-        hidden_size=64,
-        num_layers=2,
-        heads=4,
-        ffn=128,
-    )
+    sizes = {"hidden_size": 64, "num_layers": 2, "heads": 4, "ffn": 128} | sizes
+    return make("glm2", folder / "tokenizer", folder / "model", **sizes)
 
 
 @dataclass(frozen=True)
@@ -474,6 +467,15 @@ def start_server(
     ]
     words += ["--max_batch", 8, "--kv_tokens", 4096, "--max_tokens", 512, "--drain_s", 10]
     words += ["--predictor", flags.predictor] if flags.predictor else []
+    return launch(words, errors)
+
+
+def launch(words: list, errors: TextIO) -> tuple[subprocess.Popen, int]:
+    """(process, port) of serving.server with these flags, once it serves.
+
+    Raises:
+        ValueError: it ended first; its last words.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", "serving.server", *map(str, words)],
         cwd=ROOT,

@@ -31,6 +31,7 @@ from predictor.calibration import kaplan_meier
 from predictor.command_flags import add_bad_row_flag, add_predictor_flags, add_yes_no
 from predictor.decoder import CARD, FOLDS, Decoder, fold_of, write_card
 from predictor.evaluate import ObservedLengths
+from predictor.held_out import compare_held_out, describe_held_out
 from predictor.kernel import FILE as KERNEL_FILE
 from predictor.kernel import KernelHead
 from predictor.labels import LabelledPrompt, parse_example
@@ -65,6 +66,8 @@ class MonitorLog:
 def read_log(paths: list[str], served_model: str, on_bad_row: str = "skip") -> MonitorLog:
     """Read a monitor's log; rows that name no model are of `served_model`.
 
+    Rows that an adapter answered are left out: their lengths are another model's.
+
     Raises:
         BadRow: the first bad row, with on_bad_row "error"; or no good row at all.
     """
@@ -74,6 +77,8 @@ def read_log(paths: list[str], served_model: str, on_bad_row: str = "skip") -> M
             try:
                 if isinstance(item, BadRow):
                     raise item
+                if isinstance(item, dict) and item.get("adapter"):
+                    continue
                 example = parse_example(item, place, served_model, None, path.name)
                 prediction = parse_prediction(item, place)
             except BadRow:
@@ -552,6 +557,8 @@ class UpdateFlags:
     dry_run: bool
     min_rows: int
     newest: int
+    hold_out: int
+    against: str | None
     json: str | None
     on_bad_row: str
 
@@ -564,13 +571,27 @@ def run_update(flags: UpdateFlags) -> None:
     )
     name = predictor.card["served_model"]["name"]
     log = read_log(list(map(str.strip, flags.log.split(","))), name, flags.on_bad_row)
-    log = newest_rows(log, name, flags.newest)
+    log = newest_rows(log, name, flags.newest + flags.hold_out)
+    held_out = newest_rows(log, name, flags.hold_out).examples if flags.hold_out else []
+    fitted_to = log.examples[: len(log.examples) - len(held_out)]
     new, report = update_predictor(
-        predictor, log.examples, refit=flags.refit, min_rows=flags.min_rows, ridge=ridge_of(folder)
+        predictor, fitted_to, refit=flags.refit, min_rows=flags.min_rows, ridge=ridge_of(folder)
     )
     report |= {"bad_rows": log.bad, "as_served": served_coverage(log, name)}
     print(describe_update(report))
-    if not flags.dry_run:
+    new.card["updated"]["from"] = {"folder": str(folder), "card_sha256": sha256(folder / CARD)}
+    if held_out:
+        old = predictor
+        if flags.against:
+            old = LengthPredictor.from_pretrained(
+                flags.against, base_model=flags.base_model, device=flags.device
+            )
+        report["held_out"] = compare_held_out(old, new, held_out)
+        new.card["updated"]["held_out"] = report["held_out"]
+        print(describe_held_out(report["held_out"]))
+    if held_out and not report["held_out"]["better"]:
+        print("no better: nothing is written")
+    elif not flags.dry_run:
         output = Path(flags.output or flags.predictor)
         write_updated(new, folder, output)
         report["output"] = str(output)
@@ -641,6 +662,17 @@ def build_parser() -> Parser:
         type=whole(),
         default=NEWEST,
         help=f"look at so many rows of the served model, the last ones [{NEWEST}]",
+    )
+    held_out = (
+        "do not fit to so many rows, the very newest: they judge the update, which is written"
+    )
+    parser.add_argument(
+        "--hold_out", type=whole(0), default=0, help=f"{held_out} only where it is better [0]"
+    )
+    parser.add_argument(
+        "--against",
+        metavar="DIR",
+        help="with --hold_out: the predictor that it must be better than (default: --predictor)",
     )
     parser.add_argument("--json", metavar="FILE", help="write the report there")
     add_bad_row_flag(

@@ -40,6 +40,14 @@ ELSEWHERE = {  # file -> the test that runs it
     "benchmarks/serving_attack.py": (
         "tests/serving/server/test_server_faults.py::test_the_attack_in_miniature"
     ),
+    "benchmarks/client_calls.py": "tests/serving/server/test_clients.py::test_openai",
+    "benchmarks/client_env.py": (
+        "tests/serving/server/test_load.py::test_an_environment_is_made_once"
+    ),
+    "benchmarks/client_table.py": (
+        "tests/serving/server/test_clients.py::test_the_table_in_miniature"
+    ),
+    "benchmarks/serving_load.py": "tests/serving/server/test_load.py::test_steady",
     "benchmarks/rows.py": ("tests/finetune/rows/test_data_memory.py::test_rows_are_tokenised_once"),
     "benchmarks/speed_subjects.py": "tests/test_miniatures.py::test_b1_train_speed",
     "scripts/ask_server.py": "tests/serving/server/test_server.py::test_asked_by_its_script",
@@ -65,11 +73,13 @@ ELSEWHERE = {  # file -> the test that runs it
     "scripts/style_report.py": "tests/test_style.py::test_report_in_miniature",
 }
 HERE = {  # file -> the test of this file that runs it
+    "benchmarks/adapters.py": "test_adapters",
     "benchmarks/entry_points.py": "test_entry_points",
     "benchmarks/golden_table.py": "test_golden_table",
     "benchmarks/kill9.py": "test_kill9",
     "benchmarks/method_matrix.py": "test_method_matrix",
     "benchmarks/predictor.py": "test_predictor_benchmark",
+    "benchmarks/prefix_sharing.py": "test_prefix_sharing",
     "benchmarks/real_input.py": "test_real_input",
     "benchmarks/serving_engine.py": "test_serving_engine",
     "benchmarks/tool_calling.py": "test_tool_calling",
@@ -235,9 +245,23 @@ def test_real_input(tmp_path):
     )
 
 
+def test_prefix_sharing(tmp_path):
+    done = run("benchmarks/prefix_sharing.py", "--quick", "--json", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    copied = {name: figures["copied_tokens"] for name, figures in found.items()}
+    assert copied == {"off": [0], "on": [3 * 64], "kept": [4 * 64]}, done.stdout
+
+
 def test_serving_engine(tmp_path):
     run("benchmarks/serving_engine.py", "--quick", "--rows", 4, "--json", tmp_path / "out.json")
     assert set(json.loads((tmp_path / "out.json").read_text())["rates"]) == {"static", "continuous"}
+
+
+def test_adapters(tmp_path):
+    done = run("benchmarks/adapters.py", "--quick", "--rows", 4, "--json", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert set(found["rates"]) == {"none", "one", "many"} and found["many_over_one"] > 0
+    assert "| many | 8 |" in done.stdout
 
 
 @pytest.mark.launch

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from serving.engines.adapter_errors import UnknownAdapter
 from serving.request import FOREVER, CostEstimator, Limits, Plan, Record, Request, StepResult
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
     from transformers import PreTrainedModel
 
+    from serving.engines.adapters import AdapterSet, LoadedAdapter
     from serving.engines.constraints import Grammar, Matcher
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class Sampling:
             model's unchanged logits; None for none.
         prompt_logprobs: as logprobs, of the prompt's tokens.
         embeds: keep the mean of the prompt's hidden states.
+        adapter: name of the loaded adapter that answers; None for the model itself.
         grammar: what the answer's text must be; None for any text.
     """
 
@@ -66,6 +69,7 @@ class Sampling:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     embeds: bool = False
+    adapter: str | None = None
     grammar: "Grammar | None" = None
 
     def __post_init__(self) -> None:
@@ -127,6 +131,7 @@ class Answer:
         prompt_seen: how many of the prompt's tokens the last two cover.
         generator: of its sampling, on the model's device; created when first needed. A
             preemption does not rewind it.
+        adapter: the adapter of its sampling, held until the engine drops the answer.
         matcher: of its grammar, where it has one; created when first needed.
     """
 
@@ -147,6 +152,7 @@ class Answer:
         self.prompt_seen = 0
         self.reason: str | None = None
         self.generator: Generator | None = None
+        self.adapter: LoadedAdapter | None = None
         self.matcher: Matcher | None = None
         self._listener = listener
         self._changed = threading.Condition()
@@ -219,6 +225,7 @@ class TextEngine:
         self.limits = limits
         self.cost = cost
         self.stop_ids = frozenset(model_stop_ids(model) if stop_ids is None else stop_ids)
+        self.adapters: AdapterSet | None = None  # of the engines that take adapters
         self._answers: dict[int, Answer] = {}
         self._woken = False
         self._lock = threading.Lock()
@@ -238,7 +245,7 @@ class TextEngine:
                 should return at once.
         Raises:
             ValueError: the prompt is not request.prompt_tokens long, or the model cannot read it;
-                the id is in use.
+                the id is in use; no such adapter is loaded (UnknownAdapter).
         """
         prompt = list(prompt_ids)
         if len(prompt) != request.prompt_tokens or not prompt:
@@ -251,8 +258,17 @@ class TextEngine:
         with self._lock:
             if request.id in self._answers:
                 raise ValueError(f"request {request.id} is being answered already")
+            answer.adapter = self._acquire(answer.sampling.adapter)
             self._answers[request.id] = answer
         return answer
+
+    def _acquire(self, name: str | None) -> "LoadedAdapter | None":
+        """The adapter of a name for one more answer. Raises UnknownAdapter."""
+        if name is None:
+            return None
+        if self.adapters is None:
+            raise UnknownAdapter(f"no adapter {name!r}: this engine takes none")
+        return self.adapters.acquire(name)
 
     def check_prompt(self, prompt: list[int]) -> None:
         """Raises ValueError where the model cannot read it."""
@@ -273,10 +289,16 @@ class TextEngine:
 
     def forget(self, request_id: int, reason: str = "refused") -> None:
         """Drop a request that the scheduler refused or did not receive."""
+        if (answer := self._drop_answer(request_id)) is not None:
+            answer.add(None, reason)
+
+    def _drop_answer(self, request_id: int) -> Answer | None:
+        """Forget an answer and release its adapter; None where the id is unknown."""
         with self._lock:
             answer = self._answers.pop(request_id, None)
-        if answer is not None:
-            answer.add(None, reason)
+        if answer is not None and answer.adapter is not None and self.adapters is not None:
+            self.adapters.release(answer.adapter)
+        return answer
 
     def cancel_all(self) -> list[int]:
         """Cancel every answer; returns their ids."""
@@ -340,8 +362,7 @@ class TextEngine:
 
         An answer that reached its max_new_tokens is not cut.
         """
-        with self._lock:
-            self._answers.pop(answer.id, None)
+        self._drop_answer(answer.id)
         return answer.id, len(answer.tokens), answer.reason not in ("stop", "length")
 
 

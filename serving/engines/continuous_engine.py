@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from serving.engines.answers import TextEngine, choose_tokens
 from serving.engines.passes import ModelRunner, Sequence
+from serving.engines.prefix_sharing import PrefixCache
 from serving.request import FOREVER, CostEstimator, Limits, Plan, Record, StepResult
 
 
@@ -30,6 +31,9 @@ class ContinuousEngine(TextEngine):
             without adapters and P-Tuning prefixes.
         cost: for policies; the engine does not read it.
         stop_ids: what ends an answer; None for those of its generation_config.
+        prefix_cache_tokens: prompts that begin alike share what is computed of them, and so many
+            tokens of common prefixes are kept beside the arena; 0 turns both off. Without effect on
+            ChatGLM-6B.
     Raises:
         ValueError: not such a model.
     """
@@ -40,9 +44,14 @@ class ContinuousEngine(TextEngine):
         limits: Limits,
         cost: CostEstimator,
         stop_ids: Ids[int] | None = None,
+        prefix_cache_tokens: int = 0,
     ):
         self.runner = ModelRunner(model.eval(), limits.kv_tokens)
+        self.prefixes: PrefixCache | None = None
+        if prefix_cache_tokens and self.runner.body.axes == 1:
+            self.prefixes = PrefixCache(prefix_cache_tokens, self.runner.virtual)
         super().__init__(self.runner.model, limits, cost, stop_ids)
+        self.adapters = self.runner.adapters
         self.rows: dict[int, Sequence] = {}
         self._prefills: deque[Sequence] = deque()
         self._together = False
@@ -165,6 +174,8 @@ class ContinuousEngine(TextEngine):
         """
         chunks: list[tuple[Sequence, int]] = []
         for row in self._prefills:
+            if prefill_tokens > 0 and self._waits_for_prefix(row, chunks):
+                break
             count = min(prefill_tokens, row.uncomputed)
             if row.computed < row.context:
                 whole = row.context - row.computed
@@ -176,6 +187,12 @@ class ContinuousEngine(TextEngine):
             chunks.append((row, count))
             prefill_tokens -= count
         return chunks
+
+    def _waits_for_prefix(self, row: Sequence, chunks: list[tuple[Sequence, int]]) -> bool:
+        """Copy what others have computed of its prompt; whether these chunks will give more."""
+        if self.prefixes is None or row.computed:
+            return False
+        return self.prefixes.share(row, self.rows.values(), chunks)
 
     def _start_prefilled(self) -> list[Sequence]:
         """Move the sequences whose prompts are complete to decoding; returns them."""
@@ -217,5 +234,7 @@ class ContinuousEngine(TextEngine):
         del self.rows[row.id]
         if row in self._prefills:
             self._prefills.remove(row)
+        if self.prefixes is not None:
+            self.prefixes.keep(row)
         if row.slab is not None:
             self.runner.arena.release(row, zero=row.answer.reason == "failed")

@@ -7,6 +7,7 @@ blocks and computes what depends on the sequence: attention against the KV arena
 serving.engines.bodies defines the blocks.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chatglm.layers import causal_mask
+from serving.engines.adapters import AdapterSet, LoadedAdapter
 from serving.engines.answers import Answer, read_prompt
 from serving.engines.arena import Arena, Slab, placed_slab
 from serving.engines.bodies import Attention, ServedBody, body_of
@@ -30,6 +32,7 @@ class Sequence:
         tokens_at_admission: answer tokens at its admission.
         context: so many first tokens see each other both ways, and are computed in one piece
             (ChatGLM-6B; else 0).
+        key: sequences of another key share no prefix with it.
         computed: of ids, how many are in the arena.
         length: tokens in the arena, virtual ones included.
         positions: places of the prompt's tokens and, for ChatGLM-6B, their block positions; those
@@ -57,6 +60,7 @@ class Sequence:
         self.tokens_at_admission = len(answer.tokens)
         self.positions: list[list[int]] = positions.tolist()
         self.context = context
+        self.key: Hashable = None if answer.adapter is None else answer.adapter.number
         self.computed = 0
         self.slab: Slab[Sequence] | None = None
         self.slot = self.length = 0
@@ -138,12 +142,14 @@ class ForwardPass:
 
     Attributes:
         keep: (K,), the tokens that the last layer computes; None for all.
+        adapters: told when only those are left.
     """
 
     decoding: list[Decoding]
     chunks: list[Chunk]
     last_layer: int
     keep: Tensor | None
+    adapters: AdapterSet
 
     def attend(
         self,
@@ -168,6 +174,7 @@ class ForwardPass:
         count = len(query)
         if self.keep is not None and is_kept:
             count = len(self.keep)
+            self.adapters.narrow(self.keep)
         out = query.new_zeros(count, *query.shape[1:])
         start = 0
         for part in self.decoding:
@@ -292,6 +299,7 @@ class ModelRunner:
                 f"found {sorted(map(str, devices))}; try --engine static"
             )
         self.model = model
+        self.adapters = AdapterSet(model)
         self.body: ServedBody = body_of(model)
         self.device = devices.pop()
         self.virtual = self.body.prefix_length + self.body.prompt_length
@@ -332,16 +340,18 @@ class ModelRunner:
         if chunks:
             kept_padding = padded_count(wanted) - wanted
             keep = torch.tensor(inputs.output_indices + [0] * kept_padding, device=self.device)
-        hidden = self._blocks(
-            inputs,
-            ForwardPass(parts, pieces, len(self.body.blocks) - 1, keep),
-            padding=padded_count(count) - count,
-        )
+        padding = padded_count(count) - count
+        forward_pass = ForwardPass(parts, pieces, len(self.body.blocks) - 1, keep, self.adapters)
+        with self.adapters.applied(adapters_of(decoding, pieces), padding):
+            hidden = self._blocks(inputs, forward_pass, padding)
+            logits = self._outputs(inputs, hidden) if wanted else None
         for slab in decoding:
             for row in slab.rows[: slab.decoding]:
                 row.length += 1
-        if not wanted:
-            return None
+        return logits
+
+    def _outputs(self, inputs: PassInputs, hidden: Tensor) -> Tensor | None:
+        """Logits of inputs.next_places, by the last block's (1, K, hidden); None without any."""
         hidden = self.body.norm(hidden)
         if inputs.prompts:
             hidden = self._read_prompts(inputs, hidden[0])
@@ -426,6 +436,19 @@ class ModelRunner:
         if start < seen_by_all:
             mask = mask | (torch.arange(end, device=self.device) < seen_by_all)
         return mask
+
+
+def adapters_of(
+    decoding: list[Slab[Sequence]], chunks: list[Chunk]
+) -> list[tuple[LoadedAdapter | None, int]]:
+    """(Adapter, number of tokens) of a pass's rows, in the order of its tokens."""
+    found = []
+    for slab in decoding:
+        for row in slab.rows[: slab.decoding]:
+            found.append((row.answer.adapter, 1))
+    for chunk in chunks:
+        found.append((chunk.row.answer.adapter, chunk.count))
+    return found
 
 
 def padded_count(tokens: int) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria
 
+from serving.engines.adapters import AdapterSet
 from serving.engines.answers import Answer, TextEngine, choose_tokens, read_prompt
 from serving.request import FOREVER, CostEstimator, Limits, Plan, StepResult
 
@@ -92,7 +93,8 @@ class BatchGeneration:
         ids, mask = pad_left([row.answer.prompt + row.answer.tokens for row in self._rows])
         model: Any = engine.model  # PreTrainedModel does not declare generate()
         device = model.get_input_embeddings().weight.device
-        with torch.inference_mode():
+        adapters = [row.answer.adapter for row in self._rows]
+        with torch.inference_mode(), engine.adapters.applied_to_rows(adapters):
             model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
@@ -191,6 +193,7 @@ class StaticEngine(TextEngine):
         stop_ids: Sequence[int] | None = None,
     ):
         super().__init__(model.eval(), limits, cost, stop_ids)
+        self.adapters: AdapterSet = AdapterSet(model)
         self.rows: dict[int, StaticSequence] = {}
         self._generation: BatchGeneration | None = None
 
@@ -306,7 +309,8 @@ class StaticEngine(TextEngine):
         model: Any = self.model
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         ids = torch.tensor([answer.prompt], device=model.get_input_embeddings().weight.device)
-        states = base.base_model(input_ids=ids).last_hidden_state[0]
+        with self.adapters.applied_to_rows([answer.adapter]):
+            states = base.base_model(input_ids=ids).last_hidden_state[0]
         read_prompt(answer, states, 0, base.get_output_embeddings())
 
     def _end(self) -> None:

@@ -1,22 +1,37 @@
-"""Access control before the application, by Host header and API key; and the access log.
+"""Around the application: request ids, the access log, and access by Host header and API key.
 
 ASGI middleware, free of torch.
 """
 
-import hmac
 import ipaddress
 import json
 import logging
+import re
 import time
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
+
+from starlette.routing import Match
+
+from serving.server.keys import KeyRing
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+log = logging.getLogger(__name__)
 access_logger = logging.getLogger("serving.access")
 
-OPEN_PATHS = ("/health",)  # a supervisor's probe sends no key
+OPEN_PATHS = ("/health", "/health/live", "/health/ready")  # a supervisor's probe sends no key
+REQUEST_ID = "X-Request-Id"
+FIT_ID = re.compile(rb"[!-~]{1,128}")  # printable ASCII without spaces
+MAX_PATH_CHARACTERS = 200  # of a line of the access log
+CLIENT_CLOSED_REQUEST = 499  # the client has disconnected before the response's end
+EXCHANGE = "glm_foundry.exchange"  # the scope's key of the Exchange
+current_request_id: ContextVar[str | None] = ContextVar("current_request_id", default=None)
 
 
 class ApiError(Exception):
@@ -42,29 +57,29 @@ class AccessRules:
     """The host and the key that a request must carry to be served.
 
     Attributes:
-        api_key: required as "Authorization: Bearer KEY" for all paths but OPEN_PATHS;
-            None for no key.
+        keys: one of them is required as "Authorization: Bearer KEY" for all paths but
+            OPEN_PATHS; None for no key.
         hosts: values that the Host header may have, besides those of loopback; None for any.
     """
 
-    api_key: str | None = None
+    keys: KeyRing | None = None
     hosts: frozenset[str] | None = None
 
-    def check(self, path: str, headers: dict[bytes, bytes]) -> None:
-        """Raises ApiError."""
+    def check(self, path: str, headers: dict[bytes, bytes]) -> str | None:
+        """The name of the request's key; None where none is needed. Raises ApiError."""
         host = host_name(headers.get(b"host", b"").decode("latin-1"))
         if self.hosts is not None and host not in self.hosts and not is_loopback(host):
             raise ApiError(
                 403, f"this server is not {host[:64]!r} (--allowed_hosts)", "host_not_allowed"
             )
-        if self.api_key is None or path in OPEN_PATHS:
-            return
+        if self.keys is None or path in OPEN_PATHS:
+            return None
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(
-            key.strip(), self.api_key.encode()
-        ):
-            wanted = "wanted the header Authorization: Bearer KEY, with the key of --api_key"
+        name = self.keys.find(key.strip()) if scheme.lower() == b"bearer" else None
+        if name is None:
+            wanted = "wanted the header Authorization: Bearer KEY, with a key of this server"
             raise ApiError(401, wanted, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
+        return name
 
 
 def host_name(host: str) -> str:
@@ -93,10 +108,13 @@ class AccessControl:
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         if scope["type"] == "http":
             try:
-                self.rules.check(scope["path"], dict(scope["headers"]))
+                key = self.rules.check(scope["path"], dict(scope["headers"]))
             except ApiError as error:
+                note_error(scope, error)
                 await send_error(error, send)
                 return
+            if (exchange := scope.get(EXCHANGE)) is not None:
+                exchange.key = key
         await self.app(scope, receive, send)
 
 
@@ -112,38 +130,128 @@ async def send_error(error: ApiError, send: "Send") -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-class AccessLog:
-    """A line for each request when it has ended: client, method, path, status and seconds.
+@dataclass
+class Exchange:
+    """One request and its response, while they last and when they have ended.
 
-    Headers, queries and bodies are not logged.
+    Attributes:
+        request_id: the client's, or a new one.
+        key: the name of the key that it carries; None without one.
+        error: what the application or the access control has answered instead of a response.
+        status: sent; 0 before.
+        sent_bytes: of the response's body.
+        ended: the response is whole.
+        disconnected: the client left before that.
     """
 
-    def __init__(self, app: "ASGIApp") -> None:
-        self.app = app
+    request_id: str
+    key: str | None = None
+    error: ApiError | None = None
+    status: int = 0
+    sent_bytes: int = 0
+    ended: bool = False
+    disconnected: bool = False
+    began: datetime = field(default_factory=lambda: datetime.now(UTC))
+    _began_s: float = field(default_factory=time.perf_counter)
+
+    @property
+    def logged_status(self) -> int:
+        """The status of the response, and 499 where its client did not wait for its end."""
+        return CLIENT_CLOSED_REQUEST if self.disconnected else self.status or 500
+
+    def line(self, scope: "Scope") -> str:
+        """The access log's JSON line, in ASCII. It has no headers, query or body."""
+        path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")
+        fields = {
+            "time": self.began.isoformat(timespec="milliseconds"),
+            "request_id": self.request_id,
+            "client": (scope.get("client") or (None,))[0],
+            "method": scope["method"],
+            "path": path[:MAX_PATH_CHARACTERS],
+            "status": self.logged_status,
+            "seconds": round(time.perf_counter() - self._began_s, 4),
+            "bytes": self.sent_bytes,
+            "key": self.key,
+        }
+        return json.dumps(fields)
+
+
+def note_error(scope: "Scope", error: ApiError) -> None:
+    """Tell the observer of a request that it is answered with an error."""
+    if (exchange := scope.get(EXCHANGE)) is not None:
+        exchange.error = error
+
+
+def request_id_of(scope: "Scope") -> str:
+    """The client's X-Request-Id where it is fit to be logged, else a new one."""
+    for name, value in scope["headers"]:
+        if name == REQUEST_ID.lower().encode() and FIT_ID.fullmatch(value):
+            return str(value.decode("ascii"))
+    return uuid.uuid4().hex
+
+
+def route_label(scope: "Scope") -> str:
+    """The template of the route that a request goes to; "other" without one."""
+    for route in scope["app"].routes:
+        if route.matches(scope)[0] != Match.NONE:
+            return route.path.replace(":path", "")
+    return "other"
+
+
+class RequestObserver:
+    """The outermost middleware: gives each request its id, then logs and counts it.
+
+    An exception of the application is answered here with 500, so that this response has an id too.
+
+    Args:
+        count: called with the route's template and the exchange when it has ended.
+        writes_log: whether a line is written to the access log.
+    """
+
+    def __init__(
+        self, app: "ASGIApp", count: Callable[[str, Exchange], None], writes_log: bool
+    ) -> None:
+        self.app, self.count, self.writes_log = app, count, writes_log
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        begin, status = time.perf_counter(), 0
+        exchange = scope[EXCHANGE] = Exchange(request_id_of(scope))
+        current_request_id.set(exchange.request_id)
+        id_header = (REQUEST_ID.lower().encode(), exchange.request_id.encode())
 
-        async def send_and_note_status(message: "Message") -> None:
-            nonlocal status
+        async def observed_receive() -> "Message":
+            message = await receive()
+            if message["type"] == "http.disconnect" and not exchange.ended:
+                exchange.disconnected = True
+            return message
+
+        async def observed_send(message: "Message") -> None:
             if message["type"] == "http.response.start":
-                status = message["status"]
+                exchange.status = message["status"]
+                message = {**message, "headers": [*message["headers"], id_header]}
+            elif message["type"] == "http.response.body":
+                if scope["method"] != "HEAD":
+                    exchange.sent_bytes += len(message.get("body", b""))
+                exchange.ended = not message.get("more_body", False)
             await send(message)
 
         try:
-            await self.app(scope, receive, send_and_note_status)
+            await self.app(scope, observed_receive, observed_send)
+        except Exception as error:
+            if not exchange.status:
+                failure = ApiError(500, f"internal error: {type(error).__name__}")
+                await send_error(failure, observed_send)
+            exchange.status = 500
+            raise  # for the traceback that the server logs
         finally:
-            client = (scope.get("client") or ("-",))[0]
-            # The raw path is percent-encoded, so that it cannot contain a newline.
-            path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:200]
-            access_logger.info(
-                "%s %s %s %d %.3f s",
-                client,
-                scope["method"],
-                path,
-                status or 500,
-                time.perf_counter() - begin,
-            )
+            self._observe(scope, exchange)
+
+    def _observe(self, scope: "Scope", exchange: Exchange) -> None:
+        if self.writes_log:
+            access_logger.info(exchange.line(scope))
+        try:
+            self.count(route_label(scope), exchange)
+        except Exception:  # figures must not end a connection
+            log.exception("request %s was not counted", exchange.request_id)

@@ -19,13 +19,24 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
-from serving.server.access import AccessControl, AccessLog, AccessRules, ApiError
+from serving.engines.adapter_errors import UnknownAdapter
+from serving.server.access import (
+    CLIENT_CLOSED_REQUEST,
+    REQUEST_ID,
+    AccessControl,
+    AccessRules,
+    ApiError,
+    RequestObserver,
+    note_error,
+)
+from serving.server.adapters import add_adapter_routes
 from serving.server.chat import parse_body
 from serving.server.chat_completions import ChatResponse
-from serving.server.choices import CLIENT_CLOSED_REQUEST, CLOSING, EventStream
+from serving.server.choices import CLOSING, EventStream
 from serving.server.completions import CompletionResponse, parse_completion
 from serving.server.embeddings import EmbeddingResponse, embedding_list, parse_embedding
 from serving.server.openapi import openapi_document
+from serving.server.predictors import add_predictor_routes
 from serving.server.responses import ResponsesResponse, parse_response
 from serving.server.service import (
     PredictionFailed,
@@ -35,6 +46,7 @@ from serving.server.service import (
     ServiceClosed,
 )
 
+SHOWN_MODELS = 9  # names that an error lists
 BODY_BYTES = 2 * 2**20
 CLIENT_S = 30.0  # for a whole body
 RETRY_S = 2  # Retry-After of a busy server
@@ -61,7 +73,7 @@ def make_app(
     """
     app = FastAPI(title="GLM Foundry", docs_url=None, redoc_url=None, redirect_slashes=False)
     schema = partial(
-        openapi_document, service.name, needs_key=bool(access_rules and access_rules.api_key)
+        openapi_document, service.name, needs_key=bool(access_rules and access_rules.keys)
     )
     app.openapi = schema  # type: ignore[method-assign]  # FastAPI's documented way
     app.state.closing = asyncio.Event()
@@ -73,46 +85,61 @@ def make_app(
             allow_origins=list(cors_origins),
             allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],
+            expose_headers=[REQUEST_ID, "Retry-After"],
         )
-    if access_log:
-        app.add_middleware(AccessLog)
+    app.add_middleware(RequestObserver, count=service.monitor.count_exchange, writes_log=access_log)
     get = partial(app.api_route, methods=["GET", "HEAD"])
+
+    async def checked_body(http: Http) -> Any:
+        try:
+            service.check_open()
+        except ServiceClosed as error:
+            raise ApiError(503, str(error), "unavailable") from None
+        check_json(http)
+        return await read_json_body(http, app.state.closing, client_s)
+
+    add_adapter_routes(app, service.adapters, checked_body)
 
     @app.exception_handler(ApiError)
     async def api_error(http: Http, error: ApiError):
+        note_error(http.scope, error)
         return JSONResponse(error.body(), error.status, headers=error.headers)
 
     @app.exception_handler(HTTPException)
     async def http_error(http: Http, error: HTTPException):
         wrapped = ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}")
+        note_error(http.scope, wrapped)
         return JSONResponse(wrapped.body(), error.status_code, headers=error.headers)
 
     @app.exception_handler(ClientDisconnect)
     async def client_gone(http: Http, error: Exception):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
-    @app.exception_handler(Exception)
-    async def internal_error(http: Http, error: Exception):
-        return JSONResponse(ApiError(500, f"internal error: {type(error).__name__}").body(), 500)
-
     @get("/health")
     async def health():
         state = service.failure or ("draining" if service.draining else "ok")
         return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
+    @get("/health/live")
+    async def live():
+        return {"status": "ok"}
+
+    @get("/health/ready")
+    async def ready():
+        return await health()
+
     @get("/v1/models")
     async def models():
-        names = [service.name]
+        cards = [model_card(service.name, service.started), *service.adapters.cards()]
         if service.text_encoder is not None:
-            names.append(service.text_encoder.name)
-        cards = [model_card(name, service.started) for name in names]
+            cards.append(model_card(service.text_encoder.name, service.started))
         return {"object": "list", "data": cards}
 
     @get("/v1/models/{name:path}")
     async def model(name: str):
         if service.text_encoder is None or name != service.text_encoder.name:
-            check_model(name, service.name)
-        return model_card(name, service.started)
+            check_model(name, service.name, *service.adapters.names())
+        return service.adapters.card(name) or model_card(name, service.started)
 
     @get("/metrics")
     async def metrics():
@@ -131,7 +158,7 @@ def make_app(
 
     async def answer(http: Http, parse: Parse, respond: Respond) -> Response | dict[str, Any]:
         asked = await read(http, parse)
-        check_model(asked.model, service.name)
+        check_model(asked.model, service.name, *service.adapters.names())
         with api_errors():
             group = await service.ask(asked)
         response = respond(service, asked, group, http)
@@ -162,6 +189,7 @@ def make_app(
     async def responses(http: Http):
         return await answer(http, parse_response, ResponsesResponse)
 
+    add_predictor_routes(app, lambda: service.predictors, checked_body)
     return app
 
 
@@ -182,17 +210,23 @@ def api_error_of(error: Exception) -> ApiError:
         return ApiError(429, str(error), "busy", {"Retry-After": str(RETRY_S)})
     if isinstance(error, PredictionFailed):
         return ApiError(500, str(error), "failed")
+    if isinstance(error, UnknownAdapter):  # unloaded since
+        return ApiError(404, str(error), "model_not_found")
     code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
     return ApiError(400, str(error), code)
 
 
 def model_card(name: str, started: int) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": started, "owned_by": "glm-foundry"}
+    """OpenAI's object of a model that is no adapter."""
+    card = {"id": name, "object": "model", "created": started, "owned_by": "glm-foundry"}
+    return card | {"root": name, "parent": None}
 
 
-def check_model(name: str | None, served: str) -> None:
-    if name not in (None, served):
-        raise ApiError(404, f"there is no model {name!r} here, only {served!r}", "model_not_found")
+def check_model(name: str | None, *served: str) -> None:
+    """Raises ApiError where a request names another model than these."""
+    if name is not None and name not in served:
+        only = ", ".join(map(repr, served[:SHOWN_MODELS]))
+        raise ApiError(404, f"there is no model {name!r} here, only {only}", "model_not_found")
 
 
 def check_json(http: Http) -> None:

@@ -28,7 +28,7 @@ class ChatResponse:
     ) -> None:
         self.service, self.asked = service, asked
         self.choices = Choices(service, asked, group, http)
-        self.head = response_head("chatcmpl", service)
+        self.head = response_head("chatcmpl", service, asked.model)
 
     async def complete(self) -> Response | dict[str, Any]:
         texts = await self.choices.texts()

@@ -15,13 +15,13 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from serving.engines.answers import TokenLogprobs
+from serving.server.access import CLIENT_CLOSED_REQUEST as CLIENT_CLOSED_REQUEST
 from serving.server.access import ApiError
 from serving.server.generation import GenerationRequest
 from serving.server.service import ActiveRequest, AnswerGroup, Service
 from serving.server.tools import begins_as_call, parsed_answer
 
 CLOSING = "the server is shutting down"
-CLIENT_CLOSED_REQUEST = 499  # for the access log: the client has disconnected
 FINISH = {"stop": "stop", "length": "length", "cut": "length"}
 
 
@@ -234,12 +234,17 @@ class EventStream(StreamingResponse):
             self.choices.release()
 
 
-def response_head(kind: str, service: Service) -> dict[str, Any]:
-    """id, created and model of a response; `kind`: what its id begins with."""
+def response_head(kind: str, service: Service, model: str | None) -> dict[str, Any]:
+    """id, created and model of a response.
+
+    Args:
+        kind: what its id begins with.
+        model: that of the request: the served model, an adapter, or None.
+    """
     return {
         "id": f"{kind}-{uuid.uuid4().hex}",
         "created": int(time.time()),
-        "model": service.name,
+        "model": model or service.name,
     }
 
 

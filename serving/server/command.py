@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatglm.commands import Parser, run_command
@@ -20,9 +21,18 @@ from serving.cost_model.model import CostModel, ModelSizes, Profile, read_profil
 from serving.engines import ENGINES, make_engine
 from serving.policies.continuous import POLICIES
 from serving.request import Limits
-from serving.server.access import AccessRules, host_name, is_loopback
+from serving.server.access import AccessRules, access_logger, host_name, is_loopback
 from serving.server.chat import tokenizer_family
+from serving.server.keys import KeyRing
 from serving.server.monitor import Monitor
+from serving.server.predictors import Predictors
+from serving.server.recalibration import (
+    MIN_EVERY,
+    Recalibrator,
+    add_version_metric,
+    checked_output,
+    resume,
+)
 from serving.server.service import Service
 
 if TYPE_CHECKING:
@@ -51,6 +61,7 @@ class ServerFlags:
     max_batch: int
     kv_tokens: int
     max_tokens: int
+    prefix_cache_tokens: int
     slo_s: float
     profile: str | None
     log: str | None
@@ -68,9 +79,16 @@ class ServerFlags:
     max_connections: int
     client_s: float
     api_key: str | None
+    api_keys: str | None
     allowed_hosts: str
     cors_origins: str
     access_log: bool
+    predictor_dir: str | None
+    recalibrate: bool
+    recalibrate_every: int
+    recalibrated_dir: str | None
+    adapter: list[str]
+    adapter_dir: str | None
 
 
 def server_parser() -> argparse.ArgumentParser:
@@ -104,6 +122,8 @@ def server_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max_tokens", type=int, default=2048, help="longest prompt and answer, in tokens [2048]"
     )
+    prefixes = "tokens of common prefixes of prompts to keep; 0: prompts share nothing [2048]"
+    parser.add_argument("--prefix_cache_tokens", type=int, default=2048, help=prefixes)
     parser.add_argument(
         "--slo_s",
         type=float,
@@ -140,15 +160,34 @@ def server_parser() -> argparse.ArgumentParser:
     parser.add_argument("--client_s", type=float, default=30.0, help=client)
     key = f"key that all requests but /health must carry (better: the environment's {KEY_VARIABLE})"
     parser.add_argument("--api_key", help=key)
+    keys = "file of more keys, by name and hash (python -m serving.server.keys adds one)"
+    parser.add_argument("--api_keys", metavar="FILE", help=keys)
     hosts = "names, with commas, that the header Host may have (default on loopback: --host)"
     parser.add_argument("--allowed_hosts", default="", help=hosts)
     origins = (
         'origins, with commas, of web pages that may send requests; "*" for all (default: none)'
     )
     parser.add_argument("--cors_origins", default="", help=origins)
-    lines = "a line for each request on the standard error output"
+    lines = "a JSON line for each request on the standard error output"
     parser.add_argument("--access_log", action="store_true", help=lines)
+    add_predictor_updates(parser)
+    adapter = "a LoRA adapter of the model, and the name by which requests choose it; repeatable"
+    parser.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR", help=adapter)
+    root = "folder whose LoRA adapters clients may load and unload (default: none)"
+    parser.add_argument("--adapter_dir", metavar="ROOT", help=root)
     return parser
+
+
+def add_predictor_updates(parser: argparse.ArgumentParser) -> None:
+    """Add the flags by which the predictor is replaced while serving."""
+    root = "folder within which POST /v1/predictor may name another predictor (default: none)"
+    parser.add_argument("--predictor_dir", metavar="DIR", help=root)
+    update = "update the predictor in the background from the lengths of the answers"
+    parser.add_argument("--recalibrate", action="store_true", help=update)
+    every = "with --recalibrate: whole answers from one update to the next [500]"
+    parser.add_argument("--recalibrate_every", type=int, default=500, help=every)
+    output = "with --recalibrate: folder of the best update (default: PREDICTOR-recalibrated)"
+    parser.add_argument("--recalibrated_dir", metavar="DIR", help=output)
 
 
 def parse_flags(argv: list[str] | None = None) -> ServerFlags:
@@ -163,10 +202,32 @@ def check_bounds(flags: ServerFlags) -> None:
         raise ValueError(f"--client_s must be above 0 and below 1e6, got {flags.client_s:g}")
     if not 0 <= flags.drain_s < 1e6:
         raise ValueError(f"--drain_s must be at least 0 and below 1e6, got {flags.drain_s:g}")
+    if flags.prefix_cache_tokens < 0:
+        raise ValueError(
+            f"--prefix_cache_tokens must be at least 0, got {flags.prefix_cache_tokens}"
+        )
     if flags.max_queue < 0:
         raise ValueError(f"--max_queue must be at least 0, got {flags.max_queue}")
     if flags.max_connections < 1:
         raise ValueError(f"--max_connections must be at least 1, got {flags.max_connections}")
+
+
+def check_predictor_flags(flags: ServerFlags) -> None:
+    """Raises ValueError for flags of the predictor that do not fit."""
+    if flags.recalibrated_dir and not flags.recalibrate:
+        raise ValueError("--recalibrated_dir needs --recalibrate")
+    if not flags.predictor:
+        if flags.recalibrate or flags.predictor_dir:
+            flag = "--recalibrate" if flags.recalibrate else "--predictor_dir"
+            raise ValueError(f"{flag} needs --predictor DIR")
+        return
+    if flags.predictor_dir and not os.path.isdir(flags.predictor_dir):
+        raise ValueError(f"--predictor_dir {flags.predictor_dir}: not a folder")
+    if flags.recalibrate_every < MIN_EVERY:
+        least = f"--recalibrate_every must be at least {MIN_EVERY}"
+        raise ValueError(f"{least}, got {flags.recalibrate_every}")
+    if flags.recalibrate:
+        checked_output(flags.recalibrated_dir, flags.predictor)
 
 
 def load_service(flags: ServerFlags) -> Service:
@@ -183,6 +244,7 @@ def load_service(flags: ServerFlags) -> Service:
             f"without one choose from {free}"
         )
     check_bounds(flags)
+    check_predictor_flags(flags)
     profile = read_profile(flags.profile or "datasheet")
     try:
         limits = Limits(
@@ -218,8 +280,11 @@ def load_service(flags: ServerFlags) -> Service:
     name = service_name(flags, predictor)
     rounds = getattr(model.config, "chat_prompt", None) == "rounds"
     defaults = tokenizer_family(tokenizer).chat_defaults
+    options = {}
+    if flags.engine == "continuous":
+        options["prefix_cache_tokens"] = flags.prefix_cache_tokens
     service = Service(
-        make_engine(flags.engine, model, limits, served_cost_model(model, profile)),
+        make_engine(flags.engine, model, limits, served_cost_model(model, profile), **options),
         tokenizer,
         policy,
         predictor,
@@ -231,7 +296,39 @@ def load_service(flags: ServerFlags) -> Service:
         max_queue=flags.max_queue,
     )
     service.text_encoder = text_encoder
+    if (prefixes := getattr(service.engine, "prefixes", None)) is not None:
+        service.monitor.watch_prefixes(lambda: prefixes.copied_tokens)
+    if predictor is not None:
+        add_predictors(service, predictor, flags)
+    service.adapters.load_given(flags.adapter)
+    if flags.adapter_dir is not None:
+        service.adapters.open_root(flags.adapter_dir)
     return service
+
+
+def add_predictors(service: Service, first: LengthPredictor, flags: ServerFlags) -> None:
+    """Let the service's predictor be replaced, and recalibrated with --recalibrate."""
+    assert flags.predictor is not None
+    predictors = Predictors(
+        first,
+        flags.predictor,
+        served_model=service.tokenizer.name_or_path,
+        install=service.use_predictor,
+        root=flags.predictor_dir,
+    )
+    service.predictors = predictors
+    registry = service.monitor.registry
+    if registry is not None:
+        add_version_metric(predictors, registry)
+    if not flags.recalibrate:
+        return
+    output = checked_output(flags.recalibrated_dir, flags.predictor)
+    recalibrator = Recalibrator(
+        predictors, every=flags.recalibrate_every, output=output, registry=registry
+    )
+    resume(predictors, recalibrator.output)
+    service.monitor.on_answer = recalibrator.observe
+    service.recalibrator = recalibrator
 
 
 def served_cost_model(model: "PreTrainedModel", profile: Profile) -> CostModel:
@@ -302,20 +399,23 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def access_rules_of(flags: ServerFlags, sock: socket.socket) -> AccessRules:
-    """The hosts and the key that are accepted, from the flags and the environment.
+    """The hosts and the keys that are accepted, from the flags and the environment.
 
     Raises:
-        ValueError: a key that no header can hold.
+        ValueError, OSError: a key that no header can hold, or a file of keys that is wrong.
     """
     key = flags.api_key if flags.api_key is not None else os.environ.get(KEY_VARIABLE)
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
         wanted = "printable ASCII characters, not empty, without spaces around them"
         raise ValueError(f"--api_key (or {KEY_VARIABLE}) must be {wanted}")
+    keys = None
+    if key is not None or flags.api_keys is not None:
+        keys = KeyRing(key, Path(flags.api_keys) if flags.api_keys is not None else None)
     hosts = filter(None, map(str.strip, flags.allowed_hosts.split(",")))
     named = set(map(host_name, hosts))
     if named or is_loopback(sock.getsockname()[0]):
-        return AccessRules(key, frozenset(named | {flags.host.lower()}))
-    return AccessRules(key)
+        return AccessRules(keys, frozenset(named | {flags.host.lower()}))
+    return AccessRules(keys)
 
 
 def make_server(service: Service, access_rules: AccessRules, flags: ServerFlags) -> "Server":
@@ -334,6 +434,15 @@ def make_server(service: Service, access_rules: AccessRules, flags: ServerFlags)
     )
 
 
+def write_access_log() -> None:
+    """Write the access log's lines to standard error as they are, without a logger's name."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    access_logger.addHandler(handler)
+    access_logger.setLevel(logging.INFO)
+    access_logger.propagate = False
+
+
 def main(argv: list[str] | None = None) -> int:
     flags = parse_flags(argv)
     return run_command("serving.server", lambda: serve_model(flags))
@@ -345,7 +454,9 @@ def serve_model(flags: ServerFlags) -> int:
     # asyncio warns at each write to a client that has gone; the service cancels its answer.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     if flags.access_log:
-        logging.getLogger("serving.access").setLevel(logging.INFO)
+        write_access_log()
+    for name in ("predictors", "recalibration"):  # what becomes of a new predictor is said
+        logging.getLogger(f"serving.server.{name}").setLevel(logging.INFO)
     try:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401

@@ -125,7 +125,7 @@ class CompletionResponse:
     ) -> None:
         self.service, self.asked = service, asked
         self.choices = Choices(service, asked, group, http)
-        self.head = response_head("cmpl", service) | {"object": "text_completion"}
+        self.head = response_head("cmpl", service, asked.model) | {"object": "text_completion"}
         self.offsets = [0] * len(self.choices.all)  # characters of tokens that have been given
 
     def prompt_of(self, choice: Choice) -> str:

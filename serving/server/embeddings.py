@@ -93,7 +93,8 @@ class EmbeddingResponse:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         vectors = [self.vector(choice) for choice in self.choices.all]
         tokens = self.choices.usage()["prompt_tokens"]
-        return embedding_list(vectors, tokens, self.asked.as_base64, self.service.name)
+        model = self.asked.model or self.service.name
+        return embedding_list(vectors, tokens, self.asked.as_base64, model)
 
     @staticmethod
     def vector(choice: Choice) -> np.ndarray:

@@ -461,7 +461,7 @@ def text_of_parts(parts: list) -> str | None:
 
 # Of every endpoint that samples answers.
 SAMPLING: Mapping[str, Field] = {
-    "model": Text("The served model's name."),
+    "model": Text("The served model's name, or that of one of its adapters."),
     "n": Number(int, 1, ANSWERS, "Answers to the prompt; a seed counts up from one to the next."),
     "best_of": Number(int, 1, ANSWERS, "As n, and must be n: no answers are made and left out."),
     "max_length": Number(int, 1, MOST, "Tokens of prompt and answer together, at most."),

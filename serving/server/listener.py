@@ -9,15 +9,18 @@ import signal
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from serving.server.access import AccessRules, ApiError
+from serving.server.access import REQUEST_ID, AccessRules, ApiError
 from serving.server.api import CLIENT_S, RETRY_S, make_app
+from serving.server.monitor import Monitor
 from serving.server.service import Service
 
 MAX_PIPELINED_BYTES = 65536
@@ -35,6 +38,7 @@ class LimitedConnection(H11Protocol):
     """
 
     max_open = 1024
+    monitor: Monitor | None = None
     pipelined_bytes = 0  # bytes that came while an earlier request was being answered
 
     def connection_made(  # type: ignore[override]  # as uvicorn's own, which is given a Transport
@@ -49,10 +53,26 @@ class LimitedConnection(H11Protocol):
             ).body()
         )
         head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-        head += f"Content-Length: {len(body)}\r\n"
+        head += f"Content-Length: {len(body)}\r\n{REQUEST_ID}: {uuid.uuid4().hex}\r\n"
         transport.write(f"{head}Retry-After: {RETRY_S}\r\nConnection: close\r\n\r\n{body}".encode())
         transport.set_protocol(asyncio.Protocol())
         transport.close()
+        if self.monitor is not None:
+            self.monitor.count_refusal("connections")
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP as every other error is answered."""
+        body = json.dumps(ApiError(400, msg).body()).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (REQUEST_ID.lower().encode(), uuid.uuid4().hex.encode()),
+            (b"connection", b"close"),
+        ]
+        start = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+        for event in (start, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event=event))
+        self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         cycle = self.cycle
@@ -89,9 +109,10 @@ class Server(uvicorn.Server):
         access_log: bool = False,
     ) -> None:
         app = make_app(service, access_rules, cors_origins, access_log, client_s)
+        limits = {"max_open": max_connections, "monitor": service.monitor}
         config = uvicorn.Config(
             app,
-            http=type("Limited", (LimitedConnection,), {"max_open": max_connections}),
+            http=type("Limited", (LimitedConnection,), limits),
             ws="none",
             log_level="error",
             access_log=False,
@@ -104,8 +125,8 @@ class Server(uvicorn.Server):
         self.drain_s = drain_s
         self.client_s = client_s
         self.skip_drain = False
-        # When a connection was first seen waiting for its client.
-        self._waiting_since: dict[LimitedConnection, float] = {}
+        # When a connection was first seen waiting for its client, and its request at that time.
+        self._waiting_since: dict[LimitedConnection, tuple[object, float]] = {}
         service.on_failure = self._engine_failed
 
     def serve_at(self, sock: socket.socket) -> int:
@@ -132,11 +153,18 @@ class Server(uvicorn.Server):
             number: signal.signal(number, self.handle_exit)
             for number in (signal.SIGTERM, signal.SIGINT)
         }
+        if self.service.predictors is not None and hasattr(signal, "SIGHUP"):
+            before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self.handle_reload)
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def handle_reload(self, number: int, frame: FrameType | None) -> None:
+        """SIGHUP: read --predictor again, in a thread."""
+        if self.service.predictors is not None:
+            threading.Thread(target=self.service.predictors.reload, daemon=True).start()
 
     def handle_exit(self, number: int, frame: FrameType | None) -> None:
         self.skip_drain = self.service.draining
@@ -156,9 +184,15 @@ class Server(uvicorn.Server):
 
     def _drop_slow(self):
         now = time.monotonic()
-        waiting = [c for c in self.server_state.connections if waits_for_client(c)]
-        self._waiting_since = {c: self._waiting_since.get(c, now) for c in waiting}
-        for connection, since in self._waiting_since.items():
+        before, self._waiting_since = self._waiting_since, {}
+        for connection in list(self.server_state.connections):
+            if not waits_for_client(connection):
+                continue
+            # A busy loop looks seldom: a wait after another request is a new one.
+            request, since = before.get(connection, (None, now))
+            if request is not connection.cycle:
+                since = now
+            self._waiting_since[connection] = (connection.cycle, since)
             if now - since > self.client_s:
                 connection.transport.abort()
 

@@ -5,16 +5,19 @@ predictor.update reads the log, Prometheus the metrics. Free of torch.
 
 import json
 import logging
+import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serving.request import Completion, Event, Limits, Record, Request
+from serving.server.access import Exchange, current_request_id
+from serving.server.figures import RECENT, Figures, refusal_reason
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -22,10 +25,6 @@ if TYPE_CHECKING:
     from serving.engines import Answer
 
 log = logging.getLogger(__name__)
-
-RECENT = 1000  # answers over which attainment is taken
-SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)
-RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.33, 2, 4, 10)
 
 
 class LogFile:
@@ -78,13 +77,22 @@ class TrackedRequest:
     Attributes:
         prompt: its text.
         answer: its `reason` says how it ended.
+        request_id: of the client's HTTP request; None where none is known.
         stopped: a stop string has ended it.
+        adapter: name of the one that answers.
     """
 
     request: Request
     prompt: str
     answer: "Answer"
+    request_id: str | None = None
     stopped: bool = False
+    adapter: str | None = None
+
+    @property
+    def embeds(self) -> bool:
+        """Whether its mean state was wanted: the engine's one token is no answer."""
+        return self.answer.sampling.embeds
 
     @property
     def reason(self) -> str:
@@ -96,11 +104,14 @@ class Monitor:
 
     A line of the log: served_model, output_tokens (without the end token), finished (the answer
     ended by itself; else it is at least so long), reason, prompt_tokens, slo_s, in_time, arrived
-    (seconds since 1970), queue_s, ttft_s, latency_s, preemptions, overruns, "prediction" where one
-    was made, and "prompt" with log_prompts: predictor.update needs it.
+    (seconds since 1970), queue_s, ttft_s, latency_s, preemptions, overruns, request_id,
+    "prediction" where one was made, "adapter" where one answered, and "prompt" with log_prompts:
+    predictor.update needs it.
 
     Attributes:
-        registry: of prometheus_client; None without the package.
+        figures: the metrics; None without prometheus-client.
+        on_answer: called with each answer's prompt, tokens (without the end token) and whether it
+            ended by itself, in the scheduler's thread.
     """
 
     def __init__(
@@ -117,16 +128,38 @@ class Monitor:
         self._waiting: set[int] = set()
         self._running: dict[int, Record] = {}
         self._recent: deque[bool] = deque(maxlen=RECENT)
-        self.registry: CollectorRegistry | None = None
+        # Of whole answers: (log of actual over predicted length, whether it is within the q90).
+        self._predicted: deque[tuple[float, bool]] = deque(maxlen=RECENT)
+        self.figures: Figures | None = None
+        self.on_answer: Callable[[str, int, bool], None] | None = None
         with suppress(ImportError):
-            self._make_metrics()
+            self.figures = Figures(self._gauges())
 
-    def track(self, request: Request, prompt: str, answer: "Answer") -> None:
+    @property
+    def registry(self) -> "CollectorRegistry | None":
+        """Of prometheus_client; None without the package."""
+        return self.figures.registry if self.figures is not None else None
+
+    def watch_prefixes(self, copied_tokens: Callable[[], int]) -> None:
+        """Show, as a metric, how many prompt tokens the engine has copied from common prefixes."""
+        if self.registry is not None:
+            from prometheus_client import Gauge
+
+            text = "Prompt tokens copied from common prefixes instead of computed"
+            gauge = Gauge("glm_prefix_copied_tokens", text, registry=self.registry)
+            gauge.set_function(copied_tokens)
+
+    def track(
+        self, request: Request, prompt: str, answer: "Answer", adapter: str | None = None
+    ) -> None:
         """Register a request's text and answer, before the scheduler gets it.
 
         May be called from any thread.
         """
-        self._tracked[request.id] = TrackedRequest(request, prompt, answer)
+        request_id = current_request_id.get()
+        self._tracked[request.id] = TrackedRequest(
+            request, prompt, answer, request_id, adapter=adapter
+        )
 
     def stopped(self, request_id: int) -> None:
         """Record that a stop string has ended the answer.
@@ -159,15 +192,18 @@ class Monitor:
             assert isinstance(event.what, Record)
             self._waiting.discard(event.id)
             self._running[event.id] = event.what
+            if self.figures is not None and not event.what.preemptions:
+                queue_s = event.what.first_admitted_s - event.what.request.arrival_s
+                self.figures.observe("queue_seconds", max(queue_s, 0.0))
         elif kind == "preempted":
             self._running.pop(event.id, None)
             self._waiting.add(event.id)
         elif kind == "refused":
             self.forget(event.id)
-        if self.registry is not None and kind in ("preempted", "overran"):
-            self.events.labels(kind).inc()
-        if kind in ("finished", "withdrawn", "refused") and self.registry is not None:
-            self.requests.labels(self._reason(event)).inc()
+        if self.figures is not None and kind in ("preempted", "overran"):
+            self.figures.count("scheduler_events", kind)
+        if self.figures is not None and kind in ("finished", "withdrawn", "refused"):
+            self.figures.count("requests", self._reason(event))
         if kind in ("finished", "withdrawn"):
             self._waiting.discard(event.id)
             self._running.pop(event.id, None)
@@ -186,13 +222,31 @@ class Monitor:
         in_time = done.finish_s <= request.deadline_s and (not done.cut or reason == "stop_string")
         if reason != "cancelled":
             self._recent.append(in_time)
-        if self.registry is not None:
-            self._count(done, tokens, reason, in_time)
+        if self.figures is not None:
+            self._count(self.figures, done, tokens, reason, in_time)
+        if tracked is not None and tracked.embeds:
+            return
         if self._file is not None and (tokens or finished):
             self._write(done, tokens, reason, finished, in_time, tracked)
-        if request.prediction is not None and finished and self.registry is not None:
-            self.ratio.observe((1 + tokens) / (1 + request.prediction.median_tokens))
-            self.within.labels(str(tokens <= request.prediction.quantile(0.9)).lower()).inc()
+        self._compare_lengths(done, tokens, finished)
+        if self.figures is not None and reason != "cancelled":
+            self.figures.observe("answer_tokens", tokens)
+            if request.prediction is not None:
+                self.figures.observe("predicted_tokens", request.prediction.median_tokens)
+        if self.on_answer is not None and tracked is not None and (tokens or finished):
+            self.on_answer(tracked.prompt, tokens, finished)
+
+    def _compare_lengths(self, done: Completion, tokens: int, finished: bool) -> None:
+        """Predicted with actual length, of an answer that ended by itself."""
+        prediction = done.request.prediction
+        if prediction is None or not finished:
+            return
+        ratio = (1 + tokens) / (1 + prediction.median_tokens)
+        within = bool(tokens <= prediction.quantile(0.9))
+        self._predicted.append((math.log(ratio), within))
+        if self.figures is not None:
+            self.figures.observe("length_ratio", ratio)
+            self.figures.count("predictions", str(within).lower())
 
     def _write(
         self,
@@ -224,19 +278,42 @@ class Monitor:
             "latency_s": round(done.latency_s, 4),
             "preemptions": done.preemptions,
             "overruns": done.overruns,
+            "request_id": tracked.request_id if tracked else None,
             "prediction": request.prediction.to_dict() if request.prediction is not None else None,
         }
-        self._file.write(json.dumps(row))
+        self._file.write(json.dumps(row | adapter_field(tracked)))
 
-    def _count(self, done: Completion, tokens: int, reason: str, in_time: bool):
+    @staticmethod
+    def _count(figures: Figures, done: Completion, tokens: int, reason: str, in_time: bool) -> None:
         request = done.request
-        self.tokens.labels("prompt").inc(request.prompt_tokens)
-        self.tokens.labels("output").inc(tokens)
+        figures.count("tokens", "prompt", by=request.prompt_tokens)
+        figures.count("tokens", "output", by=tokens)
         if done.first_token_s >= 0:
-            self.ttft.observe(max(done.first_token_s - request.arrival_s, 0.0))
+            ttft_s = max(done.first_token_s - request.arrival_s, 0.0)
+            figures.observe("time_to_first_token_seconds", ttft_s)
+            if done.output_tokens > 1:
+                tpot_s = (done.finish_s - done.first_token_s) / (done.output_tokens - 1)
+                figures.observe("time_per_output_token_seconds", max(tpot_s, 0.0))
         if reason != "cancelled":
-            self.latency.observe(done.latency_s)
-            self.slo.labels(str(in_time).lower()).inc()
+            figures.observe("latency_seconds", done.latency_s)
+            figures.count("slo", str(in_time).lower())
+
+    def count_exchange(self, route: str, exchange: Exchange) -> None:
+        """Count an HTTP request that has ended; `route`: the template of its path."""
+        if self.figures is None:
+            return
+        self.figures.count("http_requests", route, str(exchange.logged_status))
+        if exchange.key is not None:
+            self.figures.count("key_requests", exchange.key)
+        if exchange.error is not None:
+            reason = refusal_reason(exchange.error.status, exchange.error.code)
+            if reason is not None:
+                self.count_refusal(reason)
+
+    def count_refusal(self, reason: str) -> None:
+        """Count a request, or a connection, that was not served."""
+        if self.figures is not None:
+            self.figures.count("refused_requests", reason)
 
     def attainment(self) -> float:
         """Share of the RECENT last answers that were whole and in time; nan before there are any.
@@ -246,86 +323,48 @@ class Monitor:
         recent = list(self._recent)
         return sum(recent) / len(recent) if recent else float("nan")
 
-    def _make_metrics(self):
-        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+    def drift(self) -> float:
+        """Mean of log((1 + actual) / (1 + predicted median)) over the RECENT last whole answers.
 
-        registry = CollectorRegistry()
+        Above 0, answers are longer than predicted; nan before there are any.
+        """
+        recent = [log_ratio for log_ratio, _ in list(self._predicted)]
+        return sum(recent) / len(recent) if recent else float("nan")
 
-        def make_metric(
-            kind: type, name: str, text: str, labels: Sequence[str] = (), **more: Any
-        ) -> Any:
-            return kind(f"glm_{name}", text, labels, registry=registry, **more)
+    def coverage(self) -> float:
+        """Share of the RECENT last whole answers within their predicted q90; nan before any."""
+        recent = [within for _, within in list(self._predicted)]
+        return sum(recent) / len(recent) if recent else float("nan")
 
-        self.requests = make_metric(Counter, "requests", "Requests that ended, by how", ["reason"])
-        self.events = make_metric(Counter, "scheduler_events", "Preemptions and overruns", ["kind"])
-        self.tokens = make_metric(Counter, "tokens", "Tokens of requests that ended", ["kind"])
-        self.slo = make_metric(
-            Counter, "slo", "Answers by whether they were whole and in time", ["in_time"]
-        )
-        self.ttft = make_metric(
-            Histogram, "time_to_first_token_seconds", "Arrival to first token", buckets=SECONDS
-        )
-        self.latency = make_metric(
-            Histogram, "latency_seconds", "Arrival to last token", buckets=SECONDS
-        )
-        self.ratio = make_metric(
-            Histogram,
-            "length_ratio",
-            "(1 + actual) / (1 + predicted median) tokens of whole answers",
-            buckets=RATIOS,
-        )
-        self.within = make_metric(
-            Counter,
-            "predictions",
-            "Whole answers by whether they were within the predicted q90",
-            ["within_q90"],
-        )
-        make_metric(Gauge, "waiting_requests", "In the queue").set_function(
-            lambda: len(self._waiting)
-        )
-        make_metric(Gauge, "running_requests", "On the engine").set_function(
-            lambda: len(self._running)
-        )
-        make_metric(Gauge, "kv_reserved_tokens", "KV tokens reserved").set_function(
-            lambda: sum(record.reserved_tokens for record in list(self._running.values()))
-        )
-        make_metric(Gauge, "kv_limit_tokens", "KV tokens there are").set(self.limits.kv_tokens)
-        make_metric(Gauge, "slo_attainment", f"Share in time of the last {RECENT}").set_function(
-            self.attainment
-        )
-        self._make_device_metrics(make_metric)
-        self.registry = registry
+    def used_tokens(self) -> int:
+        """Prompt and answer tokens of the running requests."""
+        total = 0
+        for request_id, record in list(self._running.items()):
+            total += record.request.prompt_tokens
+            if (tracked := self._tracked.get(request_id)) is not None:
+                total += len(tracked.answer.tokens)
+        return total
 
-    def _make_device_metrics(self, make_metric: Callable[..., Any]):
-        """Load and memory of every GPU; `make_metric` is that of _make_metrics."""
-        if handles := nvml_handles():
-            import pynvml
-            from prometheus_client import Gauge
+    def reserved_tokens(self) -> int:
+        """KV tokens reserved for the running requests."""
+        return sum(record.reserved_tokens for record in list(self._running.values()))
 
-            load = make_metric(
-                Gauge, "device_load", "Share of time in which the GPU was at work", ["gpu"]
-            )
-            memory = make_metric(
-                Gauge, "device_memory_bytes", "Memory in use on the GPU, by anyone", ["gpu"]
-            )
-            for i, handle in enumerate(handles):
-                load.labels(str(i)).set_function(
-                    lambda h=handle: pynvml.nvmlDeviceGetUtilizationRates(h).gpu / 100
-                )
-                memory.labels(str(i)).set_function(
-                    lambda h=handle: pynvml.nvmlDeviceGetMemoryInfo(h).used
-                )
+    def _gauges(self) -> dict[str, Callable[[], float]]:
+        """What gives each of the figures' GAUGES."""
+        return {
+            "waiting_requests": lambda: len(self._waiting),
+            "running_requests": lambda: len(self._running),
+            "kv_used_tokens": self.used_tokens,
+            "kv_reserved_tokens": self.reserved_tokens,
+            "kv_limit_tokens": lambda: self.limits.kv_tokens,
+            "slo_attainment": self.attainment,
+            "length_drift_log_ratio": self.drift,
+            "q90_coverage_ratio": self.coverage,
+        }
 
 
-def nvml_handles() -> list[Any]:
-    """The NVML handle of every GPU; empty without GPUs or without nvidia-ml-py."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        return list(map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount())))
-    except (
-        Exception
-    ) as error:  # no package, no driver, no GPU: each library version has its own error
-        log.debug("no GPU metrics: %s", error)
-        return []
+def adapter_field(tracked: TrackedRequest | None) -> dict[str, str]:
+    """The adapter that answered, as a field of the log; empty where it was the model itself."""
+    if tracked is None or tracked.adapter is None:
+        return {}
+    return {"adapter": tracked.adapter}

@@ -14,6 +14,7 @@ ERRORS = {
     403: "The header Host names another server",
     404: "No such model",
     408: "The body did not come in time",
+    409: "Another predictor is being loaded",
     413: "The body is too large",
     415: "The body is not declared as application/json",
     429: "The queue is full; Retry-After says when to try again",
@@ -140,11 +141,11 @@ def endpoint(summary: str, request: str, response: str, streams: bool) -> Schema
         "responses": responses_of(
             "The answer; with stream, server-sent events" if streams else "The answer",
             schema_ref(response),
-            *ERRORS,
+            *sorted(set(ERRORS) - {409}),
         ),
     }
     if streams:
-        entry["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        entry["responses"]["200"]["content"]["text/event-stream"] = event_stream()
     return entry
 
 
@@ -180,6 +181,7 @@ def openapi_document(model: str, needs_key: bool) -> Schema:
         "description": "It drains, or its engine has failed",
         "content": json_content(status),
     }
+    live = responses_of("It answers", status, 403)
     metrics: Schema = responses_of("Prometheus' text format", {}, 401, 403, 501)
     metrics["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
     document: Schema = {
@@ -204,8 +206,19 @@ def openapi_document(model: str, needs_key: bool) -> Schema:
                     "responses": responses_of("The model", card, 401, 403, 404),
                 },
             },
+            "/v1/predictor": predictor_path(),
             "/health": {
                 "get": {"summary": "Whether it serves", "security": [], "responses": health}
+            },
+            "/health/live": {
+                "get": {"summary": "Whether it answers", "security": [], "responses": live}
+            },
+            "/health/ready": {
+                "get": {
+                    "summary": "Whether it takes new requests",
+                    "security": [],
+                    "responses": health,
+                }
             },
             "/metrics": {"get": {"summary": "Figures for Prometheus", "responses": metrics}},
         },
@@ -215,6 +228,32 @@ def openapi_document(model: str, needs_key: bool) -> Schema:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
     return document
+
+
+def event_stream() -> Schema:
+    """The content of a reply in server-sent events; the schema is one event's (OpenAPI 3.1)."""
+    event: Schema = {"type": "object", "required": ["data"]}
+    event["properties"] = {"data": {"type": "string", "description": "A chunk's JSON, or [DONE]"}}
+    return {"schema": event}
+
+
+def predictor_path() -> Schema:
+    """What serves the predictor and replaces it."""
+    serving: Schema = {"type": "object", "required": ["path", "name", "version", "since", "card"]}
+    wanted = {"type": "object", "required": ["path"], "properties": {"path": {"type": "string"}}}
+    return {
+        "get": {
+            "summary": "The length predictor that serves",
+            "responses": responses_of("Its folder and card", serving, 401, 403, 404),
+        },
+        "post": {
+            "summary": "Replace it by that of a folder within --predictor_dir",
+            "requestBody": {"required": True, "content": json_content(wanted)},
+            "responses": responses_of(
+                "The new one", serving, 400, 401, 403, 404, 408, 409, 413, 415
+            ),
+        },
+    }
 
 
 def schema_ref(name: str) -> Schema:

@@ -106,7 +106,7 @@ class ResponsesResponse:
     ) -> None:
         self.service, self.asked = service, asked
         self.choices = Choices(service, asked, group, http)
-        head = response_head("resp", service)
+        head = response_head("resp", service, asked.model)
         self.head = {
             "id": head["id"].replace("-", "_"),
             "object": "response",

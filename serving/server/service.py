@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,9 +17,9 @@ import numpy as np
 
 from predictor.prediction import from_bins
 from serving.engines import Answer, Inbox, Sampling, TextEngine, WallClock
-from serving.engines.constraints import Grammar
 from serving.request import Event, Policy, Record, Request
 from serving.scheduler import run_scheduler
+from serving.server.adapters import AdapterRegistry
 from serving.server.generation import GenerationRequest, PromptIds, banned_sequences
 from serving.server.grammars import GrammarCompiler
 from serving.server.monitor import Monitor
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from chatglm.family_tokenizer import FamilyTokenizer
     from predictor.prediction import LengthPrediction
     from predictor.runtime import LengthPredictor
+    from serving.server.predictors import Predictors
+    from serving.server.recalibration import Recalibrator
     from serving.server.text_encoder import TextEncoder
 
 log = logging.getLogger(__name__)
@@ -104,6 +106,8 @@ class Service:
         prompt_options: options of the family's encode_chat.
         max_queue: requests that may wait beside the max_batch that run.
         text_encoder: what embeddings come from; None for the served model.
+        predictors: what replaces `predictor` while serving; recalibrator: what updates it.
+        adapters: those that a request's `model` may name.
         draining: no new requests are taken. failure: why the engine has ended, or None.
         on_failure: called in the engine's thread, after the engine has failed and every answer
             has ended.
@@ -138,6 +142,9 @@ class Service:
         )
         self.max_queue = max_queue
         self.text_encoder: TextEncoder | None = None
+        self.predictors: Predictors | None = None
+        self.recalibrator: Recalibrator | None = None
+        self.adapters = AdapterRegistry(engine, name)
         self.on_failure: Callable[[], None] | None = None
         self.draining, self.failure = False, None
         self._preparing = 0
@@ -151,10 +158,18 @@ class Service:
 
     def start(self) -> None:
         self._thread.start()
+        if self.recalibrator is not None:
+            self.recalibrator.start()
+
+    def use_predictor(self, predictor: "LengthPredictor") -> None:
+        """Predict later requests by this one; those in preparation keep the one before."""
+        self.predictor = predictor
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """End the engine's thread; events of running answers are no longer read."""
         self.draining = True
+        if self.recalibrator is not None:
+            self.recalibrator.close()
         self.inbox.close()
         self.cancel_all()
         self._thread.join(timeout_s)
@@ -205,6 +220,7 @@ class Service:
         Raises:
             ValueError: the family's prompt format has no place for these prompts.
             PromptTooLong: one leaves no room for an answer.
+            UnknownAdapter: `model` names no loaded adapter.
             ServiceClosed, QueueFull, PredictionFailed: none is made.
         """
         self.check_open()
@@ -221,11 +237,13 @@ class Service:
         finally:
             self._preparing -= count
         self.check_open()
+        adapter = self.adapters.chosen(asked.model)
         group = AnswerGroup([], asyncio.Queue(), asked.unknown_fields)
         try:
             for prompt, prediction in prompts:
                 for number in range(asked.n):
-                    sampling = self.sampling_of(asked, len(prompt.ids), number, grammar)
+                    sampling = self.sampling_of(asked, len(prompt.ids), number)
+                    sampling = replace(sampling, grammar=grammar, adapter=adapter)
                     self._submit(group, asked, prompt, prediction, sampling, arrival_s)
         except BaseException:
             self.release(group)
@@ -277,7 +295,7 @@ class Service:
         answer = self.engine.submit(request, prompt.ids, sampling, listener)
         active = self._active[request.id] = ActiveRequest(request, answer)
         group.answers.append(active)
-        self.monitor.track(request, prompt.text, answer)
+        self.monitor.track(request, prompt.text, answer, sampling.adapter)
         try:
             self.inbox.put(request)
         except RuntimeError as error:  # it was shut in between
@@ -297,14 +315,8 @@ class Service:
             self.cancel(active)
             self._active.pop(active.request.id, None)
 
-    def sampling_of(
-        self,
-        asked: GenerationRequest,
-        prompt_tokens: int,
-        number: int,
-        grammar: Grammar | None = None,
-    ) -> Sampling:
-        """Of a prompt's answer of this number.
+    def sampling_of(self, asked: GenerationRequest, prompt_tokens: int, number: int) -> Sampling:
+        """Of a prompt's answer of this number, but for its grammar and adapter.
 
         Raises:
             PromptTooLong: max_length leaves no room for an answer.
@@ -329,7 +341,6 @@ class Service:
             logprobs=asked.top_logprobs or 0 if asked.logprobs else None,
             prompt_logprobs=asked.prompt_logprobs,
             embeds=asked.embeds,
-            grammar=grammar,
             **options,
         )
 
@@ -400,6 +411,8 @@ class Service:
             "latency_s": round(latency_s, 4),
             "in_time": latency_s <= request.slo_s,
         }
+        if (adapter := answer.sampling.adapter) is not None:
+            report_fields["adapter"] = adapter
         if (prediction := request.prediction) is not None:
             predicted = {
                 "expected": prediction.expected_tokens,

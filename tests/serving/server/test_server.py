@@ -7,7 +7,6 @@ import http.client
 import json
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from chatglm.families import family_of
 from predictor.update import main as update
+from serving.engines import Answer, Sampling
 from serving.request import Limits, Request
 from serving.scheduler import Replay, VirtualClock, run_scheduler
 from serving.server.chat import encode_messages, parse_body, prompt_of
@@ -27,90 +27,10 @@ from serving.server.command import main
 from serving.server.monitor import Monitor
 from serving.server.text_stream import TextStream
 from serving.simulate.engine import LinearCost, SimulatedEngine
-from tests.finetune.runs import ROOT, child_env, make_rows, write_rows
 from tests.predictor import synthetic
-from tests.warm import warm_python
+from tests.serving.server.conftest import start
 
 JSON = {"Content-Type": "application/json"}
-LIMITS = {"--max_batch": 4, "--kv_tokens": 4096, "--max_tokens": 1024}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """(a random glm2 model, a lexical predictor of "m")."""
-    from scripts.prepare_small_model import make_model
-    from scripts.prepare_tokenizer import main as make_tokenizer
-
-    folder = tmp_path_factory.mktemp("served")
-    rows = write_rows(folder / "rows.json", make_rows(60, seed=9))
-    assert (
-        make_tokenizer(
-            [
-                "--input",
-                str(rows),
-                "--output_dir",
-                str(folder / "tokenizer"),
-                "--vocab_size",
-                "420",
-                "--family",
-                "glm2",
-            ]
-        )
-        == 0
-    )
-    model = make_model(
-        "glm2",
-        folder / "tokenizer",
-        folder / "model",
-        hidden_size=64,
-        num_layers=2,
-        heads=4,
-        ffn=128,
-    )
-    never_end(model)
-    return model, synthetic.train(folder, synthetic.make_rows(300, seed=1))
-
-
-def never_end(folder):
-    """The end token's logit is 0 and another's is above it: greedy answers reach max_tokens."""
-    from safetensors.torch import load_file, save_file
-
-    [file] = folder.glob("*.safetensors")
-    weights = load_file(file)
-    [output] = [name for name in weights if name.endswith("output_layer.weight")]
-    weights[output][2] = 0
-    save_file(weights, file, {"format": "pt"})
-
-
-def start(folders, log, *more):
-    model, predictor = folders
-    limits = [str(word) for pair in LIMITS.items() for word in pair]
-    words = [
-        "--model",
-        model,
-        "--predictor",
-        predictor,
-        "--port",
-        "0",
-        "--device",
-        "cpu",
-        *limits,
-        "--log",
-        log,
-        "--log_prompts",
-    ]
-    words += ["--served_model_name", "m", *more]
-    process = subprocess.Popen(
-        [warm_python(), "-m", "serving.server", *map(str, words)],
-        cwd=ROOT,
-        env=child_env(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    line = process.stdout.readline()
-    assert line.startswith("serving m at http://127.0.0.1:"), process.communicate()
-    return process, line.split(" at ")[1].strip()
 
 
 @pytest.fixture(scope="module")
@@ -602,7 +522,9 @@ def test_a_monitor_of_a_simulated_run(tmp_path):
         Request(9, 300, 1.0, 5.0)
     ]
     for request in requests:
-        monitor.track(request, "secret", SimpleNamespace(reason="stop"))
+        answer = Answer(request.id, [], Sampling(), None)
+        answer.add(None, "stop")
+        monitor.track(request, "secret", answer)
     list(
         run_scheduler(
             POLICIES["fcfs"],

@@ -608,12 +608,14 @@ def test_s9_head_and_a_line_for_each_request(tiny_folders, caplog):
             assert reply.status_code == 200 and not reply.content, path
         ask(server)
         httpx.get(f"{server.root}/v1/models/a%0Ab?secret=1")
-    lines = [record.getMessage() for record in caplog.records if record.name == "serving.access"]
-    assert [line.split()[1:4] for line in lines[-3:]] == [
-        ["HEAD", "/openapi.json", "200"],
-        ["POST", "/v1/chat/completions", "200"],
-        ["GET", "/v1/models/a%0Ab", "404"],
+    texts = [record.getMessage() for record in caplog.records if record.name == "serving.access"]
+    lines = [json.loads(text) for text in texts[-3:]]
+    assert [(line["method"], line["path"], line["status"]) for line in lines] == [
+        ("HEAD", "/openapi.json", 200),
+        ("POST", "/v1/chat/completions", 200),
+        ("GET", "/v1/models/a%0Ab", 404),
     ]
+    assert "secret" not in texts[-1] and lines[0]["bytes"] == 0 < lines[1]["bytes"]
 
 
 def test_s9_the_openapi_document_says_what_is_served(server):
@@ -863,6 +865,19 @@ def test_no_body_harms_a_probes_answer(server, draw, kind):
     connection.close()
     assert reply.status < 500 and b'"server_error"' not in said, (body[:300], said[-300:])
     assert probe == server.alone
+
+
+def test_a_connection_in_use_is_not_dropped_for_being_idle_now_and_then(server):
+    """It waits for its client whenever the server looks, but never for client_s at a stretch."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection.connect()
+    begin = connection.sock
+    for _ in range(14):
+        connection.request("GET", "/health")
+        assert connection.getresponse().read()
+        assert connection.sock is begin
+        time.sleep(0.3)
+    connection.close()
 
 
 def test_the_attack_in_miniature(tiny_folders, tmp_path, capsys, monkeypatch):

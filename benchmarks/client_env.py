@@ -1,0 +1,85 @@
+"""Environments of their own for programs whose dependencies are many or clash with this project's.
+
+    python benchmarks/client_env.py clients
+
+makes a virtual environment with pinned versions, once, and prints its python. It is kept in
+$GLM_FOUNDRY_ENVIRONMENTS, else in ~/.cache/glm-foundry, under a name with a hash of the versions.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from chatglm.commands import run_command  # noqa: E402
+
+PACKAGES = {
+    "clients": (
+        "openai==2.54.0",
+        "langchain-openai==1.4.3",
+        "instructor==1.17.0",
+        "litellm==1.110.2",
+    ),
+    "schemathesis": ("schemathesis==4.32.5",),
+    "lm_eval": (
+        "lm_eval[api]==0.4.13",
+        "torch==2.13.0",
+        "transformers==5.24.0",
+        "sentencepiece==0.2.3",
+    ),
+}
+
+
+def environments_folder() -> Path:
+    if given := os.environ.get("GLM_FOUNDRY_ENVIRONMENTS"):
+        return Path(given)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "glm-foundry"
+
+
+def environment_python(name: str) -> Path:
+    """The python of an environment of PACKAGES, which is made where it is missing.
+
+    Raises:
+        ValueError: pip could not install the packages; its last lines.
+    """
+    key = repr((sys.version_info[:2], PACKAGES[name]))
+    folder = environments_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    python, complete = folder / "bin" / "python", folder / "complete"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be making it
+        if complete.exists():
+            return python
+        venv.create(folder, clear=True, with_pip=True)
+        words = [python, "-m", "pip", "install", "-q", *PACKAGES[name]]
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr.strip()[-500:]
+            raise ValueError(f"the environment {name} could not be made in {folder}: {said}")
+        complete.touch()
+    return python
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", choices=PACKAGES, help="of the environment")
+    flags = parser.parse_args(argv)
+
+    def show() -> int:
+        print(environment_python(flags.name))
+        return 0
+
+    return run_command("client_env", show)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

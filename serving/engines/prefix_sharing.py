@@ -1,0 +1,167 @@
+"""Prompts that begin alike: their common keys and values are copied, not computed again.
+
+Each sequence has a slot of its own in the KV arena, so memory is not shared, computation is. A
+prompt's source is a sequence in the arena, or a prefix that a sequence has left here. Keys and
+values of a token depend on the tokens before it alone, so a copy is what would be computed; this
+does not hold for ChatGLM-6B, whose prompts are read both ways.
+"""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from serving.engines.arena import placed_slab
+from serving.engines.passes import Sequence
+
+SHORTEST = 32  # tokens of the shortest prefix that is copied
+BEGINNINGS = 1024  # beginnings of prompts that are remembered
+
+Beginning = tuple[Hashable, tuple[int, ...]]  # (Sequence.key, the first SHORTEST tokens)
+
+
+@dataclass(frozen=True)
+class KeptPrefix:
+    """What a sequence has left.
+
+    Attributes:
+        ids: its n tokens.
+        keys, values: by layer, (kv_heads, virtual tokens + n, head_dim).
+    """
+
+    ids: list[int]
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+class PrefixCache:
+    """Copies common prefixes between sequences, and keeps those that have been common.
+
+    A sequence that leaves the arena leaves its tokens' keys and values here if another prompt has
+    begun with the same SHORTEST tokens: the last such sequence of each beginning, the beginnings
+    least recently used leaving first. One that has failed leaves nothing.
+
+    Args:
+        tokens: kept at most, virtual tokens not counted.
+        virtual: P-Tuning's tokens before each sequence.
+    Attributes:
+        kept_tokens: kept now.
+        copied_tokens: prompt tokens that were copied instead of computed.
+    """
+
+    def __init__(self, tokens: int, virtual: int):
+        self.tokens, self.virtual = tokens, virtual
+        self.kept: OrderedDict[Beginning, KeptPrefix] = OrderedDict()
+        self.kept_tokens = self.copied_tokens = 0
+        self._prompts: OrderedDict[Beginning, set[int]] = OrderedDict()  # ids of sequences, up to 2
+
+    def share(
+        self, row: Sequence, rows: Iterable[Sequence], chunks: list[tuple[Sequence, int]]
+    ) -> bool:
+        """Copy the longest prefix there is into a sequence of which nothing is computed yet.
+
+        Args:
+            rows: those in the arena.
+            chunks: what the next pass computes of them: (sequence, tokens).
+        Returns:
+            True, and nothing is copied, where the next pass computes more of its prefix.
+        """
+        beginning = beginning_of(row.key, row.ids)
+        if beginning is None or row.answer.reads_prompt:
+            return False
+        self._remember(beginning, row.id)
+        wanted = row.ids[:-1]  # the last one is computed: its logits are wanted
+        best, source = 0, None
+        for other in rows:
+            if other is row or other.slab is None or other.key != row.key:
+                continue
+            if other.answer.reason == "failed":
+                continue
+            common = common_length(wanted, tokens_in_arena(other, self.virtual))
+            if common > best:
+                best, source = common, other
+        kept = self.kept.get(beginning)
+        common = common_length(wanted, kept.ids) if kept is not None else 0
+        for other, count in chunks:
+            soon = common_length(wanted, other.ids[: other.computed + count])
+            if other.key == row.key and soon >= max(best, common) + SHORTEST:
+                return True
+        if kept is not None and common >= best:
+            self.kept.move_to_end(beginning)
+            self._copy(row, kept.keys, kept.values, common)
+        elif source is not None:
+            slab, slot = placed_slab(source), source.slot
+            keys = [layer[slot] for layer in slab.keys]
+            values = [layer[slot] for layer in slab.values]
+            self._copy(row, keys, values, best)
+        return False
+
+    def _copy(self, row: Sequence, keys: list[Tensor], values: list[Tensor], count: int):
+        """Write the first `count` tokens of a source, and the virtual ones, to the row's slot."""
+        if count < SHORTEST:
+            return
+        slab, end = placed_slab(row), self.virtual + count
+        for layer, (key, value) in enumerate(zip(keys, values)):
+            slab.keys[layer][row.slot, :, :end] = key[:, :end]
+            slab.values[layer][row.slot, :, :end] = value[:, :end]
+        row.computed, row.length = count, end
+        self.copied_tokens += count
+
+    def keep(self, row: Sequence) -> None:
+        """Keep what a sequence has computed, as far as there is room; it leaves the arena now."""
+        if row.slab is None or row.answer.reason == "failed":
+            return
+        ids = tokens_in_arena(row, self.virtual)[: self.tokens]
+        beginning = beginning_of(row.key, ids)
+        if beginning is None or len(self._prompts.get(beginning, ())) < 2:
+            return
+        before = self.kept.get(beginning)
+        if before is not None and before.ids[: len(ids)] == ids:
+            self.kept.move_to_end(beginning)
+            return
+        end = self.virtual + len(ids)
+        keys = [layer[row.slot, :, :end].clone() for layer in row.slab.keys]
+        values = [layer[row.slot, :, :end].clone() for layer in row.slab.values]
+        if not all(bool(layer.isfinite().all()) for layer in keys + values):
+            return  # it has been cancelled before its failure was seen
+        if before is not None:
+            self._drop(beginning)
+        while self.kept and self.kept_tokens + len(ids) > self.tokens:
+            self._drop(next(iter(self.kept)))
+        self.kept[beginning] = KeptPrefix(ids, keys, values)
+        self.kept_tokens += len(ids)
+
+    def _drop(self, beginning: Beginning):
+        self.kept_tokens -= len(self.kept.pop(beginning).ids)
+
+    def _remember(self, beginning: Beginning, request_id: int):
+        prompts = self._prompts.setdefault(beginning, set())
+        if len(prompts) < 2:
+            prompts.add(request_id)
+        self._prompts.move_to_end(beginning)
+        if len(self._prompts) > BEGINNINGS:
+            self._prompts.popitem(last=False)
+
+
+def beginning_of(key: Hashable, ids: list[int]) -> Beginning | None:
+    """What prompts must have in common to share anything; None for one that is too short."""
+    return (key, tuple(ids[:SHORTEST])) if len(ids) >= SHORTEST else None
+
+
+def tokens_in_arena(row: Sequence, virtual: int) -> list[int]:
+    """The tokens of prompt and answer whose keys and values are in the sequence's slot."""
+    count = max(row.length - virtual, 0)
+    return (row.answer.prompt + row.answer.tokens)[:count]
+
+
+def common_length(a: list[int], b: list[int]) -> int:
+    """How many first tokens two lists have in common."""
+    least, most = 0, min(len(a), len(b))
+    while least < most:  # slices are compared faster than tokens one by one
+        middle = (least + most + 1) // 2
+        if a[least:middle] == b[least:middle]:
+            least = middle
+        else:
+            most = middle - 1
+    return least
