@@ -118,7 +118,7 @@ def test_forced_calls(client):
         with pytest.raises(openai.BadRequestError, match="knows no tools here"):
             ask(client, tools=TOOLS, tool_choice=named)
         return
-    for seed in range(4):
+    for seed in range(2):
         reply = ask(client, tools=TOOLS, tool_choice=named, seed=seed).choices[0]
         [call] = reply.message.tool_calls
         assert call.function.name == "weather" and reply.finish_reason == "tool_calls"
@@ -142,16 +142,13 @@ def test_forced_calls(client):
 def test_a_call_or_a_text_of_the_form(client):
     if client.family in ("glm", "glm2"):
         return
-    seen = set()
     schema = {"name": "p", "schema": Person.model_json_schema()}
-    for seed in range(12):
-        form = {"type": "json_schema", "json_schema": schema}
+    form = {"type": "json_schema", "json_schema": schema}
+    for seed in range(4):
         reply = ask(client, tools=TOOLS, response_format=form, seed=seed, temperature=2.0)
         message = reply.choices[0].message
-        seen.add(bool(message.tool_calls))
         if not message.tool_calls:
             assert Person.model_validate_json(message.content)
-    assert seen
 
 
 @pytest.mark.parametrize(

@@ -64,9 +64,10 @@ def check(tokenizer, texts, text):
         # A character that the tiny vocabularies have no piece and no bytes for.
         assert tokenizer.unk_token_id in ids
         return
-    assert text_of(tokenizer, texts, ids) == decoded(tokenizer, ids).removeprefix(
-        " " if drops_first_space(tokenizer) else ""
-    )
+    shown = [text_of(tokenizer, texts, ids)]
+    if drops_first_space(tokenizer):  # not where it is a byte or one of several spaces
+        shown.append(f" {shown[0]}")
+    assert decoded(tokenizer, ids) in shown
 
 
 def test_tiny_vocabularies(tokenizer):
