@@ -37,14 +37,9 @@ from serving.server.completions import CompletionResponse, parse_completion
 from serving.server.embeddings import EmbeddingResponse, embedding_list, parse_embedding
 from serving.server.openapi import openapi_document
 from serving.server.predictors import add_predictor_routes
+from serving.server.refusals import PredictionFailed, PromptTooLong, QueueFull, ServiceClosed
 from serving.server.responses import ResponsesResponse, parse_response
-from serving.server.service import (
-    PredictionFailed,
-    PromptTooLong,
-    QueueFull,
-    Service,
-    ServiceClosed,
-)
+from serving.server.service import Service
 
 SHOWN_MODELS = 9  # names that an error lists
 BODY_BYTES = 2 * 2**20

@@ -23,6 +23,12 @@ from serving.server.adapters import AdapterRegistry
 from serving.server.generation import GenerationRequest, PromptIds, banned_sequences
 from serving.server.grammars import GrammarCompiler
 from serving.server.monitor import Monitor
+from serving.server.refusals import (
+    PredictionFailed,
+    PromptTooLong,
+    QueueFull,
+    ServiceClosed,
+)
 
 if TYPE_CHECKING:
     from chatglm.family_tokenizer import FamilyTokenizer
@@ -45,22 +51,6 @@ SAMPLING_FIELDS = (  # those of a GenerationRequest that Sampling has under the 
     "frequency_penalty",
     "logit_bias",
 )
-
-
-class PromptTooLong(ValueError):
-    """A prompt that leaves no room for an answer."""
-
-
-class QueueFull(RuntimeError):
-    """max_batch requests run and max_queue wait."""
-
-
-class PredictionFailed(RuntimeError):
-    """The predictor failed on this prompt."""
-
-
-class ServiceClosed(RuntimeError):
-    """No new requests: the server is shutting down, or its engine has failed."""
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from predictor.backbones import EncoderBackbone
-from serving.server.service import PromptTooLong
+from serving.server.refusals import PromptTooLong
 
 if TYPE_CHECKING:
     import torch
