@@ -8,10 +8,11 @@ import itertools
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TokenQueue: TypeAlias = "asyncio.Queue[tuple[int, int | None]]"
 MAX_CHARACTERS_PER_TOKEN = 100  # a longer prompt is refused without being tokenized
 ONE_TOKEN = from_bins(np.ones(1), np.array([0.0, 1.0]))  # of what makes no answer: embeddings
 SAMPLING_FIELDS = (  # those of a GenerationRequest that Sampling has under the same name
@@ -66,6 +68,32 @@ class ActiveRequest:
     admitted_s: float | None = None
 
 
+class TokenRelay:
+    """Brings tokens from the engine's thread to an event loop, which it wakes once for many."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._waiting: deque[tuple[TokenQueue, tuple[int, int | None]]] = deque()
+        self._is_scheduled = False
+
+    def put(self, tokens: "TokenQueue", entry: tuple[int, int | None]) -> None:
+        """For the engine's thread. Raises RuntimeError where the loop is closed."""
+        self._waiting.append((tokens, entry))
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            try:
+                self.loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:
+                self._is_scheduled = False
+                raise
+
+    def _deliver(self) -> None:
+        self._is_scheduled = False  # before the queue is emptied: what comes after wakes again
+        while self._waiting:
+            tokens, entry = self._waiting.popleft()
+            tokens.put_nowait(entry)
+
+
 class AnswerGroup(NamedTuple):
     """The answers to one request of a client.
 
@@ -76,7 +104,7 @@ class AnswerGroup(NamedTuple):
     """
 
     answers: list[ActiveRequest]
-    tokens: "asyncio.Queue[tuple[int, int | None]]"
+    tokens: TokenQueue
     unknown_fields: tuple[str, ...] = ()
 
 
@@ -144,6 +172,7 @@ class Service:
         self.grammars = GrammarCompiler(tokenizer, lambda: sorted(engine.stop_ids))
         self._ids = itertools.count()
         self._active: dict[int, ActiveRequest] = {}
+        self._relay: TokenRelay | None = None
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -273,14 +302,13 @@ class Service:
             predict_s=predict_s,
             priority=asked.priority,
         )
-        loop = asyncio.get_running_loop()
-        tokens, place = group.tokens, len(group.answers)
+        relay, tokens, place = self._relay_of_loop(), group.tokens, len(group.answers)
 
         def listener(answer: Answer, token: int | None):
             if token is not None:
-                loop.call_soon_threadsafe(tokens.put_nowait, (place, token))
+                relay.put(tokens, (place, token))
             if answer.reason is not None:
-                loop.call_soon_threadsafe(tokens.put_nowait, (place, None))
+                relay.put(tokens, (place, None))
 
         answer = self.engine.submit(request, prompt.ids, sampling, listener)
         active = self._active[request.id] = ActiveRequest(request, answer)
@@ -292,6 +320,13 @@ class Service:
             self.engine.forget(request.id)
             self.monitor.forget(request.id)
             raise ServiceClosed(str(self.failure or error)) from None
+
+    def _relay_of_loop(self) -> TokenRelay:
+        """The relay of the running loop, of which a service has one."""
+        loop = asyncio.get_running_loop()
+        if self._relay is None or self._relay.loop is not loop:
+            self._relay = TokenRelay(loop)
+        return self._relay
 
     def cancel(self, active: ActiveRequest) -> None:
         """Cancel an answer; nothing happens where it has ended."""
