@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from chatglm import load_tokenizer  # noqa: E402
+from chatglm.commands import run_command  # noqa: E402
 from serving.engines.answers import Answer, Sampling, choose_tokens  # noqa: E402
 from serving.engines.constraints import Grammar, TokenVocabulary  # noqa: E402
 from serving.server.chat import answer_shape  # noqa: E402
@@ -51,13 +52,18 @@ def milliseconds(rows: torch.Tensor, sampling: Sampling, tokens: int, stop_ids: 
     return spent / tokens * 1e3
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="a folder with a tokenizer")
     parser.add_argument("--tokens", type=int, default=400)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    return run_command("grammar_cost.py", lambda: measure_cost(args.model, args.tokens))
+
+
+def measure_cost(model: str, tokens: int) -> int:
+    """Print the figures of a folder's vocabulary."""
     torch.set_num_threads(1)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(model)
     begin = time.perf_counter()
     vocabulary = TokenVocabulary(token_bytes(tokenizer), tokenizer.stop_ids)
     built_s = time.perf_counter() - begin
@@ -72,7 +78,7 @@ def main() -> int:
     for name, options in (("greedy", {}), ("sampled", {"temperature": 0.8, "top_p": 0.8})):
         for constrained in (None, grammar):
             sampling = Sampling(grammar=constrained, seed=1, **options)
-            cost = milliseconds(rows, sampling, args.tokens, tokenizer.stop_ids)
+            cost = milliseconds(rows, sampling, tokens, tokenizer.stop_ids)
             figures[f"{name}{'_grammar' if constrained else ''}_ms"] = cost
     print(json.dumps({key: round(value, 3) for key, value in figures.items()}))
     return 0

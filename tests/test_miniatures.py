@@ -80,6 +80,7 @@ HERE = {  # file -> the test of this file that runs it
     "benchmarks/adapters.py": "test_adapters",
     "benchmarks/entry_points.py": "test_entry_points",
     "benchmarks/golden_table.py": "test_golden_table",
+    "benchmarks/grammar_cost.py": "test_grammar_cost",
     "benchmarks/kill9.py": "test_kill9",
     "benchmarks/method_matrix.py": "test_method_matrix",
     "benchmarks/predictor.py": "test_predictor_benchmark",
@@ -247,6 +248,13 @@ def test_real_input(tmp_path):
         "f1_after" in json.loads((tmp_path / "out.json").read_text())
         and "| f1_after |" in done.stdout
     )
+
+
+def test_grammar_cost(tiny_folders):
+    done = run("benchmarks/grammar_cost.py", "--model", tiny_folders["glm4"], "--tokens", 4)
+    assert '"compiled_ms"' in done.stdout, done.stdout
+    failed = run_any("benchmarks/grammar_cost.py", "--model", "/nowhere")
+    assert failed.returncode == 1 and failed.stderr.count("\n") == 1, failed.stderr
 
 
 def test_prefix_sharing(tmp_path):

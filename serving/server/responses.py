@@ -25,7 +25,7 @@ from serving.server.response_fields import (
 )
 from serving.server.service import AnswerGroup, Service
 
-LEFT_OUT = ("n", "best_of", "max_length", "stop", "stream_options")
+LEFT_OUT = ("n", "best_of", "max_length", "stream_options")
 RESPONSES_TABLE = FieldTable(
     {
         "input": InputItems("A text, or the messages, calls of tools and their outputs so far."),
@@ -36,7 +36,7 @@ RESPONSES_TABLE = FieldTable(
         "tool_choice": ResponseChoice("auto, none, required, or the tool that is called."),
         "text": TextFormat("format: the form of the answer's text."),
     },
-    {name: neutral for name, neutral in REFUSED.items() if name not in ("truncation", "stop")}
+    {name: neutral for name, neutral in REFUSED.items() if name != "truncation"}
     | {
         "previous_response_id": (),
         "conversation": (),

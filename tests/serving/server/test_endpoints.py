@@ -372,3 +372,14 @@ def test_a_responses_stream_of_a_call(tiny_folders):
     ]
     [item] = events[-1]["response"]["output"]
     assert item["name"] == function["name"] and json.loads(item["arguments"]) == {"city": "x"}
+
+
+def test_embeddings_are_no_answers_in_the_log(tiny_folders, tmp_path):
+    """predictor.update would take their one token for an answer's length."""
+    log = tmp_path / "log.jsonl"
+    with running(tiny_folders["glm2"], "--log", log, "--log_prompts") as server:
+        assert post(server, "embeddings", input=["x", "y"]).status_code == 200
+        reply = post(server, "completions", prompt="list river", max_tokens=3)
+        assert reply.status_code == 200
+    [line] = log.read_text().splitlines()
+    assert json.loads(line)["output_tokens"] == 3 and json.loads(line)["prompt"] == "list river"
