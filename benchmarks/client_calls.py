@@ -1052,7 +1052,12 @@ def lc_function_calling(t: Target) -> None:
 @call("langchain-openai", "with_structured_output, json_mode")
 def lc_json_mode(t: Target) -> None:
     # A random model's object seldom fits the class: that it is one is what the server promises.
-    reply = lc_structured(t, "json_mode", include_raw=True)["raw"]
+    import openai
+
+    try:
+        reply = lc_structured(t, "json_mode", include_raw=True)["raw"]
+    except openai.LengthFinishReasonError:  # nor does it end it within max_tokens
+        return
     check(reply.content.lstrip().startswith("{"), reply)
 
 
@@ -1131,10 +1136,12 @@ def in_schema(t: Target) -> None:
 
 @call("instructor", "JSON")
 def in_json(t: Target) -> None:
-    from instructor.core import InstructorRetryException
+    from instructor.core import IncompleteOutputException, InstructorRetryException
 
     try:
         instructed(t, "JSON")
+    except IncompleteOutputException:  # a random model's object need not end within max_tokens
+        return
     except InstructorRetryException as error:
         if error.last_completion is None:
             raise
@@ -1155,6 +1162,7 @@ def in_async(t: Target) -> None:
                 response_model=weather_model(),
                 max_retries=0,
                 max_tokens=100,
+                temperature=0,
             )
 
     check_weather(run_async(ask()).model_dump())
