@@ -320,9 +320,14 @@ class GLM2Tokenizer(ChatGLMTokenizer):
     def _convert_id_to_token(self, index: int) -> str:
         # Control tokens have no text; ids beyond the vocabulary come from a checkpoint's padding
         # rows.
-        hidden = index in (self.sp_model.unk_id(), self.sp_model.bos_id(), self.sp_model.eos_id())
-        hidden = hidden or not 0 <= index < self.sp_model.get_piece_size()
+        hidden = index in self._textless or not 0 <= index < self.sp_model.get_piece_size()
         return "" if hidden else self.sp_model.id_to_piece(index)
+
+    @cached_property
+    def _textless(self) -> frozenset[int]:
+        """Pieces that are no text. Kept: a server decodes for every token."""
+        pieces = self.sp_model
+        return frozenset([pieces.unk_id(), pieces.bos_id(), pieces.eos_id()])
 
     def _convert_token_to_id(self, token: str) -> int:
         if token in self._commands:

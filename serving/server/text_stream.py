@@ -14,7 +14,7 @@ WIDTH_AMBIGUOUS_MARKS = ",!:;?"
 YEAR_TOKEN = "[[训练时间]]"
 SPACE_LOOKBACK = 4  # characters; decoding may still remove a space among the last ones (" n't")
 SPACES = " \u2581\u0120"  # as vocabularies write them
-WINDOW_TOKENS = 48  # decoded anew for each token, at most
+WINDOW_TOKENS = 24  # decoded anew for each token, at most
 LAG_TOKENS = 8  # of them, after which the text before does not change
 
 
