@@ -22,6 +22,7 @@ ROLES = {
     "assistant": "assistant",
     "tool": "observation",
     "function": "observation",
+    "observation": "observation",
 }
 MESSAGES = 65536  # of a chat
 TOOLS = 128  # of a request, as OpenAI has it
@@ -326,7 +327,7 @@ class Messages:
         message: Schema = {"type": "object", "required": ["role", "content"]}
         others = message | {
             "properties": {
-                "role": {"enum": ["system", "developer", "user", "tool", "function"]},
+                "role": {"enum": [role for role in ROLES if role != "assistant"]},
                 "content": content,
             }
         }

@@ -227,3 +227,14 @@ def test_tools_through_http(tiny_folders):
         body = {"model": "m", "messages": [ASKED], "tools": [WEATHER], "max_tokens": 6}
         reply = httpx.post(f"{server.root}/v1/chat/completions", json=body, timeout=60).json()
         assert reply["choices"][0]["finish_reason"] in ("stop", "length", "tool_calls")
+
+
+@pytest.mark.parametrize("role", ["function", "observation"])
+def test_other_names_of_a_results_role(tokenizer, role):
+    """openai 0.28 says function, ChatGLM3's own clients observation."""
+    prompts = []
+    for name in ("tool", role):
+        result = {"role": name, "name": "weather", "content": "sunny"}
+        asked = request_of(ASKED, result, tools=[WEATHER])
+        prompts.append(encode_messages(tokenizer, asked.messages, asked.tools))
+    assert prompts[0] == prompts[1]
