@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from serving.engines.adapter_errors import UnknownAdapter
 from serving.server.access import (
@@ -104,7 +105,10 @@ def make_app(
     async def http_error(http: Http, error: HTTPException):
         wrapped = ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}")
         note_error(http.scope, wrapped)
-        return JSONResponse(wrapped.body(), error.status_code, headers=error.headers)
+        headers = error.headers
+        if error.status_code == 405:
+            headers = {"Allow": ", ".join(allowed_methods(app, http))}
+        return JSONResponse(wrapped.body(), error.status_code, headers=headers)
 
     @app.exception_handler(ClientDisconnect)
     async def client_gone(http: Http, error: Exception):
@@ -186,6 +190,15 @@ def make_app(
 
     add_predictor_routes(app, lambda: service.predictors, checked_body)
     return app
+
+
+def allowed_methods(app: FastAPI, http: Http) -> list[str]:
+    """Of all routes of a request's path; a route alone names only its own."""
+    methods: set[str] = set()
+    for route in app.routes:
+        if route.matches(http.scope)[0] != Match.NONE:
+            methods |= getattr(route, "methods", None) or set()
+    return sorted(methods)
 
 
 @contextmanager

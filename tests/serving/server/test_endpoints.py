@@ -172,6 +172,19 @@ def test_what_is_refused_of_completions(server, body, message):
     assert reply.status_code == 400 and message in reply.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "path, methods",
+    [
+        ("completions", "POST"),
+        ("models", "GET, HEAD"),
+        ("predictor", "GET, HEAD, POST"),
+    ],
+)
+def test_another_method_is_told_all_that_there_are(server, path, methods):
+    reply = httpx.options(f"{server.root}/v1/{path}")
+    assert reply.status_code == 405 and reply.headers["allow"] == methods
+
+
 # ---- several answers
 
 
