@@ -288,7 +288,7 @@ def test_s4_fields_that_are_not_obeyed_are_refused_by_name(name):
 def test_s5_a_role_that_is_no_text_is_400(server, role):
     body = {"messages": [{"role": role, "content": "x"}]}
     reply = httpx.post(f"{server.root}/v1/chat/completions", json=body)
-    roles = "system, developer, user, assistant, tool, function"
+    roles = "system, developer, user, assistant, tool, function, observation"
     assert error_of(reply, 400) == f"messages[0] must be an object with a role of {roles}"
 
 
