@@ -5,12 +5,10 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import Request as Http
-from fastapi.responses import Response
 
 from serving.server.access import ApiError
 from serving.server.chat import ChatRequest
 from serving.server.choices import (
-    CLIENT_CLOSED_REQUEST,
     DONE,
     Choice,
     Choices,
@@ -30,10 +28,8 @@ class ChatResponse:
         self.choices = Choices(service, asked, group, http)
         self.head = response_head("chatcmpl", service, asked.model)
 
-    async def complete(self) -> Response | dict[str, Any]:
+    async def complete(self) -> dict[str, Any]:
         texts = await self.choices.texts()
-        if texts is None:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
         return self.head | {
             "object": "chat.completion",
             "choices": [self.whole(choice, texts[choice.place]) for choice in self.choices.all],

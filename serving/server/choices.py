@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 from fastapi import Request as Http
 from fastapi.responses import StreamingResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from serving.engines.answers import TokenLogprobs
-from serving.server.access import CLIENT_CLOSED_REQUEST as CLIENT_CLOSED_REQUEST
 from serving.server.access import ApiError
 from serving.server.generation import GenerationRequest
 from serving.server.service import ActiveRequest, AnswerGroup, Service
@@ -170,17 +170,18 @@ class Choices:
             watcher.cancel()
             self.release()
 
-    async def texts(self) -> list[str] | None:
-        """The whole texts of the answers; None where the client has disconnected.
+    async def texts(self) -> list[str]:
+        """The whole texts of the answers.
 
         Raises:
+            ClientDisconnect: the client has disconnected.
             ApiError: an answer failed or was cancelled.
         """
         texts = [""] * len(self.all)
         async for choice, new in self.pieces():
             texts[choice.place] += new
         if self.disconnected:
-            return None
+            raise ClientDisconnect
         for choice in self.all:
             choice.check_ended()
         return texts

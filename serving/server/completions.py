@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request as Http
-from fastapi.responses import Response
 
 from chatglm.families import RAW_FAMILIES
 from serving.engines.answers import TokenLogprobs
 from serving.server.access import ApiError
 from serving.server.choices import (
-    CLIENT_CLOSED_REQUEST,
     DONE,
     Choice,
     Choices,
@@ -133,10 +131,8 @@ class CompletionResponse:
         prompt = self.asked.prompts[choice.place // self.asked.n]
         return prompt_text(self.service.tokenizer, prompt)
 
-    async def complete(self) -> Response | dict[str, Any]:
+    async def complete(self) -> dict[str, Any]:
         texts = await self.choices.texts()
-        if texts is None:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
         entries = []
         for choice, text in zip(self.choices.all, texts):
             whole = "" if self.asked.makes_nothing else text

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from fastapi import Request as Http
-from fastapi.responses import Response
 
 from serving.server.access import ApiError
-from serving.server.choices import CLIENT_CLOSED_REQUEST, Choice, Choices
+from serving.server.choices import Choice, Choices
 from serving.server.fields import SAMPLING, Encoding, FieldTable, Prompts
 from serving.server.generation import (
     GenerationRequest,
@@ -86,11 +85,8 @@ class EmbeddingResponse:
         self.service, self.asked = service, asked
         self.choices = Choices(service, asked, group, http)
 
-    async def complete(self) -> Response | dict[str, Any]:
-        async for _ in self.choices.pieces():
-            pass
-        if self.choices.disconnected:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
+    async def complete(self) -> dict[str, Any]:
+        await self.choices.texts()
         vectors = [self.vector(choice) for choice in self.choices.all]
         tokens = self.choices.usage()["prompt_tokens"]
         model = self.asked.model or self.service.name
@@ -98,8 +94,7 @@ class EmbeddingResponse:
 
     @staticmethod
     def vector(choice: Choice) -> np.ndarray:
-        """(hidden_size,), of length 1. Raises ApiError where the answer failed."""
-        choice.check_ended()
+        """(hidden_size,), of length 1. Raises ApiError where the states are no vector."""
         states = choice.active.answer.embedding
         assert states is not None  # the prompt was read before the answer could end
         vector = np.asarray(states.cpu(), np.float32)

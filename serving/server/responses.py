@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request as Http
-from fastapi.responses import Response
 
 from serving.server.access import ApiError
 from serving.server.chat import ChatRequest, parse_body
-from serving.server.choices import CLIENT_CLOSED_REQUEST, Choices, response_head
+from serving.server.choices import Choices, response_head
 from serving.server.fields import MOST, REFUSED, SAMPLING, FieldTable, Number, Text
 from serving.server.response_fields import (
     InputItems,
@@ -155,10 +154,8 @@ class ResponsesResponse:
             "content": parts,
         }
 
-    async def complete(self) -> Response | dict[str, Any]:
+    async def complete(self) -> dict[str, Any]:
         texts = await self.choices.texts()
-        if texts is None:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
         beside, calls = self.choices.all[0].tool_calls()
         text = beside if calls else texts[0]
         output = []

@@ -249,6 +249,11 @@ class Service:
         self._preparing += count
         try:
             prompts = await asyncio.to_thread(self._prepare, asked)
+            bad_words: tuple[tuple[int, ...], ...] = ()
+            if asked.bad_words:
+                bad_words = await asyncio.to_thread(
+                    banned_sequences, self.tokenizer, asked.bad_words
+                )
             grammar = None
             if asked.has_grammar:
                 write = partial(asked.grammar_source, self.tokenizer)
@@ -260,10 +265,15 @@ class Service:
         group = AnswerGroup([], asyncio.Queue(), asked.unknown_fields)
         try:
             for prompt, prediction in prompts:
+                sampling = replace(
+                    self.sampling_of(asked, len(prompt.ids)),
+                    bad_words=bad_words,
+                    grammar=grammar,
+                    adapter=adapter,
+                )
                 for number in range(asked.n):
-                    sampling = self.sampling_of(asked, len(prompt.ids), number)
-                    sampling = replace(sampling, grammar=grammar, adapter=adapter)
-                    self._submit(group, asked, prompt, prediction, sampling, arrival_s)
+                    seeded = replace(sampling, seed=seed_of(asked.seed, number))
+                    self._submit(group, asked, prompt, prediction, seeded, arrival_s)
         except BaseException:
             self.release(group)
             raise
@@ -340,8 +350,8 @@ class Service:
             self.cancel(active)
             self._active.pop(active.request.id, None)
 
-    def sampling_of(self, asked: GenerationRequest, prompt_tokens: int, number: int) -> Sampling:
-        """Of a prompt's answer of this number, but for its grammar and adapter.
+    def sampling_of(self, asked: GenerationRequest, prompt_tokens: int) -> Sampling:
+        """Of a prompt's first answer, but for its bad words, grammar and adapter.
 
         Raises:
             PromptTooLong: max_length leaves no room for an answer.
@@ -360,9 +370,8 @@ class Service:
             options |= {"temperature": 0.0, "top_p": 1.0}
         return Sampling(
             max_new_tokens=max(min(token_limits), 1) if token_limits else None,
-            seed=seed_of(asked.seed, number),
+            seed=asked.seed,
             top_k=max(asked.top_k or 0, 0),
-            bad_words=banned_sequences(self.tokenizer, asked.bad_words),
             logprobs=asked.top_logprobs or 0 if asked.logprobs else None,
             prompt_logprobs=asked.prompt_logprobs,
             embeds=asked.embeds,

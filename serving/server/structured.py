@@ -300,6 +300,13 @@ def parameters_of(function: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "additionalProperties": False, **parameters}
 
 
+def add_arguments(number: int, function: dict[str, Any], parts: list[dict[str, Any]]) -> None:
+    """Add the part arguments{number}: a tool's arguments as JSON."""
+    name = f"tools[{number}].function.parameters"
+    schema = guided_schema(name, parameters_of(function), CALL_WHITESPACE)
+    parts.append({"name": f"arguments{number}", "json_schema": schema})
+
+
 def json_call(
     shape: AnswerShape,
     number: int,
@@ -308,9 +315,7 @@ def json_call(
     parts: list[dict[str, Any]],
 ) -> str:
     """GLM-4's call: the name, a newline, the arguments as JSON."""
-    name = f"tools[{number}].function.parameters"
-    schema = guided_schema(name, parameters_of(function), CALL_WHITESPACE)
-    parts.append({"name": f"arguments{number}", "json_schema": schema})
+    add_arguments(number, function, parts)
     header = lark_text(f"{function['name']}\n")
     return f"{shape.space}{header} {shape.space}@arguments{number}"
 
@@ -367,9 +372,7 @@ def object_call(
     closing: str = "",
 ) -> str:
     """Other models' call: a JSON object with the name, and the arguments under `key`."""
-    name = f"tools[{number}].function.parameters"
-    schema = guided_schema(name, parameters_of(function), CALL_WHITESPACE)
-    parts.append({"name": f"arguments{number}", "json_schema": schema})
+    add_arguments(number, function, parts)
     header = f"{lark_text(shape.header)} " if shape.header else ""
     begin = lark_text(f'{opening}{{"name": "{function["name"]}", "{key}": ')
     return f"{header}{shape.space}{begin} @arguments{number} {lark_text('}' + closing)}"

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from types import SimpleNamespace
 
 import httpx
@@ -835,12 +836,16 @@ def test_any_body_is_a_request_or_one_line(body):
     import torch
 
     from serving.engines.answers import Answer, choose_tokens
+    from serving.server.generation import banned_sequences
     from serving.server.service import Service
 
     try:
         asked = parse_body(body)
-        service = SimpleNamespace(defaults={"temperature": 0.8, "top_p": 0.8}, tokenizer=letters)
-        sampling = Service.sampling_of(service, asked, 5, 0)
+        service = SimpleNamespace(defaults={"temperature": 0.8, "top_p": 0.8})
+        sampling = replace(
+            Service.sampling_of(service, asked, 5),
+            bad_words=banned_sequences(letters, asked.bad_words),
+        )
     except ValueError as error:
         assert "\n" not in str(error) and len(str(error)) < 500
         return
