@@ -38,6 +38,7 @@ TORCH_FREE = [
     "finetune/flags.py",
     "finetune/memory/*.py",
     "finetune/methods.py",
+    "finetune/placing.py",
     "finetune/record.py",
     "finetune/report.py",
     "finetune/start_adapter.py",
@@ -52,6 +53,7 @@ TAKEN = {
     "finetune.config",
     "finetune.files",
     "finetune.memory.shapes",
+    "finetune.placing",
     "predictor.decoder",
     "predictor.prediction",
 }
@@ -131,7 +133,24 @@ ROOMS = {  # a room of serving/ -> what of serving/ it may import
     "deployment": {"request", "cost_model", "deployment"},
     "engines": {"request", "cost_model", "engines", "scheduler"},
     "simulate": {"request", "scheduler", "policies", "cost_model", "deployment", "simulate"},
-    "server": {"request", "scheduler", "policies", "cost_model", "engines", "server"},
+    "replicas": {
+        "request",
+        "scheduler",
+        "policies",
+        "cost_model",
+        "deployment",
+        "engines",
+        "replicas",
+    },
+    "server": {
+        "request",
+        "scheduler",
+        "policies",
+        "cost_model",
+        "engines",
+        "replicas",
+        "server",
+    },
 }
 
 
