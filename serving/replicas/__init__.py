@@ -1,1 +1,1 @@
-"""One model on several devices: their discovery, its replicas as processes, what deals work to them."""
+"""One model on several devices: what they are, and its replicas as processes."""
