@@ -23,7 +23,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -47,7 +46,6 @@ from chatglm.commands import run_command  # noqa: E402
 from finetune.files import write_json  # noqa: E402
 from serving.engines import Answer, Sampling  # noqa: E402
 from serving.request import Request  # noqa: E402
-from serving.scheduler import run_scheduler  # noqa: E402
 
 SAMPLES = 40  # of memory within a steady run
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
@@ -406,17 +404,12 @@ class BareEngine:
         words = ["--model", flags.model, *limits_of(flags)]
         self.service = load_service(parse_flags(list(map(str, words))))
         self.flags, self.count = flags, 0
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        service = self.service
-        for _ in run_scheduler(service.policy, service.engine, service.clock, service.inbox):
-            pass
+        self.service.backend.start(lambda event: None, lambda: None)
 
     def _submit(self, ids: list[int], ttft_s: list[float], ended: queue.SimpleQueue) -> None:
-        service, begin = self.service, time.perf_counter()
+        backend, begin = self.service.backend, time.perf_counter()
         self.count += 1
-        request = Request(self.count, len(ids), service.clock.now_s(), 60.0, None)
+        request = Request(self.count, len(ids), backend.clock.now_s(), 60.0, None)
 
         def listen(answer: Answer, token: int | None) -> None:
             if len(answer.tokens) == 1:
@@ -424,8 +417,8 @@ class BareEngine:
             if answer.reason is not None:
                 ended.put(None)
 
-        service.engine.submit(request, ids, Sampling(max_new_tokens=self.flags.tokens), listen)
-        service.inbox.put(request)
+        backend.submit(request, ids, Sampling(max_new_tokens=self.flags.tokens), listen)
+        backend.enqueue(request)
 
     def run_set(self, seed: int) -> dict:
         """A set of requests, as many at once as there are clients; as http_set's result."""

@@ -105,7 +105,7 @@ def profile(flags: ProfileFlags) -> None:
     from chatglm import load_tokenizer
     from finetune.evaluation.predict import load_ready
     from serving.engines.profiling import profile_engine
-    from serving.server.command import cost_device
+    from serving.engines.served_cost import cost_device
 
     tokenizer = load_tokenizer(
         flags.model, mode=flags.mode, base=flags.base_model, prompt_style=flags.prompt_style

@@ -26,6 +26,7 @@ class Request:
             arrival.
         priority: requests of a lower one leave the queue first, whatever the policy; what runs is
             not preempted for them.
+        generated: answer tokens that were made before it came here, by a replica that has ended.
     """
 
     id: int
@@ -36,6 +37,7 @@ class Request:
     output_tokens: int = 1
     predict_s: float = 0.0
     priority: int = 0
+    generated: int = 0
 
     @property
     def deadline_s(self) -> float:

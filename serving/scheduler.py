@@ -266,7 +266,7 @@ class _Run:
             if reason := limits.refusal(request):
                 yield Event(now_s, "refused", request.id, reason)
                 continue
-            record = Record(request, self.policy.length(request))
+            record = Record(request, self.policy.length(request), generated=request.generated)
             queue.push(record)
             yield Event(now_s, "arrived", request.id, record)
         for request_id in withdrawn:

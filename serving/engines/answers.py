@@ -133,6 +133,7 @@ class Answer:
             preemption does not rewind it.
         adapter: the adapter of its sampling, held until the engine drops the answer.
         matcher: of its grammar, where it has one; created when first needed.
+        refusal: why it was refused after it had been submitted, where its process knows more.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class Answer:
         self.generator: Generator | None = None
         self.adapter: LoadedAdapter | None = None
         self.matcher: Matcher | None = None
+        self.refusal: str | None = None
         self._listener = listener
         self._changed = threading.Condition()
 
@@ -315,6 +317,10 @@ class TextEngine:
     def count(self) -> int:
         """Registered answers: waiting, running, and cancelled ones that have not left yet."""
         return len(self._answers)
+
+    def copied_tokens(self) -> int:
+        """Prompt tokens that were copied from common prefixes instead of computed."""
+        return 0
 
     def _registered_ids(self) -> list[int]:
         with self._lock:

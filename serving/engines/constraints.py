@@ -19,6 +19,8 @@ class TokenVocabulary:
     Args:
         tokens: the bytes of each id; None where an id has no text: it is never allowed.
         stop_ids: ids that end an answer: allowed where a grammar may end, and nowhere else.
+    Attributes:
+        tokens, stop_ids: as given.
     Raises:
         ValueError: there is no stop id, so no answer could end; or llguidance is not installed.
     """
@@ -32,6 +34,7 @@ class TokenVocabulary:
             ) from None
         if not stop_ids:
             raise ValueError("constrained answers need a stop id, which ends them")
+        self.tokens, self.stop_ids = tokens, stop_ids
         size = max(len(tokens), max(stop_ids) + 1)
         texts = [*tokens, *[None] * (size - len(tokens))]
         listed = TokenList(texts, sorted(stop_ids))
@@ -62,6 +65,8 @@ class Grammar:
 
     Args:
         source: llguidance's JSON of grammars.
+    Attributes:
+        source, vocabulary: as given.
     Raises:
         ValueError: in one line, llguidance's reason: it is no grammar, or is too complex.
     """
@@ -69,6 +74,7 @@ class Grammar:
     def __init__(self, source: str, vocabulary: TokenVocabulary) -> None:
         from llguidance import LLMatcher, LLParserLimits
 
+        self.source, self.vocabulary = source, vocabulary
         limits = LLParserLimits(verbose_errors=False)
         self._start = LLMatcher(vocabulary.llguidance, source, log_level=0, limits=limits)
         if self._start.is_error():

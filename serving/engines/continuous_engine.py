@@ -58,6 +58,9 @@ class ContinuousEngine(TextEngine):
         # Ended rows of a static batch, which are reported when the whole batch has ended.
         self._unreported: dict[int, Sequence] = {}
 
+    def copied_tokens(self) -> int:
+        return 0 if self.prefixes is None else self.prefixes.copied_tokens
+
     def check_prompt(self, prompt: list[int]):
         super().check_prompt(prompt)
         self.runner.body.positions(prompt)

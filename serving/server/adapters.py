@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from serving.engines.adapter_errors import AdapterExists, UnknownAdapter
-from serving.engines.answers import TextEngine
+from serving.engines.runner import AnswerBackend
 from serving.server.access import ApiError
 from serving.server.fields import Schema, Text
 from serving.server.openapi_parts import json_content, responses_of
@@ -61,15 +61,15 @@ class AdapterCard:
 
 
 class AdapterRegistry:
-    """The adapters of an engine by the names that requests use.
+    """The adapters of a backend by the names that requests use.
 
     Attributes:
         base: name of the served model.
         root: the folder whose adapters clients may load; None: none of them.
     """
 
-    def __init__(self, engine: TextEngine, base: str) -> None:
-        self.engine, self.base = engine, base
+    def __init__(self, backend: AnswerBackend, base: str) -> None:
+        self.backend, self.base = backend, base
         self.root: Path | None = None
         self._cards: dict[str, AdapterCard] = {}
         self._thread = ThreadPoolExecutor(1, "adapters")
@@ -106,16 +106,16 @@ class AdapterRegistry:
             raise ValueError(f"an adapter's name must be {NAME_RULE}, got {name[:64]!r}")
         if name == self.base:
             raise AdapterExists(f"{name!r} is the served model's name")
-        if self.engine.adapters is None:
+        if self.backend.adapters is None:
             raise ValueError("this engine takes no adapters")
-        self.engine.adapters.load(name, folder)
+        self.backend.adapters.load(name, folder)
         self._cards[name] = AdapterCard(name, given or str(folder), int(time.time()))
 
     def unload(self, name: str) -> None:
         """Take no new requests for an adapter; those it has are answered. Raises UnknownAdapter."""
-        if self._cards.pop(name, None) is None or self.engine.adapters is None:
+        if self._cards.pop(name, None) is None or self.backend.adapters is None:
             raise UnknownAdapter(f"no adapter {name!r} is loaded")
-        self.engine.adapters.unload(name)
+        self.backend.adapters.unload(name)
 
     def load_given(self, flags: list[str]) -> None:
         """Load the adapters of --adapter. Raises ValueError, OSError."""

@@ -116,7 +116,7 @@ def make_app(
 
     @get("/health")
     async def health():
-        state = service.failure or ("draining" if service.draining else "ok")
+        state = service.failure or ("draining" if service.draining else service.backend.state())
         return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
     @get("/health/live")

@@ -55,7 +55,7 @@ class Choice:
         if token is not None:
             self.token_stopped = token in self.asked.stop_token_ids
             if not self.token_stopped:
-                if token in self.service.engine.stop_ids:
+                if token in self.service.backend.stop_ids:
                     return ""
                 self.ids.append(token)
                 new = self.stream.add(token)
@@ -78,6 +78,8 @@ class Choice:
                 if self.asked.has_grammar:
                     why += ", or its grammar became too complex"
                 raise ApiError(500, self.service.failure or why, "failed")
+            if self.active.answer.refusal is not None:
+                raise ApiError(400, self.active.answer.refusal)
             if self.service.draining:
                 raise ApiError(503, f"{CLOSING}; the answer was {reason}", "unavailable")
             raise ApiError(500, f"the answer was {reason}", reason)

@@ -16,9 +16,10 @@ from chatglm.commands import Parser, run_command
 from finetune.evaluation.predict import add_loading_flags, add_packing_flag
 from predictor.labels import name_warning, served_name
 from predictor.runtime import LengthPredictor
-from serving.cost_model.devices import DEVICES
-from serving.cost_model.model import CostModel, ModelSizes, Profile, read_profile
+from serving.cost_model.model import read_profile
 from serving.engines import ENGINES, make_engine
+from serving.engines.runner import EngineRunner
+from serving.engines.served_cost import served_cost_model
 from serving.policies.continuous import POLICIES
 from serving.request import Limits
 from serving.server.access import AccessRules, access_logger, host_name, is_loopback
@@ -36,9 +37,6 @@ from serving.server.recalibration import (
 from serving.server.service import Service
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
     from serving.server.listener import Server
 
 log = logging.getLogger(__name__)
@@ -283,10 +281,10 @@ def load_service(flags: ServerFlags) -> Service:
     options = {}
     if flags.engine == "continuous":
         options["prefix_cache_tokens"] = flags.prefix_cache_tokens
+    engine = make_engine(flags.engine, model, limits, served_cost_model(model, profile), **options)
     service = Service(
-        make_engine(flags.engine, model, limits, served_cost_model(model, profile), **options),
+        EngineRunner(engine, policy),
         tokenizer,
-        policy,
         predictor,
         Monitor(name, limits, flags.log, flags.log_prompts),
         name=name,
@@ -296,8 +294,8 @@ def load_service(flags: ServerFlags) -> Service:
         max_queue=flags.max_queue,
     )
     service.text_encoder = text_encoder
-    if (prefixes := getattr(service.engine, "prefixes", None)) is not None:
-        service.monitor.watch_prefixes(lambda: prefixes.copied_tokens)
+    if flags.prefix_cache_tokens:
+        service.monitor.watch_prefixes(service.backend.copied_tokens)
     if predictor is not None:
         add_predictors(service, predictor, flags)
     service.adapters.load_given(flags.adapter)
@@ -331,16 +329,6 @@ def add_predictors(service: Service, first: LengthPredictor, flags: ServerFlags)
     service.recalibrator = recalibrator
 
 
-def served_cost_model(model: "PreTrainedModel", profile: Profile) -> CostModel:
-    """The cost model of a loaded model on its device."""
-    import torch
-
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, torch.Tensor)
-    shape = ModelSizes.from_config(model.config.to_dict(), weight.itemsize)
-    return CostModel.of(shape, cost_device(weight.device), profile)
-
-
 def service_name(flags: ServerFlags, predictor: LengthPredictor | None) -> str:
     """The model's name in the API; warns where it differs from the predictor's."""
     if predictor is None:
@@ -356,27 +344,6 @@ def service_name(flags: ServerFlags, predictor: LengthPredictor | None) -> str:
     elif not flags.served_model_name and (warning := name_warning(predicted, flags.model)):
         log.warning(warning)
     return name
-
-
-def cost_device(device: "torch.device") -> str:
-    """The entry of DEVICES that is most similar to this torch.device.
-
-    The policies soon go by step times that are measured while serving.
-    """
-    if device.type != "cuda":
-        return "CPU"
-    import torch
-
-    properties = torch.cuda.get_device_properties(device)
-    similar_devices = []
-    for name in DEVICES:
-        if name.split("-")[0].removeprefix("RTX") in properties.name.replace(" ", ""):
-            similar_devices.append(name)
-
-    def memory_gap(name: str) -> float:
-        return abs(DEVICES[name].memory_bytes - properties.total_memory)
-
-    return min(similar_devices or ["A100-80G"], key=memory_gap)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -1,12 +1,11 @@
 """What connects a server's handlers with its engine.
 
-One thread runs the scheduler; handlers submit requests and read tokens. Free of torch and of HTTP.
+A backend makes the answers; handlers submit requests and read tokens. Free of torch and of HTTP.
 """
 
 import asyncio
 import itertools
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 
 from predictor.prediction import from_bins
-from serving.engines import Answer, Inbox, Sampling, TextEngine, WallClock
-from serving.request import Event, Policy, Record, Request
-from serving.scheduler import run_scheduler
+from serving.engines import Answer, Sampling
+from serving.engines.runner import AnswerBackend
+from serving.request import Event, Record, Request
 from serving.server.adapters import AdapterRegistry
 from serving.server.generation import GenerationRequest, PromptIds, banned_sequences
 from serving.server.grammars import GrammarCompiler
@@ -116,7 +115,7 @@ def seed_of(seed: int | None, number: int) -> int | None:
 
 
 class Service:
-    """A model, its predictor, a policy, and the thread that runs them.
+    """What makes answers, and what a server does with its requests before and after.
 
     Attributes:
         name: of the served model. slo_s: of requests without one.
@@ -126,16 +125,14 @@ class Service:
         text_encoder: what embeddings come from; None for the served model.
         predictors: what replaces `predictor` while serving; recalibrator: what updates it.
         adapters: those that a request's `model` may name.
-        draining: no new requests are taken. failure: why the engine has ended, or None.
-        on_failure: called in the engine's thread, after the engine has failed and every answer
-            has ended.
+        draining: no new requests are taken.
+        on_failure: called after the backend has failed and every answer has ended.
     """
 
     def __init__(
         self,
-        engine: TextEngine,
+        backend: AnswerBackend,
         tokenizer: "FamilyTokenizer",
-        policy: Policy,
         predictor: "LengthPredictor | None",
         monitor: Monitor,
         *,
@@ -145,10 +142,9 @@ class Service:
         prompt_options: dict,
         max_queue: int = 256,
     ) -> None:
-        self.engine, self.tokenizer, self.policy, self.predictor, self.monitor = (
-            engine,
+        self.backend, self.tokenizer, self.predictor, self.monitor = (
+            backend,
             tokenizer,
-            policy,
             predictor,
             monitor,
         )
@@ -162,21 +158,24 @@ class Service:
         self.text_encoder: TextEncoder | None = None
         self.predictors: Predictors | None = None
         self.recalibrator: Recalibrator | None = None
-        self.adapters = AdapterRegistry(engine, name)
+        self.adapters = AdapterRegistry(backend, name)
         self.on_failure: Callable[[], None] | None = None
-        self.draining, self.failure = False, None
+        self.draining = False
         self._preparing = 0
         self.started = int(time.time())
-        self.clock = WallClock()
-        self.inbox = Inbox(self.clock, engine)
-        self.grammars = GrammarCompiler(tokenizer, lambda: sorted(engine.stop_ids))
+        self.clock = backend.clock
+        self.grammars = GrammarCompiler(tokenizer, lambda: sorted(backend.stop_ids))
         self._ids = itertools.count()
         self._active: dict[int, ActiveRequest] = {}
         self._relay: TokenRelay | None = None
-        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+
+    @property
+    def failure(self) -> str | None:
+        """Why no more answers can be made; None as long as they can."""
+        return self.backend.failure
 
     def start(self) -> None:
-        self._thread.start()
+        self.backend.start(self._observe, self._backend_failed)
         if self.recalibrator is not None:
             self.recalibrator.start()
 
@@ -185,39 +184,22 @@ class Service:
         self.predictor = predictor
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """End the engine's thread; events of running answers are no longer read."""
+        """End the backend; events of running answers are no longer read."""
         self.draining = True
         if self.recalibrator is not None:
             self.recalibrator.close()
-        self.inbox.close()
-        self.cancel_all()
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():  # it may still write to the log, so the log stays open
-            log.warning("the engine has not ended its step within %g s", timeout_s)
-        else:
+        if self.backend.stop(timeout_s):
             self.monitor.close()
+        else:  # it may still write to the log, so the log stays open
+            log.warning("the engine has not ended its step within %g s", timeout_s)
 
     def cancel_all(self) -> None:
         """End every answer, running or waiting."""
-        for request_id in self.engine.cancel_all():
-            self.inbox.withdraw(request_id)
+        self.backend.cancel_all()
 
-    def _serve(self):
-        try:
-            for event in run_scheduler(
-                self.policy, self.engine, self.clock, self.inbox, self._observe
-            ):
-                if event.kind in ("refused", "withdrawn"):
-                    self.engine.forget(event.id)
-        except BaseException as error:  # out of memory, a bug: every client must get a response
-            log.exception("the engine has failed")
-            what = " ".join(str(error).split())[:200]
-            self.failure = f"the engine has failed: {type(error).__name__}: {what}"
-            # First, so that later requests are refused and the engine knows all earlier ones.
-            self.inbox.close()
-            self.engine.end_all("failed")
-            if self.on_failure is not None:
-                self.on_failure()
+    def _backend_failed(self) -> None:
+        if self.on_failure is not None:
+            self.on_failure()
 
     def _observe(self, event: Event):
         if event.kind == "admitted" and (active := self._active.get(event.id)) is not None:
@@ -281,12 +263,12 @@ class Service:
 
     def _check_room(self, count: int) -> None:
         """Raises QueueFull, or ValueError where so many answers never have room."""
-        room = self.engine.limits.max_batch + self.max_queue
+        room = self.backend.limits.max_batch + self.max_queue
         if count > room:
             raise ValueError(
                 f"a request may ask for {room} answers (--max_batch and --max_queue), got {count}"
             )
-        if self.engine.count() + self._preparing + count > room:
+        if self.backend.count() + self._preparing + count > room:
             raise QueueFull(
                 f"{self.max_queue} requests wait already (--max_queue); try again later"
             )
@@ -320,14 +302,13 @@ class Service:
             if answer.reason is not None:
                 relay.put(tokens, (place, None))
 
-        answer = self.engine.submit(request, prompt.ids, sampling, listener)
+        answer = self.backend.submit(request, prompt.ids, sampling, listener)
         active = self._active[request.id] = ActiveRequest(request, answer)
         group.answers.append(active)
         self.monitor.track(request, prompt.text, answer, sampling.adapter)
         try:
-            self.inbox.put(request)
+            self.backend.enqueue(request)
         except RuntimeError as error:  # it was shut in between
-            self.engine.forget(request.id)
             self.monitor.forget(request.id)
             raise ServiceClosed(str(self.failure or error)) from None
 
@@ -341,8 +322,7 @@ class Service:
     def cancel(self, active: ActiveRequest) -> None:
         """Cancel an answer; nothing happens where it has ended."""
         if active.answer.reason is None:
-            self.engine.cancel(active.request.id)
-            self.inbox.withdraw(active.request.id)
+            self.backend.cancel(active.request.id)
 
     def release(self, group: AnswerGroup) -> None:
         """Cancel what has not ended of a group, which nobody reads any more."""
@@ -386,7 +366,7 @@ class Service:
         Raises:
             PromptTooLong, ValueError, PredictionFailed: none is made.
         """
-        max_tokens = self.engine.limits.max_tokens
+        max_tokens = self.backend.limits.max_tokens
         room = f"which leaves no room for an answer within {max_tokens} tokens (--max_tokens)"
         count, characters = asked.sizes()
         if characters > MAX_CHARACTERS_PER_TOKEN * max_tokens or count > max_tokens:

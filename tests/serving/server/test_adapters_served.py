@@ -165,17 +165,21 @@ def test_an_unloaded_adapter_answers_to_the_end(server, here):
         target=lambda: replies.append(ask(server, model="c", max_tokens=LONG))
     )
     asking.start()
-    wait_for(lambda: any(row.answer.tokens for row in server.service.engine.rows.values()))
+    wait_for(lambda: any(row.answer.tokens for row in server.service.backend.engine.rows.values()))
     assert unload(server, "c").status_code == 200
     error_of(ask(server, model="c"), 404)
     asking.join()
     text = answer_of(replies[0])
     assert text.strip().startswith(here.said["c"].strip()[:8])
     assert replies[0].json()["usage"]["completion_tokens"] == LONG
-    owners = set()
-    for stack in server.service.engine.adapters._stacks.values():
-        owners |= set(stack.owners.tolist())
-    assert len(owners) == 2
+
+    def owners():
+        found = set()
+        for stack in server.service.backend.engine.adapters._stacks.values():
+            found |= set(stack.owners.tolist())
+        return found
+
+    wait_for(lambda: len(owners()) == 2)
 
 
 def test_a_bad_adapter_is_one_line_and_harms_nobody(server, here):
@@ -246,7 +250,7 @@ def test_an_unexpected_fault_is_an_error_object(server, monkeypatch):
     def fail(*_):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(server.service.engine.adapters, "load", fail)
+    monkeypatch.setattr(server.service.backend.engine.adapters, "load", fail)
     assert error_of(load(server, "x", "c"), 500).endswith("could not be loaded: MemoryError")
 
 

@@ -140,7 +140,7 @@ def test_an_end_token_has_its_log_probability(server):
     """lm-evaluation-harness leaves out the last entry, whatever it is."""
     ids = raw_ids(server, "list river")
     [token] = greedy(server, ids, 1)
-    engine = server.service.engine
+    engine = server.service.backend.engine
     before, engine.stop_ids = engine.stop_ids, frozenset([token])
     try:
         reply = complete(server, ids, max_tokens=4, logprobs=1)
@@ -356,7 +356,7 @@ def test_a_responses_stream_of_a_call(tiny_folders):
         tokens.put_nowait((0, token))
     service = SimpleNamespace(
         tokenizer=tokenizer,
-        engine=SimpleNamespace(stop_ids=frozenset(tokenizer.stop_ids)),
+        backend=SimpleNamespace(stop_ids=frozenset(tokenizer.stop_ids)),
         name="m",
         report=lambda _: {},
         length=lambda _: len(ids),

@@ -146,7 +146,7 @@ def test_a_busy_server_is_ready_and_says_429_with_when_to_retry(server):
 def test_who_drains_or_has_failed_lives_but_is_not_ready(tiny_folders):
     with running(tiny_folders["glm2"]) as found:
         for name, said in (("draining", True), ("failure", "the engine has failed: lost")):
-            setattr(found.service, name, said)
+            setattr(found.service if name == "draining" else found.service.backend, name, said)
             statuses = []
             for path in ("/health", "/health/live", "/health/ready"):
                 statuses.append(httpx.get(found.root + path).status_code)
@@ -156,7 +156,7 @@ def test_who_drains_or_has_failed_lives_but_is_not_ready(tiny_folders):
             body = {"messages": [{"role": "user", "content": "x"}]}
             reply = httpx.post(found.root + CHAT, json=body)
             assert reply.status_code == 503 and reply.headers["x-request-id"]
-        found.service.draining, found.service.failure = False, None
+        found.service.draining, found.service.backend.failure = False, None
 
         async def broken(asked):
             raise KeyError("a bug")

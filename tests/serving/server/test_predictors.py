@@ -65,8 +65,8 @@ def end_bias(service) -> dict:
 
     The two tokens that it leaves get the same logit, whatever the random model has seen.
     """
-    [end] = sorted(service.engine.stop_ids)[:1]
-    weight = service.engine.model.get_output_embeddings().weight
+    [end] = sorted(service.backend.engine.stop_ids)[:1]
+    weight = service.backend.engine.model.get_output_embeddings().weight
     with torch.inference_mode():
         weight[[end, OTHER]] = 0
     return {str(end): 100 - float(np.log(MEAN - 1)), str(OTHER): 100}

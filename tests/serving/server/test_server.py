@@ -152,7 +152,9 @@ def test_profiled_and_compared_with_its_simulation(folders, tmp_path, capsys):
             [*map(str, words), "--predictor", str(predictor), "--profile", str(tmp_path / "p.json")]
         )
     )
-    assert service.engine.cost.decode_step_s(1, 30) == pytest.approx(cost.decode_step_s(1, 30))
+    assert service.backend.engine.cost.decode_step_s(1, 30) == pytest.approx(
+        cost.decode_step_s(1, 30)
+    )
 
     (tmp_path / "merged").symlink_to(model)
     (tmp_path / "predictor").symlink_to(predictor)
@@ -567,6 +569,7 @@ def test_an_engine_that_fails_lets_nobody_wait(tiny_folders, caplog):
 
     from chatglm import load_tokenizer
     from serving.engines import TextEngine
+    from serving.engines.runner import EngineRunner
     from serving.policies.continuous import POLICIES
     from serving.server.api import make_app
     from serving.server.service import Service
@@ -580,9 +583,8 @@ def test_an_engine_that_fails_lets_nobody_wait(tiny_folders, caplog):
 
     limits = Limits(max_batch=2, kv_tokens=400, max_tokens=200)
     service = Service(
-        Broken(None, limits, LinearCost(), [2]),
+        EngineRunner(Broken(None, limits, LinearCost(), [2]), POLICIES["fcfs"]),
         load_tokenizer(tiny_folders["glm2"]),
-        POLICIES["fcfs"],
         None,
         Monitor("m", limits),
         name="m",
@@ -604,7 +606,7 @@ def test_an_engine_that_fails_lets_nobody_wait(tiny_folders, caplog):
         == second.json()["error"]["message"]
         == "the engine has failed: MemoryError: no memory left"
     )
-    service.failure, service.draining = None, True
+    service.backend.failure, service.draining = None, True
     assert (
         client.post("/v1/chat/completions", json=body).json()["error"]["message"]
         == "the server is shutting down"

@@ -65,7 +65,7 @@ def running(folder, *words, endless=True, prepare=None):
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # connections inherit it
     keys, service = access_rules_of(args, sock), load_service(args)
     if endless:
-        service.engine.stop_ids = frozenset()
+        service.backend.engine.stop_ids = frozenset()
     if prepare is not None:
         prepare(service)
     server = make_server(service, keys, args)
@@ -131,7 +131,7 @@ def wait_for(what, seconds=20):
 
 def idle(server) -> bool:
     """No answer is known, nothing is reserved, no row holds memory."""
-    engine, monitor = server.service.engine, server.service.monitor
+    engine, monitor = server.service.backend.engine, server.service.monitor
     slabs = getattr(
         getattr(engine, "runner", None), "arena", SimpleNamespace(slabs={})
     ).slabs.values()
@@ -254,7 +254,7 @@ def test_s4_penalties_are_those_of_transformers():
 
 def test_s4_a_stop_token_ends_the_answer_before_it(server):
     tokenizer = server.service.tokenizer
-    answers = server.service.engine._answers
+    answers = server.service.backend.engine._answers
     watched = {}
 
     class Watching(dict):
@@ -262,9 +262,9 @@ def test_s4_a_stop_token_ends_the_answer_before_it(server):
             watched[key] = answer
             super().__setitem__(key, answer)
 
-    server.service.engine._answers = Watching(answers)
+    server.service.backend.engine._answers = Watching(answers)
     text = answer_of(ask(server, max_tokens=30))
-    server.service.engine._answers = answers
+    server.service.backend.engine._answers = answers
     [answer] = watched.values()
     stop = answer.tokens[9]
     first = answer.tokens.index(stop)
@@ -357,7 +357,7 @@ def test_s3_a_full_queue_is_429(tiny_folders):
     ) as server:
         alone = answer_of(ask(server))
         long = Together(server, *[{"max_tokens": ENDLESS}] * 3)
-        wait_for(lambda: server.service.engine.count() == 3)
+        wait_for(lambda: server.service.backend.engine.count() == 3)
         reply = ask(server)
         assert (
             "1 requests wait already (--max_queue)" in error_of(reply, 429)
@@ -371,12 +371,14 @@ def test_s3_a_full_queue_is_429(tiny_folders):
 def test_s3_who_leaves_the_queue_makes_room_at_once(tiny_folders):
     with running(tiny_folders["glm2"], "--max_queue", "1", prepare=slow_steps(0.01)) as server:
         stays = Together(server, *[{"max_tokens": 1000}] * 2)
-        wait_for(lambda: len(server.service.engine.rows) == 2)
+        wait_for(lambda: len(server.service.backend.engine.rows) == 2)
         for _ in range(5):
             with pytest.raises(httpx.ReadTimeout):
                 ask(server, timeout=0.1)
-            wait_for(lambda: server.service.engine.count() == 2)
-        assert len(server.service.engine.rows) == 2  # while the others are still being served
+            wait_for(lambda: server.service.backend.engine.count() == 2)
+        assert (
+            len(server.service.backend.engine.rows) == 2
+        )  # while the others are still being served
         server.service.cancel_all()
         assert [error_of(reply, 500) for reply in stays.replies] == ["the answer was cancelled"] * 2
 
@@ -386,7 +388,11 @@ def test_s3_a_drains_end_answers_everybody(tiny_folders, caplog, engine, policy)
     words = ["--drain_s", "0.5", "--engine", engine, "--policy", policy]
     with running(tiny_folders["glm2"], *words, prepare=slow_steps(0.02)) as server:
         asked = Together(server, *[{"max_tokens": ENDLESS, "stream": i % 2 == 1} for i in range(8)])
-        wait_for(lambda: server.service.engine.count() == 8 and server.service.engine.rows)
+        wait_for(
+            lambda: (
+                server.service.backend.engine.count() == 8 and server.service.backend.engine.rows
+            )
+        )
         half = socket.create_connection(("127.0.0.1", server.port))
         half.sendall(
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
@@ -418,7 +424,7 @@ def slow_steps(seconds: float):
     """A service's engine whose forward passes take so much longer."""
 
     def prepare(service):
-        head = service.engine.model.get_output_embeddings()
+        head = service.backend.engine.model.get_output_embeddings()
         head.register_forward_hook(lambda *_: time.sleep(seconds))
 
     return prepare
@@ -722,7 +728,7 @@ def test_an_engine_that_is_lost_answers_everybody_and_ends_the_process(tiny_fold
 
     def prepare(service):
         if part == "policy":
-            policy = service.policy
+            policy = service.backend.policy
             names = {"length": policy.length, "order": policy.order, "predicts": policy.predicts}
 
             class Policy(SimpleNamespace):
@@ -731,20 +737,20 @@ def test_an_engine_that_is_lost_answers_everybody_and_ends_the_process(tiny_fold
                         raise ZeroDivisionError("no")
                     return policy(view, cost)
 
-            service.policy = Policy(**names)
+            service.backend.policy = Policy(**names)
         elif part == "engine":
-            service.engine.step = failing(
-                service.engine.step, lambda *_: broken.is_set(), MemoryError("no")
+            service.backend.engine.step = failing(
+                service.backend.engine.step, lambda *_: broken.is_set(), MemoryError("no")
             )
         else:
-            head = service.engine.model.get_output_embeddings()
+            head = service.backend.engine.model.get_output_embeddings()
             head.register_forward_hook(
                 failing(lambda *_: None, lambda *_: broken.is_set(), RuntimeError("no"))
             )
 
     with running(tiny_folders["glm2"], prepare=prepare) as server:
         asked = Together(server, *[{"max_tokens": ENDLESS, "stream": i % 2 == 1} for i in range(6)])
-        wait_for(lambda: server.service.engine.count() == 6)
+        wait_for(lambda: server.service.backend.engine.count() == 6)
         broken.set()
         if part != "model":  # a running step ends at the next arrival, which may come too late
             with suppress(httpx.TransportError):
@@ -794,11 +800,11 @@ def test_s10_a_monitor_is_closed_last(tiny_folders, tmp_path, caplog):
         tiny_folders["glm2"], "--log", tmp_path / "log.jsonl", prepare=slow_steps(1.0)
     ) as server:
         asked = Together(server, {})
-        wait_for(lambda: server.service.engine.rows)
+        wait_for(lambda: server.service.backend.engine.rows)
         server.service.stop(0.05)
         assert server.service.monitor._file is not None and "has not ended its step" in caplog.text
         assert "shutting down" in error_of(asked.replies[0], 503)
-        server.service._thread.join(20)
+        server.service.backend._thread.join(20)
         server.service.stop()
         assert server.service.monitor._file is None
 

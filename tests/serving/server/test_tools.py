@@ -97,7 +97,7 @@ async def reply_of(tokenizer, ids, stream=True, **fields):
     group = AnswerGroup([active], tokens)
     service = SimpleNamespace(
         tokenizer=tokenizer,
-        engine=SimpleNamespace(stop_ids=frozenset(tokenizer.stop_ids)),
+        backend=SimpleNamespace(stop_ids=frozenset(tokenizer.stop_ids)),
         name="m",
         report=lambda _: {},
         length=lambda _: len(ids),

@@ -1,0 +1,630 @@
+"""Replicas of a model as processes: what gives them requests, and starts them again when they end.
+
+A request goes to the replica with the fewest predicted outstanding tokens among those whose KV
+memory holds its predicted q90 beside that of what they have. Where a replica ends, its requests go
+to others, with the tokens that their answers have: nothing that a client has seen is made again,
+and nothing is lost. A greedy answer goes on as if nothing had happened; a sampled one draws its
+further tokens anew.
+"""
+
+import itertools
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from serving.engines.adapter_errors import AdapterExists, UnknownAdapter
+from serving.engines.answers import Answer, Sampling
+from serving.engines.live import WallClock
+from serving.engines.runner import AdapterStore, Listener
+from serving.replicas.messages import (
+    AnswerUpdate,
+    CancelAnswer,
+    Channel,
+    CopiedTokens,
+    EndReplica,
+    LoadLora,
+    LoraResult,
+    ReplicaFailed,
+    ReplicaJob,
+    ReplicaReady,
+    SchedulerUpdate,
+    SubmitAnswer,
+    UnloadLora,
+    UseVocabulary,
+)
+from serving.request import Completion, Event, Limits, Record, Request
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[2]
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # before a replica that has ended is started again
+STEADY_S = 60.0  # one that has served so long is started again without delay
+MOST_FAILURES = 5  # starts in a row that fail, of every replica, before the pool gives up
+MOST_MOVES = 3  # a request that has seen so many replicas end is ended: it may be the reason
+PROMPT_WEIGHT = 0.1  # of a prompt's token among outstanding ones: many are computed in one pass
+UNPREDICTED_TOKENS = 256.0  # expected of an answer without a prediction
+LORA_S = 600.0  # for a replica to load an adapter
+STARTING, READY, ENDED = "starting", "ready", "ended"
+ERRORS: dict[str, type[Exception]] = {
+    "AdapterExists": AdapterExists,
+    "UnknownAdapter": UnknownAdapter,
+    "FileNotFoundError": FileNotFoundError,
+}
+
+
+@dataclass(eq=False)
+class Flight:
+    """A request that is being answered.
+
+    Attributes:
+        replica: that answers it; None while it waits for one.
+        record: as the scheduler's, as of the last event.
+        moves: replicas that have ended with it.
+    """
+
+    request: Request
+    answer: Answer
+    record: Record
+    replica: "Replica | None" = None
+    moves: int = 0
+    is_queued: bool = False
+
+    def outstanding_tokens(self) -> float:
+        """Predicted tokens that are still to be made, a part of the prompt's with them."""
+        prediction = self.request.prediction
+        expected = UNPREDICTED_TOKENS if prediction is None else prediction.expected_tokens
+        if (most := self.answer.sampling.max_new_tokens) is not None:
+            expected = min(expected, most)
+        made = len(self.answer.tokens)
+        prompt = 0 if made else self.request.prompt_tokens
+        return PROMPT_WEIGHT * prompt + max(expected - made, 1.0)
+
+    def kv_tokens(self, limits: Limits) -> float:
+        """Of its prompt and its answer's predicted q90."""
+        prediction = self.request.prediction
+        answer = UNPREDICTED_TOKENS if prediction is None else prediction.quantile(0.9)
+        if (most := self.answer.sampling.max_new_tokens) is not None:
+            answer = min(answer, most)
+        longest = limits.max_answer_tokens(self.request)
+        return self.request.prompt_tokens + min(max(answer, len(self.answer.tokens)), longest)
+
+
+class Replica:
+    """A replica's process, from the front's side.
+
+    Attributes:
+        state: STARTING, READY or ENDED.
+        flights: what it answers, by request id.
+        has_vocabulary: whether grammars can be compiled there.
+        ready: what it said when it had loaded.
+        failures: starts in a row that have failed. restarts: all after the first.
+    """
+
+    def __init__(self, job: ReplicaJob) -> None:
+        self.job = job
+        self.state = ENDED
+        self.flights: dict[int, Flight] = {}
+        self.has_vocabulary = False
+        self.ready: ReplicaReady | None = None
+        self.failures = self.restarts = 0
+        self.copied_tokens = 0
+        self.began_s = 0.0
+        self.reason = ""
+        self.channel: Channel | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def name(self) -> str:
+        devices = ", ".join(stage.device for stage in self.job.placement.stages)
+        return f"replica {self.job.number} ({devices})"
+
+    def start(self) -> Channel:
+        """Start its process; it is ready when it says so."""
+        ours, theirs = socket.socketpair()
+        environment = dict(os.environ)
+        paths = [str(ROOT), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        if (threads := self.job.placement.stages[0].threads) is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        command = [sys.executable, "-m", "serving.replicas.process", str(theirs.fileno())]
+        with theirs:
+            self.process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
+            )
+        self.state, self.has_vocabulary, self.ready, self.reason = STARTING, False, None, ""
+        self.began_s = time.monotonic()
+        self.channel = Channel(Connection(ours.detach()))
+        self.channel.send(self.job)
+        return self.channel
+
+    def send(self, message: Any) -> None:
+        if self.channel is not None:
+            self.channel.send(message)
+
+    def outstanding_tokens(self) -> float:
+        return sum(flight.outstanding_tokens() for flight in self.flights.values())
+
+    def kv_free_tokens(self) -> float:
+        """Of its KV memory, what the predicted q90 of its requests leaves."""
+        limits = self.job.limits
+        taken = sum(flight.kv_tokens(limits) for flight in self.flights.values())
+        return limits.kv_tokens - taken
+
+    def next_wait_s(self) -> float:
+        """Seconds to wait before it is started again: twice as long after each failed start."""
+        if not self.failures:
+            return 0.0
+        return min(FIRST_WAIT_S * 2 ** (self.failures - 1), LONGEST_WAIT_S)
+
+    def kill(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+
+
+def chosen_replica(replicas: Sequence[Replica], flight: Flight) -> Replica | None:
+    """The replica that a request goes to; None where none is ready.
+
+    The fewest predicted outstanding tokens among those whose KV memory has room for its q90, among
+    all where none has.
+    """
+    ready = [replica for replica in replicas if replica.state == READY]
+    roomy = []
+    for replica in ready:
+        if flight.kv_tokens(replica.job.limits) <= replica.kv_free_tokens():
+            roomy.append(replica)
+    return min(roomy or ready, key=Replica.outstanding_tokens, default=None)
+
+
+@dataclass
+class AdapterCall:
+    """A load or an unload, and the replicas' answers to it by their numbers."""
+
+    waits_for: set[int]
+    done: threading.Event = field(default_factory=threading.Event)
+    errors: list[tuple[str, str]] = field(default_factory=list)
+
+
+class PooledAdapters:
+    """The LoRA adapters of every replica of a pool."""
+
+    def __init__(self, pool: "ReplicaPool") -> None:
+        self._pool = pool
+        self._numbers = itertools.count(1)
+        self._calls: dict[int, AdapterCall] = {}
+        self._lock = threading.Lock()
+        self.loaded: dict[str, str] = {}  # name -> folder
+
+    def load(self, name: str, folder: str | Path) -> None:
+        """Load it in every replica, or in none.
+
+        Raises:
+            AdapterExists: the name is taken.
+            FileNotFoundError, ValueError: it cannot be loaded.
+        """
+        if name in self.loaded:
+            raise AdapterExists(f"an adapter {name!r} is loaded already; unload it first")
+        found = str(folder)
+        errors = self._call(lambda number: LoadLora(number, name, found))
+        if errors:
+            self._call(lambda number: UnloadLora(number, name))
+            kind, text = errors[0]
+            raise ERRORS.get(kind, ValueError)(text)
+        self.loaded[name] = found
+
+    def unload(self, name: str) -> None:
+        """Take no new requests for it. Raises UnknownAdapter."""
+        if self.loaded.pop(name, None) is None:
+            raise UnknownAdapter(f"no adapter {name!r} is loaded")
+        self._call(lambda number: UnloadLora(number, name))
+
+    def restore(self, replica: Replica) -> None:
+        """Load all adapters in a replica that has started again."""
+        for name, folder in self.loaded.items():
+            replica.send(LoadLora(0, name, folder))
+
+    def answered(self, replica: Replica, result: LoraResult) -> None:
+        with self._lock:
+            call = self._calls.get(result.number)
+        if call is None:
+            if result.error is not None and result.number == 0:
+                log.warning("%s: an adapter is not loaded: %s", replica.name, result.error[1])
+            return
+        if result.error is not None:
+            call.errors.append(result.error)
+        self._leave(call, replica)
+
+    def left(self, replica: Replica) -> None:
+        """A replica has ended: its answers do not come."""
+        with self._lock:
+            calls = list(self._calls.values())
+        for call in calls:
+            self._leave(call, replica)
+
+    def _leave(self, call: AdapterCall, replica: Replica) -> None:
+        with self._lock:
+            call.waits_for.discard(replica.job.number)
+            if not call.waits_for:
+                call.done.set()
+
+    def _call(self, message: Callable[[int], Any]) -> list[tuple[str, str]]:
+        """Send a message to every replica that is ready; the errors of those that fail."""
+        number = next(self._numbers)
+        ready = self._pool.ready_replicas()
+        if not ready:
+            return [("ValueError", "no replica is ready; try again later")]
+        call = AdapterCall({replica.job.number for replica in ready})
+        with self._lock:
+            self._calls[number] = call
+        for replica in ready:
+            replica.send(message(number))
+        in_time = call.done.wait(LORA_S)
+        with self._lock:
+            del self._calls[number]
+        if not in_time:
+            return [("ValueError", f"a replica has not answered within {LORA_S:g} s")]
+        return call.errors
+
+
+class ReplicaPool:
+    """An AnswerBackend of replicas in processes of their own.
+
+    Args:
+        jobs: one for each replica, of the same model.
+    Attributes:
+        limits: of all replicas together; max_tokens is that of each.
+        requeued: requests that went to another replica because theirs had ended.
+        lost: called when a replica has ended, with it and the reason.
+    """
+
+    def __init__(self, jobs: Sequence[ReplicaJob]) -> None:
+        self.replicas = [Replica(job) for job in jobs]
+        each = jobs[0].limits
+        self.limits = replace(
+            each,
+            max_batch=each.max_batch * len(jobs),
+            kv_tokens=each.kv_tokens * len(jobs),
+        )
+        self.adapters: AdapterStore | None = None
+        self.clock = WallClock()
+        for replica in self.replicas:
+            replica.job = replace(replica.job, zero_s=self.clock.zero_s)
+        self.failure: str | None = None
+        self.requeued = 0
+        self._stop_ids: frozenset[int] = frozenset()
+        self._vocabulary = 0
+        self._flights: dict[int, Flight] = {}
+        self._lock = threading.RLock()  # of all state; held for moments
+        self._observing = threading.Lock()  # events come from a thread of each replica
+        self._changed = threading.Condition(self._lock)
+        self._observer: Callable[[Event], None] = lambda event: None
+        self._failed: Callable[[], None] = lambda: None
+        self._pooled = PooledAdapters(self)
+        self._stopping = False
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        return self._stop_ids
+
+    def open(self) -> list[ReplicaReady]:
+        """Start every replica and wait until all have loaded the model; what they say.
+
+        Raises:
+            ValueError: one cannot: its own line.
+        """
+        for replica in self.replicas:
+            self._start(replica)
+        with self._changed:
+            self._changed.wait_for(lambda: all(r.state != STARTING for r in self.replicas))
+            found = [replica.ready for replica in self.replicas]
+        said = [ready for ready in found if ready is not None]
+        if len(said) < len(self.replicas):
+            reasons = [r.reason for r in self.replicas if r.ready is None]
+            self.stop(1.0)
+            raise ValueError(reasons[0] or "a replica ended while it loaded the model")
+        self._stop_ids, self._vocabulary = said[0].stop_ids, said[0].vocabulary
+        if all(ready.takes_adapters for ready in said):
+            self.adapters = self._pooled
+        return said
+
+    def start(self, observe: Callable[[Event], None], failed: Callable[[], None]) -> None:
+        """As AnswerBackend.start; replicas that have not been opened are opened."""
+        self._observer, self._failed = observe, failed
+        if all(replica.process is None for replica in self.replicas):
+            self.open()
+
+    def _observe(self, event: Event) -> None:
+        with self._observing:
+            self._observer(event)
+
+    def ready_replicas(self) -> list[Replica]:
+        with self._lock:
+            return [replica for replica in self.replicas if replica.state == READY]
+
+    # ---- requests
+
+    def submit(
+        self,
+        request: Request,
+        prompt_ids: Sequence[int],
+        sampling: Sampling | None = None,
+        listener: Listener | None = None,
+    ) -> Answer:
+        sampling = sampling or Sampling()
+        prompt = list(prompt_ids)
+        if len(prompt) != request.prompt_tokens or not prompt:
+            raise ValueError(
+                f"request {request.id} says {request.prompt_tokens} prompt tokens (at least 1), "
+                f"its prompt has {len(prompt)}"
+            )
+        if sampling.adapter is not None and sampling.adapter not in self._pooled.loaded:
+            raise UnknownAdapter(f"no adapter {sampling.adapter!r} is loaded")
+        if min(prompt) < 0 or max(prompt) >= self._vocabulary:
+            raise ValueError(
+                f"prompt ids must be from 0 to {self._vocabulary - 1}; "
+                f"got {min(prompt)} to {max(prompt)}"
+            )
+        answer = Answer(request.id, prompt, sampling, listener)
+        with self._lock:
+            if request.id in self._flights:
+                raise ValueError(f"request {request.id} is being answered already")
+            self._flights[request.id] = Flight(request, answer, Record(request))
+        return answer
+
+    def enqueue(self, request: Request) -> None:
+        with self._lock:
+            if self._stopping or self.failure:
+                self._flights.pop(request.id, None)
+                raise RuntimeError(f"request {request.id} comes too late: the replicas have ended")
+            flight = self._flights[request.id]
+            flight.is_queued = True
+            self._assign(flight)
+
+    def forget(self, request_id: int) -> None:
+        with self._lock:
+            flight = self._flights.pop(request_id, None)
+        if flight is not None:
+            flight.answer.add(None, "refused")
+
+    def cancel(self, request_id: int) -> None:
+        with self._lock:
+            flight = self._flights.get(request_id)
+            if flight is None:
+                return
+            flight.answer.add(None, "cancelled")
+            if flight.replica is not None:
+                flight.replica.send(CancelAnswer(request_id))
+            else:
+                self._end(flight, "cancelled")
+
+    def cancel_all(self) -> None:
+        with self._lock:
+            registered = list(self._flights)
+        for request_id in registered:
+            self.cancel(request_id)
+
+    def count(self) -> int:
+        return len(self._flights)
+
+    def copied_tokens(self) -> int:
+        return sum(replica.copied_tokens for replica in self.replicas)
+
+    def state(self) -> str:
+        return "ok" if self.ready_replicas() else "no replica is ready: they are being started"
+
+    def _assign(self, flight: Flight) -> None:
+        """Give a request to a replica, if one is ready. With the lock."""
+        replica = chosen_replica(self.replicas, flight)
+        flight.replica = replica
+        if replica is None:
+            return
+        replica.flights[flight.request.id] = flight
+        answer, sampling = flight.answer, flight.answer.sampling
+        source = None
+        if (grammar := sampling.grammar) is not None:
+            source = grammar.source
+            if not replica.has_vocabulary:
+                vocabulary = grammar.vocabulary
+                replica.send(UseVocabulary(vocabulary.tokens, vocabulary.stop_ids))
+                replica.has_vocabulary = True
+            sampling = replace(sampling, grammar=None)
+        request = replace(flight.request, generated=len(answer.tokens))
+        replica.send(SubmitAnswer(request, answer.prompt, sampling, source, list(answer.tokens)))
+
+    def _end(self, flight: Flight, reason: str) -> None:
+        """Drop a request that no replica has; its answer ends, if it has not."""
+        with self._lock:
+            known = self._flights.pop(flight.request.id, None)
+        if known is None:
+            return
+        flight.answer.add(None, reason)
+        now_s, request, record = self.clock.now_s(), flight.request, flight.record
+        completion = Completion(
+            request,
+            record.first_admitted_s,
+            record.first_token_s,
+            now_s,
+            len(flight.answer.tokens),
+            record.most_reserved_tokens,
+            record.preemptions,
+            record.overruns,
+            cut=True,
+        )
+        self._observe(Event(now_s, "withdrawn", request.id, completion))
+
+    # ---- replicas
+
+    def _start(self, replica: Replica) -> None:
+        channel = replica.start()
+        threading.Thread(
+            target=self._read, args=(replica, channel), name=replica.name, daemon=True
+        ).start()
+
+    def _read(self, replica: Replica, channel: Channel) -> None:
+        """The thread of a replica's messages, until it ends."""
+        handlers: dict[type, Callable[[Replica, Any], None]] = {
+            AnswerUpdate: self._add_token,
+            SchedulerUpdate: self._take_event,
+            ReplicaReady: self._become_ready,
+            ReplicaFailed: self._note_failure,
+            LoraResult: self._pooled.answered,
+            CopiedTokens: self._note_copied,
+        }
+        try:
+            while True:
+                for message in channel.receive():
+                    handlers[type(message)](replica, message)
+        except EOFError:
+            pass
+        except Exception:  # a bug here must not leave its requests waiting forever
+            log.exception("%s: its messages cannot be read", replica.name)
+        channel.close()
+        self._replica_ended(replica)
+
+    def _add_token(self, replica: Replica, update: AnswerUpdate) -> None:
+        flight = replica.flights.get(update.id)
+        if flight is None:
+            return
+        answer = flight.answer
+        if update.logprobs is not None:
+            answer.logprobs.append(update.logprobs)
+        if update.prompt_logprobs is not None:
+            answer.prompt_logprobs = update.prompt_logprobs
+        if update.embedding is not None:
+            import torch
+
+            answer.embedding = torch.from_numpy(update.embedding)
+        answer.add(update.token, update.reason)
+
+    def _take_event(self, replica: Replica, update: SchedulerUpdate) -> None:
+        flight = replica.flights.get(update.id)
+        if flight is None:
+            return
+        request, changed = flight.request, update.changed
+        what: object = flight.record
+        if update.kind in ("finished", "withdrawn"):
+            what = Completion(request, **changed)
+        elif update.kind == "refused":
+            what = flight.answer.refusal = changed["reason"]
+        else:
+            for name, value in changed.items():
+                setattr(flight.record, name, value)
+        if update.kind in ("finished", "withdrawn", "refused"):
+            with self._lock:
+                replica.flights.pop(update.id, None)
+                self._flights.pop(update.id, None)
+            if update.kind == "refused":
+                flight.answer.add(None, "refused")
+        self._observe(Event(update.time_s, update.kind, update.id, what))
+
+    def _note_copied(self, replica: Replica, message: CopiedTokens) -> None:
+        replica.copied_tokens = message.tokens
+
+    def _note_failure(self, replica: Replica, message: ReplicaFailed) -> None:
+        replica.reason = message.reason
+
+    def _become_ready(self, replica: Replica, message: ReplicaReady) -> None:
+        self._pooled.restore(replica)
+        with self._changed:
+            replica.ready, replica.state = message, READY
+            for flight in self._flights.values():
+                if flight.replica is None and flight.is_queued:
+                    self._assign(flight)
+            self._changed.notify_all()
+        if replica.restarts:
+            log.warning("%s is ready again, after %.1f s", replica.name, message.seconds)
+
+    def _replica_ended(self, replica: Replica) -> None:
+        """Give its requests away, and start it again."""
+        assert replica.process is not None
+        replica.kill()  # where its pipe has ended and it has not
+        code = replica.process.wait()
+        with self._changed:
+            was_ready = replica.state == READY
+            served_s = time.monotonic() - replica.began_s
+            replica.state = ENDED
+            moved, replica.flights = list(replica.flights.values()), {}
+            self._changed.notify_all()
+            if self._stopping:
+                return
+        self._pooled.left(replica)
+        reason = replica.reason or f"it ended with exit code {code}"
+        if was_ready:
+            replica.failures = 0 if served_s > STEADY_S else replica.failures + 1
+        else:
+            replica.failures += 1
+        if not was_ready and not replica.restarts:
+            replica.reason = reason
+            return  # `open` raises it
+        log.warning("%s has ended: %s; %d request(s) go on", replica.name, reason, len(moved))
+        for flight in moved:
+            self._move(flight)
+        self._start_again(replica, reason)
+
+    def _move(self, flight: Flight) -> None:
+        """Give a request whose replica has ended to another one."""
+        answer = flight.answer
+        flight.replica = None
+        if answer.reason is not None:  # its last event is all that was missing
+            self._end(flight, answer.reason)
+            return
+        flight.moves += 1
+        if flight.moves >= MOST_MOVES:
+            log.error("request %s: %d replicas have ended with it", flight.request.id, flight.moves)
+            self._end(flight, "failed")
+            return
+        self._observe(Event(self.clock.now_s(), "preempted", flight.request.id, flight.record))
+        with self._lock:
+            self.requeued += 1
+            self._assign(flight)
+
+    def _start_again(self, replica: Replica, reason: str) -> None:
+        replica.restarts += 1
+        if all(other.failures >= MOST_FAILURES for other in self.replicas):
+            self._give_up(reason)
+            return
+        wait_s = replica.next_wait_s()
+        log.warning("%s is started again in %g s", replica.name, wait_s)
+        timer = threading.Timer(wait_s, self._restart, [replica])
+        timer.daemon = True
+        timer.start()
+
+    def _restart(self, replica: Replica) -> None:
+        with self._lock:
+            if not self._stopping:
+                self._start(replica)
+
+    def _give_up(self, reason: str) -> None:
+        self.failure = f"every replica has failed {MOST_FAILURES} times in a row: {reason}"
+        with self._lock:
+            left = list(self._flights.values())
+        for flight in left:
+            self._end(flight, "failed")
+        self._failed()
+
+    def stop(self, timeout_s: float) -> bool:
+        self.cancel_all()
+        with self._lock:
+            self._stopping = True
+        until = time.monotonic() + timeout_s
+        for replica in self.replicas:
+            replica.send(EndReplica())
+        in_time = True
+        for replica in self.replicas:
+            if replica.process is None:
+                continue
+            try:
+                replica.process.wait(max(until - time.monotonic(), 0.0))
+            except subprocess.TimeoutExpired:
+                in_time = False
+                replica.kill()
+                replica.process.wait()
+        return in_time
