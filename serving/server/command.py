@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING
 
 from chatglm.commands import Parser, run_command
 from finetune.evaluation.predict import add_loading_flags, add_packing_flag
+from finetune.placing import PlacementFlags, add_placing_flags
 from predictor.labels import name_warning, served_name
 from predictor.runtime import LengthPredictor
 from serving.cost_model.model import read_profile
-from serving.engines import ENGINES, make_engine
-from serving.engines.runner import EngineRunner
-from serving.engines.served_cost import served_cost_model
+from serving.engines import ENGINES
 from serving.policies.continuous import POLICIES
+from serving.replicas.pool import ReplicaPool
 from serving.request import Limits
 from serving.server.access import AccessRules, access_logger, host_name, is_loopback
+from serving.server.backends import open_in_process, open_placed
 from serving.server.chat import tokenizer_family
 from serving.server.keys import KeyRing
 from serving.server.monitor import Monitor
@@ -47,7 +48,7 @@ SERVED = [name for name in POLICIES if "oracle" not in name]  # an oracle needs 
 
 
 @dataclass(frozen=True)
-class ServerFlags:
+class ServerFlags(PlacementFlags):
     """The flags of the command; `server_parser` has their meaning and defaults."""
 
     model: str
@@ -61,7 +62,6 @@ class ServerFlags:
     max_tokens: int
     prefix_cache_tokens: int
     slo_s: float
-    profile: str | None
     log: str | None
     log_prompts: bool
     base_model: str | None
@@ -128,11 +128,6 @@ def server_parser() -> argparse.ArgumentParser:
         default=30.0,
         help="seconds to a whole answer, of requests without slo_s [30]",
     )
-    parser.add_argument(
-        "--profile",
-        help="what this engine's steps take (scripts/profile_engine.py), for policies "
-        "(default: the device's datasheet)",
-    )
     parser.add_argument("--log", help="append a JSON line for every answer to this file")
     parser.add_argument(
         "--log_prompts",
@@ -141,6 +136,7 @@ def server_parser() -> argparse.ArgumentParser:
     )
     add_loading_flags(parser)
     add_packing_flag(parser)
+    add_placing_flags(parser)
     parser.add_argument(
         "--served_model_name",
         help="the model's name in the API "
@@ -243,7 +239,8 @@ def load_service(flags: ServerFlags) -> Service:
         )
     check_bounds(flags)
     check_predictor_flags(flags)
-    profile = read_profile(flags.profile or "datasheet")
+    if flags.profile:
+        read_profile(flags.profile)
     try:
         limits = Limits(
             max_batch=flags.max_batch, kv_tokens=flags.kv_tokens, max_tokens=flags.max_tokens
@@ -252,7 +249,7 @@ def load_service(flags: ServerFlags) -> Service:
         raise ValueError(f"--max_batch, --kv_tokens, --max_tokens: {error}") from None
 
     from chatglm import load_tokenizer
-    from finetune.evaluation.predict import load_ready, pick_device
+    from finetune.evaluation.predict import pick_device
 
     tokenizer = load_tokenizer(
         flags.model, mode=flags.mode, base=flags.base_model, prompt_style=flags.prompt_style
@@ -262,40 +259,33 @@ def load_service(flags: ServerFlags) -> Service:
         predictor = LengthPredictor.from_pretrained(
             flags.predictor, served_model=tokenizer.name_or_path
         )
-    model = load_ready(
-        flags.model,
-        mode=flags.mode,
-        base=flags.base_model,
-        device=flags.device,
-        precision=flags.precision,
-        keep_quantized=flags.keep_quantized,
-    )
+    if flags.is_placed:
+        opened = open_placed(flags, flags, limits)
+    else:
+        opened = open_in_process(flags, limits)
     text_encoder = None
     if flags.embedding_model:
         from serving.server.text_encoder import load_text_encoder
 
         text_encoder = load_text_encoder(flags.embedding_model, pick_device(flags.device))
     name = service_name(flags, predictor)
-    rounds = getattr(model.config, "chat_prompt", None) == "rounds"
     defaults = tokenizer_family(tokenizer).chat_defaults
-    options = {}
-    if flags.engine == "continuous":
-        options["prefix_cache_tokens"] = flags.prefix_cache_tokens
-    engine = make_engine(flags.engine, model, limits, served_cost_model(model, profile), **options)
     service = Service(
-        EngineRunner(engine, policy),
+        opened.backend,
         tokenizer,
         predictor,
-        Monitor(name, limits, flags.log, flags.log_prompts),
+        Monitor(name, opened.backend.limits, flags.log, flags.log_prompts),
         name=name,
         slo_s=flags.slo_s,
         defaults={"temperature": defaults["temperature"], "top_p": defaults["top_p"]},
-        prompt_options={"rounds": True} if rounds else {},
+        prompt_options={"rounds": True} if opened.chat_prompt == "rounds" else {},
         max_queue=flags.max_queue,
     )
     service.text_encoder = text_encoder
-    if flags.prefix_cache_tokens:
+    if flags.prefix_cache_tokens and flags.engine == "continuous":
         service.monitor.watch_prefixes(service.backend.copied_tokens)
+    if isinstance(service.backend, ReplicaPool):
+        service.monitor.watch_replicas(service.backend)
     if predictor is not None:
         add_predictors(service, predictor, flags)
     service.adapters.load_given(flags.adapter)

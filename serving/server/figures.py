@@ -44,6 +44,11 @@ GAUGES = {
     f"last {RECENT} whole answers",
     "q90_coverage_ratio": f"Share within the predicted q90 of the last {RECENT} whole answers",
 }
+REPLICA_GAUGES = {  # of a server with replicas in processes of their own
+    "replicas_ready": "Replicas that answer",
+    "replica_restarts": "Starts of replicas after their first",
+    "requeued_requests": "Requests that another replica went on with",
+}
 DEVICE_GAUGES = {
     "device_load": "Share of time in which the GPU was at work",
     "device_memory_bytes": "Memory in use on the GPU, by anyone",

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from serving.request import Completion, Event, Limits, Record, Request
 from serving.server.access import Exchange, current_request_id
-from serving.server.figures import RECENT, Figures, refusal_reason
+from serving.server.figures import RECENT, REPLICA_GAUGES, Figures, refusal_reason
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from serving.engines import Answer
+    from serving.replicas.pool import ReplicaPool
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +149,20 @@ class Monitor:
             text = "Prompt tokens copied from common prefixes instead of computed"
             gauge = Gauge("glm_prefix_copied_tokens", text, registry=self.registry)
             gauge.set_function(copied_tokens)
+
+    def watch_replicas(self, pool: "ReplicaPool") -> None:
+        """Show, as metrics, how many replicas are ready, and what becomes of those that end."""
+        if self.registry is None:
+            return
+        from prometheus_client import Gauge
+
+        values: dict[str, Callable[[], float]] = {
+            "replicas_ready": lambda: len(pool.ready_replicas()),
+            "replica_restarts": lambda: sum(replica.restarts for replica in pool.replicas),
+            "requeued_requests": lambda: pool.requeued,
+        }
+        for name, text in REPLICA_GAUGES.items():
+            Gauge(f"glm_{name}", text, registry=self.registry).set_function(values[name])
 
     def track(
         self, request: Request, prompt: str, answer: "Answer", adapter: str | None = None
