@@ -85,6 +85,7 @@ HERE = {  # file -> the test of this file that runs it
     "benchmarks/method_matrix.py": "test_method_matrix",
     "benchmarks/predictor.py": "test_predictor_benchmark",
     "benchmarks/prefix_sharing.py": "test_prefix_sharing",
+    "benchmarks/replicas.py": "test_replicas",
     "benchmarks/real_input.py": "test_real_input",
     "benchmarks/serving_engine.py": "test_serving_engine",
     "benchmarks/tool_calling.py": "test_tool_calling",
@@ -255,6 +256,13 @@ def test_grammar_cost(tiny_folders):
     assert '"compiled_ms"' in done.stdout, done.stdout
     failed = run_any("benchmarks/grammar_cost.py", "--model", "/nowhere")
     assert failed.returncode == 1 and failed.stderr.count("\n") == 1, failed.stderr
+
+
+def test_replicas(tmp_path):
+    done = run("benchmarks/replicas.py", "--quick", "--json", tmp_path / "out.json")
+    assert "1 kills: 0 answers lost or changed, 0 with tokens doubled" in done.stdout
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert set(found["tokens_per_s"]) == {"1 x 1", "2 x 1"} and found["kills"][0]["lost"] == 0
 
 
 def test_prefix_sharing(tmp_path):
