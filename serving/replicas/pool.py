@@ -135,11 +135,9 @@ class Replica:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         if (threads := self.job.placement.stages[0].threads) is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
-        command = [sys.executable, "-m", "serving.replicas.process", str(theirs.fileno())]
+        command = [sys.executable, "-m", "serving.replicas.process"]
         with theirs:
-            self.process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
-            )
+            self.process = subprocess.Popen(command, stdin=theirs, env=environment)
         self.state, self.has_vocabulary, self.ready, self.reason = STARTING, False, None, ""
         self.began_s = time.monotonic()
         self.channel = Channel(Connection(ours.detach()))

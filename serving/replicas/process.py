@@ -1,9 +1,9 @@
 """A replica: a process with a model, its engine and its scheduler, that a front process gives work.
 
-    python -m serving.replicas.process DESCRIPTOR
+    python -m serving.replicas.process
 
-The command is the pool's (serving.replicas.pool). The descriptor is of its socket, the first
-message a ReplicaJob.
+The command is the pool's (serving.replicas.pool). Its standard input is a socket of the front; the
+first message is a ReplicaJob.
 """
 
 import logging
@@ -219,15 +219,24 @@ def run_replica(connection: Connection) -> int:
     return 0
 
 
-def main(argv: list[str]) -> int:
+def take_standard_input() -> Connection:
+    """The socket that is this process's standard input, which nothing else reads then."""
+    connection = Connection(os.dup(0))
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    return connection
+
+
+def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(levelname)s: %(message)s")
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the front drains
         signal.signal(number, signal.SIG_IGN)
-    code = run_replica(Connection(int(argv[0])))
+    code = run_replica(take_standard_input())
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # the engine's thread may be within a step
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -36,6 +36,7 @@ from serving.replicas.pool import (
 from serving.request import Limits, Record, Request
 from tests.serving.conftest import LinearCost, prediction_of
 from tests.serving.lora_folders import write_adapter
+from tests.warm import warm_python
 
 LIMITS = Limits(max_batch=8, kv_tokens=4000, max_tokens=400)
 ONE_THREAD = ReplicaSpec((StageSpec("cpu", 0, 2, threads=1),))
@@ -66,6 +67,14 @@ class Events(list):
 
     def kinds(self, request_id):
         return [event.kind for event in self if event.id == request_id]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def replicas_start_at_once():
+    """As forks of a process that has imported torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", warm_python())
+        yield
 
 
 @pytest.fixture(scope="module")
