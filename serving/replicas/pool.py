@@ -7,21 +7,15 @@ and nothing is lost. A greedy answer goes on as if nothing had happened; a sampl
 further tokens anew.
 """
 
-import itertools
 import logging
-import os
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-from serving.engines.adapter_errors import AdapterExists, UnknownAdapter
+from serving.engines.adapter_errors import UnknownAdapter
 from serving.engines.answers import Answer, Sampling
 from serving.engines.live import WallClock
 from serving.engines.runner import AdapterStore, Listener
@@ -31,245 +25,23 @@ from serving.replicas.messages import (
     Channel,
     CopiedTokens,
     EndReplica,
-    LoadLora,
     LoraResult,
     ReplicaFailed,
     ReplicaJob,
     ReplicaReady,
     SchedulerUpdate,
     SubmitAnswer,
-    UnloadLora,
     UseVocabulary,
 )
-from serving.request import Completion, Event, Limits, Record, Request
+from serving.replicas.pooled_adapters import PooledAdapters
+from serving.replicas.replica import ENDED, READY, STARTING, Flight, Replica, chosen_replica
+from serving.request import Completion, Event, Record, Request
 
 log = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[2]
-FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # before a replica that has ended is started again
-STEADY_S = 60.0  # one that has served so long is started again without delay
+STEADY_S = 60.0  # a replica that has served so long is started again without delay
 MOST_FAILURES = 5  # starts in a row that fail, of every replica, before the pool gives up
 MOST_MOVES = 3  # a request that has seen so many replicas end is ended: it may be the reason
-PROMPT_WEIGHT = 0.1  # of a prompt's token among outstanding ones: many are computed in one pass
-UNPREDICTED_TOKENS = 256.0  # expected of an answer without a prediction
-LORA_S = 600.0  # for a replica to load an adapter
-STARTING, READY, ENDED = "starting", "ready", "ended"
-ERRORS: dict[str, type[Exception]] = {
-    "AdapterExists": AdapterExists,
-    "UnknownAdapter": UnknownAdapter,
-    "FileNotFoundError": FileNotFoundError,
-}
-
-
-@dataclass(eq=False)
-class Flight:
-    """A request that is being answered.
-
-    Attributes:
-        replica: that answers it; None while it waits for one.
-        record: as the scheduler's, as of the last event.
-        moves: replicas that have ended with it.
-    """
-
-    request: Request
-    answer: Answer
-    record: Record
-    replica: "Replica | None" = None
-    moves: int = 0
-    is_queued: bool = False
-
-    def outstanding_tokens(self) -> float:
-        """Predicted tokens that are still to be made, a part of the prompt's with them."""
-        prediction = self.request.prediction
-        expected = UNPREDICTED_TOKENS if prediction is None else prediction.expected_tokens
-        if (most := self.answer.sampling.max_new_tokens) is not None:
-            expected = min(expected, most)
-        made = len(self.answer.tokens)
-        prompt = 0 if made else self.request.prompt_tokens
-        return PROMPT_WEIGHT * prompt + max(expected - made, 1.0)
-
-    def kv_tokens(self, limits: Limits) -> float:
-        """Of its prompt and its answer's predicted q90."""
-        prediction = self.request.prediction
-        answer = UNPREDICTED_TOKENS if prediction is None else prediction.quantile(0.9)
-        if (most := self.answer.sampling.max_new_tokens) is not None:
-            answer = min(answer, most)
-        longest = limits.max_answer_tokens(self.request)
-        return self.request.prompt_tokens + min(max(answer, len(self.answer.tokens)), longest)
-
-
-class Replica:
-    """A replica's process, from the front's side.
-
-    Attributes:
-        state: STARTING, READY or ENDED.
-        flights: what it answers, by request id.
-        has_vocabulary: whether grammars can be compiled there.
-        ready: what it said when it had loaded.
-        failures: starts in a row that have failed. restarts: all after the first.
-    """
-
-    def __init__(self, job: ReplicaJob) -> None:
-        self.job = job
-        self.state = ENDED
-        self.flights: dict[int, Flight] = {}
-        self.has_vocabulary = False
-        self.ready: ReplicaReady | None = None
-        self.failures = self.restarts = 0
-        self.copied_tokens = 0
-        self.began_s = 0.0
-        self.reason = ""
-        self.channel: Channel | None = None
-        self.process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def name(self) -> str:
-        devices = ", ".join(stage.device for stage in self.job.placement.stages)
-        return f"replica {self.job.number} ({devices})"
-
-    def start(self) -> Channel:
-        """Start its process; it is ready when it says so."""
-        ours, theirs = socket.socketpair()
-        environment = dict(os.environ)
-        paths = [str(ROOT), environment.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        if (threads := self.job.placement.stages[0].threads) is not None:
-            environment["OMP_NUM_THREADS"] = str(threads)
-        command = [sys.executable, "-m", "serving.replicas.process"]
-        with theirs:
-            self.process = subprocess.Popen(command, stdin=theirs, env=environment)
-        self.state, self.has_vocabulary, self.ready, self.reason = STARTING, False, None, ""
-        self.began_s = time.monotonic()
-        self.channel = Channel(Connection(ours.detach()))
-        self.channel.send(self.job)
-        return self.channel
-
-    def send(self, message: Any) -> None:
-        if self.channel is not None:
-            self.channel.send(message)
-
-    def outstanding_tokens(self) -> float:
-        return sum(flight.outstanding_tokens() for flight in self.flights.values())
-
-    def kv_free_tokens(self) -> float:
-        """Of its KV memory, what the predicted q90 of its requests leaves."""
-        limits = self.job.limits
-        taken = sum(flight.kv_tokens(limits) for flight in self.flights.values())
-        return limits.kv_tokens - taken
-
-    def next_wait_s(self) -> float:
-        """Seconds to wait before it is started again: twice as long after each failed start."""
-        if not self.failures:
-            return 0.0
-        return min(FIRST_WAIT_S * 2 ** (self.failures - 1), LONGEST_WAIT_S)
-
-    def kill(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.kill()
-
-
-def chosen_replica(replicas: Sequence[Replica], flight: Flight) -> Replica | None:
-    """The replica that a request goes to; None where none is ready.
-
-    The fewest predicted outstanding tokens among those whose KV memory has room for its q90, among
-    all where none has.
-    """
-    ready = [replica for replica in replicas if replica.state == READY]
-    roomy = []
-    for replica in ready:
-        if flight.kv_tokens(replica.job.limits) <= replica.kv_free_tokens():
-            roomy.append(replica)
-    return min(roomy or ready, key=Replica.outstanding_tokens, default=None)
-
-
-@dataclass
-class AdapterCall:
-    """A load or an unload, and the replicas' answers to it by their numbers."""
-
-    waits_for: set[int]
-    done: threading.Event = field(default_factory=threading.Event)
-    errors: list[tuple[str, str]] = field(default_factory=list)
-
-
-class PooledAdapters:
-    """The LoRA adapters of every replica of a pool."""
-
-    def __init__(self, pool: "ReplicaPool") -> None:
-        self._pool = pool
-        self._numbers = itertools.count(1)
-        self._calls: dict[int, AdapterCall] = {}
-        self._lock = threading.Lock()
-        self.loaded: dict[str, str] = {}  # name -> folder
-
-    def load(self, name: str, folder: str | Path) -> None:
-        """Load it in every replica, or in none.
-
-        Raises:
-            AdapterExists: the name is taken.
-            FileNotFoundError, ValueError: it cannot be loaded.
-        """
-        if name in self.loaded:
-            raise AdapterExists(f"an adapter {name!r} is loaded already; unload it first")
-        found = str(folder)
-        errors = self._call(lambda number: LoadLora(number, name, found))
-        if errors:
-            self._call(lambda number: UnloadLora(number, name))
-            kind, text = errors[0]
-            raise ERRORS.get(kind, ValueError)(text)
-        self.loaded[name] = found
-
-    def unload(self, name: str) -> None:
-        """Take no new requests for it. Raises UnknownAdapter."""
-        if self.loaded.pop(name, None) is None:
-            raise UnknownAdapter(f"no adapter {name!r} is loaded")
-        self._call(lambda number: UnloadLora(number, name))
-
-    def restore(self, replica: Replica) -> None:
-        """Load all adapters in a replica that has started again."""
-        for name, folder in self.loaded.items():
-            replica.send(LoadLora(0, name, folder))
-
-    def answered(self, replica: Replica, result: LoraResult) -> None:
-        with self._lock:
-            call = self._calls.get(result.number)
-        if call is None:
-            if result.error is not None and result.number == 0:
-                log.warning("%s: an adapter is not loaded: %s", replica.name, result.error[1])
-            return
-        if result.error is not None:
-            call.errors.append(result.error)
-        self._leave(call, replica)
-
-    def left(self, replica: Replica) -> None:
-        """A replica has ended: its answers do not come."""
-        with self._lock:
-            calls = list(self._calls.values())
-        for call in calls:
-            self._leave(call, replica)
-
-    def _leave(self, call: AdapterCall, replica: Replica) -> None:
-        with self._lock:
-            call.waits_for.discard(replica.job.number)
-            if not call.waits_for:
-                call.done.set()
-
-    def _call(self, message: Callable[[int], Any]) -> list[tuple[str, str]]:
-        """Send a message to every replica that is ready; the errors of those that fail."""
-        number = next(self._numbers)
-        ready = self._pool.ready_replicas()
-        if not ready:
-            return [("ValueError", "no replica is ready; try again later")]
-        call = AdapterCall({replica.job.number for replica in ready})
-        with self._lock:
-            self._calls[number] = call
-        for replica in ready:
-            replica.send(message(number))
-        in_time = call.done.wait(LORA_S)
-        with self._lock:
-            del self._calls[number]
-        if not in_time:
-            return [("ValueError", f"a replica has not answered within {LORA_S:g} s")]
-        return call.errors
 
 
 class ReplicaPool:
@@ -305,7 +77,7 @@ class ReplicaPool:
         self._changed = threading.Condition(self._lock)
         self._observer: Callable[[Event], None] = lambda event: None
         self._failed: Callable[[], None] = lambda: None
-        self._pooled = PooledAdapters(self)
+        self._pooled = PooledAdapters(self.ready_replicas)
         self._stopping = False
 
     @property
@@ -444,7 +216,8 @@ class ReplicaPool:
         if known is None:
             return
         flight.answer.add(None, reason)
-        now_s, request, record = self.clock.now_s(), flight.request, flight.record
+        now_s, request = self.clock.now_s(), flight.request
+        record = flight.earlier or flight.record
         completion = Completion(
             request,
             record.first_admitted_s,
@@ -506,15 +279,15 @@ class ReplicaPool:
         flight = replica.flights.get(update.id)
         if flight is None:
             return
-        request, changed = flight.request, update.changed
-        what: object = flight.record
-        if update.kind in ("finished", "withdrawn"):
-            what = Completion(request, **changed)
-        elif update.kind == "refused":
-            what = flight.answer.refusal = changed["reason"]
+        request, record = flight.request, flight.record
+        what: object = record
+        if update.kind == "refused":
+            what = flight.answer.refusal = update.changed["reason"]
+        elif update.kind in ("finished", "withdrawn"):
+            what = Completion(request, **flight.follow(update.changed))
         else:
-            for name, value in changed.items():
-                setattr(flight.record, name, value)
+            for name, value in flight.follow(update.changed).items():
+                setattr(record, name, value)
         if update.kind in ("finished", "withdrawn", "refused"):
             with self._lock:
                 replica.flights.pop(update.id, None)
@@ -569,17 +342,17 @@ class ReplicaPool:
 
     def _move(self, flight: Flight) -> None:
         """Give a request whose replica has ended to another one."""
-        answer = flight.answer
-        flight.replica = None
+        answer, was_admitted = flight.answer, flight.record.admitted_s >= 0
+        flight.leave_replica()
         if answer.reason is not None:  # its last event is all that was missing
             self._end(flight, answer.reason)
             return
-        flight.moves += 1
         if flight.moves >= MOST_MOVES:
             log.error("request %s: %d replicas have ended with it", flight.request.id, flight.moves)
             self._end(flight, "failed")
             return
-        self._observe(Event(self.clock.now_s(), "preempted", flight.request.id, flight.record))
+        if was_admitted:
+            self._observe(Event(self.clock.now_s(), "preempted", flight.request.id, flight.record))
         with self._lock:
             self.requeued += 1
             self._assign(flight)

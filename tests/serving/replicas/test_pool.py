@@ -23,14 +23,13 @@ from serving.engines.constraints import Grammar, TokenVocabulary
 from serving.engines.runner import EngineRunner
 from serving.policies.continuous import POLICIES
 from serving.replicas.messages import ReplicaJob
-from serving.replicas.pool import (
+from serving.replicas.pool import MOST_MOVES, ReplicaPool
+from serving.replicas.replica import (
     ENDED,
     LONGEST_WAIT_S,
-    MOST_MOVES,
     READY,
     Flight,
     Replica,
-    ReplicaPool,
     chosen_replica,
 )
 from serving.request import Limits, Record, Request
@@ -220,6 +219,9 @@ def test_kill_9_loses_nothing_and_doubles_nothing(pool, engine):
     for answer in answers:
         kinds = pool.events.kinds(answer.id)
         assert kinds.count("finished") == 1 and kinds[-1] == "finished"
+    done = next(e.what for e in pool.events if (e.id, e.kind) == (answers[-1].id, "finished"))
+    assert done.request.arrival_s <= done.admitted_s <= done.first_token_s < done.finish_s
+    assert done.output_tokens == 200
     wait_for(lambda: len(pool.ready_replicas()) == 2)
     assert all_tokens(pool, asked[:4], max_new_tokens=200) == wanted[:4]
 
