@@ -91,6 +91,12 @@ class UseVocabulary(NamedTuple):
     stop_ids: Sequence[int]
 
 
+class UsePolicy(NamedTuple):
+    """Schedule by another policy from now on; nothing is being answered."""
+
+    name: str
+
+
 class EndReplica(NamedTuple):
     """End every answer and the process."""
 

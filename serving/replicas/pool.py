@@ -31,6 +31,7 @@ from serving.replicas.messages import (
     ReplicaReady,
     SchedulerUpdate,
     SubmitAnswer,
+    UsePolicy,
     UseVocabulary,
 )
 from serving.replicas.pooled_adapters import PooledAdapters
@@ -118,6 +119,24 @@ class ReplicaPool:
     def ready_replicas(self) -> list[Replica]:
         with self._lock:
             return [replica for replica in self.replicas if replica.state == READY]
+
+    def use_policy(self, name: str) -> None:
+        """Schedule by another policy of POLICIES.
+
+        Raises:
+            RuntimeError: requests are being answered.
+        """
+        with self._lock:
+            if self._flights:
+                raise RuntimeError(f"{len(self._flights)} requests are being answered")
+            for replica in self.replicas:
+                replica.job = replace(replica.job, policy=name)
+                replica.send(UsePolicy(name))
+
+    def observe(self, observer: Callable[[Event], None]) -> None:
+        """Give later events to another observer than start's."""
+        with self._observing:
+            self._observer = observer
 
     # ---- requests
 

@@ -38,6 +38,7 @@ from serving.replicas.messages import (
     SchedulerUpdate,
     SubmitAnswer,
     UnloadLora,
+    UsePolicy,
     UseVocabulary,
     slim_event,
 )
@@ -50,6 +51,7 @@ log = logging.getLogger(__name__)
 
 LAST_WORDS_S = 5.0  # for the reason of a failure to be written
 KEPT_GRAMMARS = 64
+IDLE_S = 10.0  # for an engine with nothing to do to end its step
 
 
 def load_engine(job: ReplicaJob) -> tuple[TextEngine, "PreTrainedModel"]:
@@ -90,9 +92,10 @@ class ReplicaWorker:
 
     def __init__(self, channel: Channel, job: ReplicaJob, engine: TextEngine) -> None:
         self.channel = channel
-        clock = WallClock()
-        clock.zero_s = job.zero_s
-        self.runner = EngineRunner(engine, POLICIES[job.policy], clock, self._lost)
+        self.engine = engine
+        self.clock = WallClock()
+        self.clock.zero_s = job.zero_s
+        self.runner = EngineRunner(engine, POLICIES[job.policy], self.clock, self._lost)
         self._vocabulary: TokenVocabulary | None = None
         self._grammars: dict[str, Grammar] = {}
         self._copied_tokens = 0
@@ -106,6 +109,7 @@ class ReplicaWorker:
             LoadLora: self._load_adapter,
             UnloadLora: self._unload_adapter,
             UseVocabulary: self._use_vocabulary,
+            UsePolicy: self._use_policy,
         }
         while True:
             for message in self.channel.receive():
@@ -158,6 +162,11 @@ class ReplicaWorker:
         if len(self._grammars) > KEPT_GRAMMARS:
             del self._grammars[next(iter(self._grammars))]
         return found
+
+    def _use_policy(self, message: UsePolicy) -> None:
+        self.runner.stop(IDLE_S)
+        self.runner = EngineRunner(self.engine, POLICIES[message.name], self.clock, self._lost)
+        self.runner.start(self._observe, lambda: None)
 
     def _use_vocabulary(self, message: UseVocabulary) -> None:
         self._vocabulary = TokenVocabulary(message.tokens, message.stop_ids)

@@ -226,6 +226,26 @@ def test_kill_9_loses_nothing_and_doubles_nothing(pool, engine):
     assert all_tokens(pool, asked[:4], max_new_tokens=200) == wanted[:4]
 
 
+def test_another_policy_without_another_loading(pool, engine):
+    """A static one, whose rows leave together, then the one before again."""
+    wait_for(lambda: len(pool.ready_replicas()) == 2)
+    asked = prompts(8, seed=9)
+    pool.use_policy("fifo")
+    answers = [ask(pool, p, max_new_tokens=10 * (i % 4 + 1)) for i, p in enumerate(asked)]
+    with pytest.raises(RuntimeError, match="8 requests are being answered"):
+        pool.use_policy("fcfs")
+    assert all(answer.wait(60) for answer in answers)
+    wait_for(lambda: pool.count() == 0)
+    ends = {
+        event.time_s
+        for event in pool.events
+        if event.id in {a.id for a in answers} and event.kind == "finished"
+    }
+    assert len(ends) < 8
+    pool.use_policy("fcfs")
+    assert all_tokens(pool, asked) == all_tokens(engine, asked)
+
+
 def test_cancelled_answers_leave_their_replica(pool):
     answers = [ask(pool, prompt, max_new_tokens=300) for prompt in prompts(20, seed=7)]
     wait_for(lambda: any(answer.tokens for answer in answers))
