@@ -275,18 +275,16 @@ class AdapterSet:
         return self._model.device
 
     @contextmanager
-    def applied(
-        self, adapters: Sequence[tuple[LoadedAdapter | None, int]], padding: int = 0
-    ) -> Iterator[None]:
+    def applied(self, adapters: Sequence[tuple[int, int]], padding: int = 0) -> Iterator[None]:
         """Within, this thread's pass has (1, N) tokens, of which so many have each adapter.
 
         Args:
-            adapters: (adapter or None, how many tokens), in the order of the tokens.
+            adapters: (its number, 0 for none; how many tokens), in the order of the tokens.
             padding: tokens after them.
         """
         numbers: list[int] = []
-        for adapter, count in adapters:
-            numbers += [adapter.number if adapter else 0] * count
+        for number, count in adapters:
+            numbers += [number] * count
         with self._running(numbers, padding, by_row=False):
             yield
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from serving.engines.arena import placed_slab
-from serving.engines.passes import Sequence
+from serving.engines.pass_plans import Sequence
 
 SHORTEST = 32  # tokens of the shortest prefix that is copied
 BEGINNINGS = 1024  # beginnings of prompts that are remembered

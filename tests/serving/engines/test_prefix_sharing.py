@@ -73,13 +73,13 @@ def serve(engine, policy, asked: dict, gap_s: float = 0.0):
 def prefilled(engine) -> list[int]:
     """The prompt tokens that each of the engine's passes computes, from now on."""
     counts: list[int] = []
-    run = engine.runner.run
+    plan = engine.runner.plan
 
-    def counting(slabs, chunks):
+    def counting(lane, slabs, chunks):
         counts.append(sum(count for _, count in chunks))
-        return run(slabs, chunks)
+        return plan(lane, slabs, chunks)
 
-    engine.runner.run = counting
+    engine.runner.plan = counting
     return counts
 
 
