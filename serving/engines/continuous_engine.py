@@ -14,6 +14,7 @@ are computed at the same time in different stages. On one device there is one la
 
 import time
 from collections import deque
+from collections.abc import Collection
 from collections.abc import Sequence as Ids
 
 import torch
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 from serving.engines.answers import TextEngine, choose_tokens
 from serving.engines.pass_plans import Lane, Sequence
 from serving.engines.passes import ModelRunner
+from serving.engines.pipeline import StageReport
 from serving.engines.prefix_sharing import PrefixCache
 from serving.request import FOREVER, CostEstimator, Limits, Plan, Record, StepResult
 
@@ -55,7 +57,8 @@ class ContinuousEngine(TextEngine):
         self.runner = runner or ModelRunner(model.eval(), limits.kv_tokens)
         self.prefixes: PrefixCache | None = None
         if prefix_cache_tokens and self.runner.body.axes == 1:
-            self.prefixes = PrefixCache(prefix_cache_tokens, self.runner.virtual)
+            memory = self.runner.arena.memory
+            self.prefixes = PrefixCache(memory, prefix_cache_tokens, self.runner.virtual)
         super().__init__(self.runner.model, limits, cost, stop_ids)
         self.adapters = self.runner.adapters
         self.rows: dict[int, Sequence] = {}
@@ -75,8 +78,6 @@ class ContinuousEngine(TextEngine):
         begin = time.perf_counter()
         started: list[tuple[int, float]] = []
         ended: list[Sequence] = []
-        for lane in self.runner.lanes:
-            lane.steps = int(lane.in_flight is not None)
         emitted = self._apply_plan(plan, begin, started)
         prefill_tokens = plan.prefill_tokens or self.limits.prefill_tokens
         steps = 0
@@ -115,14 +116,15 @@ class ContinuousEngine(TextEngine):
     def _apply_plan(self, plan: Plan, begin: float, started: list[tuple[int, float]]) -> int:
         """Preempt, reserve, admit; prefill a static batch at once. Returns tokens made.
 
-        A sequence that is in a pass in flight is changed after it.
+        A sequence that is in a pass in flight is changed after it. One that is preempted gets no
+        token of that pass: the plan was made without it.
         """
         emitted = 0
-        changed = [record.request.id for record in plan.preempt]
-        for request_id in (*changed, *plan.reserve_tokens):
+        preempted = {record.request.id for record in plan.preempt}
+        for request_id in (*preempted, *plan.reserve_tokens):
             row = self.rows.get(request_id)
             while row is not None and is_in_flight(row):
-                emitted += self._collect_pass(begin, started)
+                emitted += self._collect_pass(begin, started, preempted)
         for record in plan.preempt:
             if self._unreported.pop(record.request.id, None) is None:
                 self._remove(self.rows[record.request.id])
@@ -185,8 +187,14 @@ class ContinuousEngine(TextEngine):
             self._in_flight.append(lane)
             lane.steps += 1
 
-    def _collect_pass(self, begin: float, started: list[tuple[int, float]]) -> int:
-        """Wait for the first pass in flight and add its tokens; returns tokens made."""
+    def _collect_pass(
+        self, begin: float, started: list[tuple[int, float]], preempted: Collection[int] = ()
+    ) -> int:
+        """Wait for the first pass in flight and add its tokens; returns tokens made.
+
+        Args:
+            preempted: ids of sequences that get none.
+        """
         lane = self._in_flight.popleft()
         planned = lane.in_flight
         assert planned is not None  # a lane in flight has a pass
@@ -195,7 +203,12 @@ class ContinuousEngine(TextEngine):
         prefilled = self._start_prefilled(lane)
         if logits is None:
             return 0
-        emitted = self._add_tokens(planned.decoding + prefilled, logits)
+        rows = planned.decoding + prefilled
+        for place in reversed(range(len(rows))):
+            if rows[place].id in preempted:
+                del rows[place]
+                logits = torch.cat([logits[:place], logits[place + 1 :]])
+        emitted = self._add_tokens(rows, logits) if rows else 0
         now = time.perf_counter() - begin
         for row in prefilled:
             if row.new_tokens > 0:
@@ -279,6 +292,10 @@ class ContinuousEngine(TextEngine):
         if self.prefixes is not None:
             self.prefixes.keep(row)
         row.lane.arena.release(row, zero=row.answer.reason == "failed")
+
+    def stage_reports(self) -> list[StageReport]:
+        """What each stage holds and has computed; one entry where the model is in this process."""
+        return self.runner.reports()
 
     def close(self) -> None:
         """End the processes of other stages, if there are any; the engine cannot run then."""

@@ -46,13 +46,17 @@ class KvMemory:
         self.kept = {} if kept is None else kept
 
     @property
-    def bytes(self) -> int:
-        """Of the slabs and of what is kept beside them."""
+    def slab_bytes(self) -> int:
         total = 0
         for by_class in (self.keys, self.values):
             for tensors in by_class.values():
                 for tensor in tensors:
                     total += tensor.nbytes
+        return total
+
+    @property
+    def kept_bytes(self) -> int:
+        total = 0
         for keys, values in self.kept.values():
             for tensor in (*keys, *values):
                 total += tensor.nbytes
@@ -124,7 +128,6 @@ class KvMemory:
         for layer, (key, value) in enumerate(zip(keys, values)):
             self.keys[size][layer][slot, :, :length] = key[:, :length]
             self.values[size][layer][slot, :, :length] = value[:, :length]
-
 
     def do(self, operation: str, *arguments: Any) -> None:
         """Carry out one of OPERATIONS. Raises ValueError for another name."""

@@ -8,6 +8,7 @@ serving.engines.bodies defines the blocks, serving.engines.pass_plans what a pas
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from serving.engines.pass_plans import (
     Sequence,
     padded_indices,
 )
+from serving.engines.pipeline import StageReport
 
 
 @dataclass
@@ -397,5 +399,43 @@ class ModelRunner:
             read_prompt(part.row.answer, states, part.start, self.body.head)
         return hidden[padded_indices(planned.next_places)][None]
 
+    def reports(self) -> list[StageReport]:
+        """Of each stage, in order."""
+        return [report_of(self.stage, self.model)]
+
     def close(self) -> None:
         """Free what lies outside this process; here nothing does."""
+
+
+def report_of(stage: Stage, model: PreTrainedModel) -> StageReport:
+    """What a stage in this process holds and has done."""
+    weights = 0
+    for parameter in model.parameters():
+        if parameter.device.type != "meta":
+            weights += parameter.nbytes
+    kv_bytes = stage.memories[0].kept_bytes
+    for memory in stage.memories:
+        kv_bytes += memory.slab_bytes
+    return StageReport(
+        device=str(stage.device),
+        threads=torch.get_num_threads(),
+        start=stage.start,
+        end=stage.end,
+        weight_bytes=weights,
+        kv_bytes=kv_bytes,
+        resident_bytes=resident_bytes() if stage.device.type == "cpu" else None,
+        seconds=stage.seconds,
+        passes=stage.passes,
+    )
+
+
+def resident_bytes() -> int | None:
+    """Resident memory of this process; None where the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    return None

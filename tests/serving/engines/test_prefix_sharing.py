@@ -102,8 +102,10 @@ def test_tokens_are_those_made_alone(variant, prefix, seed):
 def check_kept(prefixes):
     lengths = [len(kept.ids) for kept in prefixes.kept.values()]
     assert sum(lengths) == prefixes.kept_tokens <= prefixes.tokens
+    assert len(prefixes.memory.kept) == len(prefixes.kept)
     for kept in prefixes.kept.values():
-        sizes = {layer.shape[1] for layer in kept.keys + kept.values}
+        keys, values = prefixes.memory.kept[kept.name]
+        sizes = {layer.shape[1] for layer in keys + values}
         assert sizes == {prefixes.virtual + len(kept.ids)}
 
 
