@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from finetune.placing import ReplicaSpec
-from serving.cost_model.model import Profile
+from serving.cost_model.model import CostModel, Profile
 from serving.engines.answers import Sampling, TokenLogprobs
 from serving.request import Completion, Event, Limits, Record, Request
 
@@ -33,6 +33,7 @@ class ReplicaJob:
     Attributes:
         model: its folder. mode, base_model, precision, keep_quantized: as of the commands' flags.
         number: of the replica, for its messages.
+        cost: of the placement, for policies; None: by `profile`, of one device.
         engine, policy: names in ENGINES and POLICIES.
         zero_s: of the front's WallClock, which the replica's times count from.
     """
@@ -50,6 +51,7 @@ class ReplicaJob:
     profile: Profile
     prefix_cache_tokens: int
     zero_s: float
+    cost: CostModel | None = None
 
 
 class SubmitAnswer(NamedTuple):

@@ -55,7 +55,7 @@ IDLE_S = 10.0  # for an engine with nothing to do to end its step
 
 
 def load_engine(job: ReplicaJob) -> tuple[TextEngine, "PreTrainedModel"]:
-    """The engine of a job on its device, and its model.
+    """The engine of a job on its devices, and its model; of a pipeline's, this process's part.
 
     Raises:
         ValueError, OSError, MemoryError: what does not fit, or is missing.
@@ -65,7 +65,10 @@ def load_engine(job: ReplicaJob) -> tuple[TextEngine, "PreTrainedModel"]:
     from finetune.evaluation.predict import load_ready
     from serving.engines.served_cost import served_cost_model
 
-    stage = job.placement.stages[0]
+    stages = job.placement.stages
+    if len(stages) > 1:
+        return load_pipeline(job)
+    stage = stages[0]
     if stage.threads is not None:
         torch.set_num_threads(stage.threads)
     model = load_ready(
@@ -79,8 +82,27 @@ def load_engine(job: ReplicaJob) -> tuple[TextEngine, "PreTrainedModel"]:
     options = {}
     if job.engine == "continuous":
         options["prefix_cache_tokens"] = job.prefix_cache_tokens
-    cost = served_cost_model(model, job.profile)
+    cost = job.cost or served_cost_model(model, job.profile)
     return make_engine(job.engine, model, job.limits, cost, **options), model
+
+
+def load_pipeline(job: ReplicaJob) -> tuple[TextEngine, "PreTrainedModel"]:
+    """As load_engine, of several stages: the others are processes of this one's."""
+    from serving.engines.pipeline import ModelLoading, open_pipeline
+
+    if job.engine != "continuous":
+        raise ValueError(f"--engine {job.engine} cannot run a pipeline; continuous can")
+    if job.cost is None:
+        raise ValueError("a pipeline's job needs the cost model of its placement")
+    loading = ModelLoading(job.model, job.mode, job.base_model, job.precision, job.keep_quantized)
+    engine = open_pipeline(
+        loading,
+        job.placement,
+        job.limits,
+        job.cost,
+        prefix_cache_tokens=job.prefix_cache_tokens,
+    )
+    return engine, engine.model
 
 
 class ReplicaWorker:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -38,7 +39,8 @@ from tests.serving.lora_folders import write_adapter
 from tests.warm import warm_python
 
 LIMITS = Limits(max_batch=8, kv_tokens=4000, max_tokens=400)
-ONE_THREAD = ReplicaSpec((StageSpec("cpu", 0, 2, threads=1),))
+ONE_THREAD = ReplicaSpec((StageSpec("cpu", 0, 3, threads=1),))
+PYTHON = sys.executable
 ids = itertools.count()
 
 
@@ -386,3 +388,42 @@ def test_waits_double_and_are_bounded():
         replica.failures = failures
         waits.append(replica.next_wait_s())
     assert waits == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, LONGEST_WAIT_S, LONGEST_WAIT_S]
+
+
+# ---- a replica that is a pipeline
+
+
+def children_of(pid):
+    """Process ids."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += map(int, (task / "children").read_text().split())
+    return found
+
+
+def test_a_replica_of_two_stages_answers_as_one_process(tiny_folders, engine, monkeypatch):
+    """And is started again, with all its stages, when one of them has ended."""
+    from serving.cost_model.model import CostModel, ModelSizes
+
+    monkeypatch.setattr(sys, "executable", PYTHON)  # its stage has more than standard streams
+    stages = StageSpec("cpu", 0, 1, threads=1), StageSpec("cpu", 1, 3, threads=1)
+    folder = tiny_folders["glm2"]
+    cost = CostModel.of(ModelSizes.from_config(folder, 4), "CPU")
+    made = job(folder, placement=ReplicaSpec(stages), cost=cost)
+    pool = ReplicaPool([made])
+    pool.open()
+    pool.start(lambda event: None, lambda: None)
+    try:
+        asked = prompts(10, seed=11)
+        wanted = all_tokens(engine, asked)
+        assert all_tokens(pool, asked) == wanted
+        [replica] = pool.replicas
+        answers = [ask(pool, prompt) for prompt in asked]
+        wait_for(lambda: any(answer.tokens for answer in answers))
+        [worker] = children_of(replica.process.pid)
+        os.kill(worker, signal.SIGKILL)
+        assert all(answer.wait(60) for answer in answers)
+        assert [answer.tokens for answer in answers] == wanted
+        assert replica.restarts == 1
+    finally:
+        assert pool.stop(10)
