@@ -101,7 +101,7 @@ class TrackedRequest:
 
 
 class Monitor:
-    """Receives every event of the scheduler, in its thread (`observe` of run_scheduler).
+    """Receives every event of the schedulers, one at a time (AnswerBackend.start).
 
     A line of the log: served_model, output_tokens (without the end token), finished (the answer
     ended by itself; else it is at least so long), reason, prompt_tokens, slo_s, in_time, arrived
