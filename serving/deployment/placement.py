@@ -20,8 +20,8 @@ from serving.cost_model import model as cm
 from serving.cost_model.devices import GIB, Cluster, Device, Link
 from serving.cost_model.model import CostModel, ModelSizes, Profile
 
-# (embedding, layer, final norm, output layer, what else the first device holds) of
-# chatglm/modeling_glm.py, chatglm/modeling_glm2.py and transformers' GLM, Llama and Qwen. The last is
+# (embedding, layer, final norm, output layer, last) of chatglm/modeling_glm.py,
+# chatglm/modeling_glm2.py and transformers' GLM, Llama and Qwen. The last, on the first device, is
 # P-Tuning's encoder, or the tables of the rotary angles.
 MODULES = {
     "glm": (
