@@ -27,6 +27,7 @@ step() { # step NAME COMMAND...: run, and note the seconds
 }
 
 rate=2e-4  # for a real model; the small one below learns at its own
+place=(--deployer helr)  # the server's devices: all GPUs
 # Two ranks share two cores better than one rank with two threads; GPUs are counted by the launcher itself.
 launch=(deepspeed --master_port 520)
 if python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
@@ -34,6 +35,7 @@ if python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
 else
     ranks=$(( $(nproc) >= 2 ? 2 : 1 ))
     launch+=(--num_accelerators "$ranks")
+    place+=(--num_gpus "$ranks")  # without GPUs: processes that share the cores
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(nproc) / ranks ))}"
     batch=$(( 16 / ranks ))
 fi
@@ -95,13 +97,15 @@ step predictor python train.py --task predictor --backbone lexical --model_name_
     --train_path "$OUT/lengths_train.jsonl" --output_dir "$OUT/predictor"
 step predictor_test python -m predictor.evaluate --predictor "$OUT/predictor" --data "$OUT/lengths_test.jsonl" \
     --json "$OUT/predictor.json" --picture "$OUT/predictor.png"
-# Served by predicted length: 8 clients ask the held-out prompts; the server says what it expected of each answer's length and what came.
+# Served by predicted length: a deployer places the model on the devices there are, each replica a process of its own; 8 clients ask the
+# held-out prompts; the server says what it expected of each answer's length and what came.
 serve() {
-    python -u -m serving.server --model "$OUT/merged" --predictor "$OUT/predictor" --policy deadline --port 0 --max_tokens 512 \
+    python -u -m serving.server --model "$OUT/merged" --predictor "$OUT/predictor" --policy deadline --port 0 --max_tokens 512 "${place[@]}" \
         --log "$OUT/served.jsonl" --log_prompts > "$OUT/server.txt" &
     local server=$!
     trap 'kill $server 2>/dev/null || true' EXIT
     python scripts/ask_server.py --server "$OUT/server.txt" --prompts "$OUT/lengths_test.jsonl" --clients 8 --json "$OUT/asked.json"
+    cat "$OUT/server.txt"  # the placement, with what was predicted and taken
     kill $server
     wait $server
     trap - EXIT
