@@ -48,12 +48,13 @@ def save_model(folder: Path) -> None:
 
 def open_pool(folder: Path, processes: int, threads: int, rows: int) -> "ReplicaPool":
     from finetune.placing import ReplicaSpec, StageSpec
-    from serving.cost_model.model import DATASHEET
+    from serving.cost_model.model import CostModel, ModelSizes
     from serving.replicas.messages import ReplicaJob
     from serving.replicas.pool import ReplicaPool
     from serving.request import Limits
 
     limits = Limits(max_batch=rows, kv_tokens=1024 * rows, max_tokens=1024)
+    cost = CostModel.of(ModelSizes.from_config(folder, 4), "CPU")
     jobs = []
     for number in range(processes):
         placement = ReplicaSpec((StageSpec("cpu", 0, 6, threads),))
@@ -68,7 +69,7 @@ def open_pool(folder: Path, processes: int, threads: int, rows: int) -> "Replica
             engine="continuous",
             policy="fcfs",
             limits=limits,
-            profile=DATASHEET,
+            cost=cost,
             prefix_cache_tokens=0,
             zero_s=0.0,
         )

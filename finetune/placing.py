@@ -146,7 +146,7 @@ def plan_replicas(
         ValueError: the flags contradict each other, a device is not there, or nothing fits.
     """
     planner = importlib.import_module(PLANNER)
-    return planner.plan(
+    return planner.plan_deployment(
         flags,
         folder,
         kv_tokens=kv_tokens,

@@ -13,9 +13,8 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from finetune.placing import ReplicaSpec
-from serving.cost_model.model import CostModel, Profile
 from serving.engines.answers import Sampling, TokenLogprobs
-from serving.request import Completion, Event, Limits, Record, Request
+from serving.request import Completion, CostEstimator, Event, Limits, Record, Request
 
 # Of a Record, what a front's copy is kept up to date with.
 RECORD_FIELDS = ("reserved_tokens", "admitted_s", "first_admitted_s", "first_token_s")
@@ -33,7 +32,7 @@ class ReplicaJob:
     Attributes:
         model: its folder. mode, base_model, precision, keep_quantized: as of the commands' flags.
         number: of the replica, for its messages.
-        cost: of the placement, for policies; None: by `profile`, of one device.
+        cost: of the placement, for policies.
         engine, policy: names in ENGINES and POLICIES.
         zero_s: of the front's WallClock, which the replica's times count from.
     """
@@ -48,10 +47,9 @@ class ReplicaJob:
     engine: str
     policy: str
     limits: Limits
-    profile: Profile
+    cost: CostEstimator
     prefix_cache_tokens: int
     zero_s: float
-    cost: CostModel | None = None
 
 
 class SubmitAnswer(NamedTuple):

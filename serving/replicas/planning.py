@@ -112,7 +112,7 @@ class DeploymentPlan:
         return "\n".join(lines)
 
 
-def plan(
+def plan_deployment(
     flags: PlacementFlags,
     folder: str,
     *,

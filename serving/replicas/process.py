@@ -63,7 +63,6 @@ def load_engine(job: ReplicaJob) -> tuple[TextEngine, "PreTrainedModel"]:
     import torch
 
     from finetune.evaluation.predict import load_ready
-    from serving.engines.served_cost import served_cost_model
 
     stages = job.placement.stages
     if len(stages) > 1:
@@ -82,8 +81,7 @@ def load_engine(job: ReplicaJob) -> tuple[TextEngine, "PreTrainedModel"]:
     options = {}
     if job.engine == "continuous":
         options["prefix_cache_tokens"] = job.prefix_cache_tokens
-    cost = job.cost or served_cost_model(model, job.profile)
-    return make_engine(job.engine, model, job.limits, cost, **options), model
+    return make_engine(job.engine, model, job.limits, job.cost, **options), model
 
 
 def load_pipeline(job: ReplicaJob) -> tuple[TextEngine, "PreTrainedModel"]:
@@ -92,8 +90,6 @@ def load_pipeline(job: ReplicaJob) -> tuple[TextEngine, "PreTrainedModel"]:
 
     if job.engine != "continuous":
         raise ValueError(f"--engine {job.engine} cannot run a pipeline; continuous can")
-    if job.cost is None:
-        raise ValueError("a pipeline's job needs the cost model of its placement")
     loading = ModelLoading(job.model, job.mode, job.base_model, job.precision, job.keep_quantized)
     engine = open_pipeline(
         loading,

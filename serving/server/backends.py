@@ -6,13 +6,14 @@ Free of torch at import.
 import logging
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from finetune.placing import PlacementFlags, ReplicaPlan, plan_replicas
-from serving.cost_model.model import read_profile
+from finetune.placing import PlacementFlags
+from serving.cost_model.model import CostModel, read_profile
 from serving.engines import make_engine
 from serving.engines.runner import AnswerBackend, EngineRunner
 from serving.engines.served_cost import served_cost_model
 from serving.policies.continuous import POLICIES
 from serving.replicas.messages import ReplicaJob, ReplicaReady
+from serving.replicas.planning import DeploymentPlan, plan_deployment
 from serving.replicas.pool import ReplicaPool
 from serving.request import Limits
 
@@ -93,13 +94,14 @@ def open_placed(flags: BackendFlags, placed: PlacementFlags, limits: Limits) -> 
     Raises:
         ValueError, OSError: in one line, what does not fit or is missing.
     """
-    plan = plan_replicas(
+    plan = plan_deployment(
         placed,
         flags.model,
         kv_tokens=limits.kv_tokens,
         batch=limits.max_batch,
         precision=flags.precision,
         base=flags.base_model,
+        keep_quantized=flags.keep_quantized,
     )
     print(plan.describe(), flush=True)
     pool = ReplicaPool(replica_jobs(flags, plan, limits))
@@ -108,8 +110,10 @@ def open_placed(flags: BackendFlags, placed: PlacementFlags, limits: Limits) -> 
     return OpenedBackend(pool, said[0].chat_prompt)
 
 
-def replica_jobs(flags: BackendFlags, plan: ReplicaPlan, limits: Limits) -> list[ReplicaJob]:
+def replica_jobs(flags: BackendFlags, plan: DeploymentPlan, limits: Limits) -> list[ReplicaJob]:
     """What each replica of a plan loads and how it serves."""
+    placed = plan.placement
+    cost = CostModel(placed.model, placed.cluster, placed.stages, plan.profile)
     jobs = []
     for number, replica in enumerate(plan.replicas):
         job = ReplicaJob(
@@ -123,7 +127,7 @@ def replica_jobs(flags: BackendFlags, plan: ReplicaPlan, limits: Limits) -> list
             engine=flags.engine,
             policy=flags.policy,
             limits=limits,
-            profile=read_profile(flags.profile or "datasheet"),
+            cost=cost,
             prefix_cache_tokens=flags.prefix_cache_tokens,
             zero_s=0.0,
         )

@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.placing import ReplicaSpec, StageSpec
-from serving.cost_model.model import DATASHEET
 from serving.engines import Sampling, make_engine
 from serving.engines.adapter_errors import AdapterExists, UnknownAdapter
 from serving.engines.answers import Answer
@@ -56,7 +55,7 @@ def job(folder, number=0, limits=LIMITS, **changes):
         engine="continuous",
         policy="fcfs",
         limits=limits,
-        profile=DATASHEET,
+        cost=LinearCost(),
         prefix_cache_tokens=0,
         zero_s=0.0,
     )
@@ -403,13 +402,10 @@ def children_of(pid):
 
 def test_a_replica_of_two_stages_answers_as_one_process(tiny_folders, engine, monkeypatch):
     """And is started again, with all its stages, when one of them has ended."""
-    from serving.cost_model.model import CostModel, ModelSizes
-
     monkeypatch.setattr(sys, "executable", PYTHON)  # its stage has more than standard streams
     stages = StageSpec("cpu", 0, 1, threads=1), StageSpec("cpu", 1, 3, threads=1)
     folder = tiny_folders["glm2"]
-    cost = CostModel.of(ModelSizes.from_config(folder, 4), "CPU")
-    made = job(folder, placement=ReplicaSpec(stages), cost=cost)
+    made = job(folder, placement=ReplicaSpec(stages))
     pool = ReplicaPool([made])
     pool.open()
     pool.start(lambda event: None, lambda: None)
