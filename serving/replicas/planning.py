@@ -37,7 +37,7 @@ from serving.replicas.devices import (
 )
 from serving.replicas.probe import ProbeResult, ProbeTask, run_probe
 from serving.replicas.served_sizes import ELEMENT_BYTES, ServedSizes, served_sizes
-from serving.replicas.speeds import fit_first, fit_other, timed_layers, timed_settings
+from serving.replicas.speeds import fit_first, fit_other, timed_layers, timed_settings, with_layers
 
 MAP_FILE = "--device_map FILE"
 
@@ -49,8 +49,8 @@ class StagePrediction:
     Attributes:
         device: as a reader knows it. start, end: its layers, the end not included.
         weight_bytes, kv_bytes: of its layers and ends, and of the need's KV tokens.
-        prefill_s: of the need's batch, in one pass. decode_s: of one step of that batch, at half
-            of the answer.
+        prefill_s: of the need's batch, in one pass. decode_s: of one step of that batch, near the
+            beginning of its answers. Neither has the output layer in it.
     """
 
     device: str
@@ -212,12 +212,13 @@ def measured_cluster(
             cores = profile_cores(profile, count_cores())
             found = [scaled_by_threads(device, cores) for device in found]
         return joined(found, devices, probed), profile, probed.seconds
+    timed = with_layers(sizes.model, task.layers)
     by_name = dict(zip((device.name for device in devices), found))
     order = sorted(by_name, key=lambda name: -(by_name[name].threads or 0))
     first = order[0]
-    profile = fit_first(sizes.model, by_name[first], probed.rows[first])
+    profile = fit_first(timed, by_name[first], probed.rows[first])
     for name in order[1:]:
-        by_name[name] = fit_other(sizes.model, by_name[name], probed.rows[name], profile)
+        by_name[name] = fit_other(timed, by_name[name], probed.rows[name], profile)
     found = [by_name[device.name] for device in devices]
     return joined(found, devices, probed), profile, probed.seconds
 
@@ -315,7 +316,7 @@ def predict_stages(
     model, cluster, need = placement.model, placement.cluster, placement.need
     cost = CostModel(model, cluster, placement.stages, profile)
     tokens = need.batch * need.prompt_tokens
-    context = need.batch * (need.prompt_tokens + need.output_tokens / 2)
+    context = need.batch * (need.prompt_tokens + 8)
     predicted = []
     start = 0
     for number, (index, count) in enumerate(placement.stages):
@@ -324,10 +325,6 @@ def predict_stages(
         prefill += cm.prefill_attention_seconds(model, device, profile, tokens, need.batch)
         decode = cm.layer_seconds(model, device, profile, need.batch, context)
         prefill, decode = count * prefill, count * decode
-        if number == len(placement.stages) - 1:
-            ends = cm.output_seconds(model, device, profile, need.batch)
-            ends += cm.pass_seconds(profile, need.batch)
-            prefill, decode = prefill + ends, decode + ends
         weights = cost.weight_bytes_on(index) + (prefix_bytes if number == 0 else 0)
         kv = count * kv_layer_bytes(model, need)
         predicted.append(
