@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from serving.cost_model.model import CostModel, Profile
@@ -144,7 +144,7 @@ class StressTester:
         budget_s: no test begins after it, but for the first.
     Attributes:
         tests, seconds: begun and spent so far.
-        found: (layers of each stage, requests/s) of each test.
+        rates: (stages, requests/s) of each test.
     """
 
     open_engine: Callable[[Placement], "TextEngine"]
@@ -152,7 +152,7 @@ class StressTester:
     clock: Callable[[], float] = time.perf_counter
     tests: int = 0
     seconds: float = 0.0
-    found: list[tuple[tuple[tuple[int, int], ...], float]] = field(default_factory=list)
+    rates: tuple[tuple[tuple[tuple[int, int], ...], float], ...] = ()
 
     def __call__(self, placement: Placement) -> float:
         """Requests a second. Raises StressBudgetSpent."""
@@ -167,7 +167,7 @@ class StressTester:
             if (close := getattr(engine, "close", None)) is not None:
                 close()
             self.seconds += self.clock() - begin
-        self.found.append((placement.stages, rate))
+        self.rates = (*self.rates, (placement.stages, rate))
         return rate
 
 
