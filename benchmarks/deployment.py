@@ -23,6 +23,7 @@ from finetune.placing import PlacementFlags
 from scripts.prepare_small_model import make_model
 from serving.deployment.placement import Need
 from serving.engines.answers import TextEngine
+from serving.engines.arena import slab_tokens
 from serving.engines.pipeline import ModelLoading, open_pipeline
 from serving.replicas.measuring import BatchRunner, BatchTiming, cost_of, limits_of, time_batch
 from serving.replicas.planning import DeploymentPlan, plan
@@ -187,7 +188,8 @@ def compare_helr(folder: Path, model: str, devices: str, need: Need) -> list[Who
 
 
 def run(args: argparse.Namespace) -> None:
-    tokens = args.batch * (args.prompt_tokens + args.output_tokens)
+    # As the engine allocates them: in length classes.
+    tokens = args.batch * slab_tokens(args.prompt_tokens + args.output_tokens)
     need = Need(tokens, args.batch, args.prompt_tokens, args.output_tokens)
     stages: list[StageRow] = []
     wholes: list[WholeRow] = []

@@ -40,7 +40,14 @@ from serving.replicas.devices import (
 from serving.replicas.measuring import StageTiming, StressTester, limits_of
 from serving.replicas.probe import ProbeResult, ProbeTask, run_probe
 from serving.replicas.served_sizes import ELEMENT_BYTES, ServedSizes, served_sizes
-from serving.replicas.speeds import fit_first, fit_other, timed_layers, timed_settings, with_layers
+from serving.replicas.speeds import (
+    fit_first,
+    fit_other,
+    timed_layers,
+    timed_settings,
+    with_layers,
+    with_speeds,
+)
 
 if TYPE_CHECKING:
     from serving.engines.answers import TextEngine
@@ -238,6 +245,8 @@ def measured_cluster(
         return joined(found, devices, probed), profile, probed.seconds
     timed = with_layers(sizes.model, task.layers)
     by_name = dict(zip((device.name for device in devices), found))
+    for name, device in by_name.items():
+        by_name[name] = with_speeds(timed, device, probed.rows[name])
     order = sorted(by_name, key=lambda name: -(by_name[name].threads or 0))
     first = order[0]
     profile = fit_first(timed, by_name[first], probed.rows[first])

@@ -19,7 +19,10 @@ from serving.deployment.placement import Need
 from serving.replicas.measuring import STEPS
 from serving.replicas.probe import TimedRow
 
-FIT_PRIOR = 1e-4  # as of serving.engines.profiling: every term is measured
+# Layers' overheads and their weights are both seconds a layer and pass, which one model cannot tell
+# apart: the prior keeps the overhead near a launch's, for `with_speeds` has set the rest.
+FIT_PRIOR = 1e-2
+NEED_WEIGHT = 4  # how often a timing of the need's own batch counts
 MOST_BYTES = 2 * 2**30  # of the model with more layers, beside its ends
 MOST_CONTEXT = 1024
 
@@ -75,9 +78,14 @@ def measurements_of(row: TimedRow) -> list[Measurement]:
 
 
 def all_measurements(rows: Sequence[TimedRow]) -> list[Measurement]:
+    """Every timing's rows; those of the need's own batch, the last of `timed_settings`, count more.
+
+    A prefill of few tokens is less efficient than the need's.
+    """
     found = []
     for row in rows:
-        found += measurements_of(row)
+        is_needed = row[1:3] == rows[-1][1:3]
+        found += measurements_of(row) * (NEED_WEIGHT if is_needed else 1)
     return found
 
 
@@ -100,8 +108,25 @@ class RowCost:
         return total
 
 
+def with_speeds(sizes: ModelSizes, device: Device, rows: Sequence[TimedRow]) -> Device:
+    """The device with the bandwidth of its quickest decode step, and the flops of its best prefill.
+
+    Both as DATASHEET's passes have them.
+    """
+    steps, products = [], []
+    elements = sizes.layer_bytes / sizes.element_bytes
+    for phase, batch, prompt, _, layers_s in rows:
+        layer_s = layers_s / sizes.layers
+        if phase == "decode":
+            steps.append(max(layer_s - DATASHEET.layer_overhead_s, layer_s / 4))
+        else:
+            products.append(DATASHEET.compute_passes * 2 * elements * batch * prompt / layer_s)
+    bandwidth = DATASHEET.weight_passes * sizes.layer_bytes / min(steps)
+    return replace(device, bandwidth_bytes_s=bandwidth, flops_s=max(products))
+
+
 def fit_first(sizes: ModelSizes, device: Device, rows: Sequence[TimedRow]) -> Profile:
-    """The profile of a device's timings."""
+    """The profile of a device's timings; the device is `with_speeds`."""
     measured = all_measurements(rows)
     start = replace(DATASHEET, name="measured", device=asdict(device))
     cost = RowCost(sizes, device)
@@ -114,7 +139,10 @@ def fit_first(sizes: ModelSizes, device: Device, rows: Sequence[TimedRow]) -> Pr
 def fit_other(
     sizes: ModelSizes, device: Device, rows: Sequence[TimedRow], profile: Profile
 ) -> Device:
-    """The device with the bandwidth and flops that predict its timings best under the profile."""
+    """The device with the bandwidth and flops that predict its timings best under the profile.
+
+    Those of `with_speeds` are where the search begins.
+    """
     from scipy.optimize import least_squares
 
     measured = all_measurements(rows)
