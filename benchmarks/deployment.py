@@ -106,7 +106,7 @@ def flags_of(devices: str, deployer: str) -> PlacementFlags:
 
 
 def planned(folder: Path, devices: str, deployer: str, need: Need) -> DeploymentPlan:
-    return plan(
+    return plan_deployment(
         flags_of(devices, deployer),
         str(folder),
         kv_tokens=need.kv_tokens_q90,

@@ -13,7 +13,10 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from finetune.placing import ReplicaSpec
+from serving.deployment.placement import Need
 from serving.engines.answers import Sampling, TokenLogprobs
+from serving.engines.pipeline import StageReport
+from serving.replicas.measuring import StageTiming
 from serving.request import Completion, CostEstimator, Event, Limits, Record, Request
 
 # Of a Record, what a front's copy is kept up to date with.
@@ -33,6 +36,8 @@ class ReplicaJob:
         model: its folder. mode, base_model, precision, keep_quantized: as of the commands' flags.
         number: of the replica, for its messages.
         cost: of the placement, for policies.
+        probe: a batch to time when the model is loaded, for the comparison with the prediction;
+            None times nothing.
         engine, policy: names in ENGINES and POLICIES.
         zero_s: of the front's WallClock, which the replica's times count from.
     """
@@ -50,6 +55,7 @@ class ReplicaJob:
     cost: CostEstimator
     prefix_cache_tokens: int
     zero_s: float
+    probe: Need | None = None
 
 
 class SubmitAnswer(NamedTuple):
@@ -111,7 +117,8 @@ class ReplicaReady(NamedTuple):
         vocabulary: a prompt's token ids are below.
         chat_prompt: of the model's configuration; None where it has none.
         seconds: that loading took.
-        reports: a StageReport of each stage, after a short probe.
+        reports: of each stage; empty where the engine makes none.
+        timings: of each stage, of the job's probe; None without one.
     """
 
     stop_ids: frozenset[int]
@@ -119,7 +126,8 @@ class ReplicaReady(NamedTuple):
     takes_adapters: bool
     chat_prompt: str | None
     seconds: float
-    reports: tuple[Any, ...]
+    reports: tuple[StageReport, ...] = ()
+    timings: tuple[StageTiming, ...] | None = None
 
 
 class ReplicaFailed(NamedTuple):

@@ -19,11 +19,14 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from chatglm.commands import describe
+from serving.deployment.placement import Need
 from serving.engines import Answer, Sampling, TextEngine, WallClock, make_engine
 from serving.engines.answers import vocabulary_of
 from serving.engines.constraints import Grammar, TokenVocabulary
+from serving.engines.pipeline import StageReport
 from serving.engines.runner import EngineRunner
 from serving.policies.continuous import POLICIES
+from serving.replicas.measuring import StageTiming, time_batch
 from serving.replicas.messages import (
     AnswerUpdate,
     CancelAnswer,
@@ -51,6 +54,7 @@ log = logging.getLogger(__name__)
 
 LAST_WORDS_S = 5.0  # for the reason of a failure to be written
 KEPT_GRAMMARS = 64
+PROBES = 2  # timings of a probe, after one that warms up
 IDLE_S = 10.0  # for an engine with nothing to do to end its step
 
 
@@ -215,6 +219,17 @@ class ReplicaWorker:
         os._exit(1)
 
 
+def taken_by(
+    engine: TextEngine, probe: Need | None
+) -> tuple[tuple[StageReport, ...], tuple[StageTiming, ...] | None]:
+    """What the stages of an engine hold, and what they take for a batch."""
+    make_reports: Callable[[], list[StageReport]] | None = getattr(engine, "stage_reports", None)
+    if make_reports is None:
+        return (), None
+    timings = None if probe is None else time_batch(engine, probe, PROBES).stages
+    return tuple(make_reports()), timings
+
+
 def run_replica(connection: Connection) -> int:
     """Load, serve, end; the exit code."""
     channel = Channel(connection)
@@ -222,6 +237,7 @@ def run_replica(connection: Connection) -> int:
         job: ReplicaJob = channel.receive()[0]
         begin = time.perf_counter()
         engine, model = load_engine(job)
+        loaded_s = time.perf_counter() - begin
     except EOFError:
         return 0
     except Exception as error:  # whatever it is, the front has to say it
@@ -232,13 +248,15 @@ def run_replica(connection: Connection) -> int:
         channel.flush(LAST_WORDS_S)
         return 1
     worker = ReplicaWorker(channel, job, engine)
+    reports, timings = taken_by(engine, job.probe)
     ready = ReplicaReady(
         worker.runner.stop_ids,
         vocabulary_of(model),
         worker.runner.adapters is not None,
         getattr(model.config, "chat_prompt", None),
-        time.perf_counter() - begin,
-        (),
+        loaded_s,
+        reports,
+        timings,
     )
     channel.send(ready)
     with suppress(EOFError):  # the front has ended, however it did

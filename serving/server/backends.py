@@ -13,7 +13,7 @@ from serving.engines.runner import AnswerBackend, EngineRunner
 from serving.engines.served_cost import served_cost_model
 from serving.policies.continuous import POLICIES
 from serving.replicas.messages import ReplicaJob, ReplicaReady
-from serving.replicas.planning import DeploymentPlan, plan_deployment
+from serving.replicas.planning import DeploymentPlan, comparison, plan_deployment
 from serving.replicas.pool import ReplicaPool
 from serving.request import Limits
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
+
+TYPICAL_TOKENS = 256  # of a prompt, and of an answer, of the batch that a deployer plans for
+LONGEST_PROBE_S = 10.0  # predicted, of a prefill that is timed once the model is loaded
 
 
 class BackendFlags(Protocol):
@@ -94,11 +97,14 @@ def open_placed(flags: BackendFlags, placed: PlacementFlags, limits: Limits) -> 
     Raises:
         ValueError, OSError: in one line, what does not fit or is missing.
     """
+    half = max(min(limits.max_tokens // 2, TYPICAL_TOKENS), 1)
     plan = plan_deployment(
         placed,
         flags.model,
         kv_tokens=limits.kv_tokens,
-        batch=limits.max_batch,
+        batch=max(min(limits.max_batch, limits.kv_tokens // (2 * half)), 1),
+        prompt_tokens=half,
+        output_tokens=half,
         precision=flags.precision,
         base=flags.base_model,
         keep_quantized=flags.keep_quantized,
@@ -106,7 +112,7 @@ def open_placed(flags: BackendFlags, placed: PlacementFlags, limits: Limits) -> 
     print(plan.describe(), flush=True)
     pool = ReplicaPool(replica_jobs(flags, plan, limits))
     said = pool.open()
-    print(loading_report(said), flush=True)
+    print(loading_report(plan, said), flush=True)
     return OpenedBackend(pool, said[0].chat_prompt)
 
 
@@ -114,6 +120,7 @@ def replica_jobs(flags: BackendFlags, plan: DeploymentPlan, limits: Limits) -> l
     """What each replica of a plan loads and how it serves."""
     placed = plan.placement
     cost = CostModel(placed.model, placed.cluster, placed.stages, plan.profile)
+    predicted_s = cost.prefill_s(placed.need.batch * placed.need.prompt_tokens, placed.need.batch)
     jobs = []
     for number, replica in enumerate(plan.replicas):
         job = ReplicaJob(
@@ -130,12 +137,20 @@ def replica_jobs(flags: BackendFlags, plan: DeploymentPlan, limits: Limits) -> l
             cost=cost,
             prefix_cache_tokens=flags.prefix_cache_tokens,
             zero_s=0.0,
+            probe=placed.need if predicted_s < LONGEST_PROBE_S else None,
         )
         jobs.append(job)
     return jobs
 
 
-def loading_report(said: list[ReplicaReady]) -> str:
-    """A line on how long loading took."""
+def loading_report(plan: DeploymentPlan, said: list[ReplicaReady]) -> str:
+    """How long loading took, and a table of predicted against taken for each replica."""
     seconds = [ready.seconds for ready in said]
-    return f"{len(said)} replica(s) loaded in {max(seconds):.1f} s"
+    lines = [f"{len(said)} replica(s) loaded in {max(seconds):.1f} s"]
+    for number, ready in enumerate(said):
+        if not ready.reports:
+            continue
+        if len(said) > 1:
+            lines.append(f"replica {number}:")
+        lines.append(comparison(plan, ready.reports, ready.timings))
+    return "\n".join(lines)
