@@ -26,7 +26,7 @@ from serving.engines.answers import TextEngine
 from serving.engines.arena import slab_tokens
 from serving.engines.pipeline import ModelLoading, open_pipeline
 from serving.replicas.measuring import BatchRunner, BatchTiming, cost_of, limits_of, time_batch
-from serving.replicas.planning import DeploymentPlan, plan
+from serving.replicas.planning import DeploymentPlan, plan_deployment
 
 DEVICES = "cpu@1;cpu@1,cpu@1;cpu@2,cpu@1"
 

@@ -233,7 +233,7 @@ def test_another_policy_without_another_loading(pool, engine):
     asked = prompts(8, seed=9)
     pool.use_policy("fifo")
     answers = [ask(pool, p, max_new_tokens=10 * (i % 4 + 1)) for i, p in enumerate(asked)]
-    with pytest.raises(RuntimeError, match="8 requests are being answered"):
+    with pytest.raises(RuntimeError, match="requests are being answered"):
         pool.use_policy("fcfs")
     assert all(answer.wait(60) for answer in answers)
     wait_for(lambda: pool.count() == 0)
