@@ -4,6 +4,7 @@
 
 import sys
 
+from finetune.aliases import single_start
 from finetune.evaluation.predict import build_parser, main
 
 EXAMPLE = (
@@ -14,7 +15,7 @@ EXAMPLE = (
 )
 
 if __name__ == "__main__":
-    flags = sys.argv[1:]
+    flags = single_start(None)
     given = {flag.split("=")[0] for flag in flags}
     flags += [] if "--model_path" in given else ["--model_path", "output_dir/"]
     known, _ = build_parser().parse_known_args(flags)

@@ -8,9 +8,9 @@ import torch
 from transformers import TopPLogitsWarper
 
 from chatglm import load_model, load_tokenizer
-from finetune.evaluation.predict import generate_answers
+from finetune.evaluation.generation import RowDraws, generate_answers
 from predictor.labels import name_warning, read_examples, served_name
-from scripts.collect_lengths import RowDraws, main
+from scripts.collect_lengths import main
 
 WORDS = ["你好", "世界", "今天", "天气", "很", "好", "hello", "world", "a", "b", "c"]
 PROMPTS = [" ".join((WORDS * 2)[n : n + 1 + n % 5]) for n in range(11)]
