@@ -248,6 +248,8 @@ class OfflineReplicas:
             replica.figures.load_s = message["seconds"]
             replica.figures.weight_bytes = message["weight_bytes"]
             self.weights_fingerprint = message["fingerprint"]
+            pid = replica.process.pid if replica.process else 0
+            say(f"{replica.name}: process {pid} is ready after {message['seconds']:.1f} s")
         return replica, message
 
     def _restart(self, replica: OfflineReplica) -> None:
