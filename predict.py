@@ -4,8 +4,8 @@
 
 import sys
 
-from finetune.aliases import single_start
 from finetune.evaluation.predict import build_parser, main
+from finetune.launched import single_start
 
 EXAMPLE = (
     '你现在是一个信息抽取模型，请你帮我抽取出关系内容为"性能故障", "部件故障", '

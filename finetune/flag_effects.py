@@ -138,7 +138,11 @@ EVALUATING: dict[str, Effect] = {
     ),
     **dict.fromkeys(("predictions", "predictor"), TEST_PATH),
     # --probe compares two models, one after the other, on one device.
-    **dict.fromkeys(("deployer", "num_gpus", "devices", "device_map"), TEST_PATH),
+    **dict.fromkeys(("num_gpus", "devices", "device_map"), TEST_PATH),
+    "deployer": Effect(
+        "--test_path, and a run without --device_map",
+        lambda c: bool(c.test_path and not c.device_map),
+    ),
     "f1_denominator": Effect(
         "--test_path and --metrics triple_f1",
         lambda c: bool(c.test_path) and (not c.metrics or "f1" in c.metrics),

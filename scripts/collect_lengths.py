@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from chatglm.commands import Parser, run_command  # noqa: E402
-from finetune.aliases import single_start  # noqa: E402
 from finetune.config import parse_positive  # noqa: E402
 from finetune.evaluation.answering import (  # noqa: E402
     AnsweredBatches,
@@ -47,6 +46,7 @@ from finetune.evaluation.inference import (  # noqa: E402
 )
 from finetune.files import writing  # noqa: E402
 from finetune.flag_effects import PLACING, check_given  # noqa: E402
+from finetune.launched import single_start  # noqa: E402
 from finetune.rows.formats import BadRow  # noqa: E402
 from finetune.rows.sources import read_json_items  # noqa: E402
 from predictor.labels import parse_prompt, served_name  # noqa: E402

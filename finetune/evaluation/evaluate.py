@@ -19,7 +19,6 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chatglm.commands import Parser, run_command
-from finetune.aliases import single_start
 from finetune.config import parse_positive
 from finetune.evaluation.answering import KeptAnswers, answer_prompts
 from finetune.evaluation.metrics import (
@@ -39,6 +38,7 @@ from finetune.evaluation.predict import (
 )
 from finetune.files import write_json
 from finetune.flag_effects import EVALUATING, check_given
+from finetune.launched import single_start
 from finetune.out_of_memory import explained, inference_advice
 from finetune.record import print_columns
 from finetune.rows.arrays import Dataset

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatglm.commands import Parser, run_command
-from finetune.aliases import single_start
 from finetune.evaluation.answering import answer_prompts, load_placed
 from finetune.evaluation.generation import generate_answers, generate_batch
 from finetune.evaluation.inference import (
@@ -31,6 +30,7 @@ from finetune.evaluation.inference import (
     trained_length,
 )
 from finetune.flag_effects import PREDICTING, check_given
+from finetune.launched import single_start
 from finetune.out_of_memory import explained, inference_advice
 from finetune.rows.formats import FORMATS, Row, parse_columns
 from finetune.rows.sources import RowReader, parse_sources, read_items, read_questions

@@ -1,5 +1,7 @@
 """Several replica processes answer as one process does; deaths, resumption, orphans, tables."""
 
+import csv
+import json
 import os
 import re
 import signal
@@ -12,11 +14,14 @@ from pathlib import Path
 import pytest
 
 from finetune.evaluation import answering, evaluate, predict
-from finetune.evaluation.generation import AnswerOptions, PromptBatch
+from finetune.evaluation.generation import AnswerOptions, PromptBatch, longest_first
 from finetune.evaluation.inference import prepare_inference
 from finetune.evaluation.replicas import OfflineReplicas, device_name
+from finetune.launched import single_start
 from finetune.placing import ReplicaSpec, StageSpec
-from tests.finetune.runs import ROOT, child_env, make_rows, write_rows
+from tests.finetune.runs import ROOT, child_env, launch, make_rows, write_rows
+from tests.predictor.synthetic import make_rows as lengths
+from tests.predictor.synthetic import train as train_predictor
 from tests.warm import warm_python
 
 CPU = ReplicaSpec((StageSpec("cpu", 0, 2, 1),))
@@ -202,3 +207,129 @@ def test_no_orphans_and_what_was_answered_is_kept(adapter, tmp_path, number):
     assert predict.main([*words, "--output", str(out), "--device", "cpu"]) == 0
     assert predict.main([*words, "--output", str(tmp_path / "whole"), "--device", "cpu"]) == 0
     assert out.read_bytes() == (tmp_path / "whole").read_bytes() and not kept.exists()
+
+
+def test_fewer_batches_than_replicas_start_fewer(adapter, tmp_path, two, capfd):
+    file = write_rows(tmp_path / "rows.json", make_rows(2))
+    words = ["--model_path", str(adapter), *ASK, "--file", str(file), "--num_gpus", "2"]
+    assert predict.main(words) == 0
+    out, err = capfd.readouterr()
+    assert len(out.splitlines()) == 2 and "replica 2" not in err
+    assert "2 prompts are 1 batches of --batch_size 2: 1 of 2 replicas are started" in err
+
+
+def test_single_prompts_take_one_replica(adapter, two, monkeypatch, capfd):
+    words = ["--model_path", str(adapter), "--max_new_tokens", "6", "--prompt", "水泵漏油。"]
+    assert predict.main([*words, "--num_gpus", "2"]) == 1
+    assert "this placement has 2: give --device, or --device_map auto" in capfd.readouterr().err
+    mapped = ReplicaSpec((StageSpec("cpu", 0, 1), StageSpec("cpu", 1, 2)), {"": "cpu"})
+    monkeypatch.setattr(answering, "plan_replicas", lambda *_, **__: HandPlan(mapped))
+    assert predict.main([*words, "--device_map", "auto"]) == 0
+    placed = capfd.readouterr().out
+    assert predict.main([*words, "--device", "cpu"]) == 0
+    assert capfd.readouterr().out == placed
+
+
+def test_an_error_while_loading_is_one_line(adapter, tmp_path, monkeypatch, capfd):
+    nowhere = ReplicaSpec((StageSpec("cuda:7", 0, 2),))
+    monkeypatch.setattr(answering, "plan_replicas", lambda *_, **__: HandPlan(nowhere))
+    file = write_rows(tmp_path / "rows.json", make_rows(2))
+    words = ["--model_path", str(adapter), *ASK, "--file", str(file), "--num_gpus", "1"]
+    assert predict.main(words) == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("finetune.predict: error: replica 1 (cuda:7): --device: there is no")
+
+
+def test_a_table_of_answers_keeps_the_inputs_columns(adapter, tmp_path):
+    """CSV in, CSV out: commas, quotes and line breaks come back as they were."""
+    file = tmp_path / "rows.csv"
+    inputs = [["t, 1", "水泵\n漏油", "a_b_c"], ['"t" 2', "轮胎异响", ""]]
+    with file.open("w", newline="") as out:
+        csv.writer(out).writerows([["title", "content", "answer"], *inputs])
+    words = ["--model_path", str(adapter), *ASK, "--device", "cpu", "--file", str(file)]
+    words += ["--columns", "prompt=content,response=answer", "--data_format", "prompt"]
+    found = {}
+    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
+        assert predict.main([*words, "--output", str(tmp_path / name)]) == 0
+        with (tmp_path / name).open(newline="") as table:
+            found[name] = list(csv.reader(table, delimiter=delimiter))
+    assert found["a.csv"] == found["a.tsv"]
+    header, *rows = found["a.csv"]
+    assert header == ["title", "content", "prompt", "answer", "reference"]
+    assert predict.main([*words, "--output", str(tmp_path / "a.jsonl")]) == 0
+    lines = list(map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines()))
+    for row, given, line in zip(rows, inputs, lines, strict=True):
+        assert row == [*given[:2], line["prompt"], line["answer"], given[2]]
+
+
+def test_rows_of_like_predicted_answers_are_answered_together(adapter, tmp_path):
+    """The longest first; answers stay in the order of the rows."""
+    kinds = ["name", "essay", "list", "explain"] * 3
+    prompts = [f"{kind} river lamp train {i}" for i, kind in enumerate(kinds)]
+    predictor = train_predictor(tmp_path, lengths(300, seed=5))
+    predicted = answering.predict_lengths(str(predictor), prompts, str(adapter))
+    order = longest_first([[0]] * 12, predicted)
+    assert [kinds[i] for i in order] == ["essay"] * 3 + ["explain"] * 3 + ["list"] * 3 + [
+        "name"
+    ] * 3
+    rows = [{"prompt": prompt, "response": "x"} for prompt in prompts]
+    file = write_rows(tmp_path / "rows.json", rows)
+    words = ["--model_path", str(adapter), *ASK, "--device", "cpu", "--file", str(file)]
+    assert predict.main([*words, "--output", str(tmp_path / "a")]) == 0
+    words += ["--predictor", str(predictor)]
+    assert predict.main([*words, "--output", str(tmp_path / "b")]) == 0
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--num_gpus 2 --device 1", "--device needs a run without --deployer, --num_gpus"),
+        ("--deployer helr --device_map auto", "a run without --device_map"),
+        ("--cluster c.json", "--cluster needs --deployer, --num_gpus or --devices"),
+        ("--deployer helr --measure", "--measure needs --deployer morphling"),
+        ("--deployer morphling --measure_s 5", "--measure_s needs --measure"),
+    ],
+)
+def test_flags_without_effect(words, said, capsys):
+    for main, what in ((predict.main, "--file"), (evaluate.main, "--test_path")):
+        with pytest.raises(SystemExit) as stop:
+            main(["--model_path", "m", what, "x", *words.split()])
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_probe_is_on_one_device(capsys):
+    for words in ("--num_gpus 2", "--predictor p"):
+        with pytest.raises(SystemExit):
+            evaluate.main(["--model_path", "m", "--probe", "x", *words.split()])
+        assert f"{words.split()[0]} needs --test_path" in capsys.readouterr().err
+
+
+def test_under_a_launcher_one_rank_goes_on(monkeypatch, capsys):
+    for rank, world, own in (("0", "2", "2"), ("1", "2", "2"), ("0", "4", "2"), ("0", "1", "1")):
+        for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_WORLD_SIZE", own)):
+            monkeypatch.setenv(name, value)
+        given = ["--local_rank=0", "--file", "x"]
+        if (rank, world) == ("1", "2"):
+            with pytest.raises(SystemExit) as stop:
+                single_start(given)
+            assert stop.value.code == 0
+        elif own != world:
+            with pytest.raises(SystemExit, match="ranks on several machines"):
+                single_start(given)
+        elif world == "1":
+            assert single_start(given) == given
+        else:
+            assert single_start(given) == ["--file", "x", "--num_gpus", "2"]
+            assert "WORLD_SIZE" not in os.environ and single_start(["--prompt", "x"])
+            assert "without a launcher it is --num_gpus 2" in capsys.readouterr().err
+
+
+@pytest.mark.launch
+def test_under_deepspeed(adapter, tmp_path):
+    """`deepspeed --num_gpus 2` answers once, by two replicas of one command."""
+    file = write_rows(tmp_path / "rows.json", make_rows(5))
+    words = ["--model_path", adapter, *ASK, "--file", file, "--output"]
+    assert predict.main([*map(str, words), str(tmp_path / "one"), "--device", "cpu"]) == 0
+    launch("deepspeed", placed_command(tmp_path), *words, tmp_path / "two")
+    assert (tmp_path / "two").read_bytes() == (tmp_path / "one").read_bytes()
