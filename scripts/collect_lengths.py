@@ -27,7 +27,7 @@ from finetune.config import parse_positive  # noqa: E402
 from finetune.evaluation.answering import (  # noqa: E402
     AnsweredBatches,
     Answerer,
-    measure_workload,
+    measure_prompts,
     open_answerer,
     predict_lengths,
     with_progress,
@@ -217,7 +217,7 @@ def collect(flags: CollectionFlags) -> str:
         asked = [question.prompt for question in questions]
         predicted = predict_lengths(flags.predictor, asked, setup.tokenizer.name_or_path)
     questions = [questions[i] for i in longest_first(encoded, predicted)]
-    work = measure_workload(encoded, predicted, flags)
+    work = measure_prompts(encoded, predicted, flags)
     with open_answerer(flags, setup, AnswerOptions(options, sampling), work) as answerer:
         settings = {
             "weights": answerer.fingerprint(),

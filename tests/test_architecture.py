@@ -35,7 +35,6 @@ TORCH_FREE = [
     "finetune/files.py",
     "finetune/flag_effects.py",
     "finetune/flag_groups.py",
-    "finetune/evaluation/inference.py",
     "finetune/evaluation/replicas.py",
     "finetune/flags.py",
     "finetune/launched.py",

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO
 
 from chatglm.hub import resolve_folder
 from finetune.evaluation.generation import (
@@ -75,7 +75,7 @@ class LocalAnswerer:
             yield batch, answer_batch(self.model, self.tokenizer, batch, self.settings)
 
 
-class Workload(NamedTuple):
+class PromptLoad(NamedTuple):
     """What prompts will ask of a model, for the planning of its replicas.
 
     Attributes:
@@ -92,9 +92,9 @@ class Workload(NamedTuple):
     kv_tokens: int
 
 
-def measure_workload(
+def measure_prompts(
     encoded: Sequence[list[int]], predicted: Sequence[float], flags: InferenceFlags
-) -> Workload:
+) -> PromptLoad:
     """The workload of prompts; `predicted` are the tokens of their answers, or empty."""
     lengths = [len(ids) for ids in encoded]
     longest = max(lengths)
@@ -106,12 +106,14 @@ def measure_workload(
         most = max(flags.max_length - round(fmean(lengths)), 1)
     mean_answer = min(round(fmean(predicted)), most) if predicted else most
     batch = min(flags.batch_size, len(encoded))
-    return Workload(len(encoded), longest, round(fmean(lengths)), max(mean_answer, 1), batch * room)
+    return PromptLoad(
+        len(encoded), longest, round(fmean(lengths)), max(mean_answer, 1), batch * room
+    )
 
 
 @contextmanager
 def open_answerer(
-    flags: InferenceFlags, setup: InferenceSetup, settings: AnswerOptions, work: Workload
+    flags: InferenceFlags, setup: InferenceSetup, settings: AnswerOptions, work: PromptLoad
 ) -> Iterator[Answerer]:
     """The model on the one device of --device, or the replicas that the flags place.
 
@@ -142,7 +144,7 @@ def open_answerer(
         )
     with OfflineReplicas(specs, flags, setup, settings) as replicas:
         yield replicas
-        for line in replicas.summary():
+        for line in replicas.summary(plan.stages):
             print(line, file=sys.stderr)
 
 
@@ -219,11 +221,14 @@ class KeptAnswers:
         # What follows the last line's end was not written whole.
         whole = lines[1:-1] if lines[:1] == [header] else []
         self.found: dict[int, str] = dict(map(json.loads, whole))
-        write_aside(self.path, "".join(line + "\n" for line in [header, *whole]))
-        self.file = open(self.path, "a", encoding="utf-8")
+        self.lines = [header, *whole]
+        self.file: TextIO | None = None  # a command that fails before an answer leaves no file
 
     def add(self, batch: dict[int, str]) -> None:
         """Keep the answers of a batch, by the numbers of their prompts."""
+        if self.file is None:
+            write_aside(self.path, "".join(line + "\n" for line in self.lines))
+            self.file = open(self.path, "a", encoding="utf-8")
         self.found |= batch
         for i, answer in batch.items():
             self.file.write(json.dumps([i, answer], ensure_ascii=False) + "\n")
@@ -232,8 +237,9 @@ class KeptAnswers:
     def replace_by(self, text: str) -> None:
         """Write the final file, then remove the kept answers."""
         write_aside(self.final, text)
-        self.file.close()
-        self.path.unlink()
+        if self.file:
+            self.file.close()
+        self.path.unlink(missing_ok=True)
 
 
 def dependencies(
@@ -301,7 +307,7 @@ def answer_prompts(
         for batch in batches:
             left += batch.numbers
         lengths = [predicted[i] for i in left] if predicted else []
-        work = measure_workload([encoded[i] for i in left], lengths, flags)
+        work = measure_prompts([encoded[i] for i in left], lengths, flags)
         with open_answerer(flags, setup, AnswerOptions(setup.options), work) as answerer:
             answerer.fingerprint()  # the clock starts when a model is loaded
             start_s = time.perf_counter()

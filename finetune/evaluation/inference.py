@@ -1,7 +1,4 @@
-"""A tuned model ready to answer: the flags that name and load it, and its loading.
-
-Free of torch at its top.
-"""
+"""A tuned model ready to answer: the flags that name and load it, and its loading."""
 
 import argparse
 from dataclasses import dataclass

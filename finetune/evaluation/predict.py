@@ -209,7 +209,9 @@ def answer_table(
         own: {column: text} of each row; left out where it is not of as many rows.
     """
     own = own if len(own) == len(rows) else [{} for _ in rows]
-    names = list(dict.fromkeys(name for row in own for name in row))
+    names: dict[str, None] = {}
+    for columns in own:
+        names |= dict.fromkeys(columns)
     text = io.StringIO()
     table = csv.DictWriter(text, [*names, *OUR_COLUMNS], delimiter=delimiter, lineterminator="\n")
     table.writeheader()

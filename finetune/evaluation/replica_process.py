@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def read_lines(lines: "queue.SimpleQueue[dict[str, Any]]") -> None:
+def queue_messages(lines: "queue.SimpleQueue[dict[str, Any]]") -> None:
     """Put the messages of the standard input into a queue; end the process at its end."""
     for line in sys.stdin.buffer:
         lines.put(json.loads(line))
@@ -54,7 +54,7 @@ def error_message(error: Exception) -> dict[str, str]:
     return {"error": "RuntimeError", "text": traceback.format_exc()}
 
 
-def serve(lines: "queue.SimpleQueue[dict[str, Any]]", channel: BinaryIO) -> None:
+def answer_messages(lines: "queue.SimpleQueue[dict[str, Any]]", channel: BinaryIO) -> None:
     """Load the model of the first message, and answer the batches of the others."""
 
     def send(**message: Any) -> None:
@@ -100,8 +100,8 @@ def main() -> int:
     lines: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     channel = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no message
-    threading.Thread(target=read_lines, args=(lines,), daemon=True).start()
-    serve(lines, channel)
+    threading.Thread(target=queue_messages, args=(lines,), daemon=True).start()
+    answer_messages(lines, channel)
     return 0
 
 

@@ -20,7 +20,7 @@ from typing import IO, Any, Self
 
 from finetune.evaluation.generation import AnswerOptions, Generated, PromptBatch
 from finetune.evaluation.inference import InferenceFlags, InferenceSetup, loading_options
-from finetune.placing import ReplicaSpec
+from finetune.placing import ReplicaSpec, StageFigures
 
 ROOT = Path(__file__).resolve().parents[2]
 # How often a replica is started again, and a batch dealt again.
@@ -50,6 +50,7 @@ class ReplicaFigures:
     Attributes:
         load_s: seconds to import, read and place the weights, of the last start.
         weight_bytes: {device: bytes}.
+        steps: passes of the model: of each batch, the tokens of its longest answer.
         busy_s: seconds of answering.
     """
 
@@ -57,8 +58,18 @@ class ReplicaFigures:
     weight_bytes: dict[str, int] = field(default_factory=dict)
     rows: int = 0
     tokens: int = 0
+    batches: int = 0
+    steps: int = 0
     busy_s: float = 0.0
     deaths: int = 0
+
+    def add(self, answers: Sequence[Generated], seconds: float) -> None:
+        """Count a batch."""
+        self.batches += 1
+        self.rows += len(answers)
+        self.tokens += sum(len(ids) for ids, _ in answers)
+        self.steps += max(len(ids) + ended for ids, ended in answers)
+        self.busy_s += seconds
 
 
 class OfflineReplica:
@@ -126,14 +137,22 @@ class OfflineReplica:
             self.process.kill()
             return self.process.wait()
 
-    def summary(self) -> str:
-        """One line on what it took."""
+    def summary(self, predicted: Sequence[StageFigures] = ()) -> str:
+        """One line on what it took, beside what was predicted of its stages."""
         took = self.figures
         weights = []
         for device, size in took.weight_bytes.items():
             weights.append(f"{size / 2**20:,.1f} MiB on {device}")
-        text = f"{self.name}: weights {', '.join(weights) or '-'}, loaded in {took.load_s:.1f} s; "
-        text += f"{took.rows} rows, {took.tokens:,} tokens in {took.busy_s:.1f} s"
+        text = f"{self.name}: weights {', '.join(weights) or '-'}"
+        seconds = f"{took.busy_s:.2f} s"
+        if predicted:
+            text += f" (predicted {sum(s.weight_bytes for s in predicted) / 2**20:,.1f})"
+            # The first token of a batch comes of its prefill.
+            wanted_s = sum(s.prefill_s for s in predicted) * took.batches
+            wanted_s += sum(s.decode_s for s in predicted) * (took.steps - took.batches)
+            seconds += f" (predicted {wanted_s:.2f})"
+        text += f", loaded in {took.load_s:.1f} s; {took.rows} rows, {took.tokens:,} tokens "
+        text += f"by {took.steps:,} steps in {seconds}"
         return text + (f"; died {took.deaths} times" if took.deaths else "")
 
 
@@ -222,9 +241,7 @@ class OfflineReplicas:
                 for ids, ended in message["answers"]:
                     answers.append((ids, ended))
                 replica.dealt = None
-                replica.figures.rows += len(answers)
-                replica.figures.tokens += sum(len(ids) for ids, _ in answers)
-                replica.figures.busy_s += message["seconds"]
+                replica.figures.add(answers, message["seconds"])
                 left -= 1
                 self._deal(waiting, batches)  # it computes while these are written
                 yield batch, answers
@@ -249,7 +266,9 @@ class OfflineReplicas:
             replica.figures.weight_bytes = message["weight_bytes"]
             self.weights_fingerprint = message["fingerprint"]
             pid = replica.process.pid if replica.process else 0
-            say(f"{replica.name}: process {pid} is ready after {message['seconds']:.1f} s")
+            tell_above_bar(
+                f"{replica.name}: process {pid} is ready after {message['seconds']:.1f} s"
+            )
         return replica, message
 
     def _restart(self, replica: OfflineReplica) -> None:
@@ -258,11 +277,11 @@ class OfflineReplicas:
         replica.ready = False
         replica.figures.deaths += 1
         if replica.figures.deaths <= RETRIES:
-            say(f"{process} {how}; it is started again")
+            tell_above_bar(f"{process} {how}; it is started again")
             replica.start(self.inbox)
             return
         replica.given_up = True
-        say(f"{process} {how}; it is given up")
+        tell_above_bar(f"{process} {how}; it is given up")
         if all(other.given_up for other in self.replicas):
             raise ChildProcessError(
                 f"every replica died {RETRIES + 1} times, the last one {how}; memory may have run "
@@ -278,9 +297,13 @@ class OfflineReplicas:
                 "--max_src_len or --max_new_tokens"
             )
 
-    def summary(self) -> list[str]:
-        """A line for each replica on what it took."""
-        return [replica.summary() for replica in self.replicas]
+    def summary(self, predicted: Sequence[StageFigures] = ()) -> list[str]:
+        """A line for each replica on what it took.
+
+        Args:
+            predicted: the stages of one replica.
+        """
+        return [replica.summary(predicted) for replica in self.replicas]
 
 
 def ending(code: int) -> str:
@@ -290,7 +313,7 @@ def ending(code: int) -> str:
     return f"ended with exit code {code}"
 
 
-def say(line: str) -> None:
+def tell_above_bar(line: str) -> None:
     """Write a line to stderr, above a progress bar."""
     from tqdm import tqdm
 

@@ -281,7 +281,7 @@ def test_wrong_flags(collect, capsys, more, said):
 def test_lines_of_two_replicas_are_those_of_one_process(collect, tmp_path, monkeypatch, more):
     """In any order; a stopped collection goes on, by more processes or fewer."""
     replicas = (ReplicaSpec((StageSpec("cpu", 0, 1, 1),)),) * 2
-    plan = SimpleNamespace(replicas=replicas, describe=lambda: "by hand")
+    plan = SimpleNamespace(replicas=replicas, stages=(), describe=lambda: "by hand")
     monkeypatch.setattr(answering, "plan_replicas", lambda *_, **__: plan)
     monkeypatch.setattr(sys, "executable", warm_python())
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

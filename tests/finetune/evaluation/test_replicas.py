@@ -30,7 +30,9 @@ SAMPLED = ["--do_sample", "True", "--temperature", "2", "--top_p", "1"]
 
 
 class HandPlan:
-    """A placement written by hand."""
+    """A placement written by hand, without predictions."""
+
+    stages = ()
 
     def __init__(self, *replicas: ReplicaSpec):
         self.replicas = replicas
