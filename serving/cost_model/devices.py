@@ -8,12 +8,13 @@ of the same fields:
                   "bandwidth_bytes_s": 1.008e12, "flops_s": 1.65e14}],
      "links": [[null, {"bandwidth_bytes_s": 2.4e10, "latency_s": 1e-5}], ...]}
 
-or with "link", one for all pairs, instead of "links".
+or with "link", one for all pairs, instead of "links". A device may have "kind", "threads" (of a
+process on a CPU) and "torch_name" ("cuda:2") too.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ class Device:
         reserved_bytes: of the memory, what holds neither weights nor KV (context, workspace,
             fragments).
         kind: "cuda" or "cpu".
+        threads: of a process on a CPU; None: as many as torch takes.
+        torch_name: by which torch knows it here, such as "cuda:2"; not compared, so that equal
+            devices stay interchangeable.
     """
 
     name: str
@@ -43,16 +47,27 @@ class Device:
     flops_s: float
     reserved_bytes: int = GIB
     kind: str = "cuda"
+    threads: int | None = None
+    torch_name: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise ValueError(f"device: name must be text, got {self.name!r}")
-        for field in ("memory_bytes", "bandwidth_bytes_s", "flops_s"):
-            value = getattr(self, field)
+        if not isinstance(self.torch_name, str | None):
+            raise ValueError(
+                f"device {self.name!r}: torch_name must be text, got {self.torch_name!r}"
+            )
+        for figure in ("memory_bytes", "bandwidth_bytes_s", "flops_s"):
+            value = getattr(self, figure)
             if not _is_number(value) or not value > 0:
                 raise ValueError(
-                    f"device {self.name!r}: {field} must be a number above 0, got {value!r}"
+                    f"device {self.name!r}: {figure} must be a number above 0, got {value!r}"
                 )
+        threads = self.threads
+        if threads is not None and (type(threads) is not int or threads < 1):
+            raise ValueError(
+                f"device {self.name!r}: threads must be a whole number above 0, got {threads!r}"
+            )
         reserved = self.reserved_bytes
         if not _is_number(reserved) or not reserved >= 0:
             raise ValueError(
@@ -66,6 +81,13 @@ class Device:
     @property
     def usable_bytes(self) -> int:
         return max(0, self.memory_bytes - self.reserved_bytes)
+
+    @property
+    def label(self) -> str:
+        """As a reader knows it: torch's name before its own, or its own alone."""
+        if self.torch_name in (None, "cpu", self.name):
+            return self.name
+        return f"{self.torch_name} {self.name}"
 
 
 @dataclass(frozen=True)

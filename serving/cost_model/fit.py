@@ -232,21 +232,31 @@ def row_seconds(row: Measurement, profile: Profile) -> float:
     return warm + (model.startup_s if row.phase == "" else 0.0)
 
 
+SecondsOf = Callable[[Measurement, Profile], float]
+
+
 def relative_errors(rows: Sequence[Measurement], profile: Profile) -> np.ndarray:
     """(n,) relative errors: predicted over measured seconds, less 1."""
     errors: np.ndarray = _seconds(rows, profile) / _measured(rows) - 1
     return errors
 
 
-def _seconds(rows: Sequence[Measurement], profile: Profile) -> np.ndarray:
-    return np.array([row_seconds(row, profile) for row in rows])
+def _seconds(
+    rows: Sequence[Measurement], profile: Profile, seconds_of: SecondsOf = row_seconds
+) -> np.ndarray:
+    return np.array([seconds_of(row, profile) for row in rows])
 
 
 def _measured(rows: Sequence[Measurement]) -> np.ndarray:
     return np.array([row.seconds for row in rows])
 
 
-def fit_profile(rows: Sequence[Measurement], start: Profile, prior: float = PRIOR) -> Profile:
+def fit_profile(
+    rows: Sequence[Measurement],
+    start: Profile,
+    prior: float = PRIOR,
+    seconds_of: SecondsOf = row_seconds,
+) -> Profile:
     """The profile that minimises Huber's loss of relative errors, with coefficients of at least 0.
 
     Seconds are linear in the coefficients but for the larger of weights and products. So columns
@@ -261,9 +271,9 @@ def fit_profile(rows: Sequence[Measurement], start: Profile, prior: float = PRIO
     for rounds in range(40):
         if rounds % 10 == 0:
             current = with_coefficients(start, values.tolist())
-            columns = _columns(rows, current, spreads)
+            columns = _columns(rows, current, spreads, seconds_of)
             # Link latencies and transfers, which no coefficient scales.
-            fixed = _seconds(rows, current) - columns @ values
+            fixed = _seconds(rows, current, seconds_of) - columns @ values
         abs_errors = np.abs((columns @ values + fixed) / measured - 1)
         weights = np.sqrt(HUBER / np.maximum(abs_errors, HUBER))
         left = np.vstack([columns * (weights / measured)[:, None], np.diag(prior / spreads)])
@@ -291,15 +301,20 @@ def undetermined_coefficients(rows: Sequence[Measurement], profile: Profile) -> 
     return [name for name, share in zip(COEFFICIENTS, left) if share > 0.5]
 
 
-def _columns(rows: Sequence[Measurement], profile: Profile, spreads: np.ndarray) -> np.ndarray:
+def _columns(
+    rows: Sequence[Measurement],
+    profile: Profile,
+    spreads: np.ndarray,
+    seconds_of: SecondsOf = row_seconds,
+) -> np.ndarray:
     """(rows, coefficients) derivatives of the rows' seconds, by differences."""
-    before = _seconds(rows, profile)
+    before = _seconds(rows, profile, seconds_of)
     columns = []
     for name, spread in zip(COEFFICIENTS, spreads):
         step = 1e-4 * spread
         change: dict[str, Any] = {name: getattr(profile, name) + step}
         moved = replace(profile, **change)
-        columns.append((_seconds(rows, moved) - before) / step)
+        columns.append((_seconds(rows, moved, seconds_of) - before) / step)
     return np.array(columns).T
 
 

@@ -26,6 +26,7 @@ from typing import Any, Protocol
 from chatglm.files import read_json
 from finetune.files import write_json
 from finetune.memory.shapes import make_shape, read_shape
+from serving.cost_model.causal_sizes import causal_shape, is_causal
 from serving.cost_model.devices import Cluster, Device, Link, find_device
 
 PROFILE_FOLDER = Path(__file__).parent / "profiles"
@@ -45,6 +46,7 @@ class ModelSizes:
         element_bytes: of one weight.
         tied: embedding and output layer share their matrix; it is then in `weight_bytes` once.
         glm1: ChatGLM-6B's module names, else ChatGLM2's.
+        causal: the module names of transformers' GLM, Llama and Qwen.
     """
 
     layers: int
@@ -59,6 +61,7 @@ class ModelSizes:
     element_bytes: int = 2
     tied: bool = False
     glm1: bool = False
+    causal: bool = False
 
     @classmethod
     def from_config(
@@ -69,10 +72,16 @@ class ModelSizes:
         Published names are chatglm-6b, chatglm2-6b and chatglm3-6b.
         """
         if isinstance(config, dict):
+            if is_causal(config):
+                return cls.from_causal(config, element_bytes)
             shape = make_shape(config)
         else:
             path = Path(config)
-            shape = read_shape(str(path.parent if path.name == "config.json" else config))
+            folder = path.parent if path.name == "config.json" else path
+            file = folder / "config.json"
+            if file.is_file() and is_causal(found := read_json(file)):
+                return cls.from_causal(found, element_bytes)
+            shape = read_shape(str(folder if path.name == "config.json" else config))
         width = element_bytes * 2 * shape.layers
         norm = shape.hidden * (2 if shape.glm1 else 1)
         bias = shape.vocab if shape.linear_bias and not shape.glm1 else 0
@@ -89,6 +98,27 @@ class ModelSizes:
             element_bytes=element_bytes,
             tied=shape.tied,
             glm1=shape.glm1,
+        )
+
+    @classmethod
+    def from_causal(cls, config: dict[str, Any], element_bytes: int = 2) -> "ModelSizes":
+        """From a config.json's content of transformers' GLM, Llama or Qwen. Raises ValueError."""
+        shape = causal_shape(config)
+        width = element_bytes * 2 * shape.layers
+        matrix = element_bytes * shape.vocab * shape.hidden
+        return cls(
+            layers=shape.layers,
+            hidden=shape.hidden,
+            query=shape.query,
+            kv_bytes_per_token=width * shape.kv,
+            attention_bytes_per_token=width * shape.query,
+            layer_bytes=element_bytes * shape.per_layer,
+            embedding_bytes=matrix,
+            output_bytes=matrix + element_bytes * shape.hidden,
+            parameters=shape.total,
+            element_bytes=element_bytes,
+            tied=shape.tied,
+            causal=True,
         )
 
     @property

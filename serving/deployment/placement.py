@@ -20,8 +20,9 @@ from serving.cost_model import model as cm
 from serving.cost_model.devices import GIB, Cluster, Device, Link
 from serving.cost_model.model import CostModel, ModelSizes, Profile
 
-# (embedding, layer, final norm, output layer, P-Tuning's encoder) of chatglm/modeling_glm.py and
-# chatglm/modeling_glm2.py
+# (embedding, layer, final norm, output layer, last) of chatglm/modeling_glm.py,
+# chatglm/modeling_glm2.py and transformers' GLM, Llama and Qwen. The last, on the first device, is
+# P-Tuning's encoder, or the tables of the rotary angles.
 MODULES = {
     "glm": (
         "transformer.word_embeddings",
@@ -36,6 +37,13 @@ MODULES = {
         "transformer.encoder.final_layernorm",
         "transformer.output_layer",
         "transformer.prefix_encoder",
+    ),
+    "causal": (
+        "model.embed_tokens",
+        "model.layers.{}",
+        "model.norm",
+        "lm_head",
+        "model.rotary_emb",
     ),
 }
 MODULES["glm3"] = MODULES["glm4"] = MODULES["glm2"]
@@ -106,9 +114,15 @@ class Placement:
         return tuple(map(itemgetter(1), self.stages))
 
     def device_name(self, device: int) -> int | str:
-        """The device as torch and accelerate name it: the index among GPUs, or "cpu"."""
+        """The device as torch and accelerate name it: the number of a GPU, or "cpu".
+
+        Of a GPU that names no `torch_name`, its number among the cluster's.
+        """
         if self.cluster.devices[device].kind == "cpu":
             return "cpu"
+        if name := self.cluster.devices[device].torch_name:
+            number = name.removeprefix("cuda:")
+            return int(number) if number.isdecimal() else name
         return sum(d.kind != "cpu" for d in self.cluster.devices[:device])
 
     def to_device_map(
@@ -117,19 +131,20 @@ class Placement:
         """For from_pretrained(device_map=...) and accelerate.dispatch_model.
 
         Args:
-            family: glm, glm2 or glm3 (default: by the model's sizes).
+            family: a key of MODULES (default: by the model's sizes).
             prefix: the model has a P-Tuning encoder.
         """
+        own = modules_of(self.model)
         if (family or "glm2") not in MODULES:
             raise ValueError(f"family must be one of {', '.join(MODULES)}, got {family!r}")
-        if family and (family == "glm") != self.model.glm1:
-            kind = "glm" if self.model.glm1 else "glm2 or glm3"
+        if family and MODULES[family] != MODULES[own]:
+            kind = "glm2 or glm3" if own == "glm2" else own
             raise ValueError(f"this placement is of a {kind} model, not of {family}")
-        embedding, layer, norm, output, encoder = MODULES["glm" if self.model.glm1 else "glm2"]
+        embedding, layer, norm, output, beside = MODULES[own]
         first, last = self.device_name(self.devices[0]), self.device_name(self.devices[-1])
         device_map = {embedding: first}
-        if prefix:
-            device_map[encoder] = first
+        if prefix or own == "causal":
+            device_map[beside] = first
         index = 0
         for device, count in self.stages:
             for _ in range(count):
@@ -177,7 +192,7 @@ class Placement:
             devices.append(
                 {
                     "device": d,
-                    "name": self.cluster.devices[d].name,
+                    "name": self.cluster.devices[d].label,
                     "layers": ",".join(runs),
                     "needed_bytes": self.memory_bytes[d],
                     "there_bytes": self.cluster.devices[d].usable_bytes,
@@ -256,6 +271,13 @@ class Placement:
         image = io.BytesIO()
         figure.savefig(image, dpi=120, format=Path(path).suffix[1:] or "png")
         write_aside(Path(path), image.getvalue())
+
+
+def modules_of(model: ModelSizes) -> str:
+    """The key of MODULES that has a model's names."""
+    if model.causal:
+        return "causal"
+    return "glm" if model.glm1 else "glm2"
 
 
 def kv_layer_bytes(model: ModelSizes, need: Need) -> int:

@@ -153,12 +153,17 @@ class ThreadState(threading.local):
 class AdapterSet:
     """The adapters of a served model.
 
+    Args:
+        device: of a stage of a pipeline, which takes what belongs to its own layers; the others are
+            on the meta device. None for a whole model.
+
     load, unload, acquire and release may be called from any thread; applied only from the thread
     that runs the model, and narrow from within its pass.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, device: torch.device | None = None):
         self._model = model
+        self._device = device
         self._state = ThreadState()
         self._lock = threading.Lock()  # of what follows; held for a moment
         self._loaded: dict[str, LoadedAdapter] = {}
@@ -182,26 +187,60 @@ class AdapterSet:
         """
         self._check_room(name)
         self._check_model()
+        factors = self._read(Path(folder))
+        number = next(self._numbers)
+        self._load_elsewhere(Path(folder), number)
+        with self._building:
+            try:
+                self._check_room(name)
+            except ValueError:
+                self._drop_elsewhere(number)
+                raise
+            stacks = self._with_factors(number, factors)
+            with self._lock:
+                self._stacks = stacks
+                self._loaded[name] = LoadedAdapter(name, number)
+
+    def load_numbered(self, folder: Path, number: int) -> None:
+        """Read an adapter that another stage's set has given a number.
+
+        Raises as `load`.
+        """
+        factors = self._read(folder)
+        with self._building:
+            stacks = self._with_factors(number, factors)
+            with self._lock:
+                self._stacks = stacks
+
+    def _load_elsewhere(self, folder: Path, number: int) -> None:
+        """Load an adapter in the other stages of a pipeline; here there are none."""
+
+    def _drop_elsewhere(self, number: int) -> None:
+        """Drop an adapter in the other stages of a pipeline; here there are none."""
+
+    def _read(self, folder: Path) -> dict[str, LoraFactors]:
+        """The factors of an adapter's layers, where those layers lie."""
         model = self._model
         is_chatglm = getattr(model.config, "model_type", None) == "chatglm"
         factors = read_lora(
-            Path(folder), linear_sizes(model), str(model.name_or_path) or "the model", is_chatglm
+            folder, linear_sizes(model), str(model.name_or_path) or "the model", is_chatglm
         )
         on_device = {}
         for module, pair in factors.items():
             device = self._device_of(module)
+            if device is None:
+                continue
             moved = LoraFactors(pair.a.to(device, model.dtype), pair.b.to(device, model.dtype))
-            check_finite(Path(folder), module, moved)
+            check_finite(folder, module, moved)
             on_device[module] = moved
-        with self._building:
-            self._check_room(name)
-            number = next(self._numbers)
-            stacks = dict(self._stacks)
-            for module, pair in on_device.items():
-                stacks[module] = with_factors(stacks.get(module), number, pair)
-            with self._lock:
-                self._stacks = stacks
-                self._loaded[name] = LoadedAdapter(name, number)
+        return on_device
+
+    def _with_factors(self, number: int, factors: dict[str, LoraFactors]) -> dict[str, Stack]:
+        """The stacks with one more adapter."""
+        stacks = dict(self._stacks)
+        for module, pair in factors.items():
+            stacks[module] = with_factors(stacks.get(module), number, pair)
+        return stacks
 
     def unload(self, name: str) -> None:
         """Take no new requests for an adapter; it is dropped when its last answer has ended.
@@ -216,7 +255,7 @@ class AdapterSet:
             adapter.is_unloaded = True
             is_unused = not adapter.users
         if is_unused:
-            self._drop(adapter)
+            self._drop(adapter.number)
 
     def acquire(self, name: str) -> LoadedAdapter:
         """An adapter for one more answer. Raises UnknownAdapter."""
@@ -233,20 +272,26 @@ class AdapterSet:
             adapter.users -= 1
             is_unused = adapter.is_unloaded and not adapter.users
         if is_unused:
-            self._drop(adapter)
+            self._drop(adapter.number)
 
-    def _drop(self, adapter: LoadedAdapter) -> None:
+    def _drop(self, number: int) -> None:
+        """Free an adapter, in all stages."""
+        self._drop_elsewhere(number)
+        self.drop_numbered(number)
+
+    def drop_numbered(self, number: int) -> None:
+        """Free this set's part of an adapter; nothing where it has none."""
         with self._building:
             try:
                 stacks = {}
                 for module, stack in self._stacks.items():
-                    parts = [part for part in stack.parts() if part[0] != adapter.number]
+                    parts = [part for part in stack.parts() if part[0] != number]
                     if len(parts) == len(stack.spans):
                         stacks[module] = stack
                     elif parts:
                         stacks[module] = Stack.of(parts)
             except RuntimeError:  # out of memory; its columns stay, and no token has its number
-                log.exception("adapter %s: its memory is not freed", adapter.name)
+                log.exception("adapter %d: its memory is not freed", number)
                 return
             with self._lock:
                 self._stacks = stacks
@@ -266,27 +311,30 @@ class AdapterSet:
             if type(module).__module__.startswith("peft."):
                 raise ValueError("the served model is an adapter itself: serve its base")
 
-    def _device_of(self, module: str) -> torch.device:
-        """Where a layer's weight lies. Raises ValueError where it is moved for each pass."""
+    def _device_of(self, module: str) -> torch.device | None:
+        """Where a layer's weight lies; None for one of another stage.
+
+        Raises ValueError where it is moved for each pass.
+        """
         for parameter in self._model.get_submodule(module).parameters():
+            if parameter.device.type == "meta" and self._device is not None:
+                return None
             if parameter.device.type == "meta":
                 raise ValueError(f"{module} is offloaded; adapters need a model on devices")
             return parameter.device
         return self._model.device
 
     @contextmanager
-    def applied(
-        self, adapters: Sequence[tuple[LoadedAdapter | None, int]], padding: int = 0
-    ) -> Iterator[None]:
+    def applied(self, adapters: Sequence[tuple[int, int]], padding: int = 0) -> Iterator[None]:
         """Within, this thread's pass has (1, N) tokens, of which so many have each adapter.
 
         Args:
-            adapters: (adapter or None, how many tokens), in the order of the tokens.
+            adapters: (its number, 0 for none; how many tokens), in the order of the tokens.
             padding: tokens after them.
         """
         numbers: list[int] = []
-        for adapter, count in adapters:
-            numbers += [adapter.number if adapter else 0] * count
+        for number, count in adapters:
+            numbers += [number] * count
         with self._running(numbers, padding, by_row=False):
             yield
 
@@ -307,7 +355,8 @@ class AdapterSet:
         if distinct <= {0}:
             yield
             return
-        tensor = torch.tensor(numbers + [0] * padding, device=self._model.device)
+        device = self._device or self._model.device
+        tensor = torch.tensor(numbers + [0] * padding, device=device)
         self._state.active = AdapterPass(
             stacks, tensor[:, None] if by_row else tensor[None], distinct - {0}, len(distinct) == 1
         )

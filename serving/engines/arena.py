@@ -8,7 +8,9 @@ row is copied to its slot: one copy an answer, not one a token.
 
 from typing import Any, Generic, Protocol, TypeVar
 
-import torch
+from torch import Tensor
+
+from serving.engines.kv_memory import KvMemory
 
 SMALLEST_SLAB = 64  # tokens of the smallest class
 
@@ -45,61 +47,39 @@ class Slab(Generic[RowT]):
     """Rows of `size` tokens.
 
     Attributes:
-        keys, values: by layer, (slots, kv_heads, size, head_dim).
+        keys, values: by layer, (slots, kv_heads, size, head_dim), in the arena's memory.
         rows: in the order of their slots; the first `decoding` of them decode, the others are in
             prefill.
     """
 
-    def __init__(
-        self,
-        size: int,
-        layers: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
+    def __init__(self, size: int, memory: KvMemory):
         self.size = size
-        self.shape = (kv_heads, size, head_dim)
-        self.dtype = dtype
-        self.device = device
-        self.keys = [self._zeros(0) for _ in range(layers)]
-        self.values = [self._zeros(0) for _ in range(layers)]
+        self.memory = memory
+        memory.do("resize", size, 0, 0)
+        self.slots = 0
         self.rows: list[RowT] = []
         self.decoding = 0
 
     @property
-    def slots(self) -> int:
-        return len(self.keys[0])
+    def keys(self) -> list[Tensor]:
+        return self.memory.keys[self.size]
 
-    def _zeros(self, slots: int) -> torch.Tensor:
-        return torch.zeros((slots, *self.shape), dtype=self.dtype, device=self.device)
+    @property
+    def values(self) -> list[Tensor]:
+        return self.memory.values[self.size]
 
     def resize(self, slots: int) -> None:
-        """Make room for so many rows, layer by layer: only one layer exists twice at a time."""
-        used = len(self.rows)
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                # Zeros: unwritten places are masked, but 0 * nan would be nan.
-                tensors[layer] = self._zeros(slots)
-                tensors[layer][:used] = old[:used]
+        self.memory.do("resize", self.size, slots, len(self.rows))
+        self.slots = slots
 
     def copy(self, source: int, target: int) -> None:
-        length = self.rows[source].length
-        for tensors in (self.keys, self.values):
-            for x in tensors:
-                x[target, :, :length] = x[source, :, :length]
+        self.memory.do("copy", self.size, source, self.size, target, self.rows[source].length)
 
     def swap(self, a: int, b: int) -> None:
         if a == b:
             return
         rows = self.rows
-        length = max(rows[a].length, rows[b].length)
-        for tensors in (self.keys, self.values):
-            for x in tensors:
-                saved = x[a, :, :length].clone()
-                x[a, :, :length] = x[b, :, :length]
-                x[b, :, :length] = saved
+        self.memory.do("swap", self.size, a, b, max(rows[a].length, rows[b].length))
         rows[a], rows[b] = rows[b], rows[a]
         rows[a].slot, rows[b].slot = a, b
 
@@ -137,16 +117,8 @@ class Arena(Generic[RowT]):
         migrations: rows that moved to a larger class.
     """
 
-    def __init__(
-        self,
-        layers: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        tokens: int,
-    ):
-        self.shape = (layers, kv_heads, head_dim, dtype, device)
+    def __init__(self, memory: KvMemory, tokens: int):
+        self.memory = memory
         self.tokens = tokens
         self.slabs: dict[int, Slab[RowT]] = {}
         self.migrations = 0
@@ -169,9 +141,7 @@ class Arena(Generic[RowT]):
         is_decoding = slot < old.decoding
         new = self._slab(size)
         self._append(row, new)
-        for before, after in ((old.keys, new.keys), (old.values, new.values)):
-            for x, y in zip(before, after):
-                y[row.slot, :, : row.length] = x[slot, :, : row.length]
+        self.memory.do("copy", old.size, slot, new.size, row.slot, row.length)
         old.remove(slot)
         self._trim(old)
         if is_decoding:
@@ -188,19 +158,16 @@ class Arena(Generic[RowT]):
         """Remove a row; `zero`: zero its memory, because it is not finite."""
         slab = placed_slab(row)
         if zero:
-            for x in (*slab.keys, *slab.values):
-                x[row.slot].zero_()
+            self.memory.do("zero", slab.size, row.slot, row.slot + 1)
         slab.remove(row.slot)
         if zero:
-            for x in (*slab.keys, *slab.values):
-                x[len(slab.rows) :].zero_()
+            self.memory.do("zero", slab.size, len(slab.rows), slab.slots)
         row.slab = None
         self._trim(slab)
 
     def _slab(self, size: int) -> Slab[RowT]:
-        layers, kv_heads, head_dim, dtype, device = self.shape
         if size not in self.slabs:
-            self.slabs[size] = Slab(size, layers, kv_heads, head_dim, dtype, device)
+            self.slabs[size] = Slab(size, self.memory)
         return self.slabs[size]
 
     def _append(self, row: RowT, slab: Slab[RowT]) -> None:

@@ -222,6 +222,24 @@ class CausalBlock:
         return hidden + self.mlp_norm(layer.mlp(layer.post_attention_layernorm(hidden)))
 
 
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of a model that `body_of` knows, as its own modules."""
+    chatglm: Any = getattr(model, "transformer", None)
+    if chatglm is not None:
+        return getattr(chatglm, "encoder", chatglm).layers
+    causal: Any = model
+    return causal.model.layers
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm after the last decoder layer of a model that `body_of` knows."""
+    chatglm: Any = getattr(model, "transformer", None)
+    if chatglm is not None:
+        return getattr(chatglm, "encoder", chatglm).final_layernorm
+    causal: Any = model
+    return causal.model.norm
+
+
 def body_of(model: PreTrainedModel) -> ServedBody:
     """The body of a model with its output layer.
 

@@ -7,10 +7,14 @@ prefill_tokens prompt tokens, in order of admission. A sequence whose prompt is 
 first token in that pass. These are the iterations that the simulated engine counts. The two differ
 in this: here a static batch is not padded and its ended rows are not computed (they only wait for
 the others), and a ChatGLM-6B context is computed in one piece, whatever prefill_tokens says.
+
+Over several devices (serving.engines.pipeline) the sequences are divided into lanes, whose passes
+are computed at the same time in different stages. On one device there is one lane.
 """
 
 import time
 from collections import deque
+from collections.abc import Collection
 from collections.abc import Sequence as Ids
 
 import torch
@@ -18,7 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from serving.engines.answers import TextEngine, choose_tokens
-from serving.engines.passes import ModelRunner, Sequence
+from serving.engines.pass_plans import Lane, Sequence
+from serving.engines.passes import ModelRunner
+from serving.engines.pipeline import StageReport
 from serving.engines.prefix_sharing import PrefixCache
 from serving.request import FOREVER, CostEstimator, Limits, Plan, Record, StepResult
 
@@ -34,6 +40,7 @@ class ContinuousEngine(TextEngine):
         prefix_cache_tokens: prompts that begin alike share what is computed of them, and so many
             tokens of common prefixes are kept beside the arena; 0 turns both off. Without effect on
             ChatGLM-6B.
+        runner: what computes its passes; None for the model in this process.
     Raises:
         ValueError: not such a model.
     """
@@ -45,15 +52,18 @@ class ContinuousEngine(TextEngine):
         cost: CostEstimator,
         stop_ids: Ids[int] | None = None,
         prefix_cache_tokens: int = 0,
+        runner: ModelRunner | None = None,
     ):
-        self.runner = ModelRunner(model.eval(), limits.kv_tokens)
+        self.runner = runner or ModelRunner(model.eval(), limits.kv_tokens)
         self.prefixes: PrefixCache | None = None
         if prefix_cache_tokens and self.runner.body.axes == 1:
-            self.prefixes = PrefixCache(prefix_cache_tokens, self.runner.virtual)
+            memory = self.runner.arena.memory
+            self.prefixes = PrefixCache(memory, prefix_cache_tokens, self.runner.virtual)
         super().__init__(self.runner.model, limits, cost, stop_ids)
         self.adapters = self.runner.adapters
         self.rows: dict[int, Sequence] = {}
-        self._prefills: deque[Sequence] = deque()
+        # Lanes whose passes are computed now, the first submitted first.
+        self._in_flight: deque[Lane] = deque()
         self._together = False
         # Ended rows of a static batch, which are reported when the whole batch has ended.
         self._unreported: dict[int, Sequence] = {}
@@ -75,13 +85,16 @@ class ContinuousEngine(TextEngine):
         while True:
             ended += self._remove_ended()
             overran = self._overrun_ids()
-            if ended or overran or not self.rows or steps >= last_step:
+            if ended or overran or not self.rows:
                 break
             if (steps or emitted) and time.perf_counter() - begin >= budget_s:
                 break
             if self._woken and plan.wake_on_arrival and steps:
                 break
-            emitted += self._iterate(prefill_tokens, begin, started)
+            self._submit_passes(prefill_tokens, last_step)
+            if not self._in_flight:
+                break
+            emitted += self._collect_pass(begin, started)
             steps += 1
         if plan.wake_on_arrival:
             self._woken = False
@@ -93,29 +106,43 @@ class ContinuousEngine(TextEngine):
         """Ids of the decoding rows whose answers fill what is reserved for them."""
         ids = []
         for row in self.rows.values():
+            if is_in_flight(row):
+                continue
             is_decoding = not row.uncomputed and row.answer.reason is None
             if is_decoding and row.is_full:
                 ids.append(row.id)
         return ids
 
     def _apply_plan(self, plan: Plan, begin: float, started: list[tuple[int, float]]) -> int:
-        """Preempt, reserve, admit; prefill a static batch at once. Returns first tokens made."""
+        """Preempt, reserve, admit; prefill a static batch at once. Returns tokens made.
+
+        A sequence that is in a pass in flight is changed after it. One that is preempted gets no
+        token of that pass: the plan was made without it.
+        """
+        emitted = 0
+        preempted = {record.request.id for record in plan.preempt}
+        for request_id in (*preempted, *plan.reserve_tokens):
+            row = self.rows.get(request_id)
+            while row is not None and is_in_flight(row):
+                emitted += self._collect_pass(begin, started, preempted)
         for record in plan.preempt:
             if self._unreported.pop(record.request.id, None) is None:
                 self._remove(self.rows[record.request.id])
         for request_id, tokens in plan.reserve_tokens.items():
             if (row := self.rows.get(request_id)) is not None:
                 row.reserve = tokens
-                if row.slab is not None:
-                    self.runner.arena.reserve(row, tokens + self.runner.virtual)
+                if row.slab is not None and row.lane is not None:
+                    row.lane.arena.reserve(row, tokens + self.runner.virtual)
         longest = plan.longest_context_tokens
         for record in plan.admit:
             self._admit(record, plan, longest)
-        emitted = 0
         if plan.together and plan.admit:
             self._together = True
-            while self._prefills:
-                emitted += self._iterate(self.limits.prefill_tokens, begin, started, decode=False)
+            while any(lane.prefills for lane in self.runner.lanes):
+                self._submit_passes(self.limits.prefill_tokens, decode=False)
+                emitted += self._collect_pass(begin, started)
+        for lane in self.runner.lanes:
+            lane.steps = int(lane.in_flight is not None)
         return emitted
 
     def _admit(self, record: Record, plan: Plan, longest: int):
@@ -136,44 +163,66 @@ class ContinuousEngine(TextEngine):
         self.rows[row.id] = row
         if answer.reason is None:
             self.runner.admit(row)
-            self._prefills.append(row)
 
-    def _iterate(
-        self,
-        prefill_tokens: int,
-        begin: float,
-        started: list[tuple[int, float]],
-        decode: bool = True,
+    def _submit_passes(
+        self, prefill_tokens: int, last_step: float = FOREVER, decode: bool = True
+    ) -> None:
+        """Begin the next pass of each lane that has none in flight and has work.
+
+        Args:
+            prefill_tokens: prompt tokens of a pass at most.
+            last_step: passes of a lane in this step at most.
+        """
+        for lane in self.runner.lanes:
+            if lane.in_flight is not None or lane.steps >= last_step:
+                continue
+            slabs = []
+            if decode:
+                slabs = [slab for slab in lane.arena.slabs.values() if slab.decoding]
+            chunks = self._next_chunks(lane, prefill_tokens)
+            if not slabs and not chunks:
+                continue
+            lane.in_flight = self.runner.plan(lane, slabs, chunks)
+            self.runner.submit(lane.in_flight)
+            self._in_flight.append(lane)
+            lane.steps += 1
+
+    def _collect_pass(
+        self, begin: float, started: list[tuple[int, float]], preempted: Collection[int] = ()
     ) -> int:
-        """One forward pass with at most `prefill_tokens` prompt tokens; returns tokens made."""
-        slabs = []
-        if decode:
-            slabs = [slab for slab in self.runner.arena.slabs.values() if slab.decoding]
-        decoding: list[Sequence] = []
-        for slab in slabs:
-            decoding += slab.rows[: slab.decoding]
-        chunks = self._next_chunks(prefill_tokens)
-        if not decoding and not chunks:
-            return 0
-        logits = self.runner.run(slabs, chunks)
-        prefilled = self._start_prefilled()
+        """Wait for the first pass in flight and add its tokens; returns tokens made.
+
+        Args:
+            preempted: ids of sequences that get none.
+        """
+        lane = self._in_flight.popleft()
+        planned = lane.in_flight
+        assert planned is not None  # a lane in flight has a pass
+        logits = self.runner.collect(planned)
+        lane.in_flight = None
+        prefilled = self._start_prefilled(lane)
         if logits is None:
             return 0
-        emitted = self._add_tokens(decoding + prefilled, logits)
+        rows = planned.decoding + prefilled
+        for place in reversed(range(len(rows))):
+            if rows[place].id in preempted:
+                del rows[place]
+                logits = torch.cat([logits[:place], logits[place + 1 :]])
+        emitted = self._add_tokens(rows, logits) if rows else 0
         now = time.perf_counter() - begin
         for row in prefilled:
             if row.new_tokens > 0:
                 started.append((row.id, now))
         return emitted
 
-    def _next_chunks(self, prefill_tokens: int) -> list[tuple[Sequence, int]]:
+    def _next_chunks(self, lane: Lane, prefill_tokens: int) -> list[tuple[Sequence, int]]:
         """(sequence, its next so many prompt tokens), in order of admission.
 
         At most `prefill_tokens` together, but for a ChatGLM-6B context: it is one piece, and comes
         alone where it is longer.
         """
         chunks: list[tuple[Sequence, int]] = []
-        for row in self._prefills:
+        for row in lane.prefills:
             if prefill_tokens > 0 and self._waits_for_prefix(row, chunks):
                 break
             count = min(prefill_tokens, row.uncomputed)
@@ -194,12 +243,12 @@ class ContinuousEngine(TextEngine):
             return False
         return self.prefixes.share(row, self.rows.values(), chunks)
 
-    def _start_prefilled(self) -> list[Sequence]:
+    def _start_prefilled(self, lane: Lane) -> list[Sequence]:
         """Move the sequences whose prompts are complete to decoding; returns them."""
         prefilled = []
-        while self._prefills and not self._prefills[0].uncomputed:
-            row = self._prefills.popleft()
-            self.runner.arena.start_decoding(row)
+        while lane.prefills and not lane.prefills[0].uncomputed:
+            row = lane.prefills.popleft()
+            lane.arena.start_decoding(row)
             prefilled.append(row)
         return prefilled
 
@@ -207,6 +256,7 @@ class ContinuousEngine(TextEngine):
         """Choose each row's next token from logits (at least len(rows), V); returns tokens made."""
         emitted = 0
         for row, token in zip(rows, choose_tokens(logits, [row.answer for row in rows])):
+            row.is_finite = token is not None
             if token is None:
                 row.answer.add(None, "failed")
             else:
@@ -216,7 +266,10 @@ class ContinuousEngine(TextEngine):
 
     def _remove_ended(self) -> list[Sequence]:
         """Drop rows whose answers have ended; returns those to report now, in order of id."""
-        ended = [row for row in self.rows.values() if row.answer.reason is not None]
+        ended = []
+        for row in self.rows.values():
+            if row.answer.reason is not None and not is_in_flight(row):
+                ended.append(row)
         for row in ended:
             self._remove(row)
         if not self._together:
@@ -232,9 +285,23 @@ class ContinuousEngine(TextEngine):
 
     def _remove(self, row: Sequence):
         del self.rows[row.id]
-        if row in self._prefills:
-            self._prefills.remove(row)
+        if row.lane is None or row.slab is None:
+            return
+        if row in row.lane.prefills:
+            row.lane.prefills.remove(row)
         if self.prefixes is not None:
             self.prefixes.keep(row)
-        if row.slab is not None:
-            self.runner.arena.release(row, zero=row.answer.reason == "failed")
+        row.lane.arena.release(row, zero=row.answer.reason == "failed")
+
+    def stage_reports(self) -> list[StageReport]:
+        """What each stage holds and has computed; one entry where the model is in this process."""
+        return self.runner.reports()
+
+    def close(self) -> None:
+        """End the processes of other stages, if there are any; the engine cannot run then."""
+        self.runner.close()
+
+
+def is_in_flight(row: Sequence) -> bool:
+    """Whether the row's lane is in a pass that is being computed."""
+    return row.slab is not None and row.lane is not None and row.lane.in_flight is not None

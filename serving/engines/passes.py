@@ -1,14 +1,14 @@
 """One forward pass over many sequences: the model's own blocks on one row of tokens.
 
-The new tokens of all sequences are in one row (1, N, hidden): first those of decoding sequences,
-one each, in the order of their slabs; then chunks of prompts. Projections, norms and MLPs work on
+The new tokens of all sequences are in one row (1, N, hidden). Projections, norms and MLPs work on
 each token alone, so the weights are read once. A ForwardPass takes the place of the mask in the
 blocks and computes what depends on the sequence: attention against the KV arena.
-serving.engines.bodies defines the blocks.
+serving.engines.bodies defines the blocks, serving.engines.pass_plans what a pass computes.
 """
 
-from collections.abc import Hashable
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,105 +17,36 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chatglm.layers import causal_mask
-from serving.engines.adapters import AdapterSet, LoadedAdapter
-from serving.engines.answers import Answer, read_prompt
-from serving.engines.arena import Arena, Slab, placed_slab
+from serving.engines.adapters import AdapterSet
+from serving.engines.answers import read_prompt
+from serving.engines.arena import Arena, Slab
 from serving.engines.bodies import Attention, ServedBody, body_of
-from serving.request import Record
-
-
-class Sequence:
-    """A sequence in an engine: its place in the arena, and the positions of its tokens.
-
-    Attributes:
-        ids: the prompt and the answer's tokens at its admission.
-        tokens_at_admission: answer tokens at its admission.
-        context: so many first tokens see each other both ways, and are computed in one piece
-            (ChatGLM-6B; else 0).
-        key: sequences of another key share no prefix with it.
-        computed: of ids, how many are in the arena.
-        length: tokens in the arena, virtual ones included.
-        positions: places of the prompt's tokens and, for ChatGLM-6B, their block positions; those
-            of later tokens follow from the last.
-        base, reserve, max_answer: context at admission, KV tokens reserved, answer tokens after
-            which it is truncated.
-    """
-
-    def __init__(
-        self,
-        answer: Answer,
-        record: Record,
-        base: int,
-        reserve: int,
-        most: int,
-        positions: Tensor,
-        context: int,
-    ):
-        self.id = record.request.id
-        self.answer = answer
-        self.base = base
-        self.reserve = reserve
-        self.max_answer = most
-        self.ids = answer.prompt + answer.tokens
-        self.tokens_at_admission = len(answer.tokens)
-        self.positions: list[list[int]] = positions.tolist()
-        self.context = context
-        self.key: Hashable = None if answer.adapter is None else answer.adapter.number
-        self.computed = 0
-        self.slab: Slab[Sequence] | None = None
-        self.slot = self.length = 0
-
-    @property
-    def uncomputed(self) -> int:
-        """Tokens of ids that are not computed yet."""
-        return len(self.ids) - self.computed
-
-    @property
-    def new_tokens(self) -> int:
-        """Answer tokens since its admission."""
-        return len(self.answer.tokens) - self.tokens_at_admission
-
-    @property
-    def is_full(self) -> bool:
-        return self.base + self.new_tokens >= self.reserve
-
-    def positions_of(self, start: int, end: int) -> list[list[int]]:
-        """Positions of tokens start to end of prompt and answer.
-
-        One list of places and, for ChatGLM-6B, one of block positions.
-        """
-        if len(self.positions) == 1:
-            return [list(range(start, end))]
-        registered = len(self.positions[0])
-        beyond = max(end - max(start, registered), 0)
-        places, blocks = self.positions
-        next_block = blocks[-1] + 1 + max(start - registered, 0)
-        return [
-            places[start:end] + [places[-1]] * beyond,
-            blocks[start:end] + list(range(next_block, next_block + beyond)),
-        ]
+from serving.engines.kv_memory import KvMemory
+from serving.engines.pass_plans import (
+    ChunkPlan,
+    DecodingPlan,
+    Lane,
+    PassPlan,
+    PlannedPass,
+    Sequence,
+    padded_indices,
+)
+from serving.engines.pipeline import StageReport
 
 
 @dataclass
 class Chunk:
-    """Tokens `start` to `end` of a sequence's slot, virtual ones included.
+    """A chunk of a prompt as the attention takes it.
 
     Attributes:
-        slab: where the sequence lies.
+        keys, values: of its slab, by layer of the stage.
         mask: (1, 1, end - start, end); None where it is only causal.
-        kept: how many of its last tokens the last layer computes: none, 1 or all.
     """
 
-    row: Sequence
-    slab: Slab[Sequence]
-    start: int
-    end: int
+    plan: ChunkPlan
+    keys: list[Tensor]
+    values: list[Tensor]
     mask: Tensor | None
-    kept: int
-
-    @property
-    def count(self) -> int:
-        return self.end - self.start
 
 
 @dataclass
@@ -123,13 +54,15 @@ class Decoding:
     """The decoding rows of a slab.
 
     Attributes:
+        keys, values: of the slab, by layer of the stage.
         slots: (rows,).
         lengths: (rows,), where in their slots the new tokens are written.
         longest: tokens of the longest row, the new one included.
         mask: (rows, 1, 1, longest); None where all rows are as long.
     """
 
-    slab: Slab[Sequence]
+    keys: list[Tensor]
+    values: list[Tensor]
     slots: Tensor
     lengths: Tensor
     longest: int
@@ -141,12 +74,14 @@ class ForwardPass:
     """Attends to the arena for the tokens of one forward pass.
 
     Attributes:
+        first_layer: of the stage; last_layer: of the model.
         keep: (K,), the tokens that the last layer computes; None for all.
         adapters: told when only those are left.
     """
 
     decoding: list[Decoding]
     chunks: list[Chunk]
+    first_layer: int
     last_layer: int
     keep: Tensor | None
     adapters: AdapterSet
@@ -168,6 +103,7 @@ class ForwardPass:
             (1, N or K, heads * D).
         """
         layer, scale = module.layer_idx, module.scaling
+        place = layer - self.first_layer
         query = query[0].transpose(0, 1)  # (N, heads, D)
         key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)
         is_kept = self.keep is not None and layer == self.last_layer
@@ -179,20 +115,21 @@ class ForwardPass:
         start = 0
         for part in self.decoding:
             span = slice(start, start + len(part.slots))
-            out[span] = attend_decoding(part, layer, query[span], key[span], value[span], scale)
+            out[span] = attend_decoding(part, place, query[span], key[span], value[span], scale)
             start = span.stop
         target = start
         for chunk in self.chunks:
-            span = slice(start, start + chunk.count)
+            kept = chunk.plan.kept
+            span = slice(start, start + chunk.plan.end - chunk.plan.start)
             start = span.stop
             chunk_query, mask = query[span], chunk.mask
-            write_chunk(chunk, layer, key[span], value[span])
+            write_chunk(chunk, place, key[span], value[span])
             if is_kept:
-                if not chunk.kept:
+                if not kept:
                     continue
-                if chunk.kept == 1:
+                if kept == 1:
                     chunk_query, mask = chunk_query[-1:], None  # the last token sees all others
-            seen = attend_chunk(chunk, layer, chunk_query, mask, scale)
+            seen = attend_chunk(chunk, place, chunk_query, mask, scale)
             out[target : target + len(seen)] = seen
             target += len(seen)
         return out.flatten(1)[None]
@@ -206,7 +143,7 @@ def attend_decoding(
     Args:
         query: (rows, heads, D). key, value: (rows, kv_heads, D).
     """
-    keys, values = part.slab.keys[layer], part.slab.values[layer]
+    keys, values = part.keys[layer], part.values[layer]
     keys[part.slots, :, part.lengths] = key
     values[part.slots, :, part.lengths] = value
     rows = len(part.slots)
@@ -224,21 +161,21 @@ def attend_decoding(
 
 def write_chunk(chunk: Chunk, layer: int, key: Tensor, value: Tensor) -> None:
     """Write a chunk's keys and values (count, kv_heads, D) to its slot."""
-    slab, slot = chunk.slab, chunk.row.slot
-    slab.keys[layer][slot][:, chunk.start : chunk.end] = key.transpose(0, 1)
-    slab.values[layer][slot][:, chunk.start : chunk.end] = value.transpose(0, 1)
+    plan = chunk.plan
+    chunk.keys[layer][plan.slot][:, plan.start : plan.end] = key.transpose(0, 1)
+    chunk.values[layer][plan.slot][:, plan.start : plan.end] = value.transpose(0, 1)
 
 
 def attend_chunk(
     chunk: Chunk, layer: int, query: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
     """Attention (Q, heads, D) of queries (Q, heads, D) to a chunk's slot up to the chunk's end."""
-    slab, slot = chunk.slab, chunk.row.slot
-    keys, values = slab.keys[layer][slot], slab.values[layer][slot]
+    plan = chunk.plan
+    keys, values = chunk.keys[layer][plan.slot], chunk.values[layer][plan.slot]
     seen = F.scaled_dot_product_attention(
         query.transpose(0, 1)[None],
-        keys[None, :, : chunk.end],
-        values[None, :, : chunk.end],
+        keys[None, :, : plan.end],
+        values[None, :, : plan.end],
         mask,
         scale=scale,
         is_causal=mask is None and len(query) > 1,
@@ -247,219 +184,258 @@ def attend_chunk(
     return seen[0].transpose(0, 1)
 
 
-class PassInputs:
-    """The token row of a pass while it is built.
+class Stage:
+    """Consecutive layers of a model, and the KV memories of its lanes.
 
+    Args:
+        start, end: its first layer, and the one after its last.
+        memories: one a lane.
     Attributes:
-        ids: token ids; 0 for a virtual token.
-        positions: places, and block positions (ChatGLM-6B).
-        output_indices: of the tokens that the last layer computes.
-        next_places: which of them are those whose successor is computed.
-        prompts: (sequence, where its chunk begins in output_indices, its tokens computed before
-            the chunk), of those that read their prompts' states.
-        virtual_starts: where P-Tuning v1's vectors begin.
+        seconds, passes: computed so far.
     """
 
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.positions: list[list[int]] = [[], []]
-        self.output_indices: list[int] = []
-        self.next_places: list[int] = []
-        self.prompts: list[tuple[Sequence, int, int]] = []
-        self.virtual_starts: list[int] = []
+    def __init__(
+        self,
+        body: ServedBody,
+        adapters: AdapterSet,
+        device: torch.device,
+        memories: list[KvMemory],
+        start: int,
+        end: int,
+    ):
+        self.body = body
+        self.adapters = adapters
+        self.device = device
+        self.memories = memories
+        self.start, self.end = start, end
+        self.seconds = 0.0
+        self.passes = 0
 
-    def add(self, ids: list[int], positions: list[list[int]], shift: int = 0) -> None:
-        """Append tokens, their places moved on by `shift`."""
-        self.ids += ids
-        self.positions[0] += [place + shift for place in positions[0]]
-        self.positions[1] += positions[-1]
+    @torch.inference_mode()
+    def compute(self, plan: PassPlan, hidden: Tensor | None = None) -> Tensor:
+        """Hidden states (1, N, hidden) after its last layer; (1, K, hidden) after the model's last.
 
-    def keep_last(self, count: int, is_end: bool) -> None:
-        """The last layer computes the last `count` tokens; `is_end`: the last one's successor."""
-        self.output_indices += range(len(self.ids) - count, len(self.ids))
-        if is_end:
-            self.next_places.append(len(self.output_indices) - 1)
+        Args:
+            hidden: (1, N, hidden) after the stage before; None for the first stage.
+        """
+        begin = time.perf_counter()
+        forward_pass = self._forward_pass(plan)
+        with self.adapters.applied(plan.adapters, plan.padding):
+            turns = self.body.turns(torch.tensor(plan.positions, device=self.device))
+            if hidden is None:
+                hidden = self._embed(plan)
+            last = len(self.body.blocks) - 1
+            for layer in range(self.start, min(self.end, last)):
+                hidden = self.body.blocks[layer](hidden, forward_pass, turns)
+            if self.end > last:
+                hidden = self.body.blocks[last](hidden, forward_pass, turns, keep=forward_pass.keep)
+        self.seconds += time.perf_counter() - begin
+        self.passes += 1
+        return hidden
+
+    def _embed(self, plan: PassPlan) -> Tensor:
+        """The embeddings (1, N, hidden) of a pass's tokens, P-Tuning v1's vectors among them."""
+        body = self.body
+        hidden = body.embed(torch.tensor(plan.ids, device=self.device))[None]
+        for start in plan.virtual_starts:
+            assert body.prompt is not None  # a virtual start comes with a prompt_length
+            hidden[:, start : start + body.prompt_length] = body.prompt
+        return hidden
+
+    def _forward_pass(self, plan: PassPlan) -> ForwardPass:
+        memory = self.memories[plan.lane]
+        keep = None
+        if plan.keep is not None:
+            keep = torch.tensor(plan.keep, device=self.device)
+        return ForwardPass(
+            [decoding_part(memory, part) for part in plan.decoding],
+            [chunk_part(memory, chunk) for chunk in plan.chunks],
+            self.start,
+            len(self.body.blocks) - 1,
+            keep,
+            self.adapters,
+        )
+
+
+def decoding_part(memory: KvMemory, plan: DecodingPlan) -> Decoding:
+    """The tensors of a slab's decoding rows."""
+    device = memory.device
+    longest = max(plan.lengths) + 1
+    at = torch.tensor(plan.lengths, device=device)
+    mask = None
+    if min(plan.lengths) + 1 < longest:
+        mask = (torch.arange(longest, device=device) <= at[:, None])[:, None, None]
+    slots = torch.arange(len(plan.lengths), device=device)
+    keys, values = memory.keys[plan.size], memory.values[plan.size]
+    return Decoding(keys, values, slots, at, longest, mask)
+
+
+def chunk_part(memory: KvMemory, plan: ChunkPlan) -> Chunk:
+    """The tensors of a chunk."""
+    keys, values = memory.keys[plan.size], memory.values[plan.size]
+    return Chunk(plan, keys, values, chunk_mask(plan, memory.device))
+
+
+def chunk_mask(plan: ChunkPlan, device: torch.device) -> Tensor | None:
+    """The mask (count, end) of a chunk; None where it is only causal.
+
+    As attention_visibility has it for a single row.
+    """
+    count, end = plan.end - plan.start, plan.end
+    if count == 1 or (plan.start == 0 and not plan.seen_by_all):
+        return None
+    mask = causal_mask(count, end, device)
+    if plan.start < plan.seen_by_all:
+        mask = mask | (torch.arange(end, device=device) < plan.seen_by_all)
+    return mask
+
+
+def plain_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, or that in a peft model: it has LoRA's layers in it."""
+    get_base_model: Any = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()
 
 
 class ModelRunner:
-    """A model's body and an arena that fits it.
+    """Runs an engine's passes on a model on one device, in the engine's thread.
 
+    Attributes:
+        stage: the layers in this process.
+        lanes: the micro-batches, here one.
+        virtual: P-Tuning's tokens before each sequence.
     Raises:
         ValueError: the continuous engine does not know such a model, or it lies on several devices.
     """
 
     def __init__(self, model: PreTrainedModel, kv_tokens: int):
-        get_base_model: Any = getattr(model, "get_base_model", None)
-        if get_base_model is not None:  # a peft model; its base has LoRA's layers in it
-            model = get_base_model()
+        model = plain_model(model)
         devices = {parameter.device for parameter in model.parameters()}
         if len(devices) > 1 or "meta" in str(devices):
             raise ValueError(
                 "the continuous engine wants the model on one device, "
-                f"found {sorted(map(str, devices))}; try --engine static"
+                f"found {sorted(map(str, devices))}; over several devices it runs as a pipeline "
+                "(--deployer, --devices; serving.engines.pipeline), or try --engine static"
             )
-        self.model = model
-        self.adapters = AdapterSet(model)
-        self.body: ServedBody = body_of(model)
-        self.device = devices.pop()
-        self.virtual = self.body.prefix_length + self.body.prompt_length
-        self.arena: Arena[Sequence] = Arena(
-            len(self.body.blocks),
-            self.body.kv_heads,
-            self.body.head_dim,
-            model.dtype,
-            self.device,
-            kv_tokens,
+        device = devices.pop()
+        body = body_of(model)
+        layers = len(body.blocks)
+        memory = KvMemory(
+            layers, body.kv_heads, body.head_dim, model.dtype, device, prefix=body.prefix
         )
+        stage = Stage(body, AdapterSet(model), device, [memory], 0, layers)
+        self._set_up(model, stage, kv_tokens)
+
+    def _set_up(self, model: PreTrainedModel, stage: Stage, kv_tokens: int) -> None:
+        self.model = model
+        self.stage = stage
+        self.body = stage.body
+        self.adapters = stage.adapters
+        self.virtual = self.body.prefix_length + self.body.prompt_length
+        self.lanes: list[Lane] = []
+        share = -(-kv_tokens // len(stage.memories))
+        for number, memory in enumerate(stage.memories):
+            self.lanes.append(Lane(number, Arena(memory, share)))
+
+    @property
+    def arena(self) -> Arena[Sequence]:
+        """Of the first lane."""
+        return self.lanes[0].arena
 
     def admit(self, row: Sequence) -> None:
-        """Give the sequence a slot, with P-Tuning v2's keys and values in it."""
-        self.arena.admit(row, row.reserve + self.virtual)
-        if (prefix := self.body.prefix) is not None:
+        """Give the sequence a place in the emptiest lane, with P-Tuning v2's keys and values."""
+        lane = self.lanes[0]
+        if len(self.lanes) > 1:
+            lane = min(self.lanes, key=lambda lane: lane.load)
+        row.lane = lane
+        lane.arena.admit(row, row.reserve + self.virtual)
+        lane.prefills.append(row)
+        if self.body.prefix_length and row.slab is not None:
             row.length = self.body.prefix_length
-            slab = placed_slab(row)
-            for layer in range(len(prefix) // 2):
-                slab.keys[layer][row.slot, :, : row.length] = prefix[2 * layer, 0]
-                slab.values[layer][row.slot, :, : row.length] = prefix[2 * layer + 1, 0]
+            lane.arena.memory.do("write_prefix", row.slab.size, row.slot)
 
-    def run(
-        self, decoding: list[Slab[Sequence]], chunks: list[tuple[Sequence, int]]
-    ) -> Tensor | None:
-        """One forward pass; each chunk is so many tokens of its sequence.
+    def plan(
+        self, lane: Lane, decoding: list[Slab[Sequence]], chunks: list[tuple[Sequence, int]]
+    ) -> PlannedPass:
+        """The pass over the decoding rows of slabs and so many tokens of each chunk's sequence."""
+        body = self.body
+        planned = PlannedPass(lane.number, body.axes, body.prompt_length, self.virtual)
+        for slab in decoding:
+            planned.add_decoding(slab)
+        for row, count in chunks:
+            planned.add_chunk(row, count)
+        planned.finish()
+        return planned
+
+    def submit(self, planned: PlannedPass) -> None:
+        """Begin a pass; here nothing happens before `collect`."""
+
+    def collect(self, planned: PlannedPass) -> Tensor | None:
+        """The outputs of the pass that was submitted first of those not yet collected.
 
         Returns:
             Logits (at least K, V) of the K tokens after which another comes: of each decoding row,
             slab by slab, then of each sequence whose prompt is complete with its chunk. None where
             K is 0. Answers that read their prompts have got what they ask for.
         """
-        inputs = PassInputs()
-        parts = [self._add_decoding(inputs, slab) for slab in decoding]
-        pieces = [self._add_chunk(inputs, row, count) for row, count in chunks]
-        count, wanted = len(inputs.ids), len(inputs.output_indices)
-        keep = None
-        if chunks:
-            kept_padding = padded_count(wanted) - wanted
-            keep = torch.tensor(inputs.output_indices + [0] * kept_padding, device=self.device)
-        padding = padded_count(count) - count
-        forward_pass = ForwardPass(parts, pieces, len(self.body.blocks) - 1, keep, self.adapters)
-        with self.adapters.applied(adapters_of(decoding, pieces), padding):
-            hidden = self._blocks(inputs, forward_pass, padding)
-            logits = self._outputs(inputs, hidden) if wanted else None
-        for slab in decoding:
-            for row in slab.rows[: slab.decoding]:
-                row.length += 1
-        return logits
+        return self.outputs(planned, self.stage.compute(planned.plan))
 
-    def _outputs(self, inputs: PassInputs, hidden: Tensor) -> Tensor | None:
-        """Logits of inputs.next_places, by the last block's (1, K, hidden); None without any."""
+    def outputs(self, planned: PlannedPass, hidden: Tensor) -> Tensor | None:
+        """As `collect`, by the last block's hidden states (1, K, hidden)."""
+        if not planned.output_indices:
+            return None
         hidden = self.body.norm(hidden)
-        if inputs.prompts:
-            hidden = self._read_prompts(inputs, hidden[0])
-        return self.body.head(hidden)[0] if inputs.next_places else None
+        if planned.prompts:
+            hidden = self._read_prompts(planned, hidden[0])
+        return self.body.head(hidden)[0] if planned.next_places else None
 
-    def _read_prompts(self, inputs: PassInputs, hidden: Tensor) -> Tensor:
+    def _read_prompts(self, planned: PlannedPass, hidden: Tensor) -> Tensor:
         """Give sequences the states that they read; the states (1, K', hidden) that are left.
 
         Args:
-            hidden: (K, hidden), of inputs.output_indices.
+            hidden: (K, hidden), of planned.output_indices.
         """
-        for row, place, start in inputs.prompts:
-            count = row.computed - start
-            read_prompt(row.answer, hidden[place : place + count], start, self.body.head)
-        padding = padded_count(len(inputs.next_places)) - len(inputs.next_places)
-        return hidden[inputs.next_places + [0] * padding][None]
+        for part in planned.prompts:
+            states = hidden[part.place : part.place + part.count]
+            read_prompt(part.row.answer, states, part.start, self.body.head)
+        return hidden[padded_indices(planned.next_places)][None]
 
-    def _add_decoding(self, inputs: PassInputs, slab: Slab[Sequence]) -> Decoding:
-        """Append the newest token of each decoding row of a slab."""
-        rows = slab.rows[: slab.decoding]
-        for row in rows:
-            last = len(row.answer.prompt) + len(row.answer.tokens) - 1
-            inputs.add(
-                [row.answer.tokens[-1]], row.positions_of(last, last + 1), self.body.prompt_length
-            )
-            inputs.keep_last(1, is_end=True)
-        return self.decode_part(slab, rows)
+    def reports(self) -> list[StageReport]:
+        """Of each stage, in order."""
+        return [report_of(self.stage, self.model)]
 
-    def _add_chunk(self, inputs: PassInputs, row: Sequence, count: int) -> Chunk:
-        """Append the next `count` tokens of a sequence, P-Tuning v1's vectors before its first."""
-        virtual = self.body.prompt_length
-        start = row.length
-        if row.computed == 0 and virtual:
-            inputs.virtual_starts.append(len(inputs.ids))
-            inputs.add([0] * virtual, [list(range(virtual)), [0] * virtual])
-            row.length += virtual
-        before, end = row.computed, row.computed + count
-        inputs.add(row.ids[before:end], row.positions_of(before, end), virtual)
-        row.computed = end
-        row.length += count
-        kept = int(not row.uncomputed)
-        if row.answer.reads_prompt:
-            kept = row.length - start
-            place = len(inputs.output_indices) + kept - count  # virtual tokens are left out
-            inputs.prompts.append((row, place, before))
-        inputs.keep_last(kept, is_end=not row.uncomputed)
-        return Chunk(row, placed_slab(row), start, row.length, self.chunk_mask(row, start), kept)
-
-    def _blocks(self, inputs: PassInputs, forward_pass: ForwardPass, padding: int) -> Tensor:
-        """Hidden states (1, N + padding or K, hidden) after the last block."""
-        body = self.body
-        positions = [row + [0] * padding for row in inputs.positions[: body.axes]]
-        turns = body.turns(torch.tensor(positions, device=self.device))
-        ids = torch.tensor(inputs.ids + [0] * padding, device=self.device)
-        hidden = body.embed(ids)[None]
-        for start in inputs.virtual_starts:
-            assert body.prompt is not None  # a virtual start comes with a prompt_length
-            hidden[:, start : start + body.prompt_length] = body.prompt
-        for block in body.blocks[:-1]:
-            hidden = block(hidden, forward_pass, turns)
-        return body.blocks[-1](hidden, forward_pass, turns, keep=forward_pass.keep)
-
-    def decode_part(self, slab: Slab[Sequence], rows: list[Sequence]) -> Decoding:
-        lengths = [row.length for row in rows]
-        longest = max(lengths) + 1
-        at = torch.tensor(lengths, device=self.device)
-        mask = None
-        if min(lengths) + 1 < longest:
-            mask = (torch.arange(longest, device=self.device) <= at[:, None])[:, None, None]
-        return Decoding(slab, torch.arange(len(rows), device=self.device), at, longest, mask)
-
-    def chunk_mask(self, row: Sequence, start: int) -> Tensor | None:
-        """The mask of a chunk from `start` to the row's length; None where it is only causal.
-
-        As attention_visibility has it for a single row.
-        """
-        count, end = row.length - start, row.length
-        seen_by_all = row.context + self.virtual if row.context else 0
-        if count == 1 or (start == 0 and not seen_by_all):
-            return None
-        mask = causal_mask(count, end, self.device)
-        if start < seen_by_all:
-            mask = mask | (torch.arange(end, device=self.device) < seen_by_all)
-        return mask
+    def close(self) -> None:
+        """Free what lies outside this process; here nothing does."""
 
 
-def adapters_of(
-    decoding: list[Slab[Sequence]], chunks: list[Chunk]
-) -> list[tuple[LoadedAdapter | None, int]]:
-    """(Adapter, number of tokens) of a pass's rows, in the order of its tokens."""
-    found = []
-    for slab in decoding:
-        for row in slab.rows[: slab.decoding]:
-            found.append((row.answer.adapter, 1))
-    for chunk in chunks:
-        found.append((chunk.row.answer.adapter, chunk.count))
-    return found
+def report_of(stage: Stage, model: PreTrainedModel) -> StageReport:
+    """What a stage in this process holds and has done."""
+    weights = 0
+    for parameter in model.parameters():
+        if parameter.device.type != "meta":
+            weights += parameter.nbytes
+    kv_bytes = stage.memories[0].kept_bytes
+    for memory in stage.memories:
+        kv_bytes += memory.slab_bytes
+    return StageReport(
+        device=str(stage.device),
+        threads=torch.get_num_threads(),
+        start=stage.start,
+        end=stage.end,
+        weight_bytes=weights,
+        kv_bytes=kv_bytes,
+        resident_bytes=resident_bytes() if stage.device.type == "cpu" else None,
+        seconds=stage.seconds,
+        passes=stage.passes,
+    )
 
 
-def padded_count(tokens: int) -> int:
-    """The count that `tokens` is padded to: few shapes.
-
-    oneDNN compiles its half-precision products for each new shape.
-    """
-    if tokens <= 16:
-        unit = 4
-    elif tokens <= 64:
-        unit = 16
-    else:
-        unit = 64
-    return max(-(-tokens // unit) * unit, 1)
+def resident_bytes() -> int | None:
+    """Resident memory of this process; None where the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    return None

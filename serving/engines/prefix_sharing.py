@@ -4,16 +4,19 @@ Each sequence has a slot of its own in the KV arena, so memory is not shared, co
 prompt's source is a sequence in the arena, or a prefix that a sequence has left here. Keys and
 values of a token depend on the tokens before it alone, so a copy is what would be computed; this
 does not hold for ChatGLM-6B, whose prompts are read both ways.
+
+In a pipeline every stage copies and keeps the keys and values of its own layers, by the same
+operations (serving.engines.kv_memory); rows of one lane share, and what is kept serves all lanes.
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from serving.engines.arena import placed_slab
-from serving.engines.passes import Sequence
+from serving.engines.kv_memory import KvMemory
+from serving.engines.pass_plans import Sequence
 
 SHORTEST = 32  # tokens of the shortest prefix that is copied
 BEGINNINGS = 1024  # beginnings of prompts that are remembered
@@ -27,12 +30,11 @@ class KeptPrefix:
 
     Attributes:
         ids: its n tokens.
-        keys, values: by layer, (kv_heads, virtual tokens + n, head_dim).
+        name: of its keys and values, virtual tokens included, in the KV memory.
     """
 
     ids: list[int]
-    keys: list[Tensor]
-    values: list[Tensor]
+    name: int
 
 
 class PrefixCache:
@@ -40,9 +42,11 @@ class PrefixCache:
 
     A sequence that leaves the arena leaves its tokens' keys and values here if another prompt has
     begun with the same SHORTEST tokens: the last such sequence of each beginning, the beginnings
-    least recently used leaving first. One that has failed leaves nothing.
+    least recently used leaving first. One that has failed, or has not made a token yet, leaves
+    nothing.
 
     Args:
+        memory: one of the engine's; all of them share what is kept.
         tokens: kept at most, virtual tokens not counted.
         virtual: P-Tuning's tokens before each sequence.
     Attributes:
@@ -50,8 +54,10 @@ class PrefixCache:
         copied_tokens: prompt tokens that were copied instead of computed.
     """
 
-    def __init__(self, tokens: int, virtual: int):
+    def __init__(self, memory: KvMemory, tokens: int, virtual: int):
+        self.memory = memory
         self.tokens, self.virtual = tokens, virtual
+        self._names = itertools.count()
         self.kept: OrderedDict[Beginning, KeptPrefix] = OrderedDict()
         self.kept_tokens = self.copied_tokens = 0
         self._prompts: OrderedDict[Beginning, set[int]] = OrderedDict()  # ids of sequences, up to 2
@@ -76,6 +82,8 @@ class PrefixCache:
         for other in rows:
             if other is row or other.slab is None or other.key != row.key:
                 continue
+            if other.lane is not row.lane:
+                continue
             if other.answer.reason == "failed":
                 continue
             common = common_length(wanted, tokens_in_arena(other, self.virtual))
@@ -87,30 +95,31 @@ class PrefixCache:
             soon = common_length(wanted, other.ids[: other.computed + count])
             if other.key == row.key and soon >= max(best, common) + SHORTEST:
                 return True
+        slab = placed_slab(row)
         if kept is not None and common >= best:
             self.kept.move_to_end(beginning)
-            self._copy(row, kept.keys, kept.values, common)
-        elif source is not None:
-            slab, slot = placed_slab(source), source.slot
-            keys = [layer[slot] for layer in slab.keys]
-            values = [layer[slot] for layer in slab.values]
-            self._copy(row, keys, values, best)
+            if self._count_copied(row, common):
+                self.memory_of(row).do("paste", kept.name, slab.size, row.slot, row.length)
+        elif source is not None and self._count_copied(row, best):
+            place = placed_slab(source).size, source.slot
+            self.memory_of(row).do("copy", *place, slab.size, row.slot, row.length)
         return False
 
-    def _copy(self, row: Sequence, keys: list[Tensor], values: list[Tensor], count: int):
-        """Write the first `count` tokens of a source, and the virtual ones, to the row's slot."""
+    def memory_of(self, row: Sequence) -> KvMemory:
+        """Where a sequence of the arena lies."""
+        return placed_slab(row).memory
+
+    def _count_copied(self, row: Sequence, count: int) -> bool:
+        """Count the first `count` tokens of a row as computed, unless they are too few."""
         if count < SHORTEST:
-            return
-        slab, end = placed_slab(row), self.virtual + count
-        for layer, (key, value) in enumerate(zip(keys, values)):
-            slab.keys[layer][row.slot, :, :end] = key[:, :end]
-            slab.values[layer][row.slot, :, :end] = value[:, :end]
-        row.computed, row.length = count, end
+            return False
+        row.computed, row.length = count, self.virtual + count
         self.copied_tokens += count
+        return True
 
     def keep(self, row: Sequence) -> None:
         """Keep what a sequence has computed, as far as there is room; it leaves the arena now."""
-        if row.slab is None or row.answer.reason == "failed":
+        if row.slab is None or row.answer.reason == "failed" or not row.is_finite:
             return
         ids = tokens_in_arena(row, self.virtual)[: self.tokens]
         beginning = beginning_of(row.key, ids)
@@ -120,20 +129,24 @@ class PrefixCache:
         if before is not None and before.ids[: len(ids)] == ids:
             self.kept.move_to_end(beginning)
             return
-        end = self.virtual + len(ids)
-        keys = [layer[row.slot, :, :end].clone() for layer in row.slab.keys]
-        values = [layer[row.slot, :, :end].clone() for layer in row.slab.values]
+        name = next(self._names)
+        memory = self.memory_of(row)
+        memory.do("keep", name, row.slab.size, row.slot, self.virtual + len(ids))
+        keys, values = memory.kept[name]
         if not all(bool(layer.isfinite().all()) for layer in keys + values):
+            memory.do("drop", name)
             return  # it has been cancelled before its failure was seen
         if before is not None:
             self._drop(beginning)
         while self.kept and self.kept_tokens + len(ids) > self.tokens:
             self._drop(next(iter(self.kept)))
-        self.kept[beginning] = KeptPrefix(ids, keys, values)
+        self.kept[beginning] = KeptPrefix(ids, name)
         self.kept_tokens += len(ids)
 
     def _drop(self, beginning: Beginning):
-        self.kept_tokens -= len(self.kept.pop(beginning).ids)
+        kept = self.kept.pop(beginning)
+        self.kept_tokens -= len(kept.ids)
+        self.memory.do("drop", kept.name)
 
     def _remember(self, beginning: Beginning, request_id: int):
         prompts = self._prompts.setdefault(beginning, set())

@@ -130,8 +130,8 @@ def prompt_maker(
 class TimingSetting(NamedTuple):
     """What is timed.
 
-    Decode steps of `batch` rows with a mean context of `tokens`, or the prefill of one prompt of
-    `tokens`.
+    Decode steps of `batch` rows with a mean context of `tokens`, or the prefill of `batch` prompts
+    of `tokens` each.
     """
 
     phase: str
@@ -140,7 +140,8 @@ class TimingSetting(NamedTuple):
 
     def fits(self, limits: Limits) -> bool:
         if self.phase == "prefill":
-            return self.tokens + 2 <= limits.max_tokens
+            fits_in_all = self.batch * (self.tokens + 2) <= limits.kv_tokens
+            return fits_in_all and self.tokens + 2 <= limits.max_tokens
         return (
             self.batch <= limits.max_batch
             and max(spread_contexts(self.batch, self.tokens)) + STEPS + 4 <= limits.max_tokens
@@ -149,7 +150,8 @@ class TimingSetting(NamedTuple):
 
     def measurement(self, seconds: float, model: str, element_bytes: int) -> Measurement:
         if self.phase == "prefill":
-            batch, output_tokens, prompt_tokens, context_tokens = 1, 1, self.tokens, 0
+            batch, output_tokens, context_tokens = self.batch, 1, 0
+            prompt_tokens = self.batch * self.tokens
         else:
             batch, output_tokens, prompt_tokens = self.batch, STEPS, PROMPT_TOKENS
             context_tokens = sum(spread_contexts(batch, self.tokens)) + batch
@@ -190,7 +192,7 @@ class Stopwatch:
 
     def seconds(self, setting: TimingSetting) -> float:
         if setting.phase == "prefill":
-            return self._admit([setting.tokens], 1)[1]
+            return self._admit([setting.tokens] * setting.batch, 1)[1]
         return self._decode(setting.batch, setting.tokens)
 
     def _admit(self, prompts: list[int], answer_tokens: int) -> tuple[list[Record], float]:

@@ -13,6 +13,7 @@ import serving.engines.arena
 from predictor.prediction import from_bins
 from serving.engines import ENGINES, Inbox, Sampling, WallClock, make_engine
 from serving.engines.arena import Arena, slab_tokens
+from serving.engines.kv_memory import KvMemory
 from serving.policies.continuous import POLICIES
 from serving.request import FOREVER, Limits, Plan, Record, Request
 from serving.scheduler import Replay, VirtualClock, run_scheduler
@@ -514,7 +515,7 @@ class Row:
 @pytest.mark.parametrize("seed", range(5))
 def test_arena_keeps_what_rows_wrote(seed):
     rng = random.Random(seed)
-    arena = Arena(2, 1, 1, torch.float32, torch.device("cpu"), tokens=300)
+    arena = Arena(KvMemory(2, 1, 1, torch.float32, torch.device("cpu")), tokens=300)
     rows, reserved, joined = {}, {}, set()
 
     def check():

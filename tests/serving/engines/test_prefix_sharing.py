@@ -73,13 +73,13 @@ def serve(engine, policy, asked: dict, gap_s: float = 0.0):
 def prefilled(engine) -> list[int]:
     """The prompt tokens that each of the engine's passes computes, from now on."""
     counts: list[int] = []
-    run = engine.runner.run
+    plan = engine.runner.plan
 
-    def counting(slabs, chunks):
+    def counting(lane, slabs, chunks):
         counts.append(sum(count for _, count in chunks))
-        return run(slabs, chunks)
+        return plan(lane, slabs, chunks)
 
-    engine.runner.run = counting
+    engine.runner.plan = counting
     return counts
 
 
@@ -102,8 +102,10 @@ def test_tokens_are_those_made_alone(variant, prefix, seed):
 def check_kept(prefixes):
     lengths = [len(kept.ids) for kept in prefixes.kept.values()]
     assert sum(lengths) == prefixes.kept_tokens <= prefixes.tokens
+    assert len(prefixes.memory.kept) == len(prefixes.kept)
     for kept in prefixes.kept.values():
-        sizes = {layer.shape[1] for layer in kept.keys + kept.values}
+        keys, values = prefixes.memory.kept[kept.name]
+        sizes = {layer.shape[1] for layer in keys + values}
         assert sizes == {prefixes.virtual + len(kept.ids)}
 
 

@@ -1,0 +1,112 @@
+"""The continuous engine over several devices: a pipeline of stages, each in a process of its own.
+
+The process that calls `open_pipeline` is the driver: it schedules, samples, and holds one stage.
+The others are worker processes, started here; each has its layers, their keys and values, their
+share of a P-Tuning v2 prefix, and their factors of the loaded adapters. Token ids (or, where the
+driver holds the first stage, hidden states) go to the first worker, hidden states from stage to
+stage and back to the driver:
+
+    driver -> stage 0 -> stage 1 -> ... -> driver: last stage, norm, output layer
+    driver: stage 0 -> stage 1 -> ... -> last stage -> driver: norm, output layer (tied)
+
+So logits are never sent, and a tied embedding exists once. Sequences are divided into micro-batches
+(lanes), one a stage by default: while one stage computes a lane's pass, the others compute other
+lanes'. Where sequences lie in the KV memory is decided by the driver alone; each pass carries the
+operations since the one before, and the workers repeat them (serving.engines.kv_memory). GPipe
+(arXiv 1811.06965) has micro-batches in training; Orca (OSDI 2022) has pipelines of iterations.
+
+Answers are those of one device, token for token in fp32; everything that the engine takes is taken:
+prefix sharing, adapters, prompt log probabilities, static batches. Packed int8 and int4 folders are
+refused (they are dequantised by default). Tensor parallelism, a layer split over devices, is not
+here: vLLM has it.
+
+Free of torch at import.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from finetune.placing import ReplicaSpec
+from serving.request import CostEstimator, Limits
+
+if TYPE_CHECKING:
+    from serving.engines.continuous_engine import ContinuousEngine
+
+
+@dataclass(frozen=True)
+class ModelLoading:
+    """What a model is loaded from: `load_ready`'s arguments."""
+
+    path: str
+    mode: str | None = None
+    base: str | None = None
+    precision: str = "auto"
+    keep_quantized: bool = False
+    verify: str | None = None
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """A stage as it is.
+
+    Attributes:
+        device: as torch names it. threads: of its process.
+        start, end: its first layer, and the one after its last.
+        weight_bytes: of its parameters. kv_bytes: of its keys and values now.
+        resident_bytes: of its process, where the device is a CPU; None elsewhere.
+        seconds: of computing its passes so far, without waiting. passes: how many.
+    """
+
+    device: str
+    threads: int
+    start: int
+    end: int
+    weight_bytes: int
+    kv_bytes: int
+    resident_bytes: int | None
+    seconds: float
+    passes: int
+
+
+def open_pipeline(
+    loading: ModelLoading,
+    replica: ReplicaSpec,
+    limits: Limits,
+    cost: CostEstimator,
+    *,
+    stop_ids: Sequence[int] | None = None,
+    prefix_cache_tokens: int = 0,
+    micro_batches: int | None = None,
+) -> "ContinuousEngine":
+    """An engine whose layers lie as the replica says; `close` it to end its workers.
+
+    A replica of one stage is loaded in this process. The threads of the driver's stage are set for
+    the whole process. After the death of a worker, `step` raises RuntimeError.
+
+    Args:
+        stop_ids, prefix_cache_tokens: ContinuousEngine's.
+        micro_batches: lanes; default: one a stage.
+    Raises:
+        ValueError: the stages are not all layers in order; the model is not for the continuous
+            engine, or packed; or as load_model.
+        FileNotFoundError: as load_model.
+        RuntimeError: a worker ended before it was ready.
+    """
+    from serving.engines.continuous_engine import ContinuousEngine
+    from serving.engines.pipeline_runner import PipelineRunner, load_single
+
+    lanes = len(replica.stages) if micro_batches is None else micro_batches
+    if lanes < 1:
+        raise ValueError(f"micro_batches must be at least 1, got {lanes}")
+    if len(replica.stages) == 1:
+        model = load_single(loading, replica.stages[0])
+        return ContinuousEngine(model, limits, cost, stop_ids, prefix_cache_tokens)
+    runner = PipelineRunner(loading, replica.stages, limits.kv_tokens, lanes)
+    try:
+        return ContinuousEngine(
+            runner.model, limits, cost, stop_ids, prefix_cache_tokens, runner=runner
+        )
+    except BaseException:
+        runner.close()
+        raise
