@@ -1,13 +1,14 @@
 """Where a model's layers go, and what that costs: python -m serving.deployment."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from chatglm.commands import Parser, run_command, whole
 from finetune.files import write_json
 from finetune.memory.shapes import shape_source
-from serving.cost_model.devices import MAX_DEVICES, Cluster
+from serving.cost_model.devices import GIB, MAX_DEVICES, Cluster, Device
 from serving.cost_model.model import ModelSizes, Profile, read_profile
 from serving.deployment.deployers import DEPLOYERS
+from serving.deployment.packing import ModelToPack, describe_packing, pack_models
 from serving.deployment.placement import Need
 
 
@@ -27,6 +28,8 @@ class DeploymentFlags:
     output_tokens: int
     picture: str | None
     json: str | None
+    pack: str | None
+    free_gib: str | None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,11 +66,26 @@ def main(argv: list[str] | None = None) -> int:
         )
     add("--picture", help="draw each device's memory into this file")
     add("--json", help="write what is printed here too")
+    add(
+        "--pack",
+        metavar="MODELS",
+        help="instead of --model: several, with commas, each perhaps with @KV_TOKENS; they are "
+        "packed on the devices (best fit decreasing)",
+    )
+    add(
+        "--free_gib",
+        metavar="LIST",
+        help="with --pack: free memory of each device, in GiB, where something lies there already",
+    )
     args = parser.parse_args(argv)
     if args.cluster and (args.device or args.gpus):
         parser.error("--cluster says which devices there are: leave out --device and --gpus")
+    if args.free_gib and not args.pack:
+        parser.error("--free_gib is of --pack")
+    if args.pack and args.picture:
+        parser.error("--picture draws one placement: leave out --pack")
     flags = DeploymentFlags(**vars(args))
-    return run_command(parser.prog, lambda: place_model(flags))
+    return run_command(parser.prog, lambda: (pack if flags.pack else place_model)(flags))
 
 
 def place_model(flags: DeploymentFlags) -> None:
@@ -82,6 +100,47 @@ def place_model(flags: DeploymentFlags) -> None:
         write_json(flags.json, placement.report())
     if flags.picture:
         placement.draw(flags.picture)
+
+
+def pack(flags: DeploymentFlags) -> None:
+    """Print where each of several models goes."""
+    assert flags.pack
+    devices = with_free_memory(make_cluster(flags, read_profile(flags.profile)), flags.free_gib)
+    models = []
+    for text in flags.pack.split(","):
+        name, _, tokens = text.strip().partition("@")
+        if tokens and not tokens.isdecimal():
+            raise ValueError(f"--pack: {text!r}: KV tokens must be a whole number, got {tokens!r}")
+        need = Need(int(tokens or flags.need_tokens), flags.batch)
+        models.append(ModelToPack(name, ModelSizes.from_config(name), need))
+    packed = pack_models(models, devices)
+    print(describe_packing(packed, devices))
+    if flags.json:
+        rows = []
+        for each in packed:
+            rows.append({"model": each.model.name, "stages": each.stages, "bytes": each.bytes_on})
+        write_json(flags.json, rows)
+
+
+def with_free_memory(cluster: Cluster, free_gib: str | None) -> list[Device]:
+    """The cluster's devices, with only so many GiB free. Raises ValueError."""
+    if free_gib is None:
+        return list(cluster.devices)
+    try:
+        sizes = [float(text) for text in free_gib.split(",")]
+    except ValueError:
+        raise ValueError(f"--free_gib: wanted numbers with commas, got {free_gib!r}") from None
+    if len(sizes) != len(cluster.devices):
+        raise ValueError(
+            f"--free_gib gives {len(sizes)} device(s), there are {len(cluster.devices)}"
+        )
+    devices = []
+    for device, size in zip(cluster.devices, sizes):
+        if not 0 < size * GIB <= device.memory_bytes:
+            most = device.memory_bytes / GIB
+            raise ValueError(f"--free_gib: {device.name} has up to {most:.4g} GiB, got {size:g}")
+        devices.append(replace(device, memory_bytes=round(size * GIB)))
+    return devices
 
 
 def make_cluster(flags: DeploymentFlags, profile: Profile) -> Cluster:

@@ -12,7 +12,7 @@ it raises Infeasible (a ValueError). Free of torch.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations, permutations
 from typing import Protocol
@@ -453,6 +453,15 @@ def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
         yield tuple(b - a for a, b in zip((0, *cuts), (*cuts, total)))
 
 
+class StressBudgetSpent(Exception):
+    """A stress test does not begin, because the budget of all tests is spent."""
+
+
+def expected_requests_s(placement: Placement) -> float:
+    """Requests a second of the need's batch, by the cost model."""
+    return placement.need.batch / placement.expected_latency_s
+
+
 @dataclass(frozen=True)
 class Morphling:
     """Morphling (SoCC 2021): a meta-learned regression, adapted to a service by few stress tests.
@@ -465,9 +474,14 @@ class Morphling:
     highest. The paper adapts a small network by MAML; for a linear model with a Gaussian prior that
     adaptation is this closed form.
 
-    A stress test is one call of the cost model; `search_steps` counts them, those that run out of
-    memory included. The paper tests about 30 of 720 configurations. Tests go on while none has
-    fitted yet.
+    A stress test is one call of the cost model, or of `stress_test`; `search_steps` counts them,
+    those that run out of memory included. The paper tests about 30 of 720 configurations. Tests go
+    on while none has fitted yet.
+
+    Attributes:
+        stress_test: requests/s of the need's batch at a placement, such as those of a real engine;
+            it may raise StressBudgetSpent, which ends the search with the best that is known, and
+            Infeasible for a placement that runs out of memory.
     """
 
     stress_tests: int = 30
@@ -475,6 +489,7 @@ class Morphling:
     curiosity: float = 1.0
     noise: float = 0.05
     seed: int = 0
+    stress_test: Callable[[Placement], float] = expected_requests_s
 
     def place(
         self, model: ModelSizes, cluster: Cluster, need: Need, cost: Profile | CostModel
@@ -495,7 +510,10 @@ class Morphling:
             tested[at] = True
             try:
                 placement = make_placement(terms, plans[at], profile, 0, "morphling")
-                score = math.log(need.batch / placement.expected_latency_s / len(plans[at]))
+                score = math.log(self.stress_test(placement) / len(plans[at]))
+            except StressBudgetSpent:
+                tested[at] = False
+                break
             except Infeasible:
                 # Out of memory: far below the prior's mean.
                 placement = None

@@ -8,15 +8,16 @@ print(comparison(plan, engine.stage_reports()))
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from chatglm.files import read_json
 from finetune.placing import PlacementFlags, ReplicaSpec, StageSpec
 from serving.cost_model import model as cm
 from serving.cost_model.devices import Cluster, Device
 from serving.cost_model.model import CostModel, Profile, read_profile
-from serving.deployment.deployers import DEPLOYERS
+from serving.deployment.deployers import DEPLOYERS, Morphling
 from serving.deployment.placement import (
+    MODULES,
     LatencyTerms,
     Need,
     Placement,
@@ -24,6 +25,7 @@ from serving.deployment.placement import (
     make_placement,
     modules_of,
 )
+from serving.engines.pipeline import ModelLoading, StageReport, open_pipeline
 from serving.replicas.devices import (
     LocalDevice,
     count_cores,
@@ -35,11 +37,20 @@ from serving.replicas.devices import (
     profile_cores,
     scaled_by_threads,
 )
+from serving.replicas.measuring import StageTiming, StressTester, limits_of
 from serving.replicas.probe import ProbeResult, ProbeTask, run_probe
 from serving.replicas.served_sizes import ELEMENT_BYTES, ServedSizes, served_sizes
-from serving.replicas.speeds import fit_first, fit_other, timed_layers, timed_settings
+from serving.replicas.speeds import (
+    fit_first,
+    fit_other,
+    timed_layers,
+    timed_settings,
+    with_layers,
+    with_speeds,
+)
 
-MAP_FILE = "--device_map FILE"
+if TYPE_CHECKING:
+    from serving.engines.answers import TextEngine
 
 
 @dataclass(frozen=True)
@@ -49,8 +60,8 @@ class StagePrediction:
     Attributes:
         device: as a reader knows it. start, end: its layers, the end not included.
         weight_bytes, kv_bytes: of its layers and ends, and of the need's KV tokens.
-        prefill_s: of the need's batch, in one pass. decode_s: of one step of that batch, at half
-            of the answer.
+        prefill_s: of the need's batch, in one pass. decode_s: of one step of that batch, near the
+            beginning of its answers. Neither has the output layer in it.
     """
 
     device: str
@@ -62,25 +73,6 @@ class StagePrediction:
     decode_s: float
 
 
-class StageReport(Protocol):
-    """What a running stage says of itself: an engine's `stage_reports()`."""
-
-    @property
-    def device(self) -> str: ...
-
-    @property
-    def weight_bytes(self) -> int: ...
-
-    @property
-    def kv_bytes(self) -> int: ...
-
-    @property
-    def prefill_s(self) -> float: ...
-
-    @property
-    def decode_s(self) -> float: ...
-
-
 @dataclass(frozen=True)
 class DeploymentPlan:
     """A placement on this machine's devices.
@@ -90,6 +82,8 @@ class DeploymentPlan:
         stages: of one replica; all are alike.
         profile: the coefficients of the predictions; `placement.cluster` has the devices.
         measured_s: seconds that measuring the devices took.
+        stress_tests, stress_s: of --measure: how many, and the seconds they took.
+        rates: (stages, requests/s) of each stress test.
     """
 
     placement: Placement
@@ -97,6 +91,9 @@ class DeploymentPlan:
     replicas: tuple[ReplicaSpec, ...]
     stages: tuple[StagePrediction, ...]
     measured_s: float = 0.0
+    stress_tests: int = 0
+    stress_s: float = 0.0
+    rates: tuple[tuple[tuple[tuple[int, int], ...], float], ...] = ()
 
     def describe(self) -> str:
         """The placement, and what is predicted of each stage."""
@@ -109,6 +106,13 @@ class DeploymentPlan:
             )
         if self.measured_s:
             lines.append(f"devices measured in {self.measured_s:.1f} s")
+        if self.stress_tests:
+            lines.append(f"{self.stress_tests} stress test(s) in {self.stress_s:.1f} s:")
+        for stages, rate in self.rates:
+            parts = []
+            for device, layers in stages:
+                parts.append(f"{layers} layers on {self.placement.cluster.devices[device].label}")
+            lines.append(f"  {', '.join(parts)}: {rate:.4g} requests/s")
         return "\n".join(lines)
 
 
@@ -160,8 +164,35 @@ def plan(
             keep_quantized=keep_quantized,
         )
         cluster, profile, measured_s = measured_cluster(devices, task, sizes, need, flags.profile)
+    if flags.measure:
+        loading = ModelLoading(
+            folder, base=base, precision=precision, keep_quantized=keep_quantized
+        )
+        return stress_tested(loading, flags.measure_s, sizes, cluster, need, profile, measured_s)
     placement = place(flags, sizes, cluster, need, profile)
     return make_plan(placement, profile, sizes, measured_s)
+
+
+def stress_tested(
+    loading: ModelLoading,
+    budget_s: float,
+    sizes: ServedSizes,
+    cluster: Cluster,
+    need: Need,
+    profile: Profile,
+    measured_s: float,
+) -> DeploymentPlan:
+    """Morphling's plan, whose stress tests load each configuration and run the need's batch."""
+
+    def opened(placement: Placement) -> "TextEngine":
+        replica = make_plan(placement, profile, sizes).replicas[0]
+        cost = CostModel(sizes.model, cluster, placement.stages, profile)
+        return open_pipeline(loading, replica, limits_of(need), cost, stop_ids=[])
+
+    tester = StressTester(opened, budget_s)
+    placement = Morphling(stress_test=tester).place(sizes.model, cluster, need, profile)
+    found = make_plan(placement, profile, sizes, measured_s)
+    return replace(found, stress_tests=tester.tests, stress_s=tester.seconds, rates=tester.rates)
 
 
 def check_placement_flags(flags: PlacementFlags) -> None:
@@ -212,12 +243,15 @@ def measured_cluster(
             cores = profile_cores(profile, count_cores())
             found = [scaled_by_threads(device, cores) for device in found]
         return joined(found, devices, probed), profile, probed.seconds
+    timed = with_layers(sizes.model, task.layers)
     by_name = dict(zip((device.name for device in devices), found))
+    for name, device in by_name.items():
+        by_name[name] = with_speeds(timed, device, probed.rows[name])
     order = sorted(by_name, key=lambda name: -(by_name[name].threads or 0))
     first = order[0]
-    profile = fit_first(sizes.model, by_name[first], probed.rows[first])
+    profile = fit_first(timed, by_name[first], probed.rows[first])
     for name in order[1:]:
-        by_name[name] = fit_other(sizes.model, by_name[name], probed.rows[name], profile)
+        by_name[name] = fit_other(timed, by_name[name], probed.rows[name], profile)
     found = [by_name[device.name] for device in devices]
     return joined(found, devices, probed), profile, probed.seconds
 
@@ -238,14 +272,15 @@ def place(
 def read_device_map(path: str, model: cm.ModelSizes, cluster: Cluster) -> list[tuple[int, int]]:
     """[(device, layers), ...] of a JSON file of {module: device}.
 
-    A device is its number in the cluster, or its name there.
+    A device is its number in the cluster, or its name there. The ends go with the first and the
+    last layer, whatever the file says of them.
 
     Raises:
-        ValueError: a layer is not placed once, a device is not there, or a device's layers do not
-            follow each other.
+        ValueError: a layer is not placed, a device is not there, or a device's layers do not follow
+            each other.
     """
     given = read_json(path)
-    pattern = MODULES_LAYER[modules_of(model)]
+    pattern = MODULES[modules_of(model)][1]
     stages: list[tuple[int, int]] = []
     for layer in range(model.layers):
         name = pattern.format(layer)
@@ -261,6 +296,11 @@ def read_device_map(path: str, model: cm.ModelSizes, cluster: Cluster) -> list[t
             )
         else:
             stages.append((device, 1))
+    before, after = pattern.split("{}")
+    for name in given:
+        number = name.removeprefix(before).removesuffix(after)
+        if name.startswith(before) and number.isdecimal() and int(number) >= model.layers:
+            raise ValueError(f"{path}: {name}: the model has {model.layers} layers, from 0")
     return stages
 
 
@@ -277,13 +317,6 @@ def device_index(path: str, value: object, cluster: Cluster) -> int:
         return names.index(value)
     known = ", ".join(str(name) for name in names)
     raise ValueError(f"{path}: no device {value!r}; there are {known}, or their numbers from 0")
-
-
-MODULES_LAYER = {
-    "glm": "transformer.layers.{}",
-    "glm2": "transformer.encoder.layers.{}",
-    "causal": "model.layers.{}",
-}
 
 
 def make_plan(
@@ -315,7 +348,7 @@ def predict_stages(
     model, cluster, need = placement.model, placement.cluster, placement.need
     cost = CostModel(model, cluster, placement.stages, profile)
     tokens = need.batch * need.prompt_tokens
-    context = need.batch * (need.prompt_tokens + need.output_tokens / 2)
+    context = need.batch * (need.prompt_tokens + 8)
     predicted = []
     start = 0
     for number, (index, count) in enumerate(placement.stages):
@@ -324,10 +357,6 @@ def predict_stages(
         prefill += cm.prefill_attention_seconds(model, device, profile, tokens, need.batch)
         decode = cm.layer_seconds(model, device, profile, need.batch, context)
         prefill, decode = count * prefill, count * decode
-        if number == len(placement.stages) - 1:
-            ends = cm.output_seconds(model, device, profile, need.batch)
-            ends += cm.pass_seconds(profile, need.batch)
-            prefill, decode = prefill + ends, decode + ends
         weights = cost.weight_bytes_on(index) + (prefix_bytes if number == 0 else 0)
         kv = count * kv_layer_bytes(model, need)
         predicted.append(
@@ -337,15 +366,38 @@ def predict_stages(
     return tuple(predicted)
 
 
-def comparison(plan: DeploymentPlan, reports: Sequence[StageReport]) -> str:
-    """A table of what was predicted against what a replica's stages took."""
-    lines = [f"{'stage':24} {'':>10} {'weights':>15} {'KV':>15} {'prefill s':>10} {'step ms':>10}"]
-    for number, (said, took) in enumerate(zip(plan.stages, reports, strict=True)):
+def comparison(
+    plan: DeploymentPlan,
+    reports: Sequence[StageReport],
+    timings: Sequence[StageTiming] | None = None,
+) -> str:
+    """A table of what was predicted of each stage against what it took.
+
+    Args:
+        reports: an engine's `stage_reports()`.
+        timings: of serving.replicas.measuring.time_batch; without them the seconds taken are those
+            of the mean pass so far, whatever was in it.
+    Raises:
+        ValueError: the plan has another number of stages.
+    """
+    if len(reports) != len(plan.stages):
+        raise ValueError(f"the plan has {len(plan.stages)} stage(s), the engine {len(reports)}")
+    lines = [f"{'stage':28} {'':>9} {'weight bytes':>15} {'KV bytes':>15} {'ms':>24}"]
+    for number, (said, took) in enumerate(zip(plan.stages, reports)):
+        if timings is not None:
+            timing = timings[number]
+            seconds = both_seconds(timing.prefill_s, timing.decode_s)
+        else:
+            mean_s = took.seconds / took.passes if took.passes else 0.0
+            seconds = f"{1000 * mean_s:.4g} a pass" if took.passes else "no pass yet"
         name = f"{number} {said.device} {said.start}-{said.end - 1}"
-        for word, row in (("predicted", said), ("taken", took)):
-            lines.append(
-                f"{name:24} {word:>10} {row.weight_bytes:15,} {row.kv_bytes:15,} "
-                f"{row.prefill_s:10.4f} {1000 * row.decode_s:10.3f}"
-            )
-            name = ""
+        predicted = both_seconds(said.prefill_s, said.decode_s)
+        lines += [
+            f"{name:28} predicted {said.weight_bytes:15,} {said.kv_bytes:15,} {predicted:>24}",
+            f"{'':28}     taken {took.weight_bytes:15,} {took.kv_bytes:15,} {seconds:>24}",
+        ]
     return "\n".join(lines)
+
+
+def both_seconds(prefill_s: float, decode_s: float) -> str:
+    return f"{1000 * prefill_s:.4g} + {1000 * decode_s:.4g} a step"

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from serving.engines.profiling import Stopwatch, TimingSetting
-
+# phase, batch, prompt tokens of each, seconds of the prefill or of one decode step, and of its
+# layers alone
+TimedRow = tuple[str, int, int, float, float]
 ROOT = Path(__file__).resolve().parents[2]
 TRANSFER_BYTES = (4096, 4 * 2**20)  # a decode step's hidden states, and a prompt's
 TRANSFERS = 20
-REPETITIONS = 4
+REPETITIONS = 5
 
 
 @dataclass(frozen=True)
@@ -34,23 +35,23 @@ class ProbeTask:
 
     Attributes:
         devices: names as "cuda:0" or "cpu@2", each once.
-        settings: (phase, batch, tokens) of serving.engines.profiling.TimingSetting; none: the
-            devices' engines are not timed.
-        layers: of the models that are timed, one after the other.
+        settings: (batch, prompt tokens) of the batches whose prefill and decode steps are timed;
+            none: the devices' engines are not.
+        layers: of the model that is timed.
         links: also time the links between processes and between GPUs.
         folder, base, precision: of the model, as `load_ready`'s.
-        budget_s: seconds after which no further repetition begins, of each device and model.
+        budget_s: seconds after which no further repetition begins, of each device.
     """
 
     devices: tuple[str, ...]
-    settings: tuple[tuple[str, int, int], ...] = ()
-    layers: tuple[int, ...] = ()
+    settings: tuple[tuple[int, int], ...] = ()
+    layers: int = 1
     links: bool = False
     folder: str = ""
     base: str | None = None
     precision: str = "auto"
     keep_quantized: bool = False
-    budget_s: float = 3.0
+    budget_s: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,14 @@ class ProbeResult:
 
     Attributes:
         titles, free_bytes: {GPU: its name, its free memory}.
-        rows: {device: [(layers, phase, batch, tokens, seconds), ...]}; of a "decode" the tokens are
-            the mean context and the seconds those of STEPS steps.
+        rows: {device: its timings}.
         links: {"A>B": (bytes/s, seconds)} of GPUs, {"cpu": ...} of processes.
         seconds: how long it took.
     """
 
     titles: dict[str, str] = field(default_factory=dict)
     free_bytes: dict[str, int] = field(default_factory=dict)
-    rows: dict[str, list[tuple[int, str, int, int, float]]] = field(default_factory=dict)
+    rows: dict[str, list[TimedRow]] = field(default_factory=dict)
     links: dict[str, tuple[float, float]] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -179,74 +179,59 @@ def process_link() -> tuple[float, float]:
 # ---- the engine
 
 
-def time_device(task: ProbeTask, name: str) -> list[tuple[int, str, int, int, float]]:
-    """(layers, phase, batch, tokens, least seconds) of every setting, on one device."""
+def time_device(task: ProbeTask, name: str) -> list[TimedRow]:
+    """The timings of every setting, on one device."""
     import torch
 
-    from serving.engines.profiling import TimingSetting
-
-    settings = [TimingSetting(*setting) for setting in task.settings]
-    rows = []
-    for layers in task.layers:
-        device = name
-        if name.startswith("cpu"):
-            device = "cpu"
-            torch.set_num_threads(int(name.partition("@")[2]))
-        model = arbitrary_model(task, layers, device)
-        stopwatch = make_stopwatch(model, settings)
-        seconds_of = least_seconds(stopwatch, settings, task.budget_s)
-        for setting, seconds in zip(settings, seconds_of):
-            rows.append((layers, *setting, seconds))
-        del model, stopwatch
-        if device != "cpu":
-            torch.cuda.empty_cache()
+    device = name
+    if name.startswith("cpu"):
+        device = "cpu"
+        torch.set_num_threads(int(name.partition("@")[2]))
+    model = arbitrary_model(task, device)
+    rows = least_timings(model, task.settings, task.budget_s)
+    del model
+    if device != "cpu":
+        torch.cuda.empty_cache()
     return rows
 
 
-def least_seconds(
-    stopwatch: "Stopwatch", settings: Sequence["TimingSetting"], budget_s: float
-) -> list[float]:
-    """The least of each setting's timings, in turns: other work on the machine only adds.
+def least_timings(
+    model: "PreTrainedModel", settings: Sequence[tuple[int, int]], budget_s: float
+) -> list[TimedRow]:
+    """The least of each figure of each setting, in turns: other work on the machine only adds.
 
     The first turn warms up, and counts only where it takes the whole budget.
     """
+    from serving.cost_model.model import CostModel, ModelSizes
+    from serving.deployment.placement import Need
+    from serving.engines import make_engine
+    from serving.replicas.measuring import BatchRunner, BatchTiming, limits_of
+
+    sizes = ModelSizes.from_config(model.config.to_dict(), model.dtype.itemsize)
+    needs = [Need(0, batch, prompt, 1) for batch, prompt in settings]
+    largest = Need(0, max(need.batch for need in needs), max(need.prompt_tokens for need in needs))
+    engine = make_engine("continuous", model, limits_of(largest), CostModel.of(sizes, "CPU"), [])
+    timings: list[list[BatchTiming]] = [[] for _ in needs]
     begin = time.perf_counter()
-    least = [float("inf")] * len(settings)
-    for _ in range(REPETITIONS + 1):
-        for i, setting in enumerate(settings):
-            least[i] = min(least[i], stopwatch.seconds(setting))
+    for turn in range(REPETITIONS + 1):
+        for i, need in enumerate(needs):
+            timing = BatchRunner(engine, need).time_once()
+            if turn == 1:
+                timings[i] = []
+            timings[i].append(timing)
         if time.perf_counter() - begin > budget_s:
             break
-    return least
+    rows: list[TimedRow] = []
+    for need, of_need in zip(needs, timings):
+        for phase in ("prefill", "decode"):
+            whole = min(getattr(timing, f"{phase}_s") for timing in of_need)
+            layers = min(getattr(timing.stages[0], f"{phase}_s") for timing in of_need)
+            rows.append((phase, need.batch, need.prompt_tokens, whole, layers))
+    return rows
 
 
-def make_stopwatch(model: "PreTrainedModel", settings: Sequence["TimingSetting"]) -> "Stopwatch":
-    """Of a continuous engine that has room for the settings."""
-    from serving.cost_model.model import CostModel, ModelSizes
-    from serving.engines import make_engine
-    from serving.engines.profiling import STEPS, Stopwatch
-    from serving.request import Limits
-
-    longest, most = 64, 1
-    for setting in settings:
-        longest = max(longest, 2 * setting.tokens + 2 * STEPS + 8)
-        most = max(most, setting.batch)
-    limits = Limits(most, longest * most, longest, prefill_tokens=longest * most)
-    sizes = ModelSizes.from_config(model.config.to_dict(), model.dtype.itemsize)
-    engine = make_engine("continuous", model, limits, CostModel.of(sizes, "CPU"), [])
-    frame: list[int] = []
-    if getattr(model.config, "glm_family", None) == "glm":
-        frame = [model.config.gmask_token_id, model.config.bos_token_id]
-
-    def prompt_of(tokens: int) -> list[int]:
-        ids = [5 + i % 20 for i in range(tokens - len(frame))]
-        return ids + frame
-
-    return Stopwatch(engine, prompt_of)
-
-
-def arbitrary_model(task: ProbeTask, layers: int, device: str) -> "PreTrainedModel":
-    """The folder's model with so many layers, and arbitrary weights."""
+def arbitrary_model(task: ProbeTask, device: str) -> "PreTrainedModel":
+    """The folder's model with the task's number of layers, and arbitrary weights."""
     import torch
     from transformers.initialization import no_init_weights
 
@@ -256,7 +241,7 @@ def arbitrary_model(task: ProbeTask, layers: int, device: str) -> "PreTrainedMod
     precision = task.precision
     if precision == "auto":
         precision = "fp32" if device == "cpu" else resolve_precision(precision)
-    config = shortened_config(Path(task.folder), task.base, layers, task.keep_quantized)
+    config = shortened_config(Path(task.folder), task.base, task.layers, task.keep_quantized)
     if config.model_type == "chatglm":
         model_class: Any = model_class_of(config)
     else:

@@ -1,6 +1,6 @@
 """How fast a model's layers are on this machine's devices: timings of a few layers, fitted.
 
-Each device's engine is timed with two numbers of layers (serving.replicas.probe). The first
+Each device's engine is timed as a whole and in its layers alone (serving.replicas.probe). The first
 device's timings give a Profile; the others keep it, and get the bandwidth and the flops with which
 it predicts their own timings best.
 """
@@ -11,41 +11,38 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from serving.cost_model.devices import Cluster, Device
+from serving.cost_model import model as cm
+from serving.cost_model.devices import Device
 from serving.cost_model.fit import Measurement, fit_profile, summarize_errors
-from serving.cost_model.model import DATASHEET, CostModel, ModelSizes, Profile
+from serving.cost_model.model import DATASHEET, ModelSizes, Profile
 from serving.deployment.placement import Need
+from serving.replicas.measuring import STEPS
+from serving.replicas.probe import TimedRow
 
-FIT_PRIOR = 1e-4  # as of serving.engines.profiling: every term is measured
+# Layers' overheads and their weights are both seconds a layer and pass, which one model cannot tell
+# apart: the prior keeps the overhead near a launch's, for `with_speeds` has set the rest.
+FIT_PRIOR = 1e-2
+NEED_WEIGHT = 4  # how often a timing of the need's own batch counts
 MOST_BYTES = 2 * 2**30  # of the model with more layers, beside its ends
-PASS_TOKENS = 2048  # prompt tokens of one pass, of serving.request.Limits
 MOST_CONTEXT = 1024
-STEPS = 12  # of serving.engines.profiling
-
-TimedRow = tuple[int, str, int, int, float]  # layers, phase, batch, tokens, seconds
 
 
-def timed_settings(need: Need) -> tuple[tuple[str, int, int], ...]:
-    """(phase, batch, tokens) of decode steps and prefills around the need's batch."""
-    prompt = min(need.prompt_tokens, MOST_CONTEXT)
-    context = min(need.prompt_tokens + need.output_tokens // 2, MOST_CONTEXT)
-    prompts = max(1, min(need.batch, PASS_TOKENS // prompt))
+def timed_settings(need: Need) -> tuple[tuple[int, int], ...]:
+    """(batch, prompt tokens) of what is timed, around the need's batch."""
+    prompt = max(16, min(need.prompt_tokens, MOST_CONTEXT))
+    context = max(16, min(need.prompt_tokens + need.output_tokens, MOST_CONTEXT))
     settings = [
-        ("decode", 1, context),
-        ("decode", need.batch, max(16, context // 2)),
-        ("decode", need.batch, context),
-        ("prefill", 1, max(16, prompt // 2)),
-        ("prefill", 1, max(16, prompt)),
-        ("prefill", prompts, max(16, prompt)),
+        (1, max(16, prompt // 2)),
+        (1, context),
+        (need.batch, max(16, prompt // 4)),
+        (need.batch, prompt),
     ]
     return tuple(dict.fromkeys(settings))
 
 
-def timed_layers(sizes: ModelSizes) -> tuple[int, ...]:
-    """Two numbers of layers: as many as fit MOST_BYTES, and a third of them."""
-    many = max(1, min(sizes.layers, MOST_BYTES // max(1, sizes.layer_bytes)))
-    few = max(1, round(many / 3))
-    return (few,) if few == many else (few, many)
+def timed_layers(sizes: ModelSizes) -> int:
+    """As many layers as MOST_BYTES hold: a share of them would fit caches that all do not."""
+    return max(1, min(sizes.layers, MOST_BYTES // max(1, sizes.layer_bytes)))
 
 
 def with_layers(sizes: ModelSizes, layers: int) -> ModelSizes:
@@ -60,17 +57,36 @@ def with_layers(sizes: ModelSizes, layers: int) -> ModelSizes:
     )
 
 
-def measurement_of(row: TimedRow) -> Measurement:
-    """A timing as a row of serving.cost_model.fit; `model` is its number of layers."""
-    layers, phase, batch, tokens, seconds = row
-    if phase == "prefill":
-        return Measurement(
-            seconds, batch, 1, prompt_tokens=batch * tokens, phase=phase, model=str(layers)
+def measurements_of(row: TimedRow) -> list[Measurement]:
+    """A timing as rows of serving.cost_model.fit: of the whole, and of the layers alone."""
+    phase, batch, prompt, whole_s, layers_s = row
+    found = []
+    for part, seconds in (("whole", whole_s), ("layers", layers_s)):
+        context = 0 if phase == "prefill" else batch * (prompt + 1 + STEPS // 2)
+        found.append(
+            Measurement(
+                seconds,
+                batch,
+                1,
+                prompt_tokens=batch * prompt,
+                context_tokens=context,
+                phase=phase,
+                model=part,
+            )
         )
-    context = batch * (tokens + 1)
-    return Measurement(
-        seconds, batch, STEPS, context_tokens=context, phase=phase, model=str(layers)
-    )
+    return found
+
+
+def all_measurements(rows: Sequence[TimedRow]) -> list[Measurement]:
+    """Every timing's rows; those of the need's own batch, the last of `timed_settings`, count more.
+
+    A prefill of few tokens is less efficient than the need's.
+    """
+    found = []
+    for row in rows:
+        is_needed = row[1:3] == rows[-1][1:3]
+        found += measurements_of(row) * (NEED_WEIGHT if is_needed else 1)
+    return found
 
 
 class RowCost:
@@ -78,35 +94,58 @@ class RowCost:
 
     def __init__(self, sizes: ModelSizes, device: Device):
         self.sizes, self.device = sizes, device
-        self.cluster = Cluster((device,), ((None,),))
 
     def __call__(self, row: Measurement, profile: Profile) -> float:
-        layers = int(row.model)
-        sizes = with_layers(self.sizes, layers)
-        cost = CostModel(sizes, self.cluster, [(0, layers)], profile)
+        sizes, device = self.sizes, self.device
+        rows = row.prompt_tokens if row.phase == "prefill" else row.batch
+        layer = cm.layer_seconds(sizes, device, profile, rows, row.context_tokens)
         if row.phase == "prefill":
-            return cost.prefill_s(row.prompt_tokens, row.batch)
-        return cost.decode_s(row.batch, row.context_tokens, row.output_tokens)
+            layer += cm.prefill_attention_seconds(sizes, device, profile, rows, row.batch)
+        total = sizes.layers * layer
+        if row.model == "whole":
+            total += cm.output_seconds(sizes, device, profile, row.batch)
+            total += cm.pass_seconds(profile, row.batch)
+        return total
+
+
+def with_speeds(sizes: ModelSizes, device: Device, rows: Sequence[TimedRow]) -> Device:
+    """The device with the bandwidth of its quickest decode step, and the flops of its best prefill.
+
+    Both as DATASHEET's passes have them.
+    """
+    steps, products = [], []
+    elements = sizes.layer_bytes / sizes.element_bytes
+    for phase, batch, prompt, _, layers_s in rows:
+        layer_s = layers_s / sizes.layers
+        if phase == "decode":
+            steps.append(max(layer_s - DATASHEET.layer_overhead_s, layer_s / 4))
+        else:
+            products.append(DATASHEET.compute_passes * 2 * elements * batch * prompt / layer_s)
+    bandwidth = DATASHEET.weight_passes * sizes.layer_bytes / min(steps)
+    return replace(device, bandwidth_bytes_s=bandwidth, flops_s=max(products))
 
 
 def fit_first(sizes: ModelSizes, device: Device, rows: Sequence[TimedRow]) -> Profile:
-    """The profile of a device's timings."""
-    measured = list(map(measurement_of, rows))
+    """The profile of a device's timings; the device is `with_speeds`."""
+    measured = all_measurements(rows)
     start = replace(DATASHEET, name="measured", device=asdict(device))
     cost = RowCost(sizes, device)
     profile = fit_profile(measured, start, FIT_PRIOR, cost)
     errors = np.array([cost(row, profile) / row.seconds - 1 for row in measured])
-    made = {"from": f"{len(rows)} timings of a few layers", "errors": summarize_errors(errors)}
+    made = {"from": f"{len(rows)} timings of the engine here", "errors": summarize_errors(errors)}
     return replace(profile, made=made)
 
 
 def fit_other(
     sizes: ModelSizes, device: Device, rows: Sequence[TimedRow], profile: Profile
 ) -> Device:
-    """The device with the bandwidth and flops that predict its timings best under the profile."""
+    """The device with the bandwidth and flops that predict its timings best under the profile.
+
+    Those of `with_speeds` are where the search begins.
+    """
     from scipy.optimize import least_squares
 
-    measured = list(map(measurement_of, rows))
+    measured = all_measurements(rows)
 
     def scaled(factors: np.ndarray) -> Device:
         bandwidth, flops = np.exp(factors)
