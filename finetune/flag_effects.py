@@ -105,7 +105,7 @@ def is_placed(c: Any) -> bool:
     return bool(c.deployer or c.num_gpus or c.devices or c.device_map)
 
 
-PLACED = Effect("--deployer, --num_gpus or --devices", lambda c: is_placed(c) and not c.device_map)
+PLACED = Effect("--deployer, --num_gpus, --devices or --device_map", is_placed)
 
 # Of every program with finetune.placing's flags.
 PLACING: dict[str, Effect] = {

@@ -138,8 +138,8 @@ def open_answerer(
     specs = list(plan.replicas)[:batches]
     if len(specs) < len(plan.replicas):
         print(
-            f"{work.prompts} prompts are {batches} batches of --batch_size {flags.batch_size}: "
-            f"{len(specs)} of {len(plan.replicas)} replicas are started",
+            f"{len(specs)} of {len(plan.replicas)} replicas are started, for there are no more "
+            f"batches: {work.prompts} prompts, --batch_size {flags.batch_size}",
             file=sys.stderr,
         )
     with OfflineReplicas(specs, flags, setup, settings) as replicas:

@@ -185,7 +185,7 @@ def answer_json(rows: list[Row], answers: list[str]) -> str:
 
 
 def own_columns(file: str) -> list[dict[str, str]]:
-    """{column: text} of every row of the tables that --file names; empty where not all are tables.
+    """{column: text} of every row of --file; empty where a row is more than columns of text.
 
     Columns of the names that the output has anyway are left out.
     """

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 if TYPE_CHECKING:
     from torch import nn
@@ -96,14 +96,14 @@ def answer_messages(lines: "queue.SimpleQueue[dict[str, Any]]", channel: BinaryI
         send(**error_message(error))
 
 
-def main() -> int:
+def main() -> NoReturn:
     lines: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     channel = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no message
     threading.Thread(target=queue_messages, args=(lines,), daemon=True).start()
     answer_messages(lines, channel)
-    return 0
+    os._exit(1)  # an ordinary end would wait for the thread that reads
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

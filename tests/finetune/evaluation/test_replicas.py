@@ -217,7 +217,7 @@ def test_fewer_batches_than_replicas_start_fewer(adapter, tmp_path, two, capfd):
     assert predict.main(words) == 0
     out, err = capfd.readouterr()
     assert len(out.splitlines()) == 2 and "replica 2" not in err
-    assert "2 prompts are 1 batches of --batch_size 2: 1 of 2 replicas are started" in err
+    assert "1 of 2 replicas are started, for there are no more batches: 2 prompts" in err
 
 
 def test_single_prompts_take_one_replica(adapter, two, monkeypatch, capfd):
@@ -288,7 +288,7 @@ def test_rows_of_like_predicted_answers_are_answered_together(adapter, tmp_path)
     [
         ("--num_gpus 2 --device 1", "--device needs a run without --deployer, --num_gpus"),
         ("--deployer helr --device_map auto", "a run without --device_map"),
-        ("--cluster c.json", "--cluster needs --deployer, --num_gpus or --devices"),
+        ("--cluster c.json", "--cluster needs --deployer, --num_gpus, --devices"),
         ("--deployer helr --measure", "--measure needs --deployer morphling"),
         ("--deployer morphling --measure_s 5", "--measure_s needs --measure"),
     ],
@@ -325,6 +325,25 @@ def test_under_a_launcher_one_rank_goes_on(monkeypatch, capsys):
             assert single_start(given) == ["--file", "x", "--num_gpus", "2"]
             assert "WORLD_SIZE" not in os.environ and single_start(["--prompt", "x"])
             assert "without a launcher it is --num_gpus 2" in capsys.readouterr().err
+
+
+def test_a_deployers_replicas_answer(adapter, tmp_path, capfd):
+    """From the flags to the answers: the placement is printed, and what it took beside it."""
+    device = {"memory_bytes": 2**33, "bandwidth_bytes_s": 1e10, "flops_s": 1e11, "kind": "cpu"}
+    devices = [device | {"name": "cpu", "reserved_bytes": 0, "threads": 1}] * 2
+    cluster = tmp_path / "cluster.json"
+    cluster.write_text(json.dumps({"devices": devices}))
+    file = write_rows(tmp_path / "rows.json", make_rows(8))
+    words = ["--model_path", str(adapter), *ASK, "--file", str(file), "--output"]
+    assert predict.main([*words, str(tmp_path / "one"), "--device", "cpu"]) == 0
+    placed = ["--num_gpus", "2", "--deployer", "helr", "--cluster", str(cluster)]
+    assert predict.main([*words, str(tmp_path / "two"), *placed]) == 0
+    assert (tmp_path / "two").read_bytes() == (tmp_path / "one").read_bytes()
+    err = capfd.readouterr().err
+    assert "helr: 2 layers on 1 of 2 device(s), 2 replica(s)" in err
+    found = re.search(r"weights ([\d.]+) MiB on cpu \(predicted ([\d.]+)\)", err)
+    taken, predicted = map(float, found.groups())
+    assert predicted == pytest.approx(taken, rel=0.25) and err.count(" (predicted ") == 4
 
 
 @pytest.mark.launch
