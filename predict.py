@@ -5,6 +5,7 @@
 import sys
 
 from finetune.evaluation.predict import build_parser, main
+from finetune.launched import single_start
 
 EXAMPLE = (
     '你现在是一个信息抽取模型，请你帮我抽取出关系内容为"性能故障", "部件故障", '
@@ -14,7 +15,7 @@ EXAMPLE = (
 )
 
 if __name__ == "__main__":
-    flags = sys.argv[1:]
+    flags = single_start(None)
     given = {flag.split("=")[0] for flag in flags}
     flags += [] if "--model_path" in given else ["--model_path", "output_dir/"]
     known, _ = build_parser().parse_known_args(flags)

@@ -99,21 +99,50 @@ SAMPLING = Effect("--do_sample", lambda c: bool(c.do_sample))
 FILE = Effect("--file", lambda c: bool(c.file))
 TEST_PATH = Effect("--test_path", lambda c: bool(c.test_path))
 
+
+def is_placed(c: Any) -> bool:
+    """Whether flags ask for a placement; as PlacementFlags.is_placed, of any configuration."""
+    return bool(c.deployer or c.num_gpus or c.devices or c.device_map)
+
+
+PLACED = Effect("--deployer, --num_gpus, --devices or --device_map", is_placed)
+
+# Of every program with finetune.placing's flags.
+PLACING: dict[str, Effect] = {
+    "device": Effect(
+        "a run without --deployer, --num_gpus, --devices and --device_map",
+        lambda c: not is_placed(c),
+    ),
+    "deployer": Effect("a run without --device_map", lambda c: not c.device_map),
+    **dict.fromkeys(("cluster", "profile"), PLACED),
+    "measure": Effect("--deployer morphling", lambda c: c.deployer == "morphling"),
+    "measure_s": Effect("--measure", lambda c: c.measure),
+}
+
 # Of finetune.predict.
 PREDICTING: dict[str, Effect] = {
+    **PLACING,
     **dict.fromkeys(("top_p", "temperature", "seed"), SAMPLING),
     "max_length": Effect("a run without --max_new_tokens", lambda c: not c.max_new_tokens),
     **dict.fromkeys(("batch_size", "output", "prompt_text", "data_format", "columns"), FILE),
+    "predictor": FILE,
 }
 
 # Of finetune.evaluate.
 EVALUATING: dict[str, Effect] = {
+    **PLACING,
     **dict.fromkeys(("top_p", "temperature", "seed"), SAMPLING),
     "max_length": PREDICTING["max_length"],
     "num_answers": Effect(
         "--test_path and --do_sample", lambda c: bool(c.test_path and c.do_sample)
     ),
-    "predictions": TEST_PATH,
+    **dict.fromkeys(("predictions", "predictor"), TEST_PATH),
+    # --probe compares two models, one after the other, on one device.
+    **dict.fromkeys(("num_gpus", "devices", "device_map"), TEST_PATH),
+    "deployer": Effect(
+        "--test_path, and a run without --device_map",
+        lambda c: bool(c.test_path and not c.device_map),
+    ),
     "f1_denominator": Effect(
         "--test_path and --metrics triple_f1",
         lambda c: bool(c.test_path) and (not c.metrics or "f1" in c.metrics),

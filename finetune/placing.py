@@ -46,11 +46,27 @@ class ReplicaSpec:
     device_map: dict[str, int | str] | None = None
 
 
+class StageFigures(Protocol):
+    """What is predicted of one stage: bytes, and seconds of a batch's prefill and of one step."""
+
+    @property
+    def weight_bytes(self) -> int: ...
+
+    @property
+    def prefill_s(self) -> float: ...
+
+    @property
+    def decode_s(self) -> float: ...
+
+
 class ReplicaPlan(Protocol):
-    """What a planner makes of the flags."""
+    """What a planner makes of the flags; `stages` are those of one replica."""
 
     @property
     def replicas(self) -> Sequence[ReplicaSpec]: ...
+
+    @property
+    def stages(self) -> Sequence[StageFigures]: ...
 
     def describe(self) -> str:
         """The placement with its predicted seconds and bytes, as text."""

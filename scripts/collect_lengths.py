@@ -16,32 +16,42 @@ import hashlib
 import json
 import os
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from chatglm.commands import Parser, run_command  # noqa: E402
-from chatglm.families import family_of  # noqa: E402
 from finetune.config import parse_positive  # noqa: E402
-from finetune.evaluation.predict import (  # noqa: E402
+from finetune.evaluation.answering import (  # noqa: E402
+    AnsweredBatches,
+    Answerer,
+    measure_prompts,
+    open_answerer,
+    predict_lengths,
+    with_progress,
+)
+from finetune.evaluation.generation import (  # noqa: E402
+    AnswerOptions,
+    PromptBatch,
+    encode_prompts,
+    longest_first,
+    make_batches,
+)
+from finetune.evaluation.inference import (  # noqa: E402
     InferenceFlags,
     add_model_flags,
-    generate_batch,
-    load_for_inference,
+    prepare_inference,
 )
 from finetune.files import writing  # noqa: E402
+from finetune.flag_effects import PLACING, check_given  # noqa: E402
+from finetune.launched import single_start  # noqa: E402
 from finetune.rows.formats import BadRow  # noqa: E402
 from finetune.rows.sources import read_json_items  # noqa: E402
 from predictor.labels import parse_prompt, served_name  # noqa: E402
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
     from chatglm.family_tokenizer import FamilyTokenizer
 
 OPENING = b'{"prompt": '  # of every line written here
@@ -53,41 +63,6 @@ class Question(NamedTuple):
     prompt: str
     ids: list[int]
     sample: int
-
-
-class RowDraws:
-    """A logits processor after which the likeliest token is a sample, each row's from a generator
-    of its own.
-
-    The maximum of logits plus Gumbel noise is a sample of their softmax. generate() draws for a
-    whole batch from one generator, so that an answer would depend on its neighbours; here it does
-    only as far as padding changes rounding.
-
-    Args:
-        seeds: of each row, below 2**63.
-    """
-
-    def __init__(
-        self, seeds: list[int], temperature: float, top_p: float, device: "torch.device"
-    ) -> None:
-        import torch
-        from transformers import TemperatureLogitsWarper, TopPLogitsWarper
-
-        self.warpers = [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)]
-        self.generators = []
-        for seed in seeds:
-            self.generators.append(torch.Generator(device).manual_seed(seed))
-
-    def __call__(self, input_ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
-        import torch
-
-        scores = scores.float()
-        for warper in self.warpers:
-            scores = warper(input_ids, scores)
-        noise = torch.empty_like(scores)
-        for row, generator in zip(noise, self.generators):
-            row.exponential_(generator=generator)
-        return scores - noise.clamp_min(1e-30).log()
 
 
 def row_seed(seed: int, prompt: str, sample: int) -> int:
@@ -110,20 +85,6 @@ def read_prompts(path: str, limit: int | None) -> list[str]:
     if not found:
         raise BadRow(f"{path}: no rows")
     return list(found)
-
-
-def fingerprint(model: "PreTrainedModel") -> str:
-    """16 digits over names, shapes and 16 values of every weight, an adapter's too; half-precision
-    copies agree.
-    """
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in model.named_parameters():
-        flat = tensor.detach().flatten()
-        values = flat[:: max(1, flat.numel() // 16)][:16].half().to(torch.bfloat16).float().cpu()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def read_done(path: Path, made_with: dict) -> tuple[set[tuple[str, int]], int]:
@@ -162,98 +123,67 @@ def open_to_append(path: Path) -> BinaryIO:
 
 
 def encode_questions(
-    tokenizer: "FamilyTokenizer",
-    prompts: list[str],
-    samples: int,
-    max_src_len: int,
-    done: set[tuple[str, int]],
+    tokenizer: "FamilyTokenizer", prompts: list[str], samples: int, max_src_len: int
 ) -> list[Question]:
-    """What is not yet done, longest prompts first: what needs most memory comes first."""
-    family = family_of(tokenizer)
+    """All questions, in the order of the prompts."""
     questions: list[Question] = []
     cut = 0
-    for prompt in prompts:
-        encoded = family.encode_prompt(tokenizer, prompt, max_src_len)
+    for prompt, encoded in zip(prompts, encode_prompts(tokenizer, prompts, max_src_len)):
         cut += encoded.truncated
         for sample in range(samples):
-            if (prompt, sample) not in done:
-                questions.append(Question(prompt, encoded.input_ids, sample))
+            questions.append(Question(prompt, encoded.input_ids, sample))
     if cut:
         print(
             f"{cut} of {len(prompts)} prompts are longer than --max_src_len {max_src_len} "
             "and asked cut",
             flush=True,
         )
-    questions.sort(key=lambda question: -len(question.ids))
     return questions
 
 
-class Answers:
-    """A model's answers to questions, greedy or sampled with a seed of each question.
-
-    Args:
-        options: of generate(). sampling: temperature and top_p; empty for greedy answers.
-    """
-
-    def __init__(
-        self,
-        model: "PreTrainedModel",
-        tokenizer: "FamilyTokenizer",
-        options: dict[str, Any],
-        sampling: dict[str, float],
-        seed: int,
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.options = options
-        self.sampling = sampling
-        self.seed = seed
-
-    def answer(self, batch: list[Question]) -> Iterator[tuple[Question, list[int], bool]]:
-        """(question, ids of its answer, whether the end token came)."""
-        options = dict(self.options)
-        if self.sampling:
-            seeds = []
-            for question in batch:
-                seeds.append(row_seed(self.seed, question.prompt, question.sample))
-            draws = RowDraws(seeds, **self.sampling, device=self.model.device)
-            options["logits_processor"] = [draws]
-        prompts = [question.ids for question in batch]
-        answers = generate_batch(self.model, self.tokenizer, prompts, **options)
-        for question, (ids, ended) in zip(batch, answers):
-            yield question, ids, ended
+def question_batches(
+    questions: list[Question], batch_size: int, seed: int | None
+) -> list[PromptBatch]:
+    """Questions in batches; with a seed each question is sampled with one of its own."""
+    encoded = [question.ids for question in questions]
+    batches = make_batches(encoded, range(len(questions)), batch_size)
+    if seed is None:
+        return batches
+    seeded = []
+    for batch in batches:
+        seeds = []
+        for i in batch.numbers:
+            seeds.append(row_seed(seed, questions[i].prompt, questions[i].sample))
+        seeded.append(replace(batch, row_seeds=seeds))
+    return seeded
 
 
 def write_answers(
-    answers: Answers,
+    answered: AnsweredBatches,
     questions: list[Question],
     file: BinaryIO,
     row_end: dict[str, Any],
-    batch_size: int,
-    keep_answers: bool,
+    tokenizer: "FamilyTokenizer | None",
 ) -> tuple[int, int]:
-    """Append a line for each answer, batch by batch; returns (tokens, unfinished answers)."""
-    from tqdm import tqdm
+    """Append a line for each answer, batch by batch; returns (tokens, unfinished answers).
 
+    Args:
+        tokenizer: decodes the answers, which the lines then have; None leaves them out.
+    """
     tokens = unfinished = 0
-    start = time.monotonic()
-    with tqdm(total=len(questions), desc="answering", unit="answer") as bar:
-        for first in range(0, len(questions), batch_size):
-            batch = questions[first : first + batch_size]
-            lines = []
-            for question, ids, ended in answers.answer(batch):
-                row = {"prompt": question.prompt, "output_tokens": len(ids), "finished": ended}
-                row |= {"sample": question.sample, **row_end}
-                if keep_answers:
-                    row["answer"] = answers.tokenizer.decode(ids, skip_special_tokens=True)
-                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-                tokens += len(ids)
-                unfinished += not ended
-            file.write("".join(lines).encode())
-            file.flush()
-            rate = tokens / (time.monotonic() - start)
-            bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
-            bar.update(len(batch))
+    for batch, answers in with_progress(answered, len(questions)):
+        lines = []
+        for i, (ids, ended) in zip(batch.numbers, answers):
+            question = questions[i]
+            row = {"prompt": question.prompt, "output_tokens": len(ids), "finished": ended}
+            row |= {"sample": question.sample, **row_end}
+            if tokenizer:
+                row["answer"] = tokenizer.decode(ids, skip_special_tokens=True)
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+            tokens += len(ids)
+            unfinished += not ended
+        file.write("".join(lines).encode())
+        file.flush()
     os.fsync(file.fileno())
     return tokens, unfinished
 
@@ -273,31 +203,61 @@ class CollectionFlags(InferenceFlags):
 def collect(flags: CollectionFlags) -> str:
     """Ask what is not yet in the output; returns a line on what was done."""
     prompts = read_prompts(flags.prompts, flags.limit)
-    model, tokenizer, max_src_len, options = load_for_inference(flags)
+    setup = prepare_inference(flags)
+    options = dict(setup.options)
     sampling = {}
     if options.pop("do_sample"):
         sampling = {"temperature": flags.temperature, "top_p": flags.top_p}
     for name in ("temperature", "top_p"):
         options.pop(name, None)  # RowDraws samples instead
-    settings = {
-        "weights": fingerprint(model),
-        "max_src_len": max_src_len,
-        "max_new_tokens": flags.max_new_tokens,
-        **sampling,
-    }
+    questions = encode_questions(setup.tokenizer, prompts, flags.samples, setup.max_src_len)
+    encoded = [question.ids for question in questions]
+    predicted: list[float] = []
+    if flags.predictor:
+        asked = [question.prompt for question in questions]
+        predicted = predict_lengths(flags.predictor, asked, setup.tokenizer.name_or_path)
+    questions = [questions[i] for i in longest_first(encoded, predicted)]
+    work = measure_prompts(encoded, predicted, flags)
+    with open_answerer(flags, setup, AnswerOptions(options, sampling), work) as answerer:
+        settings = {
+            "weights": answerer.fingerprint(),
+            "max_src_len": setup.max_src_len,
+            "max_new_tokens": flags.max_new_tokens,
+            **sampling,
+        }
+        return ask(flags, questions, answerer, settings, setup.tokenizer)
+
+
+def ask(
+    flags: CollectionFlags,
+    questions: list[Question],
+    answerer: Answerer,
+    settings: dict[str, Any],
+    tokenizer: "FamilyTokenizer",
+) -> str:
+    """Ask those of the questions that are not yet in the output; returns a line on what was done.
+
+    Args:
+        settings: of answers, which all lines of a file share.
+    """
+    seed = flags.seed if flags.do_sample else None
     row_end: dict[str, Any] = {
         "served_model": flags.served_model or served_name(flags.model_path),
-        "seed": flags.seed if sampling else None,
+        "seed": seed,
     }
     output = Path(flags.output)
     done, whole = read_done(output, row_end | settings)
-    questions = encode_questions(tokenizer, prompts, flags.samples, max_src_len, done)
-    answers = Answers(model, tokenizer, options, sampling, flags.seed)
+    questions = [q for q in questions if (q.prompt, q.sample) not in done]
+    batches = question_batches(questions, flags.batch_size, seed)
     row_end |= {"settings": settings}
     with writing(output), open_to_append(output) as file:
         file.truncate(whole)
         tokens, unfinished = write_answers(
-            answers, questions, file, row_end, flags.batch_size, flags.keep_answers
+            answerer.answers(batches),
+            questions,
+            file,
+            row_end,
+            tokenizer if flags.keep_answers else None,
         )
     there = f"; {len(done)} were there" if done else ""
     cut = f"{unfinished} cut at --max_new_tokens {flags.max_new_tokens}"
@@ -343,7 +303,8 @@ def build_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(single_start(argv))
+    check_given(parser, vars(args), PLACING)
     if args.samples > 1 and not args.do_sample:
         parser.error(
             f"--samples {args.samples} without --do_sample would be the same answer "

@@ -83,6 +83,7 @@ HERE = {  # file -> the test of this file that runs it
     "benchmarks/grammar_cost.py": "test_grammar_cost",
     "benchmarks/kill9.py": "test_kill9",
     "benchmarks/method_matrix.py": "test_method_matrix",
+    "benchmarks/offline.py": "test_offline",
     "benchmarks/predictor.py": "test_predictor_benchmark",
     "benchmarks/prefix_sharing.py": "test_prefix_sharing",
     "benchmarks/replicas.py": "test_replicas",
@@ -270,6 +271,13 @@ def test_prefix_sharing(tmp_path):
     found = json.loads((tmp_path / "out.json").read_text())
     copied = {name: figures["copied_tokens"] for name, figures in found.items()}
     assert copied == {"off": [0], "on": [3 * 64], "kept": [4 * 64]}, done.stdout
+
+
+def test_offline(tmp_path):
+    done = run("benchmarks/offline.py", "--quick", "--json", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    steps = {name: runs[0]["steps"] for name, runs in found.items()}
+    assert steps["one"] == steps["two"] > steps["predicted"] == steps["both"], done.stdout
 
 
 def test_serving_engine(tmp_path):

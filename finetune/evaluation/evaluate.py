@@ -9,11 +9,9 @@ python -m finetune.evaluate --model_path output-glm2-lora/epoch-2-step-180 \\
 """
 
 import argparse
-import hashlib
 import json
 import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chatglm.commands import Parser, run_command
 from finetune.config import parse_positive
+from finetune.evaluation.answering import KeptAnswers, answer_prompts
 from finetune.evaluation.metrics import (
     GROUPS,
     METRICS,
@@ -34,13 +33,12 @@ from finetune.evaluation.predict import (
     RowReadingFlags,
     add_model_flags,
     add_row_flags,
-    answers_by_batch,
     generate_answers,
-    load_for_inference,
     reader_of,
 )
-from finetune.files import write_aside, write_json
+from finetune.files import write_json
 from finetune.flag_effects import EVALUATING, check_given
+from finetune.launched import single_start
 from finetune.out_of_memory import explained, inference_advice
 from finetune.record import print_columns
 from finetune.rows.arrays import Dataset
@@ -135,61 +133,6 @@ def prediction_lines(
     return "".join(lines)
 
 
-class KeptAnswers:
-    """Answers on disk while they are generated, so that an interrupted evaluation resumes.
-
-    They stand beside the file that they are for. The first line says what the answers depend on;
-    where that has changed, they are discarded.
-    """
-
-    def __init__(self, final: Path, depends_on: dict[str, Any]):
-        self.final = final
-        self.path = final.with_name(f".{final.name}.partial")
-        header = json.dumps(depends_on, ensure_ascii=False, sort_keys=True)
-        lines: list[str] = []
-        if self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
-        # What follows the last line's end was not written whole.
-        whole = lines[1:-1] if lines[:1] == [header] else []
-        self.found: dict[int, str] = dict(map(json.loads, whole))
-        write_aside(self.path, "".join(line + "\n" for line in [header, *whole]))
-        self.file = open(self.path, "a", encoding="utf-8")
-
-    def add(self, batch: dict[int, str]) -> None:
-        """Keep the answers of a batch, by the numbers of their prompts."""
-        self.found |= batch
-        for i, answer in batch.items():
-            self.file.write(json.dumps([i, answer], ensure_ascii=False) + "\n")
-        self.file.flush()
-
-    def replace_by(self, text: str) -> None:
-        """Write the final file, then remove the kept answers."""
-        write_aside(self.final, text)
-        self.file.close()
-        self.path.unlink()
-
-
-def dependencies(
-    flags: AnswerEvaluationFlags, prompts: list[str], options: dict[str, Any]
-) -> dict[str, Any]:
-    """What answers depend on: the model's files and how they are loaded, the prompts, and the
-    options of generation."""
-    stamps = []
-    for path in sorted(Path(flags.model_path).iterdir()):
-        if path.suffix in (".safetensors", ".bin"):
-            stamps.append([path.name, path.stat().st_size, path.stat().st_mtime_ns])
-    return {
-        "model": stamps,
-        "base_model": flags.base_model,
-        "mode": flags.mode,
-        "precision": flags.precision,
-        "quantization_bit": flags.quantization_bit,
-        "keep_quantized": flags.keep_quantized,
-        "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
-        "options": options,
-    }
-
-
 def evaluate_rows(flags: AnswerEvaluationFlags) -> None:
     """Answer --test_path's rows, score the answers, print and write the results."""
     names = parse_metrics(flags.metrics or "triple_f1")
@@ -230,27 +173,13 @@ class Answered(NamedTuple):
 def answer_questions(flags: AnswerEvaluationFlags, rows: list[Row]) -> Answered:
     """The answers to rows; those that an interrupted command has kept are not generated again."""
     n = flags.num_answers
-    model, tokenizer, max_src_len, options = load_for_inference(flags)
-    options |= {"batch_size": flags.batch_size, "max_src_len": max_src_len, "seed": flags.seed}
     prompts = []
     for row in rows:
         prompts += [row.prompt] * n
-    kept = None
-    if flags.predictions:
-        kept = KeptAnswers(Path(flags.predictions), dependencies(flags, prompts, options))
-    by_number = dict(kept.found) if kept else {}
-    if by_number:
-        print(f"{len(by_number)} of {len(prompts)} answers are there from before", flush=True)
-    started = time.perf_counter()
-    done = set(by_number)
-    for batch in answers_by_batch(model, tokenizer, prompts, progress=True, done=done, **options):
-        by_number |= batch
-        if kept:
-            kept.add(batch)
-    seconds = time.perf_counter() - started
-    in_order = [by_number[i] for i in range(len(prompts))]
-    answers = [in_order[start : start + n] for start in range(0, len(prompts), n)]
-    return Answered(answers, seconds, kept)
+    file = Path(flags.predictions) if flags.predictions else None
+    found = answer_prompts(flags, prompts, file)
+    answers = [found.answers[start : start + n] for start in range(0, len(prompts), n)]
+    return Answered(answers, found.seconds, found.kept)
 
 
 def print_scores(result: dict[str, Any], num_answers: int) -> None:
@@ -354,7 +283,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(single_start(argv))
     check_given(parser, vars(args), EVALUATING)
     if args.num_answers > 1 and not args.do_sample:
         parser.error("--num_answers needs --do_sample: the likeliest answer is always the same")

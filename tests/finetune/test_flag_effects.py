@@ -6,7 +6,7 @@ import pytest
 
 from finetune.config import TrainConfig, flags_of, parse_config
 from finetune.evaluation import evaluate, predict
-from finetune.flag_effects import ESTIMATING, EVALUATING, PREDICTING
+from finetune.flag_effects import ESTIMATING, EVALUATING, PLACING, PREDICTING
 from finetune.memory import command as memory
 from predictor.config import PredictorConfig
 
@@ -292,12 +292,14 @@ def test_t10_every_flag_of_the_other_commands():
         "verify",
     }
 
+    placing = {"num_gpus", "devices", "device_map"}
+
     def names(parser: argparse.ArgumentParser) -> set[str]:
         return vars(parser.parse_args(["--model_path", "m"])).keys() | {"help"}
 
     assert (
         names(predict.build_parser())
-        == loading | {"prompt", "file", "interactive"} | PREDICTING.keys()
+        == loading | placing | {"prompt", "file", "interactive"} | PREDICTING.keys()
     )
     found = vars(memory.build_parser().parse_args([])).keys()
     assert found == ESTIMATING.keys() | {"compare_seeds", "table", "json"}
@@ -311,4 +313,4 @@ def test_t10_every_flag_of_the_other_commands():
         "test_path",
         "probe",
     }
-    assert not EVALUATING.keys() & (loading | rows)
+    assert not EVALUATING.keys() & ((loading | rows) - PLACING.keys())

@@ -2,15 +2,20 @@
 
 import json
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import TopPLogitsWarper
 
 from chatglm import load_model, load_tokenizer
-from finetune.evaluation.predict import generate_answers
+from finetune.evaluation import answering
+from finetune.evaluation.generation import RowDraws, generate_answers
+from finetune.placing import ReplicaSpec, StageSpec
 from predictor.labels import name_warning, read_examples, served_name
-from scripts.collect_lengths import RowDraws, main
+from scripts.collect_lengths import main
+from tests.warm import warm_python
 
 WORDS = ["你好", "世界", "今天", "天气", "很", "好", "hello", "world", "a", "b", "c"]
 PROMPTS = [" ".join((WORDS * 2)[n : n + 1 + n % 5]) for n in range(11)]
@@ -270,3 +275,24 @@ def test_wrong_flags(collect, capsys, more, said):
     with pytest.raises(SystemExit) as stop:
         collect(*more)
     assert stop.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("more", [[], [*SAMPLED, "--samples", "2"]], ids=["greedy", "sampled"])
+def test_lines_of_two_replicas_are_those_of_one_process(collect, tmp_path, monkeypatch, more):
+    """In any order; a stopped collection goes on, by more processes or fewer."""
+    replicas = (ReplicaSpec((StageSpec("cpu", 0, 1, 1),)),) * 2
+    plan = SimpleNamespace(replicas=replicas, stages=(), describe=lambda: "by hand")
+    monkeypatch.setattr(answering, "plan_replicas", lambda *_, **__: plan)
+    monkeypatch.setattr(sys, "executable", warm_python())
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    whole = rows_of(collect(*more, output="whole.jsonl")[1])
+    # `collect` gives --device, of which a placement takes no notice where it is the default.
+    placed = ["--device", "0", "--num_gpus", 2]
+    code, content = collect(*more, *placed, output="placed.jsonl")
+    assert code == 0 and in_order(rows_of(content)) == in_order(whole)
+    lines = content.splitlines(keepends=True)
+    (tmp_path / "lengths.jsonl").write_bytes(b"".join(lines[3:8]) + lines[0][:20])
+    again = collect(*more, *placed)[1]
+    assert again.startswith(b"".join(lines[3:8])) and in_order(rows_of(again)) == in_order(whole)
+    (tmp_path / "lengths.jsonl").write_bytes(b"".join(lines[5:]))
+    assert in_order(rows_of(collect(*more)[1])) == in_order(whole)

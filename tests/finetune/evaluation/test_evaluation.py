@@ -9,7 +9,7 @@ import torch
 
 from chatglm import load_model, load_tokenizer
 from chatglm.families import FAMILIES
-from finetune.evaluation import evaluate, predict
+from finetune.evaluation import answering, evaluate, predict
 from finetune.evaluation.probe import base_of
 from tests.finetune.runs import make_rows, write_rows
 
@@ -143,6 +143,7 @@ def test_kept_answers_of_another_command_are_not_used(adapter, rows, tmp_path, m
         {"quantization_bit": 4},
         {"keep_quantized": True},
         {"mode": "glm3"},
+        {"prompt_style": "raw"},
     ],
 )
 def test_kept_answers_depend_on_how_the_model_is_loaded(tmp_path, changed):
@@ -150,12 +151,13 @@ def test_kept_answers_depend_on_how_the_model_is_loaded(tmp_path, changed):
         "model_path": str(tmp_path),
         "base_model": None,
         "mode": None,
+        "prompt_style": None,
         "precision": "fp32",
         "quantization_bit": None,
         "keep_quantized": False,
     }
     depends = [
-        evaluate.dependencies(argparse.Namespace(**args | more), ["x"], {})
+        answering.dependencies(argparse.Namespace(**args | more), ["x"], {})
         for more in ({}, {}, changed)
     ]
     assert depends[0] == depends[1] != depends[2]
