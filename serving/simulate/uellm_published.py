@@ -175,6 +175,18 @@ def exact_prediction(tokens: int) -> LengthPrediction:
     return from_bins(np.array([1e-9, 1.0]), np.array([0.0, tokens - 0.5, tokens + 0.5]))
 
 
+def dealt_objectives(count: int, rng: np.random.Generator) -> np.ndarray:
+    """(count,) whole seconds, drawn by place as UELLM's dataset/deal.py draws them.
+
+    The first 100 in five ranges of 20 places each, from 220 to 250 s down to 90 to 100 s; all
+    others from 150 to 300 s.
+    """
+    ranges = [(220, 250), (180, 220), (150, 180), (100, 120), (90, 100)]
+    ranges += [(150, 300)] * (count // 20)
+    drawn = [rng.integers(low, high + 1, 20) for low, high in ranges]
+    return np.concatenate(drawn)[:count].astype(float)
+
+
 def published_workload(recorded: RecordedAnswers, count: int, seed: int) -> Workload:
     """The paper's requests, all at time 0.
 
@@ -184,10 +196,7 @@ def published_workload(recorded: RecordedAnswers, count: int, seed: int) -> Work
     """
     rng = np.random.default_rng(seed)
     which = np.arange(count) % len(recorded.prompts)
-    ranges = [(220, 250), (180, 220), (150, 180), (100, 120), (90, 100)]
-    ranges += [(150, 300)] * (count // 20)
-    drawn = [rng.integers(low, high + 1, 20) for low, high in ranges]
-    slo_s = np.concatenate(drawn)[:count].astype(float)
+    slo_s = dealt_objectives(count, rng)
     lengths, index = np.unique(recorded.reference[which], return_inverse=True)
     predictions = tuple(map(exact_prediction, lengths.tolist()))
     answers = recorded.answers[which, rng.integers(0, 3, count)]
