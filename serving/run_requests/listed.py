@@ -83,9 +83,10 @@ def seconds_of(item: dict, keys: Sequence[str], place: str) -> float | None:
         value = item.get(key)
         if is_missing(value):
             continue
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (is_number and 0 <= value < math.inf):
-            raise BadRow(f'{place}: "{key}" must be seconds, at least 0, got {shorten(value)}')
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise BadRow(f'{place}: "{key}" must be seconds, a number, got {shorten(value)}')
+        if not 0 <= value < math.inf:
+            raise BadRow(f'{place}: "{key}" must be seconds, at least 0, got {value}')
         return float(value)
     return None
 

@@ -3,6 +3,7 @@
 Free of torch. What answers is an AnswerBackend: an engine of this process, or several replicas.
 """
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from serving.request import Completion, Event, Record, Request
 from serving.simulate.statistics import Collector
 
 POLL_S = 0.5  # how soon a failed backend is noticed
+SETTLED = 10  # times POLL_S in which no event follows the end of the last answer
 STOP_S = 30.0  # what the last step may take after Ctrl-C
 
 Predict = Callable[[list[str]], list[LengthPrediction]]
@@ -83,9 +85,24 @@ class RunRecord:
     zero_s: float = 0.0
     total_s: float = 0.0
     _running: dict[int, tuple[Admission, int]] = field(default_factory=dict)
+    _changed: threading.Condition = field(default_factory=threading.Condition)
 
     def __call__(self, event: Event) -> None:
         """Record an event; the backend calls it in one thread."""
+        with self._changed:
+            self._take(event)
+            self._changed.notify_all()
+
+    def wait_for_more(self, seen: int, timeout_s: float) -> int:
+        """How many requests have ended: more than `seen`, or what there are after the timeout."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended() > seen, timeout_s)
+            return self._ended()
+
+    def _ended(self) -> int:
+        return len(self.completions) + len(self.refused)
+
+    def _take(self, event: Event) -> None:
         self.collector(event)
         what = event.what
         if event.kind == "refused":
@@ -160,15 +177,31 @@ def run_list(
             if not started:
                 backend.start(record, lambda: None)
                 started = True
-        for answer in answers:
-            while not answer.wait(POLL_S):
-                check_alive(backend)
-            on_answer()
-        check_alive(backend)
+        await_answers(backend, answers, record, on_answer)
         record.total_s = backend.clock.now_s() - record.zero_s
     finally:
         backend.stop(STOP_S)
     return record
+
+
+def await_answers(
+    backend: AnswerBackend,
+    answers: Sequence[Answer],
+    record: RunRecord,
+    on_answer: Callable[[], object],
+) -> None:
+    """Wait until the record has every answer's end. Raises RuntimeError as `run_list`."""
+    seen = quiet = 0
+    while seen < len(answers) and quiet < SETTLED:
+        ended = record.wait_for_more(seen, POLL_S)
+        for _ in range(ended - seen):
+            on_answer()
+        if ended == seen:
+            check_alive(backend)
+            # An answer that was lost with its replica has no event of its end.
+            quiet += all(answer.reason is not None for answer in answers)
+        seen = ended
+    check_alive(backend)
 
 
 def requests_due(
