@@ -1,7 +1,8 @@
 """The user's list of requests: its rows, their objectives and their arrival times.
 
 A row is an object as in UELLM's data sets (dataset/deal.py of its repository):
-{"instruction", "input"?, "output"?, "SLO"?, "arrival"?, "length"?}.
+{"instruction", "input"?, "output"?, "SLO"?, "arrival"?, "length"?}; "prompt" may stand in place of
+the first two.
 """
 
 import math
@@ -24,7 +25,7 @@ class ListedRow:
 
     Attributes:
         place: "file:line", for messages.
-        prompt: instruction and input, with nothing between.
+        prompt: instruction and input, with nothing between; or the row's "prompt".
         slo_s: seconds from its arrival to its whole answer; None where the row says none.
         arrival_s: seconds from the start; None where the row says none.
         length: expected tokens of its answer: the row's "length", else a whole number in "output",
@@ -60,7 +61,7 @@ def read_request_list(path: str | Path) -> list[ListedRow]:
 def listed_row(item: dict, place: str) -> ListedRow:
     """The row of a JSON object. Raises BadRow."""
     texts = []
-    for key in ("instruction", "input"):
+    for key in ("prompt", "instruction", "input"):
         text = item.get(key)
         if is_missing(text):
             text = ""

@@ -80,7 +80,7 @@ def test_rows_of_uellm_and_of_our_own(tmp_path):
     assert second == ListedRow(f"{path}[1]", "c", None, 1.5, None)
     assert third == ListedRow(f"{path}[2]", "d", None, None, 9)
     lines = tmp_path / "rows.jsonl"
-    lines.write_text('{"instruction": "a"}\n{"instruction": "b", "slo_s": 2}\n')
+    lines.write_text('{"instruction": "a"}\n{"prompt": "b", "slo_s": 2}\n')
     assert [row.slo_s for row in read_request_list(lines)] == [None, 2.0]
 
 
