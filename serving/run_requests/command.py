@@ -11,6 +11,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from finetune.out_of_memory import explained, memory_there
 from predictor.pictures import new_figure
 from serving.cost_model.model import read_profile
 from serving.engines import Sampling, make_engine
-from serving.engines.runner import AnswerBackend, EngineRunner
+from serving.engines.runner import AnswerBackend
 from serving.engines.served_cost import served_cost_model
 from serving.policies.continuous import POLICIES
 from serving.request import Limits, Policy
@@ -38,7 +39,7 @@ from serving.run_requests.listed import (
     read_request_list,
 )
 from serving.run_requests.pictures import draw_policy_runs
-from serving.run_requests.runs import PreparedRequest, run_list
+from serving.run_requests.runs import PreparedRequest, run_list, running_engine
 from serving.simulate.experiment_common import print_markdown
 from serving.simulate.uellm_published import exact_prediction
 
@@ -53,7 +54,9 @@ RUNNABLE = [name for name in POLICIES if "oracle" not in name]
 ANY_LENGTH = 1 << 30  # tokens: prompts are not truncated, but refused where they are too long
 WARM_TOKENS = 4
 
-MakeBackend = Callable[[str], AnswerBackend]  # policy's name -> what answers by it
+# Policy's name -> what answers by it, for one run. Replicas would be opened once, and change their
+# policy here.
+OpenBackend = Callable[[str], AbstractContextManager[AnswerBackend]]
 
 
 @dataclass(frozen=True)
@@ -244,7 +247,7 @@ def memory_advice(flags: ListRunFlags) -> str:
     )
 
 
-def warm_up(make_backend: MakeBackend, requests: Sequence[PreparedRequest]) -> None:
+def warm_up(open_backend: OpenBackend, requests: Sequence[PreparedRequest]) -> None:
     """A few tokens of a few requests, so that the first policy does not pay for first calls."""
     first = []
     for request in requests[:4]:
@@ -252,13 +255,14 @@ def warm_up(make_backend: MakeBackend, requests: Sequence[PreparedRequest]) -> N
         first.append(
             PreparedRequest(request.number, request.prompt, request.prompt_ids, 0.0, 60.0, sampling)
         )
-    run_list(make_backend("fcfs"), first, None, False)
+    with open_backend("fcfs") as backend:
+        run_list(backend, first, None, False)
 
 
 def run_policies(
     names: Sequence[str],
     requests: list[PreparedRequest],
-    make_backend: MakeBackend,
+    open_backend: OpenBackend,
     predictor: "LengthPredictor | None",
 ) -> list[PolicyRun]:
     """One run a policy, with a progress bar on a terminal."""
@@ -268,8 +272,9 @@ def run_policies(
     predict = None if predictor is None else predictor.predict
     for name in names:
         policy: Policy = POLICIES[name]
-        with tqdm(total=len(requests), desc=name, unit="answer", disable=None) as bar:
-            record = run_list(make_backend(name), requests, predict, policy.predicts, bar.update)
+        bar = tqdm(total=len(requests), desc=name, unit="answer", disable=None)
+        with bar, open_backend(name) as backend:
+            record = run_list(backend, requests, predict, policy.predicts, bar.update)
         runs.append(policy_run(name, policy, record, requests))
     return runs
 
@@ -335,12 +340,12 @@ def run_requests(flags: ListRunFlags) -> None:
         engine = load_engine_of(flags, limits)
         failures: list[BaseException] = []
 
-        def make_backend(name: str) -> AnswerBackend:
-            return EngineRunner(engine, POLICIES[name], on_error=failures.append)
+        def open_backend(name: str) -> AbstractContextManager[AnswerBackend]:
+            return running_engine(engine, POLICIES[name], failures.append)
 
         try:
-            warm_up(make_backend, requests)
-            runs = run_policies(names, requests, make_backend, predictor)
+            warm_up(open_backend, requests)
+            runs = run_policies(names, requests, open_backend, predictor)
         except RuntimeError:
             if failures:  # of the engine's thread
                 raise failures[0] from None

@@ -5,13 +5,14 @@ Free of torch. What answers is an AnswerBackend: an engine of this process, or s
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from predictor.prediction import LengthPrediction
-from serving.engines.answers import Answer, Sampling
-from serving.engines.runner import AnswerBackend
-from serving.request import Completion, Event, Record, Request
+from serving.engines.answers import Answer, Sampling, TextEngine
+from serving.engines.runner import AnswerBackend, EngineRunner
+from serving.request import Completion, Event, Policy, Record, Request
 from serving.simulate.statistics import Collector
 
 POLL_S = 0.5  # how soon a failed backend is noticed
@@ -138,6 +139,18 @@ class RunRecord:
         return found
 
 
+@contextmanager
+def running_engine(
+    engine: TextEngine, policy: Policy, on_error: Callable[[BaseException], None] | None = None
+) -> Iterator[AnswerBackend]:
+    """A backend of this process for one run; it ends with the block."""
+    runner = EngineRunner(engine, policy, on_error=on_error)
+    try:
+        yield runner
+    finally:
+        runner.stop(STOP_S)
+
+
 def run_list(
     backend: AnswerBackend,
     requests: Sequence[PreparedRequest],
@@ -162,25 +175,22 @@ def run_list(
     record = RunRecord(zero_s=backend.clock.now_s())
     answers: list[Answer] = []
     started = not starts_idle
-    try:
-        if started:
+    if started:
+        backend.start(record, lambda: None)
+    while len(answers) < len(requests):
+        now_s = backend.clock.now_s() - record.zero_s
+        due = requests_due(requests, len(answers), now_s)
+        if not due:
+            check_alive(backend)
+            left_s = requests[len(answers)].arrival_s - now_s
+            time.sleep(min(max(left_s, 0.0), POLL_S))
+            continue
+        answers += submit_all(backend, due, predict, predicts, record)
+        if not started:
             backend.start(record, lambda: None)
-        while len(answers) < len(requests):
-            now_s = backend.clock.now_s() - record.zero_s
-            due = requests_due(requests, len(answers), now_s)
-            if not due:
-                check_alive(backend)
-                left_s = requests[len(answers)].arrival_s - now_s
-                time.sleep(min(max(left_s, 0.0), POLL_S))
-                continue
-            answers += submit_all(backend, due, predict, predicts, record)
-            if not started:
-                backend.start(record, lambda: None)
-                started = True
-        await_answers(backend, answers, record, on_answer)
-        record.total_s = backend.clock.now_s() - record.zero_s
-    finally:
-        backend.stop(STOP_S)
+            started = True
+    await_answers(backend, answers, record, on_answer)
+    record.total_s = backend.clock.now_s() - record.zero_s
     return record
 
 

@@ -8,13 +8,12 @@ import pytest
 
 from predictor.prediction import from_bins
 from serving.engines import Sampling, make_engine
-from serving.engines.runner import EngineRunner
 from serving.policies.continuous import POLICIES
 from serving.request import Limits
 from serving.run_requests.command import RUNNABLE, main
 from serving.run_requests.figures import policy_run
 from serving.run_requests.listed import ListedRow, arrival_times, objectives, read_request_list
-from serving.run_requests.runs import PreparedRequest, run_list
+from serving.run_requests.runs import PreparedRequest, run_list, running_engine
 from tests.conftest import tiny_model
 from tests.predictor import synthetic
 from tests.serving.conftest import COST
@@ -136,8 +135,8 @@ def prepared(lengths, arrivals=None):
 def run_on(model, name, requests, limits=None):
     limits = limits or Limits(4, 400, 100)
     engine = make_engine("continuous", model, limits, COST)
-    backend = EngineRunner(engine, POLICIES[name])
-    return run_list(backend, requests, None, POLICIES[name].predicts)
+    with running_engine(engine, POLICIES[name]) as backend:
+        return run_list(backend, requests, None, POLICIES[name].predicts)
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
@@ -198,8 +197,8 @@ def test_predictions_are_charged_to_policies_that_read_them(model):
     requests = prepared(LENGTHS[:3])
     for name, least in (("sjf", 0.2), ("fcfs", 0.0)):
         engine = make_engine("continuous", model, Limits(4, 400, 100), COST)
-        backend = EngineRunner(engine, POLICIES[name])
-        record = run_list(backend, requests, predict, POLICIES[name].predicts)
+        with running_engine(engine, POLICIES[name]) as backend:
+            record = run_list(backend, requests, predict, POLICIES[name].predicts)
         assert min(done.latency_s for done in record.completions.values()) >= least
         assert record.predict_s >= least and bool(record.predicted) == bool(least)
     assert asked == [3]
@@ -221,8 +220,13 @@ def test_a_failing_engine_ends_the_run(model):
             raise RuntimeError("no plan")
 
     engine = make_engine("continuous", model, Limits(4, 400, 100), COST)
-    with pytest.raises(RuntimeError, match="no plan"):
-        run_list(EngineRunner(engine, Failing()), prepared([3, 4]), None, False)
+    failures = []
+    with (
+        pytest.raises(RuntimeError, match="no plan"),
+        running_engine(engine, Failing(), failures.append) as backend,
+    ):
+        run_list(backend, prepared([3, 4]), None, False)
+    assert len(failures) == 1
 
 
 # ---- the command
