@@ -264,8 +264,9 @@ def run_policies(
     requests: list[PreparedRequest],
     open_backend: OpenBackend,
     predictor: "LengthPredictor | None",
+    starts_idle: bool = True,
 ) -> list[PolicyRun]:
-    """One run a policy, with a progress bar on a terminal."""
+    """One run a policy, with a progress bar on a terminal; `starts_idle` as of `run_list`."""
     from tqdm import tqdm
 
     runs = []
@@ -274,7 +275,7 @@ def run_policies(
         policy: Policy = POLICIES[name]
         bar = tqdm(total=len(requests), desc=name, unit="answer", disable=None)
         with bar, open_backend(name) as backend:
-            record = run_list(backend, requests, predict, policy.predicts, bar.update)
+            record = run_list(backend, requests, predict, policy.predicts, bar.update, starts_idle)
         runs.append(policy_run(name, policy, record, requests))
     return runs
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from serving.policies.static import Static
 from serving.request import Policy
-from serving.run_requests.runs import PreparedRequest, RunRecord
+from serving.run_requests.runs import Admission, PreparedRequest, RunRecord
 from serving.simulate.experiment_common import TableRow
 
 LISTED_GROUPS = 12  # printed of one policy; --json has all
@@ -67,10 +67,12 @@ def policy_run(
     name: str, policy: Policy, record: RunRecord, requests: list[PreparedRequest]
 ) -> PolicyRun:
     """The figures of a recorded run."""
-    is_static = isinstance(policy, Static)
+    batches = record.batches() if isinstance(policy, Static) else None
     groups = []
-    if is_static:
-        for admission in record.admissions:
+    group_of: dict[int, int] = {}  # the last one, of a row that was preempted
+    if batches is not None:
+        for place, admission in enumerate(batches, 1):
+            group_of |= dict.fromkeys(admission.numbers, place)
             group = {
                 "admitted_s": admission.admitted_s - record.zero_s,
                 "rows": [number + 1 for number in admission.numbers],
@@ -80,11 +82,12 @@ def policy_run(
             groups.append(group)
     rows = []
     for request in sorted(requests, key=lambda one: one.number):
-        rows.append(request_row(request, record, is_static))
-    return PolicyRun(name, run_figures(record, is_static), groups, rows)
+        row = request_row(request, record)
+        rows.append(row | {"group": group_of.get(request.number)})
+    return PolicyRun(name, run_figures(record, batches), groups, rows)
 
 
-def run_figures(record: RunRecord, is_static: bool) -> dict[str, float | None]:
+def run_figures(record: RunRecord, batches: list[Admission] | None) -> dict[str, float | None]:
     """The figures of all requests.
 
     default_rate: the share of requests not answered whole within their objectives (UELLM's word).
@@ -102,10 +105,10 @@ def run_figures(record: RunRecord, is_static: bool) -> dict[str, float | None]:
     useful = measured.get("throughput_tps")
     figures["makespan_s"], figures["useful_tokens_s"] = makespan, useful
     figures["groups"], figures["padded_tokens_s"] = None, useful
-    if is_static:
-        figures["groups"] = len(record.admissions)
+    if batches is not None:
+        figures["groups"] = len(batches)
         padded = 0
-        for admission in record.admissions:
+        for admission in batches:
             padded += admission.padded_tokens
         figures["padded_tokens_s"] = padded / makespan if makespan else 0.0
     cut = 0
@@ -115,7 +118,7 @@ def run_figures(record: RunRecord, is_static: bool) -> dict[str, float | None]:
     return figures
 
 
-def request_row(request: PreparedRequest, record: RunRecord, is_static: bool) -> dict[str, Any]:
+def request_row(request: PreparedRequest, record: RunRecord) -> dict[str, Any]:
     """What became of one request; times in seconds from its arrival, rows numbered from 1."""
     row: dict[str, Any] = {
         "row": request.number + 1,
@@ -128,9 +131,7 @@ def request_row(request: PreparedRequest, record: RunRecord, is_static: bool) ->
     if done is None:
         reason = record.refused.get(request.number, "not answered")
         return row | {"in_time": False, "refused": reason}
-    group = record.admission_of(request.number) if is_static else None
     return row | {
-        "group": None if group is None else group + 1,
         "queue_s": done.admitted_s - done.request.arrival_s,
         "ttft_s": done.first_token_s - done.request.arrival_s,
         "latency_s": done.latency_s,

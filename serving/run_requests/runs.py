@@ -69,7 +69,7 @@ class RunRecord:
     """What happened in a run, from the events of the scheduler.
 
     Attributes:
-        admissions: in order of time; of a static policy they are its batches.
+        admissions: by their time; of a static policy they are its batches.
         completions: by number. refused: the reason, by number.
         predicted: expected answer tokens by number.
         predict_s: seconds that predictions took, all together.
@@ -78,7 +78,7 @@ class RunRecord:
     """
 
     collector: Collector = field(default_factory=Collector)
-    admissions: list[Admission] = field(default_factory=list)
+    admissions: dict[float, Admission] = field(default_factory=dict)
     completions: dict[int, Completion] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     predicted: dict[int, float] = field(default_factory=dict)
@@ -120,9 +120,8 @@ class RunRecord:
             self.completions[event.id] = what
 
     def _admit(self, event: Event, record: Record) -> None:
-        if not self.admissions or self.admissions[-1].admitted_s != event.time_s:
-            self.admissions.append(Admission(event.time_s))
-        admission = self.admissions[-1]
+        # By time, not by order: the events of several replicas come mixed.
+        admission = self.admissions.setdefault(event.time_s, Admission(event.time_s))
         admission.numbers.append(event.id)
         self._running[event.id] = admission, record.generated
 
@@ -130,13 +129,9 @@ class RunRecord:
         admission, before = self._running.pop(number)
         admission.made[number] = tokens - before
 
-    def admission_of(self, number: int) -> int | None:
-        """Which admission finished the answer (from 0); None where none did."""
-        found = None
-        for place, admission in enumerate(self.admissions):
-            if number in admission.made:
-                found = place
-        return found
+    def batches(self) -> list[Admission]:
+        """The admissions in order of time."""
+        return [self.admissions[time_s] for time_s in sorted(self.admissions)]
 
 
 @contextmanager

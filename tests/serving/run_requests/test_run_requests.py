@@ -9,11 +9,11 @@ import pytest
 from predictor.prediction import from_bins
 from serving.engines import Sampling, make_engine
 from serving.policies.continuous import POLICIES
-from serving.request import Limits
+from serving.request import Event, Limits, Record, Request
 from serving.run_requests.command import RUNNABLE, main
 from serving.run_requests.figures import policy_run
 from serving.run_requests.listed import ListedRow, arrival_times, objectives, read_request_list
-from serving.run_requests.runs import PreparedRequest, run_list, running_engine
+from serving.run_requests.runs import PreparedRequest, RunRecord, run_list, running_engine
 from tests.conftest import tiny_model
 from tests.predictor import synthetic
 from tests.serving.conftest import COST
@@ -171,7 +171,7 @@ def test_what_uellm_would_pad_is_less_by_predicted_length(model):
     padded = {}
     for name in ("uellm_baseline", "odbs"):
         record = run_on(model, name, requests, Limits(6, 4000, 100))
-        padded[name] = sum(admission.padded_tokens for admission in record.admissions)
+        padded[name] = sum(admission.padded_tokens for admission in record.batches())
     assert padded["uellm_baseline"] == 12 * 40 and padded["odbs"] < 12 * 30
 
 
@@ -202,6 +202,24 @@ def test_predictions_are_charged_to_policies_that_read_them(model):
         assert min(done.latency_s for done in record.completions.values()) >= least
         assert record.predict_s >= least and bool(record.predicted) == bool(least)
     assert asked == [3]
+
+
+def test_batches_of_two_replicas_whose_events_come_mixed():
+    record = RunRecord()
+    for number, time_s in ((0, 1.0), (1, 2.0), (2, 1.0), (3, 2.0)):
+        request = Request(number, 3, 0.0, 9.0)
+        record(Event(time_s, "admitted", number, Record(request)))
+    assert [batch.numbers for batch in record.batches()] == [[0, 2], [1, 3]]
+
+
+def test_replicas_that_are_open_already_answer_the_list(model):
+    """As a pool does: a request may be answered before the next one is submitted."""
+    requests = prepared(LENGTHS)
+    engine = make_engine("continuous", model, Limits(4, 400, 100), COST)
+    with running_engine(engine, POLICIES["uellm_baseline"]) as backend:
+        record = run_list(backend, requests, None, False, starts_idle=False)
+    assert sorted(record.completions) == list(range(12))
+    assert sum(len(batch.numbers) for batch in record.batches()) == 12
 
 
 def test_a_failing_engine_ends_the_run(model):
