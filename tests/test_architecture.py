@@ -153,6 +153,17 @@ ROOMS = {  # a room of serving/ -> what of serving/ it may import
         "replicas",
         "server",
     },
+    "run_requests": {
+        "request",
+        "scheduler",
+        "policies",
+        "cost_model",
+        "engines",
+        "replicas",
+        "simulate",
+        "run_requests",
+    },
+    "monitor": {"monitor"},
 }
 
 

@@ -10,7 +10,7 @@ at all requests yields lazily and never makes the others.
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -95,16 +95,21 @@ class Fifo:
 
     Attributes:
         reserve_tokens: the limit of an answer, for which KV memory is reserved.
+        rows: the most in a batch; None for as many as the engine's limits allow.
     """
 
     reserve_tokens: int = 2048
+    rows: int | None = None
     predicts: ClassVar[bool] = False
 
     def length(self, request: Request) -> float:
         return self.reserve_tokens
 
     def __call__(self, view: View, cost: CostEstimator) -> Iterator[Batch]:
-        return chunks(sorted(view.waiting.most_urgent(), key=by_arrival), view.limits)
+        limits = view.limits
+        if self.rows is not None:
+            limits = replace(limits, max_batch=min(self.rows, limits.max_batch))
+        return chunks(sorted(view.waiting.most_urgent(), key=by_arrival), limits)
 
 
 @dataclass(frozen=True)
@@ -575,6 +580,8 @@ BATCH_POLICIES: dict[str, BatchPolicy] = {
     "slo_dbs": SloOdbs(length_weight=0.0, threshold=100_000.0, reserve_quantile=0.5),
     "slo_odbs": SloOdbs(length_weight=0.1, threshold=8_000.0, sort_by="composite"),
     "uellm_released": UellmReleased(),
+    # Of its repository too, where its baseline, its Morphling and its deployments batch so.
+    "uellm_baseline": Fifo(rows=10),
     "annealing": Annealing(),
     "oracle": Oracle(),
 }

@@ -64,7 +64,7 @@ class SimulationFlags:
     model: str
     element_bytes: int
     traces: str
-    uellm_data: str
+    uellm_data: str | None
     experiment: str | None
     search: str | None
     json: Path | None
@@ -235,8 +235,9 @@ def simulation_parser() -> argparse.ArgumentParser:
     add("--traces", default="../shared/data/traces", help="folder of the recorded traces")
     add(
         "--uellm_data",
-        default="../shared/data/uellm",
-        help="folder of UELLM's recorded lengths and logs",
+        metavar="FOLDER",
+        help="UELLM's recorded lengths, or dataset/ of its clone (default: ../shared/data/uellm "
+        "where that is, else a substitute, which the output says)",
     )
     add(
         "--experiment",

@@ -47,13 +47,14 @@ class ExperimentFlags:
     Attributes:
         requests: of each run of the fair setting.
         predictor: an exported predictor's folder; None for RESIDUALS.
-        uellm_data, traces: folders of the recorded lengths and of the traces.
+        uellm_data: folder of UELLM's recorded lengths; None for uellm_lengths' own choice.
+        traces: folder of the recorded traces.
     """
 
     seeds: int = 5
     requests: int = 2000
     predictor: str | None = None
-    uellm_data: str = "../shared/data/uellm"
+    uellm_data: str | None = None
     traces: str = "../shared/data/traces"
 
     def predictor_model(self) -> PredictorModel:

@@ -9,7 +9,6 @@ Both print tables and return them as {title: [row, ...]}.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
@@ -39,27 +38,48 @@ from serving.simulate.uellm_fair import (
     fair_rows,
     target_rows,
 )
-from serving.simulate.uellm_published import RecordedAnswers, published_rows, read_csv
+from serving.simulate.uellm_lengths import RecordedAnswers, recorded_answers
+from serving.simulate.uellm_published import published_rows
 from serving.simulate.workload import SloRule, Workload, make_workload
 
 Tables = dict[str, list[TableRow]]
 
 # ---- uellm
 
+SUBSTITUTE_TITLE = (
+    "A SUBSTITUTE for UELLM's recorded lengths: instructions of data/probe.jsonl, answer lengths "
+    "drawn as the recorded ones are distributed, no logged runs beside; --uellm_data dataset/ of a "
+    "clone of github.com/HYIUYOU/UELLM reads its own"
+)
+
 
 def uellm_experiment(flags: ExperimentFlags) -> Tables:
     """The published runs repeated, then the fair setting and its bounds."""
-    recorded = RecordedAnswers.read(flags.uellm_data)
-    logs = read_csv(Path(flags.uellm_data) / "measured.csv")
+    recorded = recorded_answers(flags.uellm_data)
     printed = PrintedTables()
+    if recorded.is_substitute:
+        printed.add(SUBSTITUTE_TITLE, [length_row(recorded)])
     for count in (100, 300):
         printed.add(
             f"As published, {count} requests, all at once",
-            published_rows(recorded, logs, count, flags.seeds),
+            published_rows(recorded, count, flags.seeds),
         )
     settings = {name: make_fair_setting(flags, recorded, name) for name in ("helr", "even")}
     add_fair_tables(printed, flags, settings)
     return printed.tables
+
+
+def length_row(recorded: RecordedAnswers) -> TableRow:
+    """What the answers' lengths are like, in tokens."""
+    answers = recorded.answers
+    return {
+        "instructions": len(recorded.prompts),
+        "runs": answers.shape[1],
+        "mean prompt": float(recorded.prompts.mean()),
+        "mean answer": float(answers.mean()),
+        "median": float(np.median(answers)),
+        "longest": int(answers.max()),
+    }
 
 
 def make_fair_setting(

@@ -13,7 +13,8 @@ from serving.simulate.compare import serve
 from serving.simulate.engine import SimulatedEngine
 from serving.simulate.experiment_common import PREDICT_S, TableRow, mean_of
 from serving.simulate.statistics import interval
-from serving.simulate.uellm_published import ChunkedBatching, RecordedAnswers
+from serving.simulate.uellm_lengths import RecordedAnswers
+from serving.simulate.uellm_published import ChunkedBatching
 from serving.simulate.workload import PredictorModel, SloRule, Workload, poisson_arrivals
 
 # The same stopping rule (an answer's own end), predictions, arrivals, placement and limits for all.

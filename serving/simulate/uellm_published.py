@@ -4,15 +4,12 @@ ChatGLM2-6B on RTX 3090, its 100 Chinese instructions with three recorded answer
 (length_runs.csv), all requests at once.
 """
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
-from chatglm.files import read_json, read_text
 from predictor.prediction import LengthPrediction, from_bins
 from serving.cost_model.model import CostModel, ModelSizes, read_profile
 from serving.policies.lengths import expected_tokens
@@ -22,10 +19,9 @@ from serving.simulate.compare import serve
 from serving.simulate.engine import SimulatedEngine
 from serving.simulate.experiment_common import LONGEST, TableRow
 from serving.simulate.statistics import interval
+from serving.simulate.uellm_lengths import RecordedAnswers
 from serving.simulate.workload import Workload
 
-# Of ChatGLM2's chat format around an instruction; the logged batches are about that much longer.
-TEMPLATE_TOKENS = 12
 LOADING_S = 7.0  # Morphling's second loading of the model
 
 
@@ -118,61 +114,21 @@ PUBLISHED = {
 }
 
 
-@dataclass(frozen=True)
-class RecordedAnswers:
-    """UELLM's instructions.
-
-    Attributes:
-        prompts: (n,) prompt tokens.
-        answers: (n, 3) answer tokens of three runs.
-        reference: (n,) characters of the reference answers.
-    """
-
-    prompts: np.ndarray
-    answers: np.ndarray
-    reference: np.ndarray
-
-    @classmethod
-    def read(cls, folder: str | Path) -> "RecordedAnswers":
-        """The instructions in the folder of the recorded runs.
-
-        Raises:
-            FileNotFoundError: the folder is not that of the recorded runs.
-            ValueError: its files of these names hold something else.
-        """
-        folder = Path(folder)
-        rows = read_csv(folder / "length_runs.csv")
-        reference = folder / "alpaca_data_zh_output.json"
-        try:
-            outputs = [row["output"] for row in read_json(reference, list)]
-            prompts, answers = [], []
-            for row in rows:
-                prompts.append(int(row["prompt_tokens_chatglm2"]) + TEMPLATE_TOKENS)
-                answers.append([int(row["run_1"]), int(row["run_2"]), int(row["run_3"])])
-            characters = [text if isinstance(text, int) else len(text) for text in outputs]
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"--uellm_data {folder}: length_runs.csv or {reference.name} has no {error}"
-            ) from None
-        return cls(np.array(prompts), np.array(answers), np.array(characters))
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a recorded table.
-
-    Raises:
-        FileNotFoundError: with the flag that names the folder.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no such file: {path}; --uellm_data names the folder of the recorded runs"
-        )
-    return list(csv.DictReader(read_text(path).splitlines()))
-
-
 def exact_prediction(tokens: int) -> LengthPrediction:
     """All mass within half a token of this length."""
     return from_bins(np.array([1e-9, 1.0]), np.array([0.0, tokens - 0.5, tokens + 0.5]))
+
+
+def dealt_objectives(count: int, rng: np.random.Generator) -> np.ndarray:
+    """(count,) whole seconds, drawn by place as UELLM's dataset/deal.py draws them.
+
+    The first 100 in five ranges of 20 places each, from 220 to 250 s down to 90 to 100 s; all
+    others from 150 to 300 s.
+    """
+    ranges = [(220, 250), (180, 220), (150, 180), (100, 120), (90, 100)]
+    ranges += [(150, 300)] * (count // 20)
+    drawn = [rng.integers(low, high + 1, 20) for low, high in ranges]
+    return np.concatenate(drawn)[:count].astype(float)
 
 
 def published_workload(recorded: RecordedAnswers, count: int, seed: int) -> Workload:
@@ -184,19 +140,14 @@ def published_workload(recorded: RecordedAnswers, count: int, seed: int) -> Work
     """
     rng = np.random.default_rng(seed)
     which = np.arange(count) % len(recorded.prompts)
-    ranges = [(220, 250), (180, 220), (150, 180), (100, 120), (90, 100)]
-    ranges += [(150, 300)] * (count // 20)
-    drawn = [rng.integers(low, high + 1, 20) for low, high in ranges]
-    slo_s = np.concatenate(drawn)[:count].astype(float)
+    slo_s = dealt_objectives(count, rng)
     lengths, index = np.unique(recorded.reference[which], return_inverse=True)
     predictions = tuple(map(exact_prediction, lengths.tolist()))
     answers = recorded.answers[which, rng.integers(0, 3, count)]
     return Workload(np.zeros(count), recorded.prompts[which], answers, slo_s, index, predictions)
 
 
-def published_rows(
-    recorded: RecordedAnswers, logs: list[dict[str, str]], count: int, seeds: int
-) -> list[TableRow]:
+def published_rows(recorded: RecordedAnswers, count: int, seeds: int) -> list[TableRow]:
     """One row a system: simulated figures, beside those of its logged runs of as many requests."""
     model, profile = ModelSizes.from_config("chatglm2-6b"), read_profile("rtx3090")
     rows = []
@@ -210,7 +161,7 @@ def published_rows(
             workload = published_workload(recorded, count, seed)
             simulated.append(run_published(system, workload, cost, stress))
         logged = []
-        for run in logs:
+        for run in recorded.logs:
             if run["path"].startswith(system.logged) and int(run["n_queries"]) == count:
                 logged.append(logged_figures(run))
         rows.append(published_row(name, system.gpus, simulated, logged))

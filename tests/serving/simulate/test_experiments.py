@@ -15,7 +15,8 @@ from serving.simulate.engine import SimulatedEngine
 from serving.simulate.experiment_common import RESIDUALS, ExperimentFlags, format_cell
 from serving.simulate.experiments import trace_experiment
 from serving.simulate.uellm_fair import FAIR_POLICIES, FairSetting
-from serving.simulate.uellm_published import ChunkedBatching, RecordedAnswers, published_workload
+from serving.simulate.uellm_lengths import LOG_BETWEEN, LOG_MEAN, RecordedAnswers
+from serving.simulate.uellm_published import ChunkedBatching, published_workload
 from serving.simulate.workload import PredictorModel, make_workload
 from tests.serving.conftest import COST, ask
 from tests.serving.conftest import serve as run_all
@@ -68,6 +69,45 @@ def test_the_experiment_prints_and_writes_its_tables(recorded, capsys):
         if title.startswith("Fair"):
             assert [row["system"] for row in rows] == list(FAIR_POLICIES)
     assert any("bound" in row for row in tables["Targets and bounds, same placement"])
+
+
+def test_the_experiment_runs_in_a_clone(tmp_path, capsys, monkeypatch):
+    """Without any data beside: it says that its lengths are a substitute."""
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "u.json"
+    words = ["--experiment", "uellm", "--seeds", "1", "--requests", "12", "--json", str(out)]
+    assert main(words) == 0
+    title, *others = json.loads(out.read_text())["tables"]
+    assert title.startswith("A SUBSTITUTE for UELLM's recorded lengths") and len(others) == 9
+    assert title in capsys.readouterr().out
+
+
+def test_the_substitute_is_distributed_as_the_recorded_lengths():
+    drawn = RecordedAnswers.substitute(4000)
+    logs = np.log(drawn.answers)
+    assert logs.mean() == pytest.approx(LOG_MEAN, abs=0.03)
+    assert logs.mean(axis=1).std() == pytest.approx(np.hypot(LOG_BETWEEN, 0.48 / 3**0.5), abs=0.03)
+    assert drawn.prompts.min() > 12 and drawn.answers.min() >= 1
+    again = RecordedAnswers.substitute()
+    assert (again.answers == RecordedAnswers.substitute().answers).all()
+    assert len(again.prompts) == 100 and again.is_substitute
+
+
+def test_the_lists_of_uellms_own_repository(tmp_path):
+    for run, name in enumerate(["output", "alpaca_data_output", "alpaca_data_output_1"]):
+        rows = [{"instruction": "a" * 10, "input": "", "output": 100 * run + i} for i in range(3)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    with pytest.raises(FileNotFoundError, match="alpaca_data_zh_output.json; --uellm_data names"):
+        RecordedAnswers.read(tmp_path)
+    rows = [{"output": 30}, {"output": "four"}, {"output": "seven.."}]
+    (tmp_path / "alpaca_data_zh_output.json").write_text(json.dumps(rows))
+    read = RecordedAnswers.read(tmp_path)
+    assert read.answers.tolist() == [[0, 100, 200], [1, 101, 201], [2, 102, 202]]
+    assert read.reference.tolist() == [30, 4, 7] and read.prompts.tolist() == [18] * 3
+    assert read.logs == () and not read.is_substitute
+    (tmp_path / "output.json").write_text('[{"instruction": "a"}]')
+    with pytest.raises(ValueError, match="its recorded answers have no 'input'"):
+        RecordedAnswers.read(tmp_path)
 
 
 def test_published_objectives_follow_the_place_in_the_file(recorded):
