@@ -290,9 +290,9 @@ def chunk_mask(plan: ChunkPlan, device: torch.device) -> Tensor | None:
     return mask
 
 
-def plain_model(model: PreTrainedModel) -> PreTrainedModel:
+def plain_model(model: Any) -> PreTrainedModel:
     """The model itself, or that in a peft model: it has LoRA's layers in it."""
-    get_base_model: Any = getattr(model, "get_base_model", None)
+    get_base_model = getattr(model, "get_base_model", None)
     return model if get_base_model is None else get_base_model()
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -188,15 +189,9 @@ class PipelineRunner(ModelRunner):
         self._operations = []
         hidden = None
         if self.is_first:
-            hidden = self._compute(planned)
-            message = PassMessage(
-                planned.plan, message.operations, dtype_name(hidden), tuple(hidden.shape)
-            )
+            hidden = on_host(self.stage.compute(planned.plan))
+            message = replace(message, dtype=dtype_name(hidden), shape=tuple(hidden.shape))
         self._outgoing.send(message, hidden)
-
-    def _compute(self, planned: PlannedPass) -> Tensor:
-        """The first stage's hidden states, on the CPU."""
-        return on_host(self.stage.compute(planned.plan))
 
     def collect(self, planned: PlannedPass) -> Tensor | None:
         """As ModelRunner's. Raises RuntimeError where a worker has ended."""
@@ -266,8 +261,6 @@ def check_chain(stages: Sequence[StageSpec], layers: int) -> None:
 
 def without_checks(loading: ModelLoading) -> ModelLoading:
     """The same for a worker: the driver has compared the files with their checksums."""
-    from dataclasses import replace
-
     return replace(loading, verify="off")
 
 

@@ -93,7 +93,8 @@ class HiddenLink:
 
 def host_bytes(x: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, of any dtype; not a copy."""
-    return memoryview(x.view(-1).view(torch.uint8).numpy())
+    array: Any = x.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def on_host(x: Tensor) -> Tensor:
