@@ -10,8 +10,9 @@ whole answer. The real continuous engine answers; static policies run their batc
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +24,13 @@ from chatglm.runs import check_not_run
 from finetune.evaluation.predict import add_loading_flags, add_packing_flag
 from finetune.files import write_json
 from finetune.out_of_memory import explained, memory_there
+from finetune.placing import PlacementFlags, add_placing_flags
 from predictor.pictures import new_figure
-from serving.cost_model.model import read_profile
-from serving.engines import Sampling, make_engine
+from serving.engines import Sampling
 from serving.engines.runner import AnswerBackend
-from serving.engines.served_cost import served_cost_model
 from serving.policies.continuous import POLICIES
+from serving.replicas.backends import ServedModel, open_in_process, open_placed
+from serving.replicas.pool import ReplicaPool
 from serving.request import Limits, Policy
 from serving.run_requests.figures import PolicyRun, policy_run
 from serving.run_requests.listed import (
@@ -39,14 +41,13 @@ from serving.run_requests.listed import (
     read_request_list,
 )
 from serving.run_requests.pictures import draw_policy_runs
-from serving.run_requests.runs import PreparedRequest, run_list, running_engine
+from serving.run_requests.runs import POLL_S, STOP_S, PreparedRequest, run_list, running_engine
 from serving.simulate.experiment_common import print_markdown
 from serving.simulate.uellm_published import exact_prediction
 
 if TYPE_CHECKING:
     from chatglm.family_tokenizer import FamilyTokenizer
     from predictor.runtime import LengthPredictor
-    from serving.engines.answers import TextEngine
 
 PROG = "serving.run_requests"
 # An oracle needs lengths that no one knows before the answer.
@@ -54,13 +55,12 @@ RUNNABLE = [name for name in POLICIES if "oracle" not in name]
 ANY_LENGTH = 1 << 30  # tokens: prompts are not truncated, but refused where they are too long
 WARM_TOKENS = 4
 
-# Policy's name -> what answers by it, for one run. Replicas would be opened once, and change their
-# policy here.
+# Policy's name -> what answers by it, for one run.
 OpenBackend = Callable[[str], AbstractContextManager[AnswerBackend]]
 
 
 @dataclass(frozen=True)
-class ListRunFlags:
+class ListRunFlags(PlacementFlags):
     """The flags of the command; `run_parser` has their meaning and defaults."""
 
     requests: str
@@ -79,7 +79,6 @@ class ListRunFlags:
     max_batch: int
     kv_tokens: int
     max_tokens: int
-    profile: str | None
     json: Path | None
     picture: Path | None
     base_model: str | None
@@ -133,13 +132,12 @@ def run_parser() -> argparse.ArgumentParser:
     add("--kv_tokens", type=whole(2), default=16384, help=kv_tokens)
     longest = "longest prompt and answer, in tokens [2048]"
     add("--max_tokens", type=whole(2), default=2048, help=longest)
-    profile = "what this engine's steps take (scripts/profile_engine.py), for policies"
-    add("--profile", help=f"{profile} (default: the device's datasheet)")
     add("--json", type=Path, metavar="FILE", help="write all figures and a row for each request")
     picture = "draw rows over time and the default rates: .png, .svg or .pdf"
     add("--picture", type=Path, metavar="FILE", help=picture)
     add_loading_flags(parser)
     add_packing_flag(parser)
+    add_placing_flags(parser)
     return parser
 
 
@@ -222,20 +220,26 @@ def prepare_requests(
     return sorted(requests, key=lambda request: (request.arrival_s, request.number))
 
 
-def load_engine_of(flags: ListRunFlags, limits: Limits) -> "TextEngine":
+def served_by(flags: ListRunFlags) -> ServedModel:
     """The continuous engine of --model."""
-    from finetune.evaluation.predict import load_ready
-
-    profile = read_profile(flags.profile or "datasheet")
-    model = load_ready(
+    return ServedModel(
         flags.model,
         mode=flags.mode,
         base=flags.base_model,
         device=flags.device,
         precision=flags.precision,
         keep_quantized=flags.keep_quantized,
+        profile=flags.profile,
     )
-    return make_engine("continuous", model, limits, served_cost_model(model, profile))
+
+
+@contextmanager
+def rescheduled_pool(pool: ReplicaPool, policy: str) -> Iterator[AnswerBackend]:
+    """Open replicas for one run under a policy."""
+    while pool.count():  # the last events of the run before
+        time.sleep(POLL_S)
+    pool.use_policy(policy)
+    yield pool
 
 
 def memory_advice(flags: ListRunFlags) -> str:
@@ -338,20 +342,53 @@ def run_requests(flags: ListRunFlags) -> None:
             flags.predictor, served_model=tokenizer.name_or_path
         )
     with explained(lambda: memory_advice(flags)):
-        engine = load_engine_of(flags, limits)
-        failures: list[BaseException] = []
-
-        def open_backend(name: str) -> AbstractContextManager[AnswerBackend]:
-            return running_engine(engine, POLICIES[name], failures.append)
-
-        try:
-            warm_up(open_backend, requests)
-            runs = run_policies(names, requests, open_backend, predictor)
-        except RuntimeError:
-            if failures:  # of the engine's thread
-                raise failures[0] from None
-            raise
+        runs = placed_runs(flags, limits, names, requests, predictor)
     report(flags, runs, slo_source_of(flags, rows))
+
+
+def placed_runs(
+    flags: ListRunFlags,
+    limits: Limits,
+    names: Sequence[str],
+    requests: list[PreparedRequest],
+    predictor: "LengthPredictor | None",
+) -> list[PolicyRun]:
+    """The runs, by replicas where the flags place them, else by an engine in this process."""
+    if not flags.is_placed:
+        return runs_in_process(flags, limits, names, requests, predictor)
+    pool = open_placed(served_by(flags), flags, limits).backend
+
+    def open_backend(name: str) -> AbstractContextManager[AnswerBackend]:
+        return rescheduled_pool(pool, name)
+
+    try:
+        warm_up(open_backend, requests)
+        return run_policies(names, requests, open_backend, predictor, starts_idle=False)
+    finally:
+        pool.stop(STOP_S)
+
+
+def runs_in_process(
+    flags: ListRunFlags,
+    limits: Limits,
+    names: Sequence[str],
+    requests: list[PreparedRequest],
+    predictor: "LengthPredictor | None",
+) -> list[PolicyRun]:
+    """The runs of one engine in this process. Raises what ended the engine."""
+    engine = open_in_process(served_by(flags), limits).backend.engine
+    failures: list[BaseException] = []
+
+    def open_backend(name: str) -> AbstractContextManager[AnswerBackend]:
+        return running_engine(engine, POLICIES[name], failures.append)
+
+    try:
+        warm_up(open_backend, requests)
+        return run_policies(names, requests, open_backend, predictor)
+    except RuntimeError:
+        if failures:  # of the engine's thread
+            raise failures[0] from None
+        raise
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,10 +20,16 @@ from predictor.runtime import LengthPredictor
 from serving.cost_model.model import read_profile
 from serving.engines import ENGINES
 from serving.policies.continuous import POLICIES
+from serving.replicas.backends import (
+    OpenedEngine,
+    OpenedPool,
+    ServedModel,
+    open_in_process,
+    open_placed,
+)
 from serving.replicas.pool import ReplicaPool
 from serving.request import Limits
 from serving.server.access import AccessRules, access_logger, host_name, is_loopback
-from serving.server.backends import open_in_process, open_placed
 from serving.server.chat import tokenizer_family
 from serving.server.keys import KeyRing
 from serving.server.monitor import Monitor
@@ -259,10 +265,7 @@ def load_service(flags: ServerFlags) -> Service:
         predictor = LengthPredictor.from_pretrained(
             flags.predictor, served_model=tokenizer.name_or_path
         )
-    if flags.is_placed:
-        opened = open_placed(flags, flags, limits)
-    else:
-        opened = open_in_process(flags, limits)
+    opened = open_backend(flags, limits)
     text_encoder = None
     if flags.embedding_model:
         from serving.server.text_encoder import load_text_encoder
@@ -292,6 +295,25 @@ def load_service(flags: ServerFlags) -> Service:
     if flags.adapter_dir is not None:
         service.adapters.open_root(flags.adapter_dir)
     return service
+
+
+def open_backend(flags: ServerFlags, limits: Limits) -> OpenedEngine | OpenedPool:
+    """What makes the answers, loaded. Raises ValueError, OSError."""
+    served = ServedModel(
+        flags.model,
+        mode=flags.mode,
+        base=flags.base_model,
+        device=flags.device,
+        precision=flags.precision,
+        keep_quantized=flags.keep_quantized,
+        engine=flags.engine,
+        policy=flags.policy,
+        profile=flags.profile,
+        prefix_cache_tokens=flags.prefix_cache_tokens,
+    )
+    if flags.is_placed:
+        return open_placed(served, flags, limits)
+    return open_in_process(served, limits)
 
 
 def add_predictors(service: Service, first: LengthPredictor, flags: ServerFlags) -> None:

@@ -17,6 +17,7 @@ from serving.run_requests.runs import PreparedRequest, RunRecord, run_list, runn
 from tests.conftest import tiny_model
 from tests.predictor import synthetic
 from tests.serving.conftest import COST
+from tests.warm import warm_python
 
 LENGTHS = [3, 30, 5, 12, 7, 25, 4, 18, 9, 6, 21, 8]
 
@@ -329,3 +330,27 @@ def test_a_missing_and_an_empty_list(folders, tmp_path, capsys):
     assert "no such file" in capsys.readouterr().err
     assert command(folders, write_list(tmp_path, [])) == 1
     assert "no requests in it" in capsys.readouterr().err
+
+
+def test_replicas_run_the_list_too(folders, tmp_path, monkeypatch, capsys):
+    """The same answers, static batches and continuous ones, without loading again."""
+    device = {"name": "cpu@1", "memory_bytes": 2**32, "reserved_bytes": 0, "kind": "cpu"}
+    device |= {"threads": 1, "bandwidth_bytes_s": 1e10, "flops_s": 3e10}
+    cluster = tmp_path / "two.json"
+    cluster.write_text(json.dumps({"devices": [device, device]}))
+    requests = write_list(tmp_path, uellm_rows())
+    monkeypatch.setattr("sys.executable", warm_python())
+    words = [requests, "--model", folders[0], "--policies", "fifo,sjf", "--replay_lengths"]
+    placed = ["--deployer", "helr", "--cluster", cluster]
+    found = []
+    for name, more in (("one", ["--device", "cpu"]), ("two", placed)):
+        out = tmp_path / f"{name}.json"
+        assert main([str(word) for word in (*words, *more, "--json", out)]) == 0
+        found.append(json.loads(out.read_text())["policies"])
+    assert "2 replica(s)" in capsys.readouterr().out
+    one, two = found
+    for policy in ("fifo", "sjf"):
+        for a, b in zip(one[policy]["requests"], two[policy]["requests"], strict=True):
+            assert a["output_tokens"] == b["output_tokens"]
+        assert two[policy]["figures"]["refused"] == 0
+    assert len(two["fifo"]["groups"]) >= 2  # one in each replica at least

@@ -1,15 +1,16 @@
-"""What makes a server's answers: an engine in its own process, or replicas in others.
+"""What makes answers: an engine in this process, or replicas in others, from a command's flags.
 
 Free of torch at import.
 """
 
 import logging
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from finetune.placing import PlacementFlags
 from serving.cost_model.model import CostModel, read_profile
 from serving.engines import make_engine
-from serving.engines.runner import AnswerBackend, EngineRunner
+from serving.engines.runner import EngineRunner
 from serving.engines.served_cost import served_cost_model
 from serving.policies.continuous import POLICIES
 from serving.replicas.messages import ReplicaJob, ReplicaReady
@@ -26,43 +27,48 @@ TYPICAL_TOKENS = 256  # of a prompt, and of an answer, of the batch that a deplo
 LONGEST_PROBE_S = 10.0  # predicted, of a prefill that is timed once the model is loaded
 
 
-class BackendFlags(Protocol):
-    """Those of a server's flags that say what makes its answers."""
+@dataclass(frozen=True)
+class ServedModel:
+    """A model and how it is served.
 
-    @property
-    def model(self) -> str: ...
-    @property
-    def mode(self) -> str | None: ...
-    @property
-    def base_model(self) -> str | None: ...
-    @property
-    def device(self) -> str: ...
-    @property
-    def precision(self) -> str: ...
-    @property
-    def keep_quantized(self) -> bool: ...
-    @property
-    def engine(self) -> str: ...
-    @property
-    def policy(self) -> str: ...
-    @property
-    def profile(self) -> str | None: ...
-    @property
-    def prefix_cache_tokens(self) -> int: ...
+    Attributes:
+        folder: a model, adapter or prefix. mode, base, device, precision, keep_quantized: as
+            `load_ready`'s.
+        engine, policy: names in ENGINES and POLICIES.
+        profile: of the engine, for policies.
+    """
+
+    folder: str
+    mode: str | None = None
+    base: str | None = None
+    device: str = "0"
+    precision: str = "auto"
+    keep_quantized: bool = False
+    engine: str = "continuous"
+    policy: str = "fcfs"
+    profile: str | None = None
+    prefix_cache_tokens: int = 0
 
 
-class OpenedBackend(NamedTuple):
-    """A backend that can be started.
+class OpenedEngine(NamedTuple):
+    """An engine of this process, which can be started.
 
     Attributes:
         chat_prompt: of the model's configuration.
     """
 
-    backend: AnswerBackend
+    backend: EngineRunner
     chat_prompt: str | None
 
 
-def open_in_process(flags: BackendFlags, limits: Limits) -> OpenedBackend:
+class OpenedPool(NamedTuple):
+    """As OpenedEngine, of replicas."""
+
+    backend: ReplicaPool
+    chat_prompt: str | None
+
+
+def open_in_process(served: ServedModel, limits: Limits) -> OpenedEngine:
     """An engine on one device, in this process.
 
     Raises:
@@ -70,24 +76,24 @@ def open_in_process(flags: BackendFlags, limits: Limits) -> OpenedBackend:
     """
     from finetune.evaluation.predict import load_ready
 
-    profile = read_profile(flags.profile or "datasheet")
+    profile = read_profile(served.profile or "datasheet")
     model: PreTrainedModel = load_ready(
-        flags.model,
-        mode=flags.mode,
-        base=flags.base_model,
-        device=flags.device,
-        precision=flags.precision,
-        keep_quantized=flags.keep_quantized,
+        served.folder,
+        mode=served.mode,
+        base=served.base,
+        device=served.device,
+        precision=served.precision,
+        keep_quantized=served.keep_quantized,
     )
     options = {}
-    if flags.engine == "continuous":
-        options["prefix_cache_tokens"] = flags.prefix_cache_tokens
-    engine = make_engine(flags.engine, model, limits, served_cost_model(model, profile), **options)
-    runner = EngineRunner(engine, POLICIES[flags.policy])
-    return OpenedBackend(runner, getattr(model.config, "chat_prompt", None))
+    if served.engine == "continuous":
+        options["prefix_cache_tokens"] = served.prefix_cache_tokens
+    engine = make_engine(served.engine, model, limits, served_cost_model(model, profile), **options)
+    runner = EngineRunner(engine, POLICIES[served.policy])
+    return OpenedEngine(runner, getattr(model.config, "chat_prompt", None))
 
 
-def open_placed(flags: BackendFlags, placed: PlacementFlags, limits: Limits) -> OpenedBackend:
+def open_placed(served: ServedModel, flags: PlacementFlags, limits: Limits) -> OpenedPool:
     """Replicas where a deployer puts them, loaded.
 
     Prints the placement with what is predicted, then what was taken.
@@ -99,24 +105,24 @@ def open_placed(flags: BackendFlags, placed: PlacementFlags, limits: Limits) -> 
     """
     half = max(min(limits.max_tokens // 2, TYPICAL_TOKENS), 1)
     plan = plan_deployment(
-        placed,
-        flags.model,
+        flags,
+        served.folder,
         kv_tokens=limits.kv_tokens,
         batch=max(min(limits.max_batch, limits.kv_tokens // (2 * half)), 1),
         prompt_tokens=half,
         output_tokens=half,
-        precision=flags.precision,
-        base=flags.base_model,
-        keep_quantized=flags.keep_quantized,
+        precision=served.precision,
+        base=served.base,
+        keep_quantized=served.keep_quantized,
     )
     print(plan.describe(), flush=True)
-    pool = ReplicaPool(replica_jobs(flags, plan, limits))
+    pool = ReplicaPool(replica_jobs(served, plan, limits))
     said = pool.open()
     print(loading_report(plan, said), flush=True)
-    return OpenedBackend(pool, said[0].chat_prompt)
+    return OpenedPool(pool, said[0].chat_prompt)
 
 
-def replica_jobs(flags: BackendFlags, plan: DeploymentPlan, limits: Limits) -> list[ReplicaJob]:
+def replica_jobs(served: ServedModel, plan: DeploymentPlan, limits: Limits) -> list[ReplicaJob]:
     """What each replica of a plan loads and how it serves."""
     placed = plan.placement
     cost = CostModel(placed.model, placed.cluster, placed.stages, plan.profile)
@@ -125,17 +131,17 @@ def replica_jobs(flags: BackendFlags, plan: DeploymentPlan, limits: Limits) -> l
     for number, replica in enumerate(plan.replicas):
         job = ReplicaJob(
             number=number,
-            model=flags.model,
-            mode=flags.mode,
-            base_model=flags.base_model,
-            precision=flags.precision,
-            keep_quantized=flags.keep_quantized,
+            model=served.folder,
+            mode=served.mode,
+            base_model=served.base,
+            precision=served.precision,
+            keep_quantized=served.keep_quantized,
             placement=replica,
-            engine=flags.engine,
-            policy=flags.policy,
+            engine=served.engine,
+            policy=served.policy,
             limits=limits,
             cost=cost,
-            prefix_cache_tokens=flags.prefix_cache_tokens,
+            prefix_cache_tokens=served.prefix_cache_tokens,
             zero_s=0.0,
             probe=placed.need if predicted_s < LONGEST_PROBE_S else None,
         )
