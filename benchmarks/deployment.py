@@ -21,12 +21,14 @@ from chatglm.commands import Parser, run_command
 from finetune.files import write_json
 from finetune.placing import PlacementFlags
 from scripts.prepare_small_model import make_model
+from serving.deployment.deployers import DEPLOYERS
 from serving.deployment.placement import Need
 from serving.engines.answers import TextEngine
 from serving.engines.arena import slab_tokens
 from serving.engines.pipeline import ModelLoading, open_pipeline
 from serving.replicas.measuring import BatchRunner, BatchTiming, cost_of, limits_of, time_batch
-from serving.replicas.planning import DeploymentPlan, plan_deployment
+from serving.replicas.planning import DeploymentPlan, make_plan, plan_deployment
+from serving.replicas.served_sizes import ServedSizes
 
 DEVICES = "cpu@1;cpu@1,cpu@1;cpu@2,cpu@1"
 
@@ -173,11 +175,13 @@ def pair(values: tuple[float, float], scale: float) -> str:
     return f"{values[0] * scale:.1f} {values[1] * scale:.1f}"
 
 
-def compare_helr(folder: Path, model: str, devices: str, need: Need) -> list[WholeRow]:
+def compare_helr(folder: Path, model: str, devices: str, even: DeploymentPlan) -> list[WholeRow]:
     """The need's batch by HELR's placement and by equal shares, predicted and taken."""
     rows = []
-    for deployer in ("helr", "even"):
-        found = planned(folder, devices, deployer, need)
+    cluster, need, profile = even.placement.cluster, even.placement.need, even.profile
+    placement = DEPLOYERS["helr"].place(even.placement.model, cluster, need, profile)
+    plans = {"helr": make_plan(placement, profile, ServedSizes(placement.model)), "even": even}
+    for deployer, found in plans.items():
         with opened(folder, found) as engine:
             runner = BatchRunner(engine, need)
             seconds = [need.batch / runner.requests_s() for _ in range(3)]
@@ -212,7 +216,7 @@ def run(args: argparse.Namespace) -> None:
                     weights = [report.weight_bytes for report in engine.stage_reports()]
                 stages += stage_rows(str(hidden), devices, found, took, weights)
                 print_stages(stages[-len(found.stages) :])
-            wholes += compare_helr(folder, str(hidden), lists[-1], need)
+            wholes += compare_helr(folder, str(hidden), lists[-1], found)
     print_stages(stages)
     for row in wholes:
         print(
@@ -220,8 +224,8 @@ def run(args: argparse.Namespace) -> None:
             f"{row.predicted_s:.3f} s, taken {row.taken_s:.3f} s"
         )
     if args.json:
-        found = {"stages": list(map(asdict, stages)), "wholes": list(map(asdict, wholes))}
-        write_json(args.json, found)
+        rows = {"stages": list(map(asdict, stages)), "wholes": list(map(asdict, wholes))}
+        write_json(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,9 @@ ELSEWHERE = {  # file -> the test that runs it
     "benchmarks/serving_attack.py": (
         "tests/serving/server/test_server_faults.py::test_the_attack_in_miniature"
     ),
+    "benchmarks/deployment.py": (
+        "tests/serving/replicas/test_planning.py::test_the_benchmark_in_miniature"
+    ),
     "benchmarks/client_calls.py": "tests/serving/server/test_clients.py::test_openai",
     "benchmarks/client_env.py": (
         "tests/serving/server/test_load.py::test_an_environment_is_made_once"

@@ -16,6 +16,8 @@ from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatglm.folders import check_folder
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -51,7 +53,7 @@ class ProbeTask:
     base: str | None = None
     precision: str = "auto"
     keep_quantized: bool = False
-    budget_s: float = 5.0
+    budget_s: float = 6.0
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ def run_probe(task: ProbeTask) -> ProbeResult:
 def measure(task: ProbeTask) -> ProbeResult:
     """Everything of a task, in this process."""
     begin = time.perf_counter()
+    if task.settings:
+        check_folder(task.folder)
     gpus = [name for name in task.devices if name.startswith("cuda")]
     titles: dict[str, str] = {}
     free_bytes: dict[str, int] = {}

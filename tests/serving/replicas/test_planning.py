@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import deployment
 from finetune.placing import PlacementFlags, plan_replicas
 from serving.cost_model.devices import GIB, Device
 from serving.cost_model.model import DATASHEET
@@ -86,31 +87,21 @@ def test_predicted_bytes_are_those_of_a_real_pipeline(family, tiny_folders, tmp_
         planning.comparison(plan, [report, report])
 
 
-def test_a_stage_each_of_two_processes(tiny_folders):
-    folder = tiny_folders["glm2"]
-    plan = planned(folder, deployer="even", devices="cpu@1,cpu@1")
-    engine = open_pipeline(
-        ModelLoading(str(folder)),
-        plan.replicas[0],
-        limits_of(plan.placement.need),
-        cost_of(plan.placement, plan.profile),
-        stop_ids=[],
-    )
-    try:
-        reports = engine.stage_reports()
-        assert [s.weight_bytes for s in plan.stages] == [r.weight_bytes for r in reports]
-        timing = time_batch(engine, Need(512, 2, 24, 8), 1)
-        assert all(stage.prefill_s > 0 and stage.decode_s > 0 for stage in timing.stages)
-        assert sum(stage.decode_s for stage in timing.stages) <= timing.decode_s
-    finally:
-        engine.close()
-
-
-def test_devices_are_timed_where_no_profile_is_given(tiny_folders):
-    plan = planned(tiny_folders["glm2"], deployer="helr", devices="cpu@2,cpu@1", profile=None)
-    assert plan.profile.name == "measured" and plan.measured_s > 0
-    assert all(stage.prefill_s > 0 for stage in plan.stages)
-    assert "devices measured in" in plan.describe()
+def test_the_benchmark_in_miniature(tiny_folders, tmp_path, capsys):
+    """Devices of unequal threads are timed, and a pipeline of two processes beside it."""
+    output = tmp_path / "rows.json"
+    sizes = ["--hidden", "32", "--layers", "3", "--repetitions", "1"]
+    need = ["--batch", "2", "--prompt_tokens", "20", "--output_tokens", "4"]
+    arguments = ["--tokenizer", str(tiny_folders["glm2"]), "--devices", "cpu@2,cpu@1"]
+    assert deployment.main([*arguments, *sizes, *need, "--json", str(output)]) == 0
+    rows = json.loads(output.read_text())
+    assert [row["layers"] for row in rows["stages"]] == ["0-0", "1-2"]
+    for row in rows["stages"]:
+        assert row["weight_bytes"][0] == row["weight_bytes"][1]
+        assert row["kv_bytes"][0] == row["kv_bytes"][1]
+        assert min(row["prefill_s"] + row["decode_s"]) > 0
+    assert [row["deployer"] for row in rows["wholes"]] == ["helr", "even"]
+    assert "worst" in capsys.readouterr().out
 
 
 def test_a_cluster_file_replaces_measuring(tiny_folders, tmp_path):
