@@ -25,7 +25,8 @@ from serving.deployment.deployers import DEPLOYERS
 from serving.deployment.placement import Need
 from serving.engines.answers import TextEngine
 from serving.engines.arena import slab_tokens
-from serving.engines.pipeline import ModelLoading, open_pipeline
+from serving.engines.pipeline import open_pipeline
+from serving.engines.stage_reports import ModelLoading
 from serving.replicas.measuring import BatchRunner, BatchTiming, cost_of, limits_of, time_batch
 from serving.replicas.planning import DeploymentPlan, make_plan, plan_deployment
 from serving.replicas.served_sizes import ServedSizes

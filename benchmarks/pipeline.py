@@ -43,7 +43,8 @@ def open_engines(
 ) -> dict[str, tuple["ContinuousEngine", int]]:
     """{subject: its engine, threads of this process}."""
     from finetune.placing import ReplicaSpec, StageSpec
-    from serving.engines.pipeline import ModelLoading, open_pipeline
+    from serving.engines.pipeline import open_pipeline
+    from serving.engines.stage_reports import ModelLoading
     from serving.request import Limits
     from serving.simulate.engine import LinearCost
 

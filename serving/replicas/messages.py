@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from finetune.placing import ReplicaSpec
 from serving.deployment.placement import Need
 from serving.engines.answers import Sampling, TokenLogprobs
-from serving.engines.pipeline import StageReport
+from serving.engines.stage_reports import StageReport
 from serving.replicas.measuring import StageTiming
 from serving.request import Completion, CostEstimator, Event, Limits, Record, Request
 

@@ -25,7 +25,8 @@ from serving.deployment.placement import (
     make_placement,
     modules_of,
 )
-from serving.engines.pipeline import ModelLoading, StageReport, open_pipeline
+from serving.engines.pipeline import open_pipeline
+from serving.engines.stage_reports import ModelLoading, StageReport
 from serving.replicas.devices import (
     LocalDevice,
     count_cores,

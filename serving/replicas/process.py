@@ -23,8 +23,8 @@ from serving.deployment.placement import Need
 from serving.engines import Answer, Sampling, TextEngine, WallClock, make_engine
 from serving.engines.answers import vocabulary_of
 from serving.engines.constraints import Grammar, TokenVocabulary
-from serving.engines.pipeline import StageReport
 from serving.engines.runner import EngineRunner
+from serving.engines.stage_reports import StageReport
 from serving.policies.continuous import POLICIES
 from serving.replicas.measuring import StageTiming, time_batch
 from serving.replicas.messages import (
@@ -90,7 +90,8 @@ def load_engine(job: ReplicaJob) -> tuple[TextEngine, "PreTrainedModel"]:
 
 def load_pipeline(job: ReplicaJob) -> tuple[TextEngine, "PreTrainedModel"]:
     """As load_engine, of several stages: the others are processes of this one's."""
-    from serving.engines.pipeline import ModelLoading, open_pipeline
+    from serving.engines.pipeline import open_pipeline
+    from serving.engines.stage_reports import ModelLoading
 
     if job.engine != "continuous":
         raise ValueError(f"--engine {job.engine} cannot run a pipeline; continuous can")

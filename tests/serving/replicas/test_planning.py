@@ -12,7 +12,8 @@ from finetune.placing import PlacementFlags, plan_replicas
 from serving.cost_model.devices import GIB, Device
 from serving.cost_model.model import DATASHEET
 from serving.deployment.placement import Infeasible, Need
-from serving.engines.pipeline import ModelLoading, open_pipeline
+from serving.engines.pipeline import open_pipeline
+from serving.engines.stage_reports import ModelLoading
 from serving.replicas import planning
 from serving.replicas.measuring import StressTester, cost_of, limits_of, time_batch
 from serving.replicas.served_sizes import served_sizes
