@@ -20,11 +20,13 @@ come once.
 import argparse
 import itertools
 import json
+import operator
 import random
 import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +86,7 @@ class AskedWork:
     """Requests given to a pool at once.
 
     Attributes:
-        seen: {answer's place: tokens as they came}.
+        seen: the tokens of each answer as they came.
     """
 
     def __init__(self, pool: "ReplicaPool", work: list[tuple[list[int], int]]) -> None:
@@ -92,7 +94,7 @@ class AskedWork:
         from serving.engines import Sampling
         from serving.request import Request
 
-        self.seen: dict[int, list[int | None]] = {place: [] for place in range(len(work))}
+        self.seen: list[list[int]] = []
         self.answers: list[Answer] = []
         for place, (prompt, length) in enumerate(work):
             import numpy as np
@@ -102,6 +104,7 @@ class AskedWork:
             arrival_s = pool.clock.now_s()
             request = Request(next(ids), len(prompt), arrival_s, 1e6, prediction)
             sampling = Sampling(length, ignore_stops=True)
+            self.seen.append([])
             listener = self._listener(place)
             self.answers.append(pool.submit(request, prompt, sampling, listener))
             pool.enqueue(request)
@@ -115,9 +118,16 @@ class AskedWork:
 
     def tokens(self) -> list[list[int]]:
         """Of every answer, once all have ended."""
+        made = []
         for answer in self.answers:
             answer.wait()
-        return [answer.tokens for answer in self.answers]
+            made.append(answer.tokens)
+        return made
+
+
+def count_different(a: list[list[int]], b: list[list[int]]) -> int:
+    """At how many places two lists differ."""
+    return sum(map(operator.ne, a, b))
 
 
 def timed_tokens_per_s(pool: "ReplicaPool", work: list[tuple[list[int], int]]) -> float:
@@ -132,7 +142,7 @@ def measure_throughput(
     """{subject: answer tokens a second of each repetition}."""
     from benchmarks.serving_engine import workload
 
-    rates: dict[str, list[float]] = {name: [] for name in pools}
+    rates: dict[str, list[float]] = defaultdict(list)
     for repetition in range(flags.repetitions + 1):
         work = workload(flags.requests, flags.cap, repetition)
         for name, pool in pools.items():
@@ -171,8 +181,8 @@ def measure_kills(flags: argparse.Namespace, pool: "ReplicaPool") -> list[dict[s
             "moment_s": moment_s,
             "streaming": streaming,
             "moved": pool.requeued - before,
-            "lost": sum(a != b for a, b in zip(tokens, wanted)),
-            "doubled": sum(seen != made for seen, made in zip(asked.seen.values(), tokens)),
+            "lost": count_different(tokens, wanted),
+            "doubled": count_different(asked.seen, tokens),
             "answered_s": answered_s,
             "recovered_s": time.perf_counter() - killed_s,
             "loading_s": victim.ready.seconds,
@@ -204,13 +214,14 @@ def main(argv: list[str] | None = None) -> int:
         rates = measure_throughput(flags, pools)
         print(f"\n{'':<8} {'tokens/s':>9} {'against 1 x 1':>14}")
         for name, values in rates.items():
-            ratios = [a / b for a, b in zip(values, rates["1 x 1"])]
+            ratios = list(map(operator.truediv, values, rates["1 x 1"]))
             print(f"{name:<8} {statistics.median(values):>9.0f} {statistics.median(ratios):>14.2f}")
         kills = measure_kills(flags, pools["2 x 1"])
         for pool in pools.values():
             pool.stop(10)
     found = {"tokens_per_s": rates, "kills": kills}
-    lost, doubled = (sum(row[name] for row in kills) for name in ("lost", "doubled"))
+    lost = sum(map(operator.itemgetter("lost"), kills))
+    doubled = sum(map(operator.itemgetter("doubled"), kills))
     print(f"{len(kills)} kills: {lost} answers lost or changed, {doubled} with tokens doubled")
     if flags.json:
         Path(flags.json).write_text(json.dumps(found, indent=2) + "\n")
