@@ -54,22 +54,27 @@ class Worker:
         ours, its = socket.socketpair()
         self._control = Connection(ours.detach())
         self._asking = threading.Lock()
+        self.process = self.start_process(its, incoming, outgoing)
+        for end in (its, incoming, outgoing):
+            end.close()
+
+    def start_process(self, *sockets: socket.socket) -> Any:
+        """A process that has the sockets; as a Popen."""
+        spec = self.spec
         environment = dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
         if spec.threads:
             for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
                 environment[name] = str(spec.threads)
-        ends = its.fileno(), incoming.fileno(), outgoing.fileno()
+        ends = [end.fileno() for end in sockets]
         command = [sys.executable, "-m", "serving.engines.stage_process", *map(str, ends)]
-        self.process = subprocess.Popen(
+        return subprocess.Popen(
             [*command, str(spec.threads or 0)],
             pass_fds=ends,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=2,
         )
-        for end in (its, incoming, outgoing):
-            end.close()
 
     def tell(self, question: str, *arguments: Any) -> None:
         """Ask without waiting for the answer, which `answer` returns."""

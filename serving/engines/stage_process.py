@@ -44,7 +44,7 @@ class StageWorker:
                 # A process that the driver has forked may hold its ends of the connections.
                 if not self.control.poll(WATCH_S):
                     if os.getppid() != driver:
-                        os._exit(NEIGHBOUR_ENDED)
+                        self.end()
                     continue
                 question, arguments = self.control.recv()
                 if question == "load":
@@ -52,7 +52,11 @@ class StageWorker:
                     continue
                 self.control.send(self.answer(question, arguments))
             except (EOFError, OSError):
-                os._exit(NEIGHBOUR_ENDED)
+                self.end()
+
+    def end(self) -> None:
+        """End the process at once, whatever its other thread does."""
+        os._exit(NEIGHBOUR_ENDED)
 
     def answer(self, question: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
         """("done", what was asked for) or ("failed", the exception)."""
