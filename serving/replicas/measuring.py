@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from serving.cost_model.model import CostModel, Profile
 from serving.deployment.deployers import StressBudgetSpent
 from serving.deployment.placement import Need, Placement
-from serving.engines.pipeline import StageReport
+from serving.engines.stage_reports import StageReport
 from serving.request import FOREVER, Limits, Plan, Record, Request
 
 if TYPE_CHECKING:

@@ -26,9 +26,10 @@ from serving.engines.adapter_errors import UnknownAdapter
 from serving.engines.arena import Arena
 from serving.engines.bodies import decoder_layers
 from serving.engines.kv_memory import KvMemory, LoggedMemory
-from serving.engines.pipeline import ModelLoading, open_pipeline
+from serving.engines.pipeline import open_pipeline
 from serving.engines.stage_links import HiddenLink
 from serving.engines.stage_process import NEIGHBOUR_ENDED, StageWorker
+from serving.engines.stage_reports import ModelLoading
 from serving.policies.continuous import POLICIES
 from serving.request import Limits, Plan, Record, Request
 from serving.simulate.engine import LinearCost
@@ -553,7 +554,8 @@ def test_three_processes_and_a_tied_model(tmp_path):
 DRIVER = """
 import sys, time
 from finetune.placing import ReplicaSpec, StageSpec
-from serving.engines.pipeline import ModelLoading, open_pipeline
+from serving.engines.pipeline import open_pipeline
+from serving.engines.stage_reports import ModelLoading
 from serving.request import Limits
 from serving.simulate.engine import LinearCost
 
