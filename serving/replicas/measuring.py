@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 from serving.cost_model.model import CostModel, Profile
 from serving.deployment.deployers import StressBudgetSpent
 from serving.deployment.placement import Need, Placement
-from serving.engines.stage_reports import StageReport
 from serving.request import FOREVER, Limits, Plan, Record, Request
 
 if TYPE_CHECKING:
     from serving.engines.answers import TextEngine
-    from serving.engines.stage_reports import StageReport
 
 STEPS = 12  # decode steps of one timing
 PASS_TOKENS = 2048  # prompt tokens of one pass
@@ -51,14 +49,6 @@ def prompt_ids(engine: "TextEngine", tokens: int) -> list[int]:
     return [5 + i % 20 for i in range(tokens - len(frame))] + frame
 
 
-def stage_reports_of(engine: "TextEngine") -> Callable[[], Sequence[StageReport]]:
-    """A continuous engine's `stage_reports`. Raises ValueError for another engine."""
-    reports: Callable[[], Sequence[StageReport]] | None = getattr(engine, "stage_reports", None)
-    if reports is None:
-        raise ValueError(f"{type(engine).__name__} has no stages: use the continuous engine")
-    return reports
-
-
 class BatchRunner:
     """Runs batches of equal prompts on an engine."""
 
@@ -86,7 +76,7 @@ class BatchRunner:
 
     def time_once(self) -> BatchTiming:
         """One prefill, and STEPS decode steps."""
-        reports = stage_reports_of(self.engine)
+        reports: Callable[[], Sequence[Any]] = self.engine.stage_reports  # type: ignore[attr-defined]
         before = reports()
         begin = time.perf_counter()
         records = self.admit(STEPS + 3)
