@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPO_ROOT, SHARED, shared_file
+from tests.conftest import REPO_ROOT, SHARED, shared_file, write_tokenizer
 from tests.finetune.runs import child_env
 from tests.warm import warm_python
 
@@ -88,6 +88,7 @@ HERE = {  # file -> the test of this file that runs it
     "benchmarks/method_matrix.py": "test_method_matrix",
     "benchmarks/offline.py": "test_offline",
     "benchmarks/predictor.py": "test_predictor_benchmark",
+    "benchmarks/pipeline.py": "test_pipeline",
     "benchmarks/prefix_sharing.py": "test_prefix_sharing",
     "benchmarks/replicas.py": "test_replicas",
     "benchmarks/real_input.py": "test_real_input",
@@ -293,6 +294,23 @@ def test_adapters(tmp_path):
     found = json.loads((tmp_path / "out.json").read_text())
     assert set(found["rates"]) == {"none", "one", "many"} and found["many_over_one"] > 0
     assert "| many | 8 |" in done.stdout
+
+
+@pytest.mark.launch
+def test_pipeline(tmp_path):
+    """Three pipelines of two processes, on a tiny model; figures mean nothing."""
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    write_tokenizer(tokenizer, "glm2")
+    done = run(
+        *("benchmarks/pipeline.py", "--quick", "--tokenizer", tokenizer),
+        *("--json", tmp_path / "out.json"),
+    )
+    found = json.loads((tmp_path / "out.json").read_text())
+    subjects = {"one-1t", "one-2t", "pipeline-1", "pipeline-2", "pipeline-4"}
+    assert set(found["rates"]) == subjects and found["gain"] > 0
+    assert len(found["stage_seconds"]["pipeline-2"]) == 2
+    assert "gain of 2 micro-batches over 1" in done.stdout
 
 
 @pytest.mark.launch
