@@ -6,6 +6,7 @@ blocks and computes what depends on the sequence: attention against the KV arena
 serving.engines.bodies defines the blocks, serving.engines.pass_plans what a pass computes.
 """
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -417,6 +418,7 @@ def report_of(stage: Stage, model: PreTrainedModel) -> StageReport:
     for memory in stage.memories:
         kv_bytes += memory.slab_bytes
     return StageReport(
+        pid=os.getpid(),
         device=str(stage.device),
         threads=torch.get_num_threads(),
         start=stage.start,

@@ -51,30 +51,30 @@ class Worker:
         self, number: int, spec: StageSpec, incoming: socket.socket, outgoing: socket.socket
     ):
         self.number, self.spec = number, spec
-        ours, its = socket.socketpair()
-        self._control = Connection(ours.detach())
+        self._socket, its = socket.socketpair()
         self._asking = threading.Lock()
         self.process = self.start_process(its, incoming, outgoing)
+        self._control = Connection(self._socket.detach())
         for end in (its, incoming, outgoing):
             end.close()
 
-    def start_process(self, *sockets: socket.socket) -> Any:
-        """A process that has the sockets; as a Popen."""
+    def start_process(
+        self, control: socket.socket, incoming: socket.socket, outgoing: socket.socket
+    ) -> Any:
+        """A process that has the sockets; as a Popen.
+
+        `control` is its standard input, over which it gets the others.
+        """
         spec = self.spec
         environment = dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
         if spec.threads:
             for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
                 environment[name] = str(spec.threads)
-        ends = [end.fileno() for end in sockets]
-        command = [sys.executable, "-m", "serving.engines.stage_process", *map(str, ends)]
-        return subprocess.Popen(
-            [*command, str(spec.threads or 0)],
-            pass_fds=ends,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=2,
-        )
+        command = [sys.executable, "-m", "serving.engines.stage_process", str(spec.threads or 0)]
+        process = subprocess.Popen(command, env=environment, stdin=control.fileno(), stdout=2)
+        socket.send_fds(self._socket, [b"\0"], [incoming.fileno(), outgoing.fileno()])
+        return process
 
     def tell(self, question: str, *arguments: Any) -> None:
         """Ask without waiting for the answer, which `answer` returns."""

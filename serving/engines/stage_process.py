@@ -6,6 +6,7 @@ It ends when its driver does, or when a neighbour in the pipeline does.
 import os
 import queue
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -138,19 +139,32 @@ def plain_error(error: Exception) -> Exception:
     return RuntimeError(f"{type(error).__name__}: {error}")
 
 
+def take_sockets() -> list[Connection]:
+    """Control, incoming and outgoing; nothing else reads the standard input then."""
+    control = socket.socket(fileno=os.dup(0))
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    _, links, _, _ = socket.recv_fds(control, 1, 2)
+    return [Connection(control.detach()), *map(Connection, links)]
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Arguments: file descriptors of control, incoming and outgoing; threads, 0 for torch's own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
-    control, incoming, outgoing, threads = map(int, sys.argv[1:] if argv is None else argv)
+    """Argument: threads, 0 for torch's own. The standard input is the driver's socket."""
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # sent to the whole group: the driver's to handle
+        signal.signal(number, signal.SIG_IGN)
+    [threads] = map(int, sys.argv[1:] if argv is None else argv)
+    control, incoming, outgoing = take_sockets()
     import torch
 
     from serving.engines.stage_links import HiddenLink
 
     if threads:
         torch.set_num_threads(threads)
-    worker = StageWorker(
-        Connection(control), HiddenLink(Connection(incoming)), HiddenLink(Connection(outgoing))
-    )
+    worker = StageWorker(control, HiddenLink(incoming), HiddenLink(outgoing))
     threading.Thread(target=worker.watch, daemon=True).start()
     worker.load()
     worker.run()

@@ -20,13 +20,14 @@ class StageReport:
     """A stage as it is.
 
     Attributes:
-        device: as torch names it. threads: of its process.
+        pid: of its process. device: as torch names it. threads: of its process.
         start, end: its first layer, and the one after its last.
         weight_bytes: of its parameters. kv_bytes: of its keys and values now.
         resident_bytes: of its process, where the device is a CPU; None elsewhere.
         seconds: of computing its passes so far, without waiting. passes: how many.
     """
 
+    pid: int
     device: str
     threads: int
     start: int

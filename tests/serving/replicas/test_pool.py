@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -39,7 +38,6 @@ from tests.warm import warm_python
 
 LIMITS = Limits(max_batch=8, kv_tokens=4000, max_tokens=400)
 ONE_THREAD = ReplicaSpec((StageSpec("cpu", 0, 3, threads=1),))
-PYTHON = sys.executable
 ids = itertools.count()
 
 
@@ -392,17 +390,8 @@ def test_waits_double_and_are_bounded():
 # ---- a replica that is a pipeline
 
 
-def children_of(pid):
-    """Process ids."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        found += map(int, (task / "children").read_text().split())
-    return found
-
-
-def test_a_replica_of_two_stages_answers_as_one_process(tiny_folders, engine, monkeypatch):
+def test_a_replica_of_two_stages_answers_as_one_process(tiny_folders, engine):
     """And is started again, with all its stages, when one of them has ended."""
-    monkeypatch.setattr(sys, "executable", PYTHON)  # its stage has more than standard streams
     stages = StageSpec("cpu", 0, 1, threads=1), StageSpec("cpu", 1, 3, threads=1)
     folder = tiny_folders["glm2"]
     made = job(folder, placement=ReplicaSpec(stages))
@@ -416,8 +405,9 @@ def test_a_replica_of_two_stages_answers_as_one_process(tiny_folders, engine, mo
         [replica] = pool.replicas
         answers = [ask(pool, prompt) for prompt in asked]
         wait_for(lambda: any(answer.tokens for answer in answers))
-        [worker] = children_of(replica.process.pid)
-        os.kill(worker, signal.SIGKILL)
+        worker, driver = replica.ready.reports
+        assert worker.pid != driver.pid and (worker.end, driver.end) == (1, 3)
+        os.kill(worker.pid, signal.SIGKILL)
         assert all(answer.wait(60) for answer in answers)
         assert [answer.tokens for answer in answers] == wanted
         assert replica.restarts == 1
