@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from serving.engines.answers import TextEngine, choose_tokens
 from serving.engines.pass_plans import Lane, Sequence
 from serving.engines.passes import ModelRunner
-from serving.engines.pipeline import StageReport
 from serving.engines.prefix_sharing import PrefixCache
+from serving.engines.stage_types import StageReport
 from serving.request import FOREVER, CostEstimator, Limits, Plan, Record, StepResult
 
 

@@ -31,7 +31,7 @@ from serving.engines.pass_plans import (
     Sequence,
     padded_indices,
 )
-from serving.engines.pipeline import StageReport
+from serving.engines.stage_types import StageReport
 
 
 @dataclass

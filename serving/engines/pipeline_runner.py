@@ -21,7 +21,6 @@ from finetune.placing import StageSpec
 from serving.engines.adapters import AdapterSet
 from serving.engines.pass_plans import PlannedPass
 from serving.engines.passes import ModelRunner, report_of
-from serving.engines.pipeline import ModelLoading, StageReport
 from serving.engines.stage_links import (
     HiddenLink,
     PassMessage,
@@ -35,6 +34,7 @@ from serving.engines.stage_loading import (
     make_stage,
     resolve_dtype,
 )
+from serving.engines.stage_types import ModelLoading, StageReport
 
 END_S = 5.0  # how long a worker has to end by itself
 

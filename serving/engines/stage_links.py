@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from serving.engines.pass_plans import PassPlan
-from serving.engines.pipeline import ModelLoading
 from serving.engines.stage_loading import StagePart
+from serving.engines.stage_types import ModelLoading
 
 
 @dataclass(frozen=True)

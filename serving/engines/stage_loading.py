@@ -28,7 +28,7 @@ from serving.engines.adapters import AdapterSet
 from serving.engines.bodies import ServedBody, body_of, decoder_layers, final_norm
 from serving.engines.kv_memory import KvMemory, LoggedMemory
 from serving.engines.passes import Stage, plain_model
-from serving.engines.pipeline import ModelLoading
+from serving.engines.stage_types import ModelLoading
 
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
