@@ -42,5 +42,5 @@ def make_engine(name: str, *args: Any, **options: Any) -> TextEngine:
 
 ENGINES = {
     "static": static,  # transformers' generate, a batch at once; models spread over devices
-    "continuous": continuous,  # iterations over a KV arena; one device
+    "continuous": continuous,  # iterations over a KV arena; several devices: engines.pipeline
 }
