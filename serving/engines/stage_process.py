@@ -151,10 +151,7 @@ def take_sockets() -> list[Connection]:
 
 def main(argv: list[str] | None = None) -> None:
     """Argument: threads, 0 for torch's own. The standard input is the driver's socket."""
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # sent to the whole group: the driver's to handle
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to a group; the front handles them
         signal.signal(number, signal.SIG_IGN)
     [threads] = map(int, sys.argv[1:] if argv is None else argv)
     control, incoming, outgoing = take_sockets()
