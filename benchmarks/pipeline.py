@@ -1,12 +1,12 @@
 """Tokens per second of a pipeline of two stages, by micro-batches, against one process.
 
     python benchmarks/pipeline.py --tokenizer DIR [--quick] [--json FILE] [--repetitions 5]
-        [--rows 16] [--requests 48] [--hidden 1024] [--layers 8]
+        [--rows 16] [--requests 48] [--hidden 1024] [--layers 16]
 
 The model is scripts/prepare_small_model.py's: a ChatGLM2 of random weights, in fp32. All requests
 arrive at the start; --rows of them run at once; each has its own number of tokens. Subjects:
     one-1t, one-2t      the continuous engine in one process, of 1 thread and of 2
-    pipeline-M          2 processes of 1 thread, a half of the layers each, with M micro-batches
+    pipeline-M          2 processes of 1 thread, a half of the weights each, with M micro-batches
 They run one after another within a repetition, and a ratio is taken within a repetition; the table
 shows medians. Rates count prompt tokens and answer tokens. pipeline-1 computes one stage at a time;
 what the others gain over it is what micro-batches gain. At best two stages have the rate of one-2t.
@@ -38,6 +38,15 @@ Subject = Callable[[int], float]  # the rate of the work that a seed gives
 Rates = dict[str, list[float]]
 
 
+def level_cut(folder: Path, layers: int) -> int:
+    """How many layers the first stage has, so that the second, with the output layer, is level."""
+    from serving.cost_model.model import ModelSizes
+
+    sizes = ModelSizes.from_config(folder)
+    output = sizes.output_bytes / sizes.layer_bytes
+    return min(range(1, layers), key=lambda cut: max(cut, layers - cut + output))
+
+
 def open_engines(
     folder: Path, layers: int, rows: int, micro_batches: list[int]
 ) -> dict[str, tuple["ContinuousEngine", int]]:
@@ -53,9 +62,10 @@ def open_engines(
         max_batch=rows, kv_tokens=rows * longest, max_tokens=longest, prefill_tokens=256
     )
     loading = ModelLoading(str(folder), precision="fp32")
-    half = layers // 2
+    cut = level_cut(folder, layers)
+    print(f"layers 0 to {cut - 1} | {cut} to {layers - 1} and the output layer", file=sys.stderr)
     whole = ReplicaSpec((StageSpec("cpu", 0, layers, 1),))
-    halves = ReplicaSpec((StageSpec("cpu", 0, half, 1), StageSpec("cpu", half, layers, 1)))
+    halves = ReplicaSpec((StageSpec("cpu", 0, cut, 1), StageSpec("cpu", cut, layers, 1)))
     one = open_pipeline(loading, whole, limits, LinearCost(), stop_ids=[])
     engines = {"one-1t": (one, 1), "one-2t": (one, 2)}
     for count in micro_batches:
@@ -119,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=16, help="sequences at once [16]")
     parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--hidden", type=int, default=1024, help="width [1024]")
-    parser.add_argument("--layers", type=int, default=8, help="blocks [8]")
+    parser.add_argument("--layers", type=int, default=16, help="blocks [16]")
     return parser
 
 
