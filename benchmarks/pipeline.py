@@ -1,7 +1,7 @@
 """Tokens per second of a pipeline of two stages, by micro-batches, against one process.
 
     python benchmarks/pipeline.py --tokenizer DIR [--quick] [--json FILE] [--repetitions 5]
-        [--rows 16] [--requests 48] [--hidden 1024] [--layers 16]
+        [--rows 64] [--requests 64] [--hidden 768] [--layers 12]
 
 The model is scripts/prepare_small_model.py's: a ChatGLM2 of random weights, in fp32. All requests
 arrive at the start; --rows of them run at once; each has its own number of tokens. Subjects:
@@ -126,10 +126,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="a tiny model, once")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=16, help="sequences at once [16]")
-    parser.add_argument("--requests", type=int, default=48)
-    parser.add_argument("--hidden", type=int, default=1024, help="width [1024]")
-    parser.add_argument("--layers", type=int, default=16, help="blocks [16]")
+    parser.add_argument("--rows", type=int, default=64, help="sequences at once [64]")
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--hidden", type=int, default=768, help="width [768]")
+    parser.add_argument("--layers", type=int, default=12, help="blocks [12]")
     return parser
 
 

@@ -303,6 +303,7 @@ class ModelRunner:
     Attributes:
         stage: the layers in this process.
         lanes: the micro-batches, here one.
+        lane_rows: sequences of a lane before another one is used.
         virtual: P-Tuning's tokens before each sequence.
     Raises:
         ValueError: the continuous engine does not know such a model, or it lies on several devices.
@@ -333,6 +334,7 @@ class ModelRunner:
         self.adapters = stage.adapters
         self.virtual = self.body.prefix_length + self.body.prompt_length
         self.lanes: list[Lane] = []
+        self.lane_rows = 1
         share = -(-kv_tokens // len(stage.memories))
         for number, memory in enumerate(stage.memories):
             self.lanes.append(Lane(number, Arena(memory, share)))
@@ -343,10 +345,15 @@ class ModelRunner:
         return self.lanes[0].arena
 
     def admit(self, row: Sequence) -> None:
-        """Give the sequence a place in the emptiest lane, with P-Tuning v2's keys and values."""
+        """Give the sequence a place in a lane, with P-Tuning v2's keys and values.
+
+        It is the emptiest of as many lanes as can have `lane_rows` sequences each.
+        """
         lane = self.lanes[0]
         if len(self.lanes) > 1:
-            lane = min(self.lanes, key=lambda lane: lane.load)
+            count = 1 + sum(lane.load[0] for lane in self.lanes)
+            used = max(count // self.lane_rows, 1)
+            lane = min(self.lanes[:used], key=lambda lane: lane.load)
         row.lane = lane
         lane.arena.admit(row, row.reserve + self.virtual)
         lane.prefills.append(row)

@@ -10,8 +10,8 @@ stage and back to the driver:
     driver: stage 0 -> stage 1 -> ... -> last stage -> driver: norm, output layer (tied)
 
 So logits are never sent, and a tied embedding exists once. Sequences are divided into micro-batches
-(lanes), one a stage by default: while one stage computes a lane's pass, the others compute other
-lanes'. Where sequences lie in the KV memory is decided by the driver alone; each pass carries the
+(lanes), at most one a stage by default: while one stage computes a lane's pass, the others compute
+other lanes'. Where sequences lie in the KV memory is decided by the driver alone; each pass carries the
 operations since the one before, and the workers repeat them (serving.engines.kv_memory). GPipe
 (arXiv 1811.06965) has micro-batches in training; Orca (OSDI 2022) has pipelines of iterations.
 
@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     from serving.engines.continuous_engine import ContinuousEngine
 
 
+# A pass of fewer sequences takes as long as one of so many: the weights are read all the same
+# (benchmarks/pipeline.py).
+LANE_ROWS = 16
+
+
 def open_pipeline(
     loading: ModelLoading,
     replica: ReplicaSpec,
@@ -51,7 +56,8 @@ def open_pipeline(
 
     Args:
         stop_ids, prefix_cache_tokens: ContinuousEngine's.
-        micro_batches: lanes; default: one a stage.
+        micro_batches: lanes, used from the first sequence on; default: one a stage, each used
+            once the others have LANE_ROWS sequences.
     Raises:
         ValueError: the stages are not all layers in order; the model is not for the continuous
             engine, or packed; or as load_model.
@@ -68,6 +74,8 @@ def open_pipeline(
         model = load_single(loading, replica.stages[0])
         return ContinuousEngine(model, limits, cost, stop_ids, prefix_cache_tokens)
     runner = PipelineRunner(loading, replica.stages, limits.kv_tokens, lanes)
+    if micro_batches is None:
+        runner.lane_rows = LANE_ROWS
     try:
         return ContinuousEngine(
             runner.model, limits, cost, stop_ids, prefix_cache_tokens, runner=runner
