@@ -11,8 +11,8 @@ stage and back to the driver:
 
 So logits are never sent, and a tied embedding exists once. Sequences are divided into micro-batches
 (lanes), at most one a stage by default: while one stage computes a lane's pass, the others compute
-other lanes'. Where sequences lie in the KV memory is decided by the driver alone; each pass carries the
-operations since the one before, and the workers repeat them (serving.engines.kv_memory). GPipe
+other lanes'. Where sequences lie in the KV memory is decided by the driver alone; each pass carries
+the operations since the one before, and the workers repeat them (serving.engines.kv_memory). GPipe
 (arXiv 1811.06965) has micro-batches in training; Orca (OSDI 2022) has pipelines of iterations.
 
 Answers are those of one device, token for token in fp32; everything that the engine takes is taken:
