@@ -25,7 +25,7 @@ from serving.tools.sandbox.frames import (
     read_frame,
     write_all,
 )
-from serving.tools.sandbox.isolation import MIB, WAYS, SandboxLimits
+from serving.tools.sandbox.isolation import WAYS, SandboxLimits
 from serving.tools.sandbox.worker import OutputLimits
 
 ROOT = str(Path(__file__).resolve().parents[2])
@@ -183,11 +183,7 @@ class PythonInterpreter:
         os.set_blocking(self._process.stdin.fileno(), False)
         limits = self.limits
         deadline_s = time.monotonic() + START_S
-        first = {
-            "limits": asdict(limits.sandbox),
-            "output": asdict(limits.output),
-            "folder": folder,
-        }
+        first = {"limits": asdict(limits.sandbox), "output": asdict(limits.output)}
         answer = None
         try:
             self._send(first, deadline_s)
@@ -289,13 +285,3 @@ def printable(text: str) -> str:
         if not is_control and not 0xD800 <= number < 0xE000:
             kept.append(character)
     return "".join(kept)
-
-
-__all__ = [
-    "MIB",
-    "InterpreterLimits",
-    "InterpreterRefused",
-    "PythonInterpreter",
-    "RunResult",
-    "printable",
-]

@@ -29,6 +29,8 @@ PARENT_CHECK_MS = 5000
 
 def main() -> int:
     way = sys.argv[2]
+    for number in (signal.SIGUSR1, signal.SIGUSR2):  # may come before `supervise`
+        signal.signal(number, signal.SIG_IGN)
     sys.path.remove(sys.argv[1])
     requests, replies = hide_standard_files()
     asked = read_frame(requests, 0)

@@ -8,6 +8,7 @@ import ast
 import builtins
 import io
 import linecache
+import logging
 import os
 import sys
 import traceback
@@ -18,8 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from serving.tools.sandbox.frames import encode_frame, read_frame, write_all
-
-CODE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -144,6 +143,7 @@ def within(images: list[bytes], limits: OutputLimits) -> tuple[bytes, ...]:
 
 def answer_runs(requests: int, replies: int, limits: OutputLimits) -> None:
     """Run what comes through a pipe until it ends."""
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # its cache is not kept
     session = Session(limits)
     while (request := read_frame(requests, 0)) is not None:
         answer, images = session.run(request.body["code"])
