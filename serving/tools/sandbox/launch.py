@@ -11,6 +11,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -70,8 +71,12 @@ def supervise(child: int, requests: int) -> int:
     parent = os.getppid()
     handle = os.pidfd_open(child)
 
+    def send(number: int) -> None:
+        with suppress(OSError):  # it is just ending
+            signal.pidfd_send_signal(handle, number)
+
     def pass_on(number: int) -> Callable[[int, FrameType | None], Any]:
-        return lambda received, frame: signal.pidfd_send_signal(handle, number)
+        return lambda received, frame: send(number)
 
     signal.signal(signal.SIGUSR1, pass_on(signal.SIGSTOP))
     signal.signal(signal.SIGUSR2, pass_on(signal.SIGCONT))
@@ -83,7 +88,8 @@ def supervise(child: int, requests: int) -> int:
         if handle in events:
             break
         if requests in events or os.getppid() != parent:
-            signal.pidfd_send_signal(handle, signal.SIGKILL)
+            send(signal.SIGKILL)
+            break
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     return 128 - code if code < 0 else code

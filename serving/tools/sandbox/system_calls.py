@@ -42,7 +42,8 @@ getcpu 309 168, arch_prctl 158 -, getpid 39 172, getppid 110 173, gettid 186 178
 getpgid 121 155, getsid 124 156, getuid 102 174, geteuid 107 175, getgid 104 176, getegid 108
 177, getresuid 118 148, getresgid 120 150, getgroups 115 158, getpriority 140 141, getrandom 318
 278, uname 63 160, sysinfo 99 179, getrusage 98 165, getrlimit 97 163, wait4 61 260, waitid 247
-95, exit 60 93, exit_group 231 94, recvfrom 45 207, sendto 44 206, shutdown 48 210
+95, exit 60 93, exit_group 231 94, recvfrom 45 207, sendto 44 206, shutdown 48 210,
+restart_syscall 219 128
 """
 # Attributes of files, which Landlock does not protect: only where nothing but own files is there.
 ATTRIBUTES = """

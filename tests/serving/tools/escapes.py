@@ -11,6 +11,7 @@ NATIVE = """
 import ctypes, os, platform
 x86 = platform.machine() == "x86_64"
 libc = ctypes.CDLL(None, use_errno=True)
+zeros = ctypes.byref(ctypes.create_string_buffer(128))
 def call(on_x86, on_arm, *arguments):
     result = libc.syscall(ctypes.c_long(on_x86 if x86 else on_arm), *arguments)
     if result < 0:
@@ -56,7 +57,7 @@ ESCAPES = {
     "ptrace": NATIVE + "call(101, 117, 16, PARENT, 0, 0)",
     "pidfd_open": NATIVE + "call(434, 434, PARENT, 0)",
     "shared memory": "open('/dev/shm/x', 'w')",
-    "posix shm": "from multiprocessing import shared_memory as s; s.SharedMemory(create=True, size=9)",
+    "posix shm": "import multiprocessing.shared_memory as s; s.SharedMemory(create=True, size=9)",
     "sysv shm": NATIVE + "call(29, 194, 0, 4096, 0o1600)",
     "message queue": NATIVE + "call(240, 180, b'q', 66, 0o600, None)",
     "memfd": "import os; os.memfd_create('x')",
@@ -98,8 +99,7 @@ ESCAPES = {
     "killpg": "import os; os.killpg(os.getpgid(0), 9)",
     "tgkill": NATIVE + "call(234, 131, PARENT, PARENT, 9)",
     "tkill": NATIVE + "call(200, 130, PARENT, 9)",
-    "sigqueue": NATIVE
-    + "call(129, 138, PARENT, 9, ctypes.byref(ctypes.create_string_buffer(128)))",
+    "sigqueue": NATIVE + "call(129, 138, PARENT, 9, zeros)",
     "signals by files": "import fcntl, os; fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, PARENT)",
     "session": "import os; os.setsid()",
     "group": "import os; os.setpgid(0, 0)",
