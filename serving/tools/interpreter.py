@@ -124,7 +124,8 @@ class PythonInterpreter:
                 self._signal(signal.SIGUSR2)
                 self._send(request, deadline_s)
                 answer = self._receive(deadline_s)
-                self._signal(signal.SIGUSR1)
+                if answer is not None:
+                    self._signal(signal.SIGUSR1)
             except TimeoutError:
                 self._end()
                 return lost(f"the code ran longer than {self.limits.wall_s:g} s")
