@@ -5,6 +5,7 @@ is read with a deadline and a size, is JSON and PNG alone, and is shown without 
 """
 
 import contextlib
+import io
 import os
 import shutil
 import signal
@@ -26,6 +27,7 @@ from serving.tools.sandbox.frames import (
     write_all,
 )
 from serving.tools.sandbox.isolation import WAYS, SandboxLimits
+from serving.tools.sandbox.launch import CONTINUE, STOP
 from serving.tools.sandbox.worker import OutputLimits
 
 ROOT = str(Path(__file__).resolve().parents[2])
@@ -83,6 +85,7 @@ class PythonInterpreter:
         self.limits = limits or InterpreterLimits()
         self.way = way
         self._process: subprocess.Popen[bytes] | None = None
+        self._control: io.FileIO | None = None  # a pipe to its supervisor
         self._folder: str | None = None  # of a process that has no root of its own
         self._run = 0
         self._lock = threading.Lock()
@@ -121,11 +124,11 @@ class PythonInterpreter:
             request = {"id": self._run, "code": code}
             deadline_s = time.monotonic() + self.limits.wall_s
             try:
-                self._signal(signal.SIGUSR2)
+                self._steer(CONTINUE)
                 self._send(request, deadline_s)
                 answer = self._receive(deadline_s)
                 if answer is not None:
-                    self._signal(signal.SIGUSR1)
+                    self._steer(STOP)
             except TimeoutError:
                 self._end()
                 return lost(f"the code ran longer than {self.limits.wall_s:g} s")
@@ -134,6 +137,9 @@ class PythonInterpreter:
                 return lost("its process sent what is no answer")
             except OSError:
                 answer = None
+            except BaseException:  # an interrupt: the answer is not waited for
+                self._end()
+                raise
             if answer is None:
                 return lost(self._cause(self._end()))
             if answer.body.get("id") != self._run:
@@ -171,15 +177,19 @@ class PythonInterpreter:
         folder = "/tmp"
         if way == "landlock":  # to read; matplotlib wants one
             self._folder = folder = tempfile.mkdtemp(prefix="glm-foundry-python-")
+        ours, control = os.pipe()
+        self._control = io.FileIO(control, "w")
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-B", "-c", START, ROOT, way],
+            [sys.executable, "-I", "-B", "-c", START, ROOT, way, str(ours)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd="/",
             env=environment(folder),
             start_new_session=True,
+            pass_fds=(ours,),
         )
+        os.close(ours)
         assert self._process.stdin is not None and self._process.stdout is not None
         os.set_blocking(self._process.stdin.fileno(), False)
         limits = self.limits
@@ -207,9 +217,10 @@ class PythonInterpreter:
         most = self.limits.output.image_bytes
         return read_frame(self._process.stdout.fileno(), most, deadline_s)
 
-    def _signal(self, number: int) -> None:
-        assert self._process is not None
-        self._process.send_signal(number)
+    def _steer(self, order: bytes) -> None:
+        """STOP or CONTINUE the process that runs code."""
+        assert self._control is not None
+        self._control.write(order)
 
     def _cause(self, status: int | None) -> str:
         """Why a process ended by itself."""
@@ -222,11 +233,14 @@ class PythonInterpreter:
     def _end(self) -> int | None:
         """Kill what runs; the status of a process that had ended by itself."""
         process, self._process = self._process, None
+        control, self._control = self._control, None
         status = None
+        if control is not None:
+            control.close()  # its supervisor kills the child, and ends
         if process is not None:
             assert process.stdin is not None and process.stdout is not None
             with contextlib.suppress(OSError):
-                process.stdin.close()  # its supervisor kills the child, and ends
+                process.stdin.close()
             try:
                 status = process.wait(5)
             except subprocess.TimeoutExpired:

@@ -1,19 +1,17 @@
 """What the interpreter's process does: locks a child in, lets it answer, and waits for its end.
 
-    python -I -c "..." ROOT WAY        started by serving.tools.interpreter alone
+    python -I -c "..." ROOT WAY CONTROL        started by serving.tools.interpreter alone
 
 The first frame that comes says the limits; the first that goes is {"ready": WAY}, or {"refused"}
-in one line. SIGUSR1 stops the child between two runs, SIGUSR2 lets it go on.
+in one line. Through the pipe CONTROL come single bytes: STOP and CONTINUE for the child; its end
+is the child's end.
 """
 
 import os
 import select
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import suppress
-from types import FrameType
-from typing import Any
 
 from serving.tools.sandbox.frames import encode_frame, read_frame, write_all
 from serving.tools.sandbox.isolation import (
@@ -25,13 +23,13 @@ from serving.tools.sandbox.isolation import (
 from serving.tools.sandbox.worker import OutputLimits, answer_runs, hide_standard_files
 
 REFUSED = 3  # exit status
+STOP, CONTINUE = b"s", b"c"
+SIGNALS = {STOP: signal.SIGSTOP, CONTINUE: signal.SIGCONT}
 PARENT_CHECK_MS = 5000
 
 
 def main() -> int:
-    way = sys.argv[2]
-    for number in (signal.SIGUSR1, signal.SIGUSR2):  # may come before `supervise`
-        signal.signal(number, signal.SIG_IGN)
+    way, control = sys.argv[2], int(sys.argv[3])
     sys.path.remove(sys.argv[1])
     requests, replies = hide_standard_files()
     asked = read_frame(requests, 0)
@@ -47,9 +45,11 @@ def main() -> int:
         return REFUSED
     child = os.fork()
     if child == 0:
+        os.close(control)
         os._exit(run_locked_in(way, limits, output, requests, replies))
     os.close(replies)
-    return supervise(child, requests)
+    os.close(requests)
+    return supervise(child, control)
 
 
 def run_locked_in(
@@ -66,29 +66,24 @@ def run_locked_in(
     return 0
 
 
-def supervise(child: int, requests: int) -> int:
+def supervise(child: int, control: int) -> int:
     """Wait for the child's end, or end it with the parent; its status as a shell has it."""
     parent = os.getppid()
     handle = os.pidfd_open(child)
-
-    def send(number: int) -> None:
-        with suppress(OSError):  # it is just ending
-            signal.pidfd_send_signal(handle, number)
-
-    def pass_on(number: int) -> Callable[[int, FrameType | None], Any]:
-        return lambda received, frame: send(number)
-
-    signal.signal(signal.SIGUSR1, pass_on(signal.SIGSTOP))
-    signal.signal(signal.SIGUSR2, pass_on(signal.SIGCONT))
     waiting = select.poll()
     waiting.register(handle, select.POLLIN)
-    waiting.register(requests, 0)  # POLLHUP: the parent has closed its end, or has ended
+    waiting.register(control, select.POLLIN)
     while True:
         events = dict(waiting.poll(PARENT_CHECK_MS))
         if handle in events:
             break
-        if requests in events or os.getppid() != parent:
-            send(signal.SIGKILL)
+        wanted = os.read(control, 4096) if control in events else CONTINUE
+        is_over = not wanted or os.getppid() != parent
+        number = signal.SIGKILL if is_over else SIGNALS[wanted[-1:]]
+        if control in events or is_over:
+            with suppress(OSError):  # it is just ending
+                signal.pidfd_send_signal(handle, number)
+        if is_over:
             break
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)

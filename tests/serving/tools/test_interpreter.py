@@ -5,6 +5,7 @@ As root, as a user with namespaces, and as a user with Landlock alone.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -445,6 +446,32 @@ import time; time.sleep(60)
     parent.kill()
     parent.wait()
     assert gone(below)
+
+
+def test_a_dropped_interpreter_ends():
+    interpreter = started()
+    interpreter.run("1")
+    own = own_processes(interpreter)
+    supervisor = interpreter._process
+    del interpreter
+    assert supervisor.wait(5) != 0
+    assert gone(own)
+
+
+def test_an_interrupt_ends_the_run(small):
+    """Ctrl-C in a terminal; the next run is a new process's."""
+    small.run("kept = 1")
+    timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        small.run("import time\ntime.sleep(60)")
+    assert "NameError" in small.run("kept").text
+
+
+def test_many_short_runs(python):
+    """Stopping and going on between runs never gets out of order."""
+    for number in range(500):
+        assert python.run(str(number)).text == str(number)
 
 
 def test_threads_share_an_interpreter(python):
