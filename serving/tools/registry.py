@@ -27,9 +27,9 @@ from serving.tools.schemas import (
     ArgumentsRefused,
     JsonSchema,
     object_schema,
-    read_object,
     schema_of,
     shown,
+    typed_arguments,
 )
 
 RESULT_CHARACTERS = 16_000  # of a result that a model is shown
@@ -89,7 +89,7 @@ class Tool:
     def call(self, arguments: Mapping[str, Any]) -> ToolResult:
         """Check the arguments and run the function. An exception of it is a failed result."""
         try:
-            values = read_object(self.types, self.required, arguments)
+            values = typed_arguments(self.types, self.required, arguments)
         except ArgumentsRefused as error:
             return failure(f"{self.name}: {error}")
         try:

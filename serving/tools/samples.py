@@ -52,7 +52,7 @@ def weather(
     }
 
 
-def clock(
+def time_now(
     time_zone: Annotated[str, "IANA's name, such as Asia/Shanghai"] = "UTC",
 ) -> dict[str, str]:
     """The date, weekday and time now, in a time zone."""
@@ -189,13 +189,13 @@ def bounded(number: Number) -> Number:
 SAMPLES: dict[str, Callable[..., Any]] = {
     "weather": weather,
     "calculator": calculator,
-    "clock": clock,
+    "clock": time_now,
 }
 
 
 def sample_registry() -> ToolRegistry:
     """The samples."""
     registry = ToolRegistry()
-    for function in SAMPLES.values():
-        registry.tool(function)
+    for name, function in SAMPLES.items():
+        registry.tool(name=name)(function)
     return registry

@@ -87,7 +87,7 @@ def without_none(inside: Sequence[Any]) -> Any:
     return present[0] if len(present) == 1 and len(inside) == 2 else None
 
 
-def read_value(annotation: Any, value: Any, place: str) -> Any:
+def typed_value(annotation: Any, value: Any, place: str) -> Any:
     """A JSON value as a type that `schema_of` takes.
 
     Args:
@@ -97,9 +97,9 @@ def read_value(annotation: Any, value: Any, place: str) -> Any:
     """
     origin, inside = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return read_value(inside[0], value, place)
+        return typed_value(inside[0], value, place)
     if annotation in PLAIN:
-        return read_plain(annotation, value, place)
+        return typed_scalar(annotation, value, place)
     if origin is Literal:
         for known in inside:
             if type(known) is type(value) and known == value:
@@ -108,17 +108,17 @@ def read_value(annotation: Any, value: Any, place: str) -> Any:
     if origin is list:
         if not isinstance(value, list):
             raise refused(place, "a list", value)
-        return [read_value(inside[0], one, f"{place}[{i}]") for i, one in enumerate(value)]
+        return [typed_value(inside[0], one, f"{place}[{i}]") for i, one in enumerate(value)]
     if origin is dict:
         if not isinstance(value, dict):
             raise refused(place, "an object", value)
-        return {name: read_value(inside[1], one, f"{place}.{name}") for name, one in value.items()}
+        return {name: typed_value(inside[1], one, f"{place}.{name}") for name, one in value.items()}
     if is_union(origin):
-        return None if value is None else read_value(without_none(inside), value, place)
-    return read_fields(annotation, value, place)
+        return None if value is None else typed_value(without_none(inside), value, place)
+    return typed_fields(annotation, value, place)
 
 
-def read_plain(kind: type, value: Any, place: str) -> Any:
+def typed_scalar(kind: type, value: Any, place: str) -> Any:
     """A text, number or truth value. A whole float is an int, an int is a float."""
     if type(value) is kind:
         return value
@@ -130,7 +130,7 @@ def read_plain(kind: type, value: Any, place: str) -> Any:
     raise refused(place, names[kind], value)
 
 
-def read_fields(kind: Any, value: Any, place: str) -> Any:
+def typed_fields(kind: Any, value: Any, place: str) -> Any:
     """A dataclass of a JSON object."""
     if not isinstance(value, dict):
         raise refused(place, "an object", value)
@@ -143,14 +143,14 @@ def read_fields(kind: Any, value: Any, place: str) -> Any:
             if is_required(field):
                 required.append(field.name)
     try:
-        return kind(**read_object(taken, required, value, f"{place}."))
+        return kind(**typed_arguments(taken, required, value, f"{place}."))
     except ArgumentsRefused:
         raise
     except (ValueError, TypeError) as error:  # of its __post_init__
         raise ArgumentsRefused(f"{place}: {error}") from None
 
 
-def read_object(
+def typed_arguments(
     hints: Mapping[str, Any], required: Sequence[str], values: Mapping[str, Any], place: str = ""
 ) -> dict[str, Any]:
     """{name: value} of named types.
@@ -167,7 +167,7 @@ def read_object(
             raise ArgumentsRefused(f"{place}{name} is missing")
     read = {}
     for name, value in values.items():
-        read[name] = read_value(hints[name], value, f"{place}{name}")
+        read[name] = typed_value(hints[name], value, f"{place}{name}")
     return read
 
 

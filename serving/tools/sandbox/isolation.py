@@ -62,7 +62,7 @@ class SandboxLimits:
     """
 
     cpu_s: int = 120
-    memory_mib: int = 2048
+    memory_mib: int = 1024
     files_mib: int = 64
     open_files: int = 64
     threads: int = 32
@@ -78,6 +78,7 @@ def prepare_namespaces() -> None:
         write_line("/proc/self/setgroups", "deny")
         write_line("/proc/self/uid_map", f"{INSIDE} {user} 1")
         write_line("/proc/self/gid_map", f"{INSIDE} {group} 1")
+    socket.sethostname("sandbox")
     with suppress(OSError):
         unshare(CLONE_NEWCGROUP)
 

@@ -31,6 +31,7 @@ PARENT_CHECK_MS = 5000
 def main() -> int:
     way, control = sys.argv[2], int(sys.argv[3])
     sys.path.remove(sys.argv[1])
+    sys.argv = [""]
     requests, replies = hide_standard_files()
     asked = read_frame(requests, 0)
     if asked is None:

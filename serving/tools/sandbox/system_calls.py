@@ -66,6 +66,7 @@ LOAD, EQUALS, MASK, RETURN = 0x20, 0x15, 0x54, 0x06  # BPF: ld [k]; jeq k; and k
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
 SOCK_TYPE_MASK = 0xF
 CLONE_THREAD = 0x00010000
+CLONE_NAMESPACES = 0x7E020000  # CLONE_NEW*
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def rules(own_pid: int) -> dict[str, tuple[Check, ...]]:
         own_pid: of the process, as it sees itself; it may signal itself alone.
     """
     return {
-        "clone": (Check(0, (CLONE_THREAD,), mask=CLONE_THREAD),),  # threads, no processes
+        # threads, no processes
+        "clone": (Check(0, (CLONE_THREAD,), mask=CLONE_THREAD | CLONE_NAMESPACES),),
         "prctl": (Check(0, (15, 16)),),  # PR_SET_NAME, PR_GET_NAME
         # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
         "ioctl": (Check(1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),),

@@ -12,7 +12,7 @@ from serving.server.fields import CHAT_TABLE
 from serving.tools.own_tools import load_tools
 from serving.tools.registry import RESULT_CHARACTERS, ToolRegistry, ToolResult
 from serving.tools.samples import SAMPLES, calculator, sample_registry
-from serving.tools.schemas import ArgumentsRefused, read_value, schema_of
+from serving.tools.schemas import ArgumentsRefused, schema_of, typed_value
 
 
 @dataclass
@@ -245,16 +245,16 @@ def test_what_is_no_tool_is_refused(function, message):
 def test_names_are_taken_once_and_as_openai_has_them():
     registry = sample_registry()
     with pytest.raises(ValueError, match="there is a tool 'clock' already"):
-        registry.tool(SAMPLES["clock"])
+        registry.tool(name="clock")(SAMPLES["clock"])
     with pytest.raises(ValueError, match="the name of a tool must be"):
         registry.tool(name="a b")(SAMPLES["clock"])
 
 
 def test_dicts_and_schemas_of_types():
     assert schema_of(dict[str, int])["additionalProperties"] == {"type": "integer"}
-    assert read_value(dict[str, int], {"a": 1}, "x") == {"a": 1}
+    assert typed_value(dict[str, int], {"a": 1}, "x") == {"a": 1}
     with pytest.raises(ArgumentsRefused, match="x.a must be a whole number"):
-        read_value(dict[str, int], {"a": "1"}, "x")
+        typed_value(dict[str, int], {"a": "1"}, "x")
     with pytest.raises(TypeError):
         schema_of(dict[int, str])
 
