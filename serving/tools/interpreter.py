@@ -174,7 +174,7 @@ class PythonInterpreter:
 
     def _start_in(self, way: str) -> str | None:
         """None, or why this way cannot be had."""
-        folder = "/tmp"
+        folder = "/"
         if way == "landlock":  # to read; matplotlib wants one
             self._folder = folder = tempfile.mkdtemp(prefix="glm-foundry-python-")
         ours, control = os.pipe()

@@ -7,6 +7,7 @@ import os
 import site
 import stat
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from serving.tools.sandbox.kernel import (
@@ -23,7 +24,7 @@ from serving.tools.sandbox.kernel import (
 )
 
 MOUNT_POINT = "/proc"  # is everywhere, and holds nothing that the new root takes
-WORK_FOLDER = "/tmp"
+WORK_FOLDERS = ("/tmp", "/sandbox")  # the second where Python itself is in the first
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 # Shared libraries, fonts and time zones; no configuration beside what they are found by.
 SYSTEM = (
@@ -61,17 +62,20 @@ def readable_paths() -> list[str]:
     return kept
 
 
-def enter_new_root(mib: int, owner: int) -> None:
-    """Make a root of `readable_paths`, some devices and WORK_FOLDER, and enter it.
+def enter_new_root(mib: int, owner: int) -> str:
+    """Make a root of `readable_paths`, some devices and a folder to write in, and enter it.
 
     Args:
-        mib: what the work folder may hold, in memory.
-        owner: user and group of the work folder.
+        mib: what that folder may hold, in memory.
+        owner: its user and group.
+    Returns:
+        The folder.
     Raises:
         OSError: the kernel does not let this process mount.
     """
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     sources = [(path, os.path.isdir(path)) for path in readable_paths()]
+    work = work_folder([path for path, _ in sources])
     mount("tmpfs", MOUNT_POINT, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     for path, is_folder in sources:
         target = MOUNT_POINT + path
@@ -82,14 +86,22 @@ def enter_new_root(mib: int, owner: int) -> None:
         if stat.S_ISCHR(os.stat(path).st_mode):
             place_for(MOUNT_POINT + path, False)
             mount(path, MOUNT_POINT + path, None, MS_BIND)
-    work = MOUNT_POINT + WORK_FOLDER
-    os.mkdir(work)
+    os.mkdir(MOUNT_POINT + work)
     options = f"size={mib}m,nr_inodes={INODES},mode=700"
-    mount("tmpfs", work, "tmpfs", MS_NOSUID | MS_NODEV, options)
+    mount("tmpfs", MOUNT_POINT + work, "tmpfs", MS_NOSUID | MS_NODEV, options)
     if owner != os.getuid():
-        os.chown(work, owner, owner)
+        os.chown(MOUNT_POINT + work, owner, owner)
     make_root(MOUNT_POINT)
-    lock_root()
+    mount("none", "/", None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
+    return work
+
+
+def work_folder(sources: Sequence[str]) -> str:
+    """The first of WORK_FOLDERS that holds nothing of what is mounted."""
+    for folder in WORK_FOLDERS:
+        if not any(path.startswith(f"{folder}/") for path in sources):
+            return folder
+    raise OSError(f"Python's folders lie in {' and '.join(WORK_FOLDERS)}")
 
 
 def place_for(target: str, is_folder: bool) -> None:
@@ -99,8 +111,3 @@ def place_for(target: str, is_folder: bool) -> None:
         return
     os.makedirs(os.path.dirname(target), exist_ok=True)
     Path(target).touch()
-
-
-def lock_root() -> None:
-    """The new root's own folders take no files."""
-    mount("none", "/", None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 from serving.tools.sandbox.filesystem import (
     DEVICES,
-    WORK_FOLDER,
     enter_new_root,
     readable_paths,
 )
@@ -101,8 +100,11 @@ def lock_in(way: str, limits: SandboxLimits) -> None:
         )
     files = [*readable_paths(), *DEVICES]
     user = unprivileged_user()
+    work = os.environ["HOME"]
     if way == "namespaces":
-        enter_new_root(limits.files_mib, os.getuid() if user is None else user)
+        work = enter_new_root(limits.files_mib, os.getuid() if user is None else user)
+        for name in ("HOME", "TMPDIR", "MPLCONFIGDIR"):
+            os.environ[name] = work
     set_limits(limits)
     if user is not None:
         os.setgroups([])
@@ -112,11 +114,11 @@ def lock_in(way: str, limits: SandboxLimits) -> None:
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     prctl(PR_SET_DUMPABLE, 0)
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    os.chdir(WORK_FOLDER if way == "namespaces" else "/")
+    os.chdir(work if way == "namespaces" else "/")
     if way == "landlock":
         restrict_files([path for path in files if os.access(path, os.R_OK)])
     elif landlock_version():
-        restrict_files(["/"], [WORK_FOLDER, "/dev/null"])
+        restrict_files(["/"], [work, "/dev/null"])
     restrict_calls(attributes=way == "namespaces")
     check_walls(way)
 
@@ -165,7 +167,7 @@ def check_walls(way: str) -> None:
         os.listdir(os.path.dirname(os.__file__))
     except OSError as error:
         raise IsolationRefused(f"Python's own folder cannot be read there: {error}") from None
-    for path in ("/etc/passwd", "/proc/self/status", "/home", "/sys"):
+    for path in ("/etc/passwd", "/proc/self/status", "/sys", *(["/"] if way == "landlock" else [])):
         with suppress(OSError):
             os.close(os.open(path, os.O_RDONLY))
             raise IsolationRefused(f"{path} can be read in spite of {way}")

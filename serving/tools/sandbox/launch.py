@@ -42,7 +42,7 @@ def main() -> int:
         if way == "namespaces":
             prepare_namespaces()
     except OSError as error:
-        write_all(replies, encode_frame({"refused": f"namespaces: {error}"}))
+        write_all(replies, encode_frame({"refused": f"namespaces: {error.strerror or error}"}))
         return REFUSED
     child = os.fork()
     if child == 0:
@@ -60,7 +60,8 @@ def run_locked_in(
     try:
         lock_in(way, limits)
     except (OSError, IsolationRefused) as error:
-        write_all(replies, encode_frame({"refused": f"{way}: {error}"}))
+        reason = error.strerror if isinstance(error, OSError) else None
+        write_all(replies, encode_frame({"refused": f"{way}: {reason or error}"}))
         return REFUSED
     write_all(replies, encode_frame({"ready": way}))
     answer_runs(requests, replies, output)

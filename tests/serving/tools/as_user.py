@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 USER = 54321
+CAP_SYS_ADMIN = 21
 
 
 def main() -> None:
@@ -20,11 +21,14 @@ def main() -> None:
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
     for folder in sorted({closed_parent(Path(sys.base_prefix)), closed_parent(root)} - {None}):
         open_parent(kernel, folder, [Path(sys.base_prefix), root])
-    os.setgroups([])
-    os.setresgid(USER, USER, USER)
-    os.setresuid(USER, USER, USER)
+    if sys.argv[1] == "user":
+        os.setgroups([])
+        os.setresgid(USER, USER, USER)
+        os.setresuid(USER, USER, USER)
+    else:
+        kernel.prctl(kernel.PR_CAPBSET_DROP, CAP_SYS_ADMIN)
     os.environ.update(HOME="/tmp")
-    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+    os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 
 
 def closed_parent(path: Path) -> Path | None:

@@ -22,6 +22,7 @@ from serving.tools.interpreter import (
 )
 from serving.tools.python_tool import InterpreterPool, python_tool
 from serving.tools.registry import ToolRegistry
+from serving.tools.sandbox.filesystem import work_folder
 from serving.tools.sandbox.frames import FrameError, decode_frame, encode_frame
 from serving.tools.sandbox.isolation import SandboxLimits
 from serving.tools.sandbox.worker import OutputLimits
@@ -197,13 +198,16 @@ def test_an_escape_fails(python, secret, name):
     assert python.run("1").text == "1"
 
 
-@pytest.mark.parametrize("way", ["namespaces", "landlock"])
-def test_escapes_fail_for_another_user(way, secret):
-    """The same as a user without rights, by namespaces and by Landlock alone."""
+@pytest.mark.parametrize(
+    "who, way", [("user", "namespaces"), ("user", "landlock"), ("container", "landlock")]
+)
+def test_escapes_fail_for_others(who, way, secret):
+    """As a user without rights, and as root in a container, by namespaces or by Landlock alone."""
     if os.getuid() != 0:
         pytest.skip("to become another user needs root; test_an_escape_fails runs as this one")
-    command = [sys.executable, HERE / "as_user.py", HERE / "escapes.py", way, secret]
-    done = subprocess.run([*command, str(os.getpid())], capture_output=True, text=True, timeout=60)
+    program = [HERE / "escapes.py", way, secret, str(os.getpid())]
+    command = [sys.executable, HERE / "as_user.py", who, *program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     texts = json.loads(done.stdout)
     if "refused" in texts:
@@ -241,6 +245,12 @@ memory.write(bytes.fromhex("b814000000cd80c3"))  # mov eax, 20 (getpid); int 0x8
 print(ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(memory)))())"""
     result = small.run(code)
     assert result.failed and "crashed (SIG" in result.text
+
+
+def test_python_in_tmp_is_not_hidden():
+    """Its files lie where code would write; it then writes elsewhere."""
+    assert work_folder(["/usr/lib", "/tmp/venv/lib"]) == "/sandbox"
+    assert work_folder(["/usr/lib"]) == "/tmp"
 
 
 # ---- limits
