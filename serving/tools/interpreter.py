@@ -119,7 +119,10 @@ class PythonInterpreter:
         if len(code) > CODE_CHARACTERS:
             return RunResult(f"Error: code of more than {CODE_CHARACTERS} characters", failed=True)
         with self._lock:
+            was_lost = self._process is not None and self._process.poll() is not None
             self._start()
+            if was_lost:
+                return lost("the process of earlier runs had ended; this code was not run")
             self._run += 1
             request = {"id": self._run, "code": code}
             deadline_s = time.monotonic() + self.limits.wall_s
@@ -226,8 +229,9 @@ class PythonInterpreter:
         """Why a process ended by itself."""
         if status == KILLED:
             return f"it used its {self.limits.sandbox.cpu_s} CPU seconds, or too much memory"
-        if status is not None and status > 128:
-            return f"it crashed ({signal.Signals(status - 128).name})"
+        crashes = {128 + number: number.name for number in signal.Signals}
+        if status in crashes:
+            return f"it crashed ({crashes[status]})"
         return f"it ended its process (status {status})"
 
     def _end(self) -> int | None:

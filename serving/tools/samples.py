@@ -3,6 +3,7 @@
 import ast
 import math
 import operator
+import warnings
 from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Annotated, Any, Literal
@@ -141,8 +142,11 @@ def calculator(
     """The value of an arithmetic expression: + - * / // % **, and functions such as sqrt, log."""
     if len(expression) > EXPRESSION_CHARACTERS:
         raise ValueError(f"an expression has at most {EXPRESSION_CHARACTERS} characters")
+    plain = expression.strip().replace("×", "*").replace("÷", "/")
     try:
-        tree = ast.parse(expression.strip().replace("×", "*").replace("÷", "/"), mode="eval")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            tree = ast.parse(plain, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise ValueError("this is no arithmetic expression") from None
     return str(calculate(tree.body, 0))

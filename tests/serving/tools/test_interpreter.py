@@ -55,6 +55,13 @@ def small():
         yield interpreter
 
 
+@pytest.fixture
+def brief():
+    """One whose runs end after half a second."""
+    with started(wall_s=0.5, sandbox=SandboxLimits(memory_mib=512)) as interpreter:
+        yield interpreter
+
+
 def processes_of(parent: int) -> list[int]:
     """Processes below one."""
     children: dict[int, list[int]] = {}
@@ -270,16 +277,16 @@ def test_python_in_tmp_is_not_hidden():
         "9 ** 9 ** 9",
     ],
 )
-def test_a_run_that_does_not_end_is_ended(small, code):
-    small.run("kept = 1")
-    running = own_processes(small)
+def test_a_run_that_does_not_end_is_ended(brief, code):
+    brief.run("kept = 1")
+    running = own_processes(brief)
     assert len(running) == 2
     begun_s = time.monotonic()
-    result = small.run(code)
-    assert result.failed and "longer than 1.5 s" in result.text and "lost" in result.text
+    result = brief.run(code)
+    assert result.failed and "longer than 0.5 s" in result.text and "lost" in result.text
     assert time.monotonic() - begun_s < 5
     assert gone(running)
-    assert "NameError" in small.run("kept").text  # a new process
+    assert "NameError" in brief.run("kept").text  # a new process
 
 
 def test_cpu_seconds_are_limited():
@@ -334,9 +341,20 @@ def test_the_folder_is_limited(small, code):
 def test_a_process_that_ends_itself_is_replaced(small):
     result = small.run("import os\nos._exit(7)")
     assert result.failed and "ended its process (status 7)" in result.text
+    assert "status 200" in small.run("import os\nos._exit(200)").text
     result = small.run("import ctypes\nctypes.string_at(0)")
     assert result.failed and "crashed (SIGSEGV)" in result.text
     assert small.run("2 + 2").text == "4"
+
+
+def test_an_end_between_two_runs_is_told(small):
+    small.run("kept = 1")
+    [_, worker] = own_processes(small)
+    os.kill(worker, signal.SIGKILL)
+    small._process.wait(5)
+    result = small.run("kept")
+    assert result.failed and "earlier runs had ended" in result.text
+    assert small.run("8").text == "8"
 
 
 PIPES = """

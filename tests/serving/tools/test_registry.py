@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal, Optional
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.server.fields import CHAT_TABLE
@@ -158,6 +158,7 @@ def test_wrong_calls_are_told(name, arguments, message):
     assert result.failed and message in result.text
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text() | st.floats(), st.lists))
 def test_any_arguments_give_a_text(value):
     for arguments in (value, {"start": value, "by": value}, {"start": {"latitude": value}}):
@@ -323,6 +324,7 @@ def test_calculator_refuses(expression):
     assert result.failed and "\n" not in result.text and len(result.text) < 200
 
 
+@settings(max_examples=100, deadline=None)
 @given(st.text(alphabet="0123456789.+-*/%() ,episqrtoundmax", max_size=40))
 def test_calculator_ends(expression):
     assert sample_registry().call("calculator", {"expression": expression}).text
