@@ -50,6 +50,8 @@ def open_parent(kernel, folder: Path, wanted: list[Path]) -> None:
     for path, handle in zip(inside, handles):
         path.mkdir(parents=True)
         kernel.mount(handle, str(path), None, kernel.MS_BIND)
+        kernel.checked(kernel.library().umount2(handle.encode(), 0), "umount2")
+        os.rmdir(handle)
 
 
 if __name__ == "__main__":
