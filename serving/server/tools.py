@@ -22,6 +22,7 @@ CALL_FORMS = {"glm3": "fenced", "glm4": "json"}  # keys of serving.server.struct
 # What shows in a chat template how its model writes calls -> keys of CALL_RULES.
 TEMPLATE_FORMS = {"<tool_call>": "tagged", '"parameters": ': "named"}
 OPENING_TAG = "<tool_call>"
+FENCED = re.compile(r"```(?:python)?\n(.*?)\n?```", re.DOTALL)
 TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
 
@@ -89,9 +90,30 @@ def parsed_answer(
         answer, _ = family.process_response([written], history)
         if isinstance(answer, dict) and answer.get("name") in names and "parameters" in answer:
             calls.append(tool_call_of(answer["name"], answer["parameters"]))
+        elif (call := code_call_of(answer, tools)) is not None:
+            calls.append(call)
         else:
             texts.append(family.answer_text(written))
     return "\n".join(filter(None, texts)), calls
+
+
+def code_call_of(answer: Any, tools: Sequence[Any]) -> dict[str, Any] | None:
+    """The call of a code interpreter, whose code stands below its name as it is.
+
+    ChatGLM3 names it `interpreter` and puts the code in a fence; any tool that needs `code` and
+    nothing else is taken for it. None where the answer is no such call, or there is no such tool.
+    """
+    if not isinstance(answer, dict) or "parameters" in answer:
+        return None
+    code = answer["content"].strip()
+    if (fenced := FENCED.fullmatch(code)) is not None:
+        code = fenced[1]
+    for tool in tools:
+        function = tool["function"]
+        needed = (function.get("parameters") or {}).get("required")
+        if needed == ["code"] and answer["name"] in ("interpreter", function["name"]):
+            return tool_call_of(function["name"], {"code": code})
+    return None
 
 
 def is_written_call(text: str) -> bool:

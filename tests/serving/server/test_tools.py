@@ -84,6 +84,31 @@ def test_answers_are_read(tokenizer):
     assert begins_as_call(tokenizer, ids_of(tokenizer, "\nhello", call)) is True
 
 
+PYTHON = {
+    "type": "function",
+    "function": {
+        "name": "python",
+        "parameters": {
+            "type": "object",
+            "properties": {"code": {"type": "string"}},
+            "required": ["code"],
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("header", ["interpreter", "python"])
+@pytest.mark.parametrize("written", ["x = 1\nx + 1", "```python\nx = 1\nx + 1\n```"])
+def test_code_below_an_interpreters_name_is_a_call(tokenizer, header, written):
+    """As ChatGLM3 and GLM-4 call their code interpreters."""
+    ids = ids_of(tokenizer, f"{header}\n{written}")
+    text, calls = parsed_answer(tokenizer, ids, [WEATHER, PYTHON])
+    assert text == "" and calls[0]["function"]["name"] == "python"
+    assert json.loads(calls[0]["function"]["arguments"]) == {"code": "x = 1\nx + 1"}
+    text, calls = parsed_answer(tokenizer, ids, [WEATHER])
+    assert text and not calls
+
+
 async def reply_of(tokenizer, ids, stream=True, **fields):
     """What a client gets for an answer of these ids: the reply, or the lines of its stream."""
     from serving.server.chat_completions import ChatResponse
