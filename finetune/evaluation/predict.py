@@ -21,6 +21,7 @@ from chatglm.hub import resolve_folder
 from chatglm.raw_prompts import PROMPT_STYLES
 from chatglm.runs import check_not_run
 from finetune.config import PRECISIONS, parse_bool, parse_positive
+from finetune.conversing import converse
 from finetune.flag_effects import PREDICTING, check_given
 from finetune.out_of_memory import explained, inference_advice
 from finetune.rows.formats import FORMATS, Row, parse_columns
@@ -425,7 +426,9 @@ def build_parser() -> argparse.ArgumentParser:
         "each a single question",
     )
     what.add_argument(
-        "--interactive", action="store_true", help="read prompts line by line, until end of input"
+        "--interactive",
+        action="store_true",
+        help="a conversation, as python -m serving.chat has it; of a pipe, each line by itself",
     )
     parser.add_argument(
         "--output",
@@ -455,6 +458,8 @@ def answer(flags: PredictionFlags) -> int:
         prompts = [row.prompt for row in rows]
         answers = generate_answers(model, tokenizer, prompts, progress=True, **options)
         write_answers(rows, answers, flags.output)
+    elif flags.interactive and sys.stdin.isatty():
+        converse(model, tokenizer, options)
     elif flags.interactive:
         answer_lines(model, tokenizer, options)
     else:
@@ -480,12 +485,11 @@ def write_answers(rows: list[Row], answers: list[str], output: str | None) -> No
 def answer_lines(
     model: "PreTrainedModel", tokenizer: "FamilyTokenizer", options: dict[str, Any]
 ) -> None:
-    """Answer the standard input line by line, until its end or Ctrl-C."""
+    """Answer the lines of a pipe, each by itself, until its end or Ctrl-C."""
     seed = options["seed"]
-    prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
-            line = input(prompt)
+            line = input()
         except (EOFError, KeyboardInterrupt):
             break
         if line.strip():

@@ -12,9 +12,11 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from serving.endpoints.replies import (
+    CHAT_PATH,
     AnswerRefused,
     ChatReply,
     EndpointDown,
+    NumberedRequest,
     completion_body,
     usage_of,
 )
@@ -219,9 +221,9 @@ class LocalModel:
         return self._submit(prepared, prediction)
 
     def replies(
-        self, bodies: Iterable[tuple[int, Mapping[str, Any]]]
+        self, requests: Iterable[NumberedRequest]
     ) -> Iterator[tuple[int, ChatReply | AnswerRefused]]:
-        left = iter(bodies)
+        left = iter(requests)
         news: SimpleQueue[tuple[int, int | None]] = SimpleQueue()
         running: dict[int, LocalAnswer] = {}
         exhausted = False
@@ -246,14 +248,17 @@ class LocalModel:
 
     def _begin_all(
         self,
-        chunk: list[tuple[int, Mapping[str, Any]]],
+        chunk: list[NumberedRequest],
         running: dict[int, LocalAnswer],
         news: "SimpleQueue[tuple[int, int | None]]",
     ) -> Iterator[tuple[int, AnswerRefused]]:
         """Submit the requests of a chunk; yields those that are refused."""
         prepared: list[tuple[int, Prepared]] = []
-        for number, body in chunk:
+        for number, body, path in chunk:
             try:
+                if path != CHAT_PATH:
+                    known = f"/v1{CHAT_PATH} alone; others need a server"
+                    raise AnswerRefused(f"a model in this process answers {known}", 404)
                 prepared.append((number, self.prepare(body)))
             except AnswerRefused as refusal:
                 yield number, refusal

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from serving.endpoints.replies import (
+    CHAT_PATH,
     AnswerRefused,
     ChatReply,
     EndpointDown,
+    NumberedRequest,
     completion_body,
     usage_of,
 )
@@ -23,7 +25,6 @@ from serving.endpoints.replies import (
 if TYPE_CHECKING:
     import httpx
 
-CHAT_PATH = "/chat/completions"
 BUSY = (408, 429, 502, 503, 504)  # asking again later may help
 RETRIES = 5
 RETRY_S = 0.5  # doubled with each attempt
@@ -98,16 +99,15 @@ class RemoteServer:
         return RemoteAnswer(self, {"model": self.name} | dict(body))
 
     def replies(
-        self, bodies: Iterable[tuple[int, Mapping[str, Any]]]
+        self, requests: Iterable[NumberedRequest]
     ) -> Iterator[tuple[int, ChatReply | AnswerRefused]]:
-        left = iter(bodies)
+        left = iter(requests)
         running: dict[Future[ChatReply | AnswerRefused], int] = {}
         pool = ThreadPoolExecutor(self.at_once, thread_name_prefix="requests")
         try:
             while True:
                 while len(running) < self.at_once and (entry := next(left, None)) is not None:
-                    number, body = entry
-                    running[pool.submit(self.complete, body)] = number
+                    running[pool.submit(self.complete, entry)] = entry.number
                 if not running:
                     return
                 ended, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -116,13 +116,16 @@ class RemoteServer:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def complete(self, body: Mapping[str, Any]) -> ChatReply | AnswerRefused:
+    def complete(self, request: NumberedRequest) -> ChatReply | AnswerRefused:
         """The whole answer, in one response; a busy server is asked again. Raises EndpointDown."""
         started_s = time.perf_counter()
-        asked = {"model": self.name} | dict(body) | {"stream": False}
-        status, found = self.post_patiently(CHAT_PATH, asked)
+        asked = {"model": self.name} | dict(request.body)
+        asked.pop("stream", None)
+        status, found = self.post_patiently(request.path, asked)
         if status >= 400:
             return refusal_of(found, status)
+        if request.path != CHAT_PATH:
+            return ChatReply(found, time.perf_counter() - started_s)
         choices = found.get("choices")
         has_message = isinstance(choices, list) and choices and isinstance(choices[0], dict)
         if not has_message or not isinstance(choices[0].get("message"), dict):

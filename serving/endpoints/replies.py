@@ -75,6 +75,17 @@ class ChatReply(NamedTuple):
         return known
 
 
+CHAT_PATH = "/chat/completions"
+
+
+class NumberedRequest(NamedTuple):
+    """One request of many: its number, and its body for a path below the API's address."""
+
+    number: int
+    body: Mapping[str, Any]
+    path: str = CHAT_PATH
+
+
 class AnswerStream(Protocol):
     """One answer while it is made. Iterating yields pieces of its text, cut between characters."""
 
@@ -110,9 +121,9 @@ class Endpoint(Protocol):
         """Begin to answer a chat. Raises AnswerRefused, EndpointDown."""
 
     def replies(
-        self, bodies: Iterable[tuple[int, Mapping[str, Any]]]
+        self, requests: Iterable[NumberedRequest]
     ) -> Iterator[tuple[int, ChatReply | AnswerRefused]]:
-        """(number, what came of its body) of many chats, each when it has ended.
+        """(number, what came of it) of many requests, each when it has ended.
 
         Raises:
             EndpointDown: the rest gets no answer.
