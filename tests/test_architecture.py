@@ -151,6 +151,9 @@ ROOMS = {  # a room of serving/ -> what of serving/ it may import
         "replicas",
         "server",
     },
+    "endpoints": {"request", "policies", "engines", "server", "endpoints"},
+    "chat": {"request", "policies", "cost_model", "engines", "endpoints", "chat"},
+    "batch": {"policies", "endpoints", "batch"},
 }
 
 

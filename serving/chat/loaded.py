@@ -44,10 +44,9 @@ def converse_loaded(
 def loaded_endpoint(
     model: "PreTrainedModel", tokenizer: "FamilyTokenizer", options: dict[str, Any]
 ) -> LocalModel:
-    """The model in a continuous engine of one answer.
+    """The model in an engine of one answer.
 
-    Raises:
-        ValueError: the engine does not run such a model.
+    Where the continuous engine does not run such a model, transformers' generate() does.
     """
     longest = LONGEST_CHAT
     if "max_new_tokens" in options:
@@ -55,7 +54,10 @@ def loaded_endpoint(
     longest = options.get("max_length", longest)
     limits = Limits(max_batch=1, kv_tokens=longest, max_tokens=longest)
     cost = served_cost_model(model, read_profile("datasheet"))
-    engine = make_engine("continuous", model, limits, cost, prefix_cache_tokens=longest)
+    try:
+        engine = make_engine("continuous", model, limits, cost, prefix_cache_tokens=longest)
+    except ValueError:
+        engine = make_engine("static", model, limits, cost)
     defaults = family_of(tokenizer).chat_defaults
     is_rounds = getattr(model.config, "chat_prompt", None) == "rounds"
     return LocalModel(
