@@ -32,7 +32,7 @@ def test_a_session(tiny_folders, tmp_path):
     """The session of docs/chat.md, as far as a random model allows."""
     greedy, file = Greedy(tiny_folders["glm3"]), tmp_path / "talk.json"
     with Terminal(*CHAT, tiny_folders["glm3"], "--max_new_tokens", 10) as terminal:
-        terminal.until("glm3: /help lists the commands, /quit leaves\n> ".replace("\n> ", ""))
+        terminal.until(": /help lists the commands, /quit leaves")
         terminal.until("> ")
         terminal.enter("你好")
         terminal.until(" s; ")
@@ -89,7 +89,6 @@ def test_ctrl_c_stops_an_answer_and_a_second_one_leaves(endless, tmp_path):
     with Terminal(*CHAT, *words, NO_COLOR="1") as terminal:
         terminal.until("> ")
         terminal.enter("你好")
-        terminal.until("你好\n") if "你好" in terminal.shown else None
         wait_for_text(terminal, 20)
         terminal.type(CTRL_C)
         terminal.until("; stopped]")
