@@ -134,12 +134,14 @@ def wait_for_text(terminal, characters: int):
         assert terminal._read(0.2), terminal.shown
 
 
-def test_a_stop_key_twice_leaves_during_an_answer(endless):
+def test_a_second_ctrl_c_leaves_right_after_a_stopped_answer(endless):
     with Terminal(*CHAT, endless, "--max_tokens", 12000) as terminal:
         terminal.until("> ")
         terminal.enter("你好")
         wait_for_text(terminal, 10)
         terminal.type(CTRL_C)
+        terminal.until("; stopped]")
+        terminal.until("> ")
         terminal.type(CTRL_C)
         assert terminal.end() == 0
         assert "Traceback" not in terminal.shown
