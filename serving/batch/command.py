@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from chatglm.commands import Parser, number, run_command, whole
-from finetune.evaluation.predict import add_row_flags, reader_of
+from finetune.evaluation.predict import RowReadingFlags, add_row_flags, reader_of
 from finetune.flag_effects import check_given
 from serving.batch.inputs import BatchRow, RowDefaults, read_batch
 from serving.batch.results import KeptReplies, Outcome, output_text, placed_error
@@ -38,7 +38,7 @@ BATCH_SETTINGS |= {"seed": "seed"}
 
 
 @dataclass(frozen=True)
-class BatchFlags(EndpointFlags):
+class BatchFlags(EndpointFlags, RowReadingFlags):
     """The flags of the command; `build_parser` has their meaning and defaults."""
 
     input: str
@@ -53,9 +53,6 @@ class BatchFlags(EndpointFlags):
     max_new_tokens: int | None
     seed: int | None
     strict: bool
-    prompt_text: str
-    data_format: str
-    columns: str
 
     @property
     def chosen_policy(self) -> str:
@@ -115,7 +112,7 @@ def answer_rows(flags: BatchFlags) -> int:
     """
     rows = read_batch(flags.input, reader_of(flags), defaults_of(flags))
     if flags.strict:
-        check_rows(rows)
+        refuse_bad_rows(rows)
     kept = KeptReplies(Path(flags.output), dependencies_of(flags))
     outcomes: dict[int, Outcome] = dict(kept.found(rows))
     try:
@@ -132,7 +129,7 @@ def answer_rows(flags: BatchFlags) -> int:
     return SOME_FAILED if failed else 0
 
 
-def check_rows(rows: list[BatchRow]) -> None:
+def refuse_bad_rows(rows: list[BatchRow]) -> None:
     """Raises ValueError for the first row that is none."""
     for row in rows:
         if row.refusal:

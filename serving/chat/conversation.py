@@ -97,10 +97,10 @@ class Conversation:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: no JSON: {error}") from None
-        self.messages = read_messages(content, str(path))
+        self.messages = checked_messages(content, str(path))
 
 
-def read_messages(content: Any, place: str) -> ChatMessages:
+def checked_messages(content: Any, place: str) -> ChatMessages:
     """The messages of {"messages": [...]}, or of a list of them.
 
     Raises:

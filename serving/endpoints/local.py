@@ -163,7 +163,7 @@ class LocalAnswer:
         return known
 
 
-class Prepared(NamedTuple):
+class PreparedChat(NamedTuple):
     """A request that is checked and encoded."""
 
     asked: ChatRequest
@@ -253,7 +253,7 @@ class LocalModel:
         news: "SimpleQueue[tuple[int, int | None]]",
     ) -> Iterator[tuple[int, AnswerRefused]]:
         """Submit the requests of a chunk; yields those that are refused."""
-        prepared: list[tuple[int, Prepared]] = []
+        prepared: list[tuple[int, PreparedChat]] = []
         for number, body, path in chunk:
             try:
                 if path != CHAT_PATH:
@@ -269,7 +269,7 @@ class LocalModel:
             except AnswerRefused as refusal:
                 yield number, refusal
 
-    def prepare(self, body: Mapping[str, Any]) -> Prepared:
+    def prepare(self, body: Mapping[str, Any]) -> PreparedChat:
         """A body's request and prompt. Raises AnswerRefused."""
         try:
             asked = parse_body(dict(body))
@@ -290,16 +290,16 @@ class LocalModel:
                 f"within {most} tokens (--max_tokens)",
                 code="context_length_exceeded",
             )
-        return Prepared(asked, prompt)
+        return PreparedChat(asked, prompt)
 
-    def _predictions(self, prepared: list[Prepared]) -> "list[LengthPrediction | None]":
+    def _predictions(self, prepared: list[PreparedChat]) -> "list[LengthPrediction | None]":
         if self.predictor is None or not prepared:
             return [None] * len(prepared)
         return [*self.predictor.predict([prompt_of(entry.asked.messages) for entry in prepared])]
 
     def _submit(
         self,
-        prepared: Prepared,
+        prepared: PreparedChat,
         prediction: "LengthPrediction | None",
         sink: TokenSink | None = None,
     ) -> LocalAnswer:

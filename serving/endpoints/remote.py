@@ -127,8 +127,8 @@ class RemoteServer:
         if request.path != CHAT_PATH:
             return ChatReply(found, time.perf_counter() - started_s)
         choices = found.get("choices")
-        has_message = isinstance(choices, list) and choices and isinstance(choices[0], dict)
-        if not has_message or not isinstance(choices[0].get("message"), dict):
+        first = choices[0] if isinstance(choices, list) and choices else None
+        if not isinstance(first, dict) or not isinstance(first.get("message"), dict):
             return AnswerRefused("the server's reply has no message", 502, "bad_reply")
         return ChatReply(found, time.perf_counter() - started_s)
 

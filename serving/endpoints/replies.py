@@ -70,7 +70,7 @@ class ChatReply(NamedTuple):
         known = {}
         for name in ("expected", "median", "q90"):
             value = numbers.get(name) if isinstance(numbers, dict) else None
-            if type(value) in (int, float):
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
                 known[name] = float(value)
         return known
 

@@ -187,7 +187,7 @@ def sampling_of(
             counts = f"counts the prompt too, which has {prompt_tokens} tokens"
             raise PromptTooLong(f"max_length ({asked.max_length}) {counts}; say max_tokens")
         token_limits.append(asked.max_length - prompt_tokens)
-    options = dict(defaults)
+    options: dict[str, Any] = dict(defaults)
     for name in SAMPLING_FIELDS:
         if (value := getattr(asked, name)) is not None:
             options[name] = value

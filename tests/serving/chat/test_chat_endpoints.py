@@ -9,7 +9,7 @@ import pytest
 
 from chatglm import load_model
 from serving.chat.command import ChatFlags, build_parser
-from serving.chat.conversation import Conversation, parse_setting, read_messages
+from serving.chat.conversation import Conversation, checked_messages, parse_setting
 from serving.chat.screen import CONTROLS, Screen
 from serving.chat.session import ChatSession, summary_line
 from serving.endpoints.remote import RemoteServer, api_base, joined_pairs
@@ -190,7 +190,7 @@ def test_files_of_messages(tmp_path):
     other = Conversation()
     other.load(tmp_path / "talk.json")
     assert other.messages == talk.messages and other.system == "s"
-    assert read_messages(said("a"), "x") == said("a")
+    assert checked_messages(said("a"), "x") == said("a")
     for bad in ("[", '{"a": 1}', '[{"role": "robot", "content": "a"}]', '[{"role": "user"}]'):
         (tmp_path / "bad.json").write_text(bad)
         with pytest.raises(ValueError, match="bad.json"):
