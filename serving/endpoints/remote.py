@@ -7,7 +7,6 @@ import json
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -102,19 +101,44 @@ class RemoteServer:
         self, requests: Iterable[NumberedRequest]
     ) -> Iterator[tuple[int, ChatReply | AnswerRefused]]:
         left = iter(requests)
-        running: dict[Future[ChatReply | AnswerRefused], int] = {}
-        pool = ThreadPoolExecutor(self.at_once, thread_name_prefix="requests")
+        asked: SimpleQueue[NumberedRequest | None] = SimpleQueue()
+        ended: SimpleQueue[tuple[int, ChatReply | AnswerRefused | EndpointDown]] = SimpleQueue()
+        # Not a pool: a command that is interrupted must not wait for its threads.
+        for _ in range(self.at_once):
+            work = threading.Thread(target=self._work, args=(asked, ended), daemon=True)
+            work.start()
+        running = 0
         try:
             while True:
-                while len(running) < self.at_once and (entry := next(left, None)) is not None:
-                    running[pool.submit(self.complete, entry)] = entry.number
+                while running < self.at_once and (request := next(left, None)) is not None:
+                    asked.put(request)
+                    running += 1
                 if not running:
                     return
-                ended, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    yield running.pop(future), future.result()
+                number, outcome = ended.get()
+                running -= 1
+                if isinstance(outcome, EndpointDown):
+                    raise outcome
+                yield number, outcome
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for _ in range(self.at_once):
+                asked.put(None)
+
+    def _work(
+        self,
+        asked: "SimpleQueue[NumberedRequest | None]",
+        ended: "SimpleQueue[tuple[int, ChatReply | AnswerRefused | EndpointDown]]",
+    ) -> None:
+        """Send requests until None comes."""
+        while (request := asked.get()) is not None:
+            outcome: ChatReply | AnswerRefused | EndpointDown
+            try:
+                outcome = self.complete(request)
+            except EndpointDown as error:
+                outcome = error
+            except Exception as error:  # nobody would hear of it, and wait for ever
+                outcome = self.down(error)
+            ended.put((request.number, outcome))
 
     def complete(self, request: NumberedRequest) -> ChatReply | AnswerRefused:
         """The whole answer, in one response; a busy server is asked again. Raises EndpointDown."""

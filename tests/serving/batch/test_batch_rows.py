@@ -5,7 +5,9 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -284,6 +286,44 @@ def test_an_interrupted_command_goes_on(tiny_folders, tmp_path, number):
     for found in (lines, once):
         texts.append([line["response"]["body"]["choices"] for line in found])
     assert texts[0] == texts[1]
+
+
+class SlowServer(BaseHTTPRequestHandler):
+    """Lists a model and takes longer than anybody waits."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"data": [{"id": "slow"}]}')
+
+    def do_POST(self):
+        self.server.asked.set()
+        self.server.gone.wait(60)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_an_interrupted_command_does_not_wait_for_a_server(tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), SlowServer)
+    server.asked, server.gone = threading.Event(), threading.Event()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    file = write_lines(tmp_path / "rows.jsonl", [{"prompt": "a"}] * 3)
+    words = ["--model", f"http://127.0.0.1:{server.server_port}", "--input", file]
+    process = subprocess.Popen(
+        [warm_python(), "-m", "serving.batch", *map(str, words), "--output", tmp_path / "o.jsonl"],
+        cwd=ROOT,
+        env=child_env(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert server.asked.wait(60)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and "0 of 3 answers are kept" in err
+    server.gone.set()
+    server.shutdown()
+    server.server_close()
 
 
 def wait_for_lines(path, count: int, process):

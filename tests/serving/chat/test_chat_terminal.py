@@ -7,6 +7,7 @@ import re
 import pytest
 
 from serving.chat.command import main
+from tests.causal_folders import make_causal_folder
 from tests.finetune.runs import ROOT
 from tests.serving.chat.terminal import CTRL_C, CTRL_D, Terminal
 from tests.serving.chat_models import Greedy, endless_copy, said
@@ -186,6 +187,16 @@ def test_lines_of_a_pipe(tiny_folders, monkeypatch, capsys, family):
     together = [{"role": "system", "content": "世界"}, *said("你好")]
     code, out, _ = piped(monkeypatch, capsys, "你好\n", *words, "--system", "世界")
     assert (code, out) == (0, f"{greedy.answer(together, 6)}\n")
+
+
+def test_causal_models_answer_too(tmp_path, monkeypatch, capsys):
+    folder = make_causal_folder(tmp_path, "llama")
+    words = (folder, "--device", "cpu", "--temperature", 0, "--max_new_tokens", 5, "--history")
+    code, out, _ = piped(monkeypatch, capsys, "你好\nhello\n", *words)
+    greedy = Greedy(folder)
+    first = greedy.answer(said("你好"), 5)
+    second = greedy.answer(said("你好", first, "hello"), 5)
+    assert (code, out) == (0, f"{first}\n{second}\n")
 
 
 def test_a_long_line_of_a_pipe_does_not_end_the_others(tiny_folders, monkeypatch, capsys):
