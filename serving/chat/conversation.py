@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune.files import write_aside
 
-ChatMessages = list[dict[str, Any]]
+MessageDicts = list[dict[str, Any]]
 ROLES_READ = ("system", "user", "assistant", "tool")
 ALIASES = {"max_new_tokens": "max_tokens", "topp": "top_p", "max_completion_tokens": "max_tokens"}
 
@@ -27,7 +27,7 @@ class Conversation:
         answered: answers so far, the discarded ones included.
     """
 
-    messages: ChatMessages = field(default_factory=list)
+    messages: MessageDicts = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     model: str | None = None
     answered: int = 0
@@ -100,7 +100,7 @@ class Conversation:
         self.messages = checked_messages(content, str(path))
 
 
-def checked_messages(content: Any, place: str) -> ChatMessages:
+def checked_messages(content: Any, place: str) -> MessageDicts:
     """The messages of {"messages": [...]}, or of a list of them.
 
     Raises:
@@ -109,7 +109,7 @@ def checked_messages(content: Any, place: str) -> ChatMessages:
     found = content.get("messages") if isinstance(content, dict) else content
     if not isinstance(found, list):
         raise ValueError(f'{place}: wanted {{"messages": [...]}} or a list of messages')
-    messages: ChatMessages = []
+    messages: MessageDicts = []
     for number, message in enumerate(found):
         is_message = isinstance(message, dict) and message.get("role") in ROLES_READ
         if not is_message or not (
