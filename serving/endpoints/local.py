@@ -25,7 +25,7 @@ from serving.engines.runner import AnswerBackend
 from serving.request import Event, Request
 from serving.server.chat import ChatRequest, parse_body, prompt_of
 from serving.server.fields import CHAT_TABLE
-from serving.server.generation import PromptIds, banned_sequences, sampling_of
+from serving.server.generation import PromptIds, banned_sequences, request_sampling
 from serving.server.grammars import GrammarCompiler
 from serving.server.tools import parsed_answer
 
@@ -327,7 +327,7 @@ class LocalModel:
                 take(None)
 
         try:
-            sampling = sampling_of(asked, len(prompt.ids), self.defaults)
+            sampling = request_sampling(asked, len(prompt.ids), self.defaults)
             if asked.bad_words:
                 banned = banned_sequences(self.tokenizer, asked.bad_words)
                 sampling = replace(sampling, bad_words=banned)

@@ -171,7 +171,7 @@ def settle_options(fields_read: dict[str, Any]) -> None:
         raise ValueError(f"best_of must be n, which is {n}: answers are not made and left out")
 
 
-def sampling_of(
+def request_sampling(
     asked: GenerationRequest, prompt_tokens: int, defaults: Mapping[str, float]
 ) -> Sampling:
     """Of a prompt's first answer, but for its bad words, grammar and adapter.

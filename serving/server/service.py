@@ -24,7 +24,7 @@ from serving.server.generation import (
     GenerationRequest,
     PromptIds,
     banned_sequences,
-    sampling_of,
+    request_sampling,
 )
 from serving.server.grammars import GrammarCompiler
 from serving.server.monitor import Monitor
@@ -332,7 +332,7 @@ class Service:
         Raises:
             PromptTooLong: max_length leaves no room for an answer.
         """
-        return sampling_of(asked, prompt_tokens, self.defaults)
+        return request_sampling(asked, prompt_tokens, self.defaults)
 
     def _prepare(
         self, asked: GenerationRequest
