@@ -56,12 +56,33 @@ class Terminal:
     def enter(self, text: str):
         self.type(text + "\n")
 
-    def end(self, timeout_s: float = 30.0) -> int:
-        """Read to the end; the exit code."""
+    def press(self, key: str, text: str):
+        """Press a control key until this is shown.
+
+        One that comes while the line editor sets the terminal up may be lost, as for a person.
+        """
+        for _ in range(20):
+            self.type(key)
+            end_s = time.monotonic() + 1.0
+            while time.monotonic() < end_s and text not in self.shown[self._seen :]:
+                self._read(0.1)
+            if text in self.shown[self._seen :]:
+                break
+        self.until(text, 1.0)
+
+    def end(self, key: str = "", timeout_s: float = 30.0) -> int:
+        """Read to the end; the exit code. A key is pressed every second until then."""
         end_s = time.monotonic() + timeout_s
-        while self._read(0.2):
+        press_s = time.monotonic()
+        while self.process.poll() is None:
             assert time.monotonic() < end_s, f"it goes on: {self.shown[-300:]!r}"
-        return self.process.wait(timeout_s)
+            if key and time.monotonic() >= press_s:
+                self.type(key)
+                press_s += 1.0
+            self._read(0.2)
+        while self._read(0.2):
+            pass
+        return self.process.returncode
 
     def close(self):
         self.process.kill()

@@ -104,11 +104,9 @@ def test_ctrl_c_stops_an_answer_and_a_second_one_leaves(endless, tmp_path):
         assert messages[1]["content"]
         answer = Greedy(endless).answer(messages[:3], 3)
         assert messages[3]["content"] == answer  # after what was said before the stop
-        terminal.type(CTRL_C)
-        terminal.until("Ctrl-C again, or /quit, leaves")
+        terminal.press(CTRL_C, "Ctrl-C again, or /quit, leaves")
         terminal.until("> ")
-        terminal.type(CTRL_C)
-        assert terminal.end() == 0
+        assert terminal.end(CTRL_C) == 0
         assert not COLOR.search(terminal.shown)
 
 
@@ -124,8 +122,8 @@ def test_stop_is_typed_while_an_answer_is_written(endless):
         terminal.until("> ")
         terminal.enter("/stop")
         terminal.until("no answer is being made")
-        terminal.type(CTRL_D)
-        assert terminal.end() == 0
+        terminal.until("> ")
+        assert terminal.end(CTRL_D) == 0
 
 
 def wait_for_text(terminal, characters: int):
@@ -143,8 +141,7 @@ def test_a_second_ctrl_c_leaves_right_after_a_stopped_answer(endless):
         terminal.type(CTRL_C)
         terminal.until("; stopped]")
         terminal.until("> ")
-        terminal.type(CTRL_C)
-        assert terminal.end() == 0
+        assert terminal.end(CTRL_C) == 0
         assert "Traceback" not in terminal.shown
 
 
