@@ -165,6 +165,9 @@ ROOMS = {  # a room of serving/ -> what of serving/ it may import
     },
     "monitor": {"monitor"},
     "tools": {"server", "tools"},
+    "endpoints": {"request", "policies", "engines", "replicas", "server", "endpoints"},
+    "chat": {"request", "policies", "cost_model", "engines", "endpoints", "chat"},
+    "batch": {"policies", "endpoints", "batch"},
 }
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatglm.commands import Parser, run_command
+from finetune.conversing import converse
 from finetune.evaluation.answering import answer_prompts, load_placed
 from finetune.evaluation.generation import generate_answers, generate_batch
 from finetune.evaluation.inference import (
@@ -118,7 +119,9 @@ def build_parser() -> argparse.ArgumentParser:
         "each a single question",
     )
     what.add_argument(
-        "--interactive", action="store_true", help="read prompts line by line, until end of input"
+        "--interactive",
+        action="store_true",
+        help="a conversation, as python -m serving.chat has it; of a pipe, each line by itself",
     )
     parser.add_argument(
         "--output",
@@ -152,7 +155,9 @@ def answer(flags: PredictionFlags) -> int:
     # The seed is set at each batch: random numbers drawn while loading, such as an adapter's
     # initial weights, change no answer.
     options["seed"] = flags.seed
-    if flags.interactive:
+    if flags.interactive and sys.stdin.isatty():
+        converse(model, tokenizer, options)
+    elif flags.interactive:
         answer_lines(model, tokenizer, options)
     else:
         print(generate_answers(model, tokenizer, [flags.prompt or ""], **options)[0])

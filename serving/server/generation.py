@@ -3,17 +3,28 @@
 Free of torch and of HTTP.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chatglm.families import RAW_FAMILIES
+from serving.engines import Sampling
+from serving.server.refusals import PromptTooLong
 from serving.server.text_stream import TextStream
 
 if TYPE_CHECKING:
     from chatglm.family_tokenizer import FamilyTokenizer
 
 TAIL_TOKENS = 8  # of a prompt, that the text of its answer is decoded with
+SAMPLING_FIELDS = (  # those of a GenerationRequest that Sampling has under the same name
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+)
 
 
 class PromptIds(NamedTuple):
@@ -158,6 +169,39 @@ def settle_options(fields_read: dict[str, Any]) -> None:
     n = fields_read.get("n", 1)
     if fields_read.pop("best_of", n) != n:
         raise ValueError(f"best_of must be n, which is {n}: answers are not made and left out")
+
+
+def request_sampling(
+    asked: GenerationRequest, prompt_tokens: int, defaults: Mapping[str, float]
+) -> Sampling:
+    """Of a prompt's first answer, but for its bad words, grammar and adapter.
+
+    Args:
+        defaults: temperature and top_p of requests without them.
+    Raises:
+        PromptTooLong: max_length leaves no room for an answer.
+    """
+    token_limits = [asked.max_tokens] if asked.max_tokens is not None else []
+    if asked.max_length is not None:
+        if asked.max_length <= prompt_tokens:
+            counts = f"counts the prompt too, which has {prompt_tokens} tokens"
+            raise PromptTooLong(f"max_length ({asked.max_length}) {counts}; say max_tokens")
+        token_limits.append(asked.max_length - prompt_tokens)
+    options: dict[str, Any] = dict(defaults)
+    for name in SAMPLING_FIELDS:
+        if (value := getattr(asked, name)) is not None:
+            options[name] = value
+    if asked.do_sample is False or options.get("top_p") == 0:
+        options |= {"temperature": 0.0, "top_p": 1.0}
+    return Sampling(
+        max_new_tokens=max(min(token_limits), 1) if token_limits else None,
+        seed=asked.seed,
+        top_k=max(asked.top_k or 0, 0),
+        logprobs=asked.top_logprobs or 0 if asked.logprobs else None,
+        prompt_logprobs=asked.prompt_logprobs,
+        embeds=asked.embeds,
+        **options,
+    )
 
 
 def banned_sequences(

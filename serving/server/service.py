@@ -20,7 +20,12 @@ from serving.engines import Answer, Sampling
 from serving.engines.runner import AnswerBackend
 from serving.request import Event, Record, Request
 from serving.server.adapters import AdapterRegistry
-from serving.server.generation import GenerationRequest, PromptIds, banned_sequences
+from serving.server.generation import (
+    GenerationRequest,
+    PromptIds,
+    banned_sequences,
+    request_sampling,
+)
 from serving.server.grammars import GrammarCompiler
 from serving.server.monitor import Monitor
 from serving.server.refusals import (
@@ -43,15 +48,6 @@ log = logging.getLogger(__name__)
 TokenQueue: TypeAlias = "asyncio.Queue[tuple[int, int | None]]"
 MAX_CHARACTERS_PER_TOKEN = 100  # a longer prompt is refused without being tokenized
 ONE_TOKEN = from_bins(np.ones(1), np.array([0.0, 1.0]))  # of what makes no answer: embeddings
-SAMPLING_FIELDS = (  # those of a GenerationRequest that Sampling has under the same name
-    "temperature",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-)
 
 
 @dataclass
@@ -336,27 +332,7 @@ class Service:
         Raises:
             PromptTooLong: max_length leaves no room for an answer.
         """
-        token_limits = [asked.max_tokens] if asked.max_tokens is not None else []
-        if asked.max_length is not None:
-            if asked.max_length <= prompt_tokens:
-                counts = f"counts the prompt too, which has {prompt_tokens} tokens"
-                raise PromptTooLong(f"max_length ({asked.max_length}) {counts}; say max_tokens")
-            token_limits.append(asked.max_length - prompt_tokens)
-        options = dict(self.defaults)
-        for name in SAMPLING_FIELDS:
-            if (value := getattr(asked, name)) is not None:
-                options[name] = value
-        if asked.do_sample is False or options.get("top_p") == 0:
-            options |= {"temperature": 0.0, "top_p": 1.0}
-        return Sampling(
-            max_new_tokens=max(min(token_limits), 1) if token_limits else None,
-            seed=asked.seed,
-            top_k=max(asked.top_k or 0, 0),
-            logprobs=asked.top_logprobs or 0 if asked.logprobs else None,
-            prompt_logprobs=asked.prompt_logprobs,
-            embeds=asked.embeds,
-            **options,
-        )
+        return request_sampling(asked, prompt_tokens, self.defaults)
 
     def _prepare(
         self, asked: GenerationRequest

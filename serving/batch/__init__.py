@@ -1,0 +1,1 @@
+"""Answers to many rows, through the scheduler: python -m serving.batch."""

@@ -1,0 +1,145 @@
+"""A conversation: its messages, how answers are sampled, and its file. Free of torch and of HTTP.
+
+A file is one JSON object {"messages": [...]}: a row that train.py reads.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune.files import write_aside
+
+MessageDicts = list[dict[str, Any]]
+ROLES_READ = ("system", "user", "assistant", "tool")
+ALIASES = {"max_new_tokens": "max_tokens", "topp": "top_p", "max_completion_tokens": "max_tokens"}
+
+
+@dataclass
+class Conversation:
+    """Messages as OpenAI's chat API has them.
+
+    Attributes:
+        messages: a system's first, where there is one.
+        settings: fields of a request: temperature, top_p, max_tokens, ...
+        model: the name that requests carry; None for the endpoint's own.
+        answered: answers so far, the discarded ones included.
+    """
+
+    messages: MessageDicts = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    model: str | None = None
+    answered: int = 0
+
+    def body(self) -> dict[str, Any]:
+        """The request for the next answer.
+
+        A seed counts up from one answer to the next, so that a repeated question may get another.
+        """
+        body: dict[str, Any] = {"messages": list(self.messages)} | self.settings
+        if isinstance(body.get("seed"), int):
+            body["seed"] += self.answered
+        if self.model is not None:
+            body["model"] = self.model
+        return body
+
+    @property
+    def system(self) -> str | None:
+        first = self.messages[0] if self.messages else {}
+        return first["content"] if first.get("role") == "system" else None
+
+    def set_system(self, text: str) -> None:
+        """Replace the system's message; none where the text is empty."""
+        if self.system is not None:
+            del self.messages[0]
+        if text:
+            self.messages.insert(0, {"role": "system", "content": text})
+
+    def clear(self) -> None:
+        """Forget all messages but the system's."""
+        system = self.system
+        self.messages.clear()
+        if system is not None:
+            self.set_system(system)
+
+    def add_question(self, text: str) -> None:
+        self.messages.append({"role": "user", "content": text})
+
+    def take_back(self) -> str | None:
+        """Remove the last question and what followed it; the question, or None without one."""
+        for place in reversed(range(len(self.messages))):
+            message = self.messages[place]
+            if message["role"] == "user":
+                del self.messages[place:]
+                return str(message["content"])
+        return None
+
+    def drop_oldest(self) -> bool:
+        """Forget the first question and its answer; whether there was a round before the last."""
+        asked = []
+        for place, message in enumerate(self.messages):
+            if message["role"] == "user":
+                asked.append(place)
+        if len(asked) < 2:
+            return False
+        del self.messages[asked[0] : asked[1]]
+        return True
+
+    def save(self, path: Path) -> None:
+        """Write the messages. Raises OSError."""
+        text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1)
+        write_aside(path, text + "\n")
+
+    def load(self, path: Path) -> None:
+        """Take a file's messages in place of these. Raises ValueError, OSError."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: no JSON: {error}") from None
+        self.messages = checked_messages(content, str(path))
+
+
+def checked_messages(content: Any, place: str) -> MessageDicts:
+    """The messages of {"messages": [...]}, or of a list of them.
+
+    Raises:
+        ValueError: in one line, where they are none.
+    """
+    found = content.get("messages") if isinstance(content, dict) else content
+    if not isinstance(found, list):
+        raise ValueError(f'{place}: wanted {{"messages": [...]}} or a list of messages')
+    messages: MessageDicts = []
+    for number, message in enumerate(found):
+        is_message = isinstance(message, dict) and message.get("role") in ROLES_READ
+        if not is_message or not (
+            isinstance(message.get("content"), str) or "tool_calls" in message
+        ):
+            roles = ", ".join(ROLES_READ)
+            raise ValueError(
+                f"{place}: message {number} must have a role of {roles} and a text as its content"
+            )
+        messages.append(dict(message))
+    return messages
+
+
+def parse_setting(words: Sequence[str]) -> tuple[str, Any]:
+    """(name, value) of "temperature 0.7" or "temperature=0.7"; None where no value is given.
+
+    A value is JSON where it can be read as that, else text.
+    """
+    name, _, value = " ".join(words).replace("=", " ", 1).partition(" ")
+    name = ALIASES.get(name.lstrip("-"), name.lstrip("-"))
+    value = value.strip()
+    if not value:
+        return name, None
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def shown_settings(settings: Mapping[str, Any]) -> str:
+    """Settings in one line."""
+    pairs = [f"{name} {json.dumps(value)}" for name, value in settings.items()]
+    return ", ".join(pairs) or "as the model has them"

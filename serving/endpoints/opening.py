@@ -1,0 +1,176 @@
+"""The flags by which commands name what answers, and what comes of them. Free of torch at import.
+
+A model's folder is loaded into this process, by the flags that a server has; a URL is a server.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from chatglm.commands import number, whole
+from finetune.evaluation.inference import add_loading_flags, add_packing_flag
+from finetune.flag_effects import Effect
+from finetune.placing import PlacementFlags, add_placing_flags
+from serving.endpoints.remote import RemoteServer, is_url
+from serving.endpoints.replies import Endpoint
+from serving.engines.runner import AnswerBackend
+
+KEY_VARIABLES = ("GLM_API_KEY", "OPENAI_API_KEY")
+
+
+@dataclass(frozen=True)
+class EndpointFlags(PlacementFlags):
+    """The flags of `add_endpoint_flags`, beside `model`, a folder or a URL."""
+
+    model: str
+    base_model: str | None
+    mode: str | None
+    prompt_style: str | None
+    device: str
+    precision: str
+    keep_quantized: bool
+    predictor: str | None
+    adapter: list[str]
+    max_tokens: int
+    api_key: str | None
+    model_name: str | None
+    timeout_s: float
+
+
+def add_endpoint_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of a model in this process, and of a server."""
+    here = parser.add_argument_group("a model in this process")
+    add_loading_flags(here)  # type: ignore[arg-type]
+    add_packing_flag(here)  # type: ignore[arg-type]
+    here.add_argument("--predictor", metavar="DIR", help="folder of a predictor of answer lengths")
+    adapter = "a LoRA adapter of the model, and the name by which it is chosen; repeatable"
+    here.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR", help=adapter)
+    longest = "longest prompt and answer, in tokens [2048]"
+    here.add_argument("--max_tokens", type=whole(2), default=2048, metavar="N", help=longest)
+    add_placing_flags(parser)
+    there = parser.add_argument_group("a server")
+    key = f"key of the server (better: the environment's {' or '.join(KEY_VARIABLES)})"
+    there.add_argument("--api_key", help=key)
+    there.add_argument(
+        "--model_name", metavar="NAME", help="one of the server's models [its first]"
+    )
+    wait = "seconds to wait for a connection, and for the next piece of an answer [120]"
+    there.add_argument(
+        "--timeout_s", type=number(0, above=True), default=120.0, metavar="S", help=wait
+    )
+
+
+HERE = Effect("a model in this process; {c.model} is a server", lambda c: not is_url(c.model))
+THERE = Effect("a server's URL; {c.model} is a folder", lambda c: is_url(c.model))
+# Of every command with `add_endpoint_flags`.
+ENDPOINT_EFFECTS: dict[str, Effect] = {
+    **dict.fromkeys(("base_model", "mode", "prompt_style", "device", "precision"), HERE),
+    **dict.fromkeys(("keep_quantized", "predictor", "adapter", "max_tokens"), HERE),
+    **dict.fromkeys(("deployer", "num_gpus", "devices", "device_map", "cluster"), HERE),
+    **dict.fromkeys(("profile", "measure", "measure_s"), HERE),
+    **dict.fromkeys(("api_key", "model_name", "timeout_s"), THERE),
+}
+
+
+def open_endpoint(
+    flags: EndpointFlags,
+    *,
+    policy: str = "fcfs",
+    max_batch: int = 1,
+    kv_tokens: int | None = None,
+    slo_s: float = 30.0,
+) -> Endpoint:
+    """What answers, ready.
+
+    Args:
+        policy, max_batch, kv_tokens, slo_s: of the scheduler; kv_tokens None for those of one
+            answer. Of a server, max_batch are the requests under way.
+    Raises:
+        ValueError, OSError: in one line, what does not fit or is missing.
+    """
+    if is_url(flags.model):
+        key = flags.api_key or next(filter(None, map(os.environ.get, KEY_VARIABLES)), None)
+        return RemoteServer(
+            flags.model,
+            key,
+            model=flags.model_name,
+            timeout_s=flags.timeout_s,
+            at_once=max_batch,
+        )
+    kv_tokens = flags.max_tokens if kv_tokens is None else kv_tokens
+    return open_local(flags, policy, (max_batch, kv_tokens), slo_s)
+
+
+def open_local(flags: EndpointFlags, policy: str, sizes: tuple[int, int], slo_s: float) -> Endpoint:
+    """A LocalModel from the flags; sizes: (max_batch, kv_tokens). Raises as `open_endpoint`."""
+    from chatglm import load_tokenizer
+    from chatglm.families import family_of
+    from predictor.labels import served_name
+    from predictor.runtime import LengthPredictor
+    from serving.endpoints.local import LocalModel
+    from serving.policies.continuous import POLICIES
+    from serving.replicas.backends import ServedModel, open_in_process, open_placed
+    from serving.request import Limits
+
+    max_batch, kv_tokens = sizes
+    if POLICIES[policy].predicts and not flags.predictor:
+        raise ValueError(f"--policy {policy} uses predicted lengths and needs --predictor DIR")
+    try:
+        limits = Limits(max_batch=max_batch, kv_tokens=kv_tokens, max_tokens=flags.max_tokens)
+    except ValueError as error:
+        raise ValueError(f"--max_batch, --kv_tokens, --max_tokens: {error}") from None
+    adapters = [named_adapter(text) for text in flags.adapter]
+    tokenizer = load_tokenizer(
+        flags.model, mode=flags.mode, base=flags.base_model, prompt_style=flags.prompt_style
+    )
+    predictor = None
+    if flags.predictor:
+        predictor = LengthPredictor.from_pretrained(
+            flags.predictor, served_model=tokenizer.name_or_path
+        )
+    served = ServedModel(
+        flags.model,
+        mode=flags.mode,
+        base=flags.base_model,
+        device=flags.device,
+        precision=flags.precision,
+        keep_quantized=flags.keep_quantized,
+        policy=policy,
+        profile=flags.profile,
+        prefix_cache_tokens=flags.max_tokens,  # a chat's next prompt begins as the one before it
+    )
+    backend: AnswerBackend
+    if flags.is_placed:
+        backend, chat_prompt = open_placed(served, flags, limits)
+    else:
+        backend, chat_prompt = open_in_process(served, limits)
+    defaults = family_of(tokenizer).chat_defaults
+    model = LocalModel(
+        backend,
+        tokenizer,
+        predictor,
+        name=served_name(flags.model),
+        defaults={"temperature": defaults["temperature"], "top_p": defaults["top_p"]},
+        prompt_options={"rounds": True} if chat_prompt == "rounds" else {},
+        slo_s=slo_s,
+    )
+    load_adapters(model, adapters)
+    return model
+
+
+def load_adapters(model: Endpoint, adapters: Sequence[tuple[str, str]]) -> None:
+    """Load (name, folder) of each. Raises ValueError."""
+    for name, folder in adapters:
+        try:
+            model.load_adapter(name, folder)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"--adapter {name}: {error}") from None
+
+
+def named_adapter(text: str) -> tuple[str, str]:
+    """(name, folder) of NAME=DIR. Raises ValueError."""
+    name, separator, folder = text.partition("=")
+    if not (separator and name and folder):
+        raise ValueError(f"--adapter must be NAME=DIR, got {text!r}")
+    return name, folder
