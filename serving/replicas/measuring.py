@@ -13,6 +13,7 @@ from serving.request import FOREVER, Limits, Plan, Record, Request
 
 if TYPE_CHECKING:
     from serving.engines.answers import TextEngine
+    from serving.engines.stage_reports import StageReport
 
 STEPS = 12  # decode steps of one timing
 PASS_TOKENS = 2048  # prompt tokens of one pass
@@ -76,7 +77,8 @@ class BatchRunner:
 
     def time_once(self) -> BatchTiming:
         """One prefill, and STEPS decode steps."""
-        reports: Callable[[], Sequence[Any]] = self.engine.stage_reports  # type: ignore[attr-defined]
+        engine: Any = self.engine  # of those that make reports
+        reports: Callable[[], Sequence[StageReport]] = engine.stage_reports
         before = reports()
         begin = time.perf_counter()
         records = self.admit(STEPS + 3)
