@@ -151,11 +151,12 @@ def plan_replicas(
     output_tokens: int = 256,
     precision: str = "auto",
     base: str | None = None,
+    keep_quantized: bool = False,
 ) -> ReplicaPlan:
     """The replicas that the flags ask for.
 
     Args:
-        folder: of the model, adapter or prefix. base, precision: as `load_ready`'s.
+        folder: of the model, adapter or prefix. base, precision, keep_quantized: as `load_ready`'s.
         kv_tokens: tokens whose keys and values each replica must hold at once.
         batch, prompt_tokens, output_tokens: the batch whose latency the deployer minimises.
     Raises:
@@ -171,4 +172,5 @@ def plan_replicas(
         output_tokens=output_tokens,
         precision=precision,
         base=base,
+        keep_quantized=keep_quantized,
     )

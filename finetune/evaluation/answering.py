@@ -132,6 +132,7 @@ def open_answerer(
         output_tokens=work.mean_answer,
         precision=flags.precision,
         base=flags.base_model,
+        keep_quantized=flags.keep_quantized,
     )
     print(plan.describe(), file=sys.stderr, flush=True)
     batches = -(-work.prompts // flags.batch_size)
@@ -164,6 +165,7 @@ def load_placed(flags: InferenceFlags, setup: InferenceSetup) -> "PreTrainedMode
         batch=1,
         precision=flags.precision,
         base=flags.base_model,
+        keep_quantized=flags.keep_quantized,
     )
     print(plan.describe(), file=sys.stderr, flush=True)
     if len(plan.replicas) > 1:

@@ -103,6 +103,11 @@ def open_placed(served: ServedModel, flags: PlacementFlags, limits: Limits) -> O
     Raises:
         ValueError, OSError: in one line, what does not fit or is missing.
     """
+    if served.device != ServedModel.device:
+        raise ValueError(
+            f"--device {served.device} is of one device, and --deployer, --num_gpus, --devices and "
+            "--device_map name others: leave it out"
+        )
     half = max(min(limits.max_tokens // 2, TYPICAL_TOKENS), 1)
     plan = plan_deployment(
         flags,

@@ -206,6 +206,9 @@ def check_bounds(flags: ServerFlags) -> None:
         raise ValueError(
             f"--prefix_cache_tokens must be at least 0, got {flags.prefix_cache_tokens}"
         )
+    if not flags.is_placed and (flags.cluster or flags.measure):
+        flag = "--cluster" if flags.cluster else "--measure"
+        raise ValueError(f"{flag} needs --deployer, --num_gpus, --devices or --device_map")
     if flags.max_queue < 0:
         raise ValueError(f"--max_queue must be at least 0, got {flags.max_queue}")
     if flags.max_connections < 1:

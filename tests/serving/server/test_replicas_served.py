@@ -30,7 +30,8 @@ def server(folders, cluster):
     model, predictor = folders
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", warm_python())
-        words = ["--deployer", "helr", "--cluster", cluster, "--predictor", predictor]
+        words = ["--deployer", "helr", "--cluster", cluster, "--device", "0"]
+        words += ["--predictor", predictor]
         with running(model, *words, endless=False) as found:
             yield found
 
@@ -135,5 +136,9 @@ def test_what_does_not_fit_is_one_line(folders, tmp_path):
     words = ["--model", str(folders[0]), "--policy", "fcfs", "--cluster", str(file)]
     with pytest.raises(ValueError, match="no chain of devices holds the model: needs"):
         load_service(parse_flags([*words, "--deployer", "helr"]))
+    with pytest.raises(ValueError, match="--device cpu is of one device"):
+        load_service(parse_flags([*words, "--deployer", "helr", "--device", "cpu"]))
+    with pytest.raises(ValueError, match="--cluster needs --deployer"):
+        load_service(parse_flags(words))
     with pytest.raises(ValueError, match="--device_map and --deployer contradict"):
         load_service(parse_flags([*words, "--deployer", "helr", "--device_map", "auto"]))
