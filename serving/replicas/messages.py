@@ -131,10 +131,9 @@ class ReplicaReady(NamedTuple):
 
 
 class ReplicaFailed(NamedTuple):
-    """Its last message: why it ends. is_refused: by the user's error, such as a missing file."""
+    """Its last message: why it ends."""
 
     reason: str
-    is_refused: bool
 
 
 class AnswerUpdate(NamedTuple):

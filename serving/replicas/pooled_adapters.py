@@ -56,13 +56,23 @@ class PooledAdapters:
         """
         if name in self.loaded:
             raise AdapterExists(f"an adapter {name!r} is loaded already; unload it first")
-        found = str(folder)
+        found, asked = str(folder), self._processes()
         errors = self._call(lambda number: LoadLora(number, name, found))
         if errors:
             self._call(lambda number: UnloadLora(number, name))
             kind, text = errors[0]
             raise ERRORS.get(kind, ValueError)(text)
         self.loaded[name] = found
+        for process, replica in self._processes().items():
+            if process not in asked:  # it became ready meanwhile
+                replica.send(LoadLora(0, name, found))
+
+    def _processes(self) -> dict[tuple[int, int], Replica]:
+        """The replicas that are ready, each by its number and which of its processes it is."""
+        found = {}
+        for replica in self._ready_replicas():
+            found[replica.job.number, replica.restarts] = replica
+        return found
 
     def unload(self, name: str) -> None:
         """Take no new requests for it. Raises UnknownAdapter."""

@@ -215,7 +215,7 @@ class ReplicaWorker:
     def _lost(self, error: BaseException) -> None:
         """The engine has failed: the process ends at once, and the front gives its work away."""
         what = f"the engine has failed: {type(error).__name__}: {describe(error)}"
-        self.channel.send(ReplicaFailed(what, is_refused=False))
+        self.channel.send(ReplicaFailed(what))
         self.channel.flush(LAST_WORDS_S)
         os._exit(1)
 
@@ -242,10 +242,9 @@ def run_replica(connection: Connection) -> int:
     except EOFError:
         return 0
     except Exception as error:  # whatever it is, the front has to say it
-        is_refused = isinstance(error, (ValueError, OSError, ImportError))
-        if not is_refused:
+        if not isinstance(error, (ValueError, OSError, ImportError)):  # the user's errors
             log.exception("replica %s cannot be loaded", os.getpid())
-        channel.send(ReplicaFailed(describe(error), is_refused))
+        channel.send(ReplicaFailed(describe(error)))
         channel.flush(LAST_WORDS_S)
         return 1
     worker = ReplicaWorker(channel, job, engine)
