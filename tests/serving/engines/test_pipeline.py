@@ -51,25 +51,29 @@ from tests.serving.engines.test_engines import (
 )
 from tests.serving.engines.test_prefix_sharing import alike
 from tests.serving.lora_folders import merged_model, write_adapter
+from tests.warm import warm_python
 
 GLM_LAYERS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 # (model, prefix, first layers of the stages after the first, micro-batches)
 CASES = [
-    ("glm", "plain", (1,), 2),
     ("glm", "v1", (1,), 1),
-    ("glm", "v2", (1, 2), 3),
     ("glm2", "plain", (1, 2), 4),
-    ("glm2", "v1", (2,), 2),
     ("glm2", "v2", (1,), 2),
+    ("glm4", "plain", (2,), 2),
+    ("qwen2", "plain", (1,), 4),  # tied
+]
+SLOW_CASES = [
+    ("glm", "plain", (1,), 2),
+    ("glm", "v2", (1, 2), 3),
+    ("glm2", "v1", (2,), 2),
     ("glm2-multi_head-linear_biases", "plain", (2,), 2),
     ("glm3", "plain", (1,), 1),
-    ("glm4", "plain", (2,), 2),
     ("native-glm2", "plain", (1,), 2),
     ("native-glm4", "plain", (2,), 3),
     ("llama", "plain", (1,), 2),
-    ("qwen2", "plain", (1,), 4),  # tied
     ("qwen3", "plain", (1,), 1),
 ]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES]
 
 
 @pytest.fixture(autouse=True)
@@ -509,6 +513,7 @@ def test_mirrored_memories_are_equal(seed):
 # ---- with processes
 
 
+@pytest.mark.slow  # a replica of two stages has processes in tests/serving/replicas/test_pool.py
 def test_processes(tmp_path):
     """Unequal threads, adapters, what is read of prompts; then the death of a stage."""
     model = tiny_model("glm2")
@@ -577,7 +582,7 @@ time.sleep(600)
 def test_no_worker_outlives_its_driver(tmp_path):
     folder, _, _ = saved(model_of("glm2"), tmp_path / "model")
     driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(folder)],
+        [warm_python(), "-c", DRIVER, str(folder)],
         cwd=REPO_ROOT,
         env=child_env() | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

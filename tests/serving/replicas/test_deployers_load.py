@@ -32,6 +32,7 @@ NO_FLAGS = PlacementFlags(
     measure=False,
     measure_s=1.0,
 )
+LOADED: dict = {}  # {stages: tokens}: deployers often agree, and each chain is loaded once
 DRAW = random.Random(0)
 PROMPTS = [[DRAW.randrange(10, 300) for _ in range(DRAW.randrange(5, 40))] for _ in range(6)]
 
@@ -98,17 +99,25 @@ def test_a_placement_is_loaded(tiny_folders, wanted, tmp_path, monkeypatch, depl
         assert len(plan.stages) > 1
     replica = plan.replicas[0]
     assert [s.start for s in replica.stages[1:]] == [s.end for s in replica.stages[:-1]]
+    if replica.stages not in LOADED:
+        LOADED[replica.stages] = load_and_answer(folder, plan)
+    assert LOADED[replica.stages] == wanted
+
+
+def load_and_answer(folder, plan):
+    """The greedy tokens of a plan's first replica, whose stages hold what was predicted."""
     engine = open_pipeline(
         ModelLoading(str(folder), precision="fp32"),
-        replica,
+        plan.replicas[0],
         LIMITS,
         cost_of(plan.placement, plan.profile),
     )
     try:
-        assert greedy_tokens(engine) == wanted
+        tokens = greedy_tokens(engine)
         reports = engine.stage_reports()
     finally:
         engine.close()
     for predicted, report in zip(plan.stages, reports, strict=True):
         assert (report.start, report.end) == (predicted.start, predicted.end)
         assert report.weight_bytes == predicted.weight_bytes
+    return tokens

@@ -229,6 +229,7 @@ def test_another_policy_without_another_loading(pool, engine):
     """A static one, whose rows leave together, then the one before again."""
     wait_for(lambda: len(pool.ready_replicas()) == 2)
     asked = prompts(8, seed=9)
+    wait_for(lambda: pool.count() == 0)
     pool.use_policy("fifo")
     answers = [ask(pool, p, max_new_tokens=10 * (i % 4 + 1)) for i, p in enumerate(asked)]
     with pytest.raises(RuntimeError, match="requests are being answered"):
