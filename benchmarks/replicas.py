@@ -215,8 +215,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{'':<8} {'tokens/s':>9} {'against 1 x 1':>14}")
         for name, values in rates.items():
             ratios = list(map(operator.truediv, values, rates["1 x 1"]))
-            print(f"{name:<8} {statistics.median(values):>9.0f} {statistics.median(ratios):>14.2f}")
-        kills = measure_kills(flags, pools["2 x 1"])
+            rate, ratio = statistics.median(values), statistics.median(ratios)
+            print(f"{name:<8} {rate:>9.0f} {ratio:>14.2f}", flush=True)
+        kills = measure_kills(flags, pools["2 x 1"]) if flags.kills else []
         for pool in pools.values():
             pool.stop(10)
     found = {"tokens_per_s": rates, "kills": kills}
