@@ -325,6 +325,7 @@ class ReplicaPool:
         self._pooled.restore(replica)
         with self._changed:
             replica.ready, replica.state = message, READY
+            replica.ready_s = time.monotonic()
             replica.job = replace(replica.job, probe=None)  # not when it is started again
             for flight in self._flights.values():
                 if flight.replica is None and flight.is_queued:

@@ -93,6 +93,7 @@ class Replica:
         flights: what it answers, by request id.
         has_vocabulary: whether grammars can be compiled there.
         ready: what it said when it had loaded.
+        began_s, ready_s: when its process was started, and when it had loaded, of time.monotonic.
         failures: starts in a row that have failed. restarts: all after the first.
     """
 
@@ -104,7 +105,7 @@ class Replica:
         self.ready: ReplicaReady | None = None
         self.failures = self.restarts = 0
         self.copied_tokens = 0
-        self.began_s = 0.0
+        self.began_s = self.ready_s = 0.0
         self.reason = ""
         self.channel: Channel | None = None
         self.process: subprocess.Popen[bytes] | None = None
