@@ -1,6 +1,7 @@
 """What a real engine takes for a need's batch: its stages' seconds, and its requests a second."""
 
 import itertools
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,13 +42,17 @@ class BatchTiming:
     kv_bytes: tuple[int, ...]
 
 
-def prompt_ids(engine: "TextEngine", tokens: int) -> list[int]:
-    """Ids of a prompt of so many tokens that the engine's model can read."""
+def prompt_ids(engine: "TextEngine", tokens: int, seed: int) -> list[int]:
+    """Ids of a prompt of so many tokens that the engine's model can read.
+
+    Prompts of different seeds do not begin alike: an engine copies what does.
+    """
     config: Any = engine.model.config
     frame: list[int] = []
     if getattr(config, "glm_family", None) == "glm":
         frame = [config.gmask_token_id, config.bos_token_id]
-    return [5 + i % 20 for i in range(tokens - len(frame))] + frame
+    draw = random.Random(seed)
+    return draw.choices(range(5, 25), k=tokens - len(frame)) + frame
 
 
 class BatchRunner:
@@ -62,10 +67,11 @@ class BatchRunner:
         from serving.engines.answers import Sampling
 
         need, records, reserve = self.need, [], {}
-        prompt = prompt_ids(self.engine, need.prompt_tokens)
         sampling = Sampling(max_new_tokens=answer_tokens, ignore_stops=True)
         for _ in range(need.batch):
-            request = Request(next(self._ids), len(prompt), 0.0, FOREVER)
+            number = next(self._ids)
+            prompt = prompt_ids(self.engine, need.prompt_tokens, number)
+            request = Request(number, len(prompt), 0.0, FOREVER)
             self.engine.submit(request, prompt, sampling)
             records.append(Record(request))
             reserve[request.id] = len(prompt) + answer_tokens + 1

@@ -227,8 +227,13 @@ def taken_by(
     make_reports: Callable[[], list[StageReport]] | None = getattr(engine, "stage_reports", None)
     if make_reports is None:
         return (), None
-    timings = None if probe is None else time_batch(engine, probe, PROBES).stages
-    return tuple(make_reports()), timings
+    if probe is None:
+        return tuple(make_reports()), None
+    timing = time_batch(engine, probe, PROBES)
+    reports = []
+    for report, kv_bytes in zip(make_reports(), timing.kv_bytes):
+        reports.append(replace(report, kv_bytes=kv_bytes))
+    return tuple(reports), timing.stages
 
 
 def run_replica(connection: Connection) -> int:
