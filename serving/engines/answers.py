@@ -249,12 +249,7 @@ class TextEngine:
             ValueError: the prompt is not request.prompt_tokens long, or the model cannot read it;
                 the id is in use; no such adapter is loaded (UnknownAdapter).
         """
-        prompt = list(prompt_ids)
-        if len(prompt) != request.prompt_tokens or not prompt:
-            raise ValueError(
-                f"request {request.id} says {request.prompt_tokens} prompt tokens (at least 1), "
-                f"its prompt has {len(prompt)}"
-            )
+        prompt = checked_prompt(request, prompt_ids)
         self.check_prompt(prompt)
         answer = Answer(request.id, prompt, sampling or Sampling(), listener)
         with self._lock:
@@ -274,11 +269,7 @@ class TextEngine:
 
     def check_prompt(self, prompt: list[int]) -> None:
         """Raises ValueError where the model cannot read it."""
-        vocabulary = vocabulary_of(self.model)
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
-            raise ValueError(
-                f"prompt ids must be from 0 to {vocabulary - 1}; got {min(prompt)} to {max(prompt)}"
-            )
+        check_ids(prompt, vocabulary_of(self.model))
 
     def cancel(self, request_id: int) -> None:
         """End an answer now; nothing where the id is unknown.
@@ -370,6 +361,25 @@ class TextEngine:
         """
         self._drop_answer(answer.id)
         return answer.id, len(answer.tokens), answer.reason not in ("stop", "length")
+
+
+def checked_prompt(request: Request, prompt_ids: Sequence[int]) -> list[int]:
+    """The ids of a request's prompt; raises ValueError where they are not as many as it says."""
+    prompt = list(prompt_ids)
+    if len(prompt) != request.prompt_tokens or not prompt:
+        raise ValueError(
+            f"request {request.id} says {request.prompt_tokens} prompt tokens (at least 1), "
+            f"its prompt has {len(prompt)}"
+        )
+    return prompt
+
+
+def check_ids(prompt: list[int], vocabulary: int) -> None:
+    """Raises ValueError where a prompt has an id that is not below `vocabulary`."""
+    if min(prompt) < 0 or max(prompt) >= vocabulary:
+        raise ValueError(
+            f"prompt ids must be from 0 to {vocabulary - 1}; got {min(prompt)} to {max(prompt)}"
+        )
 
 
 def vocabulary_of(model: "PreTrainedModel") -> int:

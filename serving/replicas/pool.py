@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from serving.engines.adapter_errors import UnknownAdapter
-from serving.engines.answers import Answer, Sampling
+from serving.engines.answers import Answer, Sampling, check_ids, checked_prompt
 from serving.engines.live import WallClock
 from serving.engines.runner import AdapterStore, Listener
 from serving.replicas.messages import (
@@ -107,10 +107,8 @@ class ReplicaPool:
         return said
 
     def start(self, observe: Callable[[Event], None], failed: Callable[[], None]) -> None:
-        """As AnswerBackend.start; replicas that have not been opened are opened."""
+        """As AnswerBackend.start; the replicas have been opened."""
         self._observer, self._failed = observe, failed
-        if all(replica.process is None for replica in self.replicas):
-            self.open()
 
     def _observe(self, event: Event) -> None:
         with self._observing:
@@ -133,11 +131,6 @@ class ReplicaPool:
                 replica.job = replace(replica.job, policy=name)
                 replica.send(UsePolicy(name))
 
-    def observe(self, observer: Callable[[Event], None]) -> None:
-        """Give later events to another observer than start's."""
-        with self._observing:
-            self._observer = observer
-
     # ---- requests
 
     def submit(
@@ -148,19 +141,10 @@ class ReplicaPool:
         listener: Listener | None = None,
     ) -> Answer:
         sampling = sampling or Sampling()
-        prompt = list(prompt_ids)
-        if len(prompt) != request.prompt_tokens or not prompt:
-            raise ValueError(
-                f"request {request.id} says {request.prompt_tokens} prompt tokens (at least 1), "
-                f"its prompt has {len(prompt)}"
-            )
+        prompt = checked_prompt(request, prompt_ids)
         if sampling.adapter is not None and sampling.adapter not in self._pooled.loaded:
             raise UnknownAdapter(f"no adapter {sampling.adapter!r} is loaded")
-        if min(prompt) < 0 or max(prompt) >= self._vocabulary:
-            raise ValueError(
-                f"prompt ids must be from 0 to {self._vocabulary - 1}; "
-                f"got {min(prompt)} to {max(prompt)}"
-            )
+        check_ids(prompt, self._vocabulary)
         answer = Answer(request.id, prompt, sampling, listener)
         with self._lock:
             if request.id in self._flights:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,24 @@ class Flight:
     is_queued: bool = False
     earlier: Record | None = None
 
+    # Read for each request that is routed: of all that are being answered.
+    @cached_property
+    def expected_tokens(self) -> float:
+        """Predicted of its answer."""
+        prediction = self.request.prediction
+        return self._bounded(None if prediction is None else prediction.expected_tokens)
+
+    @cached_property
+    def q90_tokens(self) -> float:
+        """Predicted of its answer, within which it stays with probability 0.9."""
+        prediction = self.request.prediction
+        return self._bounded(None if prediction is None else prediction.quantile(0.9))
+
+    def _bounded(self, predicted: float | None) -> float:
+        tokens = UNPREDICTED_TOKENS if predicted is None else predicted
+        most = self.answer.sampling.max_new_tokens
+        return tokens if most is None else min(tokens, most)
+
     def leave_replica(self) -> None:
         """Its replica has ended; what its next one tells counts on from here."""
         self.replica = None
@@ -67,22 +86,15 @@ class Flight:
 
     def outstanding_tokens(self) -> float:
         """Predicted tokens that are still to be made, a part of the prompt's with them."""
-        prediction = self.request.prediction
-        expected = UNPREDICTED_TOKENS if prediction is None else prediction.expected_tokens
-        if (most := self.answer.sampling.max_new_tokens) is not None:
-            expected = min(expected, most)
         made = len(self.answer.tokens)
         prompt = 0 if made else self.request.prompt_tokens
-        return PROMPT_WEIGHT * prompt + max(expected - made, 1.0)
+        return PROMPT_WEIGHT * prompt + max(self.expected_tokens - made, 1.0)
 
     def kv_tokens(self, limits: Limits) -> float:
         """Of its prompt and its answer's predicted q90."""
-        prediction = self.request.prediction
-        answer = UNPREDICTED_TOKENS if prediction is None else prediction.quantile(0.9)
-        if (most := self.answer.sampling.max_new_tokens) is not None:
-            answer = min(answer, most)
         longest = limits.max_answer_tokens(self.request)
-        return self.request.prompt_tokens + min(max(answer, len(self.answer.tokens)), longest)
+        answer = min(max(self.q90_tokens, len(self.answer.tokens)), longest)
+        return self.request.prompt_tokens + answer
 
 
 class Replica:

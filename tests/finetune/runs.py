@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from finetune.launched import RANK_VARIABLES
 from tests.warm import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,17 +51,6 @@ STOPS = [
     "--early_stopping_min_delta",
     "0.5",
 ]
-LAUNCHED = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "CROSS_RANK",
-    "CROSS_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
 
 
 def make_rows(count: int, seed: int = 0) -> list[dict]:
@@ -102,7 +92,7 @@ def rows_of(data) -> list[tuple[str, list[int], int, list[int] | None]]:
 
 def child_env(**extra) -> dict[str, str]:
     """A command line's environment, without the rank variables that training here has set."""
-    env = {k: v for k, v in os.environ.items() if k not in LAUNCHED}
+    env = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
     path = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
     return (
         env
