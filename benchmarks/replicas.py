@@ -51,30 +51,19 @@ def save_model(folder: Path) -> None:
 def open_pool(folder: Path, processes: int, threads: int, rows: int) -> "ReplicaPool":
     from finetune.placing import ReplicaSpec, StageSpec
     from serving.cost_model.model import CostModel, ModelSizes
+    from serving.engines.stage_reports import ModelLoading
     from serving.replicas.messages import ReplicaJob
     from serving.replicas.pool import ReplicaPool
+    from serving.replicas.served_model import ServedModel
     from serving.request import Limits
 
     limits = Limits(max_batch=rows, kv_tokens=1024 * rows, max_tokens=1024)
     cost = CostModel.of(ModelSizes.from_config(folder, 4), "CPU")
+    served = ServedModel(ModelLoading(str(folder), mode="glm2", precision="fp32"))
     jobs = []
     for number in range(processes):
         placement = ReplicaSpec((StageSpec("cpu", 0, 6, threads),))
-        job = ReplicaJob(
-            number=number,
-            model=str(folder),
-            mode="glm2",
-            base_model=None,
-            precision="fp32",
-            keep_quantized=False,
-            placement=placement,
-            engine="continuous",
-            policy="fcfs",
-            limits=limits,
-            cost=cost,
-            prefix_cache_tokens=0,
-            zero_s=0.0,
-        )
+        job = ReplicaJob(number, served, placement, limits, cost)
         jobs.append(job)
     pool = ReplicaPool(jobs)
     pool.open()

@@ -14,7 +14,6 @@ from finetune.flag_effects import Effect
 from finetune.placing import PlacementFlags, add_placing_flags
 from serving.endpoints.remote import RemoteServer, is_url
 from serving.endpoints.replies import Endpoint
-from serving.engines.runner import AnswerBackend
 
 KEY_VARIABLES = ("GLM_API_KEY", "OPENAI_API_KEY")
 
@@ -110,16 +109,13 @@ def open_local(flags: EndpointFlags, policy: str, sizes: tuple[int, int], slo_s:
     from predictor.runtime import LengthPredictor
     from serving.endpoints.local import LocalModel
     from serving.policies.continuous import POLICIES
-    from serving.replicas.backends import ServedModel, open_in_process, open_placed
-    from serving.request import Limits
+    from serving.replicas.backends import open_backend
+    from serving.replicas.served_model import ServedModel, limits_of_flags
 
     max_batch, kv_tokens = sizes
     if POLICIES[policy].predicts and not flags.predictor:
         raise ValueError(f"--policy {policy} uses predicted lengths and needs --predictor DIR")
-    try:
-        limits = Limits(max_batch=max_batch, kv_tokens=kv_tokens, max_tokens=flags.max_tokens)
-    except ValueError as error:
-        raise ValueError(f"--max_batch, --kv_tokens, --max_tokens: {error}") from None
+    limits = limits_of_flags(max_batch, kv_tokens, flags.max_tokens)
     adapters = [named_adapter(text) for text in flags.adapter]
     tokenizer = load_tokenizer(
         flags.model, mode=flags.mode, base=flags.base_model, prompt_style=flags.prompt_style
@@ -129,30 +125,20 @@ def open_local(flags: EndpointFlags, policy: str, sizes: tuple[int, int], slo_s:
         predictor = LengthPredictor.from_pretrained(
             flags.predictor, served_model=tokenizer.name_or_path
         )
-    served = ServedModel(
-        flags.model,
-        mode=flags.mode,
-        base=flags.base_model,
-        device=flags.device,
-        precision=flags.precision,
-        keep_quantized=flags.keep_quantized,
+    served = ServedModel.of(
+        flags,
         policy=policy,
-        profile=flags.profile,
         prefix_cache_tokens=flags.max_tokens,  # a chat's next prompt begins as the one before it
     )
-    backend: AnswerBackend
-    if flags.is_placed:
-        backend, chat_prompt = open_placed(served, flags, limits)
-    else:
-        backend, chat_prompt = open_in_process(served, limits)
+    opened = open_backend(served, flags, limits)
     defaults = family_of(tokenizer).chat_defaults
     model = LocalModel(
-        backend,
+        opened.backend,
         tokenizer,
         predictor,
         name=served_name(flags.model),
         defaults={"temperature": defaults["temperature"], "top_p": defaults["top_p"]},
-        prompt_options={"rounds": True} if chat_prompt == "rounds" else {},
+        prompt_options={"rounds": True} if opened.chat_prompt == "rounds" else {},
         slo_s=slo_s,
     )
     load_adapters(model, adapters)

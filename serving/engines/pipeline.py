@@ -71,7 +71,8 @@ def open_pipeline(
     if lanes < 1:
         raise ValueError(f"micro_batches must be at least 1, got {lanes}")
     if len(replica.stages) == 1:
-        model = load_single(loading, replica.stages[0])
+        [stage] = replica.stages
+        model = load_single(loading, stage.device, stage.threads)
         return ContinuousEngine(model, limits, cost, stop_ids, prefix_cache_tokens)
     runner = PipelineRunner(loading, replica.stages, limits.kv_tokens, lanes)
     if micro_batches is None:

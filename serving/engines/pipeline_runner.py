@@ -269,17 +269,16 @@ def without_checks(loading: ModelLoading) -> ModelLoading:
     return replace(loading, verify="off")
 
 
-def load_single(loading: ModelLoading, spec: StageSpec) -> PreTrainedModel:
-    """The whole model on the device of a single stage, in this process."""
-    if spec.threads:
-        torch.set_num_threads(spec.threads)
-    model = load_ready(
+def load_single(loading: ModelLoading, device: str, threads: int | None = None) -> PreTrainedModel:
+    """The whole model on one device, in this process, whose threads are set."""
+    if threads:
+        torch.set_num_threads(threads)
+    return load_ready(
         loading.path,
         mode=loading.mode,
         base=loading.base,
-        device=spec.device,
+        device=device,
         precision=loading.precision,
         keep_quantized=loading.keep_quantized,
         verify=loading.verify,
     )
-    return model

@@ -3,51 +3,20 @@
 Free of torch at import.
 """
 
-import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from finetune.placing import PlacementFlags
-from serving.cost_model.model import CostModel, read_profile
-from serving.engines import make_engine
+from serving.cost_model.model import CostModel
 from serving.engines.runner import EngineRunner
-from serving.engines.served_cost import served_cost_model
 from serving.policies.continuous import POLICIES
 from serving.replicas.messages import ReplicaJob, ReplicaReady
 from serving.replicas.planning import DeploymentPlan, comparison, plan_deployment
 from serving.replicas.pool import ReplicaPool
+from serving.replicas.served_model import ServedModel
 from serving.request import Limits
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-log = logging.getLogger(__name__)
 
 TYPICAL_TOKENS = 256  # of a prompt, and of an answer, of the batch that a deployer plans for
 LONGEST_PROBE_S = 10.0  # predicted, of a prefill that is timed once the model is loaded
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """A model and how it is served.
-
-    Attributes:
-        folder: a model, adapter or prefix. mode, base, device, precision, keep_quantized: as
-            `load_ready`'s.
-        engine, policy: names in ENGINES and POLICIES.
-        profile: of the engine, for policies.
-    """
-
-    folder: str
-    mode: str | None = None
-    base: str | None = None
-    device: str = "0"
-    precision: str = "auto"
-    keep_quantized: bool = False
-    engine: str = "continuous"
-    policy: str = "fcfs"
-    profile: str | None = None
-    prefix_cache_tokens: int = 0
 
 
 class OpenedEngine(NamedTuple):
@@ -68,29 +37,24 @@ class OpenedPool(NamedTuple):
     chat_prompt: str | None
 
 
+def open_backend(
+    served: ServedModel, flags: PlacementFlags, limits: Limits
+) -> OpenedEngine | OpenedPool:
+    """Replicas where the flags place them, else an engine in this process. Raises as these."""
+    if flags.is_placed:
+        return open_placed(served, flags, limits)
+    return open_in_process(served, limits)
+
+
 def open_in_process(served: ServedModel, limits: Limits) -> OpenedEngine:
     """An engine on one device, in this process.
 
     Raises:
         ValueError, OSError: in one line, what does not fit or is missing.
     """
-    from finetune.evaluation.predict import load_ready
-
-    profile = read_profile(served.profile or "datasheet")
-    model: PreTrainedModel = load_ready(
-        served.folder,
-        mode=served.mode,
-        base=served.base,
-        device=served.device,
-        precision=served.precision,
-        keep_quantized=served.keep_quantized,
-    )
-    options = {}
-    if served.engine == "continuous":
-        options["prefix_cache_tokens"] = served.prefix_cache_tokens
-    engine = make_engine(served.engine, model, limits, served_cost_model(model, profile), **options)
+    engine = served.load_engine(limits, served.device)
     runner = EngineRunner(engine, POLICIES[served.policy])
-    return OpenedEngine(runner, getattr(model.config, "chat_prompt", None))
+    return OpenedEngine(runner, getattr(engine.model.config, "chat_prompt", None))
 
 
 def open_placed(served: ServedModel, flags: PlacementFlags, limits: Limits) -> OpenedPool:
@@ -111,14 +75,14 @@ def open_placed(served: ServedModel, flags: PlacementFlags, limits: Limits) -> O
     half = max(min(limits.max_tokens // 2, TYPICAL_TOKENS), 1)
     plan = plan_deployment(
         flags,
-        served.folder,
+        served.loading.path,
         kv_tokens=limits.kv_tokens,
         batch=max(min(limits.max_batch, limits.kv_tokens // (2 * half)), 1),
         prompt_tokens=half,
         output_tokens=half,
-        precision=served.precision,
-        base=served.base,
-        keep_quantized=served.keep_quantized,
+        precision=served.loading.precision,
+        base=served.loading.base,
+        keep_quantized=served.loading.keep_quantized,
     )
     print(plan.describe(), flush=True)
     pool = ReplicaPool(replica_jobs(served, plan, limits))
@@ -136,18 +100,10 @@ def replica_jobs(served: ServedModel, plan: DeploymentPlan, limits: Limits) -> l
     for number, replica in enumerate(plan.replicas):
         job = ReplicaJob(
             number=number,
-            model=served.folder,
-            mode=served.mode,
-            base_model=served.base,
-            precision=served.precision,
-            keep_quantized=served.keep_quantized,
+            served=served,
             placement=replica,
-            engine=served.engine,
-            policy=served.policy,
             limits=limits,
             cost=cost,
-            prefix_cache_tokens=served.prefix_cache_tokens,
-            zero_s=0.0,
             probe=placed.need if predicted_s < LONGEST_PROBE_S else None,
         )
         jobs.append(job)

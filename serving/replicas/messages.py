@@ -17,6 +17,7 @@ from serving.deployment.placement import Need
 from serving.engines.answers import Sampling, TokenLogprobs
 from serving.engines.stage_reports import StageReport
 from serving.replicas.measuring import StageTiming
+from serving.replicas.served_model import ServedModel
 from serving.request import Completion, CostEstimator, Event, Limits, Record, Request
 
 # Of a Record, what a front's copy is kept up to date with.
@@ -33,28 +34,19 @@ class ReplicaJob:
     """What a replica loads and how it serves.
 
     Attributes:
-        model: its folder. mode, base_model, precision, keep_quantized: as of the commands' flags.
         number: of the replica, for its messages.
         cost: of the placement, for policies.
         probe: a batch to time when the model is loaded, for the comparison with the prediction;
             None times nothing.
-        engine, policy: names in ENGINES and POLICIES.
         zero_s: of the front's WallClock, which the replica's times count from.
     """
 
     number: int
-    model: str
-    mode: str | None
-    base_model: str | None
-    precision: str
-    keep_quantized: bool
+    served: ServedModel
     placement: ReplicaSpec
-    engine: str
-    policy: str
     limits: Limits
     cost: CostEstimator
-    prefix_cache_tokens: int
-    zero_s: float
+    zero_s: float = 0.0
     probe: Need | None = None
 
 

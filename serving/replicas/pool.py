@@ -128,7 +128,7 @@ class ReplicaPool:
             if self._flights:
                 raise RuntimeError(f"{len(self._flights)} requests are being answered")
             for replica in self.replicas:
-                replica.job = replace(replica.job, policy=name)
+                replica.job = replace(replica.job, served=replace(replica.job.served, policy=name))
                 replica.send(UsePolicy(name))
 
     # ---- requests

@@ -16,13 +16,14 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from chatglm.commands import describe
 from serving.deployment.placement import Need
-from serving.engines import Answer, Sampling, TextEngine, WallClock, make_engine
+from serving.engines import Answer, Sampling, TextEngine, WallClock
 from serving.engines.answers import vocabulary_of
 from serving.engines.constraints import Grammar, TokenVocabulary
+from serving.engines.pipeline import open_pipeline
 from serving.engines.runner import EngineRunner
 from serving.engines.stage_reports import StageReport
 from serving.policies.continuous import POLICIES
@@ -47,9 +48,6 @@ from serving.replicas.messages import (
 )
 from serving.request import Event
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 log = logging.getLogger(__name__)
 
 LAST_WORDS_S = 5.0  # for the reason of a failure to be written
@@ -58,52 +56,25 @@ PROBES = 2  # timings of a probe, after one that warms up
 IDLE_S = 10.0  # for an engine with nothing to do to end its step
 
 
-def load_engine(job: ReplicaJob) -> tuple[TextEngine, "PreTrainedModel"]:
-    """The engine of a job on its devices, and its model; of a pipeline's, this process's part.
+def load_engine(job: ReplicaJob) -> TextEngine:
+    """The engine of a job on its devices; of a pipeline the other stages are processes too.
 
     Raises:
         ValueError, OSError, MemoryError: what does not fit, or is missing.
     """
-    import torch
-
-    from finetune.evaluation.predict import load_ready
-
-    stages = job.placement.stages
-    if len(stages) > 1:
-        return load_pipeline(job)
-    stage = stages[0]
-    if stage.threads is not None:
-        torch.set_num_threads(stage.threads)
-    model = load_ready(
-        job.model,
-        mode=job.mode,
-        base=job.base_model,
-        device=stage.device,
-        precision=job.precision,
-        keep_quantized=job.keep_quantized,
-    )
-    options = {}
-    if job.engine == "continuous":
-        options["prefix_cache_tokens"] = job.prefix_cache_tokens
-    return make_engine(job.engine, model, job.limits, job.cost, **options), model
-
-
-def load_pipeline(job: ReplicaJob) -> tuple[TextEngine, "PreTrainedModel"]:
-    """As load_engine, of several stages: the others are processes of this one's."""
-    from serving.engines.pipeline import open_pipeline
-    from serving.engines.stage_reports import ModelLoading
-
-    if job.engine != "continuous":
-        raise ValueError(f"--engine {job.engine} cannot run a pipeline; continuous can")
-    loading = ModelLoading(job.model, job.mode, job.base_model, job.precision, job.keep_quantized)
-    engine = open_pipeline(
-        loading,
+    served, stages = job.served, job.placement.stages
+    if len(stages) == 1:
+        [stage] = stages
+        return served.load_engine(job.limits, stage.device, stage.threads, job.cost)
+    if served.engine != "continuous":
+        raise ValueError(f"--engine {served.engine} cannot run a pipeline; continuous can")
+    return open_pipeline(
+        served.loading,
         job.placement,
         job.limits,
         job.cost,
-        prefix_cache_tokens=job.prefix_cache_tokens,
+        prefix_cache_tokens=served.prefix_cache_tokens,
     )
-    return engine, engine.model
 
 
 class ReplicaWorker:
@@ -118,7 +89,7 @@ class ReplicaWorker:
         self.engine = engine
         self.clock = WallClock()
         self.clock.zero_s = job.zero_s
-        self.runner = EngineRunner(engine, POLICIES[job.policy], self.clock, self._lost)
+        self.runner = EngineRunner(engine, POLICIES[job.served.policy], self.clock, self._lost)
         self._vocabulary: TokenVocabulary | None = None
         self._grammars: dict[str, Grammar] = {}
         self._copied_tokens = 0
@@ -242,7 +213,7 @@ def run_replica(connection: Connection) -> int:
     try:
         job: ReplicaJob = channel.receive()[0]
         begin = time.perf_counter()
-        engine, model = load_engine(job)
+        engine = load_engine(job)
         loaded_s = time.perf_counter() - begin
     except EOFError:
         return 0
@@ -256,9 +227,9 @@ def run_replica(connection: Connection) -> int:
     reports, timings = taken_by(engine, job.probe)
     ready = ReplicaReady(
         worker.runner.stop_ids,
-        vocabulary_of(model),
+        vocabulary_of(engine.model),
         worker.runner.adapters is not None,
-        getattr(model.config, "chat_prompt", None),
+        getattr(engine.model.config, "chat_prompt", None),
         loaded_s,
         reports,
         timings,

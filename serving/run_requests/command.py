@@ -29,8 +29,9 @@ from predictor.pictures import new_figure
 from serving.engines import Sampling
 from serving.engines.runner import AnswerBackend
 from serving.policies.continuous import POLICIES
-from serving.replicas.backends import ServedModel, open_in_process, open_placed
+from serving.replicas.backends import open_in_process, open_placed
 from serving.replicas.pool import ReplicaPool
+from serving.replicas.served_model import ServedModel, limits_of_flags
 from serving.request import Limits, Policy
 from serving.run_requests.figures import PolicyRun, policy_run
 from serving.run_requests.listed import (
@@ -183,10 +184,7 @@ def checked_limits(flags: ListRunFlags, names: Sequence[str], rows: Sequence[Lis
             raise ValueError("--replay_lengths and --max_new_tokens exclude each other")
         check_lengths(rows, "--replay_lengths wants")
     check_not_run(flags.model, "--model")
-    try:
-        return Limits(flags.max_batch, flags.kv_tokens, flags.max_tokens)
-    except ValueError as error:
-        raise ValueError(f"--max_batch, --kv_tokens, --max_tokens: {error}") from None
+    return limits_of_flags(flags.max_batch, flags.kv_tokens, flags.max_tokens)
 
 
 def sampling_of(flags: ListRunFlags, row: ListedRow, place: int) -> Sampling:
@@ -218,19 +216,6 @@ def prepare_requests(
         sampling = sampling_of(flags, row, place)
         requests.append(PreparedRequest(place, row.prompt, ids, arrival_s, slo_s, sampling, length))
     return sorted(requests, key=lambda request: (request.arrival_s, request.number))
-
-
-def served_by(flags: ListRunFlags) -> ServedModel:
-    """The continuous engine of --model."""
-    return ServedModel(
-        flags.model,
-        mode=flags.mode,
-        base=flags.base_model,
-        device=flags.device,
-        precision=flags.precision,
-        keep_quantized=flags.keep_quantized,
-        profile=flags.profile,
-    )
 
 
 @contextmanager
@@ -356,7 +341,7 @@ def placed_runs(
     """The runs, by replicas where the flags place them, else by an engine in this process."""
     if not flags.is_placed:
         return runs_in_process(flags, limits, names, requests, predictor)
-    pool = open_placed(served_by(flags), flags, limits).backend
+    pool = open_placed(ServedModel.of(flags), flags, limits).backend
 
     def open_backend(name: str) -> AbstractContextManager[AnswerBackend]:
         return rescheduled_pool(pool, name)
@@ -376,7 +361,7 @@ def runs_in_process(
     predictor: "LengthPredictor | None",
 ) -> list[PolicyRun]:
     """The runs of one engine in this process. Raises what ended the engine."""
-    engine = open_in_process(served_by(flags), limits).backend.engine
+    engine = open_in_process(ServedModel.of(flags), limits).backend.engine
     failures: list[BaseException] = []
 
     def open_backend(name: str) -> AbstractContextManager[AnswerBackend]:

@@ -20,15 +20,9 @@ from predictor.runtime import LengthPredictor
 from serving.cost_model.model import read_profile
 from serving.engines import ENGINES
 from serving.policies.continuous import POLICIES
-from serving.replicas.backends import (
-    OpenedEngine,
-    OpenedPool,
-    ServedModel,
-    open_in_process,
-    open_placed,
-)
+from serving.replicas.backends import open_backend
 from serving.replicas.pool import ReplicaPool
-from serving.request import Limits
+from serving.replicas.served_model import ServedModel, limits_of_flags
 from serving.server.access import AccessRules, access_logger, host_name, is_loopback
 from serving.server.chat import tokenizer_family
 from serving.server.keys import KeyRing
@@ -250,12 +244,7 @@ def load_service(flags: ServerFlags) -> Service:
     check_predictor_flags(flags)
     if flags.profile:
         read_profile(flags.profile)
-    try:
-        limits = Limits(
-            max_batch=flags.max_batch, kv_tokens=flags.kv_tokens, max_tokens=flags.max_tokens
-        )
-    except ValueError as error:
-        raise ValueError(f"--max_batch, --kv_tokens, --max_tokens: {error}") from None
+    limits = limits_of_flags(flags.max_batch, flags.kv_tokens, flags.max_tokens)
 
     from chatglm import load_tokenizer
     from finetune.evaluation.predict import pick_device
@@ -268,7 +257,13 @@ def load_service(flags: ServerFlags) -> Service:
         predictor = LengthPredictor.from_pretrained(
             flags.predictor, served_model=tokenizer.name_or_path
         )
-    opened = open_backend(flags, limits)
+    served = ServedModel.of(
+        flags,
+        engine=flags.engine,
+        policy=flags.policy,
+        prefix_cache_tokens=flags.prefix_cache_tokens,
+    )
+    opened = open_backend(served, flags, limits)
     text_encoder = None
     if flags.embedding_model:
         from serving.server.text_encoder import load_text_encoder
@@ -298,25 +293,6 @@ def load_service(flags: ServerFlags) -> Service:
     if flags.adapter_dir is not None:
         service.adapters.open_root(flags.adapter_dir)
     return service
-
-
-def open_backend(flags: ServerFlags, limits: Limits) -> OpenedEngine | OpenedPool:
-    """What makes the answers, loaded. Raises ValueError, OSError."""
-    served = ServedModel(
-        flags.model,
-        mode=flags.mode,
-        base=flags.base_model,
-        device=flags.device,
-        precision=flags.precision,
-        keep_quantized=flags.keep_quantized,
-        engine=flags.engine,
-        policy=flags.policy,
-        profile=flags.profile,
-        prefix_cache_tokens=flags.prefix_cache_tokens,
-    )
-    if flags.is_placed:
-        return open_placed(served, flags, limits)
-    return open_in_process(served, limits)
 
 
 def add_predictors(service: Service, first: LengthPredictor, flags: ServerFlags) -> None:

@@ -20,6 +20,7 @@ from serving.engines.adapter_errors import AdapterExists, UnknownAdapter
 from serving.engines.answers import Answer
 from serving.engines.constraints import Grammar, TokenVocabulary
 from serving.engines.runner import EngineRunner
+from serving.engines.stage_reports import ModelLoading
 from serving.policies.continuous import POLICIES
 from serving.replicas.messages import ReplicaJob
 from serving.replicas.pool import MOST_MOVES, ReplicaPool
@@ -31,6 +32,7 @@ from serving.replicas.replica import (
     Replica,
     chosen_replica,
 )
+from serving.replicas.served_model import ServedModel
 from serving.request import Limits, Record, Request
 from tests.serving.conftest import LinearCost, prediction_of
 from tests.serving.lora_folders import write_adapter
@@ -42,21 +44,8 @@ ids = itertools.count()
 
 
 def job(folder, number=0, limits=LIMITS, **changes):
-    made = ReplicaJob(
-        number=number,
-        model=str(folder),
-        mode=None,
-        base_model=None,
-        precision="fp32",
-        keep_quantized=False,
-        placement=ONE_THREAD,
-        engine="continuous",
-        policy="fcfs",
-        limits=limits,
-        cost=LinearCost(),
-        prefix_cache_tokens=0,
-        zero_s=0.0,
-    )
+    served = ServedModel(ModelLoading(str(folder), precision="fp32"))
+    made = ReplicaJob(number, served, ONE_THREAD, limits, LinearCost())
     return dataclasses.replace(made, **changes)
 
 

@@ -1,0 +1,91 @@
+"""A model and how it is served: from a command's flags, and its engine on one device.
+
+Free of torch at import.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from serving.cost_model.model import read_profile
+from serving.engines import TextEngine, make_engine
+from serving.engines.stage_reports import ModelLoading
+from serving.request import CostEstimator, Limits
+
+
+class ServedModelFlags(Protocol):
+    """Those flags of a command that name a model and how it is loaded."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def mode(self) -> str | None: ...
+    @property
+    def base_model(self) -> str | None: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def keep_quantized(self) -> bool: ...
+    @property
+    def profile(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model and how it is served.
+
+    Attributes:
+        device: as of --device, where no placement is asked for.
+        engine, policy: names in ENGINES and POLICIES.
+        profile: of the engine, for policies; None: the device's datasheet.
+    """
+
+    loading: ModelLoading
+    device: str = "0"
+    engine: str = "continuous"
+    policy: str = "fcfs"
+    profile: str | None = None
+    prefix_cache_tokens: int = 0
+
+    @classmethod
+    def of(cls, flags: ServedModelFlags, **served: Any) -> "ServedModel":
+        """From flags; `served` are further fields."""
+        loading = ModelLoading(
+            flags.model, flags.mode, flags.base_model, flags.precision, flags.keep_quantized
+        )
+        return cls(loading, device=flags.device, profile=flags.profile, **served)
+
+    def load_engine(
+        self,
+        limits: Limits,
+        device: str,
+        threads: int | None = None,
+        cost: CostEstimator | None = None,
+    ) -> TextEngine:
+        """Its engine on one device, in this process.
+
+        Args:
+            threads: of this process, where the device is a CPU; None leaves torch's number.
+            cost: for policies; None: by the profile, of the loaded model.
+        Raises:
+            ValueError, OSError, MemoryError: what does not fit, or is missing.
+        """
+        from serving.engines.pipeline_runner import load_single
+        from serving.engines.served_cost import served_cost_model
+
+        model = load_single(self.loading, device, threads)
+        if cost is None:
+            cost = served_cost_model(model, read_profile(self.profile or "datasheet"))
+        options = {}
+        if self.engine == "continuous":
+            options["prefix_cache_tokens"] = self.prefix_cache_tokens
+        return make_engine(self.engine, model, limits, cost, **options)
+
+
+def limits_of_flags(max_batch: int, kv_tokens: int, max_tokens: int) -> Limits:
+    """An engine's limits; raises ValueError that names the flags."""
+    try:
+        return Limits(max_batch=max_batch, kv_tokens=kv_tokens, max_tokens=max_tokens)
+    except ValueError as error:
+        raise ValueError(f"--max_batch, --kv_tokens, --max_tokens: {error}") from None
