@@ -8,8 +8,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
+PROJECT = Path(__file__).resolve().parents[1]
 RANK_0_FIRST_S = 3.0  # how long the other ranks wait before they print
 
 
@@ -39,6 +41,21 @@ def run_command(prog: str, work: Callable[[], int | None]) -> int:
         return fail(prog, str(stop) or "interrupted", 130)
     except (ValueError, OSError, MemoryError, ImportError) as error:
         return fail(prog, f"error: {describe(error)}", 1)
+
+
+def child_environment(threads: int | None = None) -> dict[str, str]:
+    """The environment of a process that runs a module of this project (python -m).
+
+    It finds the project's packages wherever this process was started.
+
+    Args:
+        threads: of its products on the CPU; None leaves what this environment says.
+    """
+    paths = [str(PROJECT), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    if threads is not None:
+        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return environment
 
 
 def fail(prog: str, message: str, code: int) -> int:

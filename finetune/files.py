@@ -7,7 +7,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -126,6 +126,45 @@ class LineFile:
 
     def close(self) -> None:
         os.close(self.handle)
+
+
+class KeptLines:
+    """Results on disk, a line of JSON each, beside the file that they are for: a command resumes.
+
+    The first line says what all of them depend on; where that has changed, they are discarded.
+
+    Attributes:
+        lines: what an earlier command has kept.
+        file: open once something is kept: a command that fails before it leaves no file.
+    """
+
+    def __init__(self, final: Path, depends_on: Mapping[str, Any]) -> None:
+        self.final = final
+        self.path = final.with_name(f".{final.name}.partial")
+        self._header = json.dumps(depends_on, ensure_ascii=False, sort_keys=True)
+        lines: list[str] = []
+        if self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+        # What follows the last line's end was not written whole.
+        self.lines = lines[1:-1] if lines[:1] == [self._header] else []
+        self.file: TextIO | None = None
+
+    def keep(self, *entries: object) -> None:
+        """Append results."""
+        if self.file is None:
+            earlier = (self._header, *self.lines)
+            write_aside(self.path, "".join(line + "\n" for line in earlier))
+            self.file = open(self.path, "a", encoding="utf-8")
+        for entry in entries:
+            self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self.file.flush()
+
+    def replace_by(self, text: str) -> None:
+        """Write the final file, then remove the kept results."""
+        write_aside(self.final, text)
+        if self.file is not None:
+            self.file.close()
+        self.path.unlink(missing_ok=True)
 
 
 def overwrite(path: Path, content: str) -> None:

@@ -45,6 +45,14 @@ class ReplicaSpec:
     stages: tuple[StageSpec, ...]
     device_map: dict[str, int | str] | None = None
 
+    @property
+    def devices(self) -> str:
+        """As --devices has them: "cuda:0", "cpu@2", "cuda:0+cuda:1"."""
+        names = []
+        for stage in self.stages:
+            names.append(f"{stage.device}@{stage.threads}" if stage.threads else stage.device)
+        return "+".join(names)
+
 
 class StageFigures(Protocol):
     """What is predicted of one stage: bytes, and seconds of a batch's prefill and of one step."""

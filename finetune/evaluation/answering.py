@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from chatglm.hub import resolve_folder
 from finetune.evaluation.generation import (
@@ -32,7 +32,7 @@ from finetune.evaluation.inference import (
     prepare_inference,
 )
 from finetune.evaluation.replicas import OfflineReplicas
-from finetune.files import write_aside
+from finetune.files import KeptLines
 from finetune.placing import plan_replicas
 
 if TYPE_CHECKING:
@@ -206,42 +206,17 @@ def with_progress(answered: AnsweredBatches, rows: int) -> AnsweredBatches:
             yield batch, answers
 
 
-class KeptAnswers:
-    """Answers on disk while they are generated, so that an interrupted command resumes.
+class KeptAnswers(KeptLines):
+    """Answers that are kept, by the numbers of their prompts."""
 
-    They stand beside the file that they are for. The first line says what the answers depend on;
-    where that has changed, they are discarded.
-    """
-
-    def __init__(self, final: Path, depends_on: dict[str, Any]):
-        self.final = final
-        self.path = final.with_name(f".{final.name}.partial")
-        header = json.dumps(depends_on, ensure_ascii=False, sort_keys=True)
-        lines: list[str] = []
-        if self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
-        # What follows the last line's end was not written whole.
-        whole = lines[1:-1] if lines[:1] == [header] else []
-        self.found: dict[int, str] = dict(map(json.loads, whole))
-        self.lines = [header, *whole]
-        self.file: TextIO | None = None  # a command that fails before an answer leaves no file
+    def __init__(self, final: Path, depends_on: dict[str, Any]) -> None:
+        super().__init__(final, depends_on)
+        self.found: dict[int, str] = dict(map(json.loads, self.lines))
 
     def add(self, batch: dict[int, str]) -> None:
-        """Keep the answers of a batch, by the numbers of their prompts."""
-        if self.file is None:
-            write_aside(self.path, "".join(line + "\n" for line in self.lines))
-            self.file = open(self.path, "a", encoding="utf-8")
+        """Keep the answers of a batch."""
         self.found |= batch
-        for i, answer in batch.items():
-            self.file.write(json.dumps([i, answer], ensure_ascii=False) + "\n")
-        self.file.flush()
-
-    def replace_by(self, text: str) -> None:
-        """Write the final file, then remove the kept answers."""
-        write_aside(self.final, text)
-        if self.file:
-            self.file.close()
-        self.path.unlink(missing_ok=True)
+        self.keep(*batch.items())
 
 
 def dependencies(

@@ -34,7 +34,7 @@ from finetune.flag_effects import PREDICTING, check_given
 from finetune.launched import single_start
 from finetune.out_of_memory import explained, inference_advice
 from finetune.rows.formats import FORMATS, Row, parse_columns
-from finetune.rows.sources import RowReader, parse_sources, read_items, read_questions
+from finetune.rows.sources import DELIMITERS, RowReader, parse_sources, read_items, read_questions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,8 +55,6 @@ __all__ = [
     "trained_length",
 ]
 
-# Of --output, where it is a table.
-TABLES = {".csv": ",", ".tsv": "\t"}
 OUR_COLUMNS = ("prompt", "answer", "reference")
 
 
@@ -169,8 +167,8 @@ def answer_file(flags: PredictionFlags, file: str) -> None:
     rows = read_questions(file, "--file", reader_of(flags))
     output = Path(flags.output) if flags.output else None
     answered = answer_prompts(flags, [row.prompt for row in rows], output)
-    if output and output.suffix in TABLES:
-        text = answer_table(rows, answered.answers, own_columns(file), TABLES[output.suffix])
+    if output and output.suffix in DELIMITERS:
+        text = answer_table(rows, answered.answers, own_columns(file), DELIMITERS[output.suffix])
     else:
         text = answer_json(rows, answered.answers)
     if answered.kept:

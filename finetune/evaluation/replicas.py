@@ -15,14 +15,13 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import IO, Any, Self
 
+from chatglm.commands import child_environment
 from finetune.evaluation.generation import AnswerOptions, Generated, PromptBatch
 from finetune.evaluation.inference import InferenceFlags, InferenceSetup, loading_options
 from finetune.placing import ReplicaSpec, StageFigures
 
-ROOT = Path(__file__).resolve().parents[2]
 # How often a replica is started again, and a batch dealt again.
 RETRIES = 2
 CLOSE_S = 5.0  # a process that takes longer to end is killed
@@ -33,14 +32,6 @@ ERRORS: dict[str, type[Exception]] = {
     "OSError": OSError,
     "ImportError": ImportError,
 }
-
-
-def device_name(spec: ReplicaSpec) -> str:
-    """A replica's devices as --devices has them: "cuda:0", "cpu@2", "cuda:0+cuda:1"."""
-    names = []
-    for stage in spec.stages:
-        names.append(f"{stage.device}@{stage.threads}" if stage.threads else stage.device)
-    return "+".join(names)
 
 
 @dataclass
@@ -84,7 +75,7 @@ class OfflineReplica:
 
     def __init__(self, number: int, spec: ReplicaSpec, setup: dict[str, Any]) -> None:
         self.number = number
-        self.name = f"replica {number} ({device_name(spec)})"
+        self.name = f"replica {number} ({spec.devices})"
         self.setup = setup | {
             "stages": [asdict(stage) for stage in spec.stages],
             "device_map": spec.device_map,
@@ -97,13 +88,12 @@ class OfflineReplica:
 
     def start(self, inbox: "ReplicaMessages") -> None:
         """Start the process; its messages come to `inbox`, and None when it has ended."""
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         self.ready = False
         self.process = subprocess.Popen(
             [sys.executable, "-m", "finetune.evaluation.replica_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": path},
+            env=child_environment(),
             # Ctrl-C is for the command alone, which then closes the replicas' standard input.
             start_new_session=True,
         )

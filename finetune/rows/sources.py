@@ -22,7 +22,8 @@ import numpy as np
 from chatglm.files import decode_utf8, is_lfs_pointer, pointer_error
 from finetune.rows.formats import BadRow, Row, parse_row, refused_by, single_questions
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}  # of tables, by their suffix
+SUFFIXES = (".json", ".jsonl", *DELIMITERS, ".parquet")
 HUBS = ("hf://", "ms://")
 # Bytes of a line: no row is as long, and a packed file may unpack to a line of any length.
 LINE_LIMIT = 2**26
@@ -149,8 +150,8 @@ def read_file_items(path: str | Path) -> Iterator[tuple[str, object]]:
     kind = Path(path.name.removesuffix(".gz")).suffix
     if kind == ".parquet":
         yield from read_parquet(path)
-    elif kind in (".csv", ".tsv"):
-        yield from read_table(path, "\t" if kind == ".tsv" else ",")
+    elif kind in DELIMITERS:
+        yield from read_table(path, DELIMITERS[kind])
     else:
         yield from read_json_items(path)
 

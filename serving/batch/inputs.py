@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.rows.formats import BadRow, Row, is_missing
-from finetune.rows.sources import RowReader, parse_sources, read_items
+from finetune.rows.sources import DELIMITERS, RowReader, parse_sources, read_items
 from serving.endpoints.replies import CHAT_PATH, NumberedRequest, last_question
 
 # Fields of a request that a row may have beside its question.
@@ -128,7 +128,7 @@ def batch_row(item: object, place: str, reader: RowReader) -> BatchRow:
 def is_of_table(place: str) -> bool:
     """Whether a row's file is a table."""
     file = place.rpartition(":")[0].removesuffix(".gz")
-    return file.endswith((".csv", ".tsv"))
+    return file.endswith(tuple(DELIMITERS))
 
 
 def openai_row(item: dict[str, Any], place: str) -> BatchRow:

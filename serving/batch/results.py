@@ -4,41 +4,27 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from finetune.files import write_aside
+from finetune.files import KeptLines
+from finetune.rows.sources import DELIMITERS
 from serving.batch.inputs import BatchRow
 from serving.endpoints.replies import AnswerRefused, ChatReply
 
-DELIMITERS = {".csv": ",", ".tsv": "\t"}  # of tables, by the output's suffix
 OUTPUT_COLUMNS = ("prompt", "answer", "reference", "finish_reason", "output_tokens", "error")
 Outcome = ChatReply | AnswerRefused
 
 
-class KeptReplies:
-    """Replies on disk, beside the file that they are for, so that a killed command resumes.
+class KeptReplies(KeptLines):
+    """Replies that are kept, each with its row's number and digest: rows may be added or changed.
 
-    The first line says what all of them depend on; where that has changed, they are discarded. A
-    reply is found again by its row's number and digest, so rows may be added or changed. Refusals
-    are not kept: they are asked again.
+    Refusals are not kept: they are asked again.
     """
-
-    def __init__(self, final: Path, depends_on: Mapping[str, Any]) -> None:
-        self.final = final
-        self.path = final.with_name(f".{final.name}.partial")
-        header = json.dumps(depends_on, ensure_ascii=False, sort_keys=True)
-        lines: list[str] = []
-        if self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
-        # What follows the last line's end was not written whole.
-        self._lines = [header, *(lines[1:-1] if lines[:1] == [header] else [])]
-        self._file: TextIO | None = None  # a command that fails before a reply leaves no file
 
     def found(self, rows: Sequence[BatchRow]) -> dict[int, ChatReply]:
         """{number: reply} of the rows that have one."""
         replies = {}
-        for line in self._lines[1:]:
+        for line in self.lines:
             number, digest, body, seconds = json.loads(line)
             is_asked = number < len(rows) and rows[number].body is not None
             if is_asked and rows[number].digest() == digest:
@@ -46,19 +32,7 @@ class KeptReplies:
         return replies
 
     def add(self, number: int, row: BatchRow, reply: ChatReply) -> None:
-        if self._file is None:
-            write_aside(self.path, "".join(line + "\n" for line in self._lines))
-            self._file = open(self.path, "a", encoding="utf-8")
-        entry = [number, row.digest(), reply.body, round(reply.seconds, 4)]
-        self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        self._file.flush()
-
-    def replace_by(self, text: str) -> None:
-        """Write the final file, then remove the kept replies."""
-        write_aside(self.final, text)
-        if self._file is not None:
-            self._file.close()
-        self.path.unlink(missing_ok=True)
+        self.keep([number, row.digest(), reply.body, round(reply.seconds, 4)])
 
 
 def output_text(rows: Sequence[BatchRow], outcomes: Mapping[int, Outcome], suffix: str) -> str:

@@ -25,7 +25,12 @@ from serving.engines.runner import AnswerBackend
 from serving.request import Event, Request
 from serving.server.chat import ChatRequest, parse_body, prompt_of
 from serving.server.fields import CHAT_TABLE
-from serving.server.generation import PromptIds, banned_sequences, request_sampling
+from serving.server.generation import (
+    PromptIds,
+    banned_sequences,
+    reported_prediction,
+    request_sampling,
+)
 from serving.server.grammars import GrammarCompiler
 from serving.server.tools import parsed_answer
 
@@ -154,12 +159,7 @@ class LocalAnswer:
         if (adapter := self.answer.sampling.adapter) is not None:
             known["adapter"] = adapter
         if (prediction := self.request.prediction) is not None:
-            predicted = {
-                "expected": prediction.expected_tokens,
-                "median": prediction.median_tokens,
-                "q90": prediction.quantile(0.9),
-            }
-            known["predicted_tokens"] = {name: round(n, 1) for name, n in predicted.items()}
+            known["predicted_tokens"] = reported_prediction(prediction)
         return known
 
 

@@ -1,7 +1,6 @@
 """The driver's side of a pipeline: its workers, and passes that go round through them."""
 
 import contextlib
-import os
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from chatglm.commands import child_environment
 from finetune.evaluation.predict import load_ready, pick_device
 from finetune.placing import StageSpec
 from serving.engines.adapters import AdapterSet
@@ -65,13 +65,9 @@ class Worker:
 
         `control` is its standard input, over which it gets the others.
         """
-        spec = self.spec
-        environment = dict(os.environ)
-        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        if spec.threads:
-            for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-                environment[name] = str(spec.threads)
-        command = [sys.executable, "-m", "serving.engines.stage_process", str(spec.threads or 0)]
+        threads = self.spec.threads
+        command = [sys.executable, "-m", "serving.engines.stage_process", str(threads or 0)]
+        environment = child_environment(threads)
         process = subprocess.Popen(command, env=environment, stdin=control.fileno(), stdout=2)
         socket.send_fds(self._socket, [b"\0"], [incoming.fileno(), outgoing.fileno()])
         return process

@@ -6,7 +6,6 @@ class is built with a few layers of arbitrary weights; the continuous engine run
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatglm.commands import child_environment
 from chatglm.folders import check_folder
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 # phase, batch, prompt tokens of each, seconds of the prefill or of one decode step, and of its
 # layers alone
 TimedRow = tuple[str, int, int, float, float]
-ROOT = Path(__file__).resolve().parents[2]
 TRANSFER_BYTES = (4096, 4 * 2**20)  # a decode step's hidden states, and a prompt's
 TRANSFERS = 20
 REPETITIONS = 5
@@ -80,14 +79,12 @@ def run_probe(task: ProbeTask) -> ProbeResult:
     Raises:
         ValueError: its last line, where it fails.
     """
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(
         [sys.executable, "-m", "serving.replicas.probe"],
         input=json.dumps(asdict(task)),
         capture_output=True,
         text=True,
-        env=environment,
+        env=child_environment(),
         check=False,
     )
     if done.returncode:

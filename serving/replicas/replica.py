@@ -3,7 +3,6 @@
 Free of torch.
 """
 
-import os
 import socket
 import subprocess
 import sys
@@ -12,14 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
+from chatglm.commands import child_environment
 from serving.engines.answers import Answer
 from serving.replicas.messages import Channel, ReplicaJob, ReplicaReady
 from serving.request import Limits, Record, Request
 
-ROOT = Path(__file__).resolve().parents[2]
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # before a replica that has ended is started again
 PROMPT_WEIGHT = 0.1  # of a prompt's token among outstanding ones: many are computed in one pass
 UNPREDICTED_TOKENS = 256.0  # expected of an answer without a prediction
@@ -124,17 +122,12 @@ class Replica:
 
     @property
     def name(self) -> str:
-        devices = ", ".join(stage.device for stage in self.job.placement.stages)
-        return f"replica {self.job.number} ({devices})"
+        return f"replica {self.job.number} ({self.job.placement.devices})"
 
     def start(self) -> Channel:
         """Start its process; it is ready when it says so."""
         ours, theirs = socket.socketpair()
-        environment = dict(os.environ)
-        paths = [str(ROOT), environment.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        if (threads := self.job.placement.stages[0].threads) is not None:
-            environment["OMP_NUM_THREADS"] = str(threads)
+        environment = child_environment(self.job.placement.stages[0].threads)
         command = [sys.executable, "-m", "serving.replicas.process"]
         with theirs:
             self.process = subprocess.Popen(command, stdin=theirs.fileno(), env=environment)

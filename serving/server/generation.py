@@ -14,6 +14,7 @@ from serving.server.text_stream import TextStream
 
 if TYPE_CHECKING:
     from chatglm.family_tokenizer import FamilyTokenizer
+    from predictor.prediction import LengthPrediction
 
 TAIL_TOKENS = 8  # of a prompt, that the text of its answer is decoded with
 SAMPLING_FIELDS = (  # those of a GenerationRequest that Sampling has under the same name
@@ -218,3 +219,13 @@ def banned_sequences(
             sequences.add(tuple(within[len(newline) :]))
     sequences.discard(())
     return tuple(sorted(sequences))
+
+
+def reported_prediction(prediction: "LengthPrediction") -> dict[str, float]:
+    """What a response says of an answer's predicted length, in tokens."""
+    predicted = {
+        "expected": prediction.expected_tokens,
+        "median": prediction.median_tokens,
+        "q90": prediction.quantile(0.9),
+    }
+    return {name: round(tokens, 1) for name, tokens in predicted.items()}

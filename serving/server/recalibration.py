@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatglm.commands import child_environment
 from chatglm.files import read_json
 from finetune.files import put_in_place, sha256
 from predictor.decoder import CARD, read_card
@@ -39,7 +40,6 @@ UPDATE_S = 3600.0  # an update that takes longer is killed
 NICE = 10  # a tenth of the share of an engine on the CPU; at 19 a busy machine leaves it nothing
 OUTCOMES = ("taken", "dropped", "failed")
 PYTHON = sys.executable
-PROJECT = Path(__file__).resolve().parents[2]
 
 
 class UpdateFailed(RuntimeError):
@@ -177,12 +177,7 @@ class Recalibrator:
     def _run_process(self, *words: list[str]):
         """Run predictor.update beside the engine. Raises UpdateFailed."""
         command = [PYTHON, "-m", "predictor.update", *sum(words, [])]
-        paths = [str(PROJECT), os.environ.get("PYTHONPATH", "")]
-        env = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
+        env = child_environment(threads=1) | {"CUDA_VISIBLE_DEVICES": ""}
         self.process = subprocess.Popen(
             command,
             env=env,

@@ -24,6 +24,7 @@ from serving.server.generation import (
     GenerationRequest,
     PromptIds,
     banned_sequences,
+    reported_prediction,
     request_sampling,
 )
 from serving.server.grammars import GrammarCompiler
@@ -404,12 +405,7 @@ class Service:
         if (adapter := answer.sampling.adapter) is not None:
             report_fields["adapter"] = adapter
         if (prediction := request.prediction) is not None:
-            predicted = {
-                "expected": prediction.expected_tokens,
-                "median": prediction.median_tokens,
-                "q90": prediction.quantile(0.9),
-            }
-            report_fields["predicted_tokens"] = {name: round(n, 1) for name, n in predicted.items()}
+            report_fields["predicted_tokens"] = reported_prediction(prediction)
         return report_fields
 
     @staticmethod

@@ -16,7 +16,7 @@ import pytest
 from finetune.evaluation import answering, evaluate, predict
 from finetune.evaluation.generation import AnswerOptions, PromptBatch, longest_first
 from finetune.evaluation.inference import prepare_inference
-from finetune.evaluation.replicas import OfflineReplicas, device_name
+from finetune.evaluation.replicas import OfflineReplicas
 from finetune.launched import single_start
 from finetune.placing import ReplicaSpec, StageSpec
 from tests.finetune.runs import ROOT, child_env, launch, make_rows, write_rows
@@ -73,7 +73,7 @@ BATCHES = [PromptBatch([2 * i, 2 * i + 1], [[5, 6, 7 + i], [5, 8, 9]], seed=i) f
 def test_a_device_map_in_one_process_answers_as_one_device(adapter):
     stages = (StageSpec("cpu", 0, 1, 1), StageSpec("cpu", 1, 2, 1))
     mapped = ReplicaSpec(stages, {"": "cpu"})
-    assert device_name(mapped) == "cpu@1+cpu@1"
+    assert mapped.devices == "cpu@1+cpu@1"
     found = []
     for spec in (CPU, mapped):
         with replicas_of(adapter, [spec], 5) as replicas:
