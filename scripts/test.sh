@@ -5,6 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh test
+source scripts/setup_browser.sh
 cores="$(nproc)"  # before OMP_NUM_THREADS is set, which nproc obeys
 if [ $# -eq 0 ]; then
     ruff check .
