@@ -213,12 +213,14 @@ class ReplicaPool:
         replica.send(SubmitAnswer(request, answer.prompt, sampling, source, list(answer.tokens)))
 
     def _end(self, flight: Flight, reason: str) -> None:
-        """Drop a request that no replica has; its answer ends, if it has not."""
+        """Drop a request that no replica has; its answer ends for `reason`, if it has not ended."""
         with self._lock:
             known = self._flights.pop(flight.request.id, None)
         if known is None:
             return
-        flight.answer.add(None, reason)
+        answer = flight.answer
+        answer.add(None, reason)
+        is_whole = answer.reason in ("stop", "length")  # its replica has ended before it said so
         now_s, request = self.clock.now_s(), flight.request
         record = flight.earlier or flight.record
         completion = Completion(
@@ -226,13 +228,14 @@ class ReplicaPool:
             record.first_admitted_s,
             record.first_token_s,
             now_s,
-            len(flight.answer.tokens),
+            len(answer.tokens),
             record.most_reserved_tokens,
             record.preemptions,
             record.overruns,
-            cut=True,
+            cut=not is_whole,
         )
-        self._observe(Event(now_s, "withdrawn", request.id, completion))
+        kind = "finished" if is_whole or answer.reason == "cut" else "withdrawn"
+        self._observe(Event(now_s, kind, request.id, completion))
 
     # ---- replicas
 

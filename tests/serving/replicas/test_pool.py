@@ -188,6 +188,7 @@ def test_a_bad_prompt_is_refused_alone(pool):
 
 
 def test_kill_9_loses_nothing_and_doubles_nothing(pool, engine):
+    wait_for(lambda: len(pool.ready_replicas()) == 2)
     asked = prompts(24, seed=6)
     wanted = all_tokens(engine, asked, max_new_tokens=200)
     seen = {}
@@ -376,6 +377,27 @@ def test_waits_double_and_are_bounded():
         replica.failures = failures
         waits.append(replica.next_wait_s())
     assert waits == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, LONGEST_WAIT_S, LONGEST_WAIT_S]
+
+
+@pytest.mark.parametrize(
+    "reason, kind, cut",
+    [("stop", "finished", False), ("length", "finished", False), ("cut", "finished", True)]
+    + [("cancelled", "withdrawn", True), (None, "withdrawn", True)],
+)
+def test_an_answer_whose_replica_ended_before_its_last_event(reason, kind, cut):
+    pool = ReplicaPool([job("m")])
+    events = []
+    pool.start(events.append, lambda: None)
+    one = flight(made=7)
+    one.moves = MOST_MOVES - 1 + (reason is None)
+    pool._flights[one.request.id] = one
+    if reason is not None:
+        one.answer.add(None, reason)
+    pool._move(one)
+    [event] = events
+    assert (event.kind, event.what.cut, event.what.output_tokens) == (kind, cut, 7)
+    assert one.answer.reason == (reason or "failed")
+    assert pool.count() == 0
 
 
 # ---- a replica that is a pipeline
