@@ -154,3 +154,6 @@ for load in loads:
         figures = f"{100 * of['attainment']:>10.0f} {of['latency_mean_s']:>16.2f} {of['latency_p99_s']:>8.2f}"
         print(f"{name:<10} {what[name]:<32} {figures}")
 PY
+echo
+echo "talk to it and watch it: $(command -v python) -m serving.server --model $OUT/merged --predictor $OUT/predictor"
+echo "then open http://127.0.0.1:8000/ in a browser (Ctrl-C ends the server)"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.page_paint import find_browser
 from tests.conftest import REPO_ROOT, SHARED, shared_file, write_tokenizer
 from tests.finetune.runs import child_env
 from tests.warm import warm_python
@@ -78,6 +79,7 @@ ELSEWHERE = {  # file -> the test that runs it
         "tests/test_sample_data.py::test_generator_writes_the_committed_bytes"
     ),
     "scripts/style_report.py": "tests/test_style.py::test_report_in_miniature",
+    "scripts/vendor_page.sh": "tests/page/test_vendor.py::test_the_script_gives_the_same_files",
 }
 HERE = {  # file -> the test of this file that runs it
     "benchmarks/adapters.py": "test_adapters",
@@ -87,6 +89,7 @@ HERE = {  # file -> the test of this file that runs it
     "benchmarks/kill9.py": "test_kill9",
     "benchmarks/method_matrix.py": "test_method_matrix",
     "benchmarks/offline.py": "test_offline",
+    "benchmarks/page_paint.py": "test_page_paint",
     "benchmarks/predictor.py": "test_predictor_benchmark",
     "benchmarks/pipeline.py": "test_pipeline",
     "benchmarks/prefix_sharing.py": "test_prefix_sharing",
@@ -97,6 +100,7 @@ HERE = {  # file -> the test of this file that runs it
     "benchmarks/train_speed.py": "test_b1_train_speed",
     "scripts/quickstart.sh": "test_quickstart",
     "scripts/setup.sh": "test_setup_and_test_sh",
+    "scripts/setup_browser.sh": "test_setup_and_test_sh",
     "scripts/test.sh": "test_setup_and_test_sh",
     "scripts/verify_6b.sh": "test_verify_6b_says_what_it_wants",
 }
@@ -287,6 +291,15 @@ def test_offline(tmp_path):
 def test_serving_engine(tmp_path):
     run("benchmarks/serving_engine.py", "--quick", "--rows", 4, "--json", tmp_path / "out.json")
     assert set(json.loads((tmp_path / "out.json").read_text())["rates"]) == {"static", "continuous"}
+
+
+def test_page_paint(tmp_path):
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if find_browser() is None:
+        pytest.skip("there is no Chromium (apt install chromium, or BROWSER=PATH)")
+    run("benchmarks/page_paint.py", "--loads", 1, "--json", tmp_path / "out.json")
+    views = json.loads((tmp_path / "out.json").read_text())["views"]
+    assert set(views) == {"chat", "live"} and views["chat"]["paint_ms"] > 0
 
 
 def test_adapters(tmp_path):
@@ -508,7 +521,7 @@ def test_quickstart(venv, tmp_path):
 
     The test needs figures, not their values.
     """
-    run(
+    done = run(
         "bash",
         "scripts/quickstart.sh",
         timeout=3600,
@@ -516,6 +529,7 @@ def test_quickstart(venv, tmp_path):
         OUT=str(tmp_path / "out"),
         OMP_NUM_THREADS="",
     )
+    assert done.stdout.splitlines()[-1].startswith("then open http://127.0.0.1:8000/ in a browser")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["f1_after"] > 0.5 > summary["f1_before"]
     assert [load["at"] for load in summary["loads"]] == ["fifo", "fcfs"]

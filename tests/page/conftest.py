@@ -1,38 +1,19 @@
 """The page in a real Chromium, of a real server of a small random model with a predictor."""
 
-import os
-import shutil
 import signal
 from contextlib import contextmanager
 
 import pytest
 
+from benchmarks.page_paint import FLAGS, find_browser
 from tests.serving.server.conftest import folders, start  # noqa: F401  # the fixture
-
-BROWSERS = ("chromium", "google-chrome", "google-chrome-stable", "chromium-browser")
-FLAGS = [
-    "--no-sandbox",  # the tests may run as root, in a container
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
-def browser_path() -> str | None:
-    if named := os.environ.get("BROWSER"):
-        return named
-    found = filter(None, map(shutil.which, BROWSERS))
-    return next(found, None)
 
 
 @pytest.fixture(scope="session")
 def browser():
     """A Chromium of its own, without a profile."""
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = browser_path()
+    path = find_browser()
     if path is None:
         pytest.skip("there is no Chromium (apt install chromium, or BROWSER=PATH)")
     with api.sync_playwright() as playwright:
