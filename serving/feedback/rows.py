@@ -153,7 +153,7 @@ def pair_of(feedback: Feedback, best: str, worse: str) -> dict[str, Any]:
 
 
 def spoken(messages: MessageDicts) -> list[dict[str, str]]:
-    """Messages as sharegpt's turns; several calls of one message are one turn. Raises ValueError."""
+    """Messages as sharegpt's turns; several calls of a message are one turn. Raises ValueError."""
     turns = []
     for message in messages:
         text = message.get("content")
