@@ -137,9 +137,13 @@ class ChatSession:
 
     def clear(self, rest: str) -> None:
         self.conversation.clear()
+        self._end_conversation()
+        self.screen.note("the conversation is empty")
+
+    def _end_conversation(self) -> None:
+        """What tools have kept of it is gone."""
         if self.tools is not None:
             self.tools.end_conversation()
-        self.screen.note("the conversation is empty")
 
     def stop_nothing(self, rest: str) -> None:
         self.screen.note("no answer is being made")
@@ -156,6 +160,7 @@ class ChatSession:
     def load(self, rest: str) -> None:
         path = Path(named_file(rest, "/load"))
         self.conversation.load(path)
+        self._end_conversation()
         self.screen.note(f"{len(self.conversation.messages)} messages from {path}")
 
     def retry(self, rest: str) -> None:

@@ -71,7 +71,9 @@ class ToolMode:
     def lines(self) -> list[str]:
         """Each tool with what it does."""
         width = max(len(tool.name) for tool in self.registry)
-        return [f"{tool.name.ljust(width)}  {tool.description}" for tool in self.registry]
+        return [
+            f"{tool.name.ljust(width)}  {shortened(tool.description)}" for tool in self.registry
+        ]
 
     def show_call(self, name: Any, arguments: Any) -> None:
         text = arguments if isinstance(arguments, str) else json.dumps(arguments)
