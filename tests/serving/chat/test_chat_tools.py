@@ -18,6 +18,7 @@ from serving.chat.session import ChatSession
 from serving.chat.tool_mode import LINE_CHARACTERS, ToolMode, shortened
 from serving.endpoints.remote import RemoteServer
 from serving.tools.flags import named_tools, started_interpreter
+from tests.finetune.runs import ROOT
 from tests.serving.chat.scripted import called, scripted
 from tests.serving.chat.terminal import CTRL_C, Terminal
 from tests.serving.chat.test_chat_terminal import conversation
@@ -89,6 +90,8 @@ def test_a_session_with_tools(tmp_path):
                 "It is sunny, 21 degrees.",
             ]
             assert shown.splitlines()[-6:-2] == wanted
+            document = (ROOT / "docs" / "chat.md").read_text(encoding="utf-8")
+            assert "\n".join(wanted[1:3]) in document
             terminal.enter("In Fahrenheit?")
             shown = terminal.until("> ")
             assert '→ calculator {"expression": "21 * 9 / 5 + "}\n✗ calculator: ' in shown
@@ -328,6 +331,7 @@ def test_the_interpreter(has_sandbox, tmp_path):
 def test_a_model_in_this_process(tiny_folders, tmp_path, family):
     """A random model whose first answer must be a call: its raw text is not shown."""
     words = ("--device", "cpu", "--max_new_tokens", 60, "--seed", 3, "--temperature", 1)
+    words += ("--max_tokens", 4096)  # the tools alone are 2000 of such a tokenizer's
     folder = tiny_folders[family]
     with Terminal("serving.chat", folder, *words, "--tools", "samples", NO_COLOR="1") as terminal:
         terminal.until("> ")
