@@ -27,6 +27,8 @@ from serving.server.access import AccessRules, access_logger, host_name, is_loop
 from serving.server.chat import tokenizer_family
 from serving.server.keys import KeyRing
 from serving.server.monitor import Monitor
+from serving.server.page.feedback import FeedbackFile
+from serving.server.page.tools import PageTools
 from serving.server.predictors import Predictors
 from serving.server.recalibration import (
     MIN_EVERY,
@@ -36,6 +38,8 @@ from serving.server.recalibration import (
     resume,
 )
 from serving.server.service import Service
+from serving.server.tools import check_tools
+from serving.tools.flags import add_tool_flags
 
 if TYPE_CHECKING:
     from serving.server.listener import Server
@@ -87,6 +91,9 @@ class ServerFlags(PlacementFlags):
     recalibrated_dir: str | None
     adapter: list[str]
     adapter_dir: str | None
+    tools: list[str]
+    code_interpreter: bool
+    feedback: str | None
 
 
 def server_parser() -> argparse.ArgumentParser:
@@ -169,6 +176,9 @@ def server_parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR", help=adapter)
     root = "folder whose LoRA adapters clients may load and unload (default: none)"
     parser.add_argument("--adapter_dir", metavar="ROOT", help=root)
+    add_tool_flags(parser)
+    said = "append what people say of answers on the page to this file (python -m serving.feedback)"
+    parser.add_argument("--feedback", metavar="FILE", help=said)
     return parser
 
 
@@ -245,6 +255,10 @@ def load_service(flags: ServerFlags) -> Service:
     if flags.profile:
         read_profile(flags.profile)
     limits = limits_of_flags(flags.max_batch, flags.kv_tokens, flags.max_tokens)
+    page_tools = None
+    if flags.tools or flags.code_interpreter:
+        page_tools = PageTools.open(flags.tools, flags.code_interpreter)
+    feedback = FeedbackFile(flags.feedback) if flags.feedback else None
 
     from chatglm import load_tokenizer
     from finetune.evaluation.predict import pick_device
@@ -252,6 +266,8 @@ def load_service(flags: ServerFlags) -> Service:
     tokenizer = load_tokenizer(
         flags.model, mode=flags.mode, base=flags.base_model, prompt_style=flags.prompt_style
     )
+    if page_tools is not None:
+        check_tools(tokenizer)
     predictor = None
     if flags.predictor:
         predictor = LengthPredictor.from_pretrained(
@@ -283,6 +299,7 @@ def load_service(flags: ServerFlags) -> Service:
         max_queue=flags.max_queue,
     )
     service.text_encoder = text_encoder
+    service.page_tools, service.feedback = page_tools, feedback
     if flags.prefix_cache_tokens and flags.engine == "continuous":
         service.monitor.watch_prefixes(service.backend.copied_tokens)
     if isinstance(service.backend, ReplicaPool):

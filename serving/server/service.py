@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from chatglm.family_tokenizer import FamilyTokenizer
     from predictor.prediction import LengthPrediction
     from predictor.runtime import LengthPredictor
+    from serving.server.page.feedback import FeedbackFile
+    from serving.server.page.tools import PageTools
     from serving.server.predictors import Predictors
     from serving.server.recalibration import Recalibrator
     from serving.server.text_encoder import TextEncoder
@@ -122,6 +124,7 @@ class Service:
         text_encoder: what embeddings come from; None for the served model.
         predictors: what replaces `predictor` while serving; recalibrator: what updates it.
         adapters: those that a request's `model` may name.
+        page_tools: tools that the server's page offers. feedback: where it writes what people say.
         draining: no new requests are taken.
         on_failure: called after the backend has failed and every answer has ended.
     """
@@ -156,6 +159,8 @@ class Service:
         self.predictors: Predictors | None = None
         self.recalibrator: Recalibrator | None = None
         self.adapters = AdapterRegistry(backend, name)
+        self.page_tools: PageTools | None = None
+        self.feedback: FeedbackFile | None = None
         self.on_failure: Callable[[], None] | None = None
         self.draining = False
         self._preparing = 0
@@ -185,6 +190,10 @@ class Service:
         self.draining = True
         if self.recalibrator is not None:
             self.recalibrator.close()
+        if self.page_tools is not None:
+            self.page_tools.close()
+        if self.feedback is not None:
+            self.feedback.close()
         if self.backend.stop(timeout_s):
             self.monitor.close()
         else:  # it may still write to the log, so the log stays open

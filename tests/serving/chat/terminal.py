@@ -17,17 +17,20 @@ CTRL_C, CTRL_D = "\x03", "\x04"
 class Terminal:
     """python -m MODULE WORDS at a terminal of its own.
 
+    Args:
+        python: the executable; where the command hands file descriptors on, sys.executable.
     Attributes:
         shown: all that has come so far.
     """
 
-    def __init__(self, *words, cwd: Path = ROOT, **env):
+    def __init__(self, *words, cwd: Path = ROOT, python: str | None = None, **env):
         self.master, slave = pty.openpty()
         attributes = termios.tcgetattr(slave)
         attributes[3] &= ~termios.ECHO  # what is typed while an answer is written is not shown
         termios.tcsetattr(slave, termios.TCSANOW, attributes)
         # setsid makes the terminal the process's own, which Ctrl-C needs.
-        command = ["setsid", "--ctty", "--wait", warm_python(), "-m", *map(str, words)]
+        command = ["setsid", "--ctty", "--wait", python or warm_python(), "-m"]
+        command += map(str, words)
         self.process = subprocess.Popen(
             command,
             stdin=slave,

@@ -14,6 +14,7 @@ from serving.chat.screen import CONTROLS, Screen
 from serving.chat.session import ChatSession, summary_line
 from serving.endpoints.remote import RemoteServer, api_base, joined_pairs
 from serving.endpoints.replies import AnswerRefused, ChatReply, EndpointDown
+from serving.tools.samples import sample_registry
 from tests.predictor import synthetic
 from tests.serving.chat_models import Greedy, endless_copy, opened, said
 from tests.serving.lora_folders import write_adapter
@@ -112,6 +113,39 @@ def test_a_stop_string_ends_an_answer(local, tiny_folders):
     reply = whole(local, said("你好"), temperature=0, max_tokens=20, stop=stop)
     assert reply.text == text[: text.index(stop)] and reply.finish_reason == "stop"
     wait_for(lambda: local.backend.count() == 0)
+
+
+@pytest.mark.parametrize("family", ["glm3", "glm4"])
+def test_with_tools_a_model_and_its_server_answer_alike(tiny_folders, family):
+    """Texts, and calls whose own text is held back; a call that is stopped leaves none."""
+    folder = tiny_folders[family]
+    here = opened(chat_flags, folder, "--device", "cpu", "--max_tokens", 1024)
+    clock = sample_registry().descriptions()[2:]
+    body = {"messages": said("你好"), "tools": clock, "temperature": 0}
+    body["max_tokens"] = 60
+    with running(folder, endless=False) as found:
+        there = RemoteServer(found.root)
+        for choice in ("auto", "required"):
+            replies = []
+            for endpoint in (here, there):
+                stream = endpoint.ask(body | {"tool_choice": choice})
+                text = "".join(stream)
+                replies.append(stream.reply())
+                assert replies[-1].text == text
+            first, second = replies
+            assert first.text == second.text and first.finish_reason == second.finish_reason
+            functions = []
+            for reply in replies:
+                calls = reply.message.get("tool_calls", [])
+                functions.append([call["function"] for call in calls])
+            assert functions[0] == functions[1]
+            assert bool(functions[0]) == (choice == "required"), (first.body, second.body)
+        there.close()
+    stream = here.ask(body | {"tool_choice": "required"})
+    stream.stop()
+    assert list(stream) == [] and stream.reply().finish_reason == "cancelled"
+    assert stream.reply().message == {"role": "assistant", "content": ""}
+    here.close()
 
 
 def test_a_stopped_answer_is_cancelled(tiny_folders, tmp_path):

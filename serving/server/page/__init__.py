@@ -1,0 +1,1 @@
+"""The page that a server serves: its routes, and what they read and write."""
