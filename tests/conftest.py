@@ -42,6 +42,7 @@ LONGEST_FIRST = (  # test files that take 20 s or more, begun first by scripts/t
     "tests/serving/server/test_server.py",
     "tests/finetune/test_elastic.py",
     "tests/test_failures.py",
+    "tests/test_notebooks.py",
 )
 
 

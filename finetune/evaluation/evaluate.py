@@ -41,8 +41,6 @@ from finetune.flag_effects import EVALUATING, check_given
 from finetune.launched import single_start
 from finetune.out_of_memory import explained, inference_advice
 from finetune.record import print_columns
-from finetune.rows.arrays import Dataset
-from finetune.rows.batches import collate, count_labels
 from finetune.rows.formats import Row
 from finetune.rows.sources import read_questions
 
@@ -51,6 +49,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from chatglm.family_tokenizer import FamilyTokenizer
+    from finetune.rows.arrays import Dataset
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class AnswerEvaluationFlags(InferenceFlags, RowReadingFlags):
 
 
 def evaluation_loss(
-    loss_module: "nn.Module", data: Dataset, batch_size: int, **layout: Any
+    loss_module: "nn.Module", data: "Dataset", batch_size: int, **layout: Any
 ) -> float:
     """Mean negative log likelihood of the labelled tokens over all rows, shared among the ranks.
 
@@ -76,6 +75,7 @@ def evaluation_loss(
     import torch
 
     from finetune.distributed import on_device, rank, sum_over_ranks, world_size
+    from finetune.rows.batches import collate, count_labels
 
     per_pass = batch_size * world_size()
     total = 0.0

@@ -16,33 +16,15 @@ from chatglm.commands import Parser, run_command
 from finetune.evaluation.predict import add_loading_flags, add_packing_flag
 from finetune.placing import PlacementFlags, add_placing_flags
 from predictor.labels import name_warning, served_name
-from predictor.runtime import LengthPredictor
-from serving.cost_model.model import read_profile
 from serving.engines import ENGINES
 from serving.policies.continuous import POLICIES
-from serving.replicas.backends import open_backend
-from serving.replicas.pool import ReplicaPool
-from serving.replicas.served_model import ServedModel, limits_of_flags
-from serving.server.access import AccessRules, access_logger, host_name, is_loopback
-from serving.server.chat import tokenizer_family
-from serving.server.keys import KeyRing
-from serving.server.monitor import Monitor
-from serving.server.page.feedback import FeedbackFile
-from serving.server.page.tools import PageTools
-from serving.server.predictors import Predictors
-from serving.server.recalibration import (
-    MIN_EVERY,
-    Recalibrator,
-    add_version_metric,
-    checked_output,
-    resume,
-)
-from serving.server.service import Service
-from serving.server.tools import check_tools
 from serving.tools.flags import add_tool_flags
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what only a server that starts needs is imported late: --help is quick
+    from predictor.runtime import LengthPredictor
+    from serving.server.access import AccessRules
     from serving.server.listener import Server
+    from serving.server.service import Service
 
 log = logging.getLogger(__name__)
 
@@ -223,6 +205,8 @@ def check_predictor_flags(flags: ServerFlags) -> None:
     """Raises ValueError for flags of the predictor that do not fit."""
     if flags.recalibrated_dir and not flags.recalibrate:
         raise ValueError("--recalibrated_dir needs --recalibrate")
+    from serving.server.recalibration import MIN_EVERY, checked_output
+
     if not flags.predictor:
         if flags.recalibrate or flags.predictor_dir:
             flag = "--recalibrate" if flags.recalibrate else "--predictor_dir"
@@ -237,12 +221,26 @@ def check_predictor_flags(flags: ServerFlags) -> None:
         checked_output(flags.recalibrated_dir, flags.predictor)
 
 
-def load_service(flags: ServerFlags) -> Service:
+def load_service(flags: ServerFlags) -> "Service":
     """Everything but HTTP, from the flags.
 
     Raises:
         ValueError, OSError: in one line, what does not fit or is missing.
     """
+    from chatglm import load_tokenizer
+    from finetune.evaluation.predict import pick_device
+    from predictor.runtime import LengthPredictor
+    from serving.cost_model.model import read_profile
+    from serving.replicas.backends import open_backend
+    from serving.replicas.pool import ReplicaPool
+    from serving.replicas.served_model import ServedModel, limits_of_flags
+    from serving.server.chat import tokenizer_family
+    from serving.server.monitor import Monitor
+    from serving.server.page.feedback import FeedbackFile
+    from serving.server.page.tools import PageTools
+    from serving.server.service import Service
+    from serving.server.tools import check_tools
+
     policy = POLICIES[flags.policy]
     if policy.predicts and not flags.predictor:
         free = ", ".join(name for name in SERVED if not POLICIES[name].predicts)
@@ -259,9 +257,6 @@ def load_service(flags: ServerFlags) -> Service:
     if flags.tools or flags.code_interpreter:
         page_tools = PageTools.open(flags.tools, flags.code_interpreter)
     feedback = FeedbackFile(flags.feedback) if flags.feedback else None
-
-    from chatglm import load_tokenizer
-    from finetune.evaluation.predict import pick_device
 
     tokenizer = load_tokenizer(
         flags.model, mode=flags.mode, base=flags.base_model, prompt_style=flags.prompt_style
@@ -312,8 +307,16 @@ def load_service(flags: ServerFlags) -> Service:
     return service
 
 
-def add_predictors(service: Service, first: LengthPredictor, flags: ServerFlags) -> None:
+def add_predictors(service: "Service", first: "LengthPredictor", flags: ServerFlags) -> None:
     """Let the service's predictor be replaced, and recalibrated with --recalibrate."""
+    from serving.server.predictors import Predictors
+    from serving.server.recalibration import (
+        Recalibrator,
+        add_version_metric,
+        checked_output,
+        resume,
+    )
+
     assert flags.predictor is not None
     predictors = Predictors(
         first,
@@ -337,7 +340,7 @@ def add_predictors(service: Service, first: LengthPredictor, flags: ServerFlags)
     service.recalibrator = recalibrator
 
 
-def service_name(flags: ServerFlags, predictor: LengthPredictor | None) -> str:
+def service_name(flags: ServerFlags, predictor: "LengthPredictor | None") -> str:
     """The model's name in the API; warns where it differs from the predictor's."""
     if predictor is None:
         return flags.served_model_name or served_name(flags.model)
@@ -373,12 +376,15 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-def access_rules_of(flags: ServerFlags, sock: socket.socket) -> AccessRules:
+def access_rules_of(flags: ServerFlags, sock: socket.socket) -> "AccessRules":
     """The hosts and the keys that are accepted, from the flags and the environment.
 
     Raises:
         ValueError, OSError: a key that no header can hold, or a file of keys that is wrong.
     """
+    from serving.server.access import AccessRules, host_name, is_loopback
+    from serving.server.keys import KeyRing
+
     key = flags.api_key if flags.api_key is not None else os.environ.get(KEY_VARIABLE)
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
         wanted = "printable ASCII characters, not empty, without spaces around them"
@@ -393,7 +399,7 @@ def access_rules_of(flags: ServerFlags, sock: socket.socket) -> AccessRules:
     return AccessRules(keys)
 
 
-def make_server(service: Service, access_rules: AccessRules, flags: ServerFlags) -> "Server":
+def make_server(service: "Service", access_rules: "AccessRules", flags: ServerFlags) -> "Server":
     """The serving.server.listener.Server of a service, from the flags."""
     from serving.server.listener import Server
 
@@ -411,6 +417,8 @@ def make_server(service: Service, access_rules: AccessRules, flags: ServerFlags)
 
 def write_access_log() -> None:
     """Write the access log's lines to standard error as they are, without a logger's name."""
+    from serving.server.access import access_logger
+
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     access_logger.addHandler(handler)
