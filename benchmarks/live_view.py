@@ -162,15 +162,14 @@ def loop_share(folder: Path, flags: argparse.Namespace, viewers: int | None) -> 
             watching = [Viewer(server.port) for _ in range(viewers or 0)]
             monitor = service.monitor
             until = time.monotonic() + 60
-            while len(monitor.running()) < flags.running and time.monotonic() < until:
+            while len(monitor.under_way()[0]) < flags.running and time.monotonic() < until:
                 time.sleep(0.05)
             time.sleep(1)
             before, began = time.clock_gettime(server.loop_clock), time.monotonic()
             time.sleep(flags.seconds)
             used = time.clock_gettime(server.loop_clock) - before
             found["share"] = used / (time.monotonic() - began)
-            found["running"] = len(monitor.running())
-            found["waiting"] = len(monitor.tracked()) - found["running"]
+            found["running"], found["waiting"] = map(len, monitor.under_way())
             if server.live is not None:
                 history = server.live.history
                 found["bytes"] = len(history.body(history.end - 1))

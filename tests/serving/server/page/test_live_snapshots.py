@@ -1,15 +1,29 @@
 """What the live view says of a server at work is true."""
 
+import itertools
+import json
 import re
 import sys
 import threading
+import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
+from serving.engines import Answer, Sampling, WallClock
+from serving.engines.runner import ReplicaState, StageState
 from serving.request import Completion, Event, Limits, Record, Request
 from serving.server.monitor import EndedAnswer, Monitor
-from serving.server.page.snapshots import ENDED_SHOWN, AnswerTotals, finite, percentile
+from serving.server.page.snapshots import (
+    ENDED_SHOWN,
+    AnswerTotals,
+    SnapshotMaker,
+    finite,
+    percentile,
+)
+from tests.serving.conftest import prediction_of
 from tests.serving.server.page.live_reader import LiveReader
 from tests.serving.server.test_replicas_served import Stream, cluster, metric, wait_for  # noqa: F401
 from tests.serving.server.test_server_faults import ask, running
@@ -301,3 +315,67 @@ def test_a_monitor_without_the_metrics_package_counts(monkeypatch):
     assert [(answer.reason, answer.tokens, answer.in_time) for answer in ended] == [
         ("stop", 19, True)
     ]
+
+
+class OneReplica:
+    """What a snapshot asks of a backend."""
+
+    requeued = 0
+
+    def replica_states(self):
+        return [ReplicaState(0, "ready", "cpu", 100, 0, 0, (StageState("cpu", 0, 2),))]
+
+
+def test_snapshots_while_another_thread_changes_everything():
+    monitor = Monitor("m", Limits(max_batch=8))
+    service = SimpleNamespace(
+        monitor=monitor, clock=WallClock(), policy="fcfs", backend=OneReplica()
+    )
+    maker = SnapshotMaker(service)
+    ends = threading.Event()
+
+    def serve():
+        """Answers of two tokens each: arrived, admitted, finished, up to 8 at once."""
+        under_way = []
+        for number in itertools.count():
+            request = Request(number, 3, service.clock.now_s(), 30.0, prediction_of(9))
+            answer = Answer(number, [1, 2, 3], Sampling(), None)
+            answer.replica = 0
+            record = Record(request)
+            monitor.track(request, "", answer)
+            monitor(Event(0.0, "arrived", number, record))
+            record.reserved_tokens = 10
+            monitor(Event(0.0, "admitted", number, record))
+            answer.add(7)
+            under_way.append((record, answer))
+            if len(under_way) == 8:
+                record, answer = under_way.pop(0)
+                answer.add(5, "stop")
+                done = replace(completion(record.request.id, 1.0), request=record.request)
+                monitor(Event(1.0, "finished", record.request.id, replace(done, output_tokens=2)))
+            if ends.is_set():
+                return
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    snapshots = []
+    until = time.monotonic() + 2
+    while time.monotonic() < until or len(snapshots) < 50:
+        snapshots.append(json.loads(json.dumps(maker.make(), allow_nan=False)))
+    ends.set()
+    thread.join()
+    snapshots.append(maker.make())
+    before = 0
+    for snapshot in snapshots:
+        assert snapshot["running"] <= 8
+        rows = {row["id"] for row in snapshot["rows"]}
+        assert not rows & {entry["id"] for entry in snapshot["queue"]}
+        assert snapshot["totals"]["tokens"] >= before
+        before = snapshot["totals"]["tokens"]
+        [replica] = snapshot["replicas"]
+        assert replica["running"] == snapshot["running"]
+    waits = sorted(snapshot["waiting"] for snapshot in snapshots)
+    assert waits[len(waits) // 2] <= 1
+    last = snapshots[-1]
+    assert last["totals"]["ended"] > 100 and last["waiting"] == 0 and last["running"] == 7
+    assert before == last["totals"]["ended"] + last["running"]  # one each, without end tokens

@@ -20,6 +20,7 @@ from serving.server.page.static_files import (
     read_page_files,
 )
 from tests.conftest import REPO_ROOT
+from tests.serving.server.page.live_reader import LiveReader
 from tests.serving.server.test_server_faults import running
 
 POLICY = (
@@ -169,6 +170,11 @@ def test_the_shell_is_open_and_the_rest_wants_the_key(locked):
     assert httpx.get(f"{locked.root}/page/api/settings", headers=KEY).status_code == 200
     wrong = {"Authorization": "Bearer other"}
     assert httpx.get(f"{locked.root}/page/api/settings", headers=wrong).status_code == 401
+
+
+def test_the_stream_wants_the_key(locked):
+    with LiveReader(locked.root, headers=KEY) as viewer:
+        assert viewer.wait_for(lambda snapshot: True)["running"] == 0
 
 
 @pytest.mark.parametrize(
