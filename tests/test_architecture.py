@@ -154,6 +154,7 @@ ROOMS = {  # a room of serving/ -> what of serving/ it may import
         "server",
         "tools",
     },
+    "server/page": {"request", "engines", "server", "tools"},
     "run_requests": {
         "request",
         "scheduler",

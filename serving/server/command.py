@@ -76,6 +76,7 @@ class ServerFlags(PlacementFlags):
     tools: list[str]
     code_interpreter: bool
     feedback: str | None
+    no_page: bool
 
 
 def server_parser() -> argparse.ArgumentParser:
@@ -161,6 +162,8 @@ def server_parser() -> argparse.ArgumentParser:
     add_tool_flags(parser)
     said = "append what people say of answers on the page to this file (python -m serving.feedback)"
     parser.add_argument("--feedback", metavar="FILE", help=said)
+    off = "serve no page: nothing at / and below /page/"
+    parser.add_argument("--no_page", action="store_true", help=off)
     return parser
 
 
@@ -295,6 +298,7 @@ def load_service(flags: ServerFlags) -> "Service":
     )
     service.text_encoder = text_encoder
     service.page_tools, service.feedback = page_tools, feedback
+    service.policy, service.engine = flags.policy, flags.engine
     if flags.prefix_cache_tokens and flags.engine == "continuous":
         service.monitor.watch_prefixes(service.backend.copied_tokens)
     if isinstance(service.backend, ReplicaPool):
@@ -412,6 +416,7 @@ def make_server(service: "Service", access_rules: "AccessRules", flags: ServerFl
         access_rules=access_rules,
         cors_origins=tuple(filter(None, origins)),
         access_log=flags.access_log,
+        page=not flags.no_page,
     )
 
 

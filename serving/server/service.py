@@ -124,7 +124,8 @@ class Service:
         text_encoder: what embeddings come from; None for the served model.
         predictors: what replaces `predictor` while serving; recalibrator: what updates it.
         adapters: those that a request's `model` may name.
-        page_tools: tools that the server's page offers. feedback: where it writes what people say.
+        policy, engine: their names, for the page. page_tools, feedback: what the page offers
+            beside chats; None where it does not.
         draining: no new requests are taken.
         on_failure: called after the backend has failed and every answer has ended.
     """
@@ -159,6 +160,8 @@ class Service:
         self.predictors: Predictors | None = None
         self.recalibrator: Recalibrator | None = None
         self.adapters = AdapterRegistry(backend, name)
+        self.policy: str | None = None
+        self.engine: str | None = None
         self.page_tools: PageTools | None = None
         self.feedback: FeedbackFile | None = None
         self.on_failure: Callable[[], None] | None = None

@@ -1,1 +1,1 @@
-"""The page that a server serves: its routes, and what they read and write."""
+"""The page that a server shows in a browser: its files, what they ask for, its live view."""
