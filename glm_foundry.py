@@ -27,6 +27,7 @@ COMMANDS = {
     "batch": Entry("serving.batch.command", "answers to many rows, through the scheduler"),
     "serve": Entry("serving.server.command", "a server of OpenAI's API"),
     "keys": Entry("serving.server.keys", "a new API key for a server"),
+    "feedback": Entry("serving.feedback.command", "training rows from what people said of answers"),
     "simulate": Entry("serving.simulate.command", "compare scheduling policies without a model"),
     "deploy": Entry("serving.deployment.command", "where a model's layers are best placed"),
     "cost": Entry("serving.cost_model.command", "seconds and bytes of serving a model"),

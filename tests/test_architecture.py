@@ -152,6 +152,7 @@ ROOMS = {  # a room of serving/ -> what of serving/ it may import
         "engines",
         "replicas",
         "server",
+        "tools",
     },
     "run_requests": {
         "request",
@@ -164,9 +165,10 @@ ROOMS = {  # a room of serving/ -> what of serving/ it may import
         "run_requests",
     },
     "monitor": {"monitor"},
-    "tools": {"server", "tools"},
+    "tools": {"tools"},
+    "feedback": {"chat", "feedback"},
     "endpoints": {"request", "policies", "engines", "replicas", "server", "endpoints"},
-    "chat": {"request", "policies", "cost_model", "engines", "endpoints", "chat"},
+    "chat": {"request", "policies", "cost_model", "engines", "endpoints", "chat", "tools"},
     "batch": {"policies", "endpoints", "batch"},
 }
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from chatglm.family_tokenizer import FamilyTokenizer
 
 # Of --data_cache; raised where the same files and settings give other ids or places than before.
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 CHUNK = 64  # rows that a process takes at a time
 AHEAD = 4  # chunks a process that wait for their turn
 

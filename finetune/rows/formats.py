@@ -329,6 +329,10 @@ def _openai(row: dict, prompt_text: str) -> list[Turn]:
     turns: list[Turn] = []
     for number, message in enumerate(_list_of(row, "messages"), 1):
         role = _role(message, "role", ROLE_NAMES, number)
+        weight = message.get("weight", 1)
+        if isinstance(weight, bool) or weight not in (0, 1):
+            raise ValueError(f'turn {number}: "weight" must be 0 or 1, got {_shown(weight)}')
+        loss = weight == 1
         text, calls = _parts(message.get("content"))
         tool_calls = message.get("tool_calls") or []
         if not isinstance(tool_calls, list):
@@ -338,9 +342,9 @@ def _openai(row: dict, prompt_text: str) -> list[Turn]:
         if message.get("function_call"):
             calls.append(message["function_call"])
         if text or not calls:
-            turns.append(Turn(role, text))
+            turns.append(Turn(role, text, loss=loss))
         if calls:
-            turns += _calls(calls)
+            turns += _calls(calls, loss)
     return _finish(turns, row)
 
 

@@ -11,10 +11,10 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chatglm.commands import Parser, number, run_command, whole
-from finetune.flag_effects import check_given
+from finetune.flag_effects import Effect, check_given
 from serving.chat.conversation import Conversation
 from serving.chat.screen import Screen
 from serving.chat.session import ChatSession
@@ -25,9 +25,16 @@ from serving.endpoints.opening import (
     open_endpoint,
 )
 from serving.endpoints.replies import AnswerRefused, Endpoint
+from serving.tools.flags import add_tool_flags
+
+if TYPE_CHECKING:
+    from serving.chat.tool_mode import ToolMode
 
 SETTINGS = {"temperature": "temperature", "top_p": "top_p", "max_new_tokens": "max_tokens"}
 SETTINGS |= {"seed": "seed"}
+CHAT_EFFECTS = ENDPOINT_EFFECTS | {
+    "images": Effect("--tools or --code_interpreter", lambda c: c.tools or c.code_interpreter)
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,13 @@ class ChatFlags(EndpointFlags):
     load: str | None
     history: bool
     history_file: str | None
+    tools: list[str]
+    code_interpreter: bool
+    images: str | None
+
+    @property
+    def has_tools(self) -> bool:
+        return bool(self.tools or self.code_interpreter)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,6 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
     typed = "keep the typed lines in this file, for the arrow keys [they are not kept]"
     parser.add_argument("--history_file", metavar="FILE", help=typed)
     add_endpoint_flags(parser)
+    add_tool_flags(parser)
+    folder = "with tools: where their images are written [a new temporary folder]"
+    parser.add_argument("--images", metavar="DIR", help=folder)
     return parser
 
 
@@ -79,31 +96,51 @@ def settings_of(flags: ChatFlags) -> dict[str, Any]:
 
 def chat(flags: ChatFlags) -> int:
     """Talk, or answer a pipe's lines; the exit code."""
-    endpoint = open_endpoint(flags)
-    return converse_with(endpoint, settings_of(flags), flags)
+    screen = Screen(sys.stdin, sys.stdout, flags.history_file)
+    tools = open_tools(flags, screen)
+    try:
+        endpoint = open_endpoint(flags)
+        try:
+            return converse_with(endpoint, screen, flags, tools)
+        finally:
+            endpoint.close()
+    finally:
+        if tools is not None:
+            tools.end_conversation()
 
 
-def converse_with(endpoint: Endpoint, settings: dict[str, Any], flags: ChatFlags) -> int:
+def open_tools(flags: ChatFlags, screen: Screen) -> "ToolMode | None":
+    """The tool mode of the flags, before a model is loaded. Raises ValueError."""
+    if not flags.has_tools:
+        return None
+    from serving.chat.tool_mode import ToolMode
+
+    images = None if flags.images is None else Path(flags.images)
+    return ToolMode.open(flags.tools, screen, images, flags.code_interpreter)
+
+
+def converse_with(
+    endpoint: Endpoint, screen: Screen, flags: ChatFlags, tools: "ToolMode | None" = None
+) -> int:
     """Talk with what answers. Raises ValueError, OSError."""
-    conversation = Conversation(settings=settings)
+    if tools is not None:
+        endpoint.check_tools()
+    conversation = Conversation(settings=settings_of(flags))
     if flags.load:
         conversation.load(Path(flags.load))
     if flags.system is not None:
         conversation.set_system(flags.system)
-    screen = Screen(sys.stdin, sys.stdout, flags.history_file)
-    try:
-        if not screen.interactive:
-            return answer_pipe(endpoint, screen, conversation, keeps=flags.history)
-        screen.note(f"{endpoint.name}: /help lists the commands, /quit leaves")
-        ChatSession(endpoint, screen, conversation).run()
-    finally:
-        endpoint.close()
+    session = ChatSession(endpoint, screen, conversation, tools)
+    if not screen.interactive:
+        return answer_pipe(session, keeps=flags.history)
+    screen.note(f"{endpoint.name}: /help lists the commands, /quit leaves")
+    if tools is not None:
+        screen.note(f"tools: {', '.join(tool.name for tool in tools.registry)}")
+    session.run()
     return 0
 
 
-def answer_pipe(
-    endpoint: Endpoint, screen: Screen, conversation: Conversation, *, keeps: bool
-) -> int:
+def answer_pipe(session: ChatSession, *, keeps: bool) -> int:
     """Answer the lines of a pipe; 1 where one got no answer.
 
     A line without an answer is an error line on standard error and an empty one among the answers.
@@ -111,7 +148,7 @@ def answer_pipe(
     Args:
         keeps: a line goes on from those before it.
     """
-    session = ChatSession(endpoint, screen, conversation)
+    screen, conversation = session.screen, session.conversation
     code = 0
     kept = list(conversation.messages)
     while True:
@@ -123,6 +160,8 @@ def answer_pipe(
             continue
         if not keeps:
             conversation.messages = list(kept)
+            if session.tools is not None:
+                session.tools.end_conversation()
         try:
             session.ask(line)
         except AnswerRefused as error:
@@ -135,7 +174,7 @@ def answer_pipe(
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    check_given(parser, vars(args), ENDPOINT_EFFECTS)
+    check_given(parser, vars(args), CHAT_EFFECTS)
     flags = ChatFlags(**vars(args))
     return run_command(parser.prog, lambda: chat(flags))
 

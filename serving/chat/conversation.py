@@ -1,6 +1,7 @@
 """A conversation: its messages, how answers are sampled, and its file. Free of torch and of HTTP.
 
-A file is one JSON object {"messages": [...]}: a row that train.py reads.
+A file is one JSON object {"messages": [...]}: a row that train.py reads. With calls of tools it has
+"tools" too, which the model was shown.
 """
 
 import json
@@ -25,12 +26,14 @@ class Conversation:
         settings: fields of a request: temperature, top_p, max_tokens, ...
         model: the name that requests carry; None for the endpoint's own.
         answered: answers so far, the discarded ones included.
+        tools: OpenAI's objects of the tools that calls may name.
     """
 
     messages: MessageDicts = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     model: str | None = None
     answered: int = 0
+    tools: MessageDicts = field(default_factory=list)
 
     def body(self) -> dict[str, Any]:
         """The request for the next answer.
@@ -88,7 +91,10 @@ class Conversation:
 
     def save(self, path: Path) -> None:
         """Write the messages. Raises OSError."""
-        text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1)
+        row: dict[str, Any] = {"messages": self.messages}
+        if self.tools and any(message.get("tool_calls") for message in self.messages):
+            row["tools"] = self.tools
+        text = json.dumps(row, ensure_ascii=False, indent=1)
         write_aside(path, text + "\n")
 
     def load(self, path: Path) -> None:
@@ -98,6 +104,15 @@ class Conversation:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: no JSON: {error}") from None
         self.messages = checked_messages(content, str(path))
+        if isinstance(content, dict) and not self.tools:
+            self.tools = object_list(content.get("tools"))
+
+
+def object_list(value: Any) -> MessageDicts:
+    """A list of objects; empty where it is none."""
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        return []
+    return value
 
 
 def checked_messages(content: Any, place: str) -> MessageDicts:

@@ -43,10 +43,17 @@ class Screen:
         """A piece of an answer, at once."""
         self._put(text.translate(CONTROLS) if self.stdout.isatty() else text)
 
-    def note(self, text: str) -> None:
-        """A line of the program's own, for a person alone."""
+    def note(self, text: str, kind: str = "note") -> None:
+        """A line of the program's own, for a person alone; `kind`: of COLORS."""
+        if self.interactive:
+            self._put_line(kind, text)
+
+    def tell(self, text: str) -> None:
+        """A line that is wanted with a pipe too: there it goes to the standard error output."""
         if self.interactive:
             self._put_line("note", text)
+        else:
+            print(f"serving.chat: {text.translate(CONTROLS)}", file=sys.stderr, flush=True)
 
     def error(self, text: str) -> None:
         """A line of what is wrong."""

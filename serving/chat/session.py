@@ -1,15 +1,17 @@
 """What a conversation's lines do: questions are answered, commands begin with a slash."""
 
 import shlex
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chatglm.commands import describe
 from serving.chat.conversation import Conversation, parse_setting, shown_settings
 from serving.chat.screen import Screen
 from serving.endpoints.replies import AnswerStream, ChatReply, Endpoint
+
+if TYPE_CHECKING:
+    from serving.chat.tool_mode import ToolMode
 
 Answering = Callable[[dict[str, Any]], AnswerStream]
 LEAVE_HINT = "Ctrl-C again, or /quit, leaves"
@@ -25,11 +27,22 @@ class ChatSession:
     Attributes:
         answering: begins the answer to a request's body. The endpoint's `ask`; a tool mode puts its
             own here, and appends the messages of its calls to the body's list.
+        tools: the tool mode; None without.
     """
 
-    def __init__(self, endpoint: Endpoint, screen: Screen, conversation: Conversation) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        screen: Screen,
+        conversation: Conversation,
+        tools: "ToolMode | None" = None,
+    ) -> None:
         self.endpoint, self.screen, self.conversation = endpoint, screen, conversation
+        self.tools = tools
         self.answering: Answering = endpoint.ask
+        if tools is not None:
+            self.answering = tools.answering(endpoint.ask)
+            conversation.tools = tools.registry.descriptions()
         self._interrupted = False  # a second Ctrl-C leaves
         self._prefill = ""
 
@@ -91,11 +104,10 @@ class ChatSession:
         self.answer()
 
     def answer(self) -> None:
-        """Answer the last message; where it is stopped before any text, it is taken back."""
+        """Answer the last message. Stopped before any text or call, it is taken back."""
         conversation = self.conversation
         body = conversation.body()
         asked = len(body["messages"])
-        started_s = time.perf_counter()
         stream = self.answering(body)
         with self.screen.stoppable(stream.stop) as requests:
             for piece in stream:
@@ -104,14 +116,15 @@ class ChatSession:
         self.screen.write("\n")
         self._interrupted = requests.interrupts > 0
         conversation.answered += 1
-        conversation.messages += body["messages"][asked:]  # of a tool mode
+        called = body["messages"][asked:]  # of a tool mode
+        conversation.messages += called
         if reply.text or "tool_calls" in reply.message:
             conversation.messages.append(reply.message)
-        elif reply.finish_reason == "cancelled":
+        elif reply.finish_reason == "cancelled" and not called:
             conversation.take_back()
         else:
             conversation.messages.append({"role": "assistant", "content": ""})
-        self.screen.note(summary_line(reply, time.perf_counter() - started_s))
+        self.screen.note(summary_line(reply, reply.seconds))
 
     # ---- commands
 
@@ -124,6 +137,8 @@ class ChatSession:
 
     def clear(self, rest: str) -> None:
         self.conversation.clear()
+        if self.tools is not None:
+            self.tools.end_conversation()
         self.screen.note("the conversation is empty")
 
     def stop_nothing(self, rest: str) -> None:
@@ -197,6 +212,20 @@ class ChatSession:
             raise ValueError("/drop: there is no round before the last")
         self.screen.note(f"{len(self.conversation.messages)} messages are left")
 
+    def choose_tools(self, rest: str) -> None:
+        """List the tools, or switch them on or off."""
+        if self.tools is None:
+            raise ValueError("/tools: there are none; --tools and --code_interpreter name them")
+        if rest not in ("", "on", "off"):
+            raise ValueError(f"/tools: wanted on or off, got {rest[:40]!r}")
+        if rest:
+            self.tools.is_on = rest == "on"
+        else:
+            for line in self.tools.lines():
+                self.screen.note(line)
+        state = "on" if self.tools.is_on else "off: the model is not shown them"
+        self.screen.note(f"tools are {state}")
+
     def leave(self, rest: str) -> None:
         raise LeaveChat
 
@@ -258,6 +287,7 @@ COMMANDS: dict[str, SlashCommand] = {
     "/adapter": SlashCommand(
         "[NAME[=DIR]]", "as /model; with DIR, load a LoRA adapter first", ChatSession.choose
     ),
+    "/tools": SlashCommand("[on|off]", "list the tools, or switch them", ChatSession.choose_tools),
     "/save": SlashCommand("FILE", "write the messages", ChatSession.save),
     "/load": SlashCommand("FILE", "go on with a file's messages", ChatSession.load),
     "/quit": SlashCommand("", "leave, as Ctrl-D does", ChatSession.leave),

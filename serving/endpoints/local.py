@@ -32,7 +32,7 @@ from serving.server.generation import (
     request_sampling,
 )
 from serving.server.grammars import GrammarCompiler
-from serving.server.tools import parsed_answer
+from serving.server.tools import CallWatch, check_tools, parsed_answer
 
 if TYPE_CHECKING:
     from chatglm.family_tokenizer import FamilyTokenizer
@@ -49,6 +49,8 @@ TokenSink = Callable[[int | None], None]
 class LocalAnswer:
     """One answer of a LocalModel.
 
+    Text that may turn out to be a call of a tool is held back.
+
     Attributes:
         ended: its end, a stop string or a stop token has come.
     """
@@ -59,7 +61,9 @@ class LocalAnswer:
         self.tokens: SimpleQueue[int | None] = SimpleQueue()
         self.ids: list[int] = []
         self.ended = self.stopped = False
-        self._text = ""
+        self._text = self._held = ""
+        self._calls: list[dict[str, Any]] = []
+        self._watch = CallWatch(model.tokenizer) if asked.shown_tools else None
         self._started_s = time.perf_counter()
         self._seconds = 0.0
 
@@ -89,16 +93,44 @@ class LocalAnswer:
                 self.ids.append(token)
                 new = self._stream.add(token)
                 if not self._stream.stopped:
-                    self._text += new
-                    return new
+                    return self._released(new)
         self.ended = True
         self.stopped = token == STOPPED
         if not (self.stopped or self._stream.stopped):
             new += self._stream.end()
-        self._text += new
+        new = self._last_piece(new)
         self._seconds = time.perf_counter() - self._started_s
         self.cancel()
         return new
+
+    def _released(self, new: str) -> str:
+        """What of the text so far is surely no call of a tool."""
+        self._held += new
+        if not new or (self._watch is not None and self._watch.may_be_call(self.ids)):
+            return ""
+        piece, self._held = self._held, ""
+        self._text += piece
+        return piece
+
+    def _last_piece(self, new: str) -> str:
+        """The text that is left at the end; calls of tools are read."""
+        piece = "" if self.stopped else self._held + new
+        if self.asked.shown_tools and self._finish() == "stop" and not self._stream.stopped:
+            tools = self.asked.shown_tools
+            beside, calls = parsed_answer(self.model.tokenizer, self.ids, tools)
+            if calls:
+                self._calls = calls if self.asked.parallel_tool_calls else calls[:1]
+                piece = "" if self._text else beside
+        self._text += piece
+        return piece
+
+    def _finish(self) -> str:
+        """OpenAI's finish_reason, but for calls of tools."""
+        assert self.answer is not None
+        finish = FINISHES.get(self.answer.reason or "stop", "stop")
+        if self.stopped:
+            return "cancelled"
+        return "stop" if finish == "cancelled" else finish  # by a stop string or a stop token
 
     def _is_stop_token(self, token: int) -> bool:
         return token in self.asked.stop_token_ids
@@ -126,17 +158,10 @@ class LocalAnswer:
     def reply(self) -> ChatReply:
         assert self.answer is not None
         message: dict[str, Any] = {"role": "assistant", "content": self._text}
-        finish = FINISHES.get(self.answer.reason or "stop", "stop")
-        if self.stopped:
-            finish = "cancelled"
-        elif finish == "cancelled":  # by a stop string or a stop token
-            finish = "stop"
-        if self.asked.shown_tools and finish == "stop" and not self._stream.stopped:
-            tools = self.asked.shown_tools
-            beside, calls = parsed_answer(self.model.tokenizer, self.ids, tools)
-            if calls:
-                message = {"role": "assistant", "content": beside or None, "tool_calls": calls}
-                finish = "tool_calls"
+        finish = self._finish()
+        if self._calls:
+            message |= {"content": self._text or None, "tool_calls": self._calls}
+            finish = "tool_calls"
         body = completion_body(
             self.asked.model or self.model.name,
             message,
@@ -214,6 +239,9 @@ class LocalModel:
         if name not in CHAT_TABLE.fields:
             raise ValueError(f"no setting {name!r}; there are {', '.join(CHAT_TABLE.fields)}")
         CHAT_TABLE.fields[name].read(name, value)
+
+    def check_tools(self) -> None:
+        check_tools(self.tokenizer)
 
     def ask(self, body: Mapping[str, Any]) -> LocalAnswer:
         prepared = self.prepare(body)

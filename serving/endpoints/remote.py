@@ -94,6 +94,9 @@ class RemoteServer:
     def check_setting(self, name: str, value: Any) -> None:
         """The server decides with the next request."""
 
+    def check_tools(self) -> None:
+        """The server decides with the next request."""
+
     def ask(self, body: Mapping[str, Any]) -> "RemoteAnswer":
         return RemoteAnswer(self, {"model": self.name} | dict(body))
 

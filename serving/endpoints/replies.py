@@ -117,6 +117,9 @@ class Endpoint(Protocol):
     def check_setting(self, name: str, value: Any) -> None:
         """Raises ValueError where no request may have this field with this value."""
 
+    def check_tools(self) -> None:
+        """Raises ValueError where the model is known to take no tools."""
+
     def ask(self, body: Mapping[str, Any]) -> AnswerStream:
         """Begin to answer a chat. Raises AnswerRefused, EndpointDown."""
 

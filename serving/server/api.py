@@ -37,7 +37,9 @@ from serving.server.choices import CLOSING, EventStream
 from serving.server.completions import CompletionResponse, parse_completion
 from serving.server.embeddings import EmbeddingResponse, embedding_list, parse_embedding
 from serving.server.openapi import openapi_document
+from serving.server.page.feedback import add_feedback_routes
 from serving.server.page.routes import add_page_routes
+from serving.server.page.tools import add_tool_routes
 from serving.server.predictors import add_predictor_routes
 from serving.server.refusals import PredictionFailed, PromptTooLong, QueueFull, ServiceClosed
 from serving.server.responses import ResponsesResponse, parse_response
@@ -98,6 +100,8 @@ def make_app(
         return await read_json_body(http, app.state.closing, client_s)
 
     add_adapter_routes(app, service.adapters, checked_body)
+    add_tool_routes(app, service, checked_body)
+    add_feedback_routes(app, service, checked_body)
 
     @app.exception_handler(ApiError)
     async def api_error(http: Http, error: ApiError):

@@ -19,7 +19,7 @@ from serving.engines.answers import TokenLogprobs
 from serving.server.access import ApiError
 from serving.server.generation import GenerationRequest
 from serving.server.service import ActiveRequest, AnswerGroup, Service
-from serving.server.tools import begins_as_call, parsed_answer
+from serving.server.tools import CallWatch, parsed_answer
 
 CLOSING = "the server is shutting down"
 FINISH = {"stop": "stop", "length": "length", "cut": "length"}
@@ -41,7 +41,7 @@ class Choice:
         self.stream = asked.text_stream(service.tokenizer, active.answer.prompt)
         self.ids: list[int] = []
         self.ended = self.token_stopped = False
-        self._call_decided = (-1, False)  # (number of a message, whether it is a call of a tool)
+        self._watch = CallWatch(service.tokenizer)
         self._reported = 0  # how many of ids the log probabilities have been given of
 
     @property
@@ -98,18 +98,7 @@ class Choice:
 
     def may_be_call(self) -> bool:
         """Whether what is being written is a call of a tool, or its first line has not ended."""
-        if not self.asked.shown_tools:
-            return False
-        tokenizer = self.service.tokenizer
-        if tokenizer.family == "causal":
-            return begins_as_call(tokenizer, self.ids) is not False
-        message = self.ids.count(tokenizer.get_command("<|assistant|>"))
-        if message != self._call_decided[0]:  # else its first line, which ended before, said it
-            is_call = begins_as_call(tokenizer, self.ids)
-            if is_call is None:
-                return True
-            self._call_decided = (message, is_call)
-        return self._call_decided[1]
+        return bool(self.asked.shown_tools) and self._watch.may_be_call(self.ids)
 
     def next_logprobs(self, with_end: bool = False) -> list[tuple[int, TokenLogprobs]]:
         """(token, its log probabilities) of the tokens that have not been given yet.

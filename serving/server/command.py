@@ -27,6 +27,8 @@ from serving.server.access import AccessRules, access_logger, host_name, is_loop
 from serving.server.chat import tokenizer_family
 from serving.server.keys import KeyRing
 from serving.server.monitor import Monitor
+from serving.server.page.feedback import FeedbackFile
+from serving.server.page.tools import PageTools
 from serving.server.predictors import Predictors
 from serving.server.recalibration import (
     MIN_EVERY,
@@ -36,6 +38,8 @@ from serving.server.recalibration import (
     resume,
 )
 from serving.server.service import Service
+from serving.server.tools import check_tools
+from serving.tools.flags import add_tool_flags
 
 if TYPE_CHECKING:
     from serving.server.listener import Server
@@ -88,6 +92,9 @@ class ServerFlags(PlacementFlags):
     adapter: list[str]
     adapter_dir: str | None
     no_page: bool
+    tools: list[str]
+    code_interpreter: bool
+    feedback: str | None
 
 
 def server_parser() -> argparse.ArgumentParser:
@@ -172,6 +179,9 @@ def server_parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapter_dir", metavar="ROOT", help=root)
     off = "serve no page: nothing at / and below /page/"
     parser.add_argument("--no_page", action="store_true", help=off)
+    add_tool_flags(parser)
+    said = "append what people say of answers on the page to this file (python -m serving.feedback)"
+    parser.add_argument("--feedback", metavar="FILE", help=said)
     return parser
 
 
@@ -248,6 +258,10 @@ def load_service(flags: ServerFlags) -> Service:
     if flags.profile:
         read_profile(flags.profile)
     limits = limits_of_flags(flags.max_batch, flags.kv_tokens, flags.max_tokens)
+    page_tools = None
+    if flags.tools or flags.code_interpreter:
+        page_tools = PageTools.open(flags.tools, flags.code_interpreter)
+    feedback = FeedbackFile(flags.feedback) if flags.feedback else None
 
     from chatglm import load_tokenizer
     from finetune.evaluation.predict import pick_device
@@ -255,6 +269,8 @@ def load_service(flags: ServerFlags) -> Service:
     tokenizer = load_tokenizer(
         flags.model, mode=flags.mode, base=flags.base_model, prompt_style=flags.prompt_style
     )
+    if page_tools is not None:
+        check_tools(tokenizer)
     predictor = None
     if flags.predictor:
         predictor = LengthPredictor.from_pretrained(
@@ -287,6 +303,7 @@ def load_service(flags: ServerFlags) -> Service:
     )
     service.text_encoder = text_encoder
     service.policy, service.engine = flags.policy, flags.engine
+    service.page_tools, service.feedback = page_tools, feedback
     if flags.prefix_cache_tokens and flags.engine == "continuous":
         service.monitor.watch_prefixes(service.backend.copied_tokens)
     if isinstance(service.backend, ReplicaPool):

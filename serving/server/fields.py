@@ -4,7 +4,6 @@ Free of torch and of HTTP.
 """
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from serving.server.structured import Guided, ResponseFormat, StructuredOutputs
 from serving.server.tool_choice import ToolChoice
+from serving.tools.names import check_tool_name
 
 Schema = dict[str, Any]  # a part of JSON Schema
 
@@ -26,7 +26,6 @@ ROLES = {
 }
 MESSAGES = 65536  # of a chat
 TOOLS = 128  # of a request, as OpenAI has it
-TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 MOST = 2**31 - 1  # of counts and token ids
 STOPS = 4  # stop strings, as OpenAI has it
 BAD_WORDS = 64
@@ -392,13 +391,6 @@ def read_calls(name: str, message: dict[str, Any]) -> tuple[dict[str, Any], ...]
         tool = check_tool_name(f"{place}.function.name", function.get("name"))
         read.append({"function": {"name": tool, "arguments": values}})
     return tuple(read)
-
-
-def check_tool_name(name: str, value: Any) -> str:
-    """A tool's name. Raises ValueError where it is none."""
-    if not isinstance(value, str) or not TOOL_NAME.fullmatch(value):
-        raise ValueError(f"{name} must be 1 to 64 letters, digits, _ and -")
-    return value
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from chatglm.family_tokenizer import FamilyTokenizer
     from predictor.prediction import LengthPrediction
     from predictor.runtime import LengthPredictor
+    from serving.server.page.feedback import FeedbackFile
+    from serving.server.page.tools import PageTools
     from serving.server.predictors import Predictors
     from serving.server.recalibration import Recalibrator
     from serving.server.text_encoder import TextEncoder
@@ -160,8 +162,8 @@ class Service:
         self.adapters = AdapterRegistry(backend, name)
         self.policy: str | None = None
         self.engine: str | None = None
-        self.page_tools: Any = None
-        self.feedback: Any = None
+        self.page_tools: PageTools | None = None
+        self.feedback: FeedbackFile | None = None
         self.on_failure: Callable[[], None] | None = None
         self.draining = False
         self._preparing = 0
@@ -191,6 +193,10 @@ class Service:
         self.draining = True
         if self.recalibrator is not None:
             self.recalibrator.close()
+        if self.page_tools is not None:
+            self.page_tools.close()
+        if self.feedback is not None:
+            self.feedback.close()
         if self.backend.stop(timeout_s):
             self.monitor.close()
         else:  # it may still write to the log, so the log stays open

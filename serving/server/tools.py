@@ -71,6 +71,26 @@ def begins_as_call(tokenizer: "FamilyTokenizer", ids: Sequence[int]) -> bool | N
     return bool(header.strip()) if newline else None
 
 
+class CallWatch:
+    """Whether an answer that is being written is a call of a tool so far."""
+
+    def __init__(self, tokenizer: "FamilyTokenizer") -> None:
+        self.tokenizer = tokenizer
+        self._decided = (-1, False)  # (number of a message, whether it is a call of a tool)
+
+    def may_be_call(self, ids: Sequence[int]) -> bool:
+        """True too where the first line of the answer's last message has not ended."""
+        if self.tokenizer.family == "causal":
+            return begins_as_call(self.tokenizer, ids) is not False
+        message = list(ids).count(self.tokenizer.get_command("<|assistant|>"))
+        if message != self._decided[0]:  # else its first line, which ended before, said it
+            is_call = begins_as_call(self.tokenizer, ids)
+            if is_call is None:
+                return True
+            self._decided = (message, is_call)
+        return self._decided[1]
+
+
 def parsed_answer(
     tokenizer: "FamilyTokenizer", ids: Sequence[int], tools: Sequence[Any]
 ) -> tuple[str, list[dict[str, Any]]]:

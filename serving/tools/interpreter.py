@@ -101,6 +101,11 @@ class PythonInterpreter:
     ) -> None:
         self.close()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether it starts, runs code or ends."""
+        return self._lock.locked()
+
     def start(self) -> None:
         """Start the process, where none runs.
 
@@ -204,6 +209,9 @@ class PythonInterpreter:
             answer = self._receive(deadline_s)
         except (OSError, FrameError):
             pass
+        except BaseException:  # an interrupt: nobody would read what it answers
+            self._end()
+            raise
         if answer is not None and answer.body.get("ready") == way:
             return None
         status = self._end()

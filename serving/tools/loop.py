@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from serving.server.fields import TOOL_NAME
-from serving.tools.registry import ToolRegistry, ToolResult, failure, read_arguments
+from serving.tools.names import TOOL_NAME
+from serving.tools.registry import ToolResult, failure, read_arguments
 from serving.tools.schemas import ArgumentsRefused
 
 ROUNDS = 8
@@ -29,6 +29,16 @@ class AskModel(Protocol):
         """
 
 
+class CallableTools(Protocol):
+    """Tools as the loop needs them; a ToolRegistry is such."""
+
+    def descriptions(self) -> list[dict[str, Any]]:
+        """OpenAI's `tools`."""
+
+    def call(self, name: Any, arguments: Any) -> ToolResult:
+        """Run a model's call, whatever it wrote there."""
+
+
 @dataclass(frozen=True)
 class ToolStep:
     """A message that a conversation has more.
@@ -44,7 +54,7 @@ class ToolStep:
 
 
 def run_tools(
-    ask: AskModel, registry: ToolRegistry, messages: ChatMessages, rounds: int = ROUNDS
+    ask: AskModel, registry: CallableTools, messages: ChatMessages, rounds: int = ROUNDS
 ) -> Iterator[ToolStep]:
     """Answer the last message of a conversation, with tools.
 
@@ -76,7 +86,7 @@ def run_tools(
             yield ToolStep(answered, shown, result)
 
 
-def run_call(registry: ToolRegistry, call: Any) -> ToolResult:
+def run_call(registry: CallableTools, call: Any) -> ToolResult:
     """The result of one of OpenAI's tool_calls."""
     function = part(call, "function")
     return registry.call(part(function, "name"), part(function, "arguments"))

@@ -4,9 +4,9 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
-from serving.tools.interpreter import InterpreterLimits, PythonInterpreter
+from serving.tools.interpreter import InterpreterLimits, PythonInterpreter, RunResult
 from serving.tools.registry import Tool, ToolResult, tool_of
 
 CONVERSATIONS = 4  # whose processes stay
@@ -20,6 +20,16 @@ def python_tool(interpreter: PythonInterpreter) -> Tool:
         InterpreterRefused: this machine cannot lock it in.
     """
     interpreter.start()
+    return tool_running(interpreter.run)
+
+
+def described_python() -> dict[str, Any]:
+    """OpenAI's object of the tool `python`."""
+    return tool_running(PythonInterpreter().run).described()
+
+
+def tool_running(run: Callable[[str], RunResult]) -> Tool:
+    """The tool `python`, whose code goes to `run`."""
 
     def python(
         code: Annotated[str, "Python code; the value of its last line is shown"],
@@ -29,7 +39,7 @@ def python_tool(interpreter: PythonInterpreter) -> Tool:
         print() what you need to see. numpy and matplotlib may be there; figures come back as
         images. Files can be written in the current folder alone.
         """
-        result = interpreter.run(code)
+        result = run(code)
         return ToolResult(result.text, result.images, result.failed)
 
     return tool_of(python)
@@ -39,7 +49,8 @@ class InterpreterPool:
     """Interpreters by conversation. One conversation never sees another's variables or files.
 
     Args:
-        most: conversations whose processes stay; the one that was used longest ago ends first.
+        most: conversations whose processes stay; the one that was used longest ago ends first, of
+            those that do not run code.
         idle_s: after which a process ends, when another is asked for.
     """
 
@@ -63,16 +74,14 @@ class InterpreterPool:
             known = self._open.pop(conversation, None)
             interpreter = PythonInterpreter(self.limits) if known is None else known[0]
             self._open[conversation] = (interpreter, now_s)
-            while len(self._open) > self.most or self._oldest_s() < now_s - self.idle_s:
-                _, (oldest, _) = self._open.popitem(last=False)
-                ended.append(oldest)
+            for other, (oldest, used_s) in list(self._open.items()):
+                is_beyond = len(self._open) > self.most or used_s < now_s - self.idle_s
+                if is_beyond and other != conversation and not oldest.is_busy:
+                    del self._open[other]
+                    ended.append(oldest)
         for oldest in ended:
             oldest.close()
         return interpreter
-
-    def _oldest_s(self) -> float:
-        """When the one that was used longest ago was used."""
-        return next(iter(self._open.values()))[1]
 
     def end(self, conversation: str) -> None:
         with self._lock:

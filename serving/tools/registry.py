@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, get_type_hints, overload
 
 from chatglm.prompts import refuse_constant
-from serving.server.fields import check_tool_name
+from serving.tools.names import check_tool_name
 from serving.tools.schemas import (
     ArgumentsRefused,
     JsonSchema,

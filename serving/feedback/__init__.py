@@ -1,0 +1,1 @@
+"""Training rows from what people say of answers: python -m serving.feedback."""
