@@ -14,7 +14,7 @@ function useFollowing(id, count) {
   const follows = useRef(true);
   const [isAtEnd, setAtEnd] = useState(true);
   const toEnd = () => {
-    log.current.scrollTop = log.current.scrollHeight;
+    if (log.current) log.current.scrollTop = log.current.scrollHeight; // an observer may outlive it for a moment
   };
   const scrolled = () => {
     const { scrollHeight, scrollTop, clientHeight } = log.current;

@@ -74,7 +74,7 @@ rules.td_open = alignedCell;
 rules.table_open = () => '<div class="table" tabindex="0"><table>';
 rules.table_close = () => "</table></div>";
 
-// [{html, last line}] of each block at the top; `open`: the text may go on.
+// [{html, begins: its first line}] of each block at the top; `open`: the text may go on.
 function blocksOf(text, t, open) {
   const environment = { t, open: false };
   const tokens = markdown.parse(text, environment);
@@ -93,22 +93,27 @@ function blocksOf(text, t, open) {
   return blocks;
 }
 
-// The HTML of a text that grows. Only its last block is made again, so that the time does not grow with the text.
+// The HTML of a text that grows. Only its end is made again, so that the time does not grow with the text.
 export class GrowingMarkdown {
   constructor(t) {
     this.t = t;
-    this.settled = [];
-    this.offset = 0; // of the text's part that may still change
+    this.settled = []; // HTML of blocks that do not change any more
+    this.offset = 0; // in the text, behind them
   }
 
   // HTML of each block.
   update(text) {
     const rest = text.slice(this.offset);
     const blocks = blocksOf(rest, this.t, true);
-    const last = blocks.pop();
-    for (const { html } of blocks) this.settled.push(html);
-    if (last && blocks.length) this.offset += lineOffset(rest, last.begins);
-    return last ? [...this.settled, last.html] : [...this.settled];
+    const [before, next] = blocks.slice(-2);
+    // "3" may become "3.", which goes on with the list before it: until its line ends, both may change.
+    const isLine = next && rest.indexOf("\n", lineOffset(rest, next.begins)) < 0;
+    const open = isLine ? before : blocks.at(-1);
+    const kept = blocks.indexOf(open);
+    for (const { html } of blocks.slice(0, Math.max(kept, 0))) this.settled.push(html);
+    if (kept > 0) this.offset += lineOffset(rest, open.begins);
+    const changing = blocks.slice(Math.max(kept, 0)).map(({ html }) => html);
+    return [...this.settled, ...changing];
   }
 }
 

@@ -48,14 +48,20 @@ function Entry({ conversation, onShow }) {
 function NameField({ title, onEnd }) {
   const { t } = useChat();
   const field = useRef(null);
+  const isEnded = useRef(false); // the field loses the focus when it goes
   useEffect(() => field.current.select(), []);
+  const end = (name) => {
+    if (isEnded.current) return;
+    isEnded.current = true;
+    onEnd(name);
+  };
   const key = (event) => {
     if (event.isComposing) return;
-    if (event.key === "Enter") onEnd(field.current.value);
+    if (event.key === "Enter") end(event.target.value);
     if (event.key !== "Escape") return;
     event.preventDefault();
     event.stopPropagation();
-    onEnd(null);
+    end(null);
   };
   return html`
     <input
@@ -65,7 +71,7 @@ function NameField({ title, onEnd }) {
       defaultValue=${title}
       maxlength="200"
       onKeyDown=${key}
-      onBlur=${() => onEnd(field.current.value)}
+      onBlur=${(event) => end(event.target.value)}
     />
   `;
 }
