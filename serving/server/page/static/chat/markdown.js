@@ -6,6 +6,7 @@ import { escapeHtml, highlighted, languageName } from "./code.js";
 const TAGS = "a blockquote br button code del div em h1 h2 h3 h4 h5 h6 hr img li ol p pre s span strong table tbody td th thead tr ul";
 const ATTRIBUTES = ["alt", "aria-label", "class", "data-copy", "href", "role", "src", "start", "tabindex", "title", "type"];
 const CLEAN = { ALLOWED_TAGS: TAGS.split(" "), ALLOWED_ATTR: ATTRIBUTES, ALLOW_DATA_ATTR: false };
+const MOST = 200_000; // characters; a longer text is shown as it is
 const LINK = /^(https?:|mailto:)/i;
 const IMAGE_DATA = /^data:image\/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/=]+$/;
 
@@ -88,7 +89,18 @@ function blocksOf(text, t, open) {
   }
   for (const [number, block] of blocks.entries()) {
     environment.open = open && number === blocks.length - 1;
-    block.html = DOMPurify.sanitize(markdown.renderer.render(block.tokens, markdown.options, environment), CLEAN);
+    block.html = markdown.renderer.render(block.tokens, markdown.options, environment);
+  }
+  return cleaned(blocks);
+}
+
+// Each block is one element, so all are cleaned at once.
+function cleaned(blocks) {
+  const whole = blocks.map(({ html }) => html).join("");
+  const { children } = DOMPurify.sanitize(whole, { ...CLEAN, RETURN_DOM_FRAGMENT: true });
+  const areMatched = children.length === blocks.length;
+  for (const [number, block] of blocks.entries()) {
+    block.html = areMatched ? children[number].outerHTML : DOMPurify.sanitize(block.html, CLEAN);
   }
   return blocks;
 }
@@ -104,6 +116,7 @@ export class GrowingMarkdown {
   // HTML of each block.
   update(text) {
     const rest = text.slice(this.offset);
+    if (rest.length > MOST) return [...this.settled, `<p class="plain">${escapeHtml(rest)}</p>`];
     const blocks = blocksOf(rest, this.t, true);
     const [before, next] = blocks.slice(-2);
     // "3" may become "3.", which goes on with the list before it: until its line ends, both may change.
@@ -125,5 +138,6 @@ function lineOffset(text, line) {
 
 // HTML of each block of a text that is whole.
 export function wholeMarkdown(text, t) {
+  if (text.length > MOST) return [`<p class="plain">${escapeHtml(text)}</p>`];
   return blocksOf(text, t, false).map(({ html }) => html);
 }
