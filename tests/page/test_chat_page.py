@@ -41,6 +41,41 @@ HOSTILE = """<img src=x onerror="window.hacked=1"><script>window.hacked=2</scrip
 <script>window.hacked = 9</script>
 ```
 """
+MARKDOWN = """# A
+
+text *a*
+more
+
+1. one
+2. two
+
+   - inner
+
+3. three
+
+end
+===
+
+> q
+q
+
+| a | b |
+|--|--|
+| 1 | 2 |
+
+```c
+int x;
+
+
+# no
+```
+
+    code
+
+    more
+
+***
+x"""
 
 
 @pytest.fixture
@@ -55,7 +90,7 @@ def test_a_conversation_is_answered_reported_and_kept(chat):
     sent = requests_of(page)
     answer = ask(page, "hello world")
     text = answer.locator(".rendered").inner_text()
-    assert text
+    assert text and page.title() == "hello world · GLM Foundry"
     report = answer.locator(".report").inner_text()
     assert "predicted" in report and "Time" in report and "Queue" in report
     assert answer.locator(".report strong").first.inner_text() == "12"
@@ -120,6 +155,7 @@ def test_edits_and_retries_are_branches(chat):
     assert sent[2]["messages"] == sent[1]["messages"]
     page.click(".answer button[aria-label='Earlier version']")
     assert texts(page, ".branches") == ["2/2", "1/2"]
+    page.wait_for_function("document.activeElement.getAttribute('aria-label') === 'Later version'")
     page.click(".question button[aria-label='Earlier version']")
     assert texts(page, ".bubble") == ["first words"]
     assert texts(page, ".branches") == ["1/2"]
@@ -259,7 +295,8 @@ def test_every_word_is_there_in_both_languages(chat):
             const { translator } = await import("/page/i18n.js");
             const source = await (await fetch("/page/chat/words.js")).text();
             const names = [...source.matchAll(/^  "([^"]+)": \\[/gm)].map((found) => found[1]);
-            const absent = (name) => translator("en")(name) === name || translator("zh")(name) === name;
+            const [en, zh] = [translator("en"), translator("zh")];
+            const absent = (name) => en(name) === name || zh(name) === name;
             return [names.length, names.filter(absent)];
         }"""
     )
@@ -394,8 +431,7 @@ def test_growing_markdown_is_whole_markdown(chat):
             }
             return differing;
         }""",
-        "# A\n\ntext *a*\nmore\n\n1. one\n2. two\n\n   - inner\n\n3. three\n\nend\n===\n\n> q\nq\n\n"
-        "| a | b |\n|--|--|\n| 1 | 2 |\n\n```c\nint x;\n\n\n# no\n```\n\n    code\n\n    more\n\n***\nx",
+        MARKDOWN,
     )
     assert found == []
 
@@ -406,7 +442,7 @@ def test_a_long_answer_is_shown_in_linear_time(chat):
     first, last = page.evaluate(
         """async () => {
             const { GrowingMarkdown } = await import("/page/chat/markdown.js");
-            const text = "A paragraph of *some* words.\\n\\n```python\\nx = 1\\n```\\n\\n".repeat(400);
+            const text = "A paragraph of *words*.\\n\\n```python\\nx = 1\\n```\\n\\n".repeat(400);
             const growing = new GrowingMarkdown((name) => name);
             const parts = [];
             for (let part = 0; part < 10; part += 1) {
@@ -420,6 +456,32 @@ def test_a_long_answer_is_shown_in_linear_time(chat):
         }"""
     )
     assert last < 3 * first + 20
+
+
+def test_every_module_of_the_view_is_loaded_at_once(chat, address):
+    """Without this list a browser finds out about one file after the other."""
+    page = chat()
+    loaded = page.evaluate("performance.getEntriesByType('resource').map((entry) => entry.name)")
+    listed = page.evaluate(
+        "[...document.querySelectorAll('link[rel=modulepreload]')].map((link) => link.href)"
+    )
+    modules = [name for name in loaded if name.endswith(".js")]
+    late = set(modules) - set(listed) - {f"{address}/page/app.js"}
+    assert {name for name in late if "/live/" not in name and "uplot" not in name} == set()
+    assert set(listed) <= set(modules)
+
+
+def test_code_is_copied(chat):
+    page = chat(permissions=["clipboard-read", "clipboard-write"])
+    row = [{"role": "user", "content": "q"}, {"role": "assistant", "content": MARKDOWN}]
+    import_text(page, json.dumps({"messages": row}))
+    assert page.locator(".code-head span").first.inner_text() == "C"
+    page.click(".code-head button >> nth=0")
+    page.wait_for_selector(".code-head button:text('Copied')")
+    assert page.evaluate("navigator.clipboard.readText()") == "int x;\n\n\n# no"
+    page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    page.click("button[aria-label='Copy the question']")
+    assert page.locator("[role=status]").last.inner_text() == "Copied"
 
 
 def test_a_refusal_stands_in_the_answers_place(chat):
@@ -526,6 +588,30 @@ def test_calls_of_tools_are_run_shown_and_told(locked_chat):
     page.wait_for_selector("text=Tools (2)")
     page.reload()
     page.wait_for_selector(".call-name")
+    with page.expect_request("**/page/api/tools/end"):
+        page.click("button[aria-label='Delete “What time is it?”']")
+        page.click("[role=status] button[aria-label='Close']")
+
+
+def test_a_stop_ends_the_rounds_of_tools(locked_chat):
+    page = locked_chat({"max_tokens": 40, "seed": 3})
+    clock = {"type": "function", "function": {"name": "clock"}}
+
+    def force(route):
+        route.continue_(post_data=json.dumps(route.request.post_data_json | {"tool_choice": clock}))
+
+    page.route("**/v1/chat/completions", force)
+    page.click("text=Tools (3)")
+    page.fill(QUESTION, "What time is it?")
+    page.press(QUESTION, "Enter")
+    page.wait_for_selector(".call-name")
+    page.keyboard.press("Escape")
+    answer = ended_answer(page)
+    assert answer.locator(".ending").inner_text() == "Stopped"
+    steps = answer.locator(".step").count()
+    sent = requests_of(page)
+    page.wait_for_timeout(300)
+    assert not sent and answer.locator(".step").count() == steps
 
 
 def test_feedback_is_kept_corrected_and_withdrawn(locked_chat, locked):
@@ -580,7 +666,7 @@ def test_the_chat_view_is_accessible(chat, check_accessible):
 
 
 def test_the_drawers_of_a_phone_are_accessible(chat, check_accessible):
-    page = chat(**PHONE)
+    page = chat(**PHONE, reduced_motion="reduce")
     ask(page, "hello")
     check_accessible(page)
     page.tap("button[aria-label='Show conversations']")

@@ -58,7 +58,7 @@ function ExportMenu() {
   `;
 }
 
-export function Notice() {
+export function Notice({ onEnd }) {
   const { t, chat } = useChat();
   const { notice } = chat;
   const timer = useRef(0);
@@ -66,6 +66,10 @@ export function Notice() {
     timer.current = setTimeout(() => chat.endNotice(), NOTICE_MS);
   };
   const hold = () => clearTimeout(timer.current);
+  const end = (undone) => {
+    chat.endNotice(undone);
+    onEnd();
+  };
   useEffect(() => {
     if (!notice) return undefined;
     wait();
@@ -77,8 +81,8 @@ export function Notice() {
         notice &&
         html`<div class="toast" onMouseEnter=${hold} onMouseLeave=${wait} onFocusIn=${hold} onFocusOut=${wait}>
           <span>${notice.text}</span>
-          ${notice.undo && html`<button type="button" class="small" onClick=${() => chat.endNotice(true)}>${t("undo")}</button>`}
-          <${IconButton} icon="close" label=${t("close")} onClick=${() => chat.endNotice()} />
+          ${notice.undo && html`<button type="button" class="small" onClick=${() => end(true)}>${t("undo")}</button>`}
+          <${IconButton} icon="close" label=${t("close")} onClick=${() => end(false)} />
         </div>`
       }
     </div>

@@ -7,9 +7,10 @@ import { fitHeight } from "./composer.js";
 import { messagesOf } from "./tree.js";
 
 // Sends what the person thinks of an answer, and keeps it with the answer when the server has it.
-async function send({ chat, t }, node, feedback) {
+async function send({ chat, t, settings }, node, feedback) {
   const messages = messagesOf(chat.open, chat.pathTo(node));
-  const { id, model, report } = node;
+  const { id, report } = node;
+  const model = node.model ?? settings.model;
   const conversation = chat.open;
   try {
     await sendFeedback({ id, model, messages, report, ...feedback });
@@ -40,7 +41,7 @@ export function Feedback({ node, onCorrect }) {
   const pressed = String(correction !== null);
   return html`
     ${thumb("up")}${thumb("down")}
-    <${IconButton} icon="correct" label=${t("feedback.correct")} aria-pressed=${pressed} onClick=${onCorrect} />
+    <${IconButton} icon="correct" class="correct" label=${t("feedback.correct")} aria-pressed=${pressed} onClick=${onCorrect} />
   `;
 }
 

@@ -46,13 +46,17 @@ export function Log({ edited, setEdited, onAnswered, focusComposer }) {
     focusComposer();
     onAnswered(await chat.retry(node, settings));
   };
+  const remove = (node) => {
+    chat.removeNode(node, t("message.deleted"));
+    focusComposer();
+  };
   const items = path.map((node) => {
     if (node.role === "user") {
       const isEdited = edited === node.id;
       const edit = () => setEdited(node.id);
-      return html`<li key=${node.id}><${Question} node=${node} isEdited=${isEdited} onEdit=${edit} onEditEnd=${endEdit} /></li>`;
+      return html`<li key=${node.id}><${Question} node=${node} isEdited=${isEdited} onEdit=${edit} onEditEnd=${endEdit} onDelete=${() => remove(node)} /></li>`;
     }
-    return html`<li key=${node.id}><${Answer} node=${node} onRetry=${() => retry(node)} /></li>`;
+    return html`<li key=${node.id}><${Answer} node=${node} onRetry=${() => retry(node)} onDelete=${() => remove(node)} /></li>`;
   });
   const last = path.at(-1);
   return html`

@@ -13,27 +13,37 @@ import { placeOf } from "./tree.js";
 
 const BUSY = 429;
 
-// ‹ 2/3 › where a message has siblings.
+// ‹ 2/3 › where a message has siblings. The focus goes with the message.
 function Branches({ node }) {
   const { t, chat } = useChat();
+  const show = (step) => {
+    const shown = chat.step(node, step);
+    if (shown) setTimeout(() => focusBranches(shown, step));
+  };
   const { place, count } = placeOf(chat.open, node);
   if (count < 2) return null;
   const off = chat.answeringNow() !== null;
   return html`
     <span class="branches" role="group" aria-label=${t("branches")}>
-      <${IconButton} icon="left" label=${t("branch.before")} disabled=${off || place === 1} onClick=${() => chat.step(node, -1)} />
+      <${IconButton} icon="left" label=${t("branch.before")} disabled=${off || place === 1} onClick=${() => show(-1)} />
       <span aria-label=${t("branch.place", { place, count })} role="img">${place}/${count}</span>
-      <${IconButton} icon="right" label=${t("branch.after")} disabled=${off || place === count} onClick=${() => chat.step(node, 1)} />
+      <${IconButton} icon="right" label=${t("branch.after")} disabled=${off || place === count} onClick=${() => show(1)} />
     </span>
   `;
 }
 
-export function Question({ node, isEdited, onEdit, onEditEnd }) {
+function focusBranches({ id }, step) {
+  const buttons = [...document.querySelectorAll(`#message-${id} .branches button`)];
+  if (step > 0) buttons.reverse();
+  buttons.find((button) => !button.disabled)?.focus();
+}
+
+export function Question({ node, isEdited, onEdit, onEditEnd, onDelete }) {
   const { t, chat } = useChat();
   const isBusy = chat.answeringNow() !== null;
   if (isEdited) return html`<article class="message question" aria-label=${t("you")}><${Edit} node=${node} onEnd=${onEditEnd} /></article>`;
   return html`
-    <article class="message question" aria-label=${t("you")}>
+    <article id=${`message-${node.id}`} class="message question" aria-label=${t("you")}>
       <div class="bubble">${node.text}</div>
       <div class="actions">
         <${Branches} node=${node} />
@@ -43,7 +53,7 @@ export function Question({ node, isEdited, onEdit, onEditEnd }) {
           icon="trash"
           label=${t("question.delete")}
           disabled=${isBusy}
-          onClick=${() => chat.removeNode(node, t("message.deleted"))}
+          onClick=${onDelete}
         />
       </div>
     </article>
@@ -90,16 +100,22 @@ function Edit({ node, onEnd }) {
   `;
 }
 
-export function Answer({ node, onRetry }) {
+export function Answer({ node, onRetry, onDelete }) {
   const { t, chat } = useChat();
   const current = chat.answeringNow();
   const answering = current?.node === node ? current : null;
   useObserved(answering);
   const [isCorrected, setCorrected] = useState(false);
+  const article = useRef(null);
+  const endCorrection = () => {
+    setCorrected(false);
+    article.current.querySelector(".correct")?.focus();
+  };
   const name = node.model ?? t("answer");
+  const used = Object.entries(node.parameters).map(([field, value]) => `${t(`parameter.${field}`)} ${value}`).join(", ");
   return html`
-    <article class="message answer" aria-label=${t("answer.of", { model: name })} aria-busy=${String(answering !== null)}>
-      <p class="from">${name}</p>
+    <article ref=${article} id=${`message-${node.id}`} class="message answer" aria-label=${t("answer.of", { model: name })} aria-busy=${String(answering !== null)}>
+      <p class="from">${name}${used && html` <span>${used}</span>`}</p>
       ${node.steps.map(
         (step, place) => html`
           <div key=${place} class="step">
@@ -112,8 +128,8 @@ export function Answer({ node, onRetry }) {
       ${answering && !node.text && html`<p class="waiting"><span class="pulse" aria-hidden="true"></span>${t("waiting")}</p>`}
       <${Ending} node=${node} onRetry=${onRetry} />
       ${!answering && node.report && html`<${Report} report=${node.report} />`}
-      ${isCorrected && html`<${Correction} node=${node} onEnd=${() => setCorrected(false)} />`}
-      ${!answering && html`<${AnswerActions} node=${node} onRetry=${onRetry} onCorrect=${() => setCorrected(!isCorrected)} />`}
+      ${isCorrected && html`<${Correction} node=${node} onEnd=${endCorrection} />`}
+      ${!answering && html`<${AnswerActions} node=${node} onRetry=${onRetry} onDelete=${onDelete} onCorrect=${() => setCorrected(!isCorrected)} />`}
     </article>
   `;
 }
@@ -139,7 +155,7 @@ export function errorLine(error, t) {
   return t("error.network", { reason: error?.message ?? "" });
 }
 
-function AnswerActions({ node, onRetry, onCorrect }) {
+function AnswerActions({ node, onRetry, onCorrect, onDelete }) {
   const { t, chat, settings } = useChat();
   const isBusy = chat.answeringNow() !== null;
   return html`
@@ -152,7 +168,7 @@ function AnswerActions({ node, onRetry, onCorrect }) {
         icon="trash"
         label=${t("answer.delete")}
         disabled=${isBusy}
-        onClick=${() => chat.removeNode(node, t("message.deleted"))}
+        onClick=${onDelete}
       />
     </div>
   `;

@@ -1,5 +1,5 @@
 // The settings of a conversation: model, system prompt, parameters, tools.
-import { html, useEffect, useState } from "../html.js";
+import { html, useEffect, useRef, useState } from "../html.js";
 import { useChat } from "./context.js";
 import { IconButton } from "./icons.js";
 import { PARAMETERS, readParameter, serverDefault } from "./parameters.js";
@@ -8,6 +8,8 @@ export function Panel({ onClose }) {
   const { t, chat, settings } = useChat();
   const { system, tools } = chat.open;
   const [isKept, setKept] = useState(false);
+  const panel = useRef(null);
+  useEffect(() => panel.current.querySelector("select").focus(), []);
   const keep = () => {
     chat.keepSetup();
     setKept(true);
@@ -20,7 +22,7 @@ export function Panel({ onClose }) {
       <h2>${t("settings")}</h2>
       <${IconButton} icon="close" label=${t("settings.hide")} onClick=${onClose} />
     </div>
-    <div class="panel">
+    <div class="panel" ref=${panel}>
       <${Model} />
       <label class="setting">
         <span>${t("system")}</span>

@@ -32,7 +32,13 @@ function Entry({ conversation, onShow }) {
     queueMicrotask(() => ref.current?.querySelector("button")?.focus());
   };
   if (isRenamed) return html`<li ref=${ref}><${NameField} title=${title} onEnd=${end} /></li>`;
-  const remove = () => chat.remove(conversation, t("deleted", { title }));
+  const remove = () => {
+    const entries = [...document.querySelectorAll(".entry")];
+    const place = entries.indexOf(ref.current);
+    const next = entries[place + 1] ?? entries[place - 1];
+    chat.remove(conversation, t("deleted", { title }));
+    (next ?? document).querySelector(".entry-title, .new").focus();
+  };
   return html`
     <li ref=${ref} class=${isOpen ? "entry current" : "entry"}>
       <button type="button" class="entry-title" aria-current=${isOpen ? "true" : undefined} onClick=${() => onShow(conversation)}>

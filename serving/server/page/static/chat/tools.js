@@ -3,6 +3,9 @@ import { ApiError, callTool } from "../api.js";
 
 const NAME = /^[a-zA-Z0-9_-]{1,64}$/;
 const UNAUTHORIZED = 401;
+const BUSY = 429;
+const TRIES = 5;
+const WAIT_MS = 2000;
 
 // The tools that a conversation's answers may call.
 export function offeredTools(settings, { on, names }) {
@@ -45,12 +48,18 @@ export function argumentsOf(text) {
 }
 
 // {text, images, failed}. A call that the server refuses is a result that says why; the model goes on with it.
+// A server that runs too many calls at once is asked again.
 export async function runCall(conversation, { asked }, signal) {
-  try {
-    return await callTool({ conversation, name: asked.name, arguments: asked.arguments || "{}" }, signal);
-  } catch (error) {
-    if (!(error instanceof ApiError) || error.status === UNAUTHORIZED) throw error;
-    return { text: error.message, images: [], failed: true };
+  const body = { conversation, name: asked.name, arguments: asked.arguments || "{}" };
+  for (let left = TRIES - 1; ; left -= 1) {
+    try {
+      return await callTool(body, signal);
+    } catch (error) {
+      if (!(error instanceof ApiError) || error.status === UNAUTHORIZED) throw error;
+      if (error.status !== BUSY || left === 0) return { text: error.message, images: [], failed: true };
+    }
+    await new Promise((resolve) => setTimeout(resolve, WAIT_MS));
+    signal.throwIfAborted();
   }
 }
 

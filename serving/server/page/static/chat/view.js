@@ -15,6 +15,7 @@ import "./words.js";
 
 const NARROW = "(max-width: 820px)";
 const NO_ROOM = "(max-width: 1180px)"; // for a third column
+const FINE = "(any-pointer: fine)";
 const SAID_CHARACTERS = 300;
 
 function isTyping({ target }) {
@@ -58,7 +59,15 @@ export function ChatView({ settings, t, language }) {
     chat.loadModels();
   }, []);
   useEffect(() => setList(!isNarrow), [isNarrow]);
-  const focusComposer = useCallback(() => setTimeout(() => field.current?.focus()), []);
+  const { title } = chat.open;
+  useEffect(() => {
+    document.title = title ? `${title} · GLM Foundry` : "GLM Foundry";
+    return () => {
+      document.title = "GLM Foundry";
+    };
+  }, [title]);
+  // Not where that opens a keyboard on the screen.
+  const focusComposer = useCallback(() => setTimeout(() => matchMedia(FINE).matches && field.current?.focus()), []);
   useEffect(() => {
     setEdited(null);
     if (!isNarrow) focusComposer();
@@ -87,10 +96,15 @@ export function ChatView({ settings, t, language }) {
     const last = shownPath(chat.open).findLast((node) => node.role === "user");
     if (last) setEdited(last.id);
   };
+  const endPanel = () => {
+    setPanel(false);
+    focusComposer();
+  };
+  const switchPanel = () => (panelIsOpen ? endPanel() : setPanel(true));
   useKeys(chat, {
     KeyN: start,
     KeyL: () => setList(!listIsOpen),
-    KeyS: () => setPanel(!panelIsOpen),
+    KeyS: switchPanel,
     help: () => setHelp(true),
   });
 
@@ -112,7 +126,7 @@ export function ChatView({ settings, t, language }) {
             listIsOpen=${listIsOpen && !isNarrow}
             panelIsOpen=${panelIsOpen}
             onList=${() => setList(true)}
-            onPanel=${() => setPanel(!panelIsOpen)}
+            onPanel=${switchPanel}
             onNew=${start}
           />
           <div class="talk-body">
@@ -121,12 +135,12 @@ export function ChatView({ settings, t, language }) {
                 ? html`<${Empty} onAsk=${ask} />`
                 : html`<${Log} edited=${edited} setEdited=${setEdited} onAnswered=${onAnswered} focusComposer=${focusComposer} />`
             }
-            <${Notice} />
+            <${Notice} onEnd=${focusComposer} />
           </div>
           <${Composer} field=${field} onSend=${ask} onEditLast=${editLast} onSettings=${() => setPanel(true)} />
         </section>
-        <${Drawer} side="right" label=${t("settings")} open=${panelIsOpen} isDialog=${hasNoRoom} onClose=${() => setPanel(false)}>
-          <${Panel} onClose=${() => setPanel(false)} />
+        <${Drawer} side="right" label=${t("settings")} open=${panelIsOpen} isDialog=${hasNoRoom} onClose=${endPanel}>
+          <${Panel} onClose=${endPanel} />
         <//>
         <${Help} open=${helpIsOpen} onClose=${() => setHelp(false)} />
         <div class="visually-hidden" role="status" aria-live="polite">${chat.said}</div>
