@@ -137,6 +137,25 @@ def test_an_answer_goes_on_beside_the_other_view_and_other_conversations(chat):
     assert answer.locator(".report strong").first.inner_text() == "200"
 
 
+def test_the_end_is_followed_until_the_reader_scrolls_up(chat):
+    page = chat({"max_tokens": 250}, viewport={"width": 400, "height": 420})
+    to_end = "((log) => log.scrollHeight - log.scrollTop - log.clientHeight)"
+    to_end += "(document.querySelector('.log'))"
+    ask(page, "a long answer")
+    page.wait_for_function(f"{to_end} < 2")
+    assert page.locator(".to-end").count() == 0
+    page.fill(QUESTION, "another one")
+    page.press(QUESTION, "Enter")
+    page.wait_for_selector(".answer[aria-busy=true] .rendered")
+    page.locator(".log").hover()
+    page.mouse.wheel(0, -10_000)
+    page.wait_for_selector(".to-end")
+    ended_answer(page)
+    assert page.evaluate("document.querySelector('.log').scrollTop") == 0
+    page.click(".to-end")
+    page.wait_for_function(f"{to_end} < 2")
+
+
 def test_edits_and_retries_are_branches(chat):
     page = chat({"max_tokens": 12})
     sent = requests_of(page)

@@ -12,17 +12,22 @@ function useFollowing(id, count) {
   const log = useRef(null);
   const content = useRef(null);
   const follows = useRef(true);
+  const lastTop = useRef(0);
   const [isAtEnd, setAtEnd] = useState(true);
   const toEnd = () => {
     if (log.current) log.current.scrollTop = log.current.scrollHeight; // an observer may outlive it for a moment
   };
   const scrolled = () => {
     const { scrollHeight, scrollTop, clientHeight } = log.current;
-    follows.current = scrollHeight - scrollTop - clientHeight < NEAR;
+    // What is written moves the end away, but only a reader scrolls up.
+    if (scrollHeight - scrollTop - clientHeight < NEAR) follows.current = true;
+    else if (scrollTop < lastTop.current) follows.current = false;
+    lastTop.current = scrollTop;
     setAtEnd(follows.current);
   };
   useLayoutEffect(() => {
     follows.current = true;
+    setAtEnd(true);
     toEnd();
   }, [id, count]);
   useEffect(() => {
@@ -85,7 +90,7 @@ export function Empty({ onAsk }) {
   return html`
     <div class="empty">
       <h2>${t("empty.title")}</h2>
-      <p class="muted">${t("empty.text", { model })} ${settings.predictor && t("empty.predicted")}</p>
+      <p class="muted">${t("empty.text", { model })}${settings.predictor && html`<br />${t("empty.predicted")}`}</p>
       <ul role="list">
         ${EXAMPLES.map((name) => html`<li key=${name}><button type="button" class="example" onClick=${() => onAsk(t(name))}>${t(name)}</button></li>`)}
       </ul>
