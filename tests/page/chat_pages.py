@@ -6,6 +6,7 @@ import pytest
 
 SHORT = {"max_tokens": 12, "seed": 7}
 QUESTION = "#question"
+ANSWER_MS = 60_000  # of a busy machine
 
 
 def kept_in_browser(address, **values):
@@ -35,7 +36,8 @@ def ask(page, text):
 
 
 def ended_answer(page):
-    page.wait_for_selector("button.send[type=submit]")
+    page.wait_for_selector(".answer[aria-busy=true]", state="detached", timeout=ANSWER_MS)
+    page.wait_for_selector("button.send[type=submit]", timeout=ANSWER_MS)
     return page.locator(".answer").last
 
 

@@ -127,7 +127,7 @@ def test_an_answer_goes_on_beside_the_other_view_and_other_conversations(chat):
     page.press(QUESTION, "Enter")
     page.wait_for_selector(".answer .rendered")
     page.click("text=New conversation")
-    page.wait_for_selector(".empty")
+    page.wait_for_selector(".chat-empty")
     page.click("nav >> text=Live")
     page.wait_for_selector(".chat", state="detached")
     page.click("nav >> text=Chat")
@@ -140,20 +140,20 @@ def test_an_answer_goes_on_beside_the_other_view_and_other_conversations(chat):
 def test_the_end_is_followed_until_the_reader_scrolls_up(chat):
     page = chat({"max_tokens": 250}, viewport={"width": 400, "height": 420})
     to_end = "((log) => log.scrollHeight - log.scrollTop - log.clientHeight)"
-    to_end += "(document.querySelector('.log'))"
+    to_end += "(document.querySelector('.chat-log'))"
     ask(page, "a long answer")
-    page.wait_for_function(f"{to_end} < 2")
+    wait_for(lambda: page.evaluate(to_end) < 2)
     assert page.locator(".to-end").count() == 0
     page.fill(QUESTION, "another one")
     page.press(QUESTION, "Enter")
     page.wait_for_selector(".answer[aria-busy=true] .rendered")
-    page.locator(".log").hover()
+    page.locator(".chat-log").hover()
     page.mouse.wheel(0, -10_000)
     page.wait_for_selector(".to-end")
     ended_answer(page)
-    assert page.evaluate("document.querySelector('.log').scrollTop") == 0
+    assert page.evaluate("document.querySelector('.chat-log').scrollTop") == 0
     page.click(".to-end")
-    page.wait_for_function(f"{to_end} < 2")
+    wait_for(lambda: page.evaluate(to_end) < 2)
 
 
 def test_edits_and_retries_are_branches(chat):
@@ -174,7 +174,7 @@ def test_edits_and_retries_are_branches(chat):
     assert sent[2]["messages"] == sent[1]["messages"]
     page.click(".answer button[aria-label='Earlier version']")
     assert texts(page, ".branches") == ["2/2", "1/2"]
-    page.wait_for_function("document.activeElement.getAttribute('aria-label') === 'Later version'")
+    page.wait_for_selector("[aria-label='Later version']:focus")
     page.click(".question button[aria-label='Earlier version']")
     assert texts(page, ".bubble") == ["first words"]
     assert texts(page, ".branches") == ["1/2"]
@@ -272,7 +272,7 @@ def test_settings_reach_the_request(chat):
     page.click("text=New conversation")
     assert page.locator("#parameter-top_k").input_value() == "3"
     page.click("text=Reset")
-    assert page.locator("#parameter-top_k").input_value() == ""
+    wait_for(lambda: page.locator("#parameter-top_k").input_value() == "")
 
 
 def test_bounds_are_those_of_the_server(chat):
@@ -346,13 +346,13 @@ def import_text_through_drawer(page):
     row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": wide}]}
     page.tap("button[aria-label='Show conversations']")
     import_text(page, json.dumps(row))
-    page.wait_for_selector(".answer .table")
+    page.wait_for_selector(".answer .wide-table")
     page.keyboard.press("Escape")
 
 
 def test_a_conversation_by_keyboard_alone(chat):
     page = chat()
-    page.wait_for_function("document.activeElement.id === 'question'")
+    page.wait_for_selector("#question:focus")
     page.keyboard.type("one")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("two")
@@ -361,11 +361,11 @@ def test_a_conversation_by_keyboard_alone(chat):
     assert page.locator(".bubble").inner_text() == "one\ntwo"
     assert page.evaluate("document.activeElement.id") == "question"
     page.keyboard.press("ArrowUp")
-    page.wait_for_function("document.activeElement.matches('.edit textarea')")
+    page.wait_for_selector(".edit textarea:focus")
     page.keyboard.type(" three")
     page.keyboard.press("Enter")
     ended_answer(page)
-    page.wait_for_function("document.activeElement.id === 'question'")
+    page.wait_for_selector("#question:focus")
     assert page.locator(".bubble").inner_text() == "one\ntwo three"
     page.locator("header a").nth(1).focus()
     tab_to(page, "Earlier version")
@@ -375,14 +375,14 @@ def test_a_conversation_by_keyboard_alone(chat):
     tab_to(page, "Try again")
     page.keyboard.press("Enter")
     ended_answer(page)
-    page.locator(".log").focus()
+    page.locator(".chat-log").focus()
     page.keyboard.press("?")
     page.wait_for_selector("dialog[open] >> text=Send the question")
     page.keyboard.press("Escape")
     page.wait_for_selector("dialog[open]", state="detached")
     page.keyboard.press("Alt+N")
-    page.wait_for_selector(".empty")
-    page.wait_for_function("document.activeElement.id === 'question'")
+    page.wait_for_selector(".chat-empty")
+    page.wait_for_selector("#question:focus")
 
 
 def test_an_enter_of_an_input_method_sends_nothing(chat):
@@ -678,7 +678,7 @@ def test_the_chat_view_is_accessible(chat, check_accessible):
     check_accessible(page)
     page.click("header >> text=中文")
     check_accessible(page)
-    page.locator(".log").focus()
+    page.locator(".chat-log").focus()
     page.keyboard.press("?")
     page.wait_for_selector("dialog[open]")
     check_accessible(page)

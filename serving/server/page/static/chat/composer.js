@@ -83,12 +83,12 @@ function SetUp({ onSettings }) {
   const hasTools = settings.takes_tools && settings.tools?.length > 0;
   const count = offeredTools(settings, { ...tools, on: true }).length;
   return html`
-    <button type="button" class="chip" aria-label=${t("model.change", { model: model ?? settings.model })} onClick=${onSettings}>
+    <button type="button" class="setup-chip" aria-label=${t("model.change", { model: model ?? settings.model })} onClick=${onSettings}>
       ${model ?? settings.model}
     </button>
     ${
       hasTools &&
-      html`<button type="button" class="chip" aria-pressed=${String(tools.on)} onClick=${switchTools}>
+      html`<button type="button" class="setup-chip" aria-pressed=${String(tools.on)} onClick=${switchTools}>
         <${Icon} name="tool" />${t("tools.count", { count })}
       </button>`
     }

@@ -12,8 +12,10 @@ export function asRow(conversation, settings) {
   return `${JSON.stringify(row)}\n`;
 }
 
+// Those that have an answer: without one there is nothing to learn.
 export function asRows(conversations, settings) {
-  return conversations.map((conversation) => asRow(conversation, settings)).join("");
+  const answered = conversations.filter((one) => shownPath(one).some(({ role, text }) => role === "assistant" && text));
+  return answered.map((conversation) => asRow(conversation, settings)).join("");
 }
 
 export function asBackup(conversations) {

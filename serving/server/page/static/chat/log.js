@@ -65,7 +65,7 @@ export function Log({ edited, setEdited, onAnswered, focusComposer }) {
   });
   const last = path.at(-1);
   return html`
-    <div class="log" role="log" aria-live="off" aria-label=${t("log")} tabindex="0" ref=${log} onScroll=${scrolled}>
+    <div class="chat-log" role="log" aria-live="off" aria-label=${t("log")} tabindex="0" ref=${log} onScroll=${scrolled}>
       <ol class="messages" role="list" ref=${content}>
         ${items}
         ${
@@ -88,9 +88,9 @@ export function Empty({ onAsk }) {
   const { t, chat, settings } = useChat();
   const model = chat.open.model ?? settings.model;
   return html`
-    <div class="empty">
-      <h2>${t("empty.title")}</h2>
-      <p class="muted">${t("empty.text", { model })}${settings.predictor && html`<br />${t("empty.predicted")}`}</p>
+    <div class="chat-empty">
+      <h2>${t("welcome.title")}</h2>
+      <p class="muted">${t("welcome.text", { model })}${settings.predictor && html`<br />${t("welcome.predicted")}`}</p>
       <ul role="list">
         ${EXAMPLES.map((name) => html`<li key=${name}><button type="button" class="example" onClick=${() => onAsk(t(name))}>${t(name)}</button></li>`)}
       </ul>

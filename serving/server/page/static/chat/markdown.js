@@ -72,7 +72,7 @@ function alignedCell(tokens, place, options, environment, renderer) {
 }
 rules.th_open = alignedCell;
 rules.td_open = alignedCell;
-rules.table_open = () => '<div class="table" tabindex="0"><table>';
+rules.table_open = () => '<div class="wide-table" tabindex="0"><table>';
 rules.table_close = () => "</table></div>";
 
 // [{html, begins: its first line}] of each block at the top; `open`: the text may go on.
