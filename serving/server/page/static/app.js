@@ -1,5 +1,5 @@
 // The page: its head, the two views, language, colours, and the key.
-import { html, render, useCallback, useEffect, useState } from "./html.js";
+import { html, render, useCallback, useEffect, useLayoutEffect, useState } from "./html.js";
 import { ApiError, access, currentKey, forgetKey, keepKey, settings as loadSettings } from "./api.js";
 import { preferredLanguage, translator } from "./i18n.js";
 
@@ -43,7 +43,7 @@ function useLoaded(view, onError) {
 // A choice that is kept in this browser and stands in an attribute of <html>.
 function useKept(name, initial, attribute) {
   const [value, setValue] = useState(initial);
-  useEffect(() => document.documentElement.setAttribute(attribute, value), [value]);
+  useLayoutEffect(() => document.documentElement.setAttribute(attribute, value), [value]);
   const choose = (next) => {
     localStorage.setItem(name, next);
     setValue(next);
