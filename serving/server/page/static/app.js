@@ -1,11 +1,13 @@
 // The page: its head, the two views, language, colours, and the key.
-import { html, render, useCallback, useEffect, useState } from "./html.js";
+import { html, render, useCallback, useEffect, useLayoutEffect, useState } from "./html.js";
 import { ApiError, access, currentKey, forgetKey, keepKey, settings as loadSettings } from "./api.js";
 import { preferredLanguage, translator } from "./i18n.js";
-import { ChatView } from "./chat/view.js";
-import { LiveView } from "./live/view.js";
 
-const VIEWS = { chat: ChatView, live: LiveView };
+// Loaded when they are looked at, so that the head shows at once.
+const VIEWS = {
+  chat: async () => (await import("./chat/view.js")).ChatView,
+  live: async () => (await import("./live/view.js")).LiveView,
+};
 
 function viewOfAddress() {
   const name = location.hash.replace(/^#\/?/, "");
@@ -28,10 +30,20 @@ function useView() {
   return view;
 }
 
+// The component of a view; null until it is loaded.
+function useLoaded(view, onError) {
+  const [loaded, setLoaded] = useState({});
+  useEffect(() => {
+    if (loaded[view]) return;
+    VIEWS[view]().then((View) => setLoaded((others) => ({ ...others, [view]: View })), onError);
+  }, [view]);
+  return loaded[view] ?? null;
+}
+
 // A choice that is kept in this browser and stands in an attribute of <html>.
 function useKept(name, initial, attribute) {
   const [value, setValue] = useState(initial);
-  useEffect(() => document.documentElement.setAttribute(attribute, value), [value]);
+  useLayoutEffect(() => document.documentElement.setAttribute(attribute, value), [value]);
   const choose = (next) => {
     localStorage.setItem(name, next);
     setValue(next);
@@ -100,6 +112,7 @@ function App() {
   const [theme, setTheme] = useKept("theme", preferredTheme(), "data-theme");
   const [state, setState] = useState({ kind: "loading" });
   const view = useView();
+  const View = useLoaded(view, (error) => setState({ kind: "error", reason: error.message }));
   const t = translator(language);
 
   const open = useCallback(async () => {
@@ -127,9 +140,8 @@ function App() {
     forgetKey();
     open();
   };
-  const View = VIEWS[view];
   let content;
-  if (state.kind === "loading") content = html`<p class="notice" role="status">${t("loading")}</p>`;
+  if (state.kind === "loading" || (state.kind === "open" && !View)) content = html`<p class="notice" role="status">${t("loading")}</p>`;
   if (state.kind === "key") content = html`<${KeyForm} t=${t} refused=${state.refused} onKey=${onKey} />`;
   if (state.kind === "error") {
     content = html`
@@ -139,7 +151,7 @@ function App() {
       </div>
     `;
   }
-  if (state.kind === "open") {
+  if (state.kind === "open" && View) {
     content = html`<${View} settings=${state.settings} t=${t} language=${language} theme=${theme} />`;
   }
   const head = { t, view, language, setLanguage, theme, setTheme };
