@@ -260,8 +260,8 @@ class Event(NamedTuple):
     """One line of a run's log.
 
     Attributes:
-        kind: arrived, refused, withdrawn (while it waited), admitted, preempted, overran, started
-            or finished.
+        kind: arrived, refused, withdrawn (while it waited), admitted, preempted, overran, grew (a
+            plan reserves more for it while it runs), started or finished.
         what: the record; for refused the reason, for withdrawn and finished the completion.
     """
 

@@ -311,12 +311,13 @@ class _Run:
             record.admitted_s = now_s
             if record.first_admitted_s < 0:
                 record.first_admitted_s = now_s
+            reserve(record, plan.reserve_tokens[record.request.id])
             yield Event(now_s, "admitted", record.request.id, record)
         for request_id, tokens in plan.reserve_tokens.items():
-            if (holder := running.get(request_id)) is not None:
-                holder.reserved_tokens = tokens
-                if tokens > holder.most_reserved_tokens:
-                    holder.most_reserved_tokens = tokens
+            holder = running.get(request_id)
+            if holder is not None and tokens > holder.reserved_tokens:
+                reserve(holder, tokens)
+                yield Event(now_s, "grew", request_id, holder)
 
     def _wait(self, wake_s: float, now_s: float) -> None:
         """Wait for the next arrival or the policy's own time, with nothing running."""
@@ -351,6 +352,13 @@ class _Run:
             for record in self.overran:
                 record.overruns += 1
                 yield Event(now_s, "overran", record.request.id, record)
+
+
+def reserve(record: Record, tokens: int) -> None:
+    """Note how many KV tokens a plan reserves for a record."""
+    record.reserved_tokens = tokens
+    if tokens > record.most_reserved_tokens:
+        record.most_reserved_tokens = tokens
 
 
 def updated_pace(pace_s: float, elapsed_s: float, latest_s: float) -> float:

@@ -134,6 +134,8 @@ class Answer:
         adapter: the adapter of its sampling, held until the engine drops the answer.
         matcher: of its grammar, where it has one; created when first needed.
         refusal: why it was refused after it had been submitted, where its process knows more.
+        replica: number of the one that makes it (AnswerBackend.replica_states); None while it
+            waits for one.
     """
 
     def __init__(
@@ -156,6 +158,7 @@ class Answer:
         self.adapter: LoadedAdapter | None = None
         self.matcher: Matcher | None = None
         self.refusal: str | None = None
+        self.replica: int | None = None
         self._listener = listener
         self._changed = threading.Condition()
 

@@ -6,11 +6,13 @@ Free of torch at import.
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from serving.engines.answers import Answer, Sampling, TextEngine
 from serving.engines.live import Inbox, WallClock
+from serving.engines.stage_reports import StageReport
 from serving.request import Event, Limits, Policy, Request
 from serving.scheduler import run_scheduler
 
@@ -27,6 +29,46 @@ class AdapterStore(Protocol):
     def unload(self, name: str) -> None: ...
 
 
+@dataclass(frozen=True)
+class StageState:
+    """The layers that one device holds.
+
+    Attributes:
+        device: as torch names it.
+        start, end: the first layer, and the one after the last.
+        weight_bytes: of its parameters; None where that is not known.
+        predicted_bytes: what the placement expected of them; None where nothing was.
+    """
+
+    device: str
+    start: int
+    end: int
+    weight_bytes: int | None = None
+    predicted_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class ReplicaState:
+    """One copy of the model.
+
+    Attributes:
+        state: "starting", "ready" or "ended".
+        devices: as --devices has them.
+        kv_limit: KV tokens that it has.
+        restarts: its starts after the first.
+        finished: answers that have finished in it.
+        stages: in the order of their layers.
+    """
+
+    number: int
+    state: str
+    devices: str
+    kv_limit: int
+    restarts: int
+    finished: int
+    stages: tuple[StageState, ...]
+
+
 class AnswerBackend(Protocol):
     """What makes answers. All but start may be called from any thread.
 
@@ -35,12 +77,14 @@ class AnswerBackend(Protocol):
         adapters: None where it takes none.
         clock: of all times.
         failure: why no more answers can be made; None as long as they can.
+        requeued: requests that went to another replica because theirs had ended.
     """
 
     limits: Limits
     adapters: AdapterStore | None
     clock: WallClock
     failure: str | None
+    requeued: int
 
     @property
     def stop_ids(self) -> frozenset[int]: ...
@@ -82,6 +126,9 @@ class AnswerBackend(Protocol):
     def state(self) -> str:
         """What a health check says: "ok", or why no answer can be made at the moment."""
 
+    def replica_states(self) -> list[ReplicaState]:
+        """Every copy of the model, in the order of their numbers. Costs microseconds."""
+
     def stop(self, timeout_s: float) -> bool:
         """End every answer and take no more; whether all has ended within the time."""
 
@@ -107,7 +154,10 @@ class EngineRunner:
         self.clock = clock or WallClock()
         self.inbox = Inbox(self.clock, engine)
         self.failure: str | None = None
+        self.requeued = 0
         self._on_error = on_error
+        self._finished = 0
+        self._stages: tuple[StageState, ...] | None = None
         self._thread: threading.Thread | None = None
 
     @property
@@ -127,7 +177,9 @@ class EngineRunner:
         sampling: Sampling | None = None,
         listener: Listener | None = None,
     ) -> Answer:
-        return self.engine.submit(request, prompt_ids, sampling, listener)
+        answer = self.engine.submit(request, prompt_ids, sampling, listener)
+        answer.replica = 0
+        return answer
 
     def enqueue(self, request: Request) -> None:
         try:
@@ -156,6 +208,14 @@ class EngineRunner:
     def state(self) -> str:
         return "ok"
 
+    def replica_states(self) -> list[ReplicaState]:
+        if self._stages is None:
+            self._stages = stages_of_engine(self.engine)
+        devices = "+".join(stage.device for stage in self._stages)
+        state = "ready" if self.failure is None else "ended"
+        kv_limit = self.limits.kv_tokens
+        return [ReplicaState(0, state, devices, kv_limit, 0, self._finished, self._stages)]
+
     def stop(self, timeout_s: float) -> bool:
         self.inbox.close()
         self.cancel_all()
@@ -169,6 +229,8 @@ class EngineRunner:
             for event in run_scheduler(self.policy, self.engine, self.clock, self.inbox, observe):
                 if event.kind in ("refused", "withdrawn"):
                     self.engine.forget(event.id)
+                elif event.kind == "finished":
+                    self._finished += 1
         except BaseException as error:  # out of memory, a bug: every client must get a response
             log.exception("the engine has failed")
             if self._on_error is not None:
@@ -179,3 +241,15 @@ class EngineRunner:
             self.inbox.close()
             self.engine.end_all("failed")
             failed()
+
+
+def stages_of_engine(engine: TextEngine) -> tuple[StageState, ...]:
+    """Where an engine's layers are, as it says itself; one stage where it says nothing."""
+    reports: Callable[[], list[StageReport]] | None = getattr(engine, "stage_reports", None)
+    if reports is None:
+        layers = int(getattr(engine.model.config, "num_hidden_layers", 0))
+        return (StageState(str(engine.model.device), 0, layers),)
+    stages = []
+    for report in reports():
+        stages.append(StageState(report.device, report.start, report.end, report.weight_bytes))
+    return tuple(stages)

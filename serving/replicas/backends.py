@@ -85,7 +85,8 @@ def open_placed(served: ServedModel, flags: PlacementFlags, limits: Limits) -> O
         keep_quantized=served.loading.keep_quantized,
     )
     print(plan.describe(), flush=True)
-    pool = ReplicaPool(replica_jobs(served, plan, limits))
+    predicted_bytes = [stage.weight_bytes for stage in plan.stages]
+    pool = ReplicaPool(replica_jobs(served, plan, limits), predicted_bytes)
     said = pool.open()
     print(loading_report(plan, said), flush=True)
     return OpenedPool(pool, said[0].chat_prompt)

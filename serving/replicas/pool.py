@@ -18,7 +18,7 @@ from typing import Any
 from serving.engines.adapter_errors import UnknownAdapter
 from serving.engines.answers import Answer, Sampling, check_ids, checked_prompt
 from serving.engines.live import WallClock
-from serving.engines.runner import AdapterStore, Listener
+from serving.engines.runner import AdapterStore, Listener, ReplicaState, StageState
 from serving.replicas.messages import (
     AnswerUpdate,
     CancelAnswer,
@@ -50,14 +50,17 @@ class ReplicaPool:
 
     Args:
         jobs: one for each replica, of the same model.
+        predicted_bytes: of the weights of each stage of a replica; empty where nothing was
+            predicted.
     Attributes:
         limits: of all replicas together; max_tokens is that of each.
         requeued: requests that went to another replica because theirs had ended.
         lost: called when a replica has ended, with it and the reason.
     """
 
-    def __init__(self, jobs: Sequence[ReplicaJob]) -> None:
+    def __init__(self, jobs: Sequence[ReplicaJob], predicted_bytes: Sequence[int] = ()) -> None:
         self.replicas = [Replica(job) for job in jobs]
+        self.predicted_bytes = tuple(predicted_bytes)
         each = jobs[0].limits
         self.limits = replace(
             each,
@@ -193,10 +196,39 @@ class ReplicaPool:
     def state(self) -> str:
         return "ok" if self.ready_replicas() else "no replica is ready: they are being started"
 
+    def replica_states(self) -> list[ReplicaState]:
+        states = []
+        for replica in self.replicas:
+            job = replica.job
+            state = ReplicaState(
+                job.number,
+                replica.state,
+                job.placement.devices,
+                job.limits.kv_tokens,
+                replica.restarts,
+                replica.finished,
+                self._stages_of(replica),
+            )
+            states.append(state)
+        return states
+
+    def _stages_of(self, replica: Replica) -> tuple[StageState, ...]:
+        """The stages of a replica, with what its process says of them when it has loaded."""
+        ready = replica.ready
+        reports = ready.reports if ready is not None else ()
+        stages = []
+        for number, spec in enumerate(replica.job.placement.stages):
+            taken = reports[number].weight_bytes if number < len(reports) else None
+            known = number < len(self.predicted_bytes)
+            predicted = self.predicted_bytes[number] if known else None
+            stages.append(StageState(spec.device, spec.start, spec.end, taken, predicted))
+        return tuple(stages)
+
     def _assign(self, flight: Flight) -> None:
         """Give a request to a replica, if one is ready. With the lock."""
         replica = chosen_replica(self.replicas, flight)
         flight.replica = replica
+        flight.answer.replica = None if replica is None else replica.job.number
         if replica is None:
             return
         replica.flights[flight.request.id] = flight
@@ -295,6 +327,7 @@ class ReplicaPool:
             with self._lock:
                 replica.flights.pop(update.id, None)
                 self._flights.pop(update.id, None)
+            replica.finished += update.kind == "finished"
             if update.kind == "refused":
                 flight.answer.add(None, "refused")
         self._observe(Event(update.time_s, update.kind, update.id, what))

@@ -105,6 +105,7 @@ class Replica:
         ready: what it said when it had loaded.
         began_s, ready_s: when its process was started, and when it had loaded, of time.monotonic.
         failures: starts in a row that have failed. restarts: all after the first.
+        finished: answers that have finished in it.
     """
 
     def __init__(self, job: ReplicaJob) -> None:
@@ -114,7 +115,7 @@ class Replica:
         self.has_vocabulary = False
         self.ready: ReplicaReady | None = None
         self.failures = self.restarts = 0
-        self.copied_tokens = 0
+        self.copied_tokens = self.finished = 0
         self.began_s = self.ready_s = 0.0
         self.reason = ""
         self.channel: Channel | None = None

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 access_logger = logging.getLogger("serving.access")
 
-OPEN_PATHS = ("/health", "/health/live", "/health/ready")  # a supervisor's probe sends no key
+# A supervisor's probe sends no key; the page asks for it, once it knows that one is needed.
+OPEN_PATHS = ("/health", "/health/live", "/health/ready", "/", "/page/api/access")
+PAGE_FILES, PAGE_API = "/page/", "/page/api/"  # files below the one are open, but for the other
 REQUEST_ID = "X-Request-Id"
 FIT_ID = re.compile(rb"[!-~]{1,128}")  # printable ASCII without spaces
 MAX_PATH_CHARACTERS = 200  # of a line of the access log
@@ -57,8 +59,8 @@ class AccessRules:
     """The host and the key that a request must carry to be served.
 
     Attributes:
-        keys: one of them is required as "Authorization: Bearer KEY" for all paths but
-            OPEN_PATHS; None for no key.
+        keys: one of them is required as "Authorization: Bearer KEY" for all paths that are not
+            `is_open_path`; None for no key.
         hosts: values that the Host header may have, besides those of loopback; None for any.
     """
 
@@ -72,7 +74,7 @@ class AccessRules:
             raise ApiError(
                 403, f"this server is not {host[:64]!r} (--allowed_hosts)", "host_not_allowed"
             )
-        if self.keys is None or path in OPEN_PATHS:
+        if self.keys is None or is_open_path(path):
             return None
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         name = self.keys.find(key.strip()) if scheme.lower() == b"bearer" else None
@@ -80,6 +82,13 @@ class AccessRules:
             wanted = "wanted the header Authorization: Bearer KEY, with a key of this server"
             raise ApiError(401, wanted, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
         return name
+
+
+def is_open_path(path: str) -> bool:
+    """Whether a path is answered without a key: probes, and the page's files."""
+    if path in OPEN_PATHS:
+        return True
+    return path.startswith(PAGE_FILES) and not path.startswith(PAGE_API)
 
 
 def host_name(host: str) -> str:

@@ -37,6 +37,7 @@ from serving.server.choices import CLOSING, EventStream
 from serving.server.completions import CompletionResponse, parse_completion
 from serving.server.embeddings import EmbeddingResponse, embedding_list, parse_embedding
 from serving.server.openapi import openapi_document
+from serving.server.page.routes import add_page_routes
 from serving.server.predictors import add_predictor_routes
 from serving.server.refusals import PredictionFailed, PromptTooLong, QueueFull, ServiceClosed
 from serving.server.responses import ResponsesResponse, parse_response
@@ -56,21 +57,23 @@ def make_app(
     cors_origins: Sequence[str] = (),
     access_log: bool = False,
     client_s: float = CLIENT_S,
+    page: bool = True,
 ) -> FastAPI:
     """The application.
 
-    Its state.closing is an asyncio.Event that ends the wait for bodies that are still being sent.
+    Its state.closing is an asyncio.Event that ends the wait for bodies that are still being sent,
+    and the live streams; state.live is the LiveView, to be started with the server, or None.
 
     Args:
         access_rules: the hosts and the key that requests must carry; None accepts all requests.
         cors_origins: origins of web pages that may send requests; "*" for all.
         access_log: log a line for each request.
         client_s: within which a client must have sent its body.
+        page: serve a page at `/`.
     """
     app = FastAPI(title="GLM Foundry", docs_url=None, redoc_url=None, redirect_slashes=False)
-    schema = partial(
-        openapi_document, service.name, needs_key=bool(access_rules and access_rules.keys)
-    )
+    needs_key = bool(access_rules and access_rules.keys)
+    schema = partial(openapi_document, service.name, needs_key=needs_key)
     app.openapi = schema  # type: ignore[method-assign]  # FastAPI's documented way
     app.state.closing = asyncio.Event()
     if access_rules is not None:
@@ -189,6 +192,11 @@ def make_app(
         return await answer(http, parse_response, ResponsesResponse)
 
     add_predictor_routes(app, lambda: service.predictors, checked_body)
+    app.state.live = None
+    if page:
+        app.state.live = add_page_routes(
+            app, service, checked_body, needs_key=needs_key, closing=app.state.closing
+        )
     return app
 
 

@@ -87,6 +87,7 @@ class ServerFlags(PlacementFlags):
     recalibrated_dir: str | None
     adapter: list[str]
     adapter_dir: str | None
+    no_page: bool
 
 
 def server_parser() -> argparse.ArgumentParser:
@@ -169,6 +170,8 @@ def server_parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR", help=adapter)
     root = "folder whose LoRA adapters clients may load and unload (default: none)"
     parser.add_argument("--adapter_dir", metavar="ROOT", help=root)
+    off = "serve no page: nothing at / and below /page/"
+    parser.add_argument("--no_page", action="store_true", help=off)
     return parser
 
 
@@ -283,6 +286,7 @@ def load_service(flags: ServerFlags) -> Service:
         max_queue=flags.max_queue,
     )
     service.text_encoder = text_encoder
+    service.policy, service.engine = flags.policy, flags.engine
     if flags.prefix_cache_tokens and flags.engine == "continuous":
         service.monitor.watch_prefixes(service.backend.copied_tokens)
     if isinstance(service.backend, ReplicaPool):
@@ -389,6 +393,7 @@ def make_server(service: Service, access_rules: AccessRules, flags: ServerFlags)
         access_rules=access_rules,
         cors_origins=tuple(filter(None, origins)),
         access_log=flags.access_log,
+        page=not flags.no_page,
     )
 
 

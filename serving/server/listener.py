@@ -21,6 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from serving.server.access import REQUEST_ID, AccessRules, ApiError
 from serving.server.api import CLIENT_S, RETRY_S, make_app
 from serving.server.monitor import Monitor
+from serving.server.page.live import LIVE_PATH, LiveView
 from serving.server.service import Service
 
 MAX_PIPELINED_BYTES = 65536
@@ -94,7 +95,7 @@ class Server(uvicorn.Server):
             a 503. A second signal ends the drain.
         client_s: for a client to send a request's header, its body, and to read the response.
         max_connections: open at once.
-        access_rules, cors_origins, access_log: as of serving.server.api.make_app.
+        access_rules, cors_origins, access_log, page: as of serving.server.api.make_app.
     """
 
     def __init__(
@@ -107,8 +108,9 @@ class Server(uvicorn.Server):
         access_rules: AccessRules | None = None,
         cors_origins: Sequence[str] = (),
         access_log: bool = False,
+        page: bool = True,
     ) -> None:
-        app = make_app(service, access_rules, cors_origins, access_log, client_s)
+        app = make_app(service, access_rules, cors_origins, access_log, client_s, page)
         limits = {"max_open": max_connections, "monitor": service.monitor}
         config = uvicorn.Config(
             app,
@@ -122,6 +124,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.service = service
         self.closing = app.state.closing
+        self.live: LiveView | None = app.state.live
         self.drain_s = drain_s
         self.client_s = client_s
         self.skip_drain = False
@@ -176,6 +179,9 @@ class Server(uvicorn.Server):
             host, port = sockets[0].getsockname()[:2]
             host = f"[{host}]" if ":" in host else host
             print(f"serving {self.service.name} at http://{host}:{port}/v1", flush=True)
+            if self.live is not None:
+                self.live.start()
+                print(f"open http://{host}:{port}/ in a browser", flush=True)
 
     async def on_tick(self, counter: int) -> bool:
         if counter % 10 == 0:
@@ -196,6 +202,12 @@ class Server(uvicorn.Server):
             if now - since > self.client_s:
                 connection.transport.abort()
 
+    def _drop_viewers(self):
+        for connection in list(self.server_state.connections):
+            cycle = connection.cycle
+            if cycle is not None and cycle.scope["path"] == LIVE_PATH:
+                connection.transport.abort()
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.service.draining = True
         self.closing.set()
@@ -204,10 +216,15 @@ class Server(uvicorn.Server):
         drain_task.cancel()
 
     async def _end_drain(self):
-        """Wait for running answers; then cancel them and those that wait, and close connections."""
-        until = time.monotonic() + self.drain_s
-        while time.monotonic() < until and not self.skip_drain:
+        """Wait for running answers; then cancel them and those that wait, and close connections.
+
+        The live streams have ended: a viewer that has not read its own by FLUSH_S is dropped.
+        """
+        began = time.monotonic()
+        while time.monotonic() < began + self.drain_s and not self.skip_drain:
             await asyncio.sleep(TICK_S)
+            if time.monotonic() > began + FLUSH_S:
+                self._drop_viewers()
         self.service.cancel_all()
         await asyncio.sleep(FLUSH_S)
         for connection in list(self.server_state.connections):

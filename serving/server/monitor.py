@@ -8,12 +8,13 @@ import logging
 import math
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from serving.request import Completion, Event, Limits, Record, Request
 from serving.server.access import Exchange, current_request_id
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from serving.replicas.pool import ReplicaPool
 
 log = logging.getLogger(__name__)
+
+TURNED_AWAY = ("queue_full", "connections", "unavailable")  # refusals of requests that are right
 
 
 class LogFile:
@@ -71,6 +74,14 @@ class LogFile:
             self._file.close()
 
 
+class Forecast(NamedTuple):
+    """Quantiles of a predicted length, in tokens."""
+
+    median: float
+    q10: float
+    q90: float
+
+
 @dataclass
 class TrackedRequest:
     """A request under way.
@@ -99,6 +110,34 @@ class TrackedRequest:
     def reason(self) -> str:
         return "stop_string" if self.stopped else self.answer.reason or "unknown"
 
+    @property
+    def made(self) -> int:
+        """Answer tokens so far, without the end token."""
+        return len(self.answer.tokens) - (self.answer.reason == "stop")
+
+    @cached_property
+    def forecast(self) -> Forecast | None:
+        """None without a prediction."""
+        if (prediction := self.request.prediction) is None:
+            return None
+        return Forecast(*(prediction.quantile(q) for q in (0.5, 0.1, 0.9)))
+
+
+class EndedAnswer(NamedTuple):
+    """An answer that has ended.
+
+    Attributes:
+        tokens: without the end token. reason: as the log has it.
+        in_time: it is whole, and came by its deadline.
+        tracked: None where nothing was known of it.
+    """
+
+    done: Completion
+    tokens: int
+    reason: str
+    in_time: bool
+    tracked: TrackedRequest | None
+
 
 class Monitor:
     """Receives every event of the schedulers, one at a time (AnswerBackend.start).
@@ -113,6 +152,9 @@ class Monitor:
         figures: the metrics; None without prometheus-client.
         on_answer: called with each answer's prompt, tokens (without the end token) and whether it
             ended by itself, in the scheduler's thread.
+        on_end: called with each answer that ends, cancelled ones too, in the scheduler's thread.
+        events: how many there were of each kind.
+        turned_away: HTTP requests that a lack of room refused: TURNED_AWAY.
     """
 
     def __init__(
@@ -133,6 +175,9 @@ class Monitor:
         self._predicted: deque[tuple[float, bool]] = deque(maxlen=RECENT)
         self.figures: Figures | None = None
         self.on_answer: Callable[[str, int, bool], None] | None = None
+        self.on_end: Callable[[EndedAnswer], None] | None = None
+        self.events: Counter[str] = Counter()
+        self.turned_away = 0
         with suppress(ImportError):
             self.figures = Figures(self._gauges())
 
@@ -201,6 +246,7 @@ class Monitor:
 
     def __call__(self, event: Event) -> None:
         kind = event.kind
+        self.events[kind] += 1
         if kind == "arrived":
             self._waiting.add(event.id)
         elif kind == "admitted":
@@ -237,6 +283,8 @@ class Monitor:
         in_time = done.finish_s <= request.deadline_s and (not done.cut or reason == "stop_string")
         if reason != "cancelled":
             self._recent.append(in_time)
+        if self.on_end is not None:
+            self.on_end(EndedAnswer(done, tokens, reason, in_time, tracked))
         if self.figures is not None:
             self._count(self.figures, done, tokens, reason, in_time)
         if tracked is not None and tracked.embeds:
@@ -315,11 +363,10 @@ class Monitor:
 
     def count_exchange(self, route: str, exchange: Exchange) -> None:
         """Count an HTTP request that has ended; `route`: the template of its path."""
-        if self.figures is None:
-            return
-        self.figures.count("http_requests", route, str(exchange.logged_status))
-        if exchange.key is not None:
-            self.figures.count("key_requests", exchange.key)
+        if self.figures is not None:
+            self.figures.count("http_requests", route, str(exchange.logged_status))
+            if exchange.key is not None:
+                self.figures.count("key_requests", exchange.key)
         if exchange.error is not None:
             reason = refusal_reason(exchange.error.status, exchange.error.code)
             if reason is not None:
@@ -327,6 +374,7 @@ class Monitor:
 
     def count_refusal(self, reason: str) -> None:
         """Count a request, or a connection, that was not served."""
+        self.turned_away += reason in TURNED_AWAY
         if self.figures is not None:
             self.figures.count("refused_requests", reason)
 
@@ -350,6 +398,18 @@ class Monitor:
         """Share of the RECENT last whole answers within their predicted q90; nan before any."""
         recent = [within for _, within in list(self._predicted)]
         return sum(recent) / len(recent) if recent else float("nan")
+
+    def running(self) -> list[tuple[Record, TrackedRequest]]:
+        """The answers that are being made, in the order of their admission. From any thread."""
+        found = []
+        for request_id, record in list(self._running.items()):
+            if (tracked := self._tracked.get(request_id)) is not None:
+                found.append((record, tracked))
+        return found
+
+    def tracked(self) -> list[TrackedRequest]:
+        """All requests under way, waiting or running, in the order they came. From any thread."""
+        return list(self._tracked.values())
 
     def used_tokens(self) -> int:
         """Prompt and answer tokens of the running requests."""

@@ -122,6 +122,8 @@ class Service:
         text_encoder: what embeddings come from; None for the served model.
         predictors: what replaces `predictor` while serving; recalibrator: what updates it.
         adapters: those that a request's `model` may name.
+        policy, engine: their names, for the page. page_tools, feedback: what the page offers
+            beside chats; None where it does not.
         draining: no new requests are taken.
         on_failure: called after the backend has failed and every answer has ended.
     """
@@ -156,6 +158,10 @@ class Service:
         self.predictors: Predictors | None = None
         self.recalibrator: Recalibrator | None = None
         self.adapters = AdapterRegistry(backend, name)
+        self.policy: str | None = None
+        self.engine: str | None = None
+        self.page_tools: Any = None
+        self.feedback: Any = None
         self.on_failure: Callable[[], None] | None = None
         self.draining = False
         self._preparing = 0
