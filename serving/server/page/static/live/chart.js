@@ -92,7 +92,10 @@ export function Chart({ t, name, title, summary, series, data, range, theme, mos
       over.addEventListener("click", () => current.current.onPick(chart.current.posToVal(chart.current.cursor.left, "x")));
       show(chart.current, current.current.data);
       over.addEventListener("mouseleave", () => setTimeout(() => chart.current && show(chart.current, current.current.data)));
-      sized = new ResizeObserver(() => chart.current.setSize({ width: node.current.clientWidth, height: HEIGHT }));
+      sized = new ResizeObserver(() => {
+        const width = node.current?.clientWidth; // none once it is taken away
+        if (width) chart.current?.setSize({ width, height: HEIGHT });
+      });
       sized.observe(node.current);
     });
     return () => {

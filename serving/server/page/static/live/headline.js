@@ -5,6 +5,7 @@ import { Spark } from "./spark.js";
 
 const WANTED_COVERAGE = 0.9;
 const NEAR = 0.05;
+const DRIFT = 3; // percent: less is not worth a word
 
 function Figure({ name, label, value, unit, note, state, values, range }) {
   return html`
@@ -32,7 +33,7 @@ function coverageNote(t, coverage) {
 function driftNote(t, drift) {
   if (!Number.isFinite(drift)) return null;
   const share = Math.round((Math.exp(Math.abs(drift)) - 1) * 100);
-  if (share < 3) return t("live.drift.none");
+  if (share < DRIFT) return null;
   return t(drift > 0 ? "live.drift.longer" : "live.drift.shorter", { share });
 }
 

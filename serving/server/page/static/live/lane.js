@@ -26,6 +26,13 @@ function Over({ row, axis }) {
   return html`<span class="over" style=${{ left: percentOf(from), width: percentOf(share(row.made, axis) - from) }}></span>`;
 }
 
+// Beside the end of its bar; before it where the bar ends near the axis's end.
+function OverLabel({ row, axis }) {
+  const end = share(row.made, axis);
+  const place = end < 0.85 ? { left: percentOf(end) } : { right: percentOf(1 - end) };
+  return html`<span class="over-label" style=${place}>+${whole(row.made - row.q90)}</span>`;
+}
+
 // The time left as a ring that empties, and in words; late ones are marked.
 export function Due({ t, row }) {
   if (!Number.isFinite(row.due_s)) return html`<span class="due"></span>`;
@@ -73,7 +80,7 @@ export function Lane({ t, row, ended, isNew, axis }) {
           <span class="made" style=${{ transform: `translateX(${((share(row.made, axis) - 1) * 100).toFixed(2)}%)` }}></span>
           <${Over} row=${row} axis=${axis} />
           <${Reserved} row=${row} axis=${axis} />
-          ${over && html`<span class="over-label">+${whole(row.made - row.q90)}</span>`}
+          ${over && html`<${OverLabel} row=${row} axis=${axis} />`}
         </span>
         <span class="lane-count"><b>${whole(row.made)}</b>${Number.isFinite(row.median) && html`<span> / ${whole(row.median)}</span>`}</span>
         ${ended ? html`<${Outcome} t=${t} answer=${ended} />` : html`<${Due} t=${t} row=${row} />`}

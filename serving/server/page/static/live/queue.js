@@ -3,8 +3,8 @@ import { html } from "../html.js";
 import { seconds, whole } from "./format.js";
 
 const MOST = 48;
-const NARROW = 68; // pixels, for the text
-const WIDER = 100;
+const NARROW = 40; // pixels; a chip is as wide as its text at least
+const WIDER = 130;
 const SOON = 0.35; // of the objective left
 
 function slackOf(item) {
@@ -36,10 +36,10 @@ export function Queue({ t, snapshot }) {
     <section class="queue" aria-label=${t("live.queue")}>
       <h3>${t("live.queue")} <b>${whole(snapshot.waiting)}</b></h3>
       ${!shown.length && html`<p class="nothing">${t("live.queue.none")}</p>`}
-      <ul class="chips" aria-label=${t("live.queue.list")}>
+      <div class="chips-window"><ul class="chips" aria-label=${t("live.queue.list")}>
         ${shown.map((item) => html`<${Chip} key=${item.id} t=${t} item=${item} longest=${longest} />`)}
         ${more > 0 && html`<li key="more" class="more">${t("live.more", { count: whole(more) })}</li>`}
-      </ul>
+      </ul></div>
     </section>
   `;
 }

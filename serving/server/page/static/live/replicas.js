@@ -20,7 +20,8 @@ export function ReplicaLine({ t, replica }) {
   `;
 }
 
-function Stage({ t, stage, layers }) {
+// layers: the first and the last of the stage.
+function Part({ t, stage }) {
   const [from, to] = stage.layers ?? [0, 0];
   const taken = stage.bytes;
   const predicted = stage.predicted_bytes;
@@ -28,8 +29,8 @@ function Stage({ t, stage, layers }) {
   const both = Number.isFinite(taken) && Number.isFinite(predicted);
   const values = { taken: bytes(taken), predicted: bytes(predicted) };
   return html`
-    <li class="part" style=${{ flexGrow: Math.max(to - from, 1) }} title=${`${stage.device}: ${from}–${to - 1}`}>
-      <span class="part-bar"><b>${stage.device}</b> ${t("live.layers", { from, to: Math.max(to - 1, from), count: to - from, all: layers })}</span>
+    <li class="part" style=${{ flexGrow: to - from + 1 }}>
+      <span class="part-bar"><b>${stage.device}</b> ${t("live.layers", { from, to })}</span>
       ${(taken || predicted) && html`
         <span class="memory" aria-hidden="true">
           ${Number.isFinite(predicted) && html`<span class="memory-predicted" style=${{ width: `${(predicted / largest) * 100}%` }}></span>`}
@@ -53,7 +54,6 @@ function Meter({ t, used, limit }) {
 }
 
 function Replica({ t, replica, alone }) {
-  const layers = replica.stages.reduce((most, { layers: range }) => Math.max(most, range?.[1] ?? 0), 0);
   return html`
     <li class="replica ${replica.state}" data-replica=${replica.number} data-state=${replica.state}>
       <h3>${alone ? t("live.engine") : t("live.replica", { number: replica.number })} <${State} t=${t} state=${replica.state} /></h3>
@@ -70,7 +70,7 @@ function Replica({ t, replica, alone }) {
       <${Meter} t=${t} used=${replica.kv_used} limit=${replica.kv_limit} />
       ${replica.stages.length > 0 && html`
         <ol class="placement" aria-label=${t("live.placement")}>
-          ${replica.stages.map((stage) => html`<${Stage} t=${t} stage=${stage} layers=${layers} />`)}
+          ${replica.stages.map((stage) => html`<${Part} t=${t} stage=${stage} />`)}
         </ol>
       `}
     </li>

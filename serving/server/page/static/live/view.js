@@ -93,7 +93,7 @@ export function LiveView({ settings, t, theme }) {
   }
   const { snapshot, columns, events } = moment;
   return html`
-    <div class="live-page" data-time=${snapshot.t}>
+    <div class="live-page" data-time=${snapshot.t} data-first=${moment.items[0].t}>
       <div class="live-top">
         <${Policy} t=${t} policy=${snapshot.policy} />
         <div class="live-side">
