@@ -3,13 +3,16 @@
 import json
 import re
 import socket
+import sys
 import time
 
-import httpx
 import pytest
 
 from tests.page.conftest import running_server
 from tests.page.live_load import ask, busy, metric
+from tests.serving.server.test_replicas_served import CPU
+from tests.serving.server.test_server_faults import running
+from tests.warm import warm_python
 
 STILL = {"reduced_motion": "reduce"}  # bars stand where they belong at once
 LANE = """lane => {
@@ -17,7 +20,8 @@ LANE = """lane => {
     const width = lane.querySelector('.track').getBoundingClientRect().width;
     const box = name => lane.querySelector(name)?.getBoundingClientRect();
     return {
-        made: Number(lane.dataset.made), q10: Number(lane.dataset.q10), q90: Number(lane.dataset.q90),
+        made: Number(lane.dataset.made),
+        q10: Number(lane.dataset.q10), q90: Number(lane.dataset.q90),
         end: (box('.made').right - left) / width,
         from: (box('.band').left - left) / width, to: (box('.band').right - left) / width,
         over: Boolean(box('.over')), label: lane.querySelector('.over-label')?.textContent,
@@ -163,10 +167,10 @@ def test_a_cut_stream_is_said_and_taken_up_again(open_page, folders, tmp_path): 
 
 
 def test_leaving_the_view_ends_its_stream(open_page, address):
-    name = 'glm_http_requests_total{route="/page/api/live",status="200"}'
+    name = 'glm_http_requests_total{route="/page/api/live",status="499"}'  # the client left
     page = open_live(open_page)
     before = metric(address, name)
-    page.get_by_role("link", name="Chat").click()
+    page.get_by_role("link", name="Chat", exact=True).click()
     wait_for(lambda: metric(address, name) == before + 1, 5)
     page.get_by_role("link", name="Live").click()
     page.locator(".live-page[data-time]").wait_for()
@@ -245,24 +249,30 @@ def test_a_click_on_a_chart_goes_to_its_moment(open_page, address):
     page.get_by_text("connected, showing the past").wait_for()
 
 
-def restarts(address: str) -> float:
-    return metric(address, "glm_replica_restarts")
+@pytest.fixture
+def two_devices(tmp_path):
+    """A file of two devices, which need not be measured."""
+    file = tmp_path / "two.json"
+    file.write_text(json.dumps({"devices": [CPU, CPU]}))
+    return file
 
 
 @pytest.mark.slow  # two replicas start, and one again
-def test_a_lost_replica_is_shown(open_page, folders, tmp_path):  # noqa: F811
-    import psutil
-
-    flags = ("--deployer", "helr", "--devices", "cpu@1,cpu@1", "--measure_s", "0")
-    with running_server(folders, tmp_path / "two.jsonl", *flags) as address:
-        page = open_live(open_page, at=address)
-        with busy(address, 8):
-            wait_for(lambda: figure(page, "running") != "0")
-            httpx.get(f"{address}/health").raise_for_status()
-            [server] = [p for p in psutil.process_iter() if is_server_of(p, address)]
-            server.children()[0].kill()
-            page.locator(".replica[data-state=starting], .replica[data-state=ended]").wait_for()
-            page.locator("[data-event=lost]").wait_for()
-            page.locator("[data-event=ready]").wait_for(timeout=60_000)
+def test_a_lost_replica_is_shown(open_page, folders, two_devices, monkeypatch):  # noqa: F811
+    model, predictor = folders
+    monkeypatch.setattr(sys, "executable", warm_python())
+    words = ["--deployer", "helr", "--cluster", two_devices, "--device", "0"]
+    words += ["--predictor", predictor]
+    with running(model, *words, endless=False) as server:
+        page = open_live(open_page, at=server.root)
+        assert page.locator(".replica[data-state=ready]").count() == 2
+        with busy(server.root, 6):
+            wait_for(lambda: figure(page, "running") == "4")
+            assert page.locator(".group .lane:not(.free):not(.ended)").count() == 4
+            server.service.backend.replicas[1].process.kill()
+            page.locator("[data-event=lost], [data-event=bounced]").first.wait_for()
+            page.locator("[data-event=requeued]").first.wait_for()
+            page.locator("[data-event=ready], [data-event=bounced]").first.wait_for(timeout=60_000)
             wait_for(lambda: page.locator(".replica[data-state=ready]").count() == 2)
-        assert restarts(address) == 1
+            assert "restarts: 1" in page.locator(".replica[data-replica='1']").inner_text()
+        assert metric(server.root, "glm_replica_restarts") == 1
