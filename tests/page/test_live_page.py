@@ -100,7 +100,7 @@ def test_missed_deadlines_are_marked(open_page, address):
     ask(address, max_tokens=8, slo_s=0.001)
     page.locator("[data-event=late]").first.wait_for()
     ended = page.locator("[data-figure=in-time] .figure-note")
-    wait_for(lambda: ended.inner_text().startswith(f"{late_before + 1:.0f} late of"))
+    wait_for(lambda: ended.inner_text().startswith(f"{late_before + 1:.0f} of "))
 
 
 def test_replay_shows_the_moment_and_live_returns(saved):

@@ -1,6 +1,7 @@
 // One running row: the tokens made so far, over the band that was predicted for them.
 import { html } from "../html.js";
 import { seconds, whole } from "./format.js";
+import { MARKS, outcomeOf } from "./series.js";
 
 const share = (tokens, axis) => Math.min(Math.max(tokens / axis, 0), 1);
 const percentOf = (value) => `${(value * 100).toFixed(2)}%`;
@@ -48,17 +49,18 @@ export function Due({ t, row }) {
 }
 
 function Outcome({ t, answer }) {
+  const outcome = outcomeOf(answer);
   return html`
-    <span class="due ${answer.in_time ? "done" : "late"}">
-      <span class="mark">${answer.in_time ? "✓" : "✕"}</span>
-      <span class="due-text">${t(answer.in_time ? "live.seconds" : "live.late", { seconds: seconds(answer.latency_s) })}</span>
+    <span class="due ${outcome}">
+      <span class="mark">${MARKS[outcome]}</span>
+      <span class="due-text">${t("live.seconds", { seconds: seconds(answer.latency_s) })}</span>
     </span>
   `;
 }
 
 function spoken(t, row, ended) {
   const values = { id: row.id, made: whole(row.made), median: whole(row.median), q90: whole(row.q90), seconds: seconds(Math.abs(row.due_s)) };
-  if (ended) return t(ended.in_time ? "live.lane.ended" : "live.lane.ended_late", values);
+  if (ended) return t(`live.outcome.${outcomeOf(ended)}`, values);
   const parts = [t("live.lane.made", values)];
   if (Number.isFinite(row.median)) parts.push(t("live.lane.predicted", values));
   if (Number.isFinite(row.q90) && row.made > row.q90) parts.push(t("live.lane.over"));

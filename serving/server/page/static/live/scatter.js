@@ -2,6 +2,7 @@
 import { html, useEffect, useRef } from "../html.js";
 import { colour } from "./colours.js";
 import { short, whole } from "./format.js";
+import { isWhole, outcomeOf } from "./series.js";
 
 const MARGIN = { left: 38, right: 10, top: 8, bottom: 30 };
 const FRESH_S = 2; // answers that ended within so long stand out
@@ -11,7 +12,7 @@ const middle = (values) => [...values].sort((a, b) => a - b)[values.length >> 1]
 
 // {points, low, high, ratio: the typical q90 over the median, within: how many are within their q90}
 export function plotted(answers) {
-  const points = answers.filter(({ median, made }) => median > 0 && made > 0);
+  const points = answers.filter((answer) => answer.median > 0 && answer.made > 0 && isWhole(answer));
   const values = points.flatMap(({ median, made }) => [median, made]);
   const low = 10 ** Math.floor(Math.log10(Math.max(Math.min(...values, 10), 1)));
   const high = 10 ** Math.ceil(Math.log10(Math.max(...values, 100) * 1.01));
@@ -22,7 +23,6 @@ export function plotted(answers) {
     high,
     ratio: ratios.length ? middle(ratios) : null,
     within: points.filter(({ made, q90 }) => made <= q90).length,
-    late: points.filter((answer) => answer.in_time === false).length,
   };
 }
 
@@ -77,7 +77,7 @@ function line(pen, [x0, y0], [x1, y1], stroke, dash) {
 
 // In time: a disc; late: a triangle; beyond its own q90: with an outline.
 function drawPoint(pen, x, y, answer, fresh) {
-  const late = answer.in_time === false;
+  const late = outcomeOf(answer) === "late";
   const size = RADIUS * (fresh ? 1.6 : 1);
   pen.beginPath();
   if (late) {
@@ -113,7 +113,7 @@ export function Scatter({ t, answers, now, theme }) {
     return () => cancelAnimationFrame(frame);
   }, [answers, now, theme]);
   const count = figure.points.length;
-  const values = { count: whole(count), within: whole(figure.within), late: whole(figure.late) };
+  const values = { count: whole(count), within: whole(figure.within) };
   const summary = count ? t("live.scatter.summary", values) : t("live.scatter.none");
   return html`
     <figure class="chart scatter">

@@ -74,6 +74,18 @@ export function lastAnswers(items, index, most) {
   return found.slice(0, most);
 }
 
+// How an answer ended: "done" whole and in time, "late", "cut" before its end, or "cancelled" by its client.
+export function outcomeOf({ in_time: inTime, reason, latency_s: latency, slo_s: objective }) {
+  if (reason === "cancelled") return "cancelled";
+  if (inTime) return "done";
+  return latency > objective ? "late" : "cut";
+}
+
+// Whether its length is known: it ended by itself.
+export const isWhole = ({ reason }) => reason === "stop" || reason === "stop_string";
+
+export const MARKS = { done: "✓", late: "✕", cut: "✂", cancelled: "⊘" };
+
 // A round number at or above a value: 1, 2 or 5 times a power of ten, in steps fine enough for an axis.
 export function roundUp(value) {
   const power = 10 ** Math.floor(Math.log10(Math.max(value, 1)));

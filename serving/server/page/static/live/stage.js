@@ -1,5 +1,6 @@
-// The stage: what waits on the left, what runs as lanes on one axis of tokens.
+// The stage, from left to right: what waits, what runs as lanes on one axis of tokens, what has just ended.
 import { html, useRef } from "../html.js";
+import { Ended } from "./ended.js";
 import { short, whole } from "./format.js";
 import { Lane } from "./lane.js";
 import { Queue } from "./queue.js";
@@ -59,7 +60,7 @@ function Group({ t, group, axis, replica, several }) {
   `;
 }
 
-export function Stage({ t, settings, snapshot }) {
+export function Stage({ t, settings, snapshot, answers }) {
   const slots = useRef(null);
   slots.current ??= new Slots();
   const axis = useAxis(snapshot.rows);
@@ -83,6 +84,7 @@ export function Stage({ t, settings, snapshot }) {
         ${more > 0 && html`<p class="more">${t("live.more", { count: whole(more) })}</p>`}
         <${Legend} t=${t} predicts=${predicts} />
       </div>
+      <${Ended} t=${t} snapshot=${snapshot} answers=${answers} />
     </section>
   `;
 }

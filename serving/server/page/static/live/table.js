@@ -1,7 +1,7 @@
 // The same figures as tables.
 import { html } from "../html.js";
 import { clock, percent, seconds, short, whole } from "./format.js";
-import { BIN_S } from "./series.js";
+import { BIN_S, outcomeOf } from "./series.js";
 
 const MOST_ANSWERS = 20;
 const MOST_TIMES = 18;
@@ -62,7 +62,7 @@ export function Tables({ t, snapshot, items, index, answers, rate }) {
     ["table.q90", (row) => whole(row.q90), false],
     ["table.latency", (row) => seconds(row.latency_s), false],
     ["table.slo", (row) => seconds(row.slo_s), false],
-    ["table.in_time", (row) => (row.in_time === null ? "–" : t(row.in_time ? "table.yes" : "table.no")), true],
+    ["table.in_time", (row) => t(`table.outcome.${outcomeOf(row)}`), true],
   ];
   const times = [
     ["table.time", ({ snapshot: found }) => clock(found.t), true],

@@ -70,7 +70,7 @@ function Panels({ t, settings, theme, store, moment, asTables }) {
   if (isIdle(snapshot)) return html`<${Empty} t=${t} settings=${settings} />`;
   if (asTables) return html`<${Tables} t=${t} snapshot=${snapshot} items=${items} index=${index} answers=${answers} rate=${tokenRate} />`;
   return html`
-    <${Stage} t=${t} settings=${settings} snapshot=${snapshot} />
+    <${Stage} t=${t} settings=${settings} snapshot=${snapshot} answers=${answers} />
     <section class="card charts" aria-label=${t("live.charts")}>
       <${Scatter} t=${t} answers=${answers} now=${snapshot.t} theme=${theme} />
       <${Charts} t=${t} charts=${charts} range=${range} theme=${theme} onPick=${pick} />
