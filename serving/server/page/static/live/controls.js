@@ -57,7 +57,8 @@ export function Controls({ t, store, now }) {
     store.pause();
     store.goTo(first.t + Number(event.target.value));
   };
-  const length = last.t - first.t;
+  const length = Math.ceil(last.t - first.t);
+  const place = store.isLive ? length : Math.round(now - first.t);
   const behind = Math.round(last.t - now);
   const where = store.isLive ? t("replay.live.now", { time: clock(now) }) : t("replay.at", { time: clock(now), behind });
   const holdOrPlay = () => (store.playing || store.isLive ? store.hold() : store.play());
@@ -70,7 +71,7 @@ export function Controls({ t, store, now }) {
       </div>
       <div class="timeline">
         <${Overview} items=${items} />
-        <input type="range" min="0" max=${length.toFixed(1)} step="1" value=${(now - first.t).toFixed(1)} aria-label=${t("replay.moment")} aria-valuetext=${where} onInput=${onSlide} />
+        <input type="range" min="0" max=${length} step="1" value=${place} aria-label=${t("replay.moment")} aria-valuetext=${where} onInput=${onSlide} />
         <div class="ends" aria-hidden="true"><span>${clock(first.t)}</span><b>${clock(now)}${!store.isLive && behind > 0 ? t("replay.behind", { behind }) : ""}</b><span>${clock(last.t)}</span></div>
       </div>
       <button class="button live ${store.isLive ? "on" : "primary"}" aria-pressed=${String(store.isLive)} onClick=${() => store.goLive()}><span class="beat" aria-hidden="true"></span>${t("replay.live")}</button>

@@ -5,12 +5,12 @@ import { MARKS, outcomeOf } from "./series.js";
 
 const MOST = 12;
 
-function Answer({ t, answer }) {
+function Answer({ t, answer, isNew }) {
   const outcome = outcomeOf(answer);
   const values = { id: answer.id, made: whole(answer.made), median: whole(answer.median), seconds: seconds(answer.latency_s) };
   const text = [t(`live.outcome.${outcome}`, values), t("live.ended.took", values)].join(", ");
   return html`
-    <li class="answer ${outcome}" title=${text} data-id=${answer.id}>
+    <li class="answer ${outcome} ${isNew ? "new" : ""}" title=${text} data-id=${answer.id}>
       <span class="visually-hidden">${text}</span>
       <span class="answer-cells" aria-hidden="true">
         <span class="mark">${MARKS[outcome]}</span>
@@ -27,7 +27,7 @@ export function Ended({ t, snapshot, answers }) {
       <h3>${t("live.ended")} <b>${whole(snapshot.totals.ended)}</b></h3>
       ${!answers.length && html`<p class="nothing">${t("live.ended.none")}</p>`}
       <div class="chips-window"><ul aria-label=${t("live.ended.list")}>
-        ${answers.slice(0, MOST).map((answer) => html`<${Answer} key=${answer.id} t=${t} answer=${answer} />`)}
+        ${answers.slice(0, MOST).map((answer) => html`<${Answer} key=${answer.id} t=${t} answer=${answer} isNew=${answer.t === snapshot.t} />`)}
       </ul></div>
     </section>
   `;

@@ -5,7 +5,7 @@ import { Spark } from "./spark.js";
 
 const WANTED_COVERAGE = 0.9;
 const NEAR = 0.05;
-const DRIFT = 3; // percent: less is not worth a word
+const DRIFT = 10; // percent: less is not worth a word
 
 function Figure({ name, label, value, unit, note, state, values, range }) {
   return html`
@@ -53,11 +53,10 @@ export function Headline({ t, settings, snapshot, columns }) {
   const { totals, attainment, coverage, drift } = snapshot;
   const rate = columns.rate[columns.rate.length - 1];
   const most = settings.limits?.max_batch;
-  const replicas = Math.max(snapshot.replicas.length, 1);
   const longest = snapshot.queue[0]?.waited_s;
   return html`
     <ul class="figures" aria-label=${t("live.figures")}>
-      <${Figure} name="running" label=${t("live.running")} value=${whole(snapshot.running)} unit=${most ? t("live.of", { count: most * replicas }) : null}
+      <${Figure} name="running" label=${t("live.running")} value=${whole(snapshot.running)} unit=${most ? t("live.of", { count: most }) : null}
         note=${t("live.running.note")} values=${columns.running} />
       <${Figure} name="waiting" label=${t("live.waiting")} value=${whole(snapshot.waiting)}
         note=${longest === undefined ? t("live.waiting.none") : t("live.waiting.longest", { seconds: longest.toFixed(1) })} values=${columns.waiting} />

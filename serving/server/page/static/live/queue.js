@@ -5,6 +5,7 @@ import { seconds, whole } from "./format.js";
 const MOST = 48;
 const NARROW = 40; // pixels; a chip is as wide as its text at least
 const WIDER = 130;
+const NEW_S = 1.5;
 const SOON = 0.35; // of the objective left
 
 function slackOf(item) {
@@ -21,7 +22,7 @@ function Chip({ t, item, longest }) {
   if (Number.isFinite(item.median)) text.push(t("live.chip.predicted", values));
   if (Number.isFinite(item.due_s)) text.push(t(slack === "late" ? "live.lane.late" : "live.lane.left", values));
   return html`
-    <li class="chip ${slack}" style=${{ width: `${width.toFixed(0)}px` }} title=${text.join(", ")} data-id=${item.id}>
+    <li class="chip ${slack} ${item.waited_s < NEW_S ? "new" : ""}" style=${{ width: `${width.toFixed(0)}px` }} title=${text.join(", ")} data-id=${item.id}>
       <span class="visually-hidden">${text.join(", ")}</span>
       <span aria-hidden="true"><b>${slack === "late" ? "!\u2009" : ""}${item.id}</b> ${seconds(item.waited_s)}</span>
     </li>

@@ -64,7 +64,8 @@ export function Stage({ t, settings, snapshot, answers }) {
   const slots = useRef(null);
   slots.current ??= new Slots();
   const axis = useAxis(snapshot.rows);
-  const atLeast = Math.min(settings.limits?.max_batch ?? MOST_EMPTY_LANES, MOST_EMPTY_LANES);
+  const rowsEach = Math.ceil((settings.limits?.max_batch ?? MOST_EMPTY_LANES) / Math.max(snapshot.replicas.length, 1));
+  const atLeast = Math.min(rowsEach, MOST_EMPTY_LANES);
   const groups = slots.current.place(snapshot, atLeast);
   const lanes = groups.reduce((sum, group) => sum + group.lanes.length, 0);
   const size = lanes >= DENSE ? "dense" : lanes >= COMPACT ? "compact" : "";
