@@ -153,6 +153,7 @@ ROOMS = {  # a room of serving/ -> what of serving/ it may import
         "replicas",
         "server",
     },
+    "server/page": {"request", "engines", "server", "tools"},
     "run_requests": {
         "request",
         "scheduler",

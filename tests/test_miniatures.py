@@ -85,6 +85,7 @@ HERE = {  # file -> the test of this file that runs it
     "benchmarks/golden_table.py": "test_golden_table",
     "benchmarks/grammar_cost.py": "test_grammar_cost",
     "benchmarks/kill9.py": "test_kill9",
+    "benchmarks/live_view.py": "test_live_view",
     "benchmarks/method_matrix.py": "test_method_matrix",
     "benchmarks/offline.py": "test_offline",
     "benchmarks/predictor.py": "test_predictor_benchmark",
@@ -275,6 +276,16 @@ def test_prefix_sharing(tmp_path):
     found = json.loads((tmp_path / "out.json").read_text())
     copied = {name: figures["copied_tokens"] for name, figures in found.items()}
     assert copied == {"off": [0], "on": [3 * 64], "kept": [4 * 64]}, done.stdout
+
+
+def test_live_view(tmp_path):
+    words = ("--quick", "--running", 4, "--waiting", 20, "--json", tmp_path / "out.json")
+    done = run("benchmarks/live_view.py", *words)
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert set(found["runs"]) == {"off", "0 viewers", "1 viewer", "10 viewers"}
+    [viewed] = found["runs"]["1 viewer"]
+    assert viewed["running"] == 4 and 16 <= viewed["waiting"] <= 20 and viewed["bytes"] > 1000
+    assert "one viewer costs" in done.stdout and found["one_viewer"] < found["limit"]
 
 
 def test_offline(tmp_path):

@@ -399,17 +399,19 @@ class Monitor:
         recent = [within for _, within in list(self._predicted)]
         return sum(recent) / len(recent) if recent else float("nan")
 
-    def running(self) -> list[tuple[Record, TrackedRequest]]:
-        """The answers that are being made, in the order of their admission. From any thread."""
-        found = []
-        for request_id, record in list(self._running.items()):
-            if (tracked := self._tracked.get(request_id)) is not None:
-                found.append((record, tracked))
-        return found
+    def under_way(self) -> tuple[list[tuple[Record, TrackedRequest]], list[TrackedRequest]]:
+        """(what runs, in the order of its admission; what waits, in that of its arrival).
 
-    def tracked(self) -> list[TrackedRequest]:
-        """All requests under way, waiting or running, in the order they came. From any thread."""
-        return list(self._tracked.values())
+        From any thread: copies, so an event that comes meanwhile may be seen in part. No request is
+        in both. Waiting is also what no replica has yet.
+        """
+        records, known = list(self._running.items()), dict(self._tracked)
+        running = []
+        for request_id, record in records:
+            if (tracked := known.pop(request_id, None)) is not None:
+                running.append((record, tracked))
+        waiting = [tracked for tracked in known.values() if tracked.answer.reason is None]
+        return running, waiting
 
     def used_tokens(self) -> int:
         """Prompt and answer tokens of the running requests."""

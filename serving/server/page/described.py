@@ -23,7 +23,7 @@ SETTINGS: dict[str, Schema] = {
 
 
 def with_page_paths(document: Schema) -> Schema:
-    """An OpenAPI document with what the page asks; its files are not the API's."""
+    """An OpenAPI document with the page's files and what the page asks."""
     access: Schema = {"type": "object", "required": ["needs_key"]}
     access["properties"] = {"needs_key": {"type": "boolean"}}
     settings: Schema = {"type": "object", "required": list(SETTINGS), "properties": SETTINGS}
@@ -31,6 +31,13 @@ def with_page_paths(document: Schema) -> Schema:
     stream = responses_of("An event `history`, then `snapshot`, one a second", {}, 400, 401, 403)
     text = {"schema": {"type": "string", "description": "The data of each event is JSON."}}
     stream["200"]["content"] = {"text/event-stream": text}
+    document["paths"]["/"] = {"get": file_path("The page", "text/html", 403)}
+    document["paths"]["/page/{file}"] = {
+        "parameters": [
+            {"name": "file", "in": "path", "required": True, "schema": {"type": "string"}}
+        ],
+        "get": file_path("A file of the page", "*/*", 401, 403, 404),
+    }
     document["paths"][ACCESS_PATH] = {
         "get": {
             "summary": "Whether the other endpoints want a key",
@@ -49,3 +56,11 @@ def with_page_paths(document: Schema) -> Schema:
         "get": {"summary": "What the server does, second by second", "responses": stream},
     }
     return document
+
+
+def file_path(summary: str, content_type: str, *errors: int) -> Schema:
+    """The entry of what gives a file, open to everyone."""
+    responses = responses_of("The file", {}, *errors)
+    responses["200"]["content"] = {content_type: {"schema": {"type": "string"}}}
+    responses["304"] = {"description": "The client has it: If-None-Match"}
+    return {"summary": summary, "security": [], "responses": responses}

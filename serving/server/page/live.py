@@ -134,6 +134,7 @@ class LiveView:
                 news = self._news
                 if history.end - number > MOST_BEHIND:
                     number = history.end - 1
+                number = max(number, history.first)
                 while number < history.end and not self.closing.is_set():
                     yield b"event: snapshot\ndata: " + history.body(number) + b"\n\n"
                     number = max(number + 1, history.first)

@@ -116,13 +116,9 @@ class SnapshotMaker:
         """The snapshot of now; answers that have ended are in one snapshot each."""
         now_s = self.service.clock.now_s()
         ended_tokens = self.totals.tokens
-        running = self.monitor.running()
-        run_ids = {tracked.request.id for _, tracked in running}
-        waiting, made = [], 0
-        for tracked in self.monitor.tracked():
-            made += tracked.made
-            if tracked.request.id not in run_ids:
-                waiting.append(tracked)
+        running, waiting = self.monitor.under_way()
+        made = sum(tracked.made for _, tracked in running)
+        made += sum(tracked.made for tracked in waiting)  # before a preemption
         # An answer that ends between these lines is in neither sum: what was shown stays.
         self._most_tokens = max(self._most_tokens, ended_tokens + made)
         return {

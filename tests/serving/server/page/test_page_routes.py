@@ -20,6 +20,7 @@ from serving.server.page.static_files import (
     read_page_files,
 )
 from tests.conftest import REPO_ROOT
+from tests.serving.server.page.live_reader import LiveReader
 from tests.serving.server.test_server_faults import running
 
 POLICY = (
@@ -171,6 +172,11 @@ def test_the_shell_is_open_and_the_rest_wants_the_key(locked):
     assert httpx.get(f"{locked.root}/page/api/settings", headers=wrong).status_code == 401
 
 
+def test_the_stream_wants_the_key(locked):
+    with LiveReader(locked.root, headers=KEY) as viewer:
+        assert viewer.wait_for(lambda snapshot: True)["running"] == 0
+
+
 @pytest.mark.parametrize(
     "target",
     [
@@ -249,7 +255,7 @@ def test_the_page_can_be_off(tiny_folders, capsys):
             assert httpx.get(found.root + path).status_code == 404, path
         assert httpx.get(f"{found.root}/v1/models").status_code == 200
         document = httpx.get(f"{found.root}/openapi.json").json()
-        assert not [path for path in document["paths"] if path.startswith("/page")]
+        assert not [path for path in document["paths"] if path == "/" or path.startswith("/page")]
     assert "in a browser" not in capsys.readouterr().out
 
 
