@@ -20,7 +20,13 @@ function axes(unit) {
     font: "11px system-ui, sans-serif",
   };
   return [
-    { ...look, size: 22, space: 70, values: (chart, times) => times.map((time) => clock(time).slice(0, 5)), incrs: [60, 120, 300, 600] },
+    {
+      ...look,
+      size: 22,
+      space: 70,
+      values: (chart, times) => times.map((time) => clock(time).slice(0, 5)),
+      incrs: [60, 120, 300, 600],
+    },
     { ...look, size: 44, space: 30, values: (chart, values) => values.map(unit ?? short) },
   ];
 }
@@ -89,9 +95,13 @@ export function Chart({ t, name, title, summary, series, data, range, theme, mos
       if (gone) return;
       chart.current = makeChart(uPlot, node.current, current);
       const over = chart.current.over;
-      over.addEventListener("click", () => current.current.onPick(chart.current.posToVal(chart.current.cursor.left, "x")));
+      over.addEventListener("click", () =>
+        current.current.onPick(chart.current.posToVal(chart.current.cursor.left, "x")),
+      );
       show(chart.current, current.current.data);
-      over.addEventListener("mouseleave", () => setTimeout(() => chart.current && show(chart.current, current.current.data)));
+      over.addEventListener("mouseleave", () =>
+        setTimeout(() => chart.current && show(chart.current, current.current.data)),
+      );
       sized = new ResizeObserver(() => {
         const width = node.current?.clientWidth; // none once it is taken away
         if (width) chart.current?.setSize({ width, height: HEIGHT });

@@ -34,9 +34,18 @@ export function chartsOf(t, columns, outcomes) {
     {
       name: "outcomes",
       title: t("live.chart.outcomes", { seconds: BIN_S }),
-      summary: t("live.chart.outcomes.summary", { in_time: whole(sum(outcomes.inTime)), late: whole(sum(outcomes.late)) }),
+      summary: t("live.chart.outcomes.summary", {
+        in_time: whole(sum(outcomes.inTime)),
+        late: whole(sum(outcomes.late)),
+      }),
       series: [
-        { label: t("live.late_answers"), ink: "bad", fill: 0.9, bars: true, value: (chart, found, of, index) => (index === null ? "–" : whole(found - chart.data[2][index])) },
+        {
+          label: t("live.late_answers"),
+          ink: "bad",
+          fill: 0.9,
+          bars: true,
+          value: (chart, found, of, index) => (index === null ? "–" : whole(found - chart.data[2][index])),
+        },
         { label: t("live.in_time_answers"), ink: "good", fill: 1, bars: true },
       ],
       data: [outcomes.t, ended, outcomes.inTime],
@@ -45,7 +54,11 @@ export function chartsOf(t, columns, outcomes) {
     {
       name: "latency",
       title: t("live.chart.latency"),
-      summary: t("live.chart.latency.summary", { p50: inSeconds(at("latency50")), p95: inSeconds(at("latency95")), first: inSeconds(at("ttft50")) }),
+      summary: t("live.chart.latency.summary", {
+        p50: inSeconds(at("latency50")),
+        p95: inSeconds(at("latency95")),
+        first: inSeconds(at("ttft50")),
+      }),
       series: [
         { label: t("live.latency95"), ink: "muted", dash: [5, 4] },
         { label: t("live.latency50"), ink: "text" },
@@ -57,7 +70,10 @@ export function chartsOf(t, columns, outcomes) {
     {
       name: "shares",
       title: t("live.chart.shares"),
-      summary: t("live.chart.shares.summary", { in_time: percent(at("attainment")), coverage: percent(at("coverage")) }),
+      summary: t("live.chart.shares.summary", {
+        in_time: percent(at("attainment")),
+        coverage: percent(at("coverage")),
+      }),
       series: [
         { label: t("live.aim"), ink: "muted", dash: [3, 4], value: ofHundred },
         { label: t("live.in_time_answers"), ink: "produced", value: ofHundred },
@@ -70,7 +86,11 @@ export function chartsOf(t, columns, outcomes) {
     {
       name: "kv",
       title: t("live.chart.kv"),
-      summary: t("live.chart.kv.summary", { used: short(at("used")), reserved: short(at("reserved")), limit: short(at("limit")) }),
+      summary: t("live.chart.kv.summary", {
+        used: short(at("used")),
+        reserved: short(at("reserved")),
+        limit: short(at("limit")),
+      }),
       series: [
         { label: t("live.kv.limit"), ink: "muted", dash: [3, 4] },
         { label: t("live.kv.reserved"), ink: "predicted", fill: 0.16 },
@@ -82,5 +102,6 @@ export function chartsOf(t, columns, outcomes) {
 }
 
 export function Charts({ t, charts, range, theme, onPick }) {
-  return html`${charts.map((chart) => html`<${Chart} key=${chart.name} ...${chart} t=${t} range=${range} theme=${theme} onPick=${onPick} />`)}`;
+  const shared = { t, range, theme, onPick };
+  return html`${charts.map((chart) => html`<${Chart} key=${chart.name} ...${chart} ...${shared} />`)}`;
 }

@@ -2,5 +2,7 @@
 export function colour(name, alpha = 1) {
   const value = getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
   if (alpha === 1) return value;
-  return `${value}${Math.round(alpha * 255).toString(16).padStart(2, "0")}`;
+  return `${value}${Math.round(alpha * 255)
+    .toString(16)
+    .padStart(2, "0")}`;
 }

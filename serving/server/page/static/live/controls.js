@@ -24,7 +24,11 @@ function Overview({ items }) {
       marks.push(html`<rect x=${x} y=${serious ? 0 : 16} width="2.5" height=${serious ? 20 : 4} />`);
     }
   });
-  return html`<svg class="overview" viewBox="0 0 1000 20" preserveAspectRatio="none" aria-hidden="true"><path d="${path}L1000 20Z" />${marks}</svg>`;
+  return html`
+    <svg class="overview" viewBox="0 0 1000 20" preserveAspectRatio="none" aria-hidden="true">
+      <path d="${path}L1000 20Z" />${marks}
+    </svg>
+  `;
 }
 
 function save(store) {
@@ -47,7 +51,15 @@ function Files({ t, store }) {
   return html`
     <button class="button plain" aria-label=${t("replay.save.label")} onClick=${() => save(store)}>${t("replay.save")}</button>
     <button class="button plain" aria-label=${t("replay.load")} onClick=${() => input.current.click()}>${t("replay.open")}</button>
-    <input ref=${input} type="file" class="visually-hidden" tabindex="-1" accept=".jsonl,.json,.txt" aria-label=${t("replay.load")} onChange=${chosen} />
+    <input
+      ref=${input}
+      type="file"
+      class="visually-hidden"
+      tabindex="-1"
+      accept=".jsonl,.json,.txt"
+      aria-label=${t("replay.load")}
+      onChange=${chosen}
+    />
   `;
 }
 
@@ -60,21 +72,50 @@ export function Controls({ t, store, now }) {
   const length = Math.ceil(last.t - first.t);
   const place = store.isLive ? length : Math.round(now - first.t);
   const behind = Math.round(last.t - now);
-  const where = store.isLive ? t("replay.live.now", { time: clock(now) }) : t("replay.at", { time: clock(now), behind });
+  const where = store.isLive
+    ? t("replay.live.now", { time: clock(now) })
+    : t("replay.at", { time: clock(now), behind });
   const holdOrPlay = () => (store.playing || store.isLive ? store.hold() : store.play());
   const running = store.playing || store.isLive;
   return html`
     <section class="replay ${store.isLive ? "" : "past"}" aria-label=${t("replay")}>
-      <button class="button play" aria-label=${t(running ? "replay.pause" : "replay.play")} onClick=${holdOrPlay}><span aria-hidden="true">${running ? "❚❚" : "▶"}</span></button>
+      <button class="button play" aria-label=${t(running ? "replay.pause" : "replay.play")} onClick=${holdOrPlay}>
+        <span aria-hidden="true">${running ? "❚❚" : "▶"}</span>
+      </button>
       <div class="speeds" role="group" aria-label=${t("replay.speed")}>
-        ${SPEEDS.map((speed) => html`<button class="button plain" aria-pressed=${String(store.speed === speed)} onClick=${() => store.setSpeed(speed)}>${speed}×</button>`)}
+        ${SPEEDS.map(
+          (speed) => html`
+          <button class="button plain" aria-pressed=${String(store.speed === speed)} onClick=${() => store.setSpeed(speed)}>
+            ${`${speed}×`}
+          </button>
+        `,
+        )}
       </div>
       <div class="timeline">
         <${Overview} items=${items} />
-        <input type="range" min="0" max=${length} step="1" value=${place} aria-label=${t("replay.moment")} aria-valuetext=${where} onInput=${onSlide} />
-        <div class="ends" aria-hidden="true"><span>${clock(first.t)}</span><b>${clock(now)}${!store.isLive && behind > 0 ? t("replay.behind", { behind }) : ""}</b><span>${clock(last.t)}</span></div>
+        <input
+          type="range"
+          min="0"
+          max=${length}
+          step="1"
+          value=${place}
+          aria-label=${t("replay.moment")}
+          aria-valuetext=${where}
+          onInput=${onSlide}
+        />
+        <div class="ends" aria-hidden="true">
+          <span>${clock(first.t)}</span>
+          <b>${clock(now)}${!store.isLive && behind > 0 ? t("replay.behind", { behind }) : ""}</b>
+          <span>${clock(last.t)}</span>
+        </div>
       </div>
-      <button class="button live ${store.isLive ? "on" : "primary"}" aria-pressed=${String(store.isLive)} onClick=${() => store.goLive()}><span class="beat" aria-hidden="true"></span>${t("replay.live")}</button>
+      <button
+        class="button live ${store.isLive ? "on" : "primary"}"
+        aria-pressed=${String(store.isLive)}
+        onClick=${() => store.goLive()}
+      >
+        <span class="beat" aria-hidden="true"></span>${t("replay.live")}
+      </button>
       <${Files} t=${t} store=${store} />
     </section>
   `;

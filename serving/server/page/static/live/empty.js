@@ -4,13 +4,18 @@ import { html } from "../html.js";
 export function Empty({ t, settings }) {
   const root = new URL(".", location.href).href.replace(/\/$/, "");
   const batch = `python -m serving.batch --model ${root}/v1 --input rows.jsonl --output answers.jsonl`;
-  const one = `curl ${root}/v1/completions -H "Content-Type: application/json" -d '{"model": "${settings.model}", "prompt": "Hello", "max_tokens": 200}'`;
+  const body = JSON.stringify({ model: settings.model, prompt: "Hello", max_tokens: 200 });
+  const one = `curl ${root}/v1/completions -H "Content-Type: application/json" -d '${body}'`;
   return html`
     <section class="card empty" aria-labelledby="empty-title">
       <h2 id="empty-title">${t("empty.title")}</h2>
       <p>${t("empty.what")}</p>
       <div class="demo" aria-hidden="true">
-        <span class="track"><span class="band demo-band"></span><span class="median demo-median"></span><span class="made demo-made"></span></span>
+        <span class="track">
+          <span class="band demo-band"></span>
+          <span class="median demo-median"></span>
+          <span class="made demo-made"></span>
+        </span>
       </div>
       <p>${t(settings.predictor ? "empty.lane" : "empty.no_predictor")}</p>
       <p>${t("empty.how")} <a href="#/chat">${t("empty.chat")}</a></p>

@@ -14,7 +14,8 @@ export function addEvents(snapshots) {
     define(snapshot, "events", before ? differences(before, snapshot) : []);
     define(snapshot, "lostAt", lostTimes(before, snapshot));
     const again = snapshot.events.filter(({ kind }) => kind === "ready");
-    for (const event of again) event.values.seconds = snapshot.t - (before.lostAt?.get(event.values.number) ?? snapshot.t);
+    for (const event of again)
+      event.values.seconds = snapshot.t - (before.lostAt?.get(event.values.number) ?? snapshot.t);
   });
 }
 

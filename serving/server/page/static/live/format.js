@@ -27,7 +27,11 @@ export function seconds(value) {
 // 1234 -> "1.2k"
 export function short(value) {
   if (!known(value)) return NONE;
-  for (const [size, unit] of [[1e9, "G"], [1e6, "M"], [1e4, "k"]]) {
+  for (const [size, unit] of [
+    [1e9, "G"],
+    [1e6, "M"],
+    [1e4, "k"],
+  ]) {
     if (Math.abs(value) >= size) return trimmed(value / (unit === "k" ? 1e3 : size)) + unit;
   }
   return Math.abs(value) < 10 ? trimmed(value) : whole(value);

@@ -5,6 +5,7 @@ import { Spark } from "./spark.js";
 
 const WANTED_COVERAGE = 0.9;
 const NEAR = 0.05;
+const SHARES = [0.5, 1]; // what a line of a share spans
 const DRIFT = 10; // percent: less is not worth a word
 
 function Figure({ name, label, value, unit, note, state, values, range }) {
@@ -49,23 +50,65 @@ export function Policy({ t, policy }) {
   `;
 }
 
-export function Headline({ t, settings, snapshot, columns }) {
+function waitingNote(t, { queue }) {
+  if (!queue.length) return t("live.waiting.none");
+  return t("live.waiting.longest", { seconds: queue[0].waited_s?.toFixed(1) ?? NONE });
+}
+
+function figuresOf(t, settings, snapshot, columns) {
   const { totals, attainment, coverage, drift } = snapshot;
   const rate = columns.rate[columns.rate.length - 1];
   const most = settings.limits?.max_batch;
-  const longest = snapshot.queue[0]?.waited_s;
+  return [
+    {
+      name: "running",
+      label: t("live.running"),
+      value: whole(snapshot.running),
+      unit: most ? t("live.of", { count: most }) : null,
+      note: t("live.running.note"),
+      values: columns.running,
+    },
+    {
+      name: "waiting",
+      label: t("live.waiting"),
+      value: whole(snapshot.waiting),
+      note: waitingNote(t, snapshot),
+      values: columns.waiting,
+    },
+    {
+      name: "rate",
+      label: t("live.rate"),
+      value: rate === null ? NONE : short(Math.round(rate)),
+      unit: t("live.rate.unit"),
+      note: t("live.tokens.total", { count: short(totals.tokens) }),
+      values: columns.rate,
+    },
+    {
+      name: "in-time",
+      label: t("live.in_time"),
+      value: percent(attainment),
+      unit: "%",
+      state: inTimeState(attainment),
+      note: t("live.in_time.note", { late: whole(totals.late), ended: whole(totals.ended) }),
+      values: columns.attainment,
+      range: SHARES,
+    },
+    {
+      name: "coverage",
+      label: t("live.coverage"),
+      value: percent(coverage),
+      unit: "%",
+      note: [coverageNote(t, coverage), driftNote(t, drift)].filter(Boolean).join(" · "),
+      values: columns.coverage,
+      range: SHARES,
+    },
+  ];
+}
+
+export function Headline({ t, settings, snapshot, columns }) {
   return html`
     <ul class="figures" aria-label=${t("live.figures")}>
-      <${Figure} name="running" label=${t("live.running")} value=${whole(snapshot.running)} unit=${most ? t("live.of", { count: most }) : null}
-        note=${t("live.running.note")} values=${columns.running} />
-      <${Figure} name="waiting" label=${t("live.waiting")} value=${whole(snapshot.waiting)}
-        note=${longest === undefined ? t("live.waiting.none") : t("live.waiting.longest", { seconds: longest.toFixed(1) })} values=${columns.waiting} />
-      <${Figure} name="rate" label=${t("live.rate")} value=${rate === null ? NONE : short(Math.round(rate))} unit=${t("live.rate.unit")}
-        note=${t("live.tokens.total", { count: short(totals.tokens) })} values=${columns.rate} />
-      <${Figure} name="in-time" label=${t("live.in_time")} value=${percent(attainment)} unit="%" state=${inTimeState(attainment)}
-        note=${t("live.in_time.note", { late: whole(totals.late), ended: whole(totals.ended) })} values=${columns.attainment} range=${[0.5, 1]} />
-      <${Figure} name="coverage" label=${t("live.coverage")} value=${percent(coverage)} unit="%"
-        note=${[coverageNote(t, coverage), driftNote(t, drift)].filter(Boolean).join(" · ")} values=${columns.coverage} range=${[0.5, 1]} />
+      ${figuresOf(t, settings, snapshot, columns).map((figure) => html`<${Figure} key=${figure.name} ...${figure} />`)}
     </ul>
   `;
 }

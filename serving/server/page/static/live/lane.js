@@ -59,7 +59,13 @@ function Outcome({ t, answer }) {
 }
 
 function spoken(t, row, ended) {
-  const values = { id: row.id, made: whole(row.made), median: whole(row.median), q90: whole(row.q90), seconds: seconds(Math.abs(row.due_s)) };
+  const values = {
+    id: row.id,
+    made: whole(row.made),
+    median: whole(row.median),
+    q90: whole(row.q90),
+    seconds: seconds(Math.abs(row.due_s)),
+  };
   if (ended) return t(`live.outcome.${outcomeOf(ended)}`, values);
   const parts = [t("live.lane.made", values)];
   if (Number.isFinite(row.median)) parts.push(t("live.lane.predicted", values));
@@ -73,7 +79,14 @@ export function Lane({ t, row, ended, isNew, axis }) {
   const kind = [ended ? "ended" : "", isNew ? "new" : "", over ? "overran" : "", row.due_s < 0 ? "late" : ""];
   const text = spoken(t, row, ended);
   return html`
-    <li class="lane ${kind.filter(Boolean).join(" ")}" title=${text} data-id=${row.id} data-made=${row.made} data-q10=${row.q10} data-q90=${row.q90}>
+    <li
+      class="lane ${kind.filter(Boolean).join(" ")}"
+      title=${text}
+      data-id=${row.id}
+      data-made=${row.made}
+      data-q10=${row.q10}
+      data-q90=${row.q90}
+    >
       <span class="visually-hidden">${text}</span>
       <span class="lane-cells" aria-hidden="true">
         <span class="lane-name">${row.id}${row.adapter && html`<i>${row.adapter}</i>`}</span>
@@ -84,7 +97,9 @@ export function Lane({ t, row, ended, isNew, axis }) {
           <${Reserved} row=${row} axis=${axis} />
           ${over && html`<${OverLabel} row=${row} axis=${axis} />`}
         </span>
-        <span class="lane-count"><b>${whole(row.made)}</b>${Number.isFinite(row.median) && html`<span> / ${whole(row.median)}</span>`}</span>
+        <span class="lane-count">
+          <b>${whole(row.made)}</b>${Number.isFinite(row.median) && html`<span> / ${whole(row.median)}</span>`}
+        </span>
         ${ended ? html`<${Outcome} t=${t} answer=${ended} />` : html`<${Due} t=${t} row=${row} />`}
       </span>
     </li>

@@ -18,10 +18,7 @@ addWords({
     "Batches by deadline: a request joins while the batch can still keep everyone's.",
     "按截止时间组批：只要整批仍能按时完成，请求就加入。",
   ],
-  "policy.slo_odbs": [
-    "Batches by deadline and predicted length together.",
-    "同时按截止时间和预测长度组批。",
-  ],
+  "policy.slo_odbs": ["Batches by deadline and predicted length together.", "同时按截止时间和预测长度组批。"],
   "policy.uellm_released": [
     "Sorts by objective plus half the predicted length and cuts batches of 10, as UELLM's released code does.",
     "按时限加一半预测长度排序，每 10 个一批，与 UELLM 公开的代码相同。",

@@ -17,12 +17,22 @@ function slackOf(item) {
 function Chip({ t, item, longest }) {
   const slack = slackOf(item);
   const width = NARROW + WIDER * ((item.median ?? 0) / longest);
-  const values = { id: item.id, waited: seconds(item.waited_s), median: whole(item.median), seconds: seconds(Math.abs(item.due_s)) };
+  const values = {
+    id: item.id,
+    waited: seconds(item.waited_s),
+    median: whole(item.median),
+    seconds: seconds(Math.abs(item.due_s)),
+  };
   const text = [t("live.chip", values)];
   if (Number.isFinite(item.median)) text.push(t("live.chip.predicted", values));
   if (Number.isFinite(item.due_s)) text.push(t(slack === "late" ? "live.lane.late" : "live.lane.left", values));
   return html`
-    <li class="chip ${slack} ${item.waited_s < NEW_S ? "new" : ""}" style=${{ width: `${width.toFixed(0)}px` }} title=${text.join(", ")} data-id=${item.id}>
+    <li
+      class="chip ${slack} ${item.waited_s < NEW_S ? "new" : ""}"
+      style=${{ width: `${width.toFixed(0)}px` }}
+      title=${text.join(", ")}
+      data-id=${item.id}
+    >
       <span class="visually-hidden">${text.join(", ")}</span>
       <span aria-hidden="true"><b>${slack === "late" ? "!\u2009" : ""}${item.id}</b> ${seconds(item.waited_s)}</span>
     </li>

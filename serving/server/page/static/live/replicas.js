@@ -26,18 +26,23 @@ function Part({ t, stage }) {
   const taken = stage.bytes;
   const predicted = stage.predicted_bytes;
   const largest = Math.max(taken ?? 0, predicted ?? 0, 1);
+  const wide = (value) => `${(value / largest) * 100}%`;
   const both = Number.isFinite(taken) && Number.isFinite(predicted);
+  const known = both ? "both" : Number.isFinite(taken) ? "taken" : "predicted";
   const values = { taken: bytes(taken), predicted: bytes(predicted) };
   return html`
     <li class="part" style=${{ flexGrow: to - from + 1 }}>
       <span class="part-bar"><b>${stage.device}</b> ${t("live.layers", { from, to })}</span>
-      ${(taken || predicted) && html`
+      ${
+        (taken || predicted) &&
+        html`
         <span class="memory" aria-hidden="true">
-          ${Number.isFinite(predicted) && html`<span class="memory-predicted" style=${{ width: `${(predicted / largest) * 100}%` }}></span>`}
-          ${Number.isFinite(taken) && html`<span class="memory-taken" style=${{ width: `${(taken / largest) * 100}%` }}></span>`}
+          ${Number.isFinite(predicted) && html`<span class="memory-predicted" style=${{ width: wide(predicted) }}></span>`}
+          ${Number.isFinite(taken) && html`<span class="memory-taken" style=${{ width: wide(taken) }}></span>`}
         </span>
-        <span class="part-note">${t(both ? "live.memory.both" : Number.isFinite(taken) ? "live.memory.taken" : "live.memory.predicted", values)}</span>
-      `}
+        <span class="part-note">${t(`live.memory.${known}`, values)}</span>
+      `
+      }
     </li>
   `;
 }
@@ -68,11 +73,14 @@ function Replica({ t, replica, alone }) {
           .join(" · ")}
       </p>
       <${Meter} t=${t} used=${replica.kv_used} limit=${replica.kv_limit} />
-      ${replica.stages.length > 0 && html`
+      ${
+        replica.stages.length > 0 &&
+        html`
         <ol class="placement" aria-label=${t("live.placement")}>
           ${replica.stages.map((stage) => html`<${Part} t=${t} stage=${stage} />`)}
         </ol>
-      `}
+      `
+      }
     </li>
   `;
 }
@@ -82,7 +90,10 @@ export function Replicas({ t, snapshot }) {
   const ready = replicas.filter(({ state }) => state === "ready").length;
   return html`
     <section class="card" aria-labelledby="replicas-title">
-      <h2 id="replicas-title">${t("live.replicas")} <span class="aside">${t("live.replicas.ready", { ready, count: replicas.length })}</span></h2>
+      <h2 id="replicas-title">
+        ${t("live.replicas")}${" "}
+        <span class="aside">${t("live.replicas.ready", { ready, count: replicas.length })}</span>
+      </h2>
       <ul class="replicas">
         ${replicas.map((replica) => html`<${Replica} key=${replica.number} t=${t} replica=${replica} alone=${replicas.length === 1} />`)}
       </ul>

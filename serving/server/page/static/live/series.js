@@ -7,7 +7,12 @@ export const BIN_S = 10;
 export function tokenRate(items, index) {
   const now = items[index];
   let start = index;
-  while (start > 0 && now.t - items[start - 1].t <= RATE_S && items[start - 1].totals.tokens <= items[start].totals.tokens) start -= 1;
+  while (
+    start > 0 &&
+    now.t - items[start - 1].t <= RATE_S &&
+    items[start - 1].totals.tokens <= items[start].totals.tokens
+  )
+    start -= 1;
   if (start === index) return null;
   return (now.totals.tokens - items[start].totals.tokens) / (now.t - items[start].t);
 }
@@ -32,7 +37,8 @@ export function columns(items, start, end) {
   for (const name of Object.keys(FIGURES)) found[name] = [];
   for (let index = Math.max(start, 0); index <= end; index += 1) {
     const snapshot = items[index];
-    if (index > start && snapshot.t - items[index - 1].t > GAP_S) addRow(found, items[index - 1].t + 1, () => null, null);
+    if (index > start && snapshot.t - items[index - 1].t > GAP_S)
+      addRow(found, items[index - 1].t + 1, () => null, null);
     addRow(found, snapshot.t, (figure) => figure(snapshot), tokenRate(items, index));
   }
   return found;

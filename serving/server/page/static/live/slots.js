@@ -24,7 +24,9 @@ export class Slots {
     const numbers = new Set(snapshot.replicas.map(({ number }) => number));
     for (const { replica } of snapshot.rows) numbers.add(replica ?? 0);
     if (!numbers.size) numbers.add(0);
-    this.placed = [...numbers].sort((a, b) => a - b).map((number) => this.placeGroup(snapshot, number, ended, lanesAtLeast));
+    this.placed = [...numbers]
+      .sort((a, b) => a - b)
+      .map((number) => this.placeGroup(snapshot, number, ended, lanesAtLeast));
     this.rows = new Map(snapshot.rows.map((row) => [row.id, row]));
     return this.placed;
   }
@@ -48,7 +50,9 @@ export class Slots {
       if (id !== null) return { row: byId.get(id), ended: null, isNew: freshIds.has(id) };
       const left = before[index];
       const answer = ended.get(left);
-      return answer && this.rows.has(left) ? { row: { ...this.rows.get(left), made: answer.made }, ended: answer } : null;
+      return answer && this.rows.has(left)
+        ? { row: { ...this.rows.get(left), made: answer.made }, ended: answer }
+        : null;
     });
     return { replica: number, lanes };
   }

@@ -4,11 +4,20 @@ const MOST_IN_A_FILE = 20_000;
 const MOST_ROWS = 256;
 
 const NO_TOTALS = {
-  tokens: 0, ended: 0, in_time: 0, late: 0, cancelled: 0, refused: 0, preempted: 0, overran: 0, requeued: 0,
+  tokens: 0,
+  ended: 0,
+  in_time: 0,
+  late: 0,
+  cancelled: 0,
+  refused: 0,
+  preempted: 0,
+  overran: 0,
+  requeued: 0,
 };
 const NO_RECENT = { answers: 0, ttft_p50: null, ttft_p95: null, latency_p50: null, latency_p95: null };
 
-const list = (value) => (Array.isArray(value) ? value.slice(0, MOST_ROWS).filter((item) => item && typeof item === "object") : []);
+const list = (value) =>
+  Array.isArray(value) ? value.slice(0, MOST_ROWS).filter((item) => item && typeof item === "object") : [];
 const numbers = (defaults, value) => {
   const found = { ...defaults };
   for (const name of Object.keys(defaults)) {
@@ -33,7 +42,11 @@ export function complete(raw) {
     totals: numbers(NO_TOTALS, raw.totals),
     kv: numbers({ used: 0, reserved: 0, limit: 0 }, raw.kv),
     recent: numbers(NO_RECENT, raw.recent),
-    replicas: list(raw.replicas).map((replica) => ({ ...replica, number: replica.number ?? 0, stages: list(replica.stages) })),
+    replicas: list(raw.replicas).map((replica) => ({
+      ...replica,
+      number: replica.number ?? 0,
+      stages: list(replica.stages),
+    })),
   };
 }
 

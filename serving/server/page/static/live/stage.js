@@ -44,6 +44,14 @@ function Legend({ t, predicts }) {
   `;
 }
 
+function FreeLane() {
+  return html`
+    <li class="lane free" aria-hidden="true">
+      <span class="lane-cells"><span class="lane-name"></span><span class="track"></span></span>
+    </li>
+  `;
+}
+
 function Group({ t, group, axis, replica, several }) {
   const away = replica && replica.state !== "ready";
   return html`
@@ -53,7 +61,7 @@ function Group({ t, group, axis, replica, several }) {
         ${group.lanes.map((lane, index) =>
           lane
             ? html`<${Lane} key=${lane.row.id} t=${t} axis=${axis} ...${lane} />`
-            : html`<li key=${`free${index}`} class="lane free" aria-hidden="true"><span class="lane-cells"><span class="lane-name"></span><span class="track"></span><span class="lane-count"></span><span class="due"></span></span></li>`,
+            : html`<${FreeLane} key=${`free${index}`} />`,
         )}
       </ul>
     </div>
@@ -80,7 +88,18 @@ export function Stage({ t, settings, snapshot, answers }) {
         <h3>${t("live.running.title")} <b>${whole(snapshot.running)}</b></h3>
         <div class="field-of-lanes" data-axis=${axis}>
           <${Axis} t=${t} axis=${axis} />
-          ${groups.map((group) => html`<${Group} key=${group.replica} t=${t} group=${group} axis=${axis} replica=${replicas.get(group.replica)} several=${groups.length > 1} />`)}
+          ${groups.map(
+            (group) => html`
+            <${Group}
+              key=${group.replica}
+              t=${t}
+              group=${group}
+              axis=${axis}
+              replica=${replicas.get(group.replica)}
+              several=${groups.length > 1}
+            />
+          `,
+          )}
         </div>
         ${more > 0 && html`<p class="more">${t("live.more", { count: whole(more) })}</p>`}
         <${Legend} t=${t} predicts=${predicts} />

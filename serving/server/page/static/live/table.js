@@ -8,17 +8,27 @@ const MOST_TIMES = 18;
 
 // columns: [name of its words, value of a row, whether a phone shows it]
 function Table({ t, caption, name, columns, rows }) {
+  const width = (narrow) => (narrow ? "" : "wide");
+  const head = ([words, , narrow]) => html`<th scope="col" class=${width(narrow)}>${t(words)}</th>`;
+  const cell =
+    (row) =>
+    ([, value, narrow]) =>
+      html`<td class=${width(narrow)}>${value(row)}</td>`;
   return html`
     <section class="card table" aria-labelledby=${`table-${name}`}>
       <h2 id=${`table-${name}`}>${caption}</h2>
-      ${rows.length ? html`
+      ${
+        rows.length
+          ? html`
         <table aria-labelledby=${`table-${name}`} data-table=${name}>
-          <thead><tr>${columns.map(([words, , narrow]) => html`<th scope="col" class=${narrow ? "" : "wide"}>${t(words)}</th>`)}</tr></thead>
+          <thead><tr>${columns.map(head)}</tr></thead>
           <tbody>
-            ${rows.map((row) => html`<tr>${columns.map(([, value, narrow]) => html`<td class=${narrow ? "" : "wide"}>${value(row)}</td>`)}</tr>`)}
+            ${rows.map((row) => html`<tr>${columns.map(cell(row))}</tr>`)}
           </tbody>
         </table>
-      ` : html`<p class="nothing">${t("table.none")}</p>`}
+      `
+          : html`<p class="nothing">${t("table.none")}</p>`
+      }
     </section>
   `;
 }
@@ -71,7 +81,11 @@ export function Tables({ t, snapshot, items, index, answers, rate }) {
     ["table.waiting", ({ snapshot: found }) => whole(found.waiting), true],
     ["table.latency50", ({ snapshot: found }) => seconds(found.recent.latency_p50), false],
     ["table.latency95", ({ snapshot: found }) => seconds(found.recent.latency_p95), false],
-    ["table.kv", ({ snapshot: found }) => `${short(found.kv.used)} / ${short(found.kv.reserved)} / ${short(found.kv.limit)}`, false],
+    [
+      "table.kv",
+      ({ snapshot: found }) => `${short(found.kv.used)} / ${short(found.kv.reserved)} / ${short(found.kv.limit)}`,
+      false,
+    ],
     ["table.in_time_share", ({ snapshot: found }) => percent(found.attainment), true],
   ];
   return html`

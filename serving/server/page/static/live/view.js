@@ -58,7 +58,8 @@ function useDerived(store) {
   return kept.current.found;
 }
 
-const isIdle = ({ totals, running, waiting }) => totals.ended + totals.refused + running + waiting === 0 && totals.tokens === 0;
+const isIdle = ({ totals, running, waiting }) =>
+  totals.ended + totals.refused + running + waiting === 0 && totals.tokens === 0;
 
 function Panels({ t, settings, theme, store, moment, asTables }) {
   const { snapshot, answers, columns, outcomes, items, index, range } = moment;
@@ -68,7 +69,8 @@ function Panels({ t, settings, theme, store, moment, asTables }) {
     store.goTo(time);
   };
   if (isIdle(snapshot)) return html`<${Empty} t=${t} settings=${settings} />`;
-  if (asTables) return html`<${Tables} t=${t} snapshot=${snapshot} items=${items} index=${index} answers=${answers} rate=${tokenRate} />`;
+  if (asTables)
+    return html`<${Tables} t=${t} snapshot=${snapshot} items=${items} index=${index} answers=${answers} rate=${tokenRate} />`;
   return html`
     <${Stage} t=${t} settings=${settings} snapshot=${snapshot} answers=${answers} />
     <section class="card charts" aria-label=${t("live.charts")}>

@@ -41,7 +41,10 @@ addWords({
   "live.outcome.done": ["Request {id} has ended in time: {made} tokens", "请求 {id} 按时完成：{made} 词元"],
   "live.outcome.late": ["Request {id} has ended late: {made} tokens", "请求 {id} 超时完成：{made} 词元"],
   "live.outcome.cut": ["Request {id} was cut: {made} tokens", "请求 {id} 被截断：{made} 词元"],
-  "live.outcome.cancelled": ["Request {id} was cancelled by its client: {made} tokens", "请求 {id} 被客户端取消：{made} 词元"],
+  "live.outcome.cancelled": [
+    "Request {id} was cancelled by its client: {made} tokens",
+    "请求 {id} 被客户端取消：{made} 词元",
+  ],
   "live.ended": ["Ended", "已完成"],
   "live.ended.list": ["The answers that ended last, the newest first", "最近完成的回答，最新的在前"],
   "live.ended.none": ["None has ended yet.", "尚无完成的回答。"],
@@ -69,7 +72,10 @@ addWords({
   "live.ttft50": ["first token p50", "首词元 p50"],
   "live.ttft95": ["first token p95", "首词元 p95"],
   "live.chart.kv": ["KV memory, tokens", "KV 显存（词元）"],
-  "live.chart.kv.summary": ["{used} used, {reserved} reserved of {limit}", "已用 {used}，预留 {reserved}，上限 {limit}"],
+  "live.chart.kv.summary": [
+    "{used} used, {reserved} reserved of {limit}",
+    "已用 {used}，预留 {reserved}，上限 {limit}",
+  ],
   "live.chart.shares": ["In time and within q90, %", "按时与 q90 以内（%）"],
   "live.chart.shares.summary": ["{in_time} and {coverage}", "{in_time} 与 {coverage}"],
   "live.aim": ["aim of q90", "q90 目标"],
@@ -166,7 +172,7 @@ addWords({
 });
 
 addWords({
-  "replay": ["Replay", "回放"],
+  replay: ["Replay", "回放"],
   "replay.play": ["Play", "播放"],
   "replay.pause": ["Pause", "暂停"],
   "replay.speed": ["Speed", "速度"],
@@ -180,7 +186,10 @@ addWords({
   "replay.load": ["Open a file of snapshots", "打开快照文件"],
   "replay.open": ["Open", "打开"],
   "replay.file": ["Showing the file {name}: {count} snapshots", "正在显示文件 {name}：{count} 个快照"],
-  "replay.bad_line": ["{name}: line {line} is not a snapshot (JSON lines, as Save writes)", "{name}：第 {line} 行不是快照（应为“保存”所写的 JSON 行）"],
+  "replay.bad_line": [
+    "{name}: line {line} is not a snapshot (JSON lines, as Save writes)",
+    "{name}：第 {line} 行不是快照（应为“保存”所写的 JSON 行）",
+  ],
   "replay.empty_file": ["{name} holds no snapshots", "{name} 中没有快照"],
   "replay.too_large": ["{name} is larger than 64 MiB", "{name} 超过 64 MiB"],
   "empty.title": ["Ready, and nothing to do yet", "已就绪，尚无请求"],
