@@ -142,9 +142,12 @@ def test_a_saved_file_is_shown_elsewhere(saved, tmp_path):
     hostile = tmp_path / "hostile.jsonl"
     row = {"id": "<img src=x onerror=alert(1)>", "made": "<b>", "adapter": {"a": 1}, "replica": [1]}
     text = "<img src=x onerror=alert(1)>"
-    hostile.write_text(json.dumps({"t": 5, "policy": text, "rows": [row, 7], "replicas": [row]}))
+    replica = row | {"stages": [{"layers": "all"}], "devices": {"a": [1]}, "state": text}
+    lines = {"t": 5, "policy": text, "rows": [row, 7], "queue": [{"waited_s": text}, None]}
+    lines |= {"replicas": [replica], "attainment": text, "kv": text, "totals": [text]}
+    hostile.write_text(json.dumps(lines))
     chooser.set_input_files(hostile)
-    page.get_by_role("heading", name=text).wait_for()
+    page.get_by_role("heading", name=text, exact=True).wait_for()
     assert page.locator("img[src=x]").count() == 0
 
 
@@ -247,6 +250,39 @@ def test_a_click_on_a_chart_goes_to_its_moment(open_page, address):
     box = plot.bounding_box()
     plot.click(position={"x": box["width"] - 2, "y": 20})
     page.get_by_text("connected, showing the past").wait_for()
+
+
+SILENT = """() => {
+    const real = window.fetch;
+    window.fetch = async (path, options) => {
+        const found = await real(path, options);
+        if (!String(path).includes('api/live')) return found;
+        window.fetch = real;
+        const reader = found.body.getReader();
+        const first = (await reader.read()).value;
+        await reader.cancel();
+        const body = new ReadableStream({ start: to => {
+            to.enqueue(first);
+            options.signal.onabort = () => to.error(options.signal.reason);
+        } });
+        return new Response(body, { headers: found.headers });
+    };
+}"""
+
+
+@pytest.mark.slow  # the page gives a silent server some seconds
+def test_a_silent_stream_is_left_and_its_gap_filled(open_page, address):
+    page = open_page("/")
+    page.get_by_role("link", name="Live", exact=True).wait_for()
+    page.evaluate(SILENT)  # as a network that has gone: the stream neither ends nor goes on
+    page.get_by_role("link", name="Live", exact=True).click()
+    page.locator(".live-page[data-time]").wait_for()
+    silent_at = shown_time(page)
+    page.get_by_text("The connection to the server is cut.").wait_for()
+    assert shown_time(page) == silent_at
+    page.get_by_text("connected", exact=True).wait_for()
+    wait_for(lambda: shown_time(page) > silent_at + 5)
+    assert page.locator("[data-event=gap]").count() == 0
 
 
 @pytest.fixture

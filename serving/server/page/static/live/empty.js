@@ -1,11 +1,13 @@
 // What a server shows before its first request: what will be here, and how to send some load.
+import { currentKey } from "../api.js";
 import { html } from "../html.js";
 
 export function Empty({ t, settings }) {
   const root = new URL(".", location.href).href.replace(/\/$/, "");
-  const batch = `python -m serving.batch --model ${root}/v1 --input rows.jsonl --output answers.jsonl`;
+  const keyed = currentKey() !== null;
+  const batch = `python -m serving.batch --model ${root}/v1 --input rows.jsonl --output answers.jsonl${keyed ? " --api_key KEY" : ""}`;
   const body = JSON.stringify({ model: settings.model, prompt: "Hello", max_tokens: 200 });
-  const one = `curl ${root}/v1/completions -H "Content-Type: application/json" -d '${body}'`;
+  const one = `curl ${root}/v1/completions -H "Content-Type: application/json"${keyed ? ' -H "Authorization: Bearer KEY"' : ""} -d '${body}'`;
   return html`
     <section class="card empty" aria-labelledby="empty-title">
       <h2 id="empty-title">${t("empty.title")}</h2>

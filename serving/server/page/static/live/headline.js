@@ -1,6 +1,6 @@
 // The policy in force, in words, and five large numbers, each with its last minutes.
 import { html } from "../html.js";
-import { NONE, percent, short, whole } from "./format.js";
+import { NONE, percent, seconds, short, whole } from "./format.js";
 import { Spark } from "./spark.js";
 
 const WANTED_COVERAGE = 0.9;
@@ -52,7 +52,7 @@ export function Policy({ t, policy }) {
 
 function waitingNote(t, { queue }) {
   if (!queue.length) return t("live.waiting.none");
-  return t("live.waiting.longest", { seconds: queue[0].waited_s?.toFixed(1) ?? NONE });
+  return t("live.waiting.longest", { seconds: seconds(queue[0].waited_s) });
 }
 
 function figuresOf(t, settings, snapshot, columns) {

@@ -22,7 +22,7 @@ export function ReplicaLine({ t, replica }) {
 
 // layers: the first and the last of the stage.
 function Part({ t, stage }) {
-  const [from, to] = stage.layers ?? [0, 0];
+  const [from, to] = Array.isArray(stage.layers) ? stage.layers : [0, 0];
   const taken = stage.bytes;
   const predicted = stage.predicted_bytes;
   const largest = Math.max(taken ?? 0, predicted ?? 0, 1);

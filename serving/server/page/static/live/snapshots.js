@@ -42,6 +42,7 @@ export function complete(raw) {
     totals: numbers(NO_TOTALS, raw.totals),
     kv: numbers({ used: 0, reserved: 0, limit: 0 }, raw.kv),
     recent: numbers(NO_RECENT, raw.recent),
+    ...numbers({ attainment: null, coverage: null, drift: null }, raw),
     replicas: list(raw.replicas).map((replica) => ({
       ...replica,
       number: replica.number ?? 0,
