@@ -27,7 +27,7 @@ export class Store {
       asked = true;
       requestAnimationFrame(() => {
         asked = false;
-        changed();
+        if (!document.hidden) changed();
       });
     };
     document.addEventListener("visibilitychange", this.changed);
