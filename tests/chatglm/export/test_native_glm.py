@@ -136,7 +136,9 @@ def test_our_own_loader_reads_the_exported_folder(opened, name):
 def test_a_releases_table_and_own_dtypes_come_back(tmp_path):
     """The files of the releases hold inv_freq in their dtype, and code that is not restored."""
     folder = make_release(tmp_path / "glm3", "glm3")
-    state = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
+    state = {
+        name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()
+    }
     state[INV_FREQ] = torch.rand(2).half()
     norm = "transformer.encoder.final_layernorm.weight"
     state[norm] = state[norm].float()
@@ -298,7 +300,9 @@ def test_models_that_glm_cannot_be(tmp_path, tiny_folders, capsys):
 
 def test_models_that_chatglm_cannot_be(tmp_path, tiny_folders, capsys):
     back = ("--to", "chatglm", "--output", tmp_path / "back")
-    assert 'wants "model_type": "glm", got "chatglm"' in refused(capsys, tiny_folders["glm2"], *back)
+    assert 'wants "model_type": "glm", got "chatglm"' in refused(
+        capsys, tiny_folders["glm2"], *back
+    )
     norms = make_causal_folder(tmp_path / "glm4", "glm4")
     assert 'got "glm4"' in refused(capsys, norms, *back)
     plain = make_causal_folder(tmp_path / "plain", "glm")
