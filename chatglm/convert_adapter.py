@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from .configuration import ChatGLMConfig
     from .lora_layouts import Update
+    from .modeling_base import ChatGLMCausalLM
 
 ENABLED = "enable_lora"  # of adapter_config.json: the parts of a layer that MergedLinear updates
 PLAIN_KEYS = ("use_dora", "lora_bias", "modules_to_save", "layer_replication", "target_parameters")
@@ -184,7 +185,7 @@ def save_lora(
     return options
 
 
-def model_outline(config: "ChatGLMConfig") -> "nn.Module":
+def model_outline(config: "ChatGLMConfig") -> "ChatGLMCausalLM":
     """The model of a configuration on the meta device, without memory for its weights."""
     import torch
 

@@ -22,6 +22,7 @@ from ..families import FAMILIES
 from ..files import read_json, shorten
 from ..folders import check_folder, check_json_files, read_model_config
 from ..loading import base_of_adapter, load_tokenizer, resolve_mode
+from ..lora_layouts import Update
 from ..saving import put_in_place
 from ..shards import BaseWeights
 from ..tokenization import ChatGLMTokenizer
@@ -37,7 +38,7 @@ from .layout import (
     says_the_same,
 )
 from .templates import exported_template
-from .vocabularies import fast_tokenizer, vocabulary_of, written_name
+from .vocabularies import fast_tokenizer, ranks_of_tokenizer, written_name
 from .weights import (
     INV_FREQ,
     ChatGLMTensors,
@@ -181,7 +182,7 @@ class GlmExport:
         if config.tie_word_embeddings:
             del self.shapes["transformer.output_layer.weight"]
         self.weights = BaseWeights(folder)
-        self.updates = {}
+        self.updates: dict[str, Update] = {}
         if adapter is not None:
             refuse_quantized(folder, shapes)
             self.source, self.updates = adapter_updates(adapter, folder, config)
@@ -379,7 +380,7 @@ def restore_tokenizer(folder: Path, family: str, note: dict[str, Any], aside: Pa
         shutil.copyfile(folder / VOCABULARY, aside / VOCABULARY)
     else:
         file = folder / "tokenizer.json"
-        content = vocabulary_of(file) if family == "glm4" and file.is_file() else None
+        content = ranks_of_tokenizer(file) if family == "glm4" and file.is_file() else None
         if content is None:
             return False
         (aside / VOCABULARY).write_bytes(content)

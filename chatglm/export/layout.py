@@ -135,7 +135,7 @@ def chatglm_config(file: Path, config: Any, family: str) -> dict[str, Any]:
     """
     rope = config.rope_parameters
     kind, theta = rope.get("rope_type", "default"), float(rope["rope_theta"])
-    wanted = {"hidden_act": (config.hidden_act, "silu")}
+    wanted: dict[str, tuple[Any, Any]] = {"hidden_act": (config.hidden_act, "silu")}
     wanted["partial_rotary_factor"] = (rope.get("partial_rotary_factor", 1.0), 0.5)
     if kind == "linear":
         wanted["rope_theta"] = (theta, BASE)

@@ -70,7 +70,8 @@ def sentencepiece_encoder(path: Path) -> Tokenizer:
     """
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto()
+    protobuf: Any = sentencepiece_model_pb2  # its classes are made when it is imported
+    model = protobuf.ModelProto()
     model.ParseFromString(path.read_bytes())
     check_sentencepiece(path, model)
     vocabulary: dict[str, int] = {}
@@ -152,7 +153,7 @@ def piece_merges(pieces: Any) -> list[tuple[str, str]]:
 # ---- back
 
 
-def vocabulary_of(file: Path) -> bytes | None:
+def ranks_of_tokenizer(file: Path) -> bytes | None:
     """GLM-4's tokenizer.model of a tokenizer.json; None where that is no byte-pair vocabulary.
 
     Its ids are ranks: a token's rank decides what is merged first.

@@ -99,7 +99,7 @@ def test_chats_and_greedy_answers_are_ours(opened, name):
         answers = model.generate(**batch, do_sample=False, max_new_tokens=NEW)
     assert torch.equal(found["answers"], answers)
     assert found["ends"].tolist() == tokenizer.stop_ids
-    assert len(set(answers[:, ids[0].__len__() :].flatten().tolist())) > 3
+    assert len(set(answers[:, len(ids[0]) :].flatten().tolist())) > 3
 
 
 @pytest.mark.parametrize("name", RELEASES)

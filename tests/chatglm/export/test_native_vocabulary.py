@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from chatglm import load_tokenizer
 from chatglm.export.folders import export_glm
-from chatglm.export.vocabularies import fast_tokenizer, vocabulary_of
+from chatglm.export.vocabularies import fast_tokenizer, ranks_of_tokenizer
 from tests.chatglm.export.outside import run_outside
 from tests.conftest import shared_file, tiny_model, write_tokenizer
 
@@ -200,25 +200,25 @@ def test_ranks_come_back_from_tokenizer_json(small, tmp_path):
     file = tmp_path / "tokenizer.json"
     theirs.save(str(file))
     with open(ours.vocab_file, "rb") as original:
-        assert vocabulary_of(file) == original.read()
+        assert ranks_of_tokenizer(file) == original.read()
     # a copy in whose vocabulary the control tokens stand too
     values = json.loads(file.read_text("utf-8"))
     for token in values["added_tokens"]:
         values["model"]["vocab"][token["content"]] = token["id"]
     file.write_text(json.dumps(values), encoding="utf-8")
     with open(ours.vocab_file, "rb") as original:
-        assert vocabulary_of(file) == original.read()
+        assert ranks_of_tokenizer(file) == original.read()
 
 
 def test_other_tokenizers_give_no_ranks(small, tmp_path):
     file = tmp_path / "tokenizer.json"
     small["glm2"][1].save(str(file))
-    assert vocabulary_of(file) is None
+    assert ranks_of_tokenizer(file) is None
     small["glm4"][1].save(str(file))
     values = json.loads(file.read_text("utf-8"))
     values["model"]["vocab"].pop("h")
     file.write_text(json.dumps(values), encoding="utf-8")
-    assert vocabulary_of(file) is None
+    assert ranks_of_tokenizer(file) is None
 
 
 def test_a_fast_tokenizer_needs_no_model_of_ours(small):
