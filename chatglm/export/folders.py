@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..adapter_folders import conversion
 from ..causal import causal_config, check_causal_weights
-from ..checksums import verified
+from ..checksums import check_folder_files, is_top, verified
 from ..configuration import SHARED_LAYOUT, ChatGLM2Config, ChatGLMConfig
 from ..convert_adapter import model_outline
 from ..families import FAMILIES
@@ -118,7 +118,10 @@ def export_glm(
     if keep_adapter and adapter is None:
         raise ValueError(f"--keep_adapter: {folder} is no adapter")
     family = family_to_export(folder, mode, base)
-    model = base_of_adapter(folder, base) if adapter else folder
+    model = folder
+    if adapter is not None:
+        model = base_of_adapter(folder, base)
+        check_folder_files(folder, verify, wanted=is_top)
 
     def write(aside: Path) -> str:
         with verified(model, verify):

@@ -146,6 +146,18 @@ def test_a_conversation_that_asks_for_nothing(small, family):
         )
 
 
+def test_line_ends_that_begin_a_glm4_message_join_its_header(real):
+    """As in the published chat template: text cannot say where the header ends."""
+    ours, theirs = real["glm4"]
+    newline, two = ours.encode_text("\n"), ours.encode_text("\n\n")
+    wanted = family_of(ours).encode_chat(ours, "\n你好")
+    messages = [{"role": "user", "content": "\n你好"}]
+    found = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    place = wanted.index(newline[0])
+    assert wanted[place : place + 2] == newline * 2
+    assert found == [*wanted[:place], *two, *wanted[place + 2 :]]
+
+
 def test_the_long_release_calls_itself_otherwise():
     assert "名为 GLM-4 的" in exported_template("glm4", "GLM-4")
     assert "名为 ChatGLM 的" in exported_template("glm4", "ChatGLM")
