@@ -36,6 +36,7 @@ COMMANDS = {
     "download": Entry("chatglm.download", "fetch a model from a hub, checked"),
     "checksums": Entry("chatglm.checksums", "check a model's files"),
     "convert": Entry("chatglm.convert_adapter", "read and write other projects' adapters"),
+    "export": Entry("chatglm.export.command", "a ChatGLM model as transformers' own GLM, and back"),
     "report": Entry("finetune.report", "a page of a training run's record"),
 }
 

@@ -119,7 +119,7 @@ def merge(
     from chatglm import load_tokenizer
     from chatglm.adapters import read_adapter, refuse_layout
     from chatglm.loading import resolve_mode
-    from finetune.files import put_in_place
+    from chatglm.saving import put_in_place
     from finetune.merging import merge_weights
 
     base, adapter, save_dir = base.resolve(), adapter.resolve(), save_dir.resolve()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from .configuration import ChatGLMConfig
     from .lora_layouts import Update
+    from .modeling_base import ChatGLMCausalLM
 
 ENABLED = "enable_lora"  # of adapter_config.json: the parts of a layer that MergedLinear updates
 PLAIN_KEYS = ("use_dora", "lora_bias", "modules_to_save", "layer_replication", "target_parameters")
@@ -141,20 +142,37 @@ def write_lora(
     source: AdapterSource, base: Path, config: "ChatGLMConfig", folder: Path, alpha: float | None
 ) -> str:
     """Write peft's files of a LoRA adapter; returns what they hold. Raises ValueError."""
+    linear = linear_layers(model_outline(config))
+    updates = read_updates(source, config, linear, alpha)
+    check_updates(source.path, base, updates, linear)
+    options = save_lora(source, updates, linear, str(base), folder)
+    return f"LoRA of {len(updates)} layers, rank {options['r']}, alpha {options['lora_alpha']}"
+
+
+def save_lora(
+    source: AdapterSource,
+    updates: "dict[str, Update]",
+    linear: dict[str, tuple[int, int]],
+    base: str,
+    folder: Path,
+) -> dict[str, Any]:
+    """Write peft's files of updates into `folder`; returns its LoraConfig's fields of them.
+
+    Args:
+        source: says the dropout.
+        linear: {layer: (outputs, inputs)} of every linear layer of the model.
+        base: the model's folder, by which the adapter names it.
+    """
     from peft import LoraConfig
     from safetensors.torch import save_file
 
     from .adapters import ADAPTER_FILES, PEFT
     from .lora_layouts import lora_options
 
-    model = model_outline(config)
-    linear = linear_layers(model)
-    updates = read_updates(source, config, linear, alpha)
-    check_updates(source.path, base, updates, linear)
     options: dict[str, Any] = lora_options(updates, linear)
     LoraConfig(
         **options,
-        base_model_name_or_path=str(base),
+        base_model_name_or_path=base,
         task_type="CAUSAL_LM",
         lora_dropout=float((source.values or {}).get("lora_dropout") or 0.0),
         inference_mode=True,
@@ -164,10 +182,10 @@ def write_lora(
         tensors[f"{PEFT}{module}.lora_A.weight"] = update.a.contiguous()
         tensors[f"{PEFT}{module}.lora_B.weight"] = update.b.contiguous()
     save_file(tensors, folder / ADAPTER_FILES[0], {"format": "pt"})
-    return f"LoRA of {len(updates)} layers, rank {options['r']}, alpha {options['lora_alpha']}"
+    return options
 
 
-def model_outline(config: "ChatGLMConfig") -> "nn.Module":
+def model_outline(config: "ChatGLMConfig") -> "ChatGLMCausalLM":
     """The model of a configuration on the meta device, without memory for its weights."""
     import torch
 

@@ -208,6 +208,11 @@ class ChatGLMTokenizer(FamilyTokenizer, PreTrainedTokenizer):
     def __len__(self) -> int:
         return self.vocab_size
 
+    @property
+    def control_tokens(self) -> dict[str, int]:
+        """{control token: its id}."""
+        return dict(self._commands)
+
     def get_command(self, token: str) -> int:
         """Id of a control token by its name. Raises KeyError where the family has no such token."""
         if token not in self._commands:

@@ -127,9 +127,17 @@ class CausalTokenizer(FamilyTokenizer, PreTrainedTokenizerFast):
 
     @property
     def raw_start(self) -> list[int]:
-        """Ids before raw text: the tokenizer's beginning of a text, where it has one."""
-        ids = self._readers[0].encode("", add_special_tokens=True).ids
-        return list(ids[:1]) if ids[:1] == [self.bos_token_id] else []
+        """Ids before raw text: the tokenizer's beginning of a text, where it has one.
+
+        GLM's has two control tokens, [gMASK] and <sop>.
+        """
+        ids = list(self._readers[0].encode("", add_special_tokens=True).ids)
+        start = ids[:1] if ids[:1] == [self.bos_token_id] else []
+        for index in ids[len(start) :]:
+            if index in self.stop_ids:
+                break
+            start.append(index)
+        return start
 
     def decode_text(self, ids: list[int]) -> str:
         """The text of ids."""

@@ -30,12 +30,13 @@ from chatglm.family_tokenizer import FamilyTokenizer
 from chatglm.files import read_json
 from chatglm.loading import PREFIX, read_tensors, stop_ids
 from chatglm.runs import MANIFEST, check_not_run, committed_checkpoints, step_of
+from chatglm.saving import disk_errors, flush, flush_tree, set_modes
 from finetune.config import RunConfig, TrainConfig
 from finetune.contents import path_contents
 from finetune.distributed import agree, rank, say, whole_size, without_prints, world_size
 from finetune.ds_file import read_ds_file
 from finetune.elastic import read_shards, restore, weights_only
-from finetune.files import disk_errors, flush, flush_tree, set_modes, sha256, write_json
+from finetune.files import sha256, write_json
 from finetune.lora import check_lora_start, on_original_base
 from finetune.methods import Method
 from finetune.record import RUN, is_better_value, versions

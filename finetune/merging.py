@@ -3,7 +3,6 @@
 Memory holds the adapter and one shard of the result.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,24 +22,21 @@ from chatglm.causal import empty_causal
 from chatglm.configuration import ChatGLMConfig
 from chatglm.folders import read_model_config
 from chatglm.loading import model_class_of, set_prefix
+from chatglm.saving import disk_errors
+from chatglm.shards import SHARD_BYTES, BaseWeights, plan_shards, shard_file, write_index
 from chatglm.weights import (
     check_fit,
-    open_safetensors,
-    read_bin,
     refuse_missing,
     refuse_quantized,
     stored_prefix,
     stored_shapes,
-    weight_files,
 )
 from finetune.checkpoint import check_disk
-from finetune.files import disk_errors
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-SHARD_BYTES = 2_000_000_000
 TOLERANCE = 1e-4  # of a layer's outputs in fp32, merged against adapted, over the largest of them
 
 
@@ -58,40 +54,6 @@ class Merged:
     layers: int
     difference: float
     dtype: torch.dtype
-
-
-class BaseWeights:
-    """The tensors of a model folder by name, read lazily."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.files: dict[str, Path] = {}  # tensor -> its file
-        # Files of torch's format, which are read whole.
-        self.bins: dict[Path, dict[str, Tensor]] = {}
-        for file in weight_files(folder):
-            self.files |= dict.fromkeys(self.names_in(file), file)
-
-    def names_in(self, file: Path) -> list[str]:
-        """Names of the tensors in a file."""
-        if file.suffix == ".safetensors":
-            with open_safetensors(file) as tensors:
-                return list(tensors.keys())
-        self.bins[file] = read_bin(file)
-        return list(self.bins[file])
-
-    def __getitem__(self, name: str) -> Tensor:
-        file = self.files[name]
-        if file in self.bins:
-            return self.bins[file][name]
-        with open_safetensors(file) as tensors:
-            return tensors.get_tensor(name)
-
-    def dtype(self) -> torch.dtype:
-        """The dtype of the first floating-point tensor."""
-        for name in self.files:
-            if self[name].dtype.is_floating_point:
-                return self[name].dtype
-        raise ValueError(f"{self.folder}: no tensor of floating-point numbers")
 
 
 def empty_model(base: Path, mode: str, shapes: dict[str, list[int]]) -> "PreTrainedModel":
@@ -272,22 +234,6 @@ def merge_and_compare(name: str, layer: Any, probe: Tensor) -> float:
     return difference
 
 
-def plan_shards(
-    shapes: dict[str, torch.Size], names: list[str], dtype: torch.dtype
-) -> list[list[str]]:
-    """The names in order, in one list per file of at most SHARD_BYTES."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name in names:
-        added = math.prod(shapes[name]) * dtype.itemsize
-        if shards[-1] and size + added > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += added
-    return shards
-
-
 def merge_weights(
     base: Path,
     adapter: Path,
@@ -319,7 +265,8 @@ def merge_weights(
     # Old folders hold tables besides, which are not copied.
     names = list(filter(shapes.__contains__, weights.files))
     check_base(base, model, stored)
-    total = sum(math.prod(shapes[name]) for name in names) * dtype.itemsize
+    sizes = {name: math.prod(shapes[name]) * dtype.itemsize for name in names}
+    total = sum(sizes.values())
     check_disk(output, total + 10_000_000, "the merged model")
     merger = Merger(weights, adapted_model(model, adapter), torch.device(device), dtype)
     for name in tied_parts(model):
@@ -328,7 +275,7 @@ def merge_weights(
                 f"{adapter} changes {name}, which shares its weight with another part of {base}: "
                 f"it cannot be merged"
             )
-    files = save_shards(merger, plan_shards(shapes, names, dtype), output)
+    files = save_shards(merger, plan_shards(sizes, SHARD_BYTES), output)
     if not merger.changed:
         raise ValueError(
             f"{adapter} changes nothing: every merged weight is the base's ({base}); "
@@ -341,23 +288,13 @@ def merge_weights(
     return Merged(len(merger.layers), merger.difference, dtype)
 
 
-def write_index(files: dict[str, str], total: int, output: Path) -> None:
-    """Write the index of several shards: {tensor: file name}, and their bytes."""
-    if len(set(files.values())) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": files}
-        text = json.dumps(index, indent=2, sort_keys=True)
-        (output / "model.safetensors.index.json").write_text(text + "\n")
-
-
 def save_shards(merger: Merger, shards: list[list[str]], output: Path) -> dict[str, str]:
     """Write the merged tensors, a file per shard; returns {tensor: file name}."""
     from safetensors.torch import save_file
 
     files: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        if len(shards) == 1:
-            file = "model.safetensors"
+        file = shard_file(number, len(shards))
         with disk_errors(output):
             save_file({name: merger[name] for name in names}, output / file, {"format": "pt"})
         files |= dict.fromkeys(names, file)

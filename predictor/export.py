@@ -21,7 +21,8 @@ import numpy as np
 
 from chatglm.checksums import check_folder_files, is_top
 from chatglm.commands import Parser, run_command
-from finetune.files import put_in_place, sha256, writing
+from chatglm.saving import put_in_place
+from finetune.files import sha256, writing
 from predictor.backbones import BACKBONES, ChatGLMBackbone, EncoderBackbone, find_base_model
 from predictor.command_flags import add_yes_no
 from predictor.decoder import CARD, read_card, write_card

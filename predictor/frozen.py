@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chatglm.families import family_of
+from chatglm.saving import put_in_place
 from finetune.distributed import rank, say, with_local_model
-from finetune.files import CACHE_GB, cache_arrays, put_in_place, read_arrays, sha256, writing
+from finetune.files import CACHE_GB, cache_arrays, read_arrays, sha256, writing
 from predictor.backbones import (
     BACKBONES,
     Backbone,

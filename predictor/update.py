@@ -24,7 +24,8 @@ import numpy as np
 from chatglm.checksums import CHECKSUMS
 from chatglm.commands import Parser, run_command, whole
 from chatglm.files import read_json
-from finetune.files import put_in_place, sha256, write_json
+from chatglm.saving import put_in_place
+from finetune.files import sha256, write_json
 from finetune.rows.formats import BadRow
 from finetune.rows.sources import read_json_items
 from predictor.calibration import kaplan_meier

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from chatglm.commands import Parser, run_command  # noqa: E402
 from chatglm.families import CHATGLM_FAMILIES  # noqa: E402
 from chatglm.files import read_json  # noqa: E402
-from finetune.files import set_modes, writing  # noqa: E402
+from chatglm.saving import set_modes  # noqa: E402
+from finetune.files import writing  # noqa: E402
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chatglm.commands import Parser, run_command
-from finetune.files import flush
+from chatglm.saving import flush
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from chatglm.commands import child_environment
 from chatglm.files import read_json
-from finetune.files import put_in_place, sha256
+from chatglm.saving import put_in_place
+from finetune.files import sha256
 from predictor.decoder import CARD, read_card
 from predictor.held_out import describe_held_out
 from serving.server.predictors import Predictors, one_line_of

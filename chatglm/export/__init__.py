@@ -1,0 +1,1 @@
+"""ChatGLM models as transformers' own GlmForCausalLM, and back: python -m chatglm.export."""

@@ -1,0 +1,86 @@
+"""Folders that are written aside and renamed into place, whole or not at all. Free of torch."""
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .checksums import write_checksums
+
+CANNOT = "cannot be written: "
+
+
+def flush(path: Path) -> None:
+    """Force a file, or a folder's list of names, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def flush_tree(folder: Path) -> None:
+    """Force every file and folder below `folder` to disk."""
+    for path in [*folder.rglob("*"), folder]:
+        flush(path)
+
+
+def set_modes(folder: Path) -> None:
+    """Give the files below `folder` the mode of the umask: safetensors writes 0600."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
+def put_in_place(aside: Path, output: Path) -> None:
+    """Write checksums in the folder `aside`, flush it and move it to `output`.
+
+    A folder at `output` is swapped with it, atomically where the system can, and is at `aside`
+    afterwards.
+    """
+    set_modes(aside)
+    write_checksums(aside)
+    flush_tree(aside)
+    if output.exists():
+        exchange(aside, output)
+    else:
+        os.replace(aside, output)
+    flush(output.parent)
+
+
+def exchange(aside: Path, output: Path) -> None:
+    """Swap two folders atomically where the system can (renameat2 of Linux), else by renames."""
+    cwd, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    with suppress(OSError, AttributeError):
+        rename = ctypes.CDLL(None).renameat2
+        if rename(cwd, os.fsencode(aside), cwd, os.fsencode(output), swap) == 0:
+            return
+    old = aside.with_name(f"{aside.name}.old")
+    os.replace(output, old)
+    try:
+        os.replace(aside, output)
+    except OSError:
+        os.replace(old, output)
+        raise
+    os.replace(old, aside)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """A context in which torch's and safetensors' errors of the disk become an OSError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        text = " ".join(str(error).split())
+        by_torch = "PytorchStreamWriter" in text or "iostream" in text
+        if by_torch or isinstance(error, SafetensorError):
+            raise OSError(errno.EIO, CANNOT + text[:200], str(path)) from error
+        raise
