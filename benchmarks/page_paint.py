@@ -86,14 +86,18 @@ def measure(address: str | None, loads: int) -> dict[str, dict[str, float]]:
     program = find_browser()
     if program is None:
         raise ValueError("there is no Chromium (apt install chromium, or BROWSER=PATH)")
-    figures = {}
+    figures: dict[str, dict[str, float]] = {}
     with served(address) as at, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
         for view in VIEWS:
-            found = [load_once(browser, at, view) for _ in range(loads)]
-            of = {name: statistics.median(one[name] for one in found) for name in found[0]}
-            of["slowest_paint_ms"] = max(one["paint_ms"] for one in found)
-            figures[view] = of
+            found: dict[str, list[float]] = {}
+            for _ in range(loads):
+                for name, value in load_once(browser, at, view).items():
+                    found.setdefault(name, []).append(value)
+            of = figures[view] = {}
+            for name, values in found.items():
+                of[name] = statistics.median(values)
+            of["slowest_paint_ms"] = max(found["paint_ms"])
         browser.close()
     return figures
 
