@@ -119,7 +119,7 @@ def test_pages_of_other_sites_run_no_tools(server):
 
 def test_without_flags_there_are_no_routes(tiny_folders):
     with running(tiny_folders["glm2"]) as server:
-        assert call(server, "clock", "{}").status_code == 404
+        assert call(server, "clock", "{}").status_code == 405  # as of a file of the page
         assert server.service.page_tools is None and server.service.feedback is None
 
 
