@@ -42,7 +42,7 @@ MODULES = (
     "predictor.export",
     "predictor.update",
     "serving.server.__main__",
-    "serving.server.api",
+    "serving.server.starting",
     "serving.simulate.__main__",
     "serving.simulate.experiments",
     "serving.deployment.__main__",

@@ -399,7 +399,8 @@ class BareEngine:
     """A model behind the scheduler as serving.server loads it, without HTTP and monitor."""
 
     def __init__(self, flags: argparse.Namespace) -> None:
-        from serving.server.command import load_service, parse_flags
+        from serving.server.flags import parse_flags
+        from serving.server.starting import load_service
 
         words = ["--model", flags.model, *limits_of(flags)]
         self.service = load_service(parse_flags(list(map(str, words))))

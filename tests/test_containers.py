@@ -19,7 +19,7 @@ import tomllib
 import yaml
 
 import glm_foundry
-from serving.server.command import KEY_VARIABLE, ServerFlags, check_bounds, parse_flags
+from serving.server.flags import KEY_VARIABLE, ServerFlags, check_bounds, parse_flags
 from tests.conftest import REPO_ROOT
 
 DOCKERFILE = REPO_ROOT / "Dockerfile"

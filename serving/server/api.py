@@ -37,9 +37,7 @@ from serving.server.choices import CLOSING, EventStream
 from serving.server.completions import CompletionResponse, parse_completion
 from serving.server.embeddings import EmbeddingResponse, embedding_list, parse_embedding
 from serving.server.openapi import openapi_document
-from serving.server.page.feedback import add_feedback_routes
 from serving.server.page.routes import add_page_routes
-from serving.server.page.tools import add_tool_routes
 from serving.server.predictors import add_predictor_routes
 from serving.server.refusals import PredictionFailed, PromptTooLong, QueueFull, ServiceClosed
 from serving.server.responses import ResponsesResponse, parse_response
@@ -196,8 +194,6 @@ def make_app(
     add_predictor_routes(app, lambda: service.predictors, checked_body)
     app.state.live = None
     if page:
-        add_tool_routes(app, service, checked_body)
-        add_feedback_routes(app, service, checked_body)
         app.state.live = add_page_routes(
             app, service, checked_body, needs_key=needs_key, closing=app.state.closing
         )

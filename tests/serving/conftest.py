@@ -205,3 +205,14 @@ class TokenByToken:
                 self.rows[i]["made"] = 1
                 emitted += 1
                 started.append((i, elapsed))
+
+
+@pytest.fixture(scope="session")
+def has_sandbox():
+    """Skips where the code interpreter cannot be locked in."""
+    from serving.tools.flags import started_interpreter
+
+    try:
+        started_interpreter().close()
+    except ValueError as error:
+        pytest.skip(str(error))

@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from serving.server.access import EXCHANGE, ApiError
+from serving.server.access import ApiError
 from serving.server.fields import CHAT_TABLE, Text
 from serving.server.monitor import LogFile
-from serving.server.page.tools import OffersTools, ReadBody, check_fields, object_of_page
+from serving.server.page.bodies import ReadBody, check_fields, key_of, read_page_body
+from serving.server.page.tools import OffersTools
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -122,14 +123,9 @@ def add_feedback_routes(app: "FastAPI", service: KeepsFeedback, read_body: ReadB
 
     @app.post(FEEDBACK_ROUTE, include_in_schema=False)
     async def give_feedback(http: HttpRequest) -> dict[str, Any]:
-        body = await object_of_page(http, read_body)
-        try:
-            line = read_feedback(body)
-        except ValueError as error:
-            raise ApiError(400, str(error)) from None
-        exchange = http.scope.get(EXCHANGE)
+        line = await read_page_body(http, read_body, read_feedback)
         line["time"] = round(time.time(), 3)
-        line["key"] = exchange.key if exchange is not None else None
+        line["key"] = key_of(http)
         if service.page_tools is not None and any("tool_calls" in m for m in line["messages"]):
             line["tools"] = service.page_tools.descriptions()  # which the model was shown
         try:

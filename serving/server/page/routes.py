@@ -1,7 +1,6 @@
 """The routes of the page: its files, what it asks the server, the live stream. Free of torch."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -12,15 +11,17 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from serving.server.access import ApiError
+from serving.server.page.bodies import ReadBody
 from serving.server.page.described import ACCESS_PATH, SETTINGS_PATH, with_page_paths
+from serving.server.page.feedback import add_feedback_routes
 from serving.server.page.live import KEPT_S, LIVE_PATH, LiveView
 from serving.server.page.snapshots import SnapshotMaker
 from serving.server.page.static_files import INDEX, read_page_files
+from serving.server.page.tools import add_tool_routes
 from serving.server.service import Service
 from serving.server.tools import call_form
 from serving.tools.loop import CALLS, ROUNDS
 
-ReadBody = Callable[[Http], Awaitable[Any]]
 NOT_STORED = {"Cache-Control": "no-store"}
 
 
@@ -45,6 +46,8 @@ def add_page_routes(
     get = partial(app.api_route, methods=["GET", "HEAD"])
     files = read_page_files()
     live = LiveView(SnapshotMaker(service).make, closing)
+    add_tool_routes(app, service, read_body)
+    add_feedback_routes(app, service, read_body)
 
     @get(ACCESS_PATH)
     async def access():

@@ -7,12 +7,13 @@ until the routes are made, of HTTP.
 import asyncio
 import base64
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from serving.server.access import EXCHANGE, ApiError
+from serving.server.access import ApiError
 from serving.server.fields import Text
+from serving.server.page.bodies import ReadBody, check_fields, key_of, read_page_body
 from serving.tools.flags import PYTHON, named_tools, started_interpreter
 from serving.tools.interpreter import InterpreterRefused
 from serving.tools.python_tool import InterpreterPool, described_python, python_tool
@@ -21,7 +22,6 @@ from serving.tools.schemas import ArgumentsRefused
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-    from fastapi import Request as HttpRequest
 
 AT_ONCE = 4  # calls that run; no more than the pool's interpreters
 CALL_S = 120.0
@@ -31,7 +31,6 @@ CONVERSATION_CHARACTERS = 64
 ARGUMENT_CHARACTERS = 200_000
 CALL_ROUTE, END_ROUTE = "/page/api/tools/call", "/page/api/tools/end"
 Result = TypeVar("Result")
-ReadBody = Callable[[Any], Awaitable[Any]]
 
 
 class PageTools:
@@ -142,43 +141,28 @@ def in_thread(work: Callable[[], Result]) -> "asyncio.Future[Result]":
     return ended
 
 
-def check_own_page(http: "HttpRequest") -> None:
-    """Raises ApiError where a browser says that another site's page sends the request.
-
-    --cors_origins lets other pages chat; what runs code or writes files is for the own one.
-    """
-    if http.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
-        raise ApiError(403, f"{http.url.path} is for this server's own page", "not_own_page")
-
-
-async def object_of_page(http: "HttpRequest", read_body: ReadBody) -> dict[str, Any]:
-    """The JSON object of a request of the server's own page. Raises ApiError."""
-    check_own_page(http)
-    try:
-        body = await read_body(http)
-    except ValueError as error:
-        raise ApiError(400, str(error)) from None
-    if not isinstance(body, dict):
-        raise ApiError(400, f"the body must be a JSON object, got {type(body).__name__}")
-    return body
-
-
-def conversation_of(http: "HttpRequest", body: dict[str, Any]) -> str:
-    """A name for a conversation that no other key's conversation has. Raises ValueError."""
+def read_conversation(body: dict[str, Any]) -> str:
+    """The field `conversation`. Raises ValueError."""
     name = Text("", CONVERSATION_CHARACTERS).read("conversation", body.get("conversation"))
     plain = name.replace("-", "a")
     if not (plain.isascii() and plain.isalnum()):
         raise ValueError("conversation must be 1 to 64 letters, digits and -")
-    exchange = http.scope.get(EXCHANGE)
-    key = exchange.key if exchange is not None else None
-    return f"{key or ''}/{name}"  # neither has a slash
+    return name
 
 
-def check_fields(body: dict[str, Any], *names: str) -> None:
-    """Raises ValueError where a body has other fields."""
-    for name in body:
-        if name not in names:
-            raise ValueError(f"unknown field {name[:64]!r}; there are {', '.join(names)}")
+def read_call(body: dict[str, Any]) -> tuple[str, str, str]:
+    """(conversation, name of a tool, arguments). Raises ValueError."""
+    check_fields(body, "conversation", "name", "arguments")
+    conversation = read_conversation(body)
+    name = Text("", 256).read("name", body.get("name"))
+    arguments = Text("", ARGUMENT_CHARACTERS).read("arguments", body.get("arguments"))
+    return conversation, name, arguments
+
+
+def read_end(body: dict[str, Any]) -> str:
+    """The conversation that ends. Raises ValueError."""
+    check_fields(body, "conversation")
+    return read_conversation(body)
 
 
 def add_tool_routes(app: "FastAPI", service: OffersTools, read_body: ReadBody) -> None:
@@ -193,27 +177,19 @@ def add_tool_routes(app: "FastAPI", service: OffersTools, read_body: ReadBody) -
 
     tools = service.page_tools
 
+    def of_key(http: HttpRequest, conversation: str) -> str:
+        """A name that no other key's conversation has: neither part has a slash."""
+        return f"{key_of(http) or ''}/{conversation}"
+
     @app.post(CALL_ROUTE, include_in_schema=False)
     async def call_tool(http: HttpRequest) -> dict[str, Any]:
-        body = await object_of_page(http, read_body)
-        try:
-            check_fields(body, "conversation", "name", "arguments")
-            conversation = conversation_of(http, body)
-            name = Text("", 256).read("name", body.get("name"))
-            arguments = Text("", ARGUMENT_CHARACTERS).read("arguments", body.get("arguments"))
-        except ValueError as error:
-            raise ApiError(400, str(error)) from None
-        result = await tools.call(conversation, name, arguments)
+        conversation, name, arguments = await read_page_body(http, read_body, read_call)
+        result = await tools.call(of_key(http, conversation), name, arguments)
         images = [base64.b64encode(image).decode() for image in result.images]
         return {"text": result.text, "images": images, "failed": result.failed}
 
     @app.post(END_ROUTE, include_in_schema=False)
     async def end_tools(http: HttpRequest) -> dict[str, Any]:
-        body = await object_of_page(http, read_body)
-        try:
-            check_fields(body, "conversation")
-            conversation = conversation_of(http, body)
-        except ValueError as error:
-            raise ApiError(400, str(error)) from None
-        await tools.end(conversation)
+        conversation = await read_page_body(http, read_body, read_end)
+        await tools.end(of_key(http, conversation))
         return {"ended": True}

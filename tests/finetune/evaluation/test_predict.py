@@ -259,7 +259,8 @@ def test_a5_the_base_gives_tokenizer_and_family(adapter, bases, tmp_path, capsys
 
 
 def test_a5_the_server_takes_the_bases_tokenizer(adapter, bases, tmp_path):
-    from serving.server.command import load_service, parse_flags
+    from serving.server.flags import parse_flags
+    from serving.server.starting import load_service
 
     folder = bare_adapter(adapter, tmp_path / "bare")
     words = [

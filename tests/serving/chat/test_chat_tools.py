@@ -17,7 +17,7 @@ from serving.chat.screen import Screen
 from serving.chat.session import ChatSession
 from serving.chat.tool_mode import LINE_CHARACTERS, ToolMode, shortened
 from serving.endpoints.remote import RemoteServer
-from serving.tools.flags import named_tools, started_interpreter
+from serving.tools.flags import named_tools
 from tests.finetune.runs import ROOT
 from tests.serving.chat.scripted import called, scripted
 from tests.serving.chat.terminal import CTRL_C, Terminal
@@ -47,14 +47,6 @@ def slow_tools(tmp_path):
     file = tmp_path / "slow.py"
     file.write_text(SLOW)
     return file
-
-
-@pytest.fixture(scope="module")
-def has_sandbox():
-    try:
-        started_interpreter().close()
-    except ValueError as error:
-        pytest.skip(str(error))
 
 
 def check_valid(messages):

@@ -11,7 +11,8 @@ import pytest
 from chatglm import load_model, load_tokenizer
 from predictor.update import read_log
 from serving.server.adapters import ADAPTER_NAME, folder_within
-from serving.server.command import load_service, parse_flags
+from serving.server.flags import parse_flags
+from serving.server.starting import load_service
 from tests.serving.lora_folders import merged_model, write_adapter
 from tests.serving.server.test_server_faults import (
     answer_of,

@@ -24,8 +24,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from predictor.prediction import LengthPrediction
 from serving.server import figures, keys
-from serving.server.command import main, parse_flags
+from serving.server.command import main
 from serving.server.figures import refusal_reason
+from serving.server.flags import parse_flags
 from serving.server.keys import KeyRing, NamedKey, append_key, key_digest, read_keys
 from tests.finetune.runs import ROOT
 from tests.serving.server.conftest import start

@@ -19,8 +19,9 @@ from predictor.prediction import LengthPrediction
 from predictor.runtime import LengthPredictor
 from predictor.update import main as update
 from serving.server import recalibration
-from serving.server.command import load_service, parse_flags
+from serving.server.flags import parse_flags
 from serving.server.recalibration import MIN_EVERY, Recalibrator, resume
+from serving.server.starting import load_service
 from tests.predictor import synthetic
 from tests.serving.server.test_server_faults import error_of, running, wait_for
 from tests.warm import warm_python

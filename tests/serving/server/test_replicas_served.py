@@ -9,7 +9,8 @@ import time
 import httpx
 import pytest
 
-from serving.server.command import load_service, parse_flags
+from serving.server.flags import parse_flags
+from serving.server.starting import load_service
 from tests.serving.server.test_server_faults import running
 from tests.warm import warm_python
 

@@ -114,7 +114,8 @@ def test_profiled_and_compared_with_its_simulation(folders, tmp_path, capsys):
     from benchmarks.serving_real import main as compare
     from scripts.profile_engine import main as profile
     from serving.cost_model.model import CostModel, ModelSizes, read_profile
-    from serving.server.command import load_service, parse_flags
+    from serving.server.flags import parse_flags
+    from serving.server.starting import load_service
 
     model, predictor = folders
     words = [

@@ -9,7 +9,7 @@ import pytest
 
 from serving.server.command import main
 from serving.server.page.tools import AT_ONCE, PageTools
-from serving.tools.flags import named_tools, started_interpreter
+from serving.tools.flags import named_tools
 from tests.serving.server.test_server_faults import running, wait_for
 
 SLOW = '''
@@ -27,14 +27,6 @@ def wait_for_file(path: str) -> str:
         time.sleep(0.02)
     return "it is there"
 '''
-
-
-@pytest.fixture(scope="module")
-def has_sandbox():
-    try:
-        started_interpreter().close()
-    except ValueError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
