@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,6 +11,19 @@ from pathlib import Path
 from .checksums import write_checksums
 
 CANNOT = "cannot be written: "
+
+
+class NoRoom(OSError):
+    """What is to be written would not fit on the disk; of a checkpoint, raised on every rank."""
+
+
+def check_disk(folder: Path, needed: int, what: str = "a checkpoint") -> None:
+    """Raises NoRoom naming the bytes wanted and free when `needed` bytes would not fit."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise NoRoom(
+            f"{folder}: {what} takes about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+        )
 
 
 def flush(path: Path) -> None:

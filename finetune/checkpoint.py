@@ -30,7 +30,7 @@ from chatglm.family_tokenizer import FamilyTokenizer
 from chatglm.files import read_json
 from chatglm.loading import PREFIX, read_tensors, stop_ids
 from chatglm.runs import MANIFEST, check_not_run, committed_checkpoints, step_of
-from chatglm.saving import disk_errors, flush, flush_tree, set_modes
+from chatglm.saving import check_disk, disk_errors, flush, flush_tree, set_modes
 from finetune.config import RunConfig, TrainConfig
 from finetune.contents import path_contents
 from finetune.distributed import agree, rank, say, whole_size, without_prints, world_size
@@ -48,10 +48,6 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 PREDICTIONS = "predictions"  # of each evaluation, in the output folder
 SET_ASIDE = "set-aside"  # folders of checkpoints that a resumed run makes again
-
-
-class NoRoom(OSError):
-    """A checkpoint would not fit on the disk; raised on every rank."""
 
 
 class SavedTask(Protocol):
@@ -280,15 +276,6 @@ def export_prefix(model: Any, state: dict[str, Tensor], folder: Path) -> None:
     # The base, as the official P-Tuning checkpoints name it.
     config["_name_or_path"] = model.config.name_or_path
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-
-
-def check_disk(folder: Path, needed: int, what: str = "a checkpoint") -> None:
-    """Raises NoRoom naming the bytes wanted and free when `needed` bytes would not fit."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise NoRoom(
-            f"{folder}: {what} takes about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
-        )
 
 
 def checkpoint_bytes(model: nn.Module, saves: str) -> int:

@@ -19,13 +19,12 @@ from tqdm import tqdm
 
 from chatglm.commands import describe
 from chatglm.loading import base_fingerprint, read_config, stored_prefix
+from chatglm.saving import NoRoom, check_disk
 from finetune.checkpoint import (
     PREDICTIONS,
     Checkpointer,
-    NoRoom,
     Progress,
     check_checkpoint,
-    check_disk,
     find_resume,
     remove_leftovers,
 )

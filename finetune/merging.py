@@ -22,8 +22,8 @@ from chatglm.causal import empty_causal
 from chatglm.configuration import ChatGLMConfig
 from chatglm.folders import read_model_config
 from chatglm.loading import model_class_of, set_prefix
-from chatglm.saving import disk_errors
-from chatglm.shards import SHARD_BYTES, BaseWeights, plan_shards, shard_file, write_index
+from chatglm.saving import check_disk
+from chatglm.shards import SHARD_BYTES, BaseWeights, plan_shards, save_shards, write_index
 from chatglm.weights import (
     check_fit,
     refuse_missing,
@@ -31,7 +31,6 @@ from chatglm.weights import (
     stored_prefix,
     stored_shapes,
 )
-from finetune.checkpoint import check_disk
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -275,7 +274,7 @@ def merge_weights(
                 f"{adapter} changes {name}, which shares its weight with another part of {base}: "
                 f"it cannot be merged"
             )
-    files = save_shards(merger, plan_shards(sizes, SHARD_BYTES), output)
+    files, _ = save_shards(merger, plan_shards(sizes, SHARD_BYTES), output)
     if not merger.changed:
         raise ValueError(
             f"{adapter} changes nothing: every merged weight is the base's ({base}); "
@@ -286,19 +285,6 @@ def merge_weights(
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(str(output))
     return Merged(len(merger.layers), merger.difference, dtype)
-
-
-def save_shards(merger: Merger, shards: list[list[str]], output: Path) -> dict[str, str]:
-    """Write the merged tensors, a file per shard; returns {tensor: file name}."""
-    from safetensors.torch import save_file
-
-    files: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = shard_file(number, len(shards))
-        with disk_errors(output):
-            save_file({name: merger[name] for name in names}, output / file, {"format": "pt"})
-        files |= dict.fromkeys(names, file)
-    return files
 
 
 def check_base(base: Path, model: "PreTrainedModel", stored: dict[str, list[int]]) -> None:

@@ -179,11 +179,7 @@ class GlmExport:
         # Names and shapes as they are without packing.
         bits, config.quantization_bit = config.quantization_bit, None
         self.bits = bits
-        self.shapes: dict[str, list[int]] = {}
-        for name, tensor in model_outline(config).state_dict().items():
-            self.shapes[name] = list(tensor.shape)
-        if config.tie_word_embeddings:
-            del self.shapes["transformer.output_layer.weight"]
+        self.shapes = written_shapes(config)
         self.weights = BaseWeights(folder)
         self.updates: dict[str, Update] = {}
         if adapter is not None:
@@ -273,6 +269,16 @@ class GlmExport:
         write_values(aside / SOURCE_NOTE, note)
 
 
+def written_shapes(config: ChatGLMConfig) -> dict[str, list[int]]:
+    """{name: shape} of the tensors in a model's files: a tied output layer is the embedding."""
+    shapes: dict[str, list[int]] = {}
+    for name, tensor in model_outline(config).state_dict().items():
+        shapes[name] = list(tensor.shape)
+    if config.tie_word_embeddings:
+        del shapes["transformer.output_layer.weight"]
+    return shapes
+
+
 def without_keys(values: dict[str, Any], *names: str) -> dict[str, Any]:
     """The values without some of them."""
     return {name: value for name, value in values.items() if name not in names}
@@ -351,11 +357,7 @@ def write_restored(
     weights = BaseWeights(folder)
     most = dtype or weights.dtype()
     config = ChatGLM2Config.from_dict(values)
-    shapes: dict[str, list[int]] = {}
-    for name, tensor in model_outline(config).state_dict().items():
-        shapes[name] = list(tensor.shape)
-    if config.tie_word_embeddings:
-        del shapes["transformer.output_layer.weight"]
+    shapes = written_shapes(config)
     table = noted_table(note) if note else rotary_table(config, most)
     if table is not None:
         shapes[INV_FREQ] = list(table.shape)

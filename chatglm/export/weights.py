@@ -1,9 +1,8 @@
 """Weights of one layout as those of the other, read tensor by tensor and written shard by shard."""
 
 import math
-import shutil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,19 +10,20 @@ from torch import Tensor
 from ..configuration import ChatGLM2Config
 from ..lora_layouts import Update
 from ..quantization import SCALE, dequantize_rows
-from ..saving import disk_errors
-from ..shards import SHARD_BYTES, BaseWeights, plan_shards, shard_file, write_index
+from ..saving import check_disk
+from ..shards import (
+    SHARD_BYTES,
+    BaseWeights,
+    NamedTensors,
+    plan_shards,
+    save_shards,
+    write_index,
+)
 from ..weights import BODY
 from .layout import FUSED, chatglm_module, fused_sizes, glm_modules
 
 INV_FREQ = "transformer.rotary_pos_emb.inv_freq"  # a table that the releases' files hold
 EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class NamedTensors(Protocol):
-    """Tensors that are made when they are asked for."""
-
-    def __getitem__(self, name: str) -> Tensor: ...
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -123,15 +123,6 @@ def rotary_table(config: Any, dtype: torch.dtype) -> Tensor:
     return 1.0 / (10000.0 ** (torch.arange(0, size, 2).to(dtype) / size))
 
 
-def check_room(folder: Path, needed: int) -> None:
-    """Raises OSError where so many bytes do not fit on the disk of `folder`."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            f"{folder}: the model takes about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
-        )
-
-
 def write_tensors(
     tensors: NamedTensors,
     shapes: dict[str, list[int]],
@@ -146,24 +137,16 @@ def write_tensors(
     Raises:
         OSError: the disk is full, or cannot be written.
     """
-    from safetensors.torch import save_file
     from tqdm import tqdm
 
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-    check_room(folder, sum(sizes.values()) + 10_000_000)
-    shards = plan_shards(sizes, SHARD_BYTES)
-    files: dict[str, str] = {}
-    written = 0
+    check_disk(folder, sum(sizes.values()) + 10_000_000, "the model")
     with tqdm(
         total=sum(sizes.values()), desc="exporting", unit="B", unit_scale=True, disable=None
     ) as bar:
-        for number, names in enumerate(shards, 1):
-            file = shard_file(number, len(shards))
-            state = {name: tensors[name].contiguous() for name in names}
-            with disk_errors(folder):
-                save_file(state, folder / file, {"format": "pt"})
-            for name in names:
-                files[name] = file
-                written += state[name].nbytes
-                bar.update(sizes[name])
+
+        def saved(names: list[str]) -> None:
+            bar.update(sum(sizes[name] for name in names))
+
+        files, written = save_shards(tensors, plan_shards(sizes, SHARD_BYTES), folder, saved)
     write_index(files, written, folder)

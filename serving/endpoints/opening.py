@@ -106,11 +106,10 @@ def open_local(flags: EndpointFlags, policy: str, sizes: tuple[int, int], slo_s:
     from chatglm import load_tokenizer
     from chatglm.families import family_of
     from predictor.labels import served_name
-    from predictor.runtime import LengthPredictor
     from serving.endpoints.local import LocalModel
     from serving.policies.continuous import POLICIES
     from serving.replicas.backends import open_backend
-    from serving.replicas.served_model import ServedModel, limits_of_flags
+    from serving.replicas.served_model import ServedModel, limits_of_flags, load_predictor
 
     max_batch, kv_tokens = sizes
     if POLICIES[policy].predicts and not flags.predictor:
@@ -120,11 +119,7 @@ def open_local(flags: EndpointFlags, policy: str, sizes: tuple[int, int], slo_s:
     tokenizer = load_tokenizer(
         flags.model, mode=flags.mode, base=flags.base_model, prompt_style=flags.prompt_style
     )
-    predictor = None
-    if flags.predictor:
-        predictor = LengthPredictor.from_pretrained(
-            flags.predictor, served_model=tokenizer.name_or_path
-        )
+    predictor = load_predictor(flags.predictor, tokenizer)
     served = ServedModel.of(
         flags,
         policy=policy,

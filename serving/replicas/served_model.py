@@ -4,12 +4,16 @@ Free of torch at import.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from serving.cost_model.model import read_profile
 from serving.engines import TextEngine, make_engine
 from serving.engines.stage_reports import ModelLoading
 from serving.request import CostEstimator, Limits
+
+if TYPE_CHECKING:
+    from chatglm.family_tokenizer import FamilyTokenizer
+    from predictor.runtime import LengthPredictor
 
 
 class ServedModelFlags(Protocol):
@@ -29,6 +33,19 @@ class ServedModelFlags(Protocol):
     def keep_quantized(self) -> bool: ...
     @property
     def profile(self) -> str | None: ...
+
+
+def load_predictor(folder: str | None, tokenizer: "FamilyTokenizer") -> "LengthPredictor | None":
+    """The length predictor of --predictor, for the model of a tokenizer; None without a folder.
+
+    Raises:
+        ValueError, OSError: it is no predictor, or is damaged.
+    """
+    if not folder:
+        return None
+    from predictor.runtime import LengthPredictor
+
+    return LengthPredictor.from_pretrained(folder, served_model=tokenizer.name_or_path)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from serving.engines.runner import AnswerBackend
 from serving.policies.continuous import POLICIES
 from serving.replicas.backends import open_in_process, open_placed
 from serving.replicas.pool import ReplicaPool
-from serving.replicas.served_model import ServedModel, limits_of_flags
+from serving.replicas.served_model import ServedModel, limits_of_flags, load_predictor
 from serving.request import Limits, Policy
 from serving.run_requests.figures import PolicyRun, policy_run
 from serving.run_requests.listed import (
@@ -319,13 +319,7 @@ def run_requests(flags: ListRunFlags) -> None:
         folder, mode=flags.mode, base=flags.base_model, prompt_style=flags.prompt_style
     )
     requests = prepare_requests(flags, rows, tokenizer)
-    predictor = None
-    if flags.predictor:
-        from predictor.runtime import LengthPredictor
-
-        predictor = LengthPredictor.from_pretrained(
-            flags.predictor, served_model=tokenizer.name_or_path
-        )
+    predictor = load_predictor(flags.predictor, tokenizer)
     with explained(lambda: memory_advice(flags)):
         runs = placed_runs(flags, limits, names, requests, predictor)
     report(flags, runs, slo_source_of(flags, rows))

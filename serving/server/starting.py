@@ -13,7 +13,7 @@ from serving.cost_model.model import read_profile
 from serving.policies.continuous import POLICIES
 from serving.replicas.backends import open_backend
 from serving.replicas.pool import ReplicaPool
-from serving.replicas.served_model import ServedModel, limits_of_flags
+from serving.replicas.served_model import ServedModel, limits_of_flags, load_predictor
 from serving.server.access import AccessRules, access_logger, host_name, is_loopback
 from serving.server.chat import tokenizer_family
 from serving.server.flags import KEY_VARIABLE, SERVED, ServerFlags, check_bounds
@@ -82,11 +82,7 @@ def load_service(flags: ServerFlags) -> Service:
     )
     if page_tools is not None:
         check_tools(tokenizer)
-    predictor = None
-    if flags.predictor:
-        predictor = LengthPredictor.from_pretrained(
-            flags.predictor, served_model=tokenizer.name_or_path
-        )
+    predictor = load_predictor(flags.predictor, tokenizer)
     served = ServedModel.of(
         flags,
         engine=flags.engine,

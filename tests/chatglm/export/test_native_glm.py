@@ -339,7 +339,7 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path, capsys, monkeypatch):
     refused(capsys, folder, *to_glm)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "glm2"]
     folder = make_release(tmp_path / "glm3", "glm3")
-    monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
     assert "GB are free" in refused(capsys, folder, *to_glm)
     assert not output.exists()
 

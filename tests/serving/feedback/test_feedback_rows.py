@@ -12,6 +12,7 @@ from finetune.rows.formats import parse_row, refused_by
 from serving.feedback.command import main
 from serving.feedback.rows import latest_feedback, preference_pairs, training_rows
 from tests.conftest import shared_file
+from tests.serving.server.test_tools import CALLED, RESULT
 
 HELLO = {"role": "user", "content": "你好"}
 WEATHER = {"role": "user", "content": "天气？"}
@@ -19,13 +20,6 @@ TOOL = {
     "type": "function",
     "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}},
 }
-CALL = {"name": "weather", "arguments": '{"city": "x"}'}
-CALLED = {
-    "role": "assistant",
-    "content": None,
-    "tool_calls": [{"id": "1", "type": "function", "function": CALL}],
-}
-RESULT = {"role": "tool", "tool_call_id": "1", "content": "sunny"}
 
 
 def said(text):
