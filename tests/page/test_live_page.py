@@ -313,3 +313,15 @@ def test_a_lost_replica_is_shown(open_page, folders, two_devices, monkeypatch): 
             wait_for(lambda: page.locator(".replica[data-state=ready]").count() == 2)
             assert "restarts: 1" in page.locator(".replica[data-replica='1']").inner_text()
         assert metric(server.root, "glm_replica_restarts") == 1
+
+
+def test_a_view_that_did_not_come_is_asked_for_again(open_page):
+    page = open_page()
+    page.wait_for_selector("#content textarea")
+    page.route("**/page/live/stage.js", lambda route: route.abort())
+    page.click("nav a[href='#/live']")
+    page.wait_for_selector("[role='alert']")
+    page.watched.problems.clear()  # the browser's own line about it
+    page.unroute("**/page/live/stage.js")
+    page.get_by_role("button", name="Try again").click()
+    page.wait_for_selector(".live-page")

@@ -30,13 +30,13 @@ function useView() {
   return view;
 }
 
-// The component of a view; null until it is loaded.
-function useLoaded(view, onError) {
+// The component of a view; null until it is loaded. Each `attempt` asks for one that is missing again.
+function useLoaded(view, attempt, onError) {
   const [loaded, setLoaded] = useState({});
   useEffect(() => {
     if (loaded[view]) return;
     VIEWS[view]().then((View) => setLoaded((others) => ({ ...others, [view]: View })), onError);
-  }, [view]);
+  }, [view, attempt]);
   return loaded[view] ?? null;
 }
 
@@ -112,11 +112,13 @@ function App() {
   const [theme, setTheme] = useKept("theme", preferredTheme(), "data-theme");
   const [state, setState] = useState({ kind: "loading" });
   const view = useView();
-  const View = useLoaded(view, (error) => setState({ kind: "error", reason: error.message }));
+  const [attempt, setAttempt] = useState(0);
+  const View = useLoaded(view, attempt, (error) => setState({ kind: "error", reason: error.message }));
   const t = translator(language);
 
   const open = useCallback(async () => {
     setState({ kind: "loading" });
+    setAttempt((count) => count + 1);
     try {
       const { needs_key: needsKey } = await access();
       if (needsKey && !currentKey()) {

@@ -91,13 +91,12 @@ export class Snapshots {
     return Math.max(low - 1, Math.min(0, this.items.length - 1));
   }
 
-  // Those of the `seconds` that end with an index.
-  window(index, seconds) {
-    if (index < 0) return [];
-    const from = this.items[index].t - seconds;
+  // The index of the first of the `seconds` that end with the one at `index`.
+  startOf(index, seconds) {
+    const { t } = this.items[index];
     let start = index;
-    while (start > 0 && this.items[start - 1].t >= from) start -= 1;
-    return this.items.slice(start, index + 1);
+    while (start > 0 && t - this.items[start - 1].t <= seconds) start -= 1;
+    return start;
   }
 
   toJsonLines() {

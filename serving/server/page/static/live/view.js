@@ -35,8 +35,7 @@ function derive(store) {
   const { index, snapshot } = store.moment();
   if (!snapshot) return null;
   const { items } = store.shown;
-  let start = index;
-  while (start > 0 && snapshot.t - items[start - 1].t <= WINDOW_S) start -= 1;
+  const start = store.shown.startOf(index, WINDOW_S);
   return {
     index,
     snapshot,
