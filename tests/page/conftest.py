@@ -9,9 +9,13 @@ from benchmarks.page_paint import FLAGS, find_browser
 from tests.serving.server.conftest import folders, start  # noqa: F401  # the fixture
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """A Chromium of its own, without a profile."""
+    """A Chromium without a profile.
+
+    It goes with its file: as long as it is there, playwright keeps an event loop running in this
+    thread, and no other test of the process could run one.
+    """
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     path = find_browser()
     if path is None:

@@ -617,7 +617,9 @@ def test_a_stop_ends_the_rounds_of_tools(locked_chat):
     clock = {"type": "function", "function": {"name": "clock"}}
 
     def force(route):
-        route.continue_(post_data=json.dumps(route.request.post_data_json | {"tool_choice": clock}))
+        body = route.request.post_data_json
+        if body["messages"][-1]["role"] == "user":  # what follows the call waits for the stop
+            route.continue_(post_data=json.dumps(body | {"tool_choice": clock}))
 
     page.route("**/v1/chat/completions", force)
     page.click("text=Tools (3)")

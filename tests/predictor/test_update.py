@@ -10,7 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from finetune import files
+from chatglm import saving
 from finetune.rows.formats import BadRow
 from predictor import LengthPrediction, LengthPredictor
 from predictor import update as module
@@ -299,7 +299,7 @@ def test_a_failed_write_leaves_the_old_folder(
             lambda *_: (_ for _ in ()).throw(OSError("No space left on device")),
         )
     else:  # no renameat2, and the second rename fails
-        monkeypatch.setattr(files.ctypes, "CDLL", lambda _: object())
+        monkeypatch.setattr(saving.ctypes, "CDLL", lambda _: object())
         real = os.replace
         monkeypatch.setattr(
             module.os,
@@ -320,7 +320,7 @@ def test_a_failed_write_leaves_the_old_folder(
 def test_two_renames_do_where_one_step_cannot(tmp_path, folder, shifted_update, monkeypatch):
     target = tmp_path / "there"
     write_updated(LengthPredictor.from_pretrained(folder), folder, target)
-    monkeypatch.setattr(files.ctypes, "CDLL", lambda _: object())
+    monkeypatch.setattr(saving.ctypes, "CDLL", lambda _: object())
     write_updated(shifted_update[0], folder, target)
     assert read_card(target)["updated"]["updates"] == 1 and [
         p.name for p in tmp_path.iterdir()
