@@ -321,8 +321,11 @@ def test_what_fails_leaves_the_old_one(tiny_folders, root, quick, caplog):
     assert "--min_rows" in caplog.text
     room.see(geometric_rows(200, 6))
 
-    def kill():  # while it writes the new folder
-        wait_for(lambda: any(root.glob(".*.tmp/.*")), 60)
+    def kill():  # with a folder half written, as of a process killed while it writes
+        wait_for(lambda: room.recalibrator.process is not None, 60)
+        half = root / f".third-recalibrated.{os.getpid()}.tmp" / ".predictor.1.tmp"
+        half.mkdir(parents=True)
+        (half / "model.txt").write_text("tree")
         room.recalibrator.process.kill()
 
     killer = threading.Thread(target=kill)
