@@ -91,6 +91,8 @@ class Record:
 
     Attributes:
         length: answer tokens that the policy expects; computed once, at arrival.
+        prediction: of the whole answer's length, by what is known now: the request's, until an
+            engine that re-reads answers (StepResult.reread) gives a newer one.
         key, until_s: place in the queue among those of its priority, and the time until which that
             key holds.
         generated: answer tokens when it last stopped running (preemption discards the KV
@@ -103,6 +105,7 @@ class Record:
 
     request: Request
     length: float = 1.0
+    prediction: LengthPrediction | None = None
     key: float = 0.0
     until_s: float = FOREVER
     version: int = 0
@@ -116,6 +119,10 @@ class Record:
     first_token_s: float = -1.0
     preemptions: int = 0
     overruns: int = 0
+
+    def __post_init__(self) -> None:
+        if self.prediction is None:
+            self.prediction = self.request.prediction
 
     @property
     def context_tokens(self) -> int:
@@ -217,6 +224,8 @@ class StepResult(NamedTuple):
         finished: (request id, tokens of the answer, whether it was truncated) of each answer that
             finished, at the step's end.
         overran: request ids of the rows that fill their reservation, at the step's end.
+        reread: (request id, the newer prediction of its whole length) of the answers whose hidden
+            states were read in the step, each at most once.
     """
 
     elapsed_s: float
@@ -224,6 +233,7 @@ class StepResult(NamedTuple):
     started: tuple[tuple[int, float], ...] = ()
     finished: tuple[tuple[int, int, bool], ...] = ()
     overran: tuple[int, ...] = ()
+    reread: tuple[tuple[int, LengthPrediction], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +271,8 @@ class Event(NamedTuple):
 
     Attributes:
         kind: arrived, refused, withdrawn (while it waited), admitted, preempted, overran, grew (a
-            plan reserves more for it while it runs), started or finished.
+            plan reserves more for it while it runs), reread (its length is predicted anew), started
+            or finished.
         what: the record; for refused the reason, for withdrawn and finished the completion.
     """
 

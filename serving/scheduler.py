@@ -341,6 +341,10 @@ class _Run:
                 record.first_token_s = start_s + after_s
                 yield Event(start_s + after_s, "started", request_id, record)
         now_s = self.clock.now_s()
+        for request_id, prediction in result.reread:
+            record = running[request_id]
+            record.prediction = prediction
+            yield Event(now_s, "reread", request_id, record)
         for request_id, tokens, cut in result.finished:
             record = running.pop(request_id)
             self.free += record.reserved_tokens

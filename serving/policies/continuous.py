@@ -171,15 +171,13 @@ class Sjf:
     def order(
         self, record: Record, now_s: float, pace_s: float, cost: CostEstimator
     ) -> tuple[float, float]:
-        return remaining_tokens(record.request, record.generated), FOREVER
+        return remaining_tokens(record, record.generated), FOREVER
 
     def reserve(self, record: Record, generated: int, limits: Limits) -> int:
         """KV tokens for the prompt, the answer so far and the quantile of the rest."""
         remaining = record.length
         if generated:
-            remaining = quantile_remaining(
-                record.request.prediction, generated, self.reserve_quantile
-            )
+            remaining = quantile_remaining(record.prediction, generated, self.reserve_quantile)
         return min(
             record.request.prompt_tokens + generated + math.ceil(remaining), limits.max_tokens
         )
@@ -213,7 +211,7 @@ class Sjf:
         """Running records, the one with most tokens left first."""
         return sorted(
             view.running.values(),
-            key=lambda r: (-remaining_tokens(r.request, view.generated(r)), r.request.id),
+            key=lambda r: (-remaining_tokens(r, view.generated(r)), r.request.id),
         )
 
 
@@ -247,8 +245,8 @@ class Srpt(Sjf):
             victim = next((v for v in victims if v.request.id not in draft.reserve), None)
             if victim is None:
                 break
-            remaining = remaining_tokens(record.request, record.generated)
-            victim_left = remaining_tokens(victim.request, view.generated(victim))
+            remaining = remaining_tokens(record, record.generated)
+            victim_left = remaining_tokens(victim, view.generated(victim))
             if victim_left < self.advantage * remaining:
                 break
             draft.preempt_record(victim)
@@ -313,13 +311,12 @@ class Deadline:
 
     def remaining(self, record: Record, generated: int, q: float | None = None) -> float:
         """Answer tokens that follow the `generated` ones: their mean, or the q-quantile."""
-        request = record.request
         if self.truth:
-            return max(request.output_tokens - generated, 1)
+            return max(record.request.output_tokens - generated, 1)
         generated -= generated % COARSE
         if q is None:
-            return expected_remaining(request.prediction, generated)
-        return quantile_remaining(request.prediction, generated, q)
+            return expected_remaining(record.prediction, generated)
+        return quantile_remaining(record.prediction, generated, q)
 
     def reserve(self, record: Record, generated: int, limits: Limits) -> int:
         """KV tokens for the prompt, the answer so far and what is expected of the rest."""

@@ -5,7 +5,7 @@ from functools import lru_cache
 import numpy as np
 
 from predictor.prediction import LengthPrediction, remaining
-from serving.request import Request
+from serving.request import Record
 
 COARSE = 16  # tokens: the remaining length of an answer is computed at multiples of it
 
@@ -42,6 +42,6 @@ def quantile_remaining(prediction: LengthPrediction, generated: int, q: float) -
     return max(remaining(prediction, generated).quantile(q), 1.0)
 
 
-def remaining_tokens(request: Request, generated: int) -> float:
+def remaining_tokens(record: Record, generated: int) -> float:
     """Predicted mean of the tokens that follow the `generated` ones, to multiples of COARSE."""
-    return expected_remaining(request.prediction, generated - generated % COARSE)
+    return expected_remaining(record.prediction, generated - generated % COARSE)

@@ -397,7 +397,7 @@ class Annealing:
         answers: dict[int, int] = {}
         for record in chosen:
             answers[record.request.id] = reserved_answer_tokens(record, limits)
-            left = expected_tokens(record.request.prediction) - record.generated
+            left = expected_tokens(record.prediction) - record.generated
             lengths[record.request.id] = max(left, 1.0)
 
         def fits(rows: list[Record]) -> bool:

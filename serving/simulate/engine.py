@@ -14,7 +14,9 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
+from predictor.prediction import LengthPrediction
 from serving.request import FOREVER, CostEstimator, Limits, Plan, Record, StepResult
 
 NO_STEP_LIMIT = 1 << 60
@@ -52,6 +54,21 @@ class LinearCost:
         return steps * (self.step_s + self.row_s * batch + self.token_s * mean_context)
 
 
+class Rereads(Protocol):
+    """What an engine that re-reads its answers would say of them.
+
+    Attributes:
+        every: an answer is read when it has so many tokens, and a multiple of it.
+        seconds: that reading one answer takes.
+    """
+
+    every: int
+    seconds: float
+
+    def __call__(self, request_id: int, generated: int) -> LengthPrediction | None:
+        """The prediction of the whole length after so many tokens; None for no newer one."""
+
+
 class SimulatedSequence:
     """A sequence in the engine.
 
@@ -66,6 +83,7 @@ class SimulatedSequence:
         joined: the step after which its first new token is there; -1 before.
         prefilled: prompt tokens computed so far.
         ends_at: the step at which it has made its last token or fills its reservation.
+        read_at: answer tokens, before this admission included, when it was last re-read.
         alive: it is in the engine.
     """
 
@@ -80,6 +98,7 @@ class SimulatedSequence:
         "joined",
         "prefilled",
         "ends_at",
+        "read_at",
         "alive",
     )
 
@@ -104,6 +123,7 @@ class SimulatedSequence:
         self.cut = record.generated + self.target < full_length
         self.joined = -1
         self.prefilled, self.ends_at, self.alive = 0, -1, True
+        self.read_at = record.generated
 
 
 class StepProgress:
@@ -128,12 +148,13 @@ class StepProgress:
         self.elapsed += seconds
         self.started = [(i, after_s + seconds) for i, after_s in self.started]
 
-    def result(self) -> StepResult:
+    def result(self, reread: tuple[tuple[int, LengthPrediction], ...] = ()) -> StepResult:
         done = tuple(
             [(row.id, row.generated_before + row.target, row.cut) for row in self.finished]
         )
         full = tuple([row.id for row in self.overran])
-        return StepResult(self.elapsed, self.emitted, tuple(self.started), done, full)
+        started = tuple(self.started)
+        return StepResult(self.elapsed, self.emitted, started, done, full, reread)
 
 
 class SimulatedEngine:
@@ -149,10 +170,19 @@ class SimulatedEngine:
     Args:
         padded: static batches are padded and compute on rows that have ended, as transformers'
             generate does.
+        rereads: predictions as answers grow; they are reported at the end of the step in which the
+            answers reach their lengths. None for an engine that reads none.
     """
 
-    def __init__(self, cost: CostEstimator, limits: Limits, padded: bool = True) -> None:
+    def __init__(
+        self,
+        cost: CostEstimator,
+        limits: Limits,
+        padded: bool = True,
+        rereads: Rereads | None = None,
+    ) -> None:
         self.cost, self.limits, self.padded = cost, limits, padded
+        self.rereads = rereads
         self.steps = 0
         self.rows: dict[int, SimulatedSequence] = {}
         self._decoding = self._context = self._reserved = self._serial = 0
@@ -191,12 +221,41 @@ class SimulatedEngine:
         if plan.admit:
             self._admit(plan, progress)
         self._decode(plan, budget_s, progress)
+        reread = () if self.rereads is None else self._reread(self.rereads, progress)
         if self._together and not self.rows:
             self._together = False
         if plan.admit and self._startup_s:
             progress.postpone(self._startup_s)
             self._startup_s = 0.0
-        return progress.result()
+        return progress.result(reread)
+
+    def _reread(
+        self, rereads: Rereads, progress: StepProgress
+    ) -> tuple[tuple[int, LengthPrediction], ...]:
+        """Read the answers that have reached a multiple of rereads.every since the last time.
+
+        One that passed several in this step is charged for each, and reported for the last.
+        """
+        news = []
+        reads = 0
+        for row in progress.finished:  # read while it grew; at its end there is nothing to read
+            last = row.generated_before + row.target - 1
+            reads += max(last // rereads.every - row.read_at // rereads.every, 0)
+        for row in self.rows.values():
+            if row.joined < 0 or not row.target or row.id in self._ended_waiting:
+                continue
+            made = row.generated_before + min(1 + self.steps - row.joined, row.target)
+            count = made // rereads.every - row.read_at // rereads.every
+            if count < 1:
+                continue
+            reads += count
+            row.read_at = made - made % rereads.every
+            prediction = rereads(row.id, row.read_at)
+            if prediction is not None:
+                news.append((row.id, prediction))
+        progress.elapsed += reads * rereads.seconds
+        self.busy_s += reads * rereads.seconds
+        return tuple(news)
 
     def _reserve(self, reserve_tokens: Mapping[int, int]):
         """Change the reservations of rows that are in the engine already."""

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.policies.continuous import POLICIES, Deadline
+from serving.policies.continuous import POLICIES, Deadline, Sjf
 from serving.request import Limits
 from serving.simulate.command import main, simulation_parser
 from serving.simulate.compare import (
@@ -24,7 +25,7 @@ from serving.simulate.compare import (
 )
 from serving.simulate.engine import LinearCost, SimulatedEngine, smallest_step_count
 from serving.simulate.workload import PredictorModel, make_workload
-from tests.serving.conftest import COST, TokenByToken, ask, serve
+from tests.serving.conftest import COST, TokenByToken, ask, prediction_of, serve
 
 TIGHT = Limits(max_batch=5, kv_tokens=600, max_tokens=300, prefill_tokens=64)
 
@@ -441,3 +442,46 @@ def test_a_card_without_residuals_says_so(tmp_path):
     (tmp_path / "predictor.json").write_text(json.dumps(card))
     with pytest.raises(ValueError, match="card has no residuals"):
         PredictorModel.from_card(tmp_path)
+
+
+@dataclass(frozen=True)
+class TrueLengths:
+    """Reads every `every` tokens, and knows then how long the answer is."""
+
+    requests: tuple
+    every: int
+    seconds: float = 0.0
+
+    def __call__(self, request_id, generated):
+        length = self.requests[request_id].output_tokens
+        assert 0 < generated < length and generated % self.every == 0
+        return prediction_of(length)
+
+
+def test_rereads_are_reported_charged_and_seen_by_the_policy():
+    """Two answers thought to be of equal length: the longer one is known for it once it is read."""
+    limits = Limits(2, 1000, 500)
+    requests = (ask(0, 5, 90, predicted=20), ask(1, 5, 30, predicted=20))
+    seen = {}
+
+    class Watching(Sjf):
+        def __call__(self, view, cost):
+            for record in view.running.values():
+                seen[view.generated(record), record.request.id] = record.prediction
+            return super().__call__(view, cost)
+
+    def run(reader):
+        engine = SimulatedEngine(COST, limits, rereads=reader)
+        events, _, engine = serve(Watching(), list(requests), limits, engine)
+        return events, engine.busy_s, {e.id: e.time_s for e in events if e.kind == "finished"}
+
+    _, free_s, before = run(TrueLengths(requests, 16))
+    events, charged_s, done = run(TrueLengths(requests, 16, seconds=0.5))
+    reread = [event for event in events if event.kind == "reread"]
+    assert {event.id for event in reread} == {0}  # of one that has ended nothing is said
+    at_last = max(seen)
+    assert at_last[1] == 0 and at_last[0] >= 30  # the longer one, when the other has ended
+    assert seen[at_last].expected_tokens == prediction_of(90).expected_tokens
+    reads = 89 // 16 + 29 // 16  # an answer that has ended is not read
+    assert charged_s == pytest.approx(free_s + 0.5 * reads)
+    assert done[0] == pytest.approx(before[0] + 0.5 * reads)
