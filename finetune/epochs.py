@@ -8,7 +8,6 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 
 from finetune.rows.batches import epoch_order
-from finetune.rows.sources import draw_rows
 
 
 class RowSet(Protocol):
@@ -74,3 +73,21 @@ class EpochRows(Generic[Rows]):
             parts.append(start + draw_rows(rows, count, self.seed, number, epoch))
             start += rows
         return np.concatenate(parts)
+
+
+def draw_rows(rows: int, drawn: int, seed: int, stream: int, epoch: int) -> np.ndarray:
+    """The numbers of the rows that an epoch (from 0) reads of a source: `drawn` of its `rows` rows.
+
+    Where `drawn` equals `rows`, each is read once. Each epoch continues where the last one stopped
+    in a sequence of permutations, so at any time no row has been read more than once more often
+    than another.
+    """
+    start = epoch * drawn
+    stop = start + drawn
+    cycles = range(start // rows, -(-stop // rows))
+    permutations = []
+    for cycle in cycles:
+        permutations.append(np.random.default_rng([seed, stream, cycle]).permutation(rows))
+    walk = np.concatenate(permutations)
+    first = cycles.start * rows
+    return walk[start - first : stop - first]

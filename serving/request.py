@@ -5,9 +5,10 @@ Times are in seconds, lengths in tokens of the served model.
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from predictor.prediction import LengthPrediction
+if TYPE_CHECKING:
+    from predictor.prediction import LengthPrediction
 
 FOREVER = float("inf")
 
@@ -33,7 +34,7 @@ class Request:
     prompt_tokens: int
     arrival_s: float
     slo_s: float
-    prediction: LengthPrediction | None = None
+    prediction: "LengthPrediction | None" = None
     output_tokens: int = 1
     predict_s: float = 0.0
     priority: int = 0
@@ -105,7 +106,7 @@ class Record:
 
     request: Request
     length: float = 1.0
-    prediction: LengthPrediction | None = None
+    prediction: "LengthPrediction | None" = None
     key: float = 0.0
     until_s: float = FOREVER
     version: int = 0
@@ -233,7 +234,7 @@ class StepResult(NamedTuple):
     started: tuple[tuple[int, float], ...] = ()
     finished: tuple[tuple[int, int, bool], ...] = ()
     overran: tuple[int, ...] = ()
-    reread: tuple[tuple[int, LengthPrediction], ...] = ()
+    reread: "tuple[tuple[int, LengthPrediction], ...]" = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from tests.finetune.runs import child_env, command
 CPU_SECONDS = {"--help": 0.3, "chat --help": 1.0}  # on machines that others use too
 HEAVY = {"torch", "transformers", "deepspeed", "peft", "datasets", "scipy", "matplotlib"}
 HEAVY |= {"httpx", "fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance"}
+READ_WITH_NUMPY = {"simulate", "deploy", "cost", "lengths"}  # commands whose --help imports numpy
 
 
 def test_the_entry_point_is_installed_with_its_module():
@@ -103,3 +104,4 @@ finally:
 """
     imported = command("-c", code, warm=False).stdout.rpartition("imported:")[2].split()
     assert "glm_foundry" in imported and not HEAVY & set(imported)
+    assert name in READ_WITH_NUMPY or "numpy" not in imported

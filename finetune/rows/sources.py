@@ -17,8 +17,6 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, cast
 
-import numpy as np
-
 from chatglm.files import decode_utf8, is_lfs_pointer, pointer_error
 from finetune.rows.formats import BadRow, Row, parse_row, refused_by, single_questions
 
@@ -536,21 +534,3 @@ def join_hashes(digests: list[str]) -> str:
 def replay_count(others: int, ratio: float) -> int:
     """The number of replay rows that make up `ratio` of an epoch with `others` other rows."""
     return round(others * ratio / (1 - ratio))
-
-
-def draw_rows(rows: int, drawn: int, seed: int, stream: int, epoch: int) -> np.ndarray:
-    """The numbers of the rows that an epoch (from 0) reads of a source: `drawn` of its `rows` rows.
-
-    Where `drawn` equals `rows`, each is read once. Each epoch continues where the last one stopped
-    in a sequence of permutations, so at any time no row has been read more than once more often
-    than another.
-    """
-    start = epoch * drawn
-    stop = start + drawn
-    cycles = range(start // rows, -(-stop // rows))
-    permutations = []
-    for cycle in cycles:
-        permutations.append(np.random.default_rng([seed, stream, cycle]).permutation(rows))
-    walk = np.concatenate(permutations)
-    first = cycles.start * rows
-    return walk[start - first : stop - first]

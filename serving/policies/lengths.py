@@ -1,44 +1,54 @@
-"""Cached figures of predicted lengths, which requests share and policies ask for repeatedly."""
+"""Cached figures of predicted lengths, which requests share and policies ask for repeatedly.
+
+numpy is imported when the first is asked for: a command's --help names the policies without it.
+"""
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from predictor.prediction import LengthPrediction, remaining
 from serving.request import Record
+
+if TYPE_CHECKING:
+    from predictor.prediction import LengthPrediction
 
 COARSE = 16  # tokens: the remaining length of an answer is computed at multiples of it
 
 
 @lru_cache(maxsize=1 << 16)
-def expected_tokens(prediction: LengthPrediction) -> float:
+def expected_tokens(prediction: "LengthPrediction") -> float:
     """Predicted mean of the answer's tokens, at least 1."""
     return max(prediction.expected_tokens, 1.0)
 
 
 @lru_cache(maxsize=1 << 16)
-def quantile_tokens(prediction: LengthPrediction, q: float) -> float:
+def quantile_tokens(prediction: "LengthPrediction", q: float) -> float:
     """The q-quantile of the answer's tokens, at least 1."""
     return max(prediction.quantile(q), 1.0)
 
 
 @lru_cache(maxsize=1 << 16)
-def bucket_tokens(prediction: LengthPrediction, buckets: int, longest_tokens: int) -> float:
+def bucket_tokens(prediction: "LengthPrediction", buckets: int, longest_tokens: int) -> float:
     """The upper bound of the likeliest of equal buckets, as S3's classifier predicts it."""
+    import numpy as np
+
     bounds = np.linspace(0, longest_tokens, buckets + 1)
     mass = np.diff(np.interp(bounds, prediction.edges, prediction.cumulative))
     return float(bounds[1 + int(np.argmax(mass))])
 
 
 @lru_cache(maxsize=1 << 18)
-def expected_remaining(prediction: LengthPrediction, generated: int) -> float:
+def expected_remaining(prediction: "LengthPrediction", generated: int) -> float:
     """Predicted mean of the tokens that follow the `generated` ones, at least 1."""
+    from predictor.prediction import remaining
+
     return max(remaining(prediction, generated).expected_tokens, 1.0)
 
 
 @lru_cache(maxsize=1 << 18)
-def quantile_remaining(prediction: LengthPrediction, generated: int, q: float) -> float:
+def quantile_remaining(prediction: "LengthPrediction", generated: int, q: float) -> float:
     """The q-quantile of the tokens that follow the `generated` ones, at least 1."""
+    from predictor.prediction import remaining
+
     return max(remaining(prediction, generated).quantile(q), 1.0)
 
 

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
-import numpy as np
-
 from serving.policies.lengths import bucket_tokens, expected_tokens, quantile_tokens
 from serving.request import FOREVER, Batch, CostEstimator, Limits, Plan, Record, Request, View
 
@@ -159,6 +157,8 @@ def decreasing_first_fit(
 
     The first open bins are tried one by one, where most items fit; numpy tries all others at once.
     """
+    import numpy as np  # here, as in lengths.py
+
     count = len(prompts)
     order = np.lexsort((np.arange(count), -np.add(prompts, answers)))
     # Of each bin: rows + 1, the sum of answers, and (rows + 1) x longest prompt + that sum.

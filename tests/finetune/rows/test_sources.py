@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.config import parse_config
+from finetune.epochs import draw_rows
 from finetune.rows.encoding import Preparation
 from finetune.rows.formats import BadRow, Row
 from finetune.rows.sources import (
     RowReader,
-    draw_rows,
     hash_rows,
     join_hashes,
     parse_sources,
