@@ -180,6 +180,7 @@ def entry_table(kinds: tuple[str, ...] | None, tiny_folders, place: Path) -> dic
     return {name: measure(folders[name], place / name) for name in kinds or folders}
 
 
+@pytest.mark.slow
 def test_some_kinds_answer_the_same_everywhere(tiny_folders, tmp_path):
     (tmp_path / "published").mkdir()
     for kind, found in entry_table(ALWAYS, tiny_folders, tmp_path).items():

@@ -16,16 +16,25 @@ from tests.conftest import REPO_ROOT
 from tests.finetune.runs import child_env
 from tests.warm import warm_python
 
-EVERY = 23  # of about 700 cases; no multiple of the number of kinds, so that these take turns
+# Every so many of about 700 cases; no multiple of the number of kinds, so that these take turns.
+EVERY = [89, pytest.param(23, marks=pytest.mark.slow)]
 REPORT = next(command for command in COMMANDS if command.name == "finetune.report")
 CASE = Case(REPORT, "RUN_DIR", "run/run.json", "empty", False)
 
 
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory) -> list[dict]:
+@pytest.fixture(scope="module", params=EVERY)
+def sample(request, tmp_path_factory) -> list[dict]:
     """Cases in a process of their own: forks of this one would share its threads and memory."""
     file = tmp_path_factory.mktemp("failures") / "cases.json"
-    words = ["benchmarks/failures.py", "--every", str(EVERY), "--jobs", "1", "--json", str(file)]
+    words = [
+        "benchmarks/failures.py",
+        "--every",
+        str(request.param),
+        "--jobs",
+        "1",
+        "--json",
+        str(file),
+    ]
     done = subprocess.run(
         [warm_python(), *words],
         cwd=REPO_ROOT,
@@ -39,7 +48,7 @@ def sample(tmp_path_factory) -> list[dict]:
 
 
 def test_every_failure_is_one_line(sample):
-    assert len(sample) >= 20 and len({row["kind"] for row in sample}) >= 10
+    assert len(sample) >= 7 and len({row["kind"] for row in sample}) >= 6
     wrong = [row for row in sample if row["wrong"]]
     assert not wrong, json.dumps(wrong, indent=1, ensure_ascii=False)
 

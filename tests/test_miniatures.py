@@ -147,6 +147,7 @@ def test_b1_every_script_has_a_miniature(path):
 # ---- benchmarks
 
 
+@pytest.mark.slow
 def test_golden_table(tmp_path):
     shared_file("golden")
     done = run("benchmarks/golden_table.py", "--fixtures", 2, "--json", tmp_path / "out.json")
@@ -268,6 +269,7 @@ def test_grammar_cost(tiny_folders):
     assert failed.returncode == 1 and failed.stderr.count("\n") == 1, failed.stderr
 
 
+@pytest.mark.slow
 def test_replicas(tmp_path):
     done = run("benchmarks/replicas.py", "--quick", "--json", tmp_path / "out.json")
     assert "1 kills: 0 answers lost or changed, 0 with tokens doubled" in done.stdout
@@ -282,6 +284,7 @@ def test_prefix_sharing(tmp_path):
     assert copied == {"off": [0], "on": [3 * 64], "kept": [4 * 64]}, done.stdout
 
 
+@pytest.mark.slow
 def test_live_view(tmp_path):
     words = ("--quick", "--running", 4, "--waiting", 20, "--json", tmp_path / "out.json")
     done = run("benchmarks/live_view.py", *words)
@@ -304,6 +307,7 @@ def test_serving_engine(tmp_path):
     assert set(json.loads((tmp_path / "out.json").read_text())["rates"]) == {"static", "continuous"}
 
 
+@pytest.mark.slow
 def test_page_paint(tmp_path):
     pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if find_browser() is None:
@@ -320,6 +324,7 @@ def test_adapters(tmp_path):
     assert "| many | 8 |" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_pipeline(tmp_path):
     """Three pipelines of two processes, on a tiny model; figures mean nothing."""

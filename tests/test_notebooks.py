@@ -72,6 +72,7 @@ def executed(tmp_path_factory):
     return {cell.id: cell for cell in notebook.cells}
 
 
+@pytest.mark.slow
 def test_it_runs_without_an_error(executed):
     for cell in executed.values():
         if cell.cell_type == "code":
@@ -79,6 +80,7 @@ def test_it_runs_without_an_error(executed):
             assert "Traceback" not in printed(cell) and "error: " not in printed(cell), cell.id
 
 
+@pytest.mark.slow
 def test_the_adapter_answers_its_rows(executed):
     learnt = (
         "It cools the engine. Water flows through it.",
@@ -89,6 +91,7 @@ def test_the_adapter_answers_its_rows(executed):
         assert text in printed(executed["chat-after"])
 
 
+@pytest.mark.slow
 def test_lengths_are_predicted(executed):
     assert "72 lengths to learn from, 24 held out" in printed(executed["lengths"])
     within = printed(executed["predict"]).strip().splitlines()[-1]
@@ -96,6 +99,7 @@ def test_lengths_are_predicted(executed):
     assert int(within.split()[0]) >= 18
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["loss", "picture"])
 def test_pictures_are_drawn(executed, name):
     kinds = [kind for out in executed[name].outputs for kind in out.get("data", {})]

@@ -234,6 +234,7 @@ def test_end_to_end(number):
     assert tokenizer.decode(golden["new_ids"]) == golden["decoded"]
 
 
+@pytest.mark.slow
 def test_loading_alone_knows_every_tokenizer():
     """Without transformers' auto modules, whose import registers them too."""
     code = (

@@ -242,6 +242,7 @@ def adapter(tiny_folders, tmp_path) -> Path:
     return tmp_path / "adapter"
 
 
+@pytest.mark.slow
 def test_a_model_a_tokenizer_and_an_adapter(ask, hub, published, adapter):
     done = ask("-c", DOORS, str(published), str(adapter))
     assert done.returncode == 0, done.stderr

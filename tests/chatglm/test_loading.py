@@ -357,6 +357,7 @@ print(took)
     assert min(float(python(code)) for _ in range(2)) < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
@@ -618,8 +619,10 @@ def test_an_abandoned_stream_stops_generating(tiny_folders):
     "code",
     [
         "import chatglm; import transformers.modeling_layers",
-        "import chatglm; import transformers.models.auto.modeling_auto",
-        "import transformers.modeling_layers; import chatglm",
+        pytest.param(
+            "import chatglm; import transformers.models.auto.modeling_auto", marks=pytest.mark.slow
+        ),
+        pytest.param("import transformers.modeling_layers; import chatglm", marks=pytest.mark.slow),
     ],
 )
 def test_our_models_are_registered_whatever_is_imported_first(code):

@@ -72,10 +72,11 @@ def stop_after(monkeypatch, step: int):
         ("ptuning-v2-mlp", "ds_zero3_offload.json", [*TWELVE_STEPS, "--prefix_dropout", "0.2"]),
         ("all", "ds_zero3_no_offload.json", [*TWELVE_STEPS, "--precision", "bf16"]),
         ("all", "ds_zero2.json", TWELVE_STEPS),
-        (
+        pytest.param(
             "all",
             "ds_zero2.json",
             [*TWELVE_STEPS, "--precision", "bf16", "--gradient_accumulation_steps", 2],
+            marks=pytest.mark.slow,
         ),
         ("freeze", "ds_zero2_offload.json", [*TWELVE_STEPS, "--gradient_accumulation_steps", 2]),
     ],
@@ -173,7 +174,9 @@ def test_killed_at_every_point_of_a_save(flags, train, tmp_path, monkeypatch, wh
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("moment", ["inside_a_save", "at_random"])
+@pytest.mark.parametrize(
+    "moment", ["inside_a_save", pytest.param("at_random", marks=pytest.mark.slow)]
+)
 def test_kill_9(flags, train, tmp_path, whole, moment):
     """A real process and a real SIGKILL."""
     words = flags(tmp_path / "out", *LONG, "--save_model_step", 1, "--save_total_limit", 2)

@@ -30,6 +30,7 @@ def test_a_free_port_is_kept():
     assert allowed_port(29517) == 29517
 
 
+@pytest.mark.slow
 def test_cpu_adam_that_cannot_build_falls_back(tmp_path):
     code = (
         "import torch; from finetune.distributed import cpu_adam;"

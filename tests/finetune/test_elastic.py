@@ -89,6 +89,7 @@ def runs(flags, tmp_path_factory) -> dict[str, tuple[Path, Path, Path]]:
     return {name: tuple(folder / name / part for part in ("whole", "one", "two")) for name in CASES}
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_to_one_and_back(runs, name):
@@ -118,6 +119,7 @@ def test_two_ranks_to_one_and_back(runs, name):
     ] == [1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_a_missing_shard_is_one_line(runs, flags, tmp_path, capsys):
     whole, *_ = runs["lora-zero2"]

@@ -273,6 +273,7 @@ def test_clipping_is_deepspeeds(flags, train, tmp_path):
     assert moved == pytest.approx(0.1 * 0.05, rel=1e-3)  # the first rate is a tenth
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, frozen, trained",
     [
@@ -320,7 +321,7 @@ def test_bf16(flags, train, tmp_path, capsys, method, frozen, trained, ds_file):
     assert {t.dtype for t in saved.values()} == {trained}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_one_rank_without_partitions(flags, train, tmp_path, capsys, precision):
     """On one rank ZeRO-2's copies are left out, with a message; the numbers are the same.
 
@@ -810,6 +811,7 @@ def test_a_second_run_in_the_same_folder_does_not_lose_its_weights(flags, tmp_pa
     assert code == 1 or any(not torch.equal(before[k], after[k]) for k in before)
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_sigterm_saves_and_exits_0(flags, train, tmp_path):
     """A real process; what it leaves goes on to the uninterrupted losses."""

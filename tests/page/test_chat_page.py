@@ -121,6 +121,7 @@ def test_a_stop_keeps_what_was_written(chat):
     assert page.locator(".answer .rendered").inner_text() == kept
 
 
+@pytest.mark.slow
 def test_an_answer_goes_on_beside_the_other_view_and_other_conversations(chat):
     page = chat({"max_tokens": 200, "temperature": 0})
     page.fill(QUESTION, "the first")
@@ -137,6 +138,7 @@ def test_an_answer_goes_on_beside_the_other_view_and_other_conversations(chat):
     assert answer.locator(".report strong").first.inner_text() == "200"
 
 
+@pytest.mark.slow
 def test_the_end_is_followed_until_the_reader_scrolls_up(chat):
     page = chat({"max_tokens": 250, "temperature": 0}, viewport={"width": 400, "height": 420})
     to_end = "((log) => log.scrollHeight - log.scrollTop - log.clientHeight)"
@@ -189,6 +191,7 @@ def test_edits_and_retries_are_branches(chat):
     assert texts(page, ".bubble") == ["first words"]
 
 
+@pytest.mark.slow
 def test_conversations_are_renamed_found_deleted_and_brought_back(chat):
     page = chat()
     ask(page, "about rivers")
@@ -211,6 +214,7 @@ def test_conversations_are_renamed_found_deleted_and_brought_back(chat):
     assert texts(page, ".entry-title") == ["about rivers"]
 
 
+@pytest.mark.slow
 def test_exported_conversations_are_rows_and_come_back(chat, tmp_path):
     page = chat()
     page.click("button[aria-label='Show settings']")
@@ -247,6 +251,7 @@ def test_exported_conversations_are_rows_and_come_back(chat, tmp_path):
     page.wait_for_selector("text=no conversation")
 
 
+@pytest.mark.slow
 def test_settings_reach_the_request(chat):
     page = chat({"max_tokens": 5})
     sent = requests_of(page)
@@ -322,6 +327,7 @@ def test_every_word_is_there_in_both_languages(chat):
     assert missing[0] > 100 and missing[1] == []
 
 
+@pytest.mark.slow
 def test_a_phone_has_drawers_and_no_sideways_scroll(chat):
     page = chat(**PHONE)
     overflow = "document.documentElement.scrollWidth - innerWidth"
@@ -350,6 +356,7 @@ def import_text_through_drawer(page):
     page.keyboard.press("Escape")
 
 
+@pytest.mark.slow
 def test_a_conversation_by_keyboard_alone(chat):
     page = chat()
     page.wait_for_selector("#question:focus")
@@ -536,6 +543,7 @@ def locked_chat(open_page, locked):
     return opened
 
 
+@pytest.mark.slow
 def test_a_server_that_is_full_says_busy(locked_chat, locked, monkeypatch):
     monkeypatch.setattr(locked[0].service.backend.engine, "stop_ids", frozenset())
     page = locked_chat({"max_tokens": 1000})
@@ -559,6 +567,7 @@ def test_a_server_that_is_full_says_busy(locked_chat, locked, monkeypatch):
     page.watched.problems.clear()
 
 
+@pytest.mark.slow
 def test_a_server_with_a_key_asks_for_it(open_page, locked):
     page = open_page("/", at=locked[0].root)
     page.fill("input[type=password]", "wrong")
@@ -612,6 +621,7 @@ def test_calls_of_tools_are_run_shown_and_told(locked_chat):
         page.click("[role=status] button[aria-label='Close']")
 
 
+@pytest.mark.slow
 def test_a_stop_ends_the_rounds_of_tools(locked_chat):
     page = locked_chat({"max_tokens": 40, "seed": 3})
     clock = {"type": "function", "function": {"name": "clock"}}
@@ -635,6 +645,7 @@ def test_a_stop_ends_the_rounds_of_tools(locked_chat):
     assert not sent and answer.locator(".step").count() == steps
 
 
+@pytest.mark.slow
 def test_feedback_is_kept_corrected_and_withdrawn(locked_chat, locked):
     _, file = locked
 
@@ -666,6 +677,7 @@ def test_feedback_is_kept_corrected_and_withdrawn(locked_chat, locked):
     assert len({line["id"] for line in kept()}) == 1
 
 
+@pytest.mark.slow
 def test_the_chat_view_is_accessible(chat, check_accessible):
     page = chat()
     check_accessible(page)
@@ -686,6 +698,7 @@ def test_the_chat_view_is_accessible(chat, check_accessible):
     check_accessible(page)
 
 
+@pytest.mark.slow
 def test_the_drawers_of_a_phone_are_accessible(chat, check_accessible):
     page = chat(**PHONE, reduced_motion="reduce")
     ask(page, "hello")

@@ -65,6 +65,7 @@ def saved(open_page, address, tmp_path):
     return page, file, list(map(json.loads, file.read_text().splitlines()))
 
 
+@pytest.mark.slow
 def test_counts_and_lanes_are_the_servers(open_page, address):
     page = open_live(open_page, **STILL)
     with busy(address, 10):
@@ -91,6 +92,7 @@ def test_counts_and_lanes_are_the_servers(open_page, address):
     page.get_by_text("Nothing waits.").wait_for()
 
 
+@pytest.mark.slow
 def test_missed_deadlines_are_marked(open_page, address):
     page = open_live(open_page)
     late_before = metric(address, 'glm_slo_total{in_time="false"}')
@@ -103,6 +105,7 @@ def test_missed_deadlines_are_marked(open_page, address):
     wait_for(lambda: ended.inner_text().startswith(f"{late_before + 1:.0f} of "))
 
 
+@pytest.mark.slow
 def test_replay_shows_the_moment_and_live_returns(saved):
     page, _, snapshots = saved
     busiest = max(snapshots, key=lambda snapshot: snapshot["waiting"] + snapshot["running"])
@@ -128,6 +131,7 @@ def test_replay_shows_the_moment_and_live_returns(saved):
     wait_for(lambda: shown_time(page) > snapshots[-1]["t"])
 
 
+@pytest.mark.slow
 def test_a_saved_file_is_shown_elsewhere(saved, tmp_path):
     page, file, snapshots = saved
     chooser = page.get_by_label("Open a file of snapshots").and_(page.locator("input"))
@@ -151,6 +155,7 @@ def test_a_saved_file_is_shown_elsewhere(saved, tmp_path):
     assert page.locator("img[src=x]").count() == 0
 
 
+@pytest.mark.slow
 def test_a_cut_stream_is_said_and_taken_up_again(open_page, folders, tmp_path):  # noqa: F811
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -169,6 +174,7 @@ def test_a_cut_stream_is_said_and_taken_up_again(open_page, folders, tmp_path): 
     page.watched.problems[:] = [p for p in page.watched.problems if "ERR_" not in p]
 
 
+@pytest.mark.slow
 def test_leaving_the_view_ends_its_stream(open_page, address):
     name = 'glm_http_requests_total{route="/page/api/live",status="499"}'  # the client left
     page = open_live(open_page)
@@ -179,6 +185,7 @@ def test_leaving_the_view_ends_its_stream(open_page, address):
     page.locator(".live-page[data-time]").wait_for()
 
 
+@pytest.mark.slow
 def test_once_a_second_and_not_where_it_is_hidden(open_page, address):
     page = open_live(open_page)
     page.evaluate("""() => {
@@ -204,6 +211,7 @@ def test_once_a_second_and_not_where_it_is_hidden(open_page, address):
     wait_for(lambda: shown_time(page) > hidden_at + 1.5, 2)
 
 
+@pytest.mark.slow
 def test_two_languages_at_a_phones_width(open_page, address):
     page = open_live(open_page, locale="zh-CN", viewport={"width": 360, "height": 740})
     with busy(address, 6):
@@ -221,6 +229,7 @@ def test_two_languages_at_a_phones_width(open_page, address):
     assert not re.search("[\u4e00-\u9fff]", left)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_accessible(open_page, address, check_accessible, theme):
     page = open_live(open_page, color_scheme=theme, **STILL)
@@ -234,6 +243,7 @@ def test_accessible(open_page, address, check_accessible, theme):
         check_accessible(page)
 
 
+@pytest.mark.slow
 def test_an_idle_server_explains_itself(open_page, folders, tmp_path, check_accessible):  # noqa: F811
     with running_server(folders, tmp_path / "idle.jsonl") as address:
         page = open_live(open_page, at=address)
@@ -244,6 +254,7 @@ def test_an_idle_server_explains_itself(open_page, folders, tmp_path, check_acce
         page.locator(".stage").wait_for()
 
 
+@pytest.mark.slow
 def test_a_click_on_a_chart_goes_to_its_moment(open_page, address):
     page = open_live(open_page)
     page.wait_for_timeout(1500)

@@ -222,6 +222,7 @@ def test_stop_and_resume_is_bit_identical(flags, train, tmp_path, monkeypatch, m
         assert file.read_bytes() == (again / file.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_ranks(flags, train, tmp_path):
     """DeepSpeed's launcher, ZeRO-2 and --train_type lora: the losses are one rank's.
 

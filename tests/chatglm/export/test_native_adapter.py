@@ -73,6 +73,7 @@ def test_folded_weights_are_those_of_merge_lora(trained, tmp_path):
     assert (logits - adapted).abs().max() <= 1e-5 < (plain - adapted).abs().max()
 
 
+@pytest.mark.slow
 def test_a_converted_adapter_equals_ours_outside(trained, tmp_path):
     base, adapter = trained
     output = tmp_path / "out"

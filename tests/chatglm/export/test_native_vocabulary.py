@@ -64,6 +64,7 @@ def texts():
     return chosen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ids_of_the_shared_data_are_ours(family, texts, tmp_path):
     tokenizer = load_tokenizer(real_folder(tmp_path / family, family))
@@ -82,6 +83,7 @@ def test_ids_of_the_shared_data_are_ours(family, texts, tmp_path):
     assert compared >= 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["glm3", "glm4"])
 def test_a_process_without_us_gives_the_same_ids(family, texts, tmp_path):
     folder = real_folder(tmp_path / family, family)

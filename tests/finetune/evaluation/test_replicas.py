@@ -178,6 +178,7 @@ def is_there(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_no_orphans_and_what_was_answered_is_kept(adapter, tmp_path, number):
     """A command that is killed leaves no replica behind, and goes on where it was."""

@@ -254,6 +254,7 @@ def test_saved_bytes_of_the_originals_arithmetic():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_estimate_is_a_real_runs(tmp_path):
     """One case of benchmarks/memory_check.py; docs/results.md has them all."""

@@ -473,6 +473,7 @@ def test_t6_the_line_that_is_wrong_is_named(tmp_path, text, said):
         read_rows(tmp_path / "a.json")
 
 
+@pytest.mark.slow
 def test_t9_a_packed_file_takes_no_more_memory_than_its_rows(tmp_path):
     """600 MB of blanks in a line, a list or a table's cell, in a process limited to 500 MB more."""
     words = """if True:

@@ -257,6 +257,7 @@ def stream_words(tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_killed_and_resumed_is_bit_identical(flags, train, tmp_path, stream_words):
     """train.py, killed by SIGKILL after a checkpoint and resumed, ends as an uninterrupted run."""

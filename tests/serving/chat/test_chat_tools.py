@@ -271,6 +271,7 @@ def descendants(pid: int) -> set[int]:
     return found
 
 
+@pytest.mark.slow
 def test_the_interpreter(has_sandbox, tmp_path):
     """Images become files, variables stay, /clear forgets them, and its process ends."""
     pytest.importorskip("matplotlib")

@@ -207,7 +207,13 @@ def test_tokens_are_those_made_alone(threads, opened, tmp_path, variant, prefix,
     assert min(passes) == max(passes) > 50
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+QUICK = ("fcfs", "sjf", "deadline")
+EVERY_POLICY = []
+for name in POLICIES:
+    EVERY_POLICY.append(pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]))
+
+
+@pytest.mark.parametrize("policy", EVERY_POLICY)
 def test_every_policy_answers_whole(threads, opened, tmp_path, policy):
     model = model_of("glm2")
     folder, layers, mode = saved(model, tmp_path / "model")
@@ -218,6 +224,7 @@ def test_every_policy_answers_whole(threads, opened, tmp_path, policy):
     check_alone(model, asked, answers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["glm2", "qwen2"])
 def test_prefixes_are_shared(threads, opened, tmp_path, monkeypatch, variant):
     """Within a lane, and kept by one for all; untied and tied."""
@@ -284,7 +291,7 @@ def test_a_failed_row_harms_nobody_else(threads, opened, tmp_path, variant):
             assert answers[10 + i].reason == "failed" and not answers[10 + i].tokens
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *[pytest.param(i, marks=pytest.mark.slow) for i in (1, 2, 3)]])
 def test_cancelled_answers_change_no_others(threads, opened, tmp_path, seed):
     model = model_of("glm2")
     folder, layers, mode = saved(model, tmp_path / "model")
@@ -359,6 +366,7 @@ def test_adapters_of_rows(threads, opened, tmp_path, kind):
     assert not any(stage.adapters._stacks for stage in stages)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", ["bf16", "mixed", "bin", "int8"])
 def test_folders_of_every_dtype(threads, opened, tmp_path, stored):
     """Weights are converted as in one process, and each stage holds its own alone."""
@@ -391,6 +399,7 @@ def test_folders_of_every_dtype(threads, opened, tmp_path, stored):
         assert report.resident_bytes > report.weight_bytes and report.seconds > 0
 
 
+@pytest.mark.slow
 def test_adapter_and_prefix_folders(threads, opened, tmp_path):
     """A peft folder is one with its base; a folder of a prefix alone is put on its own."""
     from peft import LoraConfig, get_peft_model

@@ -88,6 +88,7 @@ def test_predicted_bytes_are_those_of_a_real_pipeline(family, tiny_folders, tmp_
         planning.comparison(plan, [report, report])
 
 
+@pytest.mark.slow
 def test_the_benchmark_in_miniature(tiny_folders, tmp_path, capsys):
     """A pipeline of two processes beside its prediction."""
     output = tmp_path / "rows.json"

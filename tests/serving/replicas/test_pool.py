@@ -403,6 +403,7 @@ def test_an_answer_whose_replica_ended_before_its_last_event(reason, kind, cut):
 # ---- a replica that is a pipeline
 
 
+@pytest.mark.slow
 def test_a_replica_of_two_stages_answers_as_one_process(tiny_folders, engine):
     """And is started again, with all its stages, when one of them has ended."""
     stages = StageSpec("cpu", 0, 1, threads=1), StageSpec("cpu", 1, 3, threads=1)

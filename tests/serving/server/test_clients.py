@@ -70,6 +70,7 @@ def test_other_clients(glm4, client, tmp_path):
     assert not faults
 
 
+@pytest.mark.slow
 def test_the_table_in_miniature(tmp_path, capsys):
     out = tmp_path / "found.json"
     assert client_table(["--here", "--clients", "http", "--json", str(out)]) == 0

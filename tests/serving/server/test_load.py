@@ -81,6 +81,7 @@ def test_figures_of_time():
     assert 0.02 < cpu_seconds(os.getpid()) - before < 10
 
 
+@pytest.mark.slow
 def test_an_environment_is_made_once(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("GLM_FOUNDRY_ENVIRONMENTS", str(tmp_path))
     monkeypatch.setitem(PACKAGES, "empty", ("pip",))

@@ -240,6 +240,7 @@ def test_sighup_reads_the_folder_again(tiny_folders, root, caplog):
 # ---- recalibrating it
 
 
+@pytest.mark.slow
 def test_it_recalibrates_while_it_serves(tiny_folders, root, quick, caplog):
     """Of a third of the lengths, q90 covers half; then what it should, and so on restart."""
     caplog.set_level(logging.INFO, "serving.server.recalibration")

@@ -199,6 +199,7 @@ def test_the_static_engine(tiny_folders):
     assert stage["device"] == "cpu" and stage["layers"] == [0, 2] and stage["bytes"] is None
 
 
+@pytest.mark.slow
 def test_a_lost_replica_is_seen(replicas):
     with LiveReader(replicas.root) as viewer:
         first = viewer.wait_for(lambda s: True)

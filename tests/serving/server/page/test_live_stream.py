@@ -25,6 +25,7 @@ def server(tiny_folders):
         yield found
 
 
+@pytest.mark.slow
 def test_history_then_a_snapshot_a_second(server):
     with LiveReader(server.root) as first:
         first.wait_for(lambda snapshot: True)
