@@ -1,0 +1,409 @@
+# ruff: noqa: E402
+"""A causal model on the real continuous engine under open-loop arrivals: policies by predicted
+length, with and without re-reading, against first come first served.
+
+    python benchmarks/length_serving.py --model DIR --lengths lengths_test.jsonl --predictor DIR
+        [--rereader DIR] --cells FILE [--policies fcfs,boost,sjf,...] [--loads 0.8,1.2]
+        [--arrivals poisson,bursty] [--requests 150] [--repetitions 5] [--minutes 60]
+
+A cell is one policy at one load, one kind of arrivals, one repetition; policies take turns within
+a repetition and get the same requests. Cells are lines of --cells, written as they end: the same
+command goes on where it was stopped, and ends by itself after --minutes. The table is printed of
+the cells there are.
+
+Answers are sampled as the lengths were collected, each with its line's own seed. Capacity: answers
+a second when all requests wait at once, first come first served. The predictor runs in a process
+of its own, predicts when a prompt arrives, and its time counts; so does re-reading, in the engine.
+A policy's name with +read: the same engine reads its answers again while they are written.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+import threading
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+
+from benchmarks.rows import read_lines
+from benchmarks.serving_real import run_predictor
+from chatglm.commands import Parser
+from finetune.config import parse_positive
+from predictor.prediction import LengthPrediction
+from scripts.collect_lengths import row_seed
+from serving.policies.continuous import POLICIES
+from serving.request import Limits, Request
+from serving.scheduler import run_scheduler
+from serving.simulate.engine import LinearCost
+from serving.simulate.statistics import Collector, interval
+from serving.simulate.workload import gamma_arrivals, poisson_arrivals
+
+READ = "+read"
+ARRIVALS = {"poisson": poisson_arrivals, "bursty": gamma_arrivals}
+SHOWN = {  # column -> metric
+    "mean s": "latency_mean_s",
+    "p99 s": "latency_p99_s",
+    "in time %": "attainment",
+    "in time a second": "goodput_rps",
+    "largest wait s": "largest_wait_s",
+}
+
+
+@dataclass(frozen=True)
+class KnownAnswer:
+    """A prompt of the lengths file, and the answer that was collected for it.
+
+    Attributes:
+        ids: the prompt's token ids. tokens: of the answer, its end token included.
+        seed: of its sampling, as scripts/collect_lengths.py had it.
+    """
+
+    prompt: str
+    ids: list[int]
+    tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a policy at one load. `policy` may end in +read."""
+
+    policy: str
+    arrivals: str
+    load: float
+    repetition: int
+
+    @property
+    def reads(self) -> bool:
+        return self.policy.endswith(READ)
+
+
+@dataclass(frozen=True)
+class LengthServingFlags:
+    """The command's flags; build_parser has their meaning and defaults."""
+
+    model: str
+    lengths: Path
+    predictor: str
+    rereader: str | None
+    cells: Path
+    policies: str
+    loads: str
+    arrivals: str
+    requests: int
+    repetitions: int
+    max_batch: int
+    slo_scale: float
+    threads: int
+    minutes: float
+
+    def cell_list(self) -> list[Cell]:
+        """Every cell, in the order in which they are run: policies take turns."""
+        policies = self.policies.split(",")
+        cells = []
+        for repetition in range(self.repetitions):
+            for load in map(float, self.loads.split(",")):
+                for arrivals in self.arrivals.split(","):
+                    for place in range(len(policies)):
+                        policy = policies[(place + repetition) % len(policies)]
+                        cells.append(Cell(policy, arrivals, load, repetition))
+        return cells
+
+
+class ServedModel:
+    """The model with its engine, the predictor's process and the answers that are known.
+
+    Attributes:
+        capacity: answers a second, all waiting at once.
+        alone_token_s, alone_prompt_s: seconds of a token and of a prompt's token, one answer alone.
+    """
+
+    def __init__(self, flags: LengthServingFlags) -> None:
+        from chatglm import load_tokenizer
+        from chatglm.families import family_of
+        from finetune.evaluation.predict import load_ready
+        from serving.engines.continuous_engine import ContinuousEngine
+
+        rows = read_lines(flags.lengths)
+        self.sampling = sampling_of(rows[0])
+        model = load_ready(flags.model, device="cpu", precision="fp32")
+        tokenizer = load_tokenizer(flags.model)
+        family = family_of(tokenizer)
+        self.known: list[KnownAnswer] = []
+        for row in rows:
+            settings = row["settings"]
+            ids = family.encode_prompt(tokenizer, row["prompt"], settings["max_src_len"]).input_ids
+            seed = row_seed(row["seed"] or 0, row["prompt"], row["sample"])
+            tokens = row["output_tokens"] + row["finished"]
+            self.known.append(KnownAnswer(row["prompt"], ids, tokens, seed))
+        longest = self.sampling["max_new_tokens"] + 2
+        longest += max(len(answer.ids) for answer in self.known)
+        limits = Limits(flags.max_batch, flags.max_batch * longest, longest, 256)
+        self.rereader = None
+        if flags.rereader is not None:
+            from predictor.rereading import Rereader
+
+            self.rereader = Rereader.from_pretrained(flags.rereader)
+        options = {} if self.rereader is None else {"rereader": self.rereader}
+        self.engine: ContinuousEngine = ContinuousEngine(model, limits, LinearCost(), **options)
+        context = multiprocessing.get_context("spawn")  # a fork would take torch's threads along
+        self._pipe, theirs = context.Pipe()
+        arguments = (theirs, flags.predictor)
+        context.Process(target=run_predictor, args=arguments, daemon=True).start()
+        self.alone_prompt_s, self.alone_token_s = self._measure_alone()
+        self.engine.cost = LinearCost(
+            limits.kv_tokens, self.alone_token_s, 0.0, 0.0, 0.0, self.alone_prompt_s
+        )
+        self.capacity = 0.0
+
+    def _measure_alone(self) -> tuple[float, float]:
+        """Seconds of a prompt's token and of an answer's, from answers that run alone."""
+        prompt_s = prompt_tokens = token_s = tokens = 0.0
+        for number in range(6):
+            known = self.known[number]
+            request = Request(number, len(known.ids), 0.0, 1e9)
+            columns = self.run("fcfs", [(request, number)]).columns
+            if number < 2:
+                continue  # the first calls take longer
+            prompt_s += columns["first_token_s"][0] - columns["admitted_s"][0]
+            prompt_tokens += len(known.ids)
+            token_s += columns["finish_s"][0] - columns["first_token_s"][0]
+            tokens += columns["output"][0] - 1
+        return prompt_s / prompt_tokens, token_s / max(tokens, 1)
+
+    def measure_capacity(self, count: int) -> None:
+        """Set `capacity`, from `count` requests that wait at once."""
+        requests = []
+        drawn = np.random.default_rng(1).integers(0, len(self.known), count)
+        for number, which in enumerate(drawn.tolist()):
+            requests.append((Request(number, len(self.known[which].ids), 0.0, 1e9), which))
+        columns = self.run("fcfs", requests).columns
+        finish_s = np.sort(columns["finish_s"])
+        # Until the batch begins to empty: the last answers run in a smaller one.
+        full = max(count - self.engine.limits.max_batch, count // 2)
+        self.capacity = full / float(finish_s[full - 1])
+
+    def requests(self, cell: Cell, count: int, slo_scale: float) -> list[tuple[Request, int]]:
+        """(request, which of `known`) by arrival: the same for all policies of a repetition."""
+        rng = np.random.default_rng([cell.repetition, round(100 * cell.load)])
+        which = rng.integers(0, len(self.known), count)
+        arrivals = ARRIVALS[cell.arrivals](count, cell.load * self.capacity, rng)
+        typical = np.mean([answer.tokens for answer in self.known]) * self.alone_token_s
+        classes = rng.choice([0.5, 1.0, 2.0], count)
+        requests = []
+        for number, at_s in enumerate(arrivals.tolist()):
+            ids = self.known[which[number]].ids
+            slo_s = slo_scale * classes[number] * (typical + len(ids) * self.alone_prompt_s)
+            requests.append((Request(number, len(ids), at_s, float(slo_s)), int(which[number])))
+        return requests
+
+    def run(self, name: str, requests: list[tuple[Request, int]]) -> Collector:
+        """Serve them; a Collector of what happened."""
+        from serving.engines import Inbox, Sampling, WallClock
+
+        policy = POLICIES[name.removesuffix(READ)]
+        self.engine.rereader = self.rereader if name.endswith(READ) else None
+        clock = WallClock()
+        inbox = Inbox(clock, self.engine)
+        calls = []
+        for request, which in requests:
+            text = self.known[which].prompt if policy.predicts else None
+            calls.append((request.arrival_s, text))
+        self._pipe.send((clock.zero_s, calls))
+
+        def feed() -> None:
+            for request, which in requests:
+                prediction: LengthPrediction | None = self._pipe.recv()
+                known = self.known[which]
+                live = Request(
+                    request.id, len(known.ids), request.arrival_s, request.slo_s, prediction
+                )
+                sampling = Sampling(seed=known.seed, **self.sampling)
+                self.engine.submit(live, known.ids, sampling)
+                inbox.put(live)
+            inbox.close()
+
+        feeder = threading.Thread(target=feed, daemon=True)
+        feeder.start()
+        collector = Collector().consume(run_scheduler(policy, self.engine, clock, inbox))
+        feeder.join()
+        return collector
+
+
+def sampling_of(row: dict) -> dict:
+    """How the answers of a lengths file were sampled, as Sampling takes it."""
+    settings = row["settings"]
+    sampling = {"max_new_tokens": settings["max_new_tokens"]}
+    for name in ("temperature", "top_p"):
+        if name in settings:
+            sampling[name] = settings[name]
+    return sampling
+
+
+def run_cells(flags: LengthServingFlags) -> list[dict]:
+    """Run the cells that are not there yet, until the minutes are over; all rows there are."""
+    depends_on: dict[str, Any] = {
+        "model": flags.model,
+        "predictor": flags.predictor,
+        "rereader": flags.rereader,
+    }
+    depends_on |= {"lengths": str(flags.lengths), "requests": flags.requests}
+    depends_on |= {"max_batch": flags.max_batch, "slo_scale": flags.slo_scale}
+    kept = KeptCells(flags.cells, depends_on)
+    missing = [cell for cell in flags.cell_list() if cell not in kept.done]
+    if not missing:
+        return kept.rows
+    begin = time.perf_counter()
+    served = ServedModel(flags)
+    if kept.capacity is None:
+        served.measure_capacity(flags.requests)
+        kept.add({"capacity": served.capacity})
+    served.capacity = kept.capacity or served.capacity
+    print(
+        f"capacity {served.capacity:.2f} answers/s; alone a token takes "
+        f"{1e3 * served.alone_token_s:.1f} ms, a prompt's {1e3 * served.alone_prompt_s:.2f} ms",
+        file=sys.stderr,
+    )
+    for number, cell in enumerate(missing, 1):
+        if time.perf_counter() - begin > 60 * flags.minutes:
+            break
+        requests = served.requests(cell, flags.requests, flags.slo_scale)
+        collector = served.run(cell.policy, requests)
+        metrics = collector.summary() | {"reread": collector.counts.get("reread", 0)}
+        kept.add({**vars(cell), **metrics})
+        print(
+            f"{number}/{len(missing)} {cell.policy} {cell.arrivals} {cell.load} "
+            f"({cell.repetition + 1}): mean {metrics['latency_mean_s']:.2f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+    return kept.rows
+
+
+class KeptCells:
+    """The lines of --cells: what they depend on, the capacity, then a line for each cell.
+
+    Attributes:
+        rows: of the cells. done: the cells that are there. capacity: None before it is measured.
+    Raises:
+        ValueError: the file is of other settings.
+    """
+
+    def __init__(self, path: Path, depends_on: dict) -> None:
+        self.path = path
+        self.rows: list[dict] = []
+        self.done: set[Cell] = set()
+        self.capacity: float | None = None
+        if not path.exists():
+            self._write(depends_on)
+            return
+        lines = read_lines(path)
+        if lines[:1] != [depends_on]:
+            raise ValueError(f"--cells {path}: made with other settings; name another file")
+        for line in lines[1:]:
+            self._take(line)
+
+    def add(self, line: dict) -> None:
+        self._write(line)
+        self._take(line)
+
+    def _write(self, line: dict) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _take(self, line: dict) -> None:
+        if "capacity" in line:
+            self.capacity = line["capacity"]
+            return
+        self.rows.append(line)
+        self.done.add(Cell(line["policy"], line["arrivals"], line["load"], line["repetition"]))
+
+
+def print_tables(rows: list[dict]) -> None:
+    """One table for each kind of arrivals and load: means over repetitions; pairs against fcfs."""
+    groups: dict[tuple[str, float], list[dict]] = defaultdict(list)
+    for row in rows:
+        groups[row["arrivals"], row["load"]].append(row)
+    for (arrivals, load), group in sorted(groups.items()):
+        print(f"\n{arrivals} arrivals at {load} of capacity\n")
+        columns = ["policy", "runs", *SHOWN, "mean against fcfs %", "p99 against fcfs %"]
+        print(f"| {' | '.join(columns)} |")
+        print("|---" * len(columns) + "|")
+        by_policy: dict[str, dict[int, dict]] = defaultdict(dict)
+        for row in group:
+            by_policy[row["policy"]][row["repetition"]] = row
+        for policy, runs in by_policy.items():
+            cells = [policy, str(len(runs))]
+            for name, metric in SHOWN.items():
+                scale = 100 if "%" in name else 1
+                cells.append(shown_mean([scale * run[metric] for run in runs.values()]))
+            for metric in ("latency_mean_s", "latency_p99_s"):
+                cells.append(against(runs, by_policy.get("fcfs", {}), metric))
+            print("| " + " | ".join(cells) + " |")
+
+
+def against(runs: dict[int, dict], base: dict[int, dict], metric: str) -> str:
+    """The metric over the base's of the same repetitions, less 1, in percent."""
+    ratios = []
+    for repetition, run in runs.items():
+        if repetition in base:
+            ratios.append(100 * (run[metric] / base[repetition][metric] - 1))
+    return shown_mean(ratios, "+.0f") if ratios else ""
+
+
+def shown_mean(values: list[float], form: str = ".3g") -> str:
+    """Mean and, where there are enough values, half its 95 % interval."""
+    mean, half = interval(values)
+    return f"{mean:{form}}" + ("" if np.isnan(half) else f" ± {half:.2g}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="length_serving.py", description=__doc__, formatter_class=layout)
+    add = parser.add_argument
+    add("--model", required=True, help="folder of a model that the continuous engine runs")
+    add("--lengths", type=Path, required=True, help="of held-out prompts, by collect_lengths.py")
+    add("--predictor", required=True, help="predicts at arrival")
+    add("--rereader", help="a predictor of --backbone states, for policies with +read")
+    add("--cells", type=Path, required=True, help="JSON lines to write, or to go on with")
+    add("--policies", default="fcfs,sjf,deadline", help="comma between them; +read re-reads")
+    add("--loads", default="0.8,1.2", help="shares of the capacity [0.8,1.2]")
+    add("--arrivals", default="poisson,bursty", help="of poisson, bursty [both]")
+    add("--requests", type=parse_positive, default=150, help="of each cell [150]")
+    add("--repetitions", type=parse_positive, default=5)
+    add("--max_batch", type=parse_positive, default=16, help="answers made at once [16]")
+    add("--slo_scale", type=float, default=5.0, help="objective: so many times a typical answer")
+    add("--threads", type=parse_positive, default=1)
+    add("--minutes", type=float, default=1e9, help="begin no cell after so many [no limit]")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    parser = build_parser()
+    flags = LengthServingFlags(**vars(parser.parse_args(argv)))
+    for name in flags.policies.split(","):
+        if name.removesuffix(READ) not in POLICIES:
+            parser.error(f"--policies: no policy {name!r}; there are {', '.join(POLICIES)}")
+        if name.endswith(READ) and flags.rereader is None:
+            parser.error(f"--policies {name}: wants --rereader")
+    for name in flags.arrivals.split(","):
+        if name not in ARRIVALS:
+            parser.error(f"--arrivals: wanted poisson or bursty; got {name!r}")
+    import torch
+
+    torch.set_num_threads(flags.threads)
+    rows = run_cells(flags)
+    print_tables(rows)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
