@@ -46,7 +46,7 @@ def answers_with_states(
     """
     from serving.engines.continuous_engine import ContinuousEngine
 
-    longest = 0
+    longest = 2  # what Limits wants at least
     for prompt, sampling in zip(prompts, samplings):
         longest = max(longest, len(prompt) + (sampling.max_new_tokens or 0) + 1)
     # Room for all: nothing is preempted.
