@@ -438,7 +438,7 @@ def summary_line(
     return f"{answers} answers of {tokens} tokens, {cut}, written to {flags.output}{there}"
 
 
-def parse_layers(text: str) -> tuple[int, ...]:
+def layer_numbers(text: str) -> tuple[int, ...]:
     """Numbers of layers, ascending, each once: "11,22"."""
     try:
         layers = sorted({int(word) for word in text.split(",")})
@@ -494,7 +494,7 @@ def add_state_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--state_layers",
-        type=parse_layers,
+        type=layer_numbers,
         metavar="N,N",
         help="with --states: after which layers, from 1 [one, at 73 %% of the depth]",
     )

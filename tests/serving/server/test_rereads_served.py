@@ -62,7 +62,15 @@ def test_every_policy_takes_newer_predictions(folders, rereader, tmp_path):
     names = [name for name, policy in POLICIES.items() if policy.predicts and "oracle" not in name]
     words = [write_list(tmp_path, uellm_rows()), "--model", model, "--device", "cpu"]
     words += ["--predictor", predictor, "--rereader", "x", "--policies", ",".join(names)]
-    words += ["--max_batch", 3, "--max_new_tokens", 20, "--at_once", "--json", tmp_path / "figures.json"]
+    words += [
+        "--max_batch",
+        3,
+        "--max_new_tokens",
+        20,
+        "--at_once",
+        "--json",
+        tmp_path / "figures.json",
+    ]
     assert main([str(word) for word in words]) == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert set(figures["policies"]) == set(names)
