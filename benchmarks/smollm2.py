@@ -7,7 +7,8 @@ Four stages, each of which is skipped where its result is there, so the same com
               Its weights are quantised (Q4_1): lengths and latencies are those of such a model.
     collect   scripts/collect_lengths.py --states: --count English prompts, --samples answers each,
               temperature 0.7, top-p 0.9, cut at --cap tokens, states every 64 tokens
-    train     train.py --task predictor --backbone states, and predictor.export
+    train     train.py --task predictor: --backbone lexical for a request's arrival, --backbone
+              states for its running answer; predictor.export of both
     serve     serving.run_requests: --requests prompts that were not collected, Poisson arrivals,
               with the predictor at arrival, without and with --rereader
 
@@ -156,21 +157,22 @@ def collect(flags: argparse.Namespace, model: Path, prompts: Path) -> None:
     run_program(words)
 
 
-def train(flags: argparse.Namespace) -> Path:
-    """The exported predictor's folder: at arrival and while answers are written."""
-    exported = flags.output / "predictor"
+def train(flags: argparse.Namespace, backbone: str, own_flags: Sequence[object] = ()) -> Path:
+    """The exported folder of a predictor of the collected lengths."""
+    exported = flags.output / f"predictor-{backbone}"
     if (exported / "predictor.json").exists():
         return exported
-    trained = flags.output / "trained"
-    lengths, states = flags.output / "lengths.jsonl", flags.output / "states"
-    words = ["train.py", "--task", "predictor", "--backbone", "states"]
-    words += ["--train_path", lengths, "--states", states, "--output_dir", trained]
+    trained = flags.output / f"trained-{backbone}"
+    words = ["train.py", "--task", "predictor", "--backbone", backbone, *own_flags]
+    words += ["--train_path", flags.output / "lengths.jsonl", "--output_dir", trained]
     run_program([*words, *flags.train_flags.split()])
     run_program(["-m", "predictor.export", "--checkpoint", trained, "--output", exported])
     return exported
 
 
-def serve(flags: argparse.Namespace, model: Path, requests: Path, predictor: Path) -> None:
+def serve(
+    flags: argparse.Namespace, model: Path, requests: Path, predictor: Path, rereader: Path
+) -> None:
     """One cell: the same arrivals without and with re-reading."""
     for name in ("arrival", "reread"):
         figures = flags.output / f"served-{name}.json"
@@ -181,7 +183,7 @@ def serve(flags: argparse.Namespace, model: Path, requests: Path, predictor: Pat
         words += ["--slo_s", flags.slo_s, "--max_new_tokens", flags.cap, *SAMPLING]
         words += ["--json", figures]
         if name == "reread":
-            words += ["--rereader", predictor]
+            words += ["--rereader", rereader]
         run_program(words)
 
 
@@ -195,9 +197,11 @@ def run_stages(flags: argparse.Namespace) -> None:
     collect(flags, model, prompts)
     if last < STAGES.index("train"):
         return
-    predictor = train(flags)
+    predictor = train(flags, "lexical")
+    states_flags = ("--states", flags.output / "states", *flags.states_flags.split())
+    rereader = train(flags, "states", states_flags)
     if last == STAGES.index("serve"):
-        serve(flags, model, requests, predictor)
+        serve(flags, model, requests, predictor, rereader)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -216,7 +220,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--requests", type=int, default=100, help="prompts of the serving cell [100]")
     add("--rate", type=float, default=0.5, help="of the serving cell, requests a second [0.5]")
     add("--slo_s", type=float, default=60.0, help="of the serving cell [60]")
-    add("--train_flags", default="", help="more flags of train.py")
+    add("--train_flags", default="", help="more flags of train.py, for both predictors")
+    add("--states_flags", default="", help="more flags of train.py --backbone states")
     add("--until", choices=STAGES, default="serve", help="the last stage [serve]")
     add("--convert", type=Path, nargs=2, help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)

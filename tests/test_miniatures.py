@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from benchmarks.page_paint import find_browser
 from tests.causal_folders import make_causal_folder
@@ -290,7 +291,8 @@ def test_prefix_sharing(tmp_path):
 
 
 def test_reread_cost(tmp_path):
-    words = ("--quick", "--json", tmp_path / "out.json")
+    model = make_causal_folder(tmp_path / "tiny", "llama")
+    words = ("--quick", "--model", model, "--json", tmp_path / "out.json")
     done = run("benchmarks/reread_cost.py", *words)
     found = json.loads((tmp_path / "out.json").read_text())
     assert len(found["pairs"]) == 3 and found["readings"] == 4 * 4, done.stdout
@@ -300,6 +302,10 @@ def test_reread_cost(tmp_path):
 def test_smollm2(tmp_path):
     """All stages but the package's: a tiny model of that architecture in its place."""
     model = make_causal_folder(tmp_path / "tiny", "llama")
+    weights = load_file(model / "model.safetensors")
+    [end] = json.loads((model / "config.json").read_text())["eos_token_id"]
+    weights["lm_head.weight"][end] *= 2  # some answers end
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
     prompts = tmp_path / "prompts.jsonl.gz"
     rows = [{"prompt": f"list {n} rivers of country {n * n}", "lang": "en"} for n in range(44)]
     rows += [{"instruction": "你好", "input": "", "lang": "zh"}]
@@ -310,11 +316,12 @@ def test_smollm2(tmp_path):
     words += ["--count", 40, "--requests", 4, "--cap", 24, "--every", 8]
     words += ["--rate", 50, "--slo_s", 5]
     until = "serve" if importlib.util.find_spec("predictor.rereading") else "collect"
-    small = "--state_seeds 1 --state_units 8 --hash_bits 8 --landmarks 16 --length_limit 128"
-    run("benchmarks/smollm2.py", *words, "--train_flags", small, "--until", until)
+    words += ["--train_flags", "--hash_bits 8 --landmarks 16 --length_limit 128"]
+    words += ["--states_flags", "--state_seeds 1 --state_units 8", "--until", until]
+    run("benchmarks/smollm2.py", *words)
     assert len((output / "lengths.jsonl").read_text().splitlines()) == 40
     assert json.loads((output / "states" / "states.json").read_text())["every"] == 8
-    done = run("benchmarks/smollm2.py", *words, "--until", until)  # all is there
+    done = run("benchmarks/smollm2.py", *words)  # all is there
     assert "collect_lengths" not in done.stdout
     if until == "collect":
         return
