@@ -9,6 +9,12 @@ same prompt is asked once.
 A line has what the predictor is trained on: prompt, output_tokens (without the end token), finished
 (the end token came within --max_new_tokens), served_model. The same command goes on where it was
 stopped, also with more prompts or samples.
+
+With --states DIR the served model's hidden states are kept too, at the end of the prompt and every
+--state_every answer tokens; train.py --backbone states learns from them. The answers are then made
+by the continuous engine: sampled ones come from the same distribution by the same seeds, but each
+draw takes another number from its generator, so they are not those of the command without --states.
+Their settings say so ("engine"), and one file has answers of one kind.
 """
 
 import argparse
@@ -16,6 +22,8 @@ import hashlib
 import json
 import os
 import sys
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -38,10 +46,14 @@ from finetune.evaluation.generation import (  # noqa: E402
     encode_prompts,
     longest_first,
     make_batches,
+    model_fingerprint,
 )
 from finetune.evaluation.inference import (  # noqa: E402
     InferenceFlags,
+    InferenceSetup,
     add_model_flags,
+    load_ready,
+    loading_options,
     prepare_inference,
 )
 from finetune.files import writing  # noqa: E402
@@ -50,10 +62,16 @@ from finetune.launched import single_start  # noqa: E402
 from finetune.rows.formats import BadRow  # noqa: E402
 from finetune.rows.sources import read_json_items  # noqa: E402
 from predictor.labels import parse_prompt, served_name  # noqa: E402
+from scripts.collected_states import AnswerWithStates, answers_with_states  # noqa: E402
+from serving.engines import Sampling  # noqa: E402
 
 if TYPE_CHECKING:
     from chatglm.family_tokenizer import FamilyTokenizer
+    from serving.engines.state_shards import StateFolder
 
+FLUSH_S = 30.0  # how much work a killed command with --states loses at most
+STATE_EVERY = 64
+LAYER_SHARE = 0.73  # the default layer of --state_layers: 22 of 30 is the best one of SmolLM2
 OPENING = b'{"prompt": '  # of every line written here
 
 
@@ -174,18 +192,58 @@ def write_answers(
     for batch, answers in with_progress(answered, len(questions)):
         lines = []
         for i, (ids, ended) in zip(batch.numbers, answers):
-            question = questions[i]
-            row = {"prompt": question.prompt, "output_tokens": len(ids), "finished": ended}
-            row |= {"sample": question.sample, **row_end}
-            if tokenizer:
-                row["answer"] = tokenizer.decode(ids, skip_special_tokens=True)
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+            lines.append(answer_line(questions[i], ids, ended, row_end, tokenizer))
             tokens += len(ids)
             unfinished += not ended
         file.write("".join(lines).encode())
         file.flush()
     os.fsync(file.fileno())
     return tokens, unfinished
+
+
+def answer_line(
+    question: Question,
+    ids: list[int],
+    ended: bool,
+    row_end: dict[str, Any],
+    tokenizer: "FamilyTokenizer | None",
+) -> str:
+    """The line of an answer; arguments as of `write_answers`."""
+    row = {"prompt": question.prompt, "output_tokens": len(ids), "finished": ended}
+    row |= {"sample": question.sample, **row_end}
+    if tokenizer:
+        row["answer"] = tokenizer.decode(ids, skip_special_tokens=True)
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+class LinesWithStates:
+    """Answers and their states, written together: no line is there before its states are.
+
+    Args:
+        file: of the lines, open to append.
+        lines: how many it has.
+    """
+
+    def __init__(self, file: BinaryIO, folder: "StateFolder", lines: int):
+        self.file, self.folder, self.count = file, folder, lines
+        self._waiting: list[str] = []
+        self._flushed_s = time.monotonic()
+
+    def add(self, line: str, answer: AnswerWithStates) -> None:
+        """Add an answer's line and states; both are on disk within FLUSH_S."""
+        self.folder.add(self.count, answer.readings)
+        self.count += 1
+        self._waiting.append(line)
+        if time.monotonic() - self._flushed_s > FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        self.folder.flush()
+        self.file.write("".join(self._waiting).encode())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self._waiting = []
+        self._flushed_s = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -198,6 +256,10 @@ class CollectionFlags(InferenceFlags):
     samples: int
     limit: int | None
     keep_answers: bool
+    states: str | None
+    state_layers: tuple[int, ...] | None
+    state_every: int | None
+    state_entropy: bool
 
 
 def collect(flags: CollectionFlags) -> str:
@@ -217,6 +279,8 @@ def collect(flags: CollectionFlags) -> str:
         asked = [question.prompt for question in questions]
         predicted = predict_lengths(flags.predictor, asked, setup.tokenizer.name_or_path)
     questions = [questions[i] for i in longest_first(encoded, predicted)]
+    if flags.states:
+        return collect_states(flags, questions, setup, sampling)
     work = measure_prompts(encoded, predicted, flags)
     with open_answerer(flags, setup, AnswerOptions(options, sampling), work) as answerer:
         settings = {
@@ -259,9 +323,130 @@ def ask(
             row_end,
             tokenizer if flags.keep_answers else None,
         )
-    there = f"; {len(done)} were there" if done else ""
+    return summary_line(flags, len(questions), tokens, unfinished, len(done))
+
+
+def collect_states(
+    flags: CollectionFlags,
+    questions: list[Question],
+    setup: InferenceSetup,
+    sampling: dict[str, float],
+) -> str:
+    """As `ask`, by the continuous engine, with the answers' hidden states."""
+    from chatglm.loading import stop_ids
+    from serving.engines.bodies import decoder_layers
+    from serving.engines.passes import plain_model
+    from serving.engines.state_shards import StateFolder
+    from serving.engines.state_tap import StateTap
+
+    assert flags.states and flags.max_new_tokens  # checked, and has a default
+    model = load_ready(setup.folder, device=flags.device, **loading_options(flags))
+    plain = plain_model(model)
+    layers = flags.state_layers or (max(round(LAYER_SHARE * len(decoder_layers(plain))), 1),)
+    tap = StateTap(layers, flags.state_every or STATE_EVERY, flags.state_entropy)
+    seed = flags.seed if flags.do_sample else None
+    named = {"served_model": flags.served_model or served_name(flags.model_path)}
+    weights = model_fingerprint(model)
+    settings = {
+        "weights": weights,
+        "max_src_len": setup.max_src_len,
+        "max_new_tokens": flags.max_new_tokens,
+        "engine": "continuous",
+        **sampling,
+    }
+    row_end: dict[str, Any] = {**named, "seed": seed}
+    output = Path(flags.output)
+    done, whole = read_done(output, row_end | settings)
+    row_end |= {"settings": settings}
+    described = {
+        **named,
+        "weights": weights,
+        "hidden_size": plain.get_input_embeddings().weight.shape[-1],
+        "layers": list(layers),
+        "every": tap.every,
+        "cap": flags.max_new_tokens,
+        "entropy": tap.entropy,
+    }
+    questions = [q for q in questions if (q.prompt, q.sample) not in done]
+    answered = answers_with_states(
+        model,
+        tap,
+        [question.ids for question in questions],
+        [question_sampling(flags, question, sampling, seed) for question in questions],
+        stop_ids(setup.tokenizer),
+        flags.batch_size,
+    )
+    folder = StateFolder(Path(flags.states), described, count_lines(output, whole))
+    tokenizer = setup.tokenizer if flags.keep_answers else None
+    tokens = unfinished = 0
+    with writing(output), open_to_append(output) as file:
+        file.truncate(whole)
+        lines = LinesWithStates(file, folder, count_lines(output, whole))
+        try:
+            for answer in answers_with_progress(answered, len(questions)):
+                question = questions[answer.number]
+                line = answer_line(question, answer.ids, answer.finished, row_end, tokenizer)
+                lines.add(line, answer)
+                tokens += len(answer.ids)
+                unfinished += not answer.finished
+        finally:
+            lines.flush()
+    return summary_line(flags, len(questions), tokens, unfinished, len(done))
+
+
+def count_lines(path: Path, size: int) -> int:
+    """Lines within the first `size` bytes of a file, which may be absent."""
+    if not path.exists():
+        return 0
+    with open(path, "rb") as file:
+        return file.read(size).count(b"\n")
+
+
+def question_sampling(
+    flags: CollectionFlags, question: Question, sampling: dict[str, float], seed: int | None
+) -> Sampling:
+    """How the engine answers a question: greedily without a seed."""
+    if seed is None:
+        return Sampling(flags.max_new_tokens)
+    own_seed = row_seed(seed, question.prompt, question.sample)
+    return Sampling(flags.max_new_tokens, seed=own_seed, **sampling)
+
+
+def answers_with_progress(
+    answered: Iterable[AnswerWithStates], rows: int
+) -> Iterator[AnswerWithStates]:
+    """The same, with `with_progress`'s bar."""
+    from tqdm import tqdm
+
+    tokens = 0
+    start_s = time.monotonic()
+    with tqdm(total=rows, desc="answering", unit="row") as bar:
+        for answer in answered:
+            tokens += len(answer.ids)
+            rate = tokens / max(time.monotonic() - start_s, 1e-9)
+            bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+            bar.update(1)
+            yield answer
+
+
+def summary_line(
+    flags: CollectionFlags, answers: int, tokens: int, unfinished: int, before: int
+) -> str:
+    """What was done."""
+    there = f"; {before} were there" if before else ""
     cut = f"{unfinished} cut at --max_new_tokens {flags.max_new_tokens}"
-    return f"{len(questions)} answers of {tokens} tokens, {cut}, written to {output}{there}"
+    return f"{answers} answers of {tokens} tokens, {cut}, written to {flags.output}{there}"
+
+
+def layer_numbers(text: str) -> tuple[int, ...]:
+    """Numbers of layers, ascending, each once: "11,22"."""
+    try:
+        layers = sorted({int(word) for word in text.split(",")})
+    except ValueError:
+        layers = []
+    if not layers or layers[0] < 1:
+        raise argparse.ArgumentTypeError(f"wanted layers from 1, as 11,22; got {text!r}")
+    return tuple(layers)
 
 
 def build_parser() -> Parser:
@@ -298,13 +483,57 @@ def build_parser() -> Parser:
         "--limit", type=parse_positive, help="ask only so many prompts, the first of the file"
     )
     parser.add_argument("--keep_answers", action="store_true", help="write the answers' text too")
+    add_state_flags(parser)
     return parser
+
+
+def add_state_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of --states."""
+    parser.add_argument(
+        "--states", metavar="DIR", help="keep the answers' hidden states in this folder"
+    )
+    parser.add_argument(
+        "--state_layers",
+        type=layer_numbers,
+        metavar="N,N",
+        help="with --states: after which layers, from 1 [one, at 73 %% of the depth]",
+    )
+    parser.add_argument(
+        "--state_every",
+        type=parse_positive,
+        help=f"with --states: answer tokens between two readings [{STATE_EVERY}]",
+    )
+    parser.add_argument(
+        "--state_entropy",
+        action="store_true",
+        help="with --states: means over the prompt weighted by the next token's entropy too; its "
+        "tokens then all pass the output layer",
+    )
+
+
+def check_state_flags(parser: Parser, args: argparse.Namespace) -> None:
+    """Refuse flags that --states needs, or that it cannot have, in one line."""
+    if not args.states:
+        for name in ("state_layers", "state_every", "state_entropy"):
+            if getattr(args, name):
+                parser.error(f"--{name} is of --states DIR, which is not given")
+        return
+    if args.do_sample and args.temperature <= 0:
+        parser.error(f"--temperature must be above 0 with --do_sample, got {args.temperature}")
+    placing = ("deployer", "num_gpus", "devices", "device_map")
+    given = [name for name in placing if getattr(args, name)]
+    if given:
+        parser.error(
+            f"--{given[0]} places replicas, and --states reads the model of one device: leave it "
+            "out, and say --device"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(single_start(argv))
     check_given(parser, vars(args), PLACING)
+    check_state_flags(parser, args)
     if args.samples > 1 and not args.do_sample:
         parser.error(
             f"--samples {args.samples} without --do_sample would be the same answer "

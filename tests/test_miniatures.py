@@ -2,6 +2,7 @@
 
 import ast
 import gzip
+import importlib.util
 import json
 import random
 import subprocess
@@ -9,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from benchmarks.page_paint import find_browser
+from tests.causal_folders import make_causal_folder
 from tests.conftest import REPO_ROOT, SHARED, shared_file, write_tokenizer
 from tests.finetune.runs import child_env
 from tests.warm import warm_python
@@ -62,6 +65,9 @@ ELSEWHERE = {  # file -> the test that runs it
     "scripts/collect_lengths.py": (
         "tests/predictor/test_collect.py::test_lengths_are_those_of_predict"
     ),
+    "scripts/collected_states.py": (
+        "tests/predictor/test_collected_states.py::test_states_of_every_line"
+    ),
     "scripts/launch_slurm.sh": "tests/finetune/test_launching.py::test_slurm_script",
     "scripts/prepare_sample_data.py": (
         "tests/test_sample_data.py::test_generator_writes_the_committed_bytes"
@@ -96,7 +102,9 @@ HERE = {  # file -> the test of this file that runs it
     "benchmarks/prefix_sharing.py": "test_prefix_sharing",
     "benchmarks/replicas.py": "test_replicas",
     "benchmarks/real_input.py": "test_real_input",
+    "benchmarks/reread_cost.py": "test_reread_cost",
     "benchmarks/serving_engine.py": "test_serving_engine",
+    "benchmarks/smollm2.py": "test_smollm2",
     "benchmarks/tool_calling.py": "test_tool_calling",
     "benchmarks/train_speed.py": "test_b1_train_speed",
     "scripts/quickstart.sh": "test_quickstart",
@@ -282,6 +290,46 @@ def test_prefix_sharing(tmp_path):
     found = json.loads((tmp_path / "out.json").read_text())
     copied = {name: figures["copied_tokens"] for name, figures in found.items()}
     assert copied == {"off": [0], "on": [3 * 64], "kept": [4 * 64]}, done.stdout
+
+
+def test_reread_cost(tmp_path):
+    model = make_causal_folder(tmp_path / "tiny", "llama")
+    words = ("--quick", "--model", model, "--json", tmp_path / "out.json")
+    done = run("benchmarks/reread_cost.py", *words)
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert len(found["pairs"]) == 3 and found["readings"] == 4 * 4, done.stdout
+    assert "re-reading adds" in done.stdout and found["step_ms"] > 0
+
+
+def test_smollm2(tmp_path):
+    """All stages but the package's: a tiny model of that architecture in its place."""
+    model = make_causal_folder(tmp_path / "tiny", "llama")
+    weights = load_file(model / "model.safetensors")
+    [end] = json.loads((model / "config.json").read_text())["eos_token_id"]
+    weights["lm_head.weight"][end] *= 2  # some answers end
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    prompts = tmp_path / "prompts.jsonl.gz"
+    rows = [{"prompt": f"list {n} rivers of country {n * n}", "lang": "en"} for n in range(44)]
+    rows += [{"instruction": "你好", "input": "", "lang": "zh"}]
+    with gzip.open(prompts, "wt") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "smollm2"
+    words = ["--prompts", prompts, "--output", output, "--model", model]
+    words += ["--count", 40, "--requests", 4, "--cap", 24, "--every", 8]
+    words += ["--rate", 50, "--slo_s", 5]
+    until = "serve" if importlib.util.find_spec("predictor.rereading") else "collect"
+    words += ["--train_flags", "--hash_bits 8 --landmarks 16 --length_limit 128"]
+    words += ["--states_flags", "--state_seeds 1 --state_units 8", "--until", until]
+    run("benchmarks/smollm2.py", *words)
+    assert len((output / "lengths.jsonl").read_text().splitlines()) == 40
+    assert json.loads((output / "states" / "states.json").read_text())["every"] == 8
+    done = run("benchmarks/smollm2.py", *words)  # all is there
+    assert "collect_lengths" not in done.stdout
+    if until == "collect":
+        return
+    for name in ("arrival", "reread"):
+        found = json.loads((output / f"served-{name}.json").read_text())
+        assert set(found["policies"]) == {"fcfs", "sjf", "deadline"}
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from serving.engines.adapters import AdapterSet, LoadedAdapter
     from serving.engines.constraints import Grammar, Matcher
+    from serving.engines.state_tap import StateSums
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +134,7 @@ class Answer:
             preemption does not rewind it.
         adapter: the adapter of its sampling, held until the engine drops the answer.
         matcher: of its grammar, where it has one; created when first needed.
+        states: running sums of its hidden states, where the engine has a StateTap.
         refusal: why it was refused after it had been submitted, where its process knows more.
         replica: number of the one that makes it (AnswerBackend.replica_states); None while it
             waits for one.
@@ -157,6 +159,7 @@ class Answer:
         self.generator: Generator | None = None
         self.adapter: LoadedAdapter | None = None
         self.matcher: Matcher | None = None
+        self.states: StateSums | None = None
         self.refusal: str | None = None
         self.replica: int | None = None
         self._listener = listener

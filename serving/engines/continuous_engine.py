@@ -25,7 +25,9 @@ from serving.engines.answers import TextEngine, choose_tokens
 from serving.engines.pass_plans import Lane, Sequence
 from serving.engines.passes import ModelRunner
 from serving.engines.prefix_sharing import PrefixCache
+from serving.engines.rereads import Rereads, StateRereader
 from serving.engines.stage_reports import StageReport
+from serving.engines.state_tap import StateTap
 from serving.request import FOREVER, CostEstimator, Limits, Plan, Record, StepResult
 
 
@@ -41,8 +43,11 @@ class ContinuousEngine(TextEngine):
             tokens of common prefixes are kept beside the arena; 0 turns both off. Without effect on
             ChatGLM-6B.
         runner: what computes its passes; None for the model in this process.
+        rereader: predicts the length of an answer anew from its hidden states, at the end of its
+            prompt and every `rereader.every` tokens (StepResult.reread); None for never.
+        tap: where the hidden states go of an engine without a rereader.
     Raises:
-        ValueError: not such a model.
+        ValueError: not such a model; or it is not the rereader's or the tap's.
     """
 
     def __init__(
@@ -53,6 +58,8 @@ class ContinuousEngine(TextEngine):
         stop_ids: Ids[int] | None = None,
         prefix_cache_tokens: int = 0,
         runner: ModelRunner | None = None,
+        rereader: StateRereader | None = None,
+        tap: StateTap | None = None,
     ):
         self.runner = runner or ModelRunner(model.eval(), limits.kv_tokens)
         self.prefixes: PrefixCache | None = None
@@ -67,6 +74,13 @@ class ContinuousEngine(TextEngine):
         self._together = False
         # Ended rows of a static batch, which are reported when the whole batch has ended.
         self._unreported: dict[int, Sequence] = {}
+        self.rereads: Rereads | None = None
+        if rereader is not None:
+            hidden_size = self.model.get_input_embeddings().weight.shape[-1]
+            self.rereads = Rereads(rereader, int(hidden_size))
+            tap = self.rereads.tap
+        if tap is not None:
+            self.runner.attach(tap)
 
     def copied_tokens(self) -> int:
         return 0 if self.prefixes is None else self.prefixes.copied_tokens
@@ -101,9 +115,10 @@ class ContinuousEngine(TextEngine):
             steps += 1
         if plan.wake_on_arrival:
             self._woken = False
+        reread = () if self.rereads is None else self.rereads.read(self.rows)
         elapsed_s = time.perf_counter() - begin
         finished = tuple(self.take_finished(row.answer) for row in ended)
-        return StepResult(elapsed_s, emitted, tuple(started), finished, tuple(overran))
+        return StepResult(elapsed_s, emitted, tuple(started), finished, tuple(overran), reread)
 
     def _overrun_ids(self) -> list[int]:
         """Ids of the decoding rows whose answers fill what is reserved for them."""

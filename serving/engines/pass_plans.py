@@ -7,6 +7,7 @@ order of their slabs; then chunks of prompts.
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -29,6 +30,7 @@ class Sequence:
         positions: places of the prompt's tokens and, for ChatGLM-6B, their block positions; those
             of later tokens follow from the last.
         lane: the micro-batch that it is in.
+        prior: the prediction of its length at its arrival, where there was one.
         is_finite: it has made a token, and the model's output has been finite at each of them.
         base, reserve, max_answer: context at admission, KV tokens reserved, answer tokens after
             which it is truncated.
@@ -45,6 +47,7 @@ class Sequence:
         context: int,
     ):
         self.id = record.request.id
+        self.prior = record.request.prediction
         self.answer = answer
         self.base = base
         self.reserve = reserve
@@ -158,6 +161,20 @@ class PromptPart:
         self.row, self.place, self.start, self.count = row, place, start, count
 
 
+class ChunkPart(NamedTuple):
+    """A chunk of a pass, without virtual tokens.
+
+    Attributes:
+        place: of its first token among all tokens of the pass.
+        start: tokens of the sequence's prompt and answer before it.
+    """
+
+    row: Sequence
+    place: int
+    start: int
+    count: int
+
+
 class PlannedPass:
     """A pass, and what its outputs are of.
 
@@ -168,6 +185,7 @@ class PlannedPass:
         output_indices: of the tokens that the last layer computes.
         next_places: which of those are followed by a token that is wanted.
         prompts: of the sequences that read their prompts' states.
+        parts: its chunks, in the order of their tokens.
     """
 
     def __init__(self, lane: int, axes: int, prompt_length: int, virtual: int):
@@ -176,6 +194,7 @@ class PlannedPass:
         self.output_indices: list[int] = []
         self.next_places: list[int] = []
         self.prompts: list[PromptPart] = []
+        self.parts: list[ChunkPart] = []
         self._axes, self._prompt_length, self._virtual = axes, prompt_length, virtual
         self._positions: list[list[int]] = [[], []]
 
@@ -202,6 +221,7 @@ class PlannedPass:
             self._add([0] * virtual, [list(range(virtual)), [0] * virtual])
             row.length += virtual
         before, end = row.computed, row.computed + count
+        self.parts.append(ChunkPart(row, len(self.plan.ids), before, count))
         self._add(row.ids[before:end], row.positions_of(before, end), virtual)
         row.computed = end
         row.length += count

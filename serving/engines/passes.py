@@ -10,7 +10,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,9 @@ from serving.engines.pass_plans import (
     padded_indices,
 )
 from serving.engines.stage_reports import StageReport
+
+if TYPE_CHECKING:
+    from serving.engines.state_tap import StateTap
 
 
 @dataclass
@@ -193,6 +196,7 @@ class Stage:
         memories: one a lane.
     Attributes:
         seconds, passes: computed so far.
+        tap: sees the output of each block; None for none.
     """
 
     def __init__(
@@ -211,6 +215,7 @@ class Stage:
         self.start, self.end = start, end
         self.seconds = 0.0
         self.passes = 0
+        self.tap: StateTap | None = None
 
     @torch.inference_mode()
     def compute(self, plan: PassPlan, hidden: Tensor | None = None) -> Tensor:
@@ -221,6 +226,9 @@ class Stage:
         """
         begin = time.perf_counter()
         forward_pass = self._forward_pass(plan)
+        keep, tap = forward_pass.keep, self.tap
+        if tap is not None and tap.wants_all_tokens:
+            forward_pass.keep = None
         with self.adapters.applied(plan.adapters, plan.padding):
             turns = self.body.turns(torch.tensor(plan.positions, device=self.device))
             if hidden is None:
@@ -228,8 +236,13 @@ class Stage:
             last = len(self.body.blocks) - 1
             for layer in range(self.start, min(self.end, last)):
                 hidden = self.body.blocks[layer](hidden, forward_pass, turns)
+                if tap is not None:
+                    tap.see(layer, hidden)
             if self.end > last:
                 hidden = self.body.blocks[last](hidden, forward_pass, turns, keep=forward_pass.keep)
+                if tap is not None and tap.wants_all_tokens:
+                    tap.see(last, hidden)
+                    hidden = hidden if keep is None else hidden[:, keep]
         self.seconds += time.perf_counter() - begin
         self.passes += 1
         return hidden
@@ -385,7 +398,23 @@ class ModelRunner:
             slab by slab, then of each sequence whose prompt is complete with its chunk. None where
             K is 0. Answers that read their prompts have got what they ask for.
         """
-        return self.outputs(planned, self.stage.compute(planned.plan))
+        hidden = self.stage.compute(planned.plan)
+        if self.stage.tap is not None:
+            self.stage.tap.add(planned, self._logits)
+        return self.outputs(planned, hidden)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits (n, V) of states (n, hidden_size) after the last block."""
+        return self.body.head(self.body.norm(hidden[None]))[0]
+
+    def attach(self, tap: "StateTap") -> None:
+        """Show all later passes to a tap.
+
+        Raises:
+            ValueError: the model has no such layer, or is spread over several stages.
+        """
+        tap.attach(len(self.body.blocks))
+        self.stage.tap = tap
 
     def outputs(self, planned: PlannedPass, hidden: Tensor) -> Tensor | None:
         """As `collect`, by the last block's hidden states (1, K, hidden)."""

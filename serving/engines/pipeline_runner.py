@@ -35,6 +35,7 @@ from serving.engines.stage_loading import (
     resolve_dtype,
 )
 from serving.engines.stage_reports import ModelLoading, StageReport
+from serving.engines.state_tap import StateTap
 
 END_S = 5.0  # how long a worker has to end by itself
 
@@ -205,6 +206,13 @@ class PipelineRunner(ModelRunner):
         if not self.is_first:
             hidden = self.stage.compute(planned.plan, hidden)
         return self.outputs(planned, hidden)
+
+    def attach(self, tap: StateTap) -> None:
+        """As ModelRunner's: refused, because the states are in other processes."""
+        raise ValueError(
+            "hidden states are read from a model on one device, this one lies on "
+            f"{len(self.workers) + 1} stages: leave out --rereader, or place it on one device"
+        )
 
     def ask(self, worker: Worker, question: str, *arguments: Any) -> Any:
         """What a worker answers. Raises RuntimeError where it has ended."""

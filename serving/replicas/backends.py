@@ -84,6 +84,12 @@ def open_placed(served: ServedModel, flags: PlacementFlags, limits: Limits) -> O
         base=served.loading.base,
         keep_quantized=served.loading.keep_quantized,
     )
+    stages = max(len(replica.stages) for replica in plan.replicas)
+    if served.rereader is not None and stages > 1:
+        raise ValueError(
+            "--rereader reads the states of a model on one device, this placement has replicas of "
+            f"{stages} stages: leave it out, or give each replica one device"
+        )
     print(plan.describe(), flush=True)
     predicted_bytes = [stage.weight_bytes for stage in plan.stages]
     pool = ReplicaPool(replica_jobs(served, plan, limits), predicted_bytes)

@@ -170,6 +170,8 @@ def slim_event(event: Event) -> SchedulerUpdate:
     what, changed = event.what, {}
     if isinstance(what, Record):
         changed = {name: getattr(what, name) for name in RECORD_FIELDS + RECORD_COUNTS}
+        if event.kind == "reread":
+            changed["prediction"] = what.prediction
     elif isinstance(what, Completion):
         changed = {name: getattr(what, name) for name in COMPLETION_FIELDS}
     elif isinstance(what, str):

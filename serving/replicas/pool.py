@@ -326,6 +326,8 @@ class ReplicaPool:
         else:
             for name, value in flight.follow(update.changed).items():
                 setattr(record, name, value)
+        if update.kind == "reread":
+            flight.predicted_anew()
         if update.kind in ("finished", "withdrawn", "refused"):
             with self._lock:
                 replica.flights.pop(update.id, None)

@@ -47,15 +47,20 @@ class Flight:
     # Read for each request that is routed: of all that are being answered.
     @cached_property
     def expected_tokens(self) -> float:
-        """Predicted of its answer."""
-        prediction = self.request.prediction
+        """Predicted of its answer, by its newest prediction."""
+        prediction = self.record.prediction
         return self._bounded(None if prediction is None else prediction.expected_tokens)
 
     @cached_property
     def q90_tokens(self) -> float:
         """Predicted of its answer, within which it stays with probability 0.9."""
-        prediction = self.request.prediction
+        prediction = self.record.prediction
         return self._bounded(None if prediction is None else prediction.quantile(0.9))
+
+    def predicted_anew(self) -> None:
+        """Its record has a newer prediction."""
+        for name in ("expected_tokens", "q90_tokens"):
+            self.__dict__.pop(name, None)
 
     def _bounded(self, predicted: float | None) -> float:
         tokens = UNPREDICTED_TOKENS if predicted is None else predicted
@@ -67,6 +72,7 @@ class Flight:
         self.replica = None
         self.moves += 1
         self.earlier, self.record = self.record, Record(self.request)
+        self.predicted_anew()
 
     def follow(self, changed: dict[str, Any]) -> dict[str, Any]:
         """What an event says of it, with what happened in replicas that have ended."""

@@ -12,6 +12,8 @@ from serving.engines.stage_reports import ModelLoading
 from serving.request import CostEstimator, Limits
 
 if TYPE_CHECKING:
+    from predictor.rereading import Rereader
+
     from chatglm.family_tokenizer import FamilyTokenizer
     from predictor.runtime import LengthPredictor
 
@@ -48,6 +50,20 @@ def load_predictor(folder: str | None, tokenizer: "FamilyTokenizer") -> "LengthP
     return LengthPredictor.from_pretrained(folder, served_model=tokenizer.name_or_path)
 
 
+def load_rereader(folder: str, served_model: str | None = None) -> "Rereader":
+    """The predictor of --rereader, which reads hidden states.
+
+    Args:
+        served_model: folder of the model's tokenizer, which must be the rereader's; None for one
+            that was checked before.
+    Raises:
+        ValueError, OSError: it is no predictor of states, of another model, or is damaged.
+    """
+    from predictor.rereading import Rereader
+
+    return Rereader.from_pretrained(folder, served_model=served_model)
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """A model and how it is served.
@@ -56,6 +72,7 @@ class ServedModel:
         device: as of --device, where no placement is asked for.
         engine, policy: names in ENGINES and POLICIES.
         profile: of the engine, for policies; None: the device's datasheet.
+        rereader: folder of what predicts lengths anew from hidden states; None for none.
     """
 
     loading: ModelLoading
@@ -64,6 +81,7 @@ class ServedModel:
     policy: str = "fcfs"
     profile: str | None = None
     prefix_cache_tokens: int = 0
+    rereader: str | None = None
 
     @classmethod
     def of(cls, flags: ServedModelFlags, **served: Any) -> "ServedModel":
@@ -94,10 +112,23 @@ class ServedModel:
         model = load_single(self.loading, device, threads)
         if cost is None:
             cost = served_cost_model(model, read_profile(self.profile or "datasheet"))
-        options = {}
+        options: dict[str, Any] = {}
         if self.engine == "continuous":
             options["prefix_cache_tokens"] = self.prefix_cache_tokens
+        if self.rereader is not None:
+            options["rereader"] = load_rereader(self.rereader)
         return make_engine(self.engine, model, limits, cost, **options)
+
+
+def check_rereader(folder: str | None, engine: str, tokenizer: "FamilyTokenizer") -> None:
+    """Raises ValueError or OSError where --rereader is not for this engine or model."""
+    if folder is None:
+        return
+    if engine != "continuous":
+        raise ValueError(
+            f"--rereader reads the states of --engine continuous, got --engine {engine}"
+        )
+    load_rereader(folder, tokenizer.name_or_path)
 
 
 def limits_of_flags(max_batch: int, kv_tokens: int, max_tokens: int) -> Limits:

@@ -31,7 +31,12 @@ from serving.engines.runner import AnswerBackend
 from serving.policies.continuous import POLICIES
 from serving.replicas.backends import open_in_process, open_placed
 from serving.replicas.pool import ReplicaPool
-from serving.replicas.served_model import ServedModel, limits_of_flags, load_predictor
+from serving.replicas.served_model import (
+    ServedModel,
+    check_rereader,
+    limits_of_flags,
+    load_predictor,
+)
 from serving.request import Limits, Policy
 from serving.run_requests.figures import PolicyRun, policy_run
 from serving.run_requests.listed import (
@@ -67,6 +72,7 @@ class ListRunFlags(PlacementFlags):
     requests: str
     model: str
     predictor: str | None
+    rereader: str | None
     policies: str
     rate: float | None
     at_once: bool
@@ -107,6 +113,10 @@ def run_parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="a model, adapter or prefix folder")
     lengths = "folder of a length predictor, asked when a request arrives; its time counts"
     add("--predictor", help=f'{lengths} (default: the rows\' "length")')
+    rereader = (
+        "folder of a predictor of hidden states: it predicts the length of each running answer anew"
+    )
+    add("--rereader", metavar="DIR", help=rereader)
     add(
         "--policies",
         default="slo_odbs,fifo,fcfs,deadline",
@@ -320,6 +330,7 @@ def run_requests(flags: ListRunFlags) -> None:
     )
     requests = prepare_requests(flags, rows, tokenizer)
     predictor = load_predictor(flags.predictor, tokenizer)
+    check_rereader(flags.rereader, "continuous", tokenizer)
     with explained(lambda: memory_advice(flags)):
         runs = placed_runs(flags, limits, names, requests, predictor)
     report(flags, runs, slo_source_of(flags, rows))
@@ -335,7 +346,8 @@ def placed_runs(
     """The runs, by replicas where the flags place them, else by an engine in this process."""
     if not flags.is_placed:
         return runs_in_process(flags, limits, names, requests, predictor)
-    pool = open_placed(ServedModel.of(flags), flags, limits).backend
+    served = ServedModel.of(flags, rereader=flags.rereader)
+    pool = open_placed(served, flags, limits).backend
 
     def open_backend(name: str) -> AbstractContextManager[AnswerBackend]:
         return rescheduled_pool(pool, name)
@@ -355,7 +367,8 @@ def runs_in_process(
     predictor: "LengthPredictor | None",
 ) -> list[PolicyRun]:
     """The runs of one engine in this process. Raises what ended the engine."""
-    engine = open_in_process(ServedModel.of(flags), limits).backend.engine
+    served = ServedModel.of(flags, rereader=flags.rereader)
+    engine = open_in_process(served, limits).backend.engine
     failures: list[BaseException] = []
 
     def open_backend(name: str) -> AbstractContextManager[AnswerBackend]:

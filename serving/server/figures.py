@@ -20,6 +20,7 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "http_requests": ("HTTP requests that ended, by route and status", ("route", "status")),
     "key_requests": ("HTTP requests that ended, by the name of their API key", ("key",)),
     "scheduler_events": ("Preemptions and overruns", ("kind",)),
+    "rereads": ("Predictions made anew from the hidden states of running answers", ()),
     "tokens": ("Tokens of requests that ended", ("kind",)),
     "slo": ("Answers by whether they were whole and in time", ("in_time",)),
     "predictions": ("Whole answers by whether they were within the predicted q90", ("within_q90",)),
@@ -102,7 +103,8 @@ class Figures:
 
     def count(self, name: str, *labels: str, by: float = 1) -> None:
         """Add to one of COUNTERS, at these values of its labels."""
-        self._counters[name].labels(*labels).inc(by)
+        counter = self._counters[name]
+        (counter.labels(*labels) if labels else counter).inc(by)
 
     def observe(self, name: str, value: float) -> None:
         """Add a value to one of HISTOGRAMS."""

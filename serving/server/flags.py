@@ -24,6 +24,7 @@ class ServerFlags(PlacementFlags):
 
     model: str
     predictor: str | None
+    rereader: str | None
     policy: str
     engine: str
     host: str
@@ -74,6 +75,11 @@ def server_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--predictor", help="folder of a length predictor; without one: policies that use none"
     )
+    rereader = (
+        "folder of a predictor of hidden states (train.py --backbone states): it predicts the "
+        "length of each running answer anew every few tokens"
+    )
+    parser.add_argument("--rereader", metavar="DIR", help=rereader)
     parser.add_argument(
         "--policy", choices=SERVED, default="deadline", help="the scheduling policy [deadline]"
     )

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from predictor.prediction import LengthPrediction
 from serving.request import Completion, Event, Limits, Record, Request
 from serving.server.access import Exchange, current_request_id
 from serving.server.figures import RECENT, REPLICA_GAUGES, Figures, refusal_reason
@@ -82,6 +83,13 @@ class Forecast(NamedTuple):
     q90: float
 
 
+def forecast_of(prediction: LengthPrediction | None) -> Forecast | None:
+    """None without a prediction."""
+    if prediction is None:
+        return None
+    return Forecast(*(prediction.quantile(q) for q in (0.5, 0.1, 0.9)))
+
+
 @dataclass
 class TrackedRequest:
     """A request under way.
@@ -92,6 +100,7 @@ class TrackedRequest:
         request_id: of the client's HTTP request; None where none is known.
         stopped: a stop string has ended it.
         adapter: name of the one that answers.
+        reread: the newest prediction, by hidden states; None where there was none.
     """
 
     request: Request
@@ -100,6 +109,7 @@ class TrackedRequest:
     request_id: str | None = None
     stopped: bool = False
     adapter: str | None = None
+    reread: LengthPrediction | None = None
 
     @property
     def embeds(self) -> bool:
@@ -117,10 +127,13 @@ class TrackedRequest:
 
     @cached_property
     def forecast(self) -> Forecast | None:
-        """None without a prediction."""
-        if (prediction := self.request.prediction) is None:
-            return None
-        return Forecast(*(prediction.quantile(q) for q in (0.5, 0.1, 0.9)))
+        """Of the prediction at its arrival; None without one."""
+        return forecast_of(self.request.prediction)
+
+    @property
+    def newest_forecast(self) -> Forecast | None:
+        """By what is known now; None without any prediction."""
+        return self.forecast if self.reread is None else forecast_of(self.reread)
 
 
 class EndedAnswer(NamedTuple):
@@ -261,6 +274,8 @@ class Monitor:
             self._waiting.add(event.id)
         elif kind == "refused":
             self.forget(event.id)
+        elif kind == "reread":
+            self._note_reread(event)
         if self.figures is not None and kind in ("preempted", "overran"):
             self.figures.count("scheduler_events", kind)
         if self.figures is not None and kind in ("finished", "withdrawn", "refused"):
@@ -270,6 +285,14 @@ class Monitor:
             self._running.pop(event.id, None)
             assert isinstance(event.what, Completion)
             self._finish(event.what, self._tracked.pop(event.id, None))
+
+    def _note_reread(self, event: Event) -> None:
+        """Keep the newer prediction, and count it."""
+        assert isinstance(event.what, Record)
+        if (tracked := self._tracked.get(event.id)) is not None:
+            tracked.reread = event.what.prediction
+        if self.figures is not None:
+            self.figures.count("rereads")
 
     def _reason(self, event: Event) -> str:
         tracked = self._tracked.get(event.id)

@@ -13,7 +13,12 @@ from serving.cost_model.model import read_profile
 from serving.policies.continuous import POLICIES
 from serving.replicas.backends import open_backend
 from serving.replicas.pool import ReplicaPool
-from serving.replicas.served_model import ServedModel, limits_of_flags, load_predictor
+from serving.replicas.served_model import (
+    ServedModel,
+    check_rereader,
+    limits_of_flags,
+    load_predictor,
+)
 from serving.server.access import AccessRules, access_logger, host_name, is_loopback
 from serving.server.chat import tokenizer_family
 from serving.server.flags import KEY_VARIABLE, SERVED, ServerFlags, check_bounds
@@ -83,11 +88,13 @@ def load_service(flags: ServerFlags) -> Service:
     if page_tools is not None:
         check_tools(tokenizer)
     predictor = load_predictor(flags.predictor, tokenizer)
+    check_rereader(flags.rereader, flags.engine, tokenizer)
     served = ServedModel.of(
         flags,
         engine=flags.engine,
         policy=flags.policy,
         prefix_cache_tokens=flags.prefix_cache_tokens,
+        rereader=flags.rereader,
     )
     opened = open_backend(served, flags, limits)
     text_encoder = None

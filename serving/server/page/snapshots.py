@@ -200,7 +200,8 @@ def queue_entry(tracked: TrackedRequest, now_s: float) -> Json:
 
 
 def row_of(record: Record, tracked: TrackedRequest, now_s: float) -> Json:
-    request, forecast = tracked.request, tracked.forecast
+    """A running request; its forecast is the newest, `reread` whether that is by its states."""
+    request, forecast = tracked.request, tracked.newest_forecast
     return {
         "id": request.id,
         "replica": tracked.answer.replica,
@@ -209,6 +210,7 @@ def row_of(record: Record, tracked: TrackedRequest, now_s: float) -> Json:
         "median": finite(forecast.median, 1) if forecast else None,
         "q10": finite(forecast.q10, 1) if forecast else None,
         "q90": finite(forecast.q90, 1) if forecast else None,
+        "reread": tracked.reread is not None,
         "age_s": finite(now_s - request.arrival_s),
         "due_s": finite(request.deadline_s - now_s),
         "reserved": record.reserved_tokens,

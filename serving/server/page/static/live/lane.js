@@ -69,6 +69,7 @@ function spoken(t, row, ended) {
   if (ended) return t(`live.outcome.${outcomeOf(ended)}`, values);
   const parts = [t("live.lane.made", values)];
   if (Number.isFinite(row.median)) parts.push(t("live.lane.predicted", values));
+  if (row.reread) parts.push(t("live.lane.reread"));
   if (Number.isFinite(row.q90) && row.made > row.q90) parts.push(t("live.lane.over"));
   if (Number.isFinite(row.due_s)) parts.push(t(row.due_s < 0 ? "live.lane.late" : "live.lane.left", values));
   return parts.join(", ");

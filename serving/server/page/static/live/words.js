@@ -35,6 +35,7 @@ addWords({
   "live.lanes.of": ["Running answers of replica {number}", "副本 {number} 正在生成的回答"],
   "live.lane.made": ["Request {id}: {made} tokens made", "请求 {id}：已生成 {made} 词元"],
   "live.lane.predicted": ["{median} predicted, at most {q90} in 9 of 10", "预测 {median}，十有九次不超过 {q90}"],
+  "live.lane.reread": ["read again while it is written", "已在生成中重新预测"],
   "live.lane.over": ["longer than that", "已超出"],
   "live.lane.left": ["{seconds} s left", "剩余 {seconds} 秒"],
   "live.lane.late": ["late by {seconds} s", "已超时 {seconds} 秒"],

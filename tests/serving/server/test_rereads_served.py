@@ -1,0 +1,116 @@
+"""A server whose running answers' lengths are predicted anew: metrics, live view, refusals."""
+
+import json
+import threading
+
+import pytest
+
+import serving.replicas.served_model
+from serving.policies.continuous import POLICIES
+from serving.replicas.backends import open_placed
+from serving.replicas.messages import SchedulerUpdate, slim_event
+from serving.replicas.pool import ReplicaPool
+from serving.replicas.served_model import ServedModel
+from serving.request import Event, Limits, Record
+from serving.server.flags import parse_flags
+from serving.server.starting import load_service
+from tests.serving.conftest import prediction_of
+from tests.serving.engines.test_state_tap import LinearRereader
+from tests.serving.replicas.test_pool import flight, job
+from tests.serving.run_requests.test_run_requests import uellm_rows, write_list
+from tests.serving.server.page.live_reader import LiveReader
+from tests.serving.server.test_replicas_served import cluster, metric  # noqa: F401
+from tests.serving.server.test_server_faults import ask, running
+
+
+@pytest.fixture
+def rereader(monkeypatch):
+    """What --rereader loads, whatever folder it names: a small rereader of the model's states."""
+    made = LinearRereader([1, 2], 64)
+    monkeypatch.setattr(
+        serving.replicas.served_model, "load_rereader", lambda folder, served_model=None: made
+    )
+    return made
+
+
+def test_a_server_reads_its_answers_again(folders, rereader):
+    """The lanes have the newest prediction, /metrics how many there were; the log the first one."""
+    model, predictor = folders
+    words = ["--policy", "deadline", "--predictor", predictor, "--rereader", "x"]
+    with running(model, *words, endless=False) as server:
+        server.server.live.period_s = 0.02
+        with LiveReader(server.root) as reader:
+            long = threading.Thread(target=ask, args=(server,), kwargs={"max_tokens": 600})
+            long.start()
+            for _ in range(6):
+                ask(server, max_tokens=5)
+            long.join()
+            snapshot = reader.wait_for(lambda s: any(row["reread"] for row in s["rows"]))
+        [row] = [row for row in snapshot["rows"] if row["reread"]]
+        assert row["q10"] <= row["median"] <= row["q90"]
+        assert row["q90"] - row["q10"] < 25  # the tiny rereader is sure: at most exp(3) tokens
+        engine = server.service.backend.engine
+        assert metric(server, "glm_rereads_total") == engine.rereads.count >= len(rereader.batches)
+        assert all(prior is not None for _, _, priors in rereader.batches for prior in priors)
+
+
+def test_every_policy_takes_newer_predictions(folders, rereader, tmp_path):
+    """serving.run_requests --rereader: whole runs under each policy that predicts."""
+    from serving.run_requests.command import main
+
+    model, predictor = folders
+    names = [name for name, policy in POLICIES.items() if policy.predicts and "oracle" not in name]
+    words = [write_list(tmp_path, uellm_rows()), "--model", model, "--device", "cpu"]
+    words += ["--predictor", predictor, "--rereader", "x", "--policies", ",".join(names)]
+    words += [
+        "--max_batch",
+        3,
+        "--max_new_tokens",
+        20,
+        "--at_once",
+        "--json",
+        tmp_path / "figures.json",
+    ]
+    assert main([str(word) for word in words]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert set(figures["policies"]) == set(names)
+    for run in figures["policies"].values():
+        assert not run["figures"]["refused"] and run["figures"]["requests"] == len(uellm_rows())
+    assert len(rereader.batches) > len(names)
+
+
+def test_a_replicas_newer_prediction_reaches_its_front():
+    """By message; the routing counts by it, and another replica begins with the first again."""
+    pool = ReplicaPool([job("m")])
+    events = []
+    pool.start(events.append, lambda: None)
+    one = flight(tokens=100.0)
+    pool.replicas[0].flights[one.request.id] = one
+    before, room = one.outstanding_tokens(), one.kv_tokens(pool.limits)
+    theirs = Record(one.request, prediction=prediction_of(10.0))
+    update = slim_event(Event(1.0, "reread", one.request.id, theirs))
+    assert isinstance(update, SchedulerUpdate)
+    pool._take_event(pool.replicas[0], update)
+    [event] = events
+    assert event.kind == "reread" and event.what is one.record
+    assert event.what.prediction is theirs.prediction
+    assert one.outstanding_tokens() < before / 2 and one.kv_tokens(pool.limits) < room
+    one.leave_replica()
+    assert one.outstanding_tokens() == before and one.kv_tokens(pool.limits) == room
+    assert "prediction" not in slim_event(Event(1.0, "grew", 0, theirs)).changed
+
+
+def test_a_static_engine_is_refused(folders):
+    model, _ = folders
+    words = ["--model", model, "--device", "cpu", "--policy", "fifo", "--engine", "static"]
+    flags = parse_flags([str(word) for word in [*words, "--rereader", "x"]])
+    with pytest.raises(ValueError, match="--rereader reads the states of --engine continuous"):
+        load_service(flags)
+
+
+def test_a_pipeline_is_refused_before_it_is_loaded(folders, cluster):  # noqa: F811
+    model, _ = folders
+    words = ["--model", str(model), "--cluster", str(cluster), "--device_map", "auto"]
+    flags = parse_flags([*words, "--rereader", "x"])
+    with pytest.raises(ValueError, match="--rereader reads .* replicas of 2 stages"):
+        open_placed(ServedModel.of(flags, rereader="x"), flags, Limits(2, 400, 100))
