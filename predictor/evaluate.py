@@ -23,6 +23,7 @@ from finetune.files import write_json
 from predictor.calibration import kaplan_meier, levels_of
 from predictor.command_flags import add_bad_row_flag, add_predictor_flags, add_yes_no
 from predictor.labels import LabelledPrompt, data_hash, language, make_counter, read_examples
+from predictor.reread_scores import aligned
 from predictor.scores import grouped, kendall_tau, metrics_of, quantiles
 
 if TYPE_CHECKING:
@@ -398,12 +399,7 @@ def table_lines(rows: dict[str, dict]) -> list[str]:
         for key, form in COLUMNS.values():
             line.append(format(metrics[key], form))
         lines.append(line)
-    text = [""] * len(lines)
-    for number, column in enumerate(zip(*lines)):
-        width = max(map(len, column))
-        for i, cell in enumerate(column):
-            text[i] += f"  {cell:>{width}}" if number else cell.ljust(width)
-    return text
+    return aligned(lines)
 
 
 @dataclass(frozen=True)
